@@ -1,0 +1,33 @@
+# cgtproxy: `make` builds the static binary, `make demo` shows it at work, `make test` passes all
+# tests. Everything that a target needs and that can be installed is installed by it.
+
+ARCH    ?= $(shell uname -m)
+TARGET  ?= $(ARCH)-unknown-linux-musl
+BIN     := target/$(TARGET)/release/cgtproxy
+SYSROOT  = $(shell rustc --print sysroot)
+
+# The standard library is compiled for size together with the program where its source is to be
+# had: that nearly halves the binary. No PIE: a static one relocates itself at start, which makes
+# memory dirty that could stay shared.
+RELEASE_FLAGS = -C relocation-model=static
+FOR_SIZE      = -Z build-std=std,panic_abort -Z build-std-features=optimize_for_size
+BUILD_STD     = $(if $(wildcard $(SYSROOT)/lib/rustlib/src/rust/library/std),$(FOR_SIZE))
+
+.PHONY: all build toolchain deps demo test fuzz clean
+
+all: build
+
+build: toolchain
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(RELEASE_FLAGS)" \
+	  cargo build --release --locked --target $(TARGET) $(BUILD_STD)
+
+# Says what is missing where it cannot be added: without rustup, the distribution's own packages of
+# the musl target will do, and without rust-src the prebuilt standard library.
+toolchain:
+	@test -d $(SYSROOT)/lib/rustlib/$(TARGET) || rustup target add $(TARGET) \
+	  || { echo "make: the Rust target $(TARGET) is missing and cannot be added" >&2; exit 1; }
+	@test -d $(SYSROOT)/lib/rustlib/src/rust/library/std || rustup component add rust-src \
+	  || echo "make: no rust-src, building with the prebuilt standard library (a larger binary)" >&2
+
+clean:
+	cargo clean

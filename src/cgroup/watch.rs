@@ -1,0 +1,248 @@
+//! Watching the cgroup tree: one inotify watch a directory, and looking at a directory when the
+//! core asks. It decides nothing: what it saw goes to the core as an [`Event`].
+//!
+//! Every look may find the directory gone, or another one under its name: that is normal, and the
+//! events that say so are in the queue, because the parent was watched before.
+//! Source: inotify(7), fs/notify/inotify, fs/kernfs.
+
+use std::ffi::{CString, OsStr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path as FilePath;
+
+use nix::errno::Errno;
+
+use super::tree::Path;
+use crate::core::{Event, Scan};
+use crate::error::{Error, Result};
+use crate::sys;
+
+/// One read takes at most this many bytes of events (some 200 of them), so that a flood of cgroups
+/// cannot keep the loop from committing what it has.
+const READ: usize = 8 * 1024;
+
+const MASK: u32 =
+    libc::IN_CREATE | libc::IN_DELETE | libc::IN_ONLYDIR | libc::IN_DONT_FOLLOW | libc::IN_EXCL_UNLINK;
+
+/// Looks at cgroup directories, and watches those it has looked at unless made with `look_only`.
+pub struct Watcher {
+    inotify: Option<OwnedFd>,
+    root: Vec<u8>,
+    buf: Box<[u8; READ]>,
+}
+
+impl Watcher {
+    pub fn new(root: &FilePath) -> Result<Watcher> {
+        let inotify = sys::inotify_init().map_err(|errno| {
+            let error = Error::system("unable to make an inotify instance", errno);
+            match errno {
+                Errno::EMFILE => error.hint("raise the sysctl fs.inotify.max_user_instances"),
+                _ => error,
+            }
+        })?;
+        Ok(Watcher { inotify: Some(inotify), ..Watcher::look_only(root) })
+    }
+
+    /// A watcher that only looks, for commands that print what is there now.
+    pub fn look_only(root: &FilePath) -> Watcher {
+        let root = root.as_os_str().as_bytes();
+        let root = root.strip_suffix(b"/").unwrap_or(root).to_vec();
+        Watcher { inotify: None, root, buf: Box::new([0; READ]) }
+    }
+
+    /// The descriptor to poll.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inotify.as_ref().map(|fd| fd.as_fd())
+    }
+
+    /// Reads one bufferful of events; empty when there are none.
+    pub fn read(&mut self) -> Result<RawEvents<'_>> {
+        let Some(inotify) = &self.inotify else { return Ok(RawEvents::new(&[])) };
+        let length = loop {
+            match nix::unistd::read(inotify, &mut self.buf[..]) {
+                Ok(length) => break length,
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => break 0,
+                Err(errno) => return Err(Error::system("unable to read inotify events", errno)),
+            }
+        };
+        Ok(RawEvents::new(&self.buf[..length]))
+    }
+
+    /// Looks at one directory. The watch comes before the list, so that a child made in between is
+    /// in the list or in the queue, or in both.
+    pub fn scan(&mut self, scan: &Scan) -> Event {
+        let path = scan.path.clone();
+        let Ok(name) = CString::new([&self.root[..], &scan.path].concat()) else {
+            return Event::Gone { path };
+        };
+        let failed = |path, errno| match errno {
+            // too deep to be named by a path: it inherits, as the kernel has it
+            Errno::ENAMETOOLONG => Event::Gone { path },
+            Errno::ENOENT | Errno::ENOTDIR | Errno::ENODEV => Event::Gone { path },
+            errno => Event::Failed { path, errno },
+        };
+        let id = match sys::cgroup_id(&name) {
+            Ok(id) => id,
+            Err(errno) => return failed(path, errno),
+        };
+        if scan.known == Some(id) && !scan.deep {
+            return Event::Same { path };
+        }
+        let mut refused = None;
+        let wd = match &self.inotify {
+            None => None,
+            Some(inotify) => match sys::inotify_add_watch(inotify.as_fd(), &name, MASK) {
+                Ok(wd) => Some(wd),
+                Err(errno @ (Errno::ENOSPC | Errno::ENOMEM | Errno::EACCES)) => {
+                    refused = Some(errno);
+                    None
+                }
+                Err(errno) => return failed(path, errno),
+            },
+        };
+        // a directory with two links has no subdirectory: spares reading the list of its files
+        let children = match sys::nlink(&name) {
+            Ok(2) => Vec::new(),
+            Ok(_) => match subdirectories(&name) {
+                Ok(children) => children,
+                Err(errno) => return self.undo(wd, failed(path, errno)),
+            },
+            Err(errno) => return self.undo(wd, failed(path, errno)),
+        };
+        Event::Found { path, id, wd, refused, children }
+    }
+
+    /// A watch on a directory that turned out to be gone would never be named again.
+    fn undo(&self, wd: Option<i32>, event: Event) -> Event {
+        match (wd, &event) {
+            (Some(wd), Event::Gone { .. }) => self.unwatch(wd),
+            _ => {}
+        }
+        event
+    }
+
+    /// Ends a watch. After rmdir the kernel keeps it, and the inode with it, until this call.
+    pub fn unwatch(&self, wd: i32) {
+        if let Some(inotify) = &self.inotify {
+            // EINVAL: the kernel ended it already, which newer ones may
+            let _ = sys::inotify_rm_watch(inotify.as_fd(), wd);
+        }
+    }
+}
+
+/// The names of a directory's subdirectories.
+fn subdirectories(path: &CString) -> std::result::Result<Vec<Box<[u8]>>, Errno> {
+    let errno = |e: std::io::Error| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(OsStr::from_bytes(path.as_bytes())).map_err(errno)? {
+        let entry = entry.map_err(errno)?;
+        if entry.file_type().map_err(errno)?.is_dir() {
+            found.push(entry.file_name().as_bytes().into());
+        }
+    }
+    Ok(found)
+}
+
+/// One event as inotify(7) hands it out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RawEvent<'a> {
+    pub wd: i32,
+    pub mask: u32,
+    /// Without the padding NULs; empty where the event is about the watched directory itself.
+    pub name: &'a [u8],
+}
+
+/// Iterates a buffer of `struct inotify_event`; a length that does not fit ends it.
+#[derive(Debug, Clone)]
+pub struct RawEvents<'a>(&'a [u8]);
+
+impl<'a> RawEvents<'a> {
+    pub fn new(bytes: &'a [u8]) -> RawEvents<'a> {
+        RawEvents(bytes)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl<'a> Iterator for RawEvents<'a> {
+    type Item = RawEvent<'a>;
+
+    fn next(&mut self) -> Option<RawEvent<'a>> {
+        let (head, rest) = self.0.split_at_checked(16)?;
+        let word = |at: usize| [head[at], head[at + 1], head[at + 2], head[at + 3]];
+        let length = u32::from_ne_bytes(word(12)) as usize;
+        let (name, rest) = rest.split_at_checked(length)?;
+        self.0 = rest;
+        let end = name.iter().position(|b| *b == 0).unwrap_or(name.len());
+        Some(RawEvent {
+            wd: i32::from_ne_bytes(word(0)),
+            mask: u32::from_ne_bytes(word(4)),
+            name: &name[..end],
+        })
+    }
+}
+
+/// What an inotify event means to the core; `None` for what it need not know.
+pub fn event(raw: RawEvent) -> Option<Event> {
+    if raw.mask & libc::IN_Q_OVERFLOW != 0 {
+        return Some(Event::Overflow);
+    }
+    if raw.mask & libc::IN_IGNORED != 0 {
+        return Some(Event::Unwatched { wd: raw.wd });
+    }
+    let entry = raw.mask & (libc::IN_CREATE | libc::IN_DELETE) != 0;
+    let named = !raw.name.is_empty() && !raw.name.contains(&b'/');
+    (entry && raw.mask & libc::IN_ISDIR != 0 && named)
+        .then(|| Event::Changed { wd: raw.wd, name: raw.name.into() })
+}
+
+/// The path as it may stand in a log line or an error.
+pub fn display(path: &Path) -> String {
+    match path.is_empty() {
+        true => "/".into(),
+        false => path.escape_ascii().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn raw(wd: i32, mask: u32, name: &[u8], padded: usize) -> Vec<u8> {
+        let mut bytes = wd.to_ne_bytes().to_vec();
+        bytes.extend(mask.to_ne_bytes());
+        bytes.extend(7u32.to_ne_bytes());
+        bytes.extend((padded as u32).to_ne_bytes());
+        bytes.extend(name);
+        bytes.resize(16 + padded, 0);
+        bytes
+    }
+
+    #[test]
+    fn events_are_read_and_hostile_lengths_end_the_buffer() {
+        let dir = libc::IN_CREATE | libc::IN_ISDIR;
+        let mut bytes = raw(1, dir, b"abc", 16);
+        bytes.extend(raw(-1, libc::IN_Q_OVERFLOW, b"", 0));
+        bytes.extend(raw(2, libc::IN_IGNORED, b"", 0));
+        bytes.extend(raw(3, libc::IN_CREATE, b"a-file", 16));
+        let events: Vec<_> = RawEvents::new(&bytes).filter_map(event).collect();
+        assert_eq!(
+            events,
+            [
+                Event::Changed { wd: 1, name: (*b"abc").into() },
+                Event::Overflow,
+                Event::Unwatched { wd: 2 }
+            ]
+        );
+        for cut in 0..bytes.len() {
+            assert!(RawEvents::new(&bytes[..cut]).count() <= 4);
+        }
+        bytes[12..16].copy_from_slice(&u32::MAX.to_ne_bytes());
+        assert_eq!(RawEvents::new(&bytes).count(), 0);
+        // a name that would lead out of the directory
+        assert_eq!(event(RawEvent { wd: 1, mask: dir, name: b"a/b" }), None);
+    }
+}

@@ -1,0 +1,106 @@
+//! Text to sections and entries with their line numbers. Pure; knows no key and no section.
+//!
+//! A line is blank, a comment (first non-blank character `#` or `;`), a header `[kind]` or
+//! `[kind NAME]`, or `key = value`. Values run to the end of the line, trimmed, and may stand in
+//! double quotes to keep blanks. There are no inline comments.
+
+/// One meaningful line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Line<'a> {
+    Header { kind: &'a str, name: Option<&'a str> },
+    Entry { key: &'a str, value: &'a str },
+}
+
+/// Reads `text`; each item carries its line number, counted from 1, and what is wrong with the line
+/// otherwise.
+pub fn lines(text: &str) -> impl Iterator<Item = (u32, Result<Line<'_>, String>)> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    (1..).zip(text.split('\n')).filter_map(|(number, line)| Some((number, read(line.trim())?)))
+}
+
+fn read(line: &str) -> Option<Result<Line<'_>, String>> {
+    if line.is_empty() || line.starts_with(['#', ';']) {
+        return None;
+    }
+    Some(if line.contains('\0') {
+        Err("a NUL byte in the line".into())
+    } else if let Some(rest) = line.strip_prefix('[') {
+        header(rest)
+    } else {
+        entry(line)
+    })
+}
+
+fn header(rest: &str) -> Result<Line<'_>, String> {
+    let Some(inner) = rest.strip_suffix(']') else {
+        return Err(match rest.split_once(']') {
+            Some((_, behind)) => format!("text behind the section header: \"{}\"", behind.trim()),
+            None => format!("section header without \"]\": \"[{rest}\""),
+        });
+    };
+    let inner = inner.trim();
+    let (kind, name) = match inner.split_once(char::is_whitespace) {
+        Some((kind, name)) => (kind, Some(name.trim())),
+        None => (inner, None),
+    };
+    match kind {
+        "" => Err("empty section header".into()),
+        _ => Ok(Line::Header { kind, name }),
+    }
+}
+
+fn entry(line: &str) -> Result<Line<'_>, String> {
+    let Some((key, value)) = line.split_once('=') else {
+        return Err(format!("expected KEY = VALUE, not \"{line}\""));
+    };
+    let (key, value) = (key.trim(), value.trim());
+    if key.is_empty() {
+        return Err(format!("no key before \"=\": \"{line}\""));
+    }
+    let value = match value.strip_prefix('"') {
+        None => value,
+        Some(quoted) => match quoted.strip_suffix('"') {
+            Some(inner) => inner,
+            None => return Err(format!("missing closing quote: {value}")),
+        },
+    };
+    match value {
+        "" => Err(format!("no value for \"{key}\"")),
+        _ => Ok(Line::Entry { key, value }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_line() {
+        let text = "\u{feff}# c\n ; c\r\n\n[a]\n[ a  b c ]\n k = v = w # no comment\r\nq=\" x \"\n";
+        let got: Vec<_> = lines(text).map(|(n, line)| (n, line.unwrap())).collect();
+        let want = [
+            (4, Line::Header { kind: "a", name: None }),
+            (5, Line::Header { kind: "a", name: Some("b c") }),
+            (6, Line::Entry { key: "k", value: "v = w # no comment" }),
+            (7, Line::Entry { key: "q", value: " x " }),
+        ];
+        assert_eq!(got, want);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        for (line, want) in [
+            ("[a", "section header without \"]\": \"[a\""),
+            ("[a] x", "text behind the section header: \"x\""),
+            ("[]", "empty section header"),
+            ("key", "expected KEY = VALUE, not \"key\""),
+            ("= v", "no key before \"=\": \"= v\""),
+            ("k =", "no value for \"k\""),
+            ("k = \"v", "missing closing quote: \"v"),
+            ("k = \"", "missing closing quote: \""),
+            ("k = a\0b", "a NUL byte in the line"),
+        ] {
+            assert_eq!(lines(line).next().unwrap().1.unwrap_err(), want, "{line}");
+        }
+    }
+}

@@ -1,0 +1,821 @@
+//! The configuration: sections and keys to a validated [`Config`], with every error at once.
+//! Pure: files, directories and user names come from a [`Source`].
+
+pub mod file;
+pub mod ini;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use regex_lite::Regex;
+
+use crate::log::Level;
+use crate::nft::expr::{Family, Mark, Range};
+use ini::Line;
+
+/// Where text comes from; the real one is [`file::Files`].
+pub trait Source {
+    /// The text of a file. Errors: why it cannot be used, without its name.
+    fn read(&self, path: &Path) -> Result<String, String>;
+    /// The files that an include pattern matches, sorted. Errors: why it cannot be used.
+    fn glob(&self, pattern: &Path) -> Result<Vec<PathBuf>, String>;
+    /// The uid of a user name.
+    fn uid(&self, name: &str) -> Option<u32>;
+}
+
+/// Where a packet of a cgroup goes. Tproxies are numbered in file order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Target {
+    Direct,
+    Drop,
+    Tproxy(u16),
+}
+
+/// What a tproxy does with a protocol or a family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Take {
+    Yes,
+    No,
+    Drop,
+}
+
+/// A `[tproxy NAME]` section.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tproxy {
+    pub name: String,
+    pub port: u16,
+    pub address4: Option<Ipv4Addr>,
+    pub address6: Option<Ipv6Addr>,
+    /// Within the mask, not zero, not any other's.
+    pub mark: u32,
+    pub tcp: Take,
+    pub udp: Take,
+    pub ipv4: Take,
+    pub ipv6: Take,
+    pub dns4: Option<SocketAddrV4>,
+    pub dns6: Option<SocketAddrV6>,
+    pub dns_tcp: bool,
+}
+
+impl Tproxy {
+    pub fn hijacks_dns(&self) -> bool {
+        self.dns4.is_some() || self.dns6.is_some()
+    }
+
+    /// The protocols whose port 53 is hijacked.
+    pub fn dns_protocols(&self) -> impl Iterator<Item = crate::nft::expr::L4> {
+        use crate::nft::expr::L4;
+        let tcp = self.dns_tcp.then_some(L4::Tcp);
+        let udp = self.hijacks_dns().then_some(L4::Udp);
+        udp.into_iter().chain(tcp.filter(|_| self.hijacks_dns()))
+    }
+}
+
+/// One line of `[rules]`.
+#[derive(Debug, Clone)]
+pub struct Rule {
+    pub target: Target,
+    pub pattern: String,
+    /// Anchored at both ends.
+    pub regex: Regex,
+    pub place: Place,
+}
+
+/// File and line of a setting.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    pub file: Rc<PathBuf>,
+    pub line: u32,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file.display(), self.line)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnExit {
+    Remove,
+    Keep,
+}
+
+/// A validated configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `None`: auto.
+    pub cgroup_root: Option<PathBuf>,
+    pub default: Target,
+    pub route_table: u32,
+    pub rule_priority: u32,
+    pub mask: u32,
+    pub bypass4: Vec<Range<Ipv4Addr>>,
+    pub bypass6: Vec<Range<Ipv6Addr>>,
+    pub bypass_marks: Vec<Mark>,
+    pub bypass_users: Vec<u32>,
+    pub on_exit: OnExit,
+    pub log_level: Level,
+    pub counters_per_cgroup: bool,
+    pub tproxies: Vec<Tproxy>,
+    pub rules: Vec<Rule>,
+    /// Every file that was read, the first one first.
+    pub files: Vec<PathBuf>,
+}
+
+impl Default for Config {
+    /// Everything direct.
+    fn default() -> Config {
+        Config {
+            cgroup_root: None,
+            default: Target::Direct,
+            route_table: 300,
+            rule_priority: 100,
+            mask: 0xff00_0000,
+            bypass4: Vec::new(),
+            bypass6: Vec::new(),
+            bypass_marks: Vec::new(),
+            bypass_users: Vec::new(),
+            on_exit: OnExit::Remove,
+            log_level: Level::Notice,
+            counters_per_cgroup: false,
+            tproxies: Vec::new(),
+            rules: Vec::new(),
+            files: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// All targets, in the order of their sets: direct, drop, tproxies in file order.
+    pub fn targets(&self) -> impl Iterator<Item = Target> {
+        let tproxies = (0..self.tproxies.len() as u16).map(Target::Tproxy);
+        [Target::Direct, Target::Drop].into_iter().chain(tproxies)
+    }
+
+    pub fn target_name(&self, target: Target) -> &str {
+        match target {
+            Target::Direct => "direct",
+            Target::Drop => "drop",
+            Target::Tproxy(index) => &self.tproxies[usize::from(index)].name,
+        }
+    }
+
+    /// The ct mark of a flow that is known to go direct, where the default is not direct.
+    pub fn direct_mark(&self) -> u32 {
+        self.mask
+    }
+
+    /// Whether any flow gets a ct mark.
+    pub fn marks_flows(&self) -> bool {
+        !self.tproxies.is_empty() || self.default != Target::Direct
+    }
+}
+
+/// One thing that is wrong with a configuration; prints as `FILE:LINE: message`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    pub file: PathBuf,
+    /// 0 where the file as a whole is meant.
+    pub line: u32,
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            0 => write!(f, "{}: {}", self.file.display(), self.message),
+            line => write!(f, "{}:{line}: {}", self.file.display(), self.message),
+        }
+    }
+}
+
+/// Includes may nest this deep.
+const MAX_DEPTH: usize = 8;
+/// Longest tproxy name.
+const MAX_NAME: usize = 15;
+
+/// Reads `path` and what it includes.
+///
+/// Errors: every problem of every file, in the order of the files and lines.
+pub fn load(source: &dyn Source, path: &Path) -> Result<Config, Vec<Problem>> {
+    let mut reader = Reader {
+        source,
+        config: Config::default(),
+        problems: Vec::new(),
+        stack: Vec::new(),
+        seen: BTreeMap::new(),
+        default: None,
+        rules: Vec::new(),
+        tproxies: Vec::new(),
+    };
+    let nowhere = Place { file: Rc::new(path.to_path_buf()), line: 0 };
+    reader.file(path, &nowhere);
+    reader.finish()
+}
+
+/// The section that entries are being read into.
+#[derive(Clone, Copy)]
+enum Section {
+    /// Before the first header.
+    None,
+    /// After a header that is wrong: its entries are not judged.
+    Unknown,
+    Global,
+    Rules,
+    Tproxy(usize),
+}
+
+/// A tproxy section as far as it has been read.
+struct Draft {
+    place: Place,
+    tproxy: Tproxy,
+    has_port: bool,
+    mark: Option<(u32, Place)>,
+    keys: BTreeMap<String, Place>,
+}
+
+struct Reader<'a> {
+    source: &'a dyn Source,
+    config: Config,
+    problems: Vec<Problem>,
+    /// Files being read, outermost first.
+    stack: Vec<PathBuf>,
+    /// Single-valued keys of [global] that have been set.
+    seen: BTreeMap<String, Place>,
+    default: Option<(String, Place)>,
+    rules: Vec<(String, String, Place)>,
+    tproxies: Vec<Draft>,
+}
+
+const SECTIONS: [&str; 3] = ["global", "tproxy", "rules"];
+const GLOBAL_KEYS: [&str; 12] = [
+    "cgroup-root",
+    "default",
+    "route-table",
+    "rule-priority",
+    "fwmark-mask",
+    "bypass",
+    "bypass-mark",
+    "bypass-user",
+    "on-exit",
+    "include",
+    "log-level",
+    "counters",
+];
+const REPEATABLE: [&str; 6] =
+    ["bypass", "bypass-mark", "bypass-user", "include", "address", "dns-hijack"];
+const TPROXY_KEYS: [&str; 9] = [
+    "port",
+    "address",
+    "mark",
+    "tcp",
+    "udp",
+    "ipv4",
+    "ipv6",
+    "dns-hijack",
+    "dns-hijack-tcp",
+];
+
+impl Reader<'_> {
+    fn problem(&mut self, place: &Place, message: impl Into<String>) {
+        let file = place.file.to_path_buf();
+        self.problems.push(Problem { file, line: place.line, message: message.into() });
+    }
+
+    fn file(&mut self, path: &Path, from: &Place) {
+        if self.stack.iter().any(|p| p == path) {
+            return self.problem(from, format!("{} includes itself", path.display()));
+        }
+        if self.stack.len() >= MAX_DEPTH {
+            return self.problem(from, format!("includes are nested over {MAX_DEPTH} deep"));
+        }
+        let text = match self.source.read(path) {
+            Ok(text) => text,
+            Err(why) => {
+                let file = path.to_path_buf();
+                return self.problems.push(Problem { file, line: 0, message: why });
+            }
+        };
+        self.config.files.push(path.to_path_buf());
+        self.stack.push(path.to_path_buf());
+        let file = Rc::new(path.to_path_buf());
+        let mut section = Section::None;
+        for (line, item) in ini::lines(&text) {
+            let place = Place { file: file.clone(), line };
+            match item {
+                Err(why) => self.problem(&place, why),
+                Ok(Line::Header { kind, name }) => section = self.header(&place, kind, name),
+                Ok(Line::Entry { key, value }) => self.entry(&place, section, key, value),
+            }
+        }
+        self.stack.pop();
+    }
+
+    fn header(&mut self, place: &Place, kind: &str, name: Option<&str>) -> Section {
+        match (kind, name) {
+            ("global", None) => Section::Global,
+            ("rules", None) => Section::Rules,
+            ("global" | "rules", Some(name)) => {
+                self.problem(place, format!("section [{kind}] takes no name: \"{name}\""));
+                Section::Unknown
+            }
+            ("tproxy", Some(name)) => self.tproxy_header(place, name),
+            ("tproxy", None) => {
+                self.problem(place, "section [tproxy] needs a name: [tproxy NAME]");
+                Section::Unknown
+            }
+            _ => {
+                let hint = did_you_mean(kind, SECTIONS, |s| format!("[{s}]"));
+                self.problem(place, format!("unknown section [{kind}]{hint}"));
+                Section::Unknown
+            }
+        }
+    }
+
+    fn tproxy_header(&mut self, place: &Place, name: &str) -> Section {
+        if let Err(why) = check_name(name) {
+            self.problem(place, why);
+            return Section::Unknown;
+        }
+        if let Some(first) = self.tproxies.iter().find(|d| d.tproxy.name == name) {
+            let message = format!("duplicate section [tproxy {name}], first at {}", first.place);
+            self.problem(place, message);
+            return Section::Unknown;
+        }
+        self.tproxies.push(Draft {
+            place: place.clone(),
+            tproxy: Tproxy {
+                name: name.to_string(),
+                port: 0,
+                address4: None,
+                address6: None,
+                mark: 0,
+                tcp: Take::Yes,
+                udp: Take::Yes,
+                ipv4: Take::Yes,
+                ipv6: Take::Yes,
+                dns4: None,
+                dns6: None,
+                dns_tcp: false,
+            },
+            has_port: false,
+            mark: None,
+            keys: BTreeMap::new(),
+        });
+        Section::Tproxy(self.tproxies.len() - 1)
+    }
+
+    fn entry(&mut self, place: &Place, section: Section, key: &str, value: &str) {
+        let result = match section {
+            Section::Unknown => Ok(()),
+            Section::None => Err(format!("\"{key}\" stands before any section header")),
+            Section::Rules => {
+                self.rules.push((key.to_string(), value.to_string(), place.clone()));
+                Ok(())
+            }
+            Section::Global => self.once(place, section, key, "[global]", &GLOBAL_KEYS).and_then(
+                |()| match key {
+                    "include" => {
+                        self.include(place, value);
+                        Ok(())
+                    }
+                    _ => self.global(place, key, value),
+                },
+            ),
+            Section::Tproxy(index) => self
+                .once(place, section, key, "[tproxy]", &TPROXY_KEYS)
+                .and_then(|()| tproxy_key(&mut self.tproxies[index], place, key, value)),
+        };
+        if let Err(why) = result {
+            self.problem(place, why);
+        }
+    }
+
+    /// Checks that a key is known, and that it is not set a second time unless it is repeatable.
+    fn once(
+        &mut self,
+        place: &Place,
+        section: Section,
+        key: &str,
+        section_name: &str,
+        known: &[&'static str],
+    ) -> Result<(), String> {
+        if !known.contains(&key) {
+            let hint = did_you_mean(key, known.iter().copied(), |k| format!("\"{k}\""));
+            return Err(format!("unknown key \"{key}\" in {section_name}{hint}"));
+        }
+        if REPEATABLE.contains(&key) {
+            return Ok(());
+        }
+        let seen = match section {
+            Section::Tproxy(index) => &mut self.tproxies[index].keys,
+            _ => &mut self.seen,
+        };
+        match seen.get(key) {
+            Some(first) => Err(format!("duplicate key \"{key}\", first set at {first}")),
+            None => {
+                seen.insert(key.to_string(), place.clone());
+                Ok(())
+            }
+        }
+    }
+
+    fn include(&mut self, place: &Place, value: &str) {
+        let base = place.file.parent().unwrap_or(Path::new("."));
+        match self.source.glob(&base.join(value)) {
+            Err(why) => self.problem(place, format!("unable to include \"{value}\": {why}")),
+            Ok(files) => files.iter().for_each(|file| self.file(file, place)),
+        }
+    }
+
+    fn global(&mut self, place: &Place, key: &str, value: &str) -> Result<(), String> {
+        let config = &mut self.config;
+        match key {
+            "cgroup-root" => {
+                config.cgroup_root = match value {
+                    "auto" => None,
+                    path if path.starts_with('/') => Some(PathBuf::from(path)),
+                    _ => return Err(expects(key, "auto or an absolute path", value)),
+                }
+            }
+            "default" => self.default = Some((value.to_string(), place.clone())),
+            "route-table" => config.route_table = route_table(value)?,
+            "rule-priority" => config.rule_priority = number(key, value, 1, 32765)?,
+            "fwmark-mask" => config.mask = number(key, value, 1, u32::MAX)?,
+            "bypass" => bypass(config, value)?,
+            "bypass-mark" => config.bypass_marks.push(bypass_mark(value)?),
+            "bypass-user" => {
+                let uid = match value.bytes().all(|b| b.is_ascii_digit()) {
+                    true => number(key, value, 0, u32::MAX - 1)?,
+                    false => match self.source.uid(value) {
+                        Some(uid) => uid,
+                        None => return Err(format!("no such user: \"{value}\"")),
+                    },
+                };
+                config.bypass_users.push(uid);
+            }
+            "on-exit" => {
+                config.on_exit = match value {
+                    "remove" => OnExit::Remove,
+                    "keep" => OnExit::Keep,
+                    _ => return Err(expects(key, "remove or keep", value)),
+                }
+            }
+            "log-level" => {
+                config.log_level = Level::parse(value)
+                    .ok_or_else(|| expects(key, "error, warning, notice, info or debug", value))?
+            }
+            "counters" => {
+                config.counters_per_cgroup = match value {
+                    "target" => false,
+                    "cgroup" => true,
+                    _ => return Err(expects(key, "target or cgroup", value)),
+                }
+            }
+            _ => unreachable!("{key} is in GLOBAL_KEYS"),
+        }
+        Ok(())
+    }
+
+    /// Resolves what could refer to a later line: targets and marks.
+    fn finish(mut self) -> Result<Config, Vec<Problem>> {
+        for draft in std::mem::take(&mut self.tproxies) {
+            if !draft.has_port {
+                let name = &draft.tproxy.name;
+                self.problem(&draft.place, format!("[tproxy {name}] needs a port"));
+            }
+            if draft.tproxy.dns_tcp && !draft.tproxy.hijacks_dns() {
+                let place = draft.keys.get("dns-hijack-tcp").unwrap_or(&draft.place).clone();
+                self.problem(&place, "\"dns-hijack-tcp\" needs \"dns-hijack\"");
+            }
+            self.config.tproxies.push(draft.tproxy.clone());
+            self.tproxies.push(draft);
+        }
+        if let Some((name, place)) = self.default.take() {
+            match self.target(&name) {
+                Ok(target) => self.config.default = target,
+                Err(why) => self.problem(&place, why),
+            }
+        }
+        self.assign_marks();
+        for (target, pattern, place) in std::mem::take(&mut self.rules) {
+            let target = self.target(&target).map_err(|why| self.problem(&place, why));
+            let regex = compile(&pattern).map_err(|why| self.problem(&place, why));
+            if let (Ok(target), Ok(regex)) = (target, regex) {
+                self.config.rules.push(Rule { target, pattern, regex, place });
+            }
+        }
+        if self.problems.is_empty() {
+            return Ok(self.config);
+        }
+        // what the end of the files showed belongs to its line all the same
+        let files = &self.config.files;
+        let order = |p: &Problem| files.iter().position(|f| *f == p.file).unwrap_or(files.len());
+        self.problems.sort_by_key(|p| (order(p), p.line));
+        Err(self.problems)
+    }
+
+    fn target(&self, name: &str) -> Result<Target, String> {
+        match name {
+            "direct" => Ok(Target::Direct),
+            "drop" => Ok(Target::Drop),
+            _ => match self.config.tproxies.iter().position(|t| t.name == name) {
+                Some(index) => Ok(Target::Tproxy(index as u16)),
+                None => {
+                    let names = self.config.tproxies.iter().map(|t| t.name.as_str());
+                    let names = names.chain(["direct", "drop"]);
+                    let hint = did_you_mean(name, names, |n| format!("\"{n}\""));
+                    Err(format!("undefined target \"{name}\"{hint}"))
+                }
+            },
+        }
+    }
+
+    /// The tproxy at position i gets mark i, shifted into the mask, or the next one that is free.
+    fn assign_marks(&mut self) {
+        let mask = self.config.mask;
+        let reserved = match self.config.default {
+            Target::Direct => None,
+            _ => Some(self.config.direct_mark()),
+        };
+        let mut taken: BTreeMap<u32, String> = BTreeMap::new();
+        let drafts = std::mem::take(&mut self.tproxies);
+        for draft in &drafts {
+            let Some((mark, place)) = &draft.mark else { continue };
+            let (mark, name) = (*mark, &draft.tproxy.name);
+            if mark & !mask != 0 {
+                self.problem(place, format!("mark {mark:#x} is not within fwmark-mask {mask:#x}"));
+            } else if reserved == Some(mark) {
+                let why = "is the whole fwmark-mask, which stands for direct flows where the \
+                           default is not direct";
+                self.problem(place, format!("mark {mark:#x} {why}"));
+            } else if let Some(other) = taken.get(&mark) {
+                self.problem(place, format!("mark {mark:#x} is that of [tproxy {other}] already"));
+            } else {
+                taken.insert(mark, name.clone());
+            }
+        }
+        for (index, draft) in drafts.iter().enumerate() {
+            let free = || {
+                let shift = mask.trailing_zeros();
+                (1 + index as u32..=mask >> shift)
+                    .chain(1..=index as u32)
+                    .map(|n| n.checked_shl(shift).unwrap_or(0))
+                    .find(|m| m & !mask == 0 && !taken.contains_key(m) && reserved != Some(*m))
+            };
+            let name = &draft.tproxy.name;
+            let mark = match &draft.mark {
+                Some((mark, _)) => *mark,
+                None => match free() {
+                    Some(mark) => mark,
+                    None => {
+                        let message =
+                            format!("no mark left in fwmark-mask {mask:#x} for [tproxy {name}]");
+                        self.problem(&draft.place, message);
+                        continue;
+                    }
+                },
+            };
+            taken.entry(mark).or_insert_with(|| name.clone());
+            self.config.tproxies[index].mark = mark;
+        }
+    }
+}
+
+fn tproxy_key(draft: &mut Draft, place: &Place, key: &str, value: &str) -> Result<(), String> {
+    let tproxy = &mut draft.tproxy;
+    match key {
+        "port" => {
+            // a bad port is told once, not again as a missing one
+            draft.has_port = true;
+            tproxy.port = number(key, value, 1, 65535)? as u16;
+        }
+        "address" => match value.parse() {
+            Ok(IpAddr::V4(a)) => set_once(&mut tproxy.address4, a, key, "IPv4")?,
+            Ok(IpAddr::V6(a)) => set_once(&mut tproxy.address6, a, key, "IPv6")?,
+            Err(_) => return Err(expects(key, "an IPv4 or IPv6 address", value)),
+        },
+        "mark" => draft.mark = Some((number(key, value, 1, u32::MAX)?, place.clone())),
+        "tcp" => tproxy.tcp = take(key, value)?,
+        "udp" => tproxy.udp = take(key, value)?,
+        "ipv4" => tproxy.ipv4 = take(key, value)?,
+        "ipv6" => tproxy.ipv6 = take(key, value)?,
+        "dns-hijack" => match endpoint(value) {
+            Some(SocketAddr::V4(a)) => set_once(&mut tproxy.dns4, a, key, "IPv4")?,
+            Some(SocketAddr::V6(a)) => set_once(&mut tproxy.dns6, a, key, "IPv6")?,
+            None => return Err(expects(key, "ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT", value)),
+        },
+        "dns-hijack-tcp" => tproxy.dns_tcp = boolean(key, value)?,
+        _ => unreachable!("{key} is in TPROXY_KEYS"),
+    }
+    Ok(())
+}
+
+fn set_once<T>(slot: &mut Option<T>, value: T, key: &str, family: &str) -> Result<(), String> {
+    match slot.replace(value) {
+        None => Ok(()),
+        Some(_) => Err(format!("\"{key}\" is set twice for {family}")),
+    }
+}
+
+fn expects(key: &str, what: &str, value: &str) -> String {
+    format!("\"{key}\" expects {what}, not \"{value}\"")
+}
+
+fn check_name(name: &str) -> Result<(), String> {
+    let legal = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    if name == "direct" || name == "drop" {
+        Err(format!("a tproxy cannot be named \"{name}\""))
+    } else if name.len() > MAX_NAME
+        || !name.starts_with(|c: char| c.is_ascii_alphabetic())
+        || !name.chars().all(legal)
+    {
+        Err(format!(
+            "bad tproxy name \"{name}\": a letter, then up to 14 letters, digits, \"_\" or \"-\""
+        ))
+    } else {
+        Ok(())
+    }
+}
+
+/// A decimal number, or a hexadecimal one behind `0x`.
+fn parse_number(value: &str) -> Option<u64> {
+    let (digits, radix) = match value.strip_prefix("0x").or_else(|| value.strip_prefix("0X")) {
+        Some(hex) => (hex, 16),
+        None => (value, 10),
+    };
+    // from_str_radix would take a sign
+    let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    plain.then(|| u64::from_str_radix(digits, radix).ok()).flatten()
+}
+
+fn number(key: &str, value: &str, least: u32, most: u32) -> Result<u32, String> {
+    match parse_number(value) {
+        Some(n) if (u64::from(least)..=u64::from(most)).contains(&n) => Ok(n as u32),
+        _ => {
+            let range = match most {
+                0xffff_fffe.. => format!("a number from {least} to {most:#x}"),
+                _ => format!("a number from {least} to {most}"),
+            };
+            Err(expects(key, &range, value))
+        }
+    }
+}
+
+fn boolean(key: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "yes" | "true" | "on" | "1" => Ok(true),
+        "no" | "false" | "off" | "0" => Ok(false),
+        _ => Err(expects(key, "yes or no", value)),
+    }
+}
+
+fn take(key: &str, value: &str) -> Result<Take, String> {
+    match value {
+        "drop" => Ok(Take::Drop),
+        _ => match boolean(key, value) {
+            Ok(true) => Ok(Take::Yes),
+            Ok(false) => Ok(Take::No),
+            Err(_) => Err(expects(key, "yes, no or drop", value)),
+        },
+    }
+}
+
+fn route_table(value: &str) -> Result<u32, String> {
+    match number("route-table", value, 1, u32::MAX)? {
+        table @ 253..=255 => {
+            Err(format!("\"route-table\" cannot be {table}: it is the default, main or local one"))
+        }
+        table => Ok(table),
+    }
+}
+
+fn bypass(config: &mut Config, value: &str) -> Result<(), String> {
+    if value == "private" {
+        for (a, n) in [([10, 0, 0, 0], 8), ([172, 16, 0, 0], 12), ([192, 168, 0, 0], 16)] {
+            config.bypass4.push(Range::prefix(Ipv4Addr::from(a), n));
+        }
+        config.bypass4.push(Range::prefix(Ipv4Addr::new(100, 64, 0, 0), 10));
+        config.bypass6.push(Range::prefix(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7));
+        return Ok(());
+    }
+    let wrong = || expects("bypass", "an address, a CIDR or \"private\"", value);
+    let (address, length) = match value.split_once('/') {
+        Some((address, length)) => (address, Some(length)),
+        None => (value, None),
+    };
+    let address: IpAddr = address.trim().parse().map_err(|_| wrong())?;
+    let bits = match Family::of(&address) {
+        Family::V4 => 32,
+        Family::V6 => 128,
+    };
+    let length = match length.map(str::trim) {
+        None => bits,
+        Some(text) if text.bytes().all(|b| b.is_ascii_digit()) => {
+            text.parse().ok().filter(|n| *n <= bits).ok_or_else(|| {
+                format!("\"bypass\": prefix length {text} is not from 0 to {bits}: \"{value}\"")
+            })?
+        }
+        Some(_) => return Err(wrong()),
+    };
+    match address {
+        IpAddr::V4(a) => config.bypass4.push(Range::prefix(a, length)),
+        IpAddr::V6(a) => config.bypass6.push(Range::prefix(a, length)),
+    }
+    Ok(())
+}
+
+fn bypass_mark(value: &str) -> Result<Mark, String> {
+    let wrong = || expects("bypass-mark", "VALUE or VALUE/MASK, 32 bits each", value);
+    let bits = |text: &str| {
+        parse_number(text.trim()).and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong)
+    };
+    let mark = match value.split_once('/') {
+        Some((value, mask)) => Mark { value: bits(value)?, mask: bits(mask)? },
+        None => Mark { value: bits(value)?, mask: u32::MAX },
+    };
+    match mark {
+        Mark { value: 0, .. } => Err("\"bypass-mark\" 0 would match every packet".into()),
+        Mark { mask: 0, .. } => Err("\"bypass-mark\" with mask 0 would match every packet".into()),
+        mark if mark.value & !mark.mask != 0 => {
+            Err(format!("\"bypass-mark\" {:#x} has bits outside its mask {:#x}", mark.value, mark.mask))
+        }
+        mark => Ok(mark),
+    }
+}
+
+/// `ADDRESS`, `ADDRESS:PORT`, `[ADDRESS]:PORT`; port 53 if left out.
+fn endpoint(value: &str) -> Option<SocketAddr> {
+    let bare = value.strip_prefix('[').and_then(|v| v.strip_suffix(']')).unwrap_or(value);
+    let address = match bare.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, 53),
+        Err(_) => value.parse::<SocketAddr>().ok()?,
+    };
+    let plain = !matches!(address, SocketAddr::V6(a) if a.scope_id() != 0);
+    (address.port() != 0 && !address.ip().is_unspecified() && plain).then_some(address)
+}
+
+/// Compiles a rule's pattern, anchored at both ends of the path.
+pub fn compile(pattern: &str) -> Result<Regex, String> {
+    // alone first: `a)|(b` must not become legal by the group around it
+    if let Err(error) = Regex::new(pattern) {
+        let at = error_position(pattern, &error.to_string());
+        return Err(format!("bad pattern at character {at}: {error}: \"{pattern}\""));
+    }
+    // in (?x) mode the first group's end could stand in a comment, which a newline ends
+    Regex::new(&format!(r"\A(?:{pattern})\z"))
+        .or_else(|_| Regex::new(&format!("\\A(?:{pattern}\n)\\z")))
+        .map_err(|error| format!("bad pattern: {error}: \"{pattern}\""))
+}
+
+/// Where a pattern goes wrong, counted in characters from 1: regex-lite does not say, so this is
+/// the end of the shortest beginning from which on every beginning has that error.
+fn error_position(pattern: &str, error: &str) -> usize {
+    let ends = pattern.char_indices().map(|(at, c)| at + c.len_utf8());
+    let ends: Vec<usize> = ends.take(1024).collect();
+    let has_error = |end: &&usize| {
+        Regex::new(&pattern[..**end]).err().is_some_and(|e| e.to_string() == error)
+    };
+    let tail = ends.iter().rev().take_while(has_error).count();
+    (ends.len() - tail + 1).min(ends.len().max(1))
+}
+
+/// `, did you mean …?` where a known word is close to what was written.
+fn did_you_mean<'a>(
+    written: &str,
+    known: impl IntoIterator<Item = &'a str>,
+    show: impl Fn(&str) -> String,
+) -> String {
+    let close = (written.chars().count() / 3).clamp(1, 3);
+    (known.into_iter())
+        .map(|word| (distance(written, word), word))
+        .filter(|(d, _)| *d <= close)
+        .min()
+        .map_or(String::new(), |(_, word)| format!(", did you mean {}?", show(word)))
+}
+
+/// Optimal string alignment distance: insertions, deletions, substitutions, swaps of neighbours.
+fn distance(a: &str, b: &str) -> usize {
+    let (a, b): (Vec<char>, Vec<char>) = (a.chars().take(64).collect(), b.chars().collect());
+    let mut rows = vec![vec![0; b.len() + 1]; a.len() + 1];
+    for i in 0..=a.len() {
+        for j in 0..=b.len() {
+            rows[i][j] = if i == 0 || j == 0 {
+                i + j
+            } else {
+                let same = usize::from(a[i - 1] != b[j - 1]);
+                let mut best = (rows[i - 1][j] + 1)
+                    .min(rows[i][j - 1] + 1)
+                    .min(rows[i - 1][j - 1] + same);
+                if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                    best = best.min(rows[i - 2][j - 2] + 1);
+                }
+                best
+            };
+        }
+    }
+    rows[a.len()][b.len()]
+}

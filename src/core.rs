@@ -1,0 +1,363 @@
+//! The state machine: what happened goes in as an [`Event`], what is to be done comes out as
+//! [`Action`]s, and what the kernel's sets should then hold as a [`Delta`]. Pure: no I/O, no clock.
+//!
+//! An event never says what is there, only where to look: a name in IN_CREATE may be gone again or
+//! stand for another cgroup by now. So lost, doubled and reordered events do no harm; the look
+//! ([`Scan`]) decides.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use nix::errno::Errno;
+
+use crate::cgroup::tree::{self, Node, Path, Tree};
+use crate::config::{Config, Target};
+use crate::nft::ruleset::Element;
+use crate::policy;
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A directory of this name was made or removed below a watched one.
+    Changed { wd: i32, name: Box<[u8]> },
+    /// The kernel ended a watch by itself.
+    Unwatched { wd: i32 },
+    /// Events were lost.
+    Overflow,
+    /// A scan found what was known already.
+    Same { path: Path },
+    /// A scan found a cgroup: its id, its watch (or why there is none), its children.
+    Found { path: Path, id: u64, wd: Option<i32>, refused: Option<Errno>, children: Vec<Box<[u8]>> },
+    /// A scan found nothing under that path.
+    Gone { path: Path },
+    /// A scan could not be done.
+    Failed { path: Path, errno: Errno },
+    /// Time to look again at what could not be watched or scanned.
+    Retry,
+}
+
+/// Something to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    Scan(Scan),
+    /// End a watch.
+    Unwatch(i32),
+    /// Worth a line: the cgroup got its own element, or lost it.
+    Classified { path: Path, target: Option<Target> },
+    /// Worth a line: the cgroup cannot be watched or scanned; it is looked at every few seconds.
+    Blind { path: Path, errno: Errno },
+}
+
+/// A directory to look at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scan {
+    pub path: Path,
+    /// The id that is known under this path: where it is still the same, there is nothing to do.
+    pub known: Option<u64>,
+    /// Look at the children even so: events about them may have been lost.
+    pub deep: bool,
+}
+
+/// The difference between what the kernel's sets hold and what they should hold.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Delta {
+    pub delete: BTreeMap<Target, Vec<u64>>,
+    pub add: BTreeMap<Target, Vec<u64>>,
+    /// The pairs in use, where they changed: `output` has to be rebuilt.
+    pub pairs: Option<BTreeSet<Element>>,
+}
+
+impl Delta {
+    pub fn is_empty(&self) -> bool {
+        self.delete.is_empty() && self.add.is_empty() && self.pairs.is_none()
+    }
+}
+
+/// Everything that the kernel's sets should hold.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    pub elements: BTreeMap<Target, Vec<u64>>,
+    pub pairs: BTreeSet<Element>,
+}
+
+/// The tree and what follows from it.
+pub struct Core {
+    config: Rc<Config>,
+    /// Level of the cgroup root itself.
+    base_level: usize,
+    tree: Tree,
+    /// Elements in use, counted by pair.
+    pairs: BTreeMap<Element, usize>,
+    /// The pairs that `output` has rules for.
+    committed_pairs: BTreeSet<Element>,
+    /// By cgroup id: the target in the kernel's sets, and the one that should be there.
+    pending: BTreeMap<u64, (Option<Target>, Option<Target>)>,
+    /// Directories without a watch, or that could not be scanned.
+    blind: BTreeSet<Path>,
+}
+
+/// Deepest level that `socket cgroupv2` can name; what lies deeper inherits.
+const MAX_LEVEL: usize = 255;
+
+impl Core {
+    /// An empty tree; [`Core::start`] gives the first action.
+    pub fn new(config: Rc<Config>, base_level: usize) -> Core {
+        Core {
+            config,
+            base_level,
+            tree: Tree::default(),
+            pairs: BTreeMap::new(),
+            committed_pairs: BTreeSet::new(),
+            pending: BTreeMap::new(),
+            blind: BTreeSet::new(),
+        }
+    }
+
+    pub fn config(&self) -> &Rc<Config> {
+        &self.config
+    }
+
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// True while something has to be looked at again after some seconds.
+    pub fn wants_retry(&self) -> bool {
+        !self.blind.is_empty()
+    }
+
+    /// The look at everything.
+    pub fn start(&self) -> Action {
+        self.scan(tree_root(), true)
+    }
+
+    /// Takes one event; what is to be done is pushed onto `actions`.
+    pub fn step(&mut self, event: Event, actions: &mut Vec<Action>) {
+        match event {
+            Event::Changed { wd, name } => {
+                // of a directory that is gone: its parent's event has been, or will be, seen
+                let Some(parent) = self.tree.watched(wd) else { return };
+                let path = tree::child(parent, &name);
+                actions.push(self.scan(path, false));
+            }
+            Event::Unwatched { wd } => {
+                if let Some(path) = self.tree.unwatch(wd) {
+                    actions.push(self.scan(path, true));
+                }
+            }
+            Event::Overflow => actions.push(self.start()),
+            Event::Same { path } => {
+                self.blind.remove(&path);
+            }
+            Event::Found { path, id, wd, refused, children } => {
+                self.found(path, id, wd, refused, children, actions)
+            }
+            Event::Gone { path } => self.gone(&path, actions),
+            Event::Failed { path, errno } => self.failed(path, errno, actions),
+            Event::Retry => {
+                let blind: Vec<Path> = self.blind.iter().cloned().collect();
+                actions.extend(blind.into_iter().map(|path| self.scan(path, true)));
+            }
+        }
+    }
+
+    /// Takes a new policy: every rank and element is computed anew. The table has to be replaced
+    /// afterwards, with [`Core::snapshot`].
+    pub fn set_config(&mut self, config: Rc<Config>) {
+        self.config = config;
+        self.pairs.clear();
+        let paths: Vec<Path> = self.tree.iter().map(|(path, _)| path.clone()).collect();
+        for path in paths {
+            let (rank, element) = self.classify(&path);
+            if let Some(node) = self.tree.get_mut(&path) {
+                (node.rank, node.element) = (rank, element);
+            }
+            self.count(&path, element, true);
+        }
+    }
+
+    /// The net difference since the last commit. The caller commits it, or replaces the table.
+    pub fn take_delta(&mut self) -> Delta {
+        let mut delta = Delta::default();
+        for (id, (before, after)) in std::mem::take(&mut self.pending) {
+            if before == after {
+                continue;
+            }
+            if let Some(target) = before {
+                delta.delete.entry(target).or_default().push(id);
+            }
+            if let Some(target) = after {
+                delta.add.entry(target).or_default().push(id);
+            }
+        }
+        if !self.pairs.keys().eq(&self.committed_pairs) {
+            self.committed_pairs = self.pairs.keys().copied().collect();
+            delta.pairs = Some(self.committed_pairs.clone());
+        }
+        delta
+    }
+
+    /// Everything, for a replacement of the table; what was pending is in it.
+    pub fn snapshot(&mut self) -> Snapshot {
+        self.pending.clear();
+        self.committed_pairs = self.pairs.keys().copied().collect();
+        let mut elements: BTreeMap<Target, Vec<u64>> = BTreeMap::new();
+        for (_, node) in self.tree.iter() {
+            if let Some(target) = node.element {
+                elements.entry(target).or_default().push(node.id);
+            }
+        }
+        Snapshot { elements, pairs: self.committed_pairs.clone() }
+    }
+
+    fn scan(&self, path: Path, deep: bool) -> Action {
+        let node = self.tree.get(&path);
+        // without a watch, nothing else will tell of its children
+        let deep = deep || node.is_some_and(|node| node.wd.is_none());
+        Action::Scan(Scan { known: node.map(|node| node.id), path, deep })
+    }
+
+    fn found(
+        &mut self,
+        path: Path,
+        id: u64,
+        wd: Option<i32>,
+        refused: Option<Errno>,
+        children: Vec<Box<[u8]>>,
+        actions: &mut Vec<Action>,
+    ) {
+        if tree::parent(&path).is_some_and(|parent| self.tree.get(parent).is_none()) {
+            // the parent went while its child was being looked at
+            actions.extend(wd.map(Action::Unwatch));
+            return;
+        }
+        match refused {
+            None => {
+                self.blind.remove(&path);
+            }
+            Some(errno) => self.set_blind(&path, errno, actions),
+        }
+        match self.tree.get(&path).copied() {
+            Some(old) if old.id == id => {
+                if old.wd != wd {
+                    actions.extend(old.wd.map(Action::Unwatch));
+                    self.tree.remove(&path);
+                    self.tree.insert(path.clone(), Node { wd, ..old });
+                }
+                let missing = self.missing(&path, &children);
+                missing.iter().for_each(|child| self.gone(child, actions));
+            }
+            old => {
+                if old.is_some() {
+                    // another cgroup of the same name; a watch of the same number is the new one's
+                    let before = actions.len();
+                    self.gone(&path, actions);
+                    if let Some(wd) = wd {
+                        let stale = actions.split_off(before);
+                        let keep = stale.into_iter().filter(|a| *a != Action::Unwatch(wd));
+                        actions.extend(keep);
+                    }
+                    if let Some(errno) = refused {
+                        self.set_blind(&path, errno, actions);
+                    }
+                }
+                let (rank, element) = self.classify(&path);
+                self.tree.insert(path.clone(), Node { id, wd, rank, element });
+                self.count(&path, element, true);
+                self.want(id, None, element);
+                if element.is_some() {
+                    actions.push(Action::Classified { path: path.clone(), target: element });
+                }
+            }
+        }
+        for name in children {
+            let child = tree::child(&path, &name);
+            // those that are known were deep in doubt only if this scan was
+            actions.push(self.scan(child, true));
+        }
+    }
+
+    /// Known children that a list does not have any more.
+    fn missing(&self, path: &[u8], children: &[Box<[u8]>]) -> Vec<Path> {
+        let there: BTreeSet<&[u8]> = children.iter().map(|c| &**c).collect();
+        (self.tree.below(path))
+            .filter(|(below, _)| tree::parent(below) == Some(path))
+            .filter(|(below, _)| !there.contains(&below[path.len() + 1..]))
+            .map(|(below, _)| below.clone())
+            .collect()
+    }
+
+    /// Forgets a cgroup and all below it.
+    fn gone(&mut self, path: &Path, actions: &mut Vec<Action>) {
+        let mut paths: Vec<Path> = self.tree.below(path).map(|(p, _)| p.clone()).collect();
+        paths.push(path.clone());
+        for path in paths {
+            self.blind.remove(&path);
+            let Some(node) = self.tree.remove(&path) else { continue };
+            actions.extend(node.wd.map(Action::Unwatch));
+            self.count(&path, node.element, false);
+            self.want(node.id, node.element, None);
+            if node.element.is_some() {
+                actions.push(Action::Classified { path, target: None });
+            }
+        }
+        if path.is_empty() {
+            // the root itself: it may come back
+            self.blind.insert(path.clone());
+        }
+    }
+
+    fn failed(&mut self, path: Path, errno: Errno, actions: &mut Vec<Action>) {
+        let parent_known = tree::parent(&path).is_none_or(|p| self.tree.get(p).is_some());
+        if parent_known {
+            self.set_blind(&path, errno, actions);
+        }
+    }
+
+    fn set_blind(&mut self, path: &Path, errno: Errno, actions: &mut Vec<Action>) {
+        if self.blind.insert(path.clone()) {
+            actions.push(Action::Blind { path: path.clone(), errno });
+        }
+    }
+
+    /// Rank and element of a path whose parent is in the tree.
+    fn classify(&self, path: &[u8]) -> (policy::Rank, Option<Target>) {
+        let config = &self.config;
+        let Some(parent) = tree::parent(path) else {
+            return (policy::root_rank(config), None);
+        };
+        let parent = self.tree.get(parent).map_or(policy::root_rank(config), |node| node.rank);
+        let rank = policy::rank(config, parent, path);
+        let target = policy::target(config, rank);
+        let differs = target != policy::target(config, parent);
+        let reachable = self.base_level + tree::depth(path) <= MAX_LEVEL;
+        (rank, (differs && reachable).then_some(target))
+    }
+
+    fn count(&mut self, path: &[u8], element: Option<Target>, up: bool) {
+        let Some(target) = element else { return };
+        let level = (self.base_level + tree::depth(path)) as u8;
+        let pair = Element { level, target };
+        let count = self.pairs.entry(pair).or_insert(0);
+        match up {
+            true => *count += 1,
+            false => *count -= 1,
+        }
+        if *count == 0 {
+            self.pairs.remove(&pair);
+        }
+    }
+
+    /// Notes what the set should hold for a cgroup id, against what it holds now.
+    fn want(&mut self, id: u64, now: Option<Target>, wanted: Option<Target>) {
+        let entry = self.pending.entry(id).or_insert((now, now));
+        entry.1 = wanted;
+        if entry.0 == entry.1 {
+            self.pending.remove(&id);
+        }
+    }
+}
+
+fn tree_root() -> Path {
+    Rc::from(&b""[..])
+}

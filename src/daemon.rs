@@ -1,0 +1,376 @@
+//! `run`: the only module that joins I/O to the core. It owns the descriptors, waits in one
+//! poll(2), hands what happened to the core, does what the core asks, and commits at most one
+//! transaction a wake-up.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::cgroup::mount;
+use crate::cgroup::watch::{self, Watcher};
+use crate::config::{Config, OnExit};
+use crate::core::{Action, Core, Event};
+use crate::error::{Error, Result};
+use crate::instance::Instance;
+use crate::kernel::Kernel;
+use crate::log;
+use crate::log::{Escaped, Level};
+use crate::notify::Notify;
+use crate::sys;
+
+/// What `run` was asked for.
+pub struct Options {
+    pub config_file: PathBuf,
+    /// Reads the configuration anew.
+    pub load: Box<dyn Fn() -> Result<Config>>,
+    pub pidfile: Option<PathBuf>,
+    pub ready_fd: Option<OwnedFd>,
+    pub verbose: usize,
+    pub syslog: bool,
+}
+
+/// First and longest pause before another try at what the kernel refused.
+const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How often a directory is looked at that cannot be watched.
+const LOOK_AGAIN: Duration = Duration::from_secs(5);
+
+/// A directory tree under watch, and what is known of it.
+struct Cgroups {
+    root: mount::Root,
+    watcher: Watcher,
+    core: Core,
+    look_again: Option<Instant>,
+}
+
+struct Daemon {
+    options: Options,
+    kernel: Kernel,
+    cgroups: Cgroups,
+    /// When and after what pause to replace the table, after the kernel refused a transaction.
+    repair: Option<(Instant, Duration)>,
+    notify: Notify,
+}
+
+/// Runs until SIGTERM or SIGINT.
+///
+/// Errors: what made it impossible to start; what remained in the kernel at the end. Later refusals
+/// of the kernel are logged and tried again.
+pub fn run(mut options: Options) -> Result<()> {
+    // blocked before anything is set up, so that none is lost or kills us half-way
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1] {
+        signals.add(signal);
+    }
+    let refused = |errno| Error::system("unable to receive signals", errno);
+    signals.thread_block().map_err(refused)?;
+    let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .map_err(refused)?;
+
+    let config = (options.load)()?;
+    log::configure(config.log_level.louder(options.verbose), options.syslog);
+    if sys::effective_capabilities().is_ok_and(|set| set & sys::CAP_NET_ADMIN == 0) {
+        let why = "unable to run without CAP_NET_ADMIN: run as root or grant that capability";
+        return Err(Error::State(why.into()));
+    }
+    let instance = Instance::claim()?;
+    let notify = Notify::new(options.ready_fd.take());
+    let cgroups = Cgroups::scan(Rc::new(config))?;
+    let mut daemon = Daemon { options, kernel: Kernel::open()?, cgroups, repair: None, notify };
+    daemon.start()?;
+    daemon.serve(&signals, &instance)
+}
+
+impl Cgroups {
+    /// Watches and scans everything.
+    fn scan(config: Rc<Config>) -> Result<Cgroups> {
+        let root = mount::find(config.cgroup_root.as_deref())?;
+        let core = Core::new(config, root.level);
+        let watcher = Watcher::new(&root.dir)?;
+        let mut cgroups = Cgroups { root, watcher, core, look_again: None };
+        let start = cgroups.core.start();
+        cgroups.act(vec![start]);
+        match cgroups.core.tree().is_empty() {
+            false => Ok(cgroups),
+            true => {
+                let dir = cgroups.root.dir.display();
+                Err(Error::State(format!("unable to read cgroup root {dir}: is it on cgroup2?")))
+            }
+        }
+    }
+
+    fn step(&mut self, event: Event) {
+        let mut actions = Vec::new();
+        self.core.step(event, &mut actions);
+        self.act(actions);
+    }
+
+    /// Does what the core asks until it asks for nothing more.
+    fn act(&mut self, mut actions: Vec<Action>) {
+        while let Some(action) = actions.pop() {
+            match action {
+                Action::Scan(scan) => {
+                    let event = self.watcher.scan(&scan);
+                    self.core.step(event, &mut actions);
+                }
+                Action::Unwatch(wd) => self.watcher.unwatch(wd),
+                Action::Classified { path, target } => {
+                    let config = self.core.config();
+                    let name = target.map_or("gone", |target| config.target_name(target));
+                    log::write_limited(Level::Info, format_args!("{}: {name}", Escaped(&path)));
+                }
+                Action::Blind { path, errno } => self.blind(&path, errno),
+            }
+        }
+        match self.core.wants_retry() {
+            true if self.look_again.is_none() => self.look_again = Some(Instant::now() + LOOK_AGAIN),
+            true => {}
+            false => self.look_again = None,
+        }
+    }
+
+    fn blind(&self, path: &crate::cgroup::tree::Path, errno: Errno) {
+        let remedy = match errno {
+            Errno::ENOSPC => "; raise the sysctl fs.inotify.max_user_watches",
+            Errno::EACCES => "; grant CAP_DAC_READ_SEARCH",
+            _ => "",
+        };
+        let every = LOOK_AGAIN.as_secs();
+        log::write_limited(
+            Level::Warning,
+            format_args!(
+                "unable to watch cgroup {}: {}, looking every {every} s{remedy}",
+                watch::display(path),
+                crate::error::reason(errno)
+            ),
+        );
+    }
+
+    /// Takes what inotify has, up to one bufferful; false when there was nothing.
+    fn drain(&mut self) -> Result<bool> {
+        let events: Vec<Event> = self.watcher.read()?.filter_map(watch::event).collect();
+        let any = !events.is_empty();
+        for event in events {
+            if event == Event::Overflow {
+                log!(Notice, "cgroup events were lost, looking at everything");
+            }
+            self.step(event);
+        }
+        Ok(any)
+    }
+}
+
+impl Daemon {
+    /// Programs the kernel, takes in the cgroups that came meanwhile, and says that it is ready.
+    fn start(&mut self) -> Result<()> {
+        let config = self.cgroups.core.config().clone();
+        self.kernel.add_routing(&config)?;
+        self.replace()?;
+        let removed = self.kernel.trim_routing(Some(&config))?;
+        if !removed.is_empty() {
+            log!(Notice, "removed {} stale ip rules and routes", removed.len());
+        }
+        while self.cgroups.drain()? {}
+        self.commit();
+        if let Some(file) = &self.options.pidfile {
+            write_pidfile(file)?;
+        }
+        self.notify.ready();
+        log!(Notice, "started: {}", self.summary());
+        Ok(())
+    }
+
+    fn serve(&mut self, signals: &SignalFd, instance: &Instance) -> Result<()> {
+        loop {
+            let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+            fds.extend(self.cgroups.watcher.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+            fds.extend(instance.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+            match poll(&mut fds, self.timeout()) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(Error::system("unable to poll", errno)),
+            }
+            instance.dismiss();
+            self.cgroups.drain()?;
+            self.retry();
+            self.commit();
+            while let Some(signal) = read_signal(signals)? {
+                match signal {
+                    Signal::SIGHUP => self.reload(),
+                    Signal::SIGUSR1 => log!(Notice, "status: {}", self.summary()),
+                    _ => return self.stop(),
+                }
+            }
+        }
+    }
+
+    /// Until the next retry that is due; none at all where nothing is pending.
+    fn timeout(&self) -> PollTimeout {
+        let due = [self.cgroups.look_again, self.repair.map(|(at, _)| at)];
+        match due.into_iter().flatten().min() {
+            None => PollTimeout::NONE,
+            Some(at) => {
+                // rounded up, so that it is due when poll returns
+                let left = at.saturating_duration_since(Instant::now()).as_millis() + 1;
+                PollTimeout::try_from(left.min(60_000) as u32).unwrap_or(PollTimeout::MAX)
+            }
+        }
+    }
+
+    fn retry(&mut self) {
+        let now = Instant::now();
+        if self.cgroups.look_again.is_some_and(|at| at <= now) {
+            self.cgroups.look_again = None;
+            self.cgroups.step(Event::Retry);
+        }
+        if self.repair.is_some_and(|(at, _)| at <= now) {
+            self.repair();
+        }
+    }
+
+    /// Commits the net difference. Where the kernel refuses it, the table is not what we think it
+    /// is: replace it.
+    fn commit(&mut self) {
+        if self.repair.is_some() {
+            // what is pending will be in the replacement
+            return;
+        }
+        let delta = self.cgroups.core.take_delta();
+        if delta.is_empty() {
+            return;
+        }
+        let config = self.cgroups.core.config().clone();
+        if let Err(error) = self.kernel.change(&config, &delta) {
+            log!(Warning, "{error}; replacing the table");
+            self.repair();
+        }
+    }
+
+    /// Replaces the table, now or, where the kernel refuses, after a growing pause.
+    fn repair(&mut self) {
+        match self.replace() {
+            Ok(()) => {
+                self.repair = None;
+                log!(Notice, "the table is in force again");
+            }
+            Err(error) => {
+                let (first, longest) = BACKOFF;
+                let pause = self.repair.map_or(first, |(_, last)| (last * 2).min(longest));
+                self.repair = Some((Instant::now() + pause, pause));
+                log!(Error, "{error}; trying again in {} s", pause.as_secs());
+            }
+        }
+    }
+
+    fn replace(&mut self) -> Result<()> {
+        let config = self.cgroups.core.config().clone();
+        let snapshot = self.cgroups.core.snapshot();
+        self.kernel.replace(&config, &snapshot)
+    }
+
+    /// Takes a new configuration, or keeps the old one whole.
+    fn reload(&mut self) {
+        let file = self.options.config_file.display().to_string();
+        self.notify.reloading();
+        match self.try_reload() {
+            Ok(()) => log!(Notice, "reloaded {file}: {}", self.summary()),
+            Err(error) => {
+                error.to_string().lines().for_each(|line| log!(Error, "{line}"));
+                log!(Error, "reload failed, the old configuration stays in force");
+            }
+        }
+        self.notify.ready();
+    }
+
+    fn try_reload(&mut self) -> Result<()> {
+        let new = Rc::new((self.options.load)()?);
+        let old = self.cgroups.core.config().clone();
+        let before = match new.cgroup_root == old.cgroup_root {
+            true => None,
+            false => {
+                let fresh = Cgroups::scan(new.clone())?;
+                Some(std::mem::replace(&mut self.cgroups, fresh))
+            }
+        };
+        self.cgroups.core.set_config(new.clone());
+        if let Err(error) = self.kernel.add_routing(&new).and_then(|()| self.replace()) {
+            match before {
+                Some(cgroups) => self.cgroups = cgroups,
+                None => self.cgroups.core.set_config(old.clone()),
+            }
+            // nothing of the new table took effect; what is pending for the old one is refused or
+            // doubled at worst, so put the old table in as a whole
+            self.repair();
+            let _ = self.kernel.trim_routing(Some(&old));
+            return Err(error);
+        }
+        self.repair = None;
+        self.kernel.trim_routing(Some(&new))?;
+        log::configure(new.log_level.louder(self.options.verbose), self.options.syslog);
+        Ok(())
+    }
+
+    /// The end: nothing stays behind, unless on-exit = keep.
+    fn stop(&mut self) -> Result<()> {
+        self.notify.stopping();
+        let result = match self.cgroups.core.config().on_exit {
+            OnExit::Keep => Ok(()),
+            // the table first: without it no packet is marked, so none misses the rules
+            OnExit::Remove => {
+                let table = self.kernel.remove_table().map(drop);
+                table.and(self.kernel.trim_routing(None).map(drop))
+            }
+        };
+        if let Some(file) = &self.options.pidfile {
+            let _ = std::fs::remove_file(file);
+        }
+        if result.is_ok() {
+            log!(Notice, "stopped");
+        }
+        result
+    }
+
+    fn summary(&self) -> String {
+        let core = &self.cgroups.core;
+        let config = core.config();
+        format!(
+            "{} rules, {} tproxies, {} cgroups under {}",
+            config.rules.len(),
+            config.tproxies.len(),
+            core.tree().len(),
+            self.cgroups.root.dir.display()
+        )
+    }
+}
+
+/// One pending signal; an unknown number is taken for SIGTERM, which cannot happen.
+fn read_signal(signals: &SignalFd) -> Result<Option<Signal>> {
+    loop {
+        match signals.read_signal() {
+            Ok(None) => return Ok(None),
+            Ok(Some(info)) => {
+                return Ok(Some(Signal::try_from(info.ssi_signo as i32).unwrap_or(Signal::SIGTERM)))
+            }
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(Error::system("unable to read signals", errno)),
+        }
+    }
+}
+
+fn write_pidfile(file: &Path) -> Result<()> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let refused = |e: std::io::Error| {
+        let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
+        Error::system(format!("unable to write pidfile {}", file.display()), errno)
+    };
+    let mut options = std::fs::File::options();
+    // a symlink planted in a writable directory must not be followed
+    options.write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
+    let mut opened = options.open(file).map_err(refused)?;
+    writeln!(opened, "{}", std::process::id()).map_err(refused)
+}

@@ -1,0 +1,27 @@
+//! cgtproxy: a per-application transparent proxy manager for Linux. The library exists so that
+//! tests and fuzz targets can link the parts; the program is `main.rs`.
+//!
+//! Data flows one way: config -> policy -> cgroup tree -> plan -> messages -> kernel.
+
+#![deny(unsafe_code)]
+
+pub mod cgroup;
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod core;
+pub mod daemon;
+pub mod error;
+pub mod instance;
+pub mod kernel;
+pub mod log;
+pub mod netlink;
+pub mod nft;
+pub mod notify;
+pub mod plan;
+pub mod policy;
+pub mod route;
+#[allow(unsafe_code)]
+pub mod sys;
+#[cfg(test)]
+pub mod testing;

@@ -1,0 +1,233 @@
+//! Logging to standard error or syslog. It never blocks: a line that would have to wait is lost and
+//! counted, and the count is told as soon as a line gets through again. It never decides what is
+//! worth a line.
+
+use std::cell::RefCell;
+use std::fmt;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{send, MsgFlags};
+use syslog::{Facility, LogFormat, Severity};
+
+use crate::sys;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    Error,
+    Warning,
+    Notice,
+    Info,
+    Debug,
+}
+
+impl Level {
+    const ALL: [Level; 5] =
+        [Level::Error, Level::Warning, Level::Notice, Level::Info, Level::Debug];
+
+    pub fn parse(text: &str) -> Option<Level> {
+        Level::ALL.into_iter().find(|level| level.name() == text)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Error => "error",
+            Level::Warning => "warning",
+            Level::Notice => "notice",
+            Level::Info => "info",
+            Level::Debug => "debug",
+        }
+    }
+
+    /// This level, `steps` more talkative.
+    pub fn louder(self, steps: usize) -> Level {
+        Level::ALL[(self as usize).saturating_add(steps).min(Level::ALL.len() - 1)]
+    }
+
+    fn severity(self) -> Severity {
+        match self {
+            Level::Error => Severity::LOG_ERR,
+            Level::Warning => Severity::LOG_WARNING,
+            Level::Notice => Severity::LOG_NOTICE,
+            Level::Info => Severity::LOG_INFO,
+            Level::Debug => Severity::LOG_DEBUG,
+        }
+    }
+}
+
+/// Longest line, newline included: a pipe takes up to PIPE_BUF (4,096) bytes at once or not at all.
+const MAX_LINE: usize = 4096;
+/// Lines a second that may be written on behalf of an unprivileged user's doing, and the burst.
+const RATE: u32 = 20;
+const BURST: u32 = 200;
+
+struct Log {
+    level: Level,
+    syslog: bool,
+    socket: Option<UnixDatagram>,
+    /// Lines that could not be written, not yet told.
+    lost: u64,
+    /// Lines held back by the rate limit, not yet told.
+    held: u64,
+    tokens: u32,
+    refilled: Option<Instant>,
+}
+
+thread_local! {
+    /// One thread, so one log.
+    static LOG: RefCell<Log> = const {
+        RefCell::new(Log {
+            level: Level::Notice,
+            syslog: false,
+            socket: None,
+            lost: 0,
+            held: 0,
+            tokens: BURST,
+            refilled: None,
+        })
+    };
+}
+
+/// Sets the least level that is written, and where to.
+pub fn configure(level: Level, syslog: bool) {
+    LOG.with_borrow_mut(|log| {
+        log.level = level;
+        log.syslog = syslog;
+    });
+}
+
+/// Whether a line of this level would be written.
+pub fn enabled(level: Level) -> bool {
+    LOG.with_borrow(|log| level <= log.level)
+}
+
+pub fn write(level: Level, text: fmt::Arguments) {
+    LOG.with_borrow_mut(|log| log.write(level, text));
+}
+
+/// Writes a line that an unprivileged user can bring about at will, within the rate limit.
+pub fn write_limited(level: Level, text: fmt::Arguments) {
+    LOG.with_borrow_mut(|log| {
+        if level <= log.level && log.take_token() {
+            log.write(level, text);
+        }
+    });
+}
+
+/// `log!(Notice, "…", …)`: formats only where the level is written at all.
+#[macro_export]
+macro_rules! log {
+    ($level:ident, $($arg:tt)*) => {
+        if $crate::log::enabled($crate::log::Level::$level) {
+            $crate::log::write($crate::log::Level::$level, format_args!($($arg)*))
+        }
+    };
+}
+
+impl Log {
+    fn write(&mut self, level: Level, text: fmt::Arguments) {
+        if level > self.level {
+            return;
+        }
+        if self.lost > 0 {
+            let lost = self.lost;
+            let text = format_args!("{lost} log lines lost: the reader did not keep up").to_string();
+            if self.emit(Level::Warning, &text) {
+                self.lost = 0;
+            }
+        }
+        let mut text = text.to_string();
+        truncate(&mut text, MAX_LINE - 64);
+        if !self.emit(level, &text) {
+            self.lost += 1;
+        }
+    }
+
+    /// True where the line is out.
+    fn emit(&mut self, level: Level, text: &str) -> bool {
+        if self.syslog {
+            return self.to_syslog(level, text);
+        }
+        let stderr = io::stderr();
+        sys::writable_now(stderr.as_fd()) && {
+            let line = format!("{}: {text}\n", level.name());
+            stderr.lock().write_all(line.as_bytes()).is_ok()
+        }
+    }
+
+    /// A socket whose reader has gone (syslogd was restarted) is opened anew, once a line.
+    fn to_syslog(&mut self, level: Level, text: &str) -> bool {
+        let mut datagram = Vec::with_capacity(text.len() + 32);
+        if LineFormat.format(&mut datagram, level.severity(), text).is_err() {
+            return false;
+        }
+        for _ in 0..2 {
+            if self.socket.is_none() {
+                self.socket = UnixDatagram::unbound()
+                    .and_then(|socket| socket.connect("/dev/log").map(|()| socket))
+                    .ok();
+            }
+            let Some(socket) = &self.socket else { return false };
+            use std::os::fd::AsRawFd;
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            match send(socket.as_raw_fd(), &datagram, flags) {
+                Ok(_) => return true,
+                Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::ENOBUFS) => return false,
+                Err(_) => self.socket = None,
+            }
+        }
+        false
+    }
+
+    fn take_token(&mut self) -> bool {
+        let now = Instant::now();
+        let since = self.refilled.map_or(Duration::MAX, |at| now.saturating_duration_since(at));
+        let earned = since.as_millis().saturating_mul(RATE.into()) / 1000;
+        if earned > 0 {
+            self.tokens = BURST.min(self.tokens.saturating_add(earned.min(BURST.into()) as u32));
+            self.refilled = Some(now);
+        }
+        if self.tokens == 0 {
+            self.held += 1;
+            return false;
+        }
+        self.tokens -= 1;
+        if self.held > 0 {
+            let held = std::mem::take(&mut self.held);
+            self.write(Level::Info, format_args!("{held} lines held back by the rate limit"));
+        }
+        true
+    }
+}
+
+/// `<PRI>cgtproxy[PID]: text`. No timestamp, which syslogd adds: the syslog crate's own formatter
+/// reads /proc and /etc/localtime for each line, and panics where it cannot.
+struct LineFormat;
+
+impl LogFormat<&str> for LineFormat {
+    fn format<W: Write>(&self, w: &mut W, severity: Severity, text: &str) -> syslog::Result<()> {
+        let priority = Facility::LOG_DAEMON as u8 | severity as u8;
+        write!(w, "<{priority}>cgtproxy[{}]: {text}", std::process::id())
+            .map_err(syslog::Error::Write)
+    }
+}
+
+fn truncate(text: &mut String, most: usize) {
+    if text.len() > most {
+        let end = (0..=most).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        text.truncate(end);
+        text.push_str("...");
+    }
+}
+
+/// Bytes from outside (a cgroup name) as they may stand in a line: printable ASCII, the rest
+/// escaped.
+pub struct Escaped<'a>(pub &'a [u8]);
+
+impl fmt::Display for Escaped<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.escape_ascii().fmt(f)
+    }
+}

@@ -1,0 +1,9 @@
+//! The program: hands the command line to the library.
+
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cgtproxy::cli::main(std::env::args_os().skip(1).collect())
+}

@@ -1,0 +1,227 @@
+//! Netlink sockets: sending one batch, reading its answers, dumps. It never decides what an error
+//! means to the program. Source: netlink(7), net/netfilter/nfnetlink.c.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    bind, getsockname, recvfrom, sendto, setsockopt, socket, sockopt, AddressFamily, MsgFlags,
+    NetlinkAddr, SockFlag, SockProtocol, SockType,
+};
+
+use super::msg::Batch;
+use super::parse::{self, Messages, Reply};
+use super::uapi::*;
+use crate::error::{Error, Result};
+use crate::sys;
+
+/// Room for the largest datagram that the kernel builds for a dump (`NLMSG_GOODSIZE`, 32 KiB), and
+/// for acknowledgements that echo a request.
+const RECEIVE: usize = 32 * 1024;
+/// A send buffer that holds all but the largest of batches; larger ones raise it (see `reserve`).
+const SEND_BUFFER: usize = 256 * 1024;
+
+/// A netlink socket with its receive buffer and its running sequence number.
+pub struct Socket {
+    fd: OwnedFd,
+    port: u32,
+    seq: u32,
+    send_buffer: usize,
+    /// Answers that nobody waited for may still be queued.
+    stale: bool,
+    buf: Vec<u8>,
+}
+
+/// Why a batch is not in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Failure {
+    /// The kernel refused message `seq` (nothing of the batch took effect).
+    Refused { seq: u32, errno: Errno, text: Option<String> },
+    /// Answers were lost (ENOBUFS): the batch may or may not be in force.
+    Unknown,
+}
+
+impl Socket {
+    /// Opens a socket for `protocol`, subscribed to the multicast `groups` (numbers, not a mask).
+    pub fn open(protocol: SockProtocol, groups: &[u32]) -> Result<Socket> {
+        let fail = |errno| Error::system("unable to open a netlink socket", errno);
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol).map_err(fail)?;
+        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 0)).map_err(fail)?;
+        let port = getsockname::<NetlinkAddr>(fd.as_raw_fd()).map_err(fail)?.pid();
+        // Both only make errors clearer; kernels before 4.12 do without.
+        let _ = sys::set_option(fd.as_fd(), libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, 1);
+        let _ = sys::set_option(fd.as_fd(), libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, 1);
+        for group in groups {
+            let group = *group as i32;
+            sys::set_option(fd.as_fd(), libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, group)
+                .map_err(fail)?;
+        }
+        let mut socket = Socket { fd, port, seq: 0, send_buffer: 0, stale: false, buf: vec![0; RECEIVE] };
+        socket.reserve(SEND_BUFFER);
+        Ok(socket)
+    }
+
+    /// The kernel's port id of this socket: what NEWGEN and a table's owner attribute name.
+    pub fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// An empty batch whose sequence numbers continue this socket's.
+    pub fn batch(&self) -> Batch {
+        Batch::new(self.seq)
+    }
+
+    /// Sends a batch and reads its answers up to that of message `last`, which must carry
+    /// `NLM_F_ACK`. The kernel has done the work when sendmsg(2) returns, so nothing is waited for.
+    ///
+    /// Errors: the outer one is the socket's, the inner one the kernel's answer.
+    pub fn transact(&mut self, batch: &Batch, last: u32) -> Result<std::result::Result<(), Failure>> {
+        self.send(batch)?;
+        let mut refused = None;
+        loop {
+            match self.receive() {
+                Ok(length) => {
+                    for reply in Messages::new(&self.buf[..length]).filter_map(|m| parse::reply(&m))
+                    {
+                        let Reply { seq, errno, text } = reply;
+                        if errno != 0 && refused.is_none() {
+                            let errno = Errno::from_raw(errno);
+                            refused = Some(Failure::Refused { seq, errno, text });
+                        }
+                        if seq == last {
+                            self.stale = false;
+                            return Ok(refused.map_or(Ok(()), Err));
+                        }
+                    }
+                }
+                // Every answer there will be is in the queue already: a missing one was lost.
+                Err(Errno::EAGAIN) => return Ok(Err(refused.unwrap_or(Failure::Unknown))),
+                Err(Errno::ENOBUFS) => return Ok(Err(Failure::Unknown)),
+                Err(errno) => return Err(Error::system("unable to read from netlink", errno)),
+            }
+        }
+    }
+
+    /// Sends one dump request and hands each message of the answer to `each`.
+    ///
+    /// A dump that the kernel marks as interrupted (something changed meanwhile) is asked for
+    /// again; after some tries the last answer stands, so a busy table cannot hold us up.
+    pub fn dump<T>(
+        &mut self,
+        request: &dyn Fn(&mut Batch),
+        each: impl Fn(&parse::Message) -> Option<T>,
+    ) -> Result<std::result::Result<Vec<T>, Errno>> {
+        let fail = |errno| Error::system("unable to read from netlink", errno);
+        let mut tries = 8;
+        'again: loop {
+            tries -= 1;
+            let mut batch = self.batch();
+            request(&mut batch);
+            self.send(&batch)?;
+            let (mut found, mut interrupted) = (Vec::new(), false);
+            loop {
+                let length = match self.receive() {
+                    Ok(length) => length,
+                    Err(Errno::EAGAIN) => return Err(fail(Errno::EAGAIN)),
+                    Err(Errno::ENOBUFS) if tries > 0 => continue 'again,
+                    Err(errno) => return Err(fail(errno)),
+                };
+                for message in Messages::new(&self.buf[..length]) {
+                    if message.seq != batch.last_seq() {
+                        continue;
+                    }
+                    interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+                    match message.kind {
+                        NLMSG_DONE if interrupted && tries > 0 => continue 'again,
+                        NLMSG_DONE => {
+                            self.stale = false;
+                            return Ok(match parse::i32_ne(message.body) {
+                                Some(code) if code < 0 => Err(Errno::from_raw(-code)),
+                                _ => Ok(found),
+                            })
+                        }
+                        NLMSG_ERROR => {
+                            let errno = parse::reply(&message).map_or(libc::EPROTO, |r| r.errno);
+                            return Ok(Err(Errno::from_raw(errno)));
+                        }
+                        _ => found.extend(each(&message)),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reads one datagram of notifications; `Ok(None)` when there is none.
+    ///
+    /// Errors: ENOBUFS where notifications were lost.
+    pub fn notification(&mut self) -> std::result::Result<Option<&[u8]>, Errno> {
+        match self.receive() {
+            Ok(length) => Ok(Some(&self.buf[..length])),
+            Err(Errno::EAGAIN) => Ok(None),
+            Err(errno) => Err(errno),
+        }
+    }
+
+    fn send(&mut self, batch: &Batch) -> Result<()> {
+        if std::mem::replace(&mut self.stale, true) {
+            self.drain();
+        }
+        self.seq = batch.last_seq();
+        self.reserve(batch.len());
+        let kernel = NetlinkAddr::new(0, 0);
+        loop {
+            match sendto(self.fd.as_raw_fd(), batch.bytes(), &kernel, MsgFlags::empty()) {
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => continue,
+                Err(errno) => return Err(Error::system("unable to send to netlink", errno)),
+            }
+        }
+    }
+
+    /// Receives one datagram from the kernel into `buf`; datagrams of other senders are dropped,
+    /// and so are truncated ones (EMSGSIZE is what the caller would get for them: they are lost).
+    fn receive(&mut self) -> std::result::Result<usize, Errno> {
+        loop {
+            let from = recvfrom::<NetlinkAddr>(self.fd.as_raw_fd(), &mut self.buf);
+            match from {
+                Ok((length, Some(sender))) if sender.pid() == 0 => return Ok(length),
+                Ok(_) | Err(Errno::EINTR) => continue,
+                Err(errno) => return Err(errno),
+            }
+        }
+    }
+
+    /// Forgets answers that nobody read, so that they cannot be taken for answers to what comes.
+    fn drain(&mut self) {
+        loop {
+            match self.receive() {
+                Ok(_) | Err(Errno::ENOBUFS) => continue,
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Makes room for a batch of `length` bytes: sendmsg(2) refuses with EMSGSIZE what does not
+    /// fit the send buffer as a whole. Raising it above the sysctl's limit needs CAP_NET_ADMIN.
+    fn reserve(&mut self, length: usize) {
+        // the kernel counts its own overhead too, and each failing message may answer at length
+        let want = (length + 64 * 1024).max(SEND_BUFFER);
+        if want <= self.send_buffer {
+            return;
+        }
+        self.send_buffer = want;
+        if setsockopt(&self.fd, sockopt::SndBufForce, &want).is_err() {
+            let _ = setsockopt(&self.fd, sockopt::SndBuf, &want);
+        }
+        if setsockopt(&self.fd, sockopt::RcvBufForce, &want).is_err() {
+            let _ = setsockopt(&self.fd, sockopt::RcvBuf, &want);
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}

@@ -1,0 +1,489 @@
+//! The table and its changes as nf_tables messages. Pure bytes; attribute order follows libnftnl,
+//! so that tests can hold each message against that library's.
+//! Source: include/uapi/linux/netfilter/nf_tables.h, libnftnl, nfnetlink's batches.
+
+use super::expr::{Address, Anonymous, Expr, Range, SetRef, Verdict};
+use super::ruleset::{Base, Chain, Content, Rule, Set, Table, OUTPUT, TABLE};
+use crate::netlink::msg::Batch;
+use crate::netlink::parse::{self, Attrs, Messages};
+use crate::netlink::uapi::*;
+
+/// An element list is split when its message grows past this; attribute lengths are 16 bits wide.
+const SPLIT: usize = 32 * 1024;
+
+/// One nf_tables transaction under construction. All of it takes effect at once or not at all.
+pub struct Transaction {
+    batch: Batch,
+    /// Where the last message begins: the one that asks for an acknowledgement.
+    last: usize,
+    next_set_id: u32,
+}
+
+impl Transaction {
+    pub fn new(batch: Batch) -> Transaction {
+        let mut t = Transaction { batch, last: 0, next_set_id: 0 };
+        t.bound(NFNL_MSG_BATCH_BEGIN);
+        t
+    }
+
+    /// True while nothing has been put in.
+    pub fn is_empty(&self) -> bool {
+        self.last == 0
+    }
+
+    /// The finished batch; its last message but the end mark asks for an acknowledgement. Kernels
+    /// before 6.10 do not acknowledge the end mark itself.
+    pub fn finish(mut self) -> (Batch, u32) {
+        self.batch.want_ack(self.last);
+        let answer = self.batch.last_seq();
+        self.bound(NFNL_MSG_BATCH_END);
+        (self.batch, answer)
+    }
+
+    /// Replaces the whole table, whether it is there or not. `flags` go to the new one.
+    pub fn replace(&mut self, table: &Table, flags: Option<u32>) {
+        self.remove_table();
+        self.table(NFT_MSG_NEWTABLE, NLM_F_CREATE, flags);
+        for chain in &table.chains {
+            self.chain(chain);
+        }
+        for set in &table.sets {
+            self.set(set);
+        }
+        for chain in &table.chains {
+            for rule in &chain.rules {
+                self.rule(&chain.name, rule);
+            }
+        }
+    }
+
+    /// Removes the table, also where there is none (deleting alone would fail then, and
+    /// NFT_MSG_DESTROYTABLE came with Linux 6.3 only).
+    pub fn remove_table(&mut self) {
+        self.table(NFT_MSG_NEWTABLE, NLM_F_CREATE, None);
+        self.table(NFT_MSG_DELTABLE, 0, None);
+    }
+
+    /// Replaces the rules of `output`.
+    pub fn replace_output(&mut self, rules: &[Rule]) {
+        let open = self.begin(NFT_MSG_DELRULE, 0);
+        self.batch.str_z(NFTA_RULE_TABLE, TABLE);
+        self.batch.str_z(NFTA_RULE_CHAIN, OUTPUT);
+        self.batch.end(open);
+        for rule in rules {
+            self.rule(OUTPUT, rule);
+        }
+    }
+
+    /// Adds cgroup ids to a set.
+    pub fn add_cgroups(&mut self, set: &str, ids: impl Iterator<Item = u64>) {
+        self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, None, ids, cgroup_key);
+    }
+
+    /// Deletes cgroup ids from a set; one that is not there fails the transaction.
+    pub fn delete_cgroups(&mut self, set: &str, ids: impl Iterator<Item = u64>) {
+        self.elements(NFT_MSG_DELSETELEM, 0, set, None, ids, cgroup_key);
+    }
+
+    /// `flags`: what the table is created with, or none at all (kernels without table flags).
+    pub fn table(&mut self, kind: u16, flags: u16, table_flags: Option<u32>) {
+        let open = self.begin(kind, flags);
+        self.batch.str_z(NFTA_TABLE_NAME, TABLE);
+        if let Some(flags) = table_flags {
+            self.batch.u32_be(NFTA_TABLE_FLAGS, flags);
+        }
+        self.batch.end(open);
+    }
+
+    pub fn chain(&mut self, chain: &Chain) {
+        let open = self.begin(NFT_MSG_NEWCHAIN, NLM_F_CREATE);
+        self.batch.str_z(NFTA_CHAIN_TABLE, TABLE);
+        self.batch.str_z(NFTA_CHAIN_NAME, &chain.name);
+        if let Some(Base { kind, hook, priority }) = &chain.base {
+            let nest = self.batch.nest(NFTA_CHAIN_HOOK);
+            self.batch.u32_be(NFTA_HOOK_HOOKNUM, *hook);
+            self.batch.u32_be(NFTA_HOOK_PRIORITY, *priority as u32);
+            self.batch.end_nest(nest);
+            self.batch.u32_be(NFTA_CHAIN_POLICY, NF_ACCEPT as u32);
+            self.batch.str_z(NFTA_CHAIN_TYPE, kind);
+        }
+        self.batch.end(open);
+    }
+
+    pub fn set(&mut self, set: &Set) {
+        let (key_type, key_len, flags) = match set.content {
+            Content::V4(_) => (TYPE_IPADDR, 4, NFT_SET_INTERVAL),
+            Content::V6(_) => (TYPE_IP6ADDR, 16, NFT_SET_INTERVAL),
+            Content::Cgroups { .. } => (TYPE_CGROUPV2, 8, 0),
+        };
+        let id = self.set_id();
+        let open = self.begin(NFT_MSG_NEWSET, NLM_F_CREATE);
+        self.set_head(&set.name, flags, (key_type, key_len), None, id);
+        if let Content::Cgroups { counters: true } = set.content {
+            let nest = self.batch.nest(NFTA_SET_EXPR);
+            self.expr(&Expr::Counter);
+            self.batch.end_nest(nest);
+        }
+        self.batch.end(open);
+        match &set.content {
+            Content::V4(ranges) => self.intervals(&set.name, id, ranges),
+            Content::V6(ranges) => self.intervals(&set.name, id, ranges),
+            Content::Cgroups { .. } => {}
+        }
+    }
+
+    pub fn rule(&mut self, chain: &str, rule: &Rule) {
+        let mut exprs = Vec::new();
+        rule.iter().for_each(|stmt| stmt.lower(&mut exprs));
+        // the set of a look-up must come before the rule that binds it
+        let ids: Vec<u32> = (exprs.iter())
+            .filter_map(|expr| match expr {
+                Expr::Lookup { set: SetRef::Anonymous(set), .. }
+                | Expr::LookupVerdict { set: SetRef::Anonymous(set), .. } => {
+                    Some(self.anonymous(set))
+                }
+                _ => None,
+            })
+            .collect();
+        let mut ids = ids.into_iter();
+        let open = self.begin(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND);
+        self.batch.str_z(NFTA_RULE_TABLE, TABLE);
+        self.batch.str_z(NFTA_RULE_CHAIN, chain);
+        let list = self.batch.nest(NFTA_RULE_EXPRESSIONS);
+        for expr in &exprs {
+            let element = self.batch.nest(NFTA_LIST_ELEM);
+            match expr {
+                Expr::Lookup { set: SetRef::Anonymous(_), sreg, invert } => {
+                    self.lookup(*sreg, None, ANONYMOUS_SET, ids.next(), *invert)
+                }
+                Expr::LookupVerdict { set: SetRef::Anonymous(_), sreg } => {
+                    self.lookup(*sreg, Some(NFT_REG_VERDICT), ANONYMOUS_MAP, ids.next(), false)
+                }
+                expr => self.expr(expr),
+            }
+            self.batch.end_nest(element);
+        }
+        self.batch.end_nest(list);
+        self.batch.end(open);
+    }
+
+    fn bound(&mut self, kind: u16) {
+        let open = self.batch.begin(kind, NLM_F_REQUEST);
+        self.batch.header(&nfgenmsg(NFPROTO_UNSPEC, NFNL_SUBSYS_NFTABLES));
+        self.batch.end(open);
+    }
+
+    fn begin(&mut self, kind: u16, flags: u16) -> crate::netlink::msg::Open {
+        self.last = self.batch.len();
+        let open = self.batch.begin(NFNL_SUBSYS_NFTABLES << 8 | kind, NLM_F_REQUEST | flags);
+        self.batch.header(&nfgenmsg(NFPROTO_INET, 0));
+        open
+    }
+
+    fn set_id(&mut self) -> u32 {
+        self.next_set_id += 1;
+        self.next_set_id
+    }
+
+    fn set_head(
+        &mut self,
+        name: &str,
+        flags: u32,
+        (key_type, key_len): (u32, u32),
+        data: Option<u32>,
+        id: u32,
+    ) {
+        self.batch.str_z(NFTA_SET_TABLE, TABLE);
+        self.batch.str_z(NFTA_SET_NAME, name);
+        self.batch.u32_be(NFTA_SET_FLAGS, flags);
+        self.batch.u32_be(NFTA_SET_KEY_TYPE, key_type);
+        self.batch.u32_be(NFTA_SET_KEY_LEN, key_len);
+        if let Some(data_type) = data {
+            self.batch.u32_be(NFTA_SET_DATA_TYPE, data_type);
+            self.batch.u32_be(NFTA_SET_DATA_LEN, 0);
+        }
+        self.batch.u32_be(NFTA_SET_ID, id);
+        let order = match key_type {
+            TYPE_MARK | TYPE_CGROUPV2 => BYTEORDER_HOST_ENDIAN,
+            _ => BYTEORDER_BIG_ENDIAN,
+        };
+        let mut udata = vec![NFTNL_UDATA_SET_KEYBYTEORDER, 4];
+        udata.extend(order.to_ne_bytes());
+        self.batch.raw(NFTA_SET_USERDATA, &udata);
+    }
+
+    /// Sends an anonymous set or map with its elements; returns its id within the transaction.
+    fn anonymous(&mut self, set: &Anonymous) -> u32 {
+        let is_map = set.elements.iter().any(|(_, verdict)| verdict.is_some());
+        let (name, map_flag) = match is_map {
+            true => (ANONYMOUS_MAP, NFT_SET_MAP),
+            false => (ANONYMOUS_SET, 0),
+        };
+        let id = self.set_id();
+        let open = self.begin(NFT_MSG_NEWSET, NLM_F_CREATE);
+        let flags = NFT_SET_ANONYMOUS | NFT_SET_CONSTANT | map_flag;
+        let data = is_map.then_some(NFT_DATA_VERDICT);
+        self.set_head(name, flags, (set.key_type, set.key_len), data, id);
+        self.batch.end(open);
+        let elements = set.elements.iter();
+        self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, name, Some(id), elements, |b, element| {
+            element_key(b, &element.0);
+            if let Some(v) = &element.1 {
+                let nest = b.nest(NFTA_SET_ELEM_DATA);
+                verdict(b, v);
+                b.end_nest(nest);
+            }
+        });
+        id
+    }
+
+    /// The two ends of each interval: the first address, and the one after the last.
+    fn intervals<A: Address>(&mut self, set: &str, id: u32, ranges: &[Range<A>]) {
+        let ends = ranges.iter().flat_map(|range| {
+            [Some((range.first, 0)), range.end().map(|end| (end, NFT_SET_ELEM_INTERVAL_END))]
+        });
+        let ends = ends.flatten();
+        self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, Some(id), ends, |b, (end, flags)| {
+            if flags != 0 {
+                b.u32_be(NFTA_SET_ELEM_FLAGS, flags);
+            }
+            element_key(b, &end.bytes());
+        });
+    }
+
+    /// One message for each `SPLIT` bytes of elements; none at all for no elements.
+    fn elements<T>(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        set: &str,
+        id: Option<u32>,
+        elements: impl Iterator<Item = T>,
+        write: impl Fn(&mut Batch, T),
+    ) {
+        let mut elements = elements.peekable();
+        while elements.peek().is_some() {
+            let open = self.begin(kind, flags);
+            self.batch.str_z(NFTA_SET_ELEM_LIST_SET, set);
+            if let Some(id) = id {
+                self.batch.u32_be(NFTA_SET_ELEM_LIST_SET_ID, id);
+            }
+            self.batch.str_z(NFTA_SET_ELEM_LIST_TABLE, TABLE);
+            let list = self.batch.nest(NFTA_SET_ELEM_LIST_ELEMENTS);
+            while self.batch.len_since(&open) < SPLIT {
+                let Some(element) = elements.next() else { break };
+                let nest = self.batch.nest(NFTA_LIST_ELEM);
+                write(&mut self.batch, element);
+                self.batch.end_nest(nest);
+            }
+            self.batch.end_nest(list);
+            self.batch.end(open);
+        }
+    }
+
+    fn lookup(&mut self, sreg: u32, dreg: Option<u32>, set: &str, id: Option<u32>, invert: bool) {
+        let data = self.expr_head("lookup");
+        self.batch.u32_be(NFTA_LOOKUP_SREG, sreg);
+        if let Some(dreg) = dreg {
+            self.batch.u32_be(NFTA_LOOKUP_DREG, dreg);
+        }
+        self.batch.str_z(NFTA_LOOKUP_SET, set);
+        if let Some(id) = id {
+            self.batch.u32_be(NFTA_LOOKUP_SET_ID, id);
+        }
+        if invert {
+            self.batch.u32_be(NFTA_LOOKUP_FLAGS, NFT_LOOKUP_F_INV);
+        }
+        self.batch.end_nest(data);
+    }
+
+    fn expr_head(&mut self, name: &str) -> crate::netlink::msg::Nest {
+        self.batch.str_z(NFTA_EXPR_NAME, name);
+        self.batch.nest(NFTA_EXPR_DATA)
+    }
+
+    /// Name and data of one expression, into the nest that the caller has opened.
+    pub fn expr(&mut self, expr: &Expr) {
+        match expr {
+            Expr::MetaLoad { key, dreg } => self.keyed("meta", NFTA_META_KEY, *key, NFTA_META_DREG, *dreg),
+            Expr::MetaSet { key, sreg } => self.keyed("meta", NFTA_META_KEY, *key, NFTA_META_SREG, *sreg),
+            Expr::CtLoad { key, dreg } => self.keyed("ct", NFTA_CT_KEY, *key, NFTA_CT_DREG, *dreg),
+            Expr::CtSet { key, sreg } => self.keyed("ct", NFTA_CT_KEY, *key, NFTA_CT_SREG, *sreg),
+            Expr::Cmp { op, sreg, data } => {
+                let nest = self.expr_head("cmp");
+                self.batch.u32_be(NFTA_CMP_SREG, *sreg);
+                self.batch.u32_be(NFTA_CMP_OP, *op);
+                value(&mut self.batch, NFTA_CMP_DATA, data);
+                self.batch.end_nest(nest);
+            }
+            Expr::Bitwise { sreg, dreg, mask, xor } => {
+                let nest = self.expr_head("bitwise");
+                self.batch.u32_be(NFTA_BITWISE_SREG, *sreg);
+                self.batch.u32_be(NFTA_BITWISE_DREG, *dreg);
+                self.batch.u32_be(NFTA_BITWISE_OP, NFT_BITWISE_BOOL);
+                self.batch.u32_be(NFTA_BITWISE_LEN, 4);
+                value(&mut self.batch, NFTA_BITWISE_MASK, &mask.to_ne_bytes());
+                value(&mut self.batch, NFTA_BITWISE_XOR, &xor.to_ne_bytes());
+                self.batch.end_nest(nest);
+            }
+            Expr::Payload { dreg, base, offset, len } => {
+                let nest = self.expr_head("payload");
+                self.batch.u32_be(NFTA_PAYLOAD_DREG, *dreg);
+                self.batch.u32_be(NFTA_PAYLOAD_BASE, *base);
+                self.batch.u32_be(NFTA_PAYLOAD_OFFSET, *offset);
+                self.batch.u32_be(NFTA_PAYLOAD_LEN, *len);
+                self.batch.end_nest(nest);
+            }
+            Expr::Lookup { set, sreg, invert } => {
+                let SetRef::Named(name) = set else { unreachable!("rule() sends these itself") };
+                self.lookup(*sreg, None, name, None, *invert);
+            }
+            Expr::LookupVerdict { set, sreg } => {
+                let SetRef::Named(name) = set else { unreachable!("rule() sends these itself") };
+                self.lookup(*sreg, Some(NFT_REG_VERDICT), name, None, false);
+            }
+            Expr::Immediate { dreg, data } => {
+                let nest = self.expr_head("immediate");
+                self.batch.u32_be(NFTA_IMMEDIATE_DREG, *dreg);
+                value(&mut self.batch, NFTA_IMMEDIATE_DATA, data);
+                self.batch.end_nest(nest);
+            }
+            Expr::Verdict(v) => {
+                let nest = self.expr_head("immediate");
+                self.batch.u32_be(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT);
+                let data = self.batch.nest(NFTA_IMMEDIATE_DATA);
+                verdict(&mut self.batch, v);
+                self.batch.end_nest(data);
+                self.batch.end_nest(nest);
+            }
+            Expr::Counter => {
+                let nest = self.expr_head("counter");
+                self.batch.u64_be(NFTA_COUNTER_BYTES, 0);
+                self.batch.u64_be(NFTA_COUNTER_PACKETS, 0);
+                self.batch.end_nest(nest);
+            }
+            Expr::SocketCgroup { level, dreg } => {
+                let nest = self.expr_head("socket");
+                self.batch.u32_be(NFTA_SOCKET_KEY, NFT_SOCKET_CGROUPV2);
+                self.batch.u32_be(NFTA_SOCKET_DREG, *dreg);
+                self.batch.u32_be(NFTA_SOCKET_LEVEL, *level);
+                self.batch.end_nest(nest);
+            }
+            Expr::Tproxy { family, address, port } => {
+                let nest = self.expr_head("tproxy");
+                self.batch.u32_be(NFTA_TPROXY_FAMILY, u32::from(*family));
+                if let Some(address) = address {
+                    self.batch.u32_be(NFTA_TPROXY_REG_ADDR, *address);
+                }
+                self.batch.u32_be(NFTA_TPROXY_REG_PORT, *port);
+                self.batch.end_nest(nest);
+            }
+            Expr::Dnat { family, address, port } => {
+                let nest = self.expr_head("nat");
+                self.batch.u32_be(NFTA_NAT_TYPE, NFT_NAT_DNAT);
+                self.batch.u32_be(NFTA_NAT_FAMILY, u32::from(*family));
+                self.batch.u32_be(NFTA_NAT_REG_ADDR_MIN, *address);
+                self.batch.u32_be(NFTA_NAT_REG_ADDR_MAX, *address);
+                self.batch.u32_be(NFTA_NAT_REG_PROTO_MIN, *port);
+                self.batch.u32_be(NFTA_NAT_REG_PROTO_MAX, *port);
+                let flags = NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED;
+                self.batch.u32_be(NFTA_NAT_FLAGS, flags);
+                self.batch.end_nest(nest);
+            }
+            Expr::RejectTcpReset => {
+                let nest = self.expr_head("reject");
+                self.batch.u32_be(NFTA_REJECT_TYPE, NFT_REJECT_TCP_RST);
+                self.batch.u8(NFTA_REJECT_ICMP_CODE, 0);
+                self.batch.end_nest(nest);
+            }
+            Expr::FibAddrtype { dreg } => {
+                let nest = self.expr_head("fib");
+                self.batch.u32_be(NFTA_FIB_FLAGS, NFTA_FIB_F_DADDR);
+                self.batch.u32_be(NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE);
+                self.batch.u32_be(NFTA_FIB_DREG, *dreg);
+                self.batch.end_nest(nest);
+            }
+        }
+    }
+
+    fn keyed(&mut self, name: &str, key_attr: u16, key: u32, reg_attr: u16, reg: u32) {
+        let nest = self.expr_head(name);
+        self.batch.u32_be(key_attr, key);
+        self.batch.u32_be(reg_attr, reg);
+        self.batch.end_nest(nest);
+    }
+}
+
+/// Names that the kernel completes with a number.
+const ANONYMOUS_SET: &str = "__set%d";
+const ANONYMOUS_MAP: &str = "__map%d";
+
+/// `struct nfgenmsg` of include/uapi/linux/netfilter/nfnetlink.h; `res_id` is big-endian.
+pub fn nfgenmsg(family: u8, res_id: u16) -> [u8; 4] {
+    let id = res_id.to_be_bytes();
+    [family, 0, id[0], id[1]]
+}
+
+fn value(batch: &mut Batch, attr: u16, data: &[u8]) {
+    let nest = batch.nest(attr);
+    batch.raw(NFTA_DATA_VALUE, data);
+    batch.end_nest(nest);
+}
+
+fn element_key(batch: &mut Batch, key: &[u8]) {
+    value(batch, NFTA_SET_ELEM_KEY, key);
+}
+
+fn cgroup_key(batch: &mut Batch, id: u64) {
+    element_key(batch, &id.to_ne_bytes());
+}
+
+fn verdict(batch: &mut Batch, verdict: &Verdict) {
+    let (code, chain) = match verdict {
+        Verdict::Accept => (NF_ACCEPT, None),
+        Verdict::Drop => (NF_DROP, None),
+        Verdict::Jump(chain) => (NFT_JUMP, Some(chain)),
+        Verdict::Goto(chain) => (NFT_GOTO, Some(chain)),
+    };
+    let nest = batch.nest(NFTA_DATA_VERDICT);
+    batch.u32_be(NFTA_VERDICT_CODE, code as u32);
+    if let Some(chain) = chain {
+        batch.str_z(NFTA_VERDICT_CHAIN, chain);
+    }
+    batch.end_nest(nest);
+}
+
+/// What message `seq` of a batch of ours was about, for an error's text.
+pub fn describe(batch: &Batch, seq: u32) -> String {
+    let Some(message) = Messages::new(batch.bytes()).find(|m| m.seq == seq) else {
+        return "a transaction".into();
+    };
+    let text = |attr| Attrs::after(message.body, 4).get(attr).map(|t| parse::str_z(t));
+    match message.kind & 0xff {
+        NFT_MSG_NEWTABLE | NFT_MSG_DELTABLE => format!("table inet {TABLE}"),
+        NFT_MSG_NEWCHAIN => format!("chain {}", text(NFTA_CHAIN_NAME).unwrap_or_default()),
+        NFT_MSG_NEWRULE | NFT_MSG_DELRULE => {
+            format!("a rule of chain {}", text(NFTA_RULE_CHAIN).unwrap_or_default())
+        }
+        NFT_MSG_NEWSET => format!("set {}", text(NFTA_SET_NAME).unwrap_or_default()),
+        NFT_MSG_NEWSETELEM | NFT_MSG_DELSETELEM => {
+            format!("elements of set {}", text(NFTA_SET_ELEM_LIST_SET).unwrap_or_default())
+        }
+        _ => "a transaction".into(),
+    }
+}
+
+/// A request for our table, to see whether it is there and who owns it.
+pub fn get_table(batch: &mut Batch) {
+    let open = batch.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE, NLM_F_REQUEST | NLM_F_DUMP);
+    batch.header(&nfgenmsg(NFPROTO_INET, 0));
+    batch.end(open);
+}
+
+/// Reads an answer to [`get_table`]: `None` for other tables, else the owner's port id, if any.
+pub fn parse_table(message: &parse::Message) -> Option<Option<u32>> {
+    let attrs = Attrs::after(message.body, 4);
+    let ours = message.body.first() == Some(&NFPROTO_INET)
+        && parse::str_z(attrs.clone().get(NFTA_TABLE_NAME)?) == TABLE;
+    ours.then(|| attrs.get(NFTA_TABLE_OWNER).and_then(parse::u32_be))
+}

@@ -1,0 +1,573 @@
+//! What rules are made of. A rule is a list of [`Stmt`]; a statement prints itself in nft syntax
+//! (`Display`, for `show`) and lowers to the register machine's [`Expr`] (for the kernel), so the
+//! two cannot drift apart. Pure data.
+//! Source: include/uapi/linux/netfilter/nf_tables.h, nft(8); bytecode as `nft --debug=netlink`
+//! shows it for the same text.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use crate::netlink::uapi::*;
+
+/// The two layer 3 families.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub const BOTH: [Family; 2] = [Family::V4, Family::V6];
+
+    pub fn of(address: &IpAddr) -> Family {
+        match address {
+            IpAddr::V4(_) => Family::V4,
+            IpAddr::V6(_) => Family::V6,
+        }
+    }
+
+    /// `NFPROTO_*` and `AF_*`, which are the same number for both.
+    pub fn number(self) -> u8 {
+        match self {
+            Family::V4 => NFPROTO_IPV4,
+            Family::V6 => NFPROTO_IPV6,
+        }
+    }
+
+    /// `ip` or `ip6`, as nft says it.
+    pub fn nft(self) -> &'static str {
+        match self {
+            Family::V4 => "ip",
+            Family::V6 => "ip6",
+        }
+    }
+}
+
+/// The layer 4 protocols that a tproxy takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum L4 {
+    Tcp,
+    Udp,
+}
+
+impl L4 {
+    pub fn number(self) -> u8 {
+        match self {
+            L4::Tcp => IPPROTO_TCP,
+            L4::Udp => IPPROTO_UDP,
+        }
+    }
+
+    fn nft(self) -> &'static str {
+        match self {
+            L4::Tcp => "tcp",
+            L4::Udp => "udp",
+        }
+    }
+}
+
+/// A value under a mask: the bits of `mask` are compared or written, all others left alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark {
+    pub value: u32,
+    pub mask: u32,
+}
+
+/// One statement of a rule, in the order in which nft writes them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stmt {
+    /// `iif "lo"`, `oif "lo"`: by index, which is 1 in every network namespace.
+    IifLo,
+    OifLo,
+    /// `socket cgroupv2 level L @SET`; a packet without a socket does not match.
+    Cgroup {
+        level: u8,
+        set: String,
+    },
+    /// A packet that a process sends (any uid), not the kernel for a socket that is gone.
+    HasOwner,
+    /// `meta skuid UID`
+    Uid(u32),
+    /// `meta mark and MASK == VALUE`
+    PacketMark(Mark),
+    /// `ct mark and MASK == VALUE`
+    CtMark(Mark),
+    /// `ct mark and MASK != 0`
+    CtMarked(u32),
+    /// `ct direction reply`
+    Reply,
+    /// `ct state new`: until an answer has been seen
+    New,
+    /// `ct status dnat`
+    Dnatted,
+    /// `ip daddr @SET` or `ip6 daddr @SET`
+    Destination {
+        family: Family,
+        set: &'static str,
+    },
+    /// `meta nfproto`
+    Nfproto(Family),
+    /// `meta l4proto tcp` or udp
+    L4proto(L4),
+    /// `meta l4proto { tcp, udp }`
+    TcpOrUdp,
+    /// `meta l4proto != { tcp, udp }`
+    NotTcpOrUdp,
+    /// `tcp dport N` or `udp dport N`
+    Dport(L4, u16),
+    /// `fib daddr type broadcast`: the broadcast addresses of this host's networks too
+    Broadcast,
+    /// Neighbour discovery to a unicast address, which is link-scope traffic whatever the address.
+    NeighbourDiscovery,
+    Counter,
+    SetCtMark(Mark),
+    SetPacketMark(Mark),
+    /// `tproxy to ADDRESS:PORT`; no family takes both, no address any.
+    Tproxy {
+        family: Option<Family>,
+        address: Option<IpAddr>,
+        port: u16,
+    },
+    /// `dnat ip to ADDRESS:PORT`
+    Dnat(SocketAddr),
+    /// `reject with tcp reset`
+    Reset,
+    /// `meta mark and MASK vmap { VALUE : goto CHAIN, … }`
+    PacketMarkMap {
+        mask: u32,
+        map: Vec<(u32, Verdict)>,
+    },
+    /// The same for the ct mark.
+    CtMarkMap {
+        mask: u32,
+        map: Vec<(u32, Verdict)>,
+    },
+    Verdict(Verdict),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    Accept,
+    Drop,
+    Jump(String),
+    Goto(String),
+}
+
+/// One instruction of the kernel's register machine. Register data is raw: host order for what the
+/// kernel keeps in host order (marks, ids, indexes), network order for packet fields.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Expr {
+    MetaLoad { key: u32, dreg: u32 },
+    MetaSet { key: u32, sreg: u32 },
+    CtLoad { key: u32, dreg: u32 },
+    CtSet { key: u32, sreg: u32 },
+    Cmp { op: u32, sreg: u32, data: Vec<u8> },
+    Bitwise { sreg: u32, dreg: u32, mask: u32, xor: u32 },
+    Payload { dreg: u32, base: u32, offset: u32, len: u32 },
+    Lookup { set: SetRef, sreg: u32, invert: bool },
+    /// A map look-up whose result is the verdict.
+    LookupVerdict { set: SetRef, sreg: u32 },
+    Immediate { dreg: u32, data: Vec<u8> },
+    Verdict(Verdict),
+    Counter,
+    SocketCgroup { level: u32, dreg: u32 },
+    Tproxy { family: u8, address: Option<u32>, port: u32 },
+    Dnat { family: u8, address: u32, port: u32 },
+    RejectTcpReset,
+    FibAddrtype { dreg: u32 },
+}
+
+/// The set that a look-up reads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SetRef {
+    Named(String),
+    /// An anonymous set or map that lives and dies with its rule.
+    Anonymous(Anonymous),
+}
+
+/// Content of an anonymous set: keys, or keys with verdicts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Anonymous {
+    pub key_type: u32,
+    pub key_len: u32,
+    pub elements: Vec<(Vec<u8>, Option<Verdict>)>,
+}
+
+/// `(uid_t)-1`, which is no user's.
+const NO_UID: u32 = u32::MAX;
+
+impl Stmt {
+    pub fn accept() -> Stmt {
+        Stmt::Verdict(Verdict::Accept)
+    }
+
+    pub fn drop() -> Stmt {
+        Stmt::Verdict(Verdict::Drop)
+    }
+
+    pub fn goto(chain: impl Into<String>) -> Stmt {
+        Stmt::Verdict(Verdict::Goto(chain.into()))
+    }
+
+    /// Appends the instructions of this statement.
+    pub fn lower(&self, out: &mut Vec<Expr>) {
+        use Expr::*;
+        let dreg = NFT_REG_1;
+        let sreg = NFT_REG_1;
+        let eq = |data: &[u8]| Cmp { op: NFT_CMP_EQ, sreg: NFT_REG_1, data: data.to_vec() };
+        let neq = |data: &[u8]| Cmp { op: NFT_CMP_NEQ, sreg: NFT_REG_1, data: data.to_vec() };
+        let masked = |mask| Bitwise { sreg: NFT_REG_1, dreg: NFT_REG_1, mask, xor: 0 };
+        let meta = |key| MetaLoad { key, dreg: NFT_REG_1 };
+        let ct = |key| CtLoad { key, dreg: NFT_REG_1 };
+        match self {
+            Stmt::IifLo => out.extend([meta(NFT_META_IIF), eq(&1u32.to_ne_bytes())]),
+            Stmt::OifLo => out.extend([meta(NFT_META_OIF), eq(&1u32.to_ne_bytes())]),
+            Stmt::Cgroup { level, set } => out.extend([
+                SocketCgroup { level: u32::from(*level), dreg },
+                Lookup { set: SetRef::Named(set.clone()), sreg, invert: false },
+            ]),
+            Stmt::HasOwner => out.extend([meta(NFT_META_SKUID), neq(&NO_UID.to_ne_bytes())]),
+            Stmt::Uid(uid) => out.extend([meta(NFT_META_SKUID), eq(&uid.to_ne_bytes())]),
+            Stmt::PacketMark(m) => out.extend([
+                meta(NFT_META_MARK),
+                masked(m.mask),
+                eq(&m.value.to_ne_bytes()),
+            ]),
+            Stmt::CtMark(m) => {
+                out.extend([ct(NFT_CT_MARK), masked(m.mask), eq(&m.value.to_ne_bytes())])
+            }
+            Stmt::CtMarked(mask) => {
+                out.extend([ct(NFT_CT_MARK), masked(*mask), neq(&0u32.to_ne_bytes())])
+            }
+            Stmt::Reply => out.extend([ct(NFT_CT_DIRECTION), eq(&[IP_CT_DIR_REPLY])]),
+            Stmt::New => out.extend([
+                ct(NFT_CT_STATE),
+                masked(NF_CT_STATE_NEW_BIT),
+                neq(&0u32.to_ne_bytes()),
+            ]),
+            Stmt::Dnatted => out.extend([
+                ct(NFT_CT_STATUS),
+                masked(IPS_DST_NAT),
+                neq(&0u32.to_ne_bytes()),
+            ]),
+            Stmt::Destination { family, set } => {
+                let (offset, len) = match family {
+                    Family::V4 => (16, 4),
+                    Family::V6 => (24, 16),
+                };
+                out.extend([
+                    meta(NFT_META_NFPROTO),
+                    eq(&[family.number()]),
+                    Payload { dreg, base: NFT_PAYLOAD_NETWORK_HEADER, offset, len },
+                    Lookup { set: SetRef::Named(set.to_string()), sreg, invert: false },
+                ]);
+            }
+            Stmt::Nfproto(family) => out.extend([meta(NFT_META_NFPROTO), eq(&[family.number()])]),
+            Stmt::L4proto(l4) => out.extend([meta(NFT_META_L4PROTO), eq(&[l4.number()])]),
+            Stmt::TcpOrUdp | Stmt::NotTcpOrUdp => out.extend([
+                meta(NFT_META_L4PROTO),
+                Lookup {
+                    set: SetRef::Anonymous(Anonymous {
+                        key_type: TYPE_INET_PROTOCOL,
+                        key_len: 1,
+                        elements: vec![(vec![IPPROTO_TCP], None), (vec![IPPROTO_UDP], None)],
+                    }),
+                    sreg,
+                    invert: *self == Stmt::NotTcpOrUdp,
+                },
+            ]),
+            Stmt::Dport(l4, port) => out.extend([
+                meta(NFT_META_L4PROTO),
+                eq(&[l4.number()]),
+                Payload { dreg, base: NFT_PAYLOAD_TRANSPORT_HEADER, offset: 2, len: 2 },
+                eq(&port.to_be_bytes()),
+            ]),
+            Stmt::Broadcast => {
+                out.extend([FibAddrtype { dreg }, eq(&RTN_BROADCAST.to_ne_bytes())])
+            }
+            Stmt::NeighbourDiscovery => out.extend([
+                meta(NFT_META_NFPROTO),
+                eq(&[NFPROTO_IPV6]),
+                meta(NFT_META_L4PROTO),
+                eq(&[IPPROTO_ICMPV6]),
+                Payload { dreg, base: NFT_PAYLOAD_TRANSPORT_HEADER, offset: 0, len: 1 },
+                Lookup {
+                    set: SetRef::Anonymous(Anonymous {
+                        key_type: TYPE_ICMP6_TYPE,
+                        key_len: 1,
+                        elements: vec![
+                            (vec![NDISC_NEIGHBOUR_SOLICITATION], None),
+                            (vec![NDISC_NEIGHBOUR_ADVERTISEMENT], None),
+                        ],
+                    }),
+                    sreg,
+                    invert: false,
+                },
+            ]),
+            Stmt::Counter => out.push(Counter),
+            Stmt::SetCtMark(m) => out.extend([
+                ct(NFT_CT_MARK),
+                Bitwise { sreg, dreg, mask: !m.mask, xor: m.value },
+                CtSet { key: NFT_CT_MARK, sreg },
+            ]),
+            Stmt::SetPacketMark(m) => out.extend([
+                meta(NFT_META_MARK),
+                Bitwise { sreg, dreg, mask: !m.mask, xor: m.value },
+                MetaSet { key: NFT_META_MARK, sreg },
+            ]),
+            Stmt::Tproxy { family, address, port } => {
+                let family = family.map_or(NFPROTO_UNSPEC, Family::number);
+                let mut port_reg = NFT_REG_1;
+                if let Some(address) = address {
+                    out.push(Immediate { dreg, data: octets(address) });
+                    port_reg = NFT_REG_2;
+                }
+                out.push(Immediate { dreg: port_reg, data: port.to_be_bytes().to_vec() });
+                let address = address.map(|_| NFT_REG_1);
+                out.push(Tproxy { family, address, port: port_reg });
+            }
+            Stmt::Dnat(to) => out.extend([
+                Immediate { dreg, data: octets(&to.ip()) },
+                Immediate { dreg: NFT_REG_2, data: to.port().to_be_bytes().to_vec() },
+                Dnat {
+                    family: Family::of(&to.ip()).number(),
+                    address: NFT_REG_1,
+                    port: NFT_REG_2,
+                },
+            ]),
+            Stmt::Reset => out.push(RejectTcpReset),
+            Stmt::PacketMarkMap { mask, map } => out.extend([
+                meta(NFT_META_MARK),
+                masked(*mask),
+                LookupVerdict { set: mark_map(map), sreg },
+            ]),
+            Stmt::CtMarkMap { mask, map } => out.extend([
+                ct(NFT_CT_MARK),
+                masked(*mask),
+                LookupVerdict { set: mark_map(map), sreg },
+            ]),
+            Stmt::Verdict(verdict) => out.push(Verdict(verdict.clone())),
+        }
+    }
+}
+
+fn octets(address: &IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(a) => a.octets().to_vec(),
+        IpAddr::V6(a) => a.octets().to_vec(),
+    }
+}
+
+fn mark_map(map: &[(u32, Verdict)]) -> SetRef {
+    SetRef::Anonymous(Anonymous {
+        key_type: TYPE_MARK,
+        key_len: 4,
+        elements: map
+            .iter()
+            .map(|(value, verdict)| (value.to_ne_bytes().to_vec(), Some(verdict.clone())))
+            .collect(),
+    })
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Verdict::Accept => f.write_str("accept"),
+            Verdict::Drop => f.write_str("drop"),
+            Verdict::Jump(chain) => write!(f, "jump {chain}"),
+            Verdict::Goto(chain) => write!(f, "goto {chain}"),
+        }
+    }
+}
+
+struct MapText<'a>(&'a [(u32, Verdict)]);
+
+impl fmt::Display for MapText<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("{ ")?;
+        for (i, (value, verdict)) in self.0.iter().enumerate() {
+            let comma = if i == 0 { "" } else { ", " };
+            write!(f, "{comma}{value:#010x} : {verdict}")?;
+        }
+        f.write_str(" }")
+    }
+}
+
+impl fmt::Display for Stmt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Stmt::IifLo => f.write_str("iif \"lo\""),
+            Stmt::OifLo => f.write_str("oif \"lo\""),
+            Stmt::Cgroup { level, set } => write!(f, "socket cgroupv2 level {level} @{set}"),
+            Stmt::HasOwner => write!(f, "meta skuid != {NO_UID}"),
+            Stmt::Uid(uid) => write!(f, "meta skuid {uid}"),
+            Stmt::PacketMark(Mark { value, mask }) => {
+                write!(f, "meta mark and {mask:#010x} == {value:#010x}")
+            }
+            Stmt::CtMark(Mark { value, mask }) => {
+                write!(f, "ct mark and {mask:#010x} == {value:#010x}")
+            }
+            Stmt::CtMarked(mask) => write!(f, "ct mark and {mask:#010x} != 0"),
+            Stmt::Reply => f.write_str("ct direction reply"),
+            Stmt::New => f.write_str("ct state new"),
+            Stmt::Dnatted => f.write_str("ct status dnat"),
+            Stmt::Destination { family, set } => write!(f, "{} daddr @{set}", family.nft()),
+            Stmt::Nfproto(Family::V4) => f.write_str("meta nfproto ipv4"),
+            Stmt::Nfproto(Family::V6) => f.write_str("meta nfproto ipv6"),
+            Stmt::L4proto(l4) => write!(f, "meta l4proto {}", l4.nft()),
+            Stmt::TcpOrUdp => f.write_str("meta l4proto { tcp, udp }"),
+            Stmt::NotTcpOrUdp => f.write_str("meta l4proto != { tcp, udp }"),
+            Stmt::Dport(l4, port) => write!(f, "{} dport {port}", l4.nft()),
+            Stmt::Broadcast => f.write_str("fib daddr type broadcast"),
+            Stmt::NeighbourDiscovery => {
+                f.write_str("icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert }")
+            }
+            Stmt::Counter => f.write_str("counter"),
+            Stmt::SetCtMark(Mark { value, mask }) => {
+                write!(f, "ct mark set ct mark and {:#010x} or {value:#010x}", !mask)
+            }
+            Stmt::SetPacketMark(Mark { value, mask }) => {
+                write!(f, "meta mark set meta mark and {:#010x} or {value:#010x}", !mask)
+            }
+            Stmt::Tproxy { family, address, port } => {
+                f.write_str("tproxy ")?;
+                if let Some(family) = family {
+                    write!(f, "{} ", family.nft())?;
+                }
+                match address {
+                    None => write!(f, "to :{port}"),
+                    Some(IpAddr::V4(a)) => write!(f, "to {a}:{port}"),
+                    Some(IpAddr::V6(a)) => write!(f, "to [{a}]:{port}"),
+                }
+            }
+            Stmt::Dnat(to) => write!(f, "dnat {} to {to}", Family::of(&to.ip()).nft()),
+            Stmt::Reset => f.write_str("reject with tcp reset"),
+            Stmt::PacketMarkMap { mask, map } => {
+                write!(f, "meta mark and {mask:#010x} vmap {}", MapText(map))
+            }
+            Stmt::CtMarkMap { mask, map } => {
+                write!(f, "ct mark and {mask:#010x} vmap {}", MapText(map))
+            }
+            Stmt::Verdict(verdict) => verdict.fmt(f),
+        }
+    }
+}
+
+/// An inclusive range of addresses of one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Range<A> {
+    pub first: A,
+    pub last: A,
+}
+
+/// An address that intervals are made of.
+pub trait Address: Copy + Ord + fmt::Display {
+    const BITS: u32;
+    fn to_bits(self) -> u128;
+    fn from_bits(bits: u128) -> Self;
+    /// The bytes in network order.
+    fn bytes(self) -> Vec<u8>;
+}
+
+impl Address for Ipv4Addr {
+    const BITS: u32 = 32;
+    fn to_bits(self) -> u128 {
+        u128::from(u32::from(self))
+    }
+    fn from_bits(bits: u128) -> Self {
+        Ipv4Addr::from(bits as u32)
+    }
+    fn bytes(self) -> Vec<u8> {
+        self.octets().to_vec()
+    }
+}
+
+impl Address for Ipv6Addr {
+    const BITS: u32 = 128;
+    fn to_bits(self) -> u128 {
+        u128::from(self)
+    }
+    fn from_bits(bits: u128) -> Self {
+        Ipv6Addr::from(bits)
+    }
+    fn bytes(self) -> Vec<u8> {
+        self.octets().to_vec()
+    }
+}
+
+impl<A: Address> Range<A> {
+    /// The range of a prefix; host bits of `address` are ignored.
+    pub fn prefix(address: A, length: u32) -> Range<A> {
+        let host = match A::BITS - length {
+            0 => 0,
+            128 => u128::MAX,
+            n => (1u128 << n) - 1,
+        };
+        let first = address.to_bits() & !host;
+        Range { first: A::from_bits(first), last: A::from_bits(first | host) }
+    }
+
+    /// Sorts, and joins what overlaps or touches: interval sets refuse overlapping elements.
+    pub fn merge(mut ranges: Vec<Range<A>>) -> Vec<Range<A>> {
+        ranges.sort_unstable();
+        let mut merged: Vec<Range<A>> = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            match merged.last_mut() {
+                Some(last) if range.first.to_bits() <= last.last.to_bits().saturating_add(1) => {
+                    last.last = last.last.max(range.last);
+                }
+                _ => merged.push(range),
+            }
+        }
+        merged
+    }
+
+    /// The address after the last, or `None` where the range ends with the address space.
+    pub fn end(&self) -> Option<A> {
+        let all = u128::MAX >> (128 - A::BITS);
+        (self.last.to_bits() < all).then(|| A::from_bits(self.last.to_bits() + 1))
+    }
+}
+
+impl<A: Address> fmt::Display for Range<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let span = self.last.to_bits() ^ self.first.to_bits();
+        let aligned = span & span.wrapping_add(1) == 0 && self.first.to_bits() & span == 0;
+        match (span, aligned) {
+            (0, _) => write!(f, "{}", self.first),
+            (_, true) => write!(f, "{}/{}", self.first, A::BITS - span.count_ones()),
+            _ => write!(f, "{}-{}", self.first, self.last),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn r(first: [u8; 4], last: [u8; 4]) -> Range<Ipv4Addr> {
+        Range { first: first.into(), last: last.into() }
+    }
+
+    #[test]
+    fn ranges_merge_and_print_as_prefixes() {
+        let p = |a: [u8; 4], n| Range::prefix(Ipv4Addr::from(a), n);
+        assert_eq!(p([10, 1, 2, 3], 8), r([10, 0, 0, 0], [10, 255, 255, 255]));
+        assert_eq!(p([1, 2, 3, 4], 0).to_string(), "0.0.0.0/0");
+        assert_eq!(p([1, 2, 3, 4], 32).to_string(), "1.2.3.4");
+        assert_eq!(r([10, 0, 0, 1], [10, 0, 0, 2]).to_string(), "10.0.0.1-10.0.0.2");
+        let merged = Range::merge(vec![
+            p([10, 0, 0, 0], 9),
+            p([255, 255, 255, 255], 32),
+            p([10, 128, 0, 0], 9),
+            p([10, 1, 0, 0], 16),
+            p([12, 0, 0, 0], 8),
+        ]);
+        let text: Vec<_> = merged.iter().map(Range::to_string).collect();
+        assert_eq!(text, ["10.0.0.0/8", "12.0.0.0/8", "255.255.255.255"]);
+        assert_eq!(merged[0].end(), Some(Ipv4Addr::new(11, 0, 0, 0)));
+        assert_eq!(merged[2].end(), None);
+        assert_eq!(Range::prefix(Ipv6Addr::UNSPECIFIED, 0).end(), None);
+        assert_eq!(Range::prefix(Ipv6Addr::LOCALHOST, 0).to_string(), "::/0");
+    }
+}

@@ -1,0 +1,375 @@
+//! The table `inet cgtproxy` as data: its sets, chains and rules for a configuration, and the one
+//! chain that depends on which cgroups exist. Pure. Why the rules stand in this order is told
+//! where each chain is built; the shape was verified with traffic (tests/it/reference.rs).
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use super::expr::{Family, Mark, Range, Stmt, Verdict, L4};
+use crate::config::{Config, Take, Target, Tproxy};
+use crate::netlink::uapi::*;
+
+/// Name of our one table, in family inet.
+pub const TABLE: &str = "cgtproxy";
+
+/// A cgroup's place in the kernel's sets: which target, matched at which level.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Element {
+    pub level: u8,
+    pub target: Target,
+}
+
+/// Sets, chains and static rules; everything but the elements of the cgroup sets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    pub sets: Vec<Set>,
+    pub chains: Vec<Chain>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Set {
+    pub name: String,
+    pub content: Content,
+}
+
+/// What a set holds. Elements of `Cgroups` are the core's business and kept elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    V4(Vec<Range<Ipv4Addr>>),
+    V6(Vec<Range<Ipv6Addr>>),
+    Cgroups { counters: bool },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    pub name: String,
+    pub base: Option<Base>,
+    pub rules: Vec<Rule>,
+}
+
+pub type Rule = Vec<Stmt>;
+
+/// What makes a chain a base chain.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Base {
+    pub kind: &'static str,
+    pub hook: u32,
+    pub priority: i32,
+}
+
+/// The name of the set that holds the cgroups of `target`.
+pub fn set_name(config: &Config, target: Target) -> String {
+    format!("cg_{}", config.target_name(target))
+}
+
+impl Table {
+    /// The table for a configuration, with an empty `output` chain where the pairs belong.
+    pub fn new(config: &Config) -> Table {
+        let mut sets = vec![bypass4(config), bypass6(config)];
+        sets.extend(config.targets().map(|target| Set {
+            name: set_name(config, target),
+            content: Content::Cgroups { counters: config.counters_per_cgroup },
+        }));
+        // chains stand before those that go to them, which `nft -f` does not ask for but readers do
+        let mut chains = Vec::new();
+        if config.default != Target::Direct {
+            chains.push(leave_chain(config));
+        }
+        chains.push(bypass_chain(config));
+        chains.push(drop_chain());
+        for (index, tproxy) in config.tproxies.iter().enumerate() {
+            if tproxy.hijacks_dns() {
+                chains.push(dns_chain(config, tproxy));
+            }
+            chains.push(tproxy_chain(config, index, tproxy));
+        }
+        if config.marks_flows() {
+            chains.push(sticky_chain(config));
+        }
+        chains.push(direct_chain(config));
+        chains.push(Chain {
+            name: OUTPUT.into(),
+            base: Some(Base {
+                // the type that routes again when a chain changes the mark
+                kind: "route",
+                hook: NF_INET_LOCAL_OUT,
+                priority: NF_IP_PRI_MANGLE,
+            }),
+            rules: output_rules(config, &BTreeSet::new()),
+        });
+        if config.tproxies.iter().any(Tproxy::hijacks_dns) {
+            chains.push(nat_chain(config));
+        }
+        if !config.tproxies.is_empty() {
+            chains.extend(config.tproxies.iter().map(receive_chain));
+            chains.push(prerouting_chain(config));
+        }
+        Table { sets, chains }
+    }
+}
+
+/// The chain whose rules depend on the cgroups that exist.
+pub const OUTPUT: &str = "output";
+
+/// Rules of `output` for the (level, target) pairs in use, deepest level first, so that the nearest
+/// ancestor with an element decides. A packet that no target takes passes no address look-up here.
+pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
+    // cheapest test first; covers every local address, for those leave by lo
+    let mut rules = vec![vec![Stmt::OifLo, Stmt::accept()]];
+    rules.extend(pairs.iter().rev().map(|pair| {
+        let set = set_name(config, pair.target);
+        vec![Stmt::Cgroup { level: pair.level, set }, enter(config, pair.target)]
+    }));
+    // a packet without a socket (RST or ACK after the application closed), or of a flow that began
+    // under a target that its cgroup no longer has
+    if config.marks_flows() {
+        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("sticky")]);
+    }
+    if config.default != Target::Direct {
+        rules.push(vec![enter(config, config.default)]);
+    }
+    rules
+}
+
+/// The statement that hands a packet to a target.
+fn enter(config: &Config, target: Target) -> Stmt {
+    Stmt::goto(format!("to_{}", config.target_name(target)))
+}
+
+/// The verdict for traffic that is to go as if we were not there.
+fn leave(config: &Config) -> Stmt {
+    match config.default {
+        Target::Direct => Stmt::accept(),
+        _ => Stmt::goto("leave"),
+    }
+}
+
+fn mark(config: &Config, value: u32) -> Mark {
+    Mark { value, mask: config.mask }
+}
+
+fn chain(name: impl Into<String>, rules: Vec<Rule>) -> Chain {
+    Chain { name: name.into(), base: None, rules }
+}
+
+/// Where the default is not direct, flows that go direct say so in their ct mark: the kernel's own
+/// packets for them have no socket and would meet the default. Two rules, since a packet without
+/// conntrack ends the first one early.
+fn leave_chain(config: &Config) -> Chain {
+    let direct = mark(config, config.direct_mark());
+    chain("leave", vec![vec![Stmt::SetCtMark(direct)], vec![Stmt::accept()]])
+}
+
+/// What is left alone whatever the target.
+fn bypass_chain(config: &Config) -> Chain {
+    let mut rules = vec![vec![Stmt::Reply, Stmt::accept()]];
+    rules.extend(config.bypass_marks.iter().map(|m| vec![Stmt::PacketMark(*m), leave(config)]));
+    rules.extend(config.bypass_users.iter().map(|uid| vec![Stmt::Uid(*uid), leave(config)]));
+    rules.push(vec![
+        Stmt::Destination { family: Family::V4, set: "bypass4" },
+        Stmt::accept(),
+    ]);
+    rules.push(vec![
+        Stmt::Destination { family: Family::V6, set: "bypass6" },
+        Stmt::accept(),
+    ]);
+    rules.push(vec![Stmt::Nfproto(Family::V4), Stmt::Broadcast, Stmt::accept()]);
+    chain("bypass", rules)
+}
+
+fn jump_bypass() -> Rule {
+    vec![Stmt::Verdict(Verdict::Jump("bypass".into()))]
+}
+
+fn drop_chain() -> Chain {
+    chain(
+        "to_drop",
+        vec![
+            jump_bypass(),
+            // sent by the kernel itself: with default = drop, IPv6 neighbours would be lost
+            vec![Stmt::NeighbourDiscovery, Stmt::accept()],
+            vec![Stmt::Counter, Stmt::drop()],
+        ],
+    )
+}
+
+/// A flow that began proxied could not survive a move to another path, so it stays.
+fn direct_chain(config: &Config) -> Chain {
+    let direct = mark(config, config.direct_mark());
+    let mut rules = Vec::new();
+    if config.default != Target::Direct {
+        rules.push(vec![Stmt::CtMark(direct), Stmt::accept()]);
+    }
+    if config.marks_flows() {
+        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("sticky")]);
+    }
+    rules.push(vec![leave(config)]);
+    chain("to_direct", rules)
+}
+
+/// DNS of a target that hijacks it: the ct mark alone selects it for `nat_output`. With the packet
+/// mark too, a query for a resolver on another host would be routed to lo. A flow that is older
+/// than the hijacking cannot be translated any more and goes on as the target's other traffic.
+fn dns_chain(config: &Config, tproxy: &Tproxy) -> Chain {
+    let own = mark(config, tproxy.mark);
+    chain(
+        format!("dns_{}", tproxy.name),
+        vec![
+            vec![Stmt::SetCtMark(own)],
+            vec![Stmt::New, Stmt::CtMark(own), Stmt::accept()],
+            vec![Stmt::Dnatted, Stmt::accept()],
+        ],
+    )
+}
+
+fn tproxy_chain(config: &Config, index: usize, tproxy: &Tproxy) -> Chain {
+    let mut rules = vec![jump_bypass(), vec![Stmt::Counter]];
+    let dns = || Stmt::Verdict(Verdict::Jump(format!("dns_{}", tproxy.name)));
+    for l4 in tproxy.dns_protocols() {
+        match (tproxy.dns4, tproxy.dns6) {
+            (None, None) => {}
+            (Some(_), Some(_)) => rules.push(vec![Stmt::Dport(l4, 53), dns()]),
+            (Some(_), None) => {
+                rules.push(vec![Stmt::Nfproto(Family::V4), Stmt::Dport(l4, 53), dns()])
+            }
+            (None, Some(_)) => {
+                rules.push(vec![Stmt::Nfproto(Family::V6), Stmt::Dport(l4, 53), dns()])
+            }
+        }
+    }
+    rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
+    let switches = [
+        (Stmt::Nfproto(Family::V4), tproxy.ipv4),
+        (Stmt::Nfproto(Family::V6), tproxy.ipv6),
+        (Stmt::L4proto(L4::Tcp), tproxy.tcp),
+        (Stmt::L4proto(L4::Udp), tproxy.udp),
+    ];
+    // drop before no: what is to be dropped in one respect must not leave by another
+    for (wanted, verdict) in [(Take::Drop, Stmt::drop()), (Take::No, leave(config))] {
+        for (what, take) in &switches {
+            if *take == wanted {
+                rules.push(vec![what.clone(), verdict.clone()]);
+            }
+        }
+    }
+    let own = mark(config, config.tproxies[index].mark);
+    rules.push(vec![Stmt::SetCtMark(own)]);
+    rules.push(vec![Stmt::SetPacketMark(own), Stmt::accept()]);
+    chain(format!("to_{}", tproxy.name), rules)
+}
+
+/// Flows that are known by their ct mark. Marks that we do not know (of a tproxy that a reload took
+/// away) fall through to the end of `output`: they go direct.
+fn sticky_chain(config: &Config) -> Chain {
+    let direct = config.direct_mark();
+    let mut map: Vec<_> = (config.tproxies.iter())
+        .map(|t| (t.mark, Verdict::Goto(format!("to_{}", t.name))))
+        .collect();
+    let mut rules = Vec::new();
+    if config.default != Target::Direct {
+        // a process's own packets of a flow that began direct: its cgroup has no target any more,
+        // so the default cuts it; the kernel's packets for such a flow still go direct
+        rules.push(vec![
+            Stmt::CtMark(mark(config, direct)),
+            Stmt::HasOwner,
+            enter(config, config.default),
+        ]);
+        map.push((direct, Verdict::Accept));
+    }
+    rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
+    chain("sticky", rules)
+}
+
+fn nat_chain(config: &Config) -> Chain {
+    let mut rules = Vec::new();
+    for tproxy in &config.tproxies {
+        let to = [tproxy.dns4.map(SocketAddr::V4), tproxy.dns6.map(SocketAddr::V6)];
+        for l4 in tproxy.dns_protocols() {
+            rules.extend(to.iter().flatten().map(|to| {
+                let own = Stmt::CtMark(mark(config, tproxy.mark));
+                vec![own, Stmt::Dport(l4, 53), Stmt::Dnat(*to)]
+            }));
+        }
+    }
+    Chain {
+        name: "nat_output".into(),
+        base: Some(Base { kind: "nat", hook: NF_INET_LOCAL_OUT, priority: NF_IP_PRI_NAT_DST }),
+        rules,
+    }
+}
+
+/// Where the packets come back in by lo. With no listener evaluation goes on behind `tproxy`, and
+/// the packet would reach this host's own wildcard sockets: so refuse it.
+fn receive_chain(tproxy: &Tproxy) -> Chain {
+    let port = tproxy.port;
+    let to = |family, address: Option<IpAddr>| {
+        let tproxy = Stmt::Tproxy { family, address, port };
+        vec![Stmt::TcpOrUdp, tproxy, Stmt::accept()]
+    };
+    let mut rules = match (tproxy.address4, tproxy.address6) {
+        (None, None) => vec![to(None, None)],
+        (v4, v6) => vec![
+            to(Some(Family::V4), v4.map(IpAddr::V4)),
+            to(Some(Family::V6), v6.map(IpAddr::V6)),
+        ],
+    };
+    rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset]);
+    rules.push(vec![Stmt::Counter, Stmt::drop()]);
+    chain(format!("tproxy_{}", tproxy.name), rules)
+}
+
+fn prerouting_chain(config: &Config) -> Chain {
+    let map = (config.tproxies.iter())
+        .map(|t| (t.mark, Verdict::Goto(format!("tproxy_{}", t.name))))
+        .collect();
+    Chain {
+        name: "prerouting".into(),
+        base: Some(Base {
+            kind: "filter",
+            hook: NF_INET_PRE_ROUTING,
+            priority: NF_IP_PRI_MANGLE,
+        }),
+        rules: vec![vec![Stmt::IifLo, Stmt::PacketMarkMap { mask: config.mask, map }]],
+    }
+}
+
+/// Link-local, multicast and broadcast, and what the configuration adds.
+fn bypass4(config: &Config) -> Set {
+    let always = [([169, 254, 0, 0], 16), ([224, 0, 0, 0], 4), ([255; 4], 32)];
+    let mut ranges: Vec<_> =
+        always.iter().map(|(a, n)| Range::prefix(Ipv4Addr::from(*a), *n)).collect();
+    ranges.extend(&config.bypass4);
+    Set { name: "bypass4".into(), content: Content::V4(Range::merge(ranges)) }
+}
+
+fn bypass6(config: &Config) -> Set {
+    let always = [(0xfe80, 10), (0xff00, 8)];
+    let mut ranges: Vec<_> = (always.iter())
+        .map(|(a, n)| Range::prefix(Ipv6Addr::new(*a, 0, 0, 0, 0, 0, 0, 0), *n))
+        .collect();
+    ranges.extend(&config.bypass6);
+    Set { name: "bypass6".into(), content: Content::V6(Range::merge(ranges)) }
+}
+
+impl fmt::Display for Base {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let hook = if self.hook == NF_INET_LOCAL_OUT { "output" } else { "prerouting" };
+        // nft has no name for mangle in a nat chain's neighbourhood; numbers are always right
+        write!(f, "type {} hook {hook} priority {}; policy accept;", self.kind, self.priority)
+    }
+}
+
+impl fmt::Display for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "  chain {} {{", self.name)?;
+        if let Some(base) = &self.base {
+            writeln!(f, "    {base}")?;
+        }
+        for rule in &self.rules {
+            let text: Vec<String> = rule.iter().map(Stmt::to_string).collect();
+            writeln!(f, "    {}", text.join(" "))?;
+        }
+        writeln!(f, "  }}")
+    }
+}

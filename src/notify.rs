@@ -1,0 +1,58 @@
+//! Telling a supervisor how far we are: sd_notify(3) by hand, and the newline on `--ready-fd`.
+//! Failures are not ours to care about: the supervisor will notice.
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+use nix::time::{clock_gettime, ClockId};
+
+pub struct Notify {
+    socket: Option<UnixDatagram>,
+    ready_fd: Option<OwnedFd>,
+}
+
+impl Notify {
+    /// Takes `NOTIFY_SOCKET` (a path, or an abstract name behind `@`) from the environment.
+    pub fn new(ready_fd: Option<OwnedFd>) -> Notify {
+        let socket = std::env::var_os("NOTIFY_SOCKET").and_then(|name| {
+            let address = match name.as_bytes() {
+                [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest),
+                path if path.starts_with(b"/") => SocketAddr::from_pathname(&name),
+                _ => return None,
+            };
+            let socket = UnixDatagram::unbound().ok()?;
+            socket.set_nonblocking(true).ok()?;
+            socket.connect_addr(&address.ok()?).ok()?;
+            Some(socket)
+        });
+        Notify { socket, ready_fd }
+    }
+
+    /// In force: said once on the ready descriptor, which is closed, and each time to the socket.
+    pub fn ready(&mut self) {
+        self.send("READY=1");
+        if let Some(fd) = self.ready_fd.take() {
+            let _ = std::fs::File::from(fd).write_all(b"\n");
+        }
+    }
+
+    pub fn reloading(&self) {
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| {
+            t.tv_sec() as u64 * 1_000_000 + t.tv_nsec() as u64 / 1000
+        });
+        self.send(&format!("RELOADING=1\nMONOTONIC_USEC={now}"));
+    }
+
+    pub fn stopping(&self) {
+        self.send("STOPPING=1");
+    }
+
+    fn send(&self, state: &str) {
+        if let Some(socket) = &self.socket {
+            let _ = socket.send(state.as_bytes());
+        }
+    }
+}

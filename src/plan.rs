@@ -1,0 +1,126 @@
+//! Everything that the kernel should hold, from a configuration and the cgroups there are. Pure.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::os::unix::ffi::OsStrExt;
+
+use crate::cgroup::mount::Root;
+use crate::config::Config;
+use crate::core::{Core, Delta, Snapshot};
+use crate::netlink::msg::Batch;
+use crate::nft::encode::Transaction;
+use crate::nft::expr::Family;
+use crate::nft::ruleset::{output_rules, set_name, Content, Table, OUTPUT, TABLE};
+use crate::route::{self, Entry};
+
+/// The ip rules and routes of the families in use.
+pub fn routing(config: &Config, families: &[Family]) -> BTreeSet<Entry> {
+    families.iter().flat_map(|family| route::wanted(config, *family)).collect()
+}
+
+/// One transaction that replaces the table. `flags`: see [`Transaction::replace`].
+pub fn replacement(
+    config: &Config,
+    snapshot: &Snapshot,
+    flags: Option<u32>,
+    batch: Batch,
+) -> Transaction {
+    let mut transaction = Transaction::new(batch);
+    transaction.replace(&table(config, snapshot), flags);
+    for (target, ids) in &snapshot.elements {
+        transaction.add_cgroups(&set_name(config, *target), ids.iter().copied());
+    }
+    transaction
+}
+
+/// One transaction that holds a difference.
+pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
+    let mut transaction = Transaction::new(batch);
+    for (target, ids) in &delta.delete {
+        transaction.delete_cgroups(&set_name(config, *target), ids.iter().copied());
+    }
+    for (target, ids) in &delta.add {
+        transaction.add_cgroups(&set_name(config, *target), ids.iter().copied());
+    }
+    if let Some(pairs) = &delta.pairs {
+        transaction.replace_output(&output_rules(config, pairs));
+    }
+    transaction
+}
+
+fn table(config: &Config, snapshot: &Snapshot) -> Table {
+    let mut table = Table::new(config);
+    if let Some(output) = table.chains.iter_mut().find(|chain| chain.name == OUTPUT) {
+        output.rules = output_rules(config, &snapshot.pairs);
+    }
+    table
+}
+
+/// The whole plan as a script for `nft -f`, with the routing as comments.
+pub fn script(core: &mut Core, root: &Root) -> String {
+    let config = core.config().clone();
+    let table = table(&config, &core.snapshot());
+    // nft finds a cgroup by its path from /sys/fs/cgroup
+    let mount = root.dir.strip_prefix(&root.mount).unwrap_or(std::path::Path::new(""));
+    let mut out = String::new();
+    let text = &mut out;
+    let result = (|| {
+        writeln!(text, "#!/usr/sbin/nft -f")?;
+        writeln!(text, "# cgroup root {} at level {}", root.dir.display(), root.level)?;
+        for entry in routing(&config, &Family::BOTH) {
+            writeln!(text, "# {}", entry.command("add"))?;
+        }
+        writeln!(text, "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{")?;
+        for set in &table.sets {
+            writeln!(text, "  set {} {{", set.name)?;
+            let (kind, elements) = match &set.content {
+                Content::V4(ranges) => {
+                    ("type ipv4_addr\n    flags interval", ranges.iter().map(|r| r.to_string()).collect())
+                }
+                Content::V6(ranges) => {
+                    ("type ipv6_addr\n    flags interval", ranges.iter().map(|r| r.to_string()).collect())
+                }
+                Content::Cgroups { counters } => {
+                    let kind = if *counters { "type cgroupsv2\n    counter" } else { "type cgroupsv2" };
+                    (kind, cgroups(core, &config, &set.name, mount, text)?)
+                }
+            };
+            writeln!(text, "    {kind}")?;
+            if !elements.is_empty() {
+                writeln!(text, "    elements = {{\n      {}\n    }}", elements.join(",\n      "))?;
+            }
+            writeln!(text, "  }}")?;
+        }
+        for chain in &table.chains {
+            write!(text, "{chain}")?;
+        }
+        writeln!(text, "}}")
+    })();
+    result.map(|()| out).unwrap_or_default()
+}
+
+/// The elements of one cgroup set as nft writes them. A name that nft cannot read (not UTF-8, or
+/// with a double quote) becomes a comment.
+fn cgroups(
+    core: &Core,
+    config: &Config,
+    set: &str,
+    mount: &std::path::Path,
+    text: &mut String,
+) -> Result<Vec<String>, std::fmt::Error> {
+    let mut elements = Vec::new();
+    for (path, node) in core.tree().iter() {
+        if node.element.is_none_or(|target| set_name(config, target) != set) {
+            continue;
+        }
+        let full = [mount.as_os_str().as_bytes(), path].concat();
+        let full = full.strip_prefix(b"/").unwrap_or(&full);
+        match std::str::from_utf8(full) {
+            Ok(name) if !name.contains('"') && !name.contains(char::is_control) => {
+                elements.push(format!("\"{name}\""))
+            }
+            _ => writeln!(text, "    # not expressible in nft: {}", full.escape_ascii())?,
+        }
+    }
+    Ok(elements)
+}

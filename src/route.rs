@@ -1,0 +1,256 @@
+//! Policy routing: the ip rules that send marked packets to our route table, and the route there
+//! that delivers them locally. Pure: what is wanted, what a dump says is there, the difference, and
+//! the messages. Everything of ours carries the routing protocol number 99.
+//! Source: rtnetlink(7), include/uapi/linux/fib_rules.h; bytes as iproute2 sends them.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use crate::config::Config;
+use crate::netlink::msg::Batch;
+use crate::netlink::parse::{self, Attrs};
+use crate::netlink::uapi::*;
+use crate::nft::expr::{Family, Mark};
+
+/// `ip rule … pref PRIORITY iif IIF fwmark MARK/MASK lookup TABLE`
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct IpRule {
+    pub family: Family,
+    pub priority: u32,
+    pub iif: String,
+    pub mark: Mark,
+    pub table: u32,
+}
+
+/// `ip route … local default dev lo table TABLE`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Route {
+    pub family: Family,
+    pub table: u32,
+}
+
+/// Index of `lo` in every network namespace (`LOOPBACK_IFINDEX`).
+const LO: u32 = 1;
+
+/// A rule or a route of ours; ordered so that routes stand before the rules that lead to them.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Entry {
+    Route(Route),
+    Rule(IpRule),
+}
+
+/// What the kernel should hold of one family.
+pub fn wanted(config: &Config, family: Family) -> BTreeSet<Entry> {
+    if config.tproxies.is_empty() {
+        return BTreeSet::new();
+    }
+    let rules = config.tproxies.iter().map(|tproxy| {
+        Entry::Rule(IpRule {
+            family,
+            priority: config.rule_priority,
+            iif: "lo".into(),
+            mark: Mark { value: tproxy.mark, mask: config.mask },
+            table: config.route_table,
+        })
+    });
+    let route = Entry::Route(Route { family, table: config.route_table });
+    rules.chain([route]).collect()
+}
+
+impl Entry {
+    pub fn family(&self) -> Family {
+        match self {
+            Entry::Route(route) => route.family,
+            Entry::Rule(rule) => rule.family,
+        }
+    }
+
+    /// The message that adds this entry, or the one that deletes it.
+    pub fn encode(&self, batch: &mut Batch, add: bool) {
+        match self {
+            Entry::Rule(rule) => rule.encode(batch, add),
+            Entry::Route(route) => route.encode(batch, add),
+        }
+    }
+}
+
+impl IpRule {
+    fn encode(&self, batch: &mut Batch, add: bool) {
+        let (kind, flags) = verb(add, RTM_NEWRULE, RTM_DELRULE);
+        let open = batch.begin(kind, flags);
+        // struct fib_rule_hdr; a table above 255 stands in FRA_TABLE alone
+        let table = small_table(self.table);
+        batch.header(&[self.family.number(), 0, 0, 0, table, 0, 0, FR_ACT_TO_TBL, 0, 0, 0, 0]);
+        batch.u32_ne(FRA_PRIORITY, self.priority);
+        batch.str_z(FRA_IIFNAME, &self.iif);
+        batch.u32_ne(FRA_FWMARK, self.mark.value);
+        batch.u32_ne(FRA_FWMASK, self.mark.mask);
+        if table == RT_TABLE_UNSPEC {
+            batch.u32_ne(FRA_TABLE, self.table);
+        }
+        batch.u8(FRA_PROTOCOL, RTPROT_CGTPROXY);
+        batch.end(open);
+    }
+}
+
+impl Route {
+    fn encode(&self, batch: &mut Batch, add: bool) {
+        let (kind, flags) = verb(add, RTM_NEWROUTE, RTM_DELROUTE);
+        let open = batch.begin(kind, flags);
+        // struct rtmsg; IPv6 knows one scope only
+        let scope = match (self.family, add) {
+            (Family::V4, true) => RT_SCOPE_HOST,
+            (Family::V4, false) => RT_SCOPE_NOWHERE,
+            (Family::V6, _) => RT_SCOPE_UNIVERSE,
+        };
+        let table = small_table(self.table);
+        batch.header(&[
+            self.family.number(), 0, 0, 0, table, RTPROT_CGTPROXY, scope, RTN_LOCAL, 0, 0, 0, 0,
+        ]);
+        batch.u32_ne(RTA_OIF, LO);
+        if table == RT_TABLE_UNSPEC {
+            batch.u32_ne(RTA_TABLE, self.table);
+        }
+        batch.end(open);
+    }
+}
+
+fn verb(add: bool, new: u16, delete: u16) -> (u16, u16) {
+    match add {
+        true => (new, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL),
+        false => (delete, NLM_F_REQUEST | NLM_F_ACK),
+    }
+}
+
+/// The table for the 8-bit header field, as iproute2 fills it.
+fn small_table(table: u32) -> u8 {
+    u8::try_from(table).unwrap_or(RT_TABLE_UNSPEC)
+}
+
+/// Asks for all ip rules of a family.
+pub fn get_rules(batch: &mut Batch, family: Family) {
+    let open = batch.begin(RTM_GETRULE, NLM_F_REQUEST | NLM_F_DUMP);
+    batch.header(&[family.number(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    batch.end(open);
+}
+
+/// Asks for all routes of a family that carry our protocol number. Kernels before 4.20 ignore the
+/// filter and send all.
+pub fn get_routes(batch: &mut Batch, family: Family) {
+    let open = batch.begin(RTM_GETROUTE, NLM_F_REQUEST | NLM_F_DUMP);
+    batch.header(&[family.number(), 0, 0, 0, 0, RTPROT_CGTPROXY, 0, 0, 0, 0, 0, 0]);
+    batch.end(open);
+}
+
+/// Reads one dumped rule or route; `None` for what is not ours. What is tagged as ours but has
+/// another shape (made by another version) comes out with what it has, so that it can be deleted.
+pub fn parse(message: &parse::Message) -> Option<Entry> {
+    let family = match *message.body.first()? {
+        AF_INET => Family::V4,
+        AF_INET6 => Family::V6,
+        _ => return None,
+    };
+    let attrs = Attrs::after(message.body, 12);
+    let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
+    let small_table = u32::from(*message.body.get(4)?);
+    match message.kind {
+        RTM_NEWRULE => {
+            let ours = attrs.clone().get(FRA_PROTOCOL) == Some(&[RTPROT_CGTPROXY]);
+            let rule = IpRule {
+                family,
+                priority: number(FRA_PRIORITY).unwrap_or(0),
+                iif: parse::str_z(attrs.clone().get(FRA_IIFNAME).unwrap_or(b"")).into_owned(),
+                mark: Mark {
+                    value: number(FRA_FWMARK).unwrap_or(0),
+                    mask: number(FRA_FWMASK).unwrap_or(0),
+                },
+                table: number(FRA_TABLE).unwrap_or(small_table),
+            };
+            ours.then_some(Entry::Rule(rule))
+        }
+        RTM_NEWROUTE => {
+            let ours = *message.body.get(5)? == RTPROT_CGTPROXY;
+            let table = number(RTA_TABLE).unwrap_or(small_table);
+            ours.then_some(Entry::Route(Route { family, table }))
+        }
+        _ => None,
+    }
+}
+
+fn ip(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip -6",
+    }
+}
+
+impl fmt::Display for Entry {
+    /// The iproute2 arguments behind `ip rule` or `ip route` and the verb.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Entry::Rule(IpRule { priority, iif, mark: Mark { value, mask }, table, .. }) => write!(
+                f,
+                "pref {priority} iif {iif} fwmark {value:#010x}/{mask:#010x} lookup {table} \
+                 protocol {RTPROT_CGTPROXY}"
+            ),
+            Entry::Route(Route { table, .. }) => {
+                write!(f, "local default dev lo table {table} proto {RTPROT_CGTPROXY}")
+            }
+        }
+    }
+}
+
+impl Entry {
+    /// The iproute2 command with the given verb (`add`, `del`).
+    pub fn command(&self, verb: &str) -> String {
+        let object = match self {
+            Entry::Rule(_) => "rule",
+            Entry::Route(_) => "route",
+        };
+        format!("{} {object} {verb} {self}", ip(self.family()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::parse::Messages;
+
+    fn entries() -> Vec<Entry> {
+        let mark = Mark { value: 0x0100_0000, mask: 0xff00_0000 };
+        let mut all = Vec::new();
+        for family in Family::BOTH {
+            for table in [200, 300] {
+                let iif = "lo".to_string();
+                all.push(Entry::Rule(IpRule { family, priority: 100, iif, mark, table }));
+                all.push(Entry::Route(Route { family, table }));
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn a_dumped_entry_is_the_one_that_was_added() {
+        for entry in entries() {
+            let mut batch = Batch::new(0);
+            entry.encode(&mut batch, true);
+            let message = Messages::new(batch.bytes()).next().unwrap();
+            assert_eq!(parse(&message).as_ref(), Some(&entry), "{}", entry.command("add"));
+        }
+    }
+
+    #[test]
+    fn foreign_entries_are_not_ours() {
+        for entry in entries() {
+            let mut batch = Batch::new(0);
+            entry.encode(&mut batch, true);
+            let mut bytes = batch.bytes().to_vec();
+            for at in 16..bytes.len() {
+                if bytes[at] == RTPROT_CGTPROXY {
+                    bytes[at] = 3;
+                }
+            }
+            assert_eq!(parse(&Messages::new(&bytes).next().unwrap()), None);
+        }
+    }
+}
