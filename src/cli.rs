@@ -14,10 +14,22 @@ use crate::log::Level;
 pub const DEFAULT_CONFIG: &str = "/etc/cgtproxy/cgtproxy.conf";
 
 const COMMANDS: [(&str, &str); 4] = [
-    ("run", "program the kernel and keep it in step, in the foreground (the default)"),
-    ("check", "validate the configuration, then look at this host"),
-    ("show", "print the table that run would load, as an nft script"),
-    ("flush", "remove everything that cgtproxy ever put into the kernel"),
+    (
+        "run",
+        "program the kernel and keep it in step, in the foreground (the default)",
+    ),
+    (
+        "check",
+        "validate the configuration, then look at this host",
+    ),
+    (
+        "show",
+        "print the table that run would load, as an nft script",
+    ),
+    (
+        "flush",
+        "remove everything that cgtproxy ever put into the kernel",
+    ),
 ];
 
 /// The options that any command may get.
@@ -51,23 +63,38 @@ pub fn load_config(file: &Path, is_default: bool, trusted_only: bool) -> Result<
     }
     match config::load(&Files { trusted_only }, file) {
         Ok(config) => Ok(Some(config)),
-        Err(problems) => Err(Error::Usage(problems.iter().map(|p| p.to_string()).collect())),
+        Err(problems) => Err(Error::Usage(
+            problems.iter().map(|p| p.to_string()).collect(),
+        )),
     }
 }
 
 /// Says that the built-in default is used.
 pub fn tell_default() {
-    log!(Notice, "{DEFAULT_CONFIG} is absent: using the built-in default, everything direct");
+    log!(
+        Notice,
+        "{DEFAULT_CONFIG} is absent: using the built-in default, everything direct"
+    );
 }
 
 fn options() -> getopts::Options {
     let mut options = getopts::Options::new();
     options.parsing_style(getopts::ParsingStyle::FloatingFrees);
     options.optopt("c", "config", "configuration", "FILE");
-    options.optopt("p", "pidfile", "written once the kernel is programmed", "FILE");
+    options.optopt(
+        "p",
+        "pidfile",
+        "written once the kernel is programmed",
+        "FILE",
+    );
     options.optflag("s", "syslog", "log to syslog instead of standard error");
     options.optflagmulti("v", "verbose", "one level more talkative; may be repeated");
-    options.optopt("", "ready-fd", "write a newline there when all is in force", "N");
+    options.optopt(
+        "",
+        "ready-fd",
+        "write a newline there when all is in force",
+        "N",
+    );
     options.optflag("", "no-seccomp", "run without the system call filter");
     options.optflag("h", "help", "print this help");
     options.optflag("V", "version", "print the version");
@@ -79,7 +106,9 @@ fn usage() -> String {
     for (name, does) in COMMANDS {
         text.push_str(&format!("    {name:<9} {does}\n"));
     }
-    text.push_str(&format!("\nThe configuration is {DEFAULT_CONFIG} unless -c names another."));
+    text.push_str(&format!(
+        "\nThe configuration is {DEFAULT_CONFIG} unless -c names another."
+    ));
     options().usage(&text)
 }
 
@@ -88,7 +117,10 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     match dispatch(args) {
         Ok(code) => code,
         Err(error) => {
-            error.to_string().lines().for_each(|line| log!(Error, "{line}"));
+            error
+                .to_string()
+                .lines()
+                .for_each(|line| log!(Error, "{line}"));
             ExitCode::from(error.exit_status())
         }
     }
@@ -99,7 +131,9 @@ fn wrong(text: String) -> Error {
 }
 
 fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
-    let matches = options().parse(args).map_err(|fail| wrong(fail.to_string().to_lowercase()))?;
+    let matches = options()
+        .parse(args)
+        .map_err(|fail| wrong(fail.to_string().to_lowercase()))?;
     if matches.opt_present("help") {
         return commands::print(&usage());
     }
@@ -110,7 +144,11 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         None => None,
         Some(text) => match text.parse() {
             Ok(fd) => Some(fd),
-            Err(_) => return Err(wrong(format!("--ready-fd expects a number, not \"{text}\""))),
+            Err(_) => {
+                return Err(wrong(format!(
+                    "--ready-fd expects a number, not \"{text}\""
+                )))
+            }
         },
     };
     let options = Options {

@@ -27,7 +27,13 @@ pub enum Event {
     /// A scan found what was known already.
     Same { path: Path },
     /// A scan found a cgroup: its id, its watch (or why there is none), its children.
-    Found { path: Path, id: u64, wd: Option<i32>, refused: Option<Errno>, children: Vec<Box<[u8]>> },
+    Found {
+        path: Path,
+        id: u64,
+        wd: Option<i32>,
+        refused: Option<Errno>,
+        children: Vec<Box<[u8]>>,
+    },
     /// A scan found nothing under that path.
     Gone { path: Path },
     /// A scan could not be done.
@@ -43,9 +49,15 @@ pub enum Action {
     /// End a watch.
     Unwatch(i32),
     /// Worth a line: the cgroup got its own element, or lost it.
-    Classified { path: Path, target: Option<Target> },
+    Classified {
+        path: Path,
+        target: Option<Target>,
+    },
     /// Worth a line: the cgroup cannot be watched or scanned; it is looked at every few seconds.
-    Blind { path: Path, errno: Errno },
+    Blind {
+        path: Path,
+        errno: Errno,
+    },
 }
 
 /// A directory to look at.
@@ -136,7 +148,9 @@ impl Core {
         match event {
             Event::Changed { wd, name } => {
                 // of a directory that is gone: its parent's event has been, or will be, seen
-                let Some(parent) = self.tree.watched(wd) else { return };
+                let Some(parent) = self.tree.watched(wd) else {
+                    return;
+                };
                 let path = tree::child(parent, &name);
                 actions.push(self.scan(path, false));
             }
@@ -149,9 +163,13 @@ impl Core {
             Event::Same { path } => {
                 self.blind.remove(&path);
             }
-            Event::Found { path, id, wd, refused, children } => {
-                self.found(path, id, wd, refused, children, actions)
-            }
+            Event::Found {
+                path,
+                id,
+                wd,
+                refused,
+                children,
+            } => self.found(path, id, wd, refused, children, actions),
             Event::Gone { path } => self.gone(&path, actions),
             Event::Failed { path, errno } => self.failed(path, errno, actions),
             Event::Retry => {
@@ -207,14 +225,21 @@ impl Core {
                 elements.entry(target).or_default().push(node.id);
             }
         }
-        Snapshot { elements, pairs: self.committed_pairs.clone() }
+        Snapshot {
+            elements,
+            pairs: self.committed_pairs.clone(),
+        }
     }
 
     fn scan(&self, path: Path, deep: bool) -> Action {
         let node = self.tree.get(&path);
         // without a watch, nothing else will tell of its children
         let deep = deep || node.is_some_and(|node| node.wd.is_none());
-        Action::Scan(Scan { known: node.map(|node| node.id), path, deep })
+        Action::Scan(Scan {
+            known: node.map(|node| node.id),
+            path,
+            deep,
+        })
     }
 
     fn found(
@@ -262,11 +287,22 @@ impl Core {
                     }
                 }
                 let (rank, element) = self.classify(&path);
-                self.tree.insert(path.clone(), Node { id, wd, rank, element });
+                self.tree.insert(
+                    path.clone(),
+                    Node {
+                        id,
+                        wd,
+                        rank,
+                        element,
+                    },
+                );
                 self.count(&path, element, true);
                 self.want(id, None, element);
                 if element.is_some() {
-                    actions.push(Action::Classified { path: path.clone(), target: element });
+                    actions.push(Action::Classified {
+                        path: path.clone(),
+                        target: element,
+                    });
                 }
             }
         }
@@ -293,7 +329,9 @@ impl Core {
         paths.push(path.clone());
         for path in paths {
             self.blind.remove(&path);
-            let Some(node) = self.tree.remove(&path) else { continue };
+            let Some(node) = self.tree.remove(&path) else {
+                continue;
+            };
             actions.extend(node.wd.map(Action::Unwatch));
             self.count(&path, node.element, false);
             self.want(node.id, node.element, None);
@@ -316,7 +354,10 @@ impl Core {
 
     fn set_blind(&mut self, path: &Path, errno: Errno, actions: &mut Vec<Action>) {
         if self.blind.insert(path.clone()) {
-            actions.push(Action::Blind { path: path.clone(), errno });
+            actions.push(Action::Blind {
+                path: path.clone(),
+                errno,
+            });
         }
     }
 
@@ -326,7 +367,10 @@ impl Core {
         let Some(parent) = tree::parent(path) else {
             return (policy::root_rank(config), None);
         };
-        let parent = self.tree.get(parent).map_or(policy::root_rank(config), |node| node.rank);
+        let parent = self
+            .tree
+            .get(parent)
+            .map_or(policy::root_rank(config), |node| node.rank);
         let rank = policy::rank(config, parent, path);
         let target = policy::target(config, rank);
         let differs = target != policy::target(config, parent);

@@ -64,7 +64,12 @@ struct Daemon {
 pub fn run(mut options: Options) -> Result<()> {
     // blocked before anything is set up, so that none is lost or kills us half-way
     let mut signals = SigSet::empty();
-    for signal in [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1] {
+    for signal in [
+        Signal::SIGHUP,
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGUSR1,
+    ] {
         signals.add(signal);
     }
     let refused = |errno| Error::system("unable to receive signals", errno);
@@ -81,7 +86,13 @@ pub fn run(mut options: Options) -> Result<()> {
     let instance = Instance::claim()?;
     let notify = Notify::new(options.ready_fd.take());
     let cgroups = Cgroups::scan(Rc::new(config))?;
-    let mut daemon = Daemon { options, kernel: Kernel::open()?, cgroups, repair: None, notify };
+    let mut daemon = Daemon {
+        options,
+        kernel: Kernel::open()?,
+        cgroups,
+        repair: None,
+        notify,
+    };
     daemon.start()?;
     daemon.serve(&signals, &instance)
 }
@@ -92,14 +103,21 @@ impl Cgroups {
         let root = mount::find(config.cgroup_root.as_deref())?;
         let core = Core::new(config, root.level);
         let watcher = Watcher::new(&root.dir)?;
-        let mut cgroups = Cgroups { root, watcher, core, look_again: None };
+        let mut cgroups = Cgroups {
+            root,
+            watcher,
+            core,
+            look_again: None,
+        };
         let start = cgroups.core.start();
         cgroups.act(vec![start]);
         match cgroups.core.tree().is_empty() {
             false => Ok(cgroups),
             true => {
                 let dir = cgroups.root.dir.display();
-                Err(Error::State(format!("unable to read cgroup root {dir}: is it on cgroup2?")))
+                Err(Error::State(format!(
+                    "unable to read cgroup root {dir}: is it on cgroup2?"
+                )))
             }
         }
     }
@@ -128,7 +146,9 @@ impl Cgroups {
             }
         }
         match self.core.wants_retry() {
-            true if self.look_again.is_none() => self.look_again = Some(Instant::now() + LOOK_AGAIN),
+            true if self.look_again.is_none() => {
+                self.look_again = Some(Instant::now() + LOOK_AGAIN)
+            }
             true => {}
             false => self.look_again = None,
         }
@@ -173,7 +193,11 @@ impl Daemon {
         self.replace()?;
         let removed = self.kernel.trim_routing(Some(&config))?;
         if !removed.is_empty() {
-            log!(Notice, "removed {} stale ip rules and routes", removed.len());
+            log!(
+                Notice,
+                "removed {} stale ip rules and routes",
+                removed.len()
+            );
         }
         while self.cgroups.drain()? {}
         self.commit();
@@ -188,7 +212,12 @@ impl Daemon {
     fn serve(&mut self, signals: &SignalFd, instance: &Instance) -> Result<()> {
         loop {
             let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-            fds.extend(self.cgroups.watcher.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+            fds.extend(
+                self.cgroups
+                    .watcher
+                    .fd()
+                    .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
+            );
             fds.extend(instance.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
             match poll(&mut fds, self.timeout()) {
                 Ok(_) | Err(Errno::EINTR) => {}
@@ -259,7 +288,9 @@ impl Daemon {
             }
             Err(error) => {
                 let (first, longest) = BACKOFF;
-                let pause = self.repair.map_or(first, |(_, last)| (last * 2).min(longest));
+                let pause = self
+                    .repair
+                    .map_or(first, |(_, last)| (last * 2).min(longest));
                 self.repair = Some((Instant::now() + pause, pause));
                 log!(Error, "{error}; trying again in {} s", pause.as_secs());
             }
@@ -279,7 +310,10 @@ impl Daemon {
         match self.try_reload() {
             Ok(()) => log!(Notice, "reloaded {file}: {}", self.summary()),
             Err(error) => {
-                error.to_string().lines().for_each(|line| log!(Error, "{line}"));
+                error
+                    .to_string()
+                    .lines()
+                    .for_each(|line| log!(Error, "{line}"));
                 log!(Error, "reload failed, the old configuration stays in force");
             }
         }
@@ -310,7 +344,10 @@ impl Daemon {
         }
         self.repair = None;
         self.kernel.trim_routing(Some(&new))?;
-        log::configure(new.log_level.louder(self.options.verbose), self.options.syslog);
+        log::configure(
+            new.log_level.louder(self.options.verbose),
+            self.options.syslog,
+        );
         Ok(())
     }
 
@@ -353,7 +390,9 @@ fn read_signal(signals: &SignalFd) -> Result<Option<Signal>> {
         match signals.read_signal() {
             Ok(None) => return Ok(None),
             Ok(Some(info)) => {
-                return Ok(Some(Signal::try_from(info.ssi_signo as i32).unwrap_or(Signal::SIGTERM)))
+                return Ok(Some(
+                    Signal::try_from(info.ssi_signo as i32).unwrap_or(Signal::SIGTERM),
+                ))
             }
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(Error::system("unable to read signals", errno)),
@@ -370,7 +409,12 @@ fn write_pidfile(file: &Path) -> Result<()> {
     };
     let mut options = std::fs::File::options();
     // a symlink planted in a writable directory must not be followed
-    options.write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
+    options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o644)
+        .custom_flags(libc::O_NOFOLLOW);
     let mut opened = options.open(file).map_err(refused)?;
     writeln!(opened, "{}", std::process::id()).map_err(refused)
 }

@@ -29,7 +29,10 @@ impl Instance {
             Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => match holder() {
                 // any user may bind an abstract name: that must not keep root's daemon down
                 Some((pid, uid)) if uid != 0 && uid != geteuid().as_raw() => {
-                    log!(Warning, "pid {pid} of uid {uid} holds our lock, going on without");
+                    log!(
+                        Warning,
+                        "pid {pid} of uid {uid} holds our lock, going on without"
+                    );
                     Ok(Instance(None))
                 }
                 Some((pid, _)) => Err(Error::State(format!("already running with pid {pid}"))),

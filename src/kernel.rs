@@ -87,7 +87,8 @@ impl Kernel {
     pub fn table_owner(&mut self) -> Result<Option<Option<u32>>> {
         let found = self.nft.dump(&encode::get_table, encode::parse_table)?;
         let what = "unable to list nftables tables";
-        let found = found.map_err(|errno| Error::system(what, errno).hint("is nf_tables there?"))?;
+        let found =
+            found.map_err(|errno| Error::system(what, errno).hint("is nf_tables there?"))?;
         Ok(found.into_iter().next())
     }
 
@@ -96,9 +97,10 @@ impl Kernel {
         log!(Debug, "nftables transaction of {} bytes", batch.len());
         match self.nft.transact(&batch, last)? {
             Ok(()) => Ok(()),
-            Err(Failure::Unknown) => {
-                Err(Error::system("unable to learn what became of a transaction", Errno::ENOBUFS))
-            }
+            Err(Failure::Unknown) => Err(Error::system(
+                "unable to learn what became of a transaction",
+                Errno::ENOBUFS,
+            )),
             Err(Failure::Refused { seq, errno, text }) => {
                 let object = encode::describe(&batch, seq);
                 let mut what = format!("unable to change {object}");
@@ -126,7 +128,10 @@ impl Kernel {
                 if family != Family::V6 || !absent {
                     return Err(error);
                 }
-                log!(Notice, "IPv6 is off on this host, going on with IPv4 alone: {error}");
+                log!(
+                    Notice,
+                    "IPv6 is off on this host, going on with IPv4 alone: {error}"
+                );
                 self.families.retain(|f| *f != family);
             }
         }
@@ -159,7 +164,12 @@ impl Kernel {
         for family in Family::BOTH {
             let wanted = config.map_or_else(BTreeSet::new, |c| plan::routing(c, &[family]));
             // rules before the routes that they lead to
-            for entry in self.routing(family)?.iter().rev().filter(|e| !wanted.contains(e)) {
+            for entry in self
+                .routing(family)?
+                .iter()
+                .rev()
+                .filter(|e| !wanted.contains(e))
+            {
                 match self.route_request(entry, false) {
                     Ok(()) => deleted.push(entry.clone()),
                     // gone meanwhile
@@ -180,10 +190,15 @@ impl Kernel {
         let mut all = BTreeSet::new();
         type Request = fn(&mut Batch, Family);
         for request in [route::get_rules as Request, route::get_routes as Request] {
-            match self.rt.dump(&|batch| request(batch, family), route::parse)? {
+            match self
+                .rt
+                .dump(&|batch| request(batch, family), route::parse)?
+            {
                 Ok(found) => all.extend(found.into_iter().filter(|e| e.family() == family)),
                 Err(Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT) => {}
-                Err(errno) => return Err(Error::system("unable to list ip rules or routes", errno)),
+                Err(errno) => {
+                    return Err(Error::system("unable to list ip rules or routes", errno))
+                }
             }
         }
         Ok(all)
@@ -196,7 +211,12 @@ impl Kernel {
         match self.rt.transact(&batch, last) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(Failure::Refused { errno, text, .. })) => {
-                log!(Debug, "{}: {}", entry.command("…"), text.unwrap_or_else(|| reason(errno)));
+                log!(
+                    Debug,
+                    "{}: {}",
+                    entry.command("…"),
+                    text.unwrap_or_else(|| reason(errno))
+                );
                 Err(errno)
             }
             Ok(Err(Failure::Unknown)) => Err(Errno::ENOBUFS),
@@ -208,12 +228,14 @@ impl Kernel {
 /// What a user can do about a refused object.
 fn remedy(object: &str, errno: Errno) -> Option<String> {
     let needs = |what: &str, package: &str| {
-        Some(format!("the kernel needs {what}; on OpenWrt install {package}"))
+        Some(format!(
+            "the kernel needs {what}; on OpenWrt install {package}"
+        ))
     };
     match errno {
-        Errno::EPERM if object.starts_with("table") => {
-            Some(format!("table inet {TABLE} is owned by another process, or CAP_NET_ADMIN is missing"))
-        }
+        Errno::EPERM if object.starts_with("table") => Some(format!(
+            "table inet {TABLE} is owned by another process, or CAP_NET_ADMIN is missing"
+        )),
         Errno::ENOENT | Errno::EOPNOTSUPP if object.ends_with("chain output") => {
             needs("nft_socket with cgroupv2 (Linux 5.13)", "kmod-nft-socket")
         }

@@ -24,8 +24,13 @@ pub enum Level {
 }
 
 impl Level {
-    const ALL: [Level; 5] =
-        [Level::Error, Level::Warning, Level::Notice, Level::Info, Level::Debug];
+    const ALL: [Level; 5] = [
+        Level::Error,
+        Level::Warning,
+        Level::Notice,
+        Level::Info,
+        Level::Debug,
+    ];
 
     pub fn parse(text: &str) -> Option<Level> {
         Level::ALL.into_iter().find(|level| level.name() == text)
@@ -43,7 +48,9 @@ impl Level {
 
     /// This level, `steps` more talkative.
     pub fn louder(self, steps: usize) -> Level {
-        Level::ALL[(self as usize).saturating_add(steps).min(Level::ALL.len() - 1)]
+        Level::ALL[(self as usize)
+            .saturating_add(steps)
+            .min(Level::ALL.len() - 1)]
     }
 
     fn severity(self) -> Severity {
@@ -133,7 +140,8 @@ impl Log {
         }
         if self.lost > 0 {
             let lost = self.lost;
-            let text = format_args!("{lost} log lines lost: the reader did not keep up").to_string();
+            let text =
+                format_args!("{lost} log lines lost: the reader did not keep up").to_string();
             if self.emit(Level::Warning, &text) {
                 self.lost = 0;
             }
@@ -160,7 +168,10 @@ impl Log {
     /// A socket whose reader has gone (syslogd was restarted) is opened anew, once a line.
     fn to_syslog(&mut self, level: Level, text: &str) -> bool {
         let mut datagram = Vec::with_capacity(text.len() + 32);
-        if LineFormat.format(&mut datagram, level.severity(), text).is_err() {
+        if LineFormat
+            .format(&mut datagram, level.severity(), text)
+            .is_err()
+        {
             return false;
         }
         for _ in 0..2 {
@@ -169,7 +180,9 @@ impl Log {
                     .and_then(|socket| socket.connect("/dev/log").map(|()| socket))
                     .ok();
             }
-            let Some(socket) = &self.socket else { return false };
+            let Some(socket) = &self.socket else {
+                return false;
+            };
             use std::os::fd::AsRawFd;
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
             match send(socket.as_raw_fd(), &datagram, flags) {
@@ -183,7 +196,9 @@ impl Log {
 
     fn take_token(&mut self) -> bool {
         let now = Instant::now();
-        let since = self.refilled.map_or(Duration::MAX, |at| now.saturating_duration_since(at));
+        let since = self
+            .refilled
+            .map_or(Duration::MAX, |at| now.saturating_duration_since(at));
         let earned = since.as_millis().saturating_mul(RATE.into()) / 1000;
         if earned > 0 {
             self.tokens = BURST.min(self.tokens.saturating_add(earned.min(BURST.into()) as u32));
@@ -196,7 +211,10 @@ impl Log {
         self.tokens -= 1;
         if self.held > 0 {
             let held = std::mem::take(&mut self.held);
-            self.write(Level::Info, format_args!("{held} lines held back by the rate limit"));
+            self.write(
+                Level::Info,
+                format_args!("{held} lines held back by the rate limit"),
+            );
         }
         true
     }
@@ -216,7 +234,10 @@ impl LogFormat<&str> for LineFormat {
 
 fn truncate(text: &mut String, most: usize) {
     if text.len() > most {
-        let end = (0..=most).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        let end = (0..=most)
+            .rev()
+            .find(|at| text.is_char_boundary(*at))
+            .unwrap_or(0);
         text.truncate(end);
         text.push_str("...");
     }

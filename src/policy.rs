@@ -20,12 +20,18 @@ pub fn root_rank(config: &Config) -> Rank {
 pub fn rank(config: &Config, parent: Rank, path: &[u8]) -> Rank {
     let text = String::from_utf8_lossy(path);
     let before = &config.rules[..(parent as usize).min(config.rules.len())];
-    before.iter().position(|rule| rule.regex.is_match(&text)).map_or(parent, |i| i as Rank)
+    before
+        .iter()
+        .position(|rule| rule.regex.is_match(&text))
+        .map_or(parent, |i| i as Rank)
 }
 
 /// The target that a rank stands for.
 pub fn target(config: &Config, rank: Rank) -> Target {
-    config.rules.get(rank as usize).map_or(config.default, |rule| rule.target)
+    config
+        .rules
+        .get(rank as usize)
+        .map_or(config.default, |rule| rule.target)
 }
 
 #[cfg(test)]
@@ -36,7 +42,10 @@ mod tests {
     use std::rc::Rc;
 
     fn config(rules: &[(Target, String)], default: Target) -> Config {
-        let place = Place { file: Rc::new("test".into()), line: 1 };
+        let place = Place {
+            file: Rc::new("test".into()),
+            line: 1,
+        };
         let rules = (rules.iter())
             .map(|(target, pattern)| Rule {
                 target: *target,
@@ -45,12 +54,20 @@ mod tests {
                 place: place.clone(),
             })
             .collect();
-        Config { rules, default, ..Config::default() }
+        Config {
+            rules,
+            default,
+            ..Config::default()
+        }
     }
 
     /// The manual's definition, word for word.
     fn naive(config: &Config, path: &str) -> Target {
-        let ends = path.match_indices('/').map(|(at, _)| at).skip(1).chain([path.len()]);
+        let ends = path
+            .match_indices('/')
+            .map(|(at, _)| at)
+            .skip(1)
+            .chain([path.len()]);
         let prefixes: Vec<&str> = ends.map(|end| &path[..end]).collect();
         (config.rules.iter())
             .find(|rule| prefixes.iter().any(|prefix| rule.regex.is_match(prefix)))
@@ -58,7 +75,11 @@ mod tests {
     }
 
     fn by_rank(config: &Config, path: &str) -> Target {
-        let ends = path.match_indices('/').map(|(at, _)| at).skip(1).chain([path.len()]);
+        let ends = path
+            .match_indices('/')
+            .map(|(at, _)| at)
+            .skip(1)
+            .chain([path.len()]);
         let rank = ends.fold(root_rank(config), |parent, end| {
             super::rank(config, parent, path[..end].as_bytes())
         });
@@ -69,8 +90,24 @@ mod tests {
     fn ranks_are_the_naive_definition() {
         let mut random = Random::new(1);
         let names = ["a", "b", "ab", "a.b", "a-b", "services", "x"];
-        let atoms = ["/a", "/b", "/ab", "/[ab]", "/a.b", "/.*", "(/a|/b)*", "/x?", "/services", "b"];
-        let targets = [Target::Direct, Target::Drop, Target::Tproxy(0), Target::Tproxy(1)];
+        let atoms = [
+            "/a",
+            "/b",
+            "/ab",
+            "/[ab]",
+            "/a.b",
+            "/.*",
+            "(/a|/b)*",
+            "/x?",
+            "/services",
+            "b",
+        ];
+        let targets = [
+            Target::Direct,
+            Target::Drop,
+            Target::Tproxy(0),
+            Target::Tproxy(1),
+        ];
         let mut verdicts = std::collections::BTreeMap::new();
         for _ in 0..3000 {
             let rules: Vec<_> = (0..random.below(6))
@@ -79,18 +116,24 @@ mod tests {
                     (Target::Direct, atoms.collect::<String>())
                 })
                 .collect();
-            let rules: Vec<_> =
-                rules.into_iter().map(|(_, p)| (*random.pick(&targets), p)).collect();
+            let rules: Vec<_> = rules
+                .into_iter()
+                .map(|(_, p)| (*random.pick(&targets), p))
+                .collect();
             let config = config(&rules, *random.pick(&targets));
             for _ in 0..20 {
-                let path: String =
-                    (0..1 + random.below(5)).map(|_| format!("/{}", random.pick(&names))).collect();
+                let path: String = (0..1 + random.below(5))
+                    .map(|_| format!("/{}", random.pick(&names)))
+                    .collect();
                 let want = naive(&config, &path);
                 assert_eq!(by_rank(&config, &path), want, "{path} under {rules:?}");
                 *verdicts.entry(want).or_insert(0) += 1;
             }
         }
-        assert!(verdicts.len() == 4 && verdicts.values().all(|n| *n > 2000), "{verdicts:?}");
+        assert!(
+            verdicts.len() == 4 && verdicts.values().all(|n| *n > 2000),
+            "{verdicts:?}"
+        );
     }
 
     #[test]
@@ -117,7 +160,10 @@ mod tests {
 
     #[test]
     fn no_regex_runs_under_rank_zero() {
-        let config = config(&[(Target::Drop, "/a".into()), (Target::Direct, "/a/b".into())], Target::Direct);
+        let config = config(
+            &[(Target::Drop, "/a".into()), (Target::Direct, "/a/b".into())],
+            Target::Direct,
+        );
         assert_eq!(rank(&config, 0, b"/a/b"), 0);
     }
 }

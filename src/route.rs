@@ -49,11 +49,17 @@ pub fn wanted(config: &Config, family: Family) -> BTreeSet<Entry> {
             family,
             priority: config.rule_priority,
             iif: "lo".into(),
-            mark: Mark { value: tproxy.mark, mask: config.mask },
+            mark: Mark {
+                value: tproxy.mark,
+                mask: config.mask,
+            },
             table: config.route_table,
         })
     });
-    let route = Entry::Route(Route { family, table: config.route_table });
+    let route = Entry::Route(Route {
+        family,
+        table: config.route_table,
+    });
     rules.chain([route]).collect()
 }
 
@@ -80,7 +86,20 @@ impl IpRule {
         let open = batch.begin(kind, flags);
         // struct fib_rule_hdr; a table above 255 stands in FRA_TABLE alone
         let table = small_table(self.table);
-        batch.header(&[self.family.number(), 0, 0, 0, table, 0, 0, FR_ACT_TO_TBL, 0, 0, 0, 0]);
+        batch.header(&[
+            self.family.number(),
+            0,
+            0,
+            0,
+            table,
+            0,
+            0,
+            FR_ACT_TO_TBL,
+            0,
+            0,
+            0,
+            0,
+        ]);
         batch.u32_ne(FRA_PRIORITY, self.priority);
         batch.str_z(FRA_IIFNAME, &self.iif);
         batch.u32_ne(FRA_FWMARK, self.mark.value);
@@ -105,7 +124,18 @@ impl Route {
         };
         let table = small_table(self.table);
         batch.header(&[
-            self.family.number(), 0, 0, 0, table, RTPROT_CGTPROXY, scope, RTN_LOCAL, 0, 0, 0, 0,
+            self.family.number(),
+            0,
+            0,
+            0,
+            table,
+            RTPROT_CGTPROXY,
+            scope,
+            RTN_LOCAL,
+            0,
+            0,
+            0,
+            0,
         ]);
         batch.u32_ne(RTA_OIF, LO);
         if table == RT_TABLE_UNSPEC {
@@ -138,7 +168,20 @@ pub fn get_rules(batch: &mut Batch, family: Family) {
 /// filter and send all.
 pub fn get_routes(batch: &mut Batch, family: Family) {
     let open = batch.begin(RTM_GETROUTE, NLM_F_REQUEST | NLM_F_DUMP);
-    batch.header(&[family.number(), 0, 0, 0, 0, RTPROT_CGTPROXY, 0, 0, 0, 0, 0, 0]);
+    batch.header(&[
+        family.number(),
+        0,
+        0,
+        0,
+        0,
+        RTPROT_CGTPROXY,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    ]);
     batch.end(open);
 }
 
@@ -188,13 +231,22 @@ impl fmt::Display for Entry {
     /// The iproute2 arguments behind `ip rule` or `ip route` and the verb.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Entry::Rule(IpRule { priority, iif, mark: Mark { value, mask }, table, .. }) => write!(
+            Entry::Rule(IpRule {
+                priority,
+                iif,
+                mark: Mark { value, mask },
+                table,
+                ..
+            }) => write!(
                 f,
                 "pref {priority} iif {iif} fwmark {value:#010x}/{mask:#010x} lookup {table} \
                  protocol {RTPROT_CGTPROXY}"
             ),
             Entry::Route(Route { table, .. }) => {
-                write!(f, "local default dev lo table {table} proto {RTPROT_CGTPROXY}")
+                write!(
+                    f,
+                    "local default dev lo table {table} proto {RTPROT_CGTPROXY}"
+                )
             }
         }
     }
@@ -217,12 +269,21 @@ mod tests {
     use crate::netlink::parse::Messages;
 
     fn entries() -> Vec<Entry> {
-        let mark = Mark { value: 0x0100_0000, mask: 0xff00_0000 };
+        let mark = Mark {
+            value: 0x0100_0000,
+            mask: 0xff00_0000,
+        };
         let mut all = Vec::new();
         for family in Family::BOTH {
             for table in [200, 300] {
                 let iif = "lo".to_string();
-                all.push(Entry::Rule(IpRule { family, priority: 100, iif, mark, table }));
+                all.push(Entry::Rule(IpRule {
+                    family,
+                    priority: 100,
+                    iif,
+                    mark,
+                    table,
+                }));
                 all.push(Entry::Route(Route { family, table }));
             }
         }
@@ -235,7 +296,12 @@ mod tests {
             let mut batch = Batch::new(0);
             entry.encode(&mut batch, true);
             let message = Messages::new(batch.bytes()).next().unwrap();
-            assert_eq!(parse(&message).as_ref(), Some(&entry), "{}", entry.command("add"));
+            assert_eq!(
+                parse(&message).as_ref(),
+                Some(&entry),
+                "{}",
+                entry.command("add")
+            );
         }
     }
 

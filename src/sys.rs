@@ -22,7 +22,11 @@ pub fn cgroup_id(path: &CStr) -> Result<u64, Errno> {
         kind: libc::c_int,
         id: [u8; 8],
     }
-    let mut handle = Handle { bytes: 8, kind: 0, id: [0; 8] };
+    let mut handle = Handle {
+        bytes: 8,
+        kind: 0,
+        id: [0; 8],
+    };
     let mut mount: libc::c_int = 0;
     // SAFETY: path is NUL-terminated; handle is a struct file_handle with room for `bytes` bytes,
     // and the kernel writes no more than that.
@@ -127,11 +131,18 @@ pub fn effective_capabilities() -> Result<u64, Errno> {
         permitted: u32,
         inheritable: u32,
     }
-    let mut header = Header { version: VERSION_3, pid: 0 };
+    let mut header = Header {
+        version: VERSION_3,
+        pid: 0,
+    };
     let mut data = [Data::default(); 2];
     // SAFETY: version 3 makes the kernel write exactly two Data elements.
     let rc = unsafe {
-        libc::syscall(libc::SYS_capget, &mut header as *mut Header, data.as_mut_ptr())
+        libc::syscall(
+            libc::SYS_capget,
+            &mut header as *mut Header,
+            data.as_mut_ptr(),
+        )
     };
     Errno::result(rc)?;
     Ok(u64::from(data[0].effective) | u64::from(data[1].effective) << 32)
@@ -142,7 +153,11 @@ pub const CAP_NET_ADMIN: u64 = 1 << 12;
 
 /// Whether a write of up to `PIPE_BUF` bytes to `fd` would not block now (poll(2), no waiting).
 pub fn writable_now(fd: BorrowedFd) -> bool {
-    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    let mut poll = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLOUT,
+        revents: 0,
+    };
     // SAFETY: one valid pollfd is passed, with its count.
     let ready = unsafe { libc::poll(&mut poll, 1, 0) };
     ready == 1 && poll.revents & libc::POLLOUT != 0

@@ -21,8 +21,11 @@ use crate::sys;
 /// cannot keep the loop from committing what it has.
 const READ: usize = 8 * 1024;
 
-const MASK: u32 =
-    libc::IN_CREATE | libc::IN_DELETE | libc::IN_ONLYDIR | libc::IN_DONT_FOLLOW | libc::IN_EXCL_UNLINK;
+const MASK: u32 = libc::IN_CREATE
+    | libc::IN_DELETE
+    | libc::IN_ONLYDIR
+    | libc::IN_DONT_FOLLOW
+    | libc::IN_EXCL_UNLINK;
 
 /// Looks at cgroup directories, and watches those it has looked at unless made with `look_only`.
 pub struct Watcher {
@@ -40,14 +43,21 @@ impl Watcher {
                 _ => error,
             }
         })?;
-        Ok(Watcher { inotify: Some(inotify), ..Watcher::look_only(root) })
+        Ok(Watcher {
+            inotify: Some(inotify),
+            ..Watcher::look_only(root)
+        })
     }
 
     /// A watcher that only looks, for commands that print what is there now.
     pub fn look_only(root: &FilePath) -> Watcher {
         let root = root.as_os_str().as_bytes();
         let root = root.strip_suffix(b"/").unwrap_or(root).to_vec();
-        Watcher { inotify: None, root, buf: Box::new([0; READ]) }
+        Watcher {
+            inotify: None,
+            root,
+            buf: Box::new([0; READ]),
+        }
     }
 
     /// The descriptor to poll.
@@ -57,7 +67,9 @@ impl Watcher {
 
     /// Reads one bufferful of events; empty when there are none.
     pub fn read(&mut self) -> Result<RawEvents<'_>> {
-        let Some(inotify) = &self.inotify else { return Ok(RawEvents::new(&[])) };
+        let Some(inotify) = &self.inotify else {
+            return Ok(RawEvents::new(&[]));
+        };
         let length = loop {
             match nix::unistd::read(inotify, &mut self.buf[..]) {
                 Ok(length) => break length,
@@ -110,7 +122,13 @@ impl Watcher {
             },
             Err(errno) => return self.undo(wd, failed(path, errno)),
         };
-        Event::Found { path, id, wd, refused, children }
+        Event::Found {
+            path,
+            id,
+            wd,
+            refused,
+            children,
+        }
     }
 
     /// A watch on a directory that turned out to be gone would never be named again.
@@ -195,8 +213,10 @@ pub fn event(raw: RawEvent) -> Option<Event> {
     }
     let entry = raw.mask & (libc::IN_CREATE | libc::IN_DELETE) != 0;
     let named = !raw.name.is_empty() && !raw.name.contains(&b'/');
-    (entry && raw.mask & libc::IN_ISDIR != 0 && named)
-        .then(|| Event::Changed { wd: raw.wd, name: raw.name.into() })
+    (entry && raw.mask & libc::IN_ISDIR != 0 && named).then(|| Event::Changed {
+        wd: raw.wd,
+        name: raw.name.into(),
+    })
 }
 
 /// The path as it may stand in a log line or an error.
@@ -232,7 +252,10 @@ mod tests {
         assert_eq!(
             events,
             [
-                Event::Changed { wd: 1, name: (*b"abc").into() },
+                Event::Changed {
+                    wd: 1,
+                    name: (*b"abc").into()
+                },
                 Event::Overflow,
                 Event::Unwatched { wd: 2 }
             ]
@@ -243,6 +266,13 @@ mod tests {
         bytes[12..16].copy_from_slice(&u32::MAX.to_ne_bytes());
         assert_eq!(RawEvents::new(&bytes).count(), 0);
         // a name that would lead out of the directory
-        assert_eq!(event(RawEvent { wd: 1, mask: dir, name: b"a/b" }), None);
+        assert_eq!(
+            event(RawEvent {
+                wd: 1,
+                mask: dir,
+                name: b"a/b"
+            }),
+            None
+        );
     }
 }

@@ -25,7 +25,9 @@ pub fn check(options: &Options) -> Result<ExitCode> {
         }
         Err(Error::Usage(problems)) => {
             wrong = true;
-            problems.iter().for_each(|problem| finding("error", problem));
+            problems
+                .iter()
+                .for_each(|problem| finding("error", problem));
         }
         Err(error) => return Err(error),
     }
@@ -39,7 +41,10 @@ fn untrusted_files(config: &Config, finding: &mut impl FnMut(&str, &str)) -> boo
     for path in &config.files {
         if let Ok(Some(why)) = file::untrusted(path) {
             any = true;
-            finding("error", &format!("{}: {why}; run refuses it", path.display()));
+            finding(
+                "error",
+                &format!("{}: {why}; run refuses it", path.display()),
+            );
         }
     }
     any

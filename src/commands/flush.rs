@@ -15,7 +15,9 @@ pub fn flush() -> Result<ExitCode> {
             Some((pid, _)) => format!("pid {pid}"),
             None => format!("netlink port {owner}"),
         };
-        let why = format!("unable to flush: a running cgtproxy ({who}) owns table inet {TABLE}; stop it first");
+        let why = format!(
+            "unable to flush: a running cgtproxy ({who}) owns table inet {TABLE}; stop it first"
+        );
         return Err(Error::State(why));
     }
     if kernel.remove_table()? {

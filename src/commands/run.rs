@@ -16,15 +16,20 @@ pub fn run(options: Options) -> Result<ExitCode> {
         })?),
     };
     log::configure(log::Level::Notice.louder(options.verbose), options.syslog);
-    let (file, is_default) = (options.config_file().to_path_buf(), options.config.is_none());
+    let (file, is_default) = (
+        options.config_file().to_path_buf(),
+        options.config.is_none(),
+    );
     let config_file = file.clone();
     daemon::run(daemon::Options {
         config_file,
         load: Box::new(move || {
-            Ok(cli::load_config(&file, is_default, true)?.unwrap_or_else(|| {
-                cli::tell_default();
-                Default::default()
-            }))
+            Ok(
+                cli::load_config(&file, is_default, true)?.unwrap_or_else(|| {
+                    cli::tell_default();
+                    Default::default()
+                }),
+            )
         }),
         pidfile: options.pidfile,
         ready_fd,

@@ -211,7 +211,10 @@ pub fn load(source: &dyn Source, path: &Path) -> Result<Config, Vec<Problem>> {
         rules: Vec::new(),
         tproxies: Vec::new(),
     };
-    let nowhere = Place { file: Rc::new(path.to_path_buf()), line: 0 };
+    let nowhere = Place {
+        file: Rc::new(path.to_path_buf()),
+        line: 0,
+    };
     reader.file(path, &nowhere);
     reader.finish()
 }
@@ -265,8 +268,14 @@ const GLOBAL_KEYS: [&str; 12] = [
     "log-level",
     "counters",
 ];
-const REPEATABLE: [&str; 6] =
-    ["bypass", "bypass-mark", "bypass-user", "include", "address", "dns-hijack"];
+const REPEATABLE: [&str; 6] = [
+    "bypass",
+    "bypass-mark",
+    "bypass-user",
+    "include",
+    "address",
+    "dns-hijack",
+];
 const TPROXY_KEYS: [&str; 9] = [
     "port",
     "address",
@@ -282,7 +291,11 @@ const TPROXY_KEYS: [&str; 9] = [
 impl Reader<'_> {
     fn problem(&mut self, place: &Place, message: impl Into<String>) {
         let file = place.file.to_path_buf();
-        self.problems.push(Problem { file, line: place.line, message: message.into() });
+        self.problems.push(Problem {
+            file,
+            line: place.line,
+            message: message.into(),
+        });
     }
 
     fn file(&mut self, path: &Path, from: &Place) {
@@ -296,7 +309,11 @@ impl Reader<'_> {
             Ok(text) => text,
             Err(why) => {
                 let file = path.to_path_buf();
-                return self.problems.push(Problem { file, line: 0, message: why });
+                return self.problems.push(Problem {
+                    file,
+                    line: 0,
+                    message: why,
+                });
             }
         };
         self.config.files.push(path.to_path_buf());
@@ -304,7 +321,10 @@ impl Reader<'_> {
         let file = Rc::new(path.to_path_buf());
         let mut section = Section::None;
         for (line, item) in ini::lines(&text) {
-            let place = Place { file: file.clone(), line };
+            let place = Place {
+                file: file.clone(),
+                line,
+            };
             match item {
                 Err(why) => self.problem(&place, why),
                 Ok(Line::Header { kind, name }) => section = self.header(&place, kind, name),
@@ -341,7 +361,10 @@ impl Reader<'_> {
             return Section::Unknown;
         }
         if let Some(first) = self.tproxies.iter().find(|d| d.tproxy.name == name) {
-            let message = format!("duplicate section [tproxy {name}], first at {}", first.place);
+            let message = format!(
+                "duplicate section [tproxy {name}], first at {}",
+                first.place
+            );
             self.problem(place, message);
             return Section::Unknown;
         }
@@ -373,18 +396,19 @@ impl Reader<'_> {
             Section::Unknown => Ok(()),
             Section::None => Err(format!("\"{key}\" stands before any section header")),
             Section::Rules => {
-                self.rules.push((key.to_string(), value.to_string(), place.clone()));
+                self.rules
+                    .push((key.to_string(), value.to_string(), place.clone()));
                 Ok(())
             }
-            Section::Global => self.once(place, section, key, "[global]", &GLOBAL_KEYS).and_then(
-                |()| match key {
+            Section::Global => self
+                .once(place, section, key, "[global]", &GLOBAL_KEYS)
+                .and_then(|()| match key {
                     "include" => {
                         self.include(place, value);
                         Ok(())
                     }
                     _ => self.global(place, key, value),
-                },
-            ),
+                }),
             Section::Tproxy(index) => self
                 .once(place, section, key, "[tproxy]", &TPROXY_KEYS)
                 .and_then(|()| tproxy_key(&mut self.tproxies[index], place, key, value)),
@@ -488,7 +512,11 @@ impl Reader<'_> {
                 self.problem(&draft.place, format!("[tproxy {name}] needs a port"));
             }
             if draft.tproxy.dns_tcp && !draft.tproxy.hijacks_dns() {
-                let place = draft.keys.get("dns-hijack-tcp").unwrap_or(&draft.place).clone();
+                let place = draft
+                    .keys
+                    .get("dns-hijack-tcp")
+                    .unwrap_or(&draft.place)
+                    .clone();
                 self.problem(&place, "\"dns-hijack-tcp\" needs \"dns-hijack\"");
             }
             self.config.tproxies.push(draft.tproxy.clone());
@@ -502,10 +530,17 @@ impl Reader<'_> {
         }
         self.assign_marks();
         for (target, pattern, place) in std::mem::take(&mut self.rules) {
-            let target = self.target(&target).map_err(|why| self.problem(&place, why));
+            let target = self
+                .target(&target)
+                .map_err(|why| self.problem(&place, why));
             let regex = compile(&pattern).map_err(|why| self.problem(&place, why));
             if let (Ok(target), Ok(regex)) = (target, regex) {
-                self.config.rules.push(Rule { target, pattern, regex, place });
+                self.config.rules.push(Rule {
+                    target,
+                    pattern,
+                    regex,
+                    place,
+                });
             }
         }
         if self.problems.is_empty() {
@@ -513,7 +548,12 @@ impl Reader<'_> {
         }
         // what the end of the files showed belongs to its line all the same
         let files = &self.config.files;
-        let order = |p: &Problem| files.iter().position(|f| *f == p.file).unwrap_or(files.len());
+        let order = |p: &Problem| {
+            files
+                .iter()
+                .position(|f| *f == p.file)
+                .unwrap_or(files.len())
+        };
         self.problems.sort_by_key(|p| (order(p), p.line));
         Err(self.problems)
     }
@@ -544,16 +584,24 @@ impl Reader<'_> {
         let mut taken: BTreeMap<u32, String> = BTreeMap::new();
         let drafts = std::mem::take(&mut self.tproxies);
         for draft in &drafts {
-            let Some((mark, place)) = &draft.mark else { continue };
+            let Some((mark, place)) = &draft.mark else {
+                continue;
+            };
             let (mark, name) = (*mark, &draft.tproxy.name);
             if mark & !mask != 0 {
-                self.problem(place, format!("mark {mark:#x} is not within fwmark-mask {mask:#x}"));
+                self.problem(
+                    place,
+                    format!("mark {mark:#x} is not within fwmark-mask {mask:#x}"),
+                );
             } else if reserved == Some(mark) {
                 let why = "is the whole fwmark-mask, which stands for direct flows where the \
                            default is not direct";
                 self.problem(place, format!("mark {mark:#x} {why}"));
             } else if let Some(other) = taken.get(&mark) {
-                self.problem(place, format!("mark {mark:#x} is that of [tproxy {other}] already"));
+                self.problem(
+                    place,
+                    format!("mark {mark:#x} is that of [tproxy {other}] already"),
+                );
             } else {
                 taken.insert(mark, name.clone());
             }
@@ -606,7 +654,13 @@ fn tproxy_key(draft: &mut Draft, place: &Place, key: &str, value: &str) -> Resul
         "dns-hijack" => match endpoint(value) {
             Some(SocketAddr::V4(a)) => set_once(&mut tproxy.dns4, a, key, "IPv4")?,
             Some(SocketAddr::V6(a)) => set_once(&mut tproxy.dns6, a, key, "IPv6")?,
-            None => return Err(expects(key, "ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT", value)),
+            None => {
+                return Err(expects(
+                    key,
+                    "ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT",
+                    value,
+                ))
+            }
         },
         "dns-hijack-tcp" => tproxy.dns_tcp = boolean(key, value)?,
         _ => unreachable!("{key} is in TPROXY_KEYS"),
@@ -643,13 +697,18 @@ fn check_name(name: &str) -> Result<(), String> {
 
 /// A decimal number, or a hexadecimal one behind `0x`.
 fn parse_number(value: &str) -> Option<u64> {
-    let (digits, radix) = match value.strip_prefix("0x").or_else(|| value.strip_prefix("0X")) {
+    let (digits, radix) = match value
+        .strip_prefix("0x")
+        .or_else(|| value.strip_prefix("0X"))
+    {
         Some(hex) => (hex, 16),
         None => (value, 10),
     };
     // from_str_radix would take a sign
     let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
-    plain.then(|| u64::from_str_radix(digits, radix).ok()).flatten()
+    plain
+        .then(|| u64::from_str_radix(digits, radix).ok())
+        .flatten()
 }
 
 fn number(key: &str, value: &str, least: u32, most: u32) -> Result<u32, String> {
@@ -686,20 +745,28 @@ fn take(key: &str, value: &str) -> Result<Take, String> {
 
 fn route_table(value: &str) -> Result<u32, String> {
     match number("route-table", value, 1, u32::MAX)? {
-        table @ 253..=255 => {
-            Err(format!("\"route-table\" cannot be {table}: it is the default, main or local one"))
-        }
+        table @ 253..=255 => Err(format!(
+            "\"route-table\" cannot be {table}: it is the default, main or local one"
+        )),
         table => Ok(table),
     }
 }
 
 fn bypass(config: &mut Config, value: &str) -> Result<(), String> {
     if value == "private" {
-        for (a, n) in [([10, 0, 0, 0], 8), ([172, 16, 0, 0], 12), ([192, 168, 0, 0], 16)] {
+        for (a, n) in [
+            ([10, 0, 0, 0], 8),
+            ([172, 16, 0, 0], 12),
+            ([192, 168, 0, 0], 16),
+        ] {
             config.bypass4.push(Range::prefix(Ipv4Addr::from(a), n));
         }
-        config.bypass4.push(Range::prefix(Ipv4Addr::new(100, 64, 0, 0), 10));
-        config.bypass6.push(Range::prefix(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7));
+        config
+            .bypass4
+            .push(Range::prefix(Ipv4Addr::new(100, 64, 0, 0), 10));
+        config
+            .bypass6
+            .push(Range::prefix(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7));
         return Ok(());
     }
     let wrong = || expects("bypass", "an address, a CIDR or \"private\"", value);
@@ -731,25 +798,37 @@ fn bypass(config: &mut Config, value: &str) -> Result<(), String> {
 fn bypass_mark(value: &str) -> Result<Mark, String> {
     let wrong = || expects("bypass-mark", "VALUE or VALUE/MASK, 32 bits each", value);
     let bits = |text: &str| {
-        parse_number(text.trim()).and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong)
+        parse_number(text.trim())
+            .and_then(|n| u32::try_from(n).ok())
+            .ok_or_else(wrong)
     };
     let mark = match value.split_once('/') {
-        Some((value, mask)) => Mark { value: bits(value)?, mask: bits(mask)? },
-        None => Mark { value: bits(value)?, mask: u32::MAX },
+        Some((value, mask)) => Mark {
+            value: bits(value)?,
+            mask: bits(mask)?,
+        },
+        None => Mark {
+            value: bits(value)?,
+            mask: u32::MAX,
+        },
     };
     match mark {
         Mark { value: 0, .. } => Err("\"bypass-mark\" 0 would match every packet".into()),
         Mark { mask: 0, .. } => Err("\"bypass-mark\" with mask 0 would match every packet".into()),
-        mark if mark.value & !mark.mask != 0 => {
-            Err(format!("\"bypass-mark\" {:#x} has bits outside its mask {:#x}", mark.value, mark.mask))
-        }
+        mark if mark.value & !mark.mask != 0 => Err(format!(
+            "\"bypass-mark\" {:#x} has bits outside its mask {:#x}",
+            mark.value, mark.mask
+        )),
         mark => Ok(mark),
     }
 }
 
 /// `ADDRESS`, `ADDRESS:PORT`, `[ADDRESS]:PORT`; port 53 if left out.
 fn endpoint(value: &str) -> Option<SocketAddr> {
-    let bare = value.strip_prefix('[').and_then(|v| v.strip_suffix(']')).unwrap_or(value);
+    let bare = value
+        .strip_prefix('[')
+        .and_then(|v| v.strip_suffix(']'))
+        .unwrap_or(value);
     let address = match bare.parse::<IpAddr>() {
         Ok(ip) => SocketAddr::new(ip, 53),
         Err(_) => value.parse::<SocketAddr>().ok()?,
@@ -763,7 +842,9 @@ pub fn compile(pattern: &str) -> Result<Regex, String> {
     // alone first: `a)|(b` must not become legal by the group around it
     if let Err(error) = Regex::new(pattern) {
         let at = error_position(pattern, &error.to_string());
-        return Err(format!("bad pattern at character {at}: {error}: \"{pattern}\""));
+        return Err(format!(
+            "bad pattern at character {at}: {error}: \"{pattern}\""
+        ));
     }
     // in (?x) mode the first group's end could stand in a comment, which a newline ends
     Regex::new(&format!(r"\A(?:{pattern})\z"))
@@ -777,7 +858,9 @@ fn error_position(pattern: &str, error: &str) -> usize {
     let ends = pattern.char_indices().map(|(at, c)| at + c.len_utf8());
     let ends: Vec<usize> = ends.take(1024).collect();
     let has_error = |end: &&usize| {
-        Regex::new(&pattern[..**end]).err().is_some_and(|e| e.to_string() == error)
+        Regex::new(&pattern[..**end])
+            .err()
+            .is_some_and(|e| e.to_string() == error)
     };
     let tail = ends.iter().rev().take_while(has_error).count();
     (ends.len() - tail + 1).min(ends.len().max(1))
@@ -794,7 +877,9 @@ fn did_you_mean<'a>(
         .map(|word| (distance(written, word), word))
         .filter(|(d, _)| *d <= close)
         .min()
-        .map_or(String::new(), |(_, word)| format!(", did you mean {}?", show(word)))
+        .map_or(String::new(), |(_, word)| {
+            format!(", did you mean {}?", show(word))
+        })
 }
 
 /// Optimal string alignment distance: insertions, deletions, substitutions, swaps of neighbours.

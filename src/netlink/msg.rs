@@ -25,7 +25,10 @@ pub struct Nest(usize);
 impl Batch {
     /// An empty run whose first message gets the sequence number `seq0 + 1`.
     pub fn new(seq0: u32) -> Batch {
-        Batch { buf: Vec::new(), seq: seq0 }
+        Batch {
+            buf: Vec::new(),
+            seq: seq0,
+        }
     }
 
     pub fn bytes(&self) -> &[u8] {
@@ -71,7 +74,8 @@ impl Batch {
 
     /// An attribute with the bytes as they are (register data, host-order cgroup ids).
     pub fn raw(&mut self, attr: u16, data: &[u8]) {
-        self.buf.extend_from_slice(&((NLA_HDRLEN + data.len()) as u16).to_ne_bytes());
+        self.buf
+            .extend_from_slice(&((NLA_HDRLEN + data.len()) as u16).to_ne_bytes());
         self.buf.extend_from_slice(&attr.to_ne_bytes());
         self.buf.extend_from_slice(data);
         self.pad();
@@ -96,7 +100,8 @@ impl Batch {
     /// A string with its terminating NUL.
     pub fn str_z(&mut self, attr: u16, value: &str) {
         let at = self.buf.len();
-        self.buf.extend_from_slice(&((NLA_HDRLEN + value.len() + 1) as u16).to_ne_bytes());
+        self.buf
+            .extend_from_slice(&((NLA_HDRLEN + value.len() + 1) as u16).to_ne_bytes());
         self.buf.extend_from_slice(&attr.to_ne_bytes());
         self.buf.extend_from_slice(value.as_bytes());
         self.buf.push(0);
@@ -108,7 +113,8 @@ impl Batch {
     pub fn nest(&mut self, attr: u16) -> Nest {
         let at = self.buf.len();
         self.buf.extend_from_slice(&0u16.to_ne_bytes());
-        self.buf.extend_from_slice(&(attr | NLA_F_NESTED).to_ne_bytes());
+        self.buf
+            .extend_from_slice(&(attr | NLA_F_NESTED).to_ne_bytes());
         Nest(at)
     }
 

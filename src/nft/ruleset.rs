@@ -69,7 +69,9 @@ impl Table {
         let mut sets = vec![bypass4(config), bypass6(config)];
         sets.extend(config.targets().map(|target| Set {
             name: set_name(config, target),
-            content: Content::Cgroups { counters: config.counters_per_cgroup },
+            content: Content::Cgroups {
+                counters: config.counters_per_cgroup,
+            },
         }));
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
         let mut chains = Vec::new();
@@ -119,7 +121,13 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
     let mut rules = vec![vec![Stmt::OifLo, Stmt::accept()]];
     rules.extend(pairs.iter().rev().map(|pair| {
         let set = set_name(config, pair.target);
-        vec![Stmt::Cgroup { level: pair.level, set }, enter(config, pair.target)]
+        vec![
+            Stmt::Cgroup {
+                level: pair.level,
+                set,
+            },
+            enter(config, pair.target),
+        ]
     }));
     // a packet without a socket (RST or ACK after the application closed), or of a flow that began
     // under a target that its cgroup no longer has
@@ -146,11 +154,18 @@ fn leave(config: &Config) -> Stmt {
 }
 
 fn mark(config: &Config, value: u32) -> Mark {
-    Mark { value, mask: config.mask }
+    Mark {
+        value,
+        mask: config.mask,
+    }
 }
 
 fn chain(name: impl Into<String>, rules: Vec<Rule>) -> Chain {
-    Chain { name: name.into(), base: None, rules }
+    Chain {
+        name: name.into(),
+        base: None,
+        rules,
+    }
 }
 
 /// Where the default is not direct, flows that go direct say so in their ct mark: the kernel's own
@@ -158,23 +173,46 @@ fn chain(name: impl Into<String>, rules: Vec<Rule>) -> Chain {
 /// conntrack ends the first one early.
 fn leave_chain(config: &Config) -> Chain {
     let direct = mark(config, config.direct_mark());
-    chain("leave", vec![vec![Stmt::SetCtMark(direct)], vec![Stmt::accept()]])
+    chain(
+        "leave",
+        vec![vec![Stmt::SetCtMark(direct)], vec![Stmt::accept()]],
+    )
 }
 
 /// What is left alone whatever the target.
 fn bypass_chain(config: &Config) -> Chain {
     let mut rules = vec![vec![Stmt::Reply, Stmt::accept()]];
-    rules.extend(config.bypass_marks.iter().map(|m| vec![Stmt::PacketMark(*m), leave(config)]));
-    rules.extend(config.bypass_users.iter().map(|uid| vec![Stmt::Uid(*uid), leave(config)]));
+    rules.extend(
+        config
+            .bypass_marks
+            .iter()
+            .map(|m| vec![Stmt::PacketMark(*m), leave(config)]),
+    );
+    rules.extend(
+        config
+            .bypass_users
+            .iter()
+            .map(|uid| vec![Stmt::Uid(*uid), leave(config)]),
+    );
     rules.push(vec![
-        Stmt::Destination { family: Family::V4, set: "bypass4" },
+        Stmt::Destination {
+            family: Family::V4,
+            set: "bypass4",
+        },
         Stmt::accept(),
     ]);
     rules.push(vec![
-        Stmt::Destination { family: Family::V6, set: "bypass6" },
+        Stmt::Destination {
+            family: Family::V6,
+            set: "bypass6",
+        },
         Stmt::accept(),
     ]);
-    rules.push(vec![Stmt::Nfproto(Family::V4), Stmt::Broadcast, Stmt::accept()]);
+    rules.push(vec![
+        Stmt::Nfproto(Family::V4),
+        Stmt::Broadcast,
+        Stmt::accept(),
+    ]);
     chain("bypass", rules)
 }
 
@@ -277,14 +315,20 @@ fn sticky_chain(config: &Config) -> Chain {
         ]);
         map.push((direct, Verdict::Accept));
     }
-    rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
+    rules.push(vec![Stmt::CtMarkMap {
+        mask: config.mask,
+        map,
+    }]);
     chain("sticky", rules)
 }
 
 fn nat_chain(config: &Config) -> Chain {
     let mut rules = Vec::new();
     for tproxy in &config.tproxies {
-        let to = [tproxy.dns4.map(SocketAddr::V4), tproxy.dns6.map(SocketAddr::V6)];
+        let to = [
+            tproxy.dns4.map(SocketAddr::V4),
+            tproxy.dns6.map(SocketAddr::V6),
+        ];
         for l4 in tproxy.dns_protocols() {
             rules.extend(to.iter().flatten().map(|to| {
                 let own = Stmt::CtMark(mark(config, tproxy.mark));
@@ -294,7 +338,11 @@ fn nat_chain(config: &Config) -> Chain {
     }
     Chain {
         name: "nat_output".into(),
-        base: Some(Base { kind: "nat", hook: NF_INET_LOCAL_OUT, priority: NF_IP_PRI_NAT_DST }),
+        base: Some(Base {
+            kind: "nat",
+            hook: NF_INET_LOCAL_OUT,
+            priority: NF_IP_PRI_NAT_DST,
+        }),
         rules,
     }
 }
@@ -304,7 +352,11 @@ fn nat_chain(config: &Config) -> Chain {
 fn receive_chain(tproxy: &Tproxy) -> Chain {
     let port = tproxy.port;
     let to = |family, address: Option<IpAddr>| {
-        let tproxy = Stmt::Tproxy { family, address, port };
+        let tproxy = Stmt::Tproxy {
+            family,
+            address,
+            port,
+        };
         vec![Stmt::TcpOrUdp, tproxy, Stmt::accept()]
     };
     let mut rules = match (tproxy.address4, tproxy.address6) {
@@ -330,17 +382,28 @@ fn prerouting_chain(config: &Config) -> Chain {
             hook: NF_INET_PRE_ROUTING,
             priority: NF_IP_PRI_MANGLE,
         }),
-        rules: vec![vec![Stmt::IifLo, Stmt::PacketMarkMap { mask: config.mask, map }]],
+        rules: vec![vec![
+            Stmt::IifLo,
+            Stmt::PacketMarkMap {
+                mask: config.mask,
+                map,
+            },
+        ]],
     }
 }
 
 /// Link-local, multicast and broadcast, and what the configuration adds.
 fn bypass4(config: &Config) -> Set {
     let always = [([169, 254, 0, 0], 16), ([224, 0, 0, 0], 4), ([255; 4], 32)];
-    let mut ranges: Vec<_> =
-        always.iter().map(|(a, n)| Range::prefix(Ipv4Addr::from(*a), *n)).collect();
+    let mut ranges: Vec<_> = always
+        .iter()
+        .map(|(a, n)| Range::prefix(Ipv4Addr::from(*a), *n))
+        .collect();
     ranges.extend(&config.bypass4);
-    Set { name: "bypass4".into(), content: Content::V4(Range::merge(ranges)) }
+    Set {
+        name: "bypass4".into(),
+        content: Content::V4(Range::merge(ranges)),
+    }
 }
 
 fn bypass6(config: &Config) -> Set {
@@ -349,14 +412,25 @@ fn bypass6(config: &Config) -> Set {
         .map(|(a, n)| Range::prefix(Ipv6Addr::new(*a, 0, 0, 0, 0, 0, 0, 0), *n))
         .collect();
     ranges.extend(&config.bypass6);
-    Set { name: "bypass6".into(), content: Content::V6(Range::merge(ranges)) }
+    Set {
+        name: "bypass6".into(),
+        content: Content::V6(Range::merge(ranges)),
+    }
 }
 
 impl fmt::Display for Base {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let hook = if self.hook == NF_INET_LOCAL_OUT { "output" } else { "prerouting" };
+        let hook = if self.hook == NF_INET_LOCAL_OUT {
+            "output"
+        } else {
+            "prerouting"
+        };
         // nft has no name for mangle in a nat chain's neighbourhood; numbers are always right
-        write!(f, "type {} hook {hook} priority {}; policy accept;", self.kind, self.priority)
+        write!(
+            f,
+            "type {} hook {hook} priority {}; policy accept;",
+            self.kind, self.priority
+        )
     }
 }
 

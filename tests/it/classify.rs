@@ -1,0 +1,385 @@
+//! Cgroups come and go, in any order and at any speed: the sets follow.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use crate::client::{Client, Outcome, SILENCE};
+use crate::daemon::Daemon;
+use crate::ground::{addr, Ground, REMOTE4};
+use crate::kernel::{await_exactly, await_member, cgroup_id, set_ids, SETTLE};
+use crate::world::{Server, World};
+use crate::{sized, wait_until};
+
+const TPROXY: &str = "[tproxy mihomo]\nport = 7893\n[rules]\n";
+
+fn id(path: &Path) -> u64 {
+    cgroup_id(path).unwrap_or_else(|e| panic!("the id of {path:?}: {e}"))
+}
+
+fn ids(paths: &[PathBuf]) -> BTreeSet<u64> {
+    paths.iter().map(|path| id(path)).collect()
+}
+
+fn sh(script: &str) {
+    let status = Command::new("sh")
+        .args(["-c", script])
+        .status()
+        .expect("start sh");
+    assert!(status.success(), "{script}");
+}
+
+fn rmdir(path: &Path) {
+    fs::remove_dir(path).unwrap_or_else(|e| panic!("unable to remove {path:?}: {e}"));
+}
+
+#[test]
+fn only_cgroups_whose_target_differs_from_the_parents() {
+    let Some(ground) = Ground::new("differs") else {
+        return;
+    };
+    let rules = "drop = /a/b\ndirect = /a/b/c\nmihomo = /a\ndirect = /d\ndrop = /d/.*/f";
+    let old = ["/a/x", "/a/b/c/d", "/d/e/f"];
+    let new = ["/a/y", "/a/b/z", "/d/g", "/d/h/i"];
+    for path in old {
+        ground.cgroup(path);
+    }
+    let _daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
+    // `direct = /a/b/c` comes after `drop = /a/b`, which covers it; the default is direct already.
+    let mihomo = [id(&ground.at("/a"))].into();
+    let drop = [id(&ground.at("/a/b"))].into();
+    let check = || {
+        // Readiness means that what existed is classified, so no waiting here.
+        assert_eq!(set_ids("cg_mihomo").as_ref(), Some(&mihomo));
+        assert_eq!(set_ids("cg_drop").as_ref(), Some(&drop));
+        assert_eq!(set_ids("cg_direct").unwrap_or_default(), BTreeSet::new());
+    };
+    check();
+    for path in new {
+        ground.cgroup(path);
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    check();
+}
+
+#[test]
+fn nested_back_to_back() {
+    let Some(ground) = Ground::new("nested") else {
+        return;
+    };
+    let rules = r"direct = /n\d+/a/b/c/d/e
+        drop = /n\d+/a/b/c
+        mihomo = /n\d+";
+    let _daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
+    for i in 0..300 {
+        ground.cgroup(&format!("/n{i}/a/b/c/d/e"));
+    }
+    for (set, below) in [
+        ("cg_mihomo", ""),
+        ("cg_drop", "/a/b/c"),
+        ("cg_direct", "/a/b/c/d/e"),
+    ] {
+        let paths: Vec<_> = (0..300)
+            .map(|i| ground.at(&format!("/n{i}{below}")))
+            .collect();
+        await_exactly(set, &ids(&paths), SETTLE);
+    }
+}
+
+#[test]
+fn one_path_removed_and_made_again() {
+    let Some(ground) = Ground::new("again") else {
+        return;
+    };
+    let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /p/q"), &[]);
+    let path = ground.cgroup("/p/q");
+    let mut former = id(&path);
+    for i in 1..=300 {
+        rmdir(&path);
+        fs::create_dir(&path).expect("mkdir");
+        let live = id(&path);
+        assert_ne!(live, former);
+        former = live;
+        if i % 50 == 0 {
+            await_exactly("cg_drop", &[live].into(), SETTLE);
+        }
+    }
+    // With the parent in between.
+    for _ in 0..300 {
+        rmdir(&path);
+        rmdir(&ground.at("/p"));
+        ground.cgroup("/p/q");
+    }
+    await_exactly("cg_drop", &[id(&path)].into(), SETTLE);
+    rmdir(&path);
+    await_exactly("cg_drop", &BTreeSet::new(), SETTLE);
+}
+
+#[test]
+fn burst() {
+    const COUNT: usize = 10_000;
+    let Some(ground) = Ground::new("burst") else {
+        return;
+    };
+    let rules = "mihomo = /apps/a.*5\ndrop = /apps/a.*";
+    let daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
+    let apps = ground.cgroup("/apps");
+    // A first, small one: memory that is kept for reuse is no leak.
+    let paths: Vec<_> = (0..COUNT).map(|i| apps.join(format!("a{i}"))).collect();
+    let mut before = (0, 0);
+    for count in [COUNT / 10, COUNT] {
+        let paths = &paths[..count];
+        let (mut some, mut most) = (Vec::new(), Vec::new());
+        let start = Instant::now();
+        for (i, path) in paths.iter().enumerate() {
+            fs::create_dir(path).expect("mkdir");
+            if i % 10 == 5 { &mut some } else { &mut most }.push(path.clone());
+        }
+        let made = start.elapsed();
+        await_exactly("cg_mihomo", &ids(&some), Duration::from_secs(30));
+        await_exactly("cg_drop", &ids(&most), Duration::from_secs(30));
+        let classified = start.elapsed();
+        let full = daemon.footprint();
+        assert!(full.0 >= count, "{} watches for {count} cgroups", full.0);
+        for path in paths {
+            rmdir(path);
+        }
+        for set in ["cg_mihomo", "cg_drop"] {
+            await_exactly(set, &BTreeSet::new(), Duration::from_secs(30));
+        }
+        println!(
+            "{count} cgroups: made in {made:?}, classified {classified:?} after the first, \
+             {} KiB resident",
+            full.1
+        );
+        if before.0 == 0 {
+            before = daemon.footprint();
+        }
+    }
+    let mut after = daemon.footprint();
+    wait_until(SETTLE, || {
+        after = daemon.footprint();
+        after.0 == before.0
+    });
+    println!("(watches, KiB) {before:?} before, {after:?} after");
+    assert_eq!(after.0, before.0, "watches are left");
+    assert!(
+        after.1 <= before.1 + 1024,
+        "{} KiB, {} KiB before",
+        after.1,
+        before.1
+    );
+    // And it still works.
+    await_member(&ground.cgroup("/apps/a5"), "mihomo");
+}
+
+#[test]
+fn overflow() {
+    const COUNT: usize = 20_000;
+    let Some(ground) = Ground::new("overflow") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /apps/.*"), &[]);
+    let kept = ["/apps/old", "/apps/gone"].map(|path| ground.cgroup(path));
+    for path in &kept {
+        await_member(path, "drop");
+    }
+    let before = daemon.footprint().0;
+    daemon.signal(Signal::SIGSTOP);
+    let apps = ground.at("/apps");
+    let mut live = vec![kept[0].clone()];
+    for i in 0..COUNT {
+        let path = apps.join(format!("s{i}"));
+        fs::create_dir(&path).expect("mkdir");
+        if i % 1000 == 999 {
+            live.push(path);
+        } else {
+            rmdir(&path);
+        }
+    }
+    // After the queue is full, hence without events: gone, made again, and new in new places.
+    rmdir(&kept[1]);
+    rmdir(&kept[0]);
+    fs::create_dir(&kept[0]).expect("mkdir");
+    live.push(ground.cgroup("/apps/late/later"));
+    live.push(ground.cgroup("/apps/late"));
+    daemon.signal(Signal::SIGCONT);
+    live.retain(|path| !path.ends_with("later"));
+    await_exactly("cg_drop", &ids(&live), Duration::from_secs(20));
+    let watches = before - 1 + live.len();
+    let mut have = 0;
+    let same = wait_until(SETTLE, || {
+        have = daemon.footprint().0;
+        have == watches
+    });
+    assert!(same, "{have} watches for {watches} cgroups");
+    // What the rescan has found is watched as well.
+    await_exactly("cg_drop", &ids(&live), SETTLE);
+    fs::remove_dir(ground.at("/apps/late/later")).expect("rmdir");
+    fs::remove_dir(ground.at("/apps/late")).expect("rmdir");
+    live.retain(|path| !path.ends_with("late"));
+    await_exactly("cg_drop", &ids(&live), SETTLE);
+}
+
+#[test]
+fn names_of_any_bytes() {
+    let Some(ground) = Ground::new("names") else {
+        return;
+    };
+    let rules = "drop = /b.d\nmihomo = /.*\\x1b.*\ndirect = /.*";
+    let daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &["-v", "-v"]);
+    let odd: [&[u8]; 5] = [b"b\xffd", b"\x1b[31mred", b"a b", b"d\"q", &[b'n'; 255]];
+    let paths = odd.map(|name| ground.root.join(OsStr::from_bytes(name)));
+    for path in &paths {
+        fs::create_dir(path).expect("mkdir");
+    }
+    await_exactly("cg_drop", &[id(&paths[0])].into(), SETTLE);
+    await_exactly("cg_mihomo", &[id(&paths[1])].into(), SETTLE);
+    assert!(
+        !daemon.logs().contains('\x1b'),
+        "an escape sequence in the log"
+    );
+    for path in &paths {
+        rmdir(path);
+    }
+    await_exactly("cg_drop", &BTreeSet::new(), SETTLE);
+    await_exactly("cg_mihomo", &BTreeSet::new(), SETTLE);
+}
+
+#[test]
+fn a_deep_tree() {
+    let Some(ground) = Ground::new("deep") else {
+        return;
+    };
+    // One level apart for each target; nothing is known of levels in advance.
+    let path = (1..=40).map(|i| format!("/d{i}")).collect::<String>();
+    let (half, _) = path.split_at(path.find("/d20").expect("there"));
+    let _daemon = Daemon::start(
+        &ground,
+        &format!("{TPROXY}drop = {path}\nmihomo = {half}"),
+        &[],
+    );
+    ground.cgroup(&path);
+    // `mihomo` comes second, but no rule before it takes what lies above {path}.
+    await_member(&ground.at(half), "mihomo");
+    await_member(&ground.at(&path), "drop");
+}
+
+#[test]
+fn the_root_is_found() {
+    let Some(ground) = Ground::new("auto") else {
+        return;
+    };
+    let name = ground
+        .root
+        .file_name()
+        .and_then(OsStr::to_str)
+        .expect("a name")
+        .to_owned();
+    let config = format!("[global]\ncgroup-root = auto\n[rules]\ndrop = /{name}/x");
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let path = ground.cgroup("/x/y");
+    await_member(&ground.at("/x"), "drop");
+    drop(daemon);
+
+    // A hybrid host: v1 in the usual place, cgroup2 below it.
+    sh(
+        "umount -l /sys/fs/cgroup && mount -t tmpfs none /sys/fs/cgroup && \
+        mkdir /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified",
+    );
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let below = Path::new("/sys/fs/cgroup/unified").join(name);
+    let found = set_ids("cg_drop") == Some([id(&below.join("x"))].into());
+    let later = daemon.logs();
+    drop(daemon);
+    // The ground finds its sub-tree where it made it.
+    sh("umount -l /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup");
+    assert!(path.exists());
+    assert!(found, "{later}");
+}
+
+#[test]
+fn born_under_a_parent_with_the_same_target() {
+    let Some(ground) = Ground::new("born") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let rules = "drop = /drop\nmihomo = /proxied";
+    let parents = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let _daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
+    let to = addr(REMOTE4, 80);
+    for i in 0..100 {
+        for parent in &parents {
+            let child = parent.join(format!("c{i}"));
+            fs::create_dir(&child).expect("mkdir");
+            let udp = Client::udp(&child, to).timeout(SILENCE * 4).spawn();
+            if parent.ends_with("proxied") {
+                let tcp = Client::tcp(&child, to).run();
+                assert_eq!(tcp.who(), format!("proxy mihomo {to}"));
+                assert_eq!(udp.wait().0.who(), format!("proxy mihomo {to}"));
+            } else {
+                assert_eq!(udp.wait().0.who(), "nobody");
+            }
+            rmdir(&child);
+        }
+    }
+    assert_eq!(world.wire.to_remote(), [], "a packet has leaked");
+}
+
+#[test]
+fn window_under_a_parent_with_another_target() {
+    let Some(ground) = Ground::new("window") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /w.*"), &[]);
+    let times = sized(50, 500);
+    let (mut windows, mut leaked) = (Vec::new(), Vec::new());
+    for i in 0..times {
+        let cgroup = ground.cgroup(&format!("/w{i}"));
+        let client = Client::udp(&cgroup, addr(REMOTE4, 9)).until_denied();
+        let (outcome, window) = client.timeout(Duration::from_secs(2)).spawn().wait();
+        assert_eq!(
+            outcome,
+            Outcome::Answer(String::new()),
+            "{cgroup:?} is not dropped"
+        );
+        windows.push(window);
+        leaked.push(world.wire.to_remote().len());
+        rmdir(&cgroup);
+    }
+    windows.sort();
+    leaked.sort();
+    println!(
+        "window of a new cgroup: median {:?}, longest {:?}; packets in it: median {}, most {}",
+        windows[times / 2],
+        windows[times - 1],
+        leaked[times / 2],
+        leaked[times - 1]
+    );
+    assert!(windows[times / 2] < Duration::from_millis(50));
+}
+
+/// Whatever the order in which events and packets come, a flow that began in the window does not
+/// go on outside the policy.
+#[test]
+fn a_flow_of_the_window_is_cut() {
+    let Some(ground) = Ground::new("cut") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /w"), &[]);
+    let cgroup = ground.cgroup("/w");
+    let _flood = Client::udp(&cgroup, addr(REMOTE4, 9)).flood().spawn();
+    await_member(&cgroup, "drop");
+    world.wire.packets();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(world.wire.to_remote(), []);
+}

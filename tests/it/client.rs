@@ -1,0 +1,613 @@
+//! Clients: processes that are in a cgroup from birth, talk to the world and report.
+//!
+//! A client is a fork of the test process (`clone3(2)` with CLONE_INTO_CGROUP), so no packet of it
+//! can come from another cgroup. The parent has threads, hence the child calls the kernel and
+//! nothing else: no allocation, no locks, no panics.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::mem::{size_of, zeroed};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use libc::{c_int, c_void};
+use nix::errno::Errno;
+use nix::sys::signal::{kill, Signal};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+
+use crate::ground::{pipe, REMOTE4, REMOTE6};
+use crate::world::raw_addr;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Proto {
+    Tcp,
+    Udp,
+    Icmp,
+}
+
+/// How a client fared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Who answered, as the server puts it (see `world`); `echo ADDRESS` for a ping.
+    Answer(String),
+    Refused,
+    /// No answer in time.
+    Timeout,
+    /// Any other error: EPERM where the output hook dropped a datagram, EHOSTUNREACH, ECONNRESET …
+    Failed(Errno),
+}
+
+impl Outcome {
+    /// Who answered, without the client's own address; `nobody` where the request was dropped,
+    /// which a sender may be told at once (EPERM) or not at all.
+    pub fn who(&self) -> String {
+        match self {
+            Outcome::Answer(text) => text.split(" from ").next().unwrap_or_default().to_owned(),
+            Outcome::Timeout | Outcome::Failed(Errno::EPERM) => "nobody".to_owned(),
+            Outcome::Refused => "refused".to_owned(),
+            other => format!("{other:?}"),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Act {
+    /// One request and its answer.
+    Ask,
+    /// TCP: read all that the server streams until it ends; the answer is its first line.
+    Follow,
+    /// TCP, so many times: connect, wait for data, close while more of it is on its way.
+    CloseEarly(u32),
+    /// Datagrams without pause until killed, errors notwithstanding.
+    Flood,
+    /// Datagrams without pause until the output hook denies one (EPERM).
+    UntilDenied,
+    /// Be a server at the address until killed: answer every request with `service`.
+    Serve,
+}
+
+/// What a client is to do. `Client::tcp(&cgroup, to).uid(65534).run()`
+#[derive(Clone)]
+pub struct Client {
+    cgroup: PathBuf,
+    proto: Proto,
+    to: SocketAddr,
+    act: Act,
+    uid: u32,
+    mark: u32,
+    timeout: Duration,
+}
+
+impl Client {
+    pub fn new(cgroup: &Path, proto: Proto, to: SocketAddr) -> Client {
+        let (cgroup, timeout) = (cgroup.to_owned(), Duration::from_secs(5));
+        Client {
+            cgroup,
+            proto,
+            to,
+            act: Act::Ask,
+            uid: 0,
+            mark: 0,
+            timeout,
+        }
+    }
+
+    pub fn tcp(cgroup: &Path, to: SocketAddr) -> Client {
+        Client::new(cgroup, Proto::Tcp, to)
+    }
+
+    pub fn udp(cgroup: &Path, to: SocketAddr) -> Client {
+        Client::new(cgroup, Proto::Udp, to)
+    }
+
+    pub fn ping(cgroup: &Path, to: IpAddr) -> Client {
+        Client::new(cgroup, Proto::Icmp, SocketAddr::new(to, 0))
+    }
+
+    pub fn uid(self, uid: u32) -> Client {
+        Client { uid, ..self }
+    }
+
+    /// SO_MARK of the client's socket.
+    pub fn mark(self, mark: u32) -> Client {
+        Client { mark, ..self }
+    }
+
+    pub fn timeout(self, timeout: Duration) -> Client {
+        Client { timeout, ..self }
+    }
+
+    pub fn follow(self) -> Client {
+        Client {
+            act: Act::Follow,
+            ..self
+        }
+    }
+
+    pub fn close_early(self, times: u32) -> Client {
+        Client {
+            act: Act::CloseEarly(times),
+            ..self
+        }
+    }
+
+    pub fn flood(self) -> Client {
+        Client {
+            act: Act::Flood,
+            ..self
+        }
+    }
+
+    pub fn until_denied(self) -> Client {
+        Client {
+            act: Act::UntilDenied,
+            ..self
+        }
+    }
+
+    pub fn serve(self) -> Client {
+        Client {
+            act: Act::Serve,
+            ..self
+        }
+    }
+
+    pub fn run(&self) -> Outcome {
+        self.spawn().wait().0
+    }
+
+    /// Starts the client in its cgroup. It dies with the test's thread at the latest.
+    pub fn spawn(&self) -> Running {
+        let (read, write) = pipe();
+        let job = Job {
+            proto: self.proto,
+            act: self.act,
+            to: raw_addr(self.to),
+            uid: self.uid,
+            mark: self.mark,
+            timeout: self.timeout,
+            report: write.as_raw_fd(),
+        };
+        let cgroup = File::open(&self.cgroup).expect("open the client's cgroup");
+        // SAFETY: `Job::run` makes system calls only, and never returns.
+        let pid = unsafe { fork_into(&cgroup, || job.run()) }.expect("fork into the cgroup");
+        Running {
+            pid,
+            report: read.into(),
+            to: self.to,
+        }
+    }
+}
+
+/// Of linux/sched.h. (libc 0.2 declares it as a c_int, which truncates it to 0.)
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Forks; the child is born in `cgroup` and calls `child`.
+///
+/// # Safety
+/// `child` must be async-signal-safe: other threads of this process may hold any lock.
+pub unsafe fn fork_into(cgroup: &File, child: impl FnOnce() -> i32) -> io::Result<Pid> {
+    // SAFETY: clone_args is plain integers, for which zero is valid.
+    let mut args: libc::clone_args = unsafe { zeroed() };
+    args.flags = CLONE_INTO_CGROUP;
+    args.exit_signal = libc::SIGCHLD as u64;
+    args.cgroup = cgroup.as_raw_fd() as u64;
+    // SAFETY: without CLONE_VM the child has a copy of this stack, as after fork(2).
+    match unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: always allowed.
+        0 => unsafe { libc::_exit(child()) },
+        pid => Ok(Pid::from_raw(pid as i32)),
+    }
+}
+
+/// A client at work. Killed and reaped on drop.
+pub struct Running {
+    pid: Pid,
+    report: File,
+    to: SocketAddr,
+}
+
+impl Running {
+    /// How it went, and how long the client took for it.
+    pub fn wait(mut self) -> (Outcome, Duration) {
+        let mut bytes = [0; size_of::<Report>()];
+        self.report
+            .read_exact(&mut bytes)
+            .expect("the client died without a report");
+        // SAFETY: the child wrote a whole Report, and any bytes are a valid one.
+        let report: Report = unsafe { std::mem::transmute(bytes) };
+        let outcome = match report.errno {
+            0 if report.echo != 0 => Outcome::Answer(format!("echo {}", self.to.ip())),
+            0 => {
+                let text = &report.text[..(report.len as usize).min(TEXT)];
+                Outcome::Answer(String::from_utf8_lossy(text).trim_end().to_owned())
+            }
+            libc::ETIMEDOUT => Outcome::Timeout,
+            libc::ECONNREFUSED => Outcome::Refused,
+            errno => Outcome::Failed(Errno::from_raw(errno)),
+        };
+        (outcome, Duration::from_nanos(report.nanos))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = kill(self.pid, Signal::SIGKILL);
+        let _ = waitpid(self.pid, None);
+    }
+}
+
+const TEXT: usize = 240;
+
+/// How long a request waits that nobody is expected to answer. (Whoever does, does so sooner; and
+/// what left the host is on the wire whether it was waited for or not.)
+pub const SILENCE: Duration = Duration::from_millis(250);
+
+/// Who answers each of the [`CASES`].
+pub type Answers = [String; 6];
+
+/// Requests to port 80 of the remote hosts.
+const CASES: [(Proto, IpAddr); 6] = [
+    (Proto::Tcp, REMOTE4),
+    (Proto::Tcp, REMOTE6),
+    (Proto::Udp, REMOTE4),
+    (Proto::Udp, REMOTE6),
+    (Proto::Icmp, REMOTE4),
+    (Proto::Icmp, REMOTE6),
+];
+
+/// Asserts who answers new processes of a cgroup, for each cgroup that is given.
+#[track_caller]
+pub fn expect(cgroups: &[(&Path, Answers)]) {
+    expect_as(|client| client, cgroups);
+}
+
+/// As [`expect`], with the clients changed by `change`.
+#[track_caller]
+pub fn expect_as(change: impl Fn(Client) -> Client, cgroups: &[(&Path, Answers)]) {
+    let mut asked = Vec::new();
+    for (cgroup, want) in cgroups {
+        for (want, (proto, ip)) in want.iter().zip(CASES) {
+            let patience = if want == "nobody" {
+                SILENCE
+            } else {
+                Duration::from_secs(5)
+            };
+            let client = Client::new(cgroup, proto, SocketAddr::new(ip, 80)).timeout(patience);
+            asked.push((cgroup, want, proto, ip, change(client).spawn()));
+        }
+    }
+    let mut wrong = Vec::new();
+    for (cgroup, want, proto, ip, running) in asked {
+        let who = running.wait().0.who();
+        if who != *want {
+            wrong.push(format!(
+                "{proto:?} to {ip} in {}: {who}, not {want}",
+                cgroup.display()
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "answered by\n{}", wrong.join("\n"));
+}
+
+/// The answers where TCP, UDP and ping, each over IPv4 and IPv6, end up as `who` says: `remote`,
+/// `nobody`, or the name of a proxy.
+pub fn answers(who: [&str; 6]) -> Answers {
+    std::array::from_fn(|i| match (who[i], CASES[i]) {
+        ("nobody", _) => "nobody".to_owned(),
+        ("remote", (Proto::Icmp, ip)) => format!("echo {ip}"),
+        (name, (_, ip)) => format!("{name} {}", SocketAddr::new(ip, 80)),
+    })
+}
+
+/// The answers under a target as a whole: `direct`, `drop`, or the name of a proxy.
+pub fn under(target: &str) -> Answers {
+    match target {
+        "direct" => answers(["remote"; 6]),
+        "drop" => answers(["nobody"; 6]),
+        proxy => answers([proxy, proxy, proxy, proxy, "remote", "remote"]),
+    }
+}
+
+/// What the child writes to the pipe.
+#[repr(C)]
+struct Report {
+    nanos: u64,
+    errno: i32,
+    echo: u32,
+    len: u64,
+    text: [u8; TEXT],
+}
+
+/// All that the child needs, without pointers.
+struct Job {
+    proto: Proto,
+    act: Act,
+    to: (libc::sockaddr_storage, libc::socklen_t),
+    uid: u32,
+    mark: u32,
+    timeout: Duration,
+    report: RawFd,
+}
+
+impl Job {
+    /// The child's life.
+    fn run(&self) -> i32 {
+        // SAFETY: plain system calls on integers.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            // Descriptors of other tests (listeners!) must not live on in this process.
+            libc::dup2(self.report, 0);
+            libc::syscall(libc::SYS_close_range, 1, u32::MAX, 0);
+            if self.uid != 0 {
+                libc::syscall(libc::SYS_setgroups, 0, 0);
+                libc::syscall(libc::SYS_setresgid, self.uid, self.uid, self.uid);
+                libc::syscall(libc::SYS_setresuid, self.uid, self.uid, self.uid);
+            }
+        }
+        let start = now();
+        let mut text = [0; TEXT];
+        let result = match self.act {
+            Act::Ask => self.ask(start, &mut text),
+            Act::Follow => self.follow(start, &mut text),
+            Act::CloseEarly(times) => self.close_early(times),
+            Act::Flood => self.flood(),
+            Act::UntilDenied => self.until_denied(start),
+            Act::Serve => self.serve(),
+        };
+        let report = Report {
+            nanos: now() - start,
+            errno: result.err().unwrap_or(0),
+            echo: (self.proto == Proto::Icmp) as u32,
+            len: result.unwrap_or(0) as u64,
+            text,
+        };
+        // SAFETY: reads a live value; smaller than PIPE_BUF, hence written whole.
+        unsafe { libc::write(0, (&raw const report).cast(), size_of::<Report>()) };
+        0
+    }
+
+    fn socket(&self) -> Result<c_int, c_int> {
+        let v6 = c_int::from(self.to.0.ss_family) == libc::AF_INET6;
+        let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
+        let (kind, protocol) = match self.proto {
+            Proto::Tcp => (libc::SOCK_STREAM, 0),
+            Proto::Udp => (libc::SOCK_DGRAM, 0),
+            Proto::Icmp if v6 => (libc::SOCK_DGRAM, libc::IPPROTO_ICMPV6),
+            Proto::Icmp => (libc::SOCK_DGRAM, libc::IPPROTO_ICMP),
+        };
+        // SAFETY: integers only.
+        let fd = check(unsafe { libc::socket(family, kind | libc::SOCK_NONBLOCK, protocol) })?;
+        set(fd, libc::SO_BROADCAST, 1)?;
+        set(fd, libc::SO_REUSEADDR, 1)?;
+        if self.mark != 0 {
+            set(fd, libc::SO_MARK, self.mark)?;
+        }
+        Ok(fd)
+    }
+
+    /// A connected socket; for TCP, once the peer has accepted.
+    fn connect(&self, start: u64) -> Result<c_int, c_int> {
+        let fd = self.socket()?;
+        // SAFETY: a sockaddr of the length that goes with it.
+        let rc = unsafe { libc::connect(fd, (&raw const self.to.0).cast(), self.to.1) };
+        if let Err(errno) = check(rc) {
+            if errno != libc::EINPROGRESS {
+                return Err(errno);
+            }
+            self.poll(fd, libc::POLLOUT, start)?;
+            self.pending_error(fd)?;
+        }
+        Ok(fd)
+    }
+
+    fn ask(&self, start: u64, text: &mut [u8; TEXT]) -> Result<usize, c_int> {
+        let fd = self.connect(start)?;
+        if self.proto != Proto::Tcp {
+            self.send(fd)?;
+            self.poll(fd, libc::POLLIN, start)?;
+            return recv(fd, text);
+        }
+        let mut len = 0;
+        loop {
+            self.poll(fd, libc::POLLIN, start)?;
+            let n = recv(fd, &mut text[len..])?;
+            len += n;
+            if n == 0 || len == TEXT || text[..len].ends_with(b"\n") {
+                return Ok(len);
+            }
+        }
+    }
+
+    /// The timeout is one of silence here.
+    fn follow(&self, start: u64, text: &mut [u8; TEXT]) -> Result<usize, c_int> {
+        let fd = self.connect(start)?;
+        let mut chunk = [0; 4096];
+        let (mut total, mut line) = (0, 0);
+        loop {
+            self.poll(fd, libc::POLLIN, now())?;
+            let n = recv(fd, &mut chunk)?;
+            if n == 0 {
+                break;
+            }
+            if total == 0 {
+                line = chunk[..n]
+                    .iter()
+                    .position(|b| *b == b'\n')
+                    .unwrap_or(0)
+                    .min(TEXT);
+                text[..line].copy_from_slice(&chunk[..line]);
+            }
+            total += n;
+        }
+        if total > line {
+            Ok(line)
+        } else {
+            Err(libc::ENODATA)
+        }
+    }
+
+    fn close_early(&self, times: u32) -> Result<usize, c_int> {
+        for i in 0..times {
+            let start = now();
+            let fd = self.connect(start)?;
+            self.poll(fd, libc::POLLIN, start)?;
+            // By turns: unread data is left (the socket itself resets), or none (it says FIN, and
+            // the kernel resets without a socket when more arrives).
+            let mut chunk = [0; 4096];
+            if i % 2 == 0 {
+                recv(fd, &mut chunk[..16])?;
+            } else {
+                while recv(fd, &mut chunk).is_ok_and(|n| n > 0) {}
+            }
+            // SAFETY: `fd` is ours.
+            unsafe { libc::close(fd) };
+        }
+        Ok(0)
+    }
+
+    fn flood(&self) -> ! {
+        loop {
+            if let Ok(fd) = self.connect(now()) {
+                for _ in 0..100 {
+                    let _ = self.send(fd);
+                    pause(Duration::from_micros(500));
+                }
+                // SAFETY: `fd` is ours.
+                unsafe { libc::close(fd) };
+            }
+        }
+    }
+
+    fn until_denied(&self, start: u64) -> Result<usize, c_int> {
+        let fd = self.connect(start)?;
+        while now() - start < self.timeout.as_nanos() as u64 {
+            match self.send(fd) {
+                Err(libc::EPERM) => return Ok(0),
+                _ => pause(Duration::from_micros(10)),
+            }
+        }
+        Err(libc::ETIMEDOUT)
+    }
+
+    fn serve(&self) -> Result<usize, c_int> {
+        const ANSWER: &[u8] = b"service\n";
+        let fd = self.socket()?;
+        // SAFETY: a sockaddr of the length that goes with it.
+        check(unsafe { libc::bind(fd, (&raw const self.to.0).cast(), self.to.1) })?;
+        if self.proto == Proto::Tcp {
+            // SAFETY: integers only.
+            check(unsafe { libc::listen(fd, 16) })?;
+        }
+        loop {
+            self.poll(fd, libc::POLLIN, now())?;
+            // SAFETY: writes within buffers that are alive, reads ANSWER, and closes a descriptor
+            // that is ours.
+            unsafe {
+                let mut from: libc::sockaddr_storage = zeroed();
+                let mut size = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+                let (at, answer) = ((&raw mut from).cast(), ANSWER.as_ptr().cast());
+                if self.proto == Proto::Tcp {
+                    let conn = libc::accept(fd, at, &mut size);
+                    libc::send(conn, answer, ANSWER.len(), 0);
+                    libc::close(conn);
+                } else {
+                    let mut data = [0u8; 64];
+                    let room = data.as_mut_ptr().cast();
+                    libc::recvfrom(fd, room, data.len(), 0, at, &mut size);
+                    libc::sendto(fd, answer, ANSWER.len(), 0, at, size);
+                }
+            }
+        }
+    }
+
+    /// One datagram; for ICMP, an echo request whose id and checksum the kernel fills in.
+    fn send(&self, fd: c_int) -> Result<(), c_int> {
+        let v6 = c_int::from(self.to.0.ss_family) == libc::AF_INET6;
+        let data: &[u8] = match self.proto {
+            Proto::Icmp if v6 => &[128, 0, 0, 0, 0, 0, 0, 1],
+            Proto::Icmp => &[8, 0, 0, 0, 0, 0, 0, 1],
+            _ => b"who?\n",
+        };
+        // SAFETY: reads `data` only.
+        check(unsafe { libc::send(fd, data.as_ptr().cast(), data.len(), 0) as c_int }).map(|_| ())
+    }
+
+    /// Waits for `events` until the timeout, counted from `start`.
+    fn poll(&self, fd: c_int, events: i16, start: u64) -> Result<(), c_int> {
+        let left = (start + self.timeout.as_nanos() as u64).saturating_sub(now());
+        let mut poll = libc::pollfd {
+            fd,
+            events,
+            revents: 0,
+        };
+        // SAFETY: one live pollfd.
+        match check(unsafe { libc::poll(&mut poll, 1, left.div_ceil(1_000_000) as c_int) })? {
+            0 => Err(libc::ETIMEDOUT),
+            _ => Ok(()),
+        }
+    }
+
+    fn pending_error(&self, fd: c_int) -> Result<(), c_int> {
+        let (mut errno, mut size) = (0, size_of::<c_int>() as libc::socklen_t);
+        // SAFETY: writes one c_int, and its size.
+        let rc = unsafe {
+            let out: *mut c_void = (&raw mut errno).cast();
+            libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, out, &mut size)
+        };
+        check(rc)?;
+        if errno == 0 {
+            Ok(())
+        } else {
+            Err(errno)
+        }
+    }
+}
+
+/// An option of SOL_SOCKET.
+fn set(fd: c_int, option: c_int, value: u32) -> Result<c_int, c_int> {
+    let (at, size) = (
+        (&raw const value).cast(),
+        size_of::<u32>() as libc::socklen_t,
+    );
+    // SAFETY: reads one live u32.
+    check(unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, option, at, size) })
+}
+
+fn recv(fd: c_int, buffer: &mut [u8]) -> Result<usize, c_int> {
+    // SAFETY: writes within `buffer`.
+    let n = unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+    check(n as c_int).map(|n| n as usize)
+}
+
+/// The errno of a failed call. (`Errno::last` is a thread-local read, hence signal-safe.)
+fn check(rc: c_int) -> Result<c_int, c_int> {
+    if rc < 0 {
+        Err(Errno::last_raw())
+    } else {
+        Ok(rc)
+    }
+}
+
+/// Nanoseconds on a monotonic clock.
+fn now() -> u64 {
+    // SAFETY: fills the timespec that it is given.
+    unsafe {
+        let mut t: libc::timespec = zeroed();
+        libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut t);
+        t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+    }
+}
+
+fn pause(time: Duration) {
+    let t = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: time.subsec_nanos().into(),
+    };
+    // SAFETY: reads one live timespec.
+    unsafe { libc::nanosleep(&t, std::ptr::null_mut()) };
+}

@@ -1,0 +1,251 @@
+//! cgtproxy as a child process of the test.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use nix::poll::{poll, PollFd, PollFlags};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+
+use crate::ground::{pipe, Ground};
+use crate::wait_until;
+
+const READY: Duration = Duration::from_secs(10);
+
+/// The program under test.
+pub fn binary() -> PathBuf {
+    let path = std::env::var_os("CGTPROXY_BIN").map_or_else(
+        || {
+            let target = format!("target/{}-unknown-linux-musl", std::env::consts::ARCH);
+            Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join(target)
+                .join("release/cgtproxy")
+        },
+        PathBuf::from,
+    );
+    assert!(
+        path.exists(),
+        "{path:?} is not there: run make, or set CGTPROXY_BIN"
+    );
+    path
+}
+
+/// `cgtproxy ARGS` in this ground, to its end.
+pub fn run(args: &[&str]) -> Output {
+    Command::new(binary())
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .expect("start cgtproxy")
+}
+
+/// `cgtproxy -c FILE ARGS`, with FILE holding `config`.
+pub fn run_with(ground: &Ground, config: &str, args: &[&str]) -> Output {
+    let file = config_file(ground, config);
+    let file = file.to_str().expect("a UTF-8 path");
+    run(&[&["-c", file], args].concat())
+}
+
+/// A fresh file with [`complete`] text.
+fn config_file(ground: &Ground, text: &str) -> PathBuf {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("cgtproxy-{}.conf", COUNT.fetch_add(1, Ordering::Relaxed));
+    let path = ground.dir.join(name);
+    write_private(&path, &complete(&ground.root, text));
+    path
+}
+
+/// The configuration `text`, which may begin with a [global] section, with the ground's cgroup
+/// root put in, unless it names one.
+fn complete(root: &Path, text: &str) -> String {
+    if text.contains("cgroup-root") {
+        return text.to_owned();
+    }
+    let text = text.trim_start();
+    let rest = text.strip_prefix("[global]").unwrap_or(text);
+    format!("[global]\ncgroup-root = {}\n{rest}", root.display())
+}
+
+/// Writes a file of mode 0600.
+pub fn write_private(path: &Path, text: &str) {
+    let mut options = File::options();
+    let file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path);
+    let mut file = file.expect("open the configuration");
+    std::io::Write::write_all(&mut file, text.as_bytes()).expect("write the configuration");
+}
+
+/// A running `cgtproxy run`. Killed on drop, if the test has not stopped it.
+pub struct Daemon {
+    child: Child,
+    pub config: PathBuf,
+    log: PathBuf,
+    root: PathBuf,
+    ready: Option<OwnedFd>,
+}
+
+impl Daemon {
+    /// Starts the program and returns once it is ready. `config` need not name a cgroup root.
+    pub fn start(ground: &Ground, config: &str, args: &[&str]) -> Daemon {
+        let mut daemon = Daemon::spawn(ground, config, args, &[]);
+        assert!(
+            daemon.ready(),
+            "cgtproxy did not become ready:\n{}",
+            daemon.logs()
+        );
+        daemon
+    }
+
+    /// Starts the program, with `env` added to its environment, and waits for nothing.
+    pub fn spawn(ground: &Ground, config: &str, args: &[&str], env: &[(&str, &str)]) -> Daemon {
+        let config = config_file(ground, config);
+        let log = config.with_extension("log");
+        let (ready, signal) = pipe();
+        let mut command = Command::new(binary());
+        command
+            .arg("-c")
+            .arg(&config)
+            .args(["--ready-fd", "3"])
+            .args(args)
+            .arg("run");
+        command
+            .envs(env.iter().copied())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        command.stderr(File::create(&log).expect("make the log file"));
+        let fd = signal.as_raw_fd();
+        let hook = move || {
+            // SAFETY: system calls on integers. dup2 clears close-on-exec, unless the descriptor
+            // has the right number already.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                if fd == 3 {
+                    libc::fcntl(3, libc::F_SETFD, 0);
+                } else {
+                    libc::dup2(fd, 3);
+                }
+            }
+            Ok(())
+        };
+        // SAFETY: the hook is async-signal-safe.
+        unsafe { command.pre_exec(hook) };
+        let child = command.spawn().expect("start cgtproxy");
+        Daemon {
+            child,
+            config,
+            log,
+            root: ground.root.clone(),
+            ready: Some(ready),
+        }
+    }
+
+    /// Waits until the program says that it is ready; false where it ends, or takes too long.
+    pub fn ready(&mut self) -> bool {
+        let ready = self.ready.take().expect("readiness is waited for once");
+        let mut fds = [PollFd::new(ready.as_fd(), PollFlags::POLLIN)];
+        let spoke = poll(&mut fds, READY.as_millis() as u16).expect("poll the ready fd") == 1;
+        let mut said = [0; 1];
+        spoke && File::from(ready).read(&mut said).is_ok_and(|n| n == 1) && said == *b"\n"
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).expect("signal cgtproxy");
+    }
+
+    /// What it has written to standard error.
+    pub fn logs(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).expect("read the log")).into_owned()
+    }
+
+    /// Waits until a line of the log holds `text`.
+    pub fn wait_log(&self, text: &str, timeout: Duration) -> bool {
+        wait_until(timeout, || self.logs().contains(text))
+    }
+
+    /// Replaces the configuration, as [`Daemon::start`] takes it, without telling the program.
+    pub fn configure(&self, text: &str) {
+        write_private(&self.config, &complete(&self.root, text));
+    }
+
+    /// SIGHUP; returns what the program logs up to the line that says how the reload went.
+    pub fn reload(&self) -> String {
+        let before = self.logs().len();
+        self.signal(Signal::SIGHUP);
+        let said = |d: &Daemon| d.logs()[before..].contains("reload");
+        let done = wait_until(READY, || said(self));
+        assert!(done, "no line about the reload:\n{}", self.logs());
+        self.logs()[before..].to_owned()
+    }
+
+    /// SIGTERM, and how it exited.
+    pub fn stop(mut self) -> ExitStatus {
+        self.signal(Signal::SIGTERM);
+        self.wait()
+    }
+
+    /// Waits for its end; one that does not end is killed, which its status then tells.
+    pub fn wait(&mut self) -> ExitStatus {
+        wait_until(READY, || {
+            self.child.try_wait().is_ok_and(|status| status.is_some())
+        });
+        let _ = self.child.kill();
+        self.child.wait().expect("wait for cgtproxy")
+    }
+
+    /// SIGKILL.
+    pub fn kill9(mut self) {
+        self.child.kill().expect("kill cgtproxy");
+        let status = self.child.wait().expect("wait for cgtproxy");
+        assert_eq!(
+            status.signal(),
+            Some(9),
+            "it was dead before: {}",
+            self.logs()
+        );
+    }
+
+    /// (inotify watches, resident KiB) of the program.
+    pub fn footprint(&self) -> (usize, usize) {
+        let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
+        let mut watches = 0;
+        for entry in fs::read_dir(proc.join("fdinfo"))
+            .expect("list fdinfo")
+            .flatten()
+        {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            watches += text
+                .lines()
+                .filter(|l| l.starts_with("inotify wd:"))
+                .count();
+        }
+        let status = fs::read_to_string(proc.join("status")).expect("read the status");
+        let rss = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
+        let rss = rss.and_then(|l| l.split_whitespace().next()?.parse().ok());
+        (watches, rss.expect("VmRSS of a live process"))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- log of cgtproxy\n{}---", self.logs());
+        }
+    }
+}

@@ -1,0 +1,330 @@
+//! What the kernel holds, read without any code of the program: set elements straight from
+//! nf_tables, the rest from nft and iproute2.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::CString;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use crate::wait_until;
+
+/// How long a cgroup may take to be classified before a test gives up.
+pub const SETTLE: Duration = Duration::from_secs(10);
+
+/// What a command printed on standard output; empty where it failed.
+fn output(command: &str, args: &[&str]) -> String {
+    let out = Command::new(command)
+        .args(args)
+        .stderr(Stdio::null())
+        .output();
+    let out = out.unwrap_or_else(|e| panic!("unable to start {command}: {e}"));
+    if !out.status.success() {
+        return String::new();
+    }
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+/// `nft ARGS`, with `script` on standard input.
+pub fn nft(args: &[&str], script: &str) -> Output {
+    let mut command = Command::new("nft");
+    command
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().expect("start nft");
+    child
+        .stdin
+        .take()
+        .expect("stdin is piped")
+        .write_all(script.as_bytes())
+        .expect("feed nft");
+    child.wait_with_output().expect("wait for nft")
+}
+
+/// Loads an nft script; panics where nft has anything to say about it.
+#[track_caller]
+pub fn load(script: &str) {
+    let out = nft(&["-f", "-"], script);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(
+        out.status.success() && said.is_empty(),
+        "{said}in\n{script}"
+    );
+}
+
+/// The table as nft lists it; empty where there is none.
+pub fn table() -> String {
+    output("nft", &["list", "table", "inet", "cgtproxy"])
+}
+
+/// The table without counter values, and without its flags: nft cannot set them all, and the
+/// owner's goes with the owner.
+pub fn table_plain() -> String {
+    let text = output("nft", &["-s", "list", "table", "inet", "cgtproxy"]);
+    let flags = |line: &str| line.starts_with("\tflags");
+    let lines = text.lines().filter(|line| !flags(line) && !line.is_empty());
+    let lines = lines.map(|line| line.split(" # progname").next().unwrap_or(line).trim_end());
+    lines.map(|line| format!("{line}\n")).collect()
+}
+
+/// Lines of `ip rule` for one family, with numbers for names.
+pub fn ip_rules(family: &str) -> String {
+    output("ip", &["-N", family, "rule", "list"])
+}
+
+/// Lines of a route table for one family.
+pub fn ip_routes(family: &str, table: &str) -> String {
+    output("ip", &["-N", family, "route", "list", "table", table])
+}
+
+/// Everything that carries our name or number: the table, ip rules and routes of protocol 99, and
+/// whatever is in route table 300. Empty where cgtproxy has left nothing behind.
+pub fn residue() -> String {
+    let ours = |text: String| {
+        let lines = text
+            .lines()
+            .filter(|l| l.split("proto ").any(|part| part.starts_with("99")));
+        lines.map(|line| format!("{line}\n")).collect::<String>()
+    };
+    let mut left = output("nft", &["list", "tables"]);
+    for family in ["-4", "-6"] {
+        left += &ours(ip_rules(family));
+        left += &ours(ip_routes(family, "all"));
+        left += &ip_routes(family, "300");
+    }
+    left
+}
+
+/// All that `run` programs, in a form that two runs over the same cgroups have in common: the
+/// table, rules and routes as text, and the cgroup sets as ids.
+pub fn state() -> (String, BTreeMap<String, BTreeSet<u64>>) {
+    let mut text = String::new();
+    let mut sets = BTreeMap::new();
+    let (mut ours, mut elements) = (false, false);
+    for line in table_plain().lines() {
+        if let Some(name) = line
+            .trim()
+            .strip_prefix("set ")
+            .and_then(|l| l.strip_suffix(" {"))
+        {
+            ours = name.starts_with("cg_");
+            if ours {
+                sets.insert(
+                    name.to_owned(),
+                    set_ids(name).expect("a set that nft lists"),
+                );
+            }
+        }
+        // Elements are listed in the order of a hash, over several lines, as paths.
+        elements |= ours && line.trim().starts_with("elements = {");
+        if !elements {
+            text += line;
+            text.push('\n');
+        }
+        elements &= !line.ends_with('}');
+    }
+    for family in ["-4", "-6"] {
+        text += &ip_rules(family);
+        text += &ip_routes(family, "300");
+    }
+    (text, sets)
+}
+
+/// The id by which nf_tables knows a cgroup: the file handle of its directory.
+pub fn cgroup_id(path: &Path) -> io::Result<u64> {
+    /// struct file_handle of linux/fs.h.
+    #[repr(C)]
+    struct Handle {
+        bytes: u32,
+        kind: i32,
+        id: u64,
+    }
+    let name = CString::new(path.as_os_str().as_bytes()).expect("no NUL");
+    let mut handle = Handle {
+        bytes: 8,
+        kind: 0,
+        id: 0,
+    };
+    let mut mount = 0i32;
+    let (handle_at, mount_at) = (&raw mut handle, &raw mut mount);
+    let nr = libc::SYS_name_to_handle_at;
+    // SAFETY: a NUL-terminated path, and a handle with room for the 8 bytes that it announces.
+    let rc = unsafe { libc::syscall(nr, libc::AT_FDCWD, name.as_ptr(), handle_at, mount_at, 0) };
+    if rc == 0 {
+        Ok(handle.id)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Waits until the cgroup `path` is in the set of `target`.
+pub fn await_member(path: &Path, target: &str) {
+    let id = cgroup_id(path).expect("the id of a cgroup");
+    let set = format!("cg_{target}");
+    let there = wait_until(SETTLE, || {
+        set_ids(&set).is_some_and(|ids| ids.contains(&id))
+    });
+    assert!(
+        there,
+        "{path:?} (id {id}) does not get into {set}:\n{}",
+        table()
+    );
+}
+
+/// Waits until `set` holds exactly `want`.
+pub fn await_exactly(set: &str, want: &BTreeSet<u64>, timeout: Duration) {
+    let mut last = None;
+    let same = wait_until(timeout, || {
+        last = set_ids(set);
+        last.as_ref() == Some(want)
+    });
+    if !same {
+        let have = last.unwrap_or_default();
+        let count = |a: &BTreeSet<u64>, b: &BTreeSet<u64>| a.difference(b).count();
+        panic!(
+            "{set} holds {} of {} elements, {} missing, {} stale",
+            have.len(),
+            want.len(),
+            count(want, &have),
+            count(&have, want)
+        );
+    }
+}
+
+// linux/netfilter/nfnetlink.h and nf_tables.h.
+const NFNL_SUBSYS_NFTABLES: u16 = 10;
+const NFT_MSG_GETSETELEM: u16 = 13;
+const NFPROTO_INET: u8 = 1;
+const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
+const NFTA_SET_ELEM_LIST_SET: u16 = 2;
+const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
+const NFTA_SET_ELEM_KEY: u16 = 1;
+const NFTA_DATA_VALUE: u16 = 1;
+const NLM_F_DUMP_INTR: u16 = 0x10;
+
+/// The cgroup ids in a set of `table inet cgtproxy`; None where the set does not exist.
+pub fn set_ids(set: &str) -> Option<BTreeSet<u64>> {
+    // A dump that a transaction has interrupted may miss elements, so it starts over. Under
+    // endless churn some dump is whole soon enough.
+    (0..1000).find_map(|_| match dump(set) {
+        Ok(ids) => Some(Some(ids)),
+        Err(libc::ENOENT) => Some(None),
+        Err(libc::EINTR) => None,
+        Err(errno) => panic!(
+            "unable to list {set}: {}",
+            io::Error::from_raw_os_error(errno)
+        ),
+    })?
+}
+
+fn dump(set: &str) -> Result<BTreeSet<u64>, i32> {
+    let socket = netlink();
+    let mut request = vec![0; 16];
+    request.extend([NFPROTO_INET, 0, 0, 0]);
+    let attributes = [
+        (NFTA_SET_ELEM_LIST_TABLE, "cgtproxy"),
+        (NFTA_SET_ELEM_LIST_SET, set),
+    ];
+    for (kind, text) in attributes {
+        request.extend((4 + text.len() as u16 + 1).to_ne_bytes());
+        request.extend(kind.to_ne_bytes());
+        request.extend(text.as_bytes());
+        request.push(0);
+        request.resize(request.len().next_multiple_of(4), 0);
+    }
+    let len = request.len() as u32;
+    request[0..4].copy_from_slice(&len.to_ne_bytes());
+    let kind = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETSETELEM;
+    request[4..6].copy_from_slice(&kind.to_ne_bytes());
+    let flags = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
+    request[6..8].copy_from_slice(&flags.to_ne_bytes());
+    // SAFETY: reads `request` only.
+    let n = unsafe {
+        libc::send(
+            socket.as_raw_fd(),
+            request.as_ptr().cast(),
+            request.len(),
+            0,
+        )
+    };
+    assert_eq!(
+        n,
+        request.len() as isize,
+        "send: {}",
+        io::Error::last_os_error()
+    );
+
+    let mut ids = BTreeSet::new();
+    let mut whole = true;
+    let mut buffer = vec![0u8; 1 << 16];
+    loop {
+        let room = buffer.len();
+        // SAFETY: writes within `buffer`.
+        let n = unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), room, 0) };
+        assert!(n > 0, "recv: {}", io::Error::last_os_error());
+        let mut rest = &buffer[..n as usize];
+        while rest.len() >= 16 {
+            let (len, kind, flags) = (u32_at(rest, 0) as usize, u16_at(rest, 4), u16_at(rest, 6));
+            let message = &rest[16..len];
+            rest = &rest[len.next_multiple_of(4).min(rest.len())..];
+            whole &= flags & NLM_F_DUMP_INTR == 0;
+            match i32::from(kind) {
+                libc::NLMSG_DONE | libc::NLMSG_ERROR => {
+                    return match u32_at(message, 0) as i32 {
+                        0 if whole => Ok(ids),
+                        0 => Err(libc::EINTR),
+                        errno => Err(-errno),
+                    };
+                }
+                _ => ids.extend(elements(&message[4..])),
+            }
+        }
+    }
+}
+
+/// The keys in the attributes of a NFT_MSG_NEWSETELEM message.
+fn elements(message: &[u8]) -> Vec<u64> {
+    let lists = attributes(message).filter(|a| a.0 == NFTA_SET_ELEM_LIST_ELEMENTS);
+    lists
+        .flat_map(|list| attributes(list.1))
+        .flat_map(|element| attributes(element.1).filter(|a| a.0 == NFTA_SET_ELEM_KEY))
+        .flat_map(|key| attributes(key.1).filter(|a| a.0 == NFTA_DATA_VALUE))
+        .map(|value| u64::from_ne_bytes(value.1.try_into().expect("an 8 byte key")))
+        .collect()
+}
+
+/// (type, payload) of each netlink attribute.
+fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        if bytes.len() < 4 {
+            return None;
+        }
+        let (len, kind) = (usize::from(u16_at(bytes, 0)), u16_at(bytes, 2) & 0x3fff);
+        let payload = &bytes[4..len];
+        bytes = &bytes[len.next_multiple_of(4).min(bytes.len())..];
+        Some((kind, payload))
+    })
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_ne_bytes([bytes[at], bytes[at + 1]])
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+fn netlink() -> OwnedFd {
+    // SAFETY: integers only; the descriptor is new, hence ours.
+    unsafe {
+        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+        let fd = libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_NETFILTER);
+        assert!(fd >= 0, "netlink socket: {}", io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd)
+    }
+}

@@ -1,0 +1,828 @@
+//! Start, reload, stop and sudden death, and what is left in the kernel by then.
+
+use std::ffi::CString;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant, SystemTime};
+
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+
+use crate::client::{expect, under, Client};
+use crate::daemon::{run, run_with, write_private, Daemon};
+use crate::ground::{addr, chmod, ip_batch, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
+use crate::kernel::{
+    await_member, ip_routes, ip_rules, load, nft, residue, set_ids, state, table, table_plain,
+};
+use crate::world::{Server, World, STREAM_PORT};
+use crate::{sized, wait_until};
+
+const PROXY: &str = "proxy mihomo";
+
+/// Two targets, of which most cgroups of the churn are in one.
+const CONFIG: &str = r"
+[tproxy mihomo]
+port = 7893
+[rules]
+mihomo = /churn/\d*5
+drop   = /churn/.*
+mihomo = /proxied
+drop   = /drop
+";
+
+/// A fast, small generator; the seed is printed, so a failure can be repeated.
+struct Random(u64);
+
+impl Random {
+    fn new() -> Random {
+        let now = SystemTime::UNIX_EPOCH
+            .elapsed()
+            .expect("a clock after 1970");
+        let seed = now.as_nanos() as u64 | 1;
+        println!("seed {seed}");
+        Random(seed)
+    }
+
+    /// A duration below `max`.
+    fn below(&mut self, max: Duration) -> Duration {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        Duration::from_micros(self.0 % max.as_micros() as u64)
+    }
+}
+
+/// A thread that makes and removes cgroups below `/churn`, of which some 100 are there at any time.
+struct Churn {
+    running: Arc<AtomicBool>,
+    /// How many have been made.
+    made: Arc<AtomicU32>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Churn {
+    fn start(ground: &Ground) -> Churn {
+        let dir = ground.cgroup("/churn");
+        let running = Arc::new(AtomicBool::new(true));
+        let made = Arc::new(AtomicU32::new(0));
+        let (on, count) = (running.clone(), made.clone());
+        let thread = thread::spawn(move || {
+            const LIVE: u32 = 100;
+            for i in 0.. {
+                if !on.load(Ordering::Relaxed) {
+                    break;
+                }
+                let path = |i: u32| dir.join(i.to_string());
+                let _ = fs::create_dir_all(path(i).join("a/b"));
+                if let Some(old) = i.checked_sub(LIVE).map(path) {
+                    for dir in [old.join("a/b"), old.join("a"), old] {
+                        let _ = fs::remove_dir(dir);
+                    }
+                }
+                count.fetch_add(1, Ordering::Relaxed);
+                thread::sleep(Duration::from_micros(200));
+            }
+        });
+        Churn {
+            running,
+            made,
+            thread: Some(thread),
+        }
+    }
+}
+
+impl Drop for Churn {
+    fn drop(&mut self) {
+        self.running.store(false, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[test]
+fn killed_at_any_moment() {
+    let Some(ground) = Ground::new("kill9") else {
+        return;
+    };
+    let mut random = Random::new();
+    for round in 0..5 {
+        let churn = Churn::start(&ground);
+        for _ in 0..10 {
+            // Some die while they start.
+            let daemon = Daemon::spawn(&ground, CONFIG, &[], &[]);
+            thread::sleep(random.below(Duration::from_millis(80)));
+            daemon.kill9();
+        }
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+        assert!(churn.made.load(Ordering::Relaxed) > 0);
+        drop(churn);
+        // A marker through the whole pipeline: what came before it has been handled.
+        await_member(&ground.cgroup(&format!("/churn/x{round}")), "drop");
+        let over_leftovers = state();
+        assert!(!over_leftovers.1["cg_drop"].is_empty());
+        assert!(daemon.stop().success());
+        assert_eq!(residue(), "");
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+        assert_eq!(over_leftovers, state(), "round {round}");
+        daemon.kill9();
+    }
+}
+
+#[test]
+fn stopped_at_any_moment() {
+    let Some(ground) = Ground::new("sigterm") else {
+        return;
+    };
+    let mut random = Random::new();
+    let churn = Churn::start(&ground);
+    for i in 0..100 {
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+        thread::sleep(random.below(Duration::from_millis(20)));
+        let log = daemon.config.with_extension("log");
+        let status = daemon.stop();
+        let log = fs::read_to_string(log).expect("read the log");
+        assert_eq!(status.code(), Some(0), "stop {i}: {log}");
+        assert_eq!(residue(), "", "stop {i}: {log}");
+    }
+    println!(
+        "{} cgroups made meanwhile",
+        churn.made.load(Ordering::Relaxed)
+    );
+}
+
+#[test]
+fn stopped_while_it_starts() {
+    let Some(ground) = Ground::new("early-term") else {
+        return;
+    };
+    for i in 0..300 {
+        ground.cgroup(&format!("/churn/{i}"));
+    }
+    let mut random = Random::new();
+    for _ in 0..sized(30, 300) {
+        let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[]);
+        thread::sleep(random.below(Duration::from_millis(20)));
+        daemon.signal(Signal::SIGTERM);
+        let status = daemon.wait();
+        // Before it has handlers, the signal itself ends it; then there is nothing to remove yet.
+        assert!(
+            matches!(status.code(), Some(0) | None),
+            "{status}: {}",
+            daemon.logs()
+        );
+        assert_eq!(residue(), "", "{status}");
+    }
+}
+
+#[test]
+fn sigint_cleans_up_too() {
+    let Some(ground) = Ground::new("sigint") else {
+        return;
+    };
+    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
+    assert_ne!(residue(), "");
+    daemon.signal(Signal::SIGINT);
+    assert_eq!(daemon.wait().code(), Some(0));
+    assert_eq!(residue(), "");
+}
+
+#[test]
+fn reload_under_traffic() {
+    const FLOWS: usize = 50;
+    let Some(ground) = Ground::new("reload") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let proxy = Server::stream(PROXY, &[7893]);
+    let remote = ground.outside(|| Server::stream("far", &[9001]));
+    let cgroups = ["/direct", "/proxied"].map(|path| ground.cgroup(path));
+    let dropped = ground.cgroup("/drop");
+    // Two policies that differ in rules, order, sets and tproxies, but not for these cgroups.
+    let other = "
+[tproxy new]
+port = 7999
+ipv6 = no
+[tproxy mihomo]
+port = 7893
+mark = 0x01000000
+[rules]
+new    = /elsewhere/.*
+direct = /direct
+drop   = /drop
+mihomo = /proxied
+";
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let floods = [
+        Client::udp(&dropped, addr(REMOTE4, 7)),
+        Client::udp(&dropped, addr(REMOTE6, 7)),
+    ]
+    .map(|client| client.flood().spawn());
+    let flow = |i: usize| {
+        let to = addr([REMOTE4, REMOTE6][i / 2 % 2], 9001);
+        let client = Client::tcp(&cgroups[i % 2], to).timeout(Duration::from_secs(5));
+        client.follow().spawn()
+    };
+    let flows: Vec<_> = (0..FLOWS).map(flow).collect();
+    thread::sleep(Duration::from_millis(100));
+    world.wire.packets();
+
+    let start = Instant::now();
+    let mut leaked = Vec::new();
+    for i in 0..200 {
+        daemon.configure(if i % 2 == 0 { other } else { CONFIG });
+        let log = daemon.reload();
+        assert!(!log.contains("error"), "{log}");
+        // A set of the other policy only.
+        assert_eq!(set_ids("cg_new").is_some(), i % 2 == 0, "reload {i}: {log}");
+        leaked.extend(
+            world
+                .wire
+                .to_remote()
+                .into_iter()
+                .filter(|p| p.dst.port() == 7),
+        );
+    }
+    println!("200 reloads in {:?}", start.elapsed());
+    assert_eq!(leaked, [], "packets of a dropped cgroup");
+    drop(floods);
+    // Both streams end in good order now, if they have lived.
+    drop((proxy, remote));
+    for (i, flow) in flows.into_iter().enumerate() {
+        let who = flow.wait().0.who();
+        let name = ["far", PROXY][i % 2];
+        assert_eq!(
+            who,
+            format!("{name} {}", addr([REMOTE4, REMOTE6][i / 2 % 2], 9001))
+        );
+    }
+}
+
+/// A configuration that must not be accepted: what to write, and what the log has to hold.
+type Broken = (&'static str, fn(&Path), &'static [&'static str]);
+
+fn text(path: &Path, text: &str) {
+    write_private(path, text);
+}
+
+/// `:LINE:` stands for the message of that line.
+const BROKEN: [Broken; 24] = [
+    ("no section", |p| text(p, "port = 1\n"), &[":1:"]),
+    (
+        "unknown section",
+        |p| text(p, "[globl]\n"),
+        &[":1:", "did you mean", "global"],
+    ),
+    (
+        "unknown key",
+        |p| text(p, "[global]\nbypas = private\n"),
+        &[":2:", "did you mean", "bypass"],
+    ),
+    (
+        "duplicate key",
+        |p| text(p, "[global]\ndefault = direct\ndefault = drop\n"),
+        &[":3:"],
+    ),
+    (
+        "no equals sign",
+        |p| text(p, "[global]\n\ndefault\n"),
+        &[":3:"],
+    ),
+    ("unclosed header", |p| text(p, "[global\n"), &[":1:"]),
+    (
+        "undefined target",
+        |p| text(p, "[rules]\nnone = /x\n"),
+        &[":2:", "none"],
+    ),
+    (
+        "undefined default",
+        |p| text(p, "[global]\ndefault = none\n"),
+        &[":2:", "none"],
+    ),
+    ("no port", |p| text(p, "[tproxy a]\n"), &[":1:", "port"]),
+    ("port of 0", |p| text(p, "[tproxy a]\nport = 0\n"), &[":2:"]),
+    (
+        "port too large",
+        |p| text(p, "[tproxy a]\nport = 65536\n"),
+        &[":2:", "65536"],
+    ),
+    (
+        "bad regex",
+        |p| text(p, "[rules]\ndirect = /ok\ndrop = /a(b\n"),
+        &[":3:"],
+    ),
+    (
+        "reserved name",
+        |p| text(p, "[tproxy drop]\nport = 1\n"),
+        &[":1:", "drop"],
+    ),
+    (
+        "bad name",
+        |p| text(p, "[tproxy a/b]\nport = 1\n"),
+        &[":1:"],
+    ),
+    (
+        "same name twice",
+        |p| text(p, "[tproxy a]\nport=1\n[tproxy a]\nport=2\n"),
+        &[":3:"],
+    ),
+    (
+        "mark outside the mask",
+        |p| text(p, "[tproxy a]\nport = 1\nmark = 0x1\n"),
+        &[":3:"],
+    ),
+    (
+        "bad address",
+        |p| text(p, "[global]\nbypass = 10.0.0.0/33\n"),
+        &[":2:", "10.0.0.0/33"],
+    ),
+    (
+        "bad boolean",
+        |p| text(p, "[tproxy a]\nport = 1\ntcp = perhaps\n"),
+        &[":3:", "perhaps"],
+    ),
+    (
+        "several at once",
+        |p| {
+            text(
+                p,
+                "[global]\ndefalt = drop\n[tproxy a]\nport = x\n[rules]\nb = /\n",
+            )
+        },
+        &[":2:", ":4:", ":6:"],
+    ),
+    (
+        "not UTF-8",
+        |p| fs::write(p, b"[global]\n# \xff\n").expect("write"),
+        &["UTF-8"],
+    ),
+    (
+        "too long",
+        |p| text(p, &"# padding\n".repeat(110_000)),
+        &["1 MiB"],
+    ),
+    (
+        "a directory",
+        |p| fs::create_dir(p).expect("mkdir"),
+        &["directory"],
+    ),
+    (
+        "a fifo",
+        |p| {
+            let name = CString::new(p.as_os_str().as_bytes()).expect("no NUL");
+            // SAFETY: a NUL-terminated path.
+            assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        },
+        &["regular file"],
+    ),
+    ("absent", |_| (), &["o such file"]),
+];
+
+#[test]
+fn a_broken_file_changes_nothing() {
+    let Some(ground) = Ground::new("broken") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let before = state();
+    let mut wrong = Vec::new();
+    let remove = |path: &Path| {
+        let _ = fs::remove_file(path);
+        let _ = fs::remove_dir(path);
+    };
+    for (what, make, said) in BROKEN {
+        remove(&daemon.config);
+        make(&daemon.config);
+        let log = daemon.reload();
+        // A line per error, each with the file's name; they may come after the summary.
+        let said = |log: &str| said.iter().all(|text| log.contains(text));
+        if !wait_until(Duration::from_millis(300), || said(&daemon.logs())) || !said(&log) {
+            wrong.push(format!("{what}: {log}"));
+        }
+        assert_eq!(state(), before, "{what}: {log}");
+    }
+    remove(&daemon.config);
+    daemon.configure(CONFIG);
+    chmod(&daemon.config, 0o666);
+    let log = daemon.reload();
+    if !log.contains("writable") {
+        wrong.push(format!("writable by others: {log}"));
+    }
+    assert_eq!(state(), before);
+    expect(&[(&proxied, under(PROXY)), (&dropped, under("drop"))]);
+
+    // A good one is taken as ever.
+    chmod(&daemon.config, 0o600);
+    daemon.configure("[rules]\ndrop = /proxied\n");
+    daemon.reload();
+    expect(&[(&proxied, under("drop")), (&dropped, under("direct"))]);
+    assert!(
+        wrong.is_empty(),
+        "not said, of what is wrong with\n{}",
+        wrong.join("\n")
+    );
+}
+
+#[test]
+fn a_broken_file_at_start() {
+    let Some(ground) = Ground::new("nostart") else {
+        return;
+    };
+    let mut daemon = Daemon::spawn(&ground, "[global]\ndefalt = drop\n", &[], &[]);
+    assert!(!daemon.ready());
+    assert_eq!(daemon.wait().code(), Some(2));
+    assert!(daemon.logs().contains("did you mean"), "{}", daemon.logs());
+    assert_eq!(residue(), "");
+}
+
+#[test]
+fn a_second_instance_is_refused() {
+    let Some(ground) = Ground::new("second") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let before = state();
+    let mut second = Daemon::spawn(&ground, "[rules]\ndrop = /.*\n", &[], &[]);
+    assert!(!second.ready());
+    assert_eq!(second.wait().code(), Some(1), "{}", second.logs());
+    let log = second.logs();
+    assert!(
+        log.contains(&daemon.pid().to_string()),
+        "names pid {}: {log}",
+        daemon.pid()
+    );
+    assert_eq!(state(), before);
+    // The first is not disturbed, and its place is free once it is gone.
+    await_member(&ground.cgroup("/drop"), "drop");
+    assert!(daemon.stop().success());
+    Daemon::start(&ground, CONFIG, &[]).kill9();
+    assert!(Daemon::start(&ground, CONFIG, &[]).stop().success());
+}
+
+#[test]
+fn kept_on_exit() {
+    let Some(ground) = Ground::new("keep") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let daemon = Daemon::start(&ground, &format!("[global]\non-exit = keep\n{CONFIG}"), &[]);
+    let before = state();
+    assert_eq!(daemon.stop().code(), Some(0));
+    assert_eq!(state(), before);
+    expect(&[(&proxied, under(PROXY)), (&dropped, under("drop"))]);
+    // The next instance takes over, and leaves nothing.
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    assert_eq!(state(), before);
+    assert!(daemon.stop().success());
+    assert_eq!(residue(), "");
+}
+
+#[test]
+fn flush_removes_everything() {
+    let Some(ground) = Ground::new("flush") else {
+        return;
+    };
+    let said = |args: &[&str]| {
+        let out = run(args);
+        let text = [out.stdout, out.stderr].concat();
+        (
+            out.status.code(),
+            String::from_utf8_lossy(&text).into_owned(),
+        )
+    };
+    let (code, _) = said(&["flush"]);
+    assert_eq!(code, Some(0), "with nothing to remove");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let before = state();
+    // Another program's things, which are not ours to remove.
+    ip_batch(
+        &[],
+        "rule add fwmark 0x1 lookup 300 pref 99\nroute add 198.51.100.0/24 dev in0 table 300\n",
+    );
+    load("table inet other {}\n");
+    let (code, text) = said(&["flush"]);
+    assert_eq!(code, Some(1), "while it runs: {text}");
+    assert!(text.contains("stop"), "{text}");
+    assert_eq!(state().1, before.1);
+    daemon.kill9();
+    assert!(
+        !table().is_empty(),
+        "it has died without a chance to clean up"
+    );
+    let (code, text) = said(&["flush"]);
+    assert_eq!(code, Some(0), "{text}");
+    for what in ["table", "rule", "route"] {
+        assert!(
+            text.contains(what),
+            "{what} is not among what was removed: {text}"
+        );
+    }
+    let left = residue();
+    assert!(
+        !left.contains("cgtproxy") && !left.contains("proto 99"),
+        "{left}"
+    );
+    let rules = ip_rules("-4");
+    assert!(
+        rules.contains("99:\tfrom all fwmark 0x1 lookup 300"),
+        "{rules}"
+    );
+    let tables = String::from_utf8_lossy(&nft(&["list", "tables"], "").stdout).into_owned();
+    assert!(tables.contains("inet other"), "{tables}");
+    let routes = ip_routes("-4", "300");
+    assert!(
+        routes.contains("198.51.100.0/24") && !routes.contains("local"),
+        "{routes}"
+    );
+}
+
+/// The next message that arrives at a NOTIFY_SOCKET.
+fn notified(socket: &UnixDatagram) -> String {
+    let mut buffer = [0; 512];
+    let n = socket.recv(&mut buffer).expect("a notification");
+    String::from_utf8_lossy(&buffer[..n]).into_owned()
+}
+
+#[test]
+fn supervisors_are_told() {
+    let Some(ground) = Ground::new("notify") else {
+        return;
+    };
+    let path = ground.dir.join("notify");
+    let socket = UnixDatagram::bind(&path).expect("bind");
+    socket
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .expect("set a timeout");
+    let pidfile = ground.dir.join("pid");
+    let pidfile_text = pidfile.to_str().expect("UTF-8");
+    let cgroup = ground.cgroup("/drop");
+    let env = [("NOTIFY_SOCKET", path.to_str().expect("UTF-8"))];
+    let mut daemon = Daemon::spawn(&ground, CONFIG, &["-p", pidfile_text], &env);
+    assert!(notified(&socket).contains("READY=1"));
+    // Ready means: all in force, the pidfile included.
+    assert!(
+        set_ids("cg_drop").is_some_and(|ids| ids.len() == 1),
+        "{}",
+        table()
+    );
+    assert!(ip_rules("-6").contains("proto 99"), "{}", ip_rules("-6"));
+    expect(&[(&cgroup, under("drop"))]);
+    assert!(daemon.ready());
+    let pid = fs::read_to_string(&pidfile).expect("read the pidfile");
+    assert_eq!(pid.trim(), daemon.pid().to_string());
+
+    daemon.configure("[rules]\ndirect = /none\n");
+    daemon.signal(Signal::SIGHUP);
+    let reloading = notified(&socket);
+    assert!(reloading.contains("RELOADING=1"), "{reloading}");
+    assert!(
+        reloading.contains("MONOTONIC_USEC="),
+        "what Type=notify-reload asks for: {reloading}"
+    );
+    assert!(notified(&socket).contains("READY=1"));
+    assert!(
+        set_ids("cg_drop").is_none_or(|ids| ids.is_empty()),
+        "{}",
+        table()
+    );
+    // A reload that fails ends as well.
+    daemon.configure("[global]\nnonsense\n");
+    daemon.signal(Signal::SIGHUP);
+    assert!(notified(&socket).contains("RELOADING=1"));
+    assert!(notified(&socket).contains("READY=1"));
+
+    daemon.signal(Signal::SIGTERM);
+    assert!(notified(&socket).contains("STOPPING=1"));
+    assert_eq!(daemon.wait().code(), Some(0));
+    assert!(!pidfile.exists());
+}
+
+#[test]
+fn an_abstract_notify_socket() {
+    use std::os::linux::net::SocketAddrExt;
+    let Some(ground) = Ground::new("abstract") else {
+        return;
+    };
+    let name = "cgtproxy-test";
+    let at = std::os::unix::net::SocketAddr::from_abstract_name(name).expect("an address");
+    let socket = UnixDatagram::bind_addr(&at).expect("bind");
+    socket
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .expect("set a timeout");
+    let env = [("NOTIFY_SOCKET", format!("@{name}"))].map(|(k, v)| (k, v.leak() as &str));
+    let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &env);
+    assert!(notified(&socket).contains("READY=1"));
+    assert!(daemon.ready());
+}
+
+#[test]
+fn idle_without_a_system_call() {
+    let Some(ground) = Ground::new("idle") else {
+        return;
+    };
+    for i in 0..100 {
+        ground.cgroup(&format!("/churn/{i}"));
+    }
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    await_member(&ground.cgroup("/drop"), "drop");
+    thread::sleep(Duration::from_millis(200));
+    let trace = |time: Duration, act: &dyn Fn()| {
+        let file = ground.dir.join("strace");
+        let _ = fs::remove_file(&file);
+        let mut strace = Command::new("strace")
+            .args(["-f", "-p", &daemon.pid().to_string(), "-o"])
+            .arg(&file)
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("start strace");
+        // Attached once it has written what the program is waiting in.
+        let attached = || fs::metadata(&file).is_ok_and(|m| m.len() > 0);
+        assert!(
+            wait_until(Duration::from_secs(5), attached),
+            "strace does not attach"
+        );
+        act();
+        thread::sleep(time);
+        kill(Pid::from_raw(strace.id() as i32), Signal::SIGINT).expect("stop strace");
+        strace.wait().expect("wait for strace");
+        fs::read_to_string(&file).expect("read the trace")
+    };
+    // The wait that strace interrupts and resumes is the only line.
+    let idle = trace(Duration::from_secs(10), &|| ());
+    assert!(
+        idle.lines().count() == 1 && idle.contains("detached"),
+        "{idle}"
+    );
+    // Were there something to see, it would be seen.
+    let busy = trace(Duration::from_millis(200), &|| {
+        ground.cgroup("/churn/new");
+    });
+    assert!(busy.contains("inotify_add_watch"), "{busy}");
+}
+
+/// A configuration with all that shapes the table.
+const RICH: &str = "
+[global]
+default = mihomo
+bypass = private
+bypass = 203.0.113.0/25
+bypass = 2001:db8:77::/48
+bypass-mark = 0xff
+bypass-mark = 0x100/0x300
+bypass-user = 4711
+[tproxy mihomo]
+port = 7893
+dns-hijack = 127.0.0.1:1053
+dns-hijack = [::1]:1053
+dns-hijack-tcp = yes
+[tproxy mark]
+port = 7894
+udp = no
+ipv6 = drop
+[tproxy socket]
+port = 7895
+address = 127.0.0.1
+dns-hijack = 203.0.113.53
+[rules]
+drop = /a/b
+direct = /a/.*/c
+mark = /a
+socket = /b
+";
+
+#[test]
+fn the_table_loads_again() {
+    let Some(ground) = Ground::new("again") else {
+        return;
+    };
+    for path in ["/a/b/c", "/a/x/c", "/a/y", "/b/c"] {
+        ground.cgroup(path);
+    }
+    for config in [CONFIG, RICH, "[global]\ndefault = drop\n"] {
+        let daemon = Daemon::start(&ground, config, &[]);
+        let (list, plain) = (table(), table_plain());
+        assert!(plain.lines().count() > 20, "{plain}");
+        // The outside is a fresh network namespace.
+        ground.outside(|| {
+            load(&list);
+            // A table that nft owns has gone with it; without the flag it is there.
+            let again = list.lines().filter(|line| !line.contains("flags owner"));
+            let again: String = again.map(|line| format!("{line}\n")).collect();
+            load(&again);
+            assert_eq!(table_plain(), plain);
+            load("delete table inet cgtproxy\n");
+        });
+        drop(daemon);
+    }
+}
+
+#[test]
+fn show_prints_what_run_loads() {
+    let Some(ground) = Ground::new("show") else {
+        return;
+    };
+    for path in ["/a/b/c", "/a/x/c", "/a/y", "/b/c"] {
+        ground.cgroup(path);
+    }
+    for config in [CONFIG, RICH, "[global]\ndefault = drop\n"] {
+        assert_eq!(residue(), "");
+        let out = run_with(&ground, config, &["show"]);
+        let script = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(
+            out.status.success(),
+            "{}",
+            String::from_utf8_lossy(&out.stderr)
+        );
+        assert_eq!(residue(), "", "show changes nothing");
+        let checked = nft(&["-c", "-f", "-"], &script);
+        assert!(
+            checked.status.success(),
+            "{}",
+            String::from_utf8_lossy(&checked.stderr)
+        );
+        if config != "[global]\ndefault = drop\n" {
+            assert!(
+                script.contains("# ip rule add") || script.contains("# ip -4 rule add"),
+                "{script}"
+            );
+        }
+        // Twice: it replaces a table that is there.
+        let shown = ground.outside(|| {
+            for _ in 0..2 {
+                load(&script);
+            }
+            let shown = table_plain();
+            load("delete table inet cgtproxy\n");
+            shown
+        });
+        let daemon = Daemon::start(&ground, config, &[]);
+        assert_eq!(shown, table_plain());
+        assert!(daemon.stop().success());
+    }
+}
+
+#[test]
+fn a_host_without_ipv6() {
+    let Some(ground) = Ground::new("noipv6") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::at(PROXY, &[addr(HOST4, 7893)]);
+    for interface in ["all", "default", "lo"] {
+        sysctl(&format!("net/ipv6/conf/{interface}/disable_ipv6"), "1");
+    }
+    let config = CONFIG.replace("port = 7893", "port = 7893\naddress = 192.0.2.1");
+    let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let to = addr(REMOTE4, 80);
+    assert_eq!(
+        Client::tcp(&proxied, to).run().who(),
+        format!("{PROXY} {to}")
+    );
+    assert_eq!(
+        Client::udp(&proxied, to).run().who(),
+        format!("{PROXY} {to}")
+    );
+    assert_eq!(Client::udp(&dropped, to).run().who(), "nobody");
+    daemon.reload();
+    let log = daemon.logs();
+    assert_eq!(log.matches("IPv6").count(), 1, "said once: {log}");
+    assert!(daemon.stop().success());
+    assert_eq!(residue(), "");
+}
+
+#[test]
+fn a_proxied_flow_outlives_the_daemon() {
+    let Some(ground) = Ground::new("restart") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let proxy = Server::stream(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/proxied");
+    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
+    let to = addr(REMOTE4, STREAM_PORT);
+    let flow = Client::tcp(&cgroup, to)
+        .timeout(Duration::from_secs(2))
+        .follow()
+        .spawn();
+    for _ in 0..10 {
+        thread::sleep(Duration::from_millis(20));
+        daemon.kill9();
+        thread::sleep(Duration::from_millis(20));
+        daemon = Daemon::start(&ground, CONFIG, &[]);
+    }
+    assert_eq!(world.wire.to_remote(), [], "leaked over a restart");
+    drop(proxy);
+    assert_eq!(flow.wait().0.who(), format!("{PROXY} {to}"));
+}

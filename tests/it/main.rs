@@ -1,0 +1,55 @@
+//! Integration tests: the built program on a real kernel, with real traffic.
+//!
+//! Each test owns a [`ground::Ground`]: a network namespace, a mount namespace, a second network
+//! namespace as the outside world, and a cgroup sub-tree. Nothing outlives the test, so tests run
+//! side by side and in any order. They need root; without it they print SKIP (and fail where
+//! `CI=true`).
+//!
+//! | module | holds |
+//! |---|---|
+//! | `ground` | namespaces, veth pair, cgroup sub-tree |
+//! | `world` | servers that say who answered, and the wire seen from outside |
+//! | `client` | processes that live in a cgroup from birth and talk to the world |
+//! | `daemon` | cgtproxy itself, as a child process |
+//! | `kernel` | what nf_tables, rules and routes hold, read without the program's own code |
+//! | `reference` | the fixtures against a hand-written table: proves the ground, not the program |
+//! | `traffic`, `classify`, `lifecycle` | the tests |
+//!
+//! Environment: `CGTPROXY_BIN` names the program under test, `CGTPROXY_LONG=1` runs the loops that
+//! are cut short by default at their full length.
+
+mod client;
+mod daemon;
+mod ground;
+mod kernel;
+mod world;
+
+mod classify;
+mod lifecycle;
+mod reference;
+mod traffic;
+
+use std::time::{Duration, Instant};
+
+/// Polls `cond` until it holds. For conditions that nothing announces.
+fn wait_until(timeout: Duration, mut cond: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + timeout;
+    let mut pause = Duration::from_micros(200);
+    while !cond() {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
+    true
+}
+
+/// `full` where `CGTPROXY_LONG=1`, else `quick`.
+fn sized(quick: usize, full: usize) -> usize {
+    if std::env::var("CGTPROXY_LONG").is_ok_and(|v| v == "1") {
+        full
+    } else {
+        quick
+    }
+}

@@ -1,0 +1,859 @@
+//! Where packets end up: who answers, with which original destination, and what leaves the host.
+
+use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::client::{answers, expect, expect_as, under, Client, Outcome, Proto, SILENCE};
+use crate::daemon::Daemon;
+use crate::ground::{addr, ip_batch, Ground, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::kernel::{await_member, ip_rules, load, nft};
+use crate::wait_until;
+use crate::world::{interface_index, Packet, Server, World, STREAM_PORT};
+
+/// One cgroup for each target, and a TPROXY server.
+const BASIC: &str = "
+[tproxy mihomo]
+port = 7893
+[rules]
+direct = /direct
+drop   = /drop
+mihomo = /proxied
+";
+
+const PROXY: &str = "proxy mihomo";
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+/// Asserts who answers a request from `cgroup`.
+#[track_caller]
+fn check(proto: Proto, cgroup: &Path, to: SocketAddr, want: &str) {
+    let patience = if want == "nobody" {
+        SILENCE
+    } else {
+        Duration::from_secs(5)
+    };
+    let who = Client::new(cgroup, proto, to).timeout(patience).run().who();
+    assert_eq!(who, want, "{proto:?} {to} from {cgroup:?}");
+}
+
+const MATRIX: &str = "
+[tproxy mihomo]
+port = 7893
+[rules]
+mihomo = /drop/child/proxied
+drop   = /proxied/child/dropped
+direct = /.*/child/free
+drop   = /direct/child/dropped
+direct = /direct
+drop   = /drop
+mihomo = /proxied
+direct = /drop/child/late
+mihomo = /services/mihomo
+";
+
+/// Each cgroup of the matrix, with the target that decides.
+const MATRIX_CGROUPS: [(&str, &str); 17] = [
+    ("/direct", "direct"),
+    ("/direct/child", "direct"),
+    ("/direct/child/dropped", "drop"),
+    ("/drop", "drop"),
+    ("/drop/child", "drop"),
+    ("/drop/child/proxied", PROXY),
+    ("/drop/child/free", "direct"),
+    ("/drop/child/late", "drop"),
+    ("/proxied", PROXY),
+    ("/proxied/child", PROXY),
+    ("/proxied/child/dropped", "drop"),
+    ("/proxied/child/free/deeper/still", "direct"),
+    ("/", "direct"),
+    ("/unmatched/child", "direct"),
+    ("/services/mihomo/instance1", PROXY),
+    ("/services/mihomo-helper", "direct"),
+    ("/x/services/mihomo", "direct"),
+];
+
+/// Nothing of a dropped cgroup leaves, and of a proxied one only pings.
+fn check_matrix(ground: &Ground, world: &mut World) {
+    let cgroups = MATRIX_CGROUPS.map(|(path, target)| (ground.at(path), target));
+    for target in ["drop", PROXY, "direct"] {
+        let these = cgroups.iter().filter(|c| c.1 == target);
+        let these: Vec<_> = these.map(|c| (c.0.as_path(), under(c.1))).collect();
+        expect(&these);
+        let mut left = world.wire.to_remote();
+        match target {
+            "drop" => assert_eq!(left, [], "left a dropped cgroup"),
+            "direct" => assert!(left.len() > 6 * these.len()),
+            _ => {
+                left.retain(|p| p.proto != Proto::Icmp);
+                assert_eq!(left, [], "left a proxied cgroup");
+            }
+        }
+    }
+}
+
+#[test]
+fn matrix_of_cgroups_that_exist() {
+    let Some(ground) = Ground::new("matrix") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    for (path, _) in MATRIX_CGROUPS {
+        ground.cgroup(path);
+    }
+    let _daemon = Daemon::start(&ground, MATRIX, &[]);
+    check_matrix(&ground, &mut world);
+}
+
+#[test]
+fn matrix_of_cgroups_made_later() {
+    let Some(ground) = Ground::new("later") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let _daemon = Daemon::start(&ground, MATRIX, &[]);
+    for (path, _) in MATRIX_CGROUPS {
+        ground.cgroup(path);
+    }
+    // Those whose target differs from the parent's; every other cgroup inherits.
+    for (path, target) in [
+        ("/direct/child/dropped", "drop"),
+        ("/drop", "drop"),
+        ("/drop/child/proxied", "mihomo"),
+        ("/drop/child/free", "direct"),
+        ("/proxied", "mihomo"),
+        ("/proxied/child/dropped", "drop"),
+        ("/proxied/child/free", "direct"),
+        ("/services/mihomo", "mihomo"),
+    ] {
+        await_member(&ground.at(path), target);
+    }
+    check_matrix(&ground, &mut world);
+}
+
+#[test]
+fn parts_that_a_tproxy_leaves_alone_or_drops() {
+    let Some(ground) = Ground::new("parts") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    // TCP over IPv4 and IPv6, UDP over both. Ping is left alone whatever the setting.
+    let (p, r, n) = (PROXY, "remote", "nobody");
+    let parts = [
+        ("tcp = no", [r, r, p, p]),
+        ("tcp = drop", [n, n, p, p]),
+        ("udp = no", [p, p, r, r]),
+        ("udp = drop", [p, p, n, n]),
+        ("ipv4 = no", [r, p, r, p]),
+        ("ipv4 = drop", [n, p, n, p]),
+        ("ipv6 = no", [p, r, p, r]),
+        ("ipv6 = drop", [p, n, p, n]),
+        ("tcp = no\nudp = drop", [r, r, n, n]),
+        ("ipv6 = no\nipv4 = drop", [n, r, n, r]),
+        ("tcp = yes", [p, p, p, p]),
+    ];
+    let mut config = String::new();
+    let mut rules = "[rules]\n".to_owned();
+    let mut cgroups = Vec::new();
+    for (i, (keys, who)) in parts.iter().enumerate() {
+        config += &format!("[tproxy t{i}]\nport = {}\n{keys}\n", 7000 + i);
+        rules += &format!("t{i} = /t{i}\n");
+        let [a, b, c, d] = *who;
+        cgroups.push((
+            ground.cgroup(&format!("/t{i}")),
+            answers([a, b, c, d, r, r]),
+        ));
+    }
+    let ports: Vec<u16> = (0..parts.len()).map(|i| 7000 + i as u16).collect();
+    let _proxy = Server::start(PROXY, &ports);
+    let _daemon = Daemon::start(&ground, &(config + &rules), &[]);
+    for ((keys, _), (cgroup, want)) in parts.iter().zip(&cgroups) {
+        println!("{keys:?}");
+        expect(&[(cgroup, want.clone())]);
+        // What the remote does not answer has not been sent to it either.
+        let left = world.wire.to_remote();
+        for (i, proto, ip) in [
+            (0, Proto::Tcp, REMOTE4),
+            (1, Proto::Tcp, REMOTE6),
+            (2, Proto::Udp, REMOTE4),
+            (3, Proto::Udp, REMOTE6),
+        ] {
+            let any = left.iter().any(|p| p.proto == proto && p.dst.ip() == ip);
+            assert_eq!(
+                any,
+                want[i].starts_with("remote"),
+                "{keys}: {proto:?} {ip} {left:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn bypass_destinations() {
+    let Some(ground) = Ground::new("bypass") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    // More of the world answers.
+    ground.outside(|| {
+        let extra = [
+            "10.9.9.9",
+            "172.16.9.9",
+            "192.168.9.9",
+            "100.64.9.9",
+            "fd00:9::9",
+        ];
+        ip_batch(
+            &[],
+            &extra
+                .map(|a| format!("route add local {a} dev lo\n"))
+                .concat(),
+        );
+    });
+    let config = format!(
+        "[global]
+         bypass = 203.0.113.96/28
+         bypass = 203.0.113.100
+         bypass = 203.0.113.104/29
+         bypass = 2001:db8:2::ff00/120
+         bypass = private
+         {BASIC}"
+    );
+    let cgroups = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let _daemon = Daemon::start(&ground, &config, &[]);
+    for (to, bypassed) in [
+        ("203.0.113.95", false),
+        ("203.0.113.96", true),
+        ("203.0.113.100", true),
+        ("203.0.113.111", true),
+        ("203.0.113.112", false),
+        ("2001:db8:2::feff", false),
+        ("2001:db8:2::ff00", true),
+        ("2001:db8:2::ffff", true),
+        ("2001:db8:2::1:0", false),
+        ("10.9.9.9", true),
+        ("172.16.9.9", true),
+        ("192.168.9.9", true),
+        ("100.64.9.9", true),
+        ("fd00:9::9", true),
+    ] {
+        let to = addr(ip(to), 80);
+        let [by_proxy, by_remote] = [PROXY, "remote"].map(|name| format!("{name} {to}"));
+        let (proxied, dropped) = if bypassed {
+            (by_remote.clone(), by_remote)
+        } else {
+            (by_proxy, "nobody".to_owned())
+        };
+        check(Proto::Udp, &cgroups[0], to, &proxied);
+        check(Proto::Udp, &cgroups[1], to, &dropped);
+        check(Proto::Tcp, &cgroups[0], to, &proxied);
+    }
+}
+
+/// Whether a datagram from `cgroup` to `to` gets as far as the wire.
+fn reaches_wire(world: &mut World, cgroup: &Path, to: SocketAddr) -> bool {
+    world.wire.packets();
+    Client::udp(cgroup, to)
+        .timeout(Duration::from_millis(1))
+        .run();
+    world
+        .wire
+        .packets()
+        .iter()
+        .any(|p| (p.dst.ip(), p.dst.port()) == (to.ip(), to.port()))
+}
+
+#[test]
+fn multicast_broadcast_and_link_local_are_left_alone() {
+    let Some(ground) = Ground::new("multicast") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroups = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    ip_batch(&[], "neigh add fe80::9 lladdr 02:00:00:00:00:02 dev in0\n");
+    let _daemon = Daemon::start(&ground, BASIC, &[]);
+    for cgroup in &cgroups {
+        assert!(!reaches_wire(&mut world, cgroup, addr(REMOTE4, 5353)));
+        for to in [
+            "224.0.0.251",
+            "239.1.2.3",
+            "255.255.255.255",
+            "192.0.2.255",
+            "169.254.9.9",
+        ] {
+            let to = addr(ip(to), 5353);
+            assert!(reaches_wire(&mut world, cgroup, to), "{to} from {cgroup:?}");
+        }
+        for to in ["ff02::fb", "ff0e::1", "fe80::9"] {
+            let to = to.parse().expect("an address");
+            let to = SocketAddrV6::new(to, 5353, 0, interface_index("in0"));
+            assert!(
+                reaches_wire(&mut world, cgroup, to.into()),
+                "{to} from {cgroup:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn bypass_marks() {
+    let Some(ground) = Ground::new("bymark") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let config = format!("[global]\nbypass-mark = 0xff\nbypass-mark = 0x100/0x100\n{BASIC}");
+    let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let _daemon = Daemon::start(&ground, &config, &[]);
+    for (mark, left_alone) in [(0, false), (0xfe, false), (0xff, true), (0x1fe, true)] {
+        println!("mark {mark:#x}");
+        let want = if left_alone {
+            ["direct"; 2]
+        } else {
+            [PROXY, "drop"]
+        };
+        let cases = [
+            (proxied.as_path(), under(want[0])),
+            (&dropped, under(want[1])),
+        ];
+        expect_as(|client| client.mark(mark), &cases);
+    }
+}
+
+#[test]
+fn bypass_users() {
+    let Some(ground) = Ground::new("byuser") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    // By name (uid 1 wherever there is a passwd file) and by number.
+    let config = format!("[global]\nbypass-user = daemon\nbypass-user = 4711\n{BASIC}");
+    let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let _daemon = Daemon::start(&ground, &config, &[]);
+    for (uid, left_alone) in [
+        (0, false),
+        (1, true),
+        (4710, false),
+        (4711, true),
+        (4712, false),
+    ] {
+        println!("uid {uid}");
+        let want = if left_alone {
+            ["direct"; 2]
+        } else {
+            [PROXY, "drop"]
+        };
+        let cases = [
+            (proxied.as_path(), under(want[0])),
+            (&dropped, under(want[1])),
+        ];
+        expect_as(|client| client.uid(uid), &cases);
+    }
+}
+
+/// A service in `cgroup`, asked from outside: who answers over TCP and UDP, IPv4 and IPv6.
+fn ask_service(ground: &Ground, cgroup: &Path) -> Vec<String> {
+    let mut who = Vec::new();
+    for host in [HOST4, HOST6] {
+        let to = addr(host, 8080);
+        let _tcp = Client::tcp(cgroup, to)
+            .timeout(Duration::from_secs(30))
+            .serve()
+            .spawn();
+        let _udp = Client::udp(cgroup, to)
+            .timeout(Duration::from_secs(30))
+            .serve()
+            .spawn();
+        for proto in [Proto::Tcp, Proto::Udp] {
+            // The service may not be listening yet.
+            let mut last = String::new();
+            wait_until(Duration::from_secs(2), || {
+                let client = Client::new(&ground.root, proto, to);
+                last = ground.outside(|| client.run()).who();
+                last != "refused"
+            });
+            who.push(last);
+        }
+    }
+    who
+}
+
+#[test]
+fn services_stay_reachable() {
+    let Some(ground) = Ground::new("services") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroups = ["/drop", "/proxied", "/direct"].map(|path| ground.cgroup(path));
+    let mut daemon = Daemon::start(&ground, BASIC, &[]);
+    for default in ["direct", "drop", "mihomo"] {
+        for cgroup in &cgroups {
+            assert_eq!(
+                ask_service(&ground, cgroup),
+                ["service"; 4],
+                "default = {default}"
+            );
+        }
+        // Among processes of this host, whatever the address.
+        let _local = Server::start("local", &[8081]);
+        for host in [HOST4, HOST6, ip("127.0.0.1"), ip("::1")] {
+            let to = addr(host, 8081);
+            check(Proto::Tcp, &cgroups[0], to, &format!("local {to}"));
+            check(Proto::Udp, &cgroups[0], to, &format!("local {to}"));
+        }
+        // The same cgroup cannot begin a conversation.
+        world.wire.packets();
+        expect(&[(&cgroups[0], under("drop"))]);
+        assert_eq!(world.wire.to_remote(), []);
+        drop(daemon);
+        let next = if default == "direct" {
+            "drop"
+        } else {
+            "mihomo"
+        };
+        let config = format!("[global]\ndefault = {next}\n{BASIC}");
+        daemon = Daemon::start(&ground, &config, &[]);
+    }
+}
+
+#[test]
+fn dns_hijack() {
+    let Some(ground) = Ground::new("hijack") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7001, 7002, 7003, 7004]);
+    let _dns = Server::start("dns local", &[1053]);
+    let _far = ground.outside(|| Server::start("dns far", &[5353]));
+    let config = "
+        [tproxy both]
+        port = 7001
+        dns-hijack = 127.0.0.1:1053
+        dns-hijack = [::1]:1053
+        dns-hijack-tcp = yes
+        [tproxy one]
+        port = 7002
+        dns-hijack = 127.0.0.1:1053
+        [tproxy only]
+        port = 7003
+        udp = no
+        tcp = no
+        dns-hijack = 127.0.0.1:1053
+        dns-hijack = [::1]:1053
+        dns-hijack-tcp = yes
+        [tproxy far]
+        port = 7004
+        dns-hijack = 203.0.113.53:5353
+        dns-hijack = [2001:db8:2::53]:5353
+        [rules]
+        both = /both
+        one  = /one
+        only = /only
+        far  = /far
+    ";
+    let cgroups = ["/both", "/one", "/only", "/far", "/other"].map(|path| ground.cgroup(path));
+    let _daemon = Daemon::start(&ground, config, &[]);
+    let to = [
+        (Proto::Udp, addr(REMOTE4, 53)),
+        (Proto::Udp, addr(REMOTE6, 53)),
+        (Proto::Tcp, addr(REMOTE4, 53)),
+        (Proto::Tcp, addr(REMOTE6, 53)),
+        (Proto::Udp, addr(REMOTE4, 80)),
+        (Proto::Tcp, addr(REMOTE4, 80)),
+    ];
+    let (dns4, dns6) = ("dns local 127.0.0.1:1053", "dns local [::1]:1053");
+    let (far4, far6) = ("dns far 203.0.113.53:5353", "dns far [2001:db8:2::53]:5353");
+    let (p, r) = (PROXY, "remote");
+    let want = [
+        [dns4, dns6, dns4, dns6, p, p],
+        [dns4, p, p, p, p, p],
+        [dns4, dns6, dns4, dns6, r, r],
+        [far4, far6, p, p, p, p],
+        [r, r, r, r, r, r],
+    ];
+    let mut wrong = Vec::new();
+    for (cgroup, want) in cgroups.iter().zip(want) {
+        for ((proto, to), want) in to.into_iter().zip(want) {
+            let who = Client::new(cgroup, proto, to).run().who();
+            let want = match want {
+                "remote" | PROXY => format!("{want} {to}"),
+                _ => want.to_owned(),
+            };
+            if who != want {
+                wrong.push(format!("{proto:?} {to} in {cgroup:?}: {who}, not {want}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "answered by\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn dns_of_this_host_and_of_bypassed_addresses_is_left_alone() {
+    let Some(ground) = Ground::new("nohijack") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _dns = Server::start("dns local", &[1053]);
+    let _own = Server::start("own", &[53]);
+    let config = "
+        [global]
+        bypass = 203.0.113.64/26
+        [tproxy mihomo]
+        port = 7893
+        dns-hijack = 127.0.0.1:1053
+        dns-hijack = [::1]:1053
+        [rules]
+        mihomo = /proxied
+    ";
+    let cgroup = ground.cgroup("/proxied");
+    let _daemon = Daemon::start(&ground, config, &[]);
+    check(
+        Proto::Udp,
+        &cgroup,
+        addr(REMOTE4, 53),
+        "dns local 127.0.0.1:1053",
+    );
+    for (to, who) in [
+        ("203.0.113.65", "remote 203.0.113.65:53"),
+        ("192.0.2.1", "own 192.0.2.1:53"),
+        ("127.0.0.1", "own 127.0.0.1:53"),
+        ("::1", "own [::1]:53"),
+    ] {
+        check(Proto::Udp, &cgroup, addr(ip(to), 53), who);
+    }
+}
+
+#[test]
+fn proxy_down() {
+    let Some(ground) = Ground::new("down") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    // Wildcard listeners on the very ports that the clients dial.
+    let _local = Server::start("local", &[80, 443]);
+    let config = "
+        [tproxy any]
+        port = 7001
+        [tproxy named]
+        port = 7002
+        address = 127.0.0.1
+        address = ::1
+        [rules]
+        any   = /any
+        named = /named
+    ";
+    let cgroups = ["/any", "/named"].map(|path| ground.cgroup(path));
+    let _daemon = Daemon::start(&ground, config, &[]);
+    for round in ["before it starts", "after it stops"] {
+        for (cgroup, port) in cgroups.iter().zip([7001, 7002]) {
+            for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
+                let (outcome, took) = Client::tcp(cgroup, to).timeout(SILENCE).spawn().wait();
+                assert_eq!(outcome, Outcome::Refused, "{to} {round}");
+                assert!(
+                    took < Duration::from_millis(100),
+                    "refused after {took:?} {round}"
+                );
+                assert_eq!(
+                    Client::udp(cgroup, to).timeout(SILENCE).run(),
+                    Outcome::Timeout
+                );
+            }
+            assert_eq!(world.wire.to_remote(), [], "{round}");
+            let _proxy = Server::start(PROXY, &[port]);
+            expect(&[(cgroup, under(PROXY))]);
+            world.wire.packets();
+        }
+    }
+}
+
+/// The TCP connections in `packets` that got as far as the wire: (opened, ended by a reset).
+fn connections(packets: &[Packet]) -> (usize, usize) {
+    const SYN: u8 = 0x02;
+    const RST: u8 = 0x04;
+    let opened: Vec<_> = packets
+        .iter()
+        .filter(|p| p.flags & SYN != 0)
+        .map(|p| p.src)
+        .collect();
+    let reset = |src: &&SocketAddr| packets.iter().any(|p| p.src == **src && p.flags & RST != 0);
+    (opened.len(), opened.iter().filter(reset).count())
+}
+
+/// Connections that the application closes early, while data arrives: `times` over each family.
+fn close_early(cgroup: &Path, times: u32) {
+    for ip in [REMOTE4, REMOTE6] {
+        let client = Client::tcp(cgroup, addr(ip, STREAM_PORT)).close_early(times);
+        assert_eq!(client.run(), Outcome::Answer(String::new()));
+    }
+    // Data on its way meets the closed sockets.
+    std::thread::sleep(Duration::from_millis(100));
+}
+
+#[test]
+fn early_closes_send_nothing_to_the_true_destination() {
+    let Some(ground) = Ground::new("early") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::stream(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/proxied");
+    let daemon = Daemon::start(&ground, BASIC, &[]);
+    close_early(&cgroup, 100);
+    assert_eq!(world.wire.to_remote(), []);
+    daemon.stop();
+
+    let _daemon = Daemon::start(
+        &ground,
+        &format!("[global]\ndefault = mihomo\n{BASIC}"),
+        &[],
+    );
+    close_early(&cgroup, 100);
+    close_early(&ground.root, 20);
+    assert_eq!(world.wire.to_remote(), [], "with default = mihomo");
+}
+
+#[test]
+fn early_closes_of_direct_flows_reach_their_peer() {
+    let Some(ground) = Ground::new("reset") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::stream(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/direct");
+    for default in ["direct", "mihomo", "drop"] {
+        let config = format!("[global]\ndefault = {default}\n{BASIC}");
+        let daemon = Daemon::start(&ground, &config, &[]);
+        close_early(&cgroup, 20);
+        let packets = world.wire.to_remote();
+        assert_eq!(
+            connections(&packets),
+            (40, 40),
+            "default = {default}: {packets:?}"
+        );
+        assert!(daemon.stop().success());
+    }
+}
+
+#[test]
+fn everything_by_default() {
+    let Some(ground) = Ground::new("default") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroups = ["/direct/child", "/drop", "/proxied"].map(|path| ground.cgroup(path));
+    // The test's own process: no cgroup below the root that is watched.
+    let elsewhere = Path::new(crate::ground::CGROUPS);
+    let other = ground.cgroup("/other/child");
+    for (default, want) in [("drop", "drop"), ("mihomo", PROXY), ("direct", "direct")] {
+        println!("default = {default}");
+        let config = format!("[global]\ndefault = {default}\n{BASIC}");
+        let daemon = Daemon::start(&ground, &config, &[]);
+        world.wire.packets();
+        expect(&[
+            (&other, under(want)),
+            (&ground.root, under(want)),
+            (elsewhere, under(want)),
+        ]);
+        if want == "drop" {
+            assert_eq!(world.wire.to_remote(), []);
+        }
+        let [direct, drop, proxied] = cgroups.each_ref().map(|path| path.as_path());
+        expect(&[
+            (direct, under("direct")),
+            (drop, under("drop")),
+            (proxied, under(PROXY)),
+        ]);
+        assert!(daemon.stop().success());
+    }
+}
+
+/// The kernel answers neighbour solicitations without a socket and without a tracked flow. Were
+/// those answers dropped, the host would be lost to its own link.
+#[test]
+fn default_drop_keeps_the_host_on_its_link() {
+    let Some(ground) = Ground::new("ndp") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _daemon = Daemon::start(&ground, &format!("[global]\ndefault = drop\n{BASIC}"), &[]);
+    let cgroup = ground.cgroup("/direct");
+    ground.outside(|| {
+        ip_batch(
+            &[],
+            "neigh del 2001:db8:1::1 dev out0\nneigh del 192.0.2.1 dev out0\n",
+        );
+        for host in [HOST4, HOST6] {
+            let who = Client::ping(&ground.root, host)
+                .timeout(Duration::from_secs(3))
+                .run()
+                .who();
+            assert_eq!(who, format!("echo {host}"));
+        }
+    });
+    await_member(&cgroup, "direct");
+    let who = Client::ping(&cgroup, GATE6).run().who();
+    assert_eq!(who, format!("echo {GATE6}"));
+}
+
+#[test]
+fn several_proxies() {
+    let Some(ground) = Ground::new("several") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _a = Server::start("proxy a", &[7001]);
+    let _b = Server::start("proxy b", &[7002]);
+    // `address` wins over any other listener of the port.
+    let own = [HOST4, HOST6].map(|host| addr(host, 7003));
+    let _own = Server::at("proxy own", &own);
+    let lo = [ip("127.0.0.1"), ip("::1")].map(|host| addr(host, 7003));
+    let _lo = Server::at("proxy lo", &lo);
+    // Names that are nft keywords, and marks of the configuration's choice.
+    let config = "
+        [tproxy mark]
+        port = 7001
+        mark = 0x55000000
+        [tproxy socket]
+        port = 7002
+        [tproxy own]
+        port = 7003
+        address = 192.0.2.1
+        address = 2001:db8:1::1
+        [tproxy lo]
+        port = 7003
+        address = 127.0.0.1
+        address = ::1
+        [rules]
+        socket = /a/b
+        mark   = /a
+        own    = /own
+        lo     = /lo
+    ";
+    let cgroups = ["/a/b/c", "/a", "/own", "/lo"].map(|path| ground.cgroup(path));
+    let _daemon = Daemon::start(&ground, config, &[]);
+    for (cgroup, who) in cgroups
+        .iter()
+        .zip(["proxy b", "proxy a", "proxy own", "proxy lo"])
+    {
+        expect(&[(cgroup, under(who))]);
+    }
+}
+
+/// Counts packets whose foreign mark bits are as another program has set them.
+const WATCH: &str = "
+table inet watch {
+  chain tag {
+    type filter hook output priority -199; policy accept;
+    ct mark set ct mark or 0x00000077
+  }
+  chain see {
+    type filter hook prerouting priority 0; policy accept;
+    iif lo tcp dport 80 meta mark and 0x00ffffff == 0x00123456 counter comment \"kept\"
+    iif lo tcp dport 80 meta mark and 0x00ffffff != 0x00123456 counter comment \"lost\"
+    iif lo tcp dport 80 ct mark and 0x00ffffff == 0x00000077 counter comment \"ct kept\"
+    iif lo tcp dport 80 ct mark and 0x00ffffff != 0x00000077 counter comment \"ct lost\"
+  }
+}
+";
+
+#[test]
+fn foreign_mark_bits_stay() {
+    let Some(ground) = Ground::new("bits") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/proxied");
+    load(WATCH);
+    let _daemon = Daemon::start(&ground, BASIC, &[]);
+    expect_as(|client| client.mark(0x123456), &[(&cgroup, under(PROXY))]);
+    let list = nft(&["list", "chain", "inet", "watch", "see"], "").stdout;
+    let list = String::from_utf8_lossy(&list).into_owned();
+    for line in list.lines().filter(|line| line.contains("counter")) {
+        let none = line.contains("packets 0 ");
+        assert_eq!(none, line.contains("lost"), "{list}");
+    }
+    assert_eq!(list.matches("counter").count(), 4, "{list}");
+}
+
+#[test]
+fn another_mask_and_table() {
+    let Some(ground) = Ground::new("mask") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/proxied");
+    let config = format!(
+        "[global]\nfwmark-mask = 0x0000ff00\nroute-table = 4711\nrule-priority = 77\n{BASIC}"
+    );
+    let _daemon = Daemon::start(&ground, &config, &[]);
+    expect_as(|client| client.mark(0xab0000cd), &[(&cgroup, under(PROXY))]);
+    for family in ["-4", "-6"] {
+        let rules = ip_rules(family);
+        let want = "77:\tfrom all fwmark 0x100/0xff00 iif lo lookup 4711 proto 99";
+        assert!(rules.lines().any(|line| line.trim() == want), "{rules}");
+    }
+}
+
+#[test]
+fn a_policy_change_cuts_what_was_direct_and_spares_what_was_proxied() {
+    let Some(ground) = Ground::new("change") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let mut proxy = Some(Server::stream(PROXY, &[7893]));
+    let cgroups = ["/to-proxy", "/to-drop", "/to-direct"].map(|path| ground.cgroup(path));
+    let tproxy = "[tproxy mihomo]\nport = 7893\n[rules]\n";
+    let daemon = Daemon::start(&ground, &format!("{tproxy}mihomo = /to-direct\n"), &[]);
+    let follow = |cgroup| {
+        let client = Client::tcp(cgroup, addr(REMOTE4, STREAM_PORT));
+        client.timeout(Duration::from_millis(500)).follow()
+    };
+    let [to_proxy, to_drop, to_direct] = cgroups.each_ref().map(|cgroup| follow(cgroup).spawn());
+    // All three are under way.
+    let flows = wait_until(Duration::from_secs(5), || {
+        let list = Command::new("ss")
+            .args(["-Htn", "state", "established"])
+            .output();
+        let list = list.expect("run ss").stdout;
+        let mine = format!("{REMOTE4}:{STREAM_PORT}");
+        String::from_utf8_lossy(&list).matches(&mine).count() >= 4
+    });
+    assert!(flows, "three flows, of which one has two ends here");
+
+    daemon.configure(&format!("{tproxy}mihomo = /to-proxy\ndrop = /to-drop\n"));
+    daemon.reload();
+    world.wire.packets();
+    for (flow, what) in [
+        (to_proxy, "direct to proxied"),
+        (to_drop, "direct to dropped"),
+    ] {
+        let outcome = flow.wait().0;
+        assert!(
+            !matches!(outcome, Outcome::Answer(_)),
+            "{what}: {outcome:?}"
+        );
+    }
+    assert_eq!(
+        world.wire.to_remote(),
+        [],
+        "a flow that was cut still sends"
+    );
+    // The flow that began proxied ends in good order, with its proxy; a new one is direct.
+    proxy.take();
+    let outcome = to_direct.wait().0;
+    assert_eq!(outcome.who(), format!("{PROXY} {REMOTE4}:{STREAM_PORT}"));
+    assert_eq!(world.wire.to_remote(), [], "a proxied flow has gone direct");
+    expect(&[(&cgroups[2], under("direct")), (&cgroups[1], under("drop"))]);
+}

@@ -1,0 +1,179 @@
+//! Holds the `use crate::` lines of src/ against the layers that the project's design gives: data
+//! flows one way, pure modules do no I/O, `unsafe` is in sys alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+
+/// Layers from the bottom up: a module may use those of lower layers and of its own line only.
+const LAYERS: [&[&str]; 11] = [
+    &["netlink::uapi"],
+    &["netlink::msg", "netlink::parse"],
+    &["error", "sys"],
+    &["log", "netlink::socket"],
+    // pure from here ...
+    &["nft::expr"],
+    &["config", "config::ini", "config::file"],
+    &["policy", "nft::ruleset", "nft::encode", "route"],
+    &[
+        "cgroup::tree",
+        "core",
+        "cgroup::mount",
+        "cgroup::watch",
+        "plan",
+    ],
+    // ... to here, but for the files below
+    &["kernel", "instance", "notify"],
+    &["daemon"],
+    &["cli", "commands"],
+];
+
+/// Modules that must not touch the system: no files, processes, sockets or clocks.
+const PURE: [&str; 12] = [
+    "netlink::uapi",
+    "netlink::msg",
+    "netlink::parse",
+    "nft::expr",
+    "nft::ruleset",
+    "nft::encode",
+    "config",
+    "config::ini",
+    "policy",
+    "cgroup::tree",
+    "core",
+    "plan",
+];
+const IMPURE: [&str; 10] = [
+    "std::fs",
+    "std::net::Tcp",
+    "std::net::Udp",
+    "std::time",
+    "std::process",
+    "std::env",
+    "std::os::fd",
+    "nix::unistd",
+    "nix::sys",
+    "crate::sys",
+];
+
+/// Every source file but those of the test seam, as module path and text without its unit tests.
+fn sources() -> BTreeMap<String, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = BTreeMap::new();
+    let mut dirs = vec![root.clone()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                dirs.push(path);
+                continue;
+            }
+            let name = path.strip_prefix(&root).unwrap().with_extension("");
+            let name = name.to_str().unwrap().replace('/', "::");
+            let name = name.strip_suffix("::mod").unwrap_or(&name).to_string();
+            let text = fs::read_to_string(&path).unwrap();
+            let code = text
+                .split("\n#[cfg(test)]\nmod tests")
+                .next()
+                .unwrap()
+                .to_string();
+            found.insert(name, code);
+        }
+    }
+    found
+}
+
+fn layer(module: &str) -> Option<usize> {
+    let holds = |m: &&&str| module == **m || module.starts_with(&format!("{m}::"));
+    // the longest match, so that `config::file` is not taken for `config`
+    let best = LAYERS
+        .iter()
+        .flat_map(|l| l.iter())
+        .filter(holds)
+        .max_by_key(|m| m.len())?;
+    LAYERS.iter().position(|l| l.contains(best))
+}
+
+/// The crate's modules that a text names: `crate::a::b::…`, with `{…}` groups unfolded.
+fn uses(module: &str, text: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let code: Vec<&str> = text
+        .lines()
+        .filter(|l| !l.trim_start().starts_with("//"))
+        .collect();
+    let code = code.join("\n").replace("$crate::", "");
+    let parent = module.rsplit_once("::").map_or("", |(p, _)| p);
+    let code = code.replace("super::", &format!("crate::{parent}::"));
+    for piece in code.split("crate::").skip(1) {
+        let end = piece
+            .find([';', '(', ')', '<', '\n'])
+            .unwrap_or(piece.len());
+        let path = &piece[..end];
+        match path.split_once("::{") {
+            Some((base, group)) => {
+                for item in group.trim_end_matches('}').split(',') {
+                    found.insert(format!("{base}::{}", item.trim()));
+                }
+            }
+            None => {
+                let end = path.find(|c: char| !(c.is_alphanumeric() || c == '_' || c == ':'));
+                found.insert(path[..end.unwrap_or(path.len())].to_string());
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn arrows_point_one_way() {
+    let mut wrong = Vec::new();
+    let mut seen = 0;
+    for (module, text) in sources() {
+        let Some(own) = layer(&module) else {
+            assert!(
+                ["lib", "main", "testing", "netlink", "nft", "cgroup"].contains(&module.as_str()),
+                "{module} is in no layer: add it to LAYERS"
+            );
+            continue;
+        };
+        for used in uses(&module, &text) {
+            if let Some(other) = layer(&used) {
+                seen += 1;
+                if other > own {
+                    wrong.push(format!("{module} uses {used}"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "against the layers: {wrong:#?}");
+    assert!(
+        seen > 60,
+        "only {seen} uses were found: does this test still read them?"
+    );
+}
+
+#[test]
+fn pure_modules_do_no_io() {
+    let sources = sources();
+    for module in PURE {
+        let text = &sources[module];
+        for impure in IMPURE {
+            assert!(!text.contains(impure), "{module} names {impure}");
+        }
+    }
+}
+
+#[test]
+fn unsafe_is_in_sys_alone() {
+    for (module, text) in sources() {
+        let blocks = text.matches("unsafe {").count();
+        assert!(module == "sys" || blocks == 0, "{module} has unsafe blocks");
+        if module == "sys" {
+            assert_eq!(
+                blocks,
+                text.matches("// SAFETY:").count(),
+                "a SAFETY line for each block"
+            );
+        }
+    }
+}
