@@ -29,5 +29,32 @@ toolchain:
 	@test -d $(SYSROOT)/lib/rustlib/src/rust/library/std || rustup component add rust-src \
 	  || echo "make: no rust-src, building with the prebuilt standard library (a larger binary)" >&2
 
+# What the tests need beside Rust, gcc and make: commands and C libraries, by Debian and Alpine name.
+DEB_NEEDS = nftables iproute2 strace pkg-config libmnl-dev libnftnl-dev
+APK_NEEDS = nftables iproute2 strace pkgconf libmnl-dev libnftnl-dev
+HAVE_ALL  = command -v nft ip strace pkg-config >/dev/null && pkg-config --exists libmnl libnftnl
+
+deps:
+	@PATH="$$PATH:/usr/sbin:/sbin"; if ! { $(HAVE_ALL); }; then \
+	  if command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(DEB_NEEDS); \
+	  elif command -v apk >/dev/null; then apk add --quiet $(APK_NEEDS); fi; \
+	  { $(HAVE_ALL); } || { echo "make: cannot install what the tests need:" \
+	    "nft, ip, strace, pkg-config, libmnl and libnftnl with headers" >&2; exit 1; }; \
+	fi
+
+# The main job for real, in throw-away namespaces: nothing of this host's network is touched.
+demo: build deps
+	cargo test --quiet --locked --test it demo::demo -- --ignored --nocapture
+
+# All tests; needs root, and says SKIP for what cannot be had without.
+test: build deps
+	cargo test --locked
+
+# Long fuzzing of everything that reads what others write.
+SECONDS ?= 600
+fuzz:
+	command -v cargo-fuzz >/dev/null || cargo install --quiet cargo-fuzz
+
 clean:
 	cargo clean

@@ -375,7 +375,7 @@ impl Daemon {
         let core = &self.cgroups.core;
         let config = core.config();
         format!(
-            "{} rules, {} tproxies, {} cgroups under {}",
+            "rules: {}, tproxies: {}, cgroups: {} under {}",
             config.rules.len(),
             config.tproxies.len(),
             core.tree().len(),

@@ -25,6 +25,7 @@ mod kernel;
 mod world;
 
 mod classify;
+mod demo;
 mod lifecycle;
 mod reference;
 mod traffic;

@@ -1,0 +1,39 @@
+//! Everything that reads what a netlink socket gives, on any bytes: it never panics, and no reader
+//! finds more than the bytes can hold.
+
+#![no_main]
+
+use cgtproxy::netlink::parse::{self, Attrs, Messages};
+use cgtproxy::nft::encode;
+use cgtproxy::route;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|datagram: &[u8]| {
+    let mut messages = Messages::new(datagram);
+    let mut count = 0;
+    for message in messages.by_ref() {
+        count += 1;
+        let _ = parse::reply(&message);
+        let _ = encode::parse_table(&message);
+        if let Some(entry) = route::parse(&message) {
+            let _ = entry.command("del");
+        }
+        // fixed headers: none, nfgenmsg, rtmsg and fib_rule_hdr
+        for header in [0, 4, 12] {
+            attributes(message.body, header);
+        }
+    }
+    assert!(count <= datagram.len() / 16);
+    assert!(count > 0 || datagram.is_empty() || messages.is_malformed());
+});
+
+/// Attributes of all levels, should each of them be a nest.
+fn attributes(body: &[u8], header: usize) {
+    let attrs = Attrs::after(body, header);
+    assert!(attrs.clone().count() <= body.len() / 4);
+    for (kind, data) in attrs.clone() {
+        assert!(attrs.clone().get(kind).is_some());
+        let _ = (parse::u32_be(data), parse::i32_ne(data), parse::str_z(data));
+        attributes(data, 0);
+    }
+}
