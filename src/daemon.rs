@@ -12,6 +12,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use crate::backoff::Backoff;
 use crate::cgroup::mount;
 use crate::cgroup::watch::{self, Watcher};
 use crate::config::{Config, OnExit};
@@ -35,8 +36,6 @@ pub struct Options {
     pub syslog: bool,
 }
 
-/// First and longest pause before another try at what the kernel refused.
-const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// How often a directory is looked at that cannot be watched.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
@@ -52,8 +51,10 @@ struct Daemon {
     options: Options,
     kernel: Kernel,
     cgroups: Cgroups,
-    /// When and after what pause to replace the table, after the kernel refused a transaction.
-    repair: Option<(Instant, Duration)>,
+    /// Replacing the table, where it is not what it should be.
+    table: Backoff,
+    /// Adding what is missing of the ip rules and routes.
+    routing: Backoff,
     notify: Notify,
 }
 
@@ -88,9 +89,10 @@ pub fn run(mut options: Options) -> Result<()> {
     let cgroups = Cgroups::scan(Rc::new(config))?;
     let mut daemon = Daemon {
         options,
-        kernel: Kernel::open()?,
+        kernel: Kernel::open_watching()?,
         cgroups,
-        repair: None,
+        table: Backoff::default(),
+        routing: Backoff::default(),
         notify,
     };
     daemon.start()?;
@@ -189,8 +191,15 @@ impl Daemon {
     /// Programs the kernel, takes in the cgroups that came meanwhile, and says that it is ready.
     fn start(&mut self) -> Result<()> {
         let config = self.cgroups.core.config().clone();
-        self.kernel.add_routing(&config)?;
-        self.replace()?;
+        let routed = self.kernel.add_routing(&config);
+        if let Err(error) = routed.and_then(|_| self.replace()) {
+            // without a table nothing needs the routing; with an old one it stays in force whole
+            if matches!(self.kernel.table_owner(), Ok(None)) {
+                let _ = self.kernel.trim_routing(None);
+            }
+            return Err(error);
+        }
+        self.kernel.settle();
         let removed = self.kernel.trim_routing(Some(&config))?;
         if !removed.is_empty() {
             log!(
@@ -212,20 +221,16 @@ impl Daemon {
     fn serve(&mut self, signals: &SignalFd, instance: &Instance) -> Result<()> {
         loop {
             let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-            fds.extend(
-                self.cgroups
-                    .watcher
-                    .fd()
-                    .map(|fd| PollFd::new(fd, PollFlags::POLLIN)),
-            );
-            fds.extend(instance.fd().map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+            let others = self.cgroups.watcher.fd().into_iter().chain(instance.fd());
+            let others = others.chain(self.kernel.event_fds());
+            fds.extend(others.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
             match poll(&mut fds, self.timeout()) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(Error::system("unable to poll", errno)),
             }
             instance.dismiss();
             self.cgroups.drain()?;
-            self.retry();
+            self.heal();
             self.commit();
             while let Some(signal) = read_signal(signals)? {
                 match signal {
@@ -239,7 +244,11 @@ impl Daemon {
 
     /// Until the next retry that is due; none at all where nothing is pending.
     fn timeout(&self) -> PollTimeout {
-        let due = [self.cgroups.look_again, self.repair.map(|(at, _)| at)];
+        let due = [
+            self.cgroups.look_again,
+            self.table.due(),
+            self.routing.due(),
+        ];
         match due.into_iter().flatten().min() {
             None => PollTimeout::NONE,
             Some(at) => {
@@ -250,21 +259,36 @@ impl Daemon {
         }
     }
 
-    fn retry(&mut self) {
+    /// Looks again where watching was not possible, and repairs what others destroyed, as soon as
+    /// it is due.
+    fn heal(&mut self) {
         let now = Instant::now();
         if self.cgroups.look_again.is_some_and(|at| at <= now) {
             self.cgroups.look_again = None;
             self.cgroups.step(Event::Retry);
         }
-        if self.repair.is_some_and(|(at, _)| at <= now) {
-            self.repair();
+        let damage = self.kernel.damage();
+        if let Some(culprit) = damage.table {
+            if self.table.due().is_none() {
+                log!(Notice, "the table was changed by {culprit}");
+            }
+            self.table.want(now);
+        }
+        if damage.routing {
+            self.routing.want(now);
+        }
+        if self.routing.due().is_some_and(|at| at <= now) {
+            self.repair_routing();
+        }
+        if self.table.due().is_some_and(|at| at <= now) {
+            self.repair_table();
         }
     }
 
     /// Commits the net difference. Where the kernel refuses it, the table is not what we think it
     /// is: replace it.
     fn commit(&mut self) {
-        if self.repair.is_some() {
+        if self.table.due().is_some() {
             // what is pending will be in the replacement
             return;
         }
@@ -275,24 +299,36 @@ impl Daemon {
         let config = self.cgroups.core.config().clone();
         if let Err(error) = self.kernel.change(&config, &delta) {
             log!(Warning, "{error}; replacing the table");
-            self.repair();
+            self.repair_table();
         }
     }
 
-    /// Replaces the table, now or, where the kernel refuses, after a growing pause.
-    fn repair(&mut self) {
+    fn repair_table(&mut self) {
         match self.replace() {
             Ok(()) => {
-                self.repair = None;
+                self.table.done(Instant::now());
                 log!(Notice, "the table is in force again");
             }
             Err(error) => {
-                let (first, longest) = BACKOFF;
-                let pause = self
-                    .repair
-                    .map_or(first, |(_, last)| (last * 2).min(longest));
-                self.repair = Some((Instant::now() + pause, pause));
-                log!(Error, "{error}; trying again in {} s", pause.as_secs());
+                let pause = self.table.failed(Instant::now()).as_secs();
+                log!(Error, "{error}; trying again in {pause} s");
+            }
+        }
+    }
+
+    fn repair_routing(&mut self) {
+        let config = self.cgroups.core.config().clone();
+        match self.kernel.add_routing(&config) {
+            Ok(added) => {
+                self.routing.done(Instant::now());
+                if added > 0 {
+                    let text = "ip rules and routes are in force again";
+                    log!(Notice, "{text}, {added} were missing");
+                }
+            }
+            Err(error) => {
+                let pause = self.routing.failed(Instant::now()).as_secs();
+                log!(Error, "{error}; trying again in {pause} s");
             }
         }
     }
@@ -331,18 +367,18 @@ impl Daemon {
             }
         };
         self.cgroups.core.set_config(new.clone());
-        if let Err(error) = self.kernel.add_routing(&new).and_then(|()| self.replace()) {
+        if let Err(error) = self.kernel.add_routing(&new).and_then(|_| self.replace()) {
             match before {
                 Some(cgroups) => self.cgroups = cgroups,
                 None => self.cgroups.core.set_config(old.clone()),
             }
             // nothing of the new table took effect; what is pending for the old one is refused or
             // doubled at worst, so put the old table in as a whole
-            self.repair();
+            self.repair_table();
             let _ = self.kernel.trim_routing(Some(&old));
             return Err(error);
         }
-        self.repair = None;
+        self.table.done(Instant::now());
         self.kernel.trim_routing(Some(&new))?;
         log::configure(
             new.log_level.louder(self.options.verbose),

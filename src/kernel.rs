@@ -2,6 +2,7 @@
 //! out and reports; what should be there is decided elsewhere.
 
 use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
@@ -11,9 +12,11 @@ use crate::core::{Delta, Snapshot};
 use crate::error::{reason, Error, Result};
 use crate::log;
 use crate::netlink::msg::Batch;
+use crate::netlink::parse::Messages;
 use crate::netlink::socket::{Failure, Socket};
 use crate::netlink::uapi::*;
 use crate::nft::encode::{self, Transaction};
+use crate::nft::event::Follower;
 use crate::nft::expr::Family;
 use crate::nft::ruleset::TABLE;
 use crate::plan;
@@ -29,22 +32,92 @@ pub struct Kernel {
     rt: Socket,
     /// What the table is created with; `None` once the kernel has refused it (before Linux 6.9).
     flags: Option<u32>,
-    /// Families that can be routed here.
-    families: Vec<Family>,
+    /// False once this host has turned out to have no IPv6.
+    ipv6: bool,
+    /// Notifications, for the daemon; those of nftables only where we cannot own the table.
+    nft_events: Option<(Socket, Follower)>,
+    rt_events: Option<Socket>,
+}
+
+/// What others did to our state since the last look.
+#[derive(Debug, Default)]
+pub struct Damage {
+    /// Who changed the table.
+    pub table: Option<String>,
+    /// A rule or a route of ours may be gone.
+    pub routing: bool,
 }
 
 impl Kernel {
     pub fn open() -> Result<Kernel> {
         let nft = Socket::open(SockProtocol::NetlinkNetFilter, &[])?;
         let rt = Socket::open(SockProtocol::NetlinkRoute, &[])?;
-        use std::os::fd::AsFd;
         let _ = sys::set_option(rt.as_fd(), libc::SOL_NETLINK, NETLINK_GET_STRICT_CHK, 1);
         Ok(Kernel {
             nft,
             rt,
             flags: Some(NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST),
-            families: Family::BOTH.to_vec(),
+            ipv6: true,
+            nft_events: None,
+            rt_events: None,
         })
+    }
+
+    /// The same, subscribed to what others do. To be called before anything is put into the kernel,
+    /// so that no damage goes unseen.
+    pub fn open_watching() -> Result<Kernel> {
+        let mut kernel = Kernel::open()?;
+        let nft = Socket::open(SockProtocol::NetlinkNetFilter, &[NFNLGRP_NFTABLES])?;
+        kernel.nft_events = Some((nft, Follower::default()));
+        let groups = [
+            RTNLGRP_LINK,
+            RTNLGRP_IPV4_RULE,
+            RTNLGRP_IPV4_ROUTE,
+            RTNLGRP_IPV6_RULE,
+            RTNLGRP_IPV6_ROUTE,
+            RTNLGRP_IPV6_IFADDR,
+        ];
+        kernel.rt_events = Some(Socket::open(SockProtocol::NetlinkRoute, &groups)?);
+        Ok(kernel)
+    }
+
+    /// Nobody else can change a table that we own: spares being woken by others' transactions.
+    pub fn settle(&mut self) {
+        if self.flags.is_some() {
+            self.nft_events = None;
+        }
+    }
+
+    /// The descriptors to poll for [`Kernel::damage`].
+    pub fn event_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let nft = self.nft_events.as_ref().map(|(socket, _)| socket.as_fd());
+        let rt = self.rt_events.as_ref().map(|socket| socket.as_fd());
+        nft.into_iter().chain(rt)
+    }
+
+    /// Reads all notifications. Lost ones count as damage to all that they could have told of.
+    pub fn damage(&mut self) -> Damage {
+        let mut damage = Damage::default();
+        let own = self.nft.port();
+        if let Some((socket, follower)) = &mut self.nft_events {
+            let lost = each_notification(socket, |datagram| {
+                if let Some(culprit) = follower.take(datagram, own) {
+                    damage.table = Some(culprit);
+                }
+            });
+            if lost {
+                damage.table = Some("somebody (notifications were lost)".into());
+            }
+        }
+        let own = self.rt.port();
+        if let Some(socket) = &mut self.rt_events {
+            let lost = each_notification(socket, |datagram| {
+                let mut others = Messages::new(datagram).filter(|m| m.pid != own);
+                damage.routing |= others.any(|m| route::damages(&m));
+            });
+            damage.routing |= lost;
+        }
+        damage
     }
 
     /// Replaces the table by what the plan says, in one transaction.
@@ -117,33 +190,40 @@ impl Kernel {
     }
 
     /// Adds what is wanted and missing of the ip rules and routes, and keeps the rest: make before
-    /// break. A family that this host does not have is told once and left out from then on.
-    pub fn add_routing(&mut self, config: &Config) -> Result<()> {
-        for family in self.families.clone() {
-            if let Err(error) = self.add_family(config, family) {
-                let absent = matches!(
-                    error.errno(),
-                    Some(Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP | Errno::EACCES | Errno::ENODEV)
-                );
-                if family != Family::V6 || !absent {
-                    return Err(error);
+    /// break. That this host has no IPv6 is told once, and it is tried again each time.
+    ///
+    /// Returns how many entries were missing. Errors: the first entry that could not be added; the
+    /// other family was tried all the same.
+    pub fn add_routing(&mut self, config: &Config) -> Result<usize> {
+        let (mut added, mut failed) = (0, None);
+        for family in Family::BOTH {
+            match self.add_family(config, family) {
+                Ok(count) => {
+                    added += count;
+                    if family == Family::V6 && !std::mem::replace(&mut self.ipv6, true) {
+                        log!(Notice, "IPv6 is on now");
+                    }
                 }
-                log!(
-                    Notice,
-                    "IPv6 is off on this host, going on with IPv4 alone: {error}"
-                );
-                self.families.retain(|f| *f != family);
+                Err(error) if family == Family::V6 && is_absent(&error) => {
+                    if std::mem::replace(&mut self.ipv6, false) {
+                        let text = "IPv6 is off on this host, going on with IPv4 alone";
+                        log!(Notice, "{text}: {error}");
+                    }
+                }
+                Err(error) => failed = failed.or(Some(error)),
             }
         }
-        Ok(())
+        failed.map_or(Ok(added), Err)
     }
 
-    fn add_family(&mut self, config: &Config, family: Family) -> Result<()> {
+    fn add_family(&mut self, config: &Config, family: Family) -> Result<usize> {
         let have = self.routing(family)?;
+        let mut added = 0;
         for entry in plan::routing(config, &[family]).difference(&have) {
             match self.route_request(entry, true) {
+                Ok(()) => added += 1,
                 // somebody else's entry of the same effect
-                Ok(()) | Err(Errno::EEXIST) => {}
+                Err(Errno::EEXIST) => {}
                 Err(errno) => {
                     let what = format!("unable to do `{}`", entry.command("add"));
                     let error = Error::system(what, errno);
@@ -154,7 +234,7 @@ impl Kernel {
                 }
             }
         }
-        Ok(())
+        Ok(added)
     }
 
     /// Deletes rules and routes of ours that are not wanted (all, without a configuration), and
@@ -223,6 +303,33 @@ impl Kernel {
             Err(error) => Err(error.errno().unwrap_or(Errno::EIO)),
         }
     }
+}
+
+/// Hands every queued datagram to `each`. Returns whether some were lost before.
+fn each_notification(socket: &mut Socket, mut each: impl FnMut(&[u8])) -> bool {
+    let mut lost = false;
+    loop {
+        match socket.notification() {
+            Ok(None) => return lost,
+            Ok(Some(datagram)) => each(datagram),
+            Err(Errno::ENOBUFS) => lost = true,
+            Err(errno) => {
+                log!(Error, "unable to read notifications: {}", reason(errno));
+                return true;
+            }
+        }
+    }
+}
+
+/// Whether a family's entry was refused because the host does not have that family.
+fn is_absent(error: &Error) -> bool {
+    let absent = [
+        Errno::EAFNOSUPPORT,
+        Errno::EOPNOTSUPP,
+        Errno::EACCES,
+        Errno::ENODEV,
+    ];
+    error.errno().is_some_and(|errno| absent.contains(&errno))
 }
 
 /// What a user can do about a refused object.

@@ -220,6 +220,32 @@ pub fn parse(message: &parse::Message) -> Option<Entry> {
     }
 }
 
+/// Whether a notification tells of something that may have cost us a rule or a route: one of ours
+/// deleted, or lo coming up (its going down deletes the IPv4 route without a word; an IPv6 address
+/// on it means that IPv6 has been switched on).
+pub fn damages(message: &parse::Message) -> bool {
+    let on_lo = |at: usize| message.body.get(at..).and_then(parse::u32_ne) == Some(LO);
+    match message.kind {
+        RTM_DELRULE => parse(&parse::Message {
+            kind: RTM_NEWRULE,
+            ..*message
+        })
+        .is_some(),
+        RTM_DELROUTE => parse(&parse::Message {
+            kind: RTM_NEWROUTE,
+            ..*message
+        })
+        .is_some(),
+        // struct ifinfomsg: index at 4, flags at 8; struct ifaddrmsg: index at 4
+        RTM_NEWLINK => {
+            let flags = message.body.get(8..).and_then(parse::u32_ne).unwrap_or(0);
+            on_lo(4) && flags & IFF_UP != 0
+        }
+        RTM_NEWADDR => on_lo(4),
+        _ => false,
+    }
+}
+
 fn ip(family: Family) -> &'static str {
     match family {
         Family::V4 => "ip",

@@ -10,11 +10,17 @@ const LAYERS: [&[&str]; 11] = [
     &["netlink::uapi"],
     &["netlink::msg", "netlink::parse"],
     &["error", "sys"],
-    &["log", "netlink::socket"],
+    &["log", "netlink::socket", "backoff"],
     // pure from here ...
     &["nft::expr"],
     &["config", "config::ini", "config::file"],
-    &["policy", "nft::ruleset", "nft::encode", "route"],
+    &[
+        "policy",
+        "nft::ruleset",
+        "nft::encode",
+        "nft::event",
+        "route",
+    ],
     &[
         "cgroup::tree",
         "core",

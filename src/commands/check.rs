@@ -20,7 +20,10 @@ pub fn check(options: &Options) -> Result<ExitCode> {
             let (tproxies, rules) = (config.tproxies.len(), config.rules.len());
             if !wrong {
                 let name = options.config_file().display();
-                finding("ok", &format!("{name}: tproxies: {tproxies}, rules: {rules}"));
+                finding(
+                    "ok",
+                    &format!("{name}: tproxies: {tproxies}, rules: {rules}"),
+                );
             }
         }
         Err(Error::Usage(problems)) => {

@@ -30,6 +30,7 @@ pub const NF_DROP: i32 = 0;
 pub const NF_ACCEPT: i32 = 1;
 pub const NF_IP_PRI_MANGLE: i32 = -150;
 pub const NF_IP_PRI_NAT_DST: i32 = -100;
+pub const NF_IP_PRI_FILTER: i32 = 0;
 
 // include/uapi/linux/netfilter/nfnetlink.h
 pub const NFNL_SUBSYS_NFTABLES: u16 = 10;
@@ -47,6 +48,12 @@ pub const NFT_MSG_DELRULE: u16 = 8;
 pub const NFT_MSG_NEWSET: u16 = 9;
 pub const NFT_MSG_NEWSETELEM: u16 = 12;
 pub const NFT_MSG_DELSETELEM: u16 = 14;
+pub const NFT_MSG_NEWGEN: u16 = 15;
+
+/// The name of the table, in messages about anything that is in one.
+pub const NFTA_ANY_TABLE: u16 = 1;
+pub const NFTA_GEN_PROC_PID: u16 = 2;
+pub const NFTA_GEN_PROC_NAME: u16 = 3;
 
 pub const NFTA_TABLE_NAME: u16 = 1;
 pub const NFTA_TABLE_FLAGS: u16 = 2;
@@ -216,6 +223,8 @@ pub const NF_CT_STATE_NEW_BIT: u32 = 1 << 3;
 pub const IPS_DST_NAT: u32 = 1 << 5;
 
 // include/uapi/linux/rtnetlink.h, include/uapi/linux/fib_rules.h
+pub const RTM_NEWLINK: u16 = 16;
+pub const RTM_NEWADDR: u16 = 20;
 pub const RTM_NEWROUTE: u16 = 24;
 pub const RTM_DELROUTE: u16 = 25;
 pub const RTM_GETROUTE: u16 = 26;
@@ -239,5 +248,13 @@ pub const FRA_FWMARK: u16 = 10;
 pub const FRA_TABLE: u16 = 15;
 pub const FRA_FWMASK: u16 = 16;
 pub const FRA_PROTOCOL: u16 = 21;
+pub const RTNLGRP_LINK: u32 = 1;
+pub const RTNLGRP_IPV4_ROUTE: u32 = 7;
+pub const RTNLGRP_IPV4_RULE: u32 = 8;
+pub const RTNLGRP_IPV6_IFADDR: u32 = 9;
+pub const RTNLGRP_IPV6_ROUTE: u32 = 11;
+pub const RTNLGRP_IPV6_RULE: u32 = 19;
+// include/uapi/linux/if.h
+pub const IFF_UP: u32 = 1;
 /// The routing protocol number that tags every ip rule and route of ours (manual.md).
 pub const RTPROT_CGTPROXY: u8 = 99;

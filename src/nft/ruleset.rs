@@ -104,6 +104,7 @@ impl Table {
             chains.push(nat_chain(config));
         }
         if !config.tproxies.is_empty() {
+            chains.push(guard_chain(config));
             chains.extend(config.tproxies.iter().map(receive_chain));
             chains.push(prerouting_chain(config));
         }
@@ -344,6 +345,31 @@ fn nat_chain(config: &Config) -> Chain {
             priority: NF_IP_PRI_NAT_DST,
         }),
         rules,
+    }
+}
+
+/// A marked packet that is not on its way to lo: the ip rules or the route are missing. It must not
+/// leave by another interface.
+fn guard_chain(config: &Config) -> Chain {
+    let map = config
+        .tproxies
+        .iter()
+        .map(|t| (t.mark, Verdict::Drop))
+        .collect();
+    Chain {
+        name: "guard".into(),
+        base: Some(Base {
+            kind: "filter",
+            hook: NF_INET_LOCAL_OUT,
+            priority: NF_IP_PRI_FILTER,
+        }),
+        rules: vec![
+            vec![Stmt::OifLo, Stmt::accept()],
+            vec![Stmt::PacketMarkMap {
+                mask: config.mask,
+                map,
+            }],
+        ],
     }
 }
 

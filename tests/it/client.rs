@@ -36,7 +36,7 @@ pub enum Outcome {
     Refused,
     /// No answer in time.
     Timeout,
-    /// Any other error: EPERM where the output hook dropped a datagram, EHOSTUNREACH, ECONNRESET …
+    /// Any other error: EPERM where the output hook dropped a datagram, ECONNRESET …
     Failed(Errno),
 }
 

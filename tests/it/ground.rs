@@ -43,7 +43,8 @@ pub const REMOTE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 
 /// Neighbours are fixed: a first solicitation sent too early is repeated after a whole second.
 const INSIDE: &str = "\
 link set lo up
-link add in0 address 02:00:00:00:00:01 type veth peer name out0 address 02:00:00:00:00:02 netns OUTSIDE
+link add in0 type veth peer name out0 netns OUTSIDE
+link set in0 address 02:00:00:00:00:01
 addr add 192.0.2.1/24 dev in0
 addr add 2001:db8:1::1/64 dev in0 nodad
 neigh add 192.0.2.2 lladdr 02:00:00:00:00:02 dev in0
@@ -55,6 +56,7 @@ route add default via 2001:db8:1::2 dev in0
 
 const OUTSIDE: &str = "\
 link set lo up
+link set out0 address 02:00:00:00:00:02
 addr add 192.0.2.2/24 dev out0
 addr add 2001:db8:1::2/64 dev out0 nodad
 neigh add 192.0.2.1 lladdr 02:00:00:00:00:01 dev out0

@@ -63,9 +63,12 @@ pub fn table() -> String {
 }
 
 /// The table without counter values, and without its flags: nft cannot set them all, and the
-/// owner's goes with the owner.
-pub fn table_plain() -> String {
-    let text = output("nft", &["-s", "list", "table", "inet", "cgtproxy"]);
+/// owner's goes with the owner. `args` are further options of nft.
+pub fn table_plain(args: &[&str]) -> String {
+    let text = output(
+        "nft",
+        &[args, &["-s", "list", "table", "inet", "cgtproxy"]].concat(),
+    );
     let flags = |line: &str| line.starts_with("\tflags");
     let lines = text.lines().filter(|line| !flags(line) && !line.is_empty());
     let lines = lines.map(|line| line.split(" # progname").next().unwrap_or(line).trim_end());
@@ -103,31 +106,19 @@ pub fn residue() -> String {
 /// All that `run` programs, in a form that two runs over the same cgroups have in common: the
 /// table, rules and routes as text, and the cgroup sets as ids.
 pub fn state() -> (String, BTreeMap<String, BTreeSet<u64>>) {
-    let mut text = String::new();
-    let mut sets = BTreeMap::new();
-    let (mut ours, mut elements) = (false, false);
-    for line in table_plain().lines() {
-        if let Some(name) = line
-            .trim()
-            .strip_prefix("set ")
-            .and_then(|l| l.strip_suffix(" {"))
-        {
-            ours = name.starts_with("cg_");
-            if ours {
-                sets.insert(
-                    name.to_owned(),
-                    set_ids(name).expect("a set that nft lists"),
-                );
-            }
-        }
-        // Elements are listed in the order of a hash, over several lines, as paths.
-        elements |= ours && line.trim().starts_with("elements = {");
-        if !elements {
-            text += line;
-            text.push('\n');
-        }
-        elements &= !line.ends_with('}');
-    }
+    // Terse: for each element of a cgroup set, nft walks the whole cgroup tree to find its path.
+    let mut text = table_plain(&["-t"]);
+    let names = text
+        .lines()
+        .filter_map(|l| l.trim().strip_prefix("set ")?.strip_suffix(" {"));
+    let names = names.filter(|name| name.starts_with("cg_"));
+    let sets = names.map(|name| {
+        (
+            name.to_owned(),
+            set_ids(name).expect("a set that is listed"),
+        )
+    });
+    let sets = sets.collect();
     for family in ["-4", "-6"] {
         text += &ip_rules(family);
         text += &ip_routes(family, "300");

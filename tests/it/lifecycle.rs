@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 
 use crate::client::{expect, under, Client};
 use crate::daemon::{run, run_with, write_private, Daemon};
-use crate::ground::{addr, chmod, ip_batch, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
+use crate::ground::{addr, chmod, ip_batch, remove_tree, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::kernel::{
     await_member, ip_routes, ip_rules, load, nft, residue, set_ids, state, table, table_plain,
 };
@@ -58,7 +58,8 @@ impl Random {
     }
 }
 
-/// A thread that makes and removes cgroups below `/churn`, of which some 100 are there at any time.
+/// A thread that makes and removes cgroups below `/churn`, of which some 100 are there at any time
+/// and stay when it stops.
 struct Churn {
     running: Arc<AtomicBool>,
     /// How many have been made.
@@ -68,6 +69,7 @@ struct Churn {
 
 impl Churn {
     fn start(ground: &Ground) -> Churn {
+        remove_tree(&ground.at("/churn"));
         let dir = ground.cgroup("/churn");
         let running = Arc::new(AtomicBool::new(true));
         let made = Arc::new(AtomicU32::new(0));
@@ -132,6 +134,61 @@ fn killed_at_any_moment() {
         let daemon = Daemon::start(&ground, CONFIG, &[]);
         assert_eq!(over_leftovers, state(), "round {round}");
         daemon.kill9();
+    }
+}
+
+/// Policies that share nothing but the cgroups.
+const POLICIES: [&str; 3] = [
+    CONFIG,
+    "
+[global]
+fwmark-mask = 0x00f00000
+rule-priority = 50
+default = drop
+[tproxy a]
+port = 7001
+[tproxy b]
+port = 7002
+[rules]
+a = /churn/.*
+b = /drop
+direct = /proxied
+",
+    "[rules]\ndirect = /drop\n",
+];
+
+/// Whatever came before, by a dead instance or by a reload, the kernel holds what a clean start
+/// with the same configuration gives.
+#[test]
+fn the_configuration_alone_decides_what_is_in_the_kernel() {
+    let Some(ground) = Ground::new("decides") else {
+        return;
+    };
+    for path in ["/churn/5", "/churn/6/x", "/drop", "/proxied/x"] {
+        ground.cgroup(path);
+    }
+    let clean = POLICIES.map(|policy| {
+        let daemon = Daemon::start(&ground, policy, &[]);
+        let state = state();
+        assert!(daemon.stop().success());
+        assert_eq!(residue(), "");
+        state
+    });
+    assert_ne!(clean[0], clean[1]);
+    for (from, old) in POLICIES.iter().enumerate() {
+        for (to, new) in POLICIES.iter().enumerate() {
+            Daemon::start(&ground, old, &[]).kill9();
+            let daemon = Daemon::start(&ground, new, &[]);
+            assert_eq!(state(), clean[to], "{from} was killed, {to} started");
+            assert!(daemon.stop().success());
+
+            let daemon = Daemon::start(&ground, old, &[]);
+            daemon.configure(new);
+            daemon.reload();
+            assert_eq!(state(), clean[to], "reload from {from} to {to}");
+            assert!(daemon.stop().success());
+            assert_eq!(residue(), "");
+        }
     }
 }
 
@@ -627,6 +684,58 @@ fn an_abstract_notify_socket() {
 }
 
 #[test]
+fn sigusr1_tells_the_status() {
+    let Some(ground) = Ground::new("sigusr1") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    daemon.signal(Signal::SIGUSR1);
+    assert!(
+        daemon.wait_log("status", Duration::from_secs(5)),
+        "{}",
+        daemon.logs()
+    );
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn command_line() {
+    let Some(ground) = Ground::new("cli") else {
+        return;
+    };
+    let code = |out: &std::process::Output| out.status.code();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    for (args, want, said) in [
+        (&["--help"][..], 0, "flush"),
+        (&["-V"], 0, "cgtproxy"),
+        (&["--verison"], 2, "verison"),
+        (&["shwo"], 2, "shwo"),
+        (&["-c", "/nowhere", "check"], 2, "/nowhere"),
+        (&["-c", "/nowhere", "show"], 2, "/nowhere"),
+    ] {
+        let out = run(args);
+        let all = text(&out.stdout) + &text(&out.stderr);
+        assert_eq!(code(&out), Some(want), "{args:?}: {all}");
+        assert!(all.contains(said), "{args:?}: {all}");
+    }
+    let good = run_with(&ground, CONFIG, &["check"]);
+    assert_eq!(
+        code(&good),
+        Some(0),
+        "{}",
+        text(&good.stdout) + &text(&good.stderr)
+    );
+    let bad = run_with(&ground, "[global]\nbypas = private\nport = 1\n", &["check"]);
+    let all = text(&bad.stdout) + &text(&bad.stderr);
+    assert_eq!(code(&bad), Some(2), "{all}");
+    assert!(
+        all.contains(":3:") && all.contains(":4:") && all.contains("bypass"),
+        "{all}"
+    );
+    assert_eq!(residue(), "");
+}
+
+#[test]
 fn idle_without_a_system_call() {
     let Some(ground) = Ground::new("idle") else {
         return;
@@ -711,7 +820,7 @@ fn the_table_loads_again() {
     }
     for config in [CONFIG, RICH, "[global]\ndefault = drop\n"] {
         let daemon = Daemon::start(&ground, config, &[]);
-        let (list, plain) = (table(), table_plain());
+        let (list, plain) = (table(), table_plain(&[]));
         assert!(plain.lines().count() > 20, "{plain}");
         // The outside is a fresh network namespace.
         ground.outside(|| {
@@ -720,7 +829,7 @@ fn the_table_loads_again() {
             let again = list.lines().filter(|line| !line.contains("flags owner"));
             let again: String = again.map(|line| format!("{line}\n")).collect();
             load(&again);
-            assert_eq!(table_plain(), plain);
+            assert_eq!(table_plain(&[]), plain);
             load("delete table inet cgtproxy\n");
         });
         drop(daemon);
@@ -762,12 +871,12 @@ fn show_prints_what_run_loads() {
             for _ in 0..2 {
                 load(&script);
             }
-            let shown = table_plain();
+            let shown = table_plain(&[]);
             load("delete table inet cgtproxy\n");
             shown
         });
         let daemon = Daemon::start(&ground, config, &[]);
-        assert_eq!(shown, table_plain());
+        assert_eq!(shown, table_plain(&[]));
         assert!(daemon.stop().success());
     }
 }
