@@ -56,6 +56,13 @@ impl Backoff {
         }
     }
 
+    /// What stood in the way may be gone: a repair that is wanted is due now.
+    pub fn hasten(&mut self, now: Instant) {
+        if self.due.is_some() {
+            self.due = Some(now);
+        }
+    }
+
     /// A repair was tried and refused: the next try is due after a pause, which is returned.
     pub fn failed(&mut self, now: Instant) -> Duration {
         self.last = Some(now);

@@ -274,8 +274,11 @@ impl Daemon {
             }
             self.table.want(now);
         }
-        if damage.routing {
+        if damage.routing || damage.revived {
             self.routing.want(now);
+        }
+        if damage.revived {
+            self.routing.hasten(now);
         }
         if self.routing.due().is_some_and(|at| at <= now) {
             self.repair_routing();
@@ -323,7 +326,10 @@ impl Daemon {
                 self.routing.done(Instant::now());
                 if added > 0 {
                     let text = "ip rules and routes are in force again";
-                    log!(Notice, "{text}, {added} were missing");
+                    log::write_limited(
+                        log::Level::Notice,
+                        format_args!("{text}, {added} were missing"),
+                    );
                 }
             }
             Err(error) => {

@@ -46,6 +46,8 @@ pub struct Damage {
     pub table: Option<String>,
     /// A rule or a route of ours may be gone.
     pub routing: bool,
+    /// What could not be added before may be possible now.
+    pub revived: bool,
 }
 
 impl Kernel {
@@ -56,7 +58,7 @@ impl Kernel {
         Ok(Kernel {
             nft,
             rt,
-            flags: Some(NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST),
+            flags: table_flags(),
             ipv6: true,
             nft_events: None,
             rt_events: None,
@@ -77,7 +79,10 @@ impl Kernel {
             RTNLGRP_IPV6_ROUTE,
             RTNLGRP_IPV6_IFADDR,
         ];
-        kernel.rt_events = Some(Socket::open(SockProtocol::NetlinkRoute, &groups)?);
+        let rt = Socket::open(SockProtocol::NetlinkRoute, &groups)?;
+        // without it there are more wake-ups, that is all
+        let _ = sys::attach_filter(rt.as_fd(), &route::event_filter());
+        kernel.rt_events = Some(rt);
         Ok(kernel)
     }
 
@@ -112,8 +117,10 @@ impl Kernel {
         let own = self.rt.port();
         if let Some(socket) = &mut self.rt_events {
             let lost = each_notification(socket, |datagram| {
-                let mut others = Messages::new(datagram).filter(|m| m.pid != own);
-                damage.routing |= others.any(|m| route::damages(&m));
+                for message in Messages::new(datagram).filter(|m| m.pid != own) {
+                    damage.routing |= route::is_deletion(&message);
+                    damage.revived |= route::is_revival(&message);
+                }
             });
             damage.routing |= lost;
         }
@@ -303,6 +310,13 @@ impl Kernel {
             Err(error) => Err(error.errno().unwrap_or(Errno::EIO)),
         }
     }
+}
+
+/// What to create the table with. Debug builds can be told to leave it unowned, so that tests can
+/// do to it what others can do on kernels before 6.9.
+fn table_flags() -> Option<u32> {
+    let unowned = cfg!(debug_assertions) && std::env::var_os("CGTPROXY_UNOWNED").is_some();
+    (!unowned).then_some(NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST)
 }
 
 /// Hands every queued datagram to `each`. Returns whether some were lost before.

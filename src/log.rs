@@ -156,7 +156,7 @@ impl Log {
     /// True where the line is out.
     fn emit(&mut self, level: Level, text: &str) -> bool {
         if self.syslog {
-            return self.to_syslog(level, text);
+            return self.send_to_syslog(level, text);
         }
         let stderr = io::stderr();
         sys::writable_now(stderr.as_fd()) && {
@@ -166,7 +166,7 @@ impl Log {
     }
 
     /// A socket whose reader has gone (syslogd was restarted) is opened anew, once a line.
-    fn to_syslog(&mut self, level: Level, text: &str) -> bool {
+    fn send_to_syslog(&mut self, level: Level, text: &str) -> bool {
         let mut datagram = Vec::with_capacity(text.len() + 32);
         if LineFormat
             .format(&mut datagram, level.severity(), text)

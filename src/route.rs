@@ -220,30 +220,57 @@ pub fn parse(message: &parse::Message) -> Option<Entry> {
     }
 }
 
-/// Whether a notification tells of something that may have cost us a rule or a route: one of ours
-/// deleted, or lo coming up (its going down deletes the IPv4 route without a word; an IPv6 address
-/// on it means that IPv6 has been switched on).
-pub fn damages(message: &parse::Message) -> bool {
-    let on_lo = |at: usize| message.body.get(at..).and_then(parse::u32_ne) == Some(LO);
-    match message.kind {
-        RTM_DELRULE => parse(&parse::Message {
-            kind: RTM_NEWRULE,
-            ..*message
-        })
-        .is_some(),
-        RTM_DELROUTE => parse(&parse::Message {
-            kind: RTM_NEWROUTE,
-            ..*message
-        })
-        .is_some(),
-        // struct ifinfomsg: index at 4, flags at 8; struct ifaddrmsg: index at 4
-        RTM_NEWLINK => {
-            let flags = message.body.get(8..).and_then(parse::u32_ne).unwrap_or(0);
-            on_lo(4) && flags & IFF_UP != 0
-        }
-        RTM_NEWADDR => on_lo(4),
+/// A socket filter that passes the notifications which [`is_deletion`] and [`is_revival`] could be
+/// about, and keeps all others (routes come and go on a router) from waking us.
+pub fn event_filter() -> [libc::sock_filter; 11] {
+    // BPF loads big-endian; the header and interface indexes are in host order
+    let kind = |kind: u16| u32::from(u16::from_be_bytes(kind.to_ne_bytes()));
+    let index = |index: u32| u32::from_be_bytes(index.to_ne_bytes());
+    let op = |code: u32, k: u32, jt: u8, jf: u8| {
+        let code = code as u16;
+        libc::sock_filter { code, jt, jf, k }
+    };
+    let load = |size: u32, at: u32| op(libc::BPF_LD | libc::BPF_ABS | size, at, 0, 0);
+    let jump = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let equal = |k: u32, yes: u8, no: u8| op(jump, k, yes, no);
+    let answer = |k: u32| op(libc::BPF_RET | libc::BPF_K, k, 0, 0);
+    [
+        load(libc::BPF_H, 4), // 0: nlmsg_type
+        equal(kind(RTM_DELRULE), 8, 0),
+        equal(kind(RTM_DELROUTE), 2, 0),
+        equal(kind(RTM_NEWLINK), 3, 0),
+        equal(kind(RTM_NEWADDR), 2, 4),
+        load(libc::BPF_B, 21), // 5: rtm_protocol
+        equal(u32::from(RTPROT_CGTPROXY), 3, 2),
+        load(libc::BPF_W, 20), // 7: ifi_index or ifa_index
+        equal(index(LO), 1, 0),
+        answer(0),        // 9
+        answer(u32::MAX), // 10
+    ]
+}
+
+/// Whether a notification tells that a rule or a route of ours was deleted.
+pub fn is_deletion(message: &parse::Message) -> bool {
+    let kind = match message.kind {
+        RTM_DELRULE => RTM_NEWRULE,
+        RTM_DELROUTE => RTM_NEWROUTE,
+        _ => return false,
+    };
+    parse(&parse::Message { kind, ..*message }).is_some()
+}
+
+/// Whether a notification tells that lo is up, or has a new address: what was refused before may be
+/// possible now. (Going down it loses the IPv4 route without a word; an IPv6 address on it means
+/// that IPv6 has been switched on.)
+pub fn is_revival(message: &parse::Message) -> bool {
+    // struct ifinfomsg: index at 4, flags at 8; struct ifaddrmsg: index at 4
+    let word = |at: usize| message.body.get(at..).and_then(parse::u32_ne);
+    let up = match message.kind {
+        RTM_NEWLINK => word(8).is_some_and(|flags| flags & IFF_UP != 0),
+        RTM_NEWADDR => true,
         _ => false,
-    }
+    };
+    up && word(4) == Some(LO)
 }
 
 fn ip(family: Family) -> &'static str {

@@ -101,6 +101,26 @@ pub fn set_option(fd: BorrowedFd, level: i32, name: i32, value: i32) -> Result<(
     Errno::result(rc).map(drop)
 }
 
+/// Attaches a classic BPF program that sees each packet before it is queued (SO_ATTACH_FILTER of
+/// socket(7), include/uapi/linux/filter.h).
+pub fn attach_filter(fd: BorrowedFd, program: &[libc::sock_filter]) -> Result<(), Errno> {
+    let fprog = libc::sock_fprog {
+        len: program.len() as libc::c_ushort,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: the kernel copies `len` instructions and keeps no pointer.
+    let rc = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const fprog).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    Errno::result(rc).map(drop)
+}
+
 /// Takes over a descriptor that the caller was given by number (`--ready-fd`).
 ///
 /// Errors: EBADF where it is not open; EINVAL for standard input, output and error, which stay

@@ -133,9 +133,8 @@ impl Watcher {
 
     /// A watch on a directory that turned out to be gone would never be named again.
     fn undo(&self, wd: Option<i32>, event: Event) -> Event {
-        match (wd, &event) {
-            (Some(wd), Event::Gone { .. }) => self.unwatch(wd),
-            _ => {}
+        if let (Some(wd), Event::Gone { .. }) = (wd, &event) {
+            self.unwatch(wd);
         }
         event
     }

@@ -26,11 +26,11 @@ pub const NFPROTO_IPV4: u8 = 2;
 pub const NFPROTO_IPV6: u8 = 10;
 pub const NF_INET_PRE_ROUTING: u32 = 0;
 pub const NF_INET_LOCAL_OUT: u32 = 3;
+pub const NF_INET_POST_ROUTING: u32 = 4;
 pub const NF_DROP: i32 = 0;
 pub const NF_ACCEPT: i32 = 1;
 pub const NF_IP_PRI_MANGLE: i32 = -150;
 pub const NF_IP_PRI_NAT_DST: i32 = -100;
-pub const NF_IP_PRI_FILTER: i32 = 0;
 
 // include/uapi/linux/netfilter/nfnetlink.h
 pub const NFNL_SUBSYS_NFTABLES: u16 = 10;

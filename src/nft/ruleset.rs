@@ -277,6 +277,10 @@ fn tproxy_chain(config: &Config, index: usize, tproxy: &Tproxy) -> Chain {
             }
         }
     }
+    let own = mark(config, config.tproxies[index].mark);
+    // an ICMP error about a proxied flow (its socket is gone): to the proxy it cannot go, and the
+    // true destination must not hear of it
+    rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), Stmt::drop()]);
     rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
     let switches = [
         (Stmt::Nfproto(Family::V4), tproxy.ipv4),
@@ -292,7 +296,6 @@ fn tproxy_chain(config: &Config, index: usize, tproxy: &Tproxy) -> Chain {
             }
         }
     }
-    let own = mark(config, config.tproxies[index].mark);
     rules.push(vec![Stmt::SetCtMark(own)]);
     rules.push(vec![Stmt::SetPacketMark(own), Stmt::accept()]);
     chain(format!("to_{}", tproxy.name), rules)
@@ -349,27 +352,23 @@ fn nat_chain(config: &Config) -> Chain {
 }
 
 /// A marked packet that is not on its way to lo: the ip rules or the route are missing. It must not
-/// leave by another interface.
+/// leave by another interface. In postrouting, since `oif` of the output hook stays what it was
+/// before the mark.
 fn guard_chain(config: &Config) -> Chain {
-    let map = config
-        .tproxies
-        .iter()
-        .map(|t| (t.mark, Verdict::Drop))
-        .collect();
+    let map = config.tproxies.iter();
+    let map = map.map(|t| (t.mark, Verdict::Drop)).collect();
+    let drop = Stmt::PacketMarkMap {
+        mask: config.mask,
+        map,
+    };
     Chain {
         name: "guard".into(),
         base: Some(Base {
             kind: "filter",
-            hook: NF_INET_LOCAL_OUT,
-            priority: NF_IP_PRI_FILTER,
+            hook: NF_INET_POST_ROUTING,
+            priority: NF_IP_PRI_MANGLE,
         }),
-        rules: vec![
-            vec![Stmt::OifLo, Stmt::accept()],
-            vec![Stmt::PacketMarkMap {
-                mask: config.mask,
-                map,
-            }],
-        ],
+        rules: vec![vec![Stmt::OifLo, Stmt::accept()], vec![drop]],
     }
 }
 
@@ -446,10 +445,10 @@ fn bypass6(config: &Config) -> Set {
 
 impl fmt::Display for Base {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let hook = if self.hook == NF_INET_LOCAL_OUT {
-            "output"
-        } else {
-            "prerouting"
+        let hook = match self.hook {
+            NF_INET_LOCAL_OUT => "output",
+            NF_INET_POST_ROUTING => "postrouting",
+            _ => "prerouting",
         };
         // nft has no name for mangle in a nat chain's neighbourhood; numbers are always right
         write!(

@@ -148,11 +148,13 @@ impl Client {
         }
     }
 
-    pub fn serve(self) -> Client {
-        Client {
-            act: Act::Serve,
-            ..self
-        }
+    /// A server of one protocol at the client's address, listening already.
+    pub fn serve(self) -> Running {
+        let act = Act::Serve;
+        let mut running = Client { act, ..self }.spawn();
+        let report = running.report();
+        assert_eq!(report.errno, 0, "a service at {}", running.to);
+        running
     }
 
     pub fn run(&self) -> Outcome {
@@ -172,11 +174,11 @@ impl Client {
             report: write.as_raw_fd(),
         };
         let cgroup = File::open(&self.cgroup).expect("open the client's cgroup");
-        // SAFETY: `Job::run` makes system calls only, and never returns.
+        // SAFETY: `Job::run` makes system calls only.
         let pid = unsafe { fork_into(&cgroup, || job.run()) }.expect("fork into the cgroup");
         Running {
             pid,
-            report: read.into(),
+            pipe: read.into(),
             to: self.to,
         }
     }
@@ -207,19 +209,14 @@ pub unsafe fn fork_into(cgroup: &File, child: impl FnOnce() -> i32) -> io::Resul
 /// A client at work. Killed and reaped on drop.
 pub struct Running {
     pid: Pid,
-    report: File,
+    pipe: File,
     to: SocketAddr,
 }
 
 impl Running {
     /// How it went, and how long the client took for it.
     pub fn wait(mut self) -> (Outcome, Duration) {
-        let mut bytes = [0; size_of::<Report>()];
-        self.report
-            .read_exact(&mut bytes)
-            .expect("the client died without a report");
-        // SAFETY: the child wrote a whole Report, and any bytes are a valid one.
-        let report: Report = unsafe { std::mem::transmute(bytes) };
+        let report = self.report();
         let outcome = match report.errno {
             0 if report.echo != 0 => Outcome::Answer(format!("echo {}", self.to.ip())),
             0 => {
@@ -231,6 +228,14 @@ impl Running {
             errno => Outcome::Failed(Errno::from_raw(errno)),
         };
         (outcome, Duration::from_nanos(report.nanos))
+    }
+
+    fn report(&mut self) -> Report {
+        let mut bytes = [0; size_of::<Report>()];
+        let read = self.pipe.read_exact(&mut bytes);
+        read.expect("the client died without a report");
+        // SAFETY: the child wrote a whole Report, and any bytes are a valid one.
+        unsafe { std::mem::transmute(bytes) }
     }
 }
 
@@ -357,8 +362,14 @@ impl Job {
             Act::CloseEarly(times) => self.close_early(times),
             Act::Flood => self.flood(),
             Act::UntilDenied => self.until_denied(start),
-            Act::Serve => self.serve(),
+            Act::Serve => self.serve(start),
         };
+        self.tell(start, result, text);
+        0
+    }
+
+    /// Writes the report: how it went, or that many bytes of `text`.
+    fn tell(&self, start: u64, result: Result<usize, c_int>, text: [u8; TEXT]) {
         let report = Report {
             nanos: now() - start,
             errno: result.err().unwrap_or(0),
@@ -368,7 +379,6 @@ impl Job {
         };
         // SAFETY: reads a live value; smaller than PIPE_BUF, hence written whole.
         unsafe { libc::write(0, (&raw const report).cast(), size_of::<Report>()) };
-        0
     }
 
     fn socket(&self) -> Result<c_int, c_int> {
@@ -494,7 +504,8 @@ impl Job {
         Err(libc::ETIMEDOUT)
     }
 
-    fn serve(&self) -> Result<usize, c_int> {
+    /// Reports once it listens, and then never comes back but for an error.
+    fn serve(&self, start: u64) -> Result<usize, c_int> {
         const ANSWER: &[u8] = b"service\n";
         let fd = self.socket()?;
         // SAFETY: a sockaddr of the length that goes with it.
@@ -503,6 +514,7 @@ impl Job {
             // SAFETY: integers only.
             check(unsafe { libc::listen(fd, 16) })?;
         }
+        self.tell(start, Ok(0), [0; TEXT]);
         loop {
             self.poll(fd, libc::POLLIN, now())?;
             // SAFETY: writes within buffers that are alive, reads ANSWER, and closes a descriptor

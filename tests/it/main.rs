@@ -26,6 +26,7 @@ mod world;
 
 mod classify;
 mod demo;
+mod heal;
 mod lifecycle;
 mod reference;
 mod traffic;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::client::{expect, under, Client, Outcome, Proto, SILENCE};
 use crate::ground::{addr, ip_batch, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{self, cgroup_id, set_ids};
+use crate::wait_until;
 use crate::world::{Server, World, STREAM_PORT};
 
 const RULESET: &str = r#"
@@ -247,8 +248,16 @@ fn packets_without_a_socket_stay_proxied() {
             assert_eq!(client.run(), Outcome::Answer(String::new()));
         }
         // Data that is still on its way meets a closed socket.
-        std::thread::sleep(Duration::from_millis(50));
-        let leaked = world.wire.to_remote();
-        assert_eq!(leaked.is_empty(), quiet, "{} of {leaked:?}", leaked.len());
+        let mut leaked = Vec::new();
+        let patience = if quiet {
+            SILENCE
+        } else {
+            Duration::from_secs(5)
+        };
+        wait_until(patience, || {
+            leaked.extend(world.wire.to_remote());
+            !leaked.is_empty()
+        });
+        assert_eq!(leaked.is_empty(), quiet, "{leaked:?}");
     }
 }
