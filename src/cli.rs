@@ -40,6 +40,7 @@ pub struct Options {
     pub syslog: bool,
     pub verbose: usize,
     pub ready_fd: Option<RawFd>,
+    pub seccomp: bool,
 }
 
 impl Options {
@@ -157,6 +158,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         syslog: matches.opt_present("syslog"),
         verbose: matches.opt_count("verbose"),
         ready_fd,
+        seccomp: !matches.opt_present("no-seccomp"),
     };
     log::configure(Level::Notice.louder(options.verbose), false);
     let mut free = matches.free.iter().map(String::as_str);

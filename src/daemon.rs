@@ -16,6 +16,7 @@ use crate::backoff::Backoff;
 use crate::cgroup::mount;
 use crate::cgroup::watch::{self, Watcher};
 use crate::config::{Config, OnExit};
+use crate::confine::confine;
 use crate::core::{Action, Core, Event};
 use crate::error::{Error, Result};
 use crate::instance::Instance;
@@ -34,6 +35,8 @@ pub struct Options {
     pub ready_fd: Option<OwnedFd>,
     pub verbose: usize,
     pub syslog: bool,
+    /// Install the system call filter.
+    pub seccomp: bool,
 }
 
 /// How often a directory is looked at that cannot be watched.
@@ -213,6 +216,7 @@ impl Daemon {
         if let Some(file) = &self.options.pidfile {
             write_pidfile(file)?;
         }
+        confine(self.options.seccomp)?;
         self.notify.ready();
         log!(Notice, "started: {}", self.summary());
         Ok(())

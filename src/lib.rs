@@ -10,6 +10,7 @@ pub mod cgroup;
 pub mod cli;
 pub mod commands;
 pub mod config;
+pub mod confine;
 pub mod core;
 pub mod daemon;
 pub mod error;

@@ -136,40 +136,129 @@ pub fn adopt_fd(fd: RawFd) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Bits of the effective capability set (capget(2), `_LINUX_CAPABILITY_VERSION_3`).
+/// `_LINUX_CAPABILITY_VERSION_3` of include/uapi/linux/capability.h: two words a set.
+const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
+
+#[repr(C)]
+struct CapHeader {
+    version: u32,
+    pid: libc::c_int,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct CapData {
+    effective: u32,
+    permitted: u32,
+    inheritable: u32,
+}
+
+/// Capabilities of include/uapi/linux/capability.h, as bits of a set.
+pub const CAP_DAC_READ_SEARCH: u64 = 1 << 2;
+pub const CAP_NET_ADMIN: u64 = 1 << 12;
+
+/// Bits of the effective capability set (capget(2)).
 pub fn effective_capabilities() -> Result<u64, Errno> {
-    const VERSION_3: u32 = 0x2008_0522;
-    #[repr(C)]
-    struct Header {
-        version: u32,
-        pid: libc::c_int,
-    }
-    #[repr(C)]
-    #[derive(Clone, Copy, Default)]
-    struct Data {
-        effective: u32,
-        permitted: u32,
-        inheritable: u32,
-    }
-    let mut header = Header {
-        version: VERSION_3,
+    let mut header = CapHeader {
+        version: CAPABILITY_VERSION_3,
         pid: 0,
     };
-    let mut data = [Data::default(); 2];
-    // SAFETY: version 3 makes the kernel write exactly two Data elements.
-    let rc = unsafe {
-        libc::syscall(
-            libc::SYS_capget,
-            &mut header as *mut Header,
-            data.as_mut_ptr(),
-        )
-    };
+    let mut data = [CapData::default(); 2];
+    // SAFETY: version 3 makes the kernel write exactly two elements of data.
+    let rc = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) };
     Errno::result(rc)?;
     Ok(u64::from(data[0].effective) | u64::from(data[1].effective) << 32)
 }
 
-/// `CAP_NET_ADMIN` of include/uapi/linux/capability.h, as a bit of a capability set.
-pub const CAP_NET_ADMIN: u64 = 1 << 12;
+/// Reduces the permitted and effective sets to `keep`, empties the others, and locks the
+/// securebits so that no exec by root brings anything back (capabilities(7)).
+///
+/// The bounding set and the securebits need CAP_SETPCAP; without it there is nothing to regain.
+pub fn limit_capabilities(keep: u64) -> Result<(), Errno> {
+    const CAP_LAST: libc::c_ulong = 63;
+    // noroot, no_setuid_fixup, keep_caps off, no_cap_ambient_raise, each with its lock
+    const SECUREBITS: libc::c_ulong = 0b1110_1111;
+    // SAFETY: prctl with these options takes integers only.
+    unsafe {
+        libc::prctl(
+            libc::PR_CAP_AMBIENT,
+            libc::PR_CAP_AMBIENT_CLEAR_ALL as libc::c_ulong,
+            0,
+            0,
+            0,
+        );
+        libc::prctl(libc::PR_SET_SECUREBITS, SECUREBITS, 0, 0, 0);
+        for cap in 0..=CAP_LAST {
+            libc::prctl(libc::PR_CAPBSET_DROP, cap, 0, 0, 0);
+        }
+    }
+    let half = |shift: u32| {
+        let bits = (keep >> shift) as u32;
+        CapData {
+            effective: bits,
+            permitted: bits,
+            inheritable: 0,
+        }
+    };
+    let data = [half(0), half(32)];
+    let header = CapHeader {
+        version: CAPABILITY_VERSION_3,
+        pid: 0,
+    };
+    // SAFETY: version 3 makes the kernel read exactly two elements of data.
+    let rc = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
+    Errno::result(rc).map(drop)
+}
+
+/// No exec will ever gain privileges (`PR_SET_NO_NEW_PRIVS` of prctl(2)).
+pub fn set_no_new_privs() -> Result<(), Errno> {
+    // SAFETY: integers only.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }).map(drop)
+}
+
+/// No core dumps, no ptrace by others of the same user (`PR_SET_DUMPABLE` of prctl(2)).
+pub fn set_undumpable() -> Result<(), Errno> {
+    // SAFETY: integers only.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }).map(drop)
+}
+
+/// From here on any system call that is not in `allowed`, or of another architecture's table than
+/// `arch`, kills the process, and the kernel logs which it was (seccomp(2)).
+///
+/// Errors: EINVAL or ENOSYS where the kernel has no seccomp filters.
+pub fn seccomp_allow(arch: u32, allowed: &[libc::c_long]) -> Result<(), Errno> {
+    // offsets in struct seccomp_data of include/uapi/linux/seccomp.h
+    const NR: u32 = 0;
+    const ARCH: u32 = 4;
+    let op = |code: u32, k: u32, jt: u8, jf: u8| {
+        let code = code as u16;
+        libc::sock_filter { code, jt, jf, k }
+    };
+    let load = |at| op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, at, 0, 0);
+    let equal = |k, yes, no| op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, k, yes, no);
+    let answer = |k| op(libc::BPF_RET | libc::BPF_K, k, 0, 0);
+    let kill = answer(libc::SECCOMP_RET_KILL_PROCESS);
+    let mut program = vec![load(ARCH), equal(arch, 1, 0), kill, load(NR)];
+    for number in allowed {
+        program.push(equal(*number as u32, 0, 1));
+        program.push(answer(libc::SECCOMP_RET_ALLOW));
+    }
+    program.push(kill);
+    let fprog = libc::sock_fprog {
+        len: program.len() as libc::c_ushort,
+        filter: program.as_mut_ptr(),
+    };
+    // SAFETY: the kernel copies `len` instructions and keeps no pointer.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &raw const fprog,
+        )
+    };
+    Errno::result(rc).map(drop)
+}
 
 /// Whether a write of up to `PIPE_BUF` bytes to `fd` would not block now (poll(2), no waiting).
 pub fn writable_now(fd: BorrowedFd) -> bool {

@@ -29,7 +29,7 @@ const LAYERS: [&[&str]; 11] = [
         "plan",
     ],
     // ... to here, but for the files below
-    &["kernel", "instance", "notify"],
+    &["kernel", "instance", "notify", "confine"],
     &["daemon"],
     &["cli", "commands"],
 ];

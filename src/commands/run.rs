@@ -35,6 +35,7 @@ pub fn run(options: Options) -> Result<ExitCode> {
         ready_fd,
         verbose: options.verbose,
         syslog: options.syslog,
+        seccomp: options.seccomp,
     })?;
     Ok(ExitCode::SUCCESS)
 }
