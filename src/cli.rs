@@ -1,6 +1,7 @@
 //! The command line: options to a command, its errors to messages and the exit status.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -118,13 +119,23 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     match dispatch(args) {
         Ok(code) => code,
         Err(error) => {
-            error
-                .to_string()
-                .lines()
-                .for_each(|line| log!(Error, "{line}"));
+            // a command line's reader gets every line, whatever the log does
+            for line in error.to_string().lines() {
+                let _ = writeln!(std::io::stderr(), "error: {line}");
+                if log::to_syslog() {
+                    log!(Error, "{line}");
+                }
+            }
             ExitCode::from(error.exit_status())
         }
     }
+}
+
+/// Its first letter in lower case, for what stands after a colon; option names stay as they are.
+fn lower_first(text: &str) -> String {
+    let mut chars = text.chars();
+    let first = chars.next().map(|c| c.to_ascii_lowercase());
+    first.into_iter().chain(chars).collect()
 }
 
 fn wrong(text: String) -> Error {
@@ -134,7 +145,7 @@ fn wrong(text: String) -> Error {
 fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     let matches = options()
         .parse(args)
-        .map_err(|fail| wrong(fail.to_string().to_lowercase()))?;
+        .map_err(|fail| wrong(lower_first(&fail.to_string())))?;
     if matches.opt_present("help") {
         return commands::print(&usage());
     }
@@ -163,6 +174,9 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     log::configure(Level::Notice.louder(options.verbose), false);
     let mut free = matches.free.iter().map(String::as_str);
     let command = free.next().unwrap_or("run");
+    if !COMMANDS.iter().any(|(name, _)| *name == command) {
+        return Err(wrong(format!("unknown command \"{command}\"")));
+    }
     if let Some(extra) = free.next() {
         return Err(wrong(format!("{command} takes no argument: \"{extra}\"")));
     }
@@ -171,6 +185,6 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "check" => commands::check::check(&options),
         "show" => commands::show::show(&options),
         "flush" => commands::flush::flush(),
-        other => Err(wrong(format!("unknown command \"{other}\""))),
+        _ => unreachable!("{command} is in COMMANDS"),
     }
 }

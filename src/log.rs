@@ -105,6 +105,11 @@ pub fn configure(level: Level, syslog: bool) {
     });
 }
 
+/// Whether lines go to syslog.
+pub fn to_syslog() -> bool {
+    LOG.with_borrow(|log| log.syslog)
+}
+
 /// Whether a line of this level would be written.
 pub fn enabled(level: Level) -> bool {
     LOG.with_borrow(|log| level <= log.level)

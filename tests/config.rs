@@ -9,8 +9,12 @@ use std::path::{Path, PathBuf};
 
 use cgtproxy::config::file::Files;
 use cgtproxy::config::{load, Config, OnExit, Problem, Source, Take, Target};
+use cgtproxy::error::reason;
 use cgtproxy::log::Level;
 use cgtproxy::nft::expr::{Mark, Range};
+use nix::errno::Errno;
+use nix::sys::stat::Mode;
+use nix::unistd::{geteuid, mkfifo, setfsuid, Uid};
 
 /// Files by name. In an include, `*` stands for any end of a name; the only user is xray.
 struct Memory(BTreeMap<PathBuf, String>);
@@ -62,7 +66,7 @@ fn bad(files: &[(&str, &str)], want: &[&str]) {
 const BAD_LINES: [(&str, &str); 4] = [
     (
         "[global]\n",
-        r#"
+        r##"
 nonsense = 1
     unknown key "nonsense" in [global]
 route_table = 300
@@ -145,13 +149,29 @@ on-exit = delete
     "on-exit" expects remove or keep, not "delete"
 log-level = warn
     "log-level" expects error, warning, notice, info or debug, not "warn"
+DEFAULT = drop
+    unknown key "DEFAULT" in [global], did you mean "default"?
+default = "direct" # all
+    text behind the closing quote: "# all"
+default = "direct"x"
+    text behind the closing quote: "x""
+route-table = 300 # ours
+    "route-table" expects a number from 1 to 0xffffffff, not "300 # ours"; a comment needs a line of its own
+bypass = 10.0.0.0/
+    "bypass" expects an address, a CIDR or "private", not "10.0.0.0/"
+bypass-mark = 0
+    "bypass-mark" 0 would match every packet without a mark
+bypass-user = 0xffffffff
+    "bypass-user" expects a number from 0 to 0xfffffffe, not "0xffffffff"
+include = none
+    unable to include none: no such file or directory
 counters = yes
     "counters" expects target or cgroup, not "yes"
-"#,
+"##,
     ),
     (
         "[tproxy a]\nport = 1\n",
-        r#"
+        r##"
 nonsense = 1
     unknown key "nonsense" in [tproxy]
 adress = ::1
@@ -186,11 +206,11 @@ dns-hijack-tcp = drop
     "dns-hijack-tcp" expects yes or no, not "drop"
 dns-hijack-tcp = yes
     "dns-hijack-tcp" needs "dns-hijack"
-"#,
+"##,
     ),
     (
         "[rules]\n",
-        r#"
+        r##"
 dirct = /a
     undefined target "dirct", did you mean "direct"?
 mihomo = /a
@@ -227,11 +247,11 @@ drop = *
     bad pattern at character 1: uncounted repetition operator must be applied to a sub-expression: "*"
 drop = /a{2,1}/b
     bad pattern at character 7: found counted repetition with a min bigger than its max: "/a{2,1}/b"
-"#,
+"##,
     ),
     (
         "",
-        r#"
+        r##"
 default = drop
     "default" stands before any section header
 [global
@@ -270,7 +290,7 @@ default = drop
     bad tproxy name "abcdefghijklmnop": a letter, then up to 14 letters, digits, "_" or "-"
 [tproxy a]
     [tproxy a] needs a port
-"#,
+"##,
     ),
 ];
 
@@ -295,7 +315,7 @@ fn bad_lines() {
 #[test]
 fn bad_combinations() {
     for (text, want) in [
-        ("[rules]\ndrop = /a\0b\n", &["c:2: a NUL byte in the line"][..]),
+        ("[rules]\ndrop = /a\0b\n", &["c:2: a NUL byte in the line: \"drop = /a\\u{0}b\""][..]),
         (
             "[global]\ndefault = direct\n[rules]\n[global]\ndefault = direct\n",
             &["c:5: duplicate key \"default\", first set at c:2"],
@@ -348,6 +368,26 @@ fn bad_combinations() {
             "\u{feff}# one\r\n\r\n[global]\r\n; four\r\nx = 1\r\n",
             &["c:5: unknown key \"x\" in [global]"],
         ),
+        (
+            "[tproxy a]\nport = 1\naddress = ::1\naddress = ::2\n[rules]\nb = /b\n",
+            &[
+                "c:4: second IPv6 \"address\": \"::2\" beside \"::1\"",
+                "c:6: undefined target \"b\"",
+            ],
+        ),
+        // one mistake, one message
+        (
+            "[global]\nfwmark-mask = 0xfg\n[tproxy a]\nport = 1\nmark = 1\n",
+            &["c:2: \"fwmark-mask\" expects a number from 1 to 0xffffffff, not \"0xfg\""],
+        ),
+        (
+            "[tproxy a]\nport = 1\ndns-hijack = no\ndns-hijack-tcp = yes\n",
+            &["c:3: \"dns-hijack\" expects ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT, not \"no\""],
+        ),
+        (
+            "[global]\nbypass-mark = 0x1000000\nbypass-mark = 0x2000001\nbypass-mark = 0x1000000/0x1000000\n[tproxy a]\nport = 1\n",
+            &["c:2: \"bypass-mark\" 0x1000000 is the mark of [tproxy a]"],
+        ),
     ] {
         bad(&[("c", text)], want);
     }
@@ -359,9 +399,12 @@ fn bad_includes() {
         // the errors of all files; keys, targets and sections are one space
         (
             &[
-                ("c", "[global]\ndefault = a\ninclude = d/*\ninclude = e\nx = 1\n"),
+                (
+                    "c",
+                    "[global]\ndefault = a\ninclude = d/*\ninclude = e\nx = 1\n",
+                ),
                 ("d/1", "[tproxy a]\nport = 0\n[global]\ndefault = drop\n"),
-                ("d/2", "x\n\n[rules]\nb = /\n[tproxy a]\nport = 2\n"),
+                ("d/2", "x\n\n[rules]\nother = /\n[tproxy a]\nport = 2\n"),
                 ("e", "default = direct\n"),
             ][..],
             &[
@@ -369,31 +412,628 @@ fn bad_includes() {
                 "d/1:2: \"port\" expects a number from 1 to 65535, not \"0\"",
                 "d/1:4: duplicate key \"default\", first set at c:2",
                 "d/2:1: expected KEY = VALUE, not \"x\"",
-                "d/2:4: undefined target \"b\"",
+                "d/2:4: undefined target \"other\"",
                 "d/2:5: duplicate section [tproxy a], first at d/1:1",
                 "e:1: \"default\" stands before any section header",
             ][..],
         ),
         (
             &[("c", "[global]\ninclude = c\n")],
-            &["c:2: c includes itself"],
+            &["c:2: unable to include c: it includes itself"],
         ),
         (
-            &[("c", "[global]\ninclude = d\n"), ("d", "[global]\n\ninclude = c\n")],
-            &["d:3: c includes itself"],
+            &[
+                ("c", "[global]\ninclude = d\n"),
+                ("d", "[global]\n\ninclude = c\n"),
+            ],
+            &["d:3: unable to include c: it includes itself"],
+        ),
+        (
+            &[
+                ("c", "[global]\ninclude = d\ninclude = d*\nx\n"),
+                ("d", "[rules]\n(\n"),
+            ],
+            &[
+                "c:3: unable to include d: it was included before",
+                "c:4: expected KEY = VALUE, not \"x\"",
+                "d:2: expected KEY = VALUE, not \"(\"",
+            ],
         ),
     ] {
         bad(files, want);
     }
     let chain = |n: usize| -> Vec<(String, String)> {
         let link = |i| (format!("{i}"), format!("[global]\ninclude = {}\n", i + 1));
-        (1..n).map(link).chain([(n.to_string(), String::new())]).collect()
+        (1..n)
+            .map(link)
+            .chain([(n.to_string(), String::new())])
+            .collect()
     };
     let load = |n| {
         let files = chain(n);
-        let files: Vec<_> = files.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
+        let files: Vec<_> = files
+            .iter()
+            .map(|(a, b)| (a.as_str(), b.as_str()))
+            .collect();
         lines(read(&files))
     };
     assert_eq!(load(8), [""; 0]);
-    assert_eq!(load(9), ["8:2: includes are nested over 8 deep"]);
+    assert_eq!(load(9), ["8:2: unable to include 9: nested over 8 deep"]);
+}
+
+/// For random masks, tproxies and explicit marks: each tproxy has a mark of its own, not zero,
+/// within the mask and not the one of direct flows, or there is an error and a reason for it.
+#[test]
+fn marks() {
+    let mut seed = 1u32;
+    let mut random = |n: usize| {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (seed >> 8) as usize % n
+    };
+    let (mut fine, mut refused) = (0, 0);
+    for _ in 0..3000 {
+        let bits: BTreeSet<usize> = (0..1 + random(3)).map(|_| random(32)).collect();
+        let mask: u32 = bits.iter().map(|bit| 1 << bit).sum();
+        let count = random(9);
+        let default = ["direct", "drop"][random(2)];
+        let mut text = format!("[global]\nfwmark-mask = {mask:#x}\ndefault = {default}\n");
+        let mut explicit = Vec::new();
+        for i in 0..count {
+            text.push_str(&format!("[tproxy t{i}]\nport = 1\n"));
+            if random(4) == 0 {
+                let subset = bits.iter().filter(|_| random(2) == 0).map(|bit| 1 << bit);
+                let mark: u32 = (subset.sum::<u32>() | u32::from(random(8) == 0)).max(1);
+                text.push_str(&format!("mark = {mark}\n"));
+                explicit.push(mark);
+            }
+        }
+        let reserved = default == "drop";
+        let legal = |mark: &u32| mark & !mask == 0 && !(reserved && *mark == mask);
+        let distinct: BTreeSet<_> = explicit.iter().collect();
+        let room = (1 << bits.len()) - 1 - usize::from(reserved);
+        let possible =
+            explicit.iter().all(legal) && distinct.len() == explicit.len() && count <= room;
+        match read(&[("c", &text)]) {
+            Ok(config) => {
+                assert!(possible, "{text}");
+                let marks: BTreeSet<u32> = config.tproxies.iter().map(|t| t.mark).collect();
+                assert!(
+                    marks.len() == count && !marks.contains(&0),
+                    "{text}{marks:?}"
+                );
+                assert!(marks.iter().all(legal), "{text}{marks:?}");
+                assert!(
+                    explicit.iter().all(|mark| marks.contains(mark)),
+                    "{text}{marks:?}"
+                );
+                fine += 1;
+            }
+            Err(problems) => {
+                assert!(!possible, "{text}{problems:?}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(fine > 500 && refused > 500, "{fine} {refused}");
+}
+
+/// 1, 2, 3… in file order, shifted into the mask; a mark that is given stands.
+#[test]
+fn default_marks() {
+    for (mask, given, want) in [
+        (
+            0xff00_0000_u32,
+            [None; 3],
+            [0x0100_0000, 0x0200_0000, 0x0300_0000],
+        ),
+        (0x0000_ff00, [None; 3], [0x100, 0x200, 0x300]),
+        (0xffff_ffff, [None; 3], [1, 2, 3]),
+        (
+            0xc000_0000,
+            [None; 3],
+            [0x4000_0000, 0x8000_0000, 0xc000_0000],
+        ),
+        (0x0000_0101, [None; 3], [0x001, 0x100, 0x101]),
+        (
+            0xff00_0000,
+            [None, Some(0x0300_0000), None],
+            [0x0100_0000, 0x0300_0000, 0x0400_0000],
+        ),
+        (0x0000_0003, [None, Some(1), None], [2, 1, 3]),
+    ] {
+        let mut text = format!("[global]\nfwmark-mask = {mask}\n");
+        for (i, mark) in given.iter().enumerate() {
+            text.push_str(&format!("[tproxy t{i}]\nport = 1\n"));
+            text.extend(mark.map(|mark| format!("mark = {mark:#x}\n")));
+        }
+        let marks: Vec<u32> = good(&text).tproxies.iter().map(|t| t.mark).collect();
+        assert_eq!(marks, want, "{text}");
+    }
+}
+
+#[test]
+fn an_empty_file_is_the_default() {
+    for text in [
+        "",
+        "\n\n",
+        "# only this\n",
+        "\u{feff}",
+        "[global]\n[rules]\n[global]\n",
+    ] {
+        let config = good(text);
+        let built_in = Config {
+            files: vec!["c".into()],
+            ..Config::default()
+        };
+        assert_eq!(format!("{config:?}"), format!("{built_in:?}"), "{text:?}");
+    }
+}
+
+#[test]
+fn every_key_of_global() {
+    let v4 = |a: [u8; 4], n| Range::prefix(Ipv4Addr::from(a), n);
+    let v6 = |a: &str, n| Range::prefix(a.parse::<Ipv6Addr>().unwrap(), n);
+    let config = good(
+        "[global]\ncgroup-root = /sys/fs/cgroup/unified\ndefault = drop\nroute-table = 0x100\n\
+         rule-priority = 99\nfwmark-mask = 0xF0\nbypass = 192.0.2.1\nbypass = 198.51.100.0/24\n\
+         bypass = 2001:db8::/32\nbypass = ::1\nbypass = private\nbypass-mark = 0xff00\n\
+         bypass-mark = 0x1/0x3\nbypass-user = xray\nbypass-user = 0\non-exit = keep\n\
+         log-level = debug\ncounters = cgroup\n",
+    );
+    assert_eq!(
+        config.cgroup_root.as_deref(),
+        Some(Path::new("/sys/fs/cgroup/unified"))
+    );
+    assert_eq!(config.default, Target::Drop);
+    assert_eq!(
+        (config.route_table, config.rule_priority, config.mask),
+        (256, 99, 0xf0)
+    );
+    assert_eq!(
+        config.bypass4,
+        [
+            v4([192, 0, 2, 1], 32),
+            v4([198, 51, 100, 0], 24),
+            v4([10, 0, 0, 0], 8),
+            v4([172, 16, 0, 0], 12),
+            v4([192, 168, 0, 0], 16),
+            v4([100, 64, 0, 0], 10),
+        ]
+    );
+    assert_eq!(
+        config.bypass6,
+        [v6("2001:db8::", 32), v6("::1", 128), v6("fc00::", 7)]
+    );
+    let mark = |value, mask| Mark { value, mask };
+    assert_eq!(config.bypass_marks, [mark(0xff00, u32::MAX), mark(1, 3)]);
+    assert_eq!(config.bypass_users, [1000, 0]);
+    assert_eq!(config.on_exit, OnExit::Keep);
+    assert_eq!(config.log_level, Level::Debug);
+    assert!(config.counters_per_cgroup);
+
+    // the other words that these keys take, and the manual's own values, which are the defaults
+    let config = good(
+        "[global]\ncgroup-root = auto\ndefault = direct\nroute-table = 300\nrule-priority = 100\n\
+         fwmark-mask = 0xff000000\non-exit = remove\nlog-level = notice\ncounters = target\n",
+    );
+    let built_in = Config {
+        files: vec!["c".into()],
+        ..Config::default()
+    };
+    assert_eq!(format!("{config:?}"), format!("{built_in:?}"));
+    for (word, level) in [
+        ("error", Level::Error),
+        ("warning", Level::Warning),
+        ("info", Level::Info),
+    ] {
+        assert_eq!(
+            good(&format!("[global]\nlog-level = {word}\n")).log_level,
+            level
+        );
+    }
+}
+
+#[test]
+fn every_key_of_tproxy() {
+    let config = good(
+        "[tproxy a]\nport = 0x1ed5\naddress = 127.0.0.1\naddress = ::1\nmark = 0x05000000\n\
+         tcp = no\nudp = drop\nipv4 = off\nipv6 = 0\ndns-hijack = 127.0.0.1:1053\n\
+         dns-hijack = [::1]:1054\ndns-hijack-tcp = true\n[tproxy B-_234567890123]\nport = 65535\n",
+    );
+    let [a, b] = &config.tproxies[..] else {
+        panic!("{:?}", config.tproxies)
+    };
+    assert_eq!((a.name.as_str(), a.port, a.mark), ("a", 7893, 0x0500_0000));
+    assert_eq!(a.address4, Some(Ipv4Addr::LOCALHOST));
+    assert_eq!(a.address6, Some(Ipv6Addr::LOCALHOST));
+    assert_eq!(
+        (a.tcp, a.udp, a.ipv4, a.ipv6),
+        (Take::No, Take::Drop, Take::No, Take::No)
+    );
+    assert_eq!(a.dns4.unwrap().to_string(), "127.0.0.1:1053");
+    assert_eq!(a.dns6.unwrap().to_string(), "[::1]:1054");
+    assert!(a.dns_tcp);
+
+    assert_eq!((b.name.as_str(), b.port), ("B-_234567890123", 65535));
+    assert_eq!(
+        (b.address4, b.address6, b.dns4, b.dns6),
+        (None, None, None, None)
+    );
+    assert_eq!(
+        (b.tcp, b.udp, b.ipv4, b.ipv6),
+        (Take::Yes, Take::Yes, Take::Yes, Take::Yes)
+    );
+    assert!(!b.dns_tcp);
+}
+
+#[test]
+fn values_that_are_fine() {
+    for (value, port) in [
+        ("127.0.0.1", "127.0.0.1:53"),
+        ("127.0.0.1:1053", "127.0.0.1:1053"),
+        ("::1", "[::1]:53"),
+        ("[::1]", "[::1]:53"),
+        ("[2001:db8::1]:5353", "[2001:db8::1]:5353"),
+    ] {
+        let config = good(&format!("[tproxy a]\nport = 1\ndns-hijack = {value}\n"));
+        let a = &config.tproxies[0];
+        let got = a
+            .dns4
+            .map(|e| e.to_string())
+            .or(a.dns6.map(|e| e.to_string()));
+        assert_eq!(got.as_deref(), Some(port));
+    }
+    for (word, take) in [
+        ("yes true on 1", Take::Yes),
+        ("no false off 0", Take::No),
+        ("drop", Take::Drop),
+    ] {
+        for word in word.split(' ') {
+            let config = good(&format!("[tproxy a]\nport = 1\nudp = {word}\n"));
+            assert_eq!(config.tproxies[0].udp, take, "{word}");
+        }
+    }
+}
+
+#[test]
+fn rules_and_what_they_match() {
+    for (value, matches, does_not) in [
+        ("/a", "/a", "/a/b"),
+        ("/a|/b", "/b", "/x/b"),
+        ("^/a$", "/a", "/a/"),
+        ("\" /a \"", " /a ", "/a"),
+        ("/a # b = \"c\" ; d", "/a # b = \"c\" ; d", "/a"),
+        ("\"/a=[x]\"", "/a=x", "/a"),
+        ("/(transmission|aria2)", "/aria2", "/aria2c"),
+        (
+            r"/user\.slice/.*/app-org\.mozilla\.firefox.*",
+            "/user.slice/u/app-org.mozilla.firefox-1.scope",
+            "/user.slice",
+        ),
+        ("(?i)/a", "/A", "/B"),
+        ("(?x)/a b # c", "/ab", "/a b"),
+        ("(?x)/a|/b # c)|(.*", "/b", "/c"),
+        ("/日本", "/日本", "/日"),
+        ("/a\u{fffd}", "/a\u{fffd}", "/a"),
+    ] {
+        let config = good(&format!("[rules]\r\n  drop\t=  {value}  \r\n"));
+        let [rule] = &config.rules[..] else {
+            panic!("{value}: {:?}", config.rules)
+        };
+        assert_eq!(
+            (rule.target, rule.place.to_string().as_str()),
+            (Target::Drop, "c:2")
+        );
+        assert!(rule.regex.is_match(matches), "{value} on {matches}");
+        assert!(!rule.regex.is_match(does_not), "{value} on {does_not}");
+    }
+}
+
+/// Targets may be defined below their use; included files stand where the include does.
+#[test]
+fn includes_and_order() {
+    let config = read(&[
+        (
+            "etc/c",
+            "[rules]\nb = /1\n[global]\ninclude = d/*\ndefault = b\n[rules]\na = /4\n[tproxy a]\nport = 1\n",
+        ),
+        ("etc/d/10", "[rules]\ndrop = /2\n[global]\ninclude = ../none*\n"),
+        ("etc/d/20", "[rules]\ndirect = /3\n[tproxy b]\nport = 2\n"),
+    ])
+    .unwrap();
+    let rules: Vec<_> = config
+        .rules
+        .iter()
+        .map(|r| (r.target, r.pattern.as_str()))
+        .collect();
+    let (b, a) = (Target::Tproxy(0), Target::Tproxy(1));
+    let want = [
+        (b, "/1"),
+        (Target::Drop, "/2"),
+        (Target::Direct, "/3"),
+        (a, "/4"),
+    ];
+    assert_eq!(rules, want);
+    assert_eq!(config.default, b);
+    assert_eq!(config.tproxies[0].mark, 0x0100_0000);
+    let files = ["etc/c", "etc/d/10", "etc/d/20"].map(PathBuf::from);
+    assert_eq!(config.files, files);
+    assert_eq!(config.rules[2].place.to_string(), "etc/d/20:2");
+}
+
+/// A directory below /tmp that is gone at the end; nobody but root may write it.
+struct Dir(PathBuf);
+
+impl Dir {
+    fn new(name: &str) -> Dir {
+        let dir = format!("cgtproxy-config-{}-{name}", std::process::id());
+        let dir = Dir(std::env::temp_dir().join(dir));
+        fs::create_dir(&dir.0).unwrap();
+        dir.mode("", 0o755);
+        dir
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        match name {
+            "" => self.0.clone(),
+            _ => self.0.join(name),
+        }
+    }
+
+    fn mode(&self, name: &str, mode: u32) {
+        fs::set_permissions(self.path(name), Permissions::from_mode(mode)).unwrap();
+    }
+
+    fn file(&self, name: &str, bytes: impl AsRef<[u8]>, mode: u32) {
+        fs::write(self.path(name), bytes).unwrap();
+        self.mode(name, mode);
+    }
+
+    fn dir(&self, name: &str, mode: u32) {
+        fs::create_dir(self.path(name)).unwrap();
+        self.mode(name, mode);
+    }
+
+    fn load(&self, name: &str, trusted_only: bool) -> Vec<String> {
+        lines(load(&Files { trusted_only }, &self.path(name)))
+    }
+
+    /// Loads `name`; in `want`, `DIR` stands for this directory.
+    #[track_caller]
+    fn expect(&self, name: &str, trusted_only: bool, want: &[&str]) {
+        let dir = self.0.to_str().unwrap();
+        let want: Vec<_> = want.iter().map(|line| line.replace("DIR", dir)).collect();
+        assert_eq!(self.load(name, trusted_only), want, "{name}");
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn what_is_no_configuration_file() {
+    let dir = Dir::new("kinds");
+    dir.dir("directory", 0o755);
+    mkfifo(&dir.path("fifo"), Mode::from_bits_truncate(0o600)).unwrap();
+    dir.file("full", "#".repeat(1 << 20), 0o600);
+    dir.file("over", "#".repeat((1 << 20) + 1), 0o600);
+    File::create(dir.path("sparse"))
+        .unwrap()
+        .set_len(1 << 30)
+        .unwrap();
+    dir.file("latin1", b"[global]\n# caf\xe9\n", 0o600);
+    dir.file("utf16", b"\xff\xfe[\0g\0", 0o600);
+    dir.file("zeros", b"[global]\n\0\0\n", 0o600);
+    symlink("loop", dir.path("loop")).unwrap();
+    for trusted_only in [false, true] {
+        for (name, want) in [
+            ("absent", "DIR/absent: no such file or directory"),
+            ("full/x", "DIR/full/x: not a directory"),
+            ("directory", "DIR/directory: is a directory"),
+            ("fifo", "DIR/fifo: is not a regular file"),
+            ("over", "DIR/over: is over 1 MiB"),
+            ("sparse", "DIR/sparse: is over 1 MiB"),
+            ("latin1", "DIR/latin1: is not UTF-8 (line 2)"),
+            ("utf16", "DIR/utf16: is not UTF-8 (line 1)"),
+            (
+                "zeros",
+                "DIR/zeros:2: a NUL byte in the line: \"\\u{0}\\u{0}\"",
+            ),
+            ("loop", &format!("DIR/loop: {}", reason(Errno::ELOOP))),
+        ] {
+            dir.expect(name, trusted_only, &[want]);
+        }
+        dir.expect("full", trusted_only, &[]);
+    }
+    let device = load(
+        &Files {
+            trusted_only: false,
+        },
+        Path::new("/dev/zero"),
+    );
+    assert_eq!(lines(device), ["/dev/zero: is not a regular file"]);
+}
+
+#[test]
+fn includes_on_disk() {
+    let dir = Dir::new("includes");
+    dir.dir("d", 0o755);
+    dir.file("d/10.conf", "one", 0o600);
+    dir.file("d/9.conf", "two", 0o600);
+    dir.file("d/.hidden.conf", "three", 0o600);
+    dir.file("d/9.conf~", "four", 0o600);
+    dir.file(
+        "c",
+        "[global]\ninclude = d/*.conf\ninclude = none/*.conf\ninclude = d/*.cfg\n",
+        0o600,
+    );
+    // sorted as the shell sorts, by bytes
+    let want = [
+        "DIR/d/10.conf:1: expected KEY = VALUE, not \"one\"",
+        "DIR/d/9.conf:1: expected KEY = VALUE, not \"two\"",
+    ];
+    dir.expect("c", true, &want);
+    for (value, why) in [
+        ("*/x.conf", "only the last part may have \"*\" or \"?\""),
+        ("c/*.conf", "not a directory"),
+        ("..", "no file name"),
+    ] {
+        dir.file("bad", format!("[global]\ninclude = {value}\n"), 0o600);
+        let want = format!("DIR/bad:2: unable to include \"{value}\": {why}");
+        dir.expect("bad", true, &[&want]);
+    }
+}
+
+/// What `run` refuses; `check` and `show` read it all the same. Needs root for foreign owners.
+#[test]
+fn who_may_change_a_file() {
+    if !geteuid().is_root() {
+        return eprintln!("skipped: needs root");
+    }
+    let dir = Dir::new("trust");
+    let foreign = |name: &str| chown(dir.path(name), Some(65534), None).unwrap();
+    let foreign_group = |name: &str| chown(dir.path(name), None, Some(65534)).unwrap();
+    let text = "[global]\n";
+    dir.file("group", text, 0o664);
+    dir.file("others", text, 0o602);
+    dir.file("foreign", text, 0o644);
+    foreign("foreign");
+    dir.file("readable", text, 0o644);
+    foreign_group("readable");
+    dir.file(
+        "hard",
+        "[global]\ninclude = group\ninclude = others\n",
+        0o400,
+    );
+    for (name, mode) in [
+        ("open", 0o777),
+        ("group-open", 0o775),
+        ("sticky", 0o1777),
+        ("owned", 0o755),
+    ] {
+        dir.dir(name, mode);
+        dir.file(&format!("{name}/c"), text, 0o600);
+    }
+    foreign("owned");
+    symlink("open/c", dir.path("to-open")).unwrap();
+    symlink("foreign", dir.path("to-foreign")).unwrap();
+    symlink("readable", dir.path("to-good")).unwrap();
+    symlink(dir.path("readable"), dir.path("open/link")).unwrap();
+    let open = "is in a directory that others may write: DIR";
+    for (name, want) in [
+        (
+            "group",
+            "DIR/group: is writable by group or others (mode 0664; chmod go-w)".into(),
+        ),
+        (
+            "others",
+            "DIR/others: is writable by group or others (mode 0602; chmod go-w)".into(),
+        ),
+        (
+            "foreign",
+            "DIR/foreign: is owned by uid 65534, not by root".into(),
+        ),
+        (
+            "to-foreign",
+            "DIR/to-foreign: is owned by uid 65534, not by root".into(),
+        ),
+        (
+            "open/c",
+            format!("DIR/open/c: {open}/open (mode 0777, uid 0)"),
+        ),
+        (
+            "group-open/c",
+            format!("DIR/group-open/c: {open}/group-open (mode 0775, uid 0)"),
+        ),
+        (
+            "owned/c",
+            format!("DIR/owned/c: {open}/owned (mode 0755, uid 65534)"),
+        ),
+        (
+            "to-open",
+            format!("DIR/to-open: {open}/open (mode 0777, uid 0)"),
+        ),
+        (
+            "open/link",
+            format!("DIR/open/link: {open}/open (mode 0777, uid 0)"),
+        ),
+    ] {
+        dir.expect(name, true, &[&want]);
+        dir.expect(name, false, &[]);
+    }
+    for name in ["readable", "sticky/c", "to-good"] {
+        dir.expect(name, true, &[]);
+    }
+    let want = [
+        "DIR/hard:2: unable to include DIR/group: is writable by group or others (mode 0664; chmod go-w)",
+        "DIR/hard:3: unable to include DIR/others: is writable by group or others (mode 0602; chmod go-w)",
+    ];
+    dir.expect("hard", true, &want);
+}
+
+/// As an unprivileged user, for this thread alone.
+#[test]
+fn what_may_not_be_read() {
+    if !geteuid().is_root() {
+        return eprintln!("skipped: needs root");
+    }
+    let dir = Dir::new("unreadable");
+    dir.file("c", "[global]\n", 0o600);
+    dir.dir("closed", 0o700);
+    dir.file("closed/c", "[global]\n", 0o644);
+    dir.file("glob", "[global]\ninclude = closed/*.conf\n", 0o644);
+    setfsuid(Uid::from_raw(65534));
+    for trusted_only in [false, true] {
+        dir.expect("c", trusted_only, &["DIR/c: permission denied"]);
+        dir.expect(
+            "closed/c",
+            trusted_only,
+            &["DIR/closed/c: permission denied"],
+        );
+        let want = "DIR/glob:2: unable to include \"closed/*.conf\": permission denied";
+        dir.expect("glob", trusted_only, &[want]);
+    }
+    setfsuid(Uid::from_raw(0));
+}
+
+/// Where a pattern is wrong, also in a long one.
+#[test]
+fn error_positions() {
+    let (a, deep) = ("a".repeat(5000), "(".repeat(50));
+    for (pattern, at) in [
+        (format!("/{a}("), 5002),
+        (format!("/(x){a}(b"), 5005),
+        (format!("/\\q{a}"), 3),
+        (format!("/{a}\\q{a}"), 5003),
+        (format!("{deep}(a"), 51),
+    ] {
+        let lines = lines(read(&[("c", &format!("[rules]\ndrop = {pattern}\n"))]));
+        let want = format!("c:2: bad pattern at character {at}: ");
+        assert!(
+            lines.len() == 1 && lines[0].starts_with(&want),
+            "{want}{lines:?}"
+        );
+    }
+    good(&format!("[rules]\ndrop = {deep}a{}\n", ")".repeat(50)));
+    bad(
+        &[("c", "[rules]\ndrop = a{999}{9999}\n")],
+        &["c:2: bad pattern: compiled regex exceeded size limit: \"a{999}{9999}\""],
+    );
+}
+
+/// Messages are single lines that no terminal takes for commands, and not endless.
+#[test]
+fn messages_are_printable() {
+    bad(
+        &[("c", "a\x1b[2Jb\n\u{85}x\ry\n")],
+        &[
+            "c:1: expected KEY = VALUE, not \"a\\u{1b}[2Jb\"",
+            "c:2: expected KEY = VALUE, not \"x\\ry\"",
+        ],
+    );
+    let lines = lines(read(&[("c", &"é".repeat(1 << 19))]));
+    assert!(lines.len() == 1 && lines[0].chars().count() < 1100 && lines[0].ends_with("..."));
 }

@@ -1,9 +1,10 @@
 //! `check`: every finding about the configuration, one a line.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::cli::{Options, DEFAULT_CONFIG};
-use crate::config::{file, Config};
+use crate::config::file;
 use crate::error::{Error, Result};
 
 pub fn check(options: &Options) -> Result<ExitCode> {
@@ -16,7 +17,7 @@ pub fn check(options: &Options) -> Result<ExitCode> {
             finding("ok", &format!("{DEFAULT_CONFIG} {what}"));
         }
         Ok(Some(config)) => {
-            wrong = untrusted_files(&config, &mut finding);
+            wrong = untrusted_files(&config.files, &mut finding);
             let (tproxies, rules) = (config.tproxies.len(), config.rules.len());
             if !wrong {
                 let name = options.config_file().display();
@@ -31,6 +32,8 @@ pub fn check(options: &Options) -> Result<ExitCode> {
             problems
                 .iter()
                 .for_each(|problem| finding("error", problem));
+            // the files that were read are not known here; the first one is
+            untrusted_files(&[options.config_file().to_path_buf()], &mut finding);
         }
         Err(error) => return Err(error),
     }
@@ -39,9 +42,9 @@ pub fn check(options: &Options) -> Result<ExitCode> {
 }
 
 /// Names the files that `run` would refuse because others could change them.
-fn untrusted_files(config: &Config, finding: &mut impl FnMut(&str, &str)) -> bool {
+fn untrusted_files(files: &[PathBuf], finding: &mut impl FnMut(&str, &str)) -> bool {
     let mut any = false;
-    for path in &config.files {
+    for path in files {
         if let Ok(Some(why)) = file::untrusted(path) {
             any = true;
             finding(

@@ -67,15 +67,12 @@ impl Source for Files {
             .and_then(|n| n.to_str())
             .ok_or("no file name")?;
         let dir = pattern.parent().unwrap_or(Path::new("/"));
-        if !name.contains(['*', '?']) {
-            return Ok(if pattern.exists() {
-                vec![pattern.to_path_buf()]
-            } else {
-                Vec::new()
-            });
-        }
         if dir.to_string_lossy().contains(['*', '?']) {
             return Err("only the last part may have \"*\" or \"?\"".into());
+        }
+        if !name.contains(['*', '?']) {
+            // a file that is named must be there: its rules would be missing in silence
+            return Ok(vec![pattern.to_path_buf()]);
         }
         let entries = match fs::read_dir(dir) {
             Ok(entries) => entries,

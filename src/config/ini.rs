@@ -31,7 +31,7 @@ fn read(line: &str) -> Option<Result<Line<'_>, String>> {
         return None;
     }
     Some(if line.contains('\0') {
-        Err("a NUL byte in the line".into())
+        Err(format!("a NUL byte in the line: \"{line}\""))
     } else if let Some(rest) = line.strip_prefix('[') {
         header(rest)
     } else {
@@ -67,8 +67,14 @@ fn entry(line: &str) -> Result<Line<'_>, String> {
     }
     let value = match value.strip_prefix('"') {
         None => value,
-        Some(quoted) => match quoted.strip_suffix('"') {
-            Some(inner) => inner,
+        Some(quoted) => match quoted.split_once('"') {
+            Some((inner, "")) => inner,
+            Some((_, behind)) => {
+                return Err(format!(
+                    "text behind the closing quote: \"{}\"",
+                    behind.trim()
+                ))
+            }
             None => return Err(format!("missing closing quote: {value}")),
         },
     };
@@ -130,7 +136,8 @@ mod tests {
             ("k =", "no value for \"k\""),
             ("k = \"v", "missing closing quote: \"v"),
             ("k = \"", "missing closing quote: \""),
-            ("k = a\0b", "a NUL byte in the line"),
+            ("k = \"a\" b", "text behind the closing quote: \"b\""),
+            ("k = a\0b", "a NUL byte in the line: \"k = a\0b\""),
         ] {
             assert_eq!(lines(line).next().unwrap().1.unwrap_err(), want, "{line}");
         }

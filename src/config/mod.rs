@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use regex_lite::Regex;
+use regex_lite::{Regex, RegexBuilder};
 
 use crate::log::Level;
 use crate::nft::expr::{Family, Mark, Range};
@@ -194,8 +194,14 @@ impl fmt::Display for Problem {
 
 /// Includes may nest this deep.
 const MAX_DEPTH: usize = 8;
+/// Most files in all, so that files that include each other many times over come to an end.
+const MAX_FILES: usize = 1000;
+/// Most tproxies: each is two chains, a set and two ip rules that packets pass.
+const MAX_TPROXIES: usize = 1000;
 /// Longest tproxy name.
 const MAX_NAME: usize = 15;
+/// Longest message, in characters.
+const MAX_MESSAGE: usize = 1000;
 
 /// Reads `path` and what it includes.
 ///
@@ -207,15 +213,13 @@ pub fn load(source: &dyn Source, path: &Path) -> Result<Config, Vec<Problem>> {
         problems: Vec::new(),
         stack: Vec::new(),
         seen: BTreeMap::new(),
+        mask_is_bad: false,
+        bypass_marks: Vec::new(),
         default: None,
         rules: Vec::new(),
         tproxies: Vec::new(),
     };
-    let nowhere = Place {
-        file: Rc::new(path.to_path_buf()),
-        line: 0,
-    };
-    reader.file(path, &nowhere);
+    reader.file(path, None);
     reader.finish()
 }
 
@@ -236,6 +240,7 @@ struct Draft {
     place: Place,
     tproxy: Tproxy,
     has_port: bool,
+    has_dns: bool,
     mark: Option<(u32, Place)>,
     keys: BTreeMap<String, Place>,
 }
@@ -248,6 +253,9 @@ struct Reader<'a> {
     stack: Vec<PathBuf>,
     /// Single-valued keys of [global] that have been set.
     seen: BTreeMap<String, Place>,
+    /// Marks are not judged by a mask that could not be read.
+    mask_is_bad: bool,
+    bypass_marks: Vec<(Mark, Place)>,
     default: Option<(String, Place)>,
     rules: Vec<(String, String, Place)>,
     tproxies: Vec<Draft>,
@@ -294,26 +302,28 @@ impl Reader<'_> {
         self.problems.push(Problem {
             file,
             line: place.line,
-            message: message.into(),
+            message: printable(&message.into()),
         });
     }
 
-    fn file(&mut self, path: &Path, from: &Place) {
-        if self.stack.iter().any(|p| p == path) {
-            return self.problem(from, format!("{} includes itself", path.display()));
-        }
-        if self.stack.len() >= MAX_DEPTH {
-            return self.problem(from, format!("includes are nested over {MAX_DEPTH} deep"));
-        }
-        let text = match self.source.read(path) {
+    /// Reads a file; `from` is the line that includes it.
+    fn file(&mut self, path: &Path, from: Option<&Place>) {
+        let text = match self.may_include(path).and_then(|()| self.source.read(path)) {
             Ok(text) => text,
             Err(why) => {
-                let file = path.to_path_buf();
-                return self.problems.push(Problem {
-                    file,
-                    line: 0,
-                    message: why,
-                });
+                return match from {
+                    Some(place) => {
+                        let message = format!("unable to include {}: {why}", path.display());
+                        self.problem(place, message)
+                    }
+                    None => self.problem(
+                        &Place {
+                            file: Rc::new(path.into()),
+                            line: 0,
+                        },
+                        why,
+                    ),
+                }
             }
         };
         self.config.files.push(path.to_path_buf());
@@ -332,6 +342,20 @@ impl Reader<'_> {
             }
         }
         self.stack.pop();
+    }
+
+    fn may_include(&self, path: &Path) -> Result<(), String> {
+        if self.stack.iter().any(|p| p == path) {
+            Err("it includes itself".into())
+        } else if self.config.files.iter().any(|p| p == path) {
+            Err("it was included before".into())
+        } else if self.stack.len() >= MAX_DEPTH {
+            Err(format!("nested over {MAX_DEPTH} deep"))
+        } else if self.config.files.len() >= MAX_FILES {
+            Err(format!("more than {MAX_FILES} files"))
+        } else {
+            Ok(())
+        }
     }
 
     fn header(&mut self, place: &Place, kind: &str, name: Option<&str>) -> Section {
@@ -368,6 +392,13 @@ impl Reader<'_> {
             self.problem(place, message);
             return Section::Unknown;
         }
+        if self.tproxies.len() == MAX_TPROXIES {
+            self.problem(
+                place,
+                format!("more than {MAX_TPROXIES} tproxies: \"{name}\""),
+            );
+            return Section::Unknown;
+        }
         self.tproxies.push(Draft {
             place: place.clone(),
             tproxy: Tproxy {
@@ -385,6 +416,7 @@ impl Reader<'_> {
                 dns_tcp: false,
             },
             has_port: false,
+            has_dns: false,
             mark: None,
             keys: BTreeMap::new(),
         });
@@ -413,7 +445,11 @@ impl Reader<'_> {
                 .once(place, section, key, "[tproxy]", &TPROXY_KEYS)
                 .and_then(|()| tproxy_key(&mut self.tproxies[index], place, key, value)),
         };
-        if let Err(why) = result {
+        if let Err(mut why) = result {
+            // the likeliest reason for a bad value that holds one
+            if [" #", " ;"].iter().any(|c| value.contains(c)) {
+                why.push_str("; a comment needs a line of its own");
+            }
             self.problem(place, why);
         }
     }
@@ -451,7 +487,7 @@ impl Reader<'_> {
         let base = place.file.parent().unwrap_or(Path::new("."));
         match self.source.glob(&base.join(value)) {
             Err(why) => self.problem(place, format!("unable to include \"{value}\": {why}")),
-            Ok(files) => files.iter().for_each(|file| self.file(file, place)),
+            Ok(files) => files.iter().for_each(|file| self.file(file, Some(place))),
         }
     }
 
@@ -468,13 +504,21 @@ impl Reader<'_> {
             "default" => self.default = Some((value.to_string(), place.clone())),
             "route-table" => config.route_table = route_table(value)?,
             "rule-priority" => config.rule_priority = number(key, value, 1, 32765)?,
-            "fwmark-mask" => config.mask = number(key, value, 1, u32::MAX)?,
+            "fwmark-mask" => {
+                let mask = number(key, value, 1, u32::MAX);
+                self.mask_is_bad = mask.is_err();
+                config.mask = mask?;
+            }
             "bypass" => bypass(config, value)?,
-            "bypass-mark" => config.bypass_marks.push(bypass_mark(value)?),
+            "bypass-mark" => {
+                let mark = bypass_mark(value)?;
+                self.bypass_marks.push((mark, place.clone()));
+                config.bypass_marks.push(mark);
+            }
             "bypass-user" => {
-                let uid = match value.bytes().all(|b| b.is_ascii_digit()) {
-                    true => number(key, value, 0, u32::MAX - 1)?,
-                    false => match self.source.uid(value) {
+                let uid = match parse_number(value) {
+                    Some(_) => number(key, value, 0, u32::MAX - 1)?,
+                    None => match self.source.uid(value) {
                         Some(uid) => uid,
                         None => return Err(format!("no such user: \"{value}\"")),
                     },
@@ -511,7 +555,7 @@ impl Reader<'_> {
                 let name = &draft.tproxy.name;
                 self.problem(&draft.place, format!("[tproxy {name}] needs a port"));
             }
-            if draft.tproxy.dns_tcp && !draft.tproxy.hijacks_dns() {
+            if draft.tproxy.dns_tcp && !draft.has_dns {
                 let place = draft
                     .keys
                     .get("dns-hijack-tcp")
@@ -528,7 +572,10 @@ impl Reader<'_> {
                 Err(why) => self.problem(&place, why),
             }
         }
-        self.assign_marks();
+        if !self.mask_is_bad {
+            self.assign_marks();
+            self.check_bypass_marks();
+        }
         for (target, pattern, place) in std::mem::take(&mut self.rules) {
             let target = self
                 .target(&target)
@@ -547,14 +594,9 @@ impl Reader<'_> {
             return Ok(self.config);
         }
         // what the end of the files showed belongs to its line all the same
-        let files = &self.config.files;
-        let order = |p: &Problem| {
-            files
-                .iter()
-                .position(|f| *f == p.file)
-                .unwrap_or(files.len())
-        };
-        self.problems.sort_by_key(|p| (order(p), p.line));
+        let files: BTreeMap<_, _> = self.config.files.iter().zip(0..).collect();
+        self.problems
+            .sort_by_key(|p| (files.get(&p.file).copied(), p.line));
         Err(self.problems)
     }
 
@@ -608,11 +650,11 @@ impl Reader<'_> {
         }
         for (index, draft) in drafts.iter().enumerate() {
             let free = || {
-                let shift = mask.trailing_zeros();
-                (1 + index as u32..=mask >> shift)
-                    .chain(1..=index as u32)
-                    .map(|n| n.checked_shl(shift).unwrap_or(0))
-                    .find(|m| m & !mask == 0 && !taken.contains_key(m) && reserved != Some(*m))
+                let (first, most) = (1 + index as u32, u32::MAX >> mask.count_zeros());
+                (first..=most)
+                    .chain(1..=most.min(index as u32))
+                    .map(|n| spread(n, mask))
+                    .find(|m| !taken.contains_key(m) && reserved != Some(*m))
             };
             let name = &draft.tproxy.name;
             let mark = match &draft.mark {
@@ -631,6 +673,26 @@ impl Reader<'_> {
             self.config.tproxies[index].mark = mark;
         }
     }
+
+    /// Our ip rules would send a packet with such a mark to the proxy all the same.
+    fn check_bypass_marks(&mut self) {
+        let mask = self.config.mask;
+        for (bypass, place) in std::mem::take(&mut self.bypass_marks) {
+            let is = |t: &&Tproxy| bypass.mask & mask == mask && bypass.value & mask == t.mark;
+            if let Some(tproxy) = self.config.tproxies.iter().find(is) {
+                let (value, name) = (bypass.value, &tproxy.name);
+                let message = format!("\"bypass-mark\" {value:#x} is the mark of [tproxy {name}]");
+                self.problem(&place, message);
+            }
+        }
+    }
+}
+
+/// The bits of `n` put one by one into the bits of `mask`, lowest first. For a mask without holes,
+/// `n` shifted into it.
+fn spread(n: u32, mask: u32) -> u32 {
+    let bits = (0..32).filter(|bit| mask >> bit & 1 == 1);
+    (bits.enumerate()).fold(0, |mark, (i, bit)| mark | (n >> i & 1) << bit)
 }
 
 fn tproxy_key(draft: &mut Draft, place: &Place, key: &str, value: &str) -> Result<(), String> {
@@ -651,28 +713,54 @@ fn tproxy_key(draft: &mut Draft, place: &Place, key: &str, value: &str) -> Resul
         "udp" => tproxy.udp = take(key, value)?,
         "ipv4" => tproxy.ipv4 = take(key, value)?,
         "ipv6" => tproxy.ipv6 = take(key, value)?,
-        "dns-hijack" => match endpoint(value) {
-            Some(SocketAddr::V4(a)) => set_once(&mut tproxy.dns4, a, key, "IPv4")?,
-            Some(SocketAddr::V6(a)) => set_once(&mut tproxy.dns6, a, key, "IPv6")?,
-            None => {
-                return Err(expects(
-                    key,
-                    "ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT",
-                    value,
-                ))
+        "dns-hijack" => {
+            draft.has_dns = true;
+            match endpoint(value) {
+                Some(SocketAddr::V4(a)) => set_once(&mut tproxy.dns4, a, key, "IPv4")?,
+                Some(SocketAddr::V6(a)) => set_once(&mut tproxy.dns6, a, key, "IPv6")?,
+                None => {
+                    return Err(expects(
+                        key,
+                        "ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT",
+                        value,
+                    ))
+                }
             }
-        },
+        }
         "dns-hijack-tcp" => tproxy.dns_tcp = boolean(key, value)?,
         _ => unreachable!("{key} is in TPROXY_KEYS"),
     }
     Ok(())
 }
 
-fn set_once<T>(slot: &mut Option<T>, value: T, key: &str, family: &str) -> Result<(), String> {
-    match slot.replace(value) {
-        None => Ok(()),
-        Some(_) => Err(format!("\"{key}\" is set twice for {family}")),
+fn set_once<T: fmt::Display>(
+    slot: &mut Option<T>,
+    value: T,
+    key: &str,
+    family: &str,
+) -> Result<(), String> {
+    if let Some(first) = slot {
+        return Err(format!(
+            "second {family} \"{key}\": \"{value}\" beside \"{first}\""
+        ));
     }
+    *slot = Some(value);
+    Ok(())
+}
+
+/// A message as it may stand in a log or a terminal: no control characters, not endless.
+fn printable(message: &str) -> String {
+    let mut text = String::new();
+    for c in message.chars().take(MAX_MESSAGE) {
+        match c.is_control() {
+            true => text.extend(c.escape_default()),
+            false => text.push(c),
+        }
+    }
+    if message.chars().nth(MAX_MESSAGE).is_some() {
+        text.push_str("...");
+    }
+    text
 }
 
 fn expects(key: &str, what: &str, value: &str) -> String {
@@ -781,7 +869,7 @@ fn bypass(config: &mut Config, value: &str) -> Result<(), String> {
     };
     let length = match length.map(str::trim) {
         None => bits,
-        Some(text) if text.bytes().all(|b| b.is_ascii_digit()) => {
+        Some(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
             text.parse().ok().filter(|n| *n <= bits).ok_or_else(|| {
                 format!("\"bypass\": prefix length {text} is not from 0 to {bits}: \"{value}\"")
             })?
@@ -813,7 +901,9 @@ fn bypass_mark(value: &str) -> Result<Mark, String> {
         },
     };
     match mark {
-        Mark { value: 0, .. } => Err("\"bypass-mark\" 0 would match every packet".into()),
+        Mark { value: 0, .. } => {
+            Err("\"bypass-mark\" 0 would match every packet without a mark".into())
+        }
         Mark { mask: 0, .. } => Err("\"bypass-mark\" with mask 0 would match every packet".into()),
         mark if mark.value & !mark.mask != 0 => Err(format!(
             "\"bypass-mark\" {:#x} has bits outside its mask {:#x}",
@@ -840,30 +930,43 @@ fn endpoint(value: &str) -> Option<SocketAddr> {
 /// Compiles a rule's pattern, anchored at both ends of the path.
 pub fn compile(pattern: &str) -> Result<Regex, String> {
     // alone first: `a)|(b` must not become legal by the group around it
-    if let Err(error) = Regex::new(pattern) {
-        let at = error_position(pattern, &error.to_string());
+    if let Err(error) = parse_only(pattern) {
+        let at = error_position(pattern, &error);
         return Err(format!(
             "bad pattern at character {at}: {error}: \"{pattern}\""
         ));
     }
+    // room for the group around it
+    let build = |text: &str| RegexBuilder::new(text).nest_limit(100).build();
     // in (?x) mode the first group's end could stand in a comment, which a newline ends
-    Regex::new(&format!(r"\A(?:{pattern})\z"))
-        .or_else(|_| Regex::new(&format!("\\A(?:{pattern}\n)\\z")))
+    build(&format!(r"\A(?:{pattern})\z"))
+        .or_else(|_| build(&format!("\\A(?:{pattern}\n)\\z")))
         .map_err(|error| format!("bad pattern: {error}: \"{pattern}\""))
+}
+
+/// Whether a pattern is well-formed, at the cost of its length: nothing is built.
+fn parse_only(pattern: &str) -> Result<(), String> {
+    let error = |pattern| RegexBuilder::new(pattern).size_limit(0).build().err();
+    // a pattern that is well-formed stops at the limit, as the empty one does
+    match (error(pattern), error("")) {
+        (Some(error), Some(limit)) if error != limit => Err(error.to_string()),
+        _ => Ok(()),
+    }
 }
 
 /// Where a pattern goes wrong, counted in characters from 1: regex-lite does not say, so this is
 /// the end of the shortest beginning from which on every beginning has that error.
 fn error_position(pattern: &str, error: &str) -> usize {
     let ends = pattern.char_indices().map(|(at, c)| at + c.len_utf8());
-    let ends: Vec<usize> = ends.take(1024).collect();
-    let has_error = |end: &&usize| {
-        Regex::new(&pattern[..**end])
-            .err()
-            .is_some_and(|e| e.to_string() == error)
-    };
-    let tail = ends.iter().rev().take_while(has_error).count();
-    (ends.len() - tail + 1).min(ends.len().max(1))
+    let ends: Vec<usize> = ends.collect();
+    let fails = |end: &usize| parse_only(&pattern[..*end]).is_err_and(|e| e == error);
+    // what is open at the end may have been open and closed before, so the end is walked; what
+    // stands far before it stopped the parser there and then, so halving finds it
+    let near = ends.len().saturating_sub(256);
+    match ends[near..].iter().rposition(|end| !fails(end)) {
+        Some(at) => near + at + 2,
+        None => 1 + ends[..near].partition_point(|end| !fails(end)),
+    }
 }
 
 /// `, did you mean …?` where a known word is close to what was written.
@@ -872,10 +975,12 @@ fn did_you_mean<'a>(
     known: impl IntoIterator<Item = &'a str>,
     show: impl Fn(&str) -> String,
 ) -> String {
+    let lower = str::to_ascii_lowercase;
     let close = (written.chars().count() / 3).clamp(1, 3);
     (known.into_iter())
-        .map(|word| (distance(written, word), word))
-        .filter(|(d, _)| *d <= close)
+        .map(|word| (distance(&lower(written), &lower(word)), word))
+        // two short words that share no letter are not alike
+        .filter(|(d, word)| *d <= close && *d < written.len().min(word.len()))
         .min()
         .map_or(String::new(), |(_, word)| {
             format!(", did you mean {}?", show(word))
