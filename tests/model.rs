@@ -1,0 +1,413 @@
+//! The pure core against a model of the cgroup file system, inotify and the kernel's sets: random
+//! orders of everything that can happen, a million steps, with a seeded generator.
+//!
+//! The model's file system changes at any moment, also in the middle of a scan. Events are queued
+//! as inotify queues them, merged, and lost by overflow. Whenever all is quiet, the sets must be
+//! exactly what the manual's definition of a verdict says, and every watch must be on a live
+//! directory.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::{Path as FilePath, PathBuf};
+use std::rc::Rc;
+
+use cgtproxy::cgroup::tree::{child, depth, parent};
+use cgtproxy::config::{self, Config, Source, Target};
+use cgtproxy::core::{Action, Core, Event, Scan};
+use cgtproxy::nft::ruleset::Element;
+use nix::errno::Errno;
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % n
+    }
+
+    fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// The cgroup file system with inotify on it.
+#[derive(Default)]
+struct Host {
+    /// Live directories: path to id.
+    dirs: BTreeMap<Vec<u8>, u64>,
+    next_id: u64,
+    /// Watch descriptor to the id that it watches; stays after rmdir, as the kernel has it.
+    watches: BTreeMap<i32, u64>,
+    next_wd: i32,
+    max_watches: usize,
+    queue: VecDeque<Event>,
+    /// Nothing changes by itself, and nothing fails.
+    calm: bool,
+}
+
+const NAMES: [&[u8]; 4] = [b"a", b"b", b"a-b", b"ab"];
+const MAX_DEPTH: usize = 5;
+const MAX_QUEUE: usize = 24;
+/// Small, so that the same names meet often.
+const MAX_DIRS: usize = 40;
+
+impl Host {
+    fn new() -> Host {
+        let mut host = Host {
+            next_id: 1,
+            next_wd: 1,
+            max_watches: usize::MAX,
+            ..Host::default()
+        };
+        host.dirs.insert(Vec::new(), 0);
+        host
+    }
+
+    fn tell(&mut self, path: &[u8]) {
+        let dir = parent(path).expect("the root is never made or removed");
+        let name: Box<[u8]> = path[dir.len() + 1..].into();
+        let id = self.dirs[dir];
+        let wds: Vec<i32> = (self.watches.iter())
+            .filter(|(_, watched)| **watched == id)
+            .map(|(wd, _)| *wd)
+            .collect();
+        for wd in wds {
+            let name = name.clone();
+            self.queue(Event::Changed { wd, name });
+        }
+    }
+
+    fn queue(&mut self, event: Event) {
+        if self.queue.back() == Some(&event) {
+            return;
+        }
+        if self.queue.len() >= MAX_QUEUE {
+            if self.queue.back() != Some(&Event::Overflow) {
+                self.queue.push_back(Event::Overflow);
+            }
+            return;
+        }
+        self.queue.push_back(event);
+    }
+
+    /// mkdir or rmdir of something at random.
+    fn change(&mut self, random: &mut Random) {
+        let at = random.below(self.dirs.len());
+        let path = self.dirs.keys().nth(at).expect("in range").clone();
+        let leaf = !path.is_empty() && !self.dirs.keys().any(|p| parent(p) == Some(&path));
+        if leaf && random.one_in(2) {
+            self.dirs.remove(&path);
+            self.tell(&path);
+            if random.one_in(3) {
+                // the same name again, back to back
+                self.make(path);
+            }
+        } else if depth(&path) < MAX_DEPTH && self.dirs.len() < MAX_DIRS {
+            let name = NAMES[random.below(NAMES.len())];
+            self.make(child(&path, name).to_vec());
+        }
+    }
+
+    fn make(&mut self, path: Vec<u8>) {
+        if !self.dirs.contains_key(&path) {
+            self.dirs.insert(path.clone(), self.next_id);
+            self.next_id += 1;
+            self.tell(&path);
+        }
+    }
+
+    /// What a look finds, with changes in between.
+    fn scan(&mut self, scan: &Scan, random: &mut Random) -> Event {
+        let path = scan.path.clone();
+        let race = |host: &mut Host, random: &mut Random| {
+            if !host.calm && random.one_in(12) {
+                host.change(random);
+            }
+        };
+        race(self, random);
+        let Some(&id) = self.dirs.get(&path[..]) else {
+            return Event::Gone { path };
+        };
+        if !self.calm && random.one_in(200) {
+            return Event::Failed {
+                path,
+                errno: Errno::ENOMEM,
+            };
+        }
+        if scan.known == Some(id) && !scan.deep {
+            return Event::Same { path };
+        }
+        race(self, random);
+        let Some(&watched) = self.dirs.get(&path[..]) else {
+            return Event::Gone { path };
+        };
+        let known = self.watches.iter().find(|(_, w)| **w == watched);
+        let (wd, refused) = match known {
+            Some((wd, _)) => (Some(*wd), None),
+            None if self.watches.len() >= self.max_watches => (None, Some(Errno::ENOSPC)),
+            None => {
+                let wd = self.next_wd;
+                self.next_wd += 1;
+                self.watches.insert(wd, watched);
+                (Some(wd), None)
+            }
+        };
+        race(self, random);
+        if !self.dirs.contains_key(&path[..]) {
+            // as the watcher does: nobody would ever name that watch again
+            if let Some(wd) = wd {
+                self.watches.remove(&wd);
+            }
+            return Event::Gone { path };
+        }
+        let children = (self.dirs.keys())
+            .filter(|p| parent(p) == Some(&path))
+            .map(|p| p[path.len() + 1..].into())
+            .collect();
+        Event::Found {
+            path,
+            id,
+            wd,
+            refused,
+            children,
+        }
+    }
+}
+
+struct Text(&'static str);
+
+impl Source for Text {
+    fn read(&self, _: &FilePath) -> Result<String, String> {
+        Ok(self.0.into())
+    }
+    fn glob(&self, _: &FilePath) -> Result<Vec<PathBuf>, String> {
+        Ok(Vec::new())
+    }
+    fn uid(&self, _: &str) -> Option<u32> {
+        None
+    }
+}
+
+fn policies() -> Vec<Rc<Config>> {
+    [
+        "[tproxy p]\nport=1\n[rules]\np = /a\ndrop = /a/b\ndirect = /.*/ab",
+        "[tproxy p]\nport=1\n[tproxy q]\nport=2\n[rules]\ndrop = /a/b\nq = /.*/a-b\np = /a\ndirect = /b/.*/a",
+        "[global]\ndefault = p\n[tproxy p]\nport=1\n[rules]\ndirect = /(a|ab)\ndrop = /.*/b/a\np = /a/a",
+        "[global]\ndefault = drop\n[rules]\ndirect = /a(/b)*\n",
+        "",
+    ]
+    .into_iter()
+    .map(|text| Rc::new(config::load(&Text(text), FilePath::new("c")).expect("a good policy")))
+    .collect()
+}
+
+/// The manual's definition of a verdict.
+fn verdict(config: &Config, path: &[u8]) -> Target {
+    let text = std::str::from_utf8(path).expect("names are ASCII");
+    let ends = text.match_indices('/').map(|(at, _)| at).skip(1);
+    let prefixes: Vec<&str> = ends.chain([text.len()]).map(|end| &text[..end]).collect();
+    let rule = config
+        .rules
+        .iter()
+        .find(|rule| !path.is_empty() && prefixes.iter().any(|prefix| rule.regex.is_match(prefix)));
+    rule.map_or(config.default, |rule| rule.target)
+}
+
+/// What the kernel's sets hold, by cgroup id, and the pairs that `output` has rules for.
+#[derive(Default, Debug, PartialEq)]
+struct Kernel {
+    sets: BTreeMap<u64, Target>,
+    pairs: BTreeSet<Element>,
+}
+
+impl Kernel {
+    /// One transaction; a kernel refuses to delete what is not there, and to add what is.
+    fn commit(&mut self, core: &mut Core, fail: bool) {
+        let delta = core.take_delta();
+        if fail {
+            return self.replace(core);
+        }
+        for (target, ids) in delta.delete {
+            for id in ids {
+                assert_eq!(
+                    self.sets.remove(&id),
+                    Some(target),
+                    "deletes what is not there"
+                );
+            }
+        }
+        for (target, ids) in delta.add {
+            for id in ids {
+                assert_eq!(self.sets.insert(id, target), None, "adds what is there");
+            }
+        }
+        if let Some(pairs) = delta.pairs {
+            self.pairs = pairs;
+        }
+    }
+
+    fn replace(&mut self, core: &mut Core) {
+        let snapshot = core.snapshot();
+        self.sets.clear();
+        for (target, ids) in snapshot.elements {
+            self.sets.extend(ids.into_iter().map(|id| (id, target)));
+        }
+        self.pairs = snapshot.pairs;
+    }
+
+    fn wanted(config: &Config, host: &Host, base: usize) -> Kernel {
+        let mut wanted = Kernel::default();
+        for (path, id) in &host.dirs {
+            let Some(above) = parent(path) else { continue };
+            let target = verdict(config, path);
+            if target != verdict(config, above) {
+                wanted.sets.insert(*id, target);
+                let level = (base + depth(path)) as u8;
+                wanted.pairs.insert(Element { level, target });
+            }
+        }
+        wanted
+    }
+}
+
+/// Carries the actions out; every scan and every end of a watch is a step.
+fn act(core: &mut Core, host: &mut Host, mut actions: Vec<Action>, random: &mut Random) -> u64 {
+    let mut steps = 0;
+    while let Some(action) = actions.pop() {
+        steps += 1;
+        match action {
+            Action::Scan(scan) => {
+                let event = host.scan(&scan, random);
+                core.step(event, &mut actions);
+            }
+            Action::Unwatch(wd) => {
+                host.watches.remove(&wd);
+            }
+            Action::Classified { .. } | Action::Blind { .. } => {}
+        }
+    }
+    steps
+}
+
+fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
+    const BASE: usize = 2;
+    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let mut host = Host::new();
+    for _ in 0..random.below(20) {
+        host.change(&mut random);
+    }
+    let mut core = Core::new(policies[random.below(policies.len())].clone(), BASE);
+    let mut kernel = Kernel::default();
+    let start = core.start();
+    let mut done = act(&mut core, &mut host, vec![start], &mut random);
+    kernel.replace(&mut core);
+    let mut quiet = 0;
+    while done < steps {
+        done += 1;
+        let mut actions = Vec::new();
+        match random.below(100) {
+            0..50 => host.change(&mut random),
+            50..85 => {
+                // one wake-up: some of what is queued, then one commit
+                for _ in 0..1 + random.below(8) {
+                    let Some(event) = host.queue.pop_front() else {
+                        break;
+                    };
+                    core.step(event, &mut actions);
+                    done += act(
+                        &mut core,
+                        &mut host,
+                        std::mem::take(&mut actions),
+                        &mut random,
+                    );
+                }
+                kernel.commit(&mut core, random.one_in(20));
+            }
+            85..88 => host.queue(Event::Overflow),
+            88..90 => {
+                // the kernel ends a watch by itself
+                if let Some(wd) = host.watches.keys().next().copied() {
+                    host.watches.remove(&wd);
+                    host.queue(Event::Unwatched { wd });
+                }
+            }
+            90..92 => {
+                core.set_config(policies[random.below(policies.len())].clone());
+                kernel.replace(&mut core);
+            }
+            92..94 => {
+                host.max_watches = if random.one_in(2) {
+                    random.below(12)
+                } else {
+                    usize::MAX
+                }
+            }
+            94..97 => {
+                core.step(Event::Retry, &mut actions);
+                done += act(&mut core, &mut host, actions, &mut random);
+            }
+            _ => {
+                settle(&mut core, &mut host, &mut kernel, &mut random);
+                let config = core.config().clone();
+                assert_eq!(
+                    kernel,
+                    Kernel::wanted(&config, &host, BASE),
+                    "seed {seed} at {done}"
+                );
+                if !core.wants_retry() {
+                    let live: BTreeSet<u64> = host.dirs.values().copied().collect();
+                    let watched: Vec<u64> = host.watches.values().copied().collect();
+                    let set: BTreeSet<u64> = watched.iter().copied().collect();
+                    assert_eq!(set, live, "seed {seed} at {done}: watches");
+                    assert_eq!(
+                        set.len(),
+                        watched.len(),
+                        "seed {seed} at {done}: doubled watches"
+                    );
+                    quiet += 1;
+                }
+            }
+        }
+    }
+    (done, quiet)
+}
+
+/// No more changes: takes everything that is queued, and looks again at what was blind.
+fn settle(core: &mut Core, host: &mut Host, kernel: &mut Kernel, random: &mut Random) {
+    host.calm = true;
+    for _ in 0..64 {
+        let mut actions = Vec::new();
+        while let Some(event) = host.queue.pop_front() {
+            core.step(event, &mut actions);
+            act(core, host, std::mem::take(&mut actions), random);
+        }
+        kernel.commit(core, false);
+        if core.wants_retry() {
+            core.step(Event::Retry, &mut actions);
+            act(core, host, actions, random);
+        }
+        if host.queue.is_empty() && (!core.wants_retry() || host.max_watches != usize::MAX) {
+            break;
+        }
+    }
+    kernel.commit(core, false);
+    host.calm = false;
+}
+
+#[test]
+fn a_million_steps() {
+    let policies = policies();
+    let (mut steps, mut quiet, mut seed) = (0, 0, 1);
+    while steps < 1_000_000 {
+        let (done, settled) = run(seed, 10_000, &policies);
+        steps += done;
+        quiet += settled;
+        seed += 1;
+    }
+    println!(
+        "{steps} steps, {} seeds, exact at {quiet} quiet moments",
+        seed - 1
+    );
+    assert!(quiet > 1000, "{quiet}");
+}
