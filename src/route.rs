@@ -185,8 +185,8 @@ pub fn get_routes(batch: &mut Batch, family: Family) {
     batch.end(open);
 }
 
-/// Reads one dumped rule or route; `None` for what is not ours. What is tagged as ours but has
-/// another shape (made by another version) comes out with what it has, so that it can be deleted.
+/// Reads one dumped rule or route; `None` for what is not ours. The protocol number alone does not
+/// make it ours, for others use it too (Open/R has it in iproute2's list): the shape counts as well.
 pub fn parse(message: &parse::Message) -> Option<Entry> {
     let family = match *message.body.first()? {
         AF_INET => Family::V4,
@@ -195,24 +195,29 @@ pub fn parse(message: &parse::Message) -> Option<Entry> {
     };
     let attrs = Attrs::after(message.body, 12);
     let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
+    // struct fib_rule_hdr and struct rtmsg: prefix lengths at 1 and 2, action or type at 7
+    let whole = message.body.get(1..3)? == [0, 0];
     let small_table = u32::from(*message.body.get(4)?);
+    let action = *message.body.get(7)?;
     match message.kind {
         RTM_NEWRULE => {
-            let ours = attrs.clone().get(FRA_PROTOCOL) == Some(&[RTPROT_CGTPROXY]);
+            let ours = attrs.clone().get(FRA_PROTOCOL) == Some(&[RTPROT_CGTPROXY])
+                && whole
+                && action == FR_ACT_TO_TBL;
             let rule = IpRule {
                 family,
-                priority: number(FRA_PRIORITY).unwrap_or(0),
-                iif: parse::str_z(attrs.clone().get(FRA_IIFNAME).unwrap_or(b"")).into_owned(),
+                priority: number(FRA_PRIORITY)?,
+                iif: parse::str_z(attrs.clone().get(FRA_IIFNAME)?).into_owned(),
                 mark: Mark {
-                    value: number(FRA_FWMARK).unwrap_or(0),
-                    mask: number(FRA_FWMASK).unwrap_or(0),
+                    value: number(FRA_FWMARK)?,
+                    mask: number(FRA_FWMASK)?,
                 },
                 table: number(FRA_TABLE).unwrap_or(small_table),
             };
             ours.then_some(Entry::Rule(rule))
         }
         RTM_NEWROUTE => {
-            let ours = *message.body.get(5)? == RTPROT_CGTPROXY;
+            let ours = *message.body.get(5)? == RTPROT_CGTPROXY && whole && action == RTN_LOCAL;
             let table = number(RTA_TABLE).unwrap_or(small_table);
             ours.then_some(Entry::Route(Route { family, table }))
         }
