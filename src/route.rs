@@ -86,20 +86,12 @@ impl IpRule {
         let open = batch.begin(kind, flags);
         // struct fib_rule_hdr; a table above 255 stands in FRA_TABLE alone
         let table = small_table(self.table);
-        batch.header(&[
-            self.family.number(),
-            0,
-            0,
-            0,
-            table,
-            0,
-            0,
-            FR_ACT_TO_TBL,
-            0,
-            0,
-            0,
-            0,
-        ]);
+        let mut header = [0; 12];
+        (header[0], header[4]) = (self.family.number(), table);
+        if add {
+            header[7] = FR_ACT_TO_TBL;
+        }
+        batch.header(&header);
         batch.u32_ne(FRA_PRIORITY, self.priority);
         batch.str_z(FRA_IIFNAME, &self.iif);
         batch.u32_ne(FRA_FWMARK, self.mark.value);
@@ -117,26 +109,15 @@ impl Route {
         let (kind, flags) = verb(add, RTM_NEWROUTE, RTM_DELROUTE);
         let open = batch.begin(kind, flags);
         // struct rtmsg; IPv6 knows one scope only
-        let scope = match (self.family, add) {
-            (Family::V4, true) => RT_SCOPE_HOST,
-            (Family::V4, false) => RT_SCOPE_NOWHERE,
-            (Family::V6, _) => RT_SCOPE_UNIVERSE,
+        let scope = match self.family {
+            Family::V4 => RT_SCOPE_HOST,
+            Family::V6 => RT_SCOPE_UNIVERSE,
         };
         let table = small_table(self.table);
-        batch.header(&[
-            self.family.number(),
-            0,
-            0,
-            0,
-            table,
-            RTPROT_CGTPROXY,
-            scope,
-            RTN_LOCAL,
-            0,
-            0,
-            0,
-            0,
-        ]);
+        let mut header = [0; 12];
+        (header[0], header[4]) = (self.family.number(), table);
+        (header[5], header[6], header[7]) = (RTPROT_CGTPROXY, scope, RTN_LOCAL);
+        batch.header(&header);
         batch.u32_ne(RTA_OIF, LO);
         if table == RT_TABLE_UNSPEC {
             batch.u32_ne(RTA_TABLE, self.table);

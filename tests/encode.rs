@@ -1,1 +1,490 @@
-// to be written
+//! Every message that we build is the one that libnftnl or iproute2 would send for the same object,
+//! byte by byte, header included.
+#![cfg(target_env = "gnu")]
+
+#[path = "encode/libnftnl.rs"]
+mod libnftnl;
+#[path = "encode/routing.rs"]
+mod routing;
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::{Path, PathBuf};
+
+use cgtproxy::config::{self, Config, Source, Target};
+use cgtproxy::core::{Delta, Snapshot};
+use cgtproxy::netlink::{msg::Batch, uapi};
+use cgtproxy::nft::encode::{self, Transaction};
+use cgtproxy::nft::expr::{Family, Mark, Range, Stmt, Verdict, L4};
+use cgtproxy::nft::ruleset::{
+    output_rules, set_name, Base, Chain, Content, Element, Set, Table, OUTPUT,
+};
+use cgtproxy::plan;
+use libnftnl::Reference;
+use mnl::mnl_sys::{mnl_nlmsg_next, mnl_nlmsg_ok};
+
+/// A sequence number that is not small, so that all of its bytes are compared.
+const SEQ: u32 = 0x1234_5678;
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Cuts a batch into its messages, the way libmnl does.
+fn messages(batch: &[u8]) -> Vec<&[u8]> {
+    let mut found = Vec::new();
+    let mut rest = batch.len() as i32;
+    let mut nlh: *const libc::nlmsghdr = batch.as_ptr().cast();
+    // SAFETY: mnl_nlmsg_ok() says whether `rest`, which is what `nlh` has before it, holds a message
+    unsafe {
+        while mnl_nlmsg_ok(nlh, rest) {
+            let at = batch.len() - rest as usize;
+            found.push(&batch[at..at + (*nlh).nlmsg_len as usize]);
+            nlh = mnl_nlmsg_next(nlh, &mut rest);
+        }
+    }
+    assert_eq!(rest, 0, "a message that libmnl does not accept");
+    found
+}
+
+/// Builds the same transaction with both encoders and holds one against the other.
+fn same(what: &str, ours: impl FnOnce(&mut Transaction), theirs: impl FnOnce(&mut Reference)) {
+    let mut transaction = Transaction::new(Batch::new(SEQ));
+    ours(&mut transaction);
+    same_batch(what, transaction, theirs);
+}
+
+fn same_batch(what: &str, ours: Transaction, theirs: impl FnOnce(&mut Reference)) {
+    let mut reference = Reference::new(SEQ);
+    theirs(&mut reference);
+    let reference = reference.finish();
+    let (batch, acknowledged) = ours.finish();
+    assert_eq!(acknowledged, SEQ + reference.len() as u32 - 1, "{what}");
+    let ours = messages(batch.bytes());
+    for (n, (ours, theirs)) in ours.iter().zip(&reference).enumerate() {
+        let kind = ours[4];
+        if let Some(at) = (0..theirs.len()).find(|at| ours.get(*at) != Some(&theirs[*at])) {
+            let (ours, theirs) = (hex(ours), hex(theirs));
+            panic!(
+                "{what}: message {n} of type {kind}, byte {at}\n  ours {ours}\nlibnftnl {theirs}"
+            );
+        }
+        assert_eq!(
+            ours.len(),
+            theirs.len(),
+            "{what}: message {n} of type {kind}"
+        );
+    }
+    assert_eq!(ours.len(), reference.len(), "{what}: messages");
+}
+
+#[test]
+fn tables() {
+    // owner, and owner with persist
+    for flags in [None, Some(0), Some(0x2), Some(0x6)] {
+        let (kind, create) = (libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE);
+        same(
+            "new table",
+            |ours| ours.table(kind as u16, create as u16, flags),
+            |theirs| theirs.table(kind, create, flags),
+        );
+    }
+    same(
+        "no table",
+        Transaction::remove_table,
+        Reference::remove_table,
+    );
+}
+
+#[test]
+fn chains() {
+    let mut bases = vec![None];
+    for kind in ["filter", "nat", "route"] {
+        for hook in 0..libc::NF_INET_NUMHOOKS as u32 {
+            bases.extend([-150, -100, 0, 300].map(|priority| {
+                Some(Base {
+                    kind,
+                    hook,
+                    priority,
+                })
+            }));
+        }
+    }
+    for base in bases {
+        // names of all lengths modulo 4
+        for name in [
+            "a",
+            "to",
+            "nat",
+            "dns_",
+            "prerouting",
+            "tproxy_a-name-of-15-",
+        ] {
+            let chain = Chain {
+                name: name.into(),
+                base,
+                rules: Vec::new(),
+            };
+            same(
+                name,
+                |ours| ours.chain(&chain),
+                |theirs| theirs.chain(&chain),
+            );
+        }
+    }
+}
+
+#[test]
+fn sets() {
+    let v4 = |address: [u8; 4], length| Range::prefix(Ipv4Addr::from(address), length);
+    let v6 = |address: &str, length| Range::prefix(address.parse::<Ipv6Addr>().unwrap(), length);
+    let contents = [
+        Content::V4(vec![]),
+        Content::V4(vec![v4([203, 0, 113, 7], 32)]),
+        Content::V4(vec![v4([0; 4], 0)]),
+        Content::V4(vec![v4([0; 4], 8), v4([10, 0, 0, 0], 8), v4([255; 4], 32)]),
+        Content::V6(vec![v6("2001:db8::", 32), v6("ff00::", 8)]),
+        Content::V6(vec![v6("::", 0)]),
+        // enough for three messages
+        Content::V4(
+            (0..2000u32)
+                .map(|n| Range::prefix((n << 8).into(), 32))
+                .collect(),
+        ),
+        Content::V6(
+            (0..900u128)
+                .map(|n| Range::prefix((n << 8).into(), 128))
+                .collect(),
+        ),
+        Content::Cgroups { counters: false },
+        Content::Cgroups { counters: true },
+    ];
+    for content in contents {
+        let set = Set {
+            name: "a_set".into(),
+            content,
+        };
+        same("set", |ours| ours.set(&set), |theirs| theirs.set(&set));
+    }
+    // ids within the transaction go on counting
+    let set = |name: &str| Set {
+        name: name.into(),
+        content: Content::V4(vec![v4([1; 4], 8)]),
+    };
+    same(
+        "three sets",
+        |ours| ["a", "b", "c"].iter().for_each(|name| ours.set(&set(name))),
+        |theirs| {
+            ["a", "b", "c"]
+                .iter()
+                .for_each(|name| theirs.set(&set(name)))
+        },
+    );
+}
+
+#[test]
+fn cgroups() {
+    for count in [1, 2, 1000, 10_000] {
+        // the id of a 32-bit kernel has a generation in its upper half
+        let ids: Vec<u64> = (0..count).map(|n| 0x1_0000_0016 + n * 0x0101).collect();
+        same(
+            "elements come",
+            |ours| ours.add_cgroups("cg_mihomo", ids.iter().copied()),
+            |theirs| theirs.add_cgroups("cg_mihomo", &ids),
+        );
+        same(
+            "elements go",
+            |ours| ours.delete_cgroups("cg_drop", ids.iter().copied()),
+            |theirs| theirs.delete_cgroups("cg_drop", &ids),
+        );
+    }
+}
+
+/// Numbers that reach both encoders through our types, so that the bytes would not show a wrong one.
+#[test]
+fn numbers() {
+    macro_rules! same {
+        ($($name:ident)+) => {
+            $(assert_eq!(i64::from(uapi::$name), i64::from(libc::$name), stringify!($name));)+
+        };
+    }
+    same!(
+        NFT_META_MARK NFT_META_IIF NFT_META_OIF NFT_META_SKUID NFT_META_NFPROTO NFT_META_L4PROTO
+        NFT_CT_STATE NFT_CT_DIRECTION NFT_CT_STATUS NFT_CT_MARK NFT_CMP_EQ NFT_CMP_NEQ NFT_REG_1
+        NFT_REG_2 NFT_PAYLOAD_NETWORK_HEADER NFT_PAYLOAD_TRANSPORT_HEADER NFPROTO_IPV4 NFPROTO_IPV6
+        NF_INET_PRE_ROUTING NF_INET_LOCAL_OUT NF_INET_POST_ROUTING NF_IP_PRI_MANGLE
+        NF_IP_PRI_NAT_DST IPPROTO_TCP IPPROTO_UDP IPPROTO_ICMPV6
+    );
+}
+
+/// Samples of every statement. One list serves as a `match` too, so that a new variant does not
+/// compile until there is a line for it here.
+macro_rules! samples {
+    ($($variant:pat => $($sample:expr),+;)+) => {
+        fn samples() -> Vec<Stmt> {
+            fn of(stmt: &Stmt) -> &'static str {
+                match stmt { $($variant => stringify!($variant)),+ }
+            }
+            let samples = vec![$($((stringify!($variant), $sample)),+),+];
+            samples.iter().for_each(|(variant, sample)| assert_eq!(*variant, of(sample)));
+            samples.into_iter().map(|(_, sample)| sample).collect()
+        }
+    };
+}
+
+const A_MARK: Mark = Mark {
+    value: 0x0123_0000,
+    mask: 0x0fff_0000,
+};
+
+fn map(verdicts: &[Verdict]) -> Vec<(u32, Verdict)> {
+    (1..)
+        .map(|n| n << 24)
+        .zip(verdicts.iter().cloned())
+        .collect()
+}
+
+fn jump() -> Verdict {
+    Verdict::Jump("bypass".into())
+}
+
+fn goto() -> Verdict {
+    Verdict::Goto("to_mihomo".into())
+}
+
+samples! {
+    Stmt::IifLo => Stmt::IifLo;
+    Stmt::OifLo => Stmt::OifLo;
+    Stmt::Cgroup { .. } => Stmt::Cgroup { level: 1, set: "cg_a".into() },
+        Stmt::Cgroup { level: 255, set: "cg_direct".into() };
+    Stmt::HasOwner => Stmt::HasOwner;
+    Stmt::Uid(_) => Stmt::Uid(0), Stmt::Uid(65534);
+    Stmt::PacketMark(_) => Stmt::PacketMark(A_MARK);
+    Stmt::CtMark(_) => Stmt::CtMark(A_MARK);
+    Stmt::CtMarked(_) => Stmt::CtMarked(0xff00_0000);
+    Stmt::Reply => Stmt::Reply;
+    Stmt::New => Stmt::New;
+    Stmt::Dnatted => Stmt::Dnatted;
+    Stmt::Destination { .. } => Stmt::Destination { family: Family::V4, set: "bypass4" },
+        Stmt::Destination { family: Family::V6, set: "bypass6" };
+    Stmt::Nfproto(_) => Stmt::Nfproto(Family::V4), Stmt::Nfproto(Family::V6);
+    Stmt::L4proto(_) => Stmt::L4proto(L4::Tcp), Stmt::L4proto(L4::Udp);
+    Stmt::TcpOrUdp => Stmt::TcpOrUdp;
+    Stmt::NotTcpOrUdp => Stmt::NotTcpOrUdp;
+    Stmt::Dport(..) => Stmt::Dport(L4::Tcp, 53), Stmt::Dport(L4::Udp, 53);
+    Stmt::Broadcast => Stmt::Broadcast;
+    Stmt::NeighbourDiscovery => Stmt::NeighbourDiscovery;
+    Stmt::Counter => Stmt::Counter;
+    Stmt::SetCtMark(_) => Stmt::SetCtMark(A_MARK);
+    Stmt::SetPacketMark(_) => Stmt::SetPacketMark(A_MARK);
+    Stmt::Tproxy { .. } =>
+        Stmt::Tproxy { family: None, address: None, port: 7893 },
+        Stmt::Tproxy { family: Some(Family::V4), address: None, port: 7893 },
+        Stmt::Tproxy {
+            family: Some(Family::V4),
+            address: Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            port: 1,
+        },
+        Stmt::Tproxy {
+            family: Some(Family::V6),
+            address: Some(IpAddr::V6(Ipv6Addr::LOCALHOST)),
+            port: 65535,
+        };
+    Stmt::Dnat(_) => Stmt::Dnat("127.0.0.1:1053".parse().unwrap()),
+        Stmt::Dnat("[2001:db8::1]:53".parse().unwrap());
+    Stmt::Reset => Stmt::Reset;
+    Stmt::PacketMarkMap { .. } => Stmt::PacketMarkMap { mask: 0xff00_0000, map: map(&[goto()]) };
+    Stmt::CtMarkMap { .. } => Stmt::CtMarkMap {
+        mask: 0xff00_0000,
+        map: map(&[goto(), jump(), Verdict::Accept, Verdict::Drop]),
+    };
+    Stmt::Verdict(_) => Stmt::accept(), Stmt::drop(), Stmt::Verdict(jump()), Stmt::Verdict(goto());
+}
+
+#[test]
+fn statements() {
+    for stmt in samples() {
+        let what = stmt.to_string();
+        let rule = vec![stmt];
+        same(
+            &what,
+            |ours| ours.rule("a_chain", &rule),
+            |theirs| theirs.rule("a_chain", &rule),
+        );
+    }
+    // all of them at once: several anonymous sets in one rule
+    let rule = samples();
+    same(
+        "all",
+        |ours| ours.rule("output", &rule),
+        |theirs| theirs.rule("output", &rule),
+    );
+    same(
+        "no rules",
+        |ours| ours.replace_output(&[]),
+        |theirs| theirs.flush(OUTPUT),
+    );
+}
+
+#[test]
+fn dump_request() {
+    let mut batch = Batch::new(SEQ - 1);
+    encode::get_table(&mut batch);
+    assert_eq!(hex(batch.bytes()), hex(&libnftnl::get_table(SEQ)));
+}
+
+/// A configuration in memory; it has no includes and knows no users.
+struct Text(String);
+
+impl Source for Text {
+    fn read(&self, _: &Path) -> Result<String, String> {
+        Ok(self.0.clone())
+    }
+
+    fn glob(&self, _: &Path) -> Result<Vec<PathBuf>, String> {
+        Ok(Vec::new())
+    }
+
+    fn uid(&self, _: &str) -> Option<u32> {
+        None
+    }
+}
+
+fn load(text: &str) -> Config {
+    let problems = |problems: Vec<config::Problem>| -> Config {
+        panic!(
+            "{}",
+            problems
+                .iter()
+                .map(|p| format!("{p}\n"))
+                .collect::<String>()
+        )
+    };
+    config::load(&Text(text.into()), Path::new("test.conf")).unwrap_or_else(problems)
+}
+
+fn configs() -> Vec<Config> {
+    let many = |n: usize| -> String {
+        (0..n)
+            .map(|n| format!("[tproxy t{n}]\nport = {}\n", 1000 + n))
+            .collect()
+    };
+    let bypass: String = (0..3000)
+        .map(|n| format!("bypass = 198.{}.{}.{}\n", n / 200, n % 200, n % 3 * 100))
+        .collect();
+    [
+        "",
+        "[tproxy a]\nport = 1",
+        "[global]\ndefault = drop",
+        "[global]\ndefault = drop\n[tproxy a]\nport = 1\ntcp = drop\nudp = no\nipv6 = no",
+        "[global]
+         default = mihomo
+         counters = cgroup
+         bypass = private
+         bypass = 2001:db8::/32
+         bypass-mark = 0xff
+         bypass-mark = 0x10/0xf0
+         bypass-user = 65534
+         [tproxy mihomo]
+         port = 7893
+         address = 127.0.0.1
+         dns-hijack = 127.0.0.1:1053
+         dns-hijack = [::1]:1053
+         dns-hijack-tcp = yes
+         [tproxy b-2]
+         port = 7894
+         address = ::1
+         ipv4 = drop
+         dns-hijack = 203.0.113.53
+         [tproxy c_3]
+         port = 7895
+         address = 127.0.0.3
+         address = ::1
+         dns-hijack = 2001:db8::53",
+        // verdict maps and intervals of more than one message
+        &format!("[global]\nfwmark-mask = 0x000fff00\n{}", many(700)),
+        &format!("[global]\n{bypass}"),
+    ]
+    .iter()
+    .map(|text| load(text))
+    .collect()
+}
+
+/// Some cgroups for every target.
+fn snapshot(config: &Config) -> Snapshot {
+    let targets: Vec<Target> = config.targets().collect();
+    let ids = |n: usize| {
+        (1..=1 + n as u64 * 700)
+            .map(|id| id << 8 | n as u64)
+            .collect()
+    };
+    let levels = |target: &Target| {
+        [2, 3, 7].map(|level| Element {
+            level,
+            target: *target,
+        })
+    };
+    Snapshot {
+        elements: targets
+            .iter()
+            .take(6)
+            .enumerate()
+            .map(|(n, t)| (*t, ids(n)))
+            .collect(),
+        pairs: targets.iter().flat_map(levels).collect(),
+    }
+}
+
+#[test]
+fn replacements() {
+    for config in configs() {
+        for flags in [None, Some(0x6)] {
+            for snapshot in [Snapshot::default(), snapshot(&config)] {
+                let ours = plan::replacement(&config, &snapshot, flags, Batch::new(SEQ));
+                same_batch("replacement", ours, |theirs| {
+                    let mut table = Table::new(&config);
+                    let output = table.chains.iter_mut().find(|chain| chain.name == OUTPUT);
+                    output.unwrap().rules = output_rules(&config, &snapshot.pairs);
+                    theirs.replace(&table, flags);
+                    for (target, ids) in &snapshot.elements {
+                        theirs.add_cgroups(&set_name(&config, *target), ids);
+                    }
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn changes() {
+    for config in configs() {
+        let Snapshot { elements, pairs } = snapshot(&config);
+        let delta = Delta {
+            delete: elements.clone(),
+            add: elements,
+            pairs: Some(pairs),
+        };
+        let none = Some(BTreeSet::new());
+        for delta in [
+            delta,
+            Delta {
+                pairs: none,
+                ..Delta::default()
+            },
+        ] {
+            let ours = plan::change(&config, &delta, Batch::new(SEQ));
+            same_batch("change", ours, |theirs| {
+                for (target, ids) in &delta.delete {
+                    theirs.delete_cgroups(&set_name(&config, *target), ids);
+                }
+                for (target, ids) in &delta.add {
+                    theirs.add_cgroups(&set_name(&config, *target), ids);
+                }
+                theirs.flush(OUTPUT);
+                for rule in output_rules(&config, delta.pairs.as_ref().unwrap()) {
+                    theirs.rule(OUTPUT, &rule);
+                }
+            });
+        }
+    }
+}

@@ -236,7 +236,6 @@ pub const AF_INET6: u8 = 10;
 pub const RT_TABLE_UNSPEC: u8 = 0;
 pub const RT_SCOPE_UNIVERSE: u8 = 0;
 pub const RT_SCOPE_HOST: u8 = 254;
-pub const RT_SCOPE_NOWHERE: u8 = 255;
 pub const RTN_LOCAL: u8 = 2;
 pub const RTN_BROADCAST: u32 = 3;
 pub const RTA_OIF: u16 = 4;

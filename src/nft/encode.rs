@@ -312,11 +312,15 @@ impl Transaction {
             }
             self.batch.str_z(NFTA_SET_ELEM_LIST_TABLE, TABLE);
             let list = self.batch.nest(NFTA_SET_ELEM_LIST_ELEMENTS);
-            while self.batch.len_since(&open) < SPLIT {
+            // libnftnl counts list elements; the kernel does not look at the number
+            for number in 1.. {
+                if self.batch.len_since(&open) >= SPLIT {
+                    break;
+                }
                 let Some(element) = elements.next() else {
                     break;
                 };
-                let nest = self.batch.nest(NFTA_LIST_ELEM);
+                let nest = self.batch.nest(number);
                 write(&mut self.batch, element);
                 self.batch.end_nest(nest);
             }

@@ -4,7 +4,7 @@
 #![no_main]
 
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
-use cgtproxy::nft::encode;
+use cgtproxy::nft::{encode, event::Follower};
 use cgtproxy::route;
 use libfuzzer_sys::fuzz_target;
 
@@ -18,11 +18,13 @@ fuzz_target!(|datagram: &[u8]| {
         if let Some(entry) = route::parse(&message) {
             let _ = entry.command("del");
         }
+        let _ = (route::is_deletion(&message), route::is_revival(&message));
         // fixed headers: none, nfgenmsg, rtmsg and fib_rule_hdr
         for header in [0, 4, 12] {
             attributes(message.body, header);
         }
     }
+    let _ = Follower::default().take(datagram, 0);
     assert!(count <= datagram.len() / 16);
     assert!(count > 0 || datagram.is_empty() || messages.is_malformed());
 });

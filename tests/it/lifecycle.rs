@@ -617,7 +617,7 @@ fn supervisors_are_told() {
     let path = ground.dir.join("notify");
     let socket = UnixDatagram::bind(&path).expect("bind");
     socket
-        .set_read_timeout(Some(Duration::from_secs(5)))
+        .set_read_timeout(Some(Duration::from_secs(10)))
         .expect("set a timeout");
     let pidfile = ground.dir.join("pid");
     let pidfile_text = pidfile.to_str().expect("UTF-8");
@@ -673,7 +673,7 @@ fn an_abstract_notify_socket() {
     let at = std::os::unix::net::SocketAddr::from_abstract_name(name).expect("an address");
     let socket = UnixDatagram::bind_addr(&at).expect("bind");
     socket
-        .set_read_timeout(Some(Duration::from_secs(5)))
+        .set_read_timeout(Some(Duration::from_secs(10)))
         .expect("set a timeout");
     let env = [("NOTIFY_SOCKET", format!("@{name}"))].map(|(k, v)| (k, v.leak() as &str));
     let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &env);

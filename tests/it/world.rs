@@ -137,7 +137,7 @@ impl Serving {
             }
             let readable = udp.iter().zip(&ready[1 + tcp.len()..]).filter(|x| *x.1);
             let new: Vec<_> = readable
-                .filter_map(|(socket, _)| self.answer_udp(socket))
+                .filter_map(|(socket, _)| self.answer_udp(socket, &udp))
                 .collect();
             udp.extend(new);
         }
@@ -174,18 +174,20 @@ impl Serving {
         }))
     }
 
-    /// Answers a datagram from the address that it was sent to. The first time, this takes a new
-    /// socket; it is returned, to be served from now on, since it may get datagrams as well.
-    fn answer_udp(&self, socket: &UdpSocket) -> Option<UdpSocket> {
+    /// Answers a datagram from the address that it was sent to, by that one of `sockets` which is
+    /// bound to it, or by a new one. A new one is returned, to be kept and served: outside, it gets
+    /// the next datagrams to its address.
+    fn answer_udp(&self, socket: &UdpSocket, sockets: &[UdpSocket]) -> Option<UdpSocket> {
         let (client, dialled) = recv_datagram(socket)?;
         let line = self.line(dialled, client);
-        if socket.local_addr().is_ok_and(|local| local == dialled) {
-            let _ = socket.send_to(line.as_bytes(), client);
+        let bound = |s: &&UdpSocket| s.local_addr().is_ok_and(|local| local == dialled);
+        if let Some(bound) = sockets.iter().find(bound) {
+            let _ = bound.send_to(line.as_bytes(), client);
             return None;
         }
-        let bound = UdpSocket::from(bind(dialled, libc::SOCK_DGRAM));
-        let _ = bound.send_to(line.as_bytes(), client);
-        Some(bound)
+        let new = UdpSocket::from(bind(dialled, libc::SOCK_DGRAM));
+        let _ = new.send_to(line.as_bytes(), client);
+        Some(new)
     }
 }
 
