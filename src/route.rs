@@ -118,10 +118,10 @@ impl Route {
         (header[0], header[4]) = (self.family.number(), table);
         (header[5], header[6], header[7]) = (RTPROT_CGTPROXY, scope, RTN_LOCAL);
         batch.header(&header);
-        batch.u32_ne(RTA_OIF, LO);
         if table == RT_TABLE_UNSPEC {
             batch.u32_ne(RTA_TABLE, self.table);
         }
+        batch.u32_ne(RTA_OIF, LO);
         batch.end(open);
     }
 }
