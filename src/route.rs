@@ -118,6 +118,10 @@ impl Route {
         (header[0], header[4]) = (self.family.number(), table);
         (header[5], header[6], header[7]) = (RTPROT_CGTPROXY, scope, RTN_LOCAL);
         batch.header(&header);
+        if self.family == Family::V6 {
+            // `default` is no destination to IPv4 and :: to IPv6
+            batch.raw(RTA_DST, &[0; 16]);
+        }
         if table == RT_TABLE_UNSPEC {
             batch.u32_ne(RTA_TABLE, self.table);
         }

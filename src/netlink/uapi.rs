@@ -238,6 +238,7 @@ pub const RT_SCOPE_UNIVERSE: u8 = 0;
 pub const RT_SCOPE_HOST: u8 = 254;
 pub const RTN_LOCAL: u8 = 2;
 pub const RTN_BROADCAST: u32 = 3;
+pub const RTA_DST: u16 = 1;
 pub const RTA_OIF: u16 = 4;
 pub const RTA_TABLE: u16 = 15;
 pub const FR_ACT_TO_TBL: u8 = 1;

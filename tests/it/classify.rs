@@ -128,8 +128,8 @@ fn burst() {
         return;
     };
     let rules = "mihomo = /apps/a.*5\ndrop = /apps/a.*";
-    let daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
     let apps = ground.cgroup("/apps");
+    let daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
     let paths: Vec<_> = (0..COUNT).map(|i| apps.join(format!("a{i}"))).collect();
     let at_rest = daemon.footprint();
     let footprints = [COUNT, COUNT].map(|count| {
