@@ -25,7 +25,6 @@ const NFPROTO_INET: u8 = 1;
 pub const NFT_MSG_NEWTABLE: u16 = 0;
 pub const NFT_MSG_NEWSETELEM: u16 = 12;
 pub const NFT_MSG_DELSETELEM: u16 = 14;
-pub const NFT_MSG_NEWGEN: u16 = 15;
 const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
 const NFTA_SET_ELEM_LIST_SET: u16 = 2;
 const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
@@ -136,7 +135,7 @@ impl Floor {
         let (on, end, id, watched) = (transact.clone(), stop.clone(), tid.clone(), dir.clone());
         let (ready, started) = mpsc::channel();
         let (thread, fill) = ground.outside(|| {
-            load("table inet floor { set cg_floor { type cgroupsv2; } }");
+            load("table inet floor {\n set cg_floor { type cgroupsv2; }\n}");
             let fill = Socket::new();
             let thread = thread::spawn(move || {
                 // SAFETY: no arguments.

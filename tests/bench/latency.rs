@@ -155,10 +155,7 @@ fn no_op(report: &mut Report, ground: &Ground, daemon: &Daemon, floor: &Floor) {
     // the second count proves that the first one could have been another than 0
     let sent = netlink_calls(daemon, || paced_pairs(&inherits, 100));
     let control = netlink_calls(daemon, || paced_pairs(&ground.at("/ours/apps"), 100));
-    assert!(
-        control >= 100,
-        "strace saw {control} of at least 100 messages"
-    );
+    assert!(control > 0, "strace sees no messages");
     let reference = ("where an element is needed", control as f64);
     let figure = "no-op, netlink messages in 100 pairs";
     report.beside(figure, sent as f64, "", reference, Target::AtMost(0.0));

@@ -11,7 +11,7 @@ use cgtproxy::policy;
 use nix::sys::signal::Signal;
 
 use crate::daemon::{binary as program, run_with, Daemon};
-use crate::floor::{Listener, NFT_MSG_NEWGEN, NFT_MSG_NEWTABLE};
+use crate::floor::{schedstat, Listener, NFT_MSG_NEWTABLE};
 use crate::ground::Ground;
 use crate::kernel::nft;
 use crate::report::{median, Report, Target};
@@ -52,6 +52,7 @@ pub fn start(report: &mut Report) {
         assert!(shown.status.success());
         let table = String::from_utf8(shown.stdout).expect("UTF-8");
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let mut cpu = Vec::new();
         let mut memory = [const { Vec::new() }; 3];
         for round in 0..sized(5, if cgroups > 5_000 { 9 } else { 25 }) {
             go_on();
@@ -59,6 +60,8 @@ pub fn start(report: &mut Report) {
             let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[]);
             assert!(daemon.ready(), "{}", daemon.logs());
             ours.push(start.elapsed().as_secs_f64() * 1e3);
+            let used = schedstat(&format!("/proc/{}/schedstat", daemon.pid()));
+            cpu.push(used as f64 / 1e6);
             let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid()));
             let status = status.expect("the status of a live process");
             for (field, into) in ["VmRSS:", "RssAnon:", "VmHWM:"].iter().zip(&mut memory) {
@@ -75,6 +78,8 @@ pub fn start(report: &mut Report) {
         let reference = ("nft -f of the same table", median(&theirs));
         let figure = format!("start to ready, {cgroups} cgroups");
         report.beside(figure, median(&ours), "ms", reference, target);
+        let figure = format!("start, CPU, {cgroups} cgroups");
+        report.alone(figure, median(&cpu), "ms", Target::None);
         for (name, samples) in ["RSS", "RssAnon", "VmHWM"].iter().zip(&memory) {
             let target = match *name {
                 "RSS" => Target::AtMost(mebibytes),
@@ -117,11 +122,12 @@ pub fn reload(report: &mut Report) {
     let shown = run_with(&ground, &text(7893), &["show"]);
     let table = String::from_utf8(shown.stdout).expect("UTF-8");
     let mut listener = Listener::new();
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let (mut ours, mut theirs, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..sized(7, 25) {
         go_on();
         daemon.configure(&text(7894 + round as u16));
-        let start = Instant::now();
+        let used = || schedstat(&format!("/proc/{}/schedstat", daemon.pid()));
+        let (before, start) = (used(), Instant::now());
         daemon.signal(Signal::SIGHUP);
         listener.await_kind(NFT_MSG_NEWTABLE);
         ours.push(start.elapsed().as_secs_f64() * 1e3);
@@ -131,14 +137,15 @@ pub fn reload(report: &mut Report) {
             "{}",
             daemon.logs()
         );
+        cpu.push((used() - before) as f64 / 1e6);
         theirs.push(ground.outside(|| load_table(&table)));
-        // the end of the transaction, before the next one
-        drop(std::mem::replace(&mut listener, Listener::new()));
+        // the rest of this transaction's messages
+        listener = Listener::new();
     }
-    let _ = NFT_MSG_NEWGEN;
     let figure = "reload, 1000 cgroups, 100 rules";
     let reference = ("nft -f of the same table", median(&theirs));
     report.beside(figure, median(&ours), "ms", reference, Target::AtMost(20.0));
+    report.alone("reload, CPU", median(&cpu), "ms", Target::None);
     assert!(daemon.stop().success());
 }
 

@@ -31,7 +31,8 @@ const CONFIG: &str = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /a/b/c/dir
 const CONNTRACK: &str = "table inet bench { chain output {
     type filter hook output priority mangle; policy accept;
     ct state invalid accept
-} }";
+}
+}";
 
 /// (c): reply and bypass tests in front, then a verdict map for each level, deepest first.
 fn six_levels(ground: &Ground) -> String {
@@ -86,7 +87,9 @@ enum Table {
 impl Table {
     fn script(text: &str) -> Table {
         load(text);
-        ip_batch(&["-4"], reference::ROUTING);
+        for family in ["-4", "-6"] {
+            ip_batch(&[family], reference::ROUTING);
+        }
         Table::Script
     }
 
@@ -111,10 +114,9 @@ impl Drop for Table {
 fn unload() {
     let out = crate::kernel::nft(&["flush", "ruleset"], "");
     assert!(thread::panicking() || out.status.success());
-    ip_batch(
-        &["-4", "-force"],
-        "rule del pref 100\nroute flush table 300\n",
-    );
+    for family in ["-4", "-6"] {
+        ip_batch(&[family], &reference::ROUTING.replace(" add ", " del "));
+    }
 }
 
 pub fn packet_cost(report: &mut Report) {
@@ -126,7 +128,11 @@ pub fn packet_cost(report: &mut Report) {
     let cgroups = kinds.map(|kind| ground.cgroup(&format!("/a/b/c/{kind}")));
     // packets that reach the outside end at its door
     ground.outside(|| {
-        load("table netdev sink { chain in { type filter hook ingress device out0 priority 0; policy drop; } }");
+        load(
+            "table netdev sink {
+                chain in { type filter hook ingress device out0 priority 0; policy drop; }
+            }",
+        );
     });
     // and proxied ones in a full receive buffer
     let any = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), PROXY_PORT);
