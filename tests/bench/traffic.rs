@@ -23,9 +23,9 @@ use crate::{go_on, sized};
 
 const PROXY_PORT: u16 = 7893;
 
-/// Rules of the depth that desktops have, and two more targets in use.
-const CONFIG: &str = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /a/b/c/direct\n\
-    mihomo = /a/b/c/proxied\nmihomo = /mihomo\ndrop = /drop\n";
+/// Targets two levels below the cgroup2 root, as services are, and one deeper, as on desktops.
+const CONFIG: &str = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /direct\n\
+    mihomo = /proxied\nmihomo = /desktop/b/c/d\ndrop = /drop\n";
 
 /// (b): conntrack and nothing else.
 const CONNTRACK: &str = "table inet bench { chain output {
@@ -51,10 +51,20 @@ fn six_levels(ground: &Ground) -> String {
         chain to_drop { drop; }
         ",
     );
+    let elements = |of: &[(&str, &str)]| {
+        let each = of
+            .iter()
+            .map(|(path, verdict)| format!("\"{sub_tree}/{path}\" : {verdict}"));
+        format!("elements = {{ {} }};", each.collect::<Vec<_>>().join(", "))
+    };
     for level in 1..=6 {
         let elements = match level {
-            2 => format!("elements = {{ \"{sub_tree}/mihomo\" : goto to_mihomo, \"{sub_tree}/drop\" : goto to_drop }};"),
-            5 => format!("elements = {{ \"{sub_tree}/a/b/c/proxied\" : goto to_mihomo, \"{sub_tree}/a/b/c/direct\" : accept }};"),
+            2 => elements(&[
+                ("proxied", "goto to_mihomo"),
+                ("direct", "accept"),
+                ("drop", "goto to_drop"),
+            ]),
+            5 => elements(&[("desktop/b/c/d", "goto to_mihomo")]),
             _ => String::new(),
         };
         text += &format!("map level{level} {{ type cgroupsv2 : verdict; {elements} }}\n");
@@ -93,8 +103,8 @@ impl Table {
         Table::Script
     }
 
-    fn ours(ground: &Ground) -> Table {
-        Table::Ours(Some(Daemon::start(ground, CONFIG, &[])))
+    fn ours(ground: &Ground, config: &str) -> Table {
+        Table::Ours(Some(Daemon::start(ground, config, &[])))
     }
 }
 
@@ -121,11 +131,12 @@ fn unload() {
 
 pub fn packet_cost(report: &mut Report) {
     let ground = Ground::new("packet").expect("root");
-    for path in ["/mihomo", "/drop"] {
+    for path in ["/desktop/b/c/d", "/drop"] {
         ground.cgroup(path);
     }
     let kinds = ["unmatched", "direct", "proxied"];
-    let cgroups = kinds.map(|kind| ground.cgroup(&format!("/a/b/c/{kind}")));
+    // processes at level 6, as deep as the six levels look
+    let cgroups = kinds.map(|kind| ground.cgroup(&format!("/{kind}/b/c/d/e")));
     // packets that reach the outside end at its door
     ground.outside(|| {
         load(
@@ -155,7 +166,7 @@ pub fn packet_cost(report: &mut Report) {
             .zip(&mut theirs)
             .for_each(|(c, into)| into.push(flood(c)));
         drop(table);
-        let table = Table::ours(&ground);
+        let table = Table::ours(&ground, CONFIG);
         cgroups
             .iter()
             .zip(&mut ours)
@@ -202,16 +213,16 @@ pub fn packet_cost(report: &mut Report) {
     }
 }
 
-/// Packets between two looks at the clock, and how often that is looked at.
-const CHUNK: u64 = 500;
-const CHUNKS: usize = 100;
+/// Packets between two looks at the clock, and how often that is looked at: a chunk is much shorter
+/// than a time slice, so few chunks have another process in them.
+const CHUNK: u64 = 64;
+const CHUNKS: usize = 800;
 
-/// Nanoseconds a datagram, sent without pause by a process of that cgroup: the median of chunks,
-/// which those are not part of in which another process had the CPU.
+/// Nanoseconds a datagram, sent without pause by a process of that cgroup: the median of chunks.
 fn flood(cgroup: &Path, to: SocketAddr) -> f64 {
     let (read, write) = pipe();
     let to = raw_addr(to);
-    let chunks = sized(40, CHUNKS);
+    let chunks = sized(320, CHUNKS);
     let cgroup = File::open(cgroup).expect("open the cgroup");
     let child = || {
         let mut times = [0u64; CHUNKS];
@@ -229,7 +240,7 @@ fn flood(cgroup: &Path, to: SocketAddr) -> f64 {
                 }
                 now() - start
             };
-            for _ in 0..4 {
+            for _ in 0..32 {
                 send();
             }
             times[..chunks].iter_mut().for_each(|time| *time = send());
@@ -265,6 +276,10 @@ fn now() -> u64 {
 
 const SOURCE_PORT: u16 = 9100;
 
+/// What the reference table does, but for DNS.
+const AS_REFERENCE: &str =
+    "[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /mihomo\ndrop = /drop\n";
+
 pub fn throughput(report: &mut Report) {
     let ground = Ground::new("through").expect("root");
     let cgroup = ground.cgroup("/mihomo");
@@ -280,14 +295,18 @@ pub fn throughput(report: &mut Report) {
     let relay = Acceptor::start(listener, relay);
     for streams in [1, 8] {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for _ in 0..sized(5, 15) {
+        for round in 0..sized(5, 15) {
             go_on();
-            let table = Table::ours(&ground);
-            ours.push(download(&cgroup, streams));
-            drop(table);
-            reference::load(&ground, None);
-            theirs.push(download(&cgroup, streams));
-            unload();
+            for our_turn in [round % 2 == 0, round % 2 != 0] {
+                if our_turn {
+                    let _table = Table::ours(&ground, AS_REFERENCE);
+                    ours.push(download(&cgroup, streams));
+                } else {
+                    reference::load(&ground, None);
+                    theirs.push(download(&cgroup, streams));
+                    unload();
+                }
+            }
         }
         let count = relay.count();
         assert!(
