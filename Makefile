@@ -13,7 +13,7 @@ RELEASE_FLAGS = -C relocation-model=static
 FOR_SIZE      = -Z build-std=std,panic_abort -Z build-std-features=optimize_for_size
 BUILD_STD     = $(if $(wildcard $(SYSROOT)/lib/rustlib/src/rust/library/std),$(FOR_SIZE))
 
-.PHONY: all build toolchain deps demo test fuzz clean
+.PHONY: all build toolchain deps demo test bench fuzz clean
 
 all: build
 
@@ -55,6 +55,11 @@ test: build deps
 SECONDS ?= 600
 fuzz:
 	command -v cargo-fuzz >/dev/null || cargo install --quiet cargo-fuzz
+# Measures the static binary beside references of the same run (root; see tests/bench/main.rs), and
+# writes tests/bench/results.json. QUICK=1 takes fewer samples and less than a minute;
+# FIGURES="latency burst" measures those groups only, and writes no file.
+bench: build deps
+	PATH="$$PATH:/usr/sbin:/sbin" QUICK=$(QUICK) CGTPROXY_BIN=$(CURDIR)/$(BIN) cargo bench --locked --bench bench -- $(FIGURES)
 
 clean:
 	cargo clean

@@ -39,6 +39,8 @@ pub struct Options {
     pub seccomp: bool,
 }
 
+/// Reads that empty a full inotify queue: 16,384 events with the longest names.
+const FULL_QUEUE: usize = 600;
 /// How often a directory is looked at that cannot be watched.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
@@ -211,7 +213,12 @@ impl Daemon {
                 removed.len()
             );
         }
-        while self.cgroups.drain()? {}
+        // what came meanwhile; not for ever, where events come faster than they can be taken
+        for _ in 0..FULL_QUEUE {
+            if !self.cgroups.drain()? {
+                break;
+            }
+        }
         self.commit();
         if let Some(file) = &self.options.pidfile {
             write_pidfile(file)?;

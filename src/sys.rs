@@ -7,14 +7,24 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 
-/// The cgroup v2 id of the directory `path`: 64 bits, host order, as `socket cgroupv2` compares it.
+/// A handle on the directory `path` that serves as a base for look-ups and nothing else (O_PATH).
+pub fn open_path(path: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
+    // SAFETY: path is NUL-terminated.
+    let fd = unsafe { libc::open(path.as_ptr(), flags) };
+    // SAFETY: a descriptor that the kernel just returned belongs to nobody else.
+    Errno::result(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The cgroup v2 id of the directory `path`, looked up from `base`: 64 bits, host order, as
+/// `socket cgroupv2` compares it.
 ///
 /// Not `st_ino`, which is only its low half on 32-bit kernels. kernfs hands the id out as a file
 /// handle of type `FILEID_KERNFS` (0xfe) and 8 bytes (name_to_handle_at(2), fs/kernfs/mount.c).
 ///
 /// Errors: ENOENT where the cgroup is gone; EOPNOTSUPP (also for a handle of another type) where
 /// `path` is not on cgroup2.
-pub fn cgroup_id(path: &CStr) -> Result<u64, Errno> {
+pub fn cgroup_id(base: BorrowedFd, path: &CStr) -> Result<u64, Errno> {
     const FILEID_KERNFS: libc::c_int = 0xfe;
     #[repr(C)]
     struct Handle {
@@ -33,7 +43,7 @@ pub fn cgroup_id(path: &CStr) -> Result<u64, Errno> {
     let rc = unsafe {
         libc::syscall(
             libc::SYS_name_to_handle_at,
-            libc::AT_FDCWD,
+            base.as_raw_fd(),
             path.as_ptr(),
             &mut handle as *mut Handle,
             &mut mount as *mut libc::c_int,
@@ -49,13 +59,16 @@ pub fn cgroup_id(path: &CStr) -> Result<u64, Errno> {
     }
 }
 
-/// `st_nlink` of a directory, without following a symlink at its end (lstat(2)). On kernfs: two,
+/// `st_nlink` of a directory, looked up from `base`, without following a symlink at its end
+/// (fstatat(2)). On kernfs: two,
 /// and one for each subdirectory.
-pub fn nlink(path: &CStr) -> Result<u64, Errno> {
+pub fn nlink(base: BorrowedFd, path: &CStr) -> Result<u64, Errno> {
     let mut st = MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: path is NUL-terminated; st has the size and alignment that lstat writes.
-    Errno::result(unsafe { libc::lstat(path.as_ptr(), st.as_mut_ptr()) })?;
-    // SAFETY: lstat succeeded, so st is initialised.
+    let flags = libc::AT_SYMLINK_NOFOLLOW;
+    // SAFETY: path is NUL-terminated; st has the size and alignment that fstatat writes.
+    let rc = unsafe { libc::fstatat(base.as_raw_fd(), path.as_ptr(), st.as_mut_ptr(), flags) };
+    Errno::result(rc)?;
+    // SAFETY: fstatat succeeded, so st is initialised.
     #[allow(clippy::unnecessary_cast)] // nlink_t differs by architecture
     Ok(unsafe { st.assume_init() }.st_nlink as u64)
 }

@@ -13,7 +13,7 @@ const LAYERS: [&[&str]; 11] = [
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
     &["nft::expr"],
-    &["config", "config::ini", "config::file"],
+    &["config", "config::ini", "config::pattern", "config::file"],
     &[
         "policy",
         "nft::ruleset",
@@ -35,7 +35,7 @@ const LAYERS: [&[&str]; 11] = [
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 12] = [
+const PURE: [&str; 13] = [
     "netlink::uapi",
     "netlink::msg",
     "netlink::parse",
@@ -44,6 +44,7 @@ const PURE: [&str; 12] = [
     "nft::encode",
     "config",
     "config::ini",
+    "config::pattern",
     "policy",
     "cgroup::tree",
     "core",

@@ -5,7 +5,7 @@
 //! events that say so are in the queue, because the parent was watched before.
 //! Source: inotify(7), fs/notify/inotify, fs/kernfs.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path as FilePath;
@@ -31,6 +31,8 @@ const MASK: u32 = libc::IN_CREATE
 pub struct Watcher {
     inotify: Option<OwnedFd>,
     root: Vec<u8>,
+    /// The root as of its last look: what is looked up from it spares the way there.
+    base: Option<OwnedFd>,
     buf: Box<[u8; READ]>,
 }
 
@@ -56,6 +58,7 @@ impl Watcher {
         Watcher {
             inotify: None,
             root,
+            base: None,
             buf: Box::new([0; READ]),
         }
     }
@@ -85,7 +88,7 @@ impl Watcher {
     /// in the list or in the queue, or in both.
     pub fn scan(&mut self, scan: &Scan) -> Event {
         let path = scan.path.clone();
-        let Ok(name) = CString::new([&self.root[..], &scan.path].concat()) else {
+        let Ok(name) = CString::new([&self.root[..], &path].concat()) else {
             return Event::Gone { path };
         };
         let failed = |path, errno| match errno {
@@ -94,7 +97,19 @@ impl Watcher {
             Errno::ENOENT | Errno::ENOTDIR | Errno::ENODEV => Event::Gone { path },
             errno => Event::Failed { path, errno },
         };
-        let id = match sys::cgroup_id(&name) {
+        if path.is_empty() {
+            // it may be another one by now
+            self.base = match sys::open_path(&name) {
+                Ok(base) => Some(base),
+                Err(errno) => return failed(path, errno),
+            };
+        }
+        let (base, below) = match &self.base {
+            Some(base) => (base.as_fd(), below(&name, self.root.len())),
+            // nothing is known before the root is
+            None => return Event::Gone { path },
+        };
+        let id = match sys::cgroup_id(base, below) {
             Ok(id) => id,
             Err(errno) => return failed(path, errno),
         };
@@ -114,7 +129,7 @@ impl Watcher {
             },
         };
         // a directory with two links has no subdirectory: spares reading the list of its files
-        let children = match sys::nlink(&name) {
+        let children = match sys::nlink(base, below) {
             Ok(2) => Vec::new(),
             Ok(_) => match subdirectories(&name) {
                 Ok(children) => children,
@@ -146,6 +161,13 @@ impl Watcher {
             let _ = sys::inotify_rm_watch(inotify.as_fd(), wd);
         }
     }
+}
+
+/// What follows the first `length` bytes and their slash; the root itself for nothing.
+fn below(name: &CStr, length: usize) -> &CStr {
+    let rest = name.to_bytes_with_nul().get(length + 1..);
+    rest.and_then(|rest| CStr::from_bytes_with_nul(rest).ok())
+        .unwrap_or(c".")
 }
 
 /// The names of a directory's subdirectories.

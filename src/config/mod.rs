@@ -3,6 +3,7 @@
 
 pub mod file;
 pub mod ini;
+pub mod pattern;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,11 +11,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use regex_lite::{Regex, RegexBuilder};
+use regex_lite::RegexBuilder;
 
 use crate::log::Level;
 use crate::nft::expr::{Family, Mark, Range};
 use ini::Line;
+use pattern::Pattern;
 
 /// Where text comes from; the real one is [`file::Files`].
 pub trait Source {
@@ -80,7 +82,7 @@ pub struct Rule {
     pub target: Target,
     pub pattern: String,
     /// Anchored at both ends.
-    pub regex: Regex,
+    pub regex: Pattern,
     pub place: Place,
 }
 
@@ -928,7 +930,7 @@ fn endpoint(value: &str) -> Option<SocketAddr> {
 }
 
 /// Compiles a rule's pattern, anchored at both ends of the path.
-pub fn compile(pattern: &str) -> Result<Regex, String> {
+pub fn compile(pattern: &str) -> Result<Pattern, String> {
     // alone first: `a)|(b` must not become legal by the group around it
     if let Err(error) = parse_only(pattern) {
         let at = error_position(pattern, &error);
@@ -941,6 +943,7 @@ pub fn compile(pattern: &str) -> Result<Regex, String> {
     // in (?x) mode the first group's end could stand in a comment, which a newline ends
     build(&format!(r"\A(?:{pattern})\z"))
         .or_else(|_| build(&format!("\\A(?:{pattern}\n)\\z")))
+        .map(|regex| Pattern::new(pattern, regex))
         .map_err(|error| format!("bad pattern: {error}: \"{pattern}\""))
 }
 

@@ -368,7 +368,12 @@ fn guard_chain(config: &Config) -> Chain {
             hook: NF_INET_POST_ROUTING,
             priority: NF_IP_PRI_MANGLE,
         }),
-        rules: vec![vec![Stmt::OifLo, Stmt::accept()], vec![drop]],
+        rules: vec![
+            // nearly every packet ends here, without a look-up
+            vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()],
+            vec![Stmt::OifLo, Stmt::accept()],
+            vec![drop],
+        ],
     }
 }
 

@@ -279,7 +279,7 @@ fn dump(set: &str) -> Result<BTreeSet<u64>, i32> {
 }
 
 /// The keys in the attributes of a NFT_MSG_NEWSETELEM message.
-fn elements(message: &[u8]) -> Vec<u64> {
+pub fn elements(message: &[u8]) -> Vec<u64> {
     let lists = attributes(message).filter(|a| a.0 == NFTA_SET_ELEM_LIST_ELEMENTS);
     lists
         .flat_map(|list| attributes(list.1))
@@ -310,7 +310,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-fn netlink() -> OwnedFd {
+pub fn netlink() -> OwnedFd {
     // SAFETY: integers only; the descriptor is new, hence ours.
     unsafe {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;

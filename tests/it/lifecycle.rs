@@ -214,6 +214,43 @@ fn stopped_at_any_moment() {
     );
 }
 
+/// Events that come faster than they can be handled must put off neither readiness nor the end.
+#[test]
+fn starts_and_stops_in_endless_churn() {
+    let Some(ground) = Ground::new("endless") else {
+        return;
+    };
+    let on = AtomicBool::new(true);
+    let paths: Vec<_> = (0..3)
+        .map(|i| ground.cgroup(&format!("/churn/{i}")))
+        .collect();
+    thread::scope(|scope| {
+        for path in &paths {
+            scope.spawn(|| {
+                while on.load(Ordering::Relaxed) {
+                    let _ = fs::create_dir(path.join("x"));
+                    let _ = fs::remove_dir(path.join("x"));
+                }
+            });
+        }
+        for _ in 0..3 {
+            let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[]);
+            let up = daemon.ready();
+            thread::sleep(Duration::from_millis(200));
+            daemon.signal(Signal::SIGTERM);
+            let status = daemon.wait();
+            let log = daemon.logs();
+            if !up || status.code() != Some(0) {
+                on.store(false, Ordering::Relaxed);
+            }
+            assert!(up, "not ready: {log}");
+            assert_eq!(status.code(), Some(0), "{log}");
+        }
+        on.store(false, Ordering::Relaxed);
+    });
+    assert_eq!(residue(), "");
+}
+
 #[test]
 fn stopped_while_it_starts() {
     let Some(ground) = Ground::new("early-term") else {

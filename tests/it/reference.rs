@@ -68,14 +68,14 @@ table inet cgtproxy {
 }
 "#;
 
-const ROUTING: &str = "\
+pub const ROUTING: &str = "\
 rule add iif lo fwmark 0x01000000/0xff000000 lookup 300 pref 100
 route add local default dev lo table 300
 ";
 
 /// Loads the table without the lines that hold `without`, and fills its sets with the cgroups
 /// `/drop` and `/mihomo`.
-fn load(ground: &Ground, without: Option<&str>) {
+pub fn load(ground: &Ground, without: Option<&str>) {
     let keep = |line: &&str| without.is_none_or(|text| !line.contains(text));
     let kept: Vec<&str> = RULESET.lines().filter(keep).collect();
     let sub_tree = ground

@@ -193,7 +193,7 @@ impl Serving {
 
 /// A transparent socket that is bound to `at`, reports original destinations, and shares its port
 /// with sockets of other addresses.
-fn bind(at: SocketAddr, kind: c_int) -> OwnedFd {
+pub fn bind(at: SocketAddr, kind: c_int) -> OwnedFd {
     let family = if at.is_ipv4() {
         libc::AF_INET
     } else {

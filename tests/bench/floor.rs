@@ -1,0 +1,352 @@
+//! The least that any classifier must do: read one inotify event, send one transaction of one
+//! element. Its messages are built by hand and share no code with the program. And the listener
+//! that sees the effect, of the program and of the floor alike.
+
+use std::ffi::CString;
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{mpsc, Arc};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crate::ground::Ground;
+use crate::kernel::{elements, load, netlink};
+
+// linux/netfilter/nfnetlink.h and nf_tables.h.
+const NFNLGRP_NFTABLES: u32 = 7;
+const NFNL_SUBSYS_NFTABLES: u16 = 10;
+const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
+const NFNL_MSG_BATCH_END: u16 = 0x11;
+const NFPROTO_INET: u8 = 1;
+pub const NFT_MSG_NEWTABLE: u16 = 0;
+pub const NFT_MSG_NEWSETELEM: u16 = 12;
+pub const NFT_MSG_DELSETELEM: u16 = 14;
+const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
+const NFTA_SET_ELEM_LIST_SET: u16 = 2;
+const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
+const NFTA_LIST_ELEM: u16 = 1;
+const NFTA_SET_ELEM_KEY: u16 = 1;
+const NFTA_DATA_VALUE: u16 = 1;
+const NLA_F_NESTED: u16 = 0x8000;
+
+/// A multicast listener on the ruleset of the thread's network namespace.
+pub struct Listener {
+    socket: OwnedFd,
+    buffer: Vec<u8>,
+}
+
+impl Listener {
+    pub fn new() -> Listener {
+        let socket = netlink();
+        set(&socket, libc::SO_RCVBUFFORCE, 256 << 20);
+        let mut address = address();
+        address.nl_groups = 1 << (NFNLGRP_NFTABLES - 1);
+        let size = size_of_val(&address) as libc::socklen_t;
+        // SAFETY: reads one live sockaddr of that size.
+        let rc = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) };
+        assert_eq!(rc, 0, "bind: {}", io::Error::last_os_error());
+        let mut listener = Listener {
+            socket,
+            buffer: vec![0; 1 << 16],
+        };
+        listener.timeout(Duration::from_secs(10));
+        listener
+    }
+
+    pub fn timeout(&mut self, timeout: Duration) {
+        let t = libc::timeval {
+            tv_sec: timeout.as_secs() as _,
+            tv_usec: timeout.subsec_micros() as _,
+        };
+        let (at, size) = ((&raw const t).cast(), size_of_val(&t) as libc::socklen_t);
+        let fd = self.socket.as_raw_fd();
+        // SAFETY: reads one live timeval.
+        unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVTIMEO, at, size) };
+    }
+
+    /// (NFT_MSG_ type, body) of each message of the next datagram; none in time: `None`.
+    pub fn next(&mut self) -> Option<impl Iterator<Item = (u16, &[u8])>> {
+        let (at, room) = (self.buffer.as_mut_ptr().cast(), self.buffer.len());
+        // SAFETY: writes within the buffer.
+        let n = unsafe { libc::recv(self.socket.as_raw_fd(), at, room, 0) };
+        if n < 0 {
+            let error = io::Error::last_os_error();
+            crate::go_on();
+            assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "recv: {error}");
+            return None;
+        }
+        let mut rest = &self.buffer[..n as usize];
+        Some(std::iter::from_fn(move || {
+            let len = u32::from_ne_bytes(rest.get(..4)?.try_into().ok()?) as usize;
+            let kind = u16::from_ne_bytes([rest[4], rest[5]]);
+            let body = &rest[20..len];
+            rest = &rest[len.next_multiple_of(4).min(rest.len())..];
+            Some((kind & 0xff, body))
+        }))
+    }
+
+    /// Waits for a message of that type.
+    pub fn await_kind(&mut self, kind: u16) {
+        while !self
+            .next()
+            .expect("a change of the ruleset")
+            .any(|m| m.0 == kind)
+        {}
+    }
+
+    /// Takes elements that are added until `count` have been seen or none comes in time.
+    pub fn count_new(&mut self, count: usize) -> usize {
+        let mut seen = 0;
+        while seen < count {
+            let Some(messages) = self.next() else { break };
+            let new = messages.filter(|m| m.0 == NFT_MSG_NEWSETELEM);
+            seen += new.map(|m| elements(m.1).len()).sum::<usize>();
+        }
+        seen
+    }
+}
+
+/// The floor at work: a thread, in the outside network namespace, so that neither its transactions
+/// nor ours wake the other.
+pub struct Floor {
+    pub dir: PathBuf,
+    transact: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
+    tid: Arc<AtomicI32>,
+    thread: Option<JoinHandle<()>>,
+    /// Keys of elements that are only there to make the set large.
+    filler: u64,
+    fill: Socket,
+}
+
+impl Floor {
+    /// Watches the cgroup `/floor` of the ground.
+    pub fn start(ground: &Ground) -> Floor {
+        let dir = ground.cgroup("/floor");
+        let (transact, stop, tid) = (
+            Arc::new(AtomicBool::new(true)),
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicI32::new(0)),
+        );
+        let (on, end, id, watched) = (transact.clone(), stop.clone(), tid.clone(), dir.clone());
+        let (ready, started) = mpsc::channel();
+        let (thread, fill) = ground.outside(|| {
+            load("table inet floor {\n set cg_floor { type cgroupsv2; }\n}");
+            let fill = Socket::new();
+            let thread = thread::spawn(move || {
+                // SAFETY: no arguments.
+                id.store(unsafe { libc::gettid() }, Ordering::Relaxed);
+                let mut socket = Socket::new();
+                let inotify = inotify(&watched);
+                ready.send(()).expect("the starter waits");
+                floor(&inotify, &mut socket, &on, &end);
+            });
+            (thread, fill)
+        });
+        started.recv().expect("the floor starts");
+        Floor {
+            dir,
+            transact,
+            stop,
+            tid,
+            thread: Some(thread),
+            filler: 1 << 40,
+            fill,
+        }
+    }
+
+    /// Adds elements until the set holds `count`.
+    pub fn fill(&mut self, count: u64) {
+        for key in self.filler..(1 << 40) + count {
+            self.fill.change(NFT_MSG_NEWSETELEM, key);
+        }
+        self.filler = (1 << 40) + count;
+    }
+
+    /// Whether an event leads to a transaction.
+    pub fn transact(&self, on: bool) {
+        self.transact.store(on, Ordering::Relaxed);
+    }
+
+    /// Nanoseconds of CPU so far.
+    pub fn cpu(&self) -> u64 {
+        let tid = self.tid.load(Ordering::Relaxed);
+        schedstat(&format!("/proc/self/task/{tid}/schedstat"))
+    }
+}
+
+impl Drop for Floor {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let last = self.dir.join("last");
+        let _ = fs::create_dir(&last);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        let _ = fs::remove_dir(last);
+    }
+}
+
+/// Each cgroup is removed before the next one is made, so one counter gives the keys.
+fn floor(inotify: &OwnedFd, socket: &mut Socket, on: &AtomicBool, stop: &AtomicBool) {
+    let mut key = 0;
+    let mut buffer = [0u8; 4096];
+    loop {
+        let (at, room) = (buffer.as_mut_ptr().cast(), buffer.len());
+        // SAFETY: writes within the buffer.
+        let n = unsafe { libc::read(inotify.as_raw_fd(), at, room) };
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut rest = &buffer[..n.max(0) as usize];
+        while rest.len() >= 16 {
+            let word = |at: usize| {
+                u32::from_ne_bytes([rest[at], rest[at + 1], rest[at + 2], rest[at + 3]])
+            };
+            let (mask, length) = (word(4), word(12) as usize);
+            rest = &rest[16 + length..];
+            if !on.load(Ordering::Relaxed) {
+                continue;
+            }
+            if mask & libc::IN_CREATE != 0 {
+                key += 1;
+                socket.change(NFT_MSG_NEWSETELEM, key);
+            } else {
+                socket.change(NFT_MSG_DELSETELEM, key);
+            }
+        }
+    }
+}
+
+fn inotify(dir: &Path) -> OwnedFd {
+    let path = CString::new(dir.as_os_str().as_bytes()).expect("no NUL");
+    let mask = libc::IN_CREATE | libc::IN_DELETE | libc::IN_ONLYDIR;
+    // SAFETY: a NUL-terminated path; the descriptor is new, hence ours.
+    unsafe {
+        let fd = libc::inotify_init1(libc::IN_CLOEXEC);
+        assert!(fd >= 0, "inotify: {}", io::Error::last_os_error());
+        let wd = libc::inotify_add_watch(fd, path.as_ptr(), mask);
+        assert!(wd >= 0, "inotify watch: {}", io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd)
+    }
+}
+
+/// A netlink socket and the one batch that it sends, of which only type and key change.
+struct Socket {
+    fd: OwnedFd,
+    batch: Vec<u8>,
+    kind_at: usize,
+    key_at: usize,
+}
+
+impl Socket {
+    fn new() -> Socket {
+        let mut batch = Vec::new();
+        message(
+            &mut batch,
+            NFNL_MSG_BATCH_BEGIN,
+            0,
+            [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8],
+            &[],
+        );
+        let kind_at = batch.len() + 4;
+        let value = attribute(NFTA_DATA_VALUE, &0u64.to_ne_bytes());
+        let key = attribute(NFTA_SET_ELEM_KEY | NLA_F_NESTED, &value);
+        let element = attribute(NFTA_LIST_ELEM | NLA_F_NESTED, &key);
+        let body = [
+            attribute(NFTA_SET_ELEM_LIST_TABLE, b"floor\0"),
+            attribute(NFTA_SET_ELEM_LIST_SET, b"cg_floor\0"),
+            attribute(NFTA_SET_ELEM_LIST_ELEMENTS | NLA_F_NESTED, &element),
+        ];
+        let flags = (libc::NLM_F_ACK | libc::NLM_F_CREATE) as u16;
+        message(
+            &mut batch,
+            0,
+            flags,
+            [NFPROTO_INET, 0, 0, 0],
+            &body.concat(),
+        );
+        let key_at = batch.len() - 8;
+        message(
+            &mut batch,
+            NFNL_MSG_BATCH_END,
+            0,
+            [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8],
+            &[],
+        );
+        Socket {
+            fd: netlink(),
+            batch,
+            kind_at,
+            key_at,
+        }
+    }
+
+    /// Adds or deletes one element; panics where the kernel refuses.
+    fn change(&mut self, kind: u16, key: u64) {
+        let kind = NFNL_SUBSYS_NFTABLES << 8 | kind;
+        self.batch[self.kind_at..self.kind_at + 2].copy_from_slice(&kind.to_ne_bytes());
+        self.batch[self.key_at..self.key_at + 8].copy_from_slice(&key.to_ne_bytes());
+        let fd = self.fd.as_raw_fd();
+        let mut answer = [0u8; 512];
+        // SAFETY: reads the batch, writes within the answer.
+        unsafe {
+            let n = libc::send(fd, self.batch.as_ptr().cast(), self.batch.len(), 0);
+            assert_eq!(
+                n,
+                self.batch.len() as isize,
+                "send: {}",
+                io::Error::last_os_error()
+            );
+            let n = libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0);
+            assert!(n >= 20, "recv: {}", io::Error::last_os_error());
+        }
+        let errno = i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]);
+        assert_eq!(errno, 0, "the floor's transaction was refused");
+    }
+}
+
+fn attribute(kind: u16, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = (4 + payload.len() as u16).to_ne_bytes().to_vec();
+    bytes.extend(kind.to_ne_bytes());
+    bytes.extend(payload);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+fn message(batch: &mut Vec<u8>, kind: u16, flags: u16, nfgenmsg: [u8; 4], body: &[u8]) {
+    batch.extend((20 + body.len() as u32).to_ne_bytes());
+    batch.extend(kind.to_ne_bytes());
+    batch.extend((libc::NLM_F_REQUEST as u16 | flags).to_ne_bytes());
+    batch.extend([0; 8]);
+    batch.extend(nfgenmsg);
+    batch.extend(body);
+}
+
+fn address() -> libc::sockaddr_nl {
+    // SAFETY: plain integers, for which zero is valid.
+    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    address.nl_family = libc::AF_NETLINK as _;
+    address
+}
+
+fn set(socket: &OwnedFd, option: i32, value: i32) {
+    let (at, size) = (
+        (&raw const value).cast(),
+        size_of::<i32>() as libc::socklen_t,
+    );
+    // SAFETY: reads one live integer.
+    let rc = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, at, size) };
+    assert_eq!(rc, 0, "setsockopt: {}", io::Error::last_os_error());
+}
+
+/// Nanoseconds on a CPU, of a process or a thread.
+pub fn schedstat(path: &str) -> u64 {
+    let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("unable to read {path}: {e}"));
+    let first = text.split(' ').next().and_then(|n| n.parse().ok());
+    first.expect("a number of nanoseconds")
+}

@@ -1,0 +1,270 @@
+//! Start, reload, size in memory and on disk, and the rules by themselves.
+
+use std::fs::{self, File};
+use std::hint::black_box;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use cgtproxy::config::{self, Config, Source};
+use cgtproxy::policy;
+use nix::sys::signal::Signal;
+use regex_lite::Regex;
+
+use crate::daemon::{binary as program, run_with, Daemon};
+use crate::floor::{schedstat, Listener, NFT_MSG_NEWTABLE};
+use crate::ground::Ground;
+use crate::kernel::nft;
+use crate::report::{median, Report, Target};
+use crate::{go_on, sized};
+
+const CONFIG: &str = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /services/mihomo\n\
+    drop = /services/telemetry\nmihomo = /apps/.+\n";
+
+pub fn binary(report: &mut Report) {
+    let size = fs::metadata(program()).expect("stat the program").len();
+    let gzip = Command::new("gzip")
+        .args(["-9", "-c"])
+        .stdin(File::open(program()).expect("open the program"))
+        .stdout(Stdio::piped())
+        .output()
+        .expect("start gzip");
+    assert!(gzip.status.success());
+    let kib = |bytes: usize| bytes as f64 / 1024.0;
+    report.alone("binary", kib(size as usize), "KiB", Target::AtMost(800.0));
+    report.alone(
+        "binary, gzip -9",
+        kib(gzip.stdout.len()),
+        "KiB",
+        Target::AtMost(380.0),
+    );
+}
+
+pub fn start(report: &mut Report) {
+    let ground = Ground::new("start").expect("root");
+    let figures = [(50, 5.0, 1.0), (1_000, 15.0, 1.3), (10_000, 120.0, 4.0)];
+    let mut there = 0;
+    for (cgroups, milliseconds, mebibytes) in figures {
+        for i in there..cgroups {
+            ground.cgroup(&format!("/apps/{i}"));
+        }
+        there = cgroups;
+        let shown = run_with(&ground, CONFIG, &["show"]);
+        assert!(shown.status.success());
+        let table = String::from_utf8(shown.stdout).expect("UTF-8");
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let mut cpu = Vec::new();
+        let mut memory = [const { Vec::new() }; 3];
+        for round in 0..sized(5, if cgroups > 5_000 { 9 } else { 25 }) {
+            go_on();
+            let start = Instant::now();
+            let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[]);
+            assert!(daemon.ready(), "{}", daemon.logs());
+            ours.push(start.elapsed().as_secs_f64() * 1e3);
+            let used = schedstat(&format!("/proc/{}/schedstat", daemon.pid()));
+            cpu.push(used as f64 / 1e6);
+            let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid()));
+            let status = status.expect("the status of a live process");
+            for (field, into) in ["VmRSS:", "RssAnon:", "VmHWM:"].iter().zip(&mut memory) {
+                let line = status.lines().find_map(|l| l.strip_prefix(field));
+                let kib = line.and_then(|l| l.split_whitespace().next()?.parse::<f64>().ok());
+                into.push(kib.expect("a number of KiB") / 1024.0);
+            }
+            assert!(daemon.stop().success());
+            if round < 9 {
+                theirs.push(ground.outside(|| load_table(&table)));
+            }
+        }
+        let target = Target::AtMost(milliseconds);
+        let reference = ("nft -f of the same table", median(&theirs));
+        let figure = format!("start to ready, {cgroups} cgroups");
+        report.beside(figure, median(&ours), "ms", reference, target);
+        let figure = format!("start, CPU, {cgroups} cgroups");
+        report.alone(figure, median(&cpu), "ms", Target::None);
+        for (name, samples) in ["RSS", "RssAnon", "VmHWM"].iter().zip(&memory) {
+            let target = match *name {
+                "RSS" => Target::AtMost(mebibytes),
+                _ => Target::None,
+            };
+            report.alone(
+                format!("{name}, {cgroups} cgroups"),
+                median(samples),
+                "MiB",
+                target,
+            );
+        }
+    }
+}
+
+/// Milliseconds for `nft -f`.
+fn load_table(script: &str) -> f64 {
+    let start = Instant::now();
+    let out = nft(&["-f", "-"], script);
+    let took = start.elapsed().as_secs_f64() * 1e3;
+    assert!(
+        out.status.success(),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    took
+}
+
+pub fn reload(report: &mut Report) {
+    let ground = Ground::new("reload").expect("root");
+    for i in 0..1_000 {
+        ground.cgroup(&format!("/apps/{i}"));
+    }
+    // what matches stands last
+    let text = |port: u16| {
+        let rules: String = patterns(99).map(|p| format!("drop = {p}\n")).collect();
+        format!("[tproxy mihomo]\nport = {port}\n[rules]\n{rules}mihomo = /apps/.+\n")
+    };
+    let daemon = Daemon::start(&ground, &text(7893), &[]);
+    let shown = run_with(&ground, &text(7893), &["show"]);
+    let table = String::from_utf8(shown.stdout).expect("UTF-8");
+    let mut listener = Listener::new();
+    let (mut ours, mut theirs, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..sized(7, 25) {
+        go_on();
+        daemon.configure(&text(7894 + round as u16));
+        let used = || schedstat(&format!("/proc/{}/schedstat", daemon.pid()));
+        let (before, start) = (used(), Instant::now());
+        daemon.signal(Signal::SIGHUP);
+        listener.await_kind(NFT_MSG_NEWTABLE);
+        ours.push(start.elapsed().as_secs_f64() * 1e3);
+        let line = format!("reloaded {}", daemon.config.display());
+        assert!(
+            daemon.wait_log(&line, Duration::from_secs(10)),
+            "{}",
+            daemon.logs()
+        );
+        cpu.push((used() - before) as f64 / 1e6);
+        theirs.push(ground.outside(|| load_table(&table)));
+        // the rest of this transaction's messages
+        listener = Listener::new();
+    }
+    let figure = "reload, 1000 cgroups, 100 rules";
+    let reference = ("nft -f of the same table", median(&theirs));
+    report.beside(figure, median(&ours), "ms", reference, Target::AtMost(20.0));
+    report.alone("reload, CPU", median(&cpu), "ms", Target::None);
+    assert!(daemon.stop().success());
+}
+
+/// Rules of the shapes that the manual gives, by turns.
+fn patterns(count: usize) -> impl Iterator<Item = String> {
+    (0..count).map(|i| match i % 4 {
+        0 => format!("/services/name{i}"),
+        1 => format!("/services/(first{i}|second{i})"),
+        2 => format!(r"/user\.slice/user-1000\.slice/.*/app-org\.name{i}.*"),
+        _ => format!(r"/system\.slice/name{i}\.service"),
+    })
+}
+
+/// Paths of the shapes that init systems and desktops give, which no rule matches.
+fn paths(count: usize) -> Vec<(&'static str, String)> {
+    let shape = |i: usize| match i % 4 {
+        0 => ("procd", format!("/services/dnsmasq{i}/instance1")),
+        1 => (
+            "desktop",
+            format!(
+                "/user.slice/user-1000.slice/user@1000.service/app.slice/app-gnome-thing-{i}.scope"
+            ),
+        ),
+        2 => ("systemd", format!("/system.slice/cron{i}.service")),
+        _ => ("container", format!("/system.slice/docker-{i:064x}.scope")),
+    };
+    (0..count).map(shape).collect()
+}
+
+/// A configuration file that is only in memory.
+struct Text(String);
+
+impl Source for Text {
+    fn read(&self, _: &Path) -> Result<String, String> {
+        Ok(self.0.clone())
+    }
+
+    fn glob(&self, _: &Path) -> Result<Vec<PathBuf>, String> {
+        Ok(Vec::new())
+    }
+
+    fn uid(&self, _: &str) -> Option<u32> {
+        None
+    }
+}
+
+fn with_rules(count: usize) -> Config {
+    let rules: String = patterns(count).map(|p| format!("drop = {p}\n")).collect();
+    let text = Text(format!("[rules]\n{rules}"));
+    let config = config::load(&text, Path::new("bench.conf")).expect("a valid configuration");
+    assert_eq!(config.rules.len(), count);
+    config
+}
+
+pub fn rules(report: &mut Report) {
+    for count in [10, 100, 1_000] {
+        let config = with_rules(count);
+        let all = policy::root_rank(&config);
+        let some = paths(40);
+        // microseconds for one pass over all rules, of each path
+        let pass = |classify: &dyn Fn(&str) -> bool, kind: Option<&str>| {
+            let picked: Vec<_> = some
+                .iter()
+                .filter(|p| kind.is_none_or(|k| k == p.0))
+                .collect();
+            let times: Vec<f64> = (0..sized(5, 15))
+                .map(|_| {
+                    go_on();
+                    let start = Instant::now();
+                    for (_, path) in &picked {
+                        assert!(!black_box(classify(black_box(path))), "{path} matches");
+                    }
+                    start.elapsed().as_secs_f64() * 1e6 / picked.len() as f64
+                })
+                .collect();
+            median(&times)
+        };
+        let ours = |path: &str| policy::rank(&config, all, path.as_bytes()) != all;
+        let regexes: Vec<Regex> = patterns(count)
+            .map(|p| Regex::new(&format!(r"\A(?:{p})\z")).expect("a valid pattern"))
+            .collect();
+        let plain = |path: &str| regexes.iter().any(|regex| regex.is_match(path));
+        let reference = ("every regex tried", pass(&plain, None));
+        let target = match count {
+            100 => Target::AtMost(20.0),
+            _ => Target::None,
+        };
+        report.beside(
+            format!("a path against {count} rules"),
+            pass(&ours, None),
+            "us",
+            reference,
+            target,
+        );
+        if count == 100 {
+            for kind in ["procd", "desktop", "systemd", "container"] {
+                let reference = ("every regex tried", pass(&plain, Some(kind)));
+                let figure = format!("a {kind} path against {count} rules");
+                report.beside(
+                    figure,
+                    pass(&ours, Some(kind)),
+                    "us",
+                    reference,
+                    Target::None,
+                );
+            }
+        }
+        let many = paths(sized(1_000, 10_000));
+        let start = Instant::now();
+        for (_, path) in &many {
+            black_box(ours(path));
+        }
+        let took = start.elapsed().as_secs_f64() * 1e3;
+        report.alone(
+            format!("{} paths against {count} rules", many.len()),
+            took,
+            "ms",
+            Target::None,
+        );
+    }
+}

@@ -1,0 +1,450 @@
+//! What a packet pays, and what a proxied stream gets.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::mem::size_of;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use nix::sys::wait::waitpid;
+
+use crate::client::fork_into;
+use crate::daemon::Daemon;
+use crate::ground::{addr, ip_batch, pipe, Ground, REMOTE4};
+use crate::kernel::load;
+use crate::reference;
+use crate::report::{median, Report, Target};
+use crate::world::{bind, raw_addr};
+use crate::{go_on, sized};
+
+const PROXY_PORT: u16 = 7893;
+
+/// Targets two levels below the cgroup2 root, as services are, and one deeper, as on desktops.
+const CONFIG: &str = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /direct\n\
+    mihomo = /proxied\nmihomo = /desktop/b/c/d\ndrop = /drop\n";
+
+/// (b): conntrack and nothing else.
+const CONNTRACK: &str = "table inet bench { chain output {
+    type filter hook output priority mangle; policy accept;
+    ct state invalid accept
+}
+}";
+
+/// (c): reply and bypass tests in front, then a verdict map for each level, deepest first.
+fn six_levels(ground: &Ground) -> String {
+    let sub_tree = ground
+        .root
+        .file_name()
+        .and_then(|n| n.to_str())
+        .expect("a name");
+    let mut text = String::from(
+        "table inet bench {
+        set bypass4 { type ipv4_addr; flags interval; elements = { 169.254.0.0/16, 224.0.0.0/4, 255.255.255.255 }; }
+        set bypass6 { type ipv6_addr; flags interval; elements = { fe80::/10, ff00::/8 }; }
+        chain to_mihomo {
+            meta l4proto { tcp, udp } ct mark set 0x01000000 meta mark set 0x01000000 accept
+        }
+        chain to_drop { drop; }
+        ",
+    );
+    let elements = |of: &[(&str, &str)]| {
+        let each = of
+            .iter()
+            .map(|(path, verdict)| format!("\"{sub_tree}/{path}\" : {verdict}"));
+        format!("elements = {{ {} }};", each.collect::<Vec<_>>().join(", "))
+    };
+    for level in 1..=6 {
+        let elements = match level {
+            2 => elements(&[
+                ("proxied", "goto to_mihomo"),
+                ("direct", "accept"),
+                ("drop", "goto to_drop"),
+            ]),
+            5 => elements(&[("desktop/b/c/d", "goto to_mihomo")]),
+            _ => String::new(),
+        };
+        text += &format!("map level{level} {{ type cgroupsv2 : verdict; {elements} }}\n");
+    }
+    text += "chain output {
+        type route hook output priority mangle; policy accept;
+        oif lo accept
+        ct direction reply accept
+        ip daddr @bypass4 accept
+        ip6 daddr @bypass6 accept
+        ";
+    for level in (1..=6).rev() {
+        text += &format!("socket cgroupv2 level {level} vmap @level{level}\n");
+    }
+    text += "}
+        chain prerouting {
+            type filter hook prerouting priority mangle; policy accept;
+            iif lo meta mark 0x01000000 meta l4proto { tcp, udp } tproxy to :7893 accept
+        }
+    }";
+    text
+}
+
+/// A way to handle packets, in force until it is dropped.
+enum Table {
+    Script,
+    Ours(Option<Daemon>),
+}
+
+impl Table {
+    fn script(text: &str) -> Table {
+        load(text);
+        for family in ["-4", "-6"] {
+            ip_batch(&[family], reference::ROUTING);
+        }
+        Table::Script
+    }
+
+    fn ours(ground: &Ground, config: &str) -> Table {
+        Table::Ours(Some(Daemon::start(ground, config, &[])))
+    }
+}
+
+impl Drop for Table {
+    fn drop(&mut self) {
+        match self {
+            Table::Ours(daemon) => {
+                let stopped = daemon.take().map(Daemon::stop);
+                assert!(thread::panicking() || stopped.is_some_and(|s| s.success()));
+            }
+            Table::Script => unload(),
+        }
+    }
+}
+
+/// Removes the reference tables and their routing.
+fn unload() {
+    let out = crate::kernel::nft(&["flush", "ruleset"], "");
+    assert!(thread::panicking() || out.status.success());
+    for family in ["-4", "-6"] {
+        ip_batch(&[family], &reference::ROUTING.replace(" add ", " del "));
+    }
+}
+
+pub fn packet_cost(report: &mut Report) {
+    let ground = Ground::new("packet").expect("root");
+    for path in ["/desktop/b/c/d", "/drop"] {
+        ground.cgroup(path);
+    }
+    let kinds = ["unmatched", "direct", "proxied"];
+    // processes at level 6, as deep as the six levels look
+    let cgroups = kinds.map(|kind| ground.cgroup(&format!("/{kind}/b/c/d/e")));
+    // packets that reach the outside end at its door
+    ground.outside(|| {
+        load(
+            "table netdev sink {
+                chain in { type filter hook ingress device out0 priority 0; policy drop; }
+            }",
+        );
+    });
+    // and proxied ones in a full receive buffer
+    let any = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), PROXY_PORT);
+    let _proxy = bind(any, libc::SOCK_DGRAM);
+    let reference = six_levels(&ground);
+    let flood = |cgroup: &Path| flood(cgroup, addr(REMOTE4, 9));
+
+    let (mut none, mut conntrack) = (Vec::new(), Vec::new());
+    let mut ours = [const { Vec::new() }; 3];
+    let mut theirs = [const { Vec::new() }; 3];
+    for _ in 0..sized(9, 21) {
+        go_on();
+        none.push(flood(&cgroups[0]));
+        let table = Table::script(CONNTRACK);
+        conntrack.push(flood(&cgroups[0]));
+        drop(table);
+        let table = Table::script(&reference);
+        cgroups
+            .iter()
+            .zip(&mut theirs)
+            .for_each(|(c, into)| into.push(flood(c)));
+        drop(table);
+        let table = Table::ours(&ground, CONFIG);
+        cgroups
+            .iter()
+            .zip(&mut ours)
+            .for_each(|(c, into)| into.push(flood(c)));
+        drop(table);
+    }
+    let base = median(&conntrack);
+    report.alone("packet, no table (a)", median(&none), "ns", Target::None);
+    let reference = ("no table", median(&none));
+    report.beside(
+        "packet, conntrack only (b)",
+        base,
+        "ns",
+        reference,
+        Target::None,
+    );
+    for (kind, (ours, theirs)) in kinds.iter().zip(ours.iter().zip(&theirs)) {
+        let reference = ("six levels", median(theirs));
+        report.beside(
+            format!("packet, {kind}"),
+            median(ours),
+            "ns",
+            reference,
+            Target::None,
+        );
+        // round by round, so that a busy moment takes part in both
+        let over = |samples: &[f64]| {
+            let each: Vec<f64> = samples.iter().zip(&conntrack).map(|(s, c)| s - c).collect();
+            median(&each)
+        };
+        let target = match *kind {
+            // most of it is the way through lo to the proxy, which both tables take
+            "proxied" => Target::None,
+            _ => Target::RatioAtMost(0.6),
+        };
+        let reference = ("six levels", over(theirs));
+        report.beside(
+            format!("packet, {kind}, over (b)"),
+            over(ours),
+            "ns",
+            reference,
+            target,
+        );
+    }
+}
+
+/// Packets between two looks at the clock, and how often that is looked at: a chunk is much shorter
+/// than a time slice, so few chunks have another process in them.
+const CHUNK: u64 = 64;
+const CHUNKS: usize = 800;
+
+/// Nanoseconds a datagram, sent without pause by a process of that cgroup: the median of chunks.
+fn flood(cgroup: &Path, to: SocketAddr) -> f64 {
+    let (read, write) = pipe();
+    let to = raw_addr(to);
+    let chunks = sized(320, CHUNKS);
+    let cgroup = File::open(cgroup).expect("open the cgroup");
+    let child = || {
+        let mut times = [0u64; CHUNKS];
+        // SAFETY: system calls on memory that is alive, and nothing else (see `fork_into`).
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+            if libc::connect(fd, (&raw const to.0).cast(), to.1) != 0 {
+                return 1;
+            }
+            let send = || {
+                let start = now();
+                for _ in 0..CHUNK {
+                    libc::send(fd, b"payload".as_ptr().cast(), 7, 0);
+                }
+                now() - start
+            };
+            for _ in 0..32 {
+                send();
+            }
+            times[..chunks].iter_mut().for_each(|time| *time = send());
+            times[..chunks].sort_unstable();
+            let middle = times[chunks / 2];
+            libc::write(write.as_raw_fd(), (&raw const middle).cast(), 8);
+        }
+        0
+    };
+    // SAFETY: the child makes system calls only.
+    let pid = unsafe { fork_into(&cgroup, child) }.expect("fork into the cgroup");
+    drop(write);
+    u64_from(read, pid) as f64 / CHUNK as f64
+}
+
+fn u64_from(read: OwnedFd, pid: nix::unistd::Pid) -> u64 {
+    let mut bytes = [0; size_of::<u64>()];
+    let got = File::from(read).read_exact(&mut bytes);
+    let _ = waitpid(pid, None);
+    got.expect("the child reports");
+    u64::from_ne_bytes(bytes)
+}
+
+/// Nanoseconds on a monotonic clock; async-signal-safe.
+fn now() -> u64 {
+    // SAFETY: fills the timespec that it is given.
+    unsafe {
+        let mut t: libc::timespec = std::mem::zeroed();
+        libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut t);
+        t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
+    }
+}
+
+const SOURCE_PORT: u16 = 9100;
+
+/// What the reference table does, but for DNS.
+const AS_REFERENCE: &str =
+    "[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /mihomo\ndrop = /drop\n";
+
+pub fn throughput(report: &mut Report) {
+    let ground = Ground::new("through").expect("root");
+    let cgroup = ground.cgroup("/mihomo");
+    let any = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
+    let source = ground.outside(|| TcpListener::bind(any(SOURCE_PORT)).expect("bind"));
+    let _source = Acceptor::start(source, |mut conn| {
+        let chunk = vec![0x5a; 128 * 1024];
+        while conn.write_all(&chunk).is_ok() {}
+    });
+    let listener = TcpListener::from(bind(any(PROXY_PORT), libc::SOCK_STREAM));
+    // SAFETY: an open socket.
+    assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 64) }, 0);
+    let relay = Acceptor::start(listener, relay);
+    for streams in [1, 8] {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for round in 0..sized(5, 15) {
+            go_on();
+            for our_turn in [round % 2 == 0, round % 2 != 0] {
+                if our_turn {
+                    let _table = Table::ours(&ground, AS_REFERENCE);
+                    ours.push(download(&cgroup, streams));
+                } else {
+                    reference::load(&ground, None);
+                    theirs.push(download(&cgroup, streams));
+                    unload();
+                }
+            }
+        }
+        let count = relay.count();
+        assert!(
+            count >= streams * 2,
+            "{count} streams went through the relay"
+        );
+        let reference = ("the reference table", median(&theirs));
+        let figure = format!("proxied throughput, {streams} streams");
+        report.beside(
+            figure,
+            median(&ours),
+            "Gbit/s",
+            reference,
+            Target::RatioAtLeast(0.97),
+        );
+    }
+}
+
+/// Serves each connection in a thread of its own, until it is dropped.
+struct Acceptor {
+    listener: TcpListener,
+    stop: Arc<AtomicBool>,
+    accepted: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Acceptor {
+    fn start(listener: TcpListener, serve: fn(TcpStream)) -> Acceptor {
+        let stop = Arc::new(AtomicBool::new(false));
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let copy = listener.try_clone().expect("dup");
+        let (end, count) = (stop.clone(), Arc::clone(&accepted));
+        let thread = thread::spawn(move || {
+            while let Ok((conn, _)) = copy.accept() {
+                if end.load(Ordering::Relaxed) {
+                    return;
+                }
+                count.fetch_add(1, Ordering::Relaxed);
+                thread::spawn(move || serve(conn));
+            }
+        });
+        Acceptor {
+            listener,
+            stop,
+            accepted,
+            thread: Some(thread),
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.accepted.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Acceptor {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // SAFETY: an open socket; accept(2) returns with an error.
+        unsafe { libc::shutdown(self.listener.as_raw_fd(), libc::SHUT_RDWR) };
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Relays from where the client wanted to go to the client, without copying.
+fn relay(client: TcpStream) {
+    let Ok(dialled) = client.local_addr() else {
+        return;
+    };
+    let server = TcpStream::connect(dialled).expect("connect to the source");
+    let (out, into) = pipe();
+    const ROOM: usize = 1 << 20;
+    // SAFETY: integers only.
+    unsafe { libc::fcntl(into.as_raw_fd(), libc::F_SETPIPE_SZ, ROOM) };
+    let splice = |from: i32, to: i32, length: usize| -> io::Result<usize> {
+        let (none, flags) = (std::ptr::null_mut(), libc::SPLICE_F_MOVE);
+        // SAFETY: descriptors only; no offsets are given.
+        let n = unsafe { libc::splice(from, none, to, none, length, flags) };
+        usize::try_from(n).map_err(|_| io::Error::last_os_error())
+    };
+    while let Ok(mut left @ 1..) = splice(server.as_raw_fd(), into.as_raw_fd(), ROOM) {
+        while left > 0 {
+            match splice(out.as_raw_fd(), client.as_raw_fd(), left) {
+                Ok(n @ 1..) => left -= n,
+                _ => return,
+            }
+        }
+    }
+}
+
+/// Gbit/s that as many processes in the cgroup receive together, each in one stream.
+fn download(cgroup: &Path, streams: usize) -> f64 {
+    let (warm_up, time) = match crate::quick_run() {
+        true => (100_000_000, 300_000_000),
+        false => (150_000_000, 600_000_000),
+    };
+    let to = raw_addr(addr(REMOTE4, SOURCE_PORT));
+    let dir = File::open(cgroup).expect("open the cgroup");
+    let clients: Vec<_> = (0..streams)
+        .map(|_| {
+            let (read, write) = pipe();
+            let child = || {
+                // SAFETY: system calls on memory that is alive, and nothing else. With MSG_TRUNC,
+                // tcp(7) drops the data and writes none of it.
+                unsafe {
+                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    let fd = libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0);
+                    if libc::connect(fd, (&raw const to.0).cast(), to.1) != 0 {
+                        return 1;
+                    }
+                    let (mut bytes, start) = (0u64, now());
+                    let mut counting = 0;
+                    loop {
+                        let none = std::ptr::null_mut();
+                        let n = libc::recv(fd, none, 1 << 20, libc::MSG_TRUNC);
+                        if n <= 0 {
+                            return 2;
+                        }
+                        let at = now();
+                        if counting == 0 && at - start > warm_up {
+                            counting = at;
+                        } else if counting != 0 {
+                            bytes += n as u64;
+                            if at - counting > time {
+                                let rate = bytes * 1_000_000 / ((at - counting) / 1_000);
+                                libc::write(write.as_raw_fd(), (&raw const rate).cast(), 8);
+                                return 0;
+                            }
+                        }
+                    }
+                }
+            };
+            // SAFETY: the child makes system calls only.
+            let pid = unsafe { fork_into(&dir, child) }.expect("fork into the cgroup");
+            (read, pid)
+        })
+        .collect();
+    let rates = clients.into_iter().map(|(read, pid)| u64_from(read, pid));
+    rates.sum::<u64>() as f64 * 8.0 / 1e9
+}
