@@ -80,7 +80,10 @@ fn main() {
     ground::boot();
     match std::env::var("expect").as_deref() {
         // `expect=refusal` on the kernel's command line: it lacks what cgtproxy needs
-        Ok("refusal") => refusal(),
+        Ok("refusal") => {
+            let _ground = Ground::new();
+            refusal();
+        }
         _ => {
             let ground = Ground::new();
             println!("\nVM PASS {}", lifecycle(&ground));
