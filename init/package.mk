@@ -87,7 +87,7 @@ deb: cross
 	cp init/debian/copyright $(STAGE)/usr/share/doc/cgtproxy/copyright
 	sed '1,/^$$/d' LICENSE >> $(STAGE)/usr/share/doc/cgtproxy/copyright
 	cp init/debian/lintian-overrides $(STAGE)/usr/share/lintian/overrides/cgtproxy
-	printf 'cgtproxy (%s) unstable; urgency=medium\n\n  * See the README.\n\n -- cgtproxy developers <cgtproxy@localhost>  %s\n' \
+	printf 'cgtproxy (%s) unstable; urgency=medium\n\n  * See the README.\n\n -- cgtproxy developers <cgtproxy@example.org>  %s\n' \
 	  "$(VERSION)" "$$(LC_ALL=C date -u -R -d @$(DATE))" | gzip -n9 > $(STAGE)/usr/share/doc/cgtproxy/changelog.gz
 	find $(STAGE)/usr/share/man -type f -exec gzip -n9 {} + 2>/dev/null || true
 	chmod -R u+w,go=rX $(STAGE)

@@ -1,6 +1,7 @@
 #!/bin/bash
 # run.sh [openrc|procd|systemd|deb...]: the services under their init systems, and the package, in
 # containers of debootstrap trees below target/init. Needs root. Exit status 1 if anything fails.
+# shellcheck disable=SC2317 # functions are called by name
 cd "$(dirname "$0")/../.." || exit 1
 here=tests/init trees=target/init rc=0
 program=target/$(uname -m)-unknown-linux-musl/release/cgtproxy
@@ -36,7 +37,12 @@ procd() {
 
 systemd() {
 	echo "systemd"
-	bash $here/systemd.sh "$program" || rc=1
+	$here/systemd.sh "$program" || rc=1
+	tree trixie systemd-sysv,dbus,nftables,iproute2,procps systemd || { rc=1; return; }
+	cp target/deb/*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
+	cp $here/systemd-inside.sh $trees/run/root/test.sh
+	timeout 120 $here/container.sh $trees/run /root/test.sh || rc=1
+	cat $trees/run/root/result || { echo "FAILED systemd did not boot"; rc=1; }
 }
 
 deb() {
