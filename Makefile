@@ -1,15 +1,21 @@
 # cgtproxy: `make` builds the static binary, `make demo` shows it at work, `make test` passes all
 # tests. Everything that a target needs and that can be installed is installed by it.
 
-ARCH    ?= $(shell uname -m)
-TARGET  ?= $(ARCH)-unknown-linux-musl
+# Router architectures: x86_64, i686, aarch64, armv7, arm (soft float), mipsel, mips, riscv64.
+ARCH    ?= $(shell uname -m | sed 's/^i[3-6]86$$/i686/; s/^armv[78].*/armv7/')
+TARGET_armv7   = armv7-unknown-linux-musleabihf
+TARGET_arm     = arm-unknown-linux-musleabi
+TARGET_riscv64 = riscv64gc-unknown-linux-musl
+TARGET  ?= $(or $(TARGET_$(ARCH)),$(ARCH)-unknown-linux-musl)
 BIN     := target/$(TARGET)/release/cgtproxy
 SYSROOT  = $(shell rustc --print sysroot)
 
 # The standard library is compiled for size together with the program where its source is to be
 # had: that nearly halves the binary. No PIE: a static one relocates itself at start, which makes
 # memory dirty that could stay shared.
-RELEASE_FLAGS = -C relocation-model=static
+# The same bytes whoever builds, and wherever: no path of this machine.
+RELEASE_FLAGS = -C relocation-model=static $(RELATIVE:%=--remap-path-prefix=%)
+RELATIVE      = $(CURDIR)=cgtproxy $(SYSROOT)=rust $(or $(CARGO_HOME),$(HOME)/.cargo)=cargo
 FOR_SIZE      = -Z build-std=std,panic_abort -Z build-std-features=optimize_for_size
 BUILD_STD     = $(if $(wildcard $(SYSROOT)/lib/rustlib/src/rust/library/std),$(FOR_SIZE))
 
@@ -19,7 +25,7 @@ all: build
 
 build: toolchain
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(RELEASE_FLAGS)" \
-	  cargo build --release --locked --target $(TARGET) $(BUILD_STD)
+	  cargo build --release --locked --target $(TARGET) $(BUILD_STD) $(EXTRA)
 
 # Says what is missing where it cannot be added: without rustup, the distribution's own packages of
 # the musl target will do, and without rust-src the prebuilt standard library.
@@ -60,6 +66,8 @@ fuzz:
 # FIGURES="latency burst" measures those groups only, and writes no file.
 bench: build deps
 	PATH="$$PATH:/usr/sbin:/sbin" QUICK=$(QUICK) CGTPROXY_BIN=$(CURDIR)/$(BIN) cargo bench --locked --bench bench -- $(FIGURES)
+
+include init/package.mk tests/vm/vm.mk
 
 clean:
 	cargo clean

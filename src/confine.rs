@@ -146,7 +146,7 @@ const ALLOWED: &[libc::c_long] = &[
     #[cfg(target_pointer_width = "32")]
     libc::SYS_stat64,
     #[cfg(target_pointer_width = "32")]
-    libc::SYS_fstatat64,
+    FSTATAT64,
     #[cfg(target_pointer_width = "32")]
     libc::SYS__llseek,
     #[cfg(target_pointer_width = "32")]
@@ -189,6 +189,10 @@ const ALLOWED: &[libc::c_long] = &[
 const BASE: libc::c_long = 4000;
 #[cfg(all(target_pointer_width = "32", not(target_arch = "mips")))]
 const BASE: libc::c_long = 0;
+#[cfg(all(target_pointer_width = "32", target_arch = "mips"))]
+const FSTATAT64: libc::c_long = BASE + 293;
+#[cfg(all(target_pointer_width = "32", not(target_arch = "mips")))]
+const FSTATAT64: libc::c_long = libc::SYS_fstatat64;
 #[cfg(target_pointer_width = "32")]
 const CLOCK_GETTIME64: libc::c_long = BASE + 403;
 #[cfg(target_pointer_width = "32")]

@@ -192,13 +192,13 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 /// # Safety
 /// `child` must be async-signal-safe: other threads of this process may hold any lock.
 pub unsafe fn fork_into(cgroup: &File, child: impl FnOnce() -> i32) -> io::Result<Pid> {
-    // SAFETY: clone_args is plain integers, for which zero is valid.
-    let mut args: libc::clone_args = unsafe { zeroed() };
-    args.flags = CLONE_INTO_CGROUP;
-    args.exit_signal = libc::SIGCHLD as u64;
-    args.cgroup = cgroup.as_raw_fd() as u64;
-    // SAFETY: without CLONE_VM the child has a copy of this stack, as after fork(2).
-    match unsafe { libc::syscall(libc::SYS_clone3, &args, size_of::<libc::clone_args>()) } {
+    // struct clone_args of linux/sched.h, which libc has for some architectures only
+    let mut args = [0u64; 11];
+    args[0] = CLONE_INTO_CGROUP; // flags
+    args[4] = libc::SIGCHLD as u64; // exit_signal
+    args[10] = cgroup.as_raw_fd() as u64; // cgroup
+                                          // SAFETY: without CLONE_VM the child has a copy of this stack, as after fork(2).
+    match unsafe { libc::syscall(libc::SYS_clone3, args.as_ptr(), size_of_val(&args)) } {
         -1 => Err(io::Error::last_os_error()),
         // SAFETY: always allowed.
         0 => unsafe { libc::_exit(child()) },
@@ -618,7 +618,7 @@ fn now() -> u64 {
 fn pause(time: Duration) {
     let t = libc::timespec {
         tv_sec: 0,
-        tv_nsec: time.subsec_nanos().into(),
+        tv_nsec: time.subsec_nanos() as libc::c_long,
     };
     // SAFETY: reads one live timespec.
     unsafe { libc::nanosleep(&t, std::ptr::null_mut()) };

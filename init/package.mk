@@ -1,0 +1,102 @@
+# Other architectures, `make install`, `make dist`, `make deb`. Included by the Makefile.
+
+ARCHES = x86_64 i686 aarch64 armv7 arm mipsel mips riscv64
+
+# `make cross ARCH=mips`, `make cross-all`: what `make` does, for routers. For some architectures
+# Rust brings the C library and a linker along; for the others both come from zig, and the standard
+# library has to be compiled with the program.
+CROSS_RUSTUP = i686 aarch64
+CROSS_ZIG    = armv7 arm mipsel mips riscv64
+ZIG_DIR      = target/zig
+ZIG_PACKAGES = cargo-zigbuild==0.24.0 ziglang==0.14.1
+MAX_KIB      = 800
+
+.PHONY: cross cross-all cross-own cross-rustup cross-zig
+HOW = $(or $(if $(filter $(ARCH),$(CROSS_RUSTUP)),rustup),$(if $(filter $(ARCH),$(CROSS_ZIG)),zig),own)
+cross: cross-$(HOW)
+	@test -n "$(filter $(ARCH),$(ARCHES))" || { echo "make: ARCH is one of $(ARCHES)" >&2; exit 1; }
+	@size=$$(($$(stat -c %s $(BIN)) / 1024 + 1)); echo "$(ARCH): $$size KiB, $(BIN)"; test $$size -le $(MAX_KIB)
+
+cross-all:
+	+for arch in $(ARCHES); do $(MAKE) --no-print-directory cross ARCH=$$arch || exit 1; done
+
+cross-own: build
+
+cross-rustup: toolchain
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(RELEASE_FLAGS) -C linker=rust-lld -C link-self-contained=yes" \
+	  cargo build --release --locked --target $(TARGET) $(BUILD_STD) $(EXTRA)
+
+cross-zig: $(ZIG_DIR)/bin/cargo-zigbuild
+	@test -d $(SYSROOT)/lib/rustlib/src/rust/library/std || rustup component add rust-src
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(RELEASE_FLAGS) -C target-feature=+crt-static -C link-self-contained=no" \
+	  PYTHONPATH=$(CURDIR)/$(ZIG_DIR) XDG_CACHE_HOME=$(CURDIR)/$(ZIG_DIR)/cache \
+	  $(ZIG_DIR)/bin/cargo-zigbuild zigbuild --release --locked --target $(TARGET) $(FOR_SIZE) $(EXTRA)
+
+$(ZIG_DIR)/bin/cargo-zigbuild:
+	python3 -m pip install --quiet --disable-pip-version-check --target $(ZIG_DIR) $(ZIG_PACKAGES)
+
+# `make install`, into DESTDIR if that is set; the work is done by a script that the archives hold
+# too, for hosts without make.
+DESTDIR    ?=
+PREFIX     ?= /usr
+SYSCONFDIR ?= /etc
+INIT       ?= auto
+INSTALL     = DESTDIR=$(DESTDIR) PREFIX=$(PREFIX) SYSCONFDIR=$(SYSCONFDIR) INIT=$(INIT) BIN=$(BIN) sh init/install.sh
+
+.PHONY: install uninstall dist dist-all deb init-test
+install:
+	@test -e $(BIN) || { echo "make: no $(BIN): run make first" >&2; exit 1; }
+	$(INSTALL) install
+
+uninstall:
+	$(INSTALL) uninstall
+
+# `make dist ARCH=mipsel`: an archive with the program, its configuration, services and install.sh.
+# The same source gives the same bytes.
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
+NAME    = cgtproxy-$(VERSION)-$(ARCH)
+DATE    = $(or $(SOURCE_DATE_EPOCH),$(shell git log -1 --format=%ct),0)
+dist: cross
+	rm -rf target/dist/$(NAME)
+	mkdir -p target/dist/$(NAME)/init
+	cp $(BIN) README.md LICENSE init/install.sh target/dist/$(NAME)
+	cp -r conf target/dist/$(NAME)
+	cp -r init/openwrt init/openrc init/systemd target/dist/$(NAME)/init
+	rm -f target/dist/$(NAME)/init/openwrt/Makefile
+	tar --sort=name --mtime=@$(DATE) --owner=0 --group=0 --numeric-owner --mode=a=rX,u+w --format=ustar \
+	  -C target/dist -c $(NAME) | gzip -n9 > target/dist/$(NAME).tar.gz
+	@sha256sum target/dist/$(NAME).tar.gz
+
+dist-all:
+	+for arch in $(ARCHES); do $(MAKE) --no-print-directory dist ARCH=$$arch || exit 1; done
+
+# A Debian package; the same source gives the same bytes.
+DEB_ARCH_x86_64 = amd64
+DEB_ARCH_i686   = i386
+DEB_ARCH_aarch64 = arm64
+DEB_ARCH_armv7  = armhf
+DEB_ARCH = $(or $(DEB_ARCH_$(ARCH)),$(ARCH))
+DEB      = target/deb/cgtproxy_$(VERSION)_$(DEB_ARCH).deb
+STAGE    = target/deb/$(DEB_ARCH)
+deb: cross
+	rm -rf $(STAGE)
+	DESTDIR=$(STAGE) INIT=systemd BIN=$(BIN) sh init/install.sh install
+	mkdir -p $(STAGE)/DEBIAN $(STAGE)/usr/share/doc/cgtproxy $(STAGE)/usr/share/lintian/overrides
+	cp init/debian/postinst init/debian/prerm init/debian/postrm $(STAGE)/DEBIAN
+	echo /etc/cgtproxy/cgtproxy.conf > $(STAGE)/DEBIAN/conffiles
+	cp init/debian/copyright $(STAGE)/usr/share/doc/cgtproxy/copyright
+	sed '1,/^$$/d' LICENSE >> $(STAGE)/usr/share/doc/cgtproxy/copyright
+	cp init/debian/lintian-overrides $(STAGE)/usr/share/lintian/overrides/cgtproxy
+	printf 'cgtproxy (%s) unstable; urgency=medium\n\n  * See the README.\n\n -- cgtproxy developers <cgtproxy@example.org>  %s\n' \
+	  "$(VERSION)" "$$(LC_ALL=C date -u -R -d @$(DATE))" | gzip -n9 > $(STAGE)/usr/share/doc/cgtproxy/changelog.gz
+	find $(STAGE)/usr/share/man -type f -exec gzip -n9 {} + 2>/dev/null || true
+	chmod -R u+w,go=rX $(STAGE)
+	chmod 755 $(STAGE)/DEBIAN/p*
+	cd $(STAGE) && find . -type f ! -path './DEBIAN/*' -printf '%P\n' | sort | xargs md5sum > DEBIAN/md5sums
+	sed "s/@VERSION@/$(VERSION)/; s/@ARCH@/$(DEB_ARCH)/; s/@SIZE@/$$(du -ks $(STAGE)/usr | cut -f1)/" \
+	  init/debian/control > $(STAGE)/DEBIAN/control
+	SOURCE_DATE_EPOCH=$(DATE) dpkg-deb --root-owner-group -Zxz --build $(STAGE) $(DEB)
+
+# Services under their init systems, and the packages: needs root, debootstrap and busybox.
+init-test: build deb
+	tests/init/run.sh

@@ -1,0 +1,50 @@
+#!/bin/sh
+# Runs inside a Debian tree (see run.sh): the package is installed, the program runs from the
+# configuration that it brought, and a purge leaves nothing.
+set -u
+failed=0
+check() {
+	what=$1
+	shift
+	if "$@" >/run/check.log 2>&1; then
+		echo "ok     $what"
+	else
+		echo "FAILED $what"
+		sed 's/^/       /' /run/check.log
+		failed=1
+	fi
+}
+fails() { ! "$@"; }
+within() {
+	n=$(($1 * 20))
+	shift
+	until "$@" >/dev/null 2>&1; do
+		n=$((n - 1))
+		[ $n -gt 0 ] || return 1
+		sleep 0.05
+	done
+}
+start() {
+	/usr/sbin/cgtproxy -p /run/cgtproxy.pid >/run/log 2>&1 &
+	within 20 [ -s /run/cgtproxy.pid ] || { cat /run/log; return 1; }
+}
+conf=/etc/cgtproxy/cgtproxy.conf
+files() { find / -xdev -name '*cgtproxy*' ! -path '/root/*' ! -path '/proc/*' ! -path '/sys/*'; }
+
+check "install" dpkg -i /root/cgtproxy.deb
+check "files are those of the package" dpkg -V cgtproxy
+check "check" /usr/sbin/cgtproxy check
+check "run" start
+check "the table is there" nft list table inet cgtproxy
+echo '# mine' >>$conf
+check "installed again, the configuration is kept" dpkg -i --force-confold /root/cgtproxy.deb
+check "as it was" grep -q '^# mine' $conf
+kill "$(cat /run/cgtproxy.pid)"
+wait
+check "stopped" fails nft list table inet cgtproxy
+check "remove" dpkg -r cgtproxy
+check "keeps the configuration" [ -e $conf ]
+check "purge" dpkg -P cgtproxy
+left=$(files | grep -v '^/run')
+check "nothing is left${left:+: $left}" [ -z "$left" ]
+exit $failed

@@ -1,0 +1,122 @@
+#!/bin/sh
+# Runs inside a tree with OpenRC and busybox ash (see run.sh): the service from start to stop, with
+# another service whose traffic it decides on. A service is asked through one fifo, and answers with
+# the result of sending a datagram through another: `sent`, or `denied` where it is dropped.
+set -u
+failed=0
+CONF=/etc/cgtproxy/cgtproxy.conf
+
+check() { # DESCRIPTION COMMAND...
+	what=$1
+	shift
+	if "$@" >/run/check.log 2>&1; then
+		echo "ok     $what"
+	else
+		echo "FAILED $what"
+		sed 's/^/       /' /run/check.log
+		failed=1
+	fi
+}
+fails() { ! "$@"; }
+exits() { want=$1; shift; "$@"; rc=$?; echo "exit status $rc"; [ $rc -eq "$want" ]; }
+asks() { # SERVICE ANSWER
+	echo >"/run/$1.ask"
+	read -r answer <"/run/$1.answer"
+	echo "$1: $answer"
+	[ "$answer" = "$2" ]
+}
+within() { # SECONDS COMMAND...: for what nothing announces
+	n=$(($1 * 20))
+	shift
+	until "$@" >/dev/null 2>&1; do
+		n=$((n - 1))
+		[ $n -gt 0 ] || return 1
+		sleep 0.05
+	done
+}
+# this busybox prefers its own applets, which know less
+ip() { /sbin/ip "$@"; }
+daemon_pid() { /usr/bin/pgrep -x cgtproxy; }
+respawned() { new=$(daemon_pid) && [ -n "$new" ] && [ "$new" != "$old" ] && [ "$(cat /run/cgtproxy.pid)" = "$new" ]; }
+table() { nft list table inet cgtproxy; }
+leftover() { nft list tables; ip rule; ip -6 rule; ip route show table all; }
+clean() { leftover; ! leftover | grep -E 'cgtproxy|proto 99|lookup 300'; }
+policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\n%s\n' "$1" >$CONF; }
+DROP='drop = /(openrc\.)?app'
+
+ip link add in0 type veth peer name out0
+ip addr add 192.0.2.1/24 dev in0
+ip link set out0 up
+ip link set in0 up
+ip route add default dev in0
+rm -rf /etc/runlevels/sysinit/hwclock* /etc/runlevels/boot/hwclock* /etc/runlevels/*/procps* /etc/runlevels/*/udev*
+for name in app other; do
+	mkfifo /run/$name.ask /run/$name.answer
+	cat >/usr/local/bin/$name <<-EOF
+	#!/bin/bash
+	while :; do
+		read -r <>/run/$name.ask
+		if echo x 2>/dev/null >/dev/udp/203.0.113.7/9; then echo sent; else echo denied; fi >/run/$name.answer
+	done
+	EOF
+	cat >/etc/init.d/$name <<-EOF
+	#!/sbin/openrc-run
+	supervisor=supervise-daemon
+	command=/usr/local/bin/$name
+	EOF
+	chmod +x /usr/local/bin/$name /etc/init.d/$name
+done
+# what Alpine's does: saves the live ruleset when it stops
+cat >/etc/init.d/nftables <<-'EOF'
+	#!/sbin/openrc-run
+	start() { nft add table inet mine; }
+	stop() { nft list ruleset >/run/nftables.saved; nft flush ruleset; }
+EOF
+chmod +x /etc/init.d/nftables
+grep -q '^rc_cgroup_mode="unified"' /etc/rc.conf || echo 'rc_cgroup_mode="unified"' >>/etc/rc.conf
+for name in cgtproxy nftables app; do rc-update -q add $name default; done
+policy "$DROP"
+
+openrc sysinit >/run/openrc.log 2>&1
+openrc boot >>/run/openrc.log 2>&1
+check "boot into the default runlevel" openrc default
+echo "       $(openrc --version), $(readlink -f /bin/sh), cgroup of app: $(sed -n s/^0:://p "/proc/$(/usr/bin/pgrep -ox app)/cgroup")"
+check "status is started" rc-service cgtproxy status
+check "its table is there when start returns" table
+check "a service of the policy is dropped" asks app denied
+rc-service other start >/dev/null 2>&1
+check "another service is not" asks other sent
+rc-service app restart >/dev/null 2>&1
+check "a restarted service is dropped" asks app denied
+
+old=$(daemon_pid)
+kill -9 "$old"
+check "dropped while the daemon is dead" asks app denied
+check "kill -9: respawned" within 20 respawned
+check "dropped after the respawn" asks app denied
+
+policy "mihomo = ("
+check "reload with an error is refused" fails rc-service cgtproxy reload
+check "and the policy stays" asks app denied
+policy "$DROP-not"
+check "reload" rc-service cgtproxy reload
+check "takes the new policy" within 10 asks app sent
+check "without a restart" [ "$(daemon_pid)" = "$(cat /run/cgtproxy.pid)" ]
+
+check "stop" rc-service cgtproxy stop
+check "status is stopped (3)" exits 3 rc-service cgtproxy status
+check "nothing is left in the kernel" clean
+policy "mihomo = ("
+check "start with an error is refused" fails rc-service cgtproxy start
+cp /run/check.log /run/refused.log
+check "and says where" grep "cgtproxy.conf:4" /run/refused.log
+check "not started" fails daemon_pid
+
+policy "$DROP"
+check "start" rc-service cgtproxy start
+check "dropped" asks app denied
+mkdir -p /etc/runlevels/empty
+check "stop everything" openrc empty
+check "nftables was stopped and saved its ruleset" grep -q 'table inet mine' /run/nftables.saved
+check "without our table" fails grep -q cgtproxy /run/nftables.saved
+exit $failed

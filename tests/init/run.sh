@@ -1,0 +1,59 @@
+#!/bin/bash
+# run.sh [openrc|procd|systemd|deb...]: the services under their init systems, and the package, in
+# containers of debootstrap trees below target/init. Needs root. Exit status 1 if anything fails.
+# shellcheck disable=SC2317 # functions are called by name
+cd "$(dirname "$0")/../.." || exit 1
+here=tests/init trees=target/init rc=0
+program=target/$(uname -m)-unknown-linux-musl/release/cgtproxy
+
+tree() { # SUITE PACKAGES: a fresh copy of a cached tree
+	local base=$trees/$1-$3
+	if [ ! -e "$base.done" ]; then
+		rm -rf "$base"
+		mkdir -p "$trees"
+		debootstrap --variant=minbase --include="$2" "$1" "$base" "${MIRROR:-}" \
+			>"$base.log" 2>&1 || { echo "FAILED debootstrap of $1, see $base.log"; return 1; }
+		touch "$base.done"
+	fi
+	rm -rf "$trees/run"
+	cp -a "$base" "$trees/run"
+}
+
+openrc() {
+	for suite in bookworm trixie; do
+		echo "OpenRC of Debian $suite"
+		tree $suite openrc,procps,busybox-static,nftables,iproute2 openrc || { rc=1; continue; }
+		ln -sf busybox $trees/run/bin/sh
+		make -s install DESTDIR=$trees/run INIT=openrc || rc=1
+		cp $here/openrc.sh $trees/run/root/test.sh
+		$here/container.sh $trees/run /root/test.sh || rc=1
+	done
+}
+
+procd() {
+	echo "procd (its functions recorded)"
+	busybox ash $here/procd.sh "$program" || rc=1
+}
+
+systemd() {
+	echo "systemd"
+	$here/systemd.sh "$program" || rc=1
+	tree trixie systemd-sysv,dbus,nftables,iproute2,procps systemd || { rc=1; return; }
+	cp target/deb/*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
+	cp $here/systemd-inside.sh $trees/run/root/test.sh
+	timeout 120 $here/container.sh $trees/run /root/test.sh || rc=1
+	cat $trees/run/root/result || { echo "FAILED systemd did not boot"; rc=1; }
+}
+
+deb() {
+	for suite in bookworm trixie; do
+		echo "package on Debian $suite"
+		tree $suite nftables,iproute2,procps plain || { rc=1; continue; }
+		cp target/deb/*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
+		cp $here/deb.sh $trees/run/root/test.sh
+		$here/container.sh $trees/run /root/test.sh || rc=1
+	done
+}
+
+for part in "${@:-openrc procd systemd deb}"; do for p in $part; do $p; done; done
+exit $rc

@@ -1,0 +1,28 @@
+#!/bin/bash
+# systemd.sh PROGRAM: the unit as far as it can be held without booting systemd (a container in which
+# it boots needs a cgroup2 tree with the controllers free, which not every host gives): it verifies,
+# it is not exposed, and the program works with what the unit takes away.
+set -u
+cd "$(dirname "$0")/../.." || exit 1
+unit=init/systemd/cgtproxy.service program=$PWD/$1 failed=0
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+check() {
+	local what=$1
+	shift
+	if "$@" >"$dir/log" 2>&1; then echo "ok     $what"; else
+		echo "FAILED $what"
+		sed 's/^/       /' "$dir/log"
+		failed=1
+	fi
+}
+command -v systemd-analyze >/dev/null || { echo "SKIP   no systemd-analyze"; exit 0; }
+verify() {
+	sed "s|/usr/sbin/cgtproxy|$program|; /^Documentation/d" $unit >"$dir/cgtproxy.service"
+	systemd-analyze verify "$dir/cgtproxy.service" >"$dir/said" 2>&1 && ! grep cgtproxy "$dir/said"
+}
+check "systemd-analyze verify" verify
+exposure() { systemd-analyze security --offline=yes --threshold=20 $unit; }
+check "exposure of at most 2.0" exposure
+echo "       $(systemd-analyze security --offline=yes $unit | tail -1)"
+exit $failed

@@ -1,0 +1,251 @@
+#!/usr/bin/env python3
+"""run.py [--cache DIR] GUEST...: boots the packaged program on other kernels, without root.
+
+Each guest is a Debian kernel under qemu (no KVM needed) with an initramfs of its modules, the
+program, and a first process that tests it (guest.rs) and says VM PASS or VM FAIL on the console.
+One line a guest on standard output; exit status 1 if any fails. `--arches` prints what to build.
+
+Kernels and, unless it is installed, qemu are fetched with apt into DIR (target/vm) and unpacked
+there: nothing is installed. A guest `mips` takes the kernel that `make vm-test-be` has built.
+"""
+import glob, gzip, lzma, os, re, stat, subprocess, sys, time
+
+ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), '../..'))
+CACHE = os.path.join(ROOT, 'target/vm')
+
+# guest: Debian suite, architecture and kernel flavour; Rust target; qemu and its machine
+X86, MALTA = '-cpu max', '-M malta -cpu 24Kc'
+GUESTS = {
+    'amd64-6.1': ('bookworm', 'amd64', 'amd64', 'x86_64', 'x86_64', X86),
+    'amd64-6.12': ('trixie', 'amd64', 'amd64', 'x86_64', 'x86_64', X86),
+    'i386-6.1': ('bookworm', 'i386', '686-pae', 'i686', 'x86_64', X86),
+    'arm64-6.12': ('trixie', 'arm64', 'arm64', 'aarch64', 'aarch64', '-M virt -cpu cortex-a53'),
+    'armhf-6.1': ('bookworm', 'armhf', 'armmp', 'armv7', 'arm', '-M virt,highmem=off -cpu cortex-a15'),
+    'mipsel-6.1': ('bookworm', 'mipsel', '4kc-malta', 'mipsel', 'mipsel', MALTA),
+    'riscv64-6.12': ('trixie', 'riscv64', 'riscv64', 'riscv64', 'riscv64', '-M virt'),
+    'mips-6.1': (None, 'mips', None, 'mips', 'mips', MALTA),
+    'amd64-5.10': ('bullseye', 'amd64', 'amd64', 'x86_64', 'x86_64', X86),
+}
+TRIPLES = {'armv7': 'armv7-unknown-linux-musleabihf', 'riscv64': 'riscv64gc-unknown-linux-musl'}
+# guests whose kernel lacks what the program needs: it has to say so
+REFUSED = {'amd64-5.10'}
+SUITES = {
+    'bullseye': ['amd64'],
+    'bookworm': ['amd64', 'i386', 'armhf', 'mipsel'],
+    'trixie': ['amd64', 'arm64', 'riscv64'],
+}
+# crc32c_generic first: nf_conntrack's dependencies name it softly
+MODULES = '''crc32c_generic nf_tables nft_socket nft_tproxy nft_ct nft_fib_ipv4 nft_fib_ipv6 nft_fib_inet
+    nft_chain_nat nft_nat nft_redir nft_reject_inet nft_limit nft_log nft_counter nf_conntrack
+    af_packet veth'''.split()
+LIMIT = 180  # seconds for a guest
+
+
+def run(*command, **more):
+    return subprocess.run(command, check=True, **more)
+
+
+def apt(suite):
+    """An apt state of its own for `suite`, so that foreign architectures can be fetched."""
+    base = f'{CACHE}/apt-{suite}'
+    conf = f'{base}/apt.conf'
+    env = dict(os.environ, APT_CONFIG=conf)
+    if os.path.exists(f'{base}/done'):
+        return env
+    for d in ('state/lists/partial', 'cache/archives/partial', 'sources'):
+        os.makedirs(f'{base}/{d}', exist_ok=True)
+    mirror = ''
+    for file in glob.glob('/etc/apt/sources.list.d/debian.sources'):
+        mirror = (re.findall(r'^URIs:\s*(\S+)', open(file).read(), re.M) or [mirror])[0]
+    keyring = '/usr/share/keyrings/debian-archive-keyring.gpg'
+    open(f'{base}/sources/debian.sources', 'w').write(
+        f'Types: deb\nURIs: {mirror}\nSuites: {suite}\nComponents: main\nSigned-By: {keyring}\n')
+    arches = ''.join(f'"{a}";' for a in SUITES[suite])
+    open(conf, 'w').write(
+        f'Dir::State "{base}/state"; Dir::State::status "{base}/status"; Dir::Cache "{base}/cache";'
+        f'Dir::Etc::sourcelist "{base}/none"; Dir::Etc::sourceparts "{base}/sources";'
+        f'Acquire::Languages "none"; APT::Architecture "{SUITES[suite][0]}";'
+        f'APT::Architectures {{{arches}}}; APT::Sandbox::User "{os.environ.get("USER", "root")}";\n')
+    open(f'{base}/status', 'w').close()
+    run('apt-get', 'update', '-qq', env=env)
+    open(f'{base}/done', 'w').close()
+    return env
+
+
+def unpack(env, packages, into):
+    """Fetches packages and unpacks them below the directory `into`."""
+    os.makedirs(into, exist_ok=True)
+    run('apt-get', 'download', '-qq', *packages, cwd=into, env=env)
+    for deb in glob.glob(f'{into}/*.deb'):
+        run('dpkg-deb', '-x', deb, into)
+        os.remove(deb)
+
+
+def kernel(guest):
+    """Paths of the kernel image and of its module tree (None where all is built in)."""
+    suite, arch, flavour = GUESTS[guest][:3]
+    root = f'{CACHE}/{guest}'
+    if suite and not os.path.exists(f'{root}/done'):
+        env = apt(suite)
+        meta = f'linux-image-{flavour}:{arch}'
+        out = run('apt-cache', 'depends', meta, env=env, capture_output=True, text=True).stdout
+        package = re.search(r'Depends: (linux-image-[0-9][^:\s]*)', out).group(1)
+        unpack(env, [f'{package}:{arch}'], root)
+        open(f'{root}/done', 'w').close()
+    images = glob.glob(f'{root}/boot/vmlinu[xz]*')
+    if not images:
+        sys.exit(f'{guest}: no kernel in {root}: run make vm-test-be')
+    modules = glob.glob(f'{root}/lib/modules/*') + glob.glob(f'{root}/usr/lib/modules/*')
+    return images[0], modules[0] if modules else None
+
+
+def qemu(machine):
+    """The command, installed or fetched; with its environment."""
+    name = f'qemu-system-{machine}'
+    for d in os.environ.get('PATH', '').split(':'):
+        if os.access(f'{d}/{name}', os.X_OK):
+            return [f'{d}/{name}'], None
+    root = f'{CACHE}/qemu'
+    if not os.path.exists(f'{root}/done'):
+        env = apt('bookworm')
+        wanted = [f'qemu-system-{p}' for p in ('x86', 'arm', 'mips', 'misc')]
+        out = run('apt-get', 'install', '-s', '--no-install-recommends', *wanted,
+                  env=env, capture_output=True, text=True).stdout
+        # what this machine has cannot be known to fit, so everything but the C library
+        packages = [p for p in re.findall(r'^Inst (\S+)', out, re.M)]
+        unpack(env, packages, root)
+        open(f'{root}/done', 'w').close()
+    lib = f'{root}/usr/lib/x86_64-linux-gnu'
+    loader = f'{root}/lib64/ld-linux-x86-64.so.2'
+    share = f'{root}/usr/share'
+    pulse = glob.glob(f'{lib}/pulseaudio')
+    libs = ':'.join([lib, f'{root}/lib/x86_64-linux-gnu', *pulse])
+    command = [loader, '--library-path', libs, f'{root}/usr/bin/{name}']
+    for d in ('qemu', 'seabios', 'ipxe-qemu'):
+        command += ['-L', f'{share}/{d}']
+    return command, dict(os.environ, QEMU_MODULE_DIR=f'{lib}/qemu')
+
+
+class Initramfs:
+    """A newc cpio archive, made without cpio or root."""
+
+    def __init__(self):
+        self.out, self.inode, self.dirs = bytearray(), 0, set()
+
+    def entry(self, name, mode, data=b'', device=(0, 0)):
+        name = name.encode() + b'\0'
+        self.inode += 1
+        fields = (self.inode, mode, 0, 0, 1, 0, len(data), 0, 0, *device, len(name), 0)
+        self.out += b'070701' + b''.join(b'%08x' % f for f in fields)
+        for part in (name, data):
+            self.out += part
+            self.out += bytes(-len(self.out) % 4)
+
+    def mkdir(self, path):
+        parts = path.strip('/').split('/')
+        for n in range(1, len(parts) + 1):
+            if (d := '/'.join(parts[:n])) and d not in self.dirs:
+                self.dirs.add(d)
+                self.entry(d, 0o40755)
+
+    def file(self, path, data, mode=0o644):
+        self.mkdir(os.path.dirname(path))
+        self.entry(path.strip('/'), 0o100000 | mode, data)
+
+    def bytes(self):
+        self.entry('TRAILER!!!', 0)
+        return gzip.compress(bytes(self.out), 1)
+
+
+def modules(tree):
+    """The modules of MODULES that are not built in, with what they depend on, dependencies first."""
+    paths = {}
+    for d, _, files in os.walk(tree):
+        for f in files:
+            if m := re.match(r'(.+)\.ko(\.xz)?$', f):
+                paths[m.group(1).replace('-', '_')] = os.path.join(d, f)
+    done = {}
+
+    def add(name):
+        if name in done or name not in paths:
+            return
+        data = open(paths[name], 'rb').read()
+        if paths[name].endswith('.xz'):
+            data = lzma.decompress(data)
+        # depends= is a NUL-terminated string of section .modinfo
+        depends = re.search(rb'(?:^|\0)depends=([^\0]*)\0', data)
+        for other in depends.group(1).decode().split(',') if depends else ():
+            add(other.replace('-', '_'))
+        done[name] = data
+
+    for name in MODULES:
+        add(name)
+    return done
+
+
+def initramfs(guest, tree):
+    arch = GUESTS[guest][3]
+    release = f'{ROOT}/target/{TRIPLES.get(arch, arch + "-unknown-linux-musl")}/release'
+    fs = Initramfs()
+    for d in ('proc', 'sys', 'run', 'tmp'):
+        fs.mkdir(d)
+    fs.mkdir('dev')
+    fs.entry('dev/console', stat.S_IFCHR | 0o600, device=(5, 1))
+    fs.entry('dev/null', stat.S_IFCHR | 0o666, device=(1, 3))
+    fs.file('init', open(f'{release}/examples/guest', 'rb').read(), 0o755)
+    fs.file('usr/sbin/cgtproxy', open(f'{release}/cgtproxy', 'rb').read(), 0o755)
+    shipped = open(f'{ROOT}/conf/cgtproxy.conf', 'rb').read()
+    fs.file('etc/cgtproxy/cgtproxy.conf.shipped', shipped)
+    found = modules(tree) if tree else {}
+    for name, data in found.items():
+        fs.file(f'mods/{name}.ko', data)
+    fs.file('mods/order', ''.join(f'{name}.ko\n' for name in found).encode())
+    path = f'{CACHE}/{guest}.cpio.gz'
+    open(path, 'wb').write(fs.bytes())
+    return path
+
+
+def boot(guest):
+    """Boots a guest; returns whether it passed, and what it said."""
+    machine, options = GUESTS[guest][4:]
+    image, tree = kernel(guest)
+    command, env = qemu(machine)
+    console = 'ttyAMA0' if machine in ('arm', 'aarch64') else 'ttyS0'
+    expect = ' expect=refusal' if guest in REFUSED else ''
+    command = command + options.split() + [
+        '-accel', 'tcg,thread=single', '-m', '256', '-nographic', '-no-reboot', '-nic', 'none',
+        '-kernel', image, '-initrd', initramfs(guest, tree),
+        '-append', f'console={console} panic=-1 quiet{expect}']
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=LIMIT, env=env)
+        text, ended = done.stdout, f'qemu ended with {done.returncode}'
+    except subprocess.TimeoutExpired as late:
+        text, ended = late.stdout or b'', f'no end after {LIMIT} s'
+    text = text.decode(errors='replace').replace('\r', '')
+    open(f'{CACHE}/{guest}.log', 'w').write(text)
+    said = re.search(r'^VM (PASS|FAIL) (.*)$', text, re.M)
+    if not said:
+        return False, f'{ended}, see {CACHE}/{guest}.log'
+    return said.group(1) == 'PASS', said.group(2)
+
+
+def main(arguments):
+    if arguments[:1] == ['--arches']:
+        return print(*dict.fromkeys(GUESTS[g][3] for g in arguments[1:]))
+    wrong = [g for g in arguments if g not in GUESTS]
+    if wrong or not arguments:
+        sys.exit(f'run.py: guests are {", ".join(GUESTS)}')
+    os.makedirs(CACHE, exist_ok=True)
+    failed = 0
+    for guest in arguments:
+        kernel(guest)
+        start = time.monotonic()
+        passed, text = boot(guest)
+        failed += not passed
+        seconds = time.monotonic() - start
+        print(f'{"ok    " if passed else "FAILED"} {guest:12} {seconds:5.1f} s  {text}', flush=True)
+    sys.exit(1 if failed else 0)
+
+
+main(sys.argv[1:])
