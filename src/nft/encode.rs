@@ -464,6 +464,13 @@ impl Transaction {
                 self.batch.u32_be(NFTA_NAT_FLAGS, flags);
                 self.batch.end_nest(nest);
             }
+            Expr::Redirect { port } => {
+                let nest = self.expr_head("redir");
+                self.batch.u32_be(NFTA_REDIR_REG_PROTO_MIN, *port);
+                self.batch
+                    .u32_be(NFTA_REDIR_FLAGS, NF_NAT_RANGE_PROTO_SPECIFIED);
+                self.batch.end_nest(nest);
+            }
             Expr::RejectTcpReset => {
                 let nest = self.expr_head("reject");
                 self.batch.u32_be(NFTA_REJECT_TYPE, NFT_REJECT_TCP_RST);
