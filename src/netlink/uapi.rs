@@ -25,6 +25,7 @@ pub const NFPROTO_INET: u8 = 1;
 pub const NFPROTO_IPV4: u8 = 2;
 pub const NFPROTO_IPV6: u8 = 10;
 pub const NF_INET_PRE_ROUTING: u32 = 0;
+pub const NF_INET_LOCAL_IN: u32 = 1;
 pub const NF_INET_LOCAL_OUT: u32 = 3;
 pub const NF_INET_POST_ROUTING: u32 = 4;
 pub const NF_DROP: i32 = 0;
@@ -169,6 +170,7 @@ pub const NFTA_COUNTER_PACKETS: u16 = 2;
 pub const NFTA_SOCKET_KEY: u16 = 1;
 pub const NFTA_SOCKET_DREG: u16 = 2;
 pub const NFTA_SOCKET_LEVEL: u16 = 3;
+pub const NFT_SOCKET_TRANSPARENT: u32 = 0;
 pub const NFT_SOCKET_CGROUPV2: u32 = 3;
 
 pub const NFTA_TPROXY_FAMILY: u16 = 1;

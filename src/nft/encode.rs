@@ -435,6 +435,12 @@ impl Transaction {
                 self.batch.u32_be(NFTA_SOCKET_LEVEL, *level);
                 self.batch.end_nest(nest);
             }
+            Expr::SocketTransparent { dreg } => {
+                let nest = self.expr_head("socket");
+                self.batch.u32_be(NFTA_SOCKET_KEY, NFT_SOCKET_TRANSPARENT);
+                self.batch.u32_be(NFTA_SOCKET_DREG, *dreg);
+                self.batch.end_nest(nest);
+            }
             Expr::Tproxy {
                 family,
                 address,

@@ -132,6 +132,8 @@ pub enum Stmt {
         level: u8,
         set: String,
     },
+    /// `socket transparent 1`: of a socket that takes packets for foreign addresses
+    Transparent,
     /// A packet that a process sends (any uid), not the kernel for a socket that is gone.
     HasOwner,
     /// `meta skuid UID`
@@ -271,6 +273,9 @@ pub enum Expr {
         level: u32,
         dreg: u32,
     },
+    SocketTransparent {
+        dreg: u32,
+    },
     Tproxy {
         family: u8,
         address: Option<u32>,
@@ -372,6 +377,7 @@ impl Stmt {
                     invert: false,
                 },
             ]),
+            Stmt::Transparent => out.extend([SocketTransparent { dreg }, eq(&[1])]),
             Stmt::HasOwner => out.extend([meta(NFT_META_SKUID), neq(&NO_UID.to_ne_bytes())]),
             Stmt::Uid(uid) => out.extend([meta(NFT_META_SKUID), eq(&uid.to_ne_bytes())]),
             Stmt::PacketMark(m) => out.extend([
@@ -410,25 +416,31 @@ impl Stmt {
                 };
                 address(*family, offset, len, set, out);
             }
-            Stmt::EtherSource(macs) => out.extend([
-                meta(NFT_META_IIFTYPE),
-                eq(&ARPHRD_ETHER.to_ne_bytes()),
-                Payload {
-                    dreg,
-                    base: NFT_PAYLOAD_LL_HEADER,
-                    offset: 6,
-                    len: 6,
-                },
-                Lookup {
-                    set: SetRef::Anonymous(Anonymous {
-                        key_type: TYPE_ETHERADDR,
-                        key_len: 6,
-                        elements: macs.iter().map(|mac| (mac.0.to_vec(), None)).collect(),
-                    }),
-                    sreg,
-                    invert: false,
-                },
-            ]),
+            Stmt::EtherSource(macs) => {
+                out.extend([
+                    meta(NFT_META_IIFTYPE),
+                    eq(&ARPHRD_ETHER.to_ne_bytes()),
+                    Payload {
+                        dreg,
+                        base: NFT_PAYLOAD_LL_HEADER,
+                        offset: 6,
+                        len: 6,
+                    },
+                ]);
+                out.push(match macs.as_slice() {
+                    // nft makes no set for one element
+                    [mac] => eq(&mac.0),
+                    macs => Lookup {
+                        set: SetRef::Anonymous(Anonymous {
+                            key_type: TYPE_ETHERADDR,
+                            key_len: 6,
+                            elements: macs.iter().map(|mac| (mac.0.to_vec(), None)).collect(),
+                        }),
+                        sreg,
+                        invert: false,
+                    },
+                });
+            }
             Stmt::Nfproto(family) => out.extend([meta(NFT_META_NFPROTO), eq(&[family.number()])]),
             Stmt::L4proto(l4) => out.extend([meta(NFT_META_L4PROTO), eq(&[l4.number()])]),
             Stmt::TcpOrUdp | Stmt::NotTcpOrUdp => out.extend([
@@ -665,6 +677,7 @@ impl fmt::Display for Stmt {
             Stmt::OifLo => f.write_str("oif \"lo\""),
             Stmt::Iifname(interface) => write!(f, "iifname \"{interface}\""),
             Stmt::Cgroup { level, set } => write!(f, "socket cgroupv2 level {level} @{set}"),
+            Stmt::Transparent => f.write_str("socket transparent 1"),
             Stmt::HasOwner => write!(f, "meta skuid != {NO_UID}"),
             Stmt::Uid(uid) => write!(f, "meta skuid {uid}"),
             Stmt::PacketMark(Mark { value, mask }) => {
@@ -679,14 +692,13 @@ impl fmt::Display for Stmt {
             Stmt::Dnatted => f.write_str("ct status dnat"),
             Stmt::Destination { family, set } => write!(f, "{} daddr @{set}", family.nft()),
             Stmt::Source { family, set } => write!(f, "{} saddr @{set}", family.nft()),
-            Stmt::EtherSource(macs) => {
-                f.write_str("ether saddr { ")?;
-                for (i, mac) in macs.iter().enumerate() {
-                    let comma = if i == 0 { "" } else { ", " };
-                    write!(f, "{comma}{mac}")?;
+            Stmt::EtherSource(macs) => match macs.as_slice() {
+                [mac] => write!(f, "ether saddr {mac}"),
+                macs => {
+                    let macs: Vec<String> = macs.iter().map(Mac::to_string).collect();
+                    write!(f, "ether saddr {{ {} }}", macs.join(", "))
                 }
-                f.write_str(" }")
-            }
+            },
             Stmt::Nfproto(Family::V4) => f.write_str("meta nfproto ipv4"),
             Stmt::Nfproto(Family::V6) => f.write_str("meta nfproto ipv6"),
             Stmt::L4proto(l4) => write!(f, "meta l4proto {}", l4.nft()),

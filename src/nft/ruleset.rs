@@ -117,6 +117,7 @@ impl Table {
         if config.routes_to_tproxy() {
             chains.extend(config.tproxies.iter().map(|t| forward_chain(config, t)));
             chains.push(routed_chain(config));
+            chains.push(input_chain(config));
         }
         chains.extend(config.gateways.iter().map(|g| gateway_chain(config, g)));
         if !config.tproxies.is_empty() || !config.gateways.is_empty() {
@@ -405,6 +406,27 @@ fn routed_chain(config: &Config) -> Chain {
     )
 }
 
+/// Routed packets that were handed to a proxy and have lost its socket since: that happens where
+/// bridged packets pass the IP hooks (bridge-nf-call-iptables=1). They must not reach this host's
+/// own wildcard sockets.
+fn input_chain(config: &Config) -> Chain {
+    let routed = Stmt::PacketMark(mark(config, config.gateway_mark()));
+    let rule = |last: &[Stmt]| [&[routed.clone()], last].concat();
+    Chain {
+        name: "input".into(),
+        base: Some(Base {
+            kind: "filter",
+            hook: NF_INET_LOCAL_IN,
+            priority: NF_IP_PRI_MANGLE,
+        }),
+        rules: vec![
+            rule(&[Stmt::Transparent, Stmt::accept()]),
+            rule(&[Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset]),
+            rule(&[Stmt::L4proto(L4::Udp), Stmt::Counter, Stmt::drop()]),
+        ],
+    }
+}
+
 /// What a gateway section does with the packets that it matches.
 fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
     let mut rules = Vec::new();
@@ -660,6 +682,7 @@ impl fmt::Display for Base {
         let hook = match self.hook {
             NF_INET_LOCAL_OUT => "output",
             NF_INET_POST_ROUTING => "postrouting",
+            NF_INET_LOCAL_IN => "input",
             _ => "prerouting",
         };
         // nft has no name for mangle in a nat chain's neighbourhood; numbers are always right

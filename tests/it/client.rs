@@ -61,6 +61,8 @@ enum Act {
     Follow,
     /// TCP, so many times: connect, wait for data, close while more of it is on its way.
     CloseEarly(u32),
+    /// A hundred times: one datagram, and the socket is closed before an answer can come.
+    SendAndClose,
     /// Datagrams without pause until killed, errors notwithstanding.
     Flood,
     /// Datagrams without pause until the output hook denies one (EPERM).
@@ -137,6 +139,13 @@ impl Client {
     pub fn flood(self) -> Client {
         Client {
             act: Act::Flood,
+            ..self
+        }
+    }
+
+    pub fn send_and_close(self) -> Client {
+        Client {
+            act: Act::SendAndClose,
             ..self
         }
     }
@@ -360,6 +369,7 @@ impl Job {
             Act::Ask => self.ask(start, &mut text),
             Act::Follow => self.follow(start, &mut text),
             Act::CloseEarly(times) => self.close_early(times),
+            Act::SendAndClose => self.send_and_close(),
             Act::Flood => self.flood(),
             Act::UntilDenied => self.until_denied(start),
             Act::Serve => self.serve(start),
@@ -474,6 +484,16 @@ impl Job {
             } else {
                 while recv(fd, &mut chunk).is_ok_and(|n| n > 0) {}
             }
+            // SAFETY: `fd` is ours.
+            unsafe { libc::close(fd) };
+        }
+        Ok(0)
+    }
+
+    fn send_and_close(&self) -> Result<usize, c_int> {
+        for _ in 0..100 {
+            let fd = self.connect(now())?;
+            self.send(fd)?;
             // SAFETY: `fd` is ours.
             unsafe { libc::close(fd) };
         }
