@@ -219,7 +219,23 @@ impl Daemon {
         confine(self.options.seccomp)?;
         self.notify.ready();
         log!(Notice, "started: {}", self.summary());
+        self.warn();
         Ok(())
+    }
+
+    /// Says what is in force but cannot work as things are on this host.
+    fn warn(&mut self) {
+        let config = self.cgroups.core.config().clone();
+        if config.routes_to_tproxy() {
+            for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
+                let on = std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"));
+                if on.is_ok_and(|value| value.trim() == "1") {
+                    let text = "what clients on a bridge send to a tproxy is refused: TPROXY does";
+                    let remedy = format!("not work there while net.bridge.{name} = 1, set it to 0");
+                    log!(Warning, "{text} {remedy}");
+                }
+            }
+        }
     }
 
     fn serve(&mut self, signals: &SignalFd, instance: &Instance) -> Result<()> {
@@ -354,7 +370,10 @@ impl Daemon {
         let file = self.options.config_file.display().to_string();
         self.notify.reloading();
         match self.try_reload() {
-            Ok(()) => log!(Notice, "reloaded {file}: {}", self.summary()),
+            Ok(()) => {
+                log!(Notice, "reloaded {file}: {}", self.summary());
+                self.warn();
+            }
             Err(error) => {
                 error
                     .to_string()
