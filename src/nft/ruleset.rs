@@ -111,6 +111,9 @@ impl Table {
             }
         }
         if !config.tproxies.is_empty() {
+            if config.routes_to_tproxy() {
+                chains.push(strayed_chain());
+            }
             chains.push(guard_chain(config));
         }
         chains.extend(config.tproxies.iter().map(receive_chain));
@@ -586,7 +589,10 @@ fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
 /// before the mark.
 fn guard_chain(config: &Config) -> Chain {
     let map = config.tproxies.iter();
-    let map = map.map(|t| (t.mark, Verdict::Drop)).collect();
+    let mut map: Vec<_> = map.map(|t| (t.mark, Verdict::Drop)).collect();
+    if config.routes_to_tproxy() {
+        map.push((config.gateway_mark(), Verdict::Goto("strayed".into())));
+    }
     let drop = Stmt::PacketMarkMap {
         mask: config.mask,
         map,
@@ -600,6 +606,13 @@ fn guard_chain(config: &Config) -> Chain {
         }),
         rules: vec![vec![Stmt::OifLo, Stmt::accept()], vec![drop]],
     }
+}
+
+/// The same for routed packets. Answers to them may bear their mark (the sysctls fwmark_reflect and
+/// tcp_fwmark_accept) and go their way.
+fn strayed_chain() -> Chain {
+    let rules = vec![vec![Stmt::Reply, Stmt::accept()], vec![Stmt::drop()]];
+    chain("strayed", rules)
 }
 
 /// Where the packets come back in by lo. With no listener evaluation goes on behind `tproxy`, and

@@ -277,13 +277,14 @@ fn bridge_netfilter_fails_closed() {
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _proxy = Server::start(PROXY, &[7893]);
-    let _own = Server::start("own", &[80, 8080]);
+    // (The servers of `world` take packets for any address; this one does not.)
+    let any = |proto| Client::new(&ground.root, proto, addr(ip("::"), 80)).serve();
+    let _own = [Proto::Tcp, Proto::Udp].map(any);
     let config = format!(
         "[global]\nbypass = 198.51.100.0/24\nbypass = 2001:db8:3::/64\n{BASIC}\
          [tproxy none]\nport = 7894\n"
     );
     let daemon = Daemon::start(&ground, &config, &[]);
-    lan.proxied(0);
     bridge_netfilter(true);
     world.wire.packets();
     let (r, n, d) = ("refused", "nobody", "remote");
@@ -294,8 +295,11 @@ fn bridge_netfilter_fails_closed() {
         let who = lan.ask(0, Proto::Icmp, addr(ip(other), 0));
         assert_eq!(who, format!("echo {}", ip(other)));
     }
-    let to = addr(HOST4, 8080);
-    assert_eq!(lan.ask(0, Proto::Tcp, to), format!("own {to}"));
+    for own in [LAN4, LAN6] {
+        for proto in [Proto::Tcp, Proto::Udp] {
+            assert_eq!(lan.ask(0, proto, addr(ip(own), 80)), "service");
+        }
+    }
     let log = daemon.reload();
     assert!(log.contains("bridge-nf-call-iptables"), "{log}");
     // Other targets need no socket.
@@ -508,8 +512,8 @@ fn what_gateways_leave_alone() {
     for (proto, port) in [(Proto::Tcp, 8080), (Proto::Udp, 8081)] {
         for host in ["198.51.100.10", "2001:db8:3::10"] {
             let at = addr(ip(host), port);
-            let service = Client::new(&ground.root, proto, at).serve();
-            let service: Running = lan.client(0).run(|| service.spawn());
+            let service = Client::new(&ground.root, proto, at);
+            let service: Running = lan.client(0).run(|| service.serve());
             let ask = Client::new(&ground.root, proto, at).timeout(Duration::from_secs(1));
             let answered = wait_until(Duration::from_secs(5), || {
                 ground.outside(|| ask.run()).who() == "service"
