@@ -752,10 +752,12 @@ impl Reader<'_> {
     /// The tproxy at position i gets mark i, shifted into the mask, or the next one that is free.
     fn assign_marks(&mut self) {
         let mask = self.config.mask;
-        let reserved = match self.config.default {
-            Target::Direct if !self.config.routes_to_tproxy() => None,
-            _ => Some(self.config.direct_mark()),
+        let stands_for = match (self.config.default, self.config.routes_to_tproxy()) {
+            (Target::Direct, false) => None,
+            (Target::Direct, true) => Some("for routed packets where there is a gateway"),
+            _ => Some("for direct flows where the default is not direct"),
         };
+        let reserved = stands_for.map(|_| mask);
         let mut taken: BTreeMap<u32, String> = BTreeMap::new();
         let drafts = std::mem::take(&mut self.tproxies);
         for draft in &drafts {
@@ -769,10 +771,10 @@ impl Reader<'_> {
                     format!("mark {mark:#x} is not within fwmark-mask {mask:#x}"),
                 );
             } else if reserved == Some(mark) {
-                let why = "is the whole fwmark-mask, which stands for direct flows where the \
-                           default is not direct, and for routed packets where a gateway has a \
-                           tproxy";
-                self.problem(place, format!("mark {mark:#x} {why}"));
+                let why = stands_for.unwrap_or_default();
+                let message =
+                    format!("mark {mark:#x} is the whole fwmark-mask, which stands {why}");
+                self.problem(place, message);
             } else if let Some(other) = taken.get(&mark) {
                 self.problem(
                     place,
