@@ -32,6 +32,7 @@ pub const NF_DROP: i32 = 0;
 pub const NF_ACCEPT: i32 = 1;
 pub const NF_IP_PRI_MANGLE: i32 = -150;
 pub const NF_IP_PRI_NAT_DST: i32 = -100;
+pub const NF_IP_PRI_SECURITY: i32 = 50;
 
 // include/uapi/linux/netfilter/nfnetlink.h
 pub const NFNL_SUBSYS_NFTABLES: u16 = 10;
@@ -230,6 +231,13 @@ pub const IP_CT_DIR_REPLY: u8 = 1;
 // include/uapi/linux/netfilter/nf_conntrack_common.h: NF_CT_STATE_BIT(IP_CT_NEW), IPS_DST_NAT
 pub const NF_CT_STATE_NEW_BIT: u32 = 1 << 3;
 pub const IPS_DST_NAT: u32 = 1 << 5;
+
+// include/uapi/linux/sock_diag.h, include/uapi/linux/inet_diag.h, include/net/tcp_states.h
+pub const SOCK_DIAG_BY_FAMILY: u16 = 20;
+pub const INET_DIAG_CGROUP_ID: u16 = 21;
+/// The state of UDP sockets that are not connected.
+pub const TCP_CLOSE: u32 = 7;
+pub const TCP_LISTEN: u32 = 10;
 
 // include/uapi/linux/if.h, include/uapi/linux/if_arp.h
 pub const IFNAMSIZ: usize = 16;

@@ -123,7 +123,10 @@ impl Table {
             chains.push(input_chain(config));
         }
         chains.extend(config.gateways.iter().map(|g| gateway_chain(config, g)));
-        if !config.tproxies.is_empty() || !config.gateways.is_empty() {
+        if !config.gateways.is_empty() {
+            chains.push(gateways_chain(config));
+        }
+        if !config.tproxies.is_empty() {
             chains.push(prerouting_chain(config));
         }
         Table { sets, chains }
@@ -639,26 +642,35 @@ fn receive_chain(tproxy: &Tproxy) -> Chain {
     chain(format!("tproxy_{}", tproxy.name), rules)
 }
 
-/// Local packets that come back in, then what is routed for others.
-fn prerouting_chain(config: &Config) -> Chain {
-    let mut rules = Vec::new();
-    if !config.tproxies.is_empty() {
-        let map = (config.tproxies.iter())
-            .map(|t| (t.mark, Verdict::Goto(format!("tproxy_{}", t.name))))
-            .collect();
-        let mask = config.mask;
-        rules.push(vec![Stmt::IifLo, Stmt::PacketMarkMap { mask, map }]);
-    }
+/// What is routed for others, by section. Before addresses are translated.
+fn gateways_chain(config: &Config) -> Chain {
+    let mut rules = vec![vec![Stmt::IifLo, Stmt::accept()]];
     rules.extend(config.gateways.iter().flat_map(gateway_rules));
     if config.routes_to_tproxy() {
         rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("routed")]);
     }
+    prerouting("gateways", NF_IP_PRI_MANGLE, rules)
+}
+
+/// Where the packets of local processes come back in. Late, since Linux takes no packet that has
+/// its socket for a loopback one any more: firewalld's look-up of the way back, in a chain of
+/// priority 10, would drop it.
+fn prerouting_chain(config: &Config) -> Chain {
+    let map = (config.tproxies.iter())
+        .map(|t| (t.mark, Verdict::Goto(format!("tproxy_{}", t.name))))
+        .collect();
+    let mask = config.mask;
+    let rule = vec![Stmt::IifLo, Stmt::PacketMarkMap { mask, map }];
+    prerouting("prerouting", NF_IP_PRI_SECURITY, vec![rule])
+}
+
+fn prerouting(name: &str, priority: i32, rules: Vec<Rule>) -> Chain {
     Chain {
-        name: "prerouting".into(),
+        name: name.into(),
         base: Some(Base {
             kind: "filter",
             hook: NF_INET_PRE_ROUTING,
-            priority: NF_IP_PRI_MANGLE,
+            priority,
         }),
         rules,
     }

@@ -29,6 +29,8 @@ mod demo;
 mod gateway;
 mod heal;
 mod lifecycle;
+mod loops;
+mod others;
 mod reference;
 mod traffic;
 
