@@ -23,7 +23,9 @@ use crate::instance::Instance;
 use crate::kernel::Kernel;
 use crate::log;
 use crate::log::{Escaped, Level};
+use crate::loops;
 use crate::notify::Notify;
+use crate::policy;
 use crate::sys;
 
 /// What `run` was asked for.
@@ -225,8 +227,34 @@ impl Daemon {
         }
         confine(self.options.seccomp)?;
         self.notify.ready();
+        self.warn();
         log!(Notice, "started: {}", self.summary());
         Ok(())
+    }
+
+    /// Says what is in force but cannot work as things are on this host.
+    fn warn(&mut self) {
+        let config = self.cgroups.core.config().clone();
+        let listeners = self.kernel.listeners(&config);
+        let tree = self.cgroups.core.tree();
+        let place = |id| {
+            let (path, node) = tree.iter().find(|(_, node)| node.id == id)?;
+            let target = policy::target(&config, node.rank);
+            Some((watch::display(path), target))
+        };
+        for line in loops::find(&config, &listeners, place) {
+            log!(Warning, "{line}");
+        }
+        if config.routes_to_tproxy() {
+            for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
+                let on = std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"));
+                if on.is_ok_and(|value| value.trim() == "1") {
+                    let text = "what clients on a bridge send to a tproxy is refused: TPROXY does";
+                    let remedy = format!("not work there while net.bridge.{name} = 1, set it to 0");
+                    log!(Warning, "{text} {remedy}");
+                }
+            }
+        }
     }
 
     fn serve(&mut self, signals: &SignalFd, instance: &Instance) -> Result<()> {
@@ -246,7 +274,10 @@ impl Daemon {
             while let Some(signal) = read_signal(signals)? {
                 match signal {
                     Signal::SIGHUP => self.reload(),
-                    Signal::SIGUSR1 => log!(Notice, "status: {}", self.summary()),
+                    Signal::SIGUSR1 => {
+                        log!(Notice, "status: {}", self.summary());
+                        self.warn();
+                    }
                     _ => return self.stop(),
                 }
             }
@@ -361,7 +392,10 @@ impl Daemon {
         let file = self.options.config_file.display().to_string();
         self.notify.reloading();
         match self.try_reload() {
-            Ok(()) => log!(Notice, "reloaded {file}: {}", self.summary()),
+            Ok(()) => {
+                self.warn();
+                log!(Notice, "reloaded {file}: {}", self.summary());
+            }
             Err(error) => {
                 error
                     .to_string()

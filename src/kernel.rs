@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::core::{Delta, Snapshot};
 use crate::error::{reason, Error, Result};
 use crate::log;
+use crate::netlink::diag::{self, Listener};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Messages;
 use crate::netlink::socket::{Failure, Socket};
@@ -37,6 +38,8 @@ pub struct Kernel {
     /// Notifications, for the daemon; those of nftables only where we cannot own the table.
     nft_events: Option<(Socket, Follower)>,
     rt_events: Option<Socket>,
+    /// For questions about other programs' sockets; not every kernel answers them.
+    diag: Option<Socket>,
 }
 
 /// What others did to our state since the last look.
@@ -62,6 +65,7 @@ impl Kernel {
             ipv6: true,
             nft_events: None,
             rt_events: None,
+            diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
         })
     }
 
@@ -289,6 +293,31 @@ impl Kernel {
             }
         }
         Ok(all)
+    }
+
+    /// The sockets that listen on each tproxy's port; none where the kernel does not tell of them
+    /// and of their cgroups.
+    pub fn listeners(&mut self, config: &Config) -> Vec<Vec<Listener>> {
+        let of = |kernel: &mut Kernel, port| {
+            let mut found = BTreeSet::new();
+            let Some(socket) = &mut kernel.diag else {
+                return Vec::new();
+            };
+            for family in [AF_INET, AF_INET6] {
+                for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
+                    let request =
+                        |batch: &mut Batch| diag::get_listeners(batch, family, protocol, port);
+                    match socket.dump(&request, diag::parse) {
+                        Ok(Ok(listeners)) => found.extend(listeners),
+                        Ok(Err(errno)) => log!(Debug, "no inet_diag: {}", reason(errno)),
+                        Err(error) => log!(Debug, "no inet_diag: {error}"),
+                    }
+                }
+            }
+            found.into_iter().collect()
+        };
+        let ports = config.tproxies.iter().map(|tproxy| tproxy.port);
+        ports.map(|port| of(self, port)).collect()
     }
 
     fn route_request(&mut self, entry: &Entry, add: bool) -> std::result::Result<(), Errno> {

@@ -17,6 +17,7 @@ pub mod error;
 pub mod instance;
 pub mod kernel;
 pub mod log;
+pub mod loops;
 pub mod netlink;
 pub mod nft;
 pub mod notify;

@@ -17,9 +17,22 @@ use crate::nft::expr::{Family, Mark};
 pub struct IpRule {
     pub family: Family,
     pub priority: u32,
+    /// Empty: any.
     pub iif: String,
+    /// A mask of 0: any.
     pub mark: Mark,
-    pub table: u32,
+    pub action: Action,
+}
+
+/// What a rule does with the look-ups that it matches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Action {
+    /// Asks this table.
+    Lookup(u32),
+    /// Goes on at the first rule of this priority.
+    Goto(u32),
+    /// Nothing: a place to go on at.
+    Nop,
 }
 
 /// `ip route … local default dev lo table TABLE`
@@ -44,23 +57,39 @@ pub fn wanted(config: &Config, family: Family) -> BTreeSet<Entry> {
     if config.tproxies.is_empty() {
         return BTreeSet::new();
     }
-    let rules = config.tproxies.iter().map(|tproxy| {
+    let table = config.route_table;
+    let rule = |offset, iif: &str, mark, action| {
         Entry::Rule(IpRule {
             family,
-            priority: config.rule_priority,
-            iif: "lo".into(),
-            mark: Mark {
-                value: tproxy.mark,
-                mask: config.mask,
-            },
-            table: config.route_table,
+            priority: config.rule_priority + offset,
+            iif: iif.into(),
+            mark,
+            action,
         })
-    });
-    let route = Entry::Route(Route {
-        family,
-        table: config.route_table,
-    });
-    rules.chain([route]).collect()
+    };
+    let mark = |value| Mark {
+        value,
+        mask: config.mask,
+    };
+    let mut wanted = BTreeSet::from([Entry::Route(Route { family, table })]);
+    let tproxies = config.tproxies.iter();
+    wanted.extend(tproxies.map(|t| rule(0, "lo", mark(t.mark), Action::Lookup(table))));
+    let interfaces = config.gateway_interfaces();
+    let routed = mark(config.gateway_mark());
+    if interfaces.iter().any(|interface| interface.prefix) {
+        // A rule cannot name a prefix, so one rule takes every interface but lo. (The look-up of
+        // the way back says `iif lo` and must not meet it, see `Config::gateway_mark`.)
+        let over = config.rule_priority + 2;
+        wanted.extend([
+            rule(0, "lo", routed, Action::Goto(over)),
+            rule(1, "", routed, Action::Lookup(table)),
+            rule(2, "", Mark { value: 0, mask: 0 }, Action::Nop),
+        ]);
+    } else {
+        let lookup = Action::Lookup(table);
+        wanted.extend((interfaces.iter()).map(|i| rule(0, &i.name, routed, lookup)));
+    }
+    wanted
 }
 
 impl Entry {
@@ -85,19 +114,25 @@ impl IpRule {
         let (kind, flags) = verb(add, RTM_NEWRULE, RTM_DELRULE);
         let open = batch.begin(kind, flags);
         // struct fib_rule_hdr; a table above 255 stands in FRA_TABLE alone
-        let table = small_table(self.table);
-        let mut header = [0; 12];
-        (header[0], header[4]) = (self.family.number(), table);
-        if add {
-            header[7] = FR_ACT_TO_TBL;
-        }
-        batch.header(&header);
+        let (table, action) = match self.action {
+            Action::Lookup(table) => (small_table(table), if add { FR_ACT_TO_TBL } else { 0 }),
+            Action::Goto(_) => (RT_TABLE_UNSPEC, FR_ACT_GOTO),
+            Action::Nop => (RT_TABLE_UNSPEC, FR_ACT_NOP),
+        };
+        let family = self.family.number();
+        batch.header(&[family, 0, 0, 0, table, 0, 0, action, 0, 0, 0, 0]);
         batch.u32_ne(FRA_PRIORITY, self.priority);
-        batch.str_z(FRA_IIFNAME, &self.iif);
-        batch.u32_ne(FRA_FWMARK, self.mark.value);
-        batch.u32_ne(FRA_FWMASK, self.mark.mask);
-        if table == RT_TABLE_UNSPEC {
-            batch.u32_ne(FRA_TABLE, self.table);
+        if !self.iif.is_empty() {
+            batch.str_z(FRA_IIFNAME, &self.iif);
+        }
+        if self.mark.mask != 0 {
+            batch.u32_ne(FRA_FWMARK, self.mark.value);
+            batch.u32_ne(FRA_FWMASK, self.mark.mask);
+        }
+        match self.action {
+            Action::Lookup(id) if table == RT_TABLE_UNSPEC => batch.u32_ne(FRA_TABLE, id),
+            Action::Goto(priority) => batch.u32_ne(FRA_GOTO, priority),
+            _ => {}
         }
         batch.u8(FRA_PROTOCOL, RTPROT_CGTPROXY);
         batch.end(open);
@@ -186,19 +221,26 @@ pub fn parse(message: &parse::Message) -> Option<Entry> {
     let action = *message.body.get(7)?;
     match message.kind {
         RTM_NEWRULE => {
-            let ours = attrs.clone().get(FRA_PROTOCOL) == Some(&[RTPROT_CGTPROXY])
-                && whole
-                && action == FR_ACT_TO_TBL;
+            let tagged = attrs.clone().get(FRA_PROTOCOL) == Some(&[RTPROT_CGTPROXY]);
+            let action = match action {
+                FR_ACT_TO_TBL => Action::Lookup(number(FRA_TABLE).unwrap_or(small_table)),
+                FR_ACT_GOTO => Action::Goto(number(FRA_GOTO)?),
+                FR_ACT_NOP => Action::Nop,
+                _ => return None,
+            };
+            let iif = attrs.clone().get(FRA_IIFNAME).unwrap_or(b"");
             let rule = IpRule {
                 family,
                 priority: number(FRA_PRIORITY)?,
-                iif: parse::str_z(attrs.clone().get(FRA_IIFNAME)?).into_owned(),
+                iif: parse::str_z(iif).into_owned(),
                 mark: Mark {
-                    value: number(FRA_FWMARK)?,
-                    mask: number(FRA_FWMASK)?,
+                    value: number(FRA_FWMARK).unwrap_or(0),
+                    mask: number(FRA_FWMASK).unwrap_or(0),
                 },
-                table: number(FRA_TABLE).unwrap_or(small_table),
+                action,
             };
+            // all of ours ask for a mark, but for the place that one of them goes on at
+            let ours = tagged && whole && (rule.mark.mask != 0 || action == Action::Nop);
             ours.then_some(Entry::Rule(rule))
         }
         RTM_NEWROUTE => {
@@ -274,17 +316,22 @@ impl fmt::Display for Entry {
     /// The iproute2 arguments behind `ip rule` or `ip route` and the verb.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Entry::Rule(IpRule {
-                priority,
-                iif,
-                mark: Mark { value, mask },
-                table,
-                ..
-            }) => write!(
-                f,
-                "pref {priority} iif {iif} fwmark {value:#010x}/{mask:#010x} lookup {table} \
-                 protocol {RTPROT_CGTPROXY}"
-            ),
+            Entry::Rule(rule) => {
+                write!(f, "pref {}", rule.priority)?;
+                if !rule.iif.is_empty() {
+                    write!(f, " iif {}", rule.iif)?;
+                }
+                let Mark { value, mask } = rule.mark;
+                if mask != 0 {
+                    write!(f, " fwmark {value:#010x}/{mask:#010x}")?;
+                }
+                match rule.action {
+                    Action::Lookup(table) => write!(f, " lookup {table}")?,
+                    Action::Goto(priority) => write!(f, " goto {priority}")?,
+                    Action::Nop => write!(f, " nop")?,
+                }
+                write!(f, " protocol {RTPROT_CGTPROXY}")
+            }
             Entry::Route(Route { table, .. }) => {
                 write!(
                     f,
@@ -320,13 +367,17 @@ mod tests {
         for family in Family::BOTH {
             for table in [200, 300] {
                 let iif = "lo".to_string();
-                all.push(Entry::Rule(IpRule {
-                    family,
-                    priority: 100,
-                    iif,
-                    mark,
-                    table,
-                }));
+                all.extend(
+                    [Action::Lookup(table), Action::Goto(102), Action::Nop].map(|action| {
+                        Entry::Rule(IpRule {
+                            family,
+                            priority: 100,
+                            iif: iif.clone(),
+                            mark,
+                            action,
+                        })
+                    }),
+                );
                 all.push(Entry::Route(Route { family, table }));
             }
         }

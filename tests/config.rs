@@ -667,6 +667,136 @@ fn every_key_of_tproxy() {
 }
 
 #[test]
+fn every_key_of_gateway() {
+    let config = good(
+        "[gateway lan]\ninterface = br-lan\ninterface = wg*\nsource = 192.0.2.77/24\n\
+         source = 2001:db8::1\nsource-mac = 02:00:00:00:00:aB\ntarget = late\n\
+         [gateway drop]\ninterface = eth1.2@x\ntarget = drop\n[gateway rest]\n\
+         interface = e*\ntarget = direct\n[tproxy late]\nport = 1\ndns-hijack = ::1\n\
+         dns-hijack-local = yes\n",
+    );
+    let [lan, drop, rest] = &config.gateways[..] else {
+        panic!("{:?}", config.gateways)
+    };
+    let names: Vec<String> = lan.interfaces.iter().map(|i| i.to_string()).collect();
+    assert_eq!(
+        (lan.name.as_str(), names),
+        ("lan", vec!["br-lan".into(), "wg*".into()])
+    );
+    assert_eq!(lan.sources4[0].to_string(), "192.0.2.0/24");
+    assert_eq!(lan.sources6[0].to_string(), "2001:db8::1");
+    assert_eq!(lan.macs[0].to_string(), "02:00:00:00:00:ab");
+    assert_eq!(lan.target, Target::Tproxy(0));
+    assert_eq!((drop.target, rest.target), (Target::Drop, Target::Direct));
+    assert_eq!(drop.interfaces[0].to_string(), "eth1.2@x");
+    assert!(drop.sources4.is_empty() && drop.sources6.is_empty() && drop.macs.is_empty());
+    assert!(config.tproxies[0].dns_local);
+    assert!(config.routes_to_tproxy());
+}
+
+#[test]
+fn bad_gateways() {
+    let name = "the name of an interface, up to 15 characters";
+    let mac = "six pairs of hexadecimal digits with colons";
+    let whole = format!("interface = {}", "x".repeat(16));
+    for (line, message) in [
+        (
+            "interfce = a",
+            "unknown key \"interfce\" in [gateway], did you mean \"interface\"?",
+        ),
+        (
+            "interface = lo",
+            "\"interface\" expects an interface that others are behind, not \"lo\"",
+        ),
+        (
+            "interface = *",
+            "\"interface\" expects a name, or the beginning of one before the *, not \"*\"",
+        ),
+        (
+            "interface = a*b",
+            &format!("\"interface\" expects {name}, not \"a*b\""),
+        ),
+        (
+            "interface = a b",
+            &format!("\"interface\" expects {name}, not \"a b\""),
+        ),
+        (
+            "interface = a/b",
+            &format!("\"interface\" expects {name}, not \"a/b\""),
+        ),
+        (
+            &whole,
+            &format!("\"interface\" expects {name}, not \"{}\"", "x".repeat(16)),
+        ),
+        ("interface = eth0", "\"interface\" names \"eth0\" twice"),
+        (
+            "source = private",
+            "\"source\" expects an address or a CIDR, not \"private\"",
+        ),
+        (
+            "source = 10.0.0.0/33",
+            "\"source\": prefix length 33 is not from 0 to 32: \"10.0.0.0/33\"",
+        ),
+        (
+            "source-mac = 02:00:00:00:00",
+            &format!("\"source-mac\" expects {mac}, not \"02:00:00:00:00\""),
+        ),
+        (
+            "source-mac = 02:00:00:00:00:+1",
+            &format!("\"source-mac\" expects {mac}, not \"02:00:00:00:00:+1\""),
+        ),
+        (
+            "source-mac = 02:00:00:00:00:01:02",
+            &format!("\"source-mac\" expects {mac}, not \"02:00:00:00:00:01:02\""),
+        ),
+        (
+            "target = drop",
+            "duplicate key \"target\", first set at c:3",
+        ),
+    ] {
+        let text = format!("[gateway a]\ninterface = eth0\ntarget = direct\n{line}\n");
+        bad(&[("c", &text)], &[&format!("c:4: {message}")]);
+    }
+    for (text, want) in [
+        ("[gateway]\n", &["c:1: section [gateway] needs a name: [gateway NAME]"][..]),
+        ("[gatway a]\n", &["c:1: unknown section [gatway], did you mean [gateway]?"]),
+        (
+            "[gateway 1]\n",
+            &["c:1: bad gateway name \"1\": a letter, then up to 14 letters, digits, \"_\" or \"-\""],
+        ),
+        (
+            "[gateway a]\n[gateway a]\n",
+            &[
+                "c:1: [gateway a] needs an interface",
+                "c:1: [gateway a] needs a target",
+                "c:2: duplicate section [gateway a], first at c:1",
+            ],
+        ),
+        (
+            "[gateway a]\ninterface = lo\ntarget = mihmo\n[tproxy mihomo]\nport = 1\n",
+            &[
+                "c:2: \"interface\" expects an interface that others are behind, not \"lo\"",
+                "c:3: undefined target \"mihmo\", did you mean \"mihomo\"?",
+            ],
+        ),
+        (
+            "[global]\nfwmark-mask = 3\n[tproxy a]\nport = 1\nmark = 3\n[gateway a]\ninterface = e\ntarget = a\n",
+            &["c:5: mark 0x3 is the whole fwmark-mask, which stands for routed packets where there is a gateway"],
+        ),
+        (
+            "[global]\nrule-priority = 32764\n[gateway a]\ninterface = e*\ntarget = drop\n",
+            &["c:3: an interface with \"*\" needs a rule-priority up to 32763"],
+        ),
+        (
+            "[tproxy a]\nport = 1\ndns-hijack-local = yes\n",
+            &["c:3: \"dns-hijack-local\" needs \"dns-hijack\""],
+        ),
+    ] {
+        bad(&[("c", text)], want);
+    }
+}
+
+#[test]
 fn values_that_are_fine() {
     for (value, port) in [
         ("127.0.0.1", "127.0.0.1:53"),

@@ -15,7 +15,7 @@ use cgtproxy::config::{self, Config, Source, Target};
 use cgtproxy::core::{Delta, Snapshot};
 use cgtproxy::netlink::{msg::Batch, uapi};
 use cgtproxy::nft::encode::{self, Transaction};
-use cgtproxy::nft::expr::{Family, Mark, Range, Stmt, Verdict, L4};
+use cgtproxy::nft::expr::{Family, Interface, Mac, Mark, Range, Stmt, Verdict, L4};
 use cgtproxy::nft::ruleset::{
     output_rules, set_name, Base, Chain, Content, Element, Set, Table, OUTPUT,
 };
@@ -209,6 +209,7 @@ fn numbers() {
         };
     }
     same!(
+        NFT_META_IIFNAME NFT_META_IIFTYPE NFT_PAYLOAD_LL_HEADER NF_INET_LOCAL_IN NF_IP_PRI_SECURITY
         NFT_META_MARK NFT_META_IIF NFT_META_OIF NFT_META_SKUID NFT_META_NFPROTO NFT_META_L4PROTO
         NFT_CT_STATE NFT_CT_DIRECTION NFT_CT_STATUS NFT_CT_MARK NFT_CMP_EQ NFT_CMP_NEQ NFT_REG_1
         NFT_REG_2 NFT_PAYLOAD_NETWORK_HEADER NFT_PAYLOAD_TRANSPORT_HEADER NFPROTO_IPV4 NFPROTO_IPV6
@@ -257,6 +258,11 @@ samples! {
     Stmt::OifLo => Stmt::OifLo;
     Stmt::Cgroup { .. } => Stmt::Cgroup { level: 1, set: "cg_a".into() },
         Stmt::Cgroup { level: 255, set: "cg_direct".into() };
+    Stmt::Iifname(_) =>
+        Stmt::Iifname(Interface { name: "br-lan".into(), prefix: false }),
+        Stmt::Iifname(Interface { name: "br-".into(), prefix: true }),
+        Stmt::Iifname(Interface { name: "fifteen-letters".into(), prefix: false });
+    Stmt::Transparent => Stmt::Transparent;
     Stmt::HasOwner => Stmt::HasOwner;
     Stmt::Uid(_) => Stmt::Uid(0), Stmt::Uid(65534);
     Stmt::PacketMark(_) => Stmt::PacketMark(A_MARK);
@@ -267,11 +273,17 @@ samples! {
     Stmt::Dnatted => Stmt::Dnatted;
     Stmt::Destination { .. } => Stmt::Destination { family: Family::V4, set: "bypass4" },
         Stmt::Destination { family: Family::V6, set: "bypass6" };
+    Stmt::Source { .. } => Stmt::Source { family: Family::V4, set: "gw4_a".into() },
+        Stmt::Source { family: Family::V6, set: "gw6_a".into() };
+    Stmt::EtherSource(_) => Stmt::EtherSource(vec![Mac([2, 0, 0, 0, 0, 1])]),
+        Stmt::EtherSource(vec![Mac([2, 0, 0, 0, 0, 1]), Mac([2, 0, 0, 0, 0, 2])]);
     Stmt::Nfproto(_) => Stmt::Nfproto(Family::V4), Stmt::Nfproto(Family::V6);
     Stmt::L4proto(_) => Stmt::L4proto(L4::Tcp), Stmt::L4proto(L4::Udp);
     Stmt::TcpOrUdp => Stmt::TcpOrUdp;
     Stmt::NotTcpOrUdp => Stmt::NotTcpOrUdp;
     Stmt::Dport(..) => Stmt::Dport(L4::Tcp, 53), Stmt::Dport(L4::Udp, 53);
+    Stmt::NotDport(_) => Stmt::NotDport(53);
+    Stmt::Local => Stmt::Local;
     Stmt::Broadcast => Stmt::Broadcast;
     Stmt::NeighbourDiscovery => Stmt::NeighbourDiscovery;
     Stmt::Counter => Stmt::Counter;
@@ -292,6 +304,7 @@ samples! {
         };
     Stmt::Dnat(_) => Stmt::Dnat("127.0.0.1:1053".parse().unwrap()),
         Stmt::Dnat("[2001:db8::1]:53".parse().unwrap());
+    Stmt::Redirect(_) => Stmt::Redirect(1053);
     Stmt::Reset => Stmt::Reset;
     Stmt::PacketMarkMap { .. } => Stmt::PacketMarkMap { mask: 0xff00_0000, map: map(&[goto()]) };
     Stmt::CtMarkMap { .. } => Stmt::CtMarkMap {
@@ -401,6 +414,32 @@ fn configs() -> Vec<Config> {
          address = 127.0.0.3
          address = ::1
          dns-hijack = 2001:db8::53",
+        "[tproxy a]
+         port = 1
+         dns-hijack = 127.0.0.1:1053
+         dns-hijack = [::1]:1053
+         dns-hijack-local = yes
+         [tproxy b]
+         port = 2
+         udp = no
+         dns-hijack = 203.0.113.53
+         [gateway lan]
+         interface = br-lan
+         interface = wg*
+         source = 198.51.100.0/24
+         source = 2001:db8::/32
+         source-mac = 02:00:00:00:00:01
+         source-mac = 02:00:00:00:00:02
+         target = a
+         [gateway b]
+         interface = eth1
+         target = b
+         [gateway drop]
+         interface = eth2
+         target = drop
+         [gateway direct]
+         interface = eth3
+         target = direct",
         // verdict maps and intervals of more than one message
         &format!("[global]\nfwmark-mask = 0x000fff00\n{}", many(700)),
         &format!("[global]\n{bypass}"),

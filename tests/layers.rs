@@ -6,9 +6,10 @@ use std::fs;
 use std::path::Path;
 
 /// Layers from the bottom up: a module may use those of lower layers and of its own line only.
-const LAYERS: [&[&str]; 11] = [
+const LAYERS: [&[&str]; 12] = [
     &["netlink::uapi"],
     &["netlink::msg", "netlink::parse"],
+    &["netlink::diag"],
     &["error", "sys"],
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
@@ -16,6 +17,7 @@ const LAYERS: [&[&str]; 11] = [
     &["config", "config::ini", "config::pattern", "config::file"],
     &[
         "policy",
+        "loops",
         "nft::ruleset",
         "nft::encode",
         "nft::event",
@@ -35,10 +37,12 @@ const LAYERS: [&[&str]; 11] = [
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 13] = [
+const PURE: [&str; 15] = [
     "netlink::uapi",
     "netlink::msg",
     "netlink::parse",
+    "netlink::diag",
+    "loops",
     "nft::expr",
     "nft::ruleset",
     "nft::encode",

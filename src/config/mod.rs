@@ -5,7 +5,7 @@ pub mod file;
 pub mod ini;
 pub mod pattern;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use std::rc::Rc;
 use regex_lite::RegexBuilder;
 
 use crate::log::Level;
-use crate::nft::expr::{Family, Mark, Range};
+use crate::nft::expr::{Family, Interface, Mac, Mark, Range};
 use ini::Line;
 use pattern::Pattern;
 
@@ -60,6 +60,8 @@ pub struct Tproxy {
     pub dns4: Option<SocketAddrV4>,
     pub dns6: Option<SocketAddrV6>,
     pub dns_tcp: bool,
+    /// Hijack DNS that is addressed to this host or to a bypassed address as well.
+    pub dns_local: bool,
 }
 
 impl Tproxy {
@@ -83,6 +85,21 @@ pub struct Rule {
     pub pattern: String,
     /// Anchored at both ends.
     pub regex: Pattern,
+    pub place: Place,
+}
+
+/// A `[gateway NAME]` section: traffic that this host routes for others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gateway {
+    pub name: String,
+    /// One at least.
+    pub interfaces: Vec<Interface>,
+    /// Where both families are empty, every source; else those of one that is empty are left out.
+    pub sources4: Vec<Range<Ipv4Addr>>,
+    pub sources6: Vec<Range<Ipv6Addr>>,
+    /// Empty: every one.
+    pub macs: Vec<Mac>,
+    pub target: Target,
     pub place: Place,
 }
 
@@ -123,6 +140,7 @@ pub struct Config {
     pub counters_per_cgroup: bool,
     pub tproxies: Vec<Tproxy>,
     pub rules: Vec<Rule>,
+    pub gateways: Vec<Gateway>,
     /// Every file that was read, the first one first.
     pub files: Vec<PathBuf>,
 }
@@ -145,6 +163,7 @@ impl Default for Config {
             counters_per_cgroup: false,
             tproxies: Vec::new(),
             rules: Vec::new(),
+            gateways: Vec::new(),
             files: Vec::new(),
         }
     }
@@ -168,6 +187,26 @@ impl Config {
     /// The ct mark of a flow that is known to go direct, where the default is not direct.
     pub fn direct_mark(&self) -> u32 {
         self.mask
+    }
+
+    /// The mark of routed packets that go to a tproxy. Not the tproxy's own: with src_valid_mark=1
+    /// the kernel looks up the way back with `iif lo` and the packet's mark, would meet the rule
+    /// for local traffic, and take the packet for a martian. Packets and flows are marked apart, so
+    /// this may be the same number as [`Config::direct_mark`].
+    pub fn gateway_mark(&self) -> u32 {
+        self.mask
+    }
+
+    /// Whether routed traffic may belong to a tproxy: a flow stays with it when a reload has given
+    /// its gateway another target.
+    pub fn routes_to_tproxy(&self) -> bool {
+        !self.gateways.is_empty() && !self.tproxies.is_empty()
+    }
+
+    /// The interfaces of all gateway sections.
+    pub fn gateway_interfaces(&self) -> BTreeSet<&Interface> {
+        let all = self.gateways.iter().flat_map(|gateway| &gateway.interfaces);
+        all.collect()
     }
 
     /// Whether any flow gets a ct mark.
@@ -200,8 +239,10 @@ const MAX_DEPTH: usize = 8;
 const MAX_FILES: usize = 1000;
 /// Most tproxies: each is two chains, a set and two ip rules that packets pass.
 const MAX_TPROXIES: usize = 1000;
-/// Longest tproxy name.
+/// Longest tproxy or gateway name.
 const MAX_NAME: usize = 15;
+/// Longest interface name (`IFNAMSIZ` - 1).
+const MAX_INTERFACE: usize = 15;
 /// Longest message, in characters.
 const MAX_MESSAGE: usize = 1000;
 
@@ -220,6 +261,7 @@ pub fn load(source: &dyn Source, path: &Path) -> Result<Config, Vec<Problem>> {
         default: None,
         rules: Vec::new(),
         tproxies: Vec::new(),
+        gateways: Vec::new(),
     };
     reader.file(path, None);
     reader.finish()
@@ -235,6 +277,7 @@ enum Section {
     Global,
     Rules,
     Tproxy(usize),
+    Gateway(usize),
 }
 
 /// A tproxy section as far as it has been read.
@@ -244,6 +287,14 @@ struct Draft {
     has_port: bool,
     has_dns: bool,
     mark: Option<(u32, Place)>,
+    keys: BTreeMap<String, Place>,
+}
+
+/// A gateway section as far as it has been read.
+struct GatewayDraft {
+    gateway: Gateway,
+    target: Option<(String, Place)>,
+    has_interface: bool,
     keys: BTreeMap<String, Place>,
 }
 
@@ -261,9 +312,10 @@ struct Reader<'a> {
     default: Option<(String, Place)>,
     rules: Vec<(String, String, Place)>,
     tproxies: Vec<Draft>,
+    gateways: Vec<GatewayDraft>,
 }
 
-const SECTIONS: [&str; 3] = ["global", "tproxy", "rules"];
+const SECTIONS: [&str; 4] = ["global", "tproxy", "rules", "gateway"];
 const GLOBAL_KEYS: [&str; 12] = [
     "cgroup-root",
     "default",
@@ -278,15 +330,19 @@ const GLOBAL_KEYS: [&str; 12] = [
     "log-level",
     "counters",
 ];
-const REPEATABLE: [&str; 6] = [
+const REPEATABLE: [&str; 9] = [
     "bypass",
     "bypass-mark",
     "bypass-user",
     "include",
     "address",
     "dns-hijack",
+    "interface",
+    "source",
+    "source-mac",
 ];
-const TPROXY_KEYS: [&str; 9] = [
+const GATEWAY_KEYS: [&str; 4] = ["interface", "source", "source-mac", "target"];
+const TPROXY_KEYS: [&str; 10] = [
     "port",
     "address",
     "mark",
@@ -296,6 +352,7 @@ const TPROXY_KEYS: [&str; 9] = [
     "ipv6",
     "dns-hijack",
     "dns-hijack-tcp",
+    "dns-hijack-local",
 ];
 
 impl Reader<'_> {
@@ -369,8 +426,10 @@ impl Reader<'_> {
                 Section::Unknown
             }
             ("tproxy", Some(name)) => self.tproxy_header(place, name),
-            ("tproxy", None) => {
-                self.problem(place, "section [tproxy] needs a name: [tproxy NAME]");
+            ("gateway", Some(name)) => self.gateway_header(place, name),
+            ("tproxy" | "gateway", None) => {
+                let message = format!("section [{kind}] needs a name: [{kind} NAME]");
+                self.problem(place, message);
                 Section::Unknown
             }
             _ => {
@@ -382,7 +441,12 @@ impl Reader<'_> {
     }
 
     fn tproxy_header(&mut self, place: &Place, name: &str) -> Section {
-        if let Err(why) = check_name(name) {
+        let reserved = matches!(name, "direct" | "drop");
+        let name_problem = match reserved {
+            true => Err(format!("a tproxy cannot be named \"{name}\"")),
+            false => check_name("tproxy", name),
+        };
+        if let Err(why) = name_problem {
             self.problem(place, why);
             return Section::Unknown;
         }
@@ -416,6 +480,7 @@ impl Reader<'_> {
                 dns4: None,
                 dns6: None,
                 dns_tcp: false,
+                dns_local: false,
             },
             has_port: false,
             has_dns: false,
@@ -423,6 +488,34 @@ impl Reader<'_> {
             keys: BTreeMap::new(),
         });
         Section::Tproxy(self.tproxies.len() - 1)
+    }
+
+    fn gateway_header(&mut self, place: &Place, name: &str) -> Section {
+        if let Err(why) = check_name("gateway", name) {
+            self.problem(place, why);
+            return Section::Unknown;
+        }
+        if let Some(first) = self.gateways.iter().find(|d| d.gateway.name == name) {
+            let first = &first.gateway.place;
+            let message = format!("duplicate section [gateway {name}], first at {first}");
+            self.problem(place, message);
+            return Section::Unknown;
+        }
+        self.gateways.push(GatewayDraft {
+            gateway: Gateway {
+                name: name.to_string(),
+                interfaces: Vec::new(),
+                sources4: Vec::new(),
+                sources6: Vec::new(),
+                macs: Vec::new(),
+                target: Target::Direct,
+                place: place.clone(),
+            },
+            target: None,
+            has_interface: false,
+            keys: BTreeMap::new(),
+        });
+        Section::Gateway(self.gateways.len() - 1)
     }
 
     fn entry(&mut self, place: &Place, section: Section, key: &str, value: &str) {
@@ -446,6 +539,9 @@ impl Reader<'_> {
             Section::Tproxy(index) => self
                 .once(place, section, key, "[tproxy]", &TPROXY_KEYS)
                 .and_then(|()| tproxy_key(&mut self.tproxies[index], place, key, value)),
+            Section::Gateway(index) => self
+                .once(place, section, key, "[gateway]", &GATEWAY_KEYS)
+                .and_then(|()| gateway_key(&mut self.gateways[index], place, key, value)),
         };
         if let Err(mut why) = result {
             // the likeliest reason for a bad value that holds one
@@ -474,6 +570,7 @@ impl Reader<'_> {
         }
         let seen = match section {
             Section::Tproxy(index) => &mut self.tproxies[index].keys,
+            Section::Gateway(index) => &mut self.gateways[index].keys,
             _ => &mut self.seen,
         };
         match seen.get(key) {
@@ -557,13 +654,15 @@ impl Reader<'_> {
                 let name = &draft.tproxy.name;
                 self.problem(&draft.place, format!("[tproxy {name}] needs a port"));
             }
-            if draft.tproxy.dns_tcp && !draft.has_dns {
-                let place = draft
-                    .keys
-                    .get("dns-hijack-tcp")
-                    .unwrap_or(&draft.place)
-                    .clone();
-                self.problem(&place, "\"dns-hijack-tcp\" needs \"dns-hijack\"");
+            let dns = [
+                ("dns-hijack-tcp", draft.tproxy.dns_tcp),
+                ("dns-hijack-local", draft.tproxy.dns_local),
+            ];
+            for (key, on) in dns {
+                if on && !draft.has_dns {
+                    let place = draft.keys.get(key).unwrap_or(&draft.place).clone();
+                    self.problem(&place, format!("\"{key}\" needs \"dns-hijack\""));
+                }
             }
             self.config.tproxies.push(draft.tproxy.clone());
             self.tproxies.push(draft);
@@ -574,6 +673,7 @@ impl Reader<'_> {
                 Err(why) => self.problem(&place, why),
             }
         }
+        self.finish_gateways();
         if !self.mask_is_bad {
             self.assign_marks();
             self.check_bypass_marks();
@@ -602,6 +702,39 @@ impl Reader<'_> {
         Err(self.problems)
     }
 
+    fn finish_gateways(&mut self) {
+        let mut wildcard = None;
+        for draft in std::mem::take(&mut self.gateways) {
+            let mut gateway = draft.gateway;
+            let name = &gateway.name;
+            if !draft.has_interface {
+                let message = format!("[gateway {name}] needs an interface");
+                self.problem(&gateway.place, message);
+            }
+            match &draft.target {
+                Some((target, place)) => match self.target(target) {
+                    Ok(target) => gateway.target = target,
+                    Err(why) => self.problem(place, why),
+                },
+                None if !draft.keys.contains_key("target") => {
+                    let message = format!("[gateway {name}] needs a target");
+                    self.problem(&gateway.place, message);
+                }
+                None => {}
+            }
+            if gateway.interfaces.iter().any(|i| i.prefix) {
+                wildcard = wildcard.or(Some(gateway.place.clone()));
+            }
+            self.config.gateways.push(gateway);
+        }
+        // such interfaces are told by three ip rules in a row (route.rs)
+        let most = 32765 - 2;
+        if let (Some(place), true) = (wildcard, self.config.rule_priority > most) {
+            let message = format!("an interface with \"*\" needs a rule-priority up to {most}");
+            self.problem(&place, message);
+        }
+    }
+
     fn target(&self, name: &str) -> Result<Target, String> {
         match name {
             "direct" => Ok(Target::Direct),
@@ -621,10 +754,12 @@ impl Reader<'_> {
     /// The tproxy at position i gets mark i, shifted into the mask, or the next one that is free.
     fn assign_marks(&mut self) {
         let mask = self.config.mask;
-        let reserved = match self.config.default {
-            Target::Direct => None,
-            _ => Some(self.config.direct_mark()),
+        let stands_for = match (self.config.default, self.config.routes_to_tproxy()) {
+            (Target::Direct, false) => None,
+            (Target::Direct, true) => Some("for routed packets where there is a gateway"),
+            _ => Some("for direct flows where the default is not direct"),
         };
+        let reserved = stands_for.map(|_| mask);
         let mut taken: BTreeMap<u32, String> = BTreeMap::new();
         let drafts = std::mem::take(&mut self.tproxies);
         for draft in &drafts {
@@ -638,9 +773,10 @@ impl Reader<'_> {
                     format!("mark {mark:#x} is not within fwmark-mask {mask:#x}"),
                 );
             } else if reserved == Some(mark) {
-                let why = "is the whole fwmark-mask, which stands for direct flows where the \
-                           default is not direct";
-                self.problem(place, format!("mark {mark:#x} {why}"));
+                let why = stands_for.unwrap_or_default();
+                let message =
+                    format!("mark {mark:#x} is the whole fwmark-mask, which stands {why}");
+                self.problem(place, message);
             } else if let Some(other) = taken.get(&mark) {
                 self.problem(
                     place,
@@ -730,9 +866,64 @@ fn tproxy_key(draft: &mut Draft, place: &Place, key: &str, value: &str) -> Resul
             }
         }
         "dns-hijack-tcp" => tproxy.dns_tcp = boolean(key, value)?,
+        "dns-hijack-local" => tproxy.dns_local = boolean(key, value)?,
         _ => unreachable!("{key} is in TPROXY_KEYS"),
     }
     Ok(())
+}
+
+fn gateway_key(
+    draft: &mut GatewayDraft,
+    place: &Place,
+    key: &str,
+    value: &str,
+) -> Result<(), String> {
+    let gateway = &mut draft.gateway;
+    match key {
+        "interface" => {
+            draft.has_interface = true;
+            let interface = interface(value)?;
+            if gateway.interfaces.contains(&interface) {
+                return Err(format!("\"{key}\" names \"{value}\" twice"));
+            }
+            gateway.interfaces.push(interface);
+        }
+        "source" => match cidr(key, "an address or a CIDR", value)? {
+            Cidr::V4(range) => gateway.sources4.push(range),
+            Cidr::V6(range) => gateway.sources6.push(range),
+        },
+        "source-mac" => {
+            let mac = value
+                .parse()
+                .map_err(|()| expects(key, "six pairs of hexadecimal digits with colons", value))?;
+            gateway.macs.push(mac);
+        }
+        "target" => draft.target = Some((value.to_string(), place.clone())),
+        _ => unreachable!("{key} is in GATEWAY_KEYS"),
+    }
+    Ok(())
+}
+
+/// The name of an interface that packets may come in by, or the beginning of such names.
+fn interface(value: &str) -> Result<Interface, String> {
+    let wrong = |what: &str| Err(expects("interface", what, value));
+    let (name, prefix) = match value.strip_suffix('*') {
+        Some(name) => (name, true),
+        None => (value, false),
+    };
+    let legal = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | '"' | '\\' | '*');
+    if value == "lo" {
+        wrong("an interface that others are behind")
+    } else if value == "*" {
+        wrong("a name, or the beginning of one before the *")
+    } else if name.is_empty() || name.len() > MAX_INTERFACE || !name.chars().all(legal) {
+        wrong("the name of an interface, up to 15 characters")
+    } else {
+        Ok(Interface {
+            name: name.to_string(),
+            prefix,
+        })
+    }
 }
 
 fn set_once<T: fmt::Display>(
@@ -769,19 +960,14 @@ fn expects(key: &str, what: &str, value: &str) -> String {
     format!("\"{key}\" expects {what}, not \"{value}\"")
 }
 
-fn check_name(name: &str) -> Result<(), String> {
+fn check_name(kind: &str, name: &str) -> Result<(), String> {
     let legal = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
-    if name == "direct" || name == "drop" {
-        Err(format!("a tproxy cannot be named \"{name}\""))
-    } else if name.len() > MAX_NAME
-        || !name.starts_with(|c: char| c.is_ascii_alphabetic())
-        || !name.chars().all(legal)
-    {
-        Err(format!(
-            "bad tproxy name \"{name}\": a letter, then up to 14 letters, digits, \"_\" or \"-\""
-        ))
-    } else {
-        Ok(())
+    let first = name.starts_with(|c: char| c.is_ascii_alphabetic());
+    match name.len() <= MAX_NAME && first && name.chars().all(legal) {
+        true => Ok(()),
+        false => Err(format!(
+            "bad {kind} name \"{name}\": a letter, then up to 14 letters, digits, \"_\" or \"-\""
+        )),
     }
 }
 
@@ -859,7 +1045,21 @@ fn bypass(config: &mut Config, value: &str) -> Result<(), String> {
             .push(Range::prefix(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7));
         return Ok(());
     }
-    let wrong = || expects("bypass", "an address, a CIDR or \"private\"", value);
+    match cidr("bypass", "an address, a CIDR or \"private\"", value)? {
+        Cidr::V4(range) => config.bypass4.push(range),
+        Cidr::V6(range) => config.bypass6.push(range),
+    }
+    Ok(())
+}
+
+enum Cidr {
+    V4(Range<Ipv4Addr>),
+    V6(Range<Ipv6Addr>),
+}
+
+/// `ADDRESS` or `ADDRESS/LENGTH`; `what` says so to users.
+fn cidr(key: &str, what: &str, value: &str) -> Result<Cidr, String> {
+    let wrong = || expects(key, what, value);
     let (address, length) = match value.split_once('/') {
         Some((address, length)) => (address, Some(length)),
         None => (value, None),
@@ -873,16 +1073,15 @@ fn bypass(config: &mut Config, value: &str) -> Result<(), String> {
         None => bits,
         Some(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
             text.parse().ok().filter(|n| *n <= bits).ok_or_else(|| {
-                format!("\"bypass\": prefix length {text} is not from 0 to {bits}: \"{value}\"")
+                format!("\"{key}\": prefix length {text} is not from 0 to {bits}: \"{value}\"")
             })?
         }
         Some(_) => return Err(wrong()),
     };
-    match address {
-        IpAddr::V4(a) => config.bypass4.push(Range::prefix(a, length)),
-        IpAddr::V6(a) => config.bypass6.push(Range::prefix(a, length)),
-    }
-    Ok(())
+    Ok(match address {
+        IpAddr::V4(a) => Cidr::V4(Range::prefix(a, length)),
+        IpAddr::V6(a) => Cidr::V6(Range::prefix(a, length)),
+    })
 }
 
 fn bypass_mark(value: &str) -> Result<Mark, String> {

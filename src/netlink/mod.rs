@@ -1,5 +1,7 @@
-//! Netlink: bytes out ([`msg`]), bytes in ([`parse`]), sockets ([`socket`]), constants ([`uapi`]).
+//! Netlink: bytes out ([`msg`]), bytes in ([`parse`]), sockets ([`socket`]), constants ([`uapi`]);
+//! questions about other sockets ([`diag`]).
 
+pub mod diag;
 pub mod msg;
 pub mod parse;
 pub mod socket;

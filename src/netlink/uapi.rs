@@ -25,12 +25,14 @@ pub const NFPROTO_INET: u8 = 1;
 pub const NFPROTO_IPV4: u8 = 2;
 pub const NFPROTO_IPV6: u8 = 10;
 pub const NF_INET_PRE_ROUTING: u32 = 0;
+pub const NF_INET_LOCAL_IN: u32 = 1;
 pub const NF_INET_LOCAL_OUT: u32 = 3;
 pub const NF_INET_POST_ROUTING: u32 = 4;
 pub const NF_DROP: i32 = 0;
 pub const NF_ACCEPT: i32 = 1;
 pub const NF_IP_PRI_MANGLE: i32 = -150;
 pub const NF_IP_PRI_NAT_DST: i32 = -100;
+pub const NF_IP_PRI_SECURITY: i32 = 50;
 
 // include/uapi/linux/netfilter/nfnetlink.h
 pub const NFNL_SUBSYS_NFTABLES: u16 = 10;
@@ -117,6 +119,8 @@ pub const NFTA_META_SREG: u16 = 3;
 pub const NFT_META_MARK: u32 = 3;
 pub const NFT_META_IIF: u32 = 4;
 pub const NFT_META_OIF: u32 = 5;
+pub const NFT_META_IIFNAME: u32 = 6;
+pub const NFT_META_IIFTYPE: u32 = 8;
 pub const NFT_META_SKUID: u32 = 10;
 pub const NFT_META_NFPROTO: u32 = 15;
 pub const NFT_META_L4PROTO: u32 = 16;
@@ -147,6 +151,7 @@ pub const NFTA_PAYLOAD_DREG: u16 = 1;
 pub const NFTA_PAYLOAD_BASE: u16 = 2;
 pub const NFTA_PAYLOAD_OFFSET: u16 = 3;
 pub const NFTA_PAYLOAD_LEN: u16 = 4;
+pub const NFT_PAYLOAD_LL_HEADER: u32 = 0;
 pub const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
 pub const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
 
@@ -166,6 +171,7 @@ pub const NFTA_COUNTER_PACKETS: u16 = 2;
 pub const NFTA_SOCKET_KEY: u16 = 1;
 pub const NFTA_SOCKET_DREG: u16 = 2;
 pub const NFTA_SOCKET_LEVEL: u16 = 3;
+pub const NFT_SOCKET_TRANSPARENT: u32 = 0;
 pub const NFT_SOCKET_CGROUPV2: u32 = 3;
 
 pub const NFTA_TPROXY_FAMILY: u16 = 1;
@@ -184,6 +190,9 @@ pub const NFT_NAT_DNAT: u32 = 1;
 pub const NF_NAT_RANGE_MAP_IPS: u32 = 1;
 pub const NF_NAT_RANGE_PROTO_SPECIFIED: u32 = 2;
 
+pub const NFTA_REDIR_REG_PROTO_MIN: u16 = 1;
+pub const NFTA_REDIR_FLAGS: u16 = 3;
+
 pub const NFTA_REJECT_TYPE: u16 = 1;
 pub const NFTA_REJECT_ICMP_CODE: u16 = 2;
 pub const NFT_REJECT_TCP_RST: u32 = 1;
@@ -199,6 +208,7 @@ pub const NFTA_FIB_F_DADDR: u32 = 2;
 pub const TYPE_VERDICT: u32 = 1;
 pub const TYPE_IPADDR: u32 = 7;
 pub const TYPE_IP6ADDR: u32 = 8;
+pub const TYPE_ETHERADDR: u32 = 9;
 pub const TYPE_INET_PROTOCOL: u32 = 12;
 pub const TYPE_MARK: u32 = 19;
 pub const TYPE_ICMP6_TYPE: u32 = 29;
@@ -222,6 +232,17 @@ pub const IP_CT_DIR_REPLY: u8 = 1;
 pub const NF_CT_STATE_NEW_BIT: u32 = 1 << 3;
 pub const IPS_DST_NAT: u32 = 1 << 5;
 
+// include/uapi/linux/sock_diag.h, include/uapi/linux/inet_diag.h, include/net/tcp_states.h
+pub const SOCK_DIAG_BY_FAMILY: u16 = 20;
+pub const INET_DIAG_CGROUP_ID: u16 = 21;
+/// The state of UDP sockets that are not connected.
+pub const TCP_CLOSE: u32 = 7;
+pub const TCP_LISTEN: u32 = 10;
+
+// include/uapi/linux/if.h, include/uapi/linux/if_arp.h
+pub const IFNAMSIZ: usize = 16;
+pub const ARPHRD_ETHER: u16 = 1;
+
 // include/uapi/linux/rtnetlink.h, include/uapi/linux/fib_rules.h
 pub const RTM_NEWLINK: u16 = 16;
 pub const RTM_NEWADDR: u16 = 20;
@@ -242,7 +263,10 @@ pub const RTA_DST: u16 = 1;
 pub const RTA_OIF: u16 = 4;
 pub const RTA_TABLE: u16 = 15;
 pub const FR_ACT_TO_TBL: u8 = 1;
+pub const FR_ACT_GOTO: u8 = 2;
+pub const FR_ACT_NOP: u8 = 3;
 pub const FRA_IIFNAME: u16 = 3;
+pub const FRA_GOTO: u16 = 4;
 pub const FRA_PRIORITY: u16 = 6;
 pub const FRA_FWMARK: u16 = 10;
 pub const FRA_TABLE: u16 = 15;

@@ -435,6 +435,12 @@ impl Transaction {
                 self.batch.u32_be(NFTA_SOCKET_LEVEL, *level);
                 self.batch.end_nest(nest);
             }
+            Expr::SocketTransparent { dreg } => {
+                let nest = self.expr_head("socket");
+                self.batch.u32_be(NFTA_SOCKET_KEY, NFT_SOCKET_TRANSPARENT);
+                self.batch.u32_be(NFTA_SOCKET_DREG, *dreg);
+                self.batch.end_nest(nest);
+            }
             Expr::Tproxy {
                 family,
                 address,
@@ -462,6 +468,13 @@ impl Transaction {
                 self.batch.u32_be(NFTA_NAT_REG_PROTO_MAX, *port);
                 let flags = NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED;
                 self.batch.u32_be(NFTA_NAT_FLAGS, flags);
+                self.batch.end_nest(nest);
+            }
+            Expr::Redirect { port } => {
+                let nest = self.expr_head("redir");
+                self.batch.u32_be(NFTA_REDIR_REG_PROTO_MIN, *port);
+                self.batch
+                    .u32_be(NFTA_REDIR_FLAGS, NF_NAT_RANGE_PROTO_SPECIFIED);
                 self.batch.end_nest(nest);
             }
             Expr::RejectTcpReset => {

@@ -6,6 +6,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::str::FromStr;
 
 use crate::netlink::uapi::*;
 
@@ -73,17 +74,66 @@ pub struct Mark {
     pub mask: u32,
 }
 
+/// An interface by its name, or all whose names begin so.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Interface {
+    /// 1 to 15 bytes; without the `*` of a prefix.
+    pub name: String,
+    pub prefix: bool,
+}
+
+impl fmt::Display for Interface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let star = if self.prefix { "*" } else { "" };
+        write!(f, "{}{star}", self.name)
+    }
+}
+
+/// An Ethernet address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mac(pub [u8; 6]);
+
+impl FromStr for Mac {
+    type Err = ();
+
+    /// `02:00:00:00:00:01`
+    fn from_str(text: &str) -> Result<Mac, ()> {
+        let mut mac = [0; 6];
+        let mut pairs = text.split(':');
+        for byte in &mut mac {
+            let pair = pairs.next().filter(|pair| pair.len() == 2).ok_or(())?;
+            // from_str_radix would take a sign
+            if !pair.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(());
+            }
+            *byte = u8::from_str_radix(pair, 16).map_err(|_| ())?;
+        }
+        pairs.next().map_or(Ok(Mac(mac)), |_| Err(()))
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
 /// One statement of a rule, in the order in which nft writes them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stmt {
     /// `iif "lo"`, `oif "lo"`: by index, which is 1 in every network namespace.
     IifLo,
     OifLo,
+    /// `iifname NAME`, by name, so that the interface need not be there
+    Iifname(Interface),
     /// `socket cgroupv2 level L @SET`; a packet without a socket does not match.
     Cgroup {
         level: u8,
         set: String,
     },
+    /// `socket transparent 1`: of a socket that takes packets for foreign addresses
+    Transparent,
     /// A packet that a process sends (any uid), not the kernel for a socket that is gone.
     HasOwner,
     /// `meta skuid UID`
@@ -105,6 +155,13 @@ pub enum Stmt {
         family: Family,
         set: &'static str,
     },
+    /// `ip saddr @SET` or `ip6 saddr @SET`
+    Source {
+        family: Family,
+        set: String,
+    },
+    /// `ether saddr { MAC, … }`; a packet of an interface without such addresses does not match.
+    EtherSource(Vec<Mac>),
     /// `meta nfproto`
     Nfproto(Family),
     /// `meta l4proto tcp` or udp
@@ -115,6 +172,10 @@ pub enum Stmt {
     NotTcpOrUdp,
     /// `tcp dport N` or `udp dport N`
     Dport(L4, u16),
+    /// `th dport != N`: whatever the protocol; what has no ports has other things there
+    NotDport(u16),
+    /// `fib daddr type local`: this host's own addresses
+    Local,
     /// `fib daddr type broadcast`: the broadcast addresses of this host's networks too
     Broadcast,
     /// Neighbour discovery to a unicast address, which is link-scope traffic whatever the address.
@@ -130,6 +191,8 @@ pub enum Stmt {
     },
     /// `dnat ip to ADDRESS:PORT`
     Dnat(SocketAddr),
+    /// `redirect to :PORT`: to this host's address on the interface that the packet came in by
+    Redirect(u16),
     /// `reject with tcp reset`
     Reset,
     /// `meta mark and MASK vmap { VALUE : goto CHAIN, … }`
@@ -210,6 +273,9 @@ pub enum Expr {
         level: u32,
         dreg: u32,
     },
+    SocketTransparent {
+        dreg: u32,
+    },
     Tproxy {
         family: u8,
         address: Option<u32>,
@@ -218,6 +284,9 @@ pub enum Expr {
     Dnat {
         family: u8,
         address: u32,
+        port: u32,
+    },
+    Redirect {
         port: u32,
     },
     RejectTcpReset,
@@ -290,6 +359,13 @@ impl Stmt {
         match self {
             Stmt::IifLo => out.extend([meta(NFT_META_IIF), eq(&1u32.to_ne_bytes())]),
             Stmt::OifLo => out.extend([meta(NFT_META_OIF), eq(&1u32.to_ne_bytes())]),
+            Stmt::Iifname(Interface { name, prefix }) => {
+                let mut data = name.as_bytes().to_vec();
+                if !prefix {
+                    data.resize(IFNAMSIZ, 0);
+                }
+                out.extend([meta(NFT_META_IIFNAME), eq(&data)]);
+            }
             Stmt::Cgroup { level, set } => out.extend([
                 SocketCgroup {
                     level: u32::from(*level),
@@ -301,6 +377,7 @@ impl Stmt {
                     invert: false,
                 },
             ]),
+            Stmt::Transparent => out.extend([SocketTransparent { dreg }, eq(&[1])]),
             Stmt::HasOwner => out.extend([meta(NFT_META_SKUID), neq(&NO_UID.to_ne_bytes())]),
             Stmt::Uid(uid) => out.extend([meta(NFT_META_SKUID), eq(&uid.to_ne_bytes())]),
             Stmt::PacketMark(m) => out.extend([
@@ -330,21 +407,39 @@ impl Stmt {
                     Family::V4 => (16, 4),
                     Family::V6 => (24, 16),
                 };
+                address(*family, offset, len, set, out);
+            }
+            Stmt::Source { family, set } => {
+                let (offset, len) = match family {
+                    Family::V4 => (12, 4),
+                    Family::V6 => (8, 16),
+                };
+                address(*family, offset, len, set, out);
+            }
+            Stmt::EtherSource(macs) => {
                 out.extend([
-                    meta(NFT_META_NFPROTO),
-                    eq(&[family.number()]),
+                    meta(NFT_META_IIFTYPE),
+                    eq(&ARPHRD_ETHER.to_ne_bytes()),
                     Payload {
                         dreg,
-                        base: NFT_PAYLOAD_NETWORK_HEADER,
-                        offset,
-                        len,
+                        base: NFT_PAYLOAD_LL_HEADER,
+                        offset: 6,
+                        len: 6,
                     },
-                    Lookup {
-                        set: SetRef::Named(set.to_string()),
+                ]);
+                out.push(match macs.as_slice() {
+                    // nft makes no set for one element
+                    [mac] => eq(&mac.0),
+                    macs => Lookup {
+                        set: SetRef::Anonymous(Anonymous {
+                            key_type: TYPE_ETHERADDR,
+                            key_len: 6,
+                            elements: macs.iter().map(|mac| (mac.0.to_vec(), None)).collect(),
+                        }),
                         sreg,
                         invert: false,
                     },
-                ]);
+                });
             }
             Stmt::Nfproto(family) => out.extend([meta(NFT_META_NFPROTO), eq(&[family.number()])]),
             Stmt::L4proto(l4) => out.extend([meta(NFT_META_L4PROTO), eq(&[l4.number()])]),
@@ -371,6 +466,21 @@ impl Stmt {
                 },
                 eq(&port.to_be_bytes()),
             ]),
+            Stmt::NotDport(port) => out.extend([
+                Payload {
+                    dreg,
+                    base: NFT_PAYLOAD_TRANSPORT_HEADER,
+                    offset: 2,
+                    len: 2,
+                },
+                neq(&port.to_be_bytes()),
+            ]),
+            Stmt::Local => {
+                out.extend([
+                    FibAddrtype { dreg },
+                    eq(&u32::from(RTN_LOCAL).to_ne_bytes()),
+                ]);
+            }
             Stmt::Broadcast => out.extend([FibAddrtype { dreg }, eq(&RTN_BROADCAST.to_ne_bytes())]),
             Stmt::NeighbourDiscovery => out.extend([
                 meta(NFT_META_NFPROTO),
@@ -463,6 +573,13 @@ impl Stmt {
                     port: NFT_REG_2,
                 },
             ]),
+            Stmt::Redirect(port) => out.extend([
+                Immediate {
+                    dreg,
+                    data: port.to_be_bytes().to_vec(),
+                },
+                Redirect { port: NFT_REG_1 },
+            ]),
             Stmt::Reset => out.push(RejectTcpReset),
             Stmt::PacketMarkMap { mask, map } => out.extend([
                 meta(NFT_META_MARK),
@@ -483,6 +600,32 @@ impl Stmt {
             Stmt::Verdict(verdict) => out.push(Verdict(verdict.clone())),
         }
     }
+}
+
+/// A look-up of an address of the packet's network header in a named set.
+fn address(family: Family, offset: u32, len: u32, set: &str, out: &mut Vec<Expr>) {
+    out.extend([
+        Expr::MetaLoad {
+            key: NFT_META_NFPROTO,
+            dreg: NFT_REG_1,
+        },
+        Expr::Cmp {
+            op: NFT_CMP_EQ,
+            sreg: NFT_REG_1,
+            data: vec![family.number()],
+        },
+        Expr::Payload {
+            dreg: NFT_REG_1,
+            base: NFT_PAYLOAD_NETWORK_HEADER,
+            offset,
+            len,
+        },
+        Expr::Lookup {
+            set: SetRef::Named(set.to_string()),
+            sreg: NFT_REG_1,
+            invert: false,
+        },
+    ]);
 }
 
 fn octets(address: &IpAddr) -> Vec<u8> {
@@ -532,7 +675,9 @@ impl fmt::Display for Stmt {
         match self {
             Stmt::IifLo => f.write_str("iif \"lo\""),
             Stmt::OifLo => f.write_str("oif \"lo\""),
+            Stmt::Iifname(interface) => write!(f, "iifname \"{interface}\""),
             Stmt::Cgroup { level, set } => write!(f, "socket cgroupv2 level {level} @{set}"),
+            Stmt::Transparent => f.write_str("socket transparent 1"),
             Stmt::HasOwner => write!(f, "meta skuid != {NO_UID}"),
             Stmt::Uid(uid) => write!(f, "meta skuid {uid}"),
             Stmt::PacketMark(Mark { value, mask }) => {
@@ -546,12 +691,22 @@ impl fmt::Display for Stmt {
             Stmt::New => f.write_str("ct state new"),
             Stmt::Dnatted => f.write_str("ct status dnat"),
             Stmt::Destination { family, set } => write!(f, "{} daddr @{set}", family.nft()),
+            Stmt::Source { family, set } => write!(f, "{} saddr @{set}", family.nft()),
+            Stmt::EtherSource(macs) => match macs.as_slice() {
+                [mac] => write!(f, "ether saddr {mac}"),
+                macs => {
+                    let macs: Vec<String> = macs.iter().map(Mac::to_string).collect();
+                    write!(f, "ether saddr {{ {} }}", macs.join(", "))
+                }
+            },
             Stmt::Nfproto(Family::V4) => f.write_str("meta nfproto ipv4"),
             Stmt::Nfproto(Family::V6) => f.write_str("meta nfproto ipv6"),
             Stmt::L4proto(l4) => write!(f, "meta l4proto {}", l4.nft()),
             Stmt::TcpOrUdp => f.write_str("meta l4proto { tcp, udp }"),
             Stmt::NotTcpOrUdp => f.write_str("meta l4proto != { tcp, udp }"),
             Stmt::Dport(l4, port) => write!(f, "{} dport {port}", l4.nft()),
+            Stmt::NotDport(port) => write!(f, "th dport != {port}"),
+            Stmt::Local => f.write_str("fib daddr type local"),
             Stmt::Broadcast => f.write_str("fib daddr type broadcast"),
             Stmt::NeighbourDiscovery => {
                 f.write_str("icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert }")
@@ -587,6 +742,7 @@ impl fmt::Display for Stmt {
                 }
             }
             Stmt::Dnat(to) => write!(f, "dnat {} to {to}", Family::of(&to.ip()).nft()),
+            Stmt::Redirect(port) => write!(f, "redirect to :{port}"),
             Stmt::Reset => f.write_str("reject with tcp reset"),
             Stmt::PacketMarkMap { mask, map } => {
                 write!(f, "meta mark and {mask:#010x} vmap {}", MapText(map))

@@ -7,7 +7,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::expr::{Family, Mark, Range, Stmt, Verdict, L4};
-use crate::config::{Config, Take, Target, Tproxy};
+use crate::config::{Config, Gateway, Take, Target, Tproxy};
 use crate::netlink::uapi::*;
 
 /// Name of our one table, in family inet.
@@ -73,18 +73,22 @@ impl Table {
                 counters: config.counters_per_cgroup,
             },
         }));
+        sets.extend(config.gateways.iter().flat_map(source_sets));
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
         let mut chains = Vec::new();
         if config.default != Target::Direct {
             chains.push(leave_chain(config));
         }
+        if hijacks_local(config) {
+            chains.push(chain(EXEMPT, exempt_rules(config)));
+        }
         chains.push(bypass_chain(config));
-        chains.push(drop_chain());
-        for (index, tproxy) in config.tproxies.iter().enumerate() {
+        chains.push(drop_chain(config));
+        for tproxy in &config.tproxies {
             if tproxy.hijacks_dns() {
                 chains.push(dns_chain(config, tproxy));
             }
-            chains.push(tproxy_chain(config, index, tproxy));
+            chains.push(tproxy_chain(config, tproxy));
         }
         if config.marks_flows() {
             chains.push(sticky_chain(config));
@@ -101,11 +105,28 @@ impl Table {
             rules: output_rules(config, &BTreeSet::new()),
         });
         if config.tproxies.iter().any(Tproxy::hijacks_dns) {
-            chains.push(nat_chain(config));
+            chains.push(nat_chain(config, "nat_output", NF_INET_LOCAL_OUT));
+            if config.routes_to_tproxy() {
+                chains.push(nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING));
+            }
         }
         if !config.tproxies.is_empty() {
+            if config.routes_to_tproxy() {
+                chains.push(strayed_chain());
+            }
             chains.push(guard_chain(config));
-            chains.extend(config.tproxies.iter().map(receive_chain));
+        }
+        chains.extend(config.tproxies.iter().map(receive_chain));
+        if config.routes_to_tproxy() {
+            chains.extend(config.tproxies.iter().map(|t| forward_chain(config, t)));
+            chains.push(routed_chain(config));
+            chains.push(input_chain(config));
+        }
+        chains.extend(config.gateways.iter().map(|g| gateway_chain(config, g)));
+        if !config.gateways.is_empty() {
+            chains.push(gateways_chain(config));
+        }
+        if !config.tproxies.is_empty() {
             chains.push(prerouting_chain(config));
         }
         Table { sets, chains }
@@ -119,7 +140,11 @@ pub const OUTPUT: &str = "output";
 /// ancestor with an element decides. A packet that no target takes passes no address look-up here.
 pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
     // cheapest test first; covers every local address, for those leave by lo
-    let mut rules = vec![vec![Stmt::OifLo, Stmt::accept()]];
+    let mut rules = match hijacks_local(config) {
+        false => vec![leaves_by_lo()],
+        // the targets' chains let the rest of lo pass
+        true => vec![vec![Stmt::OifLo, Stmt::NotDport(53), Stmt::accept()]],
+    };
     rules.extend(pairs.iter().rev().map(|pair| {
         let set = set_name(config, pair.target);
         vec![
@@ -180,8 +205,20 @@ fn leave_chain(config: &Config) -> Chain {
     )
 }
 
-/// What is left alone whatever the target.
-fn bypass_chain(config: &Config) -> Chain {
+fn leaves_by_lo() -> Rule {
+    vec![Stmt::OifLo, Stmt::accept()]
+}
+
+/// Whether DNS that stays on this host may be hijacked, so that `output` cannot pass all of lo.
+fn hijacks_local(config: &Config) -> bool {
+    config.tproxies.iter().any(|tproxy| tproxy.dns_local)
+}
+
+/// What `bypass` is made of where DNS is hijacked whatever its address.
+const EXEMPT: &str = "exempt";
+
+/// What is left alone whatever the target and the address.
+fn exempt_rules(config: &Config) -> Vec<Rule> {
     let mut rules = vec![vec![Stmt::Reply, Stmt::accept()]];
     rules.extend(
         config
@@ -195,6 +232,15 @@ fn bypass_chain(config: &Config) -> Chain {
             .iter()
             .map(|uid| vec![Stmt::Uid(*uid), leave(config)]),
     );
+    rules
+}
+
+/// What is left alone whatever the target.
+fn bypass_chain(config: &Config) -> Chain {
+    let mut rules = match hijacks_local(config) {
+        true => vec![jump(EXEMPT)],
+        false => exempt_rules(config),
+    };
     rules.push(vec![
         Stmt::Destination {
             family: Family::V4,
@@ -217,26 +263,37 @@ fn bypass_chain(config: &Config) -> Chain {
     chain("bypass", rules)
 }
 
-fn jump_bypass() -> Rule {
-    vec![Stmt::Verdict(Verdict::Jump("bypass".into()))]
+fn jump(chain: &str) -> Rule {
+    vec![Stmt::Verdict(Verdict::Jump(chain.into()))]
 }
 
-fn drop_chain() -> Chain {
-    chain(
-        "to_drop",
-        vec![
-            jump_bypass(),
-            // sent by the kernel itself: with default = drop, IPv6 neighbours would be lost
-            vec![Stmt::NeighbourDiscovery, Stmt::accept()],
-            vec![Stmt::Counter, Stmt::drop()],
-        ],
-    )
+fn jump_bypass() -> Rule {
+    jump("bypass")
+}
+
+/// The first rules of the targets' chains: what `output` has not let pass itself.
+fn local_rules(config: &Config) -> Vec<Rule> {
+    match hijacks_local(config) {
+        true => vec![leaves_by_lo()],
+        false => Vec::new(),
+    }
+}
+
+fn drop_chain(config: &Config) -> Chain {
+    let mut rules = local_rules(config);
+    rules.extend([
+        jump_bypass(),
+        // sent by the kernel itself: with default = drop, IPv6 neighbours would be lost
+        vec![Stmt::NeighbourDiscovery, Stmt::accept()],
+        vec![Stmt::Counter, Stmt::drop()],
+    ]);
+    chain("to_drop", rules)
 }
 
 /// A flow that began proxied could not survive a move to another path, so it stays.
 fn direct_chain(config: &Config) -> Chain {
     let direct = mark(config, config.direct_mark());
-    let mut rules = Vec::new();
+    let mut rules = local_rules(config);
     if config.default != Target::Direct {
         rules.push(vec![Stmt::CtMark(direct), Stmt::accept()]);
     }
@@ -262,26 +319,26 @@ fn dns_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     )
 }
 
-fn tproxy_chain(config: &Config, index: usize, tproxy: &Tproxy) -> Chain {
-    let mut rules = vec![jump_bypass(), vec![Stmt::Counter]];
-    let dns = || Stmt::Verdict(Verdict::Jump(format!("dns_{}", tproxy.name)));
-    for l4 in tproxy.dns_protocols() {
-        match (tproxy.dns4, tproxy.dns6) {
-            (None, None) => {}
-            (Some(_), Some(_)) => rules.push(vec![Stmt::Dport(l4, 53), dns()]),
-            (Some(_), None) => {
-                rules.push(vec![Stmt::Nfproto(Family::V4), Stmt::Dport(l4, 53), dns()])
-            }
-            (None, Some(_)) => {
-                rules.push(vec![Stmt::Nfproto(Family::V6), Stmt::Dport(l4, 53), dns()])
-            }
-        }
-    }
-    let own = mark(config, config.tproxies[index].mark);
-    // an ICMP error about a proxied flow (its socket is gone): to the proxy it cannot go, and the
-    // true destination must not hear of it
-    rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), Stmt::drop()]);
-    rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
+/// The rules that send DNS of a target to `dns_chain`.
+fn dns_rules(tproxy: &Tproxy) -> Vec<Rule> {
+    let family = match (tproxy.dns4, tproxy.dns6) {
+        (Some(_), None) => Some(Stmt::Nfproto(Family::V4)),
+        (None, Some(_)) => Some(Stmt::Nfproto(Family::V6)),
+        // with neither, there are no protocols
+        _ => None,
+    };
+    let rule = |l4| {
+        let dns = Stmt::Verdict(Verdict::Jump(format!("dns_{}", tproxy.name)));
+        let mut rule = Vec::from_iter(family.clone());
+        rule.extend([Stmt::Dport(l4, 53), dns]);
+        rule
+    };
+    tproxy.dns_protocols().map(rule).collect()
+}
+
+/// What a tproxy does not take; `leave` is the verdict for what it leaves alone.
+fn switch_rules(tproxy: &Tproxy, leave: &Stmt) -> Vec<Rule> {
+    let mut rules = Vec::new();
     let switches = [
         (Stmt::Nfproto(Family::V4), tproxy.ipv4),
         (Stmt::Nfproto(Family::V6), tproxy.ipv6),
@@ -289,16 +346,185 @@ fn tproxy_chain(config: &Config, index: usize, tproxy: &Tproxy) -> Chain {
         (Stmt::L4proto(L4::Udp), tproxy.udp),
     ];
     // drop before no: what is to be dropped in one respect must not leave by another
-    for (wanted, verdict) in [(Take::Drop, Stmt::drop()), (Take::No, leave(config))] {
+    for (wanted, verdict) in [(Take::Drop, &Stmt::drop()), (Take::No, leave)] {
         for (what, take) in &switches {
             if *take == wanted {
                 rules.push(vec![what.clone(), verdict.clone()]);
             }
         }
     }
+    rules
+}
+
+fn tproxy_chain(config: &Config, tproxy: &Tproxy) -> Chain {
+    let mut rules = Vec::new();
+    if tproxy.dns_local {
+        rules.push(jump(EXEMPT));
+        rules.extend(dns_rules(tproxy));
+    }
+    rules.extend(local_rules(config));
+    rules.extend([jump_bypass(), vec![Stmt::Counter]]);
+    if !tproxy.dns_local {
+        rules.extend(dns_rules(tproxy));
+    }
+    let own = mark(config, tproxy.mark);
+    // the kernel's answer (port unreachable) to what the proxy sent on the remote host's behalf:
+    // it would leave for the true destination
+    rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), Stmt::drop()]);
+    rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
+    rules.extend(switch_rules(tproxy, &leave(config)));
     rules.push(vec![Stmt::SetCtMark(own)]);
     rules.push(vec![Stmt::SetPacketMark(own), Stmt::accept()]);
     chain(format!("to_{}", tproxy.name), rules)
+}
+
+/// Routed packets of a target. The mark makes the route look-up deliver them here.
+fn forward_chain(config: &Config, tproxy: &Tproxy) -> Chain {
+    let own = mark(config, tproxy.mark);
+    let here = Stmt::SetPacketMark(mark(config, config.gateway_mark()));
+    let mut rules = dns_rules(tproxy);
+    // a client's ICMP error (packet too big) about a flow that ends at the proxy is the proxy's
+    rules.push(vec![
+        Stmt::NotTcpOrUdp,
+        Stmt::CtMark(own),
+        here.clone(),
+        Stmt::accept(),
+    ]);
+    rules.push(vec![Stmt::NotTcpOrUdp, Stmt::accept()]);
+    rules.extend(switch_rules(tproxy, &Stmt::accept()));
+    rules.push(vec![Stmt::SetCtMark(own)]);
+    rules.push(vec![here, Stmt::goto(format!("tproxy_{}", tproxy.name))]);
+    chain(format!("forward_{}", tproxy.name), rules)
+}
+
+/// Routed flows that are known by their ct mark: they stay with their proxy until they end.
+fn routed_chain(config: &Config) -> Chain {
+    let map = (config.tproxies.iter())
+        .map(|t| (t.mark, Verdict::Goto(format!("forward_{}", t.name))))
+        .collect();
+    let known = Stmt::CtMarkMap {
+        mask: config.mask,
+        map,
+    };
+    chain(
+        "routed",
+        vec![vec![Stmt::Reply, Stmt::accept()], vec![known]],
+    )
+}
+
+/// Routed packets that were handed to a proxy and have lost its socket since: that happens where
+/// bridged packets pass the IP hooks (bridge-nf-call-iptables=1). They must not reach this host's
+/// own wildcard sockets.
+fn input_chain(config: &Config) -> Chain {
+    let routed = Stmt::PacketMark(mark(config, config.gateway_mark()));
+    let rule = |last: &[Stmt]| [&[routed.clone()], last].concat();
+    Chain {
+        name: "input".into(),
+        base: Some(Base {
+            kind: "filter",
+            hook: NF_INET_LOCAL_IN,
+            priority: NF_IP_PRI_MANGLE,
+        }),
+        rules: vec![
+            rule(&[Stmt::Transparent, Stmt::accept()]),
+            rule(&[Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset]),
+            rule(&[Stmt::L4proto(L4::Udp), Stmt::Counter, Stmt::drop()]),
+        ],
+    }
+}
+
+/// What a gateway section does with the packets that it matches.
+fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
+    let mut rules = Vec::new();
+    if let Target::Tproxy(index) = gateway.target {
+        let tproxy = &config.tproxies[usize::from(index)];
+        if tproxy.dns_local {
+            rules.push(jump(EXEMPT));
+            rules.extend(dns_rules(tproxy));
+        }
+    }
+    rules.push(jump_bypass());
+    rules.push(vec![Stmt::Local, Stmt::accept()]);
+    match gateway.target {
+        Target::Direct => {
+            rules.push(vec![Stmt::Counter]);
+            if config.routes_to_tproxy() {
+                rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("routed")]);
+            }
+            rules.push(vec![Stmt::accept()]);
+        }
+        Target::Drop => {
+            // bridged by this host, where br_netfilter shows us what is bridged
+            rules.push(vec![Stmt::NeighbourDiscovery, Stmt::accept()]);
+            rules.push(vec![Stmt::Counter, Stmt::drop()]);
+        }
+        Target::Tproxy(_) => {
+            let forward = format!("forward_{}", config.target_name(gateway.target));
+            rules.push(vec![Stmt::Counter, Stmt::goto(forward)]);
+        }
+    }
+    chain(gateway_name(gateway), rules)
+}
+
+fn gateway_name(gateway: &Gateway) -> String {
+    format!("gw_{}", gateway.name)
+}
+
+fn source_name(gateway: &Gateway, family: Family) -> String {
+    match family {
+        Family::V4 => format!("gw4_{}", gateway.name),
+        Family::V6 => format!("gw6_{}", gateway.name),
+    }
+}
+
+fn source_sets(gateway: &Gateway) -> Vec<Set> {
+    let set = |family, content| Set {
+        name: source_name(gateway, family),
+        content,
+    };
+    let mut sets = Vec::new();
+    if !gateway.sources4.is_empty() {
+        let ranges = Range::merge(gateway.sources4.clone());
+        sets.push(set(Family::V4, Content::V4(ranges)));
+    }
+    if !gateway.sources6.is_empty() {
+        let ranges = Range::merge(gateway.sources6.clone());
+        sets.push(set(Family::V6, Content::V6(ranges)));
+    }
+    sets
+}
+
+/// One rule for each interface, and for each family where there are sources.
+fn gateway_rules(gateway: &Gateway) -> Vec<Rule> {
+    let mut families = Vec::new();
+    if !gateway.sources4.is_empty() {
+        families.push(Some(Family::V4));
+    }
+    if !gateway.sources6.is_empty() {
+        families.push(Some(Family::V6));
+    }
+    if families.is_empty() {
+        families.push(None);
+    }
+    let mut macs = gateway.macs.clone();
+    macs.sort_unstable();
+    macs.dedup();
+    let mut rules = Vec::new();
+    for interface in &gateway.interfaces {
+        for family in &families {
+            let mut rule = vec![Stmt::Iifname(interface.clone())];
+            rule.extend(family.map(|family| Stmt::Source {
+                family,
+                set: source_name(gateway, family),
+            }));
+            if !macs.is_empty() {
+                rule.push(Stmt::EtherSource(macs.clone()));
+            }
+            rule.push(Stmt::goto(gateway_name(gateway)));
+            rules.push(rule);
+        }
+    }
+    rules
 }
 
 /// Flows that are known by their ct mark. Marks that we do not know (of a tproxy that a reload took
@@ -326,7 +552,9 @@ fn sticky_chain(config: &Config) -> Chain {
     chain("sticky", rules)
 }
 
-fn nat_chain(config: &Config) -> Chain {
+/// The hijacking itself, of flows that `dns_chain` has chosen. A router's clients cannot be sent to
+/// a loopback address: for them it stands for this host's address on their interface.
+fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
     let mut rules = Vec::new();
     for tproxy in &config.tproxies {
         let to = [
@@ -336,16 +564,24 @@ fn nat_chain(config: &Config) -> Chain {
         for l4 in tproxy.dns_protocols() {
             rules.extend(to.iter().flatten().map(|to| {
                 let own = Stmt::CtMark(mark(config, tproxy.mark));
-                vec![own, Stmt::Dport(l4, 53), Stmt::Dnat(*to)]
+                let dport = Stmt::Dport(l4, 53);
+                match to.ip().is_loopback() && hook == NF_INET_PRE_ROUTING {
+                    false => vec![own, dport, Stmt::Dnat(*to)],
+                    true => {
+                        let family = Stmt::Nfproto(Family::of(&to.ip()));
+                        vec![own, family, dport, Stmt::Redirect(to.port())]
+                    }
+                }
             }));
         }
     }
     Chain {
-        name: "nat_output".into(),
+        name: name.into(),
         base: Some(Base {
             kind: "nat",
-            hook: NF_INET_LOCAL_OUT,
-            priority: NF_IP_PRI_NAT_DST,
+            hook,
+            // the first chain that translates a flow decides: before others, whoever came first
+            priority: NF_IP_PRI_NAT_DST - 1,
         }),
         rules,
     }
@@ -356,7 +592,10 @@ fn nat_chain(config: &Config) -> Chain {
 /// before the mark.
 fn guard_chain(config: &Config) -> Chain {
     let map = config.tproxies.iter();
-    let map = map.map(|t| (t.mark, Verdict::Drop)).collect();
+    let mut map: Vec<_> = map.map(|t| (t.mark, Verdict::Drop)).collect();
+    if config.routes_to_tproxy() {
+        map.push((config.gateway_mark(), Verdict::Goto("strayed".into())));
+    }
     let drop = Stmt::PacketMarkMap {
         mask: config.mask,
         map,
@@ -375,6 +614,13 @@ fn guard_chain(config: &Config) -> Chain {
             vec![drop],
         ],
     }
+}
+
+/// The same for routed packets. Answers to them may bear their mark (the sysctls fwmark_reflect and
+/// tcp_fwmark_accept) and go their way.
+fn strayed_chain() -> Chain {
+    let rules = vec![vec![Stmt::Reply, Stmt::accept()], vec![Stmt::drop()]];
+    chain("strayed", rules)
 }
 
 /// Where the packets come back in by lo. With no listener evaluation goes on behind `tproxy`, and
@@ -401,24 +647,37 @@ fn receive_chain(tproxy: &Tproxy) -> Chain {
     chain(format!("tproxy_{}", tproxy.name), rules)
 }
 
+/// What is routed for others, by section. Before addresses are translated.
+fn gateways_chain(config: &Config) -> Chain {
+    let mut rules = vec![vec![Stmt::IifLo, Stmt::accept()]];
+    rules.extend(config.gateways.iter().flat_map(gateway_rules));
+    if config.routes_to_tproxy() {
+        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("routed")]);
+    }
+    prerouting("gateways", NF_IP_PRI_MANGLE, rules)
+}
+
+/// Where the packets of local processes come back in. Late, since Linux takes no packet that has
+/// its socket for a loopback one any more: firewalld's look-up of the way back, in a chain of
+/// priority 10, would drop it.
 fn prerouting_chain(config: &Config) -> Chain {
     let map = (config.tproxies.iter())
         .map(|t| (t.mark, Verdict::Goto(format!("tproxy_{}", t.name))))
         .collect();
+    let mask = config.mask;
+    let rule = vec![Stmt::IifLo, Stmt::PacketMarkMap { mask, map }];
+    prerouting("prerouting", NF_IP_PRI_SECURITY, vec![rule])
+}
+
+fn prerouting(name: &str, priority: i32, rules: Vec<Rule>) -> Chain {
     Chain {
-        name: "prerouting".into(),
+        name: name.into(),
         base: Some(Base {
             kind: "filter",
             hook: NF_INET_PRE_ROUTING,
-            priority: NF_IP_PRI_MANGLE,
+            priority,
         }),
-        rules: vec![vec![
-            Stmt::IifLo,
-            Stmt::PacketMarkMap {
-                mask: config.mask,
-                map,
-            },
-        ]],
+        rules,
     }
 }
 
@@ -453,6 +712,7 @@ impl fmt::Display for Base {
         let hook = match self.hook {
             NF_INET_LOCAL_OUT => "output",
             NF_INET_POST_ROUTING => "postrouting",
+            NF_INET_LOCAL_IN => "input",
             _ => "prerouting",
         };
         // nft has no name for mangle in a nat chain's neighbourhood; numbers are always right

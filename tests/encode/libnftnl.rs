@@ -23,6 +23,7 @@ const IP6ADDR: u32 = 8;
 const INET_PROTOCOL: u32 = 12;
 const MARK: u32 = 19;
 const ICMP6_TYPE: u32 = 29;
+const ETHERADDR: u32 = 9;
 const CGROUPV2: u32 = 46;
 const HOST_ENDIAN: u32 = 1;
 const BIG_ENDIAN: u32 = 2;
@@ -305,6 +306,12 @@ impl Reference {
                 .u32(NFTNL_EXPR_SOCKET_KEY, SOCKET_CGROUPV2)
                 .u32(NFTNL_EXPR_SOCKET_LEVEL, *level)
                 .u32(NFTNL_EXPR_SOCKET_DREG, *dreg),
+            Expr::SocketTransparent { dreg } => NExpr::new(c"socket")
+                .u32(NFTNL_EXPR_SOCKET_KEY, SOCKET_TRANSPARENT)
+                .u32(NFTNL_EXPR_SOCKET_DREG, *dreg),
+            Expr::Redirect { port } => NExpr::new(c"redir")
+                .u32(NFTNL_EXPR_REDIR_REG_PROTO_MIN, *port)
+                .u32(NFTNL_EXPR_REDIR_FLAGS, NAT_PROTO_SPECIFIED),
             Expr::Tproxy {
                 family,
                 address,
@@ -405,7 +412,7 @@ impl Reference {
             .u32(NFTNL_SET_KEY_LEN, key_len);
         let order = match key_type {
             MARK | CGROUPV2 => HOST_ENDIAN,
-            IPADDR | IP6ADDR | INET_PROTOCOL | ICMP6_TYPE => BIG_ENDIAN,
+            IPADDR | IP6ADDR | ETHERADDR | INET_PROTOCOL | ICMP6_TYPE => BIG_ENDIAN,
             other => panic!("what byte order has nft's data type {other}?"),
         };
         // SAFETY: the buffer has room for one attribute, and libnftnl copies it into the set
@@ -499,6 +506,7 @@ pub fn get_table(seq: u32) -> Vec<u8> {
 // include/uapi/linux/netfilter/nf_tables.h and nf_nat.h, where libc does not have them
 const BITWISE_BOOL: u32 = 0;
 const SOCKET_CGROUPV2: u32 = 3;
+const SOCKET_TRANSPARENT: u32 = 0;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
 const FIB_F_DADDR: u32 = 1 << 1;
 const NAT_MAP_IPS: u32 = 1 << 0;

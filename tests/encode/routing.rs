@@ -6,11 +6,71 @@ use std::collections::BTreeSet;
 
 use cgtproxy::netlink::msg::Batch;
 use cgtproxy::nft::expr::{Family, Mark};
-use cgtproxy::route::{self, Entry, IpRule, Route};
+use cgtproxy::route::{self, Action, Entry, IpRule, Route};
 
 use crate::hex;
 
-const REQUESTS: [(&str, &str); 16] = [
+const REQUESTS: [(&str, &str); 28] = [
+    (
+        "ip rule add pref 32000 iif lo fwmark 0xff000000/0xff000000 goto 32002 protocol 99",
+        "4c000000200005060000000000000000 020000000000000200000000 \
+         08000600007d0000 070003006c6f0000 08000a00000000ff 08001000000000ff 08000400027d0000 0500150063000000",
+    ),
+    (
+        "ip rule add pref 32001 fwmark 0xff000000/0xff000000 lookup 200 protocol 99",
+        "3c000000200005060000000000000000 02000000c800000100000000 \
+         08000600017d0000 08000a00000000ff 08001000000000ff 0500150063000000",
+    ),
+    (
+        "ip rule add pref 32002 nop protocol 99",
+        "2c000000200005060000000000000000 020000000000000300000000 \
+         08000600027d0000 0500150063000000",
+    ),
+    (
+        "ip rule del pref 32000 iif lo fwmark 0xff000000/0xff000000 goto 32002 protocol 99",
+        "4c000000210005000000000000000000 020000000000000200000000 \
+         08000600007d0000 070003006c6f0000 08000a00000000ff 08001000000000ff 08000400027d0000 0500150063000000",
+    ),
+    (
+        "ip rule del pref 32001 fwmark 0xff000000/0xff000000 lookup 200 protocol 99",
+        "3c000000210005000000000000000000 02000000c800000000000000 \
+         08000600017d0000 08000a00000000ff 08001000000000ff 0500150063000000",
+    ),
+    (
+        "ip rule del pref 32002 nop protocol 99",
+        "2c000000210005000000000000000000 020000000000000300000000 \
+         08000600027d0000 0500150063000000",
+    ),
+    (
+        "ip -6 rule add pref 32000 iif lo fwmark 0xff000000/0xff000000 goto 32002 protocol 99",
+        "4c000000200005060000000000000000 0a0000000000000200000000 \
+         08000600007d0000 070003006c6f0000 08000a00000000ff 08001000000000ff 08000400027d0000 0500150063000000",
+    ),
+    (
+        "ip -6 rule add pref 32001 fwmark 0xff000000/0xff000000 lookup 200 protocol 99",
+        "3c000000200005060000000000000000 0a000000c800000100000000 \
+         08000600017d0000 08000a00000000ff 08001000000000ff 0500150063000000",
+    ),
+    (
+        "ip -6 rule add pref 32002 nop protocol 99",
+        "2c000000200005060000000000000000 0a0000000000000300000000 \
+         08000600027d0000 0500150063000000",
+    ),
+    (
+        "ip -6 rule del pref 32000 iif lo fwmark 0xff000000/0xff000000 goto 32002 protocol 99",
+        "4c000000210005000000000000000000 0a0000000000000200000000 \
+         08000600007d0000 070003006c6f0000 08000a00000000ff 08001000000000ff 08000400027d0000 0500150063000000",
+    ),
+    (
+        "ip -6 rule del pref 32001 fwmark 0xff000000/0xff000000 lookup 200 protocol 99",
+        "3c000000210005000000000000000000 0a000000c800000000000000 \
+         08000600017d0000 08000a00000000ff 08001000000000ff 0500150063000000",
+    ),
+    (
+        "ip -6 rule del pref 32002 nop protocol 99",
+        "2c000000210005000000000000000000 0a0000000000000300000000 \
+         08000600027d0000 0500150063000000",
+    ),
     (
         "ip rule add pref 32000 iif lo fwmark 0x01000000/0xff000000 lookup 200 protocol 99",
         "44000000200005060000000000000000 02000000c800000100000000 08000600007d0000 \
@@ -134,27 +194,42 @@ fn rules_and_routes_are_what_iproute2_sends() {
         value: 0x0100_0000,
         mask: 0xff00_0000,
     };
+    let routed = Mark {
+        value: 0xff00_0000,
+        mask: 0xff00_0000,
+    };
+    let none = Mark { value: 0, mask: 0 };
     let mut sent = BTreeSet::new();
     for family in Family::BOTH {
-        for (priority, table) in [(32000, 200), (100, 300)] {
-            let rule = IpRule {
+        let rule = |priority, iif: &str, mark, action| {
+            Entry::Rule(IpRule {
                 family,
                 priority,
-                iif: "lo".into(),
+                iif: iif.into(),
                 mark,
-                table,
-            };
-            for entry in [Entry::Rule(rule), Entry::Route(Route { family, table })] {
-                for (verb, add) in [("add", true), ("del", false)] {
-                    // the command that we print is the one whose bytes we send
-                    let command = entry.command(verb);
-                    let golden = REQUESTS.iter().find(|(golden, _)| *golden == command);
-                    let (_, golden) = golden.expect(&command);
-                    let mut batch = Batch::new(0);
-                    entry.encode(&mut batch, add);
-                    assert_eq!(bytes(&batch), golden.replace(' ', ""), "{command}");
-                    sent.insert(command);
-                }
+                action,
+            })
+        };
+        let prefix = [
+            rule(32000, "lo", routed, Action::Goto(32002)),
+            rule(32001, "", routed, Action::Lookup(200)),
+            rule(32002, "", none, Action::Nop),
+        ];
+        let mut entries = prefix.to_vec();
+        for (priority, table) in [(32000, 200), (100, 300)] {
+            entries.push(rule(priority, "lo", mark, Action::Lookup(table)));
+            entries.push(Entry::Route(Route { family, table }));
+        }
+        for entry in entries {
+            for (verb, add) in [("add", true), ("del", false)] {
+                // the command that we print is the one whose bytes we send
+                let command = entry.command(verb);
+                let golden = REQUESTS.iter().find(|(golden, _)| *golden == command);
+                let (_, golden) = golden.expect(&command);
+                let mut batch = Batch::new(0);
+                entry.encode(&mut batch, add);
+                assert_eq!(bytes(&batch), golden.replace(' ', ""), "{command}");
+                sent.insert(command);
             }
         }
     }

@@ -61,12 +61,17 @@ enum Act {
     Follow,
     /// TCP, so many times: connect, wait for data, close while more of it is on its way.
     CloseEarly(u32),
+    /// A hundred times: one datagram, and the socket is closed before an answer can come.
+    SendAndClose,
     /// Datagrams without pause until killed, errors notwithstanding.
     Flood,
     /// Datagrams without pause until the output hook denies one (EPERM).
     UntilDenied,
     /// Be a server at the address until killed: answer every request with `service`.
     Serve,
+    /// TCP: be a proxy that listens at the address until killed: dial whatever the client dialled
+    /// and pass the answer on. The user and the mark are for what it dials.
+    Relay,
 }
 
 /// What a client is to do. `Client::tcp(&cgroup, to).uid(65534).run()`
@@ -78,6 +83,7 @@ pub struct Client {
     act: Act,
     uid: u32,
     mark: u32,
+    cgroup_namespace: bool,
     timeout: Duration,
 }
 
@@ -91,6 +97,7 @@ impl Client {
             act: Act::Ask,
             uid: 0,
             mark: 0,
+            cgroup_namespace: false,
             timeout,
         }
     }
@@ -114,6 +121,14 @@ impl Client {
     /// SO_MARK of the client's socket.
     pub fn mark(self, mark: u32) -> Client {
         Client { mark, ..self }
+    }
+
+    /// In a cgroup namespace of its own, as container engines give it.
+    pub fn in_cgroup_namespace(self) -> Client {
+        Client {
+            cgroup_namespace: true,
+            ..self
+        }
     }
 
     pub fn timeout(self, timeout: Duration) -> Client {
@@ -141,6 +156,13 @@ impl Client {
         }
     }
 
+    pub fn send_and_close(self) -> Client {
+        Client {
+            act: Act::SendAndClose,
+            ..self
+        }
+    }
+
     pub fn until_denied(self) -> Client {
         Client {
             act: Act::UntilDenied,
@@ -157,6 +179,15 @@ impl Client {
         running
     }
 
+    /// A TPROXY server at the client's address, listening already.
+    pub fn relay(self) -> Running {
+        let act = Act::Relay;
+        let mut running = Client { act, ..self }.spawn();
+        let report = running.report();
+        assert_eq!(report.errno, 0, "a proxy at {}", running.to);
+        running
+    }
+
     pub fn run(&self) -> Outcome {
         self.spawn().wait().0
     }
@@ -170,6 +201,7 @@ impl Client {
             to: raw_addr(self.to),
             uid: self.uid,
             mark: self.mark,
+            cgroup_namespace: self.cgroup_namespace,
             timeout: self.timeout,
             report: write.as_raw_fd(),
         };
@@ -335,6 +367,7 @@ struct Job {
     to: (libc::sockaddr_storage, libc::socklen_t),
     uid: u32,
     mark: u32,
+    cgroup_namespace: bool,
     timeout: Duration,
     report: RawFd,
 }
@@ -348,11 +381,16 @@ impl Job {
             // Descriptors of other tests (listeners!) must not live on in this process.
             libc::dup2(self.report, 0);
             libc::syscall(libc::SYS_close_range, 1, u32::MAX, 0);
-            if self.uid != 0 {
-                libc::syscall(libc::SYS_setgroups, 0, 0);
-                libc::syscall(libc::SYS_setresgid, self.uid, self.uid, self.uid);
-                libc::syscall(libc::SYS_setresuid, self.uid, self.uid, self.uid);
+        }
+        if self.cgroup_namespace {
+            // SAFETY: an integer only.
+            if unsafe { libc::unshare(libc::CLONE_NEWCGROUP) } != 0 {
+                self.tell(now(), Err(Errno::last_raw()), [0; TEXT]);
+                return 0;
             }
+        }
+        if !matches!(self.act, Act::Relay) {
+            self.become_user();
         }
         let start = now();
         let mut text = [0; TEXT];
@@ -360,12 +398,25 @@ impl Job {
             Act::Ask => self.ask(start, &mut text),
             Act::Follow => self.follow(start, &mut text),
             Act::CloseEarly(times) => self.close_early(times),
+            Act::SendAndClose => self.send_and_close(),
             Act::Flood => self.flood(),
             Act::UntilDenied => self.until_denied(start),
             Act::Serve => self.serve(start),
+            Act::Relay => self.relay(start),
         };
         self.tell(start, result, text);
         0
+    }
+
+    fn become_user(&self) {
+        if self.uid != 0 {
+            // SAFETY: plain system calls on integers.
+            unsafe {
+                libc::syscall(libc::SYS_setgroups, 0, 0);
+                libc::syscall(libc::SYS_setresgid, self.uid, self.uid, self.uid);
+                libc::syscall(libc::SYS_setresuid, self.uid, self.uid, self.uid);
+            }
+        }
     }
 
     /// Writes the report: how it went, or that many bytes of `text`.
@@ -480,6 +531,16 @@ impl Job {
         Ok(0)
     }
 
+    fn send_and_close(&self) -> Result<usize, c_int> {
+        for _ in 0..100 {
+            let fd = self.connect(now())?;
+            self.send(fd)?;
+            // SAFETY: `fd` is ours.
+            unsafe { libc::close(fd) };
+        }
+        Ok(0)
+    }
+
     fn flood(&self) -> ! {
         loop {
             if let Ok(fd) = self.connect(now()) {
@@ -533,6 +594,52 @@ impl Job {
                     libc::recvfrom(fd, room, data.len(), 0, at, &mut size);
                     libc::sendto(fd, answer, ANSWER.len(), 0, at, size);
                 }
+            }
+        }
+    }
+
+    fn relay(&self, start: u64) -> Result<usize, c_int> {
+        let v6 = c_int::from(self.to.0.ss_family) == libc::AF_INET6;
+        let unmarked = Job { mark: 0, ..*self };
+        let listener = unmarked.socket()?;
+        // A proxy may get its listener as root (or from its supervisor), and become a user then.
+        let (one, size) = (1u32, size_of::<u32>() as libc::socklen_t);
+        let (level, option) = match v6 {
+            true => (libc::SOL_IPV6, libc::IPV6_TRANSPARENT),
+            false => (libc::SOL_IP, libc::IP_TRANSPARENT),
+        };
+        // SAFETY: reads one live u32, then a sockaddr of the length that goes with it.
+        unsafe {
+            let value = (&raw const one).cast();
+            check(libc::setsockopt(listener, level, option, value, size))?;
+            check(libc::bind(
+                listener,
+                (&raw const self.to.0).cast(),
+                self.to.1,
+            ))?;
+            check(libc::listen(listener, 64))?;
+        }
+        self.become_user();
+        // As root the mark can be set; a proxy of another user would need the capability.
+        self.tell(start, Ok(0), [0; TEXT]);
+        loop {
+            self.poll(listener, libc::POLLIN, now())?;
+            // SAFETY: the kernel writes within the sockaddr that is alive; descriptors are ours.
+            unsafe {
+                let conn = libc::accept(listener, std::ptr::null_mut(), std::ptr::null_mut());
+                let mut dialled: libc::sockaddr_storage = zeroed();
+                let mut size = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+                libc::getsockname(conn, (&raw mut dialled).cast(), &mut size);
+                let on = Job {
+                    to: (dialled, size),
+                    timeout: Duration::from_millis(200),
+                    ..*self
+                };
+                let mut text = [0; TEXT];
+                if let Ok(n) = on.ask(now(), &mut text) {
+                    libc::send(conn, text.as_ptr().cast(), n, libc::MSG_NOSIGNAL);
+                }
+                libc::close(conn);
             }
         }
     }

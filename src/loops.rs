@@ -1,0 +1,140 @@
+//! Whether a proxy's own traffic would come back to it: the cgroup of its listener has the proxy as
+//! its target, by itself or by way of other proxies. Pure.
+
+use crate::config::{Config, Target};
+use crate::netlink::diag::Listener;
+
+/// A cgroup's path, fit to print, and its target.
+pub type Place = (String, Target);
+
+/// A line for each tproxy whose traffic goes in circles. `listeners` are those of each tproxy's
+/// port, in the order of the configuration; `place` knows every cgroup below the cgroup root.
+///
+/// It cannot be told from here whether a proxy's packets bear a bypass-mark, or whether it became
+/// another user once it was listening.
+pub fn find(
+    config: &Config,
+    listeners: &[Vec<Listener>],
+    place: impl Fn(u64) -> Option<Place>,
+) -> Vec<String> {
+    let outside = || ("outside the cgroup root".to_string(), config.default);
+    // the tproxies that the traffic of a tproxy goes on to, and from which cgroup
+    let next = |index: usize| {
+        let subject = listeners.get(index).into_iter().flatten();
+        let subject = subject.filter(|l| !config.bypass_users.contains(&l.uid));
+        subject.filter_map(|l| {
+            let (path, target) = place(l.cgroup).unwrap_or_else(outside);
+            match target {
+                Target::Tproxy(to) => Some((usize::from(to), path)),
+                _ => None,
+            }
+        })
+    };
+    let mut lines = Vec::new();
+    for (start, tproxy) in config.tproxies.iter().enumerate() {
+        let mut reached = vec![false; config.tproxies.len()];
+        let mut todo = vec![start];
+        while let Some(at) = todo.pop() {
+            for (to, _) in next(at) {
+                if !std::mem::replace(&mut reached[to], true) {
+                    todo.push(to);
+                }
+            }
+        }
+        let cgroup = next(start).map(|(_, path)| path).next();
+        let (true, Some(cgroup)) = (reached[start], cgroup) else {
+            continue;
+        };
+        let (name, port) = (&tproxy.name, tproxy.port);
+        let doubt = match (
+            config.bypass_marks.is_empty(),
+            config.bypass_users.is_empty(),
+        ) {
+            (true, true) => "",
+            (false, true) => ", unless its packets bear a bypass-mark",
+            (true, false) => ", unless it has become a bypass-user",
+            (false, false) => ", unless its packets bear a bypass-mark or a bypass-user's uid",
+        };
+        lines.push(format!(
+            "loop: what [tproxy {name}] sends comes back to it{doubt}: its listener on port {port} \
+             is in cgroup {cgroup}; begin [rules] with a direct rule for that, or name its user as \
+             bypass-user"
+        ));
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{load, Source, Tproxy};
+    use std::path::{Path, PathBuf};
+
+    fn listener(uid: u32, cgroup: u64) -> Vec<Listener> {
+        vec![Listener { uid, cgroup }]
+    }
+
+    struct Text(&'static str);
+
+    impl Source for Text {
+        fn read(&self, _: &Path) -> Result<String, String> {
+            Ok(self.0.into())
+        }
+        fn glob(&self, _: &Path) -> Result<Vec<PathBuf>, String> {
+            Ok(Vec::new())
+        }
+        fn uid(&self, _: &str) -> Option<u32> {
+            None
+        }
+    }
+
+    fn config() -> Config {
+        let text = "[tproxy a]\nport = 1\n[tproxy b]\nport = 2\n[tproxy c]\nport = 3\n";
+        load(&Text(text), Path::new("c")).expect("a good configuration")
+    }
+
+    /// Cgroup n belongs to tproxy n, cgroup 9 to nobody.
+    fn place(id: u64) -> Option<Place> {
+        let target = match id {
+            9 => Target::Direct,
+            id => Target::Tproxy(id as u16),
+        };
+        (id < 10).then(|| (format!("/{id}"), target))
+    }
+
+    fn looping(config: &Config, listeners: &[Vec<Listener>]) -> Vec<String> {
+        let names = config.tproxies.iter().map(|t: &Tproxy| t.name.clone());
+        let lines = find(config, listeners, place);
+        let said = |name: &String| {
+            lines
+                .iter()
+                .any(|l| l.contains(&format!("[tproxy {name}]")))
+        };
+        names.filter(said).collect()
+    }
+
+    #[test]
+    fn by_itself_and_by_way_of_others() {
+        let mut config = config();
+        let none = Vec::new;
+        let own = [listener(0, 0), none(), none()];
+        assert_eq!(looping(&config, &own), ["a"]);
+        assert!(find(&config, &own, place)[0].contains("cgroup /0;"));
+        assert_eq!(looping(&config, &[listener(0, 9), none(), none()]), [""; 0]);
+        // a is chained to b, which goes direct
+        assert_eq!(
+            looping(&config, &[listener(0, 1), listener(0, 9), none()]),
+            [""; 0]
+        );
+        // a to b and b to a; c only leads there
+        let circle = [listener(0, 1), listener(0, 0), listener(0, 1)];
+        assert_eq!(looping(&config, &circle), ["a", "b"]);
+        config.bypass_users.push(7);
+        assert_eq!(looping(&config, &[listener(7, 0), none(), none()]), [""; 0]);
+        // outside the cgroup root, the default decides
+        let outside = [listener(0, 77), none(), none()];
+        assert_eq!(looping(&config, &outside), [""; 0]);
+        config.default = Target::Tproxy(0);
+        assert_eq!(looping(&config, &outside), ["a"]);
+    }
+}

@@ -1,0 +1,220 @@
+//! The ready-made configurations of conf/examples: each is taken by `check`, and does what it says.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::client::{expect, under, Client, Outcome, Proto, SILENCE};
+use crate::daemon::{run_with, Daemon};
+use crate::gateway::{ip, Lan, LAN4};
+use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
+use crate::world::{Packet, Server, World};
+
+fn dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("conf/examples")
+}
+
+fn text(name: &str) -> String {
+    let path = dir().join(format!("{name}.conf"));
+    fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path:?}: {e}"))
+}
+
+/// What left for the remote hosts, but pings.
+fn left(world: &mut World) -> Vec<Packet> {
+    let mut packets = world.wire.to_remote();
+    packets.retain(|p| p.proto != Proto::Icmp);
+    packets
+}
+
+#[test]
+fn every_example_passes_check() {
+    let Some(ground) = Ground::new("excheck") else {
+        return;
+    };
+    let mut names: Vec<PathBuf> = fs::read_dir(dir())
+        .expect("list the examples")
+        .map(|entry| entry.expect("an example").path())
+        .collect();
+    names.push(dir().with_file_name("cgtproxy.conf"));
+    assert!(names.len() > 5, "{names:?}");
+    for name in names {
+        let text = fs::read_to_string(&name).expect("read the example");
+        let out = run_with(&ground, &text, &["check"]);
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(out.status.success(), "{name:?}: {said}");
+        assert!(!said.contains("error:"), "{name:?}: {said}");
+        // What is commented out is meant to be taken as well, by users who remove the mark.
+        let all: String = text
+            .lines()
+            .map(|line| match line.strip_prefix(';') {
+                Some(line) if !line.contains("user") && !line.contains("include") => line,
+                _ => line,
+            })
+            .map(|line| format!("{line}\n"))
+            .collect();
+        let out = run_with(&ground, &all, &["check"]);
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(out.status.success(), "{name:?} in full: {said}");
+    }
+}
+
+#[test]
+fn router_mihomo() {
+    let Some(ground) = Ground::new("exrouter") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _proxy = Server::start("mihomo", &[7893]);
+    let _dns = Server::start("dns", &[1053]);
+    let _dnsmasq = Server::start("dnsmasq", &[53]);
+    let _daemon = Daemon::start(&ground, &text("router-mihomo"), &[]);
+    world.wire.packets();
+    let p = "mihomo";
+    lan.expect(0, [p, p, p, p, "remote", "remote"]);
+    for proto in [Proto::Udp, Proto::Tcp] {
+        for at in [addr(ip(LAN4), 53), addr(REMOTE4, 53)] {
+            assert_eq!(lan.ask(0, proto, at), format!("dns {LAN4}:1053"));
+        }
+    }
+    // fake-ip
+    let fake = addr(ip("198.18.3.4"), 443);
+    assert_eq!(lan.ask(0, Proto::Tcp, fake), format!("mihomo {fake}"));
+    assert_eq!(left(&mut world), []);
+    // The camera has the address that the file names.
+    lan.dropped(1);
+    assert_eq!(world.wire.to_remote(), []);
+    // The router itself, mihomo by its mark.
+    expect(&[(&ground.cgroup("/services/mihomo"), under("direct"))]);
+    let marked = Client::tcp(&ground.root, addr(REMOTE4, 80)).mark(0xff);
+    assert_eq!(marked.run().who(), format!("remote {}", addr(REMOTE4, 80)));
+}
+
+#[test]
+fn laptop_per_app() {
+    let Some(ground) = Ground::new("exlaptop") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start("sing-box", &[7895]);
+    let user = "/user.slice/user-1000.slice/user@1000.service";
+    let [firefox, scope, zoom, shell, proxy] = [
+        &format!("{user}/app.slice/app-org.mozilla.firefox-4711.scope"),
+        &format!("{user}/proxied.slice/run-r1.scope"),
+        &format!("{user}/app.slice/app-us.zoom.Zoom-12.scope"),
+        &format!("{user}/app.slice/app-org.gnome.Terminal.slice/vte-1.scope"),
+        "/system.slice/sing-box.service",
+    ]
+    .map(|path| ground.cgroup(path));
+    let _daemon = Daemon::start(&ground, &text("laptop-per-app"), &[]);
+    world.wire.packets();
+    expect(&[
+        (&firefox, under("sing-box")),
+        (&scope, under("sing-box")),
+        (&zoom, under("drop")),
+    ]);
+    assert_eq!(left(&mut world), []);
+    expect(&[(&shell, under("direct")), (&proxy, under("direct"))]);
+}
+
+#[test]
+fn everything_but() {
+    let Some(ground) = Ground::new("exeverything") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let [own, ntp, app] = [
+        "/services/xray/instance1",
+        "/system.slice/chrony.service",
+        "/anything",
+    ]
+    .map(|path| ground.cgroup(path));
+    // A real proxy: what goes by it reaches the world once.
+    let any = addr(ip("::"), 12345);
+    let _proxy = Client::tcp(&own, any).relay();
+    let _daemon = Daemon::start(&ground, &text("everything-but"), &[]);
+    for remote in [REMOTE4, REMOTE6] {
+        for cgroup in [&app, &own, &ntp, &ground.root] {
+            world.wire.packets();
+            let to = addr(remote, 80);
+            let who = Client::tcp(cgroup, to).run();
+            assert_eq!(who.who(), format!("remote {to}"));
+            let opened = left(&mut world)
+                .iter()
+                .filter(|p| p.flags & 0x02 != 0)
+                .count();
+            assert_eq!(opened, 1, "{cgroup:?}");
+        }
+        // UDP is for the proxy too; this one takes none.
+        let to = addr(remote, 443);
+        assert_eq!(Client::udp(&app, to).timeout(SILENCE).run().who(), "nobody");
+        assert_eq!(Client::udp(&ntp, to).run().who(), format!("remote {to}"));
+    }
+}
+
+#[test]
+fn tor_user() {
+    let Some(ground) = Ground::new("extor") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let here = ["127.0.0.1", "::1"].map(|host| addr(ip(host), 9040));
+    let _tor = Server::at("tor", &here);
+    let _dns = Server::at("tor dns", &[addr(ip("127.0.0.1"), 9053)]);
+    let _resolved = Server::start("resolved", &[53]);
+    let user = ground.cgroup("/user.slice/user-1001.slice/session-2.scope");
+    let other = ground.cgroup("/user.slice/user-1000.slice/session-1.scope");
+    let _daemon = Daemon::start(&ground, &text("tor-user"), &[]);
+    world.wire.packets();
+    for remote in [REMOTE4, REMOTE6] {
+        let to = addr(remote, 443);
+        assert_eq!(Client::tcp(&user, to).run().who(), format!("tor {to}"));
+        assert_eq!(
+            Client::udp(&user, to).timeout(SILENCE).run().who(),
+            "nobody"
+        );
+    }
+    for at in [REMOTE4, ip("127.0.0.53"), ip("192.0.2.1")] {
+        let who = Client::udp(&user, addr(at, 53)).run().who();
+        assert_eq!(who, "tor dns 127.0.0.1:9053", "{at}");
+    }
+    let over6 = Client::udp(&user, addr(REMOTE6, 53)).timeout(SILENCE);
+    assert_eq!(over6.run().who(), "nobody");
+    assert_eq!(left(&mut world), []);
+    expect(&[(&other, under("direct"))]);
+}
+
+#[test]
+fn kill_switch() {
+    let Some(ground) = Ground::new("exkill") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _dns = Server::start("dns", &[5300]);
+    let service = ground.cgroup("/system.slice/transmission-daemon.service");
+    let other = ground.cgroup("/system.slice/other.service");
+    let closed = |world: &mut World, when: &str| {
+        world.wire.packets();
+        for remote in [REMOTE4, REMOTE6] {
+            let tcp = Client::tcp(&service, addr(remote, 80)).timeout(SILENCE);
+            assert_eq!(tcp.run(), Outcome::Refused, "{when}");
+            let udp = Client::udp(&service, addr(remote, 80)).timeout(SILENCE);
+            assert_eq!(udp.run().who(), "nobody", "{when}");
+        }
+        assert_eq!(left(world), [], "{when}");
+    };
+    let daemon = Daemon::start(&ground, &text("kill-switch"), &[]);
+    closed(&mut world, "before the proxy is there");
+    {
+        let _proxy = Server::start("tunnel", &[7896]);
+        expect(&[(&service, under("tunnel"))]);
+        let dns = Client::udp(&service, addr(ip("127.0.0.53"), 53)).run();
+        assert_eq!(dns.who(), "dns 127.0.0.1:5300");
+    }
+    closed(&mut world, "when it has gone");
+    assert!(daemon.stop().success());
+    closed(&mut world, "when cgtproxy has stopped");
+    let daemon = Daemon::start(&ground, &text("kill-switch"), &[]);
+    daemon.kill9();
+    closed(&mut world, "when cgtproxy was killed");
+    expect(&[(&other, under("direct"))]);
+}

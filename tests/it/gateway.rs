@@ -1,0 +1,713 @@
+//! Traffic that this host routes for others: two clients in a LAN behind it, and what of theirs
+//! gets to the world.
+//!
+//! ```text
+//!   client 0  198.51.100.10  2001:db8:3::10 ==+== br-lan  198.51.100.1  2001:db8:3::1  (inside)
+//!   client 1  198.51.100.11  2001:db8:3::11 ==+
+//! ```
+
+use std::fs::File;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::sched::{setns, unshare, CloneFlags};
+
+use crate::client::{Client, Outcome, Proto, Running, SILENCE};
+use crate::daemon::Daemon;
+use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::kernel::{ip_rules, nft, residue};
+use crate::wait_until;
+use crate::world::{Packet, Server, World, STREAM_PORT};
+
+pub const PROXY: &str = "proxy mihomo";
+
+/// This host's addresses in the LAN.
+pub const LAN4: &str = "198.51.100.1";
+pub const LAN6: &str = "2001:db8:3::1";
+
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+/// A network namespace that the test's thread can go to.
+pub struct Netns(File);
+
+impl Netns {
+    fn here() -> File {
+        File::open("/proc/thread-self/ns/net").expect("open the namespace")
+    }
+
+    pub fn new() -> Netns {
+        let home = Netns::here();
+        unshare(CloneFlags::CLONE_NEWNET).expect("unshare the network");
+        let new = Netns::here();
+        setns(&home, CloneFlags::CLONE_NEWNET).expect("return");
+        Netns(new)
+    }
+
+    /// How iproute2 names it.
+    pub fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+
+    pub fn run<T>(&self, f: impl FnOnce() -> T) -> T {
+        /// Comes back even when `f` panics.
+        struct Back(File);
+        impl Drop for Back {
+            fn drop(&mut self) {
+                setns(&self.0, CloneFlags::CLONE_NEWNET).expect("return");
+            }
+        }
+        let _back = Back(Netns::here());
+        setns(&self.0, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
+        f()
+    }
+}
+
+/// The LAN: two clients on a bridge of this host.
+pub struct Lan<'a> {
+    ground: &'a Ground,
+    clients: [Netns; 2],
+}
+
+impl Lan<'_> {
+    /// With `br-lan` as the bridge.
+    pub fn new(ground: &Ground) -> Lan<'_> {
+        Lan::on(ground, "br-lan")
+    }
+
+    pub fn on<'a>(ground: &'a Ground, bridge: &str) -> Lan<'a> {
+        let clients = [Netns::new(), Netns::new()];
+        sysctl("net/ipv4/ip_forward", "1");
+        sysctl("net/ipv6/conf/all/forwarding", "1");
+        bridge_netfilter(false);
+        let mut lines = format!(
+            "link add {bridge} address 02:00:00:00:01:00 type bridge forward_delay 0\n\
+             addr add {LAN4}/24 dev {bridge}\n\
+             addr add {LAN6}/64 dev {bridge} nodad\n\
+             link set {bridge} up\n"
+        );
+        for (i, client) in clients.iter().enumerate() {
+            lines += &format!(
+                "link add lan{i} type veth peer name eth0 address 02:00:00:00:01:1{i} netns {}\n\
+                 link set lan{i} master {bridge} up\n",
+                client.path()
+            );
+        }
+        ip_batch(&[], &lines);
+        for (i, client) in clients.iter().enumerate() {
+            client.run(|| {
+                sysctl("net/ipv4/ping_group_range", "0 2147483647");
+                ip_batch(
+                    &[],
+                    &format!(
+                        "link set lo up\n\
+                         addr add 198.51.100.1{i}/24 dev eth0\n\
+                         addr add 2001:db8:3::1{i}/64 dev eth0 nodad\n\
+                         link set eth0 up\n\
+                         route add default via {LAN4}\n\
+                         route add default via {LAN6} dev eth0\n"
+                    ),
+                );
+            });
+        }
+        ground.outside(|| {
+            let lines = "route add 198.51.100.0/24 via 192.0.2.1\n\
+                         route add 2001:db8:3::/64 via 2001:db8:1::1\n";
+            ip_batch(&[], lines);
+        });
+        let lan = Lan { ground, clients };
+        for i in 0..2 {
+            for gate in [LAN4, LAN6] {
+                let passed = wait_until(Duration::from_secs(5), || {
+                    lan.ask_within(i, Proto::Icmp, addr(ip(gate), 0), SILENCE) != "nobody"
+                });
+                assert!(passed, "client {i} does not reach {gate}");
+            }
+        }
+        lan
+    }
+
+    pub fn client(&self, i: usize) -> &Netns {
+        &self.clients[i]
+    }
+
+    fn ask_within(&self, i: usize, proto: Proto, to: SocketAddr, time: Duration) -> String {
+        let client = Client::new(&self.ground.root, proto, to).timeout(time);
+        self.clients[i].run(|| client.run()).who()
+    }
+
+    /// Who answers a request of client `i`.
+    pub fn ask(&self, i: usize, proto: Proto, to: SocketAddr) -> String {
+        self.ask_within(i, proto, to, Duration::from_secs(5))
+    }
+
+    /// Asserts who answers client `i` on port 80 of the remote hosts: TCP, UDP and ping, each over
+    /// IPv4 and IPv6; `remote`, `nobody`, `refused` or the name of a proxy.
+    #[track_caller]
+    pub fn expect(&self, i: usize, want: [&str; 6]) {
+        let mut wrong = Vec::new();
+        let cases = [Proto::Tcp, Proto::Udp, Proto::Icmp];
+        let cases = cases
+            .iter()
+            .flat_map(|p| [REMOTE4, REMOTE6].map(|ip| (*p, ip)));
+        for ((proto, ip), want) in cases.zip(want) {
+            let to = addr(ip, 80);
+            let want = match (want, proto) {
+                ("nobody" | "refused", _) => want.to_owned(),
+                ("remote", Proto::Icmp) => format!("echo {ip}"),
+                (name, _) => format!("{name} {to}"),
+            };
+            let patience = match want.as_str() {
+                "nobody" => SILENCE,
+                _ => Duration::from_secs(5),
+            };
+            let who = self.ask_within(i, proto, to, patience);
+            if who != want {
+                wrong.push(format!(
+                    "{proto:?} to {ip} of client {i}: {who}, not {want}"
+                ));
+            }
+        }
+        assert!(wrong.is_empty(), "answered by\n{}", wrong.join("\n"));
+    }
+
+    pub fn proxied(&self, i: usize) {
+        self.expect(i, [PROXY, PROXY, PROXY, PROXY, "remote", "remote"]);
+    }
+
+    pub fn direct(&self, i: usize) {
+        self.expect(i, ["remote"; 6]);
+    }
+
+    pub fn dropped(&self, i: usize) {
+        self.expect(i, ["nobody"; 6]);
+    }
+}
+
+/// Whether bridged packets pass the IP hooks too; on by default where that is in the kernel.
+pub fn bridge_netfilter(on: bool) {
+    for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
+        let name = format!("net/bridge/{name}");
+        if Path::new("/proc/sys").join(&name).exists() {
+            sysctl(&name, if on { "1" } else { "0" });
+        }
+    }
+}
+
+/// Packets other than ICMP.
+fn but_pings(mut packets: Vec<Packet>) -> Vec<Packet> {
+    packets.retain(|p| p.proto != Proto::Icmp);
+    packets
+}
+
+/// Packets that the section's counters have seen.
+fn counted(section: &str) -> u64 {
+    let list = nft(&["list", "chain", "inet", "cgtproxy", section], "").stdout;
+    let list = String::from_utf8_lossy(&list).into_owned();
+    let counts = list.split("counter packets ").skip(1);
+    let counts = counts.filter_map(|rest| rest.split(' ').next()?.parse::<u64>().ok());
+    counts.sum()
+}
+
+const BASIC: &str = "
+[tproxy mihomo]
+port = 7893
+[gateway lan]
+interface = br-lan
+target = mihomo
+";
+
+#[test]
+fn clients_are_proxied_whatever_the_sysctls() {
+    let Some(ground) = Ground::new("gw") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    // Wildcard listeners of this host on the ports that the clients dial.
+    let _own = Server::start("own", &[80, 8080]);
+    lan.direct(0);
+    for wildcard in [false, true] {
+        let config = match wildcard {
+            false => BASIC.to_owned(),
+            true => BASIC.replace("br-lan", "br-*"),
+        };
+        let daemon = Daemon::start(&ground, &config, &[]);
+        for (rp_filter, src_valid_mark) in [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)] {
+            println!("wildcard {wildcard} rp_filter {rp_filter} src_valid_mark {src_valid_mark}");
+            for interface in ["all", "br-lan", "lo", "in0"] {
+                let at = |name| format!("net/ipv4/conf/{interface}/{name}");
+                sysctl(&at("rp_filter"), &rp_filter.to_string());
+                sysctl(&at("src_valid_mark"), &src_valid_mark.to_string());
+            }
+            world.wire.packets();
+            lan.proxied(0);
+            lan.proxied(1);
+            assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+            // This host itself, by all its addresses.
+            for own in [ip(LAN4), ip(LAN6), HOST4, HOST6] {
+                for proto in [Proto::Tcp, Proto::Udp] {
+                    let to = addr(own, 8080);
+                    assert_eq!(lan.ask(0, proto, to), format!("own {to}"));
+                }
+            }
+        }
+        assert!(daemon.stop().success());
+        assert_eq!(residue(), "");
+    }
+    lan.direct(1);
+}
+
+/// Where bridged packets pass the IP hooks, TPROXY does not work: the second pass is skipped and the
+/// first one's socket is lost. Then nothing may leave, nor reach this host's own servers.
+#[test]
+fn bridge_netfilter_fails_closed() {
+    let Some(ground) = Ground::new("gwbrnf") else {
+        return;
+    };
+    if !Path::new("/proc/sys/net/bridge").exists() {
+        println!("SKIP: no br_netfilter in this kernel");
+        return;
+    }
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    // (The servers of `world` take packets for any address; this one does not.)
+    let any = |proto| Client::new(&ground.root, proto, addr(ip("::"), 80)).serve();
+    let _own = [Proto::Tcp, Proto::Udp].map(any);
+    let config = format!(
+        "[global]\nbypass = 198.51.100.0/24\nbypass = 2001:db8:3::/64\n{BASIC}\
+         [tproxy none]\nport = 7894\n"
+    );
+    let daemon = Daemon::start(&ground, &config, &[]);
+    bridge_netfilter(true);
+    world.wire.packets();
+    let (r, n, d) = ("refused", "nobody", "remote");
+    lan.expect(0, [r, r, n, n, d, d]);
+    assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    // What is bridged, and this host itself.
+    for other in ["198.51.100.11", "2001:db8:3::11"] {
+        let who = lan.ask(0, Proto::Icmp, addr(ip(other), 0));
+        assert_eq!(who, format!("echo {}", ip(other)));
+    }
+    for own in [LAN4, LAN6] {
+        for proto in [Proto::Tcp, Proto::Udp] {
+            assert_eq!(lan.ask(0, proto, addr(ip(own), 80)), "service");
+        }
+    }
+    let log = daemon.reload();
+    assert!(log.contains("bridge-nf-call-iptables"), "{log}");
+    // Other targets need no socket.
+    daemon.configure("[gateway lan]\ninterface = br-lan\ntarget = drop\n");
+    let log = daemon.reload();
+    assert!(!log.contains("bridge-nf-call-iptables"), "{log}");
+    world.wire.packets();
+    lan.dropped(0);
+    assert_eq!(world.wire.to_remote(), []);
+}
+
+/// A client that has closed its socket when the answer comes: its host says "port unreachable", and
+/// says it to the remote host, which must not hear of it.
+#[test]
+fn icmp_errors_about_proxied_flows_stay() {
+    let Some(ground) = Ground::new("gwicmp") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/proxied");
+    let config = format!("{BASIC}[rules]\nmihomo = /proxied\n");
+    let _daemon = Daemon::start(&ground, &config, &[]);
+    world.wire.packets();
+    for ip in [REMOTE4, REMOTE6] {
+        let flood = Client::udp(&cgroup, addr(ip, 80)).send_and_close();
+        for of_lan in [false, true] {
+            let run = || assert_eq!(flood.run(), Outcome::Answer(String::new()));
+            let unreachable = |netns: &str| {
+                let text = std::fs::read_to_string(netns).expect("read snmp");
+                let (v4, v6) = ("Icmp: ", "Icmp6OutDestUnreachs");
+                let mut lines = text.lines().filter(|l| l.starts_with(v4));
+                let names = lines.next().unwrap_or_default().split(' ');
+                let of4 = names.zip(lines.next().unwrap_or_default().split(' '));
+                let of4 = of4
+                    .filter(|(name, _)| *name == "OutDestUnreachs")
+                    .map(|x| x.1);
+                let of6 = text.lines().filter_map(|l| l.strip_prefix(v6));
+                of4.chain(of6)
+                    .filter_map(|n| n.trim().parse::<u64>().ok())
+                    .sum::<u64>()
+            };
+            let said = || {
+                unreachable("/proc/thread-self/net/snmp")
+                    + unreachable("/proc/thread-self/net/snmp6")
+            };
+            let count = || match of_lan {
+                true => lan.client(0).run(said),
+                false => said(),
+            };
+            let before = count();
+            match of_lan {
+                true => lan.client(0).run(run),
+                false => run(),
+            }
+            let some = wait_until(Duration::from_secs(2), || count() > before);
+            assert!(
+                some,
+                "nobody said that a port is unreachable ({ip}, {of_lan})"
+            );
+            assert_eq!(world.wire.to_remote(), [], "{ip}, of the LAN: {of_lan}");
+        }
+    }
+}
+
+#[test]
+fn the_proxy_is_down() {
+    let Some(ground) = Ground::new("gwdown") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _own = Server::start("own", &[80]);
+    let _daemon = Daemon::start(&ground, BASIC, &[]);
+    for _ in 0..2 {
+        world.wire.packets();
+        for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
+            let ask = Client::tcp(&ground.root, to).timeout(SILENCE);
+            let (outcome, took) = lan.client(0).run(|| ask.spawn()).wait();
+            assert_eq!(outcome, Outcome::Refused, "{to}");
+            assert!(took < Duration::from_millis(100), "refused after {took:?}");
+            assert_eq!(lan.ask_within(0, Proto::Udp, to, SILENCE), "nobody");
+        }
+        assert_eq!(world.wire.to_remote(), [], "forwarded");
+        let _proxy = Server::start(PROXY, &[7893]);
+        lan.proxied(0);
+    }
+}
+
+#[test]
+fn sections_in_order() {
+    let Some(ground) = Ground::new("gworder") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let tproxy = "[tproxy mihomo]\nport = 7893\n";
+    let section =
+        |name: &str, rest: &str| format!("[gateway {name}]\ninterface = br-lan\n{rest}\n");
+    let all = section("all", "target = mihomo");
+    let (p, d, n) = (PROXY, "remote", "nobody");
+    let proxied = [p, p, p, p, d, d];
+    // Who answers client 0 and client 1.
+    let cases = [
+        (
+            section("a", "source-mac = 02:00:00:00:01:10\ntarget = drop"),
+            [n; 6],
+            proxied,
+        ),
+        (
+            section(
+                "a",
+                "source-mac = 02:00:00:00:01:10\nsource-mac = 02:00:00:00:01:11\ntarget = drop",
+            ),
+            [n; 6],
+            [n; 6],
+        ),
+        (
+            section("a", "source = 198.51.100.10\ntarget = drop"),
+            [n, p, n, p, n, d],
+            proxied,
+        ),
+        (
+            section("a", "source = 2001:db8:3::11/128\ntarget = direct"),
+            proxied,
+            [p, d, p, d, d, d],
+        ),
+        (
+            section(
+                "a",
+                "source = 198.51.100.10/31\nsource = 2001:db8:3::10\ntarget = direct",
+            ),
+            [d; 6],
+            [d, p, d, p, d, d],
+        ),
+        (
+            section(
+                "a",
+                "source = 198.51.100.11\nsource-mac = 02:00:00:00:01:10\ntarget = drop",
+            ),
+            proxied,
+            proxied,
+        ),
+        (
+            section("a", "interface = br-guest\ntarget = drop"),
+            [n; 6],
+            [n; 6],
+        ),
+        (
+            all.replace("br-lan", "br-guest").replace(" all", " a"),
+            proxied,
+            proxied,
+        ),
+    ];
+    let mut daemon: Option<Daemon> = None;
+    for (first, of0, of1) in cases {
+        let config = format!("{tproxy}{first}{all}");
+        println!("{first}");
+        match &daemon {
+            None => daemon = Some(Daemon::start(&ground, &config, &[])),
+            Some(daemon) => {
+                daemon.configure(&config);
+                let log = daemon.reload();
+                assert!(!log.contains("error"), "{log}");
+            }
+        }
+        world.wire.packets();
+        lan.expect(0, of0);
+        lan.expect(1, of1);
+        let left = world.wire.to_remote();
+        let direct = [of0, of1].concat().iter().filter(|who| **who == d).count();
+        if direct == 0 {
+            assert_eq!(left, []);
+        }
+        let all_proxied = [of0, of1].iter().all(|of| *of == proxied);
+        if all_proxied {
+            assert_eq!(but_pings(left), []);
+        }
+        let matched = [of0, of1].iter().any(|of| *of != proxied);
+        assert_eq!(counted("gw_a") > 0, matched, "{first}");
+        assert!(counted("gw_all") > 0 || of0 == [n; 6] && of1 == [n; 6]);
+    }
+}
+
+#[test]
+fn what_gateways_leave_alone() {
+    let Some(ground) = Ground::new("gwalone") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let config = "
+        [global]
+        bypass = 203.0.113.64/26
+        bypass-mark = 0x100/0xf00
+        [gateway lan]
+        interface = br-lan
+        target = drop
+    ";
+    let _daemon = Daemon::start(&ground, config, &[]);
+    lan.dropped(0);
+    let bypassed = addr(ip("203.0.113.65"), 80);
+    assert_eq!(
+        lan.ask(0, Proto::Tcp, bypassed),
+        format!("remote {bypassed}")
+    );
+    // A service of a client: replies.
+    for (proto, port) in [(Proto::Tcp, 8080), (Proto::Udp, 8081)] {
+        for host in ["198.51.100.10", "2001:db8:3::10"] {
+            let at = addr(ip(host), port);
+            let service = Client::new(&ground.root, proto, at);
+            let service: Running = lan.client(0).run(|| service.serve());
+            let ask = Client::new(&ground.root, proto, at).timeout(Duration::from_secs(1));
+            let answered = wait_until(Duration::from_secs(5), || {
+                ground.outside(|| ask.run()).who() == "service"
+            });
+            assert!(answered, "{proto:?} {at}");
+            drop(service);
+        }
+    }
+    // Between the clients.
+    assert_eq!(
+        lan.ask(0, Proto::Icmp, addr(ip("198.51.100.11"), 0)),
+        "echo 198.51.100.11"
+    );
+    // A mark that another program sets before us.
+    crate::kernel::load(
+        "table inet other {\n chain pre {\n type filter hook prerouting priority -160; policy accept;\n \
+         iifname br-lan tcp dport 443 meta mark set 0x00000123\n }\n}\n",
+    );
+    let marked = addr(REMOTE4, 443);
+    assert_eq!(lan.ask(0, Proto::Tcp, marked), format!("remote {marked}"));
+    lan.dropped(0);
+}
+
+#[test]
+fn an_interface_that_appears_later() {
+    for (name, pattern) in [("br-later", "br-later"), ("br-later", "br-*")] {
+        let Some(ground) = Ground::new("gwlater") else {
+            return;
+        };
+        let mut world = World::new(&ground);
+        let _proxy = Server::start(PROXY, &[7893]);
+        let config = BASIC.replace("br-lan", pattern);
+        let _daemon = Daemon::start(&ground, &config, &[]);
+        sysctl("net/ipv4/conf/all/src_valid_mark", "1");
+        sysctl("net/ipv4/conf/all/rp_filter", "1");
+        let lan = Lan::on(&ground, name);
+        world.wire.packets();
+        lan.proxied(0);
+        assert_eq!(but_pings(world.wire.to_remote()), [], "{pattern}");
+        // Gone, and there again.
+        ip_batch(
+            &[],
+            &format!("link del {name}\nlink del lan0\nlink del lan1\n"),
+        );
+        drop(lan);
+        ground.outside(|| {
+            ip_batch(
+                &[],
+                "route del 198.51.100.0/24\nroute del 2001:db8:3::/64\n",
+            );
+        });
+        let lan = Lan::on(&ground, name);
+        lan.proxied(1);
+        let rules = ip_rules("-4");
+        assert!(!rules.contains("detached"), "{rules}");
+    }
+}
+
+#[test]
+fn dns_of_clients() {
+    let Some(ground) = Ground::new("gwdns") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let _dns = Server::start("dns", &[1053]);
+    let _own = Server::start("own", &[53]);
+    let _far = ground.outside(|| Server::start("far", &[5353]));
+    let here = "dns-hijack = 127.0.0.1:1053\ndns-hijack = [::1]:1053\n";
+    let lan_address = "dns-hijack = 198.51.100.1:1053\ndns-hijack = [2001:db8:3::1]:1053\n";
+    let far = "dns-hijack = 203.0.113.53:5353\ndns-hijack = [2001:db8:2::53]:5353\n";
+    let (d4, d6) = ("dns 198.51.100.1:1053", "dns [2001:db8:3::1]:1053");
+    let (f4, f6) = ("far 203.0.113.53:5353", "far [2001:db8:2::53]:5353");
+    let (p4, p6) = (
+        "proxy mihomo 203.0.113.7:53",
+        "proxy mihomo [2001:db8:2::7]:53",
+    );
+    let (o4, o6) = ("own 198.51.100.1:53", "own [2001:db8:3::1]:53");
+    let b4 = "remote 203.0.113.65:53";
+    let (tcp, local, only4) = (
+        "dns-hijack-tcp = yes\n",
+        "dns-hijack-local = yes\n",
+        "dns-hijack = 127.0.0.1:1053\nudp = no\n",
+    );
+    let r6 = "remote [2001:db8:2::7]:53";
+    // UDP v4 and v6, TCP v4 and v6 to the remote host; UDP v4 and v6 to this host; a bypassed one.
+    let cases = [
+        (here.to_owned(), [d4, d6, p4, p6, o4, o6, b4]),
+        (format!("{here}{tcp}"), [d4, d6, d4, d6, o4, o6, b4]),
+        (format!("{here}{local}"), [d4, d6, p4, p6, d4, d6, d4]),
+        (format!("{here}{local}{tcp}"), [d4, d6, d4, d6, d4, d6, d4]),
+        (
+            format!("{lan_address}{local}"),
+            [d4, d6, p4, p6, d4, d6, d4],
+        ),
+        (format!("{far}{tcp}"), [f4, f6, f4, f6, o4, o6, b4]),
+        (format!("{far}{local}"), [f4, f6, p4, p6, f4, f6, f4]),
+        (only4.to_owned(), [d4, r6, p4, p6, o4, o6, b4]),
+        (String::new(), [p4, p6, p4, p6, o4, o6, b4]),
+    ];
+    let asked = [
+        (Proto::Udp, addr(REMOTE4, 53)),
+        (Proto::Udp, addr(REMOTE6, 53)),
+        (Proto::Tcp, addr(REMOTE4, 53)),
+        (Proto::Tcp, addr(REMOTE6, 53)),
+        (Proto::Udp, addr(ip(LAN4), 53)),
+        (Proto::Udp, addr(ip(LAN6), 53)),
+        (Proto::Udp, addr(ip("203.0.113.65"), 53)),
+    ];
+    let mut daemon: Option<Daemon> = None;
+    let mut wrong = Vec::new();
+    for (dns, want) in cases {
+        let config = format!(
+            "[global]\nbypass = 203.0.113.64/26\n[tproxy mihomo]\nport = 7893\n{dns}\
+             [gateway lan]\ninterface = br-lan\ntarget = mihomo\n"
+        );
+        match &daemon {
+            None => daemon = Some(Daemon::start(&ground, &config, &[])),
+            Some(daemon) => {
+                daemon.configure(&config);
+                let log = daemon.reload();
+                assert!(!log.contains("error"), "{log}");
+            }
+        }
+        world.wire.packets();
+        for ((proto, to), want) in asked.into_iter().zip(want) {
+            let who = lan.ask(1, proto, to);
+            if who != want {
+                wrong.push(format!("{dns}: {proto:?} {to}: {who}, not {want}"));
+            }
+        }
+        let mut left = world.wire.to_remote();
+        left.retain(|p| !want.iter().any(|who| *who == format!("remote {}", p.dst)));
+        assert_eq!(left, [], "{dns}");
+        lan.proxied_but_udp(&dns);
+    }
+    assert!(wrong.is_empty(), "answered by\n{}", wrong.join("\n"));
+}
+
+impl Lan<'_> {
+    /// Port 80 is proxied as ever.
+    fn proxied_but_udp(&self, dns: &str) {
+        match dns.contains("udp = no") {
+            true => self.expect(0, [PROXY, PROXY, "remote", "remote", "remote", "remote"]),
+            false => self.proxied(0),
+        }
+    }
+}
+
+#[test]
+fn a_reload_spares_what_is_proxied_and_cuts_what_was_direct() {
+    let Some(ground) = Ground::new("gwreload") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let mut proxy = Some(Server::stream(PROXY, &[7893]));
+    let to = addr(REMOTE4, STREAM_PORT);
+    let follow = |i: usize| {
+        let client = Client::tcp(&ground.root, to).timeout(Duration::from_millis(500));
+        lan.client(i).run(|| client.follow().spawn())
+    };
+    let config = |first: usize| {
+        format!(
+            "[tproxy mihomo]\nport = 7893\n[gateway a]\ninterface = br-lan\n\
+             source-mac = 02:00:00:00:01:1{first}\ntarget = mihomo\n\
+             [gateway b]\ninterface = br-lan\ntarget = direct\n"
+        )
+    };
+    let daemon = Daemon::start(&ground, &config(0), &[]);
+    let flows = [follow(0), follow(1)];
+    // Both are under way, one with the proxy and one with the world.
+    for i in 0..2 {
+        let under_way = wait_until(Duration::from_secs(5), || {
+            let mut list = Command::new("ss");
+            list.args(["-Htn", "state", "established"]);
+            let list = lan.client(i).run(|| list.output()).expect("run ss").stdout;
+            String::from_utf8_lossy(&list).contains(&to.to_string())
+        });
+        assert!(under_way, "client {i} has no connection");
+    }
+    daemon.configure(&config(1));
+    daemon.reload();
+    world.wire.packets();
+    let [proxied, direct] = flows;
+    let outcome = direct.wait().0;
+    assert!(!matches!(outcome, Outcome::Answer(_)), "{outcome:?}");
+    assert_eq!(
+        world.wire.to_remote(),
+        [],
+        "a flow that was cut still sends"
+    );
+    proxy.take();
+    assert_eq!(proxied.wait().0.who(), format!("{PROXY} {to}"));
+    assert_eq!(world.wire.to_remote(), [], "a proxied flow has gone direct");
+}

@@ -1,0 +1,122 @@
+//! A proxy's own traffic must not come back to it: three guards, each of which is enough, and what
+//! is said where there is none.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::client::{Client, Running};
+use crate::daemon::Daemon;
+use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
+use crate::wait_until;
+use crate::world::World;
+
+const USER: u32 = 4711;
+
+/// A real proxy in the cgroup `/proxy`, for both families, as `change` makes it.
+fn proxy(ground: &Ground, change: impl Fn(Client) -> Client) -> Running {
+    let any = addr("::".parse().expect("an address"), 7893);
+    change(Client::tcp(&ground.cgroup("/proxy"), any)).relay()
+}
+
+/// Who answers a client that nothing in the rules speaks of, over IPv4 and IPv6.
+fn ask(ground: &Ground) -> [String; 2] {
+    let cgroup = ground.cgroup("/anybody");
+    [REMOTE4, REMOTE6].map(|ip| {
+        let client = Client::tcp(&cgroup, addr(ip, 80));
+        client.timeout(Duration::from_secs(2)).run().who()
+    })
+}
+
+#[test]
+fn each_guard_alone_is_enough() {
+    let Some(ground) = Ground::new("guards") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    type Change = fn(Client) -> Client;
+    let guards: [(&str, &str, &str, Change); 3] = [
+        ("cgroup", "", "direct = /proxy", |c| c),
+        ("mark", "bypass-mark = 0xff", "", |c| c.mark(0xff)),
+        ("user", "bypass-user = 4711", "", |c| c.uid(USER)),
+    ];
+    for (guard, global, rules, change) in guards {
+        let config = format!(
+            "[global]\ndefault = mihomo\n{global}\n[tproxy mihomo]\nport = 7893\n[rules]\n{rules}\n"
+        );
+        let _proxy = proxy(&ground, change);
+        let daemon = Daemon::start(&ground, &config, &[]);
+        world.wire.packets();
+        let want = [REMOTE4, REMOTE6].map(|ip| format!("remote {}", addr(ip, 80)));
+        assert_eq!(ask(&ground), want, "guarded by {guard} alone");
+        // By the proxy: each connection opened once on the wire.
+        let opened = world.wire.to_remote();
+        let opened = opened.iter().filter(|p| p.flags & 0x02 != 0).count();
+        assert_eq!(opened, 2, "guarded by {guard} alone");
+        let log = daemon.reload();
+        let doubt = guard != "cgroup";
+        assert_eq!(log.contains("loop:"), doubt, "{log}");
+        assert_eq!(log.contains("unless it"), doubt, "{log}");
+        assert!(daemon.stop().success());
+    }
+}
+
+#[test]
+fn a_loop_is_told() {
+    let Some(ground) = Ground::new("loop") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let config = "[global]\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n";
+    let said = "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is \
+                in cgroup /proxy;";
+    // Before the proxy is there, nothing is known.
+    let daemon = Daemon::start(&ground, config, &[]);
+    assert!(!daemon.logs().contains("loop:"), "{}", daemon.logs());
+    let _proxy = proxy(&ground, |c| c);
+    for _ in 0..2 {
+        let before = daemon.logs().matches(said).count();
+        daemon.signal(Signal::SIGUSR1);
+        let told = wait_until(Duration::from_secs(5), || {
+            daemon.logs().matches(said).count() > before
+        });
+        assert!(told, "{}", daemon.logs());
+    }
+    // And it is true.
+    world.wire.packets();
+    for who in ask(&ground) {
+        assert!(!who.starts_with("remote"), "{who}");
+    }
+    assert_eq!(world.wire.to_remote(), []);
+    // Two proxies, each of which sends its traffic to the other.
+    let other = ground.cgroup("/other");
+    let any = addr("0.0.0.0".parse().expect("an address"), 7894);
+    let _other = Client::tcp(&other, any).relay();
+    daemon.configure(
+        "[tproxy mihomo]\nport = 7893\n[tproxy other]\nport = 7894\n[rules]\n\
+         other = /proxy\nmihomo = /other\n",
+    );
+    let mut log = daemon.reload();
+    assert!(wait_until(Duration::from_secs(5), || {
+        log = daemon.logs();
+        log.contains("[tproxy other] sends")
+    }));
+    assert!(
+        log.contains("its listener on port 7894 is in cgroup /other;"),
+        "{log}"
+    );
+    // One is a chain of the other: fine.
+    let before = daemon.logs().len();
+    daemon.configure(
+        "[tproxy mihomo]\nport = 7893\n[tproxy other]\nport = 7894\n[rules]\nother = /proxy\n",
+    );
+    daemon.reload();
+    daemon.signal(Signal::SIGUSR1);
+    let status = || daemon.logs()[before..].contains("status:");
+    assert!(wait_until(Duration::from_secs(5), status));
+    assert!(
+        !daemon.logs()[before..].contains("loop:"),
+        "{}",
+        daemon.logs()
+    );
+}

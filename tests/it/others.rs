@@ -1,0 +1,676 @@
+//! Living with others: the objects that other programs put into the kernel, as they put them, and
+//! what becomes of both.
+
+use std::process::Command;
+
+use crate::client::{expect, expect_as, under, Client, Proto, SILENCE};
+use crate::daemon::Daemon;
+use crate::gateway::{ip, Lan, PROXY};
+use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
+use crate::kernel::{ip_rules, load, nft};
+use crate::world::{Server, World};
+
+/// Local cgroups and a LAN.
+const CONFIG: &str = "
+[tproxy mihomo]
+port = 7893
+dns-hijack = 127.0.0.1:1053
+dns-hijack = [::1]:1053
+[rules]
+mihomo = /proxied
+drop = /drop
+[gateway lan]
+interface = br-lan
+target = mihomo
+";
+
+/// The whole of it works: local cgroups, the LAN, and DNS of both.
+#[track_caller]
+fn all_well(ground: &Ground, world: &mut World, lan: &Lan) {
+    let [proxied, dropped, direct] =
+        ["/proxied", "/drop", "/direct"].map(|path| ground.cgroup(path));
+    crate::kernel::await_member(&proxied, "mihomo");
+    crate::kernel::await_member(&dropped, "drop");
+    world.wire.packets();
+    expect(&[(&proxied, under(PROXY)), (&dropped, under("drop"))]);
+    lan.proxied(0);
+    lan.proxied(1);
+    let mut left = world.wire.to_remote();
+    left.retain(|p| p.proto != Proto::Icmp);
+    assert_eq!(left, [], "left for the world");
+    expect(&[(&direct, under("direct"))]);
+    for (ip, local, routed) in [
+        (REMOTE4, "dns 127.0.0.1:1053", "dns 198.51.100.1:1053"),
+        (REMOTE6, "dns [::1]:1053", "dns [2001:db8:3::1]:1053"),
+    ] {
+        let to = addr(ip, 53);
+        assert_eq!(Client::udp(&proxied, to).run().who(), local);
+        assert_eq!(lan.ask(0, Proto::Udp, to), routed);
+    }
+}
+
+fn servers() -> [Server; 2] {
+    [Server::start(PROXY, &[7893]), Server::start("dns", &[1053])]
+}
+
+/// What fw4, firewalld and Docker load, cut down to what could meet ours: their base chains with
+/// their types, hooks and priorities, and the rules that touch marks, NAT and what is forwarded.
+const OTHERS: [(&str, &str); 3] = [
+    (
+        "fw4",
+        r#"
+table inet fw4 {
+FLOWTABLE
+  chain input {
+    type filter hook input priority filter; policy drop;
+    iif "lo" accept
+    ct state vmap { established : accept, related : accept }
+    iifname "br-lan" jump input_lan
+    iifname "in0" icmp type echo-request accept
+    iifname "in0" meta l4proto ipv6-icmp accept
+  }
+  chain input_lan {
+    ct status dnat accept
+    accept
+  }
+  chain forward {
+    type filter hook forward priority filter; policy drop;
+    OFFLOAD
+    ct state vmap { established : accept, related : accept }
+    iifname "br-lan" accept
+    reject with icmpx type port-unreachable
+  }
+  chain output {
+    type filter hook output priority filter; policy accept;
+    oif "lo" accept
+    ct state vmap { established : accept, related : accept }
+  }
+  chain prerouting {
+    type filter hook prerouting priority filter; policy accept;
+  }
+  chain dstnat {
+    type nat hook prerouting priority dstnat; policy accept;
+    iifname "br-lan" udp dport 53 redirect to :5399
+    iifname "br-lan" tcp dport 53 redirect to :5399
+  }
+  chain srcnat {
+    type nat hook postrouting priority srcnat; policy accept;
+    oifname "in0" meta nfproto ipv4 masquerade
+  }
+  chain raw_prerouting {
+    type filter hook prerouting priority raw; policy accept;
+  }
+  chain mangle_prerouting {
+    type filter hook prerouting priority mangle; policy accept;
+  }
+  chain mangle_output {
+    type route hook output priority mangle; policy accept;
+  }
+  chain mangle_forward {
+    type filter hook forward priority mangle; policy accept;
+    iifname "in0" tcp flags syn tcp option maxseg size set rt mtu
+    oifname "in0" tcp flags syn tcp option maxseg size set rt mtu
+  }
+}
+"#,
+    ),
+    (
+        "firewalld",
+        r#"
+table inet firewalld {
+  chain mangle_PREROUTING {
+    type filter hook prerouting priority mangle + 10; policy accept;
+  }
+  chain nat_PREROUTING {
+    type nat hook prerouting priority dstnat + 10; policy accept;
+  }
+  chain nat_POSTROUTING {
+    type nat hook postrouting priority srcnat + 10; policy accept;
+    oifname "in0" meta nfproto ipv4 masquerade
+  }
+  chain nat_OUTPUT {
+    type nat hook output priority -90; policy accept;
+  }
+  chain filter_PREROUTING {
+    type filter hook prerouting priority filter + 10; policy accept;
+    icmpv6 type { nd-router-advert, nd-neighbor-solicit } accept
+    meta nfproto ipv6 fib saddr . mark . iif oif missing drop
+  }
+  chain filter_INPUT {
+    type filter hook input priority filter + 10; policy accept;
+    ct state { established, related } accept
+    ct status dnat accept
+    iifname "lo" accept
+    ct state invalid drop
+    iifname "br-lan" accept
+    meta l4proto { icmp, ipv6-icmp } accept
+    reject with icmpx admin-prohibited
+  }
+  chain filter_FORWARD {
+    type filter hook forward priority filter + 10; policy accept;
+    ct state { established, related } accept
+    ct status dnat accept
+    iifname "lo" accept
+    ct state invalid drop
+    iifname "br-lan" accept
+    reject with icmpx admin-prohibited
+  }
+  chain filter_OUTPUT {
+    type filter hook output priority filter + 10; policy accept;
+    ct state { established, related } accept
+    oifname "lo" accept
+  }
+}
+"#,
+    ),
+    (
+        "docker",
+        r#"
+table ip nat {
+  chain DOCKER {
+    iifname "docker0" return
+    iifname != "docker0" tcp dport 8088 dnat to 172.17.0.2:80
+  }
+  chain PREROUTING {
+    type nat hook prerouting priority dstnat; policy accept;
+    fib daddr type local jump DOCKER
+  }
+  chain OUTPUT {
+    type nat hook output priority -100; policy accept;
+    ip daddr != 127.0.0.0/8 fib daddr type local jump DOCKER
+  }
+  chain POSTROUTING {
+    type nat hook postrouting priority srcnat; policy accept;
+    ip saddr 172.17.0.0/16 oifname != "docker0" masquerade
+  }
+}
+table ip filter {
+  chain DOCKER-USER {
+    return
+  }
+  chain FORWARD {
+    type filter hook forward priority filter; policy drop;
+    jump DOCKER-USER
+    oifname "docker0" ct state related,established accept
+    iifname "docker0" accept
+    iifname "br-lan" accept
+    oifname "br-lan" accept
+  }
+}
+"#,
+    ),
+];
+
+/// A table with the same name twice must not add to itself.
+fn unload(name: &str) {
+    let tables: &[&str] = match name {
+        "docker" => &["ip nat", "ip filter"],
+        "fw4" => &["inet fw4"],
+        _ => &["inet firewalld"],
+    };
+    for table in tables {
+        load(&format!("delete table {table}\n"));
+    }
+}
+
+#[test]
+fn firewalls_before_and_after_us() {
+    let Some(ground) = Ground::new("firewalls") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    // Offloading, where this kernel has it (fw4's `flow_offloading`).
+    let flowtable = "flowtable ft {\nhook ingress priority 0;\ndevices = { br-lan, in0 };\n}\n";
+    let offload = "meta l4proto { tcp, udp } flow offload @ft";
+    let probe = format!("table inet probe {{\n{flowtable}chain c {{\n{offload}\n}}\n}}\n");
+    let has_flowtables = nft(&["-c", "-f", "-"], &probe).status.success();
+    if !has_flowtables {
+        println!("no flowtables in this kernel: tested without");
+    }
+    for (name, script) in OTHERS {
+        let script = match has_flowtables {
+            true => script
+                .replace("FLOWTABLE", flowtable)
+                .replace("OFFLOAD", offload),
+            false => script.replace("FLOWTABLE", "").replace("OFFLOAD", ""),
+        };
+        let script = script.as_str();
+        for first in [true, false] {
+            println!("{name}, first: {first}");
+            if first {
+                load(script);
+            }
+            let daemon = Daemon::start(&ground, CONFIG, &[]);
+            if !first {
+                load(script);
+            }
+            all_well(&ground, &mut world, &lan);
+            let list = |args: &[&str]| String::from_utf8_lossy(&nft(args, "").stdout).into_owned();
+            let before = list(&["-s", "list", "ruleset"]);
+            assert!(daemon.stop().success());
+            // Theirs is as it was.
+            let theirs = |text: &str| {
+                let tables = text
+                    .split("\ntable ")
+                    .map(|t| t.trim_start_matches("table "));
+                let tables = tables.filter(|t| !t.starts_with("inet cgtproxy"));
+                tables.map(|t| t.trim().to_owned()).collect::<Vec<_>>()
+            };
+            let after = list(&["-s", "list", "ruleset"]);
+            assert_eq!(theirs(&before), theirs(&after));
+            unload(name);
+        }
+    }
+}
+
+/// The marks of others, for bits that are not ours: each value as that program uses it.
+#[test]
+fn marks_of_others_are_kept_bit_for_bit() {
+    let Some(ground) = Ground::new("othermarks") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    // (who, mark, mask): mwan3, Tailscale, pbr, Docker's swarm, wg-quick's fwmark 51820
+    for (who, mark, mask) in [
+        ("mwan3", 0x0000_0200u32, 0x0000_3f00u32),
+        ("tailscale", 0x0004_0000, 0x00ff_0000),
+        ("pbr", 0x0003_0000, 0x00ff_0000),
+        ("all bits but ours", 0x00a5_5a5a, 0x00ff_ffff),
+    ] {
+        println!("{who}");
+        let others = !mask;
+        // Before us the program marks packets and flows; after us (and at a flow's later packets)
+        // it finds what it has put there.
+        load(&format!(
+            "table inet who {{
+              chain before_out {{
+                type route hook output priority -160; policy accept;
+                ct mark set ct mark & {others:#x} | {mark:#x}
+                meta mark set meta mark & {others:#x} | {mark:#x}
+              }}
+              chain before_in {{
+                type filter hook prerouting priority -160; policy accept;
+                iifname \"br-lan\" ct mark set ct mark & {others:#x} | {mark:#x}
+                iifname \"br-lan\" meta mark set meta mark & {others:#x} | {mark:#x}
+              }}
+              chain after {{
+                type filter hook prerouting priority -140; policy accept;
+                iifname {{ lo, br-lan }} ct mark & {mask:#x} == 0 meta l4proto {{ tcp, udp }} return
+                iifname {{ lo, br-lan }} meta mark & 0xff000000 != 0 meta mark & {mask:#x} == {mark:#x} ct mark & {mask:#x} == {mark:#x} counter comment \"kept\"
+                iifname {{ lo, br-lan }} meta mark & 0xff000000 != 0 meta mark & {mask:#x} != {mark:#x} counter comment \"lost\"
+                iifname {{ lo, br-lan }} meta mark & 0xff000000 != 0 ct mark & {mask:#x} != {mark:#x} counter comment \"lost\"
+              }}
+            }}\n"
+        ));
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+        all_well(&ground, &mut world, &lan);
+        let list = nft(&["list", "chain", "inet", "who", "after"], "").stdout;
+        let list = String::from_utf8_lossy(&list).into_owned();
+        for line in list.lines().filter(|line| line.contains("counter")) {
+            let none = line.contains("packets 0 ");
+            assert_eq!(none, line.contains("lost"), "{who}: {list}");
+        }
+        assert_eq!(list.matches("counter").count(), 3, "{list}");
+        assert!(daemon.stop().success());
+        load("delete table inet who\n");
+    }
+}
+
+/// Rules that came after ours and stand before them: nothing of a proxied cgroup takes their way.
+#[test]
+fn a_tunnel_in_front_of_us_gets_nothing() {
+    let Some(ground) = Ground::new("infront") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    let _daemon = Daemon::start(&ground, CONFIG, &[]);
+    let cgroup = ground.cgroup("/proxied");
+    crate::kernel::await_member(&cgroup, "mihomo");
+    all_well(&ground, &mut world, &lan);
+    for (family, gate) in [("-4", "192.0.2.2"), ("-6", "2001:db8:1::2")] {
+        let lines = format!(
+            "route add default via {gate} table 51820\nrule add not fwmark 51820 table 51820\n\
+             rule add table main suppress_prefixlength 0\n"
+        );
+        ip_batch(&[family], &lines);
+        assert!(ip_rules(family).contains("\n99:\t"), "{}", ip_rules(family));
+    }
+    world.wire.packets();
+    for proto in [Proto::Tcp, Proto::Udp] {
+        for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
+            let client = Client::new(&cgroup, proto, to).timeout(SILENCE);
+            assert_eq!(client.run().who(), "nobody");
+            let who = lan.client(0).run(|| client.run()).who();
+            assert_eq!(who, "nobody");
+        }
+    }
+    assert_eq!(world.wire.to_remote(), []);
+}
+
+/// The lines with the world's gateway and the LAN's net of a family.
+fn of_family(lines: &str, family: &str) -> String {
+    let (gate, net) = match family {
+        "-4" => ("192.0.2.2", "198.51.100.0/24"),
+        _ => ("2001:db8:1::2", "2001:db8:3::/64"),
+    };
+    lines.replace("GATE", gate).replace("NET", net)
+}
+
+/// wg-quick with a default route (its interface stands for the tunnel), mwan3, Tailscale: their ip
+/// rules at their priorities, around ours.
+#[test]
+fn rules_of_others() {
+    let Some(ground) = Ground::new("otherrules") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    // wg-quick: everything but its own packets takes the tunnel's table, unless main knows better
+    // than by its default route. The tunnel here is another way to the same world.
+    let wireguard = "route add default via GATE table 51820
+rule add not fwmark 51820 table 51820
+rule add table main suppress_prefixlength 0
+";
+    // mwan3: by mark, first the interface's rule, then the policy's, then unreachable.
+    let mwan3 = "route add default via GATE table 1
+route add NET dev br-lan table 1
+rule add pref 1001 iif in0 lookup 1
+rule add pref 2001 fwmark 0x100/0x3f00 lookup 1
+rule add pref 2061 fwmark 0x3d00/0x3f00 blackhole
+rule add pref 2062 fwmark 0x3e00/0x3f00 unreachable
+";
+    let tailscale = "rule add pref 5210 fwmark 0x80000/0xff0000 lookup main
+rule add pref 5230 fwmark 0x80000/0xff0000 lookup default
+rule add pref 5250 fwmark 0x80000/0xff0000 unreachable
+rule add pref 5270 lookup 52
+";
+    // Right before and right after ours.
+    let neighbours = "route add default via GATE table 77
+rule add pref 99 fwmark 0x1/0xff lookup 77
+rule add pref 100 fwmark 0x2/0xff lookup 77
+rule add pref 101 fwmark 0x3/0xff lookup 77
+rule add pref 102 fwmark 0x4/0xff lookup 77
+";
+    for (who, lines) in [
+        ("wg-quick", wireguard),
+        ("mwan3", mwan3),
+        ("tailscale", tailscale),
+        ("neighbours", neighbours),
+    ] {
+        for first in [true, false] {
+            for interface in ["br-lan", "br-*"] {
+                // The kernel puts a rule without a priority before all others: see
+                // `a_tunnel_in_front_of_us_gets_nothing`.
+                if who == "wg-quick" && !first {
+                    continue;
+                }
+                println!("{who}, first: {first}, interface {interface}");
+                let add = || {
+                    ip_batch(&["-4"], &of_family(lines, "-4"));
+                    ip_batch(&["-6"], &of_family(lines, "-6"));
+                };
+                let config = CONFIG.replace("br-lan", interface);
+                let mut before = ["-4", "-6"].map(ip_rules);
+                if first {
+                    add();
+                    before = ["-4", "-6"].map(ip_rules);
+                }
+                let daemon = Daemon::start(&ground, &config, &[]);
+                if !first {
+                    add();
+                }
+                if who == "tailscale" {
+                    sysctl("net/ipv4/conf/all/src_valid_mark", "1");
+                    sysctl("net/ipv4/conf/all/rp_filter", "2");
+                }
+                all_well(&ground, &mut world, &lan);
+                assert!(daemon.stop().success());
+                let after = ["-4", "-6"].map(ip_rules);
+                if first {
+                    assert_eq!(before, after, "{who}'s rules are as they were");
+                }
+                for family in ["-4", "-6"] {
+                    let lines = of_family(lines, family).replace(" add ", " del ");
+                    ip_batch(&[family], &lines);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn hosts_of_one_family_forward_too() {
+    for off in ["-4", "-6"] {
+        let Some(ground) = Ground::new("onefamily") else {
+            return;
+        };
+        let _world = World::new(&ground);
+        let _proxy = Server::start(PROXY, &[7893]);
+        let lan = Lan::new(&ground);
+        match off {
+            "-6" => {
+                for interface in ["all", "default", "lo"] {
+                    sysctl(&format!("net/ipv6/conf/{interface}/disable_ipv6"), "1");
+                }
+            }
+            // No address but on lo.
+            _ => ip_batch(&["-4"], "addr flush dev in0\naddr flush dev br-lan\n"),
+        }
+        let config = "
+            [tproxy mihomo]
+            port = 7893
+            [rules]
+            mihomo = /proxied
+            [gateway lan]
+            interface = br-lan
+            target = mihomo
+        ";
+        let cgroup = ground.cgroup("/proxied");
+        let daemon = Daemon::start(&ground, config, &[]);
+        let remote = if off == "-4" { REMOTE6 } else { REMOTE4 };
+        for proto in [Proto::Tcp, Proto::Udp] {
+            let to = addr(remote, 80);
+            let want = format!("{PROXY} {to}");
+            assert_eq!(Client::new(&cgroup, proto, to).run().who(), want);
+            assert_eq!(lan.ask(0, proto, to), want);
+        }
+        assert!(daemon.stop().success());
+    }
+}
+
+/// A VRF on this host: its rule stands before ours, its interfaces are not ours.
+#[test]
+fn a_vrf_is_present() {
+    let Some(ground) = Ground::new("vrf") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    let vrf = "link add vrf-x type vrf table 1010\nlink set vrf-x up\n\
+               link add dummy0 type veth peer name dummy1\nlink set dummy0 master vrf-x\n\
+               addr add 198.51.100.200/32 dev dummy0\nlink set dummy0 up\nlink set dummy1 up\n";
+    let made = Command::new("ip")
+        .args(["link", "add", "vrf-t", "type", "vrf", "table", "9"])
+        .output();
+    if !made.is_ok_and(|out| out.status.success()) {
+        println!("SKIP: no VRF in this kernel");
+        return;
+    }
+    ip_batch(&[], vrf);
+    let _daemon = Daemon::start(&ground, CONFIG, &[]);
+    all_well(&ground, &mut world, &lan);
+}
+
+/// A container: a bridge of its own, NAT, and the cgroup namespace that container engines give.
+#[test]
+fn containers() {
+    let Some(ground) = Ground::new("containers") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::on(&ground, "docker0");
+    let _servers = servers();
+    let [container, slirp] = [
+        "/docker/0123456789ab",
+        "/user.slice/libpod-1.scope/container",
+    ]
+    .map(|p| ground.cgroup(p));
+    let config = "
+        [tproxy mihomo]
+        port = 7893
+        [rules]
+        mihomo = /user\\.slice/libpod-.*
+        drop = /docker
+        [gateway containers]
+        interface = docker0
+        interface = br-*
+        target = mihomo
+    ";
+    let _daemon = Daemon::start(&ground, config, &[]);
+    // Rootful: what its processes send comes by the bridge, and their cgroup (which they see as /)
+    // says nothing about it, since their sockets are not of this network namespace.
+    world.wire.packets();
+    for proto in [Proto::Tcp, Proto::Udp] {
+        for remote in [REMOTE4, REMOTE6] {
+            let to = addr(remote, 80);
+            let client = Client::new(&container, proto, to);
+            let who = lan.client(0).run(|| client.run()).who();
+            assert_eq!(who, format!("{PROXY} {to}"));
+        }
+    }
+    assert_eq!(world.wire.to_remote(), []);
+    // Rootless: slirp4netns or pasta is a process of the host, in the container's cgroup.
+    expect(&[(&slirp, under(PROXY))]);
+    // Whatever namespace a process has, cgroups are known by where they are.
+    expect_as(
+        |client| client.in_cgroup_namespace(),
+        &[(&slirp, under(PROXY))],
+    );
+}
+
+/// Addresses that fake-ip resolvers hand out are no private ones.
+#[test]
+fn fake_addresses_reach_the_proxy() {
+    let Some(ground) = Ground::new("fakeip") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/proxied");
+    let config = format!("[global]\nbypass = private\n{CONFIG}");
+    let _daemon = Daemon::start(&ground, &config, &[]);
+    for fake in ["198.18.0.1", "198.19.255.254", "2001:db8:ffff::1"] {
+        for proto in [Proto::Tcp, Proto::Udp] {
+            let to = addr(ip(fake), 443);
+            let want = format!("{PROXY} {to}");
+            assert_eq!(Client::new(&cgroup, proto, to).run().who(), want);
+            assert_eq!(lan.ask(0, proto, to), want);
+        }
+    }
+}
+
+/// DNS that is addressed to this host or to a bypassed address, of local cgroups.
+#[test]
+fn dns_of_this_host() {
+    let Some(ground) = Ground::new("dnslocal") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893, 7894]);
+    let _servers = (
+        Server::start("dns", &[1053]),
+        Server::start("own", &[53, 80]),
+    );
+    let tproxies = "
+        [tproxy all]
+        port = 7893
+        dns-hijack = 127.0.0.1:1053
+        dns-hijack = [::1]:1053
+        dns-hijack-local = yes
+        [tproxy tcp]
+        port = 7894
+        dns-hijack = 127.0.0.1:1053
+        dns-hijack-tcp = yes
+        dns-hijack-local = yes
+        [tproxy none]
+        port = 7894
+        dns-hijack = 127.0.0.1:1053
+        [rules]
+        all  = /all
+        tcp  = /tcp
+        none = /none
+        drop = /drop
+        direct = /direct
+    ";
+    let here = ["127.0.0.53", "127.0.0.1", "192.0.2.1", "::1"].map(ip);
+    let bypassed = ip("203.0.113.65");
+    let cgroups = ["/all", "/tcp", "/none", "/drop", "/direct", "/other"];
+    let cgroups = cgroups.map(|path| (path, ground.cgroup(path)));
+    for default in ["direct", "all", "drop"] {
+        let config = format!(
+            "[global]\ndefault = {default}\nbypass = 203.0.113.64/26\nbypass-mark = 0xff\n\
+             bypass-user = 4711\n{tproxies}"
+        );
+        let daemon = Daemon::start(&ground, &config, &[]);
+        let mut wrong = Vec::new();
+        for (path, cgroup) in &cgroups {
+            let target = match *path {
+                "/other" => default,
+                path => &path[1..],
+            };
+            for to in here.iter().chain([&bypassed]) {
+                for proto in [Proto::Udp, Proto::Tcp] {
+                    let own = match *to == bypassed {
+                        true => format!("remote {bypassed}:53"),
+                        false => format!("own {}", addr(*to, 53)),
+                    };
+                    let want = match (target, proto, to.is_ipv4()) {
+                        ("all", Proto::Udp, true) | ("tcp", _, true) => "dns 127.0.0.1:1053".into(),
+                        ("all", Proto::Udp, false) => "dns [::1]:1053".into(),
+                        _ => own.clone(),
+                    };
+                    let client = Client::new(cgroup, proto, addr(*to, 53));
+                    let who = client.run().who();
+                    if who != want {
+                        wrong.push(format!("{path} {proto:?} {to}: {who}, not {want}"));
+                    }
+                    // The resolver's own queries, by each guard.
+                    for client in [client.clone().uid(4711), client.mark(0xff)] {
+                        let who = client.run().who();
+                        if who != own {
+                            wrong.push(format!("guarded {path} {proto:?} {to}: {who}, not {own}"));
+                        }
+                    }
+                }
+                // Other ports of this host are nobody's business.
+                if *to != bypassed {
+                    let to = addr(*to, 80);
+                    let who = Client::tcp(cgroup, to).run().who();
+                    if who != format!("own {to}") {
+                        wrong.push(format!("{path} {to}: {who}"));
+                    }
+                }
+            }
+            let pong = Client::ping(cgroup, HOST4).run().who();
+            assert_eq!(pong, format!("echo {HOST4}"));
+        }
+        assert!(wrong.is_empty(), "default {default}\n{}", wrong.join("\n"));
+        // And afterwards too, what is not DNS is treated as ever.
+        let [all, .., dropped, direct, _] = cgroups.each_ref().map(|c| c.1.as_path());
+        expect(&[
+            (all, under(PROXY)),
+            (dropped, under("drop")),
+            (direct, under("direct")),
+        ]);
+        assert!(daemon.stop().success());
+    }
+}
