@@ -9,7 +9,7 @@ use std::path::Path;
 const LAYERS: [&[&str]; 11] = [
     &["netlink::uapi"],
     &["netlink::msg", "netlink::parse"],
-    &["error", "sys"],
+    &["error", "sys", "json"],
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
     &["nft::expr"],
@@ -19,6 +19,7 @@ const LAYERS: [&[&str]; 11] = [
         "nft::ruleset",
         "nft::encode",
         "nft::event",
+        "nft::dump",
         "route",
     ],
     &[
@@ -29,7 +30,7 @@ const LAYERS: [&[&str]; 11] = [
         "plan",
     ],
     // ... to here, but for the files below
-    &["kernel", "instance", "notify", "confine"],
+    &["kernel", "instance", "notify", "confine", "listen"],
     &["daemon"],
     &["cli", "commands"],
 ];
