@@ -36,9 +36,9 @@ toolchain:
 	  || echo "make: no rust-src, building with the prebuilt standard library (a larger binary)" >&2
 
 # What the tests need beside Rust, gcc and make: commands and C libraries, by Debian and Alpine name.
-DEB_NEEDS = nftables iproute2 strace pkg-config libmnl-dev libnftnl-dev
-APK_NEEDS = nftables iproute2 strace pkgconf libmnl-dev libnftnl-dev
-HAVE_ALL  = command -v nft ip strace pkg-config >/dev/null && pkg-config --exists libmnl libnftnl
+DEB_NEEDS = nftables iproute2 strace pkg-config libmnl-dev libnftnl-dev mandoc python3 bash
+APK_NEEDS = nftables iproute2 strace pkgconf libmnl-dev libnftnl-dev mandoc python3 bash util-linux
+HAVE_ALL  = command -v nft ip strace pkg-config mandoc python3 bash >/dev/null && pkg-config --exists libmnl libnftnl
 
 deps:
 	@PATH="$$PATH:/usr/sbin:/sbin"; if ! { $(HAVE_ALL); }; then \
@@ -46,7 +46,7 @@ deps:
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(DEB_NEEDS); \
 	  elif command -v apk >/dev/null; then apk add --quiet $(APK_NEEDS); fi; \
 	  { $(HAVE_ALL); } || { echo "make: cannot install what the tests need:" \
-	    "nft, ip, strace, pkg-config, libmnl and libnftnl with headers" >&2; exit 1; }; \
+	    "nft, ip, strace, pkg-config, mandoc, python3, bash, libmnl and libnftnl with headers" >&2; exit 1; }; \
 	fi
 
 # The main job for real, in throw-away namespaces: nothing of this host's network is touched.

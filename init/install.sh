@@ -56,17 +56,20 @@ keep() {
 	if [ -e "$DESTDIR$2" ]; then echo "$2 is kept"; else put "$1" "$2" 644; fi
 }
 
-manuals() {
-	for page in "$here"/conf/*.[0-9]; do
-		[ ! -e "$page" ] || echo "$page $PREFIX/share/man/man${page##*.}/${page##*/} 644"
+# Manual pages and completion for bash; routers have neither man nor bash.
+extras() {
+	[ "$INIT" != openwrt ] || return 0
+	for page in "$here"/conf/man/*.[0-9]; do
+		echo "$page $PREFIX/share/man/man${page##*.}/${page##*/} 644"
 	done
+	echo "$here/conf/completion/cgtproxy.bash $PREFIX/share/bash-completion/completions/cgtproxy 644"
 }
 
 do_install() {
 	[ -f "$BIN" ] || die "no program at $BIN: run make, or set BIN"
 	put "$BIN" "$program" 755
 	echo "$services" | while read -r from to mode; do put "$here/init/$from" "$to" "$mode"; done
-	manuals | while read -r from to mode; do put "$from" "$to" "$mode"; done
+	extras | while read -r from to mode; do put "$from" "$to" "$mode"; done
 	[ "$INIT" != openrc ] || keep "$here/init/openrc/cgtproxy.confd" "$SYSCONFDIR/conf.d/cgtproxy"
 	keep "$here/conf/cgtproxy.conf" "$config"
 	[ -z "$DESTDIR" ] || return 0
@@ -89,7 +92,7 @@ do_uninstall() {
 		"$program" flush || echo "install.sh: see above, something is left in the kernel" >&2
 	fi
 	echo "$services" | while read -r _ to _; do rm -f "$DESTDIR$to"; done
-	manuals | while read -r _ to _; do rm -f "$DESTDIR$to"; done
+	extras | while read -r _ to _; do rm -f "$DESTDIR$to"; done
 	rm -f "$DESTDIR$program"
 	[ -n "$DESTDIR" ] || [ "$INIT" != systemd ] || systemctl daemon-reload
 }

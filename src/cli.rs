@@ -14,26 +14,47 @@ use crate::log::Level;
 
 pub const DEFAULT_CONFIG: &str = "/etc/cgtproxy/cgtproxy.conf";
 
-const COMMANDS: [(&str, &str); 4] = [
+/// Name, arguments, what it does.
+const COMMANDS: [(&str, &str, &str); 7] = [
     (
         "run",
+        "",
         "program the kernel and keep it in step, in the foreground (the default)",
     ),
     (
         "check",
+        "",
         "validate the configuration, then look at this host",
     ),
     (
+        "explain",
+        "PATH… | --pid PID…",
+        "say which rule decides for a cgroup, and why",
+    ),
+    (
         "show",
+        "",
         "print the table that run would load, as an nft script",
     ),
     (
+        "status",
+        "[--json | --watch]",
+        "print what the kernel holds now, with packets and bytes",
+    ),
+    (
         "flush",
+        "",
         "remove everything that cgtproxy ever put into the kernel",
+    ),
+    (
+        "exec",
+        "[-u USER] TARGET [--] CMD [ARG…]",
+        "run CMD under TARGET",
     ),
 ];
 
 /// The options that any command may get.
+#[derive(Default)]
 pub struct Options {
     /// As given; `None` for the default.
     pub config: Option<PathBuf>,
@@ -41,7 +62,7 @@ pub struct Options {
     pub syslog: bool,
     pub verbose: usize,
     pub ready_fd: Option<RawFd>,
-    pub seccomp: bool,
+    pub no_seccomp: bool,
 }
 
 impl Options {
@@ -79,9 +100,9 @@ pub fn tell_default() {
     );
 }
 
-fn options() -> getopts::Options {
+/// The options of every command, and those of `command` alone.
+fn options(command: &str) -> getopts::Options {
     let mut options = getopts::Options::new();
-    options.parsing_style(getopts::ParsingStyle::FloatingFrees);
     options.optopt("c", "config", "configuration", "FILE");
     options.optopt(
         "p",
@@ -100,18 +121,34 @@ fn options() -> getopts::Options {
     options.optflag("", "no-seccomp", "run without the system call filter");
     options.optflag("h", "help", "print this help");
     options.optflag("V", "version", "print the version");
+    match command {
+        "explain" => {
+            options.optflag("", "pid", "the arguments are process ids");
+        }
+        "status" => {
+            options.optflag("", "json", "print JSON");
+            options.optflag("", "watch", "print again every second, with rates");
+        }
+        "exec" => {
+            options.optopt("u", "user", "run CMD as that user", "USER");
+        }
+        _ => {}
+    }
     options
 }
 
 fn usage() -> String {
     let mut text = String::from("Usage: cgtproxy [OPTIONS] [COMMAND [ARGS]]\n\nCommands:\n");
-    for (name, does) in COMMANDS {
-        text.push_str(&format!("    {name:<9} {does}\n"));
+    for (name, args, does) in COMMANDS {
+        match args {
+            "" => text.push_str(&format!("    {name:<8} {does}\n")),
+            args => text.push_str(&format!("    {name} {args}\n{:13}{does}\n", "")),
+        }
     }
     text.push_str(&format!(
         "\nThe configuration is {DEFAULT_CONFIG} unless -c names another."
     ));
-    options().usage(&text)
+    options("").usage(&text)
 }
 
 /// Runs the program; the arguments are without its name.
@@ -131,60 +168,118 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     }
 }
 
-/// Its first letter in lower case, for what stands after a colon; option names stay as they are.
-fn lower_first(text: &str) -> String {
-    let mut chars = text.chars();
-    let first = chars.next().map(|c| c.to_ascii_lowercase());
-    first.into_iter().chain(chars).collect()
+/// An error of the command line, with the hint where to read on.
+pub fn wrong(text: impl Into<String>) -> Error {
+    Error::Usage(vec![format!("{} (try cgtproxy --help)", text.into())])
 }
 
-fn wrong(text: String) -> Error {
-    Error::Usage(vec![format!("{text} (try cgtproxy --help)")])
+/// Reads options in front of the first argument that is none, or with `floating` among all; gives
+/// the other arguments as well. Where the command itself takes options, those behind it are its own.
+fn parse(
+    options: &mut getopts::Options,
+    args: &[OsString],
+    floating: bool,
+) -> Result<(getopts::Matches, Vec<OsString>)> {
+    options.parsing_style(match floating {
+        true => getopts::ParsingStyle::FloatingFrees,
+        false => getopts::ParsingStyle::StopAtFirstFree,
+    });
+    // getopts takes UTF-8 only, a command's arguments may be any bytes: what it leaves is the tail
+    let text: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
+    let matches = options
+        .parse(text.iter().map(|arg| &**arg))
+        .map_err(|fail| {
+            let text = fail.to_string();
+            let (first, rest) = text.split_at(1);
+            wrong(format!("{}{rest}", first.to_lowercase()))
+        })?;
+    let free = match floating {
+        true => matches.free.iter().map(OsString::from).collect(),
+        false => args[args.len() - matches.free.len()..].to_vec(),
+    };
+    Ok((matches, free))
+}
+
+impl Options {
+    /// Takes the options of every command; those that were taken before stay unless named again.
+    fn take(&mut self, matches: &getopts::Matches) -> Result<()> {
+        if let Some(text) = matches.opt_str("ready-fd") {
+            let number = text.parse();
+            let why = || wrong(format!("--ready-fd expects a number, not \"{text}\""));
+            self.ready_fd = Some(number.map_err(|_| why())?);
+        }
+        let file = |name| matches.opt_str(name).map(PathBuf::from);
+        self.config = file("config").or(self.config.take());
+        self.pidfile = file("pidfile").or(self.pidfile.take());
+        self.syslog |= matches.opt_present("syslog");
+        self.verbose += matches.opt_count("verbose");
+        self.no_seccomp |= matches.opt_present("no-seccomp");
+        Ok(())
+    }
 }
 
 fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
-    let matches = options()
-        .parse(args)
-        .map_err(|fail| wrong(lower_first(&fail.to_string())))?;
-    if matches.opt_present("help") {
-        return commands::print(&usage());
-    }
-    if matches.opt_present("version") {
-        return commands::print(&format!("cgtproxy {}\n", env!("CARGO_PKG_VERSION")));
-    }
-    let ready_fd = match matches.opt_str("ready-fd") {
-        None => None,
-        Some(text) => match text.parse() {
-            Ok(fd) => Some(fd),
-            Err(_) => {
-                return Err(wrong(format!(
-                    "--ready-fd expects a number, not \"{text}\""
-                )))
-            }
-        },
+    let mut given = Options::default();
+    let (before, rest) = parse(&mut options(""), &args, false)?;
+    given.take(&before)?;
+    let (command, rest) = match rest.split_first() {
+        Some((command, rest)) => (command.to_string_lossy().into_owned(), rest),
+        None => ("run".to_string(), &[][..]),
     };
-    let options = Options {
-        config: matches.opt_str("config").map(PathBuf::from),
-        pidfile: matches.opt_str("pidfile").map(PathBuf::from),
-        syslog: matches.opt_present("syslog"),
-        verbose: matches.opt_count("verbose"),
-        ready_fd,
-        seccomp: !matches.opt_present("no-seccomp"),
+    // the arguments of CMD are none of our business
+    let floating = command != "exec";
+    let (mut matches, mut rest) = match known(&command) {
+        true => parse(&mut options(&command), rest, floating)?,
+        false => (before.clone(), Vec::new()),
     };
-    log::configure(Level::Notice.louder(options.verbose), false);
-    let mut free = matches.free.iter().map(String::as_str);
-    let command = free.next().unwrap_or("run");
-    if !COMMANDS.iter().any(|(name, _)| *name == command) {
+    let mut user = None;
+    let mut target = None;
+    if command == "exec" && !rest.is_empty() {
+        given.take(&matches)?;
+        user = matches.opt_str("user");
+        target = Some(rest.remove(0).to_string_lossy().into_owned());
+        (matches, rest) = parse(&mut options(&command), &rest, false)?;
+        user = matches.opt_str("user").or(user);
+    }
+    for matches in [&before, &matches] {
+        if matches.opt_present("help") {
+            return commands::print(&usage());
+        }
+        if matches.opt_present("version") {
+            return commands::print(&format!("cgtproxy {}\n", env!("CARGO_PKG_VERSION")));
+        }
+    }
+    if !known(&command) {
         return Err(wrong(format!("unknown command \"{command}\"")));
     }
-    if let Some(extra) = free.next() {
+    given.take(&matches)?;
+    log::configure(Level::Notice.louder(given.verbose), false);
+    if let (false, Some(extra)) = (["exec", "explain"].contains(&&*command), rest.first()) {
+        let extra = extra.to_string_lossy();
         return Err(wrong(format!("{command} takes no argument: \"{extra}\"")));
     }
-    match command {
-        "run" => commands::run::run(options),
-        "check" => commands::check::check(&options),
-        "show" => commands::show::show(&options),
+    match &*command {
+        "check" => commands::check::check(&given),
+        "explain" => match (matches.opt_present("pid"), rest.is_empty()) {
+            (true, true) => Err(wrong("explain --pid needs a PID")),
+            (false, true) => Err(wrong("explain needs a PATH, or --pid and a PID")),
+            (by_pid, false) => commands::explain::explain(&given, by_pid, &rest),
+        },
+        "show" => commands::show::show(&given),
+        "status" => match (matches.opt_present("json"), matches.opt_present("watch")) {
+            (true, true) => Err(wrong("status takes --json or --watch, not both")),
+            (json, watch) => commands::status::status(&given, json, watch),
+        },
         "flush" => commands::flush::flush(),
-        _ => unreachable!("{command} is in COMMANDS"),
+        "exec" => match (target, rest.is_empty()) {
+            (None, _) => Err(wrong("exec needs a TARGET and a CMD")),
+            (Some(_), true) => Err(wrong("exec needs a CMD behind its TARGET")),
+            (Some(target), false) => commands::exec::exec(&given, &target, user.as_deref(), &rest),
+        },
+        _ => commands::run::run(given),
     }
+}
+
+fn known(command: &str) -> bool {
+    COMMANDS.iter().any(|(name, _, _)| *name == command)
 }

@@ -1,7 +1,7 @@
 //! The kernel as this program changes it: one nftables table, ip rules, routes. It carries plans
 //! out and reports; what should be there is decided elsewhere.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
@@ -16,6 +16,7 @@ use crate::netlink::msg::Batch;
 use crate::netlink::parse::Messages;
 use crate::netlink::socket::{Failure, Socket};
 use crate::netlink::uapi::*;
+use crate::nft::dump;
 use crate::nft::encode::{self, Transaction};
 use crate::nft::event::Follower;
 use crate::nft::expr::Family;
@@ -373,6 +374,119 @@ fn is_absent(error: &Error) -> bool {
         Errno::ENODEV,
     ];
     error.errno().is_some_and(|errno| absent.contains(&errno))
+}
+
+/// What our table holds.
+pub struct Held {
+    /// `NFT_TABLE_F_*`
+    pub flags: u32,
+    pub view: dump::View,
+    /// By name of the target; without the sets that are not there.
+    pub cgroups: BTreeMap<String, Vec<dump::Element>>,
+}
+
+/// Looking: what the kernel holds, ours and others'.
+impl Kernel {
+    /// What our table holds; `None` where there is no table. Not one moment's picture: see
+    /// `Socket::dump`.
+    pub fn held(&mut self) -> Result<Option<Held>> {
+        let Some(flags) = self.table_flags()? else {
+            return Ok(None);
+        };
+        let view = dump::view(&self.rules()?);
+        let mut cgroups = BTreeMap::new();
+        for target in &view.targets {
+            let set = format!("cg_{}", target.name);
+            cgroups.insert(target.name.clone(), self.elements(&set)?);
+        }
+        Ok(Some(Held {
+            flags,
+            view,
+            cgroups,
+        }))
+    }
+
+    /// The flags of our table; `None` where there is no table.
+    pub fn table_flags(&mut self) -> Result<Option<u32>> {
+        let found = self.nft.dump(&encode::get_table, dump::parse_table_flags)?;
+        Ok(found.map_err(nft_refused)?.into_iter().next())
+    }
+
+    /// The rules of our table; none where there is no table.
+    pub fn rules(&mut self) -> Result<Vec<dump::Rule>> {
+        match self.nft.dump(&dump::get_rules, dump::parse_rule)? {
+            Err(Errno::ENOENT) => Ok(Vec::new()),
+            found => found.map_err(nft_refused),
+        }
+    }
+
+    /// The elements of one of our cgroup sets; none where there is no such set.
+    pub fn elements(&mut self, set: &str) -> Result<Vec<dump::Element>> {
+        let request = |batch: &mut Batch| dump::get_elements(batch, set);
+        match self.nft.dump(&request, dump::parse_elements)? {
+            Err(Errno::ENOENT) => Ok(Vec::new()),
+            found => Ok(found.map_err(nft_refused)?.into_iter().flatten().collect()),
+        }
+    }
+
+    /// The ip rules of one family, whoever made them, and the routes of `table` that are not ours.
+    pub fn others_routing(&mut self, family: Family, table: u32) -> Result<Vec<route::Other>> {
+        let mut all = Vec::new();
+        type Request = fn(&mut Batch, Family);
+        for request in [
+            route::get_rules as Request,
+            route::get_all_routes as Request,
+        ] {
+            let ask = |batch: &mut Batch| request(batch, family);
+            match (self.rt).dump(&ask, |message| route::parse_other(message, table))? {
+                Ok(found) => all.extend(found),
+                Err(Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT) => {}
+                Err(errno) => {
+                    return Err(Error::system("unable to list ip rules or routes", errno))
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Asks the kernel for each of these objects, in a transaction that is made to fail at its end
+    /// so that nothing comes of it, and returns what it said about each: `None` for granted.
+    pub fn probe(&mut self, probes: &[encode::Probe]) -> Result<Vec<Option<Errno>>> {
+        let batch = self.nft.batch();
+        let (batch, places, end) = encode::probe(probes, batch);
+        let refused = self.nft.refusals(&batch, end)?;
+        let said = |seq: &u32| {
+            refused
+                .iter()
+                .find(|(at, _)| at == seq)
+                .map(|(_, errno)| *errno)
+        };
+        match said(&end) {
+            // the failure that was asked for
+            Some(Errno::ENOENT) => Ok(places.iter().map(said).collect()),
+            _ => {
+                let errno = refused.first().map_or(Errno::EIO, |(_, errno)| *errno);
+                Err(Error::system(
+                    "unable to ask nf_tables what it can do",
+                    errno,
+                ))
+            }
+        }
+    }
+}
+
+fn nft_refused(errno: Errno) -> Error {
+    let error = Error::system("unable to list what nf_tables holds", errno);
+    match errno {
+        Errno::EPERM => error.hint("that needs CAP_NET_ADMIN: run as root"),
+        _ => error,
+    }
+}
+
+/// Whether IPv6 can be routed over `lo` here: where it is off there, there is nothing to route.
+pub fn ipv6_is_on() -> bool {
+    let off = std::fs::read("/proc/sys/net/ipv6/conf/lo/disable_ipv6");
+    off.is_ok_and(|text| text.starts_with(b"0"))
 }
 
 /// What a user can do about a refused object.

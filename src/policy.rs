@@ -1,37 +1,88 @@
 //! Which target a cgroup has: ranks of paths, targets of ranks. Pure.
 //!
-//! Rules are numbered in file order, and `default` is number n. A path's rank is the number of the
-//! first rule whose regex full-matches that path or a prefix of it that ends at a component
-//! boundary. By induction: rank(root) = n; rank(child) is the smallest i below rank(parent) whose
-//! regex matches the child's path, else rank(parent). So a rule is tried only where it could win.
+//! Rules are numbered: the built-in ones of `exec` first (`/cgtproxy/TARGET` goes to TARGET), then
+//! the configured ones in file order; `default` has the number behind the last. A path's rank is the
+//! number of the first rule that matches that path as a whole or a prefix of it that ends at a
+//! component boundary. By induction: rank(root) = default's; rank(child) is the smallest i below
+//! rank(parent) whose rule matches the child's path, else rank(parent). So a rule is tried only
+//! where it could win.
 
-use crate::config::{Config, Target};
+use crate::config::{Config, Rule, Target};
 
-/// Number of the deciding rule; the number of rules stands for `default`.
+/// Number of the deciding rule.
 pub type Rank = u32;
+
+/// The cgroup, from the cgroup root, below which `exec` makes its own: `/cgtproxy/TARGET/PID`.
+pub const EXEC: &str = "/cgtproxy";
+
+/// What a rank stands for.
+#[derive(Debug, Clone, Copy)]
+pub enum Decision<'a> {
+    /// `/cgtproxy/TARGET` goes to TARGET.
+    BuiltIn(Target),
+    Rule(&'a Rule),
+    Default,
+}
 
 /// The rank of the root cgroup.
 pub fn root_rank(config: &Config) -> Rank {
-    config.rules.len() as Rank
+    built_in_rules(config) + config.rules.len() as Rank
 }
 
 /// The rank of `path` (bytes from the cgroup root, with a leading slash) under a parent of rank
 /// `parent`. Invalid UTF-8 matches as U+FFFD.
 pub fn rank(config: &Config, parent: Rank, path: &[u8]) -> Rank {
+    if let Some(rank) = built_in(config, path) {
+        return rank;
+    }
+    let configured = parent.saturating_sub(built_in_rules(config)) as usize;
+    let before = &config.rules[..configured.min(config.rules.len())];
+    if before.is_empty() {
+        return parent;
+    }
     let text = String::from_utf8_lossy(path);
-    let before = &config.rules[..(parent as usize).min(config.rules.len())];
-    before
-        .iter()
-        .position(|rule| rule.regex.is_match(&text))
-        .map_or(parent, |i| i as Rank)
+    (before.iter().position(|rule| rule.regex.is_match(&text)))
+        .map_or(parent, |i| built_in_rules(config) + i as Rank)
 }
 
 /// The target that a rank stands for.
 pub fn target(config: &Config, rank: Rank) -> Target {
-    config
-        .rules
-        .get(rank as usize)
-        .map_or(config.default, |rule| rule.target)
+    match decision(config, rank) {
+        Decision::BuiltIn(target) => target,
+        Decision::Rule(rule) => rule.target,
+        Decision::Default => config.default,
+    }
+}
+
+/// The rule that a rank stands for.
+pub fn decision(config: &Config, rank: Rank) -> Decision<'_> {
+    match rank.checked_sub(built_in_rules(config)) {
+        None => (config.targets().nth(rank as usize)).map_or(Decision::Default, Decision::BuiltIn),
+        Some(i) => (config.rules.get(i as usize)).map_or(Decision::Default, Decision::Rule),
+    }
+}
+
+/// The ranks of a path and its ancestors, outermost first and without the root, each with the
+/// length of its prefix.
+pub fn ranks<'a>(config: &'a Config, path: &'a [u8]) -> impl Iterator<Item = (usize, Rank)> + 'a {
+    let slashes = (1..path.len()).filter(|at| path[*at] == b'/');
+    let ends = slashes.chain((!path.is_empty()).then_some(path.len()));
+    ends.scan(root_rank(config), |parent, end| {
+        *parent = rank(config, *parent, &path[..end]);
+        Some((end, *parent))
+    })
+}
+
+/// One for each target.
+fn built_in_rules(config: &Config) -> Rank {
+    config.targets().count() as Rank
+}
+
+fn built_in(config: &Config, path: &[u8]) -> Option<Rank> {
+    let name = path.strip_prefix(EXEC.as_bytes())?.strip_prefix(b"/")?;
+    let mut targets = config.targets();
+    let index = targets.position(|target| config.target_name(target).as_bytes() == name)?;
+    Some(index as Rank)
 }
 
 #[cfg(test)]
@@ -75,15 +126,8 @@ mod tests {
     }
 
     fn by_rank(config: &Config, path: &str) -> Target {
-        let ends = path
-            .match_indices('/')
-            .map(|(at, _)| at)
-            .skip(1)
-            .chain([path.len()]);
-        let rank = ends.fold(root_rank(config), |parent, end| {
-            super::rank(config, parent, path[..end].as_bytes())
-        });
-        target(config, rank)
+        let last = ranks(config, path.as_bytes()).last();
+        target(config, last.map_or(root_rank(config), |(_, rank)| rank))
     }
 
     #[test]
@@ -154,8 +198,9 @@ mod tests {
     #[test]
     fn invalid_utf8_matches_as_the_replacement_character() {
         let config = config(&[(Target::Drop, "/a\u{fffd}b".into())], Target::Direct);
-        assert_eq!(rank(&config, 1, b"/a\xffb"), 0);
-        assert_eq!(rank(&config, 1, b"/a\xff\xffb"), 1);
+        let root = root_rank(&config);
+        assert_eq!(rank(&config, root, b"/a\xffb"), root - 1);
+        assert_eq!(rank(&config, root, b"/a\xff\xffb"), root);
     }
 
     #[test]
@@ -164,6 +209,25 @@ mod tests {
             &[(Target::Drop, "/a".into()), (Target::Direct, "/a/b".into())],
             Target::Direct,
         );
-        assert_eq!(rank(&config, 0, b"/a/b"), 0);
+        let first = rank(&config, root_rank(&config), b"/a");
+        assert_eq!(rank(&config, first, b"/a/b"), first);
+    }
+
+    #[test]
+    fn the_rules_of_exec_come_first() {
+        let config = config(&[(Target::Drop, "/.*".into())], Target::Direct);
+        for (path, want) in [
+            ("/cgtproxy", Target::Drop),
+            ("/cgtproxy/direct", Target::Direct),
+            ("/cgtproxy/direct/7/below", Target::Direct),
+            ("/cgtproxy/drop/7", Target::Drop),
+            ("/cgtproxy/direct-not", Target::Drop),
+            ("/cgtproxy/unknown/direct", Target::Drop),
+            ("/x/cgtproxy/direct", Target::Drop),
+        ] {
+            assert_eq!(by_rank(&config, path), want, "{path}");
+        }
+        let ranks: Vec<_> = ranks(&config, b"/cgtproxy/direct/7").collect();
+        assert_eq!(ranks, [(9, 2), (16, 0), (18, 0)]);
     }
 }

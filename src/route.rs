@@ -305,6 +305,87 @@ pub fn is_revival(message: &parse::Message) -> bool {
     up && word(4) == Some(LO)
 }
 
+/// Asks for all routes of a family.
+pub fn get_all_routes(batch: &mut Batch, family: Family) {
+    let open = batch.begin(RTM_GETROUTE, NLM_F_REQUEST | NLM_F_DUMP);
+    batch.header(&[family.number(), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    batch.end(open);
+}
+
+/// A rule or route that is not ours, as far as it could be in our way.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Other {
+    Rule {
+        family: Family,
+        priority: u32,
+        /// Zeroes where it does not look at the mark.
+        mark: Mark,
+        table: u32,
+    },
+    /// A route in the table that was asked about.
+    Route { family: Family, protocol: u8 },
+}
+
+/// Reads one dumped rule or route; `None` for ours and for routes in other tables than `wanted`.
+pub fn parse_other(message: &parse::Message, wanted: u32) -> Option<Other> {
+    let family = match *message.body.first()? {
+        AF_INET => Family::V4,
+        AF_INET6 => Family::V6,
+        _ => return None,
+    };
+    let attrs = Attrs::after(message.body, 12);
+    let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
+    let small_table = u32::from(*message.body.get(4)?);
+    match message.kind {
+        RTM_NEWRULE if attrs.clone().get(FRA_PROTOCOL) != Some(&[RTPROT_CGTPROXY]) => {
+            let value = number(FRA_FWMARK).unwrap_or(0);
+            // a mark without a mask is compared whole
+            let whole = if value == 0 { 0 } else { u32::MAX };
+            Some(Other::Rule {
+                family,
+                priority: number(FRA_PRIORITY).unwrap_or(0),
+                mark: Mark {
+                    value,
+                    mask: number(FRA_FWMASK).unwrap_or(whole),
+                },
+                table: number(FRA_TABLE).unwrap_or(small_table),
+            })
+        }
+        RTM_NEWROUTE => {
+            let protocol = *message.body.get(5)?;
+            let table = number(RTA_TABLE).unwrap_or(small_table);
+            (table == wanted && protocol != RTPROT_CGTPROXY)
+                .then_some(Other::Route { family, protocol })
+        }
+        _ => None,
+    }
+}
+
+impl fmt::Display for Other {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Other::Rule {
+                family,
+                priority,
+                mark: Mark { value, mask },
+                table,
+            } => {
+                write!(f, "{} rule pref {priority}", ip(*family))?;
+                if *mask != 0 {
+                    write!(f, " fwmark {value:#x}/{mask:#x}")?;
+                }
+                match table {
+                    0 => Ok(()),
+                    table => write!(f, " lookup {table}"),
+                }
+            }
+            Other::Route { family, protocol } => {
+                write!(f, "{} route of protocol {protocol}", ip(*family))
+            }
+        }
+    }
+}
+
 fn ip(family: Family) -> &'static str {
     match family {
         Family::V4 => "ip",

@@ -273,6 +273,24 @@ pub fn seccomp_allow(arch: u32, allowed: &[libc::c_long]) -> Result<(), Errno> {
     Errno::result(rc).map(drop)
 }
 
+/// Whether CAP_NET_ADMIN is in effect; true too where that cannot be told.
+pub fn has_net_admin() -> bool {
+    effective_capabilities().map_or(true, |set| set & CAP_NET_ADMIN != 0)
+}
+
+/// How many lines the terminal on `fd` shows (ioctl_tty(2)). Errors: ENOTTY.
+pub fn terminal_lines(fd: BorrowedFd) -> Result<usize, Errno> {
+    let mut size = libc::winsize {
+        ws_row: 0,
+        ws_col: 0,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCGWINSZ writes one struct winsize.
+    Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) })?;
+    Ok(usize::from(size.ws_row))
+}
+
 /// Whether a write of up to `PIPE_BUF` bytes to `fd` would not block now (poll(2), no waiting).
 pub fn writable_now(fd: BorrowedFd) -> bool {
     let mut poll = libc::pollfd {

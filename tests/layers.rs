@@ -10,7 +10,7 @@ const LAYERS: [&[&str]; 12] = [
     &["netlink::uapi"],
     &["netlink::msg", "netlink::parse"],
     &["netlink::diag"],
-    &["error", "sys"],
+    &["error", "sys", "json"],
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
     &["nft::expr"],
@@ -21,6 +21,7 @@ const LAYERS: [&[&str]; 12] = [
         "nft::ruleset",
         "nft::encode",
         "nft::event",
+        "nft::dump",
         "route",
     ],
     &[
@@ -31,7 +32,7 @@ const LAYERS: [&[&str]; 12] = [
         "plan",
     ],
     // ... to here, but for the files below
-    &["kernel", "instance", "notify", "confine"],
+    &["kernel", "instance", "notify", "confine", "listen"],
     &["daemon"],
     &["cli", "commands"],
 ];

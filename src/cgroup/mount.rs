@@ -35,11 +35,25 @@ pub fn mounts(mountinfo: &[u8]) -> Vec<Mount> {
     mountinfo.split(|b| *b == b'\n').filter_map(mount).collect()
 }
 
+/// Whether a cgroup v1 hierarchy is mounted.
+pub fn has_v1(mountinfo: &[u8]) -> bool {
+    let mut lines = mountinfo.split(|b| *b == b'\n');
+    lines.any(|line| {
+        let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
+        kind(&fields) == Some(b"cgroup")
+    })
+}
+
+/// The file system's type, which stands behind the optional fields and their end mark.
+fn kind<'a>(fields: &[&'a [u8]]) -> Option<&'a [u8]> {
+    let separator = 6 + fields.get(6..)?.iter().position(|f| *f == b"-")?;
+    fields.get(separator + 1).copied()
+}
+
 /// `36 35 98:0 /root /point options… [optional fields] - type source options`
 fn mount(line: &[u8]) -> Option<Mount> {
     let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
-    let separator = 6 + fields.get(6..)?.iter().position(|f| *f == b"-")?;
-    let is_cgroup2 = *fields.get(separator + 1)? == b"cgroup2";
+    let is_cgroup2 = kind(&fields)? == b"cgroup2";
     let path = |field: &[u8]| PathBuf::from(OsString::from_vec(unescape(field)));
     is_cgroup2.then_some(Mount {
         point: path(fields.get(4)?),
@@ -149,6 +163,7 @@ mod tests {
             root(HYBRID, None).map(dir),
             Ok(("/sys/fs/cgroup/unified".into(), 0))
         );
+        assert!(has_v1(HYBRID) && !has_v1(unified));
         assert_eq!(
             root(unified, None).map(dir),
             Ok(("/sys/fs/cgroup".into(), 0))

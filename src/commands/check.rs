@@ -1,57 +1,585 @@
-//! `check`: every finding about the configuration, one a line.
+//! `check`: findings about the configuration and then about this host, one a line, with the remedy.
+//! It changes nothing. What it asks of nf_tables is a transaction that is made to fail.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::rc::Rc;
 
+use nix::errno::Errno;
+
+use crate::cgroup::mount;
 use crate::cli::{Options, DEFAULT_CONFIG};
-use crate::config::file;
-use crate::error::{Error, Result};
+use crate::config::{file, Config, Take, Tproxy};
+use crate::error::{reason, Error, Result};
+use crate::kernel::{self, Kernel};
+use crate::listen;
+use crate::netlink::uapi::*;
+use crate::nft::encode::Probe;
+use crate::nft::expr::{Expr, Family, L4};
+use crate::nft::ruleset::{Base, TABLE};
+use crate::route::Other;
+use crate::sys;
+
+/// What was found, as it is printed.
+#[derive(Default)]
+struct Findings(String);
+
+impl Findings {
+    fn ok(&mut self, text: impl AsRef<str>) {
+        self.add("ok", text.as_ref());
+    }
+
+    /// Degraded, or a risk.
+    fn warning(&mut self, text: impl AsRef<str>) {
+        self.add("warning", text.as_ref());
+    }
+
+    /// Does not work.
+    fn error(&mut self, text: impl AsRef<str>) {
+        self.add("error", text.as_ref());
+    }
+
+    fn add(&mut self, kind: &str, text: &str) {
+        // a file name may hold a newline: one finding is one line
+        self.0
+            .push_str(&format!("{kind}: {}\n", text.replace('\n', " ")));
+    }
+}
 
 pub fn check(options: &Options) -> Result<ExitCode> {
-    let mut findings = String::new();
-    let mut finding = |kind: &str, text: &str| findings.push_str(&format!("{kind}: {text}\n"));
-    let mut wrong = false;
-    match options.load(false) {
-        Ok(None) => {
-            let what = "is absent: the built-in default is used, everything direct";
-            finding("ok", &format!("{DEFAULT_CONFIG} {what}"));
+    let mut findings = Findings::default();
+    let (config, wrong) = configuration(options, &mut findings)?;
+    let config = Rc::new(config);
+    cgroups(&config, &mut findings);
+    old_controllers(&mut findings);
+    // what `run` will keep of privileges, and its system call filter, belong here
+    match sys::has_net_admin() {
+        false => findings.warning(
+            "without CAP_NET_ADMIN, what nf_tables can do is not looked at: check as root",
+        ),
+        true => {
+            findings.ok("CAP_NET_ADMIN is in effect");
+            features(&config, &mut findings);
         }
-        Ok(Some(config)) => {
-            wrong = untrusted_files(&config.files, &mut finding);
-            let (tproxies, rules) = (config.tproxies.len(), config.rules.len());
-            if !wrong {
-                let name = options.config_file().display();
-                finding(
-                    "ok",
-                    &format!("{name}: tproxies: {tproxies}, rules: {rules}"),
-                );
-            }
-        }
-        Err(Error::Usage(problems)) => {
-            wrong = true;
-            problems
-                .iter()
-                .for_each(|problem| finding("error", problem));
-            // the files that were read are not known here; the first one is
-            untrusted_files(&[options.config_file().to_path_buf()], &mut finding);
-        }
-        Err(error) => return Err(error),
     }
-    super::print(&findings)?;
+    listeners(&config, &mut findings);
+    routing(&config, &mut findings);
+    sysctls(&mut findings);
+    saved_rulesets(&mut findings);
+    super::print(&findings.0)?;
     Ok(ExitCode::from(if wrong { 2 } else { 0 }))
 }
 
+/// The configuration to look at the host with, and whether it is wrong; then the default stands in.
+fn configuration(options: &Options, findings: &mut Findings) -> Result<(Config, bool)> {
+    match options.load(false) {
+        Ok(None) => {
+            let what = "is absent: the built-in default is used, everything direct";
+            findings.ok(format!("{DEFAULT_CONFIG} {what}"));
+            Ok((Config::default(), false))
+        }
+        Ok(Some(config)) => {
+            let wrong = untrusted_files(&config.files, findings);
+            let (tproxies, rules) = (config.tproxies.len(), config.rules.len());
+            if !wrong {
+                let name = options.config_file().display();
+                findings.ok(format!("{name}: tproxies: {tproxies}, rules: {rules}"));
+            }
+            Ok((config, wrong))
+        }
+        Err(Error::Usage(problems)) => {
+            problems.iter().for_each(|problem| findings.error(problem));
+            // the files that were read are not known here; the first one is
+            untrusted_files(&[options.config_file().to_path_buf()], findings);
+            Ok((Config::default(), true))
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// Names the files that `run` would refuse because others could change them.
-fn untrusted_files(files: &[PathBuf], finding: &mut impl FnMut(&str, &str)) -> bool {
+fn untrusted_files(files: &[PathBuf], findings: &mut Findings) -> bool {
     let mut any = false;
     for path in files {
         if let Ok(Some(why)) = file::untrusted(path) {
             any = true;
-            finding(
-                "error",
-                &format!("{}: {why}; run refuses it", path.display()),
-            );
+            findings.error(format!("{}: {why}; run refuses it", path.display()));
         }
     }
     any
+}
+
+/// Where cgroup v2 is, and whether all of it can be watched.
+fn cgroups(config: &Rc<Config>, findings: &mut Findings) {
+    let mountinfo = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let has_v1 = mount::has_v1(&mountinfo);
+    const UNIFIED: &str = "boot with cgroup v2 alone: systemd.unified_cgroup_hierarchy=1 on the \
+                           kernel command line (systemd), rc_cgroup_mode=\"unified\" in \
+                           /etc/rc.conf (OpenRC)";
+    let root = match mount::find(config.cgroup_root.as_deref()) {
+        Ok(root) => root,
+        Err(_) if mount::mounts(&mountinfo).is_empty() && has_v1 => {
+            return findings.error(format!("only cgroup v1 is mounted; {UNIFIED}"));
+        }
+        Err(error) => return findings.error(error.to_string()),
+    };
+    let dir = root.dir.display();
+    match has_v1 {
+        false => findings.ok(format!("cgroup root {dir}, cgroup v2 alone")),
+        true => findings.warning(format!(
+            "cgroup root {dir}, but cgroup v1 is mounted too: a service is classified only if it \
+             has a cgroup of its own in v2; {UNIFIED}"
+        )),
+    }
+    match super::look(config.clone()) {
+        Ok((core, _)) if !core.tree().is_empty() => watches(core.tree().len(), findings),
+        Ok(_) => findings.error(format!(
+            "unable to read cgroup root {dir}: is it on cgroup2?"
+        )),
+        Err(error) => findings.error(error.to_string()),
+    }
+}
+
+/// The limits of inotify against the number of cgroups, of which each takes a watch.
+fn watches(cgroups: usize, findings: &mut Findings) {
+    if let Err(errno) = sys::inotify_init() {
+        let why = reason(errno);
+        findings.error(format!(
+            "unable to make an inotify instance: {why}; raise the sysctl \
+             fs.inotify.max_user_instances"
+        ));
+    }
+    let limit = read_number("/proc/sys/fs/inotify/max_user_watches");
+    let Some(limit) = limit else {
+        return findings.error("inotify is not there: the kernel needs CONFIG_INOTIFY_USER");
+    };
+    let name = "fs.inotify.max_user_watches";
+    let found = format!("{cgroups} cgroups, and {name} is {limit}");
+    match cgroups as u64 {
+        n if n > limit => findings.error(format!("{found}: raise it")),
+        n if n > limit / 2 => {
+            findings.warning(format!("{found}: raise it, others need watches too"))
+        }
+        _ => findings.ok(found),
+    }
+}
+
+/// Before Linux 5.15, a socket could either tell its net_cls class and net_prio priority, or its
+/// cgroup v2: the first use of those controllers ended classification for good.
+fn old_controllers(findings: &mut Findings) {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse::<u32>);
+    let version = (numbers.next(), numbers.next());
+    let (Some(Ok(major)), Some(Ok(minor))) = version else {
+        return;
+    };
+    let controllers = fs::read_to_string("/proc/cgroups").unwrap_or_default();
+    let in_use = controllers.lines().filter_map(|line| {
+        let (name, rest) = line.split_once('\t')?;
+        let hierarchy = rest.split('\t').next()?;
+        (["net_cls", "net_prio"].contains(&name) && hierarchy != "0").then_some(name)
+    });
+    let in_use: Vec<&str> = in_use.collect();
+    if (major, minor) < (5, 15) && !in_use.is_empty() {
+        findings.error(format!(
+            "{} of cgroup v1 in use: before Linux 5.15 (this is {major}.{minor}) that ends cgroup \
+             v2 matching; boot with cgroup_no_v1=net_cls,net_prio",
+            in_use.join(" and ")
+        ));
+    }
+}
+
+/// Something that nf_tables must be able to do.
+struct Feature {
+    name: &'static str,
+    probe: Probe,
+    /// Whether this configuration needs it.
+    needed: bool,
+    /// What to have in the kernel, and the package of OpenWrt that has it.
+    module: &'static str,
+    package: &'static str,
+}
+
+fn wanted_features(config: &Config) -> Vec<Feature> {
+    let feature = |name, probe, needed, module, package| Feature {
+        name,
+        probe,
+        needed,
+        module,
+        package,
+    };
+    let port = |dreg| Expr::Immediate {
+        dreg,
+        data: vec![0, 1],
+    };
+    let address = Expr::Immediate {
+        dreg: NFT_REG_1,
+        data: vec![127, 0, 0, 1],
+    };
+    let socket = Expr::SocketCgroup {
+        level: 1,
+        dreg: NFT_REG_1,
+    };
+    let tproxy = Expr::Tproxy {
+        family: NFPROTO_UNSPEC,
+        address: None,
+        port: NFT_REG_1,
+    };
+    let dnat = Expr::Dnat {
+        family: NFPROTO_IPV4,
+        address: NFT_REG_1,
+        port: NFT_REG_2,
+    };
+    let ct = Expr::CtLoad {
+        key: NFT_CT_MARK,
+        dreg: NFT_REG_1,
+    };
+    let base = |kind, hook, priority| {
+        Probe::Chain(Base {
+            kind,
+            hook,
+            priority,
+        })
+    };
+    let route = base("route", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE);
+    let nat = base("nat", NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST);
+    let fib = Expr::FibAddrtype { dreg: NFT_REG_1 };
+    let proxies = !config.tproxies.is_empty();
+    let hijacks = config.tproxies.iter().any(Tproxy::hijacks_dns);
+    vec![
+        feature(
+            "socket cgroupv2",
+            Probe::Rule(vec![socket]),
+            true,
+            "nft_socket of Linux 5.13 or later, with CONFIG_SOCK_CGROUP_DATA",
+            "kmod-nft-socket",
+        ),
+        feature(
+            "type route",
+            route,
+            true,
+            "nf_tables for inet",
+            "kmod-nft-core",
+        ),
+        feature(
+            "ct mark",
+            Probe::Rule(vec![ct]),
+            true,
+            "nft_ct",
+            "kmod-nft-core",
+        ),
+        feature(
+            "fib",
+            Probe::Rule(vec![fib]),
+            true,
+            "nft_fib_inet",
+            "kmod-nft-fib",
+        ),
+        feature(
+            "tproxy",
+            Probe::Rule(vec![port(NFT_REG_1), tproxy]),
+            proxies,
+            "nft_tproxy",
+            "kmod-nft-tproxy",
+        ),
+        feature(
+            "reject with tcp reset",
+            Probe::Rule(vec![Expr::RejectTcpReset]),
+            proxies,
+            "nft_reject_inet",
+            "kmod-nft-core",
+        ),
+        feature(
+            "dnat",
+            Probe::Rule(vec![address, port(NFT_REG_2), dnat]),
+            hijacks,
+            "nft_nat",
+            "kmod-nft-nat",
+        ),
+        feature("type nat", nat, hijacks, "nft_chain_nat", "kmod-nft-nat"),
+    ]
+}
+
+/// What this kernel's nf_tables can do of what we need.
+fn features(config: &Config, findings: &mut Findings) {
+    let features = wanted_features(config);
+    let probes: Vec<Probe> = features.iter().map(|f| f.probe.clone()).collect();
+    match Kernel::open().and_then(|mut kernel| kernel.probe(&probes)) {
+        Err(error) => findings.error(format!(
+            "{error}; the kernel needs nf_tables (on OpenWrt: kmod-nft-core)"
+        )),
+        Ok(said) => judge_features(&features, &said, findings),
+    }
+}
+
+fn judge_features(features: &[Feature], said: &[Option<Errno>], findings: &mut Findings) {
+    let mut there = Vec::new();
+    for (feature, said) in features.iter().zip(said) {
+        let Some(errno) = said else {
+            there.push(feature.name);
+            continue;
+        };
+        let (name, module, package) = (feature.name, feature.module, feature.package);
+        let why = reason(*errno);
+        let text = format!(
+            "the kernel has no nft \"{name}\" ({why}): it needs {module} (on OpenWrt: {package})"
+        );
+        match feature.needed {
+            true => findings.error(text),
+            false => findings.warning(format!("{text}; this configuration does without")),
+        }
+    }
+    if !there.is_empty() {
+        findings.ok(format!("the kernel has nft {}", there.join(", ")));
+    }
+}
+
+/// Whether anybody takes what each tproxy is handed.
+fn listeners(config: &Config, findings: &mut Findings) {
+    let all = listen::listeners();
+    for tproxy in &config.tproxies {
+        let addresses = [
+            tproxy.address4.map(IpAddr::V4),
+            tproxy.address6.map(IpAddr::V6),
+        ];
+        let addresses: Vec<IpAddr> = addresses.into_iter().flatten().collect();
+        let (name, port) = (&tproxy.name, tproxy.port);
+        for (l4, protocol, take) in [(L4::Tcp, "TCP", tproxy.tcp), (L4::Udp, "UDP", tproxy.udp)] {
+            if take != Take::Yes {
+                continue;
+            }
+            match listen::takes(&all, l4, port, &addresses) {
+                true => findings.ok(format!(
+                    "[tproxy {name}]: {protocol} port {port} is listened on"
+                )),
+                false => findings.warning(format!(
+                    "[tproxy {name}]: nothing listens on {protocol} port {port}, so its traffic is \
+                     refused: start the proxy with a tproxy inbound on that port"
+                )),
+            }
+        }
+    }
+}
+
+/// Ip rules and routes of others that are in the way of ours.
+fn routing(config: &Config, findings: &mut Findings) {
+    if config.tproxies.is_empty() {
+        return;
+    }
+    let mut others = Vec::new();
+    let found = Kernel::open().and_then(|mut kernel| {
+        for family in Family::BOTH {
+            others.extend(kernel.others_routing(family, config.route_table)?);
+        }
+        Ok(())
+    });
+    if let Err(error) = found {
+        return findings.error(error.to_string());
+    }
+    let in_the_way: BTreeSet<String> = others.iter().flat_map(|o| conflicts(config, o)).collect();
+    let (mask, table, priority) = (config.mask, config.route_table, config.rule_priority);
+    match in_the_way.is_empty() {
+        true => findings.ok(format!(
+            "no ip rule or route of others uses mark bits {mask:#x}, table {table} or priority \
+             {priority}"
+        )),
+        false => in_the_way.iter().for_each(|text| findings.warning(text)),
+    }
+}
+
+/// What is in the way about one rule or route of others.
+fn conflicts(config: &Config, other: &Other) -> Vec<String> {
+    let mut found = Vec::new();
+    let (mask, table) = (config.mask, config.route_table);
+    match other {
+        Other::Route { .. } => found.push(format!(
+            "route-table {table} is used by others ({other}): set another route-table"
+        )),
+        Other::Rule {
+            priority,
+            mark,
+            table: theirs,
+            ..
+        } => {
+            // a mark that is compared whole needs our bits to be zero, which they are elsewhere
+            let whole = mark.mask == u32::MAX && mark.value & mask == 0;
+            if mark.mask & mask != 0 && !whole {
+                found.push(format!(
+                    "bits of fwmark-mask {mask:#x} are used by others ({other}): set another \
+                     fwmark-mask"
+                ));
+            }
+            if *priority == config.rule_priority {
+                found.push(format!(
+                    "rule-priority {priority} is used by others ({other}): set another \
+                     rule-priority"
+                ));
+            }
+            if *theirs == table {
+                found.push(format!(
+                    "route-table {table} is used by others ({other}): set another route-table"
+                ));
+            }
+        }
+    }
+    found
+}
+
+/// Settings of the network stack that break TPROXY.
+fn sysctls(findings: &mut Findings) {
+    let mut marked = Vec::new();
+    for entry in fs::read_dir("/proc/sys/net/ipv4/conf")
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let on = read_number(entry.path().join("src_valid_mark")) == Some(1);
+        marked.extend(on.then(|| entry.file_name().to_string_lossy().into_owned()));
+    }
+    marked.sort();
+    if !marked.is_empty() {
+        findings.warning(format!(
+            "net.ipv4.conf.{}.src_valid_mark is 1 (Tailscale and wg-quick set it): packets that \
+             this host routes for others and hands to a tproxy may be dropped as martians; set it \
+             to 0, or keep such programs off a gateway",
+            marked.join(", ")
+        ));
+    }
+    for family in ["ip", "ip6"] {
+        let name = format!("bridge-nf-call-{family}tables");
+        if read_number(format!("/proc/sys/net/bridge/{name}")) == Some(1) {
+            findings.warning(format!(
+                "net.bridge.{name} is 1 (br_netfilter, Docker sets it): bridged packets pass \
+                 prerouting before they are routed, and TPROXY fails for them; set it to 0 if \
+                 nothing needs it"
+            ));
+        }
+    }
+    if !kernel::ipv6_is_on() {
+        findings.ok("IPv6 is off on lo: IPv4 alone is routed to the proxies");
+    }
+}
+
+/// Where distributions save and load rulesets: Debian and Arch, Alpine, Fedora, OpenRC.
+const SAVED: [&str; 5] = [
+    "/etc/nftables.conf",
+    "/etc/nftables.nft",
+    "/etc/sysconfig/nftables.conf",
+    "/var/lib/nftables/rules-save",
+    "/var/lib/nftables/nftables.conf",
+];
+/// Directories of such files: Alpine and OpenWrt, Fedora.
+const SAVED_DIRS: [&str; 2] = ["/etc/nftables.d", "/etc/nftables"];
+
+/// A saved cgroup element does not load when its cgroup is not there, and then nothing does.
+fn saved_rulesets(findings: &mut Findings) {
+    let mut files: Vec<PathBuf> = SAVED.iter().map(PathBuf::from).collect();
+    for dir in SAVED_DIRS {
+        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+        files.extend(entries.map(|entry| entry.path()));
+    }
+    files.sort();
+    for file in files {
+        let is_file = fs::metadata(&file).is_ok_and(|meta| meta.is_file());
+        let text = is_file.then(|| fs::read(&file).unwrap_or_default());
+        if text.is_some_and(|text| holds_table(&String::from_utf8_lossy(&text))) {
+            findings.error(format!(
+                "{} holds table inet {TABLE}: it would not load at boot, when its cgroups are not \
+                 there; remove that table from the file, and stop cgtproxy before saving rules",
+                file.display()
+            ));
+        }
+    }
+}
+
+/// `table inet cgtproxy` outside of comments, however it is spaced.
+fn holds_table(script: &str) -> bool {
+    let lines = script
+        .lines()
+        .map(|line| line.split('#').next().unwrap_or(line));
+    let words: Vec<&str> = lines.flat_map(str::split_ascii_whitespace).collect();
+    let name = |word: &str| word.trim_end_matches(['{', ';']) == TABLE;
+    (words.windows(3)).any(|w| w[0] == "table" && w[1] == "inet" && name(w[2]))
+}
+
+fn read_number(path: impl AsRef<Path>) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nft::expr::Mark;
+
+    #[test]
+    fn tables_in_scripts() {
+        for (script, want) in [
+            ("table inet cgtproxy {\n}", true),
+            ("table  inet\tcgtproxy{ }", true),
+            ("flush ruleset; \ntable inet\n cgtproxy { set a {", true),
+            ("# table inet cgtproxy {", false),
+            ("table inet cgtproxy2 {", false),
+            ("table ip cgtproxy {", false),
+        ] {
+            assert_eq!(holds_table(script), want, "{script}");
+        }
+    }
+
+    #[test]
+    fn conflicts_are_of_bits_priority_and_table() {
+        let config = Config::default();
+        let count = |priority, value, mask, table| {
+            let mark = Mark { value, mask };
+            let family = Family::V4;
+            let rule = Other::Rule {
+                family,
+                priority,
+                mark,
+                table,
+            };
+            conflicts(&config, &rule).len()
+        };
+        assert_eq!(count(32766, 0, 0, 254), 0);
+        assert_eq!(count(5210, 0x8_0000, 0xff_0000, 52), 0);
+        assert_eq!(count(5210, 0x1, u32::MAX, 52), 0, "needs our bits zero");
+        assert_eq!(count(5210, 0x0100_0001, u32::MAX, 52), 1);
+        assert_eq!(count(5210, 0, 0x0100_0000, 52), 1);
+        assert_eq!(count(100, 0, 0, 254), 1);
+        assert_eq!(count(100, 0x0100_0000, 0xff00_0000, 300), 3);
+        let protocol = 3;
+        let family = Family::V6;
+        assert_eq!(
+            conflicts(&config, &Other::Route { family, protocol }).len(),
+            1
+        );
+    }
+
+    #[test]
+    fn a_missing_feature_counts_as_the_configuration_needs_it() {
+        let config = Config::default();
+        let features = wanted_features(&config);
+        let judge = |missing: &str| {
+            let said = features
+                .iter()
+                .map(|f| (f.name == missing).then_some(Errno::ENOENT));
+            let mut findings = Findings::default();
+            judge_features(&features, &said.collect::<Vec<_>>(), &mut findings);
+            findings.0
+        };
+        let text = judge("socket cgroupv2");
+        assert!(
+            text.starts_with("error: the kernel has no nft \"socket cgroupv2\""),
+            "{text}"
+        );
+        assert!(text.contains("kmod-nft-socket"), "{text}");
+        let text = judge("tproxy");
+        assert!(text.starts_with("warning: "), "{text}");
+        assert!(text.contains("kmod-nft-tproxy"), "{text}");
+        assert!(judge("nothing").starts_with("ok: the kernel has nft socket cgroupv2, type route"));
+    }
 }

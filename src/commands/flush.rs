@@ -8,6 +8,7 @@ use crate::kernel::Kernel;
 use crate::nft::ruleset::TABLE;
 
 pub fn flush() -> Result<ExitCode> {
+    super::require_net_admin("flush")?;
     let mut kernel = Kernel::open()?;
     let mut text = String::new();
     if let Some(Some(owner)) = kernel.table_owner()? {

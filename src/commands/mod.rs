@@ -1,26 +1,65 @@
 //! One command a file.
 
 pub mod check;
+pub mod exec;
+pub mod explain;
 pub mod flush;
 pub mod run;
 pub mod show;
+pub mod status;
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::rc::Rc;
 
 use nix::errno::Errno;
 
+use crate::cgroup::mount::{self, Root};
+use crate::cgroup::watch::Watcher;
+use crate::config::Config;
+use crate::core::{Action, Core};
 use crate::error::{Error, Result};
+use crate::sys;
 
 /// Prints to standard output. A reader that has gone (`cgtproxy show | head`) is no error.
 pub fn print(text: &str) -> Result<ExitCode> {
+    write(text).map(|_| ExitCode::SUCCESS)
+}
+
+/// Prints to standard output; false where the reader has gone.
+pub fn write(text: &str) -> Result<bool> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Ok(()) => Ok(ExitCode::SUCCESS),
-        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
         Err(e) => {
             let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
             Err(Error::system("unable to write to standard output", errno))
         }
+    }
+}
+
+/// Looks at every cgroup there is now, and watches none.
+pub fn look(config: Rc<Config>) -> Result<(Core, Root)> {
+    let root = mount::find(config.cgroup_root.as_deref())?;
+    let mut core = Core::new(config, root.level);
+    let mut watcher = Watcher::look_only(&root.dir);
+    let mut actions = vec![core.start()];
+    while let Some(action) = actions.pop() {
+        if let Action::Scan(scan) = action {
+            let event = watcher.scan(&scan);
+            core.step(event, &mut actions);
+        }
+    }
+    Ok((core, root))
+}
+
+/// Errors: one line that says which capability is missing, where it is.
+pub fn require_net_admin(command: &str) -> Result<()> {
+    match sys::has_net_admin() {
+        true => Ok(()),
+        false => Err(Error::State(format!(
+            "unable to {command} without CAP_NET_ADMIN: run as root or grant that capability"
+        ))),
     }
 }

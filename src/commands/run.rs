@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 use crate::{log, sys};
 
 pub fn run(options: Options) -> Result<ExitCode> {
+    // first of all: who lacks it may be unable to read the configuration too
+    super::require_net_admin("run")?;
     let ready_fd = match options.ready_fd {
         None => None,
         Some(fd) => Some(sys::adopt_fd(fd).map_err(|errno| {
@@ -35,7 +37,7 @@ pub fn run(options: Options) -> Result<ExitCode> {
         ready_fd,
         verbose: options.verbose,
         syslog: options.syslog,
-        seccomp: options.seccomp,
+        seccomp: !options.no_seccomp,
     })?;
     Ok(ExitCode::SUCCESS)
 }

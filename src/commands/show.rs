@@ -3,10 +3,7 @@
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use crate::cgroup::mount;
-use crate::cgroup::watch::Watcher;
 use crate::cli::{self, Options};
-use crate::core::{Action, Core};
 use crate::error::Result;
 use crate::plan;
 
@@ -15,15 +12,6 @@ pub fn show(options: &Options) -> Result<ExitCode> {
         cli::tell_default();
         Default::default()
     });
-    let root = mount::find(config.cgroup_root.as_deref())?;
-    let mut core = Core::new(Rc::new(config), root.level);
-    let mut watcher = Watcher::look_only(&root.dir);
-    let mut actions = vec![core.start()];
-    while let Some(action) = actions.pop() {
-        if let Action::Scan(scan) = action {
-            let event = watcher.scan(&scan);
-            core.step(event, &mut actions);
-        }
-    }
+    let (mut core, root) = super::look(Rc::new(config))?;
     super::print(&plan::script(&mut core, &root))
 }

@@ -143,6 +143,10 @@ pub fn u32_be(bytes: &[u8]) -> Option<u32> {
     Some(u32::from_be_bytes(bytes.get(..4)?.try_into().ok()?))
 }
 
+pub fn u64_be(bytes: &[u8]) -> Option<u64> {
+    Some(u64::from_be_bytes(bytes.get(..8)?.try_into().ok()?))
+}
+
 /// `len` rounded up to a multiple of 4 (`NLMSG_ALIGN`, `NLA_ALIGN`).
 fn align4(len: usize) -> usize {
     len.saturating_add(3) & !3

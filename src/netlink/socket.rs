@@ -125,6 +125,29 @@ impl Socket {
         }
     }
 
+    /// Sends a batch that fails at message `last` at the latest, and returns every refusal of it:
+    /// sequence number and errno.
+    pub fn refusals(&mut self, batch: &Batch, last: u32) -> Result<Vec<(u32, Errno)>> {
+        self.send(batch)?;
+        let mut refused = Vec::new();
+        loop {
+            let length = match self.receive() {
+                Ok(length) => length,
+                // all that there is has been read
+                Err(Errno::EAGAIN) => return Ok(refused),
+                Err(errno) => return Err(Error::system("unable to read from netlink", errno)),
+            };
+            let replies = Messages::new(&self.buf[..length]).filter_map(|m| parse::reply(&m));
+            for reply in replies.filter(|reply| reply.errno != 0) {
+                refused.push((reply.seq, Errno::from_raw(reply.errno)));
+            }
+            if refused.iter().any(|(seq, _)| *seq == last) {
+                self.stale = false;
+                return Ok(refused);
+            }
+        }
+    }
+
     /// Sends one dump request and hands each message of the answer to `each`.
     ///
     /// A dump that the kernel marks as interrupted (something changed meanwhile) is asked for

@@ -91,8 +91,12 @@ impl Transaction {
 
     /// `flags`: what the table is created with, or none at all (kernels without table flags).
     pub fn table(&mut self, kind: u16, flags: u16, table_flags: Option<u32>) {
+        self.table_of(TABLE, kind, flags, table_flags);
+    }
+
+    fn table_of(&mut self, name: &str, kind: u16, flags: u16, table_flags: Option<u32>) {
         let open = self.begin(kind, flags);
-        self.batch.str_z(NFTA_TABLE_NAME, TABLE);
+        self.batch.str_z(NFTA_TABLE_NAME, name);
         if let Some(flags) = table_flags {
             self.batch.u32_be(NFTA_TABLE_FLAGS, flags);
         }
@@ -100,8 +104,12 @@ impl Transaction {
     }
 
     pub fn chain(&mut self, chain: &Chain) {
+        self.chain_of(TABLE, chain);
+    }
+
+    fn chain_of(&mut self, table: &str, chain: &Chain) {
         let open = self.begin(NFT_MSG_NEWCHAIN, NLM_F_CREATE);
-        self.batch.str_z(NFTA_CHAIN_TABLE, TABLE);
+        self.batch.str_z(NFTA_CHAIN_TABLE, table);
         self.batch.str_z(NFTA_CHAIN_NAME, &chain.name);
         if let Some(Base {
             kind,
@@ -568,6 +576,55 @@ pub fn describe(batch: &Batch, seq: u32) -> String {
         }
         _ => "a transaction".into(),
     }
+}
+
+/// Something that a kernel may lack.
+#[derive(Debug, Clone)]
+pub enum Probe {
+    /// The expressions of a rule; no look-ups.
+    Rule(Vec<Expr>),
+    /// The type of a base chain.
+    Chain(Base),
+}
+
+/// A transaction that asks for each of these and fails at its last message, which deletes a table
+/// that does not exist, so that nothing comes of it; but each message is judged before that. Gives
+/// the batch, the message of each probe, and the last one.
+pub fn probe(probes: &[Probe], batch: Batch) -> (Batch, Vec<u32>, u32) {
+    // dormant: nothing is hooked in, not even for the moment until the failure
+    const SCRATCH: &str = "cgtproxy_probe";
+    let mut t = Transaction::new(batch);
+    let dormant = Some(NFT_TABLE_F_DORMANT);
+    t.table_of(SCRATCH, NFT_MSG_NEWTABLE, NLM_F_CREATE, dormant);
+    let mut places = Vec::new();
+    for (index, probe) in probes.iter().enumerate() {
+        let chain = |base| Chain {
+            name: format!("probe{index}"),
+            base,
+            rules: Vec::new(),
+        };
+        match probe {
+            Probe::Chain(base) => t.chain_of(SCRATCH, &chain(Some(*base))),
+            Probe::Rule(exprs) => {
+                t.chain_of(SCRATCH, &chain(None));
+                let open = t.begin(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND);
+                t.batch.str_z(NFTA_RULE_TABLE, SCRATCH);
+                t.batch.str_z(NFTA_RULE_CHAIN, &chain(None).name);
+                let list = t.batch.nest(NFTA_RULE_EXPRESSIONS);
+                for expr in exprs {
+                    let element = t.batch.nest(NFTA_LIST_ELEM);
+                    t.expr(expr);
+                    t.batch.end_nest(element);
+                }
+                t.batch.end_nest(list);
+                t.batch.end(open);
+            }
+        }
+        places.push(t.batch.last_seq());
+    }
+    t.table_of("cgtproxy_none", NFT_MSG_DELTABLE, 0, None);
+    let (batch, end) = t.finish();
+    (batch, places, end)
 }
 
 /// A request for our table, to see whether it is there and who owns it.

@@ -4,17 +4,23 @@
 #![no_main]
 
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
-use cgtproxy::nft::{encode, event::Follower};
+use cgtproxy::nft::{dump, encode, event::Follower};
 use cgtproxy::route;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|datagram: &[u8]| {
     let mut messages = Messages::new(datagram);
-    let mut count = 0;
+    let (mut count, mut rules) = (0, Vec::new());
     for message in messages.by_ref() {
         count += 1;
         let _ = parse::reply(&message);
-        let _ = encode::parse_table(&message);
+        let _ = (encode::parse_table(&message), dump::parse_table_flags(&message));
+        rules.extend(dump::parse_rule(&message));
+        let elements = dump::parse_elements(&message).map_or(0, |all| all.len());
+        assert!(elements <= message.body.len() / 16);
+        if let Some(other) = route::parse_other(&message, 300) {
+            let _ = other.to_string();
+        }
         if let Some(entry) = route::parse(&message) {
             let _ = entry.command("del");
         }
@@ -24,6 +30,8 @@ fuzz_target!(|datagram: &[u8]| {
             attributes(message.body, header);
         }
     }
+    let view = dump::view(&rules);
+    assert!(view.targets.len() <= rules.len() && view.steps.len() <= rules.len());
     let _ = Follower::default().take(datagram, 0);
     assert!(count <= datagram.len() / 16);
     assert!(count > 0 || datagram.is_empty() || messages.is_malformed());

@@ -13,7 +13,7 @@
 //! | `daemon` | cgtproxy itself, as a child process |
 //! | `kernel` | what nf_tables, rules and routes hold, read without the program's own code |
 //! | `reference` | the fixtures against a hand-written table: proves the ground, not the program |
-//! | `traffic`, `classify`, `lifecycle`, `gateway`, `others`, `loops`, `examples` | the tests |
+//! | `traffic`, `classify`, `lifecycle`, `heal`, `gateway`, `others`, `loops`, `examples`, `tools` | the tests |
 //!
 //! Environment: `CGTPROXY_BIN` names the program under test, `CGTPROXY_LONG=1` runs the loops that
 //! are cut short by default at their full length.
@@ -33,6 +33,7 @@ mod lifecycle;
 mod loops;
 mod others;
 mod reference;
+mod tools;
 mod traffic;
 
 use std::time::{Duration, Instant};

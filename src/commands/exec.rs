@@ -1,0 +1,395 @@
+//! `exec`: runs a command under a target. This process enters a new cgroup of its own and becomes
+//! the command, so nobody else is moved, and signals, job control and the exit status need no help.
+//!
+//! It becomes the command only once the kernel is seen to hold all that the target needs. What it
+//! waits for, the daemon's classification, is announced by nf_tables.
+
+use std::collections::BTreeMap;
+use std::ffi::{CString, OsString};
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::socket::SockProtocol;
+use nix::unistd::{initgroups, setgid, setuid, Uid, User};
+
+use crate::cgroup::mount::{self, Root};
+use crate::cli::{self, Options};
+use crate::config::{Config, Take, Target};
+use crate::error::{reason, Error, Result};
+use crate::kernel::{self, Held, Kernel};
+use crate::netlink::socket::Socket;
+use crate::netlink::uapi::{NFNLGRP_NFTABLES, NFT_TABLE_F_DORMANT};
+use crate::nft::dump::Step;
+use crate::nft::expr::{Family, Mark};
+use crate::nft::ruleset::TABLE;
+use crate::route::Entry;
+use crate::{instance, log, plan, policy, sys};
+
+/// How long the daemon may take to classify a new cgroup.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Exit statuses of shells for a command that is not there, or cannot be run.
+const NOT_FOUND: u8 = 127;
+const NOT_EXECUTABLE: u8 = 126;
+
+/// Returns only where the command was not run.
+pub fn exec(
+    options: &Options,
+    target: &str,
+    user: Option<&str>,
+    command: &[OsString],
+) -> Result<ExitCode> {
+    super::require_net_admin("exec")?;
+    let config = options.load(false)?.unwrap_or_else(|| {
+        cli::tell_default();
+        Default::default()
+    });
+    let target =
+        (config.targets().find(|t| config.target_name(*t) == target)).ok_or_else(|| {
+            let names: Vec<&str> = config.targets().map(|t| config.target_name(t)).collect();
+            let names = names.join(", ");
+            Error::Usage(vec![format!(
+                "undefined target \"{target}\" (there are {names})"
+            )])
+        })?;
+    let user = user.map(find_user).transpose()?;
+    let root = mount::find(config.cgroup_root.as_deref())?;
+    remove_leftovers(&root.dir);
+    let mut tries = 8;
+    let cgroup = loop {
+        tries -= 1;
+        let cgroup = Cgroup::make(&root, config.target_name(target))?;
+        if let Err(error) = await_force(&config, target, &root, &cgroup) {
+            let _ = fs::remove_dir(&cgroup.dir);
+            return Err(error);
+        }
+        match cgroup.enter() {
+            Ok(()) => break cgroup,
+            // another exec took it for a leftover
+            Err(Errno::ENODEV | Errno::ENOENT) if tries > 0 => continue,
+            Err(errno) => {
+                let _ = fs::remove_dir(&cgroup.dir);
+                let what = format!("unable to enter cgroup {}", cgroup.dir.display());
+                return Err(Error::system(what, errno));
+            }
+        }
+    };
+    log!(Info, "running in cgroup {}", cgroup.dir.display());
+    if let Some(user) = user {
+        become_user(&user)?;
+    }
+    let error = Command::new(&command[0]).args(&command[1..]).exec();
+    let why = match error.raw_os_error() {
+        Some(errno) => reason(Errno::from_raw(errno)),
+        None => error.to_string(),
+    };
+    log!(
+        Error,
+        "unable to run {}: {why}",
+        command[0].to_string_lossy()
+    );
+    Ok(ExitCode::from(match error.kind() {
+        ErrorKind::NotFound => NOT_FOUND,
+        _ => NOT_EXECUTABLE,
+    }))
+}
+
+/// A user by name or uid.
+fn find_user(name: &str) -> Result<User> {
+    let found = match name.parse() {
+        Ok(uid) => User::from_uid(Uid::from_raw(uid)),
+        Err(_) => User::from_name(name),
+    };
+    let refused = |errno| Error::system(format!("unable to look up user {name}"), errno);
+    let unknown = || Error::Usage(vec![format!("no such user: \"{name}\"")]);
+    found.map_err(refused)?.ok_or_else(unknown)
+}
+
+fn become_user(user: &User) -> Result<()> {
+    let refused = |errno| Error::system(format!("unable to become user {}", user.name), errno);
+    let name = CString::new(user.name.as_bytes()).map_err(|_| refused(Errno::EINVAL))?;
+    initgroups(&name, user.gid).map_err(refused)?;
+    setgid(user.gid).map_err(refused)?;
+    setuid(user.uid).map_err(refused)
+}
+
+/// A cgroup that was made for this process, with the file that lets it in held open: should the
+/// cgroup be removed meanwhile, entering fails even if there is another one of that name by then.
+struct Cgroup {
+    dir: PathBuf,
+    /// From the cgroup root.
+    path: Vec<u8>,
+    procs: File,
+}
+
+impl Cgroup {
+    fn make(root: &Root, target: &str) -> Result<Cgroup> {
+        let above = format!("{}/{target}", policy::EXEC);
+        let pid = std::process::id();
+        // a number of the pid's may be in use still: by children of an earlier process of that pid
+        for serial in 0..100 {
+            let name = match serial {
+                0 => pid.to_string(),
+                n => format!("{pid}-{n}"),
+            };
+            let path = format!("{above}/{name}");
+            let dir = root.dir.join(&path[1..]);
+            let parent = dir.parent().unwrap_or(&root.dir);
+            let made = fs::create_dir_all(parent).and_then(|()| match fs::create_dir(&dir) {
+                // an empty one of that name is a leftover
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+                    fs::remove_dir(&dir).and_then(|()| fs::create_dir(&dir))
+                }
+                made => made,
+            });
+            let opened =
+                made.and_then(|()| File::options().write(true).open(dir.join("cgroup.procs")));
+            match opened {
+                Ok(procs) => {
+                    let path = path.into_bytes();
+                    return Ok(Cgroup { dir, path, procs });
+                }
+                Err(e) if is_busy(&e) || e.kind() == ErrorKind::NotFound => continue,
+                Err(e) => {
+                    let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
+                    let error =
+                        Error::system(format!("unable to make cgroup {}", dir.display()), errno);
+                    return Err(match errno {
+                        Errno::EACCES | Errno::EPERM | Errno::EROFS => {
+                            error.hint("that needs root and a writable cgroup file system")
+                        }
+                        _ => error,
+                    });
+                }
+            }
+        }
+        Err(Error::State(format!(
+            "unable to make a cgroup below {above}: all names are in use"
+        )))
+    }
+
+    /// Moves this process, and no other.
+    fn enter(&self) -> std::result::Result<(), Errno> {
+        let written = (&self.procs).write_all(b"0");
+        written.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
+    }
+}
+
+/// In use, has children, or was made by somebody else just now.
+fn is_busy(error: &std::io::Error) -> bool {
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    matches!(errno, Some(Errno::EBUSY | Errno::ENOTEMPTY | Errno::EEXIST))
+}
+
+/// Removes the cgroups of processes that are gone. rmdir(2) spares those that somebody is in.
+fn remove_leftovers(root: &Path) {
+    let alive = |name: &str| Path::new("/proc").join(name).exists();
+    for target in subdirectories(&root.join(&policy::EXEC[1..])) {
+        for dir in subdirectories(&target) {
+            let name = dir.file_name().and_then(|name| name.to_str());
+            let pid = name.map(|name| name.split('-').next().unwrap_or(name));
+            let is_pid = |pid: &&str| pid.bytes().all(|b| b.is_ascii_digit());
+            // that of a living process may be waiting for it to enter
+            if pid.filter(is_pid).is_some_and(|pid| !alive(pid)) {
+                remove_empty(&dir);
+            }
+        }
+    }
+}
+
+fn remove_empty(dir: &Path) {
+    subdirectories(dir).iter().for_each(|dir| remove_empty(dir));
+    let _ = fs::remove_dir(dir);
+}
+
+fn subdirectories(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let dirs = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    dirs.map(|entry| entry.path()).collect()
+}
+
+/// Returns once the target is in force for the cgroup.
+///
+/// Errors: what is missing, after a while if a daemon runs that could add it.
+fn await_force(config: &Config, target: Target, root: &Root, cgroup: &Cgroup) -> Result<()> {
+    let wanted = Wanted::new(config, target, root, &cgroup.path)?;
+    let mut kernel = Kernel::open()?;
+    // before the first look, so that no change goes by unseen
+    let mut changes = Socket::open(SockProtocol::NetlinkNetFilter, &[NFNLGRP_NFTABLES])?;
+    let deadline = Instant::now() + PATIENCE;
+    let refuse = |why: String| {
+        let name = config.target_name(target);
+        let why = format!("unable to exec: target {name} is not in force: {why}");
+        Err(Error::State(why))
+    };
+    let mut torn = 0;
+    loop {
+        let missing = wanted.missing(&mut kernel)?;
+        let changed = drain(&mut changes);
+        match missing {
+            // a change in the middle of the look may have made us see what never was
+            None if changed && torn < 16 => torn += 1,
+            None => break,
+            Some(_) if changed => {}
+            Some(Missing::Never(what)) => return refuse(what),
+            Some(Missing::Yet(what)) if instance::holder().is_none() => {
+                return refuse(format!("{what}, and no cgtproxy is running"));
+            }
+            Some(Missing::Yet(what)) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    let waited = PATIENCE.as_secs();
+                    return refuse(format!("{what} after {waited} s"));
+                }
+                let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+                match poll(
+                    &mut [PollFd::new(changes.as_fd(), PollFlags::POLLIN)],
+                    timeout,
+                ) {
+                    Ok(_) | Err(Errno::EINTR) => {}
+                    Err(errno) => return Err(Error::system("unable to poll", errno)),
+                }
+            }
+        }
+    }
+    // the daemon adds rules and routes before the table, so they are there by now or never
+    wanted.missing_routing(&mut kernel)?.map_or(Ok(()), refuse)
+}
+
+/// Forgets the notifications that have come; true where there were any, or some were lost.
+fn drain(changes: &mut Socket) -> bool {
+    let mut any = false;
+    while !matches!(changes.notification(), Ok(None)) {
+        any = true;
+    }
+    any
+}
+
+/// What keeps a target from being in force.
+enum Missing {
+    /// The daemon adds that sooner or later.
+    Yet(String),
+    /// Waiting does not help.
+    Never(String),
+}
+
+/// What the kernel must hold before the command may run.
+struct Wanted<'a> {
+    config: &'a Config,
+    target: Target,
+    /// The id of the cgroup and of its ancestors below the cgroup root, by level.
+    ids: BTreeMap<u32, u64>,
+    /// Those of them that the policy gives an element of their own, outermost first: level, path,
+    /// target.
+    elements: Vec<(u32, String, Target)>,
+}
+
+impl<'a> Wanted<'a> {
+    fn new(config: &'a Config, target: Target, root: &Root, path: &[u8]) -> Result<Wanted<'a>> {
+        let mut wanted = Wanted {
+            config,
+            target,
+            ids: BTreeMap::new(),
+            elements: Vec::new(),
+        };
+        let mut parent = config.default;
+        let refused = |errno| {
+            let path = String::from_utf8_lossy(path);
+            Error::system(format!("unable to identify cgroup {path}"), errno)
+        };
+        let name = |path: &[u8]| CString::new(path).map_err(|_| refused(Errno::EINVAL));
+        let dir = name(root.dir.as_os_str().as_bytes())?;
+        let dir = sys::open_path(&dir).map_err(refused)?;
+        for (depth, (end, rank)) in policy::ranks(config, path).enumerate() {
+            let level = (root.level + depth + 1) as u32;
+            let own = policy::target(config, rank);
+            // without the slash in front, for it is looked up from the root
+            let id = sys::cgroup_id(dir.as_fd(), &name(&path[1..end])?).map_err(refused)?;
+            wanted.ids.insert(level, id);
+            if own != parent {
+                let path = String::from_utf8_lossy(&path[..end]).into_owned();
+                wanted.elements.push((level, path, own));
+            }
+            parent = own;
+        }
+        Ok(wanted)
+    }
+
+    /// What of the table is missing, if anything is.
+    fn missing(&self, kernel: &mut Kernel) -> Result<Option<Missing>> {
+        Ok(match kernel.held()? {
+            // as for everybody else then
+            None if self.target == Target::Direct => None,
+            None => Some(Missing::Yet(format!("there is no table inet {TABLE}"))),
+            Some(held) => self.missing_of(&held),
+        })
+    }
+
+    fn missing_of(&self, held: &Held) -> Option<Missing> {
+        let name = self.config.target_name(self.target);
+        if held.flags & NFT_TABLE_F_DORMANT != 0 {
+            return Some(Missing::Never(format!("table inet {TABLE} is dormant")));
+        }
+        let Some(target) = held.view.target(name) else {
+            let what = format!("table inet {TABLE} has no chain to_{name} (reload cgtproxy)");
+            return Some(Missing::Never(what));
+        };
+        if let Target::Tproxy(index) = self.target {
+            let mark = self.config.tproxies[usize::from(index)].mark;
+            let same = |m: Mark| (m.value, m.mask) == (mark, self.config.mask);
+            if !target.mark.is_some_and(same) {
+                let what = format!("chain to_{name} does not set mark {mark:#x} (reload cgtproxy)");
+                return Some(Missing::Never(what));
+            }
+        }
+        let holds = |set: &str, id| {
+            let elements = held.cgroups.get(set);
+            elements.is_some_and(|all| all.iter().any(|element| element.id == id))
+        };
+        for (level, path, own) in &self.elements {
+            let own = self.config.target_name(*own);
+            if !holds(own, self.ids[level]) {
+                let what = format!("cgroup {path} is not in set cg_{own}");
+                return Some(Missing::Yet(what));
+            }
+            let reads = |step: &Step| step.level == *level && step.set == own && step.target == own;
+            if !held.view.steps.iter().any(reads) {
+                let what = format!("chain output has no rule for set cg_{own} at level {level}");
+                return Some(Missing::Yet(what));
+            }
+        }
+        let verdict = held.view.verdict(&self.ids, holds);
+        let what = || format!("the table sends the cgroup to {verdict}");
+        (verdict != name).then(|| Missing::Yet(what()))
+    }
+
+    fn missing_routing(&self, kernel: &mut Kernel) -> Result<Option<String>> {
+        let Target::Tproxy(index) = self.target else {
+            return Ok(None);
+        };
+        let tproxy = &self.config.tproxies[usize::from(index)];
+        for (family, take) in [(Family::V4, tproxy.ipv4), (Family::V6, tproxy.ipv6)] {
+            if take != Take::Yes || (family == Family::V6 && !kernel::ipv6_is_on()) {
+                continue;
+            }
+            let have = kernel.routing(family)?;
+            let wanted = plan::routing(self.config, &[family]);
+            let needed = wanted.iter().filter(|entry| match entry {
+                Entry::Rule(rule) => rule.mark.value == tproxy.mark,
+                Entry::Route(_) => true,
+            });
+            if let Some(entry) = { needed }.find(|entry| !have.contains(entry)) {
+                return Ok(Some(format!("missing: {}", entry.command("add"))));
+            }
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,194 @@
+//! `explain`: which rule decides for a cgroup, and through which ancestor. It reads files only and
+//! asks the kernel nothing.
+
+use std::ffi::OsString;
+use std::fmt::Write;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::errno::Errno;
+
+use crate::cgroup::mount::{self, Mount, Root};
+use crate::cli::{self, Options};
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::log::Escaped;
+use crate::policy::{self, Decision};
+
+/// `args` are paths of cgroups, or pids.
+pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<ExitCode> {
+    for arg in args {
+        match by_pid {
+            true => check_pid(&arg.to_string_lossy())?,
+            false => of_path(arg, None).map(drop)?,
+        }
+    }
+    let config = options.load(false)?.unwrap_or_else(|| {
+        cli::tell_default();
+        Default::default()
+    });
+    let root = mount::find(config.cgroup_root.as_deref());
+    let mut text = String::new();
+    let mut failed = None;
+    for arg in args {
+        let found = match by_pid {
+            true => of_process(arg, &root),
+            false => of_path(arg, root.as_ref().ok()).map(Some),
+        };
+        match found {
+            Ok(path) => {
+                let pid = by_pid.then(|| arg.to_string_lossy());
+                describe(&config, pid.as_deref(), path.as_deref(), &mut text);
+            }
+            Err(error) => {
+                // the others are explained all the same
+                failed.get_or_insert(error);
+            }
+        }
+    }
+    let done = super::print(&text)?;
+    failed.map_or(Ok(done), Err)
+}
+
+fn check_pid(pid: &str) -> Result<()> {
+    match !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit()) {
+        true => Ok(()),
+        false => Err(cli::wrong(format!("not a pid: \"{pid}\""))),
+    }
+}
+
+/// The path from the cgroup root, as given or as the directory of the cgroup.
+fn of_path(arg: &OsString, root: Option<&Root>) -> Result<Vec<u8>> {
+    let bytes = arg.as_bytes();
+    let below = root.and_then(|root| {
+        let dir = root.dir.as_os_str().as_bytes();
+        let rest = bytes.strip_prefix(dir)?;
+        (rest.is_empty() || rest.starts_with(b"/")).then_some(rest)
+    });
+    let parts: Vec<&[u8]> = (below.unwrap_or(bytes).split(|b| *b == b'/'))
+        .filter(|part| !part.is_empty())
+        .collect();
+    if !bytes.starts_with(b"/") || parts.iter().any(|part| [&b"."[..], b".."].contains(part)) {
+        let arg = arg.to_string_lossy();
+        let why = format!("not the path of a cgroup: \"{arg}\" (they begin with \"/\")");
+        return Err(cli::wrong(why));
+    }
+    Ok(parts
+        .iter()
+        .flat_map(|part| [b"/", *part].concat())
+        .collect())
+}
+
+/// The path of a process's cgroup from the cgroup root; `None` where it is outside of that.
+fn of_process(arg: &OsString, root: &Result<Root>) -> Result<Option<Vec<u8>>> {
+    let pid = arg.to_string_lossy();
+    let root = root.as_ref().map_err(Error::clone)?;
+    let refused = |e: std::io::Error| {
+        let errno = match e.kind() {
+            std::io::ErrorKind::NotFound => Errno::ESRCH,
+            _ => Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)),
+        };
+        Error::system(format!("unable to find the cgroup of pid {pid}"), errno)
+    };
+    let text = std::fs::read(format!("/proc/{pid}/cgroup")).map_err(refused)?;
+    let mountinfo = std::fs::read("/proc/self/mountinfo").map_err(refused)?;
+    let line = text
+        .split(|b| *b == b'\n')
+        .find_map(|line| line.strip_prefix(b"0::"));
+    let line = line.ok_or_else(|| {
+        Error::State(format!(
+            "unable to find the cgroup of pid {pid}: not in cgroup v2"
+        ))
+    })?;
+    // rmdir while a process is still in it: the kernel says so behind the name
+    let line = line.strip_suffix(b" (deleted)").unwrap_or(line);
+    Ok(from_root(line, root, &mount::mounts(&mountinfo)))
+}
+
+/// A path of /proc/PID/cgroup as one from the cgroup root: both it and the roots of mounts count
+/// from the root of our cgroup namespace.
+fn from_root(path: &[u8], root: &Root, mounts: &[Mount]) -> Option<Vec<u8>> {
+    let mount = mounts
+        .iter()
+        .rev()
+        .find(|mount| mount.point == root.mount)?;
+    let below = root.dir.strip_prefix(&root.mount).ok()?;
+    let base = mount.root.join(below);
+    let path = OsString::from_vec(path.to_vec());
+    let rest = Path::new(&path).strip_prefix(&base).ok()?;
+    let rest = rest.as_os_str().as_bytes();
+    Some(if rest.is_empty() {
+        Vec::new()
+    } else {
+        [b"/", rest].concat()
+    })
+}
+
+/// A few lines about one cgroup; `path` is `None` outside of the cgroup root.
+fn describe(config: &Config, pid: Option<&str>, path: Option<&[u8]>, text: &mut String) {
+    let name = match path {
+        None => "outside the cgroup root".to_string(),
+        Some(b"") => "/".to_string(),
+        Some(path) => Escaped(path).to_string(),
+    };
+    let pid = pid.map_or(String::new(), |pid| format!("pid {pid}: "));
+    let path = path.unwrap_or_default();
+    let (mut rank, mut through) = (policy::root_rank(config), 0);
+    for (end, next) in policy::ranks(config, path) {
+        if next != rank {
+            (rank, through) = (next, end);
+        }
+    }
+    let target = policy::target(config, rank);
+    let target = config.target_name(target);
+    let rule = match policy::decision(config, rank) {
+        Decision::Default => "no rule matches, so the default decides".to_string(),
+        Decision::BuiltIn(_) => format!("built in: {target} = {}/{target}", policy::EXEC),
+        Decision::Rule(rule) => format!("{}: {target} = {}", rule.place, rule.pattern),
+    };
+    let _ = writeln!(text, "{pid}{name}");
+    let _ = writeln!(text, "    target  {target}");
+    let _ = writeln!(text, "    rule    {rule}");
+    if through > 0 {
+        let ancestor = match through == path.len() {
+            true => String::new(),
+            false => ", an ancestor".to_string(),
+        };
+        let matched = Escaped(&path[..through]);
+        let _ = writeln!(text, "    matches {matched}{ancestor}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_processes_from_the_root() {
+        let mounts = [Mount {
+            point: "/sys/fs/cgroup".into(),
+            root: "/box".into(),
+        }];
+        let root = Root {
+            dir: "/sys/fs/cgroup/sub".into(),
+            mount: "/sys/fs/cgroup".into(),
+            level: 2,
+        };
+        let from = |path: &str| from_root(path.as_bytes(), &root, &mounts);
+        assert_eq!(from("/box/sub/a/b").as_deref(), Some(&b"/a/b"[..]));
+        assert_eq!(from("/box/sub").as_deref(), Some(&b""[..]));
+        assert_eq!(from("/box/subway/a"), None);
+        assert_eq!(from("/"), None);
+        let given = |arg: &str| of_path(&arg.into(), Some(&root)).ok();
+        assert_eq!(given("/sys/fs/cgroup/sub/a"), Some(b"/a".to_vec()));
+        assert_eq!(
+            given("/sys/fs/cgroup/subway"),
+            Some(b"/sys/fs/cgroup/subway".to_vec())
+        );
+        assert_eq!(given("//a/b/"), Some(b"/a/b".to_vec()));
+        assert_eq!(given("/"), Some(Vec::new()));
+        assert_eq!(given("a/b"), None);
+        assert_eq!(given("/a/../b"), None);
+    }
+}

@@ -1,0 +1,663 @@
+//! `status`: what the kernel holds now, asked of the kernel alone. The configuration only helps to
+//! say what a missing ip rule would look like, and where the cgroups are whose rates `--watch` shows.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write;
+use std::io::IsTerminal;
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use crate::cli::Options;
+use crate::config::Config;
+use crate::error::Result;
+use crate::instance;
+use crate::json::Json;
+use crate::kernel::{self, Held, Kernel};
+use crate::listen;
+use crate::log::Escaped;
+use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
+use crate::nft::dump::{Counter, Target};
+use crate::nft::expr::{Family, Mark, L4};
+use crate::nft::ruleset::TABLE;
+use crate::route::{Action, Entry, IpRule, Route};
+use crate::sys;
+
+/// Of the shape that `--json` prints; documented in cgtproxy(8).
+const JSON_VERSION: u64 = 1;
+/// How many cgroups `--watch` shows.
+const TOP: usize = 20;
+const EVERY: Duration = Duration::from_secs(1);
+
+pub fn status(options: &Options, json: bool, watch: bool) -> Result<ExitCode> {
+    super::require_net_admin("look into the kernel")?;
+    // a wrong file is no reason not to look, unless it was named
+    let config = match options.load(false) {
+        Err(error) if options.config.is_some() => return Err(error),
+        loaded => loaded.ok().flatten().unwrap_or_default(),
+    };
+    let mut kernel = Kernel::open()?;
+    if watch {
+        return self::watch(&mut kernel, Rc::new(config));
+    }
+    let status = Status::take(&mut kernel, &config)?;
+    match json {
+        true => super::print(&format!("{}\n", status.json())),
+        false => super::print(&status.text(Style::of_stdout())),
+    }
+}
+
+/// Everything that is shown.
+struct Status {
+    /// The pid of a running daemon.
+    daemon: Option<i32>,
+    held: Option<Held>,
+    /// By name of the tproxy: whether TCP, whether UDP is listened for.
+    listens: BTreeMap<String, (bool, bool)>,
+    /// Rules and routes that are there or should be, and whether they are.
+    routing: Vec<(Entry, bool)>,
+}
+
+impl Status {
+    fn take(kernel: &mut Kernel, config: &Config) -> Result<Status> {
+        let held = kernel.held()?;
+        let targets = held.as_ref().map_or(&[][..], |held| &held.view.targets);
+        let listeners = listen::listeners();
+        let listens = targets.iter().filter_map(|target| {
+            let port = target.port?;
+            let takes = |l4| listen::takes(&listeners, l4, port, &target.addresses);
+            Some((target.name.clone(), (takes(L4::Tcp), takes(L4::Udp))))
+        });
+        let listens = listens.collect();
+        let mut routing = Vec::new();
+        for family in Family::BOTH {
+            let have = kernel.routing(family)?;
+            let on = family == Family::V4 || kernel::ipv6_is_on();
+            let marks = targets
+                .iter()
+                .filter_map(|target| target.mark)
+                .filter(|_| on);
+            routing.extend(compare(config, family, marks, have));
+        }
+        Ok(Status {
+            daemon: instance::holder().map(|(pid, _)| pid),
+            held,
+            listens,
+            routing,
+        })
+    }
+
+    /// A table that is there but does nothing is not in force.
+    fn in_force(&self) -> bool {
+        let dormant = |held: &Held| held.flags & NFT_TABLE_F_DORMANT != 0;
+        self.held.as_ref().is_some_and(|held| !dormant(held))
+    }
+
+    fn targets(&self) -> &[Target] {
+        self.held.as_ref().map_or(&[], |held| &held.view.targets)
+    }
+
+    fn cgroups(&self, target: &str) -> usize {
+        let all = self.held.as_ref().and_then(|held| held.cgroups.get(target));
+        all.map_or(0, Vec::len)
+    }
+
+    /// One line on the whole.
+    fn headline(&self) -> String {
+        let table = match &self.held {
+            None => format!("table inet {TABLE}: not there, nothing is classified"),
+            Some(_) if !self.in_force() => format!("table inet {TABLE}: dormant, not in force"),
+            Some(held) => format!(
+                "table inet {TABLE}: in force, default {}",
+                held.view.default
+            ),
+        };
+        match self.daemon {
+            Some(pid) => format!("{table}; cgtproxy runs with pid {pid}"),
+            None => format!("{table}; no cgtproxy is running"),
+        }
+    }
+
+    fn text(&self, style: Style) -> String {
+        let mut out = self.headline() + "\n";
+        if self.held.is_some() {
+            let head = [
+                "TARGET", "MARK", "PORT", "LISTENS", "CGROUPS", "PACKETS", "BYTES", "REFUSED",
+            ];
+            let rows = self.targets().iter().map(|target| {
+                let counter =
+                    |of: Option<Counter>, show: fn(Counter) -> String| or_dash(of.map(show));
+                let cgroups = self.cgroups(&target.name).to_string();
+                vec![
+                    Cell::left(target.name.clone()),
+                    Cell::left(or_dash(
+                        target.mark.map(|mark| format!("{:#010x}", mark.value)),
+                    )),
+                    Cell::left(or_dash(target.port.map(|port| port.to_string()))),
+                    self.listens_cell(&target.name),
+                    Cell::right(cgroups),
+                    Cell::right(counter(target.taken, |c| c.packets.to_string())),
+                    Cell::right(counter(target.taken, |c| bytes(c.bytes))),
+                    Cell::right(counter(target.refused, |c| c.packets.to_string())),
+                ]
+            });
+            let head = head.iter().enumerate().map(|(i, title)| match i {
+                0..=3 => Cell::left(title.to_string()).bold(),
+                _ => Cell::right(title.to_string()).bold(),
+            });
+            out.push('\n');
+            table(
+                &mut out,
+                [head.collect()].into_iter().chain(rows).collect(),
+                style,
+            );
+        }
+        if !self.routing.is_empty() {
+            let rows = self.routing.iter().map(|(entry, present)| {
+                let state = match present {
+                    true => Cell::left("present"),
+                    false => Cell::left("missing").red(),
+                };
+                vec![state, Cell::left(entry.command("add"))]
+            });
+            out.push('\n');
+            table(&mut out, rows.collect(), style);
+        }
+        out
+    }
+
+    fn listens_cell(&self, target: &str) -> Cell {
+        match self.listens.get(target) {
+            None => Cell::left("-"),
+            Some((true, true)) => Cell::left("tcp udp"),
+            Some((true, false)) => Cell::left("tcp only"),
+            Some((false, true)) => Cell::left("udp only"),
+            Some((false, false)) => Cell::left("no").red(),
+        }
+    }
+
+    fn json(&self) -> Json {
+        let targets = self.targets().iter().map(|target| {
+            let kind = match &*target.name {
+                name @ ("direct" | "drop") => name,
+                _ => "tproxy",
+            };
+            let listens = self
+                .listens
+                .get(&target.name)
+                .map_or(Json::Null, |(tcp, udp)| {
+                    Json::Object(vec![("tcp", Json::Bool(*tcp)), ("udp", Json::Bool(*udp))])
+                });
+            Json::Object(vec![
+                ("name", Json::text(&target.name)),
+                ("kind", Json::text(kind)),
+                ("mark", Json::or_null(target.mark.map(|mark| mark.value))),
+                ("mask", Json::or_null(target.mark.map(|mark| mark.mask))),
+                ("port", Json::or_null(target.port)),
+                ("listens", listens),
+                ("cgroups", Json::Number(self.cgroups(&target.name) as u64)),
+                ("packets", Json::or_null(target.taken.map(|c| c.packets))),
+                ("bytes", Json::or_null(target.taken.map(|c| c.bytes))),
+                ("refused", Json::or_null(target.refused.map(|c| c.packets))),
+            ])
+        });
+        let routing = |rules: bool| {
+            let wanted = move |entry: &Entry| matches!(entry, Entry::Rule(_)) == rules;
+            let entries = self.routing.iter().filter(move |(entry, _)| wanted(entry));
+            let json = entries.map(|(entry, present)| {
+                let family = match entry.family() {
+                    Family::V4 => "ipv4",
+                    Family::V6 => "ipv6",
+                };
+                Json::Object(vec![
+                    ("family", Json::text(family)),
+                    ("text", Json::text(entry.to_string())),
+                    ("present", Json::Bool(*present)),
+                ])
+            });
+            Json::List(json.collect())
+        };
+        let default = self
+            .held
+            .as_ref()
+            .map(|held| Json::text(&held.view.default));
+        Json::Object(vec![
+            ("version", Json::Number(JSON_VERSION)),
+            ("in_force", Json::Bool(self.in_force())),
+            ("daemon", Json::or_null(self.daemon.map(|pid| pid as u32))),
+            ("default", default.unwrap_or(Json::Null)),
+            ("targets", Json::List(targets.collect())),
+            ("rules", routing(true)),
+            ("routes", routing(false)),
+        ])
+    }
+}
+
+/// The rules and routes of one family: those that are there, and those that these marks need and
+/// that are not. What is missing is shown with the numbers of those that are there, or else with
+/// the configuration's.
+fn compare(
+    config: &Config,
+    family: Family,
+    marks: impl Iterator<Item = Mark>,
+    have: BTreeSet<Entry>,
+) -> Vec<(Entry, bool)> {
+    let rules = || {
+        have.iter().filter_map(|entry| match entry {
+            Entry::Rule(rule) => Some(rule),
+            Entry::Route(_) => None,
+        })
+    };
+    let like = rules().next();
+    let priority = like.map_or(config.rule_priority, |rule| rule.priority);
+    let mut tables: BTreeSet<u32> = rules()
+        .filter_map(|rule| match rule.action {
+            Action::Lookup(table) => Some(table),
+            Action::Goto(_) | Action::Nop => None,
+        })
+        .collect();
+    let table = tables.first().copied().unwrap_or(config.route_table);
+    let mut missing = Vec::new();
+    for mark in marks {
+        if !rules().any(|rule| rule.iif == "lo" && rule.mark == mark) {
+            missing.push(Entry::Rule(IpRule {
+                family,
+                priority,
+                iif: "lo".into(),
+                mark,
+                action: Action::Lookup(table),
+            }));
+            tables.insert(table);
+        }
+    }
+    let routes = tables
+        .into_iter()
+        .map(|table| Entry::Route(Route { family, table }));
+    missing.extend(routes.filter(|route| !have.contains(route)));
+    let mut all: Vec<_> = have.into_iter().map(|entry| (entry, true)).collect();
+    all.extend(missing.into_iter().map(|entry| (entry, false)));
+    // rules before the routes that they lead to
+    all.sort_by_key(|(entry, _)| matches!(entry, Entry::Route(_)));
+    all
+}
+
+/// Prints again every second until the reader goes away.
+fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
+    let style = Style::of_stdout();
+    let mut paths = BTreeMap::new();
+    let mut before: Option<(Instant, Totals)> = None;
+    loop {
+        let now = Instant::now();
+        let held = kernel.held()?;
+        let status = Status {
+            daemon: instance::holder().map(|(pid, _)| pid),
+            held,
+            listens: BTreeMap::new(),
+            routing: Vec::new(),
+        };
+        let totals = Totals::of(&status);
+        let rates = before.map(|(then, old)| totals.since(&old, now - then));
+        if let Some(rates) = &rates {
+            let unknown = |id: &&u64| !paths.contains_key(*id);
+            if rates.busiest().iter().any(|(id, _)| unknown(&id)) {
+                paths = cgroup_paths(&config);
+            }
+        }
+        let mut text = String::new();
+        frame(&mut text, &status, rates.as_ref(), &paths, style);
+        if !super::write(&screen(text, style))? {
+            return Ok(ExitCode::SUCCESS);
+        }
+        before = Some((now, totals));
+        std::thread::sleep(EVERY.saturating_sub(now.elapsed()));
+    }
+}
+
+/// A frame as it goes out: in the place of the one before, and no more than fits, or on and on.
+fn screen(text: String, style: Style) -> String {
+    if !style.terminal {
+        return text + "\n";
+    }
+    // a terminal that does not know its size has 0 lines
+    let lines = sys::terminal_lines(std::io::stdout().as_fd()).unwrap_or(0);
+    let most = if lines > 1 { lines - 1 } else { usize::MAX };
+    let fits: Vec<&str> = text.split_inclusive('\n').take(most).collect();
+    // home, then clear what is below: the scroll-back stays
+    format!("\x1b[H\x1b[J{}", fits.concat())
+}
+
+/// The counters of one moment, or their growth a second.
+#[derive(Default)]
+struct Totals {
+    targets: BTreeMap<String, Counter>,
+    /// By cgroup id; the target as well. Empty where the sets have no counters.
+    cgroups: BTreeMap<u64, (String, Counter)>,
+}
+
+impl Totals {
+    fn of(status: &Status) -> Totals {
+        let mut totals = Totals::default();
+        for target in status.targets() {
+            if let Some(counter) = target.taken {
+                totals.targets.insert(target.name.clone(), counter);
+            }
+            let held = status.held.as_ref();
+            let elements = held.and_then(|held| held.cgroups.get(&target.name));
+            for element in elements.into_iter().flatten() {
+                if let Some(counter) = element.counter {
+                    let own = (target.name.clone(), counter);
+                    totals.cgroups.insert(element.id, own);
+                }
+            }
+        }
+        totals
+    }
+
+    /// The growth a second. A counter that went back (the table was replaced) has grown from zero.
+    fn since(&self, old: &Totals, time: Duration) -> Totals {
+        let seconds = time.as_secs_f64().max(0.001);
+        let rate = |new: Counter, old: Option<Counter>| {
+            let old = old.filter(|old| old.packets <= new.packets && old.bytes <= new.bytes);
+            let old = old.unwrap_or_default();
+            Counter {
+                packets: ((new.packets - old.packets) as f64 / seconds).round() as u64,
+                bytes: ((new.bytes - old.bytes) as f64 / seconds).round() as u64,
+            }
+        };
+        let targets = self
+            .targets
+            .iter()
+            .map(|(name, counter)| (name.clone(), rate(*counter, old.targets.get(name).copied())));
+        let cgroups = self.cgroups.iter().map(|(id, (target, counter))| {
+            let old = old
+                .cgroups
+                .get(id)
+                .filter(|(of, _)| of == target)
+                .map(|(_, c)| *c);
+            (*id, (target.clone(), rate(*counter, old)))
+        });
+        Totals {
+            targets: targets.collect(),
+            cgroups: cgroups.collect(),
+        }
+    }
+
+    /// The cgroups with most bytes, without those that have no packets.
+    fn busiest(&self) -> Vec<(u64, &(String, Counter))> {
+        let mut all: Vec<_> = (self.cgroups.iter())
+            .filter(|(_, (_, counter))| counter.packets > 0)
+            .map(|(id, own)| (*id, own))
+            .collect();
+        all.sort_by_key(|(id, (_, c))| (std::cmp::Reverse((c.bytes, c.packets)), *id));
+        all.truncate(TOP);
+        all
+    }
+}
+
+/// One picture of `--watch`.
+fn frame(
+    out: &mut String,
+    status: &Status,
+    rates: Option<&Totals>,
+    paths: &BTreeMap<u64, Vec<u8>>,
+    style: Style,
+) {
+    let _ = writeln!(out, "{}", status.headline());
+    if status.held.is_none() {
+        return;
+    }
+    let head = |titles: [&str; 4]| {
+        let cell = |(i, title): (usize, &&str)| match i {
+            0 => Cell::left(title.to_string()).bold(),
+            _ => Cell::right(title.to_string()).bold(),
+        };
+        titles.iter().enumerate().map(cell).collect::<Vec<_>>()
+    };
+    let mut rows = vec![head(["TARGET", "CGROUPS", "PACKETS/S", "BYTES/S"])];
+    rows.extend(status.targets().iter().map(|target| {
+        let rate = rates.and_then(|rates| rates.targets.get(&target.name));
+        vec![
+            Cell::left(target.name.clone()),
+            Cell::right(status.cgroups(&target.name).to_string()),
+            Cell::right(or_dash(rate.map(|rate| rate.packets.to_string()))),
+            Cell::right(or_dash(rate.map(|rate| bytes(rate.bytes)))),
+        ]
+    }));
+    out.push('\n');
+    table(out, rows, style);
+    out.push('\n');
+    let elements = status
+        .held
+        .iter()
+        .flat_map(|held| held.cgroups.values().flatten());
+    let mut elements = elements.peekable();
+    if elements.peek().is_some() && elements.all(|element| element.counter.is_none()) {
+        let _ = writeln!(out, "for each cgroup: set counters = cgroup in [global]");
+        return;
+    }
+    let mut rows = vec![head(["CGROUP", "TARGET", "PACKETS/S", "BYTES/S"])];
+    for (id, (target, rate)) in rates.map(Totals::busiest).unwrap_or_default() {
+        let path = match paths.get(&id) {
+            Some(path) => Escaped(path).to_string(),
+            None => format!("cgroup id {id}"),
+        };
+        rows.push(vec![
+            Cell::left(path),
+            Cell::right(target.clone()),
+            Cell::right(rate.packets.to_string()),
+            Cell::right(bytes(rate.bytes)),
+        ]);
+    }
+    table(out, rows, style);
+}
+
+/// The path of each cgroup by its id; empty where they cannot be found.
+fn cgroup_paths(config: &Rc<Config>) -> BTreeMap<u64, Vec<u8>> {
+    let Ok((core, _)) = super::look(config.clone()) else {
+        return BTreeMap::new();
+    };
+    let all = core.tree().iter();
+    all.map(|(path, node)| (node.id, path.to_vec())).collect()
+}
+
+/// What standard output can show.
+#[derive(Debug, Clone, Copy)]
+struct Style {
+    terminal: bool,
+    colour: bool,
+}
+
+impl Style {
+    /// Colour only on a terminal that has it, and not where the user does not want it
+    /// (no-color.org).
+    fn of_stdout() -> Style {
+        let terminal = std::io::stdout().is_terminal();
+        let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
+        Style {
+            terminal,
+            colour: terminal && !unwanted && !dumb,
+        }
+    }
+}
+
+/// A piece of text in a table.
+struct Cell {
+    text: String,
+    right: bool,
+    /// The parameter of the terminal's SGR sequence.
+    colour: Option<u8>,
+}
+
+impl Cell {
+    fn left(text: impl Into<String>) -> Cell {
+        Cell {
+            text: text.into(),
+            right: false,
+            colour: None,
+        }
+    }
+
+    fn right(text: impl Into<String>) -> Cell {
+        Cell {
+            right: true,
+            ..Cell::left(text)
+        }
+    }
+
+    fn bold(self) -> Cell {
+        Cell {
+            colour: Some(1),
+            ..self
+        }
+    }
+
+    fn red(self) -> Cell {
+        Cell {
+            colour: Some(31),
+            ..self
+        }
+    }
+}
+
+/// Writes rows in columns that are as wide as their widest cell.
+fn table(out: &mut String, rows: Vec<Vec<Cell>>, style: Style) {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        cells
+            .map(|cell| cell.text.chars().count())
+            .max()
+            .unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    for row in &rows {
+        let mut line = String::new();
+        for (i, cell) in row.iter().enumerate() {
+            let pad = " ".repeat(widths[i] - cell.text.chars().count());
+            let text = match cell.colour.filter(|_| style.colour) {
+                Some(colour) => format!("\x1b[{colour}m{}\x1b[0m", cell.text),
+                None => cell.text.clone(),
+            };
+            line.push_str(if i == 0 { "" } else { "  " });
+            line.push_str(&match cell.right {
+                true => pad + &text,
+                false => text + &pad,
+            });
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+}
+
+fn or_dash(text: Option<String>) -> String {
+    text.unwrap_or_else(|| "-".into())
+}
+
+/// Bytes with an IEC unit.
+fn bytes(count: u64) -> String {
+    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    if count < 1024 {
+        return format!("{count} B");
+    }
+    let mut value = count as f64 / 1024.0;
+    let mut unit = 0;
+    // what would be rounded to 1024.0 belongs to the next unit
+    while value >= 1023.95 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    format!("{value:.1} {}", UNITS[unit])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn iec_units() {
+        for (count, want) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1536, "1.5 KiB"),
+            (1024 * 1024 - 1, "1.0 MiB"),
+            (5 << 40, "5.0 TiB"),
+            (u64::MAX, "16.0 EiB"),
+        ] {
+            assert_eq!(bytes(count), want);
+        }
+    }
+
+    #[test]
+    fn columns_are_aligned_and_colours_do_not_count() {
+        let rows = || {
+            vec![
+                vec![Cell::left("a").bold(), Cell::right("N").bold()],
+                vec![Cell::left("long"), Cell::right("100")],
+                vec![Cell::left("é").red(), Cell::right("-")],
+            ]
+        };
+        let shown = |colour| {
+            let mut out = String::new();
+            let terminal = colour;
+            table(&mut out, rows(), Style { terminal, colour });
+            out
+        };
+        assert_eq!(shown(false), "a       N\nlong  100\né       -\n");
+        let plain = shown(true).replace("\x1b[1m", "").replace("\x1b[31m", "");
+        assert_eq!(plain.replace("\x1b[0m", ""), shown(false));
+    }
+
+    #[test]
+    fn a_missing_rule_is_shown_with_the_numbers_of_its_neighbours() {
+        let mark = |n: u32| Mark {
+            value: n << 24,
+            mask: 0xff00_0000,
+        };
+        let rule = |n, table| {
+            Entry::Rule(IpRule {
+                family: Family::V4,
+                priority: 77,
+                iif: "lo".into(),
+                mark: mark(n),
+                action: Action::Lookup(table),
+            })
+        };
+        let config = Config::default();
+        let found = compare(
+            &config,
+            Family::V4,
+            [mark(1), mark(2)].into_iter(),
+            [rule(1, 500)].into(),
+        );
+        let route = Entry::Route(Route {
+            family: Family::V4,
+            table: 500,
+        });
+        assert_eq!(
+            found,
+            [(rule(1, 500), true), (rule(2, 500), false), (route, false)]
+        );
+        let none = compare(&config, Family::V4, [].into_iter(), BTreeSet::new());
+        assert_eq!(none, []);
+    }
+
+    #[test]
+    fn rates_survive_a_replaced_table() {
+        let counter = |packets, bytes| Counter { packets, bytes };
+        let totals = |packets, bytes| Totals {
+            targets: [("a".to_string(), counter(packets, bytes))].into(),
+            cgroups: [(7, ("a".to_string(), counter(packets, bytes)))].into(),
+        };
+        let rates = totals(30, 3000).since(&totals(10, 1000), Duration::from_secs(2));
+        assert_eq!(rates.targets["a"], counter(10, 1000));
+        assert_eq!(
+            rates.busiest(),
+            [(7, &("a".to_string(), counter(10, 1000)))]
+        );
+        let rates = totals(4, 400).since(&totals(10, 1000), Duration::from_secs(2));
+        assert_eq!(rates.targets["a"], counter(2, 200));
+    }
+}

@@ -1,0 +1,491 @@
+//! What the kernel says that our table holds: requests for dumps, bounded readers of the answers,
+//! and what the rules amount to. Pure. It reads the shape that [`super::ruleset`] writes; what it
+//! does not know it skips, so that a table of another version can still be looked at.
+//! Source: include/uapi/linux/netfilter/nf_tables.h.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use super::encode::nfgenmsg;
+use super::expr::Mark;
+use super::ruleset::{OUTPUT, TABLE};
+use crate::netlink::msg::Batch;
+use crate::netlink::parse::{self, Attrs, Message};
+use crate::netlink::uapi::*;
+
+/// Packets and bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counter {
+    pub packets: u64,
+    pub bytes: u64,
+}
+
+impl std::ops::Add for Counter {
+    type Output = Counter;
+
+    fn add(self, other: Counter) -> Counter {
+        Counter {
+            packets: self.packets.saturating_add(other.packets),
+            bytes: self.bytes.saturating_add(other.bytes),
+        }
+    }
+}
+
+/// One rule: its chain, and of its expressions those that matter here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rule {
+    pub chain: String,
+    pub exprs: Vec<Expr>,
+}
+
+/// An expression as far as it is understood.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Expr {
+    Counter(Counter),
+    /// `socket cgroupv2 level L`
+    Cgroup {
+        level: u32,
+    },
+    Lookup {
+        set: String,
+    },
+    Immediate {
+        register: u32,
+        data: Vec<u8>,
+    },
+    /// A verdict; the chain of a jump or goto.
+    Verdict {
+        code: i32,
+        chain: Option<String>,
+    },
+    Bitwise {
+        mask: u32,
+        xor: u32,
+    },
+    SetPacketMark,
+    Tproxy {
+        port: Option<u32>,
+    },
+    Other,
+}
+
+/// One element of a cgroup set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Element {
+    /// The cgroup id.
+    pub id: u64,
+    /// Where the set was made with counters.
+    pub counter: Option<Counter>,
+}
+
+/// Reads an answer to [`super::encode::get_table`]: the flags of our table, `None` for others.
+pub fn parse_table_flags(message: &Message) -> Option<u32> {
+    let attrs = Attrs::after(message.body, 4);
+    let ours = message.body.first() == Some(&NFPROTO_INET)
+        && parse::str_z(attrs.clone().get(NFTA_TABLE_NAME)?) == TABLE;
+    let flags = attrs.get(NFTA_TABLE_FLAGS).and_then(parse::u32_be);
+    ours.then_some(flags.unwrap_or(0))
+}
+
+/// Asks for all rules of our table.
+pub fn get_rules(batch: &mut Batch) {
+    let open = batch.begin(
+        NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETRULE,
+        NLM_F_REQUEST | NLM_F_DUMP,
+    );
+    batch.header(&nfgenmsg(NFPROTO_INET, 0));
+    batch.str_z(NFTA_RULE_TABLE, TABLE);
+    batch.end(open);
+}
+
+/// Reads an answer to [`get_rules`].
+pub fn parse_rule(message: &Message) -> Option<Rule> {
+    let attrs = Attrs::after(message.body, 4);
+    let text = |attr| attrs.clone().get(attr).map(parse::str_z);
+    let ours = message.kind == NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWRULE
+        && message.body.first() == Some(&NFPROTO_INET)
+        && text(NFTA_RULE_TABLE)? == TABLE;
+    let list = attrs.clone().get(NFTA_RULE_EXPRESSIONS).unwrap_or(&[]);
+    let elements = Attrs::new(list).filter(|(kind, _)| *kind == NFTA_LIST_ELEM);
+    ours.then_some(Rule {
+        chain: text(NFTA_RULE_CHAIN)?.into_owned(),
+        exprs: elements.map(|(_, bytes)| expr(bytes)).collect(),
+    })
+}
+
+/// One expression: its name, and a nest of what belongs to it.
+fn expr(bytes: &[u8]) -> Expr {
+    let attrs = Attrs::new(bytes);
+    let name = attrs.clone().get(NFTA_EXPR_NAME).unwrap_or(&[]);
+    let data = Attrs::new(attrs.get(NFTA_EXPR_DATA).unwrap_or(&[]));
+    let number = |attr| data.clone().get(attr).and_then(parse::u32_be);
+    // what is compared or combined is host order, as the packet mark is
+    let value = |attr| Attrs::new(data.clone().get(attr)?).get(NFTA_DATA_VALUE);
+    let host = |attr| value(attr).and_then(parse::u32_ne);
+    let understood = match &*parse::str_z(name) {
+        "counter" => counter(data).map(Expr::Counter),
+        "socket" => (number(NFTA_SOCKET_KEY) == Some(NFT_SOCKET_CGROUPV2))
+            .then(|| number(NFTA_SOCKET_LEVEL).map(|level| Expr::Cgroup { level }))
+            .flatten(),
+        "lookup" => data.clone().get(NFTA_LOOKUP_SET).map(|set| Expr::Lookup {
+            set: parse::str_z(set).into_owned(),
+        }),
+        "immediate" => immediate(data),
+        "bitwise" => host(NFTA_BITWISE_MASK)
+            .zip(host(NFTA_BITWISE_XOR))
+            .map(|(mask, xor)| Expr::Bitwise { mask, xor }),
+        "meta" => (number(NFTA_META_KEY) == Some(NFT_META_MARK)
+            && number(NFTA_META_SREG).is_some())
+        .then_some(Expr::SetPacketMark),
+        "tproxy" => Some(Expr::Tproxy {
+            port: number(NFTA_TPROXY_REG_PORT),
+        }),
+        _ => None,
+    };
+    understood.unwrap_or(Expr::Other)
+}
+
+fn immediate(data: Attrs) -> Option<Expr> {
+    let register = data
+        .clone()
+        .get(NFTA_IMMEDIATE_DREG)
+        .and_then(parse::u32_be)?;
+    let value = Attrs::new(data.get(NFTA_IMMEDIATE_DATA)?);
+    if register != NFT_REG_VERDICT {
+        let data = value.get(NFTA_DATA_VALUE)?.to_vec();
+        return Some(Expr::Immediate { register, data });
+    }
+    let verdict = Attrs::new(value.get(NFTA_DATA_VERDICT)?);
+    let code = verdict
+        .clone()
+        .get(NFTA_VERDICT_CODE)
+        .and_then(parse::u32_be)?;
+    let chain = verdict.get(NFTA_VERDICT_CHAIN);
+    Some(Expr::Verdict {
+        code: code as i32,
+        chain: chain.map(|name| parse::str_z(name).into_owned()),
+    })
+}
+
+fn counter(data: Attrs) -> Option<Counter> {
+    let number = |attr| data.clone().get(attr).and_then(parse::u64_be);
+    Some(Counter {
+        packets: number(NFTA_COUNTER_PACKETS)?,
+        bytes: number(NFTA_COUNTER_BYTES)?,
+    })
+}
+
+/// Asks for all elements of one of our sets.
+pub fn get_elements(batch: &mut Batch, set: &str) {
+    let open = batch.begin(
+        NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETSETELEM,
+        NLM_F_REQUEST | NLM_F_DUMP,
+    );
+    batch.header(&nfgenmsg(NFPROTO_INET, 0));
+    batch.str_z(NFTA_SET_ELEM_LIST_TABLE, TABLE);
+    batch.str_z(NFTA_SET_ELEM_LIST_SET, set);
+    batch.end(open);
+}
+
+/// Reads an answer to [`get_elements`] for a cgroup set. One message holds many elements.
+pub fn parse_elements(message: &Message) -> Option<Vec<Element>> {
+    let list = Attrs::after(message.body, 4).get(NFTA_SET_ELEM_LIST_ELEMENTS)?;
+    let elements = Attrs::new(list).filter(|(kind, _)| *kind == NFTA_LIST_ELEM);
+    Some(elements.filter_map(|(_, bytes)| element(bytes)).collect())
+}
+
+fn element(bytes: &[u8]) -> Option<Element> {
+    let attrs = Attrs::new(bytes);
+    let key = Attrs::new(attrs.clone().get(NFTA_SET_ELEM_KEY)?).get(NFTA_DATA_VALUE)?;
+    // one expression stands alone, and since Linux 5.13 several stand in a list
+    let list = Attrs::new(attrs.clone().get(NFTA_SET_ELEM_EXPRESSIONS).unwrap_or(&[]));
+    let listed = list.map(|(_, bytes)| expr(bytes));
+    let alone = attrs.get(NFTA_SET_ELEM_EXPR).map(expr);
+    Some(Element {
+        id: u64::from_ne_bytes(key.try_into().ok()?),
+        counter: (listed.chain(alone)).find_map(|expr| match expr {
+            Expr::Counter(counter) => Some(counter),
+            _ => None,
+        }),
+    })
+}
+
+/// A target as the table has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Target {
+    pub name: String,
+    /// What a tproxy marks packets with.
+    pub mark: Option<Mark>,
+    pub port: Option<u16>,
+    /// Where TPROXY looks for a listener, if not everywhere.
+    pub addresses: Vec<IpAddr>,
+    /// Packets that came to this target and were not left alone; `None` for direct.
+    pub taken: Option<Counter>,
+    /// Packets of those that no listener took.
+    pub refused: Option<Counter>,
+}
+
+/// A rule of `output`: a packet of a cgroup whose ancestor at `level` is in the set of target `set`
+/// goes to `target`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    pub level: u32,
+    pub set: String,
+    pub target: String,
+}
+
+/// What the rules of our table amount to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct View {
+    /// direct, drop, then the tproxies in file order.
+    pub targets: Vec<Target>,
+    /// In the order in which they are tried.
+    pub steps: Vec<Step>,
+    /// The target of what no step takes.
+    pub default: String,
+}
+
+/// Reads the rules of the table, in the order of the dump.
+pub fn view(rules: &[Rule]) -> View {
+    let mut names: Vec<&str> = Vec::new();
+    for rule in rules {
+        let name = rule.chain.strip_prefix("to_");
+        names.extend(name.filter(|name| !names.contains(name)));
+    }
+    // stable: the tproxies stay in file order, in which their chains were made
+    names.sort_by_key(|name| match *name {
+        "direct" => 0,
+        "drop" => 1,
+        _ => 2,
+    });
+    let of = |chain: String| {
+        let found: Vec<&Rule> = rules.iter().filter(|rule| rule.chain == chain).collect();
+        found
+    };
+    let targets = names.iter().map(|name| {
+        let receive = of(format!("tproxy_{name}"));
+        Target {
+            name: name.to_string(),
+            mark: of(format!("to_{name}")).iter().find_map(|rule| mark(rule)),
+            port: receive.iter().find_map(|rule| port(rule)),
+            addresses: receive.iter().filter_map(|rule| address(rule)).collect(),
+            taken: total(&of(format!("to_{name}"))),
+            refused: total(&receive),
+        }
+    });
+    let mut view = View {
+        targets: targets.collect(),
+        steps: Vec::new(),
+        default: "direct".into(),
+    };
+    for rule in of(OUTPUT.into()) {
+        let target = rule.exprs.iter().find_map(|expr| match expr {
+            Expr::Verdict {
+                chain: Some(chain), ..
+            } => chain.strip_prefix("to_"),
+            _ => None,
+        });
+        let Some(target) = target.map(str::to_string) else {
+            continue;
+        };
+        match rule.exprs[..] {
+            [Expr::Cgroup { level }, Expr::Lookup { ref set }, ..] => view.steps.push(Step {
+                level,
+                set: set.strip_prefix("cg_").unwrap_or(set).to_string(),
+                target,
+            }),
+            _ => view.default = target,
+        }
+    }
+    view
+}
+
+impl View {
+    pub fn target(&self, name: &str) -> Option<&Target> {
+        self.targets.iter().find(|target| target.name == name)
+    }
+
+    /// The target of a socket whose cgroup has this id at each level: what `output` does with its
+    /// packets. `holds` tells whether the set of a target holds an id.
+    pub fn verdict(&self, ids: &BTreeMap<u32, u64>, holds: impl Fn(&str, u64) -> bool) -> &str {
+        let taken = |step: &&Step| ids.get(&step.level).is_some_and(|id| holds(&step.set, *id));
+        (self.steps.iter().find(taken)).map_or(&self.default, |step| &step.target)
+    }
+}
+
+/// The mark that a rule gives the packet.
+fn mark(rule: &Rule) -> Option<Mark> {
+    let at = rule.exprs.iter().position(|e| *e == Expr::SetPacketMark)?;
+    match rule.exprs.get(at.checked_sub(1)?)? {
+        Expr::Bitwise { mask, xor } => Some(Mark {
+            value: *xor,
+            mask: !mask,
+        }),
+        _ => None,
+    }
+}
+
+/// The port of a rule's tproxy expression, from the register that it names.
+fn port(rule: &Rule) -> Option<u16> {
+    let wanted = rule.exprs.iter().find_map(|expr| match expr {
+        Expr::Tproxy { port } => *port,
+        _ => None,
+    })?;
+    rule.exprs.iter().find_map(|expr| match expr {
+        Expr::Immediate { register, data } if *register == wanted => {
+            Some(u16::from_be_bytes([*data.first()?, *data.get(1)?]))
+        }
+        _ => None,
+    })
+}
+
+/// The address of a rule's tproxy expression: the immediate of an address's length.
+fn address(rule: &Rule) -> Option<IpAddr> {
+    let is_tproxy = |expr: &Expr| matches!(expr, Expr::Tproxy { .. });
+    let octets = |expr: &Expr| match expr {
+        Expr::Immediate { data, .. } => match <[u8; 4]>::try_from(&data[..]) {
+            Ok(octets) => Some(IpAddr::from(octets)),
+            Err(_) => <[u8; 16]>::try_from(&data[..]).ok().map(IpAddr::from),
+        },
+        _ => None,
+    };
+    rule.exprs
+        .iter()
+        .any(is_tproxy)
+        .then(|| rule.exprs.iter().find_map(octets))?
+}
+
+/// The sum of all counters of some rules; `None` where there are none.
+fn total(rules: &[&Rule]) -> Option<Counter> {
+    let exprs = rules.iter().flat_map(|rule| &rule.exprs);
+    let counters = exprs.filter_map(|expr| match expr {
+        Expr::Counter(counter) => Some(*counter),
+        _ => None,
+    });
+    counters.reduce(|a, b| a + b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Take, Target as ConfigTarget, Tproxy};
+    use crate::netlink::parse::Messages;
+    use crate::nft::encode::Transaction;
+    use crate::nft::ruleset::{output_rules, Element as Pair, Table};
+
+    fn config(default: ConfigTarget) -> Config {
+        let tproxy = |name: &str, mark, port, address: Option<&str>| Tproxy {
+            name: name.into(),
+            port,
+            address4: address.map(|a| a.parse().unwrap()),
+            address6: None,
+            mark,
+            tcp: Take::Yes,
+            udp: Take::Yes,
+            ipv4: Take::Yes,
+            ipv6: Take::Yes,
+            dns4: None,
+            dns6: None,
+            dns_tcp: false,
+            dns_local: false,
+        };
+        Config {
+            default,
+            tproxies: vec![
+                tproxy("zeta", 0x0100_0000, 7893, None),
+                tproxy("alpha", 0x0200_0000, 7894, Some("127.0.0.1")),
+            ],
+            ..Config::default()
+        }
+    }
+
+    /// The rules as the kernel would hand them back: as they were sent.
+    fn rules(config: &Config, pairs: &[Pair]) -> Vec<Rule> {
+        let mut transaction = Transaction::new(Batch::new(0));
+        transaction.replace(&Table::new(config), None);
+        transaction.replace_output(&output_rules(config, &pairs.iter().copied().collect()));
+        let (batch, _) = transaction.finish();
+        Messages::new(batch.bytes())
+            .filter_map(|m| parse_rule(&m))
+            .collect()
+    }
+
+    #[test]
+    fn the_view_of_our_own_table() {
+        let pair = |level, target| Pair { level, target };
+        let pairs = [
+            pair(2, ConfigTarget::Tproxy(1)),
+            pair(3, ConfigTarget::Drop),
+        ];
+        for (default, name) in [
+            (ConfigTarget::Direct, "direct"),
+            (ConfigTarget::Drop, "drop"),
+            (ConfigTarget::Tproxy(0), "zeta"),
+        ] {
+            let config = config(default);
+            let all = rules(&config, &pairs);
+            // the rules of `output` before its replacement are in the batch as well
+            let first = all.iter().filter(|r| r.chain == OUTPUT).count()
+                - output_rules(&config, &pairs.iter().copied().collect()).len();
+            let mut skip = first;
+            let all: Vec<Rule> = (all.into_iter())
+                .filter(|rule| {
+                    let drop = rule.chain == OUTPUT && skip > 0;
+                    skip -= usize::from(drop);
+                    !drop
+                })
+                .collect();
+            let view = view(&all);
+            let names: Vec<_> = view.targets.iter().map(|t| t.name.as_str()).collect();
+            assert_eq!(names, ["direct", "drop", "zeta", "alpha"]);
+            assert_eq!(view.default, name);
+            let alpha = view.target("alpha").unwrap();
+            let mark = Mark {
+                value: 0x0200_0000,
+                mask: 0xff00_0000,
+            };
+            assert_eq!((alpha.mark, alpha.port), (Some(mark), Some(7894)));
+            let listen: IpAddr = "127.0.0.1".parse().unwrap();
+            assert_eq!(alpha.addresses, [listen]);
+            assert_eq!(alpha.taken, Some(Counter::default()));
+            assert_eq!(view.target("zeta").unwrap().port, Some(7893));
+            assert_eq!(view.target("zeta").unwrap().addresses, [listen; 0]);
+            assert_eq!(view.target("direct").unwrap().taken, None);
+            assert_eq!(view.target("drop").unwrap().mark, None);
+
+            let holds = |set: &str, id| [("alpha", 20), ("drop", 30)].contains(&(set, id));
+            let verdict = |ids: &[(u32, u64)]| {
+                let ids = ids.iter().copied().collect();
+                view.verdict(&ids, holds).to_string()
+            };
+            assert_eq!(verdict(&[(1, 10), (2, 20)]), "alpha");
+            assert_eq!(verdict(&[(1, 10), (2, 20), (3, 30)]), "drop");
+            assert_eq!(verdict(&[(1, 10), (2, 21), (3, 20)]), name);
+        }
+    }
+
+    #[test]
+    fn hostile_bytes_are_survived() {
+        let config = config(ConfigTarget::Drop);
+        let mut transaction = Transaction::new(Batch::new(0));
+        transaction.replace(&Table::new(&config), None);
+        transaction.add_cgroups("cg_drop", [1, 2].into_iter());
+        let (batch, _) = transaction.finish();
+        let whole: Vec<Rule> = (Messages::new(batch.bytes()))
+            .filter_map(|m| parse_rule(&m))
+            .collect();
+        assert!(whole.len() > 20);
+        let mut random = crate::testing::Random::new(5);
+        for _ in 0..3000 {
+            let mut bytes = batch.bytes().to_vec();
+            for _ in 0..1 + random.below(8) {
+                let at = random.below(bytes.len());
+                bytes[at] = random.next() as u8;
+            }
+            let messages = || Messages::new(&bytes);
+            let rules: Vec<Rule> = messages().filter_map(|m| parse_rule(&m)).collect();
+            view(&rules);
+            messages().filter_map(|m| parse_elements(&m)).for_each(drop);
+        }
+    }
+}

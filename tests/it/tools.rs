@@ -1,0 +1,1777 @@
+//! What people type: check, explain, status, exec, and how the program answers to mistakes.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::poll::{poll, PollFd, PollFlags};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+
+use crate::client::Client;
+use crate::daemon::{binary, run, run_with, write_private, Daemon};
+use crate::ground::{addr, ip_batch, sysctl, Ground, CGROUPS, REMOTE4};
+use crate::kernel::{await_member, cgroup_id, load, nft, residue, set_ids, SETTLE};
+use crate::world::{Server, World};
+use crate::{sized, wait_until};
+
+const CONFIG: &str = "
+[tproxy mihomo]
+port = 7893
+[rules]
+direct = /services/mihomo
+drop   = /services/telemetry
+mihomo = /services/(transmission|aria2)
+";
+
+/// What a run said, as text.
+struct Said {
+    code: Option<i32>,
+    out: String,
+    err: String,
+}
+
+impl From<Output> for Said {
+    fn from(output: Output) -> Said {
+        Said {
+            code: output.status.code(),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+fn said(ground: &Ground, config: &str, args: &[&str]) -> Said {
+    run_with(ground, config, args).into()
+}
+
+impl Daemon {
+    /// A command with this daemon's configuration.
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command.arg("-c").arg(&self.config).args(args);
+        command.stdin(Stdio::null());
+        command
+    }
+
+    fn ask(&self, args: &[&str]) -> Said {
+        self.command(args).output().expect("start cgtproxy").into()
+    }
+
+    fn status(&self) -> String {
+        let said = self.ask(&["status"]);
+        assert_eq!((said.code, &*said.err), (Some(0), ""));
+        said.out
+    }
+
+    /// The columns of one target's line.
+    fn target(&self, name: &str) -> Vec<String> {
+        let status = self.status();
+        let line = status
+            .lines()
+            .find(|l| l.split_whitespace().next() == Some(name));
+        let line = line.unwrap_or_else(|| panic!("no {name} in\n{status}"));
+        // two blanks or more stand between columns, "tcp udp" and "1.0 KiB" have one inside
+        let columns = line.split("  ").map(str::trim).filter(|c| !c.is_empty());
+        columns.map(str::to_owned).collect()
+    }
+}
+
+// ------------------------------------------------------------------------------------- explain
+
+#[test]
+fn explain_names_the_rule_and_the_ancestor() {
+    let Some(ground) = Ground::new("explain") else {
+        return;
+    };
+    let inside = ground.cgroup("/services/aria2/a/b");
+    let whole = inside.to_str().expect("a UTF-8 path");
+    let paths = [
+        "/services/mihomo/x",
+        "/services/x",
+        whole,
+        "/cgtproxy/drop/1",
+        "/",
+    ];
+    let Said { code, out, err } = said(&ground, CONFIG, &[&["explain"], &paths[..]].concat());
+    assert_eq!((code, &*err), (Some(0), ""));
+    let blocks: Vec<&str> = out.split_inclusive('\n').collect();
+    let text = blocks.concat();
+    let wants = [
+        "/services/mihomo/x\n    target  direct\n",
+        ":6: direct = /services/mihomo\n    matches /services/mihomo, an ancestor\n",
+        "/services/x\n    target  direct\n    rule    no rule matches, so the default decides\n",
+        "/services/aria2/a/b\n    target  mihomo\n",
+        ":8: mihomo = /services/(transmission|aria2)\n    matches /services/aria2, an ancestor\n",
+        "    target  drop\n    rule    built in: drop = /cgtproxy/drop\n",
+    ];
+    for want in wants {
+        assert!(text.contains(want), "no {want:?} in\n{text}");
+    }
+    assert_eq!(residue(), "", "explain touches nothing");
+}
+
+#[test]
+fn explain_finds_processes() {
+    let Some(ground) = Ground::new("explain-pid") else {
+        return;
+    };
+    let world = World::new(&ground);
+    let inside = ground.cgroup("/services/telemetry/x");
+    let outside = Path::new(CGROUPS).to_owned();
+    // a process that lives until it is killed
+    let serve = |cgroup: &Path, port| Client::tcp(cgroup, addr(crate::ground::HOST4, port)).serve();
+    let (_in, _out) = (serve(&inside, 7001), serve(&outside, 7002));
+    let pid_in = |cgroup: &Path| {
+        let text = fs::read_to_string(cgroup.join("cgroup.procs")).expect("list processes");
+        text.lines().next().expect("a process").to_owned()
+    };
+    let Said { code, out, .. } = said(&ground, CONFIG, &["explain", "--pid", &pid_in(&inside)]);
+    assert_eq!(code, Some(0));
+    assert!(
+        out.contains(": /services/telemetry/x\n    target  drop\n"),
+        "{out}"
+    );
+    let init = said(&ground, CONFIG, &["explain", "--pid", "1"]);
+    assert!(
+        init.out
+            .contains("pid 1: outside the cgroup root\n    target  direct"),
+        "{}",
+        init.out
+    );
+    let gone = said(&ground, CONFIG, &["explain", "--pid", "4194304"]);
+    assert_eq!(gone.code, Some(1));
+    assert!(
+        gone.err
+            .contains("unable to find the cgroup of pid 4194304: no such process"),
+        "{}",
+        gone.err
+    );
+    drop(world);
+}
+
+/// What explain says of a tree is what the kernel holds of it.
+#[test]
+fn explain_agrees_with_the_daemon() {
+    let Some(ground) = Ground::new("explain-agrees") else {
+        return;
+    };
+    let rules =
+        "[tproxy mihomo]\nport = 7893\n[rules]\ndrop = /a/b\nmihomo = /a\ndirect = .*/free\n\
+                 mihomo = /cgtproxy\n";
+    let paths = [
+        "/a",
+        "/a/b",
+        "/a/b/free",
+        "/c/free",
+        "/c",
+        "/cgtproxy",
+        "/cgtproxy/direct",
+    ];
+    for path in paths {
+        ground.cgroup(path);
+    }
+    let daemon = Daemon::start(&ground, rules, &[]);
+    for path in paths {
+        let out = daemon.ask(&["explain", path]).out;
+        let target = out.lines().find_map(|l| l.trim().strip_prefix("target  "));
+        // the nearest ancestor with an element decides
+        let mut at = ground.at(path);
+        let found = loop {
+            let id = cgroup_id(&at).expect("an id");
+            let holds =
+                |set: &&&str| set_ids(&format!("cg_{set}")).is_some_and(|s| s.contains(&id));
+            if let Some(set) = ["direct", "drop", "mihomo"].iter().find(holds) {
+                break *set;
+            }
+            if at == ground.root {
+                break "direct";
+            }
+            at.pop();
+        };
+        assert_eq!(target, Some(found), "{path}");
+    }
+}
+
+// -------------------------------------------------------------------------------------- status
+
+#[test]
+fn status_of_a_kernel_without_us() {
+    let Some(ground) = Ground::new("status-none") else {
+        return;
+    };
+    let Said { code, out, err } = said(&ground, CONFIG, &["status"]);
+    assert_eq!((code, &*err), (Some(0), ""));
+    let want = "table inet cgtproxy: not there, nothing is classified; no cgtproxy is running\n";
+    assert_eq!(out, want);
+    let json = said(&ground, CONFIG, &["status", "--json"]).out;
+    assert_eq!(
+        query(&json, "[d['in_force'], d['targets'], d['daemon']]"),
+        "[False, [], None]"
+    );
+}
+
+#[test]
+fn status_counts_what_nft_counts() {
+    let Some(ground) = Ground::new("status") else {
+        return;
+    };
+    let world = World::new(&ground);
+    let proxied = ground.cgroup("/services/aria2");
+    let dropped = ground.cgroup("/services/telemetry");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let none = ["mihomo", "0x01000000", "7893", "no", "1", "0", "0 B", "0"];
+    assert_eq!(daemon.target("mihomo"), none);
+    let to = addr(REMOTE4, 80);
+    assert_eq!(Client::tcp(&proxied, to).run().who(), "refused");
+    {
+        let _proxy = Server::start("proxy mihomo", &[7893]);
+        let who = Client::udp(&proxied, to).run().who();
+        assert_eq!(who, format!("proxy mihomo {to}"));
+        assert_eq!(daemon.target("mihomo")[3], "tcp udp");
+    }
+    assert_eq!(daemon.target("mihomo")[3], "no");
+    let quick = Duration::from_millis(50);
+    assert_eq!(
+        Client::udp(&dropped, to).timeout(quick).run().who(),
+        "nobody"
+    );
+    // counters as nft lists them
+    let listed = |chain: &str, nth: usize| {
+        let out = nft(&["list", "chain", "inet", "cgtproxy", chain], "");
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let counter = text
+            .split("counter packets ")
+            .nth(nth)
+            .expect("a counter")
+            .to_owned();
+        let mut words = counter.split_whitespace();
+        let packets = words.next().expect("packets").to_owned();
+        (packets, words.nth(1).expect("bytes").to_owned())
+    };
+    let row = daemon.target("mihomo");
+    let (packets, bytes) = listed("to_mihomo", 1);
+    assert!(packets.parse::<u32>().is_ok_and(|n| n >= 2), "{packets}");
+    assert_eq!((&row[5], &row[6]), (&packets, &format!("{bytes} B")));
+    assert_eq!(row[7], listed("tproxy_mihomo", 1).0, "refused");
+    let row = daemon.target("drop");
+    assert_eq!(row[5], listed("to_drop", 1).0);
+    assert_eq!(row[1..4], ["-", "-", "-"]);
+    assert_eq!(daemon.target("direct")[5..], ["-", "-", "-"]);
+    drop(world);
+}
+
+#[test]
+fn status_tells_missing_rules_and_routes() {
+    let Some(ground) = Ground::new("status-missing") else {
+        return;
+    };
+    let config = format!(
+        "[global]\nroute-table = 4242\nrule-priority = 77\ncgroup-root = {}\n{CONFIG}",
+        ground.root.display()
+    );
+    let daemon = Daemon::start(&ground, &config, &[]);
+    assert!(!daemon.status().contains("missing"), "{}", daemon.status());
+    assert_eq!(daemon.status().matches("present").count(), 4);
+    // or it would mend them
+    daemon.signal(Signal::SIGSTOP);
+    ip_batch(&["-4"], "rule del pref 77\n");
+    ip_batch(&["-6"], "route flush table 4242\n");
+    let status = daemon.status();
+    let missing = [
+        "missing  ip rule add pref 77 iif lo fwmark 0x01000000/0xff000000 lookup 4242 protocol 99\n",
+        "missing  ip -6 route add local default dev lo table 4242 proto 99\n",
+    ];
+    for want in missing {
+        assert!(status.contains(want), "{status}");
+    }
+    assert_eq!(status.matches("missing").count(), 2, "{status}");
+    // what it prints is what mends it
+    for line in missing {
+        let command = line.trim().strip_prefix("missing  ").expect("a command");
+        let done = Command::new("sh")
+            .args(["-c", command])
+            .status()
+            .expect("start sh");
+        assert!(done.success(), "{command}");
+    }
+    assert_eq!(daemon.status().matches("present").count(), 4);
+    let json = daemon.ask(&["status", "--json"]).out;
+    let all = "[r['present'] for r in d['rules'] + d['routes']]";
+    assert_eq!(query(&json, all), "[True, True, True, True]");
+}
+
+#[test]
+fn status_with_ten_thousand_cgroups_and_while_they_change() {
+    let Some(ground) = Ground::new("status-10k") else {
+        return;
+    };
+    const MANY: usize = 10_000;
+    let dir = ground.cgroup("/many");
+    for i in 0..MANY {
+        fs::create_dir(dir.join(format!("d{i}"))).expect("make a cgroup");
+    }
+    let rules = "[tproxy mihomo]\nport = 7893\n[rules]\ndrop = /many/d.*\nmihomo = /many/x.*\n";
+    let daemon = Daemon::start(&ground, rules, &[]);
+    let start = Instant::now();
+    let json = daemon.ask(&["status", "--json"]).out;
+    println!("status --json with {MANY} elements: {:?}", start.elapsed());
+    let counts = "[(t['name'], t['cgroups']) for t in d['targets']]";
+    let want = format!("[('direct', 0), ('drop', {MANY}), ('mihomo', 0)]");
+    assert_eq!(query(&json, counts), want);
+    // transactions interrupt the dump: it must be asked for again, not be cut short
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                let _ = fs::create_dir(dir.join("x"));
+                let _ = fs::remove_dir(dir.join("x"));
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        });
+        for _ in 0..10 {
+            let row = daemon.target("drop");
+            assert_eq!(row[4], MANY.to_string());
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}
+
+/// Evaluates a Python expression over the JSON text `d`: a parser that is none of ours.
+#[track_caller]
+fn query(json: &str, expression: &str) -> String {
+    let program = format!("import json, sys\nd = json.load(sys.stdin)\nprint(({expression}))");
+    let mut python = Command::new("python3");
+    python
+        .args(["-c", &program])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    let mut child = python.spawn().expect("start python3");
+    let mut stdin = child.stdin.take().expect("stdin is piped");
+    stdin.write_all(json.as_bytes()).expect("feed python3");
+    drop(stdin);
+    let out = child.wait_with_output().expect("wait for python3");
+    assert!(out.status.success(), "not JSON: {json}");
+    String::from_utf8_lossy(&out.stdout).trim_end().to_owned()
+}
+
+/// The members of the documented shape, and nothing else.
+#[test]
+fn json_has_the_documented_shape() {
+    let Some(ground) = Ground::new("json") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let json = daemon.ask(&["status", "--json"]).out;
+    assert_eq!(
+        query(&json, "list(d)"),
+        "['version', 'in_force', 'daemon', 'default', 'targets', 'rules', 'routes']"
+    );
+    assert_eq!(
+        query(&json, "d['version'], d['in_force'], d['default']"),
+        "(1, True, 'direct')"
+    );
+    assert_eq!(query(&json, "d['daemon']"), daemon.pid().to_string());
+    let members = "['name', 'kind', 'mark', 'mask', 'port', 'listens', 'cgroups', 'packets', 'bytes', 'refused']";
+    assert_eq!(query(&json, "list(d['targets'][2])"), members);
+    assert_eq!(
+        query(&json, "[t['kind'] for t in d['targets']]"),
+        "['direct', 'drop', 'tproxy']"
+    );
+    assert_eq!(
+        query(&json, "list(d['rules'][0])"),
+        "['family', 'text', 'present']"
+    );
+    // the manual page names each of them
+    let page = fs::read_to_string("conf/man/cgtproxy.8").expect("read the manual page");
+    let names = "' '.join(list(d) + list(d['targets'][2]) + list(d['rules'][0]))";
+    for name in query(&json, names).split(' ') {
+        assert!(
+            page.contains(&format!("Cm {name}")),
+            "{name} is not documented"
+        );
+    }
+}
+
+/// Runs a shell command on a terminal and gives what it shows there.
+fn on_terminal(command: &str, env: &[(&str, &str)]) -> String {
+    let out = Command::new("script")
+        .args(["-qec", command, "/dev/null"])
+        .env_remove("NO_COLOR")
+        .env("TERM", "xterm")
+        .envs(env.iter().copied())
+        .stdin(Stdio::null())
+        .output()
+        .expect("start script");
+    String::from_utf8_lossy(&out.stdout).into_owned()
+}
+
+#[test]
+fn colours_on_a_terminal_only() {
+    let Some(ground) = Ground::new("colours") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let command = format!(
+        "{} -c {} status",
+        binary().display(),
+        daemon.config.display()
+    );
+    let coloured = on_terminal(&command, &[]);
+    assert!(coloured.contains("\x1b[31mno\x1b[0m"), "{coloured:?}");
+    let plain = on_terminal(&command, &[("NO_COLOR", "1")]);
+    assert!(
+        plain.contains("mihomo") && !plain.contains('\x1b'),
+        "{plain:?}"
+    );
+    assert!(!on_terminal(&command, &[("TERM", "dumb")]).contains('\x1b'));
+    assert!(!daemon.status().contains('\x1b'));
+    // columns are where they are without colour
+    let strip = |text: &str| {
+        text.replace("\x1b[1m", "")
+            .replace("\x1b[31m", "")
+            .replace("\x1b[0m", "")
+    };
+    assert_eq!(strip(&coloured), plain);
+}
+
+#[test]
+fn watch_shows_rates_of_targets_and_cgroups() {
+    let Some(ground) = Ground::new("watch") else {
+        return;
+    };
+    let world = World::new(&ground);
+    let busy = ground.cgroup("/services/aria2/busy");
+    ground.cgroup("/services/transmission");
+    let config = format!(
+        "[global]\ncounters = cgroup\ncgroup-root = {}\n{CONFIG}",
+        ground.root.display()
+    );
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let _flood = Client::udp(&busy, addr(REMOTE4, 80)).flood().spawn();
+    let mut child = daemon
+        .command(&["status", "--watch"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("start cgtproxy");
+    let mut lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
+    // the first frame has no rates yet, the second and third have
+    let mut frames = Vec::new();
+    let mut frame: Vec<String> = Vec::new();
+    let start = Instant::now();
+    while frames.len() < 3 {
+        let line = lines.next().expect("a line").expect("UTF-8");
+        if line.starts_with("table inet") && !frame.is_empty() {
+            frames.push(std::mem::take(&mut frame));
+        }
+        frame.push(line);
+    }
+    assert!(start.elapsed() > Duration::from_secs(2), "a frame a second");
+    let column = |frame: &[String], name: &str, nth: usize| {
+        let line = frame
+            .iter()
+            .find(|l| l.split_whitespace().next() == Some(name));
+        let line = line.unwrap_or_else(|| panic!("no {name} in {frame:#?}"));
+        line.split_whitespace()
+            .nth(nth)
+            .expect("a column")
+            .to_owned()
+    };
+    assert_eq!(column(&frames[0], "mihomo", 2), "-");
+    for frame in &frames[1..] {
+        // the flood is some 2,000 datagrams a second; 5 bytes each, and 28 of headers
+        let packets: u64 = column(frame, "mihomo", 2).parse().expect("a number");
+        assert!((100..20_000).contains(&packets), "{frame:#?}");
+        assert_eq!(column(frame, "/services/aria2", 1), "mihomo");
+        let own: u64 = column(frame, "/services/aria2", 2)
+            .parse()
+            .expect("a number");
+        assert!(own.abs_diff(packets) < packets / 2, "{frame:#?}");
+        assert!(
+            !frame
+                .iter()
+                .any(|l| l.starts_with("/services/transmission")),
+            "idle: {frame:#?}"
+        );
+    }
+    // the reader goes away: it ends, and says nothing
+    drop(lines);
+    let ended = wait_until(Duration::from_secs(5), || {
+        child.try_wait().is_ok_and(|s| s.is_some())
+    });
+    let _ = child.kill();
+    assert!(ended, "status --watch outlives its reader");
+    assert_eq!(child.wait().expect("wait").code(), Some(0));
+    drop(world);
+}
+
+#[test]
+fn watch_redraws_within_the_screen() {
+    let Some(ground) = Ground::new("watch-screen") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let (bin, file) = (binary(), daemon.config.display().to_string());
+    let command = format!(
+        "stty rows 5; timeout 1.5 {} -c {file} status --watch",
+        bin.display()
+    );
+    let shown = on_terminal(&command, &[]);
+    let frames: Vec<&str> = shown.split("\x1b[H\x1b[J").skip(1).collect();
+    assert_eq!(frames.len(), 2, "{shown:?}");
+    for frame in frames {
+        assert_eq!(frame.matches('\n').count(), 4, "{frame:?}");
+        assert!(frame.contains("TARGET"), "{frame:?}");
+    }
+}
+
+#[test]
+fn watch_without_counters_says_how_to_have_them() {
+    let Some(ground) = Ground::new("watch-none") else {
+        return;
+    };
+    ground.cgroup("/services/aria2");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let mut child = daemon
+        .command(&["status", "--watch"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("start cgtproxy");
+    let lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
+    let first: Vec<String> = lines.map_while(Result::ok).take(8).collect();
+    assert!(
+        first.contains(&"for each cgroup: set counters = cgroup in [global]".into()),
+        "{first:#?}"
+    );
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+// ---------------------------------------------------------------------------------------- exec
+
+/// The shell's words for "ask the remote host who answers, at once".
+const ASK: &str =
+    "exec 3<>/dev/udp/203.0.113.7/80; echo who >&3; timeout 5 dd bs=512 count=1 <&3 2>/dev/null";
+
+#[test]
+fn exec_leaks_nothing() {
+    let Some(ground) = Ground::new("exec-leak") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let rounds = sized(200, 2000);
+    let mut longest = Duration::ZERO;
+    world.wire.packets();
+    for round in 0..rounds {
+        let start = Instant::now();
+        let asked = daemon.ask(&["exec", "mihomo", "--", "bash", "-c", ASK]);
+        longest = longest.max(start.elapsed());
+        assert!(
+            asked.out.starts_with("proxy mihomo 203.0.113.7:80 from"),
+            "round {round}: {} {}",
+            asked.out,
+            asked.err
+        );
+        // each third time as if for the first time: everything has to be made and classified anew
+        if round % 3 == 0 {
+            let made = ground.at("/cgtproxy/mihomo");
+            let pids = fs::read_dir(&made).expect("list").flatten();
+            let dirs = pids.filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
+            dirs.for_each(|e| fs::remove_dir(e.path()).expect("remove what exec made"));
+            fs::remove_dir(&made).expect("remove the target's cgroup");
+        }
+    }
+    assert_eq!(world.wire.to_remote(), [], "left the host in {rounds} runs");
+    println!("{rounds} runs, the longest {longest:?}");
+    // the same words outside of exec do leave, so the wire would have seen them
+    let direct = daemon.ask(&["exec", "direct", "--", "bash", "-c", ASK]);
+    assert!(
+        direct.out.starts_with("remote"),
+        "{} {}",
+        direct.out,
+        direct.err
+    );
+    assert_ne!(world.wire.to_remote(), []);
+}
+
+/// Many at once, while the cgroups of those before are being removed.
+#[test]
+fn exec_many_at_once() {
+    let Some(ground) = Ground::new("exec-many") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    for _ in 0..sized(5, 50) {
+        let start = |i: usize| {
+            let target = ["mihomo", "drop", "direct"][i % 3];
+            let words = "exec grep -h ^0:: /proc/self/cgroup";
+            let mut command = daemon.command(&["exec", target, "sh", "-c", words]);
+            let child = command
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn();
+            (target, child.expect("start cgtproxy"))
+        };
+        let all: Vec<_> = (0..12).map(start).collect();
+        for (target, child) in all {
+            let pid = child.id();
+            let said = Said::from(child.wait_with_output().expect("wait"));
+            let want = format!("/cgtproxy/{target}/{pid}\n");
+            assert!(
+                said.out.ends_with(&want),
+                "{} {} is not {want}",
+                said.out,
+                said.err
+            );
+        }
+    }
+    daemon.ask(&["exec", "direct", "true"]);
+    let left = |target: &str| {
+        let entries = fs::read_dir(ground.at(&format!("/cgtproxy/{target}"))).expect("list");
+        entries
+            .flatten()
+            .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
+            .count()
+    };
+    assert_eq!((left("mihomo"), left("drop")), (0, 0), "leftovers");
+    assert!(left("direct") <= 1);
+}
+
+#[test]
+fn exec_passes_everything_on() {
+    let Some(ground) = Ground::new("exec-status") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let exec = |args: &[&str]| {
+        let out = daemon.command(&[&["exec"], args].concat()).output();
+        out.expect("start cgtproxy")
+    };
+    for (args, code) in [
+        (&["drop", "true"][..], 0),
+        (&["drop", "--", "sh", "-c", "exit 7"], 7),
+        (&["drop", "sh", "-c", "exit 255"], 255),
+        (&["mihomo", "no-such-command"], 127),
+        (&["mihomo", "/nonexistent/x"], 127),
+        (&["mihomo", "/etc"], 126),
+        (&["mihomo", "/etc/passwd"], 126),
+    ] {
+        let out = exec(args);
+        assert_eq!(out.status.code(), Some(code), "{args:?}");
+        let lines = String::from_utf8_lossy(&out.stderr).lines().count();
+        assert_eq!(lines, usize::from(code >= 126 && code < 128), "{args:?}");
+    }
+    assert_eq!(
+        exec(&["drop", "sh", "-c", "kill -TERM $$"]).status.signal(),
+        Some(15)
+    );
+    // options behind CMD are CMD's, and so is what follows --
+    let echoed = |args: &[&str]| String::from_utf8(exec(args).stdout).expect("UTF-8");
+    assert_eq!(
+        echoed(&["drop", "echo", "-u", "-c", "--help", "--", "x"]),
+        "-u -c --help -- x\n"
+    );
+    assert_eq!(echoed(&["drop", "--", "echo", "-v"]), "-v\n");
+    assert_eq!(echoed(&["-v", "drop", "echo", "x"]), "x\n");
+    // bytes that are not UTF-8 arrive as they are
+    let mut raw = daemon.command(&["exec", "drop", "printf", "%s"]);
+    let bytes = std::os::unix::ffi::OsStrExt::from_bytes(b"a\xffb");
+    let bytes: &std::ffi::OsStr = bytes;
+    assert_eq!(
+        raw.arg(bytes).output().expect("start cgtproxy").stdout,
+        b"a\xffb"
+    );
+    // no descriptor of ours, no signal ignored, that the command would not have had without us
+    let words = "ls /proc/self/fd; grep -E 'Sig|Shd' /proc/self/status; env; ulimit -a";
+    let mut without = Command::new("sh");
+    without.args(["-c", words]).stdin(Stdio::null());
+    let without = without.output().expect("start sh").stdout;
+    let with = exec(&["drop", "sh", "-c", words]).stdout;
+    assert_eq!(
+        String::from_utf8_lossy(&with),
+        String::from_utf8_lossy(&without)
+    );
+}
+
+#[test]
+fn exec_as_another_user() {
+    let Some(ground) = Ground::new("exec-user") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let words =
+        "id -u; id -g; id -G; grep -h ^CapEff /proc/self/status; grep -h ^0:: /proc/self/cgroup";
+    for args in [
+        &["exec", "-u", "nobody", "drop", "sh", "-c", words][..],
+        &["exec", "--user", "65534", "drop", "--", "sh", "-c", words],
+        &["exec", "drop", "-u", "nobody", "--", "sh", "-c", words],
+    ] {
+        let said = daemon.ask(args);
+        let want = "65534\n65534\n65534\nCapEff:\t0000000000000000\n";
+        assert!(
+            said.out.starts_with(want),
+            "{args:?}: {} {}",
+            said.out,
+            said.err
+        );
+        assert!(said.out.contains("/cgtproxy/drop/"), "{}", said.out);
+    }
+    // a user who can do nothing more with the cgroups than before
+    let daemon_group = daemon.ask(&[
+        "exec",
+        "-u",
+        "nobody",
+        "drop",
+        "sh",
+        "-c",
+        "echo $$ > /sys/fs/cgroup/cgroup.procs",
+    ]);
+    assert_ne!(daemon_group.code, Some(0));
+    let unknown = daemon.ask(&["exec", "-u", "no-such-user", "drop", "true"]);
+    assert_eq!(
+        (unknown.code, &*unknown.err),
+        (Some(2), "error: no such user: \"no-such-user\"\n")
+    );
+}
+
+#[test]
+fn exec_moves_only_itself() {
+    let Some(ground) = Ground::new("exec-moves") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let home = fs::read_to_string("/proc/self/cgroup").expect("read");
+    let mut child = daemon
+        .command(&["exec", "mihomo", "sleep", "100"])
+        .spawn()
+        .expect("start cgtproxy");
+    let dir = ground.at(&format!("/cgtproxy/mihomo/{}", child.id()));
+    let entered = || {
+        fs::read_to_string(dir.join("cgroup.procs")).is_ok_and(|t| t == format!("{}\n", child.id()))
+    };
+    assert!(wait_until(SETTLE, entered), "not alone in {dir:?}");
+    assert_eq!(fs::read_to_string("/proc/self/cgroup").expect("read"), home);
+    // another exec does not take it for a leftover, nor a stopped one
+    daemon.ask(&["exec", "mihomo", "true"]);
+    assert!(dir.exists());
+    // signals are CMD's own
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).expect("kill");
+    assert_eq!(child.wait().expect("wait").signal(), Some(15));
+    daemon.ask(&["exec", "mihomo", "true"]);
+    assert!(!dir.exists(), "the leftover is still there");
+}
+
+/// An interactive shell stops and continues it as any other job.
+#[test]
+fn exec_is_a_job_of_the_shell() {
+    let Some(ground) = Ground::new("exec-jobs") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let mut shell = Terminal::open(&["bash", "--norc", "--noprofile", "-i"]);
+    shell.say("PS1='ready> '; bind 'set enable-bracketed-paste off'\n");
+    shell.expect("ready> ");
+    let exec = format!(
+        "{} -c {} exec mihomo sleep 1234\n",
+        binary().display(),
+        daemon.config.display()
+    );
+    shell.say(&exec);
+    let dir = ground.at("/cgtproxy/mihomo");
+    let running = || {
+        let all = fs::read_dir(&dir).into_iter().flatten().flatten();
+        let procs = all.filter_map(|e| fs::read_to_string(e.path().join("cgroup.procs")).ok());
+        procs
+            .flat_map(|t| t.lines().map(str::to_owned).collect::<Vec<_>>())
+            .next()
+    };
+    let is_sleep = |pid: &String| {
+        fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c == "sleep\n")
+    };
+    assert!(
+        wait_until(SETTLE, || running().as_ref().is_some_and(is_sleep)),
+        "{}",
+        shell.seen
+    );
+    shell.say("\x1a"); // Ctrl-Z
+    shell.expect("Stopped");
+    shell.say("jobs -l\n");
+    shell.expect("sleep 1234");
+    shell.say("fg\n");
+    shell.expect("sleep 1234");
+    let state = |pid: &str| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.split(' ').nth(2).map(str::to_owned)
+    };
+    let pid = running().expect("the job");
+    assert!(wait_until(SETTLE, || state(&pid).as_deref() == Some("S")));
+    shell.say("\x03"); // Ctrl-C
+    shell.say("echo status $?\n");
+    shell.expect("status 130");
+}
+
+/// A program on a pseudo-terminal of its own.
+struct Terminal {
+    child: Child,
+    master: OwnedFd,
+    seen: String,
+}
+
+impl Terminal {
+    fn open(command: &[&str]) -> Terminal {
+        // SAFETY: integers and NUL-terminated strings; the descriptor is new, hence ours.
+        let (master, name) = unsafe {
+            let fd = libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC);
+            assert!(fd >= 0 && libc::grantpt(fd) == 0 && libc::unlockpt(fd) == 0);
+            let mut name = [0; 64];
+            assert_eq!(libc::ptsname_r(fd, name.as_mut_ptr(), name.len()), 0);
+            let name = std::ffi::CStr::from_ptr(name.as_ptr()).to_owned();
+            (<OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd), name)
+        };
+        let name: CString = name;
+        let mut spawn = Command::new(command[0]);
+        spawn.args(&command[1..]).env("TERM", "dumb");
+        let hook = move || {
+            // SAFETY: async-signal-safe calls on integers and a NUL-terminated path.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::setsid();
+                let fd = libc::open(name.as_ptr(), libc::O_RDWR);
+                (0..3).for_each(|to| {
+                    libc::dup2(fd, to);
+                });
+                libc::ioctl(0, libc::TIOCSCTTY, 0);
+            }
+            Ok(())
+        };
+        // SAFETY: see the hook.
+        unsafe { spawn.pre_exec(hook) };
+        let child = spawn.spawn().expect("start a shell");
+        let seen = String::new();
+        Terminal {
+            child,
+            master,
+            seen,
+        }
+    }
+
+    fn say(&mut self, text: &str) {
+        nix::unistd::write(&self.master, text.as_bytes()).expect("type");
+    }
+
+    /// Waits until the screen has shown `text`, and forgets what was before it.
+    #[track_caller]
+    fn expect(&mut self, text: &str) {
+        let mut seen = std::mem::take(&mut self.seen);
+        loop {
+            if let Some(at) = seen.find(text) {
+                self.seen = seen[at + text.len()..].to_owned();
+                return;
+            }
+            let mut fds = [PollFd::new(self.master.as_fd(), PollFlags::POLLIN)];
+            let ready = poll(&mut fds, 10_000u16).expect("poll the terminal");
+            assert_eq!(ready, 1, "no {text:?} in {seen:?}");
+            let mut buffer = [0; 4096];
+            let n = nix::unistd::read(&self.master, &mut buffer).expect("read the terminal");
+            seen += &String::from_utf8_lossy(&buffer[..n]);
+        }
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn exec_refuses_what_is_not_in_force() {
+    let Some(ground) = Ground::new("exec-refuses") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let witness = ground.dir.join("ran");
+    let touch = ["touch", witness.to_str().expect("a UTF-8 path")];
+    let refused = |said: Said, why: &str| {
+        assert_eq!(said.code, Some(1), "{}", said.err);
+        let want = "error: unable to exec: target mihomo is not in force: ";
+        assert!(
+            said.err.starts_with(want) && said.err.contains(why),
+            "{} is not {why}",
+            said.err
+        );
+        assert_eq!(said.err.lines().count(), 1);
+        assert!(!witness.exists(), "it ran");
+    };
+    let args = [&["exec", "mihomo"][..], &touch[..]].concat();
+    refused(
+        said(&ground, CONFIG, &args),
+        "there is no table inet cgtproxy, and no cgtproxy is running",
+    );
+    // everything is direct then, for everybody
+    assert_eq!(
+        said(&ground, CONFIG, &["exec", "direct", "true"]).code,
+        Some(0)
+    );
+
+    let config = format!(
+        "[global]\non-exit = keep\ncgroup-root = {}\n{CONFIG}",
+        ground.root.display()
+    );
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let file = daemon.config.to_str().expect("a UTF-8 path").to_owned();
+    let again = |args: &[&str]| Said::from(run(&[&["-c", &file], args].concat()));
+    // a target that the daemon does not know, and one that has another mark there
+    let text = fs::read_to_string(&file).expect("read");
+    let other = text.replace("[rules]", "[tproxy other]\nport = 1\n[rules]");
+    write_private(Path::new(&file), &other);
+    let unknown = again(&["exec", "other", "true"]);
+    assert_eq!(unknown.code, Some(1));
+    assert!(
+        unknown
+            .err
+            .contains("table inet cgtproxy has no chain to_other (reload cgtproxy)"),
+        "{}",
+        unknown.err
+    );
+    write_private(
+        Path::new(&file),
+        &text.replace("port = 7893", "port = 7893\nmark = 0x7000000"),
+    );
+    refused(
+        again(&args),
+        "chain to_mihomo does not set mark 0x7000000 (reload cgtproxy)",
+    );
+    write_private(Path::new(&file), &text);
+    // an ip rule is gone, then a route, and the daemon cannot mend it
+    await_member(&ground.at("/cgtproxy/mihomo"), "mihomo");
+    daemon.signal(Signal::SIGSTOP);
+    ip_batch(&["-4"], "rule del pref 100\n");
+    refused(
+        again(&args),
+        "missing: ip rule add pref 100 iif lo fwmark 0x01000000/0xff000000 lookup 300",
+    );
+    ip_batch(
+        &["-4"],
+        "rule add pref 100 iif lo fwmark 0x1000000/0xff000000 lookup 300 protocol 99\n",
+    );
+    ip_batch(&["-6"], "route flush table 300\n");
+    refused(
+        again(&args),
+        "missing: ip -6 route add local default dev lo table 300",
+    );
+    ip_batch(
+        &["-6"],
+        "route add local default dev lo table 300 proto 99\n",
+    );
+    // the rules stay, but nobody classifies
+    daemon.kill9();
+    fs::remove_dir(ground.at("/cgtproxy/mihomo")).expect("remove a cgroup that is classified");
+    refused(
+        again(&args),
+        "cgroup /cgtproxy/mihomo is not in set cg_mihomo, and no cgtproxy is running",
+    );
+    assert_eq!(
+        ground
+            .at("/cgtproxy/mihomo")
+            .read_dir()
+            .expect("list")
+            .flatten()
+            .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
+            .count(),
+        0,
+        "a refusal leaves no cgroup"
+    );
+    // by hand is as good as by the daemon: what counts is what the kernel holds
+    let path = ground.at("/cgtproxy/mihomo");
+    let name = path
+        .strip_prefix(CGROUPS)
+        .expect("below the mount")
+        .display()
+        .to_string();
+    load(&format!(
+        "add element inet cgtproxy cg_mihomo {{ \"{name}\" }}\n"
+    ));
+    load("flush chain inet cgtproxy output\n");
+    refused(
+        again(&args),
+        "chain output has no rule for set cg_mihomo at level 3",
+    );
+    load("add rule inet cgtproxy output socket cgroupv2 level 3 @cg_mihomo goto to_mihomo\n");
+    let ran = again(&["exec", "mihomo", "--", "bash", "-c", ASK]);
+    assert!(
+        ran.out.starts_with("proxy mihomo"),
+        "{} {}",
+        ran.out,
+        ran.err
+    );
+    // a table that persists cannot be made dormant, one of before Linux 6.9 can
+    load("delete table inet cgtproxy\n");
+    let table = "table inet cgtproxy {\n";
+    load(&(again(&["show"]).out).replace(table, &format!("{table}flags dormant\n")));
+    refused(again(&args), "table inet cgtproxy is dormant");
+    assert_eq!(world.wire.to_remote(), []);
+}
+
+/// It waits for a daemon that is late, as long as is sensible.
+#[test]
+fn exec_waits_for_the_classification() {
+    let Some(ground) = Ground::new("exec-waits") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    daemon.signal(Signal::SIGSTOP);
+    let child = daemon
+        .command(&["exec", "mihomo", "echo", "ran"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("start cgtproxy");
+    let made = || {
+        ground
+            .at(&format!("/cgtproxy/mihomo/{}", child.id()))
+            .exists()
+    };
+    assert!(wait_until(SETTLE, made));
+    daemon.signal(Signal::SIGCONT);
+    let out = child.wait_with_output().expect("wait");
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "ran\n");
+    // and gives up on one that does not answer
+    let made = ground.at("/cgtproxy/drop");
+    daemon.signal(Signal::SIGSTOP);
+    let start = Instant::now();
+    let said = daemon.ask(&["exec", "drop", "true"]);
+    assert!(
+        (4..9).contains(&start.elapsed().as_secs()),
+        "{:?}",
+        start.elapsed()
+    );
+    assert_eq!(said.code, Some(1));
+    assert!(
+        said.err
+            .contains("cgroup /cgtproxy/drop is not in set cg_drop after 5 s"),
+        "{}",
+        said.err
+    );
+    daemon.signal(Signal::SIGCONT);
+    await_member(&made, "drop");
+}
+
+/// Whatever rules cover `/cgtproxy`, TARGET is what was asked for.
+#[test]
+fn exec_comes_before_every_rule() {
+    let Some(ground) = Ground::new("exec-first") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start("proxy mihomo", &[7893]);
+    for (config, default) in [
+        (
+            "[global]\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /.*\n",
+            "proxy",
+        ),
+        (
+            "[tproxy mihomo]\nport = 7893\n[rules]\ndrop = /cgtproxy.*\n",
+            "remote",
+        ),
+    ] {
+        let config = format!("{}", config.replacen("[global]\n", "", 1));
+        let global = if default == "proxy" {
+            "default = mihomo\n"
+        } else {
+            ""
+        };
+        let config = config.replacen("default = mihomo\n", "", 1);
+        let config = format!(
+            "[global]\ncgroup-root = {}\n{global}{config}",
+            ground.root.display()
+        );
+        let daemon = Daemon::start(&ground, &config, &[]);
+        for (target, who) in [
+            ("mihomo", "proxy mihomo"),
+            ("direct", "remote"),
+            ("mihomo", "proxy mihomo"),
+        ] {
+            world.wire.packets();
+            let said = daemon.ask(&["exec", target, "bash", "-c", ASK]);
+            assert!(
+                said.out.starts_with(who),
+                "{target}: {} {}",
+                said.out,
+                said.err
+            );
+            let left = world.wire.to_remote();
+            assert_eq!(left.is_empty(), target == "mihomo", "{left:?}");
+        }
+        daemon.stop();
+        for target in ["mihomo", "direct"] {
+            let dir = ground.at(&format!("/cgtproxy/{target}"));
+            let pids = fs::read_dir(&dir).expect("list").flatten();
+            pids.for_each(|e| drop(fs::remove_dir(e.path())));
+            fs::remove_dir(dir).expect("remove");
+        }
+        fs::remove_dir(ground.at("/cgtproxy")).expect("remove");
+    }
+}
+
+// --------------------------------------------------------------------------------------- check
+
+/// `check` in a mount namespace that the shell commands `setup` have changed.
+fn check(ground: &Ground, config: &str, setup: &str) -> Said {
+    let file = ground.dir.join("check.conf");
+    let root = match config.contains("cgroup-root") {
+        true => String::new(),
+        false => format!("[global]\ncgroup-root = {}\n", ground.root.display()),
+    };
+    write_private(&file, &format!("{root}{config}"));
+    let script = format!(
+        "{setup}\nexec {} -c {} check",
+        binary().display(),
+        file.display()
+    );
+    let mut command = Command::new("unshare");
+    command
+        .args(["-m", "sh", "-ec", &script])
+        .current_dir(&ground.dir);
+    command.output().expect("start unshare").into()
+}
+
+impl Said {
+    /// Asserts that some line begins so and goes on with that, and that the configuration is fine.
+    #[track_caller]
+    fn finds(&self, kind: &str, text: &str) {
+        let found = |l: &&str| l.starts_with(&format!("{kind}: ")) && l.contains(text);
+        let any = self.out.lines().any(|l| found(&l));
+        assert!(any, "no {kind} with {text:?} in\n{}{}", self.out, self.err);
+        assert_eq!((self.code, &*self.err), (Some(0), ""));
+        let kinds = ["ok: ", "warning: ", "error: "];
+        let odd = self
+            .out
+            .lines()
+            .find(|l| !kinds.iter().any(|k| l.starts_with(k)));
+        assert_eq!(odd, None);
+    }
+
+    #[track_caller]
+    fn finds_no(&self, kind: &str) {
+        let kind = format!("{kind}: ");
+        let found = self.out.lines().find(|l| l.starts_with(&kind));
+        assert_eq!(found, None, "{}", self.out);
+    }
+}
+
+/// Settings of the machine that the tests run on, out of the way.
+const CLEAN: &str = "mount -t tmpfs none /proc/sys/net; mkdir -p empty; mount --bind empty /etc";
+
+#[test]
+fn check_finds_nothing_wrong_where_nothing_is() {
+    let Some(ground) = Ground::new("check-clean") else {
+        return;
+    };
+    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let clean = check(&ground, CONFIG, CLEAN);
+    for (kind, text) in [
+        ("ok", "check.conf: tproxies: 1, rules: 3"),
+        ("ok", "cgroup v2 alone"),
+        ("ok", "1 cgroups, and fs.inotify.max_user_watches is "),
+        ("ok", "CAP_NET_ADMIN is in effect"),
+        (
+            "ok",
+            "the kernel has nft socket cgroupv2, type route, ct mark, fib, tproxy, reject",
+        ),
+        ("ok", "[tproxy mihomo]: TCP port 7893 is listened on"),
+        ("ok", "[tproxy mihomo]: UDP port 7893 is listened on"),
+        (
+            "ok",
+            "no ip rule or route of others uses mark bits 0xff000000, table 300 or priority 100",
+        ),
+    ] {
+        clean.finds(kind, text);
+    }
+    clean.finds_no("warning");
+    clean.finds_no("error");
+    assert_eq!(residue(), "", "a probe is still there");
+}
+
+#[test]
+fn check_of_a_wrong_configuration() {
+    let Some(ground) = Ground::new("check-config") else {
+        return;
+    };
+    let wrong = check(&ground, "[rules]\ndrp = /a\n[nonsense]\n", CLEAN);
+    assert_eq!(wrong.code, Some(2));
+    assert_eq!(wrong.out.matches("error: ").count(), 2, "{}", wrong.out);
+    let file = ground.dir.join("check.conf");
+    assert!(
+        wrong.out.contains(&format!(
+            "error: {}:4: undefined target \"drp\"",
+            file.display()
+        )),
+        "{}",
+        wrong.out
+    );
+    // the host is looked at all the same
+    assert!(
+        wrong.out.contains("ok: the kernel has nft socket cgroupv2"),
+        "{}",
+        wrong.out
+    );
+    let open = check(&ground, CONFIG, &format!("{CLEAN}; chmod 666 check.conf"));
+    assert_eq!(open.code, Some(2));
+    assert!(
+        open.out
+            .contains("is writable by group or others (mode 0666; chmod go-w); run refuses it"),
+        "{}",
+        open.out
+    );
+}
+
+#[test]
+fn check_finds_the_cgroup_tree_or_says_what_to_do() {
+    let Some(ground) = Ground::new("check-cgroups") else {
+        return;
+    };
+    let auto = format!("[global]\ncgroup-root = auto\n{CONFIG}");
+    let none = "umount -l /sys/fs/cgroup";
+    let v1 = "umount -l /sys/fs/cgroup; mount -t cgroup -o none,name=cgtp-test none /sys/fs/cgroup";
+    let hybrid =
+        "umount -l /sys/fs/cgroup; mount -t tmpfs none /sys/fs/cgroup; cd /sys/fs/cgroup; \
+                  mkdir v1 unified; mount -t cgroup -o none,name=cgtp-test none v1; \
+                  mount -t cgroup2 none unified; cd /";
+    let in_v2 = |setup: &str| check(&ground, &auto, setup);
+    in_v2(none).finds(
+        "error",
+        "no cgroup2 file system is mounted (mount -t cgroup2 none",
+    );
+    in_v2(v1).finds(
+        "error",
+        "only cgroup v1 is mounted; boot with cgroup v2 alone: systemd.unified",
+    );
+    in_v2(hybrid).finds(
+        "warning",
+        "cgroup root /sys/fs/cgroup/unified, but cgroup v1 is mounted too",
+    );
+    let elsewhere = "[global]\ncgroup-root = /tmp\n";
+    check(&ground, elsewhere, "true").finds("error", "/tmp is not on a cgroup2 file system");
+    let gone = "[global]\ncgroup-root = /sys/fs/cgroup/no/such\n";
+    check(&ground, gone, "true").finds("error", "unable to use cgroup-root /sys/fs/cgroup/no/such");
+}
+
+#[test]
+fn check_weighs_inotify_limits() {
+    let Some(ground) = Ground::new("check-inotify") else {
+        return;
+    };
+    for i in 0..9 {
+        ground.cgroup(&format!("/c{i}"));
+    }
+    let limit = |n: u32| {
+        let over = "/proc/sys/fs/inotify/max_user_watches";
+        check(
+            &ground,
+            CONFIG,
+            &format!("{CLEAN}; echo {n} > limit; mount --bind limit {over}"),
+        )
+    };
+    limit(9).finds(
+        "error",
+        "10 cgroups, and fs.inotify.max_user_watches is 9: raise it",
+    );
+    limit(19).finds(
+        "warning",
+        "10 cgroups, and fs.inotify.max_user_watches is 19: raise it",
+    );
+    limit(20).finds("ok", "10 cgroups, and fs.inotify.max_user_watches is 20");
+    // a user namespace has limits of its own
+    let script = format!(
+        "echo 0 > /proc/sys/user/max_inotify_instances; exec {} -c {} check",
+        binary().display(),
+        ground.dir.join("check.conf").display()
+    );
+    let none = Command::new("unshare")
+        .args(["-Ur", "sh", "-ec", &script])
+        .output();
+    let none = Said::from(none.expect("start unshare"));
+    none.finds(
+        "error",
+        "unable to make an inotify instance: too many open files; raise the sysctl",
+    );
+}
+
+#[test]
+fn check_knows_old_kernels_with_net_cls() {
+    let Some(ground) = Ground::new("check-net-cls") else {
+        return;
+    };
+    let fake = |release: &str, hierarchy: u32| {
+        let setup = format!(
+            "{CLEAN}; echo {release} > release; mount --bind release /proc/sys/kernel/osrelease
+             printf '#subsys_name\\thierarchy\\tnum_cgroups\\tenabled\\ncpu\\t0\\t9\\t1\\nnet_cls\\t{hierarchy}\\t1\\t1\\n' > v1
+             mount --bind v1 /proc/cgroups"
+        );
+        check(&ground, CONFIG, &setup)
+    };
+    let why = "net_cls of cgroup v1 in use: before Linux 5.15 (this is 5.10) that ends cgroup v2";
+    fake("5.10.0-8-amd64", 3).finds("error", why);
+    fake("5.10.0-8-amd64", 0).finds_no("error");
+    fake("5.15.1", 3).finds_no("error");
+    fake("6.1.0", 3).finds_no("error");
+}
+
+#[test]
+fn check_asks_the_kernel_what_it_can_do() {
+    let Some(ground) = Ground::new("check-features") else {
+        return;
+    };
+    use cgtproxy::nft::encode::Probe;
+    use cgtproxy::nft::expr::Expr;
+    use cgtproxy::nft::ruleset::Base;
+    // what no kernel has: the answer is about that alone
+    let chain = |kind| {
+        Probe::Chain(Base {
+            kind,
+            hook: 3,
+            priority: 0,
+        })
+    };
+    let counter = || Probe::Rule(vec![Expr::Counter]);
+    let mut kernel = cgtproxy::kernel::Kernel::open().expect("open netlink");
+    let said = kernel.probe(&[counter(), chain("nonesuch"), counter(), chain("route")]);
+    let missing = Some(nix::errno::Errno::ENOENT);
+    assert_eq!(said, Ok(vec![None, missing, None, None]));
+    assert_eq!(residue(), "");
+
+    // a kernel without nf_tables, by a filter that refuses its socket
+    check(&ground, CONFIG, "true");
+    let mut command = Command::new(binary());
+    command
+        .arg("-c")
+        .arg(ground.dir.join("check.conf"))
+        .arg("check");
+    // SAFETY: the hook makes system calls on memory that is its own.
+    unsafe { command.pre_exec(|| refuse_netfilter_sockets()) };
+    let said = Said::from(command.output().expect("start cgtproxy"));
+    said.finds("error", "unable to open a netlink socket: protocol not supported; the kernel needs nf_tables (on OpenWrt: kmod-nft-core)");
+}
+
+/// Makes socket(AF_NETLINK, _, NETLINK_NETFILTER) fail as on a kernel that does not have it.
+fn refuse_netfilter_sockets() -> std::io::Result<()> {
+    const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    let op = |code, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    // offsets in struct seccomp_data: nr 0, args[0] 16, args[2] 32 (low halves, little-endian)
+    let filter = [
+        op(LOAD, 0, 0, 0),
+        op(EQUAL, 0, 5, libc::SYS_socket as u32),
+        op(LOAD, 0, 0, 16),
+        op(EQUAL, 0, 3, libc::AF_NETLINK as u32),
+        op(LOAD, 0, 0, 32),
+        op(EQUAL, 0, 1, libc::NETLINK_NETFILTER as u32),
+        op(
+            RETURN,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | libc::EPROTONOSUPPORT as u32,
+        ),
+        op(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_ptr().cast_mut(),
+    };
+    // SAFETY: the program and its length are valid for the call.
+    let rc = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program)
+    };
+    match rc {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+#[test]
+fn check_without_the_capability() {
+    let Some(ground) = Ground::new("check-nobody") else {
+        return;
+    };
+    check(&ground, CONFIG, "true");
+    let nobody = as_nobody(&["check"]);
+    nobody.finds(
+        "warning",
+        "without CAP_NET_ADMIN, what nf_tables can do is not looked at: check as root",
+    );
+}
+
+#[test]
+fn check_tells_who_listens() {
+    let Some(ground) = Ground::new("check-listen") else {
+        return;
+    };
+    let tcp = "[tproxy mihomo]: nothing listens on TCP port 7893";
+    let udp = "[tproxy mihomo]: nothing listens on UDP port 7893";
+    let none = check(&ground, CONFIG, CLEAN);
+    none.finds("warning", tcp);
+    none.finds("warning", udp);
+    let port: SocketAddr = "127.0.0.1:7893".parse().expect("an address");
+    let _tcp = std::net::TcpListener::bind(port).expect("listen");
+    let half = check(&ground, CONFIG, CLEAN);
+    half.finds("ok", "[tproxy mihomo]: TCP port 7893 is listened on");
+    half.finds("warning", udp);
+    let without = CONFIG.replace("port = 7893", "port = 7893\nudp = no");
+    check(&ground, &without, CLEAN).finds_no("warning");
+    // elsewhere is not where TPROXY looks
+    let apart = CONFIG.replace("port = 7893", "port = 7893\nudp = no\naddress = 192.0.2.1");
+    check(&ground, &apart, CLEAN).finds("warning", tcp);
+}
+
+#[test]
+fn check_finds_who_else_uses_our_numbers() {
+    let Some(ground) = Ground::new("check-taken") else {
+        return;
+    };
+    for (family, add, del, want) in [
+        ("-4", "rule add pref 100 from 198.51.100.1 lookup main", "rule del pref 100", "rule-priority 100 is used by others (ip rule pref 100 lookup 254): set another rule-priority"),
+        ("-6", "rule add pref 9 fwmark 0x1000000/0x3000000 lookup main", "rule del pref 9", "bits of fwmark-mask 0xff000000 are used by others (ip -6 rule pref 9 fwmark 0x1000000/0x3000000 lookup 254): set another fwmark-mask"),
+        ("-4", "rule add pref 9 from 198.51.100.1 lookup 300", "rule del pref 9", "route-table 300 is used by others (ip rule pref 9 lookup 300): set another route-table"),
+        ("-6", "route add 2001:db8:9::/64 dev in0 table 300", "route flush table 300", "route-table 300 is used by others (ip -6 route of protocol 3): set another route-table"),
+    ] {
+        let clean = "no ip rule or route of others uses mark bits 0xff000000, table 300 or priority 100";
+        check(&ground, CONFIG, CLEAN).finds("ok", clean);
+        ip_batch(&[family], &format!("{add}\n"));
+        check(&ground, CONFIG, CLEAN).finds("warning", want);
+        ip_batch(&[family], &format!("{del}\n"));
+    }
+    // our own are no others
+    let _daemon = Daemon::start(&ground, CONFIG, &[]);
+    check(&ground, CONFIG, CLEAN).finds("ok", "no ip rule or route of others");
+}
+
+#[test]
+fn check_finds_settings_that_break_tproxy() {
+    let Some(ground) = Ground::new("check-sysctl") else {
+        return;
+    };
+    sysctl("net/ipv4/conf/in0/src_valid_mark", "1");
+    check(&ground, CONFIG, "true").finds("warning", "net.ipv4.conf.in0.src_valid_mark is 1");
+    // as it says, what this host sends itself is none the worse
+    for interface in ["all", "lo", "in0"] {
+        sysctl(&format!("net/ipv4/conf/{interface}/src_valid_mark"), "1");
+        sysctl(&format!("net/ipv4/conf/{interface}/rp_filter"), "1");
+    }
+    let cgroup = ground.cgroup("/services/aria2");
+    let _daemon = Daemon::start(&ground, CONFIG, &[]);
+    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let to = addr(REMOTE4, 80);
+    for client in [Client::tcp(&cgroup, to), Client::udp(&cgroup, to)] {
+        assert_eq!(client.run().who(), format!("proxy mihomo {to}"));
+    }
+    let bridge = "mount -t tmpfs none /proc/sys/net; mkdir /proc/sys/net/bridge; \
+                  echo 1 > /proc/sys/net/bridge/bridge-nf-call-iptables; \
+                  echo 0 > /proc/sys/net/bridge/bridge-nf-call-ip6tables";
+    let found = check(&ground, CONFIG, bridge);
+    found.finds("warning", "net.bridge.bridge-nf-call-iptables is 1");
+    assert!(!found.out.contains("ip6tables"), "{}", found.out);
+}
+
+#[test]
+fn check_finds_saved_rulesets_with_our_table() {
+    let Some(ground) = Ground::new("check-saved") else {
+        return;
+    };
+    let saved = |file: &str, text: &str| {
+        let setup = format!(
+            "mkdir -p etc/{}; printf '%s' '{text}' > etc/{file}; mount --bind etc /etc",
+            Path::new(file)
+                .parent()
+                .map_or(String::new(), |dir| dir.display().to_string())
+        );
+        let said = check(&ground, CONFIG, &setup);
+        fs::remove_dir_all(ground.dir.join("etc")).expect("remove");
+        said
+    };
+    let ours = "table inet filter {\n}\ntable inet cgtproxy {\n}\n";
+    for file in [
+        "nftables.conf",
+        "nftables.nft",
+        "nftables.d/10-all.nft",
+        "sysconfig/nftables.conf",
+    ] {
+        let want = format!("/etc/{file} holds table inet cgtproxy: it would not load at boot");
+        saved(file, ours).finds("error", &want);
+        saved(file, "table inet filter {\n}\n# table inet cgtproxy\n").finds_no("error");
+    }
+}
+
+// ------------------------------------------------------------------------------------ mistakes
+
+/// The program as a user without any capability.
+fn as_nobody(args: &[&str]) -> Said {
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+        .arg(nobodys_binary());
+    command.args(args).stdin(Stdio::null());
+    command.output().expect("start setpriv").into()
+}
+
+/// The program where anybody may run it.
+fn nobodys_binary() -> PathBuf {
+    static ONCE: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+    let copy = ONCE.get_or_init(|| {
+        let copy = std::env::temp_dir().join(format!("cgtp-{}-binary", std::process::id()));
+        fs::create_dir_all(&copy).expect("make a directory");
+        let file = copy.join("cgtproxy");
+        fs::copy(binary(), &file).expect("copy the program");
+        file
+    });
+    copy.clone()
+}
+
+#[test]
+fn wrong_arguments_get_one_line_and_a_hint() {
+    let Some(_ground) = Ground::new("usage") else {
+        return;
+    };
+    for args in [
+        "--bad",
+        "-X",
+        "-c",
+        "--ready-fd x run",
+        "frobnicate",
+        "run x",
+        "check x",
+        "show x",
+        "flush x",
+        "status x",
+        "status --json --watch",
+        "status --yaml",
+        "explain",
+        "explain --pid",
+        "explain x",
+        "explain --pid x",
+        "explain /a/../b",
+        "exec",
+        "exec drop",
+        "exec drop --",
+        "exec -u",
+        "exec --frob drop true",
+        "run --json",
+        "exec --json drop true",
+    ] {
+        let args: Vec<&str> = args.split(' ').collect();
+        let said = Said::from(run(&args));
+        assert_eq!((said.code, &*said.out), (Some(2), ""), "{args:?}");
+        assert_eq!(said.err.lines().count(), 1, "{args:?}: {}", said.err);
+        let hint =
+            said.err.starts_with("error: ") && said.err.ends_with(" (try cgtproxy --help)\n");
+        assert!(hint, "{args:?}: {}", said.err);
+    }
+    let help = Said::from(run(&["status", "--help"]));
+    assert_eq!((help.code, &*help.err), (Some(0), ""));
+    for name in ["run", "check", "explain", "show", "status", "flush", "exec"] {
+        assert!(help.out.contains(&format!("\n    {name} ")), "{}", help.out);
+    }
+}
+
+#[test]
+fn without_root_the_missing_capability_is_named() {
+    let Some(_ground) = Ground::new("not-root") else {
+        return;
+    };
+    for (args, what) in [
+        (&["run"][..], "run"),
+        (&["flush"], "flush"),
+        (&["status"], "look into the kernel"),
+        (&["status", "--watch"], "look into the kernel"),
+        (&["exec", "direct", "true"], "exec"),
+    ] {
+        let said = as_nobody(args);
+        let want = format!(
+            "error: unable to {what} without CAP_NET_ADMIN: run as root or grant that capability\n"
+        );
+        assert_eq!(
+            (said.code, said.out, said.err),
+            (Some(1), String::new(), want),
+            "{args:?}"
+        );
+    }
+    for args in [&["show"][..], &["explain", "/a"], &["check"]] {
+        assert_eq!(as_nobody(args).code, Some(0), "{args:?}");
+    }
+}
+
+#[test]
+fn a_closed_or_full_output() {
+    let Some(ground) = Ground::new("output") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    for args in [
+        &["show"][..],
+        &["status"],
+        &["status", "--json"],
+        &["status", "--watch"],
+        &["check"],
+        &["explain", "/a"],
+        &["--help"],
+        &["--version"],
+    ] {
+        let (read, write) = crate::ground::pipe();
+        drop(read);
+        let mut command = daemon.command(args);
+        let closed = command.stdout(write).stderr(Stdio::piped()).output();
+        let closed = Said::from(closed.expect("start cgtproxy"));
+        assert_eq!((closed.code, &*closed.err), (Some(0), ""), "{args:?}");
+        let full = File::options()
+            .write(true)
+            .open("/dev/full")
+            .expect("open /dev/full");
+        let full = Said::from(
+            daemon
+                .command(args)
+                .stdout(full)
+                .output()
+                .expect("start cgtproxy"),
+        );
+        let want = "error: unable to write to standard output: no space left on device\n";
+        assert_eq!((full.code, &*full.err), (Some(1), want), "{args:?}");
+    }
+}
+
+// --------------------------------------------------------------------------------- what is shipped
+
+#[test]
+fn manual_pages_are_clean() {
+    for page in ["conf/man/cgtproxy.8", "conf/man/cgtproxy.conf.5"] {
+        let Ok(out) = Command::new("mandoc").args(["-T", "lint", page]).output() else {
+            let ci = std::env::var("CI").is_ok_and(|v| v == "true");
+            assert!(!ci, "mandoc is missing");
+            return println!("SKIP: manual pages: needs mandoc");
+        };
+        // our own pages refer to each other before they are installed
+        let known = "referenced manual not found: Xr cgtproxy";
+        let said = String::from_utf8_lossy(&out.stdout).into_owned();
+        let said: Vec<&str> = said.lines().filter(|l| !l.contains(known)).collect();
+        assert_eq!(said, [""; 0], "{page}");
+    }
+}
+
+/// Every key, command and option that the program knows has its place in the manual pages.
+#[test]
+fn manual_pages_name_everything() {
+    let conf = fs::read_to_string("conf/man/cgtproxy.conf.5").expect("read");
+    let source = fs::read_to_string("src/config/mod.rs").expect("read");
+    let mut keys = 0;
+    for list in ["GLOBAL_KEYS", "TPROXY_KEYS", "GATEWAY_KEYS"] {
+        let text = source.split(&format!("const {list}: ")).nth(1).expect(list);
+        let text = text.split("];\n").next().expect("its end");
+        for key in text.split('"').skip(1).step_by(2) {
+            keys += 1;
+            assert!(
+                conf.contains(&format!("It Ic {key} =")),
+                "{key} is not documented"
+            );
+        }
+    }
+    assert!(keys >= 21, "only {keys} keys were found");
+    let main = fs::read_to_string("conf/man/cgtproxy.8").expect("read");
+    let help = Said::from(run(&["--help"])).out;
+    let words = help.split_whitespace();
+    let options: Vec<&str> = words.filter_map(|w| w.strip_prefix("--")).collect();
+    assert!(options.len() >= 8);
+    for option in options.iter().map(|o| o.trim_end_matches([',', ']'])) {
+        assert!(
+            main.contains(&format!("Fl -{option}")),
+            "--{option} is not documented"
+        );
+    }
+}
+
+/// What bash would offer behind `words`, of which the last is being typed.
+fn complete(ground: &Ground, words: &[&str]) -> Vec<String> {
+    let script = r#"
+        . "$1"; shift
+        COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+        complete -p cgtproxy > /dev/null || exit 1
+        _cgtproxy
+        printf '%s\n' "${COMPREPLY[@]}"
+    "#;
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("conf/completion/cgtproxy.bash");
+    let mut command = Command::new("bash");
+    command
+        .args(["--norc", "-c", script, "bash"])
+        .arg(file)
+        .args(words);
+    let said = Said::from(
+        command
+            .current_dir(&ground.dir)
+            .output()
+            .expect("start bash"),
+    );
+    assert_eq!((said.code, &*said.err), (Some(0), ""), "{words:?}");
+    let mut offers: Vec<String> = said
+        .out
+        .lines()
+        .filter(|l| !l.is_empty())
+        .map(str::to_owned)
+        .collect();
+    offers.sort();
+    // as bash does
+    offers.dedup();
+    offers
+}
+
+#[test]
+fn completion_for_bash() {
+    let Some(ground) = Ground::new("completion") else {
+        return;
+    };
+    write_private(&ground.dir.join("a.conf"), CONFIG);
+    for (words, want) in [
+        (&["cgtproxy", "e"][..], &["exec", "explain"][..]),
+        (
+            &["cgtproxy", ""],
+            &["check", "exec", "explain", "flush", "run", "show", "status"],
+        ),
+        (&["cgtproxy", "-v", "st"], &["status"]),
+        (
+            &["cgtproxy", "status", "--"],
+            &[
+                "--config",
+                "--help",
+                "--json",
+                "--verbose",
+                "--version",
+                "--watch",
+            ],
+        ),
+        (&["cgtproxy", "-c", "a."], &["a.conf"]),
+        (
+            &["cgtproxy", "-c", "a.conf", "exec", ""],
+            &["direct", "drop", "mihomo"],
+        ),
+        (&["cgtproxy", "-c", "a.conf", "exec", "m"], &["mihomo"]),
+        (&["cgtproxy", "exec", "-u", "nobo"], &["nobody"]),
+        (
+            &["cgtproxy", "-c", "a.conf", "exec", "drop", "--", "base3"],
+            &["base32"],
+        ),
+        (&["cgtproxy", "flush", ""], &[]),
+    ] {
+        assert_eq!(complete(&ground, words), want, "{words:?}");
+    }
+    let pids = complete(&ground, &["cgtproxy", "explain", "--pid", "1"]);
+    assert!(pids.contains(&"1".to_owned()), "{pids:?}");
+}
