@@ -116,6 +116,17 @@ impl Daemon {
 
     /// Starts the program, with `env` added to its environment, and waits for nothing.
     pub fn spawn(ground: &Ground, config: &str, args: &[&str], env: &[(&str, &str)]) -> Daemon {
+        Daemon::spawn_by(ground, config, &[], args, env)
+    }
+
+    /// As [`Daemon::spawn`], by a command that execs the program: `strace -D …`, `setpriv …`.
+    pub fn spawn_by(
+        ground: &Ground,
+        config: &str,
+        by: &[&str],
+        args: &[&str],
+        env: &[(&str, &str)],
+    ) -> Daemon {
         let config = config_file(ground, config);
         let log = config.with_extension("log");
         let (ready, signal) = pipe();
@@ -124,8 +135,10 @@ impl Daemon {
             true => PathBuf::from(env!("CARGO_BIN_EXE_cgtproxy")),
             false => binary(),
         };
-        let mut command = Command::new(program);
+        let mut words = by.iter().map(PathBuf::from).chain([program]);
+        let mut command = Command::new(words.next().expect("the program itself"));
         command
+            .args(words)
             .arg("-c")
             .arg(&config)
             .args(["--ready-fd", "3"])
@@ -169,6 +182,11 @@ impl Daemon {
         let spoke = poll(&mut fds, READY.as_millis() as u16).expect("poll the ready fd") == 1;
         let mut said = [0; 1];
         spoke && File::from(ready).read(&mut said).is_ok_and(|n| n == 1) && said == *b"\n"
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("look at cgtproxy")
     }
 
     pub fn pid(&self) -> Pid {

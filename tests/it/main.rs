@@ -13,7 +13,7 @@
 //! | `daemon` | cgtproxy itself, as a child process |
 //! | `kernel` | what nf_tables, rules and routes hold, read without the program's own code |
 //! | `reference` | the fixtures against a hand-written table: proves the ground, not the program |
-//! | `traffic`, `classify`, `lifecycle` | the tests |
+//! | `traffic`, `classify`, `lifecycle` and so on | the tests |
 //!
 //! Environment: `CGTPROXY_BIN` names the program under test, `CGTPROXY_LONG=1` runs the loops that
 //! are cut short by default at their full length.
@@ -26,6 +26,7 @@ mod world;
 
 mod classify;
 mod demo;
+mod faults;
 mod heal;
 mod lifecycle;
 mod reference;
