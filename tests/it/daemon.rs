@@ -249,6 +249,32 @@ impl Daemon {
         );
     }
 
+    /// A line of /proc/PID/status.
+    pub fn status(&self, key: &str) -> String {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.expect("read the status");
+        let mut lines = status.lines().filter_map(|line| line.split_once(':'));
+        let found = lines.find(|line| line.0 == key);
+        found.map_or(String::new(), |line| line.1.trim().to_owned())
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        let dir = fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        dir.expect("list the descriptors").count()
+    }
+
+    /// Processor time that it has used.
+    pub fn busy(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
+        let stat = stat.expect("read the times");
+        // fields 14 and 15 of proc_pid_stat(5), in ticks of 10 ms; the name is in parentheses
+        let after = stat.rsplit(')').next().unwrap_or_default();
+        let ticks = after.split_whitespace().skip(11).take(2);
+        let ticks: u64 = ticks.map(|n| n.parse().unwrap_or(0)).sum();
+        Duration::from_millis(ticks * 10)
+    }
+
     /// (inotify watches, resident KiB) of the program.
     pub fn footprint(&self) -> (usize, usize) {
         let proc = PathBuf::from(format!("/proc/{}", self.child.id()));

@@ -170,7 +170,8 @@ fn with_fault(ground: &Ground, fault: &str, clean: &Seen) -> Result<Option<Strin
     let pidfile = pidfile.to_str().expect("UTF-8");
     let args = ["--no-seccomp", "-p", pidfile];
     let mut daemon = Daemon::spawn_by(ground, CONFIG, &by, &args, &[]);
-    let ready = daemon.ready();
+    // the fault may have hit the very word that it is ready
+    let ready = daemon.ready() || daemon.ended().is_none() && daemon.logs().contains("started");
     if ready {
         script(ground, &mut daemon);
     }
@@ -204,7 +205,9 @@ fn with_fault(ground: &Ground, fault: &str, clean: &Seen) -> Result<Option<Strin
         Some(0) if early.is_some() => wrong.push("it ended by itself".into()),
         Some(0) if !left.is_empty() => wrong.push(format!("it left behind\n{left}")),
         Some(0) => {}
-        Some(1) if !log.contains("unable to ") => wrong.push("no reason is given".into()),
+        Some(1) if !log.contains("unable to ") && !log.contains("already running") => {
+            wrong.push("no reason is given".into())
+        }
         Some(1) if ready && early.is_some() && !left.contains("table inet cgtproxy") => {
             wrong.push(format!("the rules are not in force any more:\n{left}"));
         }

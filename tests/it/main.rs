@@ -29,6 +29,7 @@ mod demo;
 mod faults;
 mod heal;
 mod lifecycle;
+mod limits;
 mod reference;
 mod traffic;
 
