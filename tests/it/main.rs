@@ -30,6 +30,7 @@ mod faults;
 mod heal;
 mod lifecycle;
 mod limits;
+mod logging;
 mod privileges;
 mod reference;
 mod traffic;
