@@ -33,6 +33,7 @@ mod limits;
 mod logging;
 mod privileges;
 mod reference;
+mod restart;
 mod traffic;
 
 use std::time::{Duration, Instant};
