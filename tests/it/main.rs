@@ -28,6 +28,7 @@ mod classify;
 mod demo;
 mod faults;
 mod heal;
+mod hostile;
 mod lifecycle;
 mod limits;
 mod logging;
