@@ -35,6 +35,7 @@ mod logging;
 mod privileges;
 mod reference;
 mod restart;
+mod soak;
 mod traffic;
 
 use std::time::{Duration, Instant};
