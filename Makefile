@@ -19,7 +19,7 @@ RELATIVE      = $(CURDIR)=cgtproxy $(SYSROOT)=rust $(or $(CARGO_HOME),$(HOME)/.c
 FOR_SIZE      = -Z build-std=std,panic_abort -Z build-std-features=optimize_for_size
 BUILD_STD     = $(if $(wildcard $(SYSROOT)/lib/rustlib/src/rust/library/std),$(FOR_SIZE))
 
-.PHONY: all build toolchain deps demo test bench fuzz clean
+.PHONY: all build toolchain deps demo test bench soak fuzz clean
 
 all: build
 
@@ -56,6 +56,11 @@ demo: build deps
 # All tests; needs root, and says SKIP for what cannot be had without.
 test: build deps
 	cargo test --locked
+
+# Everything at once for MINUTES: at the end nothing may be left over, and no packet leaked.
+MINUTES ?= 60
+soak: build deps
+	CGTPROXY_MINUTES=$(MINUTES) cargo test --locked --test it soak::at_length -- --ignored --nocapture
 
 # Long fuzzing of everything that reads what others write.
 SECONDS ?= 600

@@ -34,6 +34,13 @@ pub enum Event {
         refused: Option<Errno>,
         children: Vec<Box<[u8]>>,
     },
+    /// A scan found a cgroup whose children could not be listed: those known stay.
+    Unlisted {
+        path: Path,
+        id: u64,
+        wd: Option<i32>,
+        errno: Errno,
+    },
     /// A scan found nothing under that path.
     Gone { path: Path },
     /// A scan could not be done.
@@ -170,6 +177,18 @@ impl Core {
                 refused,
                 children,
             } => self.found(path, id, wd, refused, children, actions),
+            Event::Unlisted {
+                path,
+                id,
+                wd,
+                errno,
+            } => {
+                let same = self.tree.get(&path).is_some_and(|node| node.id == id);
+                let known = same.then(|| self.children(&path)).unwrap_or_default();
+                let names = known.iter().map(|child| child[path.len() + 1..].into());
+                let names = names.collect();
+                self.found(path, id, wd, Some(errno), names, actions)
+            }
             Event::Gone { path } => self.gone(&path, actions),
             Event::Failed { path, errno } => self.failed(path, errno, actions),
             Event::Retry => {
@@ -316,9 +335,15 @@ impl Core {
     /// Known children that a list does not have any more.
     fn missing(&self, path: &[u8], children: &[Box<[u8]>]) -> Vec<Path> {
         let there: BTreeSet<&[u8]> = children.iter().map(|c| &**c).collect();
+        let mut known = self.children(path);
+        known.retain(|child| !there.contains(&child[path.len() + 1..]));
+        known
+    }
+
+    /// Known children.
+    fn children(&self, path: &[u8]) -> Vec<Path> {
         (self.tree.below(path))
             .filter(|(below, _)| tree::parent(below) == Some(path))
-            .filter(|(below, _)| !there.contains(&below[path.len() + 1..]))
             .map(|(below, _)| below.clone())
             .collect()
     }

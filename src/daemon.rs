@@ -46,12 +46,17 @@ const FULL_QUEUE: usize = 600;
 /// How often a directory is looked at that cannot be watched.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
+/// How often every descriptor is read where they cannot be polled.
+const LOOK_BLINDLY: Duration = Duration::from_millis(50);
+
 /// A directory tree under watch, and what is known of it.
 struct Cgroups {
     root: mount::Root,
     watcher: Watcher,
     core: Core,
     look_again: Option<Instant>,
+    /// That some cgroups cannot be watched has been told.
+    blind: bool,
 }
 
 struct Daemon {
@@ -63,6 +68,8 @@ struct Daemon {
     /// Adding what is missing of the ip rules and routes.
     routing: Backoff,
     notify: Notify,
+    /// poll(2) was refused the last time.
+    refused: bool,
 }
 
 /// Runs until SIGTERM or SIGINT.
@@ -101,6 +108,7 @@ pub fn run(mut options: Options) -> Result<()> {
         table: Backoff::default(),
         routing: Backoff::default(),
         notify,
+        refused: false,
     };
     daemon.start()?;
     daemon.serve(&signals, &instance)
@@ -117,6 +125,7 @@ impl Cgroups {
             watcher,
             core,
             look_again: None,
+            blind: false,
         };
         let start = cgroups.core.start();
         cgroups.act(vec![start]);
@@ -159,21 +168,32 @@ impl Cgroups {
                 self.look_again = Some(Instant::now() + LOOK_AGAIN)
             }
             true => {}
-            false => self.look_again = None,
+            false => {
+                self.look_again = None;
+                if std::mem::take(&mut self.blind) {
+                    let text = format_args!("every cgroup is watched again");
+                    log::write_limited(Level::Notice, text);
+                }
+            }
         }
     }
 
-    fn blind(&self, path: &crate::cgroup::tree::Path, errno: Errno) {
+    /// Told of the first cgroup only: whatever the reason, it tends to befall many.
+    fn blind(&mut self, path: &crate::cgroup::tree::Path, errno: Errno) {
+        if std::mem::replace(&mut self.blind, true) {
+            return;
+        }
         let remedy = match errno {
             Errno::ENOSPC => "; raise the sysctl fs.inotify.max_user_watches",
             Errno::EACCES => "; grant CAP_DAC_READ_SEARCH",
+            Errno::EMFILE => "; raise the limit of open files (ulimit -n)",
             _ => "",
         };
         let every = LOOK_AGAIN.as_secs();
         log::write_limited(
             Level::Warning,
             format_args!(
-                "unable to watch cgroup {}: {}, looking every {every} s{remedy}",
+                "unable to watch cgroup {} (there may be more): {}, looking every {every} s{remedy}",
                 watch::display(path),
                 crate::error::reason(errno)
             ),
@@ -207,13 +227,9 @@ impl Daemon {
             return Err(error);
         }
         self.kernel.settle();
-        let removed = self.kernel.trim_routing(Some(&config))?;
-        if !removed.is_empty() {
-            log!(
-                Notice,
-                "removed {} stale ip rules and routes",
-                removed.len()
-            );
+        let removed = self.trim_routing(&config);
+        if removed > 0 {
+            log!(Notice, "removed {removed} stale ip rules and routes");
         }
         // what came meanwhile; not for ever, where events come faster than they can be taken
         for _ in 0..FULL_QUEUE {
@@ -264,8 +280,17 @@ impl Daemon {
             let others = others.chain(self.kernel.event_fds());
             fds.extend(others.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
             match poll(&mut fds, self.timeout()) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(Error::system("unable to poll", errno)),
+                Ok(_) => self.refused = false,
+                Err(Errno::EINTR) => {}
+                // no memory, or more descriptors than may be open by now (EINVAL)
+                Err(errno) => {
+                    if !std::mem::replace(&mut self.refused, true) {
+                        let (why, every) = (crate::error::reason(errno), LOOK_BLINDLY.as_millis());
+                        log!(Warning, "unable to poll: {why}, looking every {every} ms");
+                    }
+                    let pause = LOOK_BLINDLY.as_millis() as u16;
+                    let _ = poll(&mut [], pause);
+                }
             }
             instance.dismiss();
             self.cgroups.drain()?;
@@ -363,7 +388,9 @@ impl Daemon {
 
     fn repair_routing(&mut self) {
         let config = self.cgroups.core.config().clone();
-        match self.kernel.add_routing(&config) {
+        let added = self.kernel.add_routing(&config);
+        // stale entries too, which a start or a reload was not able to delete
+        match added.and_then(|n| self.kernel.trim_routing(Some(&config)).map(|_| n)) {
             Ok(added) => {
                 self.routing.done(Instant::now());
                 if added > 0 {
@@ -377,6 +404,21 @@ impl Daemon {
             Err(error) => {
                 let pause = self.routing.failed(Instant::now()).as_secs();
                 log!(Error, "{error}; trying again in {pause} s");
+            }
+        }
+    }
+
+    /// Deletes what is left over of another policy: it does no harm, so where that fails, the next
+    /// repair does it. Returns how many entries are gone.
+    fn trim_routing(&mut self, config: &Config) -> usize {
+        match self.kernel.trim_routing(Some(config)) {
+            Ok(removed) => removed.len(),
+            Err(error) => {
+                let now = Instant::now();
+                self.routing.want(now);
+                let pause = self.routing.failed(now).as_secs();
+                log!(Warning, "{error}; trying again in {pause} s");
+                0
             }
         }
     }
@@ -426,11 +468,11 @@ impl Daemon {
             // nothing of the new table took effect; what is pending for the old one is refused or
             // doubled at worst, so put the old table in as a whole
             self.repair_table();
-            let _ = self.kernel.trim_routing(Some(&old));
+            self.trim_routing(&old);
             return Err(error);
         }
         self.table.done(Instant::now());
-        self.kernel.trim_routing(Some(&new))?;
+        self.trim_routing(&new);
         log::configure(
             new.log_level.louder(self.options.verbose),
             self.options.syslog,

@@ -1,6 +1,7 @@
 //! One daemon a network namespace. The lock is an abstract unix socket: it belongs to the network
 //! namespace as the table does, needs no file, and is gone with the process, however it ends.
 
+use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
@@ -13,18 +14,28 @@ use crate::log;
 
 const NAME: &[u8] = b"cgtproxy";
 
-/// The lock; `None` inside where it could not be had but must not keep us from running.
-pub struct Instance(Option<UnixListener>);
+/// The lock.
+pub struct Instance {
+    /// `None` where it could not be had but must not keep us from running.
+    listener: Option<UnixListener>,
+    /// Accepting failed (no descriptors): a connection stays queued, and must not wake us again
+    /// and again.
+    deaf: Cell<bool>,
+}
 
 impl Instance {
     /// Errors: another instance runs; its pid is said.
     pub fn claim() -> Result<Instance> {
+        let with = |listener| Instance {
+            listener,
+            deaf: Cell::new(false),
+        };
         let refused = |e: std::io::Error| Error::State(format!("unable to lock the instance: {e}"));
         let name = SocketAddr::from_abstract_name(NAME).map_err(refused)?;
         match UnixListener::bind_addr(&name) {
             Ok(listener) => {
                 listener.set_nonblocking(true).map_err(refused)?;
-                Ok(Instance(Some(listener)))
+                Ok(with(Some(listener)))
             }
             Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => match holder() {
                 // any user may bind an abstract name: that must not keep root's daemon down
@@ -33,7 +44,7 @@ impl Instance {
                         Warning,
                         "pid {pid} of uid {uid} holds our lock, going on without"
                     );
-                    Ok(Instance(None))
+                    Ok(with(None))
                 }
                 Some((pid, _)) => Err(Error::State(format!("already running with pid {pid}"))),
                 None => Err(Error::State("already running".into())),
@@ -42,14 +53,18 @@ impl Instance {
         }
     }
 
+    /// The descriptor to poll; none for one round after accepting has failed.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.0.as_ref().map(|listener| listener.as_fd())
+        let listener = self.listener.as_ref();
+        listener.filter(|_| !self.deaf.take()).map(AsFd::as_fd)
     }
 
     /// Hangs up on whoever connected: to have connected is all they need (see `holder`).
     pub fn dismiss(&self) {
-        if let Some(listener) = &self.0 {
-            let _ = listener.accept();
+        if let Some(listener) = &self.listener {
+            let accepted = listener.accept();
+            let none = |e: &std::io::Error| e.kind() == std::io::ErrorKind::WouldBlock;
+            self.deaf.set(accepted.is_err_and(|e| !none(&e)));
         }
     }
 }

@@ -130,12 +130,22 @@ impl Watcher {
         };
         // a directory with two links has no subdirectory: spares reading the list of its files
         let children = match sys::nlink(base, below) {
-            Ok(2) => Vec::new(),
-            Ok(_) => match subdirectories(&name) {
-                Ok(children) => children,
-                Err(errno) => return self.undo(wd, failed(path, errno)),
-            },
-            Err(errno) => return self.undo(wd, failed(path, errno)),
+            Ok(2) => Ok(Vec::new()),
+            Ok(_) => subdirectories(&name),
+            Err(errno) => Err(errno),
+        };
+        let children = match children.map_err(|errno| failed(path.clone(), errno)) {
+            Ok(children) => children,
+            Err(Event::Failed { path, errno }) => {
+                let errno = refused.unwrap_or(errno);
+                return Event::Unlisted {
+                    path,
+                    id,
+                    wd,
+                    errno,
+                };
+            }
+            Err(gone) => return self.undo(wd, gone),
         };
         Event::Found {
             path,
@@ -147,11 +157,9 @@ impl Watcher {
     }
 
     /// A watch on a directory that turned out to be gone would never be named again.
-    fn undo(&self, wd: Option<i32>, event: Event) -> Event {
-        if let (Some(wd), Event::Gone { .. }) = (wd, &event) {
-            self.unwatch(wd);
-        }
-        event
+    fn undo(&self, wd: Option<i32>, gone: Event) -> Event {
+        wd.into_iter().for_each(|wd| self.unwatch(wd));
+        gone
     }
 
     /// Ends a watch. After rmdir the kernel keeps it, and the inode with it, until this call.

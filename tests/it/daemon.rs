@@ -116,6 +116,17 @@ impl Daemon {
 
     /// Starts the program, with `env` added to its environment, and waits for nothing.
     pub fn spawn(ground: &Ground, config: &str, args: &[&str], env: &[(&str, &str)]) -> Daemon {
+        Daemon::spawn_by(ground, config, &[], args, env)
+    }
+
+    /// As [`Daemon::spawn`], by a command that execs the program: `strace -D …`, `setpriv …`.
+    pub fn spawn_by(
+        ground: &Ground,
+        config: &str,
+        by: &[&str],
+        args: &[&str],
+        env: &[(&str, &str)],
+    ) -> Daemon {
         let config = config_file(ground, config);
         let log = config.with_extension("log");
         let (ready, signal) = pipe();
@@ -124,8 +135,10 @@ impl Daemon {
             true => PathBuf::from(env!("CARGO_BIN_EXE_cgtproxy")),
             false => binary(),
         };
-        let mut command = Command::new(program);
+        let mut words = by.iter().map(PathBuf::from).chain([program]);
+        let mut command = Command::new(words.next().expect("the program itself"));
         command
+            .args(words)
             .arg("-c")
             .arg(&config)
             .args(["--ready-fd", "3"])
@@ -169,6 +182,11 @@ impl Daemon {
         let spoke = poll(&mut fds, READY.as_millis() as u16).expect("poll the ready fd") == 1;
         let mut said = [0; 1];
         spoke && File::from(ready).read(&mut said).is_ok_and(|n| n == 1) && said == *b"\n"
+    }
+
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().expect("look at cgtproxy")
     }
 
     pub fn pid(&self) -> Pid {
@@ -229,6 +247,32 @@ impl Daemon {
             "it was dead before: {}",
             self.logs()
         );
+    }
+
+    /// A line of /proc/PID/status.
+    pub fn status(&self, key: &str) -> String {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.expect("read the status");
+        let mut lines = status.lines().filter_map(|line| line.split_once(':'));
+        let found = lines.find(|line| line.0 == key);
+        found.map_or(String::new(), |line| line.1.trim().to_owned())
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        let dir = fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        dir.expect("list the descriptors").count()
+    }
+
+    /// Processor time that it has used.
+    pub fn busy(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
+        let stat = stat.expect("read the times");
+        // fields 14 and 15 of proc_pid_stat(5), in ticks of 10 ms; the name is in parentheses
+        let after = stat.rsplit(')').next().unwrap_or_default();
+        let ticks = after.split_whitespace().skip(11).take(2);
+        let ticks: u64 = ticks.map(|n| n.parse().unwrap_or(0)).sum();
+        Duration::from_millis(ticks * 10)
     }
 
     /// (inotify watches, resident KiB) of the program.

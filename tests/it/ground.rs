@@ -135,15 +135,20 @@ impl Ground {
 
     /// Runs `f` in the outside network namespace. Threads and sockets that it makes stay there.
     pub fn outside<T>(&self, f: impl FnOnce() -> T) -> T {
+        self.within(&self.outside, f)
+    }
+
+    /// Runs `f` in any network namespace.
+    pub fn within<T>(&self, net: &File, f: impl FnOnce() -> T) -> T {
         /// Comes back even when `f` panics.
         struct Back<'a>(&'a File);
         impl Drop for Back<'_> {
             fn drop(&mut self) {
-                setns(self.0, CloneFlags::CLONE_NEWNET).expect("return from the outside");
+                setns(self.0, CloneFlags::CLONE_NEWNET).expect("return from a namespace");
             }
         }
         let _back = Back(&self.inside);
-        setns(&self.outside, CloneFlags::CLONE_NEWNET).expect("enter the outside");
+        setns(net, CloneFlags::CLONE_NEWNET).expect("enter a namespace");
         f()
     }
 

@@ -13,7 +13,7 @@
 //! | `daemon` | cgtproxy itself, as a child process |
 //! | `kernel` | what nf_tables, rules and routes hold, read without the program's own code |
 //! | `reference` | the fixtures against a hand-written table: proves the ground, not the program |
-//! | `traffic`, `classify`, `lifecycle`, `heal`, `gateway`, `others`, `loops`, `examples`, `tools` | the tests |
+//! | `traffic`, `classify`, `lifecycle` and so on | the tests |
 //!
 //! Environment: `CGTPROXY_BIN` names the program under test, `CGTPROXY_LONG=1` runs the loops that
 //! are cut short by default at their full length.
@@ -27,12 +27,19 @@ mod world;
 mod classify;
 mod demo;
 mod examples;
+mod faults;
 mod gateway;
 mod heal;
+mod hostile;
 mod lifecycle;
+mod limits;
+mod logging;
 mod loops;
 mod others;
+mod privileges;
 mod reference;
+mod restart;
+mod soak;
 mod tools;
 mod traffic;
 

@@ -1,0 +1,188 @@
+//! What an unprivileged user can do with names and numbers of cgroups in a sub-tree that was
+//! delegated to him.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::client::Client;
+use crate::daemon::{run_with, write_private, Daemon};
+use crate::ground::{addr, chmod, Ground, REMOTE4};
+use crate::kernel::{await_exactly, cgroup_id, load, set_ids, SETTLE};
+use crate::world::World;
+use crate::{sized, wait_until};
+
+/// What a terminal, nft, printf, a shell or a careless reader of lines would choke on.
+const NAMES: [&[u8]; 14] = [
+    b"\x1b[2J\x1b]0;owned\x07",
+    &[b'x'; 255],
+    b"\xff\xfe\x80",
+    b"\xc3\x28",
+    b"}; flush ruleset; table inet x {",
+    b"\" } delete table inet cgtproxy; \"",
+    b"%s%n%1000000d",
+    b"$(reboot)`reboot`",
+    b"'quotes\"",
+    b"# comment",
+    b"back\\slash\\n",
+    b"tab\tand\rreturn",
+    b"*?[a-z]",
+    b" blanks ",
+];
+
+#[test]
+fn hostile_names() {
+    let Some(ground) = Ground::new("hostile") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let config = "[rules]\ndrop = /u/.*\n";
+    let daemon = Daemon::start(&ground, config, &["-v", "-v"]);
+    let user = ground.cgroup("/u");
+    let paths = NAMES.map(|name| user.join(OsStr::from_bytes(name)));
+    for path in &paths {
+        fs::create_dir(path).unwrap_or_else(|e| panic!("mkdir {path:?}: {e}"));
+    }
+    // a newline is nothing that the kernel takes
+    assert!(fs::create_dir(user.join("a\nb")).is_err());
+    let ids = paths.iter().map(|p| cgroup_id(p).expect("an id")).collect();
+    await_exactly("cg_drop", &ids, SETTLE);
+    for path in &paths {
+        let client = Client::udp(path, addr(REMOTE4, 80)).timeout(Duration::from_millis(50));
+        assert_eq!(client.run().who(), "nobody", "{path:?}");
+    }
+    assert_eq!(world.wire.to_remote(), []);
+
+    let show = run_with(&ground, config, &["show"]);
+    assert!(show.status.success());
+    let log = daemon.logs();
+    assert_eq!(log.matches(": drop\n").count(), NAMES.len(), "{log}");
+    for text in [&log, &String::from_utf8_lossy(&show.stdout).into_owned()] {
+        let odd = text.chars().find(|c| !matches!(c, ' '..='~' | '\n'));
+        assert_eq!(odd, None, "{text}");
+    }
+    assert!(daemon.stop().success());
+
+    // What `show` prints loads, does nothing else, and holds every name that nft can be told.
+    load("table inet bystander { }");
+    load(&String::from_utf8(show.stdout).expect("ASCII, as seen above"));
+    let shown = set_ids("cg_drop").expect("the set");
+    println!("{} of {} names can be shown to nft", shown.len(), ids.len());
+    assert!(shown.is_subset(&ids) && !shown.is_empty());
+    load("delete table inet bystander; delete table inet cgtproxy");
+}
+
+#[test]
+fn a_hundred_thousand_cgroups() {
+    let Some(ground) = Ground::new("many") else {
+        return;
+    };
+    let count = sized(20_000, 100_000);
+    let config = "[rules]\ndrop = /user/.*\ndrop = /apps/.*\n";
+    let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
+    let daemon = Daemon::start(&ground, config, &["-v"]);
+    let at_rest = daemon.footprint().1;
+    let made = AtomicUsize::new(0);
+    let start = Instant::now();
+    let mut took: Vec<Duration> = Vec::new();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for i in 0..count {
+                fs::create_dir(user.join(format!("u{i}"))).expect("mkdir");
+                made.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        // Another's cgroups meanwhile: how long until each is seen to be in force, by a packet
+        // that is refused.
+        for i in 0.. {
+            if made.load(Ordering::Relaxed) == count {
+                break;
+            }
+            let path = apps.join(format!("a{i}"));
+            fs::create_dir(&path).expect("mkdir");
+            let client = Client::udp(&path, addr(REMOTE4, 9)).until_denied();
+            let (_, time) = client.timeout(Duration::from_secs(10)).spawn().wait();
+            took.push(time);
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let time_to_make = start.elapsed();
+    let all = || set_ids("cg_drop").map_or(0, |ids| ids.len()) == count + took.len();
+    assert!(wait_until(Duration::from_secs(120), all));
+    let time_to_classify = start.elapsed();
+    took.sort();
+    let others = took.len();
+    let memory = daemon.footprint().1;
+    let lines = daemon.logs().lines().count();
+    println!(
+        "{count} cgroups made in {time_to_make:?}, classified in {time_to_classify:?}: \
+         {at_rest} KiB, then {memory} KiB ({} bytes each), {lines} lines of log; another's \
+         cgroups meanwhile ({others}): median {:?}, 90 % {:?}, longest {:?}",
+        (memory - at_rest) * 1024 / count,
+        took[others / 2],
+        took[others * 9 / 10],
+        took[others - 1],
+    );
+    assert!((memory - at_rest) * 1024 / count < 512, "bytes a cgroup");
+    let most = 300 + 25 * time_to_classify.as_secs() as usize;
+    assert!(lines < most, "{lines} lines of log");
+    assert!(took[others / 2] < Duration::from_millis(10));
+    // all at once, which for most of them is not told
+    let start = Instant::now();
+    for i in 0..count {
+        fs::remove_dir(user.join(format!("u{i}"))).expect("rmdir");
+    }
+    let gone = || set_ids("cg_drop").map_or(0, |ids| ids.len()) == others;
+    assert!(wait_until(Duration::from_secs(120), gone));
+    let watches = || daemon.footprint().0 == 3 + others;
+    assert!(wait_until(SETTLE, watches), "{:?}", daemon.footprint());
+    println!(
+        "removed in {:?}: {} KiB",
+        start.elapsed(),
+        daemon.footprint().1
+    );
+}
+
+/// tests/config.rs holds the whole list against the reader; here it is `run` that refuses.
+#[test]
+fn hostile_configurations_are_refused() {
+    let Some(ground) = Ground::new("refuse") else {
+        return;
+    };
+    let dir = &ground.dir;
+    let good = "[rules]\ndrop = /x\n";
+    let at = |name: &str| dir.join(name);
+    write_private(&at("world"), good);
+    chmod(&at("world"), 0o666);
+    write_private(&at("nul"), "[rules]\ndrop = /x\0y\n");
+    fs::create_dir(at("directory")).expect("mkdir");
+    let fifo = at("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status();
+    assert!(made.expect("start mkfifo").success());
+    write_private(&at("sparse"), "");
+    let sparse = fs::File::options().write(true).open(at("sparse"));
+    sparse.expect("open").set_len(1 << 30).expect("grow");
+    std::os::unix::fs::symlink(at("world"), at("link")).expect("symlink");
+    for (name, reason) in [
+        ("world", "writable"),
+        ("nul", "nul"),
+        ("directory", "directory"),
+        ("fifo", "fifo"),
+        ("sparse", "1 mib"),
+        ("link", "writable"),
+        ("absent", "no such file"),
+    ] {
+        let start = Instant::now();
+        let file = at(name);
+        let out = crate::daemon::run(&["-c", file.to_str().expect("UTF-8"), "run"]);
+        let said = String::from_utf8_lossy(&out.stderr).to_lowercase();
+        assert_eq!(out.status.code(), Some(2), "{name}: {said}");
+        assert!(said.contains(reason), "{name}: {said}");
+        assert!(start.elapsed() < Duration::from_secs(2), "{name}");
+    }
+    assert_eq!(crate::kernel::residue(), "");
+}

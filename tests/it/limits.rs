@@ -1,0 +1,272 @@
+//! The limits of the kernel and of the process are reached: what works goes on, it is said once
+//! with the remedy, and all is whole again by itself when the limit is gone.
+
+use std::fs::{self, File};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixStream};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use crate::client::{expect, under};
+use crate::daemon::{Daemon, UNOWNED};
+use crate::ground::{ip_batch, Ground};
+use crate::kernel::{await_exactly, await_member, cgroup_id, nft, residue, set_ids, state};
+use crate::world::World;
+use crate::{sized, wait_until};
+
+const CONFIG: &str = "
+[tproxy mihomo]
+port = 7893
+[rules]
+mihomo = /(apps|deep)/.*/x
+drop   = /deep
+drop   = /apps/.*
+drop   = /drop
+";
+
+/// Longer than the daemon's pause between two looks, which is 5 s.
+const LOOKED_AGAIN: Duration = Duration::from_secs(15);
+
+fn sh(script: &str) {
+    let out = Command::new("sh").args(["-c", script]).output();
+    let out = out.expect("start sh");
+    assert!(out.status.success(), "{script}: {out:?}");
+}
+
+/// A daemon in a user namespace of its own, which has its own limits (namespaces(7)), and hence in
+/// a network namespace of its own. `limits` are files of /proc/sys/user.
+fn in_a_user_namespace(ground: &Ground, limits: &[(&str, usize)]) -> Daemon {
+    let set = |(name, value): &(&str, usize)| format!("echo {value} > /proc/sys/user/{name}; ");
+    let limits: String = limits.iter().map(set).collect();
+    let script = format!("{limits} ip link set lo up; exec \"$0\" \"$@\"");
+    let by = ["unshare", "-r", "-n", "sh", "-c", &script];
+    Daemon::spawn_by(ground, CONFIG, &by, &[], &[])
+}
+
+fn set_limit(daemon: &Daemon, name: &str, value: usize) {
+    let pid = daemon.pid();
+    sh(&format!(
+        "nsenter -t {pid} -U sh -c 'echo {value} > /proc/sys/user/{name}'"
+    ));
+}
+
+fn network(daemon: &Daemon) -> File {
+    File::open(format!("/proc/{}/ns/net", daemon.pid())).expect("open the network namespace")
+}
+
+#[test]
+fn watches_run_out() {
+    let Some(ground) = Ground::new("watches") else {
+        return;
+    };
+    let dropped = ground.cgroup("/drop");
+    let mut daemon = in_a_user_namespace(&ground, &[("max_inotify_watches", 10)]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    let net = network(&daemon);
+    let apps: Vec<_> = (0..30)
+        .map(|i| ground.cgroup(&format!("/apps/a{i}")))
+        .collect();
+    let drops = apps.iter().chain([&dropped]);
+    let drops = drops.map(|path| cgroup_id(path).expect("an id")).collect();
+    // what is below a watched directory is classified at once, watched or not
+    ground.within(&net, || {
+        await_exactly("cg_drop", &drops, Duration::from_secs(3))
+    });
+    assert_eq!(daemon.footprint().0, 10);
+    let log = daemon.logs();
+    assert_eq!(log.matches("unable to watch").count(), 1, "{log}");
+    assert!(log.contains("fs.inotify.max_user_watches"), "{log}");
+    // what is below an unwatched one, a few seconds later
+    let below = ground.cgroup("/apps/a29/x");
+    ground.within(&net, || {
+        assert!(wait_until(LOOKED_AGAIN, || set_ids("cg_mihomo")
+            .is_some_and(
+                |ids| ids.contains(&cgroup_id(&below).expect("an id"))
+            )));
+    });
+
+    set_limit(&daemon, "max_inotify_watches", 1000);
+    let all = 34;
+    let watched = || daemon.footprint().0 == all;
+    assert!(wait_until(LOOKED_AGAIN, watched), "{:?}", daemon.logs());
+    assert!(daemon.wait_log("every cgroup is watched again", Duration::from_secs(1)));
+    let below = ground.cgroup("/apps/a28/x");
+    ground.within(&net, || await_member(&below, "mihomo"));
+    let log = daemon.logs();
+    assert_eq!(log.matches("unable to watch").count(), 1, "{log}");
+    assert_eq!(daemon.stop().code(), Some(0));
+    ground.within(&net, || assert_eq!(residue(), ""));
+}
+
+#[test]
+fn instances_run_out() {
+    let Some(ground) = Ground::new("instances") else {
+        return;
+    };
+    ground.cgroup("/drop");
+    let mut daemon = in_a_user_namespace(&ground, &[("max_inotify_instances", 0)]);
+    assert!(!daemon.ready());
+    assert_eq!(daemon.wait().code(), Some(1));
+    let log = daemon.logs();
+    assert!(log.contains("fs.inotify.max_user_instances"), "{log}");
+
+    // one is enough to run, not for a reload that goes to another root
+    let mut daemon = in_a_user_namespace(&ground, &[("max_inotify_instances", 1)]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    let net = network(&daemon);
+    let before = ground.within(&net, state);
+    let other = ground.cgroup("/sub");
+    let config = fs::read_to_string(&daemon.config).expect("read the configuration");
+    let root = ground.root.to_str().expect("UTF-8");
+    let moved = config.replace(root, other.to_str().expect("UTF-8"));
+    daemon.configure(&moved);
+    let log = daemon.reload();
+    assert!(log.contains("fs.inotify.max_user_instances"), "{log}");
+    assert!(log.contains("the old configuration stays"), "{log}");
+    ground.within(&net, || {
+        assert_eq!(state(), before);
+        await_member(&ground.cgroup("/apps/a"), "drop");
+    });
+    set_limit(&daemon, "max_inotify_instances", 10);
+    daemon.configure(&moved);
+    let log = daemon.reload();
+    assert!(log.contains("reloaded"), "{log}");
+    let member = ground.cgroup("/sub/apps/a");
+    ground.within(&net, || await_member(&member, "drop"));
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn descriptors_run_out() {
+    let Some(ground) = Ground::new("nofile") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let dropped = ground.cgroup("/drop");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let limit = |n: usize| sh(&format!("prlimit --pid {} --nofile={n}:4096", daemon.pid()));
+    // it bounds the numbers of new descriptors only, and 0 to 2 are taken
+    limit(3);
+    // what it is told of is classified, even where it cannot look inside
+    let deep = ground.cgroup("/deep/b/c/x");
+    await_member(&ground.at("/deep"), "drop");
+    let log = daemon.logs();
+    assert_eq!(log.matches("unable to watch").count(), 1, "{log}");
+    assert!(log.contains("raise the limit of open files"), "{log}");
+    let log = daemon.reload();
+    assert!(log.contains("the old configuration stays"), "{log}");
+    // whoever connects to the lock must not make it spin
+    let lock = SocketAddr::from_abstract_name("cgtproxy").expect("a short name");
+    let _held: Vec<_> = (0..10)
+        .map(|_| UnixStream::connect_addr(&lock).expect("connect"))
+        .collect();
+    let before = daemon.busy();
+    thread::sleep(Duration::from_secs(1));
+    let spent = daemon.busy() - before;
+    assert!(spent < Duration::from_millis(200), "{spent:?} in a second");
+    limit(1024);
+    await_member(&deep, "mihomo");
+    let log = daemon.reload();
+    assert!(log.contains("reloaded"), "{log}");
+    let log = daemon.logs();
+    assert!(log.contains("every cgroup is watched again"), "{log}");
+    assert!(log.matches("unable to poll").count() <= 2, "{log}");
+    expect(&[(&dropped, under("drop"))]);
+    assert!(daemon.stop().success());
+    assert_eq!(residue(), "");
+}
+
+/// Without memory nothing can go on: the program ends with a message, the rules stay, and the next
+/// start takes over.
+#[test]
+fn memory_runs_out() {
+    let Some(ground) = Ground::new("memory") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let dropped = ground.cgroup("/drop");
+    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
+    let kib: usize = daemon
+        .status("VmSize")
+        .trim_end_matches(" kB")
+        .parse()
+        .expect("a size");
+    let pid = daemon.pid();
+    sh(&format!("prlimit --pid {pid} --as={}", (kib + 512) * 1024));
+    let apps = ground.cgroup("/apps");
+    let mut made = 0;
+    while daemon.ended().is_none() && made < 20_000 {
+        fs::create_dir(apps.join(format!("a{made}"))).expect("mkdir");
+        made += 1;
+    }
+    wait_until(Duration::from_secs(5), || daemon.ended().is_some());
+    let status = daemon.ended().expect("it ends where it has no memory");
+    let log = daemon.logs();
+    println!("{status} after {made} cgroups:\n{log}");
+    assert_eq!(status.signal(), Some(libc::SIGABRT), "{log}");
+    assert!(log.contains("memory allocation of"), "{log}");
+    assert!(!log.contains("panicked"), "{log}");
+    expect(&[(&dropped, under("drop")), (&apps.join("a0"), under("drop"))]);
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    expect(&[(&apps.join(format!("a{}", made - 1)), under("drop"))]);
+    assert!(daemon.stop().success());
+    assert_eq!(residue(), "");
+}
+
+/// Notifications that the kernel has dropped, over all netlink sockets of this namespace.
+fn dropped() -> u64 {
+    let table = fs::read_to_string("/proc/thread-self/net/netlink").expect("read");
+    let drops = table.lines().skip(1);
+    let drops = drops.filter_map(|line| line.split_whitespace().nth(8)?.parse::<u64>().ok());
+    drops.sum()
+}
+
+/// Notifications are lost while the program cannot run, and the damage with them.
+#[test]
+fn notifications_are_lost() {
+    let Some(ground) = Ground::new("enobufs") else {
+        return;
+    };
+    ground.cgroup("/drop");
+    let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[UNOWNED]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    let whole = state();
+    // (what is done meanwhile, what loses notifications)
+    let foreign_rules = |n: usize| -> String {
+        let pair = "rule add pref 200 iif lo fwmark 0x7/0xff lookup 300 protocol 99\n\
+                    rule del pref 200 iif lo fwmark 0x7/0xff lookup 300 protocol 99\n";
+        pair.repeat(n)
+    };
+    let foreign_tables = |n: usize| -> String {
+        let one = "add table ip other\nadd chain ip other c\nadd rule ip other c counter\n\
+                   delete table ip other\n";
+        one.repeat(n)
+    };
+    for round in 0..sized(1, 5) {
+        daemon.signal(Signal::SIGSTOP);
+        ip_batch(&["-4"], &foreign_rules(4000));
+        let out = nft(&["-f", "-"], &foreign_tables(2000));
+        assert!(out.status.success(), "{out:?}");
+        let lost = dropped();
+        assert!(lost > 0, "nothing was lost");
+        // what follows is not in the queues any more
+        sh(
+            "ip rule del pref 100; ip -6 rule del pref 100; ip route flush table 300; \
+            ip -6 route flush table 300; nft delete table inet cgtproxy",
+        );
+        assert!(dropped() > lost);
+        assert_eq!(residue(), "");
+        daemon.signal(Signal::SIGCONT);
+        let healed = wait_until(Duration::from_secs(5), || state() == whole);
+        println!("round {round}: {} notifications lost", dropped());
+        assert!(healed, "{:?}\n{}", state(), daemon.logs());
+    }
+    let log = daemon.logs();
+    assert!(log.contains("notifications were lost"), "{log}");
+    assert!(daemon.stop().success());
+    assert_eq!(residue(), "");
+}

@@ -1,0 +1,186 @@
+//! Nobody reads the log: classification does not wait for it, and what is lost is counted.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::daemon::Daemon;
+use crate::ground::Ground;
+use crate::kernel::{await_member, cgroup_id, set_ids, SETTLE};
+use crate::wait_until;
+
+const CONFIG: &str = "[rules]\ndrop = /.*\n";
+const COUNT: usize = 60;
+
+fn sh(script: &str) {
+    let status = Command::new("sh").args(["-c", script]).status();
+    assert!(status.expect("start sh").success(), "{script}");
+}
+
+/// Makes cgroups one by one; the median time from mkdir to the set.
+fn latency(ground: &Ground, name: &str) -> Duration {
+    let mut took: Vec<Duration> = (0..COUNT)
+        .map(|i| {
+            let start = Instant::now();
+            let id = cgroup_id(&ground.cgroup(&format!("/{name}{i}"))).expect("an id");
+            let there = || set_ids("cg_drop").is_some_and(|ids| ids.contains(&id));
+            assert!(wait_until(SETTLE, there), "{name}{i} is not classified");
+            start.elapsed()
+        })
+        .collect();
+    took.sort();
+    took[COUNT / 2]
+}
+
+/// Asserts that `slow` is no more than twice `fast`, and what this machine's noise makes.
+fn compare(fast: Duration, slow: Duration) {
+    println!("median latency {fast:?} with a reader, {slow:?} without");
+    assert!(slow < fast * 2 + Duration::from_millis(1));
+}
+
+#[test]
+fn a_pipe_that_nobody_reads() {
+    let Some(ground) = Ground::new("pipe") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &["-v"]);
+    let fast = latency(&ground, "fast");
+    assert!(daemon.logs().contains("fast0: drop"));
+    assert!(daemon.stop().success());
+
+    let fifo = ground.dir.join("fifo");
+    let path = fifo.to_str().expect("UTF-8");
+    sh(&format!("mkfifo {path}"));
+    let mut options = File::options();
+    let options = options.read(true).write(true);
+    let mut pipe = options
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&fifo)
+        .expect("open the pipe");
+    while pipe.write(&[b'\n'; 512]).is_ok() {}
+    let script = format!("exec \"$0\" \"$@\" 2> {path}");
+    let by = ["sh", "-c", &script];
+    let mut daemon = Daemon::spawn_by(&ground, CONFIG, &by, &["-v"], &[]);
+    assert!(daemon.ready());
+    compare(fast, latency(&ground, "slow"));
+    // now somebody reads
+    let mut drain = || {
+        let mut text = Vec::new();
+        let error = pipe.read_to_end(&mut text).expect_err("it stays open");
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+        let text = String::from_utf8(text).expect("an escaped log");
+        text.trim_start_matches('\n').to_owned()
+    };
+    assert_eq!(drain(), "");
+    let mut said = String::new();
+    for name in ["first", "second"] {
+        await_member(&ground.cgroup(&format!("/{name}")), "drop");
+        let line = format!("{name}: drop\n");
+        wait_until(SETTLE, || {
+            said += &drain();
+            said.contains(&line)
+        });
+    }
+    // the line that says it has started, one for each cgroup that it found and that it was given
+    let lost = 1 + 2 * COUNT;
+    assert_eq!(
+        said,
+        format!(
+            "warning: {lost} log lines lost: the reader did not keep up\n\
+             info: /first: drop\ninfo: /second: drop\n"
+        )
+    );
+    assert!(daemon.stop().success());
+}
+
+/// A /dev of the calling thread's own, with all that a program needs, so that there can be a
+/// /dev/log.
+fn own_dev(ground: &Ground) {
+    let dev = ground.dir.join("dev");
+    let dev = dev.to_str().expect("UTF-8");
+    sh(&format!(
+        "mkdir {dev} && mount -t tmpfs none {dev} && \
+         for f in null zero full random urandom tty; do \
+           touch {dev}/$f && mount --bind /dev/$f {dev}/$f; done && \
+         ln -s /proc/self/fd {dev}/fd && mount --move {dev} /dev"
+    ));
+}
+
+/// All datagrams that are queued.
+fn received(socket: &UnixDatagram) -> Vec<String> {
+    let mut all = Vec::new();
+    let mut bytes = [0; 8192];
+    while let Ok(n) = socket.recv(&mut bytes) {
+        let text = String::from_utf8_lossy(&bytes[..n]).into_owned();
+        all.push(text.split_once("]: ").map_or(text.clone(), |x| x.1.into()));
+    }
+    all
+}
+
+fn syslogd() -> UnixDatagram {
+    let _ = fs::remove_file("/dev/log");
+    let socket = UnixDatagram::bind("/dev/log").expect("bind /dev/log");
+    socket.set_nonblocking(true).expect("set O_NONBLOCK");
+    socket
+}
+
+#[test]
+fn a_syslogd_that_sleeps_and_goes_and_comes() {
+    let Some(ground) = Ground::new("syslog") else {
+        return;
+    };
+    own_dev(&ground);
+    let socket = syslogd();
+    let daemon = Daemon::start(&ground, CONFIG, &["-v", "-s"]);
+    let fast = {
+        // a reader that keeps up, in between
+        let mut took = Vec::new();
+        for i in 0..COUNT {
+            let start = Instant::now();
+            await_member(&ground.cgroup(&format!("/fast{i}")), "drop");
+            took.push(start.elapsed());
+            received(&socket);
+        }
+        took.sort();
+        took[COUNT / 2]
+    };
+    compare(fast, latency(&ground, "slow"));
+    let queued = received(&socket);
+    println!("{} lines were queued", queued.len());
+    assert!(queued.len() < COUNT);
+    let tell = |name: &str, socket: &UnixDatagram| {
+        await_member(&ground.cgroup(&format!("/{name}")), "drop");
+        let mut said = Vec::new();
+        let line = format!("/{name}: drop");
+        wait_until(Duration::from_secs(1), || {
+            said.extend(received(socket));
+            said.contains(&line)
+        });
+        said
+    };
+    let lost = |n: usize| format!("{n} log lines lost: the reader did not keep up");
+    let first = tell("first", &socket);
+    assert_eq!(first, [lost(COUNT - queued.len()), "/first: drop".into()]);
+    assert_eq!(tell("second", &socket), ["/second: drop"]);
+
+    // restarted between two lines: nothing is lost
+    drop(socket);
+    let socket = syslogd();
+    assert_eq!(tell("third", &socket), ["/third: drop"]);
+    // gone for a while
+    drop(socket);
+    for remove in [false, true] {
+        if remove {
+            fs::remove_file(Path::new("/dev/log")).expect("remove /dev/log");
+        }
+        await_member(&ground.cgroup(&format!("/gone-{remove}")), "drop");
+    }
+    let socket = syslogd();
+    assert_eq!(tell("back", &socket), [lost(2), "/back: drop".into()]);
+    assert!(daemon.stop().success());
+    sh("umount -l /dev");
+}
