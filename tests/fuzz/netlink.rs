@@ -3,6 +3,7 @@
 
 #![no_main]
 
+use cgtproxy::netlink::diag;
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
 use cgtproxy::nft::{dump, encode, event::Follower};
 use cgtproxy::route;
@@ -13,8 +14,11 @@ fuzz_target!(|datagram: &[u8]| {
     let (mut count, mut rules) = (0, Vec::new());
     for message in messages.by_ref() {
         count += 1;
-        let _ = parse::reply(&message);
-        let _ = (encode::parse_table(&message), dump::parse_table_flags(&message));
+        let _ = (parse::reply(&message), diag::parse(&message));
+        let _ = (
+            encode::parse_table(&message),
+            dump::parse_table_flags(&message),
+        );
         rules.extend(dump::parse_rule(&message));
         let elements = dump::parse_elements(&message).map_or(0, |all| all.len());
         assert!(elements <= message.body.len() / 16);

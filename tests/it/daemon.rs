@@ -250,7 +250,7 @@ impl Daemon {
     }
 
     /// A line of /proc/PID/status.
-    pub fn status(&self, key: &str) -> String {
+    pub fn process(&self, key: &str) -> String {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
         let status = status.expect("read the status");
         let mut lines = status.lines().filter_map(|line| line.split_once(':'));

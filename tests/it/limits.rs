@@ -191,7 +191,7 @@ fn memory_runs_out() {
     let dropped = ground.cgroup("/drop");
     let mut daemon = Daemon::start(&ground, CONFIG, &[]);
     let kib: usize = daemon
-        .status("VmSize")
+        .process("VmSize")
         .trim_end_matches(" kB")
         .parse()
         .expect("a size");

@@ -37,7 +37,7 @@ fn assert_confined(daemon: &Daemon, capabilities: &str, seccomp: &str) {
         ("Seccomp", seccomp),
         ("Umask", "0077"),
     ] {
-        assert_eq!(daemon.status(key), want, "{key}");
+        assert_eq!(daemon.process(key), want, "{key}");
     }
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", daemon.pid()));
     let limits = limits.expect("read the limits");
@@ -91,11 +91,11 @@ fn another_user_with_net_admin() {
 
     let mut daemon = as_nobody(&ground, "+net_admin");
     assert!(daemon.ready(), "{}", daemon.logs());
-    assert!(daemon.status("Uid").starts_with("65534\t65534"));
-    let status = ["CapPrm", "CapEff", "CapAmb", "CapInh"].map(|key| daemon.status(key));
+    assert!(daemon.process("Uid").starts_with("65534\t65534"));
+    let status = ["CapPrm", "CapEff", "CapAmb", "CapInh"].map(|key| daemon.process(key));
     assert_eq!(status, [NET_ADMIN, NET_ADMIN, NOTHING, NOTHING]);
-    assert_eq!(daemon.status("NoNewPrivs"), "1");
-    assert_eq!(daemon.status("Seccomp"), "2");
+    assert_eq!(daemon.process("NoNewPrivs"), "1");
+    assert_eq!(daemon.process("Seccomp"), "2");
     expect(&[(&dropped, under("drop")), (&proxied, under(PROXY))]);
     let log = daemon.logs();
     assert!(log.contains("grant CAP_DAC_READ_SEARCH"), "{log}");
@@ -107,7 +107,7 @@ fn another_user_with_net_admin() {
 
     let mut daemon = as_nobody(&ground, "+net_admin,+dac_read_search");
     assert!(daemon.ready(), "{}", daemon.logs());
-    assert_eq!(daemon.status("CapEff"), "0000000000001004");
+    assert_eq!(daemon.process("CapEff"), "0000000000001004");
     assert!(is_member(), "{}", daemon.logs());
     assert!(daemon.stop().success());
     assert_eq!(residue(), "");
