@@ -20,7 +20,7 @@ use crate::confine::confine;
 use crate::core::{Action, Core, Event};
 use crate::error::{Error, Result};
 use crate::instance::Instance;
-use crate::kernel::Kernel;
+use crate::kernel::{Damage, Kernel};
 use crate::log;
 use crate::log::{Escaped, Level};
 use crate::loops;
@@ -70,6 +70,15 @@ struct Daemon {
     notify: Notify,
     /// poll(2) was refused the last time.
     refused: bool,
+}
+
+/// What poll(2) found.
+#[derive(Default)]
+struct Ready {
+    signals: bool,
+    cgroups: bool,
+    instance: bool,
+    kernel: bool,
 }
 
 /// Runs until SIGTERM or SIGINT.
@@ -275,38 +284,65 @@ impl Daemon {
 
     fn serve(&mut self, signals: &SignalFd, instance: &Instance) -> Result<()> {
         loop {
-            let mut fds = vec![PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
-            let others = self.cgroups.watcher.fd().into_iter().chain(instance.fd());
-            let others = others.chain(self.kernel.event_fds());
-            fds.extend(others.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
-            match poll(&mut fds, self.timeout()) {
-                Ok(_) => self.refused = false,
-                Err(Errno::EINTR) => {}
-                // no memory, or more descriptors than may be open by now (EINVAL)
-                Err(errno) => {
-                    if !std::mem::replace(&mut self.refused, true) {
-                        let (why, every) = (crate::error::reason(errno), LOOK_BLINDLY.as_millis());
-                        log!(Warning, "unable to poll: {why}, looking every {every} ms");
-                    }
-                    let pause = LOOK_BLINDLY.as_millis() as u16;
-                    let _ = poll(&mut [], pause);
-                }
+            let ready = self.wait(signals, instance);
+            if ready.cgroups {
+                self.cgroups.drain()?;
             }
-            instance.dismiss();
-            self.cgroups.drain()?;
-            self.heal();
+            self.heal(ready.kernel);
             self.commit();
-            while let Some(signal) = read_signal(signals)? {
+            if ready.instance {
+                instance.dismiss();
+            }
+            while let Some(signal) = ready.signals.then(|| read_signal(signals)).transpose()? {
                 match signal {
-                    Signal::SIGHUP => self.reload(),
-                    Signal::SIGUSR1 => {
+                    None => break,
+                    Some(Signal::SIGHUP) => self.reload(),
+                    Some(Signal::SIGUSR1) => {
                         log!(Notice, "status: {}", self.summary());
                         self.warn();
                     }
-                    _ => return self.stop(),
+                    Some(_) => return self.stop(),
                 }
             }
         }
+    }
+
+    /// Waits until something is ready, or due. Where the kernel refuses to poll (no memory, or more
+    /// descriptors than may be open by now), everything is looked at after a short pause.
+    fn wait(&mut self, signals: &SignalFd, instance: &Instance) -> Ready {
+        let mut ready = Ready::default();
+        let fd = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let (cgroups, lock) = (self.cgroups.watcher.fd(), instance.fd());
+        let mut fds = vec![fd(signals.as_fd())];
+        fds.extend(cgroups.map(fd));
+        fds.extend(lock.map(fd));
+        fds.extend(self.kernel.event_fds().map(fd));
+        match poll(&mut fds, self.timeout()) {
+            Ok(_) => {
+                let mut any = fds.iter().map(|fd| fd.any().unwrap_or(true));
+                let mut next = |there: bool| there && any.next().unwrap_or(false);
+                ready.signals = next(true);
+                ready.cgroups = next(cgroups.is_some());
+                ready.instance = next(lock.is_some());
+                ready.kernel = any.any(|ready| ready);
+                self.refused = false;
+            }
+            Err(Errno::EINTR) => {}
+            Err(errno) => {
+                if !std::mem::replace(&mut self.refused, true) {
+                    let (why, every) = (crate::error::reason(errno), LOOK_BLINDLY.as_millis());
+                    log!(Warning, "unable to poll: {why}, looking every {every} ms");
+                }
+                let _ = poll(&mut [], LOOK_BLINDLY.as_millis() as u16);
+                ready = Ready {
+                    signals: true,
+                    cgroups: true,
+                    instance: true,
+                    kernel: true,
+                };
+            }
+        }
+        ready
     }
 
     /// Until the next retry that is due; none at all where nothing is pending.
@@ -328,13 +364,16 @@ impl Daemon {
 
     /// Looks again where watching was not possible, and repairs what others destroyed, as soon as
     /// it is due.
-    fn heal(&mut self) {
+    fn heal(&mut self, notified: bool) {
         let now = Instant::now();
         if self.cgroups.look_again.is_some_and(|at| at <= now) {
             self.cgroups.look_again = None;
             self.cgroups.step(Event::Retry);
         }
-        let damage = self.kernel.damage();
+        let damage = match notified {
+            true => self.kernel.damage(),
+            false => Damage::default(),
+        };
         if let Some(culprit) = damage.table {
             if self.table.due().is_none() {
                 log!(Notice, "the table was changed by {culprit}");
