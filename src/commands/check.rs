@@ -443,10 +443,10 @@ fn sysctls(findings: &mut Findings) {
     }
     marked.sort();
     if !marked.is_empty() {
-        findings.warning(format!(
-            "net.ipv4.conf.{}.src_valid_mark is 1 (Tailscale and wg-quick set it): packets that \
-             this host routes for others and hands to a tproxy may be dropped as martians; set it \
-             to 0, or keep such programs off a gateway",
+        findings.ok(format!(
+            "net.ipv4.conf.{}.src_valid_mark is 1 (Tailscale and wg-quick set it): cgtproxy's ip \
+             rules allow for that; other ip rules that look for a TPROXY mark, without iif, would \
+             make routed packets martians",
             marked.join(", ")
         ));
     }

