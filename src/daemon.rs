@@ -248,6 +248,21 @@ impl Daemon {
         Ok(())
     }
 
+    /// A rule before ours takes marked packets elsewhere, where the table drops them.
+    fn warn_overtaken(&mut self) {
+        let config = self.cgroups.core.config().clone();
+        for priority in self.kernel.overtaken(&config) {
+            let own = config.rule_priority;
+            log::write_limited(
+                Level::Warning,
+                format_args!(
+                    "proxied traffic is dropped: another program's ip rule of priority {priority} \
+                     takes it before ours of {own}; set rule-priority below {priority}"
+                ),
+            );
+        }
+    }
+
     /// Says what is in force but cannot work as things are on this host.
     fn warn(&mut self) {
         let config = self.cgroups.core.config().clone();
@@ -261,6 +276,7 @@ impl Daemon {
         for line in loops::find(&config, &listeners, place) {
             log!(Warning, "{line}");
         }
+        self.warn_overtaken();
         if config.routes_to_tproxy() {
             for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
                 let on = std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"));
@@ -346,6 +362,9 @@ impl Daemon {
         }
         if damage.revived {
             self.routing.hasten(now);
+        }
+        if damage.rules {
+            self.warn_overtaken();
         }
         if self.routing.due().is_some_and(|at| at <= now) {
             self.repair_routing();
