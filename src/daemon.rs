@@ -25,7 +25,6 @@ use crate::log;
 use crate::log::{Escaped, Level};
 use crate::loops;
 use crate::notify::Notify;
-use crate::policy;
 use crate::sys;
 
 /// What `run` was asked for.
@@ -267,10 +266,8 @@ impl Daemon {
     fn warn(&mut self) {
         let config = self.cgroups.core.config().clone();
         let listeners = self.kernel.listeners(&config);
-        let tree = self.cgroups.core.tree();
         let place = |id| {
-            let (path, node) = tree.iter().find(|(_, node)| node.id == id)?;
-            let target = policy::target(&config, node.rank);
+            let (path, target) = self.cgroups.core.verdict(id)?;
             Some((watch::display(path), target))
         };
         for line in loops::find(&config, &listeners, place) {
