@@ -140,6 +140,12 @@ impl Core {
         &self.tree
     }
 
+    /// The path and the target of the cgroup with this id.
+    pub fn verdict(&self, id: u64) -> Option<(&Path, Target)> {
+        let (path, node) = self.tree.iter().find(|(_, node)| node.id == id)?;
+        Some((path, policy::target(&self.config, node.rank)))
+    }
+
     /// True while something has to be looked at again after some seconds.
     pub fn wants_retry(&self) -> bool {
         !self.blind.is_empty()

@@ -25,7 +25,6 @@ use crate::log;
 use crate::log::{Escaped, Level};
 use crate::loops;
 use crate::notify::Notify;
-use crate::policy;
 use crate::sys;
 
 /// What `run` was asked for.
@@ -257,19 +256,33 @@ impl Daemon {
         Ok(())
     }
 
+    /// A rule before ours takes marked packets elsewhere, where the table drops them.
+    fn warn_overtaken(&mut self) {
+        let config = self.cgroups.core.config().clone();
+        for priority in self.kernel.overtaken(&config) {
+            let own = config.rule_priority;
+            log::write_limited(
+                Level::Warning,
+                format_args!(
+                    "proxied traffic is dropped: another program's ip rule of priority {priority} \
+                     takes it before ours of {own}; set rule-priority below {priority}"
+                ),
+            );
+        }
+    }
+
     /// Says what is in force but cannot work as things are on this host.
     fn warn(&mut self) {
         let config = self.cgroups.core.config().clone();
         let listeners = self.kernel.listeners(&config);
-        let tree = self.cgroups.core.tree();
         let place = |id| {
-            let (path, node) = tree.iter().find(|(_, node)| node.id == id)?;
-            let target = policy::target(&config, node.rank);
+            let (path, target) = self.cgroups.core.verdict(id)?;
             Some((watch::display(path), target))
         };
         for line in loops::find(&config, &listeners, place) {
             log!(Warning, "{line}");
         }
+        self.warn_overtaken();
         if config.routes_to_tproxy() {
             for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
                 let on = std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"));
@@ -385,6 +398,9 @@ impl Daemon {
         }
         if damage.revived {
             self.routing.hasten(now);
+        }
+        if damage.rules {
+            self.warn_overtaken();
         }
         if self.routing.due().is_some_and(|at| at <= now) {
             self.repair_routing();

@@ -52,6 +52,8 @@ pub struct Damage {
     pub routing: bool,
     /// What could not be added before may be possible now.
     pub revived: bool,
+    /// Another program's ip rule was added.
+    pub rules: bool,
 }
 
 impl Kernel {
@@ -125,6 +127,7 @@ impl Kernel {
                 for message in Messages::new(datagram).filter(|m| m.pid != own) {
                     damage.routing |= route::is_deletion(&message);
                     damage.revived |= route::is_revival(&message);
+                    damage.rules |= message.kind == RTM_NEWRULE;
                 }
             });
             damage.routing |= lost;
@@ -294,6 +297,20 @@ impl Kernel {
             }
         }
         Ok(all)
+    }
+
+    /// Priorities of others' ip rules that stand before ours and may match what we have marked.
+    pub fn overtaken(&mut self, config: &Config) -> BTreeSet<u32> {
+        let mut found = BTreeSet::new();
+        for family in Family::BOTH {
+            let request = |batch: &mut Batch| route::get_rules(batch, family);
+            match self.rt.dump(&request, |m| route::overtakes(config, m)) {
+                Ok(Ok(priorities)) => found.extend(priorities),
+                Ok(Err(errno)) => log!(Debug, "unable to list ip rules: {}", reason(errno)),
+                Err(error) => log!(Debug, "{error}"),
+            }
+        }
+        found
     }
 
     /// The sockets that listen on each tproxy's port; none where the kernel does not tell of them

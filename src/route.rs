@@ -252,9 +252,9 @@ pub fn parse(message: &parse::Message) -> Option<Entry> {
     }
 }
 
-/// A socket filter that passes the notifications which [`is_deletion`] and [`is_revival`] could be
-/// about, and keeps all others (routes come and go on a router) from waking us.
-pub fn event_filter() -> [libc::sock_filter; 11] {
+/// A socket filter that passes the notifications which [`is_deletion`], [`is_revival`] and
+/// [`overtakes`] could be about, and keeps all others (routes come and go on a router) from waking us.
+pub fn event_filter() -> [libc::sock_filter; 12] {
     // BPF loads big-endian; the header and interface indexes are in host order
     let kind = |kind: u16| u32::from(u16::from_be_bytes(kind.to_ne_bytes()));
     let index = |index: u32| u32::from_be_bytes(index.to_ne_bytes());
@@ -268,16 +268,17 @@ pub fn event_filter() -> [libc::sock_filter; 11] {
     let answer = |k: u32| op(libc::BPF_RET | libc::BPF_K, k, 0, 0);
     [
         load(libc::BPF_H, 4), // 0: nlmsg_type
-        equal(kind(RTM_DELRULE), 8, 0),
+        equal(kind(RTM_DELRULE), 9, 0),
+        equal(kind(RTM_NEWRULE), 8, 0),
         equal(kind(RTM_DELROUTE), 2, 0),
         equal(kind(RTM_NEWLINK), 3, 0),
         equal(kind(RTM_NEWADDR), 2, 4),
-        load(libc::BPF_B, 21), // 5: rtm_protocol
+        load(libc::BPF_B, 21), // 6: rtm_protocol
         equal(u32::from(RTPROT_CGTPROXY), 3, 2),
-        load(libc::BPF_W, 20), // 7: ifi_index or ifa_index
+        load(libc::BPF_W, 20), // 8: ifi_index or ifa_index
         equal(index(LO), 1, 0),
-        answer(0),        // 9
-        answer(u32::MAX), // 10
+        answer(0),        // 10
+        answer(u32::MAX), // 11
     ]
 }
 
@@ -289,6 +290,30 @@ pub fn is_deletion(message: &parse::Message) -> bool {
         _ => return false,
     };
     parse(&parse::Message { kind, ..*message }).is_some()
+}
+
+/// Reads one dumped or notified rule: its priority, where it is another's, stands before ours, and
+/// may match what we have marked. The kernel puts a rule that asks for no priority (wg-quick's)
+/// before all others.
+pub fn overtakes(config: &Config, message: &parse::Message) -> Option<u32> {
+    if message.kind != RTM_NEWRULE || parse(message).is_some() || config.tproxies.is_empty() {
+        return None;
+    }
+    let attrs = Attrs::after(message.body, 12);
+    let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
+    // the rule for the local table has no priority attribute
+    let priority = number(FRA_PRIORITY).filter(|priority| *priority < config.rule_priority)?;
+    // struct fib_rule_hdr: prefix lengths at 1 and 2, flags at 8
+    let whole = message.body.get(1..3)? == [0, 0];
+    let inverted = message.body.get(8..).and_then(parse::u32_ne)? & FIB_RULE_INVERT != 0;
+    let other_iif = (attrs.clone().get(FRA_IIFNAME)).is_some_and(|name| parse::str_z(name) != "lo");
+    let (value, mask) = (
+        number(FRA_FWMARK).unwrap_or(0),
+        number(FRA_FWMASK).unwrap_or(0),
+    );
+    let own = |mark: u32| (mark ^ value) & mask & config.mask == 0;
+    let marked = config.tproxies.iter().any(|tproxy| own(tproxy.mark));
+    (inverted || whole && !other_iif && marked).then_some(priority)
 }
 
 /// Whether a notification tells that lo is up, or has a new address: what was refused before may be

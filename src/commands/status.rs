@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use crate::cgroup::watch;
 use crate::cli::Options;
 use crate::config::Config;
 use crate::error::Result;
@@ -17,6 +18,7 @@ use crate::json::Json;
 use crate::kernel::{self, Held, Kernel};
 use crate::listen;
 use crate::log::Escaped;
+use crate::loops;
 use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
 use crate::nft::dump::{Counter, Target};
 use crate::nft::expr::{Family, Mark, L4};
@@ -57,6 +59,24 @@ struct Status {
     listens: BTreeMap<String, (bool, bool)>,
     /// Rules and routes that are there or should be, and whether they are.
     routing: Vec<(Entry, bool)>,
+    /// A line for each proxy whose own traffic comes back to it.
+    loops: Vec<String>,
+}
+
+/// Proxies whose traffic goes in circles, by the configuration and the cgroups of their listeners.
+fn loops(kernel: &mut Kernel, config: &Config) -> Vec<String> {
+    let listeners = kernel.listeners(config);
+    if listeners.iter().all(Vec::is_empty) {
+        return Vec::new();
+    }
+    let Ok((core, _)) = super::look(Rc::new(config.clone())) else {
+        return Vec::new();
+    };
+    let place = |id| {
+        let (path, target) = core.verdict(id)?;
+        Some((watch::display(path), target))
+    };
+    loops::find(config, &listeners, place)
 }
 
 impl Status {
@@ -70,6 +90,7 @@ impl Status {
             Some((target.name.clone(), (takes(L4::Tcp), takes(L4::Udp))))
         });
         let listens = listens.collect();
+        let held_any = held.is_some();
         let mut routing = Vec::new();
         for family in Family::BOTH {
             let have = kernel.routing(family)?;
@@ -85,6 +106,10 @@ impl Status {
             held,
             listens,
             routing,
+            loops: match held_any {
+                true => loops(kernel, config),
+                false => Vec::new(),
+            },
         })
     }
 
@@ -164,6 +189,12 @@ impl Status {
             out.push('\n');
             table(&mut out, rows.collect(), style);
         }
+        if !self.loops.is_empty() {
+            out.push('\n');
+            self.loops.iter().for_each(|line| {
+                let _ = writeln!(out, "{line}");
+            });
+        }
         out
     }
 
@@ -230,6 +261,10 @@ impl Status {
             ("targets", Json::List(targets.collect())),
             ("rules", routing(true)),
             ("routes", routing(false)),
+            (
+                "loops",
+                Json::List(self.loops.iter().map(Json::text).collect()),
+            ),
         ])
     }
 }
@@ -295,6 +330,7 @@ fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
             held,
             listens: BTreeMap::new(),
             routing: Vec::new(),
+            loops: Vec::new(),
         };
         let totals = Totals::of(&status);
         let rates = before.map(|(then, old)| totals.since(&old, now - then));

@@ -268,6 +268,7 @@ pub const RTA_DST: u16 = 1;
 pub const RTA_OIF: u16 = 4;
 pub const RTA_TABLE: u16 = 15;
 pub const FR_ACT_TO_TBL: u8 = 1;
+pub const FIB_RULE_INVERT: u32 = 2;
 pub const FR_ACT_GOTO: u8 = 2;
 pub const FR_ACT_NOP: u8 = 3;
 pub const FRA_IIFNAME: u16 = 3;

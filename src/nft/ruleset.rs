@@ -417,7 +417,7 @@ fn routed_chain(config: &Config) -> Chain {
 /// own wildcard sockets.
 fn input_chain(config: &Config) -> Chain {
     let routed = Stmt::PacketMark(mark(config, config.gateway_mark()));
-    let rule = |last: &[Stmt]| [&[routed.clone()], last].concat();
+    let rule = |last: &[Stmt]| [std::slice::from_ref(&routed), last].concat();
     Chain {
         name: "input".into(),
         base: Some(Base {

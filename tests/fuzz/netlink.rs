@@ -29,6 +29,7 @@ fuzz_target!(|datagram: &[u8]| {
             let _ = entry.command("del");
         }
         let _ = (route::is_deletion(&message), route::is_revival(&message));
+        let _ = cgtproxy::netlink::diag::parse(&message);
         // fixed headers: none, nfgenmsg, rtmsg and fib_rule_hdr
         for header in [0, 4, 12] {
             attributes(message.body, header);

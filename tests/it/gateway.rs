@@ -666,12 +666,21 @@ impl Lan<'_> {
 
 #[test]
 fn a_reload_spares_what_is_proxied_and_cuts_what_was_direct() {
+    // With early demultiplexing the kernel finds an established socket before it asks for a route,
+    // so that even a flow without a rule would live on for a while.
+    for early_demux in ["0", "1"] {
+        reload_under_flows(early_demux);
+    }
+}
+
+fn reload_under_flows(early_demux: &str) {
     let Some(ground) = Ground::new("gwreload") else {
         return;
     };
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let mut proxy = Some(Server::stream(PROXY, &[7893]));
+    sysctl("net/ipv4/ip_early_demux", early_demux);
     let to = addr(REMOTE4, STREAM_PORT);
     let follow = |i: usize| {
         let client = Client::tcp(&ground.root, to).timeout(Duration::from_millis(500));
@@ -710,4 +719,76 @@ fn a_reload_spares_what_is_proxied_and_cuts_what_was_direct() {
     proxy.take();
     assert_eq!(proxied.wait().0.who(), format!("{PROXY} {to}"));
     assert_eq!(world.wire.to_remote(), [], "a proxied flow has gone direct");
+}
+
+/// A router with one arm: clients and the uplink are on the same wire, and what is forwarded leaves
+/// by the interface that it came in by.
+#[test]
+fn one_armed_router() {
+    let Some(ground) = Ground::new("onearm") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let client = Netns::new();
+    sysctl("net/ipv4/ip_forward", "1");
+    sysctl("net/ipv6/conf/all/forwarding", "1");
+    for interface in ["all", "in0"] {
+        sysctl(&format!("net/ipv4/conf/{interface}/send_redirects"), "0");
+    }
+    // The wire is a switch now; the gateway's addresses are on it, and so is its MAC.
+    ground.outside(|| {
+        bridge_netfilter(false);
+        let lines = format!(
+            "link add sw0 address 02:00:00:00:00:02 type bridge forward_delay 0\n\
+             link add cl0 type veth peer name eth0 address 02:00:00:00:01:50 netns {}\n\
+             addr flush dev out0\n\
+             link set out0 master sw0\n\
+             link set cl0 master sw0 up\n\
+             link set sw0 up\n\
+             addr add 192.0.2.2/24 dev sw0\n\
+             addr add 2001:db8:1::2/64 dev sw0 nodad\n",
+            client.path()
+        );
+        ip_batch(&[], &lines);
+    });
+    client.run(|| {
+        sysctl("net/ipv4/ping_group_range", "0 2147483647");
+        let lines = "link set lo up\n\
+                     addr add 192.0.2.50/24 dev eth0\n\
+                     addr add 2001:db8:1::50/64 dev eth0 nodad\n\
+                     link set eth0 up\n\
+                     route add default via 192.0.2.1\n\
+                     route add default via 2001:db8:1::1 dev eth0\n";
+        ip_batch(&[], lines);
+    });
+    let ask = |proto, ip, time| {
+        let ask = Client::new(&ground.root, proto, addr(ip, 80)).timeout(time);
+        client.run(|| ask.run()).who()
+    };
+    for ip in [REMOTE4, REMOTE6] {
+        let passes = || ask(Proto::Icmp, ip, SILENCE) == format!("echo {ip}");
+        assert!(wait_until(Duration::from_secs(5), passes), "{ip}");
+    }
+    let _proxy = Server::start(PROXY, &[7893]);
+    let config = BASIC.replace(
+        "br-lan",
+        "in0\nsource = 192.0.2.0/24\nsource = 2001:db8:1::/64",
+    );
+    let _daemon = Daemon::start(&ground, &config, &[]);
+    for (rp_filter, src_valid_mark) in [("0", "0"), ("1", "1"), ("2", "1")] {
+        sysctl("net/ipv4/conf/all/rp_filter", rp_filter);
+        sysctl("net/ipv4/conf/all/src_valid_mark", src_valid_mark);
+        world.wire.packets();
+        for ip in [REMOTE4, REMOTE6] {
+            for proto in [Proto::Tcp, Proto::Udp] {
+                let want = format!("{PROXY} {}", addr(ip, 80));
+                assert_eq!(ask(proto, ip, Duration::from_secs(5)), want);
+            }
+            assert_eq!(
+                ask(Proto::Icmp, ip, Duration::from_secs(5)),
+                format!("echo {ip}")
+            );
+        }
+        assert_eq!(but_pings(world.wire.to_remote()), []);
+    }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use crate::client::{Client, Running};
-use crate::daemon::Daemon;
+use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::wait_until;
 use crate::world::World;
@@ -82,6 +82,13 @@ fn a_loop_is_told() {
         });
         assert!(told, "{}", daemon.logs());
     }
+    // Without the daemon's help, too.
+    let out = run_with(&ground, config, &["status"]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(text.contains(said), "{text}");
+    let out = run_with(&ground, config, &["status", "--json"]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(text.contains("\"loops\":[\"loop: what"), "{text}");
     // And it is true.
     world.wire.packets();
     for who in ask(&ground) {

@@ -2,6 +2,7 @@
 //! what becomes of both.
 
 use std::process::Command;
+use std::time::Duration;
 
 use crate::client::{expect, expect_as, under, Client, Proto, SILENCE};
 use crate::daemon::Daemon;
@@ -329,10 +330,21 @@ fn a_tunnel_in_front_of_us_gets_nothing() {
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
-    let _daemon = Daemon::start(&ground, CONFIG, &[]);
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
     let cgroup = ground.cgroup("/proxied");
     crate::kernel::await_member(&cgroup, "mihomo");
     all_well(&ground, &mut world, &lan);
+    // What cannot match our packets is nobody's business.
+    ip_batch(
+        &["-4"],
+        "rule add pref 50 fwmark 0x1/0xff000001 lookup main\n",
+    );
+    ip_batch(&["-4"], "rule add pref 51 from 198.51.100.77 lookup main\n");
+    ip_batch(&["-4"], "rule add pref 52 iif in0 lookup main\n");
+    ip_batch(
+        &["-4"],
+        "rule del pref 50\nrule del pref 51\nrule del pref 52\n",
+    );
     for (family, gate) in [("-4", "192.0.2.2"), ("-6", "2001:db8:1::2")] {
         let lines = format!(
             "route add default via {gate} table 51820\nrule add not fwmark 51820 table 51820\n\
@@ -340,6 +352,18 @@ fn a_tunnel_in_front_of_us_gets_nothing() {
         );
         ip_batch(&[family], &lines);
         assert!(ip_rules(family).contains("\n99:\t"), "{}", ip_rules(family));
+    }
+    for priority in [98, 99] {
+        let said = format!("ip rule of priority {priority} takes it before ours of 100");
+        assert!(
+            daemon.wait_log(&said, Duration::from_secs(5)),
+            "{}",
+            daemon.logs()
+        );
+    }
+    for priority in [50, 51, 52] {
+        let said = format!("of priority {priority}");
+        assert!(!daemon.logs().contains(&said), "{}", daemon.logs());
     }
     world.wire.packets();
     for proto in [Proto::Tcp, Proto::Udp] {
@@ -351,6 +375,11 @@ fn a_tunnel_in_front_of_us_gets_nothing() {
         }
     }
     assert_eq!(world.wire.to_remote(), []);
+    // The remedy that the log names.
+    daemon.configure(&format!("[global]\nrule-priority = 90\n{CONFIG}"));
+    let log = daemon.reload();
+    assert!(!log.contains("takes it before ours"), "{log}");
+    all_well(&ground, &mut world, &lan);
 }
 
 /// The lines with the world's gateway and the LAN's net of a family.

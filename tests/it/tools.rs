@@ -371,7 +371,7 @@ fn json_has_the_documented_shape() {
     let json = daemon.ask(&["status", "--json"]).out;
     assert_eq!(
         query(&json, "list(d)"),
-        "['version', 'in_force', 'daemon', 'default', 'targets', 'rules', 'routes']"
+        "['version', 'in_force', 'daemon', 'default', 'targets', 'rules', 'routes', 'loops']"
     );
     assert_eq!(
         query(&json, "d['version'], d['in_force'], d['default']"),
