@@ -198,6 +198,7 @@ impl Daemon {
     /// Programs the kernel, takes in the cgroups that came meanwhile, and says that it is ready.
     fn start(&mut self) -> Result<()> {
         let config = self.cgroups.core.config().clone();
+        self.kernel.probe()?;
         let routed = self.kernel.add_routing(&config);
         if let Err(error) = routed.and_then(|_| self.replace()) {
             // without a table nothing needs the routing; with an old one it stays in force whole

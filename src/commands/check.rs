@@ -3,9 +3,12 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use nix::errno::Errno;
+
 use crate::cli::{Options, DEFAULT_CONFIG};
 use crate::config::file;
 use crate::error::{Error, Result};
+use crate::kernel::Kernel;
 
 pub fn check(options: &Options) -> Result<ExitCode> {
     let mut findings = String::new();
@@ -36,6 +39,12 @@ pub fn check(options: &Options) -> Result<ExitCode> {
             untrusted_files(&[options.config_file().to_path_buf()], &mut finding);
         }
         Err(error) => return Err(error),
+    }
+    // for want of the privilege nothing can be said
+    if let Err(error) = Kernel::open().and_then(|mut kernel| kernel.probe()) {
+        if error.errno() != Some(Errno::EPERM) {
+            finding("error", &error.to_string());
+        }
     }
     super::print(&findings)?;
     Ok(ExitCode::from(if wrong { 2 } else { 0 }))
