@@ -146,6 +146,11 @@ impl Core {
         Some((path, policy::target(&self.config, node.rank)))
     }
 
+    /// Whether any cgroup has an element of its own.
+    pub fn has_elements(&self) -> bool {
+        !self.pairs.is_empty()
+    }
+
     /// True while something has to be looked at again after some seconds.
     pub fn wants_retry(&self) -> bool {
         !self.blind.is_empty()

@@ -226,6 +226,10 @@ impl Daemon {
     /// Programs the kernel, takes in the cgroups that came meanwhile, and says that it is ready.
     fn start(&mut self) -> Result<()> {
         let config = self.cgroups.core.config().clone();
+        if !self.cgroups.core.has_elements() {
+            // nothing in the table would show it yet
+            self.kernel.probe_cgroups()?;
+        }
         let routed = self.kernel.add_routing(&config);
         if let Err(error) = routed.and_then(|_| self.replace()) {
             // without a table nothing needs the routing; with an old one it stays in force whole

@@ -135,6 +135,16 @@ impl Kernel {
         damage
     }
 
+    /// Whether this kernel can match cgroups. A table without classified cgroups would load on one
+    /// that cannot, and never do its work.
+    ///
+    /// Errors: what the kernel lacks, with the remedy.
+    pub fn probe_cgroups(&mut self) -> Result<()> {
+        let mut transaction = Transaction::new(self.nft.batch());
+        transaction.probe_cgroups();
+        self.commit(transaction)
+    }
+
     /// Replaces the table by what the plan says, in one transaction.
     pub fn replace(&mut self, config: &Config, snapshot: &Snapshot) -> Result<()> {
         let flags = self.flags;

@@ -13,6 +13,7 @@ use nix::errno::Errno;
 use crate::cgroup::mount;
 use crate::cli::{Options, DEFAULT_CONFIG};
 use crate::config::{file, Config, Take, Tproxy};
+use crate::confine;
 use crate::error::{reason, Error, Result};
 use crate::kernel::{self, Kernel};
 use crate::listen;
@@ -55,13 +56,17 @@ pub fn check(options: &Options) -> Result<ExitCode> {
     let config = Rc::new(config);
     cgroups(&config, &mut findings);
     old_controllers(&mut findings);
-    // what `run` will keep of privileges, and its system call filter, belong here
     match sys::has_net_admin() {
         false => findings.warning(
             "without CAP_NET_ADMIN, what nf_tables can do is not looked at: check as root",
         ),
         true => {
-            findings.ok("CAP_NET_ADMIN is in effect");
+            findings.ok(
+                match confine::kept_capabilities()? & sys::CAP_DAC_READ_SEARCH {
+                    0 => "CAP_NET_ADMIN is in effect, and the one capability that run keeps",
+                    _ => "CAP_NET_ADMIN is in effect; run keeps that and CAP_DAC_READ_SEARCH",
+                },
+            );
             features(&config, &mut findings);
         }
     }

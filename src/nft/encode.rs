@@ -68,6 +68,34 @@ impl Transaction {
         self.table(NFT_MSG_DELTABLE, 0, None);
     }
 
+    /// Makes and unmakes a table of another name with a rule of `socket cgroupv2`, which leaves
+    /// nothing behind: the kernel takes it if it can match cgroups.
+    pub fn probe_cgroups(&mut self) {
+        const PROBE: &str = "cgtproxy-probe";
+        let open = self.begin(NFT_MSG_NEWTABLE, NLM_F_CREATE);
+        self.batch.str_z(NFTA_TABLE_NAME, PROBE);
+        self.batch.end(open);
+        let open = self.begin(NFT_MSG_NEWCHAIN, NLM_F_CREATE);
+        self.batch.str_z(NFTA_CHAIN_TABLE, PROBE);
+        self.batch.str_z(NFTA_CHAIN_NAME, OUTPUT);
+        self.batch.end(open);
+        let open = self.begin(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND);
+        self.batch.str_z(NFTA_RULE_TABLE, PROBE);
+        self.batch.str_z(NFTA_RULE_CHAIN, OUTPUT);
+        let list = self.batch.nest(NFTA_RULE_EXPRESSIONS);
+        let element = self.batch.nest(NFTA_LIST_ELEM);
+        self.expr(&Expr::SocketCgroup {
+            level: 1,
+            dreg: NFT_REG_1,
+        });
+        self.batch.end_nest(element);
+        self.batch.end_nest(list);
+        self.batch.end(open);
+        let open = self.begin(NFT_MSG_DELTABLE, 0);
+        self.batch.str_z(NFTA_TABLE_NAME, PROBE);
+        self.batch.end(open);
+    }
+
     /// Replaces the rules of `output`.
     pub fn replace_output(&mut self, rules: &[Rule]) {
         let open = self.begin(NFT_MSG_DELRULE, 0);

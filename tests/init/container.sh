@@ -30,11 +30,12 @@ mount -t cgroup2 none sys/fs/cgroup
 mount -t tmpfs none run
 mount -t tmpfs none tmp
 mount -t tmpfs none dev
-for n in null:1:3 zero:1:5 random:1:8 urandom:1:9 tty:5:0 console:5:1; do
+for n in null:1:3 zero:1:5 full:1:7 random:1:8 urandom:1:9 tty:5:0 console:5:1; do
 	IFS=: read -r name major minor <<<"$n"
 	mknod -m 666 "dev/$name" c "$major" "$minor"
 done
 ln -s /proc/self/fd dev/fd
+ln -s pts/ptmx dev/ptmx
 ip link set lo up
 mkdir -p .old
 pivot_root . .old

@@ -33,7 +33,8 @@ $(BE_KERNEL): tests/vm/mips-be.config
 	cd target/vm/mips-6.1 && apt-get download -qq linux-source-6.1 && dpkg-deb -x linux-source-6.1*.deb . && \
 	  rm -f linux-source-6.1*.deb && tar -xf usr/src/linux-source-6.1.tar.xz && rm -r usr
 	cd target/vm/mips-6.1/linux-source-6.1 && cp $(CURDIR)/tests/vm/mips-be.config allno.config && \
-	  KCONFIG_ALLCONFIG=allno.config $(MAKE) -s ARCH=mips allnoconfig && \
-	  nice $(MAKE) -s ARCH=mips CROSS_COMPILE=mips-linux-gnu- vmlinux
+	  for goal in allnoconfig vmlinux; do \
+	    env -u MAKEFLAGS -u MAKELEVEL KCONFIG_ALLCONFIG=allno.config \
+	      nice make -s ARCH=mips CROSS_COMPILE=mips-linux-gnu- $$goal || exit 1; done
 	mv target/vm/mips-6.1/linux-source-6.1/vmlinux $@
 	rm -r target/vm/mips-6.1/linux-source-6.1
