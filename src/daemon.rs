@@ -544,11 +544,8 @@ impl Daemon {
         self.notify.stopping();
         let result = match self.cgroups.core.config().on_exit {
             OnExit::Keep => Ok(()),
-            // the table first: without it no packet is marked, so none misses the rules
-            OnExit::Remove => {
-                let table = self.kernel.remove_table().map(drop);
-                table.and(self.kernel.trim_routing(None).map(drop))
-            }
+            // once more, since the reason may have been a lack of memory that is over
+            OnExit::Remove => self.remove().or_else(|_| self.remove()),
         };
         if let Some(file) = &self.options.pidfile {
             let _ = std::fs::remove_file(file);
@@ -557,6 +554,12 @@ impl Daemon {
             log!(Notice, "stopped");
         }
         result
+    }
+
+    /// The table first: without it no packet is marked, so none misses the rules.
+    fn remove(&mut self) -> Result<()> {
+        self.kernel.remove_table()?;
+        self.kernel.trim_routing(None).map(drop)
     }
 
     fn summary(&self) -> String {

@@ -209,11 +209,13 @@ impl Log {
             self.tokens = BURST.min(self.tokens.saturating_add(earned.min(BURST.into()) as u32));
             self.refilled = Some(now);
         }
-        if self.tokens == 0 {
+        // the line about those held back counts too
+        let cost = 1 + u32::from(self.held > 0);
+        if self.tokens < cost {
             self.held += 1;
             return false;
         }
-        self.tokens -= 1;
+        self.tokens -= cost;
         if self.held > 0 {
             let held = std::mem::take(&mut self.held);
             self.write(
