@@ -99,6 +99,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_connect,
     // files: configuration, cgroup directories, mountinfo, pidfile
     libc::SYS_openat,
+    libc::SYS_fchdir,
     libc::SYS_close,
     libc::SYS_statx,
     libc::SYS_getdents64,

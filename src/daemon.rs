@@ -31,7 +31,7 @@ use crate::sys;
 pub struct Options {
     pub config_file: PathBuf,
     /// Reads the configuration anew.
-    pub load: Box<dyn Fn() -> Result<Config>>,
+    pub load: Box<dyn Fn(&Path) -> Result<Config>>,
     pub pidfile: Option<PathBuf>,
     pub ready_fd: Option<OwnedFd>,
     pub verbose: usize,
@@ -100,12 +100,16 @@ pub fn run(mut options: Options) -> Result<()> {
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .map_err(refused)?;
 
-    let config = (options.load)()?;
+    let config = (options.load)(&options.config_file)?;
     log::configure(config.log_level.louder(options.verbose), options.syslog);
     if sys::effective_capabilities().is_ok_and(|set| set & sys::CAP_NET_ADMIN == 0) {
         let why = "unable to run without CAP_NET_ADMIN: run as root or grant that capability";
         return Err(Error::State(why.into()));
     }
+    // the watcher changes the working directory
+    let whole = |file: PathBuf| std::path::absolute(&file).unwrap_or(file);
+    options.config_file = whole(options.config_file);
+    options.pidfile = options.pidfile.map(whole);
     let instance = Instance::claim()?;
     let notify = Notify::new(options.ready_fd.take());
     let cgroups = Cgroups::scan(Rc::new(config))?;
@@ -509,7 +513,7 @@ impl Daemon {
     }
 
     fn try_reload(&mut self) -> Result<()> {
-        let new = Rc::new((self.options.load)()?);
+        let new = Rc::new((self.options.load)(&self.options.config_file)?);
         let old = self.cgroups.core.config().clone();
         let before = match new.cgroup_root == old.cgroup_root {
             true => None,

@@ -119,7 +119,7 @@ impl Watcher {
         let mut refused = None;
         let wd = match &self.inotify {
             None => None,
-            Some(inotify) => match sys::inotify_add_watch(inotify.as_fd(), &name, MASK) {
+            Some(inotify) => match add_watch(inotify, base, below, &name) {
                 Ok(wd) => Some(wd),
                 Err(errno @ (Errno::ENOSPC | Errno::ENOMEM | Errno::EACCES)) => {
                     refused = Some(errno);
@@ -169,6 +169,22 @@ impl Watcher {
             let _ = sys::inotify_rm_watch(inotify.as_fd(), wd);
         }
     }
+}
+
+/// Watches the directory `below` of `base`, which is `name` from the root of the file system. The
+/// call takes no directory to start from, and the way from there costs as much as the watch: so
+/// `base` is made the working directory, which nothing else in the daemon goes by.
+fn add_watch(
+    inotify: &OwnedFd,
+    base: BorrowedFd,
+    below: &CStr,
+    name: &CStr,
+) -> std::result::Result<i32, Errno> {
+    let path = match nix::unistd::fchdir(base) {
+        Ok(()) => below,
+        Err(_) => name,
+    };
+    sys::inotify_add_watch(inotify.as_fd(), path, MASK)
 }
 
 /// What follows the first `length` bytes and their slash; the root itself for nothing.

@@ -18,16 +18,12 @@ pub fn run(options: Options) -> Result<ExitCode> {
         })?),
     };
     log::configure(log::Level::Notice.louder(options.verbose), options.syslog);
-    let (file, is_default) = (
-        options.config_file().to_path_buf(),
-        options.config.is_none(),
-    );
-    let config_file = file.clone();
+    let is_default = options.config.is_none();
     daemon::run(daemon::Options {
-        config_file,
-        load: Box::new(move || {
+        config_file: options.config_file().to_path_buf(),
+        load: Box::new(move |file| {
             Ok(
-                cli::load_config(&file, is_default, true)?.unwrap_or_else(|| {
+                cli::load_config(file, is_default, true)?.unwrap_or_else(|| {
                     cli::tell_default();
                     Default::default()
                 }),

@@ -15,7 +15,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
 use crate::client::{expect, under, Client};
-use crate::daemon::{run, run_with, write_private, Daemon};
+use crate::daemon::{binary, run, run_with, write_private, Daemon};
 use crate::ground::{addr, chmod, ip_batch, remove_tree, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::kernel::{
     await_member, ip_routes, ip_rules, load, nft, residue, set_ids, state, table, table_plain,
@@ -273,6 +273,35 @@ fn stopped_while_it_starts() {
         );
         assert_eq!(residue(), "", "{status}");
     }
+}
+
+/// The daemon changes its working directory; what was named from the first one stays right.
+#[test]
+fn relative_paths() {
+    let Some(ground) = Ground::new("relative") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let (config, dir) = (daemon.config.clone(), ground.dir.clone());
+    daemon.stop();
+    let name = config.file_name().expect("a file");
+    let mut child = Command::new(binary())
+        .current_dir(&dir)
+        .args(["-p", "pid", "-c"])
+        .arg(name)
+        .stderr(fs::File::create(dir.join("said")).expect("make a file"))
+        .spawn()
+        .expect("start cgtproxy");
+    let said = || fs::read_to_string(dir.join("said")).expect("read");
+    let pid = Pid::from_raw(child.id() as i32);
+    let up = wait_until(Duration::from_secs(10), || dir.join("pid").exists());
+    let _ = wait_until(Duration::from_secs(10), || said().contains("started"));
+    kill(pid, Signal::SIGHUP).expect("reload");
+    let again = wait_until(Duration::from_secs(10), || said().contains("reloaded"));
+    kill(pid, Signal::SIGTERM).expect("stop");
+    child.wait().expect("wait");
+    assert!(up && again, "{}", said());
+    assert!(!dir.join("pid").exists(), "the pidfile stays");
 }
 
 #[test]
