@@ -56,6 +56,7 @@ demo: build deps
 # All tests; needs root, and says SKIP for what cannot be had without.
 test: build deps
 	cargo test --locked
+	+@$(MAKE) --no-print-directory vm-quick
 
 # Everything at once for MINUTES: at the end nothing may be left over, and no packet leaked.
 MINUTES ?= 60
