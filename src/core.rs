@@ -6,6 +6,7 @@
 //! ([`Scan`]) decides.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Bound;
 use std::rc::Rc;
 
 use nix::errno::Errno;
@@ -45,7 +46,7 @@ pub enum Event {
     Gone { path: Path },
     /// A scan could not be done.
     Failed { path: Path, errno: Errno },
-    /// Time to look again at what could not be watched or scanned.
+    /// Time to look again at what could not be watched or scanned, or at some of it.
     Retry,
 }
 
@@ -113,10 +114,15 @@ pub struct Core {
     pending: BTreeMap<u64, (Option<Target>, Option<Target>)>,
     /// Directories without a watch, or that could not be scanned.
     blind: BTreeSet<Path>,
+    /// The last of them that was looked at again.
+    retried: Option<Path>,
 }
 
 /// Deepest level that `socket cgroupv2` can name; what lies deeper inherits.
 const MAX_LEVEL: usize = 255;
+
+/// How many directories are looked at again at a time: one user's must not keep us from others'.
+const RETRIES: usize = 500;
 
 impl Core {
     /// An empty tree; [`Core::start`] gives the first action.
@@ -129,6 +135,7 @@ impl Core {
             committed_pairs: BTreeSet::new(),
             pending: BTreeMap::new(),
             blind: BTreeSet::new(),
+            retried: None,
         }
     }
 
@@ -154,6 +161,11 @@ impl Core {
     /// True while something has to be looked at again after some seconds.
     pub fn wants_retry(&self) -> bool {
         !self.blind.is_empty()
+    }
+
+    /// How many directories have to be looked at again.
+    pub fn blind(&self) -> usize {
+        self.blind.len()
     }
 
     /// The look at everything.
@@ -203,7 +215,12 @@ impl Core {
             Event::Gone { path } => self.gone(&path, actions),
             Event::Failed { path, errno } => self.failed(path, errno, actions),
             Event::Retry => {
-                let blind: Vec<Path> = self.blind.iter().cloned().collect();
+                let after = self.retried.take();
+                let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+                let blind = self.blind.range((from, Bound::Unbounded));
+                let blind: Vec<Path> = blind.take(RETRIES).cloned().collect();
+                // the end of them: the next time, from the first on
+                self.retried = blind.last().filter(|_| blind.len() == RETRIES).cloned();
                 actions.extend(blind.into_iter().map(|path| self.scan(path, true)));
             }
         }

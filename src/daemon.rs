@@ -45,6 +45,9 @@ const FULL_QUEUE: usize = 600;
 /// How often a directory is looked at that cannot be watched.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
+/// How soon, where the last look helped and others remain.
+const SOON: Duration = Duration::from_millis(50);
+
 /// How often every descriptor is read where they cannot be polled.
 const LOOK_BLINDLY: Duration = Duration::from_millis(50);
 
@@ -187,6 +190,16 @@ impl Cgroups {
                     log::write_limited(Level::Notice, text);
                 }
             }
+        }
+    }
+
+    /// Looks again at some of what could not be watched, and soon at the rest if that helped.
+    fn look_again(&mut self) {
+        let before = self.core.blind();
+        self.look_again = None;
+        self.step(Event::Retry);
+        if self.look_again.is_some() && self.core.blind() < before {
+            self.look_again = Some(Instant::now() + SOON);
         }
     }
 
@@ -388,8 +401,7 @@ impl Daemon {
     fn heal(&mut self, notified: bool) {
         let now = Instant::now();
         if self.cgroups.look_again.is_some_and(|at| at <= now) {
-            self.cgroups.look_again = None;
-            self.cgroups.step(Event::Retry);
+            self.cgroups.look_again();
         }
         let damage = match notified {
             true => self.kernel.damage(),

@@ -7,7 +7,7 @@ use std::os::unix::net::{SocketAddr, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
@@ -100,6 +100,56 @@ fn watches_run_out() {
     assert_eq!(log.matches("unable to watch").count(), 1, "{log}");
     assert_eq!(daemon.stop().code(), Some(0));
     ground.within(&net, || assert_eq!(residue(), ""));
+}
+
+/// One user takes all watches, and then some: looking at his cgroups must not keep the program
+/// from others'.
+#[test]
+fn many_unwatched_cgroups() {
+    let Some(ground) = Ground::new("unwatched") else {
+        return;
+    };
+    let count = sized(20_000, 50_000);
+    let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
+    let mut daemon = in_a_user_namespace(&ground, &[("max_inotify_watches", 10)]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    let net = network(&daemon);
+    for i in 0..count {
+        fs::create_dir(user.join(format!("u{i}"))).expect("mkdir");
+    }
+    let before = daemon.busy();
+    let start = Instant::now();
+    let mut took = Vec::new();
+    ground.within(&net, || {
+        await_member(&ground.cgroup("/apps/first"), "drop");
+        while start.elapsed() < Duration::from_secs(sized(6, 12) as u64) {
+            let path = apps.join(took.len().to_string());
+            let start = Instant::now();
+            fs::create_dir(&path).expect("mkdir");
+            await_member(&path, "drop");
+            took.push(start.elapsed());
+            fs::remove_dir(&path).expect("rmdir");
+            thread::sleep(Duration::from_millis(5));
+        }
+    });
+    let spent = daemon.busy() - before;
+    took.sort();
+    println!(
+        "{count} unwatched cgroups: {} of others: median {:?}, 99 % {:?}, longest {:?}; {spent:?} of \
+         processor time in {:?}",
+        took.len(),
+        took[took.len() / 2],
+        took[took.len() * 99 / 100],
+        took[took.len() - 1],
+        start.elapsed()
+    );
+    assert!(took[took.len() * 99 / 100] < Duration::from_millis(50));
+    assert!(spent < Duration::from_millis(300), "{spent:?}");
+    set_limit(&daemon, "max_inotify_watches", 2 * count);
+    let watched = || daemon.footprint().0 >= count + 3;
+    assert!(wait_until(Duration::from_secs(60), watched));
+    println!("all watched after {:?}", start.elapsed());
+    assert!(daemon.stop().success());
 }
 
 #[test]
