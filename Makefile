@@ -63,10 +63,15 @@ MINUTES ?= 60
 soak: build deps
 	CGTPROXY_MINUTES=$(MINUTES) cargo test --locked --test it soak::at_length -- --ignored --nocapture
 
-# Long fuzzing of everything that reads what others write.
+# Fuzzes everything that reads what others write, SECONDS for each of the three.
 SECONDS ?= 600
-fuzz:
-	command -v cargo-fuzz >/dev/null || cargo install --quiet cargo-fuzz
+FUZZ_FLAGS = --fuzz-dir tests/fuzz --sanitizer none
+fuzz: toolchain
+	command -v cargo-fuzz >/dev/null || cargo install --quiet --locked cargo-fuzz
+	for target in config netlink inotify; do mkdir -p tests/fuzz/corpus/$$target && \
+	  RUSTC_BOOTSTRAP=1 cargo fuzz run $(FUZZ_FLAGS) $$target tests/fuzz/corpus/$$target \
+	    tests/fuzz/seeds/$$target -- -max_total_time=$(SECONDS) || exit 1; done
+
 # Measures the static binary beside references of the same run (root; see tests/bench/main.rs), and
 # writes tests/bench/results.json. QUICK=1 takes fewer samples and less than a minute;
 # FIGURES="latency burst" measures those groups only, and writes no file.
