@@ -255,7 +255,9 @@ impl Daemon {
             }
             return Err(error);
         }
-        self.kernel.settle();
+        if self.kernel.settle()? {
+            self.replace()?;
+        }
         let removed = self.trim_routing(&config);
         if removed > 0 {
             log!(Notice, "removed {removed} stale ip rules and routes");
