@@ -165,6 +165,15 @@ impl Host {
             .filter(|p| parent(p) == Some(&path))
             .map(|p| p[path.len() + 1..].into())
             .collect();
+        if !self.calm && random.one_in(200) {
+            let errno = refused.unwrap_or(Errno::EMFILE);
+            return Event::Unlisted {
+                path,
+                id,
+                wd,
+                errno,
+            };
+        }
         Event::Found {
             path,
             id,
