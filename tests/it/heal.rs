@@ -1,6 +1,10 @@
 //! What other programs do to our state, and how soon the policy is in force again.
 
-use std::process::Command;
+use std::cell::Cell;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{channel, Receiver};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -35,21 +39,102 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
-/// Does `harm` again and again; returns how long each time took to be repaired, less the look that
-/// found it repaired, which runs nft and ip several times.
-fn repairs(daemon: &Daemon, times: usize, harm: &str) -> Vec<Duration> {
+/// `nft monitor` or `ip monitor`: its lines with the moment at which each was read.
+struct Monitor {
+    child: Child,
+    lines: Receiver<(Instant, String)>,
+    program: &'static str,
+    marks: Cell<u32>,
+}
+
+impl Monitor {
+    /// `program` is nft or ip.
+    fn start(program: &'static str) -> Monitor {
+        let what: &[&str] = match program {
+            "nft" => &["monitor"],
+            _ => &["monitor", "rule", "route"],
+        };
+        let mut command = Command::new(program);
+        command.args(what).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("start a monitor");
+        let out = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let (send, lines) = channel();
+        thread::spawn(move || {
+            for line in out.lines().map_while(Result::ok) {
+                if send.send((Instant::now(), line)).is_err() {
+                    return;
+                }
+            }
+        });
+        let marks = Cell::new(20_000);
+        let monitor = Monitor {
+            child,
+            lines,
+            program,
+            marks,
+        };
+        // it listens once it tells of a mark
+        let listens = wait_until(Duration::from_secs(5), || {
+            let mark = monitor.mark();
+            let next = || monitor.lines.recv_timeout(Duration::from_millis(100)).ok();
+            std::iter::from_fn(next).any(|line| line.1.contains(&mark))
+        });
+        assert!(listens, "{program} monitor tells nothing");
+        monitor
+    }
+
+    /// Does something that it tells of and that changes nothing of ours; returns how it is told.
+    fn mark(&self) -> String {
+        let number = self.marks.replace(self.marks.get() + 1);
+        if self.program == "nft" {
+            shell(&format!("nft add table ip mark{number}"));
+            return format!("mark{number}");
+        }
+        shell(&format!("ip rule add pref {number} blackhole"));
+        shell(&format!("ip rule del pref {number}"));
+        format!("Deleted {number}:")
+    }
+
+    /// The moments of all that has happened since the last call.
+    fn told(&self) -> Vec<Instant> {
+        let mark = self.mark();
+        let own = ["table ip mark", "# new generation", "blackhole"];
+        let mut moments = Vec::new();
+        loop {
+            let line = self.lines.recv_timeout(Duration::from_secs(5));
+            let (at, line) = line.expect("the monitor tells of the mark");
+            if line.contains(&mark) {
+                return moments;
+            }
+            if !own.iter().any(|word| line.contains(word)) {
+                moments.push(at);
+            }
+        }
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Does `harm` again and again; returns how long each time took from the start of the command that
+/// does it to the last notification of the repair. (Its own first notification is no start to count
+/// from: the repair can be done before the monitor has read that.)
+fn repairs(daemon: &Daemon, monitor: &Monitor, times: usize, harm: &str) -> Vec<Duration> {
     let whole = state();
     let mut took = Vec::new();
     for i in 0..times {
-        assert!(shell(harm), "{harm}");
+        monitor.told();
         let start = Instant::now();
-        let mut look = start;
-        let healed = wait_until(Duration::from_secs(5), || {
-            look = Instant::now();
-            state() == whole
-        });
-        took.push(look - start);
+        assert!(shell(harm), "{harm}");
+        let healed = wait_until(Duration::from_secs(5), || state() == whole);
         assert!(healed, "{harm}, time {i}: not repaired\n{}", daemon.logs());
+        let moments = monitor.told();
+        assert!(moments.len() > 1, "{harm}: {} notifications", moments.len());
+        took.push(moments[moments.len() - 1] - start);
     }
     took
 }
@@ -103,6 +188,7 @@ fn a_table_that_others_change_is_repaired() {
     let id = ground.at("/drop");
     let id = id.strip_prefix("/sys/fs/cgroup").expect("below the mount");
     let mut took = Vec::new();
+    let monitor = Monitor::start("nft");
     for harm in [
         "nft flush ruleset",
         "nft delete table inet cgtproxy",
@@ -117,7 +203,7 @@ fn a_table_that_others_change_is_repaired() {
         "nft insert rule inet cgtproxy output accept",
         "nft add chain inet cgtproxy foreign",
     ] {
-        took.extend(repairs(&daemon, 5, harm));
+        took.extend(repairs(&daemon, &monitor, 5, harm));
     }
     let log = daemon.logs();
     assert!(log.contains("the table was changed by nft (pid "), "{log}");
@@ -158,13 +244,14 @@ fn rules_and_routes_that_others_delete_are_repaired() {
     });
     world.wire.packets();
     let mut took = Vec::new();
+    let monitor = Monitor::start("ip");
     for harm in [
         "ip rule del pref 100",
         "ip -6 rule del pref 100",
         "ip route del local default dev lo table 300",
         "ip -6 route del local default dev lo table 300",
     ] {
-        took.extend(repairs(&daemon, 10, harm));
+        took.extend(repairs(&daemon, &monitor, 10, harm));
     }
     println!(
         "repaired: median {:?} of {}",
