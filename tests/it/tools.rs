@@ -814,7 +814,16 @@ fn exec_is_a_job_of_the_shell() {
     };
     let pid = running().expect("the job");
     assert!(wait_until(SETTLE, || state(&pid).as_deref() == Some("S")));
+    // the terminal is the job's, not the shell's: Ctrl-C goes to it
+    let in_front = || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // pgrp and tpgid of proc_pid_stat(5); the name holds no blank
+        let fields: Vec<&str> = stat.split(' ').collect();
+        fields.len() > 7 && fields[4] == fields[7]
+    };
+    assert!(wait_until(SETTLE, in_front), "{}", shell.seen);
     shell.say("\x03"); // Ctrl-C
+    shell.expect("ready> ");
     shell.say("echo status $?\n");
     shell.expect("status 130");
 }
