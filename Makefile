@@ -63,12 +63,12 @@ MINUTES ?= 60
 soak: build deps
 	CGTPROXY_MINUTES=$(MINUTES) cargo test --locked --test it soak::at_length -- --ignored --nocapture
 
-# Fuzzes everything that reads what others write, SECONDS for each of the three.
+# Fuzzes everything that reads what others write, SECONDS for each target.
 SECONDS ?= 600
 FUZZ_FLAGS = --fuzz-dir tests/fuzz --sanitizer none
 fuzz: toolchain
 	command -v cargo-fuzz >/dev/null || cargo install --quiet --locked cargo-fuzz
-	for target in config netlink inotify; do mkdir -p tests/fuzz/corpus/$$target && \
+	for target in config netlink inotify pattern; do mkdir -p tests/fuzz/corpus/$$target && \
 	  RUSTC_BOOTSTRAP=1 cargo fuzz run $(FUZZ_FLAGS) $$target tests/fuzz/corpus/$$target \
 	    tests/fuzz/seeds/$$target -- -max_total_time=$(SECONDS) || exit 1; done
 
