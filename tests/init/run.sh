@@ -6,12 +6,16 @@ cd "$(dirname "$0")/../.." || exit 1
 here=tests/init trees=target/init rc=0
 program=target/$(uname -m)-unknown-linux-musl/release/cgtproxy
 
+# the mirror of this machine's own apt
+: "${MIRROR:=$(cat /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null |
+	sed -nE 's/^(URIs:|deb( \[.*\])?)[[:space:]]*([^[:space:]]+).*/\3/p' | head -1)}"
+
 tree() { # SUITE PACKAGES: a fresh copy of a cached tree
 	local base=$trees/$1-$3
 	if [ ! -e "$base.done" ]; then
 		rm -rf "$base"
 		mkdir -p "$trees"
-		debootstrap --variant=minbase --include="$2" "$1" "$base" "${MIRROR:-}" \
+		debootstrap --variant=minbase --include="$2" "$1" "$base" "$MIRROR" \
 			>"$base.log" 2>&1 || { echo "FAILED debootstrap of $1, see $base.log"; return 1; }
 		touch "$base.done"
 	fi

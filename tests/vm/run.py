@@ -54,9 +54,13 @@ def apt(suite):
         return env
     for d in ('state/lists/partial', 'cache/archives/partial', 'sources'):
         os.makedirs(f'{base}/{d}', exist_ok=True)
-    mirror = ''
-    for file in glob.glob('/etc/apt/sources.list.d/debian.sources'):
-        mirror = (re.findall(r'^URIs:\s*(\S+)', open(file).read(), re.M) or [mirror])[0]
+    # the mirror of this machine's own apt
+    sources = ''.join(open(f).read() for f in glob.glob('/etc/apt/sources.list.d/debian.sources')
+                      + glob.glob('/etc/apt/sources.list'))
+    mirrors = re.findall(r'^(?:URIs:|deb(?: \[.*\])?)\s*(\S+)', sources, re.M)
+    if not mirrors:
+        sys.exit('unable to find the mirror in the configuration of apt')
+    mirror = mirrors[0]
     keyring = '/usr/share/keyrings/debian-archive-keyring.gpg'
     open(f'{base}/sources/debian.sources', 'w').write(
         f'Types: deb\nURIs: {mirror}\nSuites: {suite}\nComponents: main\nSigned-By: {keyring}\n')
