@@ -853,6 +853,10 @@ impl Terminal {
             // SAFETY: async-signal-safe calls on integers and a NUL-terminated path.
             unsafe {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                // a job in the background of a script ignores them, and so would all it starts
+                for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGTSTP] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
                 libc::setsid();
                 let fd = libc::open(name.as_ptr(), libc::O_RDWR);
                 (0..3).for_each(|to| {
