@@ -204,9 +204,14 @@ impl Options {
     /// Takes the options of every command; those that were taken before stay unless named again.
     fn take(&mut self, matches: &getopts::Matches) -> Result<()> {
         if let Some(text) = matches.opt_str("ready-fd") {
-            let number = text.parse();
-            let why = || wrong(format!("--ready-fd expects a number, not \"{text}\""));
-            self.ready_fd = Some(number.map_err(|_| why())?);
+            // 0 to 2 stay in use
+            let number = text.parse().ok().filter(|fd| *fd > 2);
+            let why = || {
+                wrong(format!(
+                    "--ready-fd expects a number from 3 on, not \"{text}\""
+                ))
+            };
+            self.ready_fd = Some(number.ok_or_else(why)?);
         }
         let file = |name| matches.opt_str(name).map(PathBuf::from);
         self.config = file("config").or(self.config.take());

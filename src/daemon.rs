@@ -269,8 +269,11 @@ impl Daemon {
             }
         }
         self.commit();
-        if let Some(file) = &self.options.pidfile {
-            write_pidfile(file)?;
+        if let Some(Err(error)) = self.options.pidfile.as_deref().map(write_pidfile) {
+            if config.on_exit == OnExit::Remove {
+                let _ = self.remove();
+            }
+            return Err(error);
         }
         confine(self.options.seccomp)?;
         self.notify.ready();

@@ -275,6 +275,22 @@ fn stopped_while_it_starts() {
     }
 }
 
+#[test]
+fn a_pidfile_that_cannot_be_written() {
+    let Some(ground) = Ground::new("nopid") else {
+        return;
+    };
+    ground.cgroup("/drop");
+    let out = run_with(&ground, CONFIG, &["-p", "/nowhere/pid", "run"]);
+    assert_eq!(out.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert!(
+        said.contains("unable to write pidfile /nowhere/pid"),
+        "{said}"
+    );
+    assert_eq!(residue(), "");
+}
+
 /// The daemon changes its working directory; what was named from the first one stays right.
 #[test]
 fn relative_paths() {

@@ -668,7 +668,11 @@ fn dns_of_this_host() {
                         _ => own.clone(),
                     };
                     let client = Client::new(cgroup, proto, addr(*to, 53));
-                    let who = client.run().who();
+                    let mut who = client.run().who();
+                    if who != want && proto == Proto::Udp {
+                        // by chance its port was that of an older flow, which stays what it was
+                        who = client.run().who();
+                    }
                     if who != want {
                         wrong.push(format!("{path} {proto:?} {to}: {who}, not {want}"));
                     }
