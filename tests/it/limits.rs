@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use crate::client::{expect, under};
 use crate::daemon::{Daemon, UNOWNED};
 use crate::ground::{ip_batch, Ground};
-use crate::kernel::{await_exactly, await_member, cgroup_id, nft, residue, set_ids, state};
+use crate::kernel::{await_exactly, await_member, cgroup_id, nft, residue, set_ids, state, SETTLE};
 use crate::world::World;
 use crate::{sized, wait_until};
 
@@ -204,8 +204,9 @@ fn descriptors_run_out() {
     // what it is told of is classified, even where it cannot look inside
     let deep = ground.cgroup("/deep/b/c/x");
     await_member(&ground.at("/deep"), "drop");
+    let told = daemon.wait_log("unable to watch", SETTLE);
     let log = daemon.logs();
-    assert_eq!(log.matches("unable to watch").count(), 1, "{log}");
+    assert!(told && log.matches("unable to watch").count() == 1, "{log}");
     assert!(log.contains("raise the limit of open files"), "{log}");
     let log = daemon.reload();
     assert!(log.contains("the old configuration stays"), "{log}");
