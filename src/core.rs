@@ -5,7 +5,7 @@
 //! stand for another cgroup by now. So lost, doubled and reordered events do no harm; the look
 //! ([`Scan`]) decides.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::rc::Rc;
 
@@ -81,8 +81,9 @@ pub struct Scan {
 /// The difference between what the kernel's sets hold and what they should hold.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Delta {
-    pub delete: BTreeMap<Target, Vec<u64>>,
-    pub add: BTreeMap<Target, Vec<u64>>,
+    /// Cgroup ids to delete from the sets of targets, in the order of these.
+    pub delete: Vec<(Target, u64)>,
+    pub add: Vec<(Target, u64)>,
     /// The pairs in use, where they changed: `output` has to be rebuilt.
     pub pairs: Option<BTreeSet<Element>>,
 }
@@ -100,6 +101,9 @@ pub struct Snapshot {
     pub pairs: BTreeSet<Element>,
 }
 
+/// How many changes memory is kept for.
+const USUAL: usize = 256;
+
 /// The tree and what follows from it.
 pub struct Core {
     config: Rc<Config>,
@@ -111,7 +115,8 @@ pub struct Core {
     /// The pairs that `output` has rules for.
     committed_pairs: BTreeSet<Element>,
     /// By cgroup id: the target in the kernel's sets, and the one that should be there.
-    pending: BTreeMap<u64, (Option<Target>, Option<Target>)>,
+    /// Its memory stays: to allocate and free it for each transaction costs musl a mmap(2).
+    pending: HashMap<u64, (Option<Target>, Option<Target>)>,
     /// Directories without a watch, or that could not be scanned.
     blind: BTreeSet<Path>,
     /// The last of them that was looked at again.
@@ -133,7 +138,7 @@ impl Core {
             tree: Tree::default(),
             pairs: BTreeMap::new(),
             committed_pairs: BTreeSet::new(),
-            pending: BTreeMap::new(),
+            pending: HashMap::new(),
             blind: BTreeSet::new(),
             retried: None,
         }
@@ -244,17 +249,16 @@ impl Core {
     /// The net difference since the last commit. The caller commits it, or replaces the table.
     pub fn take_delta(&mut self) -> Delta {
         let mut delta = Delta::default();
-        for (id, (before, after)) in std::mem::take(&mut self.pending) {
+        for (id, (before, after)) in self.pending.drain() {
             if before == after {
                 continue;
             }
-            if let Some(target) = before {
-                delta.delete.entry(target).or_default().push(id);
-            }
-            if let Some(target) = after {
-                delta.add.entry(target).or_default().push(id);
-            }
+            delta.delete.extend(before.map(|target| (target, id)));
+            delta.add.extend(after.map(|target| (target, id)));
         }
+        delta.delete.sort_unstable();
+        delta.add.sort_unstable();
+        self.pending.shrink_to(USUAL);
         if !self.pairs.keys().eq(&self.committed_pairs) {
             self.committed_pairs = self.pairs.keys().copied().collect();
             delta.pairs = Some(self.committed_pairs.clone());
@@ -264,7 +268,7 @@ impl Core {
 
     /// Everything, for a replacement of the table; what was pending is in it.
     pub fn snapshot(&mut self) -> Snapshot {
-        self.pending.clear();
+        self.pending = HashMap::new();
         self.committed_pairs = self.pairs.keys().copied().collect();
         let mut elements: BTreeMap<Target, Vec<u64>> = BTreeMap::new();
         for (_, node) in self.tree.iter() {

@@ -39,11 +39,11 @@ pub fn replacement(
 /// One transaction that holds a difference.
 pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     let mut transaction = Transaction::new(batch);
-    for (target, ids) in &delta.delete {
-        transaction.delete_cgroups(&set_name(config, *target), ids.iter().copied());
+    for same in delta.delete.chunk_by(|a, b| a.0 == b.0) {
+        transaction.delete_cgroups(&set_name(config, same[0].0), same.iter().map(|(_, id)| *id));
     }
-    for (target, ids) in &delta.add {
-        transaction.add_cgroups(&set_name(config, *target), ids.iter().copied());
+    for same in delta.add.chunk_by(|a, b| a.0 == b.0) {
+        transaction.add_cgroups(&set_name(config, same[0].0), same.iter().map(|(_, id)| *id));
     }
     if let Some(pairs) = &delta.pairs {
         transaction.replace_output(&output_rules(config, pairs));

@@ -237,19 +237,12 @@ impl Kernel {
         if fail {
             return self.replace(core);
         }
-        for (target, ids) in delta.delete {
-            for id in ids {
-                assert_eq!(
-                    self.sets.remove(&id),
-                    Some(target),
-                    "deletes what is not there"
-                );
-            }
+        for (target, id) in delta.delete {
+            let held = self.sets.remove(&id);
+            assert_eq!(held, Some(target), "deletes what is not there");
         }
-        for (target, ids) in delta.add {
-            for id in ids {
-                assert_eq!(self.sets.insert(id, target), None, "adds what is there");
-            }
+        for (target, id) in delta.add {
+            assert_eq!(self.sets.insert(id, target), None, "adds what is there");
         }
         if let Some(pairs) = delta.pairs {
             self.pairs = pairs;

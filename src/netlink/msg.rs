@@ -26,7 +26,8 @@ impl Batch {
     /// An empty run whose first message gets the sequence number `seq0 + 1`.
     pub fn new(seq0: u32) -> Batch {
         Batch {
-            buf: Vec::new(),
+            // a transaction of one element
+            buf: Vec::with_capacity(128),
             seq: seq0,
         }
     }
