@@ -27,15 +27,17 @@ pub enum Event {
     Overflow,
     /// A scan found what was known already.
     Same { path: Path },
-    /// A scan found a cgroup: its id, its watch (or why there is none), its children.
-    Found {
+    /// A scan found a cgroup that is not known under its path, or one to be listed again.
+    Found(Found),
+    /// A cgroup that was found has been listed: its watch (or why there is none), its children.
+    Listed {
         path: Path,
         id: u64,
         wd: Option<i32>,
         refused: Option<Errno>,
         children: Vec<Box<[u8]>>,
     },
-    /// A scan found a cgroup whose children could not be listed: those known stay.
+    /// The children of one that was found could not be listed: those known stay.
     Unlisted {
         path: Path,
         id: u64,
@@ -54,6 +56,8 @@ pub enum Event {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     Scan(Scan),
+    /// Watch and list a cgroup that was found. Its element need not wait for that.
+    Watch(Found),
     /// End a watch.
     Unwatch(i32),
     /// Worth a line: the cgroup got its own element, or lost it.
@@ -76,6 +80,13 @@ pub struct Scan {
     pub known: Option<u64>,
     /// Look at the children even so: events about them may have been lost.
     pub deep: bool,
+}
+
+/// A cgroup that a scan found under a path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    pub path: Path,
+    pub id: u64,
 }
 
 /// The difference between what the kernel's sets hold and what they should hold.
@@ -198,24 +209,24 @@ impl Core {
             Event::Same { path } => {
                 self.blind.remove(&path);
             }
-            Event::Found {
+            Event::Found(found) => self.found(found, actions),
+            Event::Listed {
                 path,
                 id,
                 wd,
                 refused,
                 children,
-            } => self.found(path, id, wd, refused, children, actions),
+            } => self.listed(path, id, wd, refused, children, actions),
             Event::Unlisted {
                 path,
                 id,
                 wd,
                 errno,
             } => {
-                let same = self.tree.get(&path).is_some_and(|node| node.id == id);
-                let known = same.then(|| self.children(&path)).unwrap_or_default();
+                let known = self.children(&path);
                 let names = known.iter().map(|child| child[path.len() + 1..].into());
                 let names = names.collect();
-                self.found(path, id, wd, Some(errno), names, actions)
+                self.listed(path, id, wd, Some(errno), names, actions)
             }
             Event::Gone { path } => self.gone(&path, actions),
             Event::Failed { path, errno } => self.failed(path, errno, actions),
@@ -293,7 +304,39 @@ impl Core {
         })
     }
 
-    fn found(
+    fn found(&mut self, found: Found, actions: &mut Vec<Action>) {
+        let Found { path, id } = found.clone();
+        if tree::parent(&path).is_some_and(|parent| self.tree.get(parent).is_none()) {
+            // the parent went while its child was being looked at
+            return;
+        }
+        let known = self.tree.get(&path).map(|node| node.id);
+        if known != Some(id) {
+            if known.is_some() {
+                // another cgroup of the same name
+                self.gone(&path, actions);
+            }
+            let (rank, element) = self.classify(&path);
+            let node = Node {
+                id,
+                wd: None,
+                rank,
+                element,
+            };
+            self.tree.insert(path.clone(), node);
+            self.count(&path, element, true);
+            self.want(id, None, element);
+            if element.is_some() {
+                actions.push(Action::Classified {
+                    path,
+                    target: element,
+                });
+            }
+        }
+        actions.push(Action::Watch(found));
+    }
+
+    fn listed(
         &mut self,
         path: Path,
         id: u64,
@@ -302,64 +345,26 @@ impl Core {
         children: Vec<Box<[u8]>>,
         actions: &mut Vec<Action>,
     ) {
-        if tree::parent(&path).is_some_and(|parent| self.tree.get(parent).is_none()) {
-            // the parent went while its child was being looked at
+        let Some(node) = self.tree.get(&path).copied().filter(|node| node.id == id) else {
+            // it went while it was being listed
             actions.extend(wd.map(Action::Unwatch));
             return;
-        }
+        };
         match refused {
             None => {
                 self.blind.remove(&path);
             }
             Some(errno) => self.set_blind(&path, errno, actions),
         }
-        match self.tree.get(&path).copied() {
-            Some(old) if old.id == id => {
-                if old.wd != wd {
-                    actions.extend(old.wd.map(Action::Unwatch));
-                    self.tree.remove(&path);
-                    self.tree.insert(path.clone(), Node { wd, ..old });
-                }
-                let missing = self.missing(&path, &children);
-                missing.iter().for_each(|child| self.gone(child, actions));
-            }
-            old => {
-                if old.is_some() {
-                    // another cgroup of the same name; a watch of the same number is the new one's
-                    let before = actions.len();
-                    self.gone(&path, actions);
-                    if let Some(wd) = wd {
-                        let stale = actions.split_off(before);
-                        let keep = stale.into_iter().filter(|a| *a != Action::Unwatch(wd));
-                        actions.extend(keep);
-                    }
-                    if let Some(errno) = refused {
-                        self.set_blind(&path, errno, actions);
-                    }
-                }
-                let (rank, element) = self.classify(&path);
-                self.tree.insert(
-                    path.clone(),
-                    Node {
-                        id,
-                        wd,
-                        rank,
-                        element,
-                    },
-                );
-                self.count(&path, element, true);
-                self.want(id, None, element);
-                if element.is_some() {
-                    actions.push(Action::Classified {
-                        path: path.clone(),
-                        target: element,
-                    });
-                }
-            }
+        if node.wd != wd {
+            actions.extend(node.wd.map(Action::Unwatch));
+            self.tree.watch(&path, wd);
         }
+        let missing = self.missing(&path, &children);
+        missing.iter().for_each(|child| self.gone(child, actions));
         for name in children {
+            // what lies below a known one is in doubt too: so was this one
             let child = tree::child(&path, &name);
-            // those that are known were deep in doubt only if this scan was
             actions.push(self.scan(child, true));
         }
     }

@@ -1,6 +1,6 @@
 //! `run`: the only module that joins I/O to the core. It owns the descriptors, waits in one
-//! poll(2), hands what happened to the core, does what the core asks, and commits at most one
-//! transaction a wake-up.
+//! poll(2), hands what happened to the core, does what the core asks, and commits one transaction a
+//! wake-up, or one more for each level of nested cgroups that it discovers.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -17,7 +17,7 @@ use crate::cgroup::mount;
 use crate::cgroup::watch::{self, Watcher};
 use crate::config::{Config, OnExit};
 use crate::confine::confine;
-use crate::core::{Action, Core, Event};
+use crate::core::{Action, Core, Event, Found};
 use crate::error::{Error, Result};
 use crate::instance::Instance;
 use crate::kernel::{Damage, Kernel};
@@ -56,6 +56,8 @@ struct Cgroups {
     root: mount::Root,
     watcher: Watcher,
     core: Core,
+    /// Found, and neither watched nor listed yet.
+    found: Vec<Found>,
     look_again: Option<Instant>,
     /// That some cgroups cannot be watched has been told.
     blind: bool,
@@ -139,11 +141,13 @@ impl Cgroups {
             root,
             watcher,
             core,
+            found: Vec::new(),
             look_again: None,
             blind: false,
         };
         let start = cgroups.core.start();
         cgroups.act(vec![start]);
+        while cgroups.watch() {}
         match cgroups.core.tree().is_empty() {
             false => Ok(cgroups),
             true => {
@@ -161,7 +165,18 @@ impl Cgroups {
         self.act(actions);
     }
 
-    /// Does what the core asks until it asks for nothing more.
+    /// Watches and lists what was found, which may find more; false when there was nothing.
+    fn watch(&mut self) -> bool {
+        let found = std::mem::take(&mut self.found);
+        for found in &found {
+            let event = self.watcher.watch(found);
+            self.step(event);
+        }
+        !found.is_empty()
+    }
+
+    /// Does what the core asks until it asks for nothing more, but for what can wait until the
+    /// elements are in force: watching what was found.
     fn act(&mut self, mut actions: Vec<Action>) {
         while let Some(action) = actions.pop() {
             match action {
@@ -169,6 +184,7 @@ impl Cgroups {
                     let event = self.watcher.scan(&scan);
                     self.core.step(event, &mut actions);
                 }
+                Action::Watch(found) => self.found.push(found),
                 Action::Unwatch(wd) => self.watcher.unwatch(wd),
                 Action::Classified { path, target } => {
                     let config = self.core.config();
@@ -198,6 +214,7 @@ impl Cgroups {
         let before = self.core.blind();
         self.look_again = None;
         self.step(Event::Retry);
+        while self.watch() {}
         if self.look_again.is_some() && self.core.blind() < before {
             self.look_again = Some(Instant::now() + SOON);
         }
@@ -268,7 +285,7 @@ impl Daemon {
                 break;
             }
         }
-        self.commit();
+        self.settle();
         if let Some(Err(error)) = self.options.pidfile.as_deref().map(write_pidfile) {
             if config.on_exit == OnExit::Remove {
                 let _ = self.remove();
@@ -328,7 +345,7 @@ impl Daemon {
                 self.cgroups.drain()?;
             }
             self.heal(ready.kernel);
-            self.commit();
+            self.settle();
             if ready.instance {
                 instance.dismiss();
             }
@@ -432,6 +449,14 @@ impl Daemon {
         }
         if self.table.due().is_some_and(|at| at <= now) {
             self.repair_table();
+        }
+    }
+
+    /// Commits what is known, then watches what is new, and so on where that finds children.
+    fn settle(&mut self) {
+        self.commit();
+        while self.cgroups.watch() {
+            self.commit();
         }
     }
 

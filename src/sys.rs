@@ -59,18 +59,28 @@ pub fn cgroup_id(base: BorrowedFd, path: &CStr) -> Result<u64, Errno> {
     }
 }
 
-/// `st_nlink` of a directory, looked up from `base`, without following a symlink at its end
-/// (fstatat(2)). On kernfs: two,
-/// and one for each subdirectory.
-pub fn nlink(base: BorrowedFd, path: &CStr) -> Result<u64, Errno> {
+/// What fstatat(2) says of a directory.
+pub struct Directory {
+    /// `st_ino`: on kernfs the lower 32 bits of the id, on 64-bit kernels all of it.
+    pub inode: u64,
+    /// `st_nlink`: on kernfs two, and one for each subdirectory.
+    pub links: u64,
+}
+
+/// Looks at a directory from `base`, without following a symlink at its end (fstatat(2)).
+pub fn directory(base: BorrowedFd, path: &CStr) -> Result<Directory, Errno> {
     let mut st = MaybeUninit::<libc::stat>::uninit();
     let flags = libc::AT_SYMLINK_NOFOLLOW;
     // SAFETY: path is NUL-terminated; st has the size and alignment that fstatat writes.
     let rc = unsafe { libc::fstatat(base.as_raw_fd(), path.as_ptr(), st.as_mut_ptr(), flags) };
     Errno::result(rc)?;
     // SAFETY: fstatat succeeded, so st is initialised.
-    #[allow(clippy::unnecessary_cast)] // nlink_t differs by architecture
-    Ok(unsafe { st.assume_init() }.st_nlink as u64)
+    let st = unsafe { st.assume_init() };
+    #[allow(clippy::unnecessary_cast)] // both types differ by architecture
+    Ok(Directory {
+        inode: st.st_ino as u64,
+        links: st.st_nlink as u64,
+    })
 }
 
 /// A new inotify instance, close-on-exec and non-blocking (inotify_init1(2)).

@@ -12,7 +12,7 @@ use std::rc::Rc;
 
 use cgtproxy::cgroup::tree::{child, depth, parent};
 use cgtproxy::config::{self, Config, Source, Target};
-use cgtproxy::core::{Action, Core, Event, Scan};
+use cgtproxy::core::{Action, Core, Event, Found, Scan};
 use cgtproxy::nft::ruleset::Element;
 use nix::errno::Errno;
 
@@ -42,6 +42,8 @@ struct Host {
     next_wd: i32,
     max_watches: usize,
     queue: VecDeque<Event>,
+    /// What the core wants watched.
+    found: Vec<Found>,
     /// Nothing changes by itself, and nothing fails.
     calm: bool,
 }
@@ -117,15 +119,17 @@ impl Host {
         }
     }
 
-    /// What a look finds, with changes in between.
+    /// Something may happen between any two calls.
+    fn race(&mut self, random: &mut Random) {
+        if !self.calm && random.one_in(12) {
+            self.change(random);
+        }
+    }
+
+    /// What a look finds.
     fn scan(&mut self, scan: &Scan, random: &mut Random) -> Event {
         let path = scan.path.clone();
-        let race = |host: &mut Host, random: &mut Random| {
-            if !host.calm && random.one_in(12) {
-                host.change(random);
-            }
-        };
-        race(self, random);
+        self.race(random);
         let Some(&id) = self.dirs.get(&path[..]) else {
             return Event::Gone { path };
         };
@@ -135,10 +139,16 @@ impl Host {
                 errno: Errno::ENOMEM,
             };
         }
-        if scan.known == Some(id) && !scan.deep {
-            return Event::Same { path };
+        match scan.known == Some(id) && !scan.deep {
+            true => Event::Same { path },
+            false => Event::Found(Found { path, id }),
         }
-        race(self, random);
+    }
+
+    /// What watching and listing finds, with changes in between.
+    fn watch(&mut self, found: &Found, random: &mut Random) -> Event {
+        let Found { path, id } = found.clone();
+        self.race(random);
         let Some(&watched) = self.dirs.get(&path[..]) else {
             return Event::Gone { path };
         };
@@ -153,33 +163,38 @@ impl Host {
                 (Some(wd), None)
             }
         };
-        race(self, random);
-        if !self.dirs.contains_key(&path[..]) {
-            // as the watcher does: nobody would ever name that watch again
-            if let Some(wd) = wd {
-                self.watches.remove(&wd);
-            }
-            return Event::Gone { path };
-        }
+        self.race(random);
         let children = (self.dirs.keys())
             .filter(|p| parent(p) == Some(&path))
             .map(|p| p[path.len() + 1..].into())
             .collect();
-        if !self.calm && random.one_in(200) {
-            let errno = refused.unwrap_or(Errno::EMFILE);
-            return Event::Unlisted {
+        self.race(random);
+        let now = self.dirs.get(&path[..]).copied();
+        if now != Some(id) {
+            // as the watcher does: nobody would ever name that watch again
+            if let Some(wd) = wd {
+                self.watches.remove(&wd);
+            }
+            return match now {
+                Some(id) => Event::Found(Found { path, id }),
+                None => Event::Gone { path },
+            };
+        }
+        self.race(random);
+        match !self.calm && random.one_in(200) {
+            true => Event::Unlisted {
                 path,
                 id,
                 wd,
-                errno,
-            };
-        }
-        Event::Found {
-            path,
-            id,
-            wd,
-            refused,
-            children,
+                errno: refused.unwrap_or(Errno::EMFILE),
+            },
+            false => Event::Listed {
+                path,
+                id,
+                wd,
+                refused,
+                children,
+            },
         }
     }
 }
@@ -273,7 +288,8 @@ impl Kernel {
     }
 }
 
-/// Carries the actions out; every scan and every end of a watch is a step.
+/// Carries the actions out; every look and every end of a watch is a step. Watching waits for the
+/// end, or for a commit; what happens meanwhile is in the queue.
 fn act(core: &mut Core, host: &mut Host, mut actions: Vec<Action>, random: &mut Random) -> u64 {
     let mut steps = 0;
     while let Some(action) = actions.pop() {
@@ -283,6 +299,7 @@ fn act(core: &mut Core, host: &mut Host, mut actions: Vec<Action>, random: &mut 
                 let event = host.scan(&scan, random);
                 core.step(event, &mut actions);
             }
+            Action::Watch(found) => host.found.push(found),
             Action::Unwatch(wd) => {
                 host.watches.remove(&wd);
             }
@@ -290,6 +307,18 @@ fn act(core: &mut Core, host: &mut Host, mut actions: Vec<Action>, random: &mut 
         }
     }
     steps
+}
+
+/// Watches what was found; false when there was nothing.
+fn watch(core: &mut Core, host: &mut Host, random: &mut Random) -> bool {
+    let found = std::mem::take(&mut host.found);
+    for found in &found {
+        let event = host.watch(found, random);
+        let mut actions = Vec::new();
+        core.step(event, &mut actions);
+        act(core, host, actions, random);
+    }
+    !found.is_empty()
 }
 
 fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
@@ -303,6 +332,7 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
     let mut kernel = Kernel::default();
     let start = core.start();
     let mut done = act(&mut core, &mut host, vec![start], &mut random);
+    while watch(&mut core, &mut host, &mut random) {}
     kernel.replace(&mut core);
     let mut quiet = 0;
     while done < steps {
@@ -325,6 +355,9 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
                     );
                 }
                 kernel.commit(&mut core, random.one_in(20));
+                while watch(&mut core, &mut host, &mut random) {
+                    kernel.commit(&mut core, random.one_in(20));
+                }
             }
             85..88 => host.queue(Event::Overflow),
             88..90 => {
@@ -348,6 +381,7 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
             94..97 => {
                 core.step(Event::Retry, &mut actions);
                 done += act(&mut core, &mut host, actions, &mut random);
+                while watch(&mut core, &mut host, &mut random) {}
             }
             _ => {
                 settle(&mut core, &mut host, &mut kernel, &mut random);
@@ -384,10 +418,12 @@ fn settle(core: &mut Core, host: &mut Host, kernel: &mut Kernel, random: &mut Ra
             core.step(event, &mut actions);
             act(core, host, std::mem::take(&mut actions), random);
         }
+        while watch(core, host, random) {}
         kernel.commit(core, false);
         if core.wants_retry() {
             core.step(Event::Retry, &mut actions);
             act(core, host, actions, random);
+            while watch(core, host, random) {}
         }
         if host.queue.is_empty() && (!core.wants_retry() || host.max_watches != usize::MAX) {
             break;

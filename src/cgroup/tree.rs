@@ -60,6 +60,19 @@ impl Tree {
         self.nodes.insert(path, node);
     }
 
+    /// Notes the watch of a node, or that there is none.
+    pub fn watch(&mut self, path: &Path, wd: Option<i32>) {
+        let Some(node) = self.nodes.get_mut(path) else {
+            return;
+        };
+        if let Some(old) = std::mem::replace(&mut node.wd, wd) {
+            self.forget(path, old);
+        }
+        if let Some(wd) = wd {
+            self.watches.insert(wd, path.clone());
+        }
+    }
+
     /// Forgets a watch that is gone; its node stays.
     pub fn unwatch(&mut self, wd: i32) -> Option<Path> {
         let path = self.watches.remove(&wd)?;
@@ -73,12 +86,16 @@ impl Tree {
     pub fn remove(&mut self, path: &[u8]) -> Option<Node> {
         let node = self.nodes.remove(path)?;
         if let Some(wd) = node.wd {
-            // the descriptor may stand for a later directory of the same name by now
-            if self.watches.get(&wd).is_some_and(|p| **p == *path) {
-                self.watches.remove(&wd);
-            }
+            self.forget(path, wd);
         }
         Some(node)
+    }
+
+    /// The descriptor may stand for another directory by now.
+    fn forget(&mut self, path: &[u8], wd: i32) {
+        if self.watches.get(&wd).is_some_and(|p| **p == *path) {
+            self.watches.remove(&wd);
+        }
     }
 
     /// Every node, parents before their children.

@@ -13,7 +13,7 @@ use std::path::Path as FilePath;
 use nix::errno::Errno;
 
 use super::tree::Path;
-use crate::core::{Event, Scan};
+use crate::core::{Event, Found, Scan};
 use crate::error::{Error, Result};
 use crate::sys;
 
@@ -84,18 +84,11 @@ impl Watcher {
         Ok(RawEvents::new(&self.buf[..length]))
     }
 
-    /// Looks at one directory. The watch comes before the list, so that a child made in between is
-    /// in the list or in the queue, or in both.
+    /// Looks which cgroup there is under a path.
     pub fn scan(&mut self, scan: &Scan) -> Event {
         let path = scan.path.clone();
-        let Ok(name) = CString::new([&self.root[..], &path].concat()) else {
+        let Some(name) = self.name(&path) else {
             return Event::Gone { path };
-        };
-        let failed = |path, errno| match errno {
-            // too deep to be named by a path: it inherits, as the kernel has it
-            Errno::ENAMETOOLONG => Event::Gone { path },
-            Errno::ENOENT | Errno::ENOTDIR | Errno::ENODEV => Event::Gone { path },
-            errno => Event::Failed { path, errno },
         };
         if path.is_empty() {
             // it may be another one by now
@@ -104,18 +97,25 @@ impl Watcher {
                 Err(errno) => return failed(path, errno),
             };
         }
-        let (base, below) = match &self.base {
-            Some(base) => (base.as_fd(), below(&name, self.root.len())),
-            // nothing is known before the root is
-            None => return Event::Gone { path },
+        let Some((base, below)) = self.below_base(&name) else {
+            return Event::Gone { path };
         };
-        let id = match sys::cgroup_id(base, below) {
-            Ok(id) => id,
-            Err(errno) => return failed(path, errno),
-        };
-        if scan.known == Some(id) && !scan.deep {
-            return Event::Same { path };
+        match sys::cgroup_id(base, below) {
+            Ok(id) if scan.known == Some(id) && !scan.deep => Event::Same { path },
+            id => found_or_not(path, id),
         }
+    }
+
+    /// Watches and lists a cgroup that was found. The watch comes before the list, so that a child
+    /// made in between is in the list or in the queue, or in both.
+    pub fn watch(&self, found: &Found) -> Event {
+        let Found { path, id } = found.clone();
+        let Some(name) = self.name(&path) else {
+            return Event::Gone { path };
+        };
+        let Some((base, below)) = self.below_base(&name) else {
+            return Event::Gone { path };
+        };
         let mut refused = None;
         let wd = match &self.inotify {
             None => None,
@@ -128,38 +128,55 @@ impl Watcher {
                 Err(errno) => return failed(path, errno),
             },
         };
-        // a directory with two links has no subdirectory: spares reading the list of its files
-        let children = match sys::nlink(base, below) {
-            Ok(2) => Ok(Vec::new()),
-            Ok(_) => subdirectories(&name),
-            Err(errno) => Err(errno),
-        };
-        let children = match children.map_err(|errno| failed(path.clone(), errno)) {
-            Ok(children) => children,
-            Err(Event::Failed { path, errno }) => {
-                let errno = refused.unwrap_or(errno);
-                return Event::Unlisted {
+        let look = || sys::directory(base, below);
+        let listed = look().and_then(|seen| match seen.links {
+            // no subdirectory: spares reading the list of its files
+            2 => Ok((seen, Vec::new())),
+            _ => subdirectories(&name).and_then(|children| Ok((look()?, children))),
+        });
+        match listed {
+            // what was watched and listed is another one by now
+            Ok((seen, _)) if seen.inode as u32 != id as u32 => {
+                self.undo(wd, found_or_not(path, sys::cgroup_id(base, below)))
+            }
+            Ok((_, children)) => Event::Listed {
+                path,
+                id,
+                wd,
+                refused,
+                children,
+            },
+            Err(errno) => match failed(path, errno) {
+                Event::Failed { path, errno } => Event::Unlisted {
                     path,
                     id,
                     wd,
-                    errno,
-                };
-            }
-            Err(gone) => return self.undo(wd, gone),
-        };
-        Event::Found {
-            path,
-            id,
-            wd,
-            refused,
-            children,
+                    errno: refused.unwrap_or(errno),
+                },
+                gone => self.undo(wd, gone),
+            },
         }
     }
 
+    /// Path of a cgroup from the root of the file system; `None` where it cannot be one.
+    fn name(&self, path: &Path) -> Option<CString> {
+        let mut name = Vec::with_capacity(self.root.len() + path.len() + 1);
+        name.extend_from_slice(&self.root);
+        name.extend_from_slice(path);
+        CString::new(name).ok()
+    }
+
+    /// Where to look for such a path: the root, and the way from there. `None` before the root is
+    /// known.
+    fn below_base<'a>(&'a self, name: &'a CStr) -> Option<(BorrowedFd<'a>, &'a CStr)> {
+        let base = self.base.as_ref()?;
+        Some((base.as_fd(), below(name, self.root.len())))
+    }
+
     /// A watch on a directory that turned out to be gone would never be named again.
-    fn undo(&self, wd: Option<i32>, gone: Event) -> Event {
+    fn undo(&self, wd: Option<i32>, event: Event) -> Event {
         wd.into_iter().for_each(|wd| self.unwatch(wd));
-        gone
+        event
     }
 
     /// Ends a watch. After rmdir the kernel keeps it, and the inode with it, until this call.
@@ -185,6 +202,24 @@ fn add_watch(
         Err(_) => name,
     };
     sys::inotify_add_watch(inotify.as_fd(), path, MASK)
+}
+
+/// What a look for an id means.
+fn found_or_not(path: Path, id: std::result::Result<u64, Errno>) -> Event {
+    match id {
+        Ok(id) => Event::Found(Found { path, id }),
+        Err(errno) => failed(path, errno),
+    }
+}
+
+/// What a look means that failed.
+fn failed(path: Path, errno: Errno) -> Event {
+    match errno {
+        // too deep to be named by a path: it inherits, as the kernel has it
+        Errno::ENAMETOOLONG => Event::Gone { path },
+        Errno::ENOENT | Errno::ENOTDIR | Errno::ENODEV => Event::Gone { path },
+        errno => Event::Failed { path, errno },
+    }
 }
 
 /// What follows the first `length` bytes and their slash; the root itself for nothing.

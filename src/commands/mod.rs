@@ -46,10 +46,12 @@ pub fn look(config: Rc<Config>) -> Result<(Core, Root)> {
     let mut watcher = Watcher::look_only(&root.dir);
     let mut actions = vec![core.start()];
     while let Some(action) = actions.pop() {
-        if let Action::Scan(scan) = action {
-            let event = watcher.scan(&scan);
-            core.step(event, &mut actions);
-        }
+        let event = match action {
+            Action::Scan(scan) => watcher.scan(&scan),
+            Action::Watch(found) => watcher.watch(&found),
+            _ => continue,
+        };
+        core.step(event, &mut actions);
     }
     Ok((core, root))
 }
