@@ -8,10 +8,12 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{mpsc, Arc};
-use std::thread::{self, JoinHandle};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use nix::sys::signal::{kill, Signal};
+use nix::sys::wait::waitpid;
+use nix::unistd::{fork, ForkResult, Pid};
 
 use crate::ground::Ground;
 use crate::kernel::{elements, load, netlink};
@@ -110,14 +112,13 @@ impl Listener {
     }
 }
 
-/// The floor at work: a thread, in the outside network namespace, so that neither its transactions
-/// nor ours wake the other.
+/// The floor at work: a process of its own, as any classifier is, in the outside network namespace,
+/// so that neither its transactions nor ours wake the other.
 pub struct Floor {
     pub dir: PathBuf,
-    transact: Arc<AtomicBool>,
-    stop: Arc<AtomicBool>,
-    tid: Arc<AtomicI32>,
-    thread: Option<JoinHandle<()>>,
+    /// In memory that is shared with the process.
+    transact: &'static AtomicBool,
+    pid: Pid,
     /// Keys of elements that are only there to make the set large.
     filler: u64,
     fill: Socket,
@@ -127,33 +128,28 @@ impl Floor {
     /// Watches the cgroup `/floor` of the ground.
     pub fn start(ground: &Ground) -> Floor {
         let dir = ground.cgroup("/floor");
-        let (transact, stop, tid) = (
-            Arc::new(AtomicBool::new(true)),
-            Arc::new(AtomicBool::new(false)),
-            Arc::new(AtomicI32::new(0)),
-        );
-        let (on, end, id, watched) = (transact.clone(), stop.clone(), tid.clone(), dir.clone());
-        let (ready, started) = mpsc::channel();
-        let (thread, fill) = ground.outside(|| {
+        let transact = shared();
+        transact.store(true, Ordering::Relaxed);
+        let (mut socket, fill) = ground.outside(|| {
             load("table inet floor {\n set cg_floor { type cgroupsv2; }\n}");
-            let fill = Socket::new();
-            let thread = thread::spawn(move || {
-                // SAFETY: no arguments.
-                id.store(unsafe { libc::gettid() }, Ordering::Relaxed);
-                let mut socket = Socket::new();
-                let inotify = inotify(&watched);
-                ready.send(()).expect("the starter waits");
-                floor(&inotify, &mut socket, &on, &end);
-            });
-            (thread, fill)
+            (Socket::new(), Socket::new())
         });
-        started.recv().expect("the floor starts");
+        let inotify = inotify(&dir);
+        // SAFETY: what the child runs until it is killed neither allocates nor takes a lock.
+        let pid = match unsafe { fork() }.expect("fork") {
+            ForkResult::Child => {
+                // SAFETY: no memory is passed.
+                unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+                // a panic must not unwind into what cleans up the parent's ground
+                let _abort = Abort;
+                floor(&inotify, &mut socket, transact)
+            }
+            ForkResult::Parent { child } => child,
+        };
         Floor {
             dir,
             transact,
-            stop,
-            tid,
-            thread: Some(thread),
+            pid,
             filler: 1 << 40,
             fill,
         }
@@ -174,34 +170,47 @@ impl Floor {
 
     /// Nanoseconds of CPU so far.
     pub fn cpu(&self) -> u64 {
-        let tid = self.tid.load(Ordering::Relaxed);
-        schedstat(&format!("/proc/self/task/{tid}/schedstat"))
+        schedstat(&format!("/proc/{}/schedstat", self.pid))
     }
 }
 
 impl Drop for Floor {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        let last = self.dir.join("last");
-        let _ = fs::create_dir(&last);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-        let _ = fs::remove_dir(last);
+        let _ = kill(self.pid, Signal::SIGKILL);
+        let _ = waitpid(self.pid, None);
+    }
+}
+
+struct Abort;
+
+impl Drop for Abort {
+    fn drop(&mut self) {
+        std::process::abort();
+    }
+}
+
+/// One that a child sees too; it is never given back.
+fn shared() -> &'static AtomicBool {
+    let (prot, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+    );
+    // SAFETY: a new mapping of zeroes, large enough and aligned for what is made of it.
+    unsafe {
+        let at = libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0);
+        assert_ne!(at, libc::MAP_FAILED, "mmap: {}", io::Error::last_os_error());
+        &*at.cast()
     }
 }
 
 /// Each cgroup is removed before the next one is made, so one counter gives the keys.
-fn floor(inotify: &OwnedFd, socket: &mut Socket, on: &AtomicBool, stop: &AtomicBool) {
+fn floor(inotify: &OwnedFd, socket: &mut Socket, on: &AtomicBool) -> ! {
     let mut key = 0;
     let mut buffer = [0u8; 4096];
     loop {
         let (at, room) = (buffer.as_mut_ptr().cast(), buffer.len());
         // SAFETY: writes within the buffer.
         let n = unsafe { libc::read(inotify.as_raw_fd(), at, room) };
-        if stop.load(Ordering::Relaxed) {
-            return;
-        }
         let mut rest = &buffer[..n.max(0) as usize];
         while rest.len() >= 16 {
             let word = |at: usize| {
@@ -344,7 +353,7 @@ fn set(socket: &OwnedFd, option: i32, value: i32) {
     assert_eq!(rc, 0, "setsockopt: {}", io::Error::last_os_error());
 }
 
-/// Nanoseconds on a CPU, of a process or a thread.
+/// Nanoseconds on a CPU, of a process.
 pub fn schedstat(path: &str) -> u64 {
     let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("unable to read {path}: {e}"));
     let first = text.split(' ').next().and_then(|n| n.parse().ok());
