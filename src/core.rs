@@ -206,9 +206,7 @@ impl Core {
                 }
             }
             Event::Overflow => actions.push(self.start()),
-            Event::Same { path } => {
-                self.blind.remove(&path);
-            }
+            Event::Same { .. } => {}
             Event::Found(found) => self.found(found, actions),
             Event::Listed {
                 path,
@@ -295,8 +293,9 @@ impl Core {
 
     fn scan(&self, path: Path, deep: bool) -> Action {
         let node = self.tree.get(&path);
-        // without a watch, nothing else will tell of its children
-        let deep = deep || node.is_some_and(|node| node.wd.is_none());
+        // without a watch, or where listing failed, nothing else will tell of its children
+        let in_doubt = self.blind.contains(&path);
+        let deep = deep || in_doubt || node.is_some_and(|node| node.wd.is_none());
         Action::Scan(Scan {
             known: node.map(|node| node.id),
             path,
