@@ -13,6 +13,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::backoff::Backoff;
+use crate::cgroup::backlog::Backlog;
 use crate::cgroup::mount;
 use crate::cgroup::watch::{self, Watcher};
 use crate::config::{Config, OnExit};
@@ -40,8 +41,15 @@ pub struct Options {
     pub seccomp: bool,
 }
 
-/// Reads that empty a full inotify queue: 16,384 events with the longest names.
+/// Turns that empty a full inotify queue: 16,384 events.
 const FULL_QUEUE: usize = 600;
+
+/// Events that are handled before what they mean is committed.
+const TURN: usize = 32;
+
+/// Events that may wait; the kernel keeps as many more.
+const MOST: usize = 16_384;
+
 /// How often a directory is looked at that cannot be watched.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
@@ -55,6 +63,8 @@ const LOOK_BLINDLY: Duration = Duration::from_millis(50);
 struct Cgroups {
     root: mount::Root,
     watcher: Watcher,
+    /// Read, and not handled yet.
+    backlog: Backlog,
     core: Core,
     /// Found, and neither watched nor listed yet.
     found: Vec<Found>,
@@ -140,6 +150,7 @@ impl Cgroups {
         let mut cgroups = Cgroups {
             root,
             watcher,
+            backlog: Backlog::default(),
             core,
             found: Vec::new(),
             look_again: None,
@@ -242,17 +253,24 @@ impl Cgroups {
         );
     }
 
-    /// Takes what inotify has, up to one bufferful; false when there was nothing.
+    /// Takes what inotify has, up to one bufferful, and handles some of what waits; false when
+    /// there was nothing.
     fn drain(&mut self) -> Result<bool> {
-        let events: Vec<Event> = self.watcher.read()?.filter_map(watch::event).collect();
-        let any = !events.is_empty();
-        for event in events {
+        if self.backlog.len() < MOST {
+            for event in self.watcher.read()?.filter_map(watch::event) {
+                self.backlog.push(event);
+            }
+        }
+        for turn in 0..TURN {
+            let Some(event) = self.backlog.pop() else {
+                return Ok(turn > 0);
+            };
             if event == Event::Overflow {
                 log!(Notice, "cgroup events were lost, looking at everything");
             }
             self.step(event);
         }
-        Ok(any)
+        Ok(true)
     }
 }
 
@@ -341,7 +359,7 @@ impl Daemon {
     fn serve(&mut self, signals: &SignalFd, instance: &Instance) -> Result<()> {
         loop {
             let ready = self.wait(signals, instance);
-            if ready.cgroups {
+            if ready.cgroups || !self.cgroups.backlog.is_empty() {
                 self.cgroups.drain()?;
             }
             self.heal(ready.kernel);
@@ -403,6 +421,9 @@ impl Daemon {
 
     /// Until the next retry that is due; none at all where nothing is pending.
     fn timeout(&self) -> PollTimeout {
+        if !self.cgroups.backlog.is_empty() {
+            return PollTimeout::ZERO;
+        }
         let due = [
             self.cgroups.look_again,
             self.table.due(),

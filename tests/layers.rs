@@ -29,6 +29,7 @@ const LAYERS: [&[&str]; 12] = [
         "core",
         "cgroup::mount",
         "cgroup::watch",
+        "cgroup::backlog",
         "plan",
     ],
     // ... to here, but for the files below
@@ -38,7 +39,7 @@ const LAYERS: [&[&str]; 12] = [
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 15] = [
+const PURE: [&str; 16] = [
     "netlink::uapi",
     "netlink::msg",
     "netlink::parse",
@@ -52,6 +53,7 @@ const PURE: [&str; 15] = [
     "config::pattern",
     "policy",
     "cgroup::tree",
+    "cgroup::backlog",
     "core",
     "plan",
 ];

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path as FilePath, PathBuf};
 use std::rc::Rc;
 
+use cgtproxy::cgroup::backlog::Backlog;
 use cgtproxy::cgroup::tree::{child, depth, parent};
 use cgtproxy::config::{self, Config, Source, Target};
 use cgtproxy::core::{Action, Core, Event, Found, Scan};
@@ -342,8 +343,10 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
             0..50 => host.change(&mut random),
             50..85 => {
                 // one wake-up: some of what is queued, then one commit
-                for _ in 0..1 + random.below(8) {
-                    let Some(event) = host.queue.pop_front() else {
+                let mut backlog = Backlog::default();
+                for _ in 0..random.below(8) {
+                    host.queue.drain(..).for_each(|e| backlog.push(e));
+                    let Some(event) = backlog.pop() else {
                         break;
                     };
                     core.step(event, &mut actions);
@@ -353,6 +356,9 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
                         std::mem::take(&mut actions),
                         &mut random,
                     );
+                }
+                while let Some(event) = backlog.pop() {
+                    host.queue.push_front(event);
                 }
                 kernel.commit(&mut core, random.one_in(20));
                 while watch(&mut core, &mut host, &mut random) {
