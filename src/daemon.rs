@@ -311,6 +311,7 @@ impl Daemon {
             return Err(error);
         }
         confine(self.options.seccomp)?;
+        sys::wait_for_memory();
         self.notify.ready();
         self.warn();
         log!(Notice, "started: {}", self.summary());
@@ -359,6 +360,9 @@ impl Daemon {
     fn serve(&mut self, signals: &SignalFd, instance: &Instance) -> Result<()> {
         loop {
             let ready = self.wait(signals, instance);
+            if sys::waited_for_memory() {
+                log!(Warning, "memory had run out; raise the limit (ulimit -v)");
+            }
             if ready.cgroups || !self.cgroups.backlog.is_empty() {
                 self.cgroups.drain()?;
             }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::client::{expect, under};
-use crate::daemon::{Daemon, UNOWNED};
+use crate::daemon::{binary, write_private, Daemon, UNOWNED};
 use crate::ground::{ip_batch, Ground};
 use crate::kernel::{await_exactly, await_member, cgroup_id, nft, residue, set_ids, state, SETTLE};
 use crate::world::World;
@@ -231,8 +231,7 @@ fn descriptors_run_out() {
     assert_eq!(residue(), "");
 }
 
-/// Without memory nothing can go on: the program ends with a message, the rules stay, and the next
-/// start takes over.
+/// Without memory nothing can go on, but the rules stay; with memory it goes on where it was.
 #[test]
 fn memory_runs_out() {
     let Some(ground) = Ground::new("memory") else {
@@ -240,32 +239,64 @@ fn memory_runs_out() {
     };
     let _world = World::new(&ground);
     let dropped = ground.cgroup("/drop");
-    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
-    let kib: usize = daemon
-        .process("VmSize")
-        .trim_end_matches(" kB")
-        .parse()
-        .expect("a size");
-    let pid = daemon.pid();
-    sh(&format!("prlimit --pid {pid} --as={}", (kib + 512) * 1024));
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let size = daemon.process("VmSize");
+    let kib: usize = size.trim_end_matches(" kB").parse().expect("a size");
+    let limit = |bytes: &str| sh(&format!("prlimit --pid {} --as={bytes}:", daemon.pid()));
+    limit(&((kib + 512) * 1024).to_string());
     let apps = ground.cgroup("/apps");
     let mut made = 0;
-    while daemon.ended().is_none() && made < 20_000 {
-        fs::create_dir(apps.join(format!("a{made}"))).expect("mkdir");
-        made += 1;
+    while !daemon.logs().contains("out of memory, waiting") {
+        for _ in 0..100 {
+            fs::create_dir(apps.join(format!("a{made}"))).expect("mkdir");
+            made += 1;
+        }
+        assert!(made < 20_000, "{}", daemon.logs());
     }
-    wait_until(Duration::from_secs(5), || daemon.ended().is_some());
-    let status = daemon.ended().expect("it ends where it has no memory");
-    let log = daemon.logs();
-    println!("{status} after {made} cgroups:\n{log}");
-    assert_eq!(status.signal(), Some(libc::SIGABRT), "{log}");
-    assert!(log.contains("memory allocation of"), "{log}");
-    assert!(!log.contains("panicked"), "{log}");
+    println!("waiting after {made} cgroups");
+    let before = daemon.busy();
+    thread::sleep(Duration::from_secs(1));
+    let spent = daemon.busy() - before;
+    assert!(spent < Duration::from_millis(200), "{spent:?} in a second");
     expect(&[(&dropped, under("drop")), (&apps.join("a0"), under("drop"))]);
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
-    expect(&[(&apps.join(format!("a{}", made - 1)), under("drop"))]);
+    limit("unlimited");
+    await_member(&apps.join(format!("a{}", made - 1)), "drop");
+    assert!(daemon.wait_log("memory had run out", SETTLE));
+    let log = daemon.logs();
+    assert!(log.matches("out of memory, waiting").count() == 1, "{log}");
     assert!(daemon.stop().success());
     assert_eq!(residue(), "");
+}
+
+/// A command ends at once, and says why.
+#[test]
+fn a_command_without_memory() {
+    let Some(ground) = Ground::new("no-memory") else {
+        return;
+    };
+    let config = ground.dir.join("large.conf");
+    let rules: String = (0..2000).map(|i| format!("drop = /a{i}/.*\n")).collect();
+    write_private(&config, &format!("[rules]\n{rules}"));
+    let program = binary();
+    for kib in [800, 1000, 1500, 2000] {
+        let out = Command::new("sh")
+            .args([
+                "-c",
+                &format!("ulimit -v {kib}; exec \"$0\" -c \"$1\" show"),
+            ])
+            .args([program.as_os_str(), config.as_os_str()])
+            .output()
+            .expect("run sh");
+        let log = String::from_utf8_lossy(&out.stderr);
+        let told = out.status.code() == Some(1) && log.contains("error: out of memory");
+        // without memory for its own text no program begins
+        let killed = out.status.signal() == Some(libc::SIGSEGV) || out.status.code() == Some(126);
+        assert!(told || killed || out.status.success(), "{kib}: {out:?}");
+        if told {
+            return;
+        }
+    }
+    panic!("it always had memory");
 }
 
 /// Notifications that the kernel has dropped, over all netlink sockets of this namespace.
