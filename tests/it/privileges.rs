@@ -8,7 +8,8 @@ use nix::sys::signal::Signal;
 use crate::client::{expect, under};
 use crate::daemon::Daemon;
 use crate::ground::{chmod, Ground};
-use crate::kernel::{await_member, cgroup_id, residue, set_ids};
+use crate::kernel::{await_member, cgroup_id, residue, set_ids, SETTLE};
+use crate::wait_until;
 use crate::world::{Server, World};
 
 const PROXY: &str = "proxy mihomo";
@@ -59,6 +60,33 @@ fn root_keeps_net_admin_alone() {
         assert!(daemon.stop().success());
         assert_eq!(residue(), "");
     }
+}
+
+/// No file of /proc tells the securebits, so the call is looked at.
+#[test]
+fn securebits_are_locked() {
+    let Some(ground) = Ground::new("securebits") else {
+        return;
+    };
+    let trace = ground.dir.join("trace");
+    let by = ["strace", "-D", "-qq", "-e", "trace=prctl", "-o"];
+    let by = [&by[..], &[trace.to_str().expect("UTF-8")]].concat();
+    let mut daemon = Daemon::spawn_by(&ground, CONFIG, &by, &[], &[]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    assert!(daemon.stop().success());
+    let read = || std::fs::read_to_string(&trace).unwrap_or_default();
+    let traced = || read().contains("PR_SET_SECUREBITS");
+    assert!(wait_until(SETTLE, traced), "{}", read());
+    let trace = read();
+    let call = trace.lines().find(|l| l.contains("PR_SET_SECUREBITS"));
+    let call = call.expect("the call");
+    let bits = ["NOROOT", "NO_SETUID_FIXUP", "NO_CAP_AMBIENT_RAISE"];
+    for bit in bits.map(|b| format!("SECBIT_{b}|SECBIT_{b}_LOCKED")) {
+        assert!(call.contains(&bit), "{bit}: {call}");
+    }
+    assert!(call.contains("SECBIT_KEEP_CAPS_LOCKED"), "{call}");
+    assert!(!call.contains("SECBIT_KEEP_CAPS|"), "{call}");
+    assert!(call.ends_with("= 0"), "{call}");
 }
 
 /// Runs the program as user nobody with these ambient capabilities alone.
