@@ -297,6 +297,9 @@ impl Daemon {
         if removed > 0 {
             log!(Notice, "removed {removed} stale ip rules and routes");
         }
+        if !config.gateways.is_empty() {
+            self.kernel.forget_routes(&config);
+        }
         // what came meanwhile; not for ever, where events come faster than they can be taken
         for _ in 0..FULL_QUEUE {
             if !self.cgroups.drain()? {
@@ -603,6 +606,9 @@ impl Daemon {
         }
         self.table.done(Instant::now());
         self.trim_routing(&new);
+        if !(old.gateways.is_empty() && new.gateways.is_empty()) {
+            self.kernel.forget_routes(&new);
+        }
         log::configure(
             new.log_level.louder(self.options.verbose),
             self.options.syslog,

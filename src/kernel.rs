@@ -294,6 +294,18 @@ impl Kernel {
         Ok(deleted)
     }
 
+    /// Makes the kernel look for the routes of all flows anew, which any change of the ip rules does.
+    /// A flow that a flowtable forwards comes back to the table only by that.
+    pub fn forget_routes(&mut self, config: &Config) {
+        for family in Family::BOTH {
+            let rule = route::passing(config, family);
+            let added = self.route_request(&rule, true);
+            if let Err(errno) = added.and_then(|()| self.route_request(&rule, false)) {
+                log!(Debug, "unable to renew routes: {}", reason(errno));
+            }
+        }
+    }
+
     /// The rules and routes of one family that carry our protocol number; none for a family that
     /// the kernel does not have.
     pub fn routing(&mut self, family: Family) -> Result<BTreeSet<Entry>> {

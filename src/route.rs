@@ -92,6 +92,17 @@ pub fn wanted(config: &Config, family: Family) -> BTreeSet<Entry> {
     wanted
 }
 
+/// A rule that does nothing, whether it is there or not.
+pub fn passing(config: &Config, family: Family) -> Entry {
+    Entry::Rule(IpRule {
+        family,
+        priority: config.rule_priority,
+        iif: "lo".into(),
+        mark: Mark { value: 0, mask: 0 },
+        action: Action::Nop,
+    })
+}
+
 impl Entry {
     pub fn family(&self) -> Family {
         match self {

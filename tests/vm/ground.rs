@@ -19,10 +19,10 @@ use crate::netlink::Link;
 use crate::world::interface_index;
 use crate::{at, wait_until, PATIENCE};
 
-const HOST: [&str; 2] = ["192.0.2.1", "2001:db8:1::1"];
+pub const HOST: [&str; 2] = ["192.0.2.1", "2001:db8:1::1"];
 const GATE: [&str; 2] = ["192.0.2.2", "2001:db8:1::2"];
 const WORLD: [(&str, u8); 2] = [("203.0.113.0", 24), ("2001:db8:2::", 64)];
-const MAC: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
+pub const MAC: [[u8; 6]; 2] = [[2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]];
 
 /// A remote host of each family.
 pub const REMOTE4: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 7));
@@ -109,18 +109,34 @@ impl Ground {
 
     /// Runs `f` in the outside network namespace. Threads and sockets that it makes stay there.
     pub fn outside<T>(&self, f: impl FnOnce() -> T) -> T {
-        setns(&self.outside, CloneFlags::CLONE_NEWNET).expect("enter the outside");
-        let result = f();
-        setns(&self.inside, CloneFlags::CLONE_NEWNET).expect("return from the outside");
-        result
+        within(&self.outside, f)
     }
+
+    /// One more network namespace, empty.
+    pub fn another(&self) -> File {
+        let new = within(&self.inside, || {
+            unshare(CloneFlags::CLONE_NEWNET).expect("unshare a network");
+            namespace()
+        });
+        setns(&self.inside, CloneFlags::CLONE_NEWNET).expect("return");
+        new
+    }
+}
+
+/// Runs `f` in a network namespace. Threads and sockets that it makes stay there.
+pub fn within<T>(net: &File, f: impl FnOnce() -> T) -> T {
+    let home = namespace();
+    setns(net, CloneFlags::CLONE_NEWNET).expect("enter a namespace");
+    let result = f();
+    setns(&home, CloneFlags::CLONE_NEWNET).expect("return from a namespace");
+    result
 }
 
 fn namespace() -> File {
     File::open("/proc/thread-self/ns/net").expect("open the network namespace")
 }
 
-fn address(text: &str) -> IpAddr {
+pub fn address(text: &str) -> IpAddr {
     text.parse().expect("an address")
 }
 

@@ -19,6 +19,7 @@ use nix::unistd::Pid;
 mod client;
 mod ground;
 mod netlink;
+mod offload;
 #[allow(dead_code)]
 #[path = "../it/world.rs"]
 mod world;
@@ -87,7 +88,8 @@ fn main() {
         }
         _ => {
             let ground = Ground::new();
-            println!("\nVM PASS {}", lifecycle(&ground));
+            let figures = lifecycle(&ground);
+            println!("\nVM PASS {figures}, {}", offload::test(&ground));
         }
     }
     power_off();

@@ -12,6 +12,7 @@ use nix::sys::socket::SockProtocol;
 
 /// NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
 const NEW: u16 = 0x605;
+const NLM_F_EXCL: u16 = 0x200;
 /// NLM_F_REQUEST | NLM_F_DUMP
 const DUMP: u16 = 0x301;
 
@@ -126,6 +127,73 @@ impl Link {
         header.extend([0; 4]);
         self.request(RTM_NEWROUTE, NEW, &header, attributes);
     }
+}
+
+/// A table as fw4's, which offloads whatever TCP and UDP is forwarded between these interfaces:
+///
+/// ```text
+/// table inet fw4 {
+///     flowtable ft { hook ingress priority 0; devices = { ... }; }
+///     chain forward { type filter hook forward priority 0; policy accept; flow add @ft; }
+/// }
+/// ```
+/// Source: include/uapi/linux/netfilter/nf_tables.h.
+pub fn flowtable(interfaces: &[&str]) {
+    const TABLE: u16 = 0;
+    const CHAIN: u16 = 3;
+    const RULE: u16 = 6;
+    const FLOWTABLE: u16 = 22;
+    const INET: [u8; 4] = [1, 0, 0, 0];
+    // NFNL_SUBSYS_NFTABLES
+    const BOUND: [u8; 4] = [0, 0, 0, 10];
+    let mut nft = Socket::open(SockProtocol::NetlinkNetFilter, &[]).expect("open nfnetlink");
+    let mut batch = nft.batch();
+    let mut add = |kind: u16, header: [u8; 4], attributes: &dyn Fn(&mut Batch)| {
+        let open = batch.begin(kind, NEW & !NLM_F_EXCL);
+        batch.header(&header);
+        attributes(&mut batch);
+        batch.end(open);
+    };
+    // NFNL_MSG_BATCH_BEGIN
+    add(16, BOUND, &|_| {});
+    add(10 << 8 | TABLE, INET, &|b| b.str_z(1, "fw4"));
+    add(10 << 8 | FLOWTABLE, INET, &|b| {
+        b.str_z(1, "fw4"); // NFTA_FLOWTABLE_TABLE
+        b.str_z(2, "ft"); // NFTA_FLOWTABLE_NAME
+        let hook = b.nest(3); // NFTA_FLOWTABLE_HOOK
+        b.u32_be(1, 0); // NFTA_FLOWTABLE_HOOK_NUM: ingress
+        b.u32_be(2, 0); // NFTA_FLOWTABLE_HOOK_PRIORITY
+        let devices = b.nest(3); // NFTA_FLOWTABLE_HOOK_DEVS
+        interfaces.iter().for_each(|name| b.str_z(1, name)); // NFTA_DEVICE_NAME
+        b.end_nest(devices);
+        b.end_nest(hook);
+    });
+    add(10 << 8 | CHAIN, INET, &|b| {
+        b.str_z(1, "fw4"); // NFTA_CHAIN_TABLE
+        b.str_z(3, "forward"); // NFTA_CHAIN_NAME
+        let hook = b.nest(4); // NFTA_CHAIN_HOOK
+        b.u32_be(1, 2); // NFTA_HOOK_HOOKNUM: NF_INET_FORWARD
+        b.u32_be(2, 0); // NFTA_HOOK_PRIORITY
+        b.end_nest(hook);
+        b.str_z(7, "filter"); // NFTA_CHAIN_TYPE
+    });
+    add(10 << 8 | RULE, INET, &|b| {
+        b.str_z(1, "fw4"); // NFTA_RULE_TABLE
+        b.str_z(2, "forward"); // NFTA_RULE_CHAIN
+        let expressions = b.nest(4); // NFTA_RULE_EXPRESSIONS
+        let element = b.nest(1); // NFTA_LIST_ELEM
+        b.str_z(1, "flow_offload"); // NFTA_EXPR_NAME
+        let data = b.nest(2); // NFTA_EXPR_DATA
+        b.str_z(1, "ft"); // NFTA_FLOW_TABLE_NAME
+        b.end_nest(data);
+        b.end_nest(element);
+        b.end_nest(expressions);
+    });
+    // NFNL_MSG_BATCH_END
+    add(17, BOUND, &|_| {});
+    let last = batch.last_seq() - 1;
+    let answer = nft.transact(&batch, last).expect("send to nfnetlink");
+    assert_eq!(answer, Ok(()), "the flowtable");
 }
 
 /// Everything in the kernel that carries our names or numbers: `table NAME`, `rule …`, `route …`.

@@ -37,7 +37,7 @@ SUITES = {
 # crc32c_generic first: nf_conntrack's dependencies name it softly
 MODULES = '''crc32c_generic nf_tables nft_socket nft_tproxy nft_ct nft_fib_ipv4 nft_fib_ipv6 nft_fib_inet
     nft_chain_nat nft_nat nft_redir nft_reject_inet nft_limit nft_log nft_counter nf_conntrack
-    af_packet veth'''.split()
+    nft_flow_offload nf_flow_table_inet af_packet veth'''.split()
 LIMIT = 180  # seconds for a guest
 
 
