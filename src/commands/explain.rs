@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fmt::Write;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::Path;
+use std::path::{Component, Path};
 use std::process::ExitCode;
 
 use nix::errno::Errno;
@@ -16,13 +16,20 @@ use crate::error::{Error, Result};
 use crate::log::Escaped;
 use crate::policy::{self, Decision};
 
-/// `args` are paths of cgroups, or pids.
+/// `args` are paths of cgroups, or pids. What is wrong with one keeps no other from its answer.
 pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<ExitCode> {
-    for arg in args {
-        match by_pid {
-            true => check_pid(&arg.to_string_lossy())?,
-            false => of_path(arg, None).map(drop)?,
-        }
+    let mut args = args.to_vec();
+    let mut failed = Vec::new();
+    let all = args.len();
+    args.retain(|arg| {
+        let checked = match by_pid {
+            true => check_pid(arg),
+            false => of_path(arg, None).map(drop),
+        };
+        checked.map_err(|error| failed.push(error)).is_ok()
+    });
+    if failed.len() == all {
+        return Err(as_one(&failed));
     }
     let config = options.load(false)?.unwrap_or_else(|| {
         cli::tell_default();
@@ -30,8 +37,7 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
     });
     let root = mount::find(config.cgroup_root.as_deref());
     let mut text = String::new();
-    let mut failed = None;
-    for arg in args {
+    for arg in &args {
         let found = match by_pid {
             true => of_process(arg, &root),
             false => of_path(arg, root.as_ref().ok()).map(Some),
@@ -41,43 +47,56 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
                 let pid = by_pid.then(|| arg.to_string_lossy());
                 describe(&config, pid.as_deref(), path.as_deref(), &mut text);
             }
-            Err(error) => {
-                // the others are explained all the same
-                failed.get_or_insert(error);
-            }
+            Err(error) => failed.push(error),
         }
     }
     let done = super::print(&text)?;
-    failed.map_or(Ok(done), Err)
+    match failed.is_empty() {
+        true => Ok(done),
+        false => Err(as_one(&failed)),
+    }
 }
 
-fn check_pid(pid: &str) -> Result<()> {
-    match !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit()) {
+/// One error with the lines of all; that of wrong usage where any is.
+fn as_one(all: &[Error]) -> Error {
+    let lines = all.iter().map(Error::to_string).collect::<Vec<_>>();
+    match all.iter().any(|error| matches!(error, Error::Usage(_))) {
+        true => Error::Usage(lines),
+        false => Error::State(lines.join("\n")),
+    }
+}
+
+fn check_pid(pid: &OsString) -> Result<()> {
+    let bytes = pid.as_bytes();
+    match !bytes.is_empty() && bytes.iter().all(u8::is_ascii_digit) {
         true => Ok(()),
-        false => Err(cli::wrong(format!("not a pid: \"{pid}\""))),
+        false => Err(cli::wrong(format!("not a pid: \"{}\"", Escaped(bytes)))),
     }
 }
 
-/// The path from the cgroup root, as given or as the directory of the cgroup.
+/// The path from the cgroup root, as given or as the directory of the cgroup. Repeated slashes and
+/// `.` do not count; what `..` is meant to leave, the cgroup root or the mount, cannot be told.
 fn of_path(arg: &OsString, root: Option<&Root>) -> Result<Vec<u8>> {
-    let bytes = arg.as_bytes();
-    let below = root.and_then(|root| {
-        let dir = root.dir.as_os_str().as_bytes();
-        let rest = bytes.strip_prefix(dir)?;
-        (rest.is_empty() || rest.starts_with(b"/")).then_some(rest)
-    });
-    let parts: Vec<&[u8]> = (below.unwrap_or(bytes).split(|b| *b == b'/'))
-        .filter(|part| !part.is_empty())
-        .collect();
-    if !bytes.starts_with(b"/") || parts.iter().any(|part| [&b"."[..], b".."].contains(part)) {
-        let arg = arg.to_string_lossy();
-        let why = format!("not the path of a cgroup: \"{arg}\" (they begin with \"/\")");
-        return Err(cli::wrong(why));
+    let given = Path::new(arg);
+    let wrong = |why| {
+        let arg = Escaped(arg.as_bytes());
+        Err(cli::wrong(format!(
+            "not the path of a cgroup: \"{arg}\" ({why})"
+        )))
+    };
+    if !given.is_absolute() {
+        return wrong("they begin with \"/\"");
     }
-    Ok(parts
-        .iter()
-        .flat_map(|part| [b"/", *part].concat())
-        .collect())
+    let below = root.and_then(|root| given.strip_prefix(&root.dir).ok());
+    let mut path = Vec::new();
+    for part in below.unwrap_or(given).components() {
+        match part {
+            Component::Normal(name) => path.extend([b"/", name.as_bytes()].concat()),
+            Component::ParentDir => return wrong("\"..\" is not followed"),
+            _ => {}
+        }
+    }
+    Ok(path)
 }
 
 /// The path of a process's cgroup from the cgroup root; `None` where it is outside of that.
@@ -187,6 +206,8 @@ mod tests {
             Some(b"/sys/fs/cgroup/subway".to_vec())
         );
         assert_eq!(given("//a/b/"), Some(b"/a/b".to_vec()));
+        assert_eq!(given("/a/./b/."), Some(b"/a/b".to_vec()));
+        assert_eq!(given("/sys//fs/./cgroup/sub/a"), Some(b"/a".to_vec()));
         assert_eq!(given("/"), Some(Vec::new()));
         assert_eq!(given("a/b"), None);
         assert_eq!(given("/a/../b"), None);

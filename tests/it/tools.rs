@@ -117,6 +117,41 @@ fn explain_names_the_rule_and_the_ancestor() {
     assert_eq!(residue(), "", "explain touches nothing");
 }
 
+/// Each argument gets its answer, or an error line of its own that says what is wrong with it.
+#[test]
+fn explain_answers_each_argument() {
+    let Some(ground) = Ground::new("explain-each") else {
+        return;
+    };
+    let explain = |args: &[&str]| said(&ground, CONFIG, &[&["explain"], args].concat());
+    let whole = ground.at("/./services//aria2/.");
+    let whole = format!("/{}", whole.to_str().expect("a UTF-8 path"));
+    let same = explain(&["//services/./aria2/", &whole]);
+    assert_eq!((same.code, &*same.err), (Some(0), ""));
+    let block = "/services/aria2\n    target  mihomo\n";
+    assert_eq!(same.out.matches(block).count(), 2, "{}", same.out);
+
+    let said = explain(&["/a/../b", "/services/telemetry", "services/\x1b[0m", "/x"]);
+    assert_eq!(said.code, Some(2));
+    let heads: Vec<&str> = said.out.lines().filter(|l| l.starts_with('/')).collect();
+    assert_eq!(heads, ["/services/telemetry", "/x"]);
+    let wants = [
+        "error: not the path of a cgroup: \"/a/../b\" (\"..\" is not followed) (try cgtproxy --help)",
+        "error: not the path of a cgroup: \"services/\\x1b[0m\" (they begin with \"/\") (try cgtproxy --help)",
+    ];
+    assert_eq!(said.err.lines().collect::<Vec<_>>(), wants);
+
+    // processes that are gone are no wrong usage, one that is none is
+    let pids = explain(&["--pid", "4194304", "1", "4194305"]);
+    assert_eq!(pids.code, Some(1));
+    assert!(pids.out.starts_with("pid 1: "), "{}", pids.out);
+    assert_eq!(pids.err.matches("no such process\n").count(), 2);
+    let pids = explain(&["--pid", "4194304", "1", "one"]);
+    assert_eq!(pids.code, Some(2));
+    assert!(pids.out.starts_with("pid 1: "), "{}", pids.out);
+    assert_eq!(pids.err.lines().count(), 2, "{}", pids.err);
+}
+
 #[test]
 fn explain_finds_processes() {
     let Some(ground) = Ground::new("explain-pid") else {
