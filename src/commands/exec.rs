@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::SockProtocol;
-use nix::unistd::{initgroups, setgid, setuid, Uid, User};
+use nix::unistd::{initgroups, setgid, setgroups, setuid, Gid, Uid, User};
 
 use crate::cgroup::mount::{self, Root};
 use crate::cli::{self, Options};
@@ -102,21 +102,52 @@ pub fn exec(
     }))
 }
 
-/// A user by name or uid.
-fn find_user(name: &str) -> Result<User> {
-    let found = match name.parse() {
-        Ok(uid) => User::from_uid(Uid::from_raw(uid)),
-        Err(_) => User::from_name(name),
-    };
-    let refused = |errno| Error::system(format!("unable to look up user {name}"), errno);
-    let unknown = || Error::Usage(vec![format!("no such user: \"{name}\"")]);
-    found.map_err(refused)?.ok_or_else(unknown)
+/// Whom the command is run as.
+struct Identity {
+    /// Whose groups it gets; a uid that no user has comes without.
+    name: Option<String>,
+    uid: Uid,
+    gid: Gid,
 }
 
-fn become_user(user: &User) -> Result<()> {
-    let refused = |errno| Error::system(format!("unable to become user {}", user.name), errno);
-    let name = CString::new(user.name.as_bytes()).map_err(|_| refused(Errno::EINVAL))?;
-    initgroups(&name, user.gid).map_err(refused)?;
+/// A user by name or uid. A uid that no user has gets the gid of the same number and no other
+/// groups: anything but those of root.
+fn find_user(given: &str) -> Result<Identity> {
+    let uid = given.parse().ok();
+    let found = match uid {
+        Some(uid) => User::from_uid(Uid::from_raw(uid)),
+        None => User::from_name(given),
+    };
+    match (found, uid) {
+        (Ok(Some(user)), _) => Ok(Identity {
+            name: Some(user.name),
+            uid: user.uid,
+            gid: user.gid,
+        }),
+        // without /etc/passwd, nobody has it
+        (Ok(None) | Err(Errno::ENOENT), Some(uid)) => Ok(Identity {
+            name: None,
+            uid: Uid::from_raw(uid),
+            gid: Gid::from_raw(uid),
+        }),
+        (Ok(None), None) => Err(Error::Usage(vec![format!("no such user: \"{given}\"")])),
+        (Err(errno), _) => {
+            let what = format!("unable to look up user {given}");
+            Err(Error::system(what, errno))
+        }
+    }
+}
+
+fn become_user(user: &Identity) -> Result<()> {
+    let refused = |errno| Error::system(format!("unable to become user {}", user.uid), errno);
+    match &user.name {
+        Some(name) => {
+            let name = CString::new(name.as_bytes()).map_err(|_| refused(Errno::EINVAL))?;
+            initgroups(&name, user.gid)
+        }
+        None => setgroups(&[]),
+    }
+    .map_err(refused)?;
     setgid(user.gid).map_err(refused)?;
     setuid(user.uid).map_err(refused)
 }

@@ -760,6 +760,21 @@ fn exec_as_another_user() {
         );
         assert!(said.out.contains("/cgtproxy/drop/"), "{}", said.out);
     }
+    // a uid that no user has comes with the gid of that number and without the groups of root
+    let unnamed = daemon.ask(&["exec", "-u", "1234567", "drop", "sh", "-c", words]);
+    let want = "1234567\n1234567\n1234567\nCapEff:\t0000000000000000\n";
+    assert!(
+        unnamed.out.starts_with(want),
+        "{} {}",
+        unnamed.out,
+        unnamed.err
+    );
+    // -1 means "leave it" to setuid(2)
+    for odd in ["4294967295", "4294967296", "-1", ""] {
+        let said = daemon.ask(&["exec", "--user", odd, "drop", "id", "-u"]);
+        assert_ne!(said.code, Some(0), "{odd:?}");
+        assert_eq!((&*said.out, said.err.lines().count()), ("", 1), "{odd:?}");
+    }
     // a user who can do nothing more with the cgroups than before
     let daemon_group = daemon.ask(&[
         "exec",
