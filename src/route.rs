@@ -103,6 +103,19 @@ pub fn passing(config: &Config, family: Family) -> Entry {
     })
 }
 
+/// The priorities of the ip rules that the kernel should hold.
+pub fn priorities(config: &Config) -> Vec<u32> {
+    let mut all = Vec::new();
+    // of both families the same, and in this order
+    for entry in wanted(config, Family::V4) {
+        if let Entry::Rule(rule) = entry {
+            all.push(rule.priority);
+        }
+    }
+    all.dedup();
+    all
+}
+
 impl Entry {
     pub fn family(&self) -> Family {
         match self {

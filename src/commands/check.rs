@@ -21,7 +21,7 @@ use crate::netlink::uapi::*;
 use crate::nft::encode::Probe;
 use crate::nft::expr::{Expr, Family, L4};
 use crate::nft::ruleset::{Base, TABLE};
-use crate::route::Other;
+use crate::route::{self, Other};
 use crate::sys;
 
 /// What was found, as it is printed.
@@ -386,19 +386,30 @@ fn routing(config: &Config, findings: &mut Findings) {
     if let Err(error) = found {
         return findings.error(error.to_string());
     }
-    let in_the_way: BTreeSet<String> = others.iter().flat_map(|o| conflicts(config, o)).collect();
-    let (mask, table, priority) = (config.mask, config.route_table, config.rule_priority);
+    let priorities = route::priorities(config);
+    let conflicts = |other| conflicts(config, &priorities, other);
+    let in_the_way: BTreeSet<String> = others.iter().flat_map(conflicts).collect();
+    let (mask, table) = (config.mask, config.route_table);
     match in_the_way.is_empty() {
         true => findings.ok(format!(
-            "no ip rule or route of others uses mark bits {mask:#x}, table {table} or priority \
-             {priority}"
+            "no ip rule or route of others uses mark bits {mask:#x}, table {table} or priority {}",
+            list(&priorities)
         )),
         false => in_the_way.iter().for_each(|text| findings.warning(text)),
     }
 }
 
-/// What is in the way about one rule or route of others.
-fn conflicts(config: &Config, other: &Other) -> Vec<String> {
+/// The priorities of our rules, which stand one behind the other.
+fn list(priorities: &[u32]) -> String {
+    let first = priorities.first().copied().unwrap_or_default();
+    match priorities.len() {
+        0 | 1 => first.to_string(),
+        n => format!("{first} to {}", first + n as u32 - 1),
+    }
+}
+
+/// What is in the way about one rule or route of others; `priorities` are those of our rules.
+fn conflicts(config: &Config, priorities: &[u32], other: &Other) -> Vec<String> {
     let mut found = Vec::new();
     let (mask, table) = (config.mask, config.route_table);
     match other {
@@ -419,10 +430,10 @@ fn conflicts(config: &Config, other: &Other) -> Vec<String> {
                      fwmark-mask"
                 ));
             }
-            if *priority == config.rule_priority {
+            if priorities.contains(priority) {
                 found.push(format!(
-                    "rule-priority {priority} is used by others ({other}): set another \
-                     rule-priority"
+                    "rule-priority {} is used by others ({other}): set another rule-priority",
+                    list(priorities)
                 ));
             }
             if *theirs == table {
@@ -538,6 +549,7 @@ mod tests {
     #[test]
     fn conflicts_are_of_bits_priority_and_table() {
         let config = Config::default();
+        let priorities = [100, 101];
         let count = |priority, value, mask, table| {
             let mark = Mark { value, mask };
             let family = Family::V4;
@@ -547,7 +559,7 @@ mod tests {
                 mark,
                 table,
             };
-            conflicts(&config, &rule).len()
+            conflicts(&config, &priorities, &rule).len()
         };
         assert_eq!(count(32766, 0, 0, 254), 0);
         assert_eq!(count(5210, 0x8_0000, 0xff_0000, 52), 0);
@@ -555,13 +567,13 @@ mod tests {
         assert_eq!(count(5210, 0x0100_0001, u32::MAX, 52), 1);
         assert_eq!(count(5210, 0, 0x0100_0000, 52), 1);
         assert_eq!(count(100, 0, 0, 254), 1);
+        assert_eq!(count(101, 0, 0, 254), 1);
+        assert_eq!(count(102, 0, 0, 254), 0);
         assert_eq!(count(100, 0x0100_0000, 0xff00_0000, 300), 3);
         let protocol = 3;
         let family = Family::V6;
-        assert_eq!(
-            conflicts(&config, &Other::Route { family, protocol }).len(),
-            1
-        );
+        let route = Other::Route { family, protocol };
+        assert_eq!(conflicts(&config, &priorities, &route).len(), 1);
     }
 
     #[test]

@@ -1521,6 +1521,37 @@ fn check_finds_who_else_uses_our_numbers() {
     check(&ground, CONFIG, CLEAN).finds("ok", "no ip rule or route of others");
 }
 
+/// The priorities that are looked at are those that the configuration takes, and no others.
+#[test]
+fn check_finds_who_uses_the_priorities_behind_the_first() {
+    let Some(ground) = Ground::new("check-behind") else {
+        return;
+    };
+    let gateway =
+        |interface| format!("{CONFIG}[gateway lan]\ninterface = {interface}\ntarget = mihomo\n");
+    let (named, prefix) = (gateway("br-lan"), gateway("br-*"));
+    let clean = "table 300 or priority 100 to 102";
+    check(&ground, &prefix, CLEAN).finds("ok", clean);
+    for n in [1, 2] {
+        for family in ["-4", "-6"] {
+            let taken = format!("pref 10{n} from all lookup main\n");
+            ip_batch(&[family], &format!("rule add {taken}"));
+            let said = check(&ground, &prefix, CLEAN);
+            said.finds("warning", "rule-priority 100 to 102 is used by others");
+            let remedy = format!("rule pref 10{n} lookup 254): set another rule-priority");
+            said.finds("warning", &remedy);
+            for config in [CONFIG, &named] {
+                check(&ground, config, CLEAN).finds("ok", "table 300 or priority 100");
+                assert!(!check(&ground, config, CLEAN).out.contains("rule-priority"));
+            }
+            ip_batch(&[family], &format!("rule del {taken}"));
+        }
+    }
+    // our own are no others
+    let _daemon = Daemon::start(&ground, &prefix, &[]);
+    check(&ground, &prefix, CLEAN).finds("ok", clean);
+}
+
 #[test]
 fn check_finds_settings_that_break_tproxy() {
     let Some(ground) = Ground::new("check-sysctl") else {
