@@ -5,12 +5,13 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::mem::discriminant;
 
 use crate::config::Config;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs};
 use crate::netlink::uapi::*;
-use crate::nft::expr::{Family, Mark};
+use crate::nft::expr::{Family, Interface, Mark};
 
 /// `ip rule … pref PRIORITY iif IIF fwmark MARK/MASK lookup TABLE`
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -54,41 +55,62 @@ pub enum Entry {
 
 /// What the kernel should hold of one family.
 pub fn wanted(config: &Config, family: Family) -> BTreeSet<Entry> {
-    if config.tproxies.is_empty() {
-        return BTreeSet::new();
-    }
-    let table = config.route_table;
-    let rule = |offset, iif: &str, mark, action| {
-        Entry::Rule(IpRule {
-            family,
-            priority: config.rule_priority + offset,
-            iif: iif.into(),
-            mark,
-            action,
-        })
-    };
     let mark = |value| Mark {
         value,
         mask: config.mask,
     };
-    let mut wanted = BTreeSet::from([Entry::Route(Route { family, table })]);
-    let tproxies = config.tproxies.iter();
-    wanted.extend(tproxies.map(|t| rule(0, "lo", mark(t.mark), Action::Lookup(table))));
-    let interfaces = config.gateway_interfaces();
-    let routed = mark(config.gateway_mark());
-    if interfaces.iter().any(|interface| interface.prefix) {
+    let marks: Vec<Mark> = config.tproxies.iter().map(|t| mark(t.mark)).collect();
+    let gateway = Gateway {
+        mark: mark(config.gateway_mark()),
+        interfaces: config.gateway_interfaces(),
+    };
+    let (priority, table) = (config.rule_priority, config.route_table);
+    entries(family, priority, table, &marks, &gateway)
+}
+
+/// What is routed for others to a tproxy: its mark, and where it comes in.
+pub struct Gateway<'a> {
+    pub mark: Mark,
+    pub interfaces: Vec<&'a Interface>,
+}
+
+/// What the kernel should hold of one family for what this host sends with one of `marks`, and for
+/// what it routes: rules from `priority` on, and a route in `table`. Nothing without marks.
+pub fn entries(
+    family: Family,
+    priority: u32,
+    table: u32,
+    marks: &[Mark],
+    gateway: &Gateway,
+) -> BTreeSet<Entry> {
+    let mut wanted = BTreeSet::new();
+    if marks.is_empty() {
+        return wanted;
+    }
+    let mut rule = |offset, iif: &str, mark, action| {
+        wanted.insert(Entry::Rule(IpRule {
+            family,
+            priority: priority.saturating_add(offset),
+            iif: iif.into(),
+            mark,
+            action,
+        }));
+    };
+    let lookup = Action::Lookup(table);
+    (marks.iter()).for_each(|mark| rule(0, "lo", *mark, lookup));
+    if gateway.interfaces.iter().any(|interface| interface.prefix) {
         // A rule cannot name a prefix, so one rule takes every interface but lo. (The look-up of
         // the way back says `iif lo` and must not meet it, see `Config::gateway_mark`.)
-        let over = config.rule_priority + 2;
-        wanted.extend([
-            rule(0, "lo", routed, Action::Goto(over)),
-            rule(1, "", routed, Action::Lookup(table)),
-            rule(2, "", Mark { value: 0, mask: 0 }, Action::Nop),
-        ]);
+        let over = Action::Goto(priority.saturating_add(2));
+        rule(0, "lo", gateway.mark, over);
+        rule(1, "", gateway.mark, lookup);
+        rule(2, "", Mark { value: 0, mask: 0 }, Action::Nop);
     } else {
-        let lookup = Action::Lookup(table);
-        wanted.extend((interfaces.iter()).map(|i| rule(0, &i.name, routed, lookup)));
+        for interface in &gateway.interfaces {
+            rule(0, &interface.name, gateway.mark, lookup);
+        }
     }
+    wanted.insert(Entry::Route(Route { family, table }));
     wanted
 }
 
@@ -134,6 +156,23 @@ impl Entry {
 }
 
 impl IpRule {
+    /// The priority that the rules start at, of which this is one.
+    pub fn first_priority(&self) -> u32 {
+        let offset = match self.action {
+            Action::Nop => 2,
+            Action::Lookup(_) if self.iif.is_empty() => 1,
+            _ => 0,
+        };
+        self.priority.saturating_sub(offset)
+    }
+
+    /// Whether both do the same, whatever their priority and table.
+    pub fn is_like(&self, other: &IpRule) -> bool {
+        self.iif == other.iif
+            && self.mark == other.mark
+            && discriminant(&self.action) == discriminant(&other.action)
+    }
+
     fn encode(&self, batch: &mut Batch, add: bool) {
         let (kind, flags) = verb(add, RTM_NEWRULE, RTM_DELRULE);
         let open = batch.begin(kind, flags);

@@ -20,10 +20,10 @@ use crate::listen;
 use crate::log::Escaped;
 use crate::loops;
 use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
-use crate::nft::dump::{Counter, Target};
+use crate::nft::dump::{Counter, Gateway, Target, View};
 use crate::nft::expr::{Family, Mark, L4};
 use crate::nft::ruleset::TABLE;
-use crate::route::{Action, Entry, IpRule, Route};
+use crate::route::{self, Action, Entry, IpRule, Route};
 use crate::sys;
 
 /// Of the shape that `--json` prints; documented in cgtproxy(8).
@@ -95,11 +95,8 @@ impl Status {
         for family in Family::BOTH {
             let have = kernel.routing(family)?;
             let on = family == Family::V4 || kernel::ipv6_is_on();
-            let marks = targets
-                .iter()
-                .filter_map(|target| target.mark)
-                .filter(|_| on);
-            routing.extend(compare(config, family, marks, have));
+            let view = held.as_ref().map(|held| &held.view).filter(|_| on);
+            routing.extend(compare(config, family, view, have));
         }
         Ok(Status {
             daemon: instance::holder().map(|(pid, _)| pid),
@@ -121,6 +118,10 @@ impl Status {
 
     fn targets(&self) -> &[Target] {
         self.held.as_ref().map_or(&[], |held| &held.view.targets)
+    }
+
+    fn gateways(&self) -> &[Gateway] {
+        self.held.as_ref().map_or(&[], |held| &held.view.gateways)
     }
 
     fn cgroups(&self, target: &str) -> usize {
@@ -147,36 +148,41 @@ impl Status {
     fn text(&self, style: Style) -> String {
         let mut out = self.headline() + "\n";
         if self.held.is_some() {
-            let head = [
+            let titles = [
                 "TARGET", "MARK", "PORT", "LISTENS", "CGROUPS", "PACKETS", "BYTES", "REFUSED",
             ];
-            let rows = self.targets().iter().map(|target| {
-                let counter =
-                    |of: Option<Counter>, show: fn(Counter) -> String| or_dash(of.map(show));
-                let cgroups = self.cgroups(&target.name).to_string();
+            let mut rows = vec![head(&titles, 4)];
+            rows.extend(self.targets().iter().map(|target| {
+                let mark = target.mark.map(|mark| format!("{:#010x}", mark.value));
+                let [packets, bytes] = counted(target.taken);
+                let [refused, _] = counted(target.refused);
                 vec![
                     Cell::left(target.name.clone()),
-                    Cell::left(or_dash(
-                        target.mark.map(|mark| format!("{:#010x}", mark.value)),
-                    )),
+                    Cell::left(or_dash(mark)),
                     Cell::left(or_dash(target.port.map(|port| port.to_string()))),
                     self.listens_cell(&target.name),
-                    Cell::right(cgroups),
-                    Cell::right(counter(target.taken, |c| c.packets.to_string())),
-                    Cell::right(counter(target.taken, |c| bytes(c.bytes))),
-                    Cell::right(counter(target.refused, |c| c.packets.to_string())),
+                    Cell::right(self.cgroups(&target.name).to_string()),
+                    packets,
+                    bytes,
+                    refused,
                 ]
-            });
-            let head = head.iter().enumerate().map(|(i, title)| match i {
-                0..=3 => Cell::left(title.to_string()).bold(),
-                _ => Cell::right(title.to_string()).bold(),
-            });
+            }));
             out.push('\n');
-            table(
-                &mut out,
-                [head.collect()].into_iter().chain(rows).collect(),
-                style,
-            );
+            table(&mut out, rows, style);
+        }
+        if !self.gateways().is_empty() {
+            let mut rows = vec![head(&["GATEWAY", "TARGET", "PACKETS", "BYTES"], 2)];
+            rows.extend(self.gateways().iter().map(|gateway| {
+                let [packets, bytes] = counted(gateway.taken);
+                vec![
+                    Cell::left(gateway.name.clone()),
+                    Cell::left(gateway.target.clone()),
+                    packets,
+                    bytes,
+                ]
+            }));
+            out.push('\n');
+            table(&mut out, rows, style);
         }
         if !self.routing.is_empty() {
             let rows = self.routing.iter().map(|(entry, present)| {
@@ -233,6 +239,14 @@ impl Status {
                 ("refused", Json::or_null(target.refused.map(|c| c.packets))),
             ])
         });
+        let gateways = self.gateways().iter().map(|gateway| {
+            Json::Object(vec![
+                ("name", Json::text(&gateway.name)),
+                ("target", Json::text(&gateway.target)),
+                ("packets", Json::or_null(gateway.taken.map(|c| c.packets))),
+                ("bytes", Json::or_null(gateway.taken.map(|c| c.bytes))),
+            ])
+        });
         let routing = |rules: bool| {
             let wanted = move |entry: &Entry| matches!(entry, Entry::Rule(_)) == rules;
             let entries = self.routing.iter().filter(move |(entry, _)| wanted(entry));
@@ -259,6 +273,7 @@ impl Status {
             ("daemon", Json::or_null(self.daemon.map(|pid| pid as u32))),
             ("default", default.unwrap_or(Json::Null)),
             ("targets", Json::List(targets.collect())),
+            ("gateways", Json::List(gateways.collect())),
             ("rules", routing(true)),
             ("routes", routing(false)),
             (
@@ -269,13 +284,13 @@ impl Status {
     }
 }
 
-/// The rules and routes of one family: those that are there, and those that these marks need and
+/// The rules and routes of one family: those that are there, and those that the table needs and
 /// that are not. What is missing is shown with the numbers of those that are there, or else with
 /// the configuration's.
 fn compare(
     config: &Config,
     family: Family,
-    marks: impl Iterator<Item = Mark>,
+    view: Option<&View>,
     have: BTreeSet<Entry>,
 ) -> Vec<(Entry, bool)> {
     let rules = || {
@@ -285,7 +300,7 @@ fn compare(
         })
     };
     let like = rules().next();
-    let priority = like.map_or(config.rule_priority, |rule| rule.priority);
+    let priority = like.map_or(config.rule_priority, IpRule::first_priority);
     let mut tables: BTreeSet<u32> = rules()
         .filter_map(|rule| match rule.action {
             Action::Lookup(table) => Some(table),
@@ -294,15 +309,11 @@ fn compare(
         .collect();
     let table = tables.first().copied().unwrap_or(config.route_table);
     let mut missing = Vec::new();
-    for mark in marks {
-        if !rules().any(|rule| rule.iif == "lo" && rule.mark == mark) {
-            missing.push(Entry::Rule(IpRule {
-                family,
-                priority,
-                iif: "lo".into(),
-                mark,
-                action: Action::Lookup(table),
-            }));
+    let needed = |view| needed(view, family, priority, table);
+    for entry in view.map_or(BTreeSet::new(), needed) {
+        let like = |rule: &IpRule| matches!(&entry, Entry::Rule(wanted) if rule.is_like(wanted));
+        if matches!(entry, Entry::Rule(_)) && !rules().any(like) {
+            missing.push(entry);
             tables.insert(table);
         }
     }
@@ -315,6 +326,19 @@ fn compare(
     // rules before the routes that they lead to
     all.sort_by_key(|(entry, _)| matches!(entry, Entry::Route(_)));
     all
+}
+
+/// The rules and routes of one family that the table needs.
+fn needed(view: &View, family: Family, priority: u32, table: u32) -> BTreeSet<Entry> {
+    let marks: Vec<Mark> = view.targets.iter().filter_map(|t| t.mark).collect();
+    let gateway = route::Gateway {
+        mark: view.routed.unwrap_or(Mark { value: 0, mask: 0 }),
+        // without a mark for it, nothing that is routed goes to a tproxy
+        interfaces: (view.routed.iter())
+            .flat_map(|_| &view.interfaces)
+            .collect(),
+    };
+    route::entries(family, priority, table, &marks, &gateway)
 }
 
 /// Prints again every second until the reader goes away.
@@ -443,14 +467,7 @@ fn frame(
     if status.held.is_none() {
         return;
     }
-    let head = |titles: [&str; 4]| {
-        let cell = |(i, title): (usize, &&str)| match i {
-            0 => Cell::left(title.to_string()).bold(),
-            _ => Cell::right(title.to_string()).bold(),
-        };
-        titles.iter().enumerate().map(cell).collect::<Vec<_>>()
-    };
-    let mut rows = vec![head(["TARGET", "CGROUPS", "PACKETS/S", "BYTES/S"])];
+    let mut rows = vec![head(&["TARGET", "CGROUPS", "PACKETS/S", "BYTES/S"], 1)];
     rows.extend(status.targets().iter().map(|target| {
         let rate = rates.and_then(|rates| rates.targets.get(&target.name));
         vec![
@@ -472,7 +489,7 @@ fn frame(
         let _ = writeln!(out, "for each cgroup: set counters = cgroup in [global]");
         return;
     }
-    let mut rows = vec![head(["CGROUP", "TARGET", "PACKETS/S", "BYTES/S"])];
+    let mut rows = vec![head(&["CGROUP", "TARGET", "PACKETS/S", "BYTES/S"], 1)];
     for (id, (target, rate)) in rates.map(Totals::busiest).unwrap_or_default() {
         let path = match paths.get(&id) {
             Some(path) => Escaped(path).to_string(),
@@ -557,6 +574,23 @@ impl Cell {
     }
 }
 
+/// The titles of columns; the first `left` of them stand on the left.
+fn head(titles: &[&str], left: usize) -> Vec<Cell> {
+    let cell = |(i, title): (usize, &&str)| match i < left {
+        true => Cell::left(*title).bold(),
+        false => Cell::right(*title).bold(),
+    };
+    titles.iter().enumerate().map(cell).collect()
+}
+
+/// Packets and bytes.
+fn counted(counter: Option<Counter>) -> [Cell; 2] {
+    [
+        Cell::right(or_dash(counter.map(|c| c.packets.to_string()))),
+        Cell::right(or_dash(counter.map(|c| bytes(c.bytes)))),
+    ]
+}
+
 /// Writes rows in columns that are as wide as their widest cell.
 fn table(out: &mut String, rows: Vec<Vec<Cell>>, style: Style) {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
@@ -610,6 +644,7 @@ fn bytes(count: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nft::expr::Interface;
 
     #[test]
     fn iec_units() {
@@ -661,23 +696,76 @@ mod tests {
                 action: Action::Lookup(table),
             })
         };
+        let target = |n: u32| Target {
+            name: format!("t{n}"),
+            mark: Some(mark(n)),
+            port: None,
+            addresses: Vec::new(),
+            taken: None,
+            refused: None,
+        };
+        let interface = |name: &str, prefix| Interface {
+            name: name.into(),
+            prefix,
+        };
+        let view = |interfaces: Vec<Interface>| View {
+            targets: vec![target(1), target(2)],
+            steps: Vec::new(),
+            default: "direct".into(),
+            gateways: Vec::new(),
+            interfaces,
+            routed: Some(mark(0xff)),
+        };
         let config = Config::default();
-        let found = compare(
-            &config,
-            Family::V4,
-            [mark(1), mark(2)].into_iter(),
-            [rule(1, 500)].into(),
-        );
+        let find = |view: &View, have: &[Entry]| {
+            compare(
+                &config,
+                Family::V4,
+                Some(view),
+                have.iter().cloned().collect(),
+            )
+        };
         let route = Entry::Route(Route {
             family: Family::V4,
             table: 500,
         });
-        assert_eq!(
-            found,
-            [(rule(1, 500), true), (rule(2, 500), false), (route, false)]
-        );
-        let none = compare(&config, Family::V4, [].into_iter(), BTreeSet::new());
+        let found = find(&view(Vec::new()), &[rule(1, 500)]);
+        let both = [(rule(1, 500), true), (rule(2, 500), false)];
+        assert_eq!(found[..2], both);
+        assert_eq!(found[2..], [(route.clone(), false)]);
+        let none = compare(&config, Family::V4, None, BTreeSet::new());
         assert_eq!(none, []);
+        // those of a gateway, and with the number that the first would have
+        let text = |found: Vec<(Entry, bool)>| -> Vec<String> {
+            let missing = found.iter().filter(|(_, present)| !present);
+            missing.map(|(entry, _)| entry.to_string()).collect()
+        };
+        let have = [rule(1, 500), rule(2, 500), route];
+        let named = find(&view(vec![interface("br-lan", false)]), &have);
+        let want = "pref 77 iif br-lan fwmark 0xff000000/0xff000000 lookup 500 protocol 99";
+        assert_eq!(text(named), [want]);
+        let prefix = view(vec![interface("br-", true)]);
+        let wants = [
+            "pref 77 iif lo fwmark 0xff000000/0xff000000 goto 79 protocol 99",
+            "pref 78 fwmark 0xff000000/0xff000000 lookup 500 protocol 99",
+            "pref 79 nop protocol 99",
+        ];
+        assert_eq!(text(find(&prefix, &have)), wants);
+        let nop = Entry::Rule(IpRule {
+            family: Family::V4,
+            priority: 79,
+            iif: String::new(),
+            mark: Mark { value: 0, mask: 0 },
+            action: Action::Nop,
+        });
+        let missing = text(find(&prefix, &[nop]));
+        assert_eq!(
+            missing[2..4],
+            [
+                wants[0].replace("500", "300"),
+                wants[1].replace("500", "300")
+            ]
+        );
     }
 
     #[test]

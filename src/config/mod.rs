@@ -5,7 +5,7 @@ pub mod file;
 pub mod ini;
 pub mod pattern;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::path::{Path, PathBuf};
@@ -203,8 +203,8 @@ impl Config {
         !self.gateways.is_empty() && !self.tproxies.is_empty()
     }
 
-    /// The interfaces of all gateway sections.
-    pub fn gateway_interfaces(&self) -> BTreeSet<&Interface> {
+    /// The interfaces of all gateway sections, in file order.
+    pub fn gateway_interfaces(&self) -> Vec<&Interface> {
         let all = self.gateways.iter().flat_map(|gateway| &gateway.interfaces);
         all.collect()
     }

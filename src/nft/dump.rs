@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::encode::nfgenmsg;
-use super::expr::Mark;
+use super::expr::{Interface, Mark};
 use super::ruleset::{OUTPUT, TABLE};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
@@ -63,6 +63,12 @@ pub enum Expr {
         xor: u32,
     },
     SetPacketMark,
+    /// Loads the name of the interface that the packet came in by.
+    Iifname,
+    /// Compares what was loaded with these bytes.
+    Cmp {
+        data: Vec<u8>,
+    },
     Tproxy {
         port: Option<u32>,
     },
@@ -134,9 +140,14 @@ fn expr(bytes: &[u8]) -> Expr {
         "bitwise" => host(NFTA_BITWISE_MASK)
             .zip(host(NFTA_BITWISE_XOR))
             .map(|(mask, xor)| Expr::Bitwise { mask, xor }),
-        "meta" => (number(NFTA_META_KEY) == Some(NFT_META_MARK)
-            && number(NFTA_META_SREG).is_some())
-        .then_some(Expr::SetPacketMark),
+        "meta" => match (number(NFTA_META_KEY), number(NFTA_META_SREG)) {
+            (Some(NFT_META_MARK), Some(_)) => Some(Expr::SetPacketMark),
+            (Some(NFT_META_IIFNAME), None) => Some(Expr::Iifname),
+            _ => None,
+        },
+        "cmp" => value(NFTA_CMP_DATA).map(|data| Expr::Cmp {
+            data: data.to_vec(),
+        }),
         "tproxy" => Some(Expr::Tproxy {
             port: number(NFTA_TPROXY_REG_PORT),
         }),
@@ -234,6 +245,15 @@ pub struct Step {
     pub target: String,
 }
 
+/// A gateway section as the table has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gateway {
+    pub name: String,
+    pub target: String,
+    /// Packets that came to this section and were not left alone.
+    pub taken: Option<Counter>,
+}
+
 /// What the rules of our table amount to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
@@ -243,6 +263,12 @@ pub struct View {
     pub steps: Vec<Step>,
     /// The target of what no step takes.
     pub default: String,
+    /// In the order in which they are tried.
+    pub gateways: Vec<Gateway>,
+    /// Those of all gateways.
+    pub interfaces: Vec<Interface>,
+    /// What routed packets are marked with for a tproxy.
+    pub routed: Option<Mark>,
 }
 
 /// Reads the rules of the table, in the order of the dump.
@@ -277,15 +303,30 @@ pub fn view(rules: &[Rule]) -> View {
         targets: targets.collect(),
         steps: Vec::new(),
         default: "direct".into(),
+        gateways: Vec::new(),
+        interfaces: Vec::new(),
+        routed: (rules
+            .iter()
+            .filter(|rule| rule.chain.starts_with("forward_")))
+        .find_map(mark),
     };
+    for rule in of("gateways".into()) {
+        let Some(name) = goes_to(rule, "gw_") else {
+            continue;
+        };
+        view.interfaces.extend(interface(rule));
+        // a section has a rule for each interface and family
+        if view.gateways.iter().all(|gateway| gateway.name != name) {
+            let own = of(format!("gw_{name}"));
+            view.gateways.push(Gateway {
+                name: name.into(),
+                target: gateway_target(&own).into(),
+                taken: total(&own),
+            });
+        }
+    }
     for rule in of(OUTPUT.into()) {
-        let target = rule.exprs.iter().find_map(|expr| match expr {
-            Expr::Verdict {
-                chain: Some(chain), ..
-            } => chain.strip_prefix("to_"),
-            _ => None,
-        });
-        let Some(target) = target.map(str::to_string) else {
+        let Some(target) = goes_to(rule, "to_").map(str::to_string) else {
             continue;
         };
         match rule.exprs[..] {
@@ -310,6 +351,40 @@ impl View {
     pub fn verdict(&self, ids: &BTreeMap<u32, u64>, holds: impl Fn(&str, u64) -> bool) -> &str {
         let taken = |step: &&Step| ids.get(&step.level).is_some_and(|id| holds(&step.set, *id));
         (self.steps.iter().find(taken)).map_or(&self.default, |step| &step.target)
+    }
+}
+
+/// What stands behind `prefix` in the name of the chain that a rule leads to.
+fn goes_to<'a>(rule: &'a Rule, prefix: &str) -> Option<&'a str> {
+    rule.exprs.iter().find_map(|expr| match expr {
+        Expr::Verdict {
+            chain: Some(chain), ..
+        } => chain.strip_prefix(prefix),
+        _ => None,
+    })
+}
+
+/// The interface that a rule looks for. A name that is compared without its end is a prefix.
+fn interface(rule: &Rule) -> Option<Interface> {
+    match rule.exprs.get(..2)? {
+        [Expr::Iifname, Expr::Cmp { data }] => Some(Interface {
+            name: parse::str_z(data).into_owned(),
+            prefix: !data.contains(&0),
+        }),
+        _ => None,
+    }
+}
+
+/// The target of a gateway section, by the rules of its chain.
+fn gateway_target<'a>(rules: &[&'a Rule]) -> &'a str {
+    let drops = |rule: &&Rule| {
+        let drop = |expr: &Expr| matches!(expr, Expr::Verdict { code: NF_DROP, .. });
+        rule.exprs.iter().any(drop)
+    };
+    match rules.iter().find_map(|rule| goes_to(rule, "forward_")) {
+        Some(target) => target,
+        None if rules.iter().any(drops) => "drop",
+        None => "direct",
     }
 }
 
@@ -371,7 +446,9 @@ mod tests {
     use crate::config::{Config, Take, Target as ConfigTarget, Tproxy};
     use crate::netlink::parse::Messages;
     use crate::nft::encode::Transaction;
+    use crate::nft::expr::Range;
     use crate::nft::ruleset::{output_rules, Element as Pair, Table};
+    use std::collections::BTreeSet;
 
     fn config(default: ConfigTarget) -> Config {
         let tproxy = |name: &str, mark, port, address: Option<&str>| Tproxy {
@@ -397,6 +474,39 @@ mod tests {
             ],
             ..Config::default()
         }
+    }
+
+    /// Three sections, one of which has a rule for each family.
+    fn with_gateways() -> Config {
+        let mut config = config(ConfigTarget::Drop);
+        let gateway = |name: &str, interfaces: &[(&str, bool)], target| crate::config::Gateway {
+            name: name.into(),
+            interfaces: (interfaces.iter())
+                .map(|(name, prefix)| Interface {
+                    name: name.to_string(),
+                    prefix: *prefix,
+                })
+                .collect(),
+            sources4: vec![Range::prefix([192, 0, 2, 0].into(), 24)],
+            sources6: vec![Range::prefix([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0].into(), 32)],
+            macs: Vec::new(),
+            target,
+            place: crate::config::Place {
+                file: Default::default(),
+                line: 1,
+            },
+        };
+        let (lan, any) = (("br-lan", false), ("wlan", true));
+        config.gateways = vec![
+            gateway("one", &[lan], ConfigTarget::Direct),
+            gateway("two", &[lan, any], ConfigTarget::Tproxy(1)),
+            gateway(
+                "three",
+                &[("fifteen-letters", false), any],
+                ConfigTarget::Drop,
+            ),
+        ];
+        config
     }
 
     /// The rules as the kernel would hand them back: as they were sent.
@@ -465,8 +575,30 @@ mod tests {
     }
 
     #[test]
+    fn the_gateways_of_our_own_table() {
+        let config = with_gateways();
+        let view = view(&rules(&config, &[]));
+        let routed = Mark {
+            value: 0xff00_0000,
+            mask: 0xff00_0000,
+        };
+        assert_eq!(view.routed, Some(routed));
+        let section = |name: &str, target: &str| Gateway {
+            name: name.into(),
+            target: target.into(),
+            taken: Some(Counter::default()),
+        };
+        let sections = [("one", "direct"), ("two", "alpha"), ("three", "drop")];
+        let sections = sections.map(|(name, target)| section(name, target));
+        assert_eq!(view.gateways, sections);
+        let interfaces: BTreeSet<_> = view.interfaces.iter().collect();
+        let wants: BTreeSet<_> = config.gateway_interfaces().into_iter().collect();
+        assert_eq!((interfaces.len(), interfaces), (3, wants));
+    }
+
+    #[test]
     fn hostile_bytes_are_survived() {
-        let config = config(ConfigTarget::Drop);
+        let config = with_gateways();
         let mut transaction = Transaction::new(Batch::new(0));
         transaction.replace(&Table::new(&config), None);
         transaction.add_cgroups("cg_drop", [1, 2].into_iter());

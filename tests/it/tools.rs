@@ -14,8 +14,9 @@ use nix::poll::{poll, PollFd, PollFlags};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
-use crate::client::Client;
+use crate::client::{Client, Proto};
 use crate::daemon::{binary, run, run_with, write_private, Daemon};
+use crate::gateway::{Lan, PROXY};
 use crate::ground::{addr, ip_batch, sysctl, Ground, CGROUPS, REMOTE4};
 use crate::kernel::{await_member, cgroup_id, load, nft, residue, set_ids, SETTLE};
 use crate::world::{Server, World};
@@ -342,6 +343,145 @@ fn status_tells_missing_rules_and_routes() {
     assert_eq!(query(&json, all), "[True, True, True, True]");
 }
 
+/// The ip rules of gateways: by what the table routes, whatever the configuration has become.
+#[test]
+fn status_tells_missing_rules_of_gateways() {
+    let Some(ground) = Ground::new("status-gw") else {
+        return;
+    };
+    let routed = "fwmark 0xff000000/0xff000000";
+    for (interfaces, wants) in [
+        (
+            &["br-lan", "br-guest"][..],
+            [
+                format!("pref 77 iif br-lan {routed} lookup 4242"),
+                format!("pref 77 iif br-guest {routed} lookup 4242"),
+            ]
+            .to_vec(),
+        ),
+        (
+            &["br-lan", "br-*"],
+            [
+                format!("pref 77 iif lo {routed} goto 79"),
+                format!("pref 78 {routed} lookup 4242"),
+                "pref 79 nop".to_string(),
+            ]
+            .to_vec(),
+        ),
+    ] {
+        // both sections have the first interface
+        let section = |name: &str, rest: &str| {
+            let interface = interfaces[0];
+            format!("[gateway {name}]\ninterface = {interface}\n{rest}")
+        };
+        let config = format!(
+            "[global]\nroute-table = 4242\nrule-priority = 77\ncgroup-root = {}\n{CONFIG}{}{}",
+            ground.root.display(),
+            section("first", "source = 198.51.100.9\ntarget = direct\n"),
+            section(
+                "lan",
+                &format!("interface = {}\ntarget = mihomo\n", interfaces[1])
+            ),
+        );
+        let daemon = Daemon::start(&ground, &config, &[]);
+        let status = daemon.shown();
+        assert!(!status.contains("missing"), "{status}");
+        let present = 2 * (2 + wants.len());
+        assert_eq!(status.matches("present").count(), present, "{status}");
+        // or it would mend them
+        daemon.signal(Signal::SIGSTOP);
+        let without = config.split("[gateway").next().expect("the rest");
+        write_private(&daemon.config, without);
+        for (family, ip) in [("-4", "ip"), ("-6", "ip -6")] {
+            for want in &wants {
+                ip_batch(&[family], &format!("rule del {want}\n"));
+                let line = format!("missing  {ip} rule add {want} protocol 99\n");
+                let status = daemon.shown();
+                assert!(status.contains(&line), "no {line} in {status}");
+                assert_eq!(status.matches("missing").count(), 1, "{status}");
+                let json = daemon.ask(&["status", "--json"]).out;
+                let missing = "[(r['family'], r['text']) for r in d['rules'] if not r['present']]";
+                let version = family.replace('-', "ipv");
+                let found = format!("[('{version}', '{want} protocol 99')]");
+                assert_eq!(query(&json, missing), found);
+                // what it prints is what mends it
+                ip_batch(&[family], &format!("rule add {want} protocol 99\n"));
+                assert!(!daemon.shown().contains("missing"));
+            }
+        }
+        daemon.signal(Signal::SIGCONT);
+        daemon.stop();
+    }
+}
+
+/// Sections in the order in which they are tried, each with what its counter has seen.
+#[test]
+fn status_counts_by_gateway_section() {
+    let Some(ground) = Ground::new("status-gwcount") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let config = "[tproxy mihomo]\nport = 7893\n\
+        [gateway zoo]\ninterface = br-guest\ntarget = direct\n\
+        [gateway one]\ninterface = br-lan\nsource = 198.51.100.10\ntarget = drop\n\
+        [gateway all]\ninterface = br-lan\ninterface = br-guest\ntarget = mihomo\n";
+    let daemon = Daemon::start(&ground, config, &[]);
+    let to = addr(REMOTE4, 80);
+    assert_eq!(lan.ask(1, Proto::Udp, to), format!("{PROXY} {to}"));
+    assert_eq!(lan.ask(0, Proto::Udp, to), "nobody");
+    let counts = ["zoo", "one", "all"].map(|name| section_counter(&format!("gw_{name}")));
+    assert_eq!(counts[0].0, 0);
+    assert!(counts[1].0 > 0 && counts[2].0 > 0, "{counts:?}");
+    let status = daemon.shown();
+    let table = status.split("\n\n").nth(2).expect("a third paragraph");
+    let rows: Vec<Vec<&str>> = (table.lines())
+        .map(|line| {
+            line.split("  ")
+                .map(str::trim)
+                .filter(|c| !c.is_empty())
+                .collect()
+        })
+        .collect();
+    let targets = ["direct", "drop", "mihomo"];
+    assert_eq!(rows[0], ["GATEWAY", "TARGET", "PACKETS", "BYTES"]);
+    for (row, (name, (target, (packets, bytes)))) in
+        (rows[1..].iter()).zip(["zoo", "one", "all"].iter().zip(targets.iter().zip(counts)))
+    {
+        let (packets, bytes) = (packets.to_string(), format!("{bytes} B"));
+        assert_eq!(row[..], [*name, *target, &*packets, &*bytes], "{status}");
+    }
+    let json = daemon.ask(&["status", "--json"]).out;
+    let [zoo, one, all] = counts;
+    let want = format!(
+        "[('zoo', 'direct', {}, {}), ('one', 'drop', {}, {}), ('all', 'mihomo', {}, {})]",
+        zoo.0, zoo.1, one.0, one.1, all.0, all.1
+    );
+    assert_eq!(
+        query(&json, "[tuple(g.values()) for g in d['gateways']]"),
+        want
+    );
+    daemon.configure("[tproxy mihomo]\nport = 7893\n");
+    daemon.reload();
+    assert!(!daemon.shown().contains("GATEWAY"));
+}
+
+/// Packets and bytes of a chain's counter as nft lists it.
+fn section_counter(chain: &str) -> (u64, u64) {
+    let out = nft(&["list", "chain", "inet", "cgtproxy", chain], "").stdout;
+    let text = String::from_utf8_lossy(&out).into_owned();
+    let counter = text.split("counter packets ").nth(1).expect("a counter");
+    let mut words = counter.split_whitespace();
+    let mut number = |nth| {
+        words
+            .nth(nth)
+            .and_then(|w| w.parse().ok())
+            .expect("a number")
+    };
+    (number(0), number(1))
+}
+
 #[test]
 fn status_with_ten_thousand_cgroups_and_while_they_change() {
     let Some(ground) = Ground::new("status-10k") else {
@@ -402,11 +542,12 @@ fn json_has_the_documented_shape() {
     let Some(ground) = Ground::new("json") else {
         return;
     };
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let config = format!("{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = mihomo\n");
+    let daemon = Daemon::start(&ground, &config, &[]);
     let json = daemon.ask(&["status", "--json"]).out;
     assert_eq!(
         query(&json, "list(d)"),
-        "['version', 'in_force', 'daemon', 'default', 'targets', 'rules', 'routes', 'loops']"
+        "['version', 'in_force', 'daemon', 'default', 'targets', 'gateways', 'rules', 'routes', 'loops']"
     );
     assert_eq!(
         query(&json, "d['version'], d['in_force'], d['default']"),
@@ -420,12 +561,17 @@ fn json_has_the_documented_shape() {
         "['direct', 'drop', 'tproxy']"
     );
     assert_eq!(
+        query(&json, "list(d['gateways'][0])"),
+        "['name', 'target', 'packets', 'bytes']"
+    );
+    assert_eq!(
         query(&json, "list(d['rules'][0])"),
         "['family', 'text', 'present']"
     );
     // the manual page names each of them
     let page = fs::read_to_string("conf/man/cgtproxy.8").expect("read the manual page");
-    let names = "' '.join(list(d) + list(d['targets'][2]) + list(d['rules'][0]))";
+    let names =
+        "' '.join(list(d) + list(d['targets'][2]) + list(d['gateways'][0]) + list(d['rules'][0]))";
     for name in query(&json, names).split(' ') {
         assert!(
             page.contains(&format!("Cm {name}")),
