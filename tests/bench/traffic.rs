@@ -27,6 +27,11 @@ const PROXY_PORT: u16 = 7893;
 const CONFIG: &str = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /direct\n\
     mihomo = /proxied\nmihomo = /desktop/b/c/d\ndrop = /drop\n";
 
+/// With an element for a direct cgroup too: that of the above has the target of its parent, so it
+/// has none that could count it.
+const COUNTED: &str = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /proxied/b/c/d/direct\n\
+    mihomo = /proxied\n";
+
 /// (b): conntrack and nothing else.
 const CONNTRACK: &str = "table inet bench { chain output {
     type filter hook output priority mangle; policy accept;
@@ -154,6 +159,16 @@ pub fn packet_cost(report: &mut Report) {
     let (mut none, mut conntrack) = (Vec::new(), Vec::new());
     let mut ours = [const { Vec::new() }; 3];
     let mut theirs = [const { Vec::new() }; 3];
+    let counters = ["target", "cgroup"].map(|what| {
+        let root = ground.root.display();
+        format!("[global]\ncounters = {what}\ncgroup-root = {root}\n{COUNTED}")
+    });
+    let counted = [
+        ("direct", ground.cgroup("/proxied/b/c/d/direct")),
+        ("proxied", cgroups[2].clone()),
+    ];
+    // by what is counted, then by kind
+    let mut counting = [const { [const { Vec::new() }; 2] }; 2];
     for _ in 0..sized(9, 21) {
         go_on();
         none.push(flood(&cgroups[0]));
@@ -172,6 +187,13 @@ pub fn packet_cost(report: &mut Report) {
             .zip(&mut ours)
             .for_each(|(c, into)| into.push(flood(c)));
         drop(table);
+        for (config, into) in counters.iter().zip(&mut counting) {
+            let table = Table::ours(&ground, config);
+            for ((_, cgroup), into) in counted.iter().zip(into) {
+                into.push(flood(cgroup));
+            }
+            drop(table);
+        }
     }
     let base = median(&conntrack);
     report.alone("packet, no table (a)", median(&none), "ns", Target::None);
@@ -210,6 +232,14 @@ pub fn packet_cost(report: &mut Report) {
             reference,
             target,
         );
+    }
+    let [off, on] = &counting;
+    for ((kind, _), (off, on)) in counted.iter().zip(off.iter().zip(on)) {
+        let name = format!("packet, {kind}, counters = cgroup");
+        let reference = ("= target", median(off));
+        report.beside(&name, median(on), "ns", reference, Target::None);
+        let more: Vec<f64> = on.iter().zip(off).map(|(on, off)| on - off).collect();
+        report.alone(name + ", more", median(&more), "ns", Target::None);
     }
 }
 
