@@ -93,6 +93,20 @@ fn six_levels(ground: &Ground) -> String {
     text
 }
 
+/// (d): every packet goes to the proxy and none is classified. Less than that no program can do for
+/// a proxied one.
+const BARE: &str = "table inet bench {
+    chain output {
+        type route hook output priority mangle; policy accept;
+        oif lo accept
+        ct mark set 0x01000000 meta mark set 0x01000000
+    }
+    chain prerouting {
+        type filter hook prerouting priority mangle; policy accept;
+        iif lo meta mark 0x01000000 meta l4proto { tcp, udp } tproxy to :7893 accept
+    }
+}";
+
 /// A way to handle packets, in force until it is dropped.
 enum Table {
     Script,
@@ -156,7 +170,7 @@ pub fn packet_cost(report: &mut Report) {
     let reference = six_levels(&ground);
     let flood = |cgroup: &Path| flood(cgroup, addr(REMOTE4, 9));
 
-    let (mut none, mut conntrack) = (Vec::new(), Vec::new());
+    let (mut none, mut conntrack, mut bare) = (Vec::new(), Vec::new(), Vec::new());
     let mut ours = [const { Vec::new() }; 3];
     let mut theirs = [const { Vec::new() }; 3];
     let counters = ["target", "cgroup"].map(|what| {
@@ -174,6 +188,9 @@ pub fn packet_cost(report: &mut Report) {
         none.push(flood(&cgroups[0]));
         let table = Table::script(CONNTRACK);
         conntrack.push(flood(&cgroups[0]));
+        drop(table);
+        let table = Table::script(BARE);
+        bare.push(flood(&cgroups[2]));
         drop(table);
         let table = Table::script(&reference);
         cgroups
@@ -215,23 +232,26 @@ pub fn packet_cost(report: &mut Report) {
             Target::None,
         );
         // round by round, so that a busy moment takes part in both
-        let over = |samples: &[f64]| {
-            let each: Vec<f64> = samples.iter().zip(&conntrack).map(|(s, c)| s - c).collect();
+        let over = |samples: &[f64], base: &[f64]| {
+            let each: Vec<f64> = samples.iter().zip(base).map(|(s, c)| s - c).collect();
             median(&each)
         };
-        let target = match *kind {
-            // most of it is the way through lo to the proxy, which both tables take
-            "proxied" => Target::None,
-            _ => Target::RatioAtMost(0.6),
+        // most of a proxied packet's cost is the way through lo, which every table takes
+        let (base, name, target) = match *kind {
+            "proxied" => (&bare, "all proxied (d)", Target::None),
+            _ => (&conntrack, "(b)", Target::RatioAtMost(0.6)),
         };
-        let reference = ("six levels", over(theirs));
-        report.beside(
-            format!("packet, {kind}, over (b)"),
-            over(ours),
-            "ns",
-            reference,
-            target,
-        );
+        let reference = ("six levels", over(theirs, base));
+        let name = format!("packet, {kind}, over {name}");
+        report.beside(name, over(ours, base), "ns", reference, target);
+        if *kind == "proxied" {
+            let reference = ("all proxied (d)", over(&bare, &conntrack));
+            let name = format!("packet, {kind}, over (b)");
+            report.beside(name, over(ours, &conntrack), "ns", reference, Target::None);
+            let reference = ("six levels", over(theirs, &conntrack));
+            let name = "packet, all proxied (d), over (b)";
+            report.beside(name, over(&bare, &conntrack), "ns", reference, Target::None);
+        }
     }
     let [off, on] = &counting;
     for ((kind, _), (off, on)) in counted.iter().zip(off.iter().zip(on)) {
