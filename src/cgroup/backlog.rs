@@ -3,6 +3,7 @@
 //! matter. Pure.
 
 use std::collections::{HashMap, VecDeque};
+use std::mem::take;
 
 use crate::core::Event;
 
@@ -13,6 +14,8 @@ pub struct Backlog {
     queues: HashMap<i32, VecDeque<Event>>,
     turns: VecDeque<i32>,
     len: usize,
+    /// A small empty queue, for the one event that there mostly is.
+    spare: VecDeque<Event>,
 }
 
 impl Backlog {
@@ -34,7 +37,8 @@ impl Backlog {
             }
             _ => -1,
         };
-        let queue = self.queues.entry(wd).or_default();
+        let spare = &mut self.spare;
+        let queue = self.queues.entry(wd).or_insert_with(|| take(spare));
         if queue.is_empty() {
             self.turns.push_back(wd);
         }
@@ -47,9 +51,10 @@ impl Backlog {
         let wd = self.turns.pop_front()?;
         let queue = self.queues.get_mut(&wd)?;
         let event = queue.pop_front()?;
-        match queue.is_empty() {
-            true => drop(self.queues.remove(&wd)),
-            false => self.turns.push_back(wd),
+        if !queue.is_empty() {
+            self.turns.push_back(wd);
+        } else if let Some(empty) = self.queues.remove(&wd).filter(|q| q.capacity() <= 8) {
+            self.spare = empty;
         }
         self.len -= 1;
         Some(event)
