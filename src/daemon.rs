@@ -394,7 +394,8 @@ impl Daemon {
         let mut ready = Ready::default();
         let fd = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let (cgroups, lock) = (self.cgroups.watcher.fd(), instance.fd());
-        let mut fds = vec![fd(signals.as_fd())];
+        let mut fds = Vec::with_capacity(8);
+        fds.push(fd(signals.as_fd()));
         fds.extend(cgroups.map(fd));
         fds.extend(lock.map(fd));
         fds.extend(self.kernel.event_fds().map(fd));
