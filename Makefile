@@ -38,7 +38,9 @@ toolchain:
 # What the tests need beside Rust, gcc and make: commands and C libraries, by Debian and Alpine name.
 DEB_NEEDS = nftables iproute2 strace pkg-config libmnl-dev libnftnl-dev mandoc python3 bash
 APK_NEEDS = nftables iproute2 strace pkgconf libmnl-dev libnftnl-dev mandoc python3 bash util-linux
-HAVE_ALL  = command -v nft ip strace pkg-config mandoc python3 bash >/dev/null && pkg-config --exists libmnl libnftnl
+HAVE_ALL  = $(call have,nft ip strace pkg-config mandoc python3 bash) && pkg-config --exists libmnl libnftnl
+# whether all commands of a list are there: `command -v` looks for the first only, or for any
+have      = ( for c in $(1); do command -v $$c >/dev/null || exit 1; done )
 
 deps:
 	@PATH="$$PATH:/usr/sbin:/sbin"; if ! { $(HAVE_ALL); }; then \

@@ -100,6 +100,8 @@ deb: cross
 	  init/debian/control > $(STAGE)/DEBIAN/control
 	SOURCE_DATE_EPOCH=$(DATE) dpkg-deb --root-owner-group -Zxz --build $(STAGE) $(DEB)
 
-# Services under their init systems, and the packages: needs root, debootstrap and busybox.
-init-test: build deb
+# Services under their init systems, and the packages: needs root, and fetches Debian trees, once.
+init-test: build deps deb
+	$(call have,debootstrap busybox lintian) || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap busybox lintian; }
 	tests/init/run.sh

@@ -50,6 +50,8 @@ systemd() {
 }
 
 deb() {
+	lintian --fail-on error target/deb/*_"$(dpkg --print-architecture)".deb && echo "ok     lintian" ||
+		{ echo "FAILED lintian"; rc=1; }
 	for suite in bookworm trixie; do
 		echo "package on Debian $suite"
 		tree $suite nftables,iproute2,procps plain || { rc=1; continue; }

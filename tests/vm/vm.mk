@@ -27,8 +27,8 @@ vm-test-be: $(BE_KERNEL)
 	python3 tests/vm/run.py mips-6.1
 
 $(BE_KERNEL): tests/vm/mips-be.config
-	command -v mips-linux-gnu-gcc bc flex bison >/dev/null || \
-	  apt-get install -y -qq --no-install-recommends gcc-mips-linux-gnu bc flex bison libssl-dev
+	$(call have,mips-linux-gnu-gcc bc flex bison) || { apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends gcc-mips-linux-gnu bc flex bison libssl-dev; }
 	mkdir -p target/vm/mips-6.1/boot
 	cd target/vm/mips-6.1 && apt-get download -qq linux-source-6.1 && dpkg-deb -x linux-source-6.1*.deb . && \
 	  rm -f linux-source-6.1*.deb && tar -xf usr/src/linux-source-6.1.tar.xz && rm -r usr
