@@ -29,11 +29,6 @@ GUESTS = {
 TRIPLES = {'armv7': 'armv7-unknown-linux-musleabihf', 'riscv64': 'riscv64gc-unknown-linux-musl'}
 # guests whose kernel lacks what the program needs: it has to say so
 REFUSED = {'amd64-5.10'}
-SUITES = {
-    'bullseye': ['amd64'],
-    'bookworm': ['amd64', 'i386', 'armhf', 'mipsel'],
-    'trixie': ['amd64', 'arm64', 'riscv64'],
-}
 # crc32c_generic first: nf_conntrack's dependencies name it softly
 MODULES = '''crc32c_generic nf_tables nft_socket nft_tproxy nft_ct nft_fib_ipv4 nft_fib_ipv6 nft_fib_inet
     nft_chain_nat nft_nat nft_redir nft_reject_inet nft_limit nft_log nft_counter nf_conntrack
@@ -45,9 +40,9 @@ def run(*command, **more):
     return subprocess.run(command, check=True, **more)
 
 
-def apt(suite):
-    """An apt state of its own for `suite`, so that foreign architectures can be fetched."""
-    base = f'{CACHE}/apt-{suite}'
+def apt(suite, arch):
+    """An apt state of its own, so that foreign suites and architectures can be fetched."""
+    base = f'{CACHE}/apt-{suite}-{arch}'
     conf = f'{base}/apt.conf'
     env = dict(os.environ, APT_CONFIG=conf)
     if os.path.exists(f'{base}/done'):
@@ -64,12 +59,11 @@ def apt(suite):
     keyring = '/usr/share/keyrings/debian-archive-keyring.gpg'
     open(f'{base}/sources/debian.sources', 'w').write(
         f'Types: deb\nURIs: {mirror}\nSuites: {suite}\nComponents: main\nSigned-By: {keyring}\n')
-    arches = ''.join(f'"{a}";' for a in SUITES[suite])
     open(conf, 'w').write(
         f'Dir::State "{base}/state"; Dir::State::status "{base}/status"; Dir::Cache "{base}/cache";'
         f'Dir::Etc::sourcelist "{base}/none"; Dir::Etc::sourceparts "{base}/sources";'
-        f'Acquire::Languages "none"; APT::Architecture "{SUITES[suite][0]}";'
-        f'APT::Architectures {{{arches}}}; APT::Sandbox::User "{os.environ.get("USER", "root")}";\n')
+        f'Acquire::Languages "none"; Acquire::Retries "3"; APT::Architecture "{arch}";'
+        f'APT::Architectures {{"{arch}";}}; APT::Sandbox::User "{os.environ.get("USER", "root")}";\n')
     open(f'{base}/status', 'w').close()
     run('apt-get', 'update', '-qq', env=env)
     open(f'{base}/done', 'w').close()
@@ -90,7 +84,7 @@ def kernel(guest):
     suite, arch, flavour = GUESTS[guest][:3]
     root = f'{CACHE}/{guest}'
     if suite and not os.path.exists(f'{root}/done'):
-        env = apt(suite)
+        env = apt(suite, arch)
         meta = f'linux-image-{flavour}:{arch}'
         out = run('apt-cache', 'depends', meta, env=env, capture_output=True, text=True).stdout
         package = re.search(r'Depends: (linux-image-[0-9][^:\s]*)', out).group(1)
@@ -111,7 +105,7 @@ def qemu(machine):
             return [f'{d}/{name}'], None
     root = f'{CACHE}/qemu'
     if not os.path.exists(f'{root}/done'):
-        env = apt('bookworm')
+        env = apt('bookworm', 'amd64')
         wanted = [f'qemu-system-{p}' for p in ('x86', 'arm', 'mips', 'misc')]
         out = run('apt-get', 'install', '-s', '--no-install-recommends', *wanted,
                   env=env, capture_output=True, text=True).stdout
@@ -243,9 +237,13 @@ def main(arguments):
     os.makedirs(CACHE, exist_ok=True)
     failed = 0
     for guest in arguments:
-        kernel(guest)
         start = time.monotonic()
-        passed, text = boot(guest)
+        try:
+            kernel(guest), qemu(GUESTS[guest][4])
+            start = time.monotonic()
+            passed, text = boot(guest)
+        except subprocess.CalledProcessError as error:
+            passed, text = False, f'unable to fetch it: {error}'
         failed += not passed
         seconds = time.monotonic() - start
         print(f'{"ok    " if passed else "FAILED"} {guest:12} {seconds:5.1f} s  {text}', flush=True)
