@@ -13,8 +13,9 @@ SYSROOT  = $(shell rustc --print sysroot)
 # The standard library is compiled for size together with the program where its source is to be
 # had: that nearly halves the binary. No PIE: a static one relocates itself at start, which makes
 # memory dirty that could stay shared.
+# A panic ends the program, so that nothing is ever unwound: no tables for that.
 # The same bytes whoever builds, and wherever: no path of this machine.
-RELEASE_FLAGS = -C relocation-model=static $(RELATIVE:%=--remap-path-prefix=%)
+RELEASE_FLAGS = -C relocation-model=static -C force-unwind-tables=no $(RELATIVE:%=--remap-path-prefix=%)
 RELATIVE      = $(CURDIR)=cgtproxy $(SYSROOT)=rust $(or $(CARGO_HOME),$(HOME)/.cargo)=cargo
 FOR_SIZE      = -Z build-std=std,panic_abort -Z build-std-features=optimize_for_size
 BUILD_STD     = $(if $(wildcard $(SYSROOT)/lib/rustlib/src/rust/library/std),$(FOR_SIZE))

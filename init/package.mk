@@ -10,9 +10,10 @@ CROSS_ZIG    = armv7 arm mipsel mips riscv64
 ZIG_DIR      = target/zig
 ZIG_PACKAGES = cargo-zigbuild==0.24.0 ziglang==0.14.1
 MAX_KIB      = 800
-# MIPS code is bulky: there a panic, which should never be, ends the program without its text.
-SILENT_mips   = -Z unstable-options -C panic=immediate-abort
-SILENT_mipsel = $(SILENT_mips)
+# On MIPS the compiler describes each function to debuggers that are no more, and no linker drops it.
+STRIP_mips    = -R .pdr
+STRIP_mipsel  = $(STRIP_mips)
+OBJCOPY       = LD_LIBRARY_PATH=$(SYSROOT)/lib $(wildcard $(SYSROOT)/lib/rustlib/*/bin/rust-objcopy)
 
 .PHONY: cross cross-all cross-own cross-rustup cross-zig
 HOW = $(or $(if $(filter $(ARCH),$(CROSS_RUSTUP)),rustup),$(if $(filter $(ARCH),$(CROSS_ZIG)),zig),own)
@@ -31,9 +32,10 @@ cross-rustup: toolchain
 
 cross-zig: $(ZIG_DIR)/bin/cargo-zigbuild
 	@test -d $(SYSROOT)/lib/rustlib/src/rust/library/std || rustup component add rust-src
-	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(RELEASE_FLAGS) -C target-feature=+crt-static -C link-self-contained=no $(SILENT_$(ARCH))" \
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(RELEASE_FLAGS) -C target-feature=+crt-static -C link-self-contained=no" \
 	  PYTHONPATH=$(CURDIR)/$(ZIG_DIR) XDG_CACHE_HOME=$(CURDIR)/$(ZIG_DIR)/cache \
 	  $(ZIG_DIR)/bin/cargo-zigbuild zigbuild --release --locked --target $(TARGET) $(FOR_SIZE) $(EXTRA)
+	$(if $(STRIP_$(ARCH)),$(OBJCOPY) $(STRIP_$(ARCH)) $(BIN))
 
 $(ZIG_DIR)/bin/cargo-zigbuild:
 	python3 -m pip install --quiet --disable-pip-version-check --target $(ZIG_DIR) $(ZIG_PACKAGES)
