@@ -47,6 +47,12 @@ const FULL_QUEUE: usize = 600;
 /// Events that are handled before what they mean is committed.
 const TURN: usize = 32;
 
+/// Cgroups that are watched and listed before what that means is committed.
+const AT_ONCE: usize = 256;
+
+/// How often that is done before anything else has its turn.
+const ROUNDS: usize = 8;
+
 /// Events that may wait; the kernel keeps as many more.
 const MOST: usize = 16_384;
 
@@ -176,9 +182,10 @@ impl Cgroups {
         self.act(actions);
     }
 
-    /// Watches and lists what was found, which may find more; false when there was nothing.
+    /// Watches and lists some of what was found, which may find more; false when there was nothing.
     fn watch(&mut self) -> bool {
-        let found = std::mem::take(&mut self.found);
+        let later = self.found.split_off(self.found.len().min(AT_ONCE));
+        let found = std::mem::replace(&mut self.found, later);
         for found in &found {
             let event = self.watcher.watch(found);
             self.step(event);
@@ -225,7 +232,9 @@ impl Cgroups {
         let before = self.core.blind();
         self.look_again = None;
         self.step(Event::Retry);
-        while self.watch() {}
+        for _ in 0..ROUNDS {
+            self.watch();
+        }
         if self.look_again.is_some() && self.core.blind() < before {
             self.look_again = Some(Instant::now() + SOON);
         }
@@ -297,9 +306,7 @@ impl Daemon {
         if removed > 0 {
             log!(Notice, "removed {removed} stale ip rules and routes");
         }
-        if !config.gateways.is_empty() {
-            self.kernel.forget_routes(&config);
-        }
+        self.forget_routes();
         // what came meanwhile; not for ever, where events come faster than they can be taken
         for _ in 0..FULL_QUEUE {
             if !self.cgroups.drain()? {
@@ -429,7 +436,7 @@ impl Daemon {
 
     /// Until the next retry that is due; none at all where nothing is pending.
     fn timeout(&self) -> PollTimeout {
-        if !self.cgroups.backlog.is_empty() {
+        if !(self.cgroups.backlog.is_empty() && self.cgroups.found.is_empty()) {
             return PollTimeout::ZERO;
         }
         let due = [
@@ -481,10 +488,14 @@ impl Daemon {
         }
     }
 
-    /// Commits what is known, then watches what is new, and so on where that finds children.
+    /// Commits what is known, then watches what is new, and so on where that finds children; not
+    /// for ever, where a user makes them as fast as they are found.
     fn settle(&mut self) {
         self.commit();
-        while self.cgroups.watch() {
+        for _ in 0..ROUNDS {
+            if !self.cgroups.watch() {
+                return;
+            }
             self.commit();
         }
     }
@@ -511,12 +522,21 @@ impl Daemon {
         match self.replace() {
             Ok(()) => {
                 self.table.done(Instant::now());
+                self.forget_routes();
                 log!(Notice, "the table is in force again");
             }
             Err(error) => {
                 let pause = self.table.failed(Instant::now()).as_secs();
                 log!(Error, "{error}; trying again in {pause} s");
             }
+        }
+    }
+
+    /// What was forwarded without the table may be in a flowtable by now.
+    fn forget_routes(&mut self) {
+        let config = self.cgroups.core.config().clone();
+        if !config.gateways.is_empty() {
+            self.kernel.forget_routes(&config);
         }
     }
 

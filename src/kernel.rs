@@ -300,7 +300,9 @@ impl Kernel {
         for family in Family::BOTH {
             let rule = route::passing(config, family);
             let added = self.route_request(&rule, true);
-            if let Err(errno) = added.and_then(|()| self.route_request(&rule, false)) {
+            // whatever became of the first, so that it never stays
+            let deleted = self.route_request(&rule, false);
+            if let Err(errno) = added.and(deleted) {
                 log!(Debug, "unable to renew routes: {}", reason(errno));
             }
         }

@@ -363,6 +363,11 @@ impl Patient {
 
 /// Writes to standard error without allocating.
 fn tell(line: &str) {
+    // SAFETY: standard error is open as long as the program runs; a closed one is refused.
+    let stderr = unsafe { BorrowedFd::borrow_raw(2) };
+    if !writable_now(stderr) {
+        return;
+    }
     // SAFETY: reads the bytes of a live string. What is not written is lost.
     unsafe { libc::write(2, line.as_ptr().cast(), line.len()) };
 }
