@@ -247,7 +247,8 @@ impl Core {
         self.pairs.clear();
         let paths: Vec<Path> = self.tree.iter().map(|(path, _)| path.clone()).collect();
         for path in paths {
-            let (rank, element) = self.classify(&path);
+            let parent = tree::parent(&path).and_then(|parent| self.tree.get(parent));
+            let (rank, element) = self.classify(parent.map(|node| node.rank), &path);
             if let Some(node) = self.tree.get_mut(&path) {
                 (node.rank, node.element) = (rank, element);
             }
@@ -305,17 +306,19 @@ impl Core {
 
     fn found(&mut self, found: Found, actions: &mut Vec<Action>) {
         let Found { path, id } = found.clone();
-        if tree::parent(&path).is_some_and(|parent| self.tree.get(parent).is_none()) {
+        let parent = match tree::parent(&path).map(|parent| self.tree.get(parent)) {
+            None => None,
+            Some(Some(parent)) => Some(parent.rank),
             // the parent went while its child was being looked at
-            return;
-        }
+            Some(None) => return,
+        };
         let known = self.tree.get(&path).map(|node| node.id);
         if known != Some(id) {
             if known.is_some() {
                 // another cgroup of the same name
                 self.gone(&path, actions);
             }
-            let (rank, element) = self.classify(&path);
+            let (rank, element) = self.classify(parent, &path);
             let node = Node {
                 id,
                 wd: None,
@@ -344,7 +347,7 @@ impl Core {
         children: Vec<Box<[u8]>>,
         actions: &mut Vec<Action>,
     ) {
-        let Some(node) = self.tree.get(&path).copied().filter(|node| node.id == id) else {
+        let Some(before) = self.tree.watch(&path, id, wd) else {
             // it went while it was being listed
             actions.extend(wd.map(Action::Unwatch));
             return;
@@ -355,9 +358,8 @@ impl Core {
             }
             Some(errno) => self.set_blind(&path, errno, actions),
         }
-        if node.wd != wd {
-            actions.extend(node.wd.map(Action::Unwatch));
-            self.tree.watch(&path, wd);
+        if before != wd {
+            actions.extend(before.map(Action::Unwatch));
         }
         let missing = self.missing(&path, &children);
         missing.iter().for_each(|child| self.gone(child, actions));
@@ -422,16 +424,16 @@ impl Core {
         }
     }
 
-    /// Rank and element of a path whose parent is in the tree.
-    fn classify(&self, path: &[u8]) -> (policy::Rank, Option<Target>) {
+    /// Rank and element of a path, by the rank of its parent; only the root has none.
+    fn classify(
+        &self,
+        parent: Option<policy::Rank>,
+        path: &[u8],
+    ) -> (policy::Rank, Option<Target>) {
         let config = &self.config;
-        let Some(parent) = tree::parent(path) else {
+        let Some(parent) = parent else {
             return (policy::root_rank(config), None);
         };
-        let parent = self
-            .tree
-            .get(parent)
-            .map_or(policy::root_rank(config), |node| node.rank);
         let rank = policy::rank(config, parent, path);
         let target = policy::target(config, rank);
         let differs = target != policy::target(config, parent);

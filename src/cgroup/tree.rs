@@ -60,17 +60,16 @@ impl Tree {
         self.nodes.insert(path, node);
     }
 
-    /// Notes the watch of a node, or that there is none.
-    pub fn watch(&mut self, path: &Path, wd: Option<i32>) {
-        let Some(node) = self.nodes.get_mut(path) else {
-            return;
-        };
-        if let Some(old) = std::mem::replace(&mut node.wd, wd) {
-            self.forget(path, old);
+    /// Notes the watch of a node, or that there is none, and returns the one it had. `None` where
+    /// the path is not known, or stands for a cgroup of another id.
+    pub fn watch(&mut self, path: &Path, id: u64, wd: Option<i32>) -> Option<Option<i32>> {
+        let node = self.nodes.get_mut(path).filter(|node| node.id == id)?;
+        let before = std::mem::replace(&mut node.wd, wd);
+        if before != wd {
+            before.into_iter().for_each(|wd| self.forget(path, wd));
+            self.watches.extend(wd.map(|wd| (wd, path.clone())));
         }
-        if let Some(wd) = wd {
-            self.watches.insert(wd, path.clone());
-        }
+        Some(before)
     }
 
     /// Forgets a watch that is gone; its node stays.
@@ -105,11 +104,11 @@ impl Tree {
 
     /// The nodes below `path`, without itself.
     pub fn below<'a>(&'a self, path: &[u8]) -> impl Iterator<Item = (&'a Path, &'a Node)> {
-        // everything that begins with "path/" and nothing else: '0' follows '/'
+        // they stand together, but not next to `path`: '-' comes before '/'
         let first = [path, b"/"].concat();
-        let end = [path, b"0"].concat();
-        let range = (Bound::Included(&first[..]), Bound::Excluded(&end[..]));
-        self.nodes.range::<[u8], _>(range)
+        let from = (Bound::Included(&first[..]), Bound::Unbounded);
+        let from = self.nodes.range::<[u8], _>(from);
+        from.take_while(move |(below, _)| below.starts_with(&first))
     }
 }
 
