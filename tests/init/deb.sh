@@ -1,29 +1,7 @@
 #!/bin/sh
 # Runs inside a Debian tree (see run.sh): the package is installed, the program runs from the
 # configuration that it brought, and a purge leaves nothing.
-set -u
-failed=0
-check() {
-	what=$1
-	shift
-	if "$@" >/run/check.log 2>&1; then
-		echo "ok     $what"
-	else
-		echo "FAILED $what"
-		sed 's/^/       /' /run/check.log
-		failed=1
-	fi
-}
-fails() { ! "$@"; }
-within() {
-	n=$(($1 * 20))
-	shift
-	until "$@" >/dev/null 2>&1; do
-		n=$((n - 1))
-		[ $n -gt 0 ] || return 1
-		sleep 0.05
-	done
-}
+. /root/lib.sh
 start() {
 	/usr/sbin/cgtproxy -p /run/cgtproxy.pid >/run/log 2>&1 &
 	within 20 [ -s /run/cgtproxy.pid ] || { cat /run/log; return 1; }

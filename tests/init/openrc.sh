@@ -2,37 +2,15 @@
 # Runs inside a tree with OpenRC and busybox ash (see run.sh): the service from start to stop, with
 # another service whose traffic it decides on. A service is asked through one fifo, and answers with
 # the result of sending a datagram through another: `sent`, or `denied` where it is dropped.
-set -u
-failed=0
+. /root/lib.sh
 CONF=/etc/cgtproxy/cgtproxy.conf
 
-check() { # DESCRIPTION COMMAND...
-	what=$1
-	shift
-	if "$@" >/run/check.log 2>&1; then
-		echo "ok     $what"
-	else
-		echo "FAILED $what"
-		sed 's/^/       /' /run/check.log
-		failed=1
-	fi
-}
-fails() { ! "$@"; }
 exits() { want=$1; shift; "$@"; rc=$?; echo "exit status $rc"; [ $rc -eq "$want" ]; }
 asks() { # SERVICE ANSWER
 	echo >"/run/$1.ask"
 	read -r answer <"/run/$1.answer"
 	echo "$1: $answer"
 	[ "$answer" = "$2" ]
-}
-within() { # SECONDS COMMAND...: for what nothing announces
-	n=$(($1 * 20))
-	shift
-	until "$@" >/dev/null 2>&1; do
-		n=$((n - 1))
-		[ $n -gt 0 ] || return 1
-		sleep 0.05
-	done
 }
 # this busybox prefers its own applets, which know less
 ip() { /sbin/ip "$@"; }

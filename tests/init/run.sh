@@ -23,13 +23,18 @@ tree() { # SUITE PACKAGES: a fresh copy of a cached tree
 	cp -a "$base" "$trees/run"
 }
 
+inside() { # SCRIPT: puts it into the tree, as what container.sh is to run
+	cp "$here/$1" $trees/run/root/test.sh
+	cp $here/lib.sh $trees/run/root/
+}
+
 openrc() {
 	for suite in bookworm trixie; do
 		echo "OpenRC of Debian $suite"
 		tree $suite openrc,procps,busybox-static,nftables,iproute2 openrc || { rc=1; continue; }
 		ln -sf busybox $trees/run/bin/sh
 		make -s install DESTDIR=$trees/run INIT=openrc || rc=1
-		cp $here/openrc.sh $trees/run/root/test.sh
+		inside openrc.sh
 		$here/container.sh $trees/run /root/test.sh || rc=1
 	done
 }
@@ -44,7 +49,7 @@ systemd() {
 	$here/systemd.sh "$program" || rc=1
 	tree trixie systemd-sysv,dbus,nftables,iproute2,procps systemd || { rc=1; return; }
 	cp target/deb/*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
-	cp $here/systemd-inside.sh $trees/run/root/test.sh
+	inside systemd-inside.sh
 	timeout 120 $here/container.sh $trees/run /root/test.sh || rc=1
 	cat $trees/run/root/result || { echo "FAILED systemd did not boot"; rc=1; }
 }
@@ -56,7 +61,7 @@ deb() {
 		echo "package on Debian $suite"
 		tree $suite nftables,iproute2,procps plain || { rc=1; continue; }
 		cp target/deb/*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
-		cp $here/deb.sh $trees/run/root/test.sh
+		inside deb.sh
 		$here/container.sh $trees/run /root/test.sh || rc=1
 	done
 }

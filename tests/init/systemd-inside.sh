@@ -20,28 +20,7 @@ if [ "${1:-}" != test ]; then
 	exec /lib/systemd/systemd --log-target=null --show-status=no
 fi
 
-failed=0
-check() {
-	what=$1
-	shift
-	if "$@" >/run/check.log 2>&1; then
-		echo "ok     $what"
-	else
-		echo "FAILED $what"
-		sed 's/^/       /' /run/check.log
-		failed=1
-	fi
-}
-fails() { ! "$@"; }
-within() {
-	n=$(($1 * 20))
-	shift
-	until "$@" >/dev/null 2>&1; do
-		n=$((n - 1))
-		[ $n -gt 0 ] || return 1
-		sleep 0.05
-	done
-}
+. /root/lib.sh
 pid() { systemctl show -P MainPID cgtproxy; }
 respawned() { new=$(pid) && [ "$new" != 0 ] && [ "$new" != "$old" ] && systemctl --quiet is-active cgtproxy; }
 asks() { # SLICE WANT: sends a datagram from a new unit in that slice
