@@ -13,7 +13,8 @@ import glob, gzip, lzma, os, re, stat, subprocess, sys, time
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), '../..'))
 CACHE = os.path.join(ROOT, 'target/vm')
 
-# guest: Debian suite, architecture and kernel flavour; Rust target; qemu and its machine
+# guest: Debian suites (the first whose index the mirror has whole), architecture and kernel flavour;
+# Rust target; qemu and its machine
 X86, MALTA = '-cpu max', '-M malta -cpu 24Kc'
 GUESTS = {
     'amd64-6.1': ('bookworm', 'amd64', 'amd64', 'x86_64', 'x86_64', X86),
@@ -22,7 +23,7 @@ GUESTS = {
     'arm64-6.12': ('trixie', 'arm64', 'arm64', 'aarch64', 'aarch64', '-M virt -cpu cortex-a53'),
     'armhf-6.1': ('bookworm', 'armhf', 'armmp', 'armv7', 'arm', '-M virt,highmem=off -cpu cortex-a15'),
     'mipsel-6.1': ('bookworm', 'mipsel', '4kc-malta', 'mipsel', 'mipsel', MALTA),
-    'riscv64-6.12': ('trixie', 'riscv64', 'riscv64', 'riscv64', 'riscv64', '-M virt'),
+    'riscv64-6.12': ('trixie trixie-backports forky', 'riscv64', 'riscv64', 'riscv64', 'riscv64', '-M virt'),
     'mips-6.1': (None, 'mips', None, 'mips', 'mips', MALTA),
     'amd64-5.10': ('bullseye', 'amd64', 'amd64', 'x86_64', 'x86_64', X86),
 }
@@ -70,6 +71,16 @@ def apt(suite, arch):
     return env
 
 
+def first_apt(suites, arch):
+    """Mirrors have suites whose index is not the one that was signed, some for days."""
+    for suite in suites[:-1]:
+        try:
+            return apt(suite, arch)
+        except subprocess.CalledProcessError:
+            pass
+    return apt(suites[-1], arch)
+
+
 def unpack(env, packages, into):
     """Fetches packages and unpacks them below the directory `into`."""
     os.makedirs(into, exist_ok=True)
@@ -79,18 +90,24 @@ def unpack(env, packages, into):
         os.remove(deb)
 
 
+def depends(env, package, kinds):
+    """The kernel packages of these kinds that a package depends on."""
+    out = run('apt-cache', 'depends', package, env=env, capture_output=True, text=True).stdout
+    return re.findall(rf' Depends: (linux-(?:{kinds})-[0-9][^:\s]*)', out)
+
+
 def kernel(guest):
     """Paths of the kernel image and of its module tree (None where all is built in)."""
-    suite, arch, flavour = GUESTS[guest][:3]
+    suites, arch, flavour = GUESTS[guest][:3]
     root = f'{CACHE}/{guest}'
-    if suite and not os.path.exists(f'{root}/done'):
-        env = apt(suite, arch)
-        meta = f'linux-image-{flavour}:{arch}'
-        out = run('apt-cache', 'depends', meta, env=env, capture_output=True, text=True).stdout
-        package = re.search(r'Depends: (linux-image-[0-9][^:\s]*)', out).group(1)
-        unpack(env, [f'{package}:{arch}'], root)
+    if suites and not os.path.exists(f'{root}/done'):
+        env = first_apt(suites.split(), arch)
+        image = depends(env, f'linux-image-{flavour}:{arch}', 'image')
+        # since forky the image and its modules are packages of their own
+        parts = depends(env, f'{image[0]}:{arch}', 'binary|modules')
+        unpack(env, [f'{package}:{arch}' for package in image + parts], root)
         open(f'{root}/done', 'w').close()
-    images = glob.glob(f'{root}/boot/vmlinu[xz]*')
+    images = glob.glob(f'{root}/boot/vmlinu[xz]*') + glob.glob(f'{root}/usr/lib/modules/*/vmlinuz')
     if not images:
         sys.exit(f'{guest}: no kernel in {root}: run make vm-test-be')
     modules = glob.glob(f'{root}/lib/modules/*') + glob.glob(f'{root}/usr/lib/modules/*')
