@@ -7,6 +7,9 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sched::{sched_getaffinity, sched_setaffinity, CpuSet};
+use nix::unistd::Pid;
+
 use crate::daemon::Daemon;
 use crate::floor::{schedstat, Floor, Listener, NFT_MSG_DELSETELEM, NFT_MSG_NEWSETELEM};
 use crate::ground::Ground;
@@ -59,7 +62,30 @@ fn sample(dir: &Path, number: usize, listener: &mut Listener) -> f64 {
     took
 }
 
+/// Keeps this thread, and what it starts, on one processor. Left alone they meet on one or two by
+/// the scheduler's whim, and the way between two takes as long as all that is measured.
+struct Pinned(CpuSet);
+
+impl Pinned {
+    fn new() -> Pinned {
+        let this = Pid::from_raw(0);
+        let before = sched_getaffinity(this).expect("the processors of this thread");
+        let mut one = CpuSet::new();
+        let cpu = (0..CpuSet::count()).find(|cpu| before.is_set(*cpu) == Ok(true));
+        one.set(cpu.expect("a processor")).expect("its number");
+        sched_setaffinity(this, &one).expect("one processor");
+        Pinned(before)
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let _ = sched_setaffinity(Pid::from_raw(0), &self.0);
+    }
+}
+
 pub fn latency(report: &mut Report) {
+    let _pinned = Pinned::new();
     // one more, that stays small: the machine's pace changes while the other grows
     let small = ground();
     let small_daemon = Daemon::start(&small, &config(&small), &[]);
