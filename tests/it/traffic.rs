@@ -584,7 +584,7 @@ fn close_early(cgroup: &Path, times: u32) {
         let client = Client::tcp(cgroup, addr(ip, STREAM_PORT)).close_early(times);
         assert_eq!(client.run(), Outcome::Answer(String::new()));
     }
-    // Data on its way meets the closed sockets.
+    // Data on its way meets the closed sockets; that no more comes is announced by nothing.
     std::thread::sleep(Duration::from_millis(100));
 }
 
@@ -831,6 +831,7 @@ fn flow_over_reload(old: &str, new: &str, patience: Duration) -> Option<String> 
     let log = daemon.reload();
     assert!(!log.contains("error"), "{log}");
     world.wire.packets();
+    // silence is what is looked for, which nothing announces: 60 of the server's intervals
     std::thread::sleep(Duration::from_millis(300));
     let sent = world.wire.to_remote();
     // A flow that is cut falls silent or is reset by now; then the others end.

@@ -23,7 +23,7 @@ GUESTS = {
     'arm64-6.12': ('trixie', 'arm64', 'arm64', 'aarch64', 'aarch64', '-M virt -cpu cortex-a53'),
     'armhf-6.1': ('bookworm', 'armhf', 'armmp', 'armv7', 'arm', '-M virt,highmem=off -cpu cortex-a15'),
     'mipsel-6.1': ('bookworm', 'mipsel', '4kc-malta', 'mipsel', 'mipsel', MALTA),
-    'riscv64-6.12': ('trixie trixie-backports forky', 'riscv64', 'riscv64', 'riscv64', 'riscv64', '-M virt'),
+    'riscv64': ('trixie trixie-backports forky', 'riscv64', 'riscv64', 'riscv64', 'riscv64', '-M virt'),
     'mips-6.1': (None, 'mips', None, 'mips', 'mips', MALTA),
     'amd64-5.10': ('bullseye', 'amd64', 'amd64', 'x86_64', 'x86_64', X86),
 }
@@ -103,6 +103,8 @@ def kernel(guest):
     if suites and not os.path.exists(f'{root}/done'):
         env = first_apt(suites.split(), arch)
         image = depends(env, f'linux-image-{flavour}:{arch}', 'image')
+        if not image:
+            sys.exit(f'{guest}: no kernel in that suite')
         # since forky the image and its modules are packages of their own
         parts = depends(env, f'{image[0]}:{arch}', 'binary|modules')
         unpack(env, [f'{package}:{arch}' for package in image + parts], root)
