@@ -22,12 +22,7 @@ pub struct Backoff {
 
 impl Default for Backoff {
     fn default() -> Backoff {
-        Backoff {
-            allowance: ALLOWANCE,
-            pause: FIRST,
-            last: None,
-            due: None,
-        }
+        Backoff { allowance: ALLOWANCE, pause: FIRST, last: None, due: None }
     }
 }
 
@@ -37,14 +32,9 @@ impl Backoff {
         if self.due.is_some() {
             return;
         }
-        let idle = self
-            .last
-            .map_or(LONGEST, |last| now.saturating_duration_since(last));
+        let idle = self.last.map_or(LONGEST, |last| now.saturating_duration_since(last));
         if idle >= LONGEST {
-            *self = Backoff {
-                last: self.last,
-                ..Backoff::default()
-            };
+            *self = Backoff { last: self.last, ..Backoff::default() };
         }
         let regained = (idle.as_millis() / REGAIN.as_millis()) as u32;
         self.allowance = (self.allowance + regained.min(ALLOWANCE)).min(ALLOWANCE);

@@ -16,41 +16,13 @@ pub const DEFAULT_CONFIG: &str = "/etc/cgtproxy/cgtproxy.conf";
 
 /// Name, arguments, what it does.
 const COMMANDS: [(&str, &str, &str); 7] = [
-    (
-        "run",
-        "",
-        "program the kernel and keep it in step, in the foreground (the default)",
-    ),
-    (
-        "check",
-        "",
-        "validate the configuration, then look at this host",
-    ),
-    (
-        "explain",
-        "PATH… | --pid PID…",
-        "say which rule decides for a cgroup, and why",
-    ),
-    (
-        "show",
-        "",
-        "print the table that run would load, as an nft script",
-    ),
-    (
-        "status",
-        "[--json | --watch]",
-        "print what the kernel holds now, with packets and bytes",
-    ),
-    (
-        "flush",
-        "",
-        "remove everything that cgtproxy ever put into the kernel",
-    ),
-    (
-        "exec",
-        "[-u USER] TARGET [--] CMD [ARG…]",
-        "run CMD under TARGET",
-    ),
+    ("run", "", "program the kernel and keep it in step, in the foreground (the default)"),
+    ("check", "", "validate the configuration, then look at this host"),
+    ("explain", "PATH… | --pid PID…", "say which rule decides for a cgroup, and why"),
+    ("show", "", "print the table that run would load, as an nft script"),
+    ("status", "[--json | --watch]", "print what the kernel holds now, with packets and bytes"),
+    ("flush", "", "remove everything that cgtproxy ever put into the kernel"),
+    ("exec", "[-u USER] TARGET [--] CMD [ARG…]", "run CMD under TARGET"),
 ];
 
 /// The options that any command may get.
@@ -86,38 +58,23 @@ pub fn load_config(file: &Path, is_default: bool, trusted_only: bool) -> Result<
     }
     match config::load(&Files { trusted_only }, file) {
         Ok(config) => Ok(Some(config)),
-        Err(problems) => Err(Error::Usage(
-            problems.iter().map(|p| p.to_string()).collect(),
-        )),
+        Err(problems) => Err(Error::Usage(problems.iter().map(|p| p.to_string()).collect())),
     }
 }
 
 /// Says that the built-in default is used.
 pub fn tell_default() {
-    log!(
-        Notice,
-        "{DEFAULT_CONFIG} is absent: using the built-in default, everything direct"
-    );
+    log!(Notice, "{DEFAULT_CONFIG} is absent: using the built-in default, everything direct");
 }
 
 /// The options of every command, and those of `command` alone.
 fn options(command: &str) -> getopts::Options {
     let mut options = getopts::Options::new();
     options.optopt("c", "config", "configuration", "FILE");
-    options.optopt(
-        "p",
-        "pidfile",
-        "written once the kernel is programmed",
-        "FILE",
-    );
+    options.optopt("p", "pidfile", "written once the kernel is programmed", "FILE");
     options.optflag("s", "syslog", "log to syslog instead of standard error");
     options.optflagmulti("v", "verbose", "one level more talkative; may be repeated");
-    options.optopt(
-        "",
-        "ready-fd",
-        "write a newline there when all is in force",
-        "N",
-    );
+    options.optopt("", "ready-fd", "write a newline there when all is in force", "N");
     options.optflag("", "no-seccomp", "run without the system call filter");
     options.optflag("h", "help", "print this help");
     options.optflag("V", "version", "print the version");
@@ -145,9 +102,7 @@ fn usage() -> String {
             args => text.push_str(&format!("    {name} {args}\n{:13}{does}\n", "")),
         }
     }
-    text.push_str(&format!(
-        "\nThe configuration is {DEFAULT_CONFIG} unless -c names another."
-    ));
+    text.push_str(&format!("\nThe configuration is {DEFAULT_CONFIG} unless -c names another."));
     options("").usage(&text)
 }
 
@@ -186,13 +141,11 @@ fn parse(
     });
     // getopts takes UTF-8 only, a command's arguments may be any bytes: what it leaves is the tail
     let text: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
-    let matches = options
-        .parse(text.iter().map(|arg| &**arg))
-        .map_err(|fail| {
-            let text = fail.to_string();
-            let (first, rest) = text.split_at(1);
-            wrong(format!("{}{rest}", first.to_lowercase()))
-        })?;
+    let matches = options.parse(text.iter().map(|arg| &**arg)).map_err(|fail| {
+        let text = fail.to_string();
+        let (first, rest) = text.split_at(1);
+        wrong(format!("{}{rest}", first.to_lowercase()))
+    })?;
     let free = match floating {
         true => matches.free.iter().map(OsString::from).collect(),
         false => args[args.len() - matches.free.len()..].to_vec(),
@@ -206,11 +159,7 @@ impl Options {
         if let Some(text) = matches.opt_str("ready-fd") {
             // 0 to 2 stay in use
             let number = text.parse().ok().filter(|fd| *fd > 2);
-            let why = || {
-                wrong(format!(
-                    "--ready-fd expects a number from 3 on, not \"{text}\""
-                ))
-            };
+            let why = || wrong(format!("--ready-fd expects a number from 3 on, not \"{text}\""));
             self.ready_fd = Some(number.ok_or_else(why)?);
         }
         let file = |name| matches.opt_str(name).map(PathBuf::from);

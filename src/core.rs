@@ -38,12 +38,7 @@ pub enum Event {
         children: Vec<Box<[u8]>>,
     },
     /// The children of one that was found could not be listed: those known stay.
-    Unlisted {
-        path: Path,
-        id: u64,
-        wd: Option<i32>,
-        errno: Errno,
-    },
+    Unlisted { path: Path, id: u64, wd: Option<i32>, errno: Errno },
     /// A scan found nothing under that path.
     Gone { path: Path },
     /// A scan could not be done.
@@ -208,19 +203,10 @@ impl Core {
             Event::Overflow => actions.push(self.start()),
             Event::Same { .. } => {}
             Event::Found(found) => self.found(found, actions),
-            Event::Listed {
-                path,
-                id,
-                wd,
-                refused,
-                children,
-            } => self.listed(path, id, wd, refused, children, actions),
-            Event::Unlisted {
-                path,
-                id,
-                wd,
-                errno,
-            } => {
+            Event::Listed { path, id, wd, refused, children } => {
+                self.listed(path, id, wd, refused, children, actions)
+            }
+            Event::Unlisted { path, id, wd, errno } => {
                 let known = self.children(&path);
                 let names = known.iter().map(|child| child[path.len() + 1..].into());
                 let names = names.collect();
@@ -286,10 +272,7 @@ impl Core {
                 elements.entry(target).or_default().push(node.id);
             }
         }
-        Snapshot {
-            elements,
-            pairs: self.committed_pairs.clone(),
-        }
+        Snapshot { elements, pairs: self.committed_pairs.clone() }
     }
 
     fn scan(&self, path: Path, deep: bool) -> Action {
@@ -297,11 +280,7 @@ impl Core {
         // without a watch, or where listing failed, nothing else will tell of its children
         let in_doubt = self.blind.contains(&path);
         let deep = deep || in_doubt || node.is_some_and(|node| node.wd.is_none());
-        Action::Scan(Scan {
-            known: node.map(|node| node.id),
-            path,
-            deep,
-        })
+        Action::Scan(Scan { known: node.map(|node| node.id), path, deep })
     }
 
     fn found(&mut self, found: Found, actions: &mut Vec<Action>) {
@@ -319,20 +298,12 @@ impl Core {
                 self.gone(&path, actions);
             }
             let (rank, element) = self.classify(parent, &path);
-            let node = Node {
-                id,
-                wd: None,
-                rank,
-                element,
-            };
+            let node = Node { id, wd: None, rank, element };
             self.tree.insert(path.clone(), node);
             self.count(&path, element, true);
             self.want(id, None, element);
             if element.is_some() {
-                actions.push(Action::Classified {
-                    path,
-                    target: element,
-                });
+                actions.push(Action::Classified { path, target: element });
             }
         }
         actions.push(Action::Watch(found));
@@ -417,10 +388,7 @@ impl Core {
 
     fn set_blind(&mut self, path: &Path, errno: Errno, actions: &mut Vec<Action>) {
         if self.blind.insert(path.clone()) {
-            actions.push(Action::Blind {
-                path: path.clone(),
-                errno,
-            });
+            actions.push(Action::Blind { path: path.clone(), errno });
         }
     }
 

@@ -108,12 +108,7 @@ struct Ready {
 pub fn run(mut options: Options) -> Result<()> {
     // blocked before anything is set up, so that none is lost or kills us half-way
     let mut signals = SigSet::empty();
-    for signal in [
-        Signal::SIGHUP,
-        Signal::SIGTERM,
-        Signal::SIGINT,
-        Signal::SIGUSR1,
-    ] {
+    for signal in [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1] {
         signals.add(signal);
     }
     let refused = |errno| Error::system("unable to receive signals", errno);
@@ -169,9 +164,7 @@ impl Cgroups {
             false => Ok(cgroups),
             true => {
                 let dir = cgroups.root.dir.display();
-                Err(Error::State(format!(
-                    "unable to read cgroup root {dir}: is it on cgroup2?"
-                )))
+                Err(Error::State(format!("unable to read cgroup root {dir}: is it on cgroup2?")))
             }
         }
     }
@@ -423,12 +416,7 @@ impl Daemon {
                     log!(Warning, "unable to poll: {why}, looking every {every} ms");
                 }
                 let _ = poll(&mut [], LOOK_BLINDLY.as_millis() as u16);
-                ready = Ready {
-                    signals: true,
-                    cgroups: true,
-                    instance: true,
-                    kernel: true,
-                };
+                ready = Ready { signals: true, cgroups: true, instance: true, kernel: true };
             }
         }
         ready
@@ -439,11 +427,7 @@ impl Daemon {
         if !(self.cgroups.backlog.is_empty() && self.cgroups.found.is_empty()) {
             return PollTimeout::ZERO;
         }
-        let due = [
-            self.cgroups.look_again,
-            self.table.due(),
-            self.routing.due(),
-        ];
+        let due = [self.cgroups.look_again, self.table.due(), self.routing.due()];
         match due.into_iter().flatten().min() {
             None => PollTimeout::NONE,
             Some(at) => {
@@ -593,10 +577,7 @@ impl Daemon {
                 log!(Notice, "reloaded {file}: {}", self.summary());
             }
             Err(error) => {
-                error
-                    .to_string()
-                    .lines()
-                    .for_each(|line| log!(Error, "{line}"));
+                error.to_string().lines().for_each(|line| log!(Error, "{line}"));
                 log!(Error, "reload failed, the old configuration stays in force");
             }
         }
@@ -630,10 +611,7 @@ impl Daemon {
         if !(old.gateways.is_empty() && new.gateways.is_empty()) {
             self.kernel.forget_routes(&new);
         }
-        log::configure(
-            new.log_level.louder(self.options.verbose),
-            self.options.syslog,
-        );
+        log::configure(new.log_level.louder(self.options.verbose), self.options.syslog);
         Ok(())
     }
 
@@ -679,9 +657,7 @@ fn read_signal(signals: &SignalFd) -> Result<Option<Signal>> {
         match signals.read_signal() {
             Ok(None) => return Ok(None),
             Ok(Some(info)) => {
-                return Ok(Some(
-                    Signal::try_from(info.ssi_signo as i32).unwrap_or(Signal::SIGTERM),
-                ))
+                return Ok(Some(Signal::try_from(info.ssi_signo as i32).unwrap_or(Signal::SIGTERM)))
             }
             Err(Errno::EINTR) => continue,
             Err(errno) => return Err(Error::system("unable to read signals", errno)),
@@ -698,12 +674,7 @@ fn write_pidfile(file: &Path) -> Result<()> {
     };
     let mut options = std::fs::File::options();
     // a symlink planted in a writable directory must not be followed
-    options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o644)
-        .custom_flags(libc::O_NOFOLLOW);
+    options.write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
     let mut opened = options.open(file).map_err(refused)?;
     writeln!(opened, "{}", std::process::id()).map_err(refused)
 }

@@ -8,11 +8,7 @@ use nix::errno::Errno;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Error {
     /// The system refused: `what` is "unable to VERB OBJECT"; exit status 1.
-    System {
-        what: String,
-        errno: Errno,
-        hint: Option<String>,
-    },
+    System { what: String, errno: Errno, hint: Option<String> },
     /// The system is not as it must be, without an errno; exit status 1.
     State(String),
     /// Command line or configuration; one message a line; exit status 2.
@@ -23,21 +19,15 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     pub fn system(what: impl Into<String>, errno: Errno) -> Error {
-        Error::System {
-            what: what.into(),
-            errno,
-            hint: None,
-        }
+        Error::System { what: what.into(), errno, hint: None }
     }
 
     /// The same error with a remedy behind it.
     pub fn hint(self, remedy: impl Into<String>) -> Error {
         match self {
-            Error::System { what, errno, .. } => Error::System {
-                what,
-                errno,
-                hint: Some(remedy.into()),
-            },
+            Error::System { what, errno, .. } => {
+                Error::System { what, errno, hint: Some(remedy.into()) }
+            }
             other => other,
         }
     }

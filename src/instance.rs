@@ -26,10 +26,7 @@ pub struct Instance {
 impl Instance {
     /// Errors: another instance runs; its pid is said.
     pub fn claim() -> Result<Instance> {
-        let with = |listener| Instance {
-            listener,
-            deaf: Cell::new(false),
-        };
+        let with = |listener| Instance { listener, deaf: Cell::new(false) };
         let refused = |e: std::io::Error| Error::State(format!("unable to lock the instance: {e}"));
         let name = SocketAddr::from_abstract_name(NAME).map_err(refused)?;
         match UnixListener::bind_addr(&name) {
@@ -40,10 +37,7 @@ impl Instance {
             Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => match holder() {
                 // any user may bind an abstract name: that must not keep root's daemon down
                 Some((pid, uid)) if uid != 0 && uid != geteuid().as_raw() => {
-                    log!(
-                        Warning,
-                        "pid {pid} of uid {uid} holds our lock, going on without"
-                    );
+                    log!(Warning, "pid {pid} of uid {uid} holds our lock, going on without");
                     Ok(with(None))
                 }
                 Some((pid, _)) => Err(Error::State(format!("already running with pid {pid}"))),

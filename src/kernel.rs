@@ -200,10 +200,9 @@ impl Kernel {
         log!(Debug, "nftables transaction of {} bytes", batch.len());
         match self.nft.transact(&batch, last)? {
             Ok(()) => Ok(()),
-            Err(Failure::Unknown) => Err(Error::system(
-                "unable to learn what became of a transaction",
-                Errno::ENOBUFS,
-            )),
+            Err(Failure::Unknown) => {
+                Err(Error::system("unable to learn what became of a transaction", Errno::ENOBUFS))
+            }
             Err(Failure::Refused { seq, errno, text }) => {
                 let object = encode::describe(&batch, seq);
                 let mut what = format!("unable to change {object}");
@@ -274,12 +273,7 @@ impl Kernel {
         for family in Family::BOTH {
             let wanted = config.map_or_else(BTreeSet::new, |c| plan::routing(c, &[family]));
             // rules before the routes that they lead to
-            for entry in self
-                .routing(family)?
-                .iter()
-                .rev()
-                .filter(|e| !wanted.contains(e))
-            {
+            for entry in self.routing(family)?.iter().rev().filter(|e| !wanted.contains(e)) {
                 match self.route_request(entry, false) {
                     Ok(()) => deleted.push(entry.clone()),
                     // gone meanwhile
@@ -314,10 +308,7 @@ impl Kernel {
         let mut all = BTreeSet::new();
         type Request = fn(&mut Batch, Family);
         for request in [route::get_rules as Request, route::get_routes as Request] {
-            match self
-                .rt
-                .dump(&|batch| request(batch, family), route::parse)?
-            {
+            match self.rt.dump(&|batch| request(batch, family), route::parse)? {
                 Ok(found) => all.extend(found.into_iter().filter(|e| e.family() == family)),
                 Err(Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT) => {}
                 Err(errno) => {
@@ -374,12 +365,7 @@ impl Kernel {
         match self.rt.transact(&batch, last) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(Failure::Refused { errno, text, .. })) => {
-                log!(
-                    Debug,
-                    "{}: {}",
-                    entry.command("…"),
-                    text.unwrap_or_else(|| reason(errno))
-                );
+                log!(Debug, "{}: {}", entry.command("…"), text.unwrap_or_else(|| reason(errno)));
                 Err(errno)
             }
             Ok(Err(Failure::Unknown)) => Err(Errno::ENOBUFS),
@@ -413,12 +399,7 @@ fn each_notification(socket: &mut Socket, mut each: impl FnMut(&[u8])) -> bool {
 
 /// Whether a family's entry was refused because the host does not have that family.
 fn is_absent(error: &Error) -> bool {
-    let absent = [
-        Errno::EAFNOSUPPORT,
-        Errno::EOPNOTSUPP,
-        Errno::EACCES,
-        Errno::ENODEV,
-    ];
+    let absent = [Errno::EAFNOSUPPORT, Errno::EOPNOTSUPP, Errno::EACCES, Errno::ENODEV];
     error.errno().is_some_and(|errno| absent.contains(&errno))
 }
 
@@ -445,11 +426,7 @@ impl Kernel {
             let set = format!("cg_{}", target.name);
             cgroups.insert(target.name.clone(), self.elements(&set)?);
         }
-        Ok(Some(Held {
-            flags,
-            view,
-            cgroups,
-        }))
+        Ok(Some(Held { flags, view, cgroups }))
     }
 
     /// The flags of our table; `None` where there is no table.
@@ -479,10 +456,7 @@ impl Kernel {
     pub fn others_routing(&mut self, family: Family, table: u32) -> Result<Vec<route::Other>> {
         let mut all = Vec::new();
         type Request = fn(&mut Batch, Family);
-        for request in [
-            route::get_rules as Request,
-            route::get_all_routes as Request,
-        ] {
+        for request in [route::get_rules as Request, route::get_all_routes as Request] {
             let ask = |batch: &mut Batch| request(batch, family);
             match (self.rt).dump(&ask, |message| route::parse_other(message, table))? {
                 Ok(found) => all.extend(found),
@@ -501,21 +475,13 @@ impl Kernel {
         let batch = self.nft.batch();
         let (batch, places, end) = encode::probe(probes, batch);
         let refused = self.nft.refusals(&batch, end)?;
-        let said = |seq: &u32| {
-            refused
-                .iter()
-                .find(|(at, _)| at == seq)
-                .map(|(_, errno)| *errno)
-        };
+        let said = |seq: &u32| refused.iter().find(|(at, _)| at == seq).map(|(_, errno)| *errno);
         match said(&end) {
             // the failure that was asked for
             Some(Errno::ENOENT) => Ok(places.iter().map(said).collect()),
             _ => {
                 let errno = refused.first().map_or(Errno::EIO, |(_, errno)| *errno);
-                Err(Error::system(
-                    "unable to ask nf_tables what it can do",
-                    errno,
-                ))
+                Err(Error::system("unable to ask nf_tables what it can do", errno))
             }
         }
     }
@@ -538,9 +504,7 @@ pub fn ipv6_is_on() -> bool {
 /// What a user can do about a refused object.
 fn remedy(object: &str, errno: Errno) -> Option<String> {
     let needs = |what: &str, package: &str| {
-        Some(format!(
-            "the kernel needs {what}; on OpenWrt install {package}"
-        ))
+        Some(format!("the kernel needs {what}; on OpenWrt install {package}"))
     };
     match errno {
         Errno::EPERM if object.starts_with("table") => Some(format!(

@@ -22,10 +22,7 @@ pub fn listeners() -> Vec<Listener> {
         ("/proc/net/udp", L4::Udp),
         ("/proc/net/udp6", L4::Udp),
     ] {
-        all.extend(parse(
-            &std::fs::read_to_string(file).unwrap_or_default(),
-            l4,
-        ));
+        all.extend(parse(&std::fs::read_to_string(file).unwrap_or_default(), l4));
     }
     all
 }
@@ -34,10 +31,7 @@ pub fn listeners() -> Vec<Listener> {
 /// at one of `addresses`; without `addresses`, TPROXY looks for one at the address of `lo`.
 pub fn takes(listeners: &[Listener], l4: L4, port: u16, addresses: &[IpAddr]) -> bool {
     let fits = |address: &IpAddr| {
-        let lo = [
-            IpAddr::from(Ipv4Addr::LOCALHOST),
-            IpAddr::from(Ipv6Addr::LOCALHOST),
-        ];
+        let lo = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)];
         let wanted = if addresses.is_empty() { &lo } else { addresses };
         address.is_unspecified() || wanted.contains(address)
     };

@@ -24,13 +24,8 @@ pub enum Level {
 }
 
 impl Level {
-    const ALL: [Level; 5] = [
-        Level::Error,
-        Level::Warning,
-        Level::Notice,
-        Level::Info,
-        Level::Debug,
-    ];
+    const ALL: [Level; 5] =
+        [Level::Error, Level::Warning, Level::Notice, Level::Info, Level::Debug];
 
     pub fn parse(text: &str) -> Option<Level> {
         Level::ALL.into_iter().find(|level| level.name() == text)
@@ -48,9 +43,7 @@ impl Level {
 
     /// This level, `steps` more talkative.
     pub fn louder(self, steps: usize) -> Level {
-        Level::ALL[(self as usize)
-            .saturating_add(steps)
-            .min(Level::ALL.len() - 1)]
+        Level::ALL[(self as usize).saturating_add(steps).min(Level::ALL.len() - 1)]
     }
 
     fn severity(self) -> Severity {
@@ -173,10 +166,7 @@ impl Log {
     /// A socket whose reader has gone (syslogd was restarted) is opened anew, once a line.
     fn send_to_syslog(&mut self, level: Level, text: &str) -> bool {
         let mut datagram = Vec::with_capacity(text.len() + 32);
-        if LineFormat
-            .format(&mut datagram, level.severity(), text)
-            .is_err()
-        {
+        if LineFormat.format(&mut datagram, level.severity(), text).is_err() {
             return false;
         }
         for _ in 0..2 {
@@ -201,9 +191,7 @@ impl Log {
 
     fn take_token(&mut self) -> bool {
         let now = Instant::now();
-        let since = self
-            .refilled
-            .map_or(Duration::MAX, |at| now.saturating_duration_since(at));
+        let since = self.refilled.map_or(Duration::MAX, |at| now.saturating_duration_since(at));
         let earned = since.as_millis().saturating_mul(RATE.into()) / 1000;
         if earned > 0 {
             self.tokens = BURST.min(self.tokens.saturating_add(earned.min(BURST.into()) as u32));
@@ -218,10 +206,7 @@ impl Log {
         self.tokens -= cost;
         if self.held > 0 {
             let held = std::mem::take(&mut self.held);
-            self.write(
-                Level::Info,
-                format_args!("{held} lines held back by the rate limit"),
-            );
+            self.write(Level::Info, format_args!("{held} lines held back by the rate limit"));
         }
         true
     }
@@ -241,10 +226,7 @@ impl LogFormat<&str> for LineFormat {
 
 fn truncate(text: &mut String, most: usize) {
     if text.len() > most {
-        let end = (0..=most)
-            .rev()
-            .find(|at| text.is_char_boundary(*at))
-            .unwrap_or(0);
+        let end = (0..=most).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
         text.truncate(end);
         text.push_str("...");
     }

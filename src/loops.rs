@@ -46,10 +46,7 @@ pub fn find(
             continue;
         };
         let (name, port) = (&tproxy.name, tproxy.port);
-        let doubt = match (
-            config.bypass_marks.is_empty(),
-            config.bypass_users.is_empty(),
-        ) {
+        let doubt = match (config.bypass_marks.is_empty(), config.bypass_users.is_empty()) {
             (true, true) => "",
             (false, true) => ", unless its packets bear a bypass-mark",
             (true, false) => ", unless it has become a bypass-user",
@@ -105,11 +102,7 @@ mod tests {
     fn looping(config: &Config, listeners: &[Vec<Listener>]) -> Vec<String> {
         let names = config.tproxies.iter().map(|t: &Tproxy| t.name.clone());
         let lines = find(config, listeners, place);
-        let said = |name: &String| {
-            lines
-                .iter()
-                .any(|l| l.contains(&format!("[tproxy {name}]")))
-        };
+        let said = |name: &String| lines.iter().any(|l| l.contains(&format!("[tproxy {name}]")));
         names.filter(said).collect()
     }
 
@@ -122,10 +115,7 @@ mod tests {
         assert!(find(&config, &own, place)[0].contains("cgroup /0;"));
         assert_eq!(looping(&config, &[listener(0, 9), none(), none()]), [""; 0]);
         // a is chained to b, which goes direct
-        assert_eq!(
-            looping(&config, &[listener(0, 1), listener(0, 9), none()]),
-            [""; 0]
-        );
+        assert_eq!(looping(&config, &[listener(0, 1), listener(0, 9), none()]), [""; 0]);
         // a to b and b to a; c only leads there
         let circle = [listener(0, 1), listener(0, 0), listener(0, 1)];
         assert_eq!(looping(&config, &circle), ["a", "b"]);

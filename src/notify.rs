@@ -40,9 +40,8 @@ impl Notify {
     }
 
     pub fn reloading(&self) {
-        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(0, |t| {
-            t.tv_sec() as u64 * 1_000_000 + t.tv_nsec() as u64 / 1000
-        });
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC)
+            .map_or(0, |t| t.tv_sec() as u64 * 1_000_000 + t.tv_nsec() as u64 / 1000);
         self.send(&format!("RELOADING=1\nMONOTONIC_USEC={now}"));
     }
 

@@ -15,10 +15,7 @@ use crate::route::{self, Entry};
 
 /// The ip rules and routes of the families in use.
 pub fn routing(config: &Config, families: &[Family]) -> BTreeSet<Entry> {
-    families
-        .iter()
-        .flat_map(|family| route::wanted(config, *family))
-        .collect()
+    families.iter().flat_map(|family| route::wanted(config, *family)).collect()
 }
 
 /// One transaction that replaces the table. `flags`: see [`Transaction::replace`].
@@ -64,27 +61,16 @@ pub fn script(core: &mut Core, root: &Root) -> String {
     let config = core.config().clone();
     let table = table(&config, &core.snapshot());
     // nft finds a cgroup by its path from /sys/fs/cgroup
-    let mount = root
-        .dir
-        .strip_prefix(&root.mount)
-        .unwrap_or(std::path::Path::new(""));
+    let mount = root.dir.strip_prefix(&root.mount).unwrap_or(std::path::Path::new(""));
     let mut out = String::new();
     let text = &mut out;
     let result = (|| {
         writeln!(text, "#!/usr/sbin/nft -f")?;
-        writeln!(
-            text,
-            "# cgroup root {} at level {}",
-            root.dir.display(),
-            root.level
-        )?;
+        writeln!(text, "# cgroup root {} at level {}", root.dir.display(), root.level)?;
         for entry in routing(&config, &Family::BOTH) {
             writeln!(text, "# {}", entry.command("add"))?;
         }
-        writeln!(
-            text,
-            "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{"
-        )?;
+        writeln!(text, "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{")?;
         for set in &table.sets {
             writeln!(text, "  set {} {{", set.name)?;
             let (kind, elements) = match &set.content {
@@ -97,21 +83,14 @@ pub fn script(core: &mut Core, root: &Root) -> String {
                     ranges.iter().map(|r| r.to_string()).collect(),
                 ),
                 Content::Cgroups { counters } => {
-                    let kind = if *counters {
-                        "type cgroupsv2\n    counter"
-                    } else {
-                        "type cgroupsv2"
-                    };
+                    let kind =
+                        if *counters { "type cgroupsv2\n    counter" } else { "type cgroupsv2" };
                     (kind, cgroups(core, &config, &set.name, mount, text)?)
                 }
             };
             writeln!(text, "    {kind}")?;
             if !elements.is_empty() {
-                writeln!(
-                    text,
-                    "    elements = {{\n      {}\n    }}",
-                    elements.join(",\n      ")
-                )?;
+                writeln!(text, "    elements = {{\n      {}\n    }}", elements.join(",\n      "))?;
             }
             writeln!(text, "  }}")?;
         }
@@ -134,10 +113,7 @@ fn cgroups(
 ) -> Result<Vec<String>, std::fmt::Error> {
     let mut elements = Vec::new();
     for (path, node) in core.tree().iter() {
-        if node
-            .element
-            .is_none_or(|target| set_name(config, target) != set)
-        {
+        if node.element.is_none_or(|target| set_name(config, target) != set) {
             continue;
         }
         let full = [mount.as_os_str().as_bytes(), path].concat();
@@ -146,11 +122,7 @@ fn cgroups(
             Ok(name) if !name.contains('"') && !name.contains(char::is_control) => {
                 elements.push(format!("\"{name}\""))
             }
-            _ => writeln!(
-                text,
-                "    # not expressible in nft: {}",
-                full.escape_ascii()
-            )?,
+            _ => writeln!(text, "    # not expressible in nft: {}", full.escape_ascii())?,
         }
     }
     Ok(elements)

@@ -93,10 +93,7 @@ mod tests {
     use std::rc::Rc;
 
     fn config(rules: &[(Target, String)], default: Target) -> Config {
-        let place = Place {
-            file: Rc::new("test".into()),
-            line: 1,
-        };
+        let place = Place { file: Rc::new("test".into()), line: 1 };
         let rules = (rules.iter())
             .map(|(target, pattern)| Rule {
                 target: *target,
@@ -105,20 +102,12 @@ mod tests {
                 place: place.clone(),
             })
             .collect();
-        Config {
-            rules,
-            default,
-            ..Config::default()
-        }
+        Config { rules, default, ..Config::default() }
     }
 
     /// The manual's definition, word for word.
     fn naive(config: &Config, path: &str) -> Target {
-        let ends = path
-            .match_indices('/')
-            .map(|(at, _)| at)
-            .skip(1)
-            .chain([path.len()]);
+        let ends = path.match_indices('/').map(|(at, _)| at).skip(1).chain([path.len()]);
         let prefixes: Vec<&str> = ends.map(|end| &path[..end]).collect();
         (config.rules.iter())
             .find(|rule| prefixes.iter().any(|prefix| rule.regex.is_match(prefix)))
@@ -134,24 +123,9 @@ mod tests {
     fn ranks_are_the_naive_definition() {
         let mut random = Random::new(1);
         let names = ["a", "b", "ab", "a.b", "a-b", "services", "x"];
-        let atoms = [
-            "/a",
-            "/b",
-            "/ab",
-            "/[ab]",
-            "/a.b",
-            "/.*",
-            "(/a|/b)*",
-            "/x?",
-            "/services",
-            "b",
-        ];
-        let targets = [
-            Target::Direct,
-            Target::Drop,
-            Target::Tproxy(0),
-            Target::Tproxy(1),
-        ];
+        let atoms =
+            ["/a", "/b", "/ab", "/[ab]", "/a.b", "/.*", "(/a|/b)*", "/x?", "/services", "b"];
+        let targets = [Target::Direct, Target::Drop, Target::Tproxy(0), Target::Tproxy(1)];
         let mut verdicts = std::collections::BTreeMap::new();
         for _ in 0..3000 {
             let rules: Vec<_> = (0..random.below(6))
@@ -160,24 +134,18 @@ mod tests {
                     (Target::Direct, atoms.collect::<String>())
                 })
                 .collect();
-            let rules: Vec<_> = rules
-                .into_iter()
-                .map(|(_, p)| (*random.pick(&targets), p))
-                .collect();
+            let rules: Vec<_> =
+                rules.into_iter().map(|(_, p)| (*random.pick(&targets), p)).collect();
             let config = config(&rules, *random.pick(&targets));
             for _ in 0..20 {
-                let path: String = (0..1 + random.below(5))
-                    .map(|_| format!("/{}", random.pick(&names)))
-                    .collect();
+                let path: String =
+                    (0..1 + random.below(5)).map(|_| format!("/{}", random.pick(&names))).collect();
                 let want = naive(&config, &path);
                 assert_eq!(by_rank(&config, &path), want, "{path} under {rules:?}");
                 *verdicts.entry(want).or_insert(0) += 1;
             }
         }
-        assert!(
-            verdicts.len() == 4 && verdicts.values().all(|n| *n > 2000),
-            "{verdicts:?}"
-        );
+        assert!(verdicts.len() == 4 && verdicts.values().all(|n| *n > 2000), "{verdicts:?}");
     }
 
     #[test]
@@ -205,10 +173,8 @@ mod tests {
 
     #[test]
     fn no_regex_runs_under_rank_zero() {
-        let config = config(
-            &[(Target::Drop, "/a".into()), (Target::Direct, "/a/b".into())],
-            Target::Direct,
-        );
+        let config =
+            config(&[(Target::Drop, "/a".into()), (Target::Direct, "/a/b".into())], Target::Direct);
         let first = rank(&config, root_rank(&config), b"/a");
         assert_eq!(rank(&config, first, b"/a/b"), first);
     }

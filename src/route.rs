@@ -55,15 +55,10 @@ pub enum Entry {
 
 /// What the kernel should hold of one family.
 pub fn wanted(config: &Config, family: Family) -> BTreeSet<Entry> {
-    let mark = |value| Mark {
-        value,
-        mask: config.mask,
-    };
+    let mark = |value| Mark { value, mask: config.mask };
     let marks: Vec<Mark> = config.tproxies.iter().map(|t| mark(t.mark)).collect();
-    let gateway = Gateway {
-        mark: mark(config.gateway_mark()),
-        interfaces: config.gateway_interfaces(),
-    };
+    let gateway =
+        Gateway { mark: mark(config.gateway_mark()), interfaces: config.gateway_interfaces() };
     let (priority, table) = (config.rule_priority, config.route_table);
     entries(family, priority, table, &marks, &gateway)
 }
@@ -251,20 +246,7 @@ pub fn get_rules(batch: &mut Batch, family: Family) {
 /// filter and send all.
 pub fn get_routes(batch: &mut Batch, family: Family) {
     let open = batch.begin(RTM_GETROUTE, NLM_F_REQUEST | NLM_F_DUMP);
-    batch.header(&[
-        family.number(),
-        0,
-        0,
-        0,
-        0,
-        RTPROT_CGTPROXY,
-        0,
-        0,
-        0,
-        0,
-        0,
-        0,
-    ]);
+    batch.header(&[family.number(), 0, 0, 0, 0, RTPROT_CGTPROXY, 0, 0, 0, 0, 0, 0]);
     batch.end(open);
 }
 
@@ -370,10 +352,7 @@ pub fn overtakes(config: &Config, message: &parse::Message) -> Option<u32> {
     let whole = message.body.get(1..3)? == [0, 0];
     let inverted = message.body.get(8..).and_then(parse::u32_ne)? & FIB_RULE_INVERT != 0;
     let other_iif = (attrs.clone().get(FRA_IIFNAME)).is_some_and(|name| parse::str_z(name) != "lo");
-    let (value, mask) = (
-        number(FRA_FWMARK).unwrap_or(0),
-        number(FRA_FWMASK).unwrap_or(0),
-    );
+    let (value, mask) = (number(FRA_FWMARK).unwrap_or(0), number(FRA_FWMASK).unwrap_or(0));
     let own = |mark: u32| (mark ^ value) & mask & config.mask == 0;
     let marked = config.tproxies.iter().any(|tproxy| own(tproxy.mark));
     (inverted || whole && !other_iif && marked).then_some(priority)
@@ -432,10 +411,7 @@ pub fn parse_other(message: &parse::Message, wanted: u32) -> Option<Other> {
             Some(Other::Rule {
                 family,
                 priority: number(FRA_PRIORITY).unwrap_or(0),
-                mark: Mark {
-                    value,
-                    mask: number(FRA_FWMASK).unwrap_or(whole),
-                },
+                mark: Mark { value, mask: number(FRA_FWMASK).unwrap_or(whole) },
                 table: number(FRA_TABLE).unwrap_or(small_table),
             })
         }
@@ -452,12 +428,7 @@ pub fn parse_other(message: &parse::Message, wanted: u32) -> Option<Other> {
 impl fmt::Display for Other {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Other::Rule {
-                family,
-                priority,
-                mark: Mark { value, mask },
-                table,
-            } => {
+            Other::Rule { family, priority, mark: Mark { value, mask }, table } => {
                 write!(f, "{} rule pref {priority}", ip(*family))?;
                 if *mask != 0 {
                     write!(f, " fwmark {value:#x}/{mask:#x}")?;
@@ -502,10 +473,7 @@ impl fmt::Display for Entry {
                 write!(f, " protocol {RTPROT_CGTPROXY}")
             }
             Entry::Route(Route { table, .. }) => {
-                write!(
-                    f,
-                    "local default dev lo table {table} proto {RTPROT_CGTPROXY}"
-                )
+                write!(f, "local default dev lo table {table} proto {RTPROT_CGTPROXY}")
             }
         }
     }
@@ -528,25 +496,14 @@ mod tests {
     use crate::netlink::parse::Messages;
 
     fn entries() -> Vec<Entry> {
-        let mark = Mark {
-            value: 0x0100_0000,
-            mask: 0xff00_0000,
-        };
+        let mark = Mark { value: 0x0100_0000, mask: 0xff00_0000 };
         let mut all = Vec::new();
         for family in Family::BOTH {
             for table in [200, 300] {
                 let iif = "lo".to_string();
-                all.extend(
-                    [Action::Lookup(table), Action::Goto(102), Action::Nop].map(|action| {
-                        Entry::Rule(IpRule {
-                            family,
-                            priority: 100,
-                            iif: iif.clone(),
-                            mark,
-                            action,
-                        })
-                    }),
-                );
+                all.extend([Action::Lookup(table), Action::Goto(102), Action::Nop].map(|action| {
+                    Entry::Rule(IpRule { family, priority: 100, iif: iif.clone(), mark, action })
+                }));
                 all.push(Entry::Route(Route { family, table }));
             }
         }
@@ -559,12 +516,7 @@ mod tests {
             let mut batch = Batch::new(0);
             entry.encode(&mut batch, true);
             let message = Messages::new(batch.bytes()).next().unwrap();
-            assert_eq!(
-                parse(&message).as_ref(),
-                Some(&entry),
-                "{}",
-                entry.command("add")
-            );
+            assert_eq!(parse(&message).as_ref(), Some(&entry), "{}", entry.command("add"));
         }
     }
 

@@ -34,11 +34,7 @@ pub fn cgroup_id(base: BorrowedFd, path: &CStr) -> Result<u64, Errno> {
         kind: libc::c_int,
         id: [u8; 8],
     }
-    let mut handle = Handle {
-        bytes: 8,
-        kind: 0,
-        id: [0; 8],
-    };
+    let mut handle = Handle { bytes: 8, kind: 0, id: [0; 8] };
     let mut mount: libc::c_int = 0;
     // SAFETY: path is NUL-terminated; handle is a struct file_handle with room for `bytes` bytes,
     // and the kernel writes no more than that.
@@ -79,10 +75,7 @@ pub fn directory(base: BorrowedFd, path: &CStr) -> Result<Directory, Errno> {
     // SAFETY: fstatat succeeded, so st is initialised.
     let st = unsafe { st.assume_init() };
     #[allow(clippy::unnecessary_cast)] // both types differ by architecture
-    Ok(Directory {
-        inode: st.st_ino as u64,
-        links: st.st_nlink as u64,
-    })
+    Ok(Directory { inode: st.st_ino as u64, links: st.st_nlink as u64 })
 }
 
 /// A new inotify instance, close-on-exec and non-blocking (inotify_init1(2)).
@@ -184,10 +177,7 @@ pub const CAP_NET_ADMIN: u64 = 1 << 12;
 
 /// Bits of the effective capability set (capget(2)).
 pub fn effective_capabilities() -> Result<u64, Errno> {
-    let mut header = CapHeader {
-        version: CAPABILITY_VERSION_3,
-        pid: 0,
-    };
+    let mut header = CapHeader { version: CAPABILITY_VERSION_3, pid: 0 };
     let mut data = [CapData::default(); 2];
     // SAFETY: version 3 makes the kernel write exactly two elements of data.
     let rc = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) };
@@ -205,13 +195,7 @@ pub fn limit_capabilities(keep: u64) -> Result<(), Errno> {
     const SECUREBITS: libc::c_ulong = 0b1110_1111;
     // SAFETY: prctl with these options takes integers only.
     unsafe {
-        libc::prctl(
-            libc::PR_CAP_AMBIENT,
-            libc::PR_CAP_AMBIENT_CLEAR_ALL as libc::c_ulong,
-            0,
-            0,
-            0,
-        );
+        libc::prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL as libc::c_ulong, 0, 0, 0);
         libc::prctl(libc::PR_SET_SECUREBITS, SECUREBITS, 0, 0, 0);
         for cap in 0..=CAP_LAST {
             libc::prctl(libc::PR_CAPBSET_DROP, cap, 0, 0, 0);
@@ -219,17 +203,10 @@ pub fn limit_capabilities(keep: u64) -> Result<(), Errno> {
     }
     let half = |shift: u32| {
         let bits = (keep >> shift) as u32;
-        CapData {
-            effective: bits,
-            permitted: bits,
-            inheritable: 0,
-        }
+        CapData { effective: bits, permitted: bits, inheritable: 0 }
     };
     let data = [half(0), half(32)];
-    let header = CapHeader {
-        version: CAPABILITY_VERSION_3,
-        pid: 0,
-    };
+    let header = CapHeader { version: CAPABILITY_VERSION_3, pid: 0 };
     // SAFETY: version 3 makes the kernel read exactly two elements of data.
     let rc = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
     Errno::result(rc).map(drop)
@@ -269,18 +246,11 @@ pub fn seccomp_allow(arch: u32, allowed: &[libc::c_long]) -> Result<(), Errno> {
         program.push(answer(libc::SECCOMP_RET_ALLOW));
     }
     program.push(kill);
-    let fprog = libc::sock_fprog {
-        len: program.len() as libc::c_ushort,
-        filter: program.as_mut_ptr(),
-    };
+    let fprog =
+        libc::sock_fprog { len: program.len() as libc::c_ushort, filter: program.as_mut_ptr() };
     // SAFETY: the kernel copies `len` instructions and keeps no pointer.
     let rc = unsafe {
-        libc::syscall(
-            libc::SYS_seccomp,
-            libc::SECCOMP_SET_MODE_FILTER,
-            0,
-            &raw const fprog,
-        )
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const fprog)
     };
     Errno::result(rc).map(drop)
 }
@@ -292,12 +262,7 @@ pub fn has_net_admin() -> bool {
 
 /// How many lines the terminal on `fd` shows (ioctl_tty(2)). Errors: ENOTTY.
 pub fn terminal_lines(fd: BorrowedFd) -> Result<usize, Errno> {
-    let mut size = libc::winsize {
-        ws_row: 0,
-        ws_col: 0,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCGWINSZ writes one struct winsize.
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) })?;
     Ok(usize::from(size.ws_row))
@@ -305,11 +270,7 @@ pub fn terminal_lines(fd: BorrowedFd) -> Result<usize, Errno> {
 
 /// Whether a write of up to `PIPE_BUF` bytes to `fd` would not block now (poll(2), no waiting).
 pub fn writable_now(fd: BorrowedFd) -> bool {
-    let mut poll = libc::pollfd {
-        fd: fd.as_raw_fd(),
-        events: libc::POLLOUT,
-        revents: 0,
-    };
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
     // SAFETY: one valid pollfd is passed, with its count.
     let ready = unsafe { libc::poll(&mut poll, 1, 0) };
     ready == 1 && poll.revents & libc::POLLOUT != 0

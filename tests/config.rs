@@ -42,9 +42,7 @@ impl Source for Memory {
 
 /// Loads the first of `files`, each a name and its text.
 fn read(files: &[(&str, &str)]) -> Result<Config, Vec<Problem>> {
-    let all = files
-        .iter()
-        .map(|(name, text)| (name.into(), text.to_string()));
+    let all = files.iter().map(|(name, text)| (name.into(), text.to_string()));
     load(&Memory(all.collect()), Path::new(files[0].0))
 }
 
@@ -302,10 +300,7 @@ fn bad_lines() {
         let rows: Vec<&str> = table.trim().lines().collect();
         for row in rows.chunks(2) {
             let text = format!("{head}{}\n", row[0]);
-            bad(
-                &[("c", &text)],
-                &[&format!("c:{number}: {}", row[1].trim())],
-            );
+            bad(&[("c", &text)], &[&format!("c:{number}: {}", row[1].trim())]);
             count += 1;
         }
     }
@@ -399,10 +394,7 @@ fn bad_includes() {
         // the errors of all files; keys, targets and sections are one space
         (
             &[
-                (
-                    "c",
-                    "[global]\ndefault = a\ninclude = d/*\ninclude = e\nx = 1\n",
-                ),
+                ("c", "[global]\ndefault = a\ninclude = d/*\ninclude = e\nx = 1\n"),
                 ("d/1", "[tproxy a]\nport = 0\n[global]\ndefault = drop\n"),
                 ("d/2", "x\n\n[rules]\nother = /\n[tproxy a]\nport = 2\n"),
                 ("e", "default = direct\n"),
@@ -417,22 +409,13 @@ fn bad_includes() {
                 "e:1: \"default\" stands before any section header",
             ][..],
         ),
+        (&[("c", "[global]\ninclude = c\n")], &["c:2: unable to include c: it includes itself"]),
         (
-            &[("c", "[global]\ninclude = c\n")],
-            &["c:2: unable to include c: it includes itself"],
-        ),
-        (
-            &[
-                ("c", "[global]\ninclude = d\n"),
-                ("d", "[global]\n\ninclude = c\n"),
-            ],
+            &[("c", "[global]\ninclude = d\n"), ("d", "[global]\n\ninclude = c\n")],
             &["d:3: unable to include c: it includes itself"],
         ),
         (
-            &[
-                ("c", "[global]\ninclude = d\ninclude = d*\nx\n"),
-                ("d", "[rules]\n(\n"),
-            ],
+            &[("c", "[global]\ninclude = d\ninclude = d*\nx\n"), ("d", "[rules]\n(\n")],
             &[
                 "c:3: unable to include d: it was included before",
                 "c:4: expected KEY = VALUE, not \"x\"",
@@ -444,17 +427,11 @@ fn bad_includes() {
     }
     let chain = |n: usize| -> Vec<(String, String)> {
         let link = |i| (format!("{i}"), format!("[global]\ninclude = {}\n", i + 1));
-        (1..n)
-            .map(link)
-            .chain([(n.to_string(), String::new())])
-            .collect()
+        (1..n).map(link).chain([(n.to_string(), String::new())]).collect()
     };
     let load = |n| {
         let files = chain(n);
-        let files: Vec<_> = files
-            .iter()
-            .map(|(a, b)| (a.as_str(), b.as_str()))
-            .collect();
+        let files: Vec<_> = files.iter().map(|(a, b)| (a.as_str(), b.as_str())).collect();
         lines(read(&files))
     };
     assert_eq!(load(8), [""; 0]);
@@ -497,15 +474,9 @@ fn marks() {
             Ok(config) => {
                 assert!(possible, "{text}");
                 let marks: BTreeSet<u32> = config.tproxies.iter().map(|t| t.mark).collect();
-                assert!(
-                    marks.len() == count && !marks.contains(&0),
-                    "{text}{marks:?}"
-                );
+                assert!(marks.len() == count && !marks.contains(&0), "{text}{marks:?}");
                 assert!(marks.iter().all(legal), "{text}{marks:?}");
-                assert!(
-                    explicit.iter().all(|mark| marks.contains(mark)),
-                    "{text}{marks:?}"
-                );
+                assert!(explicit.iter().all(|mark| marks.contains(mark)), "{text}{marks:?}");
                 fine += 1;
             }
             Err(problems) => {
@@ -521,24 +492,12 @@ fn marks() {
 #[test]
 fn default_marks() {
     for (mask, given, want) in [
-        (
-            0xff00_0000_u32,
-            [None; 3],
-            [0x0100_0000, 0x0200_0000, 0x0300_0000],
-        ),
+        (0xff00_0000_u32, [None; 3], [0x0100_0000, 0x0200_0000, 0x0300_0000]),
         (0x0000_ff00, [None; 3], [0x100, 0x200, 0x300]),
         (0xffff_ffff, [None; 3], [1, 2, 3]),
-        (
-            0xc000_0000,
-            [None; 3],
-            [0x4000_0000, 0x8000_0000, 0xc000_0000],
-        ),
+        (0xc000_0000, [None; 3], [0x4000_0000, 0x8000_0000, 0xc000_0000]),
         (0x0000_0101, [None; 3], [0x001, 0x100, 0x101]),
-        (
-            0xff00_0000,
-            [None, Some(0x0300_0000), None],
-            [0x0100_0000, 0x0300_0000, 0x0400_0000],
-        ),
+        (0xff00_0000, [None, Some(0x0300_0000), None], [0x0100_0000, 0x0300_0000, 0x0400_0000]),
         (0x0000_0003, [None, Some(1), None], [2, 1, 3]),
     ] {
         let mut text = format!("[global]\nfwmark-mask = {mask}\n");
@@ -553,18 +512,9 @@ fn default_marks() {
 
 #[test]
 fn an_empty_file_is_the_default() {
-    for text in [
-        "",
-        "\n\n",
-        "# only this\n",
-        "\u{feff}",
-        "[global]\n[rules]\n[global]\n",
-    ] {
+    for text in ["", "\n\n", "# only this\n", "\u{feff}", "[global]\n[rules]\n[global]\n"] {
         let config = good(text);
-        let built_in = Config {
-            files: vec!["c".into()],
-            ..Config::default()
-        };
+        let built_in = Config { files: vec!["c".into()], ..Config::default() };
         assert_eq!(format!("{config:?}"), format!("{built_in:?}"), "{text:?}");
     }
 }
@@ -580,15 +530,9 @@ fn every_key_of_global() {
          bypass-mark = 0x1/0x3\nbypass-user = xray\nbypass-user = 0\non-exit = keep\n\
          log-level = debug\ncounters = cgroup\n",
     );
-    assert_eq!(
-        config.cgroup_root.as_deref(),
-        Some(Path::new("/sys/fs/cgroup/unified"))
-    );
+    assert_eq!(config.cgroup_root.as_deref(), Some(Path::new("/sys/fs/cgroup/unified")));
     assert_eq!(config.default, Target::Drop);
-    assert_eq!(
-        (config.route_table, config.rule_priority, config.mask),
-        (256, 99, 0xf0)
-    );
+    assert_eq!((config.route_table, config.rule_priority, config.mask), (256, 99, 0xf0));
     assert_eq!(
         config.bypass4,
         [
@@ -600,10 +544,7 @@ fn every_key_of_global() {
             v4([100, 64, 0, 0], 10),
         ]
     );
-    assert_eq!(
-        config.bypass6,
-        [v6("2001:db8::", 32), v6("::1", 128), v6("fc00::", 7)]
-    );
+    assert_eq!(config.bypass6, [v6("2001:db8::", 32), v6("::1", 128), v6("fc00::", 7)]);
     let mark = |value, mask| Mark { value, mask };
     assert_eq!(config.bypass_marks, [mark(0xff00, u32::MAX), mark(1, 3)]);
     assert_eq!(config.bypass_users, [1000, 0]);
@@ -616,20 +557,12 @@ fn every_key_of_global() {
         "[global]\ncgroup-root = auto\ndefault = direct\nroute-table = 300\nrule-priority = 100\n\
          fwmark-mask = 0xff000000\non-exit = remove\nlog-level = notice\ncounters = target\n",
     );
-    let built_in = Config {
-        files: vec!["c".into()],
-        ..Config::default()
-    };
+    let built_in = Config { files: vec!["c".into()], ..Config::default() };
     assert_eq!(format!("{config:?}"), format!("{built_in:?}"));
-    for (word, level) in [
-        ("error", Level::Error),
-        ("warning", Level::Warning),
-        ("info", Level::Info),
-    ] {
-        assert_eq!(
-            good(&format!("[global]\nlog-level = {word}\n")).log_level,
-            level
-        );
+    for (word, level) in
+        [("error", Level::Error), ("warning", Level::Warning), ("info", Level::Info)]
+    {
+        assert_eq!(good(&format!("[global]\nlog-level = {word}\n")).log_level, level);
     }
 }
 
@@ -640,29 +573,18 @@ fn every_key_of_tproxy() {
          tcp = no\nudp = drop\nipv4 = off\nipv6 = 0\ndns-hijack = 127.0.0.1:1053\n\
          dns-hijack = [::1]:1054\ndns-hijack-tcp = true\n[tproxy B-_234567890123]\nport = 65535\n",
     );
-    let [a, b] = &config.tproxies[..] else {
-        panic!("{:?}", config.tproxies)
-    };
+    let [a, b] = &config.tproxies[..] else { panic!("{:?}", config.tproxies) };
     assert_eq!((a.name.as_str(), a.port, a.mark), ("a", 7893, 0x0500_0000));
     assert_eq!(a.address4, Some(Ipv4Addr::LOCALHOST));
     assert_eq!(a.address6, Some(Ipv6Addr::LOCALHOST));
-    assert_eq!(
-        (a.tcp, a.udp, a.ipv4, a.ipv6),
-        (Take::No, Take::Drop, Take::No, Take::No)
-    );
+    assert_eq!((a.tcp, a.udp, a.ipv4, a.ipv6), (Take::No, Take::Drop, Take::No, Take::No));
     assert_eq!(a.dns4.unwrap().to_string(), "127.0.0.1:1053");
     assert_eq!(a.dns6.unwrap().to_string(), "[::1]:1054");
     assert!(a.dns_tcp);
 
     assert_eq!((b.name.as_str(), b.port), ("B-_234567890123", 65535));
-    assert_eq!(
-        (b.address4, b.address6, b.dns4, b.dns6),
-        (None, None, None, None)
-    );
-    assert_eq!(
-        (b.tcp, b.udp, b.ipv4, b.ipv6),
-        (Take::Yes, Take::Yes, Take::Yes, Take::Yes)
-    );
+    assert_eq!((b.address4, b.address6, b.dns4, b.dns6), (None, None, None, None));
+    assert_eq!((b.tcp, b.udp, b.ipv4, b.ipv6), (Take::Yes, Take::Yes, Take::Yes, Take::Yes));
     assert!(!b.dns_tcp);
 }
 
@@ -675,14 +597,9 @@ fn every_key_of_gateway() {
          interface = e*\ntarget = direct\n[tproxy late]\nport = 1\ndns-hijack = ::1\n\
          dns-hijack-local = yes\n",
     );
-    let [lan, drop, rest] = &config.gateways[..] else {
-        panic!("{:?}", config.gateways)
-    };
+    let [lan, drop, rest] = &config.gateways[..] else { panic!("{:?}", config.gateways) };
     let names: Vec<String> = lan.interfaces.iter().map(|i| i.to_string()).collect();
-    assert_eq!(
-        (lan.name.as_str(), names),
-        ("lan", vec!["br-lan".into(), "wg*".into()])
-    );
+    assert_eq!((lan.name.as_str(), names), ("lan", vec!["br-lan".into(), "wg*".into()]));
     assert_eq!(lan.sources4[0].to_string(), "192.0.2.0/24");
     assert_eq!(lan.sources6[0].to_string(), "2001:db8::1");
     assert_eq!(lan.macs[0].to_string(), "02:00:00:00:00:ab");
@@ -700,39 +617,18 @@ fn bad_gateways() {
     let mac = "six pairs of hexadecimal digits with colons";
     let whole = format!("interface = {}", "x".repeat(16));
     for (line, message) in [
-        (
-            "interfce = a",
-            "unknown key \"interfce\" in [gateway], did you mean \"interface\"?",
-        ),
-        (
-            "interface = lo",
-            "\"interface\" expects an interface that others are behind, not \"lo\"",
-        ),
+        ("interfce = a", "unknown key \"interfce\" in [gateway], did you mean \"interface\"?"),
+        ("interface = lo", "\"interface\" expects an interface that others are behind, not \"lo\""),
         (
             "interface = *",
             "\"interface\" expects a name, or the beginning of one before the *, not \"*\"",
         ),
-        (
-            "interface = a*b",
-            &format!("\"interface\" expects {name}, not \"a*b\""),
-        ),
-        (
-            "interface = a b",
-            &format!("\"interface\" expects {name}, not \"a b\""),
-        ),
-        (
-            "interface = a/b",
-            &format!("\"interface\" expects {name}, not \"a/b\""),
-        ),
-        (
-            &whole,
-            &format!("\"interface\" expects {name}, not \"{}\"", "x".repeat(16)),
-        ),
+        ("interface = a*b", &format!("\"interface\" expects {name}, not \"a*b\"")),
+        ("interface = a b", &format!("\"interface\" expects {name}, not \"a b\"")),
+        ("interface = a/b", &format!("\"interface\" expects {name}, not \"a/b\"")),
+        (&whole, &format!("\"interface\" expects {name}, not \"{}\"", "x".repeat(16))),
         ("interface = eth0", "\"interface\" names \"eth0\" twice"),
-        (
-            "source = private",
-            "\"source\" expects an address or a CIDR, not \"private\"",
-        ),
+        ("source = private", "\"source\" expects an address or a CIDR, not \"private\""),
         (
             "source = 10.0.0.0/33",
             "\"source\": prefix length 33 is not from 0 to 32: \"10.0.0.0/33\"",
@@ -749,10 +645,7 @@ fn bad_gateways() {
             "source-mac = 02:00:00:00:00:01:02",
             &format!("\"source-mac\" expects {mac}, not \"02:00:00:00:00:01:02\""),
         ),
-        (
-            "target = drop",
-            "duplicate key \"target\", first set at c:3",
-        ),
+        ("target = drop", "duplicate key \"target\", first set at c:3"),
     ] {
         let text = format!("[gateway a]\ninterface = eth0\ntarget = direct\n{line}\n");
         bad(&[("c", &text)], &[&format!("c:4: {message}")]);
@@ -807,17 +700,12 @@ fn values_that_are_fine() {
     ] {
         let config = good(&format!("[tproxy a]\nport = 1\ndns-hijack = {value}\n"));
         let a = &config.tproxies[0];
-        let got = a
-            .dns4
-            .map(|e| e.to_string())
-            .or(a.dns6.map(|e| e.to_string()));
+        let got = a.dns4.map(|e| e.to_string()).or(a.dns6.map(|e| e.to_string()));
         assert_eq!(got.as_deref(), Some(port));
     }
-    for (word, take) in [
-        ("yes true on 1", Take::Yes),
-        ("no false off 0", Take::No),
-        ("drop", Take::Drop),
-    ] {
+    for (word, take) in
+        [("yes true on 1", Take::Yes), ("no false off 0", Take::No), ("drop", Take::Drop)]
+    {
         for word in word.split(' ') {
             let config = good(&format!("[tproxy a]\nport = 1\nudp = {word}\n"));
             assert_eq!(config.tproxies[0].udp, take, "{word}");
@@ -847,13 +735,8 @@ fn rules_and_what_they_match() {
         ("/a\u{fffd}", "/a\u{fffd}", "/a"),
     ] {
         let config = good(&format!("[rules]\r\n  drop\t=  {value}  \r\n"));
-        let [rule] = &config.rules[..] else {
-            panic!("{value}: {:?}", config.rules)
-        };
-        assert_eq!(
-            (rule.target, rule.place.to_string().as_str()),
-            (Target::Drop, "c:2")
-        );
+        let [rule] = &config.rules[..] else { panic!("{value}: {:?}", config.rules) };
+        assert_eq!((rule.target, rule.place.to_string().as_str()), (Target::Drop, "c:2"));
         assert!(rule.regex.is_match(matches), "{value} on {matches}");
         assert!(!rule.regex.is_match(does_not), "{value} on {does_not}");
     }
@@ -871,18 +754,9 @@ fn includes_and_order() {
         ("etc/d/20", "[rules]\ndirect = /3\n[tproxy b]\nport = 2\n"),
     ])
     .unwrap();
-    let rules: Vec<_> = config
-        .rules
-        .iter()
-        .map(|r| (r.target, r.pattern.as_str()))
-        .collect();
+    let rules: Vec<_> = config.rules.iter().map(|r| (r.target, r.pattern.as_str())).collect();
     let (b, a) = (Target::Tproxy(0), Target::Tproxy(1));
-    let want = [
-        (b, "/1"),
-        (Target::Drop, "/2"),
-        (Target::Direct, "/3"),
-        (a, "/4"),
-    ];
+    let want = [(b, "/1"), (Target::Drop, "/2"), (Target::Direct, "/3"), (a, "/4")];
     assert_eq!(rules, want);
     assert_eq!(config.default, b);
     assert_eq!(config.tproxies[0].mark, 0x0100_0000);
@@ -950,10 +824,7 @@ fn what_is_no_configuration_file() {
     mkfifo(&dir.path("fifo"), Mode::from_bits_truncate(0o600)).unwrap();
     dir.file("full", "#".repeat(1 << 20), 0o600);
     dir.file("over", "#".repeat((1 << 20) + 1), 0o600);
-    File::create(dir.path("sparse"))
-        .unwrap()
-        .set_len(1 << 30)
-        .unwrap();
+    File::create(dir.path("sparse")).unwrap().set_len(1 << 30).unwrap();
     dir.file("latin1", b"[global]\n# caf\xe9\n", 0o600);
     dir.file("utf16", b"\xff\xfe[\0g\0", 0o600);
     dir.file("zeros", b"[global]\n\0\0\n", 0o600);
@@ -968,22 +839,14 @@ fn what_is_no_configuration_file() {
             ("sparse", "DIR/sparse: is over 1 MiB"),
             ("latin1", "DIR/latin1: is not UTF-8 (line 2)"),
             ("utf16", "DIR/utf16: is not UTF-8 (line 1)"),
-            (
-                "zeros",
-                "DIR/zeros:2: a NUL byte in the line: \"\\u{0}\\u{0}\"",
-            ),
+            ("zeros", "DIR/zeros:2: a NUL byte in the line: \"\\u{0}\\u{0}\""),
             ("loop", &format!("DIR/loop: {}", reason(Errno::ELOOP))),
         ] {
             dir.expect(name, trusted_only, &[want]);
         }
         dir.expect("full", trusted_only, &[]);
     }
-    let device = load(
-        &Files {
-            trusted_only: false,
-        },
-        Path::new("/dev/zero"),
-    );
+    let device = load(&Files { trusted_only: false }, Path::new("/dev/zero"));
     assert_eq!(lines(device), ["/dev/zero: is not a regular file"]);
 }
 
@@ -1033,17 +896,10 @@ fn who_may_change_a_file() {
     foreign("foreign");
     dir.file("readable", text, 0o644);
     foreign_group("readable");
-    dir.file(
-        "hard",
-        "[global]\ninclude = group\ninclude = others\n",
-        0o400,
-    );
-    for (name, mode) in [
-        ("open", 0o777),
-        ("group-open", 0o775),
-        ("sticky", 0o1777),
-        ("owned", 0o755),
-    ] {
+    dir.file("hard", "[global]\ninclude = group\ninclude = others\n", 0o400);
+    for (name, mode) in
+        [("open", 0o777), ("group-open", 0o775), ("sticky", 0o1777), ("owned", 0o755)]
+    {
         dir.dir(name, mode);
         dir.file(&format!("{name}/c"), text, 0o600);
     }
@@ -1054,42 +910,15 @@ fn who_may_change_a_file() {
     symlink(dir.path("readable"), dir.path("open/link")).unwrap();
     let open = "is in a directory that others may write: DIR";
     for (name, want) in [
-        (
-            "group",
-            "DIR/group: is writable by group or others (mode 0664; chmod go-w)".into(),
-        ),
-        (
-            "others",
-            "DIR/others: is writable by group or others (mode 0602; chmod go-w)".into(),
-        ),
-        (
-            "foreign",
-            "DIR/foreign: is owned by uid 65534, not by root".into(),
-        ),
-        (
-            "to-foreign",
-            "DIR/to-foreign: is owned by uid 65534, not by root".into(),
-        ),
-        (
-            "open/c",
-            format!("DIR/open/c: {open}/open (mode 0777, uid 0)"),
-        ),
-        (
-            "group-open/c",
-            format!("DIR/group-open/c: {open}/group-open (mode 0775, uid 0)"),
-        ),
-        (
-            "owned/c",
-            format!("DIR/owned/c: {open}/owned (mode 0755, uid 65534)"),
-        ),
-        (
-            "to-open",
-            format!("DIR/to-open: {open}/open (mode 0777, uid 0)"),
-        ),
-        (
-            "open/link",
-            format!("DIR/open/link: {open}/open (mode 0777, uid 0)"),
-        ),
+        ("group", "DIR/group: is writable by group or others (mode 0664; chmod go-w)".into()),
+        ("others", "DIR/others: is writable by group or others (mode 0602; chmod go-w)".into()),
+        ("foreign", "DIR/foreign: is owned by uid 65534, not by root".into()),
+        ("to-foreign", "DIR/to-foreign: is owned by uid 65534, not by root".into()),
+        ("open/c", format!("DIR/open/c: {open}/open (mode 0777, uid 0)")),
+        ("group-open/c", format!("DIR/group-open/c: {open}/group-open (mode 0775, uid 0)")),
+        ("owned/c", format!("DIR/owned/c: {open}/owned (mode 0755, uid 65534)")),
+        ("to-open", format!("DIR/to-open: {open}/open (mode 0777, uid 0)")),
+        ("open/link", format!("DIR/open/link: {open}/open (mode 0777, uid 0)")),
     ] {
         dir.expect(name, true, &[&want]);
         dir.expect(name, false, &[]);
@@ -1118,11 +947,7 @@ fn what_may_not_be_read() {
     setfsuid(Uid::from_raw(65534));
     for trusted_only in [false, true] {
         dir.expect("c", trusted_only, &["DIR/c: permission denied"]);
-        dir.expect(
-            "closed/c",
-            trusted_only,
-            &["DIR/closed/c: permission denied"],
-        );
+        dir.expect("closed/c", trusted_only, &["DIR/closed/c: permission denied"]);
         let want = "DIR/glob:2: unable to include \"closed/*.conf\": permission denied";
         dir.expect("glob", trusted_only, &[want]);
     }
@@ -1142,10 +967,7 @@ fn error_positions() {
     ] {
         let lines = lines(read(&[("c", &format!("[rules]\ndrop = {pattern}\n"))]));
         let want = format!("c:2: bad pattern at character {at}: ");
-        assert!(
-            lines.len() == 1 && lines[0].starts_with(&want),
-            "{want}{lines:?}"
-        );
+        assert!(lines.len() == 1 && lines[0].starts_with(&want), "{want}{lines:?}");
     }
     good(&format!("[rules]\ndrop = {deep}a{}\n", ")".repeat(50)));
     bad(

@@ -69,11 +69,7 @@ fn same_batch(what: &str, ours: Transaction, theirs: impl FnOnce(&mut Reference)
                 "{what}: message {n} of type {kind}, byte {at}\n  ours {ours}\nlibnftnl {theirs}"
             );
         }
-        assert_eq!(
-            ours.len(),
-            theirs.len(),
-            "{what}: message {n} of type {kind}"
-        );
+        assert_eq!(ours.len(), theirs.len(), "{what}: message {n} of type {kind}");
     }
     assert_eq!(ours.len(), reference.len(), "{what}: messages");
 }
@@ -89,11 +85,7 @@ fn tables() {
             |theirs| theirs.table(kind, create, flags),
         );
     }
-    same(
-        "no table",
-        Transaction::remove_table,
-        Reference::remove_table,
-    );
+    same("no table", Transaction::remove_table, Reference::remove_table);
 }
 
 #[test]
@@ -101,35 +93,14 @@ fn chains() {
     let mut bases = vec![None];
     for kind in ["filter", "nat", "route"] {
         for hook in 0..libc::NF_INET_NUMHOOKS as u32 {
-            bases.extend([-150, -100, 0, 300].map(|priority| {
-                Some(Base {
-                    kind,
-                    hook,
-                    priority,
-                })
-            }));
+            bases.extend([-150, -100, 0, 300].map(|priority| Some(Base { kind, hook, priority })));
         }
     }
     for base in bases {
         // names of all lengths modulo 4
-        for name in [
-            "a",
-            "to",
-            "nat",
-            "dns_",
-            "prerouting",
-            "tproxy_a-name-of-15-",
-        ] {
-            let chain = Chain {
-                name: name.into(),
-                base,
-                rules: Vec::new(),
-            };
-            same(
-                name,
-                |ours| ours.chain(&chain),
-                |theirs| theirs.chain(&chain),
-            );
+        for name in ["a", "to", "nat", "dns_", "prerouting", "tproxy_a-name-of-15-"] {
+            let chain = Chain { name: name.into(), base, rules: Vec::new() };
+            same(name, |ours| ours.chain(&chain), |theirs| theirs.chain(&chain));
         }
     }
 }
@@ -146,39 +117,21 @@ fn sets() {
         Content::V6(vec![v6("2001:db8::", 32), v6("ff00::", 8)]),
         Content::V6(vec![v6("::", 0)]),
         // enough for three messages
-        Content::V4(
-            (0..2000u32)
-                .map(|n| Range::prefix((n << 8).into(), 32))
-                .collect(),
-        ),
-        Content::V6(
-            (0..900u128)
-                .map(|n| Range::prefix((n << 8).into(), 128))
-                .collect(),
-        ),
+        Content::V4((0..2000u32).map(|n| Range::prefix((n << 8).into(), 32)).collect()),
+        Content::V6((0..900u128).map(|n| Range::prefix((n << 8).into(), 128)).collect()),
         Content::Cgroups { counters: false },
         Content::Cgroups { counters: true },
     ];
     for content in contents {
-        let set = Set {
-            name: "a_set".into(),
-            content,
-        };
+        let set = Set { name: "a_set".into(), content };
         same("set", |ours| ours.set(&set), |theirs| theirs.set(&set));
     }
     // ids within the transaction go on counting
-    let set = |name: &str| Set {
-        name: name.into(),
-        content: Content::V4(vec![v4([1; 4], 8)]),
-    };
+    let set = |name: &str| Set { name: name.into(), content: Content::V4(vec![v4([1; 4], 8)]) };
     same(
         "three sets",
         |ours| ["a", "b", "c"].iter().for_each(|name| ours.set(&set(name))),
-        |theirs| {
-            ["a", "b", "c"]
-                .iter()
-                .for_each(|name| theirs.set(&set(name)))
-        },
+        |theirs| ["a", "b", "c"].iter().for_each(|name| theirs.set(&set(name))),
     );
 }
 
@@ -233,16 +186,10 @@ macro_rules! samples {
     };
 }
 
-const A_MARK: Mark = Mark {
-    value: 0x0123_0000,
-    mask: 0x0fff_0000,
-};
+const A_MARK: Mark = Mark { value: 0x0123_0000, mask: 0x0fff_0000 };
 
 fn map(verdicts: &[Verdict]) -> Vec<(u32, Verdict)> {
-    (1..)
-        .map(|n| n << 24)
-        .zip(verdicts.iter().cloned())
-        .collect()
+    (1..).map(|n| n << 24).zip(verdicts.iter().cloned()).collect()
 }
 
 fn jump() -> Verdict {
@@ -319,24 +266,12 @@ fn statements() {
     for stmt in samples() {
         let what = stmt.to_string();
         let rule = vec![stmt];
-        same(
-            &what,
-            |ours| ours.rule("a_chain", &rule),
-            |theirs| theirs.rule("a_chain", &rule),
-        );
+        same(&what, |ours| ours.rule("a_chain", &rule), |theirs| theirs.rule("a_chain", &rule));
     }
     // all of them at once: several anonymous sets in one rule
     let rule = samples();
-    same(
-        "all",
-        |ours| ours.rule("output", &rule),
-        |theirs| theirs.rule("output", &rule),
-    );
-    same(
-        "no rules",
-        |ours| ours.replace_output(&[]),
-        |theirs| theirs.flush(OUTPUT),
-    );
+    same("all", |ours| ours.rule("output", &rule), |theirs| theirs.rule("output", &rule));
+    same("no rules", |ours| ours.replace_output(&[]), |theirs| theirs.flush(OUTPUT));
 }
 
 #[test]
@@ -365,22 +300,14 @@ impl Source for Text {
 
 fn load(text: &str) -> Config {
     let problems = |problems: Vec<config::Problem>| -> Config {
-        panic!(
-            "{}",
-            problems
-                .iter()
-                .map(|p| format!("{p}\n"))
-                .collect::<String>()
-        )
+        panic!("{}", problems.iter().map(|p| format!("{p}\n")).collect::<String>())
     };
     config::load(&Text(text.into()), Path::new("test.conf")).unwrap_or_else(problems)
 }
 
 fn configs() -> Vec<Config> {
     let many = |n: usize| -> String {
-        (0..n)
-            .map(|n| format!("[tproxy t{n}]\nport = {}\n", 1000 + n))
-            .collect()
+        (0..n).map(|n| format!("[tproxy t{n}]\nport = {}\n", 1000 + n)).collect()
     };
     let bypass: String = (0..3000)
         .map(|n| format!("bypass = 198.{}.{}.{}\n", n / 200, n % 200, n % 3 * 100))
@@ -452,24 +379,10 @@ fn configs() -> Vec<Config> {
 /// Some cgroups for every target.
 fn snapshot(config: &Config) -> Snapshot {
     let targets: Vec<Target> = config.targets().collect();
-    let ids = |n: usize| {
-        (1..=1 + n as u64 * 700)
-            .map(|id| id << 8 | n as u64)
-            .collect()
-    };
-    let levels = |target: &Target| {
-        [2, 3, 7].map(|level| Element {
-            level,
-            target: *target,
-        })
-    };
+    let ids = |n: usize| (1..=1 + n as u64 * 700).map(|id| id << 8 | n as u64).collect();
+    let levels = |target: &Target| [2, 3, 7].map(|level| Element { level, target: *target });
     Snapshot {
-        elements: targets
-            .iter()
-            .take(6)
-            .enumerate()
-            .map(|(n, t)| (*t, ids(n)))
-            .collect(),
+        elements: targets.iter().take(6).enumerate().map(|(n, t)| (*t, ids(n))).collect(),
         pairs: targets.iter().flat_map(levels).collect(),
     }
 }
@@ -503,19 +416,9 @@ fn changes() {
             ids.clone().into_iter().map(move |id| (target, id))
         };
         let flat: Vec<(Target, u64)> = elements.iter().flat_map(each).collect();
-        let delta = Delta {
-            delete: flat.clone(),
-            add: flat,
-            pairs: Some(pairs),
-        };
+        let delta = Delta { delete: flat.clone(), add: flat, pairs: Some(pairs) };
         let none = Some(BTreeSet::new());
-        for delta in [
-            delta,
-            Delta {
-                pairs: none,
-                ..Delta::default()
-            },
-        ] {
+        for delta in [delta, Delta { pairs: none, ..Delta::default() }] {
             let ours = plan::change(&config, &delta, Batch::new(SEQ));
             same_batch("change", ours, |theirs| {
                 let elements = || elements.iter().filter(|_| !delta.add.is_empty());

@@ -15,23 +15,8 @@ const LAYERS: [&[&str]; 12] = [
     // pure from here ...
     &["nft::expr"],
     &["config", "config::ini", "config::pattern", "config::file"],
-    &[
-        "policy",
-        "loops",
-        "nft::ruleset",
-        "nft::encode",
-        "nft::event",
-        "nft::dump",
-        "route",
-    ],
-    &[
-        "cgroup::tree",
-        "core",
-        "cgroup::mount",
-        "cgroup::watch",
-        "cgroup::backlog",
-        "plan",
-    ],
+    &["policy", "loops", "nft::ruleset", "nft::encode", "nft::event", "nft::dump", "route"],
+    &["cgroup::tree", "core", "cgroup::mount", "cgroup::watch", "cgroup::backlog", "plan"],
     // ... to here, but for the files below
     &["kernel", "instance", "notify", "confine", "listen"],
     &["daemon"],
@@ -86,11 +71,7 @@ fn sources() -> BTreeMap<String, String> {
             let name = name.to_str().unwrap().replace('/', "::");
             let name = name.strip_suffix("::mod").unwrap_or(&name).to_string();
             let text = fs::read_to_string(&path).unwrap();
-            let code = text
-                .split("\n#[cfg(test)]\nmod tests")
-                .next()
-                .unwrap()
-                .to_string();
+            let code = text.split("\n#[cfg(test)]\nmod tests").next().unwrap().to_string();
             found.insert(name, code);
         }
     }
@@ -100,28 +81,19 @@ fn sources() -> BTreeMap<String, String> {
 fn layer(module: &str) -> Option<usize> {
     let holds = |m: &&&str| module == **m || module.starts_with(&format!("{m}::"));
     // the longest match, so that `config::file` is not taken for `config`
-    let best = LAYERS
-        .iter()
-        .flat_map(|l| l.iter())
-        .filter(holds)
-        .max_by_key(|m| m.len())?;
+    let best = LAYERS.iter().flat_map(|l| l.iter()).filter(holds).max_by_key(|m| m.len())?;
     LAYERS.iter().position(|l| l.contains(best))
 }
 
 /// The crate's modules that a text names: `crate::a::b::…`, with `{…}` groups unfolded.
 fn uses(module: &str, text: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
-    let code: Vec<&str> = text
-        .lines()
-        .filter(|l| !l.trim_start().starts_with("//"))
-        .collect();
+    let code: Vec<&str> = text.lines().filter(|l| !l.trim_start().starts_with("//")).collect();
     let code = code.join("\n").replace("$crate::", "");
     let parent = module.rsplit_once("::").map_or("", |(p, _)| p);
     let code = code.replace("super::", &format!("crate::{parent}::"));
     for piece in code.split("crate::").skip(1) {
-        let end = piece
-            .find([';', '(', ')', '<', '\n'])
-            .unwrap_or(piece.len());
+        let end = piece.find([';', '(', ')', '<', '\n']).unwrap_or(piece.len());
         let path = &piece[..end];
         match path.split_once("::{") {
             Some((base, group)) => {
@@ -160,10 +132,7 @@ fn arrows_point_one_way() {
         }
     }
     assert!(wrong.is_empty(), "against the layers: {wrong:#?}");
-    assert!(
-        seen > 60,
-        "only {seen} uses were found: does this test still read them?"
-    );
+    assert!(seen > 60, "only {seen} uses were found: does this test still read them?");
 }
 
 #[test]
@@ -184,11 +153,7 @@ fn unsafe_is_in_sys_alone() {
         let blocks: usize = blocks.iter().sum();
         assert!(module == "sys" || blocks == 0, "{module} has unsafe blocks");
         if module == "sys" {
-            assert_eq!(
-                blocks,
-                text.matches("// SAFETY:").count(),
-                "a SAFETY line for each block"
-            );
+            assert_eq!(blocks, text.matches("// SAFETY:").count(), "a SAFETY line for each block");
         }
     }
 }

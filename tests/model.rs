@@ -57,12 +57,7 @@ const MAX_DIRS: usize = 40;
 
 impl Host {
     fn new() -> Host {
-        let mut host = Host {
-            next_id: 1,
-            next_wd: 1,
-            max_watches: usize::MAX,
-            ..Host::default()
-        };
+        let mut host = Host { next_id: 1, next_wd: 1, max_watches: usize::MAX, ..Host::default() };
         host.dirs.insert(Vec::new(), 0);
         host
     }
@@ -135,10 +130,7 @@ impl Host {
             return Event::Gone { path };
         };
         if !self.calm && random.one_in(200) {
-            return Event::Failed {
-                path,
-                errno: Errno::ENOMEM,
-            };
+            return Event::Failed { path, errno: Errno::ENOMEM };
         }
         match scan.known == Some(id) && !scan.deep {
             true => Event::Same { path },
@@ -183,19 +175,8 @@ impl Host {
         }
         self.race(random);
         match !self.calm && random.one_in(200) {
-            true => Event::Unlisted {
-                path,
-                id,
-                wd,
-                errno: refused.unwrap_or(Errno::EMFILE),
-            },
-            false => Event::Listed {
-                path,
-                id,
-                wd,
-                refused,
-                children,
-            },
+            true => Event::Unlisted { path, id, wd, errno: refused.unwrap_or(Errno::EMFILE) },
+            false => Event::Listed { path, id, wd, refused, children },
         }
     }
 }
@@ -350,12 +331,7 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
                         break;
                     };
                     core.step(event, &mut actions);
-                    done += act(
-                        &mut core,
-                        &mut host,
-                        std::mem::take(&mut actions),
-                        &mut random,
-                    );
+                    done += act(&mut core, &mut host, std::mem::take(&mut actions), &mut random);
                 }
                 while let Some(event) = backlog.pop() {
                     host.queue.push_front(event);
@@ -378,11 +354,7 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
                 kernel.replace(&mut core);
             }
             92..94 => {
-                host.max_watches = if random.one_in(2) {
-                    random.below(12)
-                } else {
-                    usize::MAX
-                }
+                host.max_watches = if random.one_in(2) { random.below(12) } else { usize::MAX }
             }
             94..97 => {
                 core.step(Event::Retry, &mut actions);
@@ -392,21 +364,13 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
             _ => {
                 settle(&mut core, &mut host, &mut kernel, &mut random);
                 let config = core.config().clone();
-                assert_eq!(
-                    kernel,
-                    Kernel::wanted(&config, &host, BASE),
-                    "seed {seed} at {done}"
-                );
+                assert_eq!(kernel, Kernel::wanted(&config, &host, BASE), "seed {seed} at {done}");
                 if !core.wants_retry() {
                     let live: BTreeSet<u64> = host.dirs.values().copied().collect();
                     let watched: Vec<u64> = host.watches.values().copied().collect();
                     let set: BTreeSet<u64> = watched.iter().copied().collect();
                     assert_eq!(set, live, "seed {seed} at {done}: watches");
-                    assert_eq!(
-                        set.len(),
-                        watched.len(),
-                        "seed {seed} at {done}: doubled watches"
-                    );
+                    assert_eq!(set.len(), watched.len(), "seed {seed} at {done}: doubled watches");
                     quiet += 1;
                 }
             }
@@ -449,9 +413,6 @@ fn a_million_steps() {
         quiet += settled;
         seed += 1;
     }
-    println!(
-        "{steps} steps, {} seeds, exact at {quiet} quiet moments",
-        seed - 1
-    );
+    println!("{steps} steps, {} seeds, exact at {quiet} quiet moments", seed - 1);
     assert!(quiet > 1000, "{quiet}");
 }

@@ -55,10 +55,7 @@ fn mount(line: &[u8]) -> Option<Mount> {
     let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
     let is_cgroup2 = kind(&fields)? == b"cgroup2";
     let path = |field: &[u8]| PathBuf::from(OsString::from_vec(unescape(field)));
-    is_cgroup2.then_some(Mount {
-        point: path(fields.get(4)?),
-        root: path(fields.get(3)?),
-    })
+    is_cgroup2.then_some(Mount { point: path(fields.get(4)?), root: path(fields.get(3)?) })
 }
 
 /// Undoes the kernel's octal escapes (`\040` is a blank).
@@ -88,9 +85,7 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 /// Errors: what to do about a host without cgroup v2, or a path outside of it.
 pub fn choose(mounts: &[Mount], wanted: Option<&Path>) -> std::result::Result<Root, String> {
     let level = |path: &Path| {
-        path.components()
-            .filter(|c| matches!(c, std::path::Component::Normal(_)))
-            .count()
+        path.components().filter(|c| matches!(c, std::path::Component::Normal(_))).count()
     };
     let Some(wanted) = wanted else {
         let usual = mounts.iter().find(|m| m.point == Path::new(USUAL));
@@ -100,19 +95,12 @@ pub fn choose(mounts: &[Mount], wanted: Option<&Path>) -> std::result::Result<Ro
                 .into());
         };
         let (dir, root) = (mount.point.clone(), level(&mount.root));
-        return Ok(Root {
-            mount: dir.clone(),
-            dir,
-            level: root,
-        });
+        return Ok(Root { mount: dir.clone(), dir, level: root });
     };
     // the last of the deepest: a later mount hides an earlier one on the same point
     let inside = mounts.iter().filter(|m| wanted.starts_with(&m.point));
     let Some(mount) = inside.max_by_key(|m| m.point.as_os_str().as_bytes().len()) else {
-        return Err(format!(
-            "{} is not on a cgroup2 file system",
-            wanted.display()
-        ));
+        return Err(format!("{} is not on a cgroup2 file system", wanted.display()));
     };
     let below = wanted.strip_prefix(&mount.point).map_or(0, level);
     Ok(Root {
@@ -134,10 +122,7 @@ pub fn find(wanted: Option<&Path>) -> Result<Root> {
         // so that a symlink or a trailing slash does not hide the mount point
         Some(path) => Some(path.canonicalize().map_err(|e| {
             let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
-            Error::system(
-                format!("unable to use cgroup-root {}", path.display()),
-                errno,
-            )
+            Error::system(format!("unable to use cgroup-root {}", path.display()), errno)
         })?),
     };
     choose(&mounts(&mountinfo), wanted.as_deref()).map_err(Error::State)
@@ -159,23 +144,14 @@ mod tests {
         let odd = b"1 1 0:1 /a/b /mnt/with\\040blank rw - cgroup2 none rw";
         let root = |text: &[u8], wanted: Option<&str>| choose(&mounts(text), wanted.map(Path::new));
         let dir = |root: Root| (root.dir.to_str().unwrap().to_string(), root.level);
-        assert_eq!(
-            root(HYBRID, None).map(dir),
-            Ok(("/sys/fs/cgroup/unified".into(), 0))
-        );
+        assert_eq!(root(HYBRID, None).map(dir), Ok(("/sys/fs/cgroup/unified".into(), 0)));
         assert!(has_v1(HYBRID) && !has_v1(unified));
-        assert_eq!(
-            root(unified, None).map(dir),
-            Ok(("/sys/fs/cgroup".into(), 0))
-        );
+        assert_eq!(root(unified, None).map(dir), Ok(("/sys/fs/cgroup".into(), 0)));
         assert_eq!(root(odd, None).map(dir), Ok(("/mnt/with blank".into(), 2)));
         let both = [odd.as_slice(), unified].join(&b'\n');
         assert_eq!(root(&both, None).map(dir), Ok(("/sys/fs/cgroup".into(), 0)));
         let sub = Some("/mnt/with blank/c");
-        assert_eq!(
-            root(&both, sub).map(dir),
-            Ok(("/mnt/with blank/c".into(), 3))
-        );
+        assert_eq!(root(&both, sub).map(dir), Ok(("/mnt/with blank/c".into(), 3)));
         assert!(root(&both, Some("/tmp")).is_err());
         assert!(root(b"", None).unwrap_err().contains("cgroup2"));
         assert!(mounts(b"\n - \n1 2 3 - cgroup2\n-\n").is_empty());

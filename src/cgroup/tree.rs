@@ -136,19 +136,12 @@ mod tests {
         let mut tree = Tree::default();
         let paths = ["", "/a", "/a-b", "/a-b/c", "/a/b", "/a/b/c", "/a0", "/b"];
         for (i, path) in paths.iter().enumerate() {
-            let node = Node {
-                id: i as u64,
-                wd: Some(i as i32),
-                rank: 0,
-                element: None,
-            };
+            let node = Node { id: i as u64, wd: Some(i as i32), rank: 0, element: None };
             tree.insert(path.as_bytes().into(), node);
         }
         let below = |p: &str| -> Vec<String> {
             let found = tree.below(p.as_bytes());
-            found
-                .map(|(p, _)| String::from_utf8_lossy(p).into_owned())
-                .collect()
+            found.map(|(p, _)| String::from_utf8_lossy(p).into_owned()).collect()
         };
         assert_eq!(below("/a"), ["/a/b", "/a/b/c"]);
         assert_eq!(below("/a-b"), ["/a-b/c"]);

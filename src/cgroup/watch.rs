@@ -45,22 +45,14 @@ impl Watcher {
                 _ => error,
             }
         })?;
-        Ok(Watcher {
-            inotify: Some(inotify),
-            ..Watcher::look_only(root)
-        })
+        Ok(Watcher { inotify: Some(inotify), ..Watcher::look_only(root) })
     }
 
     /// A watcher that only looks, for commands that print what is there now.
     pub fn look_only(root: &FilePath) -> Watcher {
         let root = root.as_os_str().as_bytes();
         let root = root.strip_suffix(b"/").unwrap_or(root).to_vec();
-        Watcher {
-            inotify: None,
-            root,
-            base: None,
-            buf: Box::new([0; READ]),
-        }
+        Watcher { inotify: None, root, base: None, buf: Box::new([0; READ]) }
     }
 
     /// The descriptor to poll.
@@ -139,20 +131,11 @@ impl Watcher {
             Ok((seen, _)) if seen.inode as u32 != id as u32 => {
                 self.undo(wd, found_or_not(path, sys::cgroup_id(base, below)))
             }
-            Ok((_, children)) => Event::Listed {
-                path,
-                id,
-                wd,
-                refused,
-                children,
-            },
+            Ok((_, children)) => Event::Listed { path, id, wd, refused, children },
             Err(errno) => match failed(path, errno) {
-                Event::Failed { path, errno } => Event::Unlisted {
-                    path,
-                    id,
-                    wd,
-                    errno: refused.unwrap_or(errno),
-                },
+                Event::Failed { path, errno } => {
+                    Event::Unlisted { path, id, wd, errno: refused.unwrap_or(errno) }
+                }
                 gone => self.undo(wd, gone),
             },
         }
@@ -225,8 +208,7 @@ fn failed(path: Path, errno: Errno) -> Event {
 /// What follows the first `length` bytes and their slash; the root itself for nothing.
 fn below(name: &CStr, length: usize) -> &CStr {
     let rest = name.to_bytes_with_nul().get(length + 1..);
-    rest.and_then(|rest| CStr::from_bytes_with_nul(rest).ok())
-        .unwrap_or(c".")
+    rest.and_then(|rest| CStr::from_bytes_with_nul(rest).ok()).unwrap_or(c".")
 }
 
 /// The names of a directory's subdirectories.
@@ -293,10 +275,8 @@ pub fn event(raw: RawEvent) -> Option<Event> {
     }
     let entry = raw.mask & (libc::IN_CREATE | libc::IN_DELETE) != 0;
     let named = !raw.name.is_empty() && !raw.name.contains(&b'/');
-    (entry && raw.mask & libc::IN_ISDIR != 0 && named).then(|| Event::Changed {
-        wd: raw.wd,
-        name: raw.name.into(),
-    })
+    (entry && raw.mask & libc::IN_ISDIR != 0 && named)
+        .then(|| Event::Changed { wd: raw.wd, name: raw.name.into() })
 }
 
 /// The path as it may stand in a log line or an error.
@@ -332,10 +312,7 @@ mod tests {
         assert_eq!(
             events,
             [
-                Event::Changed {
-                    wd: 1,
-                    name: (*b"abc").into()
-                },
+                Event::Changed { wd: 1, name: (*b"abc").into() },
                 Event::Overflow,
                 Event::Unwatched { wd: 2 }
             ]
@@ -346,13 +323,6 @@ mod tests {
         bytes[12..16].copy_from_slice(&u32::MAX.to_ne_bytes());
         assert_eq!(RawEvents::new(&bytes).count(), 0);
         // a name that would lead out of the directory
-        assert_eq!(
-            event(RawEvent {
-                wd: 1,
-                mask: dir,
-                name: b"a/b"
-            }),
-            None
-        );
+        assert_eq!(event(RawEvent { wd: 1, mask: dir, name: b"a/b" }), None);
     }
 }

@@ -45,8 +45,7 @@ impl Findings {
 
     fn add(&mut self, kind: &str, text: &str) {
         // a file name may hold a newline: one finding is one line
-        self.0
-            .push_str(&format!("{kind}: {}\n", text.replace('\n', " ")));
+        self.0.push_str(&format!("{kind}: {}\n", text.replace('\n', " ")));
     }
 }
 
@@ -61,12 +60,10 @@ pub fn check(options: &Options) -> Result<ExitCode> {
             "without CAP_NET_ADMIN, what nf_tables can do is not looked at: check as root",
         ),
         true => {
-            findings.ok(
-                match confine::kept_capabilities()? & sys::CAP_DAC_READ_SEARCH {
-                    0 => "CAP_NET_ADMIN is in effect, and the one capability that run keeps",
-                    _ => "CAP_NET_ADMIN is in effect; run keeps that and CAP_DAC_READ_SEARCH",
-                },
-            );
+            findings.ok(match confine::kept_capabilities()? & sys::CAP_DAC_READ_SEARCH {
+                0 => "CAP_NET_ADMIN is in effect, and the one capability that run keeps",
+                _ => "CAP_NET_ADMIN is in effect; run keeps that and CAP_DAC_READ_SEARCH",
+            });
             features(&config, &mut findings);
         }
     }
@@ -141,9 +138,7 @@ fn cgroups(config: &Rc<Config>, findings: &mut Findings) {
     }
     match super::look(config.clone()) {
         Ok((core, _)) if !core.tree().is_empty() => watches(core.tree().len(), findings),
-        Ok(_) => findings.error(format!(
-            "unable to read cgroup root {dir}: is it on cgroup2?"
-        )),
+        Ok(_) => findings.error(format!("unable to read cgroup root {dir}: is it on cgroup2?")),
         Err(error) => findings.error(error.to_string()),
     }
 }
@@ -176,9 +171,7 @@ fn watches(cgroups: usize, findings: &mut Findings) {
 /// cgroup v2: the first use of those controllers ended classification for good.
 fn old_controllers(findings: &mut Findings) {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release
-        .split(|c: char| !c.is_ascii_digit())
-        .map(str::parse::<u32>);
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
     let version = (numbers.next(), numbers.next());
     let (Some(Ok(major)), Some(Ok(minor))) = version else {
         return;
@@ -211,46 +204,15 @@ struct Feature {
 }
 
 fn wanted_features(config: &Config) -> Vec<Feature> {
-    let feature = |name, probe, needed, module, package| Feature {
-        name,
-        probe,
-        needed,
-        module,
-        package,
-    };
-    let port = |dreg| Expr::Immediate {
-        dreg,
-        data: vec![0, 1],
-    };
-    let address = Expr::Immediate {
-        dreg: NFT_REG_1,
-        data: vec![127, 0, 0, 1],
-    };
-    let socket = Expr::SocketCgroup {
-        level: 1,
-        dreg: NFT_REG_1,
-    };
-    let tproxy = Expr::Tproxy {
-        family: NFPROTO_UNSPEC,
-        address: None,
-        port: NFT_REG_1,
-    };
-    let dnat = Expr::Dnat {
-        family: NFPROTO_IPV4,
-        address: NFT_REG_1,
-        port: NFT_REG_2,
-    };
-    let ct = Expr::CtLoad {
-        key: NFT_CT_MARK,
-        dreg: NFT_REG_1,
-    };
-    let base = |kind, hook, priority| {
-        Probe::Chain(Base {
-            kind,
-            hook,
-            priority,
-        })
-    };
+    let feature =
+        |name, probe, needed, module, package| Feature { name, probe, needed, module, package };
+    let port = |dreg| Expr::Immediate { dreg, data: vec![0, 1] };
+    let address = Expr::Immediate { dreg: NFT_REG_1, data: vec![127, 0, 0, 1] };
+    let socket = Expr::SocketCgroup { level: 1, dreg: NFT_REG_1 };
+    let tproxy = Expr::Tproxy { family: NFPROTO_UNSPEC, address: None, port: NFT_REG_1 };
+    let dnat = Expr::Dnat { family: NFPROTO_IPV4, address: NFT_REG_1, port: NFT_REG_2 };
+    let ct = Expr::CtLoad { key: NFT_CT_MARK, dreg: NFT_REG_1 };
+    let base = |kind, hook, priority| Probe::Chain(Base { kind, hook, priority });
     let route = base("route", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE);
     let nat = base("nat", NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST);
     let fib = Expr::FibAddrtype { dreg: NFT_REG_1 };
@@ -264,27 +226,9 @@ fn wanted_features(config: &Config) -> Vec<Feature> {
             "nft_socket of Linux 5.13 or later, with CONFIG_SOCK_CGROUP_DATA",
             "kmod-nft-socket",
         ),
-        feature(
-            "type route",
-            route,
-            true,
-            "nf_tables for inet",
-            "kmod-nft-core",
-        ),
-        feature(
-            "ct mark",
-            Probe::Rule(vec![ct]),
-            true,
-            "nft_ct",
-            "kmod-nft-core",
-        ),
-        feature(
-            "fib",
-            Probe::Rule(vec![fib]),
-            true,
-            "nft_fib_inet",
-            "kmod-nft-fib",
-        ),
+        feature("type route", route, true, "nf_tables for inet", "kmod-nft-core"),
+        feature("ct mark", Probe::Rule(vec![ct]), true, "nft_ct", "kmod-nft-core"),
+        feature("fib", Probe::Rule(vec![fib]), true, "nft_fib_inet", "kmod-nft-fib"),
         feature(
             "tproxy",
             Probe::Rule(vec![port(NFT_REG_1), tproxy]),
@@ -315,9 +259,8 @@ fn features(config: &Config, findings: &mut Findings) {
     let features = wanted_features(config);
     let probes: Vec<Probe> = features.iter().map(|f| f.probe.clone()).collect();
     match Kernel::open().and_then(|mut kernel| kernel.probe(&probes)) {
-        Err(error) => findings.error(format!(
-            "{error}; the kernel needs nf_tables (on OpenWrt: kmod-nft-core)"
-        )),
+        Err(error) => findings
+            .error(format!("{error}; the kernel needs nf_tables (on OpenWrt: kmod-nft-core)")),
         Ok(said) => judge_features(&features, &said, findings),
     }
 }
@@ -348,10 +291,7 @@ fn judge_features(features: &[Feature], said: &[Option<Errno>], findings: &mut F
 fn listeners(config: &Config, findings: &mut Findings) {
     let all = listen::listeners();
     for tproxy in &config.tproxies {
-        let addresses = [
-            tproxy.address4.map(IpAddr::V4),
-            tproxy.address6.map(IpAddr::V6),
-        ];
+        let addresses = [tproxy.address4.map(IpAddr::V4), tproxy.address6.map(IpAddr::V6)];
         let addresses: Vec<IpAddr> = addresses.into_iter().flatten().collect();
         let (name, port) = (&tproxy.name, tproxy.port);
         for (l4, protocol, take) in [(L4::Tcp, "TCP", tproxy.tcp), (L4::Udp, "UDP", tproxy.udp)] {
@@ -359,9 +299,9 @@ fn listeners(config: &Config, findings: &mut Findings) {
                 continue;
             }
             match listen::takes(&all, l4, port, &addresses) {
-                true => findings.ok(format!(
-                    "[tproxy {name}]: {protocol} port {port} is listened on"
-                )),
+                true => {
+                    findings.ok(format!("[tproxy {name}]: {protocol} port {port} is listened on"))
+                }
                 false => findings.warning(format!(
                     "[tproxy {name}]: nothing listens on {protocol} port {port}, so its traffic is \
                      refused: start the proxy with a tproxy inbound on that port"
@@ -416,12 +356,7 @@ fn conflicts(config: &Config, priorities: &[u32], other: &Other) -> Vec<String> 
         Other::Route { .. } => found.push(format!(
             "route-table {table} is used by others ({other}): set another route-table"
         )),
-        Other::Rule {
-            priority,
-            mark,
-            table: theirs,
-            ..
-        } => {
+        Other::Rule { priority, mark, table: theirs, .. } => {
             // a mark that is compared whole needs our bits to be zero, which they are elsewhere
             let whole = mark.mask == u32::MAX && mark.value & mask == 0;
             if mark.mask & mask != 0 && !whole {
@@ -449,11 +384,7 @@ fn conflicts(config: &Config, priorities: &[u32], other: &Other) -> Vec<String> 
 /// Settings of the network stack that break TPROXY.
 fn sysctls(findings: &mut Findings) {
     let mut marked = Vec::new();
-    for entry in fs::read_dir("/proc/sys/net/ipv4/conf")
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
+    for entry in fs::read_dir("/proc/sys/net/ipv4/conf").into_iter().flatten().flatten() {
         let on = read_number(entry.path().join("src_valid_mark")) == Some(1);
         marked.extend(on.then(|| entry.file_name().to_string_lossy().into_owned()));
     }
@@ -515,9 +446,7 @@ fn saved_rulesets(findings: &mut Findings) {
 
 /// `table inet cgtproxy` outside of comments, however it is spaced.
 fn holds_table(script: &str) -> bool {
-    let lines = script
-        .lines()
-        .map(|line| line.split('#').next().unwrap_or(line));
+    let lines = script.lines().map(|line| line.split('#').next().unwrap_or(line));
     let words: Vec<&str> = lines.flat_map(str::split_ascii_whitespace).collect();
     let name = |word: &str| word.trim_end_matches(['{', ';']) == TABLE;
     (words.windows(3)).any(|w| w[0] == "table" && w[1] == "inet" && name(w[2]))
@@ -553,12 +482,7 @@ mod tests {
         let count = |priority, value, mask, table| {
             let mark = Mark { value, mask };
             let family = Family::V4;
-            let rule = Other::Rule {
-                family,
-                priority,
-                mark,
-                table,
-            };
+            let rule = Other::Rule { family, priority, mark, table };
             conflicts(&config, &priorities, &rule).len()
         };
         assert_eq!(count(32766, 0, 0, 254), 0);
@@ -581,18 +505,13 @@ mod tests {
         let config = Config::default();
         let features = wanted_features(&config);
         let judge = |missing: &str| {
-            let said = features
-                .iter()
-                .map(|f| (f.name == missing).then_some(Errno::ENOENT));
+            let said = features.iter().map(|f| (f.name == missing).then_some(Errno::ENOENT));
             let mut findings = Findings::default();
             judge_features(&features, &said.collect::<Vec<_>>(), &mut findings);
             findings.0
         };
         let text = judge("socket cgroupv2");
-        assert!(
-            text.starts_with("error: the kernel has no nft \"socket cgroupv2\""),
-            "{text}"
-        );
+        assert!(text.starts_with("error: the kernel has no nft \"socket cgroupv2\""), "{text}");
         assert!(text.contains("kmod-nft-socket"), "{text}");
         let text = judge("tproxy");
         assert!(text.starts_with("warning: "), "{text}");

@@ -56,9 +56,7 @@ pub fn exec(
         (config.targets().find(|t| config.target_name(*t) == target)).ok_or_else(|| {
             let names: Vec<&str> = config.targets().map(|t| config.target_name(t)).collect();
             let names = names.join(", ");
-            Error::Usage(vec![format!(
-                "undefined target \"{target}\" (there are {names})"
-            )])
+            Error::Usage(vec![format!("undefined target \"{target}\" (there are {names})")])
         })?;
     let user = user.map(find_user).transpose()?;
     let root = mount::find(config.cgroup_root.as_deref())?;
@@ -91,11 +89,7 @@ pub fn exec(
         Some(errno) => reason(Errno::from_raw(errno)),
         None => error.to_string(),
     };
-    log!(
-        Error,
-        "unable to run {}: {why}",
-        command[0].to_string_lossy()
-    );
+    log!(Error, "unable to run {}: {why}", command[0].to_string_lossy());
     Ok(ExitCode::from(match error.kind() {
         ErrorKind::NotFound => NOT_FOUND,
         _ => NOT_EXECUTABLE,
@@ -119,17 +113,11 @@ fn find_user(given: &str) -> Result<Identity> {
         None => User::from_name(given),
     };
     match (found, uid) {
-        (Ok(Some(user)), _) => Ok(Identity {
-            name: Some(user.name),
-            uid: user.uid,
-            gid: user.gid,
-        }),
+        (Ok(Some(user)), _) => Ok(Identity { name: Some(user.name), uid: user.uid, gid: user.gid }),
         // without /etc/passwd, nobody has it
-        (Ok(None) | Err(Errno::ENOENT), Some(uid)) => Ok(Identity {
-            name: None,
-            uid: Uid::from_raw(uid),
-            gid: Gid::from_raw(uid),
-        }),
+        (Ok(None) | Err(Errno::ENOENT), Some(uid)) => {
+            Ok(Identity { name: None, uid: Uid::from_raw(uid), gid: Gid::from_raw(uid) })
+        }
         (Ok(None), None) => Err(Error::Usage(vec![format!("no such user: \"{given}\"")])),
         (Err(errno), _) => {
             let what = format!("unable to look up user {given}");
@@ -202,9 +190,7 @@ impl Cgroup {
                 }
             }
         }
-        Err(Error::State(format!(
-            "unable to make a cgroup below {above}: all names are in use"
-        )))
+        Err(Error::State(format!("unable to make a cgroup below {above}: all names are in use")))
     }
 
     /// Moves this process, and no other.
@@ -281,10 +267,7 @@ fn await_force(config: &Config, target: Target, root: &Root, cgroup: &Cgroup) ->
                     return refuse(format!("{what} after {waited} s"));
                 }
                 let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-                match poll(
-                    &mut [PollFd::new(changes.as_fd(), PollFlags::POLLIN)],
-                    timeout,
-                ) {
+                match poll(&mut [PollFd::new(changes.as_fd(), PollFlags::POLLIN)], timeout) {
                     Ok(_) | Err(Errno::EINTR) => {}
                     Err(errno) => return Err(Error::system("unable to poll", errno)),
                 }
@@ -325,12 +308,7 @@ struct Wanted<'a> {
 
 impl<'a> Wanted<'a> {
     fn new(config: &'a Config, target: Target, root: &Root, path: &[u8]) -> Result<Wanted<'a>> {
-        let mut wanted = Wanted {
-            config,
-            target,
-            ids: BTreeMap::new(),
-            elements: Vec::new(),
-        };
+        let mut wanted = Wanted { config, target, ids: BTreeMap::new(), elements: Vec::new() };
         let mut parent = config.default;
         let refused = |errno| {
             let path = String::from_utf8_lossy(path);

@@ -80,9 +80,7 @@ fn of_path(arg: &OsString, root: Option<&Root>) -> Result<Vec<u8>> {
     let given = Path::new(arg);
     let wrong = |why| {
         let arg = Escaped(arg.as_bytes());
-        Err(cli::wrong(format!(
-            "not the path of a cgroup: \"{arg}\" ({why})"
-        )))
+        Err(cli::wrong(format!("not the path of a cgroup: \"{arg}\" ({why})")))
     };
     if !given.is_absolute() {
         return wrong("they begin with \"/\"");
@@ -112,13 +110,9 @@ fn of_process(arg: &OsString, root: &Result<Root>) -> Result<Option<Vec<u8>>> {
     };
     let text = std::fs::read(format!("/proc/{pid}/cgroup")).map_err(refused)?;
     let mountinfo = std::fs::read("/proc/self/mountinfo").map_err(refused)?;
-    let line = text
-        .split(|b| *b == b'\n')
-        .find_map(|line| line.strip_prefix(b"0::"));
+    let line = text.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"0::"));
     let line = line.ok_or_else(|| {
-        Error::State(format!(
-            "unable to find the cgroup of pid {pid}: not in cgroup v2"
-        ))
+        Error::State(format!("unable to find the cgroup of pid {pid}: not in cgroup v2"))
     })?;
     // rmdir while a process is still in it: the kernel says so behind the name
     let line = line.strip_suffix(b" (deleted)").unwrap_or(line);
@@ -128,20 +122,13 @@ fn of_process(arg: &OsString, root: &Result<Root>) -> Result<Option<Vec<u8>>> {
 /// A path of /proc/PID/cgroup as one from the cgroup root: both it and the roots of mounts count
 /// from the root of our cgroup namespace.
 fn from_root(path: &[u8], root: &Root, mounts: &[Mount]) -> Option<Vec<u8>> {
-    let mount = mounts
-        .iter()
-        .rev()
-        .find(|mount| mount.point == root.mount)?;
+    let mount = mounts.iter().rev().find(|mount| mount.point == root.mount)?;
     let below = root.dir.strip_prefix(&root.mount).ok()?;
     let base = mount.root.join(below);
     let path = OsString::from_vec(path.to_vec());
     let rest = Path::new(&path).strip_prefix(&base).ok()?;
     let rest = rest.as_os_str().as_bytes();
-    Some(if rest.is_empty() {
-        Vec::new()
-    } else {
-        [b"/", rest].concat()
-    })
+    Some(if rest.is_empty() { Vec::new() } else { [b"/", rest].concat() })
 }
 
 /// A few lines about one cgroup; `path` is `None` outside of the cgroup root.
@@ -185,15 +172,9 @@ mod tests {
 
     #[test]
     fn paths_of_processes_from_the_root() {
-        let mounts = [Mount {
-            point: "/sys/fs/cgroup".into(),
-            root: "/box".into(),
-        }];
-        let root = Root {
-            dir: "/sys/fs/cgroup/sub".into(),
-            mount: "/sys/fs/cgroup".into(),
-            level: 2,
-        };
+        let mounts = [Mount { point: "/sys/fs/cgroup".into(), root: "/box".into() }];
+        let root =
+            Root { dir: "/sys/fs/cgroup/sub".into(), mount: "/sys/fs/cgroup".into(), level: 2 };
         let from = |path: &str| from_root(path.as_bytes(), &root, &mounts);
         assert_eq!(from("/box/sub/a/b").as_deref(), Some(&b"/a/b"[..]));
         assert_eq!(from("/box/sub").as_deref(), Some(&b""[..]));
@@ -201,10 +182,7 @@ mod tests {
         assert_eq!(from("/"), None);
         let given = |arg: &str| of_path(&arg.into(), Some(&root)).ok();
         assert_eq!(given("/sys/fs/cgroup/sub/a"), Some(b"/a".to_vec()));
-        assert_eq!(
-            given("/sys/fs/cgroup/subway"),
-            Some(b"/sys/fs/cgroup/subway".to_vec())
-        );
+        assert_eq!(given("/sys/fs/cgroup/subway"), Some(b"/sys/fs/cgroup/subway".to_vec()));
         assert_eq!(given("//a/b/"), Some(b"/a/b".to_vec()));
         assert_eq!(given("/a/./b/."), Some(b"/a/b".to_vec()));
         assert_eq!(given("/sys//fs/./cgroup/sub/a"), Some(b"/a".to_vec()));

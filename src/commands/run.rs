@@ -22,12 +22,10 @@ pub fn run(options: Options) -> Result<ExitCode> {
     daemon::run(daemon::Options {
         config_file: options.config_file().to_path_buf(),
         load: Box::new(move |file| {
-            Ok(
-                cli::load_config(file, is_default, true)?.unwrap_or_else(|| {
-                    cli::tell_default();
-                    Default::default()
-                }),
-            )
+            Ok(cli::load_config(file, is_default, true)?.unwrap_or_else(|| {
+                cli::tell_default();
+                Default::default()
+            }))
         }),
         pidfile: options.pidfile,
         ready_fd,

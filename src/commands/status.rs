@@ -134,10 +134,7 @@ impl Status {
         let table = match &self.held {
             None => format!("table inet {TABLE}: not there, nothing is classified"),
             Some(_) if !self.in_force() => format!("table inet {TABLE}: dormant, not in force"),
-            Some(held) => format!(
-                "table inet {TABLE}: in force, default {}",
-                held.view.default
-            ),
+            Some(held) => format!("table inet {TABLE}: in force, default {}", held.view.default),
         };
         match self.daemon {
             Some(pid) => format!("{table}; cgtproxy runs with pid {pid}"),
@@ -148,9 +145,8 @@ impl Status {
     fn text(&self, style: Style) -> String {
         let mut out = self.headline() + "\n";
         if self.held.is_some() {
-            let titles = [
-                "TARGET", "MARK", "PORT", "LISTENS", "CGROUPS", "PACKETS", "BYTES", "REFUSED",
-            ];
+            let titles =
+                ["TARGET", "MARK", "PORT", "LISTENS", "CGROUPS", "PACKETS", "BYTES", "REFUSED"];
             let mut rows = vec![head(&titles, 4)];
             rows.extend(self.targets().iter().map(|target| {
                 let mark = target.mark.map(|mark| format!("{:#010x}", mark.value));
@@ -220,12 +216,9 @@ impl Status {
                 name @ ("direct" | "drop") => name,
                 _ => "tproxy",
             };
-            let listens = self
-                .listens
-                .get(&target.name)
-                .map_or(Json::Null, |(tcp, udp)| {
-                    Json::Object(vec![("tcp", Json::Bool(*tcp)), ("udp", Json::Bool(*udp))])
-                });
+            let listens = self.listens.get(&target.name).map_or(Json::Null, |(tcp, udp)| {
+                Json::Object(vec![("tcp", Json::Bool(*tcp)), ("udp", Json::Bool(*udp))])
+            });
             Json::Object(vec![
                 ("name", Json::text(&target.name)),
                 ("kind", Json::text(kind)),
@@ -263,10 +256,7 @@ impl Status {
             });
             Json::List(json.collect())
         };
-        let default = self
-            .held
-            .as_ref()
-            .map(|held| Json::text(&held.view.default));
+        let default = self.held.as_ref().map(|held| Json::text(&held.view.default));
         Json::Object(vec![
             ("version", Json::Number(JSON_VERSION)),
             ("in_force", Json::Bool(self.in_force())),
@@ -276,10 +266,7 @@ impl Status {
             ("gateways", Json::List(gateways.collect())),
             ("rules", routing(true)),
             ("routes", routing(false)),
-            (
-                "loops",
-                Json::List(self.loops.iter().map(Json::text).collect()),
-            ),
+            ("loops", Json::List(self.loops.iter().map(Json::text).collect())),
         ])
     }
 }
@@ -317,9 +304,7 @@ fn compare(
             tables.insert(table);
         }
     }
-    let routes = tables
-        .into_iter()
-        .map(|table| Entry::Route(Route { family, table }));
+    let routes = tables.into_iter().map(|table| Entry::Route(Route { family, table }));
     missing.extend(routes.filter(|route| !have.contains(route)));
     let mut all: Vec<_> = have.into_iter().map(|entry| (entry, true)).collect();
     all.extend(missing.into_iter().map(|entry| (entry, false)));
@@ -334,9 +319,7 @@ fn needed(view: &View, family: Family, priority: u32, table: u32) -> BTreeSet<En
     let gateway = route::Gateway {
         mark: view.routed.unwrap_or(Mark { value: 0, mask: 0 }),
         // without a mark for it, nothing that is routed goes to a tproxy
-        interfaces: (view.routed.iter())
-            .flat_map(|_| &view.interfaces)
-            .collect(),
+        interfaces: (view.routed.iter()).flat_map(|_| &view.interfaces).collect(),
     };
     route::entries(family, priority, table, &marks, &gateway)
 }
@@ -430,17 +413,10 @@ impl Totals {
             .iter()
             .map(|(name, counter)| (name.clone(), rate(*counter, old.targets.get(name).copied())));
         let cgroups = self.cgroups.iter().map(|(id, (target, counter))| {
-            let old = old
-                .cgroups
-                .get(id)
-                .filter(|(of, _)| of == target)
-                .map(|(_, c)| *c);
+            let old = old.cgroups.get(id).filter(|(of, _)| of == target).map(|(_, c)| *c);
             (*id, (target.clone(), rate(*counter, old)))
         });
-        Totals {
-            targets: targets.collect(),
-            cgroups: cgroups.collect(),
-        }
+        Totals { targets: targets.collect(), cgroups: cgroups.collect() }
     }
 
     /// The cgroups with most bytes, without those that have no packets.
@@ -480,10 +456,7 @@ fn frame(
     out.push('\n');
     table(out, rows, style);
     out.push('\n');
-    let elements = status
-        .held
-        .iter()
-        .flat_map(|held| held.cgroups.values().flatten());
+    let elements = status.held.iter().flat_map(|held| held.cgroups.values().flatten());
     let mut elements = elements.peekable();
     if elements.peek().is_some() && elements.all(|element| element.counter.is_none()) {
         let _ = writeln!(out, "for each cgroup: set counters = cgroup in [global]");
@@ -528,10 +501,7 @@ impl Style {
         let terminal = std::io::stdout().is_terminal();
         let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
-        Style {
-            terminal,
-            colour: terminal && !unwanted && !dumb,
-        }
+        Style { terminal, colour: terminal && !unwanted && !dumb }
     }
 }
 
@@ -545,32 +515,19 @@ struct Cell {
 
 impl Cell {
     fn left(text: impl Into<String>) -> Cell {
-        Cell {
-            text: text.into(),
-            right: false,
-            colour: None,
-        }
+        Cell { text: text.into(), right: false, colour: None }
     }
 
     fn right(text: impl Into<String>) -> Cell {
-        Cell {
-            right: true,
-            ..Cell::left(text)
-        }
+        Cell { right: true, ..Cell::left(text) }
     }
 
     fn bold(self) -> Cell {
-        Cell {
-            colour: Some(1),
-            ..self
-        }
+        Cell { colour: Some(1), ..self }
     }
 
     fn red(self) -> Cell {
-        Cell {
-            colour: Some(31),
-            ..self
-        }
+        Cell { colour: Some(31), ..self }
     }
 }
 
@@ -596,10 +553,7 @@ fn table(out: &mut String, rows: Vec<Vec<Cell>>, style: Style) {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));
-        cells
-            .map(|cell| cell.text.chars().count())
-            .max()
-            .unwrap_or(0)
+        cells.map(|cell| cell.text.chars().count()).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     for row in &rows {
@@ -683,10 +637,7 @@ mod tests {
 
     #[test]
     fn a_missing_rule_is_shown_with_the_numbers_of_its_neighbours() {
-        let mark = |n: u32| Mark {
-            value: n << 24,
-            mask: 0xff00_0000,
-        };
+        let mark = |n: u32| Mark { value: n << 24, mask: 0xff00_0000 };
         let rule = |n, table| {
             Entry::Rule(IpRule {
                 family: Family::V4,
@@ -704,10 +655,7 @@ mod tests {
             taken: None,
             refused: None,
         };
-        let interface = |name: &str, prefix| Interface {
-            name: name.into(),
-            prefix,
-        };
+        let interface = |name: &str, prefix| Interface { name: name.into(), prefix };
         let view = |interfaces: Vec<Interface>| View {
             targets: vec![target(1), target(2)],
             steps: Vec::new(),
@@ -718,17 +666,9 @@ mod tests {
         };
         let config = Config::default();
         let find = |view: &View, have: &[Entry]| {
-            compare(
-                &config,
-                Family::V4,
-                Some(view),
-                have.iter().cloned().collect(),
-            )
+            compare(&config, Family::V4, Some(view), have.iter().cloned().collect())
         };
-        let route = Entry::Route(Route {
-            family: Family::V4,
-            table: 500,
-        });
+        let route = Entry::Route(Route { family: Family::V4, table: 500 });
         let found = find(&view(Vec::new()), &[rule(1, 500)]);
         let both = [(rule(1, 500), true), (rule(2, 500), false)];
         assert_eq!(found[..2], both);
@@ -759,13 +699,7 @@ mod tests {
             action: Action::Nop,
         });
         let missing = text(find(&prefix, &[nop]));
-        assert_eq!(
-            missing[2..4],
-            [
-                wants[0].replace("500", "300"),
-                wants[1].replace("500", "300")
-            ]
-        );
+        assert_eq!(missing[2..4], [wants[0].replace("500", "300"), wants[1].replace("500", "300")]);
     }
 
     #[test]
@@ -777,10 +711,7 @@ mod tests {
         };
         let rates = totals(30, 3000).since(&totals(10, 1000), Duration::from_secs(2));
         assert_eq!(rates.targets["a"], counter(10, 1000));
-        assert_eq!(
-            rates.busiest(),
-            [(7, &("a".to_string(), counter(10, 1000)))]
-        );
+        assert_eq!(rates.busiest(), [(7, &("a".to_string(), counter(10, 1000)))]);
         let rates = totals(4, 400).since(&totals(10, 1000), Duration::from_secs(2));
         assert_eq!(rates.targets["a"], counter(2, 200));
     }

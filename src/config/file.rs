@@ -30,9 +30,7 @@ impl Source for Files {
         }
         // O_NONBLOCK: opening a FIFO must not wait for a writer
         let mut options = File::options();
-        let file = options
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+        let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
         let file = file.open(path).map_err(|e| io_reason(&e))?;
         let meta = file.metadata().map_err(|e| io_reason(&e))?;
         if meta.is_dir() {
@@ -46,9 +44,7 @@ impl Source for Files {
         }
         let mut bytes = Vec::with_capacity(meta.len() as usize);
         // the file may grow while it is read
-        file.take(MAX_SIZE + 1)
-            .read_to_end(&mut bytes)
-            .map_err(|e| io_reason(&e))?;
+        file.take(MAX_SIZE + 1).read_to_end(&mut bytes).map_err(|e| io_reason(&e))?;
         if bytes.len() as u64 > MAX_SIZE {
             return Err("is over 1 MiB".into());
         }
@@ -62,10 +58,7 @@ impl Source for Files {
     }
 
     fn glob(&self, pattern: &Path) -> Result<Vec<PathBuf>, String> {
-        let name = pattern
-            .file_name()
-            .and_then(|n| n.to_str())
-            .ok_or("no file name")?;
+        let name = pattern.file_name().and_then(|n| n.to_str()).ok_or("no file name")?;
         let dir = pattern.parent().unwrap_or(Path::new("/"));
         if dir.to_string_lossy().contains(['*', '?']) {
             return Err("only the last part may have \"*\" or \"?\"".into());
@@ -96,10 +89,7 @@ impl Source for Files {
     }
 
     fn uid(&self, name: &str) -> Option<u32> {
-        User::from_name(name)
-            .ok()
-            .flatten()
-            .map(|user| user.uid.as_raw())
+        User::from_name(name).ok().flatten().map(|user| user.uid.as_raw())
     }
 }
 

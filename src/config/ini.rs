@@ -7,23 +7,15 @@
 /// One meaningful line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Line<'a> {
-    Header {
-        kind: &'a str,
-        name: Option<&'a str>,
-    },
-    Entry {
-        key: &'a str,
-        value: &'a str,
-    },
+    Header { kind: &'a str, name: Option<&'a str> },
+    Entry { key: &'a str, value: &'a str },
 }
 
 /// Reads `text`; each item carries its line number, counted from 1, and what is wrong with the line
 /// otherwise.
 pub fn lines(text: &str) -> impl Iterator<Item = (u32, Result<Line<'_>, String>)> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    (1..)
-        .zip(text.split('\n'))
-        .filter_map(|(number, line)| Some((number, read(line.trim())?)))
+    (1..).zip(text.split('\n')).filter_map(|(number, line)| Some((number, read(line.trim())?)))
 }
 
 fn read(line: &str) -> Option<Result<Line<'_>, String>> {
@@ -70,10 +62,7 @@ fn entry(line: &str) -> Result<Line<'_>, String> {
         Some(quoted) => match quoted.split_once('"') {
             Some((inner, "")) => inner,
             Some((_, behind)) => {
-                return Err(format!(
-                    "text behind the closing quote: \"{}\"",
-                    behind.trim()
-                ))
+                return Err(format!("text behind the closing quote: \"{}\"", behind.trim()))
             }
             None => return Err(format!("missing closing quote: {value}")),
         },
@@ -93,34 +82,10 @@ mod tests {
         let text = "\u{feff}# c\n ; c\r\n\n[a]\n[ a  b c ]\n k = v = w # no comment\r\nq=\" x \"\n";
         let got: Vec<_> = lines(text).map(|(n, line)| (n, line.unwrap())).collect();
         let want = [
-            (
-                4,
-                Line::Header {
-                    kind: "a",
-                    name: None,
-                },
-            ),
-            (
-                5,
-                Line::Header {
-                    kind: "a",
-                    name: Some("b c"),
-                },
-            ),
-            (
-                6,
-                Line::Entry {
-                    key: "k",
-                    value: "v = w # no comment",
-                },
-            ),
-            (
-                7,
-                Line::Entry {
-                    key: "q",
-                    value: " x ",
-                },
-            ),
+            (4, Line::Header { kind: "a", name: None }),
+            (5, Line::Header { kind: "a", name: Some("b c") }),
+            (6, Line::Entry { key: "k", value: "v = w # no comment" }),
+            (7, Line::Entry { key: "q", value: " x " }),
         ];
         assert_eq!(got, want);
     }

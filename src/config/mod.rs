@@ -358,11 +358,7 @@ const TPROXY_KEYS: [&str; 10] = [
 impl Reader<'_> {
     fn problem(&mut self, place: &Place, message: impl Into<String>) {
         let file = place.file.to_path_buf();
-        self.problems.push(Problem {
-            file,
-            line: place.line,
-            message: printable(&message.into()),
-        });
+        self.problems.push(Problem { file, line: place.line, message: printable(&message.into()) });
     }
 
     /// Reads a file; `from` is the line that includes it.
@@ -375,13 +371,7 @@ impl Reader<'_> {
                         let message = format!("unable to include {}: {why}", path.display());
                         self.problem(place, message)
                     }
-                    None => self.problem(
-                        &Place {
-                            file: Rc::new(path.into()),
-                            line: 0,
-                        },
-                        why,
-                    ),
+                    None => self.problem(&Place { file: Rc::new(path.into()), line: 0 }, why),
                 }
             }
         };
@@ -390,10 +380,7 @@ impl Reader<'_> {
         let file = Rc::new(path.to_path_buf());
         let mut section = Section::None;
         for (line, item) in ini::lines(&text) {
-            let place = Place {
-                file: file.clone(),
-                line,
-            };
+            let place = Place { file: file.clone(), line };
             match item {
                 Err(why) => self.problem(&place, why),
                 Ok(Line::Header { kind, name }) => section = self.header(&place, kind, name),
@@ -451,18 +438,12 @@ impl Reader<'_> {
             return Section::Unknown;
         }
         if let Some(first) = self.tproxies.iter().find(|d| d.tproxy.name == name) {
-            let message = format!(
-                "duplicate section [tproxy {name}], first at {}",
-                first.place
-            );
+            let message = format!("duplicate section [tproxy {name}], first at {}", first.place);
             self.problem(place, message);
             return Section::Unknown;
         }
         if self.tproxies.len() == MAX_TPROXIES {
-            self.problem(
-                place,
-                format!("more than {MAX_TPROXIES} tproxies: \"{name}\""),
-            );
+            self.problem(place, format!("more than {MAX_TPROXIES} tproxies: \"{name}\""));
             return Section::Unknown;
         }
         self.tproxies.push(Draft {
@@ -523,19 +504,18 @@ impl Reader<'_> {
             Section::Unknown => Ok(()),
             Section::None => Err(format!("\"{key}\" stands before any section header")),
             Section::Rules => {
-                self.rules
-                    .push((key.to_string(), value.to_string(), place.clone()));
+                self.rules.push((key.to_string(), value.to_string(), place.clone()));
                 Ok(())
             }
-            Section::Global => self
-                .once(place, section, key, "[global]", &GLOBAL_KEYS)
-                .and_then(|()| match key {
+            Section::Global => {
+                self.once(place, section, key, "[global]", &GLOBAL_KEYS).and_then(|()| match key {
                     "include" => {
                         self.include(place, value);
                         Ok(())
                     }
                     _ => self.global(place, key, value),
-                }),
+                })
+            }
             Section::Tproxy(index) => self
                 .once(place, section, key, "[tproxy]", &TPROXY_KEYS)
                 .and_then(|()| tproxy_key(&mut self.tproxies[index], place, key, value)),
@@ -679,17 +659,10 @@ impl Reader<'_> {
             self.check_bypass_marks();
         }
         for (target, pattern, place) in std::mem::take(&mut self.rules) {
-            let target = self
-                .target(&target)
-                .map_err(|why| self.problem(&place, why));
+            let target = self.target(&target).map_err(|why| self.problem(&place, why));
             let regex = compile(&pattern).map_err(|why| self.problem(&place, why));
             if let (Ok(target), Ok(regex)) = (target, regex) {
-                self.config.rules.push(Rule {
-                    target,
-                    pattern,
-                    regex,
-                    place,
-                });
+                self.config.rules.push(Rule { target, pattern, regex, place });
             }
         }
         if self.problems.is_empty() {
@@ -697,8 +670,7 @@ impl Reader<'_> {
         }
         // what the end of the files showed belongs to its line all the same
         let files: BTreeMap<_, _> = self.config.files.iter().zip(0..).collect();
-        self.problems
-            .sort_by_key(|p| (files.get(&p.file).copied(), p.line));
+        self.problems.sort_by_key(|p| (files.get(&p.file).copied(), p.line));
         Err(self.problems)
     }
 
@@ -768,20 +740,14 @@ impl Reader<'_> {
             };
             let (mark, name) = (*mark, &draft.tproxy.name);
             if mark & !mask != 0 {
-                self.problem(
-                    place,
-                    format!("mark {mark:#x} is not within fwmark-mask {mask:#x}"),
-                );
+                self.problem(place, format!("mark {mark:#x} is not within fwmark-mask {mask:#x}"));
             } else if reserved == Some(mark) {
                 let why = stands_for.unwrap_or_default();
                 let message =
                     format!("mark {mark:#x} is the whole fwmark-mask, which stands {why}");
                 self.problem(place, message);
             } else if let Some(other) = taken.get(&mark) {
-                self.problem(
-                    place,
-                    format!("mark {mark:#x} is that of [tproxy {other}] already"),
-                );
+                self.problem(place, format!("mark {mark:#x} is that of [tproxy {other}] already"));
             } else {
                 taken.insert(mark, name.clone());
             }
@@ -856,13 +822,7 @@ fn tproxy_key(draft: &mut Draft, place: &Place, key: &str, value: &str) -> Resul
             match endpoint(value) {
                 Some(SocketAddr::V4(a)) => set_once(&mut tproxy.dns4, a, key, "IPv4")?,
                 Some(SocketAddr::V6(a)) => set_once(&mut tproxy.dns6, a, key, "IPv6")?,
-                None => {
-                    return Err(expects(
-                        key,
-                        "ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT",
-                        value,
-                    ))
-                }
+                None => return Err(expects(key, "ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT", value)),
             }
         }
         "dns-hijack-tcp" => tproxy.dns_tcp = boolean(key, value)?,
@@ -919,10 +879,7 @@ fn interface(value: &str) -> Result<Interface, String> {
     } else if name.is_empty() || name.len() > MAX_INTERFACE || !name.chars().all(legal) {
         wrong("the name of an interface, up to 15 characters")
     } else {
-        Ok(Interface {
-            name: name.to_string(),
-            prefix,
-        })
+        Ok(Interface { name: name.to_string(), prefix })
     }
 }
 
@@ -933,9 +890,7 @@ fn set_once<T: fmt::Display>(
     family: &str,
 ) -> Result<(), String> {
     if let Some(first) = slot {
-        return Err(format!(
-            "second {family} \"{key}\": \"{value}\" beside \"{first}\""
-        ));
+        return Err(format!("second {family} \"{key}\": \"{value}\" beside \"{first}\""));
     }
     *slot = Some(value);
     Ok(())
@@ -973,18 +928,13 @@ fn check_name(kind: &str, name: &str) -> Result<(), String> {
 
 /// A decimal number, or a hexadecimal one behind `0x`.
 fn parse_number(value: &str) -> Option<u64> {
-    let (digits, radix) = match value
-        .strip_prefix("0x")
-        .or_else(|| value.strip_prefix("0X"))
-    {
+    let (digits, radix) = match value.strip_prefix("0x").or_else(|| value.strip_prefix("0X")) {
         Some(hex) => (hex, 16),
         None => (value, 10),
     };
     // from_str_radix would take a sign
     let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
-    plain
-        .then(|| u64::from_str_radix(digits, radix).ok())
-        .flatten()
+    plain.then(|| u64::from_str_radix(digits, radix).ok()).flatten()
 }
 
 fn number(key: &str, value: &str, least: u32, most: u32) -> Result<u32, String> {
@@ -1021,28 +971,20 @@ fn take(key: &str, value: &str) -> Result<Take, String> {
 
 fn route_table(value: &str) -> Result<u32, String> {
     match number("route-table", value, 1, u32::MAX)? {
-        table @ 253..=255 => Err(format!(
-            "\"route-table\" cannot be {table}: it is the default, main or local one"
-        )),
+        table @ 253..=255 => {
+            Err(format!("\"route-table\" cannot be {table}: it is the default, main or local one"))
+        }
         table => Ok(table),
     }
 }
 
 fn bypass(config: &mut Config, value: &str) -> Result<(), String> {
     if value == "private" {
-        for (a, n) in [
-            ([10, 0, 0, 0], 8),
-            ([172, 16, 0, 0], 12),
-            ([192, 168, 0, 0], 16),
-        ] {
+        for (a, n) in [([10, 0, 0, 0], 8), ([172, 16, 0, 0], 12), ([192, 168, 0, 0], 16)] {
             config.bypass4.push(Range::prefix(Ipv4Addr::from(a), n));
         }
-        config
-            .bypass4
-            .push(Range::prefix(Ipv4Addr::new(100, 64, 0, 0), 10));
-        config
-            .bypass6
-            .push(Range::prefix(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7));
+        config.bypass4.push(Range::prefix(Ipv4Addr::new(100, 64, 0, 0), 10));
+        config.bypass6.push(Range::prefix(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7));
         return Ok(());
     }
     match cidr("bypass", "an address, a CIDR or \"private\"", value)? {
@@ -1087,19 +1029,11 @@ fn cidr(key: &str, what: &str, value: &str) -> Result<Cidr, String> {
 fn bypass_mark(value: &str) -> Result<Mark, String> {
     let wrong = || expects("bypass-mark", "VALUE or VALUE/MASK, 32 bits each", value);
     let bits = |text: &str| {
-        parse_number(text.trim())
-            .and_then(|n| u32::try_from(n).ok())
-            .ok_or_else(wrong)
+        parse_number(text.trim()).and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong)
     };
     let mark = match value.split_once('/') {
-        Some((value, mask)) => Mark {
-            value: bits(value)?,
-            mask: bits(mask)?,
-        },
-        None => Mark {
-            value: bits(value)?,
-            mask: u32::MAX,
-        },
+        Some((value, mask)) => Mark { value: bits(value)?, mask: bits(mask)? },
+        None => Mark { value: bits(value)?, mask: u32::MAX },
     };
     match mark {
         Mark { value: 0, .. } => {
@@ -1116,10 +1050,7 @@ fn bypass_mark(value: &str) -> Result<Mark, String> {
 
 /// `ADDRESS`, `ADDRESS:PORT`, `[ADDRESS]:PORT`; port 53 if left out.
 fn endpoint(value: &str) -> Option<SocketAddr> {
-    let bare = value
-        .strip_prefix('[')
-        .and_then(|v| v.strip_suffix(']'))
-        .unwrap_or(value);
+    let bare = value.strip_prefix('[').and_then(|v| v.strip_suffix(']')).unwrap_or(value);
     let address = match bare.parse::<IpAddr>() {
         Ok(ip) => SocketAddr::new(ip, 53),
         Err(_) => value.parse::<SocketAddr>().ok()?,
@@ -1133,9 +1064,7 @@ pub fn compile(pattern: &str) -> Result<Pattern, String> {
     // alone first: `a)|(b` must not become legal by the group around it
     if let Err(error) = parse_only(pattern) {
         let at = error_position(pattern, &error);
-        return Err(format!(
-            "bad pattern at character {at}: {error}: \"{pattern}\""
-        ));
+        return Err(format!("bad pattern at character {at}: {error}: \"{pattern}\""));
     }
     // room for the group around it
     let build = |text: &str| RegexBuilder::new(text).nest_limit(100).build();
@@ -1184,9 +1113,7 @@ fn did_you_mean<'a>(
         // two short words that share no letter are not alike
         .filter(|(d, word)| *d <= close && *d < written.len().min(word.len()))
         .min()
-        .map_or(String::new(), |(_, word)| {
-            format!(", did you mean {}?", show(word))
-        })
+        .map_or(String::new(), |(_, word)| format!(", did you mean {}?", show(word)))
 }
 
 /// Optimal string alignment distance: insertions, deletions, substitutions, swaps of neighbours.
@@ -1199,9 +1126,8 @@ fn distance(a: &str, b: &str) -> usize {
                 i + j
             } else {
                 let same = usize::from(a[i - 1] != b[j - 1]);
-                let mut best = (rows[i - 1][j] + 1)
-                    .min(rows[i][j - 1] + 1)
-                    .min(rows[i - 1][j - 1] + same);
+                let mut best =
+                    (rows[i - 1][j] + 1).min(rows[i][j - 1] + 1).min(rows[i - 1][j - 1] + same);
                 if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
                     best = best.min(rows[i - 2][j - 2] + 1);
                 }

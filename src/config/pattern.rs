@@ -57,10 +57,7 @@ impl Literals {
     /// Reads a pattern that is known to compile. `None` where a match need not hold any text, or
     /// where that takes more than a look at the characters to say.
     fn of(pattern: &str) -> Option<Literals> {
-        let mut literals = Literals {
-            at_start: true,
-            ..Literals::default()
-        };
+        let mut literals = Literals { at_start: true, ..Literals::default() };
         let mut run = String::new();
         let mut chars = pattern.chars().peekable();
         while let Some(c) = chars.next() {
@@ -219,17 +216,9 @@ mod tests {
             let runs = runs.iter().map(|r| r.to_string()).collect();
             assert_eq!(of(pattern), Some((runs, at_start, at_end)), "{pattern}");
         }
-        for pattern in [
-            "/a|/b",
-            "(?i)/a",
-            "/a(?x: b)",
-            ".*",
-            "",
-            r"/\x41",
-            r"/[[:alpha:]]",
-            "(a)?",
-            r"/a\b",
-        ] {
+        for pattern in
+            ["/a|/b", "(?i)/a", "/a(?x: b)", ".*", "", r"/\x41", r"/[[:alpha:]]", "(a)?", r"/a\b"]
+        {
             assert_eq!(of(pattern), None, "{pattern}");
         }
     }
@@ -240,9 +229,7 @@ mod tests {
         assert_eq!(tail("/services/mihomo"), Some(Tail::Nothing));
         assert_eq!(tail("/apps/.+"), Some(Tail::Some));
         assert_eq!(tail("/apps/ü.*"), Some(Tail::Any));
-        for pattern in [
-            "/a.", "/a.*?", "/a.*b", "/ab*", r"/a\.b", "a?/b", "/a(b)", "/a$",
-        ] {
+        for pattern in ["/a.", "/a.*?", "/a.*b", "/ab*", r"/a\.b", "a?/b", "/a(b)", "/a$"] {
             assert_eq!(tail(pattern), None, "{pattern}");
         }
     }
@@ -289,17 +276,13 @@ mod tests {
         let mut random = Random::new(3);
         let (mut compiled, mut ruled_out, mut matched, mut decided) = (0, 0, 0, 0);
         for _ in 0..60_000 {
-            let pattern: String = (0..1 + random.below(6))
-                .map(|_| *random.pick(&atoms))
-                .collect();
+            let pattern: String = (0..1 + random.below(6)).map(|_| *random.pick(&atoms)).collect();
             let Ok(with) = compile(&pattern) else {
                 continue;
             };
             compiled += 1;
             for _ in 0..12 {
-                let text: String = (0..random.below(6))
-                    .map(|_| *random.pick(&letters))
-                    .collect();
+                let text: String = (0..random.below(6)).map(|_| *random.pick(&letters)).collect();
                 let matches = with.regex.is_match(&text);
                 assert_eq!(with.is_match(&text), matches, "{pattern:?} {text:?}");
                 matched += usize::from(matches);

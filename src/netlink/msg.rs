@@ -75,8 +75,7 @@ impl Batch {
 
     /// An attribute with the bytes as they are (register data, host-order cgroup ids).
     pub fn raw(&mut self, attr: u16, data: &[u8]) {
-        self.buf
-            .extend_from_slice(&((NLA_HDRLEN + data.len()) as u16).to_ne_bytes());
+        self.buf.extend_from_slice(&((NLA_HDRLEN + data.len()) as u16).to_ne_bytes());
         self.buf.extend_from_slice(&attr.to_ne_bytes());
         self.buf.extend_from_slice(data);
         self.pad();
@@ -101,8 +100,7 @@ impl Batch {
     /// A string with its terminating NUL.
     pub fn str_z(&mut self, attr: u16, value: &str) {
         let at = self.buf.len();
-        self.buf
-            .extend_from_slice(&((NLA_HDRLEN + value.len() + 1) as u16).to_ne_bytes());
+        self.buf.extend_from_slice(&((NLA_HDRLEN + value.len() + 1) as u16).to_ne_bytes());
         self.buf.extend_from_slice(&attr.to_ne_bytes());
         self.buf.extend_from_slice(value.as_bytes());
         self.buf.push(0);
@@ -114,8 +112,7 @@ impl Batch {
     pub fn nest(&mut self, attr: u16) -> Nest {
         let at = self.buf.len();
         self.buf.extend_from_slice(&0u16.to_ne_bytes());
-        self.buf
-            .extend_from_slice(&(attr | NLA_F_NESTED).to_ne_bytes());
+        self.buf.extend_from_slice(&(attr | NLA_F_NESTED).to_ne_bytes());
         Nest(at)
     }
 

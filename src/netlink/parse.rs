@@ -23,10 +23,7 @@ pub struct Messages<'a> {
 
 impl<'a> Messages<'a> {
     pub fn new(datagram: &'a [u8]) -> Messages<'a> {
-        Messages {
-            rest: datagram,
-            malformed: false,
-        }
+        Messages { rest: datagram, malformed: false }
     }
 
     /// True once a length was met that does not fit the datagram.
@@ -118,11 +115,7 @@ pub fn reply(message: &Message) -> Option<Reply> {
         let attrs = Attrs::new(request.get(align4(echoed)..).unwrap_or(&[]));
         text = attrs.get(NLMSGERR_ATTR_MSG).map(|t| str_z(t).into_owned());
     }
-    Some(Reply {
-        seq: message.seq,
-        errno,
-        text,
-    })
+    Some(Reply { seq: message.seq, errno, text })
 }
 
 /// A NUL-terminated (or bare) string; invalid UTF-8 becomes U+FFFD.
@@ -213,11 +206,7 @@ mod tests {
         b.str_z(NLMSGERR_ATTR_MSG, "no such thing");
         b.end(m);
         let m = Messages::new(b.bytes()).next().unwrap();
-        let want = Reply {
-            seq: 42,
-            errno: 2,
-            text: Some("no such thing".into()),
-        };
+        let want = Reply { seq: 42, errno: 2, text: Some("no such thing".into()) };
         assert_eq!(reply(&m), Some(want));
         // i32::MIN cannot be negated: not an answer, not a panic
         let mut bytes = b.bytes().to_vec();

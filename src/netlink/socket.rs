@@ -36,11 +36,7 @@ pub struct Socket {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
     /// The kernel refused message `seq` (nothing of the batch took effect).
-    Refused {
-        seq: u32,
-        errno: Errno,
-        text: Option<String>,
-    },
+    Refused { seq: u32, errno: Errno, text: Option<String> },
     /// Answers were lost (ENOBUFS): the batch may or may not be in force.
     Unknown,
 }
@@ -52,30 +48,17 @@ impl Socket {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol).map_err(fail)?;
         bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 0)).map_err(fail)?;
-        let port = getsockname::<NetlinkAddr>(fd.as_raw_fd())
-            .map_err(fail)?
-            .pid();
+        let port = getsockname::<NetlinkAddr>(fd.as_raw_fd()).map_err(fail)?.pid();
         // Both only make errors clearer; kernels before 4.12 do without.
         let _ = sys::set_option(fd.as_fd(), libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, 1);
         let _ = sys::set_option(fd.as_fd(), libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, 1);
         for group in groups {
             let group = *group as i32;
-            sys::set_option(
-                fd.as_fd(),
-                libc::SOL_NETLINK,
-                libc::NETLINK_ADD_MEMBERSHIP,
-                group,
-            )
-            .map_err(fail)?;
+            sys::set_option(fd.as_fd(), libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, group)
+                .map_err(fail)?;
         }
-        let mut socket = Socket {
-            fd,
-            port,
-            seq: 0,
-            send_buffer: 0,
-            stale: false,
-            buf: vec![0; RECEIVE],
-        };
+        let mut socket =
+            Socket { fd, port, seq: 0, send_buffer: 0, stale: false, buf: vec![0; RECEIVE] };
         socket.reserve(SEND_BUFFER);
         Ok(socket)
     }
@@ -216,12 +199,7 @@ impl Socket {
         self.reserve(batch.len());
         let kernel = NetlinkAddr::new(0, 0);
         loop {
-            match sendto(
-                self.fd.as_raw_fd(),
-                batch.bytes(),
-                &kernel,
-                MsgFlags::empty(),
-            ) {
+            match sendto(self.fd.as_raw_fd(), batch.bytes(), &kernel, MsgFlags::empty()) {
                 Ok(_) => return Ok(()),
                 Err(Errno::EINTR) => continue,
                 Err(errno) => return Err(Error::system("unable to send to netlink", errno)),

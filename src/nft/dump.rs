@@ -95,10 +95,7 @@ pub fn parse_table_flags(message: &Message) -> Option<u32> {
 
 /// Asks for all rules of our table.
 pub fn get_rules(batch: &mut Batch) {
-    let open = batch.begin(
-        NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETRULE,
-        NLM_F_REQUEST | NLM_F_DUMP,
-    );
+    let open = batch.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETRULE, NLM_F_REQUEST | NLM_F_DUMP);
     batch.header(&nfgenmsg(NFPROTO_INET, 0));
     batch.str_z(NFTA_RULE_TABLE, TABLE);
     batch.end(open);
@@ -133,9 +130,10 @@ fn expr(bytes: &[u8]) -> Expr {
         "socket" => (number(NFTA_SOCKET_KEY) == Some(NFT_SOCKET_CGROUPV2))
             .then(|| number(NFTA_SOCKET_LEVEL).map(|level| Expr::Cgroup { level }))
             .flatten(),
-        "lookup" => data.clone().get(NFTA_LOOKUP_SET).map(|set| Expr::Lookup {
-            set: parse::str_z(set).into_owned(),
-        }),
+        "lookup" => data
+            .clone()
+            .get(NFTA_LOOKUP_SET)
+            .map(|set| Expr::Lookup { set: parse::str_z(set).into_owned() }),
         "immediate" => immediate(data),
         "bitwise" => host(NFTA_BITWISE_MASK)
             .zip(host(NFTA_BITWISE_XOR))
@@ -145,32 +143,22 @@ fn expr(bytes: &[u8]) -> Expr {
             (Some(NFT_META_IIFNAME), None) => Some(Expr::Iifname),
             _ => None,
         },
-        "cmp" => value(NFTA_CMP_DATA).map(|data| Expr::Cmp {
-            data: data.to_vec(),
-        }),
-        "tproxy" => Some(Expr::Tproxy {
-            port: number(NFTA_TPROXY_REG_PORT),
-        }),
+        "cmp" => value(NFTA_CMP_DATA).map(|data| Expr::Cmp { data: data.to_vec() }),
+        "tproxy" => Some(Expr::Tproxy { port: number(NFTA_TPROXY_REG_PORT) }),
         _ => None,
     };
     understood.unwrap_or(Expr::Other)
 }
 
 fn immediate(data: Attrs) -> Option<Expr> {
-    let register = data
-        .clone()
-        .get(NFTA_IMMEDIATE_DREG)
-        .and_then(parse::u32_be)?;
+    let register = data.clone().get(NFTA_IMMEDIATE_DREG).and_then(parse::u32_be)?;
     let value = Attrs::new(data.get(NFTA_IMMEDIATE_DATA)?);
     if register != NFT_REG_VERDICT {
         let data = value.get(NFTA_DATA_VALUE)?.to_vec();
         return Some(Expr::Immediate { register, data });
     }
     let verdict = Attrs::new(value.get(NFTA_DATA_VERDICT)?);
-    let code = verdict
-        .clone()
-        .get(NFTA_VERDICT_CODE)
-        .and_then(parse::u32_be)?;
+    let code = verdict.clone().get(NFTA_VERDICT_CODE).and_then(parse::u32_be)?;
     let chain = verdict.get(NFTA_VERDICT_CHAIN);
     Some(Expr::Verdict {
         code: code as i32,
@@ -180,18 +168,13 @@ fn immediate(data: Attrs) -> Option<Expr> {
 
 fn counter(data: Attrs) -> Option<Counter> {
     let number = |attr| data.clone().get(attr).and_then(parse::u64_be);
-    Some(Counter {
-        packets: number(NFTA_COUNTER_PACKETS)?,
-        bytes: number(NFTA_COUNTER_BYTES)?,
-    })
+    Some(Counter { packets: number(NFTA_COUNTER_PACKETS)?, bytes: number(NFTA_COUNTER_BYTES)? })
 }
 
 /// Asks for all elements of one of our sets.
 pub fn get_elements(batch: &mut Batch, set: &str) {
-    let open = batch.begin(
-        NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETSETELEM,
-        NLM_F_REQUEST | NLM_F_DUMP,
-    );
+    let open =
+        batch.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETSETELEM, NLM_F_REQUEST | NLM_F_DUMP);
     batch.header(&nfgenmsg(NFPROTO_INET, 0));
     batch.str_z(NFTA_SET_ELEM_LIST_TABLE, TABLE);
     batch.str_z(NFTA_SET_ELEM_LIST_SET, set);
@@ -305,10 +288,7 @@ pub fn view(rules: &[Rule]) -> View {
         default: "direct".into(),
         gateways: Vec::new(),
         interfaces: Vec::new(),
-        routed: (rules
-            .iter()
-            .filter(|rule| rule.chain.starts_with("forward_")))
-        .find_map(mark),
+        routed: (rules.iter().filter(|rule| rule.chain.starts_with("forward_"))).find_map(mark),
     };
     for rule in of("gateways".into()) {
         let Some(name) = goes_to(rule, "gw_") else {
@@ -357,9 +337,7 @@ impl View {
 /// What stands behind `prefix` in the name of the chain that a rule leads to.
 fn goes_to<'a>(rule: &'a Rule, prefix: &str) -> Option<&'a str> {
     rule.exprs.iter().find_map(|expr| match expr {
-        Expr::Verdict {
-            chain: Some(chain), ..
-        } => chain.strip_prefix(prefix),
+        Expr::Verdict { chain: Some(chain), .. } => chain.strip_prefix(prefix),
         _ => None,
     })
 }
@@ -367,10 +345,9 @@ fn goes_to<'a>(rule: &'a Rule, prefix: &str) -> Option<&'a str> {
 /// The interface that a rule looks for. A name that is compared without its end is a prefix.
 fn interface(rule: &Rule) -> Option<Interface> {
     match rule.exprs.get(..2)? {
-        [Expr::Iifname, Expr::Cmp { data }] => Some(Interface {
-            name: parse::str_z(data).into_owned(),
-            prefix: !data.contains(&0),
-        }),
+        [Expr::Iifname, Expr::Cmp { data }] => {
+            Some(Interface { name: parse::str_z(data).into_owned(), prefix: !data.contains(&0) })
+        }
         _ => None,
     }
 }
@@ -392,10 +369,7 @@ fn gateway_target<'a>(rules: &[&'a Rule]) -> &'a str {
 fn mark(rule: &Rule) -> Option<Mark> {
     let at = rule.exprs.iter().position(|e| *e == Expr::SetPacketMark)?;
     match rule.exprs.get(at.checked_sub(1)?)? {
-        Expr::Bitwise { mask, xor } => Some(Mark {
-            value: *xor,
-            mask: !mask,
-        }),
+        Expr::Bitwise { mask, xor } => Some(Mark { value: *xor, mask: !mask }),
         _ => None,
     }
 }
@@ -424,10 +398,7 @@ fn address(rule: &Rule) -> Option<IpAddr> {
         },
         _ => None,
     };
-    rule.exprs
-        .iter()
-        .any(is_tproxy)
-        .then(|| rule.exprs.iter().find_map(octets))?
+    rule.exprs.iter().any(is_tproxy).then(|| rule.exprs.iter().find_map(octets))?
 }
 
 /// The sum of all counters of some rules; `None` where there are none.
@@ -482,29 +453,19 @@ mod tests {
         let gateway = |name: &str, interfaces: &[(&str, bool)], target| crate::config::Gateway {
             name: name.into(),
             interfaces: (interfaces.iter())
-                .map(|(name, prefix)| Interface {
-                    name: name.to_string(),
-                    prefix: *prefix,
-                })
+                .map(|(name, prefix)| Interface { name: name.to_string(), prefix: *prefix })
                 .collect(),
             sources4: vec![Range::prefix([192, 0, 2, 0].into(), 24)],
             sources6: vec![Range::prefix([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0].into(), 32)],
             macs: Vec::new(),
             target,
-            place: crate::config::Place {
-                file: Default::default(),
-                line: 1,
-            },
+            place: crate::config::Place { file: Default::default(), line: 1 },
         };
         let (lan, any) = (("br-lan", false), ("wlan", true));
         config.gateways = vec![
             gateway("one", &[lan], ConfigTarget::Direct),
             gateway("two", &[lan, any], ConfigTarget::Tproxy(1)),
-            gateway(
-                "three",
-                &[("fifteen-letters", false), any],
-                ConfigTarget::Drop,
-            ),
+            gateway("three", &[("fifteen-letters", false), any], ConfigTarget::Drop),
         ];
         config
     }
@@ -515,18 +476,13 @@ mod tests {
         transaction.replace(&Table::new(config), None);
         transaction.replace_output(&output_rules(config, &pairs.iter().copied().collect()));
         let (batch, _) = transaction.finish();
-        Messages::new(batch.bytes())
-            .filter_map(|m| parse_rule(&m))
-            .collect()
+        Messages::new(batch.bytes()).filter_map(|m| parse_rule(&m)).collect()
     }
 
     #[test]
     fn the_view_of_our_own_table() {
         let pair = |level, target| Pair { level, target };
-        let pairs = [
-            pair(2, ConfigTarget::Tproxy(1)),
-            pair(3, ConfigTarget::Drop),
-        ];
+        let pairs = [pair(2, ConfigTarget::Tproxy(1)), pair(3, ConfigTarget::Drop)];
         for (default, name) in [
             (ConfigTarget::Direct, "direct"),
             (ConfigTarget::Drop, "drop"),
@@ -550,10 +506,7 @@ mod tests {
             assert_eq!(names, ["direct", "drop", "zeta", "alpha"]);
             assert_eq!(view.default, name);
             let alpha = view.target("alpha").unwrap();
-            let mark = Mark {
-                value: 0x0200_0000,
-                mask: 0xff00_0000,
-            };
+            let mark = Mark { value: 0x0200_0000, mask: 0xff00_0000 };
             assert_eq!((alpha.mark, alpha.port), (Some(mark), Some(7894)));
             let listen: IpAddr = "127.0.0.1".parse().unwrap();
             assert_eq!(alpha.addresses, [listen]);
@@ -578,10 +531,7 @@ mod tests {
     fn the_gateways_of_our_own_table() {
         let config = with_gateways();
         let view = view(&rules(&config, &[]));
-        let routed = Mark {
-            value: 0xff00_0000,
-            mask: 0xff00_0000,
-        };
+        let routed = Mark { value: 0xff00_0000, mask: 0xff00_0000 };
         assert_eq!(view.routed, Some(routed));
         let section = |name: &str, target: &str| Gateway {
             name: name.into(),
@@ -603,9 +553,8 @@ mod tests {
         transaction.replace(&Table::new(&config), None);
         transaction.add_cgroups("cg_drop", [1, 2].into_iter());
         let (batch, _) = transaction.finish();
-        let whole: Vec<Rule> = (Messages::new(batch.bytes()))
-            .filter_map(|m| parse_rule(&m))
-            .collect();
+        let whole: Vec<Rule> =
+            (Messages::new(batch.bytes())).filter_map(|m| parse_rule(&m)).collect();
         assert!(whole.len() > 20);
         let mut random = crate::testing::Random::new(5);
         for _ in 0..3000 {

@@ -21,11 +21,7 @@ pub struct Transaction {
 
 impl Transaction {
     pub fn new(batch: Batch) -> Transaction {
-        let mut t = Transaction {
-            batch,
-            last: 0,
-            next_set_id: 0,
-        };
+        let mut t = Transaction { batch, last: 0, next_set_id: 0 };
         t.bound(NFNL_MSG_BATCH_BEGIN);
         t
     }
@@ -84,10 +80,7 @@ impl Transaction {
         self.batch.str_z(NFTA_RULE_CHAIN, OUTPUT);
         let list = self.batch.nest(NFTA_RULE_EXPRESSIONS);
         let element = self.batch.nest(NFTA_LIST_ELEM);
-        self.expr(&Expr::SocketCgroup {
-            level: 1,
-            dreg: NFT_REG_1,
-        });
+        self.expr(&Expr::SocketCgroup { level: 1, dreg: NFT_REG_1 });
         self.batch.end_nest(element);
         self.batch.end_nest(list);
         self.batch.end(open);
@@ -139,12 +132,7 @@ impl Transaction {
         let open = self.begin(NFT_MSG_NEWCHAIN, NLM_F_CREATE);
         self.batch.str_z(NFTA_CHAIN_TABLE, table);
         self.batch.str_z(NFTA_CHAIN_NAME, &chain.name);
-        if let Some(Base {
-            kind,
-            hook,
-            priority,
-        }) = &chain.base
-        {
+        if let Some(Base { kind, hook, priority }) = &chain.base {
             let nest = self.batch.nest(NFTA_CHAIN_HOOK);
             self.batch.u32_be(NFTA_HOOK_HOOKNUM, *hook);
             self.batch.u32_be(NFTA_HOOK_PRIORITY, *priority as u32);
@@ -183,14 +171,10 @@ impl Transaction {
         // the set of a look-up must come before the rule that binds it
         let ids: Vec<u32> = (exprs.iter())
             .filter_map(|expr| match expr {
-                Expr::Lookup {
-                    set: SetRef::Anonymous(set),
-                    ..
+                Expr::Lookup { set: SetRef::Anonymous(set), .. }
+                | Expr::LookupVerdict { set: SetRef::Anonymous(set), .. } => {
+                    Some(self.anonymous(set))
                 }
-                | Expr::LookupVerdict {
-                    set: SetRef::Anonymous(set),
-                    ..
-                } => Some(self.anonymous(set)),
                 _ => None,
             })
             .collect();
@@ -202,21 +186,12 @@ impl Transaction {
         for expr in &exprs {
             let element = self.batch.nest(NFTA_LIST_ELEM);
             match expr {
-                Expr::Lookup {
-                    set: SetRef::Anonymous(_),
-                    sreg,
-                    invert,
-                } => self.lookup(*sreg, None, ANONYMOUS_SET, ids.next(), *invert),
-                Expr::LookupVerdict {
-                    set: SetRef::Anonymous(_),
-                    sreg,
-                } => self.lookup(
-                    *sreg,
-                    Some(NFT_REG_VERDICT),
-                    ANONYMOUS_MAP,
-                    ids.next(),
-                    false,
-                ),
+                Expr::Lookup { set: SetRef::Anonymous(_), sreg, invert } => {
+                    self.lookup(*sreg, None, ANONYMOUS_SET, ids.next(), *invert)
+                }
+                Expr::LookupVerdict { set: SetRef::Anonymous(_), sreg } => {
+                    self.lookup(*sreg, Some(NFT_REG_VERDICT), ANONYMOUS_MAP, ids.next(), false)
+                }
                 expr => self.expr(expr),
             }
             self.batch.end_nest(element);
@@ -227,16 +202,13 @@ impl Transaction {
 
     fn bound(&mut self, kind: u16) {
         let open = self.batch.begin(kind, NLM_F_REQUEST);
-        self.batch
-            .header(&nfgenmsg(NFPROTO_UNSPEC, NFNL_SUBSYS_NFTABLES));
+        self.batch.header(&nfgenmsg(NFPROTO_UNSPEC, NFNL_SUBSYS_NFTABLES));
         self.batch.end(open);
     }
 
     fn begin(&mut self, kind: u16, flags: u16) -> crate::netlink::msg::Open {
         self.last = self.batch.len();
-        let open = self
-            .batch
-            .begin(NFNL_SUBSYS_NFTABLES << 8 | kind, NLM_F_REQUEST | flags);
+        let open = self.batch.begin(NFNL_SUBSYS_NFTABLES << 8 | kind, NLM_F_REQUEST | flags);
         self.batch.header(&nfgenmsg(NFPROTO_INET, 0));
         open
     }
@@ -287,46 +259,29 @@ impl Transaction {
         self.set_head(name, flags, (set.key_type, set.key_len), data, id);
         self.batch.end(open);
         let elements = set.elements.iter();
-        self.elements(
-            NFT_MSG_NEWSETELEM,
-            NLM_F_CREATE,
-            name,
-            Some(id),
-            elements,
-            |b, element| {
-                element_key(b, &element.0);
-                if let Some(v) = &element.1 {
-                    let nest = b.nest(NFTA_SET_ELEM_DATA);
-                    verdict(b, v);
-                    b.end_nest(nest);
-                }
-            },
-        );
+        self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, name, Some(id), elements, |b, element| {
+            element_key(b, &element.0);
+            if let Some(v) = &element.1 {
+                let nest = b.nest(NFTA_SET_ELEM_DATA);
+                verdict(b, v);
+                b.end_nest(nest);
+            }
+        });
         id
     }
 
     /// The two ends of each interval: the first address, and the one after the last.
     fn intervals<A: Address>(&mut self, set: &str, id: u32, ranges: &[Range<A>]) {
         let ends = ranges.iter().flat_map(|range| {
-            [
-                Some((range.first, 0)),
-                range.end().map(|end| (end, NFT_SET_ELEM_INTERVAL_END)),
-            ]
+            [Some((range.first, 0)), range.end().map(|end| (end, NFT_SET_ELEM_INTERVAL_END))]
         });
         let ends = ends.flatten();
-        self.elements(
-            NFT_MSG_NEWSETELEM,
-            NLM_F_CREATE,
-            set,
-            Some(id),
-            ends,
-            |b, (end, flags)| {
-                if flags != 0 {
-                    b.u32_be(NFTA_SET_ELEM_FLAGS, flags);
-                }
-                element_key(b, &end.bytes());
-            },
-        );
+        self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, Some(id), ends, |b, (end, flags)| {
+            if flags != 0 {
+                b.u32_be(NFTA_SET_ELEM_FLAGS, flags);
+            }
+            element_key(b, &end.bytes());
+        });
     }
 
     /// One message for each `SPLIT` bytes of elements; none at all for no elements.
@@ -404,12 +359,7 @@ impl Transaction {
                 value(&mut self.batch, NFTA_CMP_DATA, data);
                 self.batch.end_nest(nest);
             }
-            Expr::Bitwise {
-                sreg,
-                dreg,
-                mask,
-                xor,
-            } => {
+            Expr::Bitwise { sreg, dreg, mask, xor } => {
                 let nest = self.expr_head("bitwise");
                 self.batch.u32_be(NFTA_BITWISE_SREG, *sreg);
                 self.batch.u32_be(NFTA_BITWISE_DREG, *dreg);
@@ -419,12 +369,7 @@ impl Transaction {
                 value(&mut self.batch, NFTA_BITWISE_XOR, &xor.to_ne_bytes());
                 self.batch.end_nest(nest);
             }
-            Expr::Payload {
-                dreg,
-                base,
-                offset,
-                len,
-            } => {
+            Expr::Payload { dreg, base, offset, len } => {
                 let nest = self.expr_head("payload");
                 self.batch.u32_be(NFTA_PAYLOAD_DREG, *dreg);
                 self.batch.u32_be(NFTA_PAYLOAD_BASE, *base);
@@ -433,15 +378,11 @@ impl Transaction {
                 self.batch.end_nest(nest);
             }
             Expr::Lookup { set, sreg, invert } => {
-                let SetRef::Named(name) = set else {
-                    unreachable!("rule() sends these itself")
-                };
+                let SetRef::Named(name) = set else { unreachable!("rule() sends these itself") };
                 self.lookup(*sreg, None, name, None, *invert);
             }
             Expr::LookupVerdict { set, sreg } => {
-                let SetRef::Named(name) = set else {
-                    unreachable!("rule() sends these itself")
-                };
+                let SetRef::Named(name) = set else { unreachable!("rule() sends these itself") };
                 self.lookup(*sreg, Some(NFT_REG_VERDICT), name, None, false);
             }
             Expr::Immediate { dreg, data } => {
@@ -477,11 +418,7 @@ impl Transaction {
                 self.batch.u32_be(NFTA_SOCKET_DREG, *dreg);
                 self.batch.end_nest(nest);
             }
-            Expr::Tproxy {
-                family,
-                address,
-                port,
-            } => {
+            Expr::Tproxy { family, address, port } => {
                 let nest = self.expr_head("tproxy");
                 self.batch.u32_be(NFTA_TPROXY_FAMILY, u32::from(*family));
                 if let Some(address) = address {
@@ -490,11 +427,7 @@ impl Transaction {
                 self.batch.u32_be(NFTA_TPROXY_REG_PORT, *port);
                 self.batch.end_nest(nest);
             }
-            Expr::Dnat {
-                family,
-                address,
-                port,
-            } => {
+            Expr::Dnat { family, address, port } => {
                 let nest = self.expr_head("nat");
                 self.batch.u32_be(NFTA_NAT_TYPE, NFT_NAT_DNAT);
                 self.batch.u32_be(NFTA_NAT_FAMILY, u32::from(*family));
@@ -509,8 +442,7 @@ impl Transaction {
             Expr::Redirect { port } => {
                 let nest = self.expr_head("redir");
                 self.batch.u32_be(NFTA_REDIR_REG_PROTO_MIN, *port);
-                self.batch
-                    .u32_be(NFTA_REDIR_FLAGS, NF_NAT_RANGE_PROTO_SPECIFIED);
+                self.batch.u32_be(NFTA_REDIR_FLAGS, NF_NAT_RANGE_PROTO_SPECIFIED);
                 self.batch.end_nest(nest);
             }
             Expr::RejectTcpReset => {
@@ -581,26 +513,16 @@ pub fn describe(batch: &Batch, seq: u32) -> String {
     let Some(message) = Messages::new(batch.bytes()).find(|m| m.seq == seq) else {
         return "a transaction".into();
     };
-    let text = |attr| {
-        Attrs::after(message.body, 4)
-            .get(attr)
-            .map(|t| parse::str_z(t))
-    };
+    let text = |attr| Attrs::after(message.body, 4).get(attr).map(|t| parse::str_z(t));
     match message.kind & 0xff {
         NFT_MSG_NEWTABLE | NFT_MSG_DELTABLE => format!("table inet {TABLE}"),
         NFT_MSG_NEWCHAIN => format!("chain {}", text(NFTA_CHAIN_NAME).unwrap_or_default()),
         NFT_MSG_NEWRULE | NFT_MSG_DELRULE => {
-            format!(
-                "a rule of chain {}",
-                text(NFTA_RULE_CHAIN).unwrap_or_default()
-            )
+            format!("a rule of chain {}", text(NFTA_RULE_CHAIN).unwrap_or_default())
         }
         NFT_MSG_NEWSET => format!("set {}", text(NFTA_SET_NAME).unwrap_or_default()),
         NFT_MSG_NEWSETELEM | NFT_MSG_DELSETELEM => {
-            format!(
-                "elements of set {}",
-                text(NFTA_SET_ELEM_LIST_SET).unwrap_or_default()
-            )
+            format!("elements of set {}", text(NFTA_SET_ELEM_LIST_SET).unwrap_or_default())
         }
         _ => "a transaction".into(),
     }
@@ -626,11 +548,7 @@ pub fn probe(probes: &[Probe], batch: Batch) -> (Batch, Vec<u32>, u32) {
     t.table_of(SCRATCH, NFT_MSG_NEWTABLE, NLM_F_CREATE, dormant);
     let mut places = Vec::new();
     for (index, probe) in probes.iter().enumerate() {
-        let chain = |base| Chain {
-            name: format!("probe{index}"),
-            base,
-            rules: Vec::new(),
-        };
+        let chain = |base| Chain { name: format!("probe{index}"), base, rules: Vec::new() };
         match probe {
             Probe::Chain(base) => t.chain_of(SCRATCH, &chain(Some(*base))),
             Probe::Rule(exprs) => {
@@ -657,10 +575,8 @@ pub fn probe(probes: &[Probe], batch: Batch) -> (Batch, Vec<u32>, u32) {
 
 /// A request for our table, to see whether it is there and who owns it.
 pub fn get_table(batch: &mut Batch) {
-    let open = batch.begin(
-        NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE,
-        NLM_F_REQUEST | NLM_F_DUMP,
-    );
+    let open =
+        batch.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE, NLM_F_REQUEST | NLM_F_DUMP);
     batch.header(&nfgenmsg(NFPROTO_INET, 0));
     batch.end(open);
 }

@@ -73,23 +73,14 @@ mod tests {
     fn names_who_changed_our_table_and_nobody_else() {
         let gen = told(NFT_MSG_NEWGEN, "");
         let mut follower = Follower::default();
-        assert_eq!(
-            follower.take(told(NFT_MSG_DELTABLE, "other").bytes(), 9),
-            None
-        );
+        assert_eq!(follower.take(told(NFT_MSG_DELTABLE, "other").bytes(), 9), None);
         assert_eq!(follower.take(gen.bytes(), 9), None);
-        assert_eq!(
-            follower.take(told(NFT_MSG_DELSETELEM, TABLE).bytes(), 9),
-            None
-        );
+        assert_eq!(follower.take(told(NFT_MSG_DELSETELEM, TABLE).bytes(), 9), None);
         let culprit = follower.take(gen.bytes(), 9);
         assert_eq!(culprit.as_deref(), Some("nft\\x1b[2J (pid 7)"));
         assert_eq!(follower.take(gen.bytes(), 9), None);
         // our own transactions (port 0 here)
-        assert_eq!(
-            follower.take(told(NFT_MSG_DELTABLE, TABLE).bytes(), 0),
-            None
-        );
+        assert_eq!(follower.take(told(NFT_MSG_DELTABLE, TABLE).bytes(), 0), None);
         assert_eq!(follower.take(gen.bytes(), 9), None);
     }
 }

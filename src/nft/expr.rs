@@ -332,30 +332,11 @@ impl Stmt {
         use Expr::*;
         let dreg = NFT_REG_1;
         let sreg = NFT_REG_1;
-        let eq = |data: &[u8]| Cmp {
-            op: NFT_CMP_EQ,
-            sreg: NFT_REG_1,
-            data: data.to_vec(),
-        };
-        let neq = |data: &[u8]| Cmp {
-            op: NFT_CMP_NEQ,
-            sreg: NFT_REG_1,
-            data: data.to_vec(),
-        };
-        let masked = |mask| Bitwise {
-            sreg: NFT_REG_1,
-            dreg: NFT_REG_1,
-            mask,
-            xor: 0,
-        };
-        let meta = |key| MetaLoad {
-            key,
-            dreg: NFT_REG_1,
-        };
-        let ct = |key| CtLoad {
-            key,
-            dreg: NFT_REG_1,
-        };
+        let eq = |data: &[u8]| Cmp { op: NFT_CMP_EQ, sreg: NFT_REG_1, data: data.to_vec() };
+        let neq = |data: &[u8]| Cmp { op: NFT_CMP_NEQ, sreg: NFT_REG_1, data: data.to_vec() };
+        let masked = |mask| Bitwise { sreg: NFT_REG_1, dreg: NFT_REG_1, mask, xor: 0 };
+        let meta = |key| MetaLoad { key, dreg: NFT_REG_1 };
+        let ct = |key| CtLoad { key, dreg: NFT_REG_1 };
         match self {
             Stmt::IifLo => out.extend([meta(NFT_META_IIF), eq(&1u32.to_ne_bytes())]),
             Stmt::OifLo => out.extend([meta(NFT_META_OIF), eq(&1u32.to_ne_bytes())]),
@@ -367,24 +348,15 @@ impl Stmt {
                 out.extend([meta(NFT_META_IIFNAME), eq(&data)]);
             }
             Stmt::Cgroup { level, set } => out.extend([
-                SocketCgroup {
-                    level: u32::from(*level),
-                    dreg,
-                },
-                Lookup {
-                    set: SetRef::Named(set.clone()),
-                    sreg,
-                    invert: false,
-                },
+                SocketCgroup { level: u32::from(*level), dreg },
+                Lookup { set: SetRef::Named(set.clone()), sreg, invert: false },
             ]),
             Stmt::Transparent => out.extend([SocketTransparent { dreg }, eq(&[1])]),
             Stmt::HasOwner => out.extend([meta(NFT_META_SKUID), neq(&NO_UID.to_ne_bytes())]),
             Stmt::Uid(uid) => out.extend([meta(NFT_META_SKUID), eq(&uid.to_ne_bytes())]),
-            Stmt::PacketMark(m) => out.extend([
-                meta(NFT_META_MARK),
-                masked(m.mask),
-                eq(&m.value.to_ne_bytes()),
-            ]),
+            Stmt::PacketMark(m) => {
+                out.extend([meta(NFT_META_MARK), masked(m.mask), eq(&m.value.to_ne_bytes())])
+            }
             Stmt::CtMark(m) => {
                 out.extend([ct(NFT_CT_MARK), masked(m.mask), eq(&m.value.to_ne_bytes())])
             }
@@ -397,11 +369,9 @@ impl Stmt {
                 masked(NF_CT_STATE_NEW_BIT),
                 neq(&0u32.to_ne_bytes()),
             ]),
-            Stmt::Dnatted => out.extend([
-                ct(NFT_CT_STATUS),
-                masked(IPS_DST_NAT),
-                neq(&0u32.to_ne_bytes()),
-            ]),
+            Stmt::Dnatted => {
+                out.extend([ct(NFT_CT_STATUS), masked(IPS_DST_NAT), neq(&0u32.to_ne_bytes())])
+            }
             Stmt::Destination { family, set } => {
                 let (offset, len) = match family {
                     Family::V4 => (16, 4),
@@ -420,12 +390,7 @@ impl Stmt {
                 out.extend([
                     meta(NFT_META_IIFTYPE),
                     eq(&ARPHRD_ETHER.to_ne_bytes()),
-                    Payload {
-                        dreg,
-                        base: NFT_PAYLOAD_LL_HEADER,
-                        offset: 6,
-                        len: 6,
-                    },
+                    Payload { dreg, base: NFT_PAYLOAD_LL_HEADER, offset: 6, len: 6 },
                 ]);
                 out.push(match macs.as_slice() {
                     // nft makes no set for one element
@@ -458,28 +423,15 @@ impl Stmt {
             Stmt::Dport(l4, port) => out.extend([
                 meta(NFT_META_L4PROTO),
                 eq(&[l4.number()]),
-                Payload {
-                    dreg,
-                    base: NFT_PAYLOAD_TRANSPORT_HEADER,
-                    offset: 2,
-                    len: 2,
-                },
+                Payload { dreg, base: NFT_PAYLOAD_TRANSPORT_HEADER, offset: 2, len: 2 },
                 eq(&port.to_be_bytes()),
             ]),
             Stmt::NotDport(port) => out.extend([
-                Payload {
-                    dreg,
-                    base: NFT_PAYLOAD_TRANSPORT_HEADER,
-                    offset: 2,
-                    len: 2,
-                },
+                Payload { dreg, base: NFT_PAYLOAD_TRANSPORT_HEADER, offset: 2, len: 2 },
                 neq(&port.to_be_bytes()),
             ]),
             Stmt::Local => {
-                out.extend([
-                    FibAddrtype { dreg },
-                    eq(&u32::from(RTN_LOCAL).to_ne_bytes()),
-                ]);
+                out.extend([FibAddrtype { dreg }, eq(&u32::from(RTN_LOCAL).to_ne_bytes())]);
             }
             Stmt::Broadcast => out.extend([FibAddrtype { dreg }, eq(&RTN_BROADCAST.to_ne_bytes())]),
             Stmt::NeighbourDiscovery => out.extend([
@@ -487,12 +439,7 @@ impl Stmt {
                 eq(&[NFPROTO_IPV6]),
                 meta(NFT_META_L4PROTO),
                 eq(&[IPPROTO_ICMPV6]),
-                Payload {
-                    dreg,
-                    base: NFT_PAYLOAD_TRANSPORT_HEADER,
-                    offset: 0,
-                    len: 1,
-                },
+                Payload { dreg, base: NFT_PAYLOAD_TRANSPORT_HEADER, offset: 0, len: 1 },
                 Lookup {
                     set: SetRef::Anonymous(Anonymous {
                         key_type: TYPE_ICMP6_TYPE,
@@ -509,93 +456,44 @@ impl Stmt {
             Stmt::Counter => out.push(Counter),
             Stmt::SetCtMark(m) => out.extend([
                 ct(NFT_CT_MARK),
-                Bitwise {
-                    sreg,
-                    dreg,
-                    mask: !m.mask,
-                    xor: m.value,
-                },
-                CtSet {
-                    key: NFT_CT_MARK,
-                    sreg,
-                },
+                Bitwise { sreg, dreg, mask: !m.mask, xor: m.value },
+                CtSet { key: NFT_CT_MARK, sreg },
             ]),
             Stmt::SetPacketMark(m) => out.extend([
                 meta(NFT_META_MARK),
-                Bitwise {
-                    sreg,
-                    dreg,
-                    mask: !m.mask,
-                    xor: m.value,
-                },
-                MetaSet {
-                    key: NFT_META_MARK,
-                    sreg,
-                },
+                Bitwise { sreg, dreg, mask: !m.mask, xor: m.value },
+                MetaSet { key: NFT_META_MARK, sreg },
             ]),
-            Stmt::Tproxy {
-                family,
-                address,
-                port,
-            } => {
+            Stmt::Tproxy { family, address, port } => {
                 let family = family.map_or(NFPROTO_UNSPEC, Family::number);
                 let mut port_reg = NFT_REG_1;
                 if let Some(address) = address {
-                    out.push(Immediate {
-                        dreg,
-                        data: octets(address),
-                    });
+                    out.push(Immediate { dreg, data: octets(address) });
                     port_reg = NFT_REG_2;
                 }
-                out.push(Immediate {
-                    dreg: port_reg,
-                    data: port.to_be_bytes().to_vec(),
-                });
+                out.push(Immediate { dreg: port_reg, data: port.to_be_bytes().to_vec() });
                 let address = address.map(|_| NFT_REG_1);
-                out.push(Tproxy {
-                    family,
-                    address,
-                    port: port_reg,
-                });
+                out.push(Tproxy { family, address, port: port_reg });
             }
             Stmt::Dnat(to) => out.extend([
-                Immediate {
-                    dreg,
-                    data: octets(&to.ip()),
-                },
-                Immediate {
-                    dreg: NFT_REG_2,
-                    data: to.port().to_be_bytes().to_vec(),
-                },
-                Dnat {
-                    family: Family::of(&to.ip()).number(),
-                    address: NFT_REG_1,
-                    port: NFT_REG_2,
-                },
+                Immediate { dreg, data: octets(&to.ip()) },
+                Immediate { dreg: NFT_REG_2, data: to.port().to_be_bytes().to_vec() },
+                Dnat { family: Family::of(&to.ip()).number(), address: NFT_REG_1, port: NFT_REG_2 },
             ]),
             Stmt::Redirect(port) => out.extend([
-                Immediate {
-                    dreg,
-                    data: port.to_be_bytes().to_vec(),
-                },
+                Immediate { dreg, data: port.to_be_bytes().to_vec() },
                 Redirect { port: NFT_REG_1 },
             ]),
             Stmt::Reset => out.push(RejectTcpReset),
             Stmt::PacketMarkMap { mask, map } => out.extend([
                 meta(NFT_META_MARK),
                 masked(*mask),
-                LookupVerdict {
-                    set: mark_map(map),
-                    sreg,
-                },
+                LookupVerdict { set: mark_map(map), sreg },
             ]),
             Stmt::CtMarkMap { mask, map } => out.extend([
                 ct(NFT_CT_MARK),
                 masked(*mask),
-                LookupVerdict {
-                    set: mark_map(map),
-                    sreg,
-                },
+                LookupVerdict { set: mark_map(map), sreg },
             ]),
             Stmt::Verdict(verdict) => out.push(Verdict(verdict.clone())),
         }
@@ -605,26 +503,10 @@ impl Stmt {
 /// A look-up of an address of the packet's network header in a named set.
 fn address(family: Family, offset: u32, len: u32, set: &str, out: &mut Vec<Expr>) {
     out.extend([
-        Expr::MetaLoad {
-            key: NFT_META_NFPROTO,
-            dreg: NFT_REG_1,
-        },
-        Expr::Cmp {
-            op: NFT_CMP_EQ,
-            sreg: NFT_REG_1,
-            data: vec![family.number()],
-        },
-        Expr::Payload {
-            dreg: NFT_REG_1,
-            base: NFT_PAYLOAD_NETWORK_HEADER,
-            offset,
-            len,
-        },
-        Expr::Lookup {
-            set: SetRef::Named(set.to_string()),
-            sreg: NFT_REG_1,
-            invert: false,
-        },
+        Expr::MetaLoad { key: NFT_META_NFPROTO, dreg: NFT_REG_1 },
+        Expr::Cmp { op: NFT_CMP_EQ, sreg: NFT_REG_1, data: vec![family.number()] },
+        Expr::Payload { dreg: NFT_REG_1, base: NFT_PAYLOAD_NETWORK_HEADER, offset, len },
+        Expr::Lookup { set: SetRef::Named(set.to_string()), sreg: NFT_REG_1, invert: false },
     ]);
 }
 
@@ -713,24 +595,12 @@ impl fmt::Display for Stmt {
             }
             Stmt::Counter => f.write_str("counter"),
             Stmt::SetCtMark(Mark { value, mask }) => {
-                write!(
-                    f,
-                    "ct mark set ct mark and {:#010x} or {value:#010x}",
-                    !mask
-                )
+                write!(f, "ct mark set ct mark and {:#010x} or {value:#010x}", !mask)
             }
             Stmt::SetPacketMark(Mark { value, mask }) => {
-                write!(
-                    f,
-                    "meta mark set meta mark and {:#010x} or {value:#010x}",
-                    !mask
-                )
+                write!(f, "meta mark set meta mark and {:#010x} or {value:#010x}", !mask)
             }
-            Stmt::Tproxy {
-                family,
-                address,
-                port,
-            } => {
+            Stmt::Tproxy { family, address, port } => {
                 f.write_str("tproxy ")?;
                 if let Some(family) = family {
                     write!(f, "{} ", family.nft())?;
@@ -806,10 +676,7 @@ impl<A: Address> Range<A> {
             n => (1u128 << n) - 1,
         };
         let first = address.to_bits() & !host;
-        Range {
-            first: A::from_bits(first),
-            last: A::from_bits(first | host),
-        }
+        Range { first: A::from_bits(first), last: A::from_bits(first | host) }
     }
 
     /// Sorts, and joins what overlaps or touches: interval sets refuse overlapping elements.
@@ -851,10 +718,7 @@ mod tests {
     use super::*;
 
     fn r(first: [u8; 4], last: [u8; 4]) -> Range<Ipv4Addr> {
-        Range {
-            first: first.into(),
-            last: last.into(),
-        }
+        Range { first: first.into(), last: last.into() }
     }
 
     #[test]
@@ -863,10 +727,7 @@ mod tests {
         assert_eq!(p([10, 1, 2, 3], 8), r([10, 0, 0, 0], [10, 255, 255, 255]));
         assert_eq!(p([1, 2, 3, 4], 0).to_string(), "0.0.0.0/0");
         assert_eq!(p([1, 2, 3, 4], 32).to_string(), "1.2.3.4");
-        assert_eq!(
-            r([10, 0, 0, 1], [10, 0, 0, 2]).to_string(),
-            "10.0.0.1-10.0.0.2"
-        );
+        assert_eq!(r([10, 0, 0, 1], [10, 0, 0, 2]).to_string(), "10.0.0.1-10.0.0.2");
         let merged = Range::merge(vec![
             p([10, 0, 0, 0], 9),
             p([255, 255, 255, 255], 32),

@@ -69,9 +69,7 @@ impl Table {
         let mut sets = vec![bypass4(config), bypass6(config)];
         sets.extend(config.targets().map(|target| Set {
             name: set_name(config, target),
-            content: Content::Cgroups {
-                counters: config.counters_per_cgroup,
-            },
+            content: Content::Cgroups { counters: config.counters_per_cgroup },
         }));
         sets.extend(config.gateways.iter().flat_map(source_sets));
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
@@ -147,13 +145,7 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
     };
     rules.extend(pairs.iter().rev().map(|pair| {
         let set = set_name(config, pair.target);
-        vec![
-            Stmt::Cgroup {
-                level: pair.level,
-                set,
-            },
-            enter(config, pair.target),
-        ]
+        vec![Stmt::Cgroup { level: pair.level, set }, enter(config, pair.target)]
     }));
     // a packet without a socket (RST or ACK after the application closed), or of a flow that began
     // under a target that its cgroup no longer has
@@ -180,18 +172,11 @@ fn leave(config: &Config) -> Stmt {
 }
 
 fn mark(config: &Config, value: u32) -> Mark {
-    Mark {
-        value,
-        mask: config.mask,
-    }
+    Mark { value, mask: config.mask }
 }
 
 fn chain(name: impl Into<String>, rules: Vec<Rule>) -> Chain {
-    Chain {
-        name: name.into(),
-        base: None,
-        rules,
-    }
+    Chain { name: name.into(), base: None, rules }
 }
 
 /// Where the default is not direct, flows that go direct say so in their ct mark: the kernel's own
@@ -199,10 +184,7 @@ fn chain(name: impl Into<String>, rules: Vec<Rule>) -> Chain {
 /// conntrack ends the first one early.
 fn leave_chain(config: &Config) -> Chain {
     let direct = mark(config, config.direct_mark());
-    chain(
-        "leave",
-        vec![vec![Stmt::SetCtMark(direct)], vec![Stmt::accept()]],
-    )
+    chain("leave", vec![vec![Stmt::SetCtMark(direct)], vec![Stmt::accept()]])
 }
 
 fn leaves_by_lo() -> Rule {
@@ -220,18 +202,8 @@ const EXEMPT: &str = "exempt";
 /// What is left alone whatever the target and the address.
 fn exempt_rules(config: &Config) -> Vec<Rule> {
     let mut rules = vec![vec![Stmt::Reply, Stmt::accept()]];
-    rules.extend(
-        config
-            .bypass_marks
-            .iter()
-            .map(|m| vec![Stmt::PacketMark(*m), leave(config)]),
-    );
-    rules.extend(
-        config
-            .bypass_users
-            .iter()
-            .map(|uid| vec![Stmt::Uid(*uid), leave(config)]),
-    );
+    rules.extend(config.bypass_marks.iter().map(|m| vec![Stmt::PacketMark(*m), leave(config)]));
+    rules.extend(config.bypass_users.iter().map(|uid| vec![Stmt::Uid(*uid), leave(config)]));
     rules
 }
 
@@ -241,25 +213,9 @@ fn bypass_chain(config: &Config) -> Chain {
         true => vec![jump(EXEMPT)],
         false => exempt_rules(config),
     };
-    rules.push(vec![
-        Stmt::Destination {
-            family: Family::V4,
-            set: "bypass4",
-        },
-        Stmt::accept(),
-    ]);
-    rules.push(vec![
-        Stmt::Destination {
-            family: Family::V6,
-            set: "bypass6",
-        },
-        Stmt::accept(),
-    ]);
-    rules.push(vec![
-        Stmt::Nfproto(Family::V4),
-        Stmt::Broadcast,
-        Stmt::accept(),
-    ]);
+    rules.push(vec![Stmt::Destination { family: Family::V4, set: "bypass4" }, Stmt::accept()]);
+    rules.push(vec![Stmt::Destination { family: Family::V6, set: "bypass6" }, Stmt::accept()]);
+    rules.push(vec![Stmt::Nfproto(Family::V4), Stmt::Broadcast, Stmt::accept()]);
     chain("bypass", rules)
 }
 
@@ -384,12 +340,7 @@ fn forward_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     let here = Stmt::SetPacketMark(mark(config, config.gateway_mark()));
     let mut rules = dns_rules(tproxy);
     // a client's ICMP error (packet too big) about a flow that ends at the proxy is the proxy's
-    rules.push(vec![
-        Stmt::NotTcpOrUdp,
-        Stmt::CtMark(own),
-        here.clone(),
-        Stmt::accept(),
-    ]);
+    rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), here.clone(), Stmt::accept()]);
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::accept()]);
     rules.extend(switch_rules(tproxy, &Stmt::accept()));
     rules.push(vec![Stmt::SetCtMark(own)]);
@@ -402,14 +353,8 @@ fn routed_chain(config: &Config) -> Chain {
     let map = (config.tproxies.iter())
         .map(|t| (t.mark, Verdict::Goto(format!("forward_{}", t.name))))
         .collect();
-    let known = Stmt::CtMarkMap {
-        mask: config.mask,
-        map,
-    };
-    chain(
-        "routed",
-        vec![vec![Stmt::Reply, Stmt::accept()], vec![known]],
-    )
+    let known = Stmt::CtMarkMap { mask: config.mask, map };
+    chain("routed", vec![vec![Stmt::Reply, Stmt::accept()], vec![known]])
 }
 
 /// Routed packets that were handed to a proxy and have lost its socket since: that happens where
@@ -420,11 +365,7 @@ fn input_chain(config: &Config) -> Chain {
     let rule = |last: &[Stmt]| [std::slice::from_ref(&routed), last].concat();
     Chain {
         name: "input".into(),
-        base: Some(Base {
-            kind: "filter",
-            hook: NF_INET_LOCAL_IN,
-            priority: NF_IP_PRI_MANGLE,
-        }),
+        base: Some(Base { kind: "filter", hook: NF_INET_LOCAL_IN, priority: NF_IP_PRI_MANGLE }),
         rules: vec![
             rule(&[Stmt::Transparent, Stmt::accept()]),
             rule(&[Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset]),
@@ -478,10 +419,7 @@ fn source_name(gateway: &Gateway, family: Family) -> String {
 }
 
 fn source_sets(gateway: &Gateway) -> Vec<Set> {
-    let set = |family, content| Set {
-        name: source_name(gateway, family),
-        content,
-    };
+    let set = |family, content| Set { name: source_name(gateway, family), content };
     let mut sets = Vec::new();
     if !gateway.sources4.is_empty() {
         let ranges = Range::merge(gateway.sources4.clone());
@@ -513,10 +451,9 @@ fn gateway_rules(gateway: &Gateway) -> Vec<Rule> {
     for interface in &gateway.interfaces {
         for family in &families {
             let mut rule = vec![Stmt::Iifname(interface.clone())];
-            rule.extend(family.map(|family| Stmt::Source {
-                family,
-                set: source_name(gateway, family),
-            }));
+            rule.extend(
+                family.map(|family| Stmt::Source { family, set: source_name(gateway, family) }),
+            );
             if !macs.is_empty() {
                 rule.push(Stmt::EtherSource(macs.clone()));
             }
@@ -545,10 +482,7 @@ fn sticky_chain(config: &Config) -> Chain {
         ]);
         map.push((direct, Verdict::Accept));
     }
-    rules.push(vec![Stmt::CtMarkMap {
-        mask: config.mask,
-        map,
-    }]);
+    rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
     chain("sticky", rules)
 }
 
@@ -557,10 +491,7 @@ fn sticky_chain(config: &Config) -> Chain {
 fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
     let mut rules = Vec::new();
     for tproxy in &config.tproxies {
-        let to = [
-            tproxy.dns4.map(SocketAddr::V4),
-            tproxy.dns6.map(SocketAddr::V6),
-        ];
+        let to = [tproxy.dns4.map(SocketAddr::V4), tproxy.dns6.map(SocketAddr::V6)];
         for l4 in tproxy.dns_protocols() {
             rules.extend(to.iter().flatten().map(|to| {
                 let own = Stmt::CtMark(mark(config, tproxy.mark));
@@ -596,17 +527,10 @@ fn guard_chain(config: &Config) -> Chain {
     if config.routes_to_tproxy() {
         map.push((config.gateway_mark(), Verdict::Goto("strayed".into())));
     }
-    let drop = Stmt::PacketMarkMap {
-        mask: config.mask,
-        map,
-    };
+    let drop = Stmt::PacketMarkMap { mask: config.mask, map };
     Chain {
         name: "guard".into(),
-        base: Some(Base {
-            kind: "filter",
-            hook: NF_INET_POST_ROUTING,
-            priority: NF_IP_PRI_MANGLE,
-        }),
+        base: Some(Base { kind: "filter", hook: NF_INET_POST_ROUTING, priority: NF_IP_PRI_MANGLE }),
         rules: vec![
             // nearly every packet ends here, without a look-up
             vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()],
@@ -628,19 +552,14 @@ fn strayed_chain() -> Chain {
 fn receive_chain(tproxy: &Tproxy) -> Chain {
     let port = tproxy.port;
     let to = |family, address: Option<IpAddr>| {
-        let tproxy = Stmt::Tproxy {
-            family,
-            address,
-            port,
-        };
+        let tproxy = Stmt::Tproxy { family, address, port };
         vec![Stmt::TcpOrUdp, tproxy, Stmt::accept()]
     };
     let mut rules = match (tproxy.address4, tproxy.address6) {
         (None, None) => vec![to(None, None)],
-        (v4, v6) => vec![
-            to(Some(Family::V4), v4.map(IpAddr::V4)),
-            to(Some(Family::V6), v6.map(IpAddr::V6)),
-        ],
+        (v4, v6) => {
+            vec![to(Some(Family::V4), v4.map(IpAddr::V4)), to(Some(Family::V6), v6.map(IpAddr::V6))]
+        }
     };
     rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset]);
     rules.push(vec![Stmt::Counter, Stmt::drop()]);
@@ -672,11 +591,7 @@ fn prerouting_chain(config: &Config) -> Chain {
 fn prerouting(name: &str, priority: i32, rules: Vec<Rule>) -> Chain {
     Chain {
         name: name.into(),
-        base: Some(Base {
-            kind: "filter",
-            hook: NF_INET_PRE_ROUTING,
-            priority,
-        }),
+        base: Some(Base { kind: "filter", hook: NF_INET_PRE_ROUTING, priority }),
         rules,
     }
 }
@@ -684,15 +599,10 @@ fn prerouting(name: &str, priority: i32, rules: Vec<Rule>) -> Chain {
 /// Link-local, multicast and broadcast, and what the configuration adds.
 fn bypass4(config: &Config) -> Set {
     let always = [([169, 254, 0, 0], 16), ([224, 0, 0, 0], 4), ([255; 4], 32)];
-    let mut ranges: Vec<_> = always
-        .iter()
-        .map(|(a, n)| Range::prefix(Ipv4Addr::from(*a), *n))
-        .collect();
+    let mut ranges: Vec<_> =
+        always.iter().map(|(a, n)| Range::prefix(Ipv4Addr::from(*a), *n)).collect();
     ranges.extend(&config.bypass4);
-    Set {
-        name: "bypass4".into(),
-        content: Content::V4(Range::merge(ranges)),
-    }
+    Set { name: "bypass4".into(), content: Content::V4(Range::merge(ranges)) }
 }
 
 fn bypass6(config: &Config) -> Set {
@@ -701,10 +611,7 @@ fn bypass6(config: &Config) -> Set {
         .map(|(a, n)| Range::prefix(Ipv6Addr::new(*a, 0, 0, 0, 0, 0, 0, 0), *n))
         .collect();
     ranges.extend(&config.bypass6);
-    Set {
-        name: "bypass6".into(),
-        content: Content::V6(Range::merge(ranges)),
-    }
+    Set { name: "bypass6".into(), content: Content::V6(Range::merge(ranges)) }
 }
 
 impl fmt::Display for Base {
@@ -716,11 +623,7 @@ impl fmt::Display for Base {
             _ => "prerouting",
         };
         // nft has no name for mangle in a nat chain's neighbourhood; numbers are always right
-        write!(
-            f,
-            "type {} hook {hook} priority {}; policy accept;",
-            self.kind, self.priority
-        )
+        write!(f, "type {} hook {hook} priority {}; policy accept;", self.kind, self.priority)
     }
 }
 

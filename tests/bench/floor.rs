@@ -51,19 +51,14 @@ impl Listener {
         // SAFETY: reads one live sockaddr of that size.
         let rc = unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) };
         assert_eq!(rc, 0, "bind: {}", io::Error::last_os_error());
-        let mut listener = Listener {
-            socket,
-            buffer: vec![0; 1 << 16],
-        };
+        let mut listener = Listener { socket, buffer: vec![0; 1 << 16] };
         listener.timeout(Duration::from_secs(10));
         listener
     }
 
     pub fn timeout(&mut self, timeout: Duration) {
-        let t = libc::timeval {
-            tv_sec: timeout.as_secs() as _,
-            tv_usec: timeout.subsec_micros() as _,
-        };
+        let t =
+            libc::timeval { tv_sec: timeout.as_secs() as _, tv_usec: timeout.subsec_micros() as _ };
         let (at, size) = ((&raw const t).cast(), size_of_val(&t) as libc::socklen_t);
         let fd = self.socket.as_raw_fd();
         // SAFETY: reads one live timeval.
@@ -93,11 +88,7 @@ impl Listener {
 
     /// Waits for a message of that type.
     pub fn await_kind(&mut self, kind: u16) {
-        while !self
-            .next()
-            .expect("a change of the ruleset")
-            .any(|m| m.0 == kind)
-        {}
+        while !self.next().expect("a change of the ruleset").any(|m| m.0 == kind) {}
     }
 
     /// Takes elements that are added until `count` have been seen or none comes in time.
@@ -146,13 +137,7 @@ impl Floor {
             }
             ForkResult::Parent { child } => child,
         };
-        Floor {
-            dir,
-            transact,
-            pid,
-            filler: 1 << 40,
-            fill,
-        }
+        Floor { dir, transact, pid, filler: 1 << 40, fill }
     }
 
     /// Adds elements until the set holds `count`.
@@ -191,10 +176,8 @@ impl Drop for Abort {
 
 /// One that a child sees too; it is never given back.
 fn shared() -> &'static AtomicBool {
-    let (prot, flags) = (
-        libc::PROT_READ | libc::PROT_WRITE,
-        libc::MAP_SHARED | libc::MAP_ANONYMOUS,
-    );
+    let (prot, flags) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
     // SAFETY: a new mapping of zeroes, large enough and aligned for what is made of it.
     unsafe {
         let at = libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0);
@@ -255,13 +238,7 @@ struct Socket {
 impl Socket {
     fn new() -> Socket {
         let mut batch = Vec::new();
-        message(
-            &mut batch,
-            NFNL_MSG_BATCH_BEGIN,
-            0,
-            [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8],
-            &[],
-        );
+        message(&mut batch, NFNL_MSG_BATCH_BEGIN, 0, [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8], &[]);
         let kind_at = batch.len() + 4;
         let value = attribute(NFTA_DATA_VALUE, &0u64.to_ne_bytes());
         let key = attribute(NFTA_SET_ELEM_KEY | NLA_F_NESTED, &value);
@@ -272,27 +249,10 @@ impl Socket {
             attribute(NFTA_SET_ELEM_LIST_ELEMENTS | NLA_F_NESTED, &element),
         ];
         let flags = (libc::NLM_F_ACK | libc::NLM_F_CREATE) as u16;
-        message(
-            &mut batch,
-            0,
-            flags,
-            [NFPROTO_INET, 0, 0, 0],
-            &body.concat(),
-        );
+        message(&mut batch, 0, flags, [NFPROTO_INET, 0, 0, 0], &body.concat());
         let key_at = batch.len() - 8;
-        message(
-            &mut batch,
-            NFNL_MSG_BATCH_END,
-            0,
-            [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8],
-            &[],
-        );
-        Socket {
-            fd: netlink(),
-            batch,
-            kind_at,
-            key_at,
-        }
+        message(&mut batch, NFNL_MSG_BATCH_END, 0, [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8], &[]);
+        Socket { fd: netlink(), batch, kind_at, key_at }
     }
 
     /// Adds or deletes one element; panics where the kernel refuses.
@@ -305,12 +265,7 @@ impl Socket {
         // SAFETY: reads the batch, writes within the answer.
         unsafe {
             let n = libc::send(fd, self.batch.as_ptr().cast(), self.batch.len(), 0);
-            assert_eq!(
-                n,
-                self.batch.len() as isize,
-                "send: {}",
-                io::Error::last_os_error()
-            );
+            assert_eq!(n, self.batch.len() as isize, "send: {}", io::Error::last_os_error());
             let n = libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0);
             assert!(n >= 20, "recv: {}", io::Error::last_os_error());
         }
@@ -344,10 +299,7 @@ fn address() -> libc::sockaddr_nl {
 }
 
 fn set(socket: &OwnedFd, option: i32, value: i32) {
-    let (at, size) = (
-        (&raw const value).cast(),
-        size_of::<i32>() as libc::socklen_t,
-    );
+    let (at, size) = ((&raw const value).cast(), size_of::<i32>() as libc::socklen_t);
     // SAFETY: reads one live integer.
     let rc = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, at, size) };
     assert_eq!(rc, 0, "setsockopt: {}", io::Error::last_os_error());

@@ -145,13 +145,7 @@ pub fn latency(report: &mut Report) {
         if cgroups == 10_000 {
             let reference = ("at 50", median(&small_us));
             let target = Target::RatioAtMost(1.25);
-            report.beside(
-                "latency p50, 10000 cgroups",
-                median(&ours_us),
-                "us",
-                reference,
-                target,
-            );
+            report.beside("latency p50, 10000 cgroups", median(&ours_us), "us", reference, target);
         }
     }
     let _ = (ours, least);
@@ -185,13 +179,7 @@ fn no_op(report: &mut Report, ground: &Ground, daemon: &Daemon, floor: &Floor) {
     }
     floor.transact(true);
     let reference = ("inotify read alone", median(&least));
-    report.beside(
-        "no-op, CPU a mkdir+rmdir",
-        median(&ours),
-        "us",
-        reference,
-        Target::None,
-    );
+    report.beside("no-op, CPU a mkdir+rmdir", median(&ours), "us", reference, Target::None);
     // the second count proves that the first one could have been another than 0
     let sent = netlink_calls(daemon, || paced_pairs(&inherits, 100));
     let control = netlink_calls(daemon, || paced_pairs(&ground.at("/ours/apps"), 100));
@@ -216,23 +204,13 @@ fn paced_pairs(dir: &Path, count: usize) {
 /// How many messages the program sends while `what` runs.
 fn netlink_calls(daemon: &Daemon, what: impl FnOnce()) -> usize {
     let mut strace = Command::new("strace");
-    strace.args([
-        "-qq",
-        "-e",
-        "trace=sendto,sendmsg,sendmmsg",
-        "-e",
-        "signal=none",
-        "-p",
-    ]);
+    strace.args(["-qq", "-e", "trace=sendto,sendmsg,sendmmsg", "-e", "signal=none", "-p"]);
     let strace = strace.arg(daemon.pid().to_string()).stderr(Stdio::piped());
     let strace = strace.spawn().expect("start strace");
     let status = format!("/proc/{}/status", daemon.pid());
     let attached = wait_until(Duration::from_secs(5), || {
         let text = fs::read_to_string(&status).unwrap_or_default();
-        text.lines().any(|l| {
-            l.strip_prefix("TracerPid:")
-                .is_some_and(|p| p.trim() != "0")
-        })
+        text.lines().any(|l| l.strip_prefix("TracerPid:").is_some_and(|p| p.trim() != "0"))
     });
     assert!(attached, "strace does not attach");
     what();
@@ -240,10 +218,7 @@ fn netlink_calls(daemon: &Daemon, what: impl FnOnce()) -> usize {
     let pid = nix::unistd::Pid::from_raw(strace.id() as i32);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("end strace");
     let said = strace.wait_with_output().expect("wait for strace").stderr;
-    String::from_utf8_lossy(&said)
-        .lines()
-        .filter(|l| l.contains("send"))
-        .count()
+    String::from_utf8_lossy(&said).lines().filter(|l| l.contains("send")).count()
 }
 
 pub fn burst(report: &mut Report) {
@@ -280,22 +255,11 @@ pub fn burst(report: &mut Report) {
         assert!(daemon.stop().success());
     }
     let mkdir = median(&loops);
-    report.alone(
-        "burst of 10000, lost",
-        lost as f64,
-        "cgroups",
-        Target::AtMost(0.0),
-    );
+    report.alone("burst of 10000, lost", lost as f64, "cgroups", Target::AtMost(0.0));
     let most = f64::max(100.0, 0.3 * mkdir);
     let reference = ("mkdir loop", mkdir);
     let figure = "burst, last element after last mkdir";
-    report.beside(
-        figure,
-        median(&delays),
-        "ms",
-        reference,
-        Target::AtMost(most),
-    );
+    report.beside(figure, median(&delays), "ms", reference, Target::AtMost(most));
     report.beside(
         "burst, first mkdir to last element",
         median(&totals),
@@ -339,31 +303,13 @@ pub fn churn(report: &mut Report) {
     settle(&daemon);
     let used = (cpu(&daemon) - before) as f64 / pairs as f64 / 1e3;
     let reference = ("the pair itself", took);
-    report.beside(
-        format!("churn of {pairs}, CPU a pair"),
-        used,
-        "us",
-        reference,
-        Target::None,
-    );
+    report.beside(format!("churn of {pairs}, CPU a pair"), used, "us", reference, Target::None);
     let (watches_after, rss_after) = daemon.footprint();
     let target = Target::RatioAtMost(1.0);
     let reference = ("before", watches as f64);
-    report.beside(
-        "churn, watches after",
-        watches_after as f64,
-        "",
-        reference,
-        target,
-    );
+    report.beside("churn, watches after", watches_after as f64, "", reference, target);
     // the allocator keeps some pages for the next time
     let target = Target::RatioAtMost(1.1);
-    report.beside(
-        "churn, RSS after",
-        rss_after as f64,
-        "KiB",
-        ("before", rss as f64),
-        target,
-    );
+    report.beside("churn, RSS after", rss_after as f64, "KiB", ("before", rss as f64), target);
     assert!(daemon.stop().success());
 }

@@ -90,9 +90,7 @@ fn main() {
         // SAFETY: the handler stores one atomic, which is async-signal-safe.
         unsafe { libc::signal(signal, handler as libc::sighandler_t) };
     }
-    let picked: Vec<String> = (std::env::args().skip(1))
-        .filter(|a| !a.starts_with('-'))
-        .collect();
+    let picked: Vec<String> = (std::env::args().skip(1)).filter(|a| !a.starts_with('-')).collect();
     let groups: [(&str, fn(&mut Report)); 9] = [
         ("binary", start::binary),
         ("rules", start::rules),

@@ -43,10 +43,7 @@ impl Report {
             read("/proc/sys/kernel/osrelease").trim(),
             read("/proc/loadavg").split(' ').next().unwrap_or_default(),
         );
-        Report {
-            machine,
-            rows: Vec::new(),
-        }
+        Report { machine, rows: Vec::new() }
     }
 
     /// A figure without a reference.
@@ -82,15 +79,7 @@ impl Report {
             Target::RatioAtMost(most) => (format!("<= {most} x"), ratio.map(|r| r <= most)),
             Target::RatioAtLeast(least) => (format!(">= {least} x"), ratio.map(|r| r >= least)),
         };
-        let row = Row {
-            figure,
-            value,
-            unit,
-            reference,
-            ratio,
-            target,
-            met,
-        };
+        let row = Row { figure, value, unit, reference, ratio, target, met };
         eprintln!("bench: {}", row.cells().join("  "));
         self.rows.push(row);
     }
@@ -104,9 +93,8 @@ impl Report {
         let mut out = format!("\n{}\n", self.machine);
         rows.insert(1, widths.map(|w| "-".repeat(w)));
         for row in &rows {
-            let cells: Vec<String> = (row.iter().zip(widths))
-                .map(|(cell, w)| format!("{cell:w$}"))
-                .collect();
+            let cells: Vec<String> =
+                (row.iter().zip(widths)).map(|(cell, w)| format!("{cell:w$}")).collect();
             let _ = writeln!(out, "| {} |", cells.join(" | "));
         }
         let of = |met| self.rows.iter().filter(|r| r.met == Some(met)).count();
@@ -136,9 +124,7 @@ impl Row {
             }),
             self.ratio.map_or(String::new(), |r| format!("{r:.2}")),
             self.target.clone(),
-            self.met
-                .map_or("", |met| if met { "yes" } else { "NO" })
-                .to_owned(),
+            self.met.map_or("", |met| if met { "yes" } else { "NO" }).to_owned(),
         ]
     }
 

@@ -32,12 +32,7 @@ pub fn binary(report: &mut Report) {
     assert!(gzip.status.success());
     let kib = |bytes: usize| bytes as f64 / 1024.0;
     report.alone("binary", kib(size as usize), "KiB", Target::AtMost(800.0));
-    report.alone(
-        "binary, gzip -9",
-        kib(gzip.stdout.len()),
-        "KiB",
-        Target::AtMost(380.0),
-    );
+    report.alone("binary, gzip -9", kib(gzip.stdout.len()), "KiB", Target::AtMost(380.0));
 }
 
 pub fn start(report: &mut Report) {
@@ -86,12 +81,7 @@ pub fn start(report: &mut Report) {
                 "RSS" => Target::AtMost(mebibytes),
                 _ => Target::None,
             };
-            report.alone(
-                format!("{name}, {cgroups} cgroups"),
-                median(samples),
-                "MiB",
-                target,
-            );
+            report.alone(format!("{name}, {cgroups} cgroups"), median(samples), "MiB", target);
         }
     }
 }
@@ -101,11 +91,7 @@ fn load_table(script: &str) -> f64 {
     let start = Instant::now();
     let out = nft(&["-f", "-"], script);
     let took = start.elapsed().as_secs_f64() * 1e3;
-    assert!(
-        out.status.success(),
-        "{}",
-        String::from_utf8_lossy(&out.stderr)
-    );
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     took
 }
 
@@ -133,11 +119,7 @@ pub fn reload(report: &mut Report) {
         listener.await_kind(NFT_MSG_NEWTABLE);
         ours.push(start.elapsed().as_secs_f64() * 1e3);
         let line = format!("reloaded {}", daemon.config.display());
-        assert!(
-            daemon.wait_log(&line, Duration::from_secs(10)),
-            "{}",
-            daemon.logs()
-        );
+        assert!(daemon.wait_log(&line, Duration::from_secs(10)), "{}", daemon.logs());
         cpu.push((used() - before) as f64 / 1e6);
         theirs.push(ground.outside(|| load_table(&table)));
         // the rest of this transaction's messages
@@ -208,10 +190,7 @@ pub fn rules(report: &mut Report) {
         let some = paths(40);
         // microseconds for one pass over all rules, of each path
         let pass = |classify: &dyn Fn(&str) -> bool, kind: Option<&str>| {
-            let picked: Vec<_> = some
-                .iter()
-                .filter(|p| kind.is_none_or(|k| k == p.0))
-                .collect();
+            let picked: Vec<_> = some.iter().filter(|p| kind.is_none_or(|k| k == p.0)).collect();
             let times: Vec<f64> = (0..sized(5, 15))
                 .map(|_| {
                     go_on();
@@ -245,13 +224,7 @@ pub fn rules(report: &mut Report) {
             for kind in ["procd", "desktop", "systemd", "container"] {
                 let reference = ("every regex tried", pass(&plain, Some(kind)));
                 let figure = format!("a {kind} path against {count} rules");
-                report.beside(
-                    figure,
-                    pass(&ours, Some(kind)),
-                    "us",
-                    reference,
-                    Target::None,
-                );
+                report.beside(figure, pass(&ours, Some(kind)), "us", reference, Target::None);
             }
         }
         let many = paths(sized(1_000, 10_000));

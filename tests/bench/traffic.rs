@@ -41,11 +41,7 @@ const CONNTRACK: &str = "table inet bench { chain output {
 
 /// (c): reply and bypass tests in front, then a verdict map for each level, deepest first.
 fn six_levels(ground: &Ground) -> String {
-    let sub_tree = ground
-        .root
-        .file_name()
-        .and_then(|n| n.to_str())
-        .expect("a name");
+    let sub_tree = ground.root.file_name().and_then(|n| n.to_str()).expect("a name");
     let mut text = String::from(
         "table inet bench {
         set bypass4 { type ipv4_addr; flags interval; elements = { 169.254.0.0/16, 224.0.0.0/4, 255.255.255.255 }; }
@@ -57,9 +53,7 @@ fn six_levels(ground: &Ground) -> String {
         ",
     );
     let elements = |of: &[(&str, &str)]| {
-        let each = of
-            .iter()
-            .map(|(path, verdict)| format!("\"{sub_tree}/{path}\" : {verdict}"));
+        let each = of.iter().map(|(path, verdict)| format!("\"{sub_tree}/{path}\" : {verdict}"));
         format!("elements = {{ {} }};", each.collect::<Vec<_>>().join(", "))
     };
     for level in 1..=6 {
@@ -177,10 +171,8 @@ pub fn packet_cost(report: &mut Report) {
         let root = ground.root.display();
         format!("[global]\ncounters = {what}\ncgroup-root = {root}\n{COUNTED}")
     });
-    let counted = [
-        ("direct", ground.cgroup("/proxied/b/c/d/direct")),
-        ("proxied", cgroups[2].clone()),
-    ];
+    let counted =
+        [("direct", ground.cgroup("/proxied/b/c/d/direct")), ("proxied", cgroups[2].clone())];
     // by what is counted, then by kind
     let mut counting = [const { [const { Vec::new() }; 2] }; 2];
     for _ in 0..sized(9, 21) {
@@ -193,16 +185,10 @@ pub fn packet_cost(report: &mut Report) {
         bare.push(flood(&cgroups[2]));
         drop(table);
         let table = Table::script(&reference);
-        cgroups
-            .iter()
-            .zip(&mut theirs)
-            .for_each(|(c, into)| into.push(flood(c)));
+        cgroups.iter().zip(&mut theirs).for_each(|(c, into)| into.push(flood(c)));
         drop(table);
         let table = Table::ours(&ground, CONFIG);
-        cgroups
-            .iter()
-            .zip(&mut ours)
-            .for_each(|(c, into)| into.push(flood(c)));
+        cgroups.iter().zip(&mut ours).for_each(|(c, into)| into.push(flood(c)));
         drop(table);
         for (config, into) in counters.iter().zip(&mut counting) {
             let table = Table::ours(&ground, config);
@@ -215,22 +201,10 @@ pub fn packet_cost(report: &mut Report) {
     let base = median(&conntrack);
     report.alone("packet, no table (a)", median(&none), "ns", Target::None);
     let reference = ("no table", median(&none));
-    report.beside(
-        "packet, conntrack only (b)",
-        base,
-        "ns",
-        reference,
-        Target::None,
-    );
+    report.beside("packet, conntrack only (b)", base, "ns", reference, Target::None);
     for (kind, (ours, theirs)) in kinds.iter().zip(ours.iter().zip(&theirs)) {
         let reference = ("six levels", median(theirs));
-        report.beside(
-            format!("packet, {kind}"),
-            median(ours),
-            "ns",
-            reference,
-            Target::None,
-        );
+        report.beside(format!("packet, {kind}"), median(ours), "ns", reference, Target::None);
         // round by round, so that a busy moment takes part in both
         let over = |samples: &[f64], base: &[f64]| {
             let each: Vec<f64> = samples.iter().zip(base).map(|(s, c)| s - c).collect();
@@ -359,19 +333,10 @@ pub fn throughput(report: &mut Report) {
             }
         }
         let count = relay.count();
-        assert!(
-            count >= streams * 2,
-            "{count} streams went through the relay"
-        );
+        assert!(count >= streams * 2, "{count} streams went through the relay");
         let reference = ("the reference table", median(&theirs));
         let figure = format!("proxied throughput, {streams} streams");
-        report.beside(
-            figure,
-            median(&ours),
-            "Gbit/s",
-            reference,
-            Target::RatioAtLeast(0.97),
-        );
+        report.beside(figure, median(&ours), "Gbit/s", reference, Target::RatioAtLeast(0.97));
     }
 }
 
@@ -398,12 +363,7 @@ impl Acceptor {
                 thread::spawn(move || serve(conn));
             }
         });
-        Acceptor {
-            listener,
-            stop,
-            accepted,
-            thread: Some(thread),
-        }
+        Acceptor { listener, stop, accepted, thread: Some(thread) }
     }
 
     fn count(&self) -> usize {

@@ -105,11 +105,7 @@ pub struct Reference {
 impl Reference {
     /// Begins a batch whose first message has the sequence number `seq0 + 1`.
     pub fn new(seq0: u32) -> Reference {
-        let mut reference = Reference {
-            messages: Vec::new(),
-            seq: seq0,
-            set_id: 0,
-        };
+        let mut reference = Reference { messages: Vec::new(), seq: seq0, set_id: 0 };
         // SAFETY: the buffer has room for a header
         reference.push(|buf, seq| unsafe { nftnl_batch_begin(buf, seq) });
         reference
@@ -152,15 +148,12 @@ impl Reference {
             table = table.u32(NFTNL_TABLE_FLAGS, flags);
         }
         // SAFETY: both pointers are valid
-        self.message(kind, flags, |nlh| unsafe {
-            nftnl_table_nlmsg_build_payload(nlh, table.0)
-        });
+        self.message(kind, flags, |nlh| unsafe { nftnl_table_nlmsg_build_payload(nlh, table.0) });
     }
 
     pub fn chain(&mut self, chain: &Chain) {
-        let mut object = NChain::new()
-            .str(NFTNL_CHAIN_TABLE, "cgtproxy")
-            .str(NFTNL_CHAIN_NAME, &chain.name);
+        let mut object =
+            NChain::new().str(NFTNL_CHAIN_TABLE, "cgtproxy").str(NFTNL_CHAIN_NAME, &chain.name);
         if let Some(base) = &chain.base {
             object = object
                 .str(NFTNL_CHAIN_TYPE, base.kind)
@@ -195,13 +188,7 @@ impl Reference {
 
     pub fn add_cgroups(&mut self, set: &str, ids: &[u64]) {
         let elements = ids.iter().map(|id| NElem::key(&id.to_ne_bytes()));
-        self.elements(
-            libc::NFT_MSG_NEWSETELEM,
-            libc::NLM_F_CREATE,
-            set,
-            None,
-            elements,
-        );
+        self.elements(libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE, set, None, elements);
     }
 
     pub fn delete_cgroups(&mut self, set: &str, ids: &[u64]) {
@@ -211,9 +198,7 @@ impl Reference {
 
     /// Deletes all rules of a chain.
     pub fn flush(&mut self, chain: &str) {
-        let rule = NRule::new()
-            .str(NFTNL_RULE_TABLE, "cgtproxy")
-            .str(NFTNL_RULE_CHAIN, chain);
+        let rule = NRule::new().str(NFTNL_RULE_TABLE, "cgtproxy").str(NFTNL_RULE_CHAIN, chain);
         // SAFETY: both pointers are valid
         self.message(libc::NFT_MSG_DELRULE, 0, |nlh| unsafe {
             nftnl_rule_nlmsg_build_payload(nlh, rule.0)
@@ -223,9 +208,7 @@ impl Reference {
     pub fn rule(&mut self, chain: &str, rule: &Rule) {
         let mut exprs = Vec::new();
         rule.iter().for_each(|stmt: &Stmt| stmt.lower(&mut exprs));
-        let object = NRule::new()
-            .str(NFTNL_RULE_TABLE, "cgtproxy")
-            .str(NFTNL_RULE_CHAIN, chain);
+        let object = NRule::new().str(NFTNL_RULE_TABLE, "cgtproxy").str(NFTNL_RULE_CHAIN, chain);
         for expr in &exprs {
             let expr = self.expr(expr);
             // SAFETY: both pointers are valid; the rule owns the expression from now on
@@ -240,40 +223,30 @@ impl Reference {
 
     fn expr(&mut self, expr: &Expr) -> NExpr {
         match expr {
-            Expr::MetaLoad { key, dreg } => NExpr::new(c"meta")
-                .u32(NFTNL_EXPR_META_KEY, *key)
-                .u32(NFTNL_EXPR_META_DREG, *dreg),
-            Expr::MetaSet { key, sreg } => NExpr::new(c"meta")
-                .u32(NFTNL_EXPR_META_KEY, *key)
-                .u32(NFTNL_EXPR_META_SREG, *sreg),
-            Expr::CtLoad { key, dreg } => NExpr::new(c"ct")
-                .u32(NFTNL_EXPR_CT_KEY, *key)
-                .u32(NFTNL_EXPR_CT_DREG, *dreg),
-            Expr::CtSet { key, sreg } => NExpr::new(c"ct")
-                .u32(NFTNL_EXPR_CT_KEY, *key)
-                .u32(NFTNL_EXPR_CT_SREG, *sreg),
+            Expr::MetaLoad { key, dreg } => {
+                NExpr::new(c"meta").u32(NFTNL_EXPR_META_KEY, *key).u32(NFTNL_EXPR_META_DREG, *dreg)
+            }
+            Expr::MetaSet { key, sreg } => {
+                NExpr::new(c"meta").u32(NFTNL_EXPR_META_KEY, *key).u32(NFTNL_EXPR_META_SREG, *sreg)
+            }
+            Expr::CtLoad { key, dreg } => {
+                NExpr::new(c"ct").u32(NFTNL_EXPR_CT_KEY, *key).u32(NFTNL_EXPR_CT_DREG, *dreg)
+            }
+            Expr::CtSet { key, sreg } => {
+                NExpr::new(c"ct").u32(NFTNL_EXPR_CT_KEY, *key).u32(NFTNL_EXPR_CT_SREG, *sreg)
+            }
             Expr::Cmp { op, sreg, data } => NExpr::new(c"cmp")
                 .u32(NFTNL_EXPR_CMP_OP, *op)
                 .u32(NFTNL_EXPR_CMP_SREG, *sreg)
                 .data(NFTNL_EXPR_CMP_DATA, data),
-            Expr::Bitwise {
-                sreg,
-                dreg,
-                mask,
-                xor,
-            } => NExpr::new(c"bitwise")
+            Expr::Bitwise { sreg, dreg, mask, xor } => NExpr::new(c"bitwise")
                 .u32(NFTNL_EXPR_BITWISE_SREG, *sreg)
                 .u32(NFTNL_EXPR_BITWISE_DREG, *dreg)
                 .u32(NFTNL_EXPR_BITWISE_OP, BITWISE_BOOL)
                 .u32(NFTNL_EXPR_BITWISE_LEN, 4)
                 .data(NFTNL_EXPR_BITWISE_MASK, &mask.to_ne_bytes())
                 .data(NFTNL_EXPR_BITWISE_XOR, &xor.to_ne_bytes()),
-            Expr::Payload {
-                dreg,
-                base,
-                offset,
-                len,
-            } => NExpr::new(c"payload")
+            Expr::Payload { dreg, base, offset, len } => NExpr::new(c"payload")
                 .u32(NFTNL_EXPR_PAYLOAD_DREG, *dreg)
                 .u32(NFTNL_EXPR_PAYLOAD_BASE, *base)
                 .u32(NFTNL_EXPR_PAYLOAD_OFFSET, *offset)
@@ -285,9 +258,9 @@ impl Reference {
                     false => lookup,
                 }
             }
-            Expr::LookupVerdict { set, sreg } => self
-                .lookup(set, *sreg)
-                .u32(NFTNL_EXPR_LOOKUP_DREG, libc::NFT_REG_VERDICT as u32),
+            Expr::LookupVerdict { set, sreg } => {
+                self.lookup(set, *sreg).u32(NFTNL_EXPR_LOOKUP_DREG, libc::NFT_REG_VERDICT as u32)
+            }
             Expr::Immediate { dreg, data } => NExpr::new(c"immediate")
                 .u32(NFTNL_EXPR_IMM_DREG, *dreg)
                 .data(NFTNL_EXPR_IMM_DATA, data),
@@ -312,11 +285,7 @@ impl Reference {
             Expr::Redirect { port } => NExpr::new(c"redir")
                 .u32(NFTNL_EXPR_REDIR_REG_PROTO_MIN, *port)
                 .u32(NFTNL_EXPR_REDIR_FLAGS, NAT_PROTO_SPECIFIED),
-            Expr::Tproxy {
-                family,
-                address,
-                port,
-            } => {
+            Expr::Tproxy { family, address, port } => {
                 let expr = NExpr::new(c"tproxy")
                     .u32(NFTNL_EXPR_TPROXY_FAMILY, u32::from(*family))
                     .u32(NFTNL_EXPR_TPROXY_REG_PORT, *port);
@@ -325,11 +294,7 @@ impl Reference {
                     None => expr,
                 }
             }
-            Expr::Dnat {
-                family,
-                address,
-                port,
-            } => NExpr::new(c"nat")
+            Expr::Dnat { family, address, port } => NExpr::new(c"nat")
                 .u32(NFTNL_EXPR_NAT_TYPE, libc::NFT_NAT_DNAT as u32)
                 .u32(NFTNL_EXPR_NAT_FAMILY, u32::from(*family))
                 .u32(NFTNL_EXPR_NAT_REG_ADDR_MIN, *address)
@@ -354,9 +319,7 @@ impl Reference {
             SetRef::Named(name) => lookup.str(NFTNL_EXPR_LOOKUP_SET, name),
             SetRef::Anonymous(set) => {
                 let name = self.anonymous(set);
-                lookup
-                    .str(NFTNL_EXPR_LOOKUP_SET, name)
-                    .u32(NFTNL_EXPR_LOOKUP_SET_ID, self.set_id)
+                lookup.str(NFTNL_EXPR_LOOKUP_SET, name).u32(NFTNL_EXPR_LOOKUP_SET_ID, self.set_id)
             }
         }
     }
@@ -378,9 +341,9 @@ impl Reference {
             match verdict.as_ref().map(code) {
                 None => elem,
                 Some((code, None)) => elem.u32(NFTNL_SET_ELEM_VERDICT, code),
-                Some((code, Some(chain))) => elem
-                    .u32(NFTNL_SET_ELEM_VERDICT, code)
-                    .str(NFTNL_SET_ELEM_CHAIN, chain),
+                Some((code, Some(chain))) => {
+                    elem.u32(NFTNL_SET_ELEM_VERDICT, code).str(NFTNL_SET_ELEM_CHAIN, chain)
+                }
             }
         });
         let (kind, flags) = (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE);
@@ -418,11 +381,7 @@ impl Reference {
         // SAFETY: the buffer has room for one attribute, and libnftnl copies it into the set
         unsafe {
             let udata = nftnl_udata_buf_alloc(64);
-            assert!(nftnl_udata_put_u32(
-                udata,
-                NFTNL_UDATA_SET_KEYBYTEORDER as u8,
-                order
-            ));
+            assert!(nftnl_udata_put_u32(udata, NFTNL_UDATA_SET_KEYBYTEORDER as u8, order));
             let (data, length) = (nftnl_udata_buf_data(udata), nftnl_udata_buf_len(udata));
             nftnl_set_set_data(set.0, NFTNL_SET_USERDATA as u16, data, length);
         }
@@ -446,9 +405,7 @@ impl Reference {
     ) {
         let mut elements = elements.peekable();
         while elements.peek().is_some() {
-            let mut list = NSet::new()
-                .str(NFTNL_SET_TABLE, "cgtproxy")
-                .str(NFTNL_SET_NAME, set);
+            let mut list = NSet::new().str(NFTNL_SET_TABLE, "cgtproxy").str(NFTNL_SET_NAME, set);
             if let Some(id) = id {
                 list = list.u32(NFTNL_SET_ID, id);
             }
@@ -513,9 +470,7 @@ const NAT_MAP_IPS: u32 = 1 << 0;
 const NAT_PROTO_SPECIFIED: u32 = 1 << 1;
 
 fn counter() -> NExpr {
-    NExpr::new(c"counter")
-        .u64(NFTNL_EXPR_CTR_BYTES, 0)
-        .u64(NFTNL_EXPR_CTR_PACKETS, 0)
+    NExpr::new(c"counter").u64(NFTNL_EXPR_CTR_BYTES, 0).u64(NFTNL_EXPR_CTR_PACKETS, 0)
 }
 
 fn code(verdict: &Verdict) -> (u32, Option<&str>) {

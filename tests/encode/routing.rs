@@ -190,25 +190,13 @@ fn bytes(batch: &Batch) -> String {
 
 #[test]
 fn rules_and_routes_are_what_iproute2_sends() {
-    let mark = Mark {
-        value: 0x0100_0000,
-        mask: 0xff00_0000,
-    };
-    let routed = Mark {
-        value: 0xff00_0000,
-        mask: 0xff00_0000,
-    };
+    let mark = Mark { value: 0x0100_0000, mask: 0xff00_0000 };
+    let routed = Mark { value: 0xff00_0000, mask: 0xff00_0000 };
     let none = Mark { value: 0, mask: 0 };
     let mut sent = BTreeSet::new();
     for family in Family::BOTH {
         let rule = |priority, iif: &str, mark, action| {
-            Entry::Rule(IpRule {
-                family,
-                priority,
-                iif: iif.into(),
-                mark,
-                action,
-            })
+            Entry::Rule(IpRule { family, priority, iif: iif.into(), mark, action })
         };
         let prefix = [
             rule(32000, "lo", routed, Action::Goto(32002)),

@@ -28,10 +28,7 @@ fn ids(paths: &[PathBuf]) -> BTreeSet<u64> {
 }
 
 fn sh(script: &str) {
-    let status = Command::new("sh")
-        .args(["-c", script])
-        .status()
-        .expect("start sh");
+    let status = Command::new("sh").args(["-c", script]).status().expect("start sh");
     assert!(status.success(), "{script}");
 }
 
@@ -80,14 +77,8 @@ fn nested_back_to_back() {
     for i in 0..300 {
         ground.cgroup(&format!("/n{i}/a/b/c/d/e"));
     }
-    for (set, below) in [
-        ("cg_mihomo", ""),
-        ("cg_drop", "/a/b/c"),
-        ("cg_direct", "/a/b/c/d/e"),
-    ] {
-        let paths: Vec<_> = (0..300)
-            .map(|i| ground.at(&format!("/n{i}{below}")))
-            .collect();
+    for (set, below) in [("cg_mihomo", ""), ("cg_drop", "/a/b/c"), ("cg_direct", "/a/b/c/d/e")] {
+        let paths: Vec<_> = (0..300).map(|i| ground.at(&format!("/n{i}{below}"))).collect();
         await_exactly(set, &ids(&paths), SETTLE);
     }
 }
@@ -154,17 +145,10 @@ fn burst() {
             await_exactly(set, &BTreeSet::new(), Duration::from_secs(30));
         }
         let left = || daemon.footprint().0 - at_rest.0;
-        assert!(
-            wait_until(SETTLE, || left() == 0),
-            "{} watches are left",
-            left()
-        );
+        assert!(wait_until(SETTLE, || left() == 0), "{} watches are left", left());
         daemon.footprint().1
     });
-    println!(
-        "{} KiB at first, {footprints:?} after each burst",
-        at_rest.1
-    );
+    println!("{} KiB at first, {footprints:?} after each burst", at_rest.1);
     // An allocator keeps some for reuse; a leak grows with every burst (10 KiB is a byte a cgroup).
     let [first, second] = footprints;
     assert!(first <= at_rest.1 + 2048 && second <= first + 256);
@@ -237,10 +221,7 @@ fn names_of_any_bytes() {
     }
     await_exactly("cg_drop", &[id(&paths[0])].into(), SETTLE);
     await_exactly("cg_mihomo", &[id(&paths[1])].into(), SETTLE);
-    assert!(
-        !daemon.logs().contains('\x1b'),
-        "an escape sequence in the log"
-    );
+    assert!(!daemon.logs().contains('\x1b'), "an escape sequence in the log");
     for path in &paths {
         rmdir(path);
     }
@@ -256,11 +237,7 @@ fn a_deep_tree() {
     // One level apart for each target; nothing is known of levels in advance.
     let path = (1..=40).map(|i| format!("/d{i}")).collect::<String>();
     let (half, _) = path.split_at(path.find("/d20").expect("there"));
-    let _daemon = Daemon::start(
-        &ground,
-        &format!("{TPROXY}drop = {path}\nmihomo = {half}"),
-        &[],
-    );
+    let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = {path}\nmihomo = {half}"), &[]);
     ground.cgroup(&path);
     // `mihomo` comes second, but no rule before it takes what lies above {path}.
     await_member(&ground.at(half), "mihomo");
@@ -272,12 +249,7 @@ fn the_root_is_found() {
     let Some(ground) = Ground::new("auto") else {
         return;
     };
-    let name = ground
-        .root
-        .file_name()
-        .and_then(OsStr::to_str)
-        .expect("a name")
-        .to_owned();
+    let name = ground.root.file_name().and_then(OsStr::to_str).expect("a name").to_owned();
     let config = format!("[global]\ncgroup-root = auto\n[rules]\ndrop = /{name}/x");
     let daemon = Daemon::start(&ground, &config, &[]);
     let path = ground.cgroup("/x/y");
@@ -285,10 +257,8 @@ fn the_root_is_found() {
     drop(daemon);
 
     // A hybrid host: v1 in the usual place, cgroup2 below it.
-    sh(
-        "umount -l /sys/fs/cgroup && mount -t tmpfs none /sys/fs/cgroup && \
-        mkdir /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified",
-    );
+    sh("umount -l /sys/fs/cgroup && mount -t tmpfs none /sys/fs/cgroup && \
+        mkdir /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified");
     let daemon = Daemon::start(&ground, &config, &[]);
     let below = Path::new("/sys/fs/cgroup/unified").join(name);
     let found = set_ids("cg_drop") == Some([id(&below.join("x"))].into());
@@ -342,11 +312,7 @@ fn window_under_a_parent_with_another_target() {
         let cgroup = ground.cgroup(&format!("/w{i}"));
         let client = Client::udp(&cgroup, addr(REMOTE4, 9)).until_denied();
         let (outcome, window) = client.timeout(Duration::from_secs(2)).spawn().wait();
-        assert_eq!(
-            outcome,
-            Outcome::Answer(String::new()),
-            "{cgroup:?} is not dropped"
-        );
+        assert_eq!(outcome, Outcome::Answer(String::new()), "{cgroup:?} is not dropped");
         windows.push(window);
         leaked.push(world.wire.to_remote().len());
         rmdir(&cgroup);

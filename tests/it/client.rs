@@ -125,10 +125,7 @@ impl Client {
 
     /// In a cgroup namespace of its own, as container engines give it.
     pub fn in_cgroup_namespace(self) -> Client {
-        Client {
-            cgroup_namespace: true,
-            ..self
-        }
+        Client { cgroup_namespace: true, ..self }
     }
 
     pub fn timeout(self, timeout: Duration) -> Client {
@@ -136,38 +133,23 @@ impl Client {
     }
 
     pub fn follow(self) -> Client {
-        Client {
-            act: Act::Follow,
-            ..self
-        }
+        Client { act: Act::Follow, ..self }
     }
 
     pub fn close_early(self, times: u32) -> Client {
-        Client {
-            act: Act::CloseEarly(times),
-            ..self
-        }
+        Client { act: Act::CloseEarly(times), ..self }
     }
 
     pub fn flood(self) -> Client {
-        Client {
-            act: Act::Flood,
-            ..self
-        }
+        Client { act: Act::Flood, ..self }
     }
 
     pub fn send_and_close(self) -> Client {
-        Client {
-            act: Act::SendAndClose,
-            ..self
-        }
+        Client { act: Act::SendAndClose, ..self }
     }
 
     pub fn until_denied(self) -> Client {
-        Client {
-            act: Act::UntilDenied,
-            ..self
-        }
+        Client { act: Act::UntilDenied, ..self }
     }
 
     /// A server of one protocol at the client's address, listening already.
@@ -208,11 +190,7 @@ impl Client {
         let cgroup = File::open(&self.cgroup).expect("open the client's cgroup");
         // SAFETY: `Job::run` makes system calls only.
         let pid = unsafe { fork_into(&cgroup, || job.run()) }.expect("fork into the cgroup");
-        Running {
-            pid,
-            pipe: read.into(),
-            to: self.to,
-        }
+        Running { pid, pipe: read.into(), to: self.to }
     }
 }
 
@@ -309,11 +287,7 @@ pub fn expect_as(change: impl Fn(Client) -> Client, cgroups: &[(&Path, Answers)]
     let mut asked = Vec::new();
     for (cgroup, want) in cgroups {
         for (want, (proto, ip)) in want.iter().zip(CASES) {
-            let patience = if want == "nobody" {
-                SILENCE
-            } else {
-                Duration::from_secs(5)
-            };
+            let patience = if want == "nobody" { SILENCE } else { Duration::from_secs(5) };
             let client = Client::new(cgroup, proto, SocketAddr::new(ip, 80)).timeout(patience);
             let client = change(client);
             let running = client.spawn();
@@ -328,10 +302,7 @@ pub fn expect_as(change: impl Fn(Client) -> Client, cgroups: &[(&Path, Answers)]
             who = client.run().who();
         }
         if who != *want {
-            wrong.push(format!(
-                "{proto:?} to {ip} in {}: {who}, not {want}",
-                cgroup.display()
-            ));
+            wrong.push(format!("{proto:?} to {ip} in {}: {who}, not {want}", cgroup.display()));
         }
     }
     assert!(wrong.is_empty(), "answered by\n{}", wrong.join("\n"));
@@ -502,11 +473,7 @@ impl Job {
                 break;
             }
             if total == 0 {
-                line = chunk[..n]
-                    .iter()
-                    .position(|b| *b == b'\n')
-                    .unwrap_or(0)
-                    .min(TEXT);
+                line = chunk[..n].iter().position(|b| *b == b'\n').unwrap_or(0).min(TEXT);
                 text[..line].copy_from_slice(&chunk[..line]);
             }
             total += n;
@@ -618,11 +585,7 @@ impl Job {
         unsafe {
             let value = (&raw const one).cast();
             check(libc::setsockopt(listener, level, option, value, size))?;
-            check(libc::bind(
-                listener,
-                (&raw const self.to.0).cast(),
-                self.to.1,
-            ))?;
+            check(libc::bind(listener, (&raw const self.to.0).cast(), self.to.1))?;
             check(libc::listen(listener, 64))?;
         }
         self.become_user();
@@ -636,11 +599,7 @@ impl Job {
                 let mut dialled: libc::sockaddr_storage = zeroed();
                 let mut size = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
                 libc::getsockname(conn, (&raw mut dialled).cast(), &mut size);
-                let on = Job {
-                    to: (dialled, size),
-                    timeout: Duration::from_millis(200),
-                    ..*self
-                };
+                let on = Job { to: (dialled, size), timeout: Duration::from_millis(200), ..*self };
                 let mut text = [0; TEXT];
                 if let Ok(n) = on.ask(now(), &mut text) {
                     libc::send(conn, text.as_ptr().cast(), n, libc::MSG_NOSIGNAL);
@@ -665,11 +624,7 @@ impl Job {
     /// Waits for `events` until the timeout, counted from `start`.
     fn poll(&self, fd: c_int, events: i16, start: u64) -> Result<(), c_int> {
         let left = (start + self.timeout.as_nanos() as u64).saturating_sub(now());
-        let mut poll = libc::pollfd {
-            fd,
-            events,
-            revents: 0,
-        };
+        let mut poll = libc::pollfd { fd, events, revents: 0 };
         // SAFETY: one live pollfd.
         match check(unsafe { libc::poll(&mut poll, 1, left.div_ceil(1_000_000) as c_int) })? {
             0 => Err(libc::ETIMEDOUT),
@@ -695,10 +650,7 @@ impl Job {
 
 /// An option of SOL_SOCKET.
 fn set(fd: c_int, option: c_int, value: u32) -> Result<c_int, c_int> {
-    let (at, size) = (
-        (&raw const value).cast(),
-        size_of::<u32>() as libc::socklen_t,
-    );
+    let (at, size) = ((&raw const value).cast(), size_of::<u32>() as libc::socklen_t);
     // SAFETY: reads one live u32.
     check(unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, option, at, size) })
 }
@@ -729,10 +681,7 @@ fn now() -> u64 {
 }
 
 fn pause(time: Duration) {
-    let t = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: time.subsec_nanos() as libc::c_long,
-    };
+    let t = libc::timespec { tv_sec: 0, tv_nsec: time.subsec_nanos() as libc::c_long };
     // SAFETY: reads one live timespec.
     unsafe { libc::nanosleep(&t, std::ptr::null_mut()) };
 }

@@ -27,26 +27,17 @@ pub fn binary() -> PathBuf {
     let path = std::env::var_os("CGTPROXY_BIN").map_or_else(
         || {
             let target = format!("target/{}-unknown-linux-musl", std::env::consts::ARCH);
-            Path::new(env!("CARGO_MANIFEST_DIR"))
-                .join(target)
-                .join("release/cgtproxy")
+            Path::new(env!("CARGO_MANIFEST_DIR")).join(target).join("release/cgtproxy")
         },
         PathBuf::from,
     );
-    assert!(
-        path.exists(),
-        "{path:?} is not there: run make, or set CGTPROXY_BIN"
-    );
+    assert!(path.exists(), "{path:?} is not there: run make, or set CGTPROXY_BIN");
     path
 }
 
 /// `cgtproxy ARGS` in this ground, to its end.
 pub fn run(args: &[&str]) -> Output {
-    Command::new(binary())
-        .args(args)
-        .stdin(Stdio::null())
-        .output()
-        .expect("start cgtproxy")
+    Command::new(binary()).args(args).stdin(Stdio::null()).output().expect("start cgtproxy")
 }
 
 /// `cgtproxy -c FILE ARGS`, with FILE holding `config`.
@@ -73,22 +64,13 @@ fn complete(root: &Path, text: &str) -> String {
     }
     let text = text.trim_start();
     let rest = text.strip_prefix("[global]").unwrap_or(text);
-    format!(
-        "[global]\ncgroup-root = {}\n{}",
-        root.display(),
-        rest.trim_start()
-    )
+    format!("[global]\ncgroup-root = {}\n{}", root.display(), rest.trim_start())
 }
 
 /// Writes a file of mode 0600.
 pub fn write_private(path: &Path, text: &str) {
     let mut options = File::options();
-    let file = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path);
+    let file = options.write(true).create(true).truncate(true).mode(0o600).open(path);
     let mut file = file.expect("open the configuration");
     std::io::Write::write_all(&mut file, text.as_bytes()).expect("write the configuration");
 }
@@ -106,11 +88,7 @@ impl Daemon {
     /// Starts the program and returns once it is ready. `config` need not name a cgroup root.
     pub fn start(ground: &Ground, config: &str, args: &[&str]) -> Daemon {
         let mut daemon = Daemon::spawn(ground, config, args, &[]);
-        assert!(
-            daemon.ready(),
-            "cgtproxy did not become ready:\n{}",
-            daemon.logs()
-        );
+        assert!(daemon.ready(), "cgtproxy did not become ready:\n{}", daemon.logs());
         daemon
     }
 
@@ -137,17 +115,8 @@ impl Daemon {
         };
         let mut words = by.iter().map(PathBuf::from).chain([program]);
         let mut command = Command::new(words.next().expect("the program itself"));
-        command
-            .args(words)
-            .arg("-c")
-            .arg(&config)
-            .args(["--ready-fd", "3"])
-            .args(args)
-            .arg("run");
-        command
-            .envs(env.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(Stdio::null());
+        command.args(words).arg("-c").arg(&config).args(["--ready-fd", "3"]).args(args).arg("run");
+        command.envs(env.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(File::create(&log).expect("make the log file"));
         let fd = signal.as_raw_fd();
         let hook = move || {
@@ -166,13 +135,7 @@ impl Daemon {
         // SAFETY: the hook is async-signal-safe.
         unsafe { command.pre_exec(hook) };
         let child = command.spawn().expect("start cgtproxy");
-        Daemon {
-            child,
-            config,
-            log,
-            root: ground.root.clone(),
-            ready: Some(ready),
-        }
+        Daemon { child, config, log, root: ground.root.clone(), ready: Some(ready) }
     }
 
     /// Waits until the program says that it is ready; false where it ends, or takes too long.
@@ -230,9 +193,7 @@ impl Daemon {
 
     /// Waits for its end; one that does not end is killed, which its status then tells.
     pub fn wait(&mut self) -> ExitStatus {
-        wait_until(READY, || {
-            self.child.try_wait().is_ok_and(|status| status.is_some())
-        });
+        wait_until(READY, || self.child.try_wait().is_ok_and(|status| status.is_some()));
         let _ = self.child.kill();
         self.child.wait().expect("wait for cgtproxy")
     }
@@ -241,12 +202,7 @@ impl Daemon {
     pub fn kill9(mut self) {
         self.child.kill().expect("kill cgtproxy");
         let status = self.child.wait().expect("wait for cgtproxy");
-        assert_eq!(
-            status.signal(),
-            Some(9),
-            "it was dead before: {}",
-            self.logs()
-        );
+        assert_eq!(status.signal(), Some(9), "it was dead before: {}", self.logs());
     }
 
     /// A line of /proc/PID/status.
@@ -279,15 +235,9 @@ impl Daemon {
     pub fn footprint(&self) -> (usize, usize) {
         let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
         let mut watches = 0;
-        for entry in fs::read_dir(proc.join("fdinfo"))
-            .expect("list fdinfo")
-            .flatten()
-        {
+        for entry in fs::read_dir(proc.join("fdinfo")).expect("list fdinfo").flatten() {
             let text = fs::read_to_string(entry.path()).unwrap_or_default();
-            watches += text
-                .lines()
-                .filter(|l| l.starts_with("inotify wd:"))
-                .count();
+            watches += text.lines().filter(|l| l.starts_with("inotify wd:")).count();
         }
         let status = fs::read_to_string(proc.join("status")).expect("read the status");
         let rss = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));

@@ -30,10 +30,7 @@ const APPLICATIONS: [(&str, bool); 6] = [
     ("/services/telemetry/instance1", true),
     ("/services/transmission/instance1", true),
     ("/services/aria2/instance1", false),
-    (
-        "/user.slice/user-1000.slice/app-org.mozilla.firefox-1",
-        false,
-    ),
+    ("/user.slice/user-1000.slice/app-org.mozilla.firefox-1", false),
     ("/user.slice/user-1000.slice/app-org.gnome.Terminal", false),
 ];
 
@@ -79,10 +76,7 @@ fn demo() {
     println!(
         "A throw-away network namespace, a TPROXY server on port 7893, a remote host behind a"
     );
-    println!(
-        "veth pair, and this configuration:\n{}",
-        CONFIG.replace('\n', "\n    ")
-    );
+    println!("veth pair, and this configuration:\n{}", CONFIG.replace('\n', "\n    "));
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     print!("cgtproxy says: {}", daemon.logs());
     for (path, there) in APPLICATIONS {
@@ -107,18 +101,8 @@ fn demo() {
         }
         let web = [REMOTE4, REMOTE6]
             .map(|ip| tell(Proto::Tcp, &format!("TCP {ip}:443"), &cgroup, addr(ip, 443)));
-        let udp = tell(
-            Proto::Udp,
-            &format!("UDP {REMOTE4}:443"),
-            &cgroup,
-            addr(REMOTE4, 443),
-        );
-        let dns = tell(
-            Proto::Udp,
-            &format!("DNS {REMOTE4}:53"),
-            &cgroup,
-            addr(REMOTE4, 53),
-        );
+        let udp = tell(Proto::Udp, &format!("UDP {REMOTE4}:443"), &cgroup, addr(REMOTE4, 443));
+        let dns = tell(Proto::Udp, &format!("DNS {REMOTE4}:53"), &cgroup, addr(REMOTE4, 53));
         let left = world.wire.to_remote().len();
         println!("    {left} packets to the remote host on the wire");
         let want = match target {
@@ -127,9 +111,7 @@ fn demo() {
             _ => ["PROXIED", "hijacked"],
         };
         assert!(
-            web.iter()
-                .chain([&udp])
-                .all(|fate| fate.starts_with(want[0]))
+            web.iter().chain([&udp]).all(|fate| fate.starts_with(want[0]))
                 && dns.starts_with(want[1])
         );
         assert_eq!(left == 0, target != "direct", "packets on the wire");
@@ -137,12 +119,7 @@ fn demo() {
     println!("\nThe proxy stops listening; /services/transmission asks again");
     drop(proxy);
     let cgroup = ground.at(APPLICATIONS[2].0);
-    let fate = tell(
-        Proto::Tcp,
-        &format!("TCP {REMOTE4}:443"),
-        &cgroup,
-        addr(REMOTE4, 443),
-    );
+    let fate = tell(Proto::Tcp, &format!("TCP {REMOTE4}:443"), &cgroup, addr(REMOTE4, 443));
     assert!(fate.starts_with("REFUSED"));
     assert_eq!(world.wire.to_remote(), []);
     println!(

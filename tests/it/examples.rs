@@ -107,11 +107,7 @@ fn laptop_per_app() {
     .map(|path| ground.cgroup(path));
     let _daemon = Daemon::start(&ground, &text("laptop-per-app"), &[]);
     world.wire.packets();
-    expect(&[
-        (&firefox, under("sing-box")),
-        (&scope, under("sing-box")),
-        (&zoom, under("drop")),
-    ]);
+    expect(&[(&firefox, under("sing-box")), (&scope, under("sing-box")), (&zoom, under("drop"))]);
     assert_eq!(left(&mut world), []);
     expect(&[(&shell, under("direct")), (&proxy, under("direct"))]);
 }
@@ -122,12 +118,8 @@ fn everything_but() {
         return;
     };
     let mut world = World::new(&ground);
-    let [own, ntp, app] = [
-        "/services/xray/instance1",
-        "/system.slice/chrony.service",
-        "/anything",
-    ]
-    .map(|path| ground.cgroup(path));
+    let [own, ntp, app] = ["/services/xray/instance1", "/system.slice/chrony.service", "/anything"]
+        .map(|path| ground.cgroup(path));
     // A real proxy: what goes by it reaches the world once.
     let any = addr(ip("::"), 12345);
     let _proxy = Client::tcp(&own, any).relay();
@@ -138,10 +130,7 @@ fn everything_but() {
             let to = addr(remote, 80);
             let who = Client::tcp(cgroup, to).run();
             assert_eq!(who.who(), format!("remote {to}"));
-            let opened = left(&mut world)
-                .iter()
-                .filter(|p| p.flags & 0x02 != 0)
-                .count();
+            let opened = left(&mut world).iter().filter(|p| p.flags & 0x02 != 0).count();
             assert_eq!(opened, 1, "{cgroup:?}");
         }
         // UDP is for the proxy too; this one takes none.
@@ -168,10 +157,7 @@ fn tor_user() {
     for remote in [REMOTE4, REMOTE6] {
         let to = addr(remote, 443);
         assert_eq!(Client::tcp(&user, to).run().who(), format!("tor {to}"));
-        assert_eq!(
-            Client::udp(&user, to).timeout(SILENCE).run().who(),
-            "nobody"
-        );
+        assert_eq!(Client::udp(&user, to).timeout(SILENCE).run().who(), "nobody");
     }
     for at in [REMOTE4, ip("127.0.0.53"), ip("192.0.2.1")] {
         let who = Client::udp(&user, addr(at, 53)).run().who();

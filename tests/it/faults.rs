@@ -164,9 +164,7 @@ fn with_fault(ground: &Ground, fault: &str, clean: &Seen) -> Result<Option<Strin
     let call = fault.split(':').next().expect("a call");
     let (only, inject) = (format!("trace={call}"), format!("inject={fault}"));
     let trace_name = trace.to_str().expect("UTF-8");
-    let by = [
-        "strace", "-D", "-f", "-qq", "-o", trace_name, "-e", &only, "-e", &inject,
-    ];
+    let by = ["strace", "-D", "-f", "-qq", "-o", trace_name, "-e", &only, "-e", &inject];
     let pidfile = pidfile.to_str().expect("UTF-8");
     let args = ["--no-seccomp", "-p", pidfile];
     let mut daemon = Daemon::spawn_by(ground, CONFIG, &by, &args, &[]);

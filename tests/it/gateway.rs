@@ -151,9 +151,7 @@ impl Lan<'_> {
     pub fn expect(&self, i: usize, want: [&str; 6]) {
         let mut wrong = Vec::new();
         let cases = [Proto::Tcp, Proto::Udp, Proto::Icmp];
-        let cases = cases
-            .iter()
-            .flat_map(|p| [REMOTE4, REMOTE6].map(|ip| (*p, ip)));
+        let cases = cases.iter().flat_map(|p| [REMOTE4, REMOTE6].map(|ip| (*p, ip)));
         for ((proto, ip), want) in cases.zip(want) {
             let to = addr(ip, 80);
             let want = match (want, proto) {
@@ -167,9 +165,7 @@ impl Lan<'_> {
             };
             let who = self.ask_within(i, proto, to, patience);
             if who != want {
-                wrong.push(format!(
-                    "{proto:?} to {ip} of client {i}: {who}, not {want}"
-                ));
+                wrong.push(format!("{proto:?} to {ip} of client {i}: {who}, not {want}"));
             }
         }
         assert!(wrong.is_empty(), "answered by\n{}", wrong.join("\n"));
@@ -335,13 +331,9 @@ fn icmp_errors_about_proxied_flows_stay() {
                 let mut lines = text.lines().filter(|l| l.starts_with(v4));
                 let names = lines.next().unwrap_or_default().split(' ');
                 let of4 = names.zip(lines.next().unwrap_or_default().split(' '));
-                let of4 = of4
-                    .filter(|(name, _)| *name == "OutDestUnreachs")
-                    .map(|x| x.1);
+                let of4 = of4.filter(|(name, _)| *name == "OutDestUnreachs").map(|x| x.1);
                 let of6 = text.lines().filter_map(|l| l.strip_prefix(v6));
-                of4.chain(of6)
-                    .filter_map(|n| n.trim().parse::<u64>().ok())
-                    .sum::<u64>()
+                of4.chain(of6).filter_map(|n| n.trim().parse::<u64>().ok()).sum::<u64>()
             };
             let said = || {
                 unreachable("/proc/thread-self/net/snmp")
@@ -360,10 +352,7 @@ fn icmp_errors_about_proxied_flows_stay() {
                 }
                 wait_until(Duration::from_millis(200), || count() > before)
             });
-            assert!(
-                some,
-                "nobody said that a port is unreachable ({ip}, {of_lan})"
-            );
+            assert!(some, "nobody said that a port is unreachable ({ip}, {of_lan})");
             assert_eq!(world.wire.to_remote(), [], "{ip}, of the LAN: {of_lan}");
         }
     }
@@ -409,11 +398,7 @@ fn sections_in_order() {
     let proxied = [p, p, p, p, d, d];
     // Who answers client 0 and client 1.
     let cases = [
-        (
-            section("a", "source-mac = 02:00:00:00:01:10\ntarget = drop"),
-            [n; 6],
-            proxied,
-        ),
+        (section("a", "source-mac = 02:00:00:00:01:10\ntarget = drop"), [n; 6], proxied),
         (
             section(
                 "a",
@@ -422,42 +407,20 @@ fn sections_in_order() {
             [n; 6],
             [n; 6],
         ),
+        (section("a", "source = 198.51.100.10\ntarget = drop"), [n, p, n, p, n, d], proxied),
+        (section("a", "source = 2001:db8:3::11/128\ntarget = direct"), proxied, [p, d, p, d, d, d]),
         (
-            section("a", "source = 198.51.100.10\ntarget = drop"),
-            [n, p, n, p, n, d],
-            proxied,
-        ),
-        (
-            section("a", "source = 2001:db8:3::11/128\ntarget = direct"),
-            proxied,
-            [p, d, p, d, d, d],
-        ),
-        (
-            section(
-                "a",
-                "source = 198.51.100.10/31\nsource = 2001:db8:3::10\ntarget = direct",
-            ),
+            section("a", "source = 198.51.100.10/31\nsource = 2001:db8:3::10\ntarget = direct"),
             [d; 6],
             [d, p, d, p, d, d],
         ),
         (
-            section(
-                "a",
-                "source = 198.51.100.11\nsource-mac = 02:00:00:00:01:10\ntarget = drop",
-            ),
+            section("a", "source = 198.51.100.11\nsource-mac = 02:00:00:00:01:10\ntarget = drop"),
             proxied,
             proxied,
         ),
-        (
-            section("a", "interface = br-guest\ntarget = drop"),
-            [n; 6],
-            [n; 6],
-        ),
-        (
-            all.replace("br-lan", "br-guest").replace(" all", " a"),
-            proxied,
-            proxied,
-        ),
+        (section("a", "interface = br-guest\ntarget = drop"), [n; 6], [n; 6]),
+        (all.replace("br-lan", "br-guest").replace(" all", " a"), proxied, proxied),
     ];
     let mut daemon: Option<Daemon> = None;
     for (first, of0, of1) in cases {
@@ -507,10 +470,7 @@ fn what_gateways_leave_alone() {
     let _daemon = Daemon::start(&ground, config, &[]);
     lan.dropped(0);
     let bypassed = addr(ip("203.0.113.65"), 80);
-    assert_eq!(
-        lan.ask(0, Proto::Tcp, bypassed),
-        format!("remote {bypassed}")
-    );
+    assert_eq!(lan.ask(0, Proto::Tcp, bypassed), format!("remote {bypassed}"));
     // A service of a client: replies.
     for (proto, port) in [(Proto::Tcp, 8080), (Proto::Udp, 8081)] {
         for host in ["198.51.100.10", "2001:db8:3::10"] {
@@ -526,10 +486,7 @@ fn what_gateways_leave_alone() {
         }
     }
     // Between the clients.
-    assert_eq!(
-        lan.ask(0, Proto::Icmp, addr(ip("198.51.100.11"), 0)),
-        "echo 198.51.100.11"
-    );
+    assert_eq!(lan.ask(0, Proto::Icmp, addr(ip("198.51.100.11"), 0)), "echo 198.51.100.11");
     // A mark that another program sets before us.
     crate::kernel::load(
         "table inet other {\n chain pre {\n type filter hook prerouting priority -160; policy accept;\n \
@@ -557,16 +514,10 @@ fn an_interface_that_appears_later() {
         lan.proxied(0);
         assert_eq!(but_pings(world.wire.to_remote()), [], "{pattern}");
         // Gone, and there again.
-        ip_batch(
-            &[],
-            &format!("link del {name}\nlink del lan0\nlink del lan1\n"),
-        );
+        ip_batch(&[], &format!("link del {name}\nlink del lan0\nlink del lan1\n"));
         drop(lan);
         ground.outside(|| {
-            ip_batch(
-                &[],
-                "route del 198.51.100.0/24\nroute del 2001:db8:3::/64\n",
-            );
+            ip_batch(&[], "route del 198.51.100.0/24\nroute del 2001:db8:3::/64\n");
         });
         let lan = Lan::on(&ground, name);
         lan.proxied(1);
@@ -591,10 +542,7 @@ fn dns_of_clients() {
     let far = "dns-hijack = 203.0.113.53:5353\ndns-hijack = [2001:db8:2::53]:5353\n";
     let (d4, d6) = ("dns 198.51.100.1:1053", "dns [2001:db8:3::1]:1053");
     let (f4, f6) = ("far 203.0.113.53:5353", "far [2001:db8:2::53]:5353");
-    let (p4, p6) = (
-        "proxy mihomo 203.0.113.7:53",
-        "proxy mihomo [2001:db8:2::7]:53",
-    );
+    let (p4, p6) = ("proxy mihomo 203.0.113.7:53", "proxy mihomo [2001:db8:2::7]:53");
     let (o4, o6) = ("own 198.51.100.1:53", "own [2001:db8:3::1]:53");
     let b4 = "remote 203.0.113.65:53";
     let (tcp, local, only4) = (
@@ -609,10 +557,7 @@ fn dns_of_clients() {
         (format!("{here}{tcp}"), [d4, d6, d4, d6, o4, o6, b4]),
         (format!("{here}{local}"), [d4, d6, p4, p6, d4, d6, d4]),
         (format!("{here}{local}{tcp}"), [d4, d6, d4, d6, d4, d6, d4]),
-        (
-            format!("{lan_address}{local}"),
-            [d4, d6, p4, p6, d4, d6, d4],
-        ),
+        (format!("{lan_address}{local}"), [d4, d6, p4, p6, d4, d6, d4]),
         (format!("{far}{tcp}"), [f4, f6, f4, f6, o4, o6, b4]),
         (format!("{far}{local}"), [f4, f6, p4, p6, f4, f6, f4]),
         (only4.to_owned(), [d4, r6, p4, p6, o4, o6, b4]),
@@ -714,11 +659,7 @@ fn reload_under_flows(early_demux: &str) {
     let [proxied, direct] = flows;
     let outcome = direct.wait().0;
     assert!(!matches!(outcome, Outcome::Answer(_)), "{outcome:?}");
-    assert_eq!(
-        world.wire.to_remote(),
-        [],
-        "a flow that was cut still sends"
-    );
+    assert_eq!(world.wire.to_remote(), [], "a flow that was cut still sends");
     proxy.take();
     assert_eq!(proxied.wait().0.who(), format!("{PROXY} {to}"));
     assert_eq!(world.wire.to_remote(), [], "a proxied flow has gone direct");
@@ -773,10 +714,7 @@ fn one_armed_router() {
         assert!(wait_until(Duration::from_secs(5), passes), "{ip}");
     }
     let _proxy = Server::start(PROXY, &[7893]);
-    let config = BASIC.replace(
-        "br-lan",
-        "in0\nsource = 192.0.2.0/24\nsource = 2001:db8:1::/64",
-    );
+    let config = BASIC.replace("br-lan", "in0\nsource = 192.0.2.0/24\nsource = 2001:db8:1::/64");
     let _daemon = Daemon::start(&ground, &config, &[]);
     for (rp_filter, src_valid_mark) in [("0", "0"), ("1", "1"), ("2", "1")] {
         sysctl("net/ipv4/conf/all/rp_filter", rp_filter);
@@ -787,10 +725,7 @@ fn one_armed_router() {
                 let want = format!("{PROXY} {}", addr(ip, 80));
                 assert_eq!(ask(proto, ip, Duration::from_secs(5)), want);
             }
-            assert_eq!(
-                ask(Proto::Icmp, ip, Duration::from_secs(5)),
-                format!("echo {ip}")
-            );
+            assert_eq!(ask(Proto::Icmp, ip, Duration::from_secs(5)), format!("echo {ip}"));
         }
         assert_eq!(but_pings(world.wire.to_remote()), []);
     }

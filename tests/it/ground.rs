@@ -100,26 +100,13 @@ impl Ground {
         SWEEP.call_once(sweep);
 
         let pid = std::process::id();
-        let unique = format!(
-            "cgtp-{pid}-{name}-{}",
-            COUNT.fetch_add(1, Ordering::Relaxed)
-        );
+        let unique = format!("cgtp-{pid}-{name}-{}", COUNT.fetch_add(1, Ordering::Relaxed));
         let root = Path::new(CGROUPS).join(&unique);
         fs::create_dir(&root).expect("make the cgroup sub-tree");
         let dir = std::env::temp_dir().join(&unique);
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&dir)
-            .expect("make the private directory");
+        fs::DirBuilder::new().mode(0o700).create(&dir).expect("make the private directory");
         // From here on Drop cleans up, whatever fails below.
-        let ground = Ground {
-            root,
-            dir,
-            inside,
-            outside,
-            home,
-            _thread: PhantomData,
-        };
+        let ground = Ground { root, dir, inside, outside, home, _thread: PhantomData };
 
         // Ping without CAP_NET_RAW, for clients of any user.
         sysctl("net/ipv4/ping_group_range", "0 2147483647");
@@ -171,15 +158,11 @@ impl Ground {
                 let Ok(probe) = UdpSocket::bind((host, 0)) else {
                     return false;
                 };
-                probe
-                    .set_read_timeout(Some(Duration::from_millis(10)))
-                    .expect("set a timeout");
+                probe.set_read_timeout(Some(Duration::from_millis(10))).expect("set a timeout");
                 // Nobody listens on the discard port: the answer is an ICMP error.
                 let sent = probe.connect((gate, 9)).and_then(|()| probe.send(b"?"));
                 sent.is_ok()
-                    && probe
-                        .recv(&mut [0])
-                        .is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
+                    && probe.recv(&mut [0]).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
             });
             assert!(passed, "the veth pair does not pass {host}");
         }
@@ -190,10 +173,8 @@ impl Drop for Ground {
     fn drop(&mut self) {
         remove_tree(&self.root);
         let _ = fs::remove_dir_all(&self.dir);
-        for (file, kind) in self
-            .home
-            .iter()
-            .zip([CloneFlags::CLONE_NEWNET, CloneFlags::CLONE_NEWNS])
+        for (file, kind) in
+            self.home.iter().zip([CloneFlags::CLONE_NEWNET, CloneFlags::CLONE_NEWNS])
         {
             if let Err(e) = setns(file, kind) {
                 eprintln!("unable to return to the namespaces of before: {e}");
@@ -223,18 +204,9 @@ pub fn ip_batch(flags: &[&str], lines: &str) {
         .stderr(Stdio::piped())
         .spawn()
         .expect("start ip");
-    child
-        .stdin
-        .take()
-        .expect("stdin is piped")
-        .write_all(lines.as_bytes())
-        .expect("feed ip");
+    child.stdin.take().expect("stdin is piped").write_all(lines.as_bytes()).expect("feed ip");
     let out = child.wait_with_output().expect("wait for ip");
-    assert!(
-        out.status.success(),
-        "ip -batch: {}",
-        String::from_utf8_lossy(&out.stderr)
-    );
+    assert!(out.status.success(), "ip -batch: {}", String::from_utf8_lossy(&out.stderr));
 }
 
 /// Kills whatever lives in the cgroup sub-tree, then removes it, deepest first.

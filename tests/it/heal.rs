@@ -67,12 +67,7 @@ impl Monitor {
             }
         });
         let marks = Cell::new(20_000);
-        let monitor = Monitor {
-            child,
-            lines,
-            program,
-            marks,
-        };
+        let monitor = Monitor { child, lines, program, marks };
         // it listens once it tells of a mark
         let listens = wait_until(Duration::from_secs(5), || {
             let mark = monitor.mark();
@@ -192,10 +187,7 @@ fn a_table_that_others_change_is_repaired() {
     let id = ground.at("/drop");
     let id = id.strip_prefix("/sys/fs/cgroup").expect("below the mount");
     let monitor = Monitor::start("nft");
-    let element = format!(
-        "nft delete element inet cgtproxy cg_drop {{ \"{}\" }}",
-        id.display()
-    );
+    let element = format!("nft delete element inet cgtproxy cg_drop {{ \"{}\" }}", id.display());
     let harms = [
         "nft flush ruleset",
         "nft delete table inet cgtproxy",
@@ -211,11 +203,7 @@ fn a_table_that_others_change_is_repaired() {
     let soon = (0..3).any(|_| {
         let each = harms.map(|harm| repairs(&daemon, &monitor, 5, harm));
         let took = each.concat();
-        println!(
-            "repaired: median {:?} of {}",
-            median(took.clone()),
-            took.len()
-        );
+        println!("repaired: median {:?} of {}", median(took.clone()), took.len());
         median(took) < Duration::from_millis(20)
     });
     let log = daemon.logs();
@@ -261,11 +249,7 @@ fn rules_and_routes_that_others_delete_are_repaired() {
     ] {
         took.extend(repairs(&daemon, &monitor, 10, harm));
     }
-    println!(
-        "repaired: median {:?} of {}",
-        median(took.clone()),
-        took.len()
-    );
+    println!("repaired: median {:?} of {}", median(took.clone()), took.len());
     assert!(median(took) < Duration::from_millis(20));
     // netifd's first load; the main rules have to come back for anything to be routed at all
     for family in ["-4", "-6"] {
@@ -306,8 +290,5 @@ fn a_program_that_keeps_deleting_meets_pauses() {
     // 150 at once, and what is regained in 4 s, then one after 1 s, 2 s, …
     assert!(deleted >= 100 && deleted <= 175, "{deleted} deletions");
     daemon.signal(Signal::SIGUSR1);
-    assert!(wait_until(Duration::from_secs(70), || residue()
-        .matches("iif lo lookup")
-        .count()
-        == 2));
+    assert!(wait_until(Duration::from_secs(70), || residue().matches("iif lo lookup").count() == 2));
 }

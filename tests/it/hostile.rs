@@ -105,12 +105,7 @@ impl Least {
                 }
             }
         });
-        Least {
-            dir,
-            seen: Some(seen),
-            thread: Some(thread),
-            samples: 0,
-        }
+        Least { dir, seen: Some(seen), thread: Some(thread), samples: 0 }
     }
 
     fn sample(&mut self) -> Duration {
@@ -228,11 +223,7 @@ fn a_hundred_thousand_cgroups() {
     assert!(wait_until(Duration::from_secs(120), gone));
     let watches = || daemon.footprint().0 == 5 + others + control.len();
     assert!(wait_until(SETTLE, watches), "{:?}", daemon.footprint());
-    println!(
-        "removed in {:?}: {} KiB",
-        start.elapsed(),
-        daemon.footprint().1
-    );
+    println!("removed in {:?}: {} KiB", start.elapsed(), daemon.footprint().1);
 }
 
 /// tests/config.rs holds the whole list against the reader; here it is `run` that refuses.

@@ -17,10 +17,7 @@ pub const SETTLE: Duration = Duration::from_secs(10);
 
 /// What a command printed on standard output; empty where it failed.
 fn output(command: &str, args: &[&str]) -> String {
-    let out = Command::new(command)
-        .args(args)
-        .stderr(Stdio::null())
-        .output();
+    let out = Command::new(command).args(args).stderr(Stdio::null()).output();
     let out = out.unwrap_or_else(|e| panic!("unable to start {command}: {e}"));
     if !out.status.success() {
         return String::new();
@@ -31,18 +28,9 @@ fn output(command: &str, args: &[&str]) -> String {
 /// `nft ARGS`, with `script` on standard input.
 pub fn nft(args: &[&str], script: &str) -> Output {
     let mut command = Command::new("nft");
-    command
-        .args(args)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
+    command.args(args).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().expect("start nft");
-    child
-        .stdin
-        .take()
-        .expect("stdin is piped")
-        .write_all(script.as_bytes())
-        .expect("feed nft");
+    child.stdin.take().expect("stdin is piped").write_all(script.as_bytes()).expect("feed nft");
     child.wait_with_output().expect("wait for nft")
 }
 
@@ -51,10 +39,7 @@ pub fn nft(args: &[&str], script: &str) -> Output {
 pub fn load(script: &str) {
     let out = nft(&["-f", "-"], script);
     let said = String::from_utf8_lossy(&out.stderr);
-    assert!(
-        out.status.success() && said.is_empty(),
-        "{said}in\n{script}"
-    );
+    assert!(out.status.success() && said.is_empty(), "{said}in\n{script}");
 }
 
 /// The table as nft lists it; empty where there is none.
@@ -65,10 +50,7 @@ pub fn table() -> String {
 /// The table without counter values, and without its flags: nft cannot set them all, and the
 /// owner's goes with the owner. `args` are further options of nft.
 pub fn table_plain(args: &[&str]) -> String {
-    let text = output(
-        "nft",
-        &[args, &["-s", "list", "table", "inet", "cgtproxy"]].concat(),
-    );
+    let text = output("nft", &[args, &["-s", "list", "table", "inet", "cgtproxy"]].concat());
     let flags = |line: &str| line.starts_with("\tflags");
     let lines = text.lines().filter(|line| !flags(line) && !line.is_empty());
     let lines = lines.map(|line| line.split(" # progname").next().unwrap_or(line).trim_end());
@@ -89,9 +71,7 @@ pub fn ip_routes(family: &str, table: &str) -> String {
 /// whatever is in route table 300. Empty where cgtproxy has left nothing behind.
 pub fn residue() -> String {
     let ours = |text: String| {
-        let lines = text
-            .lines()
-            .filter(|l| l.split("proto ").any(|part| part.starts_with("99")));
+        let lines = text.lines().filter(|l| l.split("proto ").any(|part| part.starts_with("99")));
         lines.map(|line| format!("{line}\n")).collect::<String>()
     };
     let mut left = output("nft", &["list", "tables"]);
@@ -108,16 +88,9 @@ pub fn residue() -> String {
 pub fn state() -> (String, BTreeMap<String, BTreeSet<u64>>) {
     // Terse: for each element of a cgroup set, nft walks the whole cgroup tree to find its path.
     let mut text = table_plain(&["-t"]);
-    let names = text
-        .lines()
-        .filter_map(|l| l.trim().strip_prefix("set ")?.strip_suffix(" {"));
+    let names = text.lines().filter_map(|l| l.trim().strip_prefix("set ")?.strip_suffix(" {"));
     let names = names.filter(|name| name.starts_with("cg_"));
-    let sets = names.map(|name| {
-        (
-            name.to_owned(),
-            set_ids(name).expect("a set that is listed"),
-        )
-    });
+    let sets = names.map(|name| (name.to_owned(), set_ids(name).expect("a set that is listed")));
     let sets = sets.collect();
     for family in ["-4", "-6"] {
         text += &ip_rules(family);
@@ -136,11 +109,7 @@ pub fn cgroup_id(path: &Path) -> io::Result<u64> {
         id: u64,
     }
     let name = CString::new(path.as_os_str().as_bytes()).expect("no NUL");
-    let mut handle = Handle {
-        bytes: 8,
-        kind: 0,
-        id: 0,
-    };
+    let mut handle = Handle { bytes: 8, kind: 0, id: 0 };
     let mut mount = 0i32;
     let (handle_at, mount_at) = (&raw mut handle, &raw mut mount);
     let nr = libc::SYS_name_to_handle_at;
@@ -157,14 +126,8 @@ pub fn cgroup_id(path: &Path) -> io::Result<u64> {
 pub fn await_member(path: &Path, target: &str) {
     let id = cgroup_id(path).expect("the id of a cgroup");
     let set = format!("cg_{target}");
-    let there = wait_until(SETTLE, || {
-        set_ids(&set).is_some_and(|ids| ids.contains(&id))
-    });
-    assert!(
-        there,
-        "{path:?} (id {id}) does not get into {set}:\n{}",
-        table()
-    );
+    let there = wait_until(SETTLE, || set_ids(&set).is_some_and(|ids| ids.contains(&id)));
+    assert!(there, "{path:?} (id {id}) does not get into {set}:\n{}", table());
 }
 
 /// Waits until `set` holds exactly `want`.
@@ -206,10 +169,7 @@ pub fn set_ids(set: &str) -> Option<BTreeSet<u64>> {
         Ok(ids) => Some(Some(ids)),
         Err(libc::ENOENT) => Some(None),
         Err(libc::EINTR) => None,
-        Err(errno) => panic!(
-            "unable to list {set}: {}",
-            io::Error::from_raw_os_error(errno)
-        ),
+        Err(errno) => panic!("unable to list {set}: {}", io::Error::from_raw_os_error(errno)),
     })?
 }
 
@@ -217,10 +177,7 @@ fn dump(set: &str) -> Result<BTreeSet<u64>, i32> {
     let socket = netlink();
     let mut request = vec![0; 16];
     request.extend([NFPROTO_INET, 0, 0, 0]);
-    let attributes = [
-        (NFTA_SET_ELEM_LIST_TABLE, "cgtproxy"),
-        (NFTA_SET_ELEM_LIST_SET, set),
-    ];
+    let attributes = [(NFTA_SET_ELEM_LIST_TABLE, "cgtproxy"), (NFTA_SET_ELEM_LIST_SET, set)];
     for (kind, text) in attributes {
         request.extend((4 + text.len() as u16 + 1).to_ne_bytes());
         request.extend(kind.to_ne_bytes());
@@ -235,20 +192,8 @@ fn dump(set: &str) -> Result<BTreeSet<u64>, i32> {
     let flags = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
     request[6..8].copy_from_slice(&flags.to_ne_bytes());
     // SAFETY: reads `request` only.
-    let n = unsafe {
-        libc::send(
-            socket.as_raw_fd(),
-            request.as_ptr().cast(),
-            request.len(),
-            0,
-        )
-    };
-    assert_eq!(
-        n,
-        request.len() as isize,
-        "send: {}",
-        io::Error::last_os_error()
-    );
+    let n = unsafe { libc::send(socket.as_raw_fd(), request.as_ptr().cast(), request.len(), 0) };
+    assert_eq!(n, request.len() as isize, "send: {}", io::Error::last_os_error());
 
     let mut ids = BTreeSet::new();
     let mut whole = true;

@@ -41,9 +41,7 @@ struct Random(u64);
 
 impl Random {
     fn new() -> Random {
-        let now = SystemTime::UNIX_EPOCH
-            .elapsed()
-            .expect("a clock after 1970");
+        let now = SystemTime::UNIX_EPOCH.elapsed().expect("a clock after 1970");
         let seed = now.as_nanos() as u64 | 1;
         println!("seed {seed}");
         Random(seed)
@@ -91,11 +89,7 @@ impl Churn {
                 thread::sleep(Duration::from_micros(200));
             }
         });
-        Churn {
-            running,
-            made,
-            thread: Some(thread),
-        }
+        Churn { running, made, thread: Some(thread) }
     }
 }
 
@@ -208,10 +202,7 @@ fn stopped_at_any_moment() {
         assert_eq!(status.code(), Some(0), "stop {i}: {log}");
         assert_eq!(residue(), "", "stop {i}: {log}");
     }
-    println!(
-        "{} cgroups made meanwhile",
-        churn.made.load(Ordering::Relaxed)
-    );
+    println!("{} cgroups made meanwhile", churn.made.load(Ordering::Relaxed));
 }
 
 /// Events that come faster than they can be handled must put off neither readiness nor the end.
@@ -221,9 +212,7 @@ fn starts_and_stops_in_endless_churn() {
         return;
     };
     let on = AtomicBool::new(true);
-    let paths: Vec<_> = (0..3)
-        .map(|i| ground.cgroup(&format!("/churn/{i}")))
-        .collect();
+    let paths: Vec<_> = (0..3).map(|i| ground.cgroup(&format!("/churn/{i}"))).collect();
     thread::scope(|scope| {
         for path in &paths {
             scope.spawn(|| {
@@ -266,11 +255,7 @@ fn stopped_while_it_starts() {
         daemon.signal(Signal::SIGTERM);
         let status = daemon.wait();
         // Before it has handlers, the signal itself ends it; then there is nothing to remove yet.
-        assert!(
-            matches!(status.code(), Some(0) | None),
-            "{status}: {}",
-            daemon.logs()
-        );
+        assert!(matches!(status.code(), Some(0) | None), "{status}: {}", daemon.logs());
         assert_eq!(residue(), "", "{status}");
     }
 }
@@ -284,10 +269,7 @@ fn a_pidfile_that_cannot_be_written() {
     let out = run_with(&ground, CONFIG, &["-p", "/nowhere/pid", "run"]);
     assert_eq!(out.status.code(), Some(1));
     let said = String::from_utf8_lossy(&out.stderr);
-    assert!(
-        said.contains("unable to write pidfile /nowhere/pid"),
-        "{said}"
-    );
+    assert!(said.contains("unable to write pidfile /nowhere/pid"), "{said}");
     assert_eq!(residue(), "");
 }
 
@@ -358,11 +340,8 @@ drop   = /drop
 mihomo = /proxied
 ";
     let daemon = Daemon::start(&ground, CONFIG, &[]);
-    let floods = [
-        Client::udp(&dropped, addr(REMOTE4, 7)),
-        Client::udp(&dropped, addr(REMOTE6, 7)),
-    ]
-    .map(|client| client.flood().spawn());
+    let floods = [Client::udp(&dropped, addr(REMOTE4, 7)), Client::udp(&dropped, addr(REMOTE6, 7))]
+        .map(|client| client.flood().spawn());
     let flow = |i: usize| {
         let to = addr([REMOTE4, REMOTE6][i / 2 % 2], 9001);
         let client = Client::tcp(&cgroups[i % 2], to).timeout(Duration::from_secs(5));
@@ -380,13 +359,7 @@ mihomo = /proxied
         assert!(!log.contains("error"), "{log}");
         // A set of the other policy only.
         assert_eq!(set_ids("cg_new").is_some(), i % 2 == 0, "reload {i}: {log}");
-        leaked.extend(
-            world
-                .wire
-                .to_remote()
-                .into_iter()
-                .filter(|p| p.dst.port() == 7),
-        );
+        leaked.extend(world.wire.to_remote().into_iter().filter(|p| p.dst.port() == 7));
     }
     println!("200 reloads in {:?}", start.elapsed());
     assert_eq!(leaked, [], "packets of a dropped cgroup");
@@ -396,10 +369,7 @@ mihomo = /proxied
     for (i, flow) in flows.into_iter().enumerate() {
         let who = flow.wait().0.who();
         let name = ["far", PROXY][i % 2];
-        assert_eq!(
-            who,
-            format!("{name} {}", addr([REMOTE4, REMOTE6][i / 2 % 2], 9001))
-        );
+        assert_eq!(who, format!("{name} {}", addr([REMOTE4, REMOTE6][i / 2 % 2], 9001)));
     }
 }
 
@@ -413,104 +383,31 @@ fn text(path: &Path, text: &str) {
 /// `:LINE:` stands for the message of that line.
 const BROKEN: [Broken; 24] = [
     ("no section", |p| text(p, "port = 1\n"), &[":1:"]),
-    (
-        "unknown section",
-        |p| text(p, "[globl]\n"),
-        &[":1:", "did you mean", "global"],
-    ),
-    (
-        "unknown key",
-        |p| text(p, "[global]\nbypas = private\n"),
-        &[":2:", "did you mean", "bypass"],
-    ),
-    (
-        "duplicate key",
-        |p| text(p, "[global]\ndefault = direct\ndefault = drop\n"),
-        &[":3:"],
-    ),
-    (
-        "no equals sign",
-        |p| text(p, "[global]\n\ndefault\n"),
-        &[":3:"],
-    ),
+    ("unknown section", |p| text(p, "[globl]\n"), &[":1:", "did you mean", "global"]),
+    ("unknown key", |p| text(p, "[global]\nbypas = private\n"), &[":2:", "did you mean", "bypass"]),
+    ("duplicate key", |p| text(p, "[global]\ndefault = direct\ndefault = drop\n"), &[":3:"]),
+    ("no equals sign", |p| text(p, "[global]\n\ndefault\n"), &[":3:"]),
     ("unclosed header", |p| text(p, "[global\n"), &[":1:"]),
-    (
-        "undefined target",
-        |p| text(p, "[rules]\nnone = /x\n"),
-        &[":2:", "none"],
-    ),
-    (
-        "undefined default",
-        |p| text(p, "[global]\ndefault = none\n"),
-        &[":2:", "none"],
-    ),
+    ("undefined target", |p| text(p, "[rules]\nnone = /x\n"), &[":2:", "none"]),
+    ("undefined default", |p| text(p, "[global]\ndefault = none\n"), &[":2:", "none"]),
     ("no port", |p| text(p, "[tproxy a]\n"), &[":1:", "port"]),
     ("port of 0", |p| text(p, "[tproxy a]\nport = 0\n"), &[":2:"]),
-    (
-        "port too large",
-        |p| text(p, "[tproxy a]\nport = 65536\n"),
-        &[":2:", "65536"],
-    ),
-    (
-        "bad regex",
-        |p| text(p, "[rules]\ndirect = /ok\ndrop = /a(b\n"),
-        &[":3:"],
-    ),
-    (
-        "reserved name",
-        |p| text(p, "[tproxy drop]\nport = 1\n"),
-        &[":1:", "drop"],
-    ),
-    (
-        "bad name",
-        |p| text(p, "[tproxy a/b]\nport = 1\n"),
-        &[":1:"],
-    ),
-    (
-        "same name twice",
-        |p| text(p, "[tproxy a]\nport=1\n[tproxy a]\nport=2\n"),
-        &[":3:"],
-    ),
-    (
-        "mark outside the mask",
-        |p| text(p, "[tproxy a]\nport = 1\nmark = 0x1\n"),
-        &[":3:"],
-    ),
-    (
-        "bad address",
-        |p| text(p, "[global]\nbypass = 10.0.0.0/33\n"),
-        &[":2:", "10.0.0.0/33"],
-    ),
-    (
-        "bad boolean",
-        |p| text(p, "[tproxy a]\nport = 1\ntcp = perhaps\n"),
-        &[":3:", "perhaps"],
-    ),
+    ("port too large", |p| text(p, "[tproxy a]\nport = 65536\n"), &[":2:", "65536"]),
+    ("bad regex", |p| text(p, "[rules]\ndirect = /ok\ndrop = /a(b\n"), &[":3:"]),
+    ("reserved name", |p| text(p, "[tproxy drop]\nport = 1\n"), &[":1:", "drop"]),
+    ("bad name", |p| text(p, "[tproxy a/b]\nport = 1\n"), &[":1:"]),
+    ("same name twice", |p| text(p, "[tproxy a]\nport=1\n[tproxy a]\nport=2\n"), &[":3:"]),
+    ("mark outside the mask", |p| text(p, "[tproxy a]\nport = 1\nmark = 0x1\n"), &[":3:"]),
+    ("bad address", |p| text(p, "[global]\nbypass = 10.0.0.0/33\n"), &[":2:", "10.0.0.0/33"]),
+    ("bad boolean", |p| text(p, "[tproxy a]\nport = 1\ntcp = perhaps\n"), &[":3:", "perhaps"]),
     (
         "several at once",
-        |p| {
-            text(
-                p,
-                "[global]\ndefalt = drop\n[tproxy a]\nport = x\n[rules]\nb = /\n",
-            )
-        },
+        |p| text(p, "[global]\ndefalt = drop\n[tproxy a]\nport = x\n[rules]\nb = /\n"),
         &[":2:", ":4:", ":6:"],
     ),
-    (
-        "not UTF-8",
-        |p| fs::write(p, b"[global]\n# \xff\n").expect("write"),
-        &["UTF-8"],
-    ),
-    (
-        "too long",
-        |p| text(p, &"# padding\n".repeat(110_000)),
-        &["1 MiB"],
-    ),
-    (
-        "a directory",
-        |p| fs::create_dir(p).expect("mkdir"),
-        &["directory"],
-    ),
+    ("not UTF-8", |p| fs::write(p, b"[global]\n# \xff\n").expect("write"), &["UTF-8"]),
+    ("too long", |p| text(p, &"# padding\n".repeat(110_000)), &["1 MiB"]),
+    ("a directory", |p| fs::create_dir(p).expect("mkdir"), &["directory"]),
     (
         "a fifo",
         |p| {
@@ -562,11 +459,7 @@ fn a_broken_file_changes_nothing() {
     daemon.configure("[rules]\ndrop = /proxied\n");
     daemon.reload();
     expect(&[(&proxied, under("drop")), (&dropped, under("direct"))]);
-    assert!(
-        wrong.is_empty(),
-        "not said, of what is wrong with\n{}",
-        wrong.join("\n")
-    );
+    assert!(wrong.is_empty(), "not said, of what is wrong with\n{}", wrong.join("\n"));
 }
 
 #[test]
@@ -592,11 +485,7 @@ fn a_second_instance_is_refused() {
     assert!(!second.ready());
     assert_eq!(second.wait().code(), Some(1), "{}", second.logs());
     let log = second.logs();
-    assert!(
-        log.contains(&daemon.pid().to_string()),
-        "names pid {}: {log}",
-        daemon.pid()
-    );
+    assert!(log.contains(&daemon.pid().to_string()), "names pid {}: {log}", daemon.pid());
     assert_eq!(state(), before);
     // The first is not disturbed, and its place is free once it is gone.
     await_member(&ground.cgroup("/drop"), "drop");
@@ -633,10 +522,7 @@ fn flush_removes_everything() {
     let said = |args: &[&str]| {
         let out = run(args);
         let text = [out.stdout, out.stderr].concat();
-        (
-            out.status.code(),
-            String::from_utf8_lossy(&text).into_owned(),
-        )
+        (out.status.code(), String::from_utf8_lossy(&text).into_owned())
     };
     let (code, _) = said(&["flush"]);
     assert_eq!(code, Some(0), "with nothing to remove");
@@ -653,35 +539,20 @@ fn flush_removes_everything() {
     assert!(text.contains("stop"), "{text}");
     assert_eq!(state().1, before.1);
     daemon.kill9();
-    assert!(
-        !table().is_empty(),
-        "it has died without a chance to clean up"
-    );
+    assert!(!table().is_empty(), "it has died without a chance to clean up");
     let (code, text) = said(&["flush"]);
     assert_eq!(code, Some(0), "{text}");
     for what in ["table", "rule", "route"] {
-        assert!(
-            text.contains(what),
-            "{what} is not among what was removed: {text}"
-        );
+        assert!(text.contains(what), "{what} is not among what was removed: {text}");
     }
     let left = residue();
-    assert!(
-        !left.contains("cgtproxy") && !left.contains("proto 99"),
-        "{left}"
-    );
+    assert!(!left.contains("cgtproxy") && !left.contains("proto 99"), "{left}");
     let rules = ip_rules("-4");
-    assert!(
-        rules.contains("99:\tfrom all fwmark 0x1 lookup 300"),
-        "{rules}"
-    );
+    assert!(rules.contains("99:\tfrom all fwmark 0x1 lookup 300"), "{rules}");
     let tables = String::from_utf8_lossy(&nft(&["list", "tables"], "").stdout).into_owned();
     assert!(tables.contains("inet other"), "{tables}");
     let routes = ip_routes("-4", "300");
-    assert!(
-        routes.contains("198.51.100.0/24") && !routes.contains("local"),
-        "{routes}"
-    );
+    assert!(routes.contains("198.51.100.0/24") && !routes.contains("local"), "{routes}");
 }
 
 /// The next message that arrives at a NOTIFY_SOCKET.
@@ -698,9 +569,7 @@ fn supervisors_are_told() {
     };
     let path = ground.dir.join("notify");
     let socket = UnixDatagram::bind(&path).expect("bind");
-    socket
-        .set_read_timeout(Some(Duration::from_secs(10)))
-        .expect("set a timeout");
+    socket.set_read_timeout(Some(Duration::from_secs(10))).expect("set a timeout");
     let pidfile = ground.dir.join("pid");
     let pidfile_text = pidfile.to_str().expect("UTF-8");
     let cgroup = ground.cgroup("/drop");
@@ -708,11 +577,7 @@ fn supervisors_are_told() {
     let mut daemon = Daemon::spawn(&ground, CONFIG, &["-p", pidfile_text], &env);
     assert!(notified(&socket).contains("READY=1"));
     // Ready means: all in force, the pidfile included.
-    assert!(
-        set_ids("cg_drop").is_some_and(|ids| ids.len() == 1),
-        "{}",
-        table()
-    );
+    assert!(set_ids("cg_drop").is_some_and(|ids| ids.len() == 1), "{}", table());
     assert!(ip_rules("-6").contains("proto 99"), "{}", ip_rules("-6"));
     expect(&[(&cgroup, under("drop"))]);
     assert!(daemon.ready());
@@ -723,16 +588,9 @@ fn supervisors_are_told() {
     daemon.signal(Signal::SIGHUP);
     let reloading = notified(&socket);
     assert!(reloading.contains("RELOADING=1"), "{reloading}");
-    assert!(
-        reloading.contains("MONOTONIC_USEC="),
-        "what Type=notify-reload asks for: {reloading}"
-    );
+    assert!(reloading.contains("MONOTONIC_USEC="), "what Type=notify-reload asks for: {reloading}");
     assert!(notified(&socket).contains("READY=1"));
-    assert!(
-        set_ids("cg_drop").is_none_or(|ids| ids.is_empty()),
-        "{}",
-        table()
-    );
+    assert!(set_ids("cg_drop").is_none_or(|ids| ids.is_empty()), "{}", table());
     // A reload that fails ends as well.
     daemon.configure("[global]\nnonsense\n");
     daemon.signal(Signal::SIGHUP);
@@ -754,9 +612,7 @@ fn an_abstract_notify_socket() {
     let name = "cgtproxy-test";
     let at = std::os::unix::net::SocketAddr::from_abstract_name(name).expect("an address");
     let socket = UnixDatagram::bind_addr(&at).expect("bind");
-    socket
-        .set_read_timeout(Some(Duration::from_secs(10)))
-        .expect("set a timeout");
+    socket.set_read_timeout(Some(Duration::from_secs(10))).expect("set a timeout");
     let env = [("NOTIFY_SOCKET", format!("@{name}"))].map(|(k, v)| (k, v.leak() as &str));
     let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &env);
     assert!(notified(&socket).contains("READY=1"));
@@ -770,11 +626,7 @@ fn sigusr1_tells_the_status() {
     };
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     daemon.signal(Signal::SIGUSR1);
-    assert!(
-        daemon.wait_log("status", Duration::from_secs(5)),
-        "{}",
-        daemon.logs()
-    );
+    assert!(daemon.wait_log("status", Duration::from_secs(5)), "{}", daemon.logs());
     assert!(daemon.stop().success());
 }
 
@@ -799,19 +651,11 @@ fn command_line() {
         assert!(all.contains(said), "{args:?}: {all}");
     }
     let good = run_with(&ground, CONFIG, &["check"]);
-    assert_eq!(
-        code(&good),
-        Some(0),
-        "{}",
-        text(&good.stdout) + &text(&good.stderr)
-    );
+    assert_eq!(code(&good), Some(0), "{}", text(&good.stdout) + &text(&good.stderr));
     let bad = run_with(&ground, "[global]\nbypas = private\nport = 1\n", &["check"]);
     let all = text(&bad.stdout) + &text(&bad.stderr);
     assert_eq!(code(&bad), Some(2), "{all}");
-    assert!(
-        all.contains(":3:") && all.contains(":4:") && all.contains("bypass"),
-        "{all}"
-    );
+    assert!(all.contains(":3:") && all.contains(":4:") && all.contains("bypass"), "{all}");
     assert_eq!(residue(), "");
 }
 
@@ -837,10 +681,7 @@ fn idle_without_a_system_call() {
             .expect("start strace");
         // Attached once it has written what the program is waiting in.
         let attached = || fs::metadata(&file).is_ok_and(|m| m.len() > 0);
-        assert!(
-            wait_until(Duration::from_secs(5), attached),
-            "strace does not attach"
-        );
+        assert!(wait_until(Duration::from_secs(5), attached), "strace does not attach");
         act();
         thread::sleep(time);
         kill(Pid::from_raw(strace.id() as i32), Signal::SIGINT).expect("stop strace");
@@ -849,10 +690,7 @@ fn idle_without_a_system_call() {
     };
     // The wait that strace interrupts and resumes is the only line.
     let idle = trace(Duration::from_secs(10), &|| ());
-    assert!(
-        idle.lines().count() == 1 && idle.contains("detached"),
-        "{idle}"
-    );
+    assert!(idle.lines().count() == 1 && idle.contains("detached"), "{idle}");
     // Were there something to see, it would be seen.
     let busy = trace(Duration::from_millis(200), &|| {
         ground.cgroup("/churn/new");
@@ -892,10 +730,8 @@ socket = /b
 
 /// The same with routed traffic, and with DNS of this host.
 fn router() -> String {
-    let local = RICH.replace(
-        "dns-hijack-tcp = yes",
-        "dns-hijack-tcp = yes\ndns-hijack-local = yes",
-    );
+    let local =
+        RICH.replace("dns-hijack-tcp = yes", "dns-hijack-tcp = yes\ndns-hijack-local = yes");
     format!(
         "{local}
 [gateway lan]
@@ -972,18 +808,10 @@ fn show_prints_what_run_loads() {
         assert_eq!(residue(), "");
         let out = run_with(&ground, config, &["show"]);
         let script = String::from_utf8_lossy(&out.stdout).into_owned();
-        assert!(
-            out.status.success(),
-            "{}",
-            String::from_utf8_lossy(&out.stderr)
-        );
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         assert_eq!(residue(), "", "show changes nothing");
         let checked = nft(&["-c", "-f", "-"], &script);
-        assert!(
-            checked.status.success(),
-            "{}",
-            String::from_utf8_lossy(&checked.stderr)
-        );
+        assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
         if config.contains("tproxy") {
             assert!(
                 script.contains("# ip rule add") || script.contains("# ip -4 rule add"),
@@ -1019,14 +847,8 @@ fn a_host_without_ipv6() {
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let daemon = Daemon::start(&ground, &config, &[]);
     let to = addr(REMOTE4, 80);
-    assert_eq!(
-        Client::tcp(&proxied, to).run().who(),
-        format!("{PROXY} {to}")
-    );
-    assert_eq!(
-        Client::udp(&proxied, to).run().who(),
-        format!("{PROXY} {to}")
-    );
+    assert_eq!(Client::tcp(&proxied, to).run().who(), format!("{PROXY} {to}"));
+    assert_eq!(Client::udp(&proxied, to).run().who(), format!("{PROXY} {to}"));
     assert_eq!(Client::udp(&dropped, to).run().who(), "nobody");
     daemon.reload();
     let log = daemon.logs();
@@ -1045,10 +867,7 @@ fn a_proxied_flow_outlives_the_daemon() {
     let cgroup = ground.cgroup("/proxied");
     let mut daemon = Daemon::start(&ground, CONFIG, &[]);
     let to = addr(REMOTE4, STREAM_PORT);
-    let flow = Client::tcp(&cgroup, to)
-        .timeout(Duration::from_secs(2))
-        .follow()
-        .spawn();
+    let flow = Client::tcp(&cgroup, to).timeout(Duration::from_secs(2)).follow().spawn();
     for _ in 0..10 {
         thread::sleep(Duration::from_millis(20));
         daemon.kill9();

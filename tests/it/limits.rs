@@ -49,9 +49,7 @@ fn in_a_user_namespace(ground: &Ground, limits: &[(&str, usize)]) -> Daemon {
 
 fn set_limit(daemon: &Daemon, name: &str, value: usize) {
     let pid = daemon.pid();
-    sh(&format!(
-        "nsenter -t {pid} -U sh -c 'echo {value} > /proc/sys/user/{name}'"
-    ));
+    sh(&format!("nsenter -t {pid} -U sh -c 'echo {value} > /proc/sys/user/{name}'"));
 }
 
 fn network(daemon: &Daemon) -> File {
@@ -67,15 +65,11 @@ fn watches_run_out() {
     let mut daemon = in_a_user_namespace(&ground, &[("max_inotify_watches", 10)]);
     assert!(daemon.ready(), "{}", daemon.logs());
     let net = network(&daemon);
-    let apps: Vec<_> = (0..30)
-        .map(|i| ground.cgroup(&format!("/apps/a{i}")))
-        .collect();
+    let apps: Vec<_> = (0..30).map(|i| ground.cgroup(&format!("/apps/a{i}"))).collect();
     let drops = apps.iter().chain([&dropped]);
     let drops = drops.map(|path| cgroup_id(path).expect("an id")).collect();
     // what is below a watched directory is classified at once, watched or not
-    ground.within(&net, || {
-        await_exactly("cg_drop", &drops, Duration::from_secs(3))
-    });
+    ground.within(&net, || await_exactly("cg_drop", &drops, Duration::from_secs(3)));
     assert_eq!(daemon.footprint().0, 10);
     let log = daemon.logs();
     assert_eq!(log.matches("unable to watch").count(), 1, "{log}");
@@ -84,9 +78,7 @@ fn watches_run_out() {
     let below = ground.cgroup("/apps/a29/x");
     ground.within(&net, || {
         assert!(wait_until(LOOKED_AGAIN, || set_ids("cg_mihomo")
-            .is_some_and(
-                |ids| ids.contains(&cgroup_id(&below).expect("an id"))
-            )));
+            .is_some_and(|ids| ids.contains(&cgroup_id(&below).expect("an id")))));
     });
 
     set_limit(&daemon, "max_inotify_watches", 1000);
@@ -212,9 +204,8 @@ fn descriptors_run_out() {
     assert!(log.contains("the old configuration stays"), "{log}");
     // whoever connects to the lock must not make it spin
     let lock = SocketAddr::from_abstract_name("cgtproxy").expect("a short name");
-    let _held: Vec<_> = (0..10)
-        .map(|_| UnixStream::connect_addr(&lock).expect("connect"))
-        .collect();
+    let _held: Vec<_> =
+        (0..10).map(|_| UnixStream::connect_addr(&lock).expect("connect")).collect();
     let before = daemon.busy();
     thread::sleep(Duration::from_secs(1));
     let spent = daemon.busy() - before;
@@ -280,10 +271,7 @@ fn a_command_without_memory() {
     let program = binary();
     for kib in [800, 1000, 1500, 2000] {
         let out = Command::new("sh")
-            .args([
-                "-c",
-                &format!("ulimit -v {kib}; exec \"$0\" -c \"$1\" show"),
-            ])
+            .args(["-c", &format!("ulimit -v {kib}; exec \"$0\" -c \"$1\" show")])
             .args([program.as_os_str(), config.as_os_str()])
             .output()
             .expect("run sh");
@@ -336,10 +324,8 @@ fn notifications_are_lost() {
         let lost = dropped();
         assert!(lost > 0, "nothing was lost");
         // what follows is not in the queues any more
-        sh(
-            "ip rule del pref 100; ip -6 rule del pref 100; ip route flush table 300; \
-            ip -6 route flush table 300; nft delete table inet cgtproxy",
-        );
+        sh("ip rule del pref 100; ip -6 rule del pref 100; ip route flush table 300; \
+            ip -6 route flush table 300; nft delete table inet cgtproxy");
         assert!(dropped() > lost);
         assert_eq!(residue(), "");
         daemon.signal(Signal::SIGCONT);

@@ -57,10 +57,7 @@ fn a_pipe_that_nobody_reads() {
     sh(&format!("mkfifo {path}"));
     let mut options = File::options();
     let options = options.read(true).write(true);
-    let mut pipe = options
-        .custom_flags(libc::O_NONBLOCK)
-        .open(&fifo)
-        .expect("open the pipe");
+    let mut pipe = options.custom_flags(libc::O_NONBLOCK).open(&fifo).expect("open the pipe");
     while pipe.write(&[b'\n'; 512]).is_ok() {}
     let script = format!("exec \"$0\" \"$@\" 2> {path}");
     let by = ["sh", "-c", &script];

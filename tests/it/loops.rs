@@ -77,9 +77,8 @@ fn a_loop_is_told() {
     for _ in 0..2 {
         let before = daemon.logs().matches(said).count();
         daemon.signal(Signal::SIGUSR1);
-        let told = wait_until(Duration::from_secs(5), || {
-            daemon.logs().matches(said).count() > before
-        });
+        let told =
+            wait_until(Duration::from_secs(5), || daemon.logs().matches(said).count() > before);
         assert!(told, "{}", daemon.logs());
     }
     // Without the daemon's help, too.
@@ -108,10 +107,7 @@ fn a_loop_is_told() {
         log = daemon.logs();
         log.contains("[tproxy other] sends")
     }));
-    assert!(
-        log.contains("its listener on port 7894 is in cgroup /other;"),
-        "{log}"
-    );
+    assert!(log.contains("its listener on port 7894 is in cgroup /other;"), "{log}");
     // One is a chain of the other: fine.
     let before = daemon.logs().len();
     daemon.configure(
@@ -121,9 +117,5 @@ fn a_loop_is_told() {
     daemon.signal(Signal::SIGUSR1);
     let status = || daemon.logs()[before..].contains("status:");
     assert!(wait_until(Duration::from_secs(5), status));
-    assert!(
-        !daemon.logs()[before..].contains("loop:"),
-        "{}",
-        daemon.logs()
-    );
+    assert!(!daemon.logs()[before..].contains("loop:"), "{}", daemon.logs());
 }

@@ -232,9 +232,7 @@ fn firewalls_before_and_after_us() {
     }
     for (name, script) in OTHERS {
         let script = match has_flowtables {
-            true => script
-                .replace("FLOWTABLE", flowtable)
-                .replace("OFFLOAD", offload),
+            true => script.replace("FLOWTABLE", flowtable).replace("OFFLOAD", offload),
             false => script.replace("FLOWTABLE", "").replace("OFFLOAD", ""),
         };
         let script = script.as_str();
@@ -253,9 +251,7 @@ fn firewalls_before_and_after_us() {
             assert!(daemon.stop().success());
             // Theirs is as it was.
             let theirs = |text: &str| {
-                let tables = text
-                    .split("\ntable ")
-                    .map(|t| t.trim_start_matches("table "));
+                let tables = text.split("\ntable ").map(|t| t.trim_start_matches("table "));
                 let tables = tables.filter(|t| !t.starts_with("inet cgtproxy"));
                 tables.map(|t| t.trim().to_owned()).collect::<Vec<_>>()
             };
@@ -335,16 +331,10 @@ fn a_tunnel_in_front_of_us_gets_nothing() {
     crate::kernel::await_member(&cgroup, "mihomo");
     all_well(&ground, &mut world, &lan);
     // What cannot match our packets is nobody's business.
-    ip_batch(
-        &["-4"],
-        "rule add pref 50 fwmark 0x1/0xff000001 lookup main\n",
-    );
+    ip_batch(&["-4"], "rule add pref 50 fwmark 0x1/0xff000001 lookup main\n");
     ip_batch(&["-4"], "rule add pref 51 from 198.51.100.77 lookup main\n");
     ip_batch(&["-4"], "rule add pref 52 iif in0 lookup main\n");
-    ip_batch(
-        &["-4"],
-        "rule del pref 50\nrule del pref 51\nrule del pref 52\n",
-    );
+    ip_batch(&["-4"], "rule del pref 50\nrule del pref 51\nrule del pref 52\n");
     for (family, gate) in [("-4", "192.0.2.2"), ("-6", "2001:db8:1::2")] {
         let lines = format!(
             "route add default via {gate} table 51820\nrule add not fwmark 51820 table 51820\n\
@@ -355,11 +345,7 @@ fn a_tunnel_in_front_of_us_gets_nothing() {
     }
     for priority in [98, 99] {
         let said = format!("ip rule of priority {priority} takes it before ours of 100");
-        assert!(
-            daemon.wait_log(&said, Duration::from_secs(5)),
-            "{}",
-            daemon.logs()
-        );
+        assert!(daemon.wait_log(&said, Duration::from_secs(5)), "{}", daemon.logs());
     }
     for priority in [50, 51, 52] {
         let said = format!("of priority {priority}");
@@ -526,9 +512,8 @@ fn a_vrf_is_present() {
     let vrf = "link add vrf-x type vrf table 1010\nlink set vrf-x up\n\
                link add dummy0 type veth peer name dummy1\nlink set dummy0 master vrf-x\n\
                addr add 198.51.100.200/32 dev dummy0\nlink set dummy0 up\nlink set dummy1 up\n";
-    let made = Command::new("ip")
-        .args(["link", "add", "vrf-t", "type", "vrf", "table", "9"])
-        .output();
+    let made =
+        Command::new("ip").args(["link", "add", "vrf-t", "type", "vrf", "table", "9"]).output();
     if !made.is_ok_and(|out| out.status.success()) {
         println!("SKIP: no VRF in this kernel");
         return;
@@ -547,11 +532,8 @@ fn containers() {
     let mut world = World::new(&ground);
     let lan = Lan::on(&ground, "docker0");
     let _servers = servers();
-    let [container, slirp] = [
-        "/docker/0123456789ab",
-        "/user.slice/libpod-1.scope/container",
-    ]
-    .map(|p| ground.cgroup(p));
+    let [container, slirp] =
+        ["/docker/0123456789ab", "/user.slice/libpod-1.scope/container"].map(|p| ground.cgroup(p));
     let config = "
         [tproxy mihomo]
         port = 7893
@@ -579,10 +561,7 @@ fn containers() {
     // Rootless: slirp4netns or pasta is a process of the host, in the container's cgroup.
     expect(&[(&slirp, under(PROXY))]);
     // Whatever namespace a process has, cgroups are known by where they are.
-    expect_as(
-        |client| client.in_cgroup_namespace(),
-        &[(&slirp, under(PROXY))],
-    );
+    expect_as(|client| client.in_cgroup_namespace(), &[(&slirp, under(PROXY))]);
 }
 
 /// Addresses that fake-ip resolvers hand out are no private ones.
@@ -615,10 +594,7 @@ fn dns_of_this_host() {
     };
     let _world = World::new(&ground);
     let _proxy = Server::start(PROXY, &[7893, 7894]);
-    let _servers = (
-        Server::start("dns", &[1053]),
-        Server::start("own", &[53, 80]),
-    );
+    let _servers = (Server::start("dns", &[1053]), Server::start("own", &[53, 80]));
     let tproxies = "
         [tproxy all]
         port = 7893
@@ -699,11 +675,7 @@ fn dns_of_this_host() {
         assert!(wrong.is_empty(), "default {default}\n{}", wrong.join("\n"));
         // And afterwards too, what is not DNS is treated as ever.
         let [all, .., dropped, direct, _] = cgroups.each_ref().map(|c| c.1.as_path());
-        expect(&[
-            (all, under(PROXY)),
-            (dropped, under("drop")),
-            (direct, under("direct")),
-        ]);
+        expect(&[(all, under(PROXY)), (dropped, under("drop")), (direct, under("direct"))]);
         assert!(daemon.stop().success());
     }
 }

@@ -78,11 +78,7 @@ route add local default dev lo table 300
 pub fn load(ground: &Ground, without: Option<&str>) {
     let keep = |line: &&str| without.is_none_or(|text| !line.contains(text));
     let kept: Vec<&str> = RULESET.lines().filter(keep).collect();
-    let sub_tree = ground
-        .root
-        .file_name()
-        .and_then(|n| n.to_str())
-        .expect("a name");
+    let sub_tree = ground.root.file_name().and_then(|n| n.to_str()).expect("a name");
     let mut script = kept.join("\n");
     for target in ["drop", "mihomo"] {
         let path = ground.cgroup(target);
@@ -104,15 +100,8 @@ fn bare_ground() {
     let packets = world.wire.to_remote();
     for proto in [Proto::Tcp, Proto::Udp, Proto::Icmp] {
         for ip in [REMOTE4, REMOTE6] {
-            let count = packets
-                .iter()
-                .filter(|p| p.proto == proto && p.dst.ip() == ip)
-                .count();
-            assert_eq!(
-                count > 1,
-                proto == Proto::Tcp,
-                "{proto:?} {ip}: {packets:?}"
-            );
+            let count = packets.iter().filter(|p| p.proto == proto && p.dst.ip() == ip).count();
+            assert_eq!(count > 1, proto == Proto::Tcp, "{proto:?} {ip}: {packets:?}");
             assert!(count > 0, "{proto:?} {ip}: {packets:?}");
         }
     }
@@ -148,10 +137,7 @@ fn targets() {
     assert_eq!(world.wire.to_remote(), []);
     expect(&[(&ground.cgroup("/mihomo/child"), under("proxy mihomo"))]);
     let packets = world.wire.to_remote();
-    assert!(
-        packets.iter().all(|p| p.proto == Proto::Icmp) && packets.len() == 2,
-        "{packets:?}"
-    );
+    assert!(packets.iter().all(|p| p.proto == Proto::Icmp) && packets.len() == 2, "{packets:?}");
     expect(&[(&ground.cgroup("/other"), under("direct"))]);
     assert!(!world.wire.to_remote().is_empty());
 }
@@ -182,10 +168,7 @@ fn without_the_mark_nothing_is_proxied() {
 
 #[test]
 fn dns_goes_to_the_hijacker() {
-    for (rule, want) in [
-        (None, "dns local"),
-        (Some("ct status dnat"), "proxy mihomo"),
-    ] {
+    for (rule, want) in [(None, "dns local"), (Some("ct status dnat"), "proxy mihomo")] {
         let Some(ground) = Ground::new("dns") else {
             return;
         };
@@ -213,10 +196,7 @@ fn proxy_down() {
         load(&ground, rule);
         let cgroup = ground.at("/mihomo");
         for ip in [REMOTE4, REMOTE6] {
-            let (tcp, took) = Client::tcp(&cgroup, addr(ip, 80))
-                .timeout(SILENCE)
-                .spawn()
-                .wait();
+            let (tcp, took) = Client::tcp(&cgroup, addr(ip, 80)).timeout(SILENCE).spawn().wait();
             let udp = Client::udp(&cgroup, addr(ip, 80)).timeout(SILENCE).run();
             if rule.is_none() {
                 assert_eq!((tcp, udp), (Outcome::Refused, Outcome::Timeout));
@@ -249,11 +229,7 @@ fn packets_without_a_socket_stay_proxied() {
         }
         // Data that is still on its way meets a closed socket.
         let mut leaked = Vec::new();
-        let patience = if quiet {
-            SILENCE
-        } else {
-            Duration::from_secs(5)
-        };
+        let patience = if quiet { SILENCE } else { Duration::from_secs(5) };
         wait_until(patience, || {
             leaked.extend(world.wire.to_remote());
             !leaked.is_empty()

@@ -45,17 +45,13 @@ fn a_restart_leaves_no_moment_without_rules() {
         leaked.extend(world.wire.to_remote());
         assert_eq!(state(), before, "restart {i}");
     }
-    println!(
-        "{} packets of 4 floods leaked in {times} restarts",
-        leaked.len()
-    );
+    println!("{} packets of 4 floods leaked in {times} restarts", leaked.len());
     assert_eq!(leaked, []);
     drop(floods);
     // The floods do reach the wire where nothing holds them back.
     let flood = Client::udp(&direct, addr(REMOTE4, 7)).flood().spawn();
-    let passed = crate::wait_until(std::time::Duration::from_secs(5), || {
-        !world.wire.to_remote().is_empty()
-    });
+    let passed =
+        crate::wait_until(std::time::Duration::from_secs(5), || !world.wire.to_remote().is_empty());
     assert!(passed);
     drop(flood);
     // a stop with another configuration removes all

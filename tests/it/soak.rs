@@ -257,28 +257,12 @@ fn soak(time: Duration) {
     });
     let rss_end = daemon.footprint().1;
     println!("at the end: {end:?}, {rss_end} KiB, {most} KiB at most");
-    println!(
-        "{} packets leaked, {} wrong answers",
-        leaked.len(),
-        wrong.len()
-    );
+    println!("{} packets leaked, {} wrong answers", leaked.len(), wrong.len());
     let log = daemon.logs();
-    println!(
-        "{} lines of log; the last:\n{reloaded}",
-        log.lines().count()
-    );
-    assert!(
-        leaked.is_empty(),
-        "{} leaked: {:?}",
-        leaked.len(),
-        leaked[0]
-    );
+    println!("{} lines of log; the last:\n{reloaded}", log.lines().count());
+    assert!(leaked.is_empty(), "{} leaked: {:?}", leaked.len(), leaked[0]);
     assert!(wrong.is_empty(), "{wrong:?}");
-    assert!(
-        back,
-        "{end:?}, not {start:?}\n{:#?}\nnot {whole:#?}",
-        state()
-    );
+    assert!(back, "{end:?}, not {start:?}\n{:#?}\nnot {whole:#?}", state());
     assert!(rss_end <= rss + 1024, "{rss_end} KiB, {rss} at the start");
     assert!(counts.answered.into_inner() > 0);
     assert!(daemon.stop().success());

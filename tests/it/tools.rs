@@ -74,9 +74,7 @@ impl Daemon {
     /// The columns of one target's line.
     fn target(&self, name: &str) -> Vec<String> {
         let status = self.shown();
-        let line = status
-            .lines()
-            .find(|l| l.split_whitespace().next() == Some(name));
+        let line = status.lines().find(|l| l.split_whitespace().next() == Some(name));
         let line = line.unwrap_or_else(|| panic!("no {name} in\n{status}"));
         // two blanks or more stand between columns, "tcp udp" and "1.0 KiB" have one inside
         let columns = line.split("  ").map(str::trim).filter(|c| !c.is_empty());
@@ -93,13 +91,7 @@ fn explain_names_the_rule_and_the_ancestor() {
     };
     let inside = ground.cgroup("/services/aria2/a/b");
     let whole = inside.to_str().expect("a UTF-8 path");
-    let paths = [
-        "/services/mihomo/x",
-        "/services/x",
-        whole,
-        "/cgtproxy/drop/1",
-        "/",
-    ];
+    let paths = ["/services/mihomo/x", "/services/x", whole, "/cgtproxy/drop/1", "/"];
     let Said { code, out, err } = said(&ground, CONFIG, &[&["explain"], &paths[..]].concat());
     assert_eq!((code, &*err), (Some(0), ""));
     let blocks: Vec<&str> = out.split_inclusive('\n').collect();
@@ -170,22 +162,17 @@ fn explain_finds_processes() {
     };
     let Said { code, out, .. } = said(&ground, CONFIG, &["explain", "--pid", &pid_in(&inside)]);
     assert_eq!(code, Some(0));
-    assert!(
-        out.contains(": /services/telemetry/x\n    target  drop\n"),
-        "{out}"
-    );
+    assert!(out.contains(": /services/telemetry/x\n    target  drop\n"), "{out}");
     let init = said(&ground, CONFIG, &["explain", "--pid", "1"]);
     assert!(
-        init.out
-            .contains("pid 1: outside the cgroup root\n    target  direct"),
+        init.out.contains("pid 1: outside the cgroup root\n    target  direct"),
         "{}",
         init.out
     );
     let gone = said(&ground, CONFIG, &["explain", "--pid", "4194304"]);
     assert_eq!(gone.code, Some(1));
     assert!(
-        gone.err
-            .contains("unable to find the cgroup of pid 4194304: no such process"),
+        gone.err.contains("unable to find the cgroup of pid 4194304: no such process"),
         "{}",
         gone.err
     );
@@ -201,15 +188,7 @@ fn explain_agrees_with_the_daemon() {
     let rules =
         "[tproxy mihomo]\nport = 7893\n[rules]\ndrop = /a/b\nmihomo = /a\ndirect = .*/free\n\
                  mihomo = /cgtproxy\n";
-    let paths = [
-        "/a",
-        "/a/b",
-        "/a/b/free",
-        "/c/free",
-        "/c",
-        "/cgtproxy",
-        "/cgtproxy/direct",
-    ];
+    let paths = ["/a", "/a/b", "/a/b/free", "/c/free", "/c", "/cgtproxy", "/cgtproxy/direct"];
     for path in paths {
         ground.cgroup(path);
     }
@@ -247,10 +226,7 @@ fn status_of_a_kernel_without_us() {
     let want = "table inet cgtproxy: not there, nothing is classified; no cgtproxy is running\n";
     assert_eq!(out, want);
     let json = said(&ground, CONFIG, &["status", "--json"]).out;
-    assert_eq!(
-        query(&json, "[d['in_force'], d['targets'], d['daemon']]"),
-        "[False, [], None]"
-    );
+    assert_eq!(query(&json, "[d['in_force'], d['targets'], d['daemon']]"), "[False, [], None]");
 }
 
 #[test]
@@ -274,19 +250,12 @@ fn status_counts_what_nft_counts() {
     }
     assert_eq!(daemon.target("mihomo")[3], "no");
     let quick = Duration::from_millis(50);
-    assert_eq!(
-        Client::udp(&dropped, to).timeout(quick).run().who(),
-        "nobody"
-    );
+    assert_eq!(Client::udp(&dropped, to).timeout(quick).run().who(), "nobody");
     // counters as nft lists them
     let listed = |chain: &str, nth: usize| {
         let out = nft(&["list", "chain", "inet", "cgtproxy", chain], "");
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
-        let counter = text
-            .split("counter packets ")
-            .nth(nth)
-            .expect("a counter")
-            .to_owned();
+        let counter = text.split("counter packets ").nth(nth).expect("a counter").to_owned();
         let mut words = counter.split_whitespace();
         let packets = words.next().expect("packets").to_owned();
         (packets, words.nth(1).expect("bytes").to_owned())
@@ -331,10 +300,7 @@ fn status_tells_missing_rules_and_routes() {
     // what it prints is what mends it
     for line in missing {
         let command = line.trim().strip_prefix("missing  ").expect("a command");
-        let done = Command::new("sh")
-            .args(["-c", command])
-            .status()
-            .expect("start sh");
+        let done = Command::new("sh").args(["-c", command]).status().expect("start sh");
         assert!(done.success(), "{command}");
     }
     assert_eq!(daemon.shown().matches("present").count(), 4);
@@ -378,10 +344,7 @@ fn status_tells_missing_rules_of_gateways() {
             "[global]\nroute-table = 4242\nrule-priority = 77\ncgroup-root = {}\n{CONFIG}{}{}",
             ground.root.display(),
             section("first", "source = 198.51.100.9\ntarget = direct\n"),
-            section(
-                "lan",
-                &format!("interface = {}\ntarget = mihomo\n", interfaces[1])
-            ),
+            section("lan", &format!("interface = {}\ntarget = mihomo\n", interfaces[1])),
         );
         let daemon = Daemon::start(&ground, &config, &[]);
         let status = daemon.shown();
@@ -437,12 +400,7 @@ fn status_counts_by_gateway_section() {
     let status = daemon.shown();
     let table = status.split("\n\n").nth(2).expect("a third paragraph");
     let rows: Vec<Vec<&str>> = (table.lines())
-        .map(|line| {
-            line.split("  ")
-                .map(str::trim)
-                .filter(|c| !c.is_empty())
-                .collect()
-        })
+        .map(|line| line.split("  ").map(str::trim).filter(|c| !c.is_empty()).collect())
         .collect();
     let targets = ["direct", "drop", "mihomo"];
     assert_eq!(rows[0], ["GATEWAY", "TARGET", "PACKETS", "BYTES"]);
@@ -458,10 +416,7 @@ fn status_counts_by_gateway_section() {
         "[('zoo', 'direct', {}, {}), ('one', 'drop', {}, {}), ('all', 'mihomo', {}, {})]",
         zoo.0, zoo.1, one.0, one.1, all.0, all.1
     );
-    assert_eq!(
-        query(&json, "[tuple(g.values()) for g in d['gateways']]"),
-        want
-    );
+    assert_eq!(query(&json, "[tuple(g.values()) for g in d['gateways']]"), want);
     daemon.configure("[tproxy mihomo]\nport = 7893\n");
     daemon.reload();
     assert!(!daemon.shown().contains("GATEWAY"));
@@ -473,12 +428,7 @@ fn section_counter(chain: &str) -> (u64, u64) {
     let text = String::from_utf8_lossy(&out).into_owned();
     let counter = text.split("counter packets ").nth(1).expect("a counter");
     let mut words = counter.split_whitespace();
-    let mut number = |nth| {
-        words
-            .nth(nth)
-            .and_then(|w| w.parse().ok())
-            .expect("a number")
-    };
+    let mut number = |nth| words.nth(nth).and_then(|w| w.parse().ok()).expect("a number");
     (number(0), number(1))
 }
 
@@ -523,10 +473,7 @@ fn status_with_ten_thousand_cgroups_and_while_they_change() {
 fn query(json: &str, expression: &str) -> String {
     let program = format!("import json, sys\nd = json.load(sys.stdin)\nprint(({expression}))");
     let mut python = Command::new("python3");
-    python
-        .args(["-c", &program])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped());
+    python.args(["-c", &program]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut child = python.spawn().expect("start python3");
     let mut stdin = child.stdin.take().expect("stdin is piped");
     stdin.write_all(json.as_bytes()).expect("feed python3");
@@ -549,34 +496,19 @@ fn json_has_the_documented_shape() {
         query(&json, "list(d)"),
         "['version', 'in_force', 'daemon', 'default', 'targets', 'gateways', 'rules', 'routes', 'loops']"
     );
-    assert_eq!(
-        query(&json, "d['version'], d['in_force'], d['default']"),
-        "(1, True, 'direct')"
-    );
+    assert_eq!(query(&json, "d['version'], d['in_force'], d['default']"), "(1, True, 'direct')");
     assert_eq!(query(&json, "d['daemon']"), daemon.pid().to_string());
     let members = "['name', 'kind', 'mark', 'mask', 'port', 'listens', 'cgroups', 'packets', 'bytes', 'refused']";
     assert_eq!(query(&json, "list(d['targets'][2])"), members);
-    assert_eq!(
-        query(&json, "[t['kind'] for t in d['targets']]"),
-        "['direct', 'drop', 'tproxy']"
-    );
-    assert_eq!(
-        query(&json, "list(d['gateways'][0])"),
-        "['name', 'target', 'packets', 'bytes']"
-    );
-    assert_eq!(
-        query(&json, "list(d['rules'][0])"),
-        "['family', 'text', 'present']"
-    );
+    assert_eq!(query(&json, "[t['kind'] for t in d['targets']]"), "['direct', 'drop', 'tproxy']");
+    assert_eq!(query(&json, "list(d['gateways'][0])"), "['name', 'target', 'packets', 'bytes']");
+    assert_eq!(query(&json, "list(d['rules'][0])"), "['family', 'text', 'present']");
     // the manual page names each of them
     let page = fs::read_to_string("conf/man/cgtproxy.8").expect("read the manual page");
     let names =
         "' '.join(list(d) + list(d['targets'][2]) + list(d['gateways'][0]) + list(d['rules'][0]))";
     for name in query(&json, names).split(' ') {
-        assert!(
-            page.contains(&format!("Cm {name}")),
-            "{name} is not documented"
-        );
+        assert!(page.contains(&format!("Cm {name}")), "{name} is not documented");
     }
 }
 
@@ -599,26 +531,16 @@ fn colours_on_a_terminal_only() {
         return;
     };
     let daemon = Daemon::start(&ground, CONFIG, &[]);
-    let command = format!(
-        "{} -c {} status",
-        binary().display(),
-        daemon.config.display()
-    );
+    let command = format!("{} -c {} status", binary().display(), daemon.config.display());
     let coloured = on_terminal(&command, &[]);
     assert!(coloured.contains("\x1b[31mno\x1b[0m"), "{coloured:?}");
     let plain = on_terminal(&command, &[("NO_COLOR", "1")]);
-    assert!(
-        plain.contains("mihomo") && !plain.contains('\x1b'),
-        "{plain:?}"
-    );
+    assert!(plain.contains("mihomo") && !plain.contains('\x1b'), "{plain:?}");
     assert!(!on_terminal(&command, &[("TERM", "dumb")]).contains('\x1b'));
     assert!(!daemon.shown().contains('\x1b'));
     // columns are where they are without colour
-    let strip = |text: &str| {
-        text.replace("\x1b[1m", "")
-            .replace("\x1b[31m", "")
-            .replace("\x1b[0m", "")
-    };
+    let strip =
+        |text: &str| text.replace("\x1b[1m", "").replace("\x1b[31m", "").replace("\x1b[0m", "");
     assert_eq!(strip(&coloured), plain);
 }
 
@@ -630,10 +552,8 @@ fn watch_shows_rates_of_targets_and_cgroups() {
     let world = World::new(&ground);
     let busy = ground.cgroup("/services/aria2/busy");
     ground.cgroup("/services/transmission");
-    let config = format!(
-        "[global]\ncounters = cgroup\ncgroup-root = {}\n{CONFIG}",
-        ground.root.display()
-    );
+    let config =
+        format!("[global]\ncounters = cgroup\ncgroup-root = {}\n{CONFIG}", ground.root.display());
     let daemon = Daemon::start(&ground, &config, &[]);
     let _proxy = Server::start("proxy mihomo", &[7893]);
     let _flood = Client::udp(&busy, addr(REMOTE4, 80)).flood().spawn();
@@ -656,14 +576,9 @@ fn watch_shows_rates_of_targets_and_cgroups() {
     }
     assert!(start.elapsed() > Duration::from_secs(2), "a frame a second");
     let column = |frame: &[String], name: &str, nth: usize| {
-        let line = frame
-            .iter()
-            .find(|l| l.split_whitespace().next() == Some(name));
+        let line = frame.iter().find(|l| l.split_whitespace().next() == Some(name));
         let line = line.unwrap_or_else(|| panic!("no {name} in {frame:#?}"));
-        line.split_whitespace()
-            .nth(nth)
-            .expect("a column")
-            .to_owned()
+        line.split_whitespace().nth(nth).expect("a column").to_owned()
     };
     assert_eq!(column(&frames[0], "mihomo", 2), "-");
     for frame in &frames[1..] {
@@ -671,22 +586,13 @@ fn watch_shows_rates_of_targets_and_cgroups() {
         let packets: u64 = column(frame, "mihomo", 2).parse().expect("a number");
         assert!((100..20_000).contains(&packets), "{frame:#?}");
         assert_eq!(column(frame, "/services/aria2", 1), "mihomo");
-        let own: u64 = column(frame, "/services/aria2", 2)
-            .parse()
-            .expect("a number");
+        let own: u64 = column(frame, "/services/aria2", 2).parse().expect("a number");
         assert!(own.abs_diff(packets) < packets / 2, "{frame:#?}");
-        assert!(
-            !frame
-                .iter()
-                .any(|l| l.starts_with("/services/transmission")),
-            "idle: {frame:#?}"
-        );
+        assert!(!frame.iter().any(|l| l.starts_with("/services/transmission")), "idle: {frame:#?}");
     }
     // the reader goes away: it ends, and says nothing
     drop(lines);
-    let ended = wait_until(Duration::from_secs(5), || {
-        child.try_wait().is_ok_and(|s| s.is_some())
-    });
+    let ended = wait_until(Duration::from_secs(5), || child.try_wait().is_ok_and(|s| s.is_some()));
     let _ = child.kill();
     assert!(ended, "status --watch outlives its reader");
     assert_eq!(child.wait().expect("wait").code(), Some(0));
@@ -700,10 +606,7 @@ fn watch_redraws_within_the_screen() {
     };
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let (bin, file) = (binary(), daemon.config.display().to_string());
-    let command = format!(
-        "stty rows 5; timeout 1.5 {} -c {file} status --watch",
-        bin.display()
-    );
+    let command = format!("stty rows 5; timeout 1.5 {} -c {file} status --watch", bin.display());
     let shown = on_terminal(&command, &[]);
     let frames: Vec<&str> = shown.split("\x1b[H\x1b[J").skip(1).collect();
     assert_eq!(frames.len(), 2, "{shown:?}");
@@ -775,12 +678,7 @@ fn exec_leaks_nothing() {
     println!("{rounds} runs, the longest {longest:?}");
     // the same words outside of exec do leave, so the wire would have seen them
     let direct = daemon.ask(&["exec", "direct", "--", "bash", "-c", ASK]);
-    assert!(
-        direct.out.starts_with("remote"),
-        "{} {}",
-        direct.out,
-        direct.err
-    );
+    assert!(direct.out.starts_with("remote"), "{} {}", direct.out, direct.err);
     assert_ne!(world.wire.to_remote(), []);
 }
 
@@ -796,10 +694,7 @@ fn exec_many_at_once() {
             let target = ["mihomo", "drop", "direct"][i % 3];
             let words = "exec grep -h ^0:: /proc/self/cgroup";
             let mut command = daemon.command(&["exec", target, "sh", "-c", words]);
-            let child = command
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped())
-                .spawn();
+            let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
             (target, child.expect("start cgtproxy"))
         };
         let all: Vec<_> = (0..12).map(start).collect();
@@ -807,21 +702,13 @@ fn exec_many_at_once() {
             let pid = child.id();
             let said = Said::from(child.wait_with_output().expect("wait"));
             let want = format!("/cgtproxy/{target}/{pid}\n");
-            assert!(
-                said.out.ends_with(&want),
-                "{} {} is not {want}",
-                said.out,
-                said.err
-            );
+            assert!(said.out.ends_with(&want), "{} {} is not {want}", said.out, said.err);
         }
     }
     daemon.ask(&["exec", "direct", "true"]);
     let left = |target: &str| {
         let entries = fs::read_dir(ground.at(&format!("/cgtproxy/{target}"))).expect("list");
-        entries
-            .flatten()
-            .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
-            .count()
+        entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).count()
     };
     assert_eq!((left("mihomo"), left("drop")), (0, 0), "leftovers");
     assert!(left("direct") <= 1);
@@ -851,36 +738,24 @@ fn exec_passes_everything_on() {
         let lines = String::from_utf8_lossy(&out.stderr).lines().count();
         assert_eq!(lines, usize::from(code >= 126 && code < 128), "{args:?}");
     }
-    assert_eq!(
-        exec(&["drop", "sh", "-c", "kill -TERM $$"]).status.signal(),
-        Some(15)
-    );
+    assert_eq!(exec(&["drop", "sh", "-c", "kill -TERM $$"]).status.signal(), Some(15));
     // options behind CMD are CMD's, and so is what follows --
     let echoed = |args: &[&str]| String::from_utf8(exec(args).stdout).expect("UTF-8");
-    assert_eq!(
-        echoed(&["drop", "echo", "-u", "-c", "--help", "--", "x"]),
-        "-u -c --help -- x\n"
-    );
+    assert_eq!(echoed(&["drop", "echo", "-u", "-c", "--help", "--", "x"]), "-u -c --help -- x\n");
     assert_eq!(echoed(&["drop", "--", "echo", "-v"]), "-v\n");
     assert_eq!(echoed(&["-v", "drop", "echo", "x"]), "x\n");
     // bytes that are not UTF-8 arrive as they are
     let mut raw = daemon.command(&["exec", "drop", "printf", "%s"]);
     let bytes = std::os::unix::ffi::OsStrExt::from_bytes(b"a\xffb");
     let bytes: &std::ffi::OsStr = bytes;
-    assert_eq!(
-        raw.arg(bytes).output().expect("start cgtproxy").stdout,
-        b"a\xffb"
-    );
+    assert_eq!(raw.arg(bytes).output().expect("start cgtproxy").stdout, b"a\xffb");
     // no descriptor of ours, no signal ignored, that the command would not have had without us
     let words = "ls /proc/self/fd; grep -E 'Sig[PBIC]|Shd' /proc/self/status; env; ulimit -a";
     let mut without = Command::new("sh");
     without.args(["-c", words]).stdin(Stdio::null());
     let without = without.output().expect("start sh").stdout;
     let with = exec(&["drop", "sh", "-c", words]).stdout;
-    assert_eq!(
-        String::from_utf8_lossy(&with),
-        String::from_utf8_lossy(&without)
-    );
+    assert_eq!(String::from_utf8_lossy(&with), String::from_utf8_lossy(&without));
 }
 
 #[test]
@@ -898,23 +773,13 @@ fn exec_as_another_user() {
     ] {
         let said = daemon.ask(args);
         let want = "65534\n65534\n65534\nCapEff:\t0000000000000000\n";
-        assert!(
-            said.out.starts_with(want),
-            "{args:?}: {} {}",
-            said.out,
-            said.err
-        );
+        assert!(said.out.starts_with(want), "{args:?}: {} {}", said.out, said.err);
         assert!(said.out.contains("/cgtproxy/drop/"), "{}", said.out);
     }
     // a uid that no user has comes with the gid of that number and without the groups of root
     let unnamed = daemon.ask(&["exec", "-u", "1234567", "drop", "sh", "-c", words]);
     let want = "1234567\n1234567\n1234567\nCapEff:\t0000000000000000\n";
-    assert!(
-        unnamed.out.starts_with(want),
-        "{} {}",
-        unnamed.out,
-        unnamed.err
-    );
+    assert!(unnamed.out.starts_with(want), "{} {}", unnamed.out, unnamed.err);
     // -1 means "leave it" to setuid(2)
     for odd in ["4294967295", "4294967296", "-1", ""] {
         let said = daemon.ask(&["exec", "--user", odd, "drop", "id", "-u"]);
@@ -933,10 +798,7 @@ fn exec_as_another_user() {
     ]);
     assert_ne!(daemon_group.code, Some(0));
     let unknown = daemon.ask(&["exec", "-u", "no-such-user", "drop", "true"]);
-    assert_eq!(
-        (unknown.code, &*unknown.err),
-        (Some(2), "error: no such user: \"no-such-user\"\n")
-    );
+    assert_eq!((unknown.code, &*unknown.err), (Some(2), "error: no such user: \"no-such-user\"\n"));
 }
 
 #[test]
@@ -946,10 +808,8 @@ fn exec_moves_only_itself() {
     };
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let home = fs::read_to_string("/proc/self/cgroup").expect("read");
-    let mut child = daemon
-        .command(&["exec", "mihomo", "sleep", "100"])
-        .spawn()
-        .expect("start cgtproxy");
+    let mut child =
+        daemon.command(&["exec", "mihomo", "sleep", "100"]).spawn().expect("start cgtproxy");
     let dir = ground.at(&format!("/cgtproxy/mihomo/{}", child.id()));
     let entered = || {
         fs::read_to_string(dir.join("cgroup.procs")).is_ok_and(|t| t == format!("{}\n", child.id()))
@@ -976,28 +836,19 @@ fn exec_is_a_job_of_the_shell() {
     let mut shell = Terminal::open(&["bash", "--norc", "--noprofile", "-i"]);
     shell.say("PS1='ready> '; bind 'set enable-bracketed-paste off'\n");
     shell.expect("ready> ");
-    let exec = format!(
-        "{} -c {} exec mihomo sleep 1234\n",
-        binary().display(),
-        daemon.config.display()
-    );
+    let exec =
+        format!("{} -c {} exec mihomo sleep 1234\n", binary().display(), daemon.config.display());
     shell.say(&exec);
     let dir = ground.at("/cgtproxy/mihomo");
     let running = || {
         let all = fs::read_dir(&dir).into_iter().flatten().flatten();
         let procs = all.filter_map(|e| fs::read_to_string(e.path().join("cgroup.procs")).ok());
-        procs
-            .flat_map(|t| t.lines().map(str::to_owned).collect::<Vec<_>>())
-            .next()
+        procs.flat_map(|t| t.lines().map(str::to_owned).collect::<Vec<_>>()).next()
     };
     let is_sleep = |pid: &String| {
         fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|c| c == "sleep\n")
     };
-    assert!(
-        wait_until(SETTLE, || running().as_ref().is_some_and(is_sleep)),
-        "{}",
-        shell.seen
-    );
+    assert!(wait_until(SETTLE, || running().as_ref().is_some_and(is_sleep)), "{}", shell.seen);
     shell.say("\x1a"); // Ctrl-Z
     shell.expect("Stopped");
     shell.say("jobs -l\n");
@@ -1066,11 +917,7 @@ impl Terminal {
         unsafe { spawn.pre_exec(hook) };
         let child = spawn.spawn().expect("start a shell");
         let seen = String::new();
-        Terminal {
-            child,
-            master,
-            seen,
-        }
+        Terminal { child, master, seen }
     }
 
     fn say(&mut self, text: &str) {
@@ -1115,11 +962,7 @@ fn exec_refuses_what_is_not_in_force() {
     let refused = |said: Said, why: &str| {
         assert_eq!(said.code, Some(1), "{}", said.err);
         let want = "error: unable to exec: target mihomo is not in force: ";
-        assert!(
-            said.err.starts_with(want) && said.err.contains(why),
-            "{} is not {why}",
-            said.err
-        );
+        assert!(said.err.starts_with(want) && said.err.contains(why), "{} is not {why}", said.err);
         assert_eq!(said.err.lines().count(), 1);
         assert!(!witness.exists(), "it ran");
     };
@@ -1129,15 +972,10 @@ fn exec_refuses_what_is_not_in_force() {
         "there is no table inet cgtproxy, and no cgtproxy is running",
     );
     // everything is direct then, for everybody
-    assert_eq!(
-        said(&ground, CONFIG, &["exec", "direct", "true"]).code,
-        Some(0)
-    );
+    assert_eq!(said(&ground, CONFIG, &["exec", "direct", "true"]).code, Some(0));
 
-    let config = format!(
-        "[global]\non-exit = keep\ncgroup-root = {}\n{CONFIG}",
-        ground.root.display()
-    );
+    let config =
+        format!("[global]\non-exit = keep\ncgroup-root = {}\n{CONFIG}", ground.root.display());
     let daemon = Daemon::start(&ground, &config, &[]);
     let file = daemon.config.to_str().expect("a UTF-8 path").to_owned();
     let again = |args: &[&str]| Said::from(run(&[&["-c", &file], args].concat()));
@@ -1148,20 +986,12 @@ fn exec_refuses_what_is_not_in_force() {
     let unknown = again(&["exec", "other", "true"]);
     assert_eq!(unknown.code, Some(1));
     assert!(
-        unknown
-            .err
-            .contains("table inet cgtproxy has no chain to_other (reload cgtproxy)"),
+        unknown.err.contains("table inet cgtproxy has no chain to_other (reload cgtproxy)"),
         "{}",
         unknown.err
     );
-    write_private(
-        Path::new(&file),
-        &text.replace("port = 7893", "port = 7893\nmark = 0x7000000"),
-    );
-    refused(
-        again(&args),
-        "chain to_mihomo does not set mark 0x7000000 (reload cgtproxy)",
-    );
+    write_private(Path::new(&file), &text.replace("port = 7893", "port = 7893\nmark = 0x7000000"));
+    refused(again(&args), "chain to_mihomo does not set mark 0x7000000 (reload cgtproxy)");
     write_private(Path::new(&file), &text);
     // an ip rule is gone, then a route, and the daemon cannot mend it
     await_member(&ground.at("/cgtproxy/mihomo"), "mihomo");
@@ -1176,14 +1006,8 @@ fn exec_refuses_what_is_not_in_force() {
         "rule add pref 100 iif lo fwmark 0x1000000/0xff000000 lookup 300 protocol 99\n",
     );
     ip_batch(&["-6"], "route flush table 300\n");
-    refused(
-        again(&args),
-        "missing: ip -6 route add local default dev lo table 300",
-    );
-    ip_batch(
-        &["-6"],
-        "route add local default dev lo table 300 proto 99\n",
-    );
+    refused(again(&args), "missing: ip -6 route add local default dev lo table 300");
+    ip_batch(&["-6"], "route add local default dev lo table 300 proto 99\n");
     // the rules stay, but nobody classifies
     daemon.kill9();
     fs::remove_dir(ground.at("/cgtproxy/mihomo")).expect("remove a cgroup that is classified");
@@ -1204,27 +1028,13 @@ fn exec_refuses_what_is_not_in_force() {
     );
     // by hand is as good as by the daemon: what counts is what the kernel holds
     let path = ground.at("/cgtproxy/mihomo");
-    let name = path
-        .strip_prefix(CGROUPS)
-        .expect("below the mount")
-        .display()
-        .to_string();
-    load(&format!(
-        "add element inet cgtproxy cg_mihomo {{ \"{name}\" }}\n"
-    ));
+    let name = path.strip_prefix(CGROUPS).expect("below the mount").display().to_string();
+    load(&format!("add element inet cgtproxy cg_mihomo {{ \"{name}\" }}\n"));
     load("flush chain inet cgtproxy output\n");
-    refused(
-        again(&args),
-        "chain output has no rule for set cg_mihomo at level 3",
-    );
+    refused(again(&args), "chain output has no rule for set cg_mihomo at level 3");
     load("add rule inet cgtproxy output socket cgroupv2 level 3 @cg_mihomo goto to_mihomo\n");
     let ran = again(&["exec", "mihomo", "--", "bash", "-c", ASK]);
-    assert!(
-        ran.out.starts_with("proxy mihomo"),
-        "{} {}",
-        ran.out,
-        ran.err
-    );
+    assert!(ran.out.starts_with("proxy mihomo"), "{} {}", ran.out, ran.err);
     // a table that persists cannot be made dormant, one of before Linux 6.9 can
     load("delete table inet cgtproxy\n");
     let table = "table inet cgtproxy {\n";
@@ -1246,11 +1056,7 @@ fn exec_waits_for_the_classification() {
         .stdout(Stdio::piped())
         .spawn()
         .expect("start cgtproxy");
-    let made = || {
-        ground
-            .at(&format!("/cgtproxy/mihomo/{}", child.id()))
-            .exists()
-    };
+    let made = || ground.at(&format!("/cgtproxy/mihomo/{}", child.id())).exists();
     assert!(wait_until(SETTLE, made));
     daemon.signal(Signal::SIGCONT);
     let out = child.wait_with_output().expect("wait");
@@ -1260,15 +1066,10 @@ fn exec_waits_for_the_classification() {
     daemon.signal(Signal::SIGSTOP);
     let start = Instant::now();
     let said = daemon.ask(&["exec", "drop", "true"]);
-    assert!(
-        (4..9).contains(&start.elapsed().as_secs()),
-        "{:?}",
-        start.elapsed()
-    );
+    assert!((4..9).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
     assert_eq!(said.code, Some(1));
     assert!(
-        said.err
-            .contains("cgroup /cgtproxy/drop is not in set cg_drop after 5 s"),
+        said.err.contains("cgroup /cgtproxy/drop is not in set cg_drop after 5 s"),
         "{}",
         said.err
     );
@@ -1289,36 +1090,19 @@ fn exec_comes_before_every_rule() {
             "[global]\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /.*\n",
             "proxy",
         ),
-        (
-            "[tproxy mihomo]\nport = 7893\n[rules]\ndrop = /cgtproxy.*\n",
-            "remote",
-        ),
+        ("[tproxy mihomo]\nport = 7893\n[rules]\ndrop = /cgtproxy.*\n", "remote"),
     ] {
         let config = format!("{}", config.replacen("[global]\n", "", 1));
-        let global = if default == "proxy" {
-            "default = mihomo\n"
-        } else {
-            ""
-        };
+        let global = if default == "proxy" { "default = mihomo\n" } else { "" };
         let config = config.replacen("default = mihomo\n", "", 1);
-        let config = format!(
-            "[global]\ncgroup-root = {}\n{global}{config}",
-            ground.root.display()
-        );
+        let config = format!("[global]\ncgroup-root = {}\n{global}{config}", ground.root.display());
         let daemon = Daemon::start(&ground, &config, &[]);
-        for (target, who) in [
-            ("mihomo", "proxy mihomo"),
-            ("direct", "remote"),
-            ("mihomo", "proxy mihomo"),
-        ] {
+        for (target, who) in
+            [("mihomo", "proxy mihomo"), ("direct", "remote"), ("mihomo", "proxy mihomo")]
+        {
             world.wire.packets();
             let said = daemon.ask(&["exec", target, "bash", "-c", ASK]);
-            assert!(
-                said.out.starts_with(who),
-                "{target}: {} {}",
-                said.out,
-                said.err
-            );
+            assert!(said.out.starts_with(who), "{target}: {} {}", said.out, said.err);
             let left = world.wire.to_remote();
             assert_eq!(left.is_empty(), target == "mihomo", "{left:?}");
         }
@@ -1343,15 +1127,9 @@ fn check(ground: &Ground, config: &str, setup: &str) -> Said {
         false => format!("[global]\ncgroup-root = {}\n", ground.root.display()),
     };
     write_private(&file, &format!("{root}{config}"));
-    let script = format!(
-        "{setup}\nexec {} -c {} check",
-        binary().display(),
-        file.display()
-    );
+    let script = format!("{setup}\nexec {} -c {} check", binary().display(), file.display());
     let mut command = Command::new("unshare");
-    command
-        .args(["-m", "sh", "-ec", &script])
-        .current_dir(&ground.dir);
+    command.args(["-m", "sh", "-ec", &script]).current_dir(&ground.dir);
     command.output().expect("start unshare").into()
 }
 
@@ -1364,10 +1142,7 @@ impl Said {
         assert!(any, "no {kind} with {text:?} in\n{}{}", self.out, self.err);
         assert_eq!((self.code, &*self.err), (Some(0), ""));
         let kinds = ["ok: ", "warning: ", "error: "];
-        let odd = self
-            .out
-            .lines()
-            .find(|l| !kinds.iter().any(|k| l.starts_with(k)));
+        let odd = self.out.lines().find(|l| !kinds.iter().any(|k| l.starts_with(k)));
         assert_eq!(odd, None);
     }
 
@@ -1394,10 +1169,7 @@ fn check_finds_nothing_wrong_where_nothing_is() {
         ("ok", "cgroup v2 alone"),
         ("ok", "1 cgroups, and fs.inotify.max_user_watches is "),
         ("ok", "CAP_NET_ADMIN is in effect"),
-        (
-            "ok",
-            "the kernel has nft socket cgroupv2, type route, ct mark, fib, tproxy, reject",
-        ),
+        ("ok", "the kernel has nft socket cgroupv2, type route, ct mark, fib, tproxy, reject"),
         ("ok", "[tproxy mihomo]: TCP port 7893 is listened on"),
         ("ok", "[tproxy mihomo]: UDP port 7893 is listened on"),
         (
@@ -1422,24 +1194,16 @@ fn check_of_a_wrong_configuration() {
     assert_eq!(wrong.out.matches("error: ").count(), 2, "{}", wrong.out);
     let file = ground.dir.join("check.conf");
     assert!(
-        wrong.out.contains(&format!(
-            "error: {}:4: undefined target \"drp\"",
-            file.display()
-        )),
+        wrong.out.contains(&format!("error: {}:4: undefined target \"drp\"", file.display())),
         "{}",
         wrong.out
     );
     // the host is looked at all the same
-    assert!(
-        wrong.out.contains("ok: the kernel has nft socket cgroupv2"),
-        "{}",
-        wrong.out
-    );
+    assert!(wrong.out.contains("ok: the kernel has nft socket cgroupv2"), "{}", wrong.out);
     let open = check(&ground, CONFIG, &format!("{CLEAN}; chmod 666 check.conf"));
     assert_eq!(open.code, Some(2));
     assert!(
-        open.out
-            .contains("is writable by group or others (mode 0666; chmod go-w); run refuses it"),
+        open.out.contains("is writable by group or others (mode 0666; chmod go-w); run refuses it"),
         "{}",
         open.out
     );
@@ -1458,18 +1222,11 @@ fn check_finds_the_cgroup_tree_or_says_what_to_do() {
                   mkdir v1 unified; mount -t cgroup -o none,name=cgtp-test none v1; \
                   mount -t cgroup2 none unified; cd /";
     let in_v2 = |setup: &str| check(&ground, &auto, setup);
-    in_v2(none).finds(
-        "error",
-        "no cgroup2 file system is mounted (mount -t cgroup2 none",
-    );
-    in_v2(v1).finds(
-        "error",
-        "only cgroup v1 is mounted; boot with cgroup v2 alone: systemd.unified",
-    );
-    in_v2(hybrid).finds(
-        "warning",
-        "cgroup root /sys/fs/cgroup/unified, but cgroup v1 is mounted too",
-    );
+    in_v2(none).finds("error", "no cgroup2 file system is mounted (mount -t cgroup2 none");
+    in_v2(v1)
+        .finds("error", "only cgroup v1 is mounted; boot with cgroup v2 alone: systemd.unified");
+    in_v2(hybrid)
+        .finds("warning", "cgroup root /sys/fs/cgroup/unified, but cgroup v1 is mounted too");
     let elsewhere = "[global]\ncgroup-root = /tmp\n";
     check(&ground, elsewhere, "true").finds("error", "/tmp is not on a cgroup2 file system");
     let gone = "[global]\ncgroup-root = /sys/fs/cgroup/no/such\n";
@@ -1486,20 +1243,10 @@ fn check_weighs_inotify_limits() {
     }
     let limit = |n: u32| {
         let over = "/proc/sys/fs/inotify/max_user_watches";
-        check(
-            &ground,
-            CONFIG,
-            &format!("{CLEAN}; echo {n} > limit; mount --bind limit {over}"),
-        )
+        check(&ground, CONFIG, &format!("{CLEAN}; echo {n} > limit; mount --bind limit {over}"))
     };
-    limit(9).finds(
-        "error",
-        "10 cgroups, and fs.inotify.max_user_watches is 9: raise it",
-    );
-    limit(19).finds(
-        "warning",
-        "10 cgroups, and fs.inotify.max_user_watches is 19: raise it",
-    );
+    limit(9).finds("error", "10 cgroups, and fs.inotify.max_user_watches is 9: raise it");
+    limit(19).finds("warning", "10 cgroups, and fs.inotify.max_user_watches is 19: raise it");
     limit(20).finds("ok", "10 cgroups, and fs.inotify.max_user_watches is 20");
     // a user namespace has limits of its own
     let script = format!(
@@ -1507,9 +1254,7 @@ fn check_weighs_inotify_limits() {
         binary().display(),
         ground.dir.join("check.conf").display()
     );
-    let none = Command::new("unshare")
-        .args(["-Ur", "sh", "-ec", &script])
-        .output();
+    let none = Command::new("unshare").args(["-Ur", "sh", "-ec", &script]).output();
     let none = Said::from(none.expect("start unshare"));
     none.finds(
         "error",
@@ -1546,13 +1291,7 @@ fn check_asks_the_kernel_what_it_can_do() {
     use cgtproxy::nft::expr::Expr;
     use cgtproxy::nft::ruleset::Base;
     // what no kernel has: the answer is about that alone
-    let chain = |kind| {
-        Probe::Chain(Base {
-            kind,
-            hook: 3,
-            priority: 0,
-        })
-    };
+    let chain = |kind| Probe::Chain(Base { kind, hook: 3, priority: 0 });
     let counter = || Probe::Rule(vec![Expr::Counter]);
     let mut kernel = cgtproxy::kernel::Kernel::open().expect("open netlink");
     let said = kernel.probe(&[counter(), chain("nonesuch"), counter(), chain("route")]);
@@ -1563,10 +1302,7 @@ fn check_asks_the_kernel_what_it_can_do() {
     // a kernel without nf_tables, by a filter that refuses its socket
     check(&ground, CONFIG, "true");
     let mut command = Command::new(binary());
-    command
-        .arg("-c")
-        .arg(ground.dir.join("check.conf"))
-        .arg("check");
+    command.arg("-c").arg(ground.dir.join("check.conf")).arg("check");
     // SAFETY: the hook makes system calls on memory that is its own.
     unsafe { command.pre_exec(|| refuse_netfilter_sockets()) };
     let said = Said::from(command.output().expect("start cgtproxy"));
@@ -1587,18 +1323,10 @@ fn refuse_netfilter_sockets() -> std::io::Result<()> {
         op(EQUAL, 0, 3, libc::AF_NETLINK as u32),
         op(LOAD, 0, 0, 32),
         op(EQUAL, 0, 1, libc::NETLINK_NETFILTER as u32),
-        op(
-            RETURN,
-            0,
-            0,
-            libc::SECCOMP_RET_ERRNO | libc::EPROTONOSUPPORT as u32,
-        ),
+        op(RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPROTONOSUPPORT as u32),
         op(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
     ];
-    let program = libc::sock_fprog {
-        len: filter.len() as u16,
-        filter: filter.as_ptr().cast_mut(),
-    };
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
     // SAFETY: the program and its length are valid for the call.
     let rc = unsafe {
         libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
@@ -1733,21 +1461,16 @@ fn check_finds_saved_rulesets_with_our_table() {
     let saved = |file: &str, text: &str| {
         let setup = format!(
             "mkdir -p etc/{}; printf '%s' '{text}' > etc/{file}; mount --bind etc /etc",
-            Path::new(file)
-                .parent()
-                .map_or(String::new(), |dir| dir.display().to_string())
+            Path::new(file).parent().map_or(String::new(), |dir| dir.display().to_string())
         );
         let said = check(&ground, CONFIG, &setup);
         fs::remove_dir_all(ground.dir.join("etc")).expect("remove");
         said
     };
     let ours = "table inet filter {\n}\ntable inet cgtproxy {\n}\n";
-    for file in [
-        "nftables.conf",
-        "nftables.nft",
-        "nftables.d/10-all.nft",
-        "sysconfig/nftables.conf",
-    ] {
+    for file in
+        ["nftables.conf", "nftables.nft", "nftables.d/10-all.nft", "sysconfig/nftables.conf"]
+    {
         let want = format!("/etc/{file} holds table inet cgtproxy: it would not load at boot");
         saved(file, ours).finds("error", &want);
         saved(file, "table inet filter {\n}\n# table inet cgtproxy\n").finds_no("error");
@@ -1759,9 +1482,7 @@ fn check_finds_saved_rulesets_with_our_table() {
 /// The program as a user without any capability.
 fn as_nobody(args: &[&str]) -> Said {
     let mut command = Command::new("setpriv");
-    command
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-        .arg(nobodys_binary());
+    command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(nobodys_binary());
     command.args(args).stdin(Stdio::null());
     command.output().expect("start setpriv").into()
 }
@@ -1841,11 +1562,7 @@ fn without_root_the_missing_capability_is_named() {
         let want = format!(
             "error: unable to {what} without CAP_NET_ADMIN: run as root or grant that capability\n"
         );
-        assert_eq!(
-            (said.code, said.out, said.err),
-            (Some(1), String::new(), want),
-            "{args:?}"
-        );
+        assert_eq!((said.code, said.out, said.err), (Some(1), String::new(), want), "{args:?}");
     }
     for args in [&["show"][..], &["explain", "/a"], &["check"]] {
         assert_eq!(as_nobody(args).code, Some(0), "{args:?}");
@@ -1874,17 +1591,8 @@ fn a_closed_or_full_output() {
         let closed = command.stdout(write).stderr(Stdio::piped()).output();
         let closed = Said::from(closed.expect("start cgtproxy"));
         assert_eq!((closed.code, &*closed.err), (Some(0), ""), "{args:?}");
-        let full = File::options()
-            .write(true)
-            .open("/dev/full")
-            .expect("open /dev/full");
-        let full = Said::from(
-            daemon
-                .command(args)
-                .stdout(full)
-                .output()
-                .expect("start cgtproxy"),
-        );
+        let full = File::options().write(true).open("/dev/full").expect("open /dev/full");
+        let full = Said::from(daemon.command(args).stdout(full).output().expect("start cgtproxy"));
         let want = "error: unable to write to standard output: no space left on device\n";
         assert_eq!((full.code, &*full.err), (Some(1), want), "{args:?}");
     }
@@ -1919,10 +1627,7 @@ fn manual_pages_name_everything() {
         let text = text.split("];\n").next().expect("its end");
         for key in text.split('"').skip(1).step_by(2) {
             keys += 1;
-            assert!(
-                conf.contains(&format!("It Ic {key} =")),
-                "{key} is not documented"
-            );
+            assert!(conf.contains(&format!("It Ic {key} =")), "{key} is not documented");
         }
     }
     assert!(keys >= 21, "only {keys} keys were found");
@@ -1932,10 +1637,7 @@ fn manual_pages_name_everything() {
     let options: Vec<&str> = words.filter_map(|w| w.strip_prefix("--")).collect();
     assert!(options.len() >= 8);
     for option in options.iter().map(|o| o.trim_end_matches([',', ']'])) {
-        assert!(
-            main.contains(&format!("Fl -{option}")),
-            "--{option} is not documented"
-        );
+        assert!(main.contains(&format!("Fl -{option}")), "--{option} is not documented");
     }
 }
 
@@ -1950,23 +1652,11 @@ fn complete(ground: &Ground, words: &[&str]) -> Vec<String> {
     "#;
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("conf/completion/cgtproxy.bash");
     let mut command = Command::new("bash");
-    command
-        .args(["--norc", "-c", script, "bash"])
-        .arg(file)
-        .args(words);
-    let said = Said::from(
-        command
-            .current_dir(&ground.dir)
-            .output()
-            .expect("start bash"),
-    );
+    command.args(["--norc", "-c", script, "bash"]).arg(file).args(words);
+    let said = Said::from(command.current_dir(&ground.dir).output().expect("start bash"));
     assert_eq!((said.code, &*said.err), (Some(0), ""), "{words:?}");
-    let mut offers: Vec<String> = said
-        .out
-        .lines()
-        .filter(|l| !l.is_empty())
-        .map(str::to_owned)
-        .collect();
+    let mut offers: Vec<String> =
+        said.out.lines().filter(|l| !l.is_empty()).map(str::to_owned).collect();
     offers.sort();
     // as bash does
     offers.dedup();
@@ -1981,33 +1671,17 @@ fn completion_for_bash() {
     write_private(&ground.dir.join("a.conf"), CONFIG);
     for (words, want) in [
         (&["cgtproxy", "e"][..], &["exec", "explain"][..]),
-        (
-            &["cgtproxy", ""],
-            &["check", "exec", "explain", "flush", "run", "show", "status"],
-        ),
+        (&["cgtproxy", ""], &["check", "exec", "explain", "flush", "run", "show", "status"]),
         (&["cgtproxy", "-v", "st"], &["status"]),
         (
             &["cgtproxy", "status", "--"],
-            &[
-                "--config",
-                "--help",
-                "--json",
-                "--verbose",
-                "--version",
-                "--watch",
-            ],
+            &["--config", "--help", "--json", "--verbose", "--version", "--watch"],
         ),
         (&["cgtproxy", "-c", "a."], &["a.conf"]),
-        (
-            &["cgtproxy", "-c", "a.conf", "exec", ""],
-            &["direct", "drop", "mihomo"],
-        ),
+        (&["cgtproxy", "-c", "a.conf", "exec", ""], &["direct", "drop", "mihomo"]),
         (&["cgtproxy", "-c", "a.conf", "exec", "m"], &["mihomo"]),
         (&["cgtproxy", "exec", "-u", "nobo"], &["nobody"]),
-        (
-            &["cgtproxy", "-c", "a.conf", "exec", "drop", "--", "base3"],
-            &["base32"],
-        ),
+        (&["cgtproxy", "-c", "a.conf", "exec", "drop", "--", "base3"], &["base32"]),
         (&["cgtproxy", "flush", ""], &[]),
     ] {
         assert_eq!(complete(&ground, words), want, "{words:?}");

@@ -32,11 +32,7 @@ fn ip(text: &str) -> IpAddr {
 /// Asserts who answers a request from `cgroup`.
 #[track_caller]
 fn check(proto: Proto, cgroup: &Path, to: SocketAddr, want: &str) {
-    let patience = if want == "nobody" {
-        SILENCE
-    } else {
-        Duration::from_secs(5)
-    };
+    let patience = if want == "nobody" { SILENCE } else { Duration::from_secs(5) };
     let who = Client::new(cgroup, proto, to).timeout(patience).run().who();
     assert_eq!(who, want, "{proto:?} {to} from {cgroup:?}");
 }
@@ -168,10 +164,7 @@ fn parts_that_a_tproxy_leaves_alone_or_drops() {
         config += &format!("[tproxy t{i}]\nport = {}\n{keys}\n", 7000 + i);
         rules += &format!("t{i} = /t{i}\n");
         let [a, b, c, d] = *who;
-        cgroups.push((
-            ground.cgroup(&format!("/t{i}")),
-            answers([a, b, c, d, r, r]),
-        ));
+        cgroups.push((ground.cgroup(&format!("/t{i}")), answers([a, b, c, d, r, r])));
     }
     let ports: Vec<u16> = (0..parts.len()).map(|i| 7000 + i as u16).collect();
     let _proxy = Server::start(PROXY, &ports);
@@ -188,11 +181,7 @@ fn parts_that_a_tproxy_leaves_alone_or_drops() {
             (3, Proto::Udp, REMOTE6),
         ] {
             let any = left.iter().any(|p| p.proto == proto && p.dst.ip() == ip);
-            assert_eq!(
-                any,
-                want[i].starts_with("remote"),
-                "{keys}: {proto:?} {ip} {left:?}"
-            );
+            assert_eq!(any, want[i].starts_with("remote"), "{keys}: {proto:?} {ip} {left:?}");
         }
     }
 }
@@ -206,19 +195,8 @@ fn bypass_destinations() {
     let _proxy = Server::start(PROXY, &[7893]);
     // More of the world answers.
     ground.outside(|| {
-        let extra = [
-            "10.9.9.9",
-            "172.16.9.9",
-            "192.168.9.9",
-            "100.64.9.9",
-            "fd00:9::9",
-        ];
-        ip_batch(
-            &[],
-            &extra
-                .map(|a| format!("route add local {a} dev lo\n"))
-                .concat(),
-        );
+        let extra = ["10.9.9.9", "172.16.9.9", "192.168.9.9", "100.64.9.9", "fd00:9::9"];
+        ip_batch(&[], &extra.map(|a| format!("route add local {a} dev lo\n")).concat());
     });
     let config = format!(
         "[global]
@@ -249,11 +227,8 @@ fn bypass_destinations() {
     ] {
         let to = addr(ip(to), 80);
         let [by_proxy, by_remote] = [PROXY, "remote"].map(|name| format!("{name} {to}"));
-        let (proxied, dropped) = if bypassed {
-            (by_remote.clone(), by_remote)
-        } else {
-            (by_proxy, "nobody".to_owned())
-        };
+        let (proxied, dropped) =
+            if bypassed { (by_remote.clone(), by_remote) } else { (by_proxy, "nobody".to_owned()) };
         check(Proto::Udp, &cgroups[0], to, &proxied);
         check(Proto::Udp, &cgroups[1], to, &dropped);
         check(Proto::Tcp, &cgroups[0], to, &proxied);
@@ -263,14 +238,8 @@ fn bypass_destinations() {
 /// Whether a datagram from `cgroup` to `to` gets as far as the wire.
 fn reaches_wire(world: &mut World, cgroup: &Path, to: SocketAddr) -> bool {
     world.wire.packets();
-    Client::udp(cgroup, to)
-        .timeout(Duration::from_millis(1))
-        .run();
-    world
-        .wire
-        .packets()
-        .iter()
-        .any(|p| (p.dst.ip(), p.dst.port()) == (to.ip(), to.port()))
+    Client::udp(cgroup, to).timeout(Duration::from_millis(1)).run();
+    world.wire.packets().iter().any(|p| (p.dst.ip(), p.dst.port()) == (to.ip(), to.port()))
 }
 
 #[test]
@@ -285,23 +254,14 @@ fn multicast_broadcast_and_link_local_are_left_alone() {
     let _daemon = Daemon::start(&ground, BASIC, &[]);
     for cgroup in &cgroups {
         assert!(!reaches_wire(&mut world, cgroup, addr(REMOTE4, 5353)));
-        for to in [
-            "224.0.0.251",
-            "239.1.2.3",
-            "255.255.255.255",
-            "192.0.2.255",
-            "169.254.9.9",
-        ] {
+        for to in ["224.0.0.251", "239.1.2.3", "255.255.255.255", "192.0.2.255", "169.254.9.9"] {
             let to = addr(ip(to), 5353);
             assert!(reaches_wire(&mut world, cgroup, to), "{to} from {cgroup:?}");
         }
         for to in ["ff02::fb", "ff0e::1", "fe80::9"] {
             let to = to.parse().expect("an address");
             let to = SocketAddrV6::new(to, 5353, 0, interface_index("in0"));
-            assert!(
-                reaches_wire(&mut world, cgroup, to.into()),
-                "{to} from {cgroup:?}"
-            );
+            assert!(reaches_wire(&mut world, cgroup, to.into()), "{to} from {cgroup:?}");
         }
     }
 }
@@ -318,15 +278,8 @@ fn bypass_marks() {
     let _daemon = Daemon::start(&ground, &config, &[]);
     for (mark, left_alone) in [(0, false), (0xfe, false), (0xff, true), (0x1fe, true)] {
         println!("mark {mark:#x}");
-        let want = if left_alone {
-            ["direct"; 2]
-        } else {
-            [PROXY, "drop"]
-        };
-        let cases = [
-            (proxied.as_path(), under(want[0])),
-            (&dropped, under(want[1])),
-        ];
+        let want = if left_alone { ["direct"; 2] } else { [PROXY, "drop"] };
+        let cases = [(proxied.as_path(), under(want[0])), (&dropped, under(want[1]))];
         expect_as(|client| client.mark(mark), &cases);
     }
 }
@@ -342,23 +295,10 @@ fn bypass_users() {
     let config = format!("[global]\nbypass-user = daemon\nbypass-user = 4711\n{BASIC}");
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let _daemon = Daemon::start(&ground, &config, &[]);
-    for (uid, left_alone) in [
-        (0, false),
-        (1, true),
-        (4710, false),
-        (4711, true),
-        (4712, false),
-    ] {
+    for (uid, left_alone) in [(0, false), (1, true), (4710, false), (4711, true), (4712, false)] {
         println!("uid {uid}");
-        let want = if left_alone {
-            ["direct"; 2]
-        } else {
-            [PROXY, "drop"]
-        };
-        let cases = [
-            (proxied.as_path(), under(want[0])),
-            (&dropped, under(want[1])),
-        ];
+        let want = if left_alone { ["direct"; 2] } else { [PROXY, "drop"] };
+        let cases = [(proxied.as_path(), under(want[0])), (&dropped, under(want[1]))];
         expect_as(|client| client.uid(uid), &cases);
     }
 }
@@ -389,11 +329,7 @@ fn services_stay_reachable() {
     let mut daemon = Daemon::start(&ground, BASIC, &[]);
     for default in ["direct", "drop", "mihomo"] {
         for cgroup in &cgroups {
-            assert_eq!(
-                ask_service(&ground, cgroup),
-                ["service"; 4],
-                "default = {default}"
-            );
+            assert_eq!(ask_service(&ground, cgroup), ["service"; 4], "default = {default}");
         }
         // Among processes of this host, whatever the address.
         let _local = Server::start("local", &[8081]);
@@ -407,11 +343,7 @@ fn services_stay_reachable() {
         expect(&[(&cgroups[0], under("drop"))]);
         assert_eq!(world.wire.to_remote(), []);
         drop(daemon);
-        let next = if default == "direct" {
-            "drop"
-        } else {
-            "mihomo"
-        };
+        let next = if default == "direct" { "drop" } else { "mihomo" };
         let config = format!("[global]\ndefault = {next}\n{BASIC}");
         daemon = Daemon::start(&ground, &config, &[]);
     }
@@ -508,12 +440,7 @@ fn dns_of_this_host_and_of_bypassed_addresses_is_left_alone() {
     ";
     let cgroup = ground.cgroup("/proxied");
     let _daemon = Daemon::start(&ground, config, &[]);
-    check(
-        Proto::Udp,
-        &cgroup,
-        addr(REMOTE4, 53),
-        "dns local 127.0.0.1:1053",
-    );
+    check(Proto::Udp, &cgroup, addr(REMOTE4, 53), "dns local 127.0.0.1:1053");
     for (to, who) in [
         ("203.0.113.65", "remote 203.0.113.65:53"),
         ("192.0.2.1", "own 192.0.2.1:53"),
@@ -550,14 +477,8 @@ fn proxy_down() {
             for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
                 let (outcome, took) = Client::tcp(cgroup, to).timeout(SILENCE).spawn().wait();
                 assert_eq!(outcome, Outcome::Refused, "{to} {round}");
-                assert!(
-                    took < Duration::from_millis(100),
-                    "refused after {took:?} {round}"
-                );
-                assert_eq!(
-                    Client::udp(cgroup, to).timeout(SILENCE).run(),
-                    Outcome::Timeout
-                );
+                assert!(took < Duration::from_millis(100), "refused after {took:?} {round}");
+                assert_eq!(Client::udp(cgroup, to).timeout(SILENCE).run(), Outcome::Timeout);
             }
             assert_eq!(world.wire.to_remote(), [], "{round}");
             let _proxy = Server::start(PROXY, &[port]);
@@ -601,11 +522,7 @@ fn early_closes_send_nothing_to_the_true_destination() {
     assert_eq!(world.wire.to_remote(), []);
     daemon.stop();
 
-    let _daemon = Daemon::start(
-        &ground,
-        &format!("[global]\ndefault = mihomo\n{BASIC}"),
-        &[],
-    );
+    let _daemon = Daemon::start(&ground, &format!("[global]\ndefault = mihomo\n{BASIC}"), &[]);
     close_early(&cgroup, 100);
     close_early(&ground.root, 20);
     assert_eq!(world.wire.to_remote(), [], "with default = mihomo");
@@ -629,11 +546,7 @@ fn early_closes_of_direct_flows_reach_their_peer() {
             connections(&packets) == (40, 40)
         });
         let (opened, reset) = connections(&packets);
-        assert_eq!(
-            (opened, reset),
-            (40, 40),
-            "default = {default}: {packets:?}"
-        );
+        assert_eq!((opened, reset), (40, 40), "default = {default}: {packets:?}");
         assert!(daemon.stop().success());
     }
 }
@@ -654,20 +567,12 @@ fn everything_by_default() {
         let config = format!("[global]\ndefault = {default}\n{BASIC}");
         let daemon = Daemon::start(&ground, &config, &[]);
         world.wire.packets();
-        expect(&[
-            (&other, under(want)),
-            (&ground.root, under(want)),
-            (elsewhere, under(want)),
-        ]);
+        expect(&[(&other, under(want)), (&ground.root, under(want)), (elsewhere, under(want))]);
         if want == "drop" {
             assert_eq!(world.wire.to_remote(), []);
         }
         let [direct, drop, proxied] = cgroups.each_ref().map(|path| path.as_path());
-        expect(&[
-            (direct, under("direct")),
-            (drop, under("drop")),
-            (proxied, under(PROXY)),
-        ]);
+        expect(&[(direct, under("direct")), (drop, under("drop")), (proxied, under(PROXY))]);
         assert!(daemon.stop().success());
     }
 }
@@ -683,15 +588,9 @@ fn default_drop_keeps_the_host_on_its_link() {
     let _daemon = Daemon::start(&ground, &format!("[global]\ndefault = drop\n{BASIC}"), &[]);
     let cgroup = ground.cgroup("/direct");
     ground.outside(|| {
-        ip_batch(
-            &[],
-            "neigh del 2001:db8:1::1 dev out0\nneigh del 192.0.2.1 dev out0\n",
-        );
+        ip_batch(&[], "neigh del 2001:db8:1::1 dev out0\nneigh del 192.0.2.1 dev out0\n");
         for host in [HOST4, HOST6] {
-            let who = Client::ping(&ground.root, host)
-                .timeout(Duration::from_secs(3))
-                .run()
-                .who();
+            let who = Client::ping(&ground.root, host).timeout(Duration::from_secs(3)).run().who();
             assert_eq!(who, format!("echo {host}"));
         }
     });
@@ -736,10 +635,7 @@ fn several_proxies() {
     ";
     let cgroups = ["/a/b/c", "/a", "/own", "/lo"].map(|path| ground.cgroup(path));
     let _daemon = Daemon::start(&ground, config, &[]);
-    for (cgroup, who) in cgroups
-        .iter()
-        .zip(["proxy b", "proxy a", "proxy own", "proxy lo"])
-    {
+    for (cgroup, who) in cgroups.iter().zip(["proxy b", "proxy a", "proxy own", "proxy lo"]) {
         expect(&[(cgroup, under(who))]);
     }
 }
@@ -820,9 +716,7 @@ fn flow_over_reload(old: &str, new: &str, patience: Duration) -> Option<String> 
     let to = addr(REMOTE4, 9001);
     let flow = Client::tcp(&cgroup, to).timeout(patience).follow().spawn();
     let established = wait_until(Duration::from_secs(5), || {
-        let list = Command::new("ss")
-            .args(["-Htn", "state", "established"])
-            .output();
+        let list = Command::new("ss").args(["-Htn", "state", "established"]).output();
         let list = list.expect("run ss").stdout;
         String::from_utf8_lossy(&list).contains(&to.to_string())
     });
@@ -840,11 +734,7 @@ fn flow_over_reload(old: &str, new: &str, patience: Duration) -> Option<String> 
     let outcome = flow.wait().0;
     let served = matches!(outcome, Outcome::Answer(_)).then(|| outcome.who());
     let direct = served.as_ref().is_some_and(|who| who.starts_with("far"));
-    assert_eq!(
-        !sent.is_empty(),
-        direct,
-        "{old} to {new}: {outcome:?}, on the wire {sent:?}"
-    );
+    assert_eq!(!sent.is_empty(), direct, "{old} to {new}: {outcome:?}, on the wire {sent:?}");
     served
 }
 
@@ -859,40 +749,21 @@ fn a_policy_change_cuts_what_was_direct_and_spares_what_was_proxied() {
         ("direct|", "direct|drop = /app", cut),
         ("direct|", "direct|drop = /else", far),
         ("direct|mihomo = /app", "direct|", proxied),
-        (
-            "direct|mihomo = /app",
-            "direct|direct = /app/child\nmihomo = /app",
-            proxied,
-        ),
+        ("direct|mihomo = /app", "direct|direct = /app/child\nmihomo = /app", proxied),
         ("direct|mihomo = /app", "direct|drop = /app", cut),
         ("mihomo|", "mihomo|direct = /app", proxied),
-        (
-            "mihomo|direct = /app",
-            "mihomo|direct = /app\ndrop = /else",
-            far,
-        ),
+        ("mihomo|direct = /app", "mihomo|direct = /app\ndrop = /else", far),
         ("mihomo|direct = /app", "mihomo|", cut),
         ("drop|direct = /app", "drop|", cut),
         ("drop|direct = /app", "drop|direct = /app/child", far),
     ];
     // Each on a ground, hence a thread, of its own.
     let results = changes.map(|(old, new, want)| {
-        let patience = if want.is_some() {
-            PATIENCE
-        } else {
-            PATIENCE / 10
-        };
-        (
-            std::thread::spawn(move || flow_over_reload(old, new, patience)),
-            old,
-            new,
-            want,
-        )
+        let patience = if want.is_some() { PATIENCE } else { PATIENCE / 10 };
+        (std::thread::spawn(move || flow_over_reload(old, new, patience)), old, new, want)
     });
     for (result, old, new, want) in results {
-        let served = result
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let served = result.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         let want = want.map(|name| format!("{name} {}", addr(REMOTE4, 9001)));
         assert_eq!(served, want, "from {old} to {new}");
     }

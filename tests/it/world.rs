@@ -72,17 +72,9 @@ impl Server {
         }
         let (quit, stop) = pipe();
         let stopping = Arc::new(AtomicBool::new(false));
-        let serving = Serving {
-            name: name.to_owned(),
-            mode,
-            stopping: stopping.clone(),
-        };
+        let serving = Serving { name: name.to_owned(), mode, stopping: stopping.clone() };
         let thread = thread::spawn(move || serving.serve(&tcp, udp, &quit));
-        Server {
-            stop: Some(stop),
-            stopping,
-            thread: Some(thread),
-        }
+        Server { stop: Some(stop), stopping, thread: Some(thread) }
     }
 }
 
@@ -97,14 +89,8 @@ impl Drop for Server {
 }
 
 fn wildcards(ports: &[u16]) -> Vec<SocketAddr> {
-    let any = [
-        IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    ];
-    ports
-        .iter()
-        .flat_map(|port| any.map(|ip| SocketAddr::new(ip, *port)))
-        .collect()
+    let any = [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)];
+    ports.iter().flat_map(|port| any.map(|ip| SocketAddr::new(ip, *port))).collect()
 }
 
 struct Serving {
@@ -117,14 +103,10 @@ impl Serving {
     fn serve(&self, tcp: &[TcpListener], mut udp: Vec<UdpSocket>, quit: &OwnedFd) {
         let mut streams = Vec::new();
         loop {
-            let all = [quit.as_fd()]
-                .into_iter()
-                .chain(tcp.iter().map(AsFd::as_fd));
+            let all = [quit.as_fd()].into_iter().chain(tcp.iter().map(AsFd::as_fd));
             let all: Vec<BorrowedFd> = all.chain(udp.iter().map(AsFd::as_fd)).collect();
-            let mut fds: Vec<_> = all
-                .into_iter()
-                .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
-                .collect();
+            let mut fds: Vec<_> =
+                all.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
             let _ = poll(&mut fds, PollTimeout::NONE);
             let ready: Vec<bool> = fds.iter().map(|fd| fd.any().unwrap_or(true)).collect();
             if ready[0] {
@@ -136,9 +118,8 @@ impl Serving {
                 }
             }
             let readable = udp.iter().zip(&ready[1 + tcp.len()..]).filter(|x| *x.1);
-            let new: Vec<_> = readable
-                .filter_map(|(socket, _)| self.answer_udp(socket, &udp))
-                .collect();
+            let new: Vec<_> =
+                readable.filter_map(|(socket, _)| self.answer_udp(socket, &udp)).collect();
             udp.extend(new);
         }
         for listener in tcp {
@@ -194,11 +175,7 @@ impl Serving {
 /// A transparent socket that is bound to `at`, reports original destinations, and shares its port
 /// with sockets of other addresses.
 pub fn bind(at: SocketAddr, kind: c_int) -> OwnedFd {
-    let family = if at.is_ipv4() {
-        libc::AF_INET
-    } else {
-        libc::AF_INET6
-    };
+    let family = if at.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     // SAFETY: integers only; the descriptor is new, hence ours.
     let fd = unsafe {
         let fd = libc::socket(family, kind | libc::SOCK_CLOEXEC, 0);
@@ -224,21 +201,9 @@ pub fn bind(at: SocketAddr, kind: c_int) -> OwnedFd {
 fn set(fd: &OwnedFd, level: c_int, option: c_int, value: c_int) {
     let size = size_of::<c_int>() as libc::socklen_t;
     // SAFETY: reads one live c_int.
-    let rc = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            level,
-            option,
-            (&raw const value).cast(),
-            size,
-        )
-    };
-    assert_eq!(
-        rc,
-        0,
-        "setsockopt {level}/{option}: {}",
-        io::Error::last_os_error()
-    );
+    let rc =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), level, option, (&raw const value).cast(), size) };
+    assert_eq!(rc, 0, "setsockopt {level}/{option}: {}", io::Error::last_os_error());
 }
 
 /// Sender and original destination of the next datagram.
@@ -249,10 +214,7 @@ fn recv_datagram(socket: &UdpSocket) -> Option<(SocketAddr, SocketAddr)> {
     unsafe {
         let mut from: libc::sockaddr_storage = zeroed();
         let mut control = [0u64; 32];
-        let mut iov = libc::iovec {
-            iov_base: data.as_mut_ptr().cast(),
-            iov_len: data.len(),
-        };
+        let mut iov = libc::iovec { iov_base: data.as_mut_ptr().cast(), iov_len: data.len() };
         let mut msg: libc::msghdr = zeroed();
         msg.msg_name = (&raw mut from).cast();
         msg.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
@@ -358,11 +320,7 @@ pub struct Packet {
 
 impl fmt::Debug for Packet {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(
-            f,
-            "{:?} {} > {} flags {:#04x}",
-            self.proto, self.src, self.dst, self.flags
-        )
+        write!(f, "{:?} {} > {} flags {:#04x}", self.proto, self.src, self.dst, self.flags)
     }
 }
 
@@ -382,11 +340,7 @@ impl Wire {
         // Enough for some 50,000 packets between two calls of `packets`.
         set(&outside, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 64 << 20);
         set(&outside, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1);
-        Wire {
-            outside,
-            inside: packet_socket("in0", 0),
-            seen: VecDeque::new(),
-        }
+        Wire { outside, inside: packet_socket("in0", 0), seen: VecDeque::new() }
     }
 
     /// What the host sent since the last call. Exact: a packet that the host sent before this call
@@ -405,12 +359,7 @@ impl Wire {
             let fd = self.inside.as_raw_fd();
             // SAFETY: reads `frame` only.
             let rc = unsafe { libc::send(fd, frame.as_ptr().cast(), frame.len(), 0) };
-            assert_eq!(
-                rc,
-                60,
-                "unable to send a marker: {}",
-                io::Error::last_os_error()
-            );
+            assert_eq!(rc, 60, "unable to send a marker: {}", io::Error::last_os_error());
             markers += 1;
         }
         sched_setaffinity(Pid::from_raw(0), &home).expect("restore the affinity");
@@ -453,13 +402,7 @@ impl Wire {
         let rc = unsafe {
             let out = stats.as_mut_ptr().cast();
             let fd = self.outside.as_raw_fd();
-            libc::getsockopt(
-                fd,
-                libc::SOL_PACKET,
-                libc::PACKET_STATISTICS,
-                out,
-                &mut size,
-            )
+            libc::getsockopt(fd, libc::SOL_PACKET, libc::PACKET_STATISTICS, out, &mut size)
         };
         assert_eq!((rc, stats[1]), (0, 0), "the wire's buffer has overflowed");
     }
@@ -482,11 +425,7 @@ fn packet_socket(interface: &str, protocol: u16) -> OwnedFd {
         at.sll_protocol = protocol.to_be();
         at.sll_ifindex = interface_index(interface) as c_int;
         let size = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
-        assert_eq!(
-            libc::bind(fd, (&raw const at).cast(), size),
-            0,
-            "bind to {interface}"
-        );
+        assert_eq!(libc::bind(fd, (&raw const at).cast(), size), 0, "bind to {interface}");
         OwnedFd::from_raw_fd(fd)
     }
 }
@@ -498,19 +437,11 @@ fn parse(frame: &[u8]) -> Option<Packet> {
         4 => {
             let at = |n: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(ip.get(n..n + 4)?).ok()?));
             let header = usize::from(ip[0] & 15) * 4;
-            (
-                at(12)?.into(),
-                at(16)?.into(),
-                *ip.get(9)?,
-                ip.get(header..)?,
-            )
+            (at(12)?.into(), at(16)?.into(), *ip.get(9)?, ip.get(header..)?)
         }
         6 => {
-            let at = |n: usize| {
-                Some(Ipv6Addr::from(
-                    <[u8; 16]>::try_from(ip.get(n..n + 16)?).ok()?,
-                ))
-            };
+            let at =
+                |n: usize| Some(Ipv6Addr::from(<[u8; 16]>::try_from(ip.get(n..n + 16)?).ok()?));
             (at(8)?.into(), at(24)?.into(), *ip.get(6)?, ip.get(40..)?)
         }
         _ => return None,
@@ -523,10 +454,5 @@ fn parse(frame: &[u8]) -> Option<Packet> {
         _ => return None,
     };
     let (src, dst) = (SocketAddr::new(src, ports.0), SocketAddr::new(dst, ports.1));
-    Some(Packet {
-        proto,
-        src,
-        dst,
-        flags,
-    })
+    Some(Packet { proto, src, dst, flags })
 }

@@ -30,12 +30,9 @@ pub const REMOTE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 
 
 /// Mounts what every host has, and loads the modules that the driver chose, in its order.
 pub fn boot() {
-    for (kind, point) in [
-        ("proc", "/proc"),
-        ("sysfs", "/sys"),
-        ("tmpfs", "/run"),
-        ("cgroup2", "/sys/fs/cgroup"),
-    ] {
+    for (kind, point) in
+        [("proc", "/proc"), ("sysfs", "/sys"), ("tmpfs", "/run"), ("cgroup2", "/sys/fs/cgroup")]
+    {
         let [kind, at] = [kind, point].map(|text| CString::new(text).expect("no NUL"));
         let none = std::ptr::null();
         // SAFETY: two NUL-terminated strings; a source and data that the kernel need not read.
@@ -64,10 +61,7 @@ impl Ground {
     pub fn new() -> Ground {
         let inside = namespace();
         unshare(CloneFlags::CLONE_NEWNET).expect("unshare the outside network");
-        let ground = Ground {
-            inside,
-            outside: namespace(),
-        };
+        let ground = Ground { inside, outside: namespace() };
         setns(&ground.inside, CloneFlags::CLONE_NEWNET).expect("return from the outside");
         ping_for_all();
         let mut link = Link::open();
@@ -98,11 +92,7 @@ impl Ground {
         for remote in [REMOTE4, REMOTE6] {
             let echo = format!("echo {remote}");
             let ping = || Client::ping(&at("/"), remote).run().who();
-            assert!(
-                wait_until(PATIENCE, || ping() == echo),
-                "no way to {remote}: {}",
-                ping()
-            );
+            assert!(wait_until(PATIENCE, || ping() == echo), "no way to {remote}: {}", ping());
         }
         ground
     }

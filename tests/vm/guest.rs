@@ -149,15 +149,9 @@ fn lifecycle(ground: &Ground) -> String {
     let id = cgtproxy::sys::cgroup_id(root.as_fd(), c"proxied/child");
     format!(
         "linux {}, {} bit {} endian, cgroup id {:#x} (inode {inode:#x}), resident {rss} KiB",
-        fs::read_to_string("/proc/sys/kernel/osrelease")
-            .unwrap_or_default()
-            .trim(),
+        fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
         usize::BITS,
-        if cfg!(target_endian = "big") {
-            "big"
-        } else {
-            "little"
-        },
+        if cfg!(target_endian = "big") { "big" } else { "little" },
         id.expect("the cgroup id"),
     )
 }
@@ -167,16 +161,10 @@ fn refusal() {
     configure(RULES);
     let mut said = String::new();
     for command in ["run", "check"] {
-        let out = Command::new(PROGRAM)
-            .arg(command)
-            .output()
-            .expect("start cgtproxy");
+        let out = Command::new(PROGRAM).arg(command).output().expect("start cgtproxy");
         let text = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
         println!("\nVM {command}: {:?}: {text}", out.status.code());
-        assert!(
-            text.contains("5.13"),
-            "{command} does not name the version: {text}"
-        );
+        assert!(text.contains("5.13"), "{command} does not name the version: {text}");
         // what is wrong is the host, not the configuration
         let status = if command == "run" { 1 } else { 0 };
         assert_eq!(out.status.code(), Some(status), "{command}: {text}");
@@ -225,24 +213,13 @@ fn expect(world: &mut World, cgroups: &[(&str, &str)]) {
 fn await_answer(cgroup: &str, who: &str) {
     let (cgroup, who) = (at(cgroup), format!("{who} {REMOTE4}:80"));
     let ask = || Client::tcp(&cgroup, (REMOTE4, 80).into()).run().who();
-    assert!(
-        wait_until(PATIENCE, || ask() == who),
-        "{}: {}",
-        cgroup.display(),
-        ask()
-    );
+    assert!(wait_until(PATIENCE, || ask() == who), "{}: {}", cgroup.display(), ask());
 }
 
 fn status_kib(pid: Pid, key: &str) -> u64 {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).expect("read status");
-    let line = text
-        .lines()
-        .find(|l| l.starts_with(key))
-        .expect("a status line");
-    line.split_whitespace()
-        .nth(1)
-        .and_then(|n| n.parse().ok())
-        .expect("a number")
+    let line = text.lines().find(|l| l.starts_with(key)).expect("a status line");
+    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
 }
 
 /// `cgtproxy`, started as packages start it, with the socket that it tells its state on.
@@ -256,14 +233,8 @@ impl Daemon {
         const NOTIFY: &str = "/run/notify";
         let _ = fs::remove_file(NOTIFY);
         let state = UnixDatagram::bind(NOTIFY).expect("bind the notify socket");
-        state
-            .set_read_timeout(Some(PATIENCE))
-            .expect("set a timeout");
-        let log = File::options()
-            .append(true)
-            .create(true)
-            .open(LOG)
-            .expect("open the log");
+        state.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+        let log = File::options().append(true).create(true).open(LOG).expect("open the log");
         let child = Command::new(PROGRAM)
             .args(["-p", PIDFILE])
             .env("NOTIFY_SOCKET", NOTIFY)

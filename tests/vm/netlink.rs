@@ -71,12 +71,7 @@ impl Link {
     pub fn address(&mut self, index: u32, ip: IpAddr, prefix: u8) {
         const RTM_NEWADDR: u16 = 20;
         const IFA_F_NODAD: u8 = 2;
-        let mut header = vec![
-            family(ip),
-            prefix,
-            if ip.is_ipv6() { IFA_F_NODAD } else { 0 },
-            0,
-        ];
+        let mut header = vec![family(ip), prefix, if ip.is_ipv6() { IFA_F_NODAD } else { 0 }, 0];
         header.extend(index.to_ne_bytes());
         self.request(RTM_NEWADDR, NEW, &header, |b| {
             b.raw(2, &octets(ip)); // IFA_LOCAL
@@ -234,17 +229,11 @@ fn dump(
         batch.header(header);
         batch.end(open);
     };
-    socket
-        .dump(&request, each)
-        .expect("read from netlink")
-        .expect("a dump")
+    socket.dump(&request, each).expect("read from netlink").expect("a dump")
 }
 
 fn ifinfomsg(index: u32, up: u32) -> Vec<u8> {
-    [0, index, up, up]
-        .iter()
-        .flat_map(|n: &u32| n.to_ne_bytes())
-        .collect()
+    [0, index, up, up].iter().flat_map(|n: &u32| n.to_ne_bytes()).collect()
 }
 
 fn family(ip: IpAddr) -> u8 {

@@ -60,10 +60,7 @@ pub fn test(ground: &Ground) -> &'static str {
     let reaches = |ip| wait_until(PATIENCE, || Flow::new(&lan, ip).ask().is_some());
     let _world = World::new(ground);
     let _proxy = Server::start(PROXY, &[7893]);
-    assert!(
-        reaches(REMOTE4) && reaches(REMOTE6),
-        "no way for the client"
-    );
+    assert!(reaches(REMOTE4) && reaches(REMOTE6), "no way for the client");
 
     let gateway = |target: &str| {
         let section = format!("[gateway lan]\ninterface = lan0\ntarget = {target}\n");
@@ -74,11 +71,7 @@ pub fn test(ground: &Ground) -> &'static str {
     let old = [REMOTE4, REMOTE6].map(|ip| Flow::new(&lan, ip));
     for flow in &old {
         flow.expect("remote");
-        assert!(
-            wait_until(PATIENCE, || flow.offloaded()),
-            "{}",
-            flow.entry()
-        );
+        assert!(wait_until(PATIENCE, || flow.offloaded()), "{}", flow.entry());
         flow.expect("remote");
     }
     gateway("drop");
