@@ -36,6 +36,8 @@ pub struct Kernel {
     flags: Option<u32>,
     /// False once this host has turned out to have no IPv6.
     ipv6: bool,
+    /// Routes over lo were refused, for it is down.
+    lo_is_down: bool,
     /// Notifications, for the daemon; those of nftables only where we cannot own the table.
     nft_events: Option<(Socket, Follower)>,
     rt_events: Option<Socket>,
@@ -66,6 +68,7 @@ impl Kernel {
             rt,
             flags: table_flags(),
             ipv6: true,
+            lo_is_down: false,
             nft_events: None,
             rt_events: None,
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
@@ -219,16 +222,19 @@ impl Kernel {
     }
 
     /// Adds what is wanted and missing of the ip rules and routes, and keeps the rest: make before
-    /// break. That this host has no IPv6 is told once, and it is tried again each time.
+    /// break. That this host has no IPv6 is told once, and it is tried again each time. While lo is
+    /// down, which is told once too, the routes have to wait: a notification tells when it is up, and
+    /// until then the table's guard drops what cannot reach it.
     ///
-    /// Returns how many entries were missing. Errors: the first entry that could not be added; the
+    /// Returns how many entries were missing and are there now. Errors: the first entry that could not be added; the
     /// other family was tried all the same.
     pub fn add_routing(&mut self, config: &Config) -> Result<usize> {
-        let (mut added, mut failed) = (0, None);
+        let (mut added, mut failed, mut lo_is_down) = (0, None, false);
         for family in Family::BOTH {
             match self.add_family(config, family) {
-                Ok(count) => {
+                Ok((count, down)) => {
                     added += count;
+                    lo_is_down |= down;
                     if family == Family::V6 && !std::mem::replace(&mut self.ipv6, true) {
                         log!(Notice, "IPv6 is on now");
                     }
@@ -242,28 +248,31 @@ impl Kernel {
                 Err(error) => failed = failed.or(Some(error)),
             }
         }
+        if lo_is_down && !self.lo_is_down {
+            let text = "lo is down: what goes to a tproxy is dropped until it is up";
+            log!(Warning, "{text} (ip link set lo up)");
+        }
+        self.lo_is_down = lo_is_down;
         failed.map_or(Ok(added), Err)
     }
 
-    fn add_family(&mut self, config: &Config, family: Family) -> Result<usize> {
+    /// How many were added, and whether some were not because lo is down.
+    fn add_family(&mut self, config: &Config, family: Family) -> Result<(usize, bool)> {
         let have = self.routing(family)?;
-        let mut added = 0;
+        let (mut added, mut lo_is_down) = (0, false);
         for entry in plan::routing(config, &[family]).difference(&have) {
             match self.route_request(entry, true) {
                 Ok(()) => added += 1,
                 // somebody else's entry of the same effect
                 Err(Errno::EEXIST) => {}
+                Err(Errno::ENETDOWN) => lo_is_down = true,
                 Err(errno) => {
                     let what = format!("unable to do `{}`", entry.command("add"));
-                    let error = Error::system(what, errno);
-                    return Err(match errno {
-                        Errno::ENETDOWN => error.hint("bring lo up: ip link set lo up"),
-                        _ => error,
-                    });
+                    return Err(Error::system(what, errno));
                 }
             }
         }
-        Ok(added)
+        Ok((added, lo_is_down))
     }
 
     /// Deletes rules and routes of ours that are not wanted (all, without a configuration), and

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::client::{expect, under, Client};
+use crate::client::{expect, under, Client, Proto, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
-use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
+use crate::gateway::Lan;
+use crate::ground::{addr, ip_batch, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, nft, residue, state};
 use crate::wait_until;
 use crate::world::{Server, World};
@@ -291,4 +292,54 @@ fn a_program_that_keeps_deleting_meets_pauses() {
     assert!(deleted >= 100 && deleted <= 175, "{deleted} deletions");
     daemon.signal(Signal::SIGUSR1);
     assert!(wait_until(Duration::from_secs(70), || residue().matches("iif lo lookup").count() == 2));
+}
+
+/// As where this program is started before the network is (OpenWrt): the kernel takes no IPv6 route
+/// over lo while that is down.
+#[test]
+fn lo_may_be_down_at_the_start() {
+    let Some(ground) = Ground::new("lodown") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
+    ip_batch(&[], "link set lo down\n");
+    let config = format!("{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = mihomo\n");
+    let daemon = Daemon::start(&ground, &config, &[]);
+    await_member(&proxied, "mihomo");
+    // in force: nothing of a tproxy goes anywhere, and the rest as ever
+    world.wire.packets();
+    expect(&[(&dropped, under("drop"))]);
+    for proto in [Proto::Tcp, Proto::Udp] {
+        for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
+            let client = Client::new(&proxied, proto, to).timeout(SILENCE);
+            assert_eq!(client.run().who(), "nobody");
+            // the kernel does take the IPv4 route, which is all that those of the LAN need
+            let who = lan.client(0).run(|| client.run()).who();
+            assert!(who == "nobody" || who == format!("{PROXY} {to}"), "{who}");
+        }
+    }
+    assert_eq!(world.wire.to_remote(), []);
+    // said once, also where something else is repaired meanwhile
+    for family in ["-4", "-6"] {
+        assert!(shell(&format!("ip {family} rule del pref 100 iif lo")));
+    }
+    let rules = || residue().matches("iif lo").count() == 2;
+    assert!(wait_until(Duration::from_secs(5), rules), "{}\n{}", residue(), daemon.logs());
+    assert_eq!(daemon.logs().matches("lo is down").count(), 1, "{}", daemon.logs());
+    assert!(!daemon.logs().contains("trying again"), "{}", daemon.logs());
+
+    let up = Instant::now();
+    ip_batch(&[], "link set lo up\n");
+    let routes = || residue().matches("2 default dev lo table 300").count() == 2;
+    assert!(wait_until(Duration::from_secs(5), routes), "{}\n{}", residue(), daemon.logs());
+    println!("routes {:?} after lo was up", up.elapsed());
+    expect(&[(&dropped, under("drop")), (&proxied, under(PROXY))]);
+    lan.proxied(0);
+    // and at run time
+    ip_batch(&[], "link set lo down\nlink set lo up\n");
+    assert!(wait_until(Duration::from_secs(5), routes), "{}\n{}", residue(), daemon.logs());
+    expect(&[(&proxied, under(PROXY))]);
 }
