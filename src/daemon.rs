@@ -65,6 +65,10 @@ const SOON: Duration = Duration::from_millis(50);
 /// How often every descriptor is read where they cannot be polled.
 const LOOK_BLINDLY: Duration = Duration::from_millis(50);
 
+/// What the daemon listens to.
+const SIGNALS: [Signal; 5] =
+    [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGUSR2];
+
 /// A directory tree under watch, and what is known of it.
 struct Cgroups {
     root: mount::Root,
@@ -101,14 +105,14 @@ struct Ready {
     kernel: bool,
 }
 
-/// Runs until SIGTERM or SIGINT.
+/// Runs until SIGTERM, SIGINT or SIGUSR2.
 ///
 /// Errors: what made it impossible to start; what remained in the kernel at the end. Later refusals
 /// of the kernel are logged and tried again.
 pub fn run(mut options: Options) -> Result<()> {
     // blocked before anything is set up, so that none is lost or kills us half-way
     let mut signals = SigSet::empty();
-    for signal in [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1] {
+    for signal in SIGNALS {
         signals.add(signal);
     }
     let refused = |errno| Error::system("unable to receive signals", errno);
@@ -382,6 +386,7 @@ impl Daemon {
                         log!(Notice, "status: {}", self.summary());
                         self.warn();
                     }
+                    Some(Signal::SIGUSR2) => return self.leave(),
                     Some(_) => return self.stop(),
                 }
             }
@@ -617,19 +622,32 @@ impl Daemon {
 
     /// The end: nothing stays behind, unless on-exit = keep.
     fn stop(&mut self) -> Result<()> {
-        self.notify.stopping();
-        let result = match self.cgroups.core.config().on_exit {
-            OnExit::Keep => Ok(()),
-            // once more, since the reason may have been a lack of memory that is over
-            OnExit::Remove => self.remove().or_else(|_| self.remove()),
-        };
-        if let Some(file) = &self.options.pidfile {
-            let _ = std::fs::remove_file(file);
+        if self.cgroups.core.config().on_exit == OnExit::Keep {
+            return self.leave();
         }
+        self.notify.stopping();
+        // once more, since the reason may have been a lack of memory that is over
+        let result = self.remove().or_else(|_| self.remove());
+        self.remove_pidfile();
         if result.is_ok() {
             log!(Notice, "stopped");
         }
         result
+    }
+
+    /// The end of a daemon that another one follows, as in a restart or an upgrade: table, rules
+    /// and routes stay in force, and the next start takes them over.
+    fn leave(&mut self) -> Result<()> {
+        self.notify.stopping();
+        self.remove_pidfile();
+        log!(Notice, "stopped; table, rules and routes are left in force for the next start");
+        Ok(())
+    }
+
+    fn remove_pidfile(&self) {
+        if let Some(file) = &self.options.pidfile {
+            let _ = std::fs::remove_file(file);
+        }
     }
 
     /// The table first: without it no packet is marked, so none misses the rules.

@@ -5,6 +5,7 @@ use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
@@ -13,6 +14,10 @@ use crate::error::{Error, Result};
 use crate::log;
 
 const NAME: &[u8] = b"cgtproxy";
+
+/// How long one that is about to end is waited for, as in a restart, and how often it is looked at.
+const PATIENCE: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// The lock.
 pub struct Instance {
@@ -24,8 +29,20 @@ pub struct Instance {
 }
 
 impl Instance {
+    /// Waits shortly for another instance to end.
+    ///
     /// Errors: another instance runs; its pid is said.
     pub fn claim() -> Result<Instance> {
+        let start = Instant::now();
+        loop {
+            match Instance::try_claim() {
+                Err(_) if start.elapsed() < PATIENCE => std::thread::sleep(PAUSE),
+                other => return other,
+            }
+        }
+    }
+
+    fn try_claim() -> Result<Instance> {
         let with = |listener| Instance { listener, deaf: Cell::new(false) };
         let refused = |e: std::io::Error| Error::State(format!("unable to lock the instance: {e}"));
         let name = SocketAddr::from_abstract_name(NAME).map_err(refused)?;

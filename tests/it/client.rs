@@ -63,7 +63,7 @@ enum Act {
     CloseEarly(u32),
     /// A hundred times: one datagram, and the socket is closed before an answer can come.
     SendAndClose,
-    /// Datagrams without pause until killed, errors notwithstanding.
+    /// Datagrams, or new connections, without pause until killed, errors notwithstanding.
     Flood,
     /// Datagrams without pause until the output hook denies one (EPERM).
     UntilDenied,
@@ -515,6 +515,16 @@ impl Job {
     }
 
     fn flood(&self) -> ! {
+        while self.proto == Proto::Tcp {
+            if let Ok(fd) = self.socket() {
+                // SAFETY: a sockaddr of the length that goes with it; `fd` is ours.
+                unsafe {
+                    libc::connect(fd, (&raw const self.to.0).cast(), self.to.1);
+                    pause(Duration::from_millis(1));
+                    libc::close(fd);
+                }
+            }
+        }
         loop {
             if let Ok(fd) = self.connect(now()) {
                 for _ in 0..100 {

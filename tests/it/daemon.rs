@@ -191,6 +191,12 @@ impl Daemon {
         self.wait()
     }
 
+    /// SIGUSR2, which leaves everything in force.
+    pub fn leave(mut self) {
+        self.signal(Signal::SIGUSR2);
+        assert_eq!(self.wait().code(), Some(0), "{}", self.logs());
+    }
+
     /// Waits for its end; one that does not end is killed, which its status then tells.
     pub fn wait(&mut self) -> ExitStatus {
         wait_until(READY, || self.child.try_wait().is_ok_and(|status| status.is_some()));

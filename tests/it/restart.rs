@@ -1,15 +1,21 @@
-//! Restarts with `on-exit = keep`, as an upgrade does them: there is no moment without rules.
+//! Restarts as service scripts and upgrades do them: the next daemon takes over what the last one
+//! has left, and there is no moment without rules.
 
-use crate::client::Client;
-use crate::daemon::Daemon;
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use crate::client::{Client, Running};
+use crate::daemon::{Daemon, UNOWNED};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
-use crate::kernel::{residue, state};
-use crate::sized;
+use crate::kernel::{await_member, ip_rules, residue, state};
 use crate::world::{Server, World};
+use crate::{sized, wait_until};
 
 const CONFIG: &str = "
-[global]
-on-exit = keep
 [tproxy mihomo]
 port = 7893
 [rules]
@@ -17,46 +23,191 @@ drop   = /drop
 mihomo = /proxied
 ";
 
-#[test]
-fn a_restart_leaves_no_moment_without_rules() {
-    let Some(ground) = Ground::new("restart") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start("proxy mihomo", &[7893]);
-    let direct = ground.cgroup("/direct");
+/// Floods out of a dropped and a proxied cgroup: TCP and UDP, both families.
+fn floods(ground: &Ground) -> Vec<Running> {
     let cgroups = ["/drop", "/proxied"].map(|path| ground.cgroup(path));
-    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
-    let before = state();
-    let floods = [REMOTE4, REMOTE6].map(|ip| {
-        [&cgroups[0], &cgroups[1]].map(|cgroup| Client::udp(cgroup, addr(ip, 7)).flood().spawn())
+    let kinds = cgroups.iter().flat_map(|cgroup| {
+        let to = |ip| [Client::udp(cgroup, addr(ip, 7)), Client::tcp(cgroup, addr(ip, 7))];
+        [REMOTE4, REMOTE6].into_iter().flat_map(to)
     });
+    kinds.map(|client| client.flood().spawn()).collect()
+}
+
+/// The floods do reach the wire where nothing holds them back.
+fn floods_are_seen(ground: &Ground, world: &mut World) {
+    let direct = ground.cgroup("/direct");
+    for client in [Client::udp(&direct, addr(REMOTE4, 7)), Client::tcp(&direct, addr(REMOTE6, 7))] {
+        let _flood = client.flood().spawn();
+        assert!(wait_until(Duration::from_secs(5), || !world.wire.to_remote().is_empty()));
+    }
+}
+
+/// What is done to ip rules and routes, as `ip monitor` tells it.
+struct Monitor {
+    child: Child,
+    file: PathBuf,
+}
+
+impl Monitor {
+    fn start(ground: &Ground) -> Monitor {
+        let file = ground.dir.join("monitor");
+        let out = File::create(&file).expect("make a file");
+        let mut ip = Command::new("ip");
+        ip.args(["-N", "monitor", "rule", "route"]).stdin(Stdio::null()).stdout(out);
+        let monitor = Monitor { child: ip.spawn().expect("start ip"), file };
+        // listening once it tells of a rule that comes and goes
+        let told = wait_until(Duration::from_secs(5), || {
+            for verb in ["add", "del"] {
+                let rule = ["rule", verb, "pref", "7", "fwmark", "0x7", "lookup", "7"];
+                assert!(Command::new("ip").args(rule).status().expect("start ip").success());
+            }
+            monitor.lines().iter().any(|line| line.contains("Deleted"))
+        });
+        assert!(told, "ip monitor tells nothing");
+        monitor
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let text = fs::read_to_string(&self.file).expect("read what ip monitor says");
+        text.lines().map(str::to_owned).collect()
+    }
+
+    fn deleted(&self) -> Vec<String> {
+        let mut lines = self.lines();
+        lines.retain(|line| line.contains("Deleted") && !line.contains("fwmark 0x7 "));
+        lines
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// SIGUSR2, SIGTERM with on-exit = keep and SIGKILL by turns, each followed by a start.
+fn hand_overs(ground: &Ground, env: &[(&str, &str)]) {
+    let mut world = World::new(ground);
+    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let start = |config: &str| {
+        let mut daemon = Daemon::spawn(ground, config, &[], env);
+        assert!(daemon.ready(), "{}", daemon.logs());
+        daemon
+    };
+    let keep = format!("[global]\non-exit = keep\n{CONFIG}");
+    let mut daemon = start(CONFIG);
+    let floods = floods(ground);
+    await_member(&ground.at("/proxied"), "mihomo");
+    let before = state();
+    let monitor = Monitor::start(ground);
     world.wire.packets();
-    let times = sized(10, 100);
+    let times = sized(21, 210);
     let mut leaked = Vec::new();
     for i in 0..times {
-        match i % 2 {
-            0 => assert_eq!(daemon.stop().code(), Some(0)),
+        let end = i % 3;
+        match end {
+            0 => daemon.leave(),
+            1 => assert_eq!(daemon.stop().code(), Some(0)),
             _ => daemon.kill9(),
         }
         leaked.extend(world.wire.to_remote());
         assert_eq!(state(), before, "restart {i}: between the two");
-        daemon = Daemon::start(&ground, CONFIG, &[]);
+        daemon = start(if end == 0 { &keep } else { CONFIG });
         leaked.extend(world.wire.to_remote());
         assert_eq!(state(), before, "restart {i}");
     }
-    println!("{} packets of 4 floods leaked in {times} restarts", leaked.len());
+    println!("{} packets of {} floods leaked in {times} restarts", leaked.len(), floods.len());
     assert_eq!(leaked, []);
+    assert_eq!(monitor.deleted(), [""; 0], "rules and routes are taken over as they are");
     drop(floods);
-    // The floods do reach the wire where nothing holds them back.
-    let flood = Client::udp(&direct, addr(REMOTE4, 7)).flood().spawn();
-    let passed =
-        crate::wait_until(std::time::Duration::from_secs(5), || !world.wire.to_remote().is_empty());
-    assert!(passed);
-    drop(flood);
+    floods_are_seen(ground, &mut world);
     // a stop with another configuration removes all
-    daemon.configure(&CONFIG.replace("keep", "remove"));
+    daemon.configure(CONFIG);
     daemon.reload();
     assert!(daemon.stop().success());
+    assert_eq!(residue(), "");
+}
+
+#[test]
+fn a_restart_leaves_no_moment_without_rules() {
+    if let Some(ground) = Ground::new("restart") {
+        hand_overs(&ground, &[]);
+    }
+}
+
+#[test]
+fn nor_where_the_table_cannot_be_owned() {
+    if let Some(ground) = Ground::new("restart-old") {
+        hand_overs(&ground, &[UNOWNED]);
+    }
+}
+
+/// The next one may start while the last one still runs: it waits for its end.
+#[test]
+fn the_next_one_waits_for_the_last() {
+    let Some(ground) = Ground::new("overlap") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
+    let floods = floods(&ground);
+    let before = state();
+    world.wire.packets();
+    for i in 0..sized(20, 200) {
+        let mut next = Daemon::spawn(&ground, CONFIG, &[], &[]);
+        // before, while and after the next one looks
+        std::thread::sleep(Duration::from_millis(i as u64 % 20));
+        daemon.leave();
+        assert!(next.ready(), "{i}: {}", next.logs());
+        assert_eq!(state(), before, "{i}");
+        daemon = next;
+    }
+    assert_eq!(world.wire.to_remote(), []);
+    drop(floods);
+    // not for ever
+    let start = Instant::now();
+    let mut second = Daemon::spawn(&ground, CONFIG, &[], &[]);
+    assert_eq!(second.wait().code(), Some(1));
+    assert!(second.logs().contains("already running"), "{}", second.logs());
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    assert_eq!(state(), before);
+    assert!(daemon.stop().success());
+    assert_eq!(residue(), "");
+}
+
+/// Whatever on-exit says, and at any moment: also while it starts.
+#[test]
+fn left_at_any_moment() {
+    let Some(ground) = Ground::new("leave") else {
+        return;
+    };
+    for i in 0..300 {
+        ground.cgroup(&format!("/drop/{i}"));
+    }
+    ground.cgroup("/proxied");
+    let pidfile = ground.dir.join("pid");
+    let options = ["-p", pidfile.to_str().expect("UTF-8")];
+    let daemon = Daemon::start(&ground, CONFIG, &options);
+    let before = state();
+    assert!(pidfile.exists());
+    let log = daemon.config.with_extension("log");
+    daemon.leave();
+    assert!(!pidfile.exists());
+    let said = fs::read_to_string(log).expect("read the log");
+    assert!(said.contains("left in force for the next start"), "{said}");
+    assert_eq!(state(), before);
+    for i in 0..sized(30, 300) {
+        let mut daemon = Daemon::spawn(&ground, CONFIG, &options, &[]);
+        std::thread::sleep(Duration::from_micros(i as u64 * 577 % 20_000));
+        daemon.signal(Signal::SIGUSR2);
+        let status = daemon.wait();
+        // before it has blocked signals, this one ends it; it has touched nothing then
+        assert!(matches!(status.code(), Some(0) | None), "{status}: {}", daemon.logs());
+        assert_eq!(state(), before, "{status}");
+    }
+    assert!(!ip_rules("-4").is_empty());
+    assert!(Daemon::start(&ground, CONFIG, &[]).stop().success());
     assert_eq!(residue(), "");
 }
