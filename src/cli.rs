@@ -1,7 +1,6 @@
 //! The command line: options to a command, its errors to messages and the exit status.
 
 use std::ffi::OsString;
-use std::io::Write;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -112,12 +111,7 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             // a command line's reader gets every line, whatever the log does
-            for line in error.to_string().lines() {
-                let _ = writeln!(std::io::stderr(), "error: {line}");
-                if log::to_syslog() {
-                    log!(Error, "{line}");
-                }
-            }
+            error.to_string().lines().for_each(log::last_words);
             ExitCode::from(error.exit_status())
         }
     }

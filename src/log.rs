@@ -4,12 +4,13 @@
 
 use std::cell::RefCell;
 use std::fmt;
-use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{send, MsgFlags};
+use nix::sys::stat::fstat;
 use syslog::{Facility, LogFormat, Severity};
 
 use crate::sys;
@@ -66,6 +67,8 @@ const BURST: u32 = 200;
 struct Log {
     level: Level,
     syslog: bool,
+    /// systemd's journal reads standard error.
+    journal: bool,
     socket: Option<UnixDatagram>,
     /// Lines that could not be written, not yet told.
     lost: u64,
@@ -81,6 +84,7 @@ thread_local! {
         RefCell::new(Log {
             level: Level::Notice,
             syslog: false,
+            journal: false,
             socket: None,
             lost: 0,
             held: 0,
@@ -95,12 +99,36 @@ pub fn configure(level: Level, syslog: bool) {
     LOG.with_borrow_mut(|log| {
         log.level = level;
         log.syslog = syslog;
+        log.journal = read_by_journal(io::stderr().as_fd());
     });
 }
 
-/// Whether lines go to syslog.
-pub fn to_syslog() -> bool {
-    LOG.with_borrow(|log| log.syslog)
+/// Whether systemd's journal reads what is written to `fd`: systemd.exec(5), JOURNAL_STREAM.
+pub fn read_by_journal(fd: BorrowedFd) -> bool {
+    let named = std::env::var("JOURNAL_STREAM").unwrap_or_default();
+    let is = |stat: nix::sys::stat::FileStat| named == format!("{}:{}", stat.st_dev, stat.st_ino);
+    !named.is_empty() && fstat(fd).is_ok_and(is)
+}
+
+/// A line as it is written: with its level for people and, for the journal, for its PRIORITY field
+/// (sd-daemon(3)).
+pub fn line(journal: bool, level: Level, text: &str) -> String {
+    match journal {
+        true => format!("<{}>{}: {text}\n", level.severity() as u8, level.name()),
+        false => format!("{}: {text}\n", level.name()),
+    }
+}
+
+/// Tells what ends a command: on standard error, unless `-s` has it in syslog and nobody sits at a
+/// terminal. So a supervisor that logs standard error does not log it twice.
+pub fn last_words(text: &str) {
+    LOG.with_borrow_mut(|log| {
+        let told = log.syslog && log.emit(Level::Error, text);
+        let stderr = io::stderr();
+        if !told || stderr.is_terminal() {
+            let _ = stderr.lock().write_all(line(log.journal, Level::Error, text).as_bytes());
+        }
+    });
 }
 
 /// Whether a line of this level would be written.
@@ -158,7 +186,7 @@ impl Log {
         }
         let stderr = io::stderr();
         sys::writable_now(stderr.as_fd()) && {
-            let line = format!("{}: {text}\n", level.name());
+            let line = line(self.journal, level, text);
             stderr.lock().write_all(line.as_bytes()).is_ok()
         }
     }

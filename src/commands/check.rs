@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -17,6 +18,8 @@ use crate::confine;
 use crate::error::{reason, Error, Result};
 use crate::kernel::{self, Kernel};
 use crate::listen;
+use crate::log;
+use crate::log::Level;
 use crate::netlink::uapi::*;
 use crate::nft::encode::Probe;
 use crate::nft::expr::{Expr, Family, L4};
@@ -24,37 +27,126 @@ use crate::nft::ruleset::{Base, TABLE};
 use crate::route::{self, Other};
 use crate::sys;
 
-/// What was found, as it is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Ok,
+    /// Degraded, or a risk.
+    Warning,
+    /// `run` fails, or the policy is void.
+    Error,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Ok => "ok",
+            Kind::Warning => Level::Warning.name(),
+            Kind::Error => Level::Error.name(),
+        }
+    }
+
+    fn level(self) -> Level {
+        match self {
+            Kind::Ok => Level::Info,
+            Kind::Warning => Level::Warning,
+            Kind::Error => Level::Error,
+        }
+    }
+}
+
+/// What was found, in the order in which it was looked for.
 #[derive(Default)]
-struct Findings(String);
+struct Findings(Vec<(Kind, String)>);
 
 impl Findings {
     fn ok(&mut self, text: impl AsRef<str>) {
-        self.add("ok", text.as_ref());
+        self.add(Kind::Ok, text.as_ref());
     }
 
-    /// Degraded, or a risk.
     fn warning(&mut self, text: impl AsRef<str>) {
-        self.add("warning", text.as_ref());
+        self.add(Kind::Warning, text.as_ref());
     }
 
-    /// Does not work.
     fn error(&mut self, text: impl AsRef<str>) {
-        self.add("error", text.as_ref());
+        self.add(Kind::Error, text.as_ref());
     }
 
-    fn add(&mut self, kind: &str, text: &str) {
+    fn add(&mut self, kind: Kind, text: &str) {
         // a file name may hold a newline: one finding is one line
-        self.0.push_str(&format!("{kind}: {}\n", text.replace('\n', " ")));
+        self.0.push((kind, text.replace('\n', " ")));
     }
+
+    fn count(&self, kind: Kind) -> usize {
+        self.0.iter().filter(|(found, _)| *found == kind).count()
+    }
+
+    fn summary(&self) -> String {
+        let many = |n, what| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
+        let (errors, warnings) = (self.count(Kind::Error), self.count(Kind::Warning));
+        let ok = self.count(Kind::Ok);
+        format!("{}, {}, {ok} ok", many(errors, "error"), many(warnings, "warning"))
+    }
+
+    /// The worst last, where a terminal shows it, and then how many.
+    fn text(&self, reader: Reader) -> String {
+        let mut found: Vec<&(Kind, String)> = self.0.iter().collect();
+        found.sort_by_key(|(kind, _)| *kind);
+        found.retain(|(kind, _)| reader == Reader::Person || *kind > Kind::Ok);
+        let mut text = String::new();
+        for (kind, finding) in found {
+            text += &match reader {
+                Reader::Journal => log::line(true, kind.level(), finding),
+                Reader::Person | Reader::Log => format!("{}: {finding}\n", kind.name()),
+            };
+        }
+        text + &self.summary() + "\n"
+    }
+
+    /// Sends what is wrong to syslog, where it is asked for.
+    fn log(&self) {
+        let wrong = || self.0.iter().filter(|(kind, _)| *kind > Kind::Ok);
+        wrong().for_each(|(kind, text)| log::write(kind.level(), format_args!("{text}")));
+        if wrong().next().is_some() {
+            log!(Notice, "check: {}", self.summary());
+        }
+    }
+}
+
+/// Who reads what is found. A log gets what is wrong alone.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reader {
+    Person,
+    /// The terminal of whoever starts the service; the log has its lines already (`-s`).
+    Log,
+    /// By its own kind of priorities.
+    Journal,
 }
 
 pub fn check(options: &Options) -> Result<ExitCode> {
     let mut findings = Findings::default();
     let (config, wrong) = configuration(options, &mut findings)?;
-    let config = Rc::new(config);
-    cgroups(&config, &mut findings);
-    old_controllers(&mut findings);
+    look_at_host(&Rc::new(config), &mut findings)?;
+    let reader = match (options.syslog, log::read_by_journal(std::io::stdout().as_fd())) {
+        (true, _) => Reader::Log,
+        (false, true) => Reader::Journal,
+        (false, false) => Reader::Person,
+    };
+    if options.syslog {
+        log::configure(Level::Notice.louder(options.verbose), true);
+        findings.log();
+        log::configure(Level::Notice.louder(options.verbose), false);
+    }
+    super::print(&findings.text(reader))?;
+    Ok(ExitCode::from(match (wrong, findings.count(Kind::Error)) {
+        (true, _) => 2,
+        (false, 0) => 0,
+        (false, _) => 1,
+    }))
+}
+
+fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
+    cgroups(config, findings);
+    old_controllers(findings);
     match sys::has_net_admin() {
         false => findings.warning(
             "without CAP_NET_ADMIN, what nf_tables can do is not looked at: check as root",
@@ -64,15 +156,14 @@ pub fn check(options: &Options) -> Result<ExitCode> {
                 0 => "CAP_NET_ADMIN is in effect, and the one capability that run keeps",
                 _ => "CAP_NET_ADMIN is in effect; run keeps that and CAP_DAC_READ_SEARCH",
             });
-            features(&config, &mut findings);
+            features(config, findings);
         }
     }
-    listeners(&config, &mut findings);
-    routing(&config, &mut findings);
-    sysctls(&mut findings);
-    saved_rulesets(&mut findings);
-    super::print(&findings.0)?;
-    Ok(ExitCode::from(if wrong { 2 } else { 0 }))
+    listeners(config, findings);
+    routing(config, findings);
+    sysctls(findings);
+    saved_rulesets(findings);
+    Ok(())
 }
 
 /// The configuration to look at the host with, and whether it is wrong; then the default stands in.
@@ -159,7 +250,8 @@ fn watches(cgroups: usize, findings: &mut Findings) {
     let name = "fs.inotify.max_user_watches";
     let found = format!("{cgroups} cgroups, and {name} is {limit}");
     match cgroups as u64 {
-        n if n > limit => findings.error(format!("{found}: raise it")),
+        // run looks at the rest every few seconds
+        n if n > limit => findings.warning(format!("{found}: raise it")),
         n if n > limit / 2 => {
             findings.warning(format!("{found}: raise it, others need watches too"))
         }
@@ -435,7 +527,7 @@ fn saved_rulesets(findings: &mut Findings) {
         let is_file = fs::metadata(&file).is_ok_and(|meta| meta.is_file());
         let text = is_file.then(|| fs::read(&file).unwrap_or_default());
         if text.is_some_and(|text| holds_table(&String::from_utf8_lossy(&text))) {
-            findings.error(format!(
+            findings.warning(format!(
                 "{} holds table inet {TABLE}: it would not load at boot, when its cgroups are not \
                  there; remove that table from the file, and stop cgtproxy before saving rules",
                 file.display()
@@ -508,13 +600,13 @@ mod tests {
             let said = features.iter().map(|f| (f.name == missing).then_some(Errno::ENOENT));
             let mut findings = Findings::default();
             judge_features(&features, &said.collect::<Vec<_>>(), &mut findings);
-            findings.0
+            findings.text(Reader::Person)
         };
         let text = judge("socket cgroupv2");
-        assert!(text.starts_with("error: the kernel has no nft \"socket cgroupv2\""), "{text}");
+        assert!(text.contains("error: the kernel has no nft \"socket cgroupv2\""), "{text}");
         assert!(text.contains("kmod-nft-socket"), "{text}");
         let text = judge("tproxy");
-        assert!(text.starts_with("warning: "), "{text}");
+        assert!(text.contains("\nwarning: "), "{text}");
         assert!(text.contains("kmod-nft-tproxy"), "{text}");
         assert!(judge("nothing").starts_with("ok: the kernel has nft socket cgroupv2, type route"));
     }

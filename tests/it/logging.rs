@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::daemon::Daemon;
+use crate::daemon::{run_with, Daemon};
 use crate::ground::Ground;
 use crate::kernel::{await_member, cgroup_id, set_ids, SETTLE};
 use crate::wait_until;
@@ -179,5 +179,62 @@ fn a_syslogd_that_sleeps_and_goes_and_comes() {
     let socket = syslogd();
     assert_eq!(tell("back", &socket), [lost(2), "/back: drop".into()]);
     assert!(daemon.stop().success());
+    sh("umount -l /dev");
+}
+
+/// `journalctl -p warning` finds ours by the number in front.
+#[test]
+fn the_journal_gets_priorities() {
+    let Some(ground) = Ground::new("journal") else {
+        return;
+    };
+    let script = "JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec \"$0\" \"$@\"";
+    let start = |script: &str, config: &str| {
+        let by = ["sh", "-c", script];
+        Daemon::spawn_by(&ground, config, &by, &["-v"], &[])
+    };
+    let mut daemon = start(script, CONFIG);
+    assert!(daemon.ready());
+    await_member(&ground.cgroup("/one"), "drop");
+    assert!(daemon.wait_log("<6>info: /one: drop\n", SETTLE), "{}", daemon.logs());
+    assert!(daemon.logs().contains("<5>notice: started: "), "{}", daemon.logs());
+    // a command's last words, too
+    let mut refused = start(script, "[rules]\ndrp = /a\n");
+    assert_eq!(refused.wait().code(), Some(2));
+    assert!(refused.logs().starts_with("<3>error: "), "{}", refused.logs());
+    assert!(daemon.stop().success());
+    // not where somebody else reads standard error
+    let mut daemon = start("JOURNAL_STREAM=1:1 exec \"$0\" \"$@\"", CONFIG);
+    assert!(daemon.ready());
+    assert!(daemon.wait_log("\nnotice: started: ", SETTLE), "{}", daemon.logs());
+    assert!(daemon.stop().success());
+}
+
+/// What a supervisor would log from standard error is in syslog alone.
+#[test]
+fn nothing_is_told_twice() {
+    let Some(ground) = Ground::new("twice") else {
+        return;
+    };
+    own_dev(&ground);
+    let socket = syslogd();
+    let wrong = "[rules]\ndrp = /a\n";
+    let mut daemon = Daemon::spawn(&ground, wrong, &["-s"], &[]);
+    assert_eq!(daemon.wait().code(), Some(2));
+    let said = received(&socket);
+    assert!(said.len() == 1 && said[0].contains("undefined target \"drp\""), "{said:?}");
+    assert_eq!(daemon.logs(), "");
+    // check prints what is wrong for whoever starts the service, and has it logged
+    let out = run_with(&ground, wrong, &["-s", "check"]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(text.contains("error: ") && !text.contains("ok: "), "{text}");
+    let said = received(&socket);
+    assert!(said[0].contains("undefined target \"drp\""), "{said:?}");
+    assert!(said.last().is_some_and(|line| line.starts_with("check: 1 error")), "{said:?}");
+    // without a syslogd, nothing is lost
+    drop(socket);
+    let mut daemon = Daemon::spawn(&ground, wrong, &["-s"], &[]);
+    assert_eq!(daemon.wait().code(), Some(2));
+    assert!(daemon.logs().contains("undefined target \"drp\""), "{}", daemon.logs());
     sh("umount -l /dev");
 }
