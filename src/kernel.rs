@@ -354,7 +354,7 @@ impl Kernel {
                 for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
                     let request =
                         |batch: &mut Batch| diag::get_listeners(batch, family, protocol, port);
-                    match socket.dump(&request, diag::parse) {
+                    match socket.dump(&request, diag::parse_listener) {
                         Ok(Ok(listeners)) => found.extend(listeners),
                         Ok(Err(errno)) => log!(Debug, "no inet_diag: {}", reason(errno)),
                         Err(error) => log!(Debug, "no inet_diag: {error}"),

@@ -239,10 +239,48 @@ pub const IPS_DST_NAT: u32 = 1 << 5;
 
 // include/uapi/linux/sock_diag.h, include/uapi/linux/inet_diag.h, include/net/tcp_states.h
 pub const SOCK_DIAG_BY_FAMILY: u16 = 20;
+pub const SOCK_DESTROY: u16 = 21;
+pub const INET_DIAG_REQ_BYTECODE: u16 = 1;
+pub const INET_DIAG_BC_JMP: u8 = 1;
+pub const INET_DIAG_BC_CGROUP_COND: u8 = 13;
+pub const INET_DIAG_SKV6ONLY: u16 = 11;
+pub const INET_DIAG_MARK: u16 = 15;
 pub const INET_DIAG_CGROUP_ID: u16 = 21;
+pub const INET_DIAG_SOCKOPT: u16 = 22;
+/// The bit of `transparent` in the first byte of `struct inet_diag_sockopt`.
+pub const INET_DIAG_TRANSPARENT: u8 = 0x20;
+pub const TCP_ESTABLISHED: u8 = 1;
+pub const TCP_SYN_SENT: u8 = 2;
+pub const TCP_SYN_RECV: u8 = 3;
+pub const TCP_FIN_WAIT1: u8 = 4;
+pub const TCP_FIN_WAIT2: u8 = 5;
+pub const TCP_TIME_WAIT: u8 = 6;
 /// The state of UDP sockets that are not connected.
-pub const TCP_CLOSE: u32 = 7;
-pub const TCP_LISTEN: u32 = 10;
+pub const TCP_CLOSE: u8 = 7;
+pub const TCP_CLOSE_WAIT: u8 = 8;
+pub const TCP_LAST_ACK: u8 = 9;
+pub const TCP_LISTEN: u8 = 10;
+pub const TCP_CLOSING: u8 = 11;
+
+// include/uapi/linux/netfilter/nfnetlink_conntrack.h, nf_conntrack_tcp.h
+pub const NFNL_SUBSYS_CTNETLINK: u16 = 1;
+pub const IPCTNL_MSG_CT_NEW: u16 = 0;
+pub const IPCTNL_MSG_CT_GET: u16 = 1;
+pub const CTA_TUPLE_ORIG: u16 = 1;
+pub const CTA_PROTOINFO: u16 = 4;
+pub const CTA_MARK: u16 = 8;
+pub const CTA_TUPLE_IP: u16 = 1;
+pub const CTA_TUPLE_PROTO: u16 = 2;
+pub const CTA_IP_V4_SRC: u16 = 1;
+pub const CTA_IP_V4_DST: u16 = 2;
+pub const CTA_IP_V6_SRC: u16 = 3;
+pub const CTA_IP_V6_DST: u16 = 4;
+pub const CTA_PROTO_NUM: u16 = 1;
+pub const CTA_PROTO_SRC_PORT: u16 = 2;
+pub const CTA_PROTO_DST_PORT: u16 = 3;
+pub const CTA_PROTOINFO_TCP: u16 = 1;
+pub const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
+pub const IP_CT_TCP_FLAG_BE_LIBERAL: u8 = 0x08;
 
 // include/uapi/linux/if.h, include/uapi/linux/if_arp.h
 pub const IFNAMSIZ: usize = 16;

@@ -14,7 +14,7 @@ fuzz_target!(|datagram: &[u8]| {
     let (mut count, mut rules) = (0, Vec::new());
     for message in messages.by_ref() {
         count += 1;
-        let _ = (parse::reply(&message), diag::parse(&message));
+        let _ = (parse::reply(&message), diag::parse(&message, 6));
         let _ = (
             encode::parse_table(&message),
             dump::parse_table_flags(&message),
@@ -29,7 +29,7 @@ fuzz_target!(|datagram: &[u8]| {
             let _ = entry.command("del");
         }
         let _ = (route::is_deletion(&message), route::is_revival(&message));
-        let _ = cgtproxy::netlink::diag::parse(&message);
+        let _ = cgtproxy::netlink::diag::parse(&message, 6);
         // fixed headers: none, nfgenmsg, rtmsg and fib_rule_hdr
         for header in [0, 4, 12] {
             attributes(message.body, header);
