@@ -127,6 +127,7 @@ pub struct Core {
     blind: BTreeSet<Path>,
     /// The last of them that was looked at again.
     retried: Option<Path>,
+    memo: policy::Memo,
 }
 
 /// Deepest level that `socket cgroupv2` can name; what lies deeper inherits.
@@ -147,6 +148,7 @@ impl Core {
             pending: HashMap::new(),
             blind: BTreeSet::new(),
             retried: None,
+            memo: policy::Memo::default(),
         }
     }
 
@@ -230,6 +232,7 @@ impl Core {
     /// afterwards, with [`Core::snapshot`].
     pub fn set_config(&mut self, config: Rc<Config>) {
         self.config = config;
+        self.memo = policy::Memo::default();
         self.pairs.clear();
         let paths: Vec<Path> = self.tree.iter().map(|(path, _)| path.clone()).collect();
         for path in paths {
@@ -394,7 +397,7 @@ impl Core {
 
     /// Rank and element of a path, by the rank of its parent; only the root has none.
     fn classify(
-        &self,
+        &mut self,
         parent: Option<policy::Rank>,
         path: &[u8],
     ) -> (policy::Rank, Option<Target>) {
@@ -402,7 +405,7 @@ impl Core {
         let Some(parent) = parent else {
             return (policy::root_rank(config), None);
         };
-        let rank = policy::rank(config, parent, path);
+        let rank = self.memo.rank(config, parent, path);
         let target = policy::target(config, rank);
         let differs = target != policy::target(config, parent);
         let reachable = self.base_level + tree::depth(path) <= MAX_LEVEL;

@@ -7,6 +7,9 @@
 //! rank(parent) whose rule matches the child's path, else rank(parent). So a rule is tried only
 //! where it could win.
 
+use std::collections::HashMap;
+
+use crate::config::pattern::Standing;
 use crate::config::{Config, Rule, Target};
 
 /// Number of the deciding rule.
@@ -32,17 +35,79 @@ pub fn root_rank(config: &Config) -> Rank {
 /// The rank of `path` (bytes from the cgroup root, with a leading slash) under a parent of rank
 /// `parent`. Invalid UTF-8 matches as U+FFFD.
 pub fn rank(config: &Config, parent: Rank, path: &[u8]) -> Rank {
-    if let Some(rank) = built_in(config, path) {
-        return rank;
-    }
+    Memo::default().rank(config, parent, path)
+}
+
+/// The configured rules that could still win under a parent of that rank.
+fn before(config: &Config, parent: Rank) -> &[Rule] {
     let configured = parent.saturating_sub(built_in_rules(config)) as usize;
-    let before = &config.rules[..configured.min(config.rules.len())];
-    if before.is_empty() {
-        return parent;
+    &config.rules[..configured.min(config.rules.len())]
+}
+
+/// A parent's path from here on is remembered: to read it anew for each child costs more.
+const LONG: usize = 200;
+
+/// How much is remembered: some 400 KiB.
+const MOST: usize = 16 * 1024;
+
+/// Where the rules stand behind long paths: whoever nests cgroups with long names pays for each
+/// name once, not for the whole path with each cgroup. Of one configuration.
+#[derive(Debug, Default)]
+pub struct Memo {
+    /// By path: where each rule stands that could win below.
+    standings: HashMap<Box<[u8]>, Box<[Standing]>>,
+    /// Of all of them.
+    len: usize,
+}
+
+impl Memo {
+    /// As [`rank`], for paths of the same configuration each time.
+    pub fn rank(&mut self, config: &Config, parent: Rank, path: &[u8]) -> Rank {
+        if let Some(rank) = built_in(config, path) {
+            return rank;
+        }
+        let before = before(config, parent);
+        if before.is_empty() {
+            return parent;
+        }
+        let text = String::from_utf8_lossy(path);
+        let end = path.iter().rposition(|b| *b == b'/').unwrap_or(0);
+        let won = match end < LONG {
+            true => before.iter().position(|rule| rule.regex.is_match(&text)),
+            false => {
+                // the slash is no part of a longer character: what is read of a path does not
+                // depend on what follows it
+                let at = String::from_utf8_lossy(&path[..end]).len();
+                let standings = self.standings(before, &path[..end], &text[..at]);
+                let mut all = before.iter().zip(standings);
+                all.position(|(rule, standing)| rule.regex.is_match_from(*standing, &text, at))
+            }
+        };
+        won.map_or(parent, |i| built_in_rules(config) + i as Rank)
     }
-    let text = String::from_utf8_lossy(path);
-    (before.iter().position(|rule| rule.regex.is_match(&text)))
-        .map_or(parent, |i| built_in_rules(config) + i as Rank)
+
+    /// Where these rules stand behind a path, which `text` is as text.
+    fn standings(&mut self, rules: &[Rule], path: &[u8], text: &str) -> &[Standing] {
+        if self.standings.get(path).is_none_or(|known| known.len() < rules.len()) {
+            let end = path.iter().rposition(|b| *b == b'/').unwrap_or(0);
+            let above = self.standings.get(&path[..end]).filter(|known| known.len() >= rules.len());
+            let at = String::from_utf8_lossy(&path[..end]).len();
+            let found = match above {
+                Some(above) => (rules.iter().zip(above))
+                    .map(|(rule, standing)| rule.regex.go_on(*standing, text, at))
+                    .collect(),
+                None => rules.iter().map(|rule| rule.regex.stand(text)).collect(),
+            };
+            if self.len + rules.len() > MOST {
+                *self = Memo::default();
+            }
+            self.len += rules.len();
+            if let Some(old) = self.standings.insert(path.into(), found) {
+                self.len -= old.len();
+            }
+        }
+        self.standings.get(path).map_or(&[], |found| &found[..rules.len()])
+    }
 }
 
 /// The target that a rank stands for.
@@ -146,6 +211,41 @@ mod tests {
             }
         }
         assert!(verdicts.len() == 4 && verdicts.values().all(|n| *n > 2000), "{verdicts:?}");
+    }
+
+    /// What is remembered of long paths changes no verdict, in whatever order they come.
+    #[test]
+    fn long_paths_have_the_same_rank() {
+        let mut random = Random::new(5);
+        let long = ["é".repeat(100), "b".repeat(201), format!("{}\u{fffd}", "c".repeat(90))];
+        let names: Vec<&str> = long.iter().map(|s| &s[..]).chain(["d", "e.f"]).collect();
+        let atoms = ["/é+", "/b*", "/.*", "/[bc]+", "/d", "c", "(?i)/D", r"/e\.f", "(/.+)?"];
+        let mut ranks = std::collections::BTreeMap::new();
+        for _ in 0..200 {
+            let rules = (0..1 + random.below(6)).map(|_| {
+                let atoms = (0..1 + random.below(5)).map(|_| *random.pick(&atoms));
+                (Target::Drop, atoms.collect())
+            });
+            let config = config(&rules.collect::<Vec<_>>(), Target::Direct);
+            let mut memo = Memo::default();
+            for _ in 0..100 {
+                let depth = 1 + random.below(8);
+                let path: String =
+                    (0..depth).map(|_| format!("/{}", random.pick(&names))).collect();
+                // the last character is not UTF-8 but for the model
+                let bytes = path.replace('\u{fffd}', "?").into_bytes();
+                let bytes: Vec<u8> =
+                    bytes.iter().map(|b| if *b == b'?' { 0xc3 } else { *b }).collect();
+                let parent = random.below(config.rules.len() + 1) as Rank;
+                let parent = root_rank(&config) - parent;
+                let text = String::from_utf8_lossy(&bytes);
+                let first = before(&config, parent).iter().position(|r| r.regex.is_match(&text));
+                let want = first.map_or(parent, |i| built_in_rules(&config) + i as Rank);
+                assert_eq!(memo.rank(&config, parent, &bytes), want);
+                *ranks.entry(want != parent).or_insert(0) += 1;
+            }
+        }
+        assert!(ranks.values().all(|n| *n > 1000), "{ranks:?}");
     }
 
     #[test]

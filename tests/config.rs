@@ -976,6 +976,20 @@ fn error_positions() {
     );
 }
 
+/// One pattern takes a megabyte at most, and all of them sixteen: said once, and at once.
+#[test]
+fn patterns_that_take_too_much_memory() {
+    let start = std::time::Instant::now();
+    let rules = "drop = /a(b{50}){50}\n".repeat(1000);
+    let lines = lines(read(&[("c", &format!("[rules]\n{rules}"))]));
+    assert!(lines.len() == 1 && lines[0].contains("more than 16 MiB"), "{lines:?}");
+    // (in a debug build)
+    assert!(start.elapsed() < std::time::Duration::from_secs(5), "{:?}", start.elapsed());
+    good(&format!("[rules]\n{}", "drop = /a(b{50}){50}\n".repeat(10)));
+    // thousands of ordinary ones are no matter
+    good(&format!("[rules]\n{}", "drop = (?i)/user\\.slice/.*/app-[a-z]+\\.scope\n".repeat(500)));
+}
+
 /// Messages are single lines that no terminal takes for commands, and not endless.
 #[test]
 fn messages_are_printable() {

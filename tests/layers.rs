@@ -14,7 +14,7 @@ const LAYERS: [&[&str]; 12] = [
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
     &["nft::expr"],
-    &["config", "config::ini", "config::pattern", "config::file"],
+    &["config", "config::ini", "config::automaton", "config::pattern", "config::file"],
     &["policy", "loops", "nft::ruleset", "nft::encode", "nft::event", "nft::dump", "route"],
     &["cgroup::tree", "core", "cgroup::mount", "cgroup::watch", "cgroup::backlog", "plan"],
     // ... to here, but for the files below
@@ -24,7 +24,7 @@ const LAYERS: [&[&str]; 12] = [
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 16] = [
+const PURE: [&str; 17] = [
     "netlink::uapi",
     "netlink::msg",
     "netlink::parse",
@@ -35,6 +35,7 @@ const PURE: [&str; 16] = [
     "nft::encode",
     "config",
     "config::ini",
+    "config::automaton",
     "config::pattern",
     "policy",
     "cgroup::tree",

@@ -1,6 +1,7 @@
 //! The configuration: sections and keys to a validated [`Config`], with every error at once.
 //! Pure: files, directories and user names come from a [`Source`].
 
+mod automaton;
 pub mod file;
 pub mod ini;
 pub mod pattern;
@@ -11,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use regex_lite::RegexBuilder;
+use regex_lite::{Regex, RegexBuilder};
 
 use crate::log::Level;
 use crate::nft::expr::{Family, Interface, Mac, Mark, Range};
@@ -245,6 +246,9 @@ const MAX_NAME: usize = 15;
 const MAX_INTERFACE: usize = 15;
 /// Longest message, in characters.
 const MAX_MESSAGE: usize = 1000;
+/// Bytes of one compiled pattern, and of all together.
+const MAX_PATTERN: usize = 1 << 20;
+const MAX_COMPILED: usize = 16 << 20;
 
 /// Reads `path` and what it includes.
 ///
@@ -658,11 +662,18 @@ impl Reader<'_> {
             self.assign_marks();
             self.check_bypass_marks();
         }
+        let mut room = MAX_COMPILED;
         for (target, pattern, place) in std::mem::take(&mut self.rules) {
             let target = self.target(&target).map_err(|why| self.problem(&place, why));
-            let regex = compile(&pattern).map_err(|why| self.problem(&place, why));
+            let regex = compile_within(&pattern, &mut room);
+            let regex = regex.map_err(|why| self.problem(&place, why));
+            let full = regex.is_err() && room == 0;
             if let (Ok(target), Ok(regex)) = (target, regex) {
                 self.config.rules.push(Rule { target, pattern, regex, place });
+            }
+            if full {
+                // said once is enough
+                break;
             }
         }
         if self.problems.is_empty() {
@@ -1061,18 +1072,49 @@ fn endpoint(value: &str) -> Option<SocketAddr> {
 
 /// Compiles a rule's pattern, anchored at both ends of the path.
 pub fn compile(pattern: &str) -> Result<Pattern, String> {
+    compile_within(pattern, &mut { usize::MAX })
+}
+
+/// The same, where all patterns together may take so many more bytes. What an automaton takes is
+/// bounded by the length of the file; a regex of counted repeats is not.
+fn compile_within(pattern: &str, room: &mut usize) -> Result<Pattern, String> {
     // alone first: `a)|(b` must not become legal by the group around it
     if let Err(error) = parse_only(pattern) {
         let at = error_position(pattern, &error);
         return Err(format!("bad pattern at character {at}: {error}: \"{pattern}\""));
     }
+    Pattern::new(pattern, || {
+        // regex-lite does not tell what it took: the smallest of some limits that is enough
+        let mut limit = 16 * 1024;
+        loop {
+            if limit > *room {
+                *room = 0;
+                return Err(format!(
+                    "the patterns up to here take more than {} MiB, most of it by counted repeats: \
+                     \"{pattern}\"",
+                    MAX_COMPILED >> 20
+                ));
+            }
+            match anchored(pattern, limit) {
+                Ok(regex) => {
+                    *room -= limit;
+                    return Ok(regex);
+                }
+                Err(error) if limit >= MAX_PATTERN => {
+                    return Err(format!("bad pattern: {error}: \"{pattern}\""))
+                }
+                Err(_) => limit *= 4,
+            }
+        }
+    })
+}
+
+/// The regex that matches a pattern against a whole text, if that takes no more than so many bytes.
+fn anchored(pattern: &str, limit: usize) -> Result<Regex, regex_lite::Error> {
     // room for the group around it
-    let build = |text: &str| RegexBuilder::new(text).nest_limit(100).build();
+    let build = |text: &str| RegexBuilder::new(text).nest_limit(100).size_limit(limit).build();
     // in (?x) mode the first group's end could stand in a comment, which a newline ends
-    build(&format!(r"\A(?:{pattern})\z"))
-        .or_else(|_| build(&format!("\\A(?:{pattern}\n)\\z")))
-        .map(|regex| Pattern::new(pattern, regex))
-        .map_err(|error| format!("bad pattern: {error}: \"{pattern}\""))
+    build(&format!(r"\A(?:{pattern})\z")).or_else(|_| build(&format!("\\A(?:{pattern}\n)\\z")))
 }
 
 /// Whether a pattern is well-formed, at the cost of its length: nothing is built.

@@ -1,32 +1,82 @@
 //! A rule's pattern: a regex that matches whole paths, behind a test that decides most of them.
 //!
-//! An attempt of the regex costs 0.2 µs and more, and a new cgroup meets every rule. Nearly every
+//! An attempt of a regex costs 0.2 µs and more, and a new cgroup meets every rule. Nearly every
 //! pattern holds literal text that each match must hold too, and to look for that costs a tenth.
-//! Many are no more than a path, or a path and `.*` or `.+`: they need no regex at all.
+//! Many are no more than a path, or a path and `.*` or `.+`: they need no regex at all. Of the rest
+//! nearly all become an [`Automaton`], which goes on below a path where it stood there.
 //! Pure.
 
 use regex_lite::Regex;
 
+use super::automaton::{Automaton, State};
+
 /// A compiled pattern.
 #[derive(Debug, Clone)]
 pub struct Pattern {
-    /// Anchored at both ends.
-    regex: Regex,
     literals: Literals,
+    matcher: Matcher,
 }
 
+#[derive(Debug, Clone)]
+enum Matcher {
+    Automaton(Automaton),
+    /// Anchored at both ends.
+    Regex(Regex),
+}
+
+/// Where a pattern stands behind the beginning of a text.
+#[derive(Debug, Clone, Copy)]
+pub struct Standing(Option<State>);
+
 impl Pattern {
-    /// `regex` is the anchored form of `pattern`.
-    pub fn new(pattern: &str, regex: Regex) -> Pattern {
-        let literals = Literals::of(pattern).unwrap_or_default();
-        Pattern { regex, literals }
+    /// `regex` makes the anchored form of `pattern`, which is known to be well-formed.
+    pub fn new<E>(pattern: &str, regex: impl FnOnce() -> Result<Regex, E>) -> Result<Pattern, E> {
+        let matcher = match Automaton::new(pattern) {
+            Some(automaton) => Matcher::Automaton(automaton),
+            None => Matcher::Regex(regex()?),
+        };
+        Ok(Pattern { literals: Literals::of(pattern).unwrap_or_default(), matcher })
     }
 
     /// Whether the pattern matches all of `text`.
     pub fn is_match(&self, text: &str) -> bool {
-        match self.literals.decide(text) {
-            Some(matches) => matches,
-            None => self.literals.allow(text) && self.regex.is_match(text),
+        if let Some(matches) = self.literals.decide(text) {
+            return matches;
+        }
+        self.literals.allow(text)
+            && match &self.matcher {
+                Matcher::Automaton(automaton) => {
+                    automaton.read(text).is_some_and(|state| automaton.accepts(state))
+                }
+                Matcher::Regex(regex) => regex.is_match(text),
+            }
+    }
+
+    /// Where the pattern stands behind all of `text`.
+    pub fn stand(&self, text: &str) -> Standing {
+        Standing(match &self.matcher {
+            Matcher::Automaton(automaton) => automaton.read(text),
+            Matcher::Regex(_) => None,
+        })
+    }
+
+    /// Where it stands behind all of `text`, given where it stood behind its first `at` bytes.
+    pub fn go_on(&self, standing: Standing, text: &str, at: usize) -> Standing {
+        match (&self.matcher, standing.0) {
+            (Matcher::Automaton(automaton), Some(state)) => {
+                Standing(Some(automaton.resume(state, &text[at..])))
+            }
+            _ => self.stand(text),
+        }
+    }
+
+    /// Whether the pattern matches all of `text`, given where it stood behind its first `at` bytes.
+    pub fn is_match_from(&self, standing: Standing, text: &str, at: usize) -> bool {
+        match (&self.matcher, standing.0) {
+            (Matcher::Automaton(automaton), Some(state)) => {
+                automaton.accepts(automaton.resume(state, &text[at..]))
+            }
+            _ => self.is_match(text),
         }
     }
 }
@@ -192,7 +242,7 @@ fn skip_class(chars: &mut Chars) -> Option<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::compile;
+    use crate::config::{anchored, compile};
     use crate::testing::Random;
 
     fn of(pattern: &str) -> Option<(Vec<String>, bool, bool)> {
@@ -250,6 +300,7 @@ mod tests {
             "?",
             "{0}",
             "{1,2}",
+            "{2,}",
             "*?",
             "(",
             ")",
@@ -259,6 +310,11 @@ mod tests {
             "|",
             "[ab]",
             "[^a]",
+            "[-b]",
+            "[a-b.]",
+            r"[^\d/]",
+            r"\W",
+            r"\s",
             "[]a]",
             r"[\]a]",
             "^",
@@ -275,22 +331,34 @@ mod tests {
         let letters = ["/", "a", "b", ".", "é", "A", "1", "]", " ", "\n"];
         let mut random = Random::new(3);
         let (mut compiled, mut ruled_out, mut matched, mut decided) = (0, 0, 0, 0);
+        let mut automata = 0;
         for _ in 0..60_000 {
             let pattern: String = (0..1 + random.below(6)).map(|_| *random.pick(&atoms)).collect();
             let Ok(with) = compile(&pattern) else {
                 continue;
             };
             compiled += 1;
+            let regex = anchored(&pattern, usize::MAX).unwrap();
+            automata += usize::from(matches!(with.matcher, Matcher::Automaton(_)));
             for _ in 0..12 {
                 let text: String = (0..random.below(6)).map(|_| *random.pick(&letters)).collect();
-                let matches = with.regex.is_match(&text);
+                let matches = regex.is_match(&text);
                 assert_eq!(with.is_match(&text), matches, "{pattern:?} {text:?}");
+                let ends = text.char_indices().map(|(at, _)| at);
+                for at in ends {
+                    let standing = with.stand(&text[..at]);
+                    let from = with.is_match_from(standing, &text, at);
+                    assert_eq!(from, matches, "{pattern:?} {text:?} from {at}");
+                    let there = with.go_on(standing, &text, at);
+                    assert_eq!(with.is_match_from(there, &text, text.len()), matches);
+                }
                 matched += usize::from(matches);
                 ruled_out += usize::from(!with.literals.allow(&text));
                 decided += usize::from(with.literals.decide(&text).is_some());
             }
         }
-        let seen = (compiled, matched, ruled_out, decided);
+        let seen = (compiled, automata, matched, ruled_out, decided);
+        assert!(automata > 10_000, "{seen:?}");
         assert!(
             compiled > 10_000 && matched > 10_000 && ruled_out > 50_000 && decided > 10_000,
             "{seen:?}"

@@ -25,6 +25,11 @@ fuzz_target!(|input: &str| -> Corpus {
         let matches = compiled.is_match(text);
         assert_eq!(matches, whole.is_match(text), "{pattern:?} {text:?}");
         assert!(!matches || alone.is_match(text), "{pattern:?} {text:?}");
+        for (at, _) in text.char_indices() {
+            let standing = compiled.stand(&text[..at]);
+            let from = compiled.is_match_from(standing, text, at);
+            assert_eq!(from, matches, "{pattern:?} {text:?} from {at}");
+        }
     }
     Corpus::Keep
 });
