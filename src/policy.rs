@@ -127,6 +127,12 @@ pub fn decision(config: &Config, rank: Rank) -> Decision<'_> {
     }
 }
 
+/// The place of that rule among the configured ones.
+pub fn number(config: &Config, rank: Rank) -> Option<usize> {
+    let index = rank.checked_sub(built_in_rules(config))? as usize;
+    (index < config.rules.len()).then_some(index)
+}
+
 /// The ranks of a path and its ancestors, outermost first and without the root, each with the
 /// length of its prefix.
 pub fn ranks<'a>(config: &'a Config, path: &'a [u8]) -> impl Iterator<Item = (usize, Rank)> + 'a {

@@ -14,7 +14,14 @@ const LAYERS: [&[&str]; 12] = [
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
     &["nft::expr"],
-    &["config", "config::ini", "config::automaton", "config::pattern", "config::file"],
+    &[
+        "config",
+        "config::ini",
+        "config::automaton",
+        "config::pattern",
+        "config::lint",
+        "config::file",
+    ],
     &["policy", "loops", "nft::ruleset", "nft::encode", "nft::event", "nft::dump", "route"],
     &["cgroup::tree", "core", "cgroup::mount", "cgroup::watch", "cgroup::backlog", "plan"],
     // ... to here, but for the files below
@@ -24,7 +31,7 @@ const LAYERS: [&[&str]; 12] = [
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 17] = [
+const PURE: [&str; 18] = [
     "netlink::uapi",
     "netlink::msg",
     "netlink::parse",
@@ -37,6 +44,7 @@ const PURE: [&str; 17] = [
     "config::ini",
     "config::automaton",
     "config::pattern",
+    "config::lint",
     "policy",
     "cgroup::tree",
     "cgroup::backlog",

@@ -13,8 +13,9 @@ use nix::errno::Errno;
 
 use crate::cgroup::mount;
 use crate::cli::{Options, DEFAULT_CONFIG};
-use crate::config::{file, Config, Take, Tproxy};
+use crate::config::{file, lint, Config, Take, Tproxy};
 use crate::confine;
+use crate::core::Core;
 use crate::error::{reason, Error, Result};
 use crate::kernel::{self, Kernel};
 use crate::listen;
@@ -24,6 +25,7 @@ use crate::netlink::uapi::*;
 use crate::nft::encode::Probe;
 use crate::nft::expr::{Expr, Family, L4};
 use crate::nft::ruleset::{Base, TABLE};
+use crate::policy;
 use crate::route::{self, Other};
 use crate::sys;
 
@@ -145,7 +147,8 @@ pub fn check(options: &Options) -> Result<ExitCode> {
 }
 
 fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
-    cgroups(config, findings);
+    let core = cgroups(config, findings);
+    rules(config, core.as_ref(), findings);
     old_controllers(findings);
     match sys::has_net_admin() {
         false => findings.warning(
@@ -205,8 +208,8 @@ fn untrusted_files(files: &[PathBuf], findings: &mut Findings) -> bool {
     any
 }
 
-/// Where cgroup v2 is, and whether all of it can be watched.
-fn cgroups(config: &Rc<Config>, findings: &mut Findings) {
+/// Where cgroup v2 is, and whether all of it can be watched. What is there now is returned.
+fn cgroups(config: &Rc<Config>, findings: &mut Findings) -> Option<Core> {
     let mountinfo = fs::read("/proc/self/mountinfo").unwrap_or_default();
     let has_v1 = mount::has_v1(&mountinfo);
     const UNIFIED: &str = "boot with cgroup v2 alone: systemd.unified_cgroup_hierarchy=1 on the \
@@ -215,9 +218,13 @@ fn cgroups(config: &Rc<Config>, findings: &mut Findings) {
     let root = match mount::find(config.cgroup_root.as_deref()) {
         Ok(root) => root,
         Err(_) if mount::mounts(&mountinfo).is_empty() && has_v1 => {
-            return findings.error(format!("only cgroup v1 is mounted; {UNIFIED}"));
+            findings.error(format!("only cgroup v1 is mounted; {UNIFIED}"));
+            return None;
         }
-        Err(error) => return findings.error(error.to_string()),
+        Err(error) => {
+            findings.error(error.to_string());
+            return None;
+        }
     };
     let dir = root.dir.display();
     match has_v1 {
@@ -228,9 +235,35 @@ fn cgroups(config: &Rc<Config>, findings: &mut Findings) {
         )),
     }
     match super::look(config.clone()) {
-        Ok((core, _)) if !core.tree().is_empty() => watches(core.tree().len(), findings),
+        Ok((core, _)) if !core.tree().is_empty() => {
+            watches(core.tree().len(), findings);
+            return Some(core);
+        }
         Ok(_) => findings.error(format!("unable to read cgroup root {dir}: is it on cgroup2?")),
         Err(error) => findings.error(error.to_string()),
+    }
+    None
+}
+
+/// What each rule decides now, and what can never decide anything.
+fn rules(config: &Config, core: Option<&Core>, findings: &mut Findings) {
+    let mut decided = vec![0; config.rules.len()];
+    let nodes = core.into_iter().flat_map(|core| core.tree().iter());
+    for (_, node) in nodes {
+        if let Some(count) = policy::number(config, node.rank).and_then(|n| decided.get_mut(n)) {
+            *count += 1;
+        }
+    }
+    let idle = lint::idle_rules(config);
+    for ((rule, idle), count) in config.rules.iter().zip(idle).zip(decided) {
+        let (place, target, pattern) =
+            (&rule.place, config.target_name(rule.target), &rule.pattern);
+        let text = format!("{place}: {target} = {pattern}");
+        match idle {
+            Some(why) => findings.warning(format!("{text}: can match nothing: {why}")),
+            None if core.is_some() => findings.ok(format!("{text}: decides for {count} cgroups")),
+            None => {}
+        }
     }
 }
 

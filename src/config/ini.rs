@@ -18,6 +18,39 @@ pub fn lines(text: &str) -> impl Iterator<Item = (u32, Result<Line<'_>, String>)
     (1..).zip(text.split('\n')).filter_map(|(number, line)| Some((number, read(line.trim())?)))
 }
 
+/// The language of a text that is written in another one, as that of like programs is, and the line
+/// that shows it. No section begins it, and no line of it is an entry.
+pub fn foreign(text: &str) -> Option<(u32, &'static str)> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    let lines = (1..).zip(text.split('\n').map(str::trim));
+    let mut lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with(['#', ';']));
+    let (number, first) = lines.next()?;
+    let word = |key: &str| {
+        !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || "_-\"'".contains(c))
+    };
+    // a key, and no value or one behind a blank
+    let yaml = |line: &str| match line.trim_start_matches("- ").split_once(':') {
+        Some((key, rest)) => word(key.trim_end()) && (rest.is_empty() || rest.starts_with(' ')),
+        None => line == "---" || line.starts_with("--- ") || line.starts_with("%YAML"),
+    };
+    if first.starts_with('{') || ["[", "[{"].contains(&first) {
+        Some((number, "JSON"))
+    } else if yaml(first) && !lines.any(|(_, line)| is_ini(line)) {
+        Some((number, "YAML"))
+    } else {
+        None
+    }
+}
+
+/// A section header, or an entry whose key could be one of ours.
+fn is_ini(line: &str) -> bool {
+    match read(line) {
+        Some(Ok(Line::Entry { key, .. })) => !key.contains([':', ' ']),
+        Some(Ok(Line::Header { .. })) => true,
+        _ => false,
+    }
+}
+
 fn read(line: &str) -> Option<Result<Line<'_>, String>> {
     if line.is_empty() || line.starts_with(['#', ';']) {
         return None;
@@ -88,6 +121,26 @@ mod tests {
             (7, Line::Entry { key: "q", value: " x " }),
         ];
         assert_eq!(got, want);
+    }
+
+    #[test]
+    fn other_languages() {
+        for (text, want) in [
+            ("version: 1\nrules:\n  - match: /a=b\n    direct: true\n", Some((1, "YAML"))),
+            ("# a\n---\nbypass: [a, b]\n", Some((2, "YAML"))),
+            ("bypass:\n  - 10.0.0.0/8\n", Some((1, "YAML"))),
+            ("\n{\n  \"port\": 12345\n}\n", Some((2, "JSON"))),
+            ("{ \"port\": 1 }", Some((1, "JSON"))),
+            ("[global]\ndefault: drop\n", None),
+            ("default: drop\n[rules]\ndrop = /a\n", None),
+            ("default: drop\nbypass = private\n", None),
+            ("default = drop\n", None),
+            ("drop = /a: b\n", None),
+            ("a::b\n", None),
+            ("", None),
+        ] {
+            assert_eq!(foreign(text), want, "{text}");
+        }
     }
 
     #[test]

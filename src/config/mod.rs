@@ -4,6 +4,7 @@
 mod automaton;
 pub mod file;
 pub mod ini;
+pub mod lint;
 pub mod pattern;
 
 use std::collections::BTreeMap;
@@ -380,8 +381,18 @@ impl Reader<'_> {
             }
         };
         self.config.files.push(path.to_path_buf());
-        self.stack.push(path.to_path_buf());
         let file = Rc::new(path.to_path_buf());
+        if let Some((line, language)) = ini::foreign(&text) {
+            let place = Place { file, line };
+            return self.problem(
+                &place,
+                format!(
+                    "this is {language}, not KEY = VALUE: \"Coming from elsewhere\" in README.md has \
+                     each key's place here"
+                ),
+            );
+        }
+        self.stack.push(path.to_path_buf());
         let mut section = Section::None;
         for (line, item) in ini::lines(&text) {
             let place = Place { file: file.clone(), line };

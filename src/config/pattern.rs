@@ -83,12 +83,12 @@ impl Pattern {
 
 /// Text that every match holds, in this order and without overlap.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Literals {
-    runs: Vec<String>,
+pub(super) struct Literals {
+    pub(super) runs: Vec<String>,
     /// A match begins with the first run.
-    at_start: bool,
+    pub(super) at_start: bool,
     /// A match ends with the last run.
-    at_end: bool,
+    pub(super) at_end: bool,
     /// What a match holds behind the first run, where that is all there is to the pattern.
     tail: Option<Tail>,
 }
@@ -106,7 +106,7 @@ enum Tail {
 impl Literals {
     /// Reads a pattern that is known to compile. `None` where a match need not hold any text, or
     /// where that takes more than a look at the characters to say.
-    fn of(pattern: &str) -> Option<Literals> {
+    pub(super) fn of(pattern: &str) -> Option<Literals> {
         let mut literals = Literals { at_start: true, ..Literals::default() };
         let mut run = String::new();
         let mut chars = pattern.chars().peekable();
@@ -155,6 +155,14 @@ impl Literals {
             };
         }
         (!literals.runs.is_empty()).then_some(literals)
+    }
+
+    /// The one text that matches, where the pattern is no more than that.
+    pub(super) fn whole(&self) -> Option<&str> {
+        match &self.runs[..] {
+            [one] if self.at_start && self.at_end => Some(one),
+            _ => None,
+        }
     }
 
     /// Whether the pattern matches, where that can be said without the regex.

@@ -1221,6 +1221,65 @@ fn check_tells_the_journal_what_is_wrong() {
 }
 
 #[test]
+fn check_tells_what_each_rule_decides() {
+    let Some(ground) = Ground::new("check-rules") else {
+        return;
+    };
+    for path in ["/services/mihomo/one", "/services/aria2", "/apps/a"] {
+        ground.cgroup(path);
+    }
+    let config = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /services/mihomo\n\
+        mihomo = /services/.*\ndrop = /services/aria2\ndrop = /apps/none\ndrop = apps/a\n\
+        drop = /apps/a/\ndrop = /sys/fs/cgroup/apps/a\ndrop = 0::/apps/a\n\
+        drop = /apps/a\\x2db\ndrop = /apps/a # not now\n";
+    let said = check(&ground, config, CLEAN);
+    said.finds("ok", ":6: direct = /services/mihomo: decides for 2 cgroups");
+    said.finds("ok", ":7: mihomo = /services/.*: decides for 1 cgroups");
+    said.finds("ok", ":9: drop = /apps/none: decides for 0 cgroups");
+    let nothing = "can match nothing: ";
+    let covers = format!(":8: drop = /services/aria2: {nothing}");
+    said.finds("warning", &covers);
+    said.finds("warning", ":7 covers all of it before: mihomo = /services/.*");
+    for (line, why) in [
+        (10, "every path begins with \"/\""),
+        (11, "no path ends with \"/\""),
+        (12, "paths count from the cgroup root: leave out \"/sys/fs/cgroup\""),
+        (13, "leave out the \"0::\" of /proc/PID/cgroup"),
+        (14, "write \\\\x2d"),
+        (15, "\"# not now\" is part of it: a comment needs a line of its own"),
+    ] {
+        let found =
+            |l: &&str| l.starts_with("warning: ") && l.contains(&format!(":{line}: drop = "));
+        let line = said.out.lines().find(found).unwrap_or_else(|| panic!("{line}: {}", said.out));
+        assert!(line.contains(nothing) && line.contains(why), "{line}");
+    }
+}
+
+/// Whoever brings the file of another program is told so once, not once a line.
+#[test]
+fn check_of_a_file_in_another_language() {
+    let Some(ground) = Ground::new("check-yaml") else {
+        return;
+    };
+    let yaml = "version: 1\ncgroup-root: AUTO\ntproxies:\n  mihomo:\n    port: 7893\nrules:\n  \
+                - match: \"/a=b\"\n    tproxy: mihomo\n";
+    let json = "{\n  \"port\": 12345,\n  \"cgroup_proxy\": [\"/\"]\n}\n";
+    for (text, want) in [(yaml, ":1: this is YAML, "), (json, ":1: this is JSON, ")] {
+        let file = ground.dir.join("other.conf");
+        write_private(&file, text);
+        let file = file.to_str().expect("a UTF-8 path");
+        let said = Said::from(run(&["-c", file, "check"]));
+        assert_eq!(said.code, Some(2), "{}", said.out);
+        let errors: Vec<&str> = said.out.lines().filter(|l| l.starts_with("error: ")).collect();
+        assert!(errors.len() == 1 && errors[0].contains(want), "{}", said.out);
+        assert!(errors[0].contains("\"Coming from elsewhere\" in README.md"), "{}", said.out);
+    }
+    assert!(fs::read_to_string("README.md")
+        .expect("read")
+        .contains("\n## Coming from elsewhere\n"));
+}
+
+#[test]
 fn check_of_a_wrong_configuration() {
     let Some(ground) = Ground::new("check-config") else {
         return;

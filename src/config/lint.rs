@@ -1,0 +1,315 @@
+//! Rules that are well-formed and decide for no cgroup: patterns that match no path, and rules that
+//! others before them hide. Only what is sure is told. Pure.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use super::pattern::Literals;
+use super::{Config, Rule};
+
+/// Most times that a rule is held against an earlier one: their number goes with the square.
+const MAX_TRIES: usize = 1_000_000;
+
+/// For each rule, why it decides for no cgroup that there could be; `None` where it may.
+pub fn idle_rules(config: &Config) -> Vec<Option<String>> {
+    let mut tries = MAX_TRIES;
+    let mut first = HashMap::new();
+    let reasons = config.rules.iter().enumerate().map(|(index, rule)| {
+        let same = *first.entry(&*rule.pattern).or_insert(index);
+        let root = config.cgroup_root.as_deref();
+        matches_nothing(&rule.pattern, root).or_else(|| {
+            let by = match same < index {
+                true => config.rules.get(same),
+                false => hidden_by(rule, &config.rules[..index], &mut tries),
+            };
+            by.map(|by| {
+                let (place, target) = (&by.place, config.target_name(by.target));
+                format!("{place} covers all of it before: {target} = {}", by.pattern)
+            })
+        })
+    });
+    reasons.collect()
+}
+
+/// Why no path can match, for what people paste and mistype.
+fn matches_nothing(pattern: &str, root: Option<&Path>) -> Option<String> {
+    if has_flags(pattern) {
+        return None;
+    }
+    if let Some(at) = [" #", " ;"].iter().find_map(|mark| pattern.find(mark)) {
+        let remark = pattern[at..].trim();
+        return Some(format!("\"{remark}\" is part of it: a comment needs a line of its own"));
+    }
+    if let Some(escape) = hex_escape(pattern) {
+        return Some(format!(
+            "{escape} stands for one character, where a name that systemd has escaped holds these \
+             four: write \\{escape}"
+        ));
+    }
+    let plain = pattern.strip_prefix('^').unwrap_or(pattern);
+    if plain.starts_with("0::") {
+        return Some("leave out the \"0::\" of /proc/PID/cgroup".into());
+    }
+    let mounts = root.and_then(Path::to_str).into_iter().chain(["/sys/fs/cgroup"]);
+    for mount in mounts.filter(|mount| *mount != "/") {
+        if plain.strip_prefix(mount).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')) {
+            return Some(format!("paths count from the cgroup root: leave out \"{mount}\""));
+        }
+    }
+    // one that may match is enough
+    let mut reasons = branches(pattern).into_iter().map(misfit);
+    let first = reasons.next()?;
+    reasons.all(|reason| reason.is_some()).then_some(first)?
+}
+
+/// Why one alternative of a pattern matches no path.
+fn misfit(branch: &str) -> Option<String> {
+    let branch = match branch.strip_prefix('^') {
+        Some(rest) if !rest.starts_with(['*', '+', '?', '{']) => rest,
+        _ => branch,
+    };
+    let branch = match branch.strip_suffix('$') {
+        Some(rest) if !rest.ends_with('\\') => rest,
+        _ => branch,
+    };
+    if branch == "/" {
+        return Some("no rule covers the root cgroup: what is in it goes to the default".into());
+    }
+    let literals = Literals::of(branch)?;
+    let (first, last) = (literals.runs.first()?, literals.runs.last()?);
+    if literals.at_start && !first.starts_with('/') {
+        Some("every path begins with \"/\"".into())
+    } else if literals.at_end && last.ends_with('/') {
+        Some("no path ends with \"/\": leave it out, what is below is covered".into())
+    } else if literals.runs.iter().any(|run| run.contains("//")) {
+        Some("no path has \"//\" in it".into())
+    } else {
+        None
+    }
+}
+
+/// The earlier rule that covers whatever this one matches, if there is one for each alternative.
+fn hidden_by<'a>(rule: &Rule, earlier: &'a [Rule], tries: &mut usize) -> Option<&'a Rule> {
+    if has_flags(&rule.pattern) {
+        return None;
+    }
+    let mut by = None;
+    for branch in branches(&rule.pattern) {
+        let literals = Literals::of(branch).unwrap_or_default();
+        let covering = earlier.iter().find(|earlier| {
+            *tries = tries.saturating_sub(1);
+            *tries > 0 && covers(earlier, &literals)
+        })?;
+        by = by.or(Some(covering));
+    }
+    by
+}
+
+/// Whether a rule covers every path that holds these literals.
+fn covers(rule: &Rule, literals: &Literals) -> bool {
+    if matches!(&*rule.pattern, ".*" | ".+" | "/.*" | "/.+") {
+        return true;
+    }
+    let ([start, ..], true) = (&literals.runs[..], literals.at_start) else {
+        return false;
+    };
+    let whole = literals.whole().map_or(0, str::len);
+    let ends = start.match_indices('/').map(|(at, _)| at).chain([whole]);
+    // an ancestor of all of them
+    let mut ancestors = ends.filter(|end| *end > 0).map(|end| &start[..end]);
+    ancestors.any(|path| rule.regex.is_match(path)) || begins_any(&rule.pattern, start)
+}
+
+/// Whether a pattern is a literal and `.*`, or `.+`, and matches all that begins with `start`.
+fn begins_any(pattern: &str, start: &str) -> bool {
+    let (head, least) = match (pattern.strip_suffix(".*"), pattern.strip_suffix(".+")) {
+        (Some(head), _) => (head, 0),
+        (_, Some(head)) => (head, 1),
+        _ => return false,
+    };
+    let literals = Literals::of(head);
+    let head = literals.as_ref().and_then(Literals::whole);
+    head.and_then(|head| start.strip_prefix(head)).is_some_and(|rest| rest.len() >= least)
+}
+
+/// Whether flags such as `(?i)` or `(?x)` may change what characters mean.
+fn has_flags(pattern: &str) -> bool {
+    let groups = pattern.match_indices("(?").map(|(at, open)| &pattern[at + open.len()..]);
+    groups.filter(|rest| !rest.starts_with([':', 'P', '<'])).count() > 0
+}
+
+/// The first `\xHH` outside of a class, as it is written.
+fn hex_escape(pattern: &str) -> Option<&str> {
+    let mut escaped = false;
+    for (at, c) in pattern.char_indices() {
+        match c {
+            '[' if !escaped => return None,
+            'x' if escaped => {
+                let digits = pattern.get(at + 1..at + 3)?;
+                let hex = digits.bytes().all(|b| b.is_ascii_hexdigit());
+                return hex.then(|| &pattern[at - 1..at + 3]);
+            }
+            _ => escaped = c == '\\' && !escaped,
+        }
+    }
+    None
+}
+
+/// The alternatives of a pattern, split at each `|` outside of groups and classes.
+fn branches(pattern: &str) -> Vec<&str> {
+    let (mut found, mut from, mut depth) = (Vec::new(), 0, 0);
+    let (mut escaped, mut class) = (false, None);
+    for (at, c) in pattern.char_indices() {
+        if std::mem::take(&mut escaped) {
+            continue;
+        }
+        match (c, class) {
+            ('\\', _) => escaped = true,
+            // where it comes first, it is one of the class
+            (']', Some(open)) if at > open && !pattern[open..at].ends_with("[^") => class = None,
+            (_, Some(_)) => {}
+            ('[', None) => class = Some(at + 1),
+            ('(', None) => depth += 1,
+            (')', None) => depth -= 1,
+            ('|', None) if depth == 0 => {
+                found.push(&pattern[from..at]);
+                from = at + 1;
+            }
+            _ => {}
+        }
+    }
+    found.push(&pattern[from..]);
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{compile, Place, Target};
+    use crate::testing::Random;
+    use std::rc::Rc;
+
+    fn config(patterns: &[&str]) -> Config {
+        let place = Place { file: Rc::new("c".into()), line: 1 };
+        let rule = |pattern: &&str| Rule {
+            target: Target::Drop,
+            pattern: pattern.to_string(),
+            regex: compile(pattern).expect("a good pattern"),
+            place: place.clone(),
+        };
+        Config { rules: patterns.iter().map(rule).collect(), ..Config::default() }
+    }
+
+    fn why(patterns: &[&str]) -> String {
+        idle_rules(&config(patterns)).pop().flatten().unwrap_or_default()
+    }
+
+    #[test]
+    fn what_matches_no_path() {
+        for (pattern, want) in [
+            ("services/x", "every path begins with \"/\""),
+            ("^user\\.slice/.*", "every path begins with \"/\""),
+            ("a|b(c|/d)", "every path begins with \"/\""),
+            ("/services/", "no path ends with \"/\""),
+            ("/services/(a|b)/$", "no path ends with \"/\""),
+            ("/services//x.*", "no path has \"//\""),
+            ("/", "no rule covers the root cgroup"),
+            ("/sys/fs/cgroup/services/x", "leave out \"/sys/fs/cgroup\""),
+            ("0::/services/x", "leave out the \"0::\""),
+            (r"/a/app-org\x2dx.*", r"write \\x2d"),
+            (r"/a\\\x2d", r"write \\x2d"),
+            ("/services/x # the first", "\"# the first\" is part of it: a comment needs a line"),
+        ] {
+            assert!(why(&[pattern]).contains(want), "{pattern}: {}", why(&[pattern]));
+        }
+        for pattern in [
+            "/services/x",
+            "services|/x",
+            "(services|/x)",
+            ".*/x",
+            "x?/a",
+            "/services/?",
+            "/sys/fs/cgroups",
+            r"/a\\x2db",
+            r"/[\x2d]",
+            "(?x)/a # a remark",
+            "(?i)/a/",
+            "^/a$",
+            r"/a\$",
+            "[]|]",
+            "[^]|a/]x",
+        ] {
+            assert_eq!(why(&[pattern]), "", "{pattern}");
+        }
+    }
+
+    #[test]
+    fn what_others_hide() {
+        for patterns in [
+            &["/a", "/a"][..],
+            &["/a", "/a/b"],
+            &["/a", "/a/.*"],
+            &["/a", "/a/b|/a/c"],
+            &["/a/b", "/a/c", "/a/(x)?b|/a/c", "/a/b/x|/a/c/.*"],
+            &["/a.*", "/ab.c"],
+            &["/a/.+", "/a/b.*"],
+            &["/.*", ".*x"],
+            &[r"/s\.slice/.*", r"/s\.slice/x\.service"],
+            &["/services/(x|y)", "/services/x/one"],
+        ] {
+            let hidden = why(patterns);
+            assert!(hidden.starts_with("c:1 covers all of it before: drop = /"), "{patterns:?}");
+        }
+        for patterns in [
+            &["/a", "/ab"][..],
+            &["/a/b", "/a"],
+            &["/a", "/a.*"],
+            &["/a", "/a/b|/c"],
+            &["/a/.+", "/a/"],
+            &["/a/.+", "/a"],
+            &["/a.+", "/a.*"],
+            &["/a", ".*"],
+            &[r"/a\.*", "/a.b"],
+        ] {
+            assert!(!why(patterns).contains("covers"), "{patterns:?}: {}", why(patterns));
+        }
+    }
+
+    /// Whatever is said of random rules, no random path proves it wrong.
+    #[test]
+    fn what_is_said_is_true() {
+        let atoms = [
+            "/", "/a", "/b", "a", ".", ".*", ".+", "(a|/b)", "(", ")", "|", "?", "*", "[/a]",
+            "[]|a]", r"\.", r"\x61", "^", "$", "(?i)", "b", "//",
+        ];
+        let names = ["a", "b", "ab", "a.b", "ba", "x"];
+        let mut random = Random::new(5);
+        let (mut idle, mut used) = (0, 0);
+        for _ in 0..20_000 {
+            let patterns: Vec<String> = (0..2 + random.below(2))
+                .map(|_| (0..1 + random.below(4)).map(|_| *random.pick(&atoms)).collect())
+                .filter(|pattern: &String| compile(pattern).is_ok())
+                .collect();
+            let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
+            let config = config(&patterns);
+            let said = idle_rules(&config);
+            idle += said.iter().flatten().count();
+            for _ in 0..10 {
+                let path: String =
+                    (0..1 + random.below(4)).map(|_| format!("/{}", random.pick(&names))).collect();
+                for (_, rank) in crate::policy::ranks(&config, path.as_bytes()) {
+                    if let crate::policy::Decision::Rule(rule) =
+                        crate::policy::decision(&config, rank)
+                    {
+                        let at = config.rules.iter().position(|r| std::ptr::eq(r, rule));
+                        let at = at.expect("one of them");
+                        used += 1;
+                        let hex = rule.pattern.contains(r"\x");
+                        assert!(said[at].is_none() || hex, "{patterns:?} {at} {path} {said:?}");
+                    }
+                }
+            }
+        }
+        assert!(idle > 3000 && used > 30_000, "{idle} {used}");
+    }
+}
