@@ -81,7 +81,7 @@ fuzz: toolchain
 bench: build deps
 	PATH="$$PATH:/usr/sbin:/sbin" QUICK=$(QUICK) CGTPROXY_BIN=$(CURDIR)/$(BIN) cargo bench --locked --bench bench -- $(FIGURES)
 
-include init/package.mk tests/vm/vm.mk
+include init/package.mk tests/vm/vm.mk tests/real/real.mk
 
 clean:
 	cargo clean

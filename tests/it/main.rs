@@ -13,6 +13,7 @@
 //! | `daemon` | cgtproxy itself, as a child process |
 //! | `kernel` | what nf_tables, rules and routes hold, read without the program's own code |
 //! | `reference` | the fixtures against a hand-written table: proves the ground, not the program |
+//! | `real` | real proxies and real neighbours, for `make real-test` (tests/real) |
 //! | `traffic`, `classify`, `lifecycle` and so on | the tests |
 //!
 //! Environment: `CGTPROXY_BIN` names the program under test, `CGTPROXY_LONG=1` runs the loops that
@@ -37,6 +38,8 @@ mod logging;
 mod loops;
 mod others;
 mod privileges;
+#[path = "../real/mod.rs"]
+mod real;
 mod reference;
 mod restart;
 mod soak;
