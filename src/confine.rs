@@ -93,8 +93,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_setsockopt,
     libc::SYS_getsockopt,
     libc::SYS_restart_syscall,
-    // the instance's lock, syslog, name services
-    libc::SYS_accept4,
+    // syslog, name services
     libc::SYS_socket,
     libc::SYS_connect,
     // files: configuration, cgroup directories, mountinfo, pidfile

@@ -20,7 +20,7 @@ use crate::config::{Config, OnExit};
 use crate::confine::confine;
 use crate::core::{Action, Core, Event, Found};
 use crate::error::{Error, Result};
-use crate::instance::Instance;
+use crate::instance;
 use crate::kernel::{Damage, Kernel};
 use crate::log;
 use crate::log::{Escaped, Level};
@@ -101,7 +101,6 @@ struct Daemon {
 struct Ready {
     signals: bool,
     cgroups: bool,
-    instance: bool,
     kernel: bool,
 }
 
@@ -130,12 +129,13 @@ pub fn run(mut options: Options) -> Result<()> {
     let whole = |file: PathBuf| std::path::absolute(&file).unwrap_or(file);
     options.config_file = whole(options.config_file);
     options.pidfile = options.pidfile.map(whole);
-    let instance = Instance::claim()?;
+    let mut kernel = Kernel::open_watching()?;
+    instance::claim(&mut kernel)?;
     let notify = Notify::new(options.ready_fd.take());
     let cgroups = Cgroups::scan(Rc::new(config))?;
     let mut daemon = Daemon {
         options,
-        kernel: Kernel::open_watching()?,
+        kernel,
         cgroups,
         table: Backoff::default(),
         routing: Backoff::default(),
@@ -143,7 +143,7 @@ pub fn run(mut options: Options) -> Result<()> {
         refused: false,
     };
     daemon.start()?;
-    daemon.serve(&signals, &instance)
+    daemon.serve(&signals)
 }
 
 impl Cgroups {
@@ -364,9 +364,9 @@ impl Daemon {
         }
     }
 
-    fn serve(&mut self, signals: &SignalFd, instance: &Instance) -> Result<()> {
+    fn serve(&mut self, signals: &SignalFd) -> Result<()> {
         loop {
-            let ready = self.wait(signals, instance);
+            let ready = self.wait(signals);
             if sys::waited_for_memory() {
                 log!(Warning, "memory had run out; raise the limit (ulimit -v)");
             }
@@ -375,9 +375,6 @@ impl Daemon {
             }
             self.heal(ready.kernel);
             self.settle();
-            if ready.instance {
-                instance.dismiss();
-            }
             while let Some(signal) = ready.signals.then(|| read_signal(signals)).transpose()? {
                 match signal {
                     None => break,
@@ -395,14 +392,13 @@ impl Daemon {
 
     /// Waits until something is ready, or due. Where the kernel refuses to poll (no memory, or more
     /// descriptors than may be open by now), everything is looked at after a short pause.
-    fn wait(&mut self, signals: &SignalFd, instance: &Instance) -> Ready {
+    fn wait(&mut self, signals: &SignalFd) -> Ready {
         let mut ready = Ready::default();
         let fd = |fd| PollFd::new(fd, PollFlags::POLLIN);
-        let (cgroups, lock) = (self.cgroups.watcher.fd(), instance.fd());
+        let cgroups = self.cgroups.watcher.fd();
         let mut fds = Vec::with_capacity(8);
         fds.push(fd(signals.as_fd()));
         fds.extend(cgroups.map(fd));
-        fds.extend(lock.map(fd));
         fds.extend(self.kernel.event_fds().map(fd));
         match poll(&mut fds, self.timeout()) {
             Ok(_) => {
@@ -410,7 +406,6 @@ impl Daemon {
                 let mut next = |there: bool| there && any.next().unwrap_or(false);
                 ready.signals = next(true);
                 ready.cgroups = next(cgroups.is_some());
-                ready.instance = next(lock.is_some());
                 ready.kernel = any.any(|ready| ready);
                 self.refused = false;
             }
@@ -421,7 +416,7 @@ impl Daemon {
                     log!(Warning, "unable to poll: {why}, looking every {every} ms");
                 }
                 let _ = poll(&mut [], LOOK_BLINDLY.as_millis() as u16);
-                ready = Ready { signals: true, cgroups: true, instance: true, kernel: true };
+                ready = Ready { signals: true, cgroups: true, kernel: true };
             }
         }
         ready
@@ -640,6 +635,7 @@ impl Daemon {
     fn leave(&mut self) -> Result<()> {
         self.notify.stopping();
         self.remove_pidfile();
+        instance::leave(&mut self.kernel);
         log!(Notice, "stopped; table, rules and routes are left in force for the next start");
         Ok(())
     }

@@ -1,89 +1,99 @@
-//! One daemon a network namespace. The lock is an abstract unix socket: it belongs to the network
-//! namespace as the table does, needs no file, and is gone with the process, however it ends.
+//! One daemon a network namespace. The lock is an nf_tables object (see `nft::lock`): it belongs to
+//! the network namespace as the table does, needs no file, is gone with the process however it
+//! ends, and without CAP_NET_ADMIN here nobody can take it, fake it, or keep anybody waiting.
 
-use std::cell::Cell;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-use nix::unistd::geteuid;
+use nix::errno::Errno;
+use nix::time::{clock_gettime, ClockId};
 
 use crate::error::{Error, Result};
+use crate::kernel::Kernel;
 use crate::log;
+use crate::nft::lock::Lock;
+use crate::nft::ruleset::TABLE;
 
-const NAME: &[u8] = b"cgtproxy";
-
-/// How long one that is about to end is waited for, as in a restart, and how often it is looked at.
+/// How long another instance is waited for, in case it is about to end as in a restart; how long
+/// where it has been told to and did not get to it yet; and how often it is looked at.
 const PATIENCE: Duration = Duration::from_secs(2);
-const PAUSE: Duration = Duration::from_millis(10);
+const LONG_PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(5);
 
-/// The lock.
-pub struct Instance {
-    /// `None` where it could not be had but must not keep us from running.
-    listener: Option<UnixListener>,
-    /// Accepting failed (no descriptors): a connection stays queued, and must not wake us again
-    /// and again.
-    deaf: Cell<bool>,
+/// Takes the lock for as long as `kernel` lives, and sees to it that nobody owns the table. Waits
+/// shortly for another instance to end.
+///
+/// Errors: another instance runs; its pid is said. Somebody else owns a table of our name.
+pub fn claim(kernel: &mut Kernel) -> Result<()> {
+    let start = Instant::now();
+    while let Some(pid) = try_claim(kernel)? {
+        let patience = if told_to_end(pid) { LONG_PATIENCE } else { PATIENCE };
+        if start.elapsed() > patience {
+            return Err(Error::State(format!("already running{}", with_pid(pid))));
+        }
+        sleep(PAUSE);
+    }
+    // the socket of the last one may be about to be closed
+    while let Some(Some(owner)) = kernel.table_owner()? {
+        if start.elapsed() > PATIENCE {
+            let why =
+                format!("table inet {TABLE} is owned by another process (netlink port {owner})");
+            return Err(Error::State(why));
+        }
+        sleep(PAUSE);
+    }
+    Ok(())
 }
 
-impl Instance {
-    /// Waits shortly for another instance to end.
-    ///
-    /// Errors: another instance runs; its pid is said.
-    pub fn claim() -> Result<Instance> {
-        let start = Instant::now();
-        loop {
-            match Instance::try_claim() {
-                Err(_) if start.elapsed() < PATIENCE => std::thread::sleep(PAUSE),
-                other => return other,
-            }
-        }
+/// Takes the lock, or says who has it.
+pub fn try_claim(kernel: &mut Kernel) -> Result<Option<i32>> {
+    if let Some(pid) = holder(kernel)? {
+        return Ok(Some(pid));
     }
-
-    fn try_claim() -> Result<Instance> {
-        let with = |listener| Instance { listener, deaf: Cell::new(false) };
-        let refused = |e: std::io::Error| Error::State(format!("unable to lock the instance: {e}"));
-        let name = SocketAddr::from_abstract_name(NAME).map_err(refused)?;
-        match UnixListener::bind_addr(&name) {
-            Ok(listener) => {
-                listener.set_nonblocking(true).map_err(refused)?;
-                Ok(with(Some(listener)))
-            }
-            Err(e) if e.kind() == std::io::ErrorKind::AddrInUse => match holder() {
-                // any user may bind an abstract name: that must not keep root's daemon down
-                Some((pid, uid)) if uid != 0 && uid != geteuid().as_raw() => {
-                    log!(Warning, "pid {pid} of uid {uid} holds our lock, going on without");
-                    Ok(with(None))
-                }
-                Some((pid, _)) => Err(Error::State(format!("already running with pid {pid}"))),
-                None => Err(Error::State("already running".into())),
-            },
-            Err(e) => Err(refused(e)),
-        }
-    }
-
-    /// The descriptor to poll; none for one round after accepting has failed.
-    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
-        let listener = self.listener.as_ref();
-        listener.filter(|_| !self.deaf.take()).map(AsFd::as_fd)
-    }
-
-    /// Hangs up on whoever connected: to have connected is all they need (see `holder`).
-    pub fn dismiss(&self) {
-        if let Some(listener) = &self.listener {
-            let accepted = listener.accept();
-            let none = |e: &std::io::Error| e.kind() == std::io::ErrorKind::WouldBlock;
-            self.deaf.set(accepted.is_err_and(|e| !none(&e)));
-        }
+    match kernel.set_lock(Lock::Held(std::process::id() as i32)) {
+        Ok(()) => Ok(None),
+        // somebody was faster
+        Err(error) if error.errno() == Some(Errno::EPERM) => Ok(holder(kernel)?.or(Some(0))),
+        Err(error) => Err(error),
     }
 }
 
-/// Pid and uid of the process that holds the lock.
-pub fn holder() -> Option<(i32, u32)> {
-    let name = SocketAddr::from_abstract_name(NAME).ok()?;
-    let stream = UnixStream::connect_addr(&name).ok()?;
-    let peer = getsockopt(&stream, PeerCredentials).ok()?;
-    Some((peer.pid(), peer.uid()))
+/// Gives the lock back and notes when: what is in force stays so, but nobody keeps it in step. The
+/// next one waits until the table has no owner, so this is to be the last but for the end.
+pub fn leave(kernel: &mut Kernel) {
+    if let Err(error) = kernel.set_lock(Lock::Left(since_boot())) {
+        log!(Debug, "{error}");
+    }
+}
+
+/// The pid of the process that holds the lock; 0 where it does not say.
+pub fn holder(kernel: &mut Kernel) -> Result<Option<i32>> {
+    Ok(match kernel.lock()? {
+        Some(Lock::Held(pid)) => Some(pid),
+        Some(Lock::Left(_)) | None => None,
+    })
+}
+
+/// ` with pid N`, where it is known.
+pub fn with_pid(pid: i32) -> String {
+    match pid {
+        0 => String::new(),
+        pid => format!(" with pid {pid}"),
+    }
+}
+
+/// Seconds since boot, which what the kernel holds does not outlive.
+pub fn since_boot() -> u64 {
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(0, |time| time.tv_sec() as u64)
+}
+
+/// Whether a process has not taken yet one of the signals that end a daemon.
+fn told_to_end(pid: i32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let pending = status.lines().filter_map(|line| {
+        let set = line.strip_prefix("ShdPnd:").or(line.strip_prefix("SigPnd:"))?;
+        u64::from_str_radix(set.trim(), 16).ok()
+    });
+    let ends = [libc::SIGTERM, libc::SIGINT, libc::SIGUSR2].map(|signal| 1 << (signal - 1));
+    pending.fold(0, |all, set| all | set) & ends.iter().sum::<u64>() != 0
 }

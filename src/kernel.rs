@@ -13,13 +13,14 @@ use crate::error::{reason, Error, Result};
 use crate::log;
 use crate::netlink::diag::{self, Listener};
 use crate::netlink::msg::Batch;
-use crate::netlink::parse::Messages;
+use crate::netlink::parse::{Message, Messages};
 use crate::netlink::socket::{Failure, Socket};
 use crate::netlink::uapi::*;
 use crate::nft::dump;
 use crate::nft::encode::{self, Transaction};
 use crate::nft::event::Follower;
 use crate::nft::expr::Family;
+use crate::nft::lock::{self, Lock};
 use crate::nft::ruleset::TABLE;
 use crate::plan;
 use crate::route::{self, Entry};
@@ -189,13 +190,29 @@ impl Kernel {
         self.commit(transaction).map(|()| true)
     }
 
+    /// What the lock says; `None` where there is none.
+    pub fn lock(&mut self) -> Result<Option<Lock>> {
+        Ok(self.tables(lock::parse)?.into_iter().next())
+    }
+
+    /// Takes the lock, until this is dropped, or says that nobody has it.
+    ///
+    /// Errors: EPERM where another process holds it.
+    pub fn set_lock(&mut self, lock: Lock) -> Result<()> {
+        let mut transaction = Transaction::new(self.nft.batch());
+        lock::set(&mut transaction, lock);
+        self.commit(transaction)
+    }
+
     /// Whether the table is there, and the port id that owns it, if any does.
     pub fn table_owner(&mut self) -> Result<Option<Option<u32>>> {
-        let found = self.nft.dump(&encode::get_table, encode::parse_table)?;
+        Ok(self.tables(encode::parse_table)?.into_iter().next())
+    }
+
+    fn tables<T>(&mut self, each: impl Fn(&Message) -> Option<T>) -> Result<Vec<T>> {
         let what = "unable to list nftables tables";
-        let found =
-            found.map_err(|errno| Error::system(what, errno).hint("is nf_tables there?"))?;
-        Ok(found.into_iter().next())
+        let found = self.nft.dump(&encode::get_table, each)?;
+        found.map_err(|errno| Error::system(what, errno).hint("is nf_tables there?"))
     }
 
     fn commit(&mut self, transaction: Transaction) -> Result<()> {

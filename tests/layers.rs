@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 /// Layers from the bottom up: a module may use those of lower layers and of its own line only.
-const LAYERS: [&[&str]; 12] = [
+const LAYERS: [&[&str]; 13] = [
     &["netlink::uapi"],
     &["netlink::msg", "netlink::parse"],
     &["netlink::diag"],
@@ -22,16 +22,26 @@ const LAYERS: [&[&str]; 12] = [
         "config::lint",
         "config::file",
     ],
-    &["policy", "loops", "nft::ruleset", "nft::encode", "nft::event", "nft::dump", "route"],
+    &[
+        "policy",
+        "loops",
+        "nft::ruleset",
+        "nft::encode",
+        "nft::event",
+        "nft::dump",
+        "nft::lock",
+        "route",
+    ],
     &["cgroup::tree", "core", "cgroup::mount", "cgroup::watch", "cgroup::backlog", "plan"],
     // ... to here, but for the files below
-    &["kernel", "instance", "notify", "confine", "listen"],
+    &["kernel", "notify", "confine", "listen"],
+    &["instance"],
     &["daemon"],
     &["cli", "commands"],
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 18] = [
+const PURE: [&str; 19] = [
     "netlink::uapi",
     "netlink::msg",
     "netlink::parse",
@@ -40,6 +50,7 @@ const PURE: [&str; 18] = [
     "nft::expr",
     "nft::ruleset",
     "nft::encode",
+    "nft::lock",
     "config",
     "config::ini",
     "config::automaton",

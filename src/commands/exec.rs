@@ -257,7 +257,7 @@ fn await_force(config: &Config, target: Target, root: &Root, cgroup: &Cgroup) ->
             None => break,
             Some(_) if changed => {}
             Some(Missing::Never(what)) => return refuse(what),
-            Some(Missing::Yet(what)) if instance::holder().is_none() => {
+            Some(Missing::Yet(what)) if instance::holder(&mut kernel)?.is_none() => {
                 return refuse(format!("{what}, and no cgtproxy is running"));
             }
             Some(Missing::Yet(what)) => {

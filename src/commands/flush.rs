@@ -11,13 +11,15 @@ pub fn flush() -> Result<ExitCode> {
     super::require_net_admin("flush")?;
     let mut kernel = Kernel::open()?;
     let mut text = String::new();
+    // it would put everything back; and none starts meanwhile
+    if let Some(pid) = instance::try_claim(&mut kernel)? {
+        let pid = instance::with_pid(pid);
+        let why = format!("unable to flush while cgtproxy is running{pid}: stop it first");
+        return Err(Error::State(why));
+    }
     if let Some(Some(owner)) = kernel.table_owner()? {
-        let who = match instance::holder() {
-            Some((pid, _)) => format!("pid {pid}"),
-            None => format!("netlink port {owner}"),
-        };
         let why = format!(
-            "unable to flush: a running cgtproxy ({who}) owns table inet {TABLE}; stop it first"
+            "unable to flush: another process (netlink port {owner}) owns table inet {TABLE}"
         );
         return Err(Error::State(why));
     }

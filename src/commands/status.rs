@@ -99,7 +99,7 @@ impl Status {
             routing.extend(compare(config, family, view, have));
         }
         Ok(Status {
-            daemon: instance::holder().map(|(pid, _)| pid),
+            daemon: instance::holder(kernel)?,
             held,
             listens,
             routing,
@@ -333,7 +333,7 @@ fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
         let now = Instant::now();
         let held = kernel.held()?;
         let status = Status {
-            daemon: instance::holder().map(|(pid, _)| pid),
+            daemon: instance::holder(kernel)?,
             held,
             listens: BTreeMap::new(),
             routing: Vec::new(),

@@ -61,6 +61,7 @@ pub const NFTA_GEN_PROC_NAME: u16 = 3;
 
 pub const NFTA_TABLE_NAME: u16 = 1;
 pub const NFTA_TABLE_FLAGS: u16 = 2;
+pub const NFTA_TABLE_USERDATA: u16 = 6;
 pub const NFTA_TABLE_OWNER: u16 = 7;
 pub const NFT_TABLE_F_DORMANT: u32 = 0x1;
 pub const NFT_TABLE_F_OWNER: u32 = 0x2;
@@ -222,6 +223,7 @@ pub const TYPE_CGROUPV2: u32 = 46;
 // libnftnl's set user data (include/libnftnl/udata.h) and nft's byte orders (include/datatype.h):
 // what nft needs to print keys right.
 pub const NFTNL_UDATA_SET_KEYBYTEORDER: u8 = 0;
+pub const NFTNL_UDATA_TABLE_COMMENT: u8 = 0;
 pub const BYTEORDER_HOST_ENDIAN: u32 = 1;
 pub const BYTEORDER_BIG_ENDIAN: u32 = 2;
 

@@ -86,11 +86,9 @@ pub struct Element {
 
 /// Reads an answer to [`super::encode::get_table`]: the flags of our table, `None` for others.
 pub fn parse_table_flags(message: &Message) -> Option<u32> {
-    let attrs = Attrs::after(message.body, 4);
-    let ours = message.body.first() == Some(&NFPROTO_INET)
-        && parse::str_z(attrs.clone().get(NFTA_TABLE_NAME)?) == TABLE;
+    let attrs = super::encode::table_named(TABLE, message)?;
     let flags = attrs.get(NFTA_TABLE_FLAGS).and_then(parse::u32_be);
-    ours.then_some(flags.unwrap_or(0))
+    Some(flags.unwrap_or(0))
 }
 
 /// Asks for all rules of our table.

@@ -60,8 +60,12 @@ impl Transaction {
     /// Removes the table, also where there is none (deleting alone would fail then, and
     /// NFT_MSG_DESTROYTABLE came with Linux 6.3 only).
     pub fn remove_table(&mut self) {
-        self.table(NFT_MSG_NEWTABLE, NLM_F_CREATE, None);
-        self.table(NFT_MSG_DELTABLE, 0, None);
+        self.remove_table_of(TABLE);
+    }
+
+    pub fn remove_table_of(&mut self, name: &str) {
+        self.table_of(name, NFT_MSG_NEWTABLE, NLM_F_CREATE, None, None);
+        self.table_of(name, NFT_MSG_DELTABLE, 0, None, None);
     }
 
     /// Makes and unmakes a table of another name with a rule of `socket cgroupv2`, which leaves
@@ -112,14 +116,26 @@ impl Transaction {
 
     /// `flags`: what the table is created with, or none at all (kernels without table flags).
     pub fn table(&mut self, kind: u16, flags: u16, table_flags: Option<u32>) {
-        self.table_of(TABLE, kind, flags, table_flags);
+        self.table_of(TABLE, kind, flags, table_flags, None);
     }
 
-    fn table_of(&mut self, name: &str, kind: u16, flags: u16, table_flags: Option<u32>) {
+    pub fn table_of(
+        &mut self,
+        name: &str,
+        kind: u16,
+        flags: u16,
+        table_flags: Option<u32>,
+        comment: Option<&str>,
+    ) {
         let open = self.begin(kind, flags);
         self.batch.str_z(NFTA_TABLE_NAME, name);
         if let Some(flags) = table_flags {
             self.batch.u32_be(NFTA_TABLE_FLAGS, flags);
+        }
+        if let Some(comment) = comment {
+            let length = comment.len() as u8 + 1;
+            let udata = [&[NFTNL_UDATA_TABLE_COMMENT, length], comment.as_bytes(), &[0]].concat();
+            self.batch.raw(NFTA_TABLE_USERDATA, &udata);
         }
         self.batch.end(open);
     }
@@ -545,7 +561,7 @@ pub fn probe(probes: &[Probe], batch: Batch) -> (Batch, Vec<u32>, u32) {
     const SCRATCH: &str = "cgtproxy_probe";
     let mut t = Transaction::new(batch);
     let dormant = Some(NFT_TABLE_F_DORMANT);
-    t.table_of(SCRATCH, NFT_MSG_NEWTABLE, NLM_F_CREATE, dormant);
+    t.table_of(SCRATCH, NFT_MSG_NEWTABLE, NLM_F_CREATE, dormant, None);
     let mut places = Vec::new();
     for (index, probe) in probes.iter().enumerate() {
         let chain = |base| Chain { name: format!("probe{index}"), base, rules: Vec::new() };
@@ -568,12 +584,12 @@ pub fn probe(probes: &[Probe], batch: Batch) -> (Batch, Vec<u32>, u32) {
         }
         places.push(t.batch.last_seq());
     }
-    t.table_of("cgtproxy_none", NFT_MSG_DELTABLE, 0, None);
+    t.table_of("cgtproxy_none", NFT_MSG_DELTABLE, 0, None, None);
     let (batch, end) = t.finish();
     (batch, places, end)
 }
 
-/// A request for our table, to see whether it is there and who owns it.
+/// A request for all tables: ours, to see whether it is there and who owns it, and the lock.
 pub fn get_table(batch: &mut Batch) {
     let open =
         batch.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE, NLM_F_REQUEST | NLM_F_DUMP);
@@ -583,8 +599,14 @@ pub fn get_table(batch: &mut Batch) {
 
 /// Reads an answer to [`get_table`]: `None` for other tables, else the owner's port id, if any.
 pub fn parse_table(message: &parse::Message) -> Option<Option<u32>> {
+    let attrs = table_named(TABLE, message)?;
+    Some(attrs.get(NFTA_TABLE_OWNER).and_then(parse::u32_be))
+}
+
+/// The attributes of a table in an answer to [`get_table`]; `None` for tables of other names.
+pub fn table_named<'a>(name: &str, message: &parse::Message<'a>) -> Option<Attrs<'a>> {
     let attrs = Attrs::after(message.body, 4);
-    let ours = message.body.first() == Some(&NFPROTO_INET)
-        && parse::str_z(attrs.clone().get(NFTA_TABLE_NAME)?) == TABLE;
-    ours.then(|| attrs.get(NFTA_TABLE_OWNER).and_then(parse::u32_be))
+    let same = message.body.first() == Some(&NFPROTO_INET)
+        && parse::str_z(attrs.clone().get(NFTA_TABLE_NAME)?) == name;
+    same.then_some(attrs)
 }

@@ -1,8 +1,10 @@
 //! The nftables side: what a rule does ([`expr`]), the table as data ([`ruleset`]), its messages
-//! ([`encode`]), what others do to it ([`event`]), and what the kernel says it holds ([`dump`]).
+//! ([`encode`]), what others do to it ([`event`]), what the kernel says it holds ([`dump`]), and the
+//! table that serves as a lock ([`lock`]).
 
 pub mod dump;
 pub mod encode;
 pub mod event;
 pub mod expr;
+pub mod lock;
 pub mod ruleset;

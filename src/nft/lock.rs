@@ -1,0 +1,67 @@
+//! The lock of a daemon as an nf_tables object: a table of its own that a netlink socket owns. The
+//! kernel gives it to one socket at a time, takes it away with the socket however that ends, and
+//! lets nobody make, change or delete it but who has CAP_NET_ADMIN over this network namespace.
+//! Pure. Source: net/netfilter/nf_tables_api.c (NFT_TABLE_F_OWNER, since Linux 5.12).
+
+use super::encode::{self, Transaction};
+use crate::netlink::parse::{self, Message};
+use crate::netlink::uapi::*;
+
+/// Beside the table itself, which cannot be owned before Linux 6.9.
+pub const TABLE: &str = "cgtproxy-lock";
+
+/// What the lock says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lock {
+    /// A process holds it; its pid, as that process sees itself.
+    Held(i32),
+    /// Nobody does: the last one left its table in force, so many seconds after boot.
+    Left(u64),
+}
+
+impl Lock {
+    /// For whoever lists the table with nft: its comment.
+    fn comment(self) -> String {
+        match self {
+            Lock::Held(pid) => format!("held by pid {pid}"),
+            Lock::Left(at) => format!("left at {at} s after boot"),
+        }
+    }
+
+    fn parse(comment: &str) -> Option<Lock> {
+        let between = |before, after| comment.strip_prefix(before)?.strip_suffix(after);
+        let held = between("held by pid ", "").and_then(|pid| pid.parse().ok()).map(Lock::Held);
+        let left = || between("left at ", " s after boot")?.parse().ok().map(Lock::Left);
+        held.or_else(left)
+    }
+}
+
+/// Puts the lock's table there, in place of one that may be there already. The kernel refuses that
+/// with EPERM where another socket owns it.
+pub fn set(transaction: &mut Transaction, lock: Lock) {
+    transaction.remove_table_of(TABLE);
+    let flags = matches!(lock, Lock::Held(_)).then_some(NFT_TABLE_F_OWNER);
+    transaction.table_of(TABLE, NFT_MSG_NEWTABLE, NLM_F_CREATE, flags, Some(&lock.comment()));
+}
+
+/// Reads an answer to [`encode::get_table`]: `None` for other tables, and where the lock says
+/// nothing. Whoever owns it without saying who it is has pid 0.
+pub fn parse(message: &Message) -> Option<Lock> {
+    let attrs = encode::table_named(TABLE, message)?;
+    let comment = attrs.clone().get(NFTA_TABLE_USERDATA).and_then(comment);
+    let lock = comment.and_then(|text| Lock::parse(&text));
+    let owned = attrs.clone().get(NFTA_TABLE_OWNER).is_some();
+    match lock {
+        Some(Lock::Held(pid)) if owned => Some(Lock::Held(pid)),
+        Some(Lock::Left(at)) if !owned => Some(Lock::Left(at)),
+        _ => owned.then_some(Lock::Held(0)),
+    }
+}
+
+/// The comment among the user data of a table: type, length, text with its NUL.
+fn comment(data: &[u8]) -> Option<String> {
+    let (kind, rest) = data.split_first()?;
+    let (length, rest) = rest.split_first()?;
+    let text = rest.get(..usize::from(*length))?;
+    (*kind == NFTNL_UDATA_TABLE_COMMENT).then(|| parse::str_z(text).into())
+}
