@@ -2,7 +2,7 @@
 //! say what a missing ip rule would look like, and where the cgroups are whose rates `--watch` shows.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
@@ -22,6 +22,7 @@ use crate::loops;
 use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
 use crate::nft::dump::{Counter, Gateway, Target, View};
 use crate::nft::expr::{Family, Mark, L4};
+use crate::nft::lock::Lock;
 use crate::nft::ruleset::TABLE;
 use crate::route::{self, Action, Entry, IpRule, Route};
 use crate::sys;
@@ -54,6 +55,8 @@ pub fn status(options: &Options, json: bool, watch: bool) -> Result<ExitCode> {
 struct Status {
     /// The pid of a running daemon.
     daemon: Option<i32>,
+    /// What has become of a table that no daemon keeps in step.
+    unattended: Option<Unattended>,
     held: Option<Held>,
     /// By name of the tproxy: whether TCP, whether UDP is listened for.
     listens: BTreeMap<String, (bool, bool)>,
@@ -61,6 +64,58 @@ struct Status {
     routing: Vec<(Entry, bool)>,
     /// A line for each proxy whose own traffic comes back to it.
     loops: Vec<String>,
+}
+
+struct Unattended {
+    /// Seconds since the last daemon left; `None` where it was killed.
+    left: Option<u64>,
+    /// Cgroups that exist now, that the configuration gives a target and the table does not.
+    unknown: Option<usize>,
+}
+
+impl Unattended {
+    fn take(kernel: &mut Kernel, config: &Config, held: &Held) -> Result<Unattended> {
+        let left = match kernel.lock()? {
+            Some(Lock::Left(at)) => Some(instance::since_boot().saturating_sub(at)),
+            _ => None,
+        };
+        let looked = super::look(Rc::new(config.clone())).ok();
+        let unknown = looked.map(|(mut core, _)| {
+            let known = held.cgroups.iter();
+            let known = known.flat_map(|(name, all)| all.iter().map(|e| (name.as_str(), e.id)));
+            let known: BTreeSet<_> = known.collect();
+            let wanted = core.snapshot().elements.into_iter();
+            let wanted = wanted.flat_map(|(t, ids)| {
+                let name = config.target_name(t);
+                ids.into_iter().map(move |id| (name, id))
+            });
+            wanted.filter(|element| !known.contains(element)).count()
+        });
+        Ok(Unattended { left, unknown })
+    }
+}
+
+impl fmt::Display for Unattended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("nothing new is classified")?;
+        if let Some(left) = self.left {
+            write!(f, " since the last one left {} ago", span(left))?;
+        }
+        match self.unknown {
+            None => Ok(()),
+            Some(unknown) => write!(f, "; cgroups that the table does not know: {unknown}"),
+        }
+    }
+}
+
+/// Seconds in the two largest units that count.
+fn span(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
+        3600..86400 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
+        _ => format!("{} d {} h", seconds / 86400, seconds / 3600 % 24),
+    }
 }
 
 /// Proxies whose traffic goes in circles, by the configuration and the cgroups of their listeners.
@@ -91,6 +146,11 @@ impl Status {
         });
         let listens = listens.collect();
         let held_any = held.is_some();
+        let daemon = instance::holder(kernel)?;
+        let unattended = match &held {
+            Some(held) if daemon.is_none() => Some(Unattended::take(kernel, config, held)?),
+            _ => None,
+        };
         let mut routing = Vec::new();
         for family in Family::BOTH {
             let have = kernel.routing(family)?;
@@ -99,7 +159,8 @@ impl Status {
             routing.extend(compare(config, family, view, have));
         }
         Ok(Status {
-            daemon: instance::holder(kernel)?,
+            daemon,
+            unattended,
             held,
             listens,
             routing,
@@ -144,6 +205,9 @@ impl Status {
 
     fn text(&self, style: Style) -> String {
         let mut out = self.headline() + "\n";
+        if let Some(unattended) = &self.unattended {
+            let _ = writeln!(out, "{unattended}");
+        }
         if self.held.is_some() {
             let titles =
                 ["TARGET", "MARK", "PORT", "LISTENS", "CGROUPS", "PACKETS", "BYTES", "REFUSED"];
@@ -257,10 +321,13 @@ impl Status {
             Json::List(json.collect())
         };
         let default = self.held.as_ref().map(|held| Json::text(&held.view.default));
+        let unattended = self.unattended.as_ref();
         Json::Object(vec![
             ("version", Json::Number(JSON_VERSION)),
             ("in_force", Json::Bool(self.in_force())),
             ("daemon", Json::or_null(self.daemon.map(|pid| pid as u32))),
+            ("left", Json::or_null(unattended.and_then(|u| u.left))),
+            ("unknown", Json::or_null(unattended.and_then(|u| u.unknown).map(|n| n as u64))),
             ("default", default.unwrap_or(Json::Null)),
             ("targets", Json::List(targets.collect())),
             ("gateways", Json::List(gateways.collect())),
@@ -334,6 +401,7 @@ fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
         let held = kernel.held()?;
         let status = Status {
             daemon: instance::holder(kernel)?,
+            unattended: None,
             held,
             listens: BTreeMap::new(),
             routing: Vec::new(),

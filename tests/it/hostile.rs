@@ -3,7 +3,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::fs;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,10 +12,14 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{
+    bind, connect, listen, socket, AddressFamily, Backlog, SockFlag, SockType, UnixAddr,
+};
+
 use crate::client::Client;
 use crate::daemon::{run_with, write_private, Daemon};
 use crate::ground::{addr, chmod, Ground, REMOTE4};
-use crate::kernel::{await_exactly, cgroup_id, load, set_ids, SETTLE};
+use crate::kernel::{await_exactly, cgroup_id, load, nft, set_ids, SETTLE};
 use crate::world::World;
 use crate::{sized, wait_until};
 
@@ -264,4 +268,132 @@ fn hostile_configurations_are_refused() {
         assert!(start.elapsed() < Duration::from_secs(2), "{name}");
     }
     assert_eq!(crate::kernel::residue(), "");
+}
+
+/// A thread of an unprivileged user that has bound an abstract name, and listens or not, with its
+/// backlog full. (The raw call changes the user of this thread alone.)
+struct Squatter {
+    go: Option<mpsc::Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Squatter {
+    fn start(name: &str, listens: bool) -> Squatter {
+        let address = UnixAddr::new_abstract(name.as_bytes()).expect("a short name");
+        let (go, stop) = mpsc::channel::<()>();
+        let (tell, bound) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            // SAFETY: integers only.
+            assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }, 0);
+            let new = || {
+                let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+                socket(AddressFamily::Unix, SockType::Stream, flags, None).expect("a socket")
+            };
+            let listener = new();
+            bind(listener.as_raw_fd(), &address).expect("bind");
+            let mut queued = Vec::new();
+            if listens {
+                listen(&listener, Backlog::new(0).expect("0 is a backlog")).expect("listen");
+                queued.push(new());
+                while connect(queued[queued.len() - 1].as_raw_fd(), &address).is_ok() {
+                    queued.push(new());
+                }
+            }
+            tell.send(()).expect("the test waits");
+            let _ = stop.recv();
+        });
+        bound.recv().expect("bound");
+        Squatter { go: Some(go), thread: Some(thread) }
+    }
+}
+
+impl Drop for Squatter {
+    fn drop(&mut self) {
+        self.go = None;
+        let _ = self.thread.take().map(|thread| thread.join());
+    }
+}
+
+/// A user without privileges can neither take the lock nor fake it, nor make anybody wait for it:
+/// nor by what the lock was once, the abstract socket of our name.
+#[test]
+fn nobody_else_has_the_lock() {
+    let Some(ground) = Ground::new("lock") else {
+        return;
+    };
+    let config = "[rules]\ndrop = /x\n";
+    let said = |args: &[&str]| {
+        let start = Instant::now();
+        let out = run_with(&ground, config, args);
+        assert!(start.elapsed() < Duration::from_secs(2), "{args:?} took {:?}", start.elapsed());
+        String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned()
+    };
+    for listens in [false, true] {
+        let squatter = Squatter::start("cgtproxy", listens);
+        let status = said(&["status"]);
+        assert!(status.contains("no cgtproxy is running"), "{status}");
+        assert!(said(&["exec", "drop", "true"]).contains("no cgtproxy is running"));
+        assert_eq!(said(&["flush"]), "nothing to remove\n");
+        let start = Instant::now();
+        let daemon = Daemon::start(&ground, config, &[]);
+        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+        let pid = format!("pid {}", daemon.pid());
+        let status = said(&["status"]);
+        assert!(status.contains(&pid), "{status}");
+        let flush = said(&["flush"]);
+        assert!(flush.contains(&pid) && flush.contains("stop it first"), "{flush}");
+        assert!(daemon.stop().success());
+        drop(squatter);
+    }
+    // the table that is the lock: not without privileges, not with those over a user namespace of
+    // one's own; and once it is held, not by root either
+    let as_nobody = "setpriv --reuid=65534 --regid=65534 --clear-groups ";
+    let take = "'add table inet cgtproxy-lock { comment \"held by pid 1\"; }'";
+    let fails = |command: &str| {
+        let out = Command::new("sh").args(["-c", command]).output().expect("start sh");
+        let error = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(!out.status.success() && error.contains("not permitted"), "{command}: {error}");
+    };
+    for way in ["", "unshare --user --map-root-user "] {
+        fails(&format!("{as_nobody}{way}nft {take}"));
+    }
+    assert!(said(&["status"]).contains("no cgtproxy is running"));
+    let daemon = Daemon::start(&ground, config, &[]);
+    fails("nft delete table inet cgtproxy-lock");
+    load("flush ruleset");
+    let status = said(&["status"]);
+    assert!(status.contains(&format!("pid {}", daemon.pid())), "{status}");
+    let list = nft(&["list", "table", "inet", "cgtproxy-lock"], "");
+    let list = String::from_utf8_lossy(&list.stdout).into_owned();
+    assert!(list.contains(&format!("comment \"held by pid {}\"", daemon.pid())), "{list}");
+    daemon.kill9();
+    assert!(said(&["status"]).contains("no cgtproxy is running"));
+    // what root makes without owning it is no lock
+    load("add table inet cgtproxy-lock { comment \"held by pid 1\"; }");
+    assert!(said(&["status"]).contains("no cgtproxy is running"));
+    assert!(Daemon::start(&ground, config, &[]).stop().success());
+    assert_eq!(crate::kernel::residue(), "");
+}
+
+/// Of several that start at the same moment, one runs.
+#[test]
+fn one_of_many() {
+    let Some(ground) = Ground::new("one") else {
+        return;
+    };
+    for round in 0..sized(4, 40) {
+        let start = |_| Daemon::spawn(&ground, "[rules]\ndrop = /x\n", &[], &[]);
+        let mut all: Vec<Daemon> = (0..6).map(start).collect();
+        let up: Vec<bool> = all.iter_mut().map(Daemon::ready).collect();
+        assert_eq!(up.iter().filter(|up| **up).count(), 1, "round {round}");
+        let at = up.iter().position(|up| *up).expect("counted");
+        let one = all.remove(at);
+        for mut other in all {
+            assert_eq!(other.wait().code(), Some(1));
+            let log = other.logs();
+            assert!(log.contains(&format!("already running with pid {}", one.pid())), "{log}");
+        }
+        assert!(one.stop().success());
+        assert_eq!(crate::kernel::residue(), "");
+    }
 }

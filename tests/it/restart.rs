@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::client::{Client, Running};
-use crate::daemon::{Daemon, UNOWNED};
+use crate::daemon::{run, Daemon, UNOWNED};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, ip_rules, residue, state};
 use crate::world::{Server, World};
@@ -174,6 +174,51 @@ fn the_next_one_waits_for_the_last() {
     assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
     assert_eq!(state(), before);
     assert!(daemon.stop().success());
+    assert_eq!(residue(), "");
+}
+
+/// Until the next one starts, `status` says that nothing keeps the table in step, since when if the
+/// last one had a chance to note it, and how many cgroups have come.
+#[test]
+fn status_without_a_daemon() {
+    let Some(ground) = Ground::new("alone") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let config = daemon.config.clone();
+    let status = |args: &[&str]| {
+        let config = config.to_str().expect("UTF-8");
+        let out = run(&[&["-c", config, "status"], args].concat());
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    let headline = |text: &str| text.lines().take(2).collect::<Vec<_>>().join("\n");
+    let text = status(&[]);
+    assert!(headline(&text).contains(&format!("runs with pid {}", daemon.pid())), "{text}");
+    assert!(!text.contains("nothing new"), "{text}");
+    assert!(status(&["--json"]).contains("\"left\":null"), "{}", status(&["--json"]));
+    daemon.leave();
+    for path in ["/drop", "/proxied", "/proxied/x", "/none"] {
+        ground.cgroup(path);
+    }
+    let text = status(&[]);
+    let said = "nothing new is classified since the last one left ";
+    assert!(text.contains("in force, default direct; no cgtproxy is running"), "{text}");
+    assert!(text.contains(said) && text.contains(" s ago"), "{text}");
+    assert!(text.contains("; cgroups that the table does not know: 2\n"), "{text}");
+    let json = status(&["--json"]);
+    let left = json.split("\"left\":").nth(1).and_then(|rest| rest.split(',').next());
+    assert!(left.is_some_and(|n| n.parse::<u64>().is_ok_and(|n| n < 60)), "{json}");
+    assert!(json.contains("\"unknown\":2") && json.contains("\"daemon\":null"), "{json}");
+    // one that is killed has no chance to say when
+    Daemon::start(&ground, CONFIG, &[]).kill9();
+    let text = status(&[]);
+    let said = "nothing new is classified; cgroups that the table does not know: 0\n";
+    assert!(text.contains(said), "{text}");
+    // without a table there is nothing to know
+    assert!(Daemon::start(&ground, CONFIG, &[]).stop().success());
+    let text = status(&[]);
+    assert_eq!(text.lines().next().map(|line| line.contains("not there")), Some(true), "{text}");
+    assert!(!text.contains("nothing new"), "{text}");
     assert_eq!(residue(), "");
 }
 
