@@ -494,7 +494,7 @@ fn json_has_the_documented_shape() {
     let json = daemon.ask(&["status", "--json"]).out;
     assert_eq!(
         query(&json, "list(d)"),
-        "['version', 'in_force', 'daemon', 'default', 'targets', 'gateways', 'rules', 'routes', 'loops']"
+        "['version', 'in_force', 'daemon', 'left', 'unknown', 'default', 'targets', 'gateways', 'rules', 'routes', 'loops']"
     );
     assert_eq!(query(&json, "d['version'], d['in_force'], d['default']"), "(1, True, 'direct')");
     assert_eq!(query(&json, "d['daemon']"), daemon.pid().to_string());
