@@ -35,7 +35,10 @@ openwrt) services="openwrt/cgtproxy $SYSCONFDIR/init.d/cgtproxy 755
 openwrt/cgtproxy.json $SYSCONFDIR/capabilities/cgtproxy.json 644
 openwrt/cgtproxy.keep /lib/upgrade/keep.d/cgtproxy 644" ;;
 openrc) services="openrc/cgtproxy $SYSCONFDIR/init.d/cgtproxy 755" ;;
-systemd) services="systemd/cgtproxy.service ${UNITDIR:-/lib/systemd/system}/cgtproxy.service 644" ;;
+systemd) units=${UNITDIR:-/usr/lib/systemd/system}
+	services="systemd/cgtproxy.service $units/cgtproxy.service 644
+systemd/cgtproxyd.service $units/cgtproxyd.service 644
+systemd/cgtproxy-stop.service $units/cgtproxy-stop.service 644" ;;
 *) die "INIT is openwrt, openrc, systemd or auto, not $INIT" ;;
 esac
 

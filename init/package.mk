@@ -89,6 +89,7 @@ deb: cross
 	mkdir -p $(STAGE)/DEBIAN $(STAGE)/usr/share/doc/cgtproxy $(STAGE)/usr/share/lintian/overrides
 	cp init/debian/postinst init/debian/prerm init/debian/postrm $(STAGE)/DEBIAN
 	echo /etc/cgtproxy/cgtproxy.conf > $(STAGE)/DEBIAN/conffiles
+	cp -r README.md conf/examples $(STAGE)/usr/share/doc/cgtproxy
 	cp init/debian/copyright $(STAGE)/usr/share/doc/cgtproxy/copyright
 	sed '1,/^$$/d' LICENSE >> $(STAGE)/usr/share/doc/cgtproxy/copyright
 	cp init/debian/lintian-overrides $(STAGE)/usr/share/lintian/overrides/cgtproxy

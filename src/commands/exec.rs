@@ -222,6 +222,17 @@ fn remove_leftovers(root: &Path) {
     }
 }
 
+/// Removes the cgroups that `exec` made, with the one above them where that is empty then; tells
+/// whether it is gone.
+pub fn tidy(root: &Path) -> bool {
+    remove_leftovers(root);
+    let above = root.join(&policy::EXEC[1..]);
+    for target in subdirectories(&above) {
+        let _ = fs::remove_dir(target);
+    }
+    fs::remove_dir(above).is_ok()
+}
+
 fn remove_empty(dir: &Path) {
     subdirectories(dir).iter().for_each(|dir| remove_empty(dir));
     let _ = fs::remove_dir(dir);

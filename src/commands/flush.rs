@@ -2,10 +2,12 @@
 
 use std::process::ExitCode;
 
+use crate::cgroup::mount;
 use crate::error::{Error, Result};
 use crate::instance;
 use crate::kernel::Kernel;
 use crate::nft::ruleset::TABLE;
+use crate::policy;
 
 pub fn flush() -> Result<ExitCode> {
     super::require_net_admin("flush")?;
@@ -28,6 +30,12 @@ pub fn flush() -> Result<ExitCode> {
     }
     for entry in kernel.trim_routing(None)? {
         text.push_str(&format!("did {}\n", entry.command("del")));
+    }
+    // of the usual cgroup root: no configuration is read here
+    if let Ok(root) = mount::find(None) {
+        if super::exec::tidy(&root.dir) {
+            text.push_str(&format!("removed cgroup {}\n", policy::EXEC));
+        }
     }
     if text.is_empty() {
         text.push_str("nothing to remove\n");

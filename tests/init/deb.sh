@@ -6,11 +6,14 @@ start() {
 	/usr/sbin/cgtproxy -p /run/cgtproxy.pid >/run/log 2>&1 &
 	within 20 [ -s /run/cgtproxy.pid ] || { cat /run/log; return 1; }
 }
+exec_leaves() { mkdir -p /sys/fs/cgroup/cgtproxy/direct/99999999; }
 conf=/etc/cgtproxy/cgtproxy.conf
 files() { find / -xdev -name '*cgtproxy*' ! -path '/root/*' ! -path '/proc/*' ! -path '/sys/*'; }
 
 check "install" dpkg -i /root/cgtproxy.deb
 check "files are those of the package" dpkg -V cgtproxy
+check "README and examples" [ -s /usr/share/doc/cgtproxy/README.md -a -s /usr/share/doc/cgtproxy/examples/kill-switch.conf ]
+check "the units are where they belong" [ -s /usr/lib/systemd/system/cgtproxy.service ]
 check "check" /usr/sbin/cgtproxy check
 check "run" start
 check "the table is there" nft list table inet cgtproxy
@@ -20,7 +23,11 @@ check "as it was" grep -q '^# mine' $conf
 kill "$(cat /run/cgtproxy.pid)"
 wait
 check "stopped" fails nft list table inet cgtproxy
-check "remove" dpkg -r cgtproxy
+check "exec leaves a cgroup" exec_leaves
+dpkg -r cgtproxy >/run/said 2>&1
+check "remove" [ $? -eq 0 ]
+check "without a puzzling word" fails grep -iE 'error|fail|unable|not empty|no such' /run/said
+check "no cgroup is left" [ ! -e /sys/fs/cgroup/cgtproxy ]
 check "keeps the configuration" [ -e $conf ]
 check "purge" dpkg -P cgtproxy
 left=$(files | grep -v '^/run')

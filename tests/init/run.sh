@@ -47,11 +47,14 @@ procd() {
 systemd() {
 	echo "systemd"
 	$here/systemd.sh "$program" || rc=1
-	tree trixie systemd-sysv,dbus,nftables,iproute2,procps systemd || { rc=1; return; }
-	cp target/deb/*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
-	inside systemd-inside.sh
-	timeout 120 $here/container.sh $trees/run /root/test.sh || rc=1
-	cat $trees/run/root/result || { echo "FAILED systemd did not boot"; rc=1; }
+	for suite in bookworm trixie; do
+		echo "systemd of Debian $suite"
+		tree $suite systemd-sysv,dbus,nftables,iproute2,procps systemd || { rc=1; continue; }
+		cp target/deb/*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
+		inside systemd-inside.sh
+		timeout 180 $here/container.sh $trees/run /root/test.sh || rc=1
+		cat $trees/run/root/result || { echo "FAILED systemd did not boot"; rc=1; }
+	done
 }
 
 deb() {

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Becomes systemd inside a Debian tree (see run.sh), where it starts itself again as a service, tests
-# the unit of the package that is installed there, and ends systemd with its result.
+# the units of the package that is installed there, and ends systemd with its result.
 set -u
 if [ "${1:-}" != test ]; then
 	dpkg -i /root/cgtproxy.deb >/dev/null 2>&1
@@ -21,49 +21,120 @@ if [ "${1:-}" != test ]; then
 fi
 
 . /root/lib.sh
-pid() { systemctl show -P MainPID cgtproxy; }
-respawned() { new=$(pid) && [ "$new" != 0 ] && [ "$new" != "$old" ] && systemctl --quiet is-active cgtproxy; }
+CONF=/etc/cgtproxy/cgtproxy.conf
+pid() { systemctl show -P MainPID cgtproxyd; }
+is() { [ "$(pid)" = "$1" ] && kill -0 "$1"; }
+another() { new=$(pid) && [ "$new" != 0 ] && [ "$new" != "$1" ] && systemctl --quiet is-active cgtproxyd; }
 asks() { # SLICE WANT: sends a datagram from a new unit in that slice
 	answer=$(systemd-run --quiet --wait --pipe --slice="$1.slice" bash -c \
-		'if echo x 2>/dev/null >/dev/udp/203.0.113.7/9; then echo sent; else echo denied; fi')
+		'if echo x 2>/dev/null >/dev/udp/203.0.113.7/12; then echo sent; else echo denied; fi')
 	echo "$answer"
 	[ "$answer" = "$2" ]
 }
-policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\n%s\n' "$1" >/etc/cgtproxy/cgtproxy.conf; }
-DROP='drop = /app\.slice'
+policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /proxied\\.slice\n%s\n' "$1" >$CONF; }
+DROP='drop = /app\.slice' WRONG='mihomo = ('
+ours() { { ip rule; ip -6 rule; ip route show table all; } | grep -E 'proto 99|lookup 300'; }
+table() { nft list table inet cgtproxy; }
+clean() { ! table && ! ours; }
 
-ip link add in0 type veth peer name out0
-ip addr add 192.0.2.1/24 dev in0
-ip link set out0 up
-ip link set in0 up
-ip route add default dev in0
-systemctl start app.slice other.slice
+# what a refused restart or upgrade is to leave, and what follows on it
+is_left_alone() { # PID
+	check "   it says where" within 5 said_where
+	check "   the daemon goes on" is "$1"
+	check "   a new unit of the policy is dropped" asks app denied
+	check "   nothing got out" nothing_got_out
+}
+says() { "$@" >/run/said 2>&1; rc=$?; cat /run/said; return $rc; }
+restarts() { : >/run/said; systemctl restart cgtproxy; }
+# by itself, or in what systemctl refers to
+said_where() { { cat /run/said; journalctl -n 40 -u cgtproxy; } | grep "cgtproxy.conf:5"; }
+
+floods() { [ "$(got 11)" -gt 100 ]; }
+
+remote_host
+systemctl start app.slice proxied.slice other.slice
 policy "$DROP"
 echo "       $(systemctl --version | head -1)"
-check "started at boot by the package" systemctl is-active cgtproxy
+check "started at boot by the package" systemctl is-active cgtproxy cgtproxyd
 check "restart" systemctl restart cgtproxy
-check "the table is there when restart returns" nft list table inet cgtproxy
+check "the table is there when restart returns" table
 check "a unit of the policy is dropped" asks app denied
 check "another is not" asks other sent
+for flood in app:9 proxied:10 other:11; do
+	systemd-run --quiet --slice="${flood%:*}.slice" --unit="flood-${flood#*:}" flood "${flood#*:}"
+done
+check "the floods reach the remote host where nothing holds them" within 10 floods
+
 old=$(pid)
-[ "$old" != 0 ] || exit 1
 kill -9 "$old"
 check "dropped while the daemon is dead" asks app denied
-check "kill -9: respawned" within 20 respawned
+check "kill -9: respawned" within 20 another "$old"
 check "dropped after the respawn" asks app denied
-policy "mihomo = ("
+
+policy "$WRONG"
 check "reload with an error is refused" fails systemctl reload cgtproxy
 check "and the policy stays" asks app denied
 old=$(pid)
 policy "$DROP-not"
+systemctl stop flood-9
 check "reload" systemctl reload cgtproxy
 check "takes the new policy" within 10 asks app sent
-check "without a restart" [ "$(pid)" = "$old" ]
+check "without a restart" is "$old"
 check "one capability" grep -q '^CapEff:.*0000000000001000$' "/proc/$old/status"
+policy "$DROP"
+check "and back" systemctl reload cgtproxy
+check "takes the old policy" within 10 asks app denied
+systemd-run --quiet --slice=app.slice --unit=flood-9 flood 9
+
+for n in 1 2 3 4 5; do systemctl restart cgtproxy || echo "FAILED restart $n"; done
+check "five restarts: another daemon" another "$old"
+check "   nothing got out" nothing_got_out
+
+policy "$WRONG"
+old=$(pid)
+check "restart with an error is refused" fails restarts
+is_left_alone "$old"
+policy "$DROP"
+check "   a corrected file revives" within 30 another "$old"
+check "   the unit too" within 30 systemctl is-active cgtproxy
+
+old=$(pid)
+check "upgrade" dpkg -i /root/cgtproxy.deb
+check "   by another daemon" another "$old"
+check "   nothing got out" nothing_got_out
+policy "$WRONG"
+old=$(pid)
+check "upgrade with an error is refused" fails says dpkg -i /root/cgtproxy.deb
+is_left_alone "$old"
+policy "$DROP"
+check "   configured once it is corrected" dpkg --configure cgtproxy
+check "   by another daemon" another "$old"
+check "   nothing got out" nothing_got_out
+systemctl stop flood-9 flood-10 flood-11
+
 check "stop" systemctl stop cgtproxy
-check "no table is left" fails nft list table inet cgtproxy
-ours() { { ip rule; ip -6 rule; ip route show table all; } | grep -E 'proto 99|lookup 300'; }
-check "no rules are left" fails ours
-policy "mihomo = ("
-check "start with an error is refused" fails systemctl start cgtproxy
+check "   nothing is left in the kernel" clean
+check "   nor a daemon" fails pgrep -x cgtproxy
+policy "$WRONG"
+check "start with an error is refused" fails restarts
+check "   it says where" within 5 said_where
+policy "$DROP"
+check "   a corrected file revives" within 30 systemctl is-active cgtproxy
+check "   with the policy" asks app denied
+old=$(pid)
+policy "$WRONG"
+check "a restart that is refused, and a stop" fails systemctl restart cgtproxy
+check "   stops" systemctl stop cgtproxy
+check "   nothing is left in the kernel" within 5 clean
+check "   nor a daemon" fails pgrep -x cgtproxy
+
+policy "$DROP"
+check "start" systemctl start cgtproxy
+check "exec" cgtproxy exec direct true
+check "remove" says dpkg -r cgtproxy
+check "   without a puzzling word" fails grep -iE 'error|fail|unable|warning: [^w]' /run/said
+check "   nothing is left in the kernel" clean
+check "purge" says dpkg -P cgtproxy
+check "   no unit is left" fails systemctl cat cgtproxy cgtproxyd
+check "   no cgroup is left" [ ! -e /sys/fs/cgroup/cgtproxy ]
 exit $failed
