@@ -2,6 +2,8 @@
 # Runs inside a tree with OpenRC and busybox ash (see run.sh): the service from start to stop, with
 # another service whose traffic it decides on. A service is asked through one fifo, and answers with
 # the result of sending a datagram through another: `sent`, or `denied` where it is dropped.
+# this busybox prefers its own applets, which know less
+ip() { /sbin/ip "$@"; }
 . /root/lib.sh
 CONF=/etc/cgtproxy/cgtproxy.conf
 
@@ -12,21 +14,19 @@ asks() { # SERVICE ANSWER
 	echo "$1: $answer"
 	[ "$answer" = "$2" ]
 }
-# this busybox prefers its own applets, which know less
-ip() { /sbin/ip "$@"; }
 daemon_pid() { /usr/bin/pgrep -x cgtproxy; }
 respawned() { new=$(daemon_pid) && [ -n "$new" ] && [ "$new" != "$old" ] && [ "$(cat /run/cgtproxy.pid)" = "$new" ]; }
 table() { nft list table inet cgtproxy; }
 leftover() { nft list tables; ip rule; ip -6 rule; ip route show table all; }
 clean() { leftover; ! leftover | grep -E 'cgtproxy|proto 99|lookup 300'; }
-policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\n%s\n' "$1" >$CONF; }
-DROP='drop = /(openrc\.)?app'
+policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /(openrc\\.)?flood10\n%s\n' "$1" >$CONF; }
+DROP='drop = /(openrc\.)?(app|flood9)' WRONG='mihomo = ('
+is() { [ "$(daemon_pid)" = "$1" ]; }
+another() { new=$(daemon_pid) && [ -n "$new" ] && [ "$new" != "$1" ]; }
+says() { "$@" >/run/said 2>&1; rc=$?; cat /run/said; return $rc; }
+floods() { [ "$(got 11)" -gt 100 ]; }
 
-ip link add in0 type veth peer name out0
-ip addr add 192.0.2.1/24 dev in0
-ip link set out0 up
-ip link set in0 up
-ip route add default dev in0
+remote_host
 rm -rf /etc/runlevels/sysinit/hwclock* /etc/runlevels/boot/hwclock* /etc/runlevels/*/procps* /etc/runlevels/*/udev*
 for name in app other; do
 	mkfifo /run/$name.ask /run/$name.answer
@@ -34,7 +34,7 @@ for name in app other; do
 	#!/bin/bash
 	while :; do
 		read -r <>/run/$name.ask
-		if echo x 2>/dev/null >/dev/udp/203.0.113.7/9; then echo sent; else echo denied; fi >/run/$name.answer
+		if echo x 2>/dev/null >/dev/udp/203.0.113.7/12; then echo sent; else echo denied; fi >/run/$name.answer
 	done
 	EOF
 	cat >/etc/init.d/$name <<-EOF
@@ -43,6 +43,11 @@ for name in app other; do
 	command=/usr/local/bin/$name
 	EOF
 	chmod +x /usr/local/bin/$name /etc/init.d/$name
+done
+for port in 9 10 11; do
+	printf '#!/sbin/openrc-run\nsupervisor=supervise-daemon\ncommand=/usr/local/bin/flood\ncommand_args=%s\n' $port \
+		>/etc/init.d/flood$port
+	chmod +x /etc/init.d/flood$port
 done
 # what Alpine's does: saves the live ruleset when it stops
 cat >/etc/init.d/nftables <<-'EOF'
@@ -73,7 +78,7 @@ check "dropped while the daemon is dead" asks app denied
 check "kill -9: respawned" within 20 respawned
 check "dropped after the respawn" asks app denied
 
-policy "mihomo = ("
+policy "$WRONG"
 check "reload with an error is refused" fails rc-service cgtproxy reload
 check "and the policy stays" asks app denied
 policy "$DROP-not"
@@ -81,13 +86,45 @@ check "reload" rc-service cgtproxy reload
 check "takes the new policy" within 10 asks app sent
 check "without a restart" [ "$(daemon_pid)" = "$(cat /run/cgtproxy.pid)" ]
 
+policy "$DROP"
+check "and back" rc-service cgtproxy reload
+check "takes the old policy" within 10 asks app denied
+for port in 9 10 11; do rc-service flood$port start >/dev/null 2>&1; done
+check "the floods reach the remote host where nothing holds them" within 10 floods
+for n in 1 2 3 4 5; do
+	old=$(daemon_pid)
+	check "restart" rc-service cgtproxy restart
+	check "   by another daemon" another "$old"
+done
+check "   one alone" [ "$(daemon_pid | wc -w)" = 1 ]
+check "   status is started" rc-service cgtproxy status
+check "   nothing got out" nothing_got_out
+old=$(daemon_pid)
+policy "$WRONG"
+check "restart with an error is refused" fails says rc-service cgtproxy restart
+check "   it says where" grep "cgtproxy.conf:5" /run/said
+check "   the daemon goes on" is "$old"
+check "   status is started" rc-service cgtproxy status
+check "   dropped" asks app denied
+rc-service app restart >/dev/null 2>&1
+check "   a restarted service is dropped" asks app denied
+check "   nothing got out" nothing_got_out
+policy "$DROP"
+check "   a corrected file is taken" rc-service cgtproxy restart
+check "   by another daemon" another "$old"
+old=$(daemon_pid)
+kill -9 "$old"
+check "kill -9: respawned" within 20 respawned
+check "   nothing got out" nothing_got_out
+for port in 9 10 11; do rc-service flood$port stop >/dev/null 2>&1; done
+
 check "stop" rc-service cgtproxy stop
 check "status is stopped (3)" exits 3 rc-service cgtproxy status
 check "nothing is left in the kernel" clean
-policy "mihomo = ("
+policy "$WRONG"
 check "start with an error is refused" fails rc-service cgtproxy start
 cp /run/check.log /run/refused.log
-check "and says where" grep "cgtproxy.conf:4" /run/refused.log
+check "and says where" grep "cgtproxy.conf:5" /run/refused.log
 check "not started" fails daemon_pid
 
 policy "$DROP"
