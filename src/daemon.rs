@@ -2,6 +2,7 @@
 //! poll(2), hands what happened to the core, does what the core asks, and commits one transaction a
 //! wake-up, or one more for each level of nested cgroups that it discovers.
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -21,11 +22,13 @@ use crate::confine::confine;
 use crate::core::{Action, Core, Event, Found};
 use crate::error::{Error, Result};
 use crate::instance;
+use crate::kernel::sockets::Doubts;
 use crate::kernel::{Damage, Kernel};
 use crate::log;
 use crate::log::{Escaped, Level};
 use crate::loops;
 use crate::notify::Notify;
+use crate::stale::{self, Before, Suspects};
 use crate::sys;
 
 /// What `run` was asked for.
@@ -62,6 +65,12 @@ const LOOK_AGAIN: Duration = Duration::from_secs(5);
 /// How soon, where the last look helped and others remain.
 const SOON: Duration = Duration::from_millis(50);
 
+/// How long sockets are judged and ended before anything else has its turn.
+const SLICE: Duration = Duration::from_millis(5);
+
+/// The same before we are ready: what is not done by then is done soon after.
+const FIRST_SLICE: Duration = Duration::from_millis(100);
+
 /// How often every descriptor is read where they cannot be polled.
 const LOOK_BLINDLY: Duration = Duration::from_millis(50);
 
@@ -92,6 +101,10 @@ struct Daemon {
     /// Adding what is missing of the ip rules and routes.
     routing: Backoff,
     notify: Notify,
+    /// Sockets that may have to be ended.
+    doubts: Option<Doubts>,
+    /// The table was in others' hands: packets may have gone as if there was none.
+    exposed: bool,
     /// poll(2) was refused the last time.
     refused: bool,
 }
@@ -140,6 +153,8 @@ pub fn run(mut options: Options) -> Result<()> {
         table: Backoff::default(),
         routing: Backoff::default(),
         notify,
+        doubts: None,
+        exposed: false,
         refused: false,
     };
     daemon.start()?;
@@ -288,6 +303,7 @@ impl Daemon {
             // nothing in the table would show it yet
             self.kernel.probe_cgroups()?;
         }
+        let before = self.before();
         let routed = self.kernel.add_routing(&config);
         if let Err(error) = routed.and_then(|_| self.replace()) {
             // without a table nothing needs the routing; with an old one it stays in force whole
@@ -311,6 +327,9 @@ impl Daemon {
             }
         }
         self.settle();
+        // a table of before was in force all the time, so that nothing changed for the same target
+        let suspects = Suspects::find(&self.cgroups.core, before.as_ref(), |_| true);
+        self.look_for_stale(suspects, FIRST_SLICE);
         if let Some(Err(error)) = self.options.pidfile.as_deref().map(write_pidfile) {
             if config.on_exit == OnExit::Remove {
                 let _ = self.remove();
@@ -323,6 +342,43 @@ impl Daemon {
         self.warn();
         log!(Notice, "started: {}", self.summary());
         Ok(())
+    }
+
+    /// What the table of before does with each cgroup; `None` where there is no table.
+    fn before(&mut self) -> Option<Before> {
+        let held = match self.kernel.held() {
+            Ok(held) => held?,
+            Err(error) => {
+                log!(Debug, "{error}");
+                return None;
+            }
+        };
+        let elements = held.cgroups.iter().flat_map(|(name, elements)| {
+            elements.iter().map(move |element| (element.id, name.as_str()))
+        });
+        let elements: HashMap<u64, &str> = elements.collect();
+        let element = |id| elements.get(&id).copied();
+        Some(Before::of_table(&self.cgroups.core, &held.view.default, element))
+    }
+
+    /// Ends sockets of these cgroups that go another way than they should by now, so that their
+    /// programs connect again at once; packets alone would have them wait until they give up.
+    fn look_for_stale(&mut self, suspects: Suspects, slice: Duration) {
+        let config = self.cgroups.core.config().clone();
+        self.doubts = self.kernel.doubts(&config, suspects);
+        self.end_stale(slice);
+    }
+
+    fn end_stale(&mut self, slice: Duration) {
+        let Some(doubts) = &mut self.doubts else {
+            return;
+        };
+        if self.kernel.end_stale(doubts, Instant::now() + slice) {
+            if doubts.ended > 0 {
+                log!(Notice, "ended {} sockets whose way has changed", doubts.ended);
+            }
+            self.doubts = None;
+        }
     }
 
     /// A rule before ours takes marked packets elsewhere, where the table drops them.
@@ -375,6 +431,7 @@ impl Daemon {
             }
             self.heal(ready.kernel);
             self.settle();
+            self.end_stale(SLICE);
             while let Some(signal) = ready.signals.then(|| read_signal(signals)).transpose()? {
                 match signal {
                     None => break,
@@ -424,7 +481,8 @@ impl Daemon {
 
     /// Until the next retry that is due; none at all where nothing is pending.
     fn timeout(&self) -> PollTimeout {
-        if !(self.cgroups.backlog.is_empty() && self.cgroups.found.is_empty()) {
+        let waiting = !(self.cgroups.backlog.is_empty() && self.cgroups.found.is_empty());
+        if waiting || self.doubts.is_some() {
             return PollTimeout::ZERO;
         }
         let due = [self.cgroups.look_again, self.table.due(), self.routing.due()];
@@ -454,6 +512,7 @@ impl Daemon {
                 log!(Notice, "the table was changed by {culprit}");
             }
             self.table.want(now);
+            self.exposed = true;
         }
         if damage.routing || damage.revived {
             self.routing.want(now);
@@ -508,6 +567,10 @@ impl Daemon {
                 self.table.done(Instant::now());
                 self.forget_routes();
                 log!(Notice, "the table is in force again");
+                if std::mem::take(&mut self.exposed) {
+                    let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
+                    self.look_for_stale(suspects, SLICE);
+                }
             }
             Err(error) => {
                 let pause = self.table.failed(Instant::now()).as_secs();
@@ -587,6 +650,11 @@ impl Daemon {
     fn try_reload(&mut self) -> Result<()> {
         let new = Rc::new((self.options.load)(&self.options.config_file)?);
         let old = self.cgroups.core.config().clone();
+        // what has not been judged yet may be of the policy before
+        let was = match self.doubts {
+            None => Some(Before::of_policy(&self.cgroups.core, &new)),
+            Some(_) => None,
+        };
         let before = match new.cgroup_root == old.cgroup_root {
             true => None,
             false => {
@@ -611,6 +679,9 @@ impl Daemon {
         if !(old.gateways.is_empty() && new.gateways.is_empty()) {
             self.kernel.forget_routes(&new);
         }
+        let same = |target| stale::takes_the_same(&old, &new, target);
+        let was = was.filter(|_| !std::mem::take(&mut self.exposed));
+        self.look_for_stale(Suspects::find(&self.cgroups.core, was.as_ref(), same), SLICE);
         log::configure(new.log_level.louder(self.options.verbose), self.options.syslog);
         Ok(())
     }

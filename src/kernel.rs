@@ -26,6 +26,8 @@ use crate::plan;
 use crate::route::{self, Entry};
 use crate::sys;
 
+pub mod sockets;
+
 /// `NETLINK_GET_STRICT_CHK` of include/uapi/linux/netlink.h: dumps honour the request's filter.
 const NETLINK_GET_STRICT_CHK: i32 = 12;
 
@@ -44,6 +46,8 @@ pub struct Kernel {
     rt_events: Option<Socket>,
     /// For questions about other programs' sockets; not every kernel answers them.
     diag: Option<Socket>,
+    /// False once the kernel has refused to end a socket.
+    ends_sockets: bool,
 }
 
 /// What others did to our state since the last look.
@@ -73,6 +77,7 @@ impl Kernel {
             nft_events: None,
             rt_events: None,
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
+            ends_sockets: true,
         })
     }
 

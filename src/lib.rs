@@ -26,6 +26,7 @@ pub mod notify;
 pub mod plan;
 pub mod policy;
 pub mod route;
+pub mod stale;
 #[allow(unsafe_code)]
 pub mod sys;
 #[cfg(test)]

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::mem::discriminant;
+use std::net::IpAddr;
 
 use crate::config::Config;
 use crate::netlink::msg::Batch;
@@ -488,6 +489,27 @@ impl Entry {
         };
         format!("{} {object} {verb} {self}", ip(self.family()))
     }
+}
+
+/// Asks which way packets to an address go.
+pub fn get_way(batch: &mut Batch, to: IpAddr) {
+    let open = batch.begin(RTM_GETROUTE, NLM_F_REQUEST | NLM_F_ACK);
+    let (family, octets) = match to {
+        IpAddr::V4(ip) => (AF_INET, ip.octets().to_vec()),
+        IpAddr::V6(ip) => (AF_INET6, ip.octets().to_vec()),
+    };
+    // struct rtmsg
+    let mut head = [0; 12];
+    (head[0], head[1]) = (family, 8 * octets.len() as u8);
+    batch.header(&head);
+    batch.raw(RTA_DST, &octets);
+    batch.end(open);
+}
+
+/// Reads an answer to [`get_way`]: whether they stay on this host, or go to all of a network.
+pub fn parse_way(message: &parse::Message) -> Option<bool> {
+    let kind = u32::from(*message.body.get(7)?);
+    (message.kind == RTM_NEWROUTE).then(|| [u32::from(RTN_LOCAL), RTN_BROADCAST].contains(&kind))
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::path::Path;
 const LAYERS: [&[&str]; 13] = [
     &["netlink::uapi"],
     &["netlink::msg", "netlink::parse"],
-    &["netlink::diag"],
+    &["netlink::diag", "netlink::conntrack"],
     &["error", "sys", "json"],
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
@@ -32,7 +32,7 @@ const LAYERS: [&[&str]; 13] = [
         "nft::lock",
         "route",
     ],
-    &["cgroup::tree", "core", "cgroup::mount", "cgroup::watch", "cgroup::backlog", "plan"],
+    &["cgroup::tree", "core", "cgroup::mount", "cgroup::watch", "cgroup::backlog", "plan", "stale"],
     // ... to here, but for the files below
     &["kernel", "notify", "confine", "listen"],
     &["instance"],
@@ -41,12 +41,14 @@ const LAYERS: [&[&str]; 13] = [
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 19] = [
+const PURE: [&str; 21] = [
     "netlink::uapi",
     "netlink::msg",
     "netlink::parse",
     "netlink::diag",
+    "netlink::conntrack",
     "loops",
+    "stale",
     "nft::expr",
     "nft::ruleset",
     "nft::encode",

@@ -1,6 +1,8 @@
 //! Netlink: bytes out ([`msg`]), bytes in ([`parse`]), sockets ([`socket`]), constants ([`uapi`]);
-//! questions about other sockets ([`diag`]).
+//! questions about other programs' sockets
+//! ([`diag`]) and flows ([`conntrack`]).
 
+pub mod conntrack;
 pub mod diag;
 pub mod msg;
 pub mod parse;

@@ -131,6 +131,37 @@ impl Socket {
         }
     }
 
+    /// Sends one request, which must carry `NLM_F_ACK`, and gives what `read` makes of its answer;
+    /// `None` where the kernel only acknowledges it.
+    pub fn ask<T>(
+        &mut self,
+        request: &dyn Fn(&mut Batch),
+        read: impl Fn(&parse::Message) -> Option<T>,
+    ) -> Result<std::result::Result<Option<T>, Errno>> {
+        let mut batch = self.batch();
+        request(&mut batch);
+        self.send(&batch)?;
+        let mut found = None;
+        loop {
+            let length = self
+                .receive()
+                .map_err(|errno| Error::system("unable to read from netlink", errno))?;
+            let own = |message: &parse::Message| message.seq == batch.last_seq();
+            for message in Messages::new(&self.buf[..length]).filter(own) {
+                match parse::reply(&message) {
+                    None => found = found.or_else(|| read(&message)),
+                    Some(Reply { errno, .. }) => {
+                        self.stale = false;
+                        return Ok(match errno {
+                            0 => Ok(found),
+                            errno => Err(Errno::from_raw(errno)),
+                        });
+                    }
+                }
+            }
+        }
+    }
+
     /// Sends one dump request and hands each message of the answer to `each`.
     ///
     /// A dump that the kernel marks as interrupted (something changed meanwhile) is asked for

@@ -66,7 +66,10 @@ pub fn set_name(config: &Config, target: Target) -> String {
 impl Table {
     /// The table for a configuration, with an empty `output` chain where the pairs belong.
     pub fn new(config: &Config) -> Table {
-        let mut sets = vec![bypass4(config), bypass6(config)];
+        let mut sets = vec![
+            Set { name: "bypass4".into(), content: Content::V4(bypass4(config)) },
+            Set { name: "bypass6".into(), content: Content::V6(bypass6(config)) },
+        ];
         sets.extend(config.targets().map(|target| Set {
             name: set_name(config, target),
             content: Content::Cgroups { counters: config.counters_per_cgroup },
@@ -596,22 +599,22 @@ fn prerouting(name: &str, priority: i32, rules: Vec<Rule>) -> Chain {
     }
 }
 
-/// Link-local, multicast and broadcast, and what the configuration adds.
-fn bypass4(config: &Config) -> Set {
+/// Link-local, multicast and broadcast, and what the configuration adds; sorted and apart.
+pub fn bypass4(config: &Config) -> Vec<Range<Ipv4Addr>> {
     let always = [([169, 254, 0, 0], 16), ([224, 0, 0, 0], 4), ([255; 4], 32)];
     let mut ranges: Vec<_> =
         always.iter().map(|(a, n)| Range::prefix(Ipv4Addr::from(*a), *n)).collect();
     ranges.extend(&config.bypass4);
-    Set { name: "bypass4".into(), content: Content::V4(Range::merge(ranges)) }
+    Range::merge(ranges)
 }
 
-fn bypass6(config: &Config) -> Set {
+pub fn bypass6(config: &Config) -> Vec<Range<Ipv6Addr>> {
     let always = [(0xfe80, 10), (0xff00, 8)];
     let mut ranges: Vec<_> = (always.iter())
         .map(|(a, n)| Range::prefix(Ipv6Addr::new(*a, 0, 0, 0, 0, 0, 0, 0), *n))
         .collect();
     ranges.extend(&config.bypass6);
-    Set { name: "bypass6".into(), content: Content::V6(Range::merge(ranges)) }
+    Range::merge(ranges)
 }
 
 impl fmt::Display for Base {

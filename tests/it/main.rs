@@ -43,6 +43,7 @@ mod real;
 mod reference;
 mod restart;
 mod soak;
+mod stale;
 mod tools;
 mod traffic;
 

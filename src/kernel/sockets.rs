@@ -1,0 +1,188 @@
+//! Other programs' sockets: finding those that are stale, and ending them. What is stale is decided
+//! in [`crate::stale`].
+
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::rc::Rc;
+use std::time::Instant;
+
+use nix::errno::Errno;
+
+use super::Kernel;
+use crate::config::Config;
+use crate::error::{reason, Result};
+use crate::log;
+use crate::netlink::conntrack::{self, Flow};
+use crate::netlink::diag::{self, Socket};
+use crate::netlink::msg::Batch;
+use crate::netlink::uapi::*;
+use crate::route;
+use crate::stale::{Judge, Ports, Suspects, Witness, TCP_STATES, UDP_STATES};
+
+/// Sockets that may be stale, and what it takes to judge them.
+pub struct Doubts {
+    judge: Judge,
+    sockets: Vec<Socket>,
+    /// What listens.
+    tcp: Ports,
+    /// What is not connected.
+    udp: Ports,
+    pub ended: usize,
+}
+
+impl Kernel {
+    /// Looks for sockets that may be stale; `None` where there are none, or none can be ended.
+    pub fn doubts(&mut self, config: &Rc<Config>, suspects: Suspects) -> Option<Doubts> {
+        if !self.ends_sockets || suspects.is_empty() {
+            return None;
+        }
+        let judge = Judge::new(config.clone(), suspects, chosen_ports());
+        let mut doubts =
+            Doubts { judge, sockets: Vec::new(), tcp: Ports::new(), udp: Ports::new(), ended: 0 };
+        let ids = doubts.judge.suspects().ids().unwrap_or_default();
+        for (protocol, states) in [(IPPROTO_TCP, TCP_STATES), (IPPROTO_UDP, UDP_STATES)] {
+            let is_tcp = protocol == IPPROTO_TCP;
+            if !is_tcp && doubts.judge.suspects().are_new() {
+                continue;
+            }
+            let judge = &doubts.judge;
+            let found = self
+                .sockets(protocol, states, &ids, |socket| judge.doubts(&socket).then_some(socket));
+            if found.is_empty() {
+                continue;
+            }
+            doubts.sockets.extend(found);
+            let (ports, state) = match is_tcp {
+                true => (&mut doubts.tcp, TCP_LISTEN),
+                false => (&mut doubts.udp, TCP_CLOSE),
+            };
+            for port in self.sockets(protocol, 1 << state, &[], |socket| Some(socket.local.port()))
+            {
+                *ports.entry(port).or_default() += 1;
+            }
+        }
+        (!doubts.sockets.is_empty()).then_some(doubts)
+    }
+
+    /// Judges sockets and ends the stale ones until `until`; true when that is done.
+    pub fn end_stale(&mut self, doubts: &mut Doubts, until: Instant) -> bool {
+        while let Some(socket) = doubts.sockets.pop() {
+            let ports = match socket.protocol {
+                IPPROTO_TCP => &doubts.tcp,
+                _ => &doubts.udp,
+            };
+            let witness = self.witness(&socket);
+            if doubts.judge.ends(&socket, ports, witness) {
+                match self.destroy(&socket) {
+                    Ok(()) => doubts.ended += 1,
+                    // it has ended by itself
+                    Err(Errno::ENOENT) => {}
+                    Err(errno) => {
+                        // not of this protocol, or none at all
+                        self.ends_sockets = false;
+                        log!(
+                            Notice,
+                            "unable to end sockets that went another way ({}): what they send is \
+                             dropped, so their programs wait until they give up",
+                            reason(errno)
+                        );
+                        return true;
+                    }
+                }
+            }
+            if Instant::now() >= until {
+                break;
+            }
+        }
+        doubts.sockets.is_empty()
+    }
+
+    /// The sockets of a protocol in these states, of both families, as far as `keep` keeps them;
+    /// none where the kernel does not tell of them.
+    fn sockets<T>(
+        &mut self,
+        protocol: u8,
+        states: u32,
+        ids: &[u64],
+        keep: impl Fn(Socket) -> Option<T>,
+    ) -> Vec<T> {
+        let mut all = Vec::new();
+        let Some(diag) = &mut self.diag else {
+            return all;
+        };
+        for family in [AF_INET, AF_INET6] {
+            let request = |batch: &mut Batch| diag::get(batch, family, protocol, states, ids);
+            match diag.dump(&request, |message| keep(diag::parse(message, protocol)?)) {
+                Ok(Ok(found)) => all.extend(found),
+                Ok(Err(errno)) => log!(Debug, "no inet_diag: {}", reason(errno)),
+                Err(error) => log!(Debug, "no inet_diag: {error}"),
+            }
+        }
+        all
+    }
+
+    fn witness(&mut self, socket: &Socket) -> Witness {
+        match socket.is_connected() {
+            false => Witness::default(),
+            true => Witness {
+                local: self.stays_here(socket.remote.ip()),
+                proxied: socket.protocol == IPPROTO_TCP && self.has_peer(socket),
+                flow: self.flow(socket),
+            },
+        }
+    }
+
+    fn stays_here(&mut self, remote: IpAddr) -> bool {
+        let request = |batch: &mut Batch| route::get_way(batch, remote);
+        answer(self.rt.ask(&request, route::parse_way)).unwrap_or(false)
+    }
+
+    /// Whether the other end of the connection is a socket of this host, though its address need not
+    /// be: that of a TPROXY server.
+    fn has_peer(&mut self, socket: &Socket) -> bool {
+        let Some(diag) = &mut self.diag else {
+            return false;
+        };
+        let request = |batch: &mut Batch| diag::get_peer(batch, socket);
+        let peer = answer(diag.ask(&request, |message| diag::parse(message, socket.protocol)));
+        peer.is_some_and(|peer| peer.state != TCP_LISTEN)
+    }
+
+    fn flow(&mut self, socket: &Socket) -> Option<Flow> {
+        let (local, remote) = (socket.local, socket.remote);
+        let request = |batch: &mut Batch| conntrack::get(batch, socket.protocol, local, remote);
+        answer(self.nft.ask(&request, |message| conntrack::parse(message, local)))
+    }
+
+    fn destroy(&mut self, socket: &Socket) -> std::result::Result<(), Errno> {
+        let Some(diag) = self.diag.as_mut().filter(|_| can_destroy()) else {
+            return Err(Errno::EOPNOTSUPP);
+        };
+        let request = |batch: &mut Batch| diag::destroy(batch, socket);
+        match diag.ask(&request, |_| None::<()>) {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(errno)) => Err(errno),
+            Err(error) => Err(error.errno().unwrap_or(Errno::EIO)),
+        }
+    }
+}
+
+fn answer<T>(asked: Result<std::result::Result<Option<T>, Errno>>) -> Option<T> {
+    asked.ok()?.ok()?
+}
+
+/// The ports that the kernel gives to sockets that ask for none.
+fn chosen_ports() -> RangeInclusive<u16> {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
+    let text = text.unwrap_or_default();
+    let mut ends = text.split_ascii_whitespace().map(|port| port.parse().ok());
+    match (ends.next().flatten(), ends.next().flatten()) {
+        (Some(first), Some(last)) => first..=last,
+        _ => 32768..=60999,
+    }
+}
+
+/// Debug builds can be told to do without, as a kernel without CONFIG_INET_DIAG_DESTROY does.
+fn can_destroy() -> bool {
+    !(cfg!(debug_assertions) && std::env::var_os("CGTPROXY_NO_DESTROY").is_some())
+}

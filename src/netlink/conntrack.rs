@@ -1,0 +1,100 @@
+//! What conntrack knows of one flow, by ctnetlink. Pure bytes.
+//! Source: include/uapi/linux/netfilter/nfnetlink_conntrack.h, net/netfilter/nf_conntrack_netlink.c.
+
+use std::net::{IpAddr, SocketAddr};
+
+use super::msg::Batch;
+use super::parse::{self, Attrs, Message};
+use super::uapi::*;
+
+/// A flow between a local socket and a remote one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flow {
+    /// Its first packet was the local socket's, as far as conntrack saw.
+    pub outbound: bool,
+    /// TCP: conntrack did not see it begin, so that who spoke first says nothing.
+    pub midstream: bool,
+    /// 0 too where the kernel does not tell of it.
+    pub mark: u32,
+}
+
+/// Asks for the flow of a connected socket.
+pub fn get(batch: &mut Batch, protocol: u8, local: SocketAddr, remote: SocketAddr) {
+    let kind = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET;
+    let open = batch.begin(kind, NLM_F_REQUEST | NLM_F_ACK);
+    let family = if local.is_ipv4() { NFPROTO_IPV4 } else { NFPROTO_IPV6 };
+    // struct nfgenmsg
+    batch.header(&[family, 0, 0, 0]);
+    let tuple = batch.nest(CTA_TUPLE_ORIG);
+    let nest = batch.nest(CTA_TUPLE_IP);
+    for (end, v4, v6) in
+        [(local, CTA_IP_V4_SRC, CTA_IP_V6_SRC), (remote, CTA_IP_V4_DST, CTA_IP_V6_DST)]
+    {
+        match end.ip() {
+            IpAddr::V4(ip) => batch.raw(v4, &ip.octets()),
+            IpAddr::V6(ip) => batch.raw(v6, &ip.octets()),
+        }
+    }
+    batch.end_nest(nest);
+    let nest = batch.nest(CTA_TUPLE_PROTO);
+    batch.u8(CTA_PROTO_NUM, protocol);
+    batch.raw(CTA_PROTO_SRC_PORT, &local.port().to_be_bytes());
+    batch.raw(CTA_PROTO_DST_PORT, &remote.port().to_be_bytes());
+    batch.end_nest(nest);
+    batch.end_nest(tuple);
+    batch.end(open);
+}
+
+/// Reads the answer for a socket at `local`.
+pub fn parse(message: &Message, local: SocketAddr) -> Option<Flow> {
+    if message.kind != NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW {
+        return None;
+    }
+    let attrs = Attrs::after(message.body, 4);
+    let tuple = Attrs::new(attrs.clone().get(CTA_TUPLE_ORIG)?);
+    let addresses = Attrs::new(tuple.clone().get(CTA_TUPLE_IP)?);
+    let ports = Attrs::new(tuple.get(CTA_TUPLE_PROTO)?);
+    let source = match local.ip() {
+        IpAddr::V4(ip) => addresses.get(CTA_IP_V4_SRC) == Some(&ip.octets()[..]),
+        IpAddr::V6(ip) => addresses.get(CTA_IP_V6_SRC) == Some(&ip.octets()[..]),
+    };
+    let port = ports.get(CTA_PROTO_SRC_PORT) == Some(&local.port().to_be_bytes()[..]);
+    // of a flow that conntrack takes up on its way it checks no window
+    let flags = || {
+        let info = Attrs::new(attrs.clone().get(CTA_PROTOINFO)?).get(CTA_PROTOINFO_TCP)?;
+        Attrs::new(info).get(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL)?.first().copied()
+    };
+    Some(Flow {
+        outbound: source && port,
+        midstream: flags().is_some_and(|flags| flags & IP_CT_TCP_FLAG_BE_LIBERAL != 0),
+        mark: attrs.clone().get(CTA_MARK).and_then(parse::u32_be).unwrap_or(0),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::parse::Messages;
+
+    #[test]
+    fn an_answer_names_who_spoke_first() {
+        for (local, remote) in
+            [("192.0.2.1:4242", "203.0.113.7:80"), ("[2001:db8::1]:4242", "[2001:db8::2]:80")]
+        {
+            let (local, remote) = (local.parse().unwrap(), remote.parse().unwrap());
+            // a request holds the same tuple as its answer
+            let mut batch = Batch::new(0);
+            get(&mut batch, IPPROTO_TCP, local, remote);
+            let mut message = Messages::new(batch.bytes()).next().unwrap();
+            assert_eq!(parse(&message, local), None);
+            message.kind = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW;
+            let flow = Flow { outbound: true, midstream: false, mark: 0 };
+            assert_eq!(parse(&message, local), Some(flow));
+            assert_eq!(parse(&message, remote), Some(Flow { outbound: false, ..flow }));
+            for cut in 0..message.body.len() {
+                let body = &message.body[..cut];
+                assert_ne!(parse(&Message { body, ..message }, local), Some(flow), "cut at {cut}");
+            }
+        }
+    }
+}

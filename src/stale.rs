@@ -1,0 +1,450 @@
+//! Which sockets are stale: connected by a way that is not their cgroup's any more. What conntrack
+//! tells of a flow's direction does not do for that, since it may have begun after the flow. Pure.
+//!
+//! Never stale: listening sockets and what others connected to, UDP sockets of a port that somebody
+//! chose, and what a target leaves alone. In doubt a flow that nobody listens for is outbound.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
+use std::rc::Rc;
+
+use crate::cgroup::tree::{self, Node};
+use crate::config::{Config, Take, Target};
+use crate::core::Core;
+use crate::netlink::conntrack::Flow;
+use crate::netlink::diag::Socket;
+use crate::netlink::uapi::*;
+use crate::nft::expr::{Address, Range};
+use crate::nft::ruleset;
+use crate::policy;
+
+/// The way of a cgroup's sockets has changed, or may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Suspect {
+    pub now: Target,
+    pub was: Was,
+}
+
+/// Which way a cgroup's sockets went before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Was {
+    /// Directly: by its target, or because no table was in force.
+    Direct,
+    /// It was in the hands of a target that is no more its own, or has changed.
+    Taken,
+    /// It went its parent's way, for a moment: conntrack knows what began then.
+    New,
+}
+
+/// The cgroups whose sockets may be stale.
+#[derive(Debug, Default)]
+pub struct Suspects {
+    /// By cgroup id; `None` for those that are known and beyond suspicion.
+    pub known: HashMap<u64, Option<Suspect>>,
+    /// Cgroups that are not known: outside the cgroup root, or removed.
+    pub others: Option<Suspect>,
+}
+
+/// What was in force before, in the terms of the configuration that is in force now.
+#[derive(Debug)]
+pub struct Before {
+    /// By cgroup id.
+    pub targets: HashMap<u64, Target>,
+    /// That of cgroups that are not known.
+    pub default: Target,
+}
+
+/// A tproxy that is no more.
+const GONE: Target = Target::Tproxy(u16::MAX);
+
+impl Before {
+    /// Of the policy that the core still has, for a new one.
+    pub fn of_policy(core: &Core, new: &Config) -> Before {
+        let old = core.config();
+        let now = |target| named(new, old.target_name(target));
+        let target = |node: &Node| now(policy::target(old, node.rank));
+        let targets = core.tree().iter().map(|(_, node)| (node.id, target(node))).collect();
+        Before { targets, default: now(old.default) }
+    }
+
+    /// Of a table whose sets are known: `element` gives the name of the target whose set has an id.
+    pub fn of_table<'a>(
+        core: &Core,
+        default: &str,
+        element: impl Fn(u64) -> Option<&'a str>,
+    ) -> Before {
+        let config = core.config();
+        let default = named(config, default);
+        let mut paths: HashMap<&[u8], Target> = HashMap::new();
+        let mut targets = HashMap::new();
+        for (path, node) in core.tree().iter() {
+            let inherited = || tree::parent(path).and_then(|parent| paths.get(parent)).copied();
+            let own = element(node.id).map(|name| named(config, name));
+            let target = own.or_else(inherited).unwrap_or(default);
+            paths.insert(path, target);
+            targets.insert(node.id, target);
+        }
+        Before { targets, default }
+    }
+}
+
+fn named(config: &Config, name: &str) -> Target {
+    config.targets().find(|target| config.target_name(*target) == name).unwrap_or(GONE)
+}
+
+/// Whether a target takes the same packets under both configurations.
+pub fn takes_the_same(old: &Config, new: &Config, target: Target) -> bool {
+    let bypass = |c: &Config| {
+        let ranges = (c.bypass4.clone(), c.bypass6.clone());
+        (ranges, c.bypass_marks.clone(), c.bypass_users.clone(), c.mask)
+    };
+    let tproxy = |c: &Config| {
+        let name = new.target_name(target);
+        c.tproxies.iter().find(|tproxy| tproxy.name == name).cloned()
+    };
+    bypass(old) == bypass(new) && tproxy(old) == tproxy(new)
+}
+
+impl Suspects {
+    /// Whose way has changed. Without `before` there was no table, and everything went directly.
+    /// `same` tells whether a target takes what it took before.
+    pub fn find(core: &Core, before: Option<&Before>, same: impl Fn(Target) -> bool) -> Suspects {
+        let config = core.config();
+        let suspect = |now, was| match (now, was) {
+            (Target::Direct, _) => None,
+            (_, None | Some(Target::Direct)) => Some(Suspect { now, was: Was::Direct }),
+            (_, Some(was)) if was == now && same(now) => None,
+            _ => Some(Suspect { now, was: Was::Taken }),
+        };
+        let others = suspect(config.default, before.map(|before| before.default));
+        let known = core.tree().iter().filter_map(|(_, node)| {
+            let was = |before: &Before| before.targets.get(&node.id).copied();
+            let was = before.map(|before| was(before).unwrap_or(before.default));
+            let suspect = suspect(policy::target(config, node.rank), was);
+            // where the others are suspect too, innocence has to be known
+            (suspect.is_some() || others.is_some()).then_some((node.id, suspect))
+        });
+        Suspects { known: known.collect(), others }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.others.is_none() && self.known.values().all(Option::is_none)
+    }
+
+    /// The ids to ask for; `None` where all sockets have to be looked at.
+    pub fn ids(&self) -> Option<Vec<u64>> {
+        // beyond some hundred the kernel takes longer to compare than we do to look
+        const FEW: usize = 200;
+        let ids = || self.known.iter().filter(|(_, suspect)| suspect.is_some()).map(|(id, _)| *id);
+        (self.others.is_none() && ids().nth(FEW).is_none()).then(|| ids().collect())
+    }
+
+    /// Whether only TCP can be stale.
+    pub fn are_new(&self) -> bool {
+        let mut all = self.known.values().chain([&self.others]).flatten();
+        all.all(|suspect| suspect.was == Was::New)
+    }
+
+    fn of(&self, cgroup: u64) -> Option<Suspect> {
+        self.known.get(&cgroup).copied().unwrap_or(self.others)
+    }
+}
+
+/// What a target does with a socket's packets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Way {
+    Free,
+    Proxied,
+    Cut,
+}
+
+/// TCP states of connections that packets can still leave by; what is left of a closed one
+/// (TIME_WAIT) has no cgroup.
+pub const TCP_STATES: u32 = 1 << TCP_ESTABLISHED
+    | 1 << TCP_SYN_SENT
+    | 1 << TCP_FIN_WAIT1
+    | 1 << TCP_FIN_WAIT2
+    | 1 << TCP_CLOSE_WAIT
+    | 1 << TCP_LAST_ACK
+    | 1 << TCP_CLOSING;
+pub const UDP_STATES: u32 = 1 << TCP_ESTABLISHED | 1 << TCP_CLOSE;
+
+/// What the kernel tells of a suspect socket.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Witness {
+    /// Its remote end is an address of this host, or a broadcast one.
+    pub local: bool,
+    /// The other end of its connection is a socket of this host: a proxy's.
+    pub proxied: bool,
+    /// `None` also where there is no ctnetlink (many routers): the other witnesses decide then.
+    pub flow: Option<Flow>,
+}
+
+/// How many sockets are at a local port that are not connected.
+pub type Ports = BTreeMap<u16, usize>;
+
+/// Judges sockets by a configuration.
+pub struct Judge {
+    config: Rc<Config>,
+    suspects: Suspects,
+    bypass4: Vec<Range<Ipv4Addr>>,
+    bypass6: Vec<Range<Ipv6Addr>>,
+    /// The ports that the kernel gives to sockets that ask for none.
+    chosen: RangeInclusive<u16>,
+}
+
+impl Judge {
+    pub fn new(config: Rc<Config>, suspects: Suspects, chosen: RangeInclusive<u16>) -> Judge {
+        let (bypass4, bypass6) = (ruleset::bypass4(&config), ruleset::bypass6(&config));
+        Judge { config, suspects, bypass4, bypass6, chosen }
+    }
+
+    pub fn suspects(&self) -> &Suspects {
+        &self.suspects
+    }
+
+    /// Whether the socket is to be asked about at all, by what it says itself.
+    pub fn doubts(&self, socket: &Socket) -> bool {
+        let Some(suspect) = socket.cgroup.and_then(|cgroup| self.suspects.of(cgroup)) else {
+            return false;
+        };
+        let way = self.way(socket, suspect.now);
+        let is_udp = socket.protocol == IPPROTO_UDP;
+        let began = match suspect.was {
+            Was::Direct => true,
+            // its packets are sent the new way, its proxied TCP flows stay where they are
+            Was::Taken => !is_udp || way == Way::Cut,
+            Was::New => !is_udp && socket.state != TCP_SYN_SENT,
+        };
+        let states = if is_udp { UDP_STATES } else { TCP_STATES };
+        began
+            && way != Way::Free
+            && states & 1u32.checked_shl(socket.state.into()).unwrap_or(0) != 0
+            && !self.is_bypassed(socket)
+            && (socket.is_connected() || (is_udp && self.chosen.contains(&socket.local.port())))
+    }
+
+    /// Whether a socket that is in doubt is to be ended. `ports` are those of its protocol.
+    pub fn ends(&self, socket: &Socket, ports: &Ports, witness: Witness) -> bool {
+        let Some(suspect) = socket.cgroup.and_then(|cgroup| self.suspects.of(cgroup)) else {
+            return false;
+        };
+        let way = self.way(socket, suspect.now);
+        let there = ports.get(&socket.local.port()).copied().unwrap_or(0);
+        if !socket.is_connected() {
+            // the kernel chooses no port that is in use: one that two sockets share, say WireGuard's
+            // of either family, was chosen by their owner
+            return way != Way::Free && there < 2;
+        }
+        let inbound = match witness.flow {
+            Some(flow) if socket.protocol == IPPROTO_TCP && !flow.midstream => !flow.outbound,
+            // who spoke first after conntrack began says nothing
+            _ => there > 0,
+        };
+        if witness.local || inbound {
+            return false;
+        }
+        match way {
+            Way::Free => false,
+            Way::Cut => true,
+            Way::Proxied => !(witness.proxied || witness.flow.is_some_and(|f| self.is_marked(f))),
+        }
+    }
+
+    /// Whether a tproxy has the flow.
+    fn is_marked(&self, flow: Flow) -> bool {
+        let mark = flow.mark & self.config.mask;
+        self.config.tproxies.iter().any(|tproxy| tproxy.mark == mark)
+    }
+
+    fn way(&self, socket: &Socket, target: Target) -> Way {
+        let tproxy = match target {
+            Target::Direct => return Way::Free,
+            Target::Drop => return Way::Cut,
+            Target::Tproxy(index) => match self.config.tproxies.get(usize::from(index)) {
+                Some(tproxy) => tproxy,
+                None => return Way::Free,
+            },
+        };
+        let l4 = if socket.protocol == IPPROTO_TCP { tproxy.tcp } else { tproxy.udp };
+        let way = |family| match (family, l4) {
+            (Take::Drop, _) | (_, Take::Drop) => Way::Cut,
+            (Take::No, _) | (_, Take::No) => Way::Free,
+            _ => Way::Proxied,
+        };
+        let v4 = socket.speaks_ipv4().then_some(tproxy.ipv4);
+        let v6 = socket.local.is_ipv6().then_some(tproxy.ipv6);
+        v4.into_iter().chain(v6).map(way).max().unwrap_or(Way::Free)
+    }
+
+    fn is_bypassed(&self, socket: &Socket) -> bool {
+        let config = &self.config;
+        config.bypass_users.contains(&socket.uid)
+            || config.bypass_marks.iter().any(|m| socket.mark & m.mask == m.value)
+            || (socket.is_connected() && self.spares(socket.remote))
+    }
+
+    fn spares(&self, remote: SocketAddr) -> bool {
+        match remote.ip() {
+            ip if ip.is_loopback() => true,
+            IpAddr::V4(ip) => holds(&self.bypass4, ip),
+            IpAddr::V6(ip) => holds(&self.bypass6, ip),
+        }
+    }
+}
+
+/// Whether one of the ranges, which are sorted and apart, has the address.
+fn holds<A: Address>(ranges: &[Range<A>], address: A) -> bool {
+    let after = ranges.partition_point(|range| range.first <= address);
+    after.checked_sub(1).is_some_and(|at| address <= ranges[at].last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{load, Source};
+    use crate::netlink::diag::example;
+    use std::path::{Path, PathBuf};
+
+    struct Text(&'static str);
+
+    impl Source for Text {
+        fn read(&self, _: &Path) -> Result<String, String> {
+            Ok(self.0.into())
+        }
+        fn glob(&self, _: &Path) -> Result<Vec<PathBuf>, String> {
+            Ok(Vec::new())
+        }
+        fn uid(&self, _: &str) -> Option<u32> {
+            None
+        }
+    }
+
+    const CONFIG: &str = "[global]\nbypass = 198.51.100.0/24\nbypass-mark = 7\nbypass-user = 5\n\
+                          [tproxy p]\nport = 1\n[tproxy q]\nport = 2\nudp = no\nipv6 = drop\n";
+    const LOCAL: &str = "192.0.2.1:40000";
+    const REMOTE: &str = "203.0.113.7:80";
+    const P: Target = Target::Tproxy(0);
+    const Q: Target = Target::Tproxy(1);
+
+    fn judge(now: Target, was: Was) -> Judge {
+        let config = load(&Text(CONFIG), Path::new("c")).expect("a good configuration");
+        let known = HashMap::from([(1, Some(Suspect { now, was }))]);
+        Judge::new(Rc::new(config), Suspects { known, others: None }, 32768..=60999)
+    }
+
+    fn tcp(state: u8) -> Socket {
+        example(IPPROTO_TCP, state, LOCAL, REMOTE)
+    }
+
+    fn udp(local: &str, remote: &str) -> Socket {
+        let state = if remote.is_empty() { TCP_CLOSE } else { TCP_ESTABLISHED };
+        example(IPPROTO_UDP, state, local, remote)
+    }
+
+    fn but(socket: &Socket, change: impl Fn(&mut Socket)) -> Socket {
+        let mut socket = socket.clone();
+        change(&mut socket);
+        socket
+    }
+
+    fn ends(judge: &Judge, socket: &Socket, ports: &[(u16, usize)], witness: Witness) -> bool {
+        judge.doubts(socket) && judge.ends(socket, &ports.iter().copied().collect(), witness)
+    }
+
+    const NONE: Witness = Witness { local: false, proxied: false, flow: None };
+    const KNOWN: Flow = Flow { outbound: true, midstream: false, mark: 0 };
+
+    #[test]
+    fn tcp_that_began_otherwise() {
+        let with = |flow| Witness { flow: Some(flow), ..NONE };
+        for now in [Target::Drop, P] {
+            let judge = judge(now, Was::Direct);
+            for state in [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_CLOSE_WAIT] {
+                assert!(ends(&judge, &tcp(state), &[], NONE), "{state}");
+            }
+            for state in [TCP_LISTEN, TCP_TIME_WAIT, TCP_SYN_RECV, TCP_CLOSE, 12, 200] {
+                assert!(!ends(&judge, &tcp(state), &[], NONE), "{state}");
+            }
+            let own = tcp(TCP_ESTABLISHED);
+            // a listener is a witness for inbound, but one that saw it begin is a better one
+            assert!(!ends(&judge, &own, &[(40000, 1)], NONE));
+            assert!(ends(&judge, &own, &[(40000, 1)], with(KNOWN)));
+            assert!(!ends(&judge, &own, &[], with(Flow { outbound: false, ..KNOWN })));
+            let late = Flow { outbound: false, midstream: true, mark: 0 };
+            assert!(ends(&judge, &own, &[], with(late)));
+            assert!(!ends(&judge, &own, &[(40000, 1)], with(Flow { outbound: true, ..late })));
+            assert!(!ends(&judge, &own, &[], Witness { local: true, ..NONE }));
+            // proxied already: cut by drop alone
+            let proxied = Witness { proxied: true, ..NONE };
+            assert_eq!(ends(&judge, &own, &[], proxied), now == Target::Drop);
+            let marked = with(Flow { mark: 0x0200_0000, ..KNOWN });
+            assert_eq!(ends(&judge, &own, &[], marked), now == Target::Drop);
+            for spared in ["198.51.100.1:80", "127.0.0.1:80", "224.0.0.1:80", "169.254.1.1:80"] {
+                let socket = example(IPPROTO_TCP, TCP_ESTABLISHED, LOCAL, spared);
+                assert!(!ends(&judge, &socket, &[], NONE), "{spared}");
+            }
+            assert!(!ends(&judge, &but(&own, |s| s.uid = 5), &[], NONE));
+            assert!(!ends(&judge, &but(&own, |s| s.mark = 7), &[], NONE));
+            assert!(!ends(&judge, &but(&own, |s| s.cgroup = Some(2)), &[], NONE));
+            assert!(!ends(&judge, &but(&own, |s| s.cgroup = None), &[], NONE));
+        }
+        assert!(!ends(&judge(Target::Direct, Was::Taken), &tcp(TCP_ESTABLISHED), &[], NONE));
+        let new = judge(P, Was::New);
+        assert!(ends(&new, &tcp(TCP_ESTABLISHED), &[], NONE));
+        assert!(!ends(&new, &tcp(TCP_SYN_SENT), &[], NONE));
+        assert!(!ends(&new, &udp(LOCAL, REMOTE), &[], NONE));
+    }
+
+    #[test]
+    fn udp_whose_port_nobody_chose() {
+        let marked = Witness { flow: Some(Flow { mark: 0x0100_0000, ..KNOWN }), ..NONE };
+        for now in [Target::Drop, P] {
+            let direct = judge(now, Was::Direct);
+            assert!(ends(&direct, &udp(LOCAL, REMOTE), &[], NONE));
+            assert!(!ends(&direct, &udp(LOCAL, REMOTE), &[(40000, 1)], NONE), "a service's");
+            assert_eq!(ends(&direct, &udp(LOCAL, REMOTE), &[], marked), now == Target::Drop);
+            for any in ["0.0.0.0:40000", "[::]:40000"] {
+                assert!(ends(&direct, &udp(any, ""), &[(40000, 1)], NONE));
+                assert!(!ends(&direct, &udp(any, ""), &[(40000, 2)], NONE));
+            }
+            assert!(!ends(&direct, &udp("0.0.0.0:53", ""), &[(53, 1)], NONE));
+            let taken = judge(now, Was::Taken);
+            assert_eq!(ends(&taken, &udp(LOCAL, REMOTE), &[], NONE), now == Target::Drop);
+        }
+    }
+
+    #[test]
+    fn what_a_tproxy_leaves_alone() {
+        let judge = judge(Q, Was::Direct);
+        assert!(ends(&judge, &tcp(TCP_ESTABLISHED), &[], NONE));
+        assert!(!ends(&judge, &udp(LOCAL, REMOTE), &[], NONE));
+        // ipv6 = drop
+        let six = |protocol| {
+            let state = TCP_ESTABLISHED;
+            example(protocol, state, "[2001:db8::1]:40000", "[2001:db8::7]:80")
+        };
+        let proxied = Witness { proxied: true, ..NONE };
+        assert!(ends(&judge, &six(IPPROTO_TCP), &[], proxied));
+        assert!(ends(&judge, &six(IPPROTO_UDP), &[], proxied));
+        // a dual-stack socket's IPv4
+        let socket = but(&tcp(TCP_ESTABLISHED), |s| s.family = AF_INET6);
+        assert!(!ends(&judge, &socket, &[], proxied));
+    }
+
+    #[test]
+    fn few_are_asked_for_by_id() {
+        let suspect = Some(Suspect { now: P, was: Was::Direct });
+        let mut suspects = Suspects::default();
+        assert!(suspects.is_empty());
+        suspects.known.extend([(1, suspect), (2, None)]);
+        assert_eq!(suspects.ids(), Some(vec![1]));
+        suspects.others = suspect;
+        assert_eq!(suspects.ids(), None);
+        assert_eq!((suspects.of(2), suspects.of(3)), (None, suspect));
+        suspects.others = None;
+        suspects.known.extend((3..300).map(|id| (id, suspect)));
+        assert_eq!(suspects.ids(), None);
+    }
+}

@@ -1,0 +1,572 @@
+//! Flows that are older than the policy that they are under: their sockets are ended, so that no
+//! packet goes the old way whoever speaks next, and the applications connect again at once.
+//!
+//! A new network namespace has no conntrack before there is our table, so for conntrack a flow that
+//! began before that begins with whatever comes next: here the remote host speaks first.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{kill, Signal};
+use nix::sys::wait::waitpid;
+
+use crate::client::{fork_into, Proto};
+use crate::daemon::{Daemon, UNOWNED};
+use crate::ground::{addr, pipe, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::kernel::load;
+use crate::wait_until;
+use crate::world::{bind, raw_addr, Packet, Wire};
+
+const PORT: u16 = 8080;
+const PROXY_PORT: u16 = 7893;
+
+const CONFIG: &str = "
+[global]
+bypass = 203.0.113.200/29
+[tproxy mihomo]
+port = 7893
+[tproxy other]
+port = 7894
+[rules]
+drop   = /drop
+mihomo = /proxied
+";
+
+/// Everything direct, but in force.
+const BEFORE: &str = "
+[global]
+bypass = 203.0.113.200/29
+[tproxy mihomo]
+port = 7893
+[tproxy other]
+port = 7894
+[rules]
+drop = /elsewhere
+";
+
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// A socket that was made in a cgroup.
+fn socket_in(cgroup: &Path, kind: i32, ip: IpAddr) -> OwnedFd {
+    let family = if ip.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let (read, write) = pipe();
+    let cgroup = File::open(cgroup).expect("open the cgroup");
+    // SAFETY: system calls on integers and one live integer.
+    let pid = unsafe {
+        fork_into(&cgroup, || {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            let fd = libc::socket(family, kind, 0);
+            libc::write(write.as_raw_fd(), (&raw const fd).cast(), 4);
+            libc::pause()
+        })
+    };
+    let pid = pid.expect("fork into the cgroup");
+    drop(write);
+    let mut number = [0; 4];
+    File::from(read).read_exact(&mut number).expect("the child died");
+    // SAFETY: integers only; the descriptor is new, hence ours.
+    let fd = unsafe {
+        let process = libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0);
+        let fd = libc::syscall(libc::SYS_pidfd_getfd, process, i32::from_ne_bytes(number), 0);
+        libc::close(process as i32);
+        assert!(fd >= 0, "pidfd_getfd: {}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd as i32)
+    };
+    kill(pid, Signal::SIGKILL).expect("kill the child");
+    waitpid(pid, None).expect("reap the child");
+    fd
+}
+
+fn connect(fd: &OwnedFd, to: SocketAddr) -> std::io::Result<()> {
+    let (raw, len) = raw_addr(to);
+    // SAFETY: a sockaddr of the length that goes with it.
+    match unsafe { libc::connect(fd.as_raw_fd(), (&raw const raw).cast(), len) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+fn listen(fd: OwnedFd) -> TcpListener {
+    // SAFETY: an open socket.
+    assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
+    TcpListener::from(fd)
+}
+
+/// A TCP listener of a cgroup.
+fn listener_in(cgroup: &Path, at: SocketAddr) -> TcpListener {
+    let fd = socket_in(cgroup, libc::SOCK_STREAM, at.ip());
+    bind_to(&fd, at);
+    listen(fd)
+}
+
+fn bind_to(fd: &impl AsRawFd, at: SocketAddr) {
+    let (raw, len) = raw_addr(at);
+    // SAFETY: a sockaddr of the length that goes with it.
+    let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), len) };
+    assert_eq!(rc, 0, "bind to {at}: {}", std::io::Error::last_os_error());
+}
+
+fn tcp_in(cgroup: &Path, to: SocketAddr) -> TcpStream {
+    let fd = socket_in(cgroup, libc::SOCK_STREAM, to.ip());
+    connect(&fd, to).unwrap_or_else(|e| panic!("connect to {to}: {e}"));
+    let stream = TcpStream::from(fd);
+    stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    stream
+}
+
+fn udp_in(cgroup: &Path, ip: IpAddr) -> UdpSocket {
+    let socket = UdpSocket::from(socket_in(cgroup, libc::SOCK_DGRAM, ip));
+    socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    socket
+}
+
+/// An application's end of a flow and the remote one.
+enum Flow {
+    Tcp {
+        own: TcpStream,
+        remote: TcpStream,
+        from: SocketAddr,
+    },
+    /// Connected or not.
+    Udp {
+        own: UdpSocket,
+        remote: UdpSocket,
+        to: SocketAddr,
+        from: SocketAddr,
+    },
+}
+
+/// The remote host's sockets.
+struct Remote {
+    tcp: Vec<TcpListener>,
+    udp: Vec<UdpSocket>,
+}
+
+const REMOTES: [IpAddr; 2] = [REMOTE4, REMOTE6];
+
+impl Remote {
+    fn new(ground: &Ground) -> Remote {
+        ground.outside(|| {
+            let tcp = |ip| listen(bind(addr(ip, PORT), libc::SOCK_STREAM));
+            let udp = |ip| UdpSocket::from(bind(addr(ip, PORT), libc::SOCK_DGRAM));
+            Remote { tcp: REMOTES.map(tcp).into(), udp: REMOTES.map(udp).into() }
+        })
+    }
+
+    /// One TCP flow, one connected UDP socket and one that is not, of each family; each has been
+    /// used in both directions.
+    fn flows(&self, cgroup: &Path) -> Vec<Flow> {
+        let mut flows = Vec::new();
+        for (at, ip) in REMOTES.into_iter().enumerate() {
+            let to = addr(ip, PORT);
+            let own = tcp_in(cgroup, to);
+            let (remote, from) = self.tcp[at].accept().expect("accept outside");
+            remote.set_nodelay(true).expect("set TCP_NODELAY");
+            flows.push(Flow::Tcp { own, remote, from });
+            for connected in [true, false] {
+                let own = udp_in(cgroup, ip);
+                match connected {
+                    true => {
+                        own.connect(to).expect("connect");
+                        own.send(b"hello").expect("send")
+                    }
+                    false => own.send_to(b"hello", to).expect("send"),
+                };
+                let remote = self.udp[at].try_clone().expect("clone");
+                let (_, from) = remote.recv_from(&mut [0; 16]).expect("receive outside");
+                flows.push(Flow::Udp { own, remote, to, from });
+            }
+        }
+        for flow in &mut flows {
+            assert!(flow.talk(), "{:?} before", flow.from());
+        }
+        flows
+    }
+}
+
+impl Flow {
+    fn from(&self) -> SocketAddr {
+        match self {
+            Flow::Tcp { from, .. } | Flow::Udp { from, .. } => *from,
+        }
+    }
+
+    /// The remote host speaks, then the application; whether both were heard. An error of the
+    /// application's socket does not keep it from sending.
+    fn talk(&mut self) -> bool {
+        let mut data = [0; 16];
+        match self {
+            Flow::Tcp { own, remote, .. } => {
+                let _ = remote.write(b"from remote");
+                let heard = own.read(&mut data).is_ok_and(|n| n > 0);
+                let sent = own.write(b"to remote").is_ok();
+                let _ = remote.set_read_timeout(Some(PATIENCE));
+                heard && sent && remote.read(&mut data).is_ok_and(|n| n > 0)
+            }
+            Flow::Udp { own, remote, to, from } => {
+                let _ = remote.send_to(b"from remote", *from);
+                let heard = own.recv(&mut data).is_ok();
+                let sent = match own.peer_addr() {
+                    Ok(_) => own.send(b"to remote"),
+                    Err(_) => own.send_to(b"to remote", *to),
+                };
+                heard && sent.is_ok() && {
+                    let _ = remote.set_read_timeout(Some(PATIENCE));
+                    remote.recv_from(&mut data).is_ok()
+                }
+            }
+        }
+    }
+}
+
+/// Packets to the remote host; without the kernel's answers (resets, port unreachable) to what it
+/// sends to a socket that has been ended. They are nobody's, and what any closed port gives.
+fn said(wire: &mut Wire) -> Vec<Packet> {
+    const RST: u8 = 4;
+    let mut packets = wire.to_remote();
+    packets.retain(|p| match p.proto {
+        Proto::Tcp => p.flags & RST == 0,
+        Proto::Udp => true,
+        Proto::Icmp => false,
+    });
+    packets
+}
+
+/// Seven messages of each side, the remote's first; none may arrive there.
+#[track_caller]
+fn expect_silence(wire: &mut Wire, flows: &mut [Flow], when: &str) {
+    wire.packets();
+    for _ in 0..7 {
+        flows.iter_mut().for_each(|flow| {
+            let mut data = [0; 16];
+            match flow {
+                Flow::Tcp { own, remote, .. } => {
+                    let _ = remote.write(b"from remote");
+                    let _ = own.set_read_timeout(Some(Duration::from_millis(5)));
+                    let _ = own.read(&mut data);
+                    let _ = own.write(b"to remote");
+                }
+                Flow::Udp { own, remote, to, from } => {
+                    let _ = remote.send_to(b"from remote", *from);
+                    let _ = own.set_read_timeout(Some(Duration::from_millis(5)));
+                    let _ = own.recv(&mut data);
+                    let _ = own.send(b"to remote").or_else(|_| own.send_to(b"to remote", *to));
+                }
+            }
+        });
+    }
+    assert_eq!(said(wire), [], "{when}");
+}
+
+/// That the application learns of it at once.
+#[track_caller]
+fn expect_ended(daemon: &Daemon, flows: &mut [Flow]) {
+    let text = format!("ended {} sockets", flows.len());
+    assert!(daemon.wait_log(&text, Duration::from_secs(5)), "not {text}:\n{}", daemon.logs());
+    for flow in flows {
+        let ended = match flow {
+            Flow::Tcp { own, .. } => own.write(b"?").is_err(),
+            Flow::Udp { own, .. } => {
+                own.peer_addr().is_err() && own.local_addr().is_ok_and(|a| a.port() == 0)
+            }
+        };
+        assert!(ended, "{} goes on", flow.from());
+    }
+}
+
+fn cgroups(ground: &Ground) -> [std::path::PathBuf; 2] {
+    ["/drop", "/proxied"].map(|path| ground.cgroup(path))
+}
+
+#[test]
+fn flows_older_than_the_daemon() {
+    let Some(ground) = Ground::new("stale") else {
+        return;
+    };
+    let mut wire = Wire::open(&ground);
+    let remote = Remote::new(&ground);
+    let cgroups = cgroups(&ground);
+    let below = cgroups.each_ref().map(|c| {
+        let below = c.join("below");
+        std::fs::create_dir(&below).expect("make a cgroup");
+        below
+    });
+    let flows = || {
+        let all = cgroups.iter().chain(&below);
+        all.flat_map(|cgroup| remote.flows(cgroup)).collect::<Vec<Flow>>()
+    };
+    let mut old = flows();
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    expect_ended(&daemon, &mut old);
+    expect_silence(&mut wire, &mut old, "after start");
+    // on-exit = remove is the default
+    assert!(daemon.stop().success());
+    drop(old);
+    let mut old = flows();
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    expect_ended(&daemon, &mut old);
+    expect_silence(&mut wire, &mut old, "after a restart");
+    // takes over what is in force: nothing to end
+    daemon.kill9();
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    assert!(!daemon.logs().contains("ended"), "{}", daemon.logs());
+    expect_silence(&mut wire, &mut old, "after kill -9");
+}
+
+#[test]
+fn flows_older_than_the_rule() {
+    let Some(ground) = Ground::new("stale-rule") else {
+        return;
+    };
+    let mut wire = Wire::open(&ground);
+    let remote = Remote::new(&ground);
+    let cgroups = cgroups(&ground);
+    let mut old: Vec<Flow> = cgroups.iter().flat_map(|cgroup| remote.flows(cgroup)).collect();
+    let mut others = remote.flows(&ground.cgroup("/other"));
+    let daemon = Daemon::start(&ground, BEFORE, &[]);
+    daemon.configure(CONFIG);
+    daemon.reload();
+    expect_ended(&daemon, &mut old);
+    expect_silence(&mut wire, &mut old, "after a reload");
+    for flow in &mut others {
+        assert!(flow.talk(), "{} is of another cgroup", flow.from());
+    }
+    // the same in a restart that takes over another policy
+    daemon.configure(BEFORE);
+    daemon.reload();
+    drop(old);
+    let mut old: Vec<Flow> = cgroups.iter().flat_map(|cgroup| remote.flows(cgroup)).collect();
+    daemon.kill9();
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    expect_ended(&daemon, &mut old);
+    expect_silence(&mut wire, &mut old, "after kill -9 and another policy");
+}
+
+#[test]
+fn flows_of_the_default() {
+    let Some(ground) = Ground::new("stale-default") else {
+        return;
+    };
+    let mut wire = Wire::open(&ground);
+    let remote = Remote::new(&ground);
+    let mut old = remote.flows(&ground.cgroup("/any"));
+    let mut free = remote.flows(&ground.cgroup("/free"));
+    let config = "[global]\ndefault = drop\n[rules]\ndirect = /free";
+    let daemon = Daemon::start(&ground, config, &[]);
+    expect_ended(&daemon, &mut old);
+    expect_silence(&mut wire, &mut old, "by default");
+    for flow in &mut free {
+        assert!(flow.talk(), "{} is free", flow.from());
+    }
+    drop(daemon);
+}
+
+#[test]
+fn flows_that_began_while_the_table_was_away() {
+    let Some(ground) = Ground::new("stale-heal") else {
+        return;
+    };
+    let mut wire = Wire::open(&ground);
+    let remote = Remote::new(&ground);
+    let cgroups = cgroups(&ground);
+    let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[UNOWNED]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    daemon.signal(Signal::SIGSTOP);
+    load("delete table inet cgtproxy");
+    let mut old: Vec<Flow> = cgroups.iter().flat_map(|cgroup| remote.flows(cgroup)).collect();
+    daemon.signal(Signal::SIGCONT);
+    expect_ended(&daemon, &mut old);
+    expect_silence(&mut wire, &mut old, "after the repair");
+}
+
+/// Services, and what others connected to; local flows; destinations that are left alone.
+#[test]
+fn what_is_never_ended() {
+    let Some(ground) = Ground::new("stale-never") else {
+        return;
+    };
+    let remote = Remote::new(&ground);
+    let cgroups = cgroups(&ground);
+    let hosts = [HOST4, HOST6];
+    // services of both protocols and families in both cgroups, with a client each
+    let mut inbound = Vec::new();
+    let mut services = Vec::new();
+    for (at, cgroup) in cgroups.iter().enumerate() {
+        for ip in hosts {
+            let port = 41000 + at as u16;
+            let listener = listener_in(cgroup, addr(ip, port));
+            let mut client = ground.outside(|| TcpStream::connect(addr(ip, port)).expect("dial"));
+            let (mut conn, _) = listener.accept().expect("accept");
+            let udp = udp_in(cgroup, ip);
+            bind_to(&udp, addr(ip, 20000 + at as u16));
+            let peer = ground.outside(|| {
+                UdpSocket::bind(if ip.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).expect("bind")
+            });
+            talk(&mut client, &mut conn);
+            inbound.push((client, conn));
+            services.push((listener, udp, peer));
+        }
+    }
+    // flows to this host itself, and to what is left alone
+    let here = hosts.map(|ip| TcpListener::bind(addr(ip, 42000)).expect("listen"));
+    let mut local: Vec<_> = (here.iter().zip(hosts))
+        .flat_map(|(listener, ip)| {
+            cgroups.iter().map(move |cgroup| {
+                let own = tcp_in(cgroup, addr(ip, 42000));
+                (own, listener.accept().expect("accept").0)
+            })
+        })
+        .collect();
+    let spared = "203.0.113.201".parse().expect("an address");
+    let outside = ground.outside(|| listen(bind(addr(spared, PORT), libc::SOCK_STREAM)));
+    for cgroup in &cgroups {
+        let own = tcp_in(cgroup, addr(spared, PORT));
+        local.push((own, outside.accept().expect("accept").0));
+    }
+    let mut check = |when: &str| {
+        for (a, b) in inbound.iter_mut().chain(&mut local) {
+            talk(a, b);
+        }
+        for (listener, udp, peer) in &services {
+            let at = listener.local_addr().expect("still listening");
+            ground
+                .outside(|| TcpStream::connect(at).unwrap_or_else(|e| panic!("{when}: {at} {e}")));
+            let at = udp.local_addr().expect("still bound");
+            peer.set_read_timeout(Some(Duration::from_secs(5))).expect("set a timeout");
+            peer.send_to(b"?", at).expect("send");
+            let (_, from) =
+                udp.recv_from(&mut [0; 8]).unwrap_or_else(|e| panic!("{when}: {at} {e}"));
+            udp.send_to(b"!", from).expect("answer");
+            peer.recv(&mut [0; 8]).unwrap_or_else(|e| panic!("{when}: answer of {at} {e}"));
+        }
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    check("start");
+    daemon.configure(BEFORE);
+    daemon.reload();
+    check("direct");
+    daemon.configure(CONFIG);
+    daemon.reload();
+    check("reload");
+    assert!(!daemon.logs().contains("ended"), "{}", daemon.logs());
+    // without its listener, conntrack knows who came
+    drop(check);
+    services.clear();
+    daemon.configure(BEFORE);
+    daemon.reload();
+    let (ip, port) = (HOST4, 41009);
+    let listener = listener_in(&cgroups[0], addr(ip, port));
+    let mut client = ground.outside(|| TcpStream::connect(addr(ip, port)).expect("dial"));
+    let (mut conn, _) = listener.accept().expect("accept");
+    drop(listener);
+    daemon.configure(CONFIG);
+    daemon.reload();
+    talk(&mut client, &mut conn);
+    drop(remote);
+}
+
+/// Both ends of a connection hear each other.
+#[track_caller]
+fn talk(a: &mut TcpStream, b: &mut TcpStream) {
+    for end in [&mut *a, &mut *b] {
+        end.set_read_timeout(Some(Duration::from_secs(5))).expect("set a timeout");
+    }
+    let mut data = [0; 4];
+    a.write_all(b"ping").expect("write");
+    b.read_exact(&mut data).expect("hear the ping");
+    b.write_all(b"pong").expect("write");
+    a.read_exact(&mut data).expect("hear the pong");
+}
+
+#[test]
+fn a_proxied_flow_stays() {
+    let Some(ground) = Ground::new("stale-proxied") else {
+        return;
+    };
+    let mut wire = Wire::open(&ground);
+    let proxied = &cgroups(&ground)[1];
+    let any = |ip: IpAddr| -> IpAddr {
+        if ip.is_ipv4() { "0.0.0.0".parse() } else { "::".parse() }.expect("an address")
+    };
+    let proxies = REMOTES.map(|ip| listen(bind(addr(any(ip), PROXY_PORT), libc::SOCK_STREAM)));
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let mut flows = REMOTES.map(|ip| tcp_in(proxied, addr(ip, PORT)));
+    let mut ends = proxies.each_ref().map(|proxy| proxy.accept().expect("accept").0);
+    let mut check = |daemon: &Daemon| {
+        for (own, end) in flows.iter_mut().zip(&mut ends) {
+            talk(own, end);
+        }
+        assert!(!daemon.logs().contains("ended"), "{}", daemon.logs());
+    };
+    check(&daemon);
+    for text in [
+        // rules of others
+        CONFIG.replace("/drop", "/dropped"),
+        // another tproxy's, no one's, its own again
+        CONFIG.replace("mihomo = /", "other = /"),
+        BEFORE.to_string(),
+        CONFIG.to_string(),
+        // a section that changes
+        CONFIG.replace("port = 7893", "port = 7893\nudp = no"),
+    ] {
+        daemon.configure(&text);
+        daemon.reload();
+        check(&daemon);
+    }
+    daemon.kill9();
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    check(&daemon);
+    assert_eq!(said(&mut wire), []);
+    // to drop, it is cut
+    daemon.configure(&CONFIG.replace("mihomo = /proxied", "drop = /proxied"));
+    assert!(daemon.reload().contains("ended 2 sockets"), "{}", daemon.logs());
+    assert!(flows[0].write(b"?").is_err());
+}
+
+/// From SIGHUP to the moment when an application that waits for an answer could connect again.
+#[test]
+fn a_stalled_application_learns_at_once() {
+    let Some(ground) = Ground::new("stale-time") else {
+        return;
+    };
+    let remote = Remote::new(&ground);
+    let cgroups = cgroups(&ground);
+    for env in [&[UNOWNED][..], &[UNOWNED, ("CGTPROXY_NO_DESTROY", "1")]] {
+        let mut daemon = Daemon::spawn(&ground, BEFORE, &[], env);
+        assert!(daemon.ready(), "{}", daemon.logs());
+        for (at, cgroup) in cgroups.iter().enumerate() {
+            let mut own = tcp_in(cgroup, addr(REMOTE4, PORT));
+            let _end = remote.tcp[0].accept().expect("accept");
+            own.write_all(b"a question").expect("write");
+            own.set_read_timeout(Some(Duration::from_secs(3))).expect("set a timeout");
+            daemon.configure(CONFIG);
+            let before = daemon.logs().len();
+            let start = Instant::now();
+            daemon.signal(Signal::SIGHUP);
+            let error = own.read(&mut [0; 8]).expect_err("no answer");
+            let (took, kind) = (start.elapsed(), error.kind());
+            let target = ["drop", "proxied"][at];
+            println!("to {target} with {} variables: {kind:?} after {took:?}", env.len());
+            match env.len() {
+                1 => {
+                    assert_eq!(kind, ErrorKind::ConnectionAborted);
+                    assert!(took < Duration::from_millis(500), "{took:?}");
+                }
+                _ => {
+                    assert_eq!(kind, ErrorKind::WouldBlock, "it still waits");
+                    let text = "unable to end sockets";
+                    assert_eq!(daemon.logs().matches(text).count(), 1, "{}", daemon.logs());
+                }
+            }
+            let reloaded = || daemon.logs()[before..].contains("reloaded");
+            assert!(wait_until(Duration::from_secs(5), reloaded), "{}", daemon.logs());
+            daemon.configure(BEFORE);
+            daemon.reload();
+        }
+        assert!(daemon.stop().success());
+    }
+}
