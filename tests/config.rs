@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Permissions};
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::os::unix::fs::{chown, symlink, PermissionsExt};
+use std::os::unix::fs::{chown, lchown, symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use cgtproxy::config::file::Files;
@@ -908,6 +908,15 @@ fn who_may_change_a_file() {
     symlink("foreign", dir.path("to-foreign")).unwrap();
     symlink("readable", dir.path("to-good")).unwrap();
     symlink(dir.path("readable"), dir.path("open/link")).unwrap();
+    for name in ["open/deep", "owned/a", "owned/a/b", "sticky/theirs"] {
+        dir.dir(name, 0o755);
+        dir.file(&format!("{name}/c"), text, 0o600);
+    }
+    foreign("sticky/theirs");
+    symlink("owned/a/b", dir.path("to-deep")).unwrap();
+    symlink("../readable", dir.path("sticky/link")).unwrap();
+    lchown(dir.path("sticky/link"), Some(65534), None).unwrap();
+    symlink("../sticky/../readable", dir.path("sticky/good")).unwrap();
     let open = "is in a directory that others may write: DIR";
     for (name, want) in [
         ("group", "DIR/group: is writable by group or others (mode 0664; chmod go-w)".into()),
@@ -919,11 +928,25 @@ fn who_may_change_a_file() {
         ("owned/c", format!("DIR/owned/c: {open}/owned (mode 0755, uid 65534)")),
         ("to-open", format!("DIR/to-open: {open}/open (mode 0777, uid 0)")),
         ("open/link", format!("DIR/open/link: {open}/open (mode 0777, uid 0)")),
+        // every directory above counts
+        ("open/deep/c", format!("DIR/open/deep/c: {open}/open (mode 0777, uid 0)")),
+        ("owned/a/b/c", format!("DIR/owned/a/b/c: {open}/owned (mode 0755, uid 65534)")),
+        (
+            "sticky/theirs/c",
+            format!("DIR/sticky/theirs/c: {open}/sticky/theirs (mode 0755, uid 65534)"),
+        ),
+        ("to-deep/c", format!("DIR/to-deep/c: {open}/owned (mode 0755, uid 65534)")),
+        (
+            "owned/../readable",
+            format!("DIR/owned/../readable: {open}/owned (mode 0755, uid 65534)"),
+        ),
+        // a symlink in a sticky directory is its owner's
+        ("sticky/link", "DIR/sticky/link: is owned by uid 65534, not by root".into()),
     ] {
         dir.expect(name, true, &[&want]);
         dir.expect(name, false, &[]);
     }
-    for name in ["readable", "sticky/c", "to-good"] {
+    for name in ["readable", "sticky/c", "to-good", "sticky/good", "./sticky/../readable"] {
         dir.expect(name, true, &[]);
     }
     let want = [
@@ -931,6 +954,10 @@ fn who_may_change_a_file() {
         "DIR/hard:3: unable to include DIR/others: is writable by group or others (mode 0602; chmod go-w)",
     ];
     dir.expect("hard", true, &want);
+    // whoever may write a directory could hide a file of it
+    dir.file("globs", "[global]\ninclude = open/deep/*.conf\n", 0o400);
+    let want = "DIR/globs:2: unable to include \"open/deep/*.conf\": is in a directory that others may write: DIR/open (mode 0777, uid 0)";
+    dir.expect("globs", true, &[want]);
 }
 
 /// As an unprivileged user, for this thread alone.

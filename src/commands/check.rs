@@ -13,7 +13,7 @@ use nix::errno::Errno;
 
 use crate::cgroup::mount;
 use crate::cli::{Options, DEFAULT_CONFIG};
-use crate::config::{file, lint, Config, Take, Tproxy};
+use crate::config::{lint, Config, Take, Tproxy};
 use crate::confine;
 use crate::core::Core;
 use crate::error::{reason, Error, Result};
@@ -178,7 +178,7 @@ fn configuration(options: &Options, findings: &mut Findings) -> Result<(Config, 
             Ok((Config::default(), false))
         }
         Ok(Some(config)) => {
-            let wrong = untrusted_files(&config.files, findings);
+            let wrong = refused(options, &[], findings);
             let (tproxies, rules) = (config.tproxies.len(), config.rules.len());
             if !wrong {
                 let name = options.config_file().display();
@@ -188,24 +188,20 @@ fn configuration(options: &Options, findings: &mut Findings) -> Result<(Config, 
         }
         Err(Error::Usage(problems)) => {
             problems.iter().for_each(|problem| findings.error(problem));
-            // the files that were read are not known here; the first one is
-            untrusted_files(&[options.config_file().to_path_buf()], findings);
+            refused(options, &problems, findings);
             Ok((Config::default(), true))
         }
         Err(error) => Err(error),
     }
 }
 
-/// Names the files that `run` would refuse because others could change them.
-fn untrusted_files(files: &[PathBuf], findings: &mut Findings) -> bool {
-    let mut any = false;
-    for path in files {
-        if let Ok(Some(why)) = file::untrusted(path) {
-            any = true;
-            findings.error(format!("{}: {why}; run refuses it", path.display()));
-        }
-    }
-    any
+/// Names what `run` would refuse because others could change it, beside what was told already.
+fn refused(options: &Options, told: &[String], findings: &mut Findings) -> bool {
+    let Err(Error::Usage(problems)) = options.load(true) else {
+        return false;
+    };
+    let new = problems.iter().filter(|problem| !told.contains(problem));
+    new.map(|problem| findings.error(format!("{problem}; run refuses it"))).count() > 0
 }
 
 /// Where cgroup v2 is, and whether all of it can be watched. What is there now is returned.

@@ -1,12 +1,16 @@
 //! Reading configuration files from the real file system, with all that can be wrong with a file.
 //! It parses nothing.
 
-use std::fs::{self, File};
-use std::io::Read;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::ffi::OsString;
+use std::fs::{self, File, Metadata};
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::{self, OFlag};
+use nix::sys::stat::Mode;
 use nix::unistd::{geteuid, User};
 
 use super::Source;
@@ -23,15 +27,10 @@ pub struct Files {
 
 impl Source for Files {
     fn read(&self, path: &Path) -> Result<String, String> {
-        if self.trusted_only {
-            if let Some(why) = untrusted(path).map_err(|e| io_reason(&e))? {
-                return Err(why);
-            }
+        let (file, why) = open(path).map_err(|e| io_reason(&e))?;
+        if let (true, Some(why)) = (self.trusted_only, why) {
+            return Err(why);
         }
-        // O_NONBLOCK: opening a FIFO must not wait for a writer
-        let mut options = File::options();
-        let file = options.read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
-        let file = file.open(path).map_err(|e| io_reason(&e))?;
         let meta = file.metadata().map_err(|e| io_reason(&e))?;
         if meta.is_dir() {
             return Err("is a directory".into());
@@ -67,6 +66,10 @@ impl Source for Files {
             // a file that is named must be there: its rules would be missing in silence
             return Ok(vec![pattern.to_path_buf()]);
         }
+        // whoever controls the directory could hide files from us
+        if let (true, Ok((_, Some(why)))) = (self.trusted_only, open(dir)) {
+            return Err(why);
+        }
         let entries = match fs::read_dir(dir) {
             Ok(entries) => entries,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -93,41 +96,111 @@ impl Source for Files {
     }
 }
 
-/// Why others than root and the running user could change this file, if they could.
+/// Opens a file, and says why it cannot be trusted if it cannot.
 ///
-/// The file and its directory count, and where the path is a symlink, those behind it too.
-pub fn untrusted(path: &Path) -> std::io::Result<Option<String>> {
-    let me = geteuid().as_raw();
-    let real = fs::canonicalize(path)?;
-    let file = fs::metadata(&real)?;
-    if file.uid() != 0 && file.uid() != me {
-        return Ok(Some(format!("is owned by uid {}, not by root", file.uid())));
+/// Each directory from the root on, each symlink and the file itself is opened in turn, and what is
+/// open is judged: between a look at a path and its use, whoever owns a part of it could change what
+/// it leads to. What is no regular file is opened as a mere handle, so that nothing can happen.
+fn open(path: &Path) -> io::Result<(File, Option<String>)> {
+    /// As many as the kernel follows.
+    const MOST_LINKS: usize = 40;
+    let handle = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+    let root = || fcntl::open("/", handle, Mode::empty()).map(File::from);
+    let mut judge = Judge { me: geteuid().as_raw(), why: None };
+    let mut above = vec![root()?];
+    judge.directory(&above[0].metadata()?, Path::new("/"));
+    // what is ahead of us, the next part last
+    let parts = |path: &Path| path.iter().rev().map(OsString::from).collect::<Vec<_>>();
+    let mut ahead = parts(&std::path::absolute(path)?);
+    let mut place = PathBuf::from("/");
+    let mut links = 0;
+    while let Some(part) = ahead.pop() {
+        match part.as_bytes() {
+            b"/" => {
+                above.truncate(1);
+                place = PathBuf::from("/");
+                continue;
+            }
+            b"." => continue,
+            b".." => {
+                above.truncate(1.max(above.len() - 1));
+                place.pop();
+                continue;
+            }
+            _ => {}
+        }
+        let dir = &above[above.len() - 1];
+        let found = File::from(fcntl::openat(dir, &*part, handle, Mode::empty())?);
+        let meta = found.metadata()?;
+        if meta.is_symlink() {
+            links += 1;
+            if links > MOST_LINKS {
+                return Err(Errno::ELOOP.into());
+            }
+            judge.owner(&meta);
+            ahead.extend(parts(Path::new(&fcntl::readlinkat(&found, "")?)));
+            continue;
+        }
+        place.push(&part);
+        if meta.is_dir() {
+            judge.directory(&meta, &place);
+            above.push(found);
+            continue;
+        }
+        if !ahead.is_empty() {
+            return Err(Errno::ENOTDIR.into());
+        }
+        if !meta.is_file() {
+            return Ok((found, judge.why));
+        }
+        // O_NONBLOCK: should it be a FIFO by now, there is no waiting for a writer
+        let read = OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        let file = File::from(fcntl::openat(dir, &*part, read, Mode::empty())?);
+        judge.file(&file.metadata()?);
+        return Ok((file, judge.why));
     }
-    if file.mode() & 0o022 != 0 && file.is_file() {
-        return Ok(Some(format!(
-            "is writable by group or others (mode {:04o}; chmod go-w)",
-            file.mode() & 0o7777
-        )));
+    let last = above.pop().map_or_else(root, Ok)?;
+    Ok((last, judge.why))
+}
+
+/// The first reason not to trust.
+struct Judge {
+    me: u32,
+    why: Option<String>,
+}
+
+impl Judge {
+    fn foreign(&self, meta: &Metadata) -> bool {
+        meta.uid() != 0 && meta.uid() != self.me
     }
-    for place in [path, &real] {
-        let dir = match place.parent() {
-            Some(dir) if dir.as_os_str().is_empty() => Path::new("."),
-            Some(dir) => dir,
-            None => continue,
-        };
-        let meta = fs::metadata(dir)?;
-        let sticky = meta.mode() & 0o1000 != 0;
-        let foreign = meta.uid() != 0 && meta.uid() != me;
-        if foreign || (meta.mode() & 0o022 != 0 && !sticky) {
-            return Ok(Some(format!(
-                "is in a directory that others may write: {} (mode {:04o}, uid {})",
-                dir.display(),
-                meta.mode() & 0o7777,
-                meta.uid()
-            )));
+
+    fn owner(&mut self, meta: &Metadata) {
+        if self.why.is_none() && self.foreign(meta) {
+            self.why = Some(format!("is owned by uid {}, not by root", meta.uid()));
         }
     }
-    Ok(None)
+
+    fn file(&mut self, meta: &Metadata) {
+        self.owner(meta);
+        if self.why.is_none() && meta.mode() & 0o022 != 0 {
+            let mode = meta.mode() & 0o7777;
+            self.why =
+                Some(format!("is writable by group or others (mode {mode:04o}; chmod go-w)"));
+        }
+    }
+
+    /// In a sticky one others may add names, but only the owner of a name can change it.
+    fn directory(&mut self, meta: &Metadata, place: &Path) {
+        let open = meta.mode() & 0o022 != 0 && meta.mode() & 0o1000 == 0;
+        if self.why.is_none() && (open || self.foreign(meta)) {
+            self.why = Some(format!(
+                "is in a directory that others may write: {} (mode {:04o}, uid {})",
+                place.display(),
+                meta.mode() & 0o7777,
+                meta.uid()
+            ));
+        }
+    }
 }
 
 fn io_reason(error: &std::io::Error) -> String {

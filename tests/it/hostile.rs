@@ -397,3 +397,55 @@ fn one_of_many() {
         assert_eq!(crate::kernel::residue(), "");
     }
 }
+
+/// Who owns a directory above the configuration swaps what is below it, while it is read.
+#[test]
+fn the_configuration_is_swapped_while_it_is_read() {
+    let Some(ground) = Ground::new("swap") else {
+        return;
+    };
+    let home = ground.dir.join("home");
+    for dir in ["root", "root/etc", "user", "user/etc"] {
+        fs::create_dir_all(home.join(dir)).expect("mkdir");
+    }
+    let good = format!("[global]\ncgroup-root = {}\n[rules]\ndrop = /x\n", ground.root.display());
+    write_private(&home.join("root/etc/conf"), &good);
+    write_private(&home.join("user/etc/conf"), "[global]\ndefault = direct\n");
+    chmod(&home.join("user/etc/conf"), 0o644);
+    let daemon = Daemon::start(&ground, "[rules]\ndrop = /x\n", &[]);
+    fs::remove_file(&daemon.config).expect("remove");
+    std::os::unix::fs::symlink(home.join("root/etc/conf"), &daemon.config).expect("symlink");
+    assert!(daemon.reload().contains("rules: 1"));
+    let chown = |path: &str| {
+        std::os::unix::fs::chown(home.join(path), Some(65534), Some(65534)).expect("chown")
+    };
+    ["", "user", "user/etc", "user/etc/conf"].into_iter().for_each(chown);
+    // the sub-tree of root is not the user's, but the directory that it is in
+    chmod(&ground.dir, 0o755);
+    let on = AtomicUsize::new(1);
+    let mut taken = 0;
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // SAFETY: integers only; the raw call concerns this thread alone.
+            unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
+            let name = |name: &str| CString::new(home.join(name).as_os_str().as_bytes());
+            let (a, b) = (name("root").expect("no NUL"), name("user").expect("no NUL"));
+            while on.load(Ordering::Relaxed) == 1 {
+                // SAFETY: NUL-terminated paths.
+                let rc = unsafe {
+                    let cwd = libc::AT_FDCWD;
+                    libc::renameat2(cwd, a.as_ptr(), cwd, b.as_ptr(), libc::RENAME_EXCHANGE)
+                };
+                assert_eq!(rc, 0, "{}", std::io::Error::last_os_error());
+            }
+        });
+        for _ in 0..300 {
+            taken += usize::from(daemon.reload().contains("reloaded"));
+        }
+        on.store(0, Ordering::Relaxed);
+    });
+    println!("{taken} of 300 reloads took what the user could swap");
+    assert_eq!(taken, 0, "{}", daemon.logs());
+    assert!(daemon.logs().contains("is in a directory that others may write"));
+    assert!(daemon.stop().success());
+}
