@@ -514,7 +514,8 @@ fn default_marks() {
 fn an_empty_file_is_the_default() {
     for text in ["", "\n\n", "# only this\n", "\u{feff}", "[global]\n[rules]\n[global]\n"] {
         let config = good(text);
-        let built_in = Config { files: vec!["c".into()], ..Config::default() };
+        let has_sections = text.contains('[');
+        let built_in = Config { files: vec!["c".into()], has_sections, ..Config::default() };
         assert_eq!(format!("{config:?}"), format!("{built_in:?}"), "{text:?}");
     }
 }
@@ -557,7 +558,7 @@ fn every_key_of_global() {
         "[global]\ncgroup-root = auto\ndefault = direct\nroute-table = 300\nrule-priority = 100\n\
          fwmark-mask = 0xff000000\non-exit = remove\nlog-level = notice\ncounters = target\n",
     );
-    let built_in = Config { files: vec!["c".into()], ..Config::default() };
+    let built_in = Config { files: vec!["c".into()], has_sections: true, ..Config::default() };
     assert_eq!(format!("{config:?}"), format!("{built_in:?}"));
     for (word, level) in
         [("error", Level::Error), ("warning", Level::Warning), ("info", Level::Info)]
@@ -627,6 +628,10 @@ fn bad_gateways() {
         ("interface = a b", &format!("\"interface\" expects {name}, not \"a b\"")),
         ("interface = a/b", &format!("\"interface\" expects {name}, not \"a/b\"")),
         (&whole, &format!("\"interface\" expects {name}, not \"{}\"", "x".repeat(16))),
+        (
+            "interface = aaaaaaaaaaaaaaa*",
+            "\"interface\" expects up to 14 characters before the *, not \"aaaaaaaaaaaaaaa*\"",
+        ),
         ("interface = eth0", "\"interface\" names \"eth0\" twice"),
         ("source = private", "\"source\" expects an address or a CIDR, not \"private\""),
         (

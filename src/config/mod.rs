@@ -145,6 +145,8 @@ pub struct Config {
     pub gateways: Vec<Gateway>,
     /// Every file that was read, the first one first.
     pub files: Vec<PathBuf>,
+    /// Some file has a section. One that is empty may be about to be written.
+    pub has_sections: bool,
 }
 
 impl Default for Config {
@@ -167,6 +169,7 @@ impl Default for Config {
             rules: Vec::new(),
             gateways: Vec::new(),
             files: Vec::new(),
+            has_sections: false,
         }
     }
 }
@@ -420,6 +423,7 @@ impl Reader<'_> {
     }
 
     fn header(&mut self, place: &Place, kind: &str, name: Option<&str>) -> Section {
+        self.config.has_sections = true;
         match (kind, name) {
             ("global", None) => Section::Global,
             ("rules", None) => Section::Rules,
@@ -898,6 +902,9 @@ fn interface(value: &str) -> Result<Interface, String> {
         wrong("an interface that others are behind")
     } else if value == "*" {
         wrong("a name, or the beginning of one before the *")
+    } else if prefix && name.len() == MAX_INTERFACE {
+        // nft takes that for the name itself, and lists what does not load
+        wrong("up to 14 characters before the *")
     } else if name.is_empty() || name.len() > MAX_INTERFACE || !name.chars().all(legal) {
         wrong("the name of an interface, up to 15 characters")
     } else {
