@@ -17,7 +17,7 @@ use crate::backoff::Backoff;
 use crate::cgroup::backlog::Backlog;
 use crate::cgroup::mount;
 use crate::cgroup::watch::{self, Watcher};
-use crate::config::{Config, OnExit};
+use crate::config::{Config, OnExit, Target};
 use crate::confine::confine;
 use crate::core::{Action, Core, Event, Found};
 use crate::error::{Error, Result};
@@ -27,7 +27,9 @@ use crate::kernel::{Damage, Kernel};
 use crate::log;
 use crate::log::{Escaped, Level};
 use crate::loops;
+use crate::nft::lock::Lock;
 use crate::notify::Notify;
+use crate::pidfile::Pidfile;
 use crate::stale::{self, Before, Suspects};
 use crate::sys;
 
@@ -94,6 +96,7 @@ struct Cgroups {
 
 struct Daemon {
     options: Options,
+    pidfile: Option<Pidfile>,
     kernel: Kernel,
     cgroups: Cgroups,
     /// Replacing the table, where it is not what it should be.
@@ -141,13 +144,16 @@ pub fn run(mut options: Options) -> Result<()> {
     // the watcher changes the working directory
     let whole = |file: PathBuf| std::path::absolute(&file).unwrap_or(file);
     options.config_file = whole(options.config_file);
-    options.pidfile = options.pidfile.map(whole);
+    let pidfile = options.pidfile.take().map(|file| Pidfile::new(whole(file))).transpose()?;
+    sys::ignore_file_size_signal();
     let mut kernel = Kernel::open_watching()?;
-    instance::claim(&mut kernel)?;
+    let before = instance::claim(&mut kernel)?;
     let notify = Notify::new(options.ready_fd.take());
-    let cgroups = Cgroups::scan(Rc::new(config))?;
+    let scanned = Cgroups::scan(Rc::new(config));
+    let cgroups = scanned.inspect_err(|_| instance::give_back(&mut kernel, before))?;
     let mut daemon = Daemon {
         options,
+        pidfile,
         kernel,
         cgroups,
         table: Backoff::default(),
@@ -157,8 +163,9 @@ pub fn run(mut options: Options) -> Result<()> {
         exposed: false,
         refused: false,
     };
-    daemon.start()?;
-    daemon.serve(&signals)
+    daemon.start(before)?;
+    // what cannot go on leaves its rules, and says so
+    daemon.serve(&signals).inspect_err(|_| drop(daemon.leave()))
 }
 
 impl Cgroups {
@@ -296,22 +303,38 @@ impl Cgroups {
 }
 
 impl Daemon {
-    /// Programs the kernel, takes in the cgroups that came meanwhile, and says that it is ready.
-    fn start(&mut self) -> Result<()> {
+    /// Programs the kernel and says that it is ready.
+    ///
+    /// Errors: why not. Nothing is left behind, but for what was in force before: where there was a
+    /// table, one is in force still, and the lock says again what it said `before`.
+    fn start(&mut self, before: Option<Lock>) -> Result<()> {
+        let found = self.kernel.table_owner()?.is_some();
+        let started = self.program();
+        if started.is_err() {
+            self.remove_pidfile();
+            match found {
+                true => instance::give_back(&mut self.kernel, before),
+                false => drop(self.remove()),
+            }
+            return started;
+        }
+        self.notify.ready();
+        self.warn();
+        log!(Notice, "started: {}", self.summary());
+        Ok(())
+    }
+
+    /// Programs the kernel, takes in the cgroups that came meanwhile, and gives up what is not needed
+    /// from here on.
+    fn program(&mut self) -> Result<()> {
         let config = self.cgroups.core.config().clone();
         if !self.cgroups.core.has_elements() {
             // nothing in the table would show it yet
             self.kernel.probe_cgroups()?;
         }
         let before = self.before();
-        let routed = self.kernel.add_routing(&config);
-        if let Err(error) = routed.and_then(|_| self.replace()) {
-            // without a table nothing needs the routing; with an old one it stays in force whole
-            if matches!(self.kernel.table_owner(), Ok(None)) {
-                let _ = self.kernel.trim_routing(None);
-            }
-            return Err(error);
-        }
+        self.kernel.add_routing(&config)?;
+        self.replace()?;
         if self.kernel.settle()? {
             self.replace()?;
         }
@@ -330,17 +353,9 @@ impl Daemon {
         // a table of before was in force all the time, so that nothing changed for the same target
         let suspects = Suspects::find(&self.cgroups.core, before.as_ref(), |_| true);
         self.look_for_stale(suspects, FIRST_SLICE);
-        if let Some(Err(error)) = self.options.pidfile.as_deref().map(write_pidfile) {
-            if config.on_exit == OnExit::Remove {
-                let _ = self.remove();
-            }
-            return Err(error);
-        }
+        self.pidfile.as_ref().map_or(Ok(()), Pidfile::write)?;
         confine(self.options.seccomp)?;
         sys::wait_for_memory();
-        self.notify.ready();
-        self.warn();
-        log!(Notice, "started: {}", self.summary());
         Ok(())
     }
 
@@ -650,6 +665,15 @@ impl Daemon {
     fn try_reload(&mut self) -> Result<()> {
         let new = Rc::new((self.options.load)(&self.options.config_file)?);
         let old = self.cgroups.core.config().clone();
+        let policy =
+            !(old.rules.is_empty() && old.gateways.is_empty()) || old.default != Target::Direct;
+        if policy && !new.has_sections {
+            let file = self.options.config_file.display();
+            return Err(Error::Usage(vec![format!(
+                "{file}: is absent or has no section: it may be about to be written (write a new \
+                 file and rename it into place; an empty [rules] sends everything direct)"
+            )]));
+        }
         // what has not been judged yet may be of the policy before
         let was = match self.doubts {
             None => Some(Before::of_policy(&self.cgroups.core, &new)),
@@ -712,8 +736,8 @@ impl Daemon {
     }
 
     fn remove_pidfile(&self) {
-        if let Some(file) = &self.options.pidfile {
-            let _ = std::fs::remove_file(file);
+        if let Some(file) = &self.pidfile {
+            file.remove();
         }
     }
 
@@ -748,18 +772,4 @@ fn read_signal(signals: &SignalFd) -> Result<Option<Signal>> {
             Err(errno) => return Err(Error::system("unable to read signals", errno)),
         }
     }
-}
-
-fn write_pidfile(file: &Path) -> Result<()> {
-    use std::io::Write;
-    use std::os::unix::fs::OpenOptionsExt;
-    let refused = |e: std::io::Error| {
-        let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
-        Error::system(format!("unable to write pidfile {}", file.display()), errno)
-    };
-    let mut options = std::fs::File::options();
-    // a symlink planted in a writable directory must not be followed
-    options.write(true).create(true).truncate(true).mode(0o644).custom_flags(libc::O_NOFOLLOW);
-    let mut opened = options.open(file).map_err(refused)?;
-    writeln!(opened, "{}", std::process::id()).map_err(refused)
 }

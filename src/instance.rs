@@ -23,26 +23,30 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// Takes the lock for as long as `kernel` lives, and sees to it that nobody owns the table. Waits
 /// shortly for another instance to end.
 ///
-/// Errors: another instance runs; its pid is said. Somebody else owns a table of our name.
-pub fn claim(kernel: &mut Kernel) -> Result<()> {
+/// Returns what the lock said before. Errors: another instance runs; its pid is said. Somebody else
+/// owns a table of our name.
+pub fn claim(kernel: &mut Kernel) -> Result<Option<Lock>> {
     let start = Instant::now();
+    let mut before = kernel.lock()?;
     while let Some(pid) = try_claim(kernel)? {
         let patience = if told_to_end(pid) { LONG_PATIENCE } else { PATIENCE };
         if start.elapsed() > patience {
             return Err(Error::State(format!("already running{}", with_pid(pid))));
         }
         sleep(PAUSE);
+        before = kernel.lock()?;
     }
     // the socket of the last one may be about to be closed
     while let Some(Some(owner)) = kernel.table_owner()? {
         if start.elapsed() > PATIENCE {
+            give_back(kernel, before);
             let why =
                 format!("table inet {TABLE} is owned by another process (netlink port {owner})");
             return Err(Error::State(why));
         }
         sleep(PAUSE);
     }
-    Ok(())
+    Ok(before)
 }
 
 /// Takes the lock, or says who has it.
@@ -61,8 +65,15 @@ pub fn try_claim(kernel: &mut Kernel) -> Result<Option<i32>> {
 /// Gives the lock back and notes when: what is in force stays so, but nobody keeps it in step. The
 /// next one waits until the table has no owner, so this is to be the last but for the end.
 pub fn leave(kernel: &mut Kernel) {
-    if let Err(error) = kernel.set_lock(Lock::Left(since_boot())) {
-        log!(Debug, "{error}");
+    give_back(kernel, Some(Lock::Left(since_boot())));
+}
+
+/// Lets the lock say again when the last one left, if it did. (Held ones go with `kernel`.)
+pub fn give_back(kernel: &mut Kernel, before: Option<Lock>) {
+    if let Some(lock @ Lock::Left(_)) = before {
+        if let Err(error) = kernel.set_lock(lock) {
+            log!(Debug, "{error}");
+        }
     }
 }
 

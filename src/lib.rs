@@ -23,6 +23,7 @@ pub mod loops;
 pub mod netlink;
 pub mod nft;
 pub mod notify;
+pub mod pidfile;
 pub mod plan;
 pub mod policy;
 pub mod route;

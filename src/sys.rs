@@ -218,6 +218,12 @@ pub fn set_no_new_privs() -> Result<(), Errno> {
     Errno::result(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }).map(drop)
 }
 
+/// Lets a write beyond RLIMIT_FSIZE be refused (EFBIG) instead of ending the program by SIGXFSZ.
+pub fn ignore_file_size_signal() {
+    // SAFETY: no handler is installed, so nothing runs.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
 /// No core dumps, no ptrace by others of the same user (`PR_SET_DUMPABLE` of prctl(2)).
 pub fn set_undumpable() -> Result<(), Errno> {
     // SAFETY: integers only.

@@ -15,7 +15,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
 use crate::client::{expect, under, Client};
-use crate::daemon::{binary, run, run_with, write_private, Daemon};
+use crate::daemon::{binary, run, run_with, write_private, Daemon, UNOWNED};
 use crate::ground::{addr, chmod, ip_batch, remove_tree, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::kernel::{
     await_member, ip_routes, ip_rules, load, nft, residue, set_ids, state, table, table_plain,
@@ -271,6 +271,128 @@ fn a_pidfile_that_cannot_be_written() {
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(said.contains("unable to write pidfile /nowhere/pid"), "{said}");
     assert_eq!(residue(), "");
+}
+
+/// A pidfile is written whole or the start fails, nothing waits for a reader, and one that stays is
+/// told of.
+#[test]
+fn a_pidfile_that_is_no_file_or_does_not_fit() {
+    let Some(ground) = Ground::new("oddpid") else {
+        return;
+    };
+    ground.cgroup("/drop");
+    let dir = ground.dir.join("small");
+    fs::create_dir(&dir).expect("mkdir");
+    let sh = |line: &str| {
+        let status = Command::new("sh").args(["-c", line]).current_dir(&dir).status();
+        assert!(status.expect("start sh").success(), "{line}");
+    };
+    sh("mount -t tmpfs -o size=4k none .");
+    let _unmount = Unmount(&dir);
+    let dir_text = dir.to_str().expect("UTF-8");
+    sh(&format!("cd {dir_text}; mkfifo fifo; mkdir dir; ln -s dir/x link"));
+    let refused = |name: &str, why: &str| {
+        let file = dir.join(name);
+        let start = Instant::now();
+        let args = ["-p", file.to_str().expect("UTF-8"), "run"];
+        let out = run_with(&ground, CONFIG, &args);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(start.elapsed() < Duration::from_secs(2), "{name}");
+        assert_eq!(out.status.code(), Some(1), "{name}: {said}");
+        let pidfile = format!("unable to write pidfile {}: {why}", file.display());
+        assert!(said.contains(&pidfile), "{said}");
+        assert_eq!(residue(), "", "{name}");
+    };
+    for name in ["fifo", "dir", "link"] {
+        refused(name, "not a regular file");
+    }
+    sh(&format!("cd {dir_text}; cat /dev/zero > full 2>/dev/null || true"));
+    refused("pid", "no space left on device");
+    assert!(!dir.join("pid").exists(), "a part of it stays");
+    sh(&format!("rm {dir_text}/full"));
+    let file = dir.join("pid");
+    let mut daemon = Daemon::start(&ground, CONFIG, &["-p", file.to_str().expect("UTF-8")]);
+    sh(&format!("mount -o remount,ro {dir_text}"));
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.wait().code(), Some(0));
+    let said = format!("unable to remove pidfile {}: read-only file system", file.display());
+    assert!(daemon.logs().contains(&said), "{}", daemon.logs());
+    assert_eq!(residue(), "");
+}
+
+struct Unmount<'a>(&'a Path);
+
+impl Drop for Unmount<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0).status();
+    }
+}
+
+/// A start that fails leaves nothing, or what was in force before.
+#[test]
+fn a_start_that_fails() {
+    let Some(ground) = Ground::new("badstart") else {
+        return;
+    };
+    ground.cgroup("/drop");
+    let other = "[global]\nrule-priority = 90\n[tproxy new]\nport = 1\n[rules]\nnew = /drop\n";
+    let fails = |config: &str, args: &[&str]| {
+        let out = run_with(&ground, config, &[args, &["run"]].concat());
+        assert_eq!(out.status.code(), Some(1));
+        String::from_utf8_lossy(&out.stderr).into_owned()
+    };
+    fails(CONFIG, &["-p", "/nowhere/pid"]);
+    assert_eq!(residue(), "");
+    // after a daemon that has left its rules: there are rules, and `status` knows since when
+    Daemon::start(&ground, CONFIG, &[]).leave();
+    let before = state();
+    fails(other, &["-p", "/etc"]);
+    assert_eq!(state(), before);
+    fails(CONFIG, &["-p", "/nowhere/pid"]);
+    assert_eq!(state(), before, "taken over, and left again");
+    let status = run_with(&ground, CONFIG, &["status"]);
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(status.contains("nothing new is classified since the last one left"), "{status}");
+    assert!(run(&["flush"]).status.success());
+    assert_eq!(residue(), "");
+    // another program's table of our name
+    let mut nft = Command::new("nft");
+    let mut nft = nft.arg("-i").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("nft");
+    let table = b"add table inet cgtproxy { flags owner; }\n";
+    std::io::Write::write_all(nft.stdin.as_mut().expect("piped"), table).expect("feed nft");
+    assert!(wait_until(Duration::from_secs(5), || residue().contains("cgtproxy")));
+    let said = fails(CONFIG, &[]);
+    assert!(said.contains("table inet cgtproxy is owned by another process"), "{said}");
+    assert_eq!(residue(), "table inet cgtproxy\n");
+    drop(nft.stdin.take());
+    nft.wait().expect("wait for nft");
+    assert_eq!(residue(), "");
+}
+
+/// An editor that writes in place makes the file empty first.
+#[test]
+fn a_file_that_is_being_written() {
+    let Some(ground) = Ground::new("inplace") else {
+        return;
+    };
+    let dropped = ground.cgroup("/drop");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let before = state();
+    for text in ["", "\n", "# what this file is about\n"] {
+        write_private(&daemon.config, text);
+        let log = daemon.reload();
+        assert!(log.contains("rename it into place"), "{text:?}: {log}");
+        assert_eq!(state(), before, "{text:?}");
+    }
+    expect(&[(&dropped, under("drop"))]);
+    // whoever means it says so
+    daemon.configure("[rules]\n");
+    assert!(daemon.reload().contains("reloaded"));
+    // and where nothing is to be lost, nothing is refused
+    write_private(&daemon.config, "");
+    let log = daemon.reload();
+    assert!(!log.contains("rename"), "{log}");
+    assert!(daemon.stop().success());
 }
 
 /// The daemon changes its working directory; what was named from the first one stays right.
@@ -536,9 +658,17 @@ fn flush_removes_everything() {
     load("table inet other {}\n");
     let (code, text) = said(&["flush"]);
     assert_eq!(code, Some(1), "while it runs: {text}");
-    assert!(text.contains("stop"), "{text}");
+    assert!(text.contains(&format!("running with pid {}: stop it first", daemon.pid())), "{text}");
     assert_eq!(state().1, before.1);
     daemon.kill9();
+    // one that does not own its table would put it back
+    let mut unowned = Daemon::spawn(&ground, CONFIG, &[], &[UNOWNED]);
+    assert!(unowned.ready());
+    let (code, text) = said(&["flush"]);
+    assert_eq!(code, Some(1), "while it runs: {text}");
+    assert!(text.contains(&format!("pid {}: stop it first", unowned.pid())), "{text}");
+    assert_eq!(state().1, before.1);
+    unowned.kill9();
     assert!(!table().is_empty(), "it has died without a chance to clean up");
     let (code, text) = said(&["flush"]);
     assert_eq!(code, Some(0), "{text}");

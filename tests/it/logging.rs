@@ -238,3 +238,40 @@ fn nothing_is_told_twice() {
     assert!(daemon.logs().contains("undefined target \"drp\""), "{}", daemon.logs());
     sh("umount -l /dev");
 }
+
+/// A limit on the size of files costs lines, not the daemon.
+#[test]
+fn a_log_that_may_not_grow() {
+    let Some(ground) = Ground::new("fsize") else {
+        return;
+    };
+    let by = ["prlimit", "--fsize=2000:unlimited"];
+    let mut daemon = Daemon::spawn_by(&ground, CONFIG, &by, &["-v"], &[]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    for i in 0..100 {
+        ground.cgroup(&format!("/cgroup-with-a-name-{i}"));
+    }
+    let last = ground.cgroup("/last");
+    await_member(&last, "drop");
+    assert!(daemon.ended().is_none());
+    assert!(daemon.logs().len() <= 2000 && !daemon.logs().contains("/last"));
+    sh(&format!("prlimit --pid {} --fsize=unlimited", daemon.pid()));
+    ground.cgroup("/more");
+    assert!(daemon.wait_log(" log lines lost", SETTLE), "{}", daemon.logs());
+    assert!(daemon.wait_log("/more: drop", SETTLE), "{}", daemon.logs());
+    assert!(daemon.stop().success());
+    // nor does it cost half of a pidfile
+    let pidfile = ground.dir.join("pid");
+    let script = format!(
+        "ulimit -f 0; exec {} -s -p {} -c {} run",
+        crate::daemon::binary().display(),
+        pidfile.display(),
+        ground.dir.join("cgtproxy-0.conf").display()
+    );
+    let out = Command::new("sh").args(["-c", &script]).output().expect("start sh");
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("unable to write pidfile") && said.contains("file too large"), "{said}");
+    assert!(!pidfile.exists());
+    assert_eq!(crate::kernel::residue(), "");
+}
