@@ -35,6 +35,7 @@ pub enum Event {
         id: u64,
         wd: Option<i32>,
         refused: Option<Errno>,
+        owner: u32,
         children: Vec<Box<[u8]>>,
     },
     /// The children of one that was found could not be listed: those known stay.
@@ -166,6 +167,11 @@ impl Core {
         Some((path, policy::target(&self.config, node.rank)))
     }
 
+    /// Whose work it is what happens in that directory; see [`Node::account`].
+    pub fn account(&self, path: &[u8]) -> u32 {
+        self.tree.get(path).map_or(0, |node| node.account)
+    }
+
     /// Whether any cgroup has an element of its own.
     pub fn has_elements(&self) -> bool {
         !self.pairs.is_empty()
@@ -205,7 +211,8 @@ impl Core {
             Event::Overflow => actions.push(self.start()),
             Event::Same { .. } => {}
             Event::Found(found) => self.found(found, actions),
-            Event::Listed { path, id, wd, refused, children } => {
+            Event::Listed { path, id, wd, refused, owner, children } => {
+                self.charge_to(&path, owner);
                 self.listed(path, id, wd, refused, children, actions)
             }
             Event::Unlisted { path, id, wd, errno } => {
@@ -301,7 +308,7 @@ impl Core {
                 self.gone(&path, actions);
             }
             let (rank, element) = self.classify(parent, &path);
-            let node = Node { id, wd: None, rank, element };
+            let node = Node { id, wd: None, rank, element, account: 0 };
             self.tree.insert(path.clone(), node);
             self.count(&path, element, true);
             self.want(id, None, element);
@@ -341,6 +348,21 @@ impl Core {
             // what lies below a known one is in doubt too: so was this one
             let child = tree::child(&path, &name);
             actions.push(self.scan(child, true));
+        }
+    }
+
+    /// Whose work it is what happens in a directory with this owner.
+    fn charge_to(&mut self, path: &Path, owner: u32) {
+        // whoever got a subtree can give parts of it to users of a namespace of his
+        let account = match tree::parent(path) {
+            None => 0,
+            Some(parent) => match self.account(parent) {
+                0 => owner,
+                account => account,
+            },
+        };
+        if let Some(node) = self.tree.get_mut(path) {
+            node.account = account;
         }
     }
 

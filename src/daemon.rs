@@ -3,23 +3,21 @@
 //! wake-up, or one more for each level of nested cgroups that it discovers.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::backoff::Backoff;
 use crate::cgroup::backlog::Backlog;
-use crate::cgroup::mount;
 use crate::cgroup::watch::{self, Watcher};
+use crate::cgroup::{mount, tree};
 use crate::config::{Config, OnExit, Target};
 use crate::confine::confine;
-use crate::core::{Action, Core, Event, Found};
+use crate::core::{Action, Core, Event, Found, Scan};
 use crate::error::{Error, Result};
 use crate::instance;
 use crate::kernel::sockets::Doubts;
@@ -30,6 +28,7 @@ use crate::loops;
 use crate::nft::lock::Lock;
 use crate::notify::Notify;
 use crate::pidfile::Pidfile;
+use crate::signals::{End, Signals};
 use crate::stale::{self, Before, Suspects};
 use crate::sys;
 
@@ -46,17 +45,20 @@ pub struct Options {
     pub seccomp: bool,
 }
 
-/// Turns that empty a full inotify queue: 16,384 events.
-const FULL_QUEUE: usize = 600;
+/// Events that a full inotify queue holds, and some that come meanwhile.
+const FULL_QUEUE: usize = 20_000;
 
-/// Events that are handled before what they mean is committed.
+/// Events that are handled before what they mean is committed, and cgroups that are watched and
+/// listed before that.
 const TURN: usize = 32;
-
-/// Cgroups that are watched and listed before what that means is committed.
 const AT_ONCE: usize = 256;
 
-/// How often that is done before anything else has its turn.
-const ROUNDS: usize = 8;
+/// How long either is done before anything else has its turn: another user's new cgroup waits for
+/// some of these at most.
+const TURN_TIME: Duration = Duration::from_millis(1);
+
+/// Buffers of events that are read at a time, so that nobody's events wait unread behind another's.
+const BUFFERS: usize = 16;
 
 /// Events that may wait; the kernel keeps as many more.
 const MOST: usize = 16_384;
@@ -76,27 +78,32 @@ const FIRST_SLICE: Duration = Duration::from_millis(100);
 /// How often every descriptor is read where they cannot be polled.
 const LOOK_BLINDLY: Duration = Duration::from_millis(50);
 
-/// What the daemon listens to.
-const SIGNALS: [Signal; 5] =
-    [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGUSR2];
-
 /// A directory tree under watch, and what is known of it.
 struct Cgroups {
     root: mount::Root,
     watcher: Watcher,
     /// Read, and not handled yet.
-    backlog: Backlog,
+    events: Backlog<Event>,
     core: Core,
-    /// Found, and neither watched nor listed yet.
-    found: Vec<Found>,
+    /// Found, and neither watched nor listed yet; or listed, and not looked at yet.
+    work: Backlog<Work>,
+    /// Until when is to be done at once what may as well wait.
+    until: Instant,
     look_again: Option<Instant>,
     /// That some cgroups cannot be watched has been told.
     blind: bool,
 }
 
+/// A look at a cgroup that can wait until the elements of those before it are in force.
+enum Work {
+    Watch(Found),
+    Scan(Scan),
+}
+
 struct Daemon {
     options: Options,
     pidfile: Option<Pidfile>,
+    signals: Signals,
     kernel: Kernel,
     cgroups: Cgroups,
     /// Replacing the table, where it is not what it should be.
@@ -115,7 +122,6 @@ struct Daemon {
 /// What poll(2) found.
 #[derive(Default)]
 struct Ready {
-    signals: bool,
     cgroups: bool,
     kernel: bool,
 }
@@ -125,16 +131,8 @@ struct Ready {
 /// Errors: what made it impossible to start; what remained in the kernel at the end. Later refusals
 /// of the kernel are logged and tried again.
 pub fn run(mut options: Options) -> Result<()> {
-    // blocked before anything is set up, so that none is lost or kills us half-way
-    let mut signals = SigSet::empty();
-    for signal in SIGNALS {
-        signals.add(signal);
-    }
-    let refused = |errno| Error::system("unable to receive signals", errno);
-    signals.thread_block().map_err(refused)?;
-    let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
-        .map_err(refused)?;
-
+    // before anything is set up, so that none kills us half-way
+    let mut signals = Signals::block()?;
     let config = (options.load)(&options.config_file)?;
     log::configure(config.log_level.louder(options.verbose), options.syslog);
     if sys::effective_capabilities().is_ok_and(|set| set & sys::CAP_NET_ADMIN == 0) {
@@ -149,11 +147,22 @@ pub fn run(mut options: Options) -> Result<()> {
     let mut kernel = Kernel::open_watching()?;
     let before = instance::claim(&mut kernel)?;
     let notify = Notify::new(options.ready_fd.take());
-    let scanned = Cgroups::scan(Rc::new(config));
-    let cgroups = scanned.inspect_err(|_| instance::give_back(&mut kernel, before))?;
+    let on_exit = config.on_exit;
+    let scanned = Cgroups::scan(Rc::new(config), &mut signals);
+    let scanned = scanned.inspect_err(|_| instance::give_back(&mut kernel, before))?;
+    let Some(cgroups) = scanned else {
+        // what another instance has left in force is ours to remove as well, or to leave
+        match signals.end()? {
+            Some(End::Stop) if on_exit == OnExit::Remove => remove(&mut kernel)?,
+            _ => instance::give_back(&mut kernel, before),
+        }
+        log!(Notice, "stopped while it started");
+        return Ok(());
+    };
     let mut daemon = Daemon {
         options,
         pidfile,
+        signals,
         kernel,
         cgroups,
         table: Backoff::default(),
@@ -165,29 +174,34 @@ pub fn run(mut options: Options) -> Result<()> {
     };
     daemon.start(before)?;
     // what cannot go on leaves its rules, and says so
-    daemon.serve(&signals).inspect_err(|_| drop(daemon.leave()))
+    daemon.serve().inspect_err(|_| drop(daemon.leave()))
 }
 
 impl Cgroups {
-    /// Watches and scans everything.
-    fn scan(config: Rc<Config>) -> Result<Cgroups> {
+    /// Watches and scans everything; `None` where the end is wanted first.
+    fn scan(config: Rc<Config>, signals: &mut Signals) -> Result<Option<Cgroups>> {
         let root = mount::find(config.cgroup_root.as_deref())?;
         let core = Core::new(config, root.level);
         let watcher = Watcher::new(&root.dir)?;
         let mut cgroups = Cgroups {
             root,
             watcher,
-            backlog: Backlog::default(),
+            events: Backlog::default(),
             core,
-            found: Vec::new(),
+            work: Backlog::default(),
+            until: Instant::now(),
             look_again: None,
             blind: false,
         };
         let start = cgroups.core.start();
         cgroups.act(vec![start]);
-        while cgroups.watch() {}
+        while cgroups.work() > 0 {
+            if signals.end()?.is_some() {
+                return Ok(None);
+            }
+        }
         match cgroups.core.tree().is_empty() {
-            false => Ok(cgroups),
+            false => Ok(Some(cgroups)),
             true => {
                 let dir = cgroups.root.dir.display();
                 Err(Error::State(format!("unable to read cgroup root {dir}: is it on cgroup2?")))
@@ -201,15 +215,34 @@ impl Cgroups {
         self.act(actions);
     }
 
-    /// Watches and lists some of what was found, which may find more; false when there was nothing.
-    fn watch(&mut self) -> bool {
-        let later = self.found.split_off(self.found.len().min(AT_ONCE));
-        let found = std::mem::replace(&mut self.found, later);
-        for found in &found {
-            let event = self.watcher.watch(found);
+    /// Does some of the work that waits, which may make more of it; returns how much.
+    fn work(&mut self) -> usize {
+        let mut start = Instant::now();
+        self.until = start + TURN_TIME;
+        for done in 0..AT_ONCE {
+            if start >= self.until {
+                return done;
+            }
+            let Some((account, work)) = self.work.pop() else {
+                return done;
+            };
+            let event = match work {
+                Work::Watch(found) => self.watcher.watch(&found),
+                Work::Scan(scan) => self.watcher.scan(&scan),
+            };
             self.step(event);
+            let end = Instant::now();
+            self.work.charge(account, nanoseconds(end - start));
+            start = end;
         }
-        !found.is_empty()
+        AT_ONCE
+    }
+
+    /// Puts off a look at a cgroup.
+    fn put_off(&mut self, path: &crate::cgroup::tree::Path, work: Work) {
+        let dir = tree::parent(path).and_then(|parent| self.core.tree().get(parent));
+        let (account, wd) = dir.map_or((0, None), |dir| (dir.account, dir.wd));
+        self.work.push(account, wd.unwrap_or(-1), work);
     }
 
     /// Does what the core asks until it asks for nothing more, but for what can wait until the
@@ -217,11 +250,15 @@ impl Cgroups {
     fn act(&mut self, mut actions: Vec<Action>) {
         while let Some(action) = actions.pop() {
             match action {
+                // a long list of children
+                Action::Scan(scan) if Instant::now() >= self.until => {
+                    self.put_off(&scan.path.clone(), Work::Scan(scan))
+                }
                 Action::Scan(scan) => {
                     let event = self.watcher.scan(&scan);
                     self.core.step(event, &mut actions);
                 }
-                Action::Watch(found) => self.found.push(found),
+                Action::Watch(found) => self.put_off(&found.path.clone(), Work::Watch(found)),
                 Action::Unwatch(wd) => self.watcher.unwatch(wd),
                 Action::Classified { path, target } => {
                     let config = self.core.config();
@@ -250,10 +287,9 @@ impl Cgroups {
     fn look_again(&mut self) {
         let before = self.core.blind();
         self.look_again = None;
+        self.until = Instant::now() + TURN_TIME;
         self.step(Event::Retry);
-        for _ in 0..ROUNDS {
-            self.watch();
-        }
+        self.work();
         if self.look_again.is_some() && self.core.blind() < before {
             self.look_again = Some(Instant::now() + SOON);
         }
@@ -281,24 +317,46 @@ impl Cgroups {
         );
     }
 
-    /// Takes what inotify has, up to one bufferful, and handles some of what waits; false when
-    /// there was nothing.
-    fn drain(&mut self) -> Result<bool> {
-        if self.backlog.len() < MOST {
-            for event in self.watcher.read()?.filter_map(watch::event) {
-                self.backlog.push(event);
+    /// Takes what inotify has, and handles some of what waits; returns how much.
+    fn drain(&mut self) -> Result<usize> {
+        for _ in 0..BUFFERS {
+            if self.events.len() >= MOST {
+                break;
+            }
+            let read = self.watcher.read()?;
+            if read.is_empty() {
+                break;
+            }
+            for event in read.filter_map(watch::event) {
+                let dir = match event {
+                    Event::Changed { wd, .. } | Event::Unwatched { wd } => wd,
+                    _ => -1,
+                };
+                if event == Event::Overflow {
+                    log!(Notice, "cgroup events were lost, looking at everything");
+                    // and with it at what waits
+                    self.events = Backlog::default();
+                }
+                let path = self.core.tree().watched(dir);
+                let account = path.map_or(0, |path| self.core.account(path));
+                self.events.push(account, dir, event);
             }
         }
-        for turn in 0..TURN {
-            let Some(event) = self.backlog.pop() else {
-                return Ok(turn > 0);
+        let mut start = Instant::now();
+        self.until = start + TURN_TIME;
+        for done in 0..TURN {
+            if start >= self.until {
+                return Ok(done);
+            }
+            let Some((account, event)) = self.events.pop() else {
+                return Ok(done);
             };
-            if event == Event::Overflow {
-                log!(Notice, "cgroup events were lost, looking at everything");
-            }
             self.step(event);
+            let end = Instant::now();
+            self.events.charge(account, nanoseconds(end - start));
+            start = end;
         }
-        Ok(true)
+        Ok(TURN)
     }
 }
 
@@ -314,7 +372,7 @@ impl Daemon {
             self.remove_pidfile();
             match found {
                 true => instance::give_back(&mut self.kernel, before),
-                false => drop(self.remove()),
+                false => drop(remove(&mut self.kernel)),
             }
             return started;
         }
@@ -344,9 +402,11 @@ impl Daemon {
         }
         self.forget_routes();
         // what came meanwhile; not for ever, where events come faster than they can be taken
-        for _ in 0..FULL_QUEUE {
-            if !self.cgroups.drain()? {
-                break;
+        let mut taken = 0;
+        while taken < FULL_QUEUE && self.signals.end()?.is_none() {
+            match self.cgroups.drain()? + self.cgroups.work() {
+                0 => break,
+                some => taken += some,
             }
         }
         self.settle();
@@ -435,48 +495,49 @@ impl Daemon {
         }
     }
 
-    fn serve(&mut self, signals: &SignalFd) -> Result<()> {
+    fn serve(&mut self) -> Result<()> {
         loop {
-            let ready = self.wait(signals);
+            let ready = self.wait();
+            match self.signals.end()? {
+                None => {}
+                Some(End::Stop) => return self.stop(),
+                Some(End::Leave) => return self.leave(),
+            }
             if sys::waited_for_memory() {
                 log!(Warning, "memory had run out; raise the limit (ulimit -v)");
             }
-            if ready.cgroups || !self.cgroups.backlog.is_empty() {
+            if ready.cgroups || !self.cgroups.events.is_empty() {
                 self.cgroups.drain()?;
             }
             self.heal(ready.kernel);
             self.settle();
             self.end_stale(SLICE);
-            while let Some(signal) = ready.signals.then(|| read_signal(signals)).transpose()? {
-                match signal {
-                    None => break,
-                    Some(Signal::SIGHUP) => self.reload(),
-                    Some(Signal::SIGUSR1) => {
-                        log!(Notice, "status: {}", self.summary());
-                        self.warn();
-                    }
-                    Some(Signal::SIGUSR2) => return self.leave(),
-                    Some(_) => return self.stop(),
-                }
+            if self.signals.status() {
+                log!(Notice, "status: {}", self.summary());
+                self.warn();
+            }
+            if self.signals.reload() {
+                self.reload();
             }
         }
     }
 
     /// Waits until something is ready, or due. Where the kernel refuses to poll (no memory, or more
     /// descriptors than may be open by now), everything is looked at after a short pause.
-    fn wait(&mut self, signals: &SignalFd) -> Ready {
+    fn wait(&mut self) -> Ready {
         let mut ready = Ready::default();
         let fd = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let cgroups = self.cgroups.watcher.fd();
         let mut fds = Vec::with_capacity(8);
-        fds.push(fd(signals.as_fd()));
+        fds.push(fd(self.signals.fd()));
         fds.extend(cgroups.map(fd));
         fds.extend(self.kernel.event_fds().map(fd));
         match poll(&mut fds, self.timeout()) {
             Ok(_) => {
                 let mut any = fds.iter().map(|fd| fd.any().unwrap_or(true));
                 let mut next = |there: bool| there && any.next().unwrap_or(false);
-                ready.signals = next(true);
+                // looked at in any case
+                next(true);
                 ready.cgroups = next(cgroups.is_some());
                 ready.kernel = any.any(|ready| ready);
                 self.refused = false;
@@ -488,7 +549,7 @@ impl Daemon {
                     log!(Warning, "unable to poll: {why}, looking every {every} ms");
                 }
                 let _ = poll(&mut [], LOOK_BLINDLY.as_millis() as u16);
-                ready = Ready { signals: true, cgroups: true, kernel: true };
+                ready = Ready { cgroups: true, kernel: true };
             }
         }
         ready
@@ -496,7 +557,7 @@ impl Daemon {
 
     /// Until the next retry that is due; none at all where nothing is pending.
     fn timeout(&self) -> PollTimeout {
-        let waiting = !(self.cgroups.backlog.is_empty() && self.cgroups.found.is_empty());
+        let waiting = !(self.cgroups.events.is_empty() && self.cgroups.work.is_empty());
         if waiting || self.doubts.is_some() {
             return PollTimeout::ZERO;
         }
@@ -549,12 +610,13 @@ impl Daemon {
     /// Commits what is known, then watches what is new, and so on where that finds children; not
     /// for ever, where a user makes them as fast as they are found.
     fn settle(&mut self) {
+        let start = Instant::now();
         self.commit();
-        for _ in 0..ROUNDS {
-            if !self.cgroups.watch() {
+        while self.cgroups.work() > 0 {
+            self.commit();
+            if start.elapsed() >= TURN_TIME {
                 return;
             }
-            self.commit();
         }
     }
 
@@ -682,7 +744,8 @@ impl Daemon {
         let before = match new.cgroup_root == old.cgroup_root {
             true => None,
             false => {
-                let fresh = Cgroups::scan(new.clone())?;
+                let fresh = Cgroups::scan(new.clone(), &mut self.signals)?;
+                let fresh = fresh.ok_or_else(|| Error::State("the end is wanted first".into()))?;
                 Some(std::mem::replace(&mut self.cgroups, fresh))
             }
         };
@@ -717,7 +780,7 @@ impl Daemon {
         }
         self.notify.stopping();
         // once more, since the reason may have been a lack of memory that is over
-        let result = self.remove().or_else(|_| self.remove());
+        let result = remove(&mut self.kernel).or_else(|_| remove(&mut self.kernel));
         self.remove_pidfile();
         if result.is_ok() {
             log!(Notice, "stopped");
@@ -741,12 +804,6 @@ impl Daemon {
         }
     }
 
-    /// The table first: without it no packet is marked, so none misses the rules.
-    fn remove(&mut self) -> Result<()> {
-        self.kernel.remove_table()?;
-        self.kernel.trim_routing(None).map(drop)
-    }
-
     fn summary(&self) -> String {
         let core = &self.cgroups.core;
         let config = core.config();
@@ -760,16 +817,12 @@ impl Daemon {
     }
 }
 
-/// One pending signal; an unknown number is taken for SIGTERM, which cannot happen.
-fn read_signal(signals: &SignalFd) -> Result<Option<Signal>> {
-    loop {
-        match signals.read_signal() {
-            Ok(None) => return Ok(None),
-            Ok(Some(info)) => {
-                return Ok(Some(Signal::try_from(info.ssi_signo as i32).unwrap_or(Signal::SIGTERM)))
-            }
-            Err(Errno::EINTR) => continue,
-            Err(errno) => return Err(Error::system("unable to read signals", errno)),
-        }
-    }
+fn nanoseconds(time: Duration) -> u64 {
+    time.as_nanos() as u64
+}
+
+/// The table first: without it no packet is marked, so none misses the rules.
+fn remove(kernel: &mut Kernel) -> Result<()> {
+    kernel.remove_table()?;
+    kernel.trim_routing(None).map(drop)
 }

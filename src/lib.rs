@@ -27,6 +27,7 @@ pub mod pidfile;
 pub mod plan;
 pub mod policy;
 pub mod route;
+pub mod signals;
 pub mod stale;
 #[allow(unsafe_code)]
 pub mod sys;

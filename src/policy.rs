@@ -74,39 +74,51 @@ impl Memo {
         let end = path.iter().rposition(|b| *b == b'/').unwrap_or(0);
         let won = match end < LONG {
             true => before.iter().position(|rule| rule.regex.is_match(&text)),
-            false => {
-                // the slash is no part of a longer character: what is read of a path does not
-                // depend on what follows it
-                let at = String::from_utf8_lossy(&path[..end]).len();
-                let standings = self.standings(before, &path[..end], &text[..at]);
-                let mut all = before.iter().zip(standings);
-                all.position(|(rule, standing)| rule.regex.is_match_from(*standing, &text, at))
-            }
+            false => self.rank_by_parent(before, path, end, &text),
         };
         won.map_or(parent, |i| built_in_rules(config) + i as Rank)
     }
 
-    /// Where these rules stand behind a path, which `text` is as text.
-    fn standings(&mut self, rules: &[Rule], path: &[u8], text: &str) -> &[Standing] {
-        if self.standings.get(path).is_none_or(|known| known.len() < rules.len()) {
-            let end = path.iter().rposition(|b| *b == b'/').unwrap_or(0);
-            let above = self.standings.get(&path[..end]).filter(|known| known.len() >= rules.len());
-            let at = String::from_utf8_lossy(&path[..end]).len();
-            let found = match above {
-                Some(above) => (rules.iter().zip(above))
-                    .map(|(rule, standing)| rule.regex.go_on(*standing, text, at))
-                    .collect(),
-                None => rules.iter().map(|rule| rule.regex.stand(text)).collect(),
-            };
-            if self.len + rules.len() > MOST {
-                *self = Memo::default();
-            }
-            self.len += rules.len();
-            if let Some(old) = self.standings.insert(path.into(), found) {
-                self.len -= old.len();
-            }
+    /// The first of these rules that matches, by where they stand behind the parent's path.
+    fn rank_by_parent(
+        &mut self,
+        rules: &[Rule],
+        path: &[u8],
+        end: usize,
+        text: &str,
+    ) -> Option<usize> {
+        // the slash is no part of a longer character: what is read of a path does not depend on
+        // what follows it
+        let at = String::from_utf8_lossy(&path[..end]).len();
+        let known = self.standings.get(&path[..end]);
+        if known.is_none_or(|known| known.len() < rules.len()) {
+            let above = rules.iter().map(|rule| rule.regex.stand(&text[..at])).collect();
+            self.remember(&path[..end], above);
         }
-        self.standings.get(path).map_or(&[], |found| &found[..rules.len()])
+        let above = self.standings.get(&path[..end])?;
+        let mut here = Vec::with_capacity(rules.len());
+        let mut won = None;
+        for (i, (rule, above)) in rules.iter().zip(above).enumerate() {
+            let standing = rule.regex.go_on(*above, text, at);
+            if rule.regex.is_match_from(standing, text, text.len()) {
+                won = Some(i);
+                break;
+            }
+            here.push(standing);
+        }
+        self.remember(path, here);
+        won
+    }
+
+    /// Below that path these rules can win, and stand there.
+    fn remember(&mut self, path: &[u8], standings: Vec<Standing>) {
+        if self.len + standings.len() > MOST {
+            *self = Memo::default();
+        }
+        self.len += standings.len();
+        if let Some(old) = self.standings.insert(path.into(), standings.into()) {
+            self.len -= old.len();
+        }
     }
 }
 

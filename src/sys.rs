@@ -63,6 +63,8 @@ pub struct Directory {
     pub inode: u64,
     /// `st_nlink`: on kernfs two, and one for each subdirectory.
     pub links: u64,
+    /// `st_uid`
+    pub owner: u32,
 }
 
 /// Looks at a directory from `base`, without following a symlink at its end (fstatat(2)).
@@ -75,7 +77,7 @@ pub fn directory(base: BorrowedFd, path: &CStr) -> Result<Directory, Errno> {
     // SAFETY: fstatat succeeded, so st is initialised.
     let st = unsafe { st.assume_init() };
     #[allow(clippy::unnecessary_cast)] // both types differ by architecture
-    Ok(Directory { inode: st.st_ino as u64, links: st.st_nlink as u64 })
+    Ok(Directory { inode: st.st_ino as u64, links: st.st_nlink as u64, owner: st.st_uid })
 }
 
 /// A new inotify instance, close-on-exec and non-blocking (inotify_init1(2)).

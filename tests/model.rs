@@ -45,6 +45,8 @@ struct Host {
     queue: VecDeque<Event>,
     /// What the core wants watched.
     found: Vec<Found>,
+    /// What it wants to look at, and can wait.
+    later: Vec<Scan>,
     /// Nothing changes by itself, and nothing fails.
     calm: bool,
 }
@@ -176,7 +178,7 @@ impl Host {
         self.race(random);
         match !self.calm && random.one_in(200) {
             true => Event::Unlisted { path, id, wd, errno: refused.unwrap_or(Errno::EMFILE) },
-            false => Event::Listed { path, id, wd, refused, children },
+            false => Event::Listed { path, id, wd, refused, owner: 0, children },
         }
     }
 }
@@ -277,6 +279,7 @@ fn act(core: &mut Core, host: &mut Host, mut actions: Vec<Action>, random: &mut 
     while let Some(action) = actions.pop() {
         steps += 1;
         match action {
+            Action::Scan(scan) if random.one_in(4) => host.later.push(scan),
             Action::Scan(scan) => {
                 let event = host.scan(&scan, random);
                 core.step(event, &mut actions);
@@ -294,13 +297,20 @@ fn act(core: &mut Core, host: &mut Host, mut actions: Vec<Action>, random: &mut 
 /// Watches what was found; false when there was nothing.
 fn watch(core: &mut Core, host: &mut Host, random: &mut Random) -> bool {
     let found = std::mem::take(&mut host.found);
+    let later = std::mem::take(&mut host.later);
+    for scan in &later {
+        let event = host.scan(scan, random);
+        let mut actions = Vec::new();
+        core.step(event, &mut actions);
+        act(core, host, actions, random);
+    }
     for found in &found {
         let event = host.watch(found, random);
         let mut actions = Vec::new();
         core.step(event, &mut actions);
         act(core, host, actions, random);
     }
-    !found.is_empty()
+    !(found.is_empty() && later.is_empty())
 }
 
 fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
@@ -326,14 +336,24 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
                 // one wake-up: some of what is queued, then one commit
                 let mut backlog = Backlog::default();
                 for _ in 0..random.below(8) {
-                    host.queue.drain(..).for_each(|e| backlog.push(e));
-                    let Some(event) = backlog.pop() else {
+                    for event in host.queue.drain(..) {
+                        let dir = match event {
+                            Event::Changed { wd, .. } | Event::Unwatched { wd } => wd,
+                            _ => -1,
+                        };
+                        if event == Event::Overflow {
+                            backlog = Backlog::default();
+                        }
+                        backlog.push(dir as u32 % 3, dir, event);
+                    }
+                    let Some((account, event)) = backlog.pop() else {
                         break;
                     };
                     core.step(event, &mut actions);
                     done += act(&mut core, &mut host, std::mem::take(&mut actions), &mut random);
+                    backlog.charge(account, random.below(1000) as u64);
                 }
-                while let Some(event) = backlog.pop() {
+                while let Some((_, event)) = backlog.pop() {
                     host.queue.push_front(event);
                 }
                 kernel.commit(&mut core, random.one_in(20));

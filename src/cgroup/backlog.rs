@@ -1,24 +1,49 @@
-//! Events that wait, taken by turns from the watched directories: who makes thousands of cgroups in
-//! his own must not keep us from others'. An event only says where to look, so their order does not
-//! matter. Pure.
+//! Work that waits, taken by turns: who makes thousands of cgroups, or cgroups that are dear to
+//! classify, must not keep us from others'. Time is shared between accounts (whose cgroups they
+//! are), and the turns of one account between its directories. What waits only says where to look,
+//! so the order does not matter. Pure: times are arguments, in nanoseconds.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::mem::take;
 
-use crate::core::Event;
-
-/// Events by watch descriptor, and whose turn it is.
-#[derive(Debug, Default)]
-pub struct Backlog {
-    /// Never an empty queue.
-    queues: HashMap<i32, VecDeque<Event>>,
-    turns: VecDeque<i32>,
+/// Work by account and directory, and whose turn it is.
+#[derive(Debug)]
+pub struct Backlog<T> {
+    /// None without work.
+    accounts: BTreeMap<u32, Account<T>>,
     len: usize,
-    /// A small empty queue, for the one event that there mostly is.
-    spare: VecDeque<Event>,
+    /// A small empty queue and account, for the one event that there mostly is.
+    spare: VecDeque<T>,
+    spare_account: Account<T>,
 }
 
-impl Backlog {
+#[derive(Debug)]
+struct Account<T> {
+    /// Time spent on it, from where the others stood when it came.
+    used: u64,
+    /// By watch descriptor of the directory; never an empty queue.
+    queues: HashMap<i32, VecDeque<T>>,
+    turns: VecDeque<i32>,
+}
+
+impl<T> Default for Account<T> {
+    fn default() -> Account<T> {
+        Account { used: 0, queues: HashMap::new(), turns: VecDeque::new() }
+    }
+}
+
+impl<T> Default for Backlog<T> {
+    fn default() -> Backlog<T> {
+        Backlog {
+            accounts: BTreeMap::new(),
+            len: 0,
+            spare: VecDeque::new(),
+            spare_account: Account::default(),
+        }
+    }
+}
+
+impl<T> Backlog<T> {
     pub fn len(&self) -> usize {
         self.len
     }
@@ -27,37 +52,49 @@ impl Backlog {
         self.len == 0
     }
 
-    pub fn push(&mut self, event: Event) {
-        let wd = match event {
-            Event::Changed { wd, .. } | Event::Unwatched { wd } => wd,
-            // everything will be looked at, and what waits with it
-            Event::Overflow => {
-                *self = Backlog::default();
-                -1
-            }
-            _ => -1,
-        };
-        let spare = &mut self.spare;
-        let queue = self.queues.entry(wd).or_insert_with(|| take(spare));
-        if queue.is_empty() {
-            self.turns.push_back(wd);
+    pub fn push(&mut self, account: u32, dir: i32, work: T) {
+        if !self.accounts.contains_key(&account) {
+            // it has as much to get as who got least
+            let used = self.accounts.values().map(|account| account.used).min();
+            let mut new = take(&mut self.spare_account);
+            new.used = used.unwrap_or_default();
+            self.accounts.insert(account, new);
         }
-        queue.push_back(event);
+        let (spare, account) = (&mut self.spare, self.accounts.entry(account).or_default());
+        let queue = account.queues.entry(dir).or_insert_with(|| take(spare));
+        if queue.is_empty() {
+            account.turns.push_back(dir);
+        }
+        queue.push_back(work);
         self.len += 1;
     }
 
-    /// The next event of the directory whose turn it is.
-    pub fn pop(&mut self) -> Option<Event> {
-        let wd = self.turns.pop_front()?;
-        let queue = self.queues.get_mut(&wd)?;
-        let event = queue.pop_front()?;
+    /// The next work of the account that got least, with that account.
+    pub fn pop(&mut self) -> Option<(u32, T)> {
+        let (&number, account) =
+            self.accounts.iter_mut().min_by_key(|(_, account)| account.used)?;
+        let dir = account.turns.pop_front()?;
+        let queue = account.queues.get_mut(&dir)?;
+        let work = queue.pop_front()?;
         if !queue.is_empty() {
-            self.turns.push_back(wd);
-        } else if let Some(empty) = self.queues.remove(&wd).filter(|q| q.capacity() <= 8) {
+            account.turns.push_back(dir);
+        } else if let Some(empty) = account.queues.remove(&dir).filter(|q| q.capacity() <= 8) {
             self.spare = empty;
         }
+        if account.turns.is_empty() {
+            let empty = self.accounts.remove(&number);
+            let small = empty.filter(|a| a.queues.capacity() <= 8 && a.turns.capacity() <= 8);
+            self.spare_account = small.unwrap_or_default();
+        }
         self.len -= 1;
-        Some(event)
+        Some((number, work))
+    }
+
+    /// So much time went into work of an account.
+    pub fn charge(&mut self, account: u32, time: u64) {
+        if let Some(account) = self.accounts.get_mut(&account) {
+            account.used += time;
+        }
     }
 }
 
@@ -65,37 +102,53 @@ impl Backlog {
 mod tests {
     use super::*;
 
-    fn changed(wd: i32, name: &str) -> Event {
-        let name = name.as_bytes().into();
-        Event::Changed { wd, name }
-    }
-
     #[test]
     fn every_directory_has_its_turn() {
         let mut backlog = Backlog::default();
-        let flood = (0..1000).map(|i| changed(1, &i.to_string()));
-        flood.for_each(|event| backlog.push(event));
-        backlog.push(changed(2, "a"));
-        backlog.push(Event::Unwatched { wd: 2 });
-        assert_eq!(backlog.pop(), Some(changed(1, "0")));
-        assert_eq!(backlog.pop(), Some(changed(2, "a")));
-        assert_eq!(backlog.pop(), Some(changed(1, "1")));
-        assert_eq!(backlog.pop(), Some(Event::Unwatched { wd: 2 }));
+        (0..1000).for_each(|i| backlog.push(0, 1, i));
+        backlog.push(0, 2, -1);
+        backlog.push(0, 2, -2);
+        let mut next = || backlog.pop().map(|(_, work)| work);
+        assert_eq!([next(), next(), next(), next()], [Some(0), Some(-1), Some(1), Some(-2)]);
         for i in 2..1000 {
-            assert_eq!(backlog.pop(), Some(changed(1, &i.to_string())));
+            assert_eq!(next(), Some(i));
         }
         assert_eq!((backlog.pop(), backlog.len()), (None, 0));
-        assert!(backlog.queues.is_empty() && backlog.turns.is_empty());
+        assert!(backlog.accounts.is_empty());
     }
 
+    /// However many directories one account has and however dear its work is, another's waits for
+    /// one piece of it at most.
     #[test]
-    fn after_an_overflow_nothing_else_matters() {
+    fn time_is_shared_between_accounts() {
         let mut backlog = Backlog::default();
-        backlog.push(changed(1, "a"));
-        backlog.push(Event::Overflow);
-        backlog.push(changed(1, "b"));
-        assert_eq!(backlog.pop(), Some(Event::Overflow));
-        assert_eq!(backlog.pop(), Some(changed(1, "b")));
-        assert!(backlog.pop().is_none() && backlog.is_empty());
+        (0..10_000).for_each(|i| backlog.push(1000, i, i));
+        let (mut mine, mut others) = (0, 0);
+        for i in 0..1000 {
+            if i % 10 == 0 {
+                backlog.push(7, 1, -1);
+            }
+            let (account, _) = backlog.pop().expect("plenty");
+            if account == 7 {
+                mine += 1;
+                backlog.charge(7, 10_000);
+            } else {
+                others += 1;
+                backlog.charge(1000, 1_000_000);
+            }
+            // what was pushed one turn ago has had its turn
+            assert!(i % 10 != 1 || !backlog.accounts.contains_key(&7));
+        }
+        assert_eq!((mine, others), (100, 900));
+        // cheap work and dear work of two that always have some get the same time
+        (0..10_000).for_each(|i| backlog.push(8, i, -1));
+        let mut spent = BTreeMap::new();
+        for _ in 0..2000 {
+            let (account, _) = backlog.pop().expect("plenty");
+            let time = if account == 8 { 20_000 } else { 400_000 };
+            backlog.charge(account, time);
+            *spent.entry(account).or_insert(0) += time;
+        }
+        assert!(spent[&8].abs_diff(spent[&1000]) <= 400_000, "{spent:?}");
     }
 }

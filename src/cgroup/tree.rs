@@ -21,6 +21,9 @@ pub struct Node {
     pub rank: Rank,
     /// The target of its set element; `None` where it inherits its parent's.
     pub element: Option<Target>,
+    /// Who answers for what happens in it: the owner of the outermost directory on the way there
+    /// that is not root's. 0 for root's, and until it has been listed.
+    pub account: u32,
 }
 
 /// All cgroups that are known. A node's parent is known too.
@@ -136,7 +139,8 @@ mod tests {
         let mut tree = Tree::default();
         let paths = ["", "/a", "/a-b", "/a-b/c", "/a/b", "/a/b/c", "/a0", "/b"];
         for (i, path) in paths.iter().enumerate() {
-            let node = Node { id: i as u64, wd: Some(i as i32), rank: 0, element: None };
+            let node =
+                Node { id: i as u64, wd: Some(i as i32), rank: 0, element: None, account: 0 };
             tree.insert(path.as_bytes().into(), node);
         }
         let below = |p: &str| -> Vec<String> {

@@ -131,7 +131,9 @@ impl Watcher {
             Ok((seen, _)) if seen.inode as u32 != id as u32 => {
                 self.undo(wd, found_or_not(path, sys::cgroup_id(base, below)))
             }
-            Ok((_, children)) => Event::Listed { path, id, wd, refused, children },
+            Ok((seen, children)) => {
+                Event::Listed { path, id, wd, refused, owner: seen.owner, children }
+            }
             Err(errno) => match failed(path, errno) {
                 Event::Failed { path, errno } => {
                     Event::Unlisted { path, id, wd, errno: refused.unwrap_or(errno) }

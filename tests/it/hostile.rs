@@ -230,6 +230,121 @@ fn a_hundred_thousand_cgroups() {
     println!("removed in {:?}: {} KiB", start.elapsed(), daemon.footprint().1);
 }
 
+/// The deepest cgroup of a chain whose paths keep the rules of [`dear_rules`] busy, made.
+fn dear_chain(dir: &Path, number: usize) {
+    let mut path = dir.join(number.to_string());
+    for level in 0..15 {
+        path.push(format!("app-x{level}-{}.scope", "a".repeat(225)));
+    }
+    fs::create_dir_all(&path).expect("mkdir");
+}
+
+/// Ordinary rules, none of which matches.
+fn dear_rules(flags: &str, count: usize) -> String {
+    let rule = |i| format!("drop = {flags}/user/.*/app-x{i}-[0-9]+\\.scope.*\n");
+    (0..count).map(rule).collect()
+}
+
+/// A user whose paths are dear to match keeps nobody waiting: while he makes them, at a reload and
+/// at a start over them.
+#[test]
+fn dear_paths() {
+    let Some(ground) = Ground::new("dear") else {
+        return;
+    };
+    let config = format!("[rules]\n{}drop = /apps/.*\n", dear_rules("", 20));
+    let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
+    std::os::unix::fs::chown(&user, Some(1000), None).expect("chown");
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let latency = |name: String| {
+        let path = apps.join(name);
+        fs::create_dir(&path).expect("mkdir");
+        let client = Client::udp(&path, addr(REMOTE4, 9)).until_denied();
+        client.timeout(Duration::from_secs(10)).spawn().wait().1
+    };
+    let told = |what: &str, took: &mut Vec<Duration>| {
+        took.sort();
+        let (median, longest) = (took[took.len() / 2], took[took.len() - 1]);
+        println!("{what}: {} cgroups: median {median:?}, longest {longest:?}", took.len());
+        (median, longest)
+    };
+    let mut alone = (0..30).map(|i| latency(format!("alone{i}"))).collect();
+    told("alone", &mut alone);
+    let mut took = Vec::new();
+    let made = AtomicUsize::new(0);
+    let before = daemon.busy();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for i in 0..100 {
+                dear_chain(&user, i);
+            }
+            made.store(1, Ordering::Relaxed);
+        });
+        while made.load(Ordering::Relaxed) == 0 || took.len() < 100 {
+            took.push(latency(format!("during{}", took.len())));
+        }
+    });
+    let (median, longest) = told("meanwhile", &mut took);
+    let spent = daemon.busy() - before;
+    println!("{spent:?} of processor time for 1,600 paths");
+    // once it took 3 s
+    assert!(spent < Duration::from_secs(1), "{spent:?}");
+    // beside other tests, the processor is not ours
+    assert!(median < SOON * sized(5, 1) as u32, "{median:?}");
+    assert!(longest < Duration::from_millis(sized(1000, 50) as u64), "{longest:?}");
+    let before = daemon.busy();
+    let mut took = Vec::new();
+    let reloading = AtomicUsize::new(1);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..5 {
+                assert!(daemon.reload().contains("reloaded"));
+            }
+            reloading.store(0, Ordering::Relaxed);
+        });
+        while reloading.load(Ordering::Relaxed) == 1 {
+            took.push(latency(format!("reload{}", took.len())));
+        }
+    });
+    let (_, longest) = told("during reloads", &mut took);
+    let spent = daemon.busy() - before;
+    println!("{spent:?} of processor time for 5 reloads");
+    assert!(spent < Duration::from_secs(2), "{spent:?}");
+    assert!(longest < Duration::from_millis(sized(2000, 100) as u64), "{longest:?}");
+    assert!(daemon.stop().success());
+    let start = Instant::now();
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let spent = daemon.busy();
+    println!("ready after {:?}, {spent:?} of processor time", start.elapsed());
+    assert!(spent < Duration::from_secs(1), "{spent:?}");
+    assert!(daemon.stop().success());
+}
+
+/// A start that takes long is given up at once, and leaves nothing.
+#[test]
+fn stopped_during_a_long_start() {
+    let Some(ground) = Ground::new("long-start") else {
+        return;
+    };
+    let user = ground.cgroup("/user");
+    (0..60).for_each(|i| dear_chain(&user, i));
+    // such flags are left to the regex
+    let config = format!("[rules]\n{}", dear_rules("(?i)", 40));
+    for signal in [nix::sys::signal::Signal::SIGTERM, nix::sys::signal::Signal::SIGINT] {
+        let mut daemon = Daemon::spawn(&ground, &config, &[], &[]);
+        thread::sleep(Duration::from_millis(300));
+        let start = Instant::now();
+        daemon.signal(signal);
+        let status = daemon.wait();
+        let took = start.elapsed();
+        println!("ended after {took:?}");
+        assert!(!daemon.logs().contains("started:"), "{}", daemon.logs());
+        assert_eq!(status.code(), Some(0), "{}", daemon.logs());
+        assert!(took < Duration::from_secs(2), "{took:?}");
+        assert_eq!(crate::kernel::residue(), "");
+    }
+}
+
 /// tests/config.rs holds the whole list against the reader; here it is `run` that refuses.
 #[test]
 fn hostile_configurations_are_refused() {

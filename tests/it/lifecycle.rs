@@ -19,6 +19,7 @@ use crate::daemon::{binary, run, run_with, write_private, Daemon, UNOWNED};
 use crate::ground::{addr, chmod, ip_batch, remove_tree, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::kernel::{
     await_member, ip_routes, ip_rules, load, nft, residue, set_ids, state, table, table_plain,
+    SETTLE,
 };
 use crate::world::{Server, World, STREAM_PORT};
 use crate::{sized, wait_until};
@@ -258,6 +259,39 @@ fn stopped_while_it_starts() {
         assert!(matches!(status.code(), Some(0) | None), "{status}: {}", daemon.logs());
         assert_eq!(residue(), "", "{status}");
     }
+}
+
+/// However many reloads are asked for, all else has its turn between them, and the end comes first.
+#[test]
+fn a_flood_of_reloads() {
+    let Some(ground) = Ground::new("hup-flood") else {
+        return;
+    };
+    let rules: String = (0..800).map(|i| format!("drop = /x{i}/.*/y\\d*\n")).collect();
+    let daemon = Daemon::start(&ground, &format!("{CONFIG}{rules}"), &[]);
+    let pid = daemon.pid();
+    let on = AtomicBool::new(true);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while on.load(Ordering::Relaxed) && kill(pid, Signal::SIGHUP).is_ok() {
+                thread::sleep(Duration::from_micros(500));
+            }
+        });
+        assert!(daemon.wait_log("reloaded", SETTLE));
+        let mut took = Vec::new();
+        for i in 0..10 {
+            let start = Instant::now();
+            await_member(&ground.cgroup(&format!("/churn/x{i}")), "drop");
+            took.push(start.elapsed());
+        }
+        let start = Instant::now();
+        let status = daemon.stop();
+        println!("in force after {took:?}, stopped after {:?}", start.elapsed());
+        on.store(false, Ordering::Relaxed);
+        assert_eq!(status.code(), Some(0));
+        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    });
+    assert_eq!(residue(), "");
 }
 
 #[test]
