@@ -163,6 +163,7 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
         }
     }
     listeners(config, findings);
+    shared_ports(config, findings);
     routing(config, findings);
     sysctls(findings);
     saved_rulesets(findings);
@@ -428,6 +429,26 @@ fn listeners(config: &Config, findings: &mut Findings) {
                      refused: start the proxy with a tproxy inbound on that port"
                 )),
             }
+        }
+    }
+}
+
+/// Whether a tproxy's port has sockets of several users: beside a UDP socket with SO_REUSEADDR anybody
+/// may bind another, and TPROXY, which finds that one, hands over nothing.
+fn shared_ports(config: &Config, findings: &mut Findings) {
+    let Ok(mut kernel) = Kernel::open() else {
+        return;
+    };
+    for (tproxy, sockets) in config.tproxies.iter().zip(kernel.listeners(config)) {
+        let uids: BTreeSet<String> = sockets.iter().map(|s| s.uid.to_string()).collect();
+        if uids.len() > 1 {
+            let (name, port) = (&tproxy.name, tproxy.port);
+            let uids = Vec::from_iter(uids).join(", ");
+            findings.warning(format!(
+                "[tproxy {name}]: port {port} has sockets of several users (uids {uids}), and TPROXY \
+                 may find the wrong one: end the others, and let the proxy listen on a port that \
+                 users cannot bind, below the sysctl net.ipv4.ip_unprivileged_port_start"
+            ));
         }
     }
 }

@@ -3,6 +3,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::fs;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -13,14 +14,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{
-    bind, connect, listen, socket, AddressFamily, Backlog, SockFlag, SockType, UnixAddr,
+    bind, connect, listen, setsockopt, socket, sockopt, AddressFamily, Backlog, SockFlag, SockType,
+    UnixAddr,
 };
 
 use crate::client::Client;
 use crate::daemon::{run_with, write_private, Daemon};
 use crate::ground::{addr, chmod, Ground, REMOTE4};
 use crate::kernel::{await_exactly, cgroup_id, load, nft, set_ids, SETTLE};
-use crate::world::World;
+use crate::world::{raw_addr, Server, World};
 use crate::{sized, wait_until};
 
 /// What a terminal, nft, printf, a shell or a careless reader of lines would choke on.
@@ -562,5 +564,55 @@ fn the_configuration_is_swapped_while_it_is_read() {
     println!("{taken} of 300 reloads took what the user could swap");
     assert_eq!(taken, 0, "{}", daemon.logs());
     assert!(daemon.logs().contains("is in a directory that others may write"));
+    assert!(daemon.stop().success());
+}
+
+/// A user's socket beside the proxy's on a UDP port: the proxy is silenced, nothing goes out, `check`
+/// says so; and there are ports where no user can do it.
+#[test]
+fn a_socket_beside_the_proxy() {
+    let Some(ground) = Ground::new("beside") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start("proxy mihomo", &[7893, 893]);
+    let config = "[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /x\n";
+    let cgroup = ground.cgroup("/x");
+    let daemon = Daemon::start(&ground, config, &[]);
+    let to = addr(REMOTE4, 80);
+    let ask = || Client::udp(&cgroup, to).timeout(Duration::from_millis(300)).run().who();
+    let check = |config: &str| {
+        let out = run_with(&ground, config, &["check"]);
+        String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned()
+    };
+    let several = "[tproxy mihomo]: port 7893 has sockets of several users (uids 0, 65534)";
+    assert_eq!(ask(), format!("proxy mihomo {to}"));
+    assert!(!check(config).contains("several users"), "{}", check(config));
+    // binds as the user, in the network namespace of this thread
+    let beside = |port: u16| {
+        let bound = thread::spawn(move || {
+            // SAFETY: integers only; the raw call concerns this thread alone.
+            assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }, 0);
+            let flags = SockFlag::SOCK_CLOEXEC;
+            let fd = socket(AddressFamily::Inet, SockType::Datagram, flags, None);
+            let fd = fd.expect("a socket");
+            setsockopt(&fd, sockopt::ReuseAddr, &true).expect("set SO_REUSEADDR");
+            let (at, len) = raw_addr(addr(Ipv4Addr::LOCALHOST.into(), port));
+            // SAFETY: a sockaddr of the length that goes with it.
+            let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const at).cast(), len) };
+            nix::errno::Errno::result(rc).map(|_| fd)
+        });
+        bound.join().expect("no panic")
+    };
+    let other = beside(7893).expect("bind beside the proxy");
+    assert_eq!(ask(), "nobody");
+    assert_eq!(world.wire.to_remote(), []);
+    assert!(check(config).contains(several), "{}", check(config));
+    drop(other);
+    assert_eq!(ask(), format!("proxy mihomo {to}"));
+    assert_eq!(beside(893).err(), Some(nix::errno::Errno::EACCES));
+    daemon.configure(&config.replace("7893", "893"));
+    daemon.reload();
+    assert_eq!(ask(), format!("proxy mihomo {to}"));
     assert!(daemon.stop().success());
 }
