@@ -141,6 +141,26 @@ pub fn attach_filter(fd: BorrowedFd, program: &[libc::sock_filter]) -> Result<()
     Errno::result(rc).map(drop)
 }
 
+/// Receives one netlink datagram into `buf`: its whole length, more than `buf` has where it was cut,
+/// and the sender's port, 0 for the kernel (recvfrom(2), netlink(7)).
+pub fn receive_netlink(fd: BorrowedFd, buf: &mut [u8]) -> Result<(usize, u32), Errno> {
+    // SAFETY: plain integers; all zeroes is a valid address.
+    let mut sender: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    let mut size = size_of::<libc::sockaddr_nl>() as libc::socklen_t;
+    // SAFETY: the kernel writes within `buf` and `sender`, whose sizes it is given.
+    let length = unsafe {
+        libc::recvfrom(
+            fd.as_raw_fd(),
+            buf.as_mut_ptr().cast(),
+            buf.len(),
+            libc::MSG_TRUNC,
+            (&raw mut sender).cast(),
+            &mut size,
+        )
+    };
+    Ok((Errno::result(length)? as usize, sender.nl_pid))
+}
+
 /// Takes over a descriptor that the caller was given by number (`--ready-fd`).
 ///
 /// Errors: EBADF where it is not open; EINVAL for standard input, output and error, which stay

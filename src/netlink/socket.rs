@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    bind, getsockname, recvfrom, sendto, setsockopt, socket, sockopt, AddressFamily, MsgFlags,
-    NetlinkAddr, SockFlag, SockProtocol, SockType,
+    bind, getsockname, sendto, setsockopt, socket, sockopt, AddressFamily, MsgFlags, NetlinkAddr,
+    SockFlag, SockProtocol, SockType,
 };
 
 use super::msg::Batch;
@@ -18,6 +18,8 @@ use crate::sys;
 /// Room for the largest datagram that the kernel builds for a dump (`NLMSG_GOODSIZE`, 32 KiB), and
 /// for acknowledgements that echo a request.
 const RECEIVE: usize = 32 * 1024;
+/// No datagram is larger than a socket's receive buffer that the kernel lets grow.
+const LARGEST: usize = 16 << 20;
 /// A send buffer that holds all but the largest of batches; larger ones raise it (see `reserve`).
 const SEND_BUFFER: usize = 256 * 1024;
 
@@ -238,14 +240,20 @@ impl Socket {
         }
     }
 
-    /// Receives one datagram from the kernel into `buf`; datagrams of other senders are dropped,
-    /// and so are truncated ones (EMSGSIZE is what the caller would get for them: they are lost).
+    /// Receives one datagram from the kernel into `buf`; datagrams of other senders are dropped.
+    ///
+    /// Errors: ENOBUFS where datagrams were lost, which one is that has no room in `buf`: the next
+    /// of its size will have.
     fn receive(&mut self) -> std::result::Result<usize, Errno> {
         loop {
-            let from = recvfrom::<NetlinkAddr>(self.fd.as_raw_fd(), &mut self.buf);
-            match from {
-                Ok((length, Some(sender))) if sender.pid() == 0 => return Ok(length),
-                Ok(_) | Err(Errno::EINTR) => continue,
+            match sys::receive_netlink(self.fd.as_fd(), &mut self.buf) {
+                Ok((_, sender)) if sender != 0 => continue,
+                Ok((length, _)) if length <= self.buf.len() => return Ok(length),
+                Ok((length, _)) => {
+                    self.buf.resize(length.min(LARGEST), 0);
+                    return Err(Errno::ENOBUFS);
+                }
+                Err(Errno::EINTR) => continue,
                 Err(errno) => return Err(errno),
             }
         }
@@ -282,5 +290,44 @@ impl Socket {
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How many ip rules a dump tells of.
+    fn rules(socket: &mut Socket) -> usize {
+        let request = |batch: &mut Batch| {
+            let open = batch.begin(RTM_GETRULE, NLM_F_REQUEST | NLM_F_DUMP);
+            batch.header(&[AF_INET, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+            batch.end(open);
+        };
+        let found = socket.dump(&request, |message| (message.kind == RTM_NEWRULE).then_some(()));
+        found.expect("a socket that works").expect("an answer").len()
+    }
+
+    #[test]
+    fn a_datagram_without_room_is_one_that_was_lost() {
+        let mut socket = Socket::open(SockProtocol::NetlinkRoute, &[]).expect("open a socket");
+        let all = rules(&mut socket);
+        assert!(all > 0);
+        for room in [1, 16, 64, 100] {
+            socket.buf = vec![0; room];
+            assert_eq!(rules(&mut socket), all, "{room} bytes");
+            assert!(socket.buf.len() > room);
+        }
+        // an answer, and a notification
+        socket.buf = vec![0; 20];
+        let mut batch = socket.batch();
+        let open = batch.begin(RTM_GETRULE, NLM_F_REQUEST | NLM_F_ACK);
+        batch.end(open);
+        let last = batch.last_seq();
+        assert_eq!(socket.transact(&batch, last).expect("a socket"), Err(Failure::Unknown));
+        socket.send(&batch).expect("send");
+        socket.buf = vec![0; 20];
+        assert_eq!(socket.notification(), Err(Errno::ENOBUFS));
+        assert_eq!(socket.notification(), Ok(None));
     }
 }
