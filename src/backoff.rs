@@ -1,49 +1,49 @@
-//! When to repair: at once as a rule, with growing pauses where somebody keeps destroying. Pure:
-//! the time is an argument.
+//! When to repair: at once as a rule, and no more often than a share of the time allows where
+//! somebody keeps destroying; so however long that goes on, what it destroyed last is soon back.
+//! Pure: the time is an argument.
 
 use std::time::{Duration, Instant};
 
-/// Repairs that may be done at once before the pauses begin, and how fast that allowance returns.
-const ALLOWANCE: u32 = 150;
-const REGAIN: Duration = Duration::from_millis(500);
-/// First and longest pause. After this long without a repair, all is forgotten.
+/// Work that may be done at once, and the part of the time that it grows by again.
+const CREDIT: Duration = Duration::from_secs(1);
+const SHARE: u32 = 20;
+/// What is wanted waits no longer than this for its turn.
+const LONGEST_TURN: Duration = Duration::from_millis(500);
+/// First and longest pause after one that was refused.
 const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(60);
 
 /// Decides when each repair of one thing is due.
 #[derive(Debug)]
 pub struct Backoff {
-    allowance: u32,
-    pause: Duration,
-    /// When the last repair was done.
+    /// Work that may be done, and work that was done in advance.
+    credit: Duration,
+    debt: Duration,
+    /// When the last repair was done, or refused.
     last: Option<Instant>,
+    /// The next one after a refusal.
+    pause: Duration,
     due: Option<Instant>,
 }
 
 impl Default for Backoff {
     fn default() -> Backoff {
-        Backoff { allowance: ALLOWANCE, pause: FIRST, last: None, due: None }
+        Backoff { credit: CREDIT, debt: Duration::ZERO, last: None, pause: FIRST, due: None }
     }
 }
 
 impl Backoff {
-    /// A repair is needed.
+    /// A repair, or a look whether one is needed, is wanted.
     pub fn want(&mut self, now: Instant) {
         if self.due.is_some() {
             return;
         }
-        let idle = self.last.map_or(LONGEST, |last| now.saturating_duration_since(last));
-        if idle >= LONGEST {
-            *self = Backoff { last: self.last, ..Backoff::default() };
-        }
-        let regained = (idle.as_millis() / REGAIN.as_millis()) as u32;
-        self.allowance = (self.allowance + regained.min(ALLOWANCE)).min(ALLOWANCE);
-        if self.allowance > 0 {
-            self.allowance -= 1;
-            self.due = Some(now);
-        } else {
-            self.delay(now);
-        }
+        let idle = self.last.map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
+        let grown = idle / SHARE;
+        self.credit = (self.credit + grown.saturating_sub(self.debt)).min(CREDIT);
+        self.debt = self.debt.saturating_sub(grown);
+        self.last = self.last.map(|_| now);
+        self.due = Some(now + (self.debt * SHARE).min(LONGEST_TURN));
     }
 
     /// What stood in the way may be gone: a repair that is wanted is due now.
@@ -53,15 +53,20 @@ impl Backoff {
         }
     }
 
-    /// A repair was tried and refused: the next try is due after a pause, which is returned.
-    pub fn failed(&mut self, now: Instant) -> Duration {
-        self.last = Some(now);
-        self.delay(now)
+    /// A repair that was begun then was tried and refused: the next try is due after a pause, which
+    /// is returned.
+    pub fn failed(&mut self, began: Instant, now: Instant) -> Duration {
+        let pause = self.pause;
+        self.spend(began, now);
+        self.pause = (pause * 2).min(LONGEST);
+        self.due = Some(now + pause);
+        pause
     }
 
-    /// A repair was done.
-    pub fn done(&mut self, now: Instant) {
-        self.last = Some(now);
+    /// A repair that was begun then is done, or was not needed.
+    pub fn done(&mut self, began: Instant, now: Instant) {
+        self.spend(began, now);
+        self.pause = FIRST;
         self.due = None;
     }
 
@@ -70,11 +75,11 @@ impl Backoff {
         self.due
     }
 
-    fn delay(&mut self, now: Instant) -> Duration {
-        let pause = self.pause;
-        self.due = Some(now + pause);
-        self.pause = (pause * 2).min(LONGEST);
-        pause
+    fn spend(&mut self, began: Instant, now: Instant) {
+        let spent = now.saturating_duration_since(began);
+        self.debt += spent.saturating_sub(self.credit);
+        self.credit = self.credit.saturating_sub(spent);
+        self.last = Some(now);
     }
 }
 
@@ -82,28 +87,64 @@ impl Backoff {
 mod tests {
     use super::*;
 
-    #[test]
-    fn at_once_then_pauses_then_forgotten() {
+    /// Somebody destroys every millisecond for a while, and a repair takes that long. Returns when
+    /// each was begun, and when the last harm was repaired.
+    fn attack(time: Duration, cost: Duration) -> (Vec<Duration>, Duration) {
         let start = Instant::now();
         let mut now = start;
         let mut backoff = Backoff::default();
-        let mut repairs = Vec::new();
-        // somebody destroys every millisecond, for ten minutes
-        while now < start + Duration::from_secs(600) {
-            backoff.want(now);
-            if backoff.due().is_some_and(|at| at <= now) {
-                repairs.push(now);
-                backoff.done(now);
+        let mut begun = Vec::new();
+        loop {
+            if now < start + time {
+                backoff.want(now);
             }
-            now += Duration::from_millis(1);
+            match backoff.due() {
+                Some(at) if at <= now => {
+                    begun.push(now - start);
+                    now += cost;
+                    backoff.done(now - cost, now);
+                }
+                None if now >= start + time => return (begun, now - start),
+                _ => now += Duration::from_millis(1),
+            }
         }
-        let first_second = repairs.iter().filter(|at| **at < start + FIRST).count();
-        assert!((ALLOWANCE as usize..ALLOWANCE as usize + 3).contains(&first_second));
-        assert!(repairs.len() < 170, "{}", repairs.len());
-        // quiet for a minute after the repair that is pending
-        now = backoff.due().unwrap_or(now);
-        backoff.done(now);
-        now += LONGEST;
+    }
+
+    #[test]
+    fn however_long_it_goes_on_the_last_is_soon_repaired() {
+        for seconds in [1, 10, 600] {
+            for micros in [100, 500, 5_000, 200_000] {
+                let (time, cost) = (Duration::from_secs(seconds), Duration::from_micros(micros));
+                let (begun, end) = attack(time, cost);
+                let text = format!("{} repairs of {cost:?} in {time:?}", begun.len());
+                assert!(end <= time + LONGEST_TURN + cost, "{text}, the last after {end:?}");
+                let share = (cost * begun.len() as u32).saturating_sub(CREDIT + cost);
+                // dear ones would wait longer, and may not
+                let part = if cost * SHARE > LONGEST_TURN { 3 } else { SHARE };
+                assert!(share <= time / part, "{text}: {share:?} of work");
+            }
+        }
+    }
+
+    #[test]
+    fn at_once_after_a_quiet_time() {
+        let mut now = Instant::now();
+        let mut backoff = Backoff::default();
+        for _ in 0..1000 {
+            backoff.want(now);
+            assert_eq!(backoff.due(), Some(now));
+            backoff.done(now, now + Duration::from_millis(1));
+            now += Duration::from_millis(30);
+        }
+        backoff.want(now);
+        backoff.done(now, now + Duration::from_secs(3));
+        now += Duration::from_secs(3);
+        backoff.want(now);
+        assert_eq!(backoff.due(), Some(now + LONGEST_TURN));
+        backoff.hasten(now);
+        assert_eq!(backoff.due(), Some(now));
+        backoff.done(now, now);
+        now += Duration::from_secs(100);
         backoff.want(now);
         assert_eq!(backoff.due(), Some(now));
     }
@@ -115,11 +156,11 @@ mod tests {
         backoff.want(now);
         let mut pauses = Vec::new();
         for _ in 0..8 {
-            pauses.push(backoff.failed(now).as_secs());
+            pauses.push(backoff.failed(now, now).as_secs());
             now = backoff.due().unwrap();
         }
         assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60]);
-        backoff.done(now);
+        backoff.done(now, now);
         assert_eq!(backoff.due(), None);
     }
 }

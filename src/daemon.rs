@@ -2,7 +2,7 @@
 //! poll(2), hands what happened to the core, does what the core asks, and commits one transaction a
 //! wake-up, or one more for each level of nested cgroups that it discovers.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -21,7 +21,7 @@ use crate::core::{Action, Core, Event, Found, Scan};
 use crate::error::{Error, Result};
 use crate::instance;
 use crate::kernel::sockets::Doubts;
-use crate::kernel::{Damage, Kernel};
+use crate::kernel::{Damage, Kernel, Routing};
 use crate::log;
 use crate::log::{Escaped, Level};
 use crate::loops;
@@ -110,6 +110,8 @@ struct Daemon {
     table: Backoff,
     /// Adding what is missing of the ip rules and routes.
     routing: Backoff,
+    /// What should be there of ip rules and routes, and what others have put in their way.
+    routes: Routing,
     notify: Notify,
     /// Sockets that may have to be ended.
     doubts: Option<Doubts>,
@@ -144,7 +146,7 @@ pub fn run(mut options: Options) -> Result<()> {
     options.config_file = whole(options.config_file);
     let pidfile = options.pidfile.take().map(|file| Pidfile::new(whole(file))).transpose()?;
     sys::ignore_file_size_signal();
-    let mut kernel = Kernel::open_watching()?;
+    let mut kernel = Kernel::open_watching(&config)?;
     let before = instance::claim(&mut kernel)?;
     let notify = Notify::new(options.ready_fd.take());
     let on_exit = config.on_exit;
@@ -167,6 +169,7 @@ pub fn run(mut options: Options) -> Result<()> {
         cgroups,
         table: Backoff::default(),
         routing: Backoff::default(),
+        routes: Routing::default(),
         notify,
         doubts: None,
         exposed: false,
@@ -391,12 +394,15 @@ impl Daemon {
             self.kernel.probe_cgroups()?;
         }
         let before = self.before();
-        self.kernel.add_routing(&config)?;
-        self.replace()?;
+        let routed = self.add_routing(&config);
+        if let Err(error) = routed.and_then(|()| self.replace()) {
+            self.undo_routing();
+            return Err(error);
+        }
         if self.kernel.settle()? {
             self.replace()?;
         }
-        let removed = self.trim_routing(&config);
+        let removed = self.trim_routing();
         if removed > 0 {
             log!(Notice, "removed {removed} stale ip rules and routes");
         }
@@ -456,18 +462,30 @@ impl Daemon {
         }
     }
 
-    /// A rule before ours takes marked packets elsewhere, where the table drops them.
-    fn warn_overtaken(&mut self) {
-        let config = self.cgroups.core.config().clone();
-        for priority in self.kernel.overtaken(&config) {
-            let own = config.rule_priority;
-            log::write_limited(
-                Level::Warning,
-                format_args!(
-                    "proxied traffic is dropped: another program's ip rule of priority {priority} \
-                     takes it before ours of {own}; set rule-priority below {priority}"
-                ),
-            );
+    /// Adds what is missing of the ip rules and routes, and tells what others have to do with it.
+    fn add_routing(&mut self, config: &Config) -> Result<()> {
+        let (routing, result) = self.kernel.add_routing(config);
+        let before = std::mem::replace(&mut self.routes, routing);
+        let after = &self.routes;
+        let tell = |level, lines: &[String], told: &[String]| {
+            for line in lines.iter().filter(|line| !told.contains(line)) {
+                log::write_limited(level, format_args!("{line}"));
+            }
+        };
+        tell(Level::Notice, &after.notes, &before.notes);
+        tell(Level::Warning, &after.hindrances, &before.hindrances);
+        if result.is_ok() && after.notes.is_empty() && !before.notes.is_empty() {
+            let text = "nothing of others is in the way of ip rules and routes any more";
+            log::write_limited(Level::Notice, format_args!("{text}"));
+        }
+        result
+    }
+
+    /// Takes back what was added for a table that was refused, where another is there.
+    fn undo_routing(&mut self) {
+        // rules before the routes that they lead to
+        for entry in self.routes.added.iter().rev() {
+            let _ = self.kernel.delete_routing(entry);
         }
     }
 
@@ -482,7 +500,6 @@ impl Daemon {
         for line in loops::find(&config, &listeners, place) {
             log!(Warning, "{line}");
         }
-        self.warn_overtaken();
         if config.routes_to_tproxy() {
             for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
                 let on = std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"));
@@ -515,6 +532,7 @@ impl Daemon {
             if self.signals.status() {
                 log!(Notice, "status: {}", self.summary());
                 self.warn();
+                self.routes.hindrances.iter().for_each(|line| log!(Warning, "{line}"));
             }
             if self.signals.reload() {
                 self.reload();
@@ -580,12 +598,13 @@ impl Daemon {
             self.cgroups.look_again();
         }
         let damage = match notified {
-            true => self.kernel.damage(),
+            true => self.kernel.damage(self.cgroups.core.config()),
             false => Damage::default(),
         };
         if let Some(culprit) = damage.table {
             if self.table.due().is_none() {
-                log!(Notice, "the table was changed by {culprit}");
+                let text = format_args!("the table was changed by {culprit}");
+                log::write_limited(Level::Notice, text);
             }
             self.table.want(now);
             self.exposed = true;
@@ -595,9 +614,6 @@ impl Daemon {
         }
         if damage.revived {
             self.routing.hasten(now);
-        }
-        if damage.rules {
-            self.warn_overtaken();
         }
         if self.routing.due().is_some_and(|at| at <= now) {
             self.repair_routing();
@@ -639,18 +655,19 @@ impl Daemon {
     }
 
     fn repair_table(&mut self) {
+        let began = Instant::now();
         match self.replace() {
             Ok(()) => {
-                self.table.done(Instant::now());
                 self.forget_routes();
-                log!(Notice, "the table is in force again");
+                self.table.done(began, Instant::now());
+                log::write_limited(Level::Notice, format_args!("the table is in force again"));
                 if std::mem::take(&mut self.exposed) {
                     let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
                     self.look_for_stale(suspects, SLICE);
                 }
             }
             Err(error) => {
-                let pause = self.table.failed(Instant::now()).as_secs();
+                let pause = self.table.failed(began, Instant::now()).as_secs();
                 log!(Error, "{error}; trying again in {pause} s");
             }
         }
@@ -665,22 +682,21 @@ impl Daemon {
     }
 
     fn repair_routing(&mut self) {
+        let began = Instant::now();
         let config = self.cgroups.core.config().clone();
-        let added = self.kernel.add_routing(&config);
-        // stale entries too, which a start or a reload was not able to delete
-        match added.and_then(|n| self.kernel.trim_routing(Some(&config)).map(|_| n)) {
-            Ok(added) => {
-                self.routing.done(Instant::now());
-                if added > 0 {
+        let added = self.add_routing(&config);
+        // stale entries too: of another place, or which a start or a reload was not able to delete
+        match added.and_then(|()| self.kernel.trim_routing(&self.routes.wanted)) {
+            Ok(stale) => {
+                self.routing.done(began, Instant::now());
+                let added = self.routes.added.len();
+                if added > 0 && stale.is_empty() {
                     let text = "ip rules and routes are in force again";
-                    log::write_limited(
-                        log::Level::Notice,
-                        format_args!("{text}, {added} were missing"),
-                    );
+                    log::write_limited(Level::Notice, format_args!("{text}, {added} were missing"));
                 }
             }
             Err(error) => {
-                let pause = self.routing.failed(Instant::now()).as_secs();
+                let pause = self.routing.failed(began, Instant::now()).as_secs();
                 log!(Error, "{error}; trying again in {pause} s");
             }
         }
@@ -688,13 +704,13 @@ impl Daemon {
 
     /// Deletes what is left over of another policy: it does no harm, so where that fails, the next
     /// repair does it. Returns how many entries are gone.
-    fn trim_routing(&mut self, config: &Config) -> usize {
-        match self.kernel.trim_routing(Some(config)) {
+    fn trim_routing(&mut self) -> usize {
+        match self.kernel.trim_routing(&self.routes.wanted) {
             Ok(removed) => removed.len(),
             Err(error) => {
                 let now = Instant::now();
                 self.routing.want(now);
-                let pause = self.routing.failed(now).as_secs();
+                let pause = self.routing.failed(now, now).as_secs();
                 log!(Warning, "{error}; trying again in {pause} s");
                 0
             }
@@ -750,7 +766,7 @@ impl Daemon {
             }
         };
         self.cgroups.core.set_config(new.clone());
-        if let Err(error) = self.kernel.add_routing(&new).and_then(|_| self.replace()) {
+        if let Err(error) = self.add_routing(&new).and_then(|()| self.replace()) {
             match before {
                 Some(cgroups) => self.cgroups = cgroups,
                 None => self.cgroups.core.set_config(old.clone()),
@@ -758,11 +774,12 @@ impl Daemon {
             // nothing of the new table took effect; what is pending for the old one is refused or
             // doubled at worst, so put the old table in as a whole
             self.repair_table();
-            self.trim_routing(&old);
+            self.repair_routing();
             return Err(error);
         }
-        self.table.done(Instant::now());
-        self.trim_routing(&new);
+        let now = Instant::now();
+        self.table.done(now, now);
+        self.trim_routing();
         if !(old.gateways.is_empty() && new.gateways.is_empty()) {
             self.kernel.forget_routes(&new);
         }
@@ -824,5 +841,5 @@ fn nanoseconds(time: Duration) -> u64 {
 /// The table first: without it no packet is marked, so none misses the rules.
 fn remove(kernel: &mut Kernel) -> Result<()> {
     kernel.remove_table()?;
-    kernel.trim_routing(None).map(drop)
+    kernel.trim_routing(&BTreeSet::new()).map(drop)
 }

@@ -23,7 +23,7 @@ use crate::nft::expr::Family;
 use crate::nft::lock::{self, Lock};
 use crate::nft::ruleset::TABLE;
 use crate::plan;
-use crate::route::{self, Entry};
+use crate::route::{self, Entry, Needs, Seen, SeenRoute, SeenRule};
 use crate::sys;
 
 pub mod sockets;
@@ -44,6 +44,8 @@ pub struct Kernel {
     /// Notifications, for the daemon; those of nftables only where we cannot own the table.
     nft_events: Option<(Socket, Follower)>,
     rt_events: Option<Socket>,
+    /// The route table that those tell of.
+    watched: Option<u32>,
     /// For questions about other programs' sockets; not every kernel answers them.
     diag: Option<Socket>,
     /// False once the kernel has refused to end a socket.
@@ -55,12 +57,24 @@ pub struct Kernel {
 pub struct Damage {
     /// Who changed the table.
     pub table: Option<String>,
-    /// A rule or a route of ours may be gone.
+    /// A rule or a route of ours may be gone, or others may be in their way.
     pub routing: bool,
     /// What could not be added before may be possible now.
     pub revived: bool,
-    /// Another program's ip rule was added.
-    pub rules: bool,
+}
+
+/// What has become of ip rules and routes.
+#[derive(Debug, Default)]
+pub struct Routing {
+    /// What should be there, and is unless something was refused.
+    pub wanted: BTreeSet<Entry>,
+    /// What was missing of that and is there now.
+    pub added: Vec<Entry>,
+    /// A line for each family whose rules had to go before those of others, and for each thing of
+    /// others that has the place of one of ours.
+    pub notes: Vec<String>,
+    /// A line for each thing of others that is in the way all the same.
+    pub hindrances: Vec<String>,
 }
 
 impl Kernel {
@@ -76,6 +90,7 @@ impl Kernel {
             lo_is_down: false,
             nft_events: None,
             rt_events: None,
+            watched: None,
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
             ends_sockets: true,
         })
@@ -83,7 +98,7 @@ impl Kernel {
 
     /// The same, subscribed to what others do to rules and routes. To be called before anything is put
     /// into the kernel, so that no damage goes unseen.
-    pub fn open_watching() -> Result<Kernel> {
+    pub fn open_watching(config: &Config) -> Result<Kernel> {
         let mut kernel = Kernel::open()?;
         let groups = [
             RTNLGRP_LINK,
@@ -94,10 +109,18 @@ impl Kernel {
             RTNLGRP_IPV6_IFADDR,
         ];
         let rt = Socket::open(SockProtocol::NetlinkRoute, &groups)?;
-        // without it there are more wake-ups, that is all
-        let _ = sys::attach_filter(rt.as_fd(), &route::event_filter());
         kernel.rt_events = Some(rt);
+        kernel.watch_table(config.route_table);
         Ok(kernel)
+    }
+
+    /// Has notifications tell of another route table.
+    fn watch_table(&mut self, table: u32) {
+        if let Some(rt) = self.rt_events.as_ref().filter(|_| self.watched != Some(table)) {
+            self.watched = Some(table);
+            // without it there are more wake-ups, that is all
+            let _ = sys::attach_filter(rt.as_fd(), &route::event_filter(table));
+        }
     }
 
     /// Subscribes to nftables' notifications too where the table is not ours alone: nobody else can
@@ -122,7 +145,8 @@ impl Kernel {
     }
 
     /// Reads all notifications. Lost ones count as damage to all that they could have told of.
-    pub fn damage(&mut self) -> Damage {
+    pub fn damage(&mut self, config: &Config) -> Damage {
+        let needs = Needs::of(config);
         let mut damage = Damage::default();
         let own = self.nft.port();
         if let Some((socket, follower)) = &mut self.nft_events {
@@ -139,9 +163,8 @@ impl Kernel {
         if let Some(socket) = &mut self.rt_events {
             let lost = each_notification(socket, |datagram| {
                 for message in Messages::new(datagram).filter(|m| m.pid != own) {
-                    damage.routing |= route::is_deletion(&message);
+                    damage.routing |= route::is_change(&needs, &message);
                     damage.revived |= route::is_revival(&message);
-                    damage.rules |= message.kind == RTM_NEWRULE;
                 }
             });
             damage.routing |= lost;
@@ -244,18 +267,19 @@ impl Kernel {
     }
 
     /// Adds what is wanted and missing of the ip rules and routes, and keeps the rest: make before
-    /// break. That this host has no IPv6 is told once, and it is tried again each time. While lo is
-    /// down, which is told once too, the routes have to wait: a notification tells when it is up, and
-    /// until then the table's guard drops what cannot reach it.
+    /// break. Where rules of others may take what is marked, ours begin before them. That this host
+    /// has no IPv6 is told once, and it is tried again each time. While lo is down, which is told once
+    /// too, the routes have to wait: a notification tells when it is up, and until then the table's
+    /// guard drops what cannot reach it.
     ///
-    /// Returns how many entries were missing and are there now. Errors: the first entry that could not be added; the
-    /// other family was tried all the same.
-    pub fn add_routing(&mut self, config: &Config) -> Result<usize> {
-        let (mut added, mut failed, mut lo_is_down) = (0, None, false);
+    /// Errors: the first entry that could not be added; the other family was tried all the same.
+    pub fn add_routing(&mut self, config: &Config) -> (Routing, Result<()>) {
+        self.watch_table(config.route_table);
+        let needs = Needs::of(config);
+        let (mut routing, mut result, mut lo_is_down) = (Routing::default(), Ok(()), false);
         for family in Family::BOTH {
-            match self.add_family(config, family) {
-                Ok((count, down)) => {
-                    added += count;
+            match self.add_family(&needs, family, &mut routing) {
+                Ok(down) => {
                     lo_is_down |= down;
                     if family == Family::V6 && !std::mem::replace(&mut self.ipv6, true) {
                         log!(Notice, "IPv6 is on now");
@@ -267,7 +291,7 @@ impl Kernel {
                         log!(Notice, "{text}: {error}");
                     }
                 }
-                Err(error) => failed = failed.or(Some(error)),
+                Err(error) => result = result.and(Err(error)),
             }
         }
         if lo_is_down && !self.lo_is_down {
@@ -275,48 +299,73 @@ impl Kernel {
             log!(Warning, "{text} (ip link set lo up)");
         }
         self.lo_is_down = lo_is_down;
-        failed.map_or(Ok(added), Err)
+        (routing, result)
     }
 
-    /// How many were added, and whether some were not because lo is down.
-    fn add_family(&mut self, config: &Config, family: Family) -> Result<(usize, bool)> {
-        let have = self.routing(family)?;
-        let (mut added, mut lo_is_down) = (0, false);
-        for entry in plan::routing(config, &[family]).difference(&have) {
+    /// Whether some routes were not added because lo is down.
+    fn add_family(&mut self, needs: &Needs, family: Family, routing: &mut Routing) -> Result<bool> {
+        let seen = self.seen(family, needs.table);
+        let place = seen.as_ref().map_or(needs.priority, |seen| seen.place(needs, family));
+        // known whatever happens below: what is wanted is not to be deleted
+        let wanted = needs.entries(family, place);
+        routing.wanted.extend(wanted.iter().cloned());
+        let mut seen = seen?;
+        let mut lo_is_down = false;
+        for entry in wanted.difference(&seen.ours()) {
             match self.route_request(entry, true) {
-                Ok(()) => added += 1,
-                // somebody else's entry of the same effect
-                Err(Errno::EEXIST) => {}
+                Ok(()) => routing.added.push(entry.clone()),
                 Err(Errno::ENETDOWN) => lo_is_down = true,
+                // of others, with the key of ours: a notification tells when it goes, and those
+                // that do something else are told of below
+                Err(Errno::EEXIST) => routing.notes.push(format!(
+                    "unable to do `{}`: another program's has its place",
+                    entry.command("add")
+                )),
                 Err(errno) => {
                     let what = format!("unable to do `{}`", entry.command("add"));
                     return Err(Error::system(what, errno));
                 }
             }
         }
-        Ok((added, lo_is_down))
+        if place != needs.priority {
+            let evaded = seen.before(needs, family, needs.priority);
+            let evaded: Vec<String> = evaded.iter().map(|other| other.to_string()).collect();
+            let evaded = evaded.join(", ");
+            routing.notes.push(format!(
+                "ip rules of others would take proxied traffic ({evaded}): ours begin before them, \
+                 at priority {place}"
+            ));
+        }
+        if !routing.added.is_empty() {
+            seen = self.seen(family, needs.table)?;
+        }
+        routing.hindrances.extend(seen.hindrances(needs, family, place));
+        Ok(lo_is_down)
     }
 
-    /// Deletes rules and routes of ours that are not wanted (all, without a configuration), and
-    /// returns them.
-    pub fn trim_routing(&mut self, config: Option<&Config>) -> Result<Vec<Entry>> {
+    /// Deletes rules and routes of ours that are not wanted, and returns them.
+    pub fn trim_routing(&mut self, wanted: &BTreeSet<Entry>) -> Result<Vec<Entry>> {
         let mut deleted = Vec::new();
         for family in Family::BOTH {
-            let wanted = config.map_or_else(BTreeSet::new, |c| plan::routing(c, &[family]));
             // rules before the routes that they lead to
             for entry in self.routing(family)?.iter().rev().filter(|e| !wanted.contains(e)) {
-                match self.route_request(entry, false) {
-                    Ok(()) => deleted.push(entry.clone()),
-                    // gone meanwhile
-                    Err(Errno::ENOENT | Errno::ESRCH) => {}
-                    Err(errno) => {
-                        let what = format!("unable to do `{}`", entry.command("del"));
-                        return Err(Error::system(what, errno));
-                    }
+                if self.delete_routing(entry)? {
+                    deleted.push(entry.clone());
                 }
             }
         }
         Ok(deleted)
+    }
+
+    /// Deletes one rule or route; false where it is gone already.
+    pub fn delete_routing(&mut self, entry: &Entry) -> Result<bool> {
+        match self.route_request(entry, false) {
+            Ok(()) => Ok(true),
+            Err(Errno::ENOENT | Errno::ESRCH) => Ok(false),
+            Err(errno) => {
+                Err(Error::system(format!("unable to do `{}`", entry.command("del")), errno))
+            }
+        }
     }
 
     /// Makes the kernel look for the routes of all flows anew, which any change of the ip rules does.
@@ -336,32 +385,35 @@ impl Kernel {
     /// The rules and routes of one family that carry our protocol number; none for a family that
     /// the kernel does not have.
     pub fn routing(&mut self, family: Family) -> Result<BTreeSet<Entry>> {
-        let mut all = BTreeSet::new();
-        type Request = fn(&mut Batch, Family);
-        for request in [route::get_rules as Request, route::get_routes as Request] {
-            match self.rt.dump(&|batch| request(batch, family), route::parse)? {
-                Ok(found) => all.extend(found.into_iter().filter(|e| e.family() == family)),
-                Err(Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT) => {}
-                Err(errno) => {
-                    return Err(Error::system("unable to list ip rules or routes", errno))
-                }
-            }
-        }
-        Ok(all)
+        let rules = self.list(&|batch| route::get_rules(batch, family), SeenRule::read)?;
+        let routes = self.list(&|batch| route::get_routes(batch, family), SeenRoute::read)?;
+        let mut ours = Seen { rules, routes }.ours();
+        // a family that is not there answers for others
+        ours.retain(|entry| entry.family() == family);
+        Ok(ours)
     }
 
-    /// Priorities of others' ip rules that stand before ours and may match what we have marked.
-    pub fn overtaken(&mut self, config: &Config) -> BTreeSet<u32> {
-        let mut found = BTreeSet::new();
-        for family in Family::BOTH {
-            let request = |batch: &mut Batch| route::get_rules(batch, family);
-            match self.rt.dump(&request, |m| route::overtakes(config, m)) {
-                Ok(Ok(priorities)) => found.extend(priorities),
-                Ok(Err(errno)) => log!(Debug, "unable to list ip rules: {}", reason(errno)),
-                Err(error) => log!(Debug, "{error}"),
-            }
+    /// All rules of one family, and all routes of one table; none for a family that the kernel does
+    /// not have.
+    pub fn seen(&mut self, family: Family, table: u32) -> Result<Seen> {
+        let mut rules = self.list(&|batch| route::get_rules(batch, family), SeenRule::read)?;
+        let ask = |batch: &mut Batch| route::get_table(batch, family, table);
+        let mut routes = self.list(&ask, SeenRoute::read)?;
+        rules.retain(|seen| seen.rule.family == family);
+        routes.retain(|seen| seen.route.family == family && seen.route.table == table);
+        Ok(Seen { rules, routes })
+    }
+
+    fn list<T>(
+        &mut self,
+        request: &dyn Fn(&mut Batch),
+        read: impl Fn(&Message) -> Option<T>,
+    ) -> Result<Vec<T>> {
+        match self.rt.dump(request, read)? {
+            Ok(found) => Ok(found),
+            Err(Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT) => Ok(Vec::new()),
+            Err(errno) => Err(Error::system("unable to list ip rules or routes", errno)),
         }
-        found
     }
 
     /// The sockets that listen on each tproxy's port; none where the kernel does not tell of them
@@ -481,23 +533,6 @@ impl Kernel {
             Err(Errno::ENOENT) => Ok(Vec::new()),
             found => Ok(found.map_err(nft_refused)?.into_iter().flatten().collect()),
         }
-    }
-
-    /// The ip rules of one family, whoever made them, and the routes of `table` that are not ours.
-    pub fn others_routing(&mut self, family: Family, table: u32) -> Result<Vec<route::Other>> {
-        let mut all = Vec::new();
-        type Request = fn(&mut Batch, Family);
-        for request in [route::get_rules as Request, route::get_all_routes as Request] {
-            let ask = |batch: &mut Batch| request(batch, family);
-            match (self.rt).dump(&ask, |message| route::parse_other(message, table))? {
-                Ok(found) => all.extend(found),
-                Err(Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT) => {}
-                Err(errno) => {
-                    return Err(Error::system("unable to list ip rules or routes", errno))
-                }
-            }
-        }
-        Ok(all)
     }
 
     /// Asks the kernel for each of these objects, in a transaction that is made to fail at its end

@@ -11,11 +11,13 @@ use crate::netlink::msg::Batch;
 use crate::nft::encode::Transaction;
 use crate::nft::expr::Family;
 use crate::nft::ruleset::{output_rules, set_name, Content, Table, OUTPUT, TABLE};
-use crate::route::{self, Entry};
+use crate::route::{Entry, Needs};
 
-/// The ip rules and routes of the families in use.
-pub fn routing(config: &Config, families: &[Family]) -> BTreeSet<Entry> {
-    families.iter().flat_map(|family| route::wanted(config, *family)).collect()
+/// The ip rules and routes, where no rule of others stands before ours.
+pub fn routing(config: &Config) -> BTreeSet<Entry> {
+    let needs = Needs::of(config);
+    let of = |family| needs.entries(family, needs.priority);
+    Family::BOTH.into_iter().flat_map(of).collect()
 }
 
 /// One transaction that replaces the table. `flags`: see [`Transaction::replace`].
@@ -67,7 +69,7 @@ pub fn script(core: &mut Core, root: &Root) -> String {
     let result = (|| {
         writeln!(text, "#!/usr/sbin/nft -f")?;
         writeln!(text, "# cgroup root {} at level {}", root.dir.display(), root.level)?;
-        for entry in routing(&config, &Family::BOTH) {
+        for entry in routing(&config) {
             writeln!(text, "# {}", entry.command("add"))?;
         }
         writeln!(text, "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{")?;

@@ -26,7 +26,7 @@ use crate::nft::encode::Probe;
 use crate::nft::expr::{Expr, Family, L4};
 use crate::nft::ruleset::{Base, TABLE};
 use crate::policy;
-use crate::route::{self, Other};
+use crate::route::{Action, Needs, Seen};
 use crate::sys;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -458,66 +458,76 @@ fn routing(config: &Config, findings: &mut Findings) {
     if config.tproxies.is_empty() {
         return;
     }
-    let mut others = Vec::new();
+    let needs = Needs::of(config);
+    let (mut in_the_way, mut evaded) = (BTreeSet::new(), BTreeSet::new());
+    let mut dropped = BTreeSet::new();
     let found = Kernel::open().and_then(|mut kernel| {
         for family in Family::BOTH {
-            others.extend(kernel.others_routing(family, config.route_table)?);
+            let seen = kernel.seen(family, needs.table)?;
+            let place = seen.place(&needs, family);
+            let before = seen.before(&needs, family, needs.priority);
+            evaded.extend(before.iter().map(|other| {
+                format!("{other} would take proxied traffic: run has its own rules before it")
+            }));
+            dropped.extend(seen.hindrances(&needs, family, place));
+            in_the_way.extend(conflicts(config, &needs, &seen));
         }
         Ok(())
     });
     if let Err(error) = found {
         return findings.error(error.to_string());
     }
-    let priorities = route::priorities(config);
-    let conflicts = |other| conflicts(config, &priorities, other);
-    let in_the_way: BTreeSet<String> = others.iter().flat_map(conflicts).collect();
     let (mask, table) = (config.mask, config.route_table);
-    match in_the_way.is_empty() {
-        true => findings.ok(format!(
-            "no ip rule or route of others uses mark bits {mask:#x}, table {table} or priority {}",
-            list(&priorities)
-        )),
-        false => in_the_way.iter().for_each(|text| findings.warning(text)),
+    dropped.iter().for_each(|text| findings.error(text));
+    in_the_way.iter().for_each(|text| findings.warning(text));
+    if dropped.is_empty() {
+        evaded.iter().for_each(|text| findings.ok(text));
+    }
+    if in_the_way.is_empty() && dropped.is_empty() {
+        let priorities = list(needs.priorities());
+        findings.ok(format!(
+            "no ip rule or route of others uses mark bits {mask:#x}, table {table} or priority \
+             {priorities}"
+        ));
     }
 }
 
 /// The priorities of our rules, which stand one behind the other.
-fn list(priorities: &[u32]) -> String {
-    let first = priorities.first().copied().unwrap_or_default();
+fn list(priorities: std::ops::Range<u32>) -> String {
     match priorities.len() {
-        0 | 1 => first.to_string(),
-        n => format!("{first} to {}", first + n as u32 - 1),
+        0 | 1 => priorities.start.to_string(),
+        _ => format!("{} to {}", priorities.start, priorities.end - 1),
     }
 }
 
-/// What is in the way about one rule or route of others; `priorities` are those of our rules.
-fn conflicts(config: &Config, priorities: &[u32], other: &Other) -> Vec<String> {
+/// What others use of the numbers that the configuration names.
+fn conflicts(config: &Config, needs: &Needs, seen: &Seen) -> Vec<String> {
     let mut found = Vec::new();
     let (mask, table) = (config.mask, config.route_table);
-    match other {
-        Other::Route { .. } => found.push(format!(
-            "route-table {table} is used by others ({other}): set another route-table"
-        )),
-        Other::Rule { priority, mark, table: theirs, .. } => {
-            // a mark that is compared whole needs our bits to be zero, which they are elsewhere
-            let whole = mark.mask == u32::MAX && mark.value & mask == 0;
-            if mark.mask & mask != 0 && !whole {
-                found.push(format!(
-                    "bits of fwmark-mask {mask:#x} are used by others ({other}): set another \
-                     fwmark-mask"
-                ));
-            }
-            if priorities.contains(priority) {
-                found.push(format!(
-                    "rule-priority {} is used by others ({other}): set another rule-priority",
-                    list(priorities)
-                ));
-            }
-            if *theirs == table {
-                found.push(format!(
-                    "route-table {table} is used by others ({other}): set another route-table"
-                ));
-            }
+    let uses_table = |other: &dyn std::fmt::Display| {
+        format!("route-table {table} is used by others ({other}): set another route-table")
+    };
+    let routes = seen.routes.iter().filter(|other| !other.ours);
+    found.extend(routes.map(|other| uses_table(other)));
+    for other in seen.rules.iter().filter(|other| !other.ours) {
+        let rule = &other.rule;
+        // a mark that is compared whole needs our bits to be zero, which they are elsewhere
+        let whole = rule.mark.mask == u32::MAX && rule.mark.value & mask == 0;
+        if rule.mark.mask & mask != 0 && !whole {
+            found.push(format!(
+                "bits of fwmark-mask {mask:#x} are used by others ({other}): set another \
+                 fwmark-mask"
+            ));
+        }
+        let priorities = needs.priorities();
+        if priorities.contains(&rule.priority) {
+            found.push(format!(
+                "rule-priority {} is used by others ({other}): set another rule-priority",
+                list(priorities)
+            ));
+        }
+        if rule.action == Action::Lookup(table) {
+            found.push(uses_table(other));
         }
     }
     found
@@ -601,7 +611,10 @@ fn read_number(path: impl AsRef<Path>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nft::expr::Mark;
+    use crate::netlink::msg::Batch;
+    use crate::netlink::parse::Messages;
+    use crate::nft::expr::{Interface, Mark};
+    use crate::route::{Entry, IpRule, SeenRule};
 
     #[test]
     fn tables_in_scripts() {
@@ -619,13 +632,22 @@ mod tests {
 
     #[test]
     fn conflicts_are_of_bits_priority_and_table() {
+        let interface = Interface { name: "br-".into(), prefix: true };
         let config = Config::default();
-        let priorities = [100, 101];
+        let mut needs = Needs::of(&config);
+        needs.gateway.interfaces = vec![&interface];
         let count = |priority, value, mask, table| {
+            let mut batch = Batch::new(0);
             let mark = Mark { value, mask };
-            let family = Family::V4;
-            let rule = Other::Rule { family, priority, mark, table };
-            conflicts(&config, &priorities, &rule).len()
+            let (family, iif) = (Family::V4, String::new());
+            let rule = IpRule { family, priority, iif, mark, action: Action::Lookup(table) };
+            Entry::Rule(rule).encode(&mut batch, true);
+            // of another protocol
+            let mut bytes = batch.bytes().to_vec();
+            let at = bytes.len() - 4;
+            bytes[at] = 3;
+            let rules = Messages::new(&bytes).filter_map(|m| SeenRule::read(&m)).collect();
+            conflicts(&config, &needs, &Seen { rules, routes: Vec::new() }).len()
         };
         assert_eq!(count(32766, 0, 0, 254), 0);
         assert_eq!(count(5210, 0x8_0000, 0xff_0000, 52), 0);
@@ -633,13 +655,9 @@ mod tests {
         assert_eq!(count(5210, 0x0100_0001, u32::MAX, 52), 1);
         assert_eq!(count(5210, 0, 0x0100_0000, 52), 1);
         assert_eq!(count(100, 0, 0, 254), 1);
-        assert_eq!(count(101, 0, 0, 254), 1);
-        assert_eq!(count(102, 0, 0, 254), 0);
+        assert_eq!(count(102, 0, 0, 254), 1);
+        assert_eq!(count(103, 0, 0, 254), 0);
         assert_eq!(count(100, 0x0100_0000, 0xff00_0000, 300), 3);
-        let protocol = 3;
-        let family = Family::V6;
-        let route = Other::Route { family, protocol };
-        assert_eq!(conflicts(&config, &priorities, &route).len(), 1);
     }
 
     #[test]

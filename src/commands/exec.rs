@@ -30,8 +30,8 @@ use crate::netlink::uapi::{NFNLGRP_NFTABLES, NFT_TABLE_F_DORMANT};
 use crate::nft::dump::Step;
 use crate::nft::expr::{Family, Mark};
 use crate::nft::ruleset::TABLE;
-use crate::route::Entry;
-use crate::{instance, log, plan, policy, sys};
+use crate::route::{Entry, Needs};
+use crate::{instance, log, policy, sys};
 
 /// How long the daemon may take to classify a new cgroup.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -400,13 +400,13 @@ impl<'a> Wanted<'a> {
             if take != Take::Yes || (family == Family::V6 && !kernel::ipv6_is_on()) {
                 continue;
             }
-            let have = kernel.routing(family)?;
-            let wanted = plan::routing(self.config, &[family]);
-            let needed = wanted.iter().filter(|entry| match entry {
+            let seen = kernel.seen(family, self.config.route_table)?;
+            let missing = seen.missing(&Needs::of(self.config), family);
+            let needed = missing.iter().find(|entry| match entry {
                 Entry::Rule(rule) => rule.mark.value == tproxy.mark,
                 Entry::Route(_) => true,
             });
-            if let Some(entry) = { needed }.find(|entry| !have.contains(entry)) {
+            if let Some(entry) = needed {
                 return Ok(Some(format!("missing: {}", entry.command("add"))));
             }
         }

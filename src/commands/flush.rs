@@ -1,5 +1,6 @@
 //! `flush`: removes everything of ours from the kernel and says what it removed.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use crate::cgroup::mount;
@@ -28,7 +29,7 @@ pub fn flush() -> Result<ExitCode> {
     if kernel.remove_table()? {
         text.push_str(&format!("removed table inet {TABLE}\n"));
     }
-    for entry in kernel.trim_routing(None)? {
+    for entry in kernel.trim_routing(&BTreeSet::new())? {
         text.push_str(&format!("did {}\n", entry.command("del")));
     }
     // of the usual cgroup root: no configuration is read here

@@ -24,7 +24,7 @@ use crate::nft::dump::{Counter, Gateway, Target, View};
 use crate::nft::expr::{Family, Mark, L4};
 use crate::nft::lock::Lock;
 use crate::nft::ruleset::TABLE;
-use crate::route::{self, Action, Entry, IpRule, Route};
+use crate::route::{self, Action, Entry, IpRule, Needs, Route};
 use crate::sys;
 
 /// Of the shape that `--json` prints; documented in cgtproxy(8).
@@ -62,6 +62,8 @@ struct Status {
     listens: BTreeMap<String, (bool, bool)>,
     /// Rules and routes that are there or should be, and whether they are.
     routing: Vec<(Entry, bool)>,
+    /// A line for each thing of others that takes what the rules and routes should.
+    hindrances: Vec<String>,
     /// A line for each proxy whose own traffic comes back to it.
     loops: Vec<String>,
 }
@@ -151,12 +153,18 @@ impl Status {
             Some(held) if daemon.is_none() => Some(Unattended::take(kernel, config, held)?),
             _ => None,
         };
-        let mut routing = Vec::new();
+        let (mut routing, mut hindrances) = (Vec::new(), Vec::new());
         for family in Family::BOTH {
             let have = kernel.routing(family)?;
             let on = family == Family::V4 || kernel::ipv6_is_on();
             let view = held.as_ref().map(|held| &held.view).filter(|_| on);
-            routing.extend(compare(config, family, view, have));
+            let (priority, table) = numbers(config, &have);
+            if let Some(view) = view {
+                let needs = needs(view, priority, table);
+                let seen = kernel.seen(family, table)?;
+                hindrances.extend(seen.hindrances(&needs, family, priority));
+            }
+            routing.extend(compare(family, view, have, (priority, table)));
         }
         Ok(Status {
             daemon,
@@ -164,6 +172,7 @@ impl Status {
             held,
             listens,
             routing,
+            hindrances,
             loops: match held_any {
                 true => loops(kernel, config),
                 false => Vec::new(),
@@ -255,9 +264,9 @@ impl Status {
             out.push('\n');
             table(&mut out, rows.collect(), style);
         }
-        if !self.loops.is_empty() {
+        if !(self.hindrances.is_empty() && self.loops.is_empty()) {
             out.push('\n');
-            self.loops.iter().for_each(|line| {
+            self.hindrances.iter().chain(&self.loops).for_each(|line| {
                 let _ = writeln!(out, "{line}");
             });
         }
@@ -333,46 +342,56 @@ impl Status {
             ("gateways", Json::List(gateways.collect())),
             ("rules", routing(true)),
             ("routes", routing(false)),
+            ("hindrances", Json::List(self.hindrances.iter().map(Json::text).collect())),
             ("loops", Json::List(self.loops.iter().map(Json::text).collect())),
         ])
     }
 }
 
+/// The rules' first priority and the route table, by the rules that are there, or else by the
+/// configuration.
+fn numbers(config: &Config, have: &BTreeSet<Entry>) -> (u32, u32) {
+    let rules = have.iter().filter_map(|entry| match entry {
+        Entry::Rule(rule) => Some(rule),
+        Entry::Route(_) => None,
+    });
+    let priority = rules.clone().next().map(IpRule::first_priority);
+    let table = rules.filter_map(|rule| match rule.action {
+        Action::Lookup(table) => Some(table),
+        _ => None,
+    });
+    (priority.unwrap_or(config.rule_priority), table.min().unwrap_or(config.route_table))
+}
+
 /// The rules and routes of one family: those that are there, and those that the table needs and
-/// that are not. What is missing is shown with the numbers of those that are there, or else with
-/// the configuration's.
+/// that are not. What is missing is shown with these numbers.
 fn compare(
-    config: &Config,
     family: Family,
     view: Option<&View>,
     have: BTreeSet<Entry>,
+    (priority, table): (u32, u32),
 ) -> Vec<(Entry, bool)> {
-    let rules = || {
-        have.iter().filter_map(|entry| match entry {
-            Entry::Rule(rule) => Some(rule),
-            Entry::Route(_) => None,
-        })
-    };
-    let like = rules().next();
-    let priority = like.map_or(config.rule_priority, IpRule::first_priority);
-    let mut tables: BTreeSet<u32> = rules()
+    let rules = have.iter().filter_map(|entry| match entry {
+        Entry::Rule(rule) => Some(rule),
+        Entry::Route(_) => None,
+    });
+    let mut tables: BTreeSet<u32> = { rules.clone() }
         .filter_map(|rule| match rule.action {
             Action::Lookup(table) => Some(table),
-            Action::Goto(_) | Action::Nop => None,
+            _ => None,
         })
         .collect();
-    let table = tables.first().copied().unwrap_or(config.route_table);
     let mut missing = Vec::new();
-    let needed = |view| needed(view, family, priority, table);
+    let needed = |view| needs(view, priority, table).entries(family, priority);
     for entry in view.map_or(BTreeSet::new(), needed) {
         let like = |rule: &IpRule| matches!(&entry, Entry::Rule(wanted) if rule.is_like(wanted));
-        if matches!(entry, Entry::Rule(_)) && !rules().any(like) {
+        if matches!(entry, Entry::Rule(_)) && !rules.clone().any(like) {
             missing.push(entry);
             tables.insert(table);
         }
     }
-    let routes = tables.into_iter().map(|table| Entry::Route(Route { family, table }));
-    missing.extend(routes.filter(|route| !have.contains(route)));
+    let routes = tables.into_iter().map(|table| Entry::Route(Route::new(family, table)));
+    missing.extend(routes.filter(|route| !route.is_among(&have)));
     let mut all: Vec<_> = have.into_iter().map(|entry| (entry, true)).collect();
     all.extend(missing.into_iter().map(|entry| (entry, false)));
     // rules before the routes that they lead to
@@ -380,15 +399,18 @@ fn compare(
     all
 }
 
-/// The rules and routes of one family that the table needs.
-fn needed(view: &View, family: Family, priority: u32, table: u32) -> BTreeSet<Entry> {
-    let marks: Vec<Mark> = view.targets.iter().filter_map(|t| t.mark).collect();
-    let gateway = route::Gateway {
-        mark: view.routed.unwrap_or(Mark { value: 0, mask: 0 }),
-        // without a mark for it, nothing that is routed goes to a tproxy
-        interfaces: (view.routed.iter()).flat_map(|_| &view.interfaces).collect(),
-    };
-    route::entries(family, priority, table, &marks, &gateway)
+/// What the table needs of rules and routes, which have these numbers.
+fn needs(view: &View, priority: u32, table: u32) -> Needs<'_> {
+    Needs {
+        priority,
+        table,
+        marks: view.targets.iter().filter_map(|t| t.mark).collect(),
+        gateway: route::Gateway {
+            mark: view.routed.unwrap_or(Mark { value: 0, mask: 0 }),
+            // without a mark for it, nothing that is routed goes to a tproxy
+            interfaces: (view.routed.iter()).flat_map(|_| &view.interfaces).collect(),
+        },
+    }
 }
 
 /// Prints again every second until the reader goes away.
@@ -405,6 +427,7 @@ fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
             held,
             listens: BTreeMap::new(),
             routing: Vec::new(),
+            hindrances: Vec::new(),
             loops: Vec::new(),
         };
         let totals = Totals::of(&status);
@@ -734,14 +757,16 @@ mod tests {
         };
         let config = Config::default();
         let find = |view: &View, have: &[Entry]| {
-            compare(&config, Family::V4, Some(view), have.iter().cloned().collect())
+            let have: BTreeSet<Entry> = have.iter().cloned().collect();
+            let numbers = numbers(&config, &have);
+            compare(Family::V4, Some(view), have, numbers)
         };
-        let route = Entry::Route(Route { family: Family::V4, table: 500 });
+        let route = Entry::Route(Route::new(Family::V4, 500));
         let found = find(&view(Vec::new()), &[rule(1, 500)]);
         let both = [(rule(1, 500), true), (rule(2, 500), false)];
         assert_eq!(found[..2], both);
         assert_eq!(found[2..], [(route.clone(), false)]);
-        let none = compare(&config, Family::V4, None, BTreeSet::new());
+        let none = compare(Family::V4, None, BTreeSet::new(), (100, 300));
         assert_eq!(none, []);
         // those of a gateway, and with the number that the first would have
         let text = |found: Vec<(Entry, bool)>| -> Vec<String> {

@@ -112,16 +112,16 @@ const REQUESTS: [(&str, &str); 28] = [
          070003006c6f0000 08000a0000000001 08001000000000ff 08000f002c010000 0500150063000000",
     ),
     (
-        "ip route add local default dev lo table 200 proto 99",
-        "24000000180005060000000000000000 02000000c863fe0200000000 0800040001000000",
+        "ip route prepend local default dev lo table 200 proto 99",
+        "24000000180005040000000000000000 02000000c863fe0200000000 0800040001000000",
     ),
     (
         "ip route del local default dev lo table 200 proto 99",
         "24000000190005000000000000000000 02000000c863fe0200000000 0800040001000000",
     ),
     (
-        "ip route add local default dev lo table 300 proto 99",
-        "2c000000180005060000000000000000 020000000063fe0200000000 08000f002c010000 \
+        "ip route prepend local default dev lo table 300 proto 99",
+        "2c000000180005040000000000000000 020000000063fe0200000000 08000f002c010000 \
          0800040001000000",
     ),
     (
@@ -130,31 +130,31 @@ const REQUESTS: [(&str, &str); 28] = [
          0800040001000000",
     ),
     (
-        "ip -6 route add local default dev lo table 200 proto 99",
-        "38000000180005060000000000000000 0a000000c863000200000000 \
-         1400010000000000000000000000000000000000 0800040001000000",
+        "ip -6 route add local default dev lo table 200 proto 99 metric 1",
+        "40000000180005060000000000000000 0a000000c863000200000000 \
+         1400010000000000000000000000000000000000 0800060001000000 0800040001000000",
     ),
     (
-        "ip -6 route del local default dev lo table 200 proto 99",
-        "38000000190005000000000000000000 0a000000c863000200000000 \
-         1400010000000000000000000000000000000000 0800040001000000",
+        "ip -6 route del local default dev lo table 200 proto 99 metric 1",
+        "40000000190005000000000000000000 0a000000c863000200000000 \
+         1400010000000000000000000000000000000000 0800060001000000 0800040001000000",
     ),
     (
-        "ip -6 route add local default dev lo table 300 proto 99",
-        "40000000180005060000000000000000 0a0000000063000200000000 \
-         1400010000000000000000000000000000000000 08000f002c010000 0800040001000000",
+        "ip -6 route add local default dev lo table 300 proto 99 metric 1",
+        "48000000180005060000000000000000 0a0000000063000200000000 \
+         1400010000000000000000000000000000000000 08000f002c010000 0800060001000000 0800040001000000",
     ),
     (
-        "ip -6 route del local default dev lo table 300 proto 99",
-        "40000000190005000000000000000000 0a0000000063000200000000 \
-         1400010000000000000000000000000000000000 08000f002c010000 0800040001000000",
+        "ip -6 route del local default dev lo table 300 proto 99 metric 1",
+        "48000000190005000000000000000000 0a0000000063000200000000 \
+         1400010000000000000000000000000000000000 08000f002c010000 0800060001000000 0800040001000000",
     ),
 ];
 
 type Dump = fn(&mut Batch, Family);
 
 /// `ip` sends zeros behind the request for routes; the kernel stops at the message's length.
-const DUMPS: [(&str, Dump, Family, &str); 4] = [
+const DUMPS: [(&str, Dump, Family, &str); 5] = [
     (
         "ip -4 rule show",
         route::get_rules,
@@ -178,6 +178,12 @@ const DUMPS: [(&str, Dump, Family, &str); 4] = [
         route::get_routes,
         Family::V6,
         "1c0000001a0001030000000000000000 0a0000000063000000000000",
+    ),
+    (
+        "ip -4 route show table 300",
+        |batch, family| route::get_table(batch, family, 300),
+        Family::V4,
+        "240000001a0001030000000000000000 020000000000000000000000 08000f002c010000",
     ),
 ];
 
@@ -206,12 +212,13 @@ fn rules_and_routes_are_what_iproute2_sends() {
         let mut entries = prefix.to_vec();
         for (priority, table) in [(32000, 200), (100, 300)] {
             entries.push(rule(priority, "lo", mark, Action::Lookup(table)));
-            entries.push(Entry::Route(Route { family, table }));
+            entries.push(Entry::Route(Route::new(family, table)));
         }
         for entry in entries {
             for (verb, add) in [("add", true), ("del", false)] {
-                // the command that we print is the one whose bytes we send
-                let command = entry.command(verb);
+                // the command that we print is the one whose bytes we send, but that a route of
+                // IPv4 is put before those of others
+                let command = entry.command(verb).replace("ip route add", "ip route prepend");
                 let golden = REQUESTS.iter().find(|(golden, _)| *golden == command);
                 let (_, golden) = golden.expect(&command);
                 let mut batch = Batch::new(0);

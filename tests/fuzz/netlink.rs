@@ -3,15 +3,19 @@
 
 #![no_main]
 
+use cgtproxy::config::Config;
 use cgtproxy::netlink::diag;
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
 use cgtproxy::nft::{dump, encode, event::Follower};
-use cgtproxy::route;
+use cgtproxy::nft::expr::Family;
+use cgtproxy::route::{self, Needs, Seen};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|datagram: &[u8]| {
     let mut messages = Messages::new(datagram);
     let (mut count, mut rules) = (0, Vec::new());
+    let config = Config::default();
+    let (needs, mut seen) = (Needs::of(&config), Seen::default());
     for message in messages.by_ref() {
         count += 1;
         let _ = (parse::reply(&message), diag::parse(&message, 6));
@@ -22,19 +26,18 @@ fuzz_target!(|datagram: &[u8]| {
         rules.extend(dump::parse_rule(&message));
         let elements = dump::parse_elements(&message).map_or(0, |all| all.len());
         assert!(elements <= message.body.len() / 16);
-        if let Some(other) = route::parse_other(&message, 300) {
-            let _ = other.to_string();
-        }
-        if let Some(entry) = route::parse(&message) {
-            let _ = entry.command("del");
-        }
-        let _ = (route::is_deletion(&message), route::is_revival(&message));
+        let _ = (route::is_change(&needs, &message), route::is_revival(&message));
+        seen.rules.extend(route::SeenRule::read(&message));
+        seen.routes.extend(route::SeenRoute::read(&message));
         let _ = cgtproxy::netlink::diag::parse(&message, 6);
         // fixed headers: none, nfgenmsg, rtmsg and fib_rule_hdr
         for header in [0, 4, 12] {
             attributes(message.body, header);
         }
     }
+    let _ = (seen.ours(), seen.missing(&needs, Family::V4));
+    let place = seen.place(&needs, Family::V4);
+    let _ = seen.hindrances(&needs, Family::V4, place);
     let view = dump::view(&rules);
     assert!(view.targets.len() <= rules.len() && view.steps.len() <= rules.len());
     let _ = Follower::default().take(datagram, 0);

@@ -1,14 +1,18 @@
 //! Living with others: the objects that other programs put into the kernel, as they put them, and
 //! what becomes of both.
 
+use std::collections::BTreeSet;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
 
 use crate::client::{expect, expect_as, under, Client, Proto, SILENCE};
-use crate::daemon::Daemon;
+use crate::daemon::{run, Daemon};
 use crate::gateway::{ip, Lan, PROXY};
 use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
-use crate::kernel::{ip_rules, load, nft};
+use crate::kernel::{ip_rules, load, nft, residue};
+use crate::wait_until;
 use crate::world::{Server, World};
 
 /// Local cgroups and a LAN.
@@ -317,9 +321,128 @@ fn marks_of_others_are_kept_bit_for_bit() {
     }
 }
 
-/// Rules that came after ours and stand before them: nothing of a proxied cgroup takes their way.
+/// The priorities of our rules in a family.
+fn places(family: &str) -> BTreeSet<u32> {
+    let rules = ip_rules(family);
+    let ours = rules.lines().filter(|line| line.ends_with("proto 99"));
+    ours.map(|line| line.split(':').next().unwrap_or("").parse().expect("a priority")).collect()
+}
+
+#[track_caller]
+fn await_places(daemon: &Daemon, wanted: &[u32]) {
+    let wanted: BTreeSet<u32> = wanted.iter().copied().collect();
+    let there = || ["-4", "-6"].iter().all(|family| places(family) == wanted);
+    assert!(
+        wait_until(Duration::from_secs(5), there),
+        "{}{}{}",
+        ip_rules("-4"),
+        ip_rules("-6"),
+        daemon.logs()
+    );
+}
+
+/// wg-quick with a default route, its interface stood in for by another way to the same world:
+/// everything but its own packets takes the tunnel's table, unless main knows better than by its
+/// default route. It asks for no priority, so the kernel puts the rules before all others.
+const WIREGUARD: &str = "route add default via GATE table 51820
+rule add not fwmark 51820 table 51820
+rule add table main suppress_prefixlength 0
+";
+
+fn wireguard(verb: &str) {
+    for family in ["-4", "-6"] {
+        ip_batch(&[family], &of_family(WIREGUARD, family).replace(" add ", &format!(" {verb} ")));
+    }
+}
+
+/// Rules that come after ours and go before them: ours go before them again, as often as it takes,
+/// and come back.
 #[test]
-fn a_tunnel_in_front_of_us_gets_nothing() {
+fn overtaken_by_a_tunnel() {
+    let Some(ground) = Ground::new("overtaken") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    for (interface, before, other) in
+        [("br-lan", &[97][..], &[47][..]), ("br-*", &[95, 96, 97], &[45, 46, 47])]
+    {
+        let config = CONFIG.replace("br-lan", interface);
+        let daemon = Daemon::start(&ground, &config, &[]);
+        let home: Vec<u32> = (100..).take(before.len()).collect();
+        all_well(&ground, &mut world, &lan);
+        // What cannot match our packets is nobody's business.
+        let harmless = "rule add pref 50 fwmark 0x1/0xff000001 lookup main\n\
+                        rule add pref 51 oif in0 lookup main\n\
+                        rule add pref 52 iif in0 lookup main\n\
+                        rule add pref 53 lookup 300\n";
+        ip_batch(&["-4"], harmless);
+        ip_batch(&["-4"], &harmless.replace(" add ", " del "));
+        for time in 0..3 {
+            println!("{interface}, time {time}");
+            // one of two rules may be seen before the other is there
+            wireguard("add");
+            let there = || ["-4", "-6"].iter().all(|family| places(family).last() < Some(&98));
+            assert!(wait_until(Duration::from_secs(5), there), "{}", daemon.logs());
+            all_well(&ground, &mut world, &lan);
+            let status = run(&["-c", daemon.config.to_str().expect("UTF-8"), "status"]);
+            let status = String::from_utf8_lossy(&status.stdout).into_owned();
+            assert!(!status.contains("missing") && !status.contains("dropped"), "{status}");
+            let exec = ["exec", "mihomo", "--", "true"];
+            let exec = run(&[&["-c", daemon.config.to_str().expect("UTF-8")], &exec[..]].concat());
+            assert!(exec.status.success(), "{}", String::from_utf8_lossy(&exec.stderr));
+            wireguard("del");
+            await_places(&daemon, &home);
+        }
+        assert!(!daemon.logs().contains("of priority 5"), "{}", daemon.logs());
+        assert!(!daemon.logs().contains("trying again"), "{}", daemon.logs());
+        let said = "ip rules of others would take proxied traffic (ip rule pref ";
+        assert!(daemon.logs().contains(said), "{}", daemon.logs());
+        assert!(daemon.logs().contains("not fwmark 0xca6c lookup 51820"), "{}", daemon.logs());
+        // Before the start and at a reload too.
+        assert!(daemon.stop().success());
+        for family in ["-4", "-6"] {
+            let lines = of_family(WIREGUARD, family).replace("rule add", "rule add pref 98");
+            ip_batch(&[family], &of_family("route add NET dev br-lan table 51820\n", family));
+            ip_batch(&[family], &lines);
+        }
+        let daemon = Daemon::start(&ground, &config, &[]);
+        await_places(&daemon, before);
+        all_well(&ground, &mut world, &lan);
+        for family in ["-4", "-6"] {
+            ip_batch(&[family], "rule add pref 48 uidrange 0-4294967294 lookup 51820\n");
+        }
+        await_places(&daemon, other);
+        daemon.configure(&format!("[global]\nrule-priority = 80\n{config}"));
+        daemon.reload();
+        await_places(&daemon, other);
+        all_well(&ground, &mut world, &lan);
+        daemon.configure(&format!("[global]\nrule-priority = 30\n{config}"));
+        daemon.reload();
+        await_places(&daemon, &(30..).take(before.len()).collect::<Vec<_>>());
+        all_well(&ground, &mut world, &lan);
+        // Whatever the place, all of it is found.
+        daemon.configure(&config);
+        daemon.reload();
+        await_places(&daemon, other);
+        daemon.kill9();
+        let flushed = run(&["flush"]);
+        let text = String::from_utf8_lossy(&flushed.stdout).into_owned();
+        assert!(text.contains(&format!("did ip rule del pref {}", other[0])), "{text}");
+        assert_eq!(residue(), "");
+        for family in ["-4", "-6"] {
+            let lines = "rule del pref 98\nrule del pref 98\nrule del pref 48\n\
+                         route flush table 51820\n";
+            ip_batch(&[family], lines);
+        }
+    }
+}
+
+/// No place is left before another's rule: nothing of a proxied cgroup takes its way, and everybody
+/// says so.
+#[test]
+fn a_rule_that_nothing_goes_before() {
     let Some(ground) = Ground::new("infront") else {
         return;
     };
@@ -330,26 +453,23 @@ fn a_tunnel_in_front_of_us_gets_nothing() {
     let cgroup = ground.cgroup("/proxied");
     crate::kernel::await_member(&cgroup, "mihomo");
     all_well(&ground, &mut world, &lan);
-    // What cannot match our packets is nobody's business.
-    ip_batch(&["-4"], "rule add pref 50 fwmark 0x1/0xff000001 lookup main\n");
-    ip_batch(&["-4"], "rule add pref 51 from 198.51.100.77 lookup main\n");
-    ip_batch(&["-4"], "rule add pref 52 iif in0 lookup main\n");
-    ip_batch(&["-4"], "rule del pref 50\nrule del pref 51\nrule del pref 52\n");
-    for (family, gate) in [("-4", "192.0.2.2"), ("-6", "2001:db8:1::2")] {
-        let lines = format!(
-            "route add default via {gate} table 51820\nrule add not fwmark 51820 table 51820\n\
-             rule add table main suppress_prefixlength 0\n"
-        );
-        ip_batch(&[family], &lines);
-        assert!(ip_rules(family).contains("\n99:\t"), "{}", ip_rules(family));
+    for family in ["-4", "-6"] {
+        let lines =
+            "route add default via GATE table 51820\nroute add NET dev br-lan table 51820\n";
+        ip_batch(&[family], &of_family(lines, family));
+        ip_batch(&[family], "rule add pref 0 not fwmark 51820 table 51820\n");
     }
-    for priority in [98, 99] {
-        let said = format!("ip rule of priority {priority} takes it before ours of 100");
+    await_places(&daemon, &[0]);
+    let said = "rule pref 0 not fwmark 0xca6c lookup 51820 takes it before ours of priority 0";
+    for ip in ["ip", "ip -6"] {
+        let said = format!("another program's {ip} {said}");
         assert!(daemon.wait_log(&said, Duration::from_secs(5)), "{}", daemon.logs());
-    }
-    for priority in [50, 51, 52] {
-        let said = format!("of priority {priority}");
-        assert!(!daemon.logs().contains(&said), "{}", daemon.logs());
+        for command in ["check", "status"] {
+            let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
+            let text = String::from_utf8_lossy(&out.stdout).into_owned();
+            assert!(text.contains(&said), "{command}: {text}");
+            assert_eq!(text.matches(&said).count(), 1, "{command}: {text}");
+        }
     }
     world.wire.packets();
     for proto in [Proto::Tcp, Proto::Udp] {
@@ -361,11 +481,188 @@ fn a_tunnel_in_front_of_us_gets_nothing() {
         }
     }
     assert_eq!(world.wire.to_remote(), []);
-    // The remedy that the log names.
-    daemon.configure(&format!("[global]\nrule-priority = 90\n{CONFIG}"));
-    let log = daemon.reload();
-    assert!(!log.contains("takes it before ours"), "{log}");
+    // Said again where somebody asks, and at a reload; and once otherwise.
+    let told = |text: &str| text.matches("before ours of priority 0").count();
+    assert_eq!(told(&daemon.logs()), 2, "{}", daemon.logs());
+    daemon.signal(Signal::SIGUSR1);
+    let asked = || told(&daemon.logs()) == 4;
+    assert!(wait_until(Duration::from_secs(5), asked), "{}", daemon.logs());
+    for family in ["-4", "-6"] {
+        ip_batch(&[family], "rule del pref 0 not fwmark 51820 table 51820\n");
+    }
+    await_places(&daemon, &[100]);
     all_well(&ground, &mut world, &lan);
+    // A rule of ours behind one of the same priority, and before it.
+    for first in [true, false] {
+        let same = "rule add pref 100 not fwmark 51820 table 51820\n";
+        let add = || ["-4", "-6"].iter().for_each(|family| ip_batch(&[family], same));
+        if first {
+            for family in ["-4", "-6"] {
+                ip_batch(&[family], "rule add pref 99 not fwmark 51820 table 51820\n");
+            }
+            await_places(&daemon, &[98]);
+            add();
+            for family in ["-4", "-6"] {
+                ip_batch(&[family], "rule del pref 99\n");
+            }
+            await_places(&daemon, &[99]);
+        } else {
+            add();
+            await_places(&daemon, &[100]);
+        }
+        all_well(&ground, &mut world, &lan);
+        for family in ["-4", "-6"] {
+            ip_batch(&[family], "rule del pref 100 not fwmark 51820 table 51820\n");
+        }
+        await_places(&daemon, &[100]);
+    }
+}
+
+/// Routes of others in our table: with our key, with our destination, and in the way.
+#[test]
+fn routes_of_others_in_our_table() {
+    let Some(ground) = Ground::new("otherroutes") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    let both = |lines: &str| {
+        for family in ["-4", "-6"] {
+            ip_batch(&[family], &of_family(lines, family));
+        }
+    };
+    let ours = || {
+        let route = |family| crate::kernel::ip_routes(family, "300");
+        ["-4", "-6"].iter().all(|family| route(family).contains("2 default dev lo proto 99"))
+    };
+    let awaited = |daemon: &Daemon| {
+        assert!(wait_until(Duration::from_secs(5), ours), "{}\n{}", residue(), daemon.logs());
+    };
+    // the same as ours, and others to the same destination
+    for line in [
+        "local default dev lo table 300 proto boot",
+        "local default dev lo table 300 proto static",
+        "default via GATE dev in0 table 300 proto boot",
+        "default via GATE dev in0 table 300 metric 50 proto boot",
+        "unreachable default table 300 metric 7 proto boot",
+    ] {
+        println!("{line}");
+        both(&format!("route add {line}\n"));
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+        awaited(&daemon);
+        assert!(!daemon.logs().contains("warning"), "{}", daemon.logs());
+        all_well(&ground, &mut world, &lan);
+        both(&format!("route del {line}\n"));
+        awaited(&daemon);
+        all_well(&ground, &mut world, &lan);
+        // and while it runs, in the place of ours where that can be had
+        both(&format!("route replace {line}\n"));
+        awaited(&daemon);
+        all_well(&ground, &mut world, &lan);
+        both(&format!("route del {line}\n"));
+        awaited(&daemon);
+        all_well(&ground, &mut world, &lan);
+        // Theirs is left alone by our end.
+        both(&format!("route replace {line}\n"));
+        awaited(&daemon);
+        assert!(daemon.stop().success());
+        let left = ["-4", "-6"].map(|family| crate::kernel::ip_routes(family, "300"));
+        assert!(left.iter().all(|left| left.lines().count() == 1), "{left:?}");
+        both(&format!("route del {line}\n"));
+    }
+    // Longer prefixes take what they cover: nobody gets it, and everybody says so, before READY.
+    let [net4, net6] = ["203.0.113.0/24", "2001:db8:2::/64"];
+    let harm = |verb: &str| {
+        ip_batch(&["-4"], &format!("route {verb} {net4} via 192.0.2.2 dev in0 table 300\n"));
+        ip_batch(&["-6"], &format!("route {verb} {net6} via 2001:db8:1::2 dev in0 table 300\n"));
+    };
+    let cgroup = ground.cgroup("/proxied");
+    for first in [true, false] {
+        if first {
+            harm("add");
+        }
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+        let told = || {
+            let log = daemon.logs();
+            ["ip route of protocol 3", "ip -6 route of protocol 3"].iter().all(|text| {
+                log.contains(&format!(
+                    "warning: proxied traffic is dropped: another program's {text}"
+                ))
+            })
+        };
+        if first {
+            assert!(told(), "said before READY: {}", daemon.logs());
+        } else {
+            assert!(!told());
+            harm("add");
+            assert!(wait_until(Duration::from_secs(5), told), "{}", daemon.logs());
+        }
+        crate::kernel::await_member(&cgroup, "mihomo");
+        world.wire.packets();
+        for proto in [Proto::Tcp, Proto::Udp] {
+            for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
+                let client = Client::new(&cgroup, proto, to).timeout(SILENCE);
+                assert_eq!(client.run().who(), "nobody");
+            }
+        }
+        assert_eq!(world.wire.to_remote(), []);
+        for command in ["check", "status"] {
+            let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
+            let text = String::from_utf8_lossy(&out.stdout).into_owned();
+            for family in ["ip", "ip -6"] {
+                let said = format!("another program's {family} route of protocol 3");
+                assert_eq!(text.matches(&said).count(), 1, "{command}: {text}");
+            }
+        }
+        harm("del");
+        all_well(&ground, &mut world, &lan);
+        assert!(daemon.stop().success());
+    }
+    // One that has the very place of ours: noticed, and noticed when it goes.
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    ip_batch(&["-6"], "route replace default via 2001:db8:1::2 dev in0 table 300 metric 1\n");
+    let said = "program's ip -6 route of protocol 3 and prefix length 0 in table 300 takes it";
+    assert!(daemon.wait_log(said, Duration::from_secs(5)), "{}", daemon.logs());
+    ip_batch(&["-6"], "route del default via 2001:db8:1::2 dev in0 table 300 metric 1\n");
+    awaited(&daemon);
+    all_well(&ground, &mut world, &lan);
+    // Rules with the key of ours.
+    let rule = "pref 100 iif lo fwmark 0x1000000/0xff000000 lookup 300 protocol boot\n";
+    both(&format!("rule add {rule}"));
+    all_well(&ground, &mut world, &lan);
+    both(&format!("rule del {rule}"));
+    await_places(&daemon, &[100]);
+    all_well(&ground, &mut world, &lan);
+    both(&format!("rule add {rule}"));
+    assert!(daemon.stop().success());
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    all_well(&ground, &mut world, &lan);
+    both(&format!("rule del {rule}"));
+    await_places(&daemon, &[100]);
+    all_well(&ground, &mut world, &lan);
+}
+
+/// Two that go before each other: as often as that happens, and no more.
+#[test]
+fn a_program_that_wants_to_be_first_meets_pauses() {
+    let Some(ground) = Ground::new("first") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let before = daemon.busy();
+    let start = Instant::now();
+    let mut added = 0;
+    while start.elapsed() < Duration::from_secs(3) {
+        ip_batch(&["-4"], "rule add not fwmark 51820 table 51820\nrule del not fwmark 51820\n");
+        added += 1;
+    }
+    let busy = daemon.busy() - before;
+    println!("{added} rules in 3 s, {busy:?} of the processor");
+    assert!(busy < Duration::from_millis(1300), "{busy:?}");
+    await_places(&daemon, &[100]);
+    let lines = daemon.logs().lines().count();
+    assert!(lines < 100, "{lines} lines");
 }
 
 /// The lines with the world's gateway and the LAN's net of a family.
@@ -387,12 +684,6 @@ fn rules_of_others() {
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
-    // wg-quick: everything but its own packets takes the tunnel's table, unless main knows better
-    // than by its default route. The tunnel here is another way to the same world.
-    let wireguard = "route add default via GATE table 51820
-rule add not fwmark 51820 table 51820
-rule add table main suppress_prefixlength 0
-";
     // mwan3: by mark, first the interface's rule, then the policy's, then unreachable.
     let mwan3 = "route add default via GATE table 1
 route add NET dev br-lan table 1
@@ -414,18 +705,13 @@ rule add pref 101 fwmark 0x3/0xff lookup 77
 rule add pref 102 fwmark 0x4/0xff lookup 77
 ";
     for (who, lines) in [
-        ("wg-quick", wireguard),
+        ("wg-quick", WIREGUARD),
         ("mwan3", mwan3),
         ("tailscale", tailscale),
         ("neighbours", neighbours),
     ] {
         for first in [true, false] {
             for interface in ["br-lan", "br-*"] {
-                // The kernel puts a rule without a priority before all others: see
-                // `a_tunnel_in_front_of_us_gets_nothing`.
-                if who == "wg-quick" && !first {
-                    continue;
-                }
                 println!("{who}, first: {first}, interface {interface}");
                 let add = || {
                     ip_batch(&["-4"], &of_family(lines, "-4"));

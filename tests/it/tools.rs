@@ -291,7 +291,7 @@ fn status_tells_missing_rules_and_routes() {
     let status = daemon.shown();
     let missing = [
         "missing  ip rule add pref 77 iif lo fwmark 0x01000000/0xff000000 lookup 4242 protocol 99\n",
-        "missing  ip -6 route add local default dev lo table 4242 proto 99\n",
+        "missing  ip -6 route add local default dev lo table 4242 proto 99 metric 1\n",
     ];
     for want in missing {
         assert!(status.contains(want), "{status}");
@@ -494,7 +494,7 @@ fn json_has_the_documented_shape() {
     let json = daemon.ask(&["status", "--json"]).out;
     assert_eq!(
         query(&json, "list(d)"),
-        "['version', 'in_force', 'daemon', 'left', 'unknown', 'default', 'targets', 'gateways', 'rules', 'routes', 'loops']"
+        "['version', 'in_force', 'daemon', 'left', 'unknown', 'default', 'targets', 'gateways', 'rules', 'routes', 'hindrances', 'loops']"
     );
     assert_eq!(query(&json, "d['version'], d['in_force'], d['default']"), "(1, True, 'direct')");
     assert_eq!(query(&json, "d['daemon']"), daemon.pid().to_string());
@@ -1474,10 +1474,10 @@ fn check_finds_who_else_uses_our_numbers() {
         return;
     };
     for (family, add, del, want) in [
-        ("-4", "rule add pref 100 from 198.51.100.1 lookup main", "rule del pref 100", "rule-priority 100 is used by others (ip rule pref 100 lookup 254): set another rule-priority"),
+        ("-4", "rule add pref 100 from 198.51.100.1 lookup main", "rule del pref 100", "rule-priority 100 is used by others (ip rule pref 100 from 198.51.100.1/32 lookup 254): set another rule-priority"),
         ("-6", "rule add pref 9 fwmark 0x1000000/0x3000000 lookup main", "rule del pref 9", "bits of fwmark-mask 0xff000000 are used by others (ip -6 rule pref 9 fwmark 0x1000000/0x3000000 lookup 254): set another fwmark-mask"),
-        ("-4", "rule add pref 9 from 198.51.100.1 lookup 300", "rule del pref 9", "route-table 300 is used by others (ip rule pref 9 lookup 300): set another route-table"),
-        ("-6", "route add 2001:db8:9::/64 dev in0 table 300", "route flush table 300", "route-table 300 is used by others (ip -6 route of protocol 3): set another route-table"),
+        ("-4", "rule add pref 9 from 198.51.100.1 lookup 300", "rule del pref 9", "route-table 300 is used by others (ip rule pref 9 from 198.51.100.1/32 lookup 300): set another route-table"),
+        ("-6", "route add 2001:db8:9::/64 dev in0 table 300", "route flush table 300", "route-table 300 is used by others (ip -6 route of protocol 3 and prefix length 64): set another route-table"),
     ] {
         let clean = "no ip rule or route of others uses mark bits 0xff000000, table 300 or priority 100";
         check(&ground, CONFIG, CLEAN).finds("ok", clean);
