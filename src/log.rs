@@ -100,6 +100,10 @@ pub fn configure(level: Level, syslog: bool) {
         log.level = level;
         log.syslog = syslog;
         log.journal = read_by_journal(io::stderr().as_fd());
+        if syslog {
+            // the C library reads the time zone now, not once /etc/localtime is out of reach
+            let _ = sys::local_time();
+        }
     });
 }
 
@@ -240,16 +244,27 @@ impl Log {
     }
 }
 
-/// `<PRI>cgtproxy[PID]: text`. No timestamp, which syslogd adds: the syslog crate's own formatter
-/// reads /proc and /etc/localtime for each line, and panics where it cannot.
+/// `<PRI>Mmm dd hh:mm:ss cgtproxy[PID]: text`, as libc's syslog(3) writes it (RFC 3164). OpenWrt's
+/// logd takes a text whose 16th character is a blank for one with a timestamp, and cuts that: without
+/// one it cuts the tag of every process with a pid of four digits. The syslog crate's own formatter
+/// reads /proc for each line, and panics where it cannot.
 struct LineFormat;
 
 impl LogFormat<&str> for LineFormat {
     fn format<W: Write>(&self, w: &mut W, severity: Severity, text: &str) -> syslog::Result<()> {
         let priority = Facility::LOG_DAEMON as u8 | severity as u8;
-        write!(w, "<{priority}>cgtproxy[{}]: {text}", std::process::id())
-            .map_err(syslog::Error::Write)
+        let (stamp, pid) = (timestamp(&sys::local_time()), std::process::id());
+        write!(w, "<{priority}>{stamp} cgtproxy[{pid}]: {text}").map_err(syslog::Error::Write)
     }
+}
+
+/// 15 characters: the day is padded with a blank.
+fn timestamp(at: &libc::tm) -> String {
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let month = usize::try_from(at.tm_mon).ok().and_then(|n| MONTHS.get(n)).unwrap_or(&MONTHS[0]);
+    let (day, hour, minute, second) = (at.tm_mday, at.tm_hour, at.tm_min, at.tm_sec);
+    format!("{month} {day:2} {hour:02}:{minute:02}:{second:02}")
 }
 
 fn truncate(text: &mut String, most: usize) {
@@ -267,5 +282,19 @@ pub struct Escaped<'a>(pub &'a [u8]);
 impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.escape_ascii().fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timestamp_has_15_characters() {
+        let mut at = sys::local_time();
+        (at.tm_mon, at.tm_mday, at.tm_hour, at.tm_min, at.tm_sec) = (10, 5, 7, 8, 9);
+        assert_eq!(timestamp(&at), "Nov  5 07:08:09");
+        (at.tm_mon, at.tm_mday) = (0, 31);
+        assert_eq!(timestamp(&at), "Jan 31 07:08:09");
     }
 }

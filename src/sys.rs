@@ -296,6 +296,17 @@ pub fn terminal_lines(fd: BorrowedFd) -> Result<usize, Errno> {
     Ok(usize::from(size.ws_row))
 }
 
+/// Now, as broken-down local time (localtime_r(3)); 1900 where there is no saying.
+pub fn local_time() -> libc::tm {
+    // SAFETY: all zeros is a struct tm; localtime_r writes no more than one, and keeps no pointer.
+    unsafe {
+        let now = libc::time(std::ptr::null_mut());
+        let mut at = std::mem::zeroed();
+        libc::localtime_r(&now, &mut at);
+        at
+    }
+}
+
 /// Whether a write of up to `PIPE_BUF` bytes to `fd` would not block now (poll(2), no waiting).
 pub fn writable_now(fd: BorrowedFd) -> bool {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };

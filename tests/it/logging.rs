@@ -275,3 +275,26 @@ fn a_log_that_may_not_grow() {
     assert!(!pidfile.exists());
     assert_eq!(crate::kernel::residue(), "");
 }
+
+/// OpenWrt's logd takes what follows the priority for a timestamp where its 16th character is a
+/// blank, and cuts that; the tag has to be behind it, whatever the length of the pid.
+#[test]
+fn logd_leaves_the_tag() {
+    let Some(ground) = Ground::new("logd") else {
+        return;
+    };
+    own_dev(&ground);
+    let socket = syslogd();
+    let daemon = Daemon::start(&ground, CONFIG, &["-s"]);
+    let mut bytes = [0; 8192];
+    let n = socket.recv(&mut bytes).expect("the line that says it has started");
+    let text = String::from_utf8_lossy(&bytes[..n]).into_owned();
+    let (priority, text) = text.split_once('>').expect("a priority in front");
+    assert_eq!(priority, "<29", "daemon.notice");
+    assert_eq!(text.as_bytes()[15], b' ', "{text}");
+    let tag = format!("cgtproxy[{}]: started: ", daemon.pid());
+    assert!(text[16..].starts_with(&tag), "{text}");
+    assert!(text[..15].split([' ', ':']).filter(|part| !part.is_empty()).count() == 5, "{text}");
+    assert!(daemon.stop().success());
+    sh("umount -l /dev");
+}
