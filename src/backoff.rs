@@ -1,6 +1,6 @@
 //! When to repair: at once as a rule, and no more often than a share of the time allows where
 //! somebody keeps destroying; so however long that goes on, what it destroyed last is soon back.
-//! Pure: the time is an argument.
+//! And when to say what goes on. Pure: the time is an argument.
 
 use std::time::{Duration, Instant};
 
@@ -83,6 +83,27 @@ impl Backoff {
     }
 }
 
+/// How often a failure that goes on is told: logs of routers are small.
+const REMIND: Duration = Duration::from_secs(3600);
+
+/// Decides whether a failure of one thing is worth a line.
+#[derive(Debug, Default)]
+pub struct Reminder(Option<(String, Instant)>);
+
+impl Reminder {
+    /// At the first time, when it is another failure, and again after an hour.
+    pub fn is_due(&mut self, text: &str, now: Instant) -> bool {
+        let told = |(last, at): &(String, Instant)| {
+            last == text && now.saturating_duration_since(*at) < REMIND
+        };
+        if self.0.as_ref().is_some_and(told) {
+            return false;
+        }
+        self.0 = Some((text.to_owned(), now));
+        true
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,5 +183,21 @@ mod tests {
         assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60]);
         backoff.done(now, now);
         assert_eq!(backoff.due(), None);
+    }
+
+    #[test]
+    fn what_goes_on_is_told_once_an_hour() {
+        let start = Instant::now();
+        let mut reminder = Reminder::default();
+        let mut told = 0;
+        for minute in 0..180 {
+            let now = start + Duration::from_secs(60 * minute);
+            told += usize::from(reminder.is_due("no cgroup2", now));
+        }
+        assert_eq!(told, 3);
+        let now = start + Duration::from_secs(60 * 180);
+        assert!(reminder.is_due("no nf_tables", now));
+        assert!(!reminder.is_due("no nf_tables", now));
+        assert!(reminder.is_due("no cgroup2", now));
     }
 }

@@ -34,6 +34,7 @@ pub struct Options {
     pub verbose: usize,
     pub ready_fd: Option<RawFd>,
     pub no_seccomp: bool,
+    pub wait: bool,
 }
 
 impl Options {
@@ -75,6 +76,7 @@ fn options(command: &str) -> getopts::Options {
     options.optflagmulti("v", "verbose", "one level more talkative; may be repeated");
     options.optopt("", "ready-fd", "write a newline there when all is in force", "N");
     options.optflag("", "no-seccomp", "run without the system call filter");
+    options.optflag("w", "wait", "where run cannot start, try again instead of exiting");
     options.optflag("h", "help", "print this help");
     options.optflag("V", "version", "print the version");
     match command {
@@ -162,6 +164,7 @@ impl Options {
         self.syslog |= matches.opt_present("syslog");
         self.verbose += matches.opt_count("verbose");
         self.no_seccomp |= matches.opt_present("no-seccomp");
+        self.wait |= matches.opt_present("wait");
         Ok(())
     }
 }

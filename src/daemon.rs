@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
-use crate::backoff::Backoff;
+use crate::backoff::{Backoff, Reminder};
 use crate::cgroup::backlog::Backlog;
 use crate::cgroup::watch::{self, Watcher};
 use crate::cgroup::{mount, tree};
@@ -43,6 +43,8 @@ pub struct Options {
     pub syslog: bool,
     /// Install the system call filter.
     pub seccomp: bool,
+    /// Where the start fails, try again instead of returning.
+    pub wait: bool,
 }
 
 /// Events that a full inotify queue holds, and some that come meanwhile.
@@ -100,10 +102,10 @@ enum Work {
     Scan(Scan),
 }
 
-struct Daemon {
-    options: Options,
+struct Daemon<'a> {
+    options: &'a Options,
     pidfile: Option<Pidfile>,
-    signals: Signals,
+    signals: &'a mut Signals,
     kernel: Kernel,
     cgroups: Cgroups,
     /// Replacing the table, where it is not what it should be.
@@ -112,7 +114,7 @@ struct Daemon {
     routing: Backoff,
     /// What should be there of ip rules and routes, and what others have put in their way.
     routes: Routing,
-    notify: Notify,
+    notify: &'a mut Notify,
     /// Sockets that may have to be ended.
     doubts: Option<Doubts>,
     /// The table was in others' hands: packets may have gone as if there was none.
@@ -130,13 +132,12 @@ struct Ready {
 
 /// Runs until SIGTERM, SIGINT or SIGUSR2.
 ///
-/// Errors: what made it impossible to start; what remained in the kernel at the end. Later refusals
-/// of the kernel are logged and tried again.
+/// Errors: what made it impossible to start, unless it is to wait; what remained in the kernel at
+/// the end. Later refusals of the kernel are logged and tried again.
 pub fn run(mut options: Options) -> Result<()> {
     // before anything is set up, so that none kills us half-way
     let mut signals = Signals::block()?;
-    let config = (options.load)(&options.config_file)?;
-    log::configure(config.log_level.louder(options.verbose), options.syslog);
+    log::configure(Level::Notice.louder(options.verbose), options.syslog);
     if sys::effective_capabilities().is_ok_and(|set| set & sys::CAP_NET_ADMIN == 0) {
         let why = "unable to run without CAP_NET_ADMIN: run as root or grant that capability";
         return Err(Error::State(why.into()));
@@ -144,13 +145,53 @@ pub fn run(mut options: Options) -> Result<()> {
     // the watcher changes the working directory
     let whole = |file: PathBuf| std::path::absolute(&file).unwrap_or(file);
     options.config_file = whole(options.config_file);
-    let pidfile = options.pidfile.take().map(|file| Pidfile::new(whole(file))).transpose()?;
+    options.pidfile = options.pidfile.map(whole);
     sys::ignore_file_size_signal();
+    let mut notify = Notify::new(options.ready_fd.take());
+    let mut retry = Backoff::default();
+    let mut reminder = Reminder::default();
+    let begun = loop {
+        let began = Instant::now();
+        match begin(&options, &mut signals, &mut notify) {
+            Ok(begun) => break begun,
+            Err(error) if !options.wait => return Err(error),
+            Err(error) => {
+                let now = Instant::now();
+                let pause = retry.failed(began, now);
+                let text = error.to_string();
+                if reminder.is_due(&text, now) {
+                    text.lines().for_each(|line| log!(Error, "{line}"));
+                    log!(Error, "unable to start yet, trying again at least once a minute");
+                }
+                if !wait_to_retry(&mut signals, now + pause)? {
+                    log!(Notice, "stopped before it could start; what was in force stays so");
+                    return Ok(());
+                }
+            }
+        }
+    };
+    let Some(mut daemon) = begun else {
+        log!(Notice, "stopped while it started");
+        return Ok(());
+    };
+    // what cannot go on leaves its rules, and says so
+    daemon.serve().inspect_err(|_| drop(daemon.leave()))
+}
+
+/// One try to start. What is in force from an earlier run stays so where it fails; `None` where the
+/// end is wanted first.
+fn begin<'a>(
+    options: &'a Options,
+    signals: &'a mut Signals,
+    notify: &'a mut Notify,
+) -> Result<Option<Daemon<'a>>> {
+    let config = (options.load)(&options.config_file)?;
+    log::configure(config.log_level.louder(options.verbose), options.syslog);
+    let pidfile = options.pidfile.clone().map(Pidfile::new).transpose()?;
     let mut kernel = Kernel::open_watching(&config)?;
     let before = instance::claim(&mut kernel)?;
-    let notify = Notify::new(options.ready_fd.take());
     let on_exit = config.on_exit;
-    let scanned = Cgroups::scan(Rc::new(config), &mut signals);
+    let scanned = Cgroups::scan(Rc::new(config), signals);
     let scanned = scanned.inspect_err(|_| instance::give_back(&mut kernel, before))?;
     let Some(cgroups) = scanned else {
         // what another instance has left in force is ours to remove as well, or to leave
@@ -158,8 +199,7 @@ pub fn run(mut options: Options) -> Result<()> {
             Some(End::Stop) if on_exit == OnExit::Remove => remove(&mut kernel)?,
             _ => instance::give_back(&mut kernel, before),
         }
-        log!(Notice, "stopped while it started");
-        return Ok(());
+        return Ok(None);
     };
     let mut daemon = Daemon {
         options,
@@ -176,8 +216,27 @@ pub fn run(mut options: Options) -> Result<()> {
         refused: false,
     };
     daemon.start(before)?;
-    // what cannot go on leaves its rules, and says so
-    daemon.serve().inspect_err(|_| drop(daemon.leave()))
+    Ok(Some(daemon))
+}
+
+/// Waits until `due`, or for SIGHUP; false where a signal ends the program before it has begun.
+fn wait_to_retry(signals: &mut Signals, due: Instant) -> Result<bool> {
+    loop {
+        if signals.end()?.is_some() {
+            return Ok(false);
+        }
+        // SIGUSR1 finds nothing to tell of
+        let (now, _) = (Instant::now(), signals.status());
+        if signals.reload() || now >= due {
+            return Ok(true);
+        }
+        let left = (due - now).as_millis() as u32 + 1;
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(signals.fd(), PollFlags::POLLIN)], timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(Error::system("unable to wait for the next try", errno)),
+        }
+    }
 }
 
 impl Cgroups {
@@ -363,7 +422,7 @@ impl Cgroups {
     }
 }
 
-impl Daemon {
+impl Daemon<'_> {
     /// Programs the kernel and says that it is ready.
     ///
     /// Errors: why not. Nothing is left behind, but for what was in force before: where there was a
@@ -760,7 +819,7 @@ impl Daemon {
         let before = match new.cgroup_root == old.cgroup_root {
             true => None,
             false => {
-                let fresh = Cgroups::scan(new.clone(), &mut self.signals)?;
+                let fresh = Cgroups::scan(new.clone(), self.signals)?;
                 let fresh = fresh.ok_or_else(|| Error::State("the end is wanted first".into()))?;
                 Some(std::mem::replace(&mut self.cgroups, fresh))
             }

@@ -44,8 +44,8 @@ _cgtproxy() {
 	if [[ $cur == -* ]]; then
 		local options="--config --verbose --help --version"
 		case $command in
-			"") options+=" --pidfile --syslog --ready-fd --no-seccomp" ;;
-			run) options+=" --pidfile --syslog --ready-fd --no-seccomp" ;;
+			"") options+=" --pidfile --syslog --ready-fd --no-seccomp --wait" ;;
+			run) options+=" --pidfile --syslog --ready-fd --no-seccomp --wait" ;;
 			explain) options+=" --pid" ;;
 			status) options+=" --json --watch" ;;
 			exec) options+=" --user" ;;

@@ -32,6 +32,7 @@ pub fn run(options: Options) -> Result<ExitCode> {
         verbose: options.verbose,
         syslog: options.syslog,
         seccomp: !options.no_seccomp,
+        wait: options.wait,
     })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -46,6 +46,7 @@ mod soak;
 mod stale;
 mod tools;
 mod traffic;
+mod waiting;
 
 use std::time::{Duration, Instant};
 
