@@ -32,7 +32,6 @@ fi
 # What is installed: SOURCE DESTINATION MODE
 case $INIT in
 openwrt) services="openwrt/cgtproxy $SYSCONFDIR/init.d/cgtproxy 755
-openwrt/cgtproxy.json $SYSCONFDIR/capabilities/cgtproxy.json 644
 openwrt/cgtproxy.keep /lib/upgrade/keep.d/cgtproxy 644" ;;
 openrc) services="openrc/cgtproxy $SYSCONFDIR/init.d/cgtproxy 755" ;;
 systemd) units=${UNITDIR:-/usr/lib/systemd/system}

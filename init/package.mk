@@ -48,7 +48,7 @@ SYSCONFDIR ?= /etc
 INIT       ?= auto
 INSTALL     = DESTDIR=$(DESTDIR) PREFIX=$(PREFIX) SYSCONFDIR=$(SYSCONFDIR) INIT=$(INIT) BIN=$(BIN) sh init/install.sh
 
-.PHONY: install uninstall dist dist-all deb init-test
+.PHONY: install uninstall dist dist-all dist-source deb init-test
 install:
 	@test -e $(BIN) || { echo "make: no $(BIN): run make first" >&2; exit 1; }
 	$(INSTALL) install
@@ -67,13 +67,20 @@ dist: cross
 	cp $(BIN) README.md LICENSE init/install.sh target/dist/$(NAME)
 	cp -r conf target/dist/$(NAME)
 	cp -r init/openwrt init/openrc init/systemd target/dist/$(NAME)/init
-	rm -f target/dist/$(NAME)/init/openwrt/Makefile
+	cd target/dist/$(NAME)/init/openwrt && rm -f Makefile test.sh
 	tar --sort=name --mtime=@$(DATE) --owner=0 --group=0 --numeric-owner --mode=a=rX,u+w --format=ustar \
 	  -C target/dist -c $(NAME) | gzip -n9 > target/dist/$(NAME).tar.gz
 	@sha256sum target/dist/$(NAME).tar.gz
 
 dist-all:
 	+for arch in $(ARCHES); do $(MAKE) --no-print-directory dist ARCH=$$arch || exit 1; done
+
+# The source as a feed of OpenWrt takes it, and the hash for its Makefile.
+SOURCE = target/dist/cgtproxy-$(VERSION).tar.gz
+dist-source:
+	mkdir -p target/dist
+	git archive --prefix=cgtproxy-$(VERSION)/ HEAD | gzip -n9 > $(SOURCE)
+	@sha256sum $(SOURCE)
 
 # A Debian package; the same source gives the same bytes.
 DEB_ARCH_x86_64 = amd64

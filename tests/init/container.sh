@@ -1,13 +1,15 @@
 #!/bin/bash
-# container.sh ROOT SCRIPT: runs SCRIPT (a path inside ROOT, a debootstrap tree) in mount, pid, net,
-# uts, ipc and cgroup namespaces of its own, with cgroup2 at /sys/fs/cgroup. Needs root. Nothing of
-# the host is changed; what SCRIPT writes stays in ROOT.
+# container.sh ROOT SCRIPT [ARG...]: runs SCRIPT (a path inside ROOT, a debootstrap tree, or / for
+# this host's own) in mount, pid, net, uts, ipc and cgroup namespaces of its own, with cgroup2 at
+# /sys/fs/cgroup. Needs root. Nothing of the host is changed, as long as SCRIPT keeps to /run, /tmp
+# and /dev where ROOT is /; else what it writes stays in ROOT.
 set -e
 root=$1 script=$2
 if [ -z "$IN_CONTAINER" ]; then
 	cgroups=$(awk '/ - cgroup2 / { print $5; exit }' /proc/self/mountinfo)
 	mine=
-	if [ -z "$cgroups" ]; then
+	# none, or hidden by a later mount
+	if [ ! -e "$cgroups/cgroup.procs" ]; then
 		mine=$(mktemp -d)
 		mount -t cgroup2 none "$mine"
 		cgroups=$mine
@@ -22,7 +24,7 @@ if [ -z "$IN_CONTAINER" ]; then
 	[ -z "$mine" ] || { umount "$mine" && rmdir "$mine"; }
 	exit $rc
 fi
-mount --bind "$root" "$root"
+[ "$root" = / ] || mount --bind "$root" "$root"
 cd "$root"
 mount -t proc proc proc
 mount -t sysfs sysfs sys
@@ -37,7 +39,9 @@ done
 ln -s /proc/self/fd dev/fd
 ln -s pts/ptmx dev/ptmx
 ip link set lo up
-mkdir -p .old
-pivot_root . .old
-umount -l /.old
-exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin TERM=dumb LC_ALL=C.UTF-8 /bin/sh "$script"
+if [ "$root" != / ]; then
+	mkdir -p .old
+	pivot_root . .old
+	umount -l /.old
+fi
+exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin TERM=dumb LC_ALL=C.UTF-8 /bin/sh "$script" "${@:3}"

@@ -1,91 +1,321 @@
 #!/bin/sh
-# procd.sh PROGRAM (run by busybox ash): the OpenWrt service script under a stand-in of rc.common and
-# procd.sh that records what is asked of procd. A record is one line a call; what procd would run is
-# run once, to see that its arguments are right.
+# procd.sh PROGRAM REPOSITORY [SCRIPT]: the OpenWrt service from boot to removal, under a stand-in of
+# rc.common (here) and of procd, ubusd and logd (procd.py), with services whose packets are counted
+# on the wire. Run by container.sh on this host's own tree. rc.common's part is what the real one does
+# with a script: it reads it, then puts its own start, stop and reload over the script's.
 # shellcheck disable=SC2317 # functions are called by name
-set -u
-program=$1
-here=$(cd "$(dirname "$0")/../.." && pwd)
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-failed=0
+program=$1 repository=$2 script=${3:-$2/init/openwrt/cgtproxy}
+# what pid 1 starts is procd's child, and tells nobody but the log
+[ $$ -ne 1 ] || { sh "$0" "$@"; exit; }
+. "$repository/tests/init/lib.sh"
+dir=/run/openwrt
+mkdir -p $dir/bin $dir/init.d $dir/rc.d $dir/run
+cp "$repository/tests/init/procd.py" $dir/
+cp "$program" $dir/cgtproxy
+export dir PATH=$dir/bin:$PATH
 
-# what rc.common does with a script: sources it, then calls the action's function
-cat >"$dir/rc.common" <<'EOF'
-record() { echo "$*" >>"$RECORD"; }
-procd_open_instance() { record open; }
-procd_close_instance() { record close; }
-procd_set_param() { record "param $*"; }
-procd_add_reload_trigger() { record "trigger $*"; }
-procd_send_signal() { record "signal $*"; }
-running() { [ -e "$RUNNING" ]; }
-logger() { cat >>"$LOGGED"; }
+cat >$dir/rc.common <<'EOF'
 initscript=$1 action=$2
-START= STOP= USE_PROCD= EXTRA_COMMANDS=
+name=${initscript##*/}
+name=${name#S[0-9][0-9]}
+words() { for word in "$@"; do printf " '%s'" "$word"; done; echo; }
+procd_open_instance() { count=$((count + 1)); words instance "${1:-instance$count}" >>$asked; }
+procd_close_instance() { :; }
+procd_set_param() {
+	case $1 in
+	reload_signal) words param "$1" "$(kill -l "$2")" ;;
+	*) words param "$@" ;;
+	esac >>$asked
+}
+procd_add_jail() { words param jail "$@" >>$asked; }
+procd_add_reload_trigger() { words trigger "$@" >>$asked; }
+procd_send_signal() { ask signal "$1" "$(kill -l "${3:-HUP}")"; }
+ask() { python3 $dir/procd.py ask $dir "$@"; }
+start_service() { :; }
+stop_service() { :; }
+service_triggers() { :; }
+start() { :; }
+stop() { :; }
+reload() { restart; }
+boot() { start; }
+shutdown() { stop; }
+restart() { trap '' TERM; stop; trap - TERM; start; }
+enable() { [ -z "$START" ] || : >$dir/rc.d/S$START$name; }
+disable() { rm -f $dir/rc.d/S??$name; }
 . "$initscript"
-[ "$USE_PROCD" = 1 ] || exit 99
-# of rc.common where USE_PROCD is set
-start() { start_service; rc=$?; service_triggers; return $rc; }
-reload() { reload_service; }
-case " start reload $EXTRA_COMMANDS " in *" $action "*) "$action" ;; *) exit 98 ;; esac
+if [ -n "$USE_PROCD" ]; then
+	# whatever start_service returns, the service is closed with what was opened
+	start() {
+		asked=$(mktemp) count=0
+		start_service
+		service_triggers
+		ask set "$name" <$asked
+		rm $asked
+		if type service_started >/dev/null 2>&1; then service_started; fi
+	}
+	stop() {
+		stop_service
+		ask delete "$name"
+		if type service_stopped >/dev/null 2>&1; then service_stopped; fi
+	}
+	reload() { if type reload_service >/dev/null 2>&1; then reload_service; else start; fi; }
+	running() {
+		[ "$(jsonfilter -s "$(ubus call service list "{ \"name\": \"$name\" }")" -e "@.$name.instances[*].running")" = True ]
+	}
+fi
+case " start stop restart reload boot shutdown enable disable running $EXTRA_COMMANDS " in
+*" $action "*) $action ;;
+*) exit 98 ;;
+esac
 EOF
+for tool in ubus jsonfilter; do
+	case $tool in ubus) where=" $dir" ;; *) where= ;; esac
+	printf '#!/bin/sh\nexec python3 %s/procd.py %s%s "$@"\n' $dir $tool "$where" >$dir/bin/$tool
+done
+printf '#!/bin/sh\nexec busybox logger "$@"\n' >$dir/bin/logger
+# a line a call: busybox's logger takes an argument or standard input
+chmod +x $dir/bin/*
 
-script() { # ACTION: runs the service script with its program and configuration put in
-	: >"$dir/record"
-	: >"$dir/logged"
-	sed "s|/usr/sbin/cgtproxy|$program|; s|/etc/cgtproxy/cgtproxy.conf|$dir/cgtproxy.conf|; s|/sbin/ujail|$dir/ujail|" \
-		"$here/init/openwrt/cgtproxy" >"$dir/script"
-	RECORD=$dir/record LOGGED=$dir/logged RUNNING=$dir/running busybox ash "$dir/rc.common" "$dir/script" "$1" >"$dir/out" 2>&1
+run() { # NAME ACTION: as an admin does
+	busybox ash $dir/rc.common $dir/init.d/"$1" "$2" >$dir/out 2>$dir/err
 }
-check() {
-	what=$1
-	shift
-	if "$@" >"$dir/check.log" 2>&1; then
-		echo "ok     $what"
-	else
-		echo "FAILED $what"
-		cat "$dir/check.log" "$dir/out" "$dir/record" | sed 's/^/       /'
-		failed=1
-	fi
+put() { # what a package brings: the service script with its paths put in
+	sed "s|/usr/sbin/cgtproxy|$dir/cgtproxy|; s|/etc/cgtproxy/cgtproxy.conf|$dir/cgtproxy.conf|
+		s|/var/run/|$dir/run/|; s|/etc/init.d|$dir/init.d|" \
+		"$script" >$dir/init.d/cgtproxy
 }
-has() { grep -qx "$1" "$dir/record"; }
-lacks() { ! grep -q "$1" "$dir/record"; }
-fails() { ! "$@"; }
-policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\n%s\n' "$1" >"$dir/cgtproxy.conf"; }
+service() { # NAME START COMMAND INSTANCE
+	printf 'START=%s\nUSE_PROCD=1\nstart_service() {\n\tprocd_open_instance %s\n\tprocd_set_param command %s\n\tprocd_set_param respawn 3600 5 5\n}\n' \
+		"$2" "${4:-}" "$3" >$dir/init.d/"$1"
+	: >$dir/rc.d/S"$2$1"
+}
+policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\n%s\n' "$1" >$dir/cgtproxy.conf; }
+POLICY='drop = /services/(early|app|new)
+mihomo = /services/nikki'
+daemon_pid() { ubus call service list '{"name":"cgtproxy"}' >$dir/list && jsonfilter -s "$(cat $dir/list)" -e '@.cgtproxy.instances[*].pid'; }
+other_pid() { new=$(daemon_pid) && [ -n "$new" ] && [ "$new" != "$old" ]; }
+same_pid() { [ "$(daemon_pid)" = "$old" ]; }
+left() { # PORT...: the packets that left for these ports
+	sum=0
+	for port in "$@"; do
+		n=$(nft list chain netdev count in | sed -n "s/.*dport $port counter packets \([0-9]*\).*/\1/p")
+		sum=$((sum + n))
+	done
+	echo $sum
+}
+none_left() { n=$(left 9 11 12); echo "$n packets of dropped and proxied services left"; [ "$n" -eq 0 ]; }
+some_left() { before=$(left 10); within 5 more_left; }
+more_left() { [ "$(left 10)" -gt "$before" ]; }
+table() { nft list table inet cgtproxy; }
+logged() { grep -c "$1" $dir/log; }
+once() { n=$(logged "$1"); echo "$n times: $1"; [ "$n" -eq 1 ]; }
+silent() { cat $dir/out $dir/err; [ ! -s $dir/out ] && [ ! -s $dir/err ]; }
+show_log() { tail -20 $dir/log; }
+leftover() { nft list tables; ip rule; ip -6 rule; ip route show table all; }
+clean() { leftover; ! leftover | grep -E 'cgtproxy|proto 99|lookup 300'; }
 
-chmod 700 "$dir"
-policy 'mihomo = /services/app'
-check "parses in busybox ash" busybox ash -n "$here/init/openwrt/cgtproxy"
-check "start" script start
-check "asks for one instance" [ "$(grep -c '^open$' "$dir/record")$(grep -c '^close$' "$dir/record")" = 11 ]
-check "its command" has "param command $program -s -c $dir/cgtproxy.conf"
-check "respawn for ever" has "param respawn 3600 5 0"
-check "reload by SIGHUP" has "param reload_signal HUP"
-check "restart where the file changed" has "param file $dir/cgtproxy.conf"
-check "no_new_privs" has "param no_new_privs 1"
-check "no capabilities without ujail" lacks "param capabilities"
-check "reload trigger" has "trigger cgtproxy"
-printf '#!/bin/sh\n' >"$dir/ujail"
-chmod +x "$dir/ujail"
-check "start with ujail" script start
-check "capabilities" has "param capabilities /etc/capabilities/cgtproxy.json"
-command=$(sed -n 's/^param command //p' "$dir/record")
-check "the command is accepted" $command check
-check "the capabilities are JSON" python3 -m json.tool "$here/init/openwrt/cgtproxy.json"
-: >"$dir/running"
-check "reload while running" script reload
-check "sends a signal" has "signal cgtproxy"
-check "and starts nothing" lacks open
-rm "$dir/running"
-check "reload while stopped" script reload
-check "starts" has open
-policy 'mihomo = ('
-check "start with an error is refused" fails script start
-check "asks procd for nothing" lacks open
-check "says where" grep -q 'cgtproxy.conf:4' "$dir/logged"
-: >"$dir/running"
-check "reload with an error is refused" fails script reload
-check "and sends no signal" lacks signal
-check "check says where" fails script check
-check "on the terminal" grep -q 'cgtproxy.conf:4' "$dir/out"
+# the wire: what arrives at out0 has left
+ip link add in0 type veth peer name out0
+ip link set out0 up
+ip addr add 192.0.2.1/24 dev in0
+nft -f - <<-EOF
+	table netdev count {
+		chain in {
+			type filter hook ingress device out0 priority 0
+			udp dport 9 counter
+			udp dport 10 counter
+			udp dport 11 counter
+			udp dport 12 counter
+		}
+	}
+EOF
+cat >$dir/talk.py <<-'EOF'
+	import socket, sys, time
+	s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+	while True:
+	    try:
+	        s.sendto(b"x", ("203.0.113.7", int(sys.argv[1])))
+	    except OSError:
+	        pass
+	    time.sleep(0.003)
+EOF
+talk() { service "$1" "$2" "python3 $dir/talk.py $3" "${4:-}"; }
+# busybox prefers its own applet, which knows less
+ip=$(command -v ip)
+# netifd: forgets all ip rules, and lo comes up later than everything else
+cat >$dir/init.d/network <<-EOF
+	START=20
+	boot() {
+		$ip rule flush; $ip rule add pref 32766 lookup main
+		$ip link set in0 up
+		$ip route add default dev in0
+		$ip neigh add 203.0.113.7 lladdr 02:00:00:00:00:01 dev in0
+		$ip route add 203.0.113.7 dev in0
+		( sleep 0.5; $ip link set lo up ) &
+	}
+EOF
+talk early 13 11
+talk nikki 15 12 nikki
+talk app 50 9
+talk other 50 10
+# installed, and not enabled
+talk new 60 9
+rm $dir/rc.d/S60new
+put
+: >$dir/rc.d/S20network
+: >$dir/rc.d/"S$(sed -n 's/^START=//p' $dir/init.d/cgtproxy)cgtproxy"
+chmod 700 $dir
+policy "$POLICY"
+ip link set lo down
+# pids of four digits: with those logd cuts off the tag of whoever sends no timestamp
+echo 2000 >/proc/sys/kernel/ns_last_pid
+python3 $dir/procd.py serve $dir 2>$dir/procd.err &
+within 5 test -S $dir/ubus
+
+boot() {
+	for link in "$dir"/rc.d/S*; do
+		service=${link##*/S??}
+		busybox ash $dir/rc.common $dir/init.d/"$service" boot >>$dir/boot.log 2>&1
+	done
+}
+check "boot" boot
+check "another service talks" some_left
+check "a boot with lo late: nothing of dropped and proxied services left" none_left
+check "its lines have their tag in logd" once '^daemon.notice cgtproxy\[[0-9]*\]: started: '
+check "nothing is asked that does nothing" fails grep "does nothing" $dir/log
+proxied() { ip rule | grep 'lookup 300' && ip route show table 300 | grep local; }
+check "routes follow when lo is up" within 5 proxied
+
+for action in start restart reload; do
+	old=$(daemon_pid)
+	policy "$POLICY
+mihomo = ("
+	: >$dir/log
+	check "$action with an error is refused" fails run cgtproxy $action
+	check "says why on standard error" grep 'cgtproxy.conf:6' $dir/err
+	check "and once in the log" once 'cgtproxy.conf:6'
+	check "and the daemon stays" same_pid
+	check "and so does its policy" table
+	check "check says it too" fails run cgtproxy check
+	policy "$POLICY"
+done
+sleep 0.2
+check "nothing left meanwhile" none_left
+
+old=$(daemon_pid)
+check "reload" run cgtproxy reload
+check "without a restart" same_pid
+check "start of what runs changes nothing" run cgtproxy start
+check "by the same daemon" same_pid
+check "restart" run cgtproxy restart
+check "brings another daemon" other_pid
+check "which is ready when restart returns" test "$(cat $dir/run/cgtproxy.pid)" = "$(daemon_pid)"
+old=$(daemon_pid)
+kill -9 "$old"
+check "kill -9: another within three seconds" within 3 other_pid
+check "nothing left through restart and kill -9" none_left
+
+# the service's first packet, while the daemon is busy elsewhere
+kill -STOP "$(daemon_pid)"
+check "a service that is new starts" run new start
+sleep 0.3
+check "nothing of it left before it was looked at" none_left
+kill -CONT "$(daemon_pid)"
+run new stop
+
+# packages: what default_postinst and default_prerm do around our scripts
+scripts() { # postinst or prerm: our script of the feed's Makefile
+	awk -v "start=define Package/cgtproxy/$1" '$0 == start { on = 1; next } /^endef/ { on = 0 } on' \
+		"$repository/init/openwrt/Makefile" | sed "s/[$][$]/$/g; s|/etc/init.d/cgtproxy|run cgtproxy|g; s|/usr/sbin/cgtproxy|$dir/cgtproxy|; s/^exit 0//" >$dir/"$1"
+}
+scripts postinst
+scripts prerm
+ours() { ( IPKG_INSTROOT= PKG_UPGRADE=${PKG_UPGRADE:-}; . $dir/"$1" ); }
+act() { run cgtproxy "$1"; cat $dir/out $dir/err >>$dir/told; }
+prerm() { [ "${PKG_UPGRADE:-}" = 1 ] || act disable; act stop; }
+postinst() { [ "${PKG_UPGRADE:-}" = 1 ] || act enable; act start; }
+replace() { cp $dir/cgtproxy $dir/cgtproxy.new; mv $dir/cgtproxy.new $dir/cgtproxy; }
+upgrade() { # opkg or apk
+	export PKG_UPGRADE=1
+	: >$dir/told
+	case $1 in
+	opkg) ours prerm; prerm; replace; ours postinst; postinst ;;
+	apk) replace; postinst; ours postinst ;;
+	esac
+	unset PKG_UPGRADE
+	cat $dir/told
+	[ ! -s $dir/told ]
+}
+remove() {
+	: >$dir/told
+	case $1 in
+	opkg) ours prerm; prerm ;;
+	apk) prerm; ours prerm ;;
+	esac >>$dir/told 2>&1
+	cat $dir/told
+	[ ! -s $dir/told ]
+}
+is_new() { readlink "/proc/$(daemon_pid)/exe"; [ "$(readlink "/proc/$(daemon_pid)/exe")" = $dir/cgtproxy ]; }
+enabled() { ls $dir/rc.d/S??cgtproxy; }
+for manager in opkg apk; do
+	run cgtproxy enable
+	old=$(daemon_pid)
+	check "upgrade by $manager, in silence" upgrade $manager
+	check "the new program runs" is_new
+	check "which is another process" other_pid
+	check "nothing left during the upgrade" none_left
+	run cgtproxy disable
+	check "upgrade by $manager of what is disabled and runs" upgrade $manager
+	check "it runs still, the new one" is_new
+	check "and is disabled still" fails enabled
+	check "nothing left during that upgrade" none_left
+	for name in early app nikki; do run $name stop; done
+	check "stop" run cgtproxy stop
+	check "nothing is in the kernel when stop returns" clean
+	check "stop again, in silence" run cgtproxy stop
+	check "which it is" silent
+	check "upgrade by $manager of what does not run" upgrade $manager
+	check "it does not run" fails daemon_pid
+	policy "$POLICY"
+	sed -i '1i [global]\non-exit = keep' $dir/cgtproxy.conf
+	check "start" run cgtproxy start
+	run cgtproxy enable
+	check "removal by $manager, without a word" remove $manager
+	check "leaves nothing in the kernel" clean
+	check "nor in rc.d" fails enabled
+	policy "$POLICY"
+	check "start" run cgtproxy start
+	for name in early app nikki; do run $name start; done
+done
+check "shutdown" run cgtproxy shutdown
+check "the policy stays to the end" table
+check "nothing left during shutdown" none_left
+
+# a trigger of a config that is not there never fires
+triggers() { ubus call service list >$dir/list; for t in $(jsonfilter -s "$(cat $dir/list)" -e '@.cgtproxy.triggers[*]'); do [ -e /etc/config/$t ] || { echo "trigger of /etc/config/$t"; return 1; }; done; }
+check "start" run cgtproxy start
+check "no trigger that never fires" triggers
+
+# procd of old
+touch $dir/old
+nikki=$(ubus call service list '{"name":"nikki"}')
+kill "$(jsonfilter -s "$nikki" -e '@.nikki.instances[*].pid')"
+in_root() { grep -l '^0::/$' /proc/[0-9]*/cgroup | while read -r file; do tr '\0' ' ' <"${file%cgroup}cmdline"; echo; done | grep "talk.py 12"; }
+check "an old procd starts a service again in the root cgroup" within 10 in_root
+rm $dir/old
+
+# a router without cgroup v2
+run cgtproxy stop
+umount /sys/fs/cgroup
+: >$dir/log
+check "start without cgroup2 fails" fails run cgtproxy start
+check "and says why" grep 'cgroup2' $dir/err
+sleep 4
+check "the log has it once, after seconds" once 'cgroup2'
+quiet() { cat $dir/log; [ "$(wc -l <$dir/log)" -le 3 ]; }
+check "and not much else" quiet
+mount -t cgroup2 none /sys/fs/cgroup
+run cgtproxy reload
+check "once it is mounted, it starts" within 10 table
+if [ -n "${KEEP_LOG:-}" ]; then show_log; cat $dir/procd.err; fi
 exit $failed

@@ -40,8 +40,8 @@ openrc() {
 }
 
 procd() {
-	echo "procd (its functions recorded)"
-	busybox ash $here/procd.sh "$program" || rc=1
+	echo "procd (a stand-in)"
+	timeout 180 $here/container.sh / "$PWD/$here/procd.sh" "$PWD/$program" "$PWD" || rc=1
 }
 
 systemd() {
