@@ -259,6 +259,7 @@ fn a_log_that_may_not_grow() {
     ground.cgroup("/more");
     assert!(daemon.wait_log(" log lines lost", SETTLE), "{}", daemon.logs());
     assert!(daemon.wait_log("/more: drop", SETTLE), "{}", daemon.logs());
+    let config = daemon.config.display().to_string();
     assert!(daemon.stop().success());
     // nor does it cost half of a pidfile
     let pidfile = ground.dir.join("pid");
@@ -266,7 +267,7 @@ fn a_log_that_may_not_grow() {
         "ulimit -f 0; exec {} -s -p {} -c {} run",
         crate::daemon::binary().display(),
         pidfile.display(),
-        ground.dir.join("cgtproxy-0.conf").display()
+        config
     );
     let out = Command::new("sh").args(["-c", &script]).output().expect("start sh");
     let said = String::from_utf8_lossy(&out.stderr).into_owned();
@@ -285,6 +286,7 @@ fn logd_leaves_the_tag() {
     };
     own_dev(&ground);
     let socket = syslogd();
+    socket.set_nonblocking(false).expect("clear O_NONBLOCK");
     let daemon = Daemon::start(&ground, CONFIG, &["-s"]);
     let mut bytes = [0; 8192];
     let n = socket.recv(&mut bytes).expect("the line that says it has started");
