@@ -203,9 +203,12 @@ fn with_fault(ground: &Ground, fault: &str, clean: &Seen) -> Result<Option<Strin
         Some(1) if ready && early.is_some() && !left.contains("table inet cgtproxy") => {
             wrong.push(format!("the rules are not in force any more:\n{left}"));
         }
+        Some(1) if !ready && !left.is_empty() => {
+            wrong.push(format!("a start that failed left behind\n{left}"));
+        }
         Some(1) => {}
         // the configuration could not be read
-        Some(2) if !ready && log.contains("error: ") => {}
+        Some(2) if !ready && log.contains("error: ") && left.is_empty() => {}
         _ => wrong.push(format!("{ended}")),
     }
     if ended.code() == Some(1) {
@@ -233,6 +236,79 @@ fn with_fault(ground: &Ground, fault: &str, clean: &Seen) -> Result<Option<Strin
         })),
         false => Err(format!("{hit:?}\n{}\n{log}", wrong.join("\n"))),
     }
+}
+
+/// A daemon takes over what another has left, and leaves it in turn, with one fault on the way. What
+/// is in force stays in force all the same. As [`with_fault`].
+fn hand_over(ground: &Ground, fault: &str, before: &Seen) -> Result<Option<String>, String> {
+    let trace = ground.dir.join("trace");
+    let call = fault.split(':').next().expect("a call");
+    let (only, inject) = (format!("trace={call}"), format!("inject={fault}"));
+    let trace_name = trace.to_str().expect("UTF-8");
+    let by = ["strace", "-D", "-f", "-qq", "-o", trace_name, "-e", &only, "-e", &inject];
+    let pidfile = ground.dir.join("pid");
+    let args = ["--no-seccomp", "-p", pidfile.to_str().expect("UTF-8")];
+    let mut daemon = Daemon::spawn_by(ground, CONFIG, &by, &args, &[]);
+    let ready = daemon.ready() || daemon.ended().is_none() && daemon.logs().contains("started");
+    let mut wrong = Vec::new();
+    if ready {
+        wait_until(Duration::from_secs(20), || seen(ground) == *before);
+        daemon.signal(Signal::SIGUSR2);
+    }
+    let code = daemon.wait().code();
+    let log = daemon.logs();
+    match code {
+        Some(0) if ready => {}
+        Some(1) if log.contains("unable to ") => {}
+        Some(2) if !ready && log.contains("error: ") => {}
+        _ => wrong.push(format!("{code:?}, ready: {ready}")),
+    }
+    let after = seen(ground);
+    if after != *before {
+        wrong.push(format!("{after:#?} is in force, not {before:#?}"));
+    }
+    if call != "unlink" && pidfile.exists() {
+        wrong.push("its pidfile stays".into());
+    }
+    let _ = fs::remove_file(&pidfile);
+    let trace = fs::read_to_string(&trace).unwrap_or_default();
+    let hit = trace.lines().find(|line| line.contains("(INJECTED)"));
+    match wrong.is_empty() {
+        true => Ok(hit.map(str::to_owned)),
+        false => Err(format!("{hit:?}\n{}\n{log}", wrong.join("\n"))),
+    }
+}
+
+#[test]
+fn a_hand_over_with_one_fault() {
+    let Some(ground) = Ground::new("handover") else {
+        return;
+    };
+    set_up(&ground);
+    Daemon::start(&ground, CONFIG, &["--no-seccomp"]).leave();
+    let before = seen(&ground);
+    let (mut runs, mut wrong) = (0, Vec::new());
+    for (i, (call, errnos)) in CALLS.iter().enumerate() {
+        let mut when = 1 + i % 3;
+        loop {
+            let fault = format!("{call}:error={}:when={when}", errnos[0]);
+            match hand_over(&ground, &fault, &before) {
+                Ok(Some(_)) => runs += 1,
+                Ok(None) => break,
+                Err(why) => {
+                    wrong.push(format!("{fault}: {why}"));
+                    run(&["flush"]);
+                    Daemon::start(&ground, CONFIG, &["--no-seccomp"]).leave();
+                }
+            }
+            when += if sized(0, 1) == 1 { 1 } else { 3 + 4 * when };
+        }
+    }
+    println!("{runs} faults in hand-overs");
+    assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+    assert!(runs > 0);
+    assert!(Daemon::start(&ground, CONFIG, &[]).stop().success());
+    assert_eq!(residue(), "");
 }
 
 #[test]
