@@ -325,7 +325,15 @@ fn bad_combinations() {
         ),
         (
             "[global]\nfwmark-mask = 1\n[tproxy a]\nport = 1\n[tproxy b]\nport = 2\n",
-            &["c:5: no mark left in fwmark-mask 0x1 for [tproxy b]"],
+            &["c:3: a tproxy needs a fwmark-mask of two bits or more, not 0x1"],
+        ),
+        (
+            "[global]\nfwmark-mask = 3\n[tproxy a]\nport = 1\n[tproxy b]\nport = 2\n[tproxy c]\nport = 3\n",
+            &["c:7: no mark left in fwmark-mask 0x3 for [tproxy c]"],
+        ),
+        (
+            "[tproxy a]\nport = 1\nmark = 0xfe000000\n",
+            &["c:3: mark 0xfe000000 is fwmark-mask without its lowest bit, which stands for flows that a proxy begins"],
         ),
         (
             "[global]\ndefault = drop\nfwmark-mask = 3\n[tproxy a]\nport = 1\nmark = 3\n",
@@ -439,7 +447,7 @@ fn bad_includes() {
 }
 
 /// For random masks, tproxies and explicit marks: each tproxy has a mark of its own, not zero,
-/// within the mask and not the one of direct flows, or there is an error and a reason for it.
+/// within the mask and none that flows bear otherwise, or there is an error and a reason for it.
 #[test]
 fn marks() {
     let mut seed = 1u32;
@@ -464,10 +472,13 @@ fn marks() {
                 explicit.push(mark);
             }
         }
-        let reserved = default == "drop";
-        let legal = |mark: &u32| mark & !mask == 0 && !(reserved && *mark == mask);
+        let reserved =
+            BTreeSet::from([mask & (mask - 1), if default == "drop" { mask } else { 0 }]);
+        let legal = |mark: &u32| mark & !mask == 0 && !reserved.contains(mark);
         let distinct: BTreeSet<_> = explicit.iter().collect();
-        let room = (1 << bits.len()) - 1 - usize::from(reserved);
+        let values = 1 << bits.len();
+        let room =
+            if values == 2 { 0 } else { values - 1 - reserved.iter().filter(|m| **m != 0).count() };
         let possible =
             explicit.iter().all(legal) && distinct.len() == explicit.len() && count <= room;
         match read(&[("c", &text)]) {
@@ -495,10 +506,10 @@ fn default_marks() {
         (0xff00_0000_u32, [None; 3], [0x0100_0000, 0x0200_0000, 0x0300_0000]),
         (0x0000_ff00, [None; 3], [0x100, 0x200, 0x300]),
         (0xffff_ffff, [None; 3], [1, 2, 3]),
-        (0xc000_0000, [None; 3], [0x4000_0000, 0x8000_0000, 0xc000_0000]),
-        (0x0000_0101, [None; 3], [0x001, 0x100, 0x101]),
+        (0x7000_0000, [None; 3], [0x1000_0000, 0x2000_0000, 0x3000_0000]),
+        (0x0001_0101, [None; 3], [0x001, 0x100, 0x101]),
         (0xff00_0000, [None, Some(0x0300_0000), None], [0x0100_0000, 0x0300_0000, 0x0400_0000]),
-        (0x0000_0003, [None, Some(1), None], [2, 1, 3]),
+        (0x0000_0007, [None, Some(1), Some(5)], [2, 1, 5]),
     ] {
         let mut text = format!("[global]\nfwmark-mask = {mask}\n");
         for (i, mark) in given.iter().enumerate() {
@@ -678,8 +689,8 @@ fn bad_gateways() {
             ],
         ),
         (
-            "[global]\nfwmark-mask = 3\n[tproxy a]\nport = 1\nmark = 3\n[gateway a]\ninterface = e\ntarget = a\n",
-            &["c:5: mark 0x3 is the whole fwmark-mask, which stands for routed packets where there is a gateway"],
+            "[global]\nfwmark-mask = 3\n[tproxy a]\nport = 1\nmark = 2\n[gateway a]\ninterface = e\ntarget = a\n",
+            &["c:5: mark 0x2 is fwmark-mask without its lowest bit, which stands for flows that a proxy begins"],
         ),
         (
             "[global]\nrule-priority = 32764\n[gateway a]\ninterface = e*\ntarget = drop\n",

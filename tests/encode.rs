@@ -214,9 +214,12 @@ samples! {
     Stmt::Uid(_) => Stmt::Uid(0), Stmt::Uid(65534);
     Stmt::PacketMark(_) => Stmt::PacketMark(A_MARK);
     Stmt::CtMark(_) => Stmt::CtMark(A_MARK);
+    Stmt::NotCtMark(_) => Stmt::NotCtMark(A_MARK);
     Stmt::CtMarked(_) => Stmt::CtMarked(0xff00_0000);
+    Stmt::Original => Stmt::Original;
     Stmt::Reply => Stmt::Reply;
     Stmt::New => Stmt::New;
+    Stmt::Invalid => Stmt::Invalid;
     Stmt::Dnatted => Stmt::Dnatted;
     Stmt::Destination { .. } => Stmt::Destination { family: Family::V4, set: "bypass4" },
         Stmt::Destination { family: Family::V6, set: "bypass6" };
@@ -231,6 +234,7 @@ samples! {
     Stmt::Dport(..) => Stmt::Dport(L4::Tcp, 53), Stmt::Dport(L4::Udp, 53);
     Stmt::NotDport(_) => Stmt::NotDport(53);
     Stmt::Local => Stmt::Local;
+    Stmt::ForeignSource => Stmt::ForeignSource;
     Stmt::Broadcast => Stmt::Broadcast;
     Stmt::NeighbourDiscovery => Stmt::NeighbourDiscovery;
     Stmt::Counter => Stmt::Counter;
@@ -251,6 +255,8 @@ samples! {
         };
     Stmt::Dnat(_) => Stmt::Dnat("127.0.0.1:1053".parse().unwrap()),
         Stmt::Dnat("[2001:db8::1]:53".parse().unwrap());
+    Stmt::Snat(_) => Stmt::Snat(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        Stmt::Snat(IpAddr::V6(Ipv6Addr::LOCALHOST));
     Stmt::Redirect(_) => Stmt::Redirect(1053);
     Stmt::Reset => Stmt::Reset;
     Stmt::PacketMarkMap { .. } => Stmt::PacketMarkMap { mask: 0xff00_0000, map: map(&[goto()]) };
@@ -258,7 +264,7 @@ samples! {
         mask: 0xff00_0000,
         map: map(&[goto(), jump(), Verdict::Accept, Verdict::Drop]),
     };
-    Stmt::Verdict(_) => Stmt::accept(), Stmt::drop(), Stmt::Verdict(jump()), Stmt::Verdict(goto());
+    Stmt::Verdict(_) => Stmt::accept(), Stmt::drop(), Stmt::back(), Stmt::Verdict(jump()), Stmt::Verdict(goto());
 }
 
 #[test]

@@ -337,7 +337,7 @@ fn wanted_features(config: &Config) -> Vec<Feature> {
     let base = |kind, hook, priority| Probe::Chain(Base { kind, hook, priority });
     let route = base("route", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE);
     let nat = base("nat", NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST);
-    let fib = Expr::FibAddrtype { dreg: NFT_REG_1 };
+    let fib = Expr::FibAddrtype { of: NFTA_FIB_F_SADDR, dreg: NFT_REG_1 };
     let proxies = !config.tproxies.is_empty();
     let hijacks = config.tproxies.iter().any(Tproxy::hijacks_dns);
     vec![

@@ -194,12 +194,20 @@ impl Config {
         self.mask
     }
 
+    /// The ct mark of a flow that began with a packet that this host sent from a foreign address:
+    /// a proxy speaks for a remote host, and conntrack has forgotten, or never known, who spoke
+    /// first. The mask without its lowest bit, whatever else the configuration says: a reload must
+    /// not change what the marks of flows mean.
+    pub fn spoofed_mark(&self) -> u32 {
+        self.mask & (self.mask - 1)
+    }
+
     /// The mark of routed packets that go to a tproxy. Not the tproxy's own: with src_valid_mark=1
     /// the kernel looks up the way back with `iif lo` and the packet's mark, would meet the rule
-    /// for local traffic, and take the packet for a martian. Packets and flows are marked apart, so
-    /// this may be the same number as [`Config::direct_mark`].
+    /// for local traffic, and take the packet for a martian. The same number as a spoofed flow's:
+    /// where another program restores that into a client's packet, nothing is lost.
     pub fn gateway_mark(&self) -> u32 {
-        self.mask
+        self.spoofed_mark()
     }
 
     /// Whether routed traffic may belong to a tproxy: a flow stays with it when a reload has given
@@ -752,14 +760,17 @@ impl Reader<'_> {
     /// The tproxy at position i gets mark i, shifted into the mask, or the next one that is free.
     fn assign_marks(&mut self) {
         let mask = self.config.mask;
-        let stands_for = match (self.config.default, self.config.routes_to_tproxy()) {
-            (Target::Direct, false) => None,
-            (Target::Direct, true) => Some("for routed packets where there is a gateway"),
-            _ => Some("for direct flows where the default is not direct"),
-        };
-        let reserved = stands_for.map(|_| mask);
+        let spoofed = self.config.spoofed_mark();
+        let direct = self.config.default != Target::Direct;
+        let reserved = |mark: u32| mark == spoofed || direct && mark == mask;
         let mut taken: BTreeMap<u32, String> = BTreeMap::new();
         let drafts = std::mem::take(&mut self.tproxies);
+        if let (0, Some(first)) = (spoofed, drafts.first()) {
+            let message =
+                format!("a tproxy needs a fwmark-mask of two bits or more, not {mask:#x}");
+            self.problem(&first.place, message);
+            return;
+        }
         for draft in &drafts {
             let Some((mark, place)) = &draft.mark else {
                 continue;
@@ -767,10 +778,17 @@ impl Reader<'_> {
             let (mark, name) = (*mark, &draft.tproxy.name);
             if mark & !mask != 0 {
                 self.problem(place, format!("mark {mark:#x} is not within fwmark-mask {mask:#x}"));
-            } else if reserved == Some(mark) {
-                let why = stands_for.unwrap_or_default();
-                let message =
-                    format!("mark {mark:#x} is the whole fwmark-mask, which stands {why}");
+            } else if mark == spoofed {
+                let message = format!(
+                    "mark {mark:#x} is fwmark-mask without its lowest bit, which stands for flows \
+                     that a proxy begins"
+                );
+                self.problem(place, message);
+            } else if reserved(mark) {
+                let message = format!(
+                    "mark {mark:#x} is the whole fwmark-mask, which stands for direct flows where \
+                     the default is not direct"
+                );
                 self.problem(place, message);
             } else if let Some(other) = taken.get(&mark) {
                 self.problem(place, format!("mark {mark:#x} is that of [tproxy {other}] already"));
@@ -784,7 +802,7 @@ impl Reader<'_> {
                 (first..=most)
                     .chain(1..=most.min(index as u32))
                     .map(|n| spread(n, mask))
-                    .find(|m| !taken.contains_key(m) && reserved != Some(*m))
+                    .find(|m| !taken.contains_key(m) && !reserved(*m))
             };
             let name = &draft.tproxy.name;
             let mark = match &draft.mark {

@@ -32,6 +32,7 @@ pub const NF_DROP: i32 = 0;
 pub const NF_ACCEPT: i32 = 1;
 pub const NF_IP_PRI_MANGLE: i32 = -150;
 pub const NF_IP_PRI_NAT_DST: i32 = -100;
+pub const NF_IP_PRI_NAT_SRC: i32 = 100;
 pub const NF_IP_PRI_SECURITY: i32 = 50;
 
 // include/uapi/linux/netfilter/nfnetlink.h
@@ -115,6 +116,7 @@ pub const NFTA_VERDICT_CODE: u16 = 1;
 pub const NFTA_VERDICT_CHAIN: u16 = 2;
 pub const NFT_JUMP: i32 = -3;
 pub const NFT_GOTO: i32 = -4;
+pub const NFT_RETURN: i32 = -5;
 pub const NFT_REG_VERDICT: u32 = 0;
 pub const NFT_REG_1: u32 = 1;
 pub const NFT_REG_2: u32 = 2;
@@ -191,6 +193,7 @@ pub const NFTA_NAT_REG_ADDR_MAX: u16 = 4;
 pub const NFTA_NAT_REG_PROTO_MIN: u16 = 5;
 pub const NFTA_NAT_REG_PROTO_MAX: u16 = 6;
 pub const NFTA_NAT_FLAGS: u16 = 7;
+pub const NFT_NAT_SNAT: u32 = 0;
 pub const NFT_NAT_DNAT: u32 = 1;
 // include/uapi/linux/netfilter/nf_nat.h
 pub const NF_NAT_RANGE_MAP_IPS: u32 = 1;
@@ -207,6 +210,7 @@ pub const NFTA_FIB_DREG: u16 = 1;
 pub const NFTA_FIB_RESULT: u16 = 2;
 pub const NFTA_FIB_FLAGS: u16 = 3;
 pub const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
+pub const NFTA_FIB_F_SADDR: u32 = 1;
 pub const NFTA_FIB_F_DADDR: u32 = 2;
 
 // The nft program's own numbers for set key types (nftables: include/datatype.h). The kernel only
@@ -233,10 +237,12 @@ pub const IPPROTO_UDP: u8 = 17;
 pub const IPPROTO_ICMPV6: u8 = 58;
 pub const NDISC_NEIGHBOUR_SOLICITATION: u8 = 135;
 pub const NDISC_NEIGHBOUR_ADVERTISEMENT: u8 = 136;
-/// `IP_CT_DIR_REPLY` of include/uapi/linux/netfilter/nf_conntrack_tuple_common.h
+/// `IP_CT_DIR_*` of include/uapi/linux/netfilter/nf_conntrack_tuple_common.h
+pub const IP_CT_DIR_ORIGINAL: u8 = 0;
 pub const IP_CT_DIR_REPLY: u8 = 1;
 // include/uapi/linux/netfilter/nf_conntrack_common.h: NF_CT_STATE_BIT(IP_CT_NEW), IPS_DST_NAT
 pub const NF_CT_STATE_NEW_BIT: u32 = 1 << 3;
+pub const NF_CT_STATE_INVALID_BIT: u32 = 1;
 pub const IPS_DST_NAT: u32 = 1 << 5;
 
 // include/uapi/linux/sock_diag.h, include/uapi/linux/inet_diag.h, include/net/tcp_states.h

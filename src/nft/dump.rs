@@ -213,7 +213,7 @@ pub struct Target {
     pub addresses: Vec<IpAddr>,
     /// Packets that came to this target and were not left alone; `None` for direct.
     pub taken: Option<Counter>,
-    /// Packets of those that no listener took.
+    /// Packets of those that no listener took, or that were about to leave by another interface.
     pub refused: Option<Counter>,
 }
 
@@ -277,7 +277,7 @@ pub fn view(rules: &[Rule]) -> View {
             port: receive.iter().find_map(|rule| port(rule)),
             addresses: receive.iter().filter_map(|rule| address(rule)).collect(),
             taken: total(&of(format!("to_{name}"))),
-            refused: total(&receive),
+            refused: total(&[receive, of(format!("astray_{name}"))].concat()),
         }
     });
     let mut view = View {
@@ -529,7 +529,7 @@ mod tests {
     fn the_gateways_of_our_own_table() {
         let config = with_gateways();
         let view = view(&rules(&config, &[]));
-        let routed = Mark { value: 0xff00_0000, mask: 0xff00_0000 };
+        let routed = Mark { value: 0xfe00_0000, mask: 0xff00_0000 };
         assert_eq!(view.routed, Some(routed));
         let section = |name: &str, target: &str| Gateway {
             name: name.into(),

@@ -455,6 +455,15 @@ impl Transaction {
                 self.batch.u32_be(NFTA_NAT_FLAGS, flags);
                 self.batch.end_nest(nest);
             }
+            Expr::Snat { family, address } => {
+                let nest = self.expr_head("nat");
+                self.batch.u32_be(NFTA_NAT_TYPE, NFT_NAT_SNAT);
+                self.batch.u32_be(NFTA_NAT_FAMILY, u32::from(*family));
+                self.batch.u32_be(NFTA_NAT_REG_ADDR_MIN, *address);
+                self.batch.u32_be(NFTA_NAT_REG_ADDR_MAX, *address);
+                self.batch.u32_be(NFTA_NAT_FLAGS, NF_NAT_RANGE_MAP_IPS);
+                self.batch.end_nest(nest);
+            }
             Expr::Redirect { port } => {
                 let nest = self.expr_head("redir");
                 self.batch.u32_be(NFTA_REDIR_REG_PROTO_MIN, *port);
@@ -467,9 +476,9 @@ impl Transaction {
                 self.batch.u8(NFTA_REJECT_ICMP_CODE, 0);
                 self.batch.end_nest(nest);
             }
-            Expr::FibAddrtype { dreg } => {
+            Expr::FibAddrtype { of, dreg } => {
                 let nest = self.expr_head("fib");
-                self.batch.u32_be(NFTA_FIB_FLAGS, NFTA_FIB_F_DADDR);
+                self.batch.u32_be(NFTA_FIB_FLAGS, *of);
                 self.batch.u32_be(NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE);
                 self.batch.u32_be(NFTA_FIB_DREG, *dreg);
                 self.batch.end_nest(nest);
@@ -513,6 +522,7 @@ fn verdict(batch: &mut Batch, verdict: &Verdict) {
     let (code, chain) = match verdict {
         Verdict::Accept => (NF_ACCEPT, None),
         Verdict::Drop => (NF_DROP, None),
+        Verdict::Return => (NFT_RETURN, None),
         Verdict::Jump(chain) => (NFT_JUMP, Some(chain)),
         Verdict::Goto(chain) => (NFT_GOTO, Some(chain)),
     };

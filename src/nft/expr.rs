@@ -142,12 +142,18 @@ pub enum Stmt {
     PacketMark(Mark),
     /// `ct mark and MASK == VALUE`
     CtMark(Mark),
+    /// `ct mark and MASK != VALUE`; a packet that conntrack does not know does not match.
+    NotCtMark(Mark),
     /// `ct mark and MASK != 0`
     CtMarked(u32),
+    /// `ct direction original`
+    Original,
     /// `ct direction reply`
     Reply,
     /// `ct state new`: until an answer has been seen
     New,
+    /// `ct state invalid`: conntrack can make nothing of it
+    Invalid,
     /// `ct status dnat`
     Dnatted,
     /// `ip daddr @SET` or `ip6 daddr @SET`
@@ -176,6 +182,8 @@ pub enum Stmt {
     NotDport(u16),
     /// `fib daddr type local`: this host's own addresses
     Local,
+    /// `fib saddr type != local`: sent from an address that is not this host's
+    ForeignSource,
     /// `fib daddr type broadcast`: the broadcast addresses of this host's networks too
     Broadcast,
     /// Neighbour discovery to a unicast address, which is link-scope traffic whatever the address.
@@ -191,6 +199,8 @@ pub enum Stmt {
     },
     /// `dnat ip to ADDRESS:PORT`
     Dnat(SocketAddr),
+    /// `snat ip to ADDRESS`
+    Snat(IpAddr),
     /// `redirect to :PORT`: to this host's address on the interface that the packet came in by
     Redirect(u16),
     /// `reject with tcp reset`
@@ -212,6 +222,8 @@ pub enum Stmt {
 pub enum Verdict {
     Accept,
     Drop,
+    /// Back to behind the last jump, or, without one, the base chain's policy.
+    Return,
     Jump(String),
     Goto(String),
 }
@@ -286,11 +298,17 @@ pub enum Expr {
         address: u32,
         port: u32,
     },
+    Snat {
+        family: u8,
+        address: u32,
+    },
     Redirect {
         port: u32,
     },
     RejectTcpReset,
+    /// The type of the source or the destination address, by `NFTA_FIB_F_*`.
     FibAddrtype {
+        of: u32,
         dreg: u32,
     },
 }
@@ -321,6 +339,14 @@ impl Stmt {
 
     pub fn drop() -> Stmt {
         Stmt::Verdict(Verdict::Drop)
+    }
+
+    pub fn back() -> Stmt {
+        Stmt::Verdict(Verdict::Return)
+    }
+
+    pub fn jump(chain: impl Into<String>) -> Stmt {
+        Stmt::Verdict(Verdict::Jump(chain.into()))
     }
 
     pub fn goto(chain: impl Into<String>) -> Stmt {
@@ -360,13 +386,22 @@ impl Stmt {
             Stmt::CtMark(m) => {
                 out.extend([ct(NFT_CT_MARK), masked(m.mask), eq(&m.value.to_ne_bytes())])
             }
+            Stmt::NotCtMark(m) => {
+                out.extend([ct(NFT_CT_MARK), masked(m.mask), neq(&m.value.to_ne_bytes())])
+            }
             Stmt::CtMarked(mask) => {
                 out.extend([ct(NFT_CT_MARK), masked(*mask), neq(&0u32.to_ne_bytes())])
             }
+            Stmt::Original => out.extend([ct(NFT_CT_DIRECTION), eq(&[IP_CT_DIR_ORIGINAL])]),
             Stmt::Reply => out.extend([ct(NFT_CT_DIRECTION), eq(&[IP_CT_DIR_REPLY])]),
             Stmt::New => out.extend([
                 ct(NFT_CT_STATE),
                 masked(NF_CT_STATE_NEW_BIT),
+                neq(&0u32.to_ne_bytes()),
+            ]),
+            Stmt::Invalid => out.extend([
+                ct(NFT_CT_STATE),
+                masked(NF_CT_STATE_INVALID_BIT),
                 neq(&0u32.to_ne_bytes()),
             ]),
             Stmt::Dnatted => {
@@ -430,10 +465,18 @@ impl Stmt {
                 Payload { dreg, base: NFT_PAYLOAD_TRANSPORT_HEADER, offset: 2, len: 2 },
                 neq(&port.to_be_bytes()),
             ]),
-            Stmt::Local => {
-                out.extend([FibAddrtype { dreg }, eq(&u32::from(RTN_LOCAL).to_ne_bytes())]);
-            }
-            Stmt::Broadcast => out.extend([FibAddrtype { dreg }, eq(&RTN_BROADCAST.to_ne_bytes())]),
+            Stmt::Local => out.extend([
+                FibAddrtype { of: NFTA_FIB_F_DADDR, dreg },
+                eq(&u32::from(RTN_LOCAL).to_ne_bytes()),
+            ]),
+            Stmt::ForeignSource => out.extend([
+                FibAddrtype { of: NFTA_FIB_F_SADDR, dreg },
+                neq(&u32::from(RTN_LOCAL).to_ne_bytes()),
+            ]),
+            Stmt::Broadcast => out.extend([
+                FibAddrtype { of: NFTA_FIB_F_DADDR, dreg },
+                eq(&RTN_BROADCAST.to_ne_bytes()),
+            ]),
             Stmt::NeighbourDiscovery => out.extend([
                 meta(NFT_META_NFPROTO),
                 eq(&[NFPROTO_IPV6]),
@@ -479,6 +522,10 @@ impl Stmt {
                 Immediate { dreg, data: octets(&to.ip()) },
                 Immediate { dreg: NFT_REG_2, data: to.port().to_be_bytes().to_vec() },
                 Dnat { family: Family::of(&to.ip()).number(), address: NFT_REG_1, port: NFT_REG_2 },
+            ]),
+            Stmt::Snat(to) => out.extend([
+                Immediate { dreg, data: octets(to) },
+                Snat { family: Family::of(to).number(), address: NFT_REG_1 },
             ]),
             Stmt::Redirect(port) => out.extend([
                 Immediate { dreg, data: port.to_be_bytes().to_vec() },
@@ -533,6 +580,7 @@ impl fmt::Display for Verdict {
         match self {
             Verdict::Accept => f.write_str("accept"),
             Verdict::Drop => f.write_str("drop"),
+            Verdict::Return => f.write_str("return"),
             Verdict::Jump(chain) => write!(f, "jump {chain}"),
             Verdict::Goto(chain) => write!(f, "goto {chain}"),
         }
@@ -568,9 +616,14 @@ impl fmt::Display for Stmt {
             Stmt::CtMark(Mark { value, mask }) => {
                 write!(f, "ct mark and {mask:#010x} == {value:#010x}")
             }
+            Stmt::NotCtMark(Mark { value, mask }) => {
+                write!(f, "ct mark and {mask:#010x} != {value:#010x}")
+            }
             Stmt::CtMarked(mask) => write!(f, "ct mark and {mask:#010x} != 0"),
+            Stmt::Original => f.write_str("ct direction original"),
             Stmt::Reply => f.write_str("ct direction reply"),
             Stmt::New => f.write_str("ct state new"),
+            Stmt::Invalid => f.write_str("ct state invalid"),
             Stmt::Dnatted => f.write_str("ct status dnat"),
             Stmt::Destination { family, set } => write!(f, "{} daddr @{set}", family.nft()),
             Stmt::Source { family, set } => write!(f, "{} saddr @{set}", family.nft()),
@@ -589,6 +642,7 @@ impl fmt::Display for Stmt {
             Stmt::Dport(l4, port) => write!(f, "{} dport {port}", l4.nft()),
             Stmt::NotDport(port) => write!(f, "th dport != {port}"),
             Stmt::Local => f.write_str("fib daddr type local"),
+            Stmt::ForeignSource => f.write_str("fib saddr type != local"),
             Stmt::Broadcast => f.write_str("fib daddr type broadcast"),
             Stmt::NeighbourDiscovery => {
                 f.write_str("icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert }")
@@ -612,6 +666,7 @@ impl fmt::Display for Stmt {
                 }
             }
             Stmt::Dnat(to) => write!(f, "dnat {} to {to}", Family::of(&to.ip()).nft()),
+            Stmt::Snat(to) => write!(f, "snat {} to {to}", Family::of(to).nft()),
             Stmt::Redirect(port) => write!(f, "redirect to :{port}"),
             Stmt::Reset => f.write_str("reject with tcp reset"),
             Stmt::PacketMarkMap { mask, map } => {

@@ -77,6 +77,9 @@ impl Table {
         sets.extend(config.gateways.iter().flat_map(source_sets));
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
         let mut chains = Vec::new();
+        if !config.tproxies.is_empty() {
+            chains.push(lo_chain(config));
+        }
         if config.default != Target::Direct {
             chains.push(leave_chain(config));
         }
@@ -90,6 +93,12 @@ impl Table {
                 chains.push(dns_chain(config, tproxy));
             }
             chains.push(tproxy_chain(config, tproxy));
+        }
+        if !config.tproxies.is_empty() {
+            chains.push(spoofed_chain(config));
+            if config.default == Target::Direct {
+                chains.push(ownerless_chain());
+            }
         }
         if config.marks_flows() {
             chains.push(sticky_chain(config));
@@ -112,13 +121,13 @@ impl Table {
             }
         }
         if !config.tproxies.is_empty() {
-            if config.routes_to_tproxy() {
-                chains.push(strayed_chain());
-            }
+            chains.push(strayed_chain(config));
+            chains.extend(config.tproxies.iter().map(astray_chain));
             chains.push(guard_chain(config));
         }
-        chains.extend(config.tproxies.iter().map(receive_chain));
+        chains.extend(config.tproxies.iter().map(|t| receive_chain(config, t)));
         if config.routes_to_tproxy() {
+            chains.push(unmark_chain(config));
             chains.extend(config.tproxies.iter().map(|t| forward_chain(config, t)));
             chains.push(routed_chain(config));
             chains.push(input_chain(config));
@@ -128,6 +137,10 @@ impl Table {
             chains.push(gateways_chain(config));
         }
         if !config.tproxies.is_empty() {
+            chains.push(regain_chain(config));
+            if config.routes_to_tproxy() {
+                chains.push(remark_chain(config));
+            }
             chains.push(prerouting_chain(config));
         }
         Table { sets, chains }
@@ -140,12 +153,18 @@ pub const OUTPUT: &str = "output";
 /// Rules of `output` for the (level, target) pairs in use, deepest level first, so that the nearest
 /// ancestor with an element decides. A packet that no target takes passes no address look-up here.
 pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
+    let mut rules = Vec::new();
     // cheapest test first; covers every local address, for those leave by lo
-    let mut rules = match hijacks_local(config) {
-        false => vec![leaves_by_lo()],
+    match (config.tproxies.is_empty(), hijacks_local(config)) {
+        (true, _) => rules.push(leaves_by_lo()),
+        (false, false) => rules.push(vec![Stmt::OifLo, Stmt::goto("lo")]),
         // the targets' chains let the rest of lo pass
-        true => vec![vec![Stmt::OifLo, Stmt::NotDport(53), Stmt::accept()]],
-    };
+        (false, true) => rules.push(vec![Stmt::OifLo, Stmt::jump("lo")]),
+    }
+    // the proxy's answers to a router's clients leave by their interface
+    if config.routes_to_tproxy() {
+        rules.push(spoofed_rule(config));
+    }
     rules.extend(pairs.iter().rev().map(|pair| {
         let set = set_name(config, pair.target);
         vec![Stmt::Cgroup { level: pair.level, set }, enter(config, pair.target)]
@@ -153,12 +172,63 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
     // a packet without a socket (RST or ACK after the application closed), or of a flow that began
     // under a target that its cgroup no longer has
     if config.marks_flows() {
-        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("sticky")]);
+        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::jump("sticky")]);
     }
-    if config.default != Target::Direct {
-        rules.push(vec![enter(config, config.default)]);
+    match config.default {
+        // such a packet of a flow that conntrack has forgotten
+        Target::Direct if !config.tproxies.is_empty() => {
+            rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Invalid, Stmt::goto("ownerless")]);
+        }
+        Target::Direct => {}
+        default => rules.push(vec![enter(config, default)]),
     }
     rules
+}
+
+/// Of packets that conntrack can make nothing of, those that no process sends: nothing tells any
+/// more that their flow was not a proxy's.
+fn ownerless_chain() -> Chain {
+    chain("ownerless", vec![vec![Stmt::HasOwner, Stmt::accept()], vec![Stmt::drop()]])
+}
+
+/// What this host sends from a foreign address begins a flow: a proxy speaks for a remote host, and
+/// to conntrack it spoke first, since the application's flow has been forgotten. What the
+/// application sends are replies then, which are no less its own. The packet itself goes its way,
+/// which is its cgroup's: an unprivileged process can send from foreign addresses too (IPV6_FREEBIND).
+fn spoofed_rule(config: &Config) -> Rule {
+    vec![
+        Stmt::New,
+        Stmt::CtMark(mark(config, 0)),
+        Stmt::ForeignSource,
+        Stmt::SetCtMark(spoofed(config)),
+    ]
+}
+
+/// What leaves by lo.
+fn lo_chain(config: &Config) -> Chain {
+    let mut last = vec![Stmt::accept()];
+    if hijacks_local(config) {
+        last.insert(0, Stmt::NotDport(53));
+    }
+    chain("lo", vec![spoofed_rule(config), last])
+}
+
+/// The ct mark of flows that [`spoofed_rule`] has found.
+fn spoofed(config: &Config) -> Mark {
+    mark(config, config.spoofed_mark())
+}
+
+/// A packet that answers whoever spoke first, if that was not a proxy for somebody else.
+fn answers(config: &Config) -> Vec<Stmt> {
+    let mut test = vec![Stmt::Reply];
+    if !config.tproxies.is_empty() {
+        test.push(Stmt::NotCtMark(spoofed(config)));
+    }
+    test
+}
+
+fn accept_answers(config: &Config) -> Rule {
+    [answers(config), vec![Stmt::accept()]].concat()
 }
 
 /// The statement that hands a packet to a target.
@@ -184,10 +254,14 @@ fn chain(name: impl Into<String>, rules: Vec<Rule>) -> Chain {
 
 /// Where the default is not direct, flows that go direct say so in their ct mark: the kernel's own
 /// packets for them have no socket and would meet the default. Two rules, since a packet without
-/// conntrack ends the first one early.
+/// conntrack ends the first one early. A proxy's flow stays known as such.
 fn leave_chain(config: &Config) -> Chain {
     let direct = mark(config, config.direct_mark());
-    chain("leave", vec![vec![Stmt::SetCtMark(direct)], vec![Stmt::accept()]])
+    let mut set = vec![Stmt::SetCtMark(direct)];
+    if !config.tproxies.is_empty() {
+        set.insert(0, Stmt::NotCtMark(spoofed(config)));
+    }
+    chain("leave", vec![set, vec![Stmt::accept()]])
 }
 
 fn leaves_by_lo() -> Rule {
@@ -204,7 +278,7 @@ const EXEMPT: &str = "exempt";
 
 /// What is left alone whatever the target and the address.
 fn exempt_rules(config: &Config) -> Vec<Rule> {
-    let mut rules = vec![vec![Stmt::Reply, Stmt::accept()]];
+    let mut rules = vec![accept_answers(config)];
     rules.extend(config.bypass_marks.iter().map(|m| vec![Stmt::PacketMark(*m), leave(config)]));
     rules.extend(config.bypass_users.iter().map(|uid| vec![Stmt::Uid(*uid), leave(config)]));
     rules
@@ -249,7 +323,7 @@ fn drop_chain(config: &Config) -> Chain {
     chain("to_drop", rules)
 }
 
-/// A flow that began proxied could not survive a move to another path, so it stays.
+/// A TCP flow that began proxied could not survive a move to another path, so it stays.
 fn direct_chain(config: &Config) -> Chain {
     let direct = mark(config, config.direct_mark());
     let mut rules = local_rules(config);
@@ -257,10 +331,16 @@ fn direct_chain(config: &Config) -> Chain {
         rules.push(vec![Stmt::CtMark(direct), Stmt::accept()]);
     }
     if config.marks_flows() {
-        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("sticky")]);
+        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::jump("sticky")]);
     }
     rules.push(vec![leave(config)]);
     chain("to_direct", rules)
+}
+
+/// A rule that makes a flow known: the flow of who spoke first. What is left of a flow that a proxy
+/// began is known by that.
+fn set_ct_mark(own: Mark) -> Rule {
+    vec![Stmt::Original, Stmt::SetCtMark(own)]
 }
 
 /// DNS of a target that hijacks it: the ct mark alone selects it for `nat_output`. With the packet
@@ -271,7 +351,7 @@ fn dns_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     chain(
         format!("dns_{}", tproxy.name),
         vec![
-            vec![Stmt::SetCtMark(own)],
+            set_ct_mark(own),
             vec![Stmt::New, Stmt::CtMark(own), Stmt::accept()],
             vec![Stmt::Dnatted, Stmt::accept()],
         ],
@@ -332,7 +412,7 @@ fn tproxy_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), Stmt::drop()]);
     rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
     rules.extend(switch_rules(tproxy, &leave(config)));
-    rules.push(vec![Stmt::SetCtMark(own)]);
+    rules.push(set_ct_mark(own));
     rules.push(vec![Stmt::SetPacketMark(own), Stmt::accept()]);
     chain(format!("to_{}", tproxy.name), rules)
 }
@@ -343,10 +423,12 @@ fn forward_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     let here = Stmt::SetPacketMark(mark(config, config.gateway_mark()));
     let mut rules = dns_rules(tproxy);
     // a client's ICMP error (packet too big) about a flow that ends at the proxy is the proxy's
-    rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), here.clone(), Stmt::accept()]);
+    for known in [own, spoofed(config)] {
+        rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(known), here.clone(), Stmt::accept()]);
+    }
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::accept()]);
     rules.extend(switch_rules(tproxy, &Stmt::accept()));
-    rules.push(vec![Stmt::SetCtMark(own)]);
+    rules.push(set_ct_mark(own));
     rules.push(vec![here, Stmt::goto(format!("tproxy_{}", tproxy.name))]);
     chain(format!("forward_{}", tproxy.name), rules)
 }
@@ -370,6 +452,8 @@ fn input_chain(config: &Config) -> Chain {
         name: "input".into(),
         base: Some(Base { kind: "filter", hook: NF_INET_LOCAL_IN, priority: NF_IP_PRI_MANGLE }),
         rules: vec![
+            // the same mark of the proxy's own packets was restored by others
+            rule(&[Stmt::IifLo, Stmt::accept()]),
             rule(&[Stmt::Transparent, Stmt::accept()]),
             rule(&[Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset]),
             rule(&[Stmt::L4proto(L4::Udp), Stmt::Counter, Stmt::drop()]),
@@ -467,14 +551,39 @@ fn gateway_rules(gateway: &Gateway) -> Vec<Rule> {
     rules
 }
 
+/// What is left of a flow that a proxy began. The kernel's own packets for an application's TCP
+/// socket that is gone, or for one whose cgroup has no target any more, are the proxy's: the
+/// `tproxy` of any target finds the very socket that they are for. Port unreachable and the like
+/// would tell the true destination. What the proxy itself sends, and what a process sends by UDP,
+/// goes where its cgroup is to go.
+fn spoofed_chain(config: &Config) -> Chain {
+    let any = config.tproxies.first().map_or(0, |tproxy| tproxy.mark);
+    let own = Stmt::SetPacketMark(mark(config, any));
+    let rules = vec![
+        vec![Stmt::Original, Stmt::back()],
+        vec![Stmt::L4proto(L4::Tcp), own, Stmt::accept()],
+        vec![Stmt::HasOwner, Stmt::back()],
+        vec![Stmt::drop()],
+    ];
+    chain("spoofed", rules)
+}
+
 /// Flows that are known by their ct mark. Marks that we do not know (of a tproxy that a reload took
-/// away) fall through to the end of `output`: they go direct.
+/// away) fall through to the end of `output`: they go where what is not known goes. Of UDP, what a
+/// process sends is not known by its flow: another may have used the port before.
 fn sticky_chain(config: &Config) -> Chain {
     let direct = config.direct_mark();
+    let of_process = [Stmt::L4proto(L4::Udp), Stmt::HasOwner];
+    let mut rules = Vec::new();
+    if !config.tproxies.is_empty() {
+        rules.push(vec![Stmt::CtMark(spoofed(config)), Stmt::goto("spoofed")]);
+        let forget = [Stmt::Original, Stmt::SetCtMark(mark(config, 0))];
+        rules.push([&of_process[..], &forget].concat());
+    }
+    rules.push([&of_process[..], &[Stmt::back()]].concat());
     let mut map: Vec<_> = (config.tproxies.iter())
         .map(|t| (t.mark, Verdict::Goto(format!("to_{}", t.name))))
         .collect();
-    let mut rules = Vec::new();
     if config.default != Target::Direct {
         // a process's own packets of a flow that began direct: its cgroup has no target any more,
         // so the default cuts it; the kernel's packets for such a flow still go direct
@@ -526,10 +635,10 @@ fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
 /// before the mark.
 fn guard_chain(config: &Config) -> Chain {
     let map = config.tproxies.iter();
-    let mut map: Vec<_> = map.map(|t| (t.mark, Verdict::Drop)).collect();
-    if config.routes_to_tproxy() {
-        map.push((config.gateway_mark(), Verdict::Goto("strayed".into())));
-    }
+    let mut map: Vec<_> =
+        map.map(|t| (t.mark, Verdict::Goto(format!("astray_{}", t.name)))).collect();
+    // others restore the mark of a flow that a proxy began into packets of it
+    map.push((config.spoofed_mark(), Verdict::Goto("strayed".into())));
     let drop = Stmt::PacketMarkMap { mask: config.mask, map };
     Chain {
         name: "guard".into(),
@@ -543,27 +652,58 @@ fn guard_chain(config: &Config) -> Chain {
     }
 }
 
+/// Such packets of a target: most often of a socket that is bound to another device.
+fn astray_chain(tproxy: &Tproxy) -> Chain {
+    chain(format!("astray_{}", tproxy.name), vec![vec![Stmt::Counter, Stmt::drop()]])
+}
+
 /// The same for routed packets. Answers to them may bear their mark (the sysctls fwmark_reflect and
 /// tcp_fwmark_accept) and go their way.
-fn strayed_chain() -> Chain {
-    let rules = vec![vec![Stmt::Reply, Stmt::accept()], vec![Stmt::drop()]];
+fn strayed_chain(config: &Config) -> Chain {
+    let rules = vec![
+        accept_answers(config),
+        vec![Stmt::Original, Stmt::CtMark(spoofed(config)), Stmt::accept()],
+        vec![Stmt::Counter, Stmt::drop()],
+    ];
     chain("strayed", rules)
+}
+
+/// Others restore the ct mark into packets (CONNMARK --restore-mark): a proxy's answers to a
+/// router's clients, and DNS on its way to a resolver elsewhere, must not be routed to lo by that.
+/// Behind theirs; a change makes the kernel route anew.
+fn unmark_chain(config: &Config) -> Chain {
+    let none = Stmt::SetPacketMark(mark(config, 0));
+    Chain {
+        name: "unmark".into(),
+        base: Some(Base { kind: "route", hook: NF_INET_LOCAL_OUT, priority: NF_IP_PRI_SECURITY }),
+        rules: vec![
+            vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()],
+            [answers(config), vec![none.clone(), Stmt::accept()]].concat(),
+            vec![Stmt::Dnatted, none, Stmt::accept()],
+        ],
+    }
 }
 
 /// Where the packets come back in by lo. With no listener evaluation goes on behind `tproxy`, and
 /// the packet would reach this host's own wildcard sockets: so refuse it.
-fn receive_chain(tproxy: &Tproxy) -> Chain {
+fn receive_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     let port = tproxy.port;
     let to = |family, address: Option<IpAddr>| {
         let tproxy = Stmt::Tproxy { family, address, port };
         vec![Stmt::TcpOrUdp, tproxy, Stmt::accept()]
     };
-    let mut rules = match (tproxy.address4, tproxy.address6) {
-        (None, None) => vec![to(None, None)],
-        (v4, v6) => {
-            vec![to(Some(Family::V4), v4.map(IpAddr::V4)), to(Some(Family::V6), v6.map(IpAddr::V6))]
-        }
-    };
+    // marked by others, which restore the ct mark into packets: the proxy's answers, hijacked DNS
+    let mut rules = vec![accept_answers(config)];
+    if tproxy.hijacks_dns() {
+        rules.push(vec![Stmt::Dnatted, Stmt::accept()]);
+    }
+    match (tproxy.address4, tproxy.address6) {
+        (None, None) => rules.push(to(None, None)),
+        (v4, v6) => rules.extend([
+            to(Some(Family::V4), v4.map(IpAddr::V4)),
+            to(Some(Family::V6), v6.map(IpAddr::V6)),
+        ]),
+    }
     rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset]);
     rules.push(vec![Stmt::Counter, Stmt::drop()]);
     chain(format!("tproxy_{}", tproxy.name), rules)
@@ -583,12 +723,47 @@ fn gateways_chain(config: &Config) -> Chain {
 /// its socket for a loopback one any more: firewalld's look-up of the way back, in a chain of
 /// priority 10, would drop it.
 fn prerouting_chain(config: &Config) -> Chain {
-    let map = (config.tproxies.iter())
-        .map(|t| (t.mark, Verdict::Goto(format!("tproxy_{}", t.name))))
-        .collect();
     let mask = config.mask;
-    let rule = vec![Stmt::IifLo, Stmt::PacketMarkMap { mask, map }];
-    prerouting("prerouting", NF_IP_PRI_SECURITY, vec![rule])
+    let map = config.tproxies.iter();
+    let mut local: Vec<_> =
+        map.map(|t| (t.mark, Verdict::Goto(format!("tproxy_{}", t.name)))).collect();
+    local.push((config.spoofed_mark(), Verdict::Goto("regain".into())));
+    let mut rules = vec![vec![Stmt::IifLo, Stmt::PacketMarkMap { mask, map: local }]];
+    if config.routes_to_tproxy() {
+        let map = config.tproxies.iter().map(|t| (t.mark, Verdict::Goto("remark".into())));
+        rules.push(vec![Stmt::PacketMarkMap { mask, map: map.collect() }]);
+    }
+    prerouting("prerouting", NF_IP_PRI_SECURITY, rules)
+}
+
+/// The mark of an application's packet was overwritten with that of a flow that a proxy began: by
+/// another program that restores ct marks. Where there is one proxy, it is known which. Else the
+/// packet finds the proxy by the socket that is for its address alone, or is no more: it must not
+/// reach this host's own wildcard sockets.
+fn regain_chain(config: &Config) -> Chain {
+    let rules = match &config.tproxies[..] {
+        [tproxy] => {
+            let own = Stmt::SetPacketMark(mark(config, tproxy.mark));
+            vec![vec![Stmt::Reply, own, Stmt::goto(format!("tproxy_{}", tproxy.name))]]
+        }
+        _ => vec![
+            vec![Stmt::Reply, Stmt::Transparent, Stmt::accept()],
+            vec![Stmt::Reply, Stmt::drop()],
+        ],
+    };
+    chain("regain", rules)
+}
+
+/// The same for a routed packet that has its socket already, and is to be routed to it. Hijacked DNS
+/// goes where it was translated to.
+fn remark_chain(config: &Config) -> Chain {
+    let set = |value| Stmt::SetPacketMark(mark(config, value));
+    let rules = vec![
+        accept_answers(config),
+        vec![Stmt::Dnatted, set(0), Stmt::accept()],
+        vec![set(config.gateway_mark()), Stmt::accept()],
+    ];
+    chain("remark", rules)
 }
 
 fn prerouting(name: &str, priority: i32, rules: Vec<Rule>) -> Chain {

@@ -302,11 +302,17 @@ impl Reference {
                 .u32(NFTNL_EXPR_NAT_REG_PROTO_MIN, *port)
                 .u32(NFTNL_EXPR_NAT_REG_PROTO_MAX, *port)
                 .u32(NFTNL_EXPR_NAT_FLAGS, NAT_MAP_IPS | NAT_PROTO_SPECIFIED),
+            Expr::Snat { family, address } => NExpr::new(c"nat")
+                .u32(NFTNL_EXPR_NAT_TYPE, libc::NFT_NAT_SNAT as u32)
+                .u32(NFTNL_EXPR_NAT_FAMILY, u32::from(*family))
+                .u32(NFTNL_EXPR_NAT_REG_ADDR_MIN, *address)
+                .u32(NFTNL_EXPR_NAT_REG_ADDR_MAX, *address)
+                .u32(NFTNL_EXPR_NAT_FLAGS, NAT_MAP_IPS),
             Expr::RejectTcpReset => NExpr::new(c"reject")
                 .u32(NFTNL_EXPR_REJECT_TYPE, libc::NFT_REJECT_TCP_RST as u32)
                 .u8(NFTNL_EXPR_REJECT_CODE, 0),
-            Expr::FibAddrtype { dreg } => NExpr::new(c"fib")
-                .u32(NFTNL_EXPR_FIB_FLAGS, FIB_F_DADDR)
+            Expr::FibAddrtype { of, dreg } => NExpr::new(c"fib")
+                .u32(NFTNL_EXPR_FIB_FLAGS, *of)
                 .u32(NFTNL_EXPR_FIB_RESULT, FIB_RESULT_ADDRTYPE)
                 .u32(NFTNL_EXPR_FIB_DREG, *dreg),
         }
@@ -465,7 +471,6 @@ const BITWISE_BOOL: u32 = 0;
 const SOCKET_CGROUPV2: u32 = 3;
 const SOCKET_TRANSPARENT: u32 = 0;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
-const FIB_F_DADDR: u32 = 1 << 1;
 const NAT_MAP_IPS: u32 = 1 << 0;
 const NAT_PROTO_SPECIFIED: u32 = 1 << 1;
 
@@ -477,6 +482,7 @@ fn code(verdict: &Verdict) -> (u32, Option<&str>) {
     match verdict {
         Verdict::Accept => (libc::NF_ACCEPT as u32, None),
         Verdict::Drop => (libc::NF_DROP as u32, None),
+        Verdict::Return => (libc::NFT_RETURN as u32, None),
         Verdict::Jump(chain) => (libc::NFT_JUMP as u32, Some(chain)),
         Verdict::Goto(chain) => (libc::NFT_GOTO as u32, Some(chain)),
     }

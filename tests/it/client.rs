@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::mem::{size_of, zeroed};
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -214,6 +214,42 @@ pub unsafe fn fork_into(cgroup: &File, child: impl FnOnce() -> i32) -> io::Resul
         0 => unsafe { libc::_exit(child()) },
         pid => Ok(Pid::from_raw(pid as i32)),
     }
+}
+
+/// A socket that a process of `cgroup` has made: to the kernel it is that cgroup's, though the test
+/// holds it.
+pub fn socket_of(cgroup: &Path, family: c_int, kind: c_int) -> OwnedFd {
+    let (read, write) = pipe();
+    let cgroup = File::open(cgroup).expect("open the cgroup");
+    let child = || {
+        // SAFETY: system calls on integers, and a live c_int is read.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            let fd = libc::socket(family, kind | libc::SOCK_CLOEXEC, 0);
+            libc::write(write.as_raw_fd(), (&raw const fd).cast(), size_of::<c_int>());
+            // until the test has it
+            libc::pause();
+        }
+        0
+    };
+    // SAFETY: the child makes system calls only.
+    let pid = unsafe { fork_into(&cgroup, child) }.expect("fork into the cgroup");
+    drop(write);
+    let mut bytes = [0; size_of::<c_int>()];
+    File::from(read).read_exact(&mut bytes).expect("the child reports");
+    // SAFETY: integers only; the new descriptors are ours.
+    let socket = unsafe {
+        let process = libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) as c_int;
+        assert!(process >= 0, "pidfd_open: {}", io::Error::last_os_error());
+        let process = OwnedFd::from_raw_fd(process);
+        let theirs = c_int::from_ne_bytes(bytes);
+        let ours = libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), theirs, 0) as c_int;
+        assert!(ours >= 0, "pidfd_getfd: {}", io::Error::last_os_error());
+        OwnedFd::from_raw_fd(ours)
+    };
+    let _ = kill(pid, Signal::SIGKILL);
+    let _ = waitpid(pid, None);
+    socket
 }
 
 /// A client at work. Killed and reaped on drop.

@@ -223,6 +223,27 @@ fn dump(set: &str) -> Result<BTreeSet<u64>, i32> {
     }
 }
 
+/// Makes conntrack forget every flow of the calling thread's network namespace.
+pub fn forget_flows() {
+    // linux/netfilter/nfnetlink.h and nfnetlink_conntrack.h
+    const NFNL_SUBSYS_CTNETLINK: u16 = 1;
+    const IPCTNL_MSG_CT_DELETE: u16 = 2;
+    let socket = netlink();
+    let mut request = 20u32.to_ne_bytes().to_vec();
+    request.extend((NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE).to_ne_bytes());
+    request.extend(((libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16).to_ne_bytes());
+    request.resize(20, 0);
+    let mut answer = [0u8; 256];
+    // SAFETY: reads `request`, writes within `answer`.
+    let n = unsafe {
+        libc::send(socket.as_raw_fd(), request.as_ptr().cast(), request.len(), 0);
+        libc::recv(socket.as_raw_fd(), answer.as_mut_ptr().cast(), answer.len(), 0)
+    };
+    assert!(n >= 20, "recv: {}", io::Error::last_os_error());
+    let errno = -(u32_at(&answer, 16) as i32);
+    assert_eq!(errno, 0, "forget flows: {}", io::Error::from_raw_os_error(errno));
+}
+
 /// The keys in the attributes of a NFT_MSG_NEWSETELEM message.
 pub fn elements(message: &[u8]) -> Vec<u64> {
     let lists = attributes(message).filter(|a| a.0 == NFTA_SET_ELEM_LIST_ELEMENTS);

@@ -29,6 +29,7 @@ mod classify;
 mod demo;
 mod examples;
 mod faults;
+mod forgotten;
 mod gateway;
 mod heal;
 mod hostile;

@@ -321,6 +321,48 @@ fn marks_of_others_are_kept_bit_for_bit() {
     }
 }
 
+/// Others restore the ct mark into packets (CONNMARK --restore-mark, `meta mark set ct mark`): all of
+/// it, or some bits, ours among them; in either hook, before us and behind us.
+#[test]
+fn connmarks_are_restored_by_others() {
+    let Some(ground) = Ground::new("connmark") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    let restores = [
+        "meta mark set ct mark",
+        "meta mark set ct mark and 0xffff0000",
+        "ct mark != 0 meta mark set ct mark",
+    ];
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    all_well(&ground, &mut world, &lan);
+    let hooks = ["output", "prerouting"];
+    for hooks in [&hooks[..1], &hooks[1..], &hooks] {
+        for (restore, priority) in
+            restores.iter().flat_map(|r| [-160, -150, -140, 0].map(|p| (r, p)))
+        {
+            let chain = |hook: &&str| {
+                let kind = if *hook == "output" { "route" } else { "filter" };
+                format!(
+                    "chain {hook} {{ type {kind} hook {hook} priority {priority}; policy accept;\n                     {restore}\n}}\n"
+                )
+            };
+            let chains: String = hooks.iter().map(chain).collect();
+            println!("{hooks:?} {restore} {priority}");
+            load(&format!("table inet who {{\n{chains}}}\n"));
+            all_well(&ground, &mut world, &lan);
+            // of the same priority, who registered first is first: now theirs
+            if priority == -150 {
+                daemon.reload();
+                all_well(&ground, &mut world, &lan);
+            }
+            load("delete table inet who\n");
+        }
+    }
+}
+
 /// The priorities of our rules in a family.
 fn places(family: &str) -> BTreeSet<u32> {
     let rules = ip_rules(family);

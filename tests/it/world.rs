@@ -182,23 +182,28 @@ pub fn bind(at: SocketAddr, kind: c_int) -> OwnedFd {
         assert!(fd >= 0, "socket: {}", io::Error::last_os_error());
         OwnedFd::from_raw_fd(fd)
     };
-    set(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
+    bind_fd(&fd, at);
+    fd
+}
+
+/// As [`bind`], for a socket that is there.
+pub fn bind_fd(fd: &OwnedFd, at: SocketAddr) {
+    set(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
     if at.is_ipv4() {
-        set(&fd, libc::SOL_IP, libc::IP_TRANSPARENT, 1);
-        set(&fd, libc::SOL_IP, libc::IP_RECVORIGDSTADDR, 1);
+        set(fd, libc::SOL_IP, libc::IP_TRANSPARENT, 1);
+        set(fd, libc::SOL_IP, libc::IP_RECVORIGDSTADDR, 1);
     } else {
-        set(&fd, libc::SOL_IPV6, libc::IPV6_V6ONLY, 1);
-        set(&fd, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1);
-        set(&fd, libc::SOL_IPV6, libc::IPV6_RECVORIGDSTADDR, 1);
+        set(fd, libc::SOL_IPV6, libc::IPV6_V6ONLY, 1);
+        set(fd, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1);
+        set(fd, libc::SOL_IPV6, libc::IPV6_RECVORIGDSTADDR, 1);
     }
     let (raw, len) = raw_addr(at);
     // SAFETY: a sockaddr of the length that goes with it.
     let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), len) };
     assert_eq!(rc, 0, "unable to bind {at}: {}", io::Error::last_os_error());
-    fd
 }
 
-fn set(fd: &OwnedFd, level: c_int, option: c_int, value: c_int) {
+pub fn set(fd: &OwnedFd, level: c_int, option: c_int, value: c_int) {
     let size = size_of::<c_int>() as libc::socklen_t;
     // SAFETY: reads one live c_int.
     let rc =
@@ -206,8 +211,8 @@ fn set(fd: &OwnedFd, level: c_int, option: c_int, value: c_int) {
     assert_eq!(rc, 0, "setsockopt {level}/{option}: {}", io::Error::last_os_error());
 }
 
-/// Sender and original destination of the next datagram.
-fn recv_datagram(socket: &UdpSocket) -> Option<(SocketAddr, SocketAddr)> {
+/// Sender and original destination of the next datagram, if one is there.
+pub fn recv_datagram(socket: &UdpSocket) -> Option<(SocketAddr, SocketAddr)> {
     let mut data = [0u8; 2048];
     // SAFETY: the kernel writes within the buffers that msghdr names, all alive here; the control
     // messages are read with the kernel's own macros, within the length that it returned.

@@ -1,0 +1,504 @@
+//! Flows that conntrack has forgotten, or knows the wrong way round, or never sees: what their
+//! sockets' cgroups say holds all the same.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use crate::client::{expect, socket_of, under, Client, Outcome, Proto};
+use crate::daemon::{run_with, Daemon};
+use crate::gateway::{ip, Lan, PROXY};
+use crate::ground::{addr, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::kernel::{forget_flows, load, nft};
+use crate::wait_until;
+use crate::world::{bind_fd, raw_addr, recv_datagram, set, Packet, Server, World, STREAM_PORT};
+
+/// The proxy itself is in `/direct`.
+const RULES: &str = "
+[tproxy mihomo]
+port = 7893
+[rules]
+direct = /direct
+drop   = /drop
+mihomo = /proxied
+";
+
+const PORT: u16 = 80;
+
+/// Of either family: the remote host, a neighbour of it that nobody asked, and this host.
+fn places() -> [(SocketAddr, SocketAddr, IpAddr); 2] {
+    [
+        (addr(REMOTE4, PORT), addr(ip("203.0.113.8"), PORT), HOST4),
+        (addr(REMOTE6, PORT), addr(ip("2001:db8:2::8"), PORT), HOST6),
+    ]
+}
+
+fn family(at: SocketAddr) -> libc::c_int {
+    if at.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    }
+}
+
+/// A UDP socket of a cgroup, bound to `at`.
+fn udp_of(cgroup: &Path, at: SocketAddr) -> UdpSocket {
+    let fd = socket_of(cgroup, family(at), libc::SOCK_DGRAM);
+    set(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
+    let (raw, len) = raw_addr(at);
+    // SAFETY: a sockaddr of the length that goes with it.
+    let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), len) };
+    assert_eq!(rc, 0, "bind {at}: {}", std::io::Error::last_os_error());
+    patient(UdpSocket::from(fd))
+}
+
+fn patient(socket: UdpSocket) -> UdpSocket {
+    socket.set_read_timeout(Some(Duration::from_secs(5))).expect("set a timeout");
+    socket
+}
+
+/// A proxy's socket that sends as, and takes packets for, `at`.
+fn spoof(cgroup: &Path, at: SocketAddr) -> UdpSocket {
+    let fd: OwnedFd = socket_of(cgroup, family(at), libc::SOCK_DGRAM);
+    bind_fd(&fd, at);
+    patient(UdpSocket::from(fd))
+}
+
+/// Who a datagram of `socket` to `to` reaches: the proxy's listener or the socket that speaks for
+/// the remote host; `remote` where the wire has it, else `nobody`.
+fn reaches(
+    socket: &UdpSocket,
+    to: SocketAddr,
+    proxies: &[&UdpSocket],
+    world: &mut World,
+) -> String {
+    world.wire.packets();
+    let denied = match socket.send_to(b"x", to) {
+        Err(e) if e.kind() == ErrorKind::PermissionDenied => true,
+        sent => sent.expect("send") != 1,
+    };
+    // both ways are short, and neither has a queue behind the sender
+    let left = world.wire.packets();
+    if left.iter().any(|p| p.proto == Proto::Udp && p.dst == to) {
+        return "remote".into();
+    }
+    if denied {
+        return "nobody".into();
+    }
+    let got = |s: &&UdpSocket| recv_datagram(s).is_some();
+    match wait_until(Duration::from_millis(300), || proxies.iter().any(|s| got(&s))) {
+        true => "proxy".into(),
+        false => "nobody".into(),
+    }
+}
+
+/// What there is to make conntrack forget.
+#[derive(Debug, Clone, Copy)]
+enum Loss {
+    Flushed,
+    Expired,
+    /// It never knew: the proxy answers as somebody else.
+    Never,
+}
+
+fn lose(loss: Loss) {
+    match loss {
+        Loss::Never => {}
+        Loss::Flushed => forget_flows(),
+        // a flow that is over its time is no more, though its entry is collected some time later
+        Loss::Expired => std::thread::sleep(Duration::from_millis(1100)),
+    }
+}
+
+fn short_lived_flows() {
+    for name in ["udp_timeout", "udp_timeout_stream"] {
+        sysctl(&format!("net/netfilter/nf_conntrack_{name}"), "1");
+    }
+}
+
+/// The proxy speaks first, to conntrack; the application's next datagrams are still the proxy's.
+#[test]
+fn the_proxy_speaks_first() {
+    let Some(ground) = Ground::new("forgot") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let cgroups = ["/proxied", "/drop", "/direct", "/other"];
+    let [proxied, dropped, direct, other] = cgroups.map(|path| ground.cgroup(path));
+    let any = |family: IpAddr| match family {
+        IpAddr::V4(_) => addr(Ipv4Addr::UNSPECIFIED.into(), 7893),
+        IpAddr::V6(_) => addr(ip("::"), 7893),
+    };
+    short_lived_flows();
+    for (default, of_default) in [("direct", "remote"), ("mihomo", "proxy"), ("drop", "nobody")] {
+        let config = format!("[global]\ndefault = {default}\n{RULES}");
+        let daemon = Daemon::start(&ground, &config, &[]);
+        for (remote, neighbour, host) in places() {
+            let proxy = spoof(&direct, any(host));
+            for loss in [Loss::Flushed, Loss::Expired, Loss::Never] {
+                for (cgroup, want) in [
+                    (&proxied, "proxy"),
+                    (&dropped, "nobody"),
+                    (&direct, "remote"),
+                    (&other, of_default),
+                ] {
+                    // one is enough for what takes its time
+                    if matches!(loss, Loss::Expired) && cgroup != &proxied {
+                        continue;
+                    }
+                    let app = udp_of(cgroup, addr(host, 0));
+                    let at = app.local_addr().expect("an address");
+                    let to = if matches!(loss, Loss::Never) { neighbour } else { remote };
+                    let speaker = spoof(&direct, to);
+                    let what = format!("default {default}, {to} from {cgroup:?}, {loss:?}");
+                    if !matches!(loss, Loss::Never) {
+                        let who = reaches(&app, to, &[&proxy], &mut world);
+                        assert_eq!(who, want, "{what}");
+                    }
+                    lose(loss);
+                    for _ in 0..3 {
+                        assert_eq!(speaker.send_to(b"y", at).expect("send"), 1);
+                        assert_eq!(app.recv_from(&mut [0; 8]).expect(&what).1, to, "{what}");
+                        let who = reaches(&app, to, &[&proxy, &speaker], &mut world);
+                        assert_eq!(who, want, "{what}");
+                    }
+                }
+            }
+        }
+        assert!(daemon.stop().success());
+    }
+}
+
+/// Forgets flows without end until `f` returns.
+fn while_flows_are_forgotten<T>(f: impl FnOnce() -> T) -> T {
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                forget_flows();
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f));
+        done.store(true, Ordering::Relaxed);
+        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
+/// No ACK and no reset of a proxied connection gets out, with and without its socket.
+#[test]
+fn connections_go_on_while_their_flows_are_forgotten() {
+    let Some(ground) = Ground::new("forgottcp") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::stream(PROXY, &[7893, 7894]);
+    let cgroup = ground.cgroup("/proxied");
+    for (default, more) in
+        [("direct", ""), ("mihomo", ""), ("drop", ""), ("direct", "[tproxy other]\nport = 7894\n")]
+    {
+        let config = format!("[global]\ndefault = {default}\n{more}{RULES}");
+        let daemon = Daemon::start(&ground, &config, &[]);
+        world.wire.packets();
+        while_flows_are_forgotten(|| {
+            for ip in [REMOTE4, REMOTE6] {
+                let client = Client::tcp(&cgroup, addr(ip, STREAM_PORT)).close_early(60);
+                assert_eq!(client.run(), Outcome::Answer(String::new()), "{default}");
+            }
+            // data on its way meets the closed sockets; that no more comes is announced by nothing
+            std::thread::sleep(Duration::from_millis(200));
+        });
+        assert_eq!(world.wire.to_remote(), [], "default {default} {more}");
+        assert!(daemon.stop().success());
+    }
+}
+
+/// The same for a client of this router; the proxy's packets leave by the client's interface.
+#[test]
+fn flows_of_clients_are_forgotten() {
+    let Some(ground) = Ground::new("forgotgw") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let direct = ground.cgroup("/direct");
+    short_lived_flows();
+    let gateway = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n";
+    for default in ["direct", "mihomo", "drop"] {
+        let config = format!("[global]\ndefault = {default}\n{RULES}{gateway}");
+        let daemon = Daemon::start(&ground, &config, &[]);
+        let hosts = [ip("198.51.100.10"), ip("2001:db8:3::10")];
+        for ((remote, neighbour, host), client) in places().into_iter().zip(hosts) {
+            let any = if host.is_ipv4() { "0.0.0.0" } else { "::" };
+            let proxy = spoof(&direct, addr(ip(any), 7893));
+            for loss in [Loss::Flushed, Loss::Expired, Loss::Never] {
+                let app = || UdpSocket::bind(addr(client, 0)).expect("bind");
+                let app = patient(lan.client(0).run(app));
+                let at = app.local_addr().expect("an address");
+                let to = if matches!(loss, Loss::Never) { neighbour } else { remote };
+                let speaker = spoof(&direct, to);
+                let what = format!("default {default}, {to}, {loss:?}");
+                if !matches!(loss, Loss::Never) {
+                    assert_eq!(reaches(&app, to, &[&proxy], &mut world), "proxy", "{what}");
+                }
+                lose(loss);
+                for _ in 0..3 {
+                    assert_eq!(speaker.send_to(b"y", at).expect("send"), 1);
+                    assert_eq!(app.recv_from(&mut [0; 8]).expect(&what).1, to, "{what}");
+                    let who = reaches(&app, to, &[&proxy, &speaker], &mut world);
+                    assert_eq!(who, "proxy", "{what}");
+                }
+            }
+        }
+        assert!(daemon.stop().success());
+    }
+    // TCP, with the proxy in a cgroup that is direct (here by default).
+    let _proxy = Server::stream(PROXY, &[7893]);
+    let _daemon = Daemon::start(&ground, &format!("{RULES}{gateway}"), &[]);
+    world.wire.packets();
+    while_flows_are_forgotten(|| {
+        for ip in [REMOTE4, REMOTE6] {
+            let client = Client::tcp(&ground.root, addr(ip, STREAM_PORT)).close_early(60);
+            let outcome = lan.client(0).run(|| client.run());
+            assert_eq!(outcome, Outcome::Answer(String::new()));
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    });
+    assert_eq!(world.wire.to_remote(), []);
+}
+
+/// Others keep packets from conntrack (`notrack`): what is proxied or dropped stays so. Nothing tells
+/// whose the bare ACKs and resets are that the kernel sends for a socket that is gone.
+#[test]
+fn untracked_packets_are_classified() {
+    let Some(ground) = Ground::new("notrack") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroups = ["/proxied", "/drop", "/direct"].map(|path| ground.cgroup(path));
+    for hooks in [&["output"][..], &["prerouting"], &["output", "prerouting"]] {
+        let chain = |hook: &&str| {
+            format!(
+                "chain {hook} {{ type filter hook {hook} priority raw; policy accept;\n\
+                 meta l4proto {{ tcp, udp }} notrack\n}}\n"
+            )
+        };
+        let chains: String = hooks.iter().map(chain).collect();
+        load(&format!("table inet others {{\n{chains}}}\n"));
+        for default in ["direct", "mihomo", "drop"] {
+            println!("{hooks:?} default {default}");
+            let config = format!("[global]\ndefault = {default}\n{RULES}");
+            let daemon = Daemon::start(&ground, &config, &[]);
+            let [proxied, dropped, direct] = cgroups.each_ref().map(|path| path.as_path());
+            world.wire.packets();
+            expect(&[(proxied, under(PROXY)), (dropped, under("drop"))]);
+            let mut left = world.wire.to_remote();
+            const ACK: u8 = 0x10;
+            const RST: u8 = 0x04;
+            let of_none = |p: &Packet| [ACK, RST, RST | ACK].contains(&p.flags);
+            left.retain(|p| p.proto != Proto::Icmp && !of_none(p));
+            assert_eq!(left, [], "{hooks:?} default {default}");
+            expect(&[(direct, under("direct"))]);
+            assert!(daemon.stop().success());
+        }
+        load("delete table inet others\n");
+    }
+}
+
+/// Others restore the ct mark into packets: that of a flow that the proxy began is no target's.
+#[test]
+fn marks_of_forgotten_flows_are_restored_by_others() {
+    let Some(ground) = Ground::new("forgotmark") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
+    let gateway = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n";
+    for (more, proxies) in [("", 1), ("[tproxy other]\nport = 7894\n", 2)] {
+        let _daemon = Daemon::start(&ground, &format!("{more}{RULES}{gateway}"), &[]);
+        for (hook, kind, priority) in [
+            ("prerouting", "filter", -160),
+            ("prerouting", "filter", -140),
+            ("output", "route", -160),
+            ("output", "route", -140),
+            ("output", "filter", 0),
+        ] {
+            load(&format!(
+                "table inet who {{\nchain who {{ type {kind} hook {hook} priority {priority};\n\
+                 meta mark set ct mark\n}}\n}}\n"
+            ));
+            for (remote, _, host) in places() {
+                let what = format!("{hook} {kind} {priority}, {remote}, {proxies}");
+                let any = if host.is_ipv4() { "0.0.0.0" } else { "::" };
+                let proxy = spoof(&direct, addr(ip(any), 7893));
+                let speaker = spoof(&direct, remote);
+                let client = if host.is_ipv4() { "198.51.100.10" } else { "2001:db8:3::10" };
+                let client = || UdpSocket::bind(addr(ip(client), 0)).expect("bind");
+                let client = patient(lan.client(0).run(client));
+                for app in [&udp_of(&proxied, addr(host, 0)), &client] {
+                    let at = app.local_addr().expect("an address");
+                    forget_flows();
+                    for _ in 0..3 {
+                        assert_eq!(speaker.send_to(b"y", at).expect("send"), 1);
+                        assert_eq!(app.recv_from(&mut [0; 8]).expect(&what).1, remote, "{what}");
+                        let who = reaches(app, remote, &[&proxy, &speaker], &mut world);
+                        // routed anew by that mark, the packet is not to leave; else it finds its way
+                        let strays = at.ip() == host && (kind, priority) == ("route", -140);
+                        let want = if strays { "nobody" } else { "proxy" };
+                        assert_eq!(who, want, "{what} of {at}");
+                    }
+                }
+            }
+            load("delete table inet who\n");
+        }
+    }
+}
+
+/// A process that may not do more than others cannot pass for a proxy: IPv6 lets everybody send
+/// from a foreign address.
+#[test]
+fn a_foreign_source_is_no_way_out() {
+    let Some(ground) = Ground::new("freebind") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    const IPV6_FREEBIND: libc::c_int = 78;
+    let gateway = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n";
+    let _daemon = Daemon::start(&ground, &format!("{RULES}{gateway}"), &[]);
+    for path in ["/drop", "/proxied"] {
+        let fd = socket_of(&ground.cgroup(path), libc::AF_INET6, libc::SOCK_DGRAM);
+        crate::kernel::await_member(&ground.at(path), &path[1..].replace("proxied", "mihomo"));
+        set(&fd, libc::SOL_IPV6, IPV6_FREEBIND, 1);
+        let (raw, len) = raw_addr(addr(ip("2001:db8:3::77"), 0));
+        // SAFETY: a sockaddr of the length that goes with it.
+        let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), len) };
+        assert_eq!(rc, 0, "bind: {}", std::io::Error::last_os_error());
+        let socket = UdpSocket::from(fd);
+        for _ in 0..3 {
+            let who = reaches(&socket, addr(REMOTE6, PORT), &[], &mut world);
+            assert_eq!(who, "nobody", "{path}");
+        }
+    }
+    drop(lan);
+}
+
+/// The same port to the same host, by a process of another cgroup: its cgroup decides.
+#[test]
+fn a_port_that_is_used_again() {
+    let Some(ground) = Ground::new("reuse") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let cgroups = ["/proxied", "/drop", "/direct", "/other"].map(|path| ground.cgroup(path));
+    let proxies = [("0.0.0.0", 7893), ("::", 7893)];
+    let proxies = proxies.map(|(any, port)| spoof(&cgroups[2], addr(ip(any), port)));
+    for (default, of_default) in [("direct", "remote"), ("mihomo", "proxy"), ("drop", "nobody")] {
+        let config = format!("[global]\ndefault = {default}\n{RULES}");
+        let daemon = Daemon::start(&ground, &config, &[]);
+        for ((remote, _, host), proxy) in places().into_iter().zip(&proxies) {
+            forget_flows();
+            let mut at = addr(host, 0);
+            let each = ["proxy", "nobody", "remote", of_default];
+            let each: Vec<_> = cgroups.iter().zip(each).collect();
+            // every one behind every other
+            for (first, second) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))) {
+                for (cgroup, want) in [each[first], each[second]] {
+                    let app = udp_of(cgroup, at);
+                    at = app.local_addr().expect("an address");
+                    for _ in 0..2 {
+                        let who = reaches(&app, remote, &[proxy], &mut world);
+                        assert_eq!(who, want, "default {default} {remote} from {cgroup:?}");
+                    }
+                }
+            }
+        }
+        assert!(daemon.stop().success());
+    }
+}
+
+/// A socket whose cgroup gets another target: of UDP, its next datagram goes there.
+#[test]
+fn datagrams_go_where_their_cgroup_is_to_go_now() {
+    let Some(ground) = Ground::new("udpnow") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let app_cgroup = ground.cgroup("/app");
+    let direct = ground.cgroup("/direct");
+    let proxies = [("0.0.0.0", 7893), ("::", 7893)];
+    let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));
+    let policy = |default: &str, target: &str| {
+        let rule = match target {
+            "" => String::new(),
+            target => format!("{target} = /app\n"),
+        };
+        format!(
+            "[global]\ndefault = {default}\n[tproxy mihomo]\nport = 7893\n\
+             [rules]\ndirect = /direct\n{rule}"
+        )
+    };
+    let daemon = Daemon::start(&ground, &policy("direct", ""), &[]);
+    for ((remote, _, host), proxy) in places().into_iter().zip(&proxies) {
+        let app = udp_of(&app_cgroup, addr(host, 0));
+        for default in ["direct", "mihomo", "drop"] {
+            for target in ["mihomo", "direct", "", "mihomo", "drop", "", "direct", "mihomo", ""] {
+                daemon.configure(&policy(default, target));
+                daemon.reload();
+                let want = match if target.is_empty() { default } else { target } {
+                    "mihomo" => "proxy",
+                    "drop" => "nobody",
+                    _ => "remote",
+                };
+                for _ in 0..2 {
+                    let who = reaches(&app, remote, &[proxy], &mut world);
+                    assert_eq!(who, want, "default {default}, {target:?}, {remote}");
+                }
+            }
+        }
+    }
+}
+
+/// A socket that is bound to a device leaves by no other way; it is refused, and counted so.
+#[test]
+fn sockets_of_a_device_are_refused() {
+    let Some(ground) = Ground::new("device") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/proxied");
+    let config = "[tproxy other]\nport = 7894\n".to_owned() + RULES;
+    let daemon = Daemon::start(&ground, &config, &[]);
+    for (remote, _, _) in places() {
+        let fd = socket_of(&cgroup, family(remote), libc::SOCK_DGRAM);
+        let name = b"in0\0";
+        // SAFETY: reads `name`.
+        let rc = unsafe {
+            let (level, option) = (libc::SOL_SOCKET, libc::SO_BINDTODEVICE);
+            libc::setsockopt(fd.as_raw_fd(), level, option, name.as_ptr().cast(), 4)
+        };
+        assert_eq!(rc, 0, "bind to a device: {}", std::io::Error::last_os_error());
+        let socket = UdpSocket::from(fd);
+        for _ in 0..5 {
+            assert_eq!(reaches(&socket, remote, &[], &mut world), "nobody");
+        }
+    }
+    let list = nft(&["list", "chain", "inet", "cgtproxy", "astray_mihomo"], "").stdout;
+    let list = String::from_utf8_lossy(&list).into_owned();
+    assert!(list.contains("counter packets 10 "), "{list}");
+    let status = run_with(&ground, &config, &["status"]).stdout;
+    let status = String::from_utf8_lossy(&status).into_owned();
+    let refused = |name: &str| {
+        let line = status.lines().find(|line| line.split_whitespace().next() == Some(name));
+        line.and_then(|line| line.split_whitespace().last().map(str::to_owned))
+    };
+    assert_eq!(refused("mihomo").as_deref(), Some("10"), "{status}");
+    assert_eq!(refused("other").as_deref(), Some("0"), "{status}");
+    drop(daemon);
+}
