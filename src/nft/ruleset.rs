@@ -119,6 +119,7 @@ impl Table {
             if config.routes_to_tproxy() {
                 chains.push(nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING));
             }
+            chains.extend(answer_chain(config));
         }
         if !config.tproxies.is_empty() {
             chains.push(strayed_chain(config));
@@ -628,6 +629,40 @@ fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
         }),
         rules,
     }
+}
+
+/// A resolver on a wildcard address answers from the address that leads to whoever asked, unless it
+/// goes to some lengths (IP_PKTINFO). Asked from a loopback address, it answers from that. Only what
+/// leaves by lo can be sent from one, so a router's clients ask as they are.
+fn answer_chain(config: &Config) -> Option<Chain> {
+    let mut rules = Vec::new();
+    for tproxy in &config.tproxies {
+        let to = [tproxy.dns4.map(SocketAddr::V4), tproxy.dns6.map(SocketAddr::V6)];
+        for l4 in tproxy.dns_protocols() {
+            let here = to.iter().flatten().filter(|to| to.ip().is_loopback());
+            rules.extend(here.map(|to| {
+                let from = match to.ip() {
+                    IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+                    IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+                };
+                vec![
+                    Stmt::OifLo,
+                    Stmt::CtMark(mark(config, tproxy.mark)),
+                    Stmt::Dnatted,
+                    Stmt::Nfproto(Family::of(&from)),
+                    Stmt::Dport(l4, to.port()),
+                    Stmt::Snat(from),
+                ]
+            }));
+        }
+    }
+    let base = Base {
+        kind: "nat",
+        hook: NF_INET_POST_ROUTING,
+        // before others, as in `nat_chain`
+        priority: NF_IP_PRI_NAT_SRC - 1,
+    };
+    (!rules.is_empty()).then(|| Chain { name: "nat_postrouting".into(), base: Some(base), rules })
 }
 
 /// A marked packet that is not on its way to lo: the ip rules or the route are missing. It must not

@@ -420,6 +420,49 @@ fn dns_hijack() {
     assert!(wrong.is_empty(), "answered by\n{}", wrong.join("\n"));
 }
 
+/// A resolver that does not care by which of this host's addresses it was asked (no IP_PKTINFO), and
+/// applications that take an answer from nobody but whom they asked.
+#[test]
+fn dns_hijack_to_a_simple_resolver() {
+    let Some(ground) = Ground::new("simple") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/proxied");
+    let any = |family: &str| ip(if family == "v4" { "0.0.0.0" } else { "::" });
+    // for each family a socket of its own, or one for both
+    for sockets in [&["v4"][..], &["v6"]] {
+        let serve = |family: &&str| {
+            let at = addr(any(family), 1053);
+            let server = |proto| Client::new(&ground.root, proto, at).serve();
+            [Proto::Udp, Proto::Tcp].map(server)
+        };
+        let _resolver: Vec<_> = sockets.iter().map(serve).collect();
+        for local in ["", "dns-hijack-local = yes\n"] {
+            let here = ["dns-hijack = 127.0.0.1:1053\n", "dns-hijack = [::1]:1053\n"];
+            let here = &here[..if sockets == ["v4"] { 1 } else { 2 }];
+            let config = format!(
+                "[tproxy mihomo]\nport = 7893\n{}dns-hijack-tcp = yes\n{local}\
+                 [rules]\nmihomo = /proxied\n",
+                here.concat()
+            );
+            let daemon = Daemon::start(&ground, &config, &[]);
+            let remote = [REMOTE4, REMOTE6];
+            let own = [HOST4, ip("127.0.0.1"), ip("127.0.0.53"), HOST6, ip("::1")];
+            let asked = remote.iter().chain(own.iter().filter(|_| !local.is_empty()));
+            for to in asked.filter(|to| to.is_ipv4() || here.len() == 2) {
+                for proto in [Proto::Udp, Proto::Tcp] {
+                    for _ in 0..3 {
+                        check(proto, &cgroup, addr(*to, 53), "service");
+                    }
+                }
+            }
+            assert!(daemon.stop().success());
+        }
+    }
+}
+
 #[test]
 fn dns_of_this_host_and_of_bypassed_addresses_is_left_alone() {
     let Some(ground) = Ground::new("nohijack") else {
