@@ -315,7 +315,7 @@ fn status_tells_missing_rules_of_gateways() {
     let Some(ground) = Ground::new("status-gw") else {
         return;
     };
-    let routed = "fwmark 0xff000000/0xff000000";
+    let routed = "fwmark 0xfe000000/0xff000000";
     for (interfaces, wants) in [
         (
             &["br-lan", "br-guest"][..],
