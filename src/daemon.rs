@@ -635,7 +635,7 @@ impl Daemon<'_> {
     /// Until the next retry that is due; none at all where nothing is pending.
     fn timeout(&self) -> PollTimeout {
         let waiting = !(self.cgroups.events.is_empty() && self.cgroups.work.is_empty());
-        if waiting || self.doubts.is_some() {
+        if waiting || self.doubts.is_some() || self.signals.pending() {
             return PollTimeout::ZERO;
         }
         let due = [self.cgroups.look_again, self.table.due(), self.routing.due()];

@@ -67,6 +67,11 @@ impl Signals {
         }
     }
 
+    /// Whether some have been taken and not been answered: the descriptor does not tell of them again.
+    pub fn pending(&self) -> bool {
+        self.end.is_some() || self.reload || self.status
+    }
+
     /// Whether a reload is wanted, once.
     pub fn reload(&mut self) -> bool {
         std::mem::take(&mut self.reload)
