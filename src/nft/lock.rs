@@ -65,3 +65,42 @@ fn comment(data: &[u8]) -> Option<String> {
     let text = rest.get(..usize::from(*length))?;
     (*kind == NFTNL_UDATA_TABLE_COMMENT).then(|| parse::str_z(text).into())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::msg::Batch;
+    use crate::netlink::parse::Messages;
+
+    /// What the kernel tells of a table with this comment, owned or not.
+    fn told(name: &str, udata: &[u8], owned: bool) -> Option<Lock> {
+        let mut b = Batch::new(0);
+        let m = b.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE, 0);
+        b.header(&encode::nfgenmsg(NFPROTO_INET, 0));
+        b.str_z(NFTA_TABLE_NAME, name);
+        b.raw(NFTA_TABLE_USERDATA, udata);
+        if owned {
+            b.u32_be(NFTA_TABLE_OWNER, 7);
+        }
+        b.end(m);
+        let lock = Messages::new(b.bytes()).find_map(|message| parse(&message));
+        lock
+    }
+
+    #[test]
+    fn what_the_lock_says() {
+        let udata = |text: &str| [&[0, text.len() as u8 + 1], text.as_bytes(), &[0]].concat();
+        for lock in [Lock::Held(4711), Lock::Left(86_400)] {
+            let (text, owned) = (udata(&lock.comment()), matches!(lock, Lock::Held(_)));
+            assert_eq!(told(TABLE, &text, owned), Some(lock));
+            assert_eq!(told("cgtproxy", &text, owned), None);
+            // what root made by hand is no lock, and who holds it without a word holds it
+            let other = if owned { None } else { Some(Lock::Held(0)) };
+            assert_eq!(told(TABLE, &text, !owned), other);
+        }
+        for odd in [&[][..], &[0], &[0, 9, b'x'], &[1, 1, 0], &udata("held by pid x")] {
+            assert_eq!(told(TABLE, odd, false), None);
+            assert_eq!(told(TABLE, odd, true), Some(Lock::Held(0)));
+        }
+    }
+}
