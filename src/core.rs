@@ -83,6 +83,8 @@ pub struct Scan {
 pub struct Found {
     pub path: Path,
     pub id: u64,
+    /// See [`Node::foreign`].
+    pub foreign: bool,
 }
 
 /// The difference between what the kernel's sets hold and what they should hold.
@@ -129,6 +131,8 @@ pub struct Core {
     /// The last of them that was looked at again.
     retried: Option<Path>,
     memo: policy::Memo,
+    /// The deepest level that the kernel takes.
+    deepest: usize,
 }
 
 /// Deepest level that `socket cgroupv2` can name; what lies deeper inherits.
@@ -150,6 +154,7 @@ impl Core {
             blind: BTreeSet::new(),
             retried: None,
             memo: policy::Memo::default(),
+            deepest: MAX_LEVEL,
         }
     }
 
@@ -235,6 +240,17 @@ impl Core {
         }
     }
 
+    /// Takes it that the kernel matches no level deeper than that: what lies there inherits. As
+    /// after a new policy, the table has to be replaced. False where nothing lies there.
+    pub fn set_deepest(&mut self, level: usize) -> bool {
+        let deeper = self.pairs.keys().any(|pair| usize::from(pair.level) > level);
+        self.deepest = level;
+        if deeper {
+            self.set_config(self.config.clone());
+        }
+        deeper
+    }
+
     /// Takes a new policy: every rank and element is computed anew. The table has to be replaced
     /// afterwards, with [`Core::snapshot`].
     pub fn set_config(&mut self, config: Rc<Config>) {
@@ -244,7 +260,8 @@ impl Core {
         let paths: Vec<Path> = self.tree.iter().map(|(path, _)| path.clone()).collect();
         for path in paths {
             let parent = tree::parent(&path).and_then(|parent| self.tree.get(parent));
-            let (rank, element) = self.classify(parent.map(|node| node.rank), &path);
+            let foreign = self.tree.get(&path).is_some_and(|node| node.foreign);
+            let (rank, element) = self.classify(parent.map(|node| node.rank), &path, foreign);
             if let Some(node) = self.tree.get_mut(&path) {
                 (node.rank, node.element) = (rank, element);
             }
@@ -294,7 +311,7 @@ impl Core {
     }
 
     fn found(&mut self, found: Found, actions: &mut Vec<Action>) {
-        let Found { path, id } = found.clone();
+        let Found { path, id, foreign } = found.clone();
         let parent = match tree::parent(&path).map(|parent| self.tree.get(parent)) {
             None => None,
             Some(Some(parent)) => Some(parent.rank),
@@ -307,8 +324,8 @@ impl Core {
                 // another cgroup of the same name
                 self.gone(&path, actions);
             }
-            let (rank, element) = self.classify(parent, &path);
-            let node = Node { id, wd: None, rank, element, account: 0 };
+            let (rank, element) = self.classify(parent, &path, foreign);
+            let node = Node { id, wd: None, rank, element, account: 0, foreign };
             self.tree.insert(path.clone(), node);
             self.count(&path, element, true);
             self.want(id, None, element);
@@ -422,15 +439,16 @@ impl Core {
         &mut self,
         parent: Option<policy::Rank>,
         path: &[u8],
+        foreign: bool,
     ) -> (policy::Rank, Option<Target>) {
         let config = &self.config;
         let Some(parent) = parent else {
             return (policy::root_rank(config), None);
         };
-        let rank = self.memo.rank(config, parent, path);
+        let rank = self.memo.rank(config, parent, path, foreign);
         let target = policy::target(config, rank);
         let differs = target != policy::target(config, parent);
-        let reachable = self.base_level + tree::depth(path) <= MAX_LEVEL;
+        let reachable = self.base_level + tree::depth(path) <= self.deepest;
         (rank, (differs && reachable).then_some(target))
     }
 

@@ -3,7 +3,8 @@
 //! wake-up, or one more for each level of nested cgroups that it discovers.
 
 use std::collections::{BTreeSet, HashMap};
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -94,6 +95,61 @@ struct Cgroups {
     look_again: Option<Instant>,
     /// That some cgroups cannot be watched has been told.
     blind: bool,
+    /// The root may be gone, or another one.
+    in_doubt: bool,
+    /// The root is gone, and that has been told.
+    lost: bool,
+}
+
+/// What the kernel has told of its levels.
+#[derive(Default)]
+struct Host {
+    /// Level of the root of our cgroup namespace.
+    base: usize,
+    /// The deepest one that it takes, where some were refused.
+    deepest: Option<usize>,
+}
+
+impl Host {
+    /// Asks where that is not known beforehand. Errors: nothing would match.
+    pub fn ask(kernel: &mut Kernel) -> Result<Host> {
+        match levels(kernel)? {
+            Ok(base) => Ok(Host { base, deepest: None }),
+            Err(why) => {
+                log!(
+                    Warning,
+                    "{why}: levels of cgroups are taken to begin at the root of the namespace, as \
+                     newer kernels have it"
+                );
+                Ok(Host::default())
+            }
+        }
+    }
+}
+
+/// At which level the kernel sees the root of our cgroup namespace, or why that is not known.
+///
+/// Errors: nothing would match.
+pub fn levels(kernel: &mut Kernel) -> Result<std::result::Result<usize, Error>> {
+    if mount::find_first_namespace() {
+        return Ok(Ok(0));
+    }
+    let unknown = || {
+        let why = "unable to match cgroups from here: this process is outside of the part of the \
+                   tree that its cgroup namespace shows, so that nothing tells how the kernel \
+                   counts levels";
+        Error::State(why.into())
+    };
+    let own = mount::find_own_level().ok_or_else(unknown)?;
+    // some more for what is above the namespace, from where older kernels count
+    let most = (own as u32 + 32).min(200);
+    match kernel.own_level(most) {
+        Err(why) => Ok(Err(why)),
+        Ok(level) => match level.and_then(|level| (level as usize).checked_sub(own)) {
+            None => Err(unknown()),
+            Some(base) => Ok(Ok(base)),
+        },
+    }
 }
 
 /// A look at a cgroup that can wait until the elements of those before it are in force.
@@ -106,6 +162,9 @@ struct Daemon<'a> {
     options: &'a Options,
     pidfile: Option<Pidfile>,
     signals: &'a mut Signals,
+    host: Host,
+    /// Tells of mounts.
+    mounts: Option<File>,
     kernel: Kernel,
     cgroups: Cgroups,
     /// Replacing the table, where it is not what it should be.
@@ -127,6 +186,7 @@ struct Daemon<'a> {
 #[derive(Default)]
 struct Ready {
     cgroups: bool,
+    mounts: bool,
     kernel: bool,
 }
 
@@ -191,9 +251,12 @@ fn begin<'a>(
     let mut kernel = Kernel::open_watching(&config)?;
     let before = instance::claim(&mut kernel)?;
     let on_exit = config.on_exit;
-    let scanned = Cgroups::scan(Rc::new(config), signals);
+    let mounts = File::open("/proc/self/mountinfo").ok();
+    let scanned = Host::ask(&mut kernel).and_then(|host| {
+        Ok(Cgroups::scan(Rc::new(config), &host, signals)?.map(|cgroups| (host, cgroups)))
+    });
     let scanned = scanned.inspect_err(|_| instance::give_back(&mut kernel, before))?;
-    let Some(cgroups) = scanned else {
+    let Some((host, cgroups)) = scanned else {
         // what another instance has left in force is ours to remove as well, or to leave
         match signals.end()? {
             Some(End::Stop) if on_exit == OnExit::Remove => remove(&mut kernel)?,
@@ -205,6 +268,8 @@ fn begin<'a>(
         options,
         pidfile,
         signals,
+        host,
+        mounts,
         kernel,
         cgroups,
         table: Backoff::default(),
@@ -241,10 +306,14 @@ fn wait_to_retry(signals: &mut Signals, due: Instant) -> Result<bool> {
 
 impl Cgroups {
     /// Watches and scans everything; `None` where the end is wanted first.
-    fn scan(config: Rc<Config>, signals: &mut Signals) -> Result<Option<Cgroups>> {
+    fn scan(config: Rc<Config>, host: &Host, signals: &mut Signals) -> Result<Option<Cgroups>> {
         let root = mount::find(config.cgroup_root.as_deref())?;
-        let core = Core::new(config, root.level);
-        let watcher = Watcher::new(&root.dir)?;
+        let mut core = Core::new(config, root.level + host.base);
+        if let Some(level) = host.deepest {
+            core.set_deepest(level);
+        }
+        let mut watcher = Watcher::new(&root.dir)?;
+        watcher.guard(&root.mount, false);
         let mut cgroups = Cgroups {
             root,
             watcher,
@@ -254,6 +323,8 @@ impl Cgroups {
             until: Instant::now(),
             look_again: None,
             blind: false,
+            in_doubt: false,
+            lost: false,
         };
         let start = cgroups.core.start();
         cgroups.act(vec![start]);
@@ -385,6 +456,7 @@ impl Cgroups {
             if self.events.len() >= MOST {
                 break;
             }
+            let above = self.watcher.above().to_vec();
             let read = self.watcher.read()?;
             if read.is_empty() {
                 break;
@@ -398,6 +470,9 @@ impl Cgroups {
                     log!(Notice, "cgroup events were lost, looking at everything");
                     // and with it at what waits
                     self.events = Backlog::default();
+                }
+                if above.contains(&dir) || event == Event::Overflow {
+                    self.in_doubt = true;
                 }
                 let path = self.core.tree().watched(dir);
                 let account = path.map_or(0, |path| self.core.account(path));
@@ -585,6 +660,9 @@ impl Daemon<'_> {
             if ready.cgroups || !self.cgroups.events.is_empty() {
                 self.cgroups.drain()?;
             }
+            if ready.mounts || std::mem::take(&mut self.cgroups.in_doubt) {
+                self.look_at_root();
+            }
             self.heal(ready.kernel);
             self.settle();
             self.end_stale(SLICE);
@@ -608,6 +686,8 @@ impl Daemon<'_> {
         let mut fds = Vec::with_capacity(8);
         fds.push(fd(self.signals.fd()));
         fds.extend(cgroups.map(fd));
+        let mounts = self.mounts.as_ref();
+        fds.extend(mounts.map(|file| PollFd::new(file.as_fd(), PollFlags::POLLPRI)));
         fds.extend(self.kernel.event_fds().map(fd));
         match poll(&mut fds, self.timeout()) {
             Ok(_) => {
@@ -616,6 +696,7 @@ impl Daemon<'_> {
                 // looked at in any case
                 next(true);
                 ready.cgroups = next(cgroups.is_some());
+                ready.mounts = next(mounts.is_some());
                 ready.kernel = any.any(|ready| ready);
                 self.refused = false;
             }
@@ -626,7 +707,7 @@ impl Daemon<'_> {
                     log!(Warning, "unable to poll: {why}, looking every {every} ms");
                 }
                 let _ = poll(&mut [], LOOK_BLINDLY.as_millis() as u16);
-                ready = Ready { cgroups: true, kernel: true };
+                ready = Ready { cgroups: true, mounts: true, kernel: true };
             }
         }
         ready
@@ -654,7 +735,13 @@ impl Daemon<'_> {
     fn heal(&mut self, notified: bool) {
         let now = Instant::now();
         if self.cgroups.look_again.is_some_and(|at| at <= now) {
-            self.cgroups.look_again();
+            match self.cgroups.lost {
+                false => self.cgroups.look_again(),
+                true => {
+                    self.cgroups.look_again = Some(now + LOOK_AGAIN);
+                    self.look_at_root();
+                }
+            }
         }
         let damage = match notified {
             true => self.kernel.damage(self.cgroups.core.config()),
@@ -679,6 +766,38 @@ impl Daemon<'_> {
         }
         if self.table.due().is_some_and(|at| at <= now) {
             self.repair_table();
+        }
+    }
+
+    /// Looks whether the cgroup root is what it was: it may have been removed and made again, or be
+    /// another mount.
+    fn look_at_root(&mut self) {
+        let root = &self.cgroups.root;
+        let same = mount::find_identity(&root.dir) == Ok(root.identity);
+        if same && !self.cgroups.lost {
+            return;
+        }
+        let config = self.cgroups.core.config().clone();
+        match Cgroups::scan(config, &self.host, self.signals) {
+            Ok(Some(fresh)) => {
+                let dir = fresh.root.dir.display();
+                log!(
+                    Notice,
+                    "cgroup root {dir} is there anew: cgroups: {}",
+                    fresh.core.tree().len()
+                );
+                self.cgroups = fresh;
+                self.repair_table();
+            }
+            Ok(None) => {}
+            Err(error) => {
+                let root = self.cgroups.root.clone();
+                self.cgroups.watcher.guard(&root.mount, true);
+                if !std::mem::replace(&mut self.cgroups.lost, true) {
+                    log!(Error, "{error}; nothing is classified until it is there again");
+                    self.cgroups.step(Event::Gone { path: (*b"").into() });
+                }
+            }
         }
     }
 
@@ -779,13 +898,40 @@ impl Daemon<'_> {
     fn replace(&mut self) -> Result<()> {
         let config = self.cgroups.core.config().clone();
         let snapshot = self.cgroups.core.snapshot();
-        self.kernel.replace(&config, &snapshot)
+        let done = self.kernel.replace(&config, &snapshot);
+        match done.is_err() && self.leave_out_levels() {
+            true => {
+                let snapshot = self.cgroups.core.snapshot();
+                self.kernel.replace(&config, &snapshot)
+            }
+            false => done,
+        }
+    }
+
+    /// Leaves out what lies deeper than the kernel can match: one such cgroup must not cost all
+    /// others. False where nothing does.
+    fn leave_out_levels(&mut self) -> bool {
+        if self.host.deepest.is_none() {
+            self.host.deepest = self.kernel.deepest_level().ok();
+        }
+        // a kernel that takes none lacks more than some levels
+        let Some(level) = self.host.deepest.filter(|level| *level > 0) else {
+            return false;
+        };
+        if !self.cgroups.core.set_deepest(level) {
+            return false;
+        }
+        let text = "the kernel matches no cgroup deeper than level";
+        let warning = format_args!("{text} {level} here: those that are go their ancestors' way");
+        log::write_limited(Level::Warning, warning);
+        true
     }
 
     /// Takes a new configuration, or keeps the old one whole.
     fn reload(&mut self) {
         let file = self.options.config_file.display().to_string();
         self.notify.reloading();
+        self.look_at_root();
         match self.try_reload() {
             Ok(()) => {
                 self.warn();
@@ -819,7 +965,7 @@ impl Daemon<'_> {
         let before = match new.cgroup_root == old.cgroup_root {
             true => None,
             false => {
-                let fresh = Cgroups::scan(new.clone(), self.signals)?;
+                let fresh = Cgroups::scan(new.clone(), &self.host, self.signals)?;
                 let fresh = fresh.ok_or_else(|| Error::State("the end is wanted first".into()))?;
                 Some(std::mem::replace(&mut self.cgroups, fresh))
             }

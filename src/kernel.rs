@@ -2,6 +2,7 @@
 //! out and reports; what should be there is decided elsewhere.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
@@ -19,7 +20,7 @@ use crate::netlink::uapi::*;
 use crate::nft::dump;
 use crate::nft::encode::{self, Transaction};
 use crate::nft::event::Follower;
-use crate::nft::expr::Family;
+use crate::nft::expr::{Expr, Family};
 use crate::nft::lock::{self, Lock};
 use crate::nft::ruleset::TABLE;
 use crate::plan;
@@ -180,6 +181,46 @@ impl Kernel {
         let mut transaction = Transaction::new(self.nft.batch());
         transaction.probe_cgroups();
         self.commit(transaction)
+    }
+
+    /// The level of our own cgroup as `socket cgroupv2 level` counts it: which datagrams of ours,
+    /// over `lo` to ourselves, have a sender at or below each level. `None` where it is none of the
+    /// first `most` ones.
+    ///
+    /// Errors: it cannot be asked here.
+    pub fn own_level(&mut self, most: u32) -> Result<Option<u32>> {
+        let refused = |e: std::io::Error| {
+            let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
+            Error::system("unable to send to ourselves over lo", errno)
+        };
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map_err(refused)?;
+        let own = socket.local_addr().map_err(refused)?;
+        socket.connect(own).map_err(refused)?;
+        socket.send(&[]).map_err(refused)?;
+        let transaction = encode::ask_levels(own.port(), 0..most, self.nft.batch());
+        self.commit(transaction)?;
+        let lengths = 1..=most as usize;
+        let bytes = vec![0; most as usize];
+        // others drop packets over lo, too
+        let control = socket.send(&[]);
+        let dropped = |length: &usize| {
+            let sent = socket.send(&bytes[..*length]);
+            sent.is_err_and(|e| e.raw_os_error() == Some(libc::EPERM))
+        };
+        let found = lengths.take_while(dropped).last();
+        let mut transaction = Transaction::new(self.nft.batch());
+        transaction.remove_table_of(encode::ASKING);
+        self.commit(transaction)?;
+        control.map_err(refused)?;
+        Ok(found.map(|length| length as u32 - 1))
+    }
+
+    /// The deepest level that the kernel takes in a rule.
+    pub fn deepest_level(&mut self) -> Result<usize> {
+        let level = |level| Expr::SocketCgroup { level, dreg: NFT_REG_1 };
+        let probes: Vec<_> = (1..=255).map(|l| encode::Probe::Rule(vec![level(l)])).collect();
+        let said = self.probe(&probes)?;
+        Ok(said.iter().take_while(|refused| refused.is_none()).count())
     }
 
     /// Replaces the table by what the plan says, in one transaction.

@@ -1,6 +1,7 @@
 //! Which target a cgroup has: ranks of paths, targets of ranks. Pure.
 //!
-//! Rules are numbered: the built-in ones of `exec` first (`/cgtproxy/TARGET` goes to TARGET), then
+//! Rules are numbered: the built-in ones of `exec` first (`/cgtproxy/TARGET` goes to TARGET, unless
+//! a user has made that cgroup to choose his own way), then
 //! the configured ones in file order; `default` has the number behind the last. A path's rank is the
 //! number of the first rule that matches that path as a whole or a prefix of it that ends at a
 //! component boundary. By induction: rank(root) = default's; rank(child) is the smallest i below
@@ -27,6 +28,12 @@ pub enum Decision<'a> {
     Default,
 }
 
+/// Whether a path is one that has a target by its name.
+pub fn is_of_exec(path: &[u8]) -> bool {
+    let below = path.strip_prefix(EXEC.as_bytes()).and_then(|rest| rest.strip_prefix(b"/"));
+    below.is_some_and(|name| !name.contains(&b'/'))
+}
+
 /// The rank of the root cgroup.
 pub fn root_rank(config: &Config) -> Rank {
     built_in_rules(config) + config.rules.len() as Rank
@@ -35,7 +42,7 @@ pub fn root_rank(config: &Config) -> Rank {
 /// The rank of `path` (bytes from the cgroup root, with a leading slash) under a parent of rank
 /// `parent`. Invalid UTF-8 matches as U+FFFD.
 pub fn rank(config: &Config, parent: Rank, path: &[u8]) -> Rank {
-    Memo::default().rank(config, parent, path)
+    Memo::default().rank(config, parent, path, false)
 }
 
 /// The configured rules that could still win under a parent of that rank.
@@ -61,9 +68,10 @@ pub struct Memo {
 }
 
 impl Memo {
-    /// As [`rank`], for paths of the same configuration each time.
-    pub fn rank(&mut self, config: &Config, parent: Rank, path: &[u8]) -> Rank {
-        if let Some(rank) = built_in(config, path) {
+    /// As [`rank`], for paths of the same configuration each time. A `foreign` cgroup has been made
+    /// by somebody who may not choose a target.
+    pub fn rank(&mut self, config: &Config, parent: Rank, path: &[u8], foreign: bool) -> Rank {
+        if let Some(rank) = built_in(config, path).filter(|_| !foreign) {
             return rank;
         }
         let before = before(config, parent);
@@ -259,7 +267,7 @@ mod tests {
                 let text = String::from_utf8_lossy(&bytes);
                 let first = before(&config, parent).iter().position(|r| r.regex.is_match(&text));
                 let want = first.map_or(parent, |i| built_in_rules(&config) + i as Rank);
-                assert_eq!(memo.rank(&config, parent, &bytes), want);
+                assert_eq!(memo.rank(&config, parent, &bytes, false), want);
                 *ranks.entry(want != parent).or_insert(0) += 1;
             }
         }
@@ -295,6 +303,18 @@ mod tests {
             config(&[(Target::Drop, "/a".into()), (Target::Direct, "/a/b".into())], Target::Direct);
         let first = rank(&config, root_rank(&config), b"/a");
         assert_eq!(rank(&config, first, b"/a/b"), first);
+    }
+
+    #[test]
+    fn the_rules_of_exec_are_not_for_others() {
+        let config = config(&[(Target::Drop, "/.*".into())], Target::Direct);
+        let rank = |foreign| {
+            Memo::default().rank(&config, root_rank(&config), b"/cgtproxy/direct", foreign)
+        };
+        assert_eq!(target(&config, rank(false)), Target::Direct);
+        assert_eq!(target(&config, rank(true)), Target::Drop);
+        assert!(is_of_exec(b"/cgtproxy/direct") && !is_of_exec(b"/cgtproxy/direct/1"));
+        assert!(!is_of_exec(b"/cgtproxy") && !is_of_exec(b"/x/cgtproxy/direct"));
     }
 
     #[test]

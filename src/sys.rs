@@ -27,6 +27,11 @@ pub fn open_path(path: &CStr) -> Result<OwnedFd, Errno> {
 /// Errors: ENOENT where the cgroup is gone; EOPNOTSUPP (also for a handle of another type) where
 /// `path` is not on cgroup2.
 pub fn cgroup_id(base: BorrowedFd, path: &CStr) -> Result<u64, Errno> {
+    cgroup_handle(base, path).map(|(id, _)| id)
+}
+
+/// The same, with the id of the mount that `path` is in, as mountinfo has it.
+pub fn cgroup_handle(base: BorrowedFd, path: &CStr) -> Result<(u64, i32), Errno> {
     const FILEID_KERNFS: libc::c_int = 0xfe;
     #[repr(C)]
     struct Handle {
@@ -50,7 +55,7 @@ pub fn cgroup_id(base: BorrowedFd, path: &CStr) -> Result<u64, Errno> {
     };
     match Errno::result(rc) {
         Ok(_) if handle.kind == FILEID_KERNFS && handle.bytes == 8 => {
-            Ok(u64::from_ne_bytes(handle.id))
+            Ok((u64::from_ne_bytes(handle.id), mount))
         }
         Ok(_) | Err(Errno::EOVERFLOW) => Err(Errno::EOPNOTSUPP),
         Err(errno) => Err(errno),

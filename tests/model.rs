@@ -136,13 +136,13 @@ impl Host {
         }
         match scan.known == Some(id) && !scan.deep {
             true => Event::Same { path },
-            false => Event::Found(Found { path, id }),
+            false => Event::Found(Found { path, id, foreign: false }),
         }
     }
 
     /// What watching and listing finds, with changes in between.
     fn watch(&mut self, found: &Found, random: &mut Random) -> Event {
-        let Found { path, id } = found.clone();
+        let Found { path, id, .. } = found.clone();
         self.race(random);
         let Some(&watched) = self.dirs.get(&path[..]) else {
             return Event::Gone { path };
@@ -171,7 +171,7 @@ impl Host {
                 self.watches.remove(&wd);
             }
             return match now {
-                Some(id) => Event::Found(Found { path, id }),
+                Some(id) => Event::Found(Found { path, id, foreign: false }),
                 None => Event::Gone { path },
             };
         }

@@ -1,17 +1,21 @@
-//! Finding the cgroup v2 tree in /proc/self/mountinfo. Pure but for [`find`].
-//! Source: proc_pid_mountinfo(5), cgroups(7).
+//! Finding the cgroup v2 tree in /proc/self/mountinfo, and its place in the kernel's. Pure but for
+//! the functions that begin with [`find`].
+//! Source: proc_pid_mountinfo(5), cgroups(7), cgroup_namespaces(7).
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::AT_FDCWD;
 
-use crate::error::{Error, Result};
+use crate::error::{reason, Error, Result};
+use crate::sys;
 
 /// A mount of the cgroup2 file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
+    pub id: i32,
     pub point: PathBuf,
     /// Which cgroup is mounted there, from the root of our cgroup namespace: `/` for all of it.
     pub root: PathBuf,
@@ -23,8 +27,11 @@ pub struct Root {
     pub dir: PathBuf,
     /// The mount point that `dir` is in.
     pub mount: PathBuf,
-    /// Level of `dir`'s own cgroup, as `socket cgroupv2 level` counts it.
+    /// Level of `dir`'s own cgroup from the root of our cgroup namespace, from where most kernels
+    /// count `socket cgroupv2 level`.
     pub level: usize,
+    /// The cgroup's id, and that of the mount.
+    pub identity: (u64, i32),
 }
 
 /// The preferred place, where there is more than one mount.
@@ -55,7 +62,8 @@ fn mount(line: &[u8]) -> Option<Mount> {
     let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
     let is_cgroup2 = kind(&fields)? == b"cgroup2";
     let path = |field: &[u8]| PathBuf::from(OsString::from_vec(unescape(field)));
-    is_cgroup2.then_some(Mount { point: path(fields.get(4)?), root: path(fields.get(3)?) })
+    let id = std::str::from_utf8(fields.first()?).ok()?.parse().ok()?;
+    is_cgroup2.then_some(Mount { id, point: path(fields.get(4)?), root: path(fields.get(3)?) })
 }
 
 /// Undoes the kernel's octal escapes (`\040` is a blank).
@@ -80,34 +88,67 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     out
 }
 
-/// The root that `wanted` (or auto) means, given the mounts.
+/// How many levels below the root of our cgroup namespace a path is; less than none above it.
+fn level(path: &Path) -> isize {
+    path.components().fold(0, |level, component| match component {
+        Component::Normal(_) => level + 1,
+        Component::ParentDir => level - 1,
+        _ => level,
+    })
+}
+
+/// What a look at a directory tells: its cgroup's id and that of the mount that it is in.
+pub type Look<'a> = &'a dyn Fn(&Path) -> std::result::Result<(u64, i32), Errno>;
+
+/// The root that `wanted` (or auto) means, given the mounts. Which of them a directory is in, it
+/// says itself: one may hide another.
 ///
 /// Errors: what to do about a host without cgroup v2, or a path outside of it.
-pub fn choose(mounts: &[Mount], wanted: Option<&Path>) -> std::result::Result<Root, String> {
-    let level = |path: &Path| {
-        path.components().filter(|c| matches!(c, std::path::Component::Normal(_))).count()
+pub fn choose(
+    mounts: &[Mount],
+    wanted: Option<&Path>,
+    look: Look,
+) -> std::result::Result<Root, String> {
+    let outside = |dir: &Path| format!("{} is not on a cgroup2 file system", dir.display());
+    let root = |dir: &Path| -> std::result::Result<(isize, Root), String> {
+        let identity = look(dir).map_err(|errno| match errno {
+            Errno::EOPNOTSUPP => outside(dir),
+            errno => format!("unable to use cgroup root {}: {}", dir.display(), reason(errno)),
+        })?;
+        let mount = mounts.iter().find(|mount| mount.id == identity.1);
+        let mount = mount.ok_or_else(|| outside(dir))?;
+        let below = dir.strip_prefix(&mount.point).map_err(|_| outside(dir))?;
+        let level = level(&mount.root) + level(below);
+        Ok((level, Root { dir: dir.into(), mount: mount.point.clone(), level: 0, identity }))
     };
-    let Some(wanted) = wanted else {
-        let usual = mounts.iter().find(|m| m.point == Path::new(USUAL));
-        let Some(mount) = usual.or(mounts.first()) else {
-            return Err("no cgroup2 file system is mounted (mount -t cgroup2 none \
-                        /sys/fs/cgroup, or boot with cgroup v2)"
-                .into());
-        };
-        let (dir, root) = (mount.point.clone(), level(&mount.root));
-        return Ok(Root { mount: dir.clone(), dir, level: root });
+    let found = match wanted {
+        Some(wanted) => root(wanted)?,
+        None => {
+            let points = mounts.iter().map(|mount| &*mount.point);
+            let usual = points.clone().filter(|point| *point == Path::new(USUAL));
+            let mut refused = None;
+            let mut roots = usual.chain(points).filter_map(|point| match root(point) {
+                Ok(root) => Some(root),
+                Err(why) => {
+                    refused.get_or_insert(why);
+                    None
+                }
+            });
+            let first = roots.next();
+            let nothing = "no cgroup2 file system is mounted (mount -t cgroup2 none \
+                           /sys/fs/cgroup, or boot with cgroup v2)";
+            first.ok_or_else(|| refused.unwrap_or_else(|| nothing.into()))?
+        }
     };
-    // the last of the deepest: a later mount hides an earlier one on the same point
-    let inside = mounts.iter().filter(|m| wanted.starts_with(&m.point));
-    let Some(mount) = inside.max_by_key(|m| m.point.as_os_str().as_bytes().len()) else {
-        return Err(format!("{} is not on a cgroup2 file system", wanted.display()));
+    let (level, root) = found;
+    let above = |_| {
+        let dir = root.dir.display();
+        format!(
+            "{dir} is above the root of our cgroup namespace, where the kernel matches nothing: \
+             mount cgroup2 anew in the namespace, or run outside of it"
+        )
     };
-    let below = wanted.strip_prefix(&mount.point).map_or(0, level);
-    Ok(Root {
-        dir: wanted.to_path_buf(),
-        mount: mount.point.clone(),
-        level: level(&mount.root) + below,
-    })
+    Ok(Root { level: level.try_into().map_err(above)?, ..root })
 }
 
 /// Finds the root on this host.
@@ -125,7 +166,28 @@ pub fn find(wanted: Option<&Path>) -> Result<Root> {
             Error::system(format!("unable to use cgroup-root {}", path.display()), errno)
         })?),
     };
-    choose(&mounts(&mountinfo), wanted.as_deref()).map_err(Error::State)
+    choose(&mounts(&mountinfo), wanted.as_deref(), &find_identity).map_err(Error::State)
+}
+
+/// The ids of a directory's cgroup and of the mount that it is in.
+pub fn find_identity(dir: &Path) -> std::result::Result<(u64, i32), Errno> {
+    let name = CString::new(dir.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
+    sys::cgroup_handle(AT_FDCWD, &name)
+}
+
+/// Whether we are in the first cgroup namespace, from whose root every kernel counts levels.
+pub fn find_first_namespace() -> bool {
+    // PROC_CGROUP_INIT_INO of include/linux/proc_ns.h
+    let link = std::fs::read_link("/proc/self/ns/cgroup");
+    // a kernel without cgroup namespaces has but one
+    link.map_or(true, |link| link == Path::new("cgroup:[4026531835]"))
+}
+
+/// How many levels below the root of our cgroup namespace we are ourselves.
+pub fn find_own_level() -> Option<usize> {
+    let text = std::fs::read("/proc/self/cgroup").ok()?;
+    let line = text.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"0::"))?;
+    level(Path::new(OsStr::from_bytes(line))).try_into().ok()
 }
 
 #[cfg(test)]
@@ -142,7 +204,16 @@ mod tests {
         let unified =
             b"25 20 0:22 / /sys/fs/cgroup rw,nosuid shared:9 master:1 - cgroup2 cgroup2 rw";
         let odd = b"1 1 0:1 /a/b /mnt/with\\040blank rw - cgroup2 none rw";
-        let root = |text: &[u8], wanted: Option<&str>| choose(&mounts(text), wanted.map(Path::new));
+        // the last and deepest one that a path is in, as the kernel would say without bind mounts
+        let root = |text: &[u8], wanted: Option<&str>| {
+            let mounts = mounts(text);
+            let look = |dir: &Path| {
+                let inside = mounts.iter().filter(|mount| dir.starts_with(&mount.point));
+                let deepest = inside.max_by_key(|mount| mount.point.as_os_str().len());
+                deepest.map(|mount| (7, mount.id)).ok_or(Errno::EOPNOTSUPP)
+            };
+            choose(&mounts, wanted.map(Path::new), &look)
+        };
         let dir = |root: Root| (root.dir.to_str().unwrap().to_string(), root.level);
         assert_eq!(root(HYBRID, None).map(dir), Ok(("/sys/fs/cgroup/unified".into(), 0)));
         assert!(has_v1(HYBRID) && !has_v1(unified));
@@ -154,6 +225,14 @@ mod tests {
         assert_eq!(root(&both, sub).map(dir), Ok(("/mnt/with blank/c".into(), 3)));
         assert!(root(&both, Some("/tmp")).is_err());
         assert!(root(b"", None).unwrap_err().contains("cgroup2"));
+        // hidden by a bind mount of a part, and in a namespace that kept the mount of the host
+        let bound = b"40 25 0:22 /a/b /sys/fs/cgroup rw - cgroup2 cgroup2 rw";
+        let hidden = [unified.as_slice(), bound].join(&b'\n');
+        assert_eq!(root(&hidden, None).map(dir), Ok(("/sys/fs/cgroup".into(), 2)));
+        let kept = b"25 20 0:22 /../.. /sys/fs/cgroup rw - cgroup2 cgroup2 rw";
+        assert!(root(kept, None).unwrap_err().contains("above the root"));
+        let own = Some("/sys/fs/cgroup/a/b/c");
+        assert_eq!(root(kept, own).map(dir), Ok(("/sys/fs/cgroup/a/b/c".into(), 1)));
         assert!(mounts(b"\n - \n1 2 3 - cgroup2\n-\n").is_empty());
     }
 }

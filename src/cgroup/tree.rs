@@ -24,6 +24,8 @@ pub struct Node {
     /// Who answers for what happens in it: the owner of the outermost directory on the way there
     /// that is not root's. 0 for root's, and until it has been listed.
     pub account: u32,
+    /// Has a name that gives it a target, and was made by somebody who may not choose one.
+    pub foreign: bool,
 }
 
 /// All cgroups that are known. A node's parent is known too.
@@ -139,8 +141,14 @@ mod tests {
         let mut tree = Tree::default();
         let paths = ["", "/a", "/a-b", "/a-b/c", "/a/b", "/a/b/c", "/a0", "/b"];
         for (i, path) in paths.iter().enumerate() {
-            let node =
-                Node { id: i as u64, wd: Some(i as i32), rank: 0, element: None, account: 0 };
+            let node = Node {
+                id: i as u64,
+                wd: Some(i as i32),
+                rank: 0,
+                element: None,
+                account: 0,
+                foreign: false,
+            };
             tree.insert(path.as_bytes().into(), node);
         }
         let below = |p: &str| -> Vec<String> {

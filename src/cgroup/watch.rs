@@ -11,10 +11,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path as FilePath;
 
 use nix::errno::Errno;
+use nix::unistd::geteuid;
 
 use super::tree::Path;
 use crate::core::{Event, Found, Scan};
 use crate::error::{Error, Result};
+use crate::policy;
 use crate::sys;
 
 /// One read takes at most this many bytes of events (some 200 of them), so that a flood of cgroups
@@ -33,6 +35,8 @@ pub struct Watcher {
     root: Vec<u8>,
     /// The root as of its last look: what is looked up from it spares the way there.
     base: Option<OwnedFd>,
+    /// Watches on the directories above the root: they tell where it goes and comes back.
+    above: Vec<i32>,
     buf: Box<[u8; READ]>,
 }
 
@@ -52,7 +56,7 @@ impl Watcher {
     pub fn look_only(root: &FilePath) -> Watcher {
         let root = root.as_os_str().as_bytes();
         let root = root.strip_suffix(b"/").unwrap_or(root).to_vec();
-        Watcher { inotify: None, root, base: None, buf: Box::new([0; READ]) }
+        Watcher { inotify: None, root, base: None, above: Vec::new(), buf: Box::new([0; READ]) }
     }
 
     /// The descriptor to poll.
@@ -76,6 +80,27 @@ impl Watcher {
         Ok(RawEvents::new(&self.buf[..length]))
     }
 
+    /// Watches the directory that the root is in, if that is in `top` or below it: it tells when the
+    /// root goes. Where it is gone, all that there are above tell when it comes back.
+    pub fn guard(&mut self, top: &FilePath, gone: bool) {
+        let Some(inotify) = &self.inotify else {
+            return;
+        };
+        let root = FilePath::new(OsStr::from_bytes(&self.root));
+        let above = root.ancestors().skip(1).take_while(|dir| dir.starts_with(top));
+        let above = above.take(if gone { usize::MAX } else { 1 });
+        let names = above.filter_map(|dir| CString::new(dir.as_os_str().as_bytes()).ok());
+        let wds = names.filter_map(|dir| sys::inotify_add_watch(inotify.as_fd(), &dir, MASK).ok());
+        let now: Vec<i32> = wds.collect();
+        let old = std::mem::replace(&mut self.above, now.clone());
+        old.into_iter().filter(|wd| !now.contains(wd)).for_each(|wd| self.unwatch(wd));
+    }
+
+    /// The watches that [`Watcher::guard`] has made.
+    pub fn above(&self) -> &[i32] {
+        &self.above
+    }
+
     /// Looks which cgroup there is under a path.
     pub fn scan(&mut self, scan: &Scan) -> Event {
         let path = scan.path.clone();
@@ -94,14 +119,17 @@ impl Watcher {
         };
         match sys::cgroup_id(base, below) {
             Ok(id) if scan.known == Some(id) && !scan.deep => Event::Same { path },
-            id => found_or_not(path, id),
+            id => {
+                let foreign = policy::is_of_exec(&path) && is_foreign(base, below);
+                found_or_not(path, id, foreign)
+            }
         }
     }
 
     /// Watches and lists a cgroup that was found. The watch comes before the list, so that a child
     /// made in between is in the list or in the queue, or in both.
     pub fn watch(&self, found: &Found) -> Event {
-        let Found { path, id } = found.clone();
+        let Found { path, id, foreign } = found.clone();
         let Some(name) = self.name(&path) else {
             return Event::Gone { path };
         };
@@ -129,7 +157,7 @@ impl Watcher {
         match listed {
             // what was watched and listed is another one by now
             Ok((seen, _)) if seen.inode as u32 != id as u32 => {
-                self.undo(wd, found_or_not(path, sys::cgroup_id(base, below)))
+                self.undo(wd, found_or_not(path, sys::cgroup_id(base, below), foreign))
             }
             Ok((seen, children)) => {
                 Event::Listed { path, id, wd, refused, owner: seen.owner, children }
@@ -189,10 +217,16 @@ fn add_watch(
     sys::inotify_add_watch(inotify.as_fd(), path, MASK)
 }
 
+/// Whether a directory is another's than root's and ours.
+fn is_foreign(base: BorrowedFd, path: &CStr) -> bool {
+    let owner = sys::directory(base, path).map(|seen| seen.owner);
+    owner.is_ok_and(|owner| owner != 0 && owner != geteuid().as_raw())
+}
+
 /// What a look for an id means.
-fn found_or_not(path: Path, id: std::result::Result<u64, Errno>) -> Event {
+fn found_or_not(path: Path, id: std::result::Result<u64, Errno>, foreign: bool) -> Event {
     match id {
-        Ok(id) => Event::Found(Found { path, id }),
+        Ok(id) => Event::Found(Found { path, id, foreign }),
         Err(errno) => failed(path, errno),
     }
 }

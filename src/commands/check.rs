@@ -16,6 +16,7 @@ use crate::cli::{Options, DEFAULT_CONFIG};
 use crate::config::{lint, Config, Take, Tproxy};
 use crate::confine;
 use crate::core::Core;
+use crate::daemon;
 use crate::error::{reason, Error, Result};
 use crate::kernel::{self, Kernel};
 use crate::listen;
@@ -160,6 +161,7 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
                 _ => "CAP_NET_ADMIN is in effect; run keeps that and CAP_DAC_READ_SEARCH",
             });
             features(config, findings);
+            levels(findings);
         }
     }
     listeners(config, findings);
@@ -203,6 +205,22 @@ fn refused(options: &Options, told: &[String], findings: &mut Findings) -> bool 
     };
     let new = problems.iter().filter(|problem| !told.contains(problem));
     new.map(|problem| findings.error(format!("{problem}; run refuses it"))).count() > 0
+}
+
+/// Whether the kernel counts levels as `run` does, where that has to be asked for.
+fn levels(findings: &mut Findings) {
+    if mount::find_first_namespace() {
+        return;
+    }
+    match Kernel::open().and_then(|mut kernel| daemon::levels(&mut kernel)) {
+        Ok(Ok(base)) => {
+            findings.ok(format!("the root of our cgroup namespace is level {base} to the kernel"))
+        }
+        Ok(Err(why)) => findings.warning(format!(
+            "{why}: whether rules match in this cgroup namespace depends on the kernel"
+        )),
+        Err(error) => findings.error(error.to_string()),
+    }
 }
 
 /// Where cgroup v2 is, and whether all of it can be watched. What is there now is returned.

@@ -172,9 +172,13 @@ mod tests {
 
     #[test]
     fn paths_of_processes_from_the_root() {
-        let mounts = [Mount { point: "/sys/fs/cgroup".into(), root: "/box".into() }];
-        let root =
-            Root { dir: "/sys/fs/cgroup/sub".into(), mount: "/sys/fs/cgroup".into(), level: 2 };
+        let mounts = [Mount { id: 1, point: "/sys/fs/cgroup".into(), root: "/box".into() }];
+        let root = Root {
+            dir: "/sys/fs/cgroup/sub".into(),
+            mount: "/sys/fs/cgroup".into(),
+            level: 2,
+            identity: (1, 1),
+        };
         let from = |path: &str| from_root(path.as_bytes(), &root, &mounts);
         assert_eq!(from("/box/sub/a/b").as_deref(), Some(&b"/a/b"[..]));
         assert_eq!(from("/box/sub").as_deref(), Some(&b""[..]));

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use crate::cgroup::mount;
 use crate::cgroup::watch;
 use crate::cli::Options;
 use crate::config::Config;
@@ -57,6 +58,8 @@ struct Status {
     daemon: Option<i32>,
     /// What has become of a table that no daemon keeps in step.
     unattended: Option<Unattended>,
+    /// Why there is nothing to classify.
+    rootless: Option<String>,
     held: Option<Held>,
     /// By name of the tproxy: whether TCP, whether UDP is listened for.
     listens: BTreeMap<String, (bool, bool)>,
@@ -169,6 +172,7 @@ impl Status {
         Ok(Status {
             daemon,
             unattended,
+            rootless: mount::find(config.cgroup_root.as_deref()).err().map(|e| e.to_string()),
             held,
             listens,
             routing,
@@ -216,6 +220,9 @@ impl Status {
         let mut out = self.headline() + "\n";
         if let Some(unattended) = &self.unattended {
             let _ = writeln!(out, "{unattended}");
+        }
+        if let Some(why) = &self.rootless {
+            let _ = writeln!(out, "nothing is classified: {why}");
         }
         if self.held.is_some() {
             let titles =
@@ -424,6 +431,7 @@ fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
         let status = Status {
             daemon: instance::holder(kernel)?,
             unattended: None,
+            rootless: None,
             held,
             listens: BTreeMap::new(),
             routing: Vec::new(),

@@ -216,6 +216,21 @@ impl Transaction {
         self.batch.end(open);
     }
 
+    /// A rule of a chain `output`; no look-ups.
+    fn rule_of<const N: usize>(&mut self, table: &str, exprs: [Expr; N]) {
+        let open = self.begin(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND);
+        self.batch.str_z(NFTA_RULE_TABLE, table);
+        self.batch.str_z(NFTA_RULE_CHAIN, OUTPUT);
+        let list = self.batch.nest(NFTA_RULE_EXPRESSIONS);
+        for expr in &exprs {
+            let element = self.batch.nest(NFTA_LIST_ELEM);
+            self.expr(expr);
+            self.batch.end_nest(element);
+        }
+        self.batch.end_nest(list);
+        self.batch.end(open);
+    }
+
     fn bound(&mut self, kind: u16) {
         let open = self.batch.begin(kind, NLM_F_REQUEST);
         self.batch.header(&nfgenmsg(NFPROTO_UNSPEC, NFNL_SUBSYS_NFTABLES));
@@ -597,6 +612,41 @@ pub fn probe(probes: &[Probe], batch: Batch) -> (Batch, Vec<u32>, u32) {
     t.table_of("cgtproxy_none", NFT_MSG_DELTABLE, 0, None, None);
     let (batch, end) = t.finish();
     (batch, places, end)
+}
+
+/// Name of a table that is there for the moment of a question.
+pub const ASKING: &str = "cgtproxy-asking";
+
+/// Lays out the question how deep our own cgroup is: of the datagrams over `lo` from and to UDP port
+/// `port`, that with `1 + level` bytes is dropped if the sender's cgroup has an ancestor of that level, or is one.
+/// Others' packets pass. The table goes with the socket that made it.
+pub fn ask_levels(port: u16, levels: std::ops::Range<u32>, batch: Batch) -> Transaction {
+    let mut t = Transaction::new(batch);
+    let owned = Some(NFT_TABLE_F_OWNER);
+    t.table_of(ASKING, NFT_MSG_NEWTABLE, NLM_F_CREATE, owned, None);
+    // ahead of all others'
+    let base = Base { kind: "filter", hook: NF_INET_LOCAL_OUT, priority: -500 };
+    t.chain_of(ASKING, &Chain { name: OUTPUT.into(), base: Some(base), rules: Vec::new() });
+    let equal = |op, data: &[u8]| Expr::Cmp { op, sreg: NFT_REG_1, data: data.to_vec() };
+    let meta = |key| Expr::MetaLoad { key, dreg: NFT_REG_1 };
+    let field = |offset| {
+        let base = NFT_PAYLOAD_TRANSPORT_HEADER;
+        Expr::Payload { dreg: NFT_REG_1, base, offset, len: 2 }
+    };
+    let accept = || Expr::Verdict(Verdict::Accept);
+    const LO: u32 = 1;
+    t.rule_of(ASKING, [meta(NFT_META_OIF), equal(NFT_CMP_NEQ, &LO.to_ne_bytes()), accept()]);
+    t.rule_of(ASKING, [meta(NFT_META_L4PROTO), equal(NFT_CMP_NEQ, &[IPPROTO_UDP]), accept()]);
+    t.rule_of(ASKING, [field(0), equal(NFT_CMP_NEQ, &port.to_be_bytes()), accept()]);
+    t.rule_of(ASKING, [field(2), equal(NFT_CMP_NEQ, &port.to_be_bytes()), accept()]);
+    for level in levels {
+        // with the header
+        let length = 8 + 1 + level as u16;
+        let cgroup = Expr::SocketCgroup { level, dreg: NFT_REG_1 };
+        let length = equal(NFT_CMP_EQ, &length.to_be_bytes());
+        t.rule_of(ASKING, [field(4), length, cgroup, Expr::Verdict(Verdict::Drop)]);
+    }
+    t
 }
 
 /// A request for all tables: ours, to see whether it is there and who owns it, and the lock.

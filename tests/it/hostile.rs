@@ -227,7 +227,7 @@ fn a_hundred_thousand_cgroups() {
     }
     let gone = || set_ids("cg_drop").map_or(0, |ids| ids.len()) == others;
     assert!(wait_until(Duration::from_secs(120), gone));
-    let watches = || daemon.footprint().0 == 5 + others + control.len();
+    let watches = || daemon.footprint().0 == 6 + others + control.len();
     assert!(wait_until(SETTLE, watches), "{:?}", daemon.footprint());
     println!("removed in {:?}: {} KiB", start.elapsed(), daemon.footprint().1);
 }
@@ -319,6 +319,36 @@ fn dear_paths() {
     let spent = daemon.busy();
     println!("ready after {:?}, {spent:?} of processor time", start.elapsed());
     assert!(spent < Duration::from_secs(1), "{spent:?}");
+    assert!(daemon.stop().success());
+}
+
+/// Who owns the cgroup root cannot choose his way by the name of a cgroup of `exec`.
+#[test]
+fn a_cgroup_of_exec_by_another() {
+    let Some(ground) = Ground::new("exec-squat") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let before = ground.cgroup("/cgtproxy/direct");
+    let give = |path: &Path| std::os::unix::fs::chown(path, Some(1000), None).expect("chown");
+    [&ground.root, &ground.at("/cgtproxy"), &before].into_iter().for_each(|path| give(path));
+    let config = "[rules]\ndrop = /.*\n";
+    let daemon = Daemon::start(&ground, config, &[]);
+    let denied = |path: &Path| {
+        let client = Client::udp(path, addr(REMOTE4, 80)).uid(0).timeout(Duration::from_millis(50));
+        assert_eq!(client.run().who(), "nobody", "{path:?}");
+    };
+    denied(&before);
+    denied(&ground.cgroup("/cgtproxy/direct/1"));
+    assert!(daemon.reload().contains("reloaded"));
+    denied(&before);
+    assert_eq!(world.wire.to_remote(), []);
+    // made by root, it is what it was
+    crate::ground::remove_tree(&before);
+    let own = ground.cgroup("/cgtproxy/direct");
+    await_exactly("cg_direct", &[cgroup_id(&own).expect("an id")].into(), SETTLE);
+    // what the daemon sees while it runs
+    crate::ground::remove_tree(&ground.at("/cgtproxy"));
     assert!(daemon.stop().success());
 }
 

@@ -263,6 +263,44 @@ fn stopped_while_it_starts() {
     }
 }
 
+/// A cgroup root that is removed and made again, alone or with what it is in, is classified as
+/// before; and meanwhile that is said.
+#[test]
+fn the_cgroup_root_comes_back() {
+    let Some(ground) = Ground::new("root-back") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let (above, root) = (ground.at("/above"), ground.cgroup("/above/root"));
+    let config = format!("[global]\ncgroup-root = {}\n[rules]\ndrop = /apps\n", root.display());
+    let apps = ground.cgroup("/above/root/apps");
+    let daemon = Daemon::start(&ground, &config, &[]);
+    expect(&[(&apps, under("drop"))]);
+    for (number, gone) in [&root, &above, &root, &root].into_iter().enumerate() {
+        remove_tree(gone);
+        // the last time, there is no time to see it
+        if number < 3 {
+            let told = || daemon.logs().matches("nothing is classified").count() > number;
+            assert!(wait_until(SETTLE, told), "{}", daemon.logs());
+            let config = daemon.config.to_str().expect("UTF-8");
+            let status = run(&["-c", config, "status"]);
+            let said = String::from_utf8_lossy(&status.stdout);
+            assert!(said.contains("nothing is classified"), "{said}");
+        }
+        if number == 2 {
+            assert!(daemon.reload().contains("reloaded"));
+        }
+        let apps = ground.cgroup("/above/root/apps");
+        await_member(&apps, "drop");
+        await_member(&ground.cgroup("/above/root/apps2").join("../apps"), "drop");
+        expect(&[(&apps, under("drop"))]);
+        let back = || daemon.logs().matches("is there anew").count() > number;
+        assert!(wait_until(SETTLE, back), "{}", daemon.logs());
+    }
+    assert!(daemon.stop().success());
+    assert_eq!(residue(), "");
+}
+
 /// However many reloads are asked for, all else has its turn between them, and the end comes first.
 #[test]
 fn a_flood_of_reloads() {
@@ -831,10 +869,12 @@ fn idle_without_a_system_call() {
         return;
     };
     for i in 0..100 {
-        ground.cgroup(&format!("/churn/{i}"));
+        ground.cgroup(&format!("/own/churn/{i}"));
     }
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
-    await_member(&ground.cgroup("/drop"), "drop");
+    // what the other tests do beside the cgroup root is told as well
+    let root = format!("[global]\ncgroup-root = {}\n", ground.at("/own").display());
+    let daemon = Daemon::start(&ground, &(root + CONFIG), &[]);
+    await_member(&ground.cgroup("/own/drop"), "drop");
     thread::sleep(Duration::from_millis(200));
     let trace = |time: Duration, act: &dyn Fn()| {
         let file = ground.dir.join("strace");
@@ -859,7 +899,7 @@ fn idle_without_a_system_call() {
     assert!(idle.lines().count() == 1 && idle.contains("detached"), "{idle}");
     // Were there something to see, it would be seen.
     let busy = trace(Duration::from_millis(200), &|| {
-        ground.cgroup("/churn/new");
+        ground.cgroup("/own/churn/new");
     });
     assert!(busy.contains("inotify_add_watch"), "{busy}");
 }

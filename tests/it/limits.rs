@@ -80,7 +80,8 @@ fn watches_run_out() {
     });
 
     set_limit(&daemon, "max_inotify_watches", 1000);
-    let all = 34;
+    // and the directory that the root is in
+    let all = 35;
     let watched = || daemon.footprint().0 == all;
     assert!(wait_until(LOOKED_AGAIN, watched), "{:?}", daemon.logs());
     assert!(daemon.wait_log("every cgroup is watched again", Duration::from_secs(1)));
@@ -260,7 +261,7 @@ fn a_command_without_memory() {
         return;
     };
     let config = ground.dir.join("large.conf");
-    let rules: String = (0..2000).map(|i| format!("drop = /a{i}/.*\n")).collect();
+    let rules: String = (0..2000).map(|i| format!("drop = (?i)/a{i}/.*\n")).collect();
     write_private(&config, &format!("[rules]\n{rules}"));
     let program = binary();
     for kib in [800, 1000, 1500, 2000] {
@@ -279,6 +280,85 @@ fn a_command_without_memory() {
         }
     }
     panic!("it always had memory");
+}
+
+/// A daemon that `script` execs, in a mount namespace of its own; `ROOT` is the ground's sub-tree.
+fn by_script(ground: &Ground, config: &str, script: &str) -> Daemon {
+    let root = ground.root.to_str().expect("UTF-8");
+    let script = script.replace("ROOT", root);
+    Daemon::spawn_by(ground, config, &["unshare", "-m", "sh", "-ec", &script], &[], &[])
+}
+
+/// Levels are right whatever is mounted where and whichever namespace we are in, or it is said.
+#[test]
+fn levels_are_right_or_refused() {
+    let Some(ground) = Ground::new("levels") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let apps = [ground.cgroup("/apps"), ground.cgroup("/ns/apps"), ground.cgroup("/ns/sub/apps")];
+    let auto = "[global]\ncgroup-root = auto\n[rules]\ndrop = /apps\n";
+    let sub = auto.replace("auto", &format!("{}/ns/sub", ground.root.display()));
+    let enter = "echo $$ > ROOT/ns/cgroup.procs; exec unshare -C";
+    let own = "sh -ec 'umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; \
+               exec \"$0\" \"$@\"'";
+    for (config, script, dropped) in [
+        // a part of the tree hides the whole
+        (auto, "mount --bind ROOT /sys/fs/cgroup; exec \"$0\" \"$@\"".to_owned(), &apps[0]),
+        // in a namespace, with the mount of the host and with one of its own
+        (&sub, format!("{enter} \"$0\" \"$@\""), &apps[2]),
+        (auto, format!("{enter} -m {own} \"$0\" \"$@\""), &apps[1]),
+    ] {
+        let mut daemon = by_script(&ground, config, &script);
+        assert!(daemon.ready(), "{script}: {}", daemon.logs());
+        assert!(!daemon.logs().contains("warning"), "{}", daemon.logs());
+        for path in &apps {
+            let target = if path == dropped { "drop" } else { "direct" };
+            expect(&[(path, under(target))]);
+        }
+        assert_eq!(daemon.stop().code(), Some(0));
+        assert_eq!(residue(), "");
+    }
+    let mut daemon = by_script(&ground, auto, &format!("{enter} \"$0\" \"$@\""));
+    assert!(!daemon.ready());
+    assert_eq!(daemon.wait().code(), Some(1));
+    assert!(daemon.logs().contains("above the root of our cgroup namespace"), "{}", daemon.logs());
+    assert_eq!(residue(), "");
+}
+
+/// A cgroup at a level that the kernel refuses costs no other its target, at the start or later.
+#[test]
+fn a_level_that_the_kernel_refuses() {
+    let Some(ground) = Ground::new("deepest") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let config = "[global]\ncgroup-root = auto\n[rules]\ndrop = /apps.*\ndrop = (/a)*/x\n";
+    let script = "echo $$ > ROOT/ns/cgroup.procs; exec unshare -C -m sh -ec \
+                  'umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; \
+                  exec \"$0\" \"$@\"' \"$0\" \"$@\"";
+    let first = ground.cgroup("/ns/apps");
+    let deep = format!("/ns{}/x", "/a".repeat(254));
+    for at_start in [true, false] {
+        if at_start {
+            ground.cgroup(&deep);
+        }
+        let mut daemon = by_script(&ground, config, script);
+        assert!(daemon.ready(), "{}", daemon.logs());
+        if !at_start {
+            ground.cgroup(&deep);
+            assert!(daemon.wait_log("no cgroup deeper than level 253", SETTLE));
+        }
+        let later = ground.cgroup("/ns/apps2");
+        await_member(&later, "drop");
+        expect(&[(&first, under("drop")), (&later, under("drop"))]);
+        let log = daemon.logs();
+        assert_eq!(log.matches("no cgroup deeper than level 253").count(), 1, "{log}");
+        crate::ground::remove_tree(&ground.at("/ns/a"));
+        await_member(&ground.cgroup("/ns/x"), "drop");
+        assert_eq!(daemon.stop().code(), Some(0));
+        assert_eq!(residue(), "");
+    }
 }
 
 /// Notifications that the kernel has dropped, over all netlink sockets of this namespace.

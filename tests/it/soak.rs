@@ -112,11 +112,11 @@ fn soak(time: Duration) {
         for i in from..from + 500 {
             let _ = fs::create_dir_all(churn.join(i.to_string()).join("a/b"));
         }
-        wait_until(Duration::from_secs(5), || daemon.footprint().0 == 4 + 1500);
+        wait_until(Duration::from_secs(5), || daemon.footprint().0 == 5 + 1500);
         remove_tree(&churn);
-        wait_until(Duration::from_secs(5), || daemon.footprint().0 == 3);
-        ground.cgroup("/churn");
         wait_until(Duration::from_secs(5), || daemon.footprint().0 == 4);
+        ground.cgroup("/churn");
+        wait_until(Duration::from_secs(5), || daemon.footprint().0 == 5);
     };
     warm_up(0);
     assert!(daemon.reload().contains("reloaded"));
