@@ -91,7 +91,7 @@ fn main() {
         unsafe { libc::signal(signal, handler as libc::sighandler_t) };
     }
     let picked: Vec<String> = (std::env::args().skip(1)).filter(|a| !a.starts_with('-')).collect();
-    let groups: [(&str, fn(&mut Report)); 9] = [
+    let groups: [(&str, fn(&mut Report)); 10] = [
         ("binary", start::binary),
         ("rules", start::rules),
         ("start", start::start),
@@ -100,6 +100,7 @@ fn main() {
         ("burst", latency::burst),
         ("churn", latency::churn),
         ("packet", traffic::packet_cost),
+        ("nested", traffic::nested_levels),
         ("throughput", traffic::throughput),
     ];
     let mut report = Report::new();

@@ -237,6 +237,40 @@ pub fn packet_cost(report: &mut Report) {
     }
 }
 
+/// What a user who was given a directory can cost everybody: a packet that no rule decides, beside
+/// cgroups below `/delegated` that a rule with `.*` matches at as many levels as can be.
+pub fn nested_levels(report: &mut Report) {
+    const LEVELS: usize = 240;
+    let ground = Ground::new("nested").expect("root");
+    let unmatched = ground.cgroup("/unmatched/b/c/d/e");
+    ground.outside(|| {
+        load(
+            "table netdev sink {
+                chain in { type filter hook ingress device out0 priority 0; policy drop; }
+            }",
+        );
+    });
+    let config = format!("{CONFIG}mihomo = /delegated/.*app\n");
+    let deep: Vec<String> =
+        (1..=LEVELS).map(|n| format!("/delegated{}/app", "/x".repeat(n))).collect();
+    let (mut alone, mut beside) = (Vec::new(), Vec::new());
+    for _ in 0..sized(3, 9) {
+        go_on();
+        for (paths, into) in [(&[][..], &mut alone), (&deep, &mut beside)] {
+            for path in paths {
+                ground.cgroup(path);
+            }
+            let table = Table::ours(&ground, &config);
+            into.push(flood(&unmatched, addr(REMOTE4, 9)));
+            drop(table);
+            crate::ground::remove_tree(&ground.at("/delegated"));
+        }
+    }
+    let reference = ("without", median(&alone));
+    let name = format!("packet, unmatched, {LEVELS} levels of a user");
+    report.beside(name, median(&beside), "ns", reference, Target::None);
+}
+
 /// Packets between two looks at the clock, and how often that is looked at: a chunk is much shorter
 /// than a time slice, so few chunks have another process in them.
 const CHUNK: u64 = 64;
