@@ -162,9 +162,12 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
         // the targets' chains let the rest of lo pass
         (false, true) => rules.push(vec![Stmt::OifLo, Stmt::jump("lo")]),
     }
-    // the proxy's answers to a router's clients leave by their interface
+    // the proxy's answers to a router's clients leave by their interface; few other sockets are
+    // transparent, and to ask for that is cheaper than to look up the address of every packet
     if config.routes_to_tproxy() {
-        rules.push(spoofed_rule(config));
+        let mut rule = spoofed_rule(config);
+        rule.insert(1, Stmt::Transparent);
+        rules.push(rule);
     }
     rules.extend(pairs.iter().rev().map(|pair| {
         let set = set_name(config, pair.target);
