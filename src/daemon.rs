@@ -66,6 +66,9 @@ const BUFFERS: usize = 16;
 /// Events that may wait; the kernel keeps as many more.
 const MOST: usize = 16_384;
 
+/// Different things about the ways of others that are told.
+const MOST_TOLD: usize = 64;
+
 /// How often a directory is looked at that cannot be watched.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
 
@@ -173,6 +176,8 @@ struct Daemon<'a> {
     routing: Backoff,
     /// What should be there of ip rules and routes, and what others have put in their way.
     routes: Routing,
+    /// What has been told of the ways of others.
+    told: BTreeSet<String>,
     notify: &'a mut Notify,
     /// Sockets that may have to be ended.
     doubts: Option<Doubts>,
@@ -275,6 +280,7 @@ fn begin<'a>(
         table: Backoff::default(),
         routing: Backoff::default(),
         routes: Routing::default(),
+        told: BTreeSet::new(),
         notify,
         doubts: None,
         exposed: false,
@@ -601,16 +607,18 @@ impl Daemon<'_> {
         let (routing, result) = self.kernel.add_routing(config);
         let before = std::mem::replace(&mut self.routes, routing);
         let after = &self.routes;
-        let tell = |level, lines: &[String], told: &[String]| {
-            for line in lines.iter().filter(|line| !told.contains(line)) {
-                log::write_limited(level, format_args!("{line}"));
-            }
-        };
-        tell(Level::Notice, &after.notes, &before.notes);
-        tell(Level::Warning, &after.hindrances, &before.hindrances);
-        if result.is_ok() && after.notes.is_empty() && !before.notes.is_empty() {
-            let text = "nothing of others is in the way of ip rules and routes any more";
-            log::write_limited(Level::Notice, format_args!("{text}"));
+        for line in after.hindrances.iter().filter(|line| !before.hindrances.contains(line)) {
+            log::write_limited(Level::Warning, format_args!("{line}"));
+        }
+        let mut notes = after.notes.clone();
+        if result.is_ok() && notes.is_empty() && !before.notes.is_empty() {
+            notes.push("nothing of others is in the way of ip rules and routes any more".into());
+        }
+        // once: it comes and goes with a tunnel
+        for line in notes {
+            let first = self.told.len() < MOST_TOLD && self.told.insert(line.clone());
+            let level = if first { Level::Notice } else { Level::Debug };
+            log::write_limited(level, format_args!("{line}"));
         }
         result
     }

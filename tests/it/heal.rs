@@ -372,6 +372,8 @@ fn a_table_that_another_owns() {
     let Some(ground) = Ground::new("another") else {
         return;
     };
+    // without one in a set, the start would fail before it adds any rule
+    ground.cgroup("/proxied");
     let mut command = Command::new("nft");
     command.arg("-i").stdin(Stdio::piped()).stdout(Stdio::null());
     let mut other = command.spawn().expect("start nft");
