@@ -66,6 +66,9 @@ const BUFFERS: usize = 16;
 /// Events that may wait; the kernel keeps as many more.
 const MOST: usize = 16_384;
 
+/// When another program that has begun to change the ways of packets has ended that.
+const SETTLED: Duration = Duration::from_secs(1);
+
 /// Different things about the ways of others that are told.
 const MOST_TOLD: usize = 64;
 
@@ -178,6 +181,8 @@ struct Daemon<'a> {
     routes: Routing,
     /// What has been told of the ways of others.
     told: BTreeSet<String>,
+    /// When to look for chains of others that break ours.
+    look_at_others: Option<Instant>,
     notify: &'a mut Notify,
     /// Sockets that may have to be ended.
     doubts: Option<Doubts>,
@@ -281,6 +286,7 @@ fn begin<'a>(
         routing: Backoff::default(),
         routes: Routing::default(),
         told: BTreeSet::new(),
+        look_at_others: None,
         notify,
         doubts: None,
         exposed: false,
@@ -614,6 +620,10 @@ impl Daemon<'_> {
         if result.is_ok() && notes.is_empty() && !before.notes.is_empty() {
             notes.push("nothing of others is in the way of ip rules and routes any more".into());
         }
+        if self.routes.notes != before.notes {
+            // what brings rules brings chains, a little later
+            self.look_at_others = Some(Instant::now() + SETTLED);
+        }
         // once: it comes and goes with a tunnel
         for line in notes {
             let first = self.told.len() < MOST_TOLD && self.told.insert(line.clone());
@@ -631,9 +641,26 @@ impl Daemon<'_> {
         }
     }
 
+    /// Says which chains of other programs break what goes to a tproxy, or what is new of that.
+    fn warn_of_others(&mut self, all: bool) {
+        self.look_at_others = None;
+        if self.cgroups.core.config().tproxies.is_empty() {
+            return;
+        }
+        match self.kernel.others() {
+            Ok(found) => found.into_iter().for_each(|line| {
+                if self.told.insert(line.clone()) || all {
+                    log::write_limited(Level::Warning, format_args!("{line}"));
+                }
+            }),
+            Err(error) => log!(Debug, "{error}"),
+        }
+    }
+
     /// Says what is in force but cannot work as things are on this host.
     fn warn(&mut self) {
         let config = self.cgroups.core.config().clone();
+        self.warn_of_others(true);
         let listeners = self.kernel.listeners(&config);
         let place = |id| {
             let (path, target) = self.cgroups.core.verdict(id)?;
@@ -727,8 +754,9 @@ impl Daemon<'_> {
         if waiting || self.doubts.is_some() || self.signals.pending() {
             return PollTimeout::ZERO;
         }
-        let due = [self.cgroups.look_again, self.table.due(), self.routing.due()];
-        match due.into_iter().flatten().min() {
+        let look = [self.cgroups.look_again, self.look_at_others];
+        let due = look.into_iter().chain([self.table.due(), self.routing.due()]);
+        match due.flatten().min() {
             None => PollTimeout::NONE,
             Some(at) => {
                 // rounded up, so that it is due when poll returns
@@ -750,6 +778,9 @@ impl Daemon<'_> {
                     self.look_at_root();
                 }
             }
+        }
+        if self.look_at_others.is_some_and(|at| at <= now) {
+            self.warn_of_others(false);
         }
         let damage = match notified {
             true => self.kernel.damage(self.cgroups.core.config()),

@@ -22,6 +22,7 @@ use crate::nft::encode::{self, Transaction};
 use crate::nft::event::Follower;
 use crate::nft::expr::{Expr, Family};
 use crate::nft::lock::{self, Lock};
+use crate::nft::others;
 use crate::nft::ruleset::TABLE;
 use crate::plan;
 use crate::route::{self, Entry, Needs, Seen, SeenRoute, SeenRule};
@@ -565,6 +566,12 @@ impl Kernel {
             Err(Errno::ENOENT) => Ok(Vec::new()),
             found => found.map_err(nft_refused),
         }
+    }
+
+    /// A line for each chain of other programs that breaks what goes to a tproxy.
+    pub fn others(&mut self) -> Result<Vec<String>> {
+        let rules = self.nft.dump(&others::get_rules, others::parse)?.map_err(nft_refused)?;
+        Ok(others::hindrances(&rules))
     }
 
     /// The elements of one of our cgroup sets; none where there is no such set.

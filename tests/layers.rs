@@ -30,6 +30,7 @@ const LAYERS: [&[&str]; 13] = [
         "nft::event",
         "nft::dump",
         "nft::lock",
+        "nft::others",
         "route",
     ],
     &["cgroup::tree", "core", "cgroup::mount", "cgroup::watch", "cgroup::backlog", "plan", "stale"],
@@ -41,7 +42,7 @@ const LAYERS: [&[&str]; 13] = [
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 21] = [
+const PURE: [&str; 22] = [
     "netlink::uapi",
     "netlink::msg",
     "netlink::parse",
@@ -53,6 +54,7 @@ const PURE: [&str; 21] = [
     "nft::ruleset",
     "nft::encode",
     "nft::lock",
+    "nft::others",
     "config",
     "config::ini",
     "config::automaton",

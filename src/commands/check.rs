@@ -167,6 +167,7 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
     listeners(config, findings);
     shared_ports(config, findings);
     routing(config, findings);
+    others(config, findings);
     sysctls(findings);
     saved_rulesets(findings);
     Ok(())
@@ -549,6 +550,17 @@ fn conflicts(config: &Config, needs: &Needs, seen: &Seen) -> Vec<String> {
         }
     }
     found
+}
+
+/// Chains of others that break what goes to a tproxy.
+fn others(config: &Config, findings: &mut Findings) {
+    if config.tproxies.is_empty() || !sys::has_net_admin() {
+        return;
+    }
+    match Kernel::open().and_then(|mut kernel| kernel.others()) {
+        Ok(found) => found.iter().for_each(|text| findings.warning(text)),
+        Err(error) => findings.warning(error.to_string()),
+    }
 }
 
 /// Settings of the network stack that break TPROXY.

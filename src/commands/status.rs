@@ -169,6 +169,9 @@ impl Status {
             }
             routing.extend(compare(family, view, have, (priority, table)));
         }
+        if targets.iter().any(|target| target.mark.is_some()) {
+            hindrances.extend(kernel.others()?);
+        }
         Ok(Status {
             daemon,
             unattended,

@@ -212,6 +212,9 @@ pub const NFTA_FIB_FLAGS: u16 = 3;
 pub const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
 pub const NFTA_FIB_F_SADDR: u32 = 1;
 pub const NFTA_FIB_F_DADDR: u32 = 2;
+// include/uapi/linux/netfilter/nf_tables_compat.h: NFTA_TARGET_*, NFTA_MATCH_*
+pub const NFTA_XT_NAME: u16 = 1;
+pub const NFTA_XT_INFO: u16 = 3;
 
 // The nft program's own numbers for set key types (nftables: include/datatype.h). The kernel only
 // hands them back; `nft list` needs them to print keys.

@@ -7,4 +7,5 @@ pub mod encode;
 pub mod event;
 pub mod expr;
 pub mod lock;
+pub mod others;
 pub mod ruleset;

@@ -6,14 +6,14 @@
 use cgtproxy::config::Config;
 use cgtproxy::netlink::diag;
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
-use cgtproxy::nft::{dump, encode, event::Follower};
+use cgtproxy::nft::{dump, encode, event::Follower, others};
 use cgtproxy::nft::expr::Family;
 use cgtproxy::route::{self, Needs, Seen};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|datagram: &[u8]| {
     let mut messages = Messages::new(datagram);
-    let (mut count, mut rules) = (0, Vec::new());
+    let (mut count, mut rules, mut others_rules) = (0, Vec::new(), Vec::new());
     let config = Config::default();
     let (needs, mut seen) = (Needs::of(&config), Seen::default());
     for message in messages.by_ref() {
@@ -24,6 +24,7 @@ fuzz_target!(|datagram: &[u8]| {
             dump::parse_table_flags(&message),
         );
         rules.extend(dump::parse_rule(&message));
+        others_rules.extend(others::parse(&message));
         let elements = dump::parse_elements(&message).map_or(0, |all| all.len());
         assert!(elements <= message.body.len() / 16);
         let _ = (route::is_change(&needs, &message), route::is_revival(&message));
@@ -38,6 +39,7 @@ fuzz_target!(|datagram: &[u8]| {
     let _ = (seen.ours(), seen.missing(&needs, Family::V4));
     let place = seen.place(&needs, Family::V4);
     let _ = seen.hindrances(&needs, Family::V4, place);
+    let _ = others::hindrances(&others_rules);
     let view = dump::view(&rules);
     assert!(view.targets.len() <= rules.len() && view.steps.len() <= rules.len());
     let _ = Follower::default().take(datagram, 0);

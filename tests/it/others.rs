@@ -1007,3 +1007,137 @@ fn dns_of_this_host() {
         assert!(daemon.stop().success());
     }
 }
+
+/// The nft chains of wg-quick for a default route, as its script writes them; `ip` or `ip6`.
+fn wireguard_chains(family: &str, address: &str) -> String {
+    format!(
+        "add table {family} wg-quick-wg0
+add chain {family} wg-quick-wg0 preraw {{ type filter hook prerouting priority -300; }}
+add chain {family} wg-quick-wg0 premangle {{ type filter hook prerouting priority -150; }}
+add chain {family} wg-quick-wg0 postmangle {{ type filter hook postrouting priority -150; }}
+add rule {family} wg-quick-wg0 preraw iifname != \"wg0\" {family} daddr {address} fib saddr type != local drop
+add rule {family} wg-quick-wg0 postmangle meta l4proto udp mark 51820 ct mark set mark
+add rule {family} wg-quick-wg0 premangle meta l4proto udp meta mark set ct mark
+"
+    )
+}
+
+/// wg-quick with a default route: its rules, and its chains, which drop what a tproxy answers to
+/// sockets that have the tunnel's address. Everybody says so, and the remedy that they name works.
+#[test]
+fn the_chains_of_wg_quick() {
+    let Some(ground) = Ground::new("wgquick") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let up = || {
+        let lines = "link add wg0 type veth peer name wg1\naddr add 10.8.0.2/24 dev wg0\n\
+                     addr add 2001:db8:8::2/64 dev wg0 nodad\nlink set wg1 up\nlink set wg0 up\n";
+        ip_batch(&[], lines);
+        for family in ["-4", "-6"] {
+            let lines = "rule add not fwmark 51820 table 51820\n\
+                         rule add table main suppress_prefixlength 0\n\
+                         route add default dev wg0 table 51820\n";
+            ip_batch(&[family], lines);
+        }
+        load(&wireguard_chains("ip", "10.8.0.2"));
+        load(&wireguard_chains("ip6", "2001:db8:8::2"));
+        sysctl("net/ipv4/conf/all/src_valid_mark", "1");
+    };
+    let down = || {
+        load("delete table ip wg-quick-wg0\ndelete table ip6 wg-quick-wg0\n");
+        for family in ["-4", "-6"] {
+            let lines = "rule del table 51820\nrule del table main suppress_prefixlength 0\n";
+            ip_batch(&[family], lines);
+        }
+        ip_batch(&[], "link del wg0\n");
+    };
+    let clients = |want: &dyn Fn(&str) -> String| {
+        for proto in [Proto::Tcp, Proto::Udp] {
+            for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
+                let client = Client::new(&proxied, proto, to).timeout(2 * SILENCE);
+                assert_eq!(client.run().who(), want(&to.to_string()), "{proto:?} {to}");
+                let client = Client::new(&dropped, proto, to).timeout(SILENCE);
+                assert_eq!(client.run().who(), "nobody", "{proto:?} {to}");
+            }
+        }
+    };
+    for first in [true, false] {
+        println!("first: {first}");
+        if first {
+            up();
+        }
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+        crate::kernel::await_member(&proxied, "mihomo");
+        crate::kernel::await_member(&dropped, "drop");
+        if !first {
+            up();
+        }
+        let named = |text: &str| {
+            ["ip", "ip6"].iter().all(|family| {
+                let place = format!("chain {family} wg-quick-wg0 preraw of another program drops");
+                let remedy = format!("nft insert rule {family} wg-quick-wg0 preraw iif lo accept");
+                text.matches(&place).count() == 1 && text.contains(&remedy)
+            })
+        };
+        let told = || named(&daemon.logs());
+        assert!(wait_until(Duration::from_secs(5), told), "{}", daemon.logs());
+        let ask = |command| {
+            let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
+            String::from_utf8_lossy(&out.stdout).into_owned()
+        };
+        assert!(named(&ask("check")), "{}", ask("check"));
+        assert!(named(&ask("status")), "{}", ask("status"));
+        world.wire.packets();
+        clients(&|_| "nobody".into());
+        for family in ["ip", "ip6"] {
+            load(&format!("insert rule {family} wg-quick-wg0 preraw iif lo accept\n"));
+        }
+        clients(&|to| format!("{PROXY} {to}"));
+        for proto in [Proto::Tcp, Proto::Udp] {
+            for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
+                assert_eq!(lan.ask(0, proto, to), format!("{PROXY} {to}"));
+            }
+        }
+        assert!(!ask("check").contains("wg-quick-wg0"), "{}", ask("check"));
+        assert!(!ask("status").contains("wg-quick-wg0"), "{}", ask("status"));
+        let mut left = world.wire.to_remote();
+        left.retain(|packet| packet.proto != Proto::Icmp);
+        assert_eq!(left, []);
+        assert!(daemon.stop().success());
+        down();
+    }
+}
+
+/// What conntrack is kept from is told of: there, replies are not known.
+#[test]
+fn notrack_of_others_is_told_of() {
+    let Some(ground) = Ground::new("notrack") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let ask = |command| {
+        let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    load(
+        "table inet other {
+          chain out { type filter hook output priority raw; udp dport 9 notrack; }
+          chain in { type filter hook prerouting priority raw; iif != lo fib saddr type != local drop; }
+          chain of { type filter hook prerouting priority raw; iifname in0 fib saddr type != local drop; }
+        }
+        table netdev other { }\n",
+    );
+    for command in ["check", "status"] {
+        let text = ask(command);
+        assert!(text.contains("chain inet other out of another program keeps conntrack"), "{text}");
+        assert!(!text.contains("other in") && !text.contains("other of"), "{text}");
+    }
+    load("delete table inet other\ndelete table netdev other\n");
+    for command in ["check", "status"] {
+        assert!(!ask(command).contains("another program"), "{}", ask(command));
+    }
+}
