@@ -220,6 +220,7 @@ samples! {
     Stmt::Reply => Stmt::Reply;
     Stmt::New => Stmt::New;
     Stmt::Invalid => Stmt::Invalid;
+    Stmt::Unconfirmed => Stmt::Unconfirmed;
     Stmt::Dnatted => Stmt::Dnatted;
     Stmt::Destination { .. } => Stmt::Destination { family: Family::V4, set: "bypass4" },
         Stmt::Destination { family: Family::V6, set: "bypass6" };

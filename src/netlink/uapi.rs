@@ -247,6 +247,7 @@ pub const IP_CT_DIR_REPLY: u8 = 1;
 pub const NF_CT_STATE_NEW_BIT: u32 = 1 << 3;
 pub const NF_CT_STATE_INVALID_BIT: u32 = 1;
 pub const IPS_DST_NAT: u32 = 1 << 5;
+pub const IPS_CONFIRMED: u32 = 1 << 3;
 
 // include/uapi/linux/sock_diag.h, include/uapi/linux/inet_diag.h, include/net/tcp_states.h
 pub const SOCK_DIAG_BY_FAMILY: u16 = 20;

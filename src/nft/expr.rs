@@ -154,6 +154,8 @@ pub enum Stmt {
     New,
     /// `ct state invalid`: conntrack can make nothing of it
     Invalid,
+    /// `ct status and confirmed == 0`: of a flow that this very packet begins
+    Unconfirmed,
     /// `ct status dnat`
     Dnatted,
     /// `ip daddr @SET` or `ip6 daddr @SET`
@@ -404,6 +406,9 @@ impl Stmt {
                 masked(NF_CT_STATE_INVALID_BIT),
                 neq(&0u32.to_ne_bytes()),
             ]),
+            Stmt::Unconfirmed => {
+                out.extend([ct(NFT_CT_STATUS), masked(IPS_CONFIRMED), eq(&0u32.to_ne_bytes())])
+            }
             Stmt::Dnatted => {
                 out.extend([ct(NFT_CT_STATUS), masked(IPS_DST_NAT), neq(&0u32.to_ne_bytes())])
             }
@@ -624,6 +629,7 @@ impl fmt::Display for Stmt {
             Stmt::Reply => f.write_str("ct direction reply"),
             Stmt::New => f.write_str("ct state new"),
             Stmt::Invalid => f.write_str("ct state invalid"),
+            Stmt::Unconfirmed => f.write_str("ct status and confirmed == 0"),
             Stmt::Dnatted => f.write_str("ct status dnat"),
             Stmt::Destination { family, set } => write!(f, "{} daddr @{set}", family.nft()),
             Stmt::Source { family, set } => write!(f, "{} saddr @{set}", family.nft()),

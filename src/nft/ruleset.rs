@@ -356,7 +356,7 @@ fn dns_chain(config: &Config, tproxy: &Tproxy) -> Chain {
         format!("dns_{}", tproxy.name),
         vec![
             set_ct_mark(own),
-            vec![Stmt::New, Stmt::CtMark(own), Stmt::accept()],
+            vec![Stmt::Unconfirmed, Stmt::CtMark(own), Stmt::accept()],
             vec![Stmt::Dnatted, Stmt::accept()],
         ],
     )

@@ -427,6 +427,33 @@ fn a_port_that_is_used_again() {
     }
 }
 
+/// A query by a port from which somebody else asked before, and got no answer: that flow cannot be
+/// translated any more, and is not let out for it.
+#[test]
+fn a_query_from_a_port_that_is_used_again() {
+    let Some(ground) = Ground::new("reusedns") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
+    let hijack = "dns-hijack = 127.0.0.1:1053\ndns-hijack = [::1]:1053\n[rules]";
+    let _daemon = Daemon::start(&ground, &RULES.replace("[rules]", hijack), &[]);
+    // nobody is there
+    for (to, host) in [("198.18.0.1", HOST4), ("2001:db8:ffff::1", HOST6)] {
+        let any = if host.is_ipv4() { "0.0.0.0" } else { "::" };
+        let proxy = spoof(&direct, addr(ip(any), 7893));
+        let to = addr(ip(to), 53);
+        let mut at = addr(host, 0);
+        for (cgroup, want) in [(&direct, "remote"), (&proxied, "proxy")] {
+            let app = udp_of(cgroup, at);
+            at = app.local_addr().expect("an address");
+            for _ in 0..2 {
+                assert_eq!(reaches(&app, to, &[&proxy], &mut world), want, "{to}");
+            }
+        }
+    }
+}
+
 /// A socket whose cgroup gets another target: of UDP, its next datagram goes there.
 #[test]
 fn datagrams_go_where_their_cgroup_is_to_go_now() {

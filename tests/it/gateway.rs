@@ -602,6 +602,37 @@ fn dns_of_clients() {
     assert!(wrong.is_empty(), "answered by\n{}", wrong.join("\n"));
 }
 
+/// A resolver on a wildcard address that does not care by which address it was asked.
+#[test]
+fn dns_of_clients_to_a_simple_resolver() {
+    let Some(ground) = Ground::new("gwsimple") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let resolver = |proto| Client::new(&ground.root, proto, addr(ip("::"), 1053)).serve();
+    let _resolver = [Proto::Udp, Proto::Tcp].map(resolver);
+    for local in ["", "dns-hijack-local = yes\n"] {
+        let config = format!(
+            "[tproxy mihomo]\nport = 7893\ndns-hijack = 127.0.0.1:1053\n\
+             dns-hijack = [::1]:1053\ndns-hijack-tcp = yes\n{local}\
+             [gateway lan]\ninterface = br-lan\ntarget = mihomo\n"
+        );
+        let daemon = Daemon::start(&ground, &config, &[]);
+        world.wire.packets();
+        let own = [LAN4, LAN6].map(ip);
+        let asked =
+            [REMOTE4, REMOTE6].into_iter().chain(own.into_iter().filter(|_| !local.is_empty()));
+        for to in asked.map(|ip| addr(ip, 53)) {
+            for proto in [Proto::Udp, Proto::Tcp] {
+                assert_eq!(lan.ask(0, proto, to), "service", "{proto:?} {to}");
+            }
+        }
+        assert_eq!(world.wire.to_remote(), []);
+        assert!(daemon.stop().success());
+    }
+}
+
 impl Lan<'_> {
     /// Port 80 is proxied as ever.
     fn proxied_but_udp(&self, dns: &str) {
