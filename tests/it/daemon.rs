@@ -17,7 +17,9 @@ use nix::unistd::Pid;
 use crate::ground::{pipe, Ground};
 use crate::wait_until;
 
-const READY: Duration = Duration::from_secs(10);
+/// How long it may take to start, reload or end, on a machine that others keep busy. What ends waits
+/// for the kernel: for the inotify marks of all processes that are being freed, and for RCU.
+const READY: Duration = Duration::from_secs(30);
 
 /// For [`Daemon::spawn`]: a debug build that does not own its table, as on kernels before 6.9.
 pub const UNOWNED: (&str, &str) = ("CGTPROXY_UNOWNED", "1");

@@ -13,7 +13,7 @@ use std::time::Duration;
 use crate::wait_until;
 
 /// How long a cgroup may take to be classified before a test gives up.
-pub const SETTLE: Duration = Duration::from_secs(10);
+pub const SETTLE: Duration = Duration::from_secs(30);
 
 /// What a command printed on standard output; empty where it failed.
 fn output(command: &str, args: &[&str]) -> String {
