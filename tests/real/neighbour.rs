@@ -99,13 +99,16 @@ fn dbus(ground: &Ground) -> Result<Process, String> {
     Ok(bus)
 }
 
-/// A tunnel that takes all of this host's traffic, to a peer outside.
+/// A tunnel that takes all of this host's traffic, to a peer outside. Its chains drop what a tproxy
+/// answers to its address, but for the lines that `check` names.
 fn wg(ground: &Ground) -> Result<Vec<Process>, String> {
     let conf = ground.dir.join("wg0.conf");
     let key = "YAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=";
     let peer = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg=";
     let text = format!(
-        "[Interface]\nPrivateKey = {key}\nAddress = 10.9.0.2/24, fd00:9::2/64\n[Peer]\n\
+        "[Interface]\nPrivateKey = {key}\nAddress = 10.9.0.2/24, fd00:9::2/64\n\
+         PostUp = nft insert rule ip wg-quick-%i preraw iif lo accept\n\
+         PostUp = nft insert rule ip6 wg-quick-%i preraw iif lo accept\n[Peer]\n\
          PublicKey = {peer}\nAllowedIPs = 0.0.0.0/0, ::/0\nEndpoint = 192.0.2.2:51820\n"
     );
     std::fs::write(&conf, text).map_err(|e| e.to_string())?;
