@@ -31,6 +31,7 @@ use crate::notify::Notify;
 use crate::pidfile::Pidfile;
 use crate::signals::{End, Signals};
 use crate::stale::{self, Before, Suspects};
+use crate::strays;
 use crate::sys;
 
 /// What `run` was asked for.
@@ -666,7 +667,8 @@ impl Daemon<'_> {
             let (path, target) = self.cgroups.core.verdict(id)?;
             Some((watch::display(path), target))
         };
-        for line in loops::find(&config, &listeners, place) {
+        for line in loops::find(&config, &listeners, place).into_iter().chain(strays::find(&config))
+        {
             log!(Warning, "{line}");
         }
         if config.routes_to_tproxy() {

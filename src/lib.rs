@@ -29,6 +29,7 @@ pub mod policy;
 pub mod route;
 pub mod signals;
 pub mod stale;
+pub mod strays;
 #[allow(unsafe_code)]
 pub mod sys;
 #[cfg(test)]

@@ -35,7 +35,7 @@ const LAYERS: [&[&str]; 13] = [
     ],
     &["cgroup::tree", "core", "cgroup::mount", "cgroup::watch", "cgroup::backlog", "plan", "stale"],
     // ... to here, but for the files below
-    &["kernel", "notify", "pidfile", "confine", "listen", "signals"],
+    &["kernel", "notify", "pidfile", "confine", "listen", "signals", "strays"],
     &["instance"],
     &["daemon"],
     &["cli", "commands"],

@@ -28,6 +28,7 @@ use crate::nft::expr::{Expr, Family, L4};
 use crate::nft::ruleset::{Base, TABLE};
 use crate::policy;
 use crate::route::{Action, Needs, Seen};
+use crate::strays;
 use crate::sys;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -150,6 +151,7 @@ pub fn check(options: &Options) -> Result<ExitCode> {
 fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
     let core = cgroups(config, findings);
     rules(config, core.as_ref(), findings);
+    strays::find(config).into_iter().for_each(|line| findings.warning(line));
     old_controllers(findings);
     match sys::has_net_admin() {
         false => findings.warning(
@@ -230,11 +232,18 @@ fn cgroups(config: &Rc<Config>, findings: &mut Findings) -> Option<Core> {
     let has_v1 = mount::has_v1(&mountinfo);
     const UNIFIED: &str = "boot with cgroup v2 alone: systemd.unified_cgroup_hierarchy=1 on the \
                            kernel command line (systemd), rc_cgroup_mode=\"unified\" in \
-                           /etc/rc.conf (OpenRC)";
+                           /etc/rc.conf (OpenRC), without the package cgroupfs-mount (OpenWrt)";
     let root = match mount::find(config.cgroup_root.as_deref()) {
         Ok(root) => root,
         Err(_) if mount::mounts(&mountinfo).is_empty() && has_v1 => {
             findings.error(format!("only cgroup v1 is mounted; {UNIFIED}"));
+            return None;
+        }
+        Err(_) if !kernel_has_cgroup2() => {
+            findings.error(
+                "the kernel has no cgroup v2: it needs CONFIG_CGROUPS (on OpenWrt an image built \
+                 with KERNEL_CGROUPS, which those for small flash are not)",
+            );
             return None;
         }
         Err(error) => {
@@ -281,6 +290,11 @@ fn rules(config: &Config, core: Option<&Core>, findings: &mut Findings) {
             None => {}
         }
     }
+}
+
+/// By proc_filesystems(5); taken for granted where that cannot be read.
+fn kernel_has_cgroup2() -> bool {
+    fs::read_to_string("/proc/filesystems").map_or(true, |text| text.contains("\tcgroup2\n"))
 }
 
 /// The limits of inotify against the number of cgroups, of which each takes a watch.

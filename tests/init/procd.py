@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A stand-in for procd, ubus, jsonfilter and logd of OpenWrt, for procd.sh.
 
-    procd.py serve DIR           procd and logd; what they log is in DIR/log, as logread shows it
+    procd.py serve DIR PID       procd and logd, until PID ends; DIR/log has what logread shows
     procd.py ask DIR METHOD ...  what rc.common asks of procd
     procd.py ubus DIR call service METHOD MESSAGE
     procd.py jsonfilter -s JSON -e EXPRESSION
@@ -48,8 +48,8 @@ class Instance:
 
 
 class Procd:
-    def __init__(self, where):
-        self.where = where
+    def __init__(self, where, test):
+        self.where, self.test = where, test
         self.services = {}
         self.triggers = {}
         self.log = open(where + "/log", "a", buffering=1)
@@ -196,6 +196,8 @@ class Procd:
         return {"instances": instances, "triggers": self.triggers.get(name, [])}
 
     def serve(self):
+        with open("/proc/self/comm", "w") as name:
+            name.write("procd")
         log = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         log.bind("/dev/log")
         asked = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -228,9 +230,11 @@ class Procd:
 
     def reap(self):
         try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
+            pid, status = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return False
+        if pid == self.test:
+            os._exit(os.waitstatus_to_exitcode(status))
         if pid:
             self.ended(pid)
         return pid != 0
@@ -292,7 +296,7 @@ def jsonfilter(text, expression):
 
 def main(what, *args):
     if what == "serve":
-        return Procd(args[0]).serve()
+        return Procd(args[0], int(args[1])).serve()
     if what == "jsonfilter":
         return jsonfilter(args[1], args[3])
     where, *args = args

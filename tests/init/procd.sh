@@ -5,8 +5,12 @@
 # with a script: it reads it, then puts its own start, stop and reload over the script's.
 # shellcheck disable=SC2317 # functions are called by name
 program=$1 repository=$2 script=${3:-$2/init/openwrt/cgtproxy}
-# what pid 1 starts is procd's child, and tells nobody but the log
-[ $$ -ne 1 ] || { sh "$0" "$@"; exit; }
+# procd is the first process, and ends with the test
+if [ $$ -eq 1 ]; then
+	mkdir -p /run/openwrt
+	sh "$0" "$@" &
+	exec python3 "$repository/tests/init/procd.py" serve /run/openwrt $!
+fi
 . "$repository/tests/init/lib.sh"
 dir=/run/openwrt
 mkdir -p $dir/bin $dir/init.d $dir/rc.d $dir/run
@@ -110,7 +114,6 @@ table() { nft list table inet cgtproxy; }
 logged() { grep -c "$1" $dir/log; }
 once() { n=$(logged "$1"); echo "$n times: $1"; [ "$n" -eq 1 ]; }
 silent() { cat $dir/out $dir/err; [ ! -s $dir/out ] && [ ! -s $dir/err ]; }
-show_log() { tail -20 $dir/log; }
 leftover() { nft list tables; ip rule; ip -6 rule; ip route show table all; }
 clean() { leftover; ! leftover | grep -E 'cgtproxy|proto 99|lookup 300'; }
 
@@ -131,6 +134,7 @@ nft -f - <<-EOF
 EOF
 cat >$dir/talk.py <<-'EOF'
 	import socket, sys, time
+	open("/proc/self/comm", "w").write(sys.argv[2])
 	s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 	while True:
 	    try:
@@ -139,7 +143,7 @@ cat >$dir/talk.py <<-'EOF'
 	        pass
 	    time.sleep(0.003)
 EOF
-talk() { service "$1" "$2" "python3 $dir/talk.py $3" "${4:-}"; }
+talk() { service "$1" "$2" "python3 $dir/talk.py $3 $1" "${4:-}"; }
 # busybox prefers its own applet, which knows less
 ip=$(command -v ip)
 # netifd: forgets all ip rules, and lo comes up later than everything else
@@ -169,7 +173,6 @@ policy "$POLICY"
 ip link set lo down
 # pids of four digits: with those logd cuts off the tag of whoever sends no timestamp
 echo 2000 >/proc/sys/kernel/ns_last_pid
-python3 $dir/procd.py serve $dir 2>$dir/procd.err &
 within 5 test -S $dir/ubus
 
 boot() {
@@ -287,6 +290,7 @@ for manager in opkg apk; do
 	check "start" run cgtproxy start
 	for name in early app nikki; do run $name start; done
 done
+check "nothing left since" none_left
 check "shutdown" run cgtproxy shutdown
 check "the policy stays to the end" table
 check "nothing left during shutdown" none_left
@@ -300,8 +304,12 @@ check "no trigger that never fires" triggers
 touch $dir/old
 nikki=$(ubus call service list '{"name":"nikki"}')
 kill "$(jsonfilter -s "$nikki" -e '@.nikki.instances[*].pid')"
-in_root() { grep -l '^0::/$' /proc/[0-9]*/cgroup | while read -r file; do tr '\0' ' ' <"${file%cgroup}cmdline"; echo; done | grep "talk.py 12"; }
+in_root() { grep -l '^0::/$' /proc/[0-9]*/cgroup | while read -r file; do cat "${file%cgroup}comm"; done | grep '^nikki$'; }
 check "an old procd starts a service again in the root cgroup" within 10 in_root
+named() { run cgtproxy check; cat $dir/out; grep 'warning: nikki (pid' $dir/out; }
+check "check names it" named
+run cgtproxy reload
+check "and so does the log" within 5 grep 'nikki (pid' $dir/log
 rm $dir/old
 
 # a router without cgroup v2
@@ -317,5 +325,4 @@ check "and not much else" quiet
 mount -t cgroup2 none /sys/fs/cgroup
 run cgtproxy reload
 check "once it is mounted, it starts" within 10 table
-if [ -n "${KEEP_LOG:-}" ]; then show_log; cat $dir/procd.err; fi
 exit $failed

@@ -191,6 +191,27 @@ pub fn flowtable(interfaces: &[&str]) {
     assert_eq!(answer, Ok(()), "the flowtable");
 }
 
+/// Deletes the program's table, as `nft delete table inet cgtproxy` does; false where the kernel does
+/// not let anybody but its owner.
+pub fn delete_table() -> bool {
+    const DELTABLE: u16 = 10 << 8 | 2;
+    const BOUND: [u8; 4] = [0, 0, 0, 10];
+    let mut nft = Socket::open(SockProtocol::NetlinkNetFilter, &[]).expect("open nfnetlink");
+    let mut batch = nft.batch();
+    // NFNL_MSG_BATCH_BEGIN and _END around it
+    for (kind, header) in [(16, BOUND), (DELTABLE, [1, 0, 0, 0]), (17, BOUND)] {
+        // NLM_F_REQUEST, and NLM_F_ACK
+        let open = batch.begin(kind, if kind == DELTABLE { 5 } else { 1 });
+        batch.header(&header);
+        if kind == DELTABLE {
+            batch.str_z(1, "cgtproxy"); // NFTA_TABLE_NAME
+        }
+        batch.end(open);
+    }
+    let last = batch.last_seq() - 1;
+    nft.transact(&batch, last).expect("send to nfnetlink").is_ok()
+}
+
 /// Everything in the kernel that carries our names or numbers: `table NAME`, `rule …`, `route …`.
 pub fn residue() -> BTreeSet<String> {
     const OURS: u8 = 99;
