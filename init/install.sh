@@ -77,7 +77,7 @@ do_install() {
 	[ -z "$DESTDIR" ] || return 0
 	echo "Installed. Edit $config, then:"
 	case $INIT in
-	openwrt) echo "  /etc/init.d/cgtproxy enable; /etc/init.d/cgtproxy start" ;;
+	openwrt) echo "  /etc/init.d/cgtproxy enable; /etc/init.d/cgtproxy restart" ;;
 	openrc) echo "  rc-update add cgtproxy default; rc-service cgtproxy start" ;;
 	systemd) systemctl daemon-reload && echo "  systemctl enable --now cgtproxy" ;;
 	esac

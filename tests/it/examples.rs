@@ -57,6 +57,26 @@ fn every_example_passes_check() {
     }
 }
 
+/// Proxies as OpenWrt's packages run them are exempt by a rule, whatever the default.
+#[test]
+fn proxies_of_openwrt() {
+    let Some(ground) = Ground::new("exopenwrt") else {
+        return;
+    };
+    let shipped = fs::read_to_string(dir().with_file_name("cgtproxy.conf")).expect("read it");
+    let [nikki, sing_box, xray] =
+        ["/services/nikki/nikki", "/services/sing-box/sing-box.main", "/services/xray/xray"];
+    for (text, paths) in
+        [(shipped, &[nikki, sing_box, xray][..]), (text("router-mihomo"), &[nikki])]
+    {
+        for path in paths {
+            let out = run_with(&ground, &text, &["explain", path]);
+            let said = String::from_utf8_lossy(&out.stdout).into_owned();
+            assert!(said.contains("target  direct\n    rule    /"), "{said}");
+        }
+    }
+}
+
 #[test]
 fn router_mihomo() {
     let Some(ground) = Ground::new("exrouter") else {
