@@ -897,6 +897,24 @@ fn idle_without_a_system_call() {
     // The wait that strace interrupts and resumes is the only line.
     let idle = trace(Duration::from_secs(10), &|| ());
     assert!(idle.lines().count() == 1 && idle.contains("detached"), "{idle}");
+    // Nor do routes of others wake it, but for those in its table.
+    let routes = |table: &str| {
+        for (family, net) in [("-4", "198.51.100.0/24"), ("-6", "2001:db8:9::/64")] {
+            let lines =
+                format!("route add {net} dev in0 table {table}\nroute del {net} table {table}\n");
+            ip_batch(&[family], &lines);
+        }
+    };
+    let idle = trace(Duration::from_millis(500), &|| {
+        ["main", "1", "255", "301", "4294967294"].iter().for_each(|table| routes(table));
+        ip_batch(
+            &[],
+            "link add veth0 type veth peer name veth1\nlink set veth0 up\nlink del veth0\n",
+        );
+    });
+    assert!(idle.lines().count() == 1 && idle.contains("detached"), "{idle}");
+    let woken = trace(Duration::from_millis(200), &|| routes("300"));
+    assert!(woken.contains("RTM_NEWROUTE"), "{woken}");
     // Were there something to see, it would be seen.
     let busy = trace(Duration::from_millis(200), &|| {
         ground.cgroup("/own/churn/new");
