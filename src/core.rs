@@ -5,12 +5,13 @@
 //! stand for another cgroup by now. So lost, doubled and reordered events do no harm; the look
 //! ([`Scan`]) decides.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::Bound;
 use std::rc::Rc;
 
 use nix::errno::Errno;
 
+use crate::cgroup::dying::{self, Dying};
 use crate::cgroup::tree::{self, Node, Path, Tree};
 use crate::config::{Config, Target};
 use crate::nft::ruleset::Element;
@@ -46,6 +47,12 @@ pub enum Event {
     Failed { path: Path, errno: Errno },
     /// Time to look again at what could not be watched or scanned, or at some of it.
     Retry,
+    /// Time to look whether what is dying is dead.
+    LookAtDying,
+    /// How many cgroups are dying below a living one; `None` where the kernel does not tell.
+    Dying { path: Path, count: Option<u64> },
+    /// All cgroups that sockets hold.
+    Held { ids: HashSet<u64> },
 }
 
 /// Something to do.
@@ -56,6 +63,10 @@ pub enum Action {
     Watch(Found),
     /// End a watch.
     Unwatch(i32),
+    /// Count what is dying below a cgroup.
+    CountDying(Path),
+    /// Worth a line: there are too many removed cgroups that sockets may hold, so the oldest is let go.
+    Crowded,
     /// Worth a line: the cgroup got its own element, or lost it.
     Classified {
         path: Path,
@@ -93,13 +104,18 @@ pub struct Delta {
     /// Cgroup ids to delete from the sets of targets, in the order of these.
     pub delete: Vec<(Target, u64)>,
     pub add: Vec<(Target, u64)>,
+    /// The same for removed cgroups, by their hashes.
+    pub delete_dying: Vec<(Target, u32)>,
+    pub add_dying: Vec<(Target, u32)>,
     /// The pairs in use, where they changed: `output` has to be rebuilt.
     pub pairs: Option<BTreeSet<Element>>,
 }
 
 impl Delta {
     pub fn is_empty(&self) -> bool {
-        self.delete.is_empty() && self.add.is_empty() && self.pairs.is_none()
+        let no_cgroups = self.delete.is_empty() && self.add.is_empty();
+        let no_hashes = self.delete_dying.is_empty() && self.add_dying.is_empty();
+        no_cgroups && no_hashes && self.pairs.is_none()
     }
 }
 
@@ -107,6 +123,7 @@ impl Delta {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     pub elements: BTreeMap<Target, Vec<u64>>,
+    pub dying: BTreeMap<Target, Vec<u32>>,
     pub pairs: BTreeSet<Element>,
 }
 
@@ -126,6 +143,8 @@ pub struct Core {
     /// By cgroup id: the target in the kernel's sets, and the one that should be there.
     /// Its memory stays: to allocate and free it for each transaction costs musl a mmap(2).
     pending: HashMap<u64, (Option<Target>, Option<Target>)>,
+    /// Removed cgroups that sockets may hold; `None` where the kernel cannot match them.
+    dying: Option<dying::List>,
     /// Directories without a watch, or that could not be scanned.
     blind: BTreeSet<Path>,
     /// The last of them that was looked at again.
@@ -151,6 +170,7 @@ impl Core {
             pairs: BTreeMap::new(),
             committed_pairs: BTreeSet::new(),
             pending: HashMap::new(),
+            dying: None,
             blind: BTreeSet::new(),
             retried: None,
             memo: policy::Memo::default(),
@@ -192,6 +212,23 @@ impl Core {
         self.blind.len()
     }
 
+    /// Keeps those that are removed from now on in the kernel for as long as sockets may hold them,
+    /// and these, which another table has kept.
+    pub fn keep_dying(&mut self, kept: impl IntoIterator<Item = Dying>) {
+        self.dying.get_or_insert_default();
+        kept.into_iter().for_each(|dying| self.keep(dying));
+    }
+
+    /// Whether those that are removed are kept.
+    pub fn keeps_dying(&self) -> bool {
+        self.dying.is_some()
+    }
+
+    /// What is removed and may be held.
+    pub fn dying(&self) -> impl Iterator<Item = &Dying> {
+        self.dying.iter().flat_map(dying::List::iter)
+    }
+
     /// The look at everything.
     pub fn start(&self) -> Action {
         self.scan(tree_root(), true)
@@ -228,6 +265,21 @@ impl Core {
             }
             Event::Gone { path } => self.gone(&path, actions),
             Event::Failed { path, errno } => self.failed(path, errno, actions),
+            Event::LookAtDying => {
+                let above = self.dying.iter().flat_map(|list| list.above(&self.tree));
+                actions.extend(above.map(Action::CountDying));
+            }
+            Event::Dying { path, count } => {
+                if count == Some(0) {
+                    self.let_go(|list| list.released(&path));
+                }
+            }
+            Event::Held { mut ids } => {
+                self.tree.iter().for_each(|(_, node)| {
+                    ids.remove(&node.id);
+                });
+                self.let_go(|list| list.seen(&ids));
+            }
             Event::Retry => {
                 let after = self.retried.take();
                 let from = after.map_or(Bound::Unbounded, Bound::Excluded);
@@ -254,7 +306,7 @@ impl Core {
     /// Takes a new policy: every rank and element is computed anew. The table has to be replaced
     /// afterwards, with [`Core::snapshot`].
     pub fn set_config(&mut self, config: Rc<Config>) {
-        self.config = config;
+        let old = std::mem::replace(&mut self.config, config);
         self.memo = policy::Memo::default();
         self.pairs.clear();
         let paths: Vec<Path> = self.tree.iter().map(|(path, _)| path.clone()).collect();
@@ -266,6 +318,18 @@ impl Core {
                 (node.rank, node.element) = (rank, element);
             }
             self.count(&path, element, true);
+        }
+        // removed ones have the target of their path too
+        let dying = self.dying.as_mut().map(dying::List::take).unwrap_or_default();
+        for mut dying in dying {
+            match &dying.path {
+                Some(path) => dying.target = policy::target(&self.config, self.rank(path)),
+                None => match self.config.named(old.target_name(dying.target)) {
+                    Some(target) => dying.target = target,
+                    None => continue,
+                },
+            }
+            self.keep(dying);
         }
     }
 
@@ -281,6 +345,9 @@ impl Core {
         }
         delta.delete.sort_unstable();
         delta.add.sort_unstable();
+        if let Some(dying) = &mut self.dying {
+            (delta.delete_dying, delta.add_dying) = dying.take_changes();
+        }
         self.pending.shrink_to(USUAL);
         if !self.pairs.keys().eq(&self.committed_pairs) {
             self.committed_pairs = self.pairs.keys().copied().collect();
@@ -299,7 +366,8 @@ impl Core {
                 elements.entry(target).or_default().push(node.id);
             }
         }
-        Snapshot { elements, pairs: self.committed_pairs.clone() }
+        let dying = self.dying.as_mut().map(dying::List::snapshot).unwrap_or_default();
+        Snapshot { elements, dying, pairs: self.committed_pairs.clone() }
     }
 
     fn scan(&self, path: Path, deep: bool) -> Action {
@@ -411,7 +479,12 @@ impl Core {
             actions.extend(node.wd.map(Action::Unwatch));
             self.count(&path, node.element, false);
             self.want(node.id, node.element, None);
-            if node.element.is_some() {
+            if let Some(target) = node.element {
+                if self.dying.as_ref().is_some_and(|list| list.len() >= dying::MOST) {
+                    actions.push(Action::Crowded);
+                }
+                let level = self.level(&path);
+                self.keep(Dying::new(node.id, level, target, path.clone()));
                 actions.push(Action::Classified { path, target: None });
             }
         }
@@ -454,8 +527,15 @@ impl Core {
 
     fn count(&mut self, path: &[u8], element: Option<Target>, up: bool) {
         let Some(target) = element else { return };
-        let level = (self.base_level + tree::depth(path)) as u8;
-        let pair = Element { level, target };
+        self.count_pair(Element { level: self.level(path), target, dying: false }, up);
+    }
+
+    /// The level of a path that is not too deep.
+    fn level(&self, path: &[u8]) -> u8 {
+        (self.base_level + tree::depth(path)) as u8
+    }
+
+    fn count_pair(&mut self, pair: Element, up: bool) {
         let count = self.pairs.entry(pair).or_insert(0);
         match up {
             true => *count += 1,
@@ -463,6 +543,28 @@ impl Core {
         }
         if *count == 0 {
             self.pairs.remove(&pair);
+        }
+    }
+
+    /// Keeps a removed cgroup, where the kernel can match it.
+    fn keep(&mut self, dying: Dying) {
+        let Some(list) = &mut self.dying else { return };
+        let pair = dying.element();
+        let oldest = list.push(dying);
+        self.count_pair(pair, true);
+        oldest.into_iter().for_each(|pair| self.count_pair(pair, false));
+    }
+
+    fn let_go(&mut self, release: impl FnOnce(&mut dying::List) -> Vec<Element>) {
+        let released = self.dying.as_mut().map(release).unwrap_or_default();
+        released.into_iter().for_each(|pair| self.count_pair(pair, false));
+    }
+
+    /// The rank of any path.
+    fn rank(&self, path: &[u8]) -> policy::Rank {
+        match tree::parent(path) {
+            None => policy::root_rank(&self.config),
+            Some(parent) => policy::rank(&self.config, self.rank(parent), path),
         }
     }
 

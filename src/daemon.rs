@@ -14,6 +14,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::backoff::{Backoff, Reminder};
 use crate::cgroup::backlog::Backlog;
+use crate::cgroup::dying::Dying;
 use crate::cgroup::watch::{self, Watcher};
 use crate::cgroup::{mount, tree};
 use crate::config::{Config, OnExit, Target};
@@ -85,6 +86,10 @@ const SLICE: Duration = Duration::from_millis(5);
 /// The same before we are ready: what is not done by then is done soon after.
 const FIRST_SLICE: Duration = Duration::from_millis(100);
 
+/// How soon after a cgroup was removed the first look whether it is dead, and at the longest how long
+/// between two; mostly the kernel is done with it within some 20 ms.
+const DYING: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(150));
+
 /// How often every descriptor is read where they cannot be polled.
 const LOOK_BLINDLY: Duration = Duration::from_millis(50);
 
@@ -106,6 +111,14 @@ struct Cgroups {
     in_doubt: bool,
     /// The root is gone, and that has been told.
     lost: bool,
+    /// When to look at removed cgroups that sockets may hold.
+    dying: Option<Instant>,
+    /// How long after that to look again.
+    dying_pause: Duration,
+    /// The last look at all sockets for that, or when there was nothing to look for.
+    held: Instant,
+    /// That there are too many of them has been told.
+    crowded: bool,
 }
 
 /// What the kernel has told of its levels.
@@ -338,6 +351,10 @@ impl Cgroups {
             blind: false,
             in_doubt: false,
             lost: false,
+            dying: None,
+            dying_pause: DYING.0,
+            held: Instant::now(),
+            crowded: false,
         };
         let start = cgroups.core.start();
         cgroups.act(vec![start]);
@@ -406,7 +423,23 @@ impl Cgroups {
                 }
                 Action::Watch(found) => self.put_off(&found.path.clone(), Work::Watch(found)),
                 Action::Unwatch(wd) => self.watcher.unwatch(wd),
+                Action::CountDying(path) => {
+                    let event = self.watcher.count_dying(path);
+                    self.core.step(event, &mut actions);
+                }
+                Action::Crowded => {
+                    if !std::mem::replace(&mut self.crowded, true) {
+                        let text = format_args!(
+                            "too many removed cgroups are held, maybe by sockets: what the oldest \
+                             of these send goes the way of the cgroup above them"
+                        );
+                        log::write_limited(Level::Notice, text);
+                    }
+                }
                 Action::Classified { path, target } => {
+                    if target.is_none() {
+                        self.await_death();
+                    }
                     let config = self.core.config();
                     let name = target.map_or("gone", |target| config.target_name(target));
                     log::write_limited(Level::Info, format_args!("{}: {name}", Escaped(&path)));
@@ -439,6 +472,35 @@ impl Cgroups {
         if self.look_again.is_some() && self.core.blind() < before {
             self.look_again = Some(Instant::now() + SOON);
         }
+    }
+
+    /// Keeps what another root's cgroups have left: removed ones are known by their level, whatever
+    /// the root is.
+    fn adopt_dying(&mut self, other: &Cgroups) {
+        if !other.core.keeps_dying() {
+            return;
+        }
+        let (old, new) = (other.core.config(), self.core.config().clone());
+        let known = |dying: &Dying| {
+            let target = new.named(old.target_name(dying.target))?;
+            Some(Dying::known_by(dying.hash, dying.level, target))
+        };
+        self.core.keep_dying(other.core.dying().filter_map(known));
+        self.await_death();
+    }
+
+    /// A cgroup has been removed, and may be held.
+    fn await_death(&mut self) {
+        let Some(dying) = self.core.dying().next().map(|_| self.dying) else {
+            return;
+        };
+        let now = Instant::now();
+        let soon = now + DYING.0;
+        if dying.is_none() {
+            self.held = now;
+        }
+        self.dying = Some(dying.map_or(soon, |at| at.min(soon)));
+        self.dying_pause = DYING.0;
     }
 
     /// Told of the first cgroup only: whatever the reason, it tends to befall many.
@@ -529,6 +591,9 @@ impl Daemon<'_> {
         self.notify.ready();
         self.warn();
         log!(Notice, "started: {}", self.summary());
+        if self.kernel.can_keep_dying() {
+            self.cgroups.core.keep_dying([]);
+        }
         Ok(())
     }
 
@@ -572,7 +637,8 @@ impl Daemon<'_> {
         Ok(())
     }
 
-    /// What the table of before does with each cgroup; `None` where there is no table.
+    /// What the table of before does with each cgroup; `None` where there is no table. What it has
+    /// of removed ones goes on.
     fn before(&mut self) -> Option<Before> {
         let held = match self.kernel.held() {
             Ok(held) => held?,
@@ -581,6 +647,19 @@ impl Daemon<'_> {
                 return None;
             }
         };
+        let config = self.cgroups.core.config().clone();
+        let kept = held.view.dying.iter().flat_map(|step| {
+            let hashes = held.dying.get(&step.set).into_iter().flatten();
+            let known = config.named(&step.target).zip(u8::try_from(step.level).ok());
+            hashes.filter_map(move |hash| {
+                known.map(|(target, level)| Dying::known_by(*hash, level, target))
+            })
+        });
+        let kept: Vec<Dying> = kept.collect();
+        if !kept.is_empty() {
+            self.cgroups.core.keep_dying(kept);
+            self.cgroups.await_death();
+        }
         let elements = held.cgroups.iter().flat_map(|(name, elements)| {
             elements.iter().map(move |element| (element.id, name.as_str()))
         });
@@ -756,8 +835,8 @@ impl Daemon<'_> {
         if waiting || self.doubts.is_some() || self.signals.pending() {
             return PollTimeout::ZERO;
         }
-        let look = [self.cgroups.look_again, self.look_at_others];
-        let due = look.into_iter().chain([self.table.due(), self.routing.due()]);
+        let cgroups = [self.cgroups.look_again, self.cgroups.dying, self.look_at_others];
+        let due = cgroups.into_iter().chain([self.table.due(), self.routing.due()]);
         match due.flatten().min() {
             None => PollTimeout::NONE,
             Some(at) => {
@@ -783,6 +862,9 @@ impl Daemon<'_> {
         }
         if self.look_at_others.is_some_and(|at| at <= now) {
             self.warn_of_others(false);
+        }
+        if self.cgroups.dying.is_some_and(|at| at <= now) {
+            self.look_at_dying(now);
         }
         let damage = match notified {
             true => self.kernel.damage(self.cgroups.core.config()),
@@ -820,7 +902,8 @@ impl Daemon<'_> {
         }
         let config = self.cgroups.core.config().clone();
         match Cgroups::scan(config, &self.host, self.signals) {
-            Ok(Some(fresh)) => {
+            Ok(Some(mut fresh)) => {
+                fresh.adopt_dying(&self.cgroups);
                 let dir = fresh.root.dir.display();
                 log!(
                     Notice,
@@ -840,6 +923,21 @@ impl Daemon<'_> {
                 }
             }
         }
+    }
+
+    /// Looks which of the removed cgroups are dead.
+    fn look_at_dying(&mut self, now: Instant) {
+        self.cgroups.step(Event::LookAtDying);
+        let some = |cgroups: &Cgroups| cgroups.core.dying().next().is_some();
+        if some(&self.cgroups) && now.saturating_duration_since(self.cgroups.held) >= DYING.1 {
+            self.cgroups.held = now;
+            if let Some(ids) = self.kernel.held_cgroups() {
+                self.cgroups.step(Event::Held { ids });
+            }
+        }
+        let pause = self.cgroups.dying_pause;
+        self.cgroups.dying_pause = (pause * 2).min(DYING.1);
+        self.cgroups.dying = some(&self.cgroups).then(|| now + pause);
     }
 
     /// Commits what is known, then watches what is new, and so on where that finds children; not
@@ -1007,7 +1105,9 @@ impl Daemon<'_> {
             true => None,
             false => {
                 let fresh = Cgroups::scan(new.clone(), &self.host, self.signals)?;
-                let fresh = fresh.ok_or_else(|| Error::State("the end is wanted first".into()))?;
+                let mut fresh =
+                    fresh.ok_or_else(|| Error::State("the end is wanted first".into()))?;
+                fresh.adopt_dying(&self.cgroups);
                 Some(std::mem::replace(&mut self.cgroups, fresh))
             }
         };

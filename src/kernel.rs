@@ -224,6 +224,21 @@ impl Kernel {
         Ok(said.iter().take_while(|refused| refused.is_none()).count())
     }
 
+    /// Whether it can match removed cgroups too. Said where it cannot.
+    pub fn can_keep_dying(&mut self) -> bool {
+        let mut transaction = Transaction::new(self.nft.batch());
+        transaction.probe_hashes();
+        let answer = self.commit(transaction);
+        if let Err(error) = &answer {
+            log!(
+                Notice,
+                "what sockets of removed cgroups still send goes the way of the cgroup above them: \
+                 this kernel has no nft_hash (CONFIG_NFT_HASH; {error})"
+            );
+        }
+        answer.is_ok()
+    }
+
     /// Replaces the table by what the plan says, in one transaction.
     pub fn replace(&mut self, config: &Config, snapshot: &Snapshot) -> Result<()> {
         let flags = self.flags;
@@ -535,6 +550,8 @@ pub struct Held {
     pub view: dump::View,
     /// By name of the target; without the sets that are not there.
     pub cgroups: BTreeMap<String, Vec<dump::Element>>,
+    /// Hashes of the removed ones, the same way.
+    pub dying: BTreeMap<String, Vec<u32>>,
 }
 
 /// Looking: what the kernel holds, ours and others'.
@@ -551,7 +568,14 @@ impl Kernel {
             let set = format!("cg_{}", target.name);
             cgroups.insert(target.name.clone(), self.elements(&set)?);
         }
-        Ok(Some(Held { flags, view, cgroups }))
+        let mut dying = BTreeMap::new();
+        for step in &view.dying {
+            let set = format!("dying_{}", step.set);
+            let request = |batch: &mut Batch| dump::get_elements(batch, &set);
+            let found = self.nft.dump(&request, dump::parse_hashes)?.map_err(nft_refused)?;
+            dying.insert(step.set.clone(), found.into_iter().flatten().collect());
+        }
+        Ok(Some(Held { flags, view, cgroups, dying }))
     }
 
     /// The flags of our table; `None` where there is no table.

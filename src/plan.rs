@@ -10,7 +10,7 @@ use crate::core::{Core, Delta, Snapshot};
 use crate::netlink::msg::Batch;
 use crate::nft::encode::Transaction;
 use crate::nft::expr::Family;
-use crate::nft::ruleset::{output_rules, set_name, Content, Table, OUTPUT, TABLE};
+use crate::nft::ruleset::{dying_name, output_rules, set_name, Content, Table, OUTPUT, TABLE};
 use crate::route::{Entry, Needs};
 
 /// The ip rules and routes, where no rule of others stands before ours.
@@ -32,6 +32,9 @@ pub fn replacement(
     for (target, ids) in &snapshot.elements {
         transaction.add_cgroups(&set_name(config, *target), ids.iter().copied());
     }
+    for (target, hashes) in &snapshot.dying {
+        transaction.add_hashes(&dying_name(config, *target), hashes.iter().copied());
+    }
     transaction
 }
 
@@ -43,6 +46,13 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     }
     for same in delta.add.chunk_by(|a, b| a.0 == b.0) {
         transaction.add_cgroups(&set_name(config, same[0].0), same.iter().map(|(_, id)| *id));
+    }
+    for same in delta.delete_dying.chunk_by(|a, b| a.0 == b.0) {
+        let hashes = same.iter().map(|(_, hash)| *hash);
+        transaction.delete_hashes(&dying_name(config, same[0].0), hashes);
+    }
+    for same in delta.add_dying.chunk_by(|a, b| a.0 == b.0) {
+        transaction.add_hashes(&dying_name(config, same[0].0), same.iter().map(|(_, hash)| *hash));
     }
     if let Some(pairs) = &delta.pairs {
         transaction.replace_output(&output_rules(config, pairs));
@@ -84,6 +94,7 @@ pub fn script(core: &mut Core, root: &Root) -> String {
                     "type ipv6_addr\n    flags interval",
                     ranges.iter().map(|r| r.to_string()).collect(),
                 ),
+                Content::Hashes => ("typeof numgen inc mod 2", Vec::new()),
                 Content::Cgroups { counters } => {
                     let kind =
                         if *counters { "type cgroupsv2\n    counter" } else { "type cgroupsv2" };

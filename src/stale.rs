@@ -90,7 +90,7 @@ impl Before {
 }
 
 fn named(config: &Config, name: &str) -> Target {
-    config.targets().find(|target| config.target_name(*target) == name).unwrap_or(GONE)
+    config.named(name).unwrap_or(GONE)
 }
 
 /// Whether a target takes the same packets under both configurations.

@@ -17,7 +17,7 @@ use cgtproxy::netlink::{msg::Batch, uapi};
 use cgtproxy::nft::encode::{self, Transaction};
 use cgtproxy::nft::expr::{Family, Interface, Mac, Mark, Range, Stmt, Verdict, L4};
 use cgtproxy::nft::ruleset::{
-    output_rules, set_name, Base, Chain, Content, Element, Set, Table, OUTPUT,
+    dying_name, output_rules, set_name, Base, Chain, Content, Element, Set, Table, OUTPUT,
 };
 use cgtproxy::plan;
 use libnftnl::Reference;
@@ -121,6 +121,7 @@ fn sets() {
         Content::V6((0..900u128).map(|n| Range::prefix((n << 8).into(), 128)).collect()),
         Content::Cgroups { counters: false },
         Content::Cgroups { counters: true },
+        Content::Hashes,
     ];
     for content in contents {
         let set = Set { name: "a_set".into(), content };
@@ -203,6 +204,8 @@ fn goto() -> Verdict {
 samples! {
     Stmt::IifLo => Stmt::IifLo;
     Stmt::OifLo => Stmt::OifLo;
+    Stmt::CgroupHash { .. } => Stmt::CgroupHash { level: 1, set: "dying_a".into() },
+        Stmt::CgroupHash { level: 255, set: "dying_direct".into() };
     Stmt::Cgroup { .. } => Stmt::Cgroup { level: 1, set: "cg_a".into() },
         Stmt::Cgroup { level: 255, set: "cg_direct".into() };
     Stmt::Iifname(_) =>
@@ -387,8 +390,13 @@ fn configs() -> Vec<Config> {
 fn snapshot(config: &Config) -> Snapshot {
     let targets: Vec<Target> = config.targets().collect();
     let ids = |n: usize| (1..=1 + n as u64 * 700).map(|id| id << 8 | n as u64).collect();
-    let levels = |target: &Target| [2, 3, 7].map(|level| Element { level, target: *target });
+    let levels = |target: &Target| {
+        let levels = [(2, false), (3, false), (3, true), (7, true)];
+        levels.map(|(level, dying)| Element { level, target: *target, dying })
+    };
+    let hashes = |n: usize| (1..=n as u32 * 70).map(|hash| hash << 8 | n as u32).collect();
     Snapshot {
+        dying: targets.iter().take(3).enumerate().map(|(n, t)| (*t, hashes(n))).collect(),
         elements: targets.iter().take(6).enumerate().map(|(n, t)| (*t, ids(n))).collect(),
         pairs: targets.iter().flat_map(levels).collect(),
     }
@@ -408,6 +416,9 @@ fn replacements() {
                     for (target, ids) in &snapshot.elements {
                         theirs.add_cgroups(&set_name(&config, *target), ids);
                     }
+                    for (target, hashes) in snapshot.dying.iter().filter(|d| !d.1.is_empty()) {
+                        theirs.add_hashes(&dying_name(&config, *target), hashes);
+                    }
                 });
             }
         }
@@ -417,13 +428,24 @@ fn replacements() {
 #[test]
 fn changes() {
     for config in configs() {
-        let Snapshot { elements, pairs } = snapshot(&config);
+        let Snapshot { elements, dying, pairs } = snapshot(&config);
+        let hashes = |(target, hashes): (&Target, &Vec<u32>)| {
+            let target = *target;
+            hashes.clone().into_iter().map(move |hash| (target, hash))
+        };
+        let hashes: Vec<(Target, u32)> = dying.iter().flat_map(hashes).collect();
         let each = |(target, ids): (&Target, &Vec<u64>)| {
             let target = *target;
             ids.clone().into_iter().map(move |id| (target, id))
         };
         let flat: Vec<(Target, u64)> = elements.iter().flat_map(each).collect();
-        let delta = Delta { delete: flat.clone(), add: flat, pairs: Some(pairs) };
+        let delta = Delta {
+            delete: flat.clone(),
+            add: flat,
+            delete_dying: hashes.clone(),
+            add_dying: hashes,
+            pairs: Some(pairs),
+        };
         let none = Some(BTreeSet::new());
         for delta in [delta, Delta { pairs: none, ..Delta::default() }] {
             let ours = plan::change(&config, &delta, Batch::new(SEQ));
@@ -434,6 +456,13 @@ fn changes() {
                 }
                 for (target, ids) in elements() {
                     theirs.add_cgroups(&set_name(&config, *target), ids);
+                }
+                let dying = || dying.iter().filter(|d| !delta.add.is_empty() && !d.1.is_empty());
+                for (target, hashes) in dying() {
+                    theirs.delete_hashes(&dying_name(&config, *target), hashes);
+                }
+                for (target, hashes) in dying() {
+                    theirs.add_hashes(&dying_name(&config, *target), hashes);
                 }
                 theirs.flush(OUTPUT);
                 for rule in output_rules(&config, delta.pairs.as_ref().unwrap()) {

@@ -33,7 +33,16 @@ const LAYERS: [&[&str]; 13] = [
         "nft::others",
         "route",
     ],
-    &["cgroup::tree", "core", "cgroup::mount", "cgroup::watch", "cgroup::backlog", "plan", "stale"],
+    &[
+        "cgroup::tree",
+        "core",
+        "cgroup::mount",
+        "cgroup::watch",
+        "cgroup::backlog",
+        "cgroup::dying",
+        "plan",
+        "stale",
+    ],
     // ... to here, but for the files below
     &["kernel", "notify", "pidfile", "confine", "listen", "signals", "strays"],
     &["instance"],
@@ -42,7 +51,7 @@ const LAYERS: [&[&str]; 13] = [
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 22] = [
+const PURE: [&str; 23] = [
     "netlink::uapi",
     "netlink::msg",
     "netlink::parse",
@@ -63,6 +72,7 @@ const PURE: [&str; 22] = [
     "policy",
     "cgroup::tree",
     "cgroup::backlog",
+    "cgroup::dying",
     "core",
     "plan",
 ];

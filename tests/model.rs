@@ -11,9 +11,10 @@ use std::path::{Path as FilePath, PathBuf};
 use std::rc::Rc;
 
 use cgtproxy::cgroup::backlog::Backlog;
-use cgtproxy::cgroup::tree::{child, depth, parent};
+use cgtproxy::cgroup::dying;
+use cgtproxy::cgroup::tree::{child, depth, parent, Path};
 use cgtproxy::config::{self, Config, Source, Target};
-use cgtproxy::core::{Action, Core, Event, Found, Scan};
+use cgtproxy::core::{Action, Core, Delta, Event, Found, Scan};
 use cgtproxy::nft::ruleset::Element;
 use nix::errno::Errno;
 
@@ -43,6 +44,8 @@ struct Host {
     next_wd: i32,
     max_watches: usize,
     queue: VecDeque<Event>,
+    /// Removed directories that something still holds: id to path.
+    held: BTreeMap<u64, Vec<u8>>,
     /// What the core wants watched.
     found: Vec<Found>,
     /// What it wants to look at, and can wait.
@@ -97,7 +100,10 @@ impl Host {
         let path = self.dirs.keys().nth(at).expect("in range").clone();
         let leaf = !path.is_empty() && !self.dirs.keys().any(|p| parent(p) == Some(&path));
         if leaf && random.one_in(2) {
-            self.dirs.remove(&path);
+            let id = self.dirs.remove(&path).expect("it was there");
+            if random.one_in(2) {
+                self.held.insert(id, path.clone());
+            }
             self.tell(&path);
             if random.one_in(3) {
                 // the same name again, back to back
@@ -122,6 +128,14 @@ impl Host {
         if !self.calm && random.one_in(12) {
             self.change(random);
         }
+    }
+
+    fn count_dying(&self, path: Path) -> Event {
+        let below =
+            |held: &&Vec<u8>| held.strip_prefix(&path[..]).is_some_and(|r| r.starts_with(b"/"));
+        let count =
+            self.dirs.contains_key(&path[..]).then(|| self.held.values().filter(below).count());
+        Event::Dying { path, count: count.map(|count| count as u64) }
     }
 
     /// What a look finds.
@@ -226,22 +240,38 @@ fn verdict(config: &Config, path: &[u8]) -> Target {
 #[derive(Default, Debug, PartialEq)]
 struct Kernel {
     sets: BTreeMap<u64, Target>,
+    dying: BTreeSet<(Target, u32)>,
     pairs: BTreeSet<Element>,
+    /// Removed cgroups whose elements were deleted.
+    owed: BTreeSet<u64>,
 }
 
 impl Kernel {
     /// One transaction; a kernel refuses to delete what is not there, and to add what is.
-    fn commit(&mut self, core: &mut Core, fail: bool) {
+    fn commit(&mut self, core: &mut Core, host: &Host, fail: bool) {
         let delta = core.take_delta();
-        if fail {
-            return self.replace(core);
+        let before = self.sets.clone();
+        match fail {
+            true => self.replace(core),
+            false => self.change(delta),
         }
+        let gone = before.keys().filter(|id| !self.sets.contains_key(id));
+        self.owed.extend(gone.filter(|id| host.held.contains_key(id)));
+    }
+
+    fn change(&mut self, delta: Delta) {
         for (target, id) in delta.delete {
             let held = self.sets.remove(&id);
             assert_eq!(held, Some(target), "deletes what is not there");
         }
         for (target, id) in delta.add {
             assert_eq!(self.sets.insert(id, target), None, "adds what is there");
+        }
+        for element in delta.delete_dying {
+            assert!(self.dying.remove(&element), "deletes what is not there");
+        }
+        for element in delta.add_dying {
+            assert!(self.dying.insert(element), "adds what is there");
         }
         if let Some(pairs) = delta.pairs {
             self.pairs = pairs;
@@ -254,6 +284,10 @@ impl Kernel {
         for (target, ids) in snapshot.elements {
             self.sets.extend(ids.into_iter().map(|id| (id, target)));
         }
+        self.dying.clear();
+        for (target, hashes) in snapshot.dying {
+            self.dying.extend(hashes.into_iter().map(|hash| (target, hash)));
+        }
         self.pairs = snapshot.pairs;
     }
 
@@ -265,10 +299,26 @@ impl Kernel {
             if target != verdict(config, above) {
                 wanted.sets.insert(*id, target);
                 let level = (base + depth(path)) as u8;
-                wanted.pairs.insert(Element { level, target });
+                wanted.pairs.insert(Element { level, target, dying: false });
             }
         }
         wanted
+    }
+
+    /// What was removed and is held has the target of its path, and nothing that lives is among it.
+    fn check_dying(&self, core: &Core, host: &Host) {
+        let config = core.config();
+        let owed = self.owed.iter().filter_map(|id| Some((id, host.held.get(id)?)));
+        for (id, path) in owed {
+            let element = (verdict(config, path), dying::hash(*id));
+            assert!(self.dying.contains(&element), "{id} is not kept");
+        }
+        let live: BTreeSet<u32> = host.dirs.values().map(|id| dying::hash(*id)).collect();
+        assert!(self.dying.iter().all(|(_, hash)| !live.contains(hash)));
+        let listed: BTreeSet<_> = core.dying().map(|d| (d.target, d.hash)).collect();
+        assert_eq!(self.dying, listed);
+        let pairs: BTreeSet<Element> = core.dying().map(|d| d.element()).collect();
+        assert!(self.pairs.iter().filter(|pair| pair.dying).eq(&pairs));
     }
 }
 
@@ -288,7 +338,11 @@ fn act(core: &mut Core, host: &mut Host, mut actions: Vec<Action>, random: &mut 
             Action::Unwatch(wd) => {
                 host.watches.remove(&wd);
             }
-            Action::Classified { .. } | Action::Blind { .. } => {}
+            Action::CountDying(path) => {
+                let event = host.count_dying(path);
+                core.step(event, &mut actions);
+            }
+            Action::Crowded | Action::Classified { .. } | Action::Blind { .. } => {}
         }
     }
     steps
@@ -322,6 +376,7 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
     }
     let mut core = Core::new(policies[random.below(policies.len())].clone(), BASE);
     let mut kernel = Kernel::default();
+    core.keep_dying([]);
     let start = core.start();
     let mut done = act(&mut core, &mut host, vec![start], &mut random);
     while watch(&mut core, &mut host, &mut random) {}
@@ -356,9 +411,9 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
                 while let Some((_, event)) = backlog.pop() {
                     host.queue.push_front(event);
                 }
-                kernel.commit(&mut core, random.one_in(20));
+                kernel.commit(&mut core, &host, random.one_in(20));
                 while watch(&mut core, &mut host, &mut random) {
-                    kernel.commit(&mut core, random.one_in(20));
+                    kernel.commit(&mut core, &host, random.one_in(20));
                 }
             }
             85..88 => host.queue(Event::Overflow),
@@ -384,7 +439,19 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
             _ => {
                 settle(&mut core, &mut host, &mut kernel, &mut random);
                 let config = core.config().clone();
-                assert_eq!(kernel, Kernel::wanted(&config, &host, BASE), "seed {seed} at {done}");
+                kernel.check_dying(&core, &host);
+                let wanted = Kernel::wanted(&config, &host, BASE);
+                assert_eq!(kernel.sets, wanted.sets, "seed {seed} at {done}");
+                let living = kernel.pairs.iter().filter(|pair| !pair.dying);
+                assert!(living.eq(&wanted.pairs), "seed {seed} at {done}: pairs");
+                // some of what is held is let go
+                let all = random.one_in(4);
+                host.held.retain(|_, _| !all && random.one_in(2));
+                core.step(Event::LookAtDying, &mut actions);
+                done += act(&mut core, &mut host, std::mem::take(&mut actions), &mut random);
+                kernel.commit(&mut core, &host, random.one_in(20));
+                kernel.check_dying(&core, &host);
+                assert!(!all || kernel.dying.is_empty(), "seed {seed} at {done}: kept for ever");
                 if !core.wants_retry() {
                     let live: BTreeSet<u64> = host.dirs.values().copied().collect();
                     let watched: Vec<u64> = host.watches.values().copied().collect();
@@ -409,7 +476,7 @@ fn settle(core: &mut Core, host: &mut Host, kernel: &mut Kernel, random: &mut Ra
             act(core, host, std::mem::take(&mut actions), random);
         }
         while watch(core, host, random) {}
-        kernel.commit(core, false);
+        kernel.commit(core, host, false);
         if core.wants_retry() {
             core.step(Event::Retry, &mut actions);
             act(core, host, actions, random);
@@ -419,7 +486,7 @@ fn settle(core: &mut Core, host: &mut Host, kernel: &mut Kernel, random: &mut Ra
             break;
         }
     }
-    kernel.commit(core, false);
+    kernel.commit(core, host, false);
     host.calm = false;
 }
 

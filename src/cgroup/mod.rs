@@ -2,6 +2,7 @@
 //! and what waits to be looked at ([`backlog`]).
 
 pub mod backlog;
+pub mod dying;
 pub mod mount;
 pub mod tree;
 pub mod watch;

@@ -171,6 +171,17 @@ impl Watcher {
         }
     }
 
+    /// Counts what is dying below a cgroup.
+    pub fn count_dying(&self, path: Path) -> Event {
+        let file = self.name(&path).map(|name| [name.as_bytes(), b"/cgroup.stat"].concat());
+        let text = file.and_then(|file| std::fs::read_to_string(OsStr::from_bytes(&file)).ok());
+        let count = text.and_then(|text| {
+            let mut lines = text.lines();
+            lines.find_map(|line| line.strip_prefix("nr_dying_descendants "))?.parse().ok()
+        });
+        Event::Dying { path, count }
+    }
+
     /// Path of a cgroup from the root of the file system; `None` where it cannot be one.
     fn name(&self, path: &Path) -> Option<CString> {
         let mut name = Vec::with_capacity(self.root.len() + path.len() + 1);

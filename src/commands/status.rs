@@ -761,6 +761,7 @@ mod tests {
         let view = |interfaces: Vec<Interface>| View {
             targets: vec![target(1), target(2)],
             steps: Vec::new(),
+            dying: Vec::new(),
             default: "direct".into(),
             gateways: Vec::new(),
             interfaces,

@@ -181,6 +181,11 @@ impl Config {
         [Target::Direct, Target::Drop].into_iter().chain(tproxies)
     }
 
+    /// The target of that name.
+    pub fn named(&self, name: &str) -> Option<Target> {
+        self.targets().find(|target| self.target_name(*target) == name)
+    }
+
     pub fn target_name(&self, target: Target) -> &str {
         match target {
             Target::Direct => "direct",

@@ -1,6 +1,7 @@
 //! Other programs' sockets: finding those that are stale, and ending them. What is stale is decided
 //! in [`crate::stale`].
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::rc::Rc;
@@ -15,6 +16,7 @@ use crate::log;
 use crate::netlink::conntrack::{self, Flow};
 use crate::netlink::diag::{self, Socket};
 use crate::netlink::msg::Batch;
+use crate::netlink::parse::Message;
 use crate::netlink::uapi::*;
 use crate::route;
 use crate::stale::{Judge, Ports, Suspects, Witness, TCP_STATES, UDP_STATES};
@@ -95,6 +97,20 @@ impl Kernel {
             }
         }
         doubts.sockets.is_empty()
+    }
+
+    /// The cgroups of all TCP and UDP sockets; `None` where the kernel does not tell of all.
+    pub fn held_cgroups(&mut self) -> Option<HashSet<u64>> {
+        let mut all = HashSet::new();
+        for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
+            for family in [AF_INET, AF_INET6] {
+                let request = |batch: &mut Batch| diag::get(batch, family, protocol, u32::MAX, &[]);
+                let read = |message: &Message| diag::parse(message, protocol)?.cgroup;
+                let found = self.diag.as_mut()?.dump(&request, read).ok()?;
+                all.extend(found.ok()?);
+            }
+        }
+        Some(all)
     }
 
     /// The sockets of a protocol in these states, of both families, as far as `keep` keeps them;

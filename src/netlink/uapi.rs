@@ -182,6 +182,14 @@ pub const NFTA_SOCKET_LEVEL: u16 = 3;
 pub const NFT_SOCKET_TRANSPARENT: u32 = 0;
 pub const NFT_SOCKET_CGROUPV2: u32 = 3;
 
+pub const NFTA_HASH_SREG: u16 = 1;
+pub const NFTA_HASH_DREG: u16 = 2;
+pub const NFTA_HASH_LEN: u16 = 3;
+pub const NFTA_HASH_MODULUS: u16 = 4;
+pub const NFTA_HASH_SEED: u16 = 5;
+pub const NFTA_HASH_TYPE: u16 = 7;
+pub const NFT_HASH_JENKINS: u32 = 0;
+
 pub const NFTA_TPROXY_FAMILY: u16 = 1;
 pub const NFTA_TPROXY_REG_ADDR: u16 = 2;
 pub const NFTA_TPROXY_REG_PORT: u16 = 3;
@@ -219,6 +227,7 @@ pub const NFTA_XT_INFO: u16 = 3;
 // The nft program's own numbers for set key types (nftables: include/datatype.h). The kernel only
 // hands them back; `nft list` needs them to print keys.
 pub const TYPE_VERDICT: u32 = 1;
+pub const TYPE_INTEGER: u32 = 4;
 pub const TYPE_IPADDR: u32 = 7;
 pub const TYPE_IP6ADDR: u32 = 8;
 pub const TYPE_ETHERADDR: u32 = 9;
@@ -231,6 +240,14 @@ pub const TYPE_CGROUPV2: u32 = 46;
 // what nft needs to print keys right.
 pub const NFTNL_UDATA_SET_KEYBYTEORDER: u8 = 0;
 pub const NFTNL_UDATA_TABLE_COMMENT: u8 = 0;
+pub const NFTNL_UDATA_SET_KEY_TYPEOF: u8 = 3;
+pub const NFTNL_UDATA_SET_TYPEOF_EXPR: u8 = 0;
+pub const NFTNL_UDATA_SET_TYPEOF_DATA: u8 = 1;
+// nft's expr_types (include/expression.h) and what it says of `numgen` (src/numgen.c)
+pub const EXPR_NUMGEN: u32 = 23;
+pub const NFTNL_UDATA_NUMGEN_TYPE: u8 = 0;
+pub const NFTNL_UDATA_NUMGEN_MOD: u8 = 1;
+pub const NFTNL_UDATA_NUMGEN_OFFSET: u8 = 2;
 pub const BYTEORDER_HOST_ENDIAN: u32 = 1;
 pub const BYTEORDER_BIG_ENDIAN: u32 = 2;
 

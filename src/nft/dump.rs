@@ -46,6 +46,8 @@ pub enum Expr {
     Cgroup {
         level: u32,
     },
+    /// A hash, which only the rules for removed cgroups make.
+    Jhash,
     Lookup {
         set: String,
     },
@@ -128,6 +130,7 @@ fn expr(bytes: &[u8]) -> Expr {
         "socket" => (number(NFTA_SOCKET_KEY) == Some(NFT_SOCKET_CGROUPV2))
             .then(|| number(NFTA_SOCKET_LEVEL).map(|level| Expr::Cgroup { level }))
             .flatten(),
+        "hash" => Some(Expr::Jhash),
         "lookup" => data
             .clone()
             .get(NFTA_LOOKUP_SET)
@@ -186,9 +189,20 @@ pub fn parse_elements(message: &Message) -> Option<Vec<Element>> {
     Some(elements.filter_map(|(_, bytes)| element(bytes)).collect())
 }
 
+/// The same for a set of hashes.
+pub fn parse_hashes(message: &Message) -> Option<Vec<u32>> {
+    let list = Attrs::after(message.body, 4).get(NFTA_SET_ELEM_LIST_ELEMENTS)?;
+    let elements = Attrs::new(list).filter(|(kind, _)| *kind == NFTA_LIST_ELEM);
+    Some(elements.filter_map(|(_, bytes)| parse::u32_ne(key(&Attrs::new(bytes))?)).collect())
+}
+
+fn key<'a>(element: &Attrs<'a>) -> Option<&'a [u8]> {
+    Attrs::new(element.clone().get(NFTA_SET_ELEM_KEY)?).get(NFTA_DATA_VALUE)
+}
+
 fn element(bytes: &[u8]) -> Option<Element> {
     let attrs = Attrs::new(bytes);
-    let key = Attrs::new(attrs.clone().get(NFTA_SET_ELEM_KEY)?).get(NFTA_DATA_VALUE)?;
+    let key = key(&attrs)?;
     // one expression stands alone, and since Linux 5.13 several stand in a list
     let list = Attrs::new(attrs.clone().get(NFTA_SET_ELEM_EXPRESSIONS).unwrap_or(&[]));
     let listed = list.map(|(_, bytes)| expr(bytes));
@@ -242,6 +256,8 @@ pub struct View {
     pub targets: Vec<Target>,
     /// In the order in which they are tried.
     pub steps: Vec<Step>,
+    /// The same for removed cgroups.
+    pub dying: Vec<Step>,
     /// The target of what no step takes.
     pub default: String,
     /// In the order in which they are tried.
@@ -283,6 +299,7 @@ pub fn view(rules: &[Rule]) -> View {
     let mut view = View {
         targets: targets.collect(),
         steps: Vec::new(),
+        dying: Vec::new(),
         default: "direct".into(),
         gateways: Vec::new(),
         interfaces: Vec::new(),
@@ -307,12 +324,17 @@ pub fn view(rules: &[Rule]) -> View {
         let Some(target) = goes_to(rule, "to_").map(str::to_string) else {
             continue;
         };
+        let step = |level, set: &str, prefix, target| {
+            let set = set.strip_prefix(prefix).unwrap_or(set).to_string();
+            Step { level, set, target }
+        };
         match rule.exprs[..] {
-            [Expr::Cgroup { level }, Expr::Lookup { ref set }, ..] => view.steps.push(Step {
-                level,
-                set: set.strip_prefix("cg_").unwrap_or(set).to_string(),
-                target,
-            }),
+            [Expr::Cgroup { level }, Expr::Lookup { ref set }, ..] => {
+                view.steps.push(step(level, set, "cg_", target))
+            }
+            [Expr::Cgroup { level }, Expr::Jhash, Expr::Lookup { ref set }, ..] => {
+                view.dying.push(step(level, set, "dying_", target))
+            }
             _ => view.default = target,
         }
     }
@@ -479,8 +501,12 @@ mod tests {
 
     #[test]
     fn the_view_of_our_own_table() {
-        let pair = |level, target| Pair { level, target };
-        let pairs = [pair(2, ConfigTarget::Tproxy(1)), pair(3, ConfigTarget::Drop)];
+        let pair = |level, target, dying| Pair { level, target, dying };
+        let pairs = [
+            pair(2, ConfigTarget::Tproxy(1), false),
+            pair(3, ConfigTarget::Drop, false),
+            pair(4, ConfigTarget::Drop, true),
+        ];
         for (default, name) in [
             (ConfigTarget::Direct, "direct"),
             (ConfigTarget::Drop, "drop"),
@@ -503,6 +529,8 @@ mod tests {
             let names: Vec<_> = view.targets.iter().map(|t| t.name.as_str()).collect();
             assert_eq!(names, ["direct", "drop", "zeta", "alpha"]);
             assert_eq!(view.default, name);
+            let dying = Step { level: 4, set: "drop".into(), target: "drop".into() };
+            assert_eq!(view.dying, [dying]);
             let alpha = view.target("alpha").unwrap();
             let mark = Mark { value: 0x0200_0000, mask: 0xff00_0000 };
             assert_eq!((alpha.mark, alpha.port), (Some(mark), Some(7894)));

@@ -71,6 +71,18 @@ impl Transaction {
     /// Makes and unmakes a table of another name with a rule of `socket cgroupv2`, which leaves
     /// nothing behind: the kernel takes it if it can match cgroups.
     pub fn probe_cgroups(&mut self) {
+        self.probe_rule(&[Expr::SocketCgroup { level: 1, dreg: NFT_REG_1 }]);
+    }
+
+    /// The same for hashes of cgroup ids.
+    pub fn probe_hashes(&mut self) {
+        self.probe_rule(&[
+            Expr::SocketCgroup { level: 1, dreg: NFT_REG_2 },
+            Expr::Jhash { sreg: NFT_REG_2, dreg: NFT_REG_1, len: 8, modulus: u32::MAX, seed: 1 },
+        ]);
+    }
+
+    fn probe_rule(&mut self, exprs: &[Expr]) {
         const PROBE: &str = "cgtproxy-probe";
         let open = self.begin(NFT_MSG_NEWTABLE, NLM_F_CREATE);
         self.batch.str_z(NFTA_TABLE_NAME, PROBE);
@@ -83,9 +95,11 @@ impl Transaction {
         self.batch.str_z(NFTA_RULE_TABLE, PROBE);
         self.batch.str_z(NFTA_RULE_CHAIN, OUTPUT);
         let list = self.batch.nest(NFTA_RULE_EXPRESSIONS);
-        let element = self.batch.nest(NFTA_LIST_ELEM);
-        self.expr(&Expr::SocketCgroup { level: 1, dreg: NFT_REG_1 });
-        self.batch.end_nest(element);
+        for expr in exprs {
+            let element = self.batch.nest(NFTA_LIST_ELEM);
+            self.expr(expr);
+            self.batch.end_nest(element);
+        }
         self.batch.end_nest(list);
         self.batch.end(open);
         let open = self.begin(NFT_MSG_DELTABLE, 0);
@@ -112,6 +126,15 @@ impl Transaction {
     /// Deletes cgroup ids from a set; one that is not there fails the transaction.
     pub fn delete_cgroups(&mut self, set: &str, ids: impl Iterator<Item = u64>) {
         self.elements(NFT_MSG_DELSETELEM, 0, set, None, ids, cgroup_key);
+    }
+
+    /// The same for hashes of cgroup ids.
+    pub fn add_hashes(&mut self, set: &str, hashes: impl Iterator<Item = u32>) {
+        self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, None, hashes, hash_key);
+    }
+
+    pub fn delete_hashes(&mut self, set: &str, hashes: impl Iterator<Item = u32>) {
+        self.elements(NFT_MSG_DELSETELEM, 0, set, None, hashes, hash_key);
     }
 
     /// `flags`: what the table is created with, or none at all (kernels without table flags).
@@ -164,6 +187,7 @@ impl Transaction {
             Content::V4(_) => (TYPE_IPADDR, 4, NFT_SET_INTERVAL),
             Content::V6(_) => (TYPE_IP6ADDR, 16, NFT_SET_INTERVAL),
             Content::Cgroups { .. } => (TYPE_CGROUPV2, 8, 0),
+            Content::Hashes => (TYPE_INTEGER, 4, 0),
         };
         let id = self.set_id();
         let open = self.begin(NFT_MSG_NEWSET, NLM_F_CREATE);
@@ -177,7 +201,7 @@ impl Transaction {
         match &set.content {
             Content::V4(ranges) => self.intervals(&set.name, id, ranges),
             Content::V6(ranges) => self.intervals(&set.name, id, ranges),
-            Content::Cgroups { .. } => {}
+            Content::Cgroups { .. } | Content::Hashes => {}
         }
     }
 
@@ -268,11 +292,14 @@ impl Transaction {
         }
         self.batch.u32_be(NFTA_SET_ID, id);
         let order = match key_type {
-            TYPE_MARK | TYPE_CGROUPV2 => BYTEORDER_HOST_ENDIAN,
+            TYPE_MARK | TYPE_CGROUPV2 | TYPE_INTEGER => BYTEORDER_HOST_ENDIAN,
             _ => BYTEORDER_BIG_ENDIAN,
         };
         let mut udata = vec![NFTNL_UDATA_SET_KEYBYTEORDER, 4];
         udata.extend(order.to_ne_bytes());
+        if key_type == TYPE_INTEGER {
+            udata.extend(typeof_numgen());
+        }
         self.batch.raw(NFTA_SET_USERDATA, &udata);
     }
 
@@ -449,6 +476,16 @@ impl Transaction {
                 self.batch.u32_be(NFTA_SOCKET_DREG, *dreg);
                 self.batch.end_nest(nest);
             }
+            Expr::Jhash { sreg, dreg, len, modulus, seed } => {
+                let nest = self.expr_head("hash");
+                self.batch.u32_be(NFTA_HASH_SREG, *sreg);
+                self.batch.u32_be(NFTA_HASH_DREG, *dreg);
+                self.batch.u32_be(NFTA_HASH_LEN, *len);
+                self.batch.u32_be(NFTA_HASH_MODULUS, *modulus);
+                self.batch.u32_be(NFTA_HASH_SEED, *seed);
+                self.batch.u32_be(NFTA_HASH_TYPE, NFT_HASH_JENKINS);
+                self.batch.end_nest(nest);
+            }
             Expr::Tproxy { family, address, port } => {
                 let nest = self.expr_head("tproxy");
                 self.batch.u32_be(NFTA_TPROXY_FAMILY, u32::from(*family));
@@ -531,6 +568,25 @@ fn element_key(batch: &mut Batch, key: &[u8]) {
 
 fn cgroup_key(batch: &mut Batch, id: u64) {
     element_key(batch, &id.to_ne_bytes());
+}
+
+fn hash_key(batch: &mut Batch, hash: u32) {
+    element_key(batch, &hash.to_ne_bytes());
+}
+
+/// What tells nft that a key is a number of 32 bits, which has no type of its own: `typeof numgen
+/// inc mod 2`, an expression of that kind.
+fn typeof_numgen() -> Vec<u8> {
+    let tlv = |kind: u8, data: &[u8]| [&[kind, data.len() as u8], data].concat();
+    let number = |kind, value: u32| tlv(kind, &value.to_ne_bytes());
+    let numgen = [
+        number(NFTNL_UDATA_NUMGEN_TYPE, 0),
+        number(NFTNL_UDATA_NUMGEN_MOD, 2),
+        number(NFTNL_UDATA_NUMGEN_OFFSET, 0),
+    ];
+    let kind = number(NFTNL_UDATA_SET_TYPEOF_EXPR, EXPR_NUMGEN);
+    let data = tlv(NFTNL_UDATA_SET_TYPEOF_DATA, &numgen.concat());
+    tlv(NFTNL_UDATA_SET_KEY_TYPEOF, &[kind, data].concat())
 }
 
 fn verdict(batch: &mut Batch, verdict: &Verdict) {

@@ -132,6 +132,12 @@ pub enum Stmt {
         level: u8,
         set: String,
     },
+    /// `jhash socket cgroupv2 level L mod 4294967295 seed 0x1 @SET`: the same for cgroups that are
+    /// removed. `nft` cannot name those, so their ids are kept as numbers of another kind.
+    CgroupHash {
+        level: u8,
+        set: String,
+    },
     /// `socket transparent 1`: of a socket that takes packets for foreign addresses
     Transparent,
     /// A packet that a process sends (any uid), not the kernel for a socket that is gone.
@@ -290,6 +296,14 @@ pub enum Expr {
     SocketTransparent {
         dreg: u32,
     },
+    /// Jenkins' hash of a register, scaled to `0..modulus`.
+    Jhash {
+        sreg: u32,
+        dreg: u32,
+        len: u32,
+        modulus: u32,
+        seed: u32,
+    },
     Tproxy {
         family: u8,
         address: Option<u32>,
@@ -377,6 +391,11 @@ impl Stmt {
             }
             Stmt::Cgroup { level, set } => out.extend([
                 SocketCgroup { level: u32::from(*level), dreg },
+                Lookup { set: SetRef::Named(set.clone()), sreg, invert: false },
+            ]),
+            Stmt::CgroupHash { level, set } => out.extend([
+                SocketCgroup { level: u32::from(*level), dreg: NFT_REG_2 },
+                Jhash { sreg: NFT_REG_2, dreg, len: 8, modulus: u32::MAX, seed: 1 },
                 Lookup { set: SetRef::Named(set.clone()), sreg, invert: false },
             ]),
             Stmt::Transparent => out.extend([SocketTransparent { dreg }, eq(&[1])]),
@@ -612,6 +631,10 @@ impl fmt::Display for Stmt {
             Stmt::OifLo => f.write_str("oif \"lo\""),
             Stmt::Iifname(interface) => write!(f, "iifname \"{interface}\""),
             Stmt::Cgroup { level, set } => write!(f, "socket cgroupv2 level {level} @{set}"),
+            Stmt::CgroupHash { level, set } => {
+                let modulus = u32::MAX;
+                write!(f, "jhash socket cgroupv2 level {level} mod {modulus} seed 0x1 @{set}")
+            }
             Stmt::Transparent => f.write_str("socket transparent 1"),
             Stmt::HasOwner => write!(f, "meta skuid != {NO_UID}"),
             Stmt::Uid(uid) => write!(f, "meta skuid {uid}"),

@@ -18,6 +18,8 @@ pub const TABLE: &str = "cgtproxy";
 pub struct Element {
     pub level: u8,
     pub target: Target,
+    /// Of cgroups that are removed; see [`crate::cgroup::dying`].
+    pub dying: bool,
 }
 
 /// Sets, chains and static rules; everything but the elements of the cgroup sets.
@@ -38,7 +40,11 @@ pub struct Set {
 pub enum Content {
     V4(Vec<Range<Ipv4Addr>>),
     V6(Vec<Range<Ipv6Addr>>),
-    Cgroups { counters: bool },
+    Cgroups {
+        counters: bool,
+    },
+    /// Cgroup ids as [`Stmt::CgroupHash`] makes them; the core's business too.
+    Hashes,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +69,11 @@ pub fn set_name(config: &Config, target: Target) -> String {
     format!("cg_{}", config.target_name(target))
 }
 
+/// The name of the set that holds the removed cgroups of `target`, by their hashes.
+pub fn dying_name(config: &Config, target: Target) -> String {
+    format!("dying_{}", config.target_name(target))
+}
+
 impl Table {
     /// The table for a configuration, with an empty `output` chain where the pairs belong.
     pub fn new(config: &Config) -> Table {
@@ -74,6 +85,11 @@ impl Table {
             name: set_name(config, target),
             content: Content::Cgroups { counters: config.counters_per_cgroup },
         }));
+        sets.extend(
+            config
+                .targets()
+                .map(|target| Set { name: dying_name(config, target), content: Content::Hashes }),
+        );
         sets.extend(config.gateways.iter().flat_map(source_sets));
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
         let mut chains = Vec::new();
@@ -170,8 +186,12 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
         rules.push(rule);
     }
     rules.extend(pairs.iter().rev().map(|pair| {
-        let set = set_name(config, pair.target);
-        vec![Stmt::Cgroup { level: pair.level, set }, enter(config, pair.target)]
+        let (level, target) = (pair.level, pair.target);
+        let of = match pair.dying {
+            false => Stmt::Cgroup { level, set: set_name(config, target) },
+            true => Stmt::CgroupHash { level, set: dying_name(config, target) },
+        };
+        vec![of, enter(config, target)]
     }));
     // a packet without a socket (RST or ACK after the application closed), or of a flow that began
     // under a target that its cgroup no longer has

@@ -25,6 +25,7 @@ const MARK: u32 = 19;
 const ICMP6_TYPE: u32 = 29;
 const ETHERADDR: u32 = 9;
 const CGROUPV2: u32 = 46;
+const INTEGER: u32 = 4;
 const HOST_ENDIAN: u32 = 1;
 const BIG_ENDIAN: u32 = 2;
 /// `NFT_DATA_VERDICT` of include/uapi/linux/netfilter/nf_tables.h
@@ -172,6 +173,7 @@ impl Reference {
             Content::V4(_) => (IPADDR, 4, libc::NFT_SET_INTERVAL),
             Content::V6(_) => (IP6ADDR, 16, libc::NFT_SET_INTERVAL),
             Content::Cgroups { .. } => (CGROUPV2, 8, 0),
+            Content::Hashes => (INTEGER, 4, 0),
         };
         let object = self.new_set(&set.name, flags, kind, length);
         if let Content::Cgroups { counters: true } = set.content {
@@ -182,13 +184,23 @@ impl Reference {
         match &set.content {
             Content::V4(ranges) => self.intervals(&set.name, ranges),
             Content::V6(ranges) => self.intervals(&set.name, ranges),
-            Content::Cgroups { .. } => {}
+            Content::Cgroups { .. } | Content::Hashes => {}
         }
     }
 
     pub fn add_cgroups(&mut self, set: &str, ids: &[u64]) {
         let elements = ids.iter().map(|id| NElem::key(&id.to_ne_bytes()));
         self.elements(libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE, set, None, elements);
+    }
+
+    pub fn add_hashes(&mut self, set: &str, hashes: &[u32]) {
+        let elements = hashes.iter().map(|hash| NElem::key(&hash.to_ne_bytes()));
+        self.elements(libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE, set, None, elements);
+    }
+
+    pub fn delete_hashes(&mut self, set: &str, hashes: &[u32]) {
+        let elements = hashes.iter().map(|hash| NElem::key(&hash.to_ne_bytes()));
+        self.elements(libc::NFT_MSG_DELSETELEM, 0, set, None, elements);
     }
 
     pub fn delete_cgroups(&mut self, set: &str, ids: &[u64]) {
@@ -279,6 +291,13 @@ impl Reference {
                 .u32(NFTNL_EXPR_SOCKET_KEY, SOCKET_CGROUPV2)
                 .u32(NFTNL_EXPR_SOCKET_LEVEL, *level)
                 .u32(NFTNL_EXPR_SOCKET_DREG, *dreg),
+            Expr::Jhash { sreg, dreg, len, modulus, seed } => NExpr::new(c"hash")
+                .u32(NFTNL_EXPR_HASH_SREG, *sreg)
+                .u32(NFTNL_EXPR_HASH_DREG, *dreg)
+                .u32(NFTNL_EXPR_HASH_LEN, *len)
+                .u32(NFTNL_EXPR_HASH_MODULUS, *modulus)
+                .u32(NFTNL_EXPR_HASH_SEED, *seed)
+                .u32(NFTNL_EXPR_HASH_TYPE, HASH_JENKINS),
             Expr::SocketTransparent { dreg } => NExpr::new(c"socket")
                 .u32(NFTNL_EXPR_SOCKET_KEY, SOCKET_TRANSPARENT)
                 .u32(NFTNL_EXPR_SOCKET_DREG, *dreg),
@@ -380,7 +399,7 @@ impl Reference {
             .u32(NFTNL_SET_KEY_TYPE, key_type)
             .u32(NFTNL_SET_KEY_LEN, key_len);
         let order = match key_type {
-            MARK | CGROUPV2 => HOST_ENDIAN,
+            MARK | CGROUPV2 | INTEGER => HOST_ENDIAN,
             IPADDR | IP6ADDR | ETHERADDR | INET_PROTOCOL | ICMP6_TYPE => BIG_ENDIAN,
             other => panic!("what byte order has nft's data type {other}?"),
         };
@@ -388,6 +407,21 @@ impl Reference {
         unsafe {
             let udata = nftnl_udata_buf_alloc(64);
             assert!(nftnl_udata_put_u32(udata, NFTNL_UDATA_SET_KEYBYTEORDER as u8, order));
+            if key_type == INTEGER {
+                // `typeof numgen inc mod 2`, as nft writes it: what is nested is a buffer too
+                let put = |into, kind: u32, nest| {
+                    let (data, length) = (nftnl_udata_buf_data(nest), nftnl_udata_buf_len(nest));
+                    assert!(nftnl_udata_put(into, kind as u8, length, data));
+                };
+                let numgen = nftnl_udata_buf_alloc(64);
+                for (kind, value) in [(0, 0), (1, 2), (2, 0)] {
+                    assert!(nftnl_udata_put_u32(numgen, kind, value));
+                }
+                let of = nftnl_udata_buf_alloc(64);
+                assert!(nftnl_udata_put_u32(of, 0, NUMGEN));
+                put(of, 1, numgen);
+                put(udata, NFTNL_UDATA_SET_KEY_TYPEOF as u32, of);
+            }
             let (data, length) = (nftnl_udata_buf_data(udata), nftnl_udata_buf_len(udata));
             nftnl_set_set_data(set.0, NFTNL_SET_USERDATA as u16, data, length);
         }
@@ -470,6 +504,9 @@ pub fn get_table(seq: u32) -> Vec<u8> {
 const BITWISE_BOOL: u32 = 0;
 const SOCKET_CGROUPV2: u32 = 3;
 const SOCKET_TRANSPARENT: u32 = 0;
+const HASH_JENKINS: u32 = 0;
+/// `expr_types` of nft's include/expression.h
+const NUMGEN: u32 = 23;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
 const NAT_MAP_IPS: u32 = 1 << 0;
 const NAT_PROTO_SPECIFIED: u32 = 1 << 1;

@@ -27,6 +27,7 @@ mod world;
 
 mod classify;
 mod demo;
+mod dying;
 mod examples;
 mod faults;
 mod forgotten;

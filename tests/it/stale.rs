@@ -51,7 +51,7 @@ drop = /elsewhere
 const PATIENCE: Duration = Duration::from_millis(300);
 
 /// A socket that was made in a cgroup.
-fn socket_in(cgroup: &Path, kind: i32, ip: IpAddr) -> OwnedFd {
+pub fn socket_in(cgroup: &Path, kind: i32, ip: IpAddr) -> OwnedFd {
     let family = if ip.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let (read, write) = pipe();
     let cgroup = File::open(cgroup).expect("open the cgroup");
@@ -81,7 +81,7 @@ fn socket_in(cgroup: &Path, kind: i32, ip: IpAddr) -> OwnedFd {
     fd
 }
 
-fn connect(fd: &OwnedFd, to: SocketAddr) -> std::io::Result<()> {
+pub fn connect(fd: &OwnedFd, to: SocketAddr) -> std::io::Result<()> {
     let (raw, len) = raw_addr(to);
     // SAFETY: a sockaddr of the length that goes with it.
     match unsafe { libc::connect(fd.as_raw_fd(), (&raw const raw).cast(), len) } {
@@ -110,7 +110,7 @@ fn bind_to(fd: &impl AsRawFd, at: SocketAddr) {
     assert_eq!(rc, 0, "bind to {at}: {}", std::io::Error::last_os_error());
 }
 
-fn tcp_in(cgroup: &Path, to: SocketAddr) -> TcpStream {
+pub fn tcp_in(cgroup: &Path, to: SocketAddr) -> TcpStream {
     let fd = socket_in(cgroup, libc::SOCK_STREAM, to.ip());
     connect(&fd, to).unwrap_or_else(|e| panic!("connect to {to}: {e}"));
     let stream = TcpStream::from(fd);
@@ -118,7 +118,7 @@ fn tcp_in(cgroup: &Path, to: SocketAddr) -> TcpStream {
     stream
 }
 
-fn udp_in(cgroup: &Path, ip: IpAddr) -> UdpSocket {
+pub fn udp_in(cgroup: &Path, ip: IpAddr) -> UdpSocket {
     let socket = UdpSocket::from(socket_in(cgroup, libc::SOCK_DGRAM, ip));
     socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
     socket

@@ -1,0 +1,274 @@
+//! Removed cgroups whose sockets may live on: rmdir(2) asks for no process, but a socket keeps its
+//! cgroup, whoever has it by now (a process that was moved, or only the kernel, which sends what was
+//! left). The kernel calls such cgroups dying. Pure: what is known of them is told.
+//!
+//! A set of cgroup ids would not do for them: nft shows an id without a path as a number that it
+//! does not take back. What it shows and takes back is a hash of the id, as the kernel's nft_hash
+//! makes it.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+
+use super::tree::{self, Path, Tree};
+use crate::config::Target;
+use crate::nft::ruleset::Element;
+
+/// A removed cgroup that had an element of its own. Those below without one go with it, for a
+/// packet is matched by every ancestor of its cgroup, dead or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dying {
+    /// [`hash`] of its id.
+    pub hash: u32,
+    pub level: u8,
+    pub target: Target,
+    /// Where it was; `None` for one that is known from a table alone.
+    pub path: Option<Path>,
+    /// How many looks in a row have found no socket of it.
+    quiet: u8,
+}
+
+impl Dying {
+    pub fn new(id: u64, level: u8, target: Target, path: Path) -> Dying {
+        Dying { hash: hash(id), level, target, path: Some(path), quiet: 0 }
+    }
+
+    /// One that the sets of a table hold.
+    pub fn known_by(hash: u32, level: u8, target: Target) -> Dying {
+        Dying { hash, level, target, path: None, quiet: 0 }
+    }
+
+    /// The element that matches it.
+    pub fn element(&self) -> Element {
+        Element { level: self.level, target: self.target, dying: true }
+    }
+}
+
+/// All of them, the oldest first.
+#[derive(Debug, Default)]
+pub struct List {
+    all: VecDeque<Dying>,
+    /// How many of them make one element of a set.
+    elements: BTreeMap<(Target, u32), usize>,
+    /// Elements that have come or gone, and whether the kernel has them.
+    changed: BTreeMap<(Target, u32), bool>,
+}
+
+/// Most that are kept: nobody can make the kernel's sets grow without end.
+pub const MOST: usize = 1024;
+
+/// How many memory is kept for at rest.
+const USUAL: usize = 256;
+
+/// After how many looks without a socket one is let go where the kernel says that it lives on, for
+/// memory may hold a cgroup for days. What such a look does not see: TCP sockets that were never
+/// connected, UDP sockets that were never bound, and raw ones.
+const QUIET: u8 = 2;
+
+impl List {
+    pub fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Dying> {
+        self.all.iter()
+    }
+
+    /// Takes one in. The oldest goes where there are too many: it is returned.
+    pub fn push(&mut self, dying: Dying) -> Option<Element> {
+        self.count(&dying, true);
+        self.all.push_back(dying);
+        match self.all.len() > MOST {
+            false => None,
+            true => self.all.pop_front().map(|oldest| self.forget(&oldest)),
+        }
+    }
+
+    /// Lets those go that do not match, and gives their elements.
+    pub fn retain(&mut self, keep: impl Fn(&Dying) -> bool) -> Vec<Element> {
+        let gone: Vec<Dying> = self.all.iter().filter(|dying| !keep(dying)).cloned().collect();
+        self.all.retain(keep);
+        self.all.shrink_to(USUAL);
+        gone.iter().map(|dying| self.forget(dying)).collect()
+    }
+
+    /// Takes all out, to be put back with other targets.
+    pub fn take(&mut self) -> Vec<Dying> {
+        let all: Vec<Dying> = self.all.drain(..).collect();
+        all.iter().for_each(|dying| self.count(dying, false));
+        all
+    }
+
+    /// A look at the sockets: `held` are the cgroups that they hold, but for those that live.
+    /// Those that no socket has held for some looks go. Where a socket holds a cgroup that is not
+    /// known at all, which may be below any of these, they stay.
+    pub fn seen(&mut self, held: &HashSet<u64>) -> Vec<Element> {
+        let held: BTreeSet<u32> = held.iter().map(|id| hash(*id)).collect();
+        let own: BTreeSet<u32> = self.all.iter().map(|dying| dying.hash).collect();
+        let all_known = held.is_subset(&own);
+        for dying in &mut self.all {
+            dying.quiet = match all_known && !held.contains(&dying.hash) {
+                true => dying.quiet + 1,
+                false => 0,
+            };
+        }
+        self.retain(|dying| dying.quiet < QUIET)
+    }
+
+    /// The living cgroups that are next above them: the kernel knows of each how many below it die.
+    pub fn above(&self, living: &Tree) -> BTreeSet<Path> {
+        self.all.iter().filter_map(|dying| next_above(dying, living)).collect()
+    }
+
+    /// Nothing below that living cgroup is dying any more.
+    pub fn released(&mut self, above: &[u8]) -> Vec<Element> {
+        self.retain(|dying| match &dying.path {
+            Some(path) => !path.strip_prefix(above).is_some_and(|rest| rest.starts_with(b"/")),
+            None => !above.is_empty(),
+        })
+    }
+
+    /// The kernel's elements that are to go, and to come.
+    pub fn take_changes(&mut self) -> (Vec<(Target, u32)>, Vec<(Target, u32)>) {
+        let (mut delete, mut add) = (Vec::new(), Vec::new());
+        for (element, was) in std::mem::take(&mut self.changed) {
+            match (was, self.elements.contains_key(&element)) {
+                (true, false) => delete.push(element),
+                (false, true) => add.push(element),
+                _ => {}
+            }
+        }
+        (delete, add)
+    }
+
+    /// All elements; the kernel has them from now on.
+    pub fn snapshot(&mut self) -> BTreeMap<Target, Vec<u32>> {
+        self.changed.clear();
+        let mut elements: BTreeMap<Target, Vec<u32>> = BTreeMap::new();
+        for (target, hash) in self.elements.keys() {
+            elements.entry(*target).or_default().push(*hash);
+        }
+        elements
+    }
+
+    fn forget(&mut self, dying: &Dying) -> Element {
+        self.count(dying, false);
+        dying.element()
+    }
+
+    fn count(&mut self, dying: &Dying, up: bool) {
+        let element = (dying.target, dying.hash);
+        let count = self.elements.entry(element).or_default();
+        let was = *count > 0;
+        *count = if up { *count + 1 } else { count.saturating_sub(1) };
+        if *count == 0 {
+            self.elements.remove(&element);
+        }
+        if was != self.elements.contains_key(&element) {
+            self.changed.entry(element).or_insert(was);
+        }
+    }
+}
+
+/// The nearest ancestor that lives; the root where the path is not known.
+fn next_above(dying: &Dying, living: &Tree) -> Option<Path> {
+    let mut at: &[u8] = dying.path.as_deref().unwrap_or_default();
+    while let Some(parent) = tree::parent(at) {
+        at = parent;
+        if living.get(at).is_some() {
+            break;
+        }
+    }
+    living.get(at).map(|_| at.into())
+}
+
+/// What nft_hash's `jhash … mod 4294967295 seed 0x1` makes of a cgroup id as it stands in a
+/// register. Source: include/linux/jhash.h, net/netfilter/nft_hash.c, `reciprocal_scale()`.
+pub fn hash(id: u64) -> u32 {
+    const SEED: u32 = 1;
+    const JHASH_INITVAL: u32 = 0xdead_beef;
+    let bytes = id.to_ne_bytes();
+    // the end of the input is read byte by byte, lowest first, whatever the processor
+    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| bytes[at + i]));
+    let start = JHASH_INITVAL.wrapping_add(bytes.len() as u32).wrapping_add(SEED);
+    let (mut a, mut b, mut c) = (start.wrapping_add(word(0)), start.wrapping_add(word(4)), start);
+    let mix = |x: &mut u32, y: u32, by: u32| *x = (*x ^ y).wrapping_sub(y.rotate_left(by));
+    // __jhash_final
+    mix(&mut c, b, 14);
+    mix(&mut a, c, 11);
+    mix(&mut b, a, 25);
+    mix(&mut c, b, 16);
+    mix(&mut a, c, 4);
+    mix(&mut b, a, 14);
+    mix(&mut c, b, 24);
+    ((u64::from(c) * u64::from(u32::MAX)) >> 32) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cgroup::tree::Node;
+
+    fn dying(id: u64, path: &str) -> Dying {
+        Dying::new(id, 3, Target::Drop, path.as_bytes().into())
+    }
+
+    fn hashes(list: &List) -> Vec<u32> {
+        list.iter().map(|dying| dying.hash).collect()
+    }
+
+    #[test]
+    fn what_the_kernel_must_hold() {
+        let mut list = List::default();
+        list.push(dying(1, "/a"));
+        list.push(Dying::known_by(hash(1), 4, Target::Drop));
+        assert_eq!(list.take_changes(), (vec![], vec![(Target::Drop, hash(1))]));
+        // the other one needs it still
+        assert_eq!(list.retain(|d| d.path.is_none()).len(), 1);
+        assert_eq!(list.take_changes(), (vec![], vec![]));
+        list.retain(|_| false);
+        list.push(dying(1, "/a"));
+        assert_eq!(list.take_changes(), (vec![], vec![]));
+        list.retain(|_| false);
+        assert_eq!(list.take_changes(), (vec![(Target::Drop, hash(1))], vec![]));
+        for id in 0..=MOST as u64 {
+            assert_eq!(list.push(dying(id, "/a")).is_some(), id == MOST as u64);
+        }
+        assert_eq!((list.len(), list.iter().next().map(|d| d.hash)), (MOST, Some(hash(1))));
+    }
+
+    #[test]
+    fn when_they_are_let_go() {
+        let mut tree = Tree::default();
+        for path in ["", "/a"] {
+            let node = Node { id: 0, wd: None, rank: 0, element: None, account: 0, foreign: false };
+            tree.insert(path.as_bytes().into(), node);
+        }
+        let mut list = List::default();
+        list.push(dying(1, "/a/b"));
+        list.push(dying(2, "/a/b/c"));
+        list.push(dying(3, "/a-b"));
+        list.push(Dying::known_by(4, 1, Target::Drop));
+        let above: Vec<Path> = list.above(&tree).into_iter().collect();
+        assert_eq!(above, ["".as_bytes().into(), "/a".as_bytes().into()]);
+        list.released(b"/a");
+        assert_eq!(hashes(&list), [hash(3), 4]);
+        list.released(b"");
+        assert!(list.is_empty());
+        // by sockets
+        list.push(dying(1, "/a/b"));
+        list.push(dying(2, "/a/b/c"));
+        let held = |ids: &[u64]| ids.iter().copied().collect();
+        list.seen(&held(&[1]));
+        assert_eq!(list.seen(&held(&[1])).len(), 1);
+        assert_eq!(hashes(&list), [hash(1)]);
+        list.seen(&held(&[]));
+        list.seen(&held(&[9]));
+        list.seen(&held(&[]));
+        assert_eq!(list.len(), 1);
+        list.seen(&held(&[]));
+        assert!(list.is_empty());
+    }
+}
