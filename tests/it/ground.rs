@@ -261,13 +261,23 @@ fn namespace(kind: &str) -> File {
     File::open(format!("/proc/thread-self/ns/{kind}")).expect("open a namespace")
 }
 
-/// cgroup2 alone at /sys/fs/cgroup, and a private /run.
+/// cgroup2 alone, at /sys/fs/cgroup, and a private /run.
 fn mount_all() {
     mount("none", "/", "", libc::MS_REC | libc::MS_PRIVATE, "");
-    // Fails where nothing is mounted there, which is fine.
-    let old = CString::new(CGROUPS).expect("no NUL");
-    // SAFETY: a NUL-terminated path.
-    unsafe { libc::umount2(old.as_ptr(), libc::MNT_DETACH) };
+    // whatever this host has mounted of either version, and wherever, is not to be seen
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").expect("list the mounts");
+    let point = |line: &str| {
+        let (place, kind) = line.split_once(" - ")?;
+        let kind = kind.split(' ').next()?.starts_with("cgroup");
+        let point = place.split(' ').nth(4)?;
+        (kind || point == CGROUPS).then(|| point.replace("\\040", " "))
+    };
+    for point in mounts.lines().rev().filter_map(point) {
+        let point = CString::new(point).expect("no NUL");
+        // gone with another one at worst
+        // SAFETY: a NUL-terminated path.
+        unsafe { libc::umount2(point.as_ptr(), libc::MNT_DETACH) };
+    }
     mount("cgroup2", CGROUPS, "cgroup2", 0, "");
     mount("tmpfs", "/run", "tmpfs", 0, "mode=755");
 }

@@ -125,8 +125,8 @@ fn wg_down(ground: &Ground) -> Verdict {
 fn ufw(ground: &Ground) -> Result<Vec<Process>, String> {
     own_etc(ground)?;
     sh(
-        "grep -q 0xff000000 /etc/ufw/before.rules || sed -i '/-A ufw-before-input -i lo/a \\
-        -A ufw-before-input -m mark --mark 0xff000000/0xff000000 -j ACCEPT' /etc/ufw/before.rules",
+        "grep -q 0xfe000000 /etc/ufw/before.rules || sed -i '/-A ufw-before-input -i lo/a \\
+        -A ufw-before-input -m mark --mark 0xfe000000/0xff000000 -j ACCEPT' /etc/ufw/before.rules",
     )?;
     sh("ufw --force enable && ufw allow in on br-lan")?;
     Ok(Vec::new())
