@@ -33,8 +33,6 @@ pub enum Was {
     Direct,
     /// It was in the hands of a target that is no more its own, or has changed.
     Taken,
-    /// It went its parent's way, for a moment: conntrack knows what began then.
-    New,
 }
 
 /// The cgroups whose sockets may be stale.
@@ -140,12 +138,6 @@ impl Suspects {
         (self.others.is_none() && ids().nth(FEW).is_none()).then(|| ids().collect())
     }
 
-    /// Whether only TCP can be stale.
-    pub fn are_new(&self) -> bool {
-        let mut all = self.known.values().chain([&self.others]).flatten();
-        all.all(|suspect| suspect.was == Was::New)
-    }
-
     fn of(&self, cgroup: u64) -> Option<Suspect> {
         self.known.get(&cgroup).copied().unwrap_or(self.others)
     }
@@ -215,7 +207,6 @@ impl Judge {
             Was::Direct => true,
             // its packets are sent the new way, its proxied TCP flows stay where they are
             Was::Taken => !is_udp || way == Way::Cut,
-            Was::New => !is_udp && socket.state != TCP_SYN_SENT,
         };
         let states = if is_udp { UDP_STATES } else { TCP_STATES };
         began
@@ -391,10 +382,6 @@ mod tests {
             assert!(!ends(&judge, &but(&own, |s| s.cgroup = None), &[], NONE));
         }
         assert!(!ends(&judge(Target::Direct, Was::Taken), &tcp(TCP_ESTABLISHED), &[], NONE));
-        let new = judge(P, Was::New);
-        assert!(ends(&new, &tcp(TCP_ESTABLISHED), &[], NONE));
-        assert!(!ends(&new, &tcp(TCP_SYN_SENT), &[], NONE));
-        assert!(!ends(&new, &udp(LOCAL, REMOTE), &[], NONE));
     }
 
     #[test]

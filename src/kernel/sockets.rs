@@ -44,9 +44,6 @@ impl Kernel {
         let ids = doubts.judge.suspects().ids().unwrap_or_default();
         for (protocol, states) in [(IPPROTO_TCP, TCP_STATES), (IPPROTO_UDP, UDP_STATES)] {
             let is_tcp = protocol == IPPROTO_TCP;
-            if !is_tcp && doubts.judge.suspects().are_new() {
-                continue;
-            }
             let judge = &doubts.judge;
             let found = self
                 .sockets(protocol, states, &ids, |socket| judge.doubts(&socket).then_some(socket));
