@@ -21,6 +21,7 @@ use crate::config::{Config, OnExit, Target};
 use crate::confine::confine;
 use crate::core::{Action, Core, Event, Found, Scan};
 use crate::error::{Error, Result};
+use crate::faults;
 use crate::instance;
 use crate::kernel::sockets::Doubts;
 use crate::kernel::{Damage, Kernel, Routing};
@@ -370,6 +371,12 @@ impl Cgroups {
                 Err(Error::State(format!("unable to read cgroup root {dir}: is it on cgroup2?")))
             }
         }
+    }
+
+    /// The path of a cgroup, fit to print, and its target.
+    fn place(&self, id: u64) -> Option<loops::Place> {
+        let (path, target) = self.core.verdict(id)?;
+        Some((watch::display(path), target))
     }
 
     fn step(&mut self, event: Event) {
@@ -742,15 +749,21 @@ impl Daemon<'_> {
         let config = self.cgroups.core.config().clone();
         self.warn_of_others(true);
         let listeners = self.kernel.listeners(&config);
-        let place = |id| {
-            let (path, target) = self.cgroups.core.verdict(id)?;
-            Some((watch::display(path), target))
-        };
+        let place = |id| self.cgroups.place(id);
         for line in loops::find(&config, &listeners, place).into_iter().chain(strays::find(&config))
         {
             log!(Warning, "{line}");
         }
-        if config.routes_to_tproxy() {
+        if config.tproxies.is_empty() {
+            return;
+        }
+        let host = self.kernel.glance();
+        let name = |index| host.interface_name(index);
+        let place = |id| self.cgroups.place(id);
+        for line in faults::bound(&config, &host.bound, place, name) {
+            log::write_limited(Level::Warning, format_args!("{line}"));
+        }
+        if !faults::bridges(&config, &host).is_empty() {
             for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
                 let on = std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"));
                 if on.is_ok_and(|value| value.trim() == "1") {

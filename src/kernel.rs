@@ -11,6 +11,7 @@ use nix::sys::socket::SockProtocol;
 use crate::config::Config;
 use crate::core::{Delta, Snapshot};
 use crate::error::{reason, Error, Result};
+use crate::host::Host;
 use crate::log;
 use crate::netlink::diag::{self, Listener};
 use crate::netlink::msg::Batch;
@@ -471,6 +472,11 @@ impl Kernel {
             Err(Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT) => Ok(Vec::new()),
             Err(errno) => Err(Error::system("unable to list ip rules or routes", errno)),
         }
+    }
+
+    /// The interfaces, and the sockets that are bound to them.
+    pub fn glance(&mut self) -> Host {
+        Host::glance(Some(&mut self.rt), self.diag.as_mut())
     }
 
     /// The sockets that listen on each tproxy's port; none where the kernel does not tell of them

@@ -14,6 +14,8 @@ pub mod confine;
 pub mod core;
 pub mod daemon;
 pub mod error;
+pub mod faults;
+pub mod host;
 pub mod instance;
 pub mod json;
 pub mod kernel;

@@ -52,10 +52,22 @@ pub fn find(
             (true, false) => ", unless it has become a bypass-user",
             (false, false) => ", unless its packets bear a bypass-mark or a bypass-user's uid",
         };
+        // no rule covers the root, nor what is outside
+        let remedy = match cgroup.starts_with('/') && cgroup != "/" {
+            true => "; begin [rules] with a direct rule for that, or name its user as bypass-user",
+            false => {
+                ", which no rule covers: give it a cgroup of its own (start it as a service, or by \
+                 cgtproxy exec direct), or name its user as bypass-user, or the mark that it sets \
+                 as bypass-mark"
+            }
+        };
+        let place = match cgroup.starts_with('/') {
+            true => format!("in cgroup {cgroup}"),
+            false => cgroup,
+        };
         lines.push(format!(
             "loop: what [tproxy {name}] sends comes back to it{doubt}: its listener on port {port} \
-             is in cgroup {cgroup}; begin [rules] with a direct rule for that, or name its user as \
-             bypass-user"
+             is {place}{remedy}"
         ));
     }
     lines
@@ -126,5 +138,12 @@ mod tests {
         assert_eq!(looping(&config, &outside), [""; 0]);
         config.default = Target::Tproxy(0);
         assert_eq!(looping(&config, &outside), ["a"]);
+        let said = |path: &'static str| {
+            let place = move |_| Some((path.to_string(), Target::Tproxy(0)));
+            find(&config, &own, place).remove(0)
+        };
+        assert!(said("/x").ends_with("is in cgroup /x; begin [rules] with a direct rule for that, or name its user as bypass-user"));
+        assert!(said("/").contains("is in cgroup /, which no rule covers: give it a cgroup"));
+        assert!(find(&config, &outside, place)[0].contains("is outside the cgroup root, which no"));
     }
 }

@@ -44,14 +44,14 @@ const LAYERS: [&[&str]; 13] = [
         "stale",
     ],
     // ... to here, but for the files below
-    &["kernel", "notify", "pidfile", "confine", "listen", "signals", "strays"],
+    &["kernel", "notify", "pidfile", "confine", "listen", "host", "faults", "signals", "strays"],
     &["instance"],
     &["daemon"],
     &["cli", "commands"],
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 23] = [
+const PURE: [&str; 24] = [
     "netlink::uapi",
     "netlink::msg",
     "netlink::parse",
@@ -59,6 +59,7 @@ const PURE: [&str; 23] = [
     "netlink::conntrack",
     "loops",
     "stale",
+    "faults",
     "nft::expr",
     "nft::ruleset",
     "nft::encode",

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,18 +12,19 @@ use nix::errno::Errno;
 
 use crate::cgroup::mount;
 use crate::cli::{Options, DEFAULT_CONFIG};
-use crate::config::{lint, Config, Take, Tproxy};
+use crate::config::{lint, Config, Tproxy};
 use crate::confine;
 use crate::core::Core;
 use crate::daemon;
 use crate::error::{reason, Error, Result};
+use crate::faults;
+use crate::host::Host;
 use crate::kernel::{self, Kernel};
-use crate::listen;
 use crate::log;
 use crate::log::Level;
 use crate::netlink::uapi::*;
 use crate::nft::encode::Probe;
-use crate::nft::expr::{Expr, Family, L4};
+use crate::nft::expr::{Expr, Family};
 use crate::nft::ruleset::{Base, TABLE};
 use crate::policy;
 use crate::route::{Action, Needs, Seen};
@@ -166,7 +166,7 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
             levels(findings);
         }
     }
-    listeners(config, findings);
+    host(config, core.as_ref(), findings);
     shared_ports(config, findings);
     routing(config, findings);
     others(config, findings);
@@ -442,26 +442,49 @@ fn judge_features(features: &[Feature], said: &[Option<Errno>], findings: &mut F
     }
 }
 
-/// Whether anybody takes what each tproxy is handed.
-fn listeners(config: &Config, findings: &mut Findings) {
-    let all = listen::listeners();
-    for tproxy in &config.tproxies {
-        let addresses = [tproxy.address4.map(IpAddr::V4), tproxy.address6.map(IpAddr::V6)];
-        let addresses: Vec<IpAddr> = addresses.into_iter().flatten().collect();
-        let (name, port) = (&tproxy.name, tproxy.port);
-        for (l4, protocol, take) in [(L4::Tcp, "TCP", tproxy.tcp), (L4::Udp, "UDP", tproxy.udp)] {
-            if take != Take::Yes {
-                continue;
-            }
-            match listen::takes(&all, l4, port, &addresses) {
-                true => {
-                    findings.ok(format!("[tproxy {name}]: {protocol} port {port} is listened on"))
-                }
-                false => findings.warning(format!(
-                    "[tproxy {name}]: nothing listens on {protocol} port {port}, so its traffic is \
-                     refused: start the proxy with a tproxy inbound on that port"
-                )),
-            }
+/// What the configuration needs of this host: listeners, resolvers, interfaces.
+fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
+    let host = Host::look();
+    for finding in faults::of_host(config, &host) {
+        match finding {
+            Ok(text) => findings.ok(text),
+            Err(text) => findings.warning(text),
+        }
+    }
+    if let Some(core) = core {
+        let lines = [super::loops(config, &host, core), super::bound(config, &host, core)];
+        lines.iter().flatten().for_each(|text| findings.warning(text));
+    }
+    bridges(&faults::bridges(config, &host), findings);
+    let hijacks = config.tproxies.iter().any(Tproxy::hijacks_dns);
+    let names = fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default();
+    if hijacks && asks_resolved(&names) {
+        findings.warning(
+            "/etc/nsswitch.conf has \"resolve\" in hosts: applications then ask systemd-resolved \
+             by a socket of its own, not by port 53, and dns-hijack does not see it: remove that \
+             word, and \"dns\" asks by port 53",
+        );
+    }
+}
+
+/// Whether names are resolved by nss-resolve(8).
+fn asks_resolved(nsswitch: &str) -> bool {
+    let lines = nsswitch.lines().map(|line| line.split('#').next().unwrap_or(line).trim());
+    let mut hosts = lines.filter_map(|line| line.strip_prefix("hosts:"));
+    hosts.any(|line| line.split_ascii_whitespace().any(|word| word == "resolve"))
+}
+
+/// Settings that break TPROXY for what comes in by these bridges.
+fn bridges(bridges: &[String], findings: &mut Findings) {
+    for family in ["ip", "ip6"].iter().filter(|_| !bridges.is_empty()) {
+        let name = format!("bridge-nf-call-{family}tables");
+        if read_number(format!("/proc/sys/net/bridge/{name}")) == Some(1) {
+            findings.warning(format!(
+                "net.bridge.{name} is 1 (br_netfilter, Docker sets it): what comes in by {} passes \
+                 prerouting before it is routed, and TPROXY fails for it; set it to 0 if nothing \
+                 needs it",
+                bridges.join(" and ")
+            ));
         }
     }
 }
@@ -593,16 +616,6 @@ fn sysctls(findings: &mut Findings) {
             marked.join(", ")
         ));
     }
-    for family in ["ip", "ip6"] {
-        let name = format!("bridge-nf-call-{family}tables");
-        if read_number(format!("/proc/sys/net/bridge/{name}")) == Some(1) {
-            findings.warning(format!(
-                "net.bridge.{name} is 1 (br_netfilter, Docker sets it): bridged packets pass \
-                 prerouting before they are routed, and TPROXY fails for them; set it to 0 if \
-                 nothing needs it"
-            ));
-        }
-    }
     if !kernel::ipv6_is_on() {
         findings.ok("IPv6 is off on lo: IPv4 alone is routed to the proxies");
     }
@@ -659,6 +672,18 @@ mod tests {
     use crate::netlink::parse::Messages;
     use crate::nft::expr::{Interface, Mark};
     use crate::route::{Entry, IpRule, SeenRule};
+
+    #[test]
+    fn who_resolves_names() {
+        for (text, want) in [
+            ("passwd: files\nhosts: files resolve [!UNAVAIL=return] dns\n", true),
+            ("  hosts:\tfiles dns # resolve\n", false),
+            ("networks: resolve\n#hosts: resolve\nhosts: files myhostname dns", false),
+            ("", false),
+        ] {
+            assert_eq!(asks_resolved(text), want, "{text}");
+        }
+    }
 
     #[test]
     fn tables_in_scripts() {

@@ -15,10 +15,14 @@ use std::rc::Rc;
 use nix::errno::Errno;
 
 use crate::cgroup::mount::{self, Root};
-use crate::cgroup::watch::Watcher;
+use crate::cgroup::watch::{self, Watcher};
 use crate::config::Config;
 use crate::core::{Action, Core};
 use crate::error::{Error, Result};
+use crate::faults;
+use crate::host::Host;
+use crate::loops;
+use crate::netlink::diag;
 use crate::sys;
 
 /// Prints to standard output. A reader that has gone (`cgtproxy show | head`) is no error.
@@ -54,6 +58,27 @@ pub fn look(config: Rc<Config>) -> Result<(Core, Root)> {
         core.step(event, &mut actions);
     }
     Ok((core, root))
+}
+
+/// The path of a cgroup, fit to print, and its target.
+fn place(core: &Core, id: u64) -> Option<loops::Place> {
+    let (path, target) = core.verdict(id)?;
+    Some((watch::display(path), target))
+}
+
+/// A line for each proxy whose own traffic comes back to it.
+pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
+    let listeners = |port| {
+        let all = host.listeners.iter().filter(move |listener| listener.port == port);
+        all.filter_map(|l| Some(diag::Listener { uid: l.uid, cgroup: l.cgroup? })).collect()
+    };
+    let listeners: Vec<Vec<_>> = config.tproxies.iter().map(|t| listeners(t.port)).collect();
+    loops::find(config, &listeners, |id| place(core, id))
+}
+
+/// A line for each cgroup whose sockets go past its proxy.
+pub fn bound(config: &Config, host: &Host, core: &Core) -> Vec<String> {
+    faults::bound(config, &host.bound, |id| place(core, id), |index| host.interface_name(index))
 }
 
 /// Errors: one line that says which capability is missing, where it is.

@@ -4,22 +4,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
 use std::io::IsTerminal;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use crate::cgroup::mount;
-use crate::cgroup::watch;
 use crate::cli::Options;
 use crate::config::Config;
 use crate::error::Result;
+use crate::faults::{self, Finding};
+use crate::host::Host;
 use crate::instance;
 use crate::json::Json;
 use crate::kernel::{self, Held, Kernel};
-use crate::listen;
+use crate::listen::{finds, Finds, Origin};
 use crate::log::Escaped;
-use crate::loops;
 use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
 use crate::nft::dump::{Counter, Gateway, Target, View};
 use crate::nft::expr::{Family, Mark, L4};
@@ -61,14 +62,16 @@ struct Status {
     /// Why there is nothing to classify.
     rootless: Option<String>,
     held: Option<Held>,
-    /// By name of the tproxy: whether TCP, whether UDP is listened for.
-    listens: BTreeMap<String, (bool, bool)>,
+    /// By name of the tproxy.
+    listens: BTreeMap<String, Listens>,
     /// Rules and routes that are there or should be, and whether they are.
     routing: Vec<(Entry, bool)>,
     /// A line for each thing of others that takes what the rules and routes should.
     hindrances: Vec<String>,
     /// A line for each proxy whose own traffic comes back to it.
     loops: Vec<String>,
+    /// What else is in force and cannot work, as `check` says it.
+    warnings: Vec<String>,
 }
 
 struct Unattended {
@@ -123,34 +126,87 @@ fn span(seconds: u64) -> String {
     }
 }
 
-/// Proxies whose traffic goes in circles, by the configuration and the cgroups of their listeners.
-fn loops(kernel: &mut Kernel, config: &Config) -> Vec<String> {
-    let listeners = kernel.listeners(config);
-    if listeners.iter().all(Vec::is_empty) {
-        return Vec::new();
+/// What can be said only with all cgroups at hand, which are looked at where there is a reason to.
+fn in_vain(config: &Config, host: &Host) -> [Vec<String>; 2] {
+    let is_proxy = |port| config.tproxies.iter().any(|tproxy| tproxy.port == port);
+    let reason = !host.bound.is_empty() || host.listeners.iter().any(|l| is_proxy(l.port));
+    match reason.then(|| super::look(Rc::new(config.clone()))) {
+        Some(Ok((core, _))) => {
+            [super::loops(config, host, &core), super::bound(config, host, &core)]
+        }
+        _ => Default::default(),
     }
-    let Ok((core, _)) = super::look(Rc::new(config.clone())) else {
-        return Vec::new();
-    };
-    let place = |id| {
-        let (path, target) = core.verdict(id)?;
-        Some((watch::display(path), target))
-    };
-    loops::find(config, &listeners, place)
+}
+
+/// What of a tproxy's port is listened on.
+#[derive(Clone, Copy)]
+struct Listens {
+    /// IPv4, IPv6
+    tcp: [bool; 2],
+    udp: [bool; 2],
+}
+
+impl Listens {
+    fn of(target: &Target, host: &Host) -> Option<Listens> {
+        let port = target.port?;
+        let takes = |l4| {
+            Family::BOTH.map(|family| {
+                let is = |ip: &&IpAddr| ip.is_ipv4() == (family == Family::V4);
+                let address = target.addresses.iter().find(is).copied();
+                let finds = |from| finds(&host.listeners, (l4, family), port, address, from);
+                [Origin::Host, Origin::Gateway].map(finds).contains(&Finds::One)
+            })
+        };
+        Some(Listens { tcp: takes(L4::Tcp), udp: takes(L4::Udp) })
+    }
+
+    /// `tcp udp`; with the number of a family that is the only one.
+    fn cell(self) -> Cell {
+        let word = |name, [v4, v6]: [bool; 2]| match (v4, v6) {
+            (true, true) => Some(format!("{name}")),
+            (true, false) => Some(format!("{name}4")),
+            (false, true) => Some(format!("{name}6")),
+            (false, false) => None,
+        };
+        match [word("tcp", self.tcp), word("udp", self.udp)] {
+            [Some(tcp), Some(udp)] => Cell::left(format!("{tcp} {udp}")),
+            [Some(one), None] | [None, Some(one)] => Cell::left(format!("{one} only")),
+            [None, None] => Cell::left("no").red(),
+        }
+    }
+
+    fn json(self) -> Json {
+        let [tcp4, tcp6] = self.tcp;
+        let [udp4, udp6] = self.udp;
+        let members = [
+            ("tcp", tcp4 || tcp6),
+            ("udp", udp4 || udp6),
+            ("tcp4", tcp4),
+            ("tcp6", tcp6),
+            ("udp4", udp4),
+            ("udp6", udp6),
+        ];
+        Json::Object(members.map(|(name, is)| (name, Json::Bool(is))).into())
+    }
 }
 
 impl Status {
     fn take(kernel: &mut Kernel, config: &Config) -> Result<Status> {
         let held = kernel.held()?;
         let targets = held.as_ref().map_or(&[][..], |held| &held.view.targets);
-        let listeners = listen::listeners();
+        let host = Host::look();
         let listens = targets.iter().filter_map(|target| {
-            let port = target.port?;
-            let takes = |l4| listen::takes(&listeners, l4, port, &target.addresses);
-            Some((target.name.clone(), (takes(L4::Tcp), takes(L4::Udp))))
+            Listens::of(target, &host).map(|listens| (target.name.clone(), listens))
         });
         let listens = listens.collect();
-        let held_any = held.is_some();
+        // of a table that is there, or nothing is in vain
+        let (mut warnings, mut loops) = (Vec::new(), Vec::new());
+        if held.is_some() {
+            let [circles, bound] = in_vain(config, &host);
+            warnings.extend(faults::of_host(config, &host).into_iter().filter_map(Finding::err));
+            warnings.extend(bound);
+            loops = circles;
+        }
         let daemon = instance::holder(kernel)?;
         let unattended = match &held {
             Some(held) if daemon.is_none() => Some(Unattended::take(kernel, config, held)?),
@@ -180,10 +236,8 @@ impl Status {
             listens,
             routing,
             hindrances,
-            loops: match held_any {
-                true => loops(kernel, config),
-                false => Vec::new(),
-            },
+            loops,
+            warnings,
         })
     }
 
@@ -239,7 +293,9 @@ impl Status {
                     Cell::left(target.name.clone()),
                     Cell::left(or_dash(mark)),
                     Cell::left(or_dash(target.port.map(|port| port.to_string()))),
-                    self.listens_cell(&target.name),
+                    self.listens
+                        .get(&target.name)
+                        .map_or(Cell::left("-"), |listens| listens.cell()),
                     Cell::right(self.cgroups(&target.name).to_string()),
                     packets,
                     bytes,
@@ -274,23 +330,14 @@ impl Status {
             out.push('\n');
             table(&mut out, rows.collect(), style);
         }
-        if !(self.hindrances.is_empty() && self.loops.is_empty()) {
+        let warnings = || self.hindrances.iter().chain(&self.loops).chain(&self.warnings);
+        if warnings().next().is_some() {
             out.push('\n');
-            self.hindrances.iter().chain(&self.loops).for_each(|line| {
+            warnings().for_each(|line| {
                 let _ = writeln!(out, "{line}");
             });
         }
         out
-    }
-
-    fn listens_cell(&self, target: &str) -> Cell {
-        match self.listens.get(target) {
-            None => Cell::left("-"),
-            Some((true, true)) => Cell::left("tcp udp"),
-            Some((true, false)) => Cell::left("tcp only"),
-            Some((false, true)) => Cell::left("udp only"),
-            Some((false, false)) => Cell::left("no").red(),
-        }
     }
 
     fn json(&self) -> Json {
@@ -299,9 +346,8 @@ impl Status {
                 name @ ("direct" | "drop") => name,
                 _ => "tproxy",
             };
-            let listens = self.listens.get(&target.name).map_or(Json::Null, |(tcp, udp)| {
-                Json::Object(vec![("tcp", Json::Bool(*tcp)), ("udp", Json::Bool(*udp))])
-            });
+            let listens = self.listens.get(&target.name);
+            let listens = listens.map_or(Json::Null, |listens| listens.json());
             Json::Object(vec![
                 ("name", Json::text(&target.name)),
                 ("kind", Json::text(kind)),
@@ -354,6 +400,7 @@ impl Status {
             ("routes", routing(false)),
             ("hindrances", Json::List(self.hindrances.iter().map(Json::text).collect())),
             ("loops", Json::List(self.loops.iter().map(Json::text).collect())),
+            ("warnings", Json::List(self.warnings.iter().map(Json::text).collect())),
         ])
     }
 }
@@ -440,6 +487,7 @@ fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
             routing: Vec::new(),
             hindrances: Vec::new(),
             loops: Vec::new(),
+            warnings: Vec::new(),
         };
         let totals = Totals::of(&status);
         let rates = before.map(|(then, old)| totals.since(&old, now - then));

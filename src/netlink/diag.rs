@@ -73,6 +73,21 @@ pub fn get_listeners(batch: &mut Batch, family: u8, protocol: u8, port: u16) {
     batch.end(open);
 }
 
+/// Asks for the sockets of a family and protocol that are bound to an interface and do not listen.
+pub fn get_bound(batch: &mut Batch, family: u8, protocol: u8) {
+    let open = batch.begin(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP);
+    let states = !(1 << TCP_LISTEN | 1 << TCP_TIME_WAIT);
+    batch.header(&request(family, protocol, states, &[0; ID_LEN]));
+    // interface 0: to the jump behind, which leaves with "rejected"; else to the end, "accepted"
+    let mut program = vec![INET_DIAG_BC_DEV_COND, 8];
+    program.extend(12u16.to_ne_bytes());
+    program.extend(0u32.to_ne_bytes());
+    program.extend([INET_DIAG_BC_JMP, 4]);
+    program.extend(8u16.to_ne_bytes());
+    batch.raw(INET_DIAG_REQ_BYTECODE, &program);
+    batch.end(open);
+}
+
 /// Asks for the socket of this host, if there is one, that is the other end of a connected socket
 /// of this host. The answer may also be a listener that would take such a connection.
 pub fn get_peer(batch: &mut Batch, socket: &Socket) {

@@ -271,6 +271,7 @@ pub const SOCK_DIAG_BY_FAMILY: u16 = 20;
 pub const SOCK_DESTROY: u16 = 21;
 pub const INET_DIAG_REQ_BYTECODE: u16 = 1;
 pub const INET_DIAG_BC_JMP: u8 = 1;
+pub const INET_DIAG_BC_DEV_COND: u8 = 9;
 pub const INET_DIAG_BC_CGROUP_COND: u8 = 13;
 pub const INET_DIAG_SKV6ONLY: u16 = 11;
 pub const INET_DIAG_MARK: u16 = 15;
@@ -315,9 +316,18 @@ pub const IP_CT_TCP_FLAG_BE_LIBERAL: u8 = 0x08;
 pub const IFNAMSIZ: usize = 16;
 pub const ARPHRD_ETHER: u16 = 1;
 
+// include/uapi/linux/if_link.h, include/uapi/linux/if_addr.h
+pub const IFLA_IFNAME: u16 = 3;
+pub const IFLA_LINKINFO: u16 = 18;
+pub const IFLA_INFO_KIND: u16 = 1;
+pub const IFA_ADDRESS: u16 = 1;
+pub const IFA_LOCAL: u16 = 2;
+
 // include/uapi/linux/rtnetlink.h, include/uapi/linux/fib_rules.h
 pub const RTM_NEWLINK: u16 = 16;
+pub const RTM_GETLINK: u16 = 18;
 pub const RTM_NEWADDR: u16 = 20;
+pub const RTM_GETADDR: u16 = 22;
 pub const RTM_NEWROUTE: u16 = 24;
 pub const RTM_DELROUTE: u16 = 25;
 pub const RTM_GETROUTE: u16 = 26;

@@ -1,0 +1,243 @@
+//! What a good configuration needs of this host and does not find: a listener, a resolver, an
+//! interface; and sockets that go past it. Pure; [`Host`] has looked.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use crate::config::{Config, Take, Target, Tproxy};
+use crate::host::Host;
+use crate::listen::{finds, Finds, Listener, Origin};
+use crate::loops::Place;
+use crate::netlink::diag;
+use crate::nft::expr::{Family, L4};
+
+/// What was looked for: `Ok` where it is as it should be, and what is wrong, with the remedy.
+pub type Finding = Result<String, String>;
+
+/// Whether this host's own traffic and whether that of gateways may come to a tproxy.
+fn uses(config: &Config, index: usize) -> [bool; 2] {
+    let is = |target: Target| target == Target::Tproxy(index as u16);
+    let own = is(config.default) || config.rules.iter().any(|rule| is(rule.target));
+    [own, config.gateways.iter().any(|gateway| is(gateway.target))]
+}
+
+/// Everything that can be told without the cgroups.
+pub fn of_host(config: &Config, host: &Host) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (index, tproxy) in config.tproxies.iter().enumerate() {
+        let [own, routed] = uses(config, index);
+        if own || routed {
+            listens(tproxy, [own, routed], host, &mut findings);
+            resolves(tproxy, routed, host, &mut findings);
+        } else {
+            let name = &tproxy.name;
+            findings.push(Ok(format!("[tproxy {name}]: no rule and no gateway names it")));
+        }
+    }
+    findings.extend(absent(config, host).map(Err));
+    findings
+}
+
+fn protocol(l4: L4) -> &'static str {
+    match l4 {
+        L4::Tcp => "TCP",
+        L4::Udp => "UDP",
+    }
+}
+
+/// Name, wildcard address and key.
+fn words(family: Family) -> [&'static str; 3] {
+    match family {
+        Family::V4 => ["IPv4", "0.0.0.0", "ipv4"],
+        Family::V6 => ["IPv6", "[::]", "ipv6"],
+    }
+}
+
+/// Whether anybody takes what a tproxy is handed.
+fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mut Vec<Finding>) {
+    let (name, port) = (&tproxy.name, tproxy.port);
+    let mut families = vec![(Family::V4, tproxy.ipv4, tproxy.address4.map(IpAddr::V4))];
+    if host.speaks_ipv6() {
+        families.push((Family::V6, tproxy.ipv6, tproxy.address6.map(IpAddr::V6)));
+    }
+    families.retain(|(_, take, _)| *take == Take::Yes);
+    for (l4, take) in [(L4::Tcp, tproxy.tcp), (L4::Udp, tproxy.udp)] {
+        if take != Take::Yes || families.is_empty() {
+            continue;
+        }
+        let what = format!("[tproxy {name}]: {} port {port}", protocol(l4));
+        let (mut wrong, mut nothing, mut opaque) = (Vec::new(), Vec::new(), Vec::new());
+        for (family, _, address) in &families {
+            let look = |from| finds(&host.listeners, (l4, *family), port, *address, from);
+            let (host, gateway) = (look(Origin::Host), look(Origin::Gateway));
+            let best = host.max(gateway);
+            match best {
+                Finds::Nothing => nothing.push(*family),
+                Finds::Opaque => opaque.push(*family),
+                Finds::One => {}
+            }
+            let uses = [(own, host, "this host sends"), (routed, gateway, "gateways hand to it")];
+            let missed = uses.iter().filter(|(used, finds, _)| *used && *finds < best);
+            wrong.extend(missed.map(|(_, _, whose)| {
+                let [family, any, _] = words(*family);
+                format!(
+                    "{what} is listened on for {family}, but not where TPROXY looks for what \
+                     {whose}, so that is refused: let the proxy listen at {any}, or set address \
+                     to where it listens"
+                )
+            }));
+        }
+        if nothing.len() == families.len() {
+            wrong.push(format!(
+                "[tproxy {name}]: nothing listens on {} port {port}, so its traffic is refused: \
+                 start the proxy with a tproxy inbound on that port",
+                protocol(l4)
+            ));
+        } else {
+            wrong.extend(nothing.iter().map(|family| {
+                let [family, any, key] = words(*family);
+                format!(
+                    "{what} is not listened on for {family}, so {family} traffic is refused: let \
+                     the proxy listen at {any} as well, or set {key} = no"
+                )
+            }));
+        }
+        if !opaque.is_empty() {
+            let opaque = opaque.iter().map(|family| words(*family)[0]);
+            wrong.push(format!(
+                "{what}: what listens there for {} has not set IP_TRANSPARENT, so its traffic is \
+                 refused: make it a tproxy inbound, with CAP_NET_ADMIN in effect",
+                opaque.collect::<Vec<_>>().join(" and ")
+            ));
+        }
+        if wrong.is_empty() {
+            let all = families.iter().map(|(family, _, _)| words(*family)[0]);
+            let all = all.collect::<Vec<_>>().join(" and ");
+            findings.push(Ok(format!("{what} is listened on for {all}")));
+        }
+        findings.extend(wrong.into_iter().map(Err));
+    }
+}
+
+/// Whether anybody answers where a tproxy's DNS goes, if that is on this host.
+fn resolves(tproxy: &Tproxy, routed: bool, host: &Host, findings: &mut Vec<Finding>) {
+    let name = &tproxy.name;
+    let ends = [
+        (tproxy.ipv4, tproxy.dns4.map(SocketAddr::V4)),
+        (tproxy.ipv6, tproxy.dns6.map(SocketAddr::V6)),
+    ];
+    let ends = ends.into_iter().filter_map(|(take, end)| end.filter(|_| take == Take::Yes));
+    for end in ends.filter(|end| host.has(end.ip())) {
+        let (mut silent, mut unreachable) = (Vec::new(), Vec::new());
+        for l4 in tproxy.dns_protocols() {
+            let there = |ip| move |l: &&Listener| l.is_at(l4, ip, end.port());
+            let mut listeners = host.listeners.iter().filter(there(end.ip())).peekable();
+            if listeners.peek().is_none() {
+                silent.push(protocol(l4));
+            } else if routed
+                && end.ip().is_loopback()
+                && listeners.all(|listener| listener.address.is_loopback())
+                && !elsewhere(host, l4, end)
+            {
+                unreachable.push(protocol(l4));
+            }
+        }
+        if !silent.is_empty() {
+            findings.push(Err(format!(
+                "[tproxy {name}]: nothing listens at {end} ({}), where its DNS goes, so it gets no \
+                 answer: start the resolver there, or set another dns-hijack",
+                silent.join(" and ")
+            )));
+        }
+        if !unreachable.is_empty() {
+            findings.push(Err(format!(
+                "[tproxy {name}]: what listens at {end} ({}) is not there for gateways, whose DNS \
+                 goes to this host's address on their interface: let the resolver listen there too",
+                unreachable.join(" and ")
+            )));
+        }
+        if silent.is_empty() && unreachable.is_empty() {
+            findings.push(Ok(format!("[tproxy {name}]: {end} is listened on, for its DNS")));
+        }
+    }
+}
+
+/// Whether some address of this host that is no loopback one is listened on at that port.
+fn elsewhere(host: &Host, l4: L4, end: SocketAddr) -> bool {
+    let mut wide = host.addresses.iter().filter(|ip| !ip.is_loopback());
+    wide.any(|ip| {
+        ip.is_ipv4() == end.is_ipv4() && host.listeners.iter().any(|l| l.is_at(l4, *ip, end.port()))
+    })
+}
+
+/// Interfaces of gateway sections that are not there.
+fn absent<'a>(config: &'a Config, host: &'a Host) -> impl Iterator<Item = String> + 'a {
+    let all = config
+        .gateways
+        .iter()
+        .flat_map(|gateway| gateway.interfaces.iter().map(move |interface| (gateway, interface)));
+    let known = host.interfaces.is_some();
+    let gone = all.filter(move |(_, interface)| {
+        known && !interface.prefix && host.interfaces_of(interface).next().is_none()
+    });
+    gone.map(|(gateway, interface)| {
+        let (place, name) = (&gateway.place, &gateway.name);
+        format!(
+            "{place}: [gateway {name}]: there is no interface {interface} now: nothing comes in by \
+             it until there is"
+        )
+    })
+}
+
+/// The bridges that clients of a tproxy come in by.
+pub fn bridges(config: &Config, host: &Host) -> Vec<String> {
+    let gateways = config.gateways.iter().filter(|g| matches!(g.target, Target::Tproxy(_)));
+    let interfaces = gateways.flat_map(|gateway| &gateway.interfaces);
+    let there = interfaces.flat_map(|interface| host.interfaces_of(interface));
+    let bridges: BTreeSet<&String> = there.filter(|i| i.is_bridge).map(|i| &i.name).collect();
+    bridges.into_iter().cloned().collect()
+}
+
+/// Most cgroups that are told of by themselves.
+const MOST: usize = 10;
+
+/// A line for each cgroup of a tproxy with sockets that are bound to an interface. These leave by it
+/// or not at all, so they never come to the proxy; the table drops what they send. `place` knows
+/// every cgroup below the cgroup root; `name` an interface's name.
+pub fn bound(
+    config: &Config,
+    sockets: &[diag::Socket],
+    place: impl Fn(u64) -> Option<Place>,
+    name: impl Fn(u32) -> Option<String>,
+) -> Vec<String> {
+    let mut found: BTreeMap<(String, u16), BTreeSet<String>> = BTreeMap::new();
+    for socket in sockets {
+        // 1 is lo
+        let away = socket.device > 1 && !config.bypass_users.contains(&socket.uid);
+        let marked = config.bypass_marks.iter().any(|b| socket.mark & b.mask == b.value);
+        let Some(cgroup) = socket.cgroup.filter(|_| away && !marked) else {
+            continue;
+        };
+        let outside = || ("outside the cgroup root".to_string(), config.default);
+        if let (path, Target::Tproxy(index)) = place(cgroup).unwrap_or_else(outside) {
+            let device = name(socket.device).unwrap_or_else(|| socket.device.to_string());
+            found.entry((path, index)).or_default().insert(device);
+        }
+    }
+    let more = found.len().saturating_sub(MOST);
+    let mut lines: Vec<String> = (found.iter().take(MOST))
+        .map(|((path, index), devices)| {
+            let tproxy = config.target_name(Target::Tproxy(*index));
+            let devices: Vec<&str> = devices.iter().map(String::as_str).collect();
+            format!(
+                "sockets of cgroup {path} are bound to {}, past [tproxy {tproxy}]: what they send \
+                 is dropped; bind the application to no interface, or give it a direct rule",
+                devices.join(" and ")
+            )
+        })
+        .collect();
+    if more > 0 {
+        lines.push(format!("{more} more cgroups have sockets that are bound to an interface"));
+    }
+    lines
+}

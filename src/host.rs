@@ -1,0 +1,186 @@
+//! What this host is, as rtnetlink(7) and sock_diag(7) tell: interfaces, addresses, who listens, and
+//! whose sockets are bound to an interface. It looks, and judges nothing.
+
+use std::net::{IpAddr, Ipv6Addr};
+
+use nix::sys::socket::SockProtocol;
+
+use crate::listen::{self, Listener};
+use crate::netlink::diag;
+use crate::netlink::msg::Batch;
+use crate::netlink::parse::{self, Attrs, Message};
+use crate::netlink::socket::Socket;
+use crate::netlink::uapi::*;
+use crate::nft::expr;
+
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interface {
+    pub index: u32,
+    pub name: String,
+    pub is_bridge: bool,
+}
+
+/// One look at this host.
+#[derive(Debug, Default)]
+pub struct Host {
+    pub listeners: Vec<Listener>,
+    /// `None` where the kernel does not tell.
+    pub interfaces: Option<Vec<Interface>>,
+    pub addresses: Vec<IpAddr>,
+    /// Sockets that are bound to an interface.
+    pub bound: Vec<diag::Socket>,
+}
+
+impl Host {
+    pub fn look() -> Host {
+        let mut route = Socket::open(SockProtocol::NetlinkRoute, &[]).ok();
+        let mut diag = Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok();
+        let addresses = dump(route.as_mut(), RTM_GETADDR, IFADDRMSG, parse_address);
+        let listeners = listen::listeners(diag.as_mut());
+        let addresses = addresses.unwrap_or_default();
+        Host { listeners, addresses, ..Host::glance(route.as_mut(), diag.as_mut()) }
+    }
+
+    /// The interfaces alone, and what is bound to them, by sockets that are open already.
+    pub fn glance(route: Option<&mut Socket>, diag: Option<&mut Socket>) -> Host {
+        let interfaces = dump(route, RTM_GETLINK, IFINFOMSG, parse_link);
+        Host { interfaces, bound: bound(diag), ..Host::default() }
+    }
+
+    /// Whether an address is this host's own.
+    pub fn has(&self, address: IpAddr) -> bool {
+        address.is_loopback() || self.addresses.contains(&address)
+    }
+
+    /// Whether anything here could speak IPv6 to more than its own link.
+    pub fn speaks_ipv6(&self) -> bool {
+        let wide = |ip: &Ipv6Addr| !ip.is_loopback() && ip.segments()[0] & 0xffc0 != 0xfe80;
+        self.addresses.iter().any(|address| matches!(address, IpAddr::V6(ip) if wide(ip)))
+    }
+
+    pub fn interface_name(&self, index: u32) -> Option<String> {
+        let found = self.interfaces.iter().flatten().find(|interface| interface.index == index);
+        found.map(|interface| interface.name.clone())
+    }
+
+    /// The interfaces that a section of the configuration means, as far as they are there.
+    pub fn interfaces_of<'a>(
+        &'a self,
+        wanted: &'a expr::Interface,
+    ) -> impl Iterator<Item = &'a Interface> {
+        let is = move |found: &&Interface| match wanted.prefix {
+            true => found.name.starts_with(&wanted.name),
+            false => found.name == wanted.name,
+        };
+        self.interfaces.iter().flatten().filter(is)
+    }
+}
+
+/// The sockets that are bound to an interface: of TCP those that are connected, of UDP all but those
+/// of DHCP clients, which are bound to what has no address yet.
+fn bound(socket: Option<&mut Socket>) -> Vec<diag::Socket> {
+    let Some(socket) = socket else {
+        return Vec::new();
+    };
+    let mut all = Vec::new();
+    for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
+        for family in [AF_INET, AF_INET6] {
+            let request = |batch: &mut Batch| diag::get_bound(batch, family, protocol);
+            let found = socket.dump(&request, |message| diag::parse(message, protocol));
+            all.extend(found.into_iter().flatten().flatten());
+        }
+    }
+    let dhcp = |socket: &diag::Socket| [68, 546].contains(&socket.local.port());
+    all.retain(|socket| socket.device != 0 && !(socket.protocol == IPPROTO_UDP && dhcp(socket)));
+    all
+}
+
+/// Lengths of `struct ifinfomsg` and `struct ifaddrmsg`.
+const IFINFOMSG: usize = 16;
+const IFADDRMSG: usize = 8;
+
+/// Everything that one request to rtnetlink is answered with; `header` is its length of zeros.
+fn dump<T>(
+    socket: Option<&mut Socket>,
+    kind: u16,
+    header: usize,
+    each: fn(&Message) -> Option<T>,
+) -> Option<Vec<T>> {
+    let request = |batch: &mut Batch| {
+        let open = batch.begin(kind, NLM_F_REQUEST | NLM_F_DUMP);
+        batch.header(&vec![0; header]);
+        batch.end(open);
+    };
+    socket?.dump(&request, each).ok()?.ok()
+}
+
+fn parse_link(message: &Message) -> Option<Interface> {
+    if message.kind != RTM_NEWLINK {
+        return None;
+    }
+    let attrs = Attrs::after(message.body, IFINFOMSG);
+    let kind = attrs.clone().get(IFLA_LINKINFO).and_then(|info| {
+        Attrs::new(info).get(IFLA_INFO_KIND).map(|kind| parse::str_z(kind).into_owned())
+    });
+    Some(Interface {
+        index: parse::u32_ne(message.body.get(4..)?)?,
+        name: parse::str_z(attrs.get(IFLA_IFNAME)?).into_owned(),
+        is_bridge: kind.as_deref() == Some("bridge"),
+    })
+}
+
+fn parse_address(message: &Message) -> Option<IpAddr> {
+    if message.kind != RTM_NEWADDR {
+        return None;
+    }
+    let attrs = Attrs::after(message.body, IFADDRMSG);
+    // of a point-to-point link, IFA_ADDRESS is the other end's
+    let bytes = attrs.clone().get(IFA_LOCAL).or_else(|| attrs.clone().get(IFA_ADDRESS))?;
+    match *message.body.first()? {
+        AF_INET => Some(<[u8; 4]>::try_from(bytes.get(..4)?).ok()?.into()),
+        AF_INET6 => Some(<[u8; 16]>::try_from(bytes.get(..16)?).ok()?.into()),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::parse::Messages;
+
+    #[test]
+    fn links_and_addresses() {
+        let mut batch = Batch::new(0);
+        let open = batch.begin(RTM_NEWLINK, 0);
+        batch.header(&[[0, 0, 0, 0], [7, 0, 0, 0], [0; 4], [0; 4]].concat());
+        batch.str_z(IFLA_IFNAME, "br-lan");
+        let nest = batch.nest(IFLA_LINKINFO);
+        batch.str_z(IFLA_INFO_KIND, "bridge");
+        batch.end_nest(nest);
+        batch.end(open);
+        let open = batch.begin(RTM_NEWADDR, 0);
+        batch.header(&[AF_INET, 24, 0, 0, 7, 0, 0, 0]);
+        batch.raw(IFA_ADDRESS, &[192, 0, 2, 2]);
+        batch.raw(IFA_LOCAL, &[192, 0, 2, 1]);
+        batch.end(open);
+        let messages: Vec<Message> = Messages::new(batch.bytes()).collect();
+        let bridge = parse_link(&messages[0]).unwrap();
+        assert_eq!((&*bridge.name, bridge.is_bridge), ("br-lan", true));
+        assert_eq!(parse_link(&messages[1]), None);
+        assert_eq!(parse_address(&messages[1]), "192.0.2.1".parse().ok());
+        for message in messages {
+            for cut in 0..message.body.len() {
+                let cut = Message { body: &message.body[..cut], ..message };
+                let _ = (parse_link(&cut), parse_address(&cut));
+            }
+        }
+        let host = |addresses: &[&str]| Host {
+            addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
+            ..Host::default()
+        };
+        assert!(!host(&["192.0.2.1", "::1", "fe80::1"]).speaks_ipv6());
+        assert!(host(&["fd00::1"]).speaks_ipv6());
+        assert!(host(&[]).has("127.0.0.53".parse().unwrap()));
+    }
+}
