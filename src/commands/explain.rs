@@ -46,6 +46,9 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
             Ok(path) => {
                 let pid = by_pid.then(|| arg.to_string_lossy());
                 describe(&config, pid.as_deref(), path.as_deref(), &mut text);
+                if pid.is_some_and(|pid| elsewhere(&pid)) {
+                    text.push_str(ELSEWHERE);
+                }
             }
             Err(error) => failed.push(error),
         }
@@ -55,6 +58,16 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
         true => Ok(done),
         false => Err(as_one(&failed)),
     }
+}
+
+/// What that rule is worth to a process in a network namespace of its own.
+const ELSEWHERE: &str = "    network another namespace: its traffic does not meet this host's output, \
+     so this rule does not decide for it; what this host forwards for it, a [gateway] section may\n";
+
+/// Whether a process is known to be in another network namespace than this one.
+fn elsewhere(pid: &str) -> bool {
+    let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+    of(pid).zip(of("self")).is_some_and(|(its, ours)| its != ours)
 }
 
 /// One error with the lines of all; that of wrong usage where any is.

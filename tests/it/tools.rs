@@ -179,6 +179,39 @@ fn explain_finds_processes() {
     drop(world);
 }
 
+/// A rule says nothing of a process whose sockets are in another network namespace.
+#[test]
+fn explain_tells_of_another_network_namespace() {
+    let Some(ground) = Ground::new("explain-netns") else {
+        return;
+    };
+    let cgroup = ground.cgroup("/services/telemetry");
+    let said = "network another namespace: its traffic does not meet this host's output";
+    for (outside, want) in [(false, false), (true, true)] {
+        let run = || {
+            let script = format!("echo $$ > {}/cgroup.procs; exec cat", cgroup.display());
+            let mut command = Command::new("sh");
+            command.args(["-c", &script]).stdin(Stdio::piped()).spawn().expect("start sh")
+        };
+        let mut child = if outside { ground.outside(run) } else { run() };
+        let pid = child.id().to_string();
+        let there =
+            || fs::read_to_string(cgroup.join("cgroup.procs")).is_ok_and(|t| t.contains(&pid));
+        assert!(wait_until(SETTLE, there));
+        let told = said_of(&ground, &pid);
+        assert!(told.contains("    target  drop\n"), "{told}");
+        assert_eq!(told.contains(said), want, "{told}");
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
+
+fn said_of(ground: &Ground, pid: &str) -> String {
+    let Said { code, out, err } = said(ground, CONFIG, &["explain", "--pid", pid]);
+    assert_eq!((code, &*err), (Some(0), ""));
+    out
+}
+
 /// What explain says of a tree is what the kernel holds of it.
 #[test]
 fn explain_agrees_with_the_daemon() {
