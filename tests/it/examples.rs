@@ -3,10 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use nix::sys::signal::Signal;
+
 use crate::client::{expect, under, Client, Outcome, Proto, SILENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::gateway::{ip, Lan, LAN4};
-use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
+use crate::ground::{addr, remove_tree, Ground, REMOTE4, REMOTE6};
 use crate::world::{Packet, Server, World};
 
 fn dir() -> PathBuf {
@@ -196,15 +198,20 @@ fn kill_switch() {
     };
     let mut world = World::new(&ground);
     let _dns = Server::start("dns", &[5300]);
-    let service = ground.cgroup("/system.slice/transmission-daemon.service");
+    let service = ground.cgroup("/tunnel.slice/transmission-daemon.service");
     let other = ground.cgroup("/system.slice/other.service");
+    // also once the service was restarted: in a new cgroup of the old name
     let closed = |world: &mut World, when: &str| {
         world.wire.packets();
-        for remote in [REMOTE4, REMOTE6] {
-            let tcp = Client::tcp(&service, addr(remote, 80)).timeout(SILENCE);
-            assert_eq!(tcp.run(), Outcome::Refused, "{when}");
-            let udp = Client::udp(&service, addr(remote, 80)).timeout(SILENCE);
-            assert_eq!(udp.run().who(), "nobody", "{when}");
+        for round in ["", ", the service restarted"] {
+            for remote in [REMOTE4, REMOTE6] {
+                let tcp = Client::tcp(&service, addr(remote, 80)).timeout(SILENCE);
+                assert_eq!(tcp.run(), Outcome::Refused, "{when}{round}");
+                let udp = Client::udp(&service, addr(remote, 80)).timeout(SILENCE);
+                assert_eq!(udp.run().who(), "nobody", "{when}{round}");
+            }
+            remove_tree(&service);
+            fs::create_dir(&service).expect("make the cgroup again");
         }
         assert_eq!(left(world), [], "{when}");
     };
@@ -222,5 +229,14 @@ fn kill_switch() {
     let daemon = Daemon::start(&ground, &text("kill-switch"), &[]);
     daemon.kill9();
     closed(&mut world, "when cgtproxy was killed");
+    let mut daemon = Daemon::start(&ground, &text("kill-switch"), &[]);
+    closed(&mut world, "when cgtproxy was started again");
+    daemon.signal(Signal::SIGUSR2);
+    assert!(daemon.wait().success());
+    closed(&mut world, "in a restart of cgtproxy");
+    let _daemon = Daemon::start(&ground, &text("kill-switch"), &[]);
+    // a new cgroup of the policy and a new one of none
+    let _proxy = Server::start("tunnel", &[7896]);
+    expect(&[(&service, under("tunnel"))]);
     expect(&[(&other, under("direct"))]);
 }
