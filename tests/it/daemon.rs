@@ -8,7 +8,8 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::sync::OnceLock;
+use std::time::{Duration, SystemTime};
 
 use nix::poll::{poll, PollFd, PollFlags};
 use nix::sys::signal::{kill, Signal};
@@ -24,17 +25,41 @@ const READY: Duration = Duration::from_secs(30);
 /// For [`Daemon::spawn`]: a debug build that does not own its table, as on kernels before 6.9.
 pub const UNOWNED: (&str, &str) = ("CGTPROXY_UNOWNED", "1");
 
-/// The program under test.
+/// The program under test: what CGTPROXY_BIN names; else the static binary of `make`, unless a source
+/// is newer; else what cargo has built for this test, which is never old.
 pub fn binary() -> PathBuf {
-    let path = std::env::var_os("CGTPROXY_BIN").map_or_else(
-        || {
-            let target = format!("target/{}-unknown-linux-musl", std::env::consts::ARCH);
-            Path::new(env!("CARGO_MANIFEST_DIR")).join(target).join("release/cgtproxy")
-        },
-        PathBuf::from,
-    );
-    assert!(path.exists(), "{path:?} is not there: run make, or set CGTPROXY_BIN");
-    path
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    let find = || {
+        if let Some(path) = std::env::var_os("CGTPROXY_BIN").map(PathBuf::from) {
+            assert!(path.exists(), "CGTPROXY_BIN is {path:?}, which is not there");
+            return path;
+        }
+        let home = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let built = PathBuf::from(env!("CARGO_BIN_EXE_cgtproxy"));
+        let target = built.ancestors().nth(2).expect("TARGET/PROFILE/cgtproxy");
+        let shipped = target
+            .join(format!("{}-unknown-linux-musl", std::env::consts::ARCH))
+            .join("release/cgtproxy");
+        let sources = ["src", "Cargo.toml", "Cargo.lock"].map(|name| changed(&home.join(name)));
+        match changed(&shipped) {
+            Some(at) if sources.into_iter().max().flatten() < Some(at) => shipped,
+            Some(_) => {
+                println!("{shipped:?} is older than the sources: testing {built:?}");
+                built
+            }
+            None => built,
+        }
+    };
+    BINARY.get_or_init(find).clone()
+}
+
+/// When a file, or the latest file below a directory, was changed.
+fn changed(path: &Path) -> Option<SystemTime> {
+    if !path.is_dir() {
+        return path.metadata().and_then(|meta| meta.modified()).ok();
+    }
+    let entries = fs::read_dir(path).into_iter().flatten().flatten();
+    entries.filter_map(|entry| changed(&entry.path())).max()
 }
 
 /// `cgtproxy ARGS` in this ground, to its end.
