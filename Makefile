@@ -6,19 +6,25 @@ ARCH    ?= $(shell uname -m | sed 's/^i[3-6]86$$/i686/; s/^armv[78].*/armv7/')
 TARGET_armv7   = armv7-unknown-linux-musleabihf
 TARGET_arm     = arm-unknown-linux-musleabi
 TARGET_riscv64 = riscv64gc-unknown-linux-musl
-TARGET  ?= $(or $(TARGET_$(ARCH)),$(ARCH)-unknown-linux-musl)
-BIN     := target/$(TARGET)/release/cgtproxy
-SYSROOT  = $(shell rustc --print sysroot)
+MUSL     = $(or $(TARGET_$(ARCH)),$(ARCH)-unknown-linux-musl)
+SYSROOT := $(shell rustc --print sysroot 2>/dev/null)
+# Without rustup, and without the distribution's package of a musl target (Debian has none), the
+# static binary for this machine is one of glibc.
+HOST    := $(shell rustc -vV 2>/dev/null | sed -n 's/^host: //p')
+GLIBC    = $(filter $(ARCH)-%-gnu,$(HOST))
+TARGET  ?= $(if $(or $(wildcard $(SYSROOT)/lib/rustlib/$(MUSL)),$(shell command -v rustup)),$(MUSL),$(or $(GLIBC),$(MUSL)))
+BUILT   := $(or $(CARGO_TARGET_DIR),target)
+BIN     := $(BUILT)/$(TARGET)/release/cgtproxy
 
 # The standard library is compiled for size together with the program where its source is to be
 # had: that nearly halves the binary. No PIE: a static one relocates itself at start, which makes
 # memory dirty that could stay shared.
 # A panic ends the program, so that nothing is ever unwound: no tables for that.
 # The same bytes whoever builds, and wherever: no path of this machine.
-RELEASE_FLAGS = -C relocation-model=static -C force-unwind-tables=no $(RELATIVE:%=--remap-path-prefix=%)
+RELEASE_FLAGS = $(if $(filter %-gnu,$(TARGET)),-C target-feature=+crt-static) -C relocation-model=static -C force-unwind-tables=no $(RELATIVE:%=--remap-path-prefix=%)
 RELATIVE      = $(CURDIR)=cgtproxy $(SYSROOT)=rust $(or $(CARGO_HOME),$(HOME)/.cargo)=cargo
 FOR_SIZE      = -Z build-std=std,panic_abort -Z build-std-features=optimize_for_size
-BUILD_STD     = $(if $(wildcard $(SYSROOT)/lib/rustlib/src/rust/library/std),$(FOR_SIZE))
+BUILD_STD     = $(if $(filter %-gnu,$(TARGET)),,$(if $(wildcard $(SYSROOT)/lib/rustlib/src/rust/library/std),$(FOR_SIZE)))
 
 .PHONY: all build toolchain deps demo test bench soak fuzz clean
 
@@ -28,13 +34,18 @@ build: toolchain
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(RELEASE_FLAGS)" \
 	  cargo build --release --locked --target $(TARGET) $(BUILD_STD) $(EXTRA)
 
-# Says what is missing where it cannot be added: without rustup, the distribution's own packages of
-# the musl target will do, and without rust-src the prebuilt standard library.
+# One line that says what is missing where it cannot be added, and what is built where it is not
+# what it could be.
 toolchain:
+	@command -v cargo >/dev/null && command -v rustc >/dev/null || { echo "make: Rust is missing: install cargo and rustc 1.85 or later" \
+	  "(Debian 13: apt-get install cargo rustc gcc make), or rustup" >&2; exit 1; }
+	@command -v cc >/dev/null || { echo "make: a C compiler is missing, Rust links by it: install gcc" \
+	  "(Debian: apt-get install gcc libc6-dev)" >&2; exit 1; }
 	@test -d $(SYSROOT)/lib/rustlib/$(TARGET) || rustup target add $(TARGET) \
 	  || { echo "make: the Rust target $(TARGET) is missing and cannot be added" >&2; exit 1; }
-	@test -d $(SYSROOT)/lib/rustlib/src/rust/library/std || rustup component add rust-src \
-	  || echo "make: no rust-src, building with the prebuilt standard library (a larger binary)" >&2
+	@case $(TARGET) in *-gnu) echo "make: no musl target for Rust: building a static binary of glibc (a larger one)" >&2 ;; \
+	*) test -d $(SYSROOT)/lib/rustlib/src/rust/library/std || rustup component add rust-src \
+	  || echo "make: no rust-src, building with the prebuilt standard library (a larger binary)" >&2 ;; esac
 
 # What the tests need beside Rust, gcc and make: commands and C libraries, by Debian and Alpine name.
 DEB_NEEDS = nftables iproute2 strace pkg-config libmnl-dev libnftnl-dev mandoc python3 bash
@@ -45,6 +56,8 @@ have      = ( for c in $(1); do command -v $$c >/dev/null || exit 1; done )
 
 deps:
 	@PATH="$$PATH:/usr/sbin:/sbin"; if ! { $(HAVE_ALL); }; then \
+	  test "$$(id -u)" = 0 || { echo "make: some of what the tests need is missing; as root:" \
+	    "apt-get install $(DEB_NEEDS), or apk add $(APK_NEEDS)" >&2; exit 1; }; \
 	  if command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(DEB_NEEDS); \
 	  elif command -v apk >/dev/null; then apk add --quiet $(APK_NEEDS); fi; \
@@ -79,7 +92,7 @@ fuzz: toolchain
 # writes tests/bench/results.json. QUICK=1 takes fewer samples and less than a minute;
 # FIGURES="latency burst" measures those groups only, and writes no file.
 bench: build deps
-	PATH="$$PATH:/usr/sbin:/sbin" QUICK=$(QUICK) CGTPROXY_BIN=$(CURDIR)/$(BIN) cargo bench --locked --bench bench -- $(FIGURES)
+	PATH="$$PATH:/usr/sbin:/sbin" QUICK=$(QUICK) CGTPROXY_BIN=$(abspath $(BIN)) cargo bench --locked --bench bench -- $(FIGURES)
 
 include init/package.mk tests/vm/vm.mk tests/real/real.mk
 

@@ -885,8 +885,10 @@ impl Daemon<'_> {
         };
         if let Some(culprit) = damage.table {
             if self.table.due().is_none() {
-                let text = format_args!("the table was changed by {culprit}");
-                log::write_limited(Level::Notice, text);
+                log::write_limited(
+                    Level::Notice,
+                    format_args!("the table was changed by {culprit}"),
+                );
             }
             self.table.want(now);
             self.exposed = true;
@@ -1074,8 +1076,10 @@ impl Daemon<'_> {
             return false;
         }
         let text = "the kernel matches no cgroup deeper than level";
-        let warning = format_args!("{text} {level} here: those that are go their ancestors' way");
-        log::write_limited(Level::Warning, warning);
+        log::write_limited(
+            Level::Warning,
+            format_args!("{text} {level} here: those that are go their ancestors' way"),
+        );
         true
     }
 

@@ -37,9 +37,10 @@ pub fn binary() -> PathBuf {
         let home = Path::new(env!("CARGO_MANIFEST_DIR"));
         let built = PathBuf::from(env!("CARGO_BIN_EXE_cgtproxy"));
         let target = built.ancestors().nth(2).expect("TARGET/PROFILE/cgtproxy");
-        let shipped = target
-            .join(format!("{}-unknown-linux-musl", std::env::consts::ARCH))
-            .join("release/cgtproxy");
+        // of glibc where there is no musl target (see the Makefile)
+        let of = |libc| format!("{}-unknown-linux-{libc}/release/cgtproxy", std::env::consts::ARCH);
+        let [shipped, other] = ["musl", "gnu"].map(|libc| target.join(of(libc)));
+        let shipped = if shipped.exists() { shipped } else { other };
         let sources = ["src", "Cargo.toml", "Cargo.lock"].map(|name| changed(&home.join(name)));
         match changed(&shipped) {
             Some(at) if sources.into_iter().max().flatten() < Some(at) => shipped,
