@@ -1,5 +1,5 @@
 #!/bin/bash
-# run.sh [openrc|procd|systemd|deb...]: the services under their init systems, and the package, in
+# run.sh [openrc|procd|systemd|deb|fresh...]: the services under their init systems, and the package, in
 # containers of debootstrap trees below target/init. Needs root. Exit status 1 if anything fails.
 # shellcheck disable=SC2317 # functions are called by name
 cd "$(dirname "$0")/../.." || exit 1
@@ -66,6 +66,29 @@ deb() {
 		cp target/deb/*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
 		inside deb.sh
 		$here/container.sh $trees/run /root/test.sh || rc=1
+	done
+}
+
+# README's first command on Debian 13 as it is, with its own Rust: rust-version is what it says
+fresh() {
+	echo "build by Debian trixie's own Rust"
+	tree trixie cargo,rustc,gcc,make,libc6-dev rust || { rc=1; return; }
+	mkdir -p $trees/run/src $trees/run/root/.cargo
+	git ls-files | tar -cT - | tar -xC $trees/run/src
+	cargo fetch --quiet --locked
+	cp -a "${CARGO_HOME:-$HOME/.cargo}/registry" $trees/run/root/.cargo/
+	within() { unshare -m chroot $trees/run env -i HOME=/root PATH=/usr/sbin:/usr/bin CARGO_NET_OFFLINE=true sh -c "$1"; }
+	within 'mount -t proc proc /proc; make -C /src build' >$trees/fresh.log 2>&1 &&
+		within '/src/target/*-gnu/release/cgtproxy --version' >>$trees/fresh.log &&
+		! within 'ldd /src/target/*-gnu/release/cgtproxy' >>$trees/fresh.log 2>&1 &&
+		echo "ok     builds, static: $(within 'rustc --version')" ||
+		{ echo "FAILED build, see $trees/fresh.log"; tail -5 $trees/fresh.log; rc=1; }
+	for missing in cc:gcc cargo:Rust; do
+		mv "$trees/run/usr/bin/${missing%:*}" "$trees/run/root/"
+		within 'make -C /src build' 2>&1 | grep -q "^make: .*${missing#*:}" &&
+			echo "ok     without ${missing%:*}, one line says what to install" ||
+			{ echo "FAILED without ${missing%:*}"; rc=1; }
+		mv "$trees/run/root/${missing%:*}" "$trees/run/usr/bin/"
 	done
 }
 
