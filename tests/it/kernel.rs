@@ -84,10 +84,12 @@ pub fn residue() -> String {
 }
 
 /// All that `run` programs, in a form that two runs over the same cgroups have in common: the
-/// table, rules and routes as text, and the cgroup sets as ids.
+/// table, rules and routes as text, and the cgroup sets as ids. Without the rules for cgroups that
+/// are removed: they stay for as long as the kernel is not done with those.
 pub fn state() -> (String, BTreeMap<String, BTreeSet<u64>>) {
     // Terse: for each element of a cgroup set, nft walks the whole cgroup tree to find its path.
     let mut text = table_plain(&["-t"]);
+    text = text.lines().filter(|l| !l.contains("jhash")).map(|l| format!("{l}\n")).collect();
     let names = text.lines().filter_map(|l| l.trim().strip_prefix("set ")?.strip_suffix(" {"));
     let names = names.filter(|name| name.starts_with("cg_"));
     let sets = names.map(|name| (name.to_owned(), set_ids(name).expect("a set that is listed")));
