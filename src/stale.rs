@@ -1,8 +1,8 @@
 //! Which sockets are stale: connected by a way that is not their cgroup's any more. What conntrack
 //! tells of a flow's direction does not do for that, since it may have begun after the flow. Pure.
 //!
-//! Never stale: listening sockets and what others connected to, UDP sockets of a port that somebody
-//! chose, and what a target leaves alone. In doubt a flow that nobody listens for is outbound.
+//! Never stale: listening sockets and what others connected to, UDP sockets of a port or an interface
+//! that somebody chose, and what a target leaves alone. In doubt a flow that nobody listens for is outbound.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -213,7 +213,14 @@ impl Judge {
             && way != Way::Free
             && states & 1u32.checked_shl(socket.state.into()).unwrap_or(0) != 0
             && !self.is_bypassed(socket)
-            && (socket.is_connected() || (is_udp && self.chosen.contains(&socket.local.port())))
+            && (socket.is_connected() || (is_udp && self.is_casual(socket)))
+    }
+
+    /// Whether nobody seems to have chosen how an unconnected socket is bound. Ending one takes its
+    /// interface away and leaves it usable: what a VPN alone was to carry would later leave by the
+    /// default route (`__udp_disconnect`, net/ipv4/udp.c).
+    fn is_casual(&self, socket: &Socket) -> bool {
+        socket.device == 0 && self.chosen.contains(&socket.local.port())
     }
 
     /// Whether a socket that is in doubt is to be ended. `ports` are those of its protocol.
@@ -397,6 +404,8 @@ mod tests {
                 assert!(!ends(&direct, &udp(any, ""), &[(40000, 2)], NONE));
             }
             assert!(!ends(&direct, &udp("0.0.0.0:53", ""), &[(53, 1)], NONE));
+            let bound = but(&udp("0.0.0.0:40000", ""), |s| s.device = 3);
+            assert!(!ends(&direct, &bound, &[(40000, 1)], NONE), "its interface would be lost");
             let taken = judge(now, Was::Taken);
             assert_eq!(ends(&taken, &udp(LOCAL, REMOTE), &[], NONE), now == Target::Drop);
         }

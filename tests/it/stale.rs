@@ -469,6 +469,50 @@ fn what_is_never_ended() {
     drop(remote);
 }
 
+/// The kernel takes its interface from an unconnected socket that is ended: it would send on by
+/// whatever the main table says, once its cgroup is direct again.
+#[test]
+fn an_interface_is_never_lost() {
+    let Some(ground) = Ground::new("stale-device") else {
+        return;
+    };
+    let cgroups = cgroups(&ground);
+    let sockets: Vec<UdpSocket> = (cgroups.iter())
+        .flat_map(|cgroup| REMOTES.map(|ip| (cgroup, ip)))
+        .map(|(cgroup, ip)| {
+            let socket = udp_in(cgroup, ip);
+            // SAFETY: reads the name, of the length that goes with it.
+            let rc = unsafe {
+                let (level, option) = (libc::SOL_SOCKET, libc::SO_BINDTODEVICE);
+                libc::setsockopt(socket.as_raw_fd(), level, option, c"in0".as_ptr().cast(), 4)
+            };
+            assert_eq!(rc, 0, "bind to a device: {}", std::io::Error::last_os_error());
+            // a port of the kernel's choice
+            socket.send_to(b"hello", addr(ip, PORT)).expect("send");
+            socket
+        })
+        .collect();
+    let check = |when: &str| {
+        for socket in &sockets {
+            let (mut name, mut len) = ([0u8; libc::IFNAMSIZ], libc::IFNAMSIZ as u32);
+            // SAFETY: writes at most `len` bytes of the name.
+            let rc = unsafe {
+                let (level, option) = (libc::SOL_SOCKET, libc::SO_BINDTODEVICE);
+                let to = name.as_mut_ptr().cast();
+                libc::getsockopt(socket.as_raw_fd(), level, option, to, &raw mut len)
+            };
+            assert_eq!((rc, &name[..4]), (0, &b"in0\0"[..]), "{when}: {socket:?}");
+        }
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    check("start");
+    for config in [BEFORE, CONFIG] {
+        daemon.configure(config);
+        daemon.reload();
+        check("reload");
+    }
+}
+
 /// Both ends of a connection hear each other.
 #[track_caller]
 fn talk(a: &mut TcpStream, b: &mut TcpStream) {
