@@ -190,6 +190,15 @@ impl Listens {
     }
 }
 
+/// Why a table that is there does nothing: others may flush it, or have one of our name.
+fn idle(held: &Held) -> Option<&'static str> {
+    match held.flags & NFT_TABLE_F_DORMANT {
+        0 if held.view.classifies => None,
+        0 => Some("without rules"),
+        _ => Some("dormant"),
+    }
+}
+
 impl Status {
     fn take(kernel: &mut Kernel, config: &Config) -> Result<Status> {
         let held = kernel.held()?;
@@ -241,10 +250,8 @@ impl Status {
         })
     }
 
-    /// A table that is there but does nothing is not in force.
     fn in_force(&self) -> bool {
-        let dormant = |held: &Held| held.flags & NFT_TABLE_F_DORMANT != 0;
-        self.held.as_ref().is_some_and(|held| !dormant(held))
+        self.held.as_ref().is_some_and(|held| idle(held).is_none())
     }
 
     fn targets(&self) -> &[Target] {
@@ -262,10 +269,12 @@ impl Status {
 
     /// One line on the whole.
     fn headline(&self) -> String {
-        let table = match &self.held {
+        let table = match self.held.as_ref().map(|held| (held, idle(held))) {
             None => format!("table inet {TABLE}: not there, nothing is classified"),
-            Some(_) if !self.in_force() => format!("table inet {TABLE}: dormant, not in force"),
-            Some(held) => format!("table inet {TABLE}: in force, default {}", held.view.default),
+            Some((_, Some(why))) => format!("table inet {TABLE}: {why}, not in force"),
+            Some((held, None)) => {
+                format!("table inet {TABLE}: in force, default {}", held.view.default)
+            }
         };
         match self.daemon {
             Some(pid) => format!("{table}; cgtproxy runs with pid {pid}"),
@@ -807,6 +816,7 @@ mod tests {
         };
         let interface = |name: &str, prefix| Interface { name: name.into(), prefix };
         let view = |interfaces: Vec<Interface>| View {
+            classifies: true,
             targets: vec![target(1), target(2)],
             steps: Vec::new(),
             dying: Vec::new(),

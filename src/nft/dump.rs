@@ -266,6 +266,8 @@ pub struct View {
     pub interfaces: Vec<Interface>,
     /// What routed packets are marked with for a tproxy.
     pub routed: Option<Mark>,
+    /// Whether there is any rule that meets this host's packets: ours has one whatever the policy.
+    pub classifies: bool,
 }
 
 /// Reads the rules of the table, in the order of the dump.
@@ -304,6 +306,7 @@ pub fn view(rules: &[Rule]) -> View {
         gateways: Vec::new(),
         interfaces: Vec::new(),
         routed: (rules.iter().filter(|rule| rule.chain.starts_with("forward_"))).find_map(mark),
+        classifies: rules.iter().any(|rule| rule.chain == OUTPUT),
     };
     for rule in of("gateways".into()) {
         let Some(name) = goes_to(rule, "gw_") else {

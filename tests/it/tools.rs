@@ -1068,6 +1068,13 @@ fn exec_refuses_what_is_not_in_force() {
     load("add rule inet cgtproxy output socket cgroupv2 level 3 @cg_mihomo goto to_mihomo\n");
     let ran = again(&["exec", "mihomo", "--", "bash", "-c", ASK]);
     assert!(ran.out.starts_with("proxy mihomo"), "{} {}", ran.out, ran.err);
+    let headline = || again(&["status"]).out.lines().next().map(str::to_string);
+    let in_force = "table inet cgtproxy: in force, default direct; no cgtproxy is running";
+    assert_eq!(headline().as_deref(), Some(in_force));
+    load("flush table inet cgtproxy\n");
+    let empty = "table inet cgtproxy: without rules, not in force; no cgtproxy is running";
+    assert_eq!(headline().as_deref(), Some(empty));
+    assert!(again(&["status", "--json"]).out.contains("\"in_force\":false"));
     // a table that persists cannot be made dormant, one of before Linux 6.9 can
     load("delete table inet cgtproxy\n");
     let table = "table inet cgtproxy {\n";
