@@ -6,12 +6,18 @@ use std::fs::{self, File, Permissions};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::{chown, lchown, symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use cgtproxy::config::file::Files;
-use cgtproxy::config::{load, Config, OnExit, Problem, Source, Take, Target};
+use cgtproxy::config::{
+    load, Config, OnExit, Problem, Source, Take, Target, GATEWAY_KEYS, GLOBAL_KEYS, TPROXY_KEYS,
+};
+use cgtproxy::core::Core;
 use cgtproxy::error::reason;
 use cgtproxy::log::Level;
+use cgtproxy::netlink::msg::Batch;
 use cgtproxy::nft::expr::{Mark, Range};
+use cgtproxy::plan;
 use nix::errno::Errno;
 use nix::sys::stat::Mode;
 use nix::unistd::{geteuid, mkfifo, setfsuid, Uid};
@@ -1045,4 +1051,129 @@ fn messages_are_printable() {
     );
     let lines = lines(read(&[("c", &"é".repeat(1 << 19))]));
     assert!(lines.len() == 1 && lines[0].chars().count() < 1100 && lines[0].ends_with("..."));
+}
+
+/// Where a key has its effect.
+enum Effect {
+    /// The table, the ip rules or the routes.
+    Kernel,
+    /// What the program does besides: by a field of [`Config`], which code outside src/config reads.
+    Program(&'static str, fn(&Config) -> String),
+}
+
+/// For each key of a section, two lines that differ in it alone; `-` is no line.
+const EFFECTS: [(&str, &str, &str, &str, Effect); 26] = [
+    (
+        "global",
+        "cgroup-root",
+        "auto",
+        "/sys/fs/cgroup/a",
+        Effect::Program("cgroup_root", |c| format!("{:?}", c.cgroup_root)),
+    ),
+    ("global", "default", "direct", "drop", Effect::Kernel),
+    ("global", "route-table", "300", "301", Effect::Kernel),
+    ("global", "rule-priority", "100", "101", Effect::Kernel),
+    ("global", "fwmark-mask", "0xff000000", "0xfff00000", Effect::Kernel),
+    ("global", "bypass", "-", "203.0.113.0/24", Effect::Kernel),
+    ("global", "bypass-mark", "-", "0xff", Effect::Kernel),
+    ("global", "bypass-user", "-", "xray", Effect::Kernel),
+    (
+        "global",
+        "on-exit",
+        "remove",
+        "keep",
+        Effect::Program("on_exit", |c| format!("{:?}", c.on_exit)),
+    ),
+    ("global", "include", "-", "more", Effect::Kernel),
+    (
+        "global",
+        "log-level",
+        "notice",
+        "debug",
+        Effect::Program("log_level", |c| format!("{:?}", c.log_level)),
+    ),
+    ("global", "counters", "target", "cgroup", Effect::Kernel),
+    ("tproxy", "port", "7893", "7894", Effect::Kernel),
+    ("tproxy", "address", "-", "127.0.0.1", Effect::Kernel),
+    ("tproxy", "mark", "0x01000000", "0x02000000", Effect::Kernel),
+    ("tproxy", "tcp", "yes", "no", Effect::Kernel),
+    ("tproxy", "udp", "yes", "drop", Effect::Kernel),
+    ("tproxy", "ipv4", "yes", "no", Effect::Kernel),
+    ("tproxy", "ipv6", "yes", "drop", Effect::Kernel),
+    ("tproxy", "dns-hijack", "127.0.0.1:1053", "127.0.0.1:1054", Effect::Kernel),
+    ("tproxy", "dns-hijack-tcp", "no", "yes", Effect::Kernel),
+    ("tproxy", "dns-hijack-local", "no", "yes", Effect::Kernel),
+    ("gateway", "interface", "br-lan", "br-guest", Effect::Kernel),
+    ("gateway", "source", "-", "192.0.2.0/24", Effect::Kernel),
+    ("gateway", "source-mac", "-", "02:00:00:00:00:01", Effect::Kernel),
+    ("gateway", "target", "proxy", "drop", Effect::Kernel),
+];
+
+/// A configuration in which every key may matter, with one line changed.
+fn with_line(section: &str, key: &str, value: &str) -> Config {
+    let needed = [
+        ("tproxy", "port", "7893"),
+        ("tproxy", "dns-hijack", "127.0.0.1:1053"),
+        ("gateway", "interface", "br-lan"),
+        ("gateway", "target", "proxy"),
+    ];
+    let mut text = String::new();
+    for (head, name) in
+        [("global", "[global]"), ("tproxy", "[tproxy proxy]"), ("gateway", "[gateway lan]")]
+    {
+        text += &format!("{name}\n");
+        for (_, needs, value) in
+            needed.iter().filter(|n| n.0 == head && (section, key) != (n.0, n.1))
+        {
+            text += &format!("{needs} = {value}\n");
+        }
+        if head == section && value != "-" {
+            text += &format!("{key} = {value}\n");
+        }
+    }
+    let files = [("c", &*text), ("more", "[tproxy other]\nport = 9\n")];
+    read(&files).unwrap_or_else(|problems| panic!("{key} = {value}: {problems:?}"))
+}
+
+/// What the kernel is told under a configuration.
+fn told(config: Config) -> (Vec<u8>, String) {
+    let mut core = Core::new(Rc::new(config), 0);
+    let (snapshot, config) = (core.snapshot(), core.config().clone());
+    let (batch, _) = plan::replacement(&config, &snapshot, None, Batch::new(1)).finish();
+    (batch.bytes().to_vec(), format!("{:?}", plan::routing(&config)))
+}
+
+fn sources(dir: &Path, text: &mut String) {
+    for entry in fs::read_dir(dir).expect("list src") {
+        let path = entry.expect("an entry").path();
+        match path.is_dir() {
+            true if path.ends_with("src/config") => {}
+            true => sources(&path, text),
+            false => *text += &fs::read_to_string(&path).expect("read a source"),
+        }
+    }
+}
+
+#[test]
+fn every_key_has_an_effect() {
+    let mut code = String::new();
+    sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut code);
+    let keys = [("global", &GLOBAL_KEYS[..]), ("tproxy", &TPROXY_KEYS), ("gateway", &GATEWAY_KEYS)];
+    let keys = keys.iter().flat_map(|(section, keys)| keys.iter().map(move |key| (*section, *key)));
+    let idle: Vec<_> = keys
+        .filter(|key| {
+            let mut found = EFFECTS.iter().filter(|effect| (effect.0, effect.1) == *key);
+            let Some((section, key, one, other, effect)) = found.next() else {
+                return true; // not said above what it does
+            };
+            let [one, other] = [one, other].map(|value| with_line(section, key, value));
+            match effect {
+                Effect::Kernel => told(one) == told(other),
+                Effect::Program(field, value) => {
+                    value(&one) == value(&other) || !code.contains(&format!("config.{field}"))
+                }
+            }
+        })
+        .collect();
+    assert!(idle.is_empty(), "keys without an effect that EFFECTS names: {idle:?}");
 }

@@ -337,7 +337,8 @@ struct Reader<'a> {
 }
 
 const SECTIONS: [&str; 4] = ["global", "tproxy", "rules", "gateway"];
-const GLOBAL_KEYS: [&str; 12] = [
+/// The keys of each section. One that has no effect fails `every_key_has_an_effect` (tests/config.rs).
+pub const GLOBAL_KEYS: [&str; 12] = [
     "cgroup-root",
     "default",
     "route-table",
@@ -362,8 +363,8 @@ const REPEATABLE: [&str; 9] = [
     "source",
     "source-mac",
 ];
-const GATEWAY_KEYS: [&str; 4] = ["interface", "source", "source-mac", "target"];
-const TPROXY_KEYS: [&str; 10] = [
+pub const GATEWAY_KEYS: [&str; 4] = ["interface", "source", "source-mac", "target"];
+pub const TPROXY_KEYS: [&str; 10] = [
     "port",
     "address",
     "mark",
