@@ -120,6 +120,8 @@ struct Cgroups {
     held: Instant,
     /// That there are too many of them has been told.
     crowded: bool,
+    /// Memory for what the core asks.
+    actions: Vec<Action>,
 }
 
 /// What the kernel has told of its levels.
@@ -210,6 +212,7 @@ struct Daemon<'a> {
 /// What poll(2) found.
 #[derive(Default)]
 struct Ready {
+    signals: bool,
     cgroups: bool,
     mounts: bool,
     kernel: bool,
@@ -356,9 +359,10 @@ impl Cgroups {
             dying_pause: DYING.0,
             held: Instant::now(),
             crowded: false,
+            actions: Vec::new(),
         };
         let start = cgroups.core.start();
-        cgroups.act(vec![start]);
+        cgroups.act(&mut vec![start]);
         while cgroups.work() > 0 {
             if signals.end()?.is_some() {
                 return Ok(None);
@@ -380,9 +384,13 @@ impl Cgroups {
     }
 
     fn step(&mut self, event: Event) {
-        let mut actions = Vec::new();
+        // mapped and unmapped each time otherwise
+        let mut actions = std::mem::take(&mut self.actions);
         self.core.step(event, &mut actions);
-        self.act(actions);
+        self.act(&mut actions);
+        if actions.capacity() <= AT_ONCE {
+            self.actions = actions;
+        }
     }
 
     /// Does some of the work that waits, which may make more of it; returns how much.
@@ -417,7 +425,7 @@ impl Cgroups {
 
     /// Does what the core asks until it asks for nothing more, but for what can wait until the
     /// elements are in force: watching what was found.
-    fn act(&mut self, mut actions: Vec<Action>) {
+    fn act(&mut self, actions: &mut Vec<Action>) {
         while let Some(action) = actions.pop() {
             match action {
                 // a long list of children
@@ -426,13 +434,13 @@ impl Cgroups {
                 }
                 Action::Scan(scan) => {
                     let event = self.watcher.scan(&scan);
-                    self.core.step(event, &mut actions);
+                    self.core.step(event, actions);
                 }
                 Action::Watch(found) => self.put_off(&found.path.clone(), Work::Watch(found)),
                 Action::Unwatch(wd) => self.watcher.unwatch(wd),
                 Action::CountDying(path) => {
                     let event = self.watcher.count_dying(path);
-                    self.core.step(event, &mut actions);
+                    self.core.step(event, actions);
                 }
                 Action::Crowded => {
                     if !std::mem::replace(&mut self.crowded, true) {
@@ -539,10 +547,7 @@ impl Cgroups {
                 break;
             }
             let above = self.watcher.above().to_vec();
-            let read = self.watcher.read()?;
-            if read.is_empty() {
-                break;
-            }
+            let (read, more) = self.watcher.read()?;
             for event in read.filter_map(watch::event) {
                 let dir = match event {
                     Event::Changed { wd, .. } | Event::Unwatched { wd } => wd,
@@ -559,6 +564,9 @@ impl Cgroups {
                 let path = self.core.tree().watched(dir);
                 let account = path.map_or(0, |path| self.core.account(path));
                 self.events.push(account, dir, event);
+            }
+            if !more {
+                break;
             }
         }
         let mut start = Instant::now();
@@ -778,10 +786,12 @@ impl Daemon<'_> {
     fn serve(&mut self) -> Result<()> {
         loop {
             let ready = self.wait();
-            match self.signals.end()? {
-                None => {}
-                Some(End::Stop) => return self.stop(),
-                Some(End::Leave) => return self.leave(),
+            if ready.signals || self.signals.pending() {
+                match self.signals.end()? {
+                    None => {}
+                    Some(End::Stop) => return self.stop(),
+                    Some(End::Leave) => return self.leave(),
+                }
             }
             if sys::waited_for_memory() {
                 log!(Warning, "memory had run out; raise the limit (ulimit -v)");
@@ -822,8 +832,7 @@ impl Daemon<'_> {
             Ok(_) => {
                 let mut any = fds.iter().map(|fd| fd.any().unwrap_or(true));
                 let mut next = |there: bool| there && any.next().unwrap_or(false);
-                // looked at in any case
-                next(true);
+                ready.signals = next(true);
                 ready.cgroups = next(cgroups.is_some());
                 ready.mounts = next(mounts.is_some());
                 ready.kernel = any.any(|ready| ready);
@@ -836,7 +845,7 @@ impl Daemon<'_> {
                     log!(Warning, "unable to poll: {why}, looking every {every} ms");
                 }
                 let _ = poll(&mut [], LOOK_BLINDLY.as_millis() as u16);
-                ready = Ready { cgroups: true, mounts: true, kernel: true };
+                ready = Ready { signals: true, cgroups: true, mounts: true, kernel: true };
             }
         }
         ready

@@ -305,7 +305,10 @@ impl Kernel {
         let (batch, last) = transaction.finish();
         log!(Debug, "nftables transaction of {} bytes", batch.len());
         match self.nft.transact(&batch, last)? {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.nft.reuse(batch);
+                Ok(())
+            }
             Err(Failure::Unknown) => {
                 Err(Error::system("unable to learn what became of a transaction", Errno::ENOBUFS))
             }

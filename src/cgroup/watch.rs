@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 use crate::policy;
 use crate::sys;
 
+/// The largest event: `struct inotify_event` and a name of NAME_MAX bytes with its end.
+const EVENT: usize = 16 + 256;
+
 /// One read takes at most this many bytes of events (some 200 of them), so that a flood of cgroups
 /// cannot keep the loop from committing what it has.
 const READ: usize = 8 * 1024;
@@ -64,10 +67,10 @@ impl Watcher {
         self.inotify.as_ref().map(|fd| fd.as_fd())
     }
 
-    /// Reads one bufferful of events; empty when there are none.
-    pub fn read(&mut self) -> Result<RawEvents<'_>> {
+    /// Reads one bufferful of events, and tells whether there may be more.
+    pub fn read(&mut self) -> Result<(RawEvents<'_>, bool)> {
         let Some(inotify) = &self.inotify else {
-            return Ok(RawEvents::new(&[]));
+            return Ok((RawEvents::new(&[]), false));
         };
         let length = loop {
             match nix::unistd::read(inotify, &mut self.buf[..]) {
@@ -77,7 +80,9 @@ impl Watcher {
                 Err(errno) => return Err(Error::system("unable to read inotify events", errno)),
             }
         };
-        Ok(RawEvents::new(&self.buf[..length]))
+        // what would have had room beside them would be among them
+        let more = self.buf.len() - length < EVENT;
+        Ok((RawEvents::new(&self.buf[..length]), more))
     }
 
     /// Watches the directory that the root is in, if that is in `top` or below it: it tells when the

@@ -25,11 +25,17 @@ pub struct Nest(usize);
 impl Batch {
     /// An empty run whose first message gets the sequence number `seq0 + 1`.
     pub fn new(seq0: u32) -> Batch {
-        Batch {
-            // a transaction of one element
-            buf: Vec::with_capacity(128),
-            seq: seq0,
-        }
+        Batch::within(Vec::new(), seq0)
+    }
+
+    /// The same, in memory that is there already.
+    pub fn within(mut buf: Vec<u8>, seq0: u32) -> Batch {
+        buf.clear();
+        Batch { buf, seq: seq0 }
+    }
+
+    pub fn into_memory(self) -> Vec<u8> {
+        self.buf
     }
 
     pub fn bytes(&self) -> &[u8] {

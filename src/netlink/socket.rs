@@ -23,6 +23,9 @@ const LARGEST: usize = 16 << 20;
 /// A send buffer that holds all but the largest of batches; larger ones raise it (see `reserve`).
 const SEND_BUFFER: usize = 256 * 1024;
 
+/// Memory that is kept for the next batch: a transaction of some elements fits.
+const USUAL: usize = 2048;
+
 /// A netlink socket with its receive buffer and its running sequence number.
 pub struct Socket {
     fd: OwnedFd,
@@ -32,6 +35,8 @@ pub struct Socket {
     /// Answers that nobody waited for may still be queued.
     stale: bool,
     buf: Vec<u8>,
+    /// Memory for the next batch: to map and unmap it costs more than to fill it.
+    spare: Vec<u8>,
 }
 
 /// Why a batch is not in force.
@@ -59,8 +64,15 @@ impl Socket {
             sys::set_option(fd.as_fd(), libc::SOL_NETLINK, libc::NETLINK_ADD_MEMBERSHIP, group)
                 .map_err(fail)?;
         }
-        let mut socket =
-            Socket { fd, port, seq: 0, send_buffer: 0, stale: false, buf: vec![0; RECEIVE] };
+        let mut socket = Socket {
+            fd,
+            port,
+            seq: 0,
+            send_buffer: 0,
+            stale: false,
+            buf: vec![0; RECEIVE],
+            spare: Vec::with_capacity(USUAL),
+        };
         socket.reserve(SEND_BUFFER);
         Ok(socket)
     }
@@ -71,8 +83,16 @@ impl Socket {
     }
 
     /// An empty batch whose sequence numbers continue this socket's.
-    pub fn batch(&self) -> Batch {
-        Batch::new(self.seq)
+    pub fn batch(&mut self) -> Batch {
+        Batch::within(std::mem::take(&mut self.spare), self.seq)
+    }
+
+    /// Takes back the memory of a batch that is done with, unless it was a large one.
+    pub fn reuse(&mut self, batch: Batch) {
+        let memory = batch.into_memory();
+        if memory.capacity() <= 2 * USUAL {
+            self.spare = memory;
+        }
     }
 
     /// Sends a batch and reads its answers up to that of message `last`, which must carry
