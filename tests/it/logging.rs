@@ -153,7 +153,7 @@ fn a_syslogd_that_sleeps_and_goes_and_comes() {
         await_member(&ground.cgroup(&format!("/{name}")), "drop");
         let mut said = Vec::new();
         let line = format!("/{name}: drop");
-        wait_until(Duration::from_secs(1), || {
+        wait_until(SETTLE, || {
             said.extend(received(socket));
             said.contains(&line)
         });
