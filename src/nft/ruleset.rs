@@ -369,7 +369,8 @@ fn set_ct_mark(own: Mark) -> Rule {
 
 /// DNS of a target that hijacks it: the ct mark alone selects it for `nat_output`. With the packet
 /// mark too, a query for a resolver on another host would be routed to lo. A flow that is older
-/// than the hijacking cannot be translated any more and goes on as the target's other traffic.
+/// than the hijacking cannot be translated any more and goes on as the target's other traffic, or
+/// nowhere (`query_rules`).
 fn dns_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     let own = mark(config, tproxy.mark);
     chain(
@@ -397,6 +398,25 @@ fn dns_rules(tproxy: &Tproxy) -> Vec<Rule> {
         rule
     };
     tproxy.dns_protocols().map(rule).collect()
+}
+
+/// DNS that `dns_chain` could not take, where the target leaves its other traffic alone: it must not
+/// get to the resolver that was asked.
+fn query_rules(tproxy: &Tproxy) -> Vec<Rule> {
+    let families = [
+        (Family::V4, tproxy.ipv4, tproxy.dns4.is_some()),
+        (Family::V6, tproxy.ipv6, tproxy.dns6.is_some()),
+    ];
+    let mut rules = Vec::new();
+    for l4 in tproxy.dns_protocols() {
+        let all = if l4 == L4::Tcp { tproxy.tcp } else { tproxy.udp };
+        for (family, take, hijacked) in families {
+            if hijacked && (all == Take::No || take == Take::No) {
+                rules.push(vec![Stmt::Nfproto(family), Stmt::Dport(l4, 53), Stmt::drop()]);
+            }
+        }
+    }
+    rules
 }
 
 /// What a tproxy does not take; `leave` is the verdict for what it leaves alone.
@@ -435,6 +455,7 @@ fn tproxy_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     // it would leave for the true destination
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), Stmt::drop()]);
     rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
+    rules.extend(query_rules(tproxy));
     rules.extend(switch_rules(tproxy, &leave(config)));
     rules.push(set_ct_mark(own));
     rules.push(vec![Stmt::SetPacketMark(own), Stmt::accept()]);
@@ -451,6 +472,7 @@ fn forward_chain(config: &Config, tproxy: &Tproxy) -> Chain {
         rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(known), here.clone(), Stmt::accept()]);
     }
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::accept()]);
+    rules.extend(query_rules(tproxy));
     rules.extend(switch_rules(tproxy, &Stmt::accept()));
     rules.push(set_ct_mark(own));
     rules.push(vec![here, Stmt::goto(format!("tproxy_{}", tproxy.name))]);

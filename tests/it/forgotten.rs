@@ -436,21 +436,31 @@ fn a_query_from_a_port_that_is_used_again() {
     };
     let mut world = World::new(&ground);
     let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
-    let hijack = "dns-hijack = 127.0.0.1:1053\ndns-hijack = [::1]:1053\n[rules]";
-    let _daemon = Daemon::start(&ground, &RULES.replace("[rules]", hijack), &[]);
-    // nobody is there
-    for (to, host) in [("198.18.0.1", HOST4), ("2001:db8:ffff::1", HOST6)] {
-        let any = if host.is_ipv4() { "0.0.0.0" } else { "::" };
-        let proxy = spoof(&direct, addr(ip(any), 7893));
-        let to = addr(ip(to), 53);
-        let mut at = addr(host, 0);
-        for (cgroup, want) in [(&direct, "remote"), (&proxied, "proxy")] {
-            let app = udp_of(cgroup, at);
-            at = app.local_addr().expect("an address");
-            for _ in 0..2 {
-                assert_eq!(reaches(&app, to, &[&proxy], &mut world), want, "{to}");
+    let hijack = "dns-hijack = 127.0.0.1:1053\ndns-hijack = [::1]:1053\n";
+    // with udp = no, what is not translated would leave as it is
+    for (more, of_proxied) in [
+        ("", "proxy"),
+        ("udp = no\n", "nobody"),
+        ("ipv4 = no\nipv6 = no\n", "nobody"),
+        ("udp = no\ndns-hijack-local = yes\n", "nobody"),
+    ] {
+        let rules = format!("{hijack}{more}[rules]");
+        let daemon = Daemon::start(&ground, &RULES.replace("[rules]", &rules), &[]);
+        // nobody is there
+        for (to, host) in [("198.18.0.1", HOST4), ("2001:db8:ffff::1", HOST6)] {
+            let any = if host.is_ipv4() { "0.0.0.0" } else { "::" };
+            let proxy = spoof(&direct, addr(ip(any), 7893));
+            let to = addr(ip(to), 53);
+            let mut at = addr(host, 0);
+            for (cgroup, want) in [(&direct, "remote"), (&proxied, of_proxied)] {
+                let app = udp_of(cgroup, at);
+                at = app.local_addr().expect("an address");
+                for _ in 0..2 {
+                    assert_eq!(reaches(&app, to, &[&proxy], &mut world), want, "{to} {more}");
+                }
             }
         }
+        assert!(daemon.stop().success());
     }
 }
 
