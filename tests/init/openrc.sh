@@ -25,6 +25,7 @@ is() { [ "$(daemon_pid)" = "$1" ]; }
 another() { new=$(daemon_pid) && [ -n "$new" ] && [ "$new" != "$1" ]; }
 says() { "$@" >/run/said 2>&1; rc=$?; cat /run/said; return $rc; }
 floods() { [ "$(got 11)" -gt 100 ]; }
+classified() { nft list set inet cgtproxy cg_drop | grep flood9 && nft list set inet cgtproxy cg_mihomo | grep flood10; }
 
 remote_host
 rm -rf /etc/runlevels/sysinit/hwclock* /etc/runlevels/boot/hwclock* /etc/runlevels/*/procps* /etc/runlevels/*/udev*
@@ -70,7 +71,8 @@ check "a service of the policy is dropped" asks app denied
 rc-service other start >/dev/null 2>&1
 check "another service is not" asks other sent
 rc-service app restart >/dev/null 2>&1
-check "a restarted service is dropped" asks app denied
+# (its cgroup is a new one)
+check "a restarted service is dropped" within 5 asks app denied
 
 old=$(daemon_pid)
 kill -9 "$old"
@@ -91,6 +93,9 @@ check "and back" rc-service cgtproxy reload
 check "takes the old policy" within 10 asks app denied
 for port in 9 10 11; do rc-service flood$port start >/dev/null 2>&1; done
 check "the floods reach the remote host where nothing holds them" within 10 floods
+# a new cgroup's first packets can precede that where others keep the processors busy
+check "the other two are classified" within 10 classified
+remotely nft reset counters >/dev/null
 for n in 1 2 3 4 5; do
 	old=$(daemon_pid)
 	check "restart" rc-service cgtproxy restart
@@ -107,7 +112,7 @@ check "   the daemon goes on" is "$old"
 check "   status is started" rc-service cgtproxy status
 check "   dropped" asks app denied
 rc-service app restart >/dev/null 2>&1
-check "   a restarted service is dropped" asks app denied
+check "   a restarted service is dropped" within 5 asks app denied
 check "   nothing got out" nothing_got_out
 policy "$DROP"
 check "   a corrected file is taken" rc-service cgtproxy restart
