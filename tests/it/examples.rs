@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
 
-use crate::client::{expect, under, Client, Outcome, Proto, SILENCE};
+use crate::client::{answers, expect, expect_as, under, Client, Outcome, Proto, SILENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::gateway::{ip, Lan, LAN4};
 use crate::ground::{addr, remove_tree, Ground, REMOTE4, REMOTE6};
@@ -25,6 +25,27 @@ fn left(world: &mut World) -> Vec<Packet> {
     let mut packets = world.wire.to_remote();
     packets.retain(|p| p.proto != Proto::Icmp);
     packets
+}
+
+/// What an example promises, by itself: while the daemon runs, after it has stopped, after it was
+/// killed, and after each next start.
+fn through_life(ground: &Ground, example: &str, mut holds: impl FnMut(bool, &str)) {
+    let daemon = Daemon::start(ground, &text(example), &[]);
+    holds(true, "running");
+    assert!(daemon.stop().success());
+    holds(false, "stopped");
+    let daemon = Daemon::start(ground, &text(example), &[]);
+    holds(true, "started again");
+    daemon.kill9();
+    // nothing is taken back where nobody could
+    holds(true, "killed");
+    let mut daemon = Daemon::start(ground, &text(example), &[]);
+    holds(true, "started after a kill");
+    daemon.signal(Signal::SIGUSR2);
+    assert!(daemon.wait().success());
+    holds(true, "in a restart");
+    let _daemon = Daemon::start(ground, &text(example), &[]);
+    holds(true, "restarted");
 }
 
 #[test]
@@ -89,9 +110,19 @@ fn router_mihomo() {
     let _proxy = Server::start("mihomo", &[7893]);
     let _dns = Server::start("dns", &[1053]);
     let _dnsmasq = Server::start("dnsmasq", &[53]);
+    let p = "mihomo";
+    through_life(&ground, "router-mihomo", |governed, when| {
+        println!("{when}");
+        match governed {
+            true => {
+                lan.expect(0, [p, p, p, p, "remote", "remote"]);
+                lan.dropped(1);
+            }
+            false => [0, 1].into_iter().for_each(|i| lan.direct(i)),
+        }
+    });
     let _daemon = Daemon::start(&ground, &text("router-mihomo"), &[]);
     world.wire.packets();
-    let p = "mihomo";
     lan.expect(0, [p, p, p, p, "remote", "remote"]);
     for proto in [Proto::Udp, Proto::Tcp] {
         for at in [addr(ip(LAN4), 53), addr(REMOTE4, 53)] {
@@ -127,6 +158,23 @@ fn laptop_per_app() {
         "/system.slice/sing-box.service",
     ]
     .map(|path| ground.cgroup(path));
+    through_life(&ground, "laptop-per-app", |governed, when| {
+        println!("{when}");
+        let of = |target| under(if governed { target } else { "direct" });
+        expect(&[
+            (&firefox, of("sing-box")),
+            (&scope, of("sing-box")),
+            (&zoom, of("drop")),
+            (&shell, under("direct")),
+            (&proxy, under("direct")),
+        ]);
+        if when == "killed" {
+            let path = format!("{user}/app.slice/app-org.mozilla.firefox-1.scope");
+            let new = ground.cgroup(&path);
+            expect(&[(&new, under("direct"))]);
+            remove_tree(&new);
+        }
+    });
     let _daemon = Daemon::start(&ground, &text("laptop-per-app"), &[]);
     world.wire.packets();
     expect(&[(&firefox, under("sing-box")), (&scope, under("sing-box")), (&zoom, under("drop"))]);
@@ -142,6 +190,24 @@ fn everything_but() {
     let mut world = World::new(&ground);
     let [own, ntp, app] = ["/services/xray/instance1", "/system.slice/chrony.service", "/anything"]
         .map(|path| ground.cgroup(path));
+    {
+        let _proxy = Server::start("xray", &[12345]);
+        through_life(&ground, "everything-but", |governed, when| {
+            println!("{when}");
+            let of = |target| under(if governed { target } else { "direct" });
+            // a cgroup that nobody has classified is not named here either
+            let new = ground.cgroup("/new");
+            expect(&[
+                (&app, of("xray")),
+                (&new, of("xray")),
+                (&ground.root, of("xray")),
+                (&own, under("direct")),
+                (&ntp, under("direct")),
+            ]);
+            remove_tree(&new);
+            expect_as(|client| client.mark(0xff), &[(&app, under("direct"))]);
+        });
+    }
     // A real proxy: what goes by it reaches the world once.
     let any = addr(ip("::"), 12345);
     let _proxy = Client::tcp(&own, any).relay();
@@ -174,6 +240,19 @@ fn tor_user() {
     let _resolved = Server::start("resolved", &[53]);
     let user = ground.cgroup("/user.slice/user-1001.slice/session-2.scope");
     let other = ground.cgroup("/user.slice/user-1000.slice/session-1.scope");
+    let tor = answers(["tor", "tor", "nobody", "nobody", "remote", "remote"]);
+    through_life(&ground, "tor-user", |_, when| {
+        println!("{when}");
+        world.wire.packets();
+        // a session of its own each time, below the slice that stays
+        let session = ground.cgroup("/user.slice/user-1001.slice/session-3.scope");
+        expect(&[(&user, tor.clone()), (&session, tor.clone())]);
+        let who = Client::udp(&session, addr(REMOTE4, 53)).run().who();
+        assert_eq!(who, "tor dns 127.0.0.1:9053");
+        assert_eq!(left(&mut world), []);
+        expect(&[(&other, under("direct"))]);
+        remove_tree(&session);
+    });
     let _daemon = Daemon::start(&ground, &text("tor-user"), &[]);
     world.wire.packets();
     for remote in [REMOTE4, REMOTE6] {
