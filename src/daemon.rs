@@ -1151,6 +1151,9 @@ impl Daemon<'_> {
         }
         let now = Instant::now();
         self.table.done(now, now);
+        if new.mask != old.mask {
+            self.kernel.forget_spoofed(&old);
+        }
         self.trim_routing();
         if !(old.gateways.is_empty() && new.gateways.is_empty()) {
             self.kernel.forget_routes(&new);

@@ -167,6 +167,18 @@ impl Kernel {
         answer(self.nft.ask(&request, |message| conntrack::parse(message, local)))
     }
 
+    /// Has the flows forgotten that a proxy began, by the marks of a configuration before: without a
+    /// mark that is known, what applications send by them would be taken for answers.
+    pub fn forget_spoofed(&mut self, old: &Config) {
+        let (value, mask) = (old.spoofed_mark(), old.mask);
+        let request = |batch: &mut Batch| conntrack::forget(batch, value, mask);
+        match self.nft.ask(&request, |_| None::<()>) {
+            Ok(Ok(_)) => {}
+            Ok(Err(errno)) => log!(Debug, "unable to forget flows: {}", reason(errno)),
+            Err(error) => log!(Debug, "unable to forget flows: {error}"),
+        }
+    }
+
     fn destroy(&mut self, socket: &Socket) -> std::result::Result<(), Errno> {
         let Some(diag) = self.diag.as_mut().filter(|_| can_destroy()) else {
             return Err(Errno::EOPNOTSUPP);

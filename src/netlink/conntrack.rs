@@ -45,6 +45,17 @@ pub fn get(batch: &mut Batch, protocol: u8, local: SocketAddr, remote: SocketAdd
     batch.end(open);
 }
 
+/// Has all flows forgotten whose mark is `value` in the bits of `mask`.
+pub fn forget(batch: &mut Batch, value: u32, mask: u32) {
+    let kind = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE;
+    let open = batch.begin(kind, NLM_F_REQUEST | NLM_F_ACK);
+    // struct nfgenmsg
+    batch.header(&[NFPROTO_UNSPEC, 0, 0, 0]);
+    batch.u32_be(CTA_MARK, value);
+    batch.u32_be(CTA_MARK_MASK, mask);
+    batch.end(open);
+}
+
 /// Reads the answer for a socket at `local`.
 pub fn parse(message: &Message, local: SocketAddr) -> Option<Flow> {
     if message.kind != NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW {

@@ -464,6 +464,43 @@ fn a_query_from_a_port_that_is_used_again() {
     }
 }
 
+/// A reload that gives marks another meaning: what a proxy began is the proxy's all the same.
+#[test]
+fn another_mask_by_a_reload() {
+    let Some(ground) = Ground::new("remask") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
+    let proxies = [("0.0.0.0", 7893), ("::", 7893)];
+    let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));
+    let policy = |default: &str, mask: &str| {
+        format!("[global]\ndefault = {default}\nfwmark-mask = {mask}\n{RULES}")
+    };
+    for default in ["direct", "mihomo", "drop"] {
+        let daemon = Daemon::start(&ground, &policy(default, "0xff000000"), &[]);
+        for ((remote, _, host), proxy) in places().into_iter().zip(&proxies) {
+            for mask in ["0x00ff0000", "0xf0000000", "0x0ff00000", "0xff000000"] {
+                daemon.configure(&policy(default, "0xff000000"));
+                daemon.reload();
+                let app = udp_of(&proxied, addr(host, 0));
+                let at = app.local_addr().expect("an address");
+                let speaker = spoof(&direct, remote);
+                for mask in ["", mask] {
+                    if !mask.is_empty() {
+                        daemon.configure(&policy(default, mask));
+                        daemon.reload();
+                    }
+                    assert_eq!(speaker.send_to(b"y", at).expect("send"), 1);
+                    let who = reaches(&app, remote, &[proxy, &speaker], &mut world);
+                    assert_eq!(who, "proxy", "default {default}, {mask:?}, {remote}");
+                }
+            }
+        }
+        assert!(daemon.stop().success());
+    }
+}
+
 /// A socket whose cgroup gets another target: of UDP, its next datagram goes there.
 #[test]
 fn datagrams_go_where_their_cgroup_is_to_go_now() {
