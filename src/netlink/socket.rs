@@ -184,7 +184,7 @@ impl Socket {
         }
     }
 
-    /// Sends one dump request and hands each message of the answer to `each`.
+    /// Sends one dump request and gives what `each` makes of the messages of the answer.
     ///
     /// A dump that the kernel marks as interrupted (something changed meanwhile) is asked for
     /// again; after some tries the last answer stands, so a busy table cannot hold us up.
@@ -193,41 +193,54 @@ impl Socket {
         request: &dyn Fn(&mut Batch),
         each: impl Fn(&parse::Message) -> Option<T>,
     ) -> Result<std::result::Result<Vec<T>, Errno>> {
-        let fail = |errno| Error::system("unable to read from netlink", errno);
         let mut tries = 8;
-        'again: loop {
+        loop {
             tries -= 1;
-            let mut batch = self.batch();
-            request(&mut batch);
-            self.send(&batch)?;
-            let (mut found, mut interrupted) = (Vec::new(), false);
-            loop {
-                let length = match self.receive() {
-                    Ok(length) => length,
-                    Err(Errno::EAGAIN) => return Err(fail(Errno::EAGAIN)),
-                    Err(Errno::ENOBUFS) if tries > 0 => continue 'again,
-                    Err(errno) => return Err(fail(errno)),
-                };
-                for message in Messages::new(&self.buf[..length]) {
-                    if message.seq != batch.last_seq() {
-                        continue;
+            let mut found = Vec::new();
+            let mut take = |message: &parse::Message| found.extend(each(message));
+            if let Some(end) = self.try_dump(request, &mut take, tries == 0)? {
+                return Ok(end.map(|()| found));
+            }
+        }
+    }
+
+    /// The same, once; `None` where the answer is not a whole one and this is not the `last` try.
+    /// Compiled once for all that is dumped.
+    fn try_dump(
+        &mut self,
+        request: &dyn Fn(&mut Batch),
+        each: &mut dyn FnMut(&parse::Message),
+        last: bool,
+    ) -> Result<Option<std::result::Result<(), Errno>>> {
+        let mut batch = self.batch();
+        request(&mut batch);
+        self.send(&batch)?;
+        let mut interrupted = false;
+        loop {
+            let length = match self.receive() {
+                Ok(length) => length,
+                Err(Errno::ENOBUFS) if !last => return Ok(None),
+                Err(errno) => return Err(Error::system("unable to read from netlink", errno)),
+            };
+            for message in Messages::new(&self.buf[..length]) {
+                if message.seq != batch.last_seq() {
+                    continue;
+                }
+                interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+                match message.kind {
+                    NLMSG_DONE if interrupted && !last => return Ok(None),
+                    NLMSG_DONE => {
+                        self.stale = false;
+                        return Ok(Some(match parse::i32_ne(message.body) {
+                            Some(code) if code < 0 => Err(Errno::from_raw(-code)),
+                            _ => Ok(()),
+                        }));
                     }
-                    interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
-                    match message.kind {
-                        NLMSG_DONE if interrupted && tries > 0 => continue 'again,
-                        NLMSG_DONE => {
-                            self.stale = false;
-                            return Ok(match parse::i32_ne(message.body) {
-                                Some(code) if code < 0 => Err(Errno::from_raw(-code)),
-                                _ => Ok(found),
-                            });
-                        }
-                        NLMSG_ERROR => {
-                            let errno = parse::reply(&message).map_or(libc::EPROTO, |r| r.errno);
-                            return Ok(Err(Errno::from_raw(errno)));
-                        }
-                        _ => found.extend(each(&message)),
+                    NLMSG_ERROR => {
+                        let errno = parse::reply(&message).map_or(libc::EPROTO, |r| r.errno);
+                        return Ok(Some(Err(Errno::from_raw(errno))));
                     }
+                    _ => each(&message),
                 }
             }
         }
