@@ -744,14 +744,15 @@ fn bytes(count: u64) -> String {
     if count < 1024 {
         return format!("{count} B");
     }
-    let mut value = count as f64 / 1024.0;
+    // in integers: the library's formatting of floats is 8 KiB of program
+    let tenths = |shift: usize| ((u128::from(count) * 10 + (1 << (shift - 1))) >> shift) as u64;
     let mut unit = 0;
     // what would be rounded to 1024.0 belongs to the next unit
-    while value >= 1023.95 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
+    while tenths(10 * (unit + 1)) >= 10240 && unit + 1 < UNITS.len() {
         unit += 1;
     }
-    format!("{value:.1} {}", UNITS[unit])
+    let value = tenths(10 * (unit + 1));
+    format!("{}.{} {}", value / 10, value % 10, UNITS[unit])
 }
 
 #[cfg(test)]
