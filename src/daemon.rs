@@ -621,6 +621,10 @@ impl Daemon<'_> {
             self.kernel.probe_cgroups()?;
         }
         let before = self.before();
+        if before.is_none() {
+            let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
+            self.kernel.tell_inbound(&suspects);
+        }
         let routed = self.add_routing(&config);
         if let Err(error) = routed.and_then(|()| self.replace()) {
             self.undo_routing();

@@ -138,7 +138,7 @@ impl Suspects {
         (self.others.is_none() && ids().nth(FEW).is_none()).then(|| ids().collect())
     }
 
-    fn of(&self, cgroup: u64) -> Option<Suspect> {
+    pub fn of(&self, cgroup: u64) -> Option<Suspect> {
         self.known.get(&cgroup).copied().unwrap_or(self.others)
     }
 }

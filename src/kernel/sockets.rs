@@ -63,6 +63,35 @@ impl Kernel {
         (!doubts.sockets.is_empty()).then_some(doubts)
     }
 
+    /// Tells conntrack, which may begin with our table, of the connections that others made to
+    /// services of these cgroups: where the service speaks next, it would seem to have begun them.
+    pub fn tell_inbound(&mut self, suspects: &Suspects) {
+        if suspects.is_empty() {
+            return;
+        }
+        let listening = |socket: Socket| Some(socket.local.port());
+        let ports: HashSet<u16> =
+            self.sockets(IPPROTO_TCP, 1 << TCP_LISTEN, &[], listening).into_iter().collect();
+        let inbound = |socket: Socket| {
+            let ours = socket.cgroup.is_some_and(|cgroup| suspects.of(cgroup).is_some());
+            let ours = ours && !socket.remote.ip().is_loopback();
+            (ours && ports.contains(&socket.local.port())).then_some((socket.local, socket.remote))
+        };
+        let ids = suspects.ids().unwrap_or_default();
+        for (local, remote) in self.sockets(IPPROTO_TCP, 1 << TCP_ESTABLISHED, &ids, inbound) {
+            let request = |batch: &mut Batch| conntrack::inbound(batch, local, remote);
+            match self.nft.ask(&request, |_| None::<()>) {
+                Ok(Ok(_) | Err(Errno::EEXIST)) => {}
+                Ok(Err(errno)) => {
+                    // no ctnetlink, as on many routers
+                    log!(Debug, "unable to tell conntrack of {remote}: {}", reason(errno));
+                    return;
+                }
+                Err(error) => return log!(Debug, "unable to tell conntrack of {remote}: {error}"),
+            }
+        }
+    }
+
     /// Judges sockets and ends the stale ones until `until`; true when that is done.
     pub fn end_stale(&mut self, doubts: &mut Doubts, until: Instant) -> bool {
         while let Some(socket) = doubts.sockets.pop() {

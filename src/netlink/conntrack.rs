@@ -25,10 +25,14 @@ pub fn get(batch: &mut Batch, protocol: u8, local: SocketAddr, remote: SocketAdd
     let family = if local.is_ipv4() { NFPROTO_IPV4 } else { NFPROTO_IPV6 };
     // struct nfgenmsg
     batch.header(&[family, 0, 0, 0]);
-    let tuple = batch.nest(CTA_TUPLE_ORIG);
+    tuple(batch, CTA_TUPLE_ORIG, protocol, local, remote);
+    batch.end(open);
+}
+
+fn tuple(batch: &mut Batch, which: u16, protocol: u8, from: SocketAddr, to: SocketAddr) {
+    let tuple = batch.nest(which);
     let nest = batch.nest(CTA_TUPLE_IP);
-    for (end, v4, v6) in
-        [(local, CTA_IP_V4_SRC, CTA_IP_V6_SRC), (remote, CTA_IP_V4_DST, CTA_IP_V6_DST)]
+    for (end, v4, v6) in [(from, CTA_IP_V4_SRC, CTA_IP_V6_SRC), (to, CTA_IP_V4_DST, CTA_IP_V6_DST)]
     {
         match end.ip() {
             IpAddr::V4(ip) => batch.raw(v4, &ip.octets()),
@@ -38,10 +42,34 @@ pub fn get(batch: &mut Batch, protocol: u8, local: SocketAddr, remote: SocketAdd
     batch.end_nest(nest);
     let nest = batch.nest(CTA_TUPLE_PROTO);
     batch.u8(CTA_PROTO_NUM, protocol);
-    batch.raw(CTA_PROTO_SRC_PORT, &local.port().to_be_bytes());
-    batch.raw(CTA_PROTO_DST_PORT, &remote.port().to_be_bytes());
+    batch.raw(CTA_PROTO_SRC_PORT, &from.port().to_be_bytes());
+    batch.raw(CTA_PROTO_DST_PORT, &to.port().to_be_bytes());
     batch.end_nest(nest);
     batch.end_nest(tuple);
+}
+
+/// Tells of a TCP connection that `remote` made, before conntrack sees a packet of it: whoever speaks
+/// next would be who made it.
+pub fn inbound(batch: &mut Batch, local: SocketAddr, remote: SocketAddr) {
+    const FOR_SECONDS: u32 = 432_000; // as the kernel has it for what is established
+    let kind = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW;
+    let open = batch.begin(kind, NLM_F_REQUEST | NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK);
+    let family = if local.is_ipv4() { NFPROTO_IPV4 } else { NFPROTO_IPV6 };
+    // struct nfgenmsg
+    batch.header(&[family, 0, 0, 0]);
+    tuple(batch, CTA_TUPLE_ORIG, IPPROTO_TCP, remote, local);
+    tuple(batch, CTA_TUPLE_REPLY, IPPROTO_TCP, local, remote);
+    batch.u32_be(CTA_STATUS, IPS_CONFIRMED | IPS_SEEN_REPLY | IPS_ASSURED);
+    batch.u32_be(CTA_TIMEOUT, FOR_SECONDS);
+    let info = batch.nest(CTA_PROTOINFO);
+    let tcp = batch.nest(CTA_PROTOINFO_TCP);
+    batch.u8(CTA_PROTOINFO_TCP_STATE, TCP_CONNTRACK_ESTABLISHED);
+    // its windows are not known
+    for flags in [CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, CTA_PROTOINFO_TCP_FLAGS_REPLY] {
+        batch.raw(flags, &[IP_CT_TCP_FLAG_BE_LIBERAL; 2]);
+    }
+    batch.end_nest(tcp);
+    batch.end_nest(info);
     batch.end(open);
 }
 

@@ -264,6 +264,8 @@ pub const IP_CT_DIR_REPLY: u8 = 1;
 pub const NF_CT_STATE_NEW_BIT: u32 = 1 << 3;
 pub const NF_CT_STATE_INVALID_BIT: u32 = 1;
 pub const IPS_DST_NAT: u32 = 1 << 5;
+pub const IPS_SEEN_REPLY: u32 = 1 << 1;
+pub const IPS_ASSURED: u32 = 1 << 2;
 pub const IPS_CONFIRMED: u32 = 1 << 3;
 
 // include/uapi/linux/sock_diag.h, include/uapi/linux/inet_diag.h, include/net/tcp_states.h
@@ -298,7 +300,10 @@ pub const IPCTNL_MSG_CT_NEW: u16 = 0;
 pub const IPCTNL_MSG_CT_GET: u16 = 1;
 pub const IPCTNL_MSG_CT_DELETE: u16 = 2;
 pub const CTA_TUPLE_ORIG: u16 = 1;
+pub const CTA_TUPLE_REPLY: u16 = 2;
+pub const CTA_STATUS: u16 = 3;
 pub const CTA_PROTOINFO: u16 = 4;
+pub const CTA_TIMEOUT: u16 = 7;
 pub const CTA_MARK: u16 = 8;
 pub const CTA_MARK_MASK: u16 = 21;
 pub const CTA_TUPLE_IP: u16 = 1;
@@ -311,7 +316,10 @@ pub const CTA_PROTO_NUM: u16 = 1;
 pub const CTA_PROTO_SRC_PORT: u16 = 2;
 pub const CTA_PROTO_DST_PORT: u16 = 3;
 pub const CTA_PROTOINFO_TCP: u16 = 1;
+pub const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 pub const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
+pub const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
+pub const TCP_CONNTRACK_ESTABLISHED: u8 = 3;
 pub const IP_CT_TCP_FLAG_BE_LIBERAL: u8 = 0x08;
 
 // include/uapi/linux/if.h, include/uapi/linux/if_arp.h
