@@ -104,6 +104,45 @@ impl Reminder {
     }
 }
 
+/// How long after a cgroup has come its processes are taken to listen.
+const LISTENING: Duration = Duration::from_secs(5);
+
+/// Between two looks, at the least.
+const RARE: Duration = Duration::from_secs(60);
+
+/// When to look for loops, and what has been told of them.
+#[derive(Debug, Default)]
+pub struct Looks {
+    due: Option<Instant>,
+    last: Option<Instant>,
+    told: Vec<String>,
+}
+
+impl Looks {
+    /// Something has come that may begin to loop. More of that does not put the look off.
+    pub fn want(&mut self, now: Instant) {
+        let rested = self.last.map_or(now, |last| last + RARE);
+        self.due.get_or_insert(rested.max(now + LISTENING));
+    }
+
+    pub fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// The look that is due begins.
+    pub fn done(&mut self, now: Instant) {
+        self.due = None;
+        self.last = Some(now);
+    }
+
+    /// What of all that was found has not been told since it last began.
+    pub fn news(&mut self, found: Vec<String>) -> Vec<String> {
+        let news = found.iter().filter(|line| !self.told.contains(line)).cloned().collect();
+        self.told = found;
+        news
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -129,6 +168,28 @@ mod tests {
                 _ => now += Duration::from_millis(1),
             }
         }
+    }
+
+    #[test]
+    fn looks_are_rare_and_tell_each_loop_once() {
+        let mut looks = Looks::default();
+        let start = Instant::now();
+        assert_eq!(looks.due(), None);
+        looks.want(start);
+        looks.want(start + LISTENING / 2);
+        assert_eq!(looks.due(), Some(start + LISTENING));
+        looks.done(start + LISTENING);
+        assert_eq!(looks.due(), None);
+        looks.want(start + LISTENING);
+        assert_eq!(looks.due(), Some(start + LISTENING + RARE));
+        looks.done(start + LISTENING + RARE);
+        looks.want(start + 3 * RARE);
+        assert_eq!(looks.due(), Some(start + 3 * RARE + LISTENING));
+        let found = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+        assert_eq!(looks.news(found(&["a"])), ["a"]);
+        assert_eq!(looks.news(found(&["a", "b"])), ["b"]);
+        assert_eq!(looks.news(found(&["b"])), [""; 0]);
+        assert_eq!(looks.news(found(&["a", "b"])), ["a"]);
     }
 
     #[test]

@@ -192,6 +192,12 @@ impl Core {
         Some((path, policy::target(&self.config, node.rank)))
     }
 
+    /// The target of the cgroup with this path.
+    pub fn target(&self, path: &[u8]) -> Option<Target> {
+        let node = self.tree.get(path)?;
+        Some(policy::target(&self.config, node.rank))
+    }
+
     /// Whose work it is what happens in that directory; see [`Node::account`].
     pub fn account(&self, path: &[u8]) -> u32 {
         self.tree.get(path).map_or(0, |node| node.account)

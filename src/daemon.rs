@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
-use crate::backoff::{Backoff, Reminder};
+use crate::backoff::{Backoff, Looks, Reminder};
 use crate::cgroup::backlog::Backlog;
 use crate::cgroup::dying::Dying;
 use crate::cgroup::watch::{self, Watcher};
@@ -122,6 +122,8 @@ struct Cgroups {
     crowded: bool,
     /// Memory for what the core asks.
     actions: Vec<Action>,
+    /// A cgroup has come that a tproxy has.
+    proxied: bool,
 }
 
 /// What the kernel has told of its levels.
@@ -200,6 +202,8 @@ struct Daemon<'a> {
     told: BTreeSet<String>,
     /// When to look for chains of others that break ours.
     look_at_others: Option<Instant>,
+    /// When to look for loops, and which have been told.
+    loops: Looks,
     notify: &'a mut Notify,
     /// Sockets that may have to be ended.
     doubts: Option<Doubts>,
@@ -305,6 +309,7 @@ fn begin<'a>(
         routes: Routing::default(),
         told: BTreeSet::new(),
         look_at_others: None,
+        loops: Looks::default(),
         notify,
         doubts: None,
         exposed: false,
@@ -360,6 +365,7 @@ impl Cgroups {
             held: Instant::now(),
             crowded: false,
             actions: Vec::new(),
+            proxied: false,
         };
         let start = cgroups.core.start();
         cgroups.act(&mut vec![start]);
@@ -436,7 +442,11 @@ impl Cgroups {
                     let event = self.watcher.scan(&scan);
                     self.core.step(event, actions);
                 }
-                Action::Watch(found) => self.put_off(&found.path.clone(), Work::Watch(found)),
+                Action::Watch(found) => {
+                    let target = || self.core.target(&found.path);
+                    self.proxied |= !self.proxied && matches!(target(), Some(Target::Tproxy(_)));
+                    self.put_off(&found.path.clone(), Work::Watch(found))
+                }
                 Action::Unwatch(wd) => self.watcher.unwatch(wd),
                 Action::CountDying(path) => {
                     let event = self.watcher.count_dying(path);
@@ -605,6 +615,7 @@ impl Daemon<'_> {
         }
         self.notify.ready();
         self.warn();
+        self.cgroups.proxied = false;
         log!(Notice, "started: {}", self.summary());
         if self.kernel.can_keep_dying() {
             self.cgroups.core.keep_dying([]);
@@ -760,10 +771,9 @@ impl Daemon<'_> {
     fn warn(&mut self) {
         let config = self.cgroups.core.config().clone();
         self.warn_of_others(true);
-        let listeners = self.kernel.listeners(&config);
-        let place = |id| self.cgroups.place(id);
-        for line in loops::find(&config, &listeners, place).into_iter().chain(strays::find(&config))
-        {
+        let found = self.find_loops();
+        self.loops.news(found.clone());
+        for line in found.into_iter().chain(strays::find(&config)) {
             log!(Warning, "{line}");
         }
         if config.tproxies.is_empty() {
@@ -783,6 +793,28 @@ impl Daemon<'_> {
                     let remedy = format!("not work there while net.bridge.{name} = 1, set it to 0");
                     log!(Warning, "{text} {remedy}");
                 }
+            }
+        }
+    }
+
+    fn find_loops(&mut self) -> Vec<String> {
+        let config = self.cgroups.core.config().clone();
+        let listeners = self.kernel.listeners(&config);
+        loops::find(&config, &listeners, |id| self.cgroups.place(id))
+    }
+
+    /// Tells of loops that have begun, a little after a cgroup has come in which that may be: its
+    /// processes listen later.
+    fn look_for_loops(&mut self) {
+        let now = Instant::now();
+        if std::mem::take(&mut self.cgroups.proxied) {
+            self.loops.want(now);
+        }
+        if self.loops.due().is_some_and(|at| at <= now) {
+            self.loops.done(now);
+            let found = self.find_loops();
+            for line in self.loops.news(found) {
+                log::write_limited(Level::Warning, format_args!("{line}"));
             }
         }
     }
@@ -817,6 +849,7 @@ impl Daemon<'_> {
             if self.signals.reload() {
                 self.reload();
             }
+            self.look_for_loops();
         }
     }
 
@@ -862,7 +895,8 @@ impl Daemon<'_> {
             return PollTimeout::ZERO;
         }
         let cgroups = [self.cgroups.look_again, self.cgroups.dying, self.look_at_others];
-        let due = cgroups.into_iter().chain([self.table.due(), self.routing.due()]);
+        let due =
+            cgroups.into_iter().chain([self.table.due(), self.routing.due(), self.loops.due()]);
         match due.flatten().min() {
             None => PollTimeout::NONE,
             Some(at) => {
@@ -1005,6 +1039,7 @@ impl Daemon<'_> {
             Ok(()) => {
                 self.forget_routes();
                 self.table.done(began, Instant::now());
+                self.loops.want(Instant::now());
                 log::write_limited(Level::Notice, format_args!("the table is in force again"));
                 if std::mem::take(&mut self.exposed) {
                     let suspects = Suspects::find(&self.cgroups.core, None, |_| true);

@@ -61,6 +61,38 @@ fn each_guard_alone_is_enough() {
     }
 }
 
+/// Nobody asks, and nothing is reloaded.
+#[test]
+fn a_loop_that_begins_later_is_told_once() {
+    let Some(ground) = Ground::new("later") else {
+        return;
+    };
+    // what the other tests do beside the cgroup root is told as well
+    let root = ground.at("/own");
+    ground.cgroup("/own");
+    let config = format!(
+        "[global]\ndefault = mihomo\ncgroup-root = {}\n[tproxy mihomo]\nport = 7893\n",
+        root.display()
+    );
+    let daemon = Daemon::start(&ground, &config, &[]);
+    // what is told at the start has been
+    assert!(daemon.wait_log("started:", Duration::from_secs(5)), "{}", daemon.logs());
+    assert!(!daemon.logs().contains("loop:"), "{}", daemon.logs());
+    let any = addr("::".parse().expect("an address"), 7893);
+    let proxy = Client::tcp(&ground.cgroup("/own/proxy"), any);
+    let _proxy = proxy.timeout(Duration::from_secs(60)).relay();
+    let said = "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is \
+                in cgroup /proxy;";
+    assert!(daemon.wait_log(said, Duration::from_secs(20)), "{}", daemon.logs());
+    // asked for it is told again
+    let before = daemon.logs().len();
+    daemon.signal(Signal::SIGUSR1);
+    let again = || daemon.logs()[before..].contains(said);
+    assert!(wait_until(Duration::from_secs(5), again), "{}", daemon.logs());
+    assert_eq!(daemon.logs().matches(said).count(), 2);
+    assert!(daemon.stop().success());
+}
+
 #[test]
 fn a_loop_is_told() {
     let Some(ground) = Ground::new("loop") else {
