@@ -281,7 +281,9 @@ fn begin<'a>(
     log::configure(config.log_level.louder(options.verbose), options.syslog);
     let pidfile = options.pidfile.clone().map(Pidfile::new).transpose()?;
     let mut kernel = Kernel::open_watching(&config)?;
-    let before = instance::claim(&mut kernel)?;
+    let Some(before) = instance::claim(&mut kernel, signals)? else {
+        return Ok(None);
+    };
     let on_exit = config.on_exit;
     let mounts = File::open("/proc/self/mountinfo").ok();
     let scanned = Host::ask(&mut kernel).and_then(|host| {

@@ -2,10 +2,10 @@
 //! the network namespace as the table does, needs no file, is gone with the process however it
 //! ends, and without CAP_NET_ADMIN here nobody can take it, fake it, or keep anybody waiting.
 
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{poll, PollFd, PollFlags};
 use nix::time::{clock_gettime, ClockId};
 
 use crate::error::{Error, Result};
@@ -13,19 +13,20 @@ use crate::kernel::Kernel;
 use crate::log;
 use crate::nft::lock::Lock;
 use crate::nft::ruleset::TABLE;
+use crate::signals::Signals;
 
 /// How long another instance is waited for, in case it is about to end as in a restart; how long
 /// where it has been told to and did not get to it yet; and how often it is looked at.
 const PATIENCE: Duration = Duration::from_secs(2);
 const LONG_PATIENCE: Duration = Duration::from_secs(10);
-const PAUSE: Duration = Duration::from_millis(5);
+const PAUSE: u8 = 5; // milliseconds
 
 /// Takes the lock for as long as `kernel` lives, and sees to it that nobody owns the table. Waits
 /// shortly for another instance to end.
 ///
-/// Returns what the lock said before. Errors: another instance runs; its pid is said. Somebody else
+/// Returns what the lock said before; `None` where the end is wanted first. Errors: another instance runs; its pid is said. Somebody else
 /// owns a table of our name.
-pub fn claim(kernel: &mut Kernel) -> Result<Option<Lock>> {
+pub fn claim(kernel: &mut Kernel, signals: &mut Signals) -> Result<Option<Option<Lock>>> {
     let start = Instant::now();
     let mut before = kernel.lock()?;
     while let Some(pid) = try_claim(kernel)? {
@@ -33,7 +34,9 @@ pub fn claim(kernel: &mut Kernel) -> Result<Option<Lock>> {
         if start.elapsed() > patience {
             return Err(Error::State(format!("already running{}", with_pid(pid))));
         }
-        sleep(PAUSE);
+        if is_ended(signals)? {
+            return Ok(None);
+        }
         before = kernel.lock()?;
     }
     // the socket of the last one may be about to be closed
@@ -44,9 +47,19 @@ pub fn claim(kernel: &mut Kernel) -> Result<Option<Lock>> {
                 format!("table inet {TABLE} is owned by another process (netlink port {owner})");
             return Err(Error::State(why));
         }
-        sleep(PAUSE);
+        if is_ended(signals)? {
+            give_back(kernel, before);
+            return Ok(None);
+        }
     }
-    Ok(before)
+    Ok(Some(before))
+}
+
+/// Waits for a moment, or until a signal comes; whether the end is wanted.
+fn is_ended(signals: &mut Signals) -> Result<bool> {
+    // refused or not, the end is looked at, and the patience of who asks ends
+    let _ = poll(&mut [PollFd::new(signals.fd(), PollFlags::POLLIN)], PAUSE);
+    Ok(signals.end()?.is_some())
 }
 
 /// Takes the lock, or says who has it.

@@ -178,6 +178,31 @@ fn the_next_one_waits_for_the_last() {
     assert_eq!(residue(), "");
 }
 
+/// Who waits for the lock, or to try again, ends at once when told to.
+#[test]
+fn a_waiting_start_ends_at_once() {
+    let Some(ground) = Ground::new("impatient") else {
+        return;
+    };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let before = state();
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR2] {
+        let mut second = Daemon::spawn(&ground, CONFIG, &[], &[]);
+        let blocked = |second: &Daemon| {
+            let set = u64::from_str_radix(&second.process("SigBlk"), 16).unwrap_or(0);
+            set & 1 << (signal as i32 - 1) != 0
+        };
+        assert!(wait_until(Duration::from_secs(5), || blocked(&second)), "{}", second.logs());
+        second.signal(signal);
+        let status = second.wait();
+        assert_eq!(status.code(), Some(0), "{signal}: {}", second.logs());
+        assert!(second.logs().contains("stopped while it started"), "{}", second.logs());
+        assert_eq!(state(), before, "{signal}");
+    }
+    assert!(daemon.stop().success());
+    assert_eq!(residue(), "");
+}
+
 /// Until the next one starts, `status` says that nothing keeps the table in step, since when if the
 /// last one had a chance to note it, and how many cgroups have come.
 #[test]
