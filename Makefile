@@ -26,7 +26,7 @@ RELATIVE      = $(CURDIR)=cgtproxy $(SYSROOT)=rust $(or $(CARGO_HOME),$(HOME)/.c
 FOR_SIZE      = -Z build-std=std,panic_abort -Z build-std-features=optimize_for_size
 BUILD_STD     = $(if $(filter %-gnu,$(TARGET)),,$(if $(wildcard $(SYSROOT)/lib/rustlib/src/rust/library/std),$(FOR_SIZE)))
 
-.PHONY: all build toolchain deps demo test bench soak fuzz clean
+.PHONY: all build toolchain deps root demo test bench soak fuzz clean
 
 all: build
 
@@ -65,8 +65,11 @@ deps:
 	    "nft, ip, strace, pkg-config, mandoc, python3, bash, libmnl and libnftnl with headers" >&2; exit 1; }; \
 	fi
 
+root:
+	@test "$$(id -u)" = 0 || { echo "make: this needs root, for network namespaces and cgroups of its own" >&2; exit 1; }
+
 # The main job for real, in throw-away namespaces: nothing of this host's network is touched.
-demo: build deps
+demo: root build deps
 	cargo test --quiet --locked --test it demo::demo -- --ignored --nocapture
 
 # All tests; needs root, and says SKIP for what cannot be had without.

@@ -118,7 +118,7 @@ init-test: build deps deb
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap busybox lintian; }
 	tests/init/run.sh
 
-# `make build` on a fresh Debian 13, with the Rust that it has.
+# `make build` and `make demo` on a fresh Debian 13, with the Rust that it has.
 .PHONY: fresh-test
 fresh-test:
 	command -v debootstrap >/dev/null || { apt-get update -qq && \

@@ -69,20 +69,34 @@ deb() {
 	done
 }
 
-# README's first command on Debian 13 as it is, with its own Rust: rust-version is what it says
+# README's two commands on Debian 13 as it is, with its own Rust: rust-version is what it says
 fresh() {
-	echo "build by Debian trixie's own Rust"
+	echo "build, demo and tests by Debian trixie's own Rust"
 	tree trixie cargo,rustc,gcc,make,libc6-dev rust || { rc=1; return; }
 	mkdir -p $trees/run/src $trees/run/root/.cargo
 	git ls-files | tar -cT - | tar -xC $trees/run/src
 	cargo fetch --quiet --locked
 	cp -a "${CARGO_HOME:-$HOME/.cargo}/registry" $trees/run/root/.cargo/
-	within() { unshare -m chroot $trees/run env -i HOME=/root PATH=/usr/sbin:/usr/bin CARGO_NET_OFFLINE=true sh -c "$1"; }
-	within 'mount -t proc proc /proc; make -C /src build' >$trees/fresh.log 2>&1 &&
-		within '/src/target/*-gnu/release/cgtproxy --version' >>$trees/fresh.log &&
-		! within 'ldd /src/target/*-gnu/release/cgtproxy' >>$trees/fresh.log 2>&1 &&
-		echo "ok     builds, static: $(within 'rustc --version')" ||
-		{ echo "FAILED build, see $trees/fresh.log"; tail -5 $trees/fresh.log; rc=1; }
+	cp /etc/resolv.conf $trees/run/etc/
+	: >$trees/fresh.log
+	# a mount of its own as the root directory: the tests change how it propagates
+	within() {
+		unshare -m sh -c 'mount --bind "$0" "$0" && cd "$0" && exec chroot . "$@"' $trees/run \
+			env -i HOME=/root PATH=/usr/sbin:/usr/bin CARGO_NET_OFFLINE=true CI=true sh -c "mount -t proc proc /proc
+				mount -t sysfs sysfs /sys; mount -t cgroup2 cgroup2 /sys/fs/cgroup; mount -t devtmpfs dev /dev; $1"
+	}
+	passes() { # DESCRIPTION COMMAND
+		SECONDS=0
+		within "$2" >>$trees/fresh.log 2>&1 && echo "ok     $1, ${SECONDS} s" ||
+			{ echo "FAILED $1, see $trees/fresh.log"; tail -5 $trees/fresh.log; rc=1; }
+	}
+	passes "make demo without root: one line" "setpriv --reuid=65534 --clear-groups make -C /src demo 2>&1 |
+		grep '^make: .*root'"
+	passes "make builds: $(within 'rustc --version')" 'make -C /src build && /src/target/*-gnu/release/cgtproxy --version'
+	passes "a static binary" '! ldd /src/target/*-gnu/release/cgtproxy'
+	passes "make demo, with what it installs" 'make -C /src demo'
+	passes "all tests compile" 'cd /src && cargo test --locked --no-run'
+	passes "the unit tests pass" 'cd /src && cargo test --locked --lib --test config --test encode --test layers'
 	for missing in cc:gcc cargo:Rust; do
 		mv "$trees/run/usr/bin/${missing%:*}" "$trees/run/root/"
 		within 'make -C /src build' 2>&1 | grep -q "^make: .*${missing#*:}" &&
