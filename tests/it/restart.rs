@@ -154,6 +154,8 @@ fn the_next_one_waits_for_the_last() {
     let _proxy = Server::start("proxy mihomo", &[7893]);
     let mut daemon = Daemon::start(&ground, CONFIG, &[]);
     let floods = floods(&ground);
+    await_member(&ground.cgroup("/drop"), "drop");
+    await_member(&ground.cgroup("/proxied"), "mihomo");
     let before = state();
     world.wire.packets();
     for i in 0..sized(20, 200) {
