@@ -8,8 +8,8 @@ use crate::config::{Config, Take, Target, Tproxy};
 use crate::host::Host;
 use crate::listen::{finds, Finds, Listener, Origin};
 use crate::loops::Place;
+use crate::net::{Family, L4};
 use crate::netlink::diag;
-use crate::nft::expr::{Family, L4};
 
 /// What was looked for: `Ok` where it is as it should be, and what is wrong, with the remedy.
 pub type Finding = Result<String, String>;

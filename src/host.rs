@@ -6,12 +6,12 @@ use std::net::{IpAddr, Ipv6Addr};
 use nix::sys::socket::SockProtocol;
 
 use crate::listen::{self, Listener};
+use crate::net;
 use crate::netlink::diag;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
 use crate::netlink::socket::Socket;
 use crate::netlink::uapi::*;
-use crate::nft::expr;
 
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,7 +67,7 @@ impl Host {
     /// The interfaces that a section of the configuration means, as far as they are there.
     pub fn interfaces_of<'a>(
         &'a self,
-        wanted: &'a expr::Interface,
+        wanted: &'a net::Interface,
     ) -> impl Iterator<Item = &'a Interface> {
         let is = move |found: &&Interface| match wanted.prefix {
             true => found.name.starts_with(&wanted.name),

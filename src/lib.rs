@@ -22,6 +22,7 @@ pub mod kernel;
 pub mod listen;
 pub mod log;
 pub mod loops;
+pub mod net;
 pub mod netlink;
 pub mod nft;
 pub mod notify;

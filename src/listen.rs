@@ -4,11 +4,11 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use crate::net::{Family, L4};
 use crate::netlink::diag;
 use crate::netlink::msg::Batch;
 use crate::netlink::socket::Socket;
 use crate::netlink::uapi::*;
-use crate::nft::expr::{Family, L4};
 
 /// A socket that waits for connections, or for datagrams from anybody.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,9 +7,9 @@ use std::os::unix::ffi::OsStrExt;
 use crate::cgroup::mount::Root;
 use crate::config::Config;
 use crate::core::{Core, Delta, Snapshot};
+use crate::net::Family;
 use crate::netlink::msg::Batch;
 use crate::nft::encode::Transaction;
-use crate::nft::expr::Family;
 use crate::nft::ruleset::{dying_name, output_rules, set_name, Content, Table, OUTPUT, TABLE};
 use crate::route::{Entry, Needs};
 

@@ -10,10 +10,10 @@ use std::mem::discriminant;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::config::Config;
+use crate::net::{Family, Interface, Mark};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs};
 use crate::netlink::uapi::*;
-use crate::nft::expr::{Family, Interface, Mark};
 
 /// `ip rule … pref PRIORITY iif IIF fwmark MARK/MASK lookup TABLE`
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]

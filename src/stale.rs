@@ -12,10 +12,10 @@ use std::rc::Rc;
 use crate::cgroup::tree::{self, Node};
 use crate::config::{Config, Take, Target};
 use crate::core::Core;
+use crate::net::{Address, Range};
 use crate::netlink::conntrack::Flow;
 use crate::netlink::diag::Socket;
 use crate::netlink::uapi::*;
-use crate::nft::expr::{Address, Range};
 use crate::nft::ruleset;
 use crate::policy;
 

@@ -15,8 +15,8 @@ use cgtproxy::config::{
 use cgtproxy::core::Core;
 use cgtproxy::error::reason;
 use cgtproxy::log::Level;
+use cgtproxy::net::{Mark, Range};
 use cgtproxy::netlink::msg::Batch;
-use cgtproxy::nft::expr::{Mark, Range};
 use cgtproxy::plan;
 use nix::errno::Errno;
 use nix::sys::stat::Mode;

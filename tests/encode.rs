@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 
 use cgtproxy::config::{self, Config, Source, Target};
 use cgtproxy::core::{Delta, Snapshot};
+use cgtproxy::net::{Family, Interface, Mac, Mark, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
 use cgtproxy::nft::encode::{self, Transaction};
-use cgtproxy::nft::expr::{Family, Interface, Mac, Mark, Range, Stmt, Verdict, L4};
+use cgtproxy::nft::expr::{Stmt, Verdict};
 use cgtproxy::nft::ruleset::{
     dying_name, output_rules, set_name, Base, Chain, Content, Element, Set, Table, OUTPUT,
 };

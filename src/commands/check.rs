@@ -22,9 +22,10 @@ use crate::host::Host;
 use crate::kernel::{self, Kernel};
 use crate::log;
 use crate::log::Level;
+use crate::net::Family;
 use crate::netlink::uapi::*;
 use crate::nft::encode::Probe;
-use crate::nft::expr::{Expr, Family};
+use crate::nft::expr::Expr;
 use crate::nft::ruleset::{Base, TABLE};
 use crate::policy;
 use crate::route::{Action, Needs, Seen};
@@ -668,9 +669,9 @@ fn read_number(path: impl AsRef<Path>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::{Interface, Mark};
     use crate::netlink::msg::Batch;
     use crate::netlink::parse::Messages;
-    use crate::nft::expr::{Interface, Mark};
     use crate::route::{Entry, IpRule, SeenRule};
 
     #[test]

@@ -21,9 +21,9 @@ use crate::json::Json;
 use crate::kernel::{self, Held, Kernel};
 use crate::listen::{finds, Finds, Origin};
 use crate::log::Escaped;
+use crate::net::{Family, Mark, L4};
 use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
 use crate::nft::dump::{Counter, Gateway, Target, View};
-use crate::nft::expr::{Family, Mark, L4};
 use crate::nft::lock::Lock;
 use crate::nft::ruleset::TABLE;
 use crate::route::{self, Action, Entry, IpRule, Needs, Route};
@@ -758,7 +758,7 @@ fn bytes(count: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::nft::expr::Interface;
+    use crate::net::Interface;
 
     #[test]
     fn iec_units() {

@@ -16,7 +16,7 @@ use std::rc::Rc;
 use regex_lite::{Regex, RegexBuilder};
 
 use crate::log::Level;
-use crate::nft::expr::{Family, Interface, Mac, Mark, Range};
+use crate::net::{Family, Interface, Mac, Mark, Range};
 use ini::Line;
 use pattern::Pattern;
 
@@ -72,8 +72,8 @@ impl Tproxy {
     }
 
     /// The protocols whose port 53 is hijacked.
-    pub fn dns_protocols(&self) -> impl Iterator<Item = crate::nft::expr::L4> {
-        use crate::nft::expr::L4;
+    pub fn dns_protocols(&self) -> impl Iterator<Item = crate::net::L4> {
+        use crate::net::L4;
         let tcp = self.dns_tcp.then_some(L4::Tcp);
         let udp = self.hijacks_dns().then_some(L4::Udp);
         udp.into_iter().chain(tcp.filter(|_| self.hijacks_dns()))

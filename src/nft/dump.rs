@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::encode::nfgenmsg;
-use super::expr::{Interface, Mark};
 use super::ruleset::{OUTPUT, TABLE};
+use crate::net::{Interface, Mark};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
 use crate::netlink::uapi::*;
@@ -438,9 +438,9 @@ fn total(rules: &[&Rule]) -> Option<Counter> {
 mod tests {
     use super::*;
     use crate::config::{Config, Take, Target as ConfigTarget, Tproxy};
+    use crate::net::Range;
     use crate::netlink::parse::Messages;
     use crate::nft::encode::Transaction;
-    use crate::nft::expr::Range;
     use crate::nft::ruleset::{output_rules, Element as Pair, Table};
     use std::collections::BTreeSet;
 

@@ -2,8 +2,9 @@
 //! so that tests can hold each message against that library's.
 //! Source: include/uapi/linux/netfilter/nf_tables.h, libnftnl, nfnetlink's batches.
 
-use super::expr::{Address, Anonymous, Expr, Range, SetRef, Verdict};
+use super::expr::{Anonymous, Expr, SetRef, Verdict};
 use super::ruleset::{Base, Chain, Content, Rule, Set, Table, OUTPUT, TABLE};
+use crate::net::{Address, Range};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Messages};
 use crate::netlink::uapi::*;

@@ -6,8 +6,9 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::expr::{Family, Mark, Range, Stmt, Verdict, L4};
+use super::expr::{Stmt, Verdict};
 use crate::config::{Config, Gateway, Take, Target, Tproxy};
+use crate::net::{Family, Mark, Range, L4};
 use crate::netlink::uapi::*;
 
 /// Name of our one table, in family inet.

@@ -6,7 +6,8 @@
 
 use std::ffi::{c_char, c_int, CStr, CString};
 
-use cgtproxy::nft::expr::{Address, Anonymous, Expr, Range, SetRef, Stmt, Verdict};
+use cgtproxy::net::{Address, Range};
+use cgtproxy::nft::expr::{Anonymous, Expr, SetRef, Stmt, Verdict};
 use cgtproxy::nft::ruleset::{Chain, Content, Rule, Set, Table};
 use nftnl::nftnl_sys::*;
 

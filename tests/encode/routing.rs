@@ -4,8 +4,8 @@
 
 use std::collections::BTreeSet;
 
+use cgtproxy::net::{Family, Mark};
 use cgtproxy::netlink::msg::Batch;
-use cgtproxy::nft::expr::{Family, Mark};
 use cgtproxy::route::{self, Action, Entry, IpRule, Route};
 
 use crate::hex;

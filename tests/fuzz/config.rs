@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use cgtproxy::config::{self, Source, Target};
 use cgtproxy::core::Snapshot;
 use cgtproxy::netlink::msg::Batch;
-use cgtproxy::nft::expr::Family;
+use cgtproxy::net::Family;
 use cgtproxy::{plan, policy};
 use libfuzzer_sys::{fuzz_target, Corpus};
 

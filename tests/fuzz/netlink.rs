@@ -7,7 +7,7 @@ use cgtproxy::config::Config;
 use cgtproxy::netlink::diag;
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
 use cgtproxy::nft::{dump, encode, event::Follower, others};
-use cgtproxy::nft::expr::Family;
+use cgtproxy::net::Family;
 use cgtproxy::route::{self, Needs, Seen};
 use libfuzzer_sys::fuzz_target;
 

@@ -1,0 +1,236 @@
+//! Addresses, marks and interfaces: what the configuration and the rules both speak of. Pure data.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+use crate::netlink::uapi::{IPPROTO_TCP, IPPROTO_UDP, NFPROTO_IPV4, NFPROTO_IPV6};
+
+/// The two layer 3 families.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub const BOTH: [Family; 2] = [Family::V4, Family::V6];
+
+    pub fn of(address: &IpAddr) -> Family {
+        match address {
+            IpAddr::V4(_) => Family::V4,
+            IpAddr::V6(_) => Family::V6,
+        }
+    }
+
+    /// `NFPROTO_*` and `AF_*`, which are the same number for both.
+    pub fn number(self) -> u8 {
+        match self {
+            Family::V4 => NFPROTO_IPV4,
+            Family::V6 => NFPROTO_IPV6,
+        }
+    }
+
+    /// `ip` or `ip6`, as nft says it.
+    pub fn nft(self) -> &'static str {
+        match self {
+            Family::V4 => "ip",
+            Family::V6 => "ip6",
+        }
+    }
+}
+
+/// The layer 4 protocols that a tproxy takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum L4 {
+    Tcp,
+    Udp,
+}
+
+impl L4 {
+    pub fn number(self) -> u8 {
+        match self {
+            L4::Tcp => IPPROTO_TCP,
+            L4::Udp => IPPROTO_UDP,
+        }
+    }
+
+    /// `tcp` or `udp`, as nft says it.
+    pub fn nft(self) -> &'static str {
+        match self {
+            L4::Tcp => "tcp",
+            L4::Udp => "udp",
+        }
+    }
+}
+
+/// A value under a mask: the bits of `mask` are compared or written, all others left alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark {
+    pub value: u32,
+    pub mask: u32,
+}
+
+/// An interface by its name, or all whose names begin so.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Interface {
+    /// 1 to 15 bytes; without the `*` of a prefix.
+    pub name: String,
+    pub prefix: bool,
+}
+
+impl fmt::Display for Interface {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let star = if self.prefix { "*" } else { "" };
+        write!(f, "{}{star}", self.name)
+    }
+}
+
+/// An Ethernet address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mac(pub [u8; 6]);
+
+impl FromStr for Mac {
+    type Err = ();
+
+    /// `02:00:00:00:00:01`
+    fn from_str(text: &str) -> Result<Mac, ()> {
+        let mut mac = [0; 6];
+        let mut pairs = text.split(':');
+        for byte in &mut mac {
+            let pair = pairs.next().filter(|pair| pair.len() == 2).ok_or(())?;
+            // from_str_radix would take a sign
+            if !pair.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(());
+            }
+            *byte = u8::from_str_radix(pair, 16).map_err(|_| ())?;
+        }
+        pairs.next().map_or(Ok(Mac(mac)), |_| Err(()))
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// An inclusive range of addresses of one family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Range<A> {
+    pub first: A,
+    pub last: A,
+}
+
+/// An address that intervals are made of.
+pub trait Address: Copy + Ord + fmt::Display {
+    const BITS: u32;
+    fn to_bits(self) -> u128;
+    fn from_bits(bits: u128) -> Self;
+    /// The bytes in network order.
+    fn bytes(self) -> Vec<u8>;
+}
+
+impl Address for Ipv4Addr {
+    const BITS: u32 = 32;
+    fn to_bits(self) -> u128 {
+        u128::from(u32::from(self))
+    }
+    fn from_bits(bits: u128) -> Self {
+        Ipv4Addr::from(bits as u32)
+    }
+    fn bytes(self) -> Vec<u8> {
+        self.octets().to_vec()
+    }
+}
+
+impl Address for Ipv6Addr {
+    const BITS: u32 = 128;
+    fn to_bits(self) -> u128 {
+        u128::from(self)
+    }
+    fn from_bits(bits: u128) -> Self {
+        Ipv6Addr::from(bits)
+    }
+    fn bytes(self) -> Vec<u8> {
+        self.octets().to_vec()
+    }
+}
+
+impl<A: Address> Range<A> {
+    /// The range of a prefix; host bits of `address` are ignored.
+    pub fn prefix(address: A, length: u32) -> Range<A> {
+        let host = match A::BITS - length {
+            0 => 0,
+            128 => u128::MAX,
+            n => (1u128 << n) - 1,
+        };
+        let first = address.to_bits() & !host;
+        Range { first: A::from_bits(first), last: A::from_bits(first | host) }
+    }
+
+    /// Sorts, and joins what overlaps or touches: interval sets refuse overlapping elements.
+    pub fn merge(mut ranges: Vec<Range<A>>) -> Vec<Range<A>> {
+        ranges.sort_unstable();
+        let mut merged: Vec<Range<A>> = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            match merged.last_mut() {
+                Some(last) if range.first.to_bits() <= last.last.to_bits().saturating_add(1) => {
+                    last.last = last.last.max(range.last);
+                }
+                _ => merged.push(range),
+            }
+        }
+        merged
+    }
+
+    /// The address after the last, or `None` where the range ends with the address space.
+    pub fn end(&self) -> Option<A> {
+        let all = u128::MAX >> (128 - A::BITS);
+        (self.last.to_bits() < all).then(|| A::from_bits(self.last.to_bits() + 1))
+    }
+}
+
+impl<A: Address> fmt::Display for Range<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let span = self.last.to_bits() ^ self.first.to_bits();
+        let aligned = span & span.wrapping_add(1) == 0 && self.first.to_bits() & span == 0;
+        match (span, aligned) {
+            (0, _) => write!(f, "{}", self.first),
+            (_, true) => write!(f, "{}/{}", self.first, A::BITS - span.count_ones()),
+            _ => write!(f, "{}-{}", self.first, self.last),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn r(first: [u8; 4], last: [u8; 4]) -> Range<Ipv4Addr> {
+        Range { first: first.into(), last: last.into() }
+    }
+
+    #[test]
+    fn ranges_merge_and_print_as_prefixes() {
+        let p = |a: [u8; 4], n| Range::prefix(Ipv4Addr::from(a), n);
+        assert_eq!(p([10, 1, 2, 3], 8), r([10, 0, 0, 0], [10, 255, 255, 255]));
+        assert_eq!(p([1, 2, 3, 4], 0).to_string(), "0.0.0.0/0");
+        assert_eq!(p([1, 2, 3, 4], 32).to_string(), "1.2.3.4");
+        assert_eq!(r([10, 0, 0, 1], [10, 0, 0, 2]).to_string(), "10.0.0.1-10.0.0.2");
+        let merged = Range::merge(vec![
+            p([10, 0, 0, 0], 9),
+            p([255, 255, 255, 255], 32),
+            p([10, 128, 0, 0], 9),
+            p([10, 1, 0, 0], 16),
+            p([12, 0, 0, 0], 8),
+        ]);
+        let text: Vec<_> = merged.iter().map(Range::to_string).collect();
+        assert_eq!(text, ["10.0.0.0/8", "12.0.0.0/8", "255.255.255.255"]);
+        assert_eq!(merged[0].end(), Some(Ipv4Addr::new(11, 0, 0, 0)));
+        assert_eq!(merged[2].end(), None);
+        assert_eq!(Range::prefix(Ipv6Addr::UNSPECIFIED, 0).end(), None);
+        assert_eq!(Range::prefix(Ipv6Addr::LOCALHOST, 0).to_string(), "::/0");
+    }
+}
