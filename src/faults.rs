@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::config::{Config, Take, Target, Tproxy};
-use crate::host::Host;
+use crate::host::{Host, Interface};
 use crate::listen::{finds, Finds, Listener, Origin};
 use crate::loops::Place;
 use crate::net::{Family, L4};
@@ -35,7 +35,16 @@ pub fn of_host(config: &Config, host: &Host) -> Vec<Finding> {
         }
     }
     findings.extend(absent(config, host).map(Err));
+    if !config.tproxies.is_empty() && host.interfaces.iter().flatten().any(is_lo_down) {
+        let text =
+            "lo is down: what goes to a tproxy is dropped until it is up (ip link set lo up)";
+        findings.push(Err(text.into()));
+    }
     findings
+}
+
+fn is_lo_down(interface: &Interface) -> bool {
+    interface.name == "lo" && !interface.is_up
 }
 
 fn protocol(l4: L4) -> &'static str {

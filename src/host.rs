@@ -18,6 +18,7 @@ use crate::netlink::uapi::*;
 pub struct Interface {
     pub index: u32,
     pub name: String,
+    pub is_up: bool,
     pub is_bridge: bool,
 }
 
@@ -126,6 +127,8 @@ fn parse_link(message: &Message) -> Option<Interface> {
     Some(Interface {
         index: parse::u32_ne(message.body.get(4..)?)?,
         name: parse::str_z(attrs.get(IFLA_IFNAME)?).into_owned(),
+        // struct ifinfomsg: index at 4, flags at 8
+        is_up: parse::u32_ne(message.body.get(8..)?)? & IFF_UP != 0,
         is_bridge: kind.as_deref() == Some("bridge"),
     })
 }

@@ -1620,6 +1620,10 @@ fn check_tells_whether_dns_is_answered() {
     }
     let local = with("dns-hijack = 192.0.2.1:1053\ndns-hijack-tcp = yes");
     both_find(&ground, &local, "nothing listens at 192.0.2.1:1053 (UDP and TCP)");
+    // nothing gets to a tproxy then, whoever listens
+    ip_batch(&[], "link set lo down\n");
+    both_find(&ground, CONFIG, "lo is down: what goes to a tproxy is dropped until it is up");
+    ip_batch(&[], "link set lo up\n");
     // who answers on another host is not known
     check(&ground, &with("dns-hijack = 203.0.113.7"), CLEAN).finds_no("warning");
     let udp = std::net::UdpSocket::bind("[::]:1053").expect("bind");
