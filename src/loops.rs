@@ -76,30 +76,16 @@ pub fn find(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{load, Source, Tproxy};
-    use std::path::{Path, PathBuf};
+    use crate::config::Tproxy;
+    use crate::testing;
 
     fn listener(uid: u32, cgroup: u64) -> Vec<Listener> {
         vec![Listener { uid, cgroup }]
     }
 
-    struct Text(&'static str);
-
-    impl Source for Text {
-        fn read(&self, _: &Path) -> Result<String, String> {
-            Ok(self.0.into())
-        }
-        fn glob(&self, _: &Path) -> Result<Vec<PathBuf>, String> {
-            Ok(Vec::new())
-        }
-        fn uid(&self, _: &str) -> Option<u32> {
-            None
-        }
-    }
-
     fn config() -> Config {
         let text = "[tproxy a]\nport = 1\n[tproxy b]\nport = 2\n[tproxy c]\nport = 3\n";
-        load(&Text(text), Path::new("c")).expect("a good configuration")
+        testing::config(text)
     }
 
     /// Cgroup n belongs to tproxy n, cgroup 9 to nobody.

@@ -301,23 +301,8 @@ fn holds<A: Address>(ranges: &[Range<A>], address: A) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{load, Source};
     use crate::netlink::diag::example;
-    use std::path::{Path, PathBuf};
-
-    struct Text(&'static str);
-
-    impl Source for Text {
-        fn read(&self, _: &Path) -> Result<String, String> {
-            Ok(self.0.into())
-        }
-        fn glob(&self, _: &Path) -> Result<Vec<PathBuf>, String> {
-            Ok(Vec::new())
-        }
-        fn uid(&self, _: &str) -> Option<u32> {
-            None
-        }
-    }
+    use crate::testing;
 
     const CONFIG: &str = "[global]\nbypass = 198.51.100.0/24\nbypass-mark = 7\nbypass-user = 5\n\
                           [tproxy p]\nport = 1\n[tproxy q]\nport = 2\nudp = no\nipv6 = drop\n";
@@ -327,7 +312,7 @@ mod tests {
     const Q: Target = Target::Tproxy(1);
 
     fn judge(now: Target, was: Was) -> Judge {
-        let config = load(&Text(CONFIG), Path::new("c")).expect("a good configuration");
+        let config = testing::config(CONFIG);
         let known = HashMap::from([(1, Some(Suspect { now, was }))]);
         Judge::new(Rc::new(config), Suspects { known, others: None }, 32768..=60999)
     }

@@ -74,22 +74,7 @@ fn line(strays: &[Process], is_service: impl Fn(&[u8]) -> bool) -> Option<String
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{load, Source};
-    use std::path::PathBuf;
-
-    struct Text(&'static str);
-
-    impl Source for Text {
-        fn read(&self, _: &Path) -> Result<String, String> {
-            Ok(self.0.into())
-        }
-        fn glob(&self, _: &Path) -> Result<Vec<PathBuf>, String> {
-            Ok(Vec::new())
-        }
-        fn uid(&self, _: &str) -> Option<u32> {
-            None
-        }
-    }
+    use crate::testing;
 
     #[test]
     fn children_of_procd_in_the_root_cgroup() {
@@ -111,7 +96,7 @@ mod tests {
     #[test]
     fn services_are_named() {
         let rules = "[rules]\ndrop = /services/telemetry\ndirect = /services/sing-box/sing-box\n";
-        let config = load(&Text(rules), Path::new("c")).expect("a good configuration");
+        let config = testing::config(rules);
         let process = |pid, name: &str| Process { pid, names: ["", name].map(|n| n.into()) };
         let strays = [process(7, "telemetry"), process(8, "ash"), process(9, "sing-box")];
         let is_service = |name: &[u8]| decides(&config, &String::from_utf8_lossy(name));

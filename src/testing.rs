@@ -1,4 +1,31 @@
-//! What unit tests share: a seeded generator, so that a failure can be run again.
+//! What unit tests share: a configuration from a text, and a seeded generator, so that a failure can
+//! be run again.
+
+use std::path::{Path, PathBuf};
+
+use crate::config::{load, Config, Source};
+
+/// The one file that there is.
+struct Text(&'static str);
+
+impl Source for Text {
+    fn read(&self, _: &Path) -> Result<String, String> {
+        Ok(self.0.into())
+    }
+
+    fn glob(&self, _: &Path) -> Result<Vec<PathBuf>, String> {
+        Ok(Vec::new())
+    }
+
+    fn uid(&self, _: &str) -> Option<u32> {
+        None
+    }
+}
+
+/// A configuration that has nothing wrong.
+pub fn config(text: &'static str) -> Config {
+    load(&Text(text), Path::new("c")).expect("a good configuration")
+}
 
 /// xorshift64*, good enough to pick test inputs.
 pub struct Random(u64);
