@@ -402,6 +402,7 @@ impl Status {
             ("daemon", Json::or_null(self.daemon.map(|pid| pid as u32))),
             ("left", Json::or_null(unattended.and_then(|u| u.left))),
             ("unknown", Json::or_null(unattended.and_then(|u| u.unknown).map(|n| n as u64))),
+            ("rootless", self.rootless.as_ref().map_or(Json::Null, Json::text)),
             ("default", default.unwrap_or(Json::Null)),
             ("targets", Json::List(targets.collect())),
             ("gateways", Json::List(gateways.collect())),

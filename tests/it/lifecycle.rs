@@ -286,6 +286,9 @@ fn the_cgroup_root_comes_back() {
             let status = run(&["-c", config, "status"]);
             let said = String::from_utf8_lossy(&status.stdout);
             assert!(said.contains("nothing is classified"), "{said}");
+            let json = run(&["-c", config, "status", "--json"]);
+            let json = String::from_utf8_lossy(&json.stdout).replace(' ', "");
+            assert!(json.contains("\"rootless\":\"unableto"), "{json}");
         }
         if number == 2 {
             assert!(daemon.reload().contains("reloaded"));
@@ -296,6 +299,9 @@ fn the_cgroup_root_comes_back() {
         expect(&[(&apps, under("drop"))]);
         let back = || daemon.logs().matches("is there anew").count() > number;
         assert!(wait_until(SETTLE, back), "{}", daemon.logs());
+        let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), "status", "--json"]);
+        let json = String::from_utf8_lossy(&out.stdout).replace(' ', "");
+        assert!(json.contains("\"rootless\":null"), "{json}");
     }
     assert!(daemon.stop().success());
     assert_eq!(residue(), "");
