@@ -30,8 +30,14 @@ pub enum Decision<'a> {
 
 /// Whether a path is one that has a target by its name.
 pub fn is_of_exec(path: &[u8]) -> bool {
-    let below = path.strip_prefix(EXEC.as_bytes()).and_then(|rest| rest.strip_prefix(b"/"));
-    below.is_some_and(|name| !name.contains(&b'/'))
+    of_exec(path) == Some(path)
+}
+
+/// What of a path has a target by its name.
+pub fn of_exec(path: &[u8]) -> Option<&[u8]> {
+    let name = path.strip_prefix(EXEC.as_bytes())?.strip_prefix(b"/")?;
+    let end = name.iter().position(|b| *b == b'/').unwrap_or(name.len());
+    Some(&path[..path.len() - name.len() + end])
 }
 
 /// The rank of the root cgroup.
@@ -154,12 +160,17 @@ pub fn number(config: &Config, rank: Rank) -> Option<usize> {
 }
 
 /// The ranks of a path and its ancestors, outermost first and without the root, each with the
-/// length of its prefix.
-pub fn ranks<'a>(config: &'a Config, path: &'a [u8]) -> impl Iterator<Item = (usize, Rank)> + 'a {
+/// length of its prefix. `foreign` is what [`Memo::rank`] has by that name, of the one that could
+/// be a cgroup of `exec`.
+pub fn ranks<'a>(
+    config: &'a Config,
+    path: &'a [u8],
+    foreign: bool,
+) -> impl Iterator<Item = (usize, Rank)> + 'a {
     let slashes = (1..path.len()).filter(|at| path[*at] == b'/');
     let ends = slashes.chain((!path.is_empty()).then_some(path.len()));
-    ends.scan(root_rank(config), |parent, end| {
-        *parent = rank(config, *parent, &path[..end]);
+    ends.scan(root_rank(config), move |parent, end| {
+        *parent = Memo::default().rank(config, *parent, &path[..end], foreign);
         Some((end, *parent))
     })
 }
@@ -206,7 +217,7 @@ mod tests {
     }
 
     fn by_rank(config: &Config, path: &str) -> Target {
-        let last = ranks(config, path.as_bytes()).last();
+        let last = ranks(config, path.as_bytes(), false).last();
         target(config, last.map_or(root_rank(config), |(_, rank)| rank))
     }
 
@@ -315,6 +326,7 @@ mod tests {
         assert_eq!(target(&config, rank(true)), Target::Drop);
         assert!(is_of_exec(b"/cgtproxy/direct") && !is_of_exec(b"/cgtproxy/direct/1"));
         assert!(!is_of_exec(b"/cgtproxy") && !is_of_exec(b"/x/cgtproxy/direct"));
+        assert_eq!(of_exec(b"/cgtproxy/direct/1/2"), Some(&b"/cgtproxy/direct"[..]));
     }
 
     #[test]
@@ -331,7 +343,8 @@ mod tests {
         ] {
             assert_eq!(by_rank(&config, path), want, "{path}");
         }
-        let ranks: Vec<_> = ranks(&config, b"/cgtproxy/direct/7").collect();
-        assert_eq!(ranks, [(9, 2), (16, 0), (18, 0)]);
+        let of = |foreign| ranks(&config, b"/cgtproxy/direct/7", foreign).collect::<Vec<_>>();
+        assert_eq!(of(false), [(9, 2), (16, 0), (18, 0)]);
+        assert_eq!(of(true), [(9, 2), (16, 2), (18, 2)]);
     }
 }

@@ -55,7 +55,8 @@ fn stray(pid: u32, stat: &[u8], cgroup: &[u8], cmdline: &[u8]) -> Option<Process
 /// Whether a rule is about a service of that name.
 fn decides(config: &Config, name: &str) -> bool {
     let paths = [name, "instance1"].map(|instance| format!("/services/{name}/{instance}"));
-    let ranks = |path: &String| policy::ranks(config, path.as_bytes()).last().map(|last| last.1);
+    let ranks =
+        |path: &String| policy::ranks(config, path.as_bytes(), false).last().map(|last| last.1);
     let mut decisions = paths.iter().filter_map(ranks).map(|rank| policy::decision(config, rank));
     !name.is_empty() && decisions.any(|decision| !matches!(decision, Decision::Default))
 }

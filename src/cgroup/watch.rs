@@ -125,7 +125,8 @@ impl Watcher {
         match sys::cgroup_id(base, below) {
             Ok(id) if scan.known == Some(id) && !scan.deep => Event::Same { path },
             id => {
-                let foreign = policy::is_of_exec(&path) && is_foreign(base, below);
+                let foreign =
+                    policy::is_of_exec(&path) && is_foreign(base, below, self.inotify.is_none());
                 found_or_not(path, id, foreign)
             }
         }
@@ -233,10 +234,21 @@ fn add_watch(
     sys::inotify_add_watch(inotify.as_fd(), path, MASK)
 }
 
-/// Whether a directory is another's than root's and ours.
-fn is_foreign(base: BorrowedFd, path: &CStr) -> bool {
+/// Whether a directory is another's than root's and the daemon's. Who only looks at what a daemon
+/// sees may be somebody who could not be one.
+fn is_foreign(base: BorrowedFd, path: &CStr, only_looks: bool) -> bool {
     let owner = sys::directory(base, path).map(|seen| seen.owner);
-    owner.is_ok_and(|owner| owner != 0 && owner != geteuid().as_raw())
+    let own = |owner| owner == geteuid().as_raw() && (!only_looks || sys::has_net_admin());
+    owner.is_ok_and(|owner| owner != 0 && !own(owner))
+}
+
+/// The cgroup of `exec` that a path is of, below a cgroup root, if it is another's than root's and
+/// the daemon's: then it has no target by its name.
+pub fn foreign_exec<'a>(root: &FilePath, path: &'a [u8]) -> Option<&'a [u8]> {
+    let of_exec = policy::of_exec(path)?;
+    let root = sys::open_path(&CString::new(root.as_os_str().as_bytes()).ok()?).ok()?;
+    let below = CString::new(&of_exec[1..]).ok()?;
+    is_foreign(root.as_fd(), &below, true).then_some(of_exec)
 }
 
 /// What a look for an id means.

@@ -21,6 +21,7 @@ use nix::sys::socket::SockProtocol;
 use nix::unistd::{initgroups, setgid, setgroups, setuid, Gid, Uid, User};
 
 use crate::cgroup::mount::{self, Root};
+use crate::cgroup::watch;
 use crate::cli::{self, Options};
 use crate::config::{Config, Take, Target};
 use crate::error::{reason, Error, Result};
@@ -328,7 +329,14 @@ impl<'a> Wanted<'a> {
         let name = |path: &[u8]| CString::new(path).map_err(|_| refused(Errno::EINVAL));
         let dir = name(root.dir.as_os_str().as_bytes())?;
         let dir = sys::open_path(&dir).map_err(refused)?;
-        for (depth, (end, rank)) in policy::ranks(config, path).enumerate() {
+        if let Some(dir) = watch::foreign_exec(&root.dir, path) {
+            let dir = String::from_utf8_lossy(dir);
+            return Err(Error::State(format!(
+                "unable to exec: cgroup {dir} was made by another user than root, and has no \
+                 target by its name: remove it"
+            )));
+        }
+        for (depth, (end, rank)) in policy::ranks(config, path, false).enumerate() {
             let level = (root.level + depth + 1) as u32;
             let own = policy::target(config, rank);
             // without the slash in front, for it is looked up from the root

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use nix::errno::Errno;
 
 use crate::cgroup::mount::{self, Mount, Root};
+use crate::cgroup::watch;
 use crate::cli::{self, Options};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -45,7 +46,7 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
         match found {
             Ok(path) => {
                 let pid = by_pid.then(|| arg.to_string_lossy());
-                describe(&config, pid.as_deref(), path.as_deref(), &mut text);
+                describe(&config, pid.as_deref(), path.as_deref(), root.as_ref().ok(), &mut text);
                 if pid.is_some_and(|pid| elsewhere(&pid)) {
                     text.push_str(ELSEWHERE);
                 }
@@ -145,7 +146,13 @@ fn from_root(path: &[u8], root: &Root, mounts: &[Mount]) -> Option<Vec<u8>> {
 }
 
 /// A few lines about one cgroup; `path` is `None` outside of the cgroup root.
-fn describe(config: &Config, pid: Option<&str>, path: Option<&[u8]>, text: &mut String) {
+fn describe(
+    config: &Config,
+    pid: Option<&str>,
+    path: Option<&[u8]>,
+    root: Option<&Root>,
+    text: &mut String,
+) {
     let name = match path {
         None => "outside the cgroup root".to_string(),
         Some(b"") => "/".to_string(),
@@ -154,7 +161,8 @@ fn describe(config: &Config, pid: Option<&str>, path: Option<&[u8]>, text: &mut 
     let pid = pid.map_or(String::new(), |pid| format!("pid {pid}: "));
     let path = path.unwrap_or_default();
     let (mut rank, mut through) = (policy::root_rank(config), 0);
-    for (end, next) in policy::ranks(config, path) {
+    let foreign = root.and_then(|root| watch::foreign_exec(&root.dir, path));
+    for (end, next) in policy::ranks(config, path, foreign.is_some()) {
         if next != rank {
             (rank, through) = (next, end);
         }
@@ -176,6 +184,13 @@ fn describe(config: &Config, pid: Option<&str>, path: Option<&[u8]>, text: &mut 
         };
         let matched = Escaped(&path[..through]);
         let _ = writeln!(text, "    matches {matched}{ancestor}");
+    }
+    if let Some(dir) = foreign {
+        let dir = Escaped(dir);
+        let _ = writeln!(
+            text,
+            "    owner   {dir} was made by another user than root, and has no target by its name"
+        );
     }
 }
 

@@ -297,7 +297,7 @@ mod tests {
             for _ in 0..10 {
                 let path: String =
                     (0..1 + random.below(4)).map(|_| format!("/{}", random.pick(&names))).collect();
-                for (_, rank) in crate::policy::ranks(&config, path.as_bytes()) {
+                for (_, rank) in crate::policy::ranks(&config, path.as_bytes(), false) {
                     if let crate::policy::Decision::Rule(rule) =
                         crate::policy::decision(&config, rank)
                     {

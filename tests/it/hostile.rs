@@ -343,10 +343,36 @@ fn a_cgroup_of_exec_by_another() {
     assert!(daemon.reload().contains("reloaded"));
     denied(&before);
     assert_eq!(world.wire.to_remote(), []);
+    // and that is what is said of it, by path and by process
+    let file = daemon.config.to_str().expect("UTF-8");
+    let said = |args: &[&str]| {
+        let out = crate::daemon::run(&[&["-c", file], args].concat());
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
+    let pid = child.id().to_string();
+    std::fs::write(before.join("1/cgroup.procs"), &pid).expect("move it");
+    let paths = ["/cgtproxy/direct", "/cgtproxy/direct/1", "/cgtproxy/direct/2"];
+    let of_paths = paths.map(|path| vec!["explain", path]);
+    for args in of_paths.iter().chain([&vec!["explain", "--pid", &pid]]) {
+        let text = said(args);
+        assert!(text.contains("    target  drop\n") && !text.contains("built in"), "{text}");
+        assert!(text.contains("owner   /cgtproxy/direct was made by another user"), "{text}");
+    }
+    assert!(!said(&["explain", "/cgtproxy/drop"]).contains("owner"));
+    child.kill().and_then(|()| child.wait()).expect("end it");
+    // this directory, /cgtproxy and its two
+    assert!(said(&["check"]).contains("drop = /.*: decides for 3 cgroups"), "{}", said(&["check"]));
+    assert!(!said(&["show"]).contains("cgtproxy/direct\""), "{}", said(&["show"]));
+    let exec = crate::daemon::run(&["-c", file, "exec", "direct", "true"]);
+    let why = String::from_utf8_lossy(&exec.stderr);
+    assert_eq!(exec.status.code(), Some(1), "{why}");
+    assert!(why.contains("cgroup /cgtproxy/direct was made by another user than root"), "{why}");
     // made by root, it is what it was
     crate::ground::remove_tree(&before);
     let own = ground.cgroup("/cgtproxy/direct");
     await_exactly("cg_direct", &[cgroup_id(&own).expect("an id")].into(), SETTLE);
+    assert!(said(&["explain", "/cgtproxy/direct"]).contains("    target  direct\n"));
     // what the daemon sees while it runs
     crate::ground::remove_tree(&ground.at("/cgtproxy"));
     assert!(daemon.stop().success());

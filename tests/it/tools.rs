@@ -1934,6 +1934,22 @@ fn wrong_arguments_get_one_line_and_a_hint() {
     }
 }
 
+/// Who made a cgroup of `exec` himself is told what the daemon thinks of it.
+#[test]
+fn explain_to_the_owner_of_a_cgroup_of_exec() {
+    let Some(ground) = Ground::new("own-exec") else {
+        return;
+    };
+    std::os::unix::fs::chown(ground.cgroup("/cgtproxy/direct"), Some(65534), None).expect("chown");
+    let dir = nobodys_binary().parent().expect("a directory").to_path_buf();
+    let file = dir.join("own-exec.conf");
+    let root = ground.root.display();
+    fs::write(&file, format!("[global]\ncgroup-root = {root}\n[rules]\ndrop = /.*\n"))
+        .expect("write");
+    let said = as_nobody(&["-c", file.to_str().expect("UTF-8"), "explain", "/cgtproxy/direct"]);
+    assert!(said.out.contains("    target  drop\n"), "{} {}", said.out, said.err);
+}
+
 #[test]
 fn without_root_the_missing_capability_is_named() {
     let Some(_ground) = Ground::new("not-root") else {
