@@ -20,12 +20,12 @@ use crate::netlink::parse::{Message, Messages};
 use crate::netlink::socket::{Failure, Socket};
 use crate::netlink::uapi::*;
 use crate::nft::dump;
-use crate::nft::encode::{self, Transaction};
+use crate::nft::encode::{self, Object, Transaction};
 use crate::nft::event::Follower;
 use crate::nft::expr::Expr;
 use crate::nft::lock::{self, Lock};
 use crate::nft::others;
-use crate::nft::ruleset::TABLE;
+use crate::nft::ruleset::{OUTPUT, TABLE};
 use crate::plan;
 use crate::route::{self, Entry, Needs, Seen, SeenRoute, SeenRule};
 use crate::sys;
@@ -314,7 +314,7 @@ impl Kernel {
                 Err(Error::system("unable to learn what became of a transaction", Errno::ENOBUFS))
             }
             Err(Failure::Refused { seq, errno, text }) => {
-                let object = encode::describe(&batch, seq);
+                let object = Object::of(&batch, seq);
                 let mut what = format!("unable to change {object}");
                 if let Some(text) = text {
                     what.push_str(&format!(" ({text})"));
@@ -650,21 +650,54 @@ pub fn ipv6_is_on() -> bool {
 }
 
 /// What a user can do about a refused object.
-fn remedy(object: &str, errno: Errno) -> Option<String> {
+fn remedy(object: &Object, errno: Errno) -> Option<String> {
     let needs = |what: &str, package: &str| {
         Some(format!("the kernel needs {what}; on OpenWrt install {package}"))
     };
-    match errno {
-        Errno::EPERM if object.starts_with("table") => Some(format!(
+    let is_absent = matches!(errno, Errno::ENOENT | Errno::EOPNOTSUPP);
+    match object.chain() {
+        None if *object == Object::Table && errno == Errno::EPERM => Some(format!(
             "table inet {TABLE} is owned by another process, or CAP_NET_ADMIN is missing"
         )),
-        Errno::ENOENT | Errno::EOPNOTSUPP if object.ends_with("chain output") => {
+        Some(OUTPUT) if is_absent => {
             needs("nft_socket with cgroupv2 (Linux 5.13)", "kmod-nft-socket")
         }
-        Errno::ENOENT | Errno::EOPNOTSUPP if object.contains("chain tproxy_") => {
+        Some(chain) if is_absent && chain.starts_with("tproxy_") => {
             needs("nft_tproxy", "kmod-nft-tproxy")
         }
-        Errno::ENOENT if object.contains("nat_output") => needs("nft_nat", "kmod-nft-nat"),
+        Some("nat_output") if errno == Errno::ENOENT => needs("nft_nat", "kmod-nft-nat"),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_object_has_its_remedy() {
+        let chain = |name: &str| Object::Chain(name.into());
+        let has = |object: Object, errno, word: &str| {
+            remedy(&object, errno).is_some_and(|text| text.contains(word))
+        };
+        let absent = Errno::ENOENT;
+        assert!(has(Object::Table, Errno::EPERM, "owned by another process"));
+        assert!(has(Object::RuleOf("output".into()), absent, "kmod-nft-socket"));
+        assert!(has(chain("output"), Errno::EOPNOTSUPP, "kmod-nft-socket"));
+        assert!(has(Object::RuleOf("tproxy_x".into()), absent, "kmod-nft-tproxy"));
+        assert!(has(chain("nat_output"), absent, "kmod-nft-nat"));
+        // others' names hold the same words
+        for object in [chain("to_output"), Object::Set("tproxy_x".into()), Object::All] {
+            assert_eq!(remedy(&object, absent), None, "{object}");
+        }
+        assert_eq!(remedy(&Object::Table, absent), None);
+        let mut transaction = Transaction::new(Batch::new(0));
+        transaction.remove_table();
+        transaction.add_hashes("dying_x", [1].into_iter());
+        let (batch, last) = transaction.finish();
+        let said = |seq| Object::of(&batch, seq).to_string();
+        assert_eq!(said(2), "table inet cgtproxy");
+        assert_eq!(said(last), "elements of set dying_x");
+        assert_eq!([said(1), said(99)], ["a transaction"; 2]);
     }
 }

@@ -2,6 +2,8 @@
 //! so that tests can hold each message against that library's.
 //! Source: include/uapi/linux/netfilter/nf_tables.h, libnftnl, nfnetlink's batches.
 
+use std::fmt;
+
 use super::expr::{Anonymous, Expr, SetRef, Verdict};
 use super::ruleset::{Base, Chain, Content, Rule, Set, Table, OUTPUT, TABLE};
 use crate::net::{Address, Range};
@@ -606,23 +608,59 @@ fn verdict(batch: &mut Batch, verdict: &Verdict) {
     batch.end_nest(nest);
 }
 
-/// What message `seq` of a batch of ours was about, for an error's text.
-pub fn describe(batch: &Batch, seq: u32) -> String {
-    let Some(message) = Messages::new(batch.bytes()).find(|m| m.seq == seq) else {
-        return "a transaction".into();
-    };
-    let text = |attr| Attrs::after(message.body, 4).get(attr).map(|t| parse::str_z(t));
-    match message.kind & 0xff {
-        NFT_MSG_NEWTABLE | NFT_MSG_DELTABLE => format!("table inet {TABLE}"),
-        NFT_MSG_NEWCHAIN => format!("chain {}", text(NFTA_CHAIN_NAME).unwrap_or_default()),
-        NFT_MSG_NEWRULE | NFT_MSG_DELRULE => {
-            format!("a rule of chain {}", text(NFTA_RULE_CHAIN).unwrap_or_default())
+/// What a message of ours is about; of chains and sets, the name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Object {
+    Table,
+    Chain(String),
+    RuleOf(String),
+    Set(String),
+    ElementsOf(String),
+    /// The transaction as a whole.
+    All,
+}
+
+impl Object {
+    /// Of message `seq` of a batch of ours.
+    pub fn of(batch: &Batch, seq: u32) -> Object {
+        let Some(message) = Messages::new(batch.bytes()).find(|m| m.seq == seq) else {
+            return Object::All;
+        };
+        let name = |attr| {
+            let name = Attrs::after(message.body, 4).get(attr).map(parse::str_z);
+            name.unwrap_or_default().into_owned()
+        };
+        match message.kind & 0xff {
+            NFT_MSG_NEWTABLE | NFT_MSG_DELTABLE => Object::Table,
+            NFT_MSG_NEWCHAIN => Object::Chain(name(NFTA_CHAIN_NAME)),
+            NFT_MSG_NEWRULE | NFT_MSG_DELRULE => Object::RuleOf(name(NFTA_RULE_CHAIN)),
+            NFT_MSG_NEWSET => Object::Set(name(NFTA_SET_NAME)),
+            NFT_MSG_NEWSETELEM | NFT_MSG_DELSETELEM => {
+                Object::ElementsOf(name(NFTA_SET_ELEM_LIST_SET))
+            }
+            _ => Object::All,
         }
-        NFT_MSG_NEWSET => format!("set {}", text(NFTA_SET_NAME).unwrap_or_default()),
-        NFT_MSG_NEWSETELEM | NFT_MSG_DELSETELEM => {
-            format!("elements of set {}", text(NFTA_SET_ELEM_LIST_SET).unwrap_or_default())
+    }
+
+    /// The chain that it is, or is in.
+    pub fn chain(&self) -> Option<&str> {
+        match self {
+            Object::Chain(name) | Object::RuleOf(name) => Some(name),
+            _ => None,
         }
-        _ => "a transaction".into(),
+    }
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Object::Table => write!(f, "table inet {TABLE}"),
+            Object::Chain(name) => write!(f, "chain {name}"),
+            Object::RuleOf(chain) => write!(f, "a rule of chain {chain}"),
+            Object::Set(name) => write!(f, "set {name}"),
+            Object::ElementsOf(set) => write!(f, "elements of set {set}"),
+            Object::All => f.write_str("a transaction"),
+        }
     }
 }
 
