@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 /// Layers from the bottom up: a module may use those of lower layers and of its own line only.
-const LAYERS: [&[&str]; 14] = [
+const LAYERS: [&[&str]; 19] = [
     &["netlink::uapi"],
     &["netlink::msg", "netlink::parse"],
     &["netlink::diag", "netlink::conntrack"],
@@ -14,14 +14,12 @@ const LAYERS: [&[&str]; 14] = [
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
     &["net"],
-    &[
-        "config",
-        "config::ini",
-        "config::automaton",
-        "config::pattern",
-        "config::lint",
-        "config::file",
-    ],
+    &["config::ini", "config::automaton", "config::suggest"],
+    &["config::pattern"],
+    &["config::model"],
+    &["config::value"],
+    &["config::reader", "config::resolve"],
+    &["config", "config::lint", "config::file"],
     &["nft::expr"],
     &[
         "policy",
@@ -52,7 +50,7 @@ const LAYERS: [&[&str]; 14] = [
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 25] = [
+const PURE: [&str; 30] = [
     "net",
     "netlink::uapi",
     "netlink::msg",
@@ -70,7 +68,12 @@ const PURE: [&str; 25] = [
     "config",
     "config::ini",
     "config::automaton",
+    "config::suggest",
     "config::pattern",
+    "config::model",
+    "config::value",
+    "config::reader",
+    "config::resolve",
     "config::lint",
     "policy",
     "cgroup::tree",

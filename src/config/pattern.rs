@@ -6,9 +6,13 @@
 //! nearly all become an [`Automaton`], which goes on below a path where it stood there.
 //! Pure.
 
-use regex_lite::Regex;
+use regex_lite::{Regex, RegexBuilder};
 
 use super::automaton::{Automaton, State};
+
+/// Bytes of one compiled regex, and of all together.
+const MAX_REGEX: usize = 1 << 20;
+pub(super) const MAX_COMPILED: usize = 16 << 20;
 
 /// A compiled pattern.
 #[derive(Debug, Clone)]
@@ -30,7 +34,7 @@ pub struct Standing(Option<State>);
 
 impl Pattern {
     /// `regex` makes the anchored form of `pattern`, which is known to be well-formed.
-    pub fn new<E>(pattern: &str, regex: impl FnOnce() -> Result<Regex, E>) -> Result<Pattern, E> {
+    fn new<E>(pattern: &str, regex: impl FnOnce() -> Result<Regex, E>) -> Result<Pattern, E> {
         let matcher = match Automaton::new(pattern) {
             Some(automaton) => Matcher::Automaton(automaton),
             None => Matcher::Regex(regex()?),
@@ -78,6 +82,78 @@ impl Pattern {
             }
             _ => self.is_match(text),
         }
+    }
+}
+
+/// Compiles a rule's pattern, anchored at both ends of the path.
+pub fn compile(pattern: &str) -> Result<Pattern, String> {
+    compile_within(pattern, &mut { usize::MAX })
+}
+
+/// The same, where all patterns together may take so many more bytes. What an automaton takes is
+/// bounded by the length of the file; a regex of counted repeats is not.
+pub(super) fn compile_within(pattern: &str, room: &mut usize) -> Result<Pattern, String> {
+    // alone first: `a)|(b` must not become legal by the group around it
+    if let Err(error) = parse_only(pattern) {
+        let at = error_position(pattern, &error);
+        return Err(format!("bad pattern at character {at}: {error}: \"{pattern}\""));
+    }
+    Pattern::new(pattern, || {
+        // regex-lite does not tell what it took: the smallest of some limits that is enough
+        let mut limit = 16 * 1024;
+        loop {
+            if limit > *room {
+                *room = 0;
+                return Err(format!(
+                    "the patterns up to here take more than {} MiB, most of it by counted repeats: \
+                     \"{pattern}\"",
+                    MAX_COMPILED >> 20
+                ));
+            }
+            match anchored(pattern, limit) {
+                Ok(regex) => {
+                    *room -= limit;
+                    return Ok(regex);
+                }
+                Err(error) if limit >= MAX_REGEX => {
+                    return Err(format!("bad pattern: {error}: \"{pattern}\""))
+                }
+                Err(_) => limit *= 4,
+            }
+        }
+    })
+}
+
+/// The regex that matches a pattern against a whole text, if that takes no more than so many bytes.
+fn anchored(pattern: &str, limit: usize) -> Result<Regex, regex_lite::Error> {
+    // room for the group around it
+    let build = |text: &str| RegexBuilder::new(text).nest_limit(100).size_limit(limit).build();
+    // in (?x) mode the first group's end could stand in a comment, which a newline ends
+    build(&format!(r"\A(?:{pattern})\z")).or_else(|_| build(&format!("\\A(?:{pattern}\n)\\z")))
+}
+
+/// Whether a pattern is well-formed, at the cost of its length: nothing is built.
+fn parse_only(pattern: &str) -> Result<(), String> {
+    let error = |pattern| RegexBuilder::new(pattern).size_limit(0).build().err();
+    // a pattern that is well-formed stops at the limit, as the empty one does
+    match (error(pattern), error("")) {
+        (Some(error), Some(limit)) if error != limit => Err(error.to_string()),
+        _ => Ok(()),
+    }
+}
+
+/// Where a pattern goes wrong, counted in characters from 1: regex-lite does not say, so this is
+/// the end of the shortest beginning from which on every beginning has that error.
+fn error_position(pattern: &str, error: &str) -> usize {
+    let ends = pattern.char_indices().map(|(at, c)| at + c.len_utf8());
+    let ends: Vec<usize> = ends.collect();
+    let fails = |end: &usize| parse_only(&pattern[..*end]).is_err_and(|e| e == error);
+    // what is open at the end may have been open and closed before, so the end is walked; what
+    // stands far before it stopped the parser there and then, so halving finds it
+    let near = ends.len().saturating_sub(256);
+    match ends[near..].iter().rposition(|end| !fails(end)) {
+        Some(at) => near + at + 2,
+        None => 1 + ends[..near].partition_point(|end| !fails(end)),
     }
 }
 
@@ -250,7 +326,6 @@ fn skip_class(chars: &mut Chars) -> Option<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{anchored, compile};
     use crate::testing::Random;
 
     fn of(pattern: &str) -> Option<(Vec<String>, bool, bool)> {

@@ -1,0 +1,259 @@
+//! A validated configuration, what can be wrong with one, and where its text comes from. Pure.
+
+use std::fmt;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use super::pattern::Pattern;
+use crate::log::Level;
+use crate::net::{Interface, Mac, Mark, Range};
+
+/// Longest message, in characters.
+const MAX_MESSAGE: usize = 1000;
+
+/// Where text comes from; the real one is [`file::Files`].
+pub trait Source {
+    /// The text of a file. Errors: why it cannot be used, without its name.
+    fn read(&self, path: &Path) -> Result<String, String>;
+    /// The files that an include pattern matches, sorted. Errors: why it cannot be used.
+    fn glob(&self, pattern: &Path) -> Result<Vec<PathBuf>, String>;
+    /// The uid of a user name.
+    fn uid(&self, name: &str) -> Option<u32>;
+}
+
+/// Where a packet of a cgroup goes. Tproxies are numbered in file order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Target {
+    Direct,
+    Drop,
+    Tproxy(u16),
+}
+
+/// What a tproxy does with a protocol or a family.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Take {
+    Yes,
+    No,
+    Drop,
+}
+
+/// A `[tproxy NAME]` section.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tproxy {
+    pub name: String,
+    pub port: u16,
+    pub address4: Option<Ipv4Addr>,
+    pub address6: Option<Ipv6Addr>,
+    /// Within the mask, not zero, not any other's.
+    pub mark: u32,
+    pub tcp: Take,
+    pub udp: Take,
+    pub ipv4: Take,
+    pub ipv6: Take,
+    pub dns4: Option<SocketAddrV4>,
+    pub dns6: Option<SocketAddrV6>,
+    pub dns_tcp: bool,
+    /// Hijack DNS that is addressed to this host or to a bypassed address as well.
+    pub dns_local: bool,
+}
+
+impl Tproxy {
+    pub fn hijacks_dns(&self) -> bool {
+        self.dns4.is_some() || self.dns6.is_some()
+    }
+
+    /// The protocols whose port 53 is hijacked.
+    pub fn dns_protocols(&self) -> impl Iterator<Item = crate::net::L4> {
+        use crate::net::L4;
+        let tcp = self.dns_tcp.then_some(L4::Tcp);
+        let udp = self.hijacks_dns().then_some(L4::Udp);
+        udp.into_iter().chain(tcp.filter(|_| self.hijacks_dns()))
+    }
+}
+
+/// One line of `[rules]`.
+#[derive(Debug, Clone)]
+pub struct Rule {
+    pub target: Target,
+    pub pattern: String,
+    /// Anchored at both ends.
+    pub regex: Pattern,
+    pub place: Place,
+}
+
+/// A `[gateway NAME]` section: traffic that this host routes for others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gateway {
+    pub name: String,
+    /// One at least.
+    pub interfaces: Vec<Interface>,
+    /// Where both families are empty, every source; else those of one that is empty are left out.
+    pub sources4: Vec<Range<Ipv4Addr>>,
+    pub sources6: Vec<Range<Ipv6Addr>>,
+    /// Empty: every one.
+    pub macs: Vec<Mac>,
+    pub target: Target,
+    pub place: Place,
+}
+
+/// File and line of a setting.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Place {
+    pub file: Rc<PathBuf>,
+    pub line: u32,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.file.display(), self.line)
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnExit {
+    Remove,
+    Keep,
+}
+
+/// A validated configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// `None`: auto.
+    pub cgroup_root: Option<PathBuf>,
+    pub default: Target,
+    pub route_table: u32,
+    pub rule_priority: u32,
+    pub mask: u32,
+    pub bypass4: Vec<Range<Ipv4Addr>>,
+    pub bypass6: Vec<Range<Ipv6Addr>>,
+    pub bypass_marks: Vec<Mark>,
+    pub bypass_users: Vec<u32>,
+    pub on_exit: OnExit,
+    pub log_level: Level,
+    pub counters_per_cgroup: bool,
+    pub tproxies: Vec<Tproxy>,
+    pub rules: Vec<Rule>,
+    pub gateways: Vec<Gateway>,
+    /// Every file that was read, the first one first.
+    pub files: Vec<PathBuf>,
+    /// Some file has a section. One that is empty may be about to be written.
+    pub has_sections: bool,
+}
+
+impl Default for Config {
+    /// Everything direct.
+    fn default() -> Config {
+        Config {
+            cgroup_root: None,
+            default: Target::Direct,
+            route_table: 300,
+            rule_priority: 100,
+            mask: 0xff00_0000,
+            bypass4: Vec::new(),
+            bypass6: Vec::new(),
+            bypass_marks: Vec::new(),
+            bypass_users: Vec::new(),
+            on_exit: OnExit::Remove,
+            log_level: Level::Notice,
+            counters_per_cgroup: false,
+            tproxies: Vec::new(),
+            rules: Vec::new(),
+            gateways: Vec::new(),
+            files: Vec::new(),
+            has_sections: false,
+        }
+    }
+}
+
+impl Config {
+    /// All targets, in the order of their sets: direct, drop, tproxies in file order.
+    pub fn targets(&self) -> impl Iterator<Item = Target> {
+        let tproxies = (0..self.tproxies.len() as u16).map(Target::Tproxy);
+        [Target::Direct, Target::Drop].into_iter().chain(tproxies)
+    }
+
+    /// The target of that name.
+    pub fn named(&self, name: &str) -> Option<Target> {
+        self.targets().find(|target| self.target_name(*target) == name)
+    }
+
+    pub fn target_name(&self, target: Target) -> &str {
+        match target {
+            Target::Direct => "direct",
+            Target::Drop => "drop",
+            Target::Tproxy(index) => &self.tproxies[usize::from(index)].name,
+        }
+    }
+
+    /// The ct mark of a flow that is known to go direct, where the default is not direct.
+    pub fn direct_mark(&self) -> u32 {
+        self.mask
+    }
+
+    /// The ct mark of a flow that began with a packet that this host sent from a foreign address:
+    /// a proxy speaks for a remote host, and conntrack has forgotten, or never known, who spoke
+    /// first. The mask without its lowest bit, whatever else the configuration says: a reload must
+    /// not change what the marks of flows mean.
+    pub fn spoofed_mark(&self) -> u32 {
+        self.mask & (self.mask - 1)
+    }
+
+    /// The mark of routed packets that go to a tproxy. Not the tproxy's own: with src_valid_mark=1
+    /// the kernel looks up the way back with `iif lo` and the packet's mark, would meet the rule
+    /// for local traffic, and take the packet for a martian. The same number as a spoofed flow's:
+    /// where another program restores that into a client's packet, nothing is lost.
+    pub fn gateway_mark(&self) -> u32 {
+        self.spoofed_mark()
+    }
+
+    /// Whether routed traffic may belong to a tproxy: a flow stays with it when a reload has given
+    /// its gateway another target.
+    pub fn routes_to_tproxy(&self) -> bool {
+        !self.gateways.is_empty() && !self.tproxies.is_empty()
+    }
+
+    /// The interfaces of all gateway sections, in file order.
+    pub fn gateway_interfaces(&self) -> Vec<&Interface> {
+        let all = self.gateways.iter().flat_map(|gateway| &gateway.interfaces);
+        all.collect()
+    }
+
+    /// Whether any flow gets a ct mark.
+    pub fn marks_flows(&self) -> bool {
+        !self.tproxies.is_empty() || self.default != Target::Direct
+    }
+}
+
+/// One thing that is wrong with a configuration; prints as `FILE:LINE: message`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    pub file: PathBuf,
+    /// 0 where the file as a whole is meant.
+    pub line: u32,
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            0 => write!(f, "{}: {}", self.file.display(), self.message),
+            line => write!(f, "{}:{line}: {}", self.file.display(), self.message),
+        }
+    }
+}
+
+/// A message as it may stand in a log or a terminal: no control characters, not endless.
+pub(super) fn printable(message: &str) -> String {
+    let mut text = String::new();
+    for c in message.chars().take(MAX_MESSAGE) {
+        match c.is_control() {
+            true => text.extend(c.escape_default()),
+            false => text.push(c),
+        }
+    }
+    if message.chars().nth(MAX_MESSAGE).is_some() {
+        text.push_str("...");
+    }
+    text
+}
