@@ -105,8 +105,8 @@ pub struct Delta {
     pub delete: Vec<(Target, u64)>,
     pub add: Vec<(Target, u64)>,
     /// The same for removed cgroups, by their hashes.
-    pub delete_dying: Vec<(Target, u32)>,
-    pub add_dying: Vec<(Target, u32)>,
+    pub delete_dying: Vec<dying::Key>,
+    pub add_dying: Vec<dying::Key>,
     /// The pairs in use, where they changed: `output` has to be rebuilt.
     pub pairs: Option<BTreeSet<Element>>,
 }

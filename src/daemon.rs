@@ -36,11 +36,14 @@ use crate::stale::{self, Before, Suspects};
 use crate::strays;
 use crate::sys;
 
+/// Reads a configuration file.
+pub type Load = Box<dyn Fn(&Path) -> Result<Config>>;
+
 /// What `run` was asked for.
 pub struct Options {
     pub config_file: PathBuf,
     /// Reads the configuration anew.
-    pub load: Box<dyn Fn(&Path) -> Result<Config>>,
+    pub load: Load,
     pub pidfile: Option<PathBuf>,
     pub ready_fd: Option<OwnedFd>,
     pub verbose: usize,
@@ -235,9 +238,11 @@ pub fn run(mut options: Options) -> Result<()> {
         return Err(Error::State(why.into()));
     }
     // the watcher changes the working directory
-    let whole = |file: PathBuf| std::path::absolute(&file).unwrap_or(file);
-    options.config_file = whole(options.config_file);
-    options.pidfile = options.pidfile.map(whole);
+    for file in [Some(&mut options.config_file), options.pidfile.as_mut()].into_iter().flatten() {
+        if let Ok(whole) = std::path::absolute(&file) {
+            *file = whole;
+        }
+    }
     sys::ignore_file_size_signal();
     let mut notify = Notify::new(options.ready_fd.take());
     let mut retry = Backoff::default();

@@ -809,10 +809,8 @@ mod tests {
             let mut batch = Batch::new(0);
             entry.encode(&mut batch, true);
             let mut bytes = batch.bytes().to_vec();
-            for at in 16..bytes.len() {
-                if bytes[at] == RTPROT_CGTPROXY {
-                    bytes[at] = 3;
-                }
+            for byte in bytes[16..].iter_mut().filter(|byte| **byte == RTPROT_CGTPROXY) {
+                *byte = 3;
             }
             assert_eq!(seen(&bytes).ours(), BTreeSet::new());
         }

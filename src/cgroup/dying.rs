@@ -42,14 +42,17 @@ impl Dying {
     }
 }
 
+/// What an element of the kernel's sets says: whose set it is in, and the hash of the path.
+pub type Key = (Target, u32);
+
 /// All of them, the oldest first.
 #[derive(Debug, Default)]
 pub struct List {
     all: VecDeque<Dying>,
     /// How many of them make one element of a set.
-    elements: BTreeMap<(Target, u32), usize>,
+    elements: BTreeMap<Key, usize>,
     /// Elements that have come or gone, and whether the kernel has them.
-    changed: BTreeMap<(Target, u32), bool>,
+    changed: BTreeMap<Key, bool>,
 }
 
 /// Most that are kept: nobody can make the kernel's sets grow without end.
@@ -131,7 +134,7 @@ impl List {
     }
 
     /// The kernel's elements that are to go, and to come.
-    pub fn take_changes(&mut self) -> (Vec<(Target, u32)>, Vec<(Target, u32)>) {
+    pub fn take_changes(&mut self) -> (Vec<Key>, Vec<Key>) {
         let (mut delete, mut add) = (Vec::new(), Vec::new());
         for (element, was) in std::mem::take(&mut self.changed) {
             match (was, self.elements.contains_key(&element)) {

@@ -162,8 +162,8 @@ impl Listens {
 
     /// `tcp udp`; with the number of a family that is the only one.
     fn cell(self) -> Cell {
-        let word = |name, [v4, v6]: [bool; 2]| match (v4, v6) {
-            (true, true) => Some(format!("{name}")),
+        let word = |name: &str, [v4, v6]: [bool; 2]| match (v4, v6) {
+            (true, true) => Some(name.to_string()),
             (true, false) => Some(format!("{name}4")),
             (false, true) => Some(format!("{name}6")),
             (false, false) => None,

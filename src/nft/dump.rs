@@ -590,7 +590,7 @@ mod tests {
             let mut bytes = batch.bytes().to_vec();
             for _ in 0..1 + random.below(8) {
                 let at = random.below(bytes.len());
-                bytes[at] = random.next() as u8;
+                bytes[at] = random.draw() as u8;
             }
             let messages = || Messages::new(&bytes);
             let rules: Vec<Rule> = messages().filter_map(|m| parse_rule(&m)).collect();

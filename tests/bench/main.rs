@@ -91,7 +91,8 @@ fn main() {
         unsafe { libc::signal(signal, handler as libc::sighandler_t) };
     }
     let picked: Vec<String> = (std::env::args().skip(1)).filter(|a| !a.starts_with('-')).collect();
-    let groups: [(&str, fn(&mut Report)); 10] = [
+    type Group = (&'static str, fn(&mut Report));
+    let groups: [Group; 10] = [
         ("binary", start::binary),
         ("rules", start::rules),
         ("start", start::start),

@@ -421,7 +421,7 @@ impl Reference {
                 let of = nftnl_udata_buf_alloc(64);
                 assert!(nftnl_udata_put_u32(of, 0, NUMGEN));
                 put(of, 1, numgen);
-                put(udata, NFTNL_UDATA_SET_KEY_TYPEOF as u32, of);
+                put(udata, NFTNL_UDATA_SET_KEY_TYPEOF, of);
             }
             let (data, length) = (nftnl_udata_buf_data(udata), nftnl_udata_buf_len(udata));
             nftnl_set_set_data(set.0, NFTNL_SET_USERDATA as u16, data, length);

@@ -546,18 +546,17 @@ impl Job {
     }
 
     fn flood(&self) -> ! {
-        while self.proto == Proto::Tcp {
-            if let Ok(fd) = self.socket() {
-                // SAFETY: a sockaddr of the length that goes with it; `fd` is ours.
-                unsafe {
-                    libc::connect(fd, (&raw const self.to.0).cast(), self.to.1);
-                    pause(Duration::from_millis(1));
-                    libc::close(fd);
-                }
-            }
-        }
         loop {
-            if let Ok(fd) = self.connect(now()) {
+            if self.proto == Proto::Tcp {
+                if let Ok(fd) = self.socket() {
+                    // SAFETY: a sockaddr of the length that goes with it; `fd` is ours.
+                    unsafe {
+                        libc::connect(fd, (&raw const self.to.0).cast(), self.to.1);
+                        pause(Duration::from_millis(1));
+                        libc::close(fd);
+                    }
+                }
+            } else if let Ok(fd) = self.connect(now()) {
                 for _ in 0..100 {
                     let _ = self.send(fd);
                     pause(Duration::from_micros(500));

@@ -94,7 +94,7 @@ fn reaches(
         return "nobody".into();
     }
     let got = |s: &&UdpSocket| recv_datagram(s).is_some();
-    match wait_until(Duration::from_millis(300), || proxies.iter().any(|s| got(&s))) {
+    match wait_until(Duration::from_millis(300), || proxies.iter().any(got)) {
         true => "proxy".into(),
         false => "nobody".into(),
     }

@@ -239,6 +239,7 @@ pub fn recv_datagram(socket: &UdpSocket) -> Option<(SocketAddr, SocketAddr)> {
             if known.contains(&(header.cmsg_level, header.cmsg_type)) {
                 let mut to: libc::sockaddr_storage = zeroed();
                 let data = libc::CMSG_DATA(cmsg);
+                #[allow(clippy::unnecessary_cast)] // the C libraries differ on its type
                 let len = header.cmsg_len as usize - (data as usize - cmsg as usize);
                 std::ptr::copy_nonoverlapping(data, (&raw mut to).cast(), len);
                 return Some((from_raw(&from)?, from_raw(&to)?));
@@ -383,6 +384,7 @@ impl Wire {
     }
 
     /// The packets since the last call of this or [`Wire::packets`] to the remote hosts.
+    #[allow(clippy::wrong_self_convention)] // converts nothing
     pub fn to_remote(&mut self) -> Vec<Packet> {
         let mut packets = self.packets();
         packets.retain(|p| [REMOTE4, REMOTE6].contains(&p.dst.ip()));

@@ -67,7 +67,7 @@ impl Ground {
         let mut link = Link::open();
         link.veth("in0", MAC[0], "out0", MAC[1], ground.outside.as_raw_fd());
         link.up(1);
-        let in0 = interface_index("in0") as u32;
+        let in0 = interface_index("in0");
         link.up(in0);
         for i in 0..2 {
             link.address(in0, address(HOST[i]), [24, 64][i]);
@@ -77,7 +77,7 @@ impl Ground {
             ping_for_all();
             let mut link = Link::open();
             link.up(1);
-            let out0 = interface_index("out0") as u32;
+            let out0 = interface_index("out0");
             link.up(out0);
             for i in 0..2 {
                 link.address(out0, address(GATE[i]), [24, 64][i]);

@@ -29,7 +29,7 @@ pub fn test(ground: &Ground) -> &'static str {
     let lan = ground.another();
     let mut link = Link::open();
     link.veth("lan0", MAC[0], "eth0", MAC[1], lan.as_raw_fd());
-    let lan0 = interface_index("lan0") as u32;
+    let lan0 = interface_index("lan0");
     link.up(lan0);
     for i in 0..2 {
         link.address(lan0, address(LAN[i]), [24, 64][i]);
@@ -41,7 +41,7 @@ pub fn test(ground: &Ground) -> &'static str {
     within(&lan, || {
         let mut link = Link::open();
         link.up(1);
-        let eth0 = interface_index("eth0") as u32;
+        let eth0 = interface_index("eth0");
         link.up(eth0);
         for i in 0..2 {
             link.address(eth0, address(CLIENT[i]), [24, 64][i]);
@@ -50,7 +50,7 @@ pub fn test(ground: &Ground) -> &'static str {
         }
     });
     ground.outside(|| {
-        let out0 = interface_index("out0") as u32;
+        let out0 = interface_index("out0");
         for host in HOST {
             Link::open().default_route(out0, address(host));
         }
