@@ -12,7 +12,6 @@ use std::path::{Path, PathBuf};
 use cgtproxy::config::{self, Source, Target};
 use cgtproxy::core::Snapshot;
 use cgtproxy::netlink::msg::Batch;
-use cgtproxy::net::Family;
 use cgtproxy::{plan, policy};
 use libfuzzer_sys::{fuzz_target, Corpus};
 
@@ -82,12 +81,8 @@ fuzz_target!(|input: &[u8]| -> Corpus {
     for rule in &config.rules {
         assert!(!matches!(rule.target, Target::Tproxy(i) if config.tproxies.len() <= i.into()));
     }
-    let _ = policy::rank(
-        &config,
-        policy::root_rank(&config),
-        b"/services/a/instance1",
-    );
+    let _ = policy::rank(&config, policy::root_rank(&config), b"/services/a/instance1");
     let _ = plan::replacement(&config, &Snapshot::default(), None, Batch::new(0)).finish();
-    let _ = plan::routing(&config, &Family::BOTH);
+    let _ = plan::routing(&config);
     Corpus::Keep
 });

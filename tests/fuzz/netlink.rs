@@ -4,10 +4,10 @@
 #![no_main]
 
 use cgtproxy::config::Config;
+use cgtproxy::net::Family;
 use cgtproxy::netlink::diag;
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
 use cgtproxy::nft::{dump, encode, event::Follower, others};
-use cgtproxy::net::Family;
 use cgtproxy::route::{self, Needs, Seen};
 use libfuzzer_sys::fuzz_target;
 
@@ -19,10 +19,7 @@ fuzz_target!(|datagram: &[u8]| {
     for message in messages.by_ref() {
         count += 1;
         let _ = (parse::reply(&message), diag::parse(&message, 6));
-        let _ = (
-            encode::parse_table(&message),
-            dump::parse_table_flags(&message),
-        );
+        let _ = (encode::parse_table(&message), dump::parse_table_flags(&message));
         rules.extend(dump::parse_rule(&message));
         others_rules.extend(others::parse(&message));
         let elements = dump::parse_elements(&message).map_or(0, |all| all.len());
