@@ -1,5 +1,6 @@
 # Completion for bash: source this file, or install it as
 # /usr/share/bash-completion/completions/cgtproxy.
+# shellcheck shell=bash disable=SC2207 # bash 3 has no mapfile, and no name here holds a blank
 
 _cgtproxy() {
 	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}

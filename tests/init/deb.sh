@@ -1,6 +1,8 @@
 #!/bin/sh
 # Runs inside a Debian tree (see run.sh): the package is installed, the program runs from the
 # configuration that it brought, and a purge leaves nothing.
+# shellcheck disable=SC2317,SC2329 # functions are called by name
+# shellcheck source=tests/init/lib.sh
 . /root/lib.sh
 start() {
 	/usr/sbin/cgtproxy -p /run/cgtproxy.pid >/run/log 2>&1 &

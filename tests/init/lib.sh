@@ -1,4 +1,5 @@
 # What the scripts that run inside a tree share (see run.sh, which puts it beside them).
+# shellcheck shell=sh disable=SC2034 # they read what it sets
 set -u
 failed=0
 

@@ -2,12 +2,14 @@
 # Runs inside a tree with OpenRC and busybox ash (see run.sh): the service from start to stop, with
 # another service whose traffic it decides on. A service is asked through one fifo, and answers with
 # the result of sending a datagram through another: `sent`, or `denied` where it is dropped.
+# shellcheck disable=SC2317,SC2329 # functions are called by name
 # this busybox prefers its own applets, which know less
 ip() { /sbin/ip "$@"; }
+# shellcheck source=tests/init/lib.sh
 . /root/lib.sh
 CONF=/etc/cgtproxy/cgtproxy.conf
 
-exits() { want=$1; shift; "$@"; rc=$?; echo "exit status $rc"; [ $rc -eq "$want" ]; }
+exits() { want=$1; shift; "$@"; rc=$?; echo "exit status $rc"; [ "$rc" -eq "$want" ]; }
 asks() { # SERVICE ANSWER
 	echo >"/run/$1.ask"
 	read -r answer <"/run/$1.answer"
@@ -23,7 +25,7 @@ policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /(openrc\\.)?
 DROP='drop = /(openrc\.)?(app|flood9)' WRONG='mihomo = ('
 is() { [ "$(daemon_pid)" = "$1" ]; }
 another() { new=$(daemon_pid) && [ -n "$new" ] && [ "$new" != "$1" ]; }
-says() { "$@" >/run/said 2>&1; rc=$?; cat /run/said; return $rc; }
+says() { "$@" >/run/said 2>&1; rc=$?; cat /run/said; return "$rc"; }
 floods() { [ "$(got 11)" -gt 100 ]; }
 classified() { nft list set inet cgtproxy cg_drop | grep flood9 && nft list set inet cgtproxy cg_mihomo | grep flood10; }
 

@@ -3,7 +3,8 @@
 # rc.common (here) and of procd, ubusd and logd (procd.py), with services whose packets are counted
 # on the wire. Run by container.sh on this host's own tree. rc.common's part is what the real one does
 # with a script: it reads it, then puts its own start, stop and reload over the script's.
-# shellcheck disable=SC2317 # functions are called by name
+# shellcheck disable=SC2317,SC2329 # functions are called by name
+# shellcheck disable=SC2086,SC2031 # no path here holds a blank, and a change of PKG_UPGRADE is to be lost
 program=$1 repository=$2 script=${3:-$2/init/openwrt/cgtproxy}
 # procd is the first process, and ends with the test
 if [ $$ -eq 1 ]; then
@@ -11,6 +12,7 @@ if [ $$ -eq 1 ]; then
 	sh "$0" "$@" &
 	exec python3 "$repository/tests/init/procd.py" serve /run/openwrt $!
 fi
+# shellcheck source=tests/init/lib.sh
 . "$repository/tests/init/lib.sh"
 dir=/run/openwrt
 mkdir -p $dir/bin $dir/init.d $dir/rc.d $dir/run
@@ -233,7 +235,8 @@ scripts() { # postinst or prerm: our script of the feed's Makefile
 }
 scripts postinst
 scripts prerm
-ours() { ( IPKG_INSTROOT= PKG_UPGRADE=${PKG_UPGRADE:-}; . $dir/"$1" ); }
+# shellcheck disable=SC1090,SC2030,SC2034 # our scripts read both, and are to change nothing here
+ours() { ( IPKG_INSTROOT='' PKG_UPGRADE=${PKG_UPGRADE:-}; . $dir/"$1" ); }
 act() { run cgtproxy "$1"; cat $dir/out $dir/err >>$dir/told; }
 prerm() { [ "${PKG_UPGRADE:-}" = 1 ] || act disable; act stop; }
 postinst() { [ "${PKG_UPGRADE:-}" = 1 ] || act enable; act start; }

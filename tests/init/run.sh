@@ -1,7 +1,8 @@
 #!/bin/bash
 # run.sh [openrc|procd|systemd|deb|fresh...]: the services under their init systems, and the package, in
 # containers of debootstrap trees below target/init. Needs root. Exit status 1 if anything fails.
-# shellcheck disable=SC2317 # functions are called by name
+# shellcheck disable=SC2317,SC2329 # functions are called by name
+# shellcheck disable=SC2015,SC2086 # echo does not fail, and no path here holds a blank
 cd "$(dirname "$0")/../.." || exit 1
 here=tests/init trees=target/init rc=0
 program=target/$(uname -m)-unknown-linux-musl/release/cgtproxy
@@ -81,6 +82,7 @@ fresh() {
 	: >$trees/fresh.log
 	# a mount of its own as the root directory: the tests change how it propagates
 	within() {
+		# shellcheck disable=SC2016 # the inner shell expands them
 		unshare -m sh -c 'mount --bind "$0" "$0" && cd "$0" && exec chroot . "$@"' $trees/run \
 			env -i HOME=/root PATH=/usr/sbin:/usr/bin CARGO_NET_OFFLINE=true CI=true sh -c "mount -t proc proc /proc
 				mount -t sysfs sysfs /sys; mount -t cgroup2 cgroup2 /sys/fs/cgroup; mount -t devtmpfs dev /dev; $1"

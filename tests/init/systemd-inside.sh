@@ -1,6 +1,7 @@
 #!/bin/sh
 # Becomes systemd inside a Debian tree (see run.sh), where it starts itself again as a service, tests
 # the units of the package that is installed there, and ends systemd with its result.
+# shellcheck disable=SC2317,SC2329 # functions are called by name
 set -u
 if [ "${1:-}" != test ]; then
 	dpkg -i /root/cgtproxy.deb >/dev/null 2>&1
@@ -20,6 +21,7 @@ if [ "${1:-}" != test ]; then
 	exec /lib/systemd/systemd --log-target=null --show-status=no
 fi
 
+# shellcheck source=tests/init/lib.sh
 . /root/lib.sh
 CONF=/etc/cgtproxy/cgtproxy.conf
 pid() { systemctl show -P MainPID cgtproxyd; }
@@ -44,7 +46,7 @@ is_left_alone() { # PID
 	check "   a new unit of the policy is dropped" asks app denied
 	check "   nothing got out" nothing_got_out
 }
-says() { "$@" >/run/said 2>&1; rc=$?; cat /run/said; return $rc; }
+says() { "$@" >/run/said 2>&1; rc=$?; cat /run/said; return "$rc"; }
 restarts() { : >/run/said; systemctl restart cgtproxy; }
 # by itself, or in what systemctl refers to
 said_where() { { cat /run/said; journalctl -n 40 -u cgtproxy; } | grep "cgtproxy.conf:5"; }

@@ -2,6 +2,7 @@
 # systemd.sh PROGRAM: the units as far as it can be held without booting systemd (a container in which
 # it boots needs a cgroup2 tree with the controllers free, which not every host gives): they verify,
 # and the daemon is not exposed.
+# shellcheck disable=SC2317,SC2329 # functions are called by name
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 program=$PWD/$1 failed=0
@@ -26,7 +27,7 @@ verify() {
 	! grep cgtproxy "$dir/said"
 }
 check "systemd-analyze verify" verify
-exposure() { systemd-analyze security --offline=yes --threshold=20 $unit; }
+exposure() { systemd-analyze security --offline=yes --threshold=20 "$unit"; }
 unit=init/systemd/cgtproxyd.service
 check "exposure of at most 2.0" exposure
 echo "       $(systemd-analyze security --offline=yes $unit | tail -1)"
