@@ -26,7 +26,7 @@ RELATIVE      = $(CURDIR)=cgtproxy $(SYSROOT)=rust $(or $(CARGO_HOME),$(HOME)/.c
 FOR_SIZE      = -Z build-std=std,panic_abort -Z build-std-features=optimize_for_size
 BUILD_STD     = $(if $(filter %-gnu,$(TARGET)),,$(if $(wildcard $(SYSROOT)/lib/rustlib/src/rust/library/std),$(FOR_SIZE)))
 
-.PHONY: all build toolchain deps root demo test bench soak fuzz clean
+.PHONY: all build toolchain deps root demo lint test bench soak fuzz clean
 
 all: build
 
@@ -72,8 +72,13 @@ root:
 demo: root build deps
 	cargo test --quiet --locked --test it demo::demo -- --ignored --nocapture
 
+# What can be read without running it: rustfmt, clippy, shellcheck and mandoc, each installed if it is
+# missing.
+lint: toolchain
+	@tests/lint.sh
+
 # All tests; needs root, and says SKIP for what cannot be had without.
-test: build deps
+test: lint build deps
 	cargo test --locked
 	+@$(MAKE) --no-print-directory vm-quick
 
