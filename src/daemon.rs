@@ -23,16 +23,19 @@ use crate::core::{Action, Core, Event, Found, Scan};
 use crate::error::{Error, Result};
 use crate::faults;
 use crate::instance;
-use crate::kernel::sockets::Doubts;
+use crate::kernel::sockets::{self, Doubts};
 use crate::kernel::{Damage, Kernel, Routing};
 use crate::log;
 use crate::log::{Escaped, Level};
 use crate::loops;
+use crate::net::Mark;
+use crate::nft::encode::Contents;
 use crate::nft::lock::Lock;
 use crate::notify::Notify;
 use crate::pidfile::Pidfile;
+use crate::plan;
 use crate::signals::{End, Signals};
-use crate::stale::{self, Before, Suspects};
+use crate::stale::{self, Before, Judge, Suspects};
 use crate::strays;
 use crate::sys;
 
@@ -285,7 +288,7 @@ fn begin<'a>(
     let config = (options.load)(&options.config_file)?;
     log::configure(config.log_level.louder(options.verbose), options.syslog);
     let pidfile = options.pidfile.clone().map(Pidfile::new).transpose()?;
-    let mut kernel = Kernel::open_watching(&config)?;
+    let mut kernel = Kernel::open_watching(config.route_table)?;
     let Some(before) = instance::claim(&mut kernel, signals)? else {
         return Ok(None);
     };
@@ -388,6 +391,12 @@ impl Cgroups {
                 Err(Error::State(format!("unable to read cgroup root {dir}: is it on cgroup2?")))
             }
         }
+    }
+
+    /// What the table should hold.
+    fn contents(&mut self) -> Contents {
+        let snapshot = self.core.snapshot();
+        plan::contents(self.core.config(), snapshot)
     }
 
     /// The path of a cgroup, fit to print, and its target.
@@ -709,7 +718,8 @@ impl Daemon<'_> {
     /// programs connect again at once; packets alone would have them wait until they give up.
     fn look_for_stale(&mut self, suspects: Suspects, slice: Duration) {
         let config = self.cgroups.core.config().clone();
-        self.doubts = self.kernel.doubts(&config, suspects);
+        let judge = Judge::new(config, suspects, sockets::chosen_ports());
+        self.doubts = self.kernel.doubts(judge);
         self.end_stale(slice);
     }
 
@@ -727,7 +737,7 @@ impl Daemon<'_> {
 
     /// Adds what is missing of the ip rules and routes, and tells what others have to do with it.
     fn add_routing(&mut self, config: &Config) -> Result<()> {
-        let (routing, result) = self.kernel.add_routing(config);
+        let (routing, result) = self.kernel.add_routing(&plan::needs(config));
         let before = std::mem::replace(&mut self.routes, routing);
         let after = &self.routes;
         for line in after.hindrances.iter().filter(|line| !before.hindrances.contains(line)) {
@@ -806,7 +816,8 @@ impl Daemon<'_> {
 
     fn find_loops(&mut self) -> Vec<String> {
         let config = self.cgroups.core.config().clone();
-        let listeners = self.kernel.listeners(&config);
+        let ports = config.tproxies.iter().map(|tproxy| tproxy.port);
+        let listeners: Vec<_> = ports.map(|port| self.kernel.listeners(port)).collect();
         loops::find(&config, &listeners, |id| self.cgroups.place(id))
     }
 
@@ -934,7 +945,7 @@ impl Daemon<'_> {
             self.look_at_dying(now);
         }
         let damage = match notified {
-            true => self.kernel.damage(self.cgroups.core.config()),
+            true => self.kernel.damage(&plan::needs(self.cgroups.core.config())),
             false => Damage::default(),
         };
         if let Some(culprit) = damage.table {
@@ -1034,7 +1045,8 @@ impl Daemon<'_> {
             return;
         }
         let config = self.cgroups.core.config().clone();
-        if let Err(error) = self.kernel.change(&config, &delta) {
+        let change = plan::change(&config, &delta, self.kernel.batch());
+        if let Err(error) = self.kernel.commit(change) {
             log!(Warning, "{error}; replacing the table");
             self.repair_table();
         }
@@ -1064,7 +1076,7 @@ impl Daemon<'_> {
     fn forget_routes(&mut self) {
         let config = self.cgroups.core.config().clone();
         if !config.gateways.is_empty() {
-            self.kernel.forget_routes(&config);
+            self.kernel.forget_routes(config.rule_priority);
         }
     }
 
@@ -1105,14 +1117,9 @@ impl Daemon<'_> {
     }
 
     fn replace(&mut self) -> Result<()> {
-        let config = self.cgroups.core.config().clone();
-        let snapshot = self.cgroups.core.snapshot();
-        let done = self.kernel.replace(&config, &snapshot);
+        let done = self.kernel.replace(&self.cgroups.contents());
         match done.is_err() && self.leave_out_levels() {
-            true => {
-                let snapshot = self.cgroups.core.snapshot();
-                self.kernel.replace(&config, &snapshot)
-            }
+            true => self.kernel.replace(&self.cgroups.contents()),
             false => done,
         }
     }
@@ -1198,11 +1205,14 @@ impl Daemon<'_> {
         let now = Instant::now();
         self.table.done(now, now);
         if new.mask != old.mask {
-            self.kernel.forget_spoofed(&old);
+            // what applications send by the flows that a proxy began would be taken for answers,
+            // without a mark that is known
+            let (value, mask) = (old.spoofed_mark(), old.mask);
+            self.kernel.forget_flows(Mark { value, mask });
         }
         self.trim_routing();
         if !(old.gateways.is_empty() && new.gateways.is_empty()) {
-            self.kernel.forget_routes(&new);
+            self.kernel.forget_routes(new.rule_priority);
         }
         let same = |target| stale::takes_the_same(&old, &new, target);
         let was = was.filter(|_| !std::mem::take(&mut self.exposed));

@@ -8,8 +8,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
-use crate::config::Config;
-use crate::core::{Delta, Snapshot};
 use crate::error::{reason, Error, Result};
 use crate::host::Host;
 use crate::log;
@@ -20,13 +18,12 @@ use crate::netlink::parse::{Message, Messages};
 use crate::netlink::socket::{Failure, Socket};
 use crate::netlink::uapi::*;
 use crate::nft::dump;
-use crate::nft::encode::{self, Object, Transaction};
+use crate::nft::encode::{self, Contents, Object, Transaction};
 use crate::nft::event::Follower;
 use crate::nft::expr::Expr;
 use crate::nft::lock::{self, Lock};
 use crate::nft::others;
 use crate::nft::ruleset::{OUTPUT, TABLE};
-use crate::plan;
 use crate::route::{self, Entry, Needs, Seen, SeenRoute, SeenRule};
 use crate::sys;
 
@@ -100,9 +97,9 @@ impl Kernel {
         })
     }
 
-    /// The same, subscribed to what others do to rules and routes. To be called before anything is put
-    /// into the kernel, so that no damage goes unseen.
-    pub fn open_watching(config: &Config) -> Result<Kernel> {
+    /// The same, subscribed to what others do to rules and to the routes of a table. To be called
+    /// before anything is put into the kernel, so that no damage goes unseen.
+    pub fn open_watching(table: u32) -> Result<Kernel> {
         let mut kernel = Kernel::open()?;
         let groups = [
             RTNLGRP_LINK,
@@ -114,7 +111,7 @@ impl Kernel {
         ];
         let rt = Socket::open(SockProtocol::NetlinkRoute, &groups)?;
         kernel.rt_events = Some(rt);
-        kernel.watch_table(config.route_table);
+        kernel.watch_table(table);
         Ok(kernel)
     }
 
@@ -149,8 +146,7 @@ impl Kernel {
     }
 
     /// Reads all notifications. Lost ones count as damage to all that they could have told of.
-    pub fn damage(&mut self, config: &Config) -> Damage {
-        let needs = Needs::of(config);
+    pub fn damage(&mut self, needs: &Needs) -> Damage {
         let mut damage = Damage::default();
         let own = self.nft.port();
         if let Some((socket, follower)) = &mut self.nft_events {
@@ -167,7 +163,7 @@ impl Kernel {
         if let Some(socket) = &mut self.rt_events {
             let lost = each_notification(socket, |datagram| {
                 for message in Messages::new(datagram).filter(|m| m.pid != own) {
-                    damage.routing |= route::is_change(&needs, &message);
+                    damage.routing |= route::is_change(needs, &message);
                     damage.revived |= route::is_revival(&message);
                 }
             });
@@ -241,30 +237,23 @@ impl Kernel {
         answer.is_ok()
     }
 
-    /// Replaces the table by what the plan says, in one transaction.
-    pub fn replace(&mut self, config: &Config, snapshot: &Snapshot) -> Result<()> {
+    /// Replaces the table by this, in one transaction.
+    pub fn replace(&mut self, contents: &Contents) -> Result<()> {
         let flags = self.flags;
-        let batch = self.nft.batch();
-        let transaction = plan::replacement(config, snapshot, flags, batch);
-        match self.commit(transaction) {
+        let batch = self.batch();
+        match self.commit(contents.replacement(flags, batch)) {
             // a kernel without table flags, or without `persist`
             Err(error)
                 if flags.is_some()
                     && matches!(error.errno(), Some(Errno::EOPNOTSUPP | Errno::EINVAL)) =>
             {
-                let batch = self.nft.batch();
-                self.commit(plan::replacement(config, snapshot, None, batch))?;
+                let batch = self.batch();
+                self.commit(contents.replacement(None, batch))?;
                 self.flags = None;
                 Ok(())
             }
             other => other,
         }
-    }
-
-    /// Applies a difference in one transaction.
-    pub fn change(&mut self, config: &Config, delta: &Delta) -> Result<()> {
-        let batch = self.nft.batch();
-        self.commit(plan::change(config, delta, batch))
     }
 
     /// Removes the table; false where there was none.
@@ -302,7 +291,15 @@ impl Kernel {
         found.map_err(|errno| Error::system(what, errno).hint("is nf_tables there?"))
     }
 
-    fn commit(&mut self, transaction: Transaction) -> Result<()> {
+    /// What a transaction for [`Kernel::commit`] is to be built in.
+    pub fn batch(&mut self) -> Batch {
+        self.nft.batch()
+    }
+
+    /// Has a transaction take effect, as a whole or not at all.
+    ///
+    /// Errors: the object that was refused, with a remedy where one is known.
+    pub fn commit(&mut self, transaction: Transaction) -> Result<()> {
         let (batch, last) = transaction.finish();
         log!(Debug, "nftables transaction of {} bytes", batch.len());
         match self.nft.transact(&batch, last)? {
@@ -335,12 +332,11 @@ impl Kernel {
     /// guard drops what cannot reach it.
     ///
     /// Errors: the first entry that could not be added; the other family was tried all the same.
-    pub fn add_routing(&mut self, config: &Config) -> (Routing, Result<()>) {
-        self.watch_table(config.route_table);
-        let needs = Needs::of(config);
+    pub fn add_routing(&mut self, needs: &Needs) -> (Routing, Result<()>) {
+        self.watch_table(needs.table);
         let (mut routing, mut result, mut lo_is_down) = (Routing::default(), Ok(()), false);
         for family in Family::BOTH {
-            match self.add_family(&needs, family, &mut routing) {
+            match self.add_family(needs, family, &mut routing) {
                 Ok(down) => {
                     lo_is_down |= down;
                     if family == Family::V6 && !std::mem::replace(&mut self.ipv6, true) {
@@ -431,10 +427,11 @@ impl Kernel {
     }
 
     /// Makes the kernel look for the routes of all flows anew, which any change of the ip rules does.
-    /// A flow that a flowtable forwards comes back to the table only by that.
-    pub fn forget_routes(&mut self, config: &Config) {
+    /// A flow that a flowtable forwards comes back to the table only by that. The priority is that
+    /// of the rule which comes and goes.
+    pub fn forget_routes(&mut self, priority: u32) {
         for family in Family::BOTH {
-            let rule = route::passing(config, family);
+            let rule = route::passing(family, priority);
             let added = self.route_request(&rule, true);
             // whatever became of the first, so that it never stays
             let deleted = self.route_request(&rule, false);
@@ -483,29 +480,25 @@ impl Kernel {
         Host::glance(Some(&mut self.rt), self.diag.as_mut())
     }
 
-    /// The sockets that listen on each tproxy's port; none where the kernel does not tell of them
-    /// and of their cgroups.
-    pub fn listeners(&mut self, config: &Config) -> Vec<Vec<Listener>> {
-        let of = |kernel: &mut Kernel, port| {
-            let mut found = BTreeSet::new();
-            let Some(socket) = &mut kernel.diag else {
-                return Vec::new();
-            };
-            for family in [AF_INET, AF_INET6] {
-                for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
-                    let request =
-                        |batch: &mut Batch| diag::get_listeners(batch, family, protocol, port);
-                    match socket.dump(&request, diag::parse_listener) {
-                        Ok(Ok(listeners)) => found.extend(listeners),
-                        Ok(Err(errno)) => log!(Debug, "no inet_diag: {}", reason(errno)),
-                        Err(error) => log!(Debug, "no inet_diag: {error}"),
-                    }
+    /// The sockets that listen on a port; none where the kernel does not tell of them and of their
+    /// cgroups.
+    pub fn listeners(&mut self, port: u16) -> Vec<Listener> {
+        let mut found = BTreeSet::new();
+        let Some(socket) = &mut self.diag else {
+            return Vec::new();
+        };
+        for family in [AF_INET, AF_INET6] {
+            for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
+                let request =
+                    |batch: &mut Batch| diag::get_listeners(batch, family, protocol, port);
+                match socket.dump(&request, diag::parse_listener) {
+                    Ok(Ok(listeners)) => found.extend(listeners),
+                    Ok(Err(errno)) => log!(Debug, "no inet_diag: {}", reason(errno)),
+                    Err(error) => log!(Debug, "no inet_diag: {error}"),
                 }
             }
-            found.into_iter().collect()
-        };
-        let ports = config.tproxies.iter().map(|tproxy| tproxy.port);
-        ports.map(|port| of(self, port)).collect()
+        }
+        found.into_iter().collect()
     }
 
     fn route_request(&mut self, entry: &Entry, add: bool) -> std::result::Result<(), Errno> {

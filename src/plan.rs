@@ -7,35 +7,41 @@ use std::os::unix::ffi::OsStrExt;
 use crate::cgroup::mount::Root;
 use crate::config::Config;
 use crate::core::{Core, Delta, Snapshot};
-use crate::net::Family;
+use crate::net::{Family, Mark};
 use crate::netlink::msg::Batch;
-use crate::nft::encode::Transaction;
-use crate::nft::ruleset::{dying_name, output_rules, set_name, Content, Table, OUTPUT, TABLE};
-use crate::route::{Entry, Needs};
+use crate::nft::encode::{Contents, Transaction};
+use crate::nft::ruleset::{
+    dying_name, output_rules, set_name, Content, Element, Table, OUTPUT, TABLE,
+};
+use crate::route::{Entry, Forwarded, Needs};
+
+/// What the ip rules and routes have to bring about.
+pub fn needs(config: &Config) -> Needs<'_> {
+    let mark = |value| Mark { value, mask: config.mask };
+    Needs {
+        priority: config.rule_priority,
+        table: config.route_table,
+        marks: config.tproxies.iter().map(|t| mark(t.mark)).collect(),
+        forwarded: Forwarded {
+            mark: mark(config.gateway_mark()),
+            interfaces: config.gateway_interfaces(),
+        },
+    }
+}
 
 /// The ip rules and routes, where no rule of others stands before ours.
 pub fn routing(config: &Config) -> BTreeSet<Entry> {
-    let needs = Needs::of(config);
+    let needs = needs(config);
     let of = |family| needs.entries(family, needs.priority);
     Family::BOTH.into_iter().flat_map(of).collect()
 }
 
-/// One transaction that replaces the table. `flags`: see [`Transaction::replace`].
-pub fn replacement(
-    config: &Config,
-    snapshot: &Snapshot,
-    flags: Option<u32>,
-    batch: Batch,
-) -> Transaction {
-    let mut transaction = Transaction::new(batch);
-    transaction.replace(&table(config, snapshot), flags);
-    for (target, ids) in &snapshot.elements {
-        transaction.add_cgroups(&set_name(config, *target), ids.iter().copied());
-    }
-    for (target, hashes) in &snapshot.dying {
-        transaction.add_hashes(&dying_name(config, *target), hashes.iter().copied());
-    }
-    transaction
+/// The table and all that its sets hold.
+pub fn contents(config: &Config, snapshot: Snapshot) -> Contents {
+    let Snapshot { elements, dying, pairs } = snapshot;
+    let cgroups = elements.into_iter().map(|(target, ids)| (set_name(config, target), ids));
+    let dying = dying.into_iter().map(|(target, hashes)| (dying_name(config, target), hashes));
+    Contents { table: table(config, &pairs), cgroups: cgroups.collect(), dying: dying.collect() }
 }
 
 /// One transaction that holds a difference.
@@ -60,10 +66,10 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     transaction
 }
 
-fn table(config: &Config, snapshot: &Snapshot) -> Table {
+fn table(config: &Config, pairs: &BTreeSet<Element>) -> Table {
     let mut table = Table::new(config);
     if let Some(output) = table.chains.iter_mut().find(|chain| chain.name == OUTPUT) {
-        output.rules = output_rules(config, &snapshot.pairs);
+        output.rules = output_rules(config, pairs);
     }
     table
 }
@@ -71,7 +77,7 @@ fn table(config: &Config, snapshot: &Snapshot) -> Table {
 /// The whole plan as a script for `nft -f`, with the routing as comments.
 pub fn script(core: &mut Core, root: &Root) -> String {
     let config = core.config().clone();
-    let table = table(&config, &core.snapshot());
+    let table = table(&config, &core.snapshot().pairs);
     // nft finds a cgroup by its path from /sys/fs/cgroup
     let mount = root.dir.strip_prefix(&root.mount).unwrap_or(std::path::Path::new(""));
     let mut out = String::new();

@@ -9,7 +9,6 @@ use std::fmt;
 use std::mem::discriminant;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::config::Config;
 use crate::net::{Family, Interface, Mark};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs};
@@ -64,39 +63,27 @@ pub enum Entry {
     Rule(IpRule),
 }
 
-/// What is marked and has to be delivered here: all that rules and routes follow from.
+/// What is marked and has to be delivered here: all that rules and routes follow from. Of a
+/// configuration see `plan::needs`.
 pub struct Needs<'a> {
     /// Of the rules, unless others stand before it.
     pub priority: u32,
     pub table: u32,
     /// Of what this host sends; without any there is nothing to route.
     pub marks: Vec<Mark>,
-    pub gateway: Gateway<'a>,
+    pub forwarded: Forwarded<'a>,
 }
 
 /// What is routed for others to a tproxy: its mark, and where it comes in.
-pub struct Gateway<'a> {
+pub struct Forwarded<'a> {
     pub mark: Mark,
     pub interfaces: Vec<&'a Interface>,
 }
 
 impl Needs<'_> {
-    pub fn of(config: &Config) -> Needs<'_> {
-        let mark = |value| Mark { value, mask: config.mask };
-        Needs {
-            priority: config.rule_priority,
-            table: config.route_table,
-            marks: config.tproxies.iter().map(|t| mark(t.mark)).collect(),
-            gateway: Gateway {
-                mark: mark(config.gateway_mark()),
-                interfaces: config.gateway_interfaces(),
-            },
-        }
-    }
-
     /// How many priorities the rules take.
     fn width(&self) -> u32 {
-        match self.gateway.interfaces.iter().any(|interface| interface.prefix) {
+        match self.forwarded.interfaces.iter().any(|interface| interface.prefix) {
             true => 3,
             false => 1,
         }
@@ -108,7 +95,7 @@ impl Needs<'_> {
         if self.marks.is_empty() {
             return wanted;
         }
-        let gateway = &self.gateway;
+        let forwarded = &self.forwarded;
         let mut rule = |offset, iif: &str, mark, action| {
             let priority = first.saturating_add(offset);
             wanted.insert(Entry::Rule(IpRule { family, priority, iif: iif.into(), mark, action }));
@@ -119,12 +106,12 @@ impl Needs<'_> {
             // A rule cannot name a prefix, so one rule takes every interface but lo. (The look-up of
             // the way back says `iif lo` and must not meet it, see `Config::gateway_mark`.)
             let over = Action::Goto(first.saturating_add(2));
-            rule(0, "lo", gateway.mark, over);
-            rule(1, "", gateway.mark, lookup);
+            rule(0, "lo", forwarded.mark, over);
+            rule(1, "", forwarded.mark, lookup);
             rule(2, "", Mark { value: 0, mask: 0 }, Action::Nop);
         } else {
-            for interface in &gateway.interfaces {
-                rule(0, &interface.name, gateway.mark, lookup);
+            for interface in &forwarded.interfaces {
+                rule(0, &interface.name, forwarded.mark, lookup);
             }
         }
         wanted.insert(Entry::Route(Route::new(family, self.table)));
@@ -138,10 +125,10 @@ impl Needs<'_> {
 }
 
 /// A rule that does nothing, whether it is there or not.
-pub fn passing(config: &Config, family: Family) -> Entry {
+pub fn passing(family: Family, priority: u32) -> Entry {
     Entry::Rule(IpRule {
         family,
-        priority: config.rule_priority,
+        priority,
         iif: "lo".into(),
         mark: Mark { value: 0, mask: 0 },
         action: Action::Nop,
@@ -447,8 +434,8 @@ impl SeenRule {
             true => iif.starts_with(&*interface.name),
             false => iif == interface.name,
         };
-        let interfaces = &needs.gateway.interfaces;
-        let routed = !interfaces.is_empty() && asks_for(&needs.gateway.mark);
+        let interfaces = &needs.forwarded.interfaces;
+        let routed = !interfaces.is_empty() && asks_for(&needs.forwarded.mark);
         !self.elsewhere && (of_host || routed && (iif.is_empty() || interfaces.iter().any(covers)))
     }
 }
@@ -824,8 +811,8 @@ mod tests {
     }
 
     fn needs(interfaces: Vec<&Interface>) -> Needs<'_> {
-        let gateway = Gateway { mark: ROUTED, interfaces };
-        Needs { priority: 100, table: 300, marks: vec![MARK], gateway }
+        let forwarded = Forwarded { mark: ROUTED, interfaces };
+        Needs { priority: 100, table: 300, marks: vec![MARK], forwarded }
     }
 
     #[test]

@@ -407,8 +407,10 @@ fn snapshot(config: &Config) -> Snapshot {
 fn replacements() {
     for config in configs() {
         for flags in [None, Some(0x6)] {
-            for snapshot in [Snapshot::default(), snapshot(&config)] {
-                let ours = plan::replacement(&config, &snapshot, flags, Batch::new(SEQ));
+            for make in [|_: &Config| Snapshot::default(), snapshot] {
+                let snapshot = make(&config);
+                let ours = plan::contents(&config, make(&config));
+                let ours = ours.replacement(flags, Batch::new(SEQ));
                 same_batch("replacement", ours, |theirs| {
                     let mut table = Table::new(&config);
                     let output = table.chains.iter_mut().find(|chain| chain.name == OUTPUT);

@@ -175,6 +175,18 @@ fn arrows_point_one_way() {
     assert!(seen > 60, "only {seen} uses were found: does this test still read them?");
 }
 
+/// What sends to the kernel is told what to send, and does not ask the policy for it.
+#[test]
+fn the_kernel_knows_no_configuration() {
+    let sources = sources();
+    for module in ["kernel", "kernel::sockets", "route"] {
+        for used in uses(module, &sources[module]) {
+            let above = ["config", "policy", "plan", "core"];
+            assert!(!above.iter().any(|name| used.starts_with(name)), "{module} uses {used}");
+        }
+    }
+}
+
 #[test]
 fn pure_modules_do_no_io() {
     let sources = sources();

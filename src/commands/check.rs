@@ -27,6 +27,7 @@ use crate::netlink::uapi::*;
 use crate::nft::encode::Probe;
 use crate::nft::expr::Expr;
 use crate::nft::ruleset::{Base, TABLE};
+use crate::plan;
 use crate::policy;
 use crate::route::{Action, Needs, Seen};
 use crate::strays;
@@ -496,7 +497,8 @@ fn shared_ports(config: &Config, findings: &mut Findings) {
     let Ok(mut kernel) = Kernel::open() else {
         return;
     };
-    for (tproxy, sockets) in config.tproxies.iter().zip(kernel.listeners(config)) {
+    for tproxy in &config.tproxies {
+        let sockets = kernel.listeners(tproxy.port);
         let uids: BTreeSet<String> = sockets.iter().map(|s| s.uid.to_string()).collect();
         if uids.len() > 1 {
             let (name, port) = (&tproxy.name, tproxy.port);
@@ -515,7 +517,7 @@ fn routing(config: &Config, findings: &mut Findings) {
     if config.tproxies.is_empty() {
         return;
     }
-    let needs = Needs::of(config);
+    let needs = plan::needs(config);
     let (mut in_the_way, mut evaded) = (BTreeSet::new(), BTreeSet::new());
     let mut dropped = BTreeSet::new();
     let found = Kernel::open().and_then(|mut kernel| {
@@ -704,8 +706,8 @@ mod tests {
     fn conflicts_are_of_bits_priority_and_table() {
         let interface = Interface { name: "br-".into(), prefix: true };
         let config = Config::default();
-        let mut needs = Needs::of(&config);
-        needs.gateway.interfaces = vec![&interface];
+        let mut needs = plan::needs(&config);
+        needs.forwarded.interfaces = vec![&interface];
         let count = |priority, value, mask, table| {
             let mut batch = Batch::new(0);
             let mark = Mark { value, mask };

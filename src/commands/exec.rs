@@ -31,7 +31,8 @@ use crate::netlink::socket::Socket;
 use crate::netlink::uapi::{NFNLGRP_NFTABLES, NFT_TABLE_F_DORMANT};
 use crate::nft::dump::Step;
 use crate::nft::ruleset::TABLE;
-use crate::route::{Entry, Needs};
+use crate::plan;
+use crate::route::Entry;
 use crate::{instance, log, policy, sys};
 
 /// How long the daemon may take to classify a new cgroup.
@@ -409,7 +410,7 @@ impl<'a> Wanted<'a> {
                 continue;
             }
             let seen = kernel.seen(family, self.config.route_table)?;
-            let missing = seen.missing(&Needs::of(self.config), family);
+            let missing = seen.missing(&plan::needs(self.config), family);
             let needed = missing.iter().find(|entry| match entry {
                 Entry::Rule(rule) => rule.mark.value == tproxy.mark,
                 Entry::Route(_) => true,

@@ -26,7 +26,7 @@ use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
 use crate::nft::dump::{Counter, Gateway, Target, View};
 use crate::nft::lock::Lock;
 use crate::nft::ruleset::TABLE;
-use crate::route::{self, Action, Entry, IpRule, Needs, Route};
+use crate::route::{Action, Entry, Forwarded, IpRule, Needs, Route};
 use crate::sys;
 
 /// Of the shape that `--json` prints; documented in cgtproxy(8).
@@ -472,7 +472,7 @@ fn needs(view: &View, priority: u32, table: u32) -> Needs<'_> {
         priority,
         table,
         marks: view.targets.iter().filter_map(|t| t.mark).collect(),
-        gateway: route::Gateway {
+        forwarded: Forwarded {
             mark: view.routed.unwrap_or(Mark { value: 0, mask: 0 }),
             // without a mark for it, nothing that is routed goes to a tproxy
             interfaces: (view.routed.iter()).flat_map(|_| &view.interfaces).collect(),

@@ -4,15 +4,14 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
-use std::rc::Rc;
 use std::time::Instant;
 
 use nix::errno::Errno;
 
 use super::Kernel;
-use crate::config::Config;
 use crate::error::{reason, Result};
 use crate::log;
+use crate::net::Mark;
 use crate::netlink::conntrack::{self, Flow};
 use crate::netlink::diag::{self, Socket};
 use crate::netlink::msg::Batch;
@@ -34,11 +33,10 @@ pub struct Doubts {
 
 impl Kernel {
     /// Looks for sockets that may be stale; `None` where there are none, or none can be ended.
-    pub fn doubts(&mut self, config: &Rc<Config>, suspects: Suspects) -> Option<Doubts> {
-        if !self.ends_sockets || suspects.is_empty() {
+    pub fn doubts(&mut self, judge: Judge) -> Option<Doubts> {
+        if !self.ends_sockets || judge.suspects().is_empty() {
             return None;
         }
-        let judge = Judge::new(config.clone(), suspects, chosen_ports());
         let mut doubts =
             Doubts { judge, sockets: Vec::new(), tcp: Ports::new(), udp: Ports::new(), ended: 0 };
         let ids = doubts.judge.suspects().ids().unwrap_or_default();
@@ -196,11 +194,9 @@ impl Kernel {
         answer(self.nft.ask(&request, |message| conntrack::parse(message, local)))
     }
 
-    /// Has the flows forgotten that a proxy began, by the marks of a configuration before: without a
-    /// mark that is known, what applications send by them would be taken for answers.
-    pub fn forget_spoofed(&mut self, old: &Config) {
-        let (value, mask) = (old.spoofed_mark(), old.mask);
-        let request = |batch: &mut Batch| conntrack::forget(batch, value, mask);
+    /// Has conntrack forget the flows with this mark.
+    pub fn forget_flows(&mut self, mark: Mark) {
+        let request = |batch: &mut Batch| conntrack::forget(batch, mark.value, mark.mask);
         match self.nft.ask(&request, |_| None::<()>) {
             Ok(Ok(_)) => {}
             Ok(Err(errno)) => log!(Debug, "unable to forget flows: {}", reason(errno)),
@@ -226,7 +222,7 @@ fn answer<T>(asked: Result<std::result::Result<Option<T>, Errno>>) -> Option<T> 
 }
 
 /// The ports that the kernel gives to sockets that ask for none.
-fn chosen_ports() -> RangeInclusive<u16> {
+pub fn chosen_ports() -> RangeInclusive<u16> {
     let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
     let text = text.unwrap_or_default();
     let mut ends = text.split_ascii_whitespace().map(|port| port.parse().ok());

@@ -14,6 +14,30 @@ use crate::netlink::uapi::*;
 /// An element list is split when its message grows past this; attribute lengths are 16 bits wide.
 const SPLIT: usize = 32 * 1024;
 
+/// The table with all that its cgroup sets hold, by name of the set.
+#[derive(Debug)]
+pub struct Contents {
+    pub table: Table,
+    pub cgroups: Vec<(String, Vec<u64>)>,
+    /// Removed cgroups, by their hashes.
+    pub dying: Vec<(String, Vec<u32>)>,
+}
+
+impl Contents {
+    /// One transaction that replaces the table. `flags`: see [`Transaction::replace`].
+    pub fn replacement(&self, flags: Option<u32>, batch: Batch) -> Transaction {
+        let mut transaction = Transaction::new(batch);
+        transaction.replace(&self.table, flags);
+        for (set, ids) in &self.cgroups {
+            transaction.add_cgroups(set, ids.iter().copied());
+        }
+        for (set, hashes) in &self.dying {
+            transaction.add_hashes(set, hashes.iter().copied());
+        }
+        transaction
+    }
+}
+
 /// One nf_tables transaction under construction. All of it takes effect at once or not at all.
 pub struct Transaction {
     batch: Batch,

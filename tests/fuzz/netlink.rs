@@ -8,14 +8,15 @@ use cgtproxy::net::Family;
 use cgtproxy::netlink::diag;
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
 use cgtproxy::nft::{dump, encode, event::Follower, others};
-use cgtproxy::route::{self, Needs, Seen};
+use cgtproxy::plan;
+use cgtproxy::route::{self, Seen};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|datagram: &[u8]| {
     let mut messages = Messages::new(datagram);
     let (mut count, mut rules, mut others_rules) = (0, Vec::new(), Vec::new());
     let config = Config::default();
-    let (needs, mut seen) = (Needs::of(&config), Seen::default());
+    let (needs, mut seen) = (plan::needs(&config), Seen::default());
     for message in messages.by_ref() {
         count += 1;
         let _ = (parse::reply(&message), diag::parse(&message, 6));
