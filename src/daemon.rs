@@ -28,6 +28,7 @@ use crate::kernel::{Damage, Kernel, Routing};
 use crate::log;
 use crate::log::{Escaped, Level};
 use crate::loops;
+use crate::memory;
 use crate::net::Mark;
 use crate::nft::encode::Contents;
 use crate::nft::lock::Lock;
@@ -679,7 +680,7 @@ impl Daemon<'_> {
         self.look_for_stale(suspects, FIRST_SLICE);
         self.pidfile.as_ref().map_or(Ok(()), Pidfile::write)?;
         confine(self.options.seccomp)?;
-        sys::wait_for_memory();
+        memory::wait();
         Ok(())
     }
 
@@ -847,7 +848,7 @@ impl Daemon<'_> {
                     Some(End::Leave) => return self.leave(),
                 }
             }
-            if sys::waited_for_memory() {
+            if memory::waited() {
                 log!(Warning, "memory had run out; raise the limit (ulimit -v)");
             }
             if ready.cgroups || !self.cgroups.events.is_empty() {

@@ -22,6 +22,8 @@ pub mod kernel;
 pub mod listen;
 pub mod log;
 pub mod loops;
+#[allow(unsafe_code)]
+pub mod memory;
 pub mod net;
 pub mod netlink;
 pub mod nft;

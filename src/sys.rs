@@ -1,11 +1,9 @@
-//! System calls that nix does not wrap, and all `unsafe` of this program. No policy here: each
+//! System calls that nix does not wrap, and all `unsafe` of this program but the allocator's. No policy here: each
 //! function is one call with its arguments checked, and returns the errno untouched.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use nix::errno::Errno;
 
@@ -318,84 +316,4 @@ pub fn writable_now(fd: BorrowedFd) -> bool {
     // SAFETY: one valid pollfd is passed, with its count.
     let ready = unsafe { libc::poll(&mut poll, 1, 0) };
     ready == 1 && poll.revents & libc::POLLOUT != 0
-}
-
-/// The allocator of the C library, behind what to do where it has no memory. Rust would abort.
-struct Patient;
-
-#[global_allocator]
-static ALLOCATOR: Patient = Patient;
-
-/// How often to try again before giving up, each time after [`PAUSE`].
-static TRIES: AtomicU32 = AtomicU32::new(0);
-const PAUSE: libc::c_int = 100;
-static WAITED: AtomicBool = AtomicBool::new(false);
-
-/// Lets every allocation from now on wait for memory, for up to a minute, instead of ending the
-/// program: the limit may be raised, or others may give memory back. Nothing else is done meanwhile.
-pub fn wait_for_memory() {
-    TRIES.store(600, Ordering::Relaxed);
-}
-
-/// Whether memory had to be waited for since the last call.
-pub fn waited_for_memory() -> bool {
-    WAITED.swap(false, Ordering::Relaxed)
-}
-
-impl Patient {
-    /// Gets memory, or ends the program with status 1.
-    fn get(&self, allocate: impl Fn() -> *mut u8) -> *mut u8 {
-        let mut tries = TRIES.load(Ordering::Relaxed);
-        loop {
-            let got = allocate();
-            if !got.is_null() {
-                return got;
-            }
-            if tries == 0 {
-                tell("error: out of memory\n");
-                // SAFETY: no memory is passed; the kernel ends everything.
-                unsafe { libc::_exit(1) };
-            }
-            if !WAITED.swap(true, Ordering::Relaxed) {
-                tell("warning: out of memory, waiting; raise the limit (ulimit -v)\n");
-            }
-            tries -= 1;
-            // SAFETY: no descriptors are passed.
-            unsafe { libc::poll(std::ptr::null_mut(), 0, PAUSE) };
-        }
-    }
-}
-
-/// Writes to standard error without allocating.
-fn tell(line: &str) {
-    // SAFETY: standard error is open as long as the program runs; a closed one is refused.
-    let stderr = unsafe { BorrowedFd::borrow_raw(2) };
-    if !writable_now(stderr) {
-        return;
-    }
-    // SAFETY: reads the bytes of a live string. What is not written is lost.
-    unsafe { libc::write(2, line.as_ptr().cast(), line.len()) };
-}
-
-// SAFETY: every call goes to System with its arguments, some more than once after it has failed.
-unsafe impl GlobalAlloc for Patient {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise.
-        self.get(|| unsafe { System.alloc(layout) })
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise.
-        self.get(|| unsafe { System.alloc_zeroed(layout) })
-    }
-
-    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        // SAFETY: the caller's promise; what failed has left the block as it was.
-        self.get(|| unsafe { System.realloc(at, layout, size) })
-    }
-
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(at, layout) }
-    }
 }
