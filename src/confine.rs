@@ -3,6 +3,7 @@
 //! Source: capabilities(7), prctl(2), seccomp(2).
 
 use nix::errno::Errno;
+use nix::sys::prctl;
 use nix::sys::resource::{setrlimit, Resource};
 use nix::sys::stat::{umask, Mode};
 use nix::unistd::geteuid;
@@ -32,10 +33,10 @@ pub fn confine(filter: bool) -> Result<()> {
     // a core dump would hold addresses and names
     let refused = |what: &'static str| move |errno| Error::system(what, errno);
     setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(refused("unable to rule out core dumps"))?;
-    sys::set_undumpable().map_err(refused("unable to rule out core dumps"))?;
+    prctl::set_dumpable(false).map_err(refused("unable to rule out core dumps"))?;
     sys::limit_capabilities(kept_capabilities()?)
         .map_err(refused("unable to give up capabilities"))?;
-    sys::set_no_new_privs().map_err(refused("unable to set no_new_privs"))?;
+    prctl::set_no_new_privs().map_err(refused("unable to set no_new_privs"))?;
     if !filter {
         return Ok(());
     }

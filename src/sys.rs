@@ -1,19 +1,17 @@
-//! System calls that nix does not wrap, and all `unsafe` of this program but the allocator's. No policy here: each
+//! System calls that nix does not wrap or wraps too widely, and all `unsafe` of this program but the allocator's. No policy here: each
 //! function is one call with its arguments checked, and returns the errno untouched.
 
 use std::ffi::CStr;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use nix::fcntl::{open, AtFlags, OFlag};
+use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
+use nix::sys::stat::{fstatat, Mode};
 
 /// A handle on the directory `path` that serves as a base for look-ups and nothing else (O_PATH).
 pub fn open_path(path: &CStr) -> Result<OwnedFd, Errno> {
-    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
-    // SAFETY: path is NUL-terminated.
-    let fd = unsafe { libc::open(path.as_ptr(), flags) };
-    // SAFETY: a descriptor that the kernel just returned belongs to nobody else.
-    Errno::result(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
+    open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
 }
 
 /// The cgroup v2 id of the directory `path`, looked up from `base`: 64 bits, host order, as
@@ -72,38 +70,12 @@ pub struct Directory {
 
 /// Looks at a directory from `base`, without following a symlink at its end (fstatat(2)).
 pub fn directory(base: BorrowedFd, path: &CStr) -> Result<Directory, Errno> {
-    let mut st = MaybeUninit::<libc::stat>::uninit();
-    let flags = libc::AT_SYMLINK_NOFOLLOW;
-    // SAFETY: path is NUL-terminated; st has the size and alignment that fstatat writes.
-    let rc = unsafe { libc::fstatat(base.as_raw_fd(), path.as_ptr(), st.as_mut_ptr(), flags) };
-    Errno::result(rc)?;
-    // SAFETY: fstatat succeeded, so st is initialised.
-    let st = unsafe { st.assume_init() };
+    let st = fstatat(base, path, AtFlags::AT_SYMLINK_NOFOLLOW)?;
     #[allow(clippy::unnecessary_cast)] // both types differ by architecture
     Ok(Directory { inode: st.st_ino as u64, links: st.st_nlink as u64, owner: st.st_uid })
 }
 
-/// A new inotify instance, close-on-exec and non-blocking (inotify_init1(2)).
-///
-/// Errors: EMFILE at the limit of instances (`fs.inotify.max_user_instances`) or descriptors.
-pub fn inotify_init() -> Result<OwnedFd, Errno> {
-    // SAFETY: no memory is passed.
-    let fd = unsafe { libc::inotify_init1(libc::IN_CLOEXEC | libc::IN_NONBLOCK) };
-    // SAFETY: a descriptor that the kernel just returned belongs to nobody else.
-    Errno::result(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Watches `path`; returns the watch descriptor, which is the old one where the same inode is
-/// watched already (inotify_add_watch(2)).
-///
-/// Errors: ENOSPC at the limit of watches (`fs.inotify.max_user_watches`); ENOENT; ENOTDIR.
-pub fn inotify_add_watch(inotify: BorrowedFd, path: &CStr, mask: u32) -> Result<i32, Errno> {
-    // SAFETY: path is NUL-terminated.
-    let wd = unsafe { libc::inotify_add_watch(inotify.as_raw_fd(), path.as_ptr(), mask) };
-    Errno::result(wd)
-}
-
-/// Ends a watch (inotify_rm_watch(2)). Errors: EINVAL where the kernel ended it already.
+/// Ends the watch of a number, of which nix makes no watch again (inotify_rm_watch(2)). Errors: EINVAL where the kernel ended it already.
 pub fn inotify_rm_watch(inotify: BorrowedFd, wd: i32) -> Result<(), Errno> {
     // SAFETY: no memory is passed.
     Errno::result(unsafe { libc::inotify_rm_watch(inotify.as_raw_fd(), wd) }).map(drop)
@@ -237,22 +209,10 @@ pub fn limit_capabilities(keep: u64) -> Result<(), Errno> {
     Errno::result(rc).map(drop)
 }
 
-/// No exec will ever gain privileges (`PR_SET_NO_NEW_PRIVS` of prctl(2)).
-pub fn set_no_new_privs() -> Result<(), Errno> {
-    // SAFETY: integers only.
-    Errno::result(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) }).map(drop)
-}
-
 /// Lets a write beyond RLIMIT_FSIZE be refused (EFBIG) instead of ending the program by SIGXFSZ.
 pub fn ignore_file_size_signal() {
     // SAFETY: no handler is installed, so nothing runs.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-}
-
-/// No core dumps, no ptrace by others of the same user (`PR_SET_DUMPABLE` of prctl(2)).
-pub fn set_undumpable() -> Result<(), Errno> {
-    // SAFETY: integers only.
-    Errno::result(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) }).map(drop)
 }
 
 /// From here on any system call that is not in `allowed`, or of another architecture's table than
@@ -312,8 +272,7 @@ pub fn local_time() -> libc::tm {
 
 /// Whether a write of up to `PIPE_BUF` bytes to `fd` would not block now (poll(2), no waiting).
 pub fn writable_now(fd: BorrowedFd) -> bool {
-    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one valid pollfd is passed, with its count.
-    let ready = unsafe { libc::poll(&mut poll, 1, 0) };
-    ready == 1 && poll.revents & libc::POLLOUT != 0
+    let mut fds = [PollFd::new(fd, PollFlags::POLLOUT)];
+    let _ = poll(&mut fds, PollTimeout::ZERO);
+    fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLOUT))
 }

@@ -11,6 +11,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path as FilePath;
 
 use nix::errno::Errno;
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::unistd::geteuid;
 
 use super::tree::Path;
@@ -26,15 +27,24 @@ const EVENT: usize = 16 + 256;
 /// cannot keep the loop from committing what it has.
 const READ: usize = 8 * 1024;
 
-const MASK: u32 = libc::IN_CREATE
-    | libc::IN_DELETE
-    | libc::IN_ONLYDIR
-    | libc::IN_DONT_FOLLOW
-    | libc::IN_EXCL_UNLINK;
+/// By number, as nix has no name for the last.
+const MASK: AddWatchFlags = AddWatchFlags::from_bits_retain(
+    libc::IN_CREATE
+        | libc::IN_DELETE
+        | libc::IN_ONLYDIR
+        | libc::IN_DONT_FOLLOW
+        | libc::IN_EXCL_UNLINK,
+);
+
+/// A new inotify instance. Errors: EMFILE at the limit of instances (the sysctl
+/// `fs.inotify.max_user_instances`) or of descriptors.
+pub fn inotify() -> std::result::Result<Inotify, Errno> {
+    Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
+}
 
 /// Looks at cgroup directories, and watches those it has looked at unless made with `look_only`.
 pub struct Watcher {
-    inotify: Option<OwnedFd>,
+    inotify: Option<Inotify>,
     root: Vec<u8>,
     /// The root as of its last look: what is looked up from it spares the way there.
     base: Option<OwnedFd>,
@@ -45,7 +55,7 @@ pub struct Watcher {
 
 impl Watcher {
     pub fn new(root: &FilePath) -> Result<Watcher> {
-        let inotify = sys::inotify_init().map_err(|errno| {
+        let inotify = inotify().map_err(|errno| {
             let error = Error::system("unable to make an inotify instance", errno);
             match errno {
                 Errno::EMFILE => error.hint("raise the sysctl fs.inotify.max_user_instances"),
@@ -95,8 +105,8 @@ impl Watcher {
         let above = root.ancestors().skip(1).take_while(|dir| dir.starts_with(top));
         let above = above.take(if gone { usize::MAX } else { 1 });
         let names = above.filter_map(|dir| CString::new(dir.as_os_str().as_bytes()).ok());
-        let wds = names.filter_map(|dir| sys::inotify_add_watch(inotify.as_fd(), &dir, MASK).ok());
-        let now: Vec<i32> = wds.collect();
+        let wds = names.filter_map(|dir| inotify.add_watch(&*dir, MASK).ok());
+        let now: Vec<i32> = wds.map(|wd| wd.as_raw()).collect();
         let old = std::mem::replace(&mut self.above, now.clone());
         old.into_iter().filter(|wd| !now.contains(wd)).for_each(|wd| self.unwatch(wd));
     }
@@ -222,7 +232,7 @@ impl Watcher {
 /// call takes no directory to start from, and the way from there costs as much as the watch: so
 /// `base` is made the working directory, which nothing else in the daemon goes by.
 fn add_watch(
-    inotify: &OwnedFd,
+    inotify: &Inotify,
     base: BorrowedFd,
     below: &CStr,
     name: &CStr,
@@ -231,7 +241,7 @@ fn add_watch(
         Ok(()) => below,
         Err(_) => name,
     };
-    sys::inotify_add_watch(inotify.as_fd(), path, MASK)
+    inotify.add_watch(path, MASK).map(|wd| wd.as_raw())
 }
 
 /// Whether a directory is another's than root's and the daemon's. Who only looks at what a daemon

@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use nix::errno::Errno;
 
-use crate::cgroup::mount;
+use crate::cgroup::{mount, watch};
 use crate::cli::{Options, DEFAULT_CONFIG};
 use crate::config::{lint, Config, Tproxy};
 use crate::confine;
@@ -301,7 +301,7 @@ fn kernel_has_cgroup2() -> bool {
 
 /// The limits of inotify against the number of cgroups, of which each takes a watch.
 fn watches(cgroups: usize, findings: &mut Findings) {
-    if let Err(errno) = sys::inotify_init() {
+    if let Err(errno) = watch::inotify() {
         let why = reason(errno);
         findings.error(format!(
             "unable to make an inotify instance: {why}; raise the sysctl \
