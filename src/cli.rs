@@ -14,7 +14,7 @@ use crate::log::Level;
 pub const DEFAULT_CONFIG: &str = "/etc/cgtproxy/cgtproxy.conf";
 
 /// Name, arguments, what it does.
-const COMMANDS: [(&str, &str, &str); 7] = [
+pub const COMMANDS: [(&str, &str, &str); 7] = [
     ("run", "", "program the kernel and keep it in step, in the foreground (the default)"),
     ("check", "", "validate the configuration, then look at this host"),
     ("explain", "PATH… | --pid PID…", "say which rule decides for a cgroup, and why"),

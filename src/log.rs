@@ -25,12 +25,8 @@ pub enum Level {
 }
 
 impl Level {
-    const ALL: [Level; 5] =
+    pub const ALL: [Level; 5] =
         [Level::Error, Level::Warning, Level::Notice, Level::Info, Level::Debug];
-
-    pub fn parse(text: &str) -> Option<Level> {
-        Level::ALL.into_iter().find(|level| level.name() == text)
-    }
 
     pub fn name(self) -> &'static str {
         match self {

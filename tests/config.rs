@@ -9,9 +9,8 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use cgtproxy::config::file::Files;
-use cgtproxy::config::{
-    load, Config, OnExit, Problem, Source, Take, Target, GATEWAY_KEYS, GLOBAL_KEYS, TPROXY_KEYS,
-};
+use cgtproxy::config::keys::{Key, Kind, Takes, Unset};
+use cgtproxy::config::{load, Config, OnExit, Problem, Source, Take, Target};
 use cgtproxy::core::Core;
 use cgtproxy::error::reason;
 use cgtproxy::log::Level;
@@ -570,13 +569,6 @@ fn every_key_of_global() {
     assert_eq!(config.log_level, Level::Debug);
     assert!(config.counters_per_cgroup);
 
-    // the other words that these keys take, and the manual's own values, which are the defaults
-    let config = good(
-        "[global]\ncgroup-root = auto\ndefault = direct\nroute-table = 300\nrule-priority = 100\n\
-         fwmark-mask = 0xff000000\non-exit = remove\nlog-level = notice\ncounters = target\n",
-    );
-    let built_in = Config { files: vec!["c".into()], has_sections: true, ..Config::default() };
-    assert_eq!(format!("{config:?}"), format!("{built_in:?}"));
     for (word, level) in
         [("error", Level::Error), ("warning", Level::Warning), ("info", Level::Info)]
     {
@@ -1127,8 +1119,11 @@ fn with_line(section: &str, key: &str, value: &str) -> Config {
         {
             text += &format!("{needs} = {value}\n");
         }
-        if head == section && value != "-" {
-            text += &format!("{key} = {value}\n");
+        match value {
+            _ if head != section => {}
+            // lines keep their numbers
+            "-" => text += "#\n",
+            _ => text += &format!("{key} = {value}\n"),
         }
     }
     let files = [("c", &*text), ("more", "[tproxy other]\nport = 9\n")];
@@ -1158,9 +1153,10 @@ fn sources(dir: &Path, text: &mut String) {
 fn every_key_has_an_effect() {
     let mut code = String::new();
     sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &mut code);
-    let keys = [("global", &GLOBAL_KEYS[..]), ("tproxy", &TPROXY_KEYS), ("gateway", &GATEWAY_KEYS)];
-    let keys = keys.iter().flat_map(|(section, keys)| keys.iter().map(move |key| (*section, *key)));
-    let idle: Vec<_> = keys
+    let on = |kind: Kind| kind.keys().map(move |key| (kind.name(), key.name));
+    let idle: Vec<_> = Kind::ALL
+        .into_iter()
+        .flat_map(on)
         .filter(|key| {
             let mut found = EFFECTS.iter().filter(|effect| (effect.0, effect.1) == *key);
             let Some((section, key, one, other, effect)) = found.next() else {
@@ -1176,4 +1172,89 @@ fn every_key_has_an_effect() {
         })
         .collect();
     assert!(idle.is_empty(), "keys without an effect that EFFECTS names: {idle:?}");
+}
+
+/// A default that is written changes nothing, whatever the key.
+#[test]
+fn every_default_is_the_models() {
+    for kind in Kind::ALL {
+        for key in kind.keys() {
+            let Unset::Is(default) = key.unset else { continue };
+            let [unset, set] = ["-", default].map(|value| with_line(kind.name(), key.name, value));
+            assert_eq!(format!("{unset:?}"), format!("{set:?}"), "{}", key.name);
+        }
+    }
+}
+
+/// The text of a file that comes with the program, and its path.
+fn shipped(name: &str) -> (PathBuf, String) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
+    let text = fs::read_to_string(&path).expect("a file of the project");
+    (path, text)
+}
+
+/// Asserts that an item of the manual tells of a key what its row has.
+fn check_item(key: &Key, head: &str, text: &str) {
+    let name = key.name;
+    if let Takes::Words(words) = key.takes {
+        assert_eq!(head, format!("{name} = {}", words.join(" | ")));
+    }
+    let lower = text.to_lowercase();
+    let repeatable = lower.contains("repeatable") || lower.contains("once for each family");
+    assert_eq!(repeatable, key.repeatable, "whether {name} is repeatable: {text}");
+    let required = matches!(key.unset, Unset::Needs(_));
+    assert_eq!(lower.contains("required"), required, "whether {name} is required: {text}");
+    if let Unset::Is(default) = key.unset {
+        let words = text.split(|c: char| !(c.is_alphanumeric() || c == '-'));
+        let words: Vec<&str> = words.collect();
+        assert!(
+            words.contains(&"default") && words.contains(&default),
+            "the default of {name} is {default}: {text}"
+        );
+    }
+}
+
+/// cgtproxy.conf.5 has each key in the order of the table, and of each what its row says.
+#[test]
+fn the_manual_has_every_key() {
+    let (_, page) = shipped("conf/man/cgtproxy.conf.5");
+    for (kind, heading) in
+        [(Kind::Global, "GLOBAL"), (Kind::Tproxy, "TPROXY"), (Kind::Gateway, "GATEWAYS")]
+    {
+        let mut sections = page.split("\n.Sh ");
+        let section = sections.find(|text| text.starts_with(&format!("{heading}\n")));
+        let items = section.expect(heading).split("\n.It Ic ").skip(1);
+        let items: Vec<_> = items.map(|item| item.split_once('\n').unwrap_or((item, ""))).collect();
+        let names: Vec<_> = items.iter().map(|(head, _)| head.split(' ').next().unwrap()).collect();
+        let keys: Vec<_> = kind.keys().map(|key| key.name).collect();
+        assert_eq!(names, keys, "the keys of [{}]", kind.name());
+        let mut before = "";
+        for (at, key) in kind.keys().enumerate() {
+            // items with one text stand together before it
+            let text = items[at..].iter().map(|item| item.1).find(|text| !text.is_empty());
+            let text = text.expect("the last item has a text");
+            before = if text.starts_with("The same") { before } else { text };
+            check_item(key, items[at].0, before);
+        }
+    }
+}
+
+/// What the completion for bash knows of commands and sections is the program's own: with
+/// CGTPROXY_WRITE=1 this test writes it.
+#[test]
+fn completion_follows_from_the_tables() {
+    let (path, file) = shipped("conf/completion/cgtproxy.bash");
+    let (begin, end) = ("\t# from the program's tables: tests/config.rs writes it\n", "\t# end\n");
+    let (head, rest) = file.split_once(begin).expect("the begin of what is written");
+    let (_, tail) = rest.split_once(end).expect("its end");
+    let commands: Vec<&str> = cgtproxy::cli::COMMANDS.iter().map(|command| command.0).collect();
+    let targets = Kind::ALL.into_iter().filter(|kind| kind.is_target()).map(Kind::name);
+    let targets: Vec<&str> = targets.collect();
+    let (commands, targets) = (commands.join(" "), targets.join("|"));
+    let tables = format!("\tlocal commands=\"{commands}\" targets=\"{targets}\"\n");
+    let want = format!("{head}{begin}{tables}{end}{tail}");
+    if std::env::var_os("CGTPROXY_WRITE").is_some() {
+        fs::write(&path, &want).expect("write the completion");
+    }
+    assert_eq!(file, want, "CGTPROXY_WRITE=1 writes it anew");
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 /// Layers from the bottom up: a module may use those of lower layers and of its own line only.
-const LAYERS: [&[&str]; 19] = [
+const LAYERS: [&[&str]; 20] = [
     &["netlink::uapi"],
     &["netlink::msg", "netlink::parse"],
     &["netlink::diag", "netlink::conntrack"],
@@ -18,6 +18,7 @@ const LAYERS: [&[&str]; 19] = [
     &["config::pattern"],
     &["config::model"],
     &["config::value"],
+    &["config::keys"],
     &["config::reader", "config::resolve"],
     &["config", "config::lint", "config::file"],
     &["nft::expr"],
@@ -50,7 +51,7 @@ const LAYERS: [&[&str]; 19] = [
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 30] = [
+const PURE: [&str; 31] = [
     "net",
     "netlink::uapi",
     "netlink::msg",
@@ -72,6 +73,7 @@ const PURE: [&str; 30] = [
     "config::pattern",
     "config::model",
     "config::value",
+    "config::keys",
     "config::reader",
     "config::resolve",
     "config::lint",

@@ -4,7 +4,9 @@
 
 _cgtproxy() {
 	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
-	local commands="run check explain show status flush exec"
+	# from the program's tables: tests/config.rs writes it
+	local commands="run check explain show status flush exec" targets="tproxy"
+	# end
 	local config=/etc/cgtproxy/cgtproxy.conf command="" target="" i word
 	COMPREPLY=()
 
@@ -71,7 +73,7 @@ _cgtproxy() {
 				_cgtproxy_command "$COMP_CWORD"
 			else
 				local names
-				names=$(sed -n 's/^[[:space:]]*\[tproxy[[:space:]]\{1,\}\([^]]*\)\].*/\1/p' "$config" 2> /dev/null)
+				names=$(sed -nE "s/^[[:space:]]*\[($targets)[[:space:]]+([^]]*)\].*/\2/p" "$config" 2> /dev/null)
 				COMPREPLY=($(compgen -W "direct drop $names" -- "$cur"))
 			fi
 			;;

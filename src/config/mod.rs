@@ -4,6 +4,7 @@
 mod automaton;
 pub mod file;
 pub mod ini;
+pub mod keys;
 pub mod lint;
 mod model;
 pub mod pattern;
@@ -12,6 +13,23 @@ mod resolve;
 mod suggest;
 mod value;
 
+use std::collections::BTreeMap;
+use std::path::Path;
+
 pub use model::*;
 pub use pattern::compile;
-pub use reader::{load, GATEWAY_KEYS, GLOBAL_KEYS, TPROXY_KEYS};
+
+/// Reads `path` and what it includes.
+///
+/// Errors: every problem of every file, in the order of the files and lines.
+pub fn load(source: &dyn Source, path: &Path) -> Result<Config, Vec<Problem>> {
+    let (draft, mut problems) = reader::read(source, path);
+    let config = resolve::resolve(draft, &mut problems);
+    if problems.is_empty() {
+        return Ok(config);
+    }
+    // what the end of the files showed belongs to its line all the same
+    let files: BTreeMap<_, _> = config.files.iter().zip(0..).collect();
+    problems.sort_by_key(|p| (files.get(&p.file).copied(), p.line));
+    Err(problems)
+}

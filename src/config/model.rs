@@ -23,23 +23,25 @@ pub trait Source {
 }
 
 /// Where a packet of a cgroup goes. Tproxies are numbered in file order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Target {
+    #[default]
     Direct,
     Drop,
     Tproxy(u16),
 }
 
 /// What a tproxy does with a protocol or a family.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Take {
+    #[default]
     Yes,
     No,
     Drop,
 }
 
 /// A `[tproxy NAME]` section.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tproxy {
     pub name: String,
     pub port: u16,
@@ -83,7 +85,7 @@ pub struct Rule {
 }
 
 /// A `[gateway NAME]` section: traffic that this host routes for others.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Gateway {
     pub name: String,
     /// One at least.
@@ -98,10 +100,17 @@ pub struct Gateway {
 }
 
 /// File and line of a setting.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
     pub file: Rc<PathBuf>,
     pub line: u32,
+}
+
+impl Place {
+    /// A path that is relative to the file.
+    pub(super) fn beside(&self, path: &str) -> PathBuf {
+        self.file.parent().unwrap_or(Path::new(".")).join(path)
+    }
 }
 
 impl fmt::Display for Place {
@@ -234,6 +243,12 @@ pub struct Problem {
     pub message: String,
 }
 
+impl Problem {
+    pub(super) fn at(place: &Place, message: &str) -> Problem {
+        Problem { file: place.file.to_path_buf(), line: place.line, message: printable(message) }
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.line {
@@ -244,7 +259,7 @@ impl fmt::Display for Problem {
 }
 
 /// A message as it may stand in a log or a terminal: no control characters, not endless.
-pub(super) fn printable(message: &str) -> String {
+fn printable(message: &str) -> String {
     let mut text = String::new();
     for c in message.chars().take(MAX_MESSAGE) {
         match c.is_control() {

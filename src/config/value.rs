@@ -1,195 +1,239 @@
-//! Values: text to what it means, or to what is wrong with it. Pure.
+//! Values: the text of an entry to what it means, or to what is wrong with it. Pure.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::str::FromStr;
 
-use super::model::{Config, Take};
-use crate::net::{Family, Interface, Mark, Range};
+use super::model::{Place, Source, Take};
+use crate::net::{Interface, Mark, Range};
 
-/// Longest tproxy or gateway name.
-const MAX_NAME: usize = 15;
+/// Errors: what is wrong with an entry.
+pub type Result<T> = std::result::Result<T, String>;
+/// Where ranges go, by their family.
+type Ranges<'a> = (&'a mut Vec<Range<Ipv4Addr>>, &'a mut Vec<Range<Ipv6Addr>>);
+
 /// Longest interface name (`IFNAMSIZ` - 1).
 const MAX_INTERFACE: usize = 15;
+/// What the word `private` stands for.
+const PRIVATE: [&str; 5] =
+    ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"];
 
-/// The name of an interface that packets may come in by, or the beginning of such names.
-pub(super) fn interface(value: &str) -> Result<Interface, String> {
-    let wrong = |what: &str| Err(expects("interface", what, value));
-    let (name, prefix) = match value.strip_suffix('*') {
-        Some(name) => (name, true),
-        None => (value, false),
-    };
-    let legal = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | '"' | '\\' | '*');
-    if value == "lo" {
-        wrong("an interface that others are behind")
-    } else if value == "*" {
-        wrong("a name, or the beginning of one before the *")
-    } else if prefix && name.len() == MAX_INTERFACE {
-        // nft takes that for the name itself, and lists what does not load
-        wrong("up to 14 characters before the *")
-    } else if name.is_empty() || name.len() > MAX_INTERFACE || !name.chars().all(legal) {
-        wrong("the name of an interface, up to 15 characters")
-    } else {
-        Ok(Interface { name: name.to_string(), prefix })
+/// What a key takes; prints as messages say it.
+#[derive(Debug, Clone, Copy)]
+pub enum Takes {
+    /// From the one to the other.
+    Number(u32, u32),
+    Words(&'static [&'static str]),
+    /// What is neither, in the words of a message.
+    Text(&'static str),
+}
+
+impl fmt::Display for Takes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Takes::Number(least, most @ 0xffff_fffe..) => {
+                write!(f, "a number from {least} to {most:#x}")
+            }
+            Takes::Number(least, most) => write!(f, "a number from {least} to {most}"),
+            Takes::Words([words @ .., last]) => write!(f, "{} or {last}", words.join(", ")),
+            Takes::Words([]) => Ok(()),
+            Takes::Text(text) => f.write_str(text),
+        }
     }
 }
 
-pub(super) fn set_once<T: fmt::Display>(
-    slot: &mut Option<T>,
-    value: T,
-    key: &str,
-    family: &str,
-) -> Result<(), String> {
-    if let Some(first) = slot {
-        return Err(format!("second {family} \"{key}\": \"{value}\" beside \"{first}\""));
+/// A key and the value that it is to have.
+pub struct Entry<'a> {
+    pub key: &'static str,
+    pub takes: Takes,
+    pub value: &'a str,
+    pub place: &'a Place,
+    pub source: &'a dyn Source,
+}
+
+impl Entry<'_> {
+    fn wrong(&self) -> String {
+        self.expects(self.takes)
     }
-    *slot = Some(value);
-    Ok(())
-}
 
-pub(super) fn expects(key: &str, what: &str, value: &str) -> String {
-    format!("\"{key}\" expects {what}, not \"{value}\"")
-}
-
-pub(super) fn check_name(kind: &str, name: &str) -> Result<(), String> {
-    let legal = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
-    let first = name.starts_with(|c: char| c.is_ascii_alphabetic());
-    match name.len() <= MAX_NAME && first && name.chars().all(legal) {
-        true => Ok(()),
-        false => Err(format!(
-            "bad {kind} name \"{name}\": a letter, then up to 14 letters, digits, \"_\" or \"-\""
-        )),
+    fn expects(&self, what: impl fmt::Display) -> String {
+        format!("\"{}\" expects {what}, not \"{}\"", self.key, self.value)
     }
 }
 
 /// A decimal number, or a hexadecimal one behind `0x`.
-pub(super) fn parse_number(value: &str) -> Option<u64> {
+fn parse_number(value: &str) -> Option<u64> {
     let (digits, radix) = match value.strip_prefix("0x").or_else(|| value.strip_prefix("0X")) {
         Some(hex) => (hex, 16),
         None => (value, 10),
     };
     // from_str_radix would take a sign
-    let plain = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    let plain = digits.bytes().all(|b| b.is_ascii_hexdigit());
     plain.then(|| u64::from_str_radix(digits, radix).ok()).flatten()
 }
 
-pub(super) fn number(key: &str, value: &str, least: u32, most: u32) -> Result<u32, String> {
-    match parse_number(value) {
-        Some(n) if (u64::from(least)..=u64::from(most)).contains(&n) => Ok(n as u32),
-        _ => {
-            let range = match most {
-                0xffff_fffe.. => format!("a number from {least} to {most:#x}"),
-                _ => format!("a number from {least} to {most}"),
-            };
-            Err(expects(key, &range, value))
+/// A number within the bounds of its key.
+pub fn number(e: &Entry) -> Result<u32> {
+    match (e.takes, parse_number(e.value)) {
+        (Takes::Number(least, most), Some(n)) if (least.into()..=most.into()).contains(&n) => {
+            Ok(n as u32)
         }
+        _ => Err(e.wrong()),
     }
 }
 
-pub(super) fn boolean(key: &str, value: &str) -> Result<bool, String> {
+/// One of the words of its key, each of which has a meaning.
+pub fn word<T: Copy>(e: &Entry, meanings: &[T]) -> Result<T> {
+    let Takes::Words(words) = e.takes else { return Err(e.wrong()) };
+    let at = words.iter().position(|word| *word == e.value);
+    at.and_then(|at| meanings.get(at).copied()).ok_or_else(|| e.wrong())
+}
+
+fn parse_boolean(value: &str) -> Option<bool> {
     match value {
-        "yes" | "true" | "on" | "1" => Ok(true),
-        "no" | "false" | "off" | "0" => Ok(false),
-        _ => Err(expects(key, "yes or no", value)),
+        "yes" | "true" | "on" | "1" => Some(true),
+        "no" | "false" | "off" | "0" => Some(false),
+        _ => None,
     }
 }
 
-pub(super) fn take(key: &str, value: &str) -> Result<Take, String> {
-    match value {
-        "drop" => Ok(Take::Drop),
-        _ => match boolean(key, value) {
-            Ok(true) => Ok(Take::Yes),
-            Ok(false) => Ok(Take::No),
-            Err(_) => Err(expects(key, "yes, no or drop", value)),
-        },
+pub fn boolean(e: &Entry) -> Result<bool> {
+    parse_boolean(e.value).ok_or_else(|| e.wrong())
+}
+
+pub fn take(e: &Entry) -> Result<Take> {
+    match (e.value, parse_boolean(e.value)) {
+        ("drop", _) => Ok(Take::Drop),
+        (_, Some(true)) => Ok(Take::Yes),
+        (_, Some(false)) => Ok(Take::No),
+        _ => Err(e.wrong()),
     }
 }
 
-pub(super) fn route_table(value: &str) -> Result<u32, String> {
-    match number("route-table", value, 1, u32::MAX)? {
+pub fn cgroup_root(e: &Entry) -> Result<Option<PathBuf>> {
+    match e.value {
+        "auto" => Ok(None),
+        path if path.starts_with('/') => Ok(Some(path.into())),
+        _ => Err(e.wrong()),
+    }
+}
+
+pub fn route_table(e: &Entry) -> Result<u32> {
+    match number(e)? {
         table @ 253..=255 => {
-            Err(format!("\"route-table\" cannot be {table}: it is the default, main or local one"))
+            Err(format!("\"{}\" cannot be {table}: it is the default, main or local one", e.key))
         }
         table => Ok(table),
     }
 }
 
-pub(super) fn bypass(config: &mut Config, value: &str) -> Result<(), String> {
-    if value == "private" {
-        for (a, n) in [([10, 0, 0, 0], 8), ([172, 16, 0, 0], 12), ([192, 168, 0, 0], 16)] {
-            config.bypass4.push(Range::prefix(Ipv4Addr::from(a), n));
-        }
-        config.bypass4.push(Range::prefix(Ipv4Addr::new(100, 64, 0, 0), 10));
-        config.bypass6.push(Range::prefix(Ipv6Addr::new(0xfc00, 0, 0, 0, 0, 0, 0, 0), 7));
-        return Ok(());
+/// A user's name or uid.
+pub fn user(e: &Entry) -> Result<u32> {
+    match parse_number(e.value) {
+        Some(_) => number(e),
+        None => e.source.uid(e.value).ok_or_else(|| format!("no such user: \"{}\"", e.value)),
     }
-    match cidr("bypass", "an address, a CIDR or \"private\"", value)? {
-        Cidr::V4(range) => config.bypass4.push(range),
-        Cidr::V6(range) => config.bypass6.push(range),
+}
+
+/// Adds `ADDRESS` or `ADDRESS/LENGTH` to the ranges of its family.
+pub fn range(e: &Entry, value: &str, (v4, v6): Ranges) -> Result<()> {
+    let (address, length) = match value.split_once('/') {
+        Some((address, length)) => (address, Some(length.trim())),
+        None => (value, None),
+    };
+    let prefix = |bits: u32| match length {
+        None => Ok(bits),
+        Some(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
+            text.parse().ok().filter(|n| *n <= bits).ok_or_else(|| {
+                let key = e.key;
+                format!("\"{key}\": prefix length {text} is not from 0 to {bits}: \"{value}\"")
+            })
+        }
+        Some(_) => Err(e.wrong()),
+    };
+    match address.trim().parse() {
+        Ok(IpAddr::V4(a)) => v4.push(Range::prefix(a, prefix(32)?)),
+        Ok(IpAddr::V6(a)) => v6.push(Range::prefix(a, prefix(128)?)),
+        Err(_) => return Err(e.wrong()),
     }
     Ok(())
 }
 
-pub(super) enum Cidr {
-    V4(Range<Ipv4Addr>),
-    V6(Range<Ipv6Addr>),
-}
-
-/// `ADDRESS` or `ADDRESS/LENGTH`; `what` says so to users.
-pub(super) fn cidr(key: &str, what: &str, value: &str) -> Result<Cidr, String> {
-    let wrong = || expects(key, what, value);
-    let (address, length) = match value.split_once('/') {
-        Some((address, length)) => (address, Some(length)),
-        None => (value, None),
-    };
-    let address: IpAddr = address.trim().parse().map_err(|_| wrong())?;
-    let bits = match Family::of(&address) {
-        Family::V4 => 32,
-        Family::V6 => 128,
-    };
-    let length = match length.map(str::trim) {
-        None => bits,
-        Some(text) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
-            text.parse().ok().filter(|n| *n <= bits).ok_or_else(|| {
-                format!("\"{key}\": prefix length {text} is not from 0 to {bits}: \"{value}\"")
-            })?
-        }
-        Some(_) => return Err(wrong()),
-    };
-    Ok(match address {
-        IpAddr::V4(a) => Cidr::V4(Range::prefix(a, length)),
-        IpAddr::V6(a) => Cidr::V6(Range::prefix(a, length)),
-    })
-}
-
-pub(super) fn bypass_mark(value: &str) -> Result<Mark, String> {
-    let wrong = || expects("bypass-mark", "VALUE or VALUE/MASK, 32 bits each", value);
-    let bits = |text: &str| {
-        parse_number(text.trim()).and_then(|n| u32::try_from(n).ok()).ok_or_else(wrong)
-    };
-    let mark = match value.split_once('/') {
-        Some((value, mask)) => Mark { value: bits(value)?, mask: bits(mask)? },
-        None => Mark { value: bits(value)?, mask: u32::MAX },
-    };
-    match mark {
-        Mark { value: 0, .. } => {
-            Err("\"bypass-mark\" 0 would match every packet without a mark".into())
-        }
-        Mark { mask: 0, .. } => Err("\"bypass-mark\" with mask 0 would match every packet".into()),
-        mark if mark.value & !mark.mask != 0 => Err(format!(
-            "\"bypass-mark\" {:#x} has bits outside its mask {:#x}",
-            mark.value, mark.mask
-        )),
-        mark => Ok(mark),
+/// The same, or the word `private`.
+pub fn range_or_private(e: &Entry, (v4, v6): Ranges) -> Result<()> {
+    match e.value {
+        "private" => PRIVATE.iter().try_for_each(|value| range(e, value, (v4, v6))),
+        value => range(e, value, (v4, v6)),
     }
 }
 
+pub fn bypass_mark(e: &Entry) -> Result<Mark> {
+    let bits = |text: &str| {
+        let number = parse_number(text.trim());
+        number.and_then(|n| u32::try_from(n).ok()).ok_or_else(|| e.wrong())
+    };
+    let (value, mask) = match e.value.split_once('/') {
+        Some((value, mask)) => (bits(value)?, bits(mask)?),
+        None => (bits(e.value)?, u32::MAX),
+    };
+    let why = match (value, mask) {
+        (0, _) => "0 would match every packet without a mark".to_string(),
+        (_, 0) => "with mask 0 would match every packet".to_string(),
+        _ if value & !mask != 0 => format!("{value:#x} has bits outside its mask {mask:#x}"),
+        _ => return Ok(Mark { value, mask }),
+    };
+    Err(format!("\"{}\" {why}", e.key))
+}
+
 /// `ADDRESS`, `ADDRESS:PORT`, `[ADDRESS]:PORT`; port 53 if left out.
-pub(super) fn endpoint(value: &str) -> Option<SocketAddr> {
-    let bare = value.strip_prefix('[').and_then(|v| v.strip_suffix(']')).unwrap_or(value);
+pub fn endpoint(e: &Entry) -> Result<SocketAddr> {
+    let bare = e.value.strip_prefix('[').and_then(|v| v.strip_suffix(']')).unwrap_or(e.value);
     let address = match bare.parse::<IpAddr>() {
         Ok(ip) => SocketAddr::new(ip, 53),
-        Err(_) => value.parse::<SocketAddr>().ok()?,
+        Err(_) => e.value.parse::<SocketAddr>().map_err(|_| e.wrong())?,
     };
     let plain = !matches!(address, SocketAddr::V6(a) if a.scope_id() != 0);
-    (address.port() != 0 && !address.ip().is_unspecified() && plain).then_some(address)
+    let usable = address.port() != 0 && !address.ip().is_unspecified() && plain;
+    usable.then_some(address).ok_or_else(|| e.wrong())
+}
+
+/// The name of an interface that packets may come in by, or the beginning of such names.
+pub fn interface(e: &Entry) -> Result<Interface> {
+    let (name, prefix) = match e.value.strip_suffix('*') {
+        Some(name) => (name, true),
+        None => (e.value, false),
+    };
+    let legal = |c: char| c.is_ascii_graphic() && !matches!(c, '/' | '"' | '\\' | '*');
+    if e.value == "lo" {
+        Err(e.expects("an interface that others are behind"))
+    } else if e.value == "*" {
+        Err(e.expects("a name, or the beginning of one before the *"))
+    } else if prefix && name.len() == MAX_INTERFACE {
+        // nft takes that for the name itself, and lists what does not load
+        Err(e.expects("up to 14 characters before the *"))
+    } else if name.is_empty() || name.len() > MAX_INTERFACE || !name.chars().all(legal) {
+        Err(e.wrong())
+    } else {
+        Ok(Interface { name: name.to_string(), prefix })
+    }
+}
+
+/// What its standard library reads from text.
+pub fn parsed<T: FromStr>(e: &Entry) -> Result<T> {
+    e.value.parse().map_err(|_| e.wrong())
+}
+
+/// Sets what may be given once for each family.
+pub fn once<T: fmt::Display>(
+    e: &Entry,
+    slot: &mut Option<T>,
+    value: T,
+    family: &str,
+) -> Result<()> {
+    if let Some(first) = slot {
+        return Err(format!("second {family} \"{}\": \"{value}\" beside \"{first}\"", e.key));
+    }
+    *slot = Some(value);
+    Ok(())
 }

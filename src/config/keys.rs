@@ -1,0 +1,244 @@
+//! The keys of a configuration, a row a key: the sections that have it, its name, what it takes,
+//! what holds without it, and what it sets. The parser, its messages and its spelling help follow
+//! from the rows, and tests/config.rs holds cgtproxy.conf.5, the defaults of the model and the
+//! effect of each key against them. A new key is a row, its field in the model and its meaning.
+//! Pure.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+
+use super::model::{Config, Gateway, OnExit, Place, Tproxy};
+pub use super::value::Takes;
+use super::value::*;
+use crate::log::Level;
+use crate::net::Mark;
+use Takes::{Number, Text, Words};
+use Unset::{Is, Needs, Nothing};
+
+/// A kind of section.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Global,
+    Tproxy,
+    Rules,
+    Gateway,
+}
+
+impl Kind {
+    pub const ALL: [Kind; 4] = [Kind::Global, Kind::Tproxy, Kind::Rules, Kind::Gateway];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Global => "global",
+            Kind::Tproxy => "tproxy",
+            Kind::Rules => "rules",
+            Kind::Gateway => "gateway",
+        }
+    }
+
+    /// Whether each section has a name, and its own values.
+    pub fn has_names(self) -> bool {
+        matches!(self, Kind::Tproxy | Kind::Gateway)
+    }
+
+    /// Whether a section's name is one of a target.
+    pub fn is_target(self) -> bool {
+        self == Kind::Tproxy
+    }
+
+    pub fn keys(self) -> impl Iterator<Item = &'static Key> {
+        KEYS.iter().filter(move |key| key.on.contains(&self))
+    }
+}
+
+/// A row of [`KEYS`].
+pub struct Key {
+    pub on: Kinds,
+    pub name: Str,
+    pub repeatable: bool,
+    pub takes: Takes,
+    pub unset: Unset,
+    pub(super) set: Setter,
+}
+
+/// What holds where a key is not set.
+#[derive(Debug, Clone, Copy)]
+pub enum Unset {
+    /// As if this had been written.
+    Is(&'static str),
+    /// Nothing: each section needs it. In the words of a message.
+    Needs(&'static str),
+    Nothing,
+}
+
+/// Writes a value into the section of that kind that was opened last.
+type Setter = fn(&mut Draft, &Entry) -> Result<()>;
+
+type Kinds = &'static [Kind];
+type Str = &'static str;
+
+const fn one(on: Kinds, name: Str, takes: Takes, unset: Unset, set: Setter) -> Key {
+    Key { on, name, repeatable: false, takes, unset, set }
+}
+
+/// A key that may be repeated.
+const fn any(on: Kinds, name: Str, takes: Takes, unset: Unset, set: Setter) -> Key {
+    Key { on, name, repeatable: true, takes, unset, set }
+}
+
+const GLOBAL: Kinds = &[Kind::Global];
+const TPROXY: Kinds = &[Kind::Tproxy];
+const GATEWAY: Kinds = &[Kind::Gateway];
+
+const MOST: u32 = u32::MAX;
+const BOOLEAN: Takes = Words(&["yes", "no"]);
+const TAKE: Takes = Words(&["yes", "no", "drop"]);
+const LEVELS: Takes = Words(&["error", "warning", "notice", "info", "debug"]);
+const RANGE: Takes = Text("an address or a CIDR");
+const RANGE_OR_PRIVATE: Takes = Text("an address, a CIDR or \"private\"");
+const ENDPOINT: Takes = Text("ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT");
+const MARK: Takes = Text("VALUE or VALUE/MASK, 32 bits each");
+const INTERFACE: Takes = Text("the name of an interface, up to 15 characters");
+const MAC: Takes = Text("six pairs of hexadecimal digits with colons");
+
+/// In the order of the manual.
+pub static KEYS: &[Key] = &[
+    one(GLOBAL, "cgroup-root", Text("auto or an absolute path"), Is("auto"), |d, e| {
+        put(&mut d.config.cgroup_root, cgroup_root(e))
+    }),
+    one(GLOBAL, "default", Text("a target"), Is("direct"), later),
+    one(GLOBAL, "route-table", Number(1, MOST), Is("300"), |d, e| {
+        put(&mut d.config.route_table, route_table(e))
+    }),
+    one(GLOBAL, "rule-priority", Number(1, 32765), Is("100"), |d, e| {
+        put(&mut d.config.rule_priority, number(e))
+    }),
+    one(GLOBAL, "fwmark-mask", Number(1, MOST), Is("0xff000000"), |d, e| {
+        // by one that could not be read no mark is judged
+        d.config.mask = 0;
+        put(&mut d.config.mask, number(e))
+    }),
+    any(GLOBAL, "bypass", RANGE_OR_PRIVATE, Nothing, |d, e| {
+        range_or_private(e, (&mut d.config.bypass4, &mut d.config.bypass6))
+    }),
+    any(GLOBAL, "bypass-mark", MARK, Nothing, |d, e| {
+        push(&mut d.bypass_marks, bypass_mark(e).map(|mark| (mark, e.place.clone())))
+    }),
+    any(GLOBAL, "bypass-user", Number(0, MOST - 1), Nothing, |d, e| {
+        push(&mut d.config.bypass_users, user(e))
+    }),
+    one(GLOBAL, "on-exit", Words(&["remove", "keep"]), Is("remove"), |d, e| {
+        put(&mut d.config.on_exit, word(e, &[OnExit::Remove, OnExit::Keep]))
+    }),
+    any(GLOBAL, "include", Text("a file"), Nothing, later),
+    one(GLOBAL, "log-level", LEVELS, Is("notice"), |d, e| {
+        put(&mut d.config.log_level, word(e, &Level::ALL))
+    }),
+    one(GLOBAL, "counters", Words(&["target", "cgroup"]), Is("target"), |d, e| {
+        put(&mut d.config.counters_per_cgroup, word(e, &[false, true]))
+    }),
+    one(TPROXY, "port", Number(1, 65535), Needs("a port"), |d, e| {
+        put(&mut d.tproxy().port, number(e).map(|port| port as u16))
+    }),
+    any(TPROXY, "address", Text("an IPv4 or IPv6 address"), Nothing, |d, e| match parsed(e)? {
+        IpAddr::V4(a) => once(e, &mut d.tproxy().address4, a, "IPv4"),
+        IpAddr::V6(a) => once(e, &mut d.tproxy().address6, a, "IPv6"),
+    }),
+    one(TPROXY, "mark", Number(1, MOST), Nothing, |d, e| put(&mut d.tproxy().mark, number(e))),
+    one(TPROXY, "tcp", TAKE, Is("yes"), |d, e| put(&mut d.tproxy().tcp, take(e))),
+    one(TPROXY, "udp", TAKE, Is("yes"), |d, e| put(&mut d.tproxy().udp, take(e))),
+    one(TPROXY, "ipv4", TAKE, Is("yes"), |d, e| put(&mut d.tproxy().ipv4, take(e))),
+    one(TPROXY, "ipv6", TAKE, Is("yes"), |d, e| put(&mut d.tproxy().ipv6, take(e))),
+    any(TPROXY, "dns-hijack", ENDPOINT, Nothing, |d, e| match endpoint(e)? {
+        SocketAddr::V4(a) => once(e, &mut d.tproxy().dns4, a, "IPv4"),
+        SocketAddr::V6(a) => once(e, &mut d.tproxy().dns6, a, "IPv6"),
+    }),
+    one(TPROXY, "dns-hijack-tcp", BOOLEAN, Is("no"), |d, e| {
+        put(&mut d.tproxy().dns_tcp, boolean(e))
+    }),
+    one(TPROXY, "dns-hijack-local", BOOLEAN, Is("no"), |d, e| {
+        put(&mut d.tproxy().dns_local, boolean(e))
+    }),
+    any(GATEWAY, "interface", INTERFACE, Needs("an interface"), |d, e| {
+        let (interface, gateway) = (interface(e)?, d.gateway());
+        if gateway.interfaces.contains(&interface) {
+            return Err(format!("\"{}\" names \"{}\" twice", e.key, e.value));
+        }
+        gateway.interfaces.push(interface);
+        Ok(())
+    }),
+    any(GATEWAY, "source", RANGE, Nothing, |d, e| {
+        let gateway = d.gateway();
+        range(e, e.value, (&mut gateway.sources4, &mut gateway.sources6))
+    }),
+    any(GATEWAY, "source-mac", MAC, Nothing, |d, e| push(&mut d.gateway().macs, parsed(e))),
+    one(GATEWAY, "target", Text("a target"), Needs("a target"), later),
+];
+
+fn put<T>(slot: &mut T, value: Result<T>) -> Result<()> {
+    *slot = value?;
+    Ok(())
+}
+
+fn push<T>(list: &mut Vec<T>, value: Result<T>) -> Result<()> {
+    list.push(value?);
+    Ok(())
+}
+
+/// What may refer to a later line is resolved at the end, and included files are the reader's.
+fn later(_: &mut Draft, _: &Entry) -> Result<()> {
+    Ok(())
+}
+
+/// A configuration as far as it has been read.
+#[derive(Default)]
+pub(super) struct Draft {
+    pub config: Config,
+    /// In file order, behind those that have no names.
+    pub sections: Vec<Section>,
+    pub bypass_marks: Vec<(Mark, Place)>,
+    /// Target, pattern and place of each line.
+    pub rules: Vec<(String, String, Place)>,
+}
+
+/// A section, or all sections of a kind without names.
+pub(super) struct Section {
+    pub kind: Kind,
+    pub name: String,
+    pub place: Place,
+    /// The first value of each key, good or bad, and where it stands.
+    pub said: BTreeMap<&'static str, (String, Place)>,
+}
+
+impl Draft {
+    pub fn new() -> Draft {
+        let mut draft = Draft::default();
+        for kind in Kind::ALL.into_iter().filter(|kind| !kind.has_names()) {
+            draft.open(kind, "", &Place::default());
+        }
+        draft
+    }
+
+    /// Begins a section. Its values go where the setters of its kind look for them.
+    pub fn open(&mut self, kind: Kind, name: &str, place: &Place) {
+        let (name, place) = (name.to_string(), place.clone());
+        let section =
+            Section { kind, name: name.clone(), place: place.clone(), said: BTreeMap::new() };
+        self.sections.push(section);
+        match kind {
+            Kind::Global | Kind::Rules => {}
+            Kind::Tproxy => self.config.tproxies.push(Tproxy { name, ..Tproxy::default() }),
+            Kind::Gateway => {
+                self.config.gateways.push(Gateway { name, place, ..Gateway::default() })
+            }
+        }
+    }
+
+    fn tproxy(&mut self) -> &mut Tproxy {
+        self.config.tproxies.last_mut().expect("its keys stand below its header")
+    }
+
+    fn gateway(&mut self) -> &mut Gateway {
+        self.config.gateways.last_mut().expect("its keys stand below its header")
+    }
+}
