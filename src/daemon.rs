@@ -32,6 +32,7 @@ use crate::memory;
 use crate::net::Mark;
 use crate::nft::encode::Contents;
 use crate::nft::lock::Lock;
+use crate::nft::marks::Ours;
 use crate::notify::Notify;
 use crate::pidfile::Pidfile;
 use crate::plan;
@@ -775,7 +776,8 @@ impl Daemon<'_> {
         if self.cgroups.core.config().tproxies.is_empty() {
             return;
         }
-        match self.kernel.others() {
+        let ours = Ours::of(self.cgroups.core.config());
+        match self.kernel.others(&ours) {
             Ok(found) => found.into_iter().for_each(|line| {
                 if self.told.insert(line.clone()) || all {
                     log::write_limited(Level::Warning, format_args!("{line}"));

@@ -22,6 +22,7 @@ use crate::nft::encode::{self, Contents, Object, Transaction};
 use crate::nft::event::Follower;
 use crate::nft::expr::Expr;
 use crate::nft::lock::{self, Lock};
+use crate::nft::marks::Ours;
 use crate::nft::others;
 use crate::nft::ruleset::{OUTPUT, TABLE};
 use crate::route::{self, Entry, Needs, Seen, SeenRoute, SeenRule};
@@ -596,9 +597,10 @@ impl Kernel {
     }
 
     /// A line for each chain of other programs that breaks what goes to a tproxy.
-    pub fn others(&mut self) -> Result<Vec<String>> {
+    pub fn others(&mut self, ours: &Ours) -> Result<Vec<String>> {
         let rules = self.nft.dump(&others::get_rules, others::parse)?.map_err(nft_refused)?;
-        Ok(others::hindrances(&rules))
+        let bases = self.nft.dump(&others::get_chains, others::parse_base)?.map_err(nft_refused)?;
+        Ok(others::hindrances(&bases, &rules, ours))
     }
 
     /// The elements of one of our cgroup sets; none where there is no such set.

@@ -30,6 +30,7 @@ const LAYERS: [&[&str]; 20] = [
         "nft::event",
         "nft::dump",
         "nft::lock",
+        "nft::marks",
         "nft::others",
         "route",
     ],
@@ -51,7 +52,7 @@ const LAYERS: [&[&str]; 20] = [
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
-const PURE: [&str; 31] = [
+const PURE: [&str; 32] = [
     "net",
     "netlink::uapi",
     "netlink::msg",
@@ -65,6 +66,7 @@ const PURE: [&str; 31] = [
     "nft::ruleset",
     "nft::encode",
     "nft::lock",
+    "nft::marks",
     "nft::others",
     "config",
     "config::ini",

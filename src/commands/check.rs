@@ -26,6 +26,7 @@ use crate::net::Family;
 use crate::netlink::uapi::*;
 use crate::nft::encode::Probe;
 use crate::nft::expr::Expr;
+use crate::nft::marks::Ours;
 use crate::nft::ruleset::{Base, TABLE};
 use crate::plan;
 use crate::policy;
@@ -597,7 +598,7 @@ fn others(config: &Config, findings: &mut Findings) {
     if config.tproxies.is_empty() || !sys::has_net_admin() {
         return;
     }
-    match Kernel::open().and_then(|mut kernel| kernel.others()) {
+    match Kernel::open().and_then(|mut kernel| kernel.others(&Ours::of(config))) {
         Ok(found) => found.iter().for_each(|text| findings.warning(text)),
         Err(error) => findings.warning(error.to_string()),
     }

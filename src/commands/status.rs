@@ -25,6 +25,7 @@ use crate::net::{Family, Mark, L4};
 use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
 use crate::nft::dump::{Counter, Gateway, Target, View};
 use crate::nft::lock::Lock;
+use crate::nft::marks::Ours;
 use crate::nft::ruleset::TABLE;
 use crate::route::{Action, Entry, Forwarded, IpRule, Needs, Route};
 use crate::sys;
@@ -235,7 +236,8 @@ impl Status {
             routing.extend(compare(family, view, have, (priority, table)));
         }
         if targets.iter().any(|target| target.mark.is_some()) {
-            hindrances.extend(kernel.others()?);
+            let ours = held.as_ref().map(|held| Ours::of_view(&held.view));
+            hindrances.extend(kernel.others(&ours.unwrap_or_default())?);
         }
         Ok(Status {
             daemon,

@@ -30,6 +30,7 @@ pub const NF_INET_LOCAL_OUT: u32 = 3;
 pub const NF_INET_POST_ROUTING: u32 = 4;
 pub const NF_DROP: i32 = 0;
 pub const NF_ACCEPT: i32 = 1;
+pub const NF_IP_PRI_CONNTRACK: i32 = -200;
 pub const NF_IP_PRI_MANGLE: i32 = -150;
 pub const NF_IP_PRI_NAT_DST: i32 = -100;
 pub const NF_IP_PRI_NAT_SRC: i32 = 100;
@@ -46,6 +47,7 @@ pub const NFT_MSG_NEWTABLE: u16 = 0;
 pub const NFT_MSG_GETTABLE: u16 = 1;
 pub const NFT_MSG_DELTABLE: u16 = 2;
 pub const NFT_MSG_NEWCHAIN: u16 = 3;
+pub const NFT_MSG_GETCHAIN: u16 = 4;
 pub const NFT_MSG_NEWRULE: u16 = 6;
 pub const NFT_MSG_GETRULE: u16 = 7;
 pub const NFT_MSG_DELRULE: u16 = 8;
@@ -128,6 +130,7 @@ pub const NFT_META_MARK: u32 = 3;
 pub const NFT_META_IIF: u32 = 4;
 pub const NFT_META_OIF: u32 = 5;
 pub const NFT_META_IIFNAME: u32 = 6;
+pub const NFT_META_OIFNAME: u32 = 7;
 pub const NFT_META_IIFTYPE: u32 = 8;
 pub const NFT_META_SKUID: u32 = 10;
 pub const NFT_META_NFPROTO: u32 = 15;
@@ -222,6 +225,7 @@ pub const NFTA_FIB_F_SADDR: u32 = 1;
 pub const NFTA_FIB_F_DADDR: u32 = 2;
 // include/uapi/linux/netfilter/nf_tables_compat.h: NFTA_TARGET_*, NFTA_MATCH_*
 pub const NFTA_XT_NAME: u16 = 1;
+pub const NFTA_XT_REV: u16 = 2;
 pub const NFTA_XT_INFO: u16 = 3;
 
 // The nft program's own numbers for set key types (nftables: include/datatype.h). The kernel only

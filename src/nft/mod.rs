@@ -1,11 +1,13 @@
 //! The nftables side: what a rule does ([`expr`]), the table as data ([`ruleset`]), its messages
-//! ([`encode`]), what others do to it ([`event`]), what the kernel says it holds ([`dump`]), and the
-//! table that serves as a lock ([`lock`]).
+//! ([`encode`]), what others do to it ([`event`]), what the kernel says it holds ([`dump`]), the
+//! table that serves as a lock ([`lock`]), and what others' tables do to what passes ours
+//! ([`others`], [`marks`]).
 
 pub mod dump;
 pub mod encode;
 pub mod event;
 pub mod expr;
 pub mod lock;
+pub mod marks;
 pub mod others;
 pub mod ruleset;

@@ -13,7 +13,7 @@ use crate::gateway::{ip, Lan, PROXY};
 use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::kernel::{ip_rules, load, nft, residue};
 use crate::wait_until;
-use crate::world::{Server, World};
+use crate::world::{Server, World, STREAM_PORT};
 
 /// Local cgroups and a LAN.
 const CONFIG: &str = "
@@ -250,6 +250,7 @@ fn firewalls_before_and_after_us() {
                 load(script);
             }
             all_well(&ground, &mut world, &lan);
+            assert_eq!(told(&daemon), ["", ""]);
             let list = |args: &[&str]| String::from_utf8_lossy(&nft(args, "").stdout).into_owned();
             let before = list(&["-s", "list", "ruleset"]);
             assert!(daemon.stop().success());
@@ -352,6 +353,7 @@ fn connmarks_are_restored_by_others() {
             let chains: String = hooks.iter().map(chain).collect();
             println!("{hooks:?} {restore} {priority}");
             load(&format!("table inet who {{\n{chains}}}\n"));
+            assert_eq!(told(&daemon), ["", ""]);
             all_well(&ground, &mut world, &lan);
             // of the same priority, who registered first is first: now theirs
             if priority == -150 {
@@ -1110,6 +1112,304 @@ fn the_chains_of_wg_quick() {
         assert!(daemon.stop().success());
         down();
     }
+}
+
+/// What `check` and `status` say of chains of others.
+#[track_caller]
+fn told(daemon: &Daemon) -> [String; 2] {
+    ["check", "status"].map(|command| {
+        let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        text.lines()
+            .filter(|line| line.contains("of another program"))
+            .map(str::to_string)
+            .collect()
+    })
+}
+
+/// A table of another program with one base chain.
+fn who(hook: &str, priority: i32, rule: &str) -> String {
+    let kind = if hook == "output" { "route" } else { "filter" };
+    let chain = format!("type {kind} hook {hook} priority {priority};\n{rule}\n");
+    format!("table inet who {{\nchain c {{\n{chain}}}\n}}\n")
+}
+
+/// By whose rule, in which words it is told, and the remedy that is named is one: then nothing is
+/// told any more.
+#[track_caller]
+fn told_and_remedied(daemon: &Daemon, place: &str, what: &str) {
+    let said = told(daemon);
+    for text in &said {
+        assert_eq!(text.matches(&format!("chain {place} of another program")).count(), 1, "{text}");
+        assert!(text.contains(what), "{text}");
+    }
+    let remedy = said[0].split("`nft ").nth(1).and_then(|rest| rest.split('`').next());
+    load(&format!("{}\n", remedy.expect("a remedy")));
+    assert_eq!(told(daemon), ["", ""]);
+}
+
+/// Chains of others that overwrite the packet mark, where that breaks something: named, with a remedy
+/// that is one.
+#[test]
+fn packet_marks_that_others_overwrite() {
+    let Some(ground) = Ground::new("overwritten") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    all_well(&ground, &mut world, &lan);
+    assert_eq!(told(&daemon), ["", ""]);
+    let proxied = ground.cgroup("/proxied");
+    const PACKET: &str = "overwrites the packet mark without sparing the bits 0xff000000";
+    let targets = [REMOTE4, REMOTE6].map(|ip| addr(ip, 80));
+    for (hook, priority, rule) in [
+        ("output", -149, "meta mark set 0"),
+        ("output", 0, "meta mark set 0x5"),
+        ("output", 300, "meta mark set meta mark & 0x00ffffff"),
+        ("output", -140, "meta mark set ct mark & 0xffff"),
+        (
+            "output",
+            -140,
+            "meta mark 0x01000000 oifname != \"lo\" meta mark set 0x01020304 xor 0x2000000",
+        ),
+        ("prerouting", -300, "iif lo meta mark set 0x1"),
+        ("prerouting", 0, "meta l4proto tcp meta mark set ct mark map { 0x01000000 : 0x5 }"),
+        ("postrouting", 0, "oifname { lo, eth0 } meta mark set 0x1"),
+    ] {
+        println!("{hook} {priority} {rule}");
+        load(&who(hook, priority, rule));
+        for to in targets {
+            let who = Client::tcp(&proxied, to).timeout(SILENCE).run().who();
+            match hook {
+                // by the way of the new mark
+                "output" => assert_eq!(who, format!("remote {to}")),
+                _ => assert!(!who.starts_with(PROXY), "{who}"),
+            }
+        }
+        told_and_remedied(&daemon, "inet who c", PACKET);
+        all_well(&ground, &mut world, &lan);
+        load("delete table inet who\n");
+    }
+    // restored behind what makes up for it: the LAN's flows
+    for (hook, priority) in [("output", 60), ("prerouting", 60), ("postrouting", -160)] {
+        println!("{hook} {priority}");
+        load(&who(hook, priority, "meta mark set ct mark"));
+        assert_eq!(lan.ask(0, Proto::Udp, targets[0]), "nobody");
+        told_and_remedied(&daemon, "inet who c", "what is routed to a tproxy, or its answers");
+        all_well(&ground, &mut world, &lan);
+        load("delete table inet who\n");
+    }
+    assert!(daemon.stop().success());
+    // and without a LAN, they break nothing
+    let config = CONFIG.split("[gateway").next().expect("some");
+    let daemon = Daemon::start(&ground, config, &[]);
+    crate::kernel::await_member(&proxied, "mihomo");
+    for (hook, priority) in [("output", 60), ("prerouting", 60), ("postrouting", -160)] {
+        load(&who(hook, priority, "meta mark set ct mark"));
+        assert_eq!(told(&daemon), ["", ""]);
+        expect(&[(&proxied, under(PROXY))]);
+        load("delete table inet who\n");
+    }
+}
+
+/// The same for the ct mark: by it the kernel's own packets for closed sockets are known, and the DNS
+/// that is hijacked.
+#[test]
+fn flow_marks_that_others_overwrite() {
+    const WELL: [&str; 2] = ["dns 127.0.0.1:1053", "dns [::1]:1053"];
+    const FLOW: &str = "overwrites the ct mark without sparing the bits 0xff000000";
+    for (hook, priority, rule, loses_dns) in [
+        ("output", -160, "ct mark set 0x5", false),
+        ("output", -140, "ct mark set 0x5", true),
+        ("output", 0, "ct mark set ct mark & 0xffff", false),
+        // CONNMARK --save-mark
+        ("output", -140, "ct mark set meta mark", true),
+        ("postrouting", 0, "ct mark set 0", false),
+        ("prerouting", 0, "iif lo ct mark set 0", false),
+        ("input", 0, "ct mark set ct mark | 0x2000000", false),
+    ] {
+        println!("{hook} {priority} {rule}");
+        // with the remedy first: what has lost its mark sends on
+        for remedied in [true, false] {
+            let Some(ground) = Ground::new("flow-marks") else {
+                return;
+            };
+            let mut world = World::new(&ground);
+            let _proxy = Server::stream(PROXY, &[7893]);
+            let _dns = Server::start("dns", &[1053]);
+            let config = CONFIG.split("[gateway").next().expect("some");
+            let daemon = Daemon::start(&ground, config, &[]);
+            let proxied = ground.cgroup("/proxied");
+            crate::kernel::await_member(&proxied, "mihomo");
+            load(&who(hook, priority, rule));
+            if remedied {
+                told_and_remedied(&daemon, "inet who c", FLOW);
+            }
+            let ask = |ip| Client::udp(&proxied, addr(ip, 53)).timeout(SILENCE).run().who();
+            let dns = [REMOTE4, REMOTE6].map(ask);
+            assert_eq!(dns != WELL, loses_dns && !remedied, "{dns:?}");
+            world.wire.packets();
+            for ip in [REMOTE4, REMOTE6] {
+                let to = addr(ip, STREAM_PORT);
+                assert_eq!(Client::tcp(&proxied, to).close_early(50).run().who(), "");
+            }
+            // data on its way meets the closed sockets; that no more comes is announced by nothing
+            std::thread::sleep(Duration::from_millis(100));
+            let left = world.wire.to_remote();
+            println!("{dns:?}, {} packets", left.len());
+            assert_eq!(left.is_empty(), remedied, "{left:?}");
+        }
+    }
+}
+
+/// iptables has structs of its own in place of nft's expressions.
+#[test]
+fn marks_that_iptables_overwrites() {
+    if Command::new("iptables-nft").arg("-V").output().is_err() {
+        println!("SKIP: there is no iptables-nft");
+        return;
+    }
+    let Some(ground) = Ground::new("ipt-marks") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _servers = servers();
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let proxied = ground.cgroup("/proxied");
+    crate::kernel::await_member(&proxied, "mihomo");
+    let iptables = |rule: &str| {
+        let mut words = vec!["-t", "mangle"];
+        words.extend(rule.split(' '));
+        let out = Command::new("iptables-nft").args(&words).output();
+        let out = out.expect("iptables");
+        assert!(out.status.success(), "{rule}: {}", String::from_utf8_lossy(&out.stderr));
+    };
+    let to = addr(REMOTE4, 80);
+    for (rule, what) in [
+        ("OUTPUT -j MARK --set-mark 1", Some("packet mark")),
+        ("OUTPUT -j MARK --set-xmark 0x0/0xff00ff00", Some("packet mark")),
+        ("PREROUTING -i lo -m connmark ! --mark 0 -j MARK --set-mark 1", Some("packet mark")),
+        (
+            "OUTPUT -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffff",
+            Some("packet mark"),
+        ),
+        ("OUTPUT -j CONNMARK --set-mark 7", Some("ct mark")),
+        ("POSTROUTING -j CONNMARK --save-mark", Some("ct mark")),
+        ("OUTPUT -j CONNMARK --restore-mark", None),
+        ("PREROUTING -j CONNMARK --restore-mark", None),
+        ("PREROUTING -i in0 -m mark --mark 0 -j MARK --set-mark 1", None),
+        ("PREROUTING -i in+ -j CONNMARK --set-mark 1", None),
+        ("OUTPUT -m mark --mark 0 -j MARK --set-mark 1", None),
+        ("OUTPUT -m connmark --mark 5 -j CONNMARK --set-mark 6", None),
+        ("OUTPUT -j MARK --set-xmark 0x40000/0xff0000", None),
+        ("OUTPUT -j MARK --or-mark 0x4000", None),
+        ("OUTPUT -j MARK --and-mark 0xff00ffff", None),
+        ("POSTROUTING -j CONNMARK --save-mark --nfmask 0x3f00 --ctmask 0x3f00", None),
+        ("OUTPUT -j CONNMARK --restore-mark --nfmask 0x3f00 --ctmask 0x3f00", None),
+    ] {
+        println!("{rule}");
+        iptables(&format!("-A {rule}"));
+        let place = format!("ip mangle {}", rule.split(' ').next().expect("a chain"));
+        match what {
+            Some(what) => {
+                let proxied = || Client::tcp(&proxied, to).timeout(SILENCE).run().who();
+                if what == "packet mark" {
+                    // what is loaded last comes first, of chains of one priority
+                    assert!(daemon.reload().contains("reloaded"));
+                    assert!(!proxied().starts_with(PROXY), "{rule}: {}", proxied());
+                }
+                told_and_remedied(&daemon, &place, &format!("overwrites the {what}"));
+            }
+            None => assert_eq!(told(&daemon), ["", ""], "{rule}"),
+        }
+        assert_eq!(Client::tcp(&proxied, to).run().who(), format!("{PROXY} {to}"), "{rule}");
+        load("delete table ip mangle\n");
+    }
+}
+
+/// Neighbours that set marks as they should, or where none of ours are: none is told of.
+#[test]
+fn neighbours_that_leave_our_marks_alone() {
+    let Some(ground) = Ground::new("good-neighbours") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let mangle = |rules: &str| {
+        format!(
+            "table ip mangle {{
+               chain PREROUTING {{ type filter hook prerouting priority mangle; policy accept; jump user; }}
+               chain OUTPUT {{ type route hook output priority mangle; policy accept; jump user; }}
+               chain POSTROUTING {{ type filter hook postrouting priority mangle; policy accept; jump user; }}
+               chain user {{ {rules} }}
+             }}\n"
+        )
+        .replace("; ", ";\n").replace("{ ", "{\n").replace(" }", "\n}")
+    };
+    for (name, script) in [
+        ("Tailscale", mangle("meta mark set meta mark & 0xff00ffff ^ 0x40000; ")),
+        ("mwan3", mangle("meta mark & 0x3f00 == 0 meta mark set meta mark & 0xffffc0ff | 0x100; ct mark set ct mark & 0xffffc0ff | 0x100; ")),
+        ("kube-proxy", mangle("meta mark set meta mark | 0x4000; ")),
+        // two uplinks: what comes in by one is marked, what answers goes by it
+        ("uplinks", mangle("iifname \"in0\" ct state new ct mark set 0x1; ct mark 0x1 meta mark set 0x1; ")),
+        ("unmarked only", mangle("meta mark != 0 return; meta mark set 0x7; ")),
+        ("forwarded", "table inet f {\nchain f {\ntype filter hook forward priority 0;\nmeta mark set 0x1\n}\n}\n".into()),
+        ("nobody goes there", "table inet f {\nchain f {\nmeta mark set 0x1\n}\n}\n".into()),
+        ("before us", who("output", -160, "meta mark set 0x1")),
+        ("wg-quick", "table ip wg-quick-wg0 {
+chain postmangle {\ntype filter hook postrouting priority -150; policy accept;
+meta l4proto udp meta mark 0x0000ca6c ct mark set meta mark\n}
+chain premangle {\ntype filter hook prerouting priority -150; policy accept;
+meta l4proto udp meta mark set ct mark\n}\n}\n".into()),
+        ("another LAN", who("prerouting", -140, "iifname \"br-other\" meta mark set 0x1")),
+        ("bridge", "table bridge b {\nchain c {\ntype filter hook output priority 0;\nmeta mark set 0x1\n}\n}\n".into()),
+    ] {
+        println!("{name}");
+        load(&script);
+        assert_eq!(told(&daemon), ["", ""], "{script}");
+        all_well(&ground, &mut world, &lan);
+        let table = script.split(" {").next().expect("a table");
+        load(&format!("delete {table}\n"));
+    }
+}
+
+/// What is said of it is so: hijacked DNS, and what the kernel sends for closed sockets.
+#[test]
+fn notrack_of_others_breaks_what_is_told() {
+    let Some(ground) = Ground::new("notrack-dns") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::stream(PROXY, &[7893]);
+    let _dns = Server::start("dns", &[1053]);
+    let config = CONFIG.split("[gateway").next().expect("some");
+    let daemon = Daemon::start(&ground, config, &[]);
+    let proxied = ground.cgroup("/proxied");
+    crate::kernel::await_member(&proxied, "mihomo");
+    for rule in ["udp dport 53 notrack", "udp sport 1053 notrack"] {
+        load(&who("output", -300, rule));
+        for text in told(&daemon) {
+            assert!(text.contains("hijacked DNS does not get to its resolver"), "{text}");
+        }
+        for ip in [REMOTE4, REMOTE6] {
+            let who = Client::udp(&proxied, addr(ip, 53)).timeout(SILENCE).run().who();
+            assert!(!who.starts_with("dns "), "{rule}: {who}");
+        }
+        load("delete table inet who\n");
+    }
+    load(&who("output", -300, "meta l4proto tcp notrack"));
+    assert!(told(&daemon)[0].contains("closed sockets (acknowledgements, resets) goes to the true"));
+    world.wire.packets();
+    for ip in [REMOTE4, REMOTE6] {
+        let to = addr(ip, STREAM_PORT);
+        assert_eq!(Client::tcp(&proxied, to).close_early(50).run().who(), "");
+    }
+    assert!(wait_until(Duration::from_secs(5), || !world.wire.to_remote().is_empty()));
+    load("delete table inet who\n");
 }
 
 /// What conntrack is kept from is told of: there, replies are not known.

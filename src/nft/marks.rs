@@ -1,0 +1,467 @@
+//! What chains of other programs do to the marks that ours rely on: their rules are gone through with
+//! the packets and flows that bear our marks, as far as is known what those are. What is not known
+//! may hold. Pure. Source: what each hook and priority comes before and behind is told in
+//! [`super::ruleset`].
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::dump::View;
+use super::others::{Expr, Load, Rule, Xt};
+use crate::config::Config;
+use crate::net::{Interface, Mark};
+use crate::netlink::parse;
+use crate::netlink::uapi::*;
+
+/// A chain of others that packets meet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base {
+    /// As nft writes it: `ip mangle OUTPUT`.
+    pub place: String,
+    pub hook: u32,
+    pub priority: i32,
+}
+
+/// What of our table matters here.
+#[derive(Debug, Default)]
+pub struct Ours {
+    mask: u32,
+    /// Of the tproxies.
+    marks: BTreeSet<u32>,
+    /// Of gateways, where one may have a tproxy.
+    interfaces: Vec<Interface>,
+}
+
+impl Ours {
+    pub fn of(config: &Config) -> Ours {
+        Ours {
+            mask: config.mask,
+            marks: config.tproxies.iter().map(|tproxy| tproxy.mark).collect(),
+            interfaces: config.gateway_interfaces().into_iter().cloned().collect(),
+        }
+    }
+
+    /// Of a table that is there.
+    pub fn of_view(view: &View) -> Ours {
+        let marks: Vec<Mark> = view.targets.iter().filter_map(|target| target.mark).collect();
+        Ours {
+            mask: marks.first().map_or(0, |mark| mark.mask),
+            marks: marks.iter().map(|mark| mark.value).collect(),
+            interfaces: view.interfaces.clone(),
+        }
+    }
+
+    /// What routed packets bear that go to a tproxy.
+    fn routed(&self) -> u32 {
+        self.mask & self.mask.wrapping_sub(1)
+    }
+}
+
+/// A number of which some bits are known.
+#[derive(Debug, Clone, Copy)]
+struct Bits {
+    value: u32,
+    known: u32,
+}
+
+impl Bits {
+    fn all(value: u32) -> Bits {
+        Bits { value, known: u32::MAX }
+    }
+
+    const NONE: Bits = Bits { value: 0, known: 0 };
+
+    fn masked(self, mask: u32, xor: u32) -> Bits {
+        Bits { value: self.value & mask ^ xor, known: self.known | !mask }
+    }
+
+    /// Where the bits of each come from one of the two.
+    fn xor(self, other: Bits) -> Bits {
+        Bits { value: self.value ^ other.value, known: self.known & other.known }
+    }
+
+    fn is(self, value: u32, mask: u32) -> Truth {
+        match (self.value ^ value) & mask & self.known {
+            0 if mask & !self.known == 0 => Truth::Yes,
+            0 => Truth::Maybe,
+            _ => Truth::No,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Truth {
+    No,
+    Maybe,
+    Yes,
+}
+
+impl Truth {
+    fn is(self, equal: bool) -> Truth {
+        match (self, equal) {
+            (Truth::Yes, false) => Truth::No,
+            (Truth::No, false) => Truth::Yes,
+            _ => self,
+        }
+    }
+}
+
+/// Where a packet comes from or goes to.
+#[derive(Debug, Clone, Copy)]
+enum Side<'a> {
+    Lo,
+    Interface(&'a Interface),
+    /// Any but lo.
+    Out,
+    /// A packet of this host comes from none, and one that comes in has none to go to yet.
+    None,
+}
+
+impl Side<'_> {
+    /// Whether it is the interface of that number or name; less than 16 bytes are of a prefix.
+    fn is(self, data: &[u8]) -> Truth {
+        let (number, name) = match data.len() {
+            4 => (parse::u32_ne(data), None),
+            _ => (None, Some(parse::str_z(data))),
+        };
+        let whole = data.len() >= 16;
+        let lo = match &name {
+            Some(name) if whole => name == "lo",
+            Some(name) => "lo".starts_with(&**name),
+            None => number == Some(1),
+        };
+        match (self, name) {
+            (Side::Lo, _) if lo => Truth::Yes,
+            (Side::Lo | Side::None, _) => Truth::No,
+            (Side::Interface(_) | Side::Out, None) if lo => Truth::No,
+            (Side::Out, Some(_)) if lo && whole => Truth::No,
+            (Side::Interface(of), Some(name)) => match (of.prefix, whole) {
+                (false, true) if of.name == name => Truth::Yes,
+                (false, false) if of.name.starts_with(&*name) => Truth::Yes,
+                (true, true) if name.starts_with(&of.name) => Truth::Maybe,
+                (true, false) if of.name.starts_with(&*name) => Truth::Yes,
+                (true, false) if name.starts_with(&of.name) => Truth::Maybe,
+                _ => Truth::No,
+            },
+            _ => Truth::Maybe,
+        }
+    }
+}
+
+/// What a chain of others breaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Breaks {
+    /// A packet on its way to a tproxy loses its mark.
+    Packet,
+    /// A routed packet, or the answer to one, gets another than it should have.
+    Routed,
+    /// A flow loses its mark.
+    Flow,
+}
+
+/// A packet with marks of ours, at one chain.
+#[derive(Debug, Clone, Copy)]
+struct Sample<'a> {
+    breaks: Breaks,
+    mark: Bits,
+    ct: Bits,
+    iif: Side<'a>,
+    oif: Side<'a>,
+}
+
+/// Tproxies whose marks are tried: who overwrites one mostly overwrites all.
+const MOST: usize = 16;
+
+/// Packets that meet a chain of that hook and priority and depend on what it leaves of their marks.
+/// Chains of one priority are in the order in which they were loaded, which may change.
+fn samples<'a>(base: &Base, ours: &'a Ours) -> Vec<Sample<'a>> {
+    // what others have set of the other bits is not known
+    let of = |value| Bits { value, known: ours.mask };
+    let (iif, oif) = match base.hook {
+        NF_INET_PRE_ROUTING | NF_INET_LOCAL_IN => (Side::Lo, Side::None),
+        NF_INET_LOCAL_OUT => (Side::None, Side::Out),
+        NF_INET_POST_ROUTING => (Side::None, Side::Lo),
+        _ => return Vec::new(),
+    };
+    let (hook, priority) = (base.hook, base.priority);
+    let mut samples = Vec::new();
+    for own in ours.marks.iter().copied().take(MOST) {
+        let sample = Sample { breaks: Breaks::Packet, mark: of(own), ct: of(own), iif, oif };
+        // from where ours sets the mark to where ours reads it; over lo, a packet keeps its way
+        let behind = priority >= NF_IP_PRI_MANGLE;
+        let between = match hook {
+            NF_INET_LOCAL_OUT => behind,
+            NF_INET_POST_ROUTING => true,
+            NF_INET_PRE_ROUTING => priority <= NF_IP_PRI_SECURITY,
+            _ => false,
+        };
+        if between {
+            samples.push(sample);
+        }
+        // the mark of a flow is there, and has to stay, wherever conntrack is
+        if priority > NF_IP_PRI_CONNTRACK {
+            let flow = Sample { breaks: Breaks::Flow, ..sample };
+            // the answers, and DNS on its way to a resolver, have none but that
+            samples.extend([flow, Sample { mark: Bits::all(0), ..flow }]);
+        }
+        for interface in &ours.interfaces {
+            let side = Side::Interface(interface);
+            let routed = Sample { breaks: Breaks::Routed, ..sample };
+            if hook == NF_INET_PRE_ROUTING && behind {
+                samples.push(Sample { mark: of(ours.routed()), iif: side, ..routed });
+            }
+            // behind `unmark`, a restored mark routes the answer to lo; `guard` drops it
+            let restored = match hook {
+                NF_INET_LOCAL_OUT => priority >= NF_IP_PRI_SECURITY,
+                NF_INET_POST_ROUTING => priority <= NF_IP_PRI_MANGLE,
+                _ => false,
+            };
+            if restored {
+                samples.push(Sample { mark: of(0), oif: side, ..routed });
+            }
+        }
+    }
+    samples
+}
+
+/// How evaluation goes on behind a rule.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    On,
+    /// Not in this chain.
+    Back,
+    Done,
+}
+
+/// What a register holds.
+#[derive(Debug, Clone, Copy)]
+enum Register {
+    Bits(Bits),
+    Iif,
+    Oif,
+}
+
+struct Walk<'a> {
+    ours: &'a Ours,
+    base: &'a Base,
+    rules: &'a BTreeMap<&'a str, Vec<&'a Rule>>,
+    sample: Sample<'a>,
+    /// Chains that were gone through, and whether evaluation ends in them.
+    seen: BTreeMap<&'a str, bool>,
+    /// The chains where the sample is broken.
+    found: BTreeSet<&'a str>,
+}
+
+impl<'a> Walk<'a> {
+    /// Whether evaluation surely ends in that chain.
+    fn chain(&mut self, place: &'a str) -> bool {
+        if let Some(ends) = self.seen.get(place) {
+            return *ends;
+        }
+        self.seen.insert(place, false);
+        let (all, mut ends) = (self.rules, false);
+        for rule in all.get(place).into_iter().flatten() {
+            match self.rule(place, rule) {
+                Flow::On => continue,
+                Flow::Back => {}
+                Flow::Done => ends = true,
+            }
+            break;
+        }
+        self.seen.insert(place, ends);
+        ends
+    }
+
+    fn rule(&mut self, place: &'a str, rule: &'a Rule) -> Flow {
+        let mut registers: BTreeMap<u32, Register> = BTreeMap::new();
+        let mut matches = Truth::Yes;
+        for expr in &rule.exprs {
+            let bits = |reg: &u32| match registers.get(reg) {
+                Some(Register::Bits(bits)) => *bits,
+                _ => Bits::NONE,
+            };
+            let (mark, ct) = (self.sample.mark, self.sample.ct);
+            match expr {
+                Expr::Load { what, reg } => {
+                    let held = match what {
+                        Load::Iif => Register::Iif,
+                        Load::Oif => Register::Oif,
+                        Load::Mark => Register::Bits(mark),
+                        Load::CtMark => Register::Bits(ct),
+                        Load::SaddrType => Register::Bits(Bits::NONE),
+                    };
+                    registers.insert(*reg, held);
+                }
+                Expr::Immediate { reg, value } => {
+                    registers.insert(*reg, Register::Bits(Bits::all(*value)));
+                }
+                Expr::Bitwise { from, to, mask, xor } => {
+                    let done = bits(from).masked(*mask, *xor);
+                    registers.insert(*to, Register::Bits(done));
+                }
+                Expr::Cmp { reg, equal, data } => {
+                    let is = match (registers.get(reg), parse::u32_ne(data)) {
+                        (Some(Register::Iif), _) => self.sample.iif.is(data),
+                        (Some(Register::Oif), _) => self.sample.oif.is(data),
+                        (Some(Register::Bits(bits)), Some(value)) => bits.is(value, u32::MAX),
+                        _ => Truth::Maybe,
+                    };
+                    matches = matches.min(is.is(*equal));
+                }
+                Expr::Xt(Xt::Is { ct: of_ct, value, mask, equal }) => {
+                    let bits = if *of_ct { ct } else { mark };
+                    matches = matches.min(bits.is(*value, *mask).is(*equal));
+                }
+                Expr::SetMark { reg } => {
+                    let new = bits(reg);
+                    self.set_mark(place, new, matches);
+                }
+                Expr::Xt(Xt::Mark { value, mask }) => {
+                    self.set_mark(place, mark.masked(!mask, *value), matches);
+                }
+                Expr::Xt(Xt::Restore { ct: ctmask, packet, shifted }) => {
+                    let from = if *shifted { Bits::NONE } else { ct };
+                    let new = mark.masked(!packet, 0).xor(from.masked(*ctmask, 0));
+                    self.set_mark(place, new, matches);
+                }
+                Expr::SetCtMark { reg } => {
+                    let new = bits(reg);
+                    self.set_ct_mark(place, new, matches);
+                }
+                Expr::Xt(Xt::Set { value, mask }) => {
+                    self.set_ct_mark(place, ct.masked(!mask, *value), matches);
+                }
+                Expr::Xt(Xt::Save { ct: ctmask, packet, shifted }) => {
+                    let from = if *shifted { Bits::NONE } else { mark };
+                    let new = ct.masked(!ctmask, 0).xor(from.masked(*packet, 0));
+                    self.set_ct_mark(place, new, matches);
+                }
+                Expr::Jump { to, back } => {
+                    let ends = self.chain(to);
+                    match (matches, ends, back) {
+                        (Truth::Yes, true, _) => return Flow::Done,
+                        (Truth::Yes, false, false) => return Flow::Back,
+                        _ => {}
+                    }
+                }
+                Expr::Verdict(code) if matches == Truth::Yes => {
+                    return if *code == NFT_RETURN { Flow::Back } else { Flow::Done };
+                }
+                Expr::Verdict(_) | Expr::Passes | Expr::Notrack => {}
+                Expr::ForeignSource | Expr::Other => {
+                    registers.clear();
+                    matches = matches.min(Truth::Maybe);
+                }
+            }
+            if matches == Truth::No {
+                break;
+            }
+        }
+        Flow::On
+    }
+
+    fn set_mark(&mut self, place: &'a str, new: Bits, matches: Truth) {
+        let sample = &mut self.sample;
+        // `remark` makes up for it
+        let made_up = sample.breaks == Breaks::Routed
+            && self.base.hook == NF_INET_PRE_ROUTING
+            && self.base.priority < NF_IP_PRI_SECURITY
+            && new.known & self.ours.mask == self.ours.mask
+            && self.ours.marks.contains(&(new.value & self.ours.mask));
+        let same = new.is(sample.mark.value, self.ours.mask) == Truth::Yes;
+        if sample.breaks != Breaks::Flow && !same && !made_up {
+            self.found.insert(place);
+        }
+        if matches == Truth::Yes {
+            sample.mark = new;
+        }
+    }
+
+    fn set_ct_mark(&mut self, place: &'a str, new: Bits, matches: Truth) {
+        let sample = &mut self.sample;
+        let same = new.is(sample.ct.value, self.ours.mask) == Truth::Yes;
+        if sample.breaks == Breaks::Flow && !same {
+            self.found.insert(place);
+        }
+        if matches == Truth::Yes {
+            sample.ct = new;
+        }
+    }
+}
+
+/// A line for each chain that overwrites marks of ours, with the remedy.
+pub fn hindrances(bases: &[Base], rules: &[Rule], ours: &Ours) -> Vec<String> {
+    let mut by_place: BTreeMap<&str, Vec<&Rule>> = BTreeMap::new();
+    for rule in rules {
+        by_place.entry(&rule.place).or_default().push(rule);
+    }
+    let mut found = BTreeMap::new();
+    for base in bases.iter().filter(|base| is_set_behind(&base.place, &by_place)) {
+        for sample in samples(base, ours) {
+            let (seen, found_here) = (BTreeMap::new(), BTreeSet::new());
+            let mut walk = Walk { ours, base, rules: &by_place, sample, seen, found: found_here };
+            walk.chain(&base.place);
+            found.extend(walk.found.into_iter().map(|place| ((sample.breaks, place), base)));
+        }
+    }
+    // once is enough, and one remedy helps both
+    let packets = |place| found.contains_key(&(Breaks::Packet, place));
+    let found_once =
+        found.iter().filter(|((b, place), _)| *b != Breaks::Routed || !packets(*place));
+    found_once.map(|((breaks, place), base)| line(*breaks, place, base, ours.mask)).collect()
+}
+
+/// Whether any mark is set in that chain or in one that it leads to: mostly there is none.
+fn is_set_behind(place: &str, rules: &BTreeMap<&str, Vec<&Rule>>) -> bool {
+    let (mut seen, mut todo) = (BTreeSet::from([place]), vec![place]);
+    while let Some(place) = todo.pop() {
+        let rules = rules.get(place).into_iter().flatten();
+        for expr in rules.flat_map(|rule| &rule.exprs) {
+            match expr {
+                Expr::SetMark { .. } | Expr::SetCtMark { .. } => return true,
+                Expr::Xt(xt) if !matches!(xt, Xt::Is { .. }) => return true,
+                Expr::Jump { to, .. } if seen.insert(to) => todo.push(to),
+                _ => {}
+            }
+        }
+    }
+    false
+}
+
+fn line(breaks: Breaks, place: &str, base: &Base, mask: u32) -> String {
+    let hook = match base.hook {
+        NF_INET_PRE_ROUTING => "prerouting",
+        NF_INET_LOCAL_IN => "input",
+        NF_INET_LOCAL_OUT => "output",
+        _ => "postrouting",
+    };
+    let priority = match (base.hook, base.priority) {
+        (NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE) => {
+            format!("{NF_IP_PRI_MANGLE} as ours, so that what is loaded last is first")
+        }
+        (_, priority) => priority.to_string(),
+    };
+    let (what, then, load) = match breaks {
+        Breaks::Packet => (
+            "packet",
+            "what has a tproxy does not get to it, and may go to the true destination",
+            "meta mark",
+        ),
+        Breaks::Routed => {
+            ("packet", "what is routed to a tproxy, or its answers, do not get there", "ct mark")
+        }
+        Breaks::Flow => (
+            "ct",
+            "what the kernel sends for closed sockets goes to the true destination, and hijacked \
+             DNS to the resolver that was asked",
+            "ct mark",
+        ),
+    };
+    // a chain that others jump to goes back there
+    let verdict = if place == base.place { "accept" } else { "return" };
+    format!(
+        "chain {place} of another program (hook {hook}, priority {priority}) overwrites the {what} \
+         mark without sparing the bits {mask:#x}, which are cgtproxy's: where it matches, {then}; \
+         have it set its own bits alone, by a mask, or `nft insert rule {place} {load} & {mask:#x} \
+         != 0 {verdict}`"
+    )
+}
