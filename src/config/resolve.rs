@@ -19,6 +19,7 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     let mut problem = |place: &Place, message: String| problems.push(Problem::at(place, &message));
 
     let of = |kind| sections.iter().filter(move |section| section.kind == kind);
+    let targets = sections.iter().filter(|section| section.kind.is_target());
     for section in &sections {
         let (kind, name) = (section.kind.name(), &section.name);
         for key in section.kind.keys().filter(|key| !section.said.contains_key(key.name)) {
@@ -27,7 +28,7 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             }
         }
     }
-    for (section, tproxy) in of(Kind::Tproxy).zip(&config.tproxies) {
+    for (section, tproxy) in targets.clone().zip(&config.tproxies) {
         let keys = [("dns-hijack-tcp", tproxy.dns_tcp), ("dns-hijack-local", tproxy.dns_local)];
         for (key, _) in keys.iter().filter(|(_, on)| *on) {
             if let (Some((_, place)), None) =
@@ -62,7 +63,7 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     }
 
     if config.mask != 0 {
-        assign_marks(&mut config, of(Kind::Tproxy), &mut problem);
+        assign_marks(&mut config, targets, &mut problem);
         // our ip rules would send a packet with such a mark to the proxy all the same
         let mask = config.mask;
         for (bypass, place) in &bypass_marks {
