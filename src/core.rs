@@ -104,7 +104,7 @@ pub struct Delta {
     /// Cgroup ids to delete from the sets of targets, in the order of these.
     pub delete: Vec<(Target, u64)>,
     pub add: Vec<(Target, u64)>,
-    /// The same for removed cgroups, by their hashes.
+    /// The same for cgroups that are matched by their hashes.
     pub delete_dying: Vec<dying::Key>,
     pub add_dying: Vec<dying::Key>,
     /// The pairs in use, where they changed: `output` has to be rebuilt.
@@ -135,6 +135,8 @@ pub struct Core {
     config: Rc<Config>,
     /// Level of the cgroup root itself.
     base_level: usize,
+    /// Whether nft can show the path of the cgroup root.
+    listable: bool,
     tree: Tree,
     /// Elements in use, counted by pair.
     pairs: BTreeMap<Element, usize>,
@@ -143,7 +145,8 @@ pub struct Core {
     /// By cgroup id: the target in the kernel's sets, and the one that should be there.
     /// Its memory stays: to allocate and free it for each transaction costs musl a mmap(2).
     pending: HashMap<u64, (Option<Target>, Option<Target>)>,
-    /// Removed cgroups that sockets may hold; `None` where the kernel cannot match them.
+    /// Removed cgroups that sockets may hold, and what is matched as they are; `None` where the
+    /// kernel cannot match them.
     dying: Option<dying::List>,
     /// Directories without a watch, or that could not be scanned.
     blind: BTreeSet<Path>,
@@ -161,11 +164,13 @@ const MAX_LEVEL: usize = 255;
 const RETRIES: usize = 500;
 
 impl Core {
-    /// An empty tree; [`Core::start`] gives the first action.
-    pub fn new(config: Rc<Config>, base_level: usize) -> Core {
+    /// An empty tree, of a cgroup root with that directory and level; [`Core::start`] gives the first
+    /// action.
+    pub fn new(config: Rc<Config>, root: &[u8], base_level: usize) -> Core {
         Core {
             config,
             base_level,
+            listable: dying::is_listable(root),
             tree: Tree::default(),
             pairs: BTreeMap::new(),
             committed_pairs: BTreeSet::new(),
@@ -219,9 +224,23 @@ impl Core {
     }
 
     /// Keeps those that are removed from now on in the kernel for as long as sockets may hold them,
-    /// and these, which another table has kept.
+    /// and these, which another table has kept. From now on those whose path nft cannot show are
+    /// matched by their hash, too.
     pub fn keep_dying(&mut self, kept: impl IntoIterator<Item = Dying>) {
-        self.dying.get_or_insert_default();
+        if self.dying.is_none() {
+            let nodes = self.tree.iter().filter(|(path, _)| !self.is_listable(path));
+            let nodes: Vec<_> = nodes.map(|(path, node)| (path.clone(), *node)).collect();
+            let place = |core: &mut Core, from: bool| {
+                for (path, node) in &nodes {
+                    let (now, wanted) =
+                        if from { (node.element, None) } else { (None, node.element) };
+                    core.place(path, node.id, now, wanted);
+                }
+            };
+            place(self, true);
+            self.dying = Some(dying::List::default());
+            place(self, false);
+        }
         kept.into_iter().for_each(|dying| self.keep(dying));
     }
 
@@ -317,6 +336,7 @@ impl Core {
         self.pairs.clear();
         let paths: Vec<Path> = self.tree.iter().map(|(path, _)| path.clone()).collect();
         for path in paths {
+            let before = self.tree.get(&path).copied();
             let parent = tree::parent(&path).and_then(|parent| self.tree.get(parent));
             let foreign = self.tree.get(&path).is_some_and(|node| node.foreign);
             let (rank, element) = self.classify(parent.map(|node| node.rank), &path, foreign);
@@ -324,6 +344,9 @@ impl Core {
                 (node.rank, node.element) = (rank, element);
             }
             self.count(&path, element, true);
+            if let (Some(before), true) = (before, self.is_hashed(&path)) {
+                self.match_living(before.id, before.element, element);
+            }
         }
         // removed ones have the target of their path too
         let dying = self.dying.as_mut().map(dying::List::take).unwrap_or_default();
@@ -362,15 +385,19 @@ impl Core {
         delta
     }
 
+    /// The living cgroups that are matched by their ids: path, target, id.
+    pub fn elements(&self) -> impl Iterator<Item = (&Path, Target, u64)> {
+        let own = self.tree.iter().filter_map(|(path, node)| Some((path, node.element?, node.id)));
+        own.filter(|(path, ..)| !self.is_hashed(path))
+    }
+
     /// Everything, for a replacement of the table; what was pending is in it.
     pub fn snapshot(&mut self) -> Snapshot {
         self.pending = HashMap::new();
         self.committed_pairs = self.pairs.keys().copied().collect();
         let mut elements: BTreeMap<Target, Vec<u64>> = BTreeMap::new();
-        for (_, node) in self.tree.iter() {
-            if let Some(target) = node.element {
-                elements.entry(target).or_default().push(node.id);
-            }
+        for (_, target, id) in self.elements() {
+            elements.entry(target).or_default().push(id);
         }
         let dying = self.dying.as_mut().map(dying::List::snapshot).unwrap_or_default();
         Snapshot { elements, dying, pairs: self.committed_pairs.clone() }
@@ -401,8 +428,7 @@ impl Core {
             let (rank, element) = self.classify(parent, &path, foreign);
             let node = Node { id, wd: None, rank, element, account: 0, foreign };
             self.tree.insert(path.clone(), node);
-            self.count(&path, element, true);
-            self.want(id, None, element);
+            self.place(&path, id, None, element);
             if element.is_some() {
                 actions.push(Action::Classified { path, target: element });
             }
@@ -483,8 +509,7 @@ impl Core {
                 continue;
             };
             actions.extend(node.wd.map(Action::Unwatch));
-            self.count(&path, node.element, false);
-            self.want(node.id, node.element, None);
+            self.place(&path, node.id, node.element, None);
             if let Some(target) = node.element {
                 if self.dying.as_ref().is_some_and(|list| list.len() >= dying::MOST) {
                     actions.push(Action::Crowded);
@@ -533,7 +558,8 @@ impl Core {
 
     fn count(&mut self, path: &[u8], element: Option<Target>, up: bool) {
         let Some(target) = element else { return };
-        self.count_pair(Element { level: self.level(path), target, dying: false }, up);
+        let hashed = self.is_hashed(path);
+        self.count_pair(Element { level: self.level(path), target, hashed }, up);
     }
 
     /// The level of a path that is not too deep.
@@ -572,6 +598,32 @@ impl Core {
             None => policy::root_rank(&self.config),
             Some(parent) => policy::rank(&self.config, self.rank(parent), path),
         }
+    }
+
+    fn is_listable(&self, path: &[u8]) -> bool {
+        self.listable && dying::is_listable(path)
+    }
+
+    /// Whether a living cgroup is matched by its hash.
+    fn is_hashed(&self, path: &[u8]) -> bool {
+        self.dying.is_some() && !self.is_listable(path)
+    }
+
+    /// Notes which element a living cgroup should have, against the one it has now.
+    fn place(&mut self, path: &[u8], id: u64, now: Option<Target>, wanted: Option<Target>) {
+        self.count(path, now, false);
+        self.count(path, wanted, true);
+        match self.is_hashed(path) {
+            true => self.match_living(id, now, wanted),
+            false => self.want(id, now, wanted),
+        }
+    }
+
+    /// The same, of one that is matched by its hash.
+    fn match_living(&mut self, id: u64, now: Option<Target>, wanted: Option<Target>) {
+        let Some(list) = &mut self.dying else { return };
+        now.into_iter().for_each(|target| list.match_living(id, target, false));
+        wanted.into_iter().for_each(|target| list.match_living(id, target, true));
     }
 
     /// Notes what the set should hold for a cgroup id, against what it holds now.

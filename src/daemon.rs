@@ -2,9 +2,10 @@
 //! poll(2), hands what happened to the core, does what the core asks, and commits one transaction a
 //! wake-up, or one more for each level of nested cgroups that it discovers.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::backoff::{Backoff, Looks, Reminder};
 use crate::cgroup::backlog::Backlog;
-use crate::cgroup::dying::Dying;
+use crate::cgroup::dying::{hash, Dying};
 use crate::cgroup::watch::{self, Watcher};
 use crate::cgroup::{mount, tree};
 use crate::config::{Config, OnExit, Target};
@@ -24,7 +25,7 @@ use crate::error::{Error, Result};
 use crate::faults;
 use crate::instance;
 use crate::kernel::sockets::{self, Doubts};
-use crate::kernel::{Damage, Kernel, Routing};
+use crate::kernel::{Damage, Held, Kernel, Routing};
 use crate::log;
 use crate::log::{Escaped, Level};
 use crate::loops;
@@ -355,7 +356,7 @@ impl Cgroups {
     /// Watches and scans everything; `None` where the end is wanted first.
     fn scan(config: Rc<Config>, host: &Host, signals: &mut Signals) -> Result<Option<Cgroups>> {
         let root = mount::find(config.cgroup_root.as_deref())?;
-        let mut core = Core::new(config, root.level + host.base);
+        let mut core = Core::new(config, root.dir.as_os_str().as_bytes(), root.level + host.base);
         if let Some(level) = host.deepest {
             core.set_deepest(level);
         }
@@ -637,6 +638,8 @@ impl Daemon<'_> {
         log!(Notice, "started: {}", self.summary());
         if self.kernel.can_keep_dying() {
             self.cgroups.core.keep_dying([]);
+            // some may be matched by their hashes from now on
+            self.commit();
         }
         Ok(())
     }
@@ -695,25 +698,12 @@ impl Daemon<'_> {
                 return None;
             }
         };
-        let config = self.cgroups.core.config().clone();
-        let kept = held.view.dying.iter().flat_map(|step| {
-            let hashes = held.dying.get(&step.set).into_iter().flatten();
-            let known = config.named(&step.target).zip(u8::try_from(step.level).ok());
-            hashes.filter_map(move |hash| {
-                known.map(|(target, level)| Dying::known_by(*hash, level, target))
-            })
-        });
-        let kept: Vec<Dying> = kept.collect();
+        let kept = removed(&held, &self.cgroups.core);
         if !kept.is_empty() {
             self.cgroups.core.keep_dying(kept);
             self.cgroups.await_death();
         }
-        let elements = held.cgroups.iter().flat_map(|(name, elements)| {
-            elements.iter().map(move |element| (element.id, name.as_str()))
-        });
-        let elements: HashMap<u64, &str> = elements.collect();
-        let element = |id| elements.get(&id).copied();
-        Some(Before::of_table(&self.cgroups.core, &held.view.default, element))
+        Some(Before::of_table(&self.cgroups.core, &held.view.default, held.targets()))
     }
 
     /// Ends sockets of these cgroups that go another way than they should by now, so that their
@@ -1276,4 +1266,28 @@ fn nanoseconds(time: Duration) -> u64 {
 fn remove(kernel: &mut Kernel) -> Result<()> {
     kernel.remove_table()?;
     kernel.trim_routing(&BTreeSet::new()).map(drop)
+}
+
+/// The cgroups that the sets of a table hold and that do not live, for a new table to keep. Those that were
+/// removed while no daemon ran are known by their id, at every level that it is looked for at.
+fn removed(held: &Held, core: &Core) -> Vec<Dying> {
+    let living = core.tree().iter().map(|(_, node)| hash(node.id));
+    let living: HashSet<u32> = living.collect();
+    let config = core.config();
+    let steps = held.view.steps.iter().flat_map(|step| {
+        let hashes: Vec<u32> = match step.hashed {
+            true => held.hashed.get(&step.set).cloned().unwrap_or_default(),
+            false => {
+                let elements = held.cgroups.get(&step.set).into_iter().flatten();
+                elements.map(|element| hash(element.id)).collect()
+            }
+        };
+        let known = config.named(&step.target).zip(u8::try_from(step.level).ok());
+        let dead = hashes.into_iter().filter(|hash| !living.contains(hash));
+        let dead: Vec<u32> = dead.collect();
+        dead.into_iter().filter_map(move |hash| {
+            known.map(|(target, level)| Dying::known_by(hash, level, target))
+        })
+    });
+    steps.collect()
 }

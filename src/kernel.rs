@@ -1,13 +1,14 @@
 //! The kernel as this program changes it: one nftables table, ip rules, routes. It carries plans
 //! out and reports; what should be there is decided elsewhere.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
+use crate::cgroup::dying;
 use crate::error::{reason, Error, Result};
 use crate::host::Host;
 use crate::log;
@@ -554,8 +555,27 @@ pub struct Held {
     pub view: dump::View,
     /// By name of the target; without the sets that are not there.
     pub cgroups: BTreeMap<String, Vec<dump::Element>>,
-    /// Hashes of the removed ones, the same way.
-    pub dying: BTreeMap<String, Vec<u32>>,
+    /// The same of those that are matched by their hashes.
+    pub hashed: BTreeMap<String, Vec<u32>>,
+}
+
+impl Held {
+    /// The name of the target whose sets hold a cgroup, by its id.
+    pub fn targets<'a>(&'a self) -> impl Fn(u64) -> Option<&'a str> {
+        let ids = self.cgroups.iter().flat_map(|(name, all)| all.iter().map(move |e| (e.id, name)));
+        let ids: HashMap<u64, &String> = ids.collect();
+        let hashes = self.hashed.iter().flat_map(|(name, all)| all.iter().map(move |h| (*h, name)));
+        let hashes: HashMap<u32, &String> = hashes.collect();
+        move |id| Some(ids.get(&id).or_else(|| hashes.get(&dying::hash(id)))?.as_str())
+    }
+
+    /// Whether the set that a step looks into holds a cgroup.
+    pub fn holds(&self, step: &dump::Step, id: u64) -> bool {
+        match step.hashed {
+            true => self.hashed.get(&step.set).is_some_and(|all| all.contains(&dying::hash(id))),
+            false => self.cgroups.get(&step.set).is_some_and(|all| all.iter().any(|e| e.id == id)),
+        }
+    }
 }
 
 /// Looking: what the kernel holds, ours and others'.
@@ -572,14 +592,14 @@ impl Kernel {
             let set = format!("cg_{}", target.name);
             cgroups.insert(target.name.clone(), self.elements(&set)?);
         }
-        let mut dying = BTreeMap::new();
-        for step in &view.dying {
+        let mut hashed = BTreeMap::new();
+        for step in view.steps.iter().filter(|step| step.hashed) {
             let set = format!("dying_{}", step.set);
             let request = |batch: &mut Batch| dump::get_elements(batch, &set);
             let found = self.nft.dump(&request, dump::parse_hashes)?.map_err(nft_refused)?;
-            dying.insert(step.set.clone(), found.into_iter().flatten().collect());
+            hashed.insert(step.set.clone(), found.into_iter().flatten().collect());
         }
-        Ok(Some(Held { flags, view, cgroups, dying }))
+        Ok(Some(Held { flags, view, cgroups, hashed }))
     }
 
     /// The flags of our table; `None` where there is no table.

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
 
 use crate::cgroup::mount::Root;
-use crate::config::Config;
+use crate::config::{Config, Target};
 use crate::core::{Core, Delta, Snapshot};
 use crate::net::{Family, Mark};
 use crate::netlink::msg::Batch;
@@ -77,7 +77,10 @@ fn table(config: &Config, pairs: &BTreeSet<Element>) -> Table {
 /// The whole plan as a script for `nft -f`, with the routing as comments.
 pub fn script(core: &mut Core, root: &Root) -> String {
     let config = core.config().clone();
-    let table = table(&config, &core.snapshot().pairs);
+    // as `run` does
+    core.keep_dying([]);
+    let snapshot = core.snapshot();
+    let table = table(&config, &snapshot.pairs);
     // nft finds a cgroup by its path from /sys/fs/cgroup
     let mount = root.dir.strip_prefix(&root.mount).unwrap_or(std::path::Path::new(""));
     let mut out = String::new();
@@ -100,7 +103,12 @@ pub fn script(core: &mut Core, root: &Root) -> String {
                     "type ipv6_addr\n    flags interval",
                     ranges.iter().map(|r| r.to_string()).collect(),
                 ),
-                Content::Hashes => ("typeof numgen inc mod 2", Vec::new()),
+                Content::Hashes => {
+                    let of = |target: &Target| dying_name(&config, *target) == set.name;
+                    let found = snapshot.dying.iter().filter(|(target, _)| of(target));
+                    let hashes = found.flat_map(|(_, hashes)| hashes);
+                    ("typeof numgen inc mod 2", hashes.map(u32::to_string).collect())
+                }
                 Content::Cgroups { counters } => {
                     let kind =
                         if *counters { "type cgroupsv2\n    counter" } else { "type cgroupsv2" };
@@ -121,8 +129,8 @@ pub fn script(core: &mut Core, root: &Root) -> String {
     result.map(|()| out).unwrap_or_default()
 }
 
-/// The elements of one cgroup set as nft writes them. A name that nft cannot read (not UTF-8, or
-/// with a double quote) becomes a comment.
+/// The elements of one cgroup set as nft writes them. A name that is not fit to print (not UTF-8, or
+/// with control characters) becomes a comment.
 fn cgroups(
     core: &Core,
     config: &Config,
@@ -131,17 +139,12 @@ fn cgroups(
     text: &mut String,
 ) -> Result<Vec<String>, std::fmt::Error> {
     let mut elements = Vec::new();
-    for (path, node) in core.tree().iter() {
-        if node.element.is_none_or(|target| set_name(config, target) != set) {
-            continue;
-        }
+    for (path, ..) in core.elements().filter(|(_, target, _)| set_name(config, *target) == set) {
         let full = [mount.as_os_str().as_bytes(), path].concat();
         let full = full.strip_prefix(b"/").unwrap_or(&full);
         match std::str::from_utf8(full) {
-            Ok(name) if !name.contains('"') && !name.contains(char::is_control) => {
-                elements.push(format!("\"{name}\""))
-            }
-            _ => writeln!(text, "    # not expressible in nft: {}", full.escape_ascii())?,
+            Ok(name) if !name.contains(char::is_control) => elements.push(format!("\"{name}\"")),
+            _ => writeln!(text, "    # not fit to print: {}", full.escape_ascii())?,
         }
     }
     Ok(elements)

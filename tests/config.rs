@@ -1132,7 +1132,7 @@ fn with_line(section: &str, key: &str, value: &str) -> Config {
 
 /// What the kernel is told under a configuration.
 fn told(config: Config) -> (Vec<u8>, String) {
-    let mut core = Core::new(Rc::new(config), 0);
+    let mut core = Core::new(Rc::new(config), b"", 0);
     let (snapshot, config) = (core.snapshot(), core.config().clone());
     let (batch, _) = plan::contents(&config, snapshot).replacement(None, Batch::new(1)).finish();
     (batch.bytes().to_vec(), format!("{:?}", plan::routing(&config)))

@@ -393,7 +393,7 @@ fn snapshot(config: &Config) -> Snapshot {
     let ids = |n: usize| (1..=1 + n as u64 * 700).map(|id| id << 8 | n as u64).collect();
     let levels = |target: &Target| {
         let levels = [(2, false), (3, false), (3, true), (7, true)];
-        levels.map(|(level, dying)| Element { level, target: *target, dying })
+        levels.map(|(level, hashed)| Element { level, target: *target, hashed })
     };
     let hashes = |n: usize| (1..=n as u32 * 70).map(|hash| hash << 8 | n as u32).collect();
     Snapshot {

@@ -4,7 +4,8 @@
 //!
 //! A set of cgroup ids would not do for them: nft shows an id without a path as a number that it
 //! does not take back. What it shows and takes back is a hash of the id, as the kernel's nft_hash
-//! makes it.
+//! makes it. Living cgroups are matched that way too where nft cannot show their path: it puts it
+//! into double quotes as it is.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 
@@ -36,9 +37,13 @@ impl Dying {
         Dying { hash, level, target, path: None, quiet: 0 }
     }
 
+    fn key(&self) -> Key {
+        (self.target, self.hash)
+    }
+
     /// The element that matches it.
     pub fn element(&self) -> Element {
-        Element { level: self.level, target: self.target, dying: true }
+        Element { level: self.level, target: self.target, hashed: true }
     }
 }
 
@@ -49,7 +54,7 @@ pub type Key = (Target, u32);
 #[derive(Debug, Default)]
 pub struct List {
     all: VecDeque<Dying>,
-    /// How many of them make one element of a set.
+    /// How many cgroups make one element of a set: these, and living ones.
     elements: BTreeMap<Key, usize>,
     /// Elements that have come or gone, and whether the kernel has them.
     changed: BTreeMap<Key, bool>,
@@ -81,12 +86,17 @@ impl List {
 
     /// Takes one in. The oldest goes where there are too many: it is returned.
     pub fn push(&mut self, dying: Dying) -> Option<Element> {
-        self.count(&dying, true);
+        self.count(dying.key(), true);
         self.all.push_back(dying);
         match self.all.len() > MOST {
             false => None,
             true => self.all.pop_front().map(|oldest| self.forget(&oldest)),
         }
+    }
+
+    /// A living cgroup is matched by its hash from now on, or no more.
+    pub fn match_living(&mut self, id: u64, target: Target, so: bool) {
+        self.count((target, hash(id)), so);
     }
 
     /// Lets those go that do not match, and gives their elements.
@@ -100,7 +110,7 @@ impl List {
     /// Takes all out, to be put back with other targets.
     pub fn take(&mut self) -> Vec<Dying> {
         let all: Vec<Dying> = self.all.drain(..).collect();
-        all.iter().for_each(|dying| self.count(dying, false));
+        all.iter().for_each(|dying| self.count(dying.key(), false));
         all
     }
 
@@ -157,12 +167,11 @@ impl List {
     }
 
     fn forget(&mut self, dying: &Dying) -> Element {
-        self.count(dying, false);
+        self.count(dying.key(), false);
         dying.element()
     }
 
-    fn count(&mut self, dying: &Dying, up: bool) {
-        let element = (dying.target, dying.hash);
+    fn count(&mut self, element: Key, up: bool) {
         let count = self.elements.entry(element).or_default();
         let was = *count > 0;
         *count = if up { *count + 1 } else { count.saturating_sub(1) };
@@ -173,6 +182,11 @@ impl List {
             self.changed.entry(element).or_insert(was);
         }
     }
+}
+
+/// Whether nft can show a path and take it back.
+pub fn is_listable(path: &[u8]) -> bool {
+    !path.contains(&b'"')
 }
 
 /// The nearest ancestor that lives; the root where the path is not known.

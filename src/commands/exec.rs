@@ -379,23 +379,20 @@ impl<'a> Wanted<'a> {
                 return Some(Missing::Never(what));
             }
         }
-        let holds = |set: &str, id| {
-            let elements = held.cgroups.get(set);
-            elements.is_some_and(|all| all.iter().any(|element| element.id == id))
-        };
+        let known = held.targets();
         for (level, path, own) in &self.elements {
             let own = self.config.target_name(*own);
-            if !holds(own, self.ids[level]) {
-                let what = format!("cgroup {path} is not in set cg_{own}");
-                return Some(Missing::Yet(what));
-            }
-            let reads = |step: &Step| step.level == *level && step.set == own && step.target == own;
-            if !held.view.steps.iter().any(reads) {
-                let what = format!("chain output has no rule for set cg_{own} at level {level}");
+            let id = self.ids[level];
+            let of = |step: &&Step| step.set == own && step.target == own && step.level == *level;
+            if !held.view.steps.iter().filter(of).any(|step| held.holds(step, id)) {
+                let what = match known(id) == Some(own) {
+                    true => format!("chain output has no rule for set cg_{own} at level {level}"),
+                    false => format!("cgroup {path} is not in set cg_{own}"),
+                };
                 return Some(Missing::Yet(what));
             }
         }
-        let verdict = held.view.verdict(&self.ids, holds);
+        let verdict = held.view.verdict(&self.ids, |step, id| held.holds(step, id));
         let what = || format!("the table sends the cgroup to {verdict}");
         (verdict != name).then(|| Missing::Yet(what()))
     }

@@ -9,6 +9,7 @@ pub mod show;
 pub mod status;
 
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
 use std::rc::Rc;
 
@@ -46,7 +47,7 @@ pub fn write(text: &str) -> Result<bool> {
 /// Looks at every cgroup there is now, and watches none.
 pub fn look(config: Rc<Config>) -> Result<(Core, Root)> {
     let root = mount::find(config.cgroup_root.as_deref())?;
-    let mut core = Core::new(config, root.level);
+    let mut core = Core::new(config, root.dir.as_os_str().as_bytes(), root.level);
     let mut watcher = Watcher::look_only(&root.dir);
     let mut actions = vec![core.start()];
     while let Some(action) = actions.pop() {

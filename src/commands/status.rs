@@ -90,15 +90,13 @@ impl Unattended {
         };
         let looked = super::look(Rc::new(config.clone())).ok();
         let unknown = looked.map(|(mut core, _)| {
-            let known = held.cgroups.iter();
-            let known = known.flat_map(|(name, all)| all.iter().map(|e| (name.as_str(), e.id)));
-            let known: BTreeSet<_> = known.collect();
+            let known = held.targets();
             let wanted = core.snapshot().elements.into_iter();
             let wanted = wanted.flat_map(|(t, ids)| {
                 let name = config.target_name(t);
                 ids.into_iter().map(move |id| (name, id))
             });
-            wanted.filter(|element| !known.contains(element)).count()
+            wanted.filter(|(name, id)| known(*id) != Some(*name)).count()
         });
         Ok(Unattended { left, unknown })
     }
@@ -823,7 +821,6 @@ mod tests {
             classifies: true,
             targets: vec![target(1), target(2)],
             steps: Vec::new(),
-            dying: Vec::new(),
             default: "direct".into(),
             gateways: Vec::new(),
             interfaces,

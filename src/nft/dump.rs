@@ -236,8 +236,11 @@ pub struct Target {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
     pub level: u32,
+    /// The name of the target whose set it is.
     pub set: String,
     pub target: String,
+    /// Whether the set holds hashes.
+    pub hashed: bool,
 }
 
 /// A gateway section as the table has it.
@@ -256,8 +259,6 @@ pub struct View {
     pub targets: Vec<Target>,
     /// In the order in which they are tried.
     pub steps: Vec<Step>,
-    /// The same for removed cgroups.
-    pub dying: Vec<Step>,
     /// The target of what no step takes.
     pub default: String,
     /// In the order in which they are tried.
@@ -301,7 +302,6 @@ pub fn view(rules: &[Rule]) -> View {
     let mut view = View {
         targets: targets.collect(),
         steps: Vec::new(),
-        dying: Vec::new(),
         default: "direct".into(),
         gateways: Vec::new(),
         interfaces: Vec::new(),
@@ -328,15 +328,16 @@ pub fn view(rules: &[Rule]) -> View {
             continue;
         };
         let step = |level, set: &str, prefix, target| {
+            let hashed = prefix == "dying_";
             let set = set.strip_prefix(prefix).unwrap_or(set).to_string();
-            Step { level, set, target }
+            Step { level, set, target, hashed }
         };
         match rule.exprs[..] {
             [Expr::Cgroup { level }, Expr::Lookup { ref set }, ..] => {
                 view.steps.push(step(level, set, "cg_", target))
             }
             [Expr::Cgroup { level }, Expr::Jhash, Expr::Lookup { ref set }, ..] => {
-                view.dying.push(step(level, set, "dying_", target))
+                view.steps.push(step(level, set, "dying_", target))
             }
             _ => view.default = target,
         }
@@ -350,9 +351,9 @@ impl View {
     }
 
     /// The target of a socket whose cgroup has this id at each level: what `output` does with its
-    /// packets. `holds` tells whether the set of a target holds an id.
-    pub fn verdict(&self, ids: &BTreeMap<u32, u64>, holds: impl Fn(&str, u64) -> bool) -> &str {
-        let taken = |step: &&Step| ids.get(&step.level).is_some_and(|id| holds(&step.set, *id));
+    /// packets. `holds` tells whether the set that a step looks into holds an id.
+    pub fn verdict(&self, ids: &BTreeMap<u32, u64>, holds: impl Fn(&Step, u64) -> bool) -> &str {
+        let taken = |step: &&Step| ids.get(&step.level).is_some_and(|id| holds(step, *id));
         (self.steps.iter().find(taken)).map_or(&self.default, |step| &step.target)
     }
 }
@@ -504,7 +505,7 @@ mod tests {
 
     #[test]
     fn the_view_of_our_own_table() {
-        let pair = |level, target, dying| Pair { level, target, dying };
+        let pair = |level, target, hashed| Pair { level, target, hashed };
         let pairs = [
             pair(2, ConfigTarget::Tproxy(1), false),
             pair(3, ConfigTarget::Drop, false),
@@ -532,8 +533,9 @@ mod tests {
             let names: Vec<_> = view.targets.iter().map(|t| t.name.as_str()).collect();
             assert_eq!(names, ["direct", "drop", "zeta", "alpha"]);
             assert_eq!(view.default, name);
-            let dying = Step { level: 4, set: "drop".into(), target: "drop".into() };
-            assert_eq!(view.dying, [dying]);
+            let drop =
+                |level, hashed| Step { level, set: "drop".into(), target: "drop".into(), hashed };
+            assert_eq!(view.steps[..2], [drop(4, true), drop(3, false)]);
             let alpha = view.target("alpha").unwrap();
             let mark = Mark { value: 0x0200_0000, mask: 0xff00_0000 };
             assert_eq!((alpha.mark, alpha.port), (Some(mark), Some(7894)));
@@ -545,7 +547,7 @@ mod tests {
             assert_eq!(view.target("direct").unwrap().taken, None);
             assert_eq!(view.target("drop").unwrap().mark, None);
 
-            let holds = |set: &str, id| [("alpha", 20), ("drop", 30)].contains(&(set, id));
+            let holds = |step: &Step, id| [("alpha", 20), ("drop", 30)].contains(&(&step.set, id));
             let verdict = |ids: &[(u32, u64)]| {
                 let ids = ids.iter().copied().collect();
                 view.verdict(&ids, holds).to_string()

@@ -19,8 +19,8 @@ pub const TABLE: &str = "cgtproxy";
 pub struct Element {
     pub level: u8,
     pub target: Target,
-    /// Of cgroups that are removed; see [`crate::cgroup::dying`].
-    pub dying: bool,
+    /// Of cgroups that are matched by their hash; see [`crate::cgroup::dying`].
+    pub hashed: bool,
 }
 
 /// Sets, chains and static rules; everything but the elements of the cgroup sets.
@@ -70,7 +70,8 @@ pub fn set_name(config: &Config, target: Target) -> String {
     format!("cg_{}", config.target_name(target))
 }
 
-/// The name of the set that holds the removed cgroups of `target`, by their hashes.
+/// The name of the set that holds cgroups of `target` by their hashes: removed ones, and those whose
+/// path nft cannot print.
 pub fn dying_name(config: &Config, target: Target) -> String {
     format!("dying_{}", config.target_name(target))
 }
@@ -188,7 +189,7 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
     }
     rules.extend(pairs.iter().rev().map(|pair| {
         let (level, target) = (pair.level, pair.target);
-        let of = match pair.dying {
+        let of = match pair.hashed {
             false => Stmt::Cgroup { level, set: set_name(config, target) },
             true => Stmt::CgroupHash { level, set: dying_name(config, target) },
         };

@@ -1,12 +1,15 @@
 //! Removed cgroups that live on in their sockets: what these send goes the cgroup's way as before.
+//! And living ones that are matched in the same way, for nft cannot show their path.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::net::{IpAddr, UdpSocket};
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::daemon::Daemon;
+use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::kernel::nft;
 use crate::stale::{connect, socket_in};
@@ -25,10 +28,11 @@ drop   = /churn/.*
 
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The table's listing, without what says whose it is: another owner's would go with him.
+/// The table's listing, without what says whose it is: another owner's would go with him. A
+/// character a byte.
 fn table() -> String {
     let listed = nft(&["list", "table", "inet", "cgtproxy"], "").stdout;
-    let text = String::from_utf8(listed).expect("UTF-8");
+    let text: String = listed.into_iter().map(char::from).collect();
     text.replace(" # progname cgtproxy", "").replace("\tflags owner\n\n", "")
 }
 
@@ -41,8 +45,10 @@ fn matches_dying() -> bool {
 #[track_caller]
 fn expect_loads(ground: &Ground) {
     let text = table();
+    let file = ground.dir.join("listing");
+    fs::write(&file, text.chars().map(|c| c as u8).collect::<Vec<u8>>()).expect("write");
     ground.outside(|| {
-        let out = nft(&["-f", "-"], &text);
+        let out = nft(&["-f", file.to_str().expect("UTF-8")], "");
         let said = String::from_utf8_lossy(&out.stderr);
         assert!(out.status.success() && said.is_empty(), "{said}\n{text}");
         assert_eq!(table(), text);
@@ -160,5 +166,152 @@ fn removed_without_sockets() {
     assert!(wait_until(PATIENCE, || !matches_dying()), "{}", table());
     println!("{times} cgroups made and removed: at most {most} kept, {busy:?} of processor time");
     assert!(most <= 1024);
+    expect_loads(&ground);
+}
+
+/// A cgroup may be removed while there is no daemon: nft shows its id as a number then, which it
+/// does not take back. The next start puts that right, and what sockets send goes its way.
+#[test]
+fn removed_while_there_is_no_daemon() {
+    let Some(ground) = Ground::new("dying-alone") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let _proxy = Server::start("proxy", &[7893]);
+    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
+    let proxied = [REMOTE4, REMOTE6].map(|ip| format!("proxy {}", addr(ip, 80)));
+    let leaves: [(&str, fn(Daemon)); 2] = [("kill -9", Daemon::kill9), ("left", Daemon::leave)];
+    for (how, leave) in leaves {
+        let cgroups = ["/drop", "/proxied"].map(|path| ground.cgroup(path));
+        let listed = |path: &str| table().contains(&format!("{path}\""));
+        let known = || listed("/drop") && listed("/proxied");
+        assert!(wait_until(PATIENCE, known), "{how}: {}", table());
+        let held = cgroups.each_ref().map(|cgroup| (sockets(cgroup), sockets(cgroup)));
+        leave(daemon);
+        cgroups.iter().for_each(|cgroup| remove(cgroup));
+        world.wire.packets();
+        assert_eq!(send(&held[0].0), ["nobody"; 2], "{how}: dropped");
+        assert_eq!(send(&held[1].0), proxied, "{how}: proxied");
+        let text = table();
+        let loads = ground.outside(|| nft(&["-f", "-"], &text).status.success());
+        assert!(!loads, "{how}: nft has learnt to show the removed: tell the manual\n{text}");
+        daemon = Daemon::start(&ground, CONFIG, &[]);
+        expect_loads(&ground);
+        assert_eq!(send(&held[0].1), ["nobody"; 2], "{how}: dropped, started again");
+        assert_eq!(send(&held[1].1), proxied, "{how}: proxied, started again");
+        assert_eq!(world.wire.to_remote(), [], "{how}");
+        drop(held);
+        assert!(wait_until(PATIENCE, || !matches_dying()), "{how}: {}", table());
+    }
+}
+
+const STRANGE: &str = "
+[tproxy mihomo]
+port = 7893
+[rules]
+direct = /outer/[^/]*
+drop   = /outer
+drop   = /dropped/[^/]*
+mihomo = /proxied/[^/]*
+";
+
+/// Names that mkdir(2) takes, which is no newline in a cgroup: bytes that are no letters, what nft
+/// has a meaning for, and long ones.
+fn strange_names() -> Vec<Vec<u8>> {
+    let bytes = (1..=255u8).filter(|byte| !byte.is_ascii_alphanumeric() && *byte <= 0x81);
+    let bytes = bytes.chain([0xc3, 0xff]).filter(|byte| !b"/\n".contains(byte));
+    let mut names: Vec<Vec<u8>> = bytes.map(|byte| vec![b'n', byte, b'm']).collect();
+    let others = ["\"", "\\", "*", " ", "#", "$x", "@x", "a\\\"b", "\\x2d", "\u{e9}", "}", "x\"*"];
+    names.extend(others.map(Vec::from));
+    names.push(vec![b'x'; 255]);
+    names.push(vec![b'"'; 255]);
+    names
+}
+
+/// Each of these cgroups has an element of its own, which decides for what it sends.
+fn decided(ground: &Ground, parent: &str, name: &[u8]) -> [String; 2] {
+    let cgroup = ground.at(parent).join(OsStr::from_bytes(name));
+    [REMOTE4, REMOTE6].map(|ip| {
+        let socket = UdpSocket::from(socket_in(&cgroup, libc::SOCK_DGRAM, ip));
+        socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+        let mut data = [0; 200];
+        let sent = socket.send_to(b"who?", addr(ip, 80));
+        let answer = sent.and_then(|_| socket.recv(&mut data));
+        let answer = answer.map(|n| String::from_utf8_lossy(&data[..n]).into_owned());
+        let answer = answer.unwrap_or_else(|_| "nobody".into());
+        answer.split(' ').next().unwrap_or_default().to_owned()
+    })
+}
+
+#[track_caller]
+fn expect_decided(ground: &Ground, names: &[Vec<u8>], parents: [(&str, &str); 3], when: &str) {
+    for name in names {
+        for (parent, who) in parents {
+            let shown = String::from_utf8_lossy(name);
+            assert_eq!(decided(ground, parent, name), [who; 2], "{when}: {parent}/{shown:?}");
+        }
+    }
+}
+
+#[test]
+fn strange_names_decide() {
+    let Some(ground) = Ground::new("strange") else {
+        return;
+    };
+    let _world = World::new(&ground);
+    let _proxy = Server::start("proxy", &[7893]);
+    let parents = [("/dropped", "nobody"), ("/proxied", "proxy"), ("/outer", "remote")];
+    let names = strange_names();
+    let make = |name: &Vec<u8>| {
+        for (parent, _) in parents {
+            let dir = ground.cgroup(parent).join(OsStr::from_bytes(name));
+            fs::create_dir(&dir).unwrap_or_else(|e| panic!("unable to make {dir:?}: {e}"));
+        }
+    };
+    let (before, later) = names.split_at(names.len() / 2);
+    before.iter().for_each(make);
+    let daemon = Daemon::start(&ground, STRANGE, &[]);
+    later.iter().for_each(make);
+    let last = later.last().expect("there are some");
+    assert!(wait_until(PATIENCE, || decided(&ground, "/outer", last) == ["remote"; 2]));
+    expect_decided(&ground, &names, parents, "made");
+    expect_loads(&ground);
+    // what is to be loaded, too
+    let shown = run_with(&ground, STRANGE, &["show"]);
+    let shown = String::from_utf8(shown.stdout).expect("UTF-8");
+    ground.outside(|| {
+        let out = nft(&["-f", "-"], &shown);
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let loaded = nft(&["list", "table", "inet", "cgtproxy"], "").stdout;
+        let hashes = |text: &str| text.lines().filter(|l| l.contains("jhash")).count();
+        assert_eq!(hashes(&String::from_utf8_lossy(&loaded)), hashes(&table()));
+        assert!(nft(&["delete", "table", "inet", "cgtproxy"], "").status.success());
+    });
+    // taken over, nothing has changed for anybody
+    let name = b"n\"m";
+    let quoted = ground.at("/proxied").join(OsStr::from_bytes(name));
+    let kept = UdpSocket::from(socket_in(&quoted, libc::SOCK_DGRAM, REMOTE4));
+    kept.connect(addr(REMOTE4, 80)).expect("connect");
+    daemon.kill9();
+    let status = run_with(&ground, STRANGE, &["status"]);
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(status.contains("does not know: 0"), "{status}");
+    let daemon = Daemon::start(&ground, STRANGE, &[]);
+    expect_decided(&ground, &names, parents, "after kill -9");
+    expect_loads(&ground);
+    kept.send(b"who?").expect("the socket was ended");
+    assert!(!daemon.logs().contains("ended"), "{}", daemon.logs());
+    // another policy
+    let other = STRANGE.replace("/proxied", "/x").replace("/dropped", "/proxied");
+    daemon.configure(&other.replace("/x", "/dropped"));
+    daemon.reload();
+    let swapped = [("/dropped", "proxy"), ("/proxied", "nobody"), ("/outer", "remote")];
+    expect_decided(&ground, &names, swapped, "after a reload");
+    expect_loads(&ground);
+    drop(kept);
+    for name in &names {
+        parents.iter().for_each(|(at, _)| remove(&ground.at(at).join(OsStr::from_bytes(name))));
+    }
+    assert!(wait_until(PATIENCE, || !matches_dying()), "{}", table());
     expect_loads(&ground);
 }
