@@ -262,6 +262,9 @@ samples! {
         Stmt::Dnat("[2001:db8::1]:53".parse().unwrap());
     Stmt::Snat(_) => Stmt::Snat(IpAddr::V4(Ipv4Addr::LOCALHOST)),
         Stmt::Snat(IpAddr::V6(Ipv6Addr::LOCALHOST));
+    Stmt::NotLinkLocal => Stmt::NotLinkLocal;
+    Stmt::SnatToDestination(_) => Stmt::SnatToDestination(Family::V4),
+        Stmt::SnatToDestination(Family::V6);
     Stmt::Redirect(_) => Stmt::Redirect(1053);
     Stmt::Reset => Stmt::Reset;
     Stmt::PacketMarkMap { .. } => Stmt::PacketMarkMap { mask: 0xff00_0000, map: map(&[goto()]) };

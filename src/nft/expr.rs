@@ -100,6 +100,10 @@ pub enum Stmt {
     Dnat(SocketAddr),
     /// `snat ip to ADDRESS`
     Snat(IpAddr),
+    /// `ip6 saddr != fe80::/16`
+    NotLinkLocal,
+    /// `snat ip to ip daddr`: as if the packet came from where it goes to
+    SnatToDestination(Family),
     /// `redirect to :PORT`: to this host's address on the interface that the packet came in by
     Redirect(u16),
     /// `reject with tcp reset`
@@ -323,10 +327,7 @@ impl Stmt {
                 out.extend([ct(NFT_CT_STATUS), masked(IPS_DST_NAT), neq(&0u32.to_ne_bytes())])
             }
             Stmt::Destination { family, set } => {
-                let (offset, len) = match family {
-                    Family::V4 => (16, 4),
-                    Family::V6 => (24, 16),
-                };
+                let (offset, len) = destination(*family);
                 address(*family, offset, len, set, out);
             }
             Stmt::Source { family, set } => {
@@ -442,6 +443,21 @@ impl Stmt {
                 Immediate { dreg, data: octets(to) },
                 Snat { family: Family::of(to).number(), address: NFT_REG_1 },
             ]),
+            Stmt::NotLinkLocal => out.extend([
+                meta(NFT_META_NFPROTO),
+                eq(&[NFPROTO_IPV6]),
+                Payload { dreg, base: NFT_PAYLOAD_NETWORK_HEADER, offset: 8, len: 2 },
+                neq(&[0xfe, 0x80]),
+            ]),
+            Stmt::SnatToDestination(family) => {
+                let (offset, len) = destination(*family);
+                out.extend([
+                    meta(NFT_META_NFPROTO),
+                    eq(&[family.number()]),
+                    Payload { dreg, base: NFT_PAYLOAD_NETWORK_HEADER, offset, len },
+                    Snat { family: family.number(), address: NFT_REG_1 },
+                ]);
+            }
             Stmt::Redirect(port) => out.extend([
                 Immediate { dreg, data: port.to_be_bytes().to_vec() },
                 Redirect { port: NFT_REG_1 },
@@ -459,6 +475,14 @@ impl Stmt {
             ]),
             Stmt::Verdict(verdict) => out.push(Verdict(verdict.clone())),
         }
+    }
+}
+
+/// Where the network header has the destination: offset, length.
+fn destination(family: Family) -> (u32, u32) {
+    match family {
+        Family::V4 => (16, 4),
+        Family::V6 => (24, 16),
     }
 }
 
@@ -587,6 +611,8 @@ impl fmt::Display for Stmt {
             }
             Stmt::Dnat(to) => write!(f, "dnat {} to {to}", Family::of(&to.ip()).nft()),
             Stmt::Snat(to) => write!(f, "snat {} to {to}", Family::of(to).nft()),
+            Stmt::NotLinkLocal => f.write_str("ip6 saddr != fe80::/16"),
+            Stmt::SnatToDestination(family) => write!(f, "snat {0} to {0} daddr", family.nft()),
             Stmt::Redirect(port) => write!(f, "redirect to :{port}"),
             Stmt::Reset => f.write_str("reject with tcp reset"),
             Stmt::PacketMarkMap { mask, map } => {

@@ -138,6 +138,7 @@ impl Table {
                 chains.push(nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING));
             }
             chains.extend(answer_chain(config));
+            chains.extend(routed_answer_chain(config));
         }
         if !config.tproxies.is_empty() {
             chains.push(strayed_chain(config));
@@ -679,8 +680,7 @@ fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
 }
 
 /// A resolver on a wildcard address answers from the address that leads to whoever asked, unless it
-/// goes to some lengths (IP_PKTINFO). Asked from a loopback address, it answers from that. Only what
-/// leaves by lo can be sent from one, so a router's clients ask as they are.
+/// goes to some lengths (IP_PKTINFO). Asked from a loopback address, it answers from that.
 fn answer_chain(config: &Config) -> Option<Chain> {
     let mut rules = Vec::new();
     for tproxy in &config.tproxies {
@@ -710,6 +710,37 @@ fn answer_chain(config: &Config) -> Option<Chain> {
         priority: NF_IP_PRI_NAT_SRC - 1,
     };
     (!rules.is_empty()).then(|| Chain { name: "nat_postrouting".into(), base: Some(base), rules })
+}
+
+/// The same for a router's clients: what comes in by another interface cannot come from a loopback
+/// address, but from the very address that was asked. Of several that their interface has, that is
+/// the first, which need not be the one that leads to the client. TCP knows by which it was asked.
+/// To a link-local address there is a way back by its interface alone.
+fn routed_answer_chain(config: &Config) -> Option<Chain> {
+    let mut rules = Vec::new();
+    let udp = |tproxy: &&Tproxy| tproxy.dns_protocols().any(|l4| l4 == L4::Udp);
+    for tproxy in config.tproxies.iter().filter(udp).filter(|_| config.routes_to_tproxy()) {
+        let to = [tproxy.dns4.map(SocketAddr::V4), tproxy.dns6.map(SocketAddr::V6)];
+        let here = to.into_iter().flatten().filter(|to| to.ip().is_loopback());
+        rules.extend(here.map(|to| {
+            let own = Stmt::CtMark(mark(config, tproxy.mark));
+            let port = Stmt::Dport(L4::Udp, to.port());
+            let family = Family::of(&to.ip());
+            let mut rule = vec![own, Stmt::Dnatted];
+            if family == Family::V6 {
+                rule.push(Stmt::NotLinkLocal);
+            }
+            rule.extend([port, Stmt::SnatToDestination(family)]);
+            rule
+        }));
+    }
+    let base = Base {
+        kind: "nat",
+        hook: NF_INET_LOCAL_IN,
+        // before others, as in `nat_chain`
+        priority: NF_IP_PRI_NAT_SRC - 1,
+    };
+    (!rules.is_empty()).then(|| Chain { name: "nat_input".into(), base: Some(base), rules })
 }
 
 /// A marked packet that is not on its way to lo: the ip rules or the route are missing. It must not

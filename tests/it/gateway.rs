@@ -761,3 +761,83 @@ fn one_armed_router() {
         assert_eq!(but_pings(world.wire.to_remote()), []);
     }
 }
+
+/// Where the clients' interface has several addresses, such a resolver answers each client from the
+/// one that leads to it, whichever it was asked by.
+#[test]
+fn dns_of_clients_in_several_subnets() {
+    let Some(ground) = Ground::new("gwsubnets") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let lines = "addr add 198.51.101.1/24 dev br-lan\n\
+                 addr add 2001:db8:4::1/64 dev br-lan nodad\n\
+                 addr add 2001:db8:5::1/64 dev br-lan nodad\n";
+    ip_batch(&[], lines);
+    let own = ["198.51.101.1", "2001:db8:5::1"].map(ip);
+    lan.client(1).run(|| {
+        let lines = "addr flush dev eth0 scope global\n\
+                     addr add 198.51.101.11/24 dev eth0\n\
+                     addr add 2001:db8:5::11/64 dev eth0 nodad\n\
+                     route add default via 198.51.101.1\n\
+                     route replace default via 2001:db8:5::1 dev eth0\n";
+        ip_batch(&[], lines);
+    });
+    let far = interface_index_of(lan.client(1), "eth0");
+    let link_local = |name: &str| {
+        let out = Command::new("ip").args(["-6", "-o", "addr", "show", name]).output();
+        let text = String::from_utf8(out.expect("start ip").stdout).expect("UTF-8");
+        let mut words = text.split([' ', '/']).filter(|word| word.starts_with("fe80:"));
+        words.next().expect("a link-local address").parse().expect("an address")
+    };
+    let local = SocketAddr::V6(std::net::SocketAddrV6::new(link_local("br-lan"), 53, 0, far));
+    let passed = || lan.ask_within(1, Proto::Icmp, local, SILENCE) != "nobody";
+    assert!(wait_until(Duration::from_secs(5), passed), "no link-local address");
+    let resolvers: [(&str, &[&str]); 3] = [
+        ("on ::", &["::"]),
+        ("on 0.0.0.0", &["0.0.0.0"]),
+        ("on each address", &[LAN4, LAN6, "198.51.101.1", "2001:db8:4::1", "2001:db8:5::1"]),
+    ];
+    for (which, at) in resolvers {
+        let both = at.iter().flat_map(|at| [Proto::Udp, Proto::Tcp].map(|proto| (*at, proto)));
+        let serve = |(at, proto)| Client::new(&ground.root, proto, addr(ip(at), 1053)).serve();
+        let _resolver: Vec<Running> = both.map(serve).collect();
+        for hijack_local in ["", "dns-hijack-local = yes\n"] {
+            let config = format!(
+                "[tproxy mihomo]\nport = 7893\ndns-hijack = 127.0.0.1:1053\n\
+                 dns-hijack = [::1]:1053\ndns-hijack-tcp = yes\n{hijack_local}\
+                 [gateway lan]\ninterface = br-lan\ntarget = mihomo\n"
+            );
+            let daemon = Daemon::start(&ground, &config, &[]);
+            world.wire.packets();
+            let mut asked = vec![addr(REMOTE4, 53), addr(REMOTE6, 53)];
+            if !hijack_local.is_empty() {
+                asked.extend(own.map(|ip| addr(ip, 53)));
+                asked.extend([addr(ip(LAN4), 53), addr(ip(LAN6), 53)]);
+            }
+            if !hijack_local.is_empty() && which == "on ::" {
+                asked.push(local);
+            }
+            let mut wrong = Vec::new();
+            for to in asked.into_iter().filter(|to| which != "on 0.0.0.0" || to.is_ipv4()) {
+                for proto in [Proto::Udp, Proto::Tcp] {
+                    let clients = if to == local { 1..2 } else { 0..2 };
+                    for i in clients {
+                        let who = lan.ask_within(i, proto, to, Duration::from_secs(1));
+                        if who != "service" {
+                            wrong.push(format!("{proto:?} {to} by client {i}: {who}"));
+                        }
+                    }
+                }
+            }
+            assert!(wrong.is_empty(), "{which}, {hijack_local}\n{}", wrong.join("\n"));
+            assert_eq!(world.wire.to_remote(), []);
+            assert!(daemon.stop().success());
+        }
+    }
+}
+
+fn interface_index_of(net: &Netns, name: &str) -> u32 {
+    net.run(|| crate::world::interface_index(name))
+}
