@@ -2,7 +2,7 @@
 # Installs what tests/real runs, one package at a time, so that one that is not to be had costs its
 # own cases alone. None of its services is started.
 PACKAGES="curl dnsutils iperf3 aria2 git openssl conntrack busybox dbus iptables
-	shadowsocks-libev v2ray haproxy squid
+	shadowsocks-libev v2ray haproxy squid dnsmasq-base unbound
 	wireguard-tools wireguard-go ufw firewalld network-manager keepalived docker.io podman"
 
 command -v apt-get >/dev/null || exit 0

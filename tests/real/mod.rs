@@ -13,6 +13,7 @@
 //! ```
 
 mod neighbour;
+mod resolver;
 mod server;
 
 use std::fs::File;
