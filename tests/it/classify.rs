@@ -14,7 +14,7 @@ use crate::client::{Client, Outcome, SILENCE};
 use crate::daemon::Daemon;
 use crate::ground::{addr, Ground, REMOTE4};
 use crate::kernel::{await_exactly, await_member, cgroup_id, set_ids, SETTLE};
-use crate::world::{Server, World};
+use crate::world::World;
 use crate::{sized, wait_until};
 
 const TPROXY: &str = "[tproxy mihomo]\nport = 7893\n[rules]\n";
@@ -38,9 +38,7 @@ fn rmdir(path: &Path) {
 
 #[test]
 fn only_cgroups_whose_target_differs_from_the_parents() {
-    let Some(ground) = Ground::new("differs") else {
-        return;
-    };
+    let ground = ground!("differs");
     let rules = "drop = /a/b\ndirect = /a/b/c\nmihomo = /a\ndirect = /d\ndrop = /d/.*/f";
     let old = ["/a/x", "/a/b/c/d", "/d/e/f"];
     let new = ["/a/y", "/a/b/z", "/d/g", "/d/h/i"];
@@ -67,9 +65,7 @@ fn only_cgroups_whose_target_differs_from_the_parents() {
 
 #[test]
 fn nested_back_to_back() {
-    let Some(ground) = Ground::new("nested") else {
-        return;
-    };
+    let ground = ground!("nested");
     let rules = r"direct = /n\d+/a/b/c/d/e
         drop = /n\d+/a/b/c
         mihomo = /n\d+";
@@ -85,9 +81,7 @@ fn nested_back_to_back() {
 
 #[test]
 fn one_path_removed_and_made_again() {
-    let Some(ground) = Ground::new("again") else {
-        return;
-    };
+    let ground = ground!("again");
     let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /p/q"), &[]);
     let path = ground.cgroup("/p/q");
     let mut former = id(&path);
@@ -115,9 +109,7 @@ fn one_path_removed_and_made_again() {
 #[test]
 fn burst() {
     const COUNT: usize = 10_000;
-    let Some(ground) = Ground::new("burst") else {
-        return;
-    };
+    let ground = ground!("burst");
     let rules = "mihomo = /apps/a.*5\ndrop = /apps/a.*";
     let apps = ground.cgroup("/apps");
     let daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
@@ -159,9 +151,7 @@ fn burst() {
 #[test]
 fn overflow() {
     const COUNT: usize = 20_000;
-    let Some(ground) = Ground::new("overflow") else {
-        return;
-    };
+    let ground = ground!("overflow");
     let daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /apps/.*"), &[]);
     let kept = ["/apps/old", "/apps/gone"].map(|path| ground.cgroup(path));
     for path in &kept {
@@ -209,9 +199,7 @@ fn overflow() {
 
 #[test]
 fn names_of_any_bytes() {
-    let Some(ground) = Ground::new("names") else {
-        return;
-    };
+    let ground = ground!("names");
     let rules = "drop = /b.d\nmihomo = /.*\\x1b.*\ndirect = /.*";
     let daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &["-v", "-v"]);
     let odd: [&[u8]; 5] = [b"b\xffd", b"\x1b[31mred", b"a b", b"d\"q", &[b'n'; 255]];
@@ -231,9 +219,7 @@ fn names_of_any_bytes() {
 
 #[test]
 fn a_deep_tree() {
-    let Some(ground) = Ground::new("deep") else {
-        return;
-    };
+    let ground = ground!("deep");
     // One level apart for each target; nothing is known of levels in advance.
     let path = (1..=40).map(|i| format!("/d{i}")).collect::<String>();
     let (half, _) = path.split_at(path.find("/d20").expect("there"));
@@ -246,9 +232,7 @@ fn a_deep_tree() {
 
 #[test]
 fn the_root_is_found() {
-    let Some(ground) = Ground::new("auto") else {
-        return;
-    };
+    let ground = ground!("auto");
     let name = ground.root.file_name().and_then(OsStr::to_str).expect("a name").to_owned();
     let config = format!("[global]\ncgroup-root = auto\n[rules]\ndrop = /{name}/x");
     let daemon = Daemon::start(&ground, &config, &[]);
@@ -272,11 +256,8 @@ fn the_root_is_found() {
 
 #[test]
 fn born_under_a_parent_with_the_same_target() {
-    let Some(ground) = Ground::new("born") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let ground = ground!("born");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let rules = "drop = /drop\nmihomo = /proxied";
     let parents = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let _daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
@@ -301,9 +282,7 @@ fn born_under_a_parent_with_the_same_target() {
 
 #[test]
 fn window_under_a_parent_with_another_target() {
-    let Some(ground) = Ground::new("window") else {
-        return;
-    };
+    let ground = ground!("window");
     let mut world = World::new(&ground);
     let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /w.*"), &[]);
     let times = sized(50, 500);
@@ -333,9 +312,7 @@ fn window_under_a_parent_with_another_target() {
 /// go on outside the policy.
 #[test]
 fn a_flow_of_the_window_is_cut() {
-    let Some(ground) = Ground::new("cut") else {
-        return;
-    };
+    let ground = ground!("cut");
     let mut world = World::new(&ground);
     let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /w"), &[]);
     let cgroup = ground.cgroup("/w");

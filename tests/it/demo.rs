@@ -64,11 +64,8 @@ fn tell(proto: Proto, what: &str, cgroup: &Path, to: std::net::SocketAddr) -> St
 #[test]
 #[ignore = "make demo runs it"]
 fn demo() {
-    let Some(ground) = Ground::new("demo") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let proxy = Server::start("proxy mihomo", &[7893]);
+    let ground = ground!("demo");
+    let (mut world, proxy) = World::with_proxy(&ground);
     let _dns = Server::at("dns", &[addr("127.0.0.1".parse().unwrap(), 1053)]);
     for (path, _) in APPLICATIONS.iter().filter(|a| a.1) {
         ground.cgroup(path);

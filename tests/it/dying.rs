@@ -94,9 +94,7 @@ fn remove(cgroup: &Path) {
 
 #[test]
 fn sockets_outlive_their_cgroup() {
-    let Some(ground) = Ground::new("dying") else {
-        return;
-    };
+    let ground = ground!("dying");
     let mut world = World::new(&ground);
     let _proxy = Server::start("proxy", &[7893]);
     let paths = ["/drop", "/drop/free", "/drop/below", "/proxied"];
@@ -144,9 +142,7 @@ fn sockets_outlive_their_cgroup() {
 
 #[test]
 fn removed_without_sockets() {
-    let Some(ground) = Ground::new("dying-churn") else {
-        return;
-    };
+    let ground = ground!("dying-churn");
     let churn = ground.cgroup("/churn");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let times = sized(2000, 10_000);

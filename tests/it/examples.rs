@@ -50,9 +50,7 @@ fn through_life(ground: &Ground, example: &str, mut holds: impl FnMut(bool, &str
 
 #[test]
 fn every_example_passes_check() {
-    let Some(ground) = Ground::new("excheck") else {
-        return;
-    };
+    let ground = ground!("excheck");
     let mut names: Vec<PathBuf> = fs::read_dir(dir())
         .expect("list the examples")
         .map(|entry| entry.expect("an example").path())
@@ -83,9 +81,7 @@ fn every_example_passes_check() {
 /// Proxies as OpenWrt's packages run them are exempt by a rule, whatever the default.
 #[test]
 fn proxies_of_openwrt() {
-    let Some(ground) = Ground::new("exopenwrt") else {
-        return;
-    };
+    let ground = ground!("exopenwrt");
     let shipped = fs::read_to_string(dir().with_file_name("cgtproxy.conf")).expect("read it");
     let [nikki, sing_box, xray] =
         ["/services/nikki/nikki", "/services/sing-box/sing-box.main", "/services/xray/xray"];
@@ -102,9 +98,7 @@ fn proxies_of_openwrt() {
 
 #[test]
 fn router_mihomo() {
-    let Some(ground) = Ground::new("exrouter") else {
-        return;
-    };
+    let ground = ground!("exrouter");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _proxy = Server::start("mihomo", &[7893]);
@@ -144,9 +138,7 @@ fn router_mihomo() {
 
 #[test]
 fn laptop_per_app() {
-    let Some(ground) = Ground::new("exlaptop") else {
-        return;
-    };
+    let ground = ground!("exlaptop");
     let mut world = World::new(&ground);
     let _proxy = Server::start("sing-box", &[7895]);
     let user = "/user.slice/user-1000.slice/user@1000.service";
@@ -184,9 +176,7 @@ fn laptop_per_app() {
 
 #[test]
 fn everything_but() {
-    let Some(ground) = Ground::new("exeverything") else {
-        return;
-    };
+    let ground = ground!("exeverything");
     let mut world = World::new(&ground);
     let [own, ntp, app] = ["/services/xray/instance1", "/system.slice/chrony.service", "/anything"]
         .map(|path| ground.cgroup(path));
@@ -230,9 +220,7 @@ fn everything_but() {
 
 #[test]
 fn tor_user() {
-    let Some(ground) = Ground::new("extor") else {
-        return;
-    };
+    let ground = ground!("extor");
     let mut world = World::new(&ground);
     let here = ["127.0.0.1", "::1"].map(|host| addr(ip(host), 9040));
     let _tor = Server::at("tor", &here);
@@ -272,9 +260,7 @@ fn tor_user() {
 
 #[test]
 fn kill_switch() {
-    let Some(ground) = Ground::new("exkill") else {
-        return;
-    };
+    let ground = ground!("exkill");
     let mut world = World::new(&ground);
     let _dns = Server::start("dns", &[5300]);
     let service = ground.cgroup("/tunnel.slice/transmission-daemon.service");

@@ -281,9 +281,7 @@ fn hand_over(ground: &Ground, fault: &str, before: &Seen) -> Result<Option<Strin
 
 #[test]
 fn a_hand_over_with_one_fault() {
-    let Some(ground) = Ground::new("handover") else {
-        return;
-    };
+    let ground = ground!("handover");
     set_up(&ground);
     Daemon::start(&ground, CONFIG, &["--no-seccomp"]).leave();
     let before = seen(&ground);
@@ -313,9 +311,7 @@ fn a_hand_over_with_one_fault() {
 
 #[test]
 fn each_system_call_fails_once() {
-    let Some(ground) = Ground::new("faults") else {
-        return;
-    };
+    let ground = ground!("faults");
     set_up(&ground);
     let mut daemon = Daemon::start(&ground, CONFIG, &["--no-seccomp"]);
     script(&ground, &mut daemon);

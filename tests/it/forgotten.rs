@@ -10,11 +10,13 @@ use std::time::Duration;
 
 use crate::client::{expect, socket_of, under, Client, Outcome, Proto};
 use crate::daemon::{run_with, Daemon};
-use crate::gateway::{ip, Lan, PROXY};
+use crate::gateway::{ip, Lan};
 use crate::ground::{addr, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{forget_flows, load, nft};
 use crate::wait_until;
-use crate::world::{bind_fd, raw_addr, recv_datagram, set, Packet, Server, World, STREAM_PORT};
+use crate::world::{
+    bind_fd, raw_addr, recv_datagram, set, Packet, Server, World, PROXY, STREAM_PORT,
+};
 
 /// The proxy itself is in `/direct`.
 const RULES: &str = "
@@ -127,9 +129,7 @@ fn short_lived_flows() {
 /// The proxy speaks first, to conntrack; the application's next datagrams are still the proxy's.
 #[test]
 fn the_proxy_speaks_first() {
-    let Some(ground) = Ground::new("forgot") else {
-        return;
-    };
+    let ground = ground!("forgot");
     let mut world = World::new(&ground);
     let cgroups = ["/proxied", "/drop", "/direct", "/other"];
     let [proxied, dropped, direct, other] = cgroups.map(|path| ground.cgroup(path));
@@ -196,9 +196,7 @@ fn while_flows_are_forgotten<T>(f: impl FnOnce() -> T) -> T {
 /// No ACK and no reset of a proxied connection gets out, with and without its socket.
 #[test]
 fn connections_go_on_while_their_flows_are_forgotten() {
-    let Some(ground) = Ground::new("forgottcp") else {
-        return;
-    };
+    let ground = ground!("forgottcp");
     let mut world = World::new(&ground);
     let _proxy = Server::stream(PROXY, &[7893, 7894]);
     let cgroup = ground.cgroup("/proxied");
@@ -224,9 +222,7 @@ fn connections_go_on_while_their_flows_are_forgotten() {
 /// The same for a client of this router; the proxy's packets leave by the client's interface.
 #[test]
 fn flows_of_clients_are_forgotten() {
-    let Some(ground) = Ground::new("forgotgw") else {
-        return;
-    };
+    let ground = ground!("forgotgw");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let direct = ground.cgroup("/direct");
@@ -279,11 +275,8 @@ fn flows_of_clients_are_forgotten() {
 /// whose the bare ACKs and resets are that the kernel sends for a socket that is gone.
 #[test]
 fn untracked_packets_are_classified() {
-    let Some(ground) = Ground::new("notrack") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("notrack");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let cgroups = ["/proxied", "/drop", "/direct"].map(|path| ground.cgroup(path));
     for hooks in [&["output"][..], &["prerouting"], &["output", "prerouting"]] {
         let chain = |hook: &&str| {
@@ -317,9 +310,7 @@ fn untracked_packets_are_classified() {
 /// Others restore the ct mark into packets: that of a flow that the proxy began is no target's.
 #[test]
 fn marks_of_forgotten_flows_are_restored_by_others() {
-    let Some(ground) = Ground::new("forgotmark") else {
-        return;
-    };
+    let ground = ground!("forgotmark");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
@@ -368,9 +359,7 @@ fn marks_of_forgotten_flows_are_restored_by_others() {
 /// from a foreign address.
 #[test]
 fn a_foreign_source_is_no_way_out() {
-    let Some(ground) = Ground::new("freebind") else {
-        return;
-    };
+    let ground = ground!("freebind");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     const IPV6_FREEBIND: libc::c_int = 78;
@@ -396,9 +385,7 @@ fn a_foreign_source_is_no_way_out() {
 /// The same port to the same host, by a process of another cgroup: its cgroup decides.
 #[test]
 fn a_port_that_is_used_again() {
-    let Some(ground) = Ground::new("reuse") else {
-        return;
-    };
+    let ground = ground!("reuse");
     let mut world = World::new(&ground);
     let cgroups = ["/proxied", "/drop", "/direct", "/other"].map(|path| ground.cgroup(path));
     let proxies = [("0.0.0.0", 7893), ("::", 7893)];
@@ -431,9 +418,7 @@ fn a_port_that_is_used_again() {
 /// translated any more, and is not let out for it.
 #[test]
 fn a_query_from_a_port_that_is_used_again() {
-    let Some(ground) = Ground::new("reusedns") else {
-        return;
-    };
+    let ground = ground!("reusedns");
     let mut world = World::new(&ground);
     let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
     let hijack = "dns-hijack = 127.0.0.1:1053\ndns-hijack = [::1]:1053\n";
@@ -467,9 +452,7 @@ fn a_query_from_a_port_that_is_used_again() {
 /// A reload that gives marks another meaning: what a proxy began is the proxy's all the same.
 #[test]
 fn another_mask_by_a_reload() {
-    let Some(ground) = Ground::new("remask") else {
-        return;
-    };
+    let ground = ground!("remask");
     let mut world = World::new(&ground);
     let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
     let proxies = [("0.0.0.0", 7893), ("::", 7893)];
@@ -504,9 +487,7 @@ fn another_mask_by_a_reload() {
 /// A socket whose cgroup gets another target: of UDP, its next datagram goes there.
 #[test]
 fn datagrams_go_where_their_cgroup_is_to_go_now() {
-    let Some(ground) = Ground::new("udpnow") else {
-        return;
-    };
+    let ground = ground!("udpnow");
     let mut world = World::new(&ground);
     let app_cgroup = ground.cgroup("/app");
     let direct = ground.cgroup("/direct");
@@ -546,11 +527,8 @@ fn datagrams_go_where_their_cgroup_is_to_go_now() {
 /// A socket that is bound to a device leaves by no other way; it is refused, and counted so.
 #[test]
 fn sockets_of_a_device_are_refused() {
-    let Some(ground) = Ground::new("device") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("device");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let cgroup = ground.cgroup("/proxied");
     let config = "[tproxy other]\nport = 7894\n".to_owned() + RULES;
     let daemon = Daemon::start(&ground, &config, &[]);

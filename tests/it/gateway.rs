@@ -20,9 +20,7 @@ use crate::daemon::Daemon;
 use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{ip_rules, nft, residue};
 use crate::wait_until;
-use crate::world::{Packet, Server, World, STREAM_PORT};
-
-pub const PROXY: &str = "proxy mihomo";
+use crate::world::{Packet, Server, World, PROXY, STREAM_PORT};
 
 /// This host's addresses in the LAN.
 pub const LAN4: &str = "198.51.100.1";
@@ -219,12 +217,9 @@ target = mihomo
 
 #[test]
 fn clients_are_proxied_whatever_the_sysctls() {
-    let Some(ground) = Ground::new("gw") else {
-        return;
-    };
-    let mut world = World::new(&ground);
+    let ground = ground!("gw");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let lan = Lan::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
     // Wildcard listeners of this host on the ports that the clients dial.
     let _own = Server::start("own", &[80, 8080]);
     lan.direct(0);
@@ -263,16 +258,13 @@ fn clients_are_proxied_whatever_the_sysctls() {
 /// first one's socket is lost. Then nothing may leave, nor reach this host's own servers.
 #[test]
 fn bridge_netfilter_fails_closed() {
-    let Some(ground) = Ground::new("gwbrnf") else {
-        return;
-    };
+    let ground = ground!("gwbrnf");
     if !Path::new("/proc/sys/net/bridge").exists() {
         println!("SKIP: no br_netfilter in this kernel");
         return;
     }
-    let mut world = World::new(&ground);
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let lan = Lan::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
     // (The servers of `world` take packets for any address; this one does not.)
     let any = |proto| Client::new(&ground.root, proto, addr(ip("::"), 80)).serve();
     let _own = [Proto::Tcp, Proto::Udp].map(any);
@@ -311,12 +303,9 @@ fn bridge_netfilter_fails_closed() {
 /// says it to the remote host, which must not hear of it.
 #[test]
 fn icmp_errors_about_proxied_flows_stay() {
-    let Some(ground) = Ground::new("gwicmp") else {
-        return;
-    };
-    let mut world = World::new(&ground);
+    let ground = ground!("gwicmp");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let lan = Lan::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
     let cgroup = ground.cgroup("/proxied");
     let config = format!("{BASIC}[rules]\nmihomo = /proxied\n");
     let _daemon = Daemon::start(&ground, &config, &[]);
@@ -360,9 +349,7 @@ fn icmp_errors_about_proxied_flows_stay() {
 
 #[test]
 fn the_proxy_is_down() {
-    let Some(ground) = Ground::new("gwdown") else {
-        return;
-    };
+    let ground = ground!("gwdown");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _own = Server::start("own", &[80]);
@@ -384,12 +371,9 @@ fn the_proxy_is_down() {
 
 #[test]
 fn sections_in_order() {
-    let Some(ground) = Ground::new("gworder") else {
-        return;
-    };
-    let mut world = World::new(&ground);
+    let ground = ground!("gworder");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let lan = Lan::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
     let tproxy = "[tproxy mihomo]\nport = 7893\n";
     let section =
         |name: &str, rest: &str| format!("[gateway {name}]\ninterface = br-lan\n{rest}\n");
@@ -454,9 +438,7 @@ fn sections_in_order() {
 
 #[test]
 fn what_gateways_leave_alone() {
-    let Some(ground) = Ground::new("gwalone") else {
-        return;
-    };
+    let ground = ground!("gwalone");
     let _world = World::new(&ground);
     let lan = Lan::new(&ground);
     let config = "
@@ -500,11 +482,8 @@ fn what_gateways_leave_alone() {
 #[test]
 fn an_interface_that_appears_later() {
     for (name, pattern) in [("br-later", "br-later"), ("br-later", "br-*")] {
-        let Some(ground) = Ground::new("gwlater") else {
-            return;
-        };
-        let mut world = World::new(&ground);
-        let _proxy = Server::start(PROXY, &[7893]);
+        let ground = ground!("gwlater");
+        let (mut world, _proxy) = World::with_proxy(&ground);
         let config = BASIC.replace("br-lan", pattern);
         let _daemon = Daemon::start(&ground, &config, &[]);
         sysctl("net/ipv4/conf/all/src_valid_mark", "1");
@@ -528,12 +507,9 @@ fn an_interface_that_appears_later() {
 
 #[test]
 fn dns_of_clients() {
-    let Some(ground) = Ground::new("gwdns") else {
-        return;
-    };
-    let mut world = World::new(&ground);
+    let ground = ground!("gwdns");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let lan = Lan::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
     let _dns = Server::start("dns", &[1053]);
     let _own = Server::start("own", &[53]);
     let _far = ground.outside(|| Server::start("far", &[5353]));
@@ -605,9 +581,7 @@ fn dns_of_clients() {
 /// A resolver on a wildcard address that does not care by which address it was asked.
 #[test]
 fn dns_of_clients_to_a_simple_resolver() {
-    let Some(ground) = Ground::new("gwsimple") else {
-        return;
-    };
+    let ground = ground!("gwsimple");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let resolver = |proto| Client::new(&ground.root, proto, addr(ip("::"), 1053)).serve();
@@ -653,9 +627,7 @@ fn a_reload_spares_what_is_proxied_and_cuts_what_was_direct() {
 }
 
 fn reload_under_flows(early_demux: &str) {
-    let Some(ground) = Ground::new("gwreload") else {
-        return;
-    };
+    let ground = ground!("gwreload");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let mut proxy = Some(Server::stream(PROXY, &[7893]));
@@ -700,9 +672,7 @@ fn reload_under_flows(early_demux: &str) {
 /// by the interface that it came in by.
 #[test]
 fn one_armed_router() {
-    let Some(ground) = Ground::new("onearm") else {
-        return;
-    };
+    let ground = ground!("onearm");
     let mut world = World::new(&ground);
     let client = Netns::new();
     sysctl("net/ipv4/ip_forward", "1");

@@ -13,9 +13,7 @@ use crate::gateway::Lan;
 use crate::ground::{addr, ip_batch, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, nft, residue, state};
 use crate::wait_until;
-use crate::world::{Server, World};
-
-const PROXY: &str = "proxy mihomo";
+use crate::world::{Server, World, PROXY};
 
 const CONFIG: &str = "
 [tproxy mihomo]
@@ -139,11 +137,8 @@ fn repairs(daemon: &Daemon, monitor: &Monitor, times: usize, harm: &str) -> Vec<
 
 #[test]
 fn an_owned_table_cannot_be_touched() {
-    let Some(ground) = Ground::new("owned") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("owned");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let whole = state();
@@ -175,11 +170,8 @@ fn an_owned_table_cannot_be_touched() {
 /// As on kernels before 6.9, where a table cannot be owned for good.
 #[test]
 fn a_table_that_others_change_is_repaired() {
-    let Some(ground) = Ground::new("unowned") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("unowned");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
     let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[UNOWNED]);
     assert!(daemon.ready(), "{}", daemon.logs());
@@ -227,11 +219,8 @@ fn a_table_that_others_change_is_repaired() {
 
 #[test]
 fn rules_and_routes_that_others_delete_are_repaired() {
-    let Some(ground) = Ground::new("rules") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("rules");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let floods = [REMOTE4, REMOTE6].map(|ip| {
@@ -274,11 +263,8 @@ fn rules_and_routes_that_others_delete_are_repaired() {
 /// Repairs take a share of the time, whatever others do, so the last of them is not far off.
 #[test]
 fn a_program_that_keeps_deleting() {
-    let Some(ground) = Ground::new("pauses") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("pauses");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let proxied = ground.cgroup("/proxied");
     for (harm, whole, env) in [
         ("ip rule del pref 100", "iif lo lookup 300", &[][..]),
@@ -320,12 +306,9 @@ fn a_program_that_keeps_deleting() {
 /// over lo while that is down.
 #[test]
 fn lo_may_be_down_at_the_start() {
-    let Some(ground) = Ground::new("lodown") else {
-        return;
-    };
-    let mut world = World::new(&ground);
+    let ground = ground!("lodown");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let lan = Lan::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
     ip_batch(&[], "link set lo down\n");
     let config = format!("{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = mihomo\n");
@@ -369,9 +352,7 @@ fn lo_may_be_down_at_the_start() {
 /// A start that fails leaves the rules and routes as they were.
 #[test]
 fn a_table_that_another_owns() {
-    let Some(ground) = Ground::new("another") else {
-        return;
-    };
+    let ground = ground!("another");
     // without one in a set, the start would fail before it adds any rule
     ground.cgroup("/proxied");
     let mut command = Command::new("nft");

@@ -45,9 +45,7 @@ const NAMES: [&[u8]; 14] = [
 
 #[test]
 fn hostile_names() {
-    let Some(ground) = Ground::new("hostile") else {
-        return;
-    };
+    let ground = ground!("hostile");
     let mut world = World::new(&ground);
     let config = "[rules]\ndrop = /u/.*\n";
     let daemon = Daemon::start(&ground, config, &["-v", "-v"]);
@@ -145,9 +143,7 @@ fn inotify(dir: &Path) -> OwnedFd {
 
 #[test]
 fn a_hundred_thousand_cgroups() {
-    let Some(ground) = Ground::new("many") else {
-        return;
-    };
+    let ground = ground!("many");
     let count = sized(20_000, 100_000);
     let config = "[rules]\ndrop = /user/.*\ndrop = /apps/.*\n";
     let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
@@ -251,9 +247,7 @@ fn dear_rules(flags: &str, count: usize) -> String {
 /// at a start over them.
 #[test]
 fn dear_paths() {
-    let Some(ground) = Ground::new("dear") else {
-        return;
-    };
+    let ground = ground!("dear");
     let config = format!("[rules]\n{}drop = /apps/.*\n", dear_rules("", 20));
     let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
     std::os::unix::fs::chown(&user, Some(1000), None).expect("chown");
@@ -325,9 +319,7 @@ fn dear_paths() {
 /// Who owns the cgroup root cannot choose his way by the name of a cgroup of `exec`.
 #[test]
 fn a_cgroup_of_exec_by_another() {
-    let Some(ground) = Ground::new("exec-squat") else {
-        return;
-    };
+    let ground = ground!("exec-squat");
     let mut world = World::new(&ground);
     let before = ground.cgroup("/cgtproxy/direct");
     let give = |path: &Path| std::os::unix::fs::chown(path, Some(1000), None).expect("chown");
@@ -381,9 +373,7 @@ fn a_cgroup_of_exec_by_another() {
 /// A start that takes long is given up at once, and leaves nothing.
 #[test]
 fn stopped_during_a_long_start() {
-    let Some(ground) = Ground::new("long-start") else {
-        return;
-    };
+    let ground = ground!("long-start");
     let user = ground.cgroup("/user");
     (0..60).for_each(|i| dear_chain(&user, i));
     // such flags are left to the regex
@@ -406,9 +396,7 @@ fn stopped_during_a_long_start() {
 /// tests/config.rs holds the whole list against the reader; here it is `run` that refuses.
 #[test]
 fn hostile_configurations_are_refused() {
-    let Some(ground) = Ground::new("refuse") else {
-        return;
-    };
+    let ground = ground!("refuse");
     let dir = &ground.dir;
     let good = "[rules]\ndrop = /x\n";
     let at = |name: &str| dir.join(name);
@@ -491,9 +479,7 @@ impl Drop for Squatter {
 /// nor by what the lock was once, the abstract socket of our name.
 #[test]
 fn nobody_else_has_the_lock() {
-    let Some(ground) = Ground::new("lock") else {
-        return;
-    };
+    let ground = ground!("lock");
     let config = "[rules]\ndrop = /x\n";
     let said = |args: &[&str]| {
         let start = Instant::now();
@@ -551,9 +537,7 @@ fn nobody_else_has_the_lock() {
 /// Of several that start at the same moment, one runs.
 #[test]
 fn one_of_many() {
-    let Some(ground) = Ground::new("one") else {
-        return;
-    };
+    let ground = ground!("one");
     for round in 0..sized(4, 40) {
         let start = |_| Daemon::spawn(&ground, "[rules]\ndrop = /x\n", &[], &[]);
         let mut all: Vec<Daemon> = (0..6).map(start).collect();
@@ -574,9 +558,7 @@ fn one_of_many() {
 /// Who owns a directory above the configuration swaps what is below it, while it is read.
 #[test]
 fn the_configuration_is_swapped_while_it_is_read() {
-    let Some(ground) = Ground::new("swap") else {
-        return;
-    };
+    let ground = ground!("swap");
     let home = ground.dir.join("home");
     for dir in ["root", "root/etc", "user", "user/etc"] {
         fs::create_dir_all(home.join(dir)).expect("mkdir");
@@ -627,9 +609,7 @@ fn the_configuration_is_swapped_while_it_is_read() {
 /// says so; and there are ports where no user can do it.
 #[test]
 fn a_socket_beside_the_proxy() {
-    let Some(ground) = Ground::new("beside") else {
-        return;
-    };
+    let ground = ground!("beside");
     let mut world = World::new(&ground);
     let _proxy = Server::start("proxy mihomo", &[7893, 893]);
     let config = "[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /x\n";

@@ -22,10 +22,8 @@ use crate::kernel::{
     await_member, ip_routes, ip_rules, load, nft, residue, set_ids, state, table, table_plain,
     SETTLE,
 };
-use crate::world::{Server, World, STREAM_PORT};
+use crate::world::{Server, World, PROXY, STREAM_PORT};
 use crate::{sized, wait_until};
-
-const PROXY: &str = "proxy mihomo";
 
 /// Two targets, of which most cgroups of the churn are in one.
 const CONFIG: &str = r"
@@ -106,9 +104,7 @@ impl Drop for Churn {
 
 #[test]
 fn killed_at_any_moment() {
-    let Some(ground) = Ground::new("kill9") else {
-        return;
-    };
+    let ground = ground!("kill9");
     let mut random = Random::new();
     for round in 0..5 {
         let churn = Churn::start(&ground);
@@ -157,9 +153,7 @@ direct = /proxied
 /// with the same configuration gives.
 #[test]
 fn the_configuration_alone_decides_what_is_in_the_kernel() {
-    let Some(ground) = Ground::new("decides") else {
-        return;
-    };
+    let ground = ground!("decides");
     for path in ["/churn/5", "/churn/6/x", "/drop", "/proxied/x"] {
         ground.cgroup(path);
     }
@@ -190,9 +184,7 @@ fn the_configuration_alone_decides_what_is_in_the_kernel() {
 
 #[test]
 fn stopped_at_any_moment() {
-    let Some(ground) = Ground::new("sigterm") else {
-        return;
-    };
+    let ground = ground!("sigterm");
     let mut random = Random::new();
     let churn = Churn::start(&ground);
     for i in 0..100 {
@@ -210,9 +202,7 @@ fn stopped_at_any_moment() {
 /// Events that come faster than they can be handled must put off neither readiness nor the end.
 #[test]
 fn starts_and_stops_in_endless_churn() {
-    let Some(ground) = Ground::new("endless") else {
-        return;
-    };
+    let ground = ground!("endless");
     let on = AtomicBool::new(true);
     let paths: Vec<_> = (0..3).map(|i| ground.cgroup(&format!("/churn/{i}"))).collect();
     thread::scope(|scope| {
@@ -244,9 +234,7 @@ fn starts_and_stops_in_endless_churn() {
 
 #[test]
 fn stopped_while_it_starts() {
-    let Some(ground) = Ground::new("early-term") else {
-        return;
-    };
+    let ground = ground!("early-term");
     for i in 0..300 {
         ground.cgroup(&format!("/churn/{i}"));
     }
@@ -267,9 +255,7 @@ fn stopped_while_it_starts() {
 /// before; and meanwhile that is said.
 #[test]
 fn the_cgroup_root_comes_back() {
-    let Some(ground) = Ground::new("root-back") else {
-        return;
-    };
+    let ground = ground!("root-back");
     let _world = World::new(&ground);
     let (above, root) = (ground.at("/above"), ground.cgroup("/above/root"));
     let config = format!("[global]\ncgroup-root = {}\n[rules]\ndrop = /apps\n", root.display());
@@ -310,9 +296,7 @@ fn the_cgroup_root_comes_back() {
 /// However many reloads are asked for, all else has its turn between them, and the end comes first.
 #[test]
 fn a_flood_of_reloads() {
-    let Some(ground) = Ground::new("hup-flood") else {
-        return;
-    };
+    let ground = ground!("hup-flood");
     let rules: String = (0..800).map(|i| format!("drop = /x{i}/.*/y\\d*\n")).collect();
     let daemon = Daemon::start(&ground, &format!("{CONFIG}{rules}"), &[]);
     let pid = daemon.pid();
@@ -342,9 +326,7 @@ fn a_flood_of_reloads() {
 
 #[test]
 fn a_pidfile_that_cannot_be_written() {
-    let Some(ground) = Ground::new("nopid") else {
-        return;
-    };
+    let ground = ground!("nopid");
     ground.cgroup("/drop");
     let out = run_with(&ground, CONFIG, &["-p", "/nowhere/pid", "run"]);
     assert_eq!(out.status.code(), Some(1));
@@ -357,9 +339,7 @@ fn a_pidfile_that_cannot_be_written() {
 /// told of.
 #[test]
 fn a_pidfile_that_is_no_file_or_does_not_fit() {
-    let Some(ground) = Ground::new("oddpid") else {
-        return;
-    };
+    let ground = ground!("oddpid");
     ground.cgroup("/drop");
     let dir = ground.dir.join("small");
     fs::create_dir(&dir).expect("mkdir");
@@ -411,9 +391,7 @@ impl Drop for Unmount<'_> {
 /// A start that fails leaves nothing, or what was in force before.
 #[test]
 fn a_start_that_fails() {
-    let Some(ground) = Ground::new("badstart") else {
-        return;
-    };
+    let ground = ground!("badstart");
     ground.cgroup("/drop");
     let other = "[global]\nrule-priority = 90\n[tproxy new]\nport = 1\n[rules]\nnew = /drop\n";
     let fails = |config: &str, args: &[&str]| {
@@ -452,9 +430,7 @@ fn a_start_that_fails() {
 /// An editor that writes in place makes the file empty first.
 #[test]
 fn a_file_that_is_being_written() {
-    let Some(ground) = Ground::new("inplace") else {
-        return;
-    };
+    let ground = ground!("inplace");
     let dropped = ground.cgroup("/drop");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let before = state();
@@ -478,9 +454,7 @@ fn a_file_that_is_being_written() {
 /// The daemon changes its working directory; what was named from the first one stays right.
 #[test]
 fn relative_paths() {
-    let Some(ground) = Ground::new("relative") else {
-        return;
-    };
+    let ground = ground!("relative");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let (config, dir) = (daemon.config.clone(), ground.dir.clone());
     daemon.stop();
@@ -506,9 +480,7 @@ fn relative_paths() {
 
 #[test]
 fn sigint_cleans_up_too() {
-    let Some(ground) = Ground::new("sigint") else {
-        return;
-    };
+    let ground = ground!("sigint");
     let mut daemon = Daemon::start(&ground, CONFIG, &[]);
     assert_ne!(residue(), "");
     daemon.signal(Signal::SIGINT);
@@ -519,9 +491,7 @@ fn sigint_cleans_up_too() {
 #[test]
 fn reload_under_traffic() {
     const FLOWS: usize = 50;
-    let Some(ground) = Ground::new("hup") else {
-        return;
-    };
+    let ground = ground!("hup");
     let mut world = World::new(&ground);
     let proxy = Server::stream(PROXY, &[7893]);
     let remote = ground.outside(|| Server::stream("far", &[9001]));
@@ -624,11 +594,8 @@ const BROKEN: [Broken; 24] = [
 
 #[test]
 fn a_broken_file_changes_nothing() {
-    let Some(ground) = Ground::new("broken") else {
-        return;
-    };
-    let _world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("broken");
+    let (_world, _proxy) = World::with_proxy(&ground);
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let before = state();
@@ -666,9 +633,7 @@ fn a_broken_file_changes_nothing() {
 
 #[test]
 fn a_broken_file_at_start() {
-    let Some(ground) = Ground::new("nostart") else {
-        return;
-    };
+    let ground = ground!("nostart");
     let mut daemon = Daemon::spawn(&ground, "[global]\ndefalt = drop\n", &[], &[]);
     assert!(!daemon.ready());
     assert_eq!(daemon.wait().code(), Some(2));
@@ -678,9 +643,7 @@ fn a_broken_file_at_start() {
 
 #[test]
 fn a_second_instance_is_refused() {
-    let Some(ground) = Ground::new("second") else {
-        return;
-    };
+    let ground = ground!("second");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let before = state();
     let mut second = Daemon::spawn(&ground, "[rules]\ndrop = /.*\n", &[], &[]);
@@ -698,11 +661,8 @@ fn a_second_instance_is_refused() {
 
 #[test]
 fn kept_on_exit() {
-    let Some(ground) = Ground::new("keep") else {
-        return;
-    };
-    let _world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("keep");
+    let (_world, _proxy) = World::with_proxy(&ground);
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let daemon = Daemon::start(&ground, &format!("[global]\non-exit = keep\n{CONFIG}"), &[]);
     let before = state();
@@ -718,9 +678,7 @@ fn kept_on_exit() {
 
 #[test]
 fn flush_removes_everything() {
-    let Some(ground) = Ground::new("flush") else {
-        return;
-    };
+    let ground = ground!("flush");
     let said = |args: &[&str]| {
         let out = run(args);
         let text = [out.stdout, out.stderr].concat();
@@ -774,9 +732,7 @@ fn notified(socket: &UnixDatagram) -> String {
 
 #[test]
 fn supervisors_are_told() {
-    let Some(ground) = Ground::new("notify") else {
-        return;
-    };
+    let ground = ground!("notify");
     let path = ground.dir.join("notify");
     let socket = UnixDatagram::bind(&path).expect("bind");
     socket.set_read_timeout(Some(Duration::from_secs(10))).expect("set a timeout");
@@ -816,9 +772,7 @@ fn supervisors_are_told() {
 #[test]
 fn an_abstract_notify_socket() {
     use std::os::linux::net::SocketAddrExt;
-    let Some(ground) = Ground::new("abstract") else {
-        return;
-    };
+    let ground = ground!("abstract");
     let name = "cgtproxy-test";
     let at = std::os::unix::net::SocketAddr::from_abstract_name(name).expect("an address");
     let socket = UnixDatagram::bind_addr(&at).expect("bind");
@@ -831,9 +785,7 @@ fn an_abstract_notify_socket() {
 
 #[test]
 fn sigusr1_tells_the_status() {
-    let Some(ground) = Ground::new("sigusr1") else {
-        return;
-    };
+    let ground = ground!("sigusr1");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     daemon.signal(Signal::SIGUSR1);
     assert!(daemon.wait_log("status", Duration::from_secs(5)), "{}", daemon.logs());
@@ -842,9 +794,7 @@ fn sigusr1_tells_the_status() {
 
 #[test]
 fn command_line() {
-    let Some(ground) = Ground::new("cli") else {
-        return;
-    };
+    let ground = ground!("cli");
     let code = |out: &std::process::Output| out.status.code();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     for (args, want, said) in [
@@ -871,9 +821,7 @@ fn command_line() {
 
 #[test]
 fn idle_without_a_system_call() {
-    let Some(ground) = Ground::new("idle") else {
-        return;
-    };
+    let ground = ground!("idle");
     for i in 0..100 {
         ground.cgroup(&format!("/own/churn/{i}"));
     }
@@ -1002,9 +950,7 @@ fn configs() -> [String; 5] {
 
 #[test]
 fn the_table_loads_again() {
-    let Some(ground) = Ground::new("again") else {
-        return;
-    };
+    let ground = ground!("again");
     for path in ["/a/b/c", "/a/x/c", "/a/y", "/b/c"] {
         ground.cgroup(path);
     }
@@ -1028,9 +974,7 @@ fn the_table_loads_again() {
 
 #[test]
 fn show_prints_what_run_loads() {
-    let Some(ground) = Ground::new("show") else {
-        return;
-    };
+    let ground = ground!("show");
     for path in ["/a/b/c", "/a/x/c", "/a/y", "/b/c"] {
         ground.cgroup(path);
     }
@@ -1065,9 +1009,7 @@ fn show_prints_what_run_loads() {
 
 #[test]
 fn a_host_without_ipv6() {
-    let Some(ground) = Ground::new("noipv6") else {
-        return;
-    };
+    let ground = ground!("noipv6");
     let _world = World::new(&ground);
     let _proxy = Server::at(PROXY, &[addr(HOST4, 7893)]);
     for interface in ["all", "default", "lo"] {
@@ -1089,9 +1031,7 @@ fn a_host_without_ipv6() {
 
 #[test]
 fn a_proxied_flow_outlives_the_daemon() {
-    let Some(ground) = Ground::new("restart") else {
-        return;
-    };
+    let ground = ground!("restart");
     let mut world = World::new(&ground);
     let proxy = Server::stream(PROXY, &[7893]);
     let cgroup = ground.cgroup("/proxied");

@@ -56,9 +56,7 @@ fn network(daemon: &Daemon) -> File {
 
 #[test]
 fn watches_run_out() {
-    let Some(ground) = Ground::new("watches") else {
-        return;
-    };
+    let ground = ground!("watches");
     let dropped = ground.cgroup("/drop");
     let mut daemon = in_a_user_namespace(&ground, &[("max_inotify_watches", 10)]);
     assert!(daemon.ready(), "{}", daemon.logs());
@@ -97,9 +95,7 @@ fn watches_run_out() {
 /// from others'.
 #[test]
 fn many_unwatched_cgroups() {
-    let Some(ground) = Ground::new("unwatched") else {
-        return;
-    };
+    let ground = ground!("unwatched");
     let count = sized(20_000, 50_000);
     let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
     let mut daemon = in_a_user_namespace(&ground, &[("max_inotify_watches", 10)]);
@@ -146,9 +142,7 @@ fn many_unwatched_cgroups() {
 
 #[test]
 fn instances_run_out() {
-    let Some(ground) = Ground::new("instances") else {
-        return;
-    };
+    let ground = ground!("instances");
     ground.cgroup("/drop");
     let mut daemon = in_a_user_namespace(&ground, &[("max_inotify_instances", 0)]);
     assert!(!daemon.ready());
@@ -184,9 +178,7 @@ fn instances_run_out() {
 
 #[test]
 fn descriptors_run_out() {
-    let Some(ground) = Ground::new("nofile") else {
-        return;
-    };
+    let ground = ground!("nofile");
     let _world = World::new(&ground);
     let dropped = ground.cgroup("/drop");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
@@ -221,9 +213,7 @@ fn descriptors_run_out() {
 /// Without memory nothing can go on, but the rules stay; with memory it goes on where it was.
 #[test]
 fn memory_runs_out() {
-    let Some(ground) = Ground::new("memory") else {
-        return;
-    };
+    let ground = ground!("memory");
     let _world = World::new(&ground);
     let dropped = ground.cgroup("/drop");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
@@ -258,9 +248,7 @@ fn memory_runs_out() {
 /// A command ends at once, and says why.
 #[test]
 fn a_command_without_memory() {
-    let Some(ground) = Ground::new("no-memory") else {
-        return;
-    };
+    let ground = ground!("no-memory");
     let config = ground.dir.join("large.conf");
     let rules: String = (0..2000).map(|i| format!("drop = (?i)/a{i}/.*\n")).collect();
     write_private(&config, &format!("[rules]\n{rules}"));
@@ -295,9 +283,7 @@ fn by_script(ground: &Ground, config: &str, script: &str) -> Daemon {
 /// Levels are right whatever is mounted where and whichever namespace we are in, or it is said.
 #[test]
 fn levels_are_right_or_refused() {
-    let Some(ground) = Ground::new("levels") else {
-        return;
-    };
+    let ground = ground!("levels");
     let _world = World::new(&ground);
     let apps = [ground.cgroup("/apps"), ground.cgroup("/ns/apps"), ground.cgroup("/ns/sub/apps")];
     let auto = "[global]\ncgroup-root = auto\n[rules]\ndrop = /apps\n";
@@ -332,9 +318,7 @@ fn levels_are_right_or_refused() {
 /// A cgroup at a level that the kernel refuses costs no other its target, at the start or later.
 #[test]
 fn a_level_that_the_kernel_refuses() {
-    let Some(ground) = Ground::new("deepest") else {
-        return;
-    };
+    let ground = ground!("deepest");
     let _world = World::new(&ground);
     let config = "[global]\ncgroup-root = auto\n[rules]\ndrop = /apps.*\ndrop = (/a)*/x\n";
     let script = "echo $$ > ROOT/ns/cgroup.procs; exec unshare -C -m sh -ec \
@@ -375,9 +359,7 @@ fn dropped() -> u64 {
 /// Notifications are lost while the program cannot run, and the damage with them.
 #[test]
 fn notifications_are_lost() {
-    let Some(ground) = Ground::new("enobufs") else {
-        return;
-    };
+    let ground = ground!("enobufs");
     ground.cgroup("/drop");
     let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[UNOWNED]);
     assert!(daemon.ready(), "{}", daemon.logs());

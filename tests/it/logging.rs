@@ -44,9 +44,7 @@ fn compare(fast: Duration, slow: Duration) {
 
 #[test]
 fn a_pipe_that_nobody_reads() {
-    let Some(ground) = Ground::new("pipe") else {
-        return;
-    };
+    let ground = ground!("pipe");
     let daemon = Daemon::start(&ground, CONFIG, &["-v"]);
     let fast = latency(&ground, "fast");
     assert!(daemon.logs().contains("fast0: drop"));
@@ -127,9 +125,7 @@ fn syslogd() -> UnixDatagram {
 
 #[test]
 fn a_syslogd_that_sleeps_and_goes_and_comes() {
-    let Some(ground) = Ground::new("syslog") else {
-        return;
-    };
+    let ground = ground!("syslog");
     own_dev(&ground);
     let socket = syslogd();
     let daemon = Daemon::start(&ground, CONFIG, &["-v", "-s"]);
@@ -185,9 +181,7 @@ fn a_syslogd_that_sleeps_and_goes_and_comes() {
 /// `journalctl -p warning` finds ours by the number in front.
 #[test]
 fn the_journal_gets_priorities() {
-    let Some(ground) = Ground::new("journal") else {
-        return;
-    };
+    let ground = ground!("journal");
     let script = "JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec \"$0\" \"$@\"";
     let start = |script: &str, config: &str| {
         let by = ["sh", "-c", script];
@@ -213,9 +207,7 @@ fn the_journal_gets_priorities() {
 /// What a supervisor would log from standard error is in syslog alone.
 #[test]
 fn nothing_is_told_twice() {
-    let Some(ground) = Ground::new("twice") else {
-        return;
-    };
+    let ground = ground!("twice");
     own_dev(&ground);
     let socket = syslogd();
     let wrong = "[rules]\ndrp = /a\n";
@@ -242,9 +234,7 @@ fn nothing_is_told_twice() {
 /// A limit on the size of files costs lines, not the daemon.
 #[test]
 fn a_log_that_may_not_grow() {
-    let Some(ground) = Ground::new("fsize") else {
-        return;
-    };
+    let ground = ground!("fsize");
     let by = ["prlimit", "--fsize=2000:unlimited"];
     let mut daemon = Daemon::spawn_by(&ground, CONFIG, &by, &["-v"], &[]);
     assert!(daemon.ready(), "{}", daemon.logs());
@@ -281,9 +271,7 @@ fn a_log_that_may_not_grow() {
 /// blank, and cuts that; the tag has to be behind it, whatever the length of the pid.
 #[test]
 fn logd_leaves_the_tag() {
-    let Some(ground) = Ground::new("logd") else {
-        return;
-    };
+    let ground = ground!("logd");
     own_dev(&ground);
     let socket = syslogd();
     socket.set_nonblocking(false).expect("clear O_NONBLOCK");

@@ -30,9 +30,7 @@ fn ask(ground: &Ground) -> [String; 2] {
 
 #[test]
 fn each_guard_alone_is_enough() {
-    let Some(ground) = Ground::new("guards") else {
-        return;
-    };
+    let ground = ground!("guards");
     let mut world = World::new(&ground);
     type Change = fn(Client) -> Client;
     let guards: [(&str, &str, &str, Change); 3] = [
@@ -64,9 +62,7 @@ fn each_guard_alone_is_enough() {
 /// Nobody asks, and nothing is reloaded.
 #[test]
 fn a_loop_that_begins_later_is_told_once() {
-    let Some(ground) = Ground::new("later") else {
-        return;
-    };
+    let ground = ground!("later");
     // what the other tests do beside the cgroup root is told as well
     let root = ground.at("/own");
     ground.cgroup("/own");
@@ -95,9 +91,7 @@ fn a_loop_that_begins_later_is_told_once() {
 
 #[test]
 fn a_loop_is_told() {
-    let Some(ground) = Ground::new("loop") else {
-        return;
-    };
+    let ground = ground!("loop");
     let mut world = World::new(&ground);
     let config = "[global]\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n";
     let said = "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is \

@@ -19,6 +19,16 @@
 //! Environment: `CGTPROXY_BIN` names the program under test, `CGTPROXY_LONG=1` runs the loops that
 //! are cut short by default at their full length.
 
+/// The ground of a test, which ends here where this user cannot make one.
+macro_rules! ground {
+    ($name:expr) => {
+        match Ground::new($name) {
+            Some(ground) => ground,
+            None => return,
+        }
+    };
+}
+
 mod client;
 mod daemon;
 mod ground;

@@ -9,11 +9,11 @@ use nix::sys::signal::Signal;
 
 use crate::client::{expect, expect_as, under, Client, Proto, SILENCE};
 use crate::daemon::{run, Daemon};
-use crate::gateway::{ip, Lan, PROXY};
+use crate::gateway::{ip, Lan};
 use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::kernel::{ip_rules, load, nft, residue};
 use crate::wait_until;
-use crate::world::{Server, World, STREAM_PORT};
+use crate::world::{Server, World, PROXY, STREAM_PORT};
 
 /// Local cgroups and a LAN.
 const CONFIG: &str = "
@@ -220,9 +220,7 @@ fn unload(name: &str) {
 
 #[test]
 fn firewalls_before_and_after_us() {
-    let Some(ground) = Ground::new("firewalls") else {
-        return;
-    };
+    let ground = ground!("firewalls");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
@@ -270,9 +268,7 @@ fn firewalls_before_and_after_us() {
 /// The marks of others, for bits that are not ours: each value as that program uses it.
 #[test]
 fn marks_of_others_are_kept_bit_for_bit() {
-    let Some(ground) = Ground::new("othermarks") else {
-        return;
-    };
+    let ground = ground!("othermarks");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
@@ -326,9 +322,7 @@ fn marks_of_others_are_kept_bit_for_bit() {
 /// it, or some bits, ours among them; in either hook, before us and behind us.
 #[test]
 fn connmarks_are_restored_by_others() {
-    let Some(ground) = Ground::new("connmark") else {
-        return;
-    };
+    let ground = ground!("connmark");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
@@ -403,9 +397,7 @@ fn wireguard(verb: &str) {
 /// and come back.
 #[test]
 fn overtaken_by_a_tunnel() {
-    let Some(ground) = Ground::new("overtaken") else {
-        return;
-    };
+    let ground = ground!("overtaken");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
@@ -487,9 +479,7 @@ fn overtaken_by_a_tunnel() {
 /// says so.
 #[test]
 fn a_rule_that_nothing_goes_before() {
-    let Some(ground) = Ground::new("infront") else {
-        return;
-    };
+    let ground = ground!("infront");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
@@ -565,9 +555,7 @@ fn a_rule_that_nothing_goes_before() {
 /// Routes of others in our table: with our key, with our destination, and in the way.
 #[test]
 fn routes_of_others_in_our_table() {
-    let Some(ground) = Ground::new("otherroutes") else {
-        return;
-    };
+    let ground = ground!("otherroutes");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
@@ -690,9 +678,7 @@ fn routes_of_others_in_our_table() {
 /// Two that go before each other: as often as that happens, and no more.
 #[test]
 fn a_program_that_wants_to_be_first_meets_pauses() {
-    let Some(ground) = Ground::new("first") else {
-        return;
-    };
+    let ground = ground!("first");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let before = daemon.busy();
     let start = Instant::now();
@@ -722,9 +708,7 @@ fn of_family(lines: &str, family: &str) -> String {
 /// rules at their priorities, around ours.
 #[test]
 fn rules_of_others() {
-    let Some(ground) = Ground::new("otherrules") else {
-        return;
-    };
+    let ground = ground!("otherrules");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
@@ -793,11 +777,8 @@ rule add pref 102 fwmark 0x4/0xff lookup 77
 #[test]
 fn hosts_of_one_family_forward_too() {
     for off in ["-4", "-6"] {
-        let Some(ground) = Ground::new("onefamily") else {
-            return;
-        };
-        let _world = World::new(&ground);
-        let _proxy = Server::start(PROXY, &[7893]);
+        let ground = ground!("onefamily");
+        let (_world, _proxy) = World::with_proxy(&ground);
         let lan = Lan::new(&ground);
         match off {
             "-6" => {
@@ -833,9 +814,7 @@ fn hosts_of_one_family_forward_too() {
 /// A VRF on this host: its rule stands before ours, its interfaces are not ours.
 #[test]
 fn a_vrf_is_present() {
-    let Some(ground) = Ground::new("vrf") else {
-        return;
-    };
+    let ground = ground!("vrf");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
@@ -856,9 +835,7 @@ fn a_vrf_is_present() {
 /// A container: a bridge of its own, NAT, and the cgroup namespace that container engines give.
 #[test]
 fn containers() {
-    let Some(ground) = Ground::new("containers") else {
-        return;
-    };
+    let ground = ground!("containers");
     let mut world = World::new(&ground);
     let lan = Lan::on(&ground, "docker0");
     let _servers = servers();
@@ -897,12 +874,9 @@ fn containers() {
 /// Addresses that fake-ip resolvers hand out are no private ones.
 #[test]
 fn fake_addresses_reach_the_proxy() {
-    let Some(ground) = Ground::new("fakeip") else {
-        return;
-    };
-    let _world = World::new(&ground);
+    let ground = ground!("fakeip");
+    let (_world, _proxy) = World::with_proxy(&ground);
     let lan = Lan::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
     let cgroup = ground.cgroup("/proxied");
     let config = format!("[global]\nbypass = private\n{CONFIG}");
     let _daemon = Daemon::start(&ground, &config, &[]);
@@ -919,9 +893,7 @@ fn fake_addresses_reach_the_proxy() {
 /// DNS that is addressed to this host or to a bypassed address, of local cgroups.
 #[test]
 fn dns_of_this_host() {
-    let Some(ground) = Ground::new("dnslocal") else {
-        return;
-    };
+    let ground = ground!("dnslocal");
     let _world = World::new(&ground);
     let _proxy = Server::start(PROXY, &[7893, 7894]);
     let _servers = (Server::start("dns", &[1053]), Server::start("own", &[53, 80]));
@@ -1028,9 +1000,7 @@ add rule {family} wg-quick-wg0 premangle meta l4proto udp meta mark set ct mark
 /// sockets that have the tunnel's address. Everybody says so, and the remedy that they name works.
 #[test]
 fn the_chains_of_wg_quick() {
-    let Some(ground) = Ground::new("wgquick") else {
-        return;
-    };
+    let ground = ground!("wgquick");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
@@ -1152,9 +1122,7 @@ fn told_and_remedied(daemon: &Daemon, place: &str, what: &str) {
 /// that is one.
 #[test]
 fn packet_marks_that_others_overwrite() {
-    let Some(ground) = Ground::new("overwritten") else {
-        return;
-    };
+    let ground = ground!("overwritten");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
@@ -1233,9 +1201,7 @@ fn flow_marks_that_others_overwrite() {
         println!("{hook} {priority} {rule}");
         // with the remedy first: what has lost its mark sends on
         for remedied in [true, false] {
-            let Some(ground) = Ground::new("flow-marks") else {
-                return;
-            };
+            let ground = ground!("flow-marks");
             let mut world = World::new(&ground);
             let _proxy = Server::stream(PROXY, &[7893]);
             let _dns = Server::start("dns", &[1053]);
@@ -1271,9 +1237,7 @@ fn marks_that_iptables_overwrites() {
         println!("SKIP: there is no iptables-nft");
         return;
     }
-    let Some(ground) = Ground::new("ipt-marks") else {
-        return;
-    };
+    let ground = ground!("ipt-marks");
     let _world = World::new(&ground);
     let _servers = servers();
     let daemon = Daemon::start(&ground, CONFIG, &[]);
@@ -1332,9 +1296,7 @@ fn marks_that_iptables_overwrites() {
 /// Neighbours that set marks as they should, or where none of ours are: none is told of.
 #[test]
 fn neighbours_that_leave_our_marks_alone() {
-    let Some(ground) = Ground::new("good-neighbours") else {
-        return;
-    };
+    let ground = ground!("good-neighbours");
     let mut world = World::new(&ground);
     let lan = Lan::new(&ground);
     let _servers = servers();
@@ -1380,9 +1342,7 @@ meta l4proto udp meta mark set ct mark\n}\n}\n".into()),
 /// What is said of it is so: hijacked DNS, and what the kernel sends for closed sockets.
 #[test]
 fn notrack_of_others_breaks_what_is_told() {
-    let Some(ground) = Ground::new("notrack-dns") else {
-        return;
-    };
+    let ground = ground!("notrack-dns");
     let mut world = World::new(&ground);
     let _proxy = Server::stream(PROXY, &[7893]);
     let _dns = Server::start("dns", &[1053]);
@@ -1415,9 +1375,7 @@ fn notrack_of_others_breaks_what_is_told() {
 /// What conntrack is kept from is told of: there, replies are not known.
 #[test]
 fn notrack_of_others_is_told_of() {
-    let Some(ground) = Ground::new("notrack") else {
-        return;
-    };
+    let ground = ground!("notrack");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let ask = |command| {
         let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);

@@ -10,9 +10,8 @@ use crate::daemon::Daemon;
 use crate::ground::{chmod, Ground};
 use crate::kernel::{await_member, cgroup_id, residue, set_ids, SETTLE};
 use crate::wait_until;
-use crate::world::{Server, World};
+use crate::world::{World, PROXY};
 
-const PROXY: &str = "proxy mihomo";
 const CONFIG: &str = "
 [tproxy mihomo]
 port = 7893
@@ -49,9 +48,7 @@ fn assert_confined(daemon: &Daemon, capabilities: &str, seccomp: &str) {
 
 #[test]
 fn root_keeps_net_admin_alone() {
-    let Some(ground) = Ground::new("root") else {
-        return;
-    };
+    let ground = ground!("root");
     for (args, seccomp) in [(&[][..], "2"), (&["--no-seccomp"][..], "0")] {
         let daemon = Daemon::start(&ground, CONFIG, args);
         assert_confined(&daemon, NET_ADMIN, seccomp);
@@ -65,9 +62,7 @@ fn root_keeps_net_admin_alone() {
 /// No file of /proc tells the securebits, so the call is looked at.
 #[test]
 fn securebits_are_locked() {
-    let Some(ground) = Ground::new("securebits") else {
-        return;
-    };
+    let ground = ground!("securebits");
     let trace = ground.dir.join("trace");
     let by = ["strace", "-D", "-qq", "-e", "trace=prctl", "-o"];
     let by = [&by[..], &[trace.to_str().expect("UTF-8")]].concat();
@@ -105,11 +100,8 @@ fn as_nobody(ground: &Ground, capabilities: &str) -> Daemon {
 
 #[test]
 fn another_user_with_net_admin() {
-    let Some(ground) = Ground::new("nobody") else {
-        return;
-    };
-    let _world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("nobody");
+    let (_world, _proxy) = World::with_proxy(&ground);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
     // as procd makes them
     let inside = ground.cgroup("/private/inside");

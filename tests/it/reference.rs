@@ -92,9 +92,7 @@ pub fn load(ground: &Ground, without: Option<&str>) {
 
 #[test]
 fn bare_ground() {
-    let Some(ground) = Ground::new("bare") else {
-        return;
-    };
+    let ground = ground!("bare");
     let mut world = World::new(&ground);
     expect(&[(&ground.cgroup("/any"), under("direct"))]);
     let packets = world.wire.to_remote();
@@ -110,9 +108,7 @@ fn bare_ground() {
 
 #[test]
 fn wire_is_exact() {
-    let Some(ground) = Ground::new("exact") else {
-        return;
-    };
+    let ground = ground!("exact");
     let mut world = World::new(&ground);
     let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("bind");
     for count in 0..100 {
@@ -126,11 +122,8 @@ fn wire_is_exact() {
 
 #[test]
 fn targets() {
-    let Some(ground) = Ground::new("targets") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let ground = ground!("targets");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     load(&ground, None);
 
     expect(&[(&ground.cgroup("/drop/child"), under("drop"))]);
@@ -144,9 +137,7 @@ fn targets() {
 
 #[test]
 fn sets_are_read_as_ids() {
-    let Some(ground) = Ground::new("ids") else {
-        return;
-    };
+    let ground = ground!("ids");
     assert_eq!(set_ids("cg_mihomo"), None);
     load(&ground, None);
     let id = cgroup_id(&ground.at("/mihomo")).expect("an id");
@@ -157,11 +148,8 @@ fn sets_are_read_as_ids() {
 
 #[test]
 fn without_the_mark_nothing_is_proxied() {
-    let Some(ground) = Ground::new("nomark") else {
-        return;
-    };
-    let _world = World::new(&ground);
-    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let ground = ground!("nomark");
+    let (_world, _proxy) = World::with_proxy(&ground);
     load(&ground, Some("meta mark set"));
     expect(&[(&ground.cgroup("/mihomo"), under("direct"))]);
 }
@@ -169,11 +157,8 @@ fn without_the_mark_nothing_is_proxied() {
 #[test]
 fn dns_goes_to_the_hijacker() {
     for (rule, want) in [(None, "dns local"), (Some("ct status dnat"), "proxy mihomo")] {
-        let Some(ground) = Ground::new("dns") else {
-            return;
-        };
-        let _world = World::new(&ground);
-        let _proxy = Server::start("proxy mihomo", &[7893]);
+        let ground = ground!("dns");
+        let (_world, _proxy) = World::with_proxy(&ground);
         let _dns = Server::start("dns local", &[1053]);
         load(&ground, rule);
         let cgroup = ground.at("/mihomo");
@@ -188,9 +173,7 @@ fn dns_goes_to_the_hijacker() {
 fn proxy_down() {
     // With and without the rules behind `tproxy`: the second time local listeners are reached.
     for rule in [None, Some("counter reject"), Some("counter drop")] {
-        let Some(ground) = Ground::new("down") else {
-            return;
-        };
+        let ground = ground!("down");
         let mut world = World::new(&ground);
         let _local = Server::start("local", &[80]);
         load(&ground, rule);
@@ -216,9 +199,7 @@ fn proxy_down() {
 #[test]
 fn packets_without_a_socket_stay_proxied() {
     for (rule, quiet) in [(None, true), (Some("goto sticky"), false)] {
-        let Some(ground) = Ground::new("early") else {
-            return;
-        };
+        let ground = ground!("early");
         let mut world = World::new(&ground);
         let _proxy = Server::stream("proxy mihomo", &[7893]);
         load(&ground, rule);

@@ -147,11 +147,8 @@ fn nor_where_the_table_cannot_be_owned() {
 /// The next one may start while the last one still runs: it waits for its end.
 #[test]
 fn the_next_one_waits_for_the_last() {
-    let Some(ground) = Ground::new("overlap") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let ground = ground!("overlap");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let mut daemon = Daemon::start(&ground, CONFIG, &[]);
     let floods = floods(&ground);
     await_member(&ground.cgroup("/drop"), "drop");
@@ -183,9 +180,7 @@ fn the_next_one_waits_for_the_last() {
 /// Who waits for the lock, or to try again, ends at once when told to.
 #[test]
 fn a_waiting_start_ends_at_once() {
-    let Some(ground) = Ground::new("impatient") else {
-        return;
-    };
+    let ground = ground!("impatient");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let before = state();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR2] {
@@ -209,9 +204,7 @@ fn a_waiting_start_ends_at_once() {
 /// last one had a chance to note it, and how many cgroups have come.
 #[test]
 fn status_without_a_daemon() {
-    let Some(ground) = Ground::new("alone") else {
-        return;
-    };
+    let ground = ground!("alone");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let config = daemon.config.clone();
     let status = |args: &[&str]| {
@@ -253,9 +246,7 @@ fn status_without_a_daemon() {
 /// Whatever on-exit says, and at any moment: also while it starts.
 #[test]
 fn left_at_any_moment() {
-    let Some(ground) = Ground::new("leave") else {
-        return;
-    };
+    let ground = ground!("leave");
     for i in 0..300 {
         ground.cgroup(&format!("/drop/{i}"));
     }

@@ -15,9 +15,7 @@ use crate::daemon::Daemon;
 use crate::ground::{addr, remove_tree, sysctl, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{residue, state, table};
 use crate::wait_until;
-use crate::world::{Packet, Server, World};
-
-const PROXY: &str = "proxy mihomo";
+use crate::world::{Packet, Server, World, PROXY};
 
 /// Two policies that agree on the cgroups that the traffic comes from.
 const POLICIES: [&str; 2] = [
@@ -82,9 +80,7 @@ struct Counts {
 }
 
 fn soak(time: Duration) {
-    let Some(ground) = Ground::new("soak") else {
-        return;
-    };
+    let ground = ground!("soak");
     let mut world = World::new(&ground);
     let _proxy = Server::start(PROXY, &[7893, 7894]);
     // connections end as soon as they may, so that they can be counted

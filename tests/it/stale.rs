@@ -284,9 +284,7 @@ fn cgroups(ground: &Ground) -> [std::path::PathBuf; 2] {
 
 #[test]
 fn flows_older_than_the_daemon() {
-    let Some(ground) = Ground::new("stale") else {
-        return;
-    };
+    let ground = ground!("stale");
     let mut wire = Wire::open(&ground);
     let remote = Remote::new(&ground);
     let cgroups = cgroups(&ground);
@@ -319,9 +317,7 @@ fn flows_older_than_the_daemon() {
 
 #[test]
 fn flows_older_than_the_rule() {
-    let Some(ground) = Ground::new("stale-rule") else {
-        return;
-    };
+    let ground = ground!("stale-rule");
     let mut wire = Wire::open(&ground);
     let remote = Remote::new(&ground);
     let cgroups = cgroups(&ground);
@@ -348,9 +344,7 @@ fn flows_older_than_the_rule() {
 
 #[test]
 fn flows_of_the_default() {
-    let Some(ground) = Ground::new("stale-default") else {
-        return;
-    };
+    let ground = ground!("stale-default");
     let mut wire = Wire::open(&ground);
     let remote = Remote::new(&ground);
     let mut old = remote.flows(&ground.cgroup("/any"));
@@ -367,9 +361,7 @@ fn flows_of_the_default() {
 
 #[test]
 fn flows_that_began_while_the_table_was_away() {
-    let Some(ground) = Ground::new("stale-heal") else {
-        return;
-    };
+    let ground = ground!("stale-heal");
     let mut wire = Wire::open(&ground);
     let remote = Remote::new(&ground);
     let cgroups = cgroups(&ground);
@@ -386,9 +378,7 @@ fn flows_that_began_while_the_table_was_away() {
 /// Services, and what others connected to; local flows; destinations that are left alone.
 #[test]
 fn what_is_never_ended() {
-    let Some(ground) = Ground::new("stale-never") else {
-        return;
-    };
+    let ground = ground!("stale-never");
     let remote = Remote::new(&ground);
     let cgroups = cgroups(&ground);
     let hosts = [HOST4, HOST6];
@@ -476,9 +466,7 @@ fn what_is_never_ended() {
 /// whatever the main table says, once its cgroup is direct again.
 #[test]
 fn an_interface_is_never_lost() {
-    let Some(ground) = Ground::new("stale-device") else {
-        return;
-    };
+    let ground = ground!("stale-device");
     let cgroups = cgroups(&ground);
     let sockets: Vec<UdpSocket> = (cgroups.iter())
         .flat_map(|cgroup| REMOTES.map(|ip| (cgroup, ip)))
@@ -531,9 +519,7 @@ fn talk(a: &mut TcpStream, b: &mut TcpStream) {
 
 #[test]
 fn a_proxied_flow_stays() {
-    let Some(ground) = Ground::new("stale-proxied") else {
-        return;
-    };
+    let ground = ground!("stale-proxied");
     let mut wire = Wire::open(&ground);
     let proxied = &cgroups(&ground)[1];
     let any = |ip: IpAddr| -> IpAddr {
@@ -577,9 +563,7 @@ fn a_proxied_flow_stays() {
 /// From SIGHUP to the moment when an application that waits for an answer could connect again.
 #[test]
 fn a_stalled_application_learns_at_once() {
-    let Some(ground) = Ground::new("stale-time") else {
-        return;
-    };
+    let ground = ground!("stale-time");
     let remote = Remote::new(&ground);
     let cgroups = cgroups(&ground);
     for env in [&[UNOWNED][..], &[UNOWNED, ("CGTPROXY_NO_DESTROY", "1")]] {

@@ -16,10 +16,10 @@ use nix::unistd::Pid;
 
 use crate::client::{Client, Proto};
 use crate::daemon::{binary, run, run_with, write_private, Daemon};
-use crate::gateway::{Lan, PROXY};
+use crate::gateway::Lan;
 use crate::ground::{addr, ip_batch, sysctl, Ground, CGROUPS, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, cgroup_id, load, nft, residue, set_ids, SETTLE};
-use crate::world::{Server, World};
+use crate::world::{Server, World, PROXY};
 use crate::{sized, wait_until};
 
 const CONFIG: &str = "
@@ -86,9 +86,7 @@ impl Daemon {
 
 #[test]
 fn explain_names_the_rule_and_the_ancestor() {
-    let Some(ground) = Ground::new("explain") else {
-        return;
-    };
+    let ground = ground!("explain");
     let inside = ground.cgroup("/services/aria2/a/b");
     let whole = inside.to_str().expect("a UTF-8 path");
     let paths = ["/services/mihomo/x", "/services/x", whole, "/cgtproxy/drop/1", "/"];
@@ -113,9 +111,7 @@ fn explain_names_the_rule_and_the_ancestor() {
 /// Each argument gets its answer, or an error line of its own that says what is wrong with it.
 #[test]
 fn explain_answers_each_argument() {
-    let Some(ground) = Ground::new("explain-each") else {
-        return;
-    };
+    let ground = ground!("explain-each");
     let explain = |args: &[&str]| said(&ground, CONFIG, &[&["explain"], args].concat());
     let whole = ground.at("/./services//aria2/.");
     let whole = format!("/{}", whole.to_str().expect("a UTF-8 path"));
@@ -147,9 +143,7 @@ fn explain_answers_each_argument() {
 
 #[test]
 fn explain_finds_processes() {
-    let Some(ground) = Ground::new("explain-pid") else {
-        return;
-    };
+    let ground = ground!("explain-pid");
     let world = World::new(&ground);
     let inside = ground.cgroup("/services/telemetry/x");
     let outside = Path::new(CGROUPS).to_owned();
@@ -182,9 +176,7 @@ fn explain_finds_processes() {
 /// A rule says nothing of a process whose sockets are in another network namespace.
 #[test]
 fn explain_tells_of_another_network_namespace() {
-    let Some(ground) = Ground::new("explain-netns") else {
-        return;
-    };
+    let ground = ground!("explain-netns");
     let cgroup = ground.cgroup("/services/telemetry");
     let said = "network another namespace: its traffic does not meet this host's output";
     for (outside, want) in [(false, false), (true, true)] {
@@ -215,9 +207,7 @@ fn said_of(ground: &Ground, pid: &str) -> String {
 /// What explain says of a tree is what the kernel holds of it.
 #[test]
 fn explain_agrees_with_the_daemon() {
-    let Some(ground) = Ground::new("explain-agrees") else {
-        return;
-    };
+    let ground = ground!("explain-agrees");
     let rules =
         "[tproxy mihomo]\nport = 7893\n[rules]\ndrop = /a/b\nmihomo = /a\ndirect = .*/free\n\
                  mihomo = /cgtproxy\n";
@@ -251,9 +241,7 @@ fn explain_agrees_with_the_daemon() {
 
 #[test]
 fn status_of_a_kernel_without_us() {
-    let Some(ground) = Ground::new("status-none") else {
-        return;
-    };
+    let ground = ground!("status-none");
     let Said { code, out, err } = said(&ground, CONFIG, &["status"]);
     assert_eq!((code, &*err), (Some(0), ""));
     let want = "table inet cgtproxy: not there, nothing is classified; no cgtproxy is running\n";
@@ -264,9 +252,7 @@ fn status_of_a_kernel_without_us() {
 
 #[test]
 fn status_counts_what_nft_counts() {
-    let Some(ground) = Ground::new("status") else {
-        return;
-    };
+    let ground = ground!("status");
     let world = World::new(&ground);
     let proxied = ground.cgroup("/services/aria2");
     let dropped = ground.cgroup("/services/telemetry");
@@ -307,9 +293,7 @@ fn status_counts_what_nft_counts() {
 
 #[test]
 fn status_tells_missing_rules_and_routes() {
-    let Some(ground) = Ground::new("status-missing") else {
-        return;
-    };
+    let ground = ground!("status-missing");
     let config = format!(
         "[global]\nroute-table = 4242\nrule-priority = 77\ncgroup-root = {}\n{CONFIG}",
         ground.root.display()
@@ -345,9 +329,7 @@ fn status_tells_missing_rules_and_routes() {
 /// The ip rules of gateways: by what the table routes, whatever the configuration has become.
 #[test]
 fn status_tells_missing_rules_of_gateways() {
-    let Some(ground) = Ground::new("status-gw") else {
-        return;
-    };
+    let ground = ground!("status-gw");
     let routed = "fwmark 0xfe000000/0xff000000";
     for (interfaces, wants) in [
         (
@@ -413,12 +395,9 @@ fn status_tells_missing_rules_of_gateways() {
 /// Sections in the order in which they are tried, each with what its counter has seen.
 #[test]
 fn status_counts_by_gateway_section() {
-    let Some(ground) = Ground::new("status-gwcount") else {
-        return;
-    };
-    let _world = World::new(&ground);
+    let ground = ground!("status-gwcount");
+    let (_world, _proxy) = World::with_proxy(&ground);
     let lan = Lan::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
     let config = "[tproxy mihomo]\nport = 7893\n\
         [gateway zoo]\ninterface = br-guest\ntarget = direct\n\
         [gateway one]\ninterface = br-lan\nsource = 198.51.100.10\ntarget = drop\n\
@@ -467,9 +446,7 @@ fn section_counter(chain: &str) -> (u64, u64) {
 
 #[test]
 fn status_with_ten_thousand_cgroups_and_while_they_change() {
-    let Some(ground) = Ground::new("status-10k") else {
-        return;
-    };
+    let ground = ground!("status-10k");
     const MANY: usize = 10_000;
     let dir = ground.cgroup("/many");
     for i in 0..MANY {
@@ -519,9 +496,7 @@ fn query(json: &str, expression: &str) -> String {
 /// The members of the documented shape, and nothing else.
 #[test]
 fn json_has_the_documented_shape() {
-    let Some(ground) = Ground::new("json") else {
-        return;
-    };
+    let ground = ground!("json");
     let config = format!("{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = mihomo\n");
     let daemon = Daemon::start(&ground, &config, &[]);
     let json = daemon.ask(&["status", "--json"]).out;
@@ -560,9 +535,7 @@ fn on_terminal(command: &str, env: &[(&str, &str)]) -> String {
 
 #[test]
 fn colours_on_a_terminal_only() {
-    let Some(ground) = Ground::new("colours") else {
-        return;
-    };
+    let ground = ground!("colours");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let command = format!("{} -c {} status", binary().display(), daemon.config.display());
     let coloured = on_terminal(&command, &[]);
@@ -579,9 +552,7 @@ fn colours_on_a_terminal_only() {
 
 #[test]
 fn watch_shows_rates_of_targets_and_cgroups() {
-    let Some(ground) = Ground::new("watch") else {
-        return;
-    };
+    let ground = ground!("watch");
     let world = World::new(&ground);
     let busy = ground.cgroup("/services/aria2/busy");
     ground.cgroup("/services/transmission");
@@ -634,9 +605,7 @@ fn watch_shows_rates_of_targets_and_cgroups() {
 
 #[test]
 fn watch_redraws_within_the_screen() {
-    let Some(ground) = Ground::new("watch-screen") else {
-        return;
-    };
+    let ground = ground!("watch-screen");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let (bin, file) = (binary(), daemon.config.display().to_string());
     let command = format!("stty rows 5; timeout 1.5 {} -c {file} status --watch", bin.display());
@@ -651,9 +620,7 @@ fn watch_redraws_within_the_screen() {
 
 #[test]
 fn watch_without_counters_says_how_to_have_them() {
-    let Some(ground) = Ground::new("watch-none") else {
-        return;
-    };
+    let ground = ground!("watch-none");
     ground.cgroup("/services/aria2");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let mut child = daemon
@@ -679,9 +646,7 @@ const ASK: &str =
 
 #[test]
 fn exec_leaks_nothing() {
-    let Some(ground) = Ground::new("exec-leak") else {
-        return;
-    };
+    let ground = ground!("exec-leak");
     let mut world = World::new(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let _proxy = Server::start("proxy mihomo", &[7893]);
@@ -718,9 +683,7 @@ fn exec_leaks_nothing() {
 /// Many at once, while the cgroups of those before are being removed.
 #[test]
 fn exec_many_at_once() {
-    let Some(ground) = Ground::new("exec-many") else {
-        return;
-    };
+    let ground = ground!("exec-many");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     for _ in 0..sized(5, 50) {
         let start = |i: usize| {
@@ -749,9 +712,7 @@ fn exec_many_at_once() {
 
 #[test]
 fn exec_passes_everything_on() {
-    let Some(ground) = Ground::new("exec-status") else {
-        return;
-    };
+    let ground = ground!("exec-status");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let exec = |args: &[&str]| {
         let out = daemon.command(&[&["exec"], args].concat()).output();
@@ -793,9 +754,7 @@ fn exec_passes_everything_on() {
 
 #[test]
 fn exec_as_another_user() {
-    let Some(ground) = Ground::new("exec-user") else {
-        return;
-    };
+    let ground = ground!("exec-user");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let words =
         "id -u; id -g; id -G; grep -h ^CapEff /proc/self/status; grep -h ^0:: /proc/self/cgroup";
@@ -836,9 +795,7 @@ fn exec_as_another_user() {
 
 #[test]
 fn exec_moves_only_itself() {
-    let Some(ground) = Ground::new("exec-moves") else {
-        return;
-    };
+    let ground = ground!("exec-moves");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let home = fs::read_to_string("/proc/self/cgroup").expect("read");
     let mut child =
@@ -862,9 +819,7 @@ fn exec_moves_only_itself() {
 /// An interactive shell stops and continues it as any other job.
 #[test]
 fn exec_is_a_job_of_the_shell() {
-    let Some(ground) = Ground::new("exec-jobs") else {
-        return;
-    };
+    let ground = ground!("exec-jobs");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let mut shell = Terminal::open(&["bash", "--norc", "--noprofile", "-i"]);
     shell.say("PS1='ready> '; bind 'set enable-bracketed-paste off'\n");
@@ -985,11 +940,8 @@ impl Drop for Terminal {
 
 #[test]
 fn exec_refuses_what_is_not_in_force() {
-    let Some(ground) = Ground::new("exec-refuses") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let ground = ground!("exec-refuses");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let witness = ground.dir.join("ran");
     let touch = ["touch", witness.to_str().expect("a UTF-8 path")];
     let refused = |said: Said, why: &str| {
@@ -1086,9 +1038,7 @@ fn exec_refuses_what_is_not_in_force() {
 /// It waits for a daemon that is late, as long as is sensible.
 #[test]
 fn exec_waits_for_the_classification() {
-    let Some(ground) = Ground::new("exec-waits") else {
-        return;
-    };
+    let ground = ground!("exec-waits");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     daemon.signal(Signal::SIGSTOP);
     let child = daemon
@@ -1120,11 +1070,8 @@ fn exec_waits_for_the_classification() {
 /// Whatever rules cover `/cgtproxy`, TARGET is what was asked for.
 #[test]
 fn exec_comes_before_every_rule() {
-    let Some(ground) = Ground::new("exec-first") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let ground = ground!("exec-first");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     for (config, default) in [
         (
             "[global]\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /.*\n",
@@ -1210,9 +1157,7 @@ const CLEAN: &str = "mount -t tmpfs none /proc/sys/net; mkdir -p empty; mount --
 
 #[test]
 fn check_finds_nothing_wrong_where_nothing_is() {
-    let Some(ground) = Ground::new("check-clean") else {
-        return;
-    };
+    let ground = ground!("check-clean");
     let _proxy = Server::start("proxy mihomo", &[7893]);
     let clean = check(&ground, CONFIG, CLEAN);
     for (kind, text) in [
@@ -1238,9 +1183,7 @@ fn check_finds_nothing_wrong_where_nothing_is() {
 /// In the journal, each line has its priority, and only what is wrong is told.
 #[test]
 fn check_tells_the_journal_what_is_wrong() {
-    let Some(ground) = Ground::new("check-journal") else {
-        return;
-    };
+    let ground = ground!("check-journal");
     let journal = "exec > told; JOURNAL_STREAM=$(stat -L -c %d:%i /proc/$$/fd/1); \
                    export JOURNAL_STREAM";
     let wrong = "[tproxy mihomo]\nport = 7893\nudp = no\n[rules]\nmihomo = /a\ndrp = /b\n";
@@ -1262,9 +1205,7 @@ fn check_tells_the_journal_what_is_wrong() {
 
 #[test]
 fn check_tells_what_each_rule_decides() {
-    let Some(ground) = Ground::new("check-rules") else {
-        return;
-    };
+    let ground = ground!("check-rules");
     for path in ["/services/mihomo/one", "/services/aria2", "/apps/a"] {
         ground.cgroup(path);
     }
@@ -1298,9 +1239,7 @@ fn check_tells_what_each_rule_decides() {
 /// Whoever brings the file of another program is told so once, not once a line.
 #[test]
 fn check_of_a_file_in_another_language() {
-    let Some(ground) = Ground::new("check-yaml") else {
-        return;
-    };
+    let ground = ground!("check-yaml");
     let yaml = "version: 1\ncgroup-root: AUTO\ntproxies:\n  mihomo:\n    port: 7893\nrules:\n  \
                 - match: \"/a=b\"\n    tproxy: mihomo\n";
     let json = "{\n  \"port\": 12345,\n  \"cgroup_proxy\": [\"/\"]\n}\n";
@@ -1321,9 +1260,7 @@ fn check_of_a_file_in_another_language() {
 
 #[test]
 fn check_of_a_wrong_configuration() {
-    let Some(ground) = Ground::new("check-config") else {
-        return;
-    };
+    let ground = ground!("check-config");
     let wrong = check(&ground, "[rules]\ndrp = /a\n[nonsense]\n", CLEAN);
     assert_eq!(wrong.code, Some(2));
     assert_eq!(wrong.out.matches("error: ").count(), 2, "{}", wrong.out);
@@ -1346,9 +1283,7 @@ fn check_of_a_wrong_configuration() {
 
 #[test]
 fn check_finds_the_cgroup_tree_or_says_what_to_do() {
-    let Some(ground) = Ground::new("check-cgroups") else {
-        return;
-    };
+    let ground = ground!("check-cgroups");
     let auto = format!("[global]\ncgroup-root = auto\n{CONFIG}");
     let none = "umount -l /sys/fs/cgroup";
     let v1 = "umount -l /sys/fs/cgroup; mount -t cgroup -o none,name=cgtp-test none /sys/fs/cgroup";
@@ -1370,9 +1305,7 @@ fn check_finds_the_cgroup_tree_or_says_what_to_do() {
 
 #[test]
 fn check_weighs_inotify_limits() {
-    let Some(ground) = Ground::new("check-inotify") else {
-        return;
-    };
+    let ground = ground!("check-inotify");
     for i in 0..9 {
         ground.cgroup(&format!("/c{i}"));
     }
@@ -1399,9 +1332,7 @@ fn check_weighs_inotify_limits() {
 
 #[test]
 fn check_knows_old_kernels_with_net_cls() {
-    let Some(ground) = Ground::new("check-net-cls") else {
-        return;
-    };
+    let ground = ground!("check-net-cls");
     let fake = |release: &str, hierarchy: u32| {
         let setup = format!(
             "{CLEAN}; echo {release} > release; mount --bind release /proc/sys/kernel/osrelease
@@ -1419,9 +1350,7 @@ fn check_knows_old_kernels_with_net_cls() {
 
 #[test]
 fn check_asks_the_kernel_what_it_can_do() {
-    let Some(ground) = Ground::new("check-features") else {
-        return;
-    };
+    let ground = ground!("check-features");
     use cgtproxy::nft::encode::Probe;
     use cgtproxy::nft::expr::Expr;
     use cgtproxy::nft::ruleset::Base;
@@ -1475,9 +1404,7 @@ fn refuse_netfilter_sockets() -> std::io::Result<()> {
 
 #[test]
 fn check_without_the_capability() {
-    let Some(ground) = Ground::new("check-nobody") else {
-        return;
-    };
+    let ground = ground!("check-nobody");
     check(&ground, CONFIG, "true");
     let nobody = as_nobody(&["check"]);
     nobody.finds(
@@ -1500,9 +1427,7 @@ fn both_find(ground: &Ground, config: &str, text: &str) {
 
 #[test]
 fn check_tells_who_listens() {
-    let Some(ground) = Ground::new("check-listen") else {
-        return;
-    };
+    let ground = ground!("check-listen");
     let _world = World::new(&ground);
     let cgroup = ground.cgroup("/services/aria2");
     let ask = |proto, ip| {
@@ -1573,9 +1498,7 @@ fn check_tells_who_listens() {
 
 #[test]
 fn check_tells_who_listens_for_gateways() {
-    let Some(ground) = Ground::new("check-gateway") else {
-        return;
-    };
+    let ground = ground!("check-gateway");
     let _world = World::new(&ground);
     let lan = Lan::new(&ground);
     let lo = ["127.0.0.1:7893", "[::1]:7893"].map(|at| at.parse().expect("an address"));
@@ -1607,11 +1530,8 @@ fn check_tells_who_listens_for_gateways() {
 
 #[test]
 fn check_tells_whether_dns_is_answered() {
-    let Some(ground) = Ground::new("check-dns") else {
-        return;
-    };
-    let _world = World::new(&ground);
-    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let ground = ground!("check-dns");
+    let (_world, _proxy) = World::with_proxy(&ground);
     let with = |lines: &str| CONFIG.replace("port = 7893", &format!("port = 7893\n{lines}"));
     let both = "dns-hijack = 127.0.0.1:1053\ndns-hijack = [::1]:1053";
     for at in ["127.0.0.1:1053", "[::1]:1053"] {
@@ -1661,9 +1581,7 @@ fn check_tells_whether_dns_is_answered() {
 
 #[test]
 fn check_tells_of_loops() {
-    let Some(ground) = Ground::new("check-loop") else {
-        return;
-    };
+    let ground = ground!("check-loop");
     let config = "[global]\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n";
     let any = addr("::".parse().expect("an address"), 7893);
     let global = format!("cgroup-root = {}\n", ground.root.display());
@@ -1683,11 +1601,8 @@ fn check_tells_of_loops() {
 /// A socket that is bound to an interface never comes to the proxy: it is dropped, and named.
 #[test]
 fn check_tells_of_sockets_bound_to_an_interface() {
-    let Some(ground) = Ground::new("check-bound") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start("proxy mihomo", &[7893]);
+    let ground = ground!("check-bound");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let cgroup = ground.cgroup("/services/aria2");
     let program = "import socket, sys\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
                    s.setsockopt(socket.SOL_SOCKET, 25, b'in0')\n\
@@ -1733,9 +1648,7 @@ try: s.sendto(b'who', ('203.0.113.7', 80))\nexcept OSError: pass\n\
 /// Nothing has to be done about the configuration as it is shipped.
 #[test]
 fn check_of_what_is_shipped_warns_of_nothing() {
-    let Some(ground) = Ground::new("check-shipped") else {
-        return;
-    };
+    let ground = ground!("check-shipped");
     let shipped = fs::read_to_string("conf/cgtproxy.conf").expect("read");
     let shipped = shipped
         .replace("[global]\n", &format!("[global]\ncgroup-root = {}\n", ground.root.display()));
@@ -1752,9 +1665,7 @@ fn check_of_what_is_shipped_warns_of_nothing() {
 
 #[test]
 fn check_finds_who_else_uses_our_numbers() {
-    let Some(ground) = Ground::new("check-taken") else {
-        return;
-    };
+    let ground = ground!("check-taken");
     for (family, add, del, want) in [
         ("-4", "rule add pref 100 from 198.51.100.1 lookup main", "rule del pref 100", "rule-priority 100 is used by others (ip rule pref 100 from 198.51.100.1/32 lookup 254): set another rule-priority"),
         ("-6", "rule add pref 9 fwmark 0x1000000/0x3000000 lookup main", "rule del pref 9", "bits of fwmark-mask 0xff000000 are used by others (ip -6 rule pref 9 fwmark 0x1000000/0x3000000 lookup 254): set another fwmark-mask"),
@@ -1775,9 +1686,7 @@ fn check_finds_who_else_uses_our_numbers() {
 /// The priorities that are looked at are those that the configuration takes, and no others.
 #[test]
 fn check_finds_who_uses_the_priorities_behind_the_first() {
-    let Some(ground) = Ground::new("check-behind") else {
-        return;
-    };
+    let ground = ground!("check-behind");
     let gateway =
         |interface| format!("{CONFIG}[gateway lan]\ninterface = {interface}\ntarget = mihomo\n");
     let (named, prefix) = (gateway("br-lan"), gateway("br-*"));
@@ -1805,9 +1714,7 @@ fn check_finds_who_uses_the_priorities_behind_the_first() {
 
 #[test]
 fn check_finds_settings_that_break_tproxy() {
-    let Some(ground) = Ground::new("check-sysctl") else {
-        return;
-    };
+    let ground = ground!("check-sysctl");
     sysctl("net/ipv4/conf/in0/src_valid_mark", "1");
     check(&ground, CONFIG, "true").finds("ok", "net.ipv4.conf.in0.src_valid_mark is 1");
     // as it says, what this host sends itself is none the worse
@@ -1843,9 +1750,7 @@ fn check_finds_settings_that_break_tproxy() {
 
 #[test]
 fn check_finds_saved_rulesets_with_our_table() {
-    let Some(ground) = Ground::new("check-saved") else {
-        return;
-    };
+    let ground = ground!("check-saved");
     let saved = |file: &str, text: &str| {
         let setup = format!(
             "mkdir -p etc/{}; printf '%s' '{text}' > etc/{file}; mount --bind etc /etc",
@@ -1890,9 +1795,7 @@ fn nobodys_binary() -> PathBuf {
 
 #[test]
 fn wrong_arguments_get_one_line_and_a_hint() {
-    let Some(_ground) = Ground::new("usage") else {
-        return;
-    };
+    let _ground = ground!("usage");
     for args in [
         "--bad",
         "-X",
@@ -1937,9 +1840,7 @@ fn wrong_arguments_get_one_line_and_a_hint() {
 /// Who made a cgroup of `exec` himself is told what the daemon thinks of it.
 #[test]
 fn explain_to_the_owner_of_a_cgroup_of_exec() {
-    let Some(ground) = Ground::new("own-exec") else {
-        return;
-    };
+    let ground = ground!("own-exec");
     std::os::unix::fs::chown(ground.cgroup("/cgtproxy/direct"), Some(65534), None).expect("chown");
     let dir = nobodys_binary().parent().expect("a directory").to_path_buf();
     let file = dir.join("own-exec.conf");
@@ -1952,9 +1853,7 @@ fn explain_to_the_owner_of_a_cgroup_of_exec() {
 
 #[test]
 fn without_root_the_missing_capability_is_named() {
-    let Some(_ground) = Ground::new("not-root") else {
-        return;
-    };
+    let _ground = ground!("not-root");
     for (args, what) in [
         (&["run"][..], "run"),
         (&["flush"], "flush"),
@@ -1975,9 +1874,7 @@ fn without_root_the_missing_capability_is_named() {
 
 #[test]
 fn a_closed_or_full_output() {
-    let Some(ground) = Ground::new("output") else {
-        return;
-    };
+    let ground = ground!("output");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     for args in [
         &["show"][..],
@@ -2041,9 +1938,7 @@ fn complete(ground: &Ground, words: &[&str]) -> Vec<String> {
 
 #[test]
 fn completion_for_bash() {
-    let Some(ground) = Ground::new("completion") else {
-        return;
-    };
+    let ground = ground!("completion");
     write_private(&ground.dir.join("a.conf"), CONFIG);
     for (words, want) in [
         (&["cgtproxy", "e"][..], &["exec", "explain"][..]),

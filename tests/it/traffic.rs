@@ -1,17 +1,18 @@
 //! Where packets end up: who answers, with which original destination, and what leaves the host.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr, SocketAddrV6};
+use std::net::{SocketAddr, SocketAddrV6};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use crate::client::{answers, expect, expect_as, under, Client, Outcome, Proto, SILENCE};
 use crate::daemon::Daemon;
+use crate::gateway::ip;
 use crate::ground::{addr, ip_batch, Ground, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, ip_rules, load, nft};
 use crate::wait_until;
-use crate::world::{interface_index, Packet, Server, World, STREAM_PORT};
+use crate::world::{interface_index, Packet, Server, World, PROXY, STREAM_PORT};
 
 /// One cgroup for each target, and a TPROXY server.
 const BASIC: &str = "
@@ -22,12 +23,6 @@ direct = /direct
 drop   = /drop
 mihomo = /proxied
 ";
-
-const PROXY: &str = "proxy mihomo";
-
-fn ip(text: &str) -> IpAddr {
-    text.parse().expect("an address")
-}
 
 /// Asserts who answers a request from `cgroup`.
 #[track_caller]
@@ -94,11 +89,8 @@ fn check_matrix(ground: &Ground, world: &mut World) {
 
 #[test]
 fn matrix_of_cgroups_that_exist() {
-    let Some(ground) = Ground::new("matrix") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("matrix");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     for (path, _) in MATRIX_CGROUPS {
         ground.cgroup(path);
     }
@@ -108,11 +100,8 @@ fn matrix_of_cgroups_that_exist() {
 
 #[test]
 fn matrix_of_cgroups_made_later() {
-    let Some(ground) = Ground::new("later") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("later");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let _daemon = Daemon::start(&ground, MATRIX, &[]);
     for (path, _) in MATRIX_CGROUPS {
         ground.cgroup(path);
@@ -135,9 +124,7 @@ fn matrix_of_cgroups_made_later() {
 
 #[test]
 fn parts_that_a_tproxy_leaves_alone_or_drops() {
-    let Some(ground) = Ground::new("parts") else {
-        return;
-    };
+    let ground = ground!("parts");
     let mut world = World::new(&ground);
     // TCP over IPv4 and IPv6, UDP over both. Ping is left alone whatever the setting.
     let (p, r, n) = (PROXY, "remote", "nobody");
@@ -188,11 +175,8 @@ fn parts_that_a_tproxy_leaves_alone_or_drops() {
 
 #[test]
 fn bypass_destinations() {
-    let Some(ground) = Ground::new("bypass") else {
-        return;
-    };
-    let _world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("bypass");
+    let (_world, _proxy) = World::with_proxy(&ground);
     // More of the world answers.
     ground.outside(|| {
         let extra = ["10.9.9.9", "172.16.9.9", "192.168.9.9", "100.64.9.9", "fd00:9::9"];
@@ -244,11 +228,8 @@ fn reaches_wire(world: &mut World, cgroup: &Path, to: SocketAddr) -> bool {
 
 #[test]
 fn multicast_broadcast_and_link_local_are_left_alone() {
-    let Some(ground) = Ground::new("multicast") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("multicast");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let cgroups = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     ip_batch(&[], "neigh add fe80::9 lladdr 02:00:00:00:00:02 dev in0\n");
     let _daemon = Daemon::start(&ground, BASIC, &[]);
@@ -268,11 +249,8 @@ fn multicast_broadcast_and_link_local_are_left_alone() {
 
 #[test]
 fn bypass_marks() {
-    let Some(ground) = Ground::new("bymark") else {
-        return;
-    };
-    let _world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("bymark");
+    let (_world, _proxy) = World::with_proxy(&ground);
     let config = format!("[global]\nbypass-mark = 0xff\nbypass-mark = 0x100/0x100\n{BASIC}");
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let _daemon = Daemon::start(&ground, &config, &[]);
@@ -286,11 +264,8 @@ fn bypass_marks() {
 
 #[test]
 fn bypass_users() {
-    let Some(ground) = Ground::new("byuser") else {
-        return;
-    };
-    let _world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("byuser");
+    let (_world, _proxy) = World::with_proxy(&ground);
     // By name (uid 1 wherever there is a passwd file) and by number.
     let config = format!("[global]\nbypass-user = daemon\nbypass-user = 4711\n{BASIC}");
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
@@ -320,11 +295,8 @@ fn ask_service(ground: &Ground, cgroup: &Path) -> Vec<String> {
 
 #[test]
 fn services_stay_reachable() {
-    let Some(ground) = Ground::new("services") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("services");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let cgroups = ["/drop", "/proxied", "/direct"].map(|path| ground.cgroup(path));
     let mut daemon = Daemon::start(&ground, BASIC, &[]);
     for default in ["direct", "drop", "mihomo"] {
@@ -351,9 +323,7 @@ fn services_stay_reachable() {
 
 #[test]
 fn dns_hijack() {
-    let Some(ground) = Ground::new("hijack") else {
-        return;
-    };
+    let ground = ground!("hijack");
     let _world = World::new(&ground);
     let _proxy = Server::start(PROXY, &[7001, 7002, 7003, 7004]);
     let _dns = Server::start("dns local", &[1053]);
@@ -424,11 +394,8 @@ fn dns_hijack() {
 /// applications that take an answer from nobody but whom they asked.
 #[test]
 fn dns_hijack_to_a_simple_resolver() {
-    let Some(ground) = Ground::new("simple") else {
-        return;
-    };
-    let _world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("simple");
+    let (_world, _proxy) = World::with_proxy(&ground);
     let cgroup = ground.cgroup("/proxied");
     let any = |family: &str| ip(if family == "v4" { "0.0.0.0" } else { "::" });
     // for each family a socket of its own, or one for both
@@ -465,9 +432,7 @@ fn dns_hijack_to_a_simple_resolver() {
 
 #[test]
 fn dns_of_this_host_and_of_bypassed_addresses_is_left_alone() {
-    let Some(ground) = Ground::new("nohijack") else {
-        return;
-    };
+    let ground = ground!("nohijack");
     let _world = World::new(&ground);
     let _dns = Server::start("dns local", &[1053]);
     let _own = Server::start("own", &[53]);
@@ -496,9 +461,7 @@ fn dns_of_this_host_and_of_bypassed_addresses_is_left_alone() {
 
 #[test]
 fn proxy_down() {
-    let Some(ground) = Ground::new("down") else {
-        return;
-    };
+    let ground = ground!("down");
     let mut world = World::new(&ground);
     // Wildcard listeners on the very ports that the clients dial.
     let _local = Server::start("local", &[80, 443]);
@@ -554,9 +517,7 @@ fn close_early(cgroup: &Path, times: u32) {
 
 #[test]
 fn early_closes_send_nothing_to_the_true_destination() {
-    let Some(ground) = Ground::new("early") else {
-        return;
-    };
+    let ground = ground!("early");
     let mut world = World::new(&ground);
     let _proxy = Server::stream(PROXY, &[7893]);
     let cgroup = ground.cgroup("/proxied");
@@ -573,9 +534,7 @@ fn early_closes_send_nothing_to_the_true_destination() {
 
 #[test]
 fn early_closes_of_direct_flows_reach_their_peer() {
-    let Some(ground) = Ground::new("reset") else {
-        return;
-    };
+    let ground = ground!("reset");
     let mut world = World::new(&ground);
     let _proxy = Server::stream(PROXY, &[7893]);
     let cgroup = ground.cgroup("/direct");
@@ -596,11 +555,8 @@ fn early_closes_of_direct_flows_reach_their_peer() {
 
 #[test]
 fn everything_by_default() {
-    let Some(ground) = Ground::new("default") else {
-        return;
-    };
-    let mut world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("default");
+    let (mut world, _proxy) = World::with_proxy(&ground);
     let cgroups = ["/direct/child", "/drop", "/proxied"].map(|path| ground.cgroup(path));
     // The test's own process: no cgroup below the root that is watched.
     let elsewhere = Path::new(crate::ground::CGROUPS);
@@ -624,9 +580,7 @@ fn everything_by_default() {
 /// those answers dropped, the host would be lost to its own link.
 #[test]
 fn default_drop_keeps_the_host_on_its_link() {
-    let Some(ground) = Ground::new("ndp") else {
-        return;
-    };
+    let ground = ground!("ndp");
     let _world = World::new(&ground);
     let _daemon = Daemon::start(&ground, &format!("[global]\ndefault = drop\n{BASIC}"), &[]);
     let cgroup = ground.cgroup("/direct");
@@ -644,9 +598,7 @@ fn default_drop_keeps_the_host_on_its_link() {
 
 #[test]
 fn several_proxies() {
-    let Some(ground) = Ground::new("several") else {
-        return;
-    };
+    let ground = ground!("several");
     let _world = World::new(&ground);
     let _a = Server::start("proxy a", &[7001]);
     let _b = Server::start("proxy b", &[7002]);
@@ -702,11 +654,8 @@ table inet watch {
 
 #[test]
 fn foreign_mark_bits_stay() {
-    let Some(ground) = Ground::new("bits") else {
-        return;
-    };
-    let _world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("bits");
+    let (_world, _proxy) = World::with_proxy(&ground);
     let cgroup = ground.cgroup("/proxied");
     load(WATCH);
     let _daemon = Daemon::start(&ground, BASIC, &[]);
@@ -722,11 +671,8 @@ fn foreign_mark_bits_stay() {
 
 #[test]
 fn another_mask_and_table() {
-    let Some(ground) = Ground::new("mask") else {
-        return;
-    };
-    let _world = World::new(&ground);
-    let _proxy = Server::start(PROXY, &[7893]);
+    let ground = ground!("mask");
+    let (_world, _proxy) = World::with_proxy(&ground);
     let cgroup = ground.cgroup("/proxied");
     let config = format!(
         "[global]\nfwmark-mask = 0x0000ff00\nroute-table = 4711\nrule-priority = 77\n{BASIC}"
@@ -785,9 +731,7 @@ fn flow_over_reload(old: &str, new: &str, patience: Duration) -> Option<String> 
 
 #[test]
 fn a_policy_change_cuts_what_was_direct_and_spares_what_was_proxied() {
-    let Some(_ground) = Ground::new("changes") else {
-        return;
-    };
+    let _ground = ground!("changes");
     let (cut, far, proxied) = (None, Some("far"), Some(PROXY));
     let changes = [
         ("direct|", "direct|mihomo = /app", cut),

@@ -14,9 +14,7 @@ const WRONG: &str = "[rules]\ndrp = /drop\n";
 
 #[test]
 fn a_start_that_fails_is_tried_again() {
-    let Some(ground) = Ground::new("wait") else {
-        return;
-    };
+    let ground = ground!("wait");
     let _world = World::new(&ground);
     let _any = Server::start("any", &[1]);
     let cgroup = ground.cgroup("/drop");
@@ -45,9 +43,7 @@ fn a_start_that_fails_is_tried_again() {
 
 #[test]
 fn it_ends_while_it_waits() {
-    let Some(ground) = Ground::new("waitend") else {
-        return;
-    };
+    let ground = ground!("waitend");
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR2] {
         let mut daemon = Daemon::spawn(&ground, WRONG, &["-w"], &[]);
         assert!(daemon.wait_log("unable to start yet", SETTLE), "{}", daemon.logs());

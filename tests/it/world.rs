@@ -42,6 +42,9 @@ enum Tcp {
     Stream,
 }
 
+/// What the proxy says who it is.
+pub const PROXY: &str = "proxy mihomo";
+
 impl Server {
     /// Listens on `ports`.
     pub fn start(name: &str, ports: &[u16]) -> Server {
@@ -311,6 +314,11 @@ impl World {
             _remote: Server::start("remote", &[53, 80, 443]),
             _stream: Server::stream("remote", &[STREAM_PORT]),
         })
+    }
+
+    /// With the proxy that most configurations name, on this host.
+    pub fn with_proxy(ground: &Ground) -> (World, Server) {
+        (World::new(ground), Server::start(PROXY, &[7893]))
     }
 }
 

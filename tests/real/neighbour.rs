@@ -8,11 +8,11 @@ use std::time::Duration;
 use super::{report, which, Process, Verdict};
 use crate::client::{Client, Proto, SILENCE};
 use crate::daemon::Daemon;
-use crate::gateway::{Lan, PROXY};
+use crate::gateway::Lan;
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::kernel::await_member;
 use crate::wait_until;
-use crate::world::{Server, World};
+use crate::world::{Server, World, PROXY};
 
 pub struct Neighbour {
     name: &'static str,
@@ -321,9 +321,7 @@ fn neighbours() {
             report(name, "start", Err(format!("SKIP: no {missing}")));
             continue;
         }
-        let Some(ground) = Ground::new("neighbour") else {
-            return;
-        };
+        let ground = ground!("neighbour");
         let world = World::new(&ground);
         let lan = Lan::new(&ground);
         let _proxy = Server::start(PROXY, &[7893]);
