@@ -25,6 +25,16 @@ const READY: Duration = Duration::from_secs(30);
 /// For [`Daemon::spawn`]: a debug build that does not own its table, as on kernels before 6.9.
 pub const UNOWNED: (&str, &str) = ("CGTPROXY_UNOWNED", "1");
 
+/// A cgroup for each target, and a proxy on this host.
+pub const POLICY: &str = "
+[tproxy mihomo]
+port = 7893
+[rules]
+direct = /direct
+drop   = /drop
+mihomo = /proxied
+";
+
 /// The program under test: what CGTPROXY_BIN names; else the static binary of `make`, unless a source
 /// is newer; else what cargo has built for this test, which is never old.
 pub fn binary() -> PathBuf {

@@ -1,5 +1,5 @@
 //! Flows that conntrack has forgotten, or knows the wrong way round, or never sees: what their
-//! sockets' cgroups say holds all the same.
+//! sockets' cgroups say holds all the same. The proxy itself is in `/direct`.
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::client::{expect, socket_of, under, Client, Outcome, Proto};
-use crate::daemon::{run_with, Daemon};
+use crate::daemon::{run_with, Daemon, POLICY};
 use crate::gateway::{ip, Lan};
 use crate::ground::{addr, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{forget_flows, load, nft};
@@ -17,16 +17,6 @@ use crate::wait_until;
 use crate::world::{
     bind_fd, raw_addr, recv_datagram, set, Packet, Server, World, PROXY, STREAM_PORT,
 };
-
-/// The proxy itself is in `/direct`.
-const RULES: &str = "
-[tproxy mihomo]
-port = 7893
-[rules]
-direct = /direct
-drop   = /drop
-mihomo = /proxied
-";
 
 const PORT: u16 = 80;
 
@@ -139,7 +129,7 @@ fn the_proxy_speaks_first() {
     };
     short_lived_flows();
     for (default, of_default) in [("direct", "remote"), ("mihomo", "proxy"), ("drop", "nobody")] {
-        let config = format!("[global]\ndefault = {default}\n{RULES}");
+        let config = format!("[global]\ndefault = {default}\n{POLICY}");
         let daemon = Daemon::start(&ground, &config, &[]);
         for (remote, neighbour, host) in places() {
             let proxy = spoof(&direct, any(host));
@@ -203,7 +193,7 @@ fn connections_go_on_while_their_flows_are_forgotten() {
     for (default, more) in
         [("direct", ""), ("mihomo", ""), ("drop", ""), ("direct", "[tproxy other]\nport = 7894\n")]
     {
-        let config = format!("[global]\ndefault = {default}\n{more}{RULES}");
+        let config = format!("[global]\ndefault = {default}\n{more}{POLICY}");
         let daemon = Daemon::start(&ground, &config, &[]);
         world.wire.packets();
         while_flows_are_forgotten(|| {
@@ -229,7 +219,7 @@ fn flows_of_clients_are_forgotten() {
     short_lived_flows();
     let gateway = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n";
     for default in ["direct", "mihomo", "drop"] {
-        let config = format!("[global]\ndefault = {default}\n{RULES}{gateway}");
+        let config = format!("[global]\ndefault = {default}\n{POLICY}{gateway}");
         let daemon = Daemon::start(&ground, &config, &[]);
         let hosts = [ip("198.51.100.10"), ip("2001:db8:3::10")];
         for ((remote, neighbour, host), client) in places().into_iter().zip(hosts) {
@@ -258,7 +248,7 @@ fn flows_of_clients_are_forgotten() {
     }
     // TCP, with the proxy in a cgroup that is direct (here by default).
     let _proxy = Server::stream(PROXY, &[7893]);
-    let _daemon = Daemon::start(&ground, &format!("{RULES}{gateway}"), &[]);
+    let _daemon = Daemon::start(&ground, &format!("{POLICY}{gateway}"), &[]);
     world.wire.packets();
     while_flows_are_forgotten(|| {
         for ip in [REMOTE4, REMOTE6] {
@@ -289,7 +279,7 @@ fn untracked_packets_are_classified() {
         load(&format!("table inet others {{\n{chains}}}\n"));
         for default in ["direct", "mihomo", "drop"] {
             println!("{hooks:?} default {default}");
-            let config = format!("[global]\ndefault = {default}\n{RULES}");
+            let config = format!("[global]\ndefault = {default}\n{POLICY}");
             let daemon = Daemon::start(&ground, &config, &[]);
             let [proxied, dropped, direct] = cgroups.each_ref().map(|path| path.as_path());
             world.wire.packets();
@@ -316,7 +306,7 @@ fn marks_of_forgotten_flows_are_restored_by_others() {
     let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
     let gateway = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n";
     for (more, proxies) in [("", 1), ("[tproxy other]\nport = 7894\n", 2)] {
-        let _daemon = Daemon::start(&ground, &format!("{more}{RULES}{gateway}"), &[]);
+        let _daemon = Daemon::start(&ground, &format!("{more}{POLICY}{gateway}"), &[]);
         for (hook, kind, priority) in [
             ("prerouting", "filter", -160),
             ("prerouting", "filter", -140),
@@ -364,7 +354,7 @@ fn a_foreign_source_is_no_way_out() {
     let lan = Lan::new(&ground);
     const IPV6_FREEBIND: libc::c_int = 78;
     let gateway = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n";
-    let _daemon = Daemon::start(&ground, &format!("{RULES}{gateway}"), &[]);
+    let _daemon = Daemon::start(&ground, &format!("{POLICY}{gateway}"), &[]);
     for path in ["/drop", "/proxied"] {
         let fd = socket_of(&ground.cgroup(path), libc::AF_INET6, libc::SOCK_DGRAM);
         crate::kernel::await_member(&ground.at(path), &path[1..].replace("proxied", "mihomo"));
@@ -391,7 +381,7 @@ fn a_port_that_is_used_again() {
     let proxies = [("0.0.0.0", 7893), ("::", 7893)];
     let proxies = proxies.map(|(any, port)| spoof(&cgroups[2], addr(ip(any), port)));
     for (default, of_default) in [("direct", "remote"), ("mihomo", "proxy"), ("drop", "nobody")] {
-        let config = format!("[global]\ndefault = {default}\n{RULES}");
+        let config = format!("[global]\ndefault = {default}\n{POLICY}");
         let daemon = Daemon::start(&ground, &config, &[]);
         for ((remote, _, host), proxy) in places().into_iter().zip(&proxies) {
             forget_flows();
@@ -430,7 +420,7 @@ fn a_query_from_a_port_that_is_used_again() {
         ("udp = no\ndns-hijack-local = yes\n", "nobody"),
     ] {
         let rules = format!("{hijack}{more}[rules]");
-        let daemon = Daemon::start(&ground, &RULES.replace("[rules]", &rules), &[]);
+        let daemon = Daemon::start(&ground, &POLICY.replace("[rules]", &rules), &[]);
         // nobody is there
         for (to, host) in [("198.18.0.1", HOST4), ("2001:db8:ffff::1", HOST6)] {
             let any = if host.is_ipv4() { "0.0.0.0" } else { "::" };
@@ -458,7 +448,7 @@ fn another_mask_by_a_reload() {
     let proxies = [("0.0.0.0", 7893), ("::", 7893)];
     let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));
     let policy = |default: &str, mask: &str| {
-        format!("[global]\ndefault = {default}\nfwmark-mask = {mask}\n{RULES}")
+        format!("[global]\ndefault = {default}\nfwmark-mask = {mask}\n{POLICY}")
     };
     for default in ["direct", "mihomo", "drop"] {
         let daemon = Daemon::start(&ground, &policy(default, "0xff000000"), &[]);
@@ -530,7 +520,7 @@ fn sockets_of_a_device_are_refused() {
     let ground = ground!("device");
     let (mut world, _proxy) = World::with_proxy(&ground);
     let cgroup = ground.cgroup("/proxied");
-    let config = "[tproxy other]\nport = 7894\n".to_owned() + RULES;
+    let config = "[tproxy other]\nport = 7894\n".to_owned() + POLICY;
     let daemon = Daemon::start(&ground, &config, &[]);
     for (remote, _, _) in places() {
         let fd = socket_of(&cgroup, family(remote), libc::SOCK_DGRAM);

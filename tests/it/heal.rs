@@ -8,20 +8,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::client::{expect, under, Client, Proto, SILENCE};
-use crate::daemon::{Daemon, UNOWNED};
+use crate::daemon::{Daemon, POLICY, UNOWNED};
 use crate::gateway::Lan;
 use crate::ground::{addr, ip_batch, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, nft, residue, state};
 use crate::wait_until;
-use crate::world::{Server, World, PROXY};
-
-const CONFIG: &str = "
-[tproxy mihomo]
-port = 7893
-[rules]
-drop   = /drop
-mihomo = /proxied
-";
+use crate::world::{World, PROXY};
 
 /// Runs a command line of ip or nft; whether it succeeded.
 fn shell(line: &str) -> bool {
@@ -140,7 +132,7 @@ fn an_owned_table_cannot_be_touched() {
     let ground = ground!("owned");
     let (mut world, _proxy) = World::with_proxy(&ground);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let daemon = Daemon::start(&ground, POLICY, &[]);
     let whole = state();
     let floods = [REMOTE4, REMOTE6].map(|ip| {
         [&dropped, &proxied].map(|cgroup| Client::udp(cgroup, addr(ip, 7)).flood().spawn())
@@ -173,7 +165,7 @@ fn a_table_that_others_change_is_repaired() {
     let ground = ground!("unowned");
     let (mut world, _proxy) = World::with_proxy(&ground);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
-    let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[UNOWNED]);
+    let mut daemon = Daemon::spawn(&ground, POLICY, &[], &[UNOWNED]);
     assert!(daemon.ready(), "{}", daemon.logs());
     let id = ground.at("/drop");
     let id = id.strip_prefix("/sys/fs/cgroup").expect("below the mount");
@@ -222,7 +214,7 @@ fn rules_and_routes_that_others_delete_are_repaired() {
     let ground = ground!("rules");
     let (mut world, _proxy) = World::with_proxy(&ground);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let daemon = Daemon::start(&ground, POLICY, &[]);
     let floods = [REMOTE4, REMOTE6].map(|ip| {
         [&dropped, &proxied].map(|cgroup| Client::udp(cgroup, addr(ip, 7)).flood().spawn())
     });
@@ -271,7 +263,7 @@ fn a_program_that_keeps_deleting() {
         ("ip -6 route del local default dev lo table 300", "2 default dev lo", &[]),
         ("nft flush ruleset", "table inet cgtproxy", &[UNOWNED]),
     ] {
-        let mut daemon = Daemon::spawn(&ground, CONFIG, &[], env);
+        let mut daemon = Daemon::spawn(&ground, POLICY, &[], env);
         assert!(daemon.ready(), "{}", daemon.logs());
         await_member(&proxied, "mihomo");
         let (before, busy) = (residue().matches(whole).count(), daemon.busy());
@@ -311,7 +303,7 @@ fn lo_may_be_down_at_the_start() {
     let lan = Lan::new(&ground);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
     ip_batch(&[], "link set lo down\n");
-    let config = format!("{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = mihomo\n");
+    let config = format!("{POLICY}[gateway lan]\ninterface = br-lan\ntarget = mihomo\n");
     let daemon = Daemon::start(&ground, &config, &[]);
     await_member(&proxied, "mihomo");
     // in force: nothing of a tproxy goes anywhere, and the rest as ever
@@ -364,7 +356,7 @@ fn a_table_that_another_owns() {
     assert!(wait_until(Duration::from_secs(5), there));
     let before = residue();
     let start = || {
-        let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[]);
+        let mut daemon = Daemon::spawn(&ground, POLICY, &[], &[]);
         assert!(!daemon.ready());
         assert_eq!(daemon.wait().code(), Some(1));
         let log = daemon.logs();
@@ -380,6 +372,6 @@ fn a_table_that_another_owns() {
     assert_eq!(residue(), before);
     drop(words);
     other.wait().expect("wait for nft");
-    assert!(Daemon::start(&ground, CONFIG, &[]).stop().success());
+    assert!(Daemon::start(&ground, POLICY, &[]).stop().success());
     assert_eq!(residue(), "");
 }

@@ -10,19 +10,11 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::client::{Client, Running};
-use crate::daemon::{run, Daemon, UNOWNED};
+use crate::daemon::{run, Daemon, POLICY, UNOWNED};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, ip_rules, residue, state};
 use crate::world::{Server, World};
 use crate::{sized, wait_until};
-
-const CONFIG: &str = "
-[tproxy mihomo]
-port = 7893
-[rules]
-drop   = /drop
-mihomo = /proxied
-";
 
 /// Floods out of a dropped and a proxied cgroup: TCP and UDP, both families.
 fn floods(ground: &Ground) -> Vec<Running> {
@@ -96,8 +88,8 @@ fn hand_overs(ground: &Ground, env: &[(&str, &str)]) {
         assert!(daemon.ready(), "{}", daemon.logs());
         daemon
     };
-    let keep = format!("[global]\non-exit = keep\n{CONFIG}");
-    let mut daemon = start(CONFIG);
+    let keep = format!("[global]\non-exit = keep\n{POLICY}");
+    let mut daemon = start(POLICY);
     let floods = floods(ground);
     await_member(&ground.at("/proxied"), "mihomo");
     let before = state();
@@ -114,7 +106,7 @@ fn hand_overs(ground: &Ground, env: &[(&str, &str)]) {
         }
         leaked.extend(world.wire.to_remote());
         assert_eq!(state(), before, "restart {i}: between the two");
-        daemon = start(if end == 0 { &keep } else { CONFIG });
+        daemon = start(if end == 0 { &keep } else { POLICY });
         leaked.extend(world.wire.to_remote());
         assert_eq!(state(), before, "restart {i}");
     }
@@ -124,7 +116,7 @@ fn hand_overs(ground: &Ground, env: &[(&str, &str)]) {
     drop(floods);
     floods_are_seen(ground, &mut world);
     // a stop with another configuration removes all
-    daemon.configure(CONFIG);
+    daemon.configure(POLICY);
     daemon.reload();
     assert!(daemon.stop().success());
     assert_eq!(residue(), "");
@@ -149,14 +141,14 @@ fn nor_where_the_table_cannot_be_owned() {
 fn the_next_one_waits_for_the_last() {
     let ground = ground!("overlap");
     let (mut world, _proxy) = World::with_proxy(&ground);
-    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
+    let mut daemon = Daemon::start(&ground, POLICY, &[]);
     let floods = floods(&ground);
     await_member(&ground.cgroup("/drop"), "drop");
     await_member(&ground.cgroup("/proxied"), "mihomo");
     let before = state();
     world.wire.packets();
     for i in 0..sized(20, 200) {
-        let mut next = Daemon::spawn(&ground, CONFIG, &[], &[]);
+        let mut next = Daemon::spawn(&ground, POLICY, &[], &[]);
         // before, while and after the next one looks
         std::thread::sleep(Duration::from_millis(i as u64 % 20));
         daemon.leave();
@@ -168,7 +160,7 @@ fn the_next_one_waits_for_the_last() {
     drop(floods);
     // not for ever
     let start = Instant::now();
-    let mut second = Daemon::spawn(&ground, CONFIG, &[], &[]);
+    let mut second = Daemon::spawn(&ground, POLICY, &[], &[]);
     assert_eq!(second.wait().code(), Some(1));
     assert!(second.logs().contains("already running"), "{}", second.logs());
     assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
@@ -181,10 +173,10 @@ fn the_next_one_waits_for_the_last() {
 #[test]
 fn a_waiting_start_ends_at_once() {
     let ground = ground!("impatient");
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let daemon = Daemon::start(&ground, POLICY, &[]);
     let before = state();
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR2] {
-        let mut second = Daemon::spawn(&ground, CONFIG, &[], &[]);
+        let mut second = Daemon::spawn(&ground, POLICY, &[], &[]);
         let blocked = |second: &Daemon| {
             let set = u64::from_str_radix(&second.process("SigBlk"), 16).unwrap_or(0);
             set & 1 << (signal as i32 - 1) != 0
@@ -205,7 +197,7 @@ fn a_waiting_start_ends_at_once() {
 #[test]
 fn status_without_a_daemon() {
     let ground = ground!("alone");
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let daemon = Daemon::start(&ground, POLICY, &[]);
     let config = daemon.config.clone();
     let status = |args: &[&str]| {
         let config = config.to_str().expect("UTF-8");
@@ -231,12 +223,12 @@ fn status_without_a_daemon() {
     assert!(left.is_some_and(|n| n.parse::<u64>().is_ok_and(|n| n < 60)), "{json}");
     assert!(json.contains("\"unknown\":2") && json.contains("\"daemon\":null"), "{json}");
     // one that is killed has no chance to say when
-    Daemon::start(&ground, CONFIG, &[]).kill9();
+    Daemon::start(&ground, POLICY, &[]).kill9();
     let text = status(&[]);
     let said = "nothing new is classified; cgroups that the table does not know: 0\n";
     assert!(text.contains(said), "{text}");
     // without a table there is nothing to know
-    assert!(Daemon::start(&ground, CONFIG, &[]).stop().success());
+    assert!(Daemon::start(&ground, POLICY, &[]).stop().success());
     let text = status(&[]);
     assert_eq!(text.lines().next().map(|line| line.contains("not there")), Some(true), "{text}");
     assert!(!text.contains("nothing new"), "{text}");
@@ -253,7 +245,7 @@ fn left_at_any_moment() {
     ground.cgroup("/proxied");
     let pidfile = ground.dir.join("pid");
     let options = ["-p", pidfile.to_str().expect("UTF-8")];
-    let daemon = Daemon::start(&ground, CONFIG, &options);
+    let daemon = Daemon::start(&ground, POLICY, &options);
     let before = state();
     assert!(pidfile.exists());
     let log = daemon.config.with_extension("log");
@@ -263,7 +255,7 @@ fn left_at_any_moment() {
     assert!(said.contains("left in force for the next start"), "{said}");
     assert_eq!(state(), before);
     for i in 0..sized(30, 300) {
-        let mut daemon = Daemon::spawn(&ground, CONFIG, &options, &[]);
+        let mut daemon = Daemon::spawn(&ground, POLICY, &options, &[]);
         std::thread::sleep(Duration::from_micros(i as u64 * 577 % 20_000));
         daemon.signal(Signal::SIGUSR2);
         let status = daemon.wait();
@@ -273,6 +265,6 @@ fn left_at_any_moment() {
         assert_eq!(state(), before, "{status}");
     }
     assert!(!ip_rules("-4").is_empty());
-    assert!(Daemon::start(&ground, CONFIG, &[]).stop().success());
+    assert!(Daemon::start(&ground, POLICY, &[]).stop().success());
     assert_eq!(residue(), "");
 }

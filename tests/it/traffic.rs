@@ -7,22 +7,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::client::{answers, expect, expect_as, under, Client, Outcome, Proto, SILENCE};
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, POLICY};
 use crate::gateway::ip;
 use crate::ground::{addr, ip_batch, Ground, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, ip_rules, load, nft};
 use crate::wait_until;
 use crate::world::{interface_index, Packet, Server, World, PROXY, STREAM_PORT};
-
-/// One cgroup for each target, and a TPROXY server.
-const BASIC: &str = "
-[tproxy mihomo]
-port = 7893
-[rules]
-direct = /direct
-drop   = /drop
-mihomo = /proxied
-";
 
 /// Asserts who answers a request from `cgroup`.
 #[track_caller]
@@ -189,7 +179,7 @@ fn bypass_destinations() {
          bypass = 203.0.113.104/29
          bypass = 2001:db8:2::ff00/120
          bypass = private
-         {BASIC}"
+         {POLICY}"
     );
     let cgroups = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let _daemon = Daemon::start(&ground, &config, &[]);
@@ -232,7 +222,7 @@ fn multicast_broadcast_and_link_local_are_left_alone() {
     let (mut world, _proxy) = World::with_proxy(&ground);
     let cgroups = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     ip_batch(&[], "neigh add fe80::9 lladdr 02:00:00:00:00:02 dev in0\n");
-    let _daemon = Daemon::start(&ground, BASIC, &[]);
+    let _daemon = Daemon::start(&ground, POLICY, &[]);
     for cgroup in &cgroups {
         assert!(!reaches_wire(&mut world, cgroup, addr(REMOTE4, 5353)));
         for to in ["224.0.0.251", "239.1.2.3", "255.255.255.255", "192.0.2.255", "169.254.9.9"] {
@@ -251,7 +241,7 @@ fn multicast_broadcast_and_link_local_are_left_alone() {
 fn bypass_marks() {
     let ground = ground!("bymark");
     let (_world, _proxy) = World::with_proxy(&ground);
-    let config = format!("[global]\nbypass-mark = 0xff\nbypass-mark = 0x100/0x100\n{BASIC}");
+    let config = format!("[global]\nbypass-mark = 0xff\nbypass-mark = 0x100/0x100\n{POLICY}");
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let _daemon = Daemon::start(&ground, &config, &[]);
     for (mark, left_alone) in [(0, false), (0xfe, false), (0xff, true), (0x1fe, true)] {
@@ -267,7 +257,7 @@ fn bypass_users() {
     let ground = ground!("byuser");
     let (_world, _proxy) = World::with_proxy(&ground);
     // By name (uid 1 wherever there is a passwd file) and by number.
-    let config = format!("[global]\nbypass-user = daemon\nbypass-user = 4711\n{BASIC}");
+    let config = format!("[global]\nbypass-user = daemon\nbypass-user = 4711\n{POLICY}");
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let _daemon = Daemon::start(&ground, &config, &[]);
     for (uid, left_alone) in [(0, false), (1, true), (4710, false), (4711, true), (4712, false)] {
@@ -298,7 +288,7 @@ fn services_stay_reachable() {
     let ground = ground!("services");
     let (mut world, _proxy) = World::with_proxy(&ground);
     let cgroups = ["/drop", "/proxied", "/direct"].map(|path| ground.cgroup(path));
-    let mut daemon = Daemon::start(&ground, BASIC, &[]);
+    let mut daemon = Daemon::start(&ground, POLICY, &[]);
     for default in ["direct", "drop", "mihomo"] {
         for cgroup in &cgroups {
             assert_eq!(ask_service(&ground, cgroup), ["service"; 4], "default = {default}");
@@ -316,7 +306,7 @@ fn services_stay_reachable() {
         assert_eq!(world.wire.to_remote(), []);
         drop(daemon);
         let next = if default == "direct" { "drop" } else { "mihomo" };
-        let config = format!("[global]\ndefault = {next}\n{BASIC}");
+        let config = format!("[global]\ndefault = {next}\n{POLICY}");
         daemon = Daemon::start(&ground, &config, &[]);
     }
 }
@@ -521,12 +511,12 @@ fn early_closes_send_nothing_to_the_true_destination() {
     let mut world = World::new(&ground);
     let _proxy = Server::stream(PROXY, &[7893]);
     let cgroup = ground.cgroup("/proxied");
-    let daemon = Daemon::start(&ground, BASIC, &[]);
+    let daemon = Daemon::start(&ground, POLICY, &[]);
     close_early(&cgroup, 100);
     assert_eq!(world.wire.to_remote(), []);
     daemon.stop();
 
-    let _daemon = Daemon::start(&ground, &format!("[global]\ndefault = mihomo\n{BASIC}"), &[]);
+    let _daemon = Daemon::start(&ground, &format!("[global]\ndefault = mihomo\n{POLICY}"), &[]);
     close_early(&cgroup, 100);
     close_early(&ground.root, 20);
     assert_eq!(world.wire.to_remote(), [], "with default = mihomo");
@@ -539,7 +529,7 @@ fn early_closes_of_direct_flows_reach_their_peer() {
     let _proxy = Server::stream(PROXY, &[7893]);
     let cgroup = ground.cgroup("/direct");
     for default in ["direct", "mihomo", "drop"] {
-        let config = format!("[global]\ndefault = {default}\n{BASIC}");
+        let config = format!("[global]\ndefault = {default}\n{POLICY}");
         let daemon = Daemon::start(&ground, &config, &[]);
         close_early(&cgroup, 20);
         let mut packets = Vec::new();
@@ -563,7 +553,7 @@ fn everything_by_default() {
     let other = ground.cgroup("/other/child");
     for (default, want) in [("drop", "drop"), ("mihomo", PROXY), ("direct", "direct")] {
         println!("default = {default}");
-        let config = format!("[global]\ndefault = {default}\n{BASIC}");
+        let config = format!("[global]\ndefault = {default}\n{POLICY}");
         let daemon = Daemon::start(&ground, &config, &[]);
         world.wire.packets();
         expect(&[(&other, under(want)), (&ground.root, under(want)), (elsewhere, under(want))]);
@@ -582,7 +572,7 @@ fn everything_by_default() {
 fn default_drop_keeps_the_host_on_its_link() {
     let ground = ground!("ndp");
     let _world = World::new(&ground);
-    let _daemon = Daemon::start(&ground, &format!("[global]\ndefault = drop\n{BASIC}"), &[]);
+    let _daemon = Daemon::start(&ground, &format!("[global]\ndefault = drop\n{POLICY}"), &[]);
     let cgroup = ground.cgroup("/direct");
     ground.outside(|| {
         ip_batch(&[], "neigh del 2001:db8:1::1 dev out0\nneigh del 192.0.2.1 dev out0\n");
@@ -658,7 +648,7 @@ fn foreign_mark_bits_stay() {
     let (_world, _proxy) = World::with_proxy(&ground);
     let cgroup = ground.cgroup("/proxied");
     load(WATCH);
-    let _daemon = Daemon::start(&ground, BASIC, &[]);
+    let _daemon = Daemon::start(&ground, POLICY, &[]);
     expect_as(|client| client.mark(0x123456), &[(&cgroup, under(PROXY))]);
     let list = nft(&["list", "chain", "inet", "watch", "see"], "").stdout;
     let list = String::from_utf8_lossy(&list).into_owned();
@@ -675,7 +665,7 @@ fn another_mask_and_table() {
     let (_world, _proxy) = World::with_proxy(&ground);
     let cgroup = ground.cgroup("/proxied");
     let config = format!(
-        "[global]\nfwmark-mask = 0x0000ff00\nroute-table = 4711\nrule-priority = 77\n{BASIC}"
+        "[global]\nfwmark-mask = 0x0000ff00\nroute-table = 4711\nrule-priority = 77\n{POLICY}"
     );
     let _daemon = Daemon::start(&ground, &config, &[]);
     expect_as(|client| client.mark(0xab0000cd), &[(&cgroup, under(PROXY))]);
