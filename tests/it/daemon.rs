@@ -16,6 +16,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
 use crate::ground::{pipe, Ground};
+use crate::kernel::residue;
 use crate::wait_until;
 
 /// How long it may take to start, reload or end, on a machine that others keep busy. What ends waits
@@ -221,6 +222,21 @@ impl Daemon {
         let done = wait_until(READY, || said(self));
         assert!(done, "no line about the reload:\n{}", self.logs());
         self.logs()[before..].to_owned()
+    }
+
+    /// A reload with another configuration; what the program logs of it.
+    pub fn reconfigure(&self, text: &str) -> String {
+        self.configure(text);
+        self.reload()
+    }
+
+    /// SIGTERM, after which nothing of it is in the kernel.
+    #[track_caller]
+    pub fn stop_clean(mut self) {
+        self.signal(Signal::SIGTERM);
+        let status = self.wait();
+        assert_eq!(status.code(), Some(0), "{status}: {}", self.logs());
+        assert_eq!(residue(), "");
     }
 
     /// SIGTERM, and how it exited.

@@ -6,7 +6,7 @@ use std::path::Path;
 use crate::client::{Client, Outcome, Proto};
 use crate::daemon::Daemon;
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
-use crate::kernel::{await_member, residue, table};
+use crate::kernel::{await_member, table};
 use crate::world::{Server, World};
 
 const CONFIG: &str = "
@@ -123,7 +123,6 @@ fn demo() {
         "\nIn the kernel meanwhile: {} lines of nftables, ip rules, a route. SIGTERM:",
         table().lines().count()
     );
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.stop_clean();
     println!("    nothing of cgtproxy is left in the kernel");
 }

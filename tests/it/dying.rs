@@ -131,8 +131,7 @@ fn sockets_outlive_their_cgroup() {
     daemon.kill9();
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     check(1, "after kill -9");
-    daemon.configure(&CONFIG.replace("port = 7893", "port = 7893\n[tproxy other]\nport = 7894"));
-    daemon.reload();
+    daemon.reconfigure(&CONFIG.replace("port = 7893", "port = 7893\n[tproxy other]\nport = 7894"));
     check(2, "after a reload");
     drop(held);
     assert!(wait_until(PATIENCE, || !matches_dying()), "{}", table());

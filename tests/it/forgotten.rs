@@ -454,15 +454,13 @@ fn another_mask_by_a_reload() {
         let daemon = Daemon::start(&ground, &policy(default, "0xff000000"), &[]);
         for ((remote, _, host), proxy) in places().into_iter().zip(&proxies) {
             for mask in ["0x00ff0000", "0xf0000000", "0x0ff00000", "0xff000000"] {
-                daemon.configure(&policy(default, "0xff000000"));
-                daemon.reload();
+                daemon.reconfigure(&policy(default, "0xff000000"));
                 let app = udp_of(&proxied, addr(host, 0));
                 let at = app.local_addr().expect("an address");
                 let speaker = spoof(&direct, remote);
                 for mask in ["", mask] {
                     if !mask.is_empty() {
-                        daemon.configure(&policy(default, mask));
-                        daemon.reload();
+                        daemon.reconfigure(&policy(default, mask));
                     }
                     assert_eq!(speaker.send_to(b"y", at).expect("send"), 1);
                     let who = reaches(&app, remote, &[proxy, &speaker], &mut world);
@@ -498,8 +496,7 @@ fn datagrams_go_where_their_cgroup_is_to_go_now() {
         let app = udp_of(&app_cgroup, addr(host, 0));
         for default in ["direct", "mihomo", "drop"] {
             for target in ["mihomo", "direct", "", "mihomo", "drop", "", "direct", "mihomo", ""] {
-                daemon.configure(&policy(default, target));
-                daemon.reload();
+                daemon.reconfigure(&policy(default, target));
                 let want = match if target.is_empty() { default } else { target } {
                     "mihomo" => "proxy",
                     "drop" => "nobody",

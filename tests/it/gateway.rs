@@ -18,7 +18,7 @@ use nix::sched::{setns, unshare, CloneFlags};
 use crate::client::{Client, Outcome, Proto, Running, SILENCE};
 use crate::daemon::Daemon;
 use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
-use crate::kernel::{ip_rules, nft, residue};
+use crate::kernel::{ip_rules, nft};
 use crate::wait_until;
 use crate::world::{Packet, Server, World, PROXY, STREAM_PORT};
 
@@ -248,8 +248,7 @@ fn clients_are_proxied_whatever_the_sysctls() {
                 }
             }
         }
-        assert!(daemon.stop().success());
-        assert_eq!(residue(), "");
+        daemon.stop_clean();
     }
     lan.direct(1);
 }
@@ -291,8 +290,7 @@ fn bridge_netfilter_fails_closed() {
     let log = daemon.reload();
     assert!(log.contains("bridge-nf-call-iptables"), "{log}");
     // Other targets need no socket.
-    daemon.configure("[gateway lan]\ninterface = br-lan\ntarget = drop\n");
-    let log = daemon.reload();
+    let log = daemon.reconfigure("[gateway lan]\ninterface = br-lan\ntarget = drop\n");
     assert!(!log.contains("bridge-nf-call-iptables"), "{log}");
     world.wire.packets();
     lan.dropped(0);
@@ -413,8 +411,7 @@ fn sections_in_order() {
         match &daemon {
             None => daemon = Some(Daemon::start(&ground, &config, &[])),
             Some(daemon) => {
-                daemon.configure(&config);
-                let log = daemon.reload();
+                let log = daemon.reconfigure(&config);
                 assert!(!log.contains("error"), "{log}");
             }
         }
@@ -558,8 +555,7 @@ fn dns_of_clients() {
         match &daemon {
             None => daemon = Some(Daemon::start(&ground, &config, &[])),
             Some(daemon) => {
-                daemon.configure(&config);
-                let log = daemon.reload();
+                let log = daemon.reconfigure(&config);
                 assert!(!log.contains("error"), "{log}");
             }
         }
@@ -656,8 +652,7 @@ fn reload_under_flows(early_demux: &str) {
         });
         assert!(under_way, "client {i} has no connection");
     }
-    daemon.configure(&config(1));
-    daemon.reload();
+    daemon.reconfigure(&config(1));
     world.wire.packets();
     let [proxied, direct] = flows;
     let outcome = direct.wait().0;

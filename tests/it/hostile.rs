@@ -647,8 +647,7 @@ fn a_socket_beside_the_proxy() {
     drop(other);
     assert_eq!(ask(), format!("proxy mihomo {to}"));
     assert_eq!(beside(893).err(), Some(nix::errno::Errno::EACCES));
-    daemon.configure(&config.replace("7893", "893"));
-    daemon.reload();
+    daemon.reconfigure(&config.replace("7893", "893"));
     assert_eq!(ask(), format!("proxy mihomo {to}"));
     assert!(daemon.stop().success());
 }

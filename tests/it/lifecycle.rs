@@ -121,8 +121,7 @@ fn killed_at_any_moment() {
         await_member(&ground.cgroup(&format!("/churn/x{round}")), "drop");
         let over_leftovers = state();
         assert!(!over_leftovers.1["cg_drop"].is_empty());
-        assert!(daemon.stop().success());
-        assert_eq!(residue(), "");
+        daemon.stop_clean();
         let daemon = Daemon::start(&ground, CONFIG, &[]);
         assert_eq!(over_leftovers, state(), "round {round}");
         daemon.kill9();
@@ -160,8 +159,7 @@ fn the_configuration_alone_decides_what_is_in_the_kernel() {
     let clean = POLICIES.map(|policy| {
         let daemon = Daemon::start(&ground, policy, &[]);
         let state = state();
-        assert!(daemon.stop().success());
-        assert_eq!(residue(), "");
+        daemon.stop_clean();
         state
     });
     assert_ne!(clean[0], clean[1]);
@@ -173,11 +171,9 @@ fn the_configuration_alone_decides_what_is_in_the_kernel() {
             assert!(daemon.stop().success());
 
             let daemon = Daemon::start(&ground, old, &[]);
-            daemon.configure(new);
-            daemon.reload();
+            daemon.reconfigure(new);
             assert_eq!(state(), clean[to], "reload from {from} to {to}");
-            assert!(daemon.stop().success());
-            assert_eq!(residue(), "");
+            daemon.stop_clean();
         }
     }
 }
@@ -289,8 +285,7 @@ fn the_cgroup_root_comes_back() {
         let json = String::from_utf8_lossy(&out.stdout).replace(' ', "");
         assert!(json.contains("\"rootless\":null"), "{json}");
     }
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.stop_clean();
 }
 
 /// However many reloads are asked for, all else has its turn between them, and the end comes first.
@@ -526,8 +521,7 @@ mihomo = /proxied
     let start = Instant::now();
     let mut leaked = Vec::new();
     for i in 0..200 {
-        daemon.configure(if i % 2 == 0 { other } else { CONFIG });
-        let log = daemon.reload();
+        let log = daemon.reconfigure(if i % 2 == 0 { other } else { CONFIG });
         assert!(!log.contains("error"), "{log}");
         // A set of the other policy only.
         assert_eq!(set_ids("cg_new").is_some(), i % 2 == 0, "reload {i}: {log}");
@@ -625,8 +619,7 @@ fn a_broken_file_changes_nothing() {
 
     // A good one is taken as ever.
     chmod(&daemon.config, 0o600);
-    daemon.configure("[rules]\ndrop = /proxied\n");
-    daemon.reload();
+    daemon.reconfigure("[rules]\ndrop = /proxied\n");
     expect(&[(&proxied, under("drop")), (&dropped, under("direct"))]);
     assert!(wrong.is_empty(), "not said, of what is wrong with\n{}", wrong.join("\n"));
 }
@@ -672,8 +665,7 @@ fn kept_on_exit() {
     // The next instance takes over, and leaves nothing.
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     assert_eq!(state(), before);
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.stop_clean();
 }
 
 #[test]
@@ -1025,8 +1017,7 @@ fn a_host_without_ipv6() {
     daemon.reload();
     let log = daemon.logs();
     assert_eq!(log.matches("IPv6").count(), 1, "said once: {log}");
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.stop_clean();
 }
 
 #[test]

@@ -159,8 +159,7 @@ fn instances_run_out() {
     let config = fs::read_to_string(&daemon.config).expect("read the configuration");
     let root = ground.root.to_str().expect("UTF-8");
     let moved = config.replace(root, other.to_str().expect("UTF-8"));
-    daemon.configure(&moved);
-    let log = daemon.reload();
+    let log = daemon.reconfigure(&moved);
     assert!(log.contains("fs.inotify.max_user_instances"), "{log}");
     assert!(log.contains("the old configuration stays"), "{log}");
     ground.within(&net, || {
@@ -168,8 +167,7 @@ fn instances_run_out() {
         await_member(&ground.cgroup("/apps/a"), "drop");
     });
     set_limit(&daemon, "max_inotify_instances", 10);
-    daemon.configure(&moved);
-    let log = daemon.reload();
+    let log = daemon.reconfigure(&moved);
     assert!(log.contains("reloaded"), "{log}");
     let member = ground.cgroup("/sub/apps/a");
     ground.within(&net, || await_member(&member, "drop"));
@@ -206,8 +204,7 @@ fn descriptors_run_out() {
     assert!(log.contains("every cgroup is watched again"), "{log}");
     assert!(log.matches("unable to poll").count() <= 2, "{log}");
     expect(&[(&dropped, under("drop"))]);
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.stop_clean();
 }
 
 /// Without memory nothing can go on, but the rules stay; with memory it goes on where it was.
@@ -241,8 +238,7 @@ fn memory_runs_out() {
     assert!(daemon.wait_log("memory had run out", SETTLE));
     let log = daemon.logs();
     assert!(log.matches("out of memory, waiting").count() == 1, "{log}");
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.stop_clean();
 }
 
 /// A command ends at once, and says why.
@@ -305,8 +301,7 @@ fn levels_are_right_or_refused() {
             let target = if path == dropped { "drop" } else { "direct" };
             expect(&[(path, under(target))]);
         }
-        assert_eq!(daemon.stop().code(), Some(0));
-        assert_eq!(residue(), "");
+        daemon.stop_clean();
     }
     let mut daemon = by_script(&ground, auto, &format!("{enter} \"$0\" \"$@\""));
     assert!(!daemon.ready());
@@ -343,8 +338,7 @@ fn a_level_that_the_kernel_refuses() {
         assert_eq!(log.matches("no cgroup deeper than level 253").count(), 1, "{log}");
         crate::ground::remove_tree(&ground.at("/ns/a"));
         await_member(&ground.cgroup("/ns/x"), "drop");
-        assert_eq!(daemon.stop().code(), Some(0));
-        assert_eq!(residue(), "");
+        daemon.stop_clean();
     }
 }
 
@@ -394,6 +388,5 @@ fn notifications_are_lost() {
     }
     let log = daemon.logs();
     assert!(log.contains("notifications were lost"), "{log}");
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.stop_clean();
 }

@@ -136,10 +136,9 @@ fn a_loop_is_told() {
     assert!(log.contains("its listener on port 7894 is in cgroup /other;"), "{log}");
     // One is a chain of the other: fine.
     let before = daemon.logs().len();
-    daemon.configure(
+    daemon.reconfigure(
         "[tproxy mihomo]\nport = 7893\n[tproxy other]\nport = 7894\n[rules]\nother = /proxy\n",
     );
-    daemon.reload();
     daemon.signal(Signal::SIGUSR1);
     let status = || daemon.logs()[before..].contains("status:");
     assert!(wait_until(Duration::from_secs(5), status));

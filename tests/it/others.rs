@@ -450,17 +450,14 @@ fn overtaken_by_a_tunnel() {
             ip_batch(&[family], "rule add pref 48 uidrange 0-4294967294 lookup 51820\n");
         }
         await_places(&daemon, other);
-        daemon.configure(&format!("[global]\nrule-priority = 80\n{config}"));
-        daemon.reload();
+        daemon.reconfigure(&format!("[global]\nrule-priority = 80\n{config}"));
         await_places(&daemon, other);
         all_well(&ground, &mut world, &lan);
-        daemon.configure(&format!("[global]\nrule-priority = 30\n{config}"));
-        daemon.reload();
+        daemon.reconfigure(&format!("[global]\nrule-priority = 30\n{config}"));
         await_places(&daemon, &(30..).take(before.len()).collect::<Vec<_>>());
         all_well(&ground, &mut world, &lan);
         // Whatever the place, all of it is found.
-        daemon.configure(&config);
-        daemon.reload();
+        daemon.reconfigure(&config);
         await_places(&daemon, other);
         daemon.kill9();
         let flushed = run(&["flush"]);

@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use crate::client::{expect, under};
 use crate::daemon::Daemon;
 use crate::ground::{chmod, Ground};
-use crate::kernel::{await_member, cgroup_id, residue, set_ids, SETTLE};
+use crate::kernel::{await_member, cgroup_id, set_ids, SETTLE};
 use crate::wait_until;
 use crate::world::{World, PROXY};
 
@@ -54,8 +54,7 @@ fn root_keeps_net_admin_alone() {
         assert_confined(&daemon, NET_ADMIN, seccomp);
         await_member(&ground.cgroup(&format!("/private/{seccomp}")), "mihomo");
         assert!(daemon.reload().contains("reloaded"));
-        assert!(daemon.stop().success());
-        assert_eq!(residue(), "");
+        daemon.stop_clean();
     }
 }
 
@@ -122,15 +121,13 @@ fn another_user_with_net_admin() {
     assert!(!is_member());
     // what can be seen from above is classified all the same
     await_member(&ground.at("/private"), "drop");
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.stop_clean();
 
     let mut daemon = as_nobody(&ground, "+net_admin,+dac_read_search");
     assert!(daemon.ready(), "{}", daemon.logs());
     assert_eq!(daemon.process("CapEff"), "0000000000001004");
     assert!(is_member(), "{}", daemon.logs());
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.stop_clean();
 
     let mut daemon = as_nobody(&ground, "+dac_read_search");
     assert!(!daemon.ready());

@@ -116,10 +116,8 @@ fn hand_overs(ground: &Ground, env: &[(&str, &str)]) {
     drop(floods);
     floods_are_seen(ground, &mut world);
     // a stop with another configuration removes all
-    daemon.configure(POLICY);
-    daemon.reload();
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.reconfigure(POLICY);
+    daemon.stop_clean();
 }
 
 #[test]
@@ -165,8 +163,7 @@ fn the_next_one_waits_for_the_last() {
     assert!(second.logs().contains("already running"), "{}", second.logs());
     assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
     assert_eq!(state(), before);
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.stop_clean();
 }
 
 /// Who waits for the lock, or to try again, ends at once when told to.
@@ -188,8 +185,7 @@ fn a_waiting_start_ends_at_once() {
         assert!(second.logs().contains("stopped while it started"), "{}", second.logs());
         assert_eq!(state(), before, "{signal}");
     }
-    assert!(daemon.stop().success());
-    assert_eq!(residue(), "");
+    daemon.stop_clean();
 }
 
 /// Until the next one starts, `status` says that nothing keeps the table in step, since when if the

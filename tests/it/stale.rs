@@ -324,16 +324,14 @@ fn flows_older_than_the_rule() {
     let mut old: Vec<Flow> = cgroups.iter().flat_map(|cgroup| remote.flows(cgroup)).collect();
     let mut others = remote.flows(&ground.cgroup("/other"));
     let daemon = Daemon::start(&ground, BEFORE, &[]);
-    daemon.configure(CONFIG);
-    daemon.reload();
+    daemon.reconfigure(CONFIG);
     expect_ended(&daemon, &mut old);
     expect_silence(&mut wire, &mut old, "after a reload");
     for flow in &mut others {
         assert!(flow.talk(), "{} is of another cgroup", flow.from());
     }
     // the same in a restart that takes over another policy
-    daemon.configure(BEFORE);
-    daemon.reload();
+    daemon.reconfigure(BEFORE);
     drop(old);
     let mut old: Vec<Flow> = cgroups.iter().flat_map(|cgroup| remote.flows(cgroup)).collect();
     daemon.kill9();
@@ -440,24 +438,20 @@ fn what_is_never_ended() {
     };
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     check("start");
-    daemon.configure(BEFORE);
-    daemon.reload();
+    daemon.reconfigure(BEFORE);
     check("direct");
-    daemon.configure(CONFIG);
-    daemon.reload();
+    daemon.reconfigure(CONFIG);
     check("reload");
     assert!(!daemon.logs().contains("ended"), "{}", daemon.logs());
     // without its listener, conntrack knows who came
     services.clear();
-    daemon.configure(BEFORE);
-    daemon.reload();
+    daemon.reconfigure(BEFORE);
     let (ip, port) = (HOST4, 41009);
     let listener = listener_in(&cgroups[0], addr(ip, port));
     let mut client = ground.outside(|| TcpStream::connect(addr(ip, port)).expect("dial"));
     let (mut conn, _) = listener.accept().expect("accept");
     drop(listener);
-    daemon.configure(CONFIG);
-    daemon.reload();
+    daemon.reconfigure(CONFIG);
     talk(&mut client, &mut conn);
     drop(remote);
 }
@@ -498,8 +492,7 @@ fn an_interface_is_never_lost() {
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     check("start");
     for config in [BEFORE, CONFIG] {
-        daemon.configure(config);
-        daemon.reload();
+        daemon.reconfigure(config);
         check("reload");
     }
 }
@@ -546,8 +539,7 @@ fn a_proxied_flow_stays() {
         // a section that changes
         CONFIG.replace("port = 7893", "port = 7893\nudp = no"),
     ] {
-        daemon.configure(&text);
-        daemon.reload();
+        daemon.reconfigure(&text);
         check(&daemon);
     }
     daemon.kill9();
@@ -595,8 +587,7 @@ fn a_stalled_application_learns_at_once() {
             }
             let reloaded = || daemon.logs()[before..].contains("reloaded");
             assert!(wait_until(Duration::from_secs(5), reloaded), "{}", daemon.logs());
-            daemon.configure(BEFORE);
-            daemon.reload();
+            daemon.reconfigure(BEFORE);
         }
         assert!(daemon.stop().success());
     }

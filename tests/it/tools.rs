@@ -429,8 +429,7 @@ fn status_counts_by_gateway_section() {
         zoo.0, zoo.1, one.0, one.1, all.0, all.1
     );
     assert_eq!(query(&json, "[tuple(g.values()) for g in d['gateways']]"), want);
-    daemon.configure("[tproxy mihomo]\nport = 7893\n");
-    daemon.reload();
+    daemon.reconfigure("[tproxy mihomo]\nport = 7893\n");
     assert!(!daemon.shown().contains("GATEWAY"));
 }
 

@@ -700,8 +700,7 @@ fn flow_over_reload(old: &str, new: &str, patience: Duration) -> Option<String> 
         String::from_utf8_lossy(&list).contains(&to.to_string())
     });
     assert!(established, "{}", daemon.logs());
-    daemon.configure(&config(new));
-    let log = daemon.reload();
+    let log = daemon.reconfigure(&config(new));
     assert!(!log.contains("error"), "{log}");
     world.wire.packets();
     // silence is what is looked for, which nothing announces: 60 of the server's intervals
