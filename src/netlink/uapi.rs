@@ -230,7 +230,6 @@ pub const NFTA_XT_INFO: u16 = 3;
 
 // The nft program's own numbers for set key types (nftables: include/datatype.h). The kernel only
 // hands them back; `nft list` needs them to print keys.
-pub const TYPE_VERDICT: u32 = 1;
 pub const TYPE_INTEGER: u32 = 4;
 pub const TYPE_IPADDR: u32 = 7;
 pub const TYPE_IP6ADDR: u32 = 8;
