@@ -14,6 +14,7 @@ use crate::host::Host;
 use crate::log;
 use crate::net::Family;
 use crate::netlink::diag::{self, Listener};
+use crate::netlink::fib::{self, SeenRoute, SeenRule};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{Message, Messages};
 use crate::netlink::socket::{Failure, Socket};
@@ -26,7 +27,7 @@ use crate::nft::lock::{self, Lock};
 use crate::nft::marks::Ours;
 use crate::nft::others;
 use crate::nft::ruleset::{OUTPUT, TABLE};
-use crate::route::{self, Entry, Needs, Seen, SeenRoute, SeenRule};
+use crate::route::{self, Entry, Needs, Seen};
 use crate::sys;
 
 pub mod sockets;
@@ -122,7 +123,7 @@ impl Kernel {
         if let Some(rt) = self.rt_events.as_ref().filter(|_| self.watched != Some(table)) {
             self.watched = Some(table);
             // without it there are more wake-ups, that is all
-            let _ = sys::attach_filter(rt.as_fd(), &route::event_filter(table));
+            let _ = sys::attach_filter(rt.as_fd(), &fib::event_filter(table));
         }
     }
 
@@ -166,7 +167,7 @@ impl Kernel {
             let lost = each_notification(socket, |datagram| {
                 for message in Messages::new(datagram).filter(|m| m.pid != own) {
                     damage.routing |= route::is_change(needs, &message);
-                    damage.revived |= route::is_revival(&message);
+                    damage.revived |= fib::lo_revives(&message);
                 }
             });
             damage.routing |= lost;
@@ -446,8 +447,8 @@ impl Kernel {
     /// The rules and routes of one family that carry our protocol number; none for a family that
     /// the kernel does not have.
     pub fn routing(&mut self, family: Family) -> Result<BTreeSet<Entry>> {
-        let rules = self.list(&|batch| route::get_rules(batch, family), SeenRule::read)?;
-        let routes = self.list(&|batch| route::get_routes(batch, family), SeenRoute::read)?;
+        let rules = self.list(&|batch| fib::get_rules(batch, family), SeenRule::read)?;
+        let routes = self.list(&|batch| fib::get_routes(batch, family), SeenRoute::read)?;
         let mut ours = Seen { rules, routes }.ours();
         // a family that is not there answers for others
         ours.retain(|entry| entry.family() == family);
@@ -457,8 +458,8 @@ impl Kernel {
     /// All rules of one family, and all routes of one table; none for a family that the kernel does
     /// not have.
     pub fn seen(&mut self, family: Family, table: u32) -> Result<Seen> {
-        let mut rules = self.list(&|batch| route::get_rules(batch, family), SeenRule::read)?;
-        let ask = |batch: &mut Batch| route::get_table(batch, family, table);
+        let mut rules = self.list(&|batch| fib::get_rules(batch, family), SeenRule::read)?;
+        let ask = |batch: &mut Batch| fib::get_table(batch, family, table);
         let mut routes = self.list(&ask, SeenRoute::read)?;
         rules.retain(|seen| seen.rule.family == family);
         routes.retain(|seen| seen.route.family == family && seen.route.table == table);

@@ -23,6 +23,7 @@ use crate::kernel::{self, Kernel};
 use crate::log;
 use crate::log::Level;
 use crate::net::Family;
+use crate::netlink::fib::FibAction;
 use crate::netlink::uapi::*;
 use crate::nft::encode::Probe;
 use crate::nft::expr::Expr;
@@ -30,7 +31,7 @@ use crate::nft::marks::Ours;
 use crate::nft::ruleset::{Base, TABLE};
 use crate::plan;
 use crate::policy;
-use crate::route::{Action, Needs, Seen};
+use crate::route::{Needs, Seen};
 use crate::strays;
 use crate::sys;
 
@@ -567,13 +568,11 @@ fn conflicts(config: &Config, needs: &Needs, seen: &Seen) -> Vec<String> {
     let uses_table = |other: &dyn std::fmt::Display| {
         format!("route-table {table} is used by others ({other}): set another route-table")
     };
-    let routes = seen.routes.iter().filter(|other| !other.ours);
+    let routes = seen.routes.iter().filter(|other| !other.is_ours());
     found.extend(routes.map(|other| uses_table(other)));
-    for other in seen.rules.iter().filter(|other| !other.ours) {
+    for other in seen.rules.iter().filter(|other| !other.is_ours()) {
         let rule = &other.rule;
-        // a mark that is compared whole needs our bits to be zero, which they are elsewhere
-        let whole = rule.mark.mask == u32::MAX && rule.mark.value & mask == 0;
-        if rule.mark.mask & mask != 0 && !whole {
+        if other.asks_for_bits(mask) {
             found.push(format!(
                 "bits of fwmark-mask {mask:#x} are used by others ({other}): set another \
                  fwmark-mask"
@@ -586,7 +585,7 @@ fn conflicts(config: &Config, needs: &Needs, seen: &Seen) -> Vec<String> {
                 list(priorities)
             ));
         }
-        if rule.action == Action::Lookup(table) {
+        if rule.action == FibAction::Lookup(table) {
             found.push(uses_table(other));
         }
     }
@@ -673,9 +672,10 @@ fn read_number(path: impl AsRef<Path>) -> Option<u64> {
 mod tests {
     use super::*;
     use crate::net::{Interface, Mark};
+    use crate::netlink::fib::{IpRule, SeenRule};
     use crate::netlink::msg::Batch;
     use crate::netlink::parse::Messages;
-    use crate::route::{Entry, IpRule, SeenRule};
+    use crate::route::Entry;
 
     #[test]
     fn who_resolves_names() {
@@ -713,7 +713,7 @@ mod tests {
             let mut batch = Batch::new(0);
             let mark = Mark { value, mask };
             let (family, iif) = (Family::V4, String::new());
-            let rule = IpRule { family, priority, iif, mark, action: Action::Lookup(table) };
+            let rule = IpRule { family, priority, iif, mark, action: FibAction::Lookup(table) };
             Entry::Rule(rule).encode(&mut batch, true);
             // of another protocol
             let mut bytes = batch.bytes().to_vec();

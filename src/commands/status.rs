@@ -22,12 +22,13 @@ use crate::kernel::{self, Held, Kernel};
 use crate::listen::{finds, Finds, Origin};
 use crate::log::Escaped;
 use crate::net::{Family, Mark, L4};
+use crate::netlink::fib::{FibAction, IpRule, Route};
 use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
 use crate::nft::dump::{Counter, Gateway, Target, View};
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
 use crate::nft::ruleset::TABLE;
-use crate::route::{Action, Entry, Forwarded, IpRule, Needs, Route};
+use crate::route::{Entry, Forwarded, Needs};
 use crate::sys;
 
 /// Of the shape that `--json` prints; documented in cgtproxy(8).
@@ -424,7 +425,7 @@ fn numbers(config: &Config, have: &BTreeSet<Entry>) -> (u32, u32) {
     });
     let priority = rules.clone().next().map(IpRule::first_priority);
     let table = rules.filter_map(|rule| match rule.action {
-        Action::Lookup(table) => Some(table),
+        FibAction::Lookup(table) => Some(table),
         _ => None,
     });
     (priority.unwrap_or(config.rule_priority), table.min().unwrap_or(config.route_table))
@@ -444,7 +445,7 @@ fn compare(
     });
     let mut tables: BTreeSet<u32> = { rules.clone() }
         .filter_map(|rule| match rule.action {
-            Action::Lookup(table) => Some(table),
+            FibAction::Lookup(table) => Some(table),
             _ => None,
         })
         .collect();
@@ -805,7 +806,7 @@ mod tests {
                 priority: 77,
                 iif: "lo".into(),
                 mark: mark(n),
-                action: Action::Lookup(table),
+                action: FibAction::Lookup(table),
             })
         };
         let target = |n: u32| Target {
@@ -860,7 +861,7 @@ mod tests {
             priority: 79,
             iif: String::new(),
             mark: Mark { value: 0, mask: 0 },
-            action: Action::Nop,
+            action: FibAction::Nop,
         });
         let missing = text(find(&prefix, &[nop]));
         assert_eq!(missing[2..4], [wants[0].replace("500", "300"), wants[1].replace("500", "300")]);

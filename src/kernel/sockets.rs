@@ -14,10 +14,10 @@ use crate::log;
 use crate::net::Mark;
 use crate::netlink::conntrack::{self, Flow};
 use crate::netlink::diag::{self, Socket};
+use crate::netlink::fib;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::uapi::*;
-use crate::route;
 use crate::stale::{Judge, Ports, Suspects, Witness, TCP_STATES, UDP_STATES};
 
 /// Sockets that may be stale, and what it takes to judge them.
@@ -173,8 +173,8 @@ impl Kernel {
     }
 
     fn stays_here(&mut self, remote: IpAddr) -> bool {
-        let request = |batch: &mut Batch| route::get_way(batch, remote);
-        answer(self.rt.ask(&request, route::parse_way)).unwrap_or(false)
+        let request = |batch: &mut Batch| fib::get_way(batch, remote);
+        answer(self.rt.ask(&request, fib::parse_way)).unwrap_or(false)
     }
 
     /// Whether the other end of the connection is a socket of this host, though its address need not

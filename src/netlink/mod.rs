@@ -4,6 +4,7 @@
 
 pub mod conntrack;
 pub mod diag;
+pub mod fib;
 pub mod msg;
 pub mod parse;
 pub mod socket;

@@ -5,8 +5,9 @@
 use std::collections::BTreeSet;
 
 use cgtproxy::net::{Family, Mark};
+use cgtproxy::netlink::fib::{self, FibAction, IpRule, Route};
 use cgtproxy::netlink::msg::Batch;
-use cgtproxy::route::{self, Action, Entry, IpRule, Route};
+use cgtproxy::route::Entry;
 
 use crate::hex;
 
@@ -157,31 +158,31 @@ type Dump = fn(&mut Batch, Family);
 const DUMPS: [(&str, Dump, Family, &str); 5] = [
     (
         "ip -4 rule show",
-        route::get_rules,
+        fib::get_rules,
         Family::V4,
         "1c000000220001030000000000000000 020000000000000000000000",
     ),
     (
         "ip -6 rule show",
-        route::get_rules,
+        fib::get_rules,
         Family::V6,
         "1c000000220001030000000000000000 0a0000000000000000000000",
     ),
     (
         "ip -4 route show table all proto 99",
-        route::get_routes,
+        fib::get_routes,
         Family::V4,
         "1c0000001a0001030000000000000000 020000000063000000000000",
     ),
     (
         "ip -6 route show table all proto 99",
-        route::get_routes,
+        fib::get_routes,
         Family::V6,
         "1c0000001a0001030000000000000000 0a0000000063000000000000",
     ),
     (
         "ip -4 route show table 300",
-        |batch, family| route::get_table(batch, family, 300),
+        |batch, family| fib::get_table(batch, family, 300),
         Family::V4,
         "240000001a0001030000000000000000 020000000000000000000000 08000f002c010000",
     ),
@@ -205,13 +206,13 @@ fn rules_and_routes_are_what_iproute2_sends() {
             Entry::Rule(IpRule { family, priority, iif: iif.into(), mark, action })
         };
         let prefix = [
-            rule(32000, "lo", routed, Action::Goto(32002)),
-            rule(32001, "", routed, Action::Lookup(200)),
-            rule(32002, "", none, Action::Nop),
+            rule(32000, "lo", routed, FibAction::Goto(32002)),
+            rule(32001, "", routed, FibAction::Lookup(200)),
+            rule(32002, "", none, FibAction::Nop),
         ];
         let mut entries = prefix.to_vec();
         for (priority, table) in [(32000, 200), (100, 300)] {
-            entries.push(rule(priority, "lo", mark, Action::Lookup(table)));
+            entries.push(rule(priority, "lo", mark, FibAction::Lookup(table)));
             entries.push(Entry::Route(Route::new(family, table)));
         }
         for entry in entries {

@@ -5,7 +5,7 @@
 
 use cgtproxy::config::Config;
 use cgtproxy::net::Family;
-use cgtproxy::netlink::diag;
+use cgtproxy::netlink::{diag, fib};
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
 use cgtproxy::nft::{dump, encode, event::Follower, others};
 use cgtproxy::plan;
@@ -25,9 +25,9 @@ fuzz_target!(|datagram: &[u8]| {
         others_rules.extend(others::parse(&message));
         let elements = dump::parse_elements(&message).map_or(0, |all| all.len());
         assert!(elements <= message.body.len() / 16);
-        let _ = (route::is_change(&needs, &message), route::is_revival(&message));
-        seen.rules.extend(route::SeenRule::read(&message));
-        seen.routes.extend(route::SeenRoute::read(&message));
+        let _ = (route::is_change(&needs, &message), fib::lo_revives(&message));
+        seen.rules.extend(fib::SeenRule::read(&message));
+        seen.routes.extend(fib::SeenRoute::read(&message));
         let _ = cgtproxy::netlink::diag::parse(&message, 6);
         // fixed headers: none, nfgenmsg, rtmsg and fib_rule_hdr
         for header in [0, 4, 12] {

@@ -1,0 +1,451 @@
+//! Ip rules and routes as rtnetlink has them: the messages that add, delete and list them, the one
+//! reader of each, and their text. Pure; what is wanted of them, and what others' mean to it, is
+//! decided in [`crate::route`].
+//! Source: rtnetlink(7), include/uapi/linux/fib_rules.h; bytes as iproute2 sends them.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use super::msg::{Batch, Open};
+use super::parse::{self, Attrs, Message};
+use super::uapi::*;
+use crate::net::{Family, Mark};
+
+/// `ip rule … pref PRIORITY iif IIF fwmark MARK/MASK ACTION`
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct IpRule {
+    pub family: Family,
+    pub priority: u32,
+    /// Empty: any.
+    pub iif: String,
+    /// A mask of 0: any.
+    pub mark: Mark,
+    pub action: FibAction,
+}
+
+/// What a rule does with the look-ups that it matches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FibAction {
+    /// Asks this table.
+    Lookup(u32),
+    /// Goes on at the first rule of this priority.
+    Goto(u32),
+    /// Nothing: a place to go on at.
+    Nop,
+    /// Ends the look-up in failure (`FR_ACT_*`); none of ours does.
+    Refuse(u8),
+}
+
+/// `ip route … local default dev lo table TABLE`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Route {
+    pub family: Family,
+    pub table: u32,
+    /// 0 for none.
+    pub metric: u32,
+}
+
+/// A rule as the kernel tells of it, whoever made it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SeenRule {
+    pub rule: IpRule,
+    pub protocol: u8,
+    pub inverted: bool,
+    /// It asks for an output interface or a VRF, which a look-up of what we have marked does not
+    /// name. (A socket that is bound to a device does: the table drops what is marked there.)
+    pub elsewhere: bool,
+    /// What else it asks for, as iproute2 writes it and with a blank before each; empty in ours.
+    pub more: String,
+    /// It does not take a route whose prefix is no longer than this.
+    pub suppressed: Option<u32>,
+}
+
+/// A route as the kernel tells of it, whoever made it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SeenRoute {
+    pub route: Route,
+    pub protocol: u8,
+    /// `RTN_*`
+    pub kind: u8,
+    /// Lengths of its prefix, and of that of the sources that it is for.
+    pub length: u8,
+    pub from: u8,
+    pub tos: u8,
+}
+
+/// Index of `lo` in every network namespace (`LOOPBACK_IFINDEX`).
+const LO: u32 = 1;
+
+/// `struct rtmsg`, or `struct fib_rule_hdr`, which has the action where that has the type.
+#[derive(Default)]
+struct Header {
+    family: u8,
+    /// Lengths of the prefixes.
+    to: u8,
+    from: u8,
+    tos: u8,
+    /// `RT_TABLE_UNSPEC` where an attribute has it.
+    table: u8,
+    protocol: u8,
+    scope: u8,
+    kind: u8,
+    flags: u32,
+}
+
+impl Header {
+    fn of(family: Family) -> Header {
+        Header { family: family.number(), ..Header::default() }
+    }
+
+    /// What a message of these kinds begins with, and the attributes behind that.
+    fn read<'a>(message: &Message<'a>, kinds: &[u16]) -> Option<(Header, Attrs<'a>)> {
+        let [family, to, from, tos, table, protocol, scope, kind, ..] = *message.body else {
+            return None;
+        };
+        let flags = message.body.get(8..).and_then(parse::u32_ne)?;
+        let header = Header { family, to, from, tos, table, protocol, scope, kind, flags };
+        kinds.contains(&message.kind).then(|| (header, Attrs::after(message.body, 12)))
+    }
+
+    fn begin(&self, batch: &mut Batch, kind: u16, flags: u16) -> Open {
+        let open = batch.begin(kind, NLM_F_REQUEST | flags);
+        let Header { family, to, from, tos, table, protocol, scope, kind, .. } = *self;
+        batch.header(&[family, to, from, tos, table, protocol, scope, kind, 0, 0, 0, 0]);
+        open
+    }
+
+    fn family(&self) -> Option<Family> {
+        Family::BOTH.into_iter().find(|family| family.number() == self.family)
+    }
+}
+
+/// The table for the 8-bit header field, as iproute2 fills it.
+fn small_table(table: u32) -> u8 {
+    u8::try_from(table).unwrap_or(RT_TABLE_UNSPEC)
+}
+
+const ADD: u16 = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+
+impl IpRule {
+    /// The message that adds this, or the one that deletes it.
+    pub fn encode(&self, batch: &mut Batch, add: bool) {
+        let (table, action) = match self.action {
+            FibAction::Lookup(table) => (small_table(table), if add { FR_ACT_TO_TBL } else { 0 }),
+            FibAction::Goto(_) => (RT_TABLE_UNSPEC, FR_ACT_GOTO),
+            FibAction::Nop => (RT_TABLE_UNSPEC, FR_ACT_NOP),
+            FibAction::Refuse(kind) => (RT_TABLE_UNSPEC, kind),
+        };
+        let header = Header { table, kind: action, ..Header::of(self.family) };
+        let open = match add {
+            true => header.begin(batch, RTM_NEWRULE, ADD),
+            false => header.begin(batch, RTM_DELRULE, NLM_F_ACK),
+        };
+        batch.u32_ne(FRA_PRIORITY, self.priority);
+        if !self.iif.is_empty() {
+            batch.str_z(FRA_IIFNAME, &self.iif);
+        }
+        if self.mark.mask != 0 {
+            batch.u32_ne(FRA_FWMARK, self.mark.value);
+            batch.u32_ne(FRA_FWMASK, self.mark.mask);
+        }
+        match self.action {
+            FibAction::Lookup(id) if table == RT_TABLE_UNSPEC => batch.u32_ne(FRA_TABLE, id),
+            FibAction::Goto(priority) => batch.u32_ne(FRA_GOTO, priority),
+            _ => {}
+        }
+        batch.u8(FRA_PROTOCOL, RTPROT_CGTPROXY);
+        batch.end(open);
+    }
+
+    /// As iproute2 writes it. A mark of ours is written in full, whatever its mask.
+    fn write(&self, f: &mut fmt::Formatter, not: &str, more: &str, ours: bool) -> fmt::Result {
+        write!(f, "pref {}{not}{more}", self.priority)?;
+        if !self.iif.is_empty() {
+            write!(f, " iif {}", self.iif)?;
+        }
+        let Mark { value, mask } = self.mark;
+        match mask {
+            0 => {}
+            _ if ours => write!(f, " fwmark {value:#010x}/{mask:#010x}")?,
+            u32::MAX => write!(f, " fwmark {value:#x}")?,
+            _ => write!(f, " fwmark {value:#x}/{mask:#x}")?,
+        }
+        write!(f, " {}", self.action)
+    }
+}
+
+impl Route {
+    /// The message that adds this, or the one that deletes it.
+    pub fn encode(&self, batch: &mut Batch, add: bool) {
+        let is_v4 = self.family == Family::V4;
+        let header = Header {
+            table: small_table(self.table),
+            protocol: RTPROT_CGTPROXY,
+            // IPv6 knows one scope only
+            scope: if is_v4 { RT_SCOPE_HOST } else { RT_SCOPE_UNIVERSE },
+            kind: RTN_LOCAL,
+            ..Header::of(self.family)
+        };
+        let open = match add {
+            // before those of others with the same key, as `ip route prepend`
+            true if is_v4 => header.begin(batch, RTM_NEWROUTE, ADD & !NLM_F_EXCL),
+            true => header.begin(batch, RTM_NEWROUTE, ADD),
+            false => header.begin(batch, RTM_DELROUTE, NLM_F_ACK),
+        };
+        if !is_v4 {
+            // `default` is no destination to IPv4 and :: to IPv6
+            batch.raw(RTA_DST, &[0; 16]);
+        }
+        if header.table == RT_TABLE_UNSPEC {
+            batch.u32_ne(RTA_TABLE, self.table);
+        }
+        if self.metric != 0 {
+            batch.u32_ne(RTA_PRIORITY, self.metric);
+        }
+        batch.u32_ne(RTA_OIF, LO);
+        batch.end(open);
+    }
+}
+
+/// Asks for all ip rules of a family.
+pub fn get_rules(batch: &mut Batch, family: Family) {
+    let open = Header::of(family).begin(batch, RTM_GETRULE, NLM_F_DUMP);
+    batch.end(open);
+}
+
+/// Asks for all routes of a family in one table. Kernels before 4.20 ignore the filter and send all.
+pub fn get_table(batch: &mut Batch, family: Family, table: u32) {
+    let open = Header::of(family).begin(batch, RTM_GETROUTE, NLM_F_DUMP);
+    batch.u32_ne(RTA_TABLE, table);
+    batch.end(open);
+}
+
+/// Asks for all routes of a family that carry our protocol number. Kernels before 4.20 ignore the
+/// filter and send all.
+pub fn get_routes(batch: &mut Batch, family: Family) {
+    let header = Header { protocol: RTPROT_CGTPROXY, ..Header::of(family) };
+    let open = header.begin(batch, RTM_GETROUTE, NLM_F_DUMP);
+    batch.end(open);
+}
+
+/// Asks which way packets to an address go.
+pub fn get_way(batch: &mut Batch, address: IpAddr) {
+    let octets = match address {
+        IpAddr::V4(ip) => ip.octets().to_vec(),
+        IpAddr::V6(ip) => ip.octets().to_vec(),
+    };
+    let header = Header { to: 8 * octets.len() as u8, ..Header::of(Family::of(&address)) };
+    let open = header.begin(batch, RTM_GETROUTE, NLM_F_ACK);
+    batch.raw(RTA_DST, &octets);
+    batch.end(open);
+}
+
+/// Reads an answer to [`get_way`]: whether they stay on this host, or go to all of a network.
+pub fn parse_way(message: &Message) -> Option<bool> {
+    let (header, _) = Header::read(message, &[RTM_NEWROUTE])?;
+    Some([u32::from(RTN_LOCAL), RTN_BROADCAST].contains(&header.kind.into()))
+}
+
+impl SeenRule {
+    /// Reads one rule that was dumped or notified of, deleted ones too.
+    pub fn read(message: &Message) -> Option<SeenRule> {
+        let (header, attrs) = Header::read(message, &[RTM_NEWRULE, RTM_DELRULE])?;
+        let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
+        let iif = attrs.clone().get(FRA_IIFNAME).map(parse::str_z).unwrap_or_default();
+        let value = number(FRA_FWMARK).unwrap_or(0);
+        // a mark without a mask is compared whole
+        let whole = if value == 0 { 0 } else { u32::MAX };
+        let rule = IpRule {
+            family: header.family()?,
+            // the rule for the local table has none
+            priority: number(FRA_PRIORITY).unwrap_or(0),
+            iif: iif.into_owned(),
+            mark: Mark { value, mask: number(FRA_FWMASK).unwrap_or(whole) },
+            action: match header.kind {
+                FR_ACT_TO_TBL => {
+                    FibAction::Lookup(number(FRA_TABLE).unwrap_or(header.table.into()))
+                }
+                FR_ACT_GOTO => FibAction::Goto(number(FRA_GOTO).unwrap_or(0)),
+                FR_ACT_NOP => FibAction::Nop,
+                other => FibAction::Refuse(other),
+            },
+        };
+        let (mut more, mut elsewhere) = (String::new(), false);
+        for (kind, data) in attrs.clone() {
+            let byte = || data.first().copied().unwrap_or(0);
+            let words = match kind {
+                FRA_SRC => format!("from {}/{}", address(data), header.from),
+                FRA_DST => format!("to {}/{}", address(data), header.to),
+                FRA_OIFNAME => format!("oif {}", parse::str_z(data)),
+                FRA_L3MDEV => "l3mdev".into(),
+                FRA_UID_RANGE => format!("uidrange {}", span(data)),
+                FRA_IP_PROTO => format!("ipproto {}", byte()),
+                FRA_SPORT_RANGE => format!("sport {}", span(data)),
+                FRA_DPORT_RANGE => format!("dport {}", span(data)),
+                FRA_TUN_ID => "tun_id".into(),
+                FRA_DSCP => format!("dscp {}", byte()),
+                FRA_FLOWLABEL => "flowlabel".into(),
+                _ => continue,
+            };
+            elsewhere |= [FRA_OIFNAME, FRA_L3MDEV].contains(&kind);
+            more += " ";
+            more += &words;
+        }
+        if header.tos != 0 {
+            more += &format!(" tos {:#x}", header.tos);
+        }
+        Some(SeenRule {
+            rule,
+            protocol: attrs.clone().get(FRA_PROTOCOL).and_then(<[u8]>::first).copied().unwrap_or(0),
+            inverted: header.flags & FIB_RULE_INVERT != 0,
+            elsewhere,
+            more,
+            suppressed: number(FRA_SUPPRESS_PREFIXLEN).filter(|length| *length != u32::MAX),
+        })
+    }
+}
+
+fn address(data: &[u8]) -> String {
+    if let Ok(bytes) = <[u8; 4]>::try_from(data) {
+        return Ipv4Addr::from(bytes).to_string();
+    }
+    <[u8; 16]>::try_from(data).map_or(String::new(), |bytes| Ipv6Addr::from(bytes).to_string())
+}
+
+/// `FROM-TO` of a structure of two numbers.
+fn span(data: &[u8]) -> String {
+    let (from, to) = data.split_at(data.len() / 2);
+    let [from, to] = [from, to].map(|half| match *half {
+        [a, b] => u32::from(u16::from_ne_bytes([a, b])),
+        _ => parse::u32_ne(half).unwrap_or(0),
+    });
+    format!("{from}-{to}")
+}
+
+impl SeenRoute {
+    /// Reads one route that was dumped or notified of, deleted ones too.
+    pub fn read(message: &Message) -> Option<SeenRoute> {
+        let (header, attrs) = Header::read(message, &[RTM_NEWROUTE, RTM_DELROUTE])?;
+        let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
+        let route = Route {
+            family: header.family()?,
+            table: number(RTA_TABLE).unwrap_or(header.table.into()),
+            metric: number(RTA_PRIORITY).unwrap_or(0),
+        };
+        let Header { to: length, from, tos, protocol, kind, .. } = header;
+        Some(SeenRoute { route, protocol, kind, length, from, tos })
+    }
+}
+
+/// A socket filter that passes the notifications of rules, of routes with our protocol number or in
+/// this table, and those that [`lo_revives`] could be about, and keeps all others (routes come and
+/// go on a router) from waking us.
+pub fn event_filter(table: u32) -> [libc::sock_filter; 20] {
+    // BPF loads big-endian; the header, interface indexes and tables are in host order
+    let kind = |kind: u16| u32::from(u16::from_be_bytes(kind.to_ne_bytes()));
+    let host = |word: u32| u32::from_be_bytes(word.to_ne_bytes());
+    let op = |code: u32, k: u32, jt: u8, jf: u8| {
+        let code = code as u16;
+        libc::sock_filter { code, jt, jf, k }
+    };
+    let load = |size: u32, at: u32| op(libc::BPF_LD | libc::BPF_ABS | size, at, 0, 0);
+    let jump = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let equal = |k: u32, yes: u8, no: u8| op(jump, k, yes, no);
+    let set = |register: u32, k: u32| op(register | libc::BPF_IMM, k, 0, 0);
+    let answer = |k: u32| op(libc::BPF_RET | libc::BPF_K, k, 0, 0);
+    // where the attributes of a route begin
+    let attributes = (NLMSG_HDRLEN + 12) as u32;
+    [
+        load(libc::BPF_H, 4), // 0: nlmsg_type
+        equal(kind(RTM_DELRULE), 17, 0),
+        equal(kind(RTM_NEWRULE), 16, 0),
+        equal(kind(RTM_DELROUTE), 3, 0),
+        equal(kind(RTM_NEWROUTE), 4, 0),
+        equal(kind(RTM_NEWLINK), 10, 0),
+        equal(kind(RTM_NEWADDR), 9, 11),
+        load(libc::BPF_B, 21), // 7: rtm_protocol
+        equal(u32::from(RTPROT_CGTPROXY), 10, 0),
+        set(libc::BPF_LD, attributes), // 9: where RTA_TABLE is
+        set(libc::BPF_LDX, u32::from(RTA_TABLE)),
+        load(libc::BPF_W, SKF_AD_OFF + SKF_AD_NLATTR),
+        equal(0, 5, 0),
+        op(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0),
+        op(libc::BPF_LD | libc::BPF_IND | libc::BPF_W, NLA_HDRLEN as u32, 0, 0),
+        equal(host(table), 3, 2),
+        load(libc::BPF_W, 20), // 16: ifi_index or ifa_index
+        equal(host(LO), 1, 0),
+        answer(0),        // 18
+        answer(u32::MAX), // 19
+    ]
+}
+
+/// Whether a notification tells that lo is up, or has a new address: what was refused before may be
+/// possible now. (Going down it loses the IPv4 route without a word; an IPv6 address on it means
+/// that IPv6 has been switched on.)
+pub fn lo_revives(message: &Message) -> bool {
+    // struct ifinfomsg: index at 4, flags at 8; struct ifaddrmsg: index at 4
+    let word = |at: usize| message.body.get(at..).and_then(parse::u32_ne);
+    let up = match message.kind {
+        RTM_NEWLINK => word(8).is_some_and(|flags| flags & IFF_UP != 0),
+        RTM_NEWADDR => true,
+        _ => false,
+    };
+    up && word(4) == Some(LO)
+}
+
+/// The program that handles rules and routes of a family.
+pub fn ip(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip -6",
+    }
+}
+
+impl fmt::Display for FibAction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            FibAction::Lookup(table) => write!(f, "lookup {table}"),
+            FibAction::Goto(priority) => write!(f, "goto {priority}"),
+            FibAction::Nop => f.write_str("nop"),
+            FibAction::Refuse(FR_ACT_UNREACHABLE) => f.write_str("unreachable"),
+            FibAction::Refuse(FR_ACT_PROHIBIT) => f.write_str("prohibit"),
+            FibAction::Refuse(_) => f.write_str("blackhole"),
+        }
+    }
+}
+
+impl fmt::Display for IpRule {
+    /// The arguments of `ip rule` behind the verb.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.write(f, "", "", true)?;
+        write!(f, " protocol {RTPROT_CGTPROXY}")
+    }
+}
+
+impl fmt::Display for Route {
+    /// The arguments of `ip route` behind the verb.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "local default dev lo table {} proto {RTPROT_CGTPROXY}", self.table)?;
+        match self.metric {
+            0 => Ok(()),
+            metric => write!(f, " metric {metric}"),
+        }
+    }
+}
+
+impl fmt::Display for SeenRule {
+    /// As iproute2 lists it, with numbers for names.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} rule ", ip(self.rule.family))?;
+        let not = if self.inverted { " not" } else { "" };
+        self.rule.write(f, not, &self.more, false)?;
+        self.suppressed.map_or(Ok(()), |length| write!(f, " suppress_prefixlength {length}"))
+    }
+}
+
+impl fmt::Display for SeenRoute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (family, protocol, length) = (self.route.family, self.protocol, self.length);
+        write!(f, "{} route of protocol {protocol} and prefix length {length}", ip(family))
+    }
+}
