@@ -403,7 +403,7 @@ impl Cgroups {
     }
 
     /// The path of a cgroup, fit to print, and its target.
-    fn place(&self, id: u64) -> Option<loops::Place> {
+    fn home(&self, id: u64) -> Option<loops::Home> {
         let (path, target) = self.core.verdict(id)?;
         Some((watch::display(path), target))
     }
@@ -791,8 +791,8 @@ impl Daemon<'_> {
         }
         let host = self.kernel.glance();
         let name = |index| host.interface_name(index);
-        let place = |id| self.cgroups.place(id);
-        for line in faults::bound(&config, &host.bound, place, name) {
+        let home = |id| self.cgroups.home(id);
+        for line in faults::bound(&config, &host.bound, home, name) {
             log::write_limited(Level::Warning, format_args!("{line}"));
         }
         if !faults::bridges(&config, &host).is_empty() {
@@ -811,7 +811,7 @@ impl Daemon<'_> {
         let config = self.cgroups.core.config().clone();
         let ports = config.tproxies.iter().map(|tproxy| tproxy.port);
         let listeners: Vec<_> = ports.map(|port| self.kernel.listeners(port)).collect();
-        loops::find(&config, &listeners, |id| self.cgroups.place(id))
+        loops::find(&config, &listeners, |id| self.cgroups.home(id))
     }
 
     /// Tells of loops that have begun, a little after a cgroup has come in which that may be: its

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use crate::config::{Config, Take, Target, Tproxy};
 use crate::host::{Host, Interface};
 use crate::listen::{finds, Finds, Listener, Origin};
-use crate::loops::Place;
+use crate::loops::Home;
 use crate::net::{Family, L4};
 use crate::netlink::diag;
 
@@ -211,12 +211,12 @@ pub fn bridges(config: &Config, host: &Host) -> Vec<String> {
 const MOST: usize = 10;
 
 /// A line for each cgroup of a tproxy with sockets that are bound to an interface. These leave by it
-/// or not at all, so they never come to the proxy; the table drops what they send. `place` knows
+/// or not at all, so they never come to the proxy; the table drops what they send. `home` knows
 /// every cgroup below the cgroup root; `name` an interface's name.
 pub fn bound(
     config: &Config,
     sockets: &[diag::Socket],
-    place: impl Fn(u64) -> Option<Place>,
+    home: impl Fn(u64) -> Option<Home>,
     name: impl Fn(u32) -> Option<String>,
 ) -> Vec<String> {
     let mut found: BTreeMap<(String, u16), BTreeSet<String>> = BTreeMap::new();
@@ -228,7 +228,7 @@ pub fn bound(
             continue;
         };
         let outside = || ("outside the cgroup root".to_string(), config.default);
-        if let (path, Target::Tproxy(index)) = place(cgroup).unwrap_or_else(outside) {
+        if let (path, Target::Tproxy(index)) = home(cgroup).unwrap_or_else(outside) {
             let device = name(socket.device).unwrap_or_else(|| socket.device.to_string());
             found.entry((path, index)).or_default().insert(device);
         }

@@ -13,7 +13,7 @@ use crate::error::{reason, Error, Result};
 use crate::host::Host;
 use crate::log;
 use crate::net::Family;
-use crate::netlink::diag::{self, Listener};
+use crate::netlink::diag::{self, PortOwner};
 use crate::netlink::fib::{self, SeenRoute, SeenRule};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{Message, Messages};
@@ -485,7 +485,7 @@ impl Kernel {
 
     /// The sockets that listen on a port; none where the kernel does not tell of them and of their
     /// cgroups.
-    pub fn listeners(&mut self, port: u16) -> Vec<Listener> {
+    pub fn listeners(&mut self, port: u16) -> Vec<PortOwner> {
         let mut found = BTreeSet::new();
         let Some(socket) = &mut self.diag else {
             return Vec::new();

@@ -2,29 +2,28 @@
 //! its target, by itself or by way of other proxies. Pure.
 
 use crate::config::{Config, Target};
-use crate::netlink::diag::Listener;
+use crate::netlink::diag::PortOwner;
 
 /// A cgroup's path, fit to print, and its target.
-pub type Place = (String, Target);
+pub type Home = (String, Target);
 
 /// A line for each tproxy whose traffic goes in circles. `listeners` are those of each tproxy's
-/// port, in the order of the configuration; `place` knows every cgroup below the cgroup root.
+/// port, in the order of the configuration; `home` knows every cgroup below the cgroup root.
 ///
 /// It cannot be told from here whether a proxy's packets bear a bypass-mark, or whether it became
 /// another user once it was listening.
 pub fn find(
     config: &Config,
-    listeners: &[Vec<Listener>],
-    place: impl Fn(u64) -> Option<Place>,
+    listeners: &[Vec<PortOwner>],
+    home: impl Fn(u64) -> Option<Home>,
 ) -> Vec<String> {
-    let outside = || ("outside the cgroup root".to_string(), config.default);
-    // the tproxies that the traffic of a tproxy goes on to, and from which cgroup
+    // the tproxies that the traffic of a tproxy goes on to, and from which cgroup below the root
     let next = |index: usize| {
         let subject = listeners.get(index).into_iter().flatten();
         let subject = subject.filter(|l| !config.bypass_users.contains(&l.uid));
         subject.filter_map(|l| {
-            let (path, target) = place(l.cgroup).unwrap_or_else(outside);
-            match target {
+            let (path, target) = home(l.cgroup).unzip();
+            match target.unwrap_or(config.default) {
                 Target::Tproxy(to) => Some((usize::from(to), path)),
                 _ => None,
             }
@@ -53,17 +52,19 @@ pub fn find(
             (false, false) => ", unless its packets bear a bypass-mark or a bypass-user's uid",
         };
         // no rule covers the root, nor what is outside
-        let remedy = match cgroup.starts_with('/') && cgroup != "/" {
-            true => "; begin [rules] with a direct rule for that, or name its user as bypass-user",
-            false => {
+        let remedy = match &cgroup {
+            Some(path) if path != "/" => {
+                "; begin [rules] with a direct rule for that, or name its user as bypass-user"
+            }
+            _ => {
                 ", which no rule covers: give it a cgroup of its own (start it as a service, or by \
                  cgtproxy exec direct), or name its user as bypass-user, or the mark that it sets \
                  as bypass-mark"
             }
         };
-        let place = match cgroup.starts_with('/') {
-            true => format!("in cgroup {cgroup}"),
-            false => cgroup,
+        let place = match cgroup {
+            Some(path) => format!("in cgroup {path}"),
+            None => "outside the cgroup root".into(),
         };
         lines.push(format!(
             "loop: what [tproxy {name}] sends comes back to it{doubt}: its listener on port {port} \
@@ -79,8 +80,8 @@ mod tests {
     use crate::config::Tproxy;
     use crate::testing;
 
-    fn listener(uid: u32, cgroup: u64) -> Vec<Listener> {
-        vec![Listener { uid, cgroup }]
+    fn listener(uid: u32, cgroup: u64) -> Vec<PortOwner> {
+        vec![PortOwner { uid, cgroup }]
     }
 
     fn config() -> Config {
@@ -89,7 +90,7 @@ mod tests {
     }
 
     /// Cgroup n belongs to tproxy n, cgroup 9 to nobody.
-    fn place(id: u64) -> Option<Place> {
+    fn home(id: u64) -> Option<Home> {
         let target = match id {
             9 => Target::Direct,
             id => Target::Tproxy(id as u16),
@@ -97,9 +98,9 @@ mod tests {
         (id < 10).then(|| (format!("/{id}"), target))
     }
 
-    fn looping(config: &Config, listeners: &[Vec<Listener>]) -> Vec<String> {
+    fn looping(config: &Config, listeners: &[Vec<PortOwner>]) -> Vec<String> {
         let names = config.tproxies.iter().map(|t: &Tproxy| t.name.clone());
-        let lines = find(config, listeners, place);
+        let lines = find(config, listeners, home);
         let said = |name: &String| lines.iter().any(|l| l.contains(&format!("[tproxy {name}]")));
         names.filter(said).collect()
     }
@@ -110,7 +111,7 @@ mod tests {
         let none = Vec::new;
         let own = [listener(0, 0), none(), none()];
         assert_eq!(looping(&config, &own), ["a"]);
-        assert!(find(&config, &own, place)[0].contains("cgroup /0;"));
+        assert!(find(&config, &own, home)[0].contains("cgroup /0;"));
         assert_eq!(looping(&config, &[listener(0, 9), none(), none()]), [""; 0]);
         // a is chained to b, which goes direct
         assert_eq!(looping(&config, &[listener(0, 1), listener(0, 9), none()]), [""; 0]);
@@ -125,11 +126,11 @@ mod tests {
         config.default = Target::Tproxy(0);
         assert_eq!(looping(&config, &outside), ["a"]);
         let said = |path: &'static str| {
-            let place = move |_| Some((path.to_string(), Target::Tproxy(0)));
-            find(&config, &own, place).remove(0)
+            let home = move |_| Some((path.to_string(), Target::Tproxy(0)));
+            find(&config, &own, home).remove(0)
         };
         assert!(said("/x").ends_with("is in cgroup /x; begin [rules] with a direct rule for that, or name its user as bypass-user"));
         assert!(said("/").contains("is in cgroup /, which no rule covers: give it a cgroup"));
-        assert!(find(&config, &outside, place)[0].contains("is outside the cgroup root, which no"));
+        assert!(find(&config, &outside, home)[0].contains("is outside the cgroup root, which no"));
     }
 }

@@ -62,7 +62,7 @@ pub fn look(config: Rc<Config>) -> Result<(Core, Root)> {
 }
 
 /// The path of a cgroup, fit to print, and its target.
-fn place(core: &Core, id: u64) -> Option<loops::Place> {
+fn home(core: &Core, id: u64) -> Option<loops::Home> {
     let (path, target) = core.verdict(id)?;
     Some((watch::display(path), target))
 }
@@ -71,15 +71,15 @@ fn place(core: &Core, id: u64) -> Option<loops::Place> {
 pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
     let listeners = |port| {
         let all = host.listeners.iter().filter(move |listener| listener.port == port);
-        all.filter_map(|l| Some(diag::Listener { uid: l.uid, cgroup: l.cgroup? })).collect()
+        all.filter_map(|l| Some(diag::PortOwner { uid: l.uid, cgroup: l.cgroup? })).collect()
     };
     let listeners: Vec<Vec<_>> = config.tproxies.iter().map(|t| listeners(t.port)).collect();
-    loops::find(config, &listeners, |id| place(core, id))
+    loops::find(config, &listeners, |id| home(core, id))
 }
 
 /// A line for each cgroup whose sockets go past its proxy.
 pub fn bound(config: &Config, host: &Host, core: &Core) -> Vec<String> {
-    faults::bound(config, &host.bound, |id| place(core, id), |index| host.interface_name(index))
+    faults::bound(config, &host.bound, |id| home(core, id), |index| host.interface_name(index))
 }
 
 /// Errors: one line that says which capability is missing, where it is.

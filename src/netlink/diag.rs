@@ -35,7 +35,7 @@ pub struct Socket {
 
 /// A socket that takes what arrives at a port, of whatever address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Listener {
+pub struct PortOwner {
     pub uid: u32,
     /// Id of the cgroup that it was made in (or that its process has moved to since).
     pub cgroup: u64,
@@ -185,9 +185,9 @@ pub fn parse(message: &Message, protocol: u8) -> Option<Socket> {
 }
 
 /// Reads one answer to [`get_listeners`]; `None` also from a kernel that does not tell of cgroups.
-pub fn parse_listener(message: &Message) -> Option<Listener> {
+pub fn parse_listener(message: &Message) -> Option<PortOwner> {
     let socket = parse(message, 0)?;
-    Some(Listener { uid: socket.uid, cgroup: socket.cgroup? })
+    Some(PortOwner { uid: socket.uid, cgroup: socket.cgroup? })
 }
 
 impl Socket {
