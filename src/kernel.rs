@@ -1,7 +1,8 @@
-//! The kernel as this program changes it: one nftables table, ip rules, routes. It carries plans
-//! out and reports; what should be there is decided elsewhere.
+//! The kernel as this program changes it: one nftables table here, ip rules and routes in `routing`,
+//! other programs' sockets in `sockets`. It carries plans out and reports; what should be there is
+//! decided elsewhere.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -12,9 +13,7 @@ use crate::cgroup::dying;
 use crate::error::{reason, Error, Result};
 use crate::host::Host;
 use crate::log;
-use crate::net::Family;
-use crate::netlink::diag::{self, PortOwner};
-use crate::netlink::fib::{self, SeenRoute, SeenRule};
+use crate::netlink::fib;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{Message, Messages};
 use crate::netlink::socket::{Failure, Socket};
@@ -27,9 +26,10 @@ use crate::nft::lock::{self, Lock};
 use crate::nft::marks::Ours;
 use crate::nft::others;
 use crate::nft::ruleset::{OUTPUT, TABLE};
-use crate::route::{self, Entry, Needs, Seen};
+use crate::route::{self, Needs};
 use crate::sys;
 
+pub mod routing;
 pub mod sockets;
 
 /// `NETLINK_GET_STRICT_CHK` of include/uapi/linux/netlink.h: dumps honour the request's filter.
@@ -65,20 +65,6 @@ pub struct Damage {
     pub routing: bool,
     /// What could not be added before may be possible now.
     pub revived: bool,
-}
-
-/// What has become of ip rules and routes.
-#[derive(Debug, Default)]
-pub struct Routing {
-    /// What should be there, and is unless something was refused.
-    pub wanted: BTreeSet<Entry>,
-    /// What was missing of that and is there now.
-    pub added: Vec<Entry>,
-    /// A line for each family whose rules had to go before those of others, and for each thing of
-    /// others that has the place of one of ours.
-    pub notes: Vec<String>,
-    /// A line for each thing of others that is in the way all the same.
-    pub hindrances: Vec<String>,
 }
 
 impl Kernel {
@@ -328,195 +314,9 @@ impl Kernel {
         }
     }
 
-    /// Adds what is wanted and missing of the ip rules and routes, and keeps the rest: make before
-    /// break. Where rules of others may take what is marked, ours begin before them. That this host
-    /// has no IPv6 is told once, and it is tried again each time. While lo is down, which is told once
-    /// too, the routes have to wait: a notification tells when it is up, and until then the table's
-    /// guard drops what cannot reach it.
-    ///
-    /// Errors: the first entry that could not be added; the other family was tried all the same.
-    pub fn add_routing(&mut self, needs: &Needs) -> (Routing, Result<()>) {
-        self.watch_table(needs.table);
-        let (mut routing, mut result, mut lo_is_down) = (Routing::default(), Ok(()), false);
-        for family in Family::BOTH {
-            match self.add_family(needs, family, &mut routing) {
-                Ok(down) => {
-                    lo_is_down |= down;
-                    if family == Family::V6 && !std::mem::replace(&mut self.ipv6, true) {
-                        log!(Notice, "IPv6 is on now");
-                    }
-                }
-                Err(error) if family == Family::V6 && is_absent(&error) => {
-                    if std::mem::replace(&mut self.ipv6, false) {
-                        let text = "IPv6 is off on this host, going on with IPv4 alone";
-                        log!(Notice, "{text}: {error}");
-                    }
-                }
-                Err(error) => result = result.and(Err(error)),
-            }
-        }
-        if lo_is_down && !self.lo_is_down {
-            let text = "lo is down: what goes to a tproxy is dropped until it is up";
-            log!(Warning, "{text} (ip link set lo up)");
-        }
-        self.lo_is_down = lo_is_down;
-        (routing, result)
-    }
-
-    /// Whether some routes were not added because lo is down.
-    fn add_family(&mut self, needs: &Needs, family: Family, routing: &mut Routing) -> Result<bool> {
-        let seen = self.seen(family, needs.table);
-        let place = seen.as_ref().map_or(needs.priority, |seen| seen.place(needs, family));
-        // known whatever happens below: what is wanted is not to be deleted
-        let wanted = needs.entries(family, place);
-        routing.wanted.extend(wanted.iter().cloned());
-        let mut seen = seen?;
-        let mut lo_is_down = false;
-        for entry in wanted.difference(&seen.ours()) {
-            match self.route_request(entry, true) {
-                Ok(()) => routing.added.push(entry.clone()),
-                Err(Errno::ENETDOWN) => lo_is_down = true,
-                // of others, with the key of ours: a notification tells when it goes, and those
-                // that do something else are told of below
-                Err(Errno::EEXIST) => routing.notes.push(format!(
-                    "unable to do `{}`: another program's has its place",
-                    entry.command("add")
-                )),
-                Err(errno) => {
-                    let what = format!("unable to do `{}`", entry.command("add"));
-                    return Err(Error::system(what, errno));
-                }
-            }
-        }
-        if place != needs.priority {
-            let evaded = seen.before(needs, family, needs.priority);
-            let evaded: Vec<String> = evaded.iter().map(|other| other.to_string()).collect();
-            let evaded = evaded.join(", ");
-            routing.notes.push(format!(
-                "ip rules of others would take proxied traffic ({evaded}): ours begin before them, \
-                 at priority {place}"
-            ));
-        }
-        if !routing.added.is_empty() {
-            seen = self.seen(family, needs.table)?;
-        }
-        routing.hindrances.extend(seen.hindrances(needs, family, place));
-        Ok(lo_is_down)
-    }
-
-    /// Deletes rules and routes of ours that are not wanted, and returns them.
-    pub fn trim_routing(&mut self, wanted: &BTreeSet<Entry>) -> Result<Vec<Entry>> {
-        let mut deleted = Vec::new();
-        for family in Family::BOTH {
-            // rules before the routes that they lead to
-            for entry in self.routing(family)?.iter().rev().filter(|e| !wanted.contains(e)) {
-                if self.delete_routing(entry)? {
-                    deleted.push(entry.clone());
-                }
-            }
-        }
-        Ok(deleted)
-    }
-
-    /// Deletes one rule or route; false where it is gone already.
-    pub fn delete_routing(&mut self, entry: &Entry) -> Result<bool> {
-        match self.route_request(entry, false) {
-            Ok(()) => Ok(true),
-            Err(Errno::ENOENT | Errno::ESRCH) => Ok(false),
-            Err(errno) => {
-                Err(Error::system(format!("unable to do `{}`", entry.command("del")), errno))
-            }
-        }
-    }
-
-    /// Makes the kernel look for the routes of all flows anew, which any change of the ip rules does.
-    /// A flow that a flowtable forwards comes back to the table only by that. The priority is that
-    /// of the rule which comes and goes.
-    pub fn forget_routes(&mut self, priority: u32) {
-        for family in Family::BOTH {
-            let rule = route::passing(family, priority);
-            let added = self.route_request(&rule, true);
-            // whatever became of the first, so that it never stays
-            let deleted = self.route_request(&rule, false);
-            if let Err(errno) = added.and(deleted) {
-                log!(Debug, "unable to renew routes: {}", reason(errno));
-            }
-        }
-    }
-
-    /// The rules and routes of one family that carry our protocol number; none for a family that
-    /// the kernel does not have.
-    pub fn routing(&mut self, family: Family) -> Result<BTreeSet<Entry>> {
-        let rules = self.list(&|batch| fib::get_rules(batch, family), SeenRule::read)?;
-        let routes = self.list(&|batch| fib::get_routes(batch, family), SeenRoute::read)?;
-        let mut ours = Seen { rules, routes }.ours();
-        // a family that is not there answers for others
-        ours.retain(|entry| entry.family() == family);
-        Ok(ours)
-    }
-
-    /// All rules of one family, and all routes of one table; none for a family that the kernel does
-    /// not have.
-    pub fn seen(&mut self, family: Family, table: u32) -> Result<Seen> {
-        let mut rules = self.list(&|batch| fib::get_rules(batch, family), SeenRule::read)?;
-        let ask = |batch: &mut Batch| fib::get_table(batch, family, table);
-        let mut routes = self.list(&ask, SeenRoute::read)?;
-        rules.retain(|seen| seen.rule.family == family);
-        routes.retain(|seen| seen.route.family == family && seen.route.table == table);
-        Ok(Seen { rules, routes })
-    }
-
-    fn list<T>(
-        &mut self,
-        request: &dyn Fn(&mut Batch),
-        read: impl Fn(&Message) -> Option<T>,
-    ) -> Result<Vec<T>> {
-        match self.rt.dump(request, read)? {
-            Ok(found) => Ok(found),
-            Err(Errno::EAFNOSUPPORT | Errno::EOPNOTSUPP | Errno::ENOENT) => Ok(Vec::new()),
-            Err(errno) => Err(Error::system("unable to list ip rules or routes", errno)),
-        }
-    }
-
     /// The interfaces, and the sockets that are bound to them.
     pub fn glance(&mut self) -> Host {
         Host::glance(Some(&mut self.rt), self.diag.as_mut())
-    }
-
-    /// The sockets that listen on a port; none where the kernel does not tell of them and of their
-    /// cgroups.
-    pub fn listeners(&mut self, port: u16) -> Vec<PortOwner> {
-        let mut found = BTreeSet::new();
-        let Some(socket) = &mut self.diag else {
-            return Vec::new();
-        };
-        for family in [AF_INET, AF_INET6] {
-            for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
-                let request =
-                    |batch: &mut Batch| diag::get_listeners(batch, family, protocol, port);
-                match socket.dump(&request, diag::parse_listener) {
-                    Ok(Ok(listeners)) => found.extend(listeners),
-                    Ok(Err(errno)) => log!(Debug, "no inet_diag: {}", reason(errno)),
-                    Err(error) => log!(Debug, "no inet_diag: {error}"),
-                }
-            }
-        }
-        found.into_iter().collect()
-    }
-
-    fn route_request(&mut self, entry: &Entry, add: bool) -> std::result::Result<(), Errno> {
-        let mut batch = self.rt.batch();
-        entry.encode(&mut batch, add);
-        let last = batch.last_seq();
-        match self.rt.transact(&batch, last) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(Failure::Refused { errno, text, .. })) => {
-                log!(Debug, "{}: {}", entry.command("…"), text.unwrap_or_else(|| reason(errno)));
-                Err(errno)
-            }
-            Ok(Err(Failure::Unknown)) => Err(Errno::ENOBUFS),
-            Err(error) => Err(error.errno().unwrap_or(Errno::EIO)),
-        }
     }
 }
 
@@ -541,12 +341,6 @@ fn each_notification(socket: &mut Socket, mut each: impl FnMut(&[u8])) -> bool {
             }
         }
     }
-}
-
-/// Whether a family's entry was refused because the host does not have that family.
-fn is_absent(error: &Error) -> bool {
-    let absent = [Errno::EAFNOSUPPORT, Errno::EOPNOTSUPP, Errno::EACCES, Errno::ENODEV];
-    error.errno().is_some_and(|errno| absent.contains(&errno))
 }
 
 /// What our table holds.
@@ -657,12 +451,6 @@ fn nft_refused(errno: Errno) -> Error {
         Errno::EPERM => error.hint("that needs CAP_NET_ADMIN: run as root"),
         _ => error,
     }
-}
-
-/// Whether IPv6 can be routed over `lo` here: where it is off there, there is nothing to route.
-pub fn ipv6_is_on() -> bool {
-    let off = std::fs::read("/proc/sys/net/ipv6/conf/lo/disable_ipv6");
-    off.is_ok_and(|text| text.starts_with(b"0"))
 }
 
 /// What a user can do about a refused object.

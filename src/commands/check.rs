@@ -619,7 +619,7 @@ fn sysctls(findings: &mut Findings) {
             marked.join(", ")
         ));
     }
-    if !kernel::ipv6_is_on() {
+    if !kernel::routing::ipv6_is_on() {
         findings.ok("IPv6 is off on lo: IPv4 alone is routed to the proxies");
     }
 }

@@ -403,7 +403,7 @@ impl<'a> Wanted<'a> {
         };
         let tproxy = &self.config.tproxies[usize::from(index)];
         for (family, take) in [(Family::V4, tproxy.ipv4), (Family::V6, tproxy.ipv6)] {
-            if take != Take::Yes || (family == Family::V6 && !kernel::ipv6_is_on()) {
+            if take != Take::Yes || (family == Family::V6 && !kernel::routing::ipv6_is_on()) {
                 continue;
             }
             let seen = kernel.seen(family, self.config.route_table)?;

@@ -224,7 +224,7 @@ impl Status {
         let (mut routing, mut hindrances) = (Vec::new(), Vec::new());
         for family in Family::BOTH {
             let have = kernel.routing(family)?;
-            let on = family == Family::V4 || kernel::ipv6_is_on();
+            let on = family == Family::V4 || kernel::routing::ipv6_is_on();
             let view = held.as_ref().map(|held| &held.view).filter(|_| on);
             let (priority, table) = numbers(config, &have);
             if let Some(view) = view {

@@ -1,7 +1,7 @@
 //! Other programs' sockets: finding those that are stale, and ending them. What is stale is decided
 //! in [`crate::stale`].
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use crate::error::{reason, Result};
 use crate::log;
 use crate::net::Mark;
 use crate::netlink::conntrack::{self, Flow};
-use crate::netlink::diag::{self, Socket};
+use crate::netlink::diag::{self, PortOwner, Socket};
 use crate::netlink::fib;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
@@ -147,18 +147,41 @@ impl Kernel {
         keep: impl Fn(Socket) -> Option<T>,
     ) -> Vec<T> {
         let mut all = Vec::new();
-        let Some(diag) = &mut self.diag else {
-            return all;
-        };
         for family in [AF_INET, AF_INET6] {
             let request = |batch: &mut Batch| diag::get(batch, family, protocol, states, ids);
-            match diag.dump(&request, |message| keep(diag::parse(message, protocol)?)) {
-                Ok(Ok(found)) => all.extend(found),
-                Ok(Err(errno)) => log!(Debug, "no inet_diag: {}", reason(errno)),
-                Err(error) => log!(Debug, "no inet_diag: {error}"),
-            }
+            let read = |message: &Message| keep(diag::parse(message, protocol)?);
+            all.extend(self.dump_sockets(&request, read));
         }
         all
+    }
+
+    /// The sockets that listen on a port; none where the kernel does not tell of them and of their
+    /// cgroups.
+    pub fn listeners(&mut self, port: u16) -> Vec<PortOwner> {
+        let mut found = BTreeSet::new();
+        for family in [AF_INET, AF_INET6] {
+            for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
+                let request =
+                    |batch: &mut Batch| diag::get_listeners(batch, family, protocol, port);
+                found.extend(self.dump_sockets(&request, diag::parse_listener));
+            }
+        }
+        found.into_iter().collect()
+    }
+
+    /// What `read` makes of the answer of inet_diag; nothing where there is none.
+    fn dump_sockets<T>(
+        &mut self,
+        request: &dyn Fn(&mut Batch),
+        read: impl Fn(&Message) -> Option<T>,
+    ) -> Vec<T> {
+        match self.diag.as_mut().map(|diag| diag.dump(request, read)) {
+            Some(Ok(Ok(found))) => return found,
+            Some(Ok(Err(errno))) => log!(Debug, "no inet_diag: {}", reason(errno)),
+            Some(Err(error)) => log!(Debug, "no inet_diag: {error}"),
+            None => {}
+        }
+        Vec::new()
     }
 
     fn witness(&mut self, socket: &Socket) -> Witness {
