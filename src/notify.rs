@@ -1,6 +1,7 @@
 //! Telling a supervisor how far we are: sd_notify(3) by hand, and the newline on `--ready-fd`.
-//! Failures are not ours to care about: the supervisor will notice.
+//! A failure is told once, and then not ours to care about: the supervisor will notice.
 
+use std::ffi::OsStr;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::linux::net::SocketAddrExt;
@@ -8,6 +9,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use nix::time::{clock_gettime, ClockId};
+
+use crate::log;
+use crate::log::Escaped;
 
 pub struct Notify {
     socket: Option<UnixDatagram>,
@@ -17,16 +21,13 @@ pub struct Notify {
 impl Notify {
     /// Takes `NOTIFY_SOCKET` (a path, or an abstract name behind `@`) from the environment.
     pub fn new(ready_fd: Option<OwnedFd>) -> Notify {
-        let socket = std::env::var_os("NOTIFY_SOCKET").and_then(|name| {
-            let address = match name.as_bytes() {
-                [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest),
-                path if path.starts_with(b"/") => SocketAddr::from_pathname(&name),
-                _ => return None,
-            };
-            let socket = UnixDatagram::unbound().ok()?;
-            socket.set_nonblocking(true).ok()?;
-            socket.connect_addr(&address.ok()?).ok()?;
-            Some(socket)
+        let name = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty());
+        let socket = name.and_then(|name| {
+            let told = connect(&name).inspect_err(|e| {
+                let name = Escaped(name.as_bytes());
+                log!(Warning, "unable to tell NOTIFY_SOCKET {name} of anything: {e}")
+            });
+            told.ok()
         });
         Notify { socket, ready_fd }
     }
@@ -54,4 +55,16 @@ impl Notify {
             let _ = socket.send(state.as_bytes());
         }
     }
+}
+
+fn connect(name: &OsStr) -> std::io::Result<UnixDatagram> {
+    let address = match name.as_bytes() {
+        [b'@', rest @ ..] => SocketAddr::from_abstract_name(rest),
+        path if path.starts_with(b"/") => SocketAddr::from_pathname(name),
+        _ => Err(std::io::Error::other("neither a path nor an abstract name")),
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.set_nonblocking(true)?;
+    socket.connect_addr(&address?)?;
+    Ok(socket)
 }
