@@ -54,6 +54,7 @@ impl fmt::Display for Error {
                 write!(f, "{what}: {}", reason(*errno))?;
                 match hint {
                     Some(hint) => write!(f, " ({hint})"),
+                    None if *errno == Errno::EMFILE => f.write_str(" (raise the limit: ulimit -n)"),
                     None => Ok(()),
                 }
             }

@@ -261,6 +261,16 @@ pub fn foreign_exec<'a>(root: &FilePath, path: &'a [u8]) -> Option<&'a [u8]> {
     is_foreign(root.as_fd(), &below, true).then_some(of_exec)
 }
 
+/// Why nothing was found where a cgroup root should be.
+pub fn unreadable(root: &FilePath) -> Error {
+    let dir = root.display();
+    let what = format!("unable to read cgroup root {dir}");
+    match std::fs::read_dir(root) {
+        Err(e) => Error::system(what, Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO))),
+        Ok(_) => Error::State(format!("{what}: is it on cgroup2?")),
+    }
+}
+
 /// What a look for an id means.
 fn found_or_not(path: Path, id: std::result::Result<u64, Errno>, foreign: bool) -> Event {
     match id {
