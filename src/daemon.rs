@@ -32,6 +32,7 @@ use crate::log::{Escaped, Level};
 use crate::loops;
 use crate::memory;
 use crate::net::Mark;
+use crate::nft::dump;
 use crate::nft::encode::Contents;
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
@@ -390,10 +391,7 @@ impl Cgroups {
         }
         match cgroups.core.tree().is_empty() {
             false => Ok(Some(cgroups)),
-            true => {
-                let dir = cgroups.root.dir.display();
-                Err(Error::State(format!("unable to read cgroup root {dir}: is it on cgroup2?")))
-            }
+            true => Err(watch::unreadable(&cgroups.root.dir)),
         }
     }
 
@@ -699,6 +697,10 @@ impl Daemon<'_> {
                 return None;
             }
         };
+        if held.view.foreign {
+            log!(Warning, "{}: it is replaced", dump::FOREIGN);
+            return None;
+        }
         let kept = removed(&held, &self.cgroups.core);
         if !kept.is_empty() {
             self.cgroups.core.keep_dying(kept);

@@ -25,6 +25,7 @@ use crate::log::Level;
 use crate::net::Family;
 use crate::netlink::fib::FibAction;
 use crate::netlink::uapi::*;
+use crate::nft::dump;
 use crate::nft::encode::Probe;
 use crate::nft::expr::Expr;
 use crate::nft::marks::Ours;
@@ -268,7 +269,7 @@ fn cgroups(config: &Rc<Config>, findings: &mut Findings) -> Option<Core> {
             watches(core.tree().len(), findings);
             return Some(core);
         }
-        Ok(_) => findings.error(format!("unable to read cgroup root {dir}: is it on cgroup2?")),
+        Ok(_) => findings.error(watch::unreadable(&root.dir).to_string()),
         Err(error) => findings.error(error.to_string()),
     }
     None
@@ -592,9 +593,16 @@ fn conflicts(config: &Config, needs: &Needs, seen: &Seen) -> Vec<String> {
     found
 }
 
-/// Chains of others that break what goes to a tproxy.
+/// A table of others with the name of ours, and chains that break what goes to a tproxy.
 fn others(config: &Config, findings: &mut Findings) {
-    if config.tproxies.is_empty() || !sys::has_net_admin() {
+    if !sys::has_net_admin() {
+        return;
+    }
+    let rules = Kernel::open().and_then(|mut kernel| kernel.rules());
+    if rules.is_ok_and(|rules| dump::view(&rules).foreign) {
+        findings.warning(format!("{}: run replaces it", dump::FOREIGN));
+    }
+    if config.tproxies.is_empty() {
         return;
     }
     match Kernel::open().and_then(|mut kernel| kernel.others(&Ours::of(config))) {

@@ -193,6 +193,7 @@ impl Listens {
 /// Why a table that is there does nothing: others may flush it, or have one of our name.
 fn idle(held: &Held) -> Option<&'static str> {
     match held.flags & NFT_TABLE_F_DORMANT {
+        _ if held.view.foreign => Some("not of cgtproxy's making"),
         0 if held.view.classifies => None,
         0 => Some("without rules"),
         _ => Some("dormant"),
@@ -820,6 +821,7 @@ mod tests {
         let interface = |name: &str, prefix| Interface { name: name.into(), prefix };
         let view = |interfaces: Vec<Interface>| View {
             classifies: true,
+            foreign: false,
             targets: vec![target(1), target(2)],
             steps: Vec::new(),
             default: "direct".into(),

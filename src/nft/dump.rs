@@ -252,6 +252,11 @@ pub struct Gateway {
     pub taken: Option<Counter>,
 }
 
+/// What is said of a table that has our name alone.
+pub const FOREIGN: &str =
+    "table inet cgtproxy is there, and not of cgtproxy's making (if it is needed, give it another \
+     name)";
+
 /// What the rules of our table amount to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
@@ -269,6 +274,8 @@ pub struct View {
     pub routed: Option<Mark>,
     /// Whether there is any rule that meets this host's packets: ours has one whatever the policy.
     pub classifies: bool,
+    /// There are rules, and not the chains that ours have whatever the policy.
+    pub foreign: bool,
 }
 
 /// Reads the rules of the table, in the order of the dump.
@@ -307,6 +314,7 @@ pub fn view(rules: &[Rule]) -> View {
         interfaces: Vec::new(),
         routed: (rules.iter().filter(|rule| rule.chain.starts_with("forward_"))).find_map(mark),
         classifies: rules.iter().any(|rule| rule.chain == OUTPUT),
+        foreign: !rules.is_empty() && !names.contains(&"drop"),
     };
     for rule in of("gateways".into()) {
         let Some(name) = goes_to(rule, "gw_") else {

@@ -761,6 +761,84 @@ fn supervisors_are_told() {
     assert!(!pidfile.exists());
 }
 
+/// One that leads nowhere is told of, once, and keeps nothing from its work.
+#[test]
+fn a_notify_socket_that_is_not_there() {
+    let Some(ground) = Ground::new("no-notify") else {
+        return;
+    };
+    for name in ["/nowhere/notify", "@cgtproxy-nobody", "nonsense"] {
+        let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[("NOTIFY_SOCKET", name)]);
+        assert!(daemon.ready(), "{}", daemon.logs());
+        assert!(daemon.reload().contains("reloaded"));
+        daemon.signal(Signal::SIGTERM);
+        assert_eq!(daemon.wait().code(), Some(0));
+        let told = format!("warning: unable to tell NOTIFY_SOCKET {name} of anything: ");
+        assert_eq!(daemon.logs().matches(&told).count(), 1, "{}", daemon.logs());
+    }
+}
+
+/// Too few files may be open: that is what is said, whatever it was that could not be opened.
+#[test]
+fn a_limit_of_open_files() {
+    let Some(ground) = Ground::new("nofile") else {
+        return;
+    };
+    let file = ground.dir.join("nofile.conf");
+    write_private(&file, &format!("[global]\ncgroup-root = {}\n", ground.root.display()));
+    for limit in 7..=10 {
+        let program = crate::daemon::binary();
+        let (program, file) = (program.display(), file.display());
+        let script = format!("ulimit -n {limit}; exec timeout 5 {program} -c {file} run");
+        let out = Command::new("sh").args(["-c", &script]).output();
+        let out = out.expect("start a shell");
+        let said = String::from_utf8_lossy(&out.stderr);
+        let last = said.lines().last().unwrap_or_default();
+        println!("{limit}: {last}");
+        match out.status.code() {
+            // of the configuration, by its name
+            Some(2) => assert!(last.ends_with(": too many open files"), "{said}"),
+            code => assert!(code == Some(1) && last.contains("ulimit -n"), "{code:?} {said}"),
+        }
+        assert!(!said.contains("on cgroup2?"), "{said}");
+    }
+    assert_eq!(residue(), "");
+}
+
+/// A table that has our name and nothing else of ours is told of before it is replaced.
+#[test]
+fn a_table_of_our_name() {
+    let Some(ground) = Ground::new("our-name") else {
+        return;
+    };
+    let cgroup = ground.cgroup("/drop");
+    const TOLD: &str = "warning: table inet cgtproxy is there, and not of cgtproxy's making";
+    let ask = |command| {
+        let out = run_with(&ground, CONFIG, &[command]);
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    crate::kernel::load(
+        "table inet cgtproxy {
+           chain output { type filter hook output priority 0; tcp dport 9 drop; }
+         }\n",
+    );
+    let check = ask("check");
+    assert!(check.contains(TOLD) && check.contains("run replaces it"), "{check}");
+    let status = ask("status");
+    assert!(status.contains("not of cgtproxy's making, not in force"), "{status}");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    assert_eq!(daemon.logs().matches(TOLD).count(), 1, "{}", daemon.logs());
+    expect(&[(&cgroup, under("drop"))]);
+    assert!(!ask("check").contains(TOLD) && ask("status").contains("in force, default"));
+    // what another of ours has left is ours
+    daemon.leave();
+    assert!(!ask("check").contains(TOLD));
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    assert!(!daemon.logs().contains(TOLD), "{}", daemon.logs());
+    assert!(daemon.stop().success());
+    assert_eq!(residue(), "");
+}
+
 #[test]
 fn an_abstract_notify_socket() {
     use std::os::linux::net::SocketAddrExt;
