@@ -764,9 +764,7 @@ fn supervisors_are_told() {
 /// One that leads nowhere is told of, once, and keeps nothing from its work.
 #[test]
 fn a_notify_socket_that_is_not_there() {
-    let Some(ground) = Ground::new("no-notify") else {
-        return;
-    };
+    let ground = ground!("no-notify");
     for name in ["/nowhere/notify", "@cgtproxy-nobody", "nonsense"] {
         let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[("NOTIFY_SOCKET", name)]);
         assert!(daemon.ready(), "{}", daemon.logs());
@@ -781,9 +779,7 @@ fn a_notify_socket_that_is_not_there() {
 /// Too few files may be open: that is what is said, whatever it was that could not be opened.
 #[test]
 fn a_limit_of_open_files() {
-    let Some(ground) = Ground::new("nofile") else {
-        return;
-    };
+    let ground = ground!("nofile");
     let file = ground.dir.join("nofile.conf");
     write_private(&file, &format!("[global]\ncgroup-root = {}\n", ground.root.display()));
     for limit in 7..=10 {
@@ -808,9 +804,7 @@ fn a_limit_of_open_files() {
 /// A table that has our name and nothing else of ours is told of before it is replaced.
 #[test]
 fn a_table_of_our_name() {
-    let Some(ground) = Ground::new("our-name") else {
-        return;
-    };
+    let ground = ground!("our-name");
     let cgroup = ground.cgroup("/drop");
     const TOLD: &str = "warning: table inet cgtproxy is there, and not of cgtproxy's making";
     let ask = |command| {
