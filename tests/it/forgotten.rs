@@ -511,6 +511,101 @@ fn datagrams_go_where_their_cgroup_is_to_go_now() {
     }
 }
 
+/// The same for a client of this router, but that what a proxy has stays with it: the kernel has
+/// settled how its addresses are translated. Whatever bits the marks have before and after.
+#[test]
+fn datagrams_of_clients_over_a_reload() {
+    let Some(ground) = Ground::new("udpgw") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let direct = ground.cgroup("/direct");
+    let proxies = [("0.0.0.0", 7893), ("::", 7893)];
+    let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));
+    let policy = |mask: &str, target: &str| {
+        format!(
+            "[global]\nfwmark-mask = {mask}\n{RULES}[gateway lan]\ninterface = br-lan\n\
+             target = {target}\n"
+        )
+    };
+    let (high, low) = ("0xff000000", "0x00ff0000");
+    let steps = [
+        (high, "direct", "remote"),
+        (high, "mihomo", "proxy"),
+        (high, "direct", "proxy"),
+        (high, "drop", "nobody"),
+        (high, "mihomo", "proxy"),
+        (low, "mihomo", "proxy"),
+        (low, "direct", "proxy"),
+        (high, "mihomo", "proxy"),
+        (low, "drop", "nobody"),
+    ];
+    let daemon = Daemon::start(&ground, &policy(high, "direct"), &[]);
+    let hosts = [ip("198.51.100.10"), ip("2001:db8:3::10")];
+    for (((remote, ..), proxy), client) in places().into_iter().zip(&proxies).zip(hosts) {
+        let bind = || UdpSocket::bind(addr(client, 0)).expect("bind");
+        let app = patient(lan.client(0).run(bind));
+        for (mask, target, want) in steps {
+            daemon.configure(&policy(mask, target));
+            daemon.reload();
+            for _ in 0..2 {
+                let who = reaches(&app, remote, &[proxy], &mut world);
+                assert_eq!(who, want, "{mask}, {target}, {remote}");
+            }
+            // one that nobody has sent by
+            let fresh = patient(lan.client(0).run(bind));
+            let want = match target {
+                "mihomo" => "proxy",
+                "drop" => "nobody",
+                _ => "remote",
+            };
+            let who = reaches(&fresh, remote, &[proxy], &mut world);
+            assert_eq!(who, want, "{mask}, {target}, {remote}, a fresh socket");
+        }
+    }
+}
+
+/// A client's connection that a proxy has goes on with it when a reload gives the marks other bits.
+#[test]
+fn connections_of_clients_over_another_mask() {
+    let Some(ground) = Ground::new("tcpgw") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let policy = |mask: &str| {
+        format!(
+            "[global]\nfwmark-mask = {mask}\n{RULES}[gateway lan]\ninterface = br-lan\n\
+             target = mihomo\n"
+        )
+    };
+    for ip in [REMOTE4, REMOTE6] {
+        let mut proxy = Some(Server::stream(PROXY, &[7893]));
+        let daemon = Daemon::start(&ground, &policy("0xff000000"), &[]);
+        let to = addr(ip, STREAM_PORT);
+        let follow = Client::tcp(&ground.root, to).timeout(Duration::from_secs(2)).follow();
+        let flow = lan.client(0).run(|| follow.spawn());
+        let under_way = wait_until(Duration::from_secs(5), || {
+            let mut list = std::process::Command::new("ss");
+            list.args(["-Htn", "state", "established"]);
+            let list = lan.client(0).run(|| list.output()).expect("run ss").stdout;
+            String::from_utf8_lossy(&list).contains(&to.to_string())
+        });
+        assert!(under_way, "no connection");
+        world.wire.packets();
+        for mask in ["0x00ff0000", "0xf0000000", "0xff000000"] {
+            daemon.configure(&policy(mask));
+            let log = daemon.reload();
+            assert!(log.contains("reloaded"), "{log}");
+        }
+        proxy.take();
+        assert_eq!(flow.wait().0.who(), format!("{PROXY} {to}"));
+        assert_eq!(world.wire.to_remote(), []);
+        assert!(daemon.stop().success());
+    }
+}
+
 /// A socket that is bound to a device leaves by no other way; it is refused, and counted so.
 #[test]
 fn sockets_of_a_device_are_refused() {

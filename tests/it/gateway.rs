@@ -534,6 +534,7 @@ fn dns_of_clients() {
         (format!("{far}{tcp}"), [f4, f6, f4, f6, o4, o6, b4]),
         (format!("{far}{local}"), [f4, f6, p4, p6, f4, f6, f4]),
         (only4.to_owned(), [d4, r6, p4, p6, o4, o6, b4]),
+        (format!("{here}{tcp}tcp = no\n"), [d4, d6, d4, d6, o4, o6, b4]),
         (String::new(), [p4, p6, p4, p6, o4, o6, b4]),
     ];
     let asked = [
@@ -606,10 +607,9 @@ fn dns_of_clients_to_a_simple_resolver() {
 impl Lan<'_> {
     /// Port 80 is proxied as ever.
     fn proxied_but_udp(&self, dns: &str) {
-        match dns.contains("udp = no") {
-            true => self.expect(0, [PROXY, PROXY, "remote", "remote", "remote", "remote"]),
-            false => self.proxied(0),
-        }
+        let of = |switch| if dns.contains(switch) { "remote" } else { PROXY };
+        let (tcp, udp) = (of("\ntcp = no"), of("\nudp = no"));
+        self.expect(0, [tcp, tcp, udp, udp, "remote", "remote"]);
     }
 }
 
