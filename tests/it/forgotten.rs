@@ -525,7 +525,7 @@ fn datagrams_of_clients_over_a_reload() {
     let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));
     let policy = |mask: &str, target: &str| {
         format!(
-            "[global]\nfwmark-mask = {mask}\n{RULES}[gateway lan]\ninterface = br-lan\n\
+            "[global]\nfwmark-mask = {mask}\n{POLICY}[gateway lan]\ninterface = br-lan\n\
              target = {target}\n"
         )
     };
@@ -576,7 +576,7 @@ fn connections_of_clients_over_another_mask() {
     let lan = Lan::new(&ground);
     let policy = |mask: &str| {
         format!(
-            "[global]\nfwmark-mask = {mask}\n{RULES}[gateway lan]\ninterface = br-lan\n\
+            "[global]\nfwmark-mask = {mask}\n{POLICY}[gateway lan]\ninterface = br-lan\n\
              target = mihomo\n"
         )
     };
@@ -640,4 +640,43 @@ fn sockets_of_a_device_are_refused() {
     assert_eq!(refused("mihomo").as_deref(), Some("10"), "{status}");
     assert_eq!(refused("other").as_deref(), Some("0"), "{status}");
     drop(daemon);
+}
+
+/// A UDP service that speaks after conntrack has forgotten its client begins a flow, which is its
+/// cgroup's: the manual page says so.
+#[test]
+fn a_service_that_speaks_too_late() {
+    let Some(ground) = Ground::new("late") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let direct = ground.cgroup("/direct");
+    let proxies = [("0.0.0.0", 7893), ("::", 7893)];
+    let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));
+    short_lived_flows();
+    let _daemon = Daemon::start(&ground, POLICY, &[]);
+    for (cgroup, want) in [("/proxied", "proxy"), ("/drop", "nobody")] {
+        let cgroup = ground.cgroup(cgroup);
+        crate::kernel::await_member(&cgroup, if want == "proxy" { "mihomo" } else { "drop" });
+        for ((remote, _, host), proxy) in places().into_iter().zip(&proxies) {
+            let service = udp_of(&cgroup, addr(host, 7000));
+            let client = addr(remote.ip(), 7001);
+            let peer = ground.outside(|| crate::world::bind(client, libc::SOCK_DGRAM));
+            let peer = patient(UdpSocket::from(peer));
+            let mut ask = |what: &str, want: &str| {
+                if what.contains("client") {
+                    peer.send_to(b"?", addr(host, 7000)).expect("send");
+                    service.recv_from(&mut [0; 8]).expect(what);
+                }
+                let who = reaches(&service, client, &[proxy], &mut world);
+                assert_eq!(who, want, "{what}: {}, {client}", cgroup.display());
+            };
+            ask("the client asks", "remote");
+            lose(Loss::Expired);
+            ask("the service speaks late", want);
+            ask("the client speaks at once", if want == "proxy" { "proxy" } else { "remote" });
+            lose(Loss::Expired);
+            ask("the client speaks after a silence", "remote");
+        }
+    }
 }
