@@ -16,10 +16,11 @@ use cgtproxy::core::{Delta, Snapshot};
 use cgtproxy::net::{Family, Interface, Mac, Mark, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
 use cgtproxy::nft::encode::{self, Transaction};
-use cgtproxy::nft::expr::{Stmt, Verdict};
+use cgtproxy::nft::expr::{Expr, SetRef, Verdict};
 use cgtproxy::nft::ruleset::{
     dying_name, output_rules, set_name, Base, Chain, Content, Element, Set, Table, OUTPUT,
 };
+use cgtproxy::nft::stmt::Stmt;
 use cgtproxy::plan;
 use libnftnl::Reference;
 use mnl::mnl_sys::{mnl_nlmsg_next, mnl_nlmsg_ok};
@@ -286,6 +287,26 @@ fn statements() {
     let rule = samples();
     same("all", |ours| ours.rule("output", &rule), |theirs| theirs.rule("output", &rule));
     same("no rules", |ours| ours.replace_output(&[]), |theirs| theirs.flush(OUTPUT));
+}
+
+/// The reader knows what the writer writes.
+#[test]
+fn instructions_read_back() {
+    for stmt in samples() {
+        let mut exprs = Vec::new();
+        stmt.lower(&mut exprs);
+        for mut expr in exprs {
+            let mut batch = Batch::new(SEQ);
+            expr.write(&mut batch);
+            // an anonymous set goes by a name in rules
+            if let Expr::Lookup { set, .. } | Expr::LookupVerdict { set, .. } = &mut expr {
+                if let SetRef::Anonymous(content) = &set {
+                    *set = SetRef::Named(content.name().into());
+                }
+            }
+            assert_eq!(Expr::read(batch.bytes()), Some(expr), "{stmt}");
+        }
+    }
 }
 
 #[test]

@@ -23,6 +23,7 @@ const LAYERS: &[&[&str]] = &[
     &["config::reader", "config::resolve"],
     &["config", "config::lint", "config::file"],
     &["nft::expr"],
+    &["nft::stmt"],
     &[
         "policy",
         "loops",
@@ -66,6 +67,7 @@ const PURE: &[&str] = &[
     "stale",
     "faults",
     "nft::expr",
+    "nft::stmt",
     "nft::ruleset",
     "nft::encode",
     "nft::lock",

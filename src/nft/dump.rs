@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::encode::nfgenmsg;
+use super::expr::{counted, Expr, SetRef::Named, Verdict};
 use super::ruleset::{OUTPUT, TABLE};
 use crate::net::{Interface, Mark};
 use crate::netlink::msg::Batch;
@@ -31,50 +32,12 @@ impl std::ops::Add for Counter {
     }
 }
 
-/// One rule: its chain, and of its expressions those that matter here.
+/// One rule: its chain, what of its expressions is understood, and what they have counted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rule {
     pub chain: String,
     pub exprs: Vec<Expr>,
-}
-
-/// An expression as far as it is understood.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Expr {
-    Counter(Counter),
-    /// `socket cgroupv2 level L`
-    Cgroup {
-        level: u32,
-    },
-    /// A hash, which only the rules for removed cgroups make.
-    Jhash,
-    Lookup {
-        set: String,
-    },
-    Immediate {
-        register: u32,
-        data: Vec<u8>,
-    },
-    /// A verdict; the chain of a jump or goto.
-    Verdict {
-        code: i32,
-        chain: Option<String>,
-    },
-    Bitwise {
-        mask: u32,
-        xor: u32,
-    },
-    SetPacketMark,
-    /// Loads the name of the interface that the packet came in by.
-    Iifname,
-    /// Compares what was loaded with these bytes.
-    Cmp {
-        data: Vec<u8>,
-    },
-    Tproxy {
-        port: Option<u32>,
-    },
-    Other,
+    pub counter: Option<Counter>,
 }
 
 /// One element of a cgroup set.
@@ -109,67 +72,21 @@ pub fn parse_rule(message: &Message) -> Option<Rule> {
         && message.body.first() == Some(&NFPROTO_INET)
         && text(NFTA_RULE_TABLE)? == TABLE;
     let list = attrs.clone().get(NFTA_RULE_EXPRESSIONS).unwrap_or(&[]);
-    let elements = Attrs::new(list).filter(|(kind, _)| *kind == NFTA_LIST_ELEM);
+    let exprs = || listed(list);
     ours.then_some(Rule {
         chain: text(NFTA_RULE_CHAIN)?.into_owned(),
-        exprs: elements.map(|(_, bytes)| expr(bytes)).collect(),
+        exprs: exprs().filter_map(Expr::read).collect(),
+        counter: exprs().filter_map(counter).reduce(|a, b| a + b),
     })
 }
 
-/// One expression: its name, and a nest of what belongs to it.
-fn expr(bytes: &[u8]) -> Expr {
-    let attrs = Attrs::new(bytes);
-    let name = attrs.clone().get(NFTA_EXPR_NAME).unwrap_or(&[]);
-    let data = Attrs::new(attrs.get(NFTA_EXPR_DATA).unwrap_or(&[]));
-    let number = |attr| data.clone().get(attr).and_then(parse::u32_be);
-    // what is compared or combined is host order, as the packet mark is
-    let value = |attr| Attrs::new(data.clone().get(attr)?).get(NFTA_DATA_VALUE);
-    let host = |attr| value(attr).and_then(parse::u32_ne);
-    let understood = match &*parse::str_z(name) {
-        "counter" => counter(data).map(Expr::Counter),
-        "socket" => (number(NFTA_SOCKET_KEY) == Some(NFT_SOCKET_CGROUPV2))
-            .then(|| number(NFTA_SOCKET_LEVEL).map(|level| Expr::Cgroup { level }))
-            .flatten(),
-        "hash" => Some(Expr::Jhash),
-        "lookup" => data
-            .clone()
-            .get(NFTA_LOOKUP_SET)
-            .map(|set| Expr::Lookup { set: parse::str_z(set).into_owned() }),
-        "immediate" => immediate(data),
-        "bitwise" => host(NFTA_BITWISE_MASK)
-            .zip(host(NFTA_BITWISE_XOR))
-            .map(|(mask, xor)| Expr::Bitwise { mask, xor }),
-        "meta" => match (number(NFTA_META_KEY), number(NFTA_META_SREG)) {
-            (Some(NFT_META_MARK), Some(_)) => Some(Expr::SetPacketMark),
-            (Some(NFT_META_IIFNAME), None) => Some(Expr::Iifname),
-            _ => None,
-        },
-        "cmp" => value(NFTA_CMP_DATA).map(|data| Expr::Cmp { data: data.to_vec() }),
-        "tproxy" => Some(Expr::Tproxy { port: number(NFTA_TPROXY_REG_PORT) }),
-        _ => None,
-    };
-    understood.unwrap_or(Expr::Other)
+/// The elements of a list.
+fn listed(list: &[u8]) -> impl Iterator<Item = &[u8]> {
+    Attrs::new(list).filter(|(kind, _)| *kind == NFTA_LIST_ELEM).map(|(_, bytes)| bytes)
 }
 
-fn immediate(data: Attrs) -> Option<Expr> {
-    let register = data.clone().get(NFTA_IMMEDIATE_DREG).and_then(parse::u32_be)?;
-    let value = Attrs::new(data.get(NFTA_IMMEDIATE_DATA)?);
-    if register != NFT_REG_VERDICT {
-        let data = value.get(NFTA_DATA_VALUE)?.to_vec();
-        return Some(Expr::Immediate { register, data });
-    }
-    let verdict = Attrs::new(value.get(NFTA_DATA_VERDICT)?);
-    let code = verdict.clone().get(NFTA_VERDICT_CODE).and_then(parse::u32_be)?;
-    let chain = verdict.get(NFTA_VERDICT_CHAIN);
-    Some(Expr::Verdict {
-        code: code as i32,
-        chain: chain.map(|name| parse::str_z(name).into_owned()),
-    })
-}
-
-fn counter(data: Attrs) -> Option<Counter> {
-    let number = |attr| data.clone().get(attr).and_then(parse::u64_be);
-    Some(Counter { packets: number(NFTA_COUNTER_PACKETS)?, bytes: number(NFTA_COUNTER_BYTES)? })
+fn counter(expr: &[u8]) -> Option<Counter> {
+    counted(expr).map(|(packets, bytes)| Counter { packets, bytes })
 }
 
 /// Asks for all elements of one of our sets.
@@ -185,15 +102,13 @@ pub fn get_elements(batch: &mut Batch, set: &str) {
 /// Reads an answer to [`get_elements`] for a cgroup set. One message holds many elements.
 pub fn parse_elements(message: &Message) -> Option<Vec<Element>> {
     let list = Attrs::after(message.body, 4).get(NFTA_SET_ELEM_LIST_ELEMENTS)?;
-    let elements = Attrs::new(list).filter(|(kind, _)| *kind == NFTA_LIST_ELEM);
-    Some(elements.filter_map(|(_, bytes)| element(bytes)).collect())
+    Some(listed(list).filter_map(element).collect())
 }
 
 /// The same for a set of hashes.
 pub fn parse_hashes(message: &Message) -> Option<Vec<u32>> {
     let list = Attrs::after(message.body, 4).get(NFTA_SET_ELEM_LIST_ELEMENTS)?;
-    let elements = Attrs::new(list).filter(|(kind, _)| *kind == NFTA_LIST_ELEM);
-    Some(elements.filter_map(|(_, bytes)| parse::u32_ne(key(&Attrs::new(bytes))?)).collect())
+    Some(listed(list).filter_map(|bytes| parse::u32_ne(key(&Attrs::new(bytes))?)).collect())
 }
 
 fn key<'a>(element: &Attrs<'a>) -> Option<&'a [u8]> {
@@ -205,15 +120,8 @@ fn element(bytes: &[u8]) -> Option<Element> {
     let key = key(&attrs)?;
     // one expression stands alone, and since Linux 5.13 several stand in a list
     let list = Attrs::new(attrs.clone().get(NFTA_SET_ELEM_EXPRESSIONS).unwrap_or(&[]));
-    let listed = list.map(|(_, bytes)| expr(bytes));
-    let alone = attrs.get(NFTA_SET_ELEM_EXPR).map(expr);
-    Some(Element {
-        id: u64::from_ne_bytes(key.try_into().ok()?),
-        counter: (listed.chain(alone)).find_map(|expr| match expr {
-            Expr::Counter(counter) => Some(counter),
-            _ => None,
-        }),
-    })
+    let mut exprs = list.map(|(_, bytes)| bytes).chain(attrs.get(NFTA_SET_ELEM_EXPR));
+    Some(Element { id: u64::from_ne_bytes(key.try_into().ok()?), counter: exprs.find_map(counter) })
 }
 
 /// A target as the table has it.
@@ -341,10 +249,10 @@ pub fn view(rules: &[Rule]) -> View {
             Step { level, set, target, hashed }
         };
         match rule.exprs[..] {
-            [Expr::Cgroup { level }, Expr::Lookup { ref set }, ..] => {
+            [Expr::SocketCgroup { level, .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
                 view.steps.push(step(level, set, "cg_", target))
             }
-            [Expr::Cgroup { level }, Expr::Jhash, Expr::Lookup { ref set }, ..] => {
+            [Expr::SocketCgroup { level, .. }, Expr::Jhash { .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
                 view.steps.push(step(level, set, "dying_", target))
             }
             _ => view.default = target,
@@ -369,7 +277,7 @@ impl View {
 /// What stands behind `prefix` in the name of the chain that a rule leads to.
 fn goes_to<'a>(rule: &'a Rule, prefix: &str) -> Option<&'a str> {
     rule.exprs.iter().find_map(|expr| match expr {
-        Expr::Verdict { chain: Some(chain), .. } => chain.strip_prefix(prefix),
+        Expr::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) => chain.strip_prefix(prefix),
         _ => None,
     })
 }
@@ -377,7 +285,7 @@ fn goes_to<'a>(rule: &'a Rule, prefix: &str) -> Option<&'a str> {
 /// The interface that a rule looks for. A name that is compared without its end is a prefix.
 fn interface(rule: &Rule) -> Option<Interface> {
     match rule.exprs.get(..2)? {
-        [Expr::Iifname, Expr::Cmp { data }] => {
+        [Expr::MetaLoad { key: NFT_META_IIFNAME, .. }, Expr::Cmp { data, .. }] => {
             Some(Interface { name: parse::str_z(data).into_owned(), prefix: !data.contains(&0) })
         }
         _ => None,
@@ -386,10 +294,7 @@ fn interface(rule: &Rule) -> Option<Interface> {
 
 /// The target of a gateway section, by the rules of its chain.
 fn gateway_target<'a>(rules: &[&'a Rule]) -> &'a str {
-    let drops = |rule: &&Rule| {
-        let drop = |expr: &Expr| matches!(expr, Expr::Verdict { code: NF_DROP, .. });
-        rule.exprs.iter().any(drop)
-    };
+    let drops = |rule: &&Rule| rule.exprs.contains(&Expr::Verdict(Verdict::Drop));
     match rules.iter().find_map(|rule| goes_to(rule, "forward_")) {
         Some(target) => target,
         None if rules.iter().any(drops) => "drop",
@@ -399,21 +304,22 @@ fn gateway_target<'a>(rules: &[&'a Rule]) -> &'a str {
 
 /// The mark that a rule gives the packet.
 fn mark(rule: &Rule) -> Option<Mark> {
-    let at = rule.exprs.iter().position(|e| *e == Expr::SetPacketMark)?;
-    match rule.exprs.get(at.checked_sub(1)?)? {
-        Expr::Bitwise { mask, xor } => Some(Mark { value: *xor, mask: !mask }),
+    rule.exprs.windows(2).find_map(|pair| match pair {
+        [Expr::Bitwise { mask, xor, .. }, Expr::MetaSet { key: NFT_META_MARK, .. }] => {
+            Some(Mark { value: *xor, mask: !mask })
+        }
         _ => None,
-    }
+    })
 }
 
 /// The port of a rule's tproxy expression, from the register that it names.
 fn port(rule: &Rule) -> Option<u16> {
     let wanted = rule.exprs.iter().find_map(|expr| match expr {
-        Expr::Tproxy { port } => *port,
+        Expr::Tproxy { port, .. } => Some(*port),
         _ => None,
     })?;
     rule.exprs.iter().find_map(|expr| match expr {
-        Expr::Immediate { register, data } if *register == wanted => {
+        Expr::Immediate { dreg, data } if *dreg == wanted => {
             Some(u16::from_be_bytes([*data.first()?, *data.get(1)?]))
         }
         _ => None,
@@ -435,12 +341,7 @@ fn address(rule: &Rule) -> Option<IpAddr> {
 
 /// The sum of all counters of some rules; `None` where there are none.
 fn total(rules: &[&Rule]) -> Option<Counter> {
-    let exprs = rules.iter().flat_map(|rule| &rule.exprs);
-    let counters = exprs.filter_map(|expr| match expr {
-        Expr::Counter(counter) => Some(*counter),
-        _ => None,
-    });
-    counters.reduce(|a, b| a + b)
+    rules.iter().filter_map(|rule| rule.counter).reduce(|a, b| a + b)
 }
 
 #[cfg(test)]

@@ -4,8 +4,9 @@
 
 use std::fmt;
 
-use super::expr::{Anonymous, Expr, SetRef, Verdict};
+use super::expr::{value, Anonymous, Expr, SetRef, Verdict};
 use super::ruleset::{Base, Chain, Content, Rule, Set, Table, OUTPUT, TABLE};
+use super::stmt::{eq, meta, neq, payload};
 use crate::net::{Address, Range};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Messages};
@@ -111,27 +112,10 @@ impl Transaction {
 
     fn probe_rule(&mut self, exprs: &[Expr]) {
         const PROBE: &str = "cgtproxy-probe";
-        let open = self.begin(NFT_MSG_NEWTABLE, NLM_F_CREATE);
-        self.batch.str_z(NFTA_TABLE_NAME, PROBE);
-        self.batch.end(open);
-        let open = self.begin(NFT_MSG_NEWCHAIN, NLM_F_CREATE);
-        self.batch.str_z(NFTA_CHAIN_TABLE, PROBE);
-        self.batch.str_z(NFTA_CHAIN_NAME, OUTPUT);
-        self.batch.end(open);
-        let open = self.begin(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND);
-        self.batch.str_z(NFTA_RULE_TABLE, PROBE);
-        self.batch.str_z(NFTA_RULE_CHAIN, OUTPUT);
-        let list = self.batch.nest(NFTA_RULE_EXPRESSIONS);
-        for expr in exprs {
-            let element = self.batch.nest(NFTA_LIST_ELEM);
-            self.expr(expr);
-            self.batch.end_nest(element);
-        }
-        self.batch.end_nest(list);
-        self.batch.end(open);
-        let open = self.begin(NFT_MSG_DELTABLE, 0);
-        self.batch.str_z(NFTA_TABLE_NAME, PROBE);
-        self.batch.end(open);
+        self.table_of(PROBE, NFT_MSG_NEWTABLE, NLM_F_CREATE, None, None);
+        self.chain_of(PROBE, OUTPUT, None);
+        self.rule_of(PROBE, OUTPUT, exprs);
+        self.table_of(PROBE, NFT_MSG_DELTABLE, 0, None, None);
     }
 
     /// Replaces the rules of `output`.
@@ -191,17 +175,17 @@ impl Transaction {
     }
 
     pub fn chain(&mut self, chain: &Chain) {
-        self.chain_of(TABLE, chain);
+        self.chain_of(TABLE, &chain.name, chain.base);
     }
 
-    fn chain_of(&mut self, table: &str, chain: &Chain) {
+    fn chain_of(&mut self, table: &str, name: &str, base: Option<Base>) {
         let open = self.begin(NFT_MSG_NEWCHAIN, NLM_F_CREATE);
         self.batch.str_z(NFTA_CHAIN_TABLE, table);
-        self.batch.str_z(NFTA_CHAIN_NAME, &chain.name);
-        if let Some(Base { kind, hook, priority }) = &chain.base {
+        self.batch.str_z(NFTA_CHAIN_NAME, name);
+        if let Some(Base { kind, hook, priority }) = base {
             let nest = self.batch.nest(NFTA_CHAIN_HOOK);
-            self.batch.u32_be(NFTA_HOOK_HOOKNUM, *hook);
-            self.batch.u32_be(NFTA_HOOK_PRIORITY, *priority as u32);
+            self.batch.u32_be(NFTA_HOOK_HOOKNUM, hook);
+            self.batch.u32_be(NFTA_HOOK_PRIORITY, priority as u32);
             self.batch.end_nest(nest);
             self.batch.u32_be(NFTA_CHAIN_POLICY, NF_ACCEPT as u32);
             self.batch.str_z(NFTA_CHAIN_TYPE, kind);
@@ -221,7 +205,7 @@ impl Transaction {
         self.set_head(&set.name, flags, (key_type, key_len), None, id);
         if let Content::Cgroups { counters: true } = set.content {
             let nest = self.batch.nest(NFTA_SET_EXPR);
-            self.expr(&Expr::Counter);
+            Expr::Counter.write(&mut self.batch);
             self.batch.end_nest(nest);
         }
         self.batch.end(open);
@@ -236,46 +220,25 @@ impl Transaction {
         let mut exprs = Vec::new();
         rule.iter().for_each(|stmt| stmt.lower(&mut exprs));
         // the set of a look-up must come before the rule that binds it
-        let ids: Vec<u32> = (exprs.iter())
-            .filter_map(|expr| match expr {
-                Expr::Lookup { set: SetRef::Anonymous(set), .. }
-                | Expr::LookupVerdict { set: SetRef::Anonymous(set), .. } => {
-                    Some(self.anonymous(set))
+        for expr in &mut exprs {
+            if let Expr::Lookup { set, .. } | Expr::LookupVerdict { set, .. } = expr {
+                if let SetRef::Anonymous(set) = set {
+                    set.id = Some(self.anonymous(set));
                 }
-                _ => None,
-            })
-            .collect();
-        let mut ids = ids.into_iter();
-        let open = self.begin(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND);
-        self.batch.str_z(NFTA_RULE_TABLE, TABLE);
-        self.batch.str_z(NFTA_RULE_CHAIN, chain);
-        let list = self.batch.nest(NFTA_RULE_EXPRESSIONS);
-        for expr in &exprs {
-            let element = self.batch.nest(NFTA_LIST_ELEM);
-            match expr {
-                Expr::Lookup { set: SetRef::Anonymous(_), sreg, invert } => {
-                    self.lookup(*sreg, None, ANONYMOUS_SET, ids.next(), *invert)
-                }
-                Expr::LookupVerdict { set: SetRef::Anonymous(_), sreg } => {
-                    self.lookup(*sreg, Some(NFT_REG_VERDICT), ANONYMOUS_MAP, ids.next(), false)
-                }
-                expr => self.expr(expr),
             }
-            self.batch.end_nest(element);
         }
-        self.batch.end_nest(list);
-        self.batch.end(open);
+        self.rule_of(TABLE, chain, &exprs);
     }
 
-    /// A rule of a chain `output`; no look-ups.
-    fn rule_of<const N: usize>(&mut self, table: &str, exprs: [Expr; N]) {
+    /// The rule alone, without the sets that it may need.
+    fn rule_of(&mut self, table: &str, chain: &str, exprs: &[Expr]) {
         let open = self.begin(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND);
         self.batch.str_z(NFTA_RULE_TABLE, table);
-        self.batch.str_z(NFTA_RULE_CHAIN, OUTPUT);
+        self.batch.str_z(NFTA_RULE_CHAIN, chain);
         let list = self.batch.nest(NFTA_RULE_EXPRESSIONS);
-        for expr in &exprs {
+        for expr in exprs {
             let element = self.batch.nest(NFTA_LIST_ELEM);
-            self.expr(expr);
+            expr.write(&mut self.batch);
             self.batch.end_nest(element);
         }
         self.batch.end_nest(list);
@@ -332,24 +295,20 @@ impl Transaction {
 
     /// Sends an anonymous set or map with its elements; returns its id within the transaction.
     fn anonymous(&mut self, set: &Anonymous) -> u32 {
-        let is_map = set.elements.iter().any(|(_, verdict)| verdict.is_some());
-        let (name, map_flag) = match is_map {
-            true => (ANONYMOUS_MAP, NFT_SET_MAP),
-            false => (ANONYMOUS_SET, 0),
+        let (name, id) = (set.name(), self.set_id());
+        let (map, data) = match set.is_map() {
+            true => (NFT_SET_MAP, Some(NFT_DATA_VERDICT)),
+            false => (0, None),
         };
-        let id = self.set_id();
+        let flags = NFT_SET_ANONYMOUS | NFT_SET_CONSTANT | map;
         let open = self.begin(NFT_MSG_NEWSET, NLM_F_CREATE);
-        let flags = NFT_SET_ANONYMOUS | NFT_SET_CONSTANT | map_flag;
-        let data = is_map.then_some(NFT_DATA_VERDICT);
         self.set_head(name, flags, (set.key_type, set.key_len), data, id);
         self.batch.end(open);
         let elements = set.elements.iter();
         self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, name, Some(id), elements, |b, element| {
-            element_key(b, &element.0);
-            if let Some(v) = &element.1 {
-                let nest = b.nest(NFTA_SET_ELEM_DATA);
-                verdict(b, v);
-                b.end_nest(nest);
+            value(b, NFTA_SET_ELEM_KEY, &element.0);
+            if let Some(verdict) = &element.1 {
+                verdict.write(b, NFTA_SET_ELEM_DATA);
             }
         });
         id
@@ -365,7 +324,7 @@ impl Transaction {
             if flags != 0 {
                 b.u32_be(NFTA_SET_ELEM_FLAGS, flags);
             }
-            element_key(b, &end.bytes());
+            value(b, NFTA_SET_ELEM_KEY, &end.bytes());
         });
     }
 
@@ -404,178 +363,7 @@ impl Transaction {
             self.batch.end(open);
         }
     }
-
-    fn lookup(&mut self, sreg: u32, dreg: Option<u32>, set: &str, id: Option<u32>, invert: bool) {
-        let data = self.expr_head("lookup");
-        self.batch.u32_be(NFTA_LOOKUP_SREG, sreg);
-        if let Some(dreg) = dreg {
-            self.batch.u32_be(NFTA_LOOKUP_DREG, dreg);
-        }
-        self.batch.str_z(NFTA_LOOKUP_SET, set);
-        if let Some(id) = id {
-            self.batch.u32_be(NFTA_LOOKUP_SET_ID, id);
-        }
-        if invert {
-            self.batch.u32_be(NFTA_LOOKUP_FLAGS, NFT_LOOKUP_F_INV);
-        }
-        self.batch.end_nest(data);
-    }
-
-    fn expr_head(&mut self, name: &str) -> crate::netlink::msg::Nest {
-        self.batch.str_z(NFTA_EXPR_NAME, name);
-        self.batch.nest(NFTA_EXPR_DATA)
-    }
-
-    /// Name and data of one expression, into the nest that the caller has opened.
-    pub fn expr(&mut self, expr: &Expr) {
-        match expr {
-            Expr::MetaLoad { key, dreg } => {
-                self.keyed("meta", NFTA_META_KEY, *key, NFTA_META_DREG, *dreg)
-            }
-            Expr::MetaSet { key, sreg } => {
-                self.keyed("meta", NFTA_META_KEY, *key, NFTA_META_SREG, *sreg)
-            }
-            Expr::CtLoad { key, dreg } => self.keyed("ct", NFTA_CT_KEY, *key, NFTA_CT_DREG, *dreg),
-            Expr::CtSet { key, sreg } => self.keyed("ct", NFTA_CT_KEY, *key, NFTA_CT_SREG, *sreg),
-            Expr::Cmp { op, sreg, data } => {
-                let nest = self.expr_head("cmp");
-                self.batch.u32_be(NFTA_CMP_SREG, *sreg);
-                self.batch.u32_be(NFTA_CMP_OP, *op);
-                value(&mut self.batch, NFTA_CMP_DATA, data);
-                self.batch.end_nest(nest);
-            }
-            Expr::Bitwise { sreg, dreg, mask, xor } => {
-                let nest = self.expr_head("bitwise");
-                self.batch.u32_be(NFTA_BITWISE_SREG, *sreg);
-                self.batch.u32_be(NFTA_BITWISE_DREG, *dreg);
-                self.batch.u32_be(NFTA_BITWISE_OP, NFT_BITWISE_BOOL);
-                self.batch.u32_be(NFTA_BITWISE_LEN, 4);
-                value(&mut self.batch, NFTA_BITWISE_MASK, &mask.to_ne_bytes());
-                value(&mut self.batch, NFTA_BITWISE_XOR, &xor.to_ne_bytes());
-                self.batch.end_nest(nest);
-            }
-            Expr::Payload { dreg, base, offset, len } => {
-                let nest = self.expr_head("payload");
-                self.batch.u32_be(NFTA_PAYLOAD_DREG, *dreg);
-                self.batch.u32_be(NFTA_PAYLOAD_BASE, *base);
-                self.batch.u32_be(NFTA_PAYLOAD_OFFSET, *offset);
-                self.batch.u32_be(NFTA_PAYLOAD_LEN, *len);
-                self.batch.end_nest(nest);
-            }
-            Expr::Lookup { set, sreg, invert } => {
-                let SetRef::Named(name) = set else { unreachable!("rule() sends these itself") };
-                self.lookup(*sreg, None, name, None, *invert);
-            }
-            Expr::LookupVerdict { set, sreg } => {
-                let SetRef::Named(name) = set else { unreachable!("rule() sends these itself") };
-                self.lookup(*sreg, Some(NFT_REG_VERDICT), name, None, false);
-            }
-            Expr::Immediate { dreg, data } => {
-                let nest = self.expr_head("immediate");
-                self.batch.u32_be(NFTA_IMMEDIATE_DREG, *dreg);
-                value(&mut self.batch, NFTA_IMMEDIATE_DATA, data);
-                self.batch.end_nest(nest);
-            }
-            Expr::Verdict(v) => {
-                let nest = self.expr_head("immediate");
-                self.batch.u32_be(NFTA_IMMEDIATE_DREG, NFT_REG_VERDICT);
-                let data = self.batch.nest(NFTA_IMMEDIATE_DATA);
-                verdict(&mut self.batch, v);
-                self.batch.end_nest(data);
-                self.batch.end_nest(nest);
-            }
-            Expr::Counter => {
-                let nest = self.expr_head("counter");
-                self.batch.u64_be(NFTA_COUNTER_BYTES, 0);
-                self.batch.u64_be(NFTA_COUNTER_PACKETS, 0);
-                self.batch.end_nest(nest);
-            }
-            Expr::SocketCgroup { level, dreg } => {
-                let nest = self.expr_head("socket");
-                self.batch.u32_be(NFTA_SOCKET_KEY, NFT_SOCKET_CGROUPV2);
-                self.batch.u32_be(NFTA_SOCKET_DREG, *dreg);
-                self.batch.u32_be(NFTA_SOCKET_LEVEL, *level);
-                self.batch.end_nest(nest);
-            }
-            Expr::SocketTransparent { dreg } => {
-                let nest = self.expr_head("socket");
-                self.batch.u32_be(NFTA_SOCKET_KEY, NFT_SOCKET_TRANSPARENT);
-                self.batch.u32_be(NFTA_SOCKET_DREG, *dreg);
-                self.batch.end_nest(nest);
-            }
-            Expr::Jhash { sreg, dreg, len, modulus, seed } => {
-                let nest = self.expr_head("hash");
-                self.batch.u32_be(NFTA_HASH_SREG, *sreg);
-                self.batch.u32_be(NFTA_HASH_DREG, *dreg);
-                self.batch.u32_be(NFTA_HASH_LEN, *len);
-                self.batch.u32_be(NFTA_HASH_MODULUS, *modulus);
-                self.batch.u32_be(NFTA_HASH_SEED, *seed);
-                self.batch.u32_be(NFTA_HASH_TYPE, NFT_HASH_JENKINS);
-                self.batch.end_nest(nest);
-            }
-            Expr::Tproxy { family, address, port } => {
-                let nest = self.expr_head("tproxy");
-                self.batch.u32_be(NFTA_TPROXY_FAMILY, u32::from(*family));
-                if let Some(address) = address {
-                    self.batch.u32_be(NFTA_TPROXY_REG_ADDR, *address);
-                }
-                self.batch.u32_be(NFTA_TPROXY_REG_PORT, *port);
-                self.batch.end_nest(nest);
-            }
-            Expr::Dnat { family, address, port } => {
-                let nest = self.expr_head("nat");
-                self.batch.u32_be(NFTA_NAT_TYPE, NFT_NAT_DNAT);
-                self.batch.u32_be(NFTA_NAT_FAMILY, u32::from(*family));
-                self.batch.u32_be(NFTA_NAT_REG_ADDR_MIN, *address);
-                self.batch.u32_be(NFTA_NAT_REG_ADDR_MAX, *address);
-                self.batch.u32_be(NFTA_NAT_REG_PROTO_MIN, *port);
-                self.batch.u32_be(NFTA_NAT_REG_PROTO_MAX, *port);
-                let flags = NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED;
-                self.batch.u32_be(NFTA_NAT_FLAGS, flags);
-                self.batch.end_nest(nest);
-            }
-            Expr::Snat { family, address } => {
-                let nest = self.expr_head("nat");
-                self.batch.u32_be(NFTA_NAT_TYPE, NFT_NAT_SNAT);
-                self.batch.u32_be(NFTA_NAT_FAMILY, u32::from(*family));
-                self.batch.u32_be(NFTA_NAT_REG_ADDR_MIN, *address);
-                self.batch.u32_be(NFTA_NAT_REG_ADDR_MAX, *address);
-                self.batch.u32_be(NFTA_NAT_FLAGS, NF_NAT_RANGE_MAP_IPS);
-                self.batch.end_nest(nest);
-            }
-            Expr::Redirect { port } => {
-                let nest = self.expr_head("redir");
-                self.batch.u32_be(NFTA_REDIR_REG_PROTO_MIN, *port);
-                self.batch.u32_be(NFTA_REDIR_FLAGS, NF_NAT_RANGE_PROTO_SPECIFIED);
-                self.batch.end_nest(nest);
-            }
-            Expr::RejectTcpReset => {
-                let nest = self.expr_head("reject");
-                self.batch.u32_be(NFTA_REJECT_TYPE, NFT_REJECT_TCP_RST);
-                self.batch.u8(NFTA_REJECT_ICMP_CODE, 0);
-                self.batch.end_nest(nest);
-            }
-            Expr::FibAddrtype { of, dreg } => {
-                let nest = self.expr_head("fib");
-                self.batch.u32_be(NFTA_FIB_FLAGS, *of);
-                self.batch.u32_be(NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE);
-                self.batch.u32_be(NFTA_FIB_DREG, *dreg);
-                self.batch.end_nest(nest);
-            }
-        }
-    }
-
-    fn keyed(&mut self, name: &str, key_attr: u16, key: u32, reg_attr: u16, reg: u32) {
-        let nest = self.expr_head(name);
-        self.batch.u32_be(key_attr, key);
-        self.batch.u32_be(reg_attr, reg);
-        self.batch.end_nest(nest);
-    }
 }
-
-/// Names that the kernel completes with a number.
-const ANONYMOUS_SET: &str = "__set%d";
-const ANONYMOUS_MAP: &str = "__map%d";
 
 /// `struct nfgenmsg` of include/uapi/linux/netfilter/nfnetlink.h; `res_id` is big-endian.
 pub fn nfgenmsg(family: u8, res_id: u16) -> [u8; 4] {
@@ -583,22 +371,12 @@ pub fn nfgenmsg(family: u8, res_id: u16) -> [u8; 4] {
     [family, 0, id[0], id[1]]
 }
 
-fn value(batch: &mut Batch, attr: u16, data: &[u8]) {
-    let nest = batch.nest(attr);
-    batch.raw(NFTA_DATA_VALUE, data);
-    batch.end_nest(nest);
-}
-
-fn element_key(batch: &mut Batch, key: &[u8]) {
-    value(batch, NFTA_SET_ELEM_KEY, key);
-}
-
 fn cgroup_key(batch: &mut Batch, id: u64) {
-    element_key(batch, &id.to_ne_bytes());
+    value(batch, NFTA_SET_ELEM_KEY, &id.to_ne_bytes());
 }
 
 fn hash_key(batch: &mut Batch, hash: u32) {
-    element_key(batch, &hash.to_ne_bytes());
+    value(batch, NFTA_SET_ELEM_KEY, &hash.to_ne_bytes());
 }
 
 /// What tells nft that a key is a number of 32 bits, which has no type of its own: `typeof numgen
@@ -614,22 +392,6 @@ fn typeof_numgen() -> Vec<u8> {
     let kind = number(NFTNL_UDATA_SET_TYPEOF_EXPR, EXPR_NUMGEN);
     let data = tlv(NFTNL_UDATA_SET_TYPEOF_DATA, &numgen.concat());
     tlv(NFTNL_UDATA_SET_KEY_TYPEOF, &[kind, data].concat())
-}
-
-fn verdict(batch: &mut Batch, verdict: &Verdict) {
-    let (code, chain) = match verdict {
-        Verdict::Accept => (NF_ACCEPT, None),
-        Verdict::Drop => (NF_DROP, None),
-        Verdict::Return => (NFT_RETURN, None),
-        Verdict::Jump(chain) => (NFT_JUMP, Some(chain)),
-        Verdict::Goto(chain) => (NFT_GOTO, Some(chain)),
-    };
-    let nest = batch.nest(NFTA_DATA_VERDICT);
-    batch.u32_be(NFTA_VERDICT_CODE, code as u32);
-    if let Some(chain) = chain {
-        batch.str_z(NFTA_VERDICT_CHAIN, chain);
-    }
-    batch.end_nest(nest);
 }
 
 /// What a message of ours is about; of chains and sets, the name.
@@ -691,7 +453,7 @@ impl fmt::Display for Object {
 /// Something that a kernel may lack.
 #[derive(Debug, Clone)]
 pub enum Probe {
-    /// The expressions of a rule; no look-ups.
+    /// The expressions of a rule.
     Rule(Vec<Expr>),
     /// The type of a base chain.
     Chain(Base),
@@ -708,22 +470,12 @@ pub fn probe(probes: &[Probe], batch: Batch) -> (Batch, Vec<u32>, u32) {
     t.table_of(SCRATCH, NFT_MSG_NEWTABLE, NLM_F_CREATE, dormant, None);
     let mut places = Vec::new();
     for (index, probe) in probes.iter().enumerate() {
-        let chain = |base| Chain { name: format!("probe{index}"), base, rules: Vec::new() };
+        let chain = format!("probe{index}");
         match probe {
-            Probe::Chain(base) => t.chain_of(SCRATCH, &chain(Some(*base))),
+            Probe::Chain(base) => t.chain_of(SCRATCH, &chain, Some(*base)),
             Probe::Rule(exprs) => {
-                t.chain_of(SCRATCH, &chain(None));
-                let open = t.begin(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND);
-                t.batch.str_z(NFTA_RULE_TABLE, SCRATCH);
-                t.batch.str_z(NFTA_RULE_CHAIN, &chain(None).name);
-                let list = t.batch.nest(NFTA_RULE_EXPRESSIONS);
-                for expr in exprs {
-                    let element = t.batch.nest(NFTA_LIST_ELEM);
-                    t.expr(expr);
-                    t.batch.end_nest(element);
-                }
-                t.batch.end_nest(list);
-                t.batch.end(open);
+                t.chain_of(SCRATCH, &chain, None);
+                t.rule_of(SCRATCH, &chain, exprs);
             }
         }
         places.push(t.batch.last_seq());
@@ -745,25 +497,25 @@ pub fn ask_levels(port: u16, levels: std::ops::Range<u32>, batch: Batch) -> Tran
     t.table_of(ASKING, NFT_MSG_NEWTABLE, NLM_F_CREATE, owned, None);
     // ahead of all others'
     let base = Base { kind: "filter", hook: NF_INET_LOCAL_OUT, priority: -500 };
-    t.chain_of(ASKING, &Chain { name: OUTPUT.into(), base: Some(base), rules: Vec::new() });
-    let equal = |op, data: &[u8]| Expr::Cmp { op, sreg: NFT_REG_1, data: data.to_vec() };
-    let meta = |key| Expr::MetaLoad { key, dreg: NFT_REG_1 };
-    let field = |offset| {
-        let base = NFT_PAYLOAD_TRANSPORT_HEADER;
-        Expr::Payload { dreg: NFT_REG_1, base, offset, len: 2 }
-    };
-    let accept = || Expr::Verdict(Verdict::Accept);
+    t.chain_of(ASKING, OUTPUT, Some(base));
+    let field = |offset| payload(NFT_PAYLOAD_TRANSPORT_HEADER, offset, 2);
     const LO: u32 = 1;
-    t.rule_of(ASKING, [meta(NFT_META_OIF), equal(NFT_CMP_NEQ, &LO.to_ne_bytes()), accept()]);
-    t.rule_of(ASKING, [meta(NFT_META_L4PROTO), equal(NFT_CMP_NEQ, &[IPPROTO_UDP]), accept()]);
-    t.rule_of(ASKING, [field(0), equal(NFT_CMP_NEQ, &port.to_be_bytes()), accept()]);
-    t.rule_of(ASKING, [field(2), equal(NFT_CMP_NEQ, &port.to_be_bytes()), accept()]);
+    let others = [
+        [meta(NFT_META_OIF), neq(&LO.to_ne_bytes())],
+        [meta(NFT_META_L4PROTO), neq(&[IPPROTO_UDP])],
+        [field(0), neq(&port.to_be_bytes())],
+        [field(2), neq(&port.to_be_bytes())],
+    ];
+    for [load, compare] in others {
+        t.rule_of(ASKING, OUTPUT, &[load, compare, Expr::Verdict(Verdict::Accept)]);
+    }
     for level in levels {
         // with the header
         let length = 8 + 1 + level as u16;
         let cgroup = Expr::SocketCgroup { level, dreg: NFT_REG_1 };
-        let length = equal(NFT_CMP_EQ, &length.to_be_bytes());
-        t.rule_of(ASKING, [field(4), length, cgroup, Expr::Verdict(Verdict::Drop)]);
+        let length = eq(&length.to_be_bytes());
+        let drop = Expr::Verdict(Verdict::Drop);
+        t.rule_of(ASKING, OUTPUT, &[field(4), length, cgroup, drop]);
     }
     t
 }

@@ -1,7 +1,7 @@
-//! The nftables side: what a rule does ([`expr`]), the table as data ([`ruleset`]), its messages
-//! ([`encode`]), what others do to it ([`event`]), what the kernel says it holds ([`dump`]), the
-//! table that serves as a lock ([`lock`]), and what others' tables do to what passes ours
-//! ([`others`], [`marks`]).
+//! The nftables side: what a rule says ([`stmt`]) and the instructions that it takes ([`expr`]), the
+//! table as data ([`ruleset`]), its messages ([`encode`]), what others do to it ([`event`]), what the
+//! kernel says it holds ([`dump`]), the table that serves as a lock ([`lock`]), and what others'
+//! tables do to what passes ours ([`others`], [`marks`]).
 
 pub mod dump;
 pub mod encode;
@@ -11,3 +11,4 @@ pub mod lock;
 pub mod marks;
 pub mod others;
 pub mod ruleset;
+pub mod stmt;

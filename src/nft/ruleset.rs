@@ -6,7 +6,8 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use super::expr::{Stmt, Verdict};
+use super::expr::Verdict;
+use super::stmt::Stmt;
 use crate::config::{Config, Gateway, Take, Target, Tproxy};
 use crate::net::{Family, Mark, Range, L4};
 use crate::netlink::uapi::*;

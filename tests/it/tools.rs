@@ -291,6 +291,71 @@ fn status_counts_what_nft_counts() {
     drop(world);
 }
 
+/// Every instruction of a table with all kinds of sections is known by what the kernel tells of it.
+#[test]
+fn rules_read_back_as_they_were_sent() {
+    use cgtproxy::nft::expr::{Expr, SetRef};
+    use cgtproxy::nft::ruleset::Table;
+    let Some(ground) = Ground::new("read-back") else {
+        return;
+    };
+    let text = "
+[global]
+default = drop
+bypass-mark = 0xff
+bypass-user = 65533
+[tproxy one]
+port = 7893
+address = 127.0.0.1
+dns-hijack = 127.0.0.1:1053
+dns-hijack = 2001:db8:3::1
+dns-hijack-local = yes
+[tproxy two]
+port = 7894
+udp = drop
+[gateway lan]
+interface = br-lan
+interface = wlan*
+source = 192.0.2.0/24
+source-mac = 02:00:00:00:00:01
+source-mac = 02:00:00:00:00:02
+target = one
+";
+    let daemon = Daemon::start(&ground, text, &[]);
+    let files = cgtproxy::config::file::Files { trusted_only: false };
+    let config = cgtproxy::config::load(&files, &daemon.config);
+    let config = config.expect("a configuration");
+    // in rules an anonymous set goes by the name that the kernel gave it
+    let nameless = |mut exprs: Vec<Expr>| {
+        for expr in &mut exprs {
+            if let Expr::Lookup { set, .. } | Expr::LookupVerdict { set, .. } = expr {
+                if !matches!(set, SetRef::Named(name) if !name.starts_with("__")) {
+                    *set = SetRef::Named(String::new());
+                }
+            }
+        }
+        exprs
+    };
+    let lowered = |rule: &cgtproxy::nft::ruleset::Rule| {
+        let mut exprs = Vec::new();
+        rule.iter().for_each(|stmt| stmt.lower(&mut exprs));
+        nameless(exprs)
+    };
+    let chains = Table::new(&config).chains;
+    let sent = chains
+        .iter()
+        .flat_map(|chain| chain.rules.iter().map(|rule| (chain.name.clone(), lowered(rule))));
+    let mut sent: Vec<_> = sent.collect();
+    let held = cgtproxy::kernel::Kernel::open().and_then(|mut kernel| kernel.rules());
+    let held = held.expect("the rules of the table").into_iter();
+    let mut held: Vec<_> = held.map(|rule| (rule.chain, nameless(rule.exprs))).collect();
+    // the kernel tells chains in an order of its own
+    sent.sort_by(|a, b| a.0.cmp(&b.0));
+    held.sort_by(|a, b| a.0.cmp(&b.0));
+    assert!(sent.len() > 50, "{}", sent.len());
+    assert_eq!(held, sent);
+}
+
 #[test]
 fn status_tells_missing_rules_and_routes() {
     let ground = ground!("status-missing");

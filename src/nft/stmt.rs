@@ -1,0 +1,543 @@
+//! What rules are made of. A rule is a list of [`Stmt`]; what nft calls a statement (for `show`) and
+//! the register machine's instructions for it (for the kernel) stand in one line of `Stmt::put`,
+//! so the two cannot drift apart. Pure data.
+//! Source: include/uapi/linux/netfilter/nf_tables.h, nft(8); bytecode as `nft --debug=netlink`
+//! shows it for the same text.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use super::expr::{Anonymous, Expr, SetRef, Verdict};
+use crate::net::{Family, Interface, Mac, Mark, L4};
+use crate::netlink::uapi::*;
+
+/// One statement of a rule, in the order in which nft writes them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stmt {
+    /// `iif "lo"`, `oif "lo"`: by index, which is 1 in every network namespace.
+    IifLo,
+    OifLo,
+    /// `iifname NAME`, by name, so that the interface need not be there
+    Iifname(Interface),
+    /// `socket cgroupv2 level L @SET`; a packet without a socket does not match.
+    Cgroup {
+        level: u8,
+        set: String,
+    },
+    /// `jhash socket cgroupv2 level L mod 4294967295 seed 0x1 @SET`: the same for cgroups that are
+    /// removed. `nft` cannot name those, so their ids are kept as numbers of another kind.
+    CgroupHash {
+        level: u8,
+        set: String,
+    },
+    /// `socket transparent 1`: of a socket that takes packets for foreign addresses
+    Transparent,
+    /// A packet that a process sends (any uid), not the kernel for a socket that is gone.
+    HasOwner,
+    /// `meta skuid UID`
+    Uid(u32),
+    /// `meta mark and MASK == VALUE`
+    PacketMark(Mark),
+    /// `ct mark and MASK == VALUE`
+    CtMark(Mark),
+    /// `ct mark and MASK != VALUE`; a packet that conntrack does not know does not match.
+    NotCtMark(Mark),
+    /// `ct mark and MASK != 0`
+    CtMarked(u32),
+    /// `ct direction original`
+    Original,
+    /// `ct direction reply`
+    Reply,
+    /// `ct state new`: until an answer has been seen
+    New,
+    /// `ct state invalid`: conntrack can make nothing of it
+    Invalid,
+    /// `ct status and confirmed == 0`: of a flow that this very packet begins
+    Unconfirmed,
+    /// `ct status dnat`
+    Dnatted,
+    /// `ip daddr @SET` or `ip6 daddr @SET`
+    Destination {
+        family: Family,
+        set: &'static str,
+    },
+    /// `ip saddr @SET` or `ip6 saddr @SET`
+    Source {
+        family: Family,
+        set: String,
+    },
+    /// `ether saddr { MAC, … }`; a packet of an interface without such addresses does not match.
+    EtherSource(Vec<Mac>),
+    /// `meta nfproto`
+    Nfproto(Family),
+    /// `meta l4proto tcp` or udp
+    L4proto(L4),
+    /// `meta l4proto { tcp, udp }`
+    TcpOrUdp,
+    /// `meta l4proto != { tcp, udp }`
+    NotTcpOrUdp,
+    /// `tcp dport N` or `udp dport N`
+    Dport(L4, u16),
+    /// `th dport != N`: whatever the protocol; what has no ports has other things there
+    NotDport(u16),
+    /// `fib daddr type local`: this host's own addresses
+    Local,
+    /// `fib saddr type != local`: sent from an address that is not this host's
+    ForeignSource,
+    /// `fib daddr type broadcast`: the broadcast addresses of this host's networks too
+    Broadcast,
+    /// Neighbour discovery to a unicast address, which is link-scope traffic whatever the address.
+    NeighbourDiscovery,
+    Counter,
+    SetCtMark(Mark),
+    SetPacketMark(Mark),
+    /// `tproxy to ADDRESS:PORT`; no family takes both, no address any.
+    Tproxy {
+        family: Option<Family>,
+        address: Option<IpAddr>,
+        port: u16,
+    },
+    /// `dnat ip to ADDRESS:PORT`
+    Dnat(SocketAddr),
+    /// `snat ip to ADDRESS`
+    Snat(IpAddr),
+    /// `ip6 saddr != fe80::/16`
+    NotLinkLocal,
+    /// `snat ip to ip daddr`: as if the packet came from where it goes to
+    SnatToDestination(Family),
+    /// `redirect to :PORT`: to this host's address on the interface that the packet came in by
+    Redirect(u16),
+    /// `reject with tcp reset`
+    Reset,
+    /// `meta mark and MASK vmap { VALUE : goto CHAIN, … }`
+    PacketMarkMap {
+        mask: u32,
+        map: Vec<(u32, Verdict)>,
+    },
+    /// The same for the ct mark.
+    CtMarkMap {
+        mask: u32,
+        map: Vec<(u32, Verdict)>,
+    },
+    Verdict(Verdict),
+}
+
+/// `(uid_t)-1`, which is no user's.
+const NO_UID: u32 = u32::MAX;
+
+impl Stmt {
+    pub fn accept() -> Stmt {
+        Stmt::Verdict(Verdict::Accept)
+    }
+
+    pub fn drop() -> Stmt {
+        Stmt::Verdict(Verdict::Drop)
+    }
+
+    pub fn back() -> Stmt {
+        Stmt::Verdict(Verdict::Return)
+    }
+
+    pub fn jump(chain: impl Into<String>) -> Stmt {
+        Stmt::Verdict(Verdict::Jump(chain.into()))
+    }
+
+    pub fn goto(chain: impl Into<String>) -> Stmt {
+        Stmt::Verdict(Verdict::Goto(chain.into()))
+    }
+
+    /// Appends the instructions of this statement.
+    pub fn lower(&self, out: &mut Vec<Expr>) {
+        // what is pushed cannot fail
+        let _ = self.put(Out::Exprs(out));
+    }
+
+    /// Each statement as nft writes it, with its instructions.
+    fn put(&self, out: Out) -> fmt::Result {
+        use format_args as text;
+        let ne = u32::to_ne_bytes;
+        match self {
+            Stmt::IifLo => out.put(text!("iif \"lo\""), [meta(NFT_META_IIF), eq(&ne(1))]),
+            Stmt::OifLo => out.put(text!("oif \"lo\""), [meta(NFT_META_OIF), eq(&ne(1))]),
+            Stmt::Iifname(interface) => {
+                let mut name = interface.name.as_bytes().to_vec();
+                // a prefix is compared without its end
+                name.resize(if interface.prefix { name.len() } else { IFNAMSIZ }, 0);
+                out.put(text!("iifname \"{interface}\""), [meta(NFT_META_IIFNAME), eq(&name)])
+            }
+            Stmt::Cgroup { level, set } => out.put(
+                text!("socket cgroupv2 level {level} @{set}"),
+                [cgroup(*level, NFT_REG_1), lookup(named(set))],
+            ),
+            Stmt::CgroupHash { level, set } => out.put(
+                text!("jhash socket cgroupv2 level {level} mod {} seed 0x1 @{set}", u32::MAX),
+                [cgroup(*level, NFT_REG_2), hash(), lookup(named(set))],
+            ),
+            Stmt::Transparent => out.put(
+                text!("socket transparent 1"),
+                [Expr::SocketTransparent { dreg: NFT_REG_1 }, eq(&[1])],
+            ),
+            Stmt::HasOwner => {
+                out.put(text!("meta skuid != {NO_UID}"), [meta(NFT_META_SKUID), neq(&ne(NO_UID))])
+            }
+            Stmt::Uid(uid) => {
+                out.put(text!("meta skuid {uid}"), [meta(NFT_META_SKUID), eq(&ne(*uid))])
+            }
+            Stmt::PacketMark(Mark { value, mask }) => out.put(
+                text!("meta mark and {mask:#010x} == {value:#010x}"),
+                [meta(NFT_META_MARK), and(*mask), eq(&ne(*value))],
+            ),
+            Stmt::CtMark(Mark { value, mask }) => out.put(
+                text!("ct mark and {mask:#010x} == {value:#010x}"),
+                [ct(NFT_CT_MARK), and(*mask), eq(&ne(*value))],
+            ),
+            Stmt::NotCtMark(Mark { value, mask }) => out.put(
+                text!("ct mark and {mask:#010x} != {value:#010x}"),
+                [ct(NFT_CT_MARK), and(*mask), neq(&ne(*value))],
+            ),
+            Stmt::CtMarked(mask) => out.put(
+                text!("ct mark and {mask:#010x} != 0"),
+                [ct(NFT_CT_MARK), and(*mask), neq(&ne(0))],
+            ),
+            Stmt::Original => out.put(
+                text!("ct direction original"),
+                [ct(NFT_CT_DIRECTION), eq(&[IP_CT_DIR_ORIGINAL])],
+            ),
+            Stmt::Reply => {
+                out.put(text!("ct direction reply"), [ct(NFT_CT_DIRECTION), eq(&[IP_CT_DIR_REPLY])])
+            }
+            Stmt::New => out.put(
+                text!("ct state new"),
+                [ct(NFT_CT_STATE), and(NF_CT_STATE_NEW_BIT), neq(&ne(0))],
+            ),
+            Stmt::Invalid => out.put(
+                text!("ct state invalid"),
+                [ct(NFT_CT_STATE), and(NF_CT_STATE_INVALID_BIT), neq(&ne(0))],
+            ),
+            Stmt::Unconfirmed => out.put(
+                text!("ct status and confirmed == 0"),
+                [ct(NFT_CT_STATUS), and(IPS_CONFIRMED), eq(&ne(0))],
+            ),
+            Stmt::Dnatted => {
+                out.put(text!("ct status dnat"), [ct(NFT_CT_STATUS), and(IPS_DST_NAT), neq(&ne(0))])
+            }
+            Stmt::Destination { family, set } => out.put(
+                text!("{} daddr @{set}", family.nft()),
+                address_then(*family, DADDR, lookup(named(set))),
+            ),
+            Stmt::Source { family, set } => out.put(
+                text!("{} saddr @{set}", family.nft()),
+                address_then(*family, SADDR, lookup(named(set))),
+            ),
+            Stmt::EtherSource(macs) => {
+                let of_ether = eq(&ARPHRD_ETHER.to_ne_bytes());
+                let saddr = payload(NFT_PAYLOAD_LL_HEADER, 6, 6);
+                let with = |last| [meta(NFT_META_IIFTYPE), of_ether, saddr, last];
+                match &macs[..] {
+                    // nft makes no set for one element
+                    [mac] => out.put(text!("ether saddr {mac}"), with(eq(&mac.0))),
+                    macs => out.put(
+                        text!("ether saddr {}", Braces(macs, fmt::Display::fmt)),
+                        with(lookup(any_of(
+                            TYPE_ETHERADDR,
+                            &macs.iter().map(|mac| mac.0).collect::<Vec<_>>(),
+                        ))),
+                    ),
+                }
+            }
+            Stmt::Nfproto(family) => {
+                let name = match family {
+                    Family::V4 => "ipv4",
+                    Family::V6 => "ipv6",
+                };
+                out.put(
+                    text!("meta nfproto {name}"),
+                    [meta(NFT_META_NFPROTO), eq(&[family.number()])],
+                )
+            }
+            Stmt::L4proto(l4) => out.put(
+                text!("meta l4proto {}", l4.nft()),
+                [meta(NFT_META_L4PROTO), eq(&[l4.number()])],
+            ),
+            Stmt::TcpOrUdp => out.put(
+                text!("meta l4proto {{ tcp, udp }}"),
+                [meta(NFT_META_L4PROTO), lookup(tcp_or_udp())],
+            ),
+            Stmt::NotTcpOrUdp => out.put(
+                text!("meta l4proto != {{ tcp, udp }}"),
+                [meta(NFT_META_L4PROTO), lookup_not(tcp_or_udp())],
+            ),
+            Stmt::Dport(l4, port) => out.put(
+                text!("{} dport {port}", l4.nft()),
+                [
+                    meta(NFT_META_L4PROTO),
+                    eq(&[l4.number()]),
+                    payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2),
+                    eq(&port.to_be_bytes()),
+                ],
+            ),
+            Stmt::NotDport(port) => out.put(
+                text!("th dport != {port}"),
+                [payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2), neq(&port.to_be_bytes())],
+            ),
+            Stmt::Local => out.put(
+                text!("fib daddr type local"),
+                [fib(NFTA_FIB_F_DADDR), eq(&ne(RTN_LOCAL.into()))],
+            ),
+            Stmt::ForeignSource => out.put(
+                text!("fib saddr type != local"),
+                [fib(NFTA_FIB_F_SADDR), neq(&ne(RTN_LOCAL.into()))],
+            ),
+            Stmt::Broadcast => out.put(
+                text!("fib daddr type broadcast"),
+                [fib(NFTA_FIB_F_DADDR), eq(&ne(RTN_BROADCAST))],
+            ),
+            Stmt::NeighbourDiscovery => {
+                let types = [[NDISC_NEIGHBOUR_SOLICITATION], [NDISC_NEIGHBOUR_ADVERTISEMENT]];
+                out.put(
+                    text!("icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }}"),
+                    [
+                        meta(NFT_META_NFPROTO),
+                        eq(&[NFPROTO_IPV6]),
+                        meta(NFT_META_L4PROTO),
+                        eq(&[IPPROTO_ICMPV6]),
+                        payload(NFT_PAYLOAD_TRANSPORT_HEADER, 0, 1),
+                        lookup(any_of(TYPE_ICMP6_TYPE, &types)),
+                    ],
+                )
+            }
+            Stmt::Counter => out.put(text!("counter"), [Expr::Counter]),
+            Stmt::SetCtMark(Mark { value, mask }) => out.put(
+                text!("ct mark set ct mark and {:#010x} or {value:#010x}", !mask),
+                [
+                    ct(NFT_CT_MARK),
+                    and_xor(!mask, *value),
+                    Expr::CtSet { key: NFT_CT_MARK, sreg: NFT_REG_1 },
+                ],
+            ),
+            Stmt::SetPacketMark(Mark { value, mask }) => out.put(
+                text!("meta mark set meta mark and {:#010x} or {value:#010x}", !mask),
+                [
+                    meta(NFT_META_MARK),
+                    and_xor(!mask, *value),
+                    Expr::MetaSet { key: NFT_META_MARK, sreg: NFT_REG_1 },
+                ],
+            ),
+            Stmt::Tproxy { family, address, port } => {
+                let (ip, number) = match family {
+                    None => ("", NFPROTO_UNSPEC),
+                    Some(Family::V4) => ("ip ", NFPROTO_IPV4),
+                    Some(Family::V6) => ("ip6 ", NFPROTO_IPV6),
+                };
+                let tproxy = |address, port| Expr::Tproxy { family: number, address, port };
+                let port_in = |dreg| immediate(dreg, &port.to_be_bytes());
+                match address.map(|ip| SocketAddr::new(ip, *port)) {
+                    None => out.put(
+                        text!("tproxy {ip}to :{port}"),
+                        [port_in(NFT_REG_1), tproxy(None, NFT_REG_1)],
+                    ),
+                    Some(to) => out.put(
+                        text!("tproxy {ip}to {to}"),
+                        [
+                            address_to(&to.ip()),
+                            port_in(NFT_REG_2),
+                            tproxy(Some(NFT_REG_1), NFT_REG_2),
+                        ],
+                    ),
+                }
+            }
+            Stmt::Dnat(to) => {
+                let family = Family::of(&to.ip());
+                out.put(
+                    text!("dnat {} to {to}", family.nft()),
+                    [
+                        address_to(&to.ip()),
+                        immediate(NFT_REG_2, &to.port().to_be_bytes()),
+                        Expr::Dnat { family: family.number(), address: NFT_REG_1, port: NFT_REG_2 },
+                    ],
+                )
+            }
+            Stmt::Snat(to) => {
+                let family = Family::of(to);
+                out.put(
+                    text!("snat {} to {to}", family.nft()),
+                    [address_to(to), Expr::Snat { family: family.number(), address: NFT_REG_1 }],
+                )
+            }
+            Stmt::NotLinkLocal => out.put(
+                text!("ip6 saddr != fe80::/16"),
+                [
+                    meta(NFT_META_NFPROTO),
+                    eq(&[NFPROTO_IPV6]),
+                    payload(NFT_PAYLOAD_NETWORK_HEADER, 8, 2),
+                    neq(&[0xfe, 0x80]),
+                ],
+            ),
+            Stmt::SnatToDestination(family) => {
+                let snat = Expr::Snat { family: family.number(), address: NFT_REG_1 };
+                out.put(
+                    text!("snat {0} to {0} daddr", family.nft()),
+                    address_then(*family, DADDR, snat),
+                )
+            }
+            Stmt::Redirect(port) => out.put(
+                text!("redirect to :{port}"),
+                [immediate(NFT_REG_1, &port.to_be_bytes()), Expr::Redirect { port: NFT_REG_1 }],
+            ),
+            Stmt::Reset => out.put(text!("reject with tcp reset"), [Expr::RejectTcpReset]),
+            Stmt::PacketMarkMap { mask, map } => out.put(
+                text!("meta mark and {mask:#010x} vmap {}", Braces(map, entry)),
+                [meta(NFT_META_MARK), and(*mask), verdict_by_mark(map)],
+            ),
+            Stmt::CtMarkMap { mask, map } => out.put(
+                text!("ct mark and {mask:#010x} vmap {}", Braces(map, entry)),
+                [ct(NFT_CT_MARK), and(*mask), verdict_by_mark(map)],
+            ),
+            Stmt::Verdict(verdict) => out.put(text!("{verdict}"), [Expr::Verdict(verdict.clone())]),
+        }
+    }
+}
+
+/// What of a statement is wanted.
+enum Out<'a, 'b> {
+    Text(&'a mut fmt::Formatter<'b>),
+    Exprs(&'a mut Vec<Expr>),
+}
+
+impl Out<'_, '_> {
+    fn put<const N: usize>(self, text: fmt::Arguments, exprs: [Expr; N]) -> fmt::Result {
+        match self {
+            Out::Text(f) => f.write_fmt(text),
+            Out::Exprs(out) => {
+                out.extend(exprs);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl fmt::Display for Stmt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.put(Out::Text(f))
+    }
+}
+
+/// `{ A, B }`
+struct Braces<'a, T>(&'a [T], fn(&T, &mut fmt::Formatter) -> fmt::Result);
+
+impl<T> fmt::Display for Braces<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Braces(elements, one) = self;
+        f.write_str("{ ")?;
+        for (i, element) in elements.iter().enumerate() {
+            f.write_str(if i == 0 { "" } else { ", " })?;
+            one(element, f)?;
+        }
+        f.write_str(" }")
+    }
+}
+
+fn entry((value, verdict): &(u32, Verdict), f: &mut fmt::Formatter) -> fmt::Result {
+    write!(f, "{value:#010x} : {verdict}")
+}
+
+// Instructions. All but the second operand of a few go by way of register 1.
+
+pub(super) fn meta(key: u32) -> Expr {
+    Expr::MetaLoad { key, dreg: NFT_REG_1 }
+}
+
+fn ct(key: u32) -> Expr {
+    Expr::CtLoad { key, dreg: NFT_REG_1 }
+}
+
+pub(super) fn eq(data: &[u8]) -> Expr {
+    Expr::Cmp { op: NFT_CMP_EQ, sreg: NFT_REG_1, data: data.to_vec() }
+}
+
+pub(super) fn neq(data: &[u8]) -> Expr {
+    Expr::Cmp { op: NFT_CMP_NEQ, sreg: NFT_REG_1, data: data.to_vec() }
+}
+
+fn and(mask: u32) -> Expr {
+    and_xor(mask, 0)
+}
+
+fn and_xor(mask: u32, xor: u32) -> Expr {
+    Expr::Bitwise { sreg: NFT_REG_1, dreg: NFT_REG_1, mask, xor }
+}
+
+pub(super) fn payload(base: u32, offset: u32, len: u32) -> Expr {
+    Expr::Payload { dreg: NFT_REG_1, base, offset, len }
+}
+
+fn fib(of: u32) -> Expr {
+    Expr::FibAddrtype { of, dreg: NFT_REG_1 }
+}
+
+fn cgroup(level: u8, dreg: u32) -> Expr {
+    Expr::SocketCgroup { level: level.into(), dreg }
+}
+
+/// The hash of the cgroup id in register 2.
+fn hash() -> Expr {
+    Expr::Jhash { sreg: NFT_REG_2, dreg: NFT_REG_1, len: 8, modulus: u32::MAX, seed: 1 }
+}
+
+fn immediate(dreg: u32, data: &[u8]) -> Expr {
+    Expr::Immediate { dreg, data: data.to_vec() }
+}
+
+fn address_to(address: &IpAddr) -> Expr {
+    match address {
+        IpAddr::V4(a) => immediate(NFT_REG_1, &a.octets()),
+        IpAddr::V6(a) => immediate(NFT_REG_1, &a.octets()),
+    }
+}
+
+fn lookup(set: SetRef) -> Expr {
+    Expr::Lookup { set, sreg: NFT_REG_1, invert: false }
+}
+
+fn lookup_not(set: SetRef) -> Expr {
+    Expr::Lookup { set, sreg: NFT_REG_1, invert: true }
+}
+
+fn named(set: &str) -> SetRef {
+    SetRef::Named(set.into())
+}
+
+fn any_of<const N: usize>(key_type: u32, keys: &[[u8; N]]) -> SetRef {
+    let elements = keys.iter().map(|key| (key.to_vec(), None)).collect();
+    SetRef::Anonymous(Anonymous { key_type, key_len: N as u32, elements, id: None })
+}
+
+fn tcp_or_udp() -> SetRef {
+    any_of(TYPE_INET_PROTOCOL, &[[IPPROTO_TCP], [IPPROTO_UDP]])
+}
+
+fn verdict_by_mark(map: &[(u32, Verdict)]) -> Expr {
+    let element =
+        |(value, verdict): &(u32, Verdict)| (value.to_ne_bytes().to_vec(), Some(verdict.clone()));
+    let elements = map.iter().map(element).collect();
+    let set = Anonymous { key_type: TYPE_MARK, key_len: 4, elements, id: None };
+    Expr::LookupVerdict { set: SetRef::Anonymous(set), sreg: NFT_REG_1 }
+}
+
+/// Where the network header has its addresses: offset and length, by family.
+const SADDR: [(u32, u32); 2] = [(12, 4), (8, 16)];
+const DADDR: [(u32, u32); 2] = [(16, 4), (24, 16)];
+
+/// Loads an address of a packet of this family for what is to be done with it.
+fn address_then(family: Family, [v4, v6]: [(u32, u32); 2], then: Expr) -> [Expr; 4] {
+    let (offset, len) = match family {
+        Family::V4 => v4,
+        Family::V6 => v6,
+    };
+    [
+        meta(NFT_META_NFPROTO),
+        eq(&[family.number()]),
+        payload(NFT_PAYLOAD_NETWORK_HEADER, offset, len),
+        then,
+    ]
+}
