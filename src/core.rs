@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use crate::cgroup::dying::{self, Dying};
 use crate::cgroup::tree::{self, Node, Path, Tree};
 use crate::config::{Config, Target};
-use crate::nft::ruleset::Element;
+use crate::nft::table::Element;
 use crate::policy;
 
 /// Something that happened.

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::log;
 use crate::nft::lock::Lock;
-use crate::nft::ruleset::TABLE;
+use crate::nft::table::TABLE;
 use crate::signals::Signals;
 
 /// How long another instance is waited for, in case it is about to end as in a restart; how long

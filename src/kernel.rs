@@ -25,7 +25,7 @@ use crate::nft::expr::Expr;
 use crate::nft::lock::{self, Lock};
 use crate::nft::marks::Ours;
 use crate::nft::others;
-use crate::nft::ruleset::{OUTPUT, TABLE};
+use crate::nft::table::{OUTPUT, TABLE};
 use crate::route::{self, Needs};
 use crate::sys;
 

@@ -10,7 +10,7 @@ use crate::core::{Core, Delta, Snapshot};
 use crate::net::{Family, Mark};
 use crate::netlink::msg::Batch;
 use crate::nft::encode::{Contents, Transaction};
-use crate::nft::ruleset::{
+use crate::nft::table::{
     dying_name, output_rules, set_name, Content, Element, Table, OUTPUT, TABLE,
 };
 use crate::route::{Entry, Forwarded, Needs};

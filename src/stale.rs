@@ -16,7 +16,7 @@ use crate::net::{Address, Range};
 use crate::netlink::conntrack::Flow;
 use crate::netlink::diag::Socket;
 use crate::netlink::uapi::*;
-use crate::nft::ruleset;
+use crate::nft::table;
 use crate::policy;
 
 /// The way of a cgroup's sockets has changed, or may have.
@@ -188,7 +188,7 @@ pub struct Judge {
 
 impl Judge {
     pub fn new(config: Rc<Config>, suspects: Suspects, chosen: RangeInclusive<u16>) -> Judge {
-        let (bypass4, bypass6) = (ruleset::bypass4(&config), ruleset::bypass6(&config));
+        let (bypass4, bypass6) = (table::bypass4(&config), table::bypass6(&config));
         Judge { config, suspects, bypass4, bypass6, chosen }
     }
 

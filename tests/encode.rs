@@ -17,10 +17,10 @@ use cgtproxy::net::{Family, Interface, Mac, Mark, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
 use cgtproxy::nft::encode::{self, Transaction};
 use cgtproxy::nft::expr::{Expr, SetRef, Verdict};
-use cgtproxy::nft::ruleset::{
+use cgtproxy::nft::stmt::Stmt;
+use cgtproxy::nft::table::{
     dying_name, output_rules, set_name, Base, Chain, Content, Element, Set, Table, OUTPUT,
 };
-use cgtproxy::nft::stmt::Stmt;
 use cgtproxy::plan;
 use libnftnl::Reference;
 use mnl::mnl_sys::{mnl_nlmsg_next, mnl_nlmsg_ok};

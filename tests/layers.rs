@@ -27,7 +27,7 @@ const LAYERS: &[&[&str]] = &[
     &[
         "policy",
         "loops",
-        "nft::ruleset",
+        "nft::table",
         "nft::encode",
         "nft::event",
         "nft::dump",
@@ -68,7 +68,7 @@ const PURE: &[&str] = &[
     "faults",
     "nft::expr",
     "nft::stmt",
-    "nft::ruleset",
+    "nft::table",
     "nft::encode",
     "nft::lock",
     "nft::marks",

@@ -15,7 +15,7 @@ use cgtproxy::cgroup::dying;
 use cgtproxy::cgroup::tree::{child, depth, parent, Path};
 use cgtproxy::config::{self, Config, Source, Target};
 use cgtproxy::core::{Action, Core, Delta, Event, Found, Scan};
-use cgtproxy::nft::ruleset::Element;
+use cgtproxy::nft::table::Element;
 use nix::errno::Errno;
 
 struct Random(u64);

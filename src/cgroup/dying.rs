@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 
 use super::tree::{self, Path, Tree};
 use crate::config::Target;
-use crate::nft::ruleset::Element;
+use crate::nft::table::Element;
 
 /// A removed cgroup that had an element of its own. Those below without one go with it, for a
 /// packet is matched by every ancestor of its cgroup, dead or not.

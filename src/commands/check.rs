@@ -29,7 +29,7 @@ use crate::nft::dump;
 use crate::nft::encode::Probe;
 use crate::nft::expr::Expr;
 use crate::nft::marks::Ours;
-use crate::nft::ruleset::{Base, TABLE};
+use crate::nft::table::{Base, TABLE};
 use crate::plan;
 use crate::policy;
 use crate::route::{Needs, Seen};

@@ -30,7 +30,7 @@ use crate::net::{Family, Mark};
 use crate::netlink::socket::Socket;
 use crate::netlink::uapi::{NFNLGRP_NFTABLES, NFT_TABLE_F_DORMANT};
 use crate::nft::dump::Step;
-use crate::nft::ruleset::TABLE;
+use crate::nft::table::TABLE;
 use crate::plan;
 use crate::route::Entry;
 use crate::{instance, log, policy, sys};

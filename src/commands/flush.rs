@@ -7,7 +7,7 @@ use crate::cgroup::mount;
 use crate::error::{Error, Result};
 use crate::instance;
 use crate::kernel::Kernel;
-use crate::nft::ruleset::TABLE;
+use crate::nft::table::TABLE;
 use crate::policy;
 
 pub fn flush() -> Result<ExitCode> {

@@ -27,7 +27,7 @@ use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
 use crate::nft::dump::{Counter, Gateway, Target, View};
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
-use crate::nft::ruleset::TABLE;
+use crate::nft::table::TABLE;
 use crate::route::{Entry, Forwarded, Needs};
 use crate::sys;
 

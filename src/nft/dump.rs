@@ -1,5 +1,5 @@
 //! What the kernel says that our table holds: requests for dumps, bounded readers of the answers,
-//! and what the rules amount to. Pure. It reads the shape that [`super::ruleset`] writes; what it
+//! and what the rules amount to. Pure. It reads the shape that [`super::table`] writes; what it
 //! does not know it skips, so that a table of another version can still be looked at.
 //! Source: include/uapi/linux/netfilter/nf_tables.h.
 
@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use super::encode::nfgenmsg;
 use super::expr::{counted, Expr, SetRef::Named, Verdict};
-use super::ruleset::{OUTPUT, TABLE};
+use super::table::{OUTPUT, TABLE};
 use crate::net::{Interface, Mark};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
@@ -351,7 +351,7 @@ mod tests {
     use crate::net::Range;
     use crate::netlink::parse::Messages;
     use crate::nft::encode::Transaction;
-    use crate::nft::ruleset::{output_rules, Element as Pair, Table};
+    use crate::nft::table::{output_rules, Element as Pair, Table};
     use std::collections::BTreeSet;
 
     fn config(default: ConfigTarget) -> Config {

@@ -5,8 +5,8 @@
 use std::fmt;
 
 use super::expr::{value, Anonymous, Expr, SetRef, Verdict};
-use super::ruleset::{Base, Chain, Content, Rule, Set, Table, OUTPUT, TABLE};
 use super::stmt::{eq, meta, neq, payload};
+use super::table::{Base, Chain, Content, Rule, Set, Table, OUTPUT, TABLE};
 use crate::net::{Address, Range};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Messages};

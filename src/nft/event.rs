@@ -4,7 +4,7 @@
 
 use crate::netlink::parse::{self, Attrs, Messages};
 use crate::netlink::uapi::*;
-use crate::nft::ruleset::TABLE;
+use crate::nft::table::TABLE;
 
 /// Follows the notifications of all transactions but our own.
 #[derive(Debug, Default)]

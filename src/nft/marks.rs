@@ -1,7 +1,7 @@
 //! What chains of other programs do to the marks that ours rely on: their rules are gone through with
 //! the packets and flows that bear our marks, as far as is known what those are. What is not known
 //! may hold. Pure. Source: what each hook and priority comes before and behind is told in
-//! [`super::ruleset`].
+//! [`super::table`].
 
 use std::collections::{BTreeMap, BTreeSet};
 

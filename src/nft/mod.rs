@@ -1,5 +1,5 @@
 //! The nftables side: what a rule says ([`stmt`]) and the instructions that it takes ([`expr`]), the
-//! table as data ([`ruleset`]), its messages ([`encode`]), what others do to it ([`event`]), what the
+//! table as data ([`table`]), its messages ([`encode`]), what others do to it ([`event`]), what the
 //! kernel says it holds ([`dump`]), the table that serves as a lock ([`lock`]), and what others'
 //! tables do to what passes ours ([`others`], [`marks`]).
 
@@ -10,5 +10,5 @@ pub mod expr;
 pub mod lock;
 pub mod marks;
 pub mod others;
-pub mod ruleset;
 pub mod stmt;
+pub mod table;

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use super::encode::nfgenmsg;
 use super::marks::{self, Base, Ours};
-use super::ruleset::TABLE;
+use super::table::TABLE;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
 use crate::netlink::uapi::*;

@@ -8,8 +8,8 @@ use std::ffi::{c_char, c_int, CStr, CString};
 
 use cgtproxy::net::{Address, Range};
 use cgtproxy::nft::expr::{Anonymous, Expr, SetRef, Verdict};
-use cgtproxy::nft::ruleset::{Chain, Content, Rule, Set, Table};
 use cgtproxy::nft::stmt::Stmt;
+use cgtproxy::nft::table::{Chain, Content, Rule, Set, Table};
 use nftnl::nftnl_sys::*;
 
 type Header = *mut libc::nlmsghdr;

@@ -295,7 +295,7 @@ fn status_counts_what_nft_counts() {
 #[test]
 fn rules_read_back_as_they_were_sent() {
     use cgtproxy::nft::expr::{Expr, SetRef};
-    use cgtproxy::nft::ruleset::Table;
+    use cgtproxy::nft::table::Table;
     let Some(ground) = Ground::new("read-back") else {
         return;
     };
@@ -336,7 +336,7 @@ target = one
         }
         exprs
     };
-    let lowered = |rule: &cgtproxy::nft::ruleset::Rule| {
+    let lowered = |rule: &cgtproxy::nft::table::Rule| {
         let mut exprs = Vec::new();
         rule.iter().for_each(|stmt| stmt.lower(&mut exprs));
         nameless(exprs)
@@ -1417,7 +1417,7 @@ fn check_asks_the_kernel_what_it_can_do() {
     let ground = ground!("check-features");
     use cgtproxy::nft::encode::Probe;
     use cgtproxy::nft::expr::Expr;
-    use cgtproxy::nft::ruleset::Base;
+    use cgtproxy::nft::table::Base;
     // what no kernel has: the answer is about that alone
     let chain = |kind| Probe::Chain(Base { kind, hook: 3, priority: 0 });
     let counter = || Probe::Rule(vec![Expr::Counter]);
