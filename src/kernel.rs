@@ -19,11 +19,11 @@ use crate::netlink::parse::{Message, Messages};
 use crate::netlink::socket::{Failure, Socket};
 use crate::netlink::uapi::*;
 use crate::nft::dump;
-use crate::nft::encode::{self, Contents, Object, Transaction};
 use crate::nft::event::Follower;
 use crate::nft::expr::Expr;
 use crate::nft::lock::{self, Lock};
 use crate::nft::marks::Ours;
+use crate::nft::message::{self, Contents, Object, Transaction};
 use crate::nft::others;
 use crate::nft::table::{OUTPUT, TABLE};
 use crate::route::{self, Needs};
@@ -185,7 +185,7 @@ impl Kernel {
         let own = socket.local_addr().map_err(refused)?;
         socket.connect(own).map_err(refused)?;
         socket.send(&[]).map_err(refused)?;
-        let transaction = encode::ask_levels(own.port(), 0..most, self.nft.batch());
+        let transaction = message::ask_levels(own.port(), 0..most, self.nft.batch());
         self.commit(transaction)?;
         let lengths = 1..=most as usize;
         let bytes = vec![0; most as usize];
@@ -197,7 +197,7 @@ impl Kernel {
         };
         let found = lengths.take_while(dropped).last();
         let mut transaction = Transaction::new(self.nft.batch());
-        transaction.remove_table_of(encode::ASKING);
+        transaction.remove_table_of(message::ASKING);
         self.commit(transaction)?;
         control.map_err(refused)?;
         Ok(found.map(|length| length as u32 - 1))
@@ -206,7 +206,7 @@ impl Kernel {
     /// The deepest level that the kernel takes in a rule.
     pub fn deepest_level(&mut self) -> Result<usize> {
         let level = |level| Expr::SocketCgroup { level, dreg: NFT_REG_1 };
-        let probes: Vec<_> = (1..=255).map(|l| encode::Probe::Rule(vec![level(l)])).collect();
+        let probes: Vec<_> = (1..=255).map(|l| message::Probe::Rule(vec![level(l)])).collect();
         let said = self.probe(&probes)?;
         Ok(said.iter().take_while(|refused| refused.is_none()).count())
     }
@@ -271,12 +271,12 @@ impl Kernel {
 
     /// Whether the table is there, and the port id that owns it, if any does.
     pub fn table_owner(&mut self) -> Result<Option<Option<u32>>> {
-        Ok(self.tables(encode::parse_table)?.into_iter().next())
+        Ok(self.tables(message::parse_table)?.into_iter().next())
     }
 
     fn tables<T>(&mut self, each: impl Fn(&Message) -> Option<T>) -> Result<Vec<T>> {
         let what = "unable to list nftables tables";
-        let found = self.nft.dump(&encode::get_table, each)?;
+        let found = self.nft.dump(&message::get_table, each)?;
         found.map_err(|errno| Error::system(what, errno).hint("is nf_tables there?"))
     }
 
@@ -399,7 +399,7 @@ impl Kernel {
 
     /// The flags of our table; `None` where there is no table.
     pub fn table_flags(&mut self) -> Result<Option<u32>> {
-        let found = self.nft.dump(&encode::get_table, dump::parse_table_flags)?;
+        let found = self.nft.dump(&message::get_table, dump::parse_table_flags)?;
         Ok(found.map_err(nft_refused)?.into_iter().next())
     }
 
@@ -429,9 +429,9 @@ impl Kernel {
 
     /// Asks the kernel for each of these objects, in a transaction that is made to fail at its end
     /// so that nothing comes of it, and returns what it said about each: `None` for granted.
-    pub fn probe(&mut self, probes: &[encode::Probe]) -> Result<Vec<Option<Errno>>> {
+    pub fn probe(&mut self, probes: &[message::Probe]) -> Result<Vec<Option<Errno>>> {
         let batch = self.nft.batch();
-        let (batch, places, end) = encode::probe(probes, batch);
+        let (batch, places, end) = message::probe(probes, batch);
         let refused = self.nft.refusals(&batch, end)?;
         let said = |seq: &u32| refused.iter().find(|(at, _)| at == seq).map(|(_, errno)| *errno);
         match said(&end) {

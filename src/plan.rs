@@ -9,7 +9,7 @@ use crate::config::{Config, Target};
 use crate::core::{Core, Delta, Snapshot};
 use crate::net::{Family, Mark};
 use crate::netlink::msg::Batch;
-use crate::nft::encode::{Contents, Transaction};
+use crate::nft::message::{Contents, Transaction};
 use crate::nft::table::{
     dying_name, output_rules, set_name, Content, Element, Table, OUTPUT, TABLE,
 };

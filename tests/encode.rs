@@ -15,8 +15,8 @@ use cgtproxy::config::{self, Config, Source, Target};
 use cgtproxy::core::{Delta, Snapshot};
 use cgtproxy::net::{Family, Interface, Mac, Mark, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
-use cgtproxy::nft::encode::{self, Transaction};
 use cgtproxy::nft::expr::{Expr, SetRef, Verdict};
+use cgtproxy::nft::message::{self, Transaction};
 use cgtproxy::nft::stmt::Stmt;
 use cgtproxy::nft::table::{
     dying_name, output_rules, set_name, Base, Chain, Content, Element, Set, Table, OUTPUT,
@@ -312,7 +312,7 @@ fn instructions_read_back() {
 #[test]
 fn dump_request() {
     let mut batch = Batch::new(SEQ - 1);
-    encode::get_table(&mut batch);
+    message::get_table(&mut batch);
     assert_eq!(hex(batch.bytes()), hex(&libnftnl::get_table(SEQ)));
 }
 

@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-use super::encode::nfgenmsg;
 use super::expr::{counted, Expr, SetRef::Named, Verdict};
+use super::message::nfgenmsg;
 use super::table::{OUTPUT, TABLE};
 use crate::net::{Interface, Mark};
 use crate::netlink::msg::Batch;
@@ -49,9 +49,9 @@ pub struct Element {
     pub counter: Option<Counter>,
 }
 
-/// Reads an answer to [`super::encode::get_table`]: the flags of our table, `None` for others.
+/// Reads an answer to [`super::message::get_table`]: the flags of our table, `None` for others.
 pub fn parse_table_flags(message: &Message) -> Option<u32> {
-    let attrs = super::encode::table_named(TABLE, message)?;
+    let attrs = super::message::table_named(TABLE, message)?;
     let flags = attrs.get(NFTA_TABLE_FLAGS).and_then(parse::u32_be);
     Some(flags.unwrap_or(0))
 }
@@ -350,7 +350,7 @@ mod tests {
     use crate::config::{Config, Take, Target as ConfigTarget, Tproxy};
     use crate::net::Range;
     use crate::netlink::parse::Messages;
-    use crate::nft::encode::Transaction;
+    use crate::nft::message::Transaction;
     use crate::nft::table::{output_rules, Element as Pair, Table};
     use std::collections::BTreeSet;
 

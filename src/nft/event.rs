@@ -52,7 +52,7 @@ fn printable(name: &[u8]) -> String {
 mod tests {
     use super::*;
     use crate::netlink::msg::Batch;
-    use crate::nft::encode::nfgenmsg;
+    use crate::nft::message::nfgenmsg;
 
     fn told(kind: u16, table: &str) -> Batch {
         let mut b = Batch::new(0);

@@ -3,7 +3,7 @@
 //! lets nobody make, change or delete it but who has CAP_NET_ADMIN over this network namespace.
 //! Pure. Source: net/netfilter/nf_tables_api.c (NFT_TABLE_F_OWNER, since Linux 5.12).
 
-use super::encode::{self, Transaction};
+use super::message::{self, Transaction};
 use crate::netlink::parse::{self, Message};
 use crate::netlink::uapi::*;
 
@@ -44,10 +44,10 @@ pub fn set(transaction: &mut Transaction, lock: Lock) {
     transaction.table_of(TABLE, NFT_MSG_NEWTABLE, NLM_F_CREATE, flags, Some(&lock.comment()));
 }
 
-/// Reads an answer to [`encode::get_table`]: `None` for other tables, and where the lock says
+/// Reads an answer to [`message::get_table`]: `None` for other tables, and where the lock says
 /// nothing. Whoever owns it without saying who it is has pid 0.
 pub fn parse(message: &Message) -> Option<Lock> {
-    let attrs = encode::table_named(TABLE, message)?;
+    let attrs = message::table_named(TABLE, message)?;
     let comment = attrs.clone().get(NFTA_TABLE_USERDATA).and_then(comment);
     let lock = comment.and_then(|text| Lock::parse(&text));
     let owned = attrs.clone().get(NFTA_TABLE_OWNER).is_some();
@@ -76,7 +76,7 @@ mod tests {
     fn told(name: &str, udata: &[u8], owned: bool) -> Option<Lock> {
         let mut b = Batch::new(0);
         let m = b.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE, 0);
-        b.header(&encode::nfgenmsg(NFPROTO_INET, 0));
+        b.header(&message::nfgenmsg(NFPROTO_INET, 0));
         b.str_z(NFTA_TABLE_NAME, name);
         b.raw(NFTA_TABLE_USERDATA, udata);
         if owned {

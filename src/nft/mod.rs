@@ -1,14 +1,14 @@
 //! The nftables side: what a rule says ([`stmt`]) and the instructions that it takes ([`expr`]), the
-//! table as data ([`table`]), its messages ([`encode`]), what others do to it ([`event`]), what the
+//! table as data ([`table`]), its messages ([`message`]), what others do to it ([`event`]), what the
 //! kernel says it holds ([`dump`]), the table that serves as a lock ([`lock`]), and what others'
 //! tables do to what passes ours ([`others`], [`marks`]).
 
 pub mod dump;
-pub mod encode;
 pub mod event;
 pub mod expr;
 pub mod lock;
 pub mod marks;
+pub mod message;
 pub mod others;
 pub mod stmt;
 pub mod table;

@@ -4,8 +4,8 @@
 
 use std::collections::BTreeSet;
 
-use super::encode::nfgenmsg;
 use super::marks::{self, Base, Ours};
+use super::message::nfgenmsg;
 use super::table::TABLE;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};

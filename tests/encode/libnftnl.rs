@@ -1,5 +1,5 @@
 //! The nf_tables messages of our objects, as libnftnl writes them: an encoder that shares nothing
-//! with `nft::encode` but the data types that go in. Numbers that our types do not carry come from
+//! with `nft::message` but the data types that go in. Numbers that our types do not carry come from
 //! libc and from nft's headers, not from our `uapi`.
 //!
 //! Objects are not freed: they are few and the test is short.

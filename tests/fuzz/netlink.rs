@@ -7,7 +7,7 @@ use cgtproxy::config::Config;
 use cgtproxy::net::Family;
 use cgtproxy::netlink::{diag, fib};
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
-use cgtproxy::nft::{dump, encode, event::Follower, others};
+use cgtproxy::nft::{dump, event::Follower, message, others};
 use cgtproxy::plan;
 use cgtproxy::route::{self, Seen};
 use libfuzzer_sys::fuzz_target;
@@ -20,7 +20,7 @@ fuzz_target!(|datagram: &[u8]| {
     for message in messages.by_ref() {
         count += 1;
         let _ = (parse::reply(&message), diag::parse(&message, 6));
-        let _ = (encode::parse_table(&message), dump::parse_table_flags(&message));
+        let _ = (message::parse_table(&message), dump::parse_table_flags(&message));
         rules.extend(dump::parse_rule(&message));
         others_rules.extend(others::parse(&message));
         let elements = dump::parse_elements(&message).map_or(0, |all| all.len());

@@ -1415,8 +1415,8 @@ fn check_knows_old_kernels_with_net_cls() {
 #[test]
 fn check_asks_the_kernel_what_it_can_do() {
     let ground = ground!("check-features");
-    use cgtproxy::nft::encode::Probe;
     use cgtproxy::nft::expr::Expr;
+    use cgtproxy::nft::message::Probe;
     use cgtproxy::nft::table::Base;
     // what no kernel has: the answer is about that alone
     let chain = |kind| Probe::Chain(Base { kind, hook: 3, priority: 0 });
