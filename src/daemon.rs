@@ -32,10 +32,10 @@ use crate::log::{Escaped, Level};
 use crate::loops;
 use crate::memory;
 use crate::net::Mark;
-use crate::nft::dump;
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
 use crate::nft::message::Contents;
+use crate::nft::view;
 use crate::notify::Notify;
 use crate::pidfile::Pidfile;
 use crate::plan;
@@ -698,7 +698,7 @@ impl Daemon<'_> {
             }
         };
         if held.view.foreign {
-            log!(Warning, "{}: it is replaced", dump::FOREIGN);
+            log!(Warning, "{}: it is replaced", view::FOREIGN);
             return None;
         }
         let kept = removed(&held, &self.cgroups.core);

@@ -18,7 +18,6 @@ use crate::netlink::msg::Batch;
 use crate::netlink::parse::{Message, Messages};
 use crate::netlink::socket::{Failure, Socket};
 use crate::netlink::uapi::*;
-use crate::nft::dump;
 use crate::nft::event::Follower;
 use crate::nft::expr::Expr;
 use crate::nft::lock::{self, Lock};
@@ -26,6 +25,7 @@ use crate::nft::marks::Ours;
 use crate::nft::message::{self, Contents, Object, Transaction};
 use crate::nft::others;
 use crate::nft::table::{OUTPUT, TABLE};
+use crate::nft::view;
 use crate::route::{self, Needs};
 use crate::sys;
 
@@ -347,9 +347,9 @@ fn each_notification(socket: &mut Socket, mut each: impl FnMut(&[u8])) -> bool {
 pub struct Held {
     /// `NFT_TABLE_F_*`
     pub flags: u32,
-    pub view: dump::View,
+    pub view: view::View,
     /// By name of the target; without the sets that are not there.
-    pub cgroups: BTreeMap<String, Vec<dump::Element>>,
+    pub cgroups: BTreeMap<String, Vec<view::Element>>,
     /// The same of those that are matched by their hashes.
     pub hashed: BTreeMap<String, Vec<u32>>,
 }
@@ -365,7 +365,7 @@ impl Held {
     }
 
     /// Whether the set that a step looks into holds a cgroup.
-    pub fn holds(&self, step: &dump::Step, id: u64) -> bool {
+    pub fn holds(&self, step: &view::Step, id: u64) -> bool {
         match step.hashed {
             true => self.hashed.get(&step.set).is_some_and(|all| all.contains(&dying::hash(id))),
             false => self.cgroups.get(&step.set).is_some_and(|all| all.iter().any(|e| e.id == id)),
@@ -381,7 +381,7 @@ impl Kernel {
         let Some(flags) = self.table_flags()? else {
             return Ok(None);
         };
-        let view = dump::view(&self.rules()?);
+        let view = view::view(&self.rules()?);
         let mut cgroups = BTreeMap::new();
         for target in &view.targets {
             let set = format!("cg_{}", target.name);
@@ -390,8 +390,8 @@ impl Kernel {
         let mut hashed = BTreeMap::new();
         for step in view.steps.iter().filter(|step| step.hashed) {
             let set = format!("dying_{}", step.set);
-            let request = |batch: &mut Batch| dump::get_elements(batch, &set);
-            let found = self.nft.dump(&request, dump::parse_hashes)?.map_err(nft_refused)?;
+            let request = |batch: &mut Batch| view::get_elements(batch, &set);
+            let found = self.nft.dump(&request, view::parse_hashes)?.map_err(nft_refused)?;
             hashed.insert(step.set.clone(), found.into_iter().flatten().collect());
         }
         Ok(Some(Held { flags, view, cgroups, hashed }))
@@ -399,13 +399,13 @@ impl Kernel {
 
     /// The flags of our table; `None` where there is no table.
     pub fn table_flags(&mut self) -> Result<Option<u32>> {
-        let found = self.nft.dump(&message::get_table, dump::parse_table_flags)?;
+        let found = self.nft.dump(&message::get_table, view::parse_table_flags)?;
         Ok(found.map_err(nft_refused)?.into_iter().next())
     }
 
     /// The rules of our table; none where there is no table.
-    pub fn rules(&mut self) -> Result<Vec<dump::Rule>> {
-        match self.nft.dump(&dump::get_rules, dump::parse_rule)? {
+    pub fn rules(&mut self) -> Result<Vec<view::Rule>> {
+        match self.nft.dump(&view::get_rules, view::parse_rule)? {
             Err(Errno::ENOENT) => Ok(Vec::new()),
             found => found.map_err(nft_refused),
         }
@@ -419,9 +419,9 @@ impl Kernel {
     }
 
     /// The elements of one of our cgroup sets; none where there is no such set.
-    pub fn elements(&mut self, set: &str) -> Result<Vec<dump::Element>> {
-        let request = |batch: &mut Batch| dump::get_elements(batch, set);
-        match self.nft.dump(&request, dump::parse_elements)? {
+    pub fn elements(&mut self, set: &str) -> Result<Vec<view::Element>> {
+        let request = |batch: &mut Batch| view::get_elements(batch, set);
+        match self.nft.dump(&request, view::parse_elements)? {
             Err(Errno::ENOENT) => Ok(Vec::new()),
             found => Ok(found.map_err(nft_refused)?.into_iter().flatten().collect()),
         }

@@ -30,7 +30,7 @@ const LAYERS: &[&[&str]] = &[
         "nft::table",
         "nft::message",
         "nft::event",
-        "nft::dump",
+        "nft::view",
         "nft::lock",
         "nft::marks",
         "nft::others",

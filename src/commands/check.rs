@@ -25,11 +25,11 @@ use crate::log::Level;
 use crate::net::Family;
 use crate::netlink::fib::FibAction;
 use crate::netlink::uapi::*;
-use crate::nft::dump;
 use crate::nft::expr::Expr;
 use crate::nft::marks::Ours;
 use crate::nft::message::Probe;
 use crate::nft::table::{Base, TABLE};
+use crate::nft::view;
 use crate::plan;
 use crate::policy;
 use crate::route::{Needs, Seen};
@@ -599,8 +599,8 @@ fn others(config: &Config, findings: &mut Findings) {
         return;
     }
     let rules = Kernel::open().and_then(|mut kernel| kernel.rules());
-    if rules.is_ok_and(|rules| dump::view(&rules).foreign) {
-        findings.warning(format!("{}: run replaces it", dump::FOREIGN));
+    if rules.is_ok_and(|rules| view::view(&rules).foreign) {
+        findings.warning(format!("{}: run replaces it", view::FOREIGN));
     }
     if config.tproxies.is_empty() {
         return;

@@ -24,10 +24,10 @@ use crate::log::Escaped;
 use crate::net::{Family, Mark, L4};
 use crate::netlink::fib::{FibAction, IpRule, Route};
 use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
-use crate::nft::dump::{Counter, Gateway, Target, View};
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
 use crate::nft::table::TABLE;
+use crate::nft::view::{Counter, Gateway, Target, View};
 use crate::route::{Entry, Forwarded, Needs};
 use crate::sys;
 

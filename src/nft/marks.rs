@@ -5,8 +5,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::dump::View;
 use super::others::{Expr, Load, Rule, Xt};
+use super::view::View;
 use crate::config::Config;
 use crate::net::{Interface, Mark};
 use crate::netlink::parse;

@@ -7,7 +7,7 @@ use cgtproxy::config::Config;
 use cgtproxy::net::Family;
 use cgtproxy::netlink::{diag, fib};
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
-use cgtproxy::nft::{dump, event::Follower, message, others};
+use cgtproxy::nft::{event::Follower, message, others, view};
 use cgtproxy::plan;
 use cgtproxy::route::{self, Seen};
 use libfuzzer_sys::fuzz_target;
@@ -20,10 +20,10 @@ fuzz_target!(|datagram: &[u8]| {
     for message in messages.by_ref() {
         count += 1;
         let _ = (parse::reply(&message), diag::parse(&message, 6));
-        let _ = (message::parse_table(&message), dump::parse_table_flags(&message));
-        rules.extend(dump::parse_rule(&message));
+        let _ = (message::parse_table(&message), view::parse_table_flags(&message));
+        rules.extend(view::parse_rule(&message));
         others_rules.extend(others::parse(&message));
-        let elements = dump::parse_elements(&message).map_or(0, |all| all.len());
+        let elements = view::parse_elements(&message).map_or(0, |all| all.len());
         assert!(elements <= message.body.len() / 16);
         let _ = (route::is_change(&needs, &message), fib::lo_revives(&message));
         seen.rules.extend(fib::SeenRule::read(&message));
@@ -38,7 +38,7 @@ fuzz_target!(|datagram: &[u8]| {
     let place = seen.place(&needs, Family::V4);
     let _ = seen.hindrances(&needs, Family::V4, place);
     let _ = others::hindrances(&others_rules);
-    let view = dump::view(&rules);
+    let view = view::view(&rules);
     assert!(view.targets.len() <= rules.len() && view.steps.len() <= rules.len());
     let _ = Follower::default().take(datagram, 0);
     assert!(count <= datagram.len() / 16);
