@@ -381,7 +381,7 @@ impl Kernel {
         let Some(flags) = self.table_flags()? else {
             return Ok(None);
         };
-        let view = view::view(&self.rules()?);
+        let view = view::View::of(&self.rules()?);
         let mut cgroups = BTreeMap::new();
         for target in &view.targets {
             let set = format!("cg_{}", target.name);

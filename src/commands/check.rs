@@ -599,7 +599,7 @@ fn others(config: &Config, findings: &mut Findings) {
         return;
     }
     let rules = Kernel::open().and_then(|mut kernel| kernel.rules());
-    if rules.is_ok_and(|rules| view::view(&rules).foreign) {
+    if rules.is_ok_and(|rules| view::View::of(&rules).foreign) {
         findings.warning(format!("{}: run replaces it", view::FOREIGN));
     }
     if config.tproxies.is_empty() {

@@ -186,82 +186,82 @@ pub struct View {
     pub foreign: bool,
 }
 
-/// Reads the rules of the table, in the order of the dump.
-pub fn view(rules: &[Rule]) -> View {
-    let mut names: Vec<&str> = Vec::new();
-    for rule in rules {
-        let name = rule.chain.strip_prefix("to_");
-        names.extend(name.filter(|name| !names.contains(name)));
-    }
-    // stable: the tproxies stay in file order, in which their chains were made
-    names.sort_by_key(|name| match *name {
-        "direct" => 0,
-        "drop" => 1,
-        _ => 2,
-    });
-    let of = |chain: String| {
-        let found: Vec<&Rule> = rules.iter().filter(|rule| rule.chain == chain).collect();
-        found
-    };
-    let targets = names.iter().map(|name| {
-        let receive = of(format!("tproxy_{name}"));
-        Target {
-            name: name.to_string(),
-            mark: of(format!("to_{name}")).iter().find_map(|rule| mark(rule)),
-            port: receive.iter().find_map(|rule| port(rule)),
-            addresses: receive.iter().filter_map(|rule| address(rule)).collect(),
-            taken: total(&of(format!("to_{name}"))),
-            refused: total(&[receive, of(format!("astray_{name}"))].concat()),
-        }
-    });
-    let mut view = View {
-        targets: targets.collect(),
-        steps: Vec::new(),
-        default: "direct".into(),
-        gateways: Vec::new(),
-        interfaces: Vec::new(),
-        routed: (rules.iter().filter(|rule| rule.chain.starts_with("forward_"))).find_map(mark),
-        classifies: rules.iter().any(|rule| rule.chain == OUTPUT),
-        foreign: !rules.is_empty() && !names.contains(&"drop"),
-    };
-    for rule in of("gateways".into()) {
-        let Some(name) = goes_to(rule, "gw_") else {
-            continue;
-        };
-        view.interfaces.extend(interface(rule));
-        // a section has a rule for each interface and family
-        if view.gateways.iter().all(|gateway| gateway.name != name) {
-            let own = of(format!("gw_{name}"));
-            view.gateways.push(Gateway {
-                name: name.into(),
-                target: gateway_target(&own).into(),
-                taken: total(&own),
-            });
-        }
-    }
-    for rule in of(OUTPUT.into()) {
-        let Some(target) = goes_to(rule, "to_").map(str::to_string) else {
-            continue;
-        };
-        let step = |level, set: &str, prefix, target| {
-            let hashed = prefix == "dying_";
-            let set = set.strip_prefix(prefix).unwrap_or(set).to_string();
-            Step { level, set, target, hashed }
-        };
-        match rule.exprs[..] {
-            [Expr::SocketCgroup { level, .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
-                view.steps.push(step(level, set, "cg_", target))
-            }
-            [Expr::SocketCgroup { level, .. }, Expr::Jhash { .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
-                view.steps.push(step(level, set, "dying_", target))
-            }
-            _ => view.default = target,
-        }
-    }
-    view
-}
-
 impl View {
+    /// Reads the rules of the table, in the order of the dump.
+    pub fn of(rules: &[Rule]) -> View {
+        let mut names: Vec<&str> = Vec::new();
+        for rule in rules {
+            let name = rule.chain.strip_prefix("to_");
+            names.extend(name.filter(|name| !names.contains(name)));
+        }
+        // stable: the tproxies stay in file order, in which their chains were made
+        names.sort_by_key(|name| match *name {
+            "direct" => 0,
+            "drop" => 1,
+            _ => 2,
+        });
+        let of = |chain: String| {
+            let found: Vec<&Rule> = rules.iter().filter(|rule| rule.chain == chain).collect();
+            found
+        };
+        let targets = names.iter().map(|name| {
+            let receive = of(format!("tproxy_{name}"));
+            Target {
+                name: name.to_string(),
+                mark: of(format!("to_{name}")).iter().find_map(|rule| mark(rule)),
+                port: receive.iter().find_map(|rule| port(rule)),
+                addresses: receive.iter().filter_map(|rule| address(rule)).collect(),
+                taken: total(&of(format!("to_{name}"))),
+                refused: total(&[receive, of(format!("astray_{name}"))].concat()),
+            }
+        });
+        let mut view = View {
+            targets: targets.collect(),
+            steps: Vec::new(),
+            default: "direct".into(),
+            gateways: Vec::new(),
+            interfaces: Vec::new(),
+            routed: (rules.iter().filter(|rule| rule.chain.starts_with("forward_"))).find_map(mark),
+            classifies: rules.iter().any(|rule| rule.chain == OUTPUT),
+            foreign: !rules.is_empty() && !names.contains(&"drop"),
+        };
+        for rule in of("gateways".into()) {
+            let Some(name) = goes_to(rule, "gw_") else {
+                continue;
+            };
+            view.interfaces.extend(interface(rule));
+            // a section has a rule for each interface and family
+            if view.gateways.iter().all(|gateway| gateway.name != name) {
+                let own = of(format!("gw_{name}"));
+                view.gateways.push(Gateway {
+                    name: name.into(),
+                    target: gateway_target(&own).into(),
+                    taken: total(&own),
+                });
+            }
+        }
+        for rule in of(OUTPUT.into()) {
+            let Some(target) = goes_to(rule, "to_").map(str::to_string) else {
+                continue;
+            };
+            let step = |level, set: &str, prefix, target| {
+                let hashed = prefix == "dying_";
+                let set = set.strip_prefix(prefix).unwrap_or(set).to_string();
+                Step { level, set, target, hashed }
+            };
+            match rule.exprs[..] {
+                [Expr::SocketCgroup { level, .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
+                    view.steps.push(step(level, set, "cg_", target))
+                }
+                [Expr::SocketCgroup { level, .. }, Expr::Jhash { .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
+                    view.steps.push(step(level, set, "dying_", target))
+                }
+                _ => view.default = target,
+            }
+        }
+        view
+    }
+
     pub fn target(&self, name: &str) -> Option<&Target> {
         self.targets.iter().find(|target| target.name == name)
     }
@@ -438,7 +438,7 @@ mod tests {
                     !drop
                 })
                 .collect();
-            let view = view(&all);
+            let view = View::of(&all);
             let names: Vec<_> = view.targets.iter().map(|t| t.name.as_str()).collect();
             assert_eq!(names, ["direct", "drop", "zeta", "alpha"]);
             assert_eq!(view.default, name);
@@ -470,7 +470,7 @@ mod tests {
     #[test]
     fn the_gateways_of_our_own_table() {
         let config = with_gateways();
-        let view = view(&rules(&config, &[]));
+        let view = View::of(&rules(&config, &[]));
         let routed = Mark { value: 0xfe00_0000, mask: 0xff00_0000 };
         assert_eq!(view.routed, Some(routed));
         let section = |name: &str, target: &str| Gateway {
@@ -505,7 +505,7 @@ mod tests {
             }
             let messages = || Messages::new(&bytes);
             let rules: Vec<Rule> = messages().filter_map(|m| parse_rule(&m)).collect();
-            view(&rules);
+            View::of(&rules);
             messages().filter_map(|m| parse_elements(&m)).for_each(drop);
         }
     }

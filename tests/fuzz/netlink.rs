@@ -38,7 +38,7 @@ fuzz_target!(|datagram: &[u8]| {
     let place = seen.place(&needs, Family::V4);
     let _ = seen.hindrances(&needs, Family::V4, place);
     let _ = others::hindrances(&others_rules);
-    let view = view::view(&rules);
+    let view = view::View::of(&rules);
     assert!(view.targets.len() <= rules.len() && view.steps.len() <= rules.len());
     let _ = Follower::default().take(datagram, 0);
     assert!(count <= datagram.len() / 16);
