@@ -30,7 +30,7 @@ pub fn of_host(config: &Config, host: &Host) -> Vec<Finding> {
             listens(tproxy, [own, routed], host, &mut findings);
             resolves(tproxy, routed, host, &mut findings);
         } else {
-            let name = &tproxy.name;
+            let name = &tproxy.outlet.name;
             findings.push(Ok(format!("[tproxy {name}]: no rule and no gateway names it")));
         }
     }
@@ -64,13 +64,13 @@ fn words(family: Family) -> [&'static str; 3] {
 
 /// Whether anybody takes what a tproxy is handed.
 fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mut Vec<Finding>) {
-    let (name, port) = (&tproxy.name, tproxy.port);
-    let mut families = vec![(Family::V4, tproxy.ipv4, tproxy.address4.map(IpAddr::V4))];
+    let (name, port) = (&tproxy.outlet.name, tproxy.port);
+    let mut families = vec![(Family::V4, tproxy.outlet.ipv4, tproxy.address4.map(IpAddr::V4))];
     if host.speaks_ipv6() {
-        families.push((Family::V6, tproxy.ipv6, tproxy.address6.map(IpAddr::V6)));
+        families.push((Family::V6, tproxy.outlet.ipv6, tproxy.address6.map(IpAddr::V6)));
     }
     families.retain(|(_, take, _)| *take == Take::Yes);
-    for (l4, take) in [(L4::Tcp, tproxy.tcp), (L4::Udp, tproxy.udp)] {
+    for (l4, take) in [(L4::Tcp, tproxy.outlet.tcp), (L4::Udp, tproxy.outlet.udp)] {
         if take != Take::Yes || families.is_empty() {
             continue;
         }
@@ -130,15 +130,15 @@ fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mu
 
 /// Whether anybody answers where a tproxy's DNS goes, if that is on this host.
 fn resolves(tproxy: &Tproxy, routed: bool, host: &Host, findings: &mut Vec<Finding>) {
-    let name = &tproxy.name;
+    let name = &tproxy.outlet.name;
     let ends = [
-        (tproxy.ipv4, tproxy.dns4.map(SocketAddr::V4)),
-        (tproxy.ipv6, tproxy.dns6.map(SocketAddr::V6)),
+        (tproxy.outlet.ipv4, tproxy.outlet.dns4.map(SocketAddr::V4)),
+        (tproxy.outlet.ipv6, tproxy.outlet.dns6.map(SocketAddr::V6)),
     ];
     let ends = ends.into_iter().filter_map(|(take, end)| end.filter(|_| take == Take::Yes));
     for end in ends.filter(|end| host.has(end.ip())) {
         let (mut silent, mut unreachable) = (Vec::new(), Vec::new());
-        for l4 in tproxy.dns_protocols() {
+        for l4 in tproxy.outlet.dns_protocols() {
             let there = |ip| move |l: &&Listener| l.is_at(l4, ip, end.port());
             let mut listeners = host.listeners.iter().filter(there(end.ip())).peekable();
             if listeners.peek().is_none() {

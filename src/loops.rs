@@ -44,7 +44,7 @@ pub fn find(
         let (true, Some(cgroup)) = (reached[start], cgroup) else {
             continue;
         };
-        let (name, port) = (&tproxy.name, tproxy.port);
+        let (name, port) = (&tproxy.outlet.name, tproxy.port);
         let doubt = match (config.bypass_marks.is_empty(), config.bypass_users.is_empty()) {
             (true, true) => "",
             (false, true) => ", unless its packets bear a bypass-mark",
@@ -99,7 +99,7 @@ mod tests {
     }
 
     fn looping(config: &Config, listeners: &[Vec<PortOwner>]) -> Vec<String> {
-        let names = config.tproxies.iter().map(|t: &Tproxy| t.name.clone());
+        let names = config.tproxies.iter().map(|t: &Tproxy| t.outlet.name.clone());
         let lines = find(config, listeners, home);
         let said = |name: &String| lines.iter().any(|l| l.contains(&format!("[tproxy {name}]")));
         names.filter(said).collect()

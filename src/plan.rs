@@ -21,7 +21,7 @@ pub fn needs(config: &Config) -> Needs<'_> {
     Needs {
         priority: config.rule_priority,
         table: config.route_table,
-        marks: config.tproxies.iter().map(|t| mark(t.mark)).collect(),
+        marks: config.tproxies.iter().map(|t| mark(t.outlet.mark)).collect(),
         forwarded: Forwarded {
             mark: mark(config.gateway_mark()),
             interfaces: config.gateway_interfaces(),

@@ -99,7 +99,7 @@ pub fn takes_the_same(old: &Config, new: &Config, target: Target) -> bool {
     };
     let tproxy = |c: &Config| {
         let name = new.target_name(target);
-        c.tproxies.iter().find(|tproxy| tproxy.name == name).cloned()
+        c.tproxies.iter().find(|tproxy| tproxy.outlet.name == name).cloned()
     };
     bypass(old) == bypass(new) && tproxy(old) == tproxy(new)
 }
@@ -253,26 +253,26 @@ impl Judge {
     /// Whether a tproxy has the flow.
     fn is_marked(&self, flow: Flow) -> bool {
         let mark = flow.mark & self.config.mask;
-        self.config.tproxies.iter().any(|tproxy| tproxy.mark == mark)
+        self.config.outlets().any(|outlet| outlet.mark == mark)
     }
 
     fn way(&self, socket: &Socket, target: Target) -> Way {
-        let tproxy = match target {
+        let outlet = match target {
             Target::Direct => return Way::Free,
             Target::Drop => return Way::Cut,
             Target::Tproxy(index) => match self.config.tproxies.get(usize::from(index)) {
-                Some(tproxy) => tproxy,
+                Some(tproxy) => &tproxy.outlet,
                 None => return Way::Free,
             },
         };
-        let l4 = if socket.protocol == IPPROTO_TCP { tproxy.tcp } else { tproxy.udp };
+        let l4 = if socket.protocol == IPPROTO_TCP { outlet.tcp } else { outlet.udp };
         let way = |family| match (family, l4) {
             (Take::Drop, _) | (_, Take::Drop) => Way::Cut,
             (Take::No, _) | (_, Take::No) => Way::Free,
             _ => Way::Proxied,
         };
-        let v4 = socket.speaks_ipv4().then_some(tproxy.ipv4);
-        let v6 = socket.local.is_ipv6().then_some(tproxy.ipv6);
+        let v4 = socket.speaks_ipv4().then_some(outlet.ipv4);
+        let v6 = socket.local.is_ipv6().then_some(outlet.ipv6);
         v4.into_iter().chain(v6).map(way).max().unwrap_or(Way::Free)
     }
 

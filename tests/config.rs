@@ -489,7 +489,7 @@ fn marks() {
         match read(&[("c", &text)]) {
             Ok(config) => {
                 assert!(possible, "{text}");
-                let marks: BTreeSet<u32> = config.tproxies.iter().map(|t| t.mark).collect();
+                let marks: BTreeSet<u32> = config.tproxies.iter().map(|t| t.outlet.mark).collect();
                 assert!(marks.len() == count && !marks.contains(&0), "{text}{marks:?}");
                 assert!(marks.iter().all(legal), "{text}{marks:?}");
                 assert!(explicit.iter().all(|mark| marks.contains(mark)), "{text}{marks:?}");
@@ -521,7 +521,7 @@ fn default_marks() {
             text.push_str(&format!("[tproxy t{i}]\nport = 1\n"));
             text.extend(mark.map(|mark| format!("mark = {mark:#x}\n")));
         }
-        let marks: Vec<u32> = good(&text).tproxies.iter().map(|t| t.mark).collect();
+        let marks: Vec<u32> = good(&text).tproxies.iter().map(|t| t.outlet.mark).collect();
         assert_eq!(marks, want, "{text}");
     }
 }
@@ -584,18 +584,19 @@ fn every_key_of_tproxy() {
          dns-hijack = [::1]:1054\ndns-hijack-tcp = true\n[tproxy B-_234567890123]\nport = 65535\n",
     );
     let [a, b] = &config.tproxies[..] else { panic!("{:?}", config.tproxies) };
-    assert_eq!((a.name.as_str(), a.port, a.mark), ("a", 7893, 0x0500_0000));
+    assert_eq!((a.outlet.name.as_str(), a.port, a.outlet.mark), ("a", 7893, 0x0500_0000));
     assert_eq!(a.address4, Some(Ipv4Addr::LOCALHOST));
     assert_eq!(a.address6, Some(Ipv6Addr::LOCALHOST));
-    assert_eq!((a.tcp, a.udp, a.ipv4, a.ipv6), (Take::No, Take::Drop, Take::No, Take::No));
-    assert_eq!(a.dns4.unwrap().to_string(), "127.0.0.1:1053");
-    assert_eq!(a.dns6.unwrap().to_string(), "[::1]:1054");
-    assert!(a.dns_tcp);
+    let (x, y) = (&a.outlet, &b.outlet);
+    assert_eq!((x.tcp, x.udp, x.ipv4, x.ipv6), (Take::No, Take::Drop, Take::No, Take::No));
+    assert_eq!(x.dns4.unwrap().to_string(), "127.0.0.1:1053");
+    assert_eq!(x.dns6.unwrap().to_string(), "[::1]:1054");
+    assert!(x.dns_tcp);
 
-    assert_eq!((b.name.as_str(), b.port), ("B-_234567890123", 65535));
-    assert_eq!((b.address4, b.address6, b.dns4, b.dns6), (None, None, None, None));
-    assert_eq!((b.tcp, b.udp, b.ipv4, b.ipv6), (Take::Yes, Take::Yes, Take::Yes, Take::Yes));
-    assert!(!b.dns_tcp);
+    assert_eq!((b.outlet.name.as_str(), b.port), ("B-_234567890123", 65535));
+    assert_eq!((b.address4, b.address6, y.dns4, y.dns6), (None, None, None, None));
+    assert_eq!((y.tcp, y.udp, y.ipv4, y.ipv6), (Take::Yes, Take::Yes, Take::Yes, Take::Yes));
+    assert!(!y.dns_tcp);
 }
 
 #[test]
@@ -617,7 +618,7 @@ fn every_key_of_gateway() {
     assert_eq!((drop.target, rest.target), (Target::Drop, Target::Direct));
     assert_eq!(drop.interfaces[0].to_string(), "eth1.2@x");
     assert!(drop.sources4.is_empty() && drop.sources6.is_empty() && drop.macs.is_empty());
-    assert!(config.tproxies[0].dns_local);
+    assert!(config.tproxies[0].outlet.dns_local);
     assert!(config.routes_to_tproxy());
 }
 
@@ -713,7 +714,7 @@ fn values_that_are_fine() {
         ("[2001:db8::1]:5353", "[2001:db8::1]:5353"),
     ] {
         let config = good(&format!("[tproxy a]\nport = 1\ndns-hijack = {value}\n"));
-        let a = &config.tproxies[0];
+        let a = &config.tproxies[0].outlet;
         let got = a.dns4.map(|e| e.to_string()).or(a.dns6.map(|e| e.to_string()));
         assert_eq!(got.as_deref(), Some(port));
     }
@@ -722,7 +723,7 @@ fn values_that_are_fine() {
     {
         for word in word.split(' ') {
             let config = good(&format!("[tproxy a]\nport = 1\nudp = {word}\n"));
-            assert_eq!(config.tproxies[0].udp, take, "{word}");
+            assert_eq!(config.tproxies[0].outlet.udp, take, "{word}");
         }
     }
 }
@@ -773,7 +774,7 @@ fn includes_and_order() {
     let want = [(b, "/1"), (Target::Drop, "/2"), (Target::Direct, "/3"), (a, "/4")];
     assert_eq!(rules, want);
     assert_eq!(config.default, b);
-    assert_eq!(config.tproxies[0].mark, 0x0100_0000);
+    assert_eq!(config.tproxies[0].outlet.mark, 0x0100_0000);
     let files = ["etc/c", "etc/d/10", "etc/d/20"].map(PathBuf::from);
     assert_eq!(config.files, files);
     assert_eq!(config.rules[2].place.to_string(), "etc/d/20:2");

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use crate::cgroup::{mount, watch};
 use crate::cli::{Options, DEFAULT_CONFIG};
-use crate::config::{lint, Config, Tproxy};
+use crate::config::{lint, Config, Outlet};
 use crate::confine;
 use crate::core::Core;
 use crate::daemon;
@@ -377,7 +377,7 @@ fn wanted_features(config: &Config) -> Vec<Feature> {
     let nat = base("nat", NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST);
     let fib = Expr::FibAddrtype { of: NFTA_FIB_F_SADDR, dreg: NFT_REG_1 };
     let proxies = !config.tproxies.is_empty();
-    let hijacks = config.tproxies.iter().any(Tproxy::hijacks_dns);
+    let hijacks = config.outlets().any(Outlet::hijacks_dns);
     vec![
         feature(
             "socket cgroupv2",
@@ -461,7 +461,7 @@ fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
         lines.iter().flatten().for_each(|text| findings.warning(text));
     }
     bridges(&faults::bridges(config, &host), findings);
-    let hijacks = config.tproxies.iter().any(Tproxy::hijacks_dns);
+    let hijacks = config.outlets().any(Outlet::hijacks_dns);
     let names = fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default();
     if hijacks && asks_resolved(&names) {
         findings.warning(
@@ -504,7 +504,7 @@ fn shared_ports(config: &Config, findings: &mut Findings) {
         let sockets = kernel.listeners(tproxy.port);
         let uids: BTreeSet<String> = sockets.iter().map(|s| s.uid.to_string()).collect();
         if uids.len() > 1 {
-            let (name, port) = (&tproxy.name, tproxy.port);
+            let (name, port) = (&tproxy.outlet.name, tproxy.port);
             let uids = Vec::from_iter(uids).join(", ");
             findings.warning(format!(
                 "[tproxy {name}]: port {port} has sockets of several users (uids {uids}), and TPROXY \

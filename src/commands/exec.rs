@@ -372,7 +372,7 @@ impl<'a> Wanted<'a> {
             return Some(Missing::Never(what));
         };
         if let Target::Tproxy(index) = self.target {
-            let mark = self.config.tproxies[usize::from(index)].mark;
+            let mark = self.config.tproxies[usize::from(index)].outlet.mark;
             let same = |m: Mark| (m.value, m.mask) == (mark, self.config.mask);
             if !target.mark.is_some_and(same) {
                 let what = format!("chain to_{name} does not set mark {mark:#x} (reload cgtproxy)");
@@ -402,14 +402,14 @@ impl<'a> Wanted<'a> {
             return Ok(None);
         };
         let tproxy = &self.config.tproxies[usize::from(index)];
-        for (family, take) in [(Family::V4, tproxy.ipv4), (Family::V6, tproxy.ipv6)] {
+        for (family, take) in [(Family::V4, tproxy.outlet.ipv4), (Family::V6, tproxy.outlet.ipv6)] {
             if take != Take::Yes || (family == Family::V6 && !kernel::routing::ipv6_is_on()) {
                 continue;
             }
             let seen = kernel.seen(family, self.config.route_table)?;
             let missing = seen.missing(&plan::needs(self.config), family);
             let needed = missing.iter().find(|entry| match entry {
-                Entry::Rule(rule) => rule.mark.value == tproxy.mark,
+                Entry::Rule(rule) => rule.mark.value == tproxy.outlet.mark,
                 Entry::Route(_) => true,
             });
             if let Some(entry) = needed {

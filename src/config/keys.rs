@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use super::model::{Config, Gateway, OnExit, Place, Tproxy};
+use super::model::{Config, Gateway, OnExit, Outlet, Place, Tproxy};
 pub use super::value::Takes;
 use super::value::*;
 use crate::log::Level;
@@ -88,6 +88,8 @@ const fn any(on: Kinds, name: Str, takes: Takes, unset: Unset, set: Setter) -> K
 
 const GLOBAL: Kinds = &[Kind::Global];
 const TPROXY: Kinds = &[Kind::Tproxy];
+/// The sections that are targets.
+const OUTLET: Kinds = &[Kind::Tproxy];
 const GATEWAY: Kinds = &[Kind::Gateway];
 
 const MOST: u32 = u32::MAX;
@@ -144,20 +146,20 @@ pub static KEYS: &[Key] = &[
         IpAddr::V4(a) => once(e, &mut d.tproxy().address4, a, "IPv4"),
         IpAddr::V6(a) => once(e, &mut d.tproxy().address6, a, "IPv6"),
     }),
-    one(TPROXY, "mark", Number(1, MOST), Nothing, |d, e| put(&mut d.tproxy().mark, number(e))),
-    one(TPROXY, "tcp", TAKE, Is("yes"), |d, e| put(&mut d.tproxy().tcp, take(e))),
-    one(TPROXY, "udp", TAKE, Is("yes"), |d, e| put(&mut d.tproxy().udp, take(e))),
-    one(TPROXY, "ipv4", TAKE, Is("yes"), |d, e| put(&mut d.tproxy().ipv4, take(e))),
-    one(TPROXY, "ipv6", TAKE, Is("yes"), |d, e| put(&mut d.tproxy().ipv6, take(e))),
-    any(TPROXY, "dns-hijack", ENDPOINT, Nothing, |d, e| match endpoint(e)? {
-        SocketAddr::V4(a) => once(e, &mut d.tproxy().dns4, a, "IPv4"),
-        SocketAddr::V6(a) => once(e, &mut d.tproxy().dns6, a, "IPv6"),
+    one(OUTLET, "mark", Number(1, MOST), Nothing, |d, e| put(&mut d.outlet().mark, number(e))),
+    one(OUTLET, "tcp", TAKE, Is("yes"), |d, e| put(&mut d.outlet().tcp, take(e))),
+    one(OUTLET, "udp", TAKE, Is("yes"), |d, e| put(&mut d.outlet().udp, take(e))),
+    one(OUTLET, "ipv4", TAKE, Is("yes"), |d, e| put(&mut d.outlet().ipv4, take(e))),
+    one(OUTLET, "ipv6", TAKE, Is("yes"), |d, e| put(&mut d.outlet().ipv6, take(e))),
+    any(OUTLET, "dns-hijack", ENDPOINT, Nothing, |d, e| match endpoint(e)? {
+        SocketAddr::V4(a) => once(e, &mut d.outlet().dns4, a, "IPv4"),
+        SocketAddr::V6(a) => once(e, &mut d.outlet().dns6, a, "IPv6"),
     }),
-    one(TPROXY, "dns-hijack-tcp", BOOLEAN, Is("no"), |d, e| {
-        put(&mut d.tproxy().dns_tcp, boolean(e))
+    one(OUTLET, "dns-hijack-tcp", BOOLEAN, Is("no"), |d, e| {
+        put(&mut d.outlet().dns_tcp, boolean(e))
     }),
-    one(TPROXY, "dns-hijack-local", BOOLEAN, Is("no"), |d, e| {
-        put(&mut d.tproxy().dns_local, boolean(e))
+    one(OUTLET, "dns-hijack-local", BOOLEAN, Is("no"), |d, e| {
+        put(&mut d.outlet().dns_local, boolean(e))
     }),
     any(GATEWAY, "interface", INTERFACE, Needs("an interface"), |d, e| {
         let (interface, gateway) = (interface(e)?, d.gateway());
@@ -227,11 +229,19 @@ impl Draft {
         self.sections.push(section);
         match kind {
             Kind::Global | Kind::Rules => {}
-            Kind::Tproxy => self.config.tproxies.push(Tproxy { name, ..Tproxy::default() }),
+            Kind::Tproxy => {
+                let outlet = Outlet { name, ..Outlet::default() };
+                self.config.tproxies.push(Tproxy { outlet, ..Tproxy::default() });
+            }
             Kind::Gateway => {
                 self.config.gateways.push(Gateway { name, place, ..Gateway::default() })
             }
         }
+    }
+
+    /// Of the target that was opened last.
+    fn outlet(&mut self) -> &mut Outlet {
+        &mut self.tproxy().outlet
     }
 
     fn tproxy(&mut self) -> &mut Tproxy {

@@ -1,13 +1,13 @@
 //! A validated configuration, what can be wrong with one, and where its text comes from. Pure.
 
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use super::pattern::Pattern;
 use crate::log::Level;
-use crate::net::{Interface, Mac, Mark, Range};
+use crate::net::{Interface, Mac, Mark, Range, L4};
 
 /// Longest message, in characters.
 const MAX_MESSAGE: usize = 1000;
@@ -31,7 +31,7 @@ pub enum Target {
     Tproxy(u16),
 }
 
-/// What a tproxy does with a protocol or a family.
+/// What an outlet does with a protocol or a family.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Take {
     #[default]
@@ -40,13 +40,11 @@ pub enum Take {
     Drop,
 }
 
-/// A `[tproxy NAME]` section.
+/// What sections that are targets have in common: what of a cgroup's traffic they take out of its
+/// hands, and the mark by which it is known from there on.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Tproxy {
+pub struct Outlet {
     pub name: String,
-    pub port: u16,
-    pub address4: Option<Ipv4Addr>,
-    pub address6: Option<Ipv6Addr>,
     /// Within the mask, not zero, not any other's.
     pub mark: u32,
     pub tcp: Take,
@@ -60,18 +58,31 @@ pub struct Tproxy {
     pub dns_local: bool,
 }
 
-impl Tproxy {
+impl Outlet {
     pub fn hijacks_dns(&self) -> bool {
         self.dns4.is_some() || self.dns6.is_some()
     }
 
+    /// Where DNS goes.
+    pub fn dns(&self) -> impl Iterator<Item = SocketAddr> {
+        [self.dns4.map(SocketAddr::V4), self.dns6.map(SocketAddr::V6)].into_iter().flatten()
+    }
+
     /// The protocols whose port 53 is hijacked.
-    pub fn dns_protocols(&self) -> impl Iterator<Item = crate::net::L4> {
-        use crate::net::L4;
+    pub fn dns_protocols(&self) -> impl Iterator<Item = L4> {
         let tcp = self.dns_tcp.then_some(L4::Tcp);
         let udp = self.hijacks_dns().then_some(L4::Udp);
         udp.into_iter().chain(tcp.filter(|_| self.hijacks_dns()))
     }
+}
+
+/// A `[tproxy NAME]` section.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Tproxy {
+    pub outlet: Outlet,
+    pub port: u16,
+    pub address4: Option<Ipv4Addr>,
+    pub address6: Option<Ipv6Addr>,
 }
 
 /// One line of `[rules]`.
@@ -182,6 +193,23 @@ impl Config {
         [Target::Direct, Target::Drop].into_iter().chain(tproxies)
     }
 
+    /// Those of all targets that have one, in file order.
+    pub fn outlets(&self) -> impl Iterator<Item = &Outlet> + Clone {
+        self.tproxies.iter().map(|tproxy| &tproxy.outlet)
+    }
+
+    pub(super) fn outlets_mut(&mut self) -> impl Iterator<Item = &mut Outlet> {
+        self.tproxies.iter_mut().map(|tproxy| &mut tproxy.outlet)
+    }
+
+    /// That of a target; direct and drop have none.
+    pub fn outlet(&self, target: Target) -> Option<&Outlet> {
+        match target {
+            Target::Direct | Target::Drop => None,
+            Target::Tproxy(index) => Some(&self.tproxies[usize::from(index)].outlet),
+        }
+    }
+
     /// The target of that name.
     pub fn named(&self, name: &str) -> Option<Target> {
         self.targets().find(|target| self.target_name(*target) == name)
@@ -191,7 +219,7 @@ impl Config {
         match target {
             Target::Direct => "direct",
             Target::Drop => "drop",
-            Target::Tproxy(index) => &self.tproxies[usize::from(index)].name,
+            Target::Tproxy(index) => &self.tproxies[usize::from(index)].outlet.name,
         }
     }
 

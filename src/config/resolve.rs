@@ -28,8 +28,8 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             }
         }
     }
-    for (section, tproxy) in targets.clone().zip(&config.tproxies) {
-        let keys = [("dns-hijack-tcp", tproxy.dns_tcp), ("dns-hijack-local", tproxy.dns_local)];
+    for (section, outlet) in targets.clone().zip(config.outlets()) {
+        let keys = [("dns-hijack-tcp", outlet.dns_tcp), ("dns-hijack-local", outlet.dns_local)];
         for (key, _) in keys.iter().filter(|(_, on)| *on) {
             if let (Some((_, place)), None) =
                 (section.said.get(key), section.said.get("dns-hijack"))
@@ -68,9 +68,9 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
         let mask = config.mask;
         for (bypass, place) in &bypass_marks {
             let whole = bypass.mask & mask == mask;
-            let same = config.tproxies.iter().find(|t| whole && bypass.value & mask == t.mark);
-            if let Some(tproxy) = same {
-                let (value, name) = (bypass.value, &tproxy.name);
+            let same = config.outlets().find(|o| whole && bypass.value & mask == o.mark);
+            if let Some(outlet) = same {
+                let (value, name) = (bypass.value, &outlet.name);
                 problem(
                     place,
                     format!("\"bypass-mark\" {value:#x} is the mark of [tproxy {name}]"),
@@ -103,7 +103,7 @@ fn target(config: &Config, name: &str) -> Result<Target> {
     })
 }
 
-/// The tproxy at position i gets mark i, shifted into the mask, or the next one that is free.
+/// The target at position i gets mark i, shifted into the mask, or the next one that is free.
 fn assign_marks<'a>(
     config: &mut Config,
     sections: impl Iterator<Item = &'a Section> + Clone,
@@ -117,8 +117,8 @@ fn assign_marks<'a>(
         let message = format!("a tproxy needs a fwmark-mask of two bits or more, not {mask:#x}");
         return problem(&first.place, message);
     }
-    for (section, tproxy) in sections.clone().zip(&config.tproxies) {
-        let (mark, Some((_, place))) = (tproxy.mark, section.said.get("mark")) else {
+    for (section, outlet) in sections.clone().zip(config.outlets()) {
+        let (mark, Some((_, place))) = (outlet.mark, section.said.get("mark")) else {
             continue;
         };
         if mark == 0 {
@@ -143,14 +143,14 @@ fn assign_marks<'a>(
             taken.insert(mark, &section.name);
         }
     }
-    for ((index, section), tproxy) in (1..).zip(sections).zip(&mut config.tproxies) {
+    for ((index, section), outlet) in (1..).zip(sections).zip(config.outlets_mut()) {
         let most = u32::MAX >> mask.count_zeros();
         let mut free = (index..=most)
             .chain(1..=most.min(index - 1))
             .map(|n| spread(n, mask))
             .filter(|mark| !taken.contains_key(mark) && !reserved(*mark));
-        match (tproxy.mark, free.next()) {
-            (0, Some(mark)) => tproxy.mark = mark,
+        match (outlet.mark, free.next()) {
+            (0, Some(mark)) => outlet.mark = mark,
             (0, None) => {
                 let name = &section.name;
                 let message = format!("no mark left in fwmark-mask {mask:#x} for [tproxy {name}]");
@@ -159,7 +159,7 @@ fn assign_marks<'a>(
             }
             _ => {}
         }
-        taken.entry(tproxy.mark).or_insert(&section.name);
+        taken.entry(outlet.mark).or_insert(&section.name);
     }
 }
 

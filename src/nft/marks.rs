@@ -35,7 +35,7 @@ impl Ours {
     pub fn of(config: &Config) -> Ours {
         Ours {
             mask: config.mask,
-            marks: config.tproxies.iter().map(|tproxy| tproxy.mark).collect(),
+            marks: config.outlets().map(|outlet| outlet.mark).collect(),
             interfaces: config.gateway_interfaces().into_iter().cloned().collect(),
         }
     }

@@ -4,11 +4,11 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::expr::Verdict;
 use super::stmt::Stmt;
-use crate::config::{Config, Gateway, Take, Target, Tproxy};
+use crate::config::{Config, Gateway, Outlet, Take, Target, Tproxy};
 use crate::net::{Family, Mark, Range, L4};
 use crate::netlink::uapi::*;
 
@@ -107,11 +107,11 @@ impl Table {
         }
         chains.push(bypass_chain(config));
         chains.push(drop_chain(config));
-        for tproxy in &config.tproxies {
-            if tproxy.hijacks_dns() {
-                chains.push(dns_chain(config, tproxy));
+        for outlet in config.outlets() {
+            if outlet.hijacks_dns() {
+                chains.push(dns_chain(config, outlet));
             }
-            chains.push(tproxy_chain(config, tproxy));
+            chains.push(to_chain(config, outlet));
         }
         if !config.tproxies.is_empty() {
             chains.push(spoofed_chain(config));
@@ -133,7 +133,7 @@ impl Table {
             }),
             rules: output_rules(config, &BTreeSet::new()),
         });
-        if config.tproxies.iter().any(Tproxy::hijacks_dns) {
+        if config.outlets().any(Outlet::hijacks_dns) {
             chains.push(nat_chain(config, "nat_output", NF_INET_LOCAL_OUT));
             if config.routes_to_tproxy() {
                 chains.push(nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING));
@@ -143,7 +143,7 @@ impl Table {
         }
         if !config.tproxies.is_empty() {
             chains.push(strayed_chain(config));
-            chains.extend(config.tproxies.iter().map(astray_chain));
+            chains.extend(config.outlets().map(astray_chain));
             chains.push(guard_chain(config));
         }
         chains.extend(config.tproxies.iter().map(|t| receive_chain(config, t)));
@@ -298,7 +298,7 @@ fn leaves_by_lo() -> Rule {
 
 /// Whether DNS that stays on this host may be hijacked, so that `output` cannot pass all of lo.
 fn hijacks_local(config: &Config) -> bool {
-    config.tproxies.iter().any(|tproxy| tproxy.dns_local)
+    config.outlets().any(|outlet| outlet.dns_local)
 }
 
 /// What `bypass` is made of where DNS is hijacked whatever its address.
@@ -375,10 +375,10 @@ fn set_ct_mark(own: Mark) -> Rule {
 /// mark too, a query for a resolver on another host would be routed to lo. A flow that is older
 /// than the hijacking cannot be translated any more and goes on as the target's other traffic, or
 /// nowhere (`query_rules`).
-fn dns_chain(config: &Config, tproxy: &Tproxy) -> Chain {
-    let own = mark(config, tproxy.mark);
+fn dns_chain(config: &Config, outlet: &Outlet) -> Chain {
+    let own = mark(config, outlet.mark);
     chain(
-        format!("dns_{}", tproxy.name),
+        format!("dns_{}", outlet.name),
         vec![
             set_ct_mark(own),
             vec![Stmt::Unconfirmed, Stmt::CtMark(own), Stmt::accept()],
@@ -388,32 +388,32 @@ fn dns_chain(config: &Config, tproxy: &Tproxy) -> Chain {
 }
 
 /// The rules that send DNS of a target to `dns_chain`.
-fn dns_rules(tproxy: &Tproxy) -> Vec<Rule> {
-    let family = match (tproxy.dns4, tproxy.dns6) {
+fn dns_rules(outlet: &Outlet) -> Vec<Rule> {
+    let family = match (outlet.dns4, outlet.dns6) {
         (Some(_), None) => Some(Stmt::Nfproto(Family::V4)),
         (None, Some(_)) => Some(Stmt::Nfproto(Family::V6)),
         // with neither, there are no protocols
         _ => None,
     };
     let rule = |l4| {
-        let dns = Stmt::Verdict(Verdict::Jump(format!("dns_{}", tproxy.name)));
+        let dns = Stmt::Verdict(Verdict::Jump(format!("dns_{}", outlet.name)));
         let mut rule = Vec::from_iter(family.clone());
         rule.extend([Stmt::Dport(l4, 53), dns]);
         rule
     };
-    tproxy.dns_protocols().map(rule).collect()
+    outlet.dns_protocols().map(rule).collect()
 }
 
 /// DNS that `dns_chain` could not take, where the target leaves its other traffic alone: it must not
 /// get to the resolver that was asked.
-fn query_rules(tproxy: &Tproxy) -> Vec<Rule> {
+fn query_rules(outlet: &Outlet) -> Vec<Rule> {
     let families = [
-        (Family::V4, tproxy.ipv4, tproxy.dns4.is_some()),
-        (Family::V6, tproxy.ipv6, tproxy.dns6.is_some()),
+        (Family::V4, outlet.ipv4, outlet.dns4.is_some()),
+        (Family::V6, outlet.ipv6, outlet.dns6.is_some()),
     ];
     let mut rules = Vec::new();
-    for l4 in tproxy.dns_protocols() {
-        let all = if l4 == L4::Tcp { tproxy.tcp } else { tproxy.udp };
+    for l4 in outlet.dns_protocols() {
+        let all = if l4 == L4::Tcp { outlet.tcp } else { outlet.udp };
         for (family, take, hijacked) in families {
             if hijacked && (all == Take::No || take == Take::No) {
                 rules.push(vec![Stmt::Nfproto(family), Stmt::Dport(l4, 53), Stmt::drop()]);
@@ -423,14 +423,14 @@ fn query_rules(tproxy: &Tproxy) -> Vec<Rule> {
     rules
 }
 
-/// What a tproxy does not take; `leave` is the verdict for what it leaves alone.
-fn switch_rules(tproxy: &Tproxy, leave: &Stmt) -> Vec<Rule> {
+/// What an outlet does not take; `leave` is the verdict for what it leaves alone.
+fn switch_rules(outlet: &Outlet, leave: &Stmt) -> Vec<Rule> {
     let mut rules = Vec::new();
     let switches = [
-        (Stmt::Nfproto(Family::V4), tproxy.ipv4),
-        (Stmt::Nfproto(Family::V6), tproxy.ipv6),
-        (Stmt::L4proto(L4::Tcp), tproxy.tcp),
-        (Stmt::L4proto(L4::Udp), tproxy.udp),
+        (Stmt::Nfproto(Family::V4), outlet.ipv4),
+        (Stmt::Nfproto(Family::V6), outlet.ipv6),
+        (Stmt::L4proto(L4::Tcp), outlet.tcp),
+        (Stmt::L4proto(L4::Udp), outlet.udp),
     ];
     // drop before no: what is to be dropped in one respect must not leave by another
     for (wanted, verdict) in [(Take::Drop, &Stmt::drop()), (Take::No, leave)] {
@@ -443,50 +443,50 @@ fn switch_rules(tproxy: &Tproxy, leave: &Stmt) -> Vec<Rule> {
     rules
 }
 
-fn tproxy_chain(config: &Config, tproxy: &Tproxy) -> Chain {
+fn to_chain(config: &Config, outlet: &Outlet) -> Chain {
     let mut rules = Vec::new();
-    if tproxy.dns_local {
+    if outlet.dns_local {
         rules.push(jump(EXEMPT));
-        rules.extend(dns_rules(tproxy));
+        rules.extend(dns_rules(outlet));
     }
     rules.extend(local_rules(config));
     rules.extend([jump_bypass(), vec![Stmt::Counter]]);
-    if !tproxy.dns_local {
-        rules.extend(dns_rules(tproxy));
+    if !outlet.dns_local {
+        rules.extend(dns_rules(outlet));
     }
-    let own = mark(config, tproxy.mark);
+    let own = mark(config, outlet.mark);
     // the kernel's answer (port unreachable) to what the proxy sent on the remote host's behalf:
     // it would leave for the true destination
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), Stmt::drop()]);
     rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
-    rules.extend(query_rules(tproxy));
-    rules.extend(switch_rules(tproxy, &leave(config)));
+    rules.extend(query_rules(outlet));
+    rules.extend(switch_rules(outlet, &leave(config)));
     rules.push(set_ct_mark(own));
     rules.push(vec![Stmt::SetPacketMark(own), Stmt::accept()]);
-    chain(format!("to_{}", tproxy.name), rules)
+    chain(format!("to_{}", outlet.name), rules)
 }
 
 /// Routed packets of a target. The mark makes the route look-up deliver them here.
 fn forward_chain(config: &Config, tproxy: &Tproxy) -> Chain {
-    let own = mark(config, tproxy.mark);
+    let own = mark(config, tproxy.outlet.mark);
     let here = Stmt::SetPacketMark(mark(config, config.gateway_mark()));
-    let mut rules = dns_rules(tproxy);
+    let mut rules = dns_rules(&tproxy.outlet);
     // a client's ICMP error (packet too big) about a flow that ends at the proxy is the proxy's
     for known in [own, spoofed(config)] {
         rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(known), here.clone(), Stmt::accept()]);
     }
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::accept()]);
-    rules.extend(query_rules(tproxy));
-    rules.extend(switch_rules(tproxy, &Stmt::accept()));
+    rules.extend(query_rules(&tproxy.outlet));
+    rules.extend(switch_rules(&tproxy.outlet, &Stmt::accept()));
     rules.push(set_ct_mark(own));
-    rules.push(vec![here, Stmt::goto(format!("tproxy_{}", tproxy.name))]);
-    chain(format!("forward_{}", tproxy.name), rules)
+    rules.push(vec![here, Stmt::goto(format!("tproxy_{}", tproxy.outlet.name))]);
+    chain(format!("forward_{}", tproxy.outlet.name), rules)
 }
 
 /// Routed flows that are known by their ct mark: they stay with their proxy until they end.
 fn routed_chain(config: &Config) -> Chain {
-    let map = (config.tproxies.iter())
-        .map(|t| (t.mark, Verdict::Goto(format!("forward_{}", t.name))))
+    let map = (config.outlets())
+        .map(|outlet| (outlet.mark, Verdict::Goto(format!("forward_{}", outlet.name))))
         .collect();
     let known = Stmt::CtMarkMap { mask: config.mask, map };
     chain("routed", vec![vec![Stmt::Reply, Stmt::accept()], vec![known]])
@@ -514,12 +514,9 @@ fn input_chain(config: &Config) -> Chain {
 /// What a gateway section does with the packets that it matches.
 fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
     let mut rules = Vec::new();
-    if let Target::Tproxy(index) = gateway.target {
-        let tproxy = &config.tproxies[usize::from(index)];
-        if tproxy.dns_local {
-            rules.push(jump(EXEMPT));
-            rules.extend(dns_rules(tproxy));
-        }
+    if let Some(outlet) = config.outlet(gateway.target).filter(|outlet| outlet.dns_local) {
+        rules.push(jump(EXEMPT));
+        rules.extend(dns_rules(outlet));
     }
     rules.push(jump_bypass());
     rules.push(vec![Stmt::Local, Stmt::accept()]);
@@ -607,7 +604,7 @@ fn gateway_rules(gateway: &Gateway) -> Vec<Rule> {
 /// would tell the true destination. What the proxy itself sends, and what a process sends by UDP,
 /// goes where its cgroup is to go.
 fn spoofed_chain(config: &Config) -> Chain {
-    let any = config.tproxies.first().map_or(0, |tproxy| tproxy.mark);
+    let any = config.tproxies.first().map_or(0, |tproxy| tproxy.outlet.mark);
     let own = Stmt::SetPacketMark(mark(config, any));
     let rules = vec![
         vec![Stmt::Original, Stmt::back()],
@@ -631,8 +628,8 @@ fn sticky_chain(config: &Config) -> Chain {
         rules.push([&of_process[..], &forget].concat());
     }
     rules.push([&of_process[..], &[Stmt::back()]].concat());
-    let mut map: Vec<_> = (config.tproxies.iter())
-        .map(|t| (t.mark, Verdict::Goto(format!("to_{}", t.name))))
+    let mut map: Vec<_> = (config.outlets())
+        .map(|outlet| (outlet.mark, Verdict::Goto(format!("to_{}", outlet.name))))
         .collect();
     if config.default != Target::Direct {
         // a process's own packets of a flow that began direct: its cgroup has no target any more,
@@ -652,14 +649,13 @@ fn sticky_chain(config: &Config) -> Chain {
 /// a loopback address: for them it stands for this host's address on their interface.
 fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
     let mut rules = Vec::new();
-    for tproxy in &config.tproxies {
-        let to = [tproxy.dns4.map(SocketAddr::V4), tproxy.dns6.map(SocketAddr::V6)];
-        for l4 in tproxy.dns_protocols() {
-            rules.extend(to.iter().flatten().map(|to| {
-                let own = Stmt::CtMark(mark(config, tproxy.mark));
+    for outlet in config.outlets() {
+        for l4 in outlet.dns_protocols() {
+            rules.extend(outlet.dns().map(|to| {
+                let own = Stmt::CtMark(mark(config, outlet.mark));
                 let dport = Stmt::Dport(l4, 53);
                 match to.ip().is_loopback() && hook == NF_INET_PRE_ROUTING {
-                    false => vec![own, dport, Stmt::Dnat(*to)],
+                    false => vec![own, dport, Stmt::Dnat(to)],
                     true => {
                         let family = Stmt::Nfproto(Family::of(&to.ip()));
                         vec![own, family, dport, Stmt::Redirect(to.port())]
@@ -684,10 +680,9 @@ fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
 /// goes to some lengths (IP_PKTINFO). Asked from a loopback address, it answers from that.
 fn answer_chain(config: &Config) -> Option<Chain> {
     let mut rules = Vec::new();
-    for tproxy in &config.tproxies {
-        let to = [tproxy.dns4.map(SocketAddr::V4), tproxy.dns6.map(SocketAddr::V6)];
-        for l4 in tproxy.dns_protocols() {
-            let here = to.iter().flatten().filter(|to| to.ip().is_loopback());
+    for outlet in config.outlets() {
+        for l4 in outlet.dns_protocols() {
+            let here = outlet.dns().filter(|to| to.ip().is_loopback());
             rules.extend(here.map(|to| {
                 let from = match to.ip() {
                     IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
@@ -695,7 +690,7 @@ fn answer_chain(config: &Config) -> Option<Chain> {
                 };
                 vec![
                     Stmt::OifLo,
-                    Stmt::CtMark(mark(config, tproxy.mark)),
+                    Stmt::CtMark(mark(config, outlet.mark)),
                     Stmt::Dnatted,
                     Stmt::Nfproto(Family::of(&from)),
                     Stmt::Dport(l4, to.port()),
@@ -719,12 +714,11 @@ fn answer_chain(config: &Config) -> Option<Chain> {
 /// To a link-local address there is a way back by its interface alone.
 fn routed_answer_chain(config: &Config) -> Option<Chain> {
     let mut rules = Vec::new();
-    let udp = |tproxy: &&Tproxy| tproxy.dns_protocols().any(|l4| l4 == L4::Udp);
-    for tproxy in config.tproxies.iter().filter(udp).filter(|_| config.routes_to_tproxy()) {
-        let to = [tproxy.dns4.map(SocketAddr::V4), tproxy.dns6.map(SocketAddr::V6)];
-        let here = to.into_iter().flatten().filter(|to| to.ip().is_loopback());
+    let udp = |outlet: &&Outlet| outlet.dns_protocols().any(|l4| l4 == L4::Udp);
+    for outlet in config.outlets().filter(udp).filter(|_| config.routes_to_tproxy()) {
+        let here = outlet.dns().filter(|to| to.ip().is_loopback());
         rules.extend(here.map(|to| {
-            let own = Stmt::CtMark(mark(config, tproxy.mark));
+            let own = Stmt::CtMark(mark(config, outlet.mark));
             let port = Stmt::Dport(L4::Udp, to.port());
             let family = Family::of(&to.ip());
             let mut rule = vec![own, Stmt::Dnatted];
@@ -750,7 +744,7 @@ fn routed_answer_chain(config: &Config) -> Option<Chain> {
 fn guard_chain(config: &Config) -> Chain {
     let map = config.tproxies.iter();
     let mut map: Vec<_> =
-        map.map(|t| (t.mark, Verdict::Goto(format!("astray_{}", t.name)))).collect();
+        map.map(|t| (t.outlet.mark, Verdict::Goto(format!("astray_{}", t.outlet.name)))).collect();
     // others restore the mark of a flow that a proxy began into packets of it
     map.push((config.spoofed_mark(), Verdict::Goto("strayed".into())));
     let drop = Stmt::PacketMarkMap { mask: config.mask, map };
@@ -767,8 +761,8 @@ fn guard_chain(config: &Config) -> Chain {
 }
 
 /// Such packets of a target: most often of a socket that is bound to another device.
-fn astray_chain(tproxy: &Tproxy) -> Chain {
-    chain(format!("astray_{}", tproxy.name), vec![vec![Stmt::Counter, Stmt::drop()]])
+fn astray_chain(outlet: &Outlet) -> Chain {
+    chain(format!("astray_{}", outlet.name), vec![vec![Stmt::Counter, Stmt::drop()]])
 }
 
 /// The same for routed packets. Answers to them may bear their mark (the sysctls fwmark_reflect and
@@ -808,7 +802,7 @@ fn receive_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     };
     // marked by others, which restore the ct mark into packets: the proxy's answers, hijacked DNS
     let mut rules = vec![accept_answers(config)];
-    if tproxy.hijacks_dns() {
+    if tproxy.outlet.hijacks_dns() {
         rules.push(vec![Stmt::Dnatted, Stmt::accept()]);
     }
     match (tproxy.address4, tproxy.address6) {
@@ -820,7 +814,7 @@ fn receive_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     }
     rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset]);
     rules.push(vec![Stmt::Counter, Stmt::drop()]);
-    chain(format!("tproxy_{}", tproxy.name), rules)
+    chain(format!("tproxy_{}", tproxy.outlet.name), rules)
 }
 
 /// What is routed for others, by section. Before addresses are translated.
@@ -840,11 +834,11 @@ fn prerouting_chain(config: &Config) -> Chain {
     let mask = config.mask;
     let map = config.tproxies.iter();
     let mut local: Vec<_> =
-        map.map(|t| (t.mark, Verdict::Goto(format!("tproxy_{}", t.name)))).collect();
+        map.map(|t| (t.outlet.mark, Verdict::Goto(format!("tproxy_{}", t.outlet.name)))).collect();
     local.push((config.spoofed_mark(), Verdict::Goto("regain".into())));
     let mut rules = vec![vec![Stmt::IifLo, Stmt::PacketMarkMap { mask, map: local }]];
     if config.routes_to_tproxy() {
-        let map = config.tproxies.iter().map(|t| (t.mark, Verdict::Goto("remark".into())));
+        let map = config.tproxies.iter().map(|t| (t.outlet.mark, Verdict::Goto("remark".into())));
         rules.push(vec![Stmt::PacketMarkMap { mask, map: map.collect() }]);
     }
     prerouting("prerouting", NF_IP_PRI_SECURITY, rules)
@@ -857,8 +851,8 @@ fn prerouting_chain(config: &Config) -> Chain {
 fn regain_chain(config: &Config) -> Chain {
     let rules = match &config.tproxies[..] {
         [tproxy] => {
-            let own = Stmt::SetPacketMark(mark(config, tproxy.mark));
-            vec![vec![Stmt::Reply, own, Stmt::goto(format!("tproxy_{}", tproxy.name))]]
+            let own = Stmt::SetPacketMark(mark(config, tproxy.outlet.mark));
+            vec![vec![Stmt::Reply, own, Stmt::goto(format!("tproxy_{}", tproxy.outlet.name))]]
         }
         _ => vec![
             vec![Stmt::Reply, Stmt::Transparent, Stmt::accept()],

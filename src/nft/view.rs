@@ -347,7 +347,7 @@ fn total(rules: &[&Rule]) -> Option<Counter> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, Take, Target as ConfigTarget, Tproxy};
+    use crate::config::{Config, Outlet, Target as ConfigTarget, Tproxy};
     use crate::net::Range;
     use crate::netlink::parse::Messages;
     use crate::nft::message::Transaction;
@@ -356,19 +356,10 @@ mod tests {
 
     fn config(default: ConfigTarget) -> Config {
         let tproxy = |name: &str, mark, port, address: Option<&str>| Tproxy {
-            name: name.into(),
+            outlet: Outlet { name: name.into(), mark, ..Outlet::default() },
             port,
             address4: address.map(|a| a.parse().unwrap()),
             address6: None,
-            mark,
-            tcp: Take::Yes,
-            udp: Take::Yes,
-            ipv4: Take::Yes,
-            ipv6: Take::Yes,
-            dns4: None,
-            dns6: None,
-            dns_tcp: false,
-            dns_local: false,
         };
         Config {
             default,

@@ -73,10 +73,10 @@ fuzz_target!(|input: &[u8]| -> Corpus {
         }
     };
     for (i, tproxy) in config.tproxies.iter().enumerate() {
-        assert!(tproxy.port != 0 && tproxy.mark != 0 && tproxy.mark & !config.mask == 0);
+        assert!(tproxy.port != 0 && tproxy.outlet.mark != 0 && tproxy.outlet.mark & !config.mask == 0);
         assert!(config.tproxies[..i]
             .iter()
-            .all(|t| t.mark != tproxy.mark && t.name != tproxy.name));
+            .all(|t| t.outlet.mark != tproxy.outlet.mark && t.outlet.name != tproxy.outlet.name));
     }
     for rule in &config.rules {
         assert!(!matches!(rule.target, Target::Tproxy(i) if config.tproxies.len() <= i.into()));
