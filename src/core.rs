@@ -153,8 +153,103 @@ pub struct Core {
     /// The last of them that was looked at again.
     retried: Option<Path>,
     memo: policy::Memo,
+    /// The policy that is to follow, as far as it has been worked out.
+    draft: Option<Ranking>,
     /// The deepest level that the kernel takes.
     deepest: usize,
+}
+
+/// A policy, and what it makes of the cgroups: of one that is to follow, piece by piece, so that
+/// new cgroups are classified meanwhile; of one that was in force, to be put back.
+#[derive(Debug)]
+pub struct Ranking {
+    config: Rc<Config>,
+    memo: policy::Memo,
+    /// By cgroup id; of every cgroup up to `reached`, in the order of the tree.
+    ranks: HashMap<u64, policy::Rank>,
+    reached: Option<Path>,
+    /// The targets of removed ones.
+    removed: HashMap<Path, Target>,
+    /// Removed ones whose turn comes once every other has had its own.
+    left: Option<Vec<Path>>,
+}
+
+impl Ranking {
+    fn new(config: Rc<Config>) -> Ranking {
+        Ranking {
+            config,
+            memo: policy::Memo::default(),
+            ranks: HashMap::new(),
+            reached: None,
+            removed: HashMap::new(),
+            left: None,
+        }
+    }
+
+    /// Ranks one cgroup of a tree that has its parent, which has been ranked.
+    fn rank(&mut self, tree: &Tree, path: &[u8], node: &Node) {
+        let parent = tree::parent(path).and_then(|parent| tree.get(parent));
+        let parent = parent.and_then(|parent| self.ranks.get(&parent.id)).copied();
+        let rank = match parent {
+            Some(parent) => self.memo.rank(&self.config, parent, path, node.foreign),
+            None => policy::root_rank(&self.config),
+        };
+        self.ranks.insert(node.id, rank);
+    }
+
+    /// A cgroup has come. Before its parent has had its turn, it waits for its own.
+    fn came(&mut self, tree: &Tree, path: &[u8], node: &Node) {
+        let parent = tree::parent(path).map(|parent| tree.get(parent));
+        let known = |parent: Option<&Node>| parent.is_some_and(|p| self.ranks.contains_key(&p.id));
+        if parent.is_none_or(known) {
+            self.rank(tree, path, node);
+        }
+    }
+
+    /// A cgroup is gone.
+    fn went(&mut self, path: &Path, node: &Node) {
+        if let Some(rank) = self.ranks.remove(&node.id).filter(|_| node.element.is_some()) {
+            self.removed.insert(path.clone(), policy::target(&self.config, rank));
+        }
+    }
+
+    /// Works out one piece; false where all is known.
+    fn go_on(&mut self, tree: &Tree, dying: &Option<dying::List>) -> bool {
+        let next = match &self.reached {
+            None => tree.iter().next(),
+            Some(path) => tree.after(path),
+        };
+        if let Some((path, node)) = next {
+            if !self.ranks.contains_key(&node.id) {
+                self.rank(tree, path, node);
+            }
+            self.reached = Some(path.clone());
+            return true;
+        }
+        let left = self.left.get_or_insert_with(|| {
+            let paths = dying.iter().flat_map(dying::List::iter).filter_map(|d| d.path.clone());
+            paths.filter(|path| !self.removed.contains_key(path)).collect()
+        });
+        match left.pop() {
+            Some(path) => {
+                let rank = self.rank_removed(&path);
+                self.removed.insert(path, policy::target(&self.config, rank));
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The rank of any path.
+    fn rank_removed(&mut self, path: &[u8]) -> policy::Rank {
+        match tree::parent(path) {
+            None => policy::root_rank(&self.config),
+            Some(parent) => {
+                let parent = self.rank_removed(parent);
+                self.memo.rank(&self.config, parent, path, false)
+            }
+        }
+    }
 }
 
 /// Deepest level that `socket cgroupv2` can name; what lies deeper inherits.
@@ -179,6 +274,7 @@ impl Core {
             blind: BTreeSet::new(),
             retried: None,
             memo: policy::Memo::default(),
+            draft: None,
             deepest: MAX_LEVEL,
         }
     }
@@ -323,42 +419,86 @@ impl Core {
         let deeper = self.pairs.keys().any(|pair| usize::from(pair.level) > level);
         self.deepest = level;
         if deeper {
-            self.set_config(self.config.clone());
+            self.set_elements();
         }
         deeper
     }
 
-    /// Takes a new policy: every rank and element is computed anew. The table has to be replaced
-    /// afterwards, with [`Core::snapshot`].
-    pub fn set_config(&mut self, config: Rc<Config>) {
-        let old = std::mem::replace(&mut self.config, config);
-        self.memo = policy::Memo::default();
-        self.pairs.clear();
-        let paths: Vec<Path> = self.tree.iter().map(|(path, _)| path.clone()).collect();
-        for path in paths {
-            let before = self.tree.get(&path).copied();
-            let parent = tree::parent(&path).and_then(|parent| self.tree.get(parent));
-            let foreign = self.tree.get(&path).is_some_and(|node| node.foreign);
-            let (rank, element) = self.classify(parent.map(|node| node.rank), &path, foreign);
-            if let Some(node) = self.tree.get_mut(&path) {
-                (node.rank, node.element) = (rank, element);
-            }
-            self.count(&path, element, true);
-            if let (Some(before), true) = (before, self.is_hashed(&path)) {
-                self.match_living(before.id, before.element, element);
+    /// Begins to work out the policy that is to follow; another one that was begun is forgotten.
+    pub fn draft(&mut self, config: Rc<Config>) {
+        self.draft = Some(Ranking::new(config));
+    }
+
+    /// The policy that is to follow.
+    pub fn drafted(&self) -> Option<&Rc<Config>> {
+        self.draft.as_ref().map(|draft| &draft.config)
+    }
+
+    /// Works out one piece of it, a cgroup's; false where nothing is left, until cgroups come.
+    pub fn work_out(&mut self) -> bool {
+        let Core { draft, tree, dying, .. } = self;
+        draft.as_mut().is_some_and(|draft| draft.go_on(tree, dying))
+    }
+
+    /// Takes the policy that is to follow, with what is left to work out of it. The table has to be
+    /// replaced afterwards, with [`Core::snapshot`]. Gives what was in force.
+    pub fn adopt(&mut self) -> Option<Ranking> {
+        while self.work_out() {}
+        let draft = self.draft.take()?;
+        Some(self.put_back(draft))
+    }
+
+    /// The same with one that [`Core::adopt`] gave, as long as nothing has happened since.
+    pub fn put_back(&mut self, new: Ranking) -> Ranking {
+        let Ranking { config, memo, mut ranks, removed, .. } = new;
+        let mut old = Ranking::new(std::mem::replace(&mut self.config, config));
+        old.memo = std::mem::replace(&mut self.memo, memo);
+        for (_, node) in self.tree.iter_mut() {
+            if let Some(rank) = ranks.get_mut(&node.id) {
+                std::mem::swap(rank, &mut node.rank);
             }
         }
+        old.ranks = ranks;
+        self.set_elements();
         // removed ones have the target of their path too
         let dying = self.dying.as_mut().map(dying::List::take).unwrap_or_default();
         for mut dying in dying {
-            match &dying.path {
-                Some(path) => dying.target = policy::target(&self.config, self.rank(path)),
-                None => match self.config.named(old.target_name(dying.target)) {
-                    Some(target) => dying.target = target,
-                    None => continue,
-                },
+            let target = match &dying.path {
+                Some(path) => {
+                    old.removed.insert(path.clone(), dying.target);
+                    removed.get(path).copied()
+                }
+                None => self.config.named(old.config.target_name(dying.target)),
+            };
+            self.count_pair(dying.element(), false);
+            if let Some(target) = target {
+                dying.target = target;
+                self.keep(dying);
             }
-            self.keep(dying);
+        }
+        old
+    }
+
+    /// Takes a new policy at once.
+    pub fn set_config(&mut self, config: Rc<Config>) {
+        self.draft(config);
+        self.adopt();
+    }
+
+    /// Every living cgroup's element anew, by the ranks and what the kernel takes.
+    fn set_elements(&mut self) {
+        let paths: Vec<Path> = self.tree.iter().map(|(path, _)| path.clone()).collect();
+        for path in paths {
+            let parent = tree::parent(&path).and_then(|parent| self.tree.get(parent));
+            let parent = parent.map(|parent| parent.rank);
+            let Some(node) = self.tree.get(&path).copied() else {
+                continue;
+            };
+            let element = parent.and_then(|parent| self.element(parent, &path, node.rank));
+            if let Some(known) = self.tree.get_mut(&path).filter(|_| element != node.element) {
+                known.element = element;
+                self.place(&path, node.id, node.element, element);
+            }
         }
     }
 
@@ -428,6 +568,9 @@ impl Core {
             let (rank, element) = self.classify(parent, &path, foreign);
             let node = Node { id, wd: None, rank, element, account: 0, foreign };
             self.tree.insert(path.clone(), node);
+            if let Some(draft) = &mut self.draft {
+                draft.came(&self.tree, &path, &node);
+            }
             self.place(&path, id, None, element);
             if element.is_some() {
                 actions.push(Action::Classified { path, target: element });
@@ -510,6 +653,9 @@ impl Core {
             };
             actions.extend(node.wd.map(Action::Unwatch));
             self.place(&path, node.id, node.element, None);
+            if let Some(draft) = &mut self.draft {
+                draft.went(&path, &node);
+            }
             if let Some(target) = node.element {
                 if self.dying.as_ref().is_some_and(|list| list.len() >= dying::MOST) {
                     actions.push(Action::Crowded);
@@ -545,15 +691,19 @@ impl Core {
         path: &[u8],
         foreign: bool,
     ) -> (policy::Rank, Option<Target>) {
-        let config = &self.config;
         let Some(parent) = parent else {
-            return (policy::root_rank(config), None);
+            return (policy::root_rank(&self.config), None);
         };
-        let rank = self.memo.rank(config, parent, path, foreign);
-        let target = policy::target(config, rank);
-        let differs = target != policy::target(config, parent);
+        let rank = self.memo.rank(&self.config, parent, path, foreign);
+        (rank, self.element(parent, path, rank))
+    }
+
+    /// The element of a path of that rank.
+    fn element(&self, parent: policy::Rank, path: &[u8], rank: policy::Rank) -> Option<Target> {
+        let target = policy::target(&self.config, rank);
+        let differs = target != policy::target(&self.config, parent);
         let reachable = self.base_level + tree::depth(path) <= self.deepest;
-        (rank, (differs && reachable).then_some(target))
+        (differs && reachable).then_some(target)
     }
 
     fn count(&mut self, path: &[u8], element: Option<Target>, up: bool) {
@@ -590,14 +740,6 @@ impl Core {
     fn let_go(&mut self, release: impl FnOnce(&mut dying::List) -> Vec<Element>) {
         let released = self.dying.as_mut().map(release).unwrap_or_default();
         released.into_iter().for_each(|pair| self.count_pair(pair, false));
-    }
-
-    /// The rank of any path.
-    fn rank(&self, path: &[u8]) -> policy::Rank {
-        match tree::parent(path) {
-            None => policy::root_rank(&self.config),
-            Some(parent) => policy::rank(&self.config, self.rank(parent), path),
-        }
     }
 
     fn is_listable(&self, path: &[u8]) -> bool {

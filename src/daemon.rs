@@ -860,8 +860,11 @@ impl Daemon<'_> {
                 self.warn();
                 self.routes.hindrances.iter().for_each(|line| log!(Warning, "{line}"));
             }
-            if self.signals.reload() {
-                self.reload();
+            match self.cgroups.core.drafted() {
+                // one after the other, so that each is in force some time
+                Some(_) => self.go_on_reloading(),
+                None if self.signals.reload() => self.reload(),
+                None => {}
             }
             self.look_for_loops();
         }
@@ -905,7 +908,8 @@ impl Daemon<'_> {
     /// Until the next retry that is due; none at all where nothing is pending.
     fn timeout(&self) -> PollTimeout {
         let waiting = !(self.cgroups.events.is_empty() && self.cgroups.work.is_empty());
-        if waiting || self.doubts.is_some() || self.signals.pending() {
+        let drafted = self.cgroups.core.drafted().is_some();
+        if waiting || drafted || self.doubts.is_some() || self.signals.pending() {
             return PollTimeout::ZERO;
         }
         let cgroups = [self.cgroups.look_again, self.cgroups.dying, self.look_at_others];
@@ -980,6 +984,9 @@ impl Daemon<'_> {
         match Cgroups::scan(config, &self.host, self.signals) {
             Ok(Some(mut fresh)) => {
                 fresh.adopt_dying(&self.cgroups);
+                if let Some(next) = self.cgroups.core.drafted() {
+                    fresh.core.draft(next.clone());
+                }
                 let dir = fresh.root.dir.display();
                 log!(
                     Notice,
@@ -1141,14 +1148,43 @@ impl Daemon<'_> {
         true
     }
 
-    /// Takes a new configuration, or keeps the old one whole.
+    /// Takes a new configuration, or keeps the old one whole. What it makes of each cgroup is worked
+    /// out first, by and by: until it is taken as a whole, the old one is in force.
     fn reload(&mut self) {
-        let file = self.options.config_file.display().to_string();
         self.notify.reloading();
         self.look_at_root();
-        match self.try_reload() {
+        match self.load() {
+            Ok(new) if new.cgroup_root == self.cgroups.core.config().cgroup_root => {
+                self.cgroups.core.draft(new);
+                self.go_on_reloading();
+            }
+            loaded => {
+                let done = loaded.and_then(|new| self.take(new));
+                self.reloaded(done);
+            }
+        }
+    }
+
+    /// Works some more of the new configuration out, and takes it once it is whole.
+    fn go_on_reloading(&mut self) {
+        let until = Instant::now() + TURN_TIME;
+        while self.cgroups.core.work_out() {
+            if Instant::now() >= until {
+                return;
+            }
+        }
+        if let Some(new) = self.cgroups.core.drafted().cloned() {
+            let done = self.take(new);
+            self.reloaded(done);
+        }
+    }
+
+    /// Says how a reload ended.
+    fn reloaded(&mut self, done: Result<()>) {
+        match done {
             Ok(()) => {
                 self.warn();
+                let file = self.options.config_file.display();
                 log!(Notice, "reloaded {file}: {}", self.summary());
             }
             Err(error) => {
@@ -1159,9 +1195,10 @@ impl Daemon<'_> {
         self.notify.ready();
     }
 
-    fn try_reload(&mut self) -> Result<()> {
+    /// Reads the configuration that is to follow.
+    fn load(&self) -> Result<Rc<Config>> {
         let new = Rc::new((self.options.load)(&self.options.config_file)?);
-        let old = self.cgroups.core.config().clone();
+        let old = self.cgroups.core.config();
         let policy =
             !(old.rules.is_empty() && old.gateways.is_empty()) || old.default != Target::Direct;
         if policy && !new.has_sections {
@@ -1171,6 +1208,12 @@ impl Daemon<'_> {
                  file and rename it into place; an empty [rules] sends everything direct)"
             )]));
         }
+        Ok(new)
+    }
+
+    /// Takes a configuration: the one that has been worked out, or one of another cgroup root.
+    fn take(&mut self, new: Rc<Config>) -> Result<()> {
+        let old = self.cgroups.core.config().clone();
         // what has not been judged yet may be of the policy before
         let was = match self.doubts {
             None => Some(Before::of_policy(&self.cgroups.core, &new)),
@@ -1186,11 +1229,12 @@ impl Daemon<'_> {
                 Some(std::mem::replace(&mut self.cgroups, fresh))
             }
         };
-        self.cgroups.core.set_config(new.clone());
+        let ranking = self.cgroups.core.adopt();
         if let Err(error) = self.add_routing(&new).and_then(|()| self.replace()) {
-            match before {
-                Some(cgroups) => self.cgroups = cgroups,
-                None => self.cgroups.core.set_config(old.clone()),
+            match (before, ranking) {
+                (Some(cgroups), _) => self.cgroups = cgroups,
+                (None, Some(ranking)) => drop(self.cgroups.core.put_back(ranking)),
+                (None, None) => {}
             }
             // nothing of the new table took effect; what is pending for the old one is refused or
             // doubled at worst, so put the old table in as a whole

@@ -392,6 +392,7 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
     let mut quiet = 0;
     while done < steps {
         done += 1;
+        follow(&mut core, &mut kernel, &mut random);
         let mut actions = Vec::new();
         match random.below(100) {
             0..50 => host.change(&mut random),
@@ -433,8 +434,15 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
                 }
             }
             90..92 => {
-                core.set_config(policies[random.below(policies.len())].clone());
-                kernel.replace(&mut core);
+                let policy = policies[random.below(policies.len())].clone();
+                match random.one_in(3) {
+                    true => {
+                        core.set_config(policy);
+                        kernel.replace(&mut core);
+                    }
+                    // by and by, or another one instead
+                    false => core.draft(policy),
+                }
             }
             92..94 => {
                 host.max_watches = if random.one_in(2) { random.below(12) } else { usize::MAX }
@@ -473,6 +481,23 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
         }
     }
     (done, quiet)
+}
+
+/// Some of the work on a policy that is to follow; once it is whole it is in force, or refused.
+fn follow(core: &mut Core, kernel: &mut Kernel, random: &mut Random) {
+    let drafted = core.drafted().cloned();
+    let more = (0..random.below(4)).all(|_| core.work_out());
+    let Some(drafted) = drafted.filter(|_| !more) else {
+        return;
+    };
+    let old = core.config().clone();
+    let before = core.adopt().expect("it was drafted");
+    assert!(Rc::ptr_eq(core.config(), &drafted));
+    if random.one_in(4) {
+        core.put_back(before);
+        assert!(Rc::ptr_eq(core.config(), &old));
+    }
+    kernel.replace(core);
 }
 
 /// No more changes: takes everything that is queued, and looks again at what was blind.

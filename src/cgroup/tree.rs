@@ -107,6 +107,16 @@ impl Tree {
         self.nodes.iter()
     }
 
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (&Path, &mut Node)> {
+        self.nodes.iter_mut()
+    }
+
+    /// The node that follows a path, which need not be known.
+    pub fn after(&self, path: &[u8]) -> Option<(&Path, &Node)> {
+        let from = (Bound::Excluded(path), Bound::Unbounded);
+        self.nodes.range::<[u8], _>(from).next()
+    }
+
     /// The nodes below `path`, without itself.
     pub fn below<'a>(&'a self, path: &[u8]) -> impl Iterator<Item = (&'a Path, &'a Node)> {
         // they stand together, but not next to `path`: '-' comes before '/'
