@@ -18,7 +18,7 @@ use crate::cgroup::backlog::Backlog;
 use crate::cgroup::dying::{hash, Dying};
 use crate::cgroup::watch::{self, Watcher};
 use crate::cgroup::{mount, tree};
-use crate::config::{Config, OnExit, Target};
+use crate::config::{proxied_marks, Config, OnExit, Target};
 use crate::confine::confine;
 use crate::core::{Action, Core, Event, Found, Scan};
 use crate::error::{Error, Result};
@@ -651,7 +651,7 @@ impl Daemon<'_> {
             // nothing in the table would show it yet
             self.kernel.probe_cgroups()?;
         }
-        let before = self.before();
+        let (before, strange) = self.before().unzip();
         if before.is_none() {
             let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
             self.kernel.tell_inbound(&suspects);
@@ -664,6 +664,7 @@ impl Daemon<'_> {
         if self.kernel.settle()? {
             self.replace()?;
         }
+        self.kernel.forget_flows(&strange.unwrap_or_default());
         let removed = self.trim_routing();
         if removed > 0 {
             log!(Notice, "removed {removed} stale ip rules and routes");
@@ -687,9 +688,9 @@ impl Daemon<'_> {
         Ok(())
     }
 
-    /// What the table of before does with each cgroup; `None` where there is no table. What it has
-    /// of removed ones goes on.
-    fn before(&mut self) -> Option<Before> {
+    /// What the table of before does with each cgroup, and the marks of its flows that are of another
+    /// mask; `None` where there is no table. What it has of removed ones goes on.
+    fn before(&mut self) -> Option<(Before, Vec<Mark>)> {
         let held = match self.kernel.held() {
             Ok(held) => held?,
             Err(error) => {
@@ -706,7 +707,10 @@ impl Daemon<'_> {
             self.cgroups.core.keep_dying(kept);
             self.cgroups.await_death();
         }
-        Some(Before::of_table(&self.cgroups.core, &held.view.default, held.targets()))
+        let before = Before::of_table(&self.cgroups.core, &held.view.default, held.targets());
+        let mask = self.cgroups.core.config().mask;
+        let marks = held.view.targets.iter().filter_map(|target| target.mark);
+        Some((before, proxied_marks(marks.filter(|mark| mark.mask != mask))))
     }
 
     /// Ends sockets of these cgroups that go another way than they should by now, so that their
@@ -1245,10 +1249,10 @@ impl Daemon<'_> {
         let now = Instant::now();
         self.table.done(now, now);
         if new.mask != old.mask {
-            // what applications send by the flows that a proxy began would be taken for answers,
-            // without a mark that is known
-            let (value, mask) = (old.spoofed_mark(), old.mask);
-            self.kernel.forget_flows(Mark { value, mask });
+            // without a mark that is known, what applications send by the flows that a proxy began
+            // would be taken for answers, and what the kernel sends for proxied sockets that are
+            // gone would go directly
+            self.kernel.forget_flows(&old.proxied_marks());
         }
         self.trim_routing();
         if !(old.gateways.is_empty() && new.gateways.is_empty()) {
@@ -1269,6 +1273,9 @@ impl Daemon<'_> {
         self.notify.stopping();
         // once more, since the reason may have been a lack of memory that is over
         let result = remove(&mut self.kernel).or_else(|_| remove(&mut self.kernel));
+        // the next one may have another mask, and nothing tells it of ours
+        let marks = self.cgroups.core.config().proxied_marks();
+        self.kernel.forget_flows(&marks);
         self.remove_pidfile();
         if result.is_ok() {
             log!(Notice, "stopped");

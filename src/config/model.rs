@@ -1,5 +1,6 @@
 //! A validated configuration, what can be wrong with one, and where its text comes from. Pure.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::path::{Path, PathBuf};
@@ -186,6 +187,19 @@ impl Default for Config {
     }
 }
 
+/// See [`Config::spoofed_mark`].
+fn spoofed_mark(mask: u32) -> u32 {
+    mask & mask.wrapping_sub(1)
+}
+
+/// The marks of flows that are a proxy's, by those of the tproxies.
+pub fn proxied_marks(tproxies: impl IntoIterator<Item = Mark>) -> Vec<Mark> {
+    let mut marks: Vec<Mark> = tproxies.into_iter().collect();
+    let masks: BTreeSet<u32> = marks.iter().map(|mark| mark.mask).collect();
+    marks.extend(masks.into_iter().map(|mask| Mark { value: spoofed_mark(mask), mask }));
+    marks
+}
+
 impl Config {
     /// All targets, in the order of their sets: direct, drop, tproxies in file order.
     pub fn targets(&self) -> impl Iterator<Item = Target> {
@@ -233,7 +247,13 @@ impl Config {
     /// first. The mask without its lowest bit, whatever else the configuration says: a reload must
     /// not change what the marks of flows mean.
     pub fn spoofed_mark(&self) -> u32 {
-        self.mask & (self.mask - 1)
+        spoofed_mark(self.mask)
+    }
+
+    /// The marks of flows that are a proxy's.
+    pub fn proxied_marks(&self) -> Vec<Mark> {
+        let mark = |tproxy: &Tproxy| Mark { value: tproxy.outlet.mark, mask: self.mask };
+        proxied_marks(self.tproxies.iter().map(mark))
     }
 
     /// The mark of routed packets that go to a tproxy. Not the tproxy's own: with src_valid_mark=1

@@ -217,13 +217,15 @@ impl Kernel {
         answer(self.nft.ask(&request, |message| conntrack::parse(message, local)))
     }
 
-    /// Has conntrack forget the flows with this mark.
-    pub fn forget_flows(&mut self, mark: Mark) {
-        let request = |batch: &mut Batch| conntrack::forget(batch, mark.value, mark.mask);
-        match self.nft.ask(&request, |_| None::<()>) {
-            Ok(Ok(_)) => {}
-            Ok(Err(errno)) => log!(Debug, "unable to forget flows: {}", reason(errno)),
-            Err(error) => log!(Debug, "unable to forget flows: {error}"),
+    /// Has conntrack forget the flows with these marks.
+    pub fn forget_flows(&mut self, marks: &[Mark]) {
+        for Mark { value, mask } in marks.iter().copied() {
+            let request = |batch: &mut Batch| conntrack::forget(batch, value, mask);
+            match self.nft.ask(&request, |_| None::<()>) {
+                Ok(Ok(_)) => {}
+                Ok(Err(errno)) => log!(Debug, "unable to forget flows: {}", reason(errno)),
+                Err(error) => log!(Debug, "unable to forget flows: {error}"),
+            }
         }
     }
 

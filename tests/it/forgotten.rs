@@ -1,8 +1,8 @@
 //! Flows that conntrack has forgotten, or knows the wrong way round, or never sees: what their
 //! sockets' cgroups say holds all the same. The proxy itself is in `/direct`.
 
-use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +13,7 @@ use crate::daemon::{run_with, Daemon, POLICY};
 use crate::gateway::{ip, Lan};
 use crate::ground::{addr, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{forget_flows, load, nft};
+use crate::stale::tcp_in;
 use crate::wait_until;
 use crate::world::{
     bind_fd, raw_addr, recv_datagram, set, Packet, Server, World, PROXY, STREAM_PORT,
@@ -469,6 +470,84 @@ fn another_mask_by_a_reload() {
             }
         }
         assert!(daemon.stop().success());
+    }
+}
+
+/// The same by a restart, after one that was killed, left things in force or removed them. Of TCP,
+/// what only the kernel sends for a socket that is gone is the proxy's, by a reload too.
+#[test]
+fn another_mask_by_a_restart() {
+    let Some(ground) = Ground::new("remask-restart") else {
+        return;
+    };
+    let mut world = World::new(&ground);
+    let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
+    let proxies = [("0.0.0.0", 7893), ("::", 7893)];
+    let listeners = proxies.map(|(any, port)| {
+        let fd = socket_of(&direct, family(addr(ip(any), port)), libc::SOCK_STREAM);
+        bind_fd(&fd, addr(ip(any), port));
+        // SAFETY: an open socket.
+        assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
+        TcpListener::from(fd)
+    });
+    let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));
+    let policy = |default: &str, mask: &str, more: &str| {
+        format!("[global]\ndefault = {default}\nfwmark-mask = {mask}\n{more}{POLICY}")
+    };
+    for default in ["direct", "mihomo", "drop"] {
+        let masks = ["0x00ff0000", "0xf0000000", "0x0ff00000"];
+        let ends = ["kill", "keep", "remove", "reload"];
+        for (mask, end) in masks.iter().flat_map(|mask| ends.map(|end| (mask, end))) {
+            let keep = if end == "keep" { "on-exit = keep\n" } else { "" };
+            let daemon = Daemon::start(&ground, &policy(default, "0xff000000", keep), &[]);
+            let mut udp = Vec::new();
+            let mut tcp = Vec::new();
+            for (at, (remote, _, host)) in places().into_iter().enumerate() {
+                // a port that was chosen: no start ends such a socket
+                let app = udp_of(&proxied, addr(host, 20007));
+                let own = app.local_addr().expect("an address");
+                let speaker = spoof(&direct, remote);
+                udp.push((app, own, speaker, remote, &proxies[at]));
+                let app = tcp_in(&proxied, remote);
+                let (mut end, _) = listeners[at].accept().expect("accept");
+                drop(app);
+                assert_eq!(end.read(&mut [0; 8]).expect("hear the end"), 0);
+                tcp.push(end);
+            }
+            let mut check = |when: &str| {
+                for (app, own, speaker, remote, proxy) in &udp {
+                    assert_eq!(speaker.send_to(b"y", *own).expect("send"), 1);
+                    let who = reaches(app, *remote, &[proxy, speaker], &mut world);
+                    let what = format!("default {default}, {mask}, {end}, {remote}, {when}");
+                    assert_eq!(who, "proxy", "{what}");
+                }
+            };
+            check("before");
+            let other = policy(default, mask, "");
+            let daemon = match end {
+                "reload" => {
+                    daemon.configure(&other);
+                    assert!(daemon.reload().contains("reloaded"), "{}", daemon.logs());
+                    daemon
+                }
+                "kill" => {
+                    daemon.kill9();
+                    Daemon::start(&ground, &other, &[])
+                }
+                _ => {
+                    assert_eq!(daemon.stop().code(), Some(0));
+                    Daemon::start(&ground, &other, &[])
+                }
+            };
+            check("after");
+            world.wire.packets();
+            for mut end in tcp {
+                let refused = || end.write_all(b"more").is_err();
+                assert!(wait_until(Duration::from_secs(5), refused), "no reset came to the proxy");
+            }
+            assert_eq!(world.wire.to_remote(), [], "default {default}, {mask}, {end}");
+            assert!(daemon.stop().success());
+        }
     }
 }
 
