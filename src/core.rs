@@ -96,6 +96,8 @@ pub struct Found {
     pub id: u64,
     /// See [`Node::foreign`].
     pub foreign: bool,
+    /// It may have been in use for some time.
+    pub late: bool,
 }
 
 /// The difference between what the kernel's sets hold and what they should hold.
@@ -155,6 +157,8 @@ pub struct Core {
     memo: policy::Memo,
     /// The policy that is to follow, as far as it has been worked out.
     draft: Option<Ranking>,
+    /// By cgroup id: those that were found late and went another way until then, and which.
+    late: HashMap<u64, Target>,
     /// The deepest level that the kernel takes.
     deepest: usize,
 }
@@ -275,6 +279,7 @@ impl Core {
             retried: None,
             memo: policy::Memo::default(),
             draft: None,
+            late: HashMap::new(),
             deepest: MAX_LEVEL,
         }
     }
@@ -307,6 +312,16 @@ impl Core {
     /// Whether any cgroup has an element of its own.
     pub fn has_elements(&self) -> bool {
         !self.pairs.is_empty()
+    }
+
+    /// Whether flows of some cgroups may have begun by another way than theirs.
+    pub fn has_late(&self) -> bool {
+        !self.late.is_empty()
+    }
+
+    /// Those cgroups by their ids, and the targets by which they went; once.
+    pub fn take_late(&mut self) -> HashMap<u64, Target> {
+        std::mem::take(&mut self.late)
     }
 
     /// True while something has to be looked at again after some seconds.
@@ -459,6 +474,8 @@ impl Core {
             }
         }
         old.ranks = ranks;
+        // of what a target was in the policy before
+        self.late = HashMap::new();
         self.set_elements();
         // removed ones have the target of their path too
         let dying = self.dying.as_mut().map(dying::List::take).unwrap_or_default();
@@ -552,7 +569,7 @@ impl Core {
     }
 
     fn found(&mut self, found: Found, actions: &mut Vec<Action>) {
-        let Found { path, id, foreign } = found.clone();
+        let Found { path, id, foreign, late } = found.clone();
         let parent = match tree::parent(&path).map(|parent| self.tree.get(parent)) {
             None => None,
             Some(Some(parent)) => Some(parent.rank),
@@ -566,6 +583,11 @@ impl Core {
                 self.gone(&path, actions);
             }
             let (rank, element) = self.classify(parent, &path, foreign);
+            if let Some(was) = self.way_before(&path).filter(|_| late) {
+                if was != policy::target(&self.config, rank) {
+                    self.late.insert(id, was);
+                }
+            }
             let node = Node { id, wd: None, rank, element, account: 0, foreign };
             self.tree.insert(path.clone(), node);
             if let Some(draft) = &mut self.draft {
@@ -652,6 +674,7 @@ impl Core {
                 continue;
             };
             actions.extend(node.wd.map(Action::Unwatch));
+            self.late.remove(&node.id);
             self.place(&path, node.id, node.element, None);
             if let Some(draft) = &mut self.draft {
                 draft.went(&path, &node);
@@ -682,6 +705,13 @@ impl Core {
         if self.blind.insert(path.clone()) {
             actions.push(Action::Blind { path: path.clone(), errno });
         }
+    }
+
+    /// The target by which a new cgroup went until now: its parent's, or that one's before.
+    fn way_before(&self, path: &[u8]) -> Option<Target> {
+        let parent = self.tree.get(tree::parent(path)?)?;
+        let way = || policy::target(&self.config, parent.rank);
+        Some(self.late.get(&parent.id).copied().unwrap_or_else(way))
     }
 
     /// Rank and element of a path, by the rank of its parent; only the root has none.

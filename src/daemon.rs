@@ -2,7 +2,7 @@
 //! poll(2), hands what happened to the core, does what the core asks, and commits one transaction a
 //! wake-up, or one more for each level of nested cgroups that it discovers.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -97,6 +97,9 @@ const SLICE: Duration = Duration::from_millis(5);
 
 /// The same before we are ready: what is not done by then is done soon after.
 const FIRST_SLICE: Duration = Duration::from_millis(100);
+
+/// How long what is found with others waits for these before its sockets are judged.
+const LONGEST_BATCH: Duration = Duration::from_secs(1);
 
 /// How soon after a cgroup was removed the first look whether it is dead, and at the longest how long
 /// between two; mostly the kernel is done with it within some 20 ms.
@@ -218,6 +221,8 @@ struct Daemon<'a> {
     notify: &'a mut Notify,
     /// Sockets that may have to be ended.
     doubts: Option<Doubts>,
+    /// Looking for those of cgroups that were found late.
+    late: Backoff,
     /// The table was in others' hands: packets may have gone as if there was none.
     exposed: bool,
     /// poll(2) was refused the last time.
@@ -327,6 +332,7 @@ fn begin<'a>(
         loops: Looks::default(),
         notify,
         doubts: None,
+        late: Backoff::default(),
         exposed: false,
         refused: false,
     };
@@ -389,6 +395,7 @@ impl Cgroups {
                 return Ok(None);
             }
         }
+        cgroups.watcher.tell_late();
         match cgroups.core.tree().is_empty() {
             false => Ok(Some(cgroups)),
             true => Err(watch::unreadable(&cgroups.root.dir)),
@@ -415,6 +422,11 @@ impl Cgroups {
         if actions.capacity() <= AT_ONCE {
             self.actions = actions;
         }
+    }
+
+    /// Whether any work waits.
+    fn is_busy(&self) -> bool {
+        !(self.events.is_empty() && self.work.is_empty())
     }
 
     /// Does some of the work that waits, which may make more of it; returns how much.
@@ -682,6 +694,8 @@ impl Daemon<'_> {
         // a table of before was in force all the time, so that nothing changed for the same target
         let suspects = Suspects::find(&self.cgroups.core, before.as_ref(), |_| true);
         self.look_for_stale(suspects, FIRST_SLICE);
+        // they were among these
+        self.cgroups.core.take_late();
         self.pidfile.as_ref().map_or(Ok(()), Pidfile::write)?;
         confine(self.options.seccomp)?;
         memory::wait();
@@ -720,6 +734,26 @@ impl Daemon<'_> {
         let judge = Judge::new(config, suspects, sockets::chosen_ports());
         self.doubts = self.kernel.doubts(judge);
         self.end_stale(slice);
+    }
+
+    /// The same for cgroups that were found late: what they began meanwhile went their parents' way.
+    /// Those of one batch at once, and no more often than a share of the time allows.
+    fn look_at_late(&mut self) {
+        let now = Instant::now();
+        if !self.cgroups.core.has_late() {
+            if self.late.due().is_some() {
+                self.late.done(now, now);
+            }
+            return;
+        }
+        self.late.want(now);
+        let rest = if self.cgroups.is_busy() { LONGEST_BATCH } else { Duration::ZERO };
+        let due = self.late.due().is_some_and(|at| at + rest <= now);
+        if due && self.doubts.is_none() && self.table.due().is_none() {
+            let ways = self.cgroups.core.take_late();
+            self.look_for_stale(Suspects::late(&self.cgroups.core, &ways), SLICE);
+            self.late.done(now, Instant::now());
+        }
     }
 
     fn end_stale(&mut self, slice: Duration) {
@@ -858,6 +892,7 @@ impl Daemon<'_> {
             }
             self.heal(ready.kernel);
             self.settle();
+            self.look_at_late();
             self.end_stale(SLICE);
             if self.signals.status() {
                 log!(Notice, "status: {}", self.summary());
@@ -911,15 +946,23 @@ impl Daemon<'_> {
 
     /// Until the next retry that is due; none at all where nothing is pending.
     fn timeout(&self) -> PollTimeout {
-        let waiting = !(self.cgroups.events.is_empty() && self.cgroups.work.is_empty());
+        let waiting = self.cgroups.is_busy();
         let drafted = self.cgroups.core.drafted().is_some();
         if waiting || drafted || self.doubts.is_some() || self.signals.pending() {
             return PollTimeout::ZERO;
         }
-        let cgroups = [self.cgroups.look_again, self.cgroups.dying, self.look_at_others];
-        let due =
-            cgroups.into_iter().chain([self.table.due(), self.routing.due(), self.loops.due()]);
-        match due.flatten().min() {
+        // which waits for the table
+        let late = self.late.due().filter(|_| self.table.due().is_none());
+        let due = [
+            self.cgroups.look_again,
+            self.cgroups.dying,
+            self.look_at_others,
+            self.table.due(),
+            self.routing.due(),
+            self.loops.due(),
+            late,
+        ];
+        match due.into_iter().flatten().min() {
             None => PollTimeout::NONE,
             Some(at) => {
                 // rounded up, so that it is due when poll returns
@@ -999,6 +1042,12 @@ impl Daemon<'_> {
                 );
                 self.cgroups = fresh;
                 self.repair_table();
+                // until now they went by the default
+                let default = self.cgroups.core.config().default;
+                let before = Before { targets: HashMap::new(), default };
+                let before = Some(before).filter(|_| self.doubts.is_none());
+                let suspects = Suspects::find(&self.cgroups.core, before.as_ref(), |_| true);
+                self.look_for_stale(suspects, SLICE);
             }
             Ok(None) => {}
             Err(error) => {
@@ -1219,10 +1268,8 @@ impl Daemon<'_> {
     fn take(&mut self, new: Rc<Config>) -> Result<()> {
         let old = self.cgroups.core.config().clone();
         // what has not been judged yet may be of the policy before
-        let was = match self.doubts {
-            None => Some(Before::of_policy(&self.cgroups.core, &new)),
-            Some(_) => None,
-        };
+        let judged = self.doubts.is_none() && !self.cgroups.core.has_late();
+        let was = judged.then(|| Before::of_policy(&self.cgroups.core, &new));
         let before = match new.cgroup_root == old.cgroup_root {
             true => None,
             false => {

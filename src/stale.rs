@@ -104,17 +104,22 @@ pub fn takes_the_same(old: &Config, new: &Config, target: Target) -> bool {
     bypass(old) == bypass(new) && tproxy(old) == tproxy(new)
 }
 
+/// Whether the way of a cgroup has changed. What it was is `None` without a table.
+fn suspect(now: Target, was: Option<Target>, same: impl Fn(Target) -> bool) -> Option<Suspect> {
+    match (now, was) {
+        (Target::Direct, _) => None,
+        (_, None | Some(Target::Direct)) => Some(Suspect { now, was: Was::Direct }),
+        (_, Some(was)) if was == now && same(now) => None,
+        _ => Some(Suspect { now, was: Was::Taken }),
+    }
+}
+
 impl Suspects {
     /// Whose way has changed. Without `before` there was no table, and everything went directly.
     /// `same` tells whether a target takes what it took before.
     pub fn find(core: &Core, before: Option<&Before>, same: impl Fn(Target) -> bool) -> Suspects {
         let config = core.config();
-        let suspect = |now, was| match (now, was) {
-            (Target::Direct, _) => None,
-            (_, None | Some(Target::Direct)) => Some(Suspect { now, was: Was::Direct }),
-            (_, Some(was)) if was == now && same(now) => None,
-            _ => Some(Suspect { now, was: Was::Taken }),
-        };
+        let suspect = |now, was| suspect(now, was, &same);
         let others = suspect(config.default, before.map(|before| before.default));
         let known = core.tree().iter().filter_map(|(_, node)| {
             let was = |before: &Before| before.targets.get(&node.id).copied();
@@ -124,6 +129,16 @@ impl Suspects {
             (suspect.is_some() || others.is_some()).then_some((node.id, suspect))
         });
         Suspects { known: known.collect(), others }
+    }
+
+    /// Those cgroups of these ids that are there, which went by these targets until now.
+    pub fn late(core: &Core, ways: &HashMap<u64, Target>) -> Suspects {
+        let known = core.tree().iter().filter_map(|(_, node)| {
+            let was = ways.get(&node.id).copied()?;
+            let now = policy::target(core.config(), node.rank);
+            Some((node.id, suspect(now, Some(was), |_| true)))
+        });
+        Suspects { known: known.collect(), others: None }
     }
 
     pub fn is_empty(&self) -> bool {

@@ -3,6 +3,7 @@
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{open, AtFlags, OFlag};
@@ -66,13 +67,21 @@ pub struct Directory {
     pub links: u64,
     /// `st_uid`
     pub owner: u32,
+    /// `st_ctime`, since the epoch: on kernfs when it was first looked up, which whoever puts
+    /// anything into it does, or when it was last given away.
+    pub changed: Duration,
 }
 
 /// Looks at a directory from `base`, without following a symlink at its end (fstatat(2)).
 pub fn directory(base: BorrowedFd, path: &CStr) -> Result<Directory, Errno> {
     let st = fstatat(base, path, AtFlags::AT_SYMLINK_NOFOLLOW)?;
     #[allow(clippy::unnecessary_cast)] // both types differ by architecture
-    Ok(Directory { inode: st.st_ino as u64, links: st.st_nlink as u64, owner: st.st_uid })
+    Ok(Directory {
+        inode: st.st_ino as u64,
+        links: st.st_nlink as u64,
+        owner: st.st_uid,
+        changed: Duration::new(st.st_ctime.max(0) as u64, st.st_ctime_nsec.max(0) as u32),
+    })
 }
 
 /// Ends the watch of a number, of which nix makes no watch again (inotify_rm_watch(2)). Errors: EINVAL where the kernel ended it already.

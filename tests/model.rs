@@ -150,7 +150,7 @@ impl Host {
         }
         match scan.known == Some(id) && !scan.deep {
             true => Event::Same { path },
-            false => Event::Found(Found { path, id, foreign: false }),
+            false => Event::Found(Found { path, id, foreign: false, late: random.one_in(4) }),
         }
     }
 
@@ -185,7 +185,7 @@ impl Host {
                 self.watches.remove(&wd);
             }
             return match now {
-                Some(id) => Event::Found(Found { path, id, foreign: false }),
+                Some(id) => Event::Found(Found { path, id, foreign: false, late: false }),
                 None => Event::Gone { path },
             };
         }
@@ -455,6 +455,10 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
             _ => {
                 settle(&mut core, &mut host, &mut kernel, &mut random);
                 let config = core.config().clone();
+                for (id, was) in core.take_late() {
+                    let (path, now) = core.verdict(id).expect("late and there");
+                    assert!(now != was && host.dirs.get(&path[..]) == Some(&id));
+                }
                 let wanted = Kernel::wanted(&config, &host, BASE);
                 kernel.check_dying(&core, &host, &wanted);
                 assert_eq!(kernel.sets, wanted.sets, "seed {seed} at {done}");

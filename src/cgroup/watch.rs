@@ -9,6 +9,7 @@ use std::ffi::{CStr, CString, OsStr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path as FilePath;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -42,6 +43,9 @@ pub fn inotify() -> std::result::Result<Inotify, Errno> {
     Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
 }
 
+/// A cgroup that is looked at so long after somebody has used it is late.
+const LATE: Duration = Duration::from_millis(50);
+
 /// Looks at cgroup directories, and watches those it has looked at unless made with `look_only`.
 pub struct Watcher {
     inotify: Option<Inotify>,
@@ -50,6 +54,8 @@ pub struct Watcher {
     base: Option<OwnedFd>,
     /// Watches on the directories above the root: they tell where it goes and comes back.
     above: Vec<i32>,
+    /// What is found from now on has come since everything was looked at.
+    tells_late: bool,
     buf: Box<[u8; READ]>,
 }
 
@@ -69,7 +75,13 @@ impl Watcher {
     pub fn look_only(root: &FilePath) -> Watcher {
         let root = root.as_os_str().as_bytes();
         let root = root.strip_suffix(b"/").unwrap_or(root).to_vec();
-        Watcher { inotify: None, root, base: None, above: Vec::new(), buf: Box::new([0; READ]) }
+        let (above, buf) = (Vec::new(), Box::new([0; READ]));
+        Watcher { inotify: None, root, base: None, above, tells_late: false, buf }
+    }
+
+    /// Everything has been looked at: tells from now on of what is found whether it is late.
+    pub fn tell_late(&mut self) {
+        self.tells_late = true;
     }
 
     /// The descriptor to poll.
@@ -137,15 +149,23 @@ impl Watcher {
             id => {
                 let foreign =
                     policy::is_of_exec(&path) && is_foreign(base, below, self.inotify.is_none());
-                found_or_not(path, id, foreign)
+                let late = id != scan.known.ok_or(Errno::ENOENT) && self.is_late(base, below);
+                found_or_not(path, id, foreign, late)
             }
         }
+    }
+
+    /// Whether somebody may have used a new cgroup for some time: events were lost, or we were stopped
+    /// or busy.
+    fn is_late(&self, base: BorrowedFd, path: &CStr) -> bool {
+        let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.tells_late && sys::directory(base, path).is_ok_and(|seen| now() > seen.changed + LATE)
     }
 
     /// Watches and lists a cgroup that was found. The watch comes before the list, so that a child
     /// made in between is in the list or in the queue, or in both.
     pub fn watch(&self, found: &Found) -> Event {
-        let Found { path, id, foreign } = found.clone();
+        let Found { path, id, foreign, .. } = found.clone();
         let Some(name) = self.name(&path) else {
             return Event::Gone { path };
         };
@@ -173,7 +193,8 @@ impl Watcher {
         match listed {
             // what was watched and listed is another one by now
             Ok((seen, _)) if seen.inode as u32 != id as u32 => {
-                self.undo(wd, found_or_not(path, sys::cgroup_id(base, below), foreign))
+                let late = self.is_late(base, below);
+                self.undo(wd, found_or_not(path, sys::cgroup_id(base, below), foreign, late))
             }
             Ok((seen, children)) => {
                 Event::Listed { path, id, wd, refused, owner: seen.owner, children }
@@ -272,9 +293,14 @@ pub fn unreadable(root: &FilePath) -> Error {
 }
 
 /// What a look for an id means.
-fn found_or_not(path: Path, id: std::result::Result<u64, Errno>, foreign: bool) -> Event {
+fn found_or_not(
+    path: Path,
+    id: std::result::Result<u64, Errno>,
+    foreign: bool,
+    late: bool,
+) -> Event {
     match id {
-        Ok(id) => Event::Found(Found { path, id, foreign }),
+        Ok(id) => Event::Found(Found { path, id, foreign, late }),
         Err(errno) => failed(path, errno),
     }
 }

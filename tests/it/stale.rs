@@ -373,6 +373,75 @@ fn flows_that_began_while_the_table_was_away() {
     expect_silence(&mut wire, &mut old, "after the repair");
 }
 
+/// The daemon is stopped when cgroups are made, and may lose the events about them.
+#[test]
+fn flows_of_cgroups_that_were_found_late() {
+    let Some(ground) = Ground::new("stale-late") else {
+        return;
+    };
+    let mut wire = Wire::open(&ground);
+    let remote = Remote::new(&ground);
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let many = ground.cgroup("/many");
+    // the last round overflows the queue of events
+    for lost in [false, true] {
+        daemon.signal(Signal::SIGSTOP);
+        for i in 0..if lost { 17_000 } else { 0 } {
+            std::fs::create_dir(many.join(i.to_string())).expect("make a cgroup");
+        }
+        let cgroups = cgroups(&ground);
+        let below = cgroups.each_ref().map(|cgroup| {
+            let below = cgroup.join("below");
+            std::fs::create_dir(&below).expect("make a cgroup");
+            below
+        });
+        let all = || cgroups.iter().chain(&below);
+        let mut old: Vec<Flow> = all().flat_map(|cgroup| remote.flows(cgroup)).collect();
+        let mut others = remote.flows(&ground.cgroup("/other"));
+        let before = daemon.logs().matches("ended").count();
+        // what is found within some 50 ms is not late
+        let made = Instant::now();
+        wait_until(Duration::from_secs(1), || made.elapsed() > Duration::from_millis(100));
+        daemon.signal(Signal::SIGCONT);
+        let told = || daemon.logs().matches("ended").count() > before;
+        assert!(wait_until(Duration::from_secs(20), told), "{}", daemon.logs());
+        // which is told behind the events that were kept
+        let overflow = || daemon.logs().contains("events were lost");
+        assert!(!lost || wait_until(Duration::from_secs(20), overflow), "{}", daemon.logs());
+        expect_ended(&daemon, &mut old);
+        expect_silence(&mut wire, &mut old, "found late");
+        for flow in &mut others {
+            assert!(flow.talk(), "{} is of another cgroup", flow.from());
+        }
+        drop(old);
+        for cgroup in below.iter().chain(&cgroups) {
+            std::fs::remove_dir(cgroup).expect("remove a cgroup");
+        }
+    }
+    assert!(daemon.stop().success());
+}
+
+/// The same for all cgroups below a root that is made again.
+#[test]
+fn flows_below_a_root_that_is_made_again() {
+    let Some(ground) = Ground::new("stale-root") else {
+        return;
+    };
+    let mut wire = Wire::open(&ground);
+    let remote = Remote::new(&ground);
+    let own = ground.cgroup("/own");
+    let config = CONFIG.replace("[global]", &format!("[global]\ncgroup-root = {}", own.display()));
+    let daemon = Daemon::start(&ground, &config, &[]);
+    daemon.signal(Signal::SIGSTOP);
+    std::fs::remove_dir(&own).expect("remove the root");
+    let cgroups = ["/own/drop", "/own/proxied"].map(|path| ground.cgroup(path));
+    let mut old: Vec<Flow> = cgroups.iter().flat_map(|cgroup| remote.flows(cgroup)).collect();
+    daemon.signal(Signal::SIGCONT);
+    expect_ended(&daemon, &mut old);
+    expect_silence(&mut wire, &mut old, "in another root");
+    assert!(daemon.stop().success());
+}
+
 /// Services, and what others connected to; local flows; destinations that are left alone.
 #[test]
 fn what_is_never_ended() {
