@@ -115,6 +115,8 @@ const RARE: Duration = Duration::from_secs(60);
 pub struct Looks {
     due: Option<Instant>,
     last: Option<Instant>,
+    /// The last look, whatever it was for.
+    any: Option<Instant>,
     told: Vec<String>,
 }
 
@@ -122,7 +124,14 @@ impl Looks {
     /// Something has come that may begin to loop. More of that does not put the look off.
     pub fn want(&mut self, now: Instant) {
         let rested = self.last.map_or(now, |last| last + RARE);
-        self.due.get_or_insert(rested.max(now + LISTENING));
+        let wanted = rested.max(now + LISTENING);
+        self.due = Some(self.due.map_or(wanted, |due| due.min(wanted)));
+    }
+
+    /// Something has woken us: a proxy may have begun to listen in a cgroup that was there, of which
+    /// nothing tells.
+    pub fn wake(&mut self, now: Instant) {
+        self.due.get_or_insert(self.any.map_or(now, |any| any + RARE).max(now));
     }
 
     pub fn due(&self) -> Option<Instant> {
@@ -133,6 +142,12 @@ impl Looks {
     pub fn done(&mut self, now: Instant) {
         self.due = None;
         self.last = Some(now);
+        self.any = Some(now);
+    }
+
+    /// A look that was asked for; one that is due remains so.
+    pub fn asked(&mut self, now: Instant) {
+        self.any = Some(now);
     }
 
     /// What of all that was found has not been told since it last began.
@@ -168,6 +183,36 @@ mod tests {
                 _ => now += Duration::from_millis(1),
             }
         }
+    }
+
+    #[test]
+    fn whatever_wakes_us_leads_to_a_look_a_minute_at_most() {
+        let mut looks = Looks::default();
+        let mut now = Instant::now();
+        looks.asked(now);
+        assert_eq!(looks.due(), None);
+        let first = now + RARE;
+        let mut done = 0;
+        for _ in 0..6_000 {
+            looks.wake(now);
+            if looks.due().is_some_and(|at| at <= now) {
+                assert!(done > 0 || now == first);
+                looks.done(now);
+                done += 1;
+            }
+            now += Duration::from_millis(100);
+        }
+        assert_eq!(done, 9);
+        // a cgroup that has come is looked at sooner, and after a long rest a wake-up leads to a look
+        let mut looks = Looks::default();
+        looks.asked(now);
+        looks.wake(now);
+        looks.want(now);
+        assert_eq!(looks.due(), Some(now + LISTENING));
+        looks.done(now);
+        now += 2 * RARE;
+        looks.wake(now);
+        assert_eq!(looks.due(), Some(now));
     }
 
     #[test]

@@ -823,6 +823,7 @@ impl Daemon<'_> {
         let config = self.cgroups.core.config().clone();
         self.warn_of_others(true);
         let found = self.find_loops();
+        self.loops.asked(Instant::now());
         self.loops.news(found.clone());
         for line in found.into_iter().chain(strays::find(&config)) {
             log!(Warning, "{line}");
@@ -856,11 +857,15 @@ impl Daemon<'_> {
     }
 
     /// Tells of loops that have begun, a little after a cgroup has come in which that may be: its
-    /// processes listen later.
-    fn look_for_loops(&mut self) {
+    /// processes listen later. No event tells of those that begin in one that was there: what else
+    /// wakes us does.
+    fn look_for_loops(&mut self, woken: bool) {
         let now = Instant::now();
         if std::mem::take(&mut self.cgroups.proxied) {
             self.loops.want(now);
+        }
+        if woken && !self.cgroups.core.config().tproxies.is_empty() {
+            self.loops.wake(now);
         }
         if self.loops.due().is_some_and(|at| at <= now) {
             self.loops.done(now);
@@ -905,7 +910,7 @@ impl Daemon<'_> {
                 None if self.signals.reload() => self.reload(),
                 None => {}
             }
-            self.look_for_loops();
+            self.look_for_loops(ready.cgroups || ready.mounts || ready.kernel);
         }
     }
 

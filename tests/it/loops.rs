@@ -8,8 +8,8 @@ use nix::sys::signal::Signal;
 use crate::client::{Client, Running};
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
-use crate::wait_until;
 use crate::world::World;
+use crate::{sized, wait_until};
 
 const USER: u32 = 4711;
 
@@ -86,6 +86,36 @@ fn a_loop_that_begins_later_is_told_once() {
     let again = || daemon.logs()[before..].contains(said);
     assert!(wait_until(Duration::from_secs(5), again), "{}", daemon.logs());
     assert_eq!(daemon.logs().matches(said).count(), 2);
+    assert!(daemon.stop().success());
+}
+
+/// The same in a cgroup that is older than the daemon: something else has to wake it. The pause
+/// between two looks makes it a test of the long form.
+#[test]
+fn a_loop_in_a_cgroup_that_was_there_is_told() {
+    if sized(0, 1) == 0 {
+        return;
+    }
+    let Some(ground) = Ground::new("older") else {
+        return;
+    };
+    let root = ground.at("/own");
+    let [own, _] = ["/own/proxy", "/own/other"].map(|path| ground.cgroup(path));
+    let config = format!(
+        "[global]\ndefault = direct\ncgroup-root = {}\n[tproxy mihomo]\nport = 7893\n[rules]\n\
+         mihomo = /proxy\n",
+        root.display()
+    );
+    let daemon = Daemon::start(&ground, &config, &[]);
+    assert!(daemon.wait_log("started:", Duration::from_secs(5)), "{}", daemon.logs());
+    let any = addr("::".parse().expect("an address"), 7893);
+    let _proxy = Client::tcp(&own, any).timeout(Duration::from_secs(120)).relay();
+    // what goes directly, as its parent does
+    ground.cgroup("/own/other/new");
+    let said = "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is \
+                in cgroup /proxy;";
+    assert!(daemon.wait_log(said, Duration::from_secs(70)), "{}", daemon.logs());
+    assert_eq!(daemon.logs().matches(said).count(), 1);
     assert!(daemon.stop().success());
 }
 
