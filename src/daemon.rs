@@ -41,7 +41,6 @@ use crate::pidfile::Pidfile;
 use crate::plan;
 use crate::signals::{End, Signals};
 use crate::stale::{self, Before, Judge, Suspects};
-use crate::strays;
 use crate::sys;
 
 /// Reads a configuration file.
@@ -825,7 +824,7 @@ impl Daemon<'_> {
         let found = self.find_loops();
         self.loops.asked(Instant::now());
         self.loops.news(found.clone());
-        for line in found.into_iter().chain(strays::find(&config)) {
+        for line in found {
             log!(Warning, "{line}");
         }
         if config.tproxies.is_empty() {

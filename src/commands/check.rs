@@ -156,7 +156,7 @@ pub fn check(options: &Options) -> Result<ExitCode> {
 fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
     let core = cgroups(config, findings);
     rules(config, core.as_ref(), findings);
-    strays::find(config).into_iter().for_each(|line| findings.warning(line));
+    strays::find().into_iter().for_each(|line| findings.warning(line));
     old_controllers(findings);
     match sys::has_net_admin() {
         false => findings.warning(
