@@ -10,7 +10,7 @@ It does what procd was seen doing that a service script can trip over: an instan
 name is stopped; what runs is signalled or restarted where a parameter or a file has changed, and left
 alone else; what has ended is started after the pause that respawn names; each service's instance has
 its cgroup, which stays; triggers are replaced as a whole; capabilities and no_new_privs do nothing
-without a jail. With DIR/old there, a service that is started again lands in the root cgroup.
+without a jail. With DIR/old there, a service whose cgroup is there already lands in the root cgroup.
 """
 import hashlib
 import json
@@ -33,7 +33,6 @@ class Instance:
     def __init__(self, service, name, params):
         self.service, self.name, self.params = service, name, params
         self.pid = None
-        self.runs = 0
         self.halt = self.again = False
         self.due = None
         self.sums = self.checksums()
@@ -86,15 +85,14 @@ class Procd:
         os.close(write)
         self.pipes[read] = (instance, pid, b"")
         instance.pid = pid
-        instance.runs += 1
 
     def become(self, instance, write):
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-            group = f"{CGROUPS}/services/{instance.service}/{instance.name}"
-            again = instance.runs > 0 and os.path.exists(self.where + "/old")
+            service = f"{CGROUPS}/services/{instance.service}"
+            group = f"{service}/{instance.name}"
             if os.path.exists(CGROUPS + "/cgroup.procs"):
-                if again:
+                if os.path.exists(self.where + "/old") and os.path.exists(service):
                     group = CGROUPS
                 os.makedirs(group, mode=0o700, exist_ok=True)
                 with open(group + "/cgroup.procs", "w") as file:
@@ -308,8 +306,10 @@ def main(what, *args):
         elif rest:
             message["signal"] = int(rest[0])
     else:
-        _call, _service, method, text = args
-        message = json.loads(text)
+        if args[0] == "-t":
+            args = args[2:]
+        _call, _service, method, *text = args
+        message = json.loads(text[0]) if text else {}
     reply = ask(where, method, message)
     if reply is None:
         print(f"Command failed: ubus call service {method} (Not found)", file=sys.stderr)

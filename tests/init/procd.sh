@@ -96,7 +96,7 @@ service() { # NAME START COMMAND INSTANCE
 	: >$dir/rc.d/S"$2$1"
 }
 policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\n%s\n' "$1" >$dir/cgtproxy.conf; }
-POLICY='drop = /services/(early|app|new)
+POLICY='drop = /services/(early|app|new|late|control)
 mihomo = /services/nikki'
 daemon_pid() { ubus call service list '{"name":"cgtproxy"}' >$dir/list && jsonfilter -s "$(cat $dir/list)" -e '@.cgtproxy.instances[*].pid'; }
 other_pid() { new=$(daemon_pid) && [ -n "$new" ] && [ "$new" != "$old" ]; }
@@ -114,7 +114,7 @@ some_left() { before=$(left 10); within 5 more_left; }
 more_left() { [ "$(left 10)" -gt "$before" ]; }
 table() { nft list table inet cgtproxy; }
 logged() { grep -c "$1" $dir/log; }
-once() { n=$(logged "$1"); echo "$n times: $1"; [ "$n" -eq 1 ]; }
+once() { within 5 logged "$1"; n=$(logged "$1"); echo "$n times: $1"; [ "$n" -eq 1 ]; }
 silent() { cat $dir/out $dir/err; [ ! -s $dir/out ] && [ ! -s $dir/err ]; }
 leftover() { nft list tables; ip rule; ip -6 rule; ip route show table all; }
 clean() { leftover; ! leftover | grep -E 'cgtproxy|proto 99|lookup 300'; }
@@ -131,12 +131,12 @@ nft -f - <<-EOF
 			udp dport 10 counter
 			udp dport 11 counter
 			udp dport 12 counter
+			udp dport 13 counter
 		}
 	}
 EOF
 cat >$dir/talk.py <<-'EOF'
 	import socket, sys, time
-	open("/proc/self/comm", "w").write(sys.argv[2])
 	s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 	while True:
 	    try:
@@ -145,7 +145,7 @@ cat >$dir/talk.py <<-'EOF'
 	        pass
 	    time.sleep(0.003)
 EOF
-talk() { service "$1" "$2" "python3 $dir/talk.py $3 $1" "${4:-}"; }
+talk() { service "$1" "$2" "python3 $dir/talk.py $3" "${4:-}"; }
 # busybox prefers its own applet, which knows less
 ip=$(command -v ip)
 # netifd: forgets all ip rules, and lo comes up later than everything else
@@ -166,7 +166,8 @@ talk app 50 9
 talk other 50 10
 # installed, and not enabled
 talk new 60 9
-rm $dir/rc.d/S60new
+talk late 60 9
+rm $dir/rc.d/S60new $dir/rc.d/S60late
 put
 : >$dir/rc.d/S20network
 : >$dir/rc.d/"S$(sed -n 's/^START=//p' $dir/init.d/cgtproxy)cgtproxy"
@@ -225,8 +226,15 @@ kill -STOP "$(daemon_pid)"
 check "a service that is new starts" run new start
 sleep 0.3
 check "nothing of it left before it was looked at" none_left
+talk control 60 13
+rm $dir/rc.d/S60control
+run control start
+leaked() { [ "$(left 13)" -gt 0 ]; }
+check "which is the cgroup's doing that was made before: without, packets leave" within 5 leaked
 kill -CONT "$(daemon_pid)"
 run new stop
+run control stop
+rm $dir/init.d/control
 
 # packages: what default_postinst and default_prerm do around our scripts
 scripts() { # postinst or prerm: our script of the feed's Makefile
@@ -305,15 +313,24 @@ check "no trigger that never fires" triggers
 
 # procd of old
 touch $dir/old
-nikki=$(ubus call service list '{"name":"nikki"}')
-kill "$(jsonfilter -s "$nikki" -e '@.nikki.instances[*].pid')"
-in_root() { grep -l '^0::/$' /proc/[0-9]*/cgroup | while read -r file; do cat "${file%cgroup}comm"; done | grep '^nikki$'; }
-check "an old procd starts a service again in the root cgroup" within 10 in_root
+pid_of() { ubus call service list '{}' >$dir/list && jsonfilter -s "$(cat $dir/list)" -e "@.$1.instances[*].pid"; }
+in_cgroup() { grep "^0::$2\$" "/proc/$(pid_of "$1")/cgroup"; }
+kill "$(pid_of nikki)"
+check "an old procd starts a service again in the root cgroup" within 10 in_cgroup nikki /
 named() { run cgtproxy check; cat $dir/out; grep 'warning: nikki (pid' $dir/out; }
 check "check names it" named
+: >$dir/log
 run cgtproxy reload
-check "and so does the log" within 5 grep 'nikki (pid' $dir/log
+check "and so does the log, once" once 'nikki (pid'
+run nikki stop
+# the cgroups that are made before would have it do so at the first start already
+check "restart" run cgtproxy restart
+check "a service that is new starts" run late start
+check "in its own cgroup" within 5 in_cgroup late /services/late/instance1
+none_of_it() { n=$(left 9); echo "$n packets of dropped services left"; [ "$n" -eq 0 ]; }
+check "and nothing of it leaves" none_of_it
 rm $dir/old
+run late stop
 
 # a router without cgroup v2
 run cgtproxy stop
@@ -321,12 +338,22 @@ umount /sys/fs/cgroup
 : >$dir/log
 check "start without cgroup2 fails" fails run cgtproxy start
 # the host's own mounts are out of reach, but still listed
-none='no cgroup2\|unable to use cgroup root'
+none='no cgroup2\|unable to use cgroup root\|above the root of our cgroup namespace'
 check "and says why" grep "$none" $dir/err
 sleep 4
 check "the log has it once, after seconds" once "$none"
 quiet() { cat $dir/log; [ "$(wc -l <$dir/log)" -le 3 ]; }
 check "and not much else" quiet
+if [ "$(uname -m)" = x86_64 ]; then
+	for hours in 1 2; do
+		: >$dir/log
+		check "$hours hours later" python3 "$repository/tests/init/later.py" "$(daemon_pid)" $((hours * 3600))
+		check "the log has it again" within 40 grep "$none" $dir/log
+		sleep 2
+		check "once" once "$none"
+		check "and not much else" quiet
+	done
+fi
 mount -t cgroup2 none /sys/fs/cgroup
 run cgtproxy reload
 check "once it is mounted, it starts" within 10 table
