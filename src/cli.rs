@@ -1,17 +1,14 @@
 //! The command line: options to a command, its errors to messages and the exit status.
 
 use std::ffi::OsString;
-use std::os::fd::RawFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::commands;
-use crate::config::{self, file::Files, Config};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::log;
 use crate::log::Level;
-
-pub const DEFAULT_CONFIG: &str = "/etc/cgtproxy/cgtproxy.conf";
+use crate::options::{wrong, Options, DEFAULT_CONFIG};
 
 /// Name, arguments, what it does.
 pub const COMMANDS: [(&str, &str, &str); 7] = [
@@ -23,49 +20,6 @@ pub const COMMANDS: [(&str, &str, &str); 7] = [
     ("flush", "", "remove everything that cgtproxy ever put into the kernel"),
     ("exec", "[-u USER] TARGET [--] CMD [ARG…]", "run CMD under TARGET"),
 ];
-
-/// The options that any command may get.
-#[derive(Default)]
-pub struct Options {
-    /// As given; `None` for the default.
-    pub config: Option<PathBuf>,
-    pub pidfile: Option<PathBuf>,
-    pub syslog: bool,
-    pub verbose: usize,
-    pub ready_fd: Option<RawFd>,
-    pub no_seccomp: bool,
-    pub wait: bool,
-}
-
-impl Options {
-    pub fn config_file(&self) -> &Path {
-        self.config.as_deref().unwrap_or(Path::new(DEFAULT_CONFIG))
-    }
-
-    /// Reads the configuration. The built-in one, everything direct, stands in for the default file
-    /// where that is absent; `None` then tells so.
-    ///
-    /// Errors: every problem of every file, each on its line.
-    pub fn load(&self, trusted_only: bool) -> Result<Option<Config>> {
-        load_config(self.config_file(), self.config.is_none(), trusted_only)
-    }
-}
-
-pub fn load_config(file: &Path, is_default: bool, trusted_only: bool) -> Result<Option<Config>> {
-    let absent = || matches!(std::fs::symlink_metadata(file), Err(e) if e.kind() == std::io::ErrorKind::NotFound);
-    if is_default && absent() {
-        return Ok(None);
-    }
-    match config::load(&Files { trusted_only }, file) {
-        Ok(config) => Ok(Some(config)),
-        Err(problems) => Err(Error::Usage(problems.iter().map(|p| p.to_string()).collect())),
-    }
-}
-
-/// Says that the built-in default is used.
-pub fn tell_default() {
-    log!(Notice, "{DEFAULT_CONFIG} is absent: using the built-in default, everything direct");
-}
 
 /// The options of every command, and those of `command` alone.
 fn options(command: &str) -> getopts::Options {
@@ -119,11 +73,6 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     }
 }
 
-/// An error of the command line, with the hint where to read on.
-pub fn wrong(text: impl Into<String>) -> Error {
-    Error::Usage(vec![format!("{} (try cgtproxy --help)", text.into())])
-}
-
 /// Reads options in front of the first argument that is none, or with `floating` among all; gives
 /// the other arguments as well. Where the command itself takes options, those behind it are its own.
 fn parse(
@@ -149,30 +98,28 @@ fn parse(
     Ok((matches, free))
 }
 
-impl Options {
-    /// Takes the options of every command; those that were taken before stay unless named again.
-    fn take(&mut self, matches: &getopts::Matches) -> Result<()> {
-        if let Some(text) = matches.opt_str("ready-fd") {
-            // 0 to 2 stay in use
-            let number = text.parse().ok().filter(|fd| *fd > 2);
-            let why = || wrong(format!("--ready-fd expects a number from 3 on, not \"{text}\""));
-            self.ready_fd = Some(number.ok_or_else(why)?);
-        }
-        let file = |name| matches.opt_str(name).map(PathBuf::from);
-        self.config = file("config").or(self.config.take());
-        self.pidfile = file("pidfile").or(self.pidfile.take());
-        self.syslog |= matches.opt_present("syslog");
-        self.verbose += matches.opt_count("verbose");
-        self.no_seccomp |= matches.opt_present("no-seccomp");
-        self.wait |= matches.opt_present("wait");
-        Ok(())
+/// Takes the options of every command; those that were taken before stay unless named again.
+fn take(given: &mut Options, matches: &getopts::Matches) -> Result<()> {
+    if let Some(text) = matches.opt_str("ready-fd") {
+        // 0 to 2 stay in use
+        let number = text.parse().ok().filter(|fd| *fd > 2);
+        let why = || wrong(format!("--ready-fd expects a number from 3 on, not \"{text}\""));
+        given.ready_fd = Some(number.ok_or_else(why)?);
     }
+    let file = |name| matches.opt_str(name).map(PathBuf::from);
+    given.config = file("config").or(given.config.take());
+    given.pidfile = file("pidfile").or(given.pidfile.take());
+    given.syslog |= matches.opt_present("syslog");
+    given.verbose += matches.opt_count("verbose");
+    given.no_seccomp |= matches.opt_present("no-seccomp");
+    given.wait |= matches.opt_present("wait");
+    Ok(())
 }
 
 fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     let mut given = Options::default();
     let (before, rest) = parse(&mut options(""), &args, false)?;
-    given.take(&before)?;
+    take(&mut given, &before)?;
     let (command, rest) = match rest.split_first() {
         Some((command, rest)) => (command.to_string_lossy().into_owned(), rest),
         None => ("run".to_string(), &[][..]),
@@ -186,7 +133,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     let mut user = None;
     let mut target = None;
     if command == "exec" && !rest.is_empty() {
-        given.take(&matches)?;
+        take(&mut given, &matches)?;
         user = matches.opt_str("user");
         target = Some(rest.remove(0).to_string_lossy().into_owned());
         (matches, rest) = parse(&mut options(&command), &rest, false)?;
@@ -203,7 +150,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     if !known(&command) {
         return Err(wrong(format!("unknown command \"{command}\"")));
     }
-    given.take(&matches)?;
+    take(&mut given, &matches)?;
     log::configure(Level::Notice.louder(given.verbose), false);
     if let (false, Some(extra)) = (["exec", "explain"].contains(&&*command), rest.first()) {
         let extra = extra.to_string_lossy();

@@ -6,7 +6,6 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -37,29 +36,12 @@ use crate::nft::marks::Ours;
 use crate::nft::message::Contents;
 use crate::nft::view;
 use crate::notify::Notify;
+use crate::options::Options;
 use crate::pidfile::Pidfile;
 use crate::plan;
 use crate::signals::{End, Signals};
 use crate::stale::{self, Before, Judge, Suspects};
 use crate::sys;
-
-/// Reads a configuration file.
-pub type Load = Box<dyn Fn(&Path) -> Result<Config>>;
-
-/// What `run` was asked for.
-pub struct Options {
-    pub config_file: PathBuf,
-    /// Reads the configuration anew.
-    pub load: Load,
-    pub pidfile: Option<PathBuf>,
-    pub ready_fd: Option<OwnedFd>,
-    pub verbose: usize,
-    pub syslog: bool,
-    /// Install the system call filter.
-    pub seccomp: bool,
-    /// Where the start fails, try again instead of returning.
-    pub wait: bool,
-}
 
 /// Events that a full inotify queue holds, and some that come meanwhile.
 const FULL_QUEUE: usize = 20_000;
@@ -241,7 +223,7 @@ struct Ready {
 ///
 /// Errors: what made it impossible to start, unless it is to wait; what remained in the kernel at
 /// the end. Later refusals of the kernel are logged and tried again.
-pub fn run(mut options: Options) -> Result<()> {
+pub fn run(mut options: Options, ready_fd: Option<OwnedFd>) -> Result<()> {
     // before anything is set up, so that none kills us half-way
     let mut signals = Signals::block()?;
     log::configure(Level::Notice.louder(options.verbose), options.syslog);
@@ -250,13 +232,9 @@ pub fn run(mut options: Options) -> Result<()> {
         return Err(Error::State(why.into()));
     }
     // the watcher changes the working directory
-    for file in [Some(&mut options.config_file), options.pidfile.as_mut()].into_iter().flatten() {
-        if let Ok(whole) = std::path::absolute(&file) {
-            *file = whole;
-        }
-    }
+    options.absolute();
     sys::ignore_file_size_signal();
-    let mut notify = Notify::new(options.ready_fd.take());
+    let mut notify = Notify::new(ready_fd);
     let mut retry = Backoff::default();
     let mut reminder = Reminder::default();
     let begun = loop {
@@ -294,7 +272,7 @@ fn begin<'a>(
     signals: &'a mut Signals,
     notify: &'a mut Notify,
 ) -> Result<Option<Daemon<'a>>> {
-    let config = (options.load)(&options.config_file)?;
+    let config = options.load_or_default(true)?;
     log::configure(config.log_level.louder(options.verbose), options.syslog);
     let pidfile = options.pidfile.clone().map(Pidfile::new).transpose()?;
     let mut kernel = Kernel::open_watching(config.route_table)?;
@@ -696,7 +674,7 @@ impl Daemon<'_> {
         // they were among these
         self.cgroups.core.take_late();
         self.pidfile.as_ref().map_or(Ok(()), Pidfile::write)?;
-        confine(self.options.seccomp)?;
+        confine(!self.options.no_seccomp)?;
         memory::wait();
         Ok(())
     }
@@ -1241,7 +1219,7 @@ impl Daemon<'_> {
         match done {
             Ok(()) => {
                 self.warn();
-                let file = self.options.config_file.display();
+                let file = self.options.config_file().display();
                 log!(Notice, "reloaded {file}: {}", self.summary());
             }
             Err(error) => {
@@ -1254,12 +1232,12 @@ impl Daemon<'_> {
 
     /// Reads the configuration that is to follow.
     fn load(&self) -> Result<Rc<Config>> {
-        let new = Rc::new((self.options.load)(&self.options.config_file)?);
+        let new = Rc::new(self.options.load_or_default(true)?);
         let old = self.cgroups.core.config();
         let policy =
             !(old.rules.is_empty() && old.gateways.is_empty()) || old.default != Target::Direct;
         if policy && !new.has_sections {
-            let file = self.options.config_file.display();
+            let file = self.options.config_file().display();
             return Err(Error::Usage(vec![format!(
                 "{file}: is absent or has no section: it may be about to be written (write a new \
                  file and rename it into place; an empty [rules] sends everything direct)"

@@ -28,6 +28,7 @@ pub mod net;
 pub mod netlink;
 pub mod nft;
 pub mod notify;
+pub mod options;
 pub mod pidfile;
 pub mod plan;
 pub mod policy;

@@ -49,8 +49,10 @@ const LAYERS: &[&[&str]] = &[
     // ... to here, but for the files below
     &["kernel", "notify", "pidfile", "confine", "listen", "host", "faults", "signals", "strays"],
     &["instance"],
+    &["options"],
     &["daemon"],
-    &["cli", "commands"],
+    &["commands"],
+    &["cli"],
 ];
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.

@@ -11,7 +11,6 @@ use std::rc::Rc;
 use nix::errno::Errno;
 
 use crate::cgroup::{mount, watch};
-use crate::cli::{Options, DEFAULT_CONFIG};
 use crate::config::{lint, Config, Outlet};
 use crate::confine;
 use crate::core::Core;
@@ -30,6 +29,7 @@ use crate::nft::marks::Ours;
 use crate::nft::message::Probe;
 use crate::nft::table::{Base, TABLE};
 use crate::nft::view;
+use crate::options::{Options, DEFAULT_CONFIG};
 use crate::plan;
 use crate::policy;
 use crate::route::{Needs, Seen};

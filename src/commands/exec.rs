@@ -22,7 +22,6 @@ use nix::unistd::{initgroups, setgid, setgroups, setuid, Gid, Uid, User};
 
 use crate::cgroup::mount::{self, Root};
 use crate::cgroup::watch;
-use crate::cli::{self, Options};
 use crate::config::{Config, Take, Target};
 use crate::error::{reason, Error, Result};
 use crate::kernel::{self, Held, Kernel};
@@ -31,6 +30,7 @@ use crate::netlink::socket::Socket;
 use crate::netlink::uapi::{NFNLGRP_NFTABLES, NFT_TABLE_F_DORMANT};
 use crate::nft::table::TABLE;
 use crate::nft::view::Step;
+use crate::options::Options;
 use crate::plan;
 use crate::route::Entry;
 use crate::{instance, log, policy, sys};
@@ -50,10 +50,7 @@ pub fn exec(
     command: &[OsString],
 ) -> Result<ExitCode> {
     super::require_net_admin("exec")?;
-    let config = options.load(false)?.unwrap_or_else(|| {
-        cli::tell_default();
-        Default::default()
-    });
+    let config = options.load_or_default(false)?;
     let target =
         (config.targets().find(|t| config.target_name(*t) == target)).ok_or_else(|| {
             let names: Vec<&str> = config.targets().map(|t| config.target_name(t)).collect();

@@ -11,10 +11,10 @@ use nix::errno::Errno;
 
 use crate::cgroup::mount::{self, Mount, Root};
 use crate::cgroup::watch;
-use crate::cli::{self, Options};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::log::Escaped;
+use crate::options::{wrong, Options};
 use crate::policy::{self, Decision};
 
 /// `args` are paths of cgroups, or pids. What is wrong with one keeps no other from its answer.
@@ -32,10 +32,7 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
     if failed.len() == all {
         return Err(as_one(&failed));
     }
-    let config = options.load(false)?.unwrap_or_else(|| {
-        cli::tell_default();
-        Default::default()
-    });
+    let config = options.load_or_default(false)?;
     let root = mount::find(config.cgroup_root.as_deref());
     let mut text = String::new();
     for arg in &args {
@@ -84,7 +81,7 @@ fn check_pid(pid: &OsString) -> Result<()> {
     let bytes = pid.as_bytes();
     match !bytes.is_empty() && bytes.iter().all(u8::is_ascii_digit) {
         true => Ok(()),
-        false => Err(cli::wrong(format!("not a pid: \"{}\"", Escaped(bytes)))),
+        false => Err(wrong(format!("not a pid: \"{}\"", Escaped(bytes)))),
     }
 }
 
@@ -94,7 +91,7 @@ fn of_path(arg: &OsString, root: Option<&Root>) -> Result<Vec<u8>> {
     let given = Path::new(arg);
     let wrong = |why| {
         let arg = Escaped(arg.as_bytes());
-        Err(cli::wrong(format!("not the path of a cgroup: \"{arg}\" ({why})")))
+        Err(wrong(format!("not the path of a cgroup: \"{arg}\" ({why})")))
     };
     if !given.is_absolute() {
         return wrong("they begin with \"/\"");

@@ -2,9 +2,9 @@
 
 use std::process::ExitCode;
 
-use crate::cli::{self, Options};
 use crate::daemon;
 use crate::error::{Error, Result};
+use crate::options::Options;
 use crate::{log, sys};
 
 pub fn run(options: Options) -> Result<ExitCode> {
@@ -18,21 +18,6 @@ pub fn run(options: Options) -> Result<ExitCode> {
         })?),
     };
     log::configure(log::Level::Notice.louder(options.verbose), options.syslog);
-    let is_default = options.config.is_none();
-    daemon::run(daemon::Options {
-        config_file: options.config_file().to_path_buf(),
-        load: Box::new(move |file| {
-            Ok(cli::load_config(file, is_default, true)?.unwrap_or_else(|| {
-                cli::tell_default();
-                Default::default()
-            }))
-        }),
-        pidfile: options.pidfile,
-        ready_fd,
-        verbose: options.verbose,
-        syslog: options.syslog,
-        seccomp: !options.no_seccomp,
-        wait: options.wait,
-    })?;
+    daemon::run(options, ready_fd)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -11,7 +11,6 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use crate::cgroup::mount;
-use crate::cli::Options;
 use crate::config::Config;
 use crate::error::Result;
 use crate::faults::{self, Finding};
@@ -28,6 +27,7 @@ use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
 use crate::nft::table::TABLE;
 use crate::nft::view::{Counter, Gateway, Target, View};
+use crate::options::Options;
 use crate::route::{Entry, Forwarded, Needs};
 use crate::sys;
 
