@@ -1333,7 +1333,7 @@ impl Daemon<'_> {
         let config = core.config();
         format!(
             "rules: {}, tproxies: {}, cgroups: {} under {}",
-            config.rules.len(),
+            config.rule_lines().count(),
             config.tproxies.len(),
             core.tree().len(),
             self.cgroups.root.dir.display()

@@ -199,6 +199,7 @@ mod tests {
         let rules = (rules.iter())
             .map(|(target, pattern)| Rule {
                 target: *target,
+                text: pattern.as_str().into(),
                 pattern: pattern.clone(),
                 regex: compile(pattern).unwrap(),
                 place: place.clone(),

@@ -10,13 +10,14 @@ use std::rc::Rc;
 
 use cgtproxy::config::file::Files;
 use cgtproxy::config::keys::{Key, Kind, Takes, Unset};
-use cgtproxy::config::{load, Config, OnExit, Problem, Source, Take, Target};
+use cgtproxy::config::{lint, load, Config, OnExit, Problem, Source, Take, Target};
 use cgtproxy::core::Core;
 use cgtproxy::error::reason;
 use cgtproxy::log::Level;
 use cgtproxy::net::{Mark, Range};
 use cgtproxy::netlink::msg::Batch;
 use cgtproxy::plan;
+use cgtproxy::policy;
 use nix::errno::Errno;
 use nix::sys::stat::Mode;
 use nix::unistd::{geteuid, mkfifo, setfsuid, Uid};
@@ -250,6 +251,18 @@ drop = *
     bad pattern at character 1: uncounted repetition operator must be applied to a sub-expression: "*"
 drop = /a{2,1}/b
     bad pattern at character 7: found counted repetition with a min bigger than its max: "/a{2,1}/b"
+drop = servce:sshd
+    unknown match "servce:", did you mean "service:"?
+drop = application:firefox
+    unknown match "application:"
+drop = service:
+    "service:" needs a name: "service:"
+drop = app:firefox,,zoom
+    "app:" needs a name: "app:firefox,,zoom"
+drop = app:a/b
+    a name has no "/": "a/b"
+drop = service:sshd.service
+    a service's name has no ".service": "sshd.service", write sshd
 "##,
     ),
     (
@@ -755,6 +768,40 @@ fn rules_and_what_they_match() {
         assert!(rule.regex.is_match(matches), "{value} on {matches}");
         assert!(!rule.regex.is_match(does_not), "{value} on {does_not}");
     }
+}
+
+/// A line with several patterns is one line; the first that matches decides across kinds.
+#[test]
+fn matches_that_are_no_regex() {
+    let config = good(
+        "[rules]\ndrop = /openrc\\.b\ndirect = service:a, b\ndrop = app:b\n\
+         drop = /services/b/c\ndirect = service:a\n",
+    );
+    let texts: Vec<_> = config.rule_lines().map(|line| (&*line[0].text, line.len())).collect();
+    let want = [
+        (r"/openrc\.b", 1),
+        ("service:a, b", 4),
+        ("app:b", 4),
+        ("/services/b/c", 1),
+        ("service:a", 2),
+    ];
+    assert_eq!(texts, want);
+    let decides = |path: &str| {
+        let last = policy::ranks(&config, path.as_bytes(), false).last();
+        last.map(|(_, rank)| policy::target(&config, rank)).unwrap_or_default()
+    };
+    assert_eq!(decides("/openrc.b/x"), Target::Drop);
+    assert_eq!(decides("/services/b/c"), Target::Direct);
+    assert_eq!(decides("/user.slice/user-7.slice/app-b-1.scope"), Target::Drop);
+    let idle = lint::idle_rules(&config);
+    let said: Vec<bool> = idle.iter().map(Option::is_some).collect();
+    let mut want = vec![false; config.rules.len()];
+    want[9..].fill(true);
+    assert_eq!(said, want, "{idle:?}");
+    assert!(idle
+        .iter()
+        .flatten()
+        .all(|why| why.contains("covers all of it before: direct = service:a, b")));
 }
 
 /// Targets may be defined below their use; included files stand where the include does.

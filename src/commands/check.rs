@@ -190,7 +190,7 @@ fn configuration(options: &Options, findings: &mut Findings) -> Result<(Config, 
         }
         Ok(Some(config)) => {
             let wrong = refused(options, &[], findings);
-            let (tproxies, rules) = (config.tproxies.len(), config.rules.len());
+            let (tproxies, rules) = (config.tproxies.len(), config.rule_lines().count());
             if !wrong {
                 let name = options.config_file().display();
                 findings.ok(format!("{name}: tproxies: {tproxies}, rules: {rules}"));
@@ -284,11 +284,16 @@ fn rules(config: &Config, core: Option<&Core>, findings: &mut Findings) {
             *count += 1;
         }
     }
-    let idle = lint::idle_rules(config);
-    for ((rule, idle), count) in config.rules.iter().zip(idle).zip(decided) {
-        let (place, target, pattern) =
-            (&rule.place, config.target_name(rule.target), &rule.pattern);
-        let text = format!("{place}: {target} = {pattern}");
+    let (mut idle, mut decided) = (lint::idle_rules(config).into_iter(), decided.into_iter());
+    for line in config.rule_lines() {
+        let (rule, patterns) = (&line[0], line.len());
+        let (place, target, text) = (&rule.place, config.target_name(rule.target), &rule.text);
+        let text = format!("{place}: {target} = {text}");
+        let count: usize = decided.by_ref().take(patterns).sum();
+        // where all of its patterns are idle, the first reason
+        let reasons: Vec<_> = idle.by_ref().take(patterns).collect();
+        let idle =
+            reasons.into_iter().collect::<Option<Vec<_>>>().and_then(|all| all.into_iter().next());
         match idle {
             Some(why) => findings.warning(format!("{text}: can match nothing: {why}")),
             None if core.is_some() => findings.ok(format!("{text}: decides for {count} cgroups")),

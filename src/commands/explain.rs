@@ -11,7 +11,7 @@ use nix::errno::Errno;
 
 use crate::cgroup::mount::{self, Mount, Root};
 use crate::cgroup::watch;
-use crate::config::Config;
+use crate::config::{Config, Rule};
 use crate::error::{Error, Result};
 use crate::log::Escaped;
 use crate::options::{wrong, Options};
@@ -169,11 +169,14 @@ fn describe(
     let rule = match policy::decision(config, rank) {
         Decision::Default => "no rule matches, so the default decides".to_string(),
         Decision::BuiltIn(_) => format!("built in: {target} = {}/{target}", policy::EXEC),
-        Decision::Rule(rule) => format!("{}: {target} = {}", rule.place, rule.pattern),
+        Decision::Rule(rule) => format!("{}: {target} = {}", rule.place, rule.text),
     };
     let _ = writeln!(text, "{pid}{name}");
     let _ = writeln!(text, "    target  {target}");
     let _ = writeln!(text, "    rule    {rule}");
+    for pattern in policy::number(config, rank).map_or(&[][..], |at| means(config, at)) {
+        let _ = writeln!(text, "    means   {}", pattern.pattern);
+    }
     if through > 0 {
         let ancestor = match through == path.len() {
             true => String::new(),
@@ -188,6 +191,16 @@ fn describe(
             text,
             "    owner   {dir} was made by another user than root, and has no target by its name"
         );
+    }
+}
+
+/// What the line with that rule became, where it is not a regex itself.
+fn means(config: &Config, at: usize) -> &[Rule] {
+    let rule = &config.rules[at];
+    let mut lines = config.rule_lines();
+    match *rule.text != *rule.pattern {
+        true => lines.find(|line| line[0].place == rule.place).unwrap_or_default(),
+        false => &[],
     }
 }
 

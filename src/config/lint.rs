@@ -24,7 +24,7 @@ pub fn idle_rules(config: &Config) -> Vec<Option<String>> {
             };
             by.map(|by| {
                 let (place, target) = (&by.place, config.target_name(by.target));
-                format!("{place} covers all of it before: {target} = {}", by.pattern)
+                format!("{place} covers all of it before: {target} = {}", by.text)
             })
         })
     });
@@ -193,6 +193,7 @@ mod tests {
         let place = Place { file: Rc::new("c".into()), line: 1 };
         let rule = |pattern: &&str| Rule {
             target: Target::Drop,
+            text: pattern.to_string().into(),
             pattern: pattern.to_string(),
             regex: compile(pattern).expect("a good pattern"),
             place: place.clone(),

@@ -86,10 +86,12 @@ pub struct Tproxy {
     pub address6: Option<Ipv6Addr>,
 }
 
-/// One line of `[rules]`.
+/// One line of `[rules]`, or one of the patterns that it stands for: these follow one another.
 #[derive(Debug, Clone)]
 pub struct Rule {
     pub target: Target,
+    /// As it was written.
+    pub text: Rc<str>,
     pub pattern: String,
     /// Anchored at both ends.
     pub regex: Pattern,
@@ -268,6 +270,11 @@ impl Config {
     /// its gateway another target.
     pub fn routes_to_tproxy(&self) -> bool {
         !self.gateways.is_empty() && !self.tproxies.is_empty()
+    }
+
+    /// The patterns of each line of `[rules]`.
+    pub fn rule_lines(&self) -> impl Iterator<Item = &[Rule]> {
+        self.rules.chunk_by(|a, b| a.place == b.place)
     }
 
     /// The interfaces of all gateway sections, in file order.

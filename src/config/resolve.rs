@@ -2,8 +2,10 @@
 //! what is missing. Pure.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use super::keys::{Draft, Kind, Section, Unset};
+use super::matches;
 use super::model::{Config, Place, Problem, Rule, Target};
 use super::pattern::{compile_within, MAX_COMPILED};
 use super::suggest::did_you_mean;
@@ -80,16 +82,20 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     }
 
     let mut room = MAX_COMPILED;
-    for (name, pattern, place) in rules {
+    for (name, text, place) in rules {
         let target = target(&config, &name).map_err(|why| problem(&place, why));
-        let regex = compile_within(&pattern, &mut room).map_err(|why| problem(&place, why));
-        let full = regex.is_err() && room == 0;
-        if let (Ok(target), Ok(regex)) = (target, regex) {
-            config.rules.push(Rule { target, pattern, regex, place });
-        }
-        if full {
-            // said once is enough
-            break;
+        let patterns = matches::patterns(&text).map_err(|why| problem(&place, why));
+        let text: Rc<str> = text.into();
+        for pattern in patterns.into_iter().flatten() {
+            let regex = compile_within(&pattern, &mut room).map_err(|why| problem(&place, why));
+            if regex.is_err() && room == 0 {
+                // said once is enough
+                return config;
+            }
+            if let (Ok(target), Ok(regex)) = (target, regex) {
+                let (text, place) = (text.clone(), place.clone());
+                config.rules.push(Rule { target, text, pattern, regex, place });
+            }
         }
     }
     config

@@ -58,6 +58,7 @@ mod soak;
 mod stale;
 mod tools;
 mod traffic;
+mod users;
 mod waiting;
 
 use std::time::{Duration, Instant};
