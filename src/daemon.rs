@@ -14,12 +14,13 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::backoff::{Backoff, Looks, Reminder};
 use crate::cgroup::backlog::Backlog;
+use crate::cgroup::core::Core;
 use crate::cgroup::dying::{hash, Dying};
+use crate::cgroup::event::{Action, Event, Found, Scan};
 use crate::cgroup::watch::{self, Watcher};
 use crate::cgroup::{mount, tree};
 use crate::config::{proxied_marks, Config, OnExit, Target};
 use crate::confine::confine;
-use crate::core::{Action, Core, Event, Found, Scan};
 use crate::error::{Error, Result};
 use crate::faults;
 use crate::instance;

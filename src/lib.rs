@@ -11,7 +11,6 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod confine;
-pub mod core;
 pub mod daemon;
 pub mod error;
 pub mod faults;

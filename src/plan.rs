@@ -4,9 +4,9 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
 
+use crate::cgroup::core::{Core, Delta, Snapshot};
 use crate::cgroup::mount::Root;
 use crate::config::{Config, Target};
-use crate::core::{Core, Delta, Snapshot};
 use crate::net::{Family, Mark};
 use crate::netlink::msg::Batch;
 use crate::nft::message::{Contents, Transaction};

@@ -9,9 +9,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::rc::Rc;
 
+use crate::cgroup::core::Core;
 use crate::cgroup::tree::{self, Node};
 use crate::config::{Config, Take, Target};
-use crate::core::Core;
 use crate::net::{Address, Range};
 use crate::netlink::conntrack::Flow;
 use crate::netlink::diag::Socket;

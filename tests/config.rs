@@ -8,10 +8,10 @@ use std::os::unix::fs::{chown, lchown, symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use cgtproxy::cgroup::core::Core;
 use cgtproxy::config::file::Files;
 use cgtproxy::config::keys::{Key, Kind, Takes, Unset};
 use cgtproxy::config::{lint, load, Config, OnExit, Problem, Source, Take, Target};
-use cgtproxy::core::Core;
 use cgtproxy::error::reason;
 use cgtproxy::log::Level;
 use cgtproxy::net::{Mark, Range};

@@ -11,8 +11,8 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
+use cgtproxy::cgroup::core::{Delta, Snapshot};
 use cgtproxy::config::{self, Config, Source, Target};
-use cgtproxy::core::{Delta, Snapshot};
 use cgtproxy::net::{Family, Interface, Mac, Mark, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
 use cgtproxy::nft::expr::{Expr, SetRef, Verdict};

@@ -36,16 +36,11 @@ const LAYERS: &[&[&str]] = &[
         "nft::others",
         "route",
     ],
-    &[
-        "cgroup::tree",
-        "core",
-        "cgroup::mount",
-        "cgroup::watch",
-        "cgroup::backlog",
-        "cgroup::dying",
-        "plan",
-        "stale",
-    ],
+    &["cgroup::tree", "cgroup::backlog", "cgroup::mount"],
+    &["cgroup::event", "cgroup::dying"],
+    &["cgroup::watch", "cgroup::ranking"],
+    &["cgroup::core"],
+    &["plan", "stale"],
     // ... to here, but for the files below
     &["kernel", "notify", "pidfile", "confine", "listen", "host", "faults", "signals", "strays"],
     &["instance"],
@@ -91,7 +86,9 @@ const PURE: &[&str] = &[
     "cgroup::tree",
     "cgroup::backlog",
     "cgroup::dying",
-    "core",
+    "cgroup::event",
+    "cgroup::ranking",
+    "cgroup::core",
     "plan",
 ];
 const IMPURE: [&str; 10] = [
@@ -193,7 +190,7 @@ fn the_kernel_knows_no_configuration() {
     let sources = sources();
     for module in ["kernel", "kernel::routing", "kernel::sockets", "route"] {
         for used in uses(module, &sources[module]) {
-            let above = ["config", "policy", "plan", "core"];
+            let above = ["config", "policy", "plan", "cgroup::core"];
             assert!(!above.iter().any(|name| used.starts_with(name)), "{module} uses {used}");
         }
     }

@@ -11,10 +11,11 @@ use std::path::{Path as FilePath, PathBuf};
 use std::rc::Rc;
 
 use cgtproxy::cgroup::backlog::Backlog;
+use cgtproxy::cgroup::core::{Core, Delta};
 use cgtproxy::cgroup::dying;
+use cgtproxy::cgroup::event::{Action, Event, Found, Scan};
 use cgtproxy::cgroup::tree::{child, depth, parent, Path};
 use cgtproxy::config::{self, Config, Source, Target};
-use cgtproxy::core::{Action, Core, Delta, Event, Found, Scan};
 use cgtproxy::nft::table::Element;
 use nix::errno::Errno;
 
@@ -437,7 +438,8 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
                 let policy = policies[random.below(policies.len())].clone();
                 match random.one_in(3) {
                     true => {
-                        core.set_config(policy);
+                        core.draft(policy);
+                        core.adopt();
                         kernel.replace(&mut core);
                     }
                     // by and by, or another one instead

@@ -1,8 +1,12 @@
-//! The cgroup tree: where it is mounted ([`mount`]), the model ([`tree`]), watching it ([`watch`]),
-//! and what waits to be looked at ([`backlog`]).
+//! The cgroup tree: where it is mounted ([`mount`]), the model of it ([`tree`]) and what follows from
+//! that ([`core`]: [`event`]s in and actions out, a policy's [`ranking`], the [`dying`]), and watching
+//! it ([`watch`]) by turns ([`backlog`]).
 
 pub mod backlog;
+pub mod core;
 pub mod dying;
+pub mod event;
 pub mod mount;
+pub mod ranking;
 pub mod tree;
 pub mod watch;

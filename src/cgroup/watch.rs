@@ -15,8 +15,8 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::unistd::geteuid;
 
+use super::event::{Event, Found, Scan};
 use super::tree::Path;
-use crate::core::{Event, Found, Scan};
 use crate::error::{Error, Result};
 use crate::policy;
 use crate::sys;

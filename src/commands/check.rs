@@ -10,10 +10,10 @@ use std::rc::Rc;
 
 use nix::errno::Errno;
 
+use crate::cgroup::core::Core;
 use crate::cgroup::{mount, watch};
 use crate::config::{lint, Config, Outlet};
 use crate::confine;
-use crate::core::Core;
 use crate::daemon;
 use crate::error::{reason, Error, Result};
 use crate::faults;

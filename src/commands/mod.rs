@@ -15,10 +15,11 @@ use std::rc::Rc;
 
 use nix::errno::Errno;
 
+use crate::cgroup::core::Core;
+use crate::cgroup::event::Action;
 use crate::cgroup::mount::{self, Root};
 use crate::cgroup::watch::{self, Watcher};
 use crate::config::Config;
-use crate::core::{Action, Core};
 use crate::error::{Error, Result};
 use crate::faults;
 use crate::host::Host;

@@ -9,8 +9,8 @@
 
 use std::path::{Path, PathBuf};
 
+use cgtproxy::cgroup::core::Snapshot;
 use cgtproxy::config::{self, Source, Target};
-use cgtproxy::core::Snapshot;
 use cgtproxy::netlink::msg::Batch;
 use cgtproxy::{plan, policy};
 use libfuzzer_sys::{fuzz_target, Corpus};

@@ -3,8 +3,8 @@
 
 #![no_main]
 
+use cgtproxy::cgroup::event::Event;
 use cgtproxy::cgroup::watch::{self, RawEvents};
-use cgtproxy::core::Event;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|buffer: &[u8]| {

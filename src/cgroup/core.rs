@@ -1,104 +1,19 @@
 //! The state machine: what happened goes in as an [`Event`], what is to be done comes out as
 //! [`Action`]s, and what the kernel's sets should then hold as a [`Delta`]. Pure: no I/O, no clock.
-//!
-//! An event never says what is there, only where to look: a name in IN_CREATE may be gone again or
-//! stand for another cgroup by now. So lost, doubled and reordered events do no harm; the look
-//! ([`Scan`]) decides.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::rc::Rc;
 
 use nix::errno::Errno;
 
-use crate::cgroup::dying::{self, Dying};
-use crate::cgroup::tree::{self, Node, Path, Tree};
+use super::dying::{self, Dying};
+use super::event::{Action, Event, Found, Scan};
+use super::ranking::Ranking;
+use super::tree::{self, Node, Path, Tree};
 use crate::config::{Config, Target};
 use crate::nft::table::Element;
 use crate::policy;
-
-/// Something that happened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// A directory of this name was made or removed below a watched one.
-    Changed { wd: i32, name: Box<[u8]> },
-    /// The kernel ended a watch by itself.
-    Unwatched { wd: i32 },
-    /// Events were lost.
-    Overflow,
-    /// A scan found what was known already.
-    Same { path: Path },
-    /// A scan found a cgroup that is not known under its path, or one to be listed again.
-    Found(Found),
-    /// A cgroup that was found has been listed: its watch (or why there is none), its children.
-    Listed {
-        path: Path,
-        id: u64,
-        wd: Option<i32>,
-        refused: Option<Errno>,
-        owner: u32,
-        children: Vec<Box<[u8]>>,
-    },
-    /// The children of one that was found could not be listed: those known stay.
-    Unlisted { path: Path, id: u64, wd: Option<i32>, errno: Errno },
-    /// A scan found nothing under that path.
-    Gone { path: Path },
-    /// A scan could not be done.
-    Failed { path: Path, errno: Errno },
-    /// Time to look again at what could not be watched or scanned, or at some of it.
-    Retry,
-    /// Time to look whether what is dying is dead.
-    LookAtDying,
-    /// How many cgroups are dying below a living one; `None` where the kernel does not tell.
-    Dying { path: Path, count: Option<u64> },
-    /// All cgroups that sockets hold.
-    Held { ids: HashSet<u64> },
-}
-
-/// Something to do.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
-    Scan(Scan),
-    /// Watch and list a cgroup that was found. Its element need not wait for that.
-    Watch(Found),
-    /// End a watch.
-    Unwatch(i32),
-    /// Count what is dying below a cgroup.
-    CountDying(Path),
-    /// Worth a line: there are too many removed cgroups that sockets may hold, so the oldest is let go.
-    Crowded,
-    /// Worth a line: the cgroup got its own element, or lost it.
-    Classified {
-        path: Path,
-        target: Option<Target>,
-    },
-    /// Worth a line: the cgroup cannot be watched or scanned; it is looked at every few seconds.
-    Blind {
-        path: Path,
-        errno: Errno,
-    },
-}
-
-/// A directory to look at.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Scan {
-    pub path: Path,
-    /// The id that is known under this path: where it is still the same, there is nothing to do.
-    pub known: Option<u64>,
-    /// Look at the children even so: events about them may have been lost.
-    pub deep: bool,
-}
-
-/// A cgroup that a scan found under a path.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Found {
-    pub path: Path,
-    pub id: u64,
-    /// See [`Node::foreign`].
-    pub foreign: bool,
-    /// It may have been in use for some time.
-    pub late: bool,
-}
 
 /// The difference between what the kernel's sets hold and what they should hold.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -161,99 +76,6 @@ pub struct Core {
     late: HashMap<u64, Target>,
     /// The deepest level that the kernel takes.
     deepest: usize,
-}
-
-/// A policy, and what it makes of the cgroups: of one that is to follow, piece by piece, so that
-/// new cgroups are classified meanwhile; of one that was in force, to be put back.
-#[derive(Debug)]
-pub struct Ranking {
-    config: Rc<Config>,
-    memo: policy::Memo,
-    /// By cgroup id; of every cgroup up to `reached`, in the order of the tree.
-    ranks: HashMap<u64, policy::Rank>,
-    reached: Option<Path>,
-    /// The targets of removed ones.
-    removed: HashMap<Path, Target>,
-    /// Removed ones whose turn comes once every other has had its own.
-    left: Option<Vec<Path>>,
-}
-
-impl Ranking {
-    fn new(config: Rc<Config>) -> Ranking {
-        Ranking {
-            config,
-            memo: policy::Memo::default(),
-            ranks: HashMap::new(),
-            reached: None,
-            removed: HashMap::new(),
-            left: None,
-        }
-    }
-
-    /// Ranks one cgroup of a tree that has its parent, which has been ranked.
-    fn rank(&mut self, tree: &Tree, path: &[u8], node: &Node) {
-        let parent = tree::parent(path).and_then(|parent| tree.get(parent));
-        let parent = parent.and_then(|parent| self.ranks.get(&parent.id)).copied();
-        let rank = match parent {
-            Some(parent) => self.memo.rank(&self.config, parent, path, node.foreign),
-            None => policy::root_rank(&self.config),
-        };
-        self.ranks.insert(node.id, rank);
-    }
-
-    /// A cgroup has come. Before its parent has had its turn, it waits for its own.
-    fn came(&mut self, tree: &Tree, path: &[u8], node: &Node) {
-        let parent = tree::parent(path).map(|parent| tree.get(parent));
-        let known = |parent: Option<&Node>| parent.is_some_and(|p| self.ranks.contains_key(&p.id));
-        if parent.is_none_or(known) {
-            self.rank(tree, path, node);
-        }
-    }
-
-    /// A cgroup is gone.
-    fn went(&mut self, path: &Path, node: &Node) {
-        if let Some(rank) = self.ranks.remove(&node.id).filter(|_| node.element.is_some()) {
-            self.removed.insert(path.clone(), policy::target(&self.config, rank));
-        }
-    }
-
-    /// Works out one piece; false where all is known.
-    fn go_on(&mut self, tree: &Tree, dying: &Option<dying::List>) -> bool {
-        let next = match &self.reached {
-            None => tree.iter().next(),
-            Some(path) => tree.after(path),
-        };
-        if let Some((path, node)) = next {
-            if !self.ranks.contains_key(&node.id) {
-                self.rank(tree, path, node);
-            }
-            self.reached = Some(path.clone());
-            return true;
-        }
-        let left = self.left.get_or_insert_with(|| {
-            let paths = dying.iter().flat_map(dying::List::iter).filter_map(|d| d.path.clone());
-            paths.filter(|path| !self.removed.contains_key(path)).collect()
-        });
-        match left.pop() {
-            Some(path) => {
-                let rank = self.rank_removed(&path);
-                self.removed.insert(path, policy::target(&self.config, rank));
-                true
-            }
-            None => false,
-        }
-    }
-
-    /// The rank of any path.
-    fn rank_removed(&mut self, path: &[u8]) -> policy::Rank {
-        match tree::parent(path) {
-            None => policy::root_rank(&self.config),
-            Some(parent) => {
-                let parent = self.rank_removed(parent);
-                self.memo.rank(&self.config, parent, path, false)
-            }
-        }
-    }
 }
 
 /// Deepest level that `socket cgroupv2` can name; what lies deeper inherits.
@@ -494,12 +316,6 @@ impl Core {
             }
         }
         old
-    }
-
-    /// Takes a new policy at once.
-    pub fn set_config(&mut self, config: Rc<Config>) {
-        self.draft(config);
-        self.adopt();
     }
 
     /// Every living cgroup's element anew, by the ranks and what the kernel takes.

@@ -1,0 +1,95 @@
+//! What goes into the core and what comes out of it.
+//!
+//! An event never says what is there, only where to look: a name in IN_CREATE may be gone again or
+//! stand for another cgroup by now. So lost, doubled and reordered events do no harm; the look
+//! ([`Scan`]) decides.
+
+use std::collections::HashSet;
+
+use nix::errno::Errno;
+
+use super::tree::Path;
+use crate::config::Target;
+
+/// Something that happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// A directory of this name was made or removed below a watched one.
+    Changed { wd: i32, name: Box<[u8]> },
+    /// The kernel ended a watch by itself.
+    Unwatched { wd: i32 },
+    /// Events were lost.
+    Overflow,
+    /// A scan found what was known already.
+    Same { path: Path },
+    /// A scan found a cgroup that is not known under its path, or one to be listed again.
+    Found(Found),
+    /// A cgroup that was found has been listed: its watch (or why there is none), its children.
+    Listed {
+        path: Path,
+        id: u64,
+        wd: Option<i32>,
+        refused: Option<Errno>,
+        owner: u32,
+        children: Vec<Box<[u8]>>,
+    },
+    /// The children of one that was found could not be listed: those known stay.
+    Unlisted { path: Path, id: u64, wd: Option<i32>, errno: Errno },
+    /// A scan found nothing under that path.
+    Gone { path: Path },
+    /// A scan could not be done.
+    Failed { path: Path, errno: Errno },
+    /// Time to look again at what could not be watched or scanned, or at some of it.
+    Retry,
+    /// Time to look whether what is dying is dead.
+    LookAtDying,
+    /// How many cgroups are dying below a living one; `None` where the kernel does not tell.
+    Dying { path: Path, count: Option<u64> },
+    /// All cgroups that sockets hold.
+    Held { ids: HashSet<u64> },
+}
+
+/// Something to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    Scan(Scan),
+    /// Watch and list a cgroup that was found. Its element need not wait for that.
+    Watch(Found),
+    /// End a watch.
+    Unwatch(i32),
+    /// Count what is dying below a cgroup.
+    CountDying(Path),
+    /// Worth a line: there are too many removed cgroups that sockets may hold, so the oldest is let go.
+    Crowded,
+    /// Worth a line: the cgroup got its own element, or lost it.
+    Classified {
+        path: Path,
+        target: Option<Target>,
+    },
+    /// Worth a line: the cgroup cannot be watched or scanned; it is looked at every few seconds.
+    Blind {
+        path: Path,
+        errno: Errno,
+    },
+}
+
+/// A directory to look at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scan {
+    pub path: Path,
+    /// The id that is known under this path: where it is still the same, there is nothing to do.
+    pub known: Option<u64>,
+    /// Look at the children even so: events about them may have been lost.
+    pub deep: bool,
+}
+
+/// A cgroup that a scan found under a path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    pub path: Path,
+    pub id: u64,
+    /// See [`Node::foreign`].
+    pub foreign: bool,
+    /// It may have been in use for some time.
+    pub late: bool,
+}
