@@ -56,8 +56,12 @@ fn hostile_names() {
     }
     // a newline is nothing that the kernel takes
     assert!(fs::create_dir(user.join("a\nb")).is_err());
-    let ids = paths.iter().map(|p| cgroup_id(p).expect("an id")).collect();
+    // nft could not print the others so that they load again: they are matched by a hash
+    let printed = paths.iter().filter(|path| !path.as_os_str().as_bytes().contains(&b'"'));
+    let ids = printed.map(|p| cgroup_id(p).expect("an id")).collect();
     await_exactly("cg_drop", &ids, SETTLE);
+    let told = || daemon.logs().matches(": drop\n").count();
+    assert!(wait_until(SETTLE, || told() >= NAMES.len()), "{}", daemon.logs());
     for path in &paths {
         let client = Client::udp(path, addr(REMOTE4, 80)).timeout(Duration::from_millis(50));
         assert_eq!(client.run().who(), "nobody", "{path:?}");
