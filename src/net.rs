@@ -116,14 +116,14 @@ impl fmt::Display for Mac {
     }
 }
 
-/// An inclusive range of addresses of one family.
+/// An inclusive range of addresses of one family, or of ports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Range<A> {
     pub first: A,
     pub last: A,
 }
 
-/// An address that intervals are made of.
+/// An address, or a port, that intervals are made of.
 pub trait Address: Copy + Ord + fmt::Display {
     const BITS: u32;
     fn to_bits(self) -> u128;
@@ -155,6 +155,20 @@ impl Address for Ipv6Addr {
     }
     fn bytes(self) -> Vec<u8> {
         self.octets().to_vec()
+    }
+}
+
+/// A port of TCP or UDP: no prefixes are made of those.
+impl Address for u16 {
+    const BITS: u32 = 16;
+    fn to_bits(self) -> u128 {
+        u128::from(self)
+    }
+    fn from_bits(bits: u128) -> Self {
+        bits as u16
+    }
+    fn bytes(self) -> Vec<u8> {
+        self.to_be_bytes().to_vec()
     }
 }
 
@@ -198,7 +212,9 @@ impl<A: Address> fmt::Display for Range<A> {
         let aligned = span & span.wrapping_add(1) == 0 && self.first.to_bits() & span == 0;
         match (span, aligned) {
             (0, _) => write!(f, "{}", self.first),
-            (_, true) => write!(f, "{}/{}", self.first, A::BITS - span.count_ones()),
+            (_, true) if A::BITS > 16 => {
+                write!(f, "{}/{}", self.first, A::BITS - span.count_ones())
+            }
             _ => write!(f, "{}-{}", self.first, self.last),
         }
     }

@@ -11,8 +11,8 @@ use std::rc::Rc;
 
 use crate::cgroup::core::Core;
 use crate::cgroup::tree::{self, Node};
-use crate::config::{Config, Take, Target};
-use crate::net::{Address, Range};
+use crate::config::{Config, Take, Target, QUIC_PORTS};
+use crate::net::{Address, Range, L4};
 use crate::netlink::conntrack::Flow;
 use crate::netlink::diag::Socket;
 use crate::netlink::uapi::*;
@@ -280,10 +280,15 @@ impl Judge {
                 None => return Way::Free,
             },
         };
-        let l4 = if socket.protocol == IPPROTO_TCP { outlet.tcp } else { outlet.udp };
-        let way = |family| match (family, l4) {
-            (Take::Drop, _) | (_, Take::Drop) => Way::Cut,
-            (Take::No, _) | (_, Take::No) => Way::Free,
+        let l4 = if socket.protocol == IPPROTO_TCP { L4::Tcp } else { L4::Udp };
+        let (take, ports) = outlet.protocol(l4);
+        let port = socket.is_connected().then(|| socket.remote.port());
+        let quic = l4 == L4::Udp && port.is_some_and(|port| QUIC_PORTS.contains(&port));
+        let quic = if quic { outlet.quic } else { Take::Yes };
+        let spared = !ports.is_empty() && port.is_some_and(|port| !holds(ports, port));
+        let way = |family| match [family, take, quic] {
+            takes if takes.contains(&Take::Drop) || takes.contains(&Take::Reject) => Way::Cut,
+            takes if takes.contains(&Take::No) || spared => Way::Free,
             _ => Way::Proxied,
         };
         let v4 = socket.speaks_ipv4().then_some(outlet.ipv4);

@@ -195,13 +195,23 @@ mark = 0
 mark = 0x8000001
     mark 0x8000001 is not within fwmark-mask 0xff000000
 tcp = maybe
-    "tcp" expects yes, no or drop, not "maybe"
+    "tcp" expects yes, no, drop or reject, not "maybe"
 udp = direct
-    "udp" expects yes, no or drop, not "direct"
+    "udp" expects yes, no, drop or reject, not "direct"
 ipv4 = Yes
-    "ipv4" expects yes, no or drop, not "Yes"
+    "ipv4" expects yes, no, drop or reject, not "Yes"
 ipv6 = 2
-    "ipv6" expects yes, no or drop, not "2"
+    "ipv6" expects yes, no, drop or reject, not "2"
+quic = none
+    "quic" expects yes, no, drop or reject, not "none"
+tcp-ports = http
+    "tcp-ports" expects ports and ranges of them, like 80 443 8000-8999, not "http"
+udp-ports = 443 65536
+    "udp-ports" expects ports and ranges of them, like 80 443 8000-8999, not "443 65536"
+tcp-ports = 0-1
+    "tcp-ports" expects ports and ranges of them, like 80 443 8000-8999, not "0-1"
+tcp-ports = 8999-8000
+    "tcp-ports": 8999-8000 ends before it begins
 dns-hijack = 1053
     "dns-hijack" expects ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT, not "1053"
 dns-hijack = [127.0.0.1]:53
@@ -731,14 +741,22 @@ fn values_that_are_fine() {
         let got = a.dns4.map(|e| e.to_string()).or(a.dns6.map(|e| e.to_string()));
         assert_eq!(got.as_deref(), Some(port));
     }
-    for (word, take) in
-        [("yes true on 1", Take::Yes), ("no false off 0", Take::No), ("drop", Take::Drop)]
-    {
+    for (word, take) in [
+        ("yes true on 1", Take::Yes),
+        ("no false off 0", Take::No),
+        ("drop", Take::Drop),
+        ("reject", Take::Reject),
+    ] {
         for word in word.split(' ') {
             let config = good(&format!("[tproxy a]\nport = 1\nudp = {word}\n"));
             assert_eq!(config.tproxies[0].outlet.udp, take, "{word}");
         }
     }
+    let ports = "tcp-ports = 8000-8999 443,80\ntcp-ports = 8999-9001 81\n";
+    let config = good(&format!("[tproxy a]\nport = 1\n{ports}"));
+    let ports = &config.tproxies[0].outlet.tcp_ports;
+    let ports: Vec<_> = ports.iter().map(|range| range.to_string()).collect();
+    assert_eq!(ports, ["80-81", "443", "8000-9001"]);
 }
 
 #[test]
@@ -1102,7 +1120,7 @@ enum Effect {
 }
 
 /// For each key of a section, two lines that differ in it alone; `-` is no line.
-const EFFECTS: [(&str, &str, &str, &str, Effect); 26] = [
+const EFFECTS: [(&str, &str, &str, &str, Effect); 29] = [
     (
         "global",
         "cgroup-root",
@@ -1140,6 +1158,9 @@ const EFFECTS: [(&str, &str, &str, &str, Effect); 26] = [
     ("tproxy", "udp", "yes", "drop", Effect::Kernel),
     ("tproxy", "ipv4", "yes", "no", Effect::Kernel),
     ("tproxy", "ipv6", "yes", "drop", Effect::Kernel),
+    ("tproxy", "quic", "yes", "reject", Effect::Kernel),
+    ("tproxy", "tcp-ports", "-", "80 443", Effect::Kernel),
+    ("tproxy", "udp-ports", "443", "400-500", Effect::Kernel),
     ("tproxy", "dns-hijack", "127.0.0.1:1053", "127.0.0.1:1054", Effect::Kernel),
     ("tproxy", "dns-hijack-tcp", "no", "yes", Effect::Kernel),
     ("tproxy", "dns-hijack-local", "no", "yes", Effect::Kernel),

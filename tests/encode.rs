@@ -195,6 +195,10 @@ fn map(verdicts: &[Verdict]) -> Vec<(u32, Verdict)> {
     (1..).map(|n| n << 24).zip(verdicts.iter().cloned()).collect()
 }
 
+fn ports(ranges: &[(u16, u16)]) -> Vec<Range<u16>> {
+    ranges.iter().map(|(first, last)| Range { first: *first, last: *last }).collect()
+}
+
 fn jump() -> Verdict {
     Verdict::Jump("bypass".into())
 }
@@ -238,6 +242,10 @@ samples! {
     Stmt::TcpOrUdp => Stmt::TcpOrUdp;
     Stmt::NotTcpOrUdp => Stmt::NotTcpOrUdp;
     Stmt::Dport(..) => Stmt::Dport(L4::Tcp, 53), Stmt::Dport(L4::Udp, 53);
+    Stmt::Dports(..) => Stmt::Dports(L4::Udp, ports(&[(80, 80), (443, 443)])),
+        Stmt::Dports(L4::Tcp, ports(&[(22, 22), (8000, 8999), (65535, 65535)]));
+    Stmt::OtherDports(..) => Stmt::OtherDports(L4::Udp, ports(&[(443, 443)])),
+        Stmt::OtherDports(L4::Tcp, ports(&[(1, 1023), (8000, 65535)]));
     Stmt::NotDport(_) => Stmt::NotDport(53);
     Stmt::Local => Stmt::Local;
     Stmt::ForeignSource => Stmt::ForeignSource;
@@ -268,6 +276,7 @@ samples! {
         Stmt::SnatToDestination(Family::V6);
     Stmt::Redirect(_) => Stmt::Redirect(1053);
     Stmt::Reset => Stmt::Reset;
+    Stmt::Unreachable => Stmt::Unreachable;
     Stmt::PacketMarkMap { .. } => Stmt::PacketMarkMap { mask: 0xff00_0000, map: map(&[goto()]) };
     Stmt::CtMarkMap { .. } => Stmt::CtMarkMap {
         mask: 0xff00_0000,

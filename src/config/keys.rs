@@ -94,11 +94,12 @@ const GATEWAY: Kinds = &[Kind::Gateway];
 
 const MOST: u32 = u32::MAX;
 const BOOLEAN: Takes = Words(&["yes", "no"]);
-const TAKE: Takes = Words(&["yes", "no", "drop"]);
+const TAKE: Takes = Words(&["yes", "no", "drop", "reject"]);
 const LEVELS: Takes = Words(&["error", "warning", "notice", "info", "debug"]);
 const RANGE: Takes = Text("an address or a CIDR");
 const RANGE_OR_PRIVATE: Takes = Text("an address, a CIDR or \"private\"");
 const ENDPOINT: Takes = Text("ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT");
+const PORTS: Takes = Text("ports and ranges of them, like 80 443 8000-8999");
 const MARK: Takes = Text("VALUE or VALUE/MASK, 32 bits each");
 const INTERFACE: Takes = Text("the name of an interface, up to 15 characters");
 const MAC: Takes = Text("six pairs of hexadecimal digits with colons");
@@ -151,6 +152,9 @@ pub static KEYS: &[Key] = &[
     one(OUTLET, "udp", TAKE, Is("yes"), |d, e| put(&mut d.outlet().udp, take(e))),
     one(OUTLET, "ipv4", TAKE, Is("yes"), |d, e| put(&mut d.outlet().ipv4, take(e))),
     one(OUTLET, "ipv6", TAKE, Is("yes"), |d, e| put(&mut d.outlet().ipv6, take(e))),
+    one(OUTLET, "quic", TAKE, Is("yes"), |d, e| put(&mut d.outlet().quic, take(e))),
+    any(OUTLET, "tcp-ports", PORTS, Nothing, |d, e| ports(e, &mut d.outlet().tcp_ports)),
+    any(OUTLET, "udp-ports", PORTS, Nothing, |d, e| ports(e, &mut d.outlet().udp_ports)),
     any(OUTLET, "dns-hijack", ENDPOINT, Nothing, |d, e| match endpoint(e)? {
         SocketAddr::V4(a) => once(e, &mut d.outlet().dns4, a, "IPv4"),
         SocketAddr::V6(a) => once(e, &mut d.outlet().dns6, a, "IPv6"),

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use super::pattern::Pattern;
 use crate::log::Level;
-use crate::net::{Interface, Mac, Mark, Range, L4};
+use crate::net::{Family, Interface, Mac, Mark, Range, L4};
 
 /// Longest message, in characters.
 const MAX_MESSAGE: usize = 1000;
@@ -37,8 +37,11 @@ pub enum Target {
 pub enum Take {
     #[default]
     Yes,
+    /// Leave it alone.
     No,
     Drop,
+    /// Drop it, and say so to whoever sent it.
+    Reject,
 }
 
 /// What sections that are targets have in common: what of a cgroup's traffic they take out of its
@@ -52,6 +55,11 @@ pub struct Outlet {
     pub udp: Take,
     pub ipv4: Take,
     pub ipv6: Take,
+    /// Of what `udp` takes: HTTP/3, by its ports.
+    pub quic: Take,
+    /// Sorted and apart; empty: every one.
+    pub tcp_ports: Vec<Range<u16>>,
+    pub udp_ports: Vec<Range<u16>>,
     pub dns4: Option<SocketAddrV4>,
     pub dns6: Option<SocketAddrV6>,
     pub dns_tcp: bool,
@@ -59,9 +67,33 @@ pub struct Outlet {
     pub dns_local: bool,
 }
 
+/// The UDP ports of HTTP/3.
+pub const QUIC_PORTS: [u16; 2] = [80, 443];
+
 impl Outlet {
+    /// What it does with a protocol, and the ports that it does so with; none are all.
+    pub fn protocol(&self, l4: L4) -> (Take, &[Range<u16>]) {
+        match l4 {
+            L4::Tcp => (self.tcp, &self.tcp_ports),
+            L4::Udp => (self.udp, &self.udp_ports),
+        }
+    }
+
+    pub fn family(&self, family: Family) -> Take {
+        match family {
+            Family::V4 => self.ipv4,
+            Family::V6 => self.ipv6,
+        }
+    }
+
     pub fn hijacks_dns(&self) -> bool {
         self.dns4.is_some() || self.dns6.is_some()
+    }
+
+    /// Whether it rejects anything.
+    pub fn rejects(&self) -> bool {
+        let takes = [self.tcp, self.udp, self.ipv4, self.ipv6, self.quic];
+        takes.contains(&Take::Reject)
     }
 
     /// Where DNS goes.

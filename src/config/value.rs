@@ -105,10 +105,30 @@ pub fn boolean(e: &Entry) -> Result<bool> {
 pub fn take(e: &Entry) -> Result<Take> {
     match (e.value, parse_boolean(e.value)) {
         ("drop", _) => Ok(Take::Drop),
+        ("reject", _) => Ok(Take::Reject),
         (_, Some(true)) => Ok(Take::Yes),
         (_, Some(false)) => Ok(Take::No),
         _ => Err(e.wrong()),
     }
+}
+
+/// Adds ports and ranges of them, with blanks or commas between.
+pub fn ports(e: &Entry, list: &mut Vec<Range<u16>>) -> Result<()> {
+    let port = |text: &str| match parse_number(text) {
+        Some(port @ 1..=65535) => Ok(port as u16),
+        _ => Err(e.wrong()),
+    };
+    let parts = e.value.split(|c: char| c == ',' || c.is_whitespace());
+    for part in parts.filter(|part| !part.is_empty()) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (port(first)?, port(last)?);
+        if first > last {
+            return Err(format!("\"{}\": {part} ends before it begins", e.key));
+        }
+        list.push(Range { first, last });
+    }
+    *list = Range::merge(std::mem::take(list));
+    Ok(())
 }
 
 pub fn cgroup_root(e: &Entry) -> Result<Option<PathBuf>> {

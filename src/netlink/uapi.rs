@@ -216,6 +216,8 @@ pub const NFTA_REDIR_FLAGS: u16 = 3;
 pub const NFTA_REJECT_TYPE: u16 = 1;
 pub const NFTA_REJECT_ICMP_CODE: u16 = 2;
 pub const NFT_REJECT_TCP_RST: u32 = 1;
+pub const NFT_REJECT_ICMPX_UNREACH: u32 = 2;
+pub const NFT_REJECT_ICMPX_PORT_UNREACH: u8 = 1;
 
 pub const NFTA_FIB_DREG: u16 = 1;
 pub const NFTA_FIB_RESULT: u16 = 2;
@@ -235,6 +237,7 @@ pub const TYPE_IPADDR: u32 = 7;
 pub const TYPE_IP6ADDR: u32 = 8;
 pub const TYPE_ETHERADDR: u32 = 9;
 pub const TYPE_INET_PROTOCOL: u32 = 12;
+pub const TYPE_INET_SERVICE: u32 = 13;
 pub const TYPE_MARK: u32 = 19;
 pub const TYPE_ICMP6_TYPE: u32 = 29;
 pub const TYPE_CGROUPV2: u32 = 46;

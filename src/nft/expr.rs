@@ -34,6 +34,8 @@ pub struct Anonymous {
     pub key_type: u32,
     pub key_len: u32,
     pub elements: Vec<(Vec<u8>, Option<Verdict>)>,
+    /// The elements are intervals: by turns the first key of one, and the one behind its last.
+    pub intervals: bool,
     /// Its id within the transaction, once it has been sent ahead of its rule.
     pub id: Option<u32>,
 }
@@ -166,6 +168,10 @@ expressions! {
     RejectTcpReset = "reject" {
         NFTA_REJECT_TYPE: U32 = NFT_REJECT_TCP_RST, NFTA_REJECT_ICMP_CODE: ZERO_U8 = ()
     }
+    /// An ICMP or an ICMPv6 error, by the packet's family.
+    RejectIcmpx { code: u8 } = "reject" {
+        NFTA_REJECT_TYPE: U32 = NFT_REJECT_ICMPX_UNREACH, NFTA_REJECT_ICMP_CODE: U8 = code
+    }
     /// The type of the source or the destination address, by `NFTA_FIB_F_*`.
     FibAddrtype { of: u32, dreg: u32 } = "fib" {
         NFTA_FIB_FLAGS: U32 = of, NFTA_FIB_RESULT: U32 = NFT_FIB_RESULT_ADDRTYPE,
@@ -197,6 +203,11 @@ struct Kind<T> {
 
 const U32: Kind<u32> =
     Kind { write: |batch, attr, number| batch.u32_be(attr, *number), read: number };
+
+const U8: Kind<u8> = Kind {
+    write: |batch, attr, number| batch.u8(attr, *number),
+    read: |data, attr| data.clone().get(attr)?.first().copied(),
+};
 
 /// A number that may be left out.
 const MAYBE: Kind<Option<u32>> = Kind {

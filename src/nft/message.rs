@@ -300,12 +300,17 @@ impl Transaction {
             true => (NFT_SET_MAP, Some(NFT_DATA_VERDICT)),
             false => (0, None),
         };
-        let flags = NFT_SET_ANONYMOUS | NFT_SET_CONSTANT | map;
+        let intervals = if set.intervals { NFT_SET_INTERVAL } else { 0 };
+        let flags = NFT_SET_ANONYMOUS | NFT_SET_CONSTANT | map | intervals;
         let open = self.begin(NFT_MSG_NEWSET, NLM_F_CREATE);
         self.set_head(name, flags, (set.key_type, set.key_len), data, id);
         self.batch.end(open);
-        let elements = set.elements.iter();
-        self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, name, Some(id), elements, |b, element| {
+        let elements = set.elements.iter().zip([false, true].into_iter().cycle());
+        let message = NFT_MSG_NEWSETELEM;
+        self.elements(message, NLM_F_CREATE, name, Some(id), elements, |b, (element, second)| {
+            if set.intervals && second {
+                b.u32_be(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END);
+            }
             value(b, NFTA_SET_ELEM_KEY, &element.0);
             if let Some(verdict) = &element.1 {
                 verdict.write(b, NFTA_SET_ELEM_DATA);

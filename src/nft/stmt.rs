@@ -8,7 +8,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use super::expr::{Anonymous, Expr, SetRef, Verdict};
-use crate::net::{Family, Interface, Mac, Mark, L4};
+use crate::net::{Address, Family, Interface, Mac, Mark, Range, L4};
 use crate::netlink::uapi::*;
 
 /// One statement of a rule, in the order in which nft writes them.
@@ -78,6 +78,10 @@ pub enum Stmt {
     NotTcpOrUdp,
     /// `tcp dport N` or `udp dport N`
     Dport(L4, u16),
+    /// `udp dport { N, N-M, … }`; sorted and apart.
+    Dports(L4, Vec<Range<u16>>),
+    /// `udp dport != { N, N-M, … }`: of that protocol, the other ports.
+    OtherDports(L4, Vec<Range<u16>>),
     /// `th dport != N`: whatever the protocol; what has no ports has other things there
     NotDport(u16),
     /// `fib daddr type local`: this host's own addresses
@@ -109,6 +113,8 @@ pub enum Stmt {
     Redirect(u16),
     /// `reject with tcp reset`
     Reset,
+    /// `reject with icmpx port-unreachable`
+    Unreachable,
     /// `meta mark and MASK vmap { VALUE : goto CHAIN, … }`
     PacketMarkMap {
         mask: u32,
@@ -267,15 +273,23 @@ impl Stmt {
                 text!("meta l4proto != {{ tcp, udp }}"),
                 [meta(NFT_META_L4PROTO), lookup_not(tcp_or_udp())],
             ),
-            Stmt::Dport(l4, port) => out.put(
-                text!("{} dport {port}", l4.nft()),
-                [
-                    meta(NFT_META_L4PROTO),
-                    eq(&[l4.number()]),
-                    payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2),
-                    eq(&port.to_be_bytes()),
-                ],
-            ),
+            Stmt::Dport(l4, port) => {
+                out.put(text!("{} dport {port}", l4.nft()), port_is(*l4, eq(&port.to_be_bytes())))
+            }
+            Stmt::Dports(l4, ports) => {
+                let is = lookup(any_port(ports));
+                out.put(
+                    text!("{} dport {}", l4.nft(), Braces(ports, fmt::Display::fmt)),
+                    port_is(*l4, is),
+                )
+            }
+            Stmt::OtherDports(l4, ports) => {
+                let is = lookup_not(any_port(ports));
+                out.put(
+                    text!("{} dport != {}", l4.nft(), Braces(ports, fmt::Display::fmt)),
+                    port_is(*l4, is),
+                )
+            }
             Stmt::NotDport(port) => out.put(
                 text!("th dport != {port}"),
                 [payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2), neq(&port.to_be_bytes())],
@@ -385,6 +399,10 @@ impl Stmt {
                 [immediate(NFT_REG_1, &port.to_be_bytes()), Expr::Redirect { port: NFT_REG_1 }],
             ),
             Stmt::Reset => out.put(text!("reject with tcp reset"), [Expr::RejectTcpReset]),
+            Stmt::Unreachable => out.put(
+                text!("reject with icmpx port-unreachable"),
+                [Expr::RejectIcmpx { code: NFT_REJECT_ICMPX_PORT_UNREACH }],
+            ),
             Stmt::PacketMarkMap { mask, map } => out.put(
                 text!("meta mark and {mask:#010x} vmap {}", Braces(map, entry)),
                 [meta(NFT_META_MARK), and(*mask), verdict_by_mark(map)],
@@ -509,7 +527,30 @@ fn named(set: &str) -> SetRef {
 
 fn any_of<const N: usize>(key_type: u32, keys: &[[u8; N]]) -> SetRef {
     let elements = keys.iter().map(|key| (key.to_vec(), None)).collect();
-    SetRef::Anonymous(Anonymous { key_type, key_len: N as u32, elements, id: None })
+    SetRef::Anonymous(Anonymous {
+        key_type,
+        key_len: N as u32,
+        elements,
+        intervals: false,
+        id: None,
+    })
+}
+
+/// A set of intervals where one of them is more than a port.
+fn any_port(ports: &[Range<u16>]) -> SetRef {
+    let intervals = ports.iter().any(|range| range.first != range.last);
+    let keys = ports.iter().flat_map(|range| {
+        let end = range.end().filter(|_| intervals);
+        [Some(range.first), end].into_iter().flatten()
+    });
+    let elements = keys.map(|port| (port.bytes(), None)).collect();
+    let (key_type, key_len) = (TYPE_INET_SERVICE, 2);
+    SetRef::Anonymous(Anonymous { key_type, key_len, elements, intervals, id: None })
+}
+
+/// Loads the destination port of a packet of this protocol and judges it.
+fn port_is(l4: L4, test: Expr) -> [Expr; 4] {
+    [meta(NFT_META_L4PROTO), eq(&[l4.number()]), payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2), test]
 }
 
 fn tcp_or_udp() -> SetRef {
@@ -520,7 +561,7 @@ fn verdict_by_mark(map: &[(u32, Verdict)]) -> Expr {
     let element =
         |(value, verdict): &(u32, Verdict)| (value.to_ne_bytes().to_vec(), Some(verdict.clone()));
     let elements = map.iter().map(element).collect();
-    let set = Anonymous { key_type: TYPE_MARK, key_len: 4, elements, id: None };
+    let set = Anonymous { key_type: TYPE_MARK, key_len: 4, elements, intervals: false, id: None };
     Expr::LookupVerdict { set: SetRef::Anonymous(set), sreg: NFT_REG_1 }
 }
 

@@ -8,7 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::expr::Verdict;
 use super::stmt::Stmt;
-use crate::config::{Config, Gateway, Outlet, Take, Target, Tproxy};
+use crate::config::{Config, Gateway, Outlet, Take, Target, Tproxy, QUIC_PORTS};
 use crate::net::{Family, Mark, Range, L4};
 use crate::netlink::uapi::*;
 
@@ -107,11 +107,14 @@ impl Table {
         }
         chains.push(bypass_chain(config));
         chains.push(drop_chain(config));
+        if config.outlets().any(Outlet::rejects) {
+            chains.push(refuse_chain());
+        }
         for outlet in config.outlets() {
             if outlet.hijacks_dns() {
                 chains.push(dns_chain(config, outlet));
             }
-            chains.push(to_chain(config, outlet));
+            chains.extend(to_chains(config, outlet));
         }
         if !config.tproxies.is_empty() {
             chains.push(spoofed_chain(config));
@@ -149,7 +152,7 @@ impl Table {
         chains.extend(config.tproxies.iter().map(|t| receive_chain(config, t)));
         if config.routes_to_tproxy() {
             chains.push(unmark_chain(config));
-            chains.extend(config.tproxies.iter().map(|t| forward_chain(config, t)));
+            chains.extend(config.outlets().flat_map(|outlet| forward_chains(config, outlet)));
             chains.push(routed_chain(config));
             chains.push(input_chain(config));
         }
@@ -404,18 +407,17 @@ fn dns_rules(outlet: &Outlet) -> Vec<Rule> {
     outlet.dns_protocols().map(rule).collect()
 }
 
-/// DNS that `dns_chain` could not take, where the target leaves its other traffic alone: it must not
-/// get to the resolver that was asked.
+/// DNS that `dns_chain` could not take, where the target leaves other traffic alone: it must not get
+/// to the resolver that was asked.
 fn query_rules(outlet: &Outlet) -> Vec<Rule> {
-    let families = [
-        (Family::V4, outlet.ipv4, outlet.dns4.is_some()),
-        (Family::V6, outlet.ipv6, outlet.dns6.is_some()),
-    ];
+    let families = [(Family::V4, outlet.dns4.is_some()), (Family::V6, outlet.dns6.is_some())];
     let mut rules = Vec::new();
     for l4 in outlet.dns_protocols() {
-        let all = if l4 == L4::Tcp { outlet.tcp } else { outlet.udp };
-        for (family, take, hijacked) in families {
-            if hijacked && (all == Take::No || take == Take::No) {
+        let (take, ports) = outlet.protocol(l4);
+        let others = ports.iter().any(|ports| (ports.first..=ports.last).contains(&53));
+        let spares = take == Take::No || !(ports.is_empty() || others);
+        for (family, hijacked) in families {
+            if hijacked && (spares || outlet.family(family) == Take::No) {
                 rules.push(vec![Stmt::Nfproto(family), Stmt::Dport(l4, 53), Stmt::drop()]);
             }
         }
@@ -423,64 +425,139 @@ fn query_rules(outlet: &Outlet) -> Vec<Rule> {
     rules
 }
 
-/// What an outlet does not take; `leave` is the verdict for what it leaves alone.
+/// What an outlet does with protocols and families. `leave` is the verdict for what it leaves alone.
 fn switch_rules(outlet: &Outlet, leave: &Stmt) -> Vec<Rule> {
     let mut rules = Vec::new();
-    let switches = [
-        (Stmt::Nfproto(Family::V4), outlet.ipv4),
-        (Stmt::Nfproto(Family::V6), outlet.ipv6),
-        (Stmt::L4proto(L4::Tcp), outlet.tcp),
-        (Stmt::L4proto(L4::Udp), outlet.udp),
-    ];
     // drop before no: what is to be dropped in one respect must not leave by another
-    for (wanted, verdict) in [(Take::Drop, &Stmt::drop()), (Take::No, leave)] {
-        for (what, take) in &switches {
-            if *take == wanted {
-                rules.push(vec![what.clone(), verdict.clone()]);
-            }
+    for verdict in [Take::Drop, Take::Reject, Take::No] {
+        rules.extend(switches(outlet, verdict, leave));
+    }
+    for l4 in [L4::Tcp, L4::Udp] {
+        if let (_, ports @ [_, ..]) = outlet.protocol(l4) {
+            rules.push(vec![Stmt::OtherDports(l4, ports.to_vec()), leave.clone()]);
         }
     }
     rules
 }
 
-fn to_chain(config: &Config, outlet: &Outlet) -> Chain {
+/// The switches that are set to `take`.
+fn switches(outlet: &Outlet, take: Take, leave: &Stmt) -> Vec<Rule> {
+    let verdict = match take {
+        Take::Yes => return Vec::new(),
+        Take::No => leave.clone(),
+        Take::Drop => Stmt::drop(),
+        Take::Reject => Stmt::goto(REFUSE),
+    };
+    let quic = QUIC_PORTS.map(|port| Range { first: port, last: port });
+    let switches = [
+        (Stmt::Nfproto(Family::V4), outlet.ipv4),
+        (Stmt::Nfproto(Family::V6), outlet.ipv6),
+        (Stmt::L4proto(L4::Tcp), outlet.tcp),
+        (Stmt::L4proto(L4::Udp), outlet.udp),
+        (Stmt::Dports(L4::Udp, quic.to_vec()), outlet.quic),
+    ];
+    let those = switches.into_iter().filter(|(_, is)| *is == take);
+    those.map(|(what, _)| vec![what, verdict.clone()]).collect()
+}
+
+/// What is rejected is dropped and said to be: applications fail at once, and browsers whose QUIC
+/// is refused go on by TCP. An unreachable port is what they take for an answer in both families.
+const REFUSE: &str = "refuse";
+
+fn refuse_chain() -> Chain {
+    chain(REFUSE, vec![vec![Stmt::L4proto(L4::Tcp), Stmt::Reset], vec![Stmt::Unreachable]])
+}
+
+/// Whether what a TCP flow is to do may change by a reload while its target stays.
+fn spares_tcp(outlet: &Outlet) -> bool {
+    [outlet.tcp, outlet.ipv4, outlet.ipv6].contains(&Take::No) || !outlet.tcp_ports.is_empty()
+}
+
+/// TCP that has a proxy stays with it (`keep`) until it ends, whatever the target leaves alone by
+/// now: it could not survive a move. That is known by its ct mark.
+fn known_rule(config: &Config, keep: String) -> Rule {
+    let mut rule = vec![Stmt::L4proto(L4::Tcp), Stmt::CtMarked(config.mask)];
+    if config.default != Target::Direct {
+        rule.push(Stmt::NotCtMark(mark(config, config.direct_mark())));
+    }
+    rule.extend([Stmt::Counter, Stmt::goto(keep)]);
+    rule
+}
+
+/// Such TCP, which is dropped and rejected no less than other. `take` is what is done with the rest.
+fn keep_chain(outlet: &Outlet, name: String, take: &[Rule]) -> Chain {
+    let mut rules = Vec::new();
+    if outlet.hijacks_dns() {
+        rules.push(vec![Stmt::Dnatted, Stmt::accept()]);
+    }
+    for verdict in [Take::Drop, Take::Reject] {
+        rules.extend(switches(outlet, verdict, &Stmt::accept()));
+    }
+    rules.extend_from_slice(take);
+    chain(name, rules)
+}
+
+fn keep_name(outlet: &Outlet) -> String {
+    format!("keep_{}", outlet.name)
+}
+
+/// The same for routed packets.
+fn forward_keep_name(outlet: &Outlet) -> String {
+    format!("fwkeep_{}", outlet.name)
+}
+
+/// The chains by which a target takes packets of this host's processes.
+fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     let mut rules = Vec::new();
     if outlet.dns_local {
         rules.push(jump(EXEMPT));
         rules.extend(dns_rules(outlet));
     }
     rules.extend(local_rules(config));
-    rules.extend([jump_bypass(), vec![Stmt::Counter]]);
+    rules.push(jump_bypass());
+    let own = mark(config, outlet.mark);
+    let take = vec![Stmt::SetPacketMark(own), Stmt::accept()];
+    let mut chains = Vec::new();
+    if spares_tcp(outlet) {
+        rules.push(known_rule(config, keep_name(outlet)));
+        chains.push(keep_chain(outlet, keep_name(outlet), &[take.clone()]));
+    }
+    rules.push(vec![Stmt::Counter]);
     if !outlet.dns_local {
         rules.extend(dns_rules(outlet));
     }
-    let own = mark(config, outlet.mark);
     // the kernel's answer (port unreachable) to what the proxy sent on the remote host's behalf:
     // it would leave for the true destination
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), Stmt::drop()]);
     rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
     rules.extend(query_rules(outlet));
     rules.extend(switch_rules(outlet, &leave(config)));
-    rules.push(set_ct_mark(own));
-    rules.push(vec![Stmt::SetPacketMark(own), Stmt::accept()]);
-    chain(format!("to_{}", outlet.name), rules)
+    rules.extend([set_ct_mark(own), take]);
+    chains.push(chain(format!("to_{}", outlet.name), rules));
+    chains
 }
 
 /// Routed packets of a target. The mark makes the route look-up deliver them here.
-fn forward_chain(config: &Config, tproxy: &Tproxy) -> Chain {
-    let own = mark(config, tproxy.outlet.mark);
+fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
+    let own = mark(config, outlet.mark);
     let here = Stmt::SetPacketMark(mark(config, config.gateway_mark()));
-    let mut rules = dns_rules(&tproxy.outlet);
+    let take = vec![here.clone(), Stmt::goto(format!("tproxy_{}", outlet.name))];
+    let (mut rules, mut chains) = (Vec::new(), Vec::new());
+    if spares_tcp(outlet) {
+        rules.push(known_rule(config, forward_keep_name(outlet)));
+        chains.push(keep_chain(outlet, forward_keep_name(outlet), &[take.clone()]));
+    }
+    rules.extend(dns_rules(outlet));
     // a client's ICMP error (packet too big) about a flow that ends at the proxy is the proxy's
     for known in [own, spoofed(config)] {
         rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(known), here.clone(), Stmt::accept()]);
     }
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::accept()]);
-    rules.extend(query_rules(&tproxy.outlet));
-    rules.extend(switch_rules(&tproxy.outlet, &Stmt::accept()));
-    rules.push(set_ct_mark(own));
-    rules.push(vec![here, Stmt::goto(format!("tproxy_{}", tproxy.outlet.name))]);
-    chain(format!("forward_{}", tproxy.outlet.name), rules)
+    rules.extend(query_rules(outlet));
+    rules.extend(switch_rules(outlet, &Stmt::accept()));
+    rules.extend([set_ct_mark(own), take]);
+    chains.push(chain(format!("forward_{}", outlet.name), rules));
+    chains
 }
 
 /// Routed flows that are known by their ct mark: they stay with their proxy until they end.

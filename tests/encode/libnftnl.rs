@@ -23,6 +23,7 @@ const SPLIT: usize = 32 * 1024;
 const IPADDR: u32 = 7;
 const IP6ADDR: u32 = 8;
 const INET_PROTOCOL: u32 = 12;
+const INET_SERVICE: u32 = 13;
 const MARK: u32 = 19;
 const ICMP6_TYPE: u32 = 29;
 const ETHERADDR: u32 = 9;
@@ -332,6 +333,9 @@ impl Reference {
             Expr::RejectTcpReset => NExpr::new(c"reject")
                 .u32(NFTNL_EXPR_REJECT_TYPE, libc::NFT_REJECT_TCP_RST as u32)
                 .u8(NFTNL_EXPR_REJECT_CODE, 0),
+            Expr::RejectIcmpx { code } => NExpr::new(c"reject")
+                .u32(NFTNL_EXPR_REJECT_TYPE, libc::NFT_REJECT_ICMPX_UNREACH as u32)
+                .u8(NFTNL_EXPR_REJECT_CODE, *code),
             Expr::FibAddrtype { of, dreg } => NExpr::new(c"fib")
                 .u32(NFTNL_EXPR_FIB_FLAGS, *of)
                 .u32(NFTNL_EXPR_FIB_RESULT, FIB_RESULT_ADDRTYPE)
@@ -352,7 +356,10 @@ impl Reference {
     }
 
     fn anonymous(&mut self, set: &Anonymous) -> &'static str {
-        let flags = libc::NFT_SET_ANONYMOUS | libc::NFT_SET_CONSTANT;
+        let mut flags = libc::NFT_SET_ANONYMOUS | libc::NFT_SET_CONSTANT;
+        if set.intervals {
+            flags |= libc::NFT_SET_INTERVAL;
+        }
         let is_map = set.elements[0].1.is_some();
         let name = if is_map { "__map%d" } else { "__set%d" };
         let object = match is_map {
@@ -363,8 +370,12 @@ impl Reference {
                 .u32(NFTNL_SET_DATA_LEN, 0),
         };
         self.send_set(&object);
-        let elements = set.elements.iter().map(|(key, verdict)| {
-            let elem = NElem::key(key);
+        let elements = set.elements.iter().enumerate().map(|(at, (key, verdict))| {
+            let mut elem = NElem::key(key);
+            if set.intervals && at % 2 == 1 {
+                let flags = libc::NFT_SET_ELEM_INTERVAL_END as u32;
+                elem = elem.u32(NFTNL_SET_ELEM_FLAGS, flags);
+            }
             match verdict.as_ref().map(code) {
                 None => elem,
                 Some((code, None)) => elem.u32(NFTNL_SET_ELEM_VERDICT, code),
@@ -402,7 +413,7 @@ impl Reference {
             .u32(NFTNL_SET_KEY_LEN, key_len);
         let order = match key_type {
             MARK | CGROUPV2 | INTEGER => HOST_ENDIAN,
-            IPADDR | IP6ADDR | ETHERADDR | INET_PROTOCOL | ICMP6_TYPE => BIG_ENDIAN,
+            IPADDR | IP6ADDR | ETHERADDR | INET_PROTOCOL | INET_SERVICE | ICMP6_TYPE => BIG_ENDIAN,
             other => panic!("what byte order has nft's data type {other}?"),
         };
         // SAFETY: the buffer has room for one attribute, and libnftnl copies it into the set

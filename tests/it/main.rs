@@ -37,6 +37,7 @@ mod world;
 
 mod classify;
 mod demo;
+mod destinations;
 mod dying;
 mod examples;
 mod faults;
