@@ -5,7 +5,6 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -13,12 +12,11 @@ use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::backoff::{Backoff, Looks, Reminder};
-use crate::cgroup::backlog::Backlog;
 use crate::cgroup::core::Core;
 use crate::cgroup::dying::{hash, Dying};
-use crate::cgroup::event::{Action, Event, Found, Scan};
-use crate::cgroup::watch::{self, Watcher};
-use crate::cgroup::{mount, tree};
+use crate::cgroup::event::Event;
+use crate::cgroup::follow::{Cgroups, Levels, TURN_TIME};
+use crate::cgroup::mount;
 use crate::config::{proxied_marks, Config, OnExit, Target};
 use crate::confine::confine;
 use crate::error::{Error, Result};
@@ -28,7 +26,7 @@ use crate::kernel::routing::Routing;
 use crate::kernel::sockets::{self, Doubts};
 use crate::kernel::{Damage, Held, Kernel};
 use crate::log;
-use crate::log::{Escaped, Level};
+use crate::log::Level;
 use crate::loops;
 use crate::memory;
 use crate::net::Mark;
@@ -47,32 +45,11 @@ use crate::sys;
 /// Events that a full inotify queue holds, and some that come meanwhile.
 const FULL_QUEUE: usize = 20_000;
 
-/// Events that are handled before what they mean is committed, and cgroups that are watched and
-/// listed before that.
-const TURN: usize = 32;
-const AT_ONCE: usize = 256;
-
-/// How long either is done before anything else has its turn: another user's new cgroup waits for
-/// some of these at most.
-const TURN_TIME: Duration = Duration::from_millis(1);
-
-/// Buffers of events that are read at a time, so that nobody's events wait unread behind another's.
-const BUFFERS: usize = 16;
-
-/// Events that may wait; the kernel keeps as many more.
-const MOST: usize = 16_384;
-
 /// When another program that has begun to change the ways of packets has ended that.
 const SETTLED: Duration = Duration::from_secs(1);
 
 /// Different things about the ways of others that are told.
 const MOST_TOLD: usize = 64;
-
-/// How often a directory is looked at that cannot be watched.
-const LOOK_AGAIN: Duration = Duration::from_secs(5);
-
-/// How soon, where the last look helped and others remain.
-const SOON: Duration = Duration::from_millis(50);
 
 /// How long sockets are judged and ended before anything else has its turn.
 const SLICE: Duration = Duration::from_millis(5);
@@ -83,67 +60,22 @@ const FIRST_SLICE: Duration = Duration::from_millis(100);
 /// How long what is found with others waits for these before its sockets are judged.
 const LONGEST_BATCH: Duration = Duration::from_secs(1);
 
-/// How soon after a cgroup was removed the first look whether it is dead, and at the longest how long
-/// between two; mostly the kernel is done with it within some 20 ms.
-const DYING: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(150));
-
 /// How often every descriptor is read where they cannot be polled.
 const LOOK_BLINDLY: Duration = Duration::from_millis(50);
 
-/// A directory tree under watch, and what is known of it.
-struct Cgroups {
-    root: mount::Root,
-    watcher: Watcher,
-    /// Read, and not handled yet.
-    events: Backlog<Event>,
-    core: Core,
-    /// Found, and neither watched nor listed yet; or listed, and not looked at yet.
-    work: Backlog<Work>,
-    /// Until when is to be done at once what may as well wait.
-    until: Instant,
-    look_again: Option<Instant>,
-    /// That some cgroups cannot be watched has been told.
-    blind: bool,
-    /// The root may be gone, or another one.
-    in_doubt: bool,
-    /// The root is gone, and that has been told.
-    lost: bool,
-    /// When to look at removed cgroups that sockets may hold.
-    dying: Option<Instant>,
-    /// How long after that to look again.
-    dying_pause: Duration,
-    /// The last look at all sockets for that, or when there was nothing to look for.
-    held: Instant,
-    /// That there are too many of them has been told.
-    crowded: bool,
-    /// Memory for what the core asks.
-    actions: Vec<Action>,
-    /// A cgroup has come that a tproxy has.
-    proxied: bool,
-}
-
-/// What the kernel has told of its levels.
-#[derive(Default)]
-struct Host {
-    /// Level of the root of our cgroup namespace.
-    base: usize,
-    /// The deepest one that it takes, where some were refused.
-    deepest: Option<usize>,
-}
-
-impl Host {
-    /// Asks where that is not known beforehand. Errors: nothing would match.
-    pub fn ask(kernel: &mut Kernel) -> Result<Host> {
-        match levels(kernel)? {
-            Ok(base) => Ok(Host { base, deepest: None }),
-            Err(why) => {
-                log!(
-                    Warning,
-                    "{why}: levels of cgroups are taken to begin at the root of the namespace, as \
-                     newer kernels have it"
-                );
-                Ok(Host::default())
-            }
+/// What the kernel tells of its levels, where that is not known beforehand.
+///
+/// Errors: nothing would match.
+fn ask_levels(kernel: &mut Kernel) -> Result<Levels> {
+    match levels(kernel)? {
+        Ok(base) => Ok(Levels { base, deepest: None }),
+        Err(why) => {
+            log!(
+                Warning,
+                "{why}: levels of cgroups are taken to begin at the root of the namespace, as newer \
+                 kernels have it"
+            );
+            Ok(Levels::default())
         }
     }
 }
@@ -173,17 +105,11 @@ pub fn levels(kernel: &mut Kernel) -> Result<std::result::Result<usize, Error>> 
     }
 }
 
-/// A look at a cgroup that can wait until the elements of those before it are in force.
-enum Work {
-    Watch(Found),
-    Scan(Scan),
-}
-
 struct Daemon<'a> {
     options: &'a Options,
     pidfile: Option<Pidfile>,
     signals: &'a mut Signals,
-    host: Host,
+    levels: Levels,
     /// Tells of mounts.
     mounts: Option<File>,
     kernel: Kernel,
@@ -282,11 +208,11 @@ fn begin<'a>(
     };
     let on_exit = config.on_exit;
     let mounts = File::open("/proc/self/mountinfo").ok();
-    let scanned = Host::ask(&mut kernel).and_then(|host| {
-        Ok(Cgroups::scan(Rc::new(config), &host, signals)?.map(|cgroups| (host, cgroups)))
+    let scanned = ask_levels(&mut kernel).and_then(|levels| {
+        Ok(follow(Rc::new(config), &levels, signals)?.map(|cgroups| (levels, cgroups)))
     });
     let scanned = scanned.inspect_err(|_| instance::give_back(&mut kernel, before))?;
-    let Some((host, cgroups)) = scanned else {
+    let Some((levels, cgroups)) = scanned else {
         // what another instance has left in force is ours to remove as well, or to leave
         match signals.end()? {
             Some(End::Stop) if on_exit == OnExit::Remove => remove(&mut kernel)?,
@@ -298,7 +224,7 @@ fn begin<'a>(
         options,
         pidfile,
         signals,
-        host,
+        levels,
         mounts,
         kernel,
         cgroups,
@@ -318,6 +244,18 @@ fn begin<'a>(
     Ok(Some(daemon))
 }
 
+/// Follows every cgroup that there is; `None` where the end is wanted first.
+fn follow(config: Rc<Config>, levels: &Levels, signals: &mut Signals) -> Result<Option<Cgroups>> {
+    let mut cgroups = Cgroups::follow(config, levels)?;
+    while cgroups.work() > 0 {
+        if signals.end()?.is_some() {
+            return Ok(None);
+        }
+    }
+    cgroups.begin()?;
+    Ok(Some(cgroups))
+}
+
 /// Waits until `due`, or for SIGHUP; false where a signal ends the program before it has begun.
 fn wait_to_retry(signals: &mut Signals, due: Instant) -> Result<bool> {
     loop {
@@ -335,273 +273,6 @@ fn wait_to_retry(signals: &mut Signals, due: Instant) -> Result<bool> {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(Error::system("unable to wait for the next try", errno)),
         }
-    }
-}
-
-impl Cgroups {
-    /// Watches and scans everything; `None` where the end is wanted first.
-    fn scan(config: Rc<Config>, host: &Host, signals: &mut Signals) -> Result<Option<Cgroups>> {
-        let root = mount::find(config.cgroup_root.as_deref())?;
-        let mut core = Core::new(config, root.dir.as_os_str().as_bytes(), root.level + host.base);
-        if let Some(level) = host.deepest {
-            core.set_deepest(level);
-        }
-        let mut watcher = Watcher::new(&root.dir)?;
-        watcher.guard(&root.mount, false);
-        let mut cgroups = Cgroups {
-            root,
-            watcher,
-            events: Backlog::default(),
-            core,
-            work: Backlog::default(),
-            until: Instant::now(),
-            look_again: None,
-            blind: false,
-            in_doubt: false,
-            lost: false,
-            dying: None,
-            dying_pause: DYING.0,
-            held: Instant::now(),
-            crowded: false,
-            actions: Vec::new(),
-            proxied: false,
-        };
-        let start = cgroups.core.start();
-        cgroups.act(&mut vec![start]);
-        while cgroups.work() > 0 {
-            if signals.end()?.is_some() {
-                return Ok(None);
-            }
-        }
-        cgroups.watcher.tell_late();
-        match cgroups.core.tree().is_empty() {
-            false => Ok(Some(cgroups)),
-            true => Err(watch::unreadable(&cgroups.root.dir)),
-        }
-    }
-
-    /// What the table should hold.
-    fn contents(&mut self) -> Contents {
-        let snapshot = self.core.snapshot();
-        plan::contents(self.core.config(), snapshot)
-    }
-
-    /// The path of a cgroup, fit to print, and its target.
-    fn home(&self, id: u64) -> Option<loops::Home> {
-        let (path, target) = self.core.verdict(id)?;
-        Some((watch::display(path), target))
-    }
-
-    fn step(&mut self, event: Event) {
-        // mapped and unmapped each time otherwise
-        let mut actions = std::mem::take(&mut self.actions);
-        self.core.step(event, &mut actions);
-        self.act(&mut actions);
-        if actions.capacity() <= AT_ONCE {
-            self.actions = actions;
-        }
-    }
-
-    /// Whether any work waits.
-    fn is_busy(&self) -> bool {
-        !(self.events.is_empty() && self.work.is_empty())
-    }
-
-    /// Does some of the work that waits, which may make more of it; returns how much.
-    fn work(&mut self) -> usize {
-        let mut start = Instant::now();
-        self.until = start + TURN_TIME;
-        for done in 0..AT_ONCE {
-            if start >= self.until {
-                return done;
-            }
-            let Some((account, work)) = self.work.pop() else {
-                return done;
-            };
-            let event = match work {
-                Work::Watch(found) => self.watcher.watch(&found),
-                Work::Scan(scan) => self.watcher.scan(&scan),
-            };
-            self.step(event);
-            let end = Instant::now();
-            self.work.charge(account, nanoseconds(end - start));
-            start = end;
-        }
-        AT_ONCE
-    }
-
-    /// Puts off a look at a cgroup.
-    fn put_off(&mut self, path: &crate::cgroup::tree::Path, work: Work) {
-        let dir = tree::parent(path).and_then(|parent| self.core.tree().get(parent));
-        let (account, wd) = dir.map_or((0, None), |dir| (dir.account, dir.wd));
-        self.work.push(account, wd.unwrap_or(-1), work);
-    }
-
-    /// Does what the core asks until it asks for nothing more, but for what can wait until the
-    /// elements are in force: watching what was found.
-    fn act(&mut self, actions: &mut Vec<Action>) {
-        while let Some(action) = actions.pop() {
-            match action {
-                // a long list of children
-                Action::Scan(scan) if Instant::now() >= self.until => {
-                    self.put_off(&scan.path.clone(), Work::Scan(scan))
-                }
-                Action::Scan(scan) => {
-                    let event = self.watcher.scan(&scan);
-                    self.core.step(event, actions);
-                }
-                Action::Watch(found) => {
-                    let target = || self.core.target(&found.path);
-                    self.proxied |= !self.proxied && matches!(target(), Some(Target::Tproxy(_)));
-                    self.put_off(&found.path.clone(), Work::Watch(found))
-                }
-                Action::Unwatch(wd) => self.watcher.unwatch(wd),
-                Action::CountDying(path) => {
-                    let event = self.watcher.count_dying(path);
-                    self.core.step(event, actions);
-                }
-                Action::Crowded => {
-                    if !std::mem::replace(&mut self.crowded, true) {
-                        let text = format_args!(
-                            "too many removed cgroups are held, maybe by sockets: what the oldest \
-                             of these send goes the way of the cgroup above them"
-                        );
-                        log::write_limited(Level::Notice, text);
-                    }
-                }
-                Action::Classified { path, target } => {
-                    if target.is_none() {
-                        self.await_death();
-                    }
-                    let config = self.core.config();
-                    let name = target.map_or("gone", |target| config.target_name(target));
-                    log::write_limited(Level::Info, format_args!("{}: {name}", Escaped(&path)));
-                }
-                Action::Blind { path, errno } => self.blind(&path, errno),
-            }
-        }
-        match self.core.wants_retry() {
-            true if self.look_again.is_none() => {
-                self.look_again = Some(Instant::now() + LOOK_AGAIN)
-            }
-            true => {}
-            false => {
-                self.look_again = None;
-                if std::mem::take(&mut self.blind) {
-                    let text = format_args!("every cgroup is watched again");
-                    log::write_limited(Level::Notice, text);
-                }
-            }
-        }
-    }
-
-    /// Looks again at some of what could not be watched, and soon at the rest if that helped.
-    fn look_again(&mut self) {
-        let before = self.core.blind();
-        self.look_again = None;
-        self.until = Instant::now() + TURN_TIME;
-        self.step(Event::Retry);
-        self.work();
-        if self.look_again.is_some() && self.core.blind() < before {
-            self.look_again = Some(Instant::now() + SOON);
-        }
-    }
-
-    /// Keeps what another root's cgroups have left: removed ones are known by their level, whatever
-    /// the root is.
-    fn adopt_dying(&mut self, other: &Cgroups) {
-        if !other.core.keeps_dying() {
-            return;
-        }
-        let (old, new) = (other.core.config(), self.core.config().clone());
-        let known = |dying: &Dying| {
-            let target = new.named(old.target_name(dying.target))?;
-            Some(Dying::known_by(dying.hash, dying.level, target))
-        };
-        self.core.keep_dying(other.core.dying().filter_map(known));
-        self.await_death();
-    }
-
-    /// A cgroup has been removed, and may be held.
-    fn await_death(&mut self) {
-        let Some(dying) = self.core.dying().next().map(|_| self.dying) else {
-            return;
-        };
-        let now = Instant::now();
-        let soon = now + DYING.0;
-        if dying.is_none() {
-            self.held = now;
-        }
-        self.dying = Some(dying.map_or(soon, |at| at.min(soon)));
-        self.dying_pause = DYING.0;
-    }
-
-    /// Told of the first cgroup only: whatever the reason, it tends to befall many.
-    fn blind(&mut self, path: &crate::cgroup::tree::Path, errno: Errno) {
-        if std::mem::replace(&mut self.blind, true) {
-            return;
-        }
-        let remedy = match errno {
-            Errno::ENOSPC => "; raise the sysctl fs.inotify.max_user_watches",
-            Errno::EACCES => "; grant CAP_DAC_READ_SEARCH",
-            Errno::EMFILE => "; raise the limit of open files (ulimit -n)",
-            _ => "",
-        };
-        let every = LOOK_AGAIN.as_secs();
-        log::write_limited(
-            Level::Warning,
-            format_args!(
-                "unable to watch cgroup {} (there may be more): {}, looking every {every} s{remedy}",
-                watch::display(path),
-                crate::error::reason(errno)
-            ),
-        );
-    }
-
-    /// Takes what inotify has, and handles some of what waits; returns how much.
-    fn drain(&mut self) -> Result<usize> {
-        for _ in 0..BUFFERS {
-            if self.events.len() >= MOST {
-                break;
-            }
-            let above = self.watcher.above().to_vec();
-            let (read, more) = self.watcher.read()?;
-            for event in read.filter_map(watch::event) {
-                let dir = match event {
-                    Event::Changed { wd, .. } | Event::Unwatched { wd } => wd,
-                    _ => -1,
-                };
-                if event == Event::Overflow {
-                    log!(Notice, "cgroup events were lost, looking at everything");
-                    // and with it at what waits
-                    self.events = Backlog::default();
-                }
-                if above.contains(&dir) || event == Event::Overflow {
-                    self.in_doubt = true;
-                }
-                let path = self.core.tree().watched(dir);
-                let account = path.map_or(0, |path| self.core.account(path));
-                self.events.push(account, dir, event);
-            }
-            if !more {
-                break;
-            }
-        }
-        let mut start = Instant::now();
-        self.until = start + TURN_TIME;
-        for done in 0..TURN {
-            if start >= self.until {
-                return Ok(done);
-            }
-            let Some((account, event)) = self.events.pop() else {
-                return Ok(done);
-            };
-            self.step(event);
-            let end = Instant::now();
-            self.events.charge(account, nanoseconds(end - start));
-            start = end;
-        }
-        Ok(TURN)
     }
 }
 
@@ -811,7 +482,7 @@ impl Daemon<'_> {
         }
         let host = self.kernel.glance();
         let name = |index| host.interface_name(index);
-        let home = |id| self.cgroups.home(id);
+        let home = |id| self.cgroups.core.home(id);
         for line in faults::bound(&config, &host.bound, home, name) {
             log::write_limited(Level::Warning, format_args!("{line}"));
         }
@@ -831,7 +502,7 @@ impl Daemon<'_> {
         let config = self.cgroups.core.config().clone();
         let ports = config.tproxies.iter().map(|tproxy| tproxy.port);
         let listeners: Vec<_> = ports.map(|port| self.kernel.listeners(port)).collect();
-        loops::find(&config, &listeners, |id| self.cgroups.home(id))
+        loops::find(&config, &listeners, |id| self.cgroups.core.home(id))
     }
 
     /// Tells of loops that have begun, a little after a cgroup has come in which that may be: its
@@ -867,7 +538,7 @@ impl Daemon<'_> {
             if memory::waited() {
                 log!(Warning, "memory had run out; raise the limit (ulimit -v)");
             }
-            if ready.cgroups || !self.cgroups.events.is_empty() {
+            if ready.cgroups || self.cgroups.has_events() {
                 self.cgroups.drain()?;
             }
             if ready.mounts || std::mem::take(&mut self.cgroups.in_doubt) {
@@ -937,8 +608,7 @@ impl Daemon<'_> {
         // which waits for the table
         let late = self.late.due().filter(|_| self.table.due().is_none());
         let due = [
-            self.cgroups.look_again,
-            self.cgroups.dying,
+            self.cgroups.due(),
             self.look_at_others,
             self.table.due(),
             self.routing.due(),
@@ -959,21 +629,16 @@ impl Daemon<'_> {
     /// it is due.
     fn heal(&mut self, notified: bool) {
         let now = Instant::now();
-        if self.cgroups.look_again.is_some_and(|at| at <= now) {
-            match self.cgroups.lost {
-                false => self.cgroups.look_again(),
-                true => {
-                    self.cgroups.look_again = Some(now + LOOK_AGAIN);
-                    self.look_at_root();
-                }
-            }
+        if !self.cgroups.lost {
+            self.cgroups.look_again(now);
+        } else if self.cgroups.is_look_due(now) {
+            self.look_at_root();
         }
         if self.look_at_others.is_some_and(|at| at <= now) {
             self.warn_of_others(false);
         }
-        if self.cgroups.dying.is_some_and(|at| at <= now) {
-            self.look_at_dying(now);
-        }
+        let Daemon { cgroups, kernel, .. } = self;
+        cgroups.look_at_dying(now, || kernel.held_cgroups());
         let damage = match notified {
             true => self.kernel.damage(&plan::needs(self.cgroups.core.config())),
             false => Damage::default(),
@@ -1011,7 +676,7 @@ impl Daemon<'_> {
             return;
         }
         let config = self.cgroups.core.config().clone();
-        match Cgroups::scan(config, &self.host, self.signals) {
+        match follow(config, &self.levels, self.signals) {
             Ok(Some(mut fresh)) => {
                 fresh.adopt_dying(&self.cgroups);
                 if let Some(next) = self.cgroups.core.drafted() {
@@ -1042,21 +707,6 @@ impl Daemon<'_> {
                 }
             }
         }
-    }
-
-    /// Looks which of the removed cgroups are dead.
-    fn look_at_dying(&mut self, now: Instant) {
-        self.cgroups.step(Event::LookAtDying);
-        let some = |cgroups: &Cgroups| cgroups.core.dying().next().is_some();
-        if some(&self.cgroups) && now.saturating_duration_since(self.cgroups.held) >= DYING.1 {
-            self.cgroups.held = now;
-            if let Some(ids) = self.kernel.held_cgroups() {
-                self.cgroups.step(Event::Held { ids });
-            }
-        }
-        let pause = self.cgroups.dying_pause;
-        self.cgroups.dying_pause = (pause * 2).min(DYING.1);
-        self.cgroups.dying = some(&self.cgroups).then(|| now + pause);
     }
 
     /// Commits what is known, then watches what is new, and so on where that finds children; not
@@ -1156,9 +806,9 @@ impl Daemon<'_> {
     }
 
     fn replace(&mut self) -> Result<()> {
-        let done = self.kernel.replace(&self.cgroups.contents());
+        let done = self.kernel.replace(&contents(&mut self.cgroups.core));
         match done.is_err() && self.leave_out_levels() {
-            true => self.kernel.replace(&self.cgroups.contents()),
+            true => self.kernel.replace(&contents(&mut self.cgroups.core)),
             false => done,
         }
     }
@@ -1166,11 +816,11 @@ impl Daemon<'_> {
     /// Leaves out what lies deeper than the kernel can match: one such cgroup must not cost all
     /// others. False where nothing does.
     fn leave_out_levels(&mut self) -> bool {
-        if self.host.deepest.is_none() {
-            self.host.deepest = self.kernel.deepest_level().ok();
+        if self.levels.deepest.is_none() {
+            self.levels.deepest = self.kernel.deepest_level().ok();
         }
         // a kernel that takes none lacks more than some levels
-        let Some(level) = self.host.deepest.filter(|level| *level > 0) else {
+        let Some(level) = self.levels.deepest.filter(|level| *level > 0) else {
             return false;
         };
         if !self.cgroups.core.set_deepest(level) {
@@ -1256,7 +906,7 @@ impl Daemon<'_> {
         let before = match new.cgroup_root == old.cgroup_root {
             true => None,
             false => {
-                let fresh = Cgroups::scan(new.clone(), &self.host, self.signals)?;
+                let fresh = follow(new.clone(), &self.levels, self.signals)?;
                 let mut fresh =
                     fresh.ok_or_else(|| Error::State("the end is wanted first".into()))?;
                 fresh.adopt_dying(&self.cgroups);
@@ -1342,8 +992,10 @@ impl Daemon<'_> {
     }
 }
 
-fn nanoseconds(time: Duration) -> u64 {
-    time.as_nanos() as u64
+/// What the table should hold.
+fn contents(core: &mut Core) -> Contents {
+    let snapshot = core.snapshot();
+    plan::contents(core.config(), snapshot)
 }
 
 /// The table first: without it no packet is marked, so none misses the rules.

@@ -51,6 +51,8 @@ struct Host {
     found: Vec<Found>,
     /// What it wants to look at, and can wait.
     later: Vec<Scan>,
+    /// It wants to look again after some time.
+    look_again: bool,
     /// Nothing changes by itself, and nothing fails.
     calm: bool,
 }
@@ -351,7 +353,8 @@ fn act(core: &mut Core, host: &mut Host, mut actions: Vec<Action>, random: &mut 
                 let event = host.count_dying(path);
                 core.step(event, &mut actions);
             }
-            Action::Crowded | Action::Classified { .. } | Action::Blind { .. } => {}
+            Action::LookAgain(pause) => host.look_again = pause.is_some(),
+            Action::Tell(_) => {}
         }
     }
     steps
@@ -475,7 +478,7 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize) {
                     !all || core.dying().next().is_none(),
                     "seed {seed} at {done}: kept for ever"
                 );
-                if !core.wants_retry() {
+                if !host.look_again {
                     let live: BTreeSet<u64> = host.dirs.values().copied().collect();
                     let watched: Vec<u64> = host.watches.values().copied().collect();
                     let set: BTreeSet<u64> = watched.iter().copied().collect();
@@ -517,12 +520,12 @@ fn settle(core: &mut Core, host: &mut Host, kernel: &mut Kernel, random: &mut Ra
         }
         while watch(core, host, random) {}
         kernel.commit(core, host, false);
-        if core.wants_retry() {
+        if host.look_again {
             core.step(Event::Retry, &mut actions);
             act(core, host, actions, random);
             while watch(core, host, random) {}
         }
-        if host.queue.is_empty() && (!core.wants_retry() || host.max_watches != usize::MAX) {
+        if host.queue.is_empty() && (!host.look_again || host.max_watches != usize::MAX) {
             break;
         }
     }

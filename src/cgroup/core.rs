@@ -2,13 +2,13 @@
 //! [`Action`]s, and what the kernel's sets should then hold as a [`Delta`]. Pure: no I/O, no clock.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::ops::Bound;
 use std::rc::Rc;
 
 use nix::errno::Errno;
 
+use super::blind::Blind;
 use super::dying::{self, Dying};
-use super::event::{Action, Event, Found, Scan};
+use super::event::{Action, Event, Found, Note, Scan};
 use super::ranking::Ranking;
 use super::tree::{self, Node, Path, Tree};
 use crate::config::{Config, Target};
@@ -66,9 +66,7 @@ pub struct Core {
     /// kernel cannot match them.
     dying: Option<dying::List>,
     /// Directories without a watch, or that could not be scanned.
-    blind: BTreeSet<Path>,
-    /// The last of them that was looked at again.
-    retried: Option<Path>,
+    blind: Blind,
     memo: policy::Memo,
     /// The policy that is to follow, as far as it has been worked out.
     draft: Option<Ranking>,
@@ -80,9 +78,6 @@ pub struct Core {
 
 /// Deepest level that `socket cgroupv2` can name; what lies deeper inherits.
 const MAX_LEVEL: usize = 255;
-
-/// How many directories are looked at again at a time: one user's must not keep us from others'.
-const RETRIES: usize = 500;
 
 impl Core {
     /// An empty tree, of a cgroup root with that directory and level; [`Core::start`] gives the first
@@ -97,8 +92,7 @@ impl Core {
             committed_pairs: BTreeSet::new(),
             pending: HashMap::new(),
             dying: None,
-            blind: BTreeSet::new(),
-            retried: None,
+            blind: Blind::default(),
             memo: policy::Memo::default(),
             draft: None,
             late: HashMap::new(),
@@ -118,6 +112,12 @@ impl Core {
     pub fn verdict(&self, id: u64) -> Option<(&Path, Target)> {
         let (path, node) = self.tree.iter().find(|(_, node)| node.id == id)?;
         Some((path, policy::target(&self.config, node.rank)))
+    }
+
+    /// The same, fit to print.
+    pub fn home(&self, id: u64) -> Option<(String, Target)> {
+        let (path, target) = self.verdict(id)?;
+        Some((tree::display(path), target))
     }
 
     /// The target of the cgroup with this path.
@@ -144,16 +144,6 @@ impl Core {
     /// Those cgroups by their ids, and the targets by which they went; once.
     pub fn take_late(&mut self) -> HashMap<u64, Target> {
         std::mem::take(&mut self.late)
-    }
-
-    /// True while something has to be looked at again after some seconds.
-    pub fn wants_retry(&self) -> bool {
-        !self.blind.is_empty()
-    }
-
-    /// How many directories have to be looked at again.
-    pub fn blind(&self) -> usize {
-        self.blind.len()
     }
 
     /// Keeps those that are removed from now on in the kernel for as long as sockets may hold them,
@@ -197,11 +187,9 @@ impl Core {
         match event {
             Event::Changed { wd, name } => {
                 // of a directory that is gone: its parent's event has been, or will be, seen
-                let Some(parent) = self.tree.watched(wd) else {
-                    return;
-                };
-                let path = tree::child(parent, &name);
-                actions.push(self.scan(path, false));
+                if let Some(parent) = self.tree.watched(wd) {
+                    actions.push(self.scan(tree::child(parent, &name), false));
+                }
             }
             Event::Unwatched { wd } => {
                 if let Some(path) = self.tree.unwatch(wd) {
@@ -239,15 +227,12 @@ impl Core {
                 self.let_go(|list| list.seen(&ids));
             }
             Event::Retry => {
-                let after = self.retried.take();
-                let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-                let blind = self.blind.range((from, Bound::Unbounded));
-                let blind: Vec<Path> = blind.take(RETRIES).cloned().collect();
-                // the end of them: the next time, from the first on
-                self.retried = blind.last().filter(|_| blind.len() == RETRIES).cloned();
-                actions.extend(blind.into_iter().map(|path| self.scan(path, true)));
+                let turn = self.blind.turn();
+                actions.extend(turn.into_iter().map(|path| self.scan(path, true)));
             }
+            Event::Retried => self.blind.after_turn(actions),
         }
+        self.blind.mind(actions);
     }
 
     /// Takes it that the kernel matches no level deeper than that: what lies there inherits. As
@@ -411,7 +396,7 @@ impl Core {
             }
             self.place(&path, id, None, element);
             if element.is_some() {
-                actions.push(Action::Classified { path, target: element });
+                actions.push(Action::Tell(Note::Classified { path, target: element }));
             }
         }
         actions.push(Action::Watch(found));
@@ -432,10 +417,8 @@ impl Core {
             return;
         };
         match refused {
-            None => {
-                self.blind.remove(&path);
-            }
-            Some(errno) => self.set_blind(&path, errno, actions),
+            None => self.blind.remove(&path),
+            Some(errno) => self.blind.refused(&path, errno, actions),
         }
         if before != wd {
             actions.extend(before.map(Action::Unwatch));
@@ -497,11 +480,11 @@ impl Core {
             }
             if let Some(target) = node.element {
                 if self.dying.as_ref().is_some_and(|list| list.len() >= dying::MOST) {
-                    actions.push(Action::Crowded);
+                    actions.push(Action::Tell(Note::Crowded));
                 }
                 let level = self.level(&path);
                 self.keep(Dying::new(node.id, level, target, path.clone()));
-                actions.push(Action::Classified { path, target: None });
+                actions.push(Action::Tell(Note::Classified { path, target: None }));
             }
         }
         if path.is_empty() {
@@ -513,13 +496,7 @@ impl Core {
     fn failed(&mut self, path: Path, errno: Errno, actions: &mut Vec<Action>) {
         let parent_known = tree::parent(&path).is_none_or(|p| self.tree.get(p).is_some());
         if parent_known {
-            self.set_blind(&path, errno, actions);
-        }
-    }
-
-    fn set_blind(&mut self, path: &Path, errno: Errno, actions: &mut Vec<Action>) {
-        if self.blind.insert(path.clone()) {
-            actions.push(Action::Blind { path: path.clone(), errno });
+            self.blind.refused(&path, errno, actions);
         }
     }
 

@@ -41,6 +41,8 @@ pub enum Event {
     Failed { path: Path, errno: Errno },
     /// Time to look again at what could not be watched or scanned, or at some of it.
     Retry,
+    /// That has been done.
+    Retried,
     /// Time to look whether what is dying is dead.
     LookAtDying,
     /// How many cgroups are dying below a living one; `None` where the kernel does not tell.
@@ -59,18 +61,33 @@ pub enum Action {
     Unwatch(i32),
     /// Count what is dying below a cgroup.
     CountDying(Path),
-    /// Worth a line: there are too many removed cgroups that sockets may hold, so the oldest is let go.
+    /// Look again after that time at what could not be watched or scanned, with [`Event::Retry`];
+    /// `None` where nothing is left to look at.
+    LookAgain(Option<Pause>),
+    /// Worth a line.
+    Tell(Note),
+}
+
+/// How soon to look again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pause {
+    /// Every few seconds.
+    Usual,
+    /// The last look helped, and others remain.
+    Short,
+}
+
+/// What an administrator may want to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Note {
+    /// There are too many removed cgroups that sockets may hold, so the oldest is let go.
     Crowded,
-    /// Worth a line: the cgroup got its own element, or lost it.
-    Classified {
-        path: Path,
-        target: Option<Target>,
-    },
-    /// Worth a line: the cgroup cannot be watched or scanned; it is looked at every few seconds.
-    Blind {
-        path: Path,
-        errno: Errno,
-    },
+    /// The cgroup got its own element, or lost it.
+    Classified { path: Path, target: Option<Target> },
+    /// The cgroup, the first of maybe more, cannot be watched or scanned.
+    Blind { path: Path, errno: Errno },
+    /// There are no such cgroups any more.
+    Sighted,
 }
 
 /// A directory to look at.

@@ -1,11 +1,13 @@
 //! The cgroup tree: where it is mounted ([`mount`]), the model of it ([`tree`]) and what follows from
-//! that ([`core`]: [`event`]s in and actions out, a policy's [`ranking`], the [`dying`]), and watching
-//! it ([`watch`]) by turns ([`backlog`]).
+//! that ([`core`]: [`event`]s in and actions out, a policy's [`ranking`], the [`dying`], the [`blind`]),
+//! watching it ([`watch`]), and all of that going on by turns ([`follow`], [`backlog`]).
 
 pub mod backlog;
+pub mod blind;
 pub mod core;
 pub mod dying;
 pub mod event;
+pub mod follow;
 pub mod mount;
 pub mod ranking;
 pub mod tree;

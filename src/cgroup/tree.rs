@@ -11,6 +11,14 @@ use crate::policy::Rank;
 /// A cgroup's path from the cgroup root: empty for the root itself, else with a leading slash.
 pub type Path = Rc<[u8]>;
 
+/// A path as it may stand in a log line or an error.
+pub fn display(path: &Path) -> String {
+    match path.is_empty() {
+        true => "/".into(),
+        false => path.escape_ascii().to_string(),
+    }
+}
+
 /// What is known of one cgroup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Node {

@@ -84,6 +84,11 @@ impl Watcher {
         self.tells_late = true;
     }
 
+    /// Whether it watches what it has looked at.
+    pub fn is_following(&self) -> bool {
+        self.inotify.is_some()
+    }
+
     /// The descriptor to poll.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.inotify.as_ref().map(|fd| fd.as_fd())
@@ -387,14 +392,6 @@ pub fn event(raw: RawEvent) -> Option<Event> {
     let named = !raw.name.is_empty() && !raw.name.contains(&b'/');
     (entry && raw.mask & libc::IN_ISDIR != 0 && named)
         .then(|| Event::Changed { wd: raw.wd, name: raw.name.into() })
-}
-
-/// The path as it may stand in a log line or an error.
-pub fn display(path: &Path) -> String {
-    match path.is_empty() {
-        true => "/".into(),
-        false => path.escape_ascii().to_string(),
-    }
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use std::rc::Rc;
 use nix::errno::Errno;
 
 use crate::cgroup::core::Core;
+use crate::cgroup::follow::Cgroups;
 use crate::cgroup::{mount, watch};
 use crate::config::{lint, Config, Outlet};
 use crate::confine;
@@ -264,8 +265,8 @@ fn cgroups(config: &Rc<Config>, findings: &mut Findings) -> Option<Core> {
              has a cgroup of its own in v2; {UNIFIED}"
         )),
     }
-    match super::look(config.clone()) {
-        Ok((core, _)) if !core.tree().is_empty() => {
+    match Cgroups::look(config.clone()).map(|cgroups| cgroups.core) {
+        Ok(core) if !core.tree().is_empty() => {
             watches(core.tree().len(), findings);
             return Some(core);
         }

@@ -9,16 +9,11 @@ pub mod show;
 pub mod status;
 
 use std::io::Write;
-use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
-use std::rc::Rc;
 
 use nix::errno::Errno;
 
 use crate::cgroup::core::Core;
-use crate::cgroup::event::Action;
-use crate::cgroup::mount::{self, Root};
-use crate::cgroup::watch::{self, Watcher};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::faults;
@@ -45,29 +40,6 @@ pub fn write(text: &str) -> Result<bool> {
     }
 }
 
-/// Looks at every cgroup there is now, and watches none.
-pub fn look(config: Rc<Config>) -> Result<(Core, Root)> {
-    let root = mount::find(config.cgroup_root.as_deref())?;
-    let mut core = Core::new(config, root.dir.as_os_str().as_bytes(), root.level);
-    let mut watcher = Watcher::look_only(&root.dir);
-    let mut actions = vec![core.start()];
-    while let Some(action) = actions.pop() {
-        let event = match action {
-            Action::Scan(scan) => watcher.scan(&scan),
-            Action::Watch(found) => watcher.watch(&found),
-            _ => continue,
-        };
-        core.step(event, &mut actions);
-    }
-    Ok((core, root))
-}
-
-/// The path of a cgroup, fit to print, and its target.
-fn home(core: &Core, id: u64) -> Option<loops::Home> {
-    let (path, target) = core.verdict(id)?;
-    Some((watch::display(path), target))
-}
-
 /// A line for each proxy whose own traffic comes back to it.
 pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
     let listeners = |port| {
@@ -75,12 +47,12 @@ pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
         all.filter_map(|l| Some(diag::PortOwner { uid: l.uid, cgroup: l.cgroup? })).collect()
     };
     let listeners: Vec<Vec<_>> = config.tproxies.iter().map(|t| listeners(t.port)).collect();
-    loops::find(config, &listeners, |id| home(core, id))
+    loops::find(config, &listeners, |id| core.home(id))
 }
 
 /// A line for each cgroup whose sockets go past its proxy.
 pub fn bound(config: &Config, host: &Host, core: &Core) -> Vec<String> {
-    faults::bound(config, &host.bound, |id| home(core, id), |index| host.interface_name(index))
+    faults::bound(config, &host.bound, |id| core.home(id), |index| host.interface_name(index))
 }
 
 /// Errors: one line that says which capability is missing, where it is.

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount;
 use crate::config::Config;
 use crate::error::Result;
@@ -89,8 +90,8 @@ impl Unattended {
             Some(Lock::Left(at)) => Some(instance::since_boot().saturating_sub(at)),
             _ => None,
         };
-        let looked = super::look(Rc::new(config.clone())).ok();
-        let unknown = looked.map(|(mut core, _)| {
+        let looked = Cgroups::look(Rc::new(config.clone())).ok();
+        let unknown = looked.map(|Cgroups { mut core, .. }| {
             let known = held.targets();
             let wanted = core.snapshot().elements.into_iter();
             let wanted = wanted.flat_map(|(t, ids)| {
@@ -130,8 +131,8 @@ fn span(seconds: u64) -> String {
 fn in_vain(config: &Config, host: &Host) -> [Vec<String>; 2] {
     let is_proxy = |port| config.tproxies.iter().any(|tproxy| tproxy.port == port);
     let reason = !host.bound.is_empty() || host.listeners.iter().any(|l| is_proxy(l.port));
-    match reason.then(|| super::look(Rc::new(config.clone()))) {
-        Some(Ok((core, _))) => {
+    match reason.then(|| Cgroups::look(Rc::new(config.clone()))) {
+        Some(Ok(Cgroups { core, .. })) => {
             [super::loops(config, host, &core), super::bound(config, host, &core)]
         }
         _ => Default::default(),
@@ -642,7 +643,7 @@ fn frame(
 
 /// The path of each cgroup by its id; empty where they cannot be found.
 fn cgroup_paths(config: &Rc<Config>) -> BTreeMap<u64, Vec<u8>> {
-    let Ok((core, _)) = super::look(config.clone()) else {
+    let Ok(Cgroups { core, .. }) = Cgroups::look(config.clone()) else {
         return BTreeMap::new();
     };
     let all = core.tree().iter();

@@ -1,0 +1,394 @@
+//! Following the cgroup tree: what the watcher sees goes to the core as events, and what the core asks
+//! is done, by turns and piece by piece. For the daemon, which goes on with it, and for commands, which
+//! look once. It sends nothing to the kernel: what the sets should hold is the core's to say.
+
+use std::collections::HashSet;
+use std::os::unix::ffi::OsStrExt;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::backlog::Backlog;
+use super::core::Core;
+use super::dying::Dying;
+use super::event::{Action, Event, Found, Note, Pause, Scan};
+use super::mount::{self, Root};
+use super::tree::{self, Path};
+use super::watch::{self, Watcher};
+use crate::config::{Config, Target};
+use crate::error::{reason, Result};
+use crate::log;
+use crate::log::{Escaped, Level};
+
+/// Events that are handled before what they mean is committed, and cgroups that are watched and
+/// listed before that.
+const TURN: usize = 32;
+const AT_ONCE: usize = 256;
+
+/// How long either is done before anything else has its turn: another user's new cgroup waits for
+/// some of these at most.
+pub const TURN_TIME: Duration = Duration::from_millis(1);
+
+/// Buffers of events that are read at a time, so that nobody's events wait unread behind another's.
+const BUFFERS: usize = 16;
+
+/// Events that may wait; the kernel keeps as many more.
+const MOST: usize = 16_384;
+
+/// How soon after a cgroup was removed the first look whether it is dead, and at the longest how long
+/// between two; mostly the kernel is done with it within some 20 ms.
+const DYING: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(150));
+
+/// A directory tree under watch, and what is known of it.
+pub struct Cgroups {
+    pub root: Root,
+    pub watcher: Watcher,
+    /// Read, and not handled yet.
+    events: Backlog<Event>,
+    pub core: Core,
+    /// Found, and neither watched nor listed yet; or listed, and not looked at yet.
+    work: Backlog<Work>,
+    /// Until when is to be done at once what may as well wait.
+    until: Instant,
+    /// When to look at what cannot be watched.
+    look_again: Option<Instant>,
+    /// The root may be gone, or another one.
+    pub in_doubt: bool,
+    /// The root is gone, and that has been told.
+    pub lost: bool,
+    /// When to look at removed cgroups that sockets may hold.
+    dying: Option<Instant>,
+    /// How long after that to look again.
+    dying_pause: Duration,
+    /// The last look at all sockets for that, or when there was nothing to look for.
+    held: Instant,
+    /// That there are too many of them has been told.
+    crowded: bool,
+    /// Memory for what the core asks.
+    actions: Vec<Action>,
+    /// A cgroup has come that a tproxy has.
+    pub proxied: bool,
+}
+
+/// What the kernel has told of its levels.
+#[derive(Default)]
+pub struct Levels {
+    /// Level of the root of our cgroup namespace.
+    pub base: usize,
+    /// The deepest one that it takes, where some were refused.
+    pub deepest: Option<usize>,
+}
+
+/// A look at a cgroup that can wait until the elements of those before it are in force.
+enum Work {
+    Watch(Found),
+    Scan(Scan),
+}
+
+impl Cgroups {
+    /// Looks at everything and follows it from then on, work by work: [`Cgroups::begin`] is due once none
+    /// is left.
+    ///
+    /// Errors: there is no such cgroup root, or no inotify.
+    pub fn follow(config: Rc<Config>, levels: &Levels) -> Result<Cgroups> {
+        let root = mount::find(config.cgroup_root.as_deref())?;
+        let mut watcher = Watcher::new(&root.dir)?;
+        watcher.guard(&root.mount, false);
+        Ok(Cgroups::new(config, root, watcher, levels))
+    }
+
+    /// Every cgroup there is now; none is watched, and nothing is told of them.
+    pub fn look(config: Rc<Config>) -> Result<Cgroups> {
+        let root = mount::find(config.cgroup_root.as_deref())?;
+        let watcher = Watcher::look_only(&root.dir);
+        let mut cgroups = Cgroups::new(config, root, watcher, &Levels::default());
+        while cgroups.work() > 0 {}
+        Ok(cgroups)
+    }
+
+    fn new(config: Rc<Config>, root: Root, watcher: Watcher, levels: &Levels) -> Cgroups {
+        let level = root.level + levels.base;
+        let mut core = Core::new(config, root.dir.as_os_str().as_bytes(), level);
+        if let Some(level) = levels.deepest {
+            core.set_deepest(level);
+        }
+        let now = Instant::now();
+        let start = core.start();
+        let mut cgroups = Cgroups {
+            root,
+            watcher,
+            events: Backlog::default(),
+            core,
+            work: Backlog::default(),
+            until: now,
+            look_again: None,
+            in_doubt: false,
+            lost: false,
+            dying: None,
+            dying_pause: DYING.0,
+            held: now,
+            crowded: false,
+            actions: Vec::new(),
+            proxied: false,
+        };
+        cgroups.act(&mut vec![start]);
+        cgroups
+    }
+
+    /// Everything has been looked at. Errors: there was nothing.
+    pub fn begin(&mut self) -> Result<()> {
+        self.watcher.tell_late();
+        match self.core.tree().is_empty() {
+            false => Ok(()),
+            true => Err(watch::unreadable(&self.root.dir)),
+        }
+    }
+
+    /// When something is to be done without an event.
+    pub fn due(&self) -> Option<Instant> {
+        [self.look_again, self.dying].into_iter().flatten().min()
+    }
+
+    /// Hands an event to the core, and does what it asks.
+    pub fn step(&mut self, event: Event) {
+        // mapped and unmapped each time otherwise
+        let mut actions = std::mem::take(&mut self.actions);
+        self.core.step(event, &mut actions);
+        self.act(&mut actions);
+        if actions.capacity() <= AT_ONCE {
+            self.actions = actions;
+        }
+    }
+
+    /// Whether events wait that have been read.
+    pub fn has_events(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    /// Whether any work waits.
+    pub fn is_busy(&self) -> bool {
+        !(self.events.is_empty() && self.work.is_empty())
+    }
+
+    /// Does some of the work that waits, which may make more of it; returns how much.
+    pub fn work(&mut self) -> usize {
+        let look = |watcher: &mut Watcher, work| match work {
+            Work::Watch(found) => watcher.watch(&found),
+            Work::Scan(scan) => watcher.scan(&scan),
+        };
+        self.take_turns(AT_ONCE, |cgroups| &mut cgroups.work, look)
+    }
+
+    /// Takes so much of a backlog at the most, for as long as a turn lasts; returns how much.
+    fn take_turns<T>(
+        &mut self,
+        most: usize,
+        backlog: fn(&mut Cgroups) -> &mut Backlog<T>,
+        event: fn(&mut Watcher, T) -> Event,
+    ) -> usize {
+        let mut start = Instant::now();
+        self.until = start + TURN_TIME;
+        for done in 0..most {
+            if start >= self.until {
+                return done;
+            }
+            let Some((account, work)) = backlog(self).pop() else {
+                return done;
+            };
+            let event = event(&mut self.watcher, work);
+            self.step(event);
+            let end = Instant::now();
+            backlog(self).charge(account, (end - start).as_nanos() as u64);
+            start = end;
+        }
+        most
+    }
+
+    /// Puts off a look at a cgroup.
+    fn put_off(&mut self, path: &Path, work: Work) {
+        let dir = tree::parent(path).and_then(|parent| self.core.tree().get(parent));
+        let (account, wd) = dir.map_or((0, None), |dir| (dir.account, dir.wd));
+        self.work.push(account, wd.unwrap_or(-1), work);
+    }
+
+    /// Does what the core asks until it asks for nothing more, but for what can wait until the
+    /// elements are in force: watching what was found.
+    fn act(&mut self, actions: &mut Vec<Action>) {
+        while let Some(action) = actions.pop() {
+            match action {
+                // a long list of children
+                Action::Scan(scan) if Instant::now() >= self.until => {
+                    self.put_off(&scan.path.clone(), Work::Scan(scan))
+                }
+                Action::Scan(scan) => {
+                    let event = self.watcher.scan(&scan);
+                    self.core.step(event, actions);
+                }
+                Action::Watch(found) => {
+                    let target = || self.core.target(&found.path);
+                    self.proxied |= !self.proxied && matches!(target(), Some(Target::Tproxy(_)));
+                    self.put_off(&found.path.clone(), Work::Watch(found))
+                }
+                Action::Unwatch(wd) => self.watcher.unwatch(wd),
+                Action::CountDying(path) => {
+                    let event = self.watcher.count_dying(path);
+                    self.core.step(event, actions);
+                }
+                Action::LookAgain(pause) => {
+                    self.look_again = pause.map(|pause| Instant::now() + span(pause))
+                }
+                // who only looks has another question
+                Action::Tell(note) if self.watcher.is_following() => self.tell(note),
+                Action::Tell(_) => {}
+            }
+        }
+    }
+
+    fn tell(&mut self, note: Note) {
+        match note {
+            Note::Crowded if std::mem::replace(&mut self.crowded, true) => {}
+            Note::Crowded => log::write_limited(
+                Level::Notice,
+                format_args!(
+                    "too many removed cgroups are held, maybe by sockets: what the oldest of these \
+                     send goes the way of the cgroup above them"
+                ),
+            ),
+            Note::Classified { path, target } => {
+                if target.is_none() {
+                    self.await_death();
+                }
+                let config = self.core.config();
+                let name = target.map_or("gone", |target| config.target_name(target));
+                log::write_limited(Level::Info, format_args!("{}: {name}", Escaped(&path)));
+            }
+            Note::Blind { path, errno } => {
+                let remedy = match errno {
+                    Errno::ENOSPC => "; raise the sysctl fs.inotify.max_user_watches",
+                    Errno::EACCES => "; grant CAP_DAC_READ_SEARCH",
+                    Errno::EMFILE => "; raise the limit of open files (ulimit -n)",
+                    _ => "",
+                };
+                let (path, why) = (tree::display(&path), reason(errno));
+                let every = span(Pause::Usual).as_secs();
+                log::write_limited(
+                    Level::Warning,
+                    format_args!(
+                        "unable to watch cgroup {path} (there may be more): {why}, looking every \
+                         {every} s{remedy}"
+                    ),
+                );
+            }
+            Note::Sighted => {
+                log::write_limited(Level::Notice, format_args!("every cgroup is watched again"))
+            }
+        }
+    }
+
+    /// Looks again, where that is due, at some of what could not be watched.
+    pub fn look_again(&mut self, now: Instant) {
+        if self.look_again.take_if(|at| *at <= now).is_some() {
+            self.until = Instant::now() + TURN_TIME;
+            self.step(Event::Retry);
+            self.work();
+            self.step(Event::Retried);
+        }
+    }
+
+    /// Whether that is due; it is put off.
+    pub fn is_look_due(&mut self, now: Instant) -> bool {
+        let due = self.look_again.take_if(|at| *at <= now).is_some();
+        if due {
+            self.look_again = Some(now + span(Pause::Usual));
+        }
+        due
+    }
+
+    /// Looks which of the removed cgroups are dead, where that is due; `held` asks for all cgroups that
+    /// sockets hold.
+    pub fn look_at_dying(&mut self, now: Instant, held: impl FnOnce() -> Option<HashSet<u64>>) {
+        if self.dying.is_none_or(|at| at > now) {
+            return;
+        }
+        self.step(Event::LookAtDying);
+        let some = |cgroups: &Cgroups| cgroups.core.dying().next().is_some();
+        if some(self) && now.saturating_duration_since(self.held) >= DYING.1 {
+            self.held = now;
+            if let Some(ids) = held() {
+                self.step(Event::Held { ids });
+            }
+        }
+        let pause = self.dying_pause;
+        self.dying_pause = (pause * 2).min(DYING.1);
+        self.dying = some(self).then(|| now + pause);
+    }
+
+    /// Keeps what another root's cgroups have left: removed ones are known by their level, whatever
+    /// the root is.
+    pub fn adopt_dying(&mut self, other: &Cgroups) {
+        if !other.core.keeps_dying() {
+            return;
+        }
+        let (old, new) = (other.core.config(), self.core.config().clone());
+        let known = |dying: &Dying| {
+            let target = new.named(old.target_name(dying.target))?;
+            Some(Dying::known_by(dying.hash, dying.level, target))
+        };
+        self.core.keep_dying(other.core.dying().filter_map(known));
+        self.await_death();
+    }
+
+    /// A cgroup has been removed, and may be held.
+    pub fn await_death(&mut self) {
+        let Some(dying) = self.core.dying().next().map(|_| self.dying) else {
+            return;
+        };
+        let now = Instant::now();
+        let soon = now + DYING.0;
+        if dying.is_none() {
+            self.held = now;
+        }
+        self.dying = Some(dying.map_or(soon, |at| at.min(soon)));
+        self.dying_pause = DYING.0;
+    }
+
+    /// Takes what inotify has, and handles some of what waits; returns how much.
+    pub fn drain(&mut self) -> Result<usize> {
+        for _ in 0..BUFFERS {
+            if self.events.len() >= MOST {
+                break;
+            }
+            let above = self.watcher.above().to_vec();
+            let (read, more) = self.watcher.read()?;
+            for event in read.filter_map(watch::event) {
+                let dir = match event {
+                    Event::Changed { wd, .. } | Event::Unwatched { wd } => wd,
+                    _ => -1,
+                };
+                if event == Event::Overflow {
+                    log!(Notice, "cgroup events were lost, looking at everything");
+                    // and with it at what waits
+                    self.events = Backlog::default();
+                }
+                if above.contains(&dir) || event == Event::Overflow {
+                    self.in_doubt = true;
+                }
+                let path = self.core.tree().watched(dir);
+                let account = path.map_or(0, |path| self.core.account(path));
+                self.events.push(account, dir, event);
+            }
+            if !more {
+                break;
+            }
+        }
+        Ok(self.take_turns(TURN, |cgroups| &mut cgroups.events, |_, event| event))
+    }
+}
+
+fn span(pause: Pause) -> Duration {
+    match pause {
+        Pause::Usual => Duration::from_secs(5),
+        Pause::Short => Duration::from_millis(50),
+    }
+}
