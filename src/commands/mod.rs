@@ -1,4 +1,4 @@
-//! One command a file.
+//! One command a file, and what several of them need.
 
 pub mod check;
 pub mod exec;
@@ -7,6 +7,7 @@ pub mod flush;
 pub mod run;
 pub mod show;
 pub mod status;
+mod table;
 
 use std::io::Write;
 use std::process::ExitCode;

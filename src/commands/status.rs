@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
-use std::io::IsTerminal;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
@@ -20,7 +19,6 @@ use crate::instance;
 use crate::json::Json;
 use crate::kernel::{self, Held, Kernel};
 use crate::listen::{finds, Finds, Origin};
-use crate::log::Escaped;
 use crate::net::{Family, Mark, L4};
 use crate::netlink::fib::{FibAction, IpRule, Route};
 use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
@@ -32,11 +30,46 @@ use crate::options::Options;
 use crate::route::{Entry, Forwarded, Needs};
 use crate::sys;
 
+use super::table::{Column, Style, Table, Value};
+
 /// Of the shape that `--json` prints; documented in cgtproxy(8).
 const JSON_VERSION: u64 = 1;
 /// How many cgroups `--watch` shows.
 const TOP: usize = 20;
 const EVERY: Duration = Duration::from_secs(1);
+
+const TARGETS: [Column; 10] = [
+    Column::left("TARGET").member("name"),
+    Column::json("kind"),
+    Column::left("MARK").member("mark"),
+    Column::json("mask"),
+    Column::left("PORT").member("port"),
+    Column::left("LISTENS").member("listens"),
+    Column::right("CGROUPS").member("cgroups"),
+    Column::right("PACKETS").member("packets"),
+    Column::right("BYTES").member("bytes"),
+    Column::right("REFUSED").member("refused"),
+];
+const GATEWAYS: [Column; 4] = [
+    Column::left("GATEWAY").member("name"),
+    Column::left("TARGET").member("target"),
+    Column::right("PACKETS").member("packets"),
+    Column::right("BYTES").member("bytes"),
+];
+/// Whether it is there, and the command that makes it.
+const ROUTING: [Column; 2] = [Column::left(""), Column::left("")];
+const TARGET_RATES: [Column; 4] = [
+    Column::left("TARGET"),
+    Column::right("CGROUPS"),
+    Column::right("PACKETS/S"),
+    Column::right("BYTES/S"),
+];
+const CGROUP_RATES: [Column; 4] = [
+    Column::left("CGROUP"),
+    Column::right("TARGET"),
+    Column::right("PACKETS/S"),
+    Column::right("BYTES/S"),
+];
 
 pub fn status(options: &Options, json: bool, watch: bool) -> Result<ExitCode> {
     super::require_net_admin("look into the kernel")?;
@@ -162,23 +195,14 @@ impl Listens {
     }
 
     /// `tcp udp`; with the number of a family that is the only one.
-    fn cell(self) -> Cell {
+    fn value(self) -> Value {
         let word = |name: &str, [v4, v6]: [bool; 2]| match (v4, v6) {
             (true, true) => Some(name.to_string()),
             (true, false) => Some(format!("{name}4")),
             (false, true) => Some(format!("{name}6")),
             (false, false) => None,
         };
-        match [word("tcp", self.tcp), word("udp", self.udp)] {
-            [Some(tcp), Some(udp)] => Cell::left(format!("{tcp} {udp}")),
-            [Some(one), None] | [None, Some(one)] => Cell::left(format!("{one} only")),
-            [None, None] => Cell::left("no").red(),
-        }
-    }
-
-    fn json(self) -> Json {
-        let [tcp4, tcp6] = self.tcp;
-        let [udp4, udp6] = self.udp;
+        let ([tcp4, tcp6], [udp4, udp6]) = (self.tcp, self.udp);
         let members = [
             ("tcp", tcp4 || tcp6),
             ("udp", udp4 || udp6),
@@ -187,7 +211,12 @@ impl Listens {
             ("udp4", udp4),
             ("udp6", udp6),
         ];
-        Json::Object(members.map(|(name, is)| (name, Json::Bool(is))).into())
+        let json = Json::Object(members.map(|(name, is)| (name, Json::Bool(is))).into());
+        match [word("tcp", self.tcp), word("udp", self.udp)] {
+            [Some(tcp), Some(udp)] => Value::new(format!("{tcp} {udp}"), json),
+            [Some(one), None] | [None, Some(one)] => Value::new(format!("{one} only"), json),
+            [None, None] => Value::new("no", json).red(),
+        }
     }
 }
 
@@ -265,9 +294,9 @@ impl Status {
         self.held.as_ref().map_or(&[], |held| &held.view.gateways)
     }
 
-    fn cgroups(&self, target: &str) -> usize {
+    fn cgroups(&self, target: &str) -> u64 {
         let all = self.held.as_ref().and_then(|held| held.cgroups.get(target));
-        all.map_or(0, Vec::len)
+        all.map_or(0, |all| all.len() as u64)
     }
 
     /// One line on the whole.
@@ -285,6 +314,40 @@ impl Status {
         }
     }
 
+    fn target_table(&self) -> Table<10> {
+        let row = |target: &Target| {
+            let kind = match &*target.name {
+                name @ ("direct" | "drop") => name,
+                _ => "tproxy",
+            };
+            [
+                Value::text(&target.name),
+                Value::text(kind),
+                Value::hex(target.mark.map(|mark| mark.value)),
+                Value::hex(target.mark.map(|mark| mark.mask)),
+                Value::number(target.port),
+                self.listens.get(&target.name).map_or(Value::none(), |listens| listens.value()),
+                Value::number(Some(self.cgroups(&target.name))),
+                Value::number(target.taken.map(|c| c.packets)),
+                Value::bytes(target.taken.map(|c| c.bytes)),
+                Value::number(target.refused.map(|c| c.packets)),
+            ]
+        };
+        Table { columns: &TARGETS, rows: self.targets().iter().map(row).collect() }
+    }
+
+    fn gateway_table(&self) -> Table<4> {
+        let row = |gateway: &Gateway| {
+            [
+                Value::text(&gateway.name),
+                Value::text(&gateway.target),
+                Value::number(gateway.taken.map(|c| c.packets)),
+                Value::bytes(gateway.taken.map(|c| c.bytes)),
+            ]
+        };
+        Table { columns: &GATEWAYS, rows: self.gateways().iter().map(row).collect() }
+    }
+
     fn text(&self, style: Style) -> String {
         let mut out = self.headline() + "\n";
         if let Some(unattended) = &self.unattended {
@@ -294,53 +357,23 @@ impl Status {
             let _ = writeln!(out, "nothing is classified: {why}");
         }
         if self.held.is_some() {
-            let titles =
-                ["TARGET", "MARK", "PORT", "LISTENS", "CGROUPS", "PACKETS", "BYTES", "REFUSED"];
-            let mut rows = vec![head(&titles, 4)];
-            rows.extend(self.targets().iter().map(|target| {
-                let mark = target.mark.map(|mark| format!("{:#010x}", mark.value));
-                let [packets, bytes] = counted(target.taken);
-                let [refused, _] = counted(target.refused);
-                vec![
-                    Cell::left(target.name.clone()),
-                    Cell::left(or_dash(mark)),
-                    Cell::left(or_dash(target.port.map(|port| port.to_string()))),
-                    self.listens
-                        .get(&target.name)
-                        .map_or(Cell::left("-"), |listens| listens.cell()),
-                    Cell::right(self.cgroups(&target.name).to_string()),
-                    packets,
-                    bytes,
-                    refused,
-                ]
-            }));
             out.push('\n');
-            table(&mut out, rows, style);
+            self.target_table().print(&mut out, style);
         }
         if !self.gateways().is_empty() {
-            let mut rows = vec![head(&["GATEWAY", "TARGET", "PACKETS", "BYTES"], 2)];
-            rows.extend(self.gateways().iter().map(|gateway| {
-                let [packets, bytes] = counted(gateway.taken);
-                vec![
-                    Cell::left(gateway.name.clone()),
-                    Cell::left(gateway.target.clone()),
-                    packets,
-                    bytes,
-                ]
-            }));
             out.push('\n');
-            table(&mut out, rows, style);
+            self.gateway_table().print(&mut out, style);
         }
         if !self.routing.is_empty() {
             let rows = self.routing.iter().map(|(entry, present)| {
                 let state = match present {
-                    true => Cell::left("present"),
-                    false => Cell::left("missing").red(),
+                    true => Value::text("present"),
+                    false => Value::text("missing").red(),
                 };
-                vec![state, Cell::left(entry.command("add"))]
+                [state, Value::text(&entry.command("add"))]
             });
             out.push('\n');
-            table(&mut out, rows.collect(), style);
+            Table { columns: &ROUTING, rows: rows.collect() }.print(&mut out, style);
         }
         let warnings = || self.hindrances.iter().chain(&self.loops).chain(&self.warnings);
         if warnings().next().is_some() {
@@ -353,34 +386,6 @@ impl Status {
     }
 
     fn json(&self) -> Json {
-        let targets = self.targets().iter().map(|target| {
-            let kind = match &*target.name {
-                name @ ("direct" | "drop") => name,
-                _ => "tproxy",
-            };
-            let listens = self.listens.get(&target.name);
-            let listens = listens.map_or(Json::Null, |listens| listens.json());
-            Json::Object(vec![
-                ("name", Json::text(&target.name)),
-                ("kind", Json::text(kind)),
-                ("mark", Json::or_null(target.mark.map(|mark| mark.value))),
-                ("mask", Json::or_null(target.mark.map(|mark| mark.mask))),
-                ("port", Json::or_null(target.port)),
-                ("listens", listens),
-                ("cgroups", Json::Number(self.cgroups(&target.name) as u64)),
-                ("packets", Json::or_null(target.taken.map(|c| c.packets))),
-                ("bytes", Json::or_null(target.taken.map(|c| c.bytes))),
-                ("refused", Json::or_null(target.refused.map(|c| c.packets))),
-            ])
-        });
-        let gateways = self.gateways().iter().map(|gateway| {
-            Json::Object(vec![
-                ("name", Json::text(&gateway.name)),
-                ("target", Json::text(&gateway.target)),
-                ("packets", Json::or_null(gateway.taken.map(|c| c.packets))),
-                ("bytes", Json::or_null(gateway.taken.map(|c| c.bytes))),
-            ])
-        });
         let routing = |rules: bool| {
             let wanted = move |entry: &Entry| matches!(entry, Entry::Rule(_)) == rules;
             let entries = self.routing.iter().filter(move |(entry, _)| wanted(entry));
@@ -407,8 +412,8 @@ impl Status {
             ("unknown", Json::or_null(unattended.and_then(|u| u.unknown).map(|n| n as u64))),
             ("rootless", self.rootless.as_ref().map_or(Json::Null, Json::text)),
             ("default", default.unwrap_or(Json::Null)),
-            ("targets", Json::List(targets.collect())),
-            ("gateways", Json::List(gateways.collect())),
+            ("targets", self.target_table().json()),
+            ("gateways", self.gateway_table().json()),
             ("rules", routing(true)),
             ("routes", routing(false)),
             ("hindrances", Json::List(self.hindrances.iter().map(Json::text).collect())),
@@ -606,18 +611,17 @@ fn frame(
     if status.held.is_none() {
         return;
     }
-    let mut rows = vec![head(&["TARGET", "CGROUPS", "PACKETS/S", "BYTES/S"], 1)];
-    rows.extend(status.targets().iter().map(|target| {
+    let rows = status.targets().iter().map(|target| {
         let rate = rates.and_then(|rates| rates.targets.get(&target.name));
-        vec![
-            Cell::left(target.name.clone()),
-            Cell::right(status.cgroups(&target.name).to_string()),
-            Cell::right(or_dash(rate.map(|rate| rate.packets.to_string()))),
-            Cell::right(or_dash(rate.map(|rate| bytes(rate.bytes)))),
+        [
+            Value::text(&target.name),
+            Value::number(Some(status.cgroups(&target.name))),
+            Value::number(rate.map(|rate| rate.packets)),
+            Value::bytes(rate.map(|rate| rate.bytes)),
         ]
-    }));
+    });
     out.push('\n');
-    table(out, rows, style);
+    Table { columns: &TARGET_RATES, rows: rows.collect() }.print(out, style);
     out.push('\n');
     let elements = status.held.iter().flat_map(|held| held.cgroups.values().flatten());
     let mut elements = elements.peekable();
@@ -625,20 +629,16 @@ fn frame(
         let _ = writeln!(out, "for each cgroup: set counters = cgroup in [global]");
         return;
     }
-    let mut rows = vec![head(&["CGROUP", "TARGET", "PACKETS/S", "BYTES/S"], 1)];
-    for (id, (target, rate)) in rates.map(Totals::busiest).unwrap_or_default() {
+    let busiest = rates.map(Totals::busiest).unwrap_or_default();
+    let rows = busiest.into_iter().map(|(id, (target, rate))| {
         let path = match paths.get(&id) {
-            Some(path) => Escaped(path).to_string(),
-            None => format!("cgroup id {id}"),
+            Some(path) => Value::path(path),
+            None => Value::text(&format!("cgroup id {id}")),
         };
-        rows.push(vec![
-            Cell::left(path),
-            Cell::right(target.clone()),
-            Cell::right(rate.packets.to_string()),
-            Cell::right(bytes(rate.bytes)),
-        ]);
-    }
-    table(out, rows, style);
+        let (packets, bytes) = (Value::number(Some(rate.packets)), Value::bytes(Some(rate.bytes)));
+        [path, Value::text(target), packets, bytes]
+    });
+    Table { columns: &CGROUP_RATES, rows: rows.collect() }.print(out, style);
 }
 
 /// The path of each cgroup by its id; empty where they cannot be found.
@@ -650,154 +650,10 @@ fn cgroup_paths(config: &Rc<Config>) -> BTreeMap<u64, Vec<u8>> {
     all.map(|(path, node)| (node.id, path.to_vec())).collect()
 }
 
-/// What standard output can show.
-#[derive(Debug, Clone, Copy)]
-struct Style {
-    terminal: bool,
-    colour: bool,
-}
-
-impl Style {
-    /// Colour only on a terminal that has it, and not where the user does not want it
-    /// (no-color.org).
-    fn of_stdout() -> Style {
-        let terminal = std::io::stdout().is_terminal();
-        let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-        let dumb = std::env::var_os("TERM").is_none_or(|term| term == "dumb");
-        Style { terminal, colour: terminal && !unwanted && !dumb }
-    }
-}
-
-/// A piece of text in a table.
-struct Cell {
-    text: String,
-    right: bool,
-    /// The parameter of the terminal's SGR sequence.
-    colour: Option<u8>,
-}
-
-impl Cell {
-    fn left(text: impl Into<String>) -> Cell {
-        Cell { text: text.into(), right: false, colour: None }
-    }
-
-    fn right(text: impl Into<String>) -> Cell {
-        Cell { right: true, ..Cell::left(text) }
-    }
-
-    fn bold(self) -> Cell {
-        Cell { colour: Some(1), ..self }
-    }
-
-    fn red(self) -> Cell {
-        Cell { colour: Some(31), ..self }
-    }
-}
-
-/// The titles of columns; the first `left` of them stand on the left.
-fn head(titles: &[&str], left: usize) -> Vec<Cell> {
-    let cell = |(i, title): (usize, &&str)| match i < left {
-        true => Cell::left(*title).bold(),
-        false => Cell::right(*title).bold(),
-    };
-    titles.iter().enumerate().map(cell).collect()
-}
-
-/// Packets and bytes.
-fn counted(counter: Option<Counter>) -> [Cell; 2] {
-    [
-        Cell::right(or_dash(counter.map(|c| c.packets.to_string()))),
-        Cell::right(or_dash(counter.map(|c| bytes(c.bytes)))),
-    ]
-}
-
-/// Writes rows in columns that are as wide as their widest cell.
-fn table(out: &mut String, rows: Vec<Vec<Cell>>, style: Style) {
-    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| {
-        let cells = rows.iter().filter_map(|row| row.get(column));
-        cells.map(|cell| cell.text.chars().count()).max().unwrap_or(0)
-    };
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    for row in &rows {
-        let mut line = String::new();
-        for (i, cell) in row.iter().enumerate() {
-            let pad = " ".repeat(widths[i] - cell.text.chars().count());
-            let text = match cell.colour.filter(|_| style.colour) {
-                Some(colour) => format!("\x1b[{colour}m{}\x1b[0m", cell.text),
-                None => cell.text.clone(),
-            };
-            line.push_str(if i == 0 { "" } else { "  " });
-            line.push_str(&match cell.right {
-                true => pad + &text,
-                false => text + &pad,
-            });
-        }
-        out.push_str(line.trim_end());
-        out.push('\n');
-    }
-}
-
-fn or_dash(text: Option<String>) -> String {
-    text.unwrap_or_else(|| "-".into())
-}
-
-/// Bytes with an IEC unit.
-fn bytes(count: u64) -> String {
-    const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    if count < 1024 {
-        return format!("{count} B");
-    }
-    // in integers: the library's formatting of floats is 8 KiB of program
-    let tenths = |shift: usize| ((u128::from(count) * 10 + (1 << (shift - 1))) >> shift) as u64;
-    let mut unit = 0;
-    // what would be rounded to 1024.0 belongs to the next unit
-    while tenths(10 * (unit + 1)) >= 10240 && unit + 1 < UNITS.len() {
-        unit += 1;
-    }
-    let value = tenths(10 * (unit + 1));
-    format!("{}.{} {}", value / 10, value % 10, UNITS[unit])
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::net::Interface;
-
-    #[test]
-    fn iec_units() {
-        for (count, want) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1024, "1.0 KiB"),
-            (1536, "1.5 KiB"),
-            (1024 * 1024 - 1, "1.0 MiB"),
-            (5 << 40, "5.0 TiB"),
-            (u64::MAX, "16.0 EiB"),
-        ] {
-            assert_eq!(bytes(count), want);
-        }
-    }
-
-    #[test]
-    fn columns_are_aligned_and_colours_do_not_count() {
-        let rows = || {
-            vec![
-                vec![Cell::left("a").bold(), Cell::right("N").bold()],
-                vec![Cell::left("long"), Cell::right("100")],
-                vec![Cell::left("é").red(), Cell::right("-")],
-            ]
-        };
-        let shown = |colour| {
-            let mut out = String::new();
-            let terminal = colour;
-            table(&mut out, rows(), Style { terminal, colour });
-            out
-        };
-        assert_eq!(shown(false), "a       N\nlong  100\né       -\n");
-        let plain = shown(true).replace("\x1b[1m", "").replace("\x1b[31m", "");
-        assert_eq!(plain.replace("\x1b[0m", ""), shown(false));
-    }
 
     #[test]
     fn a_missing_rule_is_shown_with_the_numbers_of_its_neighbours() {
