@@ -206,6 +206,57 @@ impl<A: Address> Range<A> {
     }
 }
 
+/// Whether one of the ranges, which are sorted and apart, has the address.
+pub fn holds<A: Address>(ranges: &[Range<A>], address: A) -> bool {
+    let after = ranges.partition_point(|range| range.first <= address);
+    after.checked_sub(1).is_some_and(|at| address <= ranges[at].last)
+}
+
+/// Addresses of both families.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ranges {
+    pub v4: Vec<Range<Ipv4Addr>>,
+    pub v6: Vec<Range<Ipv6Addr>>,
+}
+
+impl Ranges {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.v4.len() + self.v6.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether there are any of this family.
+    pub fn has(&self, family: Family) -> bool {
+        match family {
+            Family::V4 => !self.v4.is_empty(),
+            Family::V6 => !self.v6.is_empty(),
+        }
+    }
+
+    pub fn extend(&mut self, more: Ranges) {
+        self.v4.extend(more.v4);
+        self.v6.extend(more.v6);
+    }
+
+    /// See [`Range::merge`].
+    pub fn merge(&mut self) {
+        self.v4 = Range::merge(std::mem::take(&mut self.v4));
+        self.v6 = Range::merge(std::mem::take(&mut self.v6));
+    }
+
+    /// Of merged ones, whether they have the address.
+    pub fn holds(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(a) => holds(&self.v4, a),
+            IpAddr::V6(a) => holds(&self.v6, a),
+        }
+    }
+}
+
 impl<A: Address> fmt::Display for Range<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let span = self.last.to_bits() ^ self.first.to_bits();

@@ -11,8 +11,8 @@ use std::rc::Rc;
 
 use crate::cgroup::core::Core;
 use crate::cgroup::tree::{self, Node};
-use crate::config::{Config, Take, Target, QUIC_PORTS};
-use crate::net::{Address, Range, L4};
+use crate::config::{Config, Take, Target};
+use crate::net::{holds, Family, Range, L4};
 use crate::netlink::conntrack::Flow;
 use crate::netlink::diag::Socket;
 use crate::netlink::uapi::*;
@@ -92,14 +92,12 @@ fn named(config: &Config, name: &str) -> Target {
 }
 
 /// Whether a target takes the same packets under both configurations.
-pub fn takes_the_same(old: &Config, new: &Config, target: Target) -> bool {
-    let bypass = |c: &Config| {
-        let ranges = (c.bypass4.clone(), c.bypass6.clone());
-        (ranges, c.bypass_marks.clone(), c.bypass_users.clone(), c.mask)
-    };
-    let tproxy = |c: &Config| {
+pub fn takes_the_same<'a>(old: &'a Config, new: &'a Config, target: Target) -> bool {
+    let bypass =
+        |c: &'a Config| (&c.bypass, &c.bypass_marks, &c.bypass_dscps, &c.bypass_users, c.mask);
+    let tproxy = |c: &'a Config| {
         let name = new.target_name(target);
-        c.tproxies.iter().find(|tproxy| tproxy.outlet.name == name).cloned()
+        c.tproxies.iter().find(|tproxy| tproxy.outlet.name == name)
     };
     bypass(old) == bypass(new) && tproxy(old) == tproxy(new)
 }
@@ -281,18 +279,14 @@ impl Judge {
             },
         };
         let l4 = if socket.protocol == IPPROTO_TCP { L4::Tcp } else { L4::Udp };
-        let (take, ports) = outlet.protocol(l4);
-        let port = socket.is_connected().then(|| socket.remote.port());
-        let quic = l4 == L4::Udp && port.is_some_and(|port| QUIC_PORTS.contains(&port));
-        let quic = if quic { outlet.quic } else { Take::Yes };
-        let spared = !ports.is_empty() && port.is_some_and(|port| !holds(ports, port));
-        let way = |family| match [family, take, quic] {
-            takes if takes.contains(&Take::Drop) || takes.contains(&Take::Reject) => Way::Cut,
-            takes if takes.contains(&Take::No) || spared => Way::Free,
-            _ => Way::Proxied,
+        let to = socket.is_connected().then_some(socket.remote);
+        let way = |family| match outlet.take(l4, family, to) {
+            Take::Drop | Take::Reject => Way::Cut,
+            Take::No => Way::Free,
+            Take::Yes => Way::Proxied,
         };
-        let v4 = socket.speaks_ipv4().then_some(outlet.ipv4);
-        let v6 = socket.local.is_ipv6().then_some(outlet.ipv6);
+        let v4 = socket.speaks_ipv4().then_some(Family::V4);
+        let v6 = socket.local.is_ipv6().then_some(Family::V6);
         v4.into_iter().chain(v6).map(way).max().unwrap_or(Way::Free)
     }
 
@@ -310,12 +304,6 @@ impl Judge {
             IpAddr::V6(ip) => holds(&self.bypass6, ip),
         }
     }
-}
-
-/// Whether one of the ranges, which are sorted and apart, has the address.
-fn holds<A: Address>(ranges: &[Range<A>], address: A) -> bool {
-    let after = ranges.partition_point(|range| range.first <= address);
-    after.checked_sub(1).is_some_and(|at| address <= ranges[at].last)
 }
 
 #[cfg(test)]

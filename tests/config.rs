@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, Permissions};
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{chown, lchown, symlink, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -14,7 +14,7 @@ use cgtproxy::config::keys::{Key, Kind, Takes, Unset};
 use cgtproxy::config::{lint, load, Config, OnExit, Problem, Source, Take, Target};
 use cgtproxy::error::reason;
 use cgtproxy::log::Level;
-use cgtproxy::net::{Mark, Range};
+use cgtproxy::net::{Address, Family, Mark, Range, Ranges, L4};
 use cgtproxy::netlink::msg::Batch;
 use cgtproxy::plan;
 use cgtproxy::policy;
@@ -574,17 +574,17 @@ fn every_key_of_global() {
     assert_eq!(config.default, Target::Drop);
     assert_eq!((config.route_table, config.rule_priority, config.mask), (256, 99, 0xf0));
     assert_eq!(
-        config.bypass4,
+        config.bypass.v4,
         [
-            v4([192, 0, 2, 1], 32),
-            v4([198, 51, 100, 0], 24),
             v4([10, 0, 0, 0], 8),
-            v4([172, 16, 0, 0], 12),
-            v4([192, 168, 0, 0], 16),
             v4([100, 64, 0, 0], 10),
+            v4([172, 16, 0, 0], 12),
+            v4([192, 0, 2, 1], 32),
+            v4([192, 168, 0, 0], 16),
+            v4([198, 51, 100, 0], 24),
         ]
     );
-    assert_eq!(config.bypass6, [v6("2001:db8::", 32), v6("::1", 128), v6("fc00::", 7)]);
+    assert_eq!(config.bypass.v6, [v6("::1", 128), v6("2001:db8::", 32), v6("fc00::", 7)]);
     let mark = |value, mask| Mark { value, mask };
     assert_eq!(config.bypass_marks, [mark(0xff00, u32::MAX), mark(1, 3)]);
     assert_eq!(config.bypass_users, [1000, 0]);
@@ -1120,7 +1120,7 @@ enum Effect {
 }
 
 /// For each key of a section, two lines that differ in it alone; `-` is no line.
-const EFFECTS: [(&str, &str, &str, &str, Effect); 29] = [
+const EFFECTS: [(&str, &str, &str, &str, Effect); 35] = [
     (
         "global",
         "cgroup-root",
@@ -1133,6 +1133,8 @@ const EFFECTS: [(&str, &str, &str, &str, Effect); 29] = [
     ("global", "rule-priority", "100", "101", Effect::Kernel),
     ("global", "fwmark-mask", "0xff000000", "0xfff00000", Effect::Kernel),
     ("global", "bypass", "-", "203.0.113.0/24", Effect::Kernel),
+    ("global", "bypass-file", "-", "list", Effect::Kernel),
+    ("global", "bypass-dscp", "4", "63", Effect::Kernel),
     ("global", "bypass-mark", "-", "0xff", Effect::Kernel),
     ("global", "bypass-user", "-", "xray", Effect::Kernel),
     (
@@ -1161,6 +1163,10 @@ const EFFECTS: [(&str, &str, &str, &str, Effect); 29] = [
     ("tproxy", "quic", "yes", "reject", Effect::Kernel),
     ("tproxy", "tcp-ports", "-", "80 443", Effect::Kernel),
     ("tproxy", "udp-ports", "443", "400-500", Effect::Kernel),
+    ("tproxy", "bypass", "-", "203.0.113.0/24", Effect::Kernel),
+    ("tproxy", "bypass-file", "-", "list", Effect::Kernel),
+    ("tproxy", "only", "203.0.113.0/24", "private", Effect::Kernel),
+    ("tproxy", "only-file", "-", "list", Effect::Kernel),
     ("tproxy", "dns-hijack", "127.0.0.1:1053", "127.0.0.1:1054", Effect::Kernel),
     ("tproxy", "dns-hijack-tcp", "no", "yes", Effect::Kernel),
     ("tproxy", "dns-hijack-local", "no", "yes", Effect::Kernel),
@@ -1195,7 +1201,7 @@ fn with_line(section: &str, key: &str, value: &str) -> Config {
             _ => text += &format!("{key} = {value}\n"),
         }
     }
-    let files = [("c", &*text), ("more", "[tproxy other]\nport = 9\n")];
+    let files = [("c", &*text), ("more", "[tproxy other]\nport = 9\n"), ("list", "192.0.2.1\n")];
     read(&files).unwrap_or_else(|problems| panic!("{key} = {value}: {problems:?}"))
 }
 
@@ -1326,4 +1332,87 @@ fn completion_follows_from_the_tables() {
         fs::write(&path, &want).expect("write the completion");
     }
     assert_eq!(file, want, "CGTPROXY_WRITE=1 writes it anew");
+}
+
+/// Lists of addresses: beside the file that names them, of both families, merged.
+#[test]
+fn lists_of_addresses() {
+    let head = "[tproxy a]\nport = 1\nbypass = 192.0.2.9\nbypass-file = ../cn.txt\n";
+    let text =
+        "\u{feff}# all\r\n192.0.2.0/25\r\n 192.0.2.128/25 # half\r\n\r\n;\n2001:db8::1/32;x\n";
+    let all = |list: &str| {
+        let more = "[global]\ninclude = d/b.conf\n[tproxy b]\nport = 2\nonly-file = d/cn.txt\n";
+        read(&[("c", more), ("d/b.conf", head), ("d/../cn.txt", list), ("d/cn.txt", "::/0\n")])
+    };
+    let config = all(text).unwrap_or_else(|problems| panic!("{problems:?}"));
+    let shown = |ranges: &Ranges| format!("{} {}", Joined(&ranges.v4), Joined(&ranges.v6));
+    let of = |name: &str| config.outlets().find(|outlet| outlet.name == name).unwrap();
+    assert_eq!(shown(&of("a").bypass), "192.0.2.0/24 2001:db8::/32");
+    assert_eq!((&of("a").only, shown(of("b").only.as_ref().unwrap())), (&None, " ::/0".into()));
+    for (line, hint) in [
+        ("10.0.0/8", "10.0.0.0/8"),
+        ("10/8", "10.0.0.0/8"),
+        ("192.168.0.0/255.255.0.0", "192.168.0.0/16"),
+        ("- 10.0.0.0/8", "10.0.0.0/8"),
+        ("'10.0.0.0/8',", "10.0.0.0/8"),
+        ("10.0.0.0-10.0.0.255", "10.0.0.0/24"),
+        ("10.0.0.0-10.0.1.255 ", "10.0.0.0/23"),
+        ("10.0.0.1-10.0.0.4", ""),
+        ("example.org", ""),
+        ("private", ""),
+        ("10.0.0.0/33", ""),
+        ("2001:db8::/129", ""),
+        ("10.0.0.0/+8", ""),
+        ("10.0.0.0/", "10.0.0.0"),
+        ("10", ""),
+        ("192.168.0.0/255.0.255.0", ""),
+    ] {
+        let problems = lines(all(&format!("# one\n{line}\n")));
+        let hint = match hint {
+            "" => String::new(),
+            hint => format!(", did you mean \"{hint}\"?"),
+        };
+        let line = line.trim();
+        let want = format!("d/../cn.txt:2: expected an address or a CIDR, not \"{line}\"{hint}");
+        assert_eq!(problems, [want]);
+    }
+    let want = "c:3: unable to read none: no such file or directory";
+    bad(&[("c", "[tproxy a]\nport = 1\nonly-file = none\n")], &[want]);
+}
+
+/// Ranges with commas between.
+struct Joined<'a, A: Address>(&'a [Range<A>]);
+
+impl<A: Address> std::fmt::Display for Joined<'_, A> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text: Vec<String> = self.0.iter().map(Range::to_string).collect();
+        f.write_str(&text.join(","))
+    }
+}
+
+/// What an outlet does with a flow, by the order in which its keys decide.
+#[test]
+fn what_is_taken() {
+    let config = good(
+        "[tproxy a]\nport = 1\nipv6 = drop\nquic = reject\ntcp-ports = 80\nbypass = 10.0.0.0/8\n\
+         only = 0.0.0.0/1\n[tproxy b]\nport = 2\nudp = no\nquic = drop\nudp-ports = 53\n",
+    );
+    let take = |index: usize, l4, to: &str| {
+        let to: SocketAddr = to.parse().unwrap();
+        config.tproxies[index].outlet.take(l4, Family::of(&to.ip()), Some(to))
+    };
+    for (index, l4, to, want) in [
+        (0, L4::Tcp, "1.1.1.1:80", Take::Yes),
+        (0, L4::Tcp, "1.1.1.1:81", Take::No),
+        (0, L4::Udp, "1.1.1.1:81", Take::Yes),
+        (0, L4::Udp, "1.1.1.1:443", Take::Reject),
+        (0, L4::Udp, "10.1.1.1:443", Take::No),
+        (0, L4::Udp, "200.1.1.1:443", Take::No),
+        (0, L4::Tcp, "[2001:db8::1]:80", Take::Drop),
+        (1, L4::Udp, "1.1.1.1:443", Take::Drop),
+        (1, L4::Udp, "1.1.1.1:53", Take::No),
+        (1, L4::Tcp, "[2001:db8::1]:443", Take::Yes),
+    ] {
+        assert_eq!(take(index, l4, to), want, "{index} {to}");
+    }
 }

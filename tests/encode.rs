@@ -231,8 +231,12 @@ samples! {
     Stmt::Invalid => Stmt::Invalid;
     Stmt::Unconfirmed => Stmt::Unconfirmed;
     Stmt::Dnatted => Stmt::Dnatted;
-    Stmt::Destination { .. } => Stmt::Destination { family: Family::V4, set: "bypass4" },
-        Stmt::Destination { family: Family::V6, set: "bypass6" };
+    Stmt::Destination { .. } => Stmt::Destination { family: Family::V4, set: "bypass4".into() },
+        Stmt::Destination { family: Family::V6, set: "bypass6".into() };
+    Stmt::OtherDestination { .. } =>
+        Stmt::OtherDestination { family: Family::V4, set: "only4_a".into() },
+        Stmt::OtherDestination { family: Family::V6, set: "only6_a".into() };
+    Stmt::Dscp(..) => Stmt::Dscp(Family::V4, 46), Stmt::Dscp(Family::V6, 46);
     Stmt::Source { .. } => Stmt::Source { family: Family::V4, set: "gw4_a".into() },
         Stmt::Source { family: Family::V6, set: "gw6_a".into() };
     Stmt::EtherSource(_) => Stmt::EtherSource(vec![Mac([2, 0, 0, 0, 0, 1])]),

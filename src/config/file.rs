@@ -16,8 +16,9 @@ use nix::unistd::{geteuid, User};
 use super::Source;
 use crate::error::reason;
 
-/// Largest configuration file, in bytes.
-const MAX_SIZE: u64 = 1 << 20;
+/// Largest configuration file, and largest list of addresses, in MiB.
+const MAX_SIZE: u64 = 1;
+const MAX_LIST: u64 = 8;
 
 /// The file system. With `trusted_only`, a file that others than root and the running user control
 /// is refused.
@@ -25,8 +26,9 @@ pub struct Files {
     pub trusted_only: bool,
 }
 
-impl Source for Files {
-    fn read(&self, path: &Path) -> Result<String, String> {
+impl Files {
+    /// The text of a file of up to `most` MiB.
+    fn text(&self, path: &Path, most: u64) -> Result<String, String> {
         let (file, why) = open(path).map_err(|e| io_reason(&e))?;
         if let (true, Some(why)) = (self.trusted_only, why) {
             return Err(why);
@@ -38,15 +40,16 @@ impl Source for Files {
         if !meta.is_file() {
             return Err("is not a regular file".into());
         }
-        if meta.len() > MAX_SIZE {
-            return Err("is over 1 MiB".into());
-        }
+        let bound = most << 20;
+        let fits = |size: u64| match size > bound {
+            true => Err(format!("is over {most} MiB")),
+            false => Ok(()),
+        };
+        fits(meta.len())?;
         let mut bytes = Vec::with_capacity(meta.len() as usize);
         // the file may grow while it is read
-        file.take(MAX_SIZE + 1).read_to_end(&mut bytes).map_err(|e| io_reason(&e))?;
-        if bytes.len() as u64 > MAX_SIZE {
-            return Err("is over 1 MiB".into());
-        }
+        file.take(bound + 1).read_to_end(&mut bytes).map_err(|e| io_reason(&e))?;
+        fits(bytes.len() as u64)?;
         String::from_utf8(bytes).map_err(|e| {
             let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()]
                 .iter()
@@ -54,6 +57,16 @@ impl Source for Files {
                 .count();
             format!("is not UTF-8 (line {line})")
         })
+    }
+}
+
+impl Source for Files {
+    fn read(&self, path: &Path) -> Result<String, String> {
+        self.text(path, MAX_SIZE)
+    }
+
+    fn list(&self, path: &Path) -> Result<String, String> {
+        self.text(path, MAX_LIST)
     }
 
     fn glob(&self, pattern: &Path) -> Result<Vec<PathBuf>, String> {

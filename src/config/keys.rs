@@ -7,11 +7,11 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use super::model::{Config, Gateway, OnExit, Outlet, Place, Tproxy};
+use super::model::{Config, Gateway, OnExit, Outlet, Place, Problem, Tproxy};
 pub use super::value::Takes;
 use super::value::*;
 use crate::log::Level;
-use crate::net::Mark;
+use crate::net::{Mark, Ranges};
 use Takes::{Number, Text, Words};
 use Unset::{Is, Needs, Nothing};
 
@@ -99,6 +99,7 @@ const LEVELS: Takes = Words(&["error", "warning", "notice", "info", "debug"]);
 const RANGE: Takes = Text("an address or a CIDR");
 const RANGE_OR_PRIVATE: Takes = Text("an address, a CIDR or \"private\"");
 const ENDPOINT: Takes = Text("ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT");
+const LIST: Takes = Text("a file of addresses and CIDRs");
 const PORTS: Takes = Text("ports and ranges of them, like 80 443 8000-8999");
 const MARK: Takes = Text("VALUE or VALUE/MASK, 32 bits each");
 const INTERFACE: Takes = Text("the name of an interface, up to 15 characters");
@@ -122,10 +123,16 @@ pub static KEYS: &[Key] = &[
         put(&mut d.config.mask, number(e))
     }),
     any(GLOBAL, "bypass", RANGE_OR_PRIVATE, Nothing, |d, e| {
-        range_or_private(e, (&mut d.config.bypass4, &mut d.config.bypass6))
+        add(&mut d.config.bypass, range_or_private(e))
+    }),
+    any(GLOBAL, "bypass-file", LIST, Nothing, |d, e| {
+        add(&mut d.config.bypass, list(e, &mut d.problems))
     }),
     any(GLOBAL, "bypass-mark", MARK, Nothing, |d, e| {
         push(&mut d.bypass_marks, bypass_mark(e).map(|mark| (mark, e.place.clone())))
+    }),
+    any(GLOBAL, "bypass-dscp", Number(1, 63), Nothing, |d, e| {
+        push(&mut d.config.bypass_dscps, number(e).map(|dscp| dscp as u8))
     }),
     any(GLOBAL, "bypass-user", Number(0, MOST - 1), Nothing, |d, e| {
         push(&mut d.config.bypass_users, user(e))
@@ -155,6 +162,20 @@ pub static KEYS: &[Key] = &[
     one(OUTLET, "quic", TAKE, Is("yes"), |d, e| put(&mut d.outlet().quic, take(e))),
     any(OUTLET, "tcp-ports", PORTS, Nothing, |d, e| ports(e, &mut d.outlet().tcp_ports)),
     any(OUTLET, "udp-ports", PORTS, Nothing, |d, e| ports(e, &mut d.outlet().udp_ports)),
+    any(OUTLET, "bypass", RANGE_OR_PRIVATE, Nothing, |d, e| {
+        add(&mut d.outlet().bypass, range_or_private(e))
+    }),
+    any(OUTLET, "bypass-file", LIST, Nothing, |d, e| {
+        let listed = list(e, &mut d.problems);
+        add(&mut d.outlet().bypass, listed)
+    }),
+    any(OUTLET, "only", RANGE_OR_PRIVATE, Nothing, |d, e| {
+        add(d.outlet().only.get_or_insert_default(), range_or_private(e))
+    }),
+    any(OUTLET, "only-file", LIST, Nothing, |d, e| {
+        let listed = list(e, &mut d.problems);
+        add(d.outlet().only.get_or_insert_default(), listed)
+    }),
     any(OUTLET, "dns-hijack", ENDPOINT, Nothing, |d, e| match endpoint(e)? {
         SocketAddr::V4(a) => once(e, &mut d.outlet().dns4, a, "IPv4"),
         SocketAddr::V6(a) => once(e, &mut d.outlet().dns6, a, "IPv6"),
@@ -174,8 +195,10 @@ pub static KEYS: &[Key] = &[
         Ok(())
     }),
     any(GATEWAY, "source", RANGE, Nothing, |d, e| {
-        let gateway = d.gateway();
-        range(e, e.value, (&mut gateway.sources4, &mut gateway.sources6))
+        let (ranges, gateway) = (range(e, e.value)?, d.gateway());
+        gateway.sources4.extend(ranges.v4);
+        gateway.sources6.extend(ranges.v6);
+        Ok(())
     }),
     any(GATEWAY, "source-mac", MAC, Nothing, |d, e| push(&mut d.gateway().macs, parsed(e))),
     one(GATEWAY, "target", Text("a target"), Needs("a target"), later),
@@ -183,6 +206,11 @@ pub static KEYS: &[Key] = &[
 
 fn put<T>(slot: &mut T, value: Result<T>) -> Result<()> {
     *slot = value?;
+    Ok(())
+}
+
+fn add(ranges: &mut Ranges, more: Result<Ranges>) -> Result<()> {
+    ranges.extend(more?);
     Ok(())
 }
 
@@ -203,6 +231,8 @@ pub(super) struct Draft {
     /// In file order, behind those that have no names.
     pub sections: Vec<Section>,
     pub bypass_marks: Vec<(Mark, Place)>,
+    /// What is wrong, so far.
+    pub problems: Vec<Problem>,
     /// Target, pattern and place of each line.
     pub rules: Vec<(String, String, Place)>,
 }

@@ -31,6 +31,8 @@ pub fn load(source: &dyn Source, path: &Path) -> Result<Config, Vec<Problem>> {
     }
     // what the end of the files showed belongs to its line all the same
     let files: BTreeMap<_, _> = config.files.iter().zip(0..).collect();
-    problems.sort_by_key(|p| (files.get(&p.file).copied(), p.line));
+    let order = |p: &Problem| files.get(&p.file).copied().unwrap_or(files.len());
+    // lists stand behind the files that name them
+    problems.sort_by(|a, b| (order(a), &a.file, a.line).cmp(&(order(b), &b.file, b.line)));
     Err(problems)
 }

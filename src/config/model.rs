@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use super::pattern::Pattern;
 use crate::log::Level;
-use crate::net::{Family, Interface, Mac, Mark, Range, L4};
+use crate::net::{holds, Family, Interface, Mac, Mark, Range, Ranges, L4};
 
 /// Longest message, in characters.
 const MAX_MESSAGE: usize = 1000;
@@ -17,6 +17,10 @@ const MAX_MESSAGE: usize = 1000;
 pub trait Source {
     /// The text of a file. Errors: why it cannot be used, without its name.
     fn read(&self, path: &Path) -> Result<String, String>;
+    /// The text of a list of addresses, which may be longer.
+    fn list(&self, path: &Path) -> Result<String, String> {
+        self.read(path)
+    }
     /// The files that an include pattern matches, sorted. Errors: why it cannot be used.
     fn glob(&self, pattern: &Path) -> Result<Vec<PathBuf>, String>;
     /// The uid of a user name.
@@ -60,6 +64,10 @@ pub struct Outlet {
     /// Sorted and apart; empty: every one.
     pub tcp_ports: Vec<Range<u16>>,
     pub udp_ports: Vec<Range<u16>>,
+    /// Destinations that are left alone; merged.
+    pub bypass: Ranges,
+    /// Those that alone are taken; none where that is so of all. Merged.
+    pub only: Option<Ranges>,
     pub dns4: Option<SocketAddrV4>,
     pub dns6: Option<SocketAddrV6>,
     pub dns_tcp: bool,
@@ -88,6 +96,41 @@ impl Outlet {
 
     pub fn hijacks_dns(&self) -> bool {
         self.dns4.is_some() || self.dns6.is_some()
+    }
+
+    /// What it does with TCP or UDP to a destination; without one, as far as can be said of all. The
+    /// rules of the kernel say the same (nft/table.rs), but for DNS.
+    pub fn take(&self, l4: L4, family: Family, to: Option<SocketAddr>) -> Take {
+        let (take, ports) = self.protocol(l4);
+        let stops = |take| [Take::Drop, Take::Reject].contains(&take);
+        let mut takes = vec![self.family(family), take];
+        if let Some(to) = to {
+            if self.bypass.holds(to.ip()) {
+                return Take::No;
+            }
+            match &self.only {
+                Some(only) if only.has(family) && !only.holds(to.ip()) => return Take::No,
+                Some(only) if !only.has(family) && !stops(self.family(family)) => return Take::No,
+                Some(only) if !only.has(family) => return self.family(family),
+                _ => {}
+            }
+            if l4 == L4::Udp && QUIC_PORTS.contains(&to.port()) {
+                takes.push(self.quic);
+            }
+            if !ports.is_empty() && !holds(ports, to.port()) {
+                takes.push(Take::No);
+            }
+        }
+        let of = |take: &Take| takes.contains(take);
+        let order = [Take::Drop, Take::Reject, Take::No];
+        order.into_iter().find(of).unwrap_or(Take::Yes)
+    }
+
+    pub(super) fn merge(&mut self) {
+        self.bypass.merge();
+        if let Some(only) = &mut self.only {
+            only.merge();
+        }
     }
 
     /// Whether it rejects anything.
@@ -180,9 +223,10 @@ pub struct Config {
     pub route_table: u32,
     pub rule_priority: u32,
     pub mask: u32,
-    pub bypass4: Vec<Range<Ipv4Addr>>,
-    pub bypass6: Vec<Range<Ipv6Addr>>,
+    /// Merged.
+    pub bypass: Ranges,
     pub bypass_marks: Vec<Mark>,
+    pub bypass_dscps: Vec<u8>,
     pub bypass_users: Vec<u32>,
     pub on_exit: OnExit,
     pub log_level: Level,
@@ -205,9 +249,9 @@ impl Default for Config {
             route_table: 300,
             rule_priority: 100,
             mask: 0xff00_0000,
-            bypass4: Vec::new(),
-            bypass6: Vec::new(),
+            bypass: Ranges::default(),
             bypass_marks: Vec::new(),
+            bypass_dscps: Vec::new(),
             bypass_users: Vec::new(),
             on_exit: OnExit::Remove,
             log_level: Level::Notice,

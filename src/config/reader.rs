@@ -21,10 +21,10 @@ const MAX_NAME: usize = 15;
 
 /// Reads `path` and what it includes. What may refer to a later line is not resolved.
 pub(super) fn read(source: &dyn Source, path: &Path) -> (Draft, Vec<Problem>) {
-    let mut reader =
-        Reader { source, draft: Draft::new(), problems: Vec::new(), stack: Vec::new() };
+    let mut reader = Reader { source, draft: Draft::new(), stack: Vec::new() };
     reader.file(path, None);
-    (reader.draft, reader.problems)
+    let problems = std::mem::take(&mut reader.draft.problems);
+    (reader.draft, problems)
 }
 
 /// Where entries stand.
@@ -40,14 +40,13 @@ enum Below {
 struct Reader<'a> {
     source: &'a dyn Source,
     draft: Draft,
-    problems: Vec<Problem>,
     /// Files being read, outermost first.
     stack: Vec<PathBuf>,
 }
 
 impl Reader<'_> {
     fn problem(&mut self, place: &Place, message: String) {
-        self.problems.push(Problem::at(place, &message));
+        self.draft.problems.push(Problem::at(place, &message));
     }
 
     /// Reads a file; `from` is the line that includes it.

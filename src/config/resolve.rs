@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use super::keys::{Draft, Kind, Section, Unset};
 use super::matches;
-use super::model::{Config, Place, Problem, Rule, Target};
+use super::model::{Config, Outlet, Place, Problem, Rule, Target};
 use super::pattern::{compile_within, MAX_COMPILED};
 use super::suggest::did_you_mean;
 use super::value::Result;
@@ -16,7 +16,9 @@ const MOST_WITH_WILDCARD: u32 = 32765 - 2;
 
 /// Resolves what could refer to a later line, and adds what is wrong with it to the problems.
 pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
-    let Draft { mut config, sections, bypass_marks, rules } = draft;
+    let Draft { mut config, sections, bypass_marks, rules, .. } = draft;
+    config.bypass.merge();
+    config.outlets_mut().for_each(Outlet::merge);
     config.bypass_marks = bypass_marks.iter().map(|(mark, _)| *mark).collect();
     let mut problem = |place: &Place, message: String| problems.push(Problem::at(place, &message));
 

@@ -3,18 +3,21 @@
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::str::FromStr;
 
-use super::model::{Place, Source, Take};
-use crate::net::{Interface, Mark, Range};
+use super::model::{Place, Problem, Source, Take};
+use crate::net::{Interface, Mark, Range, Ranges};
 
 /// Errors: what is wrong with an entry.
 pub type Result<T> = std::result::Result<T, String>;
-/// Where ranges go, by their family.
-type Ranges<'a> = (&'a mut Vec<Range<Ipv4Addr>>, &'a mut Vec<Range<Ipv6Addr>>);
 
 /// Longest interface name (`IFNAMSIZ` - 1).
 const MAX_INTERFACE: usize = 15;
+/// Most addresses of a list.
+const MOST_LISTED: usize = 100_000;
+/// Of how many lines of a list it is said what is wrong.
+const MOST_WRONG: usize = 10;
 /// What the word `private` stands for.
 const PRIVATE: [&str; 5] =
     ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"];
@@ -156,8 +159,8 @@ pub fn user(e: &Entry) -> Result<u32> {
     }
 }
 
-/// Adds `ADDRESS` or `ADDRESS/LENGTH` to the ranges of its family.
-pub fn range(e: &Entry, value: &str, (v4, v6): Ranges) -> Result<()> {
+/// `ADDRESS` or `ADDRESS/LENGTH`.
+pub fn range(e: &Entry, value: &str) -> Result<Ranges> {
     let (address, length) = match value.split_once('/') {
         Some((address, length)) => (address, Some(length.trim())),
         None => (value, None),
@@ -173,18 +176,115 @@ pub fn range(e: &Entry, value: &str, (v4, v6): Ranges) -> Result<()> {
         Some(_) => Err(e.wrong()),
     };
     match address.trim().parse() {
-        Ok(IpAddr::V4(a)) => v4.push(Range::prefix(a, prefix(32)?)),
-        Ok(IpAddr::V6(a)) => v6.push(Range::prefix(a, prefix(128)?)),
-        Err(_) => return Err(e.wrong()),
+        Ok(IpAddr::V4(a)) => {
+            Ok(Ranges { v4: vec![Range::prefix(a, prefix(32)?)], ..Ranges::default() })
+        }
+        Ok(IpAddr::V6(a)) => {
+            Ok(Ranges { v6: vec![Range::prefix(a, prefix(128)?)], ..Ranges::default() })
+        }
+        Err(_) => Err(e.wrong()),
     }
-    Ok(())
 }
 
 /// The same, or the word `private`.
-pub fn range_or_private(e: &Entry, (v4, v6): Ranges) -> Result<()> {
-    match e.value {
-        "private" => PRIVATE.iter().try_for_each(|value| range(e, value, (v4, v6))),
-        value => range(e, value, (v4, v6)),
+pub fn range_or_private(e: &Entry) -> Result<Ranges> {
+    if e.value != "private" {
+        return range(e, e.value);
+    }
+    let mut ranges = Ranges::default();
+    for value in PRIVATE {
+        ranges.extend(range(e, value)?);
+    }
+    Ok(ranges)
+}
+
+/// The addresses of a file, one or a CIDR a line. What is wrong with its lines goes to `problems`.
+pub fn list(e: &Entry, problems: &mut Vec<Problem>) -> Result<Ranges> {
+    let path = e.place.beside(e.value);
+    let text = e.source.list(&path);
+    let text = text.map_err(|why| format!("unable to read {}: {why}", path.display()))?;
+    let file = Rc::new(path);
+    let mut ranges = Ranges::default();
+    let mut wrong = 0;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    for (line, value) in (1..).zip(text.split('\n')) {
+        // lists come with remarks behind what they list as well
+        let value = value.split(['#', ';']).next().unwrap_or_default().trim();
+        if value.is_empty() {
+            continue;
+        }
+        match listed(value) {
+            Some(Listed::V4(range)) => ranges.v4.push(range),
+            Some(Listed::V6(range)) => ranges.v6.push(range),
+            None => {
+                wrong += 1;
+                if wrong <= MOST_WRONG {
+                    let place = Place { file: file.clone(), line };
+                    let hint = hint(value);
+                    let message = format!("expected an address or a CIDR, not \"{value}\"{hint}");
+                    problems.push(Problem::at(&place, &message));
+                }
+            }
+        }
+        if ranges.len() > MOST_LISTED {
+            return Err(format!("{}: over {MOST_LISTED} addresses", file.display()));
+        }
+    }
+    match wrong.checked_sub(MOST_WRONG) {
+        None | Some(0) => Ok(ranges),
+        Some(more) => Err(format!("{}: {more} more lines are no addresses", file.display())),
+    }
+}
+
+/// A line of a list: of 100,000 none should cost more than it must.
+enum Listed {
+    V4(Range<Ipv4Addr>),
+    V6(Range<Ipv6Addr>),
+}
+
+fn listed(value: &str) -> Option<Listed> {
+    let (address, length) = match value.split_once('/') {
+        None => (value, None),
+        Some((address, text)) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
+            (address, Some(text.parse::<u32>().ok()?))
+        }
+        Some(_) => return None,
+    };
+    let prefix = |bits| Some(length.unwrap_or(bits)).filter(|length| *length <= bits);
+    Some(match address.parse().ok()? {
+        IpAddr::V4(a) => Listed::V4(Range::prefix(a, prefix(32)?)),
+        IpAddr::V6(a) => Listed::V6(Range::prefix(a, prefix(128)?)),
+    })
+}
+
+/// What the line of a list that is written in another way may mean: `, did you mean …?`.
+fn hint(value: &str) -> String {
+    let plain = value.trim_matches(|c: char| "\"',[]-".contains(c) || c.is_whitespace());
+    let (address, length) = plain.split_once('/').unwrap_or((plain, ""));
+    // a netmask, and octets that were left out
+    let length = match length.parse::<Ipv4Addr>().map(u32::from) {
+        Ok(mask) if mask.leading_ones() == mask.count_ones() => mask.count_ones().to_string(),
+        _ => length.to_string(),
+    };
+    let octets = address.split('.').filter(|octet| octet.parse::<u8>().is_ok()).count();
+    let address = match address.split('.').count() {
+        parts @ 1..=3 if parts == octets && !length.is_empty() => {
+            address.to_string() + &".0".repeat(4 - parts)
+        }
+        _ => address.to_string(),
+    };
+    let slash = if length.is_empty() { "" } else { "/" };
+    let meant = format!("{address}{slash}{length}");
+    let ends = |(first, last): (&str, &str)| {
+        let [first, last] = [first.trim().parse().ok()?, last.trim().parse().ok()?];
+        let range: Range<Ipv4Addr> = Range { first, last };
+        let text = (first <= last).then(|| range.to_string())?;
+        text.contains('/').then_some(text)
+    };
+    match (listed(&meant), plain.split_once('-').and_then(ends)) {
+        (Some(_), _) if meant != value => format!(", did you mean \"{meant}\"?"),
+        (_, Some(range)) => format!(", did you mean \"{range}\"?"),
+        _ => String::new(),
     }
 }
 

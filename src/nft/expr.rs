@@ -111,6 +111,12 @@ expressions! {
         NFTA_BITWISE_OP: U32 = NFT_BITWISE_BOOL, NFTA_BITWISE_LEN: U32 = 4,
         NFTA_BITWISE_MASK: WORD = mask, NFTA_BITWISE_XOR: WORD = xor
     }
+    /// Of a field of a packet, which may have another length.
+    BitwiseField { sreg: u32, dreg: u32, len: u32, mask: Vec<u8>, xor: Vec<u8> } = "bitwise" {
+        NFTA_BITWISE_SREG: U32 = sreg, NFTA_BITWISE_DREG: U32 = dreg,
+        NFTA_BITWISE_OP: U32 = NFT_BITWISE_BOOL, NFTA_BITWISE_LEN: U32 = len,
+        NFTA_BITWISE_MASK: DATA = mask, NFTA_BITWISE_XOR: DATA = xor
+    }
     Payload { dreg: u32, base: u32, offset: u32, len: u32 } = "payload" {
         NFTA_PAYLOAD_DREG: U32 = dreg, NFTA_PAYLOAD_BASE: U32 = base,
         NFTA_PAYLOAD_OFFSET: U32 = offset, NFTA_PAYLOAD_LEN: U32 = len

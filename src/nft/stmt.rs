@@ -59,8 +59,15 @@ pub enum Stmt {
     /// `ip daddr @SET` or `ip6 daddr @SET`
     Destination {
         family: Family,
-        set: &'static str,
+        set: String,
     },
+    /// `ip daddr != @SET`: of that family, the other destinations
+    OtherDestination {
+        family: Family,
+        set: String,
+    },
+    /// `ip dscp N` or `ip6 dscp N`
+    Dscp(Family, u8),
     /// `ip saddr @SET` or `ip6 saddr @SET`
     Source {
         family: Family,
@@ -231,6 +238,32 @@ impl Stmt {
                 text!("{} daddr @{set}", family.nft()),
                 address_then(*family, DADDR, lookup(named(set))),
             ),
+            Stmt::OtherDestination { family, set } => out.put(
+                text!("{} daddr != @{set}", family.nft()),
+                address_then(*family, DADDR, lookup_not(named(set))),
+            ),
+            Stmt::Dscp(family, dscp) => {
+                // the upper six bits of the second byte; in IPv6, of the second to fourth half byte
+                let (offset, mask, value) = match family {
+                    Family::V4 => (1, vec![0xfc], vec![dscp << 2]),
+                    Family::V6 => {
+                        let bits = u16::from(*dscp) << 6;
+                        (0, vec![0x0f, 0xc0], bits.to_be_bytes().to_vec())
+                    }
+                };
+                let (len, xor) = (mask.len() as u32, vec![0; mask.len()]);
+                let (sreg, dreg) = (NFT_REG_1, NFT_REG_1);
+                out.put(
+                    text!("{} dscp {dscp}", family.nft()),
+                    [
+                        meta(NFT_META_NFPROTO),
+                        eq(&[family.number()]),
+                        payload(NFT_PAYLOAD_NETWORK_HEADER, offset, len),
+                        Expr::BitwiseField { sreg, dreg, len, mask, xor },
+                        eq(&value),
+                    ],
+                )
+            }
             Stmt::Source { family, set } => out.put(
                 text!("{} saddr @{set}", family.nft()),
                 address_then(*family, SADDR, lookup(named(set))),

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use super::expr::Verdict;
 use super::stmt::Stmt;
 use crate::config::{Config, Gateway, Outlet, Take, Target, Tproxy, QUIC_PORTS};
-use crate::net::{Family, Mark, Range, L4};
+use crate::net::{Family, Mark, Range, Ranges, L4};
 use crate::netlink::uapi::*;
 
 /// Name of our one table, in family inet.
@@ -94,6 +94,7 @@ impl Table {
                 .map(|target| Set { name: dying_name(config, target), content: Content::Hashes }),
         );
         sets.extend(config.gateways.iter().flat_map(source_sets));
+        sets.extend(config.outlets().flat_map(destination_sets));
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
         let mut chains = Vec::new();
         if !config.tproxies.is_empty() {
@@ -311,6 +312,9 @@ const EXEMPT: &str = "exempt";
 fn exempt_rules(config: &Config) -> Vec<Rule> {
     let mut rules = vec![accept_answers(config)];
     rules.extend(config.bypass_marks.iter().map(|m| vec![Stmt::PacketMark(*m), leave(config)]));
+    rules.extend(config.bypass_dscps.iter().flat_map(|dscp| {
+        Family::BOTH.map(|family| vec![Stmt::Dscp(family, *dscp), leave(config)])
+    }));
     rules.extend(config.bypass_users.iter().map(|uid| vec![Stmt::Uid(*uid), leave(config)]));
     rules
 }
@@ -321,8 +325,14 @@ fn bypass_chain(config: &Config) -> Chain {
         true => vec![jump(EXEMPT)],
         false => exempt_rules(config),
     };
-    rules.push(vec![Stmt::Destination { family: Family::V4, set: "bypass4" }, Stmt::accept()]);
-    rules.push(vec![Stmt::Destination { family: Family::V6, set: "bypass6" }, Stmt::accept()]);
+    rules.push(vec![
+        Stmt::Destination { family: Family::V4, set: "bypass4".into() },
+        Stmt::accept(),
+    ]);
+    rules.push(vec![
+        Stmt::Destination { family: Family::V6, set: "bypass6".into() },
+        Stmt::accept(),
+    ]);
     rules.push(vec![Stmt::Nfproto(Family::V4), Stmt::Broadcast, Stmt::accept()]);
     chain("bypass", rules)
 }
@@ -415,7 +425,7 @@ fn query_rules(outlet: &Outlet) -> Vec<Rule> {
     for l4 in outlet.dns_protocols() {
         let (take, ports) = outlet.protocol(l4);
         let others = ports.iter().any(|ports| (ports.first..=ports.last).contains(&53));
-        let spares = take == Take::No || !(ports.is_empty() || others);
+        let spares = take == Take::No || !(ports.is_empty() || others) || outlet.only.is_some();
         for (family, hijacked) in families {
             if hijacked && (spares || outlet.family(family) == Take::No) {
                 rules.push(vec![Stmt::Nfproto(family), Stmt::Dport(l4, 53), Stmt::drop()]);
@@ -468,9 +478,68 @@ fn refuse_chain() -> Chain {
     chain(REFUSE, vec![vec![Stmt::L4proto(L4::Tcp), Stmt::Reset], vec![Stmt::Unreachable]])
 }
 
+/// The sets of the destinations that decide for a target.
+fn destination_sets(outlet: &Outlet) -> Vec<Set> {
+    let mut sets = Vec::new();
+    for (kind, ranges) in [(BYPASS, Some(&outlet.bypass)), (ONLY, outlet.only.as_ref())] {
+        let mut set = |family, content| {
+            sets.push(Set { name: destination_name(kind, family, outlet), content });
+        };
+        let Some(Ranges { v4, v6 }) = ranges else { continue };
+        if !v4.is_empty() {
+            set(Family::V4, Content::V4(v4.clone()));
+        }
+        if !v6.is_empty() {
+            set(Family::V6, Content::V6(v6.clone()));
+        }
+    }
+    sets
+}
+
+const BYPASS: &str = "bypass";
+const ONLY: &str = "only";
+
+fn destination_name(kind: &str, family: Family, outlet: &Outlet) -> String {
+    match family {
+        Family::V4 => format!("{kind}4_{}", outlet.name),
+        Family::V6 => format!("{kind}6_{}", outlet.name),
+    }
+}
+
+/// Destinations that a target leaves alone.
+fn bypass_rules(outlet: &Outlet, leave: &Stmt) -> Vec<Rule> {
+    let families = Family::BOTH.into_iter().filter(|family| outlet.bypass.has(*family));
+    let rule = |family| {
+        let set = destination_name(BYPASS, family, outlet);
+        vec![Stmt::Destination { family, set }, leave.clone()]
+    };
+    families.map(rule).collect()
+}
+
+/// The others, where it takes some alone. A family of which it takes none is left alone, or dropped
+/// where its switch says so.
+fn only_rules(outlet: &Outlet, leave: &Stmt) -> Vec<Rule> {
+    let rule = |family, only: &Ranges| {
+        let others = match only.has(family) {
+            true => {
+                let set = destination_name(ONLY, family, outlet);
+                Stmt::OtherDestination { family, set }
+            }
+            false if [Take::Drop, Take::Reject].contains(&outlet.family(family)) => return None,
+            false => Stmt::Nfproto(family),
+        };
+        Some(vec![others, leave.clone()])
+    };
+    let only = outlet.only.iter();
+    only.flat_map(|only| Family::BOTH.into_iter().filter_map(|family| rule(family, only))).collect()
+}
+
 /// Whether what a TCP flow is to do may change by a reload while its target stays.
 fn spares_tcp(outlet: &Outlet) -> bool {
-    [outlet.tcp, outlet.ipv4, outlet.ipv6].contains(&Take::No) || !outlet.tcp_ports.is_empty()
+    [outlet.tcp, outlet.ipv4, outlet.ipv6].contains(&Take::No)
+        || !outlet.tcp_ports.is_empty()
+        || !outlet.bypass.is_empty()
+        || outlet.only.is_some()
 }
 
 /// TCP that has a proxy stays with it (`keep`) until it ends, whatever the target leaves alone by
@@ -522,15 +591,24 @@ fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
         rules.push(known_rule(config, keep_name(outlet)));
         chains.push(keep_chain(outlet, keep_name(outlet), &[take.clone()]));
     }
-    rules.push(vec![Stmt::Counter]);
+    // the kernel's answer (port unreachable) to what the proxy sent on the remote host's behalf:
+    // it would leave for the true destination
+    let answer = vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), Stmt::drop()];
+    let bypass = bypass_rules(outlet, &leave(config));
+    if bypass.is_empty() {
+        rules.push(vec![Stmt::Counter]);
+    } else {
+        rules.push(answer.clone());
+        rules.extend(bypass);
+        rules.push(vec![Stmt::Counter]);
+    }
     if !outlet.dns_local {
         rules.extend(dns_rules(outlet));
     }
-    // the kernel's answer (port unreachable) to what the proxy sent on the remote host's behalf:
-    // it would leave for the true destination
-    rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), Stmt::drop()]);
+    rules.push(answer);
     rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
     rules.extend(query_rules(outlet));
+    rules.extend(only_rules(outlet, &leave(config)));
     rules.extend(switch_rules(outlet, &leave(config)));
     rules.extend([set_ct_mark(own), take]);
     chains.push(chain(format!("to_{}", outlet.name), rules));
@@ -547,13 +625,15 @@ fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
         rules.push(known_rule(config, forward_keep_name(outlet)));
         chains.push(keep_chain(outlet, forward_keep_name(outlet), &[take.clone()]));
     }
-    rules.extend(dns_rules(outlet));
     // a client's ICMP error (packet too big) about a flow that ends at the proxy is the proxy's
     for known in [own, spoofed(config)] {
         rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(known), here.clone(), Stmt::accept()]);
     }
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::accept()]);
+    rules.extend(bypass_rules(outlet, &Stmt::accept()));
+    rules.extend(dns_rules(outlet));
     rules.extend(query_rules(outlet));
+    rules.extend(only_rules(outlet, &Stmt::accept()));
     rules.extend(switch_rules(outlet, &Stmt::accept()));
     rules.extend([set_ct_mark(own), take]);
     chains.push(chain(format!("forward_{}", outlet.name), rules));
@@ -964,7 +1044,7 @@ pub fn bypass4(config: &Config) -> Vec<Range<Ipv4Addr>> {
     let always = [([169, 254, 0, 0], 16), ([224, 0, 0, 0], 4), ([255; 4], 32)];
     let mut ranges: Vec<_> =
         always.iter().map(|(a, n)| Range::prefix(Ipv4Addr::from(*a), *n)).collect();
-    ranges.extend(&config.bypass4);
+    ranges.extend(&config.bypass.v4);
     Range::merge(ranges)
 }
 
@@ -973,7 +1053,7 @@ pub fn bypass6(config: &Config) -> Vec<Range<Ipv6Addr>> {
     let mut ranges: Vec<_> = (always.iter())
         .map(|(a, n)| Range::prefix(Ipv6Addr::new(*a, 0, 0, 0, 0, 0, 0, 0), *n))
         .collect();
-    ranges.extend(&config.bypass6);
+    ranges.extend(&config.bypass.v6);
     Range::merge(ranges)
 }
 

@@ -261,6 +261,13 @@ impl Reference {
                 .u32(NFTNL_EXPR_BITWISE_LEN, 4)
                 .data(NFTNL_EXPR_BITWISE_MASK, &mask.to_ne_bytes())
                 .data(NFTNL_EXPR_BITWISE_XOR, &xor.to_ne_bytes()),
+            Expr::BitwiseField { sreg, dreg, len, mask, xor } => NExpr::new(c"bitwise")
+                .u32(NFTNL_EXPR_BITWISE_SREG, *sreg)
+                .u32(NFTNL_EXPR_BITWISE_DREG, *dreg)
+                .u32(NFTNL_EXPR_BITWISE_OP, BITWISE_BOOL)
+                .u32(NFTNL_EXPR_BITWISE_LEN, *len)
+                .data(NFTNL_EXPR_BITWISE_MASK, mask)
+                .data(NFTNL_EXPR_BITWISE_XOR, xor),
             Expr::Payload { dreg, base, offset, len } => NExpr::new(c"payload")
                 .u32(NFTNL_EXPR_PAYLOAD_DREG, *dreg)
                 .u32(NFTNL_EXPR_PAYLOAD_BASE, *base)

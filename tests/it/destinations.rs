@@ -1,15 +1,17 @@
 //! What of a target's traffic it takes: ports, QUIC, what is rejected, and destinations. Packets
 //! decide, of this host's processes and of a router's clients.
 
-use std::net::SocketAddr;
+use std::io::Read;
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::client::{Client, Outcome, Proto};
-use crate::daemon::Daemon;
-use crate::gateway::Lan;
+use crate::daemon::{write_private, Daemon};
+use crate::gateway::{Lan, Netns};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
-use crate::world::{World, PROXY};
+use crate::stale::{connect, socket_in};
+use crate::world::{Server, World, PROXY, STREAM_PORT};
 
 use Proto::{Tcp, Udp};
 
@@ -183,7 +185,7 @@ fn proxied_tcp_stays_over_a_reload() {
     let ground = ground!("dest-stay");
     let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
     let mut world = World::new(&ground);
-    let proxy = crate::world::Server::stream(PROXY, &[7893]);
+    let proxy = Server::stream(PROXY, &[7893]);
     let daemon = Daemon::start(&ground, &policy("", ""), &[]);
     let follow = |from: &Path, ip| Client::tcp(from, addr(ip, 80)).follow().spawn();
     let mut flows = Vec::new();
@@ -212,4 +214,266 @@ fn proxied_tcp_stays_over_a_reload() {
     daemon.stop_clean();
 }
 
-const RELOADS: &[&str] = &["tcp-ports = 443\n", "tcp = no\n"];
+const RELOADS: &[&str] = &[
+    "tcp-ports = 443\n",
+    "tcp = no\n",
+    "bypass = 203.0.113.0/24\nbypass = 2001:db8:2::/64\n",
+    "only = 198.18.0.0/15\n",
+];
+
+/// A list as others write them: remarks, CRLF, overlaps, both families.
+const LIST: &str = "# a list\r\n203.0.113.64/26\r\n\r\n203.0.113.96/27 # within\r\n\
+                    203.0.113.200\r\n2001:db8:2::4:0/112 ; a remark\r\n";
+
+fn write_list(ground: &Ground, name: &str, text: &str) {
+    let dir = ground.dir.join("lists");
+    let _ = std::fs::create_dir(&dir);
+    crate::ground::chmod(&dir, 0o755);
+    write_private(&dir.join(name), text);
+}
+
+fn to(ip: &str, port: u16) -> SocketAddr {
+    addr(ip.parse().expect("an address"), port)
+}
+
+/// TCP and UDP to the same places.
+fn alike(places: &[(&str, &'static str)]) -> Vec<Case<'static>> {
+    let each =
+        |(ip, want): &(&str, &'static str)| [(Tcp, to(ip, 80), *want), (Udp, to(ip, 80), *want)];
+    places.iter().flat_map(each).collect()
+}
+
+/// Destinations that a target leaves alone, by themselves and by a file.
+#[test]
+fn bypassed_destinations() {
+    let ground = ground!("dest-bypass");
+    let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
+    let (_world, _proxy) = World::with_proxy(&ground);
+    write_list(&ground, "cn.txt", LIST);
+    let lines = "bypass = 203.0.113.32\nbypass-file = lists/cn.txt\n";
+    let cases = alike(&[
+        ("203.0.113.7", PROXY),
+        ("203.0.113.32", "remote"),
+        ("203.0.113.63", PROXY),
+        ("203.0.113.64", "remote"),
+        ("203.0.113.100", "remote"),
+        ("203.0.113.127", "remote"),
+        ("203.0.113.128", PROXY),
+        ("203.0.113.200", "remote"),
+        ("2001:db8:2::7", PROXY),
+        ("2001:db8:2::4:7", "remote"),
+        ("2001:db8:2::5:0", PROXY),
+    ]);
+    let daemon = Daemon::start(&ground, &policy("", lines), &[]);
+    here(&app, &cases);
+    behind(&ground, &lan, &cases);
+    daemon.reconfigure(&policy("default = drop\n", lines));
+    here(&app, &cases);
+    // of all targets
+    daemon.reconfigure(&policy(&format!("default = drop\n{lines}"), ""));
+    here(&app, &cases);
+    behind(&ground, &lan, &cases);
+    here(&ground.cgroup("/other"), &[(Udp, to("203.0.113.100", 80), "remote")]);
+    here(&ground.cgroup("/other"), &[(Udp, to("203.0.113.7", 80), "denied")]);
+    // a reload reads the file anew
+    write_list(&ground, "cn.txt", "203.0.113.7\n");
+    daemon.reload();
+    let cases = alike(&[("203.0.113.7", "remote"), ("203.0.113.64", PROXY)]);
+    here(&app, &cases);
+    behind(&ground, &lan, &cases);
+    // and all of what it changes is refused where a line is wrong
+    write_list(&ground, "cn.txt", "203.0.113.64/26\n10.0.0/8\n203.0.113/33\n");
+    let said = daemon.reload();
+    let line = "lists/cn.txt:2: expected an address or a CIDR, not \"10.0.0/8\", did you mean \
+                \"10.0.0.0/8\"?";
+    assert!(said.contains(line) && said.contains("lists/cn.txt:3: "), "{said}");
+    here(&app, &cases);
+    daemon.stop_clean();
+}
+
+/// Destinations that alone are taken; DNS is hijacked whatever its destination.
+#[test]
+fn only_destinations() {
+    let ground = ground!("dest-only");
+    let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let _dns = Server::start("dns", &[1053]);
+    write_list(&ground, "via.txt", LIST);
+    let lines = "only = 203.0.113.7\nonly-file = lists/via.txt\nbypass = 203.0.113.100\n\
+                 quic = reject\ndns-hijack = 127.0.0.1:1053\n";
+    let daemon = Daemon::start(&ground, &policy("", lines), &[]);
+    let cases = [
+        (Tcp, to("203.0.113.7", 80), PROXY),
+        (Tcp, to("203.0.113.64", 80), PROXY),
+        (Tcp, to("203.0.113.100", 80), "remote"),
+        (Tcp, to("203.0.113.8", 80), "remote"),
+        (Udp, to("203.0.113.8", 443), "remote"),
+        (Tcp, to("2001:db8:2::4:7", 443), PROXY),
+        (Tcp, to("2001:db8:2::7", 443), "remote"),
+        (Udp, to("2001:db8:2::7", 443), "remote"),
+    ];
+    here(&app, &cases);
+    behind(&ground, &lan, &cases);
+    let dns = |client: Client| client.run().who();
+    for ip in ["203.0.113.7", "203.0.113.8"] {
+        let ask = |from: &Path| Client::udp(from, to(ip, 53));
+        assert!(dns(ask(&app)).starts_with("dns "), "{ip}");
+        let its = lan.client(0).run(|| dns(ask(&ground.root)));
+        assert!(its.starts_with("dns "), "{ip}: {its}");
+    }
+    // bypassed: not without dns-hijack-local
+    let ask = |from: &Path| dns(Client::udp(from, to("203.0.113.100", 53)));
+    assert_eq!(ask(&app), "remote 203.0.113.100:53");
+    daemon.reconfigure(&policy("", &format!("{lines}dns-hijack-local = yes\n")));
+    assert!(ask(&app).starts_with("dns "));
+    here(&app, &cases);
+    // a family of which nothing is taken is left alone, or dropped as its switch says
+    let four = "only = 203.0.113.7\n";
+    daemon.reconfigure(&policy("", four));
+    let six = |want| [(Tcp, to("203.0.113.7", 80), PROXY), (Tcp, addr(REMOTE6, 80), want)];
+    here(&app, &six("remote"));
+    behind(&ground, &lan, &six("remote"));
+    daemon.reconfigure(&policy("", &format!("{four}ipv6 = reject\n")));
+    here(&app, &six("refused"));
+    behind(&ground, &lan, &six("refused"));
+    // nothing at all
+    write_list(&ground, "via.txt", "# nothing\n");
+    daemon.reconfigure(&policy("", "only-file = lists/via.txt\n"));
+    let none = alike(&[("203.0.113.7", "remote"), ("2001:db8:2::7", "remote")]);
+    here(&app, &none);
+    behind(&ground, &lan, &none);
+    daemon.stop_clean();
+}
+
+/// What answers at port 80 a socket that marks its packets with a DSCP.
+fn with_dscp(cgroup: &Path, to: SocketAddr, dscp: i32) -> String {
+    let fd = socket_in(cgroup, libc::SOCK_STREAM, to.ip());
+    let (level, option) = match to {
+        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
+        SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+    };
+    // with a bit of ECN, which is no part of it
+    crate::world::set(&fd, level, option, dscp << 2 | 2);
+    connect(&fd, to).expect("connect");
+    let mut text = String::new();
+    TcpStream::from(fd).read_to_string(&mut text).expect("an answer");
+    text.split(' ').next().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn packets_with_a_dscp() {
+    let ground = ground!("dest-dscp");
+    let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let global = "bypass-dscp = 4\nbypass-dscp = 0x2e\n";
+    let daemon = Daemon::start(&ground, &policy(global, ""), &[]);
+    for ip in [REMOTE4, REMOTE6] {
+        for (dscp, want) in
+            [(0, "proxy"), (4, "remote"), (5, "proxy"), (46, "remote"), (62, "proxy")]
+        {
+            let to = addr(ip, 80);
+            assert_eq!(with_dscp(&app, to, dscp), want, "{dscp} to {to}");
+            let its = lan.client(0).run(|| with_dscp(&ground.root, to, dscp));
+            assert_eq!(its, want, "{dscp} to {to} of a client");
+        }
+    }
+    daemon.stop_clean();
+}
+
+/// A flow that a target left alone, and that it takes by now, is ended.
+#[test]
+fn direct_tcp_is_ended_where_it_is_taken_now() {
+    let ground = ground!("dest-end");
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let app = ground.cgroup("/app");
+    let all = "bypass = 203.0.113.0/24\nbypass = 2001:db8:2::/64\n";
+    for lines in [all, "only = 198.18.0.0/15\n", "tcp-ports = 1\n"] {
+        let daemon = Daemon::start(&ground, &policy("", lines), &[]);
+        let follow = |ip| Client::tcp(&app, addr(ip, STREAM_PORT)).follow().spawn();
+        let flows = [REMOTE4, REMOTE6].map(follow);
+        let mut seen = Vec::new();
+        let streams = crate::wait_until(PATIENCE, || {
+            seen.extend(world.wire.to_remote());
+            let of = |ip| seen.iter().filter(|packet| packet.dst.ip() == ip).count();
+            of(REMOTE4).min(of(REMOTE6)) > 9
+        });
+        assert!(streams, "{lines}");
+        daemon.reconfigure(&policy("", ""));
+        // by the daemon, or by the proxy's reset where its own packet came first
+        for flow in flows {
+            let outcome = flow.wait().0;
+            assert!(!matches!(outcome, Outcome::Answer(_)), "{lines}{outcome:?}");
+        }
+        here(&app, &both(&[(Tcp, 80, PROXY)]));
+        daemon.stop_clean();
+    }
+}
+
+/// What nft lists, and what `show` prints, loads again; names may be as long as can be, and lists.
+#[test]
+fn tables_load_again() {
+    let ground = ground!("dest-load");
+    let text: String = (0..10_000u32)
+        .map(|i| format!("{}/29\n", std::net::Ipv4Addr::from(0x0b00_0000 + i * 16)))
+        .chain((0..10_000u32).map(|i| format!("2001:db8:{:x}:{:x}::/64\n", i / 64, i % 64 * 2)))
+        .collect();
+    write_list(&ground, "long.txt", &text);
+    let target = |name: &str| {
+        format!(
+            "[tproxy {name}]\nport = 7893\ntcp = reject\nquic = drop\ntcp-ports = 80 443\n\
+             udp-ports = 1-79 65535\nbypass-file = lists/long.txt\nonly = 198.18.0.0/15\n\
+             only = fd00::/8\ndns-hijack = 127.0.0.1:1053\n"
+        )
+    };
+    let config = format!(
+        "[global]\nbypass-dscp = 4\nbypass-file = lists/long.txt\n{}{}{GATEWAY}",
+        target("socket"),
+        target("fifteen-letters")
+    );
+    let config = config.replace("target = mihomo", "target = socket");
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let listed = crate::kernel::table_plain(&[]);
+    assert!(listed.contains("11.0.0.16/29") && listed.contains("2001:db8:9c:1e::/64"));
+    let shown = crate::daemon::run_with(&ground, &config, &["show"]);
+    assert!(shown.status.success(), "{shown:?}");
+    let shown = String::from_utf8(shown.stdout).expect("UTF-8");
+    for script in [listed, shown] {
+        Netns::new().run(|| crate::kernel::load(&script));
+    }
+    daemon.stop_clean();
+}
+
+/// Files that are not to be trusted, or no files.
+#[test]
+fn lists_that_are_refused() {
+    let ground = ground!("dest-hostile");
+    let daemon = Daemon::start(&ground, &policy("", ""), &[]);
+    let dir = ground.dir.join("lists");
+    std::fs::create_dir(&dir).expect("make a directory");
+    let refused = |name: &str, why: &str| {
+        let said = daemon.reconfigure(&policy("", &format!("bypass-file = lists/{name}\n")));
+        assert!(said.contains(why) && said.contains(".conf:"), "{name}: {said}");
+    };
+    let path = |name: &str| dir.join(name);
+    nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).expect("make a FIFO");
+    std::fs::create_dir(path("dir")).expect("make a directory");
+    write_private(&path("writable"), "10.0.0.0/8\n");
+    crate::ground::chmod(&path("writable"), 0o666);
+    write_private(&path("large"), &"# remark\n".repeat(1 << 20));
+    let many: String = (0..=100_000u32)
+        .map(|i| format!("10.{}.{}.{}\n", i >> 16, i >> 8 & 255, i & 255))
+        .collect();
+    write_private(&path("many"), &many);
+    std::fs::write(path("latin"), b"10.0.0.0/8\n# caf\xe9\n").expect("write");
+    crate::ground::chmod(&path("latin"), 0o600);
+    write_private(&path("noise"), &"nonsense\n".repeat(1000));
+    refused("absent", "no such file");
+    refused("fifo", "is not a regular file");
+    refused("dir", "is a directory");
+    refused("writable", "is writable by group or others");
+    refused("large", "is over 8 MiB");
+    refused("many", "over 100000 addresses");
+    refused("latin", "is not UTF-8 (line 2)");
+    refused("noise", "990 more lines are no addresses");
+    daemon.stop_clean();
+}
