@@ -5,18 +5,21 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use crate::commands;
+use crate::commands::apps::Form;
+use crate::config::suggest::did_you_mean;
 use crate::error::Result;
 use crate::log;
 use crate::log::Level;
 use crate::options::{wrong, Options, DEFAULT_CONFIG};
 
 /// Name, arguments, what it does.
-pub const COMMANDS: [(&str, &str, &str); 7] = [
+pub const COMMANDS: [(&str, &str, &str); 8] = [
     ("run", "", "program the kernel and keep it in step, in the foreground (the default)"),
     ("check", "", "validate the configuration, then look at this host"),
     ("explain", "PATH… | --pid PID…", "say which rule decides for a cgroup, and why"),
     ("show", "", "print the table that run would load, as an nft script"),
     ("status", "[--json | --watch]", "print what the kernel holds now, with packets and bytes"),
+    ("apps", "[--json | --suggest]", "print who talks now, and which rule decides"),
     ("flush", "", "remove everything that cgtproxy ever put into the kernel"),
     ("exec", "[-u USER] TARGET [--] CMD [ARG…]", "run CMD under TARGET"),
 ];
@@ -40,6 +43,10 @@ fn options(command: &str) -> getopts::Options {
         "status" => {
             options.optflag("", "json", "print JSON");
             options.optflag("", "watch", "print again every second, with rates");
+        }
+        "apps" => {
+            options.optflag("", "json", "print JSON");
+            options.optflag("", "suggest", "print lines for [rules] alone");
         }
         "exec" => {
             options.optopt("u", "user", "run CMD as that user", "USER");
@@ -148,7 +155,9 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         }
     }
     if !known(&command) {
-        return Err(wrong(format!("unknown command \"{command}\"")));
+        let names = COMMANDS.iter().map(|(name, _, _)| *name);
+        let hint = did_you_mean(&command, names, |name| format!("\"{name}\""));
+        return Err(wrong(format!("unknown command \"{command}\"{hint}")));
     }
     take(&mut given, &matches)?;
     log::configure(Level::Notice.louder(given.verbose), false);
@@ -167,6 +176,12 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "status" => match (matches.opt_present("json"), matches.opt_present("watch")) {
             (true, true) => Err(wrong("status takes --json or --watch, not both")),
             (json, watch) => commands::status::status(&given, json, watch),
+        },
+        "apps" => match (matches.opt_present("json"), matches.opt_present("suggest")) {
+            (true, true) => Err(wrong("apps takes --json or --suggest, not both")),
+            (true, false) => commands::apps::apps(&given, Form::Json),
+            (false, true) => commands::apps::apps(&given, Form::Lines),
+            (false, false) => commands::apps::apps(&given, Form::Text),
         },
         "flush" => commands::flush::flush(),
         "exec" => match (target, rest.is_empty()) {

@@ -5,8 +5,9 @@ use std::net::{IpAddr, Ipv6Addr};
 
 use nix::sys::socket::SockProtocol;
 
+use crate::error::{Error, Result};
 use crate::listen::{self, Listener};
-use crate::net;
+use crate::net::{self, L4};
 use crate::netlink::diag;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
@@ -97,6 +98,46 @@ fn bound(socket: Option<&mut Socket>) -> Vec<diag::Socket> {
     all
 }
 
+/// All sockets of TCP and UDP that are in one of `states`, of this network namespace. Needs no
+/// capability.
+///
+/// Errors: the kernel cannot tell of IPv4's.
+pub fn sockets(states: impl Fn(L4) -> u32) -> Result<Vec<diag::Socket>> {
+    let mut socket = Socket::open(SockProtocol::NetlinkSockDiag, &[])?;
+    let mut all = Vec::new();
+    for l4 in [L4::Tcp, L4::Udp] {
+        for family in [AF_INET, AF_INET6] {
+            let protocol = l4.number();
+            let ask = |batch: &mut Batch| diag::get_all(batch, family, protocol, states(l4));
+            match socket.dump(&ask, |message| diag::parse(message, protocol))? {
+                Ok(found) => all.extend(found),
+                // a kernel without IPv6
+                Err(_) if family == AF_INET6 => {}
+                Err(errno) => {
+                    let error = Error::system("unable to list sockets", errno);
+                    return Err(error.hint(
+                        "the kernel needs CONFIG_INET_DIAG and CONFIG_INET_UDP_DIAG (on OpenWrt: \
+                         kmod-inet-diag)",
+                    ));
+                }
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// This host's addresses; none where the kernel does not tell.
+pub fn addresses() -> Vec<IpAddr> {
+    let mut route = Socket::open(SockProtocol::NetlinkRoute, &[]).ok();
+    dump(route.as_mut(), RTM_GETADDR, IFADDRMSG, parse_address).unwrap_or_default()
+}
+
+/// The UDP ports of the kernel's tunnels, each with the kind, as far as an interface tells of its port.
+pub fn tunnels() -> Vec<(u16, String)> {
+    let mut route = Socket::open(SockProtocol::NetlinkRoute, &[]).ok();
+    dump(route.as_mut(), RTM_GETLINK, IFINFOMSG, parse_tunnel).unwrap_or_default()
+}
+
 /// Lengths of `struct ifinfomsg` and `struct ifaddrmsg`.
 const IFINFOMSG: usize = 16;
 const IFADDRMSG: usize = 8;
@@ -133,6 +174,19 @@ fn parse_link(message: &Message) -> Option<Interface> {
     })
 }
 
+fn parse_tunnel(message: &Message) -> Option<(u16, String)> {
+    let info = Attrs::after(message.body, IFINFOMSG).get(IFLA_LINKINFO)?;
+    let kind = Attrs::new(info).get(IFLA_INFO_KIND).map(parse::str_z)?;
+    let attr = match &*kind {
+        "vxlan" => IFLA_VXLAN_PORT,
+        "geneve" => IFLA_GENEVE_PORT,
+        "bareudp" => IFLA_BAREUDP_PORT,
+        _ => return None,
+    };
+    let port = Attrs::new(Attrs::new(info).get(IFLA_INFO_DATA)?).get(attr)?.get(..2)?;
+    Some((u16::from_be_bytes([port[0], port[1]]), kind.into_owned()))
+}
+
 fn parse_address(message: &Message) -> Option<IpAddr> {
     if message.kind != RTM_NEWADDR {
         return None;
@@ -167,7 +221,18 @@ mod tests {
         batch.raw(IFA_ADDRESS, &[192, 0, 2, 2]);
         batch.raw(IFA_LOCAL, &[192, 0, 2, 1]);
         batch.end(open);
+        let open = batch.begin(RTM_NEWLINK, 0);
+        batch.header(&[0; IFINFOMSG]);
+        let nest = batch.nest(IFLA_LINKINFO);
+        batch.str_z(IFLA_INFO_KIND, "vxlan");
+        let data = batch.nest(IFLA_INFO_DATA);
+        batch.raw(IFLA_VXLAN_PORT, &4789u16.to_be_bytes());
+        batch.end_nest(data);
+        batch.end_nest(nest);
+        batch.end(open);
         let messages: Vec<Message> = Messages::new(batch.bytes()).collect();
+        let tunnels = || messages.iter().map(parse_tunnel);
+        assert_eq!(Vec::from_iter(tunnels()), [None, None, Some((4789, "vxlan".into()))]);
         let bridge = parse_link(&messages[0]).unwrap();
         assert_eq!((&*bridge.name, bridge.is_bridge), ("br-lan", true));
         assert_eq!(parse_link(&messages[1]), None);
@@ -175,7 +240,7 @@ mod tests {
         for message in messages {
             for cut in 0..message.body.len() {
                 let cut = Message { body: &message.body[..cut], ..message };
-                let _ = (parse_link(&cut), parse_address(&cut));
+                let _ = (parse_link(&cut), parse_address(&cut), parse_tunnel(&cut));
             }
         }
         let host = |addresses: &[&str]| Host {

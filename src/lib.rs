@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod apps;
 pub mod backoff;
 pub mod cgroup;
 pub mod cli;

@@ -21,7 +21,7 @@ const LAYERS: &[&[&str]] = &[
     &["config::value"],
     &["config::keys", "config::matches"],
     &["config::reader", "config::resolve"],
-    &["config", "config::lint", "config::file"],
+    &["config", "config::lint", "config::propose", "config::file"],
     &["nft::expr"],
     &["nft::stmt"],
     &[
@@ -41,6 +41,7 @@ const LAYERS: &[&[&str]] = &[
     &["cgroup::watch", "cgroup::ranking", "cgroup::blind"],
     &["cgroup::core"],
     &["cgroup::follow", "plan", "stale"],
+    &["apps"],
     // ... to here, but for the files below
     &["kernel", "notify", "pidfile", "confine", "listen", "host", "faults", "signals", "strays"],
     &["instance"],
@@ -61,6 +62,7 @@ const PURE: &[&str] = &[
     "netlink::diag",
     "netlink::conntrack",
     "loops",
+    "apps",
     "stale",
     "faults",
     "nft::expr",
@@ -81,6 +83,7 @@ const PURE: &[&str] = &[
     "config::reader",
     "config::resolve",
     "config::lint",
+    "config::propose",
     "config::matches",
     "policy",
     "cgroup::tree",

@@ -5,7 +5,7 @@
 _cgtproxy() {
 	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
 	# from the program's tables: tests/config.rs writes it
-	local commands="run check explain show status flush exec" targets="tproxy"
+	local commands="run check explain show status apps flush exec" targets="tproxy"
 	# end
 	local config=/etc/cgtproxy/cgtproxy.conf command="" target="" i word
 	COMPREPLY=()
@@ -51,6 +51,7 @@ _cgtproxy() {
 			run) options+=" --pidfile --syslog --ready-fd --no-seccomp --wait" ;;
 			explain) options+=" --pid" ;;
 			status) options+=" --json --watch" ;;
+			apps) options+=" --json --suggest" ;;
 			exec) options+=" --user" ;;
 		esac
 		COMPREPLY=($(compgen -W "$options" -- "$cur"))

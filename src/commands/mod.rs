@@ -1,5 +1,6 @@
 //! One command a file, and what several of them need.
 
+pub mod apps;
 pub mod check;
 pub mod exec;
 pub mod explain;

@@ -46,10 +46,7 @@ fn service(name: &str) -> Result<Vec<String>> {
     }
     // `/NAME` is OpenRC's before 0.53; procd has all of its services in /services
     let mark = if name == "services" { "" } else { "?" };
-    // a unit's name may hold a few characters more than systemd-escape(1) leaves alone
-    let unit = escape(name, |at, c| {
-        c.is_ascii_alphanumeric() || ":_@\\-".contains(c) || c == '.' && at > 0
-    });
+    let unit = unit(name);
     let instances = if name.contains('@') { "" } else { "(?:@[^/]*)?" };
     let prefix = cgroup_prefix(&unit);
     let unit = quote(&unit);
@@ -57,6 +54,12 @@ fn service(name: &str) -> Result<Vec<String>> {
         format!(r"/(?:services/|openrc\.){mark}{}", quote(name)),
         format!(r"/system\.slice/(?:[^/]+/)*{prefix}{unit}{instances}\.service"),
     ])
+}
+
+/// The name of a service's unit, without what tells its type: it may hold a few characters more than
+/// systemd-escape(1) leaves alone.
+pub(super) fn unit(name: &str) -> String {
+    escape(name, |at, c| c.is_ascii_alphanumeric() || ":_@\\-".contains(c) || c == '.' && at > 0)
 }
 
 /// One pattern for each way to make the name. In a unit's name a dash parts launcher, ID and random
@@ -110,7 +113,7 @@ fn cgroup_prefix(unit: &str) -> &'static str {
 }
 
 /// The regex that matches a text and nothing else.
-fn quote(text: &str) -> String {
+pub(super) fn quote(text: &str) -> String {
     let mut quoted = String::new();
     for c in text.chars() {
         if r"\.+*?()|[]{}^$".contains(c) {

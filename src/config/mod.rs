@@ -9,9 +9,10 @@ pub mod lint;
 mod matches;
 mod model;
 pub mod pattern;
+pub mod propose;
 mod reader;
 mod resolve;
-mod suggest;
+pub mod suggest;
 mod value;
 
 use std::collections::BTreeMap;

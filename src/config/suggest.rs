@@ -1,7 +1,7 @@
 //! Spelling: what somebody may have meant. Pure.
 
 /// `, did you mean …?` where a known word is close to what was written.
-pub(super) fn did_you_mean<'a>(
+pub fn did_you_mean<'a>(
     written: &str,
     known: impl IntoIterator<Item = &'a str>,
     show: impl Fn(&str) -> String,

@@ -29,6 +29,9 @@ pub struct Socket {
     /// IP_TRANSPARENT; `None` from a kernel that does not tell (before 5.9).
     pub transparent: Option<bool>,
     pub v6only: bool,
+    /// Its send buffer has no limit, which no program can ask for and WireGuard's sockets have
+    /// (drivers/net/wireguard/socket.c); false where [`get_all`] has not asked.
+    pub unlimited: bool,
     /// `struct inet_diag_sockid` as it came, cookie included.
     id: [u8; ID_LEN],
 }
@@ -46,6 +49,9 @@ const MSG_LEN: usize = 72;
 const ID_AT: usize = 4;
 const UID_AT: usize = 64;
 
+/// Where `SK_MEMINFO_SNDBUF` is (include/uapi/linux/sock_diag.h).
+const SNDBUF_AT: usize = 12;
+
 /// `struct inet_diag_sockid`: ports and addresses in network order, interface, cookie.
 const ID_LEN: usize = 48;
 const NO_COOKIE: [u8; 8] = [0xff; 8];
@@ -61,6 +67,16 @@ pub fn get(batch: &mut Batch, family: u8, protocol: u8, states: u32, ids: &[u64]
     if !ids.is_empty() {
         batch.raw(INET_DIAG_REQ_BYTECODE, &filter(ids));
     }
+    batch.end(open);
+}
+
+/// Asks for all sockets of a family and protocol in any of `states`, of UDP with their memory.
+pub fn get_all(batch: &mut Batch, family: u8, protocol: u8, states: u32) {
+    let open = batch.begin(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP);
+    let mut request = request(family, protocol, states, &[0; ID_LEN]);
+    // idiag_ext: a bit for each attribute, from the first on
+    request[2] = u8::from(protocol == IPPROTO_UDP) << (INET_DIAG_SKMEMINFO - 1);
+    batch.header(&request);
     batch.end(open);
 }
 
@@ -180,6 +196,9 @@ pub fn parse(message: &Message, protocol: u8) -> Option<Socket> {
         transparent: attr(INET_DIAG_SOCKOPT)
             .and_then(|flags| flags.first().map(|flags| flags & INET_DIAG_TRANSPARENT != 0)),
         v6only: attr(INET_DIAG_SKV6ONLY).is_some_and(|only| only.first() == Some(&1)),
+        unlimited: attr(INET_DIAG_SKMEMINFO)
+            .and_then(|memory| parse::u32_ne(memory.get(SNDBUF_AT..)?))
+            .is_some_and(|limit| limit == i32::MAX as u32),
         id,
     })
 }
@@ -220,6 +239,7 @@ pub fn example(protocol: u8, state: u8, local: &str, remote: &str) -> Socket {
         mark: 0,
         transparent: Some(false),
         v6only: false,
+        unlimited: false,
         id: [0; ID_LEN],
     }
 }

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `latency` | classification and no-op latency, burst, churn |
 //! | `start` | start, reload, memory, binary, rules |
+//! | `sockets` | who talks |
 //! | `traffic` | cost of a packet, proxied throughput |
 //! | `floor` | the least that a classifier can do, and the listener that sees its effect |
 //! | `report` | the table, and results.json |
@@ -37,6 +38,7 @@ mod world;
 mod floor;
 mod latency;
 mod report;
+mod sockets;
 mod start;
 mod traffic;
 
@@ -92,7 +94,7 @@ fn main() {
     }
     let picked: Vec<String> = (std::env::args().skip(1)).filter(|a| !a.starts_with('-')).collect();
     type Group = (&'static str, fn(&mut Report));
-    let groups: [Group; 10] = [
+    let groups: [Group; 11] = [
         ("binary", start::binary),
         ("rules", start::rules),
         ("start", start::start),
@@ -100,6 +102,7 @@ fn main() {
         ("latency", latency::latency),
         ("burst", latency::burst),
         ("churn", latency::churn),
+        ("apps", sockets::apps),
         ("packet", traffic::packet_cost),
         ("nested", traffic::nested_levels),
         ("throughput", traffic::throughput),

@@ -35,6 +35,7 @@ mod ground;
 mod kernel;
 mod world;
 
+mod apps;
 mod classify;
 mod demo;
 mod destinations;
@@ -45,6 +46,7 @@ mod forgotten;
 mod gateway;
 mod heal;
 mod hostile;
+mod json;
 mod lifecycle;
 mod limits;
 mod logging;

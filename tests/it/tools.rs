@@ -32,10 +32,10 @@ mihomo = /services/(transmission|aria2)
 ";
 
 /// What a run said, as text.
-struct Said {
-    code: Option<i32>,
-    out: String,
-    err: String,
+pub struct Said {
+    pub code: Option<i32>,
+    pub out: String,
+    pub err: String,
 }
 
 impl From<Output> for Said {
@@ -544,7 +544,7 @@ fn status_with_ten_thousand_cgroups_and_while_they_change() {
 
 /// Evaluates a Python expression over the JSON text `d`: a parser that is none of ours.
 #[track_caller]
-fn query(json: &str, expression: &str) -> String {
+pub fn query(json: &str, expression: &str) -> String {
     let program = format!("import json, sys\nd = json.load(sys.stdin)\nprint(({expression}))");
     let mut python = Command::new("python3");
     python.args(["-c", &program]).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -575,13 +575,7 @@ fn json_has_the_documented_shape() {
     assert_eq!(query(&json, "[t['kind'] for t in d['targets']]"), "['direct', 'drop', 'tproxy']");
     assert_eq!(query(&json, "list(d['gateways'][0])"), "['name', 'target', 'packets', 'bytes']");
     assert_eq!(query(&json, "list(d['rules'][0])"), "['family', 'text', 'present']");
-    // the manual page names each of them
-    let page = fs::read_to_string("conf/man/cgtproxy.8").expect("read the manual page");
-    let names =
-        "' '.join(list(d) + list(d['targets'][2]) + list(d['gateways'][0]) + list(d['rules'][0]))";
-    for name in query(&json, names).split(' ') {
-        assert!(page.contains(&format!("Cm {name}")), "{name} is not documented");
-    }
+    crate::json::is_documented("status", &json);
 }
 
 /// Runs a shell command on a terminal and gives what it shows there.
@@ -1837,7 +1831,7 @@ fn check_finds_saved_rulesets_with_our_table() {
 // ------------------------------------------------------------------------------------ mistakes
 
 /// The program as a user without any capability.
-fn as_nobody(args: &[&str]) -> Said {
+pub fn as_nobody(args: &[&str]) -> Said {
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(nobodys_binary());
     command.args(args).stdin(Stdio::null());
@@ -1845,7 +1839,7 @@ fn as_nobody(args: &[&str]) -> Said {
 }
 
 /// The program where anybody may run it.
-fn nobodys_binary() -> PathBuf {
+pub fn nobodys_binary() -> PathBuf {
     static ONCE: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
     let copy = ONCE.get_or_init(|| {
         let copy = std::env::temp_dir().join(format!("cgtp-{}-binary", std::process::id()));
@@ -1873,6 +1867,8 @@ fn wrong_arguments_get_one_line_and_a_hint() {
         "status x",
         "status --json --watch",
         "status --yaml",
+        "apps x",
+        "apps --json --suggest",
         "explain",
         "explain --pid",
         "explain x",
@@ -1894,9 +1890,17 @@ fn wrong_arguments_get_one_line_and_a_hint() {
             said.err.starts_with("error: ") && said.err.ends_with(" (try cgtproxy --help)\n");
         assert!(hint, "{args:?}: {}", said.err);
     }
+    for (word, meant) in
+        [("staus", "status"), ("aps", "apps"), ("Check", "check"), ("exce", "exec")]
+    {
+        let want = format!(
+            "error: unknown command \"{word}\", did you mean \"{meant}\"? (try cgtproxy --help)\n"
+        );
+        assert_eq!(Said::from(run(&[word])).err, want);
+    }
     let help = Said::from(run(&["status", "--help"]));
     assert_eq!((help.code, &*help.err), (Some(0), ""));
-    for name in ["run", "check", "explain", "show", "status", "flush", "exec"] {
+    for name in ["run", "check", "explain", "show", "status", "apps", "flush", "exec"] {
         assert!(help.out.contains(&format!("\n    {name} ")), "{}", help.out);
     }
 }
@@ -1945,6 +1949,7 @@ fn a_closed_or_full_output() {
         &["status"],
         &["status", "--json"],
         &["status", "--watch"],
+        &["apps"],
         &["check"],
         &["explain", "/a"],
         &["--help"],
@@ -2006,11 +2011,18 @@ fn completion_for_bash() {
     write_private(&ground.dir.join("a.conf"), CONFIG);
     for (words, want) in [
         (&["cgtproxy", "e"][..], &["exec", "explain"][..]),
-        (&["cgtproxy", ""], &["check", "exec", "explain", "flush", "run", "show", "status"]),
+        (
+            &["cgtproxy", ""],
+            &["apps", "check", "exec", "explain", "flush", "run", "show", "status"],
+        ),
         (&["cgtproxy", "-v", "st"], &["status"]),
         (
             &["cgtproxy", "status", "--"],
             &["--config", "--help", "--json", "--verbose", "--version", "--watch"],
+        ),
+        (
+            &["cgtproxy", "apps", "--"],
+            &["--config", "--help", "--json", "--suggest", "--verbose", "--version"],
         ),
         (&["cgtproxy", "-c", "a."], &["a.conf"]),
         (&["cgtproxy", "-c", "a.conf", "exec", ""], &["direct", "drop", "mihomo"]),

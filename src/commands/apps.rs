@@ -1,0 +1,387 @@
+//! `apps`: who talks now, what decides about it, and a line for `[rules]` where nothing but the
+//! default does. It asks the kernel for its sockets, which anybody may, and reads files.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fmt::Write;
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use nix::unistd::{geteuid, Uid, User};
+
+use super::table::{Column, Style, Table, Value};
+use crate::apps::{self, Owner, Scene, Talker};
+use crate::cgroup::core::Core;
+use crate::cgroup::follow::Cgroups;
+use crate::cgroup::mount::{self, Root};
+use crate::cgroup::tree::{self, Node, Path};
+use crate::config::{propose, Config, Rule, Target};
+use crate::error::Result;
+use crate::host;
+use crate::json::Json;
+use crate::kernel::sockets::chosen_ports;
+use crate::kernel::Kernel;
+use crate::options::Options;
+use crate::policy::{self, Decision};
+use crate::sys;
+
+/// Of the shape that `--json` prints; documented in cgtproxy(8).
+const JSON_VERSION: u64 = 1;
+/// How many remote addresses are shown of each.
+const REMOTES: usize = 3;
+/// How many ports are shown of what listens.
+const PORTS: usize = 6;
+
+/// Of those that send to others, and of all in JSON.
+const TALKING: [Column; 16] = [
+    Column::left("CGROUP").member("cgroup"),
+    Column::json("id"),
+    Column::json("state"),
+    Column::json("tunnel"),
+    Column::left("USER").member("user"),
+    Column::json("uid"),
+    Column::right("FLOWS").member("flows"),
+    Column::left("PROTOCOLS").member("protocols"),
+    Column::json("listens"),
+    Column::json("inbound"),
+    Column::json("local"),
+    Column::left("TARGET").member("target"),
+    Column::json("decides"),
+    Column::left("RULE").member("rule"),
+    Column::left("REMOTES").member("remotes"),
+    Column::json("line"),
+];
+/// Of the others, in text alone.
+const QUIET: [Column; 16] = {
+    let mut columns = [const { Column::json("") }; 16];
+    columns[0] = Column::left("LISTENS, IS ASKED OR IS LOCAL");
+    columns[4] = Column::left("USER");
+    columns[8] = Column::left("LISTENS");
+    columns[9] = Column::right("INBOUND");
+    columns[10] = Column::right("LOCAL");
+    columns
+};
+
+/// What is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    Text,
+    Json,
+    /// The lines for `[rules]` alone.
+    Lines,
+}
+
+pub fn apps(options: &Options, form: Form) -> Result<ExitCode> {
+    let config = Rc::new(options.load_or_default(false)?);
+    // the sockets first: of a cgroup that goes meanwhile they would know better than the tree
+    let sockets = host::sockets(apps::states)?;
+    let scene = Scene {
+        addresses: host::addresses().into_iter().collect(),
+        chosen: chosen_ports(),
+        tunnels: host::tunnels().into_iter().collect(),
+    };
+    let Cgroups { core, root, .. } = Cgroups::look(config.clone())?;
+    let apps = Apps::of(&config, &core, &root, apps::talkers(&sockets, &scene));
+    match form {
+        Form::Text => super::print(&apps.text(Style::of_stdout())),
+        Form::Json => super::print(&format!("{}\n", apps.json())),
+        Form::Lines => super::print(&apps.lines().map(|line| line + "\n").collect::<String>()),
+    }
+}
+
+/// Where the sockets of an owner are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Home {
+    /// In the cgroup of that path.
+    Cgroup(Path),
+    /// In one that has been removed.
+    Removed,
+    /// In one that is not below the cgroup root, or not to be seen.
+    Elsewhere,
+    Tunnel(String),
+    Unknown,
+}
+
+/// Who decides where the flows go.
+#[derive(Debug)]
+enum Decides {
+    Rule(Rule),
+    /// `/cgtproxy/TARGET` goes to TARGET.
+    BuiltIn,
+    Default,
+    /// What decided before the cgroup was removed.
+    Before,
+}
+
+/// One cgroup and user.
+struct App {
+    home: Home,
+    id: Option<u64>,
+    uid: u32,
+    user: String,
+    talker: Talker,
+    /// The name of the target; `None` where that cannot be told.
+    target: Option<String>,
+    decides: Decides,
+    /// A line for `[rules]`.
+    line: Option<String>,
+}
+
+struct Apps<'a> {
+    config: &'a Config,
+    /// Those with most flows first.
+    all: Vec<App>,
+}
+
+impl<'a> Apps<'a> {
+    fn of(
+        config: &'a Config,
+        core: &Core,
+        root: &Root,
+        talkers: impl IntoIterator<Item = ((Owner, u32), Talker)>,
+    ) -> Apps<'a> {
+        let nodes: HashMap<u64, (&Path, &Node)> =
+            core.tree().iter().map(|(path, node)| (node.id, (path, node))).collect();
+        // who sees all cgroups knows that what is not there is gone
+        let is_whole = root.level == 0 && geteuid().is_root() && mount::find_first_namespace();
+        let default = || Some(config.target_name(config.default).to_string());
+        let mut users = HashMap::new();
+        let mut all = Vec::new();
+        for ((owner, uid), talker) in talkers {
+            let user = users.entry(uid).or_insert_with(|| name(uid)).clone();
+            let (id, home, target, decides) = match owner {
+                Owner::Cgroup(id) => match nodes.get(&id) {
+                    Some((path, node)) => {
+                        let target = config.target_name(policy::target(config, node.rank));
+                        let decides = match policy::decision(config, node.rank) {
+                            Decision::Rule(rule) => Decides::Rule(rule.clone()),
+                            Decision::BuiltIn(_) => Decides::BuiltIn,
+                            Decision::Default => Decides::Default,
+                        };
+                        let home = Home::Cgroup(Path::clone(path));
+                        (Some(id), home, Some(target.to_string()), decides)
+                    }
+                    None if is_whole => (Some(id), Home::Removed, None, Decides::Before),
+                    None => (Some(id), Home::Elsewhere, None, Decides::Default),
+                },
+                Owner::Tunnel(kind) => (None, Home::Tunnel(kind), default(), Decides::Default),
+                Owner::Unknown => (None, Home::Unknown, None, Decides::Default),
+            };
+            all.push(App { home, id, uid, user, talker, target, decides, line: None });
+        }
+        all.sort_by(|a, b| {
+            let key = |app: &App| std::cmp::Reverse(app.talker.flows);
+            key(a).cmp(&key(b)).then_with(|| a.path().cmp(&b.path()))
+        });
+        let mut apps = Apps { config, all };
+        apps.ask_kernel();
+        apps.propose(core);
+        apps
+    }
+
+    /// What becomes of removed cgroups, the table alone knows. Without CAP_NET_ADMIN nobody does.
+    fn ask_kernel(&mut self) {
+        let mut unknown = self.all.iter_mut().filter(|app| app.home == Home::Removed).peekable();
+        if unknown.peek().is_none() || !sys::has_net_admin() {
+            return;
+        }
+        let held = Kernel::open().and_then(|mut kernel| kernel.held());
+        if let Ok(Some(held)) = held {
+            let target = held.targets();
+            unknown.for_each(|app| {
+                app.target = app.id.map(|id| target(id).unwrap_or(&held.view.default).to_string());
+            });
+        }
+    }
+
+    /// Finds lines for those that nothing but the default decides for.
+    fn propose(&mut self, core: &Core) {
+        let wanted: Vec<usize> = (0..self.all.len())
+            .filter(|at| {
+                let app = &self.all[*at];
+                let decides = matches!(app.decides, Decides::Default);
+                decides && app.talker.flows > 0 && app.path().is_some()
+            })
+            .collect();
+        let paths: Vec<&[u8]> =
+            wanted.iter().filter_map(|at| self.all[*at].path().map(|path| &**path)).collect();
+        let nodes = core.tree().iter().map(|(path, _)| &**path);
+        for (at, value) in wanted.into_iter().zip(propose::propose(&paths, nodes)) {
+            let target = self.config.target_name(self.other(&self.all[at].talker));
+            self.all[at].line = value.map(|value| format!("{target} = {value}"));
+        }
+    }
+
+    /// What a line sends elsewhere: the first tproxy, but what is one itself, or where everything
+    /// goes to one already, directly.
+    fn other(&self, talker: &Talker) -> Target {
+        let is_proxy = (self.config.tproxies.iter())
+            .any(|tproxy| talker.listens.iter().any(|(_, port)| *port == tproxy.port));
+        let mut outlets = self.config.targets().filter(|t| self.config.outlet(*t).is_some());
+        match self.config.default {
+            Target::Direct if !is_proxy => outlets.next().unwrap_or(Target::Direct),
+            _ => Target::Direct,
+        }
+    }
+
+    /// The lines, each once.
+    fn lines(&self) -> impl Iterator<Item = String> + '_ {
+        let mut told = BTreeSet::new();
+        let lines = self.all.iter().filter_map(|app| app.line.clone());
+        lines.filter(move |line| told.insert(line.clone()))
+    }
+
+    /// Those that send to others, or those that do not.
+    fn table(&self, columns: &'static [Column; 16], talk: Option<bool>) -> Table<16> {
+        let is = |app: &&App| talk.is_none_or(|talk| talk == app.talks());
+        Table { columns, rows: self.all.iter().filter(is).map(App::row).collect() }
+    }
+
+    fn text(&self, style: Style) -> String {
+        let mut out = String::new();
+        match self.all.iter().any(App::talks) {
+            true => self.table(&TALKING, Some(true)).print(&mut out, style),
+            false => out += "nothing sends to others now\n",
+        }
+        if !self.all.iter().all(App::talks) {
+            out.push('\n');
+            self.table(&QUIET, Some(false)).print(&mut out, style);
+        }
+        let mut lines = self.lines().peekable();
+        if lines.peek().is_some() {
+            out += "\nfor [rules], where the default alone decides:\n\n";
+            lines.for_each(|line| {
+                let _ = writeln!(out, "    {line}");
+            });
+        }
+        let is_root = |app: &App| app.path().is_some_and(|path| path.is_empty());
+        if self.all.iter().any(|app| app.talks() && is_root(app)) {
+            out +=
+                "\nno rule decides for the root cgroup: start what runs there in one of its own\n";
+        }
+        out
+    }
+
+    fn json(&self) -> Json {
+        Json::Object(vec![
+            ("version", Json::Number(JSON_VERSION)),
+            ("default", Json::text(self.config.target_name(self.config.default))),
+            ("apps", self.table(&TALKING, None).json()),
+            ("lines", Json::List(self.lines().map(Json::text).collect())),
+        ])
+    }
+}
+
+impl App {
+    /// The path of its cgroup, where that is there.
+    fn path(&self) -> Option<&Path> {
+        match &self.home {
+            Home::Cgroup(path) => Some(path),
+            _ => None,
+        }
+    }
+
+    /// Whether it sends to others.
+    fn talks(&self) -> bool {
+        self.talker.flows > 0
+    }
+
+    fn row(&self) -> [Value; 16] {
+        let number = |n: usize| Value::number(Some(n as u64));
+        let (state, tunnel) = match &self.home {
+            Home::Cgroup(_) => ("present", Value::none()),
+            Home::Removed => ("removed", Value::none()),
+            Home::Elsewhere => ("elsewhere", Value::none()),
+            Home::Tunnel(kind) => ("tunnel", Value::text(kind)),
+            Home::Unknown => ("unknown", Value::none()),
+        };
+        let protocols = self.talker.protocols.iter().map(|l4| l4.nft().to_string());
+        let remotes = self.talker.remotes(REMOTES).into_iter().map(|remote| remote.to_string());
+        let (decides, rule) = self.decides();
+        [
+            self.cgroup(),
+            Value::number(self.id),
+            Value::text(state),
+            tunnel,
+            Value::text(&self.user),
+            Value::number(Some(self.uid)),
+            number(self.talker.flows),
+            texts(protocols),
+            self.listens(),
+            number(self.talker.inbound),
+            number(self.talker.local),
+            self.target.as_ref().map_or(Value::none(), |target| Value::text(target)),
+            Value::text(decides),
+            rule,
+            texts(remotes),
+            self.line.as_ref().map_or(Value::none(), |line| Value::text(line)),
+        ]
+    }
+
+    fn cgroup(&self) -> Value {
+        let id = self.id.map_or(String::new(), |id| format!(" (id {id})"));
+        let instead = |text: String| Value::new(text, Json::Null);
+        match &self.home {
+            Home::Cgroup(path) if path.is_empty() => Value::text("/"),
+            Home::Cgroup(path) => {
+                Value::new(tree::display(path), Json::text(String::from_utf8_lossy(path)))
+            }
+            Home::Removed => instead(format!("removed cgroup{id}")),
+            Home::Elsewhere => instead(format!("cgroup not below the root, or hidden{id}")),
+            Home::Tunnel(kind) => instead(format!("{kind} of the kernel, no cgroup")),
+            Home::Unknown => instead("cgroup that the kernel does not tell".into()),
+        }
+    }
+
+    /// What decides, and by which rule.
+    fn decides(&self) -> (&'static str, Value) {
+        match &self.decides {
+            Decides::Rule(rule) => {
+                let (file, line) = (&rule.place.file, rule.place.line);
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                let json = Json::Object(vec![
+                    ("file", Json::text(file.to_string_lossy())),
+                    ("line", Json::or_null(Some(line))),
+                    ("match", Json::text(&*rule.text)),
+                ]);
+                ("rule", Value::new(format!("{name}:{line}"), json))
+            }
+            Decides::BuiltIn => ("built-in", Value::new("built in", Json::Null)),
+            Decides::Default => ("default", Value::new("default", Json::Null)),
+            Decides::Before => ("before", Value::new("as before", Json::Null)),
+        }
+    }
+
+    fn listens(&self) -> Value {
+        let all = &self.talker.listens;
+        let mut text: Vec<String> =
+            all.iter().take(PORTS).map(|(l4, port)| format!("{}:{port}", l4.nft())).collect();
+        text.extend((all.len() > PORTS).then(|| format!("+{}", all.len() - PORTS)));
+        let json = all.iter().map(|(l4, port)| {
+            let port = Json::or_null(Some(*port));
+            Json::Object(vec![("protocol", Json::text(l4.nft())), ("port", port)])
+        });
+        Value::new(dashed(text), Json::List(json.collect()))
+    }
+}
+
+/// One beside the other.
+fn texts(all: impl Iterator<Item = String>) -> Value {
+    let all: Vec<String> = all.collect();
+    let json = all.iter().map(Json::text).collect();
+    Value::new(dashed(all), Json::List(json))
+}
+
+fn dashed(all: Vec<String>) -> String {
+    match all.is_empty() {
+        true => "-".into(),
+        false => all.join(" "),
+    }
+}
+
+/// The name of a user, or the number of one that has none.
+fn name(uid: u32) -> String {
+    match User::from_uid(Uid::from_raw(uid)) {
+        Ok(Some(user)) => user.name.escape_debug().to_string(),
+        _ => uid.to_string(),
+    }
+}
