@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::config::{Config, Take, Target, Tproxy};
-use crate::host::{Host, Interface};
+use crate::host::{Host, Link};
 use crate::listen::{finds, Finds, Listener, Origin};
 use crate::loops::Home;
 use crate::net::{Family, L4};
@@ -43,7 +43,7 @@ pub fn of_host(config: &Config, host: &Host) -> Vec<Finding> {
     findings
 }
 
-fn is_lo_down(interface: &Interface) -> bool {
+fn is_lo_down(interface: &Link) -> bool {
     interface.name == "lo" && !interface.is_up
 }
 

@@ -16,7 +16,7 @@ use crate::netlink::uapi::*;
 
 /// A network interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Interface {
+pub struct Link {
     pub index: u32,
     pub name: String,
     pub is_up: bool,
@@ -28,7 +28,7 @@ pub struct Interface {
 pub struct Host {
     pub listeners: Vec<Listener>,
     /// `None` where the kernel does not tell.
-    pub interfaces: Option<Vec<Interface>>,
+    pub interfaces: Option<Vec<Link>>,
     pub addresses: Vec<IpAddr>,
     /// Sockets that are bound to an interface.
     pub bound: Vec<diag::Socket>,
@@ -70,8 +70,8 @@ impl Host {
     pub fn interfaces_of<'a>(
         &'a self,
         wanted: &'a net::Interface,
-    ) -> impl Iterator<Item = &'a Interface> {
-        let is = move |found: &&Interface| match wanted.prefix {
+    ) -> impl Iterator<Item = &'a Link> {
+        let is = move |found: &&Link| match wanted.prefix {
             true => found.name.starts_with(&wanted.name),
             false => found.name == wanted.name,
         };
@@ -157,7 +157,7 @@ fn dump<T>(
     socket?.dump(&request, each).ok()?.ok()
 }
 
-fn parse_link(message: &Message) -> Option<Interface> {
+fn parse_link(message: &Message) -> Option<Link> {
     if message.kind != RTM_NEWLINK {
         return None;
     }
@@ -165,7 +165,7 @@ fn parse_link(message: &Message) -> Option<Interface> {
     let kind = attrs.clone().get(IFLA_LINKINFO).and_then(|info| {
         Attrs::new(info).get(IFLA_INFO_KIND).map(|kind| parse::str_z(kind).into_owned())
     });
-    Some(Interface {
+    Some(Link {
         index: parse::u32_ne(message.body.get(4..)?)?,
         name: parse::str_z(attrs.get(IFLA_IFNAME)?).into_owned(),
         // struct ifinfomsg: index at 4, flags at 8

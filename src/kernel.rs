@@ -349,7 +349,7 @@ pub struct Held {
     pub flags: u32,
     pub view: view::View,
     /// By name of the target; without the sets that are not there.
-    pub cgroups: BTreeMap<String, Vec<view::Element>>,
+    pub cgroups: BTreeMap<String, Vec<view::ElementView>>,
     /// The same of those that are matched by their hashes.
     pub hashed: BTreeMap<String, Vec<u32>>,
 }
@@ -404,7 +404,7 @@ impl Kernel {
     }
 
     /// The rules of our table; none where there is no table.
-    pub fn rules(&mut self) -> Result<Vec<view::Rule>> {
+    pub fn rules(&mut self) -> Result<Vec<view::RuleView>> {
         match self.nft.dump(&view::get_rules, view::parse_rule)? {
             Err(Errno::ENOENT) => Ok(Vec::new()),
             found => found.map_err(nft_refused),
@@ -419,7 +419,7 @@ impl Kernel {
     }
 
     /// The elements of one of our cgroup sets; none where there is no such set.
-    pub fn elements(&mut self, set: &str) -> Result<Vec<view::Element>> {
+    pub fn elements(&mut self, set: &str) -> Result<Vec<view::ElementView>> {
         let request = |batch: &mut Batch| view::get_elements(batch, set);
         match self.nft.dump(&request, view::parse_elements)? {
             Err(Errno::ENOENT) => Ok(Vec::new()),

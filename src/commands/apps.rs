@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use nix::unistd::{geteuid, Uid, User};
 
-use super::table::{Column, Style, Table, Value};
+use super::table::{Column, Rows, Style, Value};
 use crate::apps::{self, Owner, Scene, Talker};
 use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
@@ -231,9 +231,9 @@ impl<'a> Apps<'a> {
     }
 
     /// Those that send to others, or those that do not.
-    fn table(&self, columns: &'static [Column; 16], talk: Option<bool>) -> Table<16> {
+    fn table(&self, columns: &'static [Column; 16], talk: Option<bool>) -> Rows<16> {
         let is = |app: &&App| talk.is_none_or(|talk| talk == app.talks());
-        Table { columns, rows: self.all.iter().filter(is).map(App::row).collect() }
+        Rows { columns, rows: self.all.iter().filter(is).map(App::row).collect() }
     }
 
     fn text(&self, style: Style) -> String {

@@ -38,7 +38,7 @@ use crate::strays;
 use crate::sys;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
+enum Severity {
     Ok,
     /// Degraded, or a risk.
     Warning,
@@ -46,62 +46,62 @@ enum Kind {
     Error,
 }
 
-impl Kind {
+impl Severity {
     fn name(self) -> &'static str {
         match self {
-            Kind::Ok => "ok",
-            Kind::Warning => Level::Warning.name(),
-            Kind::Error => Level::Error.name(),
+            Severity::Ok => "ok",
+            Severity::Warning => Level::Warning.name(),
+            Severity::Error => Level::Error.name(),
         }
     }
 
     fn level(self) -> Level {
         match self {
-            Kind::Ok => Level::Info,
-            Kind::Warning => Level::Warning,
-            Kind::Error => Level::Error,
+            Severity::Ok => Level::Info,
+            Severity::Warning => Level::Warning,
+            Severity::Error => Level::Error,
         }
     }
 }
 
 /// What was found, in the order in which it was looked for.
 #[derive(Default)]
-struct Findings(Vec<(Kind, String)>);
+struct Findings(Vec<(Severity, String)>);
 
 impl Findings {
     fn ok(&mut self, text: impl AsRef<str>) {
-        self.add(Kind::Ok, text.as_ref());
+        self.add(Severity::Ok, text.as_ref());
     }
 
     fn warning(&mut self, text: impl AsRef<str>) {
-        self.add(Kind::Warning, text.as_ref());
+        self.add(Severity::Warning, text.as_ref());
     }
 
     fn error(&mut self, text: impl AsRef<str>) {
-        self.add(Kind::Error, text.as_ref());
+        self.add(Severity::Error, text.as_ref());
     }
 
-    fn add(&mut self, kind: Kind, text: &str) {
+    fn add(&mut self, kind: Severity, text: &str) {
         // a file name may hold a newline: one finding is one line
         self.0.push((kind, text.replace('\n', " ")));
     }
 
-    fn count(&self, kind: Kind) -> usize {
+    fn count(&self, kind: Severity) -> usize {
         self.0.iter().filter(|(found, _)| *found == kind).count()
     }
 
     fn summary(&self) -> String {
         let many = |n, what| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
-        let (errors, warnings) = (self.count(Kind::Error), self.count(Kind::Warning));
-        let ok = self.count(Kind::Ok);
+        let (errors, warnings) = (self.count(Severity::Error), self.count(Severity::Warning));
+        let ok = self.count(Severity::Ok);
         format!("{}, {}, {ok} ok", many(errors, "error"), many(warnings, "warning"))
     }
 
     /// The worst last, where a terminal shows it, and then how many.
     fn text(&self, reader: Reader) -> String {
-        let mut found: Vec<&(Kind, String)> = self.0.iter().collect();
+        let mut found: Vec<&(Severity, String)> = self.0.iter().collect();
         found.sort_by_key(|(kind, _)| *kind);
-        found.retain(|(kind, _)| reader == Reader::Person || *kind > Kind::Ok);
+        found.retain(|(kind, _)| reader == Reader::Person || *kind > Severity::Ok);
         let mut text = String::new();
         for (kind, finding) in found {
             text += &match reader {
@@ -114,7 +114,7 @@ impl Findings {
 
     /// Sends what is wrong to syslog, where it is asked for.
     fn log(&self) {
-        let wrong = || self.0.iter().filter(|(kind, _)| *kind > Kind::Ok);
+        let wrong = || self.0.iter().filter(|(kind, _)| *kind > Severity::Ok);
         wrong().for_each(|(kind, text)| log::write(kind.level(), format_args!("{text}")));
         if wrong().next().is_some() {
             log!(Notice, "check: {}", self.summary());
@@ -147,7 +147,7 @@ pub fn check(options: &Options) -> Result<ExitCode> {
         log::configure(Level::Notice.louder(options.verbose), false);
     }
     super::print(&findings.text(reader))?;
-    Ok(ExitCode::from(match (wrong, findings.count(Kind::Error)) {
+    Ok(ExitCode::from(match (wrong, findings.count(Severity::Error)) {
         (true, _) => 2,
         (false, 0) => 0,
         (false, _) => 1,

@@ -25,12 +25,12 @@ use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
 use crate::nft::table::TABLE;
-use crate::nft::view::{Counter, Gateway, Target, View};
+use crate::nft::view::{Counter, GatewayView, TargetView, View};
 use crate::options::Options;
 use crate::route::{Entry, Forwarded, Needs};
 use crate::sys;
 
-use super::table::{Column, Style, Table, Value};
+use super::table::{Column, Rows, Style, Value};
 
 /// Of the shape that `--json` prints; documented in cgtproxy(8).
 const JSON_VERSION: u64 = 1;
@@ -181,7 +181,7 @@ struct Listens {
 }
 
 impl Listens {
-    fn of(target: &Target, host: &Host) -> Option<Listens> {
+    fn of(target: &TargetView, host: &Host) -> Option<Listens> {
         let port = target.port?;
         let takes = |l4| {
             Family::BOTH.map(|family| {
@@ -286,11 +286,11 @@ impl Status {
         self.held.as_ref().is_some_and(|held| idle(held).is_none())
     }
 
-    fn targets(&self) -> &[Target] {
+    fn targets(&self) -> &[TargetView] {
         self.held.as_ref().map_or(&[], |held| &held.view.targets)
     }
 
-    fn gateways(&self) -> &[Gateway] {
+    fn gateways(&self) -> &[GatewayView] {
         self.held.as_ref().map_or(&[], |held| &held.view.gateways)
     }
 
@@ -314,8 +314,8 @@ impl Status {
         }
     }
 
-    fn target_table(&self) -> Table<10> {
-        let row = |target: &Target| {
+    fn target_table(&self) -> Rows<10> {
+        let row = |target: &TargetView| {
             let kind = match &*target.name {
                 name @ ("direct" | "drop") => name,
                 _ => "tproxy",
@@ -333,11 +333,11 @@ impl Status {
                 Value::number(target.refused.map(|c| c.packets)),
             ]
         };
-        Table { columns: &TARGETS, rows: self.targets().iter().map(row).collect() }
+        Rows { columns: &TARGETS, rows: self.targets().iter().map(row).collect() }
     }
 
-    fn gateway_table(&self) -> Table<4> {
-        let row = |gateway: &Gateway| {
+    fn gateway_table(&self) -> Rows<4> {
+        let row = |gateway: &GatewayView| {
             [
                 Value::text(&gateway.name),
                 Value::text(&gateway.target),
@@ -345,7 +345,7 @@ impl Status {
                 Value::bytes(gateway.taken.map(|c| c.bytes)),
             ]
         };
-        Table { columns: &GATEWAYS, rows: self.gateways().iter().map(row).collect() }
+        Rows { columns: &GATEWAYS, rows: self.gateways().iter().map(row).collect() }
     }
 
     fn text(&self, style: Style) -> String {
@@ -373,7 +373,7 @@ impl Status {
                 [state, Value::text(&entry.command("add"))]
             });
             out.push('\n');
-            Table { columns: &ROUTING, rows: rows.collect() }.print(&mut out, style);
+            Rows { columns: &ROUTING, rows: rows.collect() }.print(&mut out, style);
         }
         let warnings = || self.hindrances.iter().chain(&self.loops).chain(&self.warnings);
         if warnings().next().is_some() {
@@ -621,7 +621,7 @@ fn frame(
         ]
     });
     out.push('\n');
-    Table { columns: &TARGET_RATES, rows: rows.collect() }.print(out, style);
+    Rows { columns: &TARGET_RATES, rows: rows.collect() }.print(out, style);
     out.push('\n');
     let elements = status.held.iter().flat_map(|held| held.cgroups.values().flatten());
     let mut elements = elements.peekable();
@@ -638,7 +638,7 @@ fn frame(
         let (packets, bytes) = (Value::number(Some(rate.packets)), Value::bytes(Some(rate.bytes)));
         [path, Value::text(target), packets, bytes]
     });
-    Table { columns: &CGROUP_RATES, rows: rows.collect() }.print(out, style);
+    Rows { columns: &CGROUP_RATES, rows: rows.collect() }.print(out, style);
 }
 
 /// The path of each cgroup by its id; empty where they cannot be found.
@@ -667,7 +667,7 @@ mod tests {
                 action: FibAction::Lookup(table),
             })
         };
-        let target = |n: u32| Target {
+        let target = |n: u32| TargetView {
             name: format!("t{n}"),
             mark: Some(mark(n)),
             port: None,

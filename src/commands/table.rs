@@ -78,12 +78,12 @@ impl Value {
 }
 
 /// Rows of such columns.
-pub struct Table<const N: usize> {
+pub struct Rows<const N: usize> {
     pub columns: &'static [Column; N],
     pub rows: Vec<[Value; N]>,
 }
 
-impl<const N: usize> Table<N> {
+impl<const N: usize> Rows<N> {
     /// Writes it in columns that are as wide as their widest piece; the titles first, where there are
     /// any.
     pub fn print(&self, out: &mut String, style: Style) {
@@ -202,7 +202,7 @@ mod tests {
             let row = |text, number: Option<u32>| [text, Value::text("any"), Value::number(number)];
             vec![row(Value::text("long"), Some(100)), row(Value::text("é").red(), None)]
         };
-        let table = || Table { columns: &COLUMNS, rows: rows() };
+        let table = || Rows { columns: &COLUMNS, rows: rows() };
         // colours do not count
         let shown = |colour| {
             let mut out = String::new();
@@ -222,7 +222,7 @@ mod tests {
         const COLUMNS: [Column; 2] = [Column::left(""), Column::left("")];
         let rows = vec![[Value::text("missing").red(), Value::text("a rule")]];
         let mut out = String::new();
-        Table { columns: &COLUMNS, rows }.print(&mut out, Style { terminal: false, colour: false });
+        Rows { columns: &COLUMNS, rows }.print(&mut out, Style { terminal: false, colour: false });
         assert_eq!(out, "missing  a rule\n");
     }
 }

@@ -119,7 +119,7 @@ fn open(path: &Path) -> io::Result<(File, Option<String>)> {
     const MOST_LINKS: usize = 40;
     let handle = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let root = || fcntl::open("/", handle, Mode::empty()).map(File::from);
-    let mut judge = Judge { me: geteuid().as_raw(), why: None };
+    let mut judge = Trust { me: geteuid().as_raw(), why: None };
     let mut above = vec![root()?];
     judge.directory(&above[0].metadata()?, Path::new("/"));
     // what is ahead of us, the next part last
@@ -177,12 +177,12 @@ fn open(path: &Path) -> io::Result<(File, Option<String>)> {
 }
 
 /// The first reason not to trust.
-struct Judge {
+struct Trust {
     me: u32,
     why: Option<String>,
 }
 
-impl Judge {
+impl Trust {
     fn foreign(&self, meta: &Metadata) -> bool {
         meta.uid() != 0 && meta.uid() != self.me
     }

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::others::{Expr, Load, Rule, Xt};
+use super::others::{ForeignExpr, ForeignRule, Load, Xt};
 use super::view::View;
 use crate::config::Config;
 use crate::net::{Interface, Mark};
@@ -155,7 +155,7 @@ enum Breaks {
     /// A routed packet, or the answer to one, gets another than it should have.
     Routed,
     /// A flow loses its mark.
-    Flow,
+    Next,
 }
 
 /// A packet with marks of ours, at one chain.
@@ -199,7 +199,7 @@ fn samples<'a>(base: &Base, ours: &'a Ours) -> Vec<Sample<'a>> {
         }
         // the mark of a flow is there, and has to stay, wherever conntrack is
         if priority > NF_IP_PRI_CONNTRACK {
-            let flow = Sample { breaks: Breaks::Flow, ..sample };
+            let flow = Sample { breaks: Breaks::Next, ..sample };
             // the answers, and DNS on its way to a resolver, have none but that
             samples.extend([flow, Sample { mark: Bits::all(0), ..flow }]);
         }
@@ -225,7 +225,7 @@ fn samples<'a>(base: &Base, ours: &'a Ours) -> Vec<Sample<'a>> {
 
 /// How evaluation goes on behind a rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Flow {
+enum Next {
     On,
     /// Not in this chain.
     Back,
@@ -243,7 +243,7 @@ enum Register {
 struct Walk<'a> {
     ours: &'a Ours,
     base: &'a Base,
-    rules: &'a BTreeMap<&'a str, Vec<&'a Rule>>,
+    rules: &'a BTreeMap<&'a str, Vec<&'a ForeignRule>>,
     sample: Sample<'a>,
     /// Chains that were gone through, and whether evaluation ends in them.
     seen: BTreeMap<&'a str, bool>,
@@ -261,9 +261,9 @@ impl<'a> Walk<'a> {
         let (all, mut ends) = (self.rules, false);
         for rule in all.get(place).into_iter().flatten() {
             match self.rule(place, rule) {
-                Flow::On => continue,
-                Flow::Back => {}
-                Flow::Done => ends = true,
+                Next::On => continue,
+                Next::Back => {}
+                Next::Done => ends = true,
             }
             break;
         }
@@ -271,7 +271,7 @@ impl<'a> Walk<'a> {
         ends
     }
 
-    fn rule(&mut self, place: &'a str, rule: &'a Rule) -> Flow {
+    fn rule(&mut self, place: &'a str, rule: &'a ForeignRule) -> Next {
         let mut registers: BTreeMap<u32, Register> = BTreeMap::new();
         let mut matches = Truth::Yes;
         for expr in &rule.exprs {
@@ -281,7 +281,7 @@ impl<'a> Walk<'a> {
             };
             let (mark, ct) = (self.sample.mark, self.sample.ct);
             match expr {
-                Expr::Load { what, reg } => {
+                ForeignExpr::Load { what, reg } => {
                     let held = match what {
                         Load::Iif => Register::Iif,
                         Load::Oif => Register::Oif,
@@ -291,14 +291,14 @@ impl<'a> Walk<'a> {
                     };
                     registers.insert(*reg, held);
                 }
-                Expr::Immediate { reg, value } => {
+                ForeignExpr::Immediate { reg, value } => {
                     registers.insert(*reg, Register::Bits(Bits::all(*value)));
                 }
-                Expr::Bitwise { from, to, mask, xor } => {
+                ForeignExpr::Bitwise { from, to, mask, xor } => {
                     let done = bits(from).masked(*mask, *xor);
                     registers.insert(*to, Register::Bits(done));
                 }
-                Expr::Cmp { reg, equal, data } => {
+                ForeignExpr::Cmp { reg, equal, data } => {
                     let is = match (registers.get(reg), parse::u32_ne(data)) {
                         (Some(Register::Iif), _) => self.sample.iif.is(data),
                         (Some(Register::Oif), _) => self.sample.oif.is(data),
@@ -307,47 +307,47 @@ impl<'a> Walk<'a> {
                     };
                     matches = matches.min(is.is(*equal));
                 }
-                Expr::Xt(Xt::Is { ct: of_ct, value, mask, equal }) => {
+                ForeignExpr::Xt(Xt::Is { ct: of_ct, value, mask, equal }) => {
                     let bits = if *of_ct { ct } else { mark };
                     matches = matches.min(bits.is(*value, *mask).is(*equal));
                 }
-                Expr::SetMark { reg } => {
+                ForeignExpr::SetMark { reg } => {
                     let new = bits(reg);
                     self.set_mark(place, new, matches);
                 }
-                Expr::Xt(Xt::Mark { value, mask }) => {
+                ForeignExpr::Xt(Xt::Mark { value, mask }) => {
                     self.set_mark(place, mark.masked(!mask, *value), matches);
                 }
-                Expr::Xt(Xt::Restore { ct: ctmask, packet, shifted }) => {
+                ForeignExpr::Xt(Xt::Restore { ct: ctmask, packet, shifted }) => {
                     let from = if *shifted { Bits::NONE } else { ct };
                     let new = mark.masked(!packet, 0).xor(from.masked(*ctmask, 0));
                     self.set_mark(place, new, matches);
                 }
-                Expr::SetCtMark { reg } => {
+                ForeignExpr::SetCtMark { reg } => {
                     let new = bits(reg);
                     self.set_ct_mark(place, new, matches);
                 }
-                Expr::Xt(Xt::Set { value, mask }) => {
+                ForeignExpr::Xt(Xt::Set { value, mask }) => {
                     self.set_ct_mark(place, ct.masked(!mask, *value), matches);
                 }
-                Expr::Xt(Xt::Save { ct: ctmask, packet, shifted }) => {
+                ForeignExpr::Xt(Xt::Save { ct: ctmask, packet, shifted }) => {
                     let from = if *shifted { Bits::NONE } else { mark };
                     let new = ct.masked(!ctmask, 0).xor(from.masked(*packet, 0));
                     self.set_ct_mark(place, new, matches);
                 }
-                Expr::Jump { to, back } => {
+                ForeignExpr::Jump { to, back } => {
                     let ends = self.chain(to);
                     match (matches, ends, back) {
-                        (Truth::Yes, true, _) => return Flow::Done,
-                        (Truth::Yes, false, false) => return Flow::Back,
+                        (Truth::Yes, true, _) => return Next::Done,
+                        (Truth::Yes, false, false) => return Next::Back,
                         _ => {}
                     }
                 }
-                Expr::Verdict(code) if matches == Truth::Yes => {
-                    return if *code == NFT_RETURN { Flow::Back } else { Flow::Done };
+                ForeignExpr::Verdict(code) if matches == Truth::Yes => {
+                    return if *code == NFT_RETURN { Next::Back } else { Next::Done };
                 }
-                Expr::Verdict(_) | Expr::Passes | Expr::Notrack => {}
-                Expr::ForeignSource | Expr::Other => {
+                ForeignExpr::Verdict(_) | ForeignExpr::Passes | ForeignExpr::Notrack => {}
+                ForeignExpr::ForeignSource | ForeignExpr::Other => {
                     registers.clear();
                     matches = matches.min(Truth::Maybe);
                 }
@@ -356,7 +356,7 @@ impl<'a> Walk<'a> {
                 break;
             }
         }
-        Flow::On
+        Next::On
     }
 
     fn set_mark(&mut self, place: &'a str, new: Bits, matches: Truth) {
@@ -368,7 +368,7 @@ impl<'a> Walk<'a> {
             && new.known & self.ours.mask == self.ours.mask
             && self.ours.marks.contains(&(new.value & self.ours.mask));
         let same = new.is(sample.mark.value, self.ours.mask) == Truth::Yes;
-        if sample.breaks != Breaks::Flow && !same && !made_up {
+        if sample.breaks != Breaks::Next && !same && !made_up {
             self.found.insert(place);
         }
         if matches == Truth::Yes {
@@ -379,7 +379,7 @@ impl<'a> Walk<'a> {
     fn set_ct_mark(&mut self, place: &'a str, new: Bits, matches: Truth) {
         let sample = &mut self.sample;
         let same = new.is(sample.ct.value, self.ours.mask) == Truth::Yes;
-        if sample.breaks == Breaks::Flow && !same {
+        if sample.breaks == Breaks::Next && !same {
             self.found.insert(place);
         }
         if matches == Truth::Yes {
@@ -389,8 +389,8 @@ impl<'a> Walk<'a> {
 }
 
 /// A line for each chain that overwrites marks of ours, with the remedy.
-pub fn hindrances(bases: &[Base], rules: &[Rule], ours: &Ours) -> Vec<String> {
-    let mut by_place: BTreeMap<&str, Vec<&Rule>> = BTreeMap::new();
+pub fn hindrances(bases: &[Base], rules: &[ForeignRule], ours: &Ours) -> Vec<String> {
+    let mut by_place: BTreeMap<&str, Vec<&ForeignRule>> = BTreeMap::new();
     for rule in rules {
         by_place.entry(&rule.place).or_default().push(rule);
     }
@@ -411,15 +411,15 @@ pub fn hindrances(bases: &[Base], rules: &[Rule], ours: &Ours) -> Vec<String> {
 }
 
 /// Whether any mark is set in that chain or in one that it leads to: mostly there is none.
-fn is_set_behind(place: &str, rules: &BTreeMap<&str, Vec<&Rule>>) -> bool {
+fn is_set_behind(place: &str, rules: &BTreeMap<&str, Vec<&ForeignRule>>) -> bool {
     let (mut seen, mut todo) = (BTreeSet::from([place]), vec![place]);
     while let Some(place) = todo.pop() {
         let rules = rules.get(place).into_iter().flatten();
         for expr in rules.flat_map(|rule| &rule.exprs) {
             match expr {
-                Expr::SetMark { .. } | Expr::SetCtMark { .. } => return true,
-                Expr::Xt(xt) if !matches!(xt, Xt::Is { .. }) => return true,
-                Expr::Jump { to, .. } if seen.insert(to) => todo.push(to),
+                ForeignExpr::SetMark { .. } | ForeignExpr::SetCtMark { .. } => return true,
+                ForeignExpr::Xt(xt) if !matches!(xt, Xt::Is { .. }) => return true,
+                ForeignExpr::Jump { to, .. } if seen.insert(to) => todo.push(to),
                 _ => {}
             }
         }
@@ -449,7 +449,7 @@ fn line(breaks: Breaks, place: &str, base: &Base, mask: u32) -> String {
         Breaks::Routed => {
             ("packet", "what is routed to a tproxy, or its answers, do not get there", "ct mark")
         }
-        Breaks::Flow => (
+        Breaks::Next => (
             "ct",
             "what the kernel sends for closed sockets goes to the true destination, and hijacked \
              DNS to the resolver that was asked",

@@ -13,10 +13,10 @@ use crate::netlink::uapi::*;
 
 /// A rule of others, and where it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rule {
+pub struct ForeignRule {
     /// As nft writes it: `ip wg-quick-wg0 preraw`.
     pub place: String,
-    pub exprs: Vec<Expr>,
+    pub exprs: Vec<ForeignExpr>,
 }
 
 /// What is loaded into a register.
@@ -64,7 +64,7 @@ pub enum Xt {
 
 /// An expression as far as it matters.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Expr {
+pub enum ForeignExpr {
     Load {
         what: Load,
         reg: u32,
@@ -160,7 +160,7 @@ pub fn get_rules(batch: &mut Batch) {
 
 /// Reads an answer to [`get_rules`]; `None` for our own table, and for families that have no part in
 /// what is routed.
-pub fn parse(message: &Message) -> Option<Rule> {
+pub fn parse(message: &Message) -> Option<ForeignRule> {
     if message.kind != NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWRULE {
         return None;
     }
@@ -169,18 +169,18 @@ pub fn parse(message: &Message) -> Option<Rule> {
     let chain = attrs.clone().get(NFTA_RULE_CHAIN).map(parse::str_z)?;
     let list = attrs.clone().get(NFTA_RULE_EXPRESSIONS).unwrap_or(&[]);
     let exprs = Attrs::new(list).filter(|(kind, _)| *kind == NFTA_LIST_ELEM);
-    Some(Rule {
+    Some(ForeignRule {
         place: format!("{home} {chain}"),
         exprs: exprs.map(|(_, bytes)| expr(&home, bytes)).collect(),
     })
 }
 
 /// `home` is the table of the rule.
-fn expr(home: &str, bytes: &[u8]) -> Expr {
-    understood(home, bytes).unwrap_or(Expr::Other)
+fn expr(home: &str, bytes: &[u8]) -> ForeignExpr {
+    understood(home, bytes).unwrap_or(ForeignExpr::Other)
 }
 
-fn understood(home: &str, bytes: &[u8]) -> Option<Expr> {
+fn understood(home: &str, bytes: &[u8]) -> Option<ForeignExpr> {
     let attrs = Attrs::new(bytes);
     let name = attrs.clone().get(NFTA_EXPR_NAME).unwrap_or(&[]);
     let data = Attrs::new(attrs.get(NFTA_EXPR_DATA).unwrap_or(&[]));
@@ -190,7 +190,7 @@ fn understood(home: &str, bytes: &[u8]) -> Option<Expr> {
     let host = |attr| value(attr).and_then(parse::u32_ne);
     Some(match &*parse::str_z(name) {
         "meta" => match (number(NFTA_META_KEY)?, number(NFTA_META_SREG)) {
-            (NFT_META_MARK, Some(reg)) => Expr::SetMark { reg },
+            (NFT_META_MARK, Some(reg)) => ForeignExpr::SetMark { reg },
             (key, None) => {
                 let what = match key {
                     NFT_META_IIF | NFT_META_IIFNAME => Load::Iif,
@@ -198,18 +198,20 @@ fn understood(home: &str, bytes: &[u8]) -> Option<Expr> {
                     NFT_META_MARK => Load::Mark,
                     _ => return None,
                 };
-                Expr::Load { what, reg: number(NFTA_META_DREG)? }
+                ForeignExpr::Load { what, reg: number(NFTA_META_DREG)? }
             }
             _ => return None,
         },
         "ct" => match (number(NFTA_CT_KEY)?, number(NFTA_CT_SREG)) {
-            (NFT_CT_MARK, Some(reg)) => Expr::SetCtMark { reg },
-            (NFT_CT_MARK, None) => Expr::Load { what: Load::CtMark, reg: number(NFTA_CT_DREG)? },
+            (NFT_CT_MARK, Some(reg)) => ForeignExpr::SetCtMark { reg },
+            (NFT_CT_MARK, None) => {
+                ForeignExpr::Load { what: Load::CtMark, reg: number(NFTA_CT_DREG)? }
+            }
             _ => return None,
         },
         "fib" => match (number(NFTA_FIB_RESULT)?, number(NFTA_FIB_FLAGS).unwrap_or(0)) {
             (NFT_FIB_RESULT_ADDRTYPE, flags) if flags & NFTA_FIB_F_SADDR != 0 => {
-                Expr::Load { what: Load::SaddrType, reg: number(NFTA_FIB_DREG)? }
+                ForeignExpr::Load { what: Load::SaddrType, reg: number(NFTA_FIB_DREG)? }
             }
             _ => return None,
         },
@@ -220,9 +222,9 @@ fn understood(home: &str, bytes: &[u8]) -> Option<Expr> {
                 _ => return None,
             };
             let data = value(NFTA_CMP_DATA)?.to_vec();
-            Expr::Cmp { reg: number(NFTA_CMP_SREG)?, equal, data }
+            ForeignExpr::Cmp { reg: number(NFTA_CMP_SREG)?, equal, data }
         }
-        "bitwise" => Expr::Bitwise {
+        "bitwise" => ForeignExpr::Bitwise {
             from: number(NFTA_BITWISE_SREG)?,
             to: number(NFTA_BITWISE_DREG)?,
             mask: host(NFTA_BITWISE_MASK)?,
@@ -232,7 +234,7 @@ fn understood(home: &str, bytes: &[u8]) -> Option<Expr> {
             let revision = number(NFTA_XT_REV).unwrap_or(0);
             xt(&parse::str_z(bytes(NFTA_XT_NAME)), revision, bytes(NFTA_XT_INFO))?
         }
-        "notrack" => Expr::Notrack,
+        "notrack" => ForeignExpr::Notrack,
         "immediate" => match number(NFTA_IMMEDIATE_DREG)? {
             NFT_REG_VERDICT => {
                 let verdict = Attrs::new(bytes(NFTA_IMMEDIATE_DATA)).get(NFTA_DATA_VERDICT)?;
@@ -241,20 +243,20 @@ fn understood(home: &str, bytes: &[u8]) -> Option<Expr> {
                 let code = verdict.get(NFTA_VERDICT_CODE).and_then(parse::u32_be)? as i32;
                 match chain {
                     Some(chain) => {
-                        Expr::Jump { to: format!("{home} {chain}"), back: code == NFT_JUMP }
+                        ForeignExpr::Jump { to: format!("{home} {chain}"), back: code == NFT_JUMP }
                     }
-                    None => Expr::Verdict(code),
+                    None => ForeignExpr::Verdict(code),
                 }
             }
-            reg => Expr::Immediate { reg, value: host(NFTA_IMMEDIATE_DATA)? },
+            reg => ForeignExpr::Immediate { reg, value: host(NFTA_IMMEDIATE_DATA)? },
         },
-        "counter" => Expr::Passes,
+        "counter" => ForeignExpr::Passes,
         _ => return None,
     })
 }
 
 /// What iptables-nft has not translated: its own structs, in host order.
-fn xt(name: &str, revision: u32, info: &[u8]) -> Option<Expr> {
+fn xt(name: &str, revision: u32, info: &[u8]) -> Option<ForeignExpr> {
     let word = |at: usize| info.get(at..).and_then(parse::u32_ne);
     let byte = |at: usize| info.get(at).copied();
     Some(match name {
@@ -262,18 +264,19 @@ fn xt(name: &str, revision: u32, info: &[u8]) -> Option<Expr> {
         "addrtype" => {
             let inverted = word(4).unwrap_or(0) & 1 != 0;
             let source = info.get(..2).map_or(0, |at| u16::from_ne_bytes([at[0], at[1]]));
-            return (inverted && source & 1 << RTN_LOCAL != 0).then_some(Expr::ForeignSource);
+            return (inverted && source & 1 << RTN_LOCAL != 0)
+                .then_some(ForeignExpr::ForeignSource);
         }
-        "NOTRACK" => Expr::Notrack,
+        "NOTRACK" => ForeignExpr::Notrack,
         // struct xt_ct_target_info: flags at 0
-        "CT" => return (byte(0)? & 1 != 0).then_some(Expr::Notrack),
+        "CT" => return (byte(0)? & 1 != 0).then_some(ForeignExpr::Notrack),
         // struct xt_mark_mtinfo1, xt_connmark_mtinfo1
         "mark" | "connmark" => {
             let (ct, equal) = (name == "connmark", byte(8)? == 0);
-            Expr::Xt(Xt::Is { ct, value: word(0)?, mask: word(4)?, equal })
+            ForeignExpr::Xt(Xt::Is { ct, value: word(0)?, mask: word(4)?, equal })
         }
         // struct xt_mark_tginfo2
-        "MARK" => Expr::Xt(Xt::Mark { value: word(0)?, mask: word(4)? }),
+        "MARK" => ForeignExpr::Xt(Xt::Mark { value: word(0)?, mask: word(4)? }),
         // struct xt_connmark_tginfo1, and 2 with the bits to shift by before the mode
         "CONNMARK" => {
             let (ct, packet) = (word(4)?, word(8)?);
@@ -281,7 +284,7 @@ fn xt(name: &str, revision: u32, info: &[u8]) -> Option<Expr> {
                 2 => (byte(13)? != 0, byte(14)?),
                 _ => (false, byte(12)?),
             };
-            Expr::Xt(match mode {
+            ForeignExpr::Xt(match mode {
                 0 => Xt::Set { value: word(0)?, mask: ct },
                 1 => Xt::Save { ct, packet, shifted },
                 2 => Xt::Restore { ct, packet, shifted },
@@ -292,30 +295,33 @@ fn xt(name: &str, revision: u32, info: &[u8]) -> Option<Expr> {
     })
 }
 
-impl Rule {
+impl ForeignRule {
     /// What of it matters: whether what comes from lo can match it, and does without a condition;
     /// whether only a source that is not local does.
     fn conditions(&self) -> (bool, bool, bool) {
         let (mut from_lo, mut only_lo, mut foreign) = (true, false, false);
         let mut others = false;
         let loaded = |at: usize| match self.exprs.get(at.checked_sub(1)?)? {
-            Expr::Load { what, .. } => Some(*what),
+            ForeignExpr::Load { what, .. } => Some(*what),
             _ => None,
         };
         for (at, expr) in self.exprs.iter().enumerate() {
             match (expr, loaded(at)) {
-                (Expr::Cmp { equal, data, .. }, Some(Load::Iif)) => {
+                (ForeignExpr::Cmp { equal, data, .. }, Some(Load::Iif)) => {
                     let lo = is_lo(data);
                     from_lo &= *equal == lo;
                     only_lo |= *equal && lo;
                 }
-                (Expr::Cmp { equal: false, data, .. }, Some(Load::SaddrType))
+                (ForeignExpr::Cmp { equal: false, data, .. }, Some(Load::SaddrType))
                     if parse::u32_ne(data) == Some(u32::from(RTN_LOCAL)) =>
                 {
                     foreign = true
                 }
-                (Expr::ForeignSource, _) => foreign = true,
-                (Expr::Cmp { .. } | Expr::Xt(Xt::Is { .. }) | Expr::Other, _) => others = true,
+                (ForeignExpr::ForeignSource, _) => foreign = true,
+                (
+                    ForeignExpr::Cmp { .. } | ForeignExpr::Xt(Xt::Is { .. }) | ForeignExpr::Other,
+                    _,
+                ) => others = true,
                 _ => {}
             }
         }
@@ -323,13 +329,13 @@ impl Rule {
     }
 
     fn ends_in(&self, verdict: i32) -> bool {
-        self.exprs.last() == Some(&Expr::Verdict(verdict))
+        self.exprs.last() == Some(&ForeignExpr::Verdict(verdict))
     }
 }
 
 /// A line for each chain of others that breaks what goes to a tproxy, with the remedy. `rules` are in
 /// the order of the dump, which is that of each chain.
-pub fn hindrances(bases: &[Base], rules: &[Rule], ours: &Ours) -> Vec<String> {
+pub fn hindrances(bases: &[Base], rules: &[ForeignRule], ours: &Ours) -> Vec<String> {
     let mut spared = BTreeSet::new();
     let mut found = Vec::new();
     for rule in rules {
@@ -343,7 +349,7 @@ pub fn hindrances(bases: &[Base], rules: &[Rule], ours: &Ours) -> Vec<String> {
                  and so what a tproxy answers: `nft insert rule {place} iif lo accept` lets it pass \
                  (for wg-quick, as PostUp)"
             ));
-        } else if rule.exprs.contains(&Expr::Notrack) {
+        } else if rule.exprs.contains(&ForeignExpr::Notrack) {
             found.push(format!(
                 "chain {place} of another program keeps conntrack from what it matches (notrack): \
                  there, replies are not told from what this host begins, hijacked DNS does not get \

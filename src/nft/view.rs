@@ -34,7 +34,7 @@ impl std::ops::Add for Counter {
 
 /// One rule: its chain, what of its expressions is understood, and what they have counted.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rule {
+pub struct RuleView {
     pub chain: String,
     pub exprs: Vec<Expr>,
     pub counter: Option<Counter>,
@@ -42,7 +42,7 @@ pub struct Rule {
 
 /// One element of a cgroup set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Element {
+pub struct ElementView {
     /// The cgroup id.
     pub id: u64,
     /// Where the set was made with counters.
@@ -65,7 +65,7 @@ pub fn get_rules(batch: &mut Batch) {
 }
 
 /// Reads an answer to [`get_rules`].
-pub fn parse_rule(message: &Message) -> Option<Rule> {
+pub fn parse_rule(message: &Message) -> Option<RuleView> {
     let attrs = Attrs::after(message.body, 4);
     let text = |attr| attrs.clone().get(attr).map(parse::str_z);
     let ours = message.kind == NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWRULE
@@ -73,7 +73,7 @@ pub fn parse_rule(message: &Message) -> Option<Rule> {
         && text(NFTA_RULE_TABLE)? == TABLE;
     let list = attrs.clone().get(NFTA_RULE_EXPRESSIONS).unwrap_or(&[]);
     let exprs = || listed(list);
-    ours.then_some(Rule {
+    ours.then_some(RuleView {
         chain: text(NFTA_RULE_CHAIN)?.into_owned(),
         exprs: exprs().filter_map(Expr::read).collect(),
         counter: exprs().filter_map(counter).reduce(|a, b| a + b),
@@ -100,7 +100,7 @@ pub fn get_elements(batch: &mut Batch, set: &str) {
 }
 
 /// Reads an answer to [`get_elements`] for a cgroup set. One message holds many elements.
-pub fn parse_elements(message: &Message) -> Option<Vec<Element>> {
+pub fn parse_elements(message: &Message) -> Option<Vec<ElementView>> {
     let list = Attrs::after(message.body, 4).get(NFTA_SET_ELEM_LIST_ELEMENTS)?;
     Some(listed(list).filter_map(element).collect())
 }
@@ -115,18 +115,21 @@ fn key<'a>(element: &Attrs<'a>) -> Option<&'a [u8]> {
     Attrs::new(element.clone().get(NFTA_SET_ELEM_KEY)?).get(NFTA_DATA_VALUE)
 }
 
-fn element(bytes: &[u8]) -> Option<Element> {
+fn element(bytes: &[u8]) -> Option<ElementView> {
     let attrs = Attrs::new(bytes);
     let key = key(&attrs)?;
     // one expression stands alone, and since Linux 5.13 several stand in a list
     let list = Attrs::new(attrs.clone().get(NFTA_SET_ELEM_EXPRESSIONS).unwrap_or(&[]));
     let mut exprs = list.map(|(_, bytes)| bytes).chain(attrs.get(NFTA_SET_ELEM_EXPR));
-    Some(Element { id: u64::from_ne_bytes(key.try_into().ok()?), counter: exprs.find_map(counter) })
+    Some(ElementView {
+        id: u64::from_ne_bytes(key.try_into().ok()?),
+        counter: exprs.find_map(counter),
+    })
 }
 
 /// A target as the table has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Target {
+pub struct TargetView {
     pub name: String,
     /// What a tproxy marks packets with.
     pub mark: Option<Mark>,
@@ -153,7 +156,7 @@ pub struct Step {
 
 /// A gateway section as the table has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Gateway {
+pub struct GatewayView {
     pub name: String,
     pub target: String,
     /// Packets that came to this section and were not left alone.
@@ -169,13 +172,13 @@ pub const FOREIGN: &str =
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
     /// direct, drop, then the tproxies in file order.
-    pub targets: Vec<Target>,
+    pub targets: Vec<TargetView>,
     /// In the order in which they are tried.
     pub steps: Vec<Step>,
     /// The target of what no step takes.
     pub default: String,
     /// In the order in which they are tried.
-    pub gateways: Vec<Gateway>,
+    pub gateways: Vec<GatewayView>,
     /// Those of all gateways.
     pub interfaces: Vec<Interface>,
     /// What routed packets are marked with for a tproxy.
@@ -188,7 +191,7 @@ pub struct View {
 
 impl View {
     /// Reads the rules of the table, in the order of the dump.
-    pub fn of(rules: &[Rule]) -> View {
+    pub fn of(rules: &[RuleView]) -> View {
         let mut names: Vec<&str> = Vec::new();
         for rule in rules {
             let name = rule.chain.strip_prefix("to_");
@@ -201,12 +204,12 @@ impl View {
             _ => 2,
         });
         let of = |chain: String| {
-            let found: Vec<&Rule> = rules.iter().filter(|rule| rule.chain == chain).collect();
+            let found: Vec<&RuleView> = rules.iter().filter(|rule| rule.chain == chain).collect();
             found
         };
         let targets = names.iter().map(|name| {
             let receive = of(format!("tproxy_{name}"));
-            Target {
+            TargetView {
                 name: name.to_string(),
                 mark: of(format!("to_{name}")).iter().find_map(|rule| mark(rule)),
                 port: receive.iter().find_map(|rule| port(rule)),
@@ -233,7 +236,7 @@ impl View {
             // a section has a rule for each interface and family
             if view.gateways.iter().all(|gateway| gateway.name != name) {
                 let own = of(format!("gw_{name}"));
-                view.gateways.push(Gateway {
+                view.gateways.push(GatewayView {
                     name: name.into(),
                     target: gateway_target(&own).into(),
                     taken: total(&own),
@@ -262,7 +265,7 @@ impl View {
         view
     }
 
-    pub fn target(&self, name: &str) -> Option<&Target> {
+    pub fn target(&self, name: &str) -> Option<&TargetView> {
         self.targets.iter().find(|target| target.name == name)
     }
 
@@ -275,7 +278,7 @@ impl View {
 }
 
 /// What stands behind `prefix` in the name of the chain that a rule leads to.
-fn goes_to<'a>(rule: &'a Rule, prefix: &str) -> Option<&'a str> {
+fn goes_to<'a>(rule: &'a RuleView, prefix: &str) -> Option<&'a str> {
     rule.exprs.iter().find_map(|expr| match expr {
         Expr::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) => chain.strip_prefix(prefix),
         _ => None,
@@ -283,7 +286,7 @@ fn goes_to<'a>(rule: &'a Rule, prefix: &str) -> Option<&'a str> {
 }
 
 /// The interface that a rule looks for. A name that is compared without its end is a prefix.
-fn interface(rule: &Rule) -> Option<Interface> {
+fn interface(rule: &RuleView) -> Option<Interface> {
     match rule.exprs.get(..2)? {
         [Expr::MetaLoad { key: NFT_META_IIFNAME, .. }, Expr::Cmp { data, .. }] => {
             Some(Interface { name: parse::str_z(data).into_owned(), prefix: !data.contains(&0) })
@@ -293,8 +296,8 @@ fn interface(rule: &Rule) -> Option<Interface> {
 }
 
 /// The target of a gateway section, by the rules of its chain.
-fn gateway_target<'a>(rules: &[&'a Rule]) -> &'a str {
-    let drops = |rule: &&Rule| rule.exprs.contains(&Expr::Verdict(Verdict::Drop));
+fn gateway_target<'a>(rules: &[&'a RuleView]) -> &'a str {
+    let drops = |rule: &&RuleView| rule.exprs.contains(&Expr::Verdict(Verdict::Drop));
     match rules.iter().find_map(|rule| goes_to(rule, "forward_")) {
         Some(target) => target,
         None if rules.iter().any(drops) => "drop",
@@ -303,7 +306,7 @@ fn gateway_target<'a>(rules: &[&'a Rule]) -> &'a str {
 }
 
 /// The mark that a rule gives the packet.
-fn mark(rule: &Rule) -> Option<Mark> {
+fn mark(rule: &RuleView) -> Option<Mark> {
     rule.exprs.windows(2).find_map(|pair| match pair {
         [Expr::Bitwise { mask, xor, .. }, Expr::MetaSet { key: NFT_META_MARK, .. }] => {
             Some(Mark { value: *xor, mask: !mask })
@@ -313,7 +316,7 @@ fn mark(rule: &Rule) -> Option<Mark> {
 }
 
 /// The port of a rule's tproxy expression, from the register that it names.
-fn port(rule: &Rule) -> Option<u16> {
+fn port(rule: &RuleView) -> Option<u16> {
     let wanted = rule.exprs.iter().find_map(|expr| match expr {
         Expr::Tproxy { port, .. } => Some(*port),
         _ => None,
@@ -327,7 +330,7 @@ fn port(rule: &Rule) -> Option<u16> {
 }
 
 /// The address of a rule's tproxy expression: the immediate of an address's length.
-fn address(rule: &Rule) -> Option<IpAddr> {
+fn address(rule: &RuleView) -> Option<IpAddr> {
     let is_tproxy = |expr: &Expr| matches!(expr, Expr::Tproxy { .. });
     let octets = |expr: &Expr| match expr {
         Expr::Immediate { data, .. } => match <[u8; 4]>::try_from(&data[..]) {
@@ -340,21 +343,21 @@ fn address(rule: &Rule) -> Option<IpAddr> {
 }
 
 /// The sum of all counters of some rules; `None` where there are none.
-fn total(rules: &[&Rule]) -> Option<Counter> {
+fn total(rules: &[&RuleView]) -> Option<Counter> {
     rules.iter().filter_map(|rule| rule.counter).reduce(|a, b| a + b)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Config, Outlet, Target as ConfigTarget, Tproxy};
+    use crate::config::{Config, Outlet, Target, Tproxy};
     use crate::net::Range;
     use crate::netlink::parse::Messages;
     use crate::nft::message::Transaction;
-    use crate::nft::table::{output_rules, Element as Pair, Table};
+    use crate::nft::table::{output_rules, Element, Table};
     use std::collections::BTreeSet;
 
-    fn config(default: ConfigTarget) -> Config {
+    fn config(default: Target) -> Config {
         let tproxy = |name: &str, mark, port, address: Option<&str>| Tproxy {
             outlet: Outlet { name: name.into(), mark, ..Outlet::default() },
             port,
@@ -373,7 +376,7 @@ mod tests {
 
     /// Three sections, one of which has a rule for each family.
     fn with_gateways() -> Config {
-        let mut config = config(ConfigTarget::Drop);
+        let mut config = config(Target::Drop);
         let gateway = |name: &str, interfaces: &[(&str, bool)], target| crate::config::Gateway {
             name: name.into(),
             interfaces: (interfaces.iter())
@@ -387,15 +390,15 @@ mod tests {
         };
         let (lan, any) = (("br-lan", false), ("wlan", true));
         config.gateways = vec![
-            gateway("one", &[lan], ConfigTarget::Direct),
-            gateway("two", &[lan, any], ConfigTarget::Tproxy(1)),
-            gateway("three", &[("fifteen-letters", false), any], ConfigTarget::Drop),
+            gateway("one", &[lan], Target::Direct),
+            gateway("two", &[lan, any], Target::Tproxy(1)),
+            gateway("three", &[("fifteen-letters", false), any], Target::Drop),
         ];
         config
     }
 
     /// The rules as the kernel would hand them back: as they were sent.
-    fn rules(config: &Config, pairs: &[Pair]) -> Vec<Rule> {
+    fn rules(config: &Config, pairs: &[Element]) -> Vec<RuleView> {
         let mut transaction = Transaction::new(Batch::new(0));
         transaction.replace(&Table::new(config), None);
         transaction.replace_output(&output_rules(config, &pairs.iter().copied().collect()));
@@ -405,24 +408,22 @@ mod tests {
 
     #[test]
     fn the_view_of_our_own_table() {
-        let pair = |level, target, hashed| Pair { level, target, hashed };
+        let pair = |level, target, hashed| Element { level, target, hashed };
         let pairs = [
-            pair(2, ConfigTarget::Tproxy(1), false),
-            pair(3, ConfigTarget::Drop, false),
-            pair(4, ConfigTarget::Drop, true),
+            pair(2, Target::Tproxy(1), false),
+            pair(3, Target::Drop, false),
+            pair(4, Target::Drop, true),
         ];
-        for (default, name) in [
-            (ConfigTarget::Direct, "direct"),
-            (ConfigTarget::Drop, "drop"),
-            (ConfigTarget::Tproxy(0), "zeta"),
-        ] {
+        for (default, name) in
+            [(Target::Direct, "direct"), (Target::Drop, "drop"), (Target::Tproxy(0), "zeta")]
+        {
             let config = config(default);
             let all = rules(&config, &pairs);
             // the rules of `output` before its replacement are in the batch as well
             let first = all.iter().filter(|r| r.chain == OUTPUT).count()
                 - output_rules(&config, &pairs.iter().copied().collect()).len();
             let mut skip = first;
-            let all: Vec<Rule> = (all.into_iter())
+            let all: Vec<RuleView> = (all.into_iter())
                 .filter(|rule| {
                     let drop = rule.chain == OUTPUT && skip > 0;
                     skip -= usize::from(drop);
@@ -464,7 +465,7 @@ mod tests {
         let view = View::of(&rules(&config, &[]));
         let routed = Mark { value: 0xfe00_0000, mask: 0xff00_0000 };
         assert_eq!(view.routed, Some(routed));
-        let section = |name: &str, target: &str| Gateway {
+        let section = |name: &str, target: &str| GatewayView {
             name: name.into(),
             target: target.into(),
             taken: Some(Counter::default()),
@@ -484,7 +485,7 @@ mod tests {
         transaction.replace(&Table::new(&config), None);
         transaction.add_cgroups("cg_drop", [1, 2].into_iter());
         let (batch, _) = transaction.finish();
-        let whole: Vec<Rule> =
+        let whole: Vec<RuleView> =
             (Messages::new(batch.bytes())).filter_map(|m| parse_rule(&m)).collect();
         assert!(whole.len() > 20);
         let mut random = crate::testing::Random::new(5);
@@ -495,7 +496,7 @@ mod tests {
                 bytes[at] = random.draw() as u8;
             }
             let messages = || Messages::new(&bytes);
-            let rules: Vec<Rule> = messages().filter_map(|m| parse_rule(&m)).collect();
+            let rules: Vec<RuleView> = messages().filter_map(|m| parse_rule(&m)).collect();
             View::of(&rules);
             messages().filter_map(|m| parse_elements(&m)).for_each(drop);
         }
