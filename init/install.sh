@@ -14,7 +14,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 [ -d "$here/conf" ] || here=$(dirname "$here")
 : "${BIN:=$here/cgtproxy}"
 program=$PREFIX/sbin/cgtproxy
-config=$SYSCONFDIR/cgtproxy/cgtproxy.conf
+config=$SYSCONFDIR/cgtproxy/cgtproxy.conf configured=$here/conf/cgtproxy.conf
 
 die() {
 	echo "install.sh: $*" >&2
@@ -32,7 +32,10 @@ fi
 # What is installed: SOURCE DESTINATION MODE
 case $INIT in
 openwrt) services="openwrt/cgtproxy $SYSCONFDIR/init.d/cgtproxy 755
-openwrt/cgtproxy.keep /lib/upgrade/keep.d/cgtproxy 644" ;;
+openwrt/uci $PREFIX/libexec/cgtproxy-uci 755
+openwrt/cgtproxy.defaults $SYSCONFDIR/uci-defaults/cgtproxy 644
+openwrt/cgtproxy.keep /lib/upgrade/keep.d/cgtproxy 644"
+	config=$SYSCONFDIR/config/cgtproxy configured=$here/init/openwrt/cgtproxy.config ;;
 openrc) services="openrc/cgtproxy $SYSCONFDIR/init.d/cgtproxy 755" ;;
 systemd) units=${UNITDIR:-/usr/lib/systemd/system}
 	services="systemd/cgtproxy.service $units/cgtproxy.service 644
@@ -73,8 +76,9 @@ do_install() {
 	echo "$services" | while read -r from to mode; do put "$here/init/$from" "$to" "$mode"; done
 	extras | while read -r from to mode; do put "$from" "$to" "$mode"; done
 	[ "$INIT" != openrc ] || keep "$here/init/openrc/cgtproxy.confd" "$SYSCONFDIR/conf.d/cgtproxy"
-	keep "$here/conf/cgtproxy.conf" "$config"
+	keep "$configured" "$config"
 	[ -z "$DESTDIR" ] || return 0
+	[ "$INIT" != openwrt ] || sh "$SYSCONFDIR/uci-defaults/cgtproxy"
 	echo "Installed. Edit $config, then:"
 	case $INIT in
 	openwrt) echo "  /etc/init.d/cgtproxy enable; /etc/init.d/cgtproxy restart" ;;
@@ -105,6 +109,7 @@ uninstall) do_uninstall ;;
 purge)
 	do_uninstall
 	rm -rf "$DESTDIR$SYSCONFDIR/cgtproxy"
+	[ "$INIT" != openwrt ] || rm -f "$DESTDIR$config"
 	rm -f "$DESTDIR$SYSCONFDIR/conf.d/cgtproxy"
 	;;
 *) die "install, uninstall or purge, not $1" ;;

@@ -9,7 +9,7 @@
 It does what procd was seen doing that a service script can trip over: an instance that `set` does not
 name is stopped; what runs is signalled or restarted where a parameter or a file has changed, and left
 alone else; what has ended is started after the pause that respawn names; each service's instance has
-its cgroup, which stays; triggers are replaced as a whole; capabilities and no_new_privs do nothing
+its cgroup, which stays; triggers are replaced as a whole, and stay where no instance is; capabilities and no_new_privs do nothing
 without a jail. With DIR/old there, a service whose cgroup is there already lands in the root cgroup.
 """
 import hashlib
@@ -51,6 +51,7 @@ class Procd:
         self.where, self.test = where, test
         self.services = {}
         self.triggers = {}
+        self.deleted = set()
         self.log = open(where + "/log", "a", buffering=1)
         self.pipes = {}
 
@@ -117,9 +118,13 @@ class Procd:
         service = self.services.get(instance.service, {})
         if service.get(instance.name) is instance:
             del service[instance.name]
-        if not service and instance.service in self.services:
-            del self.services[instance.service]
-            self.triggers.pop(instance.service, None)
+        if not service and instance.service in self.deleted:
+            self.forget_service(instance.service)
+
+    def forget_service(self, name):
+        self.services.pop(name, None)
+        self.triggers.pop(name, None)
+        self.deleted.discard(name)
 
     def ended(self, pid):
         for service in list(self.services.values()):
@@ -140,6 +145,7 @@ class Procd:
 
     def set(self, name, instances, triggers):
         service = self.services.setdefault(name, {})
+        self.deleted.discard(name)
         for old in [i for i in service.values() if i.name not in instances]:
             self.stop(old)
         self.triggers[name] = triggers
@@ -173,8 +179,11 @@ class Procd:
         if service is None:
             return None
         if method == "delete":
+            self.deleted.add(name)
             for instance in list(service.values()):
                 self.stop(instance)
+            if not service:
+                self.forget_service(name)
             return {}
         if method == "signal":
             for instance in service.values():
@@ -286,7 +295,8 @@ def jsonfilter(text, expression):
     found = [json.loads(text)]
     for part in re.findall(r"\.([a-z0-9_]+)|(\[\*\])", expression):
         name, every = part
-        found = [v for f in found for v in (list(f.values()) if every else [f[name]] if name in f else [])]
+        found = [v for f in found for v in
+                 ((f if isinstance(f, list) else list(f.values())) if every else [f[name]] if name in f else [])]
     for value in found:
         print(value if isinstance(value, (str, int)) else json.dumps(value))
     return 0 if found else 1
@@ -308,7 +318,11 @@ def main(what, *args):
     else:
         if args[0] == "-t":
             args = args[2:]
-        _call, _service, method, *text = args
+        if args[0] == "-S":
+            args = args[1:]
+        _call, service_, method, *text = args
+        if service_ != "service":
+            return 4
         message = json.loads(text[0]) if text else {}
     reply = ask(where, method, message)
     if reply is None:

@@ -15,7 +15,7 @@ fi
 # shellcheck source=tests/init/lib.sh
 . "$repository/tests/init/lib.sh"
 dir=/run/openwrt
-mkdir -p $dir/bin $dir/init.d $dir/rc.d $dir/run
+mkdir -p $dir/bin $dir/init.d $dir/rc.d $dir/run $dir/config
 cp "$repository/tests/init/procd.py" $dir/
 cp "$program" $dir/cgtproxy
 export dir PATH=$dir/bin:$PATH
@@ -35,6 +35,7 @@ procd_set_param() {
 }
 procd_add_jail() { words param jail "$@" >>$asked; }
 procd_add_reload_trigger() { words trigger "$@" >>$asked; }
+procd_add_interface_trigger() { shift; words trigger interface."$1" >>$asked; }
 procd_send_signal() { ask signal "$1" "$(kill -l "${3:-HUP}")"; }
 ask() { python3 $dir/procd.py ask $dir "$@"; }
 start_service() { :; }
@@ -78,6 +79,7 @@ for tool in ubus jsonfilter; do
 	case $tool in ubus) where=" $dir" ;; *) where= ;; esac
 	printf '#!/bin/sh\nexec python3 %s/procd.py %s%s "$@"\n' $dir $tool "$where" >$dir/bin/$tool
 done
+printf '#!/bin/sh\nexec python3 %s -c %s "$@"\n' "$repository/tests/init/uci.py" $dir/config >$dir/bin/uci
 printf '#!/bin/sh\nexec busybox logger "$@"\n' >$dir/bin/logger
 # a line a call: busybox's logger takes an argument or standard input
 chmod +x $dir/bin/*
@@ -86,15 +88,20 @@ run() { # NAME ACTION: as an admin does
 	busybox ash $dir/rc.common $dir/init.d/"$1" "$2" >$dir/out 2>$dir/err
 }
 put() { # what a package brings: the service script with its paths put in
-	sed "s|/usr/sbin/cgtproxy|$dir/cgtproxy|; s|/etc/cgtproxy/cgtproxy.conf|$dir/cgtproxy.conf|
-		s|/var/run/|$dir/run/|; s|/etc/init.d|$dir/init.d|" \
-		"$script" >$dir/init.d/cgtproxy
+	for from in "$script:init.d/cgtproxy" "$repository/init/openwrt/uci:cgtproxy-uci"; do
+		sed "s|/usr/sbin/cgtproxy|$dir/cgtproxy|; s|/etc/cgtproxy/|$dir/|; s|/usr/libexec/|$dir/|; s|/etc/config/|$dir/config/|
+			s|/var/etc/|$dir/var/|; s|/var/run/|$dir/run/|; s|/etc/init.d|$dir/init.d|" "${from%%:*}" >$dir/"${from#*:}"
+		chmod +x $dir/"${from#*:}"
+	done
 }
 service() { # NAME START COMMAND INSTANCE
 	printf 'START=%s\nUSE_PROCD=1\nstart_service() {\n\tprocd_open_instance %s\n\tprocd_set_param command %s\n\tprocd_set_param respawn 3600 5 5\n}\n' \
 		"$2" "${4:-}" "$3" >$dir/init.d/"$1"
 	: >$dir/rc.d/S"$2$1"
 }
+# a file of the administrator's own
+manual() { printf "config cgtproxy 'main'\n\toption manual '1'\n\toption conffile '%s'\n" $dir/cgtproxy.conf >$dir/config/cgtproxy; }
+manual
 policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\n%s\n' "$1" >$dir/cgtproxy.conf; }
 POLICY='drop = /services/(early|app|new|late|control)
 mihomo = /services/nikki'
@@ -307,9 +314,91 @@ check "the policy stays to the end" table
 check "nothing left during shutdown" none_left
 
 # a trigger of a config that is not there never fires
-triggers() { ubus call service list >$dir/list; for t in $(jsonfilter -s "$(cat $dir/list)" -e '@.cgtproxy.triggers[*]'); do [ -e /etc/config/$t ] || { echo "trigger of /etc/config/$t"; return 1; }; done; }
+triggers() { ubus call service list >$dir/list && jsonfilter -s "$(cat $dir/list)" -e '@.cgtproxy.triggers[*]'; }
+live_triggers() { for t in $(triggers | grep -v ^interface); do [ -e $dir/config/$t ] || { echo "trigger of /etc/config/$t"; return 1; }; done; }
+triggered() { triggers | grep -x "$1"; }
 check "start" run cgtproxy start
-check "no trigger that never fires" triggers
+check "no trigger that never fires" live_triggers
+check "a change of its configuration reloads it" triggered cgtproxy
+
+# UCI in front
+uci_policy() { # RULE: more of it
+	cat >$dir/config/cgtproxy <<-EOT
+		config cgtproxy 'main'
+		config tproxy 'mihomo'
+		 	option port '7893'
+		config rule
+			option target 'drop'
+			list service 'early'
+			list service 'app'
+			list match '/services/(new|late|control)'
+		config rule
+			option target 'mihomo'
+			list service 'nikki'
+		$1
+	EOT
+}
+applied() { run cgtproxy reload && within 5 logged "$1"; }
+ended() { ! daemon_pid; }
+for name in early app nikki; do run $name start; done
+old=$(daemon_pid)
+uci_policy ''
+rm $dir/cgtproxy.conf
+check "from a file to UCI" run cgtproxy reload
+check "by another daemon" other_pid
+of_uci() { tr '\0' ' ' <"/proc/$(daemon_pid)/cmdline" | grep "var/cgtproxy/cgtproxy.conf"; }
+check "with the file that was made of it" of_uci
+check "which cgtproxy finds by itself" grep 'mihomo = service:nikki' $dir/cgtproxy.conf
+for action in start restart reload; do
+	old=$(daemon_pid)
+	uci_policy "config rule 'wrong'
+		option target 'mihmo'
+		list service 'app'"
+	: >$dir/log
+	check "UCI with an error: $action is refused" fails run cgtproxy $action
+	check "says where in UCI on standard error" grep 'cgtproxy.wrong: undefined target "mihmo"' $dir/err
+	check "and once in the log" once 'cgtproxy.wrong: undefined'
+	check "and the daemon stays" same_pid
+	check "and so does the file" fails grep mihmo $dir/var/cgtproxy/cgtproxy.conf
+	check "why is kept for whoever asks" grep mihmo $dir/run/cgtproxy.refused
+done
+printf "config interface 'lan'\n\toption proto 'static'\n\toption device 'br-lan'\n" >$dir/config/network
+uci_policy "config gateway
+	option target 'drop'
+	list network 'lan'"
+: >$dir/log
+check "a gateway of a network" applied reloaded
+check "by the same daemon" same_pid
+check "its device is in force" table
+in_table() { nft list table inet cgtproxy | grep "$1"; }
+check "in the kernel" in_table br-lan
+check "that it comes up is heard of" triggered interface.lan
+check "what was refused is forgotten" fails ls $dir/run/cgtproxy.refused
+: >$dir/log
+check "it comes up" run cgtproxy refresh
+sleep 0.3
+check "as it was, which is no reason to reload" fails logged reloaded
+sed -i s/br-lan/eth9/ $dir/config/network
+check "it comes up with another device" run cgtproxy refresh
+check "which is" within 5 in_table eth9
+check "nothing left since" none_left
+for name in early app nikki; do run $name stop; done
+uci_policy ''
+sed -i "1a\\\toption enabled '0'" $dir/config/cgtproxy
+check "disabled" run cgtproxy reload
+check "it ends" within 5 ended
+check "and leaves nothing" clean
+check "start of what is disabled does nothing" run cgtproxy start
+check "and says so" grep disabled $dir/err
+check "a change is heard of still" triggered cgtproxy
+uci_policy ''
+check "enabled again" run cgtproxy reload
+check "it runs" table
+manual
+rm $dir/cgtproxy.conf
+policy "$POLICY"
+check "from UCI to a file" run cgtproxy reload
+for name in early app nikki; do run $name start; done
 
 # procd of old
 touch $dir/old

@@ -1,0 +1,290 @@
+//! OpenWrt's /etc/config/cgtproxy as the file that cgtproxy reads: init/openwrt/uci, under the
+//! shells that are here and a stand-in of uci, or the real one that CGTPROXY_UCI names.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use cgtproxy::config::keys::Kind;
+
+const CONFIG: &str = "/etc/config/cgtproxy";
+
+struct Router {
+    dir: PathBuf,
+    shell: &'static [&'static str],
+}
+
+impl Router {
+    /// With a directory of its own, in which the script looks for everything.
+    fn new(name: &str, shell: &'static [&'static str]) -> Router {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("uci-{name}-{}", shell[0]));
+        let _ = fs::remove_dir_all(&dir);
+        for part in ["bin", "config"] {
+            fs::create_dir_all(dir.join(part)).unwrap();
+        }
+        let at = dir.display();
+        let script = fs::read_to_string(here.join("init/openwrt/uci"))
+            .unwrap()
+            .replace("PROG=/usr/sbin/cgtproxy", concat!("PROG=", env!("CARGO_BIN_EXE_cgtproxy")))
+            .replace("=/etc/config/", &format!("={at}/config/"))
+            .replace("=/etc/cgtproxy/", &format!("={at}/admin/"))
+            .replace("=/var/etc/", &format!("={at}/var/"));
+        fs::write(dir.join("cgtproxy-uci"), script).unwrap();
+        let uci = match std::env::var("CGTPROXY_UCI") {
+            Ok(real) => real,
+            Err(_) => format!("python3 {}", here.join("tests/init/uci.py").display()),
+        };
+        let program = |name: &str, text: String| {
+            let path = dir.join("bin").join(name);
+            fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+            fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        };
+        program("uci", format!("exec {uci} -c {at}/config \"$@\""));
+        // netifd knows one network
+        program(
+            "ubus",
+            "[ \"$3\" = network.interface.up ] && echo '{\"l3_device\":\"wg-up\"}'".into(),
+        );
+        program("jsonfilter", "echo \"$2\" | sed -n 's/.*l3_device\":\"\\(.*\\)\".*/\\1/p'".into());
+        Router { dir, shell }
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        let path = self.dir.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+
+    fn run(&self, what: &str) -> Output {
+        let path = format!("{}:{}", self.dir.join("bin").display(), std::env::var("PATH").unwrap());
+        let mut command = Command::new(self.shell[0]);
+        command.args(&self.shell[1..]).arg(self.dir.join("cgtproxy-uci")).arg(what);
+        command.env("PATH", path).output().unwrap()
+    }
+
+    /// What it prints to both, with the places as they are on a router.
+    fn say(&self, what: &str) -> (Option<i32>, String) {
+        let output = self.run(what);
+        let at = self.dir.display().to_string();
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8(text).unwrap();
+        let text = text.replace(&format!("{at}/config/"), "/etc/config/");
+        let text = text.replace(&format!("{at}/admin/"), "/etc/cgtproxy/");
+        (output.status.code(), text.replace(&format!("{at}/var/"), "/var/etc/"))
+    }
+
+    /// The entries of the file, without comments and blank lines.
+    fn rendered(&self) -> String {
+        let (status, text) = self.say("render");
+        assert_eq!(status, Some(0), "{text}");
+        let meant = |line: &&str| !line.is_empty() && !line.starts_with('#');
+        text.lines().filter(meant).map(|line| line.to_string() + "\n").collect()
+    }
+}
+
+/// busybox ash is what a router has.
+fn router(name: &str) -> Router {
+    let ash: &[&str] = &["busybox", "ash"];
+    let here = Command::new(ash[0]).args(&ash[1..]).args(["-c", ":"]).output().is_ok();
+    Router::new(name, if here { ash } else { &["sh"] })
+}
+
+const END: &str = "[global]\ninclude = /etc/cgtproxy/conf.d/*.conf\n";
+
+#[test]
+fn what_uci_becomes() {
+    let main = "config cgtproxy 'main'\n";
+    for (uci, want) in [
+        ("", ""),
+        (main, "[global]\n"),
+        (
+            &format!("{main}\toption route_table '301'\n\tlist bypass_mark '0xff'\n\tlist bypass_mark '1/3'\n"),
+            "[global]\nroute-table = 301\nbypass-mark = 0xff\nbypass-mark = 1/3\n",
+        ),
+        // its own, and no keys
+        (&format!("{main}\toption enabled '1'\n\toption manual '0'\n\toption conffile '/x'\n"), "[global]\n"),
+        (
+            "config tproxy 'mihomo'\n\toption port '7893'\n\toption dns_hijack_tcp 'yes'\n\nconfig route\n\toption name 'vpn-1'\n\toption interface 'wg0'\n",
+            "[tproxy mihomo]\nport = 7893\ndns-hijack-tcp = yes\n[route vpn-1]\ninterface = wg0\n",
+        ),
+        // rules keep their order, and what is disabled is not there
+        (
+            "config rule\n\toption target 'a'\n\tlist service 'x'\n\tlist service 'y z'\n\nconfig rule 'off'\n\toption enabled '0'\n\toption target 'b'\n\tlist user 'u'\n\n\
+             config rule 'named'\n\toption name 'what for'\n\toption target 'c'\n\toption app 'org.x'\n\tlist match '/a\\.b'\n",
+            "[rules]\na = service:x\na = service:y z\nc = app:org.x\nc = /a\\.b\n",
+        ),
+        // whatever a shell or the file would make of it
+        (
+            "config rule\n\toption target 'a'\n\tlist match '/x'\\''y'\n\tlist match '/$(id)`id`\\\\x2d*\"'\n\tlist match ' /blanks '\n\tlist match '# [x] = ; y'\n",
+            "[rules]\na = /x'y\na = /$(id)`id`\\\\x2d*\"\na =  /blanks \na = # [x] = ; y\n",
+        ),
+        // what one says of itself is a value too
+        (
+            "config tproxy 'a'\n\toption port ' 1 '\n\toption mark '[rules]'\n",
+            "[tproxy a]\nport = \" 1 \"\nmark = [rules]\n",
+        ),
+        (
+            "config gateway 'lan'\n\toption target 'drop'\n\tlist network 'lan'\n\tlist network 'lan2'\n\tlist network 'up'\n\tlist network 'dsl'\n\tlist network 'wg'\n\
+             config gateway\n\toption target 'direct'\n\tlist interface 'eth*'\n\tlist source_mac '02:00:00:00:00:01'\n",
+            "[gateway lan]\ntarget = drop\ninterface = br-lan\ninterface = wg-up\ninterface = pppoe-dsl\ninterface = wg\n\
+             [gateway gateway-1]\ntarget = direct\ninterface = eth*\nsource-mac = 02:00:00:00:00:01\n",
+        ),
+    ] {
+        { let router = router("becomes");
+            router.write("config/network", "config interface 'lan'\n\toption proto 'static'\n\toption device 'br-lan'\n\nconfig interface 'lan2'\n\toption proto 'none'\n\toption device 'br-lan'\n\nconfig interface 'dsl'\n\toption proto 'pppoe'\n\toption device 'eth1'\n\nconfig interface 'wg'\n\toption proto 'wireguard'\n");
+            router.write("config/cgtproxy", uci);
+            assert_eq!(router.rendered(), want.to_string() + END, "{:?}\n{uci}", router.shell);
+        }
+    }
+}
+
+#[test]
+fn what_is_wrong_is_said_in_terms_of_uci() {
+    let tproxy = "config tproxy 'mihomo'\n\toption port '7893'\n\n";
+    let cases: [(&str, &[&str]); 14] = [
+        ("config tproxy 'mihomo'\n\toption prot '7893'\n", &[
+            "cgtproxy.mihomo: unknown key \"prot\" in [tproxy], did you mean \"port\"?",
+        ]),
+        ("config tproxy 'mihomo'\n\tlist port '1'\n\tlist port '2'\n", &[
+            "cgtproxy.mihomo: duplicate key \"port\", first set at /etc/config/cgtproxy: cgtproxy.mihomo\n",
+        ]),
+        ("config rule\n\toption target 'drop'\n\tlist service 'x'\n\nconfig rule\n\toption target 'mihmo'\n\tlist service 'y'\n", &[
+            "cgtproxy.@rule[1]: undefined target \"mihmo\", did you mean \"mihomo\"?",
+        ]),
+        ("config rule\n\tlist service 'x'\n", &["cgtproxy.@rule[0]: a rule needs a target"]),
+        ("config rule 'r'\n\toption target 'drop'\n", &["cgtproxy.r: a rule needs a service, app, user, group or match"]),
+        ("config rule\n\toption target '[global]'\n\tlist match '/x'\n", &[
+            "cgtproxy.@rule[0].target: \"[global]\" is no name of a target",
+        ]),
+        ("config rule\n\toption enabled 'maybe'\n\toption target 'drop'\n\tlist match '/x'\n", &[
+            "cgtproxy.@rule[0].enabled: \"maybe\" is neither 1 nor 0",
+        ]),
+        ("config rule\n\toption target 'drop'\n\tlist match '/x\ndrop = /y'\n", &[
+            "cgtproxy.@rule[0].match: a value is one line",
+        ]),
+        ("config rule\n\toption target 'drop'\n\tlist match '/x'\\''\n\toption target '\\''direct'\n", &[
+            "cgtproxy.@rule[0].match: a value is one line",
+        ]),
+        ("config tproxy\n\toption port '1'\n", &["cgtproxy.@tproxy[1]: it needs a name"]),
+        ("config tproxy\n\toption name 'a]'\n\toption port '1'\n", &["cgtproxy.@tproxy[1].name: \"a]\" is not a name"]),
+        ("config cgtproxy 'main'\n\nconfig cgtproxy 'other'\n", &["cgtproxy.other: there is one section of this type"]),
+        ("config gateway 'g'\n\toption target 'drop'\n\tlist network '$(id)'\n", &[
+            "cgtproxy.g.network: \"$(id)\" is no name of a network",
+        ]),
+        ("config rule 'a\n", &["Parse error (EOF with unterminated ') at line 4, byte 15"]),
+    ];
+    for (uci, want) in cases {
+        let router = router("wrong");
+        router.write("config/cgtproxy", &format!("{tproxy}{uci}"));
+        router.write("var/cgtproxy/cgtproxy.conf", "# old\n");
+        let (status, text) = router.say("take");
+        assert_eq!(status, Some(2), "{text}");
+        for line in want {
+            let line = format!("error: {CONFIG}: {line}");
+            assert!(text.contains(&line), "{:?}: no \"{line}\" in\n{text}", router.shell);
+        }
+        assert!(!text.contains("/var/etc"), "{text}");
+        let old = router.dir.join("var/cgtproxy/cgtproxy.conf");
+        assert_eq!(fs::read_to_string(&old).unwrap(), "# old\n", "the old file is in force");
+        assert_eq!(old.parent().unwrap().read_dir().unwrap().count(), 1, "nothing is left");
+    }
+}
+
+#[test]
+fn every_key_can_be_said() {
+    let router = router("keys");
+    let (mut uci, mut want) = (String::new(), String::new());
+    for kind in Kind::ALL.into_iter().filter(|kind| kind.keys().next().is_some()) {
+        let (section, header) = match kind {
+            Kind::Global => ("cgtproxy 'main'".to_string(), "[global]\n".to_string()),
+            _ => {
+                let name = kind.name();
+                (format!("{name} 'a_{name}'"), format!("[{name} a_{name}]\n"))
+            }
+        };
+        uci += &format!("config {section}\n");
+        want += &header;
+        for key in kind.keys() {
+            let option = key.name.replace('-', "_");
+            let repeated = if key.repeatable { 2 } else { 1 };
+            for n in 0..repeated {
+                uci += match key.repeatable {
+                    true => "\tlist ",
+                    false => "\toption ",
+                };
+                uci += &format!("{option} 'v{n}'\n");
+                want += &format!("{} = v{n}\n", key.name);
+            }
+        }
+    }
+    router.write("config/cgtproxy", &uci);
+    assert_eq!(router.rendered(), want + END);
+}
+
+#[test]
+fn what_is_taken() {
+    let router = router("taken");
+    let file = router.dir.join("var/cgtproxy/cgtproxy.conf");
+    let admin = router.dir.join("admin/cgtproxy.conf");
+    // before there was UCI
+    assert_eq!(router.say("file"), (Some(0), "/etc/cgtproxy/cgtproxy.conf\n".into()));
+
+    router.write("config/cgtproxy", "config rule\n\toption target 'drop'\n\tlist service 'x'\n");
+    let (_, text) = router.say("take");
+    assert!(text.contains("cgtproxy.@rule[0]: drop = service:x: decides for"), "{text}");
+    assert_eq!(router.say("file"), (Some(0), "/var/etc/cgtproxy/cgtproxy.conf\n".into()));
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    assert_eq!((mode(file.parent().unwrap()), mode(&file)), (0o700, 0o600));
+    assert_eq!(mode(file.parent().unwrap().parent().unwrap()), 0o755, "others' files are there");
+    assert_eq!(fs::read_link(&admin).unwrap(), file, "where cgtproxy looks for it");
+
+    // what UCI cannot say
+    router.write("admin/conf.d/more.conf", "[rules]\nnone = /y\n");
+    assert_eq!(router.say("take").0, Some(2));
+    fs::remove_file(router.dir.join("admin/conf.d/more.conf")).unwrap();
+
+    // to a file of the administrator's own, which begins with what was in force
+    let last = fs::read_to_string(&file).unwrap();
+    router
+        .write("config/cgtproxy", "config cgtproxy 'main'\n\toption manual '1'\n\noption x y z\n");
+    assert_eq!(router.say("take").0, Some(2), "not even then is a broken file taken");
+    router.write("config/cgtproxy", "config cgtproxy 'main'\n\toption manual '1'\n");
+    assert_ne!(router.say("take").0, Some(2));
+    assert!(fs::symlink_metadata(&admin).unwrap().is_file());
+    assert_eq!(fs::read_to_string(&admin).unwrap(), last);
+    assert_eq!(router.say("file"), (Some(0), "/etc/cgtproxy/cgtproxy.conf\n".into()));
+
+    // and back, beside that file
+    router.write("config/cgtproxy", "config cgtproxy 'main'\n\toption enabled '0'\n");
+    let (_, text) = router.say("take");
+    assert!(text.contains("/etc/cgtproxy/cgtproxy.conf is not in force"), "{text}");
+    assert_eq!(router.say("enabled").0, Some(1));
+}
+
+#[test]
+fn networks_that_are_not_there() {
+    let router = router("networks");
+    router.write("config/cgtproxy", "config gateway 'a'\n\toption target 'drop'\n\tlist network 'none'\n\nconfig gateway 'b'\n\toption target 'drop'\n\tlist network 'none'\n\tlist interface 'eth0'\n\tlist network 'up'\n");
+    let output = router.run("render");
+    assert_eq!(output.status.code(), Some(0));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said.matches("there is no network \"none\" now").count(), 2, "{said}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(!text.contains("[gateway a]") && text.contains("[gateway b]"), "{text}");
+    assert_eq!(router.say("networks"), (Some(0), "none\nnone\nup\n".into()));
+}
+
+/// What the package brings is good as it stands, and does nothing to anybody.
+#[test]
+fn the_first_configuration() {
+    let router = router("first");
+    router.write("config/cgtproxy", include_str!("../init/openwrt/cgtproxy.config"));
+    let (status, text) = router.say("check");
+    assert_ne!(status, Some(2), "{text}");
+    assert!(!text.contains("error: /etc/config"), "{text}");
+    let mut rules = router.rendered();
+    rules.retain(|c| c != ' ');
+    assert!(rules.lines().filter(|l| l.contains("=service:")).all(|l| l.starts_with("direct=")));
+}
