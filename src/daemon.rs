@@ -2,7 +2,7 @@
 //! poll(2), hands what happened to the core, does what the core asks, and commits one transaction a
 //! wake-up, or one more for each level of nested cgroups that it discovers.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -38,6 +38,7 @@ use crate::notify::Notify;
 use crate::options::Options;
 use crate::pidfile::Pidfile;
 use crate::plan;
+use crate::route::Entry;
 use crate::signals::{End, Signals};
 use crate::stale::{self, Before, Judge, Suspects};
 use crate::sys;
@@ -120,6 +121,8 @@ struct Daemon<'a> {
     routing: Backoff,
     /// What should be there of ip rules and routes, and what others have put in their way.
     routes: Routing,
+    /// How it stands with each route that has an interface.
+    ways: BTreeMap<String, &'static str>,
     /// What has been told of the ways of others.
     told: BTreeSet<String>,
     /// When to look for chains of others that break ours.
@@ -202,7 +205,7 @@ fn begin<'a>(
     let config = options.load_or_default(true)?;
     log::configure(config.log_level.louder(options.verbose), options.syslog);
     let pidfile = options.pidfile.clone().map(Pidfile::new).transpose()?;
-    let mut kernel = Kernel::open_watching(config.route_table)?;
+    let mut kernel = Kernel::open_watching(&plan::needs(&config))?;
     let Some(before) = instance::claim(&mut kernel, signals)? else {
         return Ok(None);
     };
@@ -231,6 +234,7 @@ fn begin<'a>(
         table: Backoff::default(),
         routing: Backoff::default(),
         routes: Routing::default(),
+        ways: BTreeMap::new(),
         told: BTreeSet::new(),
         look_at_others: None,
         loops: Looks::default(),
@@ -419,9 +423,26 @@ impl Daemon<'_> {
 
     /// Adds what is missing of the ip rules and routes, and tells what others have to do with it.
     fn add_routing(&mut self, config: &Config) -> Result<()> {
-        let (routing, result) = self.kernel.add_routing(&plan::needs(config));
+        let (routing, result) = self.kernel.add_routing(plan::needs(config));
         let before = std::mem::replace(&mut self.routes, routing);
         let after = &self.routes;
+        let mut ways = BTreeMap::new();
+        for way in plan::needs(config).ways {
+            let (name, state) = (way.name, way.state(self.kernel.links()));
+            let Some(interface) = way.interface() else { continue };
+            if self.ways.get(name) != Some(&state) {
+                let text = match state {
+                    "open" => format!("[route {name}]: {interface} is there, packets pass"),
+                    "IPv4 only" | "IPv6 only" => {
+                        format!("[route {name}]: {interface} is there, {state}: it has no other address")
+                    }
+                    why => format!("[route {name}]: {interface} is {why}: its traffic is refused"),
+                };
+                log::write_limited(Level::Notice, format_args!("{text}"));
+            }
+            ways.insert(name.to_string(), state);
+        }
+        self.ways = ways;
         for line in after.hindrances.iter().filter(|line| !before.hindrances.contains(line)) {
             log::write_limited(Level::Warning, format_args!("{line}"));
         }
@@ -777,7 +798,9 @@ impl Daemon<'_> {
         match added.and_then(|()| self.kernel.trim_routing(&self.routes.wanted)) {
             Ok(stale) => {
                 self.routing.done(began, Instant::now());
-                let added = self.routes.added.len();
+                // those that come and go with an interface are told of by that
+                let leads_out = |e: &&Entry| matches!(e, Entry::Route(r) if r.leads_out());
+                let added = self.routes.added.iter().filter(|e| !leads_out(e)).count();
                 if added > 0 && stale.is_empty() {
                     let text = "ip rules and routes are in force again";
                     log::write_limited(Level::Notice, format_args!("{text}, {added} were missing"));
@@ -982,8 +1005,12 @@ impl Daemon<'_> {
     fn summary(&self) -> String {
         let core = &self.cgroups.core;
         let config = core.config();
+        let routes = match config.routes.len() {
+            0 => String::new(),
+            routes => format!(" routes: {routes},"),
+        };
         format!(
-            "rules: {}, tproxies: {}, cgroups: {} under {}",
+            "rules: {}, tproxies: {},{routes} cgroups: {} under {}",
             config.rule_lines().count(),
             config.tproxies.len(),
             core.tree().len(),

@@ -14,6 +14,7 @@ use crate::error::{reason, Error, Result};
 use crate::host::Host;
 use crate::log;
 use crate::netlink::fib;
+use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{Message, Messages};
 use crate::netlink::socket::{Failure, Socket};
@@ -48,8 +49,10 @@ pub struct Kernel {
     /// Notifications, for the daemon; those of nftables only where we cannot own the table.
     nft_events: Option<(Socket, Follower)>,
     rt_events: Option<Socket>,
-    /// The route table that those tell of.
-    watched: Option<u32>,
+    /// The route tables that those tell of, and whether they tell of interfaces.
+    watched: Option<(Vec<u32>, bool)>,
+    /// The interfaces that ways out lead to, as they were looked at last.
+    links: Vec<Link>,
     /// For questions about other programs' sockets; not every kernel answers them.
     diag: Option<Socket>,
     /// False once the kernel has refused to end a socket.
@@ -63,7 +66,7 @@ pub struct Damage {
     pub table: Option<String>,
     /// A rule or a route of ours may be gone, or others may be in their way.
     pub routing: bool,
-    /// What could not be added before may be possible now.
+    /// What could not be added before may be possible now, or a way out has opened or closed.
     pub revived: bool,
 }
 
@@ -81,14 +84,15 @@ impl Kernel {
             nft_events: None,
             rt_events: None,
             watched: None,
+            links: Vec::new(),
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
             ends_sockets: true,
         })
     }
 
-    /// The same, subscribed to what others do to rules and to the routes of a table. To be called
+    /// The same, subscribed to what others do to rules and to the routes of our tables. To be called
     /// before anything is put into the kernel, so that no damage goes unseen.
-    pub fn open_watching(table: u32) -> Result<Kernel> {
+    pub fn open_watching(needs: &Needs) -> Result<Kernel> {
         let mut kernel = Kernel::open()?;
         let groups = [
             RTNLGRP_LINK,
@@ -96,20 +100,23 @@ impl Kernel {
             RTNLGRP_IPV4_ROUTE,
             RTNLGRP_IPV6_RULE,
             RTNLGRP_IPV6_ROUTE,
+            RTNLGRP_IPV4_IFADDR,
             RTNLGRP_IPV6_IFADDR,
         ];
         let rt = Socket::open(SockProtocol::NetlinkRoute, &groups)?;
         kernel.rt_events = Some(rt);
-        kernel.watch_table(table);
+        kernel.watch(needs);
         Ok(kernel)
     }
 
-    /// Has notifications tell of another route table.
-    fn watch_table(&mut self, table: u32) {
-        if let Some(rt) = self.rt_events.as_ref().filter(|_| self.watched != Some(table)) {
-            self.watched = Some(table);
+    /// Has notifications tell of other route tables.
+    fn watch(&mut self, needs: &Needs) {
+        let links = needs.ways.iter().any(|way| way.interface().is_some());
+        let watched = Some((needs.tables(), links));
+        if let Some(rt) = self.rt_events.as_ref().filter(|_| self.watched != watched) {
+            self.watched = watched;
             // without it there are more wake-ups, that is all
-            let _ = sys::attach_filter(rt.as_fd(), &fib::event_filter(table));
+            let _ = sys::attach_filter(rt.as_fd(), &fib::event_filter(&needs.tables(), links));
         }
     }
 
@@ -154,6 +161,7 @@ impl Kernel {
                 for message in Messages::new(datagram).filter(|m| m.pid != own) {
                     damage.routing |= route::is_change(needs, &message);
                     damage.revived |= fib::lo_revives(&message);
+                    damage.revived |= route::is_way_change(needs, &self.links, &message);
                 }
             });
             damage.routing |= lost;

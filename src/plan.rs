@@ -6,14 +6,15 @@ use std::os::unix::ffi::OsStrExt;
 
 use crate::cgroup::core::{Core, Delta, Snapshot};
 use crate::cgroup::mount::Root;
-use crate::config::{Config, Target};
+use crate::config::{Config, Route, Target};
 use crate::net::{Family, Mark};
+use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
 use crate::nft::message::{Contents, Transaction};
 use crate::nft::table::{
     dying_name, output_rules, set_name, Content, Element, Table, OUTPUT, TABLE,
 };
-use crate::route::{Entry, Forwarded, Needs};
+use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 
 /// What the ip rules and routes have to bring about.
 pub fn needs(config: &Config) -> Needs<'_> {
@@ -22,6 +23,13 @@ pub fn needs(config: &Config) -> Needs<'_> {
         priority: config.rule_priority,
         table: config.route_table,
         marks: config.tproxies.iter().map(|t| mark(t.outlet.mark)).collect(),
+        ways: config
+            .routes
+            .iter()
+            .enumerate()
+            .map(|(index, route)| way(config, index, route))
+            .collect(),
+        links: Vec::new(),
         forwarded: Forwarded {
             mark: mark(config.gateway_mark()),
             interfaces: config.gateway_interfaces(),
@@ -29,9 +37,32 @@ pub fn needs(config: &Config) -> Needs<'_> {
     }
 }
 
-/// The ip rules and routes, where no rule of others stands before ours.
+fn way<'a>(config: &Config, index: usize, route: &'a Route) -> WayOut<'a> {
+    let mark = |value| Mark { value, mask: config.mask };
+    WayOut {
+        name: &route.outlet.name,
+        mark: mark(route.outlet.mark),
+        forwarded: config.forwards().then(|| mark(route.forward_mark)),
+        table: config.table_of(index),
+        leads: match route.table {
+            0 => Leads::Interface {
+                name: &route.interface,
+                gateways: Family::BOTH.map(|family| route.gateway(family)),
+                masqueraded: route.masquerades(),
+            },
+            table => Leads::Table(table),
+        },
+    }
+}
+
+/// The ip rules and routes, where no rule of others stands before ours and every interface is there.
 pub fn routing(config: &Config) -> BTreeSet<Entry> {
-    let needs = needs(config);
+    let mut needs = needs(config);
+    let link = |(index, way): (usize, &WayOut)| {
+        let (index, name, kind) = (index as u32 + 2, way.interface()?.to_string(), String::new());
+        Some(Link { index, name, running: true, addressed: [true; 2], kind })
+    };
+    needs.links = needs.ways.iter().enumerate().filter_map(link).collect();
     let of = |family| needs.entries(family, needs.priority);
     Family::BOTH.into_iter().flat_map(of).collect()
 }

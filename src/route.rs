@@ -1,15 +1,17 @@
-//! Policy routing: the ip rules that send marked packets to our route table, and the route there
-//! that delivers them locally. Pure: what is wanted, what is there, the difference, and what others'
+//! Policy routing: the ip rules that send marked packets to our route tables, and the routes there
+//! that deliver them locally, or lead out by the interface of a route section. Pure: what is wanted, what is there, the difference, and what others'
 //! rules and routes mean to it. Everything of ours carries the routing protocol number 99.
 
 use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::mem::discriminant;
+use std::net::IpAddr;
 
 use crate::net::{Family, Interface, Mark};
 use crate::netlink::fib;
-use crate::netlink::fib::{FibAction, IpRule, Route, SeenRoute, SeenRule};
+use crate::netlink::fib::{Device, FibAction, IpRule, Route, SeenRoute, SeenRule, Way};
+use crate::netlink::link::{self, Link};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::uapi::*;
@@ -18,6 +20,11 @@ use crate::netlink::uapi::*;
 /// metric first. (IPv4 does, and takes the one that was put before the others.) So ours holds
 /// whatever others put there: by itself a route has 1024.
 const METRIC6: u32 = 1;
+
+/// Of the way out of a route section, and of what stands behind it: while there is none, packets are
+/// delivered here, where the table refuses them.
+const METRIC_OUT: u32 = 1;
+const METRIC_LAST: u32 = u32::MAX;
 
 /// A rule or a route of ours; ordered so that routes stand before the rules that lead to them.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,9 +39,84 @@ pub struct Needs<'a> {
     /// Of the rules, unless others stand before it.
     pub priority: u32,
     pub table: u32,
-    /// Of what this host sends; without any there is nothing to route.
+    /// Of what this host sends to tproxies.
     pub marks: Vec<Mark>,
     pub forwarded: Forwarded<'a>,
+    pub ways: Vec<WayOut<'a>>,
+    /// The interfaces of those, as far as they are there.
+    pub links: Vec<Link>,
+}
+
+/// A way out of this host.
+pub struct WayOut<'a> {
+    pub name: &'a str,
+    /// Of what this host sends by it.
+    pub mark: Mark,
+    /// Of what is routed for others.
+    pub forwarded: Option<Mark>,
+    /// Ours.
+    pub table: u32,
+    pub leads: Leads<'a>,
+}
+
+/// Where a way out leads.
+pub enum Leads<'a> {
+    /// To an interface, by a gateway of each family or none.
+    Interface {
+        name: &'a str,
+        gateways: [Option<IpAddr>; 2],
+        /// It needs an address there.
+        masqueraded: bool,
+    },
+    /// Where a table of others says.
+    Table(u32),
+}
+
+impl WayOut<'_> {
+    /// The route by its interface, if that is there and can be used.
+    fn route(&self, family: Family, links: &[Link]) -> Option<Route> {
+        let Leads::Interface { name, gateways, .. } = self.leads else {
+            return None;
+        };
+        let link = links.iter().find(|link| link.name == name)?;
+        if self.closed(family, links).is_some() {
+            return None;
+        }
+        let device = Device { index: link.index, name: link.name.clone() };
+        let way = Way::Out { device, gateway: gateways[family as usize] };
+        Some(Route { family, table: self.table, metric: METRIC_OUT, way })
+    }
+
+    /// The interface that it leads to.
+    pub fn interface(&self) -> Option<&str> {
+        match self.leads {
+            Leads::Interface { name, .. } => Some(name),
+            Leads::Table(_) => None,
+        }
+    }
+
+    /// Why packets of a family have no way, as far as is known from here.
+    pub fn closed(&self, family: Family, links: &[Link]) -> Option<&'static str> {
+        let Leads::Interface { name, masqueraded, .. } = self.leads else {
+            return None;
+        };
+        match links.iter().find(|link| link.name == name) {
+            None => Some("absent"),
+            Some(link) if !link.running => Some("down"),
+            Some(link) if masqueraded && !link.has_address(family) => Some("no address"),
+            Some(_) => None,
+        }
+    }
+
+    /// How that stands, in a word or two.
+    pub fn state(&self, links: &[Link]) -> &'static str {
+        match Family::BOTH.map(|family| self.closed(family, links)) {
+            [None, None] => "open",
+            [None, Some(_)] => "IPv4 only",
+            [Some(_), None] => "IPv6 only",
+            [Some(why), Some(_)] => why,
+        }
+    }
 }
 
 /// What is routed for others to a tproxy: its mark, and where it comes in.
@@ -44,40 +126,88 @@ pub struct Forwarded<'a> {
 }
 
 impl Needs<'_> {
-    /// How many priorities the rules take.
-    fn width(&self) -> u32 {
-        match self.forwarded.interfaces.iter().any(|interface| interface.prefix) {
-            true => 3,
+    /// Whether there is nothing to route.
+    pub fn is_empty(&self) -> bool {
+        self.marks.is_empty() && self.ways.is_empty()
+    }
+
+    /// How many rules one mark may have, one behind the other.
+    fn steps(&self) -> u32 {
+        match self.ways.iter().any(|way| matches!(way.leads, Leads::Table(_))) {
+            true => 2,
             false => 1,
         }
     }
 
-    /// What the kernel should hold of one family: rules from the priority `first` on, and a route.
+    fn has_prefixes(&self) -> bool {
+        self.forwarded.interfaces.iter().any(|interface| interface.prefix)
+    }
+
+    /// How many priorities the rules take.
+    fn width(&self) -> u32 {
+        self.steps() + if self.has_prefixes() { 2 } else { 0 }
+    }
+
+    /// The route tables of ours.
+    pub fn tables(&self) -> Vec<u32> {
+        std::iter::once(self.table).chain(self.ways.iter().map(|way| way.table)).collect()
+    }
+
+    /// What the kernel should hold of one family: rules from the priority `first` on, and routes.
     pub fn entries(&self, family: Family, first: u32) -> BTreeSet<Entry> {
         let mut wanted = BTreeSet::new();
-        if self.marks.is_empty() {
+        if self.is_empty() {
             return wanted;
         }
-        let forwarded = &self.forwarded;
         let mut rule = |offset, iif: &str, mark, action| {
             let priority = first.saturating_add(offset);
             wanted.insert(Entry::Rule(IpRule { family, priority, iif: iif.into(), mark, action }));
         };
-        let lookup = FibAction::Lookup(self.table);
-        (self.marks.iter()).for_each(|mark| rule(0, "lo", *mark, lookup));
-        if self.width() > 1 {
-            // A rule cannot name a prefix, so one rule takes every interface but lo. (The look-up of
-            // the way back says `iif lo` and must not meet it, see `Config::gateway_mark`.)
-            let over = FibAction::Goto(first.saturating_add(2));
-            rule(0, "lo", forwarded.mark, over);
-            rule(1, "", forwarded.mark, lookup);
-            rule(2, "", Mark { value: 0, mask: 0 }, FibAction::Nop);
-        } else {
-            for interface in &forwarded.interfaces {
-                rule(0, &interface.name, forwarded.mark, lookup);
+        // each mark, that of what is routed for others with it, and the tables to ask
+        let mut marked = Vec::new();
+        marked.extend(self.marks.iter().map(|mark| (*mark, None, vec![self.table])));
+        if !self.marks.is_empty() {
+            let none = Mark { value: 0, mask: 0 };
+            marked.push((none, Some(self.forwarded.mark), vec![self.table]));
+        }
+        marked.extend(self.ways.iter().map(|way| {
+            let tables = match way.leads {
+                Leads::Table(table) => vec![table, way.table],
+                Leads::Interface { .. } => vec![way.table],
+            };
+            (way.mark, way.forwarded, tables)
+        }));
+        let end = 1 + self.steps();
+        for (mark, forwarded, tables) in &marked {
+            for (step, table) in (0..).zip(tables) {
+                let lookup = FibAction::Lookup(*table);
+                if mark.mask != 0 {
+                    rule(step, "lo", *mark, lookup);
+                }
+                let Some(forwarded) = *forwarded else { continue };
+                if self.has_prefixes() {
+                    // A rule cannot name a prefix, so one rule takes every interface but lo. (The
+                    // look-up of the way back says `iif lo` and must not meet it, see
+                    // `Config::gateway_mark`.)
+                    rule(0, "lo", forwarded, FibAction::Goto(first.saturating_add(end)));
+                    rule(1 + step, "", forwarded, lookup);
+                } else {
+                    for interface in &self.forwarded.interfaces {
+                        rule(step, &interface.name, forwarded, lookup);
+                    }
+                }
             }
         }
-        wanted.insert(Entry::Route(Route::new(family, self.table)));
+        if self.has_prefixes() {
+            rule(end, "", Mark { value: 0, mask: 0 }, FibAction::Nop);
+        }
+        if !self.marks.is_empty() {
+            wanted.insert(Entry::Route(Route::new(family, self.table)));
+        }
+        for way in &self.ways {
+            wanted.extend(way.route(family, &self.links).map(Entry::Route));
+            wanted.insert(Entry::Route(Route::last(family, way.table)));
+        }
         wanted
     }
 
@@ -110,7 +240,7 @@ impl Entry {
     pub fn is_among(&self, have: &BTreeSet<Entry>) -> bool {
         have.iter().any(|entry| match (entry, self) {
             (Entry::Route(one), Entry::Route(other)) => {
-                (one.family, one.table) == (other.family, other.table)
+                (one.family, one.table, &one.way) == (other.family, other.table, &other.way)
             }
             _ => entry == self,
         })
@@ -135,14 +265,10 @@ impl Entry {
 }
 
 impl IpRule {
-    /// The priority that the rules start at, of which this is one.
-    pub fn first_priority(&self) -> u32 {
-        let offset = match self.action {
-            FibAction::Nop => 2,
-            FibAction::Lookup(_) if self.iif.is_empty() => 1,
-            _ => 0,
-        };
-        self.priority.saturating_sub(offset)
+    /// The priorities that the rules may start at, of which this is one.
+    pub fn first_priorities(&self) -> impl Iterator<Item = u32> {
+        let priority = self.priority;
+        (0..4).map(move |offset| priority.saturating_sub(offset))
     }
 
     /// Whether both do the same, whatever their priority and table.
@@ -159,7 +285,17 @@ impl Route {
             Family::V4 => 0,
             Family::V6 => METRIC6,
         };
-        Route { family, table, metric }
+        Route { family, table, metric, way: Way::Here }
+    }
+
+    /// What stands behind a way out.
+    pub fn last(family: Family, table: u32) -> Route {
+        Route { family, table, metric: METRIC_LAST, way: Way::Here }
+    }
+
+    /// Whether it leads out of this host.
+    pub fn leads_out(&self) -> bool {
+        matches!(self.way, Way::Out { .. })
     }
 }
 
@@ -193,7 +329,7 @@ impl SeenRule {
             FibAction::Goto(_) | FibAction::Refuse(_) => true,
             FibAction::Nop => false,
         };
-        if self.is_ours() || !leads_elsewhere || needs.marks.is_empty() {
+        if self.is_ours() || !leads_elsewhere || needs.is_empty() {
             return false;
         }
         if self.inverted {
@@ -202,21 +338,39 @@ impl SeenRule {
         let Mark { value, mask } = self.rule.mark;
         let asks_for = |own: &Mark| (own.value ^ value) & mask & own.mask == 0;
         let iif = &*self.rule.iif;
-        let of_host = ["", "lo"].contains(&iif) && needs.marks.iter().any(asks_for);
+        let mut marks = needs.marks.iter().chain(needs.ways.iter().map(|way| &way.mark));
+        let of_host = ["", "lo"].contains(&iif) && marks.any(asks_for);
         let covers = |interface: &&Interface| match interface.prefix {
             true => iif.starts_with(&*interface.name),
             false => iif == interface.name,
         };
         let interfaces = &needs.forwarded.interfaces;
-        let routed = !interfaces.is_empty() && asks_for(&needs.forwarded.mark);
+        let to_tproxy = Some(needs.forwarded.mark).filter(|_| !needs.marks.is_empty());
+        let mut forwarded =
+            to_tproxy.into_iter().chain(needs.ways.iter().filter_map(|w| w.forwarded));
+        let routed = !interfaces.is_empty() && forwarded.any(|mark| asks_for(&mark));
         !self.elsewhere && (of_host || routed && (iif.is_empty() || interfaces.iter().any(covers)))
     }
 }
 
 impl SeenRoute {
     pub fn is_ours(&self) -> bool {
-        let plain = self.length == 0 && self.from == 0 && self.tos == 0 && self.kind == RTN_LOCAL;
-        self.protocol == RTPROT_CGTPROXY && plain
+        let plain = self.length == 0 && self.from == 0 && self.tos == 0;
+        let leads = match self.kind {
+            RTN_LOCAL => true,
+            // others that use the number have them elsewhere
+            RTN_UNICAST => {
+                self.route.metric == METRIC_OUT && !(253..=255).contains(&self.route.table)
+            }
+            _ => false,
+        };
+        self.protocol == RTPROT_CGTPROXY && plain && leads
+    }
+
+    /// Whether it is in a table of a way out, and takes packets that are not for it.
+    fn diverts(&self, needs: &Needs) -> bool {
+        let there = needs.ways.iter().any(|way| way.table == self.route.table);
+        there && !self.is_ours() && self.kind != RTN_LOCAL
     }
 }
 
@@ -233,7 +387,7 @@ impl Seen {
         let rules = self.rules.iter().filter(|seen| seen.is_ours());
         let routes = self.routes.iter().filter(|seen| seen.is_ours());
         let rules = rules.map(|seen| Entry::Rule(seen.rule.clone()));
-        rules.chain(routes.map(|seen| Entry::Route(seen.route))).collect()
+        rules.chain(routes.map(|seen| Entry::Route(seen.route.clone()))).collect()
     }
 
     /// The rules of others that stand, or would stand, before some rule of ours where these begin
@@ -272,7 +426,8 @@ impl Seen {
     pub fn missing(&self, needs: &Needs, family: Family) -> Vec<Entry> {
         let ours = self.ours();
         let mut places: BTreeSet<u32> = [needs.priority].into();
-        places.extend(self.rules.iter().filter(|s| s.is_ours()).map(|s| s.rule.first_priority()));
+        let ours_there = self.rules.iter().filter(|seen| seen.is_ours());
+        places.extend(ours_there.flat_map(|seen| seen.rule.first_priorities()));
         let missing = |first| {
             let wanted = needs.entries(family, first).into_iter();
             wanted.filter(|entry| !entry.is_among(&ours)).collect::<Vec<_>>()
@@ -301,10 +456,13 @@ impl Seen {
     /// A line for each thing of others that is between us and what is marked, where our rules begin
     /// at `first`.
     pub fn hindrances(&self, needs: &Needs, family: Family, first: u32) -> Vec<String> {
-        if needs.marks.is_empty() {
+        if needs.is_empty() {
             return Vec::new();
         }
-        let dropped = "proxied traffic is dropped: another program's";
+        let dropped = match needs.marks.is_empty() {
+            false => "proxied traffic is dropped: another program's",
+            true => "traffic of a route is dropped: another program's",
+        };
         let rules = self.before(needs, family, first).into_iter().map(|other| {
             let remedy = match first {
                 0 => "no priority is left before it: give it a larger one, or remove it",
@@ -316,7 +474,14 @@ impl Seen {
         let routes = self.in_the_way(table).map(|other| {
             format!("{dropped} {other} in table {table} takes it; set another route-table")
         });
-        rules.chain(routes).collect()
+        let diverting = self.routes.iter().filter(|seen| seen.diverts(needs)).map(|other| {
+            let table = other.route.table;
+            format!(
+                "traffic of a route is dropped: another program's {other} in table {table} takes \
+                 some; set another route-table"
+            )
+        });
+        rules.chain(routes.filter(|_| !needs.marks.is_empty())).chain(diverting).collect()
     }
 }
 
@@ -329,7 +494,27 @@ pub fn is_change(needs: &Needs, message: &Message) -> bool {
     }
     SeenRoute::read(message).is_some_and(|seen| match seen.is_ours() {
         true => message.kind == RTM_DELROUTE,
-        false => seen.route.table == needs.table,
+        false => needs.tables().contains(&seen.route.table),
+    })
+}
+
+/// Whether a notification tells that a way out opens or closes, where the interfaces were these.
+pub fn is_way_change(needs: &Needs, links: &[Link], message: &Message) -> bool {
+    let known = |index| links.iter().find(|link| link.index == index);
+    if let Some(now) = link::parse(message) {
+        let wanted = needs.ways.iter().any(|way| way.interface() == Some(&now.name));
+        let there = message.kind == RTM_NEWLINK;
+        return match known(now.index) {
+            Some(old) => !there || (&old.name, old.running) != (&now.name, now.running),
+            None => wanted && there,
+        };
+    }
+    link::parse_address(message).is_some_and(|(index, family)| match (known(index), family) {
+        (Some(link), Some(family)) => {
+            // of several that it has one may have gone
+            message.kind == RTM_DELADDR || !link.has_address(family)
+        }
+        _ => false,
     })
 }
 
@@ -413,7 +598,8 @@ mod tests {
 
     fn needs(interfaces: Vec<&Interface>) -> Needs<'_> {
         let forwarded = Forwarded { mark: ROUTED, interfaces };
-        Needs { priority: 100, table: 300, marks: vec![MARK], forwarded }
+        let (ways, links) = (Vec::new(), Vec::new());
+        Needs { priority: 100, table: 300, marks: vec![MARK], forwarded, ways, links }
     }
 
     #[test]

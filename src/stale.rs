@@ -277,6 +277,10 @@ impl Judge {
                 Some(tproxy) => &tproxy.outlet,
                 None => return Way::Free,
             },
+            Target::Route(index) => match self.config.routes.get(usize::from(index)) {
+                Some(route) => &route.outlet,
+                None => return Way::Free,
+            },
         };
         let l4 = if socket.protocol == IPPROTO_TCP { L4::Tcp } else { L4::Udp };
         let to = socket.is_connected().then_some(socket.remote);

@@ -623,6 +623,92 @@ fn every_key_of_tproxy() {
 }
 
 #[test]
+fn every_key_of_route() {
+    let config = good(
+        "[route vpn]\ninterface = wg0\ngateway = 10.8.0.1\ngateway = fd00::1\nudp = drop\n\
+         dns-hijack = 10.8.0.1\ndns-hijack-local = yes\n[tproxy p]\nport = 1\n\
+         [route other]\ntable = 1000\nmark = 0x07000000\n[route third]\ninterface = tun0\n\
+         masquerade = no\n[gateway lan]\ninterface = e*\ntarget = other\n",
+    );
+    let [vpn, other, third] = &config.routes[..] else { panic!("{:?}", config.routes) };
+    assert_eq!((&*vpn.interface, vpn.table, vpn.masquerades()), ("wg0", 0, true));
+    assert_eq!(vpn.gateway(Family::V4), "10.8.0.1".parse().ok());
+    assert_eq!(vpn.gateway(Family::V6), "fd00::1".parse().ok());
+    assert_eq!((vpn.outlet.udp, vpn.outlet.dns_local), (Take::Drop, true));
+    assert_eq!((&*other.interface, other.table, other.masquerades()), ("", 1000, false));
+    assert_eq!((third.masquerades(), third.gateway(Family::V4)), (false, None));
+    // numbered in file order, whatever the kind; behind them those of what is routed for others
+    let marks = [&vpn.outlet, &config.tproxies[0].outlet, &other.outlet, &third.outlet];
+    assert_eq!(marks.map(|outlet| outlet.mark >> 24), [1, 2, 7, 4]);
+    assert_eq!([vpn, other, third].map(|route| route.forward_mark >> 24), [5, 6, 8]);
+    assert_eq!(config.gateways[0].target, Target::Route(1));
+    assert_eq!([0, 1, 2].map(|index| config.table_of(index)), [301, 302, 303]);
+    let names: Vec<&str> = config.targets().map(|target| config.target_name(target)).collect();
+    assert_eq!(names, ["direct", "drop", "p", "vpn", "other", "third"]);
+}
+
+#[test]
+fn bad_routes() {
+    for (text, want) in [
+        ("[route a]\n", "c:1: [route a] needs an interface, or a table that somebody else keeps"),
+        (
+            "[route a]\ninterface = w\ntable = 9\n",
+            "c:3: [route a] has an interface: \"table\" stands instead",
+        ),
+        (
+            "[route a]\ntable = 9\ngateway = ::1\n",
+            "c:3: [route a]: \"gateway\" needs \"interface\"",
+        ),
+        (
+            "[route a]\ninterface = w\ngateway = 10.0.0.1\ngateway = 10.0.0.2\n",
+            "c:4: second IPv4 \"gateway\": \"10.0.0.2\" beside \"10.0.0.1\"",
+        ),
+        (
+            "[route a]\ninterface = wg*\n",
+            "c:2: \"interface\" expects the name of one interface, not \"wg*\"",
+        ),
+        (
+            "[route a]\ninterface = lo\n",
+            "c:2: \"interface\" expects an interface that leads out of this host, not \"lo\"",
+        ),
+        ("[route a]\ntable = 255\n", "c:2: \"table\" cannot be 255: it is the local one"),
+        (
+            "[route a]\ntable = 301\n",
+            "c:2: \"table\" 301: cgtproxy keeps tables 300 to 301 itself; name another, or set \
+             another route-table",
+        ),
+        (
+            "[global]\nroute-table = 252\n[route a]\ninterface = w\n",
+            "c:3: [route a] would have table 253 for its own (the routes have those behind \
+             route-table 252): set another route-table",
+        ),
+        (
+            "[global]\nrule-priority = 32765\n[route a]\ntable = 9\n",
+            "c:3: a route with a table needs a rule-priority up to 32764",
+        ),
+        (
+            "[tproxy a]\nport = 1\n[route a]\ninterface = w\n",
+            "c:3: [route a] has the name of [tproxy a] at c:1",
+        ),
+        (
+            "[route a]\ninterface = w\n[route a]\ninterface = w\n",
+            "c:3: duplicate section [route a], first at c:1",
+        ),
+        ("[route drop]\ninterface = w\n", "c:1: a route cannot be named \"drop\""),
+        ("[route a]\ninterface = w\nport = 1\n", "c:3: unknown key \"port\" in [route]"),
+        (
+            "[global]\nfwmark-mask = 1\n[route a]\ninterface = w\n",
+            "c:3: a route needs a fwmark-mask of two bits or more, not 0x1",
+        ),
+    ] {
+        bad(&[("c", text)], &[want]);
+    }
+    let many: String = (0..201).map(|i| format!("[route r{i}]\ninterface = w\n")).collect();
+    let many = format!("[global]\nfwmark-mask = 0xffff0000\n{many}");
+    bad(&[("c", &many)], &["c:403: more than 200 routes: \"r200\""]);
+}
+
+#[test]
 fn every_key_of_gateway() {
     let config = good(
         "[gateway lan]\ninterface = br-lan\ninterface = wg*\nsource = 192.0.2.77/24\n\
@@ -1120,7 +1206,7 @@ enum Effect {
 }
 
 /// For each key of a section, two lines that differ in it alone; `-` is no line.
-const EFFECTS: [(&str, &str, &str, &str, Effect); 35] = [
+const EFFECTS: [(&str, &str, &str, &str, Effect); 39] = [
     (
         "global",
         "cgroup-root",
@@ -1170,6 +1256,10 @@ const EFFECTS: [(&str, &str, &str, &str, Effect); 35] = [
     ("tproxy", "dns-hijack", "127.0.0.1:1053", "127.0.0.1:1054", Effect::Kernel),
     ("tproxy", "dns-hijack-tcp", "no", "yes", Effect::Kernel),
     ("tproxy", "dns-hijack-local", "no", "yes", Effect::Kernel),
+    ("route", "interface", "wg0", "wg1", Effect::Kernel),
+    ("route", "gateway", "-", "10.8.0.1", Effect::Kernel),
+    ("route", "table", "1000", "1001", Effect::Kernel),
+    ("route", "masquerade", "yes", "no", Effect::Kernel),
     ("gateway", "interface", "br-lan", "br-guest", Effect::Kernel),
     ("gateway", "source", "-", "192.0.2.0/24", Effect::Kernel),
     ("gateway", "source-mac", "-", "02:00:00:00:00:01", Effect::Kernel),
@@ -1181,17 +1271,24 @@ fn with_line(section: &str, key: &str, value: &str) -> Config {
     let needed = [
         ("tproxy", "port", "7893"),
         ("tproxy", "dns-hijack", "127.0.0.1:1053"),
+        ("route", "interface", "wg0"),
+        ("route", "dns-hijack", "10.8.0.1"),
         ("gateway", "interface", "br-lan"),
         ("gateway", "target", "proxy"),
     ];
+    let instead = |of: &str| (section, key, of) == ("route", "table", "interface");
     let mut text = String::new();
-    for (head, name) in
-        [("global", "[global]"), ("tproxy", "[tproxy proxy]"), ("gateway", "[gateway lan]")]
-    {
+    for (head, name) in [
+        ("global", "[global]"),
+        ("tproxy", "[tproxy proxy]"),
+        ("route", "[route way]"),
+        ("gateway", "[gateway lan]"),
+    ] {
         text += &format!("{name}\n");
-        for (_, needs, value) in
-            needed.iter().filter(|n| n.0 == head && (section, key) != (n.0, n.1))
-        {
+        let others = |n: &&(&str, &str, &str)| {
+            n.0 == head && (section, key) != (n.0, n.1) && !(n.0 == section && instead(n.1))
+        };
+        for (_, needs, value) in needed.iter().filter(others) {
             text += &format!("{needs} = {value}\n");
         }
         match value {
@@ -1233,10 +1330,14 @@ fn every_key_has_an_effect() {
         .into_iter()
         .flat_map(on)
         .filter(|key| {
-            let mut found = EFFECTS.iter().filter(|effect| (effect.0, effect.1) == *key);
-            let Some((section, key, one, other, effect)) = found.next() else {
+            // what a route shares with a tproxy is said there
+            let is = |effect: &&(&str, &str, &str, &str, Effect)| {
+                effect.1 == key.1 && (effect.0 == key.0 || (effect.0, key.0) == ("tproxy", "route"))
+            };
+            let Some((_, _, one, other, effect)) = EFFECTS.iter().rfind(is) else {
                 return true; // not said above what it does
             };
+            let (section, key) = *key;
             let [one, other] = [one, other].map(|value| with_line(section, key, value));
             match effect {
                 Effect::Kernel => told(one) == told(other),
@@ -1293,18 +1394,23 @@ fn check_item(key: &Key, head: &str, text: &str) {
 #[test]
 fn the_manual_has_every_key() {
     let (_, page) = shipped("conf/man/cgtproxy.conf.5");
-    for (kind, heading) in
-        [(Kind::Global, "GLOBAL"), (Kind::Tproxy, "TPROXY"), (Kind::Gateway, "GATEWAYS")]
-    {
+    for (kind, heading) in [
+        (Kind::Global, "GLOBAL"),
+        (Kind::Tproxy, "TPROXY"),
+        (Kind::Route, "ROUTES"),
+        (Kind::Gateway, "GATEWAYS"),
+    ] {
+        // what a route shares with a tproxy stands there
+        let told = |key: &&'static Key| kind == Kind::Tproxy || !key.on.contains(&Kind::Tproxy);
         let mut sections = page.split("\n.Sh ");
         let section = sections.find(|text| text.starts_with(&format!("{heading}\n")));
         let items = section.expect(heading).split("\n.It Ic ").skip(1);
         let items: Vec<_> = items.map(|item| item.split_once('\n').unwrap_or((item, ""))).collect();
         let names: Vec<_> = items.iter().map(|(head, _)| head.split(' ').next().unwrap()).collect();
-        let keys: Vec<_> = kind.keys().map(|key| key.name).collect();
+        let keys: Vec<_> = kind.keys().filter(told).map(|key| key.name).collect();
         assert_eq!(names, keys, "the keys of [{}]", kind.name());
         let mut before = "";
-        for (at, key) in kind.keys().enumerate() {
+        for (at, key) in kind.keys().filter(told).enumerate() {
             // items with one text stand together before it
             let text = items[at..].iter().map(|item| item.1).find(|text| !text.is_empty());
             let text = text.expect("the last item has a text");

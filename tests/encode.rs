@@ -218,6 +218,7 @@ samples! {
         Stmt::Iifname(Interface { name: "br-lan".into(), prefix: false }),
         Stmt::Iifname(Interface { name: "br-".into(), prefix: true }),
         Stmt::Iifname(Interface { name: "fifteen-letters".into(), prefix: false });
+    Stmt::Oifname(_) => Stmt::Oifname("wg0".into()), Stmt::Oifname("fifteen-letters".into());
     Stmt::Transparent => Stmt::Transparent;
     Stmt::HasOwner => Stmt::HasOwner;
     Stmt::Uid(_) => Stmt::Uid(0), Stmt::Uid(65534);
@@ -230,6 +231,7 @@ samples! {
     Stmt::New => Stmt::New;
     Stmt::Invalid => Stmt::Invalid;
     Stmt::Unconfirmed => Stmt::Unconfirmed;
+    Stmt::Confirmed => Stmt::Confirmed;
     Stmt::Dnatted => Stmt::Dnatted;
     Stmt::Destination { .. } => Stmt::Destination { family: Family::V4, set: "bypass4".into() },
         Stmt::Destination { family: Family::V6, set: "bypass6".into() };
@@ -278,6 +280,7 @@ samples! {
     Stmt::NotLinkLocal => Stmt::NotLinkLocal;
     Stmt::SnatToDestination(_) => Stmt::SnatToDestination(Family::V4),
         Stmt::SnatToDestination(Family::V6);
+    Stmt::Masquerade => Stmt::Masquerade;
     Stmt::Redirect(_) => Stmt::Redirect(1053);
     Stmt::Reset => Stmt::Reset;
     Stmt::Unreachable => Stmt::Unreachable;

@@ -14,7 +14,7 @@ const LAYERS: &[&[&str]] = &[
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
     &["net"],
-    &["netlink::fib"],
+    &["netlink::fib", "netlink::link"],
     &["config::ini", "config::automaton", "config::suggest"],
     &["config::pattern"],
     &["config::model"],
@@ -55,6 +55,7 @@ const LAYERS: &[&[&str]] = &[
 const PURE: &[&str] = &[
     "net",
     "netlink::fib",
+    "netlink::link",
     "route",
     "netlink::uapi",
     "netlink::msg",

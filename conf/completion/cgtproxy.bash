@@ -5,7 +5,7 @@
 _cgtproxy() {
 	local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD - 1]}
 	# from the program's tables: tests/config.rs writes it
-	local commands="run check explain show status apps flush exec" targets="tproxy"
+	local commands="run check explain show status apps flush exec" targets="tproxy|route"
 	# end
 	local config=/etc/cgtproxy/cgtproxy.conf command="" target="" i word
 	COMPREPLY=()

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::{mount, watch};
-use crate::config::{lint, Config, Outlet};
+use crate::config::{lint, Config, Outlet, Route};
 use crate::confine;
 use crate::daemon;
 use crate::error::{reason, Error, Result};
@@ -24,6 +24,7 @@ use crate::log;
 use crate::log::Level;
 use crate::net::Family;
 use crate::netlink::fib::FibAction;
+use crate::netlink::link::Link;
 use crate::netlink::uapi::*;
 use crate::nft::expr::Expr;
 use crate::nft::marks::Ours;
@@ -33,7 +34,7 @@ use crate::nft::view;
 use crate::options::{Options, DEFAULT_CONFIG};
 use crate::plan;
 use crate::policy;
-use crate::route::{Needs, Seen};
+use crate::route::{Needs, Seen, WayOut};
 use crate::strays;
 use crate::sys;
 
@@ -194,7 +195,11 @@ fn configuration(options: &Options, findings: &mut Findings) -> Result<(Config, 
             let (tproxies, rules) = (config.tproxies.len(), config.rule_lines().count());
             if !wrong {
                 let name = options.config_file().display();
-                findings.ok(format!("{name}: tproxies: {tproxies}, rules: {rules}"));
+                let routes = match config.routes.len() {
+                    0 => String::new(),
+                    routes => format!(", routes: {routes}"),
+                };
+                findings.ok(format!("{name}: tproxies: {tproxies}{routes}, rules: {rules}"));
             }
             Ok((config, wrong))
         }
@@ -383,6 +388,8 @@ fn wanted_features(config: &Config) -> Vec<Feature> {
     let nat = base("nat", NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST);
     let fib = Expr::FibAddrtype { of: NFTA_FIB_F_SADDR, dreg: NFT_REG_1 };
     let proxies = !config.tproxies.is_empty();
+    let refuses = config.outlets().next().is_some();
+    let masquerades = config.routes.iter().any(Route::masquerades);
     let hijacks = config.outlets().any(Outlet::hijacks_dns);
     vec![
         feature(
@@ -405,7 +412,7 @@ fn wanted_features(config: &Config) -> Vec<Feature> {
         feature(
             "reject with tcp reset",
             Probe::Rule(vec![Expr::RejectTcpReset]),
-            proxies,
+            refuses,
             "nft_reject_inet",
             "kmod-nft-core",
         ),
@@ -416,7 +423,7 @@ fn wanted_features(config: &Config) -> Vec<Feature> {
             "nft_nat",
             "kmod-nft-nat",
         ),
-        feature("type nat", nat, hijacks, "nft_chain_nat", "kmod-nft-nat"),
+        feature("type nat", nat, hijacks || masquerades, "nft_chain_nat", "kmod-nft-nat"),
     ]
 }
 
@@ -523,15 +530,17 @@ fn shared_ports(config: &Config, findings: &mut Findings) {
 
 /// Ip rules and routes of others that are in the way of ours.
 fn routing(config: &Config, findings: &mut Findings) {
-    if config.tproxies.is_empty() {
+    let mut needs = plan::needs(config);
+    if needs.is_empty() {
         return;
     }
-    let needs = plan::needs(config);
     let (mut in_the_way, mut evaded) = (BTreeSet::new(), BTreeSet::new());
     let mut dropped = BTreeSet::new();
     let found = Kernel::open().and_then(|mut kernel| {
+        needs.links = kernel.links_of(&needs);
+        needs.ways.iter().for_each(|way| way_out(way, &needs.links, findings));
         for family in Family::BOTH {
-            let seen = kernel.seen(family, needs.table)?;
+            let seen = kernel.seen(family, &needs.tables())?;
             let place = seen.place(&needs, family);
             let before = seen.before(&needs, family, needs.priority);
             evaded.extend(before.iter().map(|other| {
@@ -556,6 +565,35 @@ fn routing(config: &Config, findings: &mut Findings) {
         findings.ok(format!(
             "no ip rule or route of others uses mark bits {mask:#x}, table {table} or priority \
              {priorities}"
+        ));
+    }
+}
+
+/// Whether a route leads anywhere now, and answers come back by it.
+fn way_out(way: &WayOut, links: &[Link], findings: &mut Findings) {
+    let name = way.name;
+    let Some(interface) = way.interface() else {
+        return;
+    };
+    for (family, word) in Family::BOTH.into_iter().zip(["IPv4", "IPv6"]) {
+        match way.closed(family, links) {
+            None => findings.ok(format!("[route {name}]: {interface} takes {word}")),
+            Some("no address") => findings.warning(format!(
+                "[route {name}]: {interface} has no address of {word}, so {word} is refused: give \
+                 it one, or set masquerade = no if others know the way back"
+            )),
+            Some(why) if family == Family::V4 => findings.warning(format!(
+                "[route {name}]: {interface} is {why} now: what would leave by it is refused until \
+                 it is up"
+            )),
+            Some(_) => {}
+        }
+    }
+    if links.iter().any(|l| l.name == interface) && kernel::routing::drops_answers(interface) {
+        findings.warning(format!(
+            "[route {name}]: rp_filter of {interface} is 1, so the kernel drops answers that come \
+             in by it: set net.ipv4.conf.{interface}.src_valid_mark = 1, or \
+             net.ipv4.conf.{interface}.rp_filter = 2"
         ));
     }
 }

@@ -368,8 +368,8 @@ impl<'a> Wanted<'a> {
             let what = format!("table inet {TABLE} has no chain to_{name} (reload cgtproxy)");
             return Some(Missing::Never(what));
         };
-        if let Target::Tproxy(index) = self.target {
-            let mark = self.config.tproxies[usize::from(index)].outlet.mark;
+        if let Some(outlet) = self.config.outlet(self.target) {
+            let mark = outlet.mark;
             let same = |m: Mark| (m.value, m.mask) == (mark, self.config.mask);
             if !target.mark.is_some_and(same) {
                 let what = format!("chain to_{name} does not set mark {mark:#x} (reload cgtproxy)");
@@ -395,19 +395,25 @@ impl<'a> Wanted<'a> {
     }
 
     fn missing_routing(&self, kernel: &mut Kernel) -> Result<Option<String>> {
-        let Target::Tproxy(index) = self.target else {
+        let Some(outlet) = self.config.outlet(self.target) else {
             return Ok(None);
         };
-        let tproxy = &self.config.tproxies[usize::from(index)];
-        for (family, take) in [(Family::V4, tproxy.outlet.ipv4), (Family::V6, tproxy.outlet.ipv6)] {
+        // while the interface of a route is not there, what it takes is refused
+        let table = match self.target {
+            Target::Route(index) => self.config.table_of(usize::from(index)),
+            _ => self.config.route_table,
+        };
+        for (family, take) in [(Family::V4, outlet.ipv4), (Family::V6, outlet.ipv6)] {
             if take != Take::Yes || (family == Family::V6 && !kernel::routing::ipv6_is_on()) {
                 continue;
             }
-            let seen = kernel.seen(family, self.config.route_table)?;
-            let missing = seen.missing(&plan::needs(self.config), family);
+            let mut needs = plan::needs(self.config);
+            needs.links = kernel.links_of(&needs);
+            let seen = kernel.seen(family, &needs.tables())?;
+            let missing = seen.missing(&needs, family);
             let needed = missing.iter().find(|entry| match entry {
-                Entry::Rule(rule) => rule.mark.value == tproxy.outlet.mark,
-                Entry::Route(_) => true,
+                Entry::Rule(rule) => rule.mark.value == outlet.mark,
+                Entry::Route(route) => route.table == table,
             });
             if let Some(entry) = needed {
                 return Ok(Some(format!("missing: {}", entry.command("add"))));

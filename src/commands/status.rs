@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount;
-use crate::config::Config;
+use crate::config::{Config, Route};
 use crate::error::Result;
 use crate::faults::{self, Finding};
 use crate::host::Host;
@@ -20,14 +20,15 @@ use crate::json::Json;
 use crate::kernel::{self, Held, Kernel};
 use crate::listen::{finds, Finds, Origin};
 use crate::net::{Family, Mark, L4};
-use crate::netlink::fib::{FibAction, IpRule, Route};
+use crate::netlink::fib::{FibAction, IpRule};
+use crate::netlink::link::Link;
 use crate::netlink::uapi::NFT_TABLE_F_DORMANT;
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
 use crate::nft::table::TABLE;
 use crate::nft::view::{Counter, GatewayView, TargetView, View};
 use crate::options::Options;
-use crate::route::{Entry, Forwarded, Needs};
+use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 use crate::sys;
 
 use super::table::{Column, Rows, Style, Value};
@@ -100,6 +101,8 @@ struct Status {
     held: Option<Held>,
     /// By name of the tproxy.
     listens: BTreeMap<String, Listens>,
+    /// By name of the route.
+    ways: BTreeMap<String, Way>,
     /// Rules and routes that are there or should be, and whether they are.
     routing: Vec<(Entry, bool)>,
     /// A line for each thing of others that takes what the rules and routes should.
@@ -108,6 +111,28 @@ struct Status {
     loops: Vec<String>,
     /// What else is in force and cannot work, as `check` says it.
     warnings: Vec<String>,
+}
+
+/// A way out.
+struct Way {
+    /// Of either kind there is one.
+    interface: Option<String>,
+    table: Option<u32>,
+    /// Why IPv4 and IPv6 have no way.
+    closed: [Option<&'static str>; 2],
+    state: &'static str,
+}
+
+impl Way {
+    fn of(way: &WayOut, links: &[Link]) -> Way {
+        let table = match way.leads {
+            Leads::Table(table) => Some(table),
+            Leads::Interface { .. } => None,
+        };
+        let closed = Family::BOTH.map(|family| way.closed(family, links));
+        let interface = way.interface().map(str::to_string);
+        Way { interface, table, closed, state: way.state(links) }
+    }
 }
 
 struct Unattended {
@@ -253,17 +278,24 @@ impl Status {
             _ => None,
         };
         let (mut routing, mut hindrances) = (Vec::new(), Vec::new());
+        let mut ways = BTreeMap::new();
         for family in Family::BOTH {
             let have = kernel.routing(family)?;
             let on = family == Family::V4 || kernel::routing::ipv6_is_on();
             let view = held.as_ref().map(|held| &held.view).filter(|_| on);
-            let (priority, table) = numbers(config, &have);
-            if let Some(view) = view {
-                let needs = needs(view, priority, table);
-                let seen = kernel.seen(family, table)?;
-                hindrances.extend(seen.hindrances(&needs, family, priority));
+            let priority = first_priority(config, view, &have);
+            let needs = view.map(|view| {
+                let mut needs = needs(config, view, &have, priority);
+                needs.links = kernel.links_of(&needs);
+                needs
+            });
+            if let Some(needs) = &needs {
+                let seen = kernel.seen(family, &needs.tables())?;
+                hindrances.extend(seen.hindrances(needs, family, priority));
+                let all = needs.ways.iter();
+                ways.extend(all.map(|w| (w.name.to_string(), Way::of(w, &needs.links))));
             }
-            routing.extend(compare(family, view, have, (priority, table)));
+            routing.extend(compare(family, needs.as_ref(), have, priority));
         }
         if targets.iter().any(|target| target.mark.is_some()) {
             let ours = held.as_ref().map(|held| Ours::of_view(&held.view));
@@ -275,6 +307,7 @@ impl Status {
             rootless: mount::find(config.cgroup_root.as_deref()).err().map(|e| e.to_string()),
             held,
             listens,
+            ways,
             routing,
             hindrances,
             loops,
@@ -292,6 +325,27 @@ impl Status {
 
     fn gateways(&self) -> &[GatewayView] {
         self.held.as_ref().map_or(&[], |held| &held.view.gateways)
+    }
+
+    /// Where a target's packets go.
+    fn place(&self, target: &TargetView) -> Value {
+        let way = self.ways.get(&target.name);
+        let table = || way?.table.map(|table| format!("table {table}"));
+        match target.interface.clone().or_else(table) {
+            Some(text) => Value::new(text, Json::Null),
+            None => Value::number(target.port),
+        }
+    }
+
+    /// Whether anybody takes them there.
+    fn state(&self, target: &TargetView) -> Value {
+        let way = self.ways.get(&target.name).map(|way| (way, Value::new(way.state, Json::Null)));
+        match (self.listens.get(&target.name), way) {
+            (Some(listens), _) => listens.value(),
+            (None, Some((way, value))) if way.closed.contains(&None) => value,
+            (None, Some((_, value))) => value.red(),
+            (None, None) => Value::none(),
+        }
     }
 
     fn cgroups(&self, target: &str) -> u64 {
@@ -318,6 +372,7 @@ impl Status {
         let row = |target: &TargetView| {
             let kind = match &*target.name {
                 name @ ("direct" | "drop") => name,
+                _ if target.is_route => "route",
                 _ => "tproxy",
             };
             [
@@ -325,8 +380,8 @@ impl Status {
                 Value::text(kind),
                 Value::hex(target.mark.map(|mark| mark.value)),
                 Value::hex(target.mark.map(|mark| mark.mask)),
-                Value::number(target.port),
-                self.listens.get(&target.name).map_or(Value::none(), |listens| listens.value()),
+                self.place(target),
+                self.state(target),
                 Value::number(Some(self.cgroups(&target.name))),
                 Value::number(target.taken.map(|c| c.packets)),
                 Value::bytes(target.taken.map(|c| c.bytes)),
@@ -386,6 +441,16 @@ impl Status {
     }
 
     fn json(&self) -> Json {
+        let ways = self.ways.iter().map(|(name, way)| {
+            let [v4, v6] = way.closed.map(|why| Json::text(why.unwrap_or("open")));
+            Json::Object(vec![
+                ("name", Json::text(name)),
+                ("interface", way.interface.as_ref().map_or(Json::Null, Json::text)),
+                ("table", Json::or_null(way.table)),
+                ("ipv4", v4),
+                ("ipv6", v6),
+            ])
+        });
         let routing = |rules: bool| {
             let wanted = move |entry: &Entry| matches!(entry, Entry::Rule(_)) == rules;
             let entries = self.routing.iter().filter(move |(entry, _)| wanted(entry));
@@ -413,6 +478,7 @@ impl Status {
             ("rootless", self.rootless.as_ref().map_or(Json::Null, Json::text)),
             ("default", default.unwrap_or(Json::Null)),
             ("targets", self.target_table().json()),
+            ("ways", Json::List(ways.collect())),
             ("gateways", self.gateway_table().json()),
             ("rules", routing(true)),
             ("routes", routing(false)),
@@ -423,50 +489,48 @@ impl Status {
     }
 }
 
-/// The rules' first priority and the route table, by the rules that are there, or else by the
-/// configuration.
-fn numbers(config: &Config, have: &BTreeSet<Entry>) -> (u32, u32) {
-    let rules = have.iter().filter_map(|entry| match entry {
+fn rules(entries: &BTreeSet<Entry>) -> impl Iterator<Item = &IpRule> + Clone {
+    entries.iter().filter_map(|entry| match entry {
         Entry::Rule(rule) => Some(rule),
         Entry::Route(_) => None,
-    });
-    let priority = rules.clone().next().map(IpRule::first_priority);
-    let table = rules.filter_map(|rule| match rule.action {
-        FibAction::Lookup(table) => Some(table),
-        _ => None,
-    });
-    (priority.unwrap_or(config.rule_priority), table.min().unwrap_or(config.route_table))
+    })
+}
+
+/// The rules' first priority, by the rules that are there, or else by the configuration.
+fn first_priority(config: &Config, view: Option<&View>, have: &BTreeSet<Entry>) -> u32 {
+    let Some(first) = rules(have).map(|rule| rule.priority).min() else {
+        return config.rule_priority;
+    };
+    // where one place has all of them, it is that
+    let fits = |first: &u32| {
+        let needs = view.map(|view| needs(config, view, have, *first));
+        let wanted = needs.map_or(BTreeSet::new(), |needs| needs.entries(Family::V4, *first));
+        let is =
+            |rule: &IpRule| rules(&wanted).any(|w| w.is_like(rule) && w.priority == rule.priority);
+        rules(have).all(is)
+    };
+    (0..4).map(|offset| first.saturating_sub(offset)).find(fits).unwrap_or(first)
 }
 
 /// The rules and routes of one family: those that are there, and those that the table needs and
-/// that are not. What is missing is shown with these numbers.
+/// that are not.
 fn compare(
     family: Family,
-    view: Option<&View>,
+    needs: Option<&Needs>,
     have: BTreeSet<Entry>,
-    (priority, table): (u32, u32),
+    priority: u32,
 ) -> Vec<(Entry, bool)> {
-    let rules = have.iter().filter_map(|entry| match entry {
-        Entry::Rule(rule) => Some(rule),
-        Entry::Route(_) => None,
-    });
-    let mut tables: BTreeSet<u32> = { rules.clone() }
-        .filter_map(|rule| match rule.action {
-            FibAction::Lookup(table) => Some(table),
-            _ => None,
-        })
-        .collect();
-    let mut missing = Vec::new();
-    let needed = |view| needs(view, priority, table).entries(family, priority);
-    for entry in view.map_or(BTreeSet::new(), needed) {
-        let like = |rule: &IpRule| matches!(&entry, Entry::Rule(wanted) if rule.is_like(wanted));
-        if matches!(entry, Entry::Rule(_)) && !rules.clone().any(like) {
-            missing.push(entry);
-            tables.insert(table);
-        }
-    }
-    let routes = tables.into_iter().map(|table| Entry::Route(Route::new(family, table)));
-    missing.extend(routes.filter(|route| !route.is_among(&have)));
+    let wanted = needs.map_or(BTreeSet::new(), |needs| needs.entries(family, priority));
+    let there = |entry: &Entry| match entry {
+        Entry::Rule(wanted) => rules(&have).any(|rule| {
+            // of two with one mark, the table tells which it is
+            let same =
+                rule.action == wanted.action || rules(&have).all(|r| r.action != wanted.action);
+            rule.is_like(wanted) && same
+        }),
+        Entry::Route(_) => entry.is_among(&have),
+    };
+    let missing: Vec<Entry> = wanted.into_iter().filter(|entry| !there(entry)).collect();
     let mut all: Vec<_> = have.into_iter().map(|entry| (entry, true)).collect();
     all.extend(missing.into_iter().map(|entry| (entry, false)));
     // rules before the routes that they lead to
@@ -474,17 +538,58 @@ fn compare(
     all
 }
 
-/// What the table needs of rules and routes, which have these numbers.
-fn needs(view: &View, priority: u32, table: u32) -> Needs<'_> {
+/// What the table needs of rules and routes, with the numbers that those have which are there, or
+/// else the configuration.
+fn needs<'a>(config: &Config, view: &'a View, have: &BTreeSet<Entry>, priority: u32) -> Needs<'a> {
+    let tables = |mark: Mark| {
+        let mut found: Vec<(u32, u32)> = rules(have)
+            .filter(|rule| rule.mark == mark && rule.iif == "lo")
+            .filter_map(|rule| match rule.action {
+                FibAction::Lookup(table) => Some((rule.priority, table)),
+                _ => None,
+            })
+            .collect();
+        found.sort_unstable();
+        found.into_iter().map(|(_, table)| table).collect::<Vec<_>>()
+    };
+    let (routes, tproxies): (Vec<&TargetView>, Vec<&TargetView>) =
+        view.targets.iter().filter(|target| target.mark.is_some()).partition(|t| t.is_route);
+    let marks: Vec<Mark> = tproxies.iter().filter_map(|target| target.mark).collect();
+    let table = marks.iter().flat_map(|mark| tables(*mark)).min();
+    let way = |(index, target): (usize, &&'a TargetView)| {
+        let mark = target.mark?;
+        let found = tables(mark);
+        let own = found.last().copied().unwrap_or_else(|| config.table_of(index));
+        let leads = match &target.interface {
+            Some(name) => {
+                let known = config.routes.iter().find(|route| route.outlet.name == target.name);
+                Leads::Interface {
+                    name,
+                    gateways: Family::BOTH.map(|family| known?.gateway(family)),
+                    masqueraded: known.is_none_or(Route::masquerades),
+                }
+            }
+            None => Leads::Table(found.first().copied().unwrap_or(0)),
+        };
+        Some(WayOut { name: &target.name, mark, forwarded: target.forwarded, table: own, leads })
+    };
     Needs {
         priority,
-        table,
-        marks: view.targets.iter().filter_map(|t| t.mark).collect(),
+        table: table.unwrap_or(config.route_table),
+        marks,
         forwarded: Forwarded {
             mark: view.routed.unwrap_or(Mark { value: 0, mask: 0 }),
-            // without a mark for it, nothing that is routed goes to a tproxy
-            interfaces: (view.routed.iter()).flat_map(|_| &view.interfaces).collect(),
+            // without a mark for it, nothing that is routed goes to a target
+            interfaces: (view
+                .routed
+                .iter()
+                .chain(routes.iter().filter_map(|t| t.forwarded.as_ref())))
+            .take(1)
+            .flat_map(|_| &view.interfaces)
+            .collect(),
         },
+        ways: routes.iter().enumerate().filter_map(way).collect(),
+        links: Vec::new(),
     }
 }
 
@@ -502,6 +607,7 @@ fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
             rootless: None,
             held,
             listens: BTreeMap::new(),
+            ways: BTreeMap::new(),
             routing: Vec::new(),
             hindrances: Vec::new(),
             loops: Vec::new(),
@@ -670,6 +776,9 @@ mod tests {
         let target = |n: u32| TargetView {
             name: format!("t{n}"),
             mark: Some(mark(n)),
+            forwarded: None,
+            is_route: false,
+            interface: None,
             port: None,
             addresses: Vec::new(),
             taken: None,
@@ -689,15 +798,16 @@ mod tests {
         let config = Config::default();
         let find = |view: &View, have: &[Entry]| {
             let have: BTreeSet<Entry> = have.iter().cloned().collect();
-            let numbers = numbers(&config, &have);
-            compare(Family::V4, Some(view), have, numbers)
+            let priority = first_priority(&config, Some(view), &have);
+            let needs = needs(&config, view, &have, priority);
+            compare(Family::V4, Some(&needs), have, priority)
         };
-        let route = Entry::Route(Route::new(Family::V4, 500));
+        let route = Entry::Route(crate::netlink::fib::Route::new(Family::V4, 500));
         let found = find(&view(Vec::new()), &[rule(1, 500)]);
         let both = [(rule(1, 500), true), (rule(2, 500), false)];
         assert_eq!(found[..2], both);
         assert_eq!(found[2..], [(route.clone(), false)]);
-        let none = compare(Family::V4, None, BTreeSet::new(), (100, 300));
+        let none = compare(Family::V4, None, BTreeSet::new(), 100);
         assert_eq!(none, []);
         // those of a gateway, and with the number that the first would have
         let text = |found: Vec<(Entry, bool)>| -> Vec<String> {

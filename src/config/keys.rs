@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
-use super::model::{Config, Gateway, OnExit, Outlet, Place, Problem, Tproxy};
+use super::model::{Config, Gateway, OnExit, Outlet, Place, Problem, Route, Tproxy};
 pub use super::value::Takes;
 use super::value::*;
 use crate::log::Level;
@@ -20,17 +20,20 @@ use Unset::{Is, Needs, Nothing};
 pub enum Kind {
     Global,
     Tproxy,
+    Route,
     Rules,
     Gateway,
 }
 
 impl Kind {
-    pub const ALL: [Kind; 4] = [Kind::Global, Kind::Tproxy, Kind::Rules, Kind::Gateway];
+    pub const ALL: [Kind; 5] =
+        [Kind::Global, Kind::Tproxy, Kind::Route, Kind::Rules, Kind::Gateway];
 
     pub fn name(self) -> &'static str {
         match self {
             Kind::Global => "global",
             Kind::Tproxy => "tproxy",
+            Kind::Route => "route",
             Kind::Rules => "rules",
             Kind::Gateway => "gateway",
         }
@@ -38,12 +41,12 @@ impl Kind {
 
     /// Whether each section has a name, and its own values.
     pub fn has_names(self) -> bool {
-        matches!(self, Kind::Tproxy | Kind::Gateway)
+        self.is_target() || self == Kind::Gateway
     }
 
     /// Whether a section's name is one of a target.
     pub fn is_target(self) -> bool {
-        self == Kind::Tproxy
+        matches!(self, Kind::Tproxy | Kind::Route)
     }
 
     pub fn keys(self) -> impl Iterator<Item = &'static Key> {
@@ -89,7 +92,8 @@ const fn any(on: Kinds, name: Str, takes: Takes, unset: Unset, set: Setter) -> K
 const GLOBAL: Kinds = &[Kind::Global];
 const TPROXY: Kinds = &[Kind::Tproxy];
 /// The sections that are targets.
-const OUTLET: Kinds = &[Kind::Tproxy];
+const OUTLET: Kinds = &[Kind::Tproxy, Kind::Route];
+const ROUTE: Kinds = &[Kind::Route];
 const GATEWAY: Kinds = &[Kind::Gateway];
 
 const MOST: u32 = u32::MAX;
@@ -153,6 +157,17 @@ pub static KEYS: &[Key] = &[
     any(TPROXY, "address", Text("an IPv4 or IPv6 address"), Nothing, |d, e| match parsed(e)? {
         IpAddr::V4(a) => once(e, &mut d.tproxy().address4, a, "IPv4"),
         IpAddr::V6(a) => once(e, &mut d.tproxy().address6, a, "IPv6"),
+    }),
+    one(ROUTE, "interface", INTERFACE, Nothing, |d, e| put(&mut d.route().interface, way_out(e))),
+    any(ROUTE, "gateway", Text("an IPv4 or IPv6 address"), Nothing, |d, e| match parsed(e)? {
+        IpAddr::V4(a) => once(e, &mut d.route().gateway4, a, "IPv4"),
+        IpAddr::V6(a) => once(e, &mut d.route().gateway6, a, "IPv6"),
+    }),
+    one(ROUTE, "table", Number(1, MOST), Nothing, |d, e| {
+        put(&mut d.route().table, table_of_others(e))
+    }),
+    one(ROUTE, "masquerade", BOOLEAN, Nothing, |d, e| {
+        put(&mut d.route().masquerade, boolean(e).map(Some))
     }),
     one(OUTLET, "mark", Number(1, MOST), Nothing, |d, e| put(&mut d.outlet().mark, number(e))),
     one(OUTLET, "tcp", TAKE, Is("yes"), |d, e| put(&mut d.outlet().tcp, take(e))),
@@ -267,6 +282,10 @@ impl Draft {
                 let outlet = Outlet { name, ..Outlet::default() };
                 self.config.tproxies.push(Tproxy { outlet, ..Tproxy::default() });
             }
+            Kind::Route => {
+                let outlet = Outlet { name, ..Outlet::default() };
+                self.config.routes.push(Route { outlet, ..Route::default() });
+            }
             Kind::Gateway => {
                 self.config.gateways.push(Gateway { name, place, ..Gateway::default() })
             }
@@ -275,7 +294,14 @@ impl Draft {
 
     /// Of the target that was opened last.
     fn outlet(&mut self) -> &mut Outlet {
-        &mut self.tproxy().outlet
+        match self.sections.last() {
+            Some(Section { kind: Kind::Route, .. }) => &mut self.route().outlet,
+            _ => &mut self.tproxy().outlet,
+        }
+    }
+
+    fn route(&mut self) -> &mut Route {
+        self.config.routes.last_mut().expect("its keys stand below its header")
     }
 
     fn tproxy(&mut self) -> &mut Tproxy {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -27,13 +27,14 @@ pub trait Source {
     fn uid(&self, name: &str) -> Option<u32>;
 }
 
-/// Where a packet of a cgroup goes. Tproxies are numbered in file order.
+/// Where a packet of a cgroup goes. Tproxies are numbered in file order, and so are routes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Target {
     #[default]
     Direct,
     Drop,
     Tproxy(u16),
+    Route(u8),
 }
 
 /// What an outlet does with a protocol or a family.
@@ -161,6 +162,37 @@ pub struct Tproxy {
     pub address6: Option<Ipv6Addr>,
 }
 
+/// A `[route NAME]` section: a way out of this host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Route {
+    pub outlet: Outlet,
+    /// The interface to leave by; empty where another program's table is to be asked.
+    pub interface: String,
+    pub gateway4: Option<Ipv4Addr>,
+    pub gateway6: Option<Ipv6Addr>,
+    /// That table; 0 for none.
+    pub table: u32,
+    /// `None`: as [`Route::masquerades`] has it.
+    pub masquerade: Option<bool>,
+    /// Of what is routed for others, where anything is.
+    pub forward_mark: u32,
+}
+
+impl Route {
+    /// Whether packets get the source address of the interface that they leave by.
+    pub fn masquerades(&self) -> bool {
+        self.masquerade.unwrap_or(!self.interface.is_empty())
+    }
+
+    /// The next hop of a family.
+    pub fn gateway(&self, family: Family) -> Option<IpAddr> {
+        match family {
+            Family::V4 => self.gateway4.map(IpAddr::V4),
+            Family::V6 => self.gateway6.map(IpAddr::V6),
+        }
+    }
+}
+
 /// One line of `[rules]`, or one of the patterns that it stands for: these follow one another.
 #[derive(Debug, Clone)]
 pub struct Rule {
@@ -232,6 +264,7 @@ pub struct Config {
     pub log_level: Level,
     pub counters_per_cgroup: bool,
     pub tproxies: Vec<Tproxy>,
+    pub routes: Vec<Route>,
     pub rules: Vec<Rule>,
     pub gateways: Vec<Gateway>,
     /// Every file that was read, the first one first.
@@ -257,6 +290,7 @@ impl Default for Config {
             log_level: Level::Notice,
             counters_per_cgroup: false,
             tproxies: Vec::new(),
+            routes: Vec::new(),
             rules: Vec::new(),
             gateways: Vec::new(),
             files: Vec::new(),
@@ -279,19 +313,30 @@ pub fn proxied_marks(tproxies: impl IntoIterator<Item = Mark>) -> Vec<Mark> {
 }
 
 impl Config {
-    /// All targets, in the order of their sets: direct, drop, tproxies in file order.
+    /// All targets, in the order of their sets: direct, drop, tproxies and routes in file order.
     pub fn targets(&self) -> impl Iterator<Item = Target> {
         let tproxies = (0..self.tproxies.len() as u16).map(Target::Tproxy);
-        [Target::Direct, Target::Drop].into_iter().chain(tproxies)
+        let routes = (0..self.routes.len() as u8).map(Target::Route);
+        [Target::Direct, Target::Drop].into_iter().chain(tproxies).chain(routes)
     }
 
-    /// Those of all targets that have one, in file order.
+    /// Those of all targets that have one: of tproxies, then of routes, each in file order.
     pub fn outlets(&self) -> impl Iterator<Item = &Outlet> + Clone {
-        self.tproxies.iter().map(|tproxy| &tproxy.outlet)
+        let routes = self.routes.iter().map(|route| &route.outlet);
+        self.tproxies.iter().map(|tproxy| &tproxy.outlet).chain(routes)
     }
 
     pub(super) fn outlets_mut(&mut self) -> impl Iterator<Item = &mut Outlet> {
-        self.tproxies.iter_mut().map(|tproxy| &mut tproxy.outlet)
+        let routes = self.routes.iter_mut().map(|route| &mut route.outlet);
+        self.tproxies.iter_mut().map(|tproxy| &mut tproxy.outlet).chain(routes)
+    }
+
+    pub(super) fn outlet_mut(&mut self, target: Target) -> Option<&mut Outlet> {
+        match target {
+            Target::Direct | Target::Drop => None,
+            Target::Tproxy(index) => Some(&mut self.tproxies[usize::from(index)].outlet),
+            Target::Route(index) => Some(&mut self.routes[usize::from(index)].outlet),
+        }
     }
 
     /// That of a target; direct and drop have none.
@@ -299,6 +344,7 @@ impl Config {
         match target {
             Target::Direct | Target::Drop => None,
             Target::Tproxy(index) => Some(&self.tproxies[usize::from(index)].outlet),
+            Target::Route(index) => Some(&self.routes[usize::from(index)].outlet),
         }
     }
 
@@ -312,6 +358,7 @@ impl Config {
             Target::Direct => "direct",
             Target::Drop => "drop",
             Target::Tproxy(index) => &self.tproxies[usize::from(index)].outlet.name,
+            Target::Route(index) => &self.routes[usize::from(index)].outlet.name,
         }
     }
 
@@ -353,6 +400,17 @@ impl Config {
         self.rules.chunk_by(|a, b| a.place == b.place)
     }
 
+    /// The same for a route.
+    pub fn forwards(&self) -> bool {
+        !self.gateways.is_empty() && !self.routes.is_empty()
+    }
+
+    /// The route table of our own that the rules of a route lead to, behind the one that the tproxies
+    /// share.
+    pub fn table_of(&self, route: usize) -> u32 {
+        self.route_table.saturating_add(1).saturating_add(route as u32)
+    }
+
     /// The interfaces of all gateway sections, in file order.
     pub fn gateway_interfaces(&self) -> Vec<&Interface> {
         let all = self.gateways.iter().flat_map(|gateway| &gateway.interfaces);
@@ -361,7 +419,7 @@ impl Config {
 
     /// Whether any flow gets a ct mark.
     pub fn marks_flows(&self) -> bool {
-        !self.tproxies.is_empty() || self.default != Target::Direct
+        self.outlets().next().is_some() || self.default != Target::Direct
     }
 }
 

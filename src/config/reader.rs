@@ -16,6 +16,8 @@ const MAX_DEPTH: usize = 8;
 const MAX_FILES: usize = 1000;
 /// Most tproxies: each is two chains, a set and two ip rules that packets pass.
 const MAX_TPROXIES: usize = 1000;
+/// Most routes: each has a route table.
+const MAX_ROUTES: usize = 200;
 /// Longest name of a section.
 const MAX_NAME: usize = 15;
 
@@ -131,14 +133,23 @@ impl Reader<'_> {
             check_name(kind, name)?;
         }
         let sections = &self.draft.sections;
-        match sections.iter().position(|s| s.kind == kind && s.name == name) {
+        let same = |other: Kind| other == kind || other.is_target() && kind.is_target();
+        match sections.iter().position(|s| same(s.kind) && s.name == name) {
             Some(at) if !kind.has_names() => Ok(at),
             Some(at) => {
-                let first = &sections[at].place;
-                Err(format!("duplicate section [{word} {name}], first at {first}"))
+                let (first, other) = (&sections[at].place, sections[at].kind.name());
+                match sections[at].kind == kind {
+                    true => Err(format!("duplicate section [{word} {name}], first at {first}")),
+                    false => {
+                        Err(format!("[{word} {name}] has the name of [{other} {name}] at {first}"))
+                    }
+                }
             }
-            None if kind.is_target() && self.draft.config.tproxies.len() == MAX_TPROXIES => {
+            None if kind == Kind::Tproxy && self.draft.config.tproxies.len() == MAX_TPROXIES => {
                 Err(format!("more than {MAX_TPROXIES} tproxies: \"{name}\""))
+            }
+            None if kind == Kind::Route && self.draft.config.routes.len() == MAX_ROUTES => {
+                Err(format!("more than {MAX_ROUTES} routes: \"{name}\""))
             }
             None => {
                 self.draft.open(kind, name, place);

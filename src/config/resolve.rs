@@ -11,8 +11,8 @@ use super::pattern::{compile_within, MAX_COMPILED};
 use super::suggest::did_you_mean;
 use super::value::Result;
 
-/// Such interfaces are told by three ip rules in a row (route.rs).
-const MOST_WITH_WILDCARD: u32 = 32765 - 2;
+/// Before the rule for the main table.
+const MOST_PRIORITY: u32 = 32765;
 
 /// Resolves what could refer to a later line, and adds what is wrong with it to the problems.
 pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
@@ -23,7 +23,15 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     let mut problem = |place: &Place, message: String| problems.push(Problem::at(place, &message));
 
     let of = |kind| sections.iter().filter(move |section| section.kind == kind);
-    let targets = sections.iter().filter(|section| section.kind.is_target());
+    // in file order, as marks are numbered
+    let (mut tproxies, mut routes) = (0.., 0..);
+    let targets: Vec<(&Section, Target)> = (sections.iter())
+        .filter_map(|section| match section.kind {
+            Kind::Tproxy => tproxies.next().map(|index| (section, Target::Tproxy(index))),
+            Kind::Route => routes.next().map(|index| (section, Target::Route(index))),
+            _ => None,
+        })
+        .collect();
     for section in &sections {
         let (kind, name) = (section.kind.name(), &section.name);
         for key in section.kind.keys().filter(|key| !section.said.contains_key(key.name)) {
@@ -32,7 +40,8 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             }
         }
     }
-    for (section, outlet) in targets.clone().zip(config.outlets()) {
+    for (section, target) in &targets {
+        let Some(outlet) = config.outlet(*target) else { continue };
         let keys = [("dns-hijack-tcp", outlet.dns_tcp), ("dns-hijack-local", outlet.dns_local)];
         for (key, _) in keys.iter().filter(|(_, on)| *on) {
             if let (Some((_, place)), None) =
@@ -59,15 +68,64 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             }
         }
     }
+    for (index, section) in of(Kind::Route).enumerate() {
+        let (route, name, place) = (&config.routes[index], &section.name, &section.place);
+        let said = |key| section.said.get(key).map(|(_, place)| place);
+        match (said("interface"), said("table")) {
+            (None, None) => problem(
+                place,
+                format!("[route {name}] needs an interface, or a table that somebody else keeps"),
+            ),
+            (Some(_), Some(place)) => {
+                problem(place, format!("[route {name}] has an interface: \"table\" stands instead"))
+            }
+            (None, Some(_)) => {
+                if let Some(place) = said("gateway") {
+                    problem(place, format!("[route {name}]: \"gateway\" needs \"interface\""));
+                }
+            }
+            _ => {}
+        }
+        let (first, own) = (config.route_table, config.table_of(index));
+        let last = config.table_of(config.routes.len().saturating_sub(1));
+        if (253..=255).contains(&own) || own < first {
+            let message = format!(
+                "[route {name}] would have table {own} for its own (the routes have those behind \
+                 route-table {first}): set another route-table"
+            );
+            problem(place, message);
+        }
+        if let Some(place) = said("table").filter(|_| (first..=last).contains(&route.table)) {
+            let message = format!(
+                "\"table\" {}: cgtproxy keeps tables {first} to {last} itself; name another, or \
+                 set another route-table",
+                route.table
+            );
+            problem(place, message);
+        }
+    }
+    // these take several ip rules in a row (route.rs)
     let wildcard = config.gateways.iter().find(|g| g.interfaces.iter().any(|i| i.prefix));
-    if let (Some(gateway), true) = (wildcard, config.rule_priority > MOST_WITH_WILDCARD) {
-        let most = MOST_WITH_WILDCARD;
-        let message = format!("an interface with \"*\" needs a rule-priority up to {most}");
-        problem(&gateway.place, message);
+    let second = of(Kind::Route).find(|section| section.said.contains_key("table"));
+    let most = MOST_PRIORITY
+        - if wildcard.is_some() { 2 } else { 0 }
+        - if second.is_some() { 1 } else { 0 };
+    if config.rule_priority > most {
+        match (wildcard, second) {
+            (Some(gateway), _) => problem(
+                &gateway.place,
+                format!("an interface with \"*\" needs a rule-priority up to {most}"),
+            ),
+            (None, Some(section)) => problem(
+                &section.place,
+                format!("a route with a table needs a rule-priority up to {most}"),
+            ),
+            (None, None) => {}
+        }
     }
 
     if config.mask != 0 {
-        assign_marks(&mut config, targets, &mut problem);
+        assign_marks(&mut config, &targets, &mut problem);
         // our ip rules would send a packet with such a mark to the proxy all the same
         let mask = config.mask;
         for (bypass, place) in &bypass_marks {
@@ -75,9 +133,11 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             let same = config.outlets().find(|o| whole && bypass.value & mask == o.mark);
             if let Some(outlet) = same {
                 let (value, name) = (bypass.value, &outlet.name);
+                let kind = targets.iter().find(|(section, _)| section.name == *name);
+                let kind = kind.map_or("", |(section, _)| section.kind.name());
                 problem(
                     place,
-                    format!("\"bypass-mark\" {value:#x} is the mark of [tproxy {name}]"),
+                    format!("\"bypass-mark\" {value:#x} is the mark of [{kind} {name}]"),
                 );
             }
         }
@@ -111,22 +171,25 @@ fn target(config: &Config, name: &str) -> Result<Target> {
     })
 }
 
-/// The target at position i gets mark i, shifted into the mask, or the next one that is free.
+/// The target at position i gets mark i, shifted into the mask, or the next one that is free. What is
+/// routed for others has another mark with each route.
 fn assign_marks<'a>(
     config: &mut Config,
-    sections: impl Iterator<Item = &'a Section> + Clone,
+    targets: &[(&'a Section, Target)],
     problem: &mut impl FnMut(&Place, String),
 ) {
     let (mask, spoofed) = (config.mask, config.spoofed_mark());
     let direct = config.default != Target::Direct;
     let reserved = |mark: u32| mark == spoofed || direct && mark == mask;
-    let mut taken: BTreeMap<u32, &str> = BTreeMap::new();
-    if let (0, Some(first)) = (spoofed, sections.clone().next()) {
-        let message = format!("a tproxy needs a fwmark-mask of two bits or more, not {mask:#x}");
+    let mut taken: BTreeMap<u32, &Section> = BTreeMap::new();
+    if let (0, Some((first, _))) = (spoofed, targets.first()) {
+        let kind = first.kind.name();
+        let message = format!("a {kind} needs a fwmark-mask of two bits or more, not {mask:#x}");
         return problem(&first.place, message);
     }
-    for (section, outlet) in sections.clone().zip(config.outlets()) {
-        let (mark, Some((_, place))) = (outlet.mark, section.said.get("mark")) else {
+    for (section, target) in targets {
+        let mark = config.outlet(*target).map_or(0, |outlet| outlet.mark);
+        let Some((_, place)) = section.said.get("mark") else {
             continue;
         };
         if mark == 0 {
@@ -146,28 +209,45 @@ fn assign_marks<'a>(
             );
             problem(place, message);
         } else if let Some(other) = taken.get(&mark) {
-            problem(place, format!("mark {mark:#x} is that of [tproxy {other}] already"));
+            let (kind, other) = (other.kind.name(), &other.name);
+            problem(place, format!("mark {mark:#x} is that of [{kind} {other}] already"));
         } else {
-            taken.insert(mark, &section.name);
+            taken.insert(mark, section);
         }
     }
-    for ((index, section), outlet) in (1..).zip(sections).zip(config.outlets_mut()) {
-        let most = u32::MAX >> mask.count_zeros();
-        let mut free = (index..=most)
-            .chain(1..=most.min(index - 1))
-            .map(|n| spread(n, mask))
-            .filter(|mark| !taken.contains_key(mark) && !reserved(*mark));
-        match (outlet.mark, free.next()) {
+    let most = u32::MAX >> mask.count_zeros();
+    let free = |index: u32, taken: &BTreeMap<u32, &Section>| {
+        let all = (index..=most).chain(1..=most.min(index - 1)).map(|n| spread(n, mask));
+        { all }.find(|mark| !taken.contains_key(mark) && !reserved(*mark))
+    };
+    let mut forwarded = Vec::new();
+    for (index, (section, target)) in (1..).zip(targets) {
+        let none = || {
+            let (kind, name) = (section.kind.name(), &section.name);
+            format!("no mark left in fwmark-mask {mask:#x} for [{kind} {name}]")
+        };
+        let Some(outlet) = config.outlet_mut(*target) else { continue };
+        match (outlet.mark, free(index, &taken)) {
             (0, Some(mark)) => outlet.mark = mark,
             (0, None) => {
-                let name = &section.name;
-                let message = format!("no mark left in fwmark-mask {mask:#x} for [tproxy {name}]");
-                problem(&section.place, message);
+                problem(&section.place, none());
                 continue;
             }
             _ => {}
         }
-        taken.entry(outlet.mark).or_insert(&section.name);
+        taken.entry(outlet.mark).or_insert(section);
+        if let (Target::Route(at), false) = (target, config.gateways.is_empty()) {
+            forwarded.push((usize::from(*at), section, none()));
+        }
+    }
+    for (index, (at, section, none)) in (targets.len() as u32 + 1..).zip(forwarded) {
+        match free(index.min(most), &taken) {
+            Some(mark) => {
+                config.routes[at].forward_mark = mark;
+                taken.insert(mark, section);
+            }
+            None => problem(&section.place, none),
+        }
     }
 }
 

@@ -339,6 +339,23 @@ pub fn interface(e: &Entry) -> Result<Interface> {
     }
 }
 
+/// The name of an interface that packets leave by.
+pub fn way_out(e: &Entry) -> Result<String> {
+    match interface(e) {
+        Ok(interface) if interface.prefix => Err(e.expects("the name of one interface")),
+        Err(_) if e.value == "lo" => Err(e.expects("an interface that leads out of this host")),
+        other => other.map(|interface| interface.name),
+    }
+}
+
+/// A routing table that somebody else keeps.
+pub fn table_of_others(e: &Entry) -> Result<u32> {
+    match number(e)? {
+        255 => Err(format!("\"{}\" cannot be 255: it is the local one", e.key)),
+        table => Ok(table),
+    }
+}
+
 /// What its standard library reads from text.
 pub fn parsed<T: FromStr>(e: &Entry) -> Result<T> {
     e.value.parse().map_err(|_| e.wrong())

@@ -10,6 +10,7 @@ use crate::error::{reason, Error, Result};
 use crate::log;
 use crate::net::Family;
 use crate::netlink::fib::{self, SeenRoute, SeenRule};
+use crate::netlink::link::{self, Link};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::socket::Failure;
@@ -37,8 +38,12 @@ impl Kernel {
     /// guard drops what cannot reach it.
     ///
     /// Errors: the first entry that could not be added; the other family was tried all the same.
-    pub fn add_routing(&mut self, needs: &Needs) -> (Routing, Result<()>) {
-        self.watch_table(needs.table);
+    pub fn add_routing(&mut self, mut needs: Needs) -> (Routing, Result<()>) {
+        self.watch(&needs);
+        // asked for behind that, so that no change goes unseen
+        needs.links = self.links_of(&needs);
+        self.links = needs.links.clone();
+        let needs = &needs;
         let (mut routing, mut result, mut lo_is_down) = (Routing::default(), Ok(()), false);
         for family in Family::BOTH {
             match self.add_family(needs, family, &mut routing) {
@@ -67,16 +72,29 @@ impl Kernel {
 
     /// Whether some routes were not added because lo is down.
     fn add_family(&mut self, needs: &Needs, family: Family, routing: &mut Routing) -> Result<bool> {
-        let seen = self.seen(family, needs.table);
+        let seen = self.seen(family, &needs.tables());
         let place = seen.as_ref().map_or(needs.priority, |seen| seen.place(needs, family));
         // known whatever happens below: what is wanted is not to be deleted
         let wanted = needs.entries(family, place);
         routing.wanted.extend(wanted.iter().cloned());
         let mut seen = seen?;
         let mut lo_is_down = false;
-        for entry in wanted.difference(&seen.ours()) {
+        let ours = seen.ours();
+        // the one of before would stand beside a new one, or before it
+        let leads_out = |entry: &&Entry| matches!(entry, Entry::Route(route) if route.leads_out());
+        for stale in ours.difference(&wanted).filter(leads_out) {
+            self.delete_routing(stale)?;
+        }
+        for entry in wanted.difference(&ours) {
             match self.route_request(entry, true) {
                 Ok(()) => routing.added.push(entry.clone()),
+                // the interface has gone or changed since it was looked at, which a notification
+                // tells, or the next hop is none: refused by the route behind it
+                Err(errno) if leads_out(&entry) => routing.notes.push(format!(
+                    "unable to do `{}`: {}",
+                    entry.command("add"),
+                    reason(errno)
+                )),
                 Err(Errno::ENETDOWN) => lo_is_down = true,
                 // of others, with the key of ours: a notification tells when it goes, and those
                 // that do something else are told of below
@@ -100,7 +118,7 @@ impl Kernel {
             ));
         }
         if !routing.added.is_empty() {
-            seen = self.seen(family, needs.table)?;
+            seen = self.seen(family, &needs.tables())?;
         }
         routing.hindrances.extend(seen.hindrances(needs, family, place));
         Ok(lo_is_down)
@@ -157,15 +175,46 @@ impl Kernel {
         Ok(ours)
     }
 
-    /// All rules of one family, and all routes of one table; none for a family that the kernel does
-    /// not have.
-    pub fn seen(&mut self, family: Family, table: u32) -> Result<Seen> {
+    /// All rules of one family, and all routes of these tables; none for a family that the kernel
+    /// does not have.
+    pub fn seen(&mut self, family: Family, tables: &[u32]) -> Result<Seen> {
         let mut rules = self.list(&|batch| fib::get_rules(batch, family), SeenRule::read)?;
-        let ask = |batch: &mut Batch| fib::get_table(batch, family, table);
-        let mut routes = self.list(&ask, SeenRoute::read)?;
         rules.retain(|seen| seen.rule.family == family);
-        routes.retain(|seen| seen.route.family == family && seen.route.table == table);
+        let mut routes = Vec::new();
+        for table in tables {
+            let ask = |batch: &mut Batch| fib::get_table(batch, family, *table);
+            let found = self.list(&ask, SeenRoute::read)?.into_iter();
+            routes.extend(
+                found.filter(|seen| (seen.route.family, seen.route.table) == (family, *table)),
+            );
+        }
         Ok(Seen { rules, routes })
+    }
+
+    /// The interfaces that ways out lead to, as far as they are there.
+    pub fn links_of(&mut self, needs: &Needs) -> Vec<Link> {
+        let names: BTreeSet<&str> = needs.ways.iter().filter_map(|way| way.interface()).collect();
+        let mut links = Vec::new();
+        for name in names {
+            let asked = self.rt.ask(&|batch| link::get(batch, name), link::parse);
+            let Ok(Ok(Some(mut found))) = asked else { continue };
+            let index = found.index;
+            let addresses = self.list(&|batch| link::get_addresses(batch, index), |message| {
+                link::parse_address(message)
+            });
+            for (_, family) in addresses.into_iter().flatten().filter(|(of, _)| *of == index) {
+                if let Some(family) = family {
+                    found.addressed[family as usize] = true;
+                }
+            }
+            links.push(found);
+        }
+        links
+    }
+
+    /// The interfaces as they were looked at last.
+    pub fn links(&self) -> &[Link] {
+        &self.links
     }
 
     fn list<T>(
@@ -200,6 +249,17 @@ impl Kernel {
 fn is_absent(error: &Error) -> bool {
     let absent = [Errno::EAFNOSUPPORT, Errno::EOPNOTSUPP, Errno::EACCES, Errno::ENODEV];
     error.errno().is_some_and(|errno| absent.contains(&errno))
+}
+
+/// Whether answers that come in by an interface are dropped, where other routes than the one by it
+/// lead to who sends them: rp_filter asks for the way back, without the mark.
+pub fn drops_answers(interface: &str) -> bool {
+    let number = |of: &str, name: &str| -> u32 {
+        let text = std::fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{of}/{name}"));
+        text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    };
+    let most = |name: &str| number("all", name).max(number(interface, name));
+    most("rp_filter") == 1 && most("src_valid_mark") == 0
 }
 
 /// Whether IPv6 can be routed over `lo` here: where it is off there, there is nothing to route.

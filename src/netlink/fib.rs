@@ -3,6 +3,7 @@
 //! decided in [`crate::route`].
 //! Source: rtnetlink(7), include/uapi/linux/fib_rules.h; bytes as iproute2 sends them.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -36,13 +37,51 @@ pub enum FibAction {
     Refuse(u8),
 }
 
-/// `ip route … local default dev lo table TABLE`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// `ip route … default … table TABLE`
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Route {
     pub family: Family,
     pub table: u32,
     /// 0 for none.
     pub metric: u32,
+    pub way: Way,
+}
+
+/// Where a route leads to.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Way {
+    /// `local default dev lo`: to this host itself
+    Here,
+    /// `default via GATEWAY dev INTERFACE onlink`, or without a gateway
+    Out { device: Device, gateway: Option<IpAddr> },
+}
+
+/// An interface, which is the one of that index.
+#[derive(Debug, Clone)]
+pub struct Device {
+    pub index: u32,
+    /// Empty where only the index is known.
+    pub name: String,
+}
+
+impl PartialEq for Device {
+    fn eq(&self, other: &Device) -> bool {
+        self.index == other.index
+    }
+}
+
+impl Eq for Device {}
+
+impl PartialOrd for Device {
+    fn partial_cmp(&self, other: &Device) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Device {
+    fn cmp(&self, other: &Device) -> Ordering {
+        self.index.cmp(&other.index)
+    }
 }
 
 /// A rule as the kernel tells of it, whoever made it.
@@ -109,8 +148,9 @@ impl Header {
 
     fn begin(&self, batch: &mut Batch, kind: u16, flags: u16) -> Open {
         let open = batch.begin(kind, NLM_F_REQUEST | flags);
-        let Header { family, to, from, tos, table, protocol, scope, kind, .. } = *self;
-        batch.header(&[family, to, from, tos, table, protocol, scope, kind, 0, 0, 0, 0]);
+        let Header { family, to, from, tos, table, protocol, scope, kind, flags } = *self;
+        let [a, b, c, d] = flags.to_ne_bytes();
+        batch.header(&[family, to, from, tos, table, protocol, scope, kind, a, b, c, d]);
         open
     }
 
@@ -178,12 +218,21 @@ impl Route {
     /// The message that adds this, or the one that deletes it.
     pub fn encode(&self, batch: &mut Batch, add: bool) {
         let is_v4 = self.family == Family::V4;
+        let (kind, scope, oif, gateway) = match &self.way {
+            Way::Here => (RTN_LOCAL, RT_SCOPE_HOST, LO, None),
+            Way::Out { device, gateway: None } => (RTN_UNICAST, RT_SCOPE_LINK, device.index, None),
+            Way::Out { device, gateway } => {
+                (RTN_UNICAST, RT_SCOPE_UNIVERSE, device.index, gateway.as_ref())
+            }
+        };
         let header = Header {
             table: small_table(self.table),
             protocol: RTPROT_CGTPROXY,
             // IPv6 knows one scope only
-            scope: if is_v4 { RT_SCOPE_HOST } else { RT_SCOPE_UNIVERSE },
-            kind: RTN_LOCAL,
+            scope: if is_v4 { scope } else { RT_SCOPE_UNIVERSE },
+            kind,
+            // whether there is a route to the next hop, or will be, is not asked
+            flags: if gateway.is_some() { RTNH_F_ONLINK } else { 0 },
             ..Header::of(self.family)
         };
         let open = match add {
@@ -196,13 +245,18 @@ impl Route {
             // `default` is no destination to IPv4 and :: to IPv6
             batch.raw(RTA_DST, &[0; 16]);
         }
+        match gateway {
+            Some(IpAddr::V4(ip)) => batch.raw(RTA_GATEWAY, &ip.octets()),
+            Some(IpAddr::V6(ip)) => batch.raw(RTA_GATEWAY, &ip.octets()),
+            None => {}
+        }
         if header.table == RT_TABLE_UNSPEC {
             batch.u32_ne(RTA_TABLE, self.table);
         }
         if self.metric != 0 {
             batch.u32_ne(RTA_PRIORITY, self.metric);
         }
-        batch.u32_ne(RTA_OIF, LO);
+        batch.u32_ne(RTA_OIF, oif);
         batch.end(open);
     }
 }
@@ -306,10 +360,14 @@ impl SeenRule {
 }
 
 fn address(data: &[u8]) -> String {
+    ip_address(data).map_or(String::new(), |ip| ip.to_string())
+}
+
+fn ip_address(data: &[u8]) -> Option<IpAddr> {
     if let Ok(bytes) = <[u8; 4]>::try_from(data) {
-        return Ipv4Addr::from(bytes).to_string();
+        return Some(Ipv4Addr::from(bytes).into());
     }
-    <[u8; 16]>::try_from(data).map_or(String::new(), |bytes| Ipv6Addr::from(bytes).to_string())
+    <[u8; 16]>::try_from(data).ok().map(|bytes| Ipv6Addr::from(bytes).into())
 }
 
 /// `FROM-TO` of a structure of two numbers.
@@ -327,10 +385,16 @@ impl SeenRoute {
     pub fn read(message: &Message) -> Option<SeenRoute> {
         let (header, attrs) = Header::read(message, &[RTM_NEWROUTE, RTM_DELROUTE])?;
         let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
+        let gateway = attrs.clone().get(RTA_GATEWAY).and_then(ip_address);
+        let device = Device { index: number(RTA_OIF).unwrap_or(0), name: String::new() };
         let route = Route {
             family: header.family()?,
             table: number(RTA_TABLE).unwrap_or(header.table.into()),
             metric: number(RTA_PRIORITY).unwrap_or(0),
+            way: match header.kind {
+                RTN_LOCAL => Way::Here,
+                _ => Way::Out { device, gateway },
+            },
         };
         let Header { to: length, from, tos, protocol, kind, .. } = header;
         Some(SeenRoute { route, protocol, kind, length, from, tos })
@@ -338,9 +402,10 @@ impl SeenRoute {
 }
 
 /// A socket filter that passes the notifications of rules, of routes with our protocol number or in
-/// this table, and those that [`lo_revives`] could be about, and keeps all others (routes come and
-/// go on a router) from waking us.
-pub fn event_filter(table: u32) -> [libc::sock_filter; 20] {
+/// one of these tables, those that [`lo_revives`] could be about, and where `links` says so those of
+/// all interfaces and addresses; and keeps all others (routes come and go on a router) from waking
+/// us.
+pub fn event_filter(tables: &[u32], links: bool) -> Vec<libc::sock_filter> {
     // BPF loads big-endian; the header, interface indexes and tables are in host order
     let kind = |kind: u16| u32::from(u16::from_be_bytes(kind.to_ne_bytes()));
     let host = |word: u32| u32::from_be_bytes(word.to_ne_bytes());
@@ -349,35 +414,54 @@ pub fn event_filter(table: u32) -> [libc::sock_filter; 20] {
         libc::sock_filter { code, jt, jf, k }
     };
     let load = |size: u32, at: u32| op(libc::BPF_LD | libc::BPF_ABS | size, at, 0, 0);
-    let jump = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
-    let equal = |k: u32, yes: u8, no: u8| op(jump, k, yes, no);
     let set = |register: u32, k: u32| op(register | libc::BPF_IMM, k, 0, 0);
     let answer = |k: u32| op(libc::BPF_RET | libc::BPF_K, k, 0, 0);
     // where the attributes of a route begin
     let attributes = (NLMSG_HDRLEN + 12) as u32;
-    [
-        load(libc::BPF_H, 4), // 0: nlmsg_type
-        equal(kind(RTM_DELRULE), 17, 0),
-        equal(kind(RTM_NEWRULE), 16, 0),
-        equal(kind(RTM_DELROUTE), 3, 0),
-        equal(kind(RTM_NEWROUTE), 4, 0),
-        equal(kind(RTM_NEWLINK), 10, 0),
-        equal(kind(RTM_NEWADDR), 9, 11),
-        load(libc::BPF_B, 21), // 7: rtm_protocol
-        equal(u32::from(RTPROT_CGTPROXY), 10, 0),
-        set(libc::BPF_LD, attributes), // 9: where RTA_TABLE is
-        set(libc::BPF_LDX, u32::from(RTA_TABLE)),
-        load(libc::BPF_W, SKF_AD_OFF + SKF_AD_NLATTR),
-        equal(0, 5, 0),
-        op(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0),
-        op(libc::BPF_LD | libc::BPF_IND | libc::BPF_W, NLA_HDRLEN as u32, 0, 0),
-        equal(host(table), 3, 2),
-        load(libc::BPF_W, 20), // 16: ifi_index or ifa_index
-        equal(host(LO), 1, 0),
-        answer(0),        // 18
-        answer(u32::MAX), // 19
-    ]
+    let tables = &tables[..tables.len().min(MOST_TABLES)];
+    // where the program goes on
+    let (own, table, drop) = (9, 11, 17 + tables.len());
+    let (lo, pass) = (drop + 1, drop + 4);
+    let (gone, come) = if links { (pass, pass) } else { (drop, lo) };
+    let mut program = vec![load(libc::BPF_H, 4)]; // nlmsg_type
+                                                  // goes on there, or behind itself
+    let equal = |program: &mut Vec<libc::sock_filter>, k: u32, to: usize| {
+        let code = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+        program.push(op(code, k, (to - program.len() - 1) as u8, 0));
+    };
+    for (message, to) in [
+        (RTM_DELRULE, pass),
+        (RTM_NEWRULE, pass),
+        (RTM_DELLINK, gone),
+        (RTM_DELADDR, gone),
+        (RTM_NEWLINK, come),
+        (RTM_NEWADDR, come),
+        (RTM_DELROUTE, own),
+    ] {
+        equal(&mut program, kind(message), to);
+    }
+    let others = (drop - 9) as u8;
+    program.push(op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, kind(RTM_NEWROUTE), 2, others));
+    program.push(load(libc::BPF_B, 21)); // own: rtm_protocol
+    equal(&mut program, u32::from(RTPROT_CGTPROXY), pass);
+    program.push(set(libc::BPF_LD, attributes)); // table: where RTA_TABLE is
+    program.push(set(libc::BPF_LDX, u32::from(RTA_TABLE)));
+    program.push(load(libc::BPF_W, SKF_AD_OFF + SKF_AD_NLATTR));
+    equal(&mut program, 0, drop);
+    program.push(op(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0));
+    program.push(op(libc::BPF_LD | libc::BPF_IND | libc::BPF_W, NLA_HDRLEN as u32, 0, 0));
+    tables.iter().for_each(|table| equal(&mut program, host(*table), pass));
+    program.push(answer(0)); // drop
+    program.push(load(libc::BPF_W, 20)); // lo: ifi_index or ifa_index
+    equal(&mut program, host(LO), pass);
+    program.push(answer(0));
+    program.push(answer(u32::MAX)); // pass
+    debug_assert_eq!((table, pass), (own + 2, program.len() - 1));
+    program
 }
+
+/// Jumps are no longer than 255 instructions.
+const MOST_TABLES: usize = 230;
 
 /// Whether a notification tells that lo is up, or has a new address: what was refused before may be
 /// possible now. (Going down it loses the IPv4 route without a word; an IPv6 address on it means
@@ -425,10 +509,30 @@ impl fmt::Display for IpRule {
 impl fmt::Display for Route {
     /// The arguments of `ip route` behind the verb.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "local default dev lo table {} proto {RTPROT_CGTPROXY}", self.table)?;
-        match self.metric {
-            0 => Ok(()),
-            metric => write!(f, " metric {metric}"),
+        match &self.way {
+            Way::Here => f.write_str("local default dev lo")?,
+            Way::Out { device, gateway: None } => write!(f, "default dev {device}")?,
+            Way::Out { device, gateway: Some(gateway) } => {
+                write!(f, "default via {gateway} dev {device}")?
+            }
+        }
+        write!(f, " table {} proto {RTPROT_CGTPROXY}", self.table)?;
+        if self.metric != 0 {
+            write!(f, " metric {}", self.metric)?;
+        }
+        match self.way {
+            Way::Out { gateway: Some(_), .. } => f.write_str(" onlink"),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    /// As iproute2 takes it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.name.is_empty() {
+            true => write!(f, "if{}", self.index),
+            false => f.write_str(&self.name),
         }
     }
 }

@@ -1,10 +1,11 @@
 //! Netlink: bytes out ([`msg`]), bytes in ([`parse`]), sockets ([`socket`]), constants ([`uapi`]);
 //! questions about other programs' sockets
-//! ([`diag`]) and flows ([`conntrack`]).
+//! ([`diag`]) and flows ([`conntrack`]), rules and routes ([`fib`]), interfaces ([`link`]).
 
 pub mod conntrack;
 pub mod diag;
 pub mod fib;
+pub mod link;
 pub mod msg;
 pub mod parse;
 pub mod socket;

@@ -171,6 +171,8 @@ expressions! {
     Redirect { port: u32 } = "redir" {
         NFTA_REDIR_REG_PROTO_MIN: U32 = port, NFTA_REDIR_FLAGS: U32 = NF_NAT_RANGE_PROTO_SPECIFIED
     }
+    /// The source address of the interface that a packet leaves by.
+    Masquerade = "masq" {}
     RejectTcpReset = "reject" {
         NFTA_REJECT_TYPE: U32 = NFT_REJECT_TCP_RST, NFTA_REJECT_ICMP_CODE: ZERO_U8 = ()
     }

@@ -19,6 +19,8 @@ pub enum Stmt {
     OifLo,
     /// `iifname NAME`, by name, so that the interface need not be there
     Iifname(Interface),
+    /// `oifname NAME`
+    Oifname(String),
     /// `socket cgroupv2 level L @SET`; a packet without a socket does not match.
     Cgroup {
         level: u8,
@@ -54,6 +56,8 @@ pub enum Stmt {
     Invalid,
     /// `ct status and confirmed == 0`: of a flow that this very packet begins
     Unconfirmed,
+    /// `ct status confirmed`: of a flow that has begun before
+    Confirmed,
     /// `ct status dnat`
     Dnatted,
     /// `ip daddr @SET` or `ip6 daddr @SET`
@@ -116,6 +120,8 @@ pub enum Stmt {
     NotLinkLocal,
     /// `snat ip to ip daddr`: as if the packet came from where it goes to
     SnatToDestination(Family),
+    /// `masquerade`: as if the packet came from the interface that it leaves by
+    Masquerade,
     /// `redirect to :PORT`: to this host's address on the interface that the packet came in by
     Redirect(u16),
     /// `reject with tcp reset`
@@ -178,6 +184,11 @@ impl Stmt {
                 name.resize(if interface.prefix { name.len() } else { IFNAMSIZ }, 0);
                 out.put(text!("iifname \"{interface}\""), [meta(NFT_META_IIFNAME), eq(&name)])
             }
+            Stmt::Oifname(name) => {
+                let mut bytes = name.as_bytes().to_vec();
+                bytes.resize(IFNAMSIZ, 0);
+                out.put(text!("oifname \"{name}\""), [meta(NFT_META_OIFNAME), eq(&bytes)])
+            }
             Stmt::Cgroup { level, set } => out.put(
                 text!("socket cgroupv2 level {level} @{set}"),
                 [cgroup(*level, NFT_REG_1), lookup(named(set))],
@@ -230,6 +241,10 @@ impl Stmt {
             Stmt::Unconfirmed => out.put(
                 text!("ct status and confirmed == 0"),
                 [ct(NFT_CT_STATUS), and(IPS_CONFIRMED), eq(&ne(0))],
+            ),
+            Stmt::Confirmed => out.put(
+                text!("ct status confirmed"),
+                [ct(NFT_CT_STATUS), and(IPS_CONFIRMED), neq(&ne(0))],
             ),
             Stmt::Dnatted => {
                 out.put(text!("ct status dnat"), [ct(NFT_CT_STATUS), and(IPS_DST_NAT), neq(&ne(0))])
@@ -427,6 +442,7 @@ impl Stmt {
                     address_then(*family, DADDR, snat),
                 )
             }
+            Stmt::Masquerade => out.put(text!("masquerade"), [Expr::Masquerade]),
             Stmt::Redirect(port) => out.put(
                 text!("redirect to :{port}"),
                 [immediate(NFT_REG_1, &port.to_be_bytes()), Expr::Redirect { port: NFT_REG_1 }],

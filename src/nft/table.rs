@@ -8,8 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::expr::Verdict;
 use super::stmt::Stmt;
-use crate::config::{Config, Gateway, Outlet, Take, Target, Tproxy, QUIC_PORTS};
-use crate::net::{Family, Mark, Range, Ranges, L4};
+use crate::config::{Config, Gateway, Outlet, Route, Take, Target, Tproxy, QUIC_PORTS};
+use crate::net::{Family, Interface, Mark, Range, Ranges, L4};
 use crate::netlink::uapi::*;
 
 /// Name of our one table, in family inet.
@@ -115,15 +115,19 @@ impl Table {
             if outlet.hijacks_dns() {
                 chains.push(dns_chain(config, outlet));
             }
-            chains.extend(to_chains(config, outlet));
+            match config.routes.iter().find(|route| route.outlet == *outlet) {
+                None => chains.extend(to_chains(config, outlet)),
+                Some(route) => chains.extend(way_chains(config, route)),
+            }
         }
         if !config.tproxies.is_empty() {
             chains.push(spoofed_chain(config));
-            if config.default == Target::Direct {
-                chains.push(ownerless_chain());
-            }
+        }
+        if has_outlets(config) && config.default == Target::Direct {
+            chains.push(ownerless_chain());
         }
         if config.marks_flows() {
+            chains.extend(config.routes.iter().map(stay_chain));
             chains.push(sticky_chain(config));
         }
         chains.push(direct_chain(config));
@@ -139,21 +143,37 @@ impl Table {
         });
         if config.outlets().any(Outlet::hijacks_dns) {
             chains.push(nat_chain(config, "nat_output", NF_INET_LOCAL_OUT));
-            if config.routes_to_tproxy() {
+            if hands_over(config) {
                 chains.push(nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING));
             }
-            chains.extend(answer_chain(config));
             chains.extend(routed_answer_chain(config));
         }
+        chains.extend(source_chain(config));
         if !config.tproxies.is_empty() {
             chains.push(strayed_chain(config));
-            chains.extend(config.outlets().map(astray_chain));
+        }
+        if has_outlets(config) {
+            chains.extend(config.tproxies.iter().map(|t| astray_chain(&t.outlet)));
+            chains.extend(config.routes.iter().filter_map(off_course_chain));
+            if !config.routes.is_empty() {
+                chains.extend(config.routes.iter().map(|route| here_chain(&route.outlet)));
+                chains.push(home_chain(config));
+            }
             chains.push(guard_chain(config));
         }
         chains.extend(config.tproxies.iter().map(|t| receive_chain(config, t)));
+        chains.extend(config.routes.iter().map(|route| closed_chain(&route.outlet)));
         if config.routes_to_tproxy() {
             chains.push(unmark_chain(config));
-            chains.extend(config.outlets().flat_map(|outlet| forward_chains(config, outlet)));
+            let tproxies = config.tproxies.iter();
+            chains.extend(tproxies.flat_map(|t| forward_chains(config, &t.outlet)));
+        }
+        if config.forwards() {
+            let dns = config.routes.iter().filter(|route| route.outlet.hijacks_dns());
+            chains.extend(dns.map(|route| forwarded_dns_chain(config, route)));
+            chains.extend(config.routes.iter().map(|route| forward_way_chain(config, route)));
+        }
+        if hands_over(config) {
             chains.push(routed_chain(config));
             chains.push(input_chain(config));
         }
@@ -166,10 +186,21 @@ impl Table {
             if config.routes_to_tproxy() {
                 chains.push(remark_chain(config));
             }
+        }
+        if has_outlets(config) {
             chains.push(prerouting_chain(config));
         }
         Table { sets, chains }
     }
+}
+
+fn has_outlets(config: &Config) -> bool {
+    config.outlets().next().is_some()
+}
+
+/// Whether what is routed for others may belong to an outlet.
+fn hands_over(config: &Config) -> bool {
+    config.routes_to_tproxy() || config.forwards()
 }
 
 /// The chain whose rules depend on the cgroups that exist.
@@ -181,7 +212,8 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
     let mut rules = Vec::new();
     // cheapest test first; covers every local address, for those leave by lo
     match (config.tproxies.is_empty(), hijacks_local(config)) {
-        (true, _) => rules.push(leaves_by_lo()),
+        (true, false) => rules.push(leaves_by_lo()),
+        (true, true) => rules.push(vec![Stmt::OifLo, Stmt::NotDport(53), Stmt::accept()]),
         (false, false) => rules.push(vec![Stmt::OifLo, Stmt::goto("lo")]),
         // the targets' chains let the rest of lo pass
         (false, true) => rules.push(vec![Stmt::OifLo, Stmt::jump("lo")]),
@@ -208,7 +240,7 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
     }
     match config.default {
         // such a packet of a flow that conntrack has forgotten
-        Target::Direct if !config.tproxies.is_empty() => {
+        Target::Direct if has_outlets(config) => {
             rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Invalid, Stmt::goto("ownerless")]);
         }
         Target::Direct => {}
@@ -388,20 +420,42 @@ fn set_ct_mark(own: Mark) -> Rule {
 /// mark too, a query for a resolver on another host would be routed to lo. A flow that is older
 /// than the hijacking cannot be translated any more and goes on as the target's other traffic, or
 /// nowhere (`query_rules`).
+///
+/// By a route the resolver is reached as everything is: the packet has its mark.
 fn dns_chain(config: &Config, outlet: &Outlet) -> Chain {
+    let route = config.routes.iter().any(|route| route.outlet == *outlet);
+    let packet = route.then(|| mark(config, outlet.mark));
+    marked_dns_chain(config, outlet, format!("dns_{}", outlet.name), packet)
+}
+
+/// The same for what is routed for others.
+fn forwarded_dns_chain(config: &Config, route: &Route) -> Chain {
+    let packet = Some(mark(config, route.forward_mark));
+    marked_dns_chain(config, &route.outlet, forwarded_dns(&route.outlet), packet)
+}
+
+fn forwarded_dns(outlet: &Outlet) -> String {
+    format!("dnsf_{}", outlet.name)
+}
+
+fn marked_dns_chain(config: &Config, outlet: &Outlet, name: String, packet: Option<Mark>) -> Chain {
     let own = mark(config, outlet.mark);
-    chain(
-        format!("dns_{}", outlet.name),
-        vec![
-            set_ct_mark(own),
-            vec![Stmt::Unconfirmed, Stmt::CtMark(own), Stmt::accept()],
-            vec![Stmt::Dnatted, Stmt::accept()],
-        ],
-    )
+    let accept = || {
+        let set = packet.map(Stmt::SetPacketMark);
+        set.into_iter().chain([Stmt::accept()])
+    };
+    let mut rules = vec![set_ct_mark(own)];
+    rules.push([Stmt::Unconfirmed, Stmt::CtMark(own)].into_iter().chain(accept()).collect());
+    rules.push([Stmt::Dnatted].into_iter().chain(accept()).collect());
+    chain(name, rules)
 }
 
 /// The rules that send DNS of a target to `dns_chain`.
 fn dns_rules(outlet: &Outlet) -> Vec<Rule> {
+    rules_to_dns(outlet, &format!("dns_{}", outlet.name))
+}
+
+fn rules_to_dns(outlet: &Outlet, chain: &str) -> Vec<Rule> {
     let family = match (outlet.dns4, outlet.dns6) {
         (Some(_), None) => Some(Stmt::Nfproto(Family::V4)),
         (None, Some(_)) => Some(Stmt::Nfproto(Family::V6)),
@@ -409,7 +463,7 @@ fn dns_rules(outlet: &Outlet) -> Vec<Rule> {
         _ => None,
     };
     let rule = |l4| {
-        let dns = Stmt::Verdict(Verdict::Jump(format!("dns_{}", outlet.name)));
+        let dns = Stmt::jump(chain);
         let mut rule = Vec::from_iter(family.clone());
         rule.extend([Stmt::Dport(l4, 53), dns]);
         rule
@@ -615,6 +669,74 @@ fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     chains
 }
 
+/// What a route takes leaves by it: every protocol.
+///
+/// What conntrack has of a flow is bound to the source address that it left with, so it goes on by
+/// the way that it began by, the kernel's own errors and what answers others by the same interface
+/// too; and what began by another cannot go on by this: TCP is told so.
+fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
+    let (outlet, own) = (&route.outlet, mark(config, route.outlet.mark));
+    let out = vec![Stmt::SetPacketMark(own), Stmt::accept()];
+    let known = [Stmt::CtMark(own), Stmt::Counter];
+    let (mut rules, mut chains) = (Vec::new(), Vec::new());
+    let cuts = [Take::Drop, Take::Reject].map(|take| switches(outlet, take, &Stmt::accept()));
+    match cuts.concat() {
+        cuts if cuts.is_empty() => rules.push([&known, &out[..]].concat()),
+        cuts => {
+            // what is dropped and rejected is so in what began before too
+            let mut keep = vec![[&[Stmt::Dnatted], &out[..]].concat()];
+            keep.extend(cuts);
+            keep.push(out.clone());
+            chains.push(chain(keep_name(outlet), keep));
+            rules.push([&known[..], &[Stmt::goto(keep_name(outlet))]].concat());
+        }
+    }
+    if outlet.dns_local {
+        rules.push(jump(EXEMPT));
+        rules.extend(dns_rules(outlet));
+    }
+    rules.extend(local_rules(config));
+    rules.push(jump_bypass());
+    // sent by the kernel itself, where this is the default
+    rules.push(vec![Stmt::NeighbourDiscovery, Stmt::accept()]);
+    rules.extend(bypass_rules(outlet, &leave(config)));
+    rules.push(vec![Stmt::Counter]);
+    if !outlet.dns_local {
+        rules.extend(dns_rules(outlet));
+    }
+    rules.extend(query_rules(outlet));
+    rules.extend(only_rules(outlet, &leave(config)));
+    rules.extend(switch_rules(outlet, &leave(config)));
+    rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Confirmed, Stmt::Reset]);
+    rules.extend([set_ct_mark(own), out]);
+    chains.push(chain(format!("to_{}", outlet.name), rules));
+    chains
+}
+
+/// Flows that began by a route, and whose cgroup has no target now, or that the kernel speaks for.
+/// What a process answers to others goes as if we were not there.
+fn stay_chain(route: &Route) -> Chain {
+    let name = &route.outlet.name;
+    let rules = vec![
+        vec![Stmt::Reply, Stmt::HasOwner, Stmt::back()],
+        vec![Stmt::goto(format!("to_{name}"))],
+    ];
+    chain(format!("stay_{name}"), rules)
+}
+
+/// What a route takes of what is routed for others.
+fn forward_way_chain(config: &Config, route: &Route) -> Chain {
+    let outlet = &route.outlet;
+    let mut rules = bypass_rules(outlet, &Stmt::accept());
+    rules.extend(rules_to_dns(outlet, &forwarded_dns(outlet)));
+    rules.extend(query_rules(outlet));
+    rules.extend(only_rules(outlet, &Stmt::accept()));
+    rules.extend(switch_rules(outlet, &Stmt::accept()));
+    rules.push(set_ct_mark(mark(config, outlet.mark)));
+    rules.push(vec![Stmt::SetPacketMark(mark(config, route.forward_mark)), Stmt::accept()]);
+    chain(format!("forward_{}", outlet.name), rules)
+}
+
 /// Routed packets of a target. The mark makes the route look-up deliver them here.
 fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     let own = mark(config, outlet.mark);
@@ -651,20 +773,31 @@ fn routed_chain(config: &Config) -> Chain {
 
 /// Routed packets that were handed to a proxy and have lost its socket since: that happens where
 /// bridged packets pass the IP hooks (bridge-nf-call-iptables=1). They must not reach this host's
-/// own wildcard sockets.
+/// own wildcard sockets. And those of a route that leads nowhere.
 fn input_chain(config: &Config) -> Chain {
     let routed = Stmt::PacketMark(mark(config, config.gateway_mark()));
     let rule = |last: &[Stmt]| [std::slice::from_ref(&routed), last].concat();
-    Chain {
-        name: "input".into(),
-        base: Some(Base { kind: "filter", hook: NF_INET_LOCAL_IN, priority: NF_IP_PRI_MANGLE }),
-        rules: vec![
+    let mut rules = Vec::new();
+    if config.routes_to_tproxy() {
+        rules.extend([
             // the same mark of the proxy's own packets was restored by others
             rule(&[Stmt::IifLo, Stmt::accept()]),
             rule(&[Stmt::Transparent, Stmt::accept()]),
             rule(&[Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset]),
             rule(&[Stmt::L4proto(L4::Udp), Stmt::Counter, Stmt::drop()]),
-        ],
+        ]);
+    }
+    if config.forwards() {
+        let refuse = |route: &Route| {
+            (route.forward_mark, Verdict::Goto(format!("closed_{}", route.outlet.name)))
+        };
+        let map = config.routes.iter().map(refuse).collect();
+        rules.push(vec![Stmt::PacketMarkMap { mask: config.mask, map }]);
+    }
+    Chain {
+        name: "input".into(),
+        base: Some(Base { kind: "filter", hook: NF_INET_LOCAL_IN, priority: NF_IP_PRI_MANGLE }),
+        rules,
     }
 }
 
@@ -673,14 +806,17 @@ fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
     let mut rules = Vec::new();
     if let Some(outlet) = config.outlet(gateway.target).filter(|outlet| outlet.dns_local) {
         rules.push(jump(EXEMPT));
-        rules.extend(dns_rules(outlet));
+        rules.extend(match gateway.target {
+            Target::Route(_) => rules_to_dns(outlet, &forwarded_dns(outlet)),
+            _ => dns_rules(outlet),
+        });
     }
     rules.push(jump_bypass());
     rules.push(vec![Stmt::Local, Stmt::accept()]);
     match gateway.target {
         Target::Direct => {
             rules.push(vec![Stmt::Counter]);
-            if config.routes_to_tproxy() {
+            if hands_over(config) {
                 rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("routed")]);
             }
             rules.push(vec![Stmt::accept()]);
@@ -690,7 +826,7 @@ fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
             rules.push(vec![Stmt::NeighbourDiscovery, Stmt::accept()]);
             rules.push(vec![Stmt::Counter, Stmt::drop()]);
         }
-        Target::Tproxy(_) => {
+        Target::Tproxy(_) | Target::Route(_) => {
             let forward = format!("forward_{}", config.target_name(gateway.target));
             rules.push(vec![Stmt::Counter, Stmt::goto(forward)]);
         }
@@ -779,14 +915,21 @@ fn sticky_chain(config: &Config) -> Chain {
     let direct = config.direct_mark();
     let of_process = [Stmt::L4proto(L4::Udp), Stmt::HasOwner];
     let mut rules = Vec::new();
+    if !config.routes.is_empty() {
+        let stay = |route: &Route| {
+            (route.outlet.mark, Verdict::Goto(format!("stay_{}", route.outlet.name)))
+        };
+        let map = config.routes.iter().map(stay).collect();
+        rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
+    }
     if !config.tproxies.is_empty() {
         rules.push(vec![Stmt::CtMark(spoofed(config)), Stmt::goto("spoofed")]);
         let forget = [Stmt::Original, Stmt::SetCtMark(mark(config, 0))];
         rules.push([&of_process[..], &forget].concat());
     }
     rules.push([&of_process[..], &[Stmt::back()]].concat());
-    let mut map: Vec<_> = (config.outlets())
-        .map(|outlet| (outlet.mark, Verdict::Goto(format!("to_{}", outlet.name))))
+    let mut map: Vec<_> = (config.tproxies.iter())
+        .map(|t| (t.outlet.mark, Verdict::Goto(format!("to_{}", t.outlet.name))))
         .collect();
     if config.default != Target::Direct {
         // a process's own packets of a flow that began direct: its cgroup has no target any more,
@@ -798,7 +941,9 @@ fn sticky_chain(config: &Config) -> Chain {
         ]);
         map.push((direct, Verdict::Accept));
     }
-    rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
+    if !map.is_empty() {
+        rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
+    }
     chain("sticky", rules)
 }
 
@@ -835,7 +980,7 @@ fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
 
 /// A resolver on a wildcard address answers from the address that leads to whoever asked, unless it
 /// goes to some lengths (IP_PKTINFO). Asked from a loopback address, it answers from that.
-fn answer_chain(config: &Config) -> Option<Chain> {
+fn answer_rules(config: &Config) -> Vec<Rule> {
     let mut rules = Vec::new();
     for outlet in config.outlets() {
         for l4 in outlet.dns_protocols() {
@@ -856,6 +1001,31 @@ fn answer_chain(config: &Config) -> Option<Chain> {
             }));
         }
     }
+    rules
+}
+
+/// What leaves by a route has the source address that the application's own way would have given it.
+fn masquerade_rules(config: &Config) -> Vec<Rule> {
+    let rule = |route: &Route| {
+        let mut rule = vec![Stmt::CtMark(mark(config, route.outlet.mark))];
+        if !route.interface.is_empty() {
+            rule.push(Stmt::Oifname(route.interface.clone()));
+        }
+        rule.push(Stmt::Masquerade);
+        rule
+    };
+    let mut rules: Vec<Rule> =
+        config.routes.iter().filter(|route| route.masquerades()).map(rule).collect();
+    if !rules.is_empty() {
+        // refused, or on its way to a resolver here
+        rules.insert(0, leaves_by_lo());
+    }
+    rules
+}
+
+/// Where source addresses are translated.
+fn source_chain(config: &Config) -> Option<Chain> {
+    let rules = [answer_rules(config), masquerade_rules(config)].concat();
     let base = Base {
         kind: "nat",
         hook: NF_INET_POST_ROUTING,
@@ -872,7 +1042,7 @@ fn answer_chain(config: &Config) -> Option<Chain> {
 fn routed_answer_chain(config: &Config) -> Option<Chain> {
     let mut rules = Vec::new();
     let udp = |outlet: &&Outlet| outlet.dns_protocols().any(|l4| l4 == L4::Udp);
-    for outlet in config.outlets().filter(udp).filter(|_| config.routes_to_tproxy()) {
+    for outlet in config.outlets().filter(udp).filter(|_| hands_over(config)) {
         let here = outlet.dns().filter(|to| to.ip().is_loopback());
         rules.extend(here.map(|to| {
             let own = Stmt::CtMark(mark(config, outlet.mark));
@@ -899,11 +1069,24 @@ fn routed_answer_chain(config: &Config) -> Option<Chain> {
 /// leave by another interface. In postrouting, since `oif` of the output hook stays what it was
 /// before the mark.
 fn guard_chain(config: &Config) -> Chain {
+    let astray = |outlet: &Outlet| Verdict::Goto(format!("astray_{}", outlet.name));
     let map = config.tproxies.iter();
-    let mut map: Vec<_> =
-        map.map(|t| (t.outlet.mark, Verdict::Goto(format!("astray_{}", t.outlet.name)))).collect();
-    // others restore the mark of a flow that a proxy began into packets of it
-    map.push((config.spoofed_mark(), Verdict::Goto("strayed".into())));
+    let mut map: Vec<_> = map.map(|t| (t.outlet.mark, astray(&t.outlet))).collect();
+    if !map.is_empty() {
+        // others restore the mark of a flow that a proxy began into packets of it
+        map.push((config.spoofed_mark(), Verdict::Goto("strayed".into())));
+    }
+    // which interface is the right one is known of these alone
+    for route in config.routes.iter().filter(|route| !route.interface.is_empty()) {
+        map.push((route.outlet.mark, astray(&route.outlet)));
+        if config.forwards() {
+            map.push((route.forward_mark, astray(&route.outlet)));
+        }
+    }
+    let home = match config.routes.is_empty() {
+        true => Stmt::accept(),
+        false => Stmt::goto("home"),
+    };
     let drop = Stmt::PacketMarkMap { mask: config.mask, map };
     Chain {
         name: "guard".into(),
@@ -911,10 +1094,61 @@ fn guard_chain(config: &Config) -> Chain {
         rules: vec![
             // nearly every packet ends here, without a look-up
             vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()],
-            vec![Stmt::OifLo, Stmt::accept()],
+            vec![Stmt::OifLo, home],
             vec![drop],
         ],
     }
+}
+
+/// Packets of a route that are about to leave by another interface than its own: bound to a device,
+/// or the ip rules or the table are not what they should be. What came in by its interface, for a
+/// router's client, has the mark for the look-up of the way back alone.
+fn off_course_chain(route: &Route) -> Option<Chain> {
+    let own = || route.interface.clone();
+    let rules = vec![
+        vec![Stmt::Oifname(own()), Stmt::accept()],
+        vec![iifname(&own()), Stmt::Reply, Stmt::accept()],
+        vec![Stmt::Counter, Stmt::drop()],
+    ];
+    let name = format!("astray_{}", route.outlet.name);
+    (!route.interface.is_empty()).then(|| chain(name, rules))
+}
+
+fn iifname(name: &str) -> Stmt {
+    Stmt::Iifname(Interface { name: name.into(), prefix: false })
+}
+
+/// What is marked and on its way to this host.
+fn home_chain(config: &Config) -> Chain {
+    let here =
+        |route: &Route| (route.outlet.mark, Verdict::Goto(format!("here_{}", route.outlet.name)));
+    let map = config.routes.iter().map(here).collect();
+    chain("home", vec![vec![Stmt::PacketMarkMap { mask: config.mask, map }]])
+}
+
+/// What a route has no way for. TCP is told so where it comes back in; what else goes on to be sent
+/// must not become known to conntrack, which would keep it from getting the right source address once
+/// there is a way.
+fn here_chain(outlet: &Outlet) -> Chain {
+    let rules = vec![
+        vec![Stmt::L4proto(L4::Tcp), Stmt::accept()],
+        vec![Stmt::Dnatted, Stmt::Local, Stmt::accept()],
+        vec![Stmt::Reply, Stmt::Local, Stmt::accept()],
+        vec![Stmt::Counter, Stmt::drop()],
+    ];
+    chain(format!("here_{}", outlet.name), rules)
+}
+
+/// Where it comes back in, by lo, or as a packet for this host. It must not reach this host's own
+/// wildcard sockets. Hijacked DNS may go to a resolver here.
+fn closed_chain(outlet: &Outlet) -> Chain {
+    let rules = vec![
+        vec![Stmt::Dnatted, Stmt::Local, Stmt::accept()],
+        vec![Stmt::Reply, Stmt::Local, Stmt::accept()],
+        vec![Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset],
+        vec![Stmt::Counter, Stmt::drop()],
+    ];
+    chain(format!("closed_{}", outlet.name), rules)
 }
 
 /// Such packets of a target: most often of a socket that is bound to another device.
@@ -938,14 +1172,18 @@ fn strayed_chain(config: &Config) -> Chain {
 /// Behind theirs; a change makes the kernel route anew.
 fn unmark_chain(config: &Config) -> Chain {
     let none = Stmt::SetPacketMark(mark(config, 0));
+    let mut rules = vec![vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()]];
+    if !config.routes.is_empty() {
+        // these go by their mark in either direction, to a resolver too
+        let map = config.routes.iter().map(|route| (route.outlet.mark, Verdict::Accept)).collect();
+        rules.push(vec![Stmt::PacketMarkMap { mask: config.mask, map }]);
+    }
+    rules.push([answers(config), vec![none.clone(), Stmt::accept()]].concat());
+    rules.push(vec![Stmt::Dnatted, none, Stmt::accept()]);
     Chain {
         name: "unmark".into(),
         base: Some(Base { kind: "route", hook: NF_INET_LOCAL_OUT, priority: NF_IP_PRI_SECURITY }),
-        rules: vec![
-            vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()],
-            [answers(config), vec![none.clone(), Stmt::accept()]].concat(),
-            vec![Stmt::Dnatted, none, Stmt::accept()],
-        ],
+        rules,
     }
 }
 
@@ -978,7 +1216,7 @@ fn receive_chain(config: &Config, tproxy: &Tproxy) -> Chain {
 fn gateways_chain(config: &Config) -> Chain {
     let mut rules = vec![vec![Stmt::IifLo, Stmt::accept()]];
     rules.extend(config.gateways.iter().flat_map(gateway_rules));
-    if config.routes_to_tproxy() {
+    if hands_over(config) {
         rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("routed")]);
     }
     prerouting("gateways", NF_IP_PRI_MANGLE, rules)
@@ -992,13 +1230,38 @@ fn prerouting_chain(config: &Config) -> Chain {
     let map = config.tproxies.iter();
     let mut local: Vec<_> =
         map.map(|t| (t.outlet.mark, Verdict::Goto(format!("tproxy_{}", t.outlet.name)))).collect();
-    local.push((config.spoofed_mark(), Verdict::Goto("regain".into())));
+    if !local.is_empty() {
+        local.push((config.spoofed_mark(), Verdict::Goto("regain".into())));
+    }
+    local.extend(
+        config.routes.iter().map(|route| {
+            (route.outlet.mark, Verdict::Goto(format!("closed_{}", route.outlet.name)))
+        }),
+    );
     let mut rules = vec![vec![Stmt::IifLo, Stmt::PacketMarkMap { mask, map: local }]];
+    rules.extend(config.routes.iter().flat_map(|route| return_rules(config, route)));
     if config.routes_to_tproxy() {
         let map = config.tproxies.iter().map(|t| (t.outlet.mark, Verdict::Goto("remark".into())));
         rules.push(vec![Stmt::PacketMarkMap { mask, map: map.collect() }]);
     }
     prerouting("prerouting", NF_IP_PRI_SECURITY, rules)
+}
+
+/// What comes in by a route: a look-up of the way back (rp_filter with src_valid_mark = 1) has to find
+/// its interface, and what others begin by it is answered by it.
+fn return_rules(config: &Config, route: &Route) -> Vec<Rule> {
+    let own = mark(config, route.outlet.mark);
+    let restore = |first: Stmt| vec![first, Stmt::CtMark(own), Stmt::SetPacketMark(own)];
+    match &*route.interface {
+        "" => vec![restore(Stmt::Reply)],
+        name => {
+            let fresh = Stmt::CtMark(mark(config, 0));
+            vec![
+                vec![iifname(name), Stmt::New, fresh, Stmt::Local, Stmt::SetCtMark(own)],
+                restore(iifname(name)),
+            ]
+        }
+    }
 }
 
 /// The mark of an application's packet was overwritten with that of a flow that a proxy began: by

@@ -131,8 +131,13 @@ fn element(bytes: &[u8]) -> Option<ElementView> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TargetView {
     pub name: String,
-    /// What a tproxy marks packets with.
+    /// What a tproxy's or a route's packets are marked with.
     pub mark: Option<Mark>,
+    /// What routed packets are marked with, for a route.
+    pub forwarded: Option<Mark>,
+    pub is_route: bool,
+    /// That a route leads to, where it names one.
+    pub interface: Option<String>,
     pub port: Option<u16>,
     /// Where TPROXY looks for a listener, if not everywhere.
     pub addresses: Vec<IpAddr>,
@@ -171,7 +176,7 @@ pub const FOREIGN: &str =
 /// What the rules of our table amount to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct View {
-    /// direct, drop, then the tproxies in file order.
+    /// direct, drop, then the tproxies and the routes, each in file order.
     pub targets: Vec<TargetView>,
     /// In the order in which they are tried.
     pub steps: Vec<Step>,
@@ -209,13 +214,21 @@ impl View {
         };
         let targets = names.iter().map(|name| {
             let receive = of(format!("tproxy_{name}"));
+            let closed = of(format!("closed_{name}"));
+            let here = of(format!("here_{name}"));
             TargetView {
                 name: name.to_string(),
                 mark: of(format!("to_{name}")).iter().find_map(|rule| mark(rule)),
+                forwarded: of(format!("forward_{name}"))
+                    .iter()
+                    .find_map(|rule| mark(rule))
+                    .filter(|_| !closed.is_empty()),
+                is_route: !closed.is_empty(),
+                interface: of(format!("astray_{name}")).iter().find_map(|rule| way_out(rule)),
                 port: receive.iter().find_map(|rule| port(rule)),
                 addresses: receive.iter().filter_map(|rule| address(rule)).collect(),
                 taken: total(&of(format!("to_{name}"))),
-                refused: total(&[receive, of(format!("astray_{name}"))].concat()),
+                refused: total(&[receive, closed, here, of(format!("astray_{name}"))].concat()),
             }
         });
         let mut view = View {
@@ -224,7 +237,13 @@ impl View {
             default: "direct".into(),
             gateways: Vec::new(),
             interfaces: Vec::new(),
-            routed: (rules.iter().filter(|rule| rule.chain.starts_with("forward_"))).find_map(mark),
+            routed: (rules.iter())
+                .filter(|rule| {
+                    let name = rule.chain.strip_prefix("forward_");
+                    let is = |name: &&str| !of(format!("tproxy_{name}")).is_empty();
+                    name.filter(is).is_some()
+                })
+                .find_map(mark),
             classifies: rules.iter().any(|rule| rule.chain == OUTPUT),
             foreign: !rules.is_empty() && !names.contains(&"drop"),
         };
@@ -290,6 +309,16 @@ fn interface(rule: &RuleView) -> Option<Interface> {
     match rule.exprs.get(..2)? {
         [Expr::MetaLoad { key: NFT_META_IIFNAME, .. }, Expr::Cmp { data, .. }] => {
             Some(Interface { name: parse::str_z(data).into_owned(), prefix: !data.contains(&0) })
+        }
+        _ => None,
+    }
+}
+
+/// The interface that a rule lets packets leave by.
+fn way_out(rule: &RuleView) -> Option<String> {
+    match rule.exprs.get(..2)? {
+        [Expr::MetaLoad { key: NFT_META_OIFNAME, .. }, Expr::Cmp { data, .. }] => {
+            Some(parse::str_z(data).into_owned())
         }
         _ => None,
     }

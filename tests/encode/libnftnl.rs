@@ -337,6 +337,7 @@ impl Reference {
                 .u32(NFTNL_EXPR_NAT_REG_ADDR_MIN, *address)
                 .u32(NFTNL_EXPR_NAT_REG_ADDR_MAX, *address)
                 .u32(NFTNL_EXPR_NAT_FLAGS, NAT_MAP_IPS),
+            Expr::Masquerade => NExpr::new(c"masq"),
             Expr::RejectTcpReset => NExpr::new(c"reject")
                 .u32(NFTNL_EXPR_REJECT_TYPE, libc::NFT_REJECT_TCP_RST as u32)
                 .u8(NFTNL_EXPR_REJECT_CODE, 0),

@@ -57,6 +57,7 @@ mod privileges;
 mod real;
 mod reference;
 mod restart;
+mod routes;
 mod soak;
 mod stale;
 mod tools;

@@ -561,18 +561,24 @@ pub fn query(json: &str, expression: &str) -> String {
 #[test]
 fn json_has_the_documented_shape() {
     let ground = ground!("json");
-    let config = format!("{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = mihomo\n");
-    let daemon = Daemon::start(&ground, &config, &[]);
+    let more = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n[route vpn]\ninterface = wg0\n";
+    let daemon = Daemon::start(&ground, &format!("{CONFIG}{more}"), &[]);
     let json = daemon.ask(&["status", "--json"]).out;
     assert_eq!(
         query(&json, "list(d)"),
-        "['version', 'in_force', 'daemon', 'left', 'unknown', 'rootless', 'default', 'targets', 'gateways', 'rules', 'routes', 'hindrances', 'loops', 'warnings']"
+        "['version', 'in_force', 'daemon', 'left', 'unknown', 'rootless', 'default', 'targets', 'ways', 'gateways', 'rules', 'routes', 'hindrances', 'loops', 'warnings']"
     );
     assert_eq!(query(&json, "d['version'], d['in_force'], d['default']"), "(1, True, 'direct')");
     assert_eq!(query(&json, "d['daemon']"), daemon.pid().to_string());
     let members = "['name', 'kind', 'mark', 'mask', 'port', 'listens', 'cgroups', 'packets', 'bytes', 'refused']";
     assert_eq!(query(&json, "list(d['targets'][2])"), members);
-    assert_eq!(query(&json, "[t['kind'] for t in d['targets']]"), "['direct', 'drop', 'tproxy']");
+    assert_eq!(
+        query(&json, "[t['kind'] for t in d['targets']]"),
+        "['direct', 'drop', 'tproxy', 'route']"
+    );
+    let way =
+        "{'name': 'vpn', 'interface': 'wg0', 'table': None, 'ipv4': 'absent', 'ipv6': 'absent'}";
+    assert_eq!(query(&json, "d['ways'][0]"), way);
     assert_eq!(query(&json, "list(d['gateways'][0])"), "['name', 'target', 'packets', 'bytes']");
     assert_eq!(query(&json, "list(d['rules'][0])"), "['family', 'text', 'present']");
     crate::json::is_documented("status", &json);
