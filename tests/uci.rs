@@ -25,13 +25,19 @@ impl Router {
             fs::create_dir_all(dir.join(part)).unwrap();
         }
         let at = dir.display();
-        let script = fs::read_to_string(here.join("init/openwrt/uci"))
-            .unwrap()
-            .replace("PROG=/usr/sbin/cgtproxy", concat!("PROG=", env!("CARGO_BIN_EXE_cgtproxy")))
-            .replace("=/etc/config/", &format!("={at}/config/"))
-            .replace("=/etc/cgtproxy/", &format!("={at}/admin/"))
-            .replace("=/var/etc/", &format!("={at}/var/"));
-        fs::write(dir.join("cgtproxy-uci"), script).unwrap();
+        let rpcd = "luci-app-cgtproxy/root/usr/libexec/rpcd/cgtproxy";
+        for (name, script) in [("cgtproxy-uci", "uci"), ("rpcd", rpcd)] {
+            let script = fs::read_to_string(here.join("init/openwrt").join(script)).unwrap();
+            let script = script
+                .replace("=/usr/sbin/cgtproxy", concat!("=", env!("CARGO_BIN_EXE_cgtproxy")))
+                .replace("=/usr/libexec/", &format!("={at}/"))
+                .replace("=/etc/config/", &format!("={at}/config/"))
+                .replace("=/etc/cgtproxy/", &format!("={at}/admin/"))
+                .replace("=/var/etc/", &format!("={at}/var/"))
+                .replace("/var/run/", &format!("{at}/run/"));
+            fs::write(dir.join(name), script).unwrap();
+            fs::set_permissions(dir.join(name), Permissions::from_mode(0o755)).unwrap();
+        }
         let uci = match std::env::var("CGTPROXY_UCI") {
             Ok(real) => real,
             Err(_) => format!("python3 {}", here.join("tests/init/uci.py").display()),
@@ -47,7 +53,8 @@ impl Router {
             "ubus",
             "[ \"$3\" = network.interface.up ] && echo '{\"l3_device\":\"wg-up\"}'".into(),
         );
-        program("jsonfilter", "echo \"$2\" | sed -n 's/.*l3_device\":\"\\(.*\\)\".*/\\1/p'".into());
+        let procd = here.join("tests/init/procd.py");
+        program("jsonfilter", format!("exec python3 {} jsonfilter \"$@\"", procd.display()));
         Router { dir, shell }
     }
 
@@ -62,6 +69,18 @@ impl Router {
         let mut command = Command::new(self.shell[0]);
         command.args(&self.shell[1..]).arg(self.dir.join("cgtproxy-uci")).arg(what);
         command.env("PATH", path).output().unwrap()
+    }
+
+    /// What the object of ubus answers. A JSON text, or this fails.
+    fn call(&self, method: &str, input: &str) -> String {
+        let path = format!("{}:{}", self.dir.join("bin").display(), std::env::var("PATH").unwrap());
+        let ours = self.shell.join(" ");
+        let line = format!("printf %s \"$2\" | {ours} \"$0\" call \"$1\" | python3 -m json.tool");
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(line).arg(self.dir.join("rpcd")).args([method, input]);
+        let output = command.env("PATH", path).output().unwrap();
+        assert!(output.status.success(), "{method} {input}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// What it prints to both, with the places as they are on a router.
@@ -287,4 +306,40 @@ fn the_first_configuration() {
     let mut rules = router.rendered();
     rules.retain(|c| c != ' ');
     assert!(rules.lines().filter(|l| l.contains("=service:")).all(|l| l.starts_with("direct=")));
+}
+
+/// The object cgtproxy of ubus, by what rpcd asks of a program.
+#[test]
+fn the_object_of_ubus() {
+    let router = router("rpcd");
+    router.write("config/cgtproxy", "config tproxy 'mihomo'\n\toption port '7893'\n\nconfig rule\n\toption target 'drop'\n\tlist match '/a\"b\\.c'\n");
+    assert_ne!(router.say("take").0, Some(2));
+    let has = |text: String, what: &str| assert!(text.contains(what), "no {what} in\n{text}");
+
+    has(router.call("check", "{}"), r#"cgtproxy.@rule[0]: drop = /a\"b\\.c: decides for"#);
+    // what a session has not applied yet
+    let session = "0123456789abcdef0123456789abcdef";
+    router.write(&format!("run/rpcd/uci-{session}/cgtproxy"), "cgtproxy.mihomo.port='99999'\n");
+    let staged = format!("{{\"ubus_rpc_session\":\"{session}\"}}");
+    let found = router.call("check", &staged);
+    has(found.clone(), "\"exit\": 2");
+    has(found, r#"cgtproxy.mihomo: \"port\" expects a number from 1 to 65535, not \"99999\""#);
+    for other in ["../../config", "0123", "{}"] {
+        let text = router.call("check", &format!("{{\"ubus_rpc_session\":\"{other}\"}}"));
+        assert!(!text.contains("\"exit\": 2"), "{text}");
+    }
+
+    has(router.call("explain", r#"{"path":"/a\"b.c/x"}"#), "target  drop");
+    has(router.call("explain", "{\"pid\":1}"), "pid 1: /");
+    for wrong in [r#"{"path":"a"}"#, "{}", r#"{"path":"; id"}"#, r#"{"pid":"-h"}"#] {
+        has(router.call("explain", wrong), "\"error\"");
+    }
+
+    // an answer also without the right to look into the kernel
+    has(router.call("apps", "{}"), "s\": ");
+    router.write("run/cgtproxy.refused", "error: a\tb\u{1}\"\nerror: c\\\n");
+    let status = router.call("status", "{}");
+    has(status.clone(), r#""a\tb\u0001\"","#);
+    has(status, "\"enabled\": true");
+    has(router.call("nothing", "{}"), "no method");
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A stand-in for uci of OpenWrt, as far as cgtproxy-uci asks it.
 
-    uci.py [-q] [-N] [-c DIR] export CONFIG
+    uci.py [-q] [-N] [-c DIR] [-P CHANGES] export CONFIG
     uci.py [-q] [-N] [-c DIR] get CONFIG.SECTION.OPTION
 
 It reads and prints what the real one was seen reading and printing: words and quotes as a shell has
@@ -88,6 +88,21 @@ def read(config):
                 current[2][rest[0]] = (old if isinstance(old, list) else [old]) + [rest[1]]
         else:
             fail(f"Parse error (invalid command) at line {line}, byte 0")
+    return changed(config, sections)
+
+
+def changed(config, sections):
+    """With what a session has set and not committed."""
+    try:
+        changes = open(os.path.join(options.get("-P", ""), config)).read().splitlines()
+    except OSError:
+        return sections
+    for change in changes:
+        path, value = change.split("=", 1)
+        _, name, option = path.split(".")
+        for section in sections:
+            if section[1] == name:
+                section[2][option] = value.strip("'")
     return sections
 
 
