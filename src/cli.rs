@@ -4,8 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::commands;
-use crate::commands::apps::Form;
+use crate::commands::{self, apps, status};
 use crate::config::suggest::did_you_mean;
 use crate::error::Result;
 use crate::log;
@@ -18,7 +17,11 @@ pub const COMMANDS: [(&str, &str, &str); 8] = [
     ("check", "", "validate the configuration, then look at this host"),
     ("explain", "PATH… | --pid PID…", "say which rule decides for a cgroup, and why"),
     ("show", "", "print the table that run would load, as an nft script"),
-    ("status", "[--json | --watch]", "print what the kernel holds now, with packets and bytes"),
+    (
+        "status",
+        "[--json | --prometheus | --watch]",
+        "print what the kernel holds now, with packets and bytes",
+    ),
     ("apps", "[--json | --suggest]", "print who talks now, and which rule decides"),
     ("flush", "", "remove everything that cgtproxy ever put into the kernel"),
     ("exec", "[-u USER] TARGET [--] CMD [ARG…]", "run CMD under TARGET"),
@@ -42,6 +45,7 @@ fn options(command: &str) -> getopts::Options {
         }
         "status" => {
             options.optflag("", "json", "print JSON");
+            options.optflag("", "prometheus", "print metrics in the text format of Prometheus");
             options.optflag("", "watch", "print again every second, with rates");
         }
         "apps" => {
@@ -173,16 +177,20 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
             (by_pid, false) => commands::explain::explain(&given, by_pid, &rest),
         },
         "show" => commands::show::show(&given),
-        "status" => match (matches.opt_present("json"), matches.opt_present("watch")) {
-            (true, true) => Err(wrong("status takes --json or --watch, not both")),
-            (json, watch) => commands::status::status(&given, json, watch),
-        },
-        "apps" => match (matches.opt_present("json"), matches.opt_present("suggest")) {
-            (true, true) => Err(wrong("apps takes --json or --suggest, not both")),
-            (true, false) => commands::apps::apps(&given, Form::Json),
-            (false, true) => commands::apps::apps(&given, Form::Lines),
-            (false, false) => commands::apps::apps(&given, Form::Text),
-        },
+        "status" => {
+            let forms = [
+                ("json", status::Form::Json),
+                ("prometheus", status::Form::Prometheus),
+                ("watch", status::Form::Watch),
+            ];
+            let form = one_of(&matches, "status", forms)?;
+            status::status(&given, form.unwrap_or(status::Form::Text))
+        }
+        "apps" => {
+            let forms = [("json", apps::Form::Json), ("suggest", apps::Form::Lines)];
+            let form = one_of(&matches, "apps", forms)?;
+            apps::apps(&given, form.unwrap_or(apps::Form::Text))
+        }
         "flush" => commands::flush::flush(),
         "exec" => match (target, rest.is_empty()) {
             (None, _) => Err(wrong("exec needs a TARGET and a CMD")),
@@ -190,6 +198,24 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
             (Some(target), false) => commands::exec::exec(&given, &target, user.as_deref(), &rest),
         },
         _ => commands::run::run(given),
+    }
+}
+
+/// What the one of these options that was given stands for.
+///
+/// Errors: there is more than one.
+fn one_of<T, const N: usize>(
+    matches: &getopts::Matches,
+    command: &str,
+    forms: [(&str, T); N],
+) -> Result<Option<T>> {
+    let given = |(name, form)| matches.opt_present(name).then_some((name, form));
+    let mut given = forms.into_iter().filter_map(given);
+    match (given.next(), given.next()) {
+        (Some((one, _)), Some((other, _))) => {
+            Err(wrong(format!("{command} takes --{one} or --{other}, not both")))
+        }
+        (form, _) => Ok(form.map(|(_, form)| form)),
     }
 }
 

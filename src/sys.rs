@@ -260,12 +260,12 @@ pub fn has_net_admin() -> bool {
     effective_capabilities().map_or(true, |set| set & CAP_NET_ADMIN != 0)
 }
 
-/// How many lines the terminal on `fd` shows (ioctl_tty(2)). Errors: ENOTTY.
-pub fn terminal_lines(fd: BorrowedFd) -> Result<usize, Errno> {
+/// How many lines and columns the terminal on `fd` shows (ioctl_tty(2)). Errors: ENOTTY.
+pub fn terminal_size(fd: BorrowedFd) -> Result<(usize, usize), Errno> {
     let mut size = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCGWINSZ writes one struct winsize.
     Errno::result(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, &raw mut size) })?;
-    Ok(usize::from(size.ws_row))
+    Ok((size.ws_row.into(), size.ws_col.into()))
 }
 
 /// Now, as broken-down local time (localtime_r(3)); 1900 where there is no saying.

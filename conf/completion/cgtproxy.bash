@@ -50,7 +50,7 @@ _cgtproxy() {
 			"") options+=" --pidfile --syslog --ready-fd --no-seccomp --wait" ;;
 			run) options+=" --pidfile --syslog --ready-fd --no-seccomp --wait" ;;
 			explain) options+=" --pid" ;;
-			status) options+=" --json --watch" ;;
+			status) options+=" --json --prometheus --watch" ;;
 			apps) options+=" --json --suggest" ;;
 			exec) options+=" --user" ;;
 		esac

@@ -5,10 +5,13 @@ pub mod check;
 pub mod exec;
 pub mod explain;
 pub mod flush;
+mod metrics;
 pub mod run;
+mod screen;
 pub mod show;
 pub mod status;
 mod table;
+mod watch;
 
 use std::io::Write;
 use std::process::ExitCode;

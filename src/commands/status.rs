@@ -1,13 +1,11 @@
 //! `status`: what the kernel holds now, asked of the kernel alone. The configuration only helps to
-//! say what a missing ip rule would look like, and where the cgroups are whose rates `--watch` shows.
+//! say what a missing ip rule would look like.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
 use std::net::IpAddr;
-use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
 
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount;
@@ -29,15 +27,12 @@ use crate::nft::table::TABLE;
 use crate::nft::view::{Counter, GatewayView, TargetView, View};
 use crate::options::Options;
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
-use crate::sys;
 
+use super::metrics::{Kind, Metrics, Sample};
 use super::table::{Column, Rows, Style, Value};
 
 /// Of the shape that `--json` prints; documented in cgtproxy(8).
 const JSON_VERSION: u64 = 1;
-/// How many cgroups `--watch` shows.
-const TOP: usize = 20;
-const EVERY: Duration = Duration::from_secs(1);
 
 const TARGETS: [Column; 10] = [
     Column::left("TARGET").member("name"),
@@ -59,20 +54,18 @@ const GATEWAYS: [Column; 4] = [
 ];
 /// Whether it is there, and the command that makes it.
 const ROUTING: [Column; 2] = [Column::left(""), Column::left("")];
-const TARGET_RATES: [Column; 4] = [
-    Column::left("TARGET"),
-    Column::right("CGROUPS"),
-    Column::right("PACKETS/S"),
-    Column::right("BYTES/S"),
-];
-const CGROUP_RATES: [Column; 4] = [
-    Column::left("CGROUP"),
-    Column::right("TARGET"),
-    Column::right("PACKETS/S"),
-    Column::right("BYTES/S"),
-];
 
-pub fn status(options: &Options, json: bool, watch: bool) -> Result<ExitCode> {
+/// What is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    Text,
+    Json,
+    Prometheus,
+    /// Text, again and again, with rates.
+    Watch,
+}
+
+pub fn status(options: &Options, form: Form) -> Result<ExitCode> {
     super::require_net_admin("look into the kernel")?;
     // a wrong file is no reason not to look, unless it was named
     let config = match options.load(false) {
@@ -80,25 +73,26 @@ pub fn status(options: &Options, json: bool, watch: bool) -> Result<ExitCode> {
         loaded => loaded.ok().flatten().unwrap_or_default(),
     };
     let mut kernel = Kernel::open()?;
-    if watch {
-        return self::watch(&mut kernel, Rc::new(config));
+    if form == Form::Watch {
+        return super::watch::watch(&mut kernel, Rc::new(config));
     }
     let status = Status::take(&mut kernel, &config)?;
-    match json {
-        true => super::print(&format!("{}\n", status.json())),
-        false => super::print(&status.text(Style::of_stdout())),
-    }
+    super::print(&match form {
+        Form::Json => format!("{}\n", status.json()),
+        Form::Prometheus => status.metrics(),
+        Form::Text | Form::Watch => status.text(Style::of_stdout()),
+    })
 }
 
 /// Everything that is shown.
-struct Status {
+pub(super) struct Status {
     /// The pid of a running daemon.
     daemon: Option<i32>,
     /// What has become of a table that no daemon keeps in step.
     unattended: Option<Unattended>,
     /// Why there is nothing to classify.
     rootless: Option<String>,
-    held: Option<Held>,
+    pub(super) held: Option<Held>,
     /// By name of the tproxy.
     listens: BTreeMap<String, Listens>,
     /// By name of the route.
@@ -219,6 +213,18 @@ impl Listens {
         Some(Listens { tcp: takes(L4::Tcp), udp: takes(L4::Udp) })
     }
 
+    /// Protocol and family of each, and whether it is there.
+    fn each(self) -> [([&'static str; 2], bool); 4] {
+        let [tcp4, tcp6] = self.tcp;
+        let [udp4, udp6] = self.udp;
+        [
+            (["tcp", "ipv4"], tcp4),
+            (["tcp", "ipv6"], tcp6),
+            (["udp", "ipv4"], udp4),
+            (["udp", "ipv6"], udp6),
+        ]
+    }
+
     /// `tcp udp`; with the number of a family that is the only one.
     fn value(self) -> Value {
         let word = |name: &str, [v4, v6]: [bool; 2]| match (v4, v6) {
@@ -315,15 +321,31 @@ impl Status {
         })
     }
 
+    /// What changes from one moment to the next.
+    pub(super) fn glance(kernel: &mut Kernel) -> Result<Status> {
+        Ok(Status {
+            daemon: instance::holder(kernel)?,
+            unattended: None,
+            rootless: None,
+            held: kernel.held()?,
+            listens: BTreeMap::new(),
+            ways: BTreeMap::new(),
+            routing: Vec::new(),
+            hindrances: Vec::new(),
+            loops: Vec::new(),
+            warnings: Vec::new(),
+        })
+    }
+
     fn in_force(&self) -> bool {
         self.held.as_ref().is_some_and(|held| idle(held).is_none())
     }
 
-    fn targets(&self) -> &[TargetView] {
+    pub(super) fn targets(&self) -> &[TargetView] {
         self.held.as_ref().map_or(&[], |held| &held.view.targets)
     }
 
-    fn gateways(&self) -> &[GatewayView] {
+    pub(super) fn gateways(&self) -> &[GatewayView] {
         self.held.as_ref().map_or(&[], |held| &held.view.gateways)
     }
 
@@ -348,13 +370,13 @@ impl Status {
         }
     }
 
-    fn cgroups(&self, target: &str) -> u64 {
+    pub(super) fn cgroups(&self, target: &str) -> u64 {
         let all = self.held.as_ref().and_then(|held| held.cgroups.get(target));
         all.map_or(0, |all| all.len() as u64)
     }
 
     /// One line on the whole.
-    fn headline(&self) -> String {
+    pub(super) fn headline(&self) -> String {
         let table = match self.held.as_ref().map(|held| (held, idle(held))) {
             None => format!("table inet {TABLE}: not there, nothing is classified"),
             Some((_, Some(why))) => format!("table inet {TABLE}: {why}, not in force"),
@@ -438,6 +460,78 @@ impl Status {
             });
         }
         out
+    }
+
+    /// What no table in the kernel tells, how often the daemon has reloaded and repaired, is not
+    /// among them.
+    fn metrics(&self) -> String {
+        let mut metrics = Metrics::default();
+        let mut one = |name: &str, help: &str, is: u64| {
+            metrics.family(name, Kind::Gauge, help, [(Vec::new(), is)]);
+        };
+        let number = |n: usize| n as u64;
+        one("cgtproxy_in_force", "Whether the table is in force.", self.in_force().into());
+        one("cgtproxy_daemon_up", "Whether a daemon runs.", self.daemon.is_some().into());
+        let missing = self.routing.iter().filter(|(_, present)| !present).count();
+        one("cgtproxy_routing_missing", "Ip rules and routes that are missing.", number(missing));
+        let help = "Rules, routes and chains of others that are in the way.";
+        one("cgtproxy_hindrances", help, number(self.hindrances.len()));
+        one(
+            "cgtproxy_loops",
+            "Proxies whose traffic comes back to them.",
+            number(self.loops.len()),
+        );
+        let help = "What else is in force and cannot work.";
+        one("cgtproxy_warnings", help, number(self.warnings.len()));
+        let mut targets =
+            |name: &str, kind, help: &str, value: &dyn Fn(&TargetView) -> Option<u64>| {
+                let sample = |target| -> Option<Sample> {
+                    let target: &TargetView = target;
+                    Some((vec![("target", &target.name)], value(target)?))
+                };
+                metrics.family(name, kind, help, self.targets().iter().filter_map(sample));
+            };
+        let name = "cgtproxy_target_cgroups";
+        let help = "Cgroups that have this target while their parent does not.";
+        targets(name, Kind::Gauge, help, &|target| Some(self.cgroups(&target.name)));
+        let name = "cgtproxy_target_packets_total";
+        let help = "Packets that came to this target and were not left alone.";
+        targets(name, Kind::Counter, help, &|target| target.taken.map(|taken| taken.packets));
+        let name = "cgtproxy_target_bytes_total";
+        targets(name, Kind::Counter, "Bytes of these.", &|t| t.taken.map(|taken| taken.bytes));
+        let name = "cgtproxy_target_refused_packets_total";
+        let help = "Packets that no listener took, or that were about to leave another way.";
+        targets(name, Kind::Counter, help, &|target| target.refused.map(|r| r.packets));
+        // nothing is held
+        let help = "Packets of cgroups that the daemon had not looked at.";
+        metrics.family("cgtproxy_held_packets_total", Kind::Counter, help, [(Vec::new(), 0)]);
+        let listens = self.listens.iter().flat_map(|(name, listens)| {
+            listens.each().map(|([protocol, family], is)| -> Sample {
+                (vec![("target", name), ("protocol", protocol), ("family", family)], is.into())
+            })
+        });
+        let name = "cgtproxy_target_listener_up";
+        metrics.family(name, Kind::Gauge, "Whether TPROXY finds a listener.", listens);
+        let ways = self.ways.iter().flat_map(|(name, way)| {
+            ["ipv4", "ipv6"].into_iter().zip(way.closed).map(|(family, closed)| -> Sample {
+                (vec![("target", name), ("family", family)], closed.is_none().into())
+            })
+        });
+        let name = "cgtproxy_target_route_up";
+        metrics.family(name, Kind::Gauge, "Whether a route leads out.", ways);
+        let mut gateways = |name: &str, help: &str, value: fn(Counter) -> u64| {
+            let sample = |gateway| -> Option<Sample> {
+                let gateway: &GatewayView = gateway;
+                let labels = vec![("gateway", &*gateway.name), ("target", &*gateway.target)];
+                Some((labels, value(gateway.taken?)))
+            };
+            let samples = self.gateways().iter().filter_map(sample);
+            metrics.family(name, Kind::Counter, help, samples);
+        };
+        let help = "Packets that a gateway section took.";
+        gateways("cgtproxy_gateway_packets_total", help, |taken| taken.packets);
+        gateways("cgtproxy_gateway_bytes_total", "Bytes of these.", |taken| taken.bytes);
+        metrics.into_text()
     }
 
     fn json(&self) -> Json {
@@ -593,169 +687,6 @@ fn needs<'a>(config: &Config, view: &'a View, have: &BTreeSet<Entry>, priority: 
     }
 }
 
-/// Prints again every second until the reader goes away.
-fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
-    let style = Style::of_stdout();
-    let mut paths = BTreeMap::new();
-    let mut before: Option<(Instant, Totals)> = None;
-    loop {
-        let now = Instant::now();
-        let held = kernel.held()?;
-        let status = Status {
-            daemon: instance::holder(kernel)?,
-            unattended: None,
-            rootless: None,
-            held,
-            listens: BTreeMap::new(),
-            ways: BTreeMap::new(),
-            routing: Vec::new(),
-            hindrances: Vec::new(),
-            loops: Vec::new(),
-            warnings: Vec::new(),
-        };
-        let totals = Totals::of(&status);
-        let rates = before.map(|(then, old)| totals.since(&old, now - then));
-        if let Some(rates) = &rates {
-            let unknown = |id: &&u64| !paths.contains_key(*id);
-            if rates.busiest().iter().any(|(id, _)| unknown(&id)) {
-                paths = cgroup_paths(&config);
-            }
-        }
-        let mut text = String::new();
-        frame(&mut text, &status, rates.as_ref(), &paths, style);
-        if !super::write(&screen(text, style))? {
-            return Ok(ExitCode::SUCCESS);
-        }
-        before = Some((now, totals));
-        std::thread::sleep(EVERY.saturating_sub(now.elapsed()));
-    }
-}
-
-/// A frame as it goes out: in the place of the one before, and no more than fits, or on and on.
-fn screen(text: String, style: Style) -> String {
-    if !style.terminal {
-        return text + "\n";
-    }
-    // a terminal that does not know its size has 0 lines
-    let lines = sys::terminal_lines(std::io::stdout().as_fd()).unwrap_or(0);
-    let most = if lines > 1 { lines - 1 } else { usize::MAX };
-    let fits: Vec<&str> = text.split_inclusive('\n').take(most).collect();
-    // home, then clear what is below: the scroll-back stays
-    format!("\x1b[H\x1b[J{}", fits.concat())
-}
-
-/// The counters of one moment, or their growth a second.
-#[derive(Default)]
-struct Totals {
-    targets: BTreeMap<String, Counter>,
-    /// By cgroup id; the target as well. Empty where the sets have no counters.
-    cgroups: BTreeMap<u64, (String, Counter)>,
-}
-
-impl Totals {
-    fn of(status: &Status) -> Totals {
-        let mut totals = Totals::default();
-        for target in status.targets() {
-            if let Some(counter) = target.taken {
-                totals.targets.insert(target.name.clone(), counter);
-            }
-            let held = status.held.as_ref();
-            let elements = held.and_then(|held| held.cgroups.get(&target.name));
-            for element in elements.into_iter().flatten() {
-                if let Some(counter) = element.counter {
-                    let own = (target.name.clone(), counter);
-                    totals.cgroups.insert(element.id, own);
-                }
-            }
-        }
-        totals
-    }
-
-    /// The growth a second. A counter that went back (the table was replaced) has grown from zero.
-    fn since(&self, old: &Totals, time: Duration) -> Totals {
-        let seconds = time.as_secs_f64().max(0.001);
-        let rate = |new: Counter, old: Option<Counter>| {
-            let old = old.filter(|old| old.packets <= new.packets && old.bytes <= new.bytes);
-            let old = old.unwrap_or_default();
-            Counter {
-                packets: ((new.packets - old.packets) as f64 / seconds).round() as u64,
-                bytes: ((new.bytes - old.bytes) as f64 / seconds).round() as u64,
-            }
-        };
-        let targets = self
-            .targets
-            .iter()
-            .map(|(name, counter)| (name.clone(), rate(*counter, old.targets.get(name).copied())));
-        let cgroups = self.cgroups.iter().map(|(id, (target, counter))| {
-            let old = old.cgroups.get(id).filter(|(of, _)| of == target).map(|(_, c)| *c);
-            (*id, (target.clone(), rate(*counter, old)))
-        });
-        Totals { targets: targets.collect(), cgroups: cgroups.collect() }
-    }
-
-    /// The cgroups with most bytes, without those that have no packets.
-    fn busiest(&self) -> Vec<(u64, &(String, Counter))> {
-        let mut all: Vec<_> = (self.cgroups.iter())
-            .filter(|(_, (_, counter))| counter.packets > 0)
-            .map(|(id, own)| (*id, own))
-            .collect();
-        all.sort_by_key(|(id, (_, c))| (std::cmp::Reverse((c.bytes, c.packets)), *id));
-        all.truncate(TOP);
-        all
-    }
-}
-
-/// One picture of `--watch`.
-fn frame(
-    out: &mut String,
-    status: &Status,
-    rates: Option<&Totals>,
-    paths: &BTreeMap<u64, Vec<u8>>,
-    style: Style,
-) {
-    let _ = writeln!(out, "{}", status.headline());
-    if status.held.is_none() {
-        return;
-    }
-    let rows = status.targets().iter().map(|target| {
-        let rate = rates.and_then(|rates| rates.targets.get(&target.name));
-        [
-            Value::text(&target.name),
-            Value::number(Some(status.cgroups(&target.name))),
-            Value::number(rate.map(|rate| rate.packets)),
-            Value::bytes(rate.map(|rate| rate.bytes)),
-        ]
-    });
-    out.push('\n');
-    Rows { columns: &TARGET_RATES, rows: rows.collect() }.print(out, style);
-    out.push('\n');
-    let elements = status.held.iter().flat_map(|held| held.cgroups.values().flatten());
-    let mut elements = elements.peekable();
-    if elements.peek().is_some() && elements.all(|element| element.counter.is_none()) {
-        let _ = writeln!(out, "for each cgroup: set counters = cgroup in [global]");
-        return;
-    }
-    let busiest = rates.map(Totals::busiest).unwrap_or_default();
-    let rows = busiest.into_iter().map(|(id, (target, rate))| {
-        let path = match paths.get(&id) {
-            Some(path) => Value::path(path),
-            None => Value::text(&format!("cgroup id {id}")),
-        };
-        let (packets, bytes) = (Value::number(Some(rate.packets)), Value::bytes(Some(rate.bytes)));
-        [path, Value::text(target), packets, bytes]
-    });
-    Rows { columns: &CGROUP_RATES, rows: rows.collect() }.print(out, style);
-}
-
-/// The path of each cgroup by its id; empty where they cannot be found.
-fn cgroup_paths(config: &Rc<Config>) -> BTreeMap<u64, Vec<u8>> {
-    let Ok(Cgroups { core, .. }) = Cgroups::look(config.clone()) else {
-        return BTreeMap::new();
-    };
-    let all = core.tree().iter();
-    all.map(|(path, node)| (node.id, path.to_vec())).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -834,19 +765,5 @@ mod tests {
         });
         let missing = text(find(&prefix, &[nop]));
         assert_eq!(missing[2..4], [wants[0].replace("500", "300"), wants[1].replace("500", "300")]);
-    }
-
-    #[test]
-    fn rates_survive_a_replaced_table() {
-        let counter = |packets, bytes| Counter { packets, bytes };
-        let totals = |packets, bytes| Totals {
-            targets: [("a".to_string(), counter(packets, bytes))].into(),
-            cgroups: [(7, ("a".to_string(), counter(packets, bytes)))].into(),
-        };
-        let rates = totals(30, 3000).since(&totals(10, 1000), Duration::from_secs(2));
-        assert_eq!(rates.targets["a"], counter(10, 1000));
-        assert_eq!(rates.busiest(), [(7, &("a".to_string(), counter(10, 1000)))]);
-        let rates = totals(4, 400).since(&totals(10, 1000), Duration::from_secs(2));
-        assert_eq!(rates.targets["a"], counter(2, 200));
     }
 }

@@ -229,6 +229,12 @@ impl Kernel {
         }
     }
 
+    /// What the flows with this mark have carried; `None` where conntrack does not tell.
+    pub fn traffic(&mut self, mark: Mark) -> Option<Vec<conntrack::Traffic>> {
+        let request = |batch: &mut Batch| conntrack::get_marked(batch, mark.value, mark.mask);
+        self.nft.dump(&request, conntrack::parse_traffic).ok()?.ok()
+    }
+
     fn destroy(&mut self, socket: &Socket) -> std::result::Result<(), Errno> {
         let Some(diag) = self.diag.as_mut().filter(|_| can_destroy()) else {
             return Err(Errno::EOPNOTSUPP);
@@ -244,6 +250,13 @@ impl Kernel {
 
 fn answer<T>(asked: Result<std::result::Result<Option<T>, Errno>>) -> Option<T> {
     asked.ok()?.ok()?
+}
+
+/// Whether conntrack counts what flows carry (nf_conntrack_acct of
+/// Documentation/networking/nf_conntrack-sysctl.rst).
+pub fn conntrack_counts() -> bool {
+    let sysctl = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_acct");
+    sysctl.is_ok_and(|text| text.trim() == "1")
 }
 
 /// The ports that the kernel gives to sockets that ask for none.

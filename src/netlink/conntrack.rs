@@ -84,6 +84,42 @@ pub fn forget(batch: &mut Batch, value: u32, mask: u32) {
     batch.end(open);
 }
 
+/// What one flow has carried, where conntrack counts it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Traffic {
+    /// The kernel's number of the flow.
+    pub id: u32,
+    /// Bytes of the original direction, and of the other.
+    pub bytes: [u64; 2],
+}
+
+/// Asks for all flows whose mark is `value` in the bits of `mask`.
+pub fn get_marked(batch: &mut Batch, value: u32, mask: u32) {
+    let kind = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET;
+    let open = batch.begin(kind, NLM_F_REQUEST | NLM_F_DUMP);
+    // struct nfgenmsg
+    batch.header(&[NFPROTO_UNSPEC, 0, 0, 0]);
+    batch.u32_be(CTA_MARK, value);
+    batch.u32_be(CTA_MARK_MASK, mask);
+    batch.end(open);
+}
+
+/// Reads an answer to [`get_marked`]; `None` where it has no counters.
+pub fn parse_traffic(message: &Message) -> Option<Traffic> {
+    if message.kind != NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW {
+        return None;
+    }
+    let attrs = Attrs::after(message.body, 4);
+    let bytes = |which| {
+        let count = Attrs::new(attrs.clone().get(which)?).get(CTA_COUNTERS_BYTES)?.get(..8)?;
+        Some(u64::from_be_bytes(count.try_into().ok()?))
+    };
+    Some(Traffic {
+        id: parse::u32_be(attrs.clone().get(CTA_ID)?)?,
+        bytes: [bytes(CTA_COUNTERS_ORIG)?, bytes(CTA_COUNTERS_REPLY)?],
+    })
+}
+
 /// Reads the answer for a socket at `local`.
 pub fn parse(message: &Message, local: SocketAddr) -> Option<Flow> {
     if message.kind != NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW {
@@ -114,6 +150,28 @@ pub fn parse(message: &Message, local: SocketAddr) -> Option<Flow> {
 mod tests {
     use super::*;
     use crate::netlink::parse::Messages;
+
+    #[test]
+    fn what_a_flow_has_carried() {
+        let mut batch = Batch::new(0);
+        let open = batch.begin(NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW, 0);
+        batch.header(&[NFPROTO_IPV4, 0, 0, 0]);
+        for (which, bytes) in [(CTA_COUNTERS_ORIG, 7u64), (CTA_COUNTERS_REPLY, 1 << 40)] {
+            let nest = batch.nest(which);
+            batch.raw(CTA_COUNTERS_BYTES, &bytes.to_be_bytes());
+            batch.end_nest(nest);
+        }
+        batch.u32_be(CTA_ID, 9);
+        batch.end(open);
+        let message = Messages::new(batch.bytes()).next().unwrap();
+        let want = Traffic { id: 9, bytes: [7, 1 << 40] };
+        assert_eq!(parse_traffic(&message), Some(want));
+        for cut in 0..message.body.len() {
+            assert_eq!(parse_traffic(&Message { body: &message.body[..cut], ..message }), None);
+        }
+        get_marked(&mut batch, 1, 2);
+        assert_eq!(parse_traffic(&Messages::new(batch.bytes()).last().unwrap()), None);
+    }
 
     #[test]
     fn an_answer_names_who_spoke_first() {

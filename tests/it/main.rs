@@ -64,6 +64,7 @@ mod tools;
 mod traffic;
 mod users;
 mod waiting;
+mod watch;
 
 use std::time::{Duration, Instant};
 

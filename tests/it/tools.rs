@@ -48,20 +48,20 @@ impl From<Output> for Said {
     }
 }
 
-fn said(ground: &Ground, config: &str, args: &[&str]) -> Said {
+pub fn said(ground: &Ground, config: &str, args: &[&str]) -> Said {
     run_with(ground, config, args).into()
 }
 
 impl Daemon {
     /// A command with this daemon's configuration.
-    fn command(&self, args: &[&str]) -> Command {
+    pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(binary());
         command.arg("-c").arg(&self.config).args(args);
         command.stdin(Stdio::null());
         command
     }
 
-    fn ask(&self, args: &[&str]) -> Said {
+    pub fn ask(&self, args: &[&str]) -> Said {
         self.command(args).output().expect("start cgtproxy").into()
     }
 
@@ -928,14 +928,14 @@ fn exec_is_a_job_of_the_shell() {
 }
 
 /// A program on a pseudo-terminal of its own.
-struct Terminal {
-    child: Child,
-    master: OwnedFd,
+pub struct Terminal {
+    pub child: Child,
+    pub master: OwnedFd,
     seen: String,
 }
 
 impl Terminal {
-    fn open(command: &[&str]) -> Terminal {
+    pub fn open(command: &[&str]) -> Terminal {
         // SAFETY: integers and NUL-terminated strings; the descriptor is new, hence ours.
         let (master, name) = unsafe {
             let fd = libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC);
@@ -972,13 +972,13 @@ impl Terminal {
         Terminal { child, master, seen }
     }
 
-    fn say(&mut self, text: &str) {
+    pub fn say(&mut self, text: &str) {
         nix::unistd::write(&self.master, text.as_bytes()).expect("type");
     }
 
     /// Waits until the screen has shown `text`, and forgets what was before it.
     #[track_caller]
-    fn expect(&mut self, text: &str) {
+    pub fn expect(&mut self, text: &str) {
         let mut seen = std::mem::take(&mut self.seen);
         loop {
             if let Some(at) = seen.find(text) {
@@ -1872,6 +1872,7 @@ fn wrong_arguments_get_one_line_and_a_hint() {
         "flush x",
         "status x",
         "status --json --watch",
+        "status --prometheus --json",
         "status --yaml",
         "apps x",
         "apps --json --suggest",
@@ -2024,7 +2025,7 @@ fn completion_for_bash() {
         (&["cgtproxy", "-v", "st"], &["status"]),
         (
             &["cgtproxy", "status", "--"],
-            &["--config", "--help", "--json", "--verbose", "--version", "--watch"],
+            &["--config", "--help", "--json", "--prometheus", "--verbose", "--version", "--watch"],
         ),
         (
             &["cgtproxy", "apps", "--"],

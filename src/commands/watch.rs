@@ -1,0 +1,269 @@
+//! `status --watch`: what goes where a second, the busiest first. Counters are those of the table;
+//! what comes back, conntrack tells where it counts.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use super::screen::{Event, Screen};
+use super::status::Status;
+use super::table::{Column, Rows, Style, Value};
+use crate::cgroup::follow::Cgroups;
+use crate::config::Config;
+use crate::error::Result;
+use crate::kernel::sockets::conntrack_counts;
+use crate::kernel::Kernel;
+use crate::nft::view::Counter;
+
+/// How many cgroups are shown.
+const TOP: usize = 20;
+const EVERY: Duration = Duration::from_secs(1);
+
+const TARGETS: [Column; 5] = [
+    Column::left("TARGET"),
+    Column::right("CGROUPS"),
+    Column::right("PACKETS/S"),
+    Column::right("BYTES/S"),
+    Column::right("BACK/S"),
+];
+const GATEWAYS: [Column; 4] = [
+    Column::left("GATEWAY"),
+    Column::left("TARGET"),
+    Column::right("PACKETS/S"),
+    Column::right("BYTES/S"),
+];
+const CGROUPS: [Column; 4] = [
+    Column::left("CGROUP"),
+    Column::right("TARGET"),
+    Column::right("PACKETS/S"),
+    Column::right("BYTES/S"),
+];
+
+/// Prints again every second until the reader goes away or has seen enough.
+pub fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
+    let style = Style::of_stdout();
+    let mut screen = Screen::open(style)?;
+    let mut paths = BTreeMap::new();
+    let mut before: Option<(Instant, Totals)> = None;
+    loop {
+        let now = Instant::now();
+        let status = Status::glance(kernel)?;
+        let totals = Totals::of(&status, kernel);
+        let rates = before.map(|(then, old)| totals.since(&old, now - then));
+        if let Some(rates) = &rates {
+            let unknown = |id: &&u64| !paths.contains_key(*id);
+            if rates.busiest().iter().any(|(id, _)| unknown(&id)) {
+                paths = cgroup_paths(&config);
+            }
+        }
+        let mut text = String::new();
+        frame(&mut text, &status, rates.as_ref(), &paths, style);
+        let shown = screen.show(text)?;
+        before = Some((now, totals));
+        if !shown || screen.wait(EVERY.saturating_sub(now.elapsed()))? == Event::Quit {
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+}
+
+/// The counters of one moment, or their growth a second.
+#[derive(Default)]
+struct Totals {
+    targets: BTreeMap<String, Counter>,
+    /// In the order in which they are tried.
+    gateways: Vec<(String, Counter)>,
+    /// By cgroup id; the target as well. Empty where the sets have no counters.
+    cgroups: BTreeMap<u64, (String, Counter)>,
+    /// Bytes that came back, by flow; the target as well.
+    flows: HashMap<u32, (String, u64)>,
+    /// What came back a second.
+    back: BTreeMap<String, u64>,
+}
+
+impl Totals {
+    fn of(status: &Status, kernel: &mut Kernel) -> Totals {
+        let mut totals = Totals::default();
+        let counts = conntrack_counts();
+        for target in status.targets() {
+            let held = status.held.as_ref();
+            let elements = held.and_then(|held| held.cgroups.get(&target.name));
+            let mut own = None;
+            for element in elements.into_iter().flatten() {
+                if let Some(counter) = element.counter {
+                    own = Some(own.unwrap_or_default() + counter);
+                    totals.cgroups.insert(element.id, (target.name.clone(), counter));
+                }
+            }
+            // what goes direct passes no counter but those of its cgroups
+            if let Some(counter) = target.taken.or(own) {
+                totals.targets.insert(target.name.clone(), counter);
+            }
+            let flows = target.mark.filter(|_| counts).and_then(|mark| kernel.traffic(mark));
+            totals.back.extend(flows.iter().map(|_| (target.name.clone(), 0)));
+            let flows = flows.into_iter().flatten();
+            totals.flows.extend(flows.map(|flow| (flow.id, (target.name.clone(), flow.bytes[1]))));
+        }
+        let gateways = status.gateways().iter();
+        let gateways = gateways.map(|g| (g.name.clone(), g.taken.unwrap_or_default()));
+        totals.gateways.extend(gateways);
+        totals
+    }
+
+    /// The growth a second. A counter that went back (the table was replaced) has grown from zero.
+    fn since(&self, old: &Totals, time: Duration) -> Totals {
+        let seconds = time.as_secs_f64().max(0.001);
+        let a_second = |count: u64| (count as f64 / seconds).round() as u64;
+        let rate = |new: Counter, old: Option<Counter>| {
+            let old = old.filter(|old| old.packets <= new.packets && old.bytes <= new.bytes);
+            let old = old.unwrap_or_default();
+            Counter {
+                packets: a_second(new.packets - old.packets),
+                bytes: a_second(new.bytes - old.bytes),
+            }
+        };
+        let targets = self
+            .targets
+            .iter()
+            .map(|(name, counter)| (name.clone(), rate(*counter, old.targets.get(name).copied())));
+        let gateways = self.gateways.iter().enumerate().map(|(at, (name, counter))| {
+            let old = old.gateways.get(at).filter(|(old, _)| old == name).map(|(_, c)| *c);
+            (name.clone(), rate(*counter, old))
+        });
+        let cgroups = self.cgroups.iter().map(|(id, (target, counter))| {
+            let old = old.cgroups.get(id).filter(|(of, _)| of == target).map(|(_, c)| *c);
+            (*id, (target.clone(), rate(*counter, old)))
+        });
+        let mut back = self.back.clone();
+        for (id, (target, bytes)) in &self.flows {
+            let old = old.flows.get(id).filter(|(of, old)| of == target && old <= bytes);
+            *back.entry(target.clone()).or_default() += bytes - old.map_or(0, |(_, old)| *old);
+        }
+        back.values_mut().for_each(|bytes| *bytes = a_second(*bytes));
+        Totals {
+            targets: targets.collect(),
+            gateways: gateways.collect(),
+            cgroups: cgroups.collect(),
+            flows: HashMap::new(),
+            back,
+        }
+    }
+
+    /// The cgroups with most bytes, without those that have no packets.
+    fn busiest(&self) -> Vec<(u64, &(String, Counter))> {
+        let mut all: Vec<_> = (self.cgroups.iter())
+            .filter(|(_, (_, counter))| counter.packets > 0)
+            .map(|(id, own)| (*id, own))
+            .collect();
+        all.sort_by_key(|(id, (_, c))| (Reverse((c.bytes, c.packets)), *id));
+        all.truncate(TOP);
+        all
+    }
+}
+
+/// One picture.
+fn frame(
+    out: &mut String,
+    status: &Status,
+    rates: Option<&Totals>,
+    paths: &BTreeMap<u64, Vec<u8>>,
+    style: Style,
+) {
+    let _ = writeln!(out, "{}", status.headline());
+    if status.held.is_none() {
+        return;
+    }
+    let packets = |rate: Option<&Counter>| Value::number(rate.map(|rate| rate.packets));
+    let bytes = |rate: Option<&Counter>| Value::bytes(rate.map(|rate| rate.bytes));
+    // those with no rate keep their order
+    let busy = |rate: Option<&Counter>, back: u64| {
+        Reverse(rate.map_or(0, |rate| rate.bytes.saturating_add(back)))
+    };
+    let mut rows: Vec<_> = (status.targets().iter())
+        .map(|target| {
+            let rate = rates.and_then(|rates| rates.targets.get(&target.name));
+            let back = rates.and_then(|rates| rates.back.get(&target.name)).copied();
+            let row = [
+                Value::text(&target.name),
+                Value::number(Some(status.cgroups(&target.name))),
+                packets(rate),
+                bytes(rate),
+                Value::bytes(back),
+            ];
+            (busy(rate, back.unwrap_or(0)), row)
+        })
+        .collect();
+    rows.sort_by_key(|(busy, _)| *busy);
+    let rows = rows.into_iter().map(|(_, row)| row).collect();
+    out.push('\n');
+    Rows { columns: &TARGETS, rows }.print(out, style);
+    if !status.gateways().is_empty() {
+        let mut rows: Vec<_> = (status.gateways().iter().enumerate())
+            .map(|(at, gateway)| {
+                let rate = rates.and_then(|rates| rates.gateways.get(at)).map(|(_, rate)| rate);
+                let names = [&gateway.name, &gateway.target].map(|name| Value::text(name));
+                let [name, target] = names;
+                (busy(rate, 0), [name, target, packets(rate), bytes(rate)])
+            })
+            .collect();
+        rows.sort_by_key(|(busy, _)| *busy);
+        let rows = rows.into_iter().map(|(_, row)| row).collect();
+        out.push('\n');
+        Rows { columns: &GATEWAYS, rows }.print(out, style);
+    }
+    out.push('\n');
+    let elements = status.held.iter().flat_map(|held| held.cgroups.values().flatten());
+    let mut elements = elements.peekable();
+    if elements.peek().is_some() && elements.all(|element| element.counter.is_none()) {
+        let _ = writeln!(out, "for each cgroup: set counters = cgroup in [global]");
+        return;
+    }
+    let busiest = rates.map(Totals::busiest).unwrap_or_default();
+    let rows = busiest.into_iter().map(|(id, (target, rate))| {
+        let path = match paths.get(&id) {
+            Some(path) => Value::path(path),
+            None => Value::text(&format!("cgroup id {id}")),
+        };
+        [path, Value::text(target), packets(Some(rate)), bytes(Some(rate))]
+    });
+    Rows { columns: &CGROUPS, rows: rows.collect() }.print(out, style);
+}
+
+/// The path of each cgroup by its id; empty where they cannot be found.
+fn cgroup_paths(config: &Rc<Config>) -> BTreeMap<u64, Vec<u8>> {
+    let Ok(Cgroups { core, .. }) = Cgroups::look(config.clone()) else {
+        return BTreeMap::new();
+    };
+    let all = core.tree().iter();
+    all.map(|(path, node)| (node.id, path.to_vec())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_survive_a_replaced_table() {
+        let counter = |packets, bytes| Counter { packets, bytes };
+        let totals = |packets, bytes| Totals {
+            targets: [("a".to_string(), counter(packets, bytes))].into(),
+            gateways: vec![("lan".to_string(), counter(packets, bytes))],
+            cgroups: [(7, ("a".to_string(), counter(packets, bytes)))].into(),
+            flows: [(1, ("a".to_string(), bytes)), (2, ("a".to_string(), bytes))].into(),
+            back: [("a".to_string(), 0)].into(),
+        };
+        let rates = totals(30, 3000).since(&totals(10, 1000), Duration::from_secs(2));
+        assert_eq!(rates.targets["a"], counter(10, 1000));
+        assert_eq!(rates.gateways, [("lan".to_string(), counter(10, 1000))]);
+        assert_eq!(rates.busiest(), [(7, &("a".to_string(), counter(10, 1000)))]);
+        assert_eq!(rates.back["a"], 2000);
+        let rates = totals(4, 400).since(&totals(10, 1000), Duration::from_secs(2));
+        assert_eq!(rates.targets["a"], counter(2, 200));
+        // flows that are new, or whose number is
+        assert_eq!(rates.back["a"], 400);
+        let rates = totals(4, 400).since(&Totals::default(), Duration::from_secs(1));
+        assert_eq!(rates.back["a"], 800);
+    }
+}

@@ -1,0 +1,293 @@
+//! `status --watch`: what it shows, and what it does with a terminal; and `status --prometheus`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader};
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::ExitStatusExt;
+use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::sys::signal::{kill, Signal};
+use nix::sys::termios::{tcgetattr, LocalFlags};
+use nix::unistd::Pid;
+
+use crate::client::Client;
+use crate::daemon::{binary, Daemon};
+use crate::gateway::Lan;
+use crate::ground::{addr, sysctl, Ground, REMOTE4};
+use crate::tools::Terminal;
+use crate::wait_until;
+use crate::world::World;
+
+const CONFIG: &str = "[tproxy mihomo]\nport = 7893\n[tproxy idle]\nport = 7894\n\
+                      [rules]\nidle = /idle\nmihomo = /busy\ndirect = /busy/free\n";
+
+/// The first frames, as lists of lines.
+fn frames(daemon: &Daemon, count: usize) -> Vec<Vec<String>> {
+    let mut command = daemon.command(&["status", "--watch"]);
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("start cgtproxy");
+    let lines = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
+    let mut frames: Vec<Vec<String>> = Vec::new();
+    for line in lines.map_while(Result::ok) {
+        if line.starts_with("table inet") {
+            if frames.len() == count {
+                break;
+            }
+            frames.push(Vec::new());
+        }
+        frames.last_mut().expect("a headline").push(line);
+    }
+    let _ = child.kill();
+    let _ = child.wait();
+    frames
+}
+
+fn rows<'a>(frame: &'a [String], title: &str) -> Vec<Vec<&'a str>> {
+    let table = frame.iter().skip_while(|line| !line.starts_with(title));
+    let lines = table.skip(1).take_while(|line| !line.is_empty());
+    lines.map(|line| line.split("  ").map(str::trim).filter(|c| !c.is_empty()).collect()).collect()
+}
+
+/// A thread that sends some datagrams a second until it is dropped.
+struct Sender(Arc<AtomicBool>, Option<JoinHandle<()>>);
+
+impl Sender {
+    fn start(socket: UdpSocket, to: SocketAddr) -> Sender {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let work = move || {
+            while !stopped.load(Ordering::Relaxed) {
+                let _ = socket.send_to(b"who?", to);
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        };
+        Sender(stop, Some(std::thread::spawn(work)))
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+        let _ = self.1.take().map(JoinHandle::join);
+    }
+}
+
+#[test]
+fn both_directions_and_the_busiest_first() {
+    let ground = ground!("watch-both");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let [busy, free] = ["/busy", "/busy/free"].map(|path| ground.cgroup(path));
+    let lan = Lan::new(&ground);
+    let config = format!(
+        "[global]\ncounters = cgroup\n{CONFIG}\
+         [gateway quiet]\ninterface = br-guest\ntarget = idle\n\
+         [gateway lan]\ninterface = br-lan\ntarget = mihomo\n"
+    );
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let _floods = [&busy, &free].map(|at| Client::udp(at, addr(REMOTE4, 80)).flood().spawn());
+    let socket = lan.client(1).run(|| UdpSocket::bind(("0.0.0.0", 0)).expect("bind"));
+    let _client = Sender::start(socket, addr(REMOTE4, 80));
+    for counts in [false, true] {
+        sysctl("net/netfilter/nf_conntrack_acct", if counts { "1" } else { "0" });
+        crate::kernel::forget_flows();
+        let shown = frames(&daemon, 3);
+        let targets = rows(&shown[2], "TARGET");
+        let names: Vec<&str> = targets.iter().map(|row| row[0]).collect();
+        assert_eq!(names[..2], ["mihomo", "direct"], "{:#?}", shown[2]);
+        assert_ne!(targets[1][2], "0", "direct by its cgroup: {targets:?}");
+        let back = targets[0][4];
+        match counts {
+            false => assert_eq!(back, "-", "{targets:?}"),
+            true => assert!(!["-", "0 B"].contains(&back), "{targets:?}"),
+        }
+        let gateways = rows(&shown[2], "GATEWAY");
+        assert_eq!(gateways[0][..2], ["lan", "mihomo"], "{gateways:?}");
+        assert_ne!(gateways[0][2], "0", "{gateways:?}");
+        assert_eq!(gateways[1], ["quiet", "idle", "0", "0 B"]);
+    }
+    daemon.stop_clean();
+}
+
+/// Rows and columns of the terminal.
+fn resize(terminal: &Terminal, ws_row: u16, ws_col: u16) {
+    let size = libc::winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: reads one live struct winsize.
+    let rc = unsafe { libc::ioctl(terminal.master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) };
+    assert_eq!(rc, 0);
+}
+
+fn echoes(terminal: &Terminal) -> bool {
+    let flags = tcgetattr(&terminal.master).expect("the terminal's settings").local_flags;
+    flags.contains(LocalFlags::ECHO | LocalFlags::ICANON)
+}
+
+#[test]
+fn a_terminal_is_left_as_it_was() {
+    let ground = ground!("watch-terminal");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let (program, file) = (binary(), daemon.config.clone());
+    let command = [program.to_str(), Some("-c"), file.to_str(), Some("status"), Some("--watch")];
+    let command = command.map(|word| word.expect("UTF-8"));
+    let patience = Duration::from_secs(5);
+
+    let mut terminal = Terminal::open(&command);
+    resize(&terminal, 24, 80);
+    terminal.expect("TARGET");
+    assert!(!echoes(&terminal), "keys come one by one");
+    // another size is met at once, not with the next picture, and lines are cut
+    let redrawn = (0..10).any(|_| {
+        terminal.expect("\x1b[H\x1b[J");
+        terminal.expect("mihomo");
+        let began = std::time::Instant::now();
+        resize(&terminal, 3, 12);
+        terminal.expect("\x1b[H\x1b[J");
+        terminal.expect("table inet c\r\n\r\n");
+        let took = began.elapsed();
+        resize(&terminal, 24, 80);
+        took < Duration::from_millis(500)
+    });
+    assert!(redrawn, "it is not drawn anew at once");
+    terminal.say("xyz");
+    terminal.expect("TARGET");
+    terminal.say("q");
+    let ended = wait_until(patience, || terminal.child.try_wait().is_ok_and(|s| s.is_some()));
+    assert!(ended, "q does not end it");
+    assert_eq!(terminal.child.wait().expect("wait").code(), Some(0));
+    assert!(echoes(&terminal), "the terminal is not as it was");
+
+    // a signal ends it as it would without a terminal
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut terminal = Terminal::open(&command);
+        terminal.expect("TARGET");
+        assert!(!echoes(&terminal));
+        kill(Pid::from_raw(terminal.child.id() as i32), signal).expect("kill");
+        assert_eq!(terminal.child.wait().expect("wait").signal(), Some(signal as i32));
+        assert!(echoes(&terminal), "{signal}");
+    }
+    daemon.stop_clean();
+}
+
+/// A family: its kind, and the value of each sample by its labels.
+type Family = (String, BTreeMap<BTreeMap<String, String>, f64>);
+
+/// Reads the text format strictly: each family in one piece, HELP and TYPE in front, each sample
+/// once.
+fn parse(text: &str) -> Result<BTreeMap<String, Family>, String> {
+    let name = |name: &str, colon: bool| {
+        let first = name.chars().next().is_some_and(|c| c.is_ascii_alphabetic() || c == '_');
+        let is = |c: char| c.is_ascii_alphanumeric() || c == '_' || colon && c == ':';
+        (first && name.chars().all(is)).then(|| name.to_owned()).ok_or(format!("name {name:?}"))
+    };
+    let mut all: BTreeMap<String, Family> = BTreeMap::new();
+    let mut helped: BTreeSet<String> = BTreeSet::new();
+    let mut open: Option<String> = None;
+    if !text.ends_with('\n') {
+        return Err("no newline at the end".into());
+    }
+    for line in text.lines() {
+        let wrong = |why: &str| format!("{why}: {line:?}");
+        if let Some(rest) = line.strip_prefix("# HELP ") {
+            let (family, help) = rest.split_once(' ').ok_or(wrong("no help"))?;
+            let new = !help.is_empty() && helped.insert(name(family, true)?);
+            open = Some(family.into()).filter(|_| new);
+            open.as_ref().ok_or(wrong("told twice"))?;
+        } else if let Some(rest) = line.strip_prefix("# TYPE ") {
+            let (family, kind) = rest.split_once(' ').ok_or(wrong("no type"))?;
+            let known = ["counter", "gauge"].contains(&kind) && open.as_deref() == Some(family);
+            let total = (kind == "counter") == family.ends_with("_total");
+            let new = all.insert(family.into(), (kind.into(), BTreeMap::new())).is_none();
+            (known && total && new).then_some(()).ok_or(wrong("bad type"))?;
+        } else {
+            let (series, value) = line.rsplit_once(' ').ok_or(wrong("no value"))?;
+            let (family, labels) = match series.split_once('{') {
+                None => (series, ""),
+                Some((family, rest)) => (family, rest.strip_suffix('}').ok_or(wrong("no end"))?),
+            };
+            (open.as_deref() == Some(family)).then_some(()).ok_or(wrong("not in its place"))?;
+            let mut found = BTreeMap::new();
+            for label in labels.split(',').filter(|label| !label.is_empty()) {
+                let (key, value) = label.split_once("=\"").ok_or(wrong("bad label"))?;
+                let value = value.strip_suffix('"').ok_or(wrong("no quote"))?;
+                let new =
+                    !value.contains('"') && found.insert(name(key, false)?, value.into()).is_none();
+                new.then_some(()).ok_or(wrong("bad label"))?;
+            }
+            let value: f64 = value.parse().map_err(|_| wrong("no number"))?;
+            let family = all.get_mut(family).ok_or(wrong("no type"))?;
+            family.1.insert(found, value).map_or(Ok(()), |_| Err(wrong("twice")))?;
+        }
+    }
+    Ok(all)
+}
+
+#[test]
+fn metrics_in_the_text_format() {
+    let ground = ground!("metrics");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let busy = ground.cgroup("/busy");
+    let config = format!(
+        "{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = mihomo\n\
+         [route out]\ninterface = in0\n[route vpn]\ninterface = wg0\n"
+    );
+    let daemon = Daemon::start(&ground, &config, &[]);
+    crate::kernel::await_member(&busy, "mihomo");
+    let _ = Client::udp(&busy, addr(REMOTE4, 80)).run();
+    let text = daemon.ask(&["status", "--prometheus"]).out;
+    let found = parse(&text).unwrap_or_else(|why| panic!("{why}\n{text}"));
+    let value = |family: &str, labels: &[(&str, &str)]| {
+        let labels = labels.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        found.get(family).and_then(|(_, samples)| samples.get(&labels)).copied()
+    };
+    assert_eq!(value("cgtproxy_in_force", &[]), Some(1.0), "{text}");
+    assert_eq!(value("cgtproxy_daemon_up", &[]), Some(1.0));
+    let mihomo = [("target", "mihomo")];
+    assert_eq!(value("cgtproxy_target_packets_total", &mihomo), Some(1.0), "{text}");
+    assert_eq!(value("cgtproxy_target_cgroups", &mihomo), Some(1.0));
+    assert_eq!(value("cgtproxy_target_refused_packets_total", &mihomo), Some(0.0));
+    assert_eq!(value("cgtproxy_target_packets_total", &[("target", "direct")]), None);
+    let listener = |target, protocol, family| {
+        let labels = [("target", target), ("protocol", protocol), ("family", family)];
+        value("cgtproxy_target_listener_up", &labels)
+    };
+    assert_eq!(listener("mihomo", "tcp", "ipv4"), Some(1.0));
+    assert_eq!(listener("idle", "udp", "ipv6"), Some(0.0));
+    let way = |target| value("cgtproxy_target_route_up", &[("target", target), ("family", "ipv4")]);
+    assert_eq!([way("out"), way("vpn")], [Some(1.0), Some(0.0)], "{text}");
+    let lan = [("gateway", "lan"), ("target", "mihomo")];
+    assert_eq!(value("cgtproxy_gateway_bytes_total", &lan), Some(0.0));
+    // every family is in the manual page, and none other
+    let page = std::fs::read_to_string("conf/man/cgtproxy.8").expect("read the manual page");
+    let named: BTreeSet<&str> = page
+        .split(|c: char| !(c.is_ascii_lowercase() || c == '_'))
+        .filter(|word| word.starts_with("cgtproxy_"))
+        .collect();
+    assert_eq!(named, found.keys().map(String::as_str).collect(), "the page (left)");
+    daemon.stop_clean();
+    // nothing there: still metrics
+    let text = crate::tools::said(&ground, CONFIG, &["status", "--prometheus"]).out;
+    assert_eq!(parse(&text).expect("metrics")["cgtproxy_in_force"].1[&BTreeMap::new()], 0.0);
+}
+
+#[test]
+fn the_parser_is_strict() {
+    let good = "# HELP a A.\n# TYPE a gauge\na{b=\"c\"} 1\na 2\n";
+    assert_eq!(parse(good).expect("good")["a"].1.len(), 2);
+    for bad in [
+        "# HELP a A.\n# TYPE a gauge\na 1",
+        "# TYPE a gauge\na 1\n",
+        "# HELP a A.\na 1\n",
+        "# HELP a A.\n# TYPE a gauge\na 1\na 1\n",
+        "# HELP a A.\n# TYPE a counter\na 1\n",
+        "# HELP a A.\n# TYPE a gauge\nb 1\n",
+        "# HELP a A.\n# TYPE a gauge\na{b=c} 1\n",
+        "# HELP a A.\n# TYPE a gauge\na x\n",
+        "# HELP a A.\n# TYPE a gauge\na 1\n# HELP a A.\n",
+        "# HELP a-b A.\n# TYPE a-b gauge\na-b 1\n",
+    ] {
+        assert!(parse(bad).is_err(), "{bad:?}");
+    }
+}
