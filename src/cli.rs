@@ -14,7 +14,7 @@ use crate::options::{wrong, Options, DEFAULT_CONFIG};
 /// Name, arguments, what it does.
 pub const COMMANDS: [(&str, &str, &str); 8] = [
     ("run", "", "program the kernel and keep it in step, in the foreground (the default)"),
-    ("check", "", "validate the configuration, then look at this host"),
+    ("check", "[--json]", "validate the configuration, then look at this host"),
     ("explain", "PATH… | --pid PID…", "say which rule decides for a cgroup, and why"),
     ("show", "", "print the table that run would load, as an nft script"),
     (
@@ -42,6 +42,9 @@ fn options(command: &str) -> getopts::Options {
     match command {
         "explain" => {
             options.optflag("", "pid", "the arguments are process ids");
+        }
+        "check" => {
+            options.optflag("", "json", "print JSON");
         }
         "status" => {
             options.optflag("", "json", "print JSON");
@@ -170,7 +173,7 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         return Err(wrong(format!("{command} takes no argument: \"{extra}\"")));
     }
     match &*command {
-        "check" => commands::check::check(&given),
+        "check" => commands::check::check(&given, matches.opt_present("json")),
         "explain" => match (matches.opt_present("pid"), rest.is_empty()) {
             (true, true) => Err(wrong("explain --pid needs a PID")),
             (false, true) => Err(wrong("explain needs a PATH, or --pid and a PID")),

@@ -21,26 +21,33 @@ fn uses(config: &Config, index: usize) -> [bool; 2] {
     [own, config.gateways.iter().any(|gateway| is(gateway.target))]
 }
 
-/// Everything that can be told without the cgroups.
-pub fn of_host(config: &Config, host: &Host) -> Vec<Finding> {
-    let mut findings = Vec::new();
+/// Everything that can be told without the cgroups, each with what it is about.
+pub fn of_host(config: &Config, host: &Host) -> Vec<(&'static str, Finding)> {
+    let mut all = Vec::new();
+    let mut add = |about, findings: Vec<Finding>| {
+        all.extend(findings.into_iter().map(|finding| (about, finding)));
+    };
     for (index, tproxy) in config.tproxies.iter().enumerate() {
         let [own, routed] = uses(config, index);
         if own || routed {
-            listens(tproxy, [own, routed], host, &mut findings);
-            resolves(tproxy, routed, host, &mut findings);
+            let (mut listener, mut resolver) = (Vec::new(), Vec::new());
+            listens(tproxy, [own, routed], host, &mut listener);
+            resolves(tproxy, routed, host, &mut resolver);
+            add("listener", listener);
+            add("resolver", resolver);
         } else {
             let name = &tproxy.outlet.name;
-            findings.push(Ok(format!("[tproxy {name}]: no rule and no gateway names it")));
+            let text = format!("[tproxy {name}]: no rule and no gateway names it");
+            add("tproxy-unused", vec![Ok(text)]);
         }
     }
-    findings.extend(absent(config, host).map(Err));
+    add("gateway-interface", absent(config, host).map(Err).collect());
     if !config.tproxies.is_empty() && host.interfaces.iter().flatten().any(is_lo_down) {
         let text =
             "lo is down: what goes to a tproxy is dropped until it is up (ip link set lo up)";
-        findings.push(Err(text.into()));
+        add("lo", vec![Err(text.into())]);
     }
-    findings
+    all
 }
 
 fn is_lo_down(interface: &Link) -> bool {

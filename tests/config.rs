@@ -1522,3 +1522,19 @@ fn what_is_taken() {
         assert_eq!(take(index, l4, to), want, "{index} {to}");
     }
 }
+
+/// What findings of `check` are about has its place in cgtproxy(8), and in the code.
+#[test]
+fn findings_are_documented() {
+    use cgtproxy::commands::check::ABOUT;
+    let (_, page) = shipped("conf/man/cgtproxy.8");
+    let part = page.split(".Ss check --json\n").nth(1).expect("a part on it");
+    let part = part.split("\n.It Cm severity").next().expect("its end");
+    let named = part.lines().filter_map(|line| line.strip_prefix(".Ql "));
+    let named: Vec<&str> = named.map(|name| name.trim_end_matches(" ,")).collect();
+    assert_eq!(named, ABOUT);
+    let code = ["src/commands/check.rs", "src/faults.rs"].map(|path| shipped(path).1).concat();
+    for about in ABOUT {
+        assert!(code.matches(&format!("\"{about}\"")).count() >= 2, "nothing is about {about}");
+    }
+}

@@ -50,6 +50,7 @@ _cgtproxy() {
 			"") options+=" --pidfile --syslog --ready-fd --no-seccomp --wait" ;;
 			run) options+=" --pidfile --syslog --ready-fd --no-seccomp --wait" ;;
 			explain) options+=" --pid" ;;
+			check) options+=" --json" ;;
 			status) options+=" --json --prometheus --watch" ;;
 			apps) options+=" --json --suggest" ;;
 			exec) options+=" --user" ;;

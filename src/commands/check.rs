@@ -19,6 +19,7 @@ use crate::daemon;
 use crate::error::{reason, Error, Result};
 use crate::faults;
 use crate::host::Host;
+use crate::json::Json;
 use crate::kernel::{self, Kernel};
 use crate::log;
 use crate::log::Level;
@@ -65,11 +66,63 @@ impl Severity {
     }
 }
 
+/// What findings may be about: told in JSON, where programs know a finding by it whatever its words.
+/// cgtproxy(8) has all of them.
+pub const ABOUT: [&str; 27] = [
+    "config",
+    "config-owner",
+    "cgroup-root",
+    "cgroup-level",
+    "rule",
+    "inotify",
+    "stray-service",
+    "cgroup-v1-controller",
+    "capability",
+    "kernel-feature",
+    "tproxy-unused",
+    "listener",
+    "shared-port",
+    "resolver",
+    "nsswitch",
+    "gateway-interface",
+    "bridge-netfilter",
+    "lo",
+    "loop",
+    "bound-socket",
+    "route",
+    "routing",
+    "foreign-table",
+    "foreign-chain",
+    "sysctl",
+    "saved-ruleset",
+    "conntrack-accounting",
+];
+
+/// Of the shape that `--json` prints; documented in cgtproxy(8).
+const JSON_VERSION: u64 = 1;
+
+struct Finding {
+    severity: Severity,
+    /// One of [`ABOUT`].
+    about: &'static str,
+    text: String,
+}
+
 /// What was found, in the order in which it was looked for.
 #[derive(Default)]
-struct Findings(Vec<(Severity, String)>);
+struct Findings {
+    all: Vec<Finding>,
+    about: &'static str,
+}
 
 impl Findings {
+    /// What the findings from here on are about.
+    fn about(&mut self, about: &'static str) -> &mut Findings {
+        debug_assert!(ABOUT.contains(&about), "{about}");
+        self.about = about;
+        self
+    }
+
     fn ok(&mut self, text: impl AsRef<str>) {
         self.add(Severity::Ok, text.as_ref());
     }
@@ -84,11 +137,12 @@ impl Findings {
 
     fn add(&mut self, kind: Severity, text: &str) {
         // a file name may hold a newline: one finding is one line
-        self.0.push((kind, text.replace('\n', " ")));
+        let text = text.replace('\n', " ");
+        self.all.push(Finding { severity: kind, about: self.about, text });
     }
 
     fn count(&self, kind: Severity) -> usize {
-        self.0.iter().filter(|(found, _)| *found == kind).count()
+        self.all.iter().filter(|found| found.severity == kind).count()
     }
 
     fn summary(&self) -> String {
@@ -100,23 +154,42 @@ impl Findings {
 
     /// The worst last, where a terminal shows it, and then how many.
     fn text(&self, reader: Reader) -> String {
-        let mut found: Vec<&(Severity, String)> = self.0.iter().collect();
-        found.sort_by_key(|(kind, _)| *kind);
-        found.retain(|(kind, _)| reader == Reader::Person || *kind > Severity::Ok);
+        let mut found: Vec<&Finding> = self.all.iter().collect();
+        found.sort_by_key(|found| found.severity);
+        found.retain(|found| reader == Reader::Person || found.severity > Severity::Ok);
         let mut text = String::new();
-        for (kind, finding) in found {
+        for Finding { severity, text: finding, .. } in found {
             text += &match reader {
-                Reader::Journal => log::line(true, kind.level(), finding),
-                Reader::Person | Reader::Log => format!("{}: {finding}\n", kind.name()),
+                Reader::Journal => log::line(true, severity.level(), finding),
+                Reader::Person | Reader::Log => format!("{}: {finding}\n", severity.name()),
             };
         }
         text + &self.summary() + "\n"
     }
 
+    fn json(&self) -> Json {
+        let finding = |found: &Finding| {
+            Json::Object(vec![
+                ("id", Json::text(found.about)),
+                ("severity", Json::text(found.severity.name())),
+                ("text", Json::text(&found.text)),
+            ])
+        };
+        let count = |severity| Json::Number(self.count(severity) as u64);
+        Json::Object(vec![
+            ("version", Json::Number(JSON_VERSION)),
+            ("errors", count(Severity::Error)),
+            ("warnings", count(Severity::Warning)),
+            ("ok", count(Severity::Ok)),
+            ("findings", Json::List(self.all.iter().map(finding).collect())),
+        ])
+    }
+
     /// Sends what is wrong to syslog, where it is asked for.
     fn log(&self) {
-        let wrong = || self.0.iter().filter(|(kind, _)| *kind > Severity::Ok);
-        wrong().for_each(|(kind, text)| log::write(kind.level(), format_args!("{text}")));
+        let wrong = || self.all.iter().filter(|found| found.severity > Severity::Ok);
+        wrong()
+            .for_each(|found| log::write(found.severity.level(), format_args!("{}", found.text)));
         if wrong().next().is_some() {
             log!(Notice, "check: {}", self.summary());
         }
@@ -133,7 +206,7 @@ enum Reader {
     Journal,
 }
 
-pub fn check(options: &Options) -> Result<ExitCode> {
+pub fn check(options: &Options, json: bool) -> Result<ExitCode> {
     let mut findings = Findings::default();
     let (config, wrong) = configuration(options, &mut findings)?;
     look_at_host(&Rc::new(config), &mut findings)?;
@@ -147,7 +220,10 @@ pub fn check(options: &Options) -> Result<ExitCode> {
         findings.log();
         log::configure(Level::Notice.louder(options.verbose), false);
     }
-    super::print(&findings.text(reader))?;
+    super::print(&match json {
+        true => format!("{}\n", findings.json()),
+        false => findings.text(reader),
+    })?;
     Ok(ExitCode::from(match (wrong, findings.count(Severity::Error)) {
         (true, _) => 2,
         (false, 0) => 0,
@@ -156,10 +232,12 @@ pub fn check(options: &Options) -> Result<ExitCode> {
 }
 
 fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
-    let core = cgroups(config, findings);
-    rules(config, core.as_ref(), findings);
+    let core = cgroups(config, findings.about("cgroup-root"));
+    rules(config, core.as_ref(), findings.about("rule"));
+    findings.about("stray-service");
     strays::find().into_iter().for_each(|line| findings.warning(line));
-    old_controllers(findings);
+    old_controllers(findings.about("cgroup-v1-controller"));
+    findings.about("capability");
     match sys::has_net_admin() {
         false => findings.warning(
             "without CAP_NET_ADMIN, what nf_tables can do is not looked at: check as root",
@@ -169,21 +247,23 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
                 0 => "CAP_NET_ADMIN is in effect, and the one capability that run keeps",
                 _ => "CAP_NET_ADMIN is in effect; run keeps that and CAP_DAC_READ_SEARCH",
             });
-            features(config, findings);
-            levels(findings);
+            features(config, findings.about("kernel-feature"));
+            levels(findings.about("cgroup-level"));
         }
     }
     host(config, core.as_ref(), findings);
-    shared_ports(config, findings);
+    shared_ports(config, findings.about("shared-port"));
     routing(config, findings);
     others(config, findings);
-    sysctls(findings);
-    saved_rulesets(findings);
+    sysctls(findings.about("sysctl"));
+    accounting(config, findings.about("conntrack-accounting"));
+    saved_rulesets(findings.about("saved-ruleset"));
     Ok(())
 }
 
 /// The configuration to look at the host with, and whether it is wrong; then the default stands in.
 fn configuration(options: &Options, findings: &mut Findings) -> Result<(Config, bool)> {
+    findings.about("config");
     match options.load(false) {
         Ok(None) => {
             let what = "is absent: the built-in default is used, everything direct";
@@ -191,7 +271,8 @@ fn configuration(options: &Options, findings: &mut Findings) -> Result<(Config, 
             Ok((Config::default(), false))
         }
         Ok(Some(config)) => {
-            let wrong = refused(options, &[], findings);
+            let wrong = refused(options, &[], findings.about("config-owner"));
+            findings.about("config");
             let (tproxies, rules) = (config.tproxies.len(), config.rule_lines().count());
             if !wrong {
                 let name = options.config_file().display();
@@ -205,7 +286,7 @@ fn configuration(options: &Options, findings: &mut Findings) -> Result<(Config, 
         }
         Err(Error::Usage(problems)) => {
             problems.iter().for_each(|problem| findings.error(problem));
-            refused(options, &problems, findings);
+            refused(options, &problems, findings.about("config-owner"));
             Ok((Config::default(), true))
         }
         Err(error) => Err(error),
@@ -272,7 +353,7 @@ fn cgroups(config: &Rc<Config>, findings: &mut Findings) -> Option<Core> {
     }
     match Cgroups::look(config.clone()).map(|cgroups| cgroups.core) {
         Ok(core) if !core.tree().is_empty() => {
-            watches(core.tree().len(), findings);
+            watches(core.tree().len(), findings.about("inotify"));
             return Some(core);
         }
         Ok(_) => findings.error(watch::unreadable(&root.dir).to_string()),
@@ -463,21 +544,24 @@ fn judge_features(features: &[Feature], said: &[Option<Errno>], findings: &mut F
 /// What the configuration needs of this host: listeners, resolvers, interfaces.
 fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
     let host = Host::look();
-    for finding in faults::of_host(config, &host) {
+    for (about, finding) in faults::of_host(config, &host) {
+        findings.about(about);
         match finding {
             Ok(text) => findings.ok(text),
             Err(text) => findings.warning(text),
         }
     }
     if let Some(core) = core {
-        let lines = [super::loops(config, &host, core), super::bound(config, &host, core)];
-        lines.iter().flatten().for_each(|text| findings.warning(text));
+        findings.about("loop");
+        super::loops(config, &host, core).iter().for_each(|text| findings.warning(text));
+        findings.about("bound-socket");
+        super::bound(config, &host, core).iter().for_each(|text| findings.warning(text));
     }
-    bridges(&faults::bridges(config, &host), findings);
+    bridges(&faults::bridges(config, &host), findings.about("bridge-netfilter"));
     let hijacks = config.outlets().any(Outlet::hijacks_dns);
     let names = fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default();
     if hijacks && asks_resolved(&names) {
-        findings.warning(
+        findings.about("nsswitch").warning(
             "/etc/nsswitch.conf has \"resolve\" in hosts: applications then ask systemd-resolved \
              by a socket of its own, not by port 53, and dns-hijack does not see it: remove that \
              word, and \"dns\" asks by port 53",
@@ -538,6 +622,7 @@ fn routing(config: &Config, findings: &mut Findings) {
     let mut dropped = BTreeSet::new();
     let found = Kernel::open().and_then(|mut kernel| {
         needs.links = kernel.links_of(&needs);
+        findings.about("route");
         needs.ways.iter().for_each(|way| way_out(way, &needs.links, findings));
         for family in Family::BOTH {
             let seen = kernel.seen(family, &needs.tables())?;
@@ -551,6 +636,7 @@ fn routing(config: &Config, findings: &mut Findings) {
         }
         Ok(())
     });
+    findings.about("routing");
     if let Err(error) = found {
         return findings.error(error.to_string());
     }
@@ -644,11 +730,12 @@ fn others(config: &Config, findings: &mut Findings) {
     }
     let rules = Kernel::open().and_then(|mut kernel| kernel.rules());
     if rules.is_ok_and(|rules| view::View::of(&rules).foreign) {
-        findings.warning(format!("{}: run replaces it", view::FOREIGN));
+        findings.about("foreign-table").warning(format!("{}: run replaces it", view::FOREIGN));
     }
     if config.tproxies.is_empty() {
         return;
     }
+    findings.about("foreign-chain");
     match Kernel::open().and_then(|mut kernel| kernel.others(&Ours::of(config))) {
         Ok(found) => found.iter().for_each(|text| findings.warning(text)),
         Err(error) => findings.warning(error.to_string()),
@@ -673,6 +760,17 @@ fn sysctls(findings: &mut Findings) {
     }
     if !kernel::routing::ipv6_is_on() {
         findings.ok("IPv6 is off on lo: IPv4 alone is routed to the proxies");
+    }
+}
+
+/// Whether `status --watch` can tell what comes back.
+fn accounting(config: &Config, findings: &mut Findings) {
+    let known = Path::new("/proc/sys/net/netfilter/nf_conntrack_acct").exists();
+    if known && !config.tproxies.is_empty() && !kernel::sockets::conntrack_counts() {
+        findings.ok(
+            "net.netfilter.nf_conntrack_acct is 0: status --watch shows what is sent; with 1 it \
+             shows what comes back as well",
+        );
     }
 }
 

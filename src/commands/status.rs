@@ -11,7 +11,7 @@ use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount;
 use crate::config::{Config, Route};
 use crate::error::Result;
-use crate::faults::{self, Finding};
+use crate::faults;
 use crate::host::Host;
 use crate::instance;
 use crate::json::Json;
@@ -274,7 +274,8 @@ impl Status {
         let (mut warnings, mut loops) = (Vec::new(), Vec::new());
         if held.is_some() {
             let [circles, bound] = in_vain(config, &host);
-            warnings.extend(faults::of_host(config, &host).into_iter().filter_map(Finding::err));
+            let found = faults::of_host(config, &host).into_iter();
+            warnings.extend(found.filter_map(|(_, finding)| finding.err()));
             warnings.extend(bound);
             loops = circles;
         }

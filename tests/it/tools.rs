@@ -1245,6 +1245,42 @@ fn check_finds_nothing_wrong_where_nothing_is() {
 }
 
 /// In the journal, each line has its priority, and only what is wrong is told.
+/// The same findings as in text, each with an id; the exit status is the same too.
+#[test]
+fn check_in_json() {
+    let ground = ground!("check-json");
+    for (config, want) in [(CONFIG, Some(0)), ("[rules]\nmihomo = /a\n", Some(2))] {
+        let [text, json] =
+            [&["check"][..], &["check", "--json"]].map(|args| said(&ground, config, args));
+        assert_eq!((text.code, json.code), (want, want), "{}", text.out);
+        crate::json::is_documented("check", &json.out);
+        let lines = query(
+            &json.out,
+            "'\\n'.join(sorted(f['severity'] + ': ' + f['text'] for f in d['findings']))",
+        );
+        let mut shown: Vec<&str> = text.out.lines().collect();
+        let counts = shown.pop().expect("a summary");
+        shown.sort_unstable();
+        // the files' names differ by a number
+        let without = |text: &str| text.replace(|c: char| c.is_ascii_digit(), "");
+        assert_eq!(without(&lines), without(&shown.join("\n")));
+        let errors = query(&json.out, "d['errors']");
+        assert!(counts.starts_with(&format!("{errors} error")), "{counts}");
+        let about = |id: &str| {
+            query(
+                &json.out,
+                &format!("[f['severity'] for f in d['findings'] if f['id'] == '{id}']"),
+            )
+        };
+        match want {
+            Some(0) => assert_eq!(about("listener"), "['warning', 'warning']"),
+            _ => assert_eq!(about("config"), "['error']"),
+        }
+        assert_eq!(about("cgroup-root"), "['ok']");
+        assert_eq!(about("kernel-feature"), "['ok']");
+    }
+}
+
 #[test]
 fn check_tells_the_journal_what_is_wrong() {
     let ground = ground!("check-journal");
@@ -1958,6 +1994,7 @@ fn a_closed_or_full_output() {
         &["status", "--watch"],
         &["apps"],
         &["check"],
+        &["check", "--json"],
         &["explain", "/a"],
         &["--help"],
         &["--version"],
