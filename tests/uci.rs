@@ -1,10 +1,12 @@
 //! OpenWrt's /etc/config/cgtproxy as the file that cgtproxy reads: init/openwrt/uci, under the
 //! shells that are here and a stand-in of uci, or the real one that CGTPROXY_UCI names.
 
+use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use cgtproxy::config::keys::Kind;
 
@@ -342,4 +344,128 @@ fn the_object_of_ubus() {
     has(status.clone(), r#""a\tb\u0001\"","#);
     has(status, "\"enabled\": true");
     has(router.call("nothing", "{}"), "no method");
+}
+
+const LUCI: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/init/openwrt/luci-app-cgtproxy");
+
+/// A status with a target, a missing ip rule and a configuration that was refused; an application;
+/// what check finds wrong; a host.
+const REPLIES: &str = r#"{
+    "status": {"status": {"in_force": true, "default": "direct", "targets": [
+            {"name": "mihomo", "listens": {"tcp": true, "udp": false}, "bytes": 1, "cgroups": 1},
+            {"name": "direct", "listens": null, "bytes": null}],
+        "rules": [{"family": "ipv6", "text": "RULE", "present": false}], "routes": []},
+        "refused": ["WHY"], "enabled": true},
+    "apps": {"apps": {"apps": [{"cgroup": "/services/aria2/instance1", "user": "u", "uid": 5, "flows": 1,
+        "protocols": ["tcp"], "remotes": ["203.0.113.7"], "target": "mihomo", "rule": {"match": "service:aria2"}}]}},
+    "check": {"exit": 2, "findings": ["ok: fine", "warning: WARN", "error: WRONG", "1 error"]},
+    "getHostHints": {"02:00:00:00:00:AA": {"name": "tv"}}
+}"#;
+
+/// What the pages of LuCI do with stand-ins of what LuCI has; nothing where there is no node.
+fn pages() -> Option<BTreeSet<String>> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut command = Command::new("node");
+    command.arg(here.join("tests/init/views.mjs")).arg(LUCI);
+    let Ok(mut node) = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn() else {
+        println!("SKIP: the pages of LuCI: no node");
+        return None;
+    };
+    node.stdin.take().unwrap().write_all(REPLIES.as_bytes()).unwrap();
+    let output = node.wait_with_output().unwrap();
+    assert!(output.status.success(), "a page fails, see above");
+    Some(String::from_utf8(output.stdout).unwrap().lines().map(String::from).collect())
+}
+
+#[test]
+fn pages_and_keys() {
+    let Some(pages) = pages() else { return };
+    let mut missing: Vec<_> = (Kind::ALL.into_iter())
+        .flat_map(|kind| kind.keys().map(move |key| (kind, key)))
+        .map(|(kind, key)| {
+            let section = if kind == Kind::Global { "cgtproxy" } else { kind.name() };
+            format!("option {section} {}", key.name.replace('-', "_"))
+        })
+        .filter(|option| !pages.contains(option))
+        .collect();
+    // for files alone
+    missing.retain(|option| !NOT_IN_PAGES.contains(&option.as_str()));
+    assert!(missing.is_empty(), "no page has {missing:?}");
+    let known = |option: &str| {
+        let (section, name) = option.split_once(' ').unwrap();
+        let ours: &[&str] = match section {
+            "cgtproxy" => &["enabled", "manual", "conffile"],
+            "rule" => &["enabled", "name", "target", "service", "app", "user", "group", "match"],
+            "gateway" => &["enabled", "name", "network"],
+            _ => &["enabled", "name"],
+        };
+        let mut kinds = Kind::ALL.into_iter().filter(|kind| match kind {
+            Kind::Global => section == "cgtproxy",
+            kind => section == kind.name(),
+        });
+        let is_key = |kind: Kind| kind.keys().any(|key| key.name.replace('-', "_") == name);
+        ours.contains(&name) || kinds.any(is_key)
+    };
+    for option in pages.iter().filter_map(|line| line.strip_prefix("option ")) {
+        assert!(known(option), "a page has {option}, which nothing knows");
+    }
+}
+
+/// Keys that only a file, or UCI by hand, can say.
+const NOT_IN_PAGES: [&str; 2] = ["option cgtproxy hold", "option cgtproxy containers"];
+
+#[test]
+fn pages_have_the_rights_that_they_need() {
+    let Some(pages) = pages() else { return };
+    let rights =
+        fs::read_to_string(format!("{LUCI}/root/usr/share/rpcd/acl.d/luci-app-cgtproxy.json"));
+    let rights: String = rights.unwrap().split_whitespace().collect();
+    let calls = |object: &str| {
+        let of =
+            |line: &String| Some(format!("\"{}\"", line.strip_prefix(&format!("call {object} "))?));
+        let mut calls: Vec<_> = pages.iter().filter_map(of).collect();
+        calls.sort();
+        calls
+    };
+    for object in ["cgtproxy", "luci-rpc"] {
+        let (_, given) = rights.split_once(&format!("\"{object}\":[")).unwrap();
+        let mut given: Vec<_> = given.split(']').next().unwrap().split(',').collect();
+        given.sort();
+        assert_eq!(given, calls(object), "{object}");
+    }
+    assert_eq!(rights.matches(r#""uci":["cgtproxy","network"]"#).count(), 1, "to read");
+    assert_eq!(rights.matches(r#""write":{"uci":["cgtproxy"]}"#).count(), 1, "to write");
+    assert_eq!(pages.iter().filter(|line| line.starts_with("call ")).count(), 4);
+}
+
+#[test]
+fn pages_say_what_is_wrong() {
+    let Some(pages) = pages() else { return };
+    for said in [
+        "modal The last configuration was refused",
+        "text WHY",
+        "modal This configuration is refused",
+        "text WRONG",
+        "text warning: WARN",
+        "text ip -6 rule add RULE",
+        "text nothing listens",
+    ] {
+        assert_eq!(pages.contains(said), said != "text nothing listens", "{said}");
+    }
+    assert!(!pages.contains("applied"), "what check refuses is not applied");
+}
+
+#[test]
+fn pages_can_be_translated() {
+    let template = fs::read_to_string(format!("{LUCI}/po/templates/cgtproxy.pot")).unwrap();
+    let has =
+        |text: &str| template.contains(&format!("\nmsgid \"{}\"\n", text.replace('"', "\\\"")));
+    let menu =
+        fs::read_to_string(format!("{LUCI}/root/usr/share/luci/menu.d/luci-app-cgtproxy.json"));
+    for title in menu.unwrap().split("\"title\": \"").skip(1) {
+        assert!(has(title.split('"').next().unwrap()), "{title}");
+    }
+    for string in pages().iter().flatten().filter_map(|line| line.strip_prefix("string ")) {
+        assert!(has(string), "not in the template: {string}");
+    }
 }

@@ -1,0 +1,63 @@
+'use strict';
+'require view';
+'require form';
+'require uci';
+'require cgtproxy.tools as tools';
+
+/* What services and users talk now, and their cgroups as patterns that match them alone. */
+function offered(apps) {
+	const service = new Set(), user = new Set(), match = new Set();
+	for (const app of apps) {
+		const name = /^\/(?:services\/|openrc\.)([A-Za-z0-9_.-]+)/.exec(app.cgroup);
+		if (name)
+			service.add(name[1]);
+		/* everything on a router is root's */
+		if (app.user && app.uid)
+			user.add(app.user);
+		if (app.cgroup && app.cgroup != '/')
+			match.add(app.cgroup.replace(/[\\.*+?()|\[\]{}^$]/g, '\\$&'));
+	}
+	return { service: service, user: user, match: match };
+}
+
+return view.extend({
+	load: () => Promise.all([ tools.apps(), tools.status(), uci.load('cgtproxy') ]),
+
+	render: function([ apps, status ]) {
+		const choices = offered(apps);
+		const map = new form.Map('cgtproxy', _('Rules'),
+			_('The first rule that covers an application decides; what no rule covers goes by default. Drag to reorder.'));
+		map.readonly = !L.hasViewPermission();
+		const s = map.section(form.GridSection, 'rule');
+		s.anonymous = s.addremove = s.sortable = s.nodescriptions = true;
+		s.modaltitle = _('Rule');
+		let o = s.option(form.Flag, 'enabled', _('Enabled'));
+		o.default = '1';
+		o.editable = true;
+		o = s.option(form.Value, 'name', _('Name'));
+		o.modalonly = true;
+		o.validate = tools.one_line;
+		o = s.option(form.ListValue, 'target', _('Target'));
+		tools.targets().forEach(name => o.value(name));
+		o.rmempty = false;
+		for (const [ name, title, description ] of [
+			[ 'service', _('Services'), _('By the name of the service') ],
+			[ 'app', _('Applications'), _('By the name of the desktop file') ],
+			[ 'user', _('Users'), _('Names, or numbers and ranges of them') ],
+			[ 'group', _('Groups'), null ],
+			[ 'match', _('Cgroups'), _('Regular expressions on the whole path; what is below is covered too') ]
+		]) {
+			o = s.option(form.DynamicList, name, title, description);
+			o.rmempty = o.optional = true;
+			o.validate = tools.one_line;
+			for (const value of (choices[name] || []))
+				o.value(value);
+		}
+		tools.tell_refused(status);
+		return map.render();
+	},
+
+	handleSaveApply: function(ev, mode) {
+		return tools.save_and_apply(this, ev, mode);
+	}
+});
