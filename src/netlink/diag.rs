@@ -292,6 +292,24 @@ mod tests {
     }
 
     #[test]
+    fn a_send_buffer_without_limit() {
+        for (limit, want) in [(i32::MAX as u32, true), (i32::MAX as u32 - 1, false), (0, false)] {
+            let memory = [0, 212992, 0, limit, 0].map(u32::to_ne_bytes).concat();
+            let batch = answer(AF_INET, &[(INET_DIAG_SKMEMINFO, &memory)]);
+            let message = Messages::new(batch.bytes()).next().unwrap();
+            assert_eq!(parse(&message, IPPROTO_UDP).unwrap().unlimited, want);
+        }
+        let extensions = |protocol| {
+            let mut batch = Batch::new(0);
+            get_all(&mut batch, AF_INET, protocol, u32::MAX);
+            let message = Messages::new(batch.bytes()).next().unwrap();
+            message.body[2]
+        };
+        // as ss -m asks for it
+        assert_eq!([IPPROTO_UDP, IPPROTO_TCP].map(extensions), [0x40, 0]);
+    }
+
+    #[test]
     fn an_answer_and_what_ends_it() {
         for family in [AF_INET, AF_INET6] {
             let attrs: [(u16, &[u8]); 3] = [
