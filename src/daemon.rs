@@ -2,7 +2,7 @@
 //! poll(2), hands what happened to the core, does what the core asks, and commits one transaction a
 //! wake-up, or one more for each level of nested cgroups that it discovers.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -345,7 +345,7 @@ impl Daemon<'_> {
         }
         self.settle();
         // a table of before was in force all the time, so that nothing changed for the same target
-        let suspects = Suspects::find(&self.cgroups.core, before.as_ref(), |_| true);
+        let suspects = Suspects::find(&self.cgroups.core, before, |_| true);
         self.look_for_stale(suspects, FIRST_SLICE);
         // they were among these
         self.cgroups.core.take_late();
@@ -374,7 +374,10 @@ impl Daemon<'_> {
             self.cgroups.core.keep_dying(kept);
             self.cgroups.await_death();
         }
-        let before = Before::of_table(&self.cgroups.core, &held.view.default, held.targets());
+        let view = &held.view;
+        let default = (&*view.default, view.default_class);
+        let owners = view.owners.iter().map(|o| (o.class, o.owner, &*o.target));
+        let before = Before::of_table(&self.cgroups.core, default, owners, held.outcomes());
         let mask = self.cgroups.core.config().mask;
         let marks = held.view.targets.iter().filter_map(|target| target.mark);
         Some((before, proxied_marks(marks.filter(|mark| mark.mask != mask))))
@@ -503,7 +506,7 @@ impl Daemon<'_> {
         }
         let host = self.kernel.glance();
         let name = |index| host.interface_name(index);
-        let home = |id| self.cgroups.core.home(id);
+        let home = |id, uid| self.cgroups.core.home(id, uid);
         for line in faults::bound(&config, &host.bound, home, name) {
             log::write_limited(Level::Warning, format_args!("{line}"));
         }
@@ -523,7 +526,7 @@ impl Daemon<'_> {
         let config = self.cgroups.core.config().clone();
         let ports = config.tproxies.iter().map(|tproxy| tproxy.port);
         let listeners: Vec<_> = ports.map(|port| self.kernel.listeners(port)).collect();
-        loops::find(&config, &listeners, |id| self.cgroups.core.home(id))
+        loops::find(&config, &listeners, |id, uid| self.cgroups.core.home(id, uid))
     }
 
     /// Tells of loops that have begun, a little after a cgroup has come in which that may be: its
@@ -712,10 +715,9 @@ impl Daemon<'_> {
                 self.cgroups = fresh;
                 self.repair_table();
                 // until now they went by the default
-                let default = self.cgroups.core.config().default;
-                let before = Before { targets: HashMap::new(), default };
+                let before = Before::of_default(self.cgroups.core.config());
                 let before = Some(before).filter(|_| self.doubts.is_none());
-                let suspects = Suspects::find(&self.cgroups.core, before.as_ref(), |_| true);
+                let suspects = Suspects::find(&self.cgroups.core, before, |_| true);
                 self.look_for_stale(suspects, SLICE);
             }
             Ok(None) => {}
@@ -909,7 +911,7 @@ impl Daemon<'_> {
         let new = Rc::new(self.options.load_or_default(true)?);
         let old = self.cgroups.core.config();
         let policy =
-            !(old.rules.is_empty() && old.gateways.is_empty()) || old.default != Target::Direct;
+            old.rule_lines().count() + old.gateways.len() > 0 || old.default != Target::Direct;
         if policy && !new.has_sections {
             let file = self.options.config_file().display();
             return Err(Error::Usage(vec![format!(
@@ -963,7 +965,7 @@ impl Daemon<'_> {
         }
         let same = |target| stale::takes_the_same(&old, &new, target);
         let was = was.filter(|_| !std::mem::take(&mut self.exposed));
-        self.look_for_stale(Suspects::find(&self.cgroups.core, was.as_ref(), same), SLICE);
+        self.look_for_stale(Suspects::find(&self.cgroups.core, was, same), SLICE);
         log::configure(new.log_level.louder(self.options.verbose), self.options.syslog);
         Ok(())
     }
@@ -1039,17 +1041,18 @@ fn removed(held: &Held, core: &Core) -> Vec<Dying> {
     let config = core.config();
     let steps = held.view.steps.iter().flat_map(|step| {
         let hashes: Vec<u32> = match step.hashed {
-            true => held.hashed.get(&step.set).cloned().unwrap_or_default(),
+            true => held.hashed.get(&step.key()).cloned().unwrap_or_default(),
             false => {
-                let elements = held.cgroups.get(&step.set).into_iter().flatten();
+                let elements = held.cgroups.get(&step.key()).into_iter().flatten();
                 elements.map(|element| hash(element.id)).collect()
             }
         };
-        let known = config.named(&step.target).zip(u8::try_from(step.level).ok());
+        let outcome = config.outcome_named(&step.target, step.class);
+        let known = outcome.zip(u8::try_from(step.level).ok());
         let dead = hashes.into_iter().filter(|hash| !living.contains(hash));
         let dead: Vec<u32> = dead.collect();
         dead.into_iter().filter_map(move |hash| {
-            known.map(|(target, level)| Dying::known_by(hash, level, target))
+            known.map(|(outcome, level)| Dying::known_by(hash, level, outcome))
         })
     });
     steps.collect()

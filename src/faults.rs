@@ -10,6 +10,7 @@ use crate::listen::{finds, Finds, Listener, Origin};
 use crate::loops::Home;
 use crate::net::{Family, L4};
 use crate::netlink::diag;
+use crate::policy;
 
 /// What was looked for: `Ok` where it is as it should be, and what is wrong, with the remedy.
 pub type Finding = Result<String, String>;
@@ -17,7 +18,7 @@ pub type Finding = Result<String, String>;
 /// Whether this host's own traffic and whether that of gateways may come to a tproxy.
 fn uses(config: &Config, index: usize) -> [bool; 2] {
     let is = |target: Target| target == Target::Tproxy(index as u16);
-    let own = is(config.default) || config.rules.iter().any(|rule| is(rule.target));
+    let own = is(config.default) || config.rule_lines().any(|line| is(line.target()));
     [own, config.gateways.iter().any(|gateway| is(gateway.target))]
 }
 
@@ -223,7 +224,7 @@ const MOST: usize = 10;
 pub fn bound(
     config: &Config,
     sockets: &[diag::Socket],
-    home: impl Fn(u64) -> Option<Home>,
+    home: impl Fn(u64, u32) -> Option<Home>,
     name: impl Fn(u32) -> Option<String>,
 ) -> Vec<String> {
     let mut found: BTreeMap<(String, u16), BTreeSet<String>> = BTreeMap::new();
@@ -234,8 +235,9 @@ pub fn bound(
         let Some(cgroup) = socket.cgroup.filter(|_| away && !marked) else {
             continue;
         };
-        let outside = || ("outside the cgroup root".to_string(), config.default);
-        if let (path, Target::Tproxy(index)) = home(cgroup).unwrap_or_else(outside) {
+        let default = || policy::likely_target(config, config.default_outcome(), socket.uid);
+        let outside = || ("outside the cgroup root".to_string(), default());
+        if let (path, Target::Tproxy(index)) = home(cgroup, socket.uid).unwrap_or_else(outside) {
             let device = name(socket.device).unwrap_or_else(|| socket.device.to_string());
             found.entry((path, index)).or_default().insert(device);
         }

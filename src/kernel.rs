@@ -2,7 +2,7 @@
 //! other programs' sockets in `sockets`. It carries plans out and reports; what should be there is
 //! decided elsewhere.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -356,27 +356,37 @@ pub struct Held {
     /// `NFT_TABLE_F_*`
     pub flags: u32,
     pub view: view::View,
-    /// By name of the target; without the sets that are not there.
-    pub cgroups: BTreeMap<String, Vec<view::ElementView>>,
+    /// By target and class; without the sets that are not there.
+    pub cgroups: BTreeMap<view::SetKey, Vec<view::ElementView>>,
     /// The same of those that are matched by their hashes.
-    pub hashed: BTreeMap<String, Vec<u32>>,
+    pub hashed: BTreeMap<view::SetKey, Vec<u32>>,
 }
 
 impl Held {
-    /// The name of the target whose sets hold a cgroup, by its id.
-    pub fn targets<'a>(&'a self) -> impl Fn(u64) -> Option<&'a str> {
-        let ids = self.cgroups.iter().flat_map(|(name, all)| all.iter().map(move |e| (e.id, name)));
-        let ids: HashMap<u64, &String> = ids.collect();
-        let hashes = self.hashed.iter().flat_map(|(name, all)| all.iter().map(move |h| (*h, name)));
-        let hashes: HashMap<u32, &String> = hashes.collect();
-        move |id| Some(ids.get(&id).or_else(|| hashes.get(&dying::hash(id)))?.as_str())
+    /// The name of the target whose sets hold a cgroup, and the class, by its id.
+    pub fn outcomes<'a>(&'a self) -> impl Fn(u64) -> Option<(&'a str, u16)> {
+        let ids = self.cgroups.iter().flat_map(|(key, all)| all.iter().map(move |e| (e.id, key)));
+        let ids: HashMap<u64, &view::SetKey> = ids.collect();
+        let hashes = self.hashed.iter().flat_map(|(key, all)| all.iter().map(move |h| (*h, key)));
+        let hashes: HashMap<u32, &view::SetKey> = hashes.collect();
+        move |id| {
+            let (name, class) = ids.get(&id).or_else(|| hashes.get(&dying::hash(id)))?;
+            Some((name, *class))
+        }
+    }
+
+    /// The elements of a target, of all classes.
+    pub fn of_target<'a>(&'a self, target: &'a str) -> impl Iterator<Item = &'a view::ElementView> {
+        let own = self.cgroups.iter().filter(move |((name, _), _)| name == target);
+        own.flat_map(|(_, elements)| elements)
     }
 
     /// Whether the set that a step looks into holds a cgroup.
     pub fn holds(&self, step: &view::Step, id: u64) -> bool {
+        let key = step.key();
         match step.hashed {
-            true => self.hashed.get(&step.set).is_some_and(|all| all.contains(&dying::hash(id))),
-            false => self.cgroups.get(&step.set).is_some_and(|all| all.iter().any(|e| e.id == id)),
+            true => self.hashed.get(&key).is_some_and(|all| all.contains(&dying::hash(id))),
+            false => self.cgroups.get(&key).is_some_and(|all| all.iter().any(|e| e.id == id)),
         }
     }
 }
@@ -391,16 +401,19 @@ impl Kernel {
         };
         let view = view::View::of(&self.rules()?);
         let mut cgroups = BTreeMap::new();
-        for target in &view.targets {
-            let set = format!("cg_{}", target.name);
-            cgroups.insert(target.name.clone(), self.elements(&set)?);
+        let plain = view.targets.iter().map(|target| (target.name.clone(), 0));
+        let plain: BTreeSet<view::SetKey> = plain.collect();
+        let used = view.steps.iter().filter(|step| !step.hashed).map(view::Step::key);
+        for key in plain.into_iter().chain(used) {
+            let elements = self.elements(&view::set_name("cg", &key))?;
+            cgroups.insert(key, elements);
         }
         let mut hashed = BTreeMap::new();
         for step in view.steps.iter().filter(|step| step.hashed) {
-            let set = format!("dying_{}", step.set);
+            let set = view::set_name("dying", &step.key());
             let request = |batch: &mut Batch| view::get_elements(batch, &set);
             let found = self.nft.dump(&request, view::parse_hashes)?.map_err(nft_refused)?;
-            hashed.insert(step.set.clone(), found.into_iter().flatten().collect());
+            hashed.insert(step.key(), found.into_iter().flatten().collect());
         }
         Ok(Some(Held { flags, view, cgroups, hashed }))
     }

@@ -3,27 +3,29 @@
 
 use crate::config::{Config, Target};
 use crate::netlink::diag::PortOwner;
+use crate::policy;
 
-/// A cgroup's path, fit to print, and its target.
+/// A cgroup's path, fit to print, and the target of its sockets of some owner.
 pub type Home = (String, Target);
 
 /// A line for each tproxy whose traffic goes in circles. `listeners` are those of each tproxy's
-/// port, in the order of the configuration; `home` knows every cgroup below the cgroup root.
+/// port, in the order of the configuration; `home` knows every cgroup below the cgroup root, by id, and uid.
 ///
 /// It cannot be told from here whether a proxy's packets bear a bypass-mark, or whether it became
 /// another user once it was listening.
 pub fn find(
     config: &Config,
     listeners: &[Vec<PortOwner>],
-    home: impl Fn(u64) -> Option<Home>,
+    home: impl Fn(u64, u32) -> Option<Home>,
 ) -> Vec<String> {
     // the tproxies that the traffic of a tproxy goes on to, and from which cgroup below the root
     let next = |index: usize| {
         let subject = listeners.get(index).into_iter().flatten();
         let subject = subject.filter(|l| !config.bypass_users.contains(&l.uid));
         subject.filter_map(|l| {
-            let (path, target) = home(l.cgroup).unzip();
-            match target.unwrap_or(config.default) {
+            let (path, target) = home(l.cgroup, l.uid).unzip();
+            let outside = || policy::likely_target(config, config.default_outcome(), l.uid);
+            match target.unwrap_or_else(outside) {
                 Target::Tproxy(to) => Some((usize::from(to), path)),
                 _ => None,
             }
@@ -90,7 +92,7 @@ mod tests {
     }
 
     /// Cgroup n belongs to tproxy n, cgroup 9 to nobody.
-    fn home(id: u64) -> Option<Home> {
+    fn home(id: u64, _: u32) -> Option<Home> {
         let target = match id {
             9 => Target::Direct,
             id => Target::Tproxy(id as u16),
@@ -126,7 +128,7 @@ mod tests {
         config.default = Target::Tproxy(0);
         assert_eq!(looping(&config, &outside), ["a"]);
         let said = |path: &'static str| {
-            let home = move |_| Some((path.to_string(), Target::Tproxy(0)));
+            let home = move |_, _| Some((path.to_string(), Target::Tproxy(0)));
             find(&config, &own, home).remove(0)
         };
         assert!(said("/x").ends_with("is in cgroup /x; begin [rules] with a direct rule for that, or name its user as bypass-user"));

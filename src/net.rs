@@ -64,6 +64,36 @@ impl L4 {
     }
 }
 
+/// Whose sockets: users or groups, from one number to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Owner {
+    Users(u32, u32),
+    Groups(u32, u32),
+}
+
+impl Owner {
+    /// Whether a socket is one of these; `None` where that depends on a group that is not known.
+    pub fn has(self, uid: u32, gid: Option<u32>) -> Option<bool> {
+        match self {
+            Owner::Users(first, last) => Some((first..=last).contains(&uid)),
+            Owner::Groups(first, last) => gid.map(|gid| (first..=last).contains(&gid)),
+        }
+    }
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (kind, first, last) = match self {
+            Owner::Users(first, last) => ("uid", first, last),
+            Owner::Groups(first, last) => ("gid", first, last),
+        };
+        match first == last {
+            true => write!(f, "{kind} {first}"),
+            false => write!(f, "{kind}s {first}-{last}"),
+        }
+    }
+}
+
 /// A value under a mask: the bits of `mask` are compared or written, all others left alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mark {

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use crate::cgroup::core::{Core, Delta, Snapshot};
 use crate::cgroup::mount::Root;
-use crate::config::{Config, Route, Target};
+use crate::config::{Config, Outcome, Route};
 use crate::net::{Family, Mark};
 use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
@@ -70,8 +70,8 @@ pub fn routing(config: &Config) -> BTreeSet<Entry> {
 /// The table and all that its sets hold.
 pub fn contents(config: &Config, snapshot: Snapshot) -> Contents {
     let Snapshot { elements, dying, pairs } = snapshot;
-    let cgroups = elements.into_iter().map(|(target, ids)| (set_name(config, target), ids));
-    let dying = dying.into_iter().map(|(target, hashes)| (dying_name(config, target), hashes));
+    let cgroups = elements.into_iter().map(|(outcome, ids)| (set_name(config, outcome), ids));
+    let dying = dying.into_iter().map(|(outcome, hashes)| (dying_name(config, outcome), hashes));
     Contents { table: table(config, &pairs), cgroups: cgroups.collect(), dying: dying.collect() }
 }
 
@@ -135,8 +135,8 @@ pub fn script(core: &mut Core, root: &Root) -> String {
                     ranges.iter().map(|r| r.to_string()).collect(),
                 ),
                 Content::Hashes => {
-                    let of = |target: &Target| dying_name(&config, *target) == set.name;
-                    let found = snapshot.dying.iter().filter(|(target, _)| of(target));
+                    let of = |outcome: &Outcome| dying_name(&config, *outcome) == set.name;
+                    let found = snapshot.dying.iter().filter(|(outcome, _)| of(outcome));
                     let hashes = found.flat_map(|(_, hashes)| hashes);
                     ("typeof numgen inc mod 2", hashes.map(u32::to_string).collect())
                 }
@@ -170,7 +170,7 @@ fn cgroups(
     text: &mut String,
 ) -> Result<Vec<String>, std::fmt::Error> {
     let mut elements = Vec::new();
-    for (path, ..) in core.elements().filter(|(_, target, _)| set_name(config, *target) == set) {
+    for (path, ..) in core.elements().filter(|(_, outcome, _)| set_name(config, *outcome) == set) {
         let full = [mount.as_os_str().as_bytes(), path].concat();
         let full = full.strip_prefix(b"/").unwrap_or(&full);
         match std::str::from_utf8(full) {

@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 
 use crate::config::pattern::Standing;
-use crate::config::{Config, Rule, Target};
+use crate::config::{Config, Outcome, OwnerRule, Rule, Target};
 
 /// Number of the deciding rule.
 pub type Rank = u32;
@@ -136,13 +136,48 @@ impl Memo {
     }
 }
 
-/// The target that a rank stands for.
-pub fn target(config: &Config, rank: Rank) -> Target {
-    match decision(config, rank) {
-        Decision::BuiltIn(target) => target,
-        Decision::Rule(rule) => rule.target,
-        Decision::Default => config.default,
+/// What a rank comes to.
+pub fn outcome(config: &Config, rank: Rank) -> Outcome {
+    match rank.checked_sub(built_in_rules(config)) {
+        None => config.targets().nth(rank as usize).unwrap_or(config.default).into(),
+        Some(i) => config.outcome(i as usize),
     }
+}
+
+/// The target that a rank stands for, of sockets that no line for owners covers.
+pub fn target(config: &Config, rank: Rank) -> Target {
+    outcome(config, rank).target
+}
+
+/// The first of these lines that covers sockets of that owner, as far as is known of him. `Err`
+/// where it depends on a group that is not known.
+pub fn owner_rule(
+    rules: &[OwnerRule],
+    uid: u32,
+    gid: Option<u32>,
+) -> Result<Option<&OwnerRule>, ()> {
+    for rule in rules {
+        let said: Vec<Option<bool>> = rule.owners.iter().map(|owner| owner.has(uid, gid)).collect();
+        if said.contains(&Some(true)) {
+            return Ok(Some(rule));
+        }
+        if said.contains(&None) {
+            return Err(());
+        }
+    }
+    Ok(None)
+}
+
+/// The target of a socket of that owner in a cgroup of that outcome; `None` where it depends on his
+/// group, which is not known.
+pub fn target_of(config: &Config, outcome: Outcome, uid: u32, gid: Option<u32>) -> Option<Target> {
+    let rule = owner_rule(config.owner_rules_before(outcome.class), uid, gid).ok()?;
+    Some(rule.map_or(outcome.target, |rule| rule.target))
+}
+
+/// The same, as if he was in no group that decides.
+pub fn likely_target(config: &Config, outcome: Outcome, uid: u32) -> Target {
+    target_of(config, outcome, uid, None).unwrap_or(outcome.target)
 }
 
 /// The rule that a rank stands for.

@@ -1,6 +1,7 @@
 //! Which sockets are stale: connected by a way that is not their cgroup's any more. What conntrack
 //! tells of a flow's direction does not do for that, since it may have begun after the flow. Pure.
 //!
+//! A socket's owner may decide before its cgroup does: inet_diag tells the uid, not the group.
 //! Never stale: listening sockets and what others connected to, UDP sockets of a port or an interface
 //! that somebody chose, and what a target leaves alone. In doubt a flow that nobody listens for is outbound.
 
@@ -10,47 +11,67 @@ use std::ops::RangeInclusive;
 use std::rc::Rc;
 
 use crate::cgroup::core::Core;
-use crate::cgroup::tree::{self, Node};
-use crate::config::{Config, Take, Target};
-use crate::net::{holds, Family, Range, L4};
+use crate::cgroup::tree;
+use crate::config::{Config, Outcome, Take, Target};
+use crate::net::{holds, Family, Owner, Range, L4};
 use crate::netlink::conntrack::Flow;
 use crate::netlink::diag::Socket;
 use crate::netlink::uapi::*;
 use crate::nft::table;
 use crate::policy;
 
-/// The way of a cgroup's sockets has changed, or may have.
+/// The way of a socket has changed, or may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Suspect {
-    pub now: Target,
-    pub was: Was,
+struct Suspect {
+    now: Target,
+    was: Was,
 }
 
-/// Which way a cgroup's sockets went before.
+/// Which way a socket went before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Was {
+enum Was {
     /// Directly: by its target, or because no table was in force.
     Direct,
     /// It was in the hands of a target that is no more its own, or has changed.
     Taken,
 }
 
-/// The cgroups whose sockets may be stale.
+/// What a cgroup comes to, and came to before; `None` without a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Case {
+    pub now: Outcome,
+    pub was: Option<Outcome>,
+}
+
+/// The cgroups whose sockets may be stale, of some owners at least.
 #[derive(Debug, Default)]
 pub struct Suspects {
     /// By cgroup id; `None` for those that are known and beyond suspicion.
-    pub known: HashMap<u64, Option<Suspect>>,
+    pub known: HashMap<u64, Option<Case>>,
     /// Cgroups that are not known: outside the cgroup root, or removed.
-    pub others: Option<Suspect>,
+    pub others: Option<Case>,
+    /// The lines for owners of before.
+    owners: Vec<OwnerLine>,
+    /// The targets that take other packets than before.
+    changed: Vec<Target>,
+}
+
+/// A line for owners that was in force: those of a class and of the ones below come before it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnerLine {
+    pub class: u16,
+    pub owners: Vec<Owner>,
+    pub target: Target,
 }
 
 /// What was in force before, in the terms of the configuration that is in force now.
 #[derive(Debug)]
 pub struct Before {
-    /// By cgroup id.
-    pub targets: HashMap<u64, Target>,
+    /// By cgroup id. Classes are those of before.
+    outcomes: HashMap<u64, Outcome>,
     /// That of cgroups that are not known.
-    pub default: Target,
+    default: Outcome,
+    owners: Vec<OwnerLine>,
 }
 
 /// A tproxy that is no more.
@@ -61,30 +82,59 @@ impl Before {
     pub fn of_policy(core: &Core, new: &Config) -> Before {
         let old = core.config();
         let now = |target| named(new, old.target_name(target));
-        let target = |node: &Node| now(policy::target(old, node.rank));
-        let targets = core.tree().iter().map(|(_, node)| (node.id, target(node))).collect();
-        Before { targets, default: now(old.default) }
+        let outcome = |Outcome { target, class }| Outcome { target: now(target), class };
+        let all = core.tree().iter();
+        let outcomes = all.map(|(_, node)| (node.id, outcome(policy::outcome(old, node.rank))));
+        let owners = lines(old).map(|line| OwnerLine { target: now(line.target), ..line });
+        Before {
+            outcomes: outcomes.collect(),
+            default: outcome(old.default_outcome()),
+            owners: owners.collect(),
+        }
     }
 
-    /// Of a table whose sets are known: `element` gives the name of the target whose set has an id.
+    /// Of a table whose sets are known: `element` gives the name of the target whose set has an id,
+    /// and the class; `owners` are the table's lines for owners.
     pub fn of_table<'a>(
         core: &Core,
-        default: &str,
-        element: impl Fn(u64) -> Option<&'a str>,
+        (default, class): (&str, u16),
+        owners: impl Iterator<Item = (u16, Owner, &'a str)>,
+        element: impl Fn(u64) -> Option<(&'a str, u16)>,
     ) -> Before {
         let config = core.config();
-        let default = named(config, default);
-        let mut paths: HashMap<&[u8], Target> = HashMap::new();
-        let mut targets = HashMap::new();
+        let outcome = |(name, class)| Outcome { target: named(config, name), class };
+        let default = outcome((default, class));
+        let mut paths: HashMap<&[u8], Outcome> = HashMap::new();
+        let mut outcomes = HashMap::new();
         for (path, node) in core.tree().iter() {
             let inherited = || tree::parent(path).and_then(|parent| paths.get(parent)).copied();
-            let own = element(node.id).map(|name| named(config, name));
-            let target = own.or_else(inherited).unwrap_or(default);
-            paths.insert(path, target);
-            targets.insert(node.id, target);
+            let own = element(node.id).map(outcome);
+            let outcome = own.or_else(inherited).unwrap_or(default);
+            paths.insert(path, outcome);
+            outcomes.insert(node.id, outcome);
         }
-        Before { targets, default }
+        let owners = owners.map(|(class, owner, name)| OwnerLine {
+            class,
+            owners: vec![owner],
+            target: named(config, name),
+        });
+        Before { outcomes, default, owners: owners.collect() }
     }
+
+    /// Everything went by the default of the policy that is in force.
+    pub fn of_default(config: &Config) -> Before {
+        let owners = lines(config).collect();
+        Before { outcomes: HashMap::new(), default: config.default_outcome(), owners }
+    }
+}
+
+/// The lines for owners of a configuration.
+fn lines(config: &Config) -> impl Iterator<Item = OwnerLine> + '_ {
+    config.owner_rules.iter().map(|rule| OwnerLine {
+        class: rule.class,
+        owners: rule.owners.clone(),
+        target: rule.target,
+    })
 }
 
 fn named(config: &Config, name: &str) -> Target {
@@ -102,12 +152,12 @@ pub fn takes_the_same<'a>(old: &'a Config, new: &'a Config, target: Target) -> b
     bypass(old) == bypass(new) && tproxy(old) == tproxy(new)
 }
 
-/// Whether the way of a cgroup has changed. What it was is `None` without a table.
-fn suspect(now: Target, was: Option<Target>, same: impl Fn(Target) -> bool) -> Option<Suspect> {
+/// Whether the way of a socket has changed. What it was is `None` without a table.
+fn suspect(now: Target, was: Option<Target>, changed: &[Target]) -> Option<Suspect> {
     match (now, was) {
         (Target::Direct, _) => None,
         (_, None | Some(Target::Direct)) => Some(Suspect { now, was: Was::Direct }),
-        (_, Some(was)) if was == now && same(now) => None,
+        (_, Some(was)) if was == now && !changed.contains(&now) => None,
         _ => Some(Suspect { now, was: Was::Taken }),
     }
 }
@@ -115,28 +165,93 @@ fn suspect(now: Target, was: Option<Target>, same: impl Fn(Target) -> bool) -> O
 impl Suspects {
     /// Whose way has changed. Without `before` there was no table, and everything went directly.
     /// `same` tells whether a target takes what it took before.
-    pub fn find(core: &Core, before: Option<&Before>, same: impl Fn(Target) -> bool) -> Suspects {
+    pub fn find(core: &Core, before: Option<Before>, same: impl Fn(Target) -> bool) -> Suspects {
         let config = core.config();
-        let suspect = |now, was| suspect(now, was, &same);
-        let others = suspect(config.default, before.map(|before| before.default));
-        let known = core.tree().iter().filter_map(|(_, node)| {
-            let was = |before: &Before| before.targets.get(&node.id).copied();
-            let was = before.map(|before| was(before).unwrap_or(before.default));
-            let suspect = suspect(policy::target(config, node.rank), was);
-            // where the others are suspect too, innocence has to be known
-            (suspect.is_some() || others.is_some()).then_some((node.id, suspect))
-        });
-        Suspects { known: known.collect(), others }
+        let changed = config.targets().filter(|target| !same(*target)).collect();
+        let (was, owners) = match before {
+            None => (None, Vec::new()),
+            Some(Before { outcomes, default, owners }) => (Some((outcomes, default)), owners),
+        };
+        let mut suspects = Suspects { owners, changed, ..Suspects::default() };
+        let was_default = was.as_ref().map(|(_, default)| *default);
+        suspects.others = suspects.case(config, config.default_outcome(), was_default);
+        suspects.known = core
+            .tree()
+            .iter()
+            .filter_map(|(_, node)| {
+                let was = was.as_ref();
+                let was = was.map(|(all, default)| all.get(&node.id).copied().unwrap_or(*default));
+                let case = suspects.case(config, policy::outcome(config, node.rank), was);
+                // where the others are suspect too, innocence has to be known
+                (case.is_some() || suspects.others.is_some()).then_some((node.id, case))
+            })
+            .collect();
+        suspects
     }
 
-    /// Those cgroups of these ids that are there, which went by these targets until now.
-    pub fn late(core: &Core, ways: &HashMap<u64, Target>) -> Suspects {
-        let known = core.tree().iter().filter_map(|(_, node)| {
-            let was = ways.get(&node.id).copied()?;
-            let now = policy::target(core.config(), node.rank);
-            Some((node.id, suspect(now, Some(was), |_| true)))
-        });
-        Suspects { known: known.collect(), others: None }
+    /// Those cgroups of these ids that are there, which went by these ways until now.
+    pub fn late(core: &Core, ways: &HashMap<u64, Outcome>) -> Suspects {
+        let config = core.config();
+        let mut suspects = Suspects { owners: lines(config).collect(), ..Suspects::default() };
+        suspects.known = core
+            .tree()
+            .iter()
+            .filter_map(|(_, node)| {
+                let was = ways.get(&node.id).copied()?;
+                let now = policy::outcome(config, node.rank);
+                Some((node.id, suspects.case(config, now, Some(was))))
+            })
+            .collect();
+        suspects
+    }
+
+    /// A cgroup whose sockets may be suspect, of some owner.
+    fn case(&self, config: &Config, now: Outcome, was: Option<Outcome>) -> Option<Case> {
+        let before = self.before(was.map_or(0, |was| was.class));
+        let lines = config.owner_rules_before(now.class);
+        let plain = suspect(now.target, was.map(|was| was.target), &self.changed).is_some();
+        let targets = lines.iter().map(|rule| rule.target);
+        let same = lines.iter().map(|rule| (&rule.owners, rule.target));
+        let same = same.eq(before.iter().map(|line| (&line.owners, line.target)));
+        let by_owner = match was.is_some() && same {
+            true => targets.clone().any(|target| self.changed.contains(&target)),
+            // some owner's may have changed, unless nothing is taken
+            false => targets.chain([now.target]).any(|target| target != Target::Direct),
+        };
+        (plain || by_owner).then_some(Case { now, was })
+    }
+
+    /// The lines for owners that came before what was of that class.
+    fn before(&self, class: u16) -> &[OwnerLine] {
+        &self.owners[..self.owners.partition_point(|line| line.class <= class)]
+    }
+
+    /// Whether the way of a socket has changed, by its owner. Where that depends on his group, which
+    /// nobody tells, it is left alone: its packets go as they should all the same. So is what no
+    /// process has any more, which goes where its flow went.
+    fn suspect(&self, config: &Config, socket: &Socket) -> Option<Suspect> {
+        let Case { now, was } = self.of(socket.cgroup?)?;
+        let by_owner = now.class > 0 || was.is_some_and(|was| was.class > 0);
+        if by_owner && socket.inode == 0 {
+            return None;
+        }
+        let is = |owner: &Owner| owner.has(socket.uid, None);
+        let was = match was {
+            None => None,
+            Some(was) => {
+                let mut target = was.target;
+                for line in self.before(was.class) {
+                    let said: Option<Vec<bool>> = line.owners.iter().map(is).collect();
+                    if said?.contains(&true) {
+                        target = line.target;
+                        break;
+                    }
+                }
+                Some(target)
+            }
+        };
+        let now = policy::target_of(config, now, socket.uid, None)?;
+        suspect(now, was, &self.changed)
     }
 
     pub fn is_empty(&self) -> bool {
@@ -147,11 +262,11 @@ impl Suspects {
     pub fn ids(&self) -> Option<Vec<u64>> {
         // beyond some hundred the kernel takes longer to compare than we do to look
         const FEW: usize = 200;
-        let ids = || self.known.iter().filter(|(_, suspect)| suspect.is_some()).map(|(id, _)| *id);
+        let ids = || self.known.iter().filter(|(_, case)| case.is_some()).map(|(id, _)| *id);
         (self.others.is_none() && ids().nth(FEW).is_none()).then(|| ids().collect())
     }
 
-    pub fn of(&self, cgroup: u64) -> Option<Suspect> {
+    pub fn of(&self, cgroup: u64) -> Option<Case> {
         self.known.get(&cgroup).copied().unwrap_or(self.others)
     }
 }
@@ -211,7 +326,7 @@ impl Judge {
 
     /// Whether the socket is to be asked about at all, by what it says itself.
     pub fn doubts(&self, socket: &Socket) -> bool {
-        let Some(suspect) = socket.cgroup.and_then(|cgroup| self.suspects.of(cgroup)) else {
+        let Some(suspect) = self.suspects.suspect(&self.config, socket) else {
             return false;
         };
         let way = self.way(socket, suspect.now);
@@ -238,7 +353,7 @@ impl Judge {
 
     /// Whether a socket that is in doubt is to be ended. `ports` are those of its protocol.
     pub fn ends(&self, socket: &Socket, ports: &Ports, witness: Witness) -> bool {
-        let Some(suspect) = socket.cgroup.and_then(|cgroup| self.suspects.of(cgroup)) else {
+        let Some(suspect) = self.suspects.suspect(&self.config, socket) else {
             return false;
         };
         let way = self.way(socket, suspect.now);
@@ -325,8 +440,13 @@ mod tests {
 
     fn judge(now: Target, was: Was) -> Judge {
         let config = testing::config(CONFIG);
-        let known = HashMap::from([(1, Some(Suspect { now, was }))]);
-        Judge::new(Rc::new(config), Suspects { known, others: None }, 32768..=60999)
+        let was = match was {
+            Was::Direct => Target::Direct,
+            Was::Taken => GONE,
+        };
+        let case = Case { now: now.into(), was: Some(was.into()) };
+        let suspects = Suspects { known: HashMap::from([(1, Some(case))]), ..Suspects::default() };
+        Judge::new(Rc::new(config), suspects, 32768..=60999)
     }
 
     fn tcp(state: u8) -> Socket {
@@ -428,7 +548,7 @@ mod tests {
 
     #[test]
     fn few_are_asked_for_by_id() {
-        let suspect = Some(Suspect { now: P, was: Was::Direct });
+        let suspect = Some(Case { now: P.into(), was: None });
         let mut suspects = Suspects::default();
         assert!(suspects.is_empty());
         suspects.known.extend([(1, suspect), (2, None)]);

@@ -20,6 +20,10 @@ impl Source for Text {
     fn uid(&self, _: &str) -> Option<u32> {
         None
     }
+
+    fn gid(&self, _: &str) -> Option<u32> {
+        None
+    }
 }
 
 /// A configuration that has nothing wrong.

@@ -11,11 +11,12 @@ use std::rc::Rc;
 use cgtproxy::cgroup::core::Core;
 use cgtproxy::config::file::Files;
 use cgtproxy::config::keys::{Key, Kind, Takes, Unset};
-use cgtproxy::config::{lint, load, Config, OnExit, Problem, Source, Take, Target};
+use cgtproxy::config::{lint, load, Config, OnExit, Problem, Rule, RuleLine, Source, Take, Target};
 use cgtproxy::error::reason;
 use cgtproxy::log::Level;
-use cgtproxy::net::{Address, Family, Mark, Range, Ranges, L4};
+use cgtproxy::net::{Address, Family, Mark, Owner, Range, Ranges, L4};
 use cgtproxy::netlink::msg::Batch;
+use cgtproxy::nft::table;
 use cgtproxy::plan;
 use cgtproxy::policy;
 use nix::errno::Errno;
@@ -43,6 +44,10 @@ impl Source for Memory {
 
     fn uid(&self, name: &str) -> Option<u32> {
         (name == "xray").then_some(1000)
+    }
+
+    fn gid(&self, name: &str) -> Option<u32> {
+        (name == "www-data").then_some(33)
     }
 }
 
@@ -261,6 +266,14 @@ drop = *
     bad pattern at character 1: uncounted repetition operator must be applied to a sub-expression: "*"
 drop = /a{2,1}/b
     bad pattern at character 7: found counted repetition with a min bigger than its max: "/a{2,1}/b"
+drop = user:nobody-here
+    no such user: "nobody-here"
+drop = group:www-data,xray
+    no such group: "xray"
+drop = user:9-7
+    "user:" expects numbers up to 4294967294, the smaller first: "9-7"
+drop = users:5
+    unknown match "users:", did you mean "user:"?
 drop = servce:sshd
     unknown match "servce:", did you mean "service:"?
 drop = application:firefox
@@ -365,7 +378,7 @@ fn bad_combinations() {
         ),
         (
             "[global]\ndefault = drop\nfwmark-mask = 3\n[tproxy a]\nport = 1\nmark = 3\n",
-            &["c:6: mark 0x3 is the whole fwmark-mask, which stands for direct flows where the default is not direct"],
+            &["c:6: mark 0x3 is the whole fwmark-mask, which stands for direct flows where the default is not direct, or lines for users or groups come first"],
         ),
         // a bad port is not told again as a missing one
         (
@@ -881,7 +894,11 @@ fn matches_that_are_no_regex() {
         "[rules]\ndrop = /openrc\\.b\ndirect = service:a, b\ndrop = app:b\n\
          drop = /services/b/c\ndirect = service:a\n",
     );
-    let texts: Vec<_> = config.rule_lines().map(|line| (&*line[0].text, line.len())).collect();
+    let lines = config.rule_lines().map(|line| match line {
+        RuleLine::Patterns(rules) => (line.text(), rules.len()),
+        RuleLine::Owners(rule) => (line.text(), rule.owners.len()),
+    });
+    let texts: Vec<_> = lines.collect();
     let want = [
         (r"/openrc\.b", 1),
         ("service:a, b", 4),
@@ -906,6 +923,102 @@ fn matches_that_are_no_regex() {
         .iter()
         .flatten()
         .all(|why| why.contains("covers all of it before: direct = service:a, b")));
+}
+
+/// Lines for owners stand where they were written, and know what comes behind them.
+#[test]
+fn users_and_groups_in_order() {
+    let text =
+        "[rules]\ndrop = user:xray,5\ndirect = group:www-data\ndrop = /a\ndirect = service:b\n\
+                drop = user:7-9\ndirect = /c\n";
+    let config = good(text);
+    let lines: Vec<_> = config.rule_lines().map(|line| line.place().line).collect();
+    assert_eq!(lines, [2, 3, 4, 5, 6, 7]);
+    let owners: Vec<_> =
+        config.owner_rules.iter().map(|r| (r.after, r.class, &r.owners[..])).collect();
+    let first = [Owner::Users(1000, 1000), Owner::Users(5, 5)];
+    let want =
+        [(0, 1, &first[..]), (0, 1, &[Owner::Groups(33, 33)]), (3, 2, &[Owner::Users(7, 9)])];
+    assert_eq!(owners, want);
+    let classes: Vec<_> = (0..=4).map(|at| config.outcome(at).class).collect();
+    assert_eq!(classes, [1, 1, 1, 2, 2]);
+    let named = |config: &Config| -> Vec<String> {
+        config.outcomes().map(|o| table::set_name(config, o)).collect()
+    };
+    assert_eq!(named(&config), ["cg_direct", "cg_drop", "cg1_direct", "cg2_direct", "cg1_drop"]);
+    let plain = good("[rules]\ndrop = /a\ndirect = service:b\ndrop = user:7\n");
+    assert_eq!(named(&plain), ["cg_direct", "cg_drop"]);
+    assert_eq!((plain.default_outcome().class, plain.owner_rules_before(0).len()), (1, 0));
+    let hidden =
+        good("[rules]\ndrop = user:5-9\ndirect = user:7\ndirect = group:7\ndirect = user:9-10\n");
+    let idle: Vec<_> = hidden.owner_rules.iter().map(|r| lint::idle_owners(&hidden, r)).collect();
+    let why = "c:2 covers all of it before: drop = user:5-9".to_string();
+    assert_eq!(idle, [None, Some(why), None, None]);
+    let many: String = (0..70).map(|n| format!("drop = user:{n}\ndrop = /{n}\n")).collect();
+    bad(
+        &[("c", &format!("[rules]\n{many}"))],
+        &["c:130: users and groups between other rules in more than 64 places: \"user:64\""],
+    );
+}
+
+/// Random rules of all kinds, users, groups and paths, against the definition: the first line that
+/// covers a socket decides.
+#[test]
+fn the_first_line_that_covers_decides() {
+    // xorshift64*
+    let mut state = 0x9e37_79b9_7f4a_7c15u64;
+    let mut draw = move |n: usize| {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) as usize % n
+    };
+    let patterns = ["/a", "/b", "/a/.*", ".*/b", "/services/x", "service:x,a", "app:x", "/.*/x"];
+    let owners = ["user:1", "user:2-4", "group:1", "group:3,5-6", "user:0,5", "group:2-4"];
+    let targets = ["direct", "drop", "p", "q"];
+    let names =
+        ["a", "b", "x", "services", "openrc.x", "user.slice", "user-1.slice", "app-x-1.scope"];
+    let mut decided = BTreeMap::new();
+    for _ in 0..1500 {
+        let rules: String = (0..draw(9))
+            .map(|_| {
+                let matches = if draw(2) == 0 { owners[draw(6)] } else { patterns[draw(8)] };
+                format!("{} = {matches}\n", targets[draw(4)])
+            })
+            .collect();
+        let config = good(&format!(
+            "[global]\ndefault = {}\n[tproxy p]\nport = 1\n[tproxy q]\nport = 2\n[rules]\n{rules}",
+            targets[draw(4)]
+        ));
+        for _ in 0..30 {
+            let path: String = (0..draw(5)).map(|_| format!("/{}", names[draw(8)])).collect();
+            let (uid, gid) = (draw(7) as u32, draw(7) as u32);
+            let ends = path.match_indices('/').map(|(at, _)| at).skip(1).chain([path.len()]);
+            let prefixes: Vec<&str> =
+                ends.map(|end| &path[..end]).filter(|p| !p.is_empty()).collect();
+            let covers = |line: &RuleLine| match line {
+                RuleLine::Patterns(rules) => {
+                    let hits = |rule: &Rule| prefixes.iter().any(|p| rule.regex.is_match(p));
+                    rules.iter().any(hits)
+                }
+                RuleLine::Owners(rule) => {
+                    rule.owners.iter().any(|owner| owner.has(uid, Some(gid)) == Some(true))
+                }
+            };
+            let want = config.rule_lines().find(covers);
+            let want = want.map_or(config.default, |line| line.target());
+            let last = policy::ranks(&config, path.as_bytes(), false).last();
+            let rank = last.map_or(policy::root_rank(&config), |(_, rank)| rank);
+            let outcome = policy::outcome(&config, rank);
+            let found = policy::target_of(&config, outcome, uid, Some(gid));
+            assert_eq!(found, Some(want), "{path:?} uid {uid} gid {gid} under\n{rules}");
+            // without the group, nothing wrong is said
+            let guess = policy::target_of(&config, outcome, uid, None);
+            assert!(guess.is_none() || guess == Some(want));
+            *decided.entry((want, outcome.class.min(2))).or_insert(0) += 1;
+        }
+    }
+    assert!(decided.len() == 12 && decided.values().all(|n| *n > 500), "{decided:?}");
 }
 
 /// Targets may be defined below their use; included files stand where the include does.

@@ -12,8 +12,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use cgtproxy::cgroup::core::{Delta, Snapshot};
-use cgtproxy::config::{self, Config, Source, Target};
-use cgtproxy::net::{Family, Interface, Mac, Mark, Range, L4};
+use cgtproxy::config::{self, Config, Outcome, Source};
+use cgtproxy::net::{Family, Interface, Mac, Mark, Owner, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
 use cgtproxy::nft::expr::{Expr, SetRef, Verdict};
 use cgtproxy::nft::message::{self, Transaction};
@@ -166,8 +166,8 @@ fn numbers() {
     }
     same!(
         NFT_META_IIFNAME NFT_META_IIFTYPE NFT_PAYLOAD_LL_HEADER NF_INET_LOCAL_IN NF_IP_PRI_SECURITY
-        NFT_META_MARK NFT_META_IIF NFT_META_OIF NFT_META_SKUID NFT_META_NFPROTO NFT_META_L4PROTO
-        NFT_CT_STATE NFT_CT_DIRECTION NFT_CT_STATUS NFT_CT_MARK NFT_CMP_EQ NFT_CMP_NEQ NFT_REG_1
+        NFT_META_MARK NFT_META_IIF NFT_META_OIF NFT_META_SKUID NFT_META_SKGID NFT_META_NFPROTO NFT_META_L4PROTO
+        NFT_CT_STATE NFT_CT_DIRECTION NFT_CT_STATUS NFT_CT_MARK NFT_CMP_EQ NFT_CMP_NEQ NFT_CMP_LTE NFT_CMP_GTE NFT_REG_1
         NFT_REG_2 NFT_PAYLOAD_NETWORK_HEADER NFT_PAYLOAD_TRANSPORT_HEADER NFPROTO_IPV4 NFPROTO_IPV6
         NF_INET_PRE_ROUTING NF_INET_LOCAL_OUT NF_INET_POST_ROUTING NF_IP_PRI_MANGLE
         NF_IP_PRI_NAT_DST IPPROTO_TCP IPPROTO_UDP IPPROTO_ICMPV6
@@ -221,7 +221,9 @@ samples! {
     Stmt::Oifname(_) => Stmt::Oifname("wg0".into()), Stmt::Oifname("fifteen-letters".into());
     Stmt::Transparent => Stmt::Transparent;
     Stmt::HasOwner => Stmt::HasOwner;
-    Stmt::Uid(_) => Stmt::Uid(0), Stmt::Uid(65534);
+    Stmt::Owner(_) => Stmt::Owner(Owner::Users(0, 0)), Stmt::Owner(Owner::Users(65534, 65534)),
+        Stmt::Owner(Owner::Users(1000, 1999)), Stmt::Owner(Owner::Groups(5, 5)),
+        Stmt::Owner(Owner::Groups(0, u32::MAX - 1));
     Stmt::PacketMark(_) => Stmt::PacketMark(A_MARK);
     Stmt::CtMark(_) => Stmt::CtMark(A_MARK);
     Stmt::NotCtMark(_) => Stmt::NotCtMark(A_MARK);
@@ -347,6 +349,10 @@ impl Source for Text {
     fn uid(&self, _: &str) -> Option<u32> {
         None
     }
+
+    fn gid(&self, _: &str) -> Option<u32> {
+        None
+    }
 }
 
 fn load(text: &str) -> Config {
@@ -418,6 +424,20 @@ fn configs() -> Vec<Config> {
          [gateway direct]
          interface = eth3
          target = direct",
+        "[tproxy a]
+         port = 1
+         dns-hijack = 127.0.0.1:1053
+         [rules]
+         drop = /first
+         direct = user:1000-1999,7
+         a = /x
+         a = group:5-9
+         drop = user:8
+         direct = /y
+         drop = group:10
+         [gateway lan]
+         interface = br-lan
+         target = a",
         // verdict maps and intervals of more than one message
         &format!("[global]\nfwmark-mask = 0x000fff00\n{}", many(700)),
         &format!("[global]\n{bypass}"),
@@ -427,19 +447,19 @@ fn configs() -> Vec<Config> {
     .collect()
 }
 
-/// Some cgroups for every target.
+/// Some cgroups for every outcome.
 fn snapshot(config: &Config) -> Snapshot {
-    let targets: Vec<Target> = config.targets().collect();
+    let outcomes: Vec<Outcome> = config.outcomes().collect();
     let ids = |n: usize| (1..=1 + n as u64 * 700).map(|id| id << 8 | n as u64).collect();
-    let levels = |target: &Target| {
+    let levels = |outcome: &Outcome| {
         let levels = [(2, false), (3, false), (3, true), (7, true)];
-        levels.map(|(level, hashed)| Element { level, target: *target, hashed })
+        levels.map(|(level, hashed)| Element { level, outcome: *outcome, hashed })
     };
     let hashes = |n: usize| (1..=n as u32 * 70).map(|hash| hash << 8 | n as u32).collect();
     Snapshot {
-        dying: targets.iter().take(3).enumerate().map(|(n, t)| (*t, hashes(n))).collect(),
-        elements: targets.iter().take(6).enumerate().map(|(n, t)| (*t, ids(n))).collect(),
-        pairs: targets.iter().flat_map(levels).collect(),
+        dying: outcomes.iter().take(3).enumerate().map(|(n, o)| (*o, hashes(n))).collect(),
+        elements: outcomes.iter().take(6).enumerate().map(|(n, o)| (*o, ids(n))).collect(),
+        pairs: outcomes.iter().flat_map(levels).collect(),
     }
 }
 
@@ -456,11 +476,11 @@ fn replacements() {
                     let output = table.chains.iter_mut().find(|chain| chain.name == OUTPUT);
                     output.unwrap().rules = output_rules(&config, &snapshot.pairs);
                     theirs.replace(&table, flags);
-                    for (target, ids) in &snapshot.elements {
-                        theirs.add_cgroups(&set_name(&config, *target), ids);
+                    for (outcome, ids) in &snapshot.elements {
+                        theirs.add_cgroups(&set_name(&config, *outcome), ids);
                     }
-                    for (target, hashes) in snapshot.dying.iter().filter(|d| !d.1.is_empty()) {
-                        theirs.add_hashes(&dying_name(&config, *target), hashes);
+                    for (outcome, hashes) in snapshot.dying.iter().filter(|d| !d.1.is_empty()) {
+                        theirs.add_hashes(&dying_name(&config, *outcome), hashes);
                     }
                 });
             }
@@ -472,16 +492,16 @@ fn replacements() {
 fn changes() {
     for config in configs() {
         let Snapshot { elements, dying, pairs } = snapshot(&config);
-        let hashes = |(target, hashes): (&Target, &Vec<u32>)| {
-            let target = *target;
-            hashes.clone().into_iter().map(move |hash| (target, hash))
+        let hashes = |(outcome, hashes): (&Outcome, &Vec<u32>)| {
+            let outcome = *outcome;
+            hashes.clone().into_iter().map(move |hash| (outcome, hash))
         };
-        let hashes: Vec<(Target, u32)> = dying.iter().flat_map(hashes).collect();
-        let each = |(target, ids): (&Target, &Vec<u64>)| {
-            let target = *target;
-            ids.clone().into_iter().map(move |id| (target, id))
+        let hashes: Vec<(Outcome, u32)> = dying.iter().flat_map(hashes).collect();
+        let each = |(outcome, ids): (&Outcome, &Vec<u64>)| {
+            let outcome = *outcome;
+            ids.clone().into_iter().map(move |id| (outcome, id))
         };
-        let flat: Vec<(Target, u64)> = elements.iter().flat_map(each).collect();
+        let flat: Vec<(Outcome, u64)> = elements.iter().flat_map(each).collect();
         let delta = Delta {
             delete: flat.clone(),
             add: flat,
@@ -494,18 +514,18 @@ fn changes() {
             let ours = plan::change(&config, &delta, Batch::new(SEQ));
             same_batch("change", ours, |theirs| {
                 let elements = || elements.iter().filter(|_| !delta.add.is_empty());
-                for (target, ids) in elements() {
-                    theirs.delete_cgroups(&set_name(&config, *target), ids);
+                for (outcome, ids) in elements() {
+                    theirs.delete_cgroups(&set_name(&config, *outcome), ids);
                 }
-                for (target, ids) in elements() {
-                    theirs.add_cgroups(&set_name(&config, *target), ids);
+                for (outcome, ids) in elements() {
+                    theirs.add_cgroups(&set_name(&config, *outcome), ids);
                 }
                 let dying = || dying.iter().filter(|d| !delta.add.is_empty() && !d.1.is_empty());
-                for (target, hashes) in dying() {
-                    theirs.delete_hashes(&dying_name(&config, *target), hashes);
+                for (outcome, hashes) in dying() {
+                    theirs.delete_hashes(&dying_name(&config, *outcome), hashes);
                 }
-                for (target, hashes) in dying() {
-                    theirs.add_hashes(&dying_name(&config, *target), hashes);
+                for (outcome, hashes) in dying() {
+                    theirs.add_hashes(&dying_name(&config, *outcome), hashes);
                 }
                 theirs.flush(OUTPUT);
                 for rule in output_rules(&config, delta.pairs.as_ref().unwrap()) {

@@ -11,7 +11,7 @@ use super::dying::{self, Dying};
 use super::event::{Action, Event, Found, Note, Scan};
 use super::ranking::Ranking;
 use super::tree::{self, Node, Path, Tree};
-use crate::config::{Config, Target};
+use crate::config::{Config, Outcome, Target};
 use crate::nft::table::Element;
 use crate::policy;
 
@@ -19,8 +19,8 @@ use crate::policy;
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Delta {
     /// Cgroup ids to delete from the sets of targets, in the order of these.
-    pub delete: Vec<(Target, u64)>,
-    pub add: Vec<(Target, u64)>,
+    pub delete: Vec<(Outcome, u64)>,
+    pub add: Vec<(Outcome, u64)>,
     /// The same for cgroups that are matched by their hashes.
     pub delete_dying: Vec<dying::Key>,
     pub add_dying: Vec<dying::Key>,
@@ -39,8 +39,8 @@ impl Delta {
 /// Everything that the kernel's sets should hold.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
-    pub elements: BTreeMap<Target, Vec<u64>>,
-    pub dying: BTreeMap<Target, Vec<u32>>,
+    pub elements: BTreeMap<Outcome, Vec<u64>>,
+    pub dying: BTreeMap<Outcome, Vec<u32>>,
     pub pairs: BTreeSet<Element>,
 }
 
@@ -61,7 +61,7 @@ pub struct Core {
     committed_pairs: BTreeSet<Element>,
     /// By cgroup id: the target in the kernel's sets, and the one that should be there.
     /// Its memory stays: to allocate and free it for each transaction costs musl a mmap(2).
-    pending: HashMap<u64, (Option<Target>, Option<Target>)>,
+    pending: HashMap<u64, (Option<Outcome>, Option<Outcome>)>,
     /// Removed cgroups that sockets may hold, and what is matched as they are; `None` where the
     /// kernel cannot match them.
     dying: Option<dying::List>,
@@ -71,7 +71,7 @@ pub struct Core {
     /// The policy that is to follow, as far as it has been worked out.
     draft: Option<Ranking>,
     /// By cgroup id: those that were found late and went another way until then, and which.
-    late: HashMap<u64, Target>,
+    late: HashMap<u64, Outcome>,
     /// The deepest level that the kernel takes.
     deepest: usize,
 }
@@ -109,21 +109,21 @@ impl Core {
     }
 
     /// The path and the target of the cgroup with this id.
-    pub fn verdict(&self, id: u64) -> Option<(&Path, Target)> {
+    pub fn verdict(&self, id: u64) -> Option<(&Path, Outcome)> {
         let (path, node) = self.tree.iter().find(|(_, node)| node.id == id)?;
-        Some((path, policy::target(&self.config, node.rank)))
+        Some((path, policy::outcome(&self.config, node.rank)))
     }
 
-    /// The same, fit to print.
-    pub fn home(&self, id: u64) -> Option<(String, Target)> {
-        let (path, target) = self.verdict(id)?;
-        Some((tree::display(path), target))
+    /// The same, fit to print, for a user's sockets there.
+    pub fn home(&self, id: u64, uid: u32) -> Option<(String, Target)> {
+        let (path, outcome) = self.verdict(id)?;
+        Some((tree::display(path), policy::likely_target(&self.config, outcome, uid)))
     }
 
     /// The target of the cgroup with this path.
-    pub fn target(&self, path: &[u8]) -> Option<Target> {
+    pub fn outcome(&self, path: &[u8]) -> Option<Outcome> {
         let node = self.tree.get(path)?;
-        Some(policy::target(&self.config, node.rank))
+        Some(policy::outcome(&self.config, node.rank))
     }
 
     /// Whose work it is what happens in that directory; see [`Node::account`].
@@ -142,7 +142,7 @@ impl Core {
     }
 
     /// Those cgroups by their ids, and the targets by which they went; once.
-    pub fn take_late(&mut self) -> HashMap<u64, Target> {
+    pub fn take_late(&mut self) -> HashMap<u64, Outcome> {
         std::mem::take(&mut self.late)
     }
 
@@ -287,16 +287,19 @@ impl Core {
         // removed ones have the target of their path too
         let dying = self.dying.as_mut().map(dying::List::take).unwrap_or_default();
         for mut dying in dying {
-            let target = match &dying.path {
+            let outcome = match &dying.path {
                 Some(path) => {
-                    old.removed.insert(path.clone(), dying.target);
+                    old.removed.insert(path.clone(), dying.outcome);
                     removed.get(path).copied()
                 }
-                None => self.config.named(old.config.target_name(dying.target)),
+                None => {
+                    let Outcome { target, class } = dying.outcome;
+                    self.config.outcome_named(old.config.target_name(target), class)
+                }
             };
             self.count_pair(dying.element(), false);
-            if let Some(target) = target {
-                dying.target = target;
+            if let Some(outcome) = outcome {
+                dying.outcome = outcome;
                 self.keep(dying);
             }
         }
@@ -327,8 +330,8 @@ impl Core {
             if before == after {
                 continue;
             }
-            delta.delete.extend(before.map(|target| (target, id)));
-            delta.add.extend(after.map(|target| (target, id)));
+            delta.delete.extend(before.map(|outcome| (outcome, id)));
+            delta.add.extend(after.map(|outcome| (outcome, id)));
         }
         delta.delete.sort_unstable();
         delta.add.sort_unstable();
@@ -344,7 +347,7 @@ impl Core {
     }
 
     /// The living cgroups that are matched by their ids: path, target, id.
-    pub fn elements(&self) -> impl Iterator<Item = (&Path, Target, u64)> {
+    pub fn elements(&self) -> impl Iterator<Item = (&Path, Outcome, u64)> {
         let own = self.tree.iter().filter_map(|(path, node)| Some((path, node.element?, node.id)));
         own.filter(|(path, ..)| !self.is_hashed(path))
     }
@@ -353,9 +356,9 @@ impl Core {
     pub fn snapshot(&mut self) -> Snapshot {
         self.pending = HashMap::new();
         self.committed_pairs = self.pairs.keys().copied().collect();
-        let mut elements: BTreeMap<Target, Vec<u64>> = BTreeMap::new();
-        for (_, target, id) in self.elements() {
-            elements.entry(target).or_default().push(id);
+        let mut elements: BTreeMap<Outcome, Vec<u64>> = BTreeMap::new();
+        for (_, outcome, id) in self.elements() {
+            elements.entry(outcome).or_default().push(id);
         }
         let dying = self.dying.as_mut().map(dying::List::snapshot).unwrap_or_default();
         Snapshot { elements, dying, pairs: self.committed_pairs.clone() }
@@ -385,7 +388,7 @@ impl Core {
             }
             let (rank, element) = self.classify(parent, &path, foreign);
             if let Some(was) = self.way_before(&path).filter(|_| late) {
-                if was != policy::target(&self.config, rank) {
+                if was != policy::outcome(&self.config, rank) {
                     self.late.insert(id, was);
                 }
             }
@@ -396,7 +399,7 @@ impl Core {
             }
             self.place(&path, id, None, element);
             if element.is_some() {
-                actions.push(Action::Tell(Note::Classified { path, target: element }));
+                actions.push(Action::Tell(Note::Classified { path, outcome: element }));
             }
         }
         actions.push(Action::Watch(found));
@@ -478,13 +481,13 @@ impl Core {
             if let Some(draft) = &mut self.draft {
                 draft.went(&path, &node);
             }
-            if let Some(target) = node.element {
+            if let Some(outcome) = node.element {
                 if self.dying.as_ref().is_some_and(|list| list.len() >= dying::MOST) {
                     actions.push(Action::Tell(Note::Crowded));
                 }
                 let level = self.level(&path);
-                self.keep(Dying::new(node.id, level, target, path.clone()));
-                actions.push(Action::Tell(Note::Classified { path, target: None }));
+                self.keep(Dying::new(node.id, level, outcome, path.clone()));
+                actions.push(Action::Tell(Note::Classified { path, outcome: None }));
             }
         }
         if path.is_empty() {
@@ -501,9 +504,9 @@ impl Core {
     }
 
     /// The target by which a new cgroup went until now: its parent's, or that one's before.
-    fn way_before(&self, path: &[u8]) -> Option<Target> {
+    fn way_before(&self, path: &[u8]) -> Option<Outcome> {
         let parent = self.tree.get(tree::parent(path)?)?;
-        let way = || policy::target(&self.config, parent.rank);
+        let way = || policy::outcome(&self.config, parent.rank);
         Some(self.late.get(&parent.id).copied().unwrap_or_else(way))
     }
 
@@ -513,7 +516,7 @@ impl Core {
         parent: Option<policy::Rank>,
         path: &[u8],
         foreign: bool,
-    ) -> (policy::Rank, Option<Target>) {
+    ) -> (policy::Rank, Option<Outcome>) {
         let Some(parent) = parent else {
             return (policy::root_rank(&self.config), None);
         };
@@ -522,17 +525,17 @@ impl Core {
     }
 
     /// The element of a path of that rank.
-    fn element(&self, parent: policy::Rank, path: &[u8], rank: policy::Rank) -> Option<Target> {
-        let target = policy::target(&self.config, rank);
-        let differs = target != policy::target(&self.config, parent);
+    fn element(&self, parent: policy::Rank, path: &[u8], rank: policy::Rank) -> Option<Outcome> {
+        let outcome = policy::outcome(&self.config, rank);
+        let differs = outcome != policy::outcome(&self.config, parent);
         let reachable = self.base_level + tree::depth(path) <= self.deepest;
-        (differs && reachable).then_some(target)
+        (differs && reachable).then_some(outcome)
     }
 
-    fn count(&mut self, path: &[u8], element: Option<Target>, up: bool) {
-        let Some(target) = element else { return };
+    fn count(&mut self, path: &[u8], element: Option<Outcome>, up: bool) {
+        let Some(outcome) = element else { return };
         let hashed = self.is_hashed(path);
-        self.count_pair(Element { level: self.level(path), target, hashed }, up);
+        self.count_pair(Element { level: self.level(path), outcome, hashed }, up);
     }
 
     /// The level of a path that is not too deep.
@@ -575,7 +578,7 @@ impl Core {
     }
 
     /// Notes which element a living cgroup should have, against the one it has now.
-    fn place(&mut self, path: &[u8], id: u64, now: Option<Target>, wanted: Option<Target>) {
+    fn place(&mut self, path: &[u8], id: u64, now: Option<Outcome>, wanted: Option<Outcome>) {
         self.count(path, now, false);
         self.count(path, wanted, true);
         match self.is_hashed(path) {
@@ -585,14 +588,14 @@ impl Core {
     }
 
     /// The same, of one that is matched by its hash.
-    fn match_living(&mut self, id: u64, now: Option<Target>, wanted: Option<Target>) {
+    fn match_living(&mut self, id: u64, now: Option<Outcome>, wanted: Option<Outcome>) {
         let Some(list) = &mut self.dying else { return };
-        now.into_iter().for_each(|target| list.match_living(id, target, false));
-        wanted.into_iter().for_each(|target| list.match_living(id, target, true));
+        now.into_iter().for_each(|outcome| list.match_living(id, outcome, false));
+        wanted.into_iter().for_each(|outcome| list.match_living(id, outcome, true));
     }
 
     /// Notes what the set should hold for a cgroup id, against what it holds now.
-    fn want(&mut self, id: u64, now: Option<Target>, wanted: Option<Target>) {
+    fn want(&mut self, id: u64, now: Option<Outcome>, wanted: Option<Outcome>) {
         let entry = self.pending.entry(id).or_insert((now, now));
         entry.1 = wanted;
         if entry.0 == entry.1 {

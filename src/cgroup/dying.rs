@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 
 use super::tree::{self, Path, Tree};
-use crate::config::Target;
+use crate::config::Outcome;
 use crate::nft::table::Element;
 
 /// A removed cgroup that had an element of its own. Those below without one go with it, for a
@@ -20,7 +20,7 @@ pub struct Dying {
     /// [`hash`] of its id.
     pub hash: u32,
     pub level: u8,
-    pub target: Target,
+    pub outcome: Outcome,
     /// Where it was; `None` for one that is known from a table alone.
     pub path: Option<Path>,
     /// How many looks in a row have found no socket of it.
@@ -28,27 +28,27 @@ pub struct Dying {
 }
 
 impl Dying {
-    pub fn new(id: u64, level: u8, target: Target, path: Path) -> Dying {
-        Dying { hash: hash(id), level, target, path: Some(path), quiet: 0 }
+    pub fn new(id: u64, level: u8, outcome: Outcome, path: Path) -> Dying {
+        Dying { hash: hash(id), level, outcome, path: Some(path), quiet: 0 }
     }
 
     /// One that the sets of a table hold.
-    pub fn known_by(hash: u32, level: u8, target: Target) -> Dying {
-        Dying { hash, level, target, path: None, quiet: 0 }
+    pub fn known_by(hash: u32, level: u8, outcome: Outcome) -> Dying {
+        Dying { hash, level, outcome, path: None, quiet: 0 }
     }
 
     fn key(&self) -> Key {
-        (self.target, self.hash)
+        (self.outcome, self.hash)
     }
 
     /// The element that matches it.
     pub fn element(&self) -> Element {
-        Element { level: self.level, target: self.target, hashed: true }
+        Element { level: self.level, outcome: self.outcome, hashed: true }
     }
 }
 
 /// What an element of the kernel's sets says: whose set it is in, and the hash of the path.
-pub type Key = (Target, u32);
+pub type Key = (Outcome, u32);
 
 /// All of them, the oldest first.
 #[derive(Debug, Default)]
@@ -95,8 +95,8 @@ impl List {
     }
 
     /// A living cgroup is matched by its hash from now on, or no more.
-    pub fn match_living(&mut self, id: u64, target: Target, so: bool) {
-        self.count((target, hash(id)), so);
+    pub fn match_living(&mut self, id: u64, outcome: Outcome, so: bool) {
+        self.count((outcome, hash(id)), so);
     }
 
     /// Lets those go that do not match, and gives their elements.
@@ -157,11 +157,11 @@ impl List {
     }
 
     /// All elements; the kernel has them from now on.
-    pub fn snapshot(&mut self) -> BTreeMap<Target, Vec<u32>> {
+    pub fn snapshot(&mut self) -> BTreeMap<Outcome, Vec<u32>> {
         self.changed.clear();
-        let mut elements: BTreeMap<Target, Vec<u32>> = BTreeMap::new();
-        for (target, hash) in self.elements.keys() {
-            elements.entry(*target).or_default().push(*hash);
+        let mut elements: BTreeMap<Outcome, Vec<u32>> = BTreeMap::new();
+        for (outcome, hash) in self.elements.keys() {
+            elements.entry(*outcome).or_default().push(*hash);
         }
         elements
     }
@@ -227,9 +227,12 @@ pub fn hash(id: u64) -> u32 {
 mod tests {
     use super::*;
     use crate::cgroup::tree::Node;
+    use crate::config::Target;
+
+    const DROP: Outcome = Outcome { target: Target::Drop, class: 0 };
 
     fn dying(id: u64, path: &str) -> Dying {
-        Dying::new(id, 3, Target::Drop, path.as_bytes().into())
+        Dying::new(id, 3, DROP, path.as_bytes().into())
     }
 
     fn hashes(list: &List) -> Vec<u32> {
@@ -240,8 +243,8 @@ mod tests {
     fn what_the_kernel_must_hold() {
         let mut list = List::default();
         list.push(dying(1, "/a"));
-        list.push(Dying::known_by(hash(1), 4, Target::Drop));
-        assert_eq!(list.take_changes(), (vec![], vec![(Target::Drop, hash(1))]));
+        list.push(Dying::known_by(hash(1), 4, DROP));
+        assert_eq!(list.take_changes(), (vec![], vec![(DROP, hash(1))]));
         // the other one needs it still
         assert_eq!(list.retain(|d| d.path.is_none()).len(), 1);
         assert_eq!(list.take_changes(), (vec![], vec![]));
@@ -249,7 +252,7 @@ mod tests {
         list.push(dying(1, "/a"));
         assert_eq!(list.take_changes(), (vec![], vec![]));
         list.retain(|_| false);
-        assert_eq!(list.take_changes(), (vec![(Target::Drop, hash(1))], vec![]));
+        assert_eq!(list.take_changes(), (vec![(DROP, hash(1))], vec![]));
         for id in 0..=MOST as u64 {
             assert_eq!(list.push(dying(id, "/a")).is_some(), id == MOST as u64);
         }
@@ -267,7 +270,7 @@ mod tests {
         list.push(dying(1, "/a/b"));
         list.push(dying(2, "/a/b/c"));
         list.push(dying(3, "/a-b"));
-        list.push(Dying::known_by(4, 1, Target::Drop));
+        list.push(Dying::known_by(4, 1, DROP));
         let above: Vec<Path> = list.above(&tree).into_iter().collect();
         assert_eq!(above, ["".as_bytes().into(), "/a".as_bytes().into()]);
         list.released(b"/a");

@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use nix::errno::Errno;
 
 use super::tree::Path;
-use crate::config::Target;
+use crate::config::Outcome;
 
 /// Something that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,7 +83,7 @@ pub enum Note {
     /// There are too many removed cgroups that sockets may hold, so the oldest is let go.
     Crowded,
     /// The cgroup got its own element, or lost it.
-    Classified { path: Path, target: Option<Target> },
+    Classified { path: Path, outcome: Option<Outcome> },
     /// The cgroup, the first of maybe more, cannot be watched or scanned.
     Blind { path: Path, errno: Errno },
     /// There are no such cgroups any more.

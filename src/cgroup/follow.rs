@@ -16,7 +16,7 @@ use super::event::{Action, Event, Found, Note, Pause, Scan};
 use super::mount::{self, Root};
 use super::tree::{self, Path};
 use super::watch::{self, Watcher};
-use crate::config::{Config, Target};
+use crate::config::{Config, Outcome, Target};
 use crate::error::{reason, Result};
 use crate::log;
 use crate::log::{Escaped, Level};
@@ -226,7 +226,7 @@ impl Cgroups {
                     self.core.step(event, actions);
                 }
                 Action::Watch(found) => {
-                    let target = || self.core.target(&found.path);
+                    let target = || self.core.outcome(&found.path).map(|outcome| outcome.target);
                     self.proxied |= !self.proxied && matches!(target(), Some(Target::Tproxy(_)));
                     self.put_off(&found.path.clone(), Work::Watch(found))
                 }
@@ -255,12 +255,12 @@ impl Cgroups {
                      send goes the way of the cgroup above them"
                 ),
             ),
-            Note::Classified { path, target } => {
-                if target.is_none() {
+            Note::Classified { path, outcome } => {
+                if outcome.is_none() {
                     self.await_death();
                 }
                 let config = self.core.config();
-                let name = target.map_or("gone", |target| config.target_name(target));
+                let name = outcome.map_or("gone", |outcome| config.target_name(outcome.target));
                 log::write_limited(Level::Info, format_args!("{}: {name}", Escaped(&path)));
             }
             Note::Blind { path, errno } => {
@@ -332,8 +332,9 @@ impl Cgroups {
         }
         let (old, new) = (other.core.config(), self.core.config().clone());
         let known = |dying: &Dying| {
-            let target = new.named(old.target_name(dying.target))?;
-            Some(Dying::known_by(dying.hash, dying.level, target))
+            let Outcome { target, class } = dying.outcome;
+            let outcome = new.outcome_named(old.target_name(target), class)?;
+            Some(Dying::known_by(dying.hash, dying.level, outcome))
         };
         self.core.keep_dying(other.core.dying().filter_map(known));
         self.await_death();

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::dying;
 use super::tree::{self, Node, Path, Tree};
-use crate::config::{Config, Target};
+use crate::config::{Config, Outcome};
 use crate::policy;
 
 /// A policy, and what it makes of the cgroups: of one that is to follow, piece by piece, so that
@@ -18,7 +18,7 @@ pub struct Ranking {
     pub ranks: HashMap<u64, policy::Rank>,
     reached: Option<Path>,
     /// The targets of removed ones.
-    pub removed: HashMap<Path, Target>,
+    pub removed: HashMap<Path, Outcome>,
     /// Removed ones whose turn comes once every other has had its own.
     left: Option<Vec<Path>>,
 }
@@ -58,7 +58,7 @@ impl Ranking {
     /// A cgroup is gone.
     pub fn went(&mut self, path: &Path, node: &Node) {
         if let Some(rank) = self.ranks.remove(&node.id).filter(|_| node.element.is_some()) {
-            self.removed.insert(path.clone(), policy::target(&self.config, rank));
+            self.removed.insert(path.clone(), policy::outcome(&self.config, rank));
         }
     }
 
@@ -82,7 +82,7 @@ impl Ranking {
         match left.pop() {
             Some(path) => {
                 let rank = self.rank_removed(&path);
-                self.removed.insert(path, policy::target(&self.config, rank));
+                self.removed.insert(path, policy::outcome(&self.config, rank));
                 true
             }
             None => false,

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
 use std::rc::Rc;
 
-use crate::config::Target;
+use crate::config::Outcome;
 use crate::policy::Rank;
 
 /// A cgroup's path from the cgroup root: empty for the root itself, else with a leading slash.
@@ -28,7 +28,7 @@ pub struct Node {
     pub wd: Option<i32>,
     pub rank: Rank,
     /// The target of its set element; `None` where it inherits its parent's.
-    pub element: Option<Target>,
+    pub element: Option<Outcome>,
     /// Who answers for what happens in it: the owner of the outermost directory on the way there
     /// that is not root's. 0 for root's, and until it has been listed.
     pub account: u32,

@@ -14,7 +14,7 @@ use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount::{self, Root};
 use crate::cgroup::tree::{self, Node, Path};
-use crate::config::{propose, Config, Rule, Target};
+use crate::config::{propose, Config, OwnerRule, Place, Rule, Target};
 use crate::error::Result;
 use crate::host;
 use crate::json::Json;
@@ -105,11 +105,31 @@ enum Home {
 #[derive(Debug)]
 enum Decides {
     Rule(Rule),
+    Owner(OwnerRule),
     /// `/cgtproxy/TARGET` goes to TARGET.
     BuiltIn,
     Default,
     /// What decided before the cgroup was removed.
     Before,
+}
+
+/// What decides for a user's sockets in a cgroup of that rank. The group of a socket is not told:
+/// the target is `None` where it depends on that.
+fn decision(config: &Config, rank: policy::Rank, uid: u32) -> (Option<Target>, Decides) {
+    let outcome = policy::outcome(config, rank);
+    let owner = policy::owner_rule(config.owner_rules_before(outcome.class), uid, None);
+    if let Ok(Some(rule)) = owner {
+        return (Some(rule.target), Decides::Owner(rule.clone()));
+    }
+    let decides = match policy::decision(config, rank) {
+        Decision::Rule(rule) => Decides::Rule(rule.clone()),
+        Decision::BuiltIn(_) => Decides::BuiltIn,
+        Decision::Default => Decides::Default,
+    };
+    match owner {
+        Ok(_) => (Some(outcome.target), decides),
+        Err(()) => (None, decides),
+    }
 }
 
 /// One cgroup and user.
@@ -151,14 +171,9 @@ impl<'a> Apps<'a> {
             let (id, home, target, decides) = match owner {
                 Owner::Cgroup(id) => match nodes.get(&id) {
                     Some((path, node)) => {
-                        let target = config.target_name(policy::target(config, node.rank));
-                        let decides = match policy::decision(config, node.rank) {
-                            Decision::Rule(rule) => Decides::Rule(rule.clone()),
-                            Decision::BuiltIn(_) => Decides::BuiltIn,
-                            Decision::Default => Decides::Default,
-                        };
-                        let home = Home::Cgroup(Path::clone(path));
-                        (Some(id), home, Some(target.to_string()), decides)
+                        let (target, decides) = decision(config, node.rank, uid);
+                        let target = target.map(|target| config.target_name(target).to_string());
+                        (Some(id), Home::Cgroup(Path::clone(path)), target, decides)
                     }
                     None if is_whole => (Some(id), Home::Removed, None, Decides::Before),
                     None => (Some(id), Home::Elsewhere, None, Decides::Default),
@@ -186,9 +201,20 @@ impl<'a> Apps<'a> {
         }
         let held = Kernel::open().and_then(|mut kernel| kernel.held());
         if let Ok(Some(held)) = held {
-            let target = held.targets();
+            let outcome = held.outcomes();
+            let owners = |class| held.view.owners.iter().filter(move |step| step.class <= class);
+            let default = (&*held.view.default, held.view.default_class);
             unknown.for_each(|app| {
-                app.target = app.id.map(|id| target(id).unwrap_or(&held.view.default).to_string());
+                app.target = app.id.and_then(|id| {
+                    let (target, class) = outcome(id).unwrap_or(default);
+                    // the group of a socket is not told
+                    let mut said = owners(class).map(|step| (step.owner.has(app.uid, None), step));
+                    match said.find(|(has, _)| *has != Some(false)) {
+                        Some((None, _)) => None,
+                        Some((_, step)) => Some(step.target.clone()),
+                        None => Some(target.to_string()),
+                    }
+                });
             });
         }
     }
@@ -334,17 +360,19 @@ impl App {
 
     /// What decides, and by which rule.
     fn decides(&self) -> (&'static str, Value) {
+        let rule = |place: &Place, text: &str| {
+            let (file, line) = (&place.file, place.line);
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            let json = Json::Object(vec![
+                ("file", Json::text(file.to_string_lossy())),
+                ("line", Json::or_null(Some(line))),
+                ("match", Json::text(text)),
+            ]);
+            ("rule", Value::new(format!("{name}:{line}"), json))
+        };
         match &self.decides {
-            Decides::Rule(rule) => {
-                let (file, line) = (&rule.place.file, rule.place.line);
-                let name = file.file_name().unwrap_or_default().to_string_lossy();
-                let json = Json::Object(vec![
-                    ("file", Json::text(file.to_string_lossy())),
-                    ("line", Json::or_null(Some(line))),
-                    ("match", Json::text(&*rule.text)),
-                ]);
-                ("rule", Value::new(format!("{name}:{line}"), json))
-            }
+            Decides::Rule(of) => rule(&of.place, &of.text),
+            Decides::Owner(of) => rule(&of.place, &of.text),
             Decides::BuiltIn => ("built-in", Value::new("built in", Json::Null)),
             Decides::Default => ("default", Value::new("default", Json::Null)),
             Decides::Before => ("before", Value::new("as before", Json::Null)),

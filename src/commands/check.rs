@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::{mount, watch};
-use crate::config::{lint, Config, Outlet, Route};
+use crate::config::{lint, Config, Outlet, Route, RuleLine};
 use crate::confine;
 use crate::daemon;
 use crate::error::{reason, Error, Result};
@@ -23,7 +23,7 @@ use crate::json::Json;
 use crate::kernel::{self, Kernel};
 use crate::log;
 use crate::log::Level;
-use crate::net::Family;
+use crate::net::{Family, Owner};
 use crate::netlink::fib::FibAction;
 use crate::netlink::link::Link;
 use crate::netlink::uapi::*;
@@ -373,17 +373,25 @@ fn rules(config: &Config, core: Option<&Core>, findings: &mut Findings) {
     }
     let (mut idle, mut decided) = (lint::idle_rules(config).into_iter(), decided.into_iter());
     for line in config.rule_lines() {
-        let (rule, patterns) = (&line[0], line.len());
-        let (place, target, text) = (&rule.place, config.target_name(rule.target), &rule.text);
-        let text = format!("{place}: {target} = {text}");
-        let count: usize = decided.by_ref().take(patterns).sum();
-        // where all of its patterns are idle, the first reason
-        let reasons: Vec<_> = idle.by_ref().take(patterns).collect();
-        let idle =
-            reasons.into_iter().collect::<Option<Vec<_>>>().and_then(|all| all.into_iter().next());
+        let (place, target) = (line.place(), config.target_name(line.target()));
+        let text = format!("{place}: {target} = {}", line.text());
+        let (idle, decides) = match line {
+            RuleLine::Patterns(rules) => {
+                let count: usize = decided.by_ref().take(rules.len()).sum();
+                // where all of its patterns are idle, the first reason
+                let reasons: Option<Vec<_>> = idle.by_ref().take(rules.len()).collect();
+                let why = reasons.and_then(|all| all.into_iter().next());
+                (why, format!("decides for {count} cgroups"))
+            }
+            RuleLine::Owners(rule) => {
+                let owners: Vec<String> = rule.owners.iter().map(Owner::to_string).collect();
+                let decides = format!("decides for sockets of {}", owners.join(", "));
+                (lint::idle_owners(config, rule), decides)
+            }
+        };
         match idle {
             Some(why) => findings.warning(format!("{text}: can match nothing: {why}")),
-            None if core.is_some() => findings.ok(format!("{text}: decides for {count} cgroups")),
+            None if core.is_some() => findings.ok(format!("{text}: {decides}")),
             None => {}
         }
     }

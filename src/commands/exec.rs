@@ -22,7 +22,7 @@ use nix::unistd::{initgroups, setgid, setgroups, setuid, Gid, Uid, User};
 
 use crate::cgroup::mount::{self, Root};
 use crate::cgroup::watch;
-use crate::config::{Config, Take, Target};
+use crate::config::{Config, Outcome, Take, Target};
 use crate::error::{reason, Error, Result};
 use crate::kernel::{self, Held, Kernel};
 use crate::net::{Family, Mark};
@@ -313,13 +313,13 @@ struct Wanted<'a> {
     ids: BTreeMap<u32, u64>,
     /// Those of them that the policy gives an element of their own, outermost first: level, path,
     /// target.
-    elements: Vec<(u32, String, Target)>,
+    elements: Vec<(u32, String, Outcome)>,
 }
 
 impl<'a> Wanted<'a> {
     fn new(config: &'a Config, target: Target, root: &Root, path: &[u8]) -> Result<Wanted<'a>> {
         let mut wanted = Wanted { config, target, ids: BTreeMap::new(), elements: Vec::new() };
-        let mut parent = config.default;
+        let mut parent = config.default_outcome();
         let refused = |errno| {
             let path = String::from_utf8_lossy(path);
             Error::system(format!("unable to identify cgroup {path}"), errno)
@@ -336,7 +336,7 @@ impl<'a> Wanted<'a> {
         }
         for (depth, (end, rank)) in policy::ranks(config, path, false).enumerate() {
             let level = (root.level + depth + 1) as u32;
-            let own = policy::target(config, rank);
+            let own = policy::outcome(config, rank);
             // without the slash in front, for it is looked up from the root
             let id = sys::cgroup_id(dir.as_fd(), &name(&path[1..end])?).map_err(refused)?;
             wanted.ids.insert(level, id);
@@ -376,22 +376,25 @@ impl<'a> Wanted<'a> {
                 return Some(Missing::Never(what));
             }
         }
-        let known = held.targets();
+        let known = held.outcomes();
         for (level, path, own) in &self.elements {
-            let own = self.config.target_name(*own);
+            let (class, own) = (own.class, self.config.target_name(own.target));
             let id = self.ids[level];
-            let of = |step: &&Step| step.set == own && step.target == own && step.level == *level;
+            let of = |step: &&Step| {
+                let same = step.set == own && step.target == own && step.class == class;
+                same && step.level == *level
+            };
             if !held.view.steps.iter().filter(of).any(|step| held.holds(step, id)) {
-                let what = match known(id) == Some(own) {
+                let what = match known(id) == Some((own, class)) {
                     true => format!("chain output has no rule for set cg_{own} at level {level}"),
                     false => format!("cgroup {path} is not in set cg_{own}"),
                 };
                 return Some(Missing::Yet(what));
             }
         }
-        let verdict = held.view.verdict(&self.ids, |step, id| held.holds(step, id));
+        let (verdict, class) = held.view.verdict(&self.ids, |step, id| held.holds(step, id));
         let what = || format!("the table sends the cgroup to {verdict}");
-        (verdict != name).then(|| Missing::Yet(what()))
+        ((verdict, class) != (name, 0)).then(|| Missing::Yet(what()))
     }
 
     fn missing_routing(&self, kernel: &mut Kernel) -> Result<Option<String>> {

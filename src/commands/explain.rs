@@ -11,7 +11,7 @@ use nix::errno::Errno;
 
 use crate::cgroup::mount::{self, Mount, Root};
 use crate::cgroup::watch;
-use crate::config::{Config, Rule};
+use crate::config::{Config, Rule, RuleLine};
 use crate::error::{Error, Result};
 use crate::log::Escaped;
 use crate::options::{wrong, Options};
@@ -43,8 +43,10 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
         match found {
             Ok(path) => {
                 let pid = by_pid.then(|| arg.to_string_lossy());
-                describe(&config, pid.as_deref(), path.as_deref(), root.as_ref().ok(), &mut text);
-                if pid.is_some_and(|pid| elsewhere(&pid)) {
+                let owner = pid.as_deref().and_then(owner);
+                let (pid, root) = (pid.as_deref(), root.as_ref().ok());
+                describe(&config, pid, owner, path.as_deref(), root, &mut text);
+                if pid.is_some_and(elsewhere) {
                     text.push_str(ELSEWHERE);
                 }
             }
@@ -66,6 +68,16 @@ const ELSEWHERE: &str = "    network another namespace: its traffic does not mee
 fn elsewhere(pid: &str) -> bool {
     let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
     of(pid).zip(of("self")).is_some_and(|(its, ours)| its != ours)
+}
+
+/// Who owns the sockets that a process makes: uid and gid by proc_pid_status(5), those for files.
+fn owner(pid: &str) -> Option<(u32, u32)> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let id = |key: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+        line.split_ascii_whitespace().nth(3)?.parse().ok()
+    };
+    Some((id("Uid:")?, id("Gid:")?))
 }
 
 /// One error with the lines of all; that of wrong usage where any is.
@@ -142,10 +154,12 @@ fn from_root(path: &[u8], root: &Root, mounts: &[Mount]) -> Option<Vec<u8>> {
     Some(if rest.is_empty() { Vec::new() } else { [b"/", rest].concat() })
 }
 
-/// A few lines about one cgroup; `path` is `None` outside of the cgroup root.
+/// A few lines about one cgroup; `path` is `None` outside of the cgroup root. `owner` is that of a
+/// process's sockets, uid and gid.
 fn describe(
     config: &Config,
     pid: Option<&str>,
+    owner: Option<(u32, u32)>,
     path: Option<&[u8]>,
     root: Option<&Root>,
     text: &mut String,
@@ -164,18 +178,33 @@ fn describe(
             (rank, through) = (next, end);
         }
     }
-    let target = policy::target(config, rank);
-    let target = config.target_name(target);
+    let outcome = policy::outcome(config, rank);
+    let before = config.owner_rules_before(outcome.class);
+    let _ = writeln!(text, "{pid}{name}");
+    if let Some((uid, gid)) = owner {
+        if let Ok(Some(rule)) = policy::owner_rule(before, uid, Some(gid)) {
+            let target = config.target_name(rule.target);
+            let _ = writeln!(text, "    target  {target}");
+            let _ = writeln!(text, "    rule    {}: {target} = {}", rule.place, rule.text);
+            let _ = writeln!(text, "    owner   uid {uid}, gid {gid}");
+            return;
+        }
+    }
+    let target = config.target_name(outcome.target);
     let rule = match policy::decision(config, rank) {
         Decision::Default => "no rule matches, so the default decides".to_string(),
         Decision::BuiltIn(_) => format!("built in: {target} = {}/{target}", policy::EXEC),
         Decision::Rule(rule) => format!("{}: {target} = {}", rule.place, rule.text),
     };
-    let _ = writeln!(text, "{pid}{name}");
     let _ = writeln!(text, "    target  {target}");
     let _ = writeln!(text, "    rule    {rule}");
     for pattern in policy::number(config, rank).map_or(&[][..], |at| means(config, at)) {
         let _ = writeln!(text, "    means   {}", pattern.pattern);
+    }
+    // a process's own ids are known
+    for rule in before.iter().filter(|_| owner.is_none()) {
+        let target = config.target_name(rule.target);
+        let _ = writeln!(text, "    unless  {}: {target} = {}", rule.place, rule.text);
     }
     if through > 0 {
         let ancestor = match through == path.len() {
@@ -197,9 +226,12 @@ fn describe(
 /// What the line with that rule became, where it is not a regex itself.
 fn means(config: &Config, at: usize) -> &[Rule] {
     let rule = &config.rules[at];
-    let mut lines = config.rule_lines();
+    let mut lines = config.rule_lines().filter_map(|line| match line {
+        RuleLine::Patterns(rules) => Some(rules),
+        RuleLine::Owners(_) => None,
+    });
     match *rule.text != *rule.pattern {
-        true => lines.find(|line| line[0].place == rule.place).unwrap_or_default(),
+        true => lines.find(|rules| rules[0].place == rule.place).unwrap_or_default(),
         false => &[],
     }
 }

@@ -52,12 +52,17 @@ pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
         all.filter_map(|l| Some(diag::PortOwner { uid: l.uid, cgroup: l.cgroup? })).collect()
     };
     let listeners: Vec<Vec<_>> = config.tproxies.iter().map(|t| listeners(t.port)).collect();
-    loops::find(config, &listeners, |id| core.home(id))
+    loops::find(config, &listeners, |id, uid| core.home(id, uid))
 }
 
 /// A line for each cgroup whose sockets go past its proxy.
 pub fn bound(config: &Config, host: &Host, core: &Core) -> Vec<String> {
-    faults::bound(config, &host.bound, |id| core.home(id), |index| host.interface_name(index))
+    faults::bound(
+        config,
+        &host.bound,
+        |id, uid| core.home(id, uid),
+        |index| host.interface_name(index),
+    )
 }
 
 /// Errors: one line that says which capability is missing, where it is.

@@ -144,13 +144,13 @@ impl Unattended {
         };
         let looked = Cgroups::look(Rc::new(config.clone())).ok();
         let unknown = looked.map(|Cgroups { mut core, .. }| {
-            let known = held.targets();
+            let known = held.outcomes();
             let wanted = core.snapshot().elements.into_iter();
-            let wanted = wanted.flat_map(|(t, ids)| {
-                let name = config.target_name(t);
-                ids.into_iter().map(move |id| (name, id))
+            let wanted = wanted.flat_map(|(outcome, ids)| {
+                let of = (config.target_name(outcome.target), outcome.class);
+                ids.into_iter().map(move |id| (of, id))
             });
-            wanted.filter(|(name, id)| known(*id) != Some(*name)).count()
+            wanted.filter(|(of, id)| known(*id) != Some(*of)).count()
         });
         Ok(Unattended { left, unknown })
     }
@@ -372,8 +372,7 @@ impl Status {
     }
 
     pub(super) fn cgroups(&self, target: &str) -> u64 {
-        let all = self.held.as_ref().and_then(|held| held.cgroups.get(target));
-        all.map_or(0, |all| all.len() as u64)
+        self.held.as_ref().map_or(0, |held| held.of_target(target).count() as u64)
     }
 
     /// One line on the whole.
@@ -718,6 +717,8 @@ mod tests {
         };
         let interface = |name: &str, prefix| Interface { name: name.into(), prefix };
         let view = |interfaces: Vec<Interface>| View {
+            owners: Vec::new(),
+            default_class: 0,
             classifies: true,
             foreign: false,
             targets: vec![target(1), target(2)],

@@ -89,9 +89,9 @@ impl Totals {
         let counts = conntrack_counts();
         for target in status.targets() {
             let held = status.held.as_ref();
-            let elements = held.and_then(|held| held.cgroups.get(&target.name));
+            let elements = held.into_iter().flat_map(|held| held.of_target(&target.name));
             let mut own = None;
-            for element in elements.into_iter().flatten() {
+            for element in elements {
                 if let Some(counter) = element.counter {
                     own = Some(own.unwrap_or_default() + counter);
                     totals.cgroups.insert(element.id, (target.name.clone(), counter));

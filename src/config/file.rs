@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::{self, OFlag};
 use nix::sys::stat::Mode;
-use nix::unistd::{geteuid, User};
+use nix::unistd::{geteuid, Group, User};
 
 use super::Source;
 use crate::error::reason;
@@ -106,6 +106,10 @@ impl Source for Files {
 
     fn uid(&self, name: &str) -> Option<u32> {
         User::from_name(name).ok().flatten().map(|user| user.uid.as_raw())
+    }
+
+    fn gid(&self, name: &str) -> Option<u32> {
+        Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw())
     }
 }
 

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
+use super::matches::Match;
 use super::model::{Config, Gateway, OnExit, Outlet, Place, Problem, Route, Tproxy};
 pub use super::value::Takes;
 use super::value::*;
@@ -248,8 +249,8 @@ pub(super) struct Draft {
     pub bypass_marks: Vec<(Mark, Place)>,
     /// What is wrong, so far.
     pub problems: Vec<Problem>,
-    /// Target, pattern and place of each line.
-    pub rules: Vec<(String, String, Place)>,
+    /// Target, text, meaning and place of each line.
+    pub rules: Vec<(String, String, Match, Place)>,
 }
 
 /// A section, or all sections of a kind without names.

@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::pattern::Literals;
-use super::{Config, Rule};
+use super::{Config, OwnerRule, Rule};
+use crate::net::Owner;
 
 /// Most times that a rule is held against an earlier one: their number goes with the square.
 const MAX_TRIES: usize = 1_000_000;
@@ -29,6 +30,23 @@ pub fn idle_rules(config: &Config) -> Vec<Option<String>> {
         })
     });
     reasons.collect()
+}
+
+/// Why a line for owners decides for no socket, where an earlier one covers all of its owners.
+pub fn idle_owners(config: &Config, rule: &OwnerRule) -> Option<String> {
+    let earlier = config.owner_rules.iter().take_while(|earlier| earlier.place != rule.place);
+    let earlier: Vec<&OwnerRule> = earlier.collect();
+    let covers = |a: Owner, b: Owner| match (a, b) {
+        (Owner::Users(a, z), Owner::Users(first, last))
+        | (Owner::Groups(a, z), Owner::Groups(first, last)) => a <= first && last <= z,
+        _ => false,
+    };
+    let covering = rule.owners.iter().map(|owner| {
+        earlier.iter().find(|earlier| earlier.owners.iter().any(|other| covers(*other, *owner)))
+    });
+    let by = covering.collect::<Option<Vec<_>>>()?.into_iter().next()?;
+    let target = config.target_name(by.target);
+    Some(format!("{} covers all of it before: {target} = {}", by.place, by.text))
 }
 
 /// Why no path can match, for what people paste and mistype.

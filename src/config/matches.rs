@@ -1,24 +1,36 @@
-//! Matches that are not a regex, `service:NAME` and `app:ID`, to the patterns of the paths that init
-//! systems and desktops give these. Pure. Sources: procd's and OpenRC's cgroups, systemd.unit(5),
+//! Matches that are not a regex: `service:NAME` and `app:ID` to the patterns of the paths that init
+//! systems and desktops give these, `user:NAME` and `group:NAME` to numbers. Pure. Sources: procd's and OpenRC's cgroups, systemd.unit(5),
 //! systemd's cg_escape(), systemd.io/DESKTOP_ENVIRONMENTS, flatpak's and snapd's transient scopes;
 //! the tests have the names that they make.
 
+use std::path::{Path, PathBuf};
+
+use super::model::Source;
 use super::suggest::did_you_mean;
 use super::value::Result;
+use crate::net::Owner;
 
-/// The patterns that a name becomes.
-type Of = fn(&str) -> Result<Vec<String>>;
+/// What a rule's value stands for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Match {
+    Patterns(Vec<String>),
+    Owners(Vec<Owner>),
+}
+
+/// What a name becomes.
+type Of = fn(&str, &dyn Source) -> Result<Match>;
 
 /// The words that may stand before the colon.
-const WORDS: [(&str, Of); 2] = [("service", service), ("app", app)];
+const WORDS: [(&str, Of); 4] =
+    [("service", service), ("app", app), ("user", user), ("group", group)];
 
-/// The patterns that a rule's value stands for: itself, where it is a regex.
+/// What a rule's value stands for: itself, where it is a regex.
 ///
 /// Errors: what is wrong with a word or a name.
-pub(super) fn patterns(value: &str) -> Result<Vec<String>> {
+pub(super) fn read(value: &str, source: &dyn Source) -> Result<Match> {
     // no path begins so, hence no regex that matches one
     let Some((word, names)) = value.split_once(':').filter(|(word, _)| is_word(word)) else {
-        return Ok(vec![value.to_string()]);
+        return Ok(Match::Patterns(vec![value.to_string()]));
     };
     let Some((_, of)) = WORDS.iter().find(|(known, _)| *known == word) else {
         let hint = did_you_mean(word, WORDS.map(|(word, _)| word), |word| format!("\"{word}:\""));
@@ -27,9 +39,48 @@ pub(super) fn patterns(value: &str) -> Result<Vec<String>> {
     let names = names.split(',').map(|name| match name.trim() {
         "" => Err(format!("\"{word}:\" needs a name: \"{value}\"")),
         name if name.contains('/') => Err(format!("a name has no \"/\": \"{name}\"")),
-        name => of(name),
+        name => of(name, source),
     });
-    names.collect::<Result<Vec<_>>>().map(|patterns| patterns.concat())
+    names
+        .reduce(|all, more| match (all?, more?) {
+            (Match::Patterns(all), Match::Patterns(more)) => {
+                Ok(Match::Patterns([all, more].concat()))
+            }
+            (Match::Owners(all), Match::Owners(more)) => Ok(Match::Owners([all, more].concat())),
+            (all, _) => Ok(all),
+        })
+        .unwrap_or(Ok(Match::Patterns(Vec::new())))
+}
+
+/// The patterns of a value that names no users.
+///
+/// Errors: as of [`read`].
+pub(super) fn patterns(value: &str) -> Result<Vec<String>> {
+    match read(value, &Nobody)? {
+        Match::Patterns(patterns) => Ok(patterns),
+        Match::Owners(_) => Ok(Vec::new()),
+    }
+}
+
+/// Where there are no users, nor anything else.
+struct Nobody;
+
+impl Source for Nobody {
+    fn read(&self, _: &Path) -> Result<String> {
+        Ok(String::new())
+    }
+
+    fn glob(&self, _: &Path) -> Result<Vec<PathBuf>> {
+        Ok(Vec::new())
+    }
+
+    fn uid(&self, _: &str) -> Option<u32> {
+        None
+    }
+
+    fn gid(&self, _: &str) -> Option<u32> {
+        None
+    }
 }
 
 fn is_word(text: &str) -> bool {
@@ -38,7 +89,7 @@ fn is_word(text: &str) -> bool {
 }
 
 /// Two patterns, so that each begins with as much literal text as there is.
-fn service(name: &str) -> Result<Vec<String>> {
+fn service(name: &str, _: &dyn Source) -> Result<Match> {
     for suffix in [".service", ".slice", ".scope", ".socket"] {
         if let Some(short) = name.strip_suffix(suffix) {
             return Err(format!("a service's name has no \"{suffix}\": \"{name}\", write {short}"));
@@ -50,10 +101,10 @@ fn service(name: &str) -> Result<Vec<String>> {
     let instances = if name.contains('@') { "" } else { "(?:@[^/]*)?" };
     let prefix = cgroup_prefix(&unit);
     let unit = quote(&unit);
-    Ok(vec![
+    Ok(Match::Patterns(vec![
         format!(r"/(?:services/|openrc\.){mark}{}", quote(name)),
         format!(r"/system\.slice/(?:[^/]+/)*{prefix}{unit}{instances}\.service"),
-    ])
+    ]))
 }
 
 /// The name of a service's unit, without what tells its type: it may hold a few characters more than
@@ -64,7 +115,7 @@ pub(super) fn unit(name: &str) -> String {
 
 /// One pattern for each way to make the name. In a unit's name a dash parts launcher, ID and random
 /// part, since those within them are escaped.
-fn app(id: &str) -> Result<Vec<String>> {
+fn app(id: &str, _: &dyn Source) -> Result<Match> {
     let escaped = quote(&escape(id, |at, c| {
         c.is_ascii_alphanumeric() || ":_".contains(c) || c == '.' && at > 0
     }));
@@ -80,7 +131,37 @@ fn app(id: &str) -> Result<Vec<String>> {
         format!(r"flatpak-{either}-[0-9]+\.scope"),
         format!(r"snap\.{either}\.[^/]+\.scope"),
     ];
-    Ok(units.map(|unit| format!(r"/user\.slice/user-[0-9]+\.slice/(?:[^/]+/)*{unit}")).to_vec())
+    let below = |unit| format!(r"/user\.slice/user-[0-9]+\.slice/(?:[^/]+/)*{unit}");
+    Ok(Match::Patterns(units.map(below).to_vec()))
+}
+
+fn user(name: &str, source: &dyn Source) -> Result<Match> {
+    let (first, last) = ids(name, "user", |name| source.uid(name))?;
+    Ok(Match::Owners(vec![Owner::Users(first, last)]))
+}
+
+fn group(name: &str, source: &dyn Source) -> Result<Match> {
+    let (first, last) = ids(name, "group", |name| source.gid(name))?;
+    Ok(Match::Owners(vec![Owner::Groups(first, last)]))
+}
+
+/// A number, numbers from one to another, or the number of a name.
+fn ids(name: &str, kind: &str, find: impl Fn(&str) -> Option<u32>) -> Result<(u32, u32)> {
+    // the last one is nobody's
+    const MOST: u32 = u32::MAX - 1;
+    let (first, last) = name.split_once('-').unwrap_or((name, name));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    // a name may have a dash
+    if !(digits(first) && digits(last)) {
+        let id = find(name).ok_or_else(|| format!("no such {kind}: \"{name}\""))?;
+        return Ok((id, id));
+    }
+    match (first.parse(), last.parse()) {
+        (Ok(first), Ok(last)) if first <= last && last <= MOST => Ok((first, last)),
+        _ => {
+            Err(format!("\"{kind}:\" expects numbers up to {MOST}, the smaller first: \"{name}\""))
+        }
+    }
 }
 
 /// The text with `\xHH` for each byte that is not to stay, as systemd writes it.
@@ -312,6 +393,29 @@ mod tests {
         ] {
             let path = format!("{USER}/app.slice/{unit}");
             assert!(!covers(&format!("app:{id}"), &path), "{id} {unit}");
+        }
+    }
+
+    #[test]
+    fn users_and_groups() {
+        let owners = |value| match read(value, &Nobody) {
+            Ok(Match::Owners(owners)) => owners,
+            other => panic!("{value}: {other:?}"),
+        };
+        assert_eq!(owners("user:0"), [Owner::Users(0, 0)]);
+        assert_eq!(
+            owners("group: 5, 7-9 ,4294967294"),
+            [Owner::Groups(5, 5), Owner::Groups(7, 9), Owner::Groups(4_294_967_294, 4_294_967_294)]
+        );
+        for (value, why) in [
+            ("user:nobody-1", "no such user: \"nobody-1\""),
+            ("group:1-", "no such group: \"1-\""),
+            ("group:0x10", "no such group: \"0x10\""),
+        ] {
+            assert_eq!(read(value, &Nobody), Err(why.into()));
+        }
+        for value in ["user:9-7", "user:4294967295", "user:1-99999999999"] {
+            assert!(read(value, &Nobody).unwrap_err().contains("the smaller first"), "{value}");
         }
     }
 

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use super::pattern::Pattern;
 use crate::log::Level;
-use crate::net::{holds, Family, Interface, Mac, Mark, Range, Ranges, L4};
+use crate::net::{holds, Family, Interface, Mac, Mark, Owner, Range, Ranges, L4};
 
 /// Longest message, in characters.
 const MAX_MESSAGE: usize = 1000;
@@ -25,6 +25,8 @@ pub trait Source {
     fn glob(&self, pattern: &Path) -> Result<Vec<PathBuf>, String>;
     /// The uid of a user name.
     fn uid(&self, name: &str) -> Option<u32>;
+    /// The gid of a group name.
+    fn gid(&self, name: &str) -> Option<u32>;
 }
 
 /// Where a packet of a cgroup goes. Tproxies are numbered in file order, and so are routes.
@@ -205,6 +207,65 @@ pub struct Rule {
     pub place: Place,
 }
 
+/// A line of `[rules]` for the owners of sockets, in whatever cgroup.
+#[derive(Debug, Clone)]
+pub struct OwnerRule {
+    pub target: Target,
+    /// As it was written.
+    pub text: Rc<str>,
+    pub owners: Vec<Owner>,
+    pub place: Place,
+    /// How many of [`Config::rules`] stand before it.
+    pub after: usize,
+    /// Those that no pattern stands between are one class; from 1 on.
+    pub class: u16,
+}
+
+/// A line of `[rules]`: the patterns that it stands for, or owners.
+#[derive(Debug, Clone, Copy)]
+pub enum RuleLine<'a> {
+    Patterns(&'a [Rule]),
+    Owners(&'a OwnerRule),
+}
+
+impl<'a> RuleLine<'a> {
+    pub fn place(self) -> &'a Place {
+        match self {
+            RuleLine::Patterns(rules) => &rules[0].place,
+            RuleLine::Owners(rule) => &rule.place,
+        }
+    }
+
+    pub fn text(self) -> &'a str {
+        match self {
+            RuleLine::Patterns(rules) => &rules[0].text,
+            RuleLine::Owners(rule) => &rule.text,
+        }
+    }
+
+    pub fn target(self) -> Target {
+        match self {
+            RuleLine::Patterns(rules) => rules[0].target,
+            RuleLine::Owners(rule) => rule.target,
+        }
+    }
+}
+
+/// What a pattern or the default comes to for a cgroup: its target, for the sockets that no line for
+/// owners before it covers. These lines are those of the classes up to this one; of class 0, none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Outcome {
+    pub target: Target,
+    pub class: u16,
+}
+
+impl From<Target> for Outcome {
+    /// Whoever the owner is.
+    fn from(target: Target) -> Outcome {
+        Outcome { target, class: 0 }
+    }
+}
+
 /// A `[gateway NAME]` section: traffic that this host routes for others.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Gateway {
@@ -266,6 +327,8 @@ pub struct Config {
     pub tproxies: Vec<Tproxy>,
     pub routes: Vec<Route>,
     pub rules: Vec<Rule>,
+    /// In file order.
+    pub owner_rules: Vec<OwnerRule>,
     pub gateways: Vec<Gateway>,
     /// Every file that was read, the first one first.
     pub files: Vec<PathBuf>,
@@ -292,6 +355,7 @@ impl Default for Config {
             tproxies: Vec::new(),
             routes: Vec::new(),
             rules: Vec::new(),
+            owner_rules: Vec::new(),
             gateways: Vec::new(),
             files: Vec::new(),
             has_sections: false,
@@ -362,7 +426,7 @@ impl Config {
         }
     }
 
-    /// The ct mark of a flow that is known to go direct, where the default is not direct.
+    /// The ct mark of a flow that is known to go direct, where any flow is marked so.
     pub fn direct_mark(&self) -> u32 {
         self.mask
     }
@@ -395,9 +459,45 @@ impl Config {
         !self.gateways.is_empty() && !self.tproxies.is_empty()
     }
 
-    /// The patterns of each line of `[rules]`.
-    pub fn rule_lines(&self) -> impl Iterator<Item = &[Rule]> {
-        self.rules.chunk_by(|a, b| a.place == b.place)
+    /// Each line of `[rules]`, in file order.
+    pub fn rule_lines(&self) -> impl Iterator<Item = RuleLine<'_>> {
+        let mut lines = self.rules.chunk_by(|a, b| a.place == b.place);
+        let mut owners = self.owner_rules.iter().peekable();
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            if let Some(rule) = owners.next_if(|rule| rule.after <= at) {
+                return Some(RuleLine::Owners(rule));
+            }
+            let line = lines.next()?;
+            at += line.len();
+            Some(RuleLine::Patterns(line))
+        })
+    }
+
+    /// The lines for owners that come before what is of that class.
+    pub fn owner_rules_before(&self, class: u16) -> &[OwnerRule] {
+        &self.owner_rules[..self.owner_rules.partition_point(|rule| rule.class <= class)]
+    }
+
+    /// What a pattern comes to, by its place among all; behind the last, the default.
+    pub fn outcome(&self, at: usize) -> Outcome {
+        let target = self.rules.get(at).map_or(self.default, |rule| rule.target);
+        let before = self.owner_rules.partition_point(|rule| rule.after <= at);
+        let class = before.checked_sub(1).map_or(0, |last| self.owner_rules[last].class);
+        Outcome { target, class }
+    }
+
+    /// What the default comes to.
+    pub fn default_outcome(&self) -> Outcome {
+        self.outcome(self.rules.len())
+    }
+
+    /// What may hold cgroups, in the order of the sets: each target whoever the owner is, then what
+    /// the patterns come to behind lines for owners.
+    pub fn outcomes(&self) -> impl Iterator<Item = Outcome> {
+        let behind = (0..self.rules.len()).map(|at| self.outcome(at));
+        let behind: BTreeSet<Outcome> = behind.filter(|outcome| outcome.class > 0).collect();
+        self.targets().map(Outcome::from).chain(behind)
     }
 
     /// The same for a route.
@@ -419,7 +519,22 @@ impl Config {
 
     /// Whether any flow gets a ct mark.
     pub fn marks_flows(&self) -> bool {
-        self.outlets().next().is_some() || self.default != Target::Direct
+        self.outlets().next().is_some() || self.marks_direct()
+    }
+
+    /// Whether flows that go direct get one: where the kernel's own packets for them, which have no
+    /// cgroup or no owner, would go another way.
+    pub fn marks_direct(&self) -> bool {
+        let spared = self.owner_rules.iter().any(|rule| rule.target != Target::Drop);
+        let taken = |outcome: Outcome| outcome.class > 0 && outcome.target != Target::Direct;
+        self.default != Target::Direct || spared && self.outcomes().any(taken)
+    }
+
+    /// What an outcome of another configuration comes to in this one, by the name of its target.
+    pub fn outcome_named(&self, name: &str, class: u16) -> Option<Outcome> {
+        let target = self.named(name)?;
+        let same = self.outcomes().find(|outcome| *outcome == Outcome { target, class });
+        Some(same.unwrap_or(target.into()))
     }
 }
 

@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use super::ini::{self, Line};
 use super::keys::{Draft, Key, Kind};
+use super::matches;
 use super::model::{Place, Problem, Source};
 use super::suggest::did_you_mean;
 use super::value::{Entry, Result};
@@ -165,7 +166,8 @@ impl Reader<'_> {
             Below::Section(at) => &mut self.draft.sections[at],
         };
         if section.kind == Kind::Rules {
-            self.draft.rules.push((name.to_string(), value.to_string(), place.clone()));
+            let what = matches::read(value, self.source)?;
+            self.draft.rules.push((name.to_string(), value.to_string(), what, place.clone()));
             return Ok(());
         }
         let Some(key) = section.kind.keys().find(|key| key.name == name) else {

@@ -5,14 +5,17 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use super::keys::{Draft, Kind, Section, Unset};
-use super::matches;
-use super::model::{Config, Outlet, Place, Problem, Rule, Target};
+use super::matches::Match;
+use super::model::{Config, Outlet, OwnerRule, Place, Problem, Rule, Target};
 use super::pattern::{compile_within, MAX_COMPILED};
 use super::suggest::did_you_mean;
 use super::value::Result;
 
 /// Before the rule for the main table.
 const MOST_PRIORITY: u32 = 32765;
+
+/// Each has a chain with all lines for owners before it.
+const MOST_CLASSES: u16 = 64;
 
 /// Resolves what could refer to a later line, and adds what is wrong with it to the problems.
 pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
@@ -144,17 +147,37 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     }
 
     let mut room = MAX_COMPILED;
-    for (name, text, place) in rules {
-        let target = target(&config, &name).map_err(|why| problem(&place, why));
-        let patterns = matches::patterns(&text).map_err(|why| problem(&place, why));
+    for (name, text, what, place) in rules {
+        let target = target(&config, &name).map_err(|why| problem(&place, why)).ok();
         let text: Rc<str> = text.into();
-        for pattern in patterns.into_iter().flatten() {
+        let patterns = match (what, target) {
+            (Match::Patterns(patterns), _) => patterns,
+            (Match::Owners(owners), Some(target)) => {
+                let after = config.rules.len();
+                let class = match config.owner_rules.last() {
+                    Some(last) if last.after == after => last.class,
+                    last => last.map_or(0, |last| last.class) + 1,
+                };
+                if class > MOST_CLASSES {
+                    let message = format!(
+                        "users and groups between other rules in more than {MOST_CLASSES} places: \
+                         \"{text}\""
+                    );
+                    problem(&place, message);
+                    return config;
+                }
+                config.owner_rules.push(OwnerRule { target, text, owners, place, after, class });
+                continue;
+            }
+            (Match::Owners(_), None) => continue,
+        };
+        for pattern in patterns {
             let regex = compile_within(&pattern, &mut room).map_err(|why| problem(&place, why));
             if regex.is_err() && room == 0 {
                 // said once is enough
                 return config;
             }
-            if let (Ok(target), Ok(regex)) = (target, regex) {
+            if let (Some(target), Ok(regex)) = (target, regex) {
                 let (text, place) = (text.clone(), place.clone());
                 config.rules.push(Rule { target, text, pattern, regex, place });
             }
@@ -179,7 +202,7 @@ fn assign_marks<'a>(
     problem: &mut impl FnMut(&Place, String),
 ) {
     let (mask, spoofed) = (config.mask, config.spoofed_mark());
-    let direct = config.default != Target::Direct;
+    let direct = config.marks_direct();
     let reserved = |mark: u32| mark == spoofed || direct && mark == mask;
     let mut taken: BTreeMap<u32, &Section> = BTreeMap::new();
     if let (0, Some((first, _))) = (spoofed, targets.first()) {
@@ -205,7 +228,7 @@ fn assign_marks<'a>(
         } else if reserved(mark) {
             let message = format!(
                 "mark {mark:#x} is the whole fwmark-mask, which stands for direct flows where the \
-                 default is not direct"
+                 default is not direct, or lines for users or groups come first"
             );
             problem(place, message);
         } else if let Some(other) = taken.get(&mark) {

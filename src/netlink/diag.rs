@@ -21,6 +21,8 @@ pub struct Socket {
     /// Index of the interface that it is bound to; 0 for none.
     pub device: u32,
     pub uid: u32,
+    /// 0 where no process has it any more.
+    pub inode: u32,
     /// Id of the cgroup that it was made in (or that its process has moved to since); `None` for
     /// what is left of a closed one, and from a kernel that does not tell (before 5.9).
     pub cgroup: Option<u64>,
@@ -44,10 +46,11 @@ pub struct PortOwner {
     pub cgroup: u64,
 }
 
-/// Length of `struct inet_diag_msg`, and where its `id` and its `idiag_uid` are.
+/// Length of `struct inet_diag_msg`, and where its `id`, its `idiag_uid` and its `idiag_inode` are.
 const MSG_LEN: usize = 72;
 const ID_AT: usize = 4;
 const UID_AT: usize = 64;
+const INODE_AT: usize = 68;
 
 /// Where `SK_MEMINFO_SNDBUF` is (include/uapi/linux/sock_diag.h).
 const SNDBUF_AT: usize = 12;
@@ -191,6 +194,7 @@ pub fn parse(message: &Message, protocol: u8) -> Option<Socket> {
         remote: SocketAddr::new(address(20)?, port(2)),
         device: parse::u32_ne(&id[36..])?,
         uid: parse::u32_ne(body.get(UID_AT..)?)?,
+        inode: parse::u32_ne(body.get(INODE_AT..)?)?,
         cgroup: cgroup.map(u64::from_ne_bytes),
         mark: attr(INET_DIAG_MARK).and_then(parse::u32_ne).unwrap_or(0),
         transparent: attr(INET_DIAG_SOCKOPT)
@@ -235,6 +239,7 @@ pub fn example(protocol: u8, state: u8, local: &str, remote: &str) -> Socket {
         remote: remote.parse().unwrap_or(any),
         device: 0,
         uid: 0,
+        inode: 1,
         cgroup: Some(1),
         mark: 0,
         transparent: Some(false),
@@ -285,6 +290,7 @@ mod tests {
         body[40..44].copy_from_slice(&3u32.to_ne_bytes());
         body[44..52].copy_from_slice(&[9; 8]);
         body[UID_AT..UID_AT + 4].copy_from_slice(&1000u32.to_ne_bytes());
+        body[INODE_AT..INODE_AT + 4].copy_from_slice(&1u32.to_ne_bytes());
         batch.header(&body);
         attrs.iter().for_each(|(kind, data)| batch.raw(*kind, data));
         batch.end(open);
@@ -345,7 +351,7 @@ mod tests {
         for cut in 0..message.body.len() {
             assert_eq!(
                 parse(&Message { body: &message.body[..cut], ..message }, 6).is_some(),
-                cut >= 68
+                cut >= 72
             );
         }
     }

@@ -106,6 +106,12 @@ expressions! {
     Cmp { op: u32, sreg: u32, data: Vec<u8> } = "cmp" {
         NFTA_CMP_SREG: U32 = sreg, NFTA_CMP_OP: U32 = op, NFTA_CMP_DATA: DATA = data
     }
+    /// Swaps the bytes of a number to the order in which it can be compared as more or less.
+    Byteorder { sreg: u32, dreg: u32 } = "byteorder" {
+        NFTA_BYTEORDER_SREG: U32 = sreg, NFTA_BYTEORDER_DREG: U32 = dreg,
+        NFTA_BYTEORDER_OP: U32 = NFT_BYTEORDER_HTON, NFTA_BYTEORDER_LEN: U32 = 4,
+        NFTA_BYTEORDER_SIZE: U32 = 4
+    }
     Bitwise { sreg: u32, dreg: u32, mask: u32, xor: u32 } = "bitwise" {
         NFTA_BITWISE_SREG: U32 = sreg, NFTA_BITWISE_DREG: U32 = dreg,
         NFTA_BITWISE_OP: U32 = NFT_BITWISE_BOOL, NFTA_BITWISE_LEN: U32 = 4,

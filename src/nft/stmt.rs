@@ -8,7 +8,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use super::expr::{Anonymous, Expr, SetRef, Verdict};
-use crate::net::{Address, Family, Interface, Mac, Mark, Range, L4};
+use crate::net::{Address, Family, Interface, Mac, Mark, Owner, Range, L4};
 use crate::netlink::uapi::*;
 
 /// One statement of a rule, in the order in which nft writes them.
@@ -36,8 +36,9 @@ pub enum Stmt {
     Transparent,
     /// A packet that a process sends (any uid), not the kernel for a socket that is gone.
     HasOwner,
-    /// `meta skuid UID`
-    Uid(u32),
+    /// `meta skuid UID`, `meta skgid GID`, or from one to another: who opened the socket. What the
+    /// kernel sends for one that no process has any more does not match.
+    Owner(Owner),
     /// `meta mark and MASK == VALUE`
     PacketMark(Mark),
     /// `ct mark and MASK == VALUE`
@@ -204,8 +205,23 @@ impl Stmt {
             Stmt::HasOwner => {
                 out.put(text!("meta skuid != {NO_UID}"), [meta(NFT_META_SKUID), neq(&ne(NO_UID))])
             }
-            Stmt::Uid(uid) => {
-                out.put(text!("meta skuid {uid}"), [meta(NFT_META_SKUID), eq(&ne(*uid))])
+            Stmt::Owner(owner) => {
+                let (name, key, first, last) = match owner {
+                    Owner::Users(first, last) => ("skuid", NFT_META_SKUID, first, last),
+                    Owner::Groups(first, last) => ("skgid", NFT_META_SKGID, first, last),
+                };
+                match first == last {
+                    true => out.put(text!("meta {name} {first}"), [meta(key), eq(&ne(*first))]),
+                    false => out.put(
+                        text!("meta {name} {first}-{last}"),
+                        [
+                            meta(key),
+                            Expr::Byteorder { sreg: NFT_REG_1, dreg: NFT_REG_1 },
+                            cmp(NFT_CMP_GTE, &first.to_be_bytes()),
+                            cmp(NFT_CMP_LTE, &last.to_be_bytes()),
+                        ],
+                    ),
+                }
             }
             Stmt::PacketMark(Mark { value, mask }) => out.put(
                 text!("meta mark and {mask:#010x} == {value:#010x}"),
@@ -518,12 +534,16 @@ fn ct(key: u32) -> Expr {
     Expr::CtLoad { key, dreg: NFT_REG_1 }
 }
 
+fn cmp(op: u32, data: &[u8]) -> Expr {
+    Expr::Cmp { op, sreg: NFT_REG_1, data: data.to_vec() }
+}
+
 pub(super) fn eq(data: &[u8]) -> Expr {
-    Expr::Cmp { op: NFT_CMP_EQ, sreg: NFT_REG_1, data: data.to_vec() }
+    cmp(NFT_CMP_EQ, data)
 }
 
 pub(super) fn neq(data: &[u8]) -> Expr {
-    Expr::Cmp { op: NFT_CMP_NEQ, sreg: NFT_REG_1, data: data.to_vec() }
+    cmp(NFT_CMP_NEQ, data)
 }
 
 fn and(mask: u32) -> Expr {

@@ -8,18 +8,18 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::expr::Verdict;
 use super::stmt::Stmt;
-use crate::config::{Config, Gateway, Outlet, Route, Take, Target, Tproxy, QUIC_PORTS};
-use crate::net::{Family, Interface, Mark, Range, Ranges, L4};
+use crate::config::{Config, Gateway, Outcome, Outlet, Route, Take, Target, Tproxy, QUIC_PORTS};
+use crate::net::{Family, Interface, Mark, Owner, Range, Ranges, L4};
 use crate::netlink::uapi::*;
 
 /// Name of our one table, in family inet.
 pub const TABLE: &str = "cgtproxy";
 
-/// A cgroup's place in the kernel's sets: which target, matched at which level.
+/// A cgroup's place in the kernel's sets: what it comes to, matched at which level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Element {
     pub level: u8,
-    pub target: Target,
+    pub outcome: Outcome,
     /// Of cgroups that are matched by their hash; see [`crate::cgroup::dying`].
     pub hashed: bool,
 }
@@ -66,15 +66,24 @@ pub struct Base {
     pub priority: i32,
 }
 
-/// The name of the set that holds the cgroups of `target`.
-pub fn set_name(config: &Config, target: Target) -> String {
-    format!("cg_{}", config.target_name(target))
+/// The name of the set that holds the cgroups of an outcome.
+pub fn set_name(config: &Config, outcome: Outcome) -> String {
+    named("cg", config, outcome)
 }
 
-/// The name of the set that holds cgroups of `target` by their hashes: removed ones, and those whose
-/// path nft cannot print.
-pub fn dying_name(config: &Config, target: Target) -> String {
-    format!("dying_{}", config.target_name(target))
+/// The name of the set that holds cgroups by their hashes: removed ones, and those whose path nft
+/// cannot print.
+pub fn dying_name(config: &Config, outcome: Outcome) -> String {
+    named("dying", config, outcome)
+}
+
+/// `KIND_TARGET`, and `KIND1_TARGET` and so on behind lines for owners.
+fn named(kind: &str, config: &Config, outcome: Outcome) -> String {
+    let target = config.target_name(outcome.target);
+    match outcome.class {
+        0 => format!("{kind}_{target}"),
+        class => format!("{kind}{class}_{target}"),
+    }
 }
 
 impl Table {
@@ -84,14 +93,14 @@ impl Table {
             Set { name: "bypass4".into(), content: Content::V4(bypass4(config)) },
             Set { name: "bypass6".into(), content: Content::V6(bypass6(config)) },
         ];
-        sets.extend(config.targets().map(|target| Set {
-            name: set_name(config, target),
+        sets.extend(config.outcomes().map(|outcome| Set {
+            name: set_name(config, outcome),
             content: Content::Cgroups { counters: config.counters_per_cgroup },
         }));
         sets.extend(
             config
-                .targets()
-                .map(|target| Set { name: dying_name(config, target), content: Content::Hashes }),
+                .outcomes()
+                .map(|outcome| Set { name: dying_name(config, outcome), content: Content::Hashes }),
         );
         sets.extend(config.gateways.iter().flat_map(source_sets));
         sets.extend(config.outlets().flat_map(destination_sets));
@@ -100,7 +109,7 @@ impl Table {
         if !config.tproxies.is_empty() {
             chains.push(lo_chain(config));
         }
-        if config.default != Target::Direct {
+        if config.marks_direct() {
             chains.push(leave_chain(config));
         }
         if hijacks_local(config) {
@@ -131,6 +140,11 @@ impl Table {
             chains.push(sticky_chain(config));
         }
         chains.push(direct_chain(config));
+        let behind = || config.outcomes().filter(|outcome| outcome.class > 0);
+        let classes = behind().chain([config.default_outcome()]).map(|outcome| outcome.class);
+        let classes: BTreeSet<u16> = classes.filter(|class| *class > 0).collect();
+        chains.extend(classes.into_iter().map(|class| owners_chain(config, class)));
+        chains.extend(behind().map(|outcome| behind_owners_chain(config, outcome)));
         chains.push(Chain {
             name: OUTPUT.into(),
             base: Some(Base {
@@ -226,13 +240,20 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
         rules.push(rule);
     }
     rules.extend(pairs.iter().rev().map(|pair| {
-        let (level, target) = (pair.level, pair.target);
+        let (level, outcome) = (pair.level, pair.outcome);
         let of = match pair.hashed {
-            false => Stmt::Cgroup { level, set: set_name(config, target) },
-            true => Stmt::CgroupHash { level, set: dying_name(config, target) },
+            false => Stmt::Cgroup { level, set: set_name(config, outcome) },
+            true => Stmt::CgroupHash { level, set: dying_name(config, outcome) },
         };
-        vec![of, enter(config, target)]
+        match outcome.class {
+            0 => vec![of, enter(config, outcome.target)],
+            _ => vec![of, Stmt::goto(named("in", config, outcome))],
+        }
     }));
+    let class = config.default_outcome().class;
+    if class > 0 {
+        rules.push(jump(&owners_name(class)));
+    }
     // a packet without a socket (RST or ACK after the application closed), or of a flow that began
     // under a target that its cgroup no longer has
     if config.marks_flows() {
@@ -247,6 +268,34 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
         default => rules.push(vec![enter(config, default)]),
     }
     rules
+}
+
+fn owners_name(class: u16) -> String {
+    format!("user{class}")
+}
+
+/// The lines for owners that come before what is of that class. What a target's chain is given does
+/// not come back from there.
+fn owners_chain(config: &Config, class: u16) -> Chain {
+    let lines = config.owner_rules_before(class).iter();
+    let rules = lines.flat_map(|line| {
+        let rule = |owner: &Owner| vec![Stmt::Owner(*owner), enter(config, line.target)];
+        line.owners.iter().map(rule)
+    });
+    chain(owners_name(class), rules.collect())
+}
+
+/// Sockets of cgroups that come behind lines for owners. What the kernel sends for a socket that no
+/// process has any more has no owner, and goes where its flow went.
+fn behind_owners_chain(config: &Config, outcome: Outcome) -> Chain {
+    let to = enter(config, outcome.target);
+    let mut rules = vec![jump(&owners_name(outcome.class))];
+    if config.marks_flows() {
+        rules.push(vec![Stmt::HasOwner, to.clone()]);
+        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::jump("sticky")]);
+    }
+    rules.push(vec![to]);
+    chain(named("in", config, outcome), rules)
 }
 
 /// Of packets that conntrack can make nothing of, those that no process sends: nothing tells any
@@ -302,9 +351,9 @@ fn enter(config: &Config, target: Target) -> Stmt {
 
 /// The verdict for traffic that is to go as if we were not there.
 fn leave(config: &Config) -> Stmt {
-    match config.default {
-        Target::Direct => Stmt::accept(),
-        _ => Stmt::goto("leave"),
+    match config.marks_direct() {
+        false => Stmt::accept(),
+        true => Stmt::goto("leave"),
     }
 }
 
@@ -316,8 +365,9 @@ fn chain(name: impl Into<String>, rules: Vec<Rule>) -> Chain {
     Chain { name: name.into(), base: None, rules }
 }
 
-/// Where the default is not direct, flows that go direct say so in their ct mark: the kernel's own
-/// packets for them have no socket and would meet the default. Two rules, since a packet without
+/// Flows that go direct say so in their ct mark where the default is not direct, or lines for owners
+/// come first: the kernel's own packets for them have no socket, or no owner, and would go another
+/// way. Two rules, since a packet without
 /// conntrack ends the first one early. A proxy's flow stays known as such.
 fn leave_chain(config: &Config) -> Chain {
     let direct = mark(config, config.direct_mark());
@@ -347,7 +397,12 @@ fn exempt_rules(config: &Config) -> Vec<Rule> {
     rules.extend(config.bypass_dscps.iter().flat_map(|dscp| {
         Family::BOTH.map(|family| vec![Stmt::Dscp(family, *dscp), leave(config)])
     }));
-    rules.extend(config.bypass_users.iter().map(|uid| vec![Stmt::Uid(*uid), leave(config)]));
+    rules.extend(
+        config
+            .bypass_users
+            .iter()
+            .map(|uid| vec![Stmt::Owner(Owner::Users(*uid, *uid)), leave(config)]),
+    );
     rules
 }
 
@@ -400,7 +455,7 @@ fn drop_chain(config: &Config) -> Chain {
 fn direct_chain(config: &Config) -> Chain {
     let direct = mark(config, config.direct_mark());
     let mut rules = local_rules(config);
-    if config.default != Target::Direct {
+    if config.marks_direct() {
         rules.push(vec![Stmt::CtMark(direct), Stmt::accept()]);
     }
     if config.marks_flows() {
@@ -939,6 +994,8 @@ fn sticky_chain(config: &Config) -> Chain {
             Stmt::HasOwner,
             enter(config, config.default),
         ]);
+    }
+    if config.marks_direct() {
         map.push((direct, Verdict::Accept));
     }
     if !map.is_empty() {

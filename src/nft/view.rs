@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use super::expr::{counted, Expr, SetRef::Named, Verdict};
 use super::message::nfgenmsg;
 use super::table::{OUTPUT, TABLE};
-use crate::net::{Interface, Mark};
+use crate::net::{Interface, Mark, Owner};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
 use crate::netlink::uapi::*;
@@ -155,8 +155,36 @@ pub struct Step {
     /// The name of the target whose set it is.
     pub set: String,
     pub target: String,
+    /// Lines for owners up to this class come before.
+    pub class: u16,
     /// Whether the set holds hashes.
     pub hashed: bool,
+}
+
+/// A set's target and class.
+pub type SetKey = (String, u16);
+
+/// The name of a set of that kind.
+pub fn set_name(kind: &str, (target, class): &SetKey) -> String {
+    match class {
+        0 => format!("{kind}_{target}"),
+        class => format!("{kind}{class}_{target}"),
+    }
+}
+
+impl Step {
+    /// Which set it looks into.
+    pub fn key(&self) -> SetKey {
+        (self.set.clone(), self.class)
+    }
+}
+
+/// A line for owners: the first that covers a socket decides, of those up to a step's class.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnerStep {
+    pub class: u16,
+    pub owner: Owner,
+    pub target: String,
 }
 
 /// A gateway section as the table has it.
@@ -180,8 +208,12 @@ pub struct View {
     pub targets: Vec<TargetView>,
     /// In the order in which they are tried.
     pub steps: Vec<Step>,
+    /// In the order in which they are tried.
+    pub owners: Vec<OwnerStep>,
     /// The target of what no step takes.
     pub default: String,
+    /// Lines for owners up to this class come before that.
+    pub default_class: u16,
     /// In the order in which they are tried.
     pub gateways: Vec<GatewayView>,
     /// Those of all gateways.
@@ -234,7 +266,9 @@ impl View {
         let mut view = View {
             targets: targets.collect(),
             steps: Vec::new(),
+            owners: owners(rules),
             default: "direct".into(),
+            default_class: 0,
             gateways: Vec::new(),
             interfaces: Vec::new(),
             routed: (rules.iter())
@@ -263,20 +297,28 @@ impl View {
             }
         }
         for rule in of(OUTPUT.into()) {
-            let Some(target) = goes_to(rule, "to_").map(str::to_string) else {
+            let Some(chain) = leads_to(rule) else {
                 continue;
             };
-            let step = |level, set: &str, prefix, target| {
-                let hashed = prefix == "dying_";
-                let set = set.strip_prefix(prefix).unwrap_or(set).to_string();
-                Step { level, set, target, hashed }
+            if let Some(class) = chain.strip_prefix("user").and_then(|class| class.parse().ok()) {
+                view.default_class = class;
+            }
+            let behind = || classed(chain, "in").map(|(class, target)| (class, target.to_string()));
+            let plain = || chain.strip_prefix("to_").map(|target| (0, target.to_string()));
+            let Some((class, target)) = plain().or_else(behind) else {
+                continue;
+            };
+            let step = |level, set: &str, kind, target| {
+                let hashed = kind == "dying";
+                let set = classed(set, kind).map_or(set, |(_, set)| set).to_string();
+                Step { level, set, target, class, hashed }
             };
             match rule.exprs[..] {
                 [Expr::SocketCgroup { level, .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
-                    view.steps.push(step(level, set, "cg_", target))
+                    view.steps.push(step(level, set, "cg", target))
                 }
                 [Expr::SocketCgroup { level, .. }, Expr::Jhash { .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
-                    view.steps.push(step(level, set, "dying_", target))
+                    view.steps.push(step(level, set, "dying", target))
                 }
                 _ => view.default = target,
             }
@@ -288,20 +330,79 @@ impl View {
         self.targets.iter().find(|target| target.name == name)
     }
 
-    /// The target of a socket whose cgroup has this id at each level: what `output` does with its
-    /// packets. `holds` tells whether the set that a step looks into holds an id.
-    pub fn verdict(&self, ids: &BTreeMap<u32, u64>, holds: impl Fn(&Step, u64) -> bool) -> &str {
+    /// The target and the class of a socket whose cgroup has this id at each level: what `output`
+    /// does with its packets. `holds` tells whether the set that a step looks into holds an id.
+    pub fn verdict(
+        &self,
+        ids: &BTreeMap<u32, u64>,
+        holds: impl Fn(&Step, u64) -> bool,
+    ) -> (&str, u16) {
         let taken = |step: &&Step| ids.get(&step.level).is_some_and(|id| holds(step, *id));
-        (self.steps.iter().find(taken)).map_or(&self.default, |step| &step.target)
+        let default = (&*self.default, self.default_class);
+        self.steps.iter().find(taken).map_or(default, |step| (&step.target, step.class))
     }
+}
+
+/// The chain that a rule leads to.
+fn leads_to(rule: &RuleView) -> Option<&str> {
+    rule.exprs.iter().find_map(|expr| match expr {
+        Expr::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) => Some(&**chain),
+        _ => None,
+    })
 }
 
 /// What stands behind `prefix` in the name of the chain that a rule leads to.
 fn goes_to<'a>(rule: &'a RuleView, prefix: &str) -> Option<&'a str> {
-    rule.exprs.iter().find_map(|expr| match expr {
-        Expr::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) => chain.strip_prefix(prefix),
+    leads_to(rule)?.strip_prefix(prefix)
+}
+
+/// Class and target in the name of a set or a chain: `KIND_TARGET`, `KIND1_TARGET` and so on.
+fn classed<'a>(name: &'a str, kind: &str) -> Option<(u16, &'a str)> {
+    let (class, target) = name.strip_prefix(kind)?.split_once('_')?;
+    Some((if class.is_empty() { 0 } else { class.parse().ok()? }, target))
+}
+
+/// The lines for owners. The chain of each class has those of the ones before it too.
+fn owners(rules: &[RuleView]) -> Vec<OwnerStep> {
+    let mut chains: BTreeMap<u16, Vec<OwnerStep>> = BTreeMap::new();
+    for rule in rules {
+        let class = rule.chain.strip_prefix("user").and_then(|class| class.parse().ok());
+        let (Some(class), Some(owner)) = (class, owner(&rule.exprs)) else {
+            continue;
+        };
+        if let Some(target) = goes_to(rule, "to_") {
+            let step = OwnerStep { class, owner, target: target.to_string() };
+            chains.entry(class).or_default().push(step);
+        }
+    }
+    let mut all: Vec<OwnerStep> = Vec::new();
+    for steps in chains.into_values() {
+        let known = all.len();
+        all.extend(steps.into_iter().skip(known));
+    }
+    all
+}
+
+/// The owners that a rule is for.
+fn owner(exprs: &[Expr]) -> Option<Owner> {
+    let [Expr::MetaLoad { key, .. }, rest @ ..] = exprs else {
+        return None;
+    };
+    let (first, last) = match rest {
+        [Expr::Cmp { op: NFT_CMP_EQ, data, .. }, ..] => {
+            let id = parse::u32_ne(data)?;
+            (id, id)
+        }
+        [Expr::Byteorder { .. }, Expr::Cmp { data: first, .. }, Expr::Cmp { data: last, .. }, ..] => {
+            (parse::u32_be(first)?, parse::u32_be(last)?)
+        }
+        _ => return None,
+    };
+    match *key {
+        NFT_META_SKUID => Some(Owner::Users(first, last)),
+        NFT_META_SKGID => Some(Owner::Groups(first, last)),
         _ => None,
-    })
+    }
 }
 
 /// The interface that a rule looks for. A name that is compared without its end is a prefix.
@@ -437,7 +538,8 @@ mod tests {
 
     #[test]
     fn the_view_of_our_own_table() {
-        let pair = |level, target, hashed| Element { level, target, hashed };
+        let pair =
+            |level, target: Target, hashed| Element { level, outcome: target.into(), hashed };
         let pairs = [
             pair(2, Target::Tproxy(1), false),
             pair(3, Target::Drop, false),
@@ -463,8 +565,10 @@ mod tests {
             let names: Vec<_> = view.targets.iter().map(|t| t.name.as_str()).collect();
             assert_eq!(names, ["direct", "drop", "zeta", "alpha"]);
             assert_eq!(view.default, name);
-            let drop =
-                |level, hashed| Step { level, set: "drop".into(), target: "drop".into(), hashed };
+            let drop = |level, hashed| {
+                let (set, target) = ("drop".into(), "drop".into());
+                Step { level, set, target, class: 0, hashed }
+            };
             assert_eq!(view.steps[..2], [drop(4, true), drop(3, false)]);
             let alpha = view.target("alpha").unwrap();
             let mark = Mark { value: 0x0200_0000, mask: 0xff00_0000 };
@@ -480,7 +584,7 @@ mod tests {
             let holds = |step: &Step, id| [("alpha", 20), ("drop", 30)].contains(&(&step.set, id));
             let verdict = |ids: &[(u32, u64)]| {
                 let ids = ids.iter().copied().collect();
-                view.verdict(&ids, holds).to_string()
+                view.verdict(&ids, holds).0.to_string()
             };
             assert_eq!(verdict(&[(1, 10), (2, 20)]), "alpha");
             assert_eq!(verdict(&[(1, 10), (2, 20), (3, 30)]), "drop");

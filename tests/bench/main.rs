@@ -104,6 +104,7 @@ fn main() {
         ("churn", latency::churn),
         ("apps", sockets::apps),
         ("packet", traffic::packet_cost),
+        ("user", traffic::user_line),
         ("nested", traffic::nested_levels),
         ("throughput", traffic::throughput),
     ];

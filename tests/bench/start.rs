@@ -173,6 +173,10 @@ impl Source for Text {
     fn uid(&self, _: &str) -> Option<u32> {
         None
     }
+
+    fn gid(&self, _: &str) -> Option<u32> {
+        None
+    }
 }
 
 fn with_rules(count: usize) -> Config {

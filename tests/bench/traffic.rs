@@ -237,6 +237,52 @@ pub fn packet_cost(report: &mut Report) {
     }
 }
 
+/// What a line for a user adds to packets, his own and others'. The sender is root.
+pub fn user_line(report: &mut Report) {
+    let ground = Ground::new("user").expect("root");
+    let cgroups =
+        ["/free/b", "/proxied/first/b", "/proxied/second/b"].map(|path| ground.cgroup(path));
+    ground.outside(|| {
+        load(
+            "table netdev sink {
+                chain in { type filter hook ingress device out0 priority 0; policy drop; }
+            }",
+        );
+    });
+    let config = |user: &str| {
+        format!(
+            "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /proxied/first\n{user}\
+             direct = /proxied/second\nmihomo = /proxied\n"
+        )
+    };
+    let configs = ["", "drop = user:65533\n", "direct = user:0\n"].map(config);
+    let mut taken = [const { [const { Vec::new() }; 3] }; 3];
+    for _ in 0..sized(9, 21) {
+        go_on();
+        for (config, into) in configs.iter().zip(&mut taken) {
+            let table = Table::ours(&ground, config);
+            for (cgroup, into) in cgroups.iter().zip(into) {
+                into.push(flood(cgroup, addr(REMOTE4, 9)));
+            }
+            drop(table);
+        }
+    }
+    let [without, others, own] = &taken;
+    let most = Target::AtMost(40.0);
+    for (name, with, at, target) in [
+        ("unmatched, another user's line", others, 0, most),
+        ("direct before another user's line", others, 1, Target::None),
+        ("direct behind another user's line", others, 2, most),
+        ("direct by the user's line", own, 0, most),
+        ("direct before the user's line", own, 1, Target::None),
+        ("direct by the user's line, in a cgroup", own, 2, most),
+    ] {
+        let more: Vec<f64> = with[at].iter().zip(&without[at]).map(|(a, b)| a - b).collect();
+        let reference = ("without, in all", median(&without[at]));
+        report.beside(format!("packet, {name}, more"), median(&more), "ns", reference, target);
+    }
+}
+
 /// What a user who was given a directory can cost everybody: a packet that no rule decides, beside
 /// cgroups below `/delegated` that a rule with `.*` matches at as many levels as can be.
 pub fn nested_levels(report: &mut Report) {

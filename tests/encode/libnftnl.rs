@@ -254,6 +254,12 @@ impl Reference {
                 .u32(NFTNL_EXPR_CMP_OP, *op)
                 .u32(NFTNL_EXPR_CMP_SREG, *sreg)
                 .data(NFTNL_EXPR_CMP_DATA, data),
+            Expr::Byteorder { sreg, dreg } => NExpr::new(c"byteorder")
+                .u32(NFTNL_EXPR_BYTEORDER_SREG, *sreg)
+                .u32(NFTNL_EXPR_BYTEORDER_DREG, *dreg)
+                .u32(NFTNL_EXPR_BYTEORDER_OP, BYTEORDER_HTON)
+                .u32(NFTNL_EXPR_BYTEORDER_LEN, 4)
+                .u32(NFTNL_EXPR_BYTEORDER_SIZE, 4),
             Expr::Bitwise { sreg, dreg, mask, xor } => NExpr::new(c"bitwise")
                 .u32(NFTNL_EXPR_BITWISE_SREG, *sreg)
                 .u32(NFTNL_EXPR_BITWISE_DREG, *dreg)
@@ -522,6 +528,7 @@ pub fn get_table(seq: u32) -> Vec<u8> {
 }
 
 // include/uapi/linux/netfilter/nf_tables.h and nf_nat.h, where libc does not have them
+const BYTEORDER_HTON: u32 = 1;
 const BITWISE_BOOL: u32 = 0;
 const SOCKET_CGROUPV2: u32 = 3;
 const SOCKET_TRANSPARENT: u32 = 0;

@@ -59,6 +59,10 @@ impl Source for Files<'_> {
     fn uid(&self, name: &str) -> Option<u32> {
         (name.len() < 8).then_some(name.len() as u32)
     }
+
+    fn gid(&self, name: &str) -> Option<u32> {
+        self.uid(name)
+    }
 }
 
 fuzz_target!(|input: &[u8]| -> Corpus {

@@ -228,34 +228,36 @@ fn tor_user() {
     let _resolved = Server::start("resolved", &[53]);
     let user = ground.cgroup("/user.slice/user-1001.slice/session-2.scope");
     let other = ground.cgroup("/user.slice/user-1000.slice/session-1.scope");
+    let his = |client: Client| client.uid(1001);
+    let others = |client: Client| client.uid(1000);
     let tor = answers(["tor", "tor", "nobody", "nobody", "remote", "remote"]);
     through_life(&ground, "tor-user", |_, when| {
         println!("{when}");
         world.wire.packets();
-        // a session of its own each time, below the slice that stays
-        let session = ground.cgroup("/user.slice/user-1001.slice/session-3.scope");
-        expect(&[(&user, tor.clone()), (&session, tor.clone())]);
-        let who = Client::udp(&session, addr(REMOTE4, 53)).run().who();
+        // a new one each time, which nobody has classified
+        let job = ground.cgroup("/system.slice/job.service");
+        expect_as(his, &[(&user, tor.clone()), (&job, tor.clone()), (&ground.root, tor.clone())]);
+        let who = his(Client::udp(&job, addr(REMOTE4, 53))).run().who();
         assert_eq!(who, "tor dns 127.0.0.1:9053");
         assert_eq!(left(&mut world), []);
-        expect(&[(&other, under("direct"))]);
-        remove_tree(&session);
+        expect_as(others, &[(&other, under("direct")), (&job, under("direct"))]);
+        remove_tree(&job);
     });
     let _daemon = Daemon::start(&ground, &text("tor-user"), &[]);
     world.wire.packets();
     for remote in [REMOTE4, REMOTE6] {
         let to = addr(remote, 443);
-        assert_eq!(Client::tcp(&user, to).run().who(), format!("tor {to}"));
-        assert_eq!(Client::udp(&user, to).timeout(SILENCE).run().who(), "nobody");
+        assert_eq!(his(Client::tcp(&user, to)).run().who(), format!("tor {to}"));
+        assert_eq!(his(Client::udp(&user, to)).timeout(SILENCE).run().who(), "nobody");
     }
     for at in [REMOTE4, ip("127.0.0.53"), ip("192.0.2.1")] {
-        let who = Client::udp(&user, addr(at, 53)).run().who();
+        let who = his(Client::udp(&user, addr(at, 53))).run().who();
         assert_eq!(who, "tor dns 127.0.0.1:9053", "{at}");
     }
-    let over6 = Client::udp(&user, addr(REMOTE6, 53)).timeout(SILENCE);
+    let over6 = his(Client::udp(&user, addr(REMOTE6, 53))).timeout(SILENCE);
     assert_eq!(over6.run().who(), "nobody");
     assert_eq!(left(&mut world), []);
-    expect(&[(&other, under("direct"))]);
+    expect_as(others, &[(&other, under("direct"))]);
 }
 
 #[test]

@@ -1001,13 +1001,17 @@ target = direct
 }
 
 /// Every kind of table.
-fn configs() -> [String; 5] {
+fn configs() -> [String; 6] {
     let drops = "[global]\ndefault = drop\n";
     [
         CONFIG.into(),
         RICH.into(),
         router(),
         drops.into(),
+        // lines for owners in front of, between and behind those for cgroups
+        "[tproxy a]\nport = 1\n[rules]\ndrop = /a/b\ndirect = user:1000-1999,7\na = group:5\n\
+         a = /a\ndirect = /b\ndrop = user:0-4294967294\ndirect = /a/x\ndrop = group:3-4\n"
+            .into(),
         format!("{drops}[gateway a]\ninterface = eth1\ntarget = drop\n"),
     ]
 }

@@ -1,9 +1,24 @@
-//! Matches that are not a regex: services and applications by their names.
+//! Matches that are not a regex: services and applications by their names, and the owners of sockets.
 
-use crate::client::{expect, under};
-use crate::daemon::{run_with, Daemon};
-use crate::ground::Ground;
-use crate::world::{World, PROXY};
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::Read;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::wait::waitpid;
+
+use crate::client::{expect, expect_as, fork_into, under, Client, Outcome};
+use crate::daemon::{run_with, Daemon, UNOWNED};
+use crate::ground::{addr, pipe, Ground, REMOTE4, REMOTE6};
+use crate::kernel::{load, SETTLE};
+use crate::wait_until;
+use crate::world::{bind, raw_addr, set, Packet, Server, World, PROXY, STREAM_PORT};
 
 const USER: &str = "/user.slice/user-1000.slice/user@1000.service/app.slice";
 
@@ -69,5 +84,348 @@ fn services_and_applications_by_name() {
         "{said}"
     );
     assert!(said.contains("tproxies: 1, rules: 4"), "{said}");
+    assert!(daemon.stop().success());
+}
+
+/// Lines for users and groups in front of, between and behind those for cgroups.
+const OWNERS: &str = "
+[tproxy mihomo]
+port = 7893
+[rules]
+direct = /services/first
+drop   = user:2001
+mihomo = user:2002-2003
+direct = group:2004
+mihomo = /services/app
+drop   = user:2005,3000-3999
+direct = /services/last
+mihomo = group:2006,0
+";
+
+/// The same the other way round.
+const OTHERS: &str = "
+[global]
+default = mihomo
+[tproxy mihomo]
+port = 7893
+[rules]
+drop   = /services/first
+direct = user:2001
+drop   = group:2002-2004
+direct = /services/app
+mihomo = /services/last
+direct = user:2005,0
+";
+
+const USERS: [u32; 9] = [0, 2000, 2001, 2002, 2003, 2004, 2005, 2006, 3500];
+
+/// What the manual says of a socket, line by line.
+fn covered(config: &str, cgroup: &str, uid: u32) -> String {
+    let lines = config.lines().skip_while(|line| *line != "[rules]").skip(1);
+    let covers = |what: &str| {
+        let Some((_, ids)) = what.split_once(':') else {
+            return cgroup == what;
+        };
+        ids.split(',').any(|ids| {
+            let (first, last) = ids.split_once('-').unwrap_or((ids, ids));
+            (first.parse().expect("a number")..=last.parse().expect("a number")).contains(&uid)
+        })
+    };
+    let mut lines =
+        lines.filter_map(|line| line.split_once('=').map(|(t, w)| (t.trim(), w.trim())));
+    let default = if config.contains("default = mihomo") { "mihomo" } else { "direct" };
+    lines.find(|(_, what)| covers(what)).map_or(default, |(target, _)| target).to_string()
+}
+
+/// TCP, UDP and ping over both families, of each user in each cgroup.
+fn each_goes_its_way(ground: &Ground, config: &str, when: &str) {
+    println!("{when}");
+    for uid in USERS {
+        let wants = ["/services/first", "/services/app", "/services/last", "/other"].map(|path| {
+            let target = covered(config, path, uid);
+            (ground.at(path), under(if target == "mihomo" { PROXY } else { &target }))
+        });
+        let wants: Vec<_> = wants.iter().map(|(at, answers)| (&**at, answers.clone())).collect();
+        println!("uid {uid}");
+        // a user's group has his number
+        expect_as(|client| client.uid(uid), &wants);
+    }
+}
+
+#[test]
+fn the_first_line_that_covers_a_socket_decides() {
+    let ground = ground!("owners");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    for path in ["/services/first", "/services/last/below", "/other"] {
+        ground.cgroup(path);
+    }
+    let each = |config, when| each_goes_its_way(&ground, config, when);
+    let daemon = Daemon::start(&ground, OWNERS, &[]);
+    ground.cgroup("/services/app");
+    assert!(daemon.reload().contains("reloaded"), "{}", daemon.logs());
+    each(OWNERS, "started");
+    daemon.reconfigure(OTHERS);
+    each(OTHERS, "reloaded");
+    daemon.kill9();
+    each(OTHERS, "killed");
+    let daemon = Daemon::start(&ground, OWNERS, &[]);
+    each(OWNERS, "started again");
+    daemon.leave();
+    each(OWNERS, "left");
+    let mut daemon = Daemon::spawn(&ground, OWNERS, &[], &[UNOWNED]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    load("delete table inet cgtproxy\n");
+    assert!(daemon.wait_log("in force again", SETTLE), "{}", daemon.logs());
+    each(OWNERS, "healed");
+    assert!(daemon.stop().success());
+}
+
+/// A flow that is older than the line for its owner is ended at once; that of another owner in the
+/// same cgroup goes on. Nobody tells the group of a socket, so what a group's line cuts falls silent.
+#[test]
+fn older_flows_of_an_owner() {
+    let ground = ground!("ownerstale");
+    let mut world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let app = ground.cgroup("/app");
+    let before = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = user:1\nmihomo = /elsewhere\n";
+    let follow = |cgroup: &Path, ip, uid| {
+        Client::tcp(cgroup, addr(ip, STREAM_PORT)).uid(uid).follow().spawn()
+    };
+    let rules = "[tproxy mihomo]\nport = 7893\n[rules]\n";
+    for after in [
+        format!("{rules}drop = user:2001\n"),
+        format!("{rules}mihomo = user:2000-2001\n"),
+        format!("{rules}direct = user:2002\ndrop = /app\n"),
+        format!("[global]\ndefault = drop\n{rules}direct = user:2002,0\n"),
+    ] {
+        println!("{after}");
+        let daemon = Daemon::start(&ground, before, &[]);
+        let stale = [REMOTE4, REMOTE6].map(|ip| follow(&app, ip, 2001));
+        let fine = [REMOTE4, REMOTE6].map(|ip| follow(&app, ip, 2002));
+        let established = |packets: &[Packet]| {
+            let flows = packets.iter().filter(|p| p.dst.port() == STREAM_PORT && p.flags == 0x10);
+            flows.map(|p| p.src).collect::<BTreeSet<_>>().len()
+        };
+        let mut seen = Vec::new();
+        assert!(wait_until(SETTLE, || {
+            seen.extend(world.wire.packets());
+            established(&seen) >= 4
+        }));
+        daemon.reconfigure(&after);
+        for running in stale {
+            // by us, or by the reset that its next packet met
+            let ended = [Errno::ECONNABORTED, Errno::ECONNRESET].map(Outcome::Failed);
+            let outcome = running.wait().0;
+            assert!(ended.contains(&outcome), "{outcome:?}");
+        }
+        // the others' packets go on
+        world.wire.packets();
+        let mut seen = Vec::new();
+        assert!(wait_until(SETTLE, || {
+            seen.extend(world.wire.packets());
+            established(&seen) >= 2
+        }));
+        drop(fine);
+        assert!(daemon.stop().success());
+    }
+    let daemon = Daemon::start(&ground, before, &[]);
+    let _silent = follow(&app, REMOTE4, 2001);
+    let of_stream = |packets: Vec<Packet>| packets.iter().any(|p| p.dst.port() == STREAM_PORT);
+    assert!(wait_until(SETTLE, || of_stream(world.wire.packets())));
+    daemon.reconfigure(&format!("{rules}drop = group:2001\n"));
+    world.wire.packets();
+    expect_as(|client| client.uid(2001), &[(&app, under("drop"))]);
+    assert!(!of_stream(world.wire.packets()));
+}
+
+/// Takes one connection and reads nothing of it until it is told to; then gives the number of bytes
+/// until its end, or the error.
+struct Sink {
+    thread: JoinHandle<std::io::Result<usize>>,
+    read: mpsc::Sender<()>,
+}
+
+impl Sink {
+    /// At a port of this network namespace, for whatever address.
+    fn start(at: SocketAddr) -> Sink {
+        let fd = bind(at, libc::SOCK_STREAM);
+        // little is on its way, so that much is still to be sent when the sender closes
+        set(&fd, libc::SOL_SOCKET, libc::SO_RCVBUF, 4096);
+        // SAFETY: an open socket.
+        assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
+        let (read, told) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            let (mut stream, _) = TcpListener::from(fd).accept()?;
+            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            let _ = told.recv();
+            let mut all = Vec::new();
+            stream.read_to_end(&mut all)?;
+            Ok(all.len())
+        });
+        Sink { thread, read }
+    }
+
+    fn end(self) -> std::io::Result<usize> {
+        self.read.send(()).expect("it waits");
+        self.thread.join().expect("it does not panic")
+    }
+}
+
+/// A process of a user that fills its connection's buffer, closes it and ends. Gives how much that was.
+fn fill_and_close(cgroup: &Path, uid: u32, to: SocketAddr) -> usize {
+    let (read, write) = pipe();
+    let cgroup = File::open(cgroup).expect("open the cgroup");
+    let (raw, len) = raw_addr(to);
+    let child = || {
+        // SAFETY: system calls on integers and on live values.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            libc::syscall(libc::SYS_setresgid, uid, uid, uid);
+            libc::syscall(libc::SYS_setresuid, uid, uid, uid);
+            let family = i32::from(raw.ss_family);
+            let fd = libc::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
+            let mut sent = -1i64;
+            if libc::connect(fd, (&raw const raw).cast(), len) == 0 {
+                sent = 0;
+                loop {
+                    let some =
+                        libc::send(fd, [7u8; 4096].as_ptr().cast(), 4096, libc::MSG_DONTWAIT);
+                    if some < 0 {
+                        break;
+                    }
+                    sent += some as i64;
+                }
+            }
+            libc::close(fd);
+            libc::write(write.as_raw_fd(), (&raw const sent).cast(), 8);
+        }
+        0
+    };
+    // SAFETY: the child makes system calls only.
+    let pid = unsafe { fork_into(&cgroup, child) }.expect("fork into the cgroup");
+    waitpid(pid, None).expect("reap the child");
+    drop(write);
+    let mut bytes = [0; 8];
+    File::from(read).read_exact(&mut bytes).expect("the child reports");
+    usize::try_from(i64::from_ne_bytes(bytes)).expect("connected")
+}
+
+/// What the kernel still sends once a process has closed its socket has no owner: it goes where the
+/// flow went, though others' sockets of the cgroup go elsewhere.
+#[test]
+fn what_is_left_of_a_closed_socket_goes_its_way() {
+    let ground = ground!("ownerclose");
+    let mut world = World::new(&ground);
+    let rules = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = user:2001\nmihomo = user:2002\n\
+                 drop = /drop\nmihomo = /proxied\ndirect = /direct\n";
+    let daemon = Daemon::start(&ground, rules, &[]);
+    for default in ["direct", "drop", "mihomo"] {
+        daemon.reconfigure(&format!("[global]\ndefault = {default}\n{rules}"));
+        for (path, ip) in ["/drop", "/proxied", "/direct", "/other"]
+            .into_iter()
+            .flat_map(|path| [REMOTE4, REMOTE6].map(|ip| (path, ip)))
+        {
+            println!("default {default}, {path}, {ip}");
+            let cgroup = ground.cgroup(path);
+            let any = |port| match ip.is_ipv4() {
+                true => SocketAddr::from(([0; 4], port)),
+                false => SocketAddr::from(([0u16; 8], port)),
+            };
+            let direct = ground.outside(|| Sink::start(any(7000)));
+            let sent = fill_and_close(&cgroup, 2001, addr(ip, 7000));
+            assert_eq!(direct.end().expect("to its end"), sent);
+            let proxied = Sink::start(any(7893));
+            let sent = fill_and_close(&cgroup, 2002, addr(ip, 7001));
+            assert!(sent > 50_000, "{sent}");
+            assert_eq!(proxied.end().expect("to its end"), sent);
+            // the other flow may still say goodbye
+            let mut left = world.wire.to_remote();
+            left.retain(|p| p.dst.port() == 7001);
+            assert_eq!(left, []);
+        }
+    }
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn explain_and_check_name_owners() {
+    let ground = ground!("ownersaid");
+    let said = |args: &[&str]| {
+        let out = run_with(&ground, OWNERS, args);
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    let app = said(&["explain", "/services/app/x", "/services/first", "/cgtproxy/drop"]);
+    let lines: Vec<&str> =
+        app.lines().map(|line| line.rsplit(".conf:").next().unwrap_or(line)).collect();
+    let want = [
+        "/services/app/x",
+        "    target  mihomo",
+        "10: mihomo = /services/app",
+        "7: drop = user:2001",
+        "8: mihomo = user:2002-2003",
+        "9: direct = group:2004",
+        "    matches /services/app, an ancestor",
+        "/services/first",
+        "    target  direct",
+        "6: direct = /services/first",
+        "    matches /services/first",
+        "/cgtproxy/drop",
+        "    target  drop",
+        "    rule    built in: drop = /cgtproxy/drop",
+        "    matches /cgtproxy/drop",
+    ];
+    assert_eq!(lines, want);
+    assert_eq!(app.matches("    unless  /").count(), 3, "{app}");
+    for (uid, path, target, line, by_owner) in [
+        (2001, "/services/app", "drop", "drop = user:2001", true),
+        (2001, "/services/first", "direct", "direct = /services/first", false),
+        (2004, "/services/last", "direct", "direct = group:2004", true),
+        (2006, "/services/last", "direct", "direct = /services/last", false),
+        (2006, "/other", "mihomo", "mihomo = group:2006,0", true),
+        (2000, "/other", "direct", "no rule matches", false),
+    ] {
+        let cgroup = ground.cgroup(path);
+        let port = SocketAddr::from(([127, 0, 0, 1], 7100));
+        let _process = Client::udp(&cgroup, port).uid(uid).serve();
+        let pid = fs::read_to_string(cgroup.join("cgroup.procs")).expect("its pid");
+        let said = said(&["explain", "--pid", pid.trim()]);
+        assert!(said.contains(&format!("    target  {target}\n")), "{uid} {path}: {said}");
+        assert!(said.contains(line) && !said.contains("unless"), "{uid} {path}: {said}");
+        let owner = format!("    owner   uid {uid}, gid {uid}\n");
+        assert_eq!(said.contains(&owner), by_owner, "{uid} {path}: {said}");
+    }
+    let check = said(&["check"]);
+    for line in [
+        ": drop   = user:2001: decides for sockets of uid 2001\n",
+        ": direct = group:2004: decides for sockets of gid 2004\n",
+        ": drop   = user:2005,3000-3999: decides for sockets of uid 2005, uids 3000-3999\n",
+        "tproxies: 1, rules: 8\n",
+    ] {
+        let line = line.replace("drop   =", "drop =");
+        assert!(check.contains(&line), "no {line:?} in\n{check}");
+    }
+    let unknown = "[rules]\ndrop = user:nobody-of-that-name\n";
+    let out = run_with(&ground, unknown, &["check"]);
+    assert_eq!(out.status.code(), Some(2));
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(said.contains("no such user: \"nobody-of-that-name\""), "{said}");
+}
+
+/// `exec` comes before all lines.
+#[test]
+fn exec_comes_before_owners() {
+    let ground = ground!("ownerexec");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let rules = "[tproxy mihomo]\nport = 7893\n[rules]\ndrop = user:0-4000\ndirect = /x\n";
+    let daemon = Daemon::start(&ground, rules, &[]);
+    ground.cgroup("/cgtproxy/mihomo");
+    assert!(daemon.reload().contains("reloaded"), "{}", daemon.logs());
+    expect(&[
+        (&ground.at("/cgtproxy/mihomo"), under(PROXY)),
+        (&ground.cgroup("/x"), under("drop")),
+    ]);
+    let out = run_with(&ground, rules, &["exec", "-u", "nobody", "direct", "--", "true"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     assert!(daemon.stop().success());
 }
