@@ -2,6 +2,8 @@
 //! poll(2), hands what happened to the core, does what the core asks, and commits one transaction a
 //! wake-up, or one more for each level of nested cgroups that it discovers.
 
+mod containers;
+
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,6 +35,7 @@ use crate::net::Mark;
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
 use crate::nft::message::Contents;
+use crate::nft::table::Entrances;
 use crate::nft::view;
 use crate::notify::Notify;
 use crate::options::Options;
@@ -42,6 +45,8 @@ use crate::route::Entry;
 use crate::signals::{End, Signals};
 use crate::stale::{self, Before, Judge, Suspects};
 use crate::sys;
+
+use containers::Search;
 
 /// Events that a full inotify queue holds, and some that come meanwhile.
 const FULL_QUEUE: usize = 20_000;
@@ -138,6 +143,7 @@ struct Daemon<'a> {
     exposed: bool,
     /// poll(2) was refused the last time.
     refused: bool,
+    containers: Search,
 }
 
 /// What poll(2) found.
@@ -243,6 +249,7 @@ fn begin<'a>(
         late: Backoff::default(),
         exposed: false,
         refused: false,
+        containers: Search::default(),
     };
     daemon.start(before)?;
     Ok(Some(daemon))
@@ -311,7 +318,7 @@ impl Daemon<'_> {
     /// Programs the kernel, takes in the cgroups that came meanwhile, and gives up what is not needed
     /// from here on.
     fn program(&mut self) -> Result<()> {
-        let config = self.cgroups.core.config().clone();
+        let config = self.admit();
         if !self.cgroups.core.has_elements() {
             // nothing in the table would show it yet
             self.kernel.probe_cgroups()?;
@@ -510,7 +517,10 @@ impl Daemon<'_> {
         for line in faults::bound(&config, &host.bound, home, name) {
             log::write_limited(Level::Warning, format_args!("{line}"));
         }
-        if !faults::bridges(&config, &host).is_empty() {
+        let entered = &self.containers.entered;
+        let boxed = entered.veths.values().any(|(_, target)| matches!(target, Target::Tproxy(_)));
+        let boxed = boxed && !entered.bridges.is_empty();
+        if boxed || !faults::bridges(&config, &host).is_empty() {
             for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
                 let on = std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"));
                 if on.is_ok_and(|value| value.trim() == "1") {
@@ -570,6 +580,7 @@ impl Daemon<'_> {
             }
             self.heal(ready.kernel);
             self.settle();
+            self.attend_to_containers(ready.kernel);
             self.look_at_late();
             self.end_stale(SLICE);
             if self.signals.status() {
@@ -633,6 +644,7 @@ impl Daemon<'_> {
         let late = self.late.due().filter(|_| self.table.due().is_none());
         let due = [
             self.cgroups.due(),
+            self.containers.due(),
             self.look_at_others,
             self.table.due(),
             self.routing.due(),
@@ -831,11 +843,30 @@ impl Daemon<'_> {
     }
 
     fn replace(&mut self) -> Result<()> {
-        let done = self.kernel.replace(&contents(&mut self.cgroups.core));
-        match done.is_err() && self.leave_out_levels() {
-            true => self.kernel.replace(&contents(&mut self.cgroups.core)),
-            false => done,
+        let mut entrances = self.entrances();
+        let mut done = self.kernel.replace(&contents(&mut self.cgroups.core, &entrances));
+        if done.is_err() && !entrances.veths.is_empty() {
+            // one of them may have gone just now
+            entrances = self.list_entrances();
+            done = self.kernel.replace(&contents(&mut self.cgroups.core, &entrances));
         }
+        if let Err(error) = done.as_ref().map_err(Error::clone) {
+            if self.cgroups.core.config().has_containers() && !entrances.veths.is_empty() {
+                // whatever it is, all else is in force without them
+                entrances = Entrances::default();
+                done = self.kernel.replace(&contents(&mut self.cgroups.core, &entrances));
+                if done.is_ok() {
+                    self.give_up_containers(&error);
+                }
+            }
+        }
+        if done.is_err() && self.leave_out_levels() {
+            done = self.kernel.replace(&contents(&mut self.cgroups.core, &entrances));
+        }
+        if done.is_ok() {
+            self.containers.entered = entrances;
+        }
+        done
     }
 
     /// Leaves out what lies deeper than the kernel can match: one such cgroup must not cost all
@@ -939,6 +970,8 @@ impl Daemon<'_> {
             }
         };
         let ranking = self.cgroups.core.adopt();
+        self.rename_entrances(&old);
+        let new = self.admit();
         if let Err(error) = self.add_routing(&new).and_then(|()| self.replace()) {
             match (before, ranking) {
                 (Some(cgroups), _) => self.cgroups = cgroups,
@@ -1022,9 +1055,9 @@ impl Daemon<'_> {
 }
 
 /// What the table should hold.
-fn contents(core: &mut Core) -> Contents {
+fn contents(core: &mut Core, entrances: &Entrances) -> Contents {
     let snapshot = core.snapshot();
-    plan::contents(core.config(), snapshot)
+    plan::contents(core.config(), snapshot, entrances)
 }
 
 /// The table first: without it no packet is marked, so none misses the rules.

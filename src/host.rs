@@ -1,7 +1,9 @@
 //! What this host is, as rtnetlink(7) and sock_diag(7) tell: interfaces, addresses, who listens, and
 //! whose sockets are bound to an interface. It looks, and judges nothing.
 
+use std::fs::Metadata;
 use std::net::{IpAddr, Ipv6Addr};
+use std::os::unix::fs::MetadataExt;
 
 use nix::sys::socket::SockProtocol;
 
@@ -136,6 +138,14 @@ pub fn addresses() -> Vec<IpAddr> {
 pub fn tunnels() -> Vec<(u16, String)> {
     let mut route = Socket::open(SockProtocol::NetlinkRoute, &[]).ok();
     dump(route.as_mut(), RTM_GETLINK, IFINFOMSG, parse_tunnel).unwrap_or_default()
+}
+
+/// Whether a process is known to be in this network namespace. Which one it is in, other users may not
+/// read (/proc/PID/ns); what each namespace has of its own, everybody may.
+pub fn is_at_home(pid: &str) -> bool {
+    let of = |pid: &str| std::fs::metadata(format!("/proc/{pid}/net/dev")).ok();
+    let same = |a: Metadata, b: Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    of(pid).zip(of("self")).is_some_and(|(its, ours)| same(its, ours))
 }
 
 /// Lengths of `struct ifinfomsg` and `struct ifaddrmsg`.

@@ -11,11 +11,12 @@ use nix::sys::socket::SockProtocol;
 
 use crate::cgroup::dying;
 use crate::error::{reason, Error, Result};
-use crate::host::Host;
+use crate::host::{self, Host};
 use crate::log;
 use crate::netlink::fib;
 use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
+use crate::netlink::netns;
 use crate::netlink::parse::{Message, Messages};
 use crate::netlink::socket::{Failure, Socket};
 use crate::netlink::uapi::*;
@@ -53,6 +54,10 @@ pub struct Kernel {
     watched: Option<(Vec<u32>, bool)>,
     /// The interfaces that ways out lead to, as they were looked at last.
     links: Vec<Link>,
+    /// Those of interfaces that lead to other network namespaces, and whether any are let pass: they
+    /// are while containers are looked for.
+    peer_events: Option<Socket>,
+    follows_peers: bool,
     /// For questions about other programs' sockets; not every kernel answers them.
     diag: Option<Socket>,
     /// False once the kernel has refused to end a socket.
@@ -83,6 +88,8 @@ impl Kernel {
             lo_is_down: false,
             nft_events: None,
             rt_events: None,
+            peer_events: None,
+            follows_peers: false,
             watched: None,
             links: Vec::new(),
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
@@ -105,6 +112,10 @@ impl Kernel {
         ];
         let rt = Socket::open(SockProtocol::NetlinkRoute, &groups)?;
         kernel.rt_events = Some(rt);
+        // later on no socket can be bound any more
+        let peers = Socket::open(SockProtocol::NetlinkRoute, &[RTNLGRP_LINK, RTNLGRP_NSID])?;
+        let _ = sys::attach_filter(peers.as_fd(), &netns::no_event());
+        kernel.peer_events = Some(peers);
         kernel.watch(needs);
         Ok(kernel)
     }
@@ -138,7 +149,8 @@ impl Kernel {
     pub fn event_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let nft = self.nft_events.as_ref().map(|(socket, _)| socket.as_fd());
         let rt = self.rt_events.as_ref().map(|socket| socket.as_fd());
-        nft.into_iter().chain(rt)
+        let link = self.peer_events.as_ref().map(|socket| socket.as_fd());
+        nft.into_iter().chain(rt).chain(link)
     }
 
     /// Reads all notifications. Lost ones count as damage to all that they could have told of.
@@ -167,6 +179,61 @@ impl Kernel {
             damage.routing |= lost;
         }
         damage
+    }
+
+    /// Follows what becomes of interfaces that lead to other network namespaces, or stops that.
+    /// Returns whether they have to be listed, for it begins here.
+    pub fn follow_peers(&mut self, on: bool) -> bool {
+        let begins = on && !self.follows_peers;
+        if let Some(peers) = self.peer_events.as_ref().filter(|_| on != self.follows_peers) {
+            // without it there are more wake-ups, that is all
+            let _ = match on {
+                true => sys::attach_filter(peers.as_fd(), &netns::event_filter()),
+                false => sys::attach_filter(peers.as_fd(), &netns::no_event()),
+            };
+        }
+        self.follows_peers = on;
+        begins
+    }
+
+    /// What has become of interfaces since the last call; `None` where some of that was lost.
+    pub fn peer_changes(&mut self) -> Option<Vec<netns::Change>> {
+        let mut changes = Vec::new();
+        let Some(socket) = &mut self.peer_events else {
+            return Some(changes);
+        };
+        let lost = each_notification(socket, |datagram| {
+            changes.extend(Messages::new(datagram).flat_map(|message| netns::read(&message)));
+        });
+        (!lost).then_some(changes)
+    }
+
+    /// All interfaces; none where the kernel does not tell.
+    pub fn pairs(&mut self) -> Vec<netns::Link> {
+        let found = self.rt.dump(&netns::get_links, netns::parse_link);
+        found.ok().and_then(std::result::Result::ok).unwrap_or_default()
+    }
+
+    /// Our ids of the network namespaces that these processes are in; none where one is in this one:
+    /// who visits others lives here.
+    pub fn namespaces_of(&mut self, pids: &[u32]) -> BTreeSet<u32> {
+        match pids.iter().any(|pid| host::is_at_home(&pid.to_string())) {
+            true => BTreeSet::new(),
+            false => pids.iter().filter_map(|pid| self.namespace_of(*pid)).collect(),
+        }
+    }
+
+    /// The interfaces that lead to the network namespace of a process.
+    pub fn veths_of(&mut self, pid: u32) -> Vec<netns::Link> {
+        let net = self.namespace_of(pid);
+        let leads = |link: &netns::Link| link.is_pair && link.peer.is_some() && link.peer == net;
+        self.pairs().into_iter().filter(leads).collect()
+    }
+
+    /// That of one; `None` where it has no id.
+    pub fn namespace_of(&mut self, pid: u32) -> Option<u32> {
+        let ask = |batch: &mut Batch| netns::get_namespace(batch, pid);
+        self.rt.ask(&ask, netns::parse_namespace).ok()?.ok()?
     }
 
     /// Whether this kernel can match cgroups. A table without classified cgroups would load on one

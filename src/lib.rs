@@ -12,6 +12,7 @@ pub mod cli;
 pub mod commands;
 pub mod config;
 pub mod confine;
+pub mod containers;
 pub mod daemon;
 pub mod error;
 pub mod faults;

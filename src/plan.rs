@@ -10,9 +10,10 @@ use crate::config::{Config, Outcome, Route};
 use crate::net::{Family, Mark};
 use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
-use crate::nft::message::{Contents, Transaction};
+use crate::nft::message::{Contents, Transaction, Veth};
 use crate::nft::table::{
-    dying_name, output_rules, set_name, Content, Element, Table, OUTPUT, TABLE,
+    bridged_rules, dying_name, output_rules, set_name, veth_rule, Content, Element, Entrances,
+    Table, BRIDGED, OUTPUT, TABLE,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 
@@ -67,12 +68,44 @@ pub fn routing(config: &Config) -> BTreeSet<Entry> {
     Family::BOTH.into_iter().flat_map(of).collect()
 }
 
-/// The table and all that its sets hold.
-pub fn contents(config: &Config, snapshot: Snapshot) -> Contents {
+/// The table and all that its sets hold, and the chains of veths.
+pub fn contents(config: &Config, snapshot: Snapshot, entrances: &Entrances) -> Contents {
     let Snapshot { elements, dying, pairs } = snapshot;
     let cgroups = elements.into_iter().map(|(outcome, ids)| (set_name(config, outcome), ids));
     let dying = dying.into_iter().map(|(outcome, hashes)| (dying_name(config, outcome), hashes));
-    Contents { table: table(config, &pairs), cgroups: cgroups.collect(), dying: dying.collect() }
+    Contents {
+        table: table(config, &pairs),
+        cgroups: cgroups.collect(),
+        dying: dying.collect(),
+        veths: entrances.veths.keys().filter_map(|index| veth(config, entrances, *index)).collect(),
+        bridges: entrances.bridges.clone(),
+    }
+}
+
+/// The chain of a veth; `None` where it has none.
+fn veth(config: &Config, entrances: &Entrances, index: u32) -> Option<Veth> {
+    let (name, target) = entrances.veths.get(&index)?;
+    Some(Veth { index, name: name.clone(), rule: veth_rule(config, *target)? })
+}
+
+/// One transaction that makes of one state of the veths' chains another.
+pub fn enter(config: &Config, before: &Entrances, after: &Entrances, batch: Batch) -> Transaction {
+    let mut transaction = Transaction::new(batch);
+    let all: BTreeSet<u32> = before.veths.keys().chain(after.veths.keys()).copied().collect();
+    for index in all {
+        let (old, new) = (veth(config, before, index), veth(config, after, index));
+        if old == new {
+            continue;
+        }
+        if old.is_some() {
+            transaction.delete_veth(index);
+        }
+        new.iter().for_each(|veth| transaction.add_veth(veth));
+    }
+    if before.bridges != after.bridges {
+        transaction.replace_rules(BRIDGED, &bridged_rules(&after.bridges));
+    }
+    transaction
 }
 
 /// One transaction that holds a difference.

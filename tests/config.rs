@@ -581,7 +581,7 @@ fn every_key_of_global() {
          rule-priority = 99\nfwmark-mask = 0xF0\nbypass = 192.0.2.1\nbypass = 198.51.100.0/24\n\
          bypass = 2001:db8::/32\nbypass = ::1\nbypass = private\nbypass-mark = 0xff00\n\
          bypass-mark = 0x1/0x3\nbypass-user = xray\nbypass-user = 0\non-exit = keep\n\
-         log-level = debug\ncounters = cgroup\n",
+         log-level = debug\ncounters = cgroup\ncontainers = no\n",
     );
     assert_eq!(config.cgroup_root.as_deref(), Some(Path::new("/sys/fs/cgroup/unified")));
     assert_eq!(config.default, Target::Drop);
@@ -604,6 +604,7 @@ fn every_key_of_global() {
     assert_eq!(config.on_exit, OnExit::Keep);
     assert_eq!(config.log_level, Level::Debug);
     assert!(config.counters_per_cgroup);
+    assert!(!config.containers);
 
     for (word, level) in
         [("error", Level::Error), ("warning", Level::Warning), ("info", Level::Info)]
@@ -1319,7 +1320,7 @@ enum Effect {
 }
 
 /// For each key of a section, two lines that differ in it alone; `-` is no line.
-const EFFECTS: [(&str, &str, &str, &str, Effect); 39] = [
+const EFFECTS: [(&str, &str, &str, &str, Effect); 40] = [
     (
         "global",
         "cgroup-root",
@@ -1352,6 +1353,13 @@ const EFFECTS: [(&str, &str, &str, &str, Effect); 39] = [
         Effect::Program("log_level", |c| format!("{:?}", c.log_level)),
     ),
     ("global", "counters", "target", "cgroup", Effect::Kernel),
+    (
+        "global",
+        "containers",
+        "yes",
+        "no",
+        Effect::Program("containers", |c| format!("{:?}", c.containers)),
+    ),
     ("tproxy", "port", "7893", "7894", Effect::Kernel),
     ("tproxy", "address", "-", "127.0.0.1", Effect::Kernel),
     ("tproxy", "mark", "0x01000000", "0x02000000", Effect::Kernel),
@@ -1419,7 +1427,9 @@ fn with_line(section: &str, key: &str, value: &str) -> Config {
 fn told(config: Config) -> (Vec<u8>, String) {
     let mut core = Core::new(Rc::new(config), b"", 0);
     let (snapshot, config) = (core.snapshot(), core.config().clone());
-    let (batch, _) = plan::contents(&config, snapshot).replacement(None, Batch::new(1)).finish();
+    let (batch, _) = plan::contents(&config, snapshot, &Default::default())
+        .replacement(None, Batch::new(1))
+        .finish();
     (batch.bytes().to_vec(), format!("{:?}", plan::routing(&config)))
 }
 

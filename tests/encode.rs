@@ -257,6 +257,7 @@ samples! {
     Stmt::NotDport(_) => Stmt::NotDport(53);
     Stmt::Local => Stmt::Local;
     Stmt::ForeignSource => Stmt::ForeignSource;
+    Stmt::LeadsTo(_) => Stmt::LeadsTo("docker0".into());
     Stmt::Broadcast => Stmt::Broadcast;
     Stmt::NeighbourDiscovery => Stmt::NeighbourDiscovery;
     Stmt::Counter => Stmt::Counter;
@@ -469,7 +470,7 @@ fn replacements() {
         for flags in [None, Some(0x6)] {
             for make in [|_: &Config| Snapshot::default(), snapshot] {
                 let snapshot = make(&config);
-                let ours = plan::contents(&config, make(&config));
+                let ours = plan::contents(&config, make(&config), &Default::default());
                 let ours = ours.replacement(flags, Batch::new(SEQ));
                 same_batch("replacement", ours, |theirs| {
                     let mut table = Table::new(&config);

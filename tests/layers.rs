@@ -14,7 +14,7 @@ const LAYERS: &[&[&str]] = &[
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
     &["net"],
-    &["netlink::fib", "netlink::link"],
+    &["netlink::fib", "netlink::link", "netlink::netns"],
     &["config::ini", "config::automaton", "config::suggest"],
     &["config::pattern"],
     &["config::model"],
@@ -41,7 +41,7 @@ const LAYERS: &[&[&str]] = &[
     &["cgroup::event", "cgroup::dying"],
     &["cgroup::watch", "cgroup::ranking", "cgroup::blind"],
     &["cgroup::core"],
-    &["cgroup::follow", "plan", "stale"],
+    &["cgroup::follow", "plan", "stale", "containers"],
     &["apps"],
     // ... to here, but for the files below
     &["kernel", "notify", "pidfile", "confine", "listen", "host", "faults", "signals", "strays"],
@@ -57,6 +57,7 @@ const PURE: &[&str] = &[
     "net",
     "netlink::fib",
     "netlink::link",
+    "containers",
     "route",
     "netlink::uapi",
     "netlink::msg",

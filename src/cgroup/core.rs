@@ -13,7 +13,7 @@ use super::ranking::Ranking;
 use super::tree::{self, Node, Path, Tree};
 use crate::config::{Config, Outcome, Target};
 use crate::nft::table::Element;
-use crate::policy;
+use crate::policy::{self, Decision};
 
 /// The difference between what the kernel's sets hold and what they should hold.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -124,6 +124,17 @@ impl Core {
     pub fn outcome(&self, path: &[u8]) -> Option<Outcome> {
         let node = self.tree.get(path)?;
         Some(policy::outcome(&self.config, node.rank))
+    }
+
+    /// The rank and the target of the cgroup with this path, where a rule decides for it.
+    pub fn ruled(&self, path: &[u8]) -> Option<(policy::Rank, Target)> {
+        let node = self.tree.get(path).filter(|node| self.is_ruled(node))?;
+        Some((node.rank, policy::target(&self.config, node.rank)))
+    }
+
+    /// Whether a rule decides for a cgroup.
+    pub fn is_ruled(&self, node: &Node) -> bool {
+        !matches!(policy::decision(&self.config, node.rank), Decision::Default)
     }
 
     /// Whose work it is what happens in that directory; see [`Node::account`].
@@ -304,6 +315,11 @@ impl Core {
             }
         }
         old
+    }
+
+    /// Takes other sections of the same policy: cgroups go the same ways.
+    pub fn set_sections(&mut self, config: Rc<Config>) {
+        self.config = config;
     }
 
     /// Every living cgroup's element anew, by the ranks and what the kernel takes.

@@ -69,6 +69,10 @@ pub struct Cgroups {
     actions: Vec<Action>,
     /// A cgroup has come that a tproxy has.
     pub proxied: bool,
+    /// Cgroups that have come and that a rule decides for, and whether some are gone: for whoever
+    /// looks for containers.
+    pub ruled: Vec<Path>,
+    pub removed: bool,
 }
 
 /// What the kernel has told of its levels.
@@ -131,6 +135,8 @@ impl Cgroups {
             crowded: false,
             actions: Vec::new(),
             proxied: false,
+            ruled: Vec::new(),
+            removed: false,
         };
         cgroups.act(&mut vec![start]);
         cgroups
@@ -226,11 +232,17 @@ impl Cgroups {
                     self.core.step(event, actions);
                 }
                 Action::Watch(found) => {
+                    if self.core.config().containers && self.core.ruled(&found.path).is_some() {
+                        self.ruled.push(found.path.clone());
+                    }
                     let target = || self.core.outcome(&found.path).map(|outcome| outcome.target);
                     self.proxied |= !self.proxied && matches!(target(), Some(Target::Tproxy(_)));
                     self.put_off(&found.path.clone(), Work::Watch(found))
                 }
-                Action::Unwatch(wd) => self.watcher.unwatch(wd),
+                Action::Unwatch(wd) => {
+                    self.removed = true;
+                    self.watcher.unwatch(wd)
+                }
                 Action::CountDying(path) => {
                     let event = self.watcher.count_dying(path);
                     self.core.step(event, actions);

@@ -6,6 +6,7 @@
 //! Source: inotify(7), fs/notify/inotify, fs/kernfs.
 
 use std::ffi::{CStr, CString, OsStr};
+use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path as FilePath;
@@ -27,6 +28,9 @@ const EVENT: usize = 16 + 256;
 /// One read takes at most this many bytes of events (some 200 of them), so that a flood of cgroups
 /// cannot keep the loop from committing what it has.
 const READ: usize = 8 * 1024;
+
+/// How many processes of a cgroup are looked at.
+const PROCESSES: usize = 64;
 
 /// By number, as nix has no name for the last.
 const MASK: AddWatchFlags = AddWatchFlags::from_bits_retain(
@@ -211,6 +215,20 @@ impl Watcher {
                 gone => self.undo(wd, gone),
             },
         }
+    }
+
+    /// The first processes of a cgroup, some at the most; none where that cannot be told.
+    pub fn processes(&self, path: &[u8]) -> Vec<u32> {
+        let file = [&self.root, path, b"/cgroup.procs"].concat();
+        let Ok(file) = std::fs::File::open(OsStr::from_bytes(&file)) else {
+            return Vec::new();
+        };
+        let mut text = String::new();
+        // ten digits and a line end each
+        let _ = std::io::Read::take(file, 11 * PROCESSES as u64).read_to_string(&mut text);
+        // those that this pid namespace does not have are 0
+        let pids = text.lines().filter_map(|line| line.parse().ok()).filter(|pid| *pid != 0);
+        pids.take(PROCESSES).collect()
     }
 
     /// Counts what is dying below a cgroup.

@@ -10,10 +10,11 @@ use std::rc::Rc;
 
 use nix::errno::Errno;
 
+use super::containers;
 use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::{mount, watch};
-use crate::config::{lint, Config, Outlet, Route, RuleLine};
+use crate::config::{lint, Config, Outlet, Route, RuleLine, Target};
 use crate::confine;
 use crate::daemon;
 use crate::error::{reason, Error, Result};
@@ -68,7 +69,7 @@ impl Severity {
 
 /// What findings may be about: told in JSON, where programs know a finding by it whatever its words.
 /// cgtproxy(8) has all of them.
-pub const ABOUT: [&str; 27] = [
+pub const ABOUT: [&str; 28] = [
     "config",
     "config-owner",
     "cgroup-root",
@@ -86,6 +87,7 @@ pub const ABOUT: [&str; 27] = [
     "nsswitch",
     "gateway-interface",
     "bridge-netfilter",
+    "containers",
     "lo",
     "loop",
     "bound-socket",
@@ -565,7 +567,9 @@ fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
         findings.about("bound-socket");
         super::bound(config, &host, core).iter().for_each(|text| findings.warning(text));
     }
-    bridges(&faults::bridges(config, &host), findings.about("bridge-netfilter"));
+    let mut all: BTreeSet<String> = faults::bridges(config, &host).into_iter().collect();
+    all.extend(boxes(config, findings.about("containers")));
+    bridges(&Vec::from_iter(all), findings.about("bridge-netfilter"));
     let hijacks = config.outlets().any(Outlet::hijacks_dns);
     let names = fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default();
     if hijacks && asks_resolved(&names) {
@@ -575,6 +579,26 @@ fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
              word, and \"dns\" asks by port 53",
         );
     }
+}
+
+/// Containers that rules cover; the bridges of those that go to a tproxy.
+fn boxes(config: &Config, findings: &mut Findings) -> BTreeSet<String> {
+    let all = match config.containers && !config.rules.is_empty() {
+        true => Kernel::open().and_then(|mut kernel| {
+            let cgroups = Cgroups::look(Rc::new(config.clone()))?;
+            Ok(containers::find(&mut kernel, &cgroups))
+        }),
+        false => return BTreeSet::new(),
+    };
+    let all = all.unwrap_or_default();
+    if !all.is_empty() {
+        if config.with_containers().is_none() {
+            findings.warning("rules do not cover containers: set a smaller rule-priority, or a fwmark-mask of more bits");
+        }
+        findings.ok(format!("veths of containers that rules cover: {}", all.len()));
+    }
+    let proxied = all.into_iter().filter(|c| matches!(c.target, Target::Tproxy(_)));
+    proxied.filter_map(|container| container.bridge).collect()
 }
 
 /// Whether names are resolved by nss-resolve(8).

@@ -9,10 +9,12 @@ use std::process::ExitCode;
 
 use nix::errno::Errno;
 
+use super::containers;
 use crate::cgroup::mount::{self, Mount, Root};
 use crate::cgroup::watch;
 use crate::config::{Config, Rule, RuleLine};
 use crate::error::{Error, Result};
+use crate::kernel::Kernel;
 use crate::log::Escaped;
 use crate::options::{wrong, Options};
 use crate::policy::{self, Decision};
@@ -43,11 +45,16 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
         match found {
             Ok(path) => {
                 let pid = by_pid.then(|| arg.to_string_lossy());
-                let owner = pid.as_deref().and_then(owner);
-                let (pid, root) = (pid.as_deref(), root.as_ref().ok());
-                describe(&config, pid, owner, path.as_deref(), root, &mut text);
-                if pid.is_some_and(elsewhere) {
-                    text.push_str(ELSEWHERE);
+                // a veth does not tell whose a packet is
+                let owner = pid.as_deref().filter(|pid| !elsewhere(pid)).and_then(owner);
+                let (path, root) = (path.as_deref(), root.as_ref().ok());
+                let ruled = describe(&config, pid.as_deref(), owner, path, root, &mut text);
+                if let Some(pid) = pid.filter(|pid| elsewhere(pid)) {
+                    let covers = ruled && config.containers;
+                    text.push_str(&network(&pid, covers));
+                    if let Some(name) = containers::name(path.unwrap_or_default()) {
+                        text.push_str(&format!("    container {name}\n"));
+                    }
                 }
             }
             Err(error) => failed.push(error),
@@ -63,6 +70,27 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
 /// What that rule is worth to a process in a network namespace of its own.
 const ELSEWHERE: &str = "    network another namespace: its traffic does not meet this host's output, \
      so this rule does not decide for it; what this host forwards for it, a [gateway] section may\n";
+
+/// Where a process of another network namespace comes in, and what its rule is worth there.
+fn network(pid: &str, covers: bool) -> String {
+    let veths = match (Kernel::open(), pid.parse()) {
+        (Ok(mut kernel), Ok(pid)) => kernel.veths_of(pid),
+        _ => Vec::new(),
+    };
+    let names: Vec<&str> = veths.iter().map(|link| &*link.name).collect();
+    match (names.is_empty(), covers) {
+        (true, _) => ELSEWHERE.into(),
+        (false, true) => format!(
+            "    network another namespace, behind {}: the rule covers what comes in there\n",
+            names.join(" and ")
+        ),
+        (false, false) => format!(
+            "    network another namespace, behind {}: {}\n",
+            names.join(" and "),
+            "no rule covers what comes in there, a [gateway] section may"
+        ),
+    }
+}
 
 /// Whether a process is known to be in another network namespace than this one.
 fn elsewhere(pid: &str) -> bool {
@@ -155,7 +183,8 @@ fn from_root(path: &[u8], root: &Root, mounts: &[Mount]) -> Option<Vec<u8>> {
 }
 
 /// A few lines about one cgroup; `path` is `None` outside of the cgroup root. `owner` is that of a
-/// process's sockets, uid and gid.
+/// process's sockets, uid and gid. Whether a rule decides for
+/// the cgroup.
 fn describe(
     config: &Config,
     pid: Option<&str>,
@@ -163,7 +192,7 @@ fn describe(
     path: Option<&[u8]>,
     root: Option<&Root>,
     text: &mut String,
-) {
+) -> bool {
     let name = match path {
         None => "outside the cgroup root".to_string(),
         Some(b"") => "/".to_string(),
@@ -187,7 +216,7 @@ fn describe(
             let _ = writeln!(text, "    target  {target}");
             let _ = writeln!(text, "    rule    {}: {target} = {}", rule.place, rule.text);
             let _ = writeln!(text, "    owner   uid {uid}, gid {gid}");
-            return;
+            return false;
         }
     }
     let target = config.target_name(outcome.target);
@@ -221,6 +250,7 @@ fn describe(
             "    owner   {dir} was made by another user than root, and has no target by its name"
         );
     }
+    !matches!(policy::decision(config, rank), Decision::Default)
 }
 
 /// What the line with that rule became, where it is not a regex itself.

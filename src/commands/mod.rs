@@ -2,6 +2,7 @@
 
 pub mod apps;
 pub mod check;
+pub mod containers;
 pub mod exec;
 pub mod explain;
 pub mod flush;

@@ -7,8 +7,10 @@ use std::net::IpAddr;
 use std::process::ExitCode;
 use std::rc::Rc;
 
+use super::containers::{self, Container};
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount;
+use crate::cgroup::tree;
 use crate::config::{Config, Route};
 use crate::error::Result;
 use crate::faults;
@@ -52,6 +54,13 @@ const GATEWAYS: [Column; 4] = [
     Column::right("PACKETS").member("packets"),
     Column::right("BYTES").member("bytes"),
 ];
+const CONTAINERS: [Column; 5] = [
+    Column::left("VETH").member("veth"),
+    Column::left("TARGET").member("target"),
+    Column::json("in_force"),
+    Column::left("CONTAINER").member("container"),
+    Column::left("CGROUP").member("cgroup"),
+];
 /// Whether it is there, and the command that makes it.
 const ROUTING: [Column; 2] = [Column::left(""), Column::left("")];
 
@@ -93,6 +102,8 @@ pub(super) struct Status {
     /// Why there is nothing to classify.
     rootless: Option<String>,
     pub(super) held: Option<Held>,
+    /// What containers send, by where it comes in.
+    containers: Vec<Entrance>,
     /// By name of the tproxy.
     listens: BTreeMap<String, Listens>,
     /// By name of the route.
@@ -127,6 +138,40 @@ impl Way {
         let interface = way.interface().map(str::to_string);
         Way { interface, table, closed, state: way.state(links) }
     }
+}
+
+/// A veth that containers' packets come in by.
+struct Entrance {
+    veth: String,
+    /// As the table has it, or should.
+    target: String,
+    in_force: bool,
+    cgroup: Option<tree::Path>,
+}
+
+/// What the table has, and what a look finds beside that.
+fn entrances(kernel: &mut Kernel, config: &Config, host: &Host, view: &View) -> Vec<Entrance> {
+    let found = match config.containers && !config.rules.is_empty() {
+        true => Cgroups::look(Rc::new(config.clone())).map(|c| containers::find(kernel, &c)),
+        false => Ok(Vec::new()),
+    };
+    let mut found: BTreeMap<u32, Container> =
+        found.into_iter().flatten().map(|container| (container.index, container)).collect();
+    let mut all: Vec<Entrance> = (view.veths.iter())
+        .map(|(index, target)| Entrance {
+            veth: host.interface_name(*index).unwrap_or_else(|| index.to_string()),
+            target: target.clone(),
+            in_force: true,
+            cgroup: found.remove(index).map(|container| container.cgroup),
+        })
+        .collect();
+    all.extend(found.into_values().map(|container| Entrance {
+        target: config.target_name(container.target).into(),
+        veth: container.veth,
+        in_force: false,
+        cgroup: Some(container.cgroup),
+    }));
+    all
 }
 
 struct Unattended {
@@ -279,6 +324,8 @@ impl Status {
             warnings.extend(bound);
             loops = circles;
         }
+        let view = held.as_ref().map(|held| &held.view);
+        let containers = view.map(|view| entrances(kernel, config, &host, view));
         let daemon = instance::holder(kernel)?;
         let unattended = match &held {
             Some(held) if daemon.is_none() => Some(Unattended::take(kernel, config, held)?),
@@ -312,6 +359,7 @@ impl Status {
             daemon,
             unattended,
             rootless: mount::find(config.cgroup_root.as_deref()).err().map(|e| e.to_string()),
+            containers: containers.unwrap_or_default(),
             held,
             listens,
             ways,
@@ -325,6 +373,7 @@ impl Status {
     /// What changes from one moment to the next.
     pub(super) fn glance(kernel: &mut Kernel) -> Result<Status> {
         Ok(Status {
+            containers: Vec::new(),
             daemon: instance::holder(kernel)?,
             unattended: None,
             rootless: None,
@@ -425,6 +474,22 @@ impl Status {
         Rows { columns: &GATEWAYS, rows: self.gateways().iter().map(row).collect() }
     }
 
+    fn container_table(&self) -> Rows<5> {
+        let row = |entrance: &Entrance| {
+            let target = Value::text(&entrance.target);
+            let path = entrance.cgroup.as_deref();
+            let name = path.and_then(containers::name);
+            [
+                Value::text(&entrance.veth),
+                if entrance.in_force { target } else { target.red() },
+                Value::new("", Json::Bool(entrance.in_force)),
+                name.map_or(Value::none(), |name| Value::text(&name)),
+                path.map_or(Value::none(), Value::path),
+            ]
+        };
+        Rows { columns: &CONTAINERS, rows: self.containers.iter().map(row).collect() }
+    }
+
     fn text(&self, style: Style) -> String {
         let mut out = self.headline() + "\n";
         if let Some(unattended) = &self.unattended {
@@ -440,6 +505,10 @@ impl Status {
         if !self.gateways().is_empty() {
             out.push('\n');
             self.gateway_table().print(&mut out, style);
+        }
+        if !self.containers.is_empty() {
+            out.push('\n');
+            self.container_table().print(&mut out, style);
         }
         if !self.routing.is_empty() {
             let rows = self.routing.iter().map(|(entry, present)| {
@@ -574,6 +643,7 @@ impl Status {
             ("targets", self.target_table().json()),
             ("ways", Json::List(ways.collect())),
             ("gateways", self.gateway_table().json()),
+            ("containers", self.container_table().json()),
             ("rules", routing(true)),
             ("routes", routing(false)),
             ("hindrances", Json::List(self.hindrances.iter().map(Json::text).collect())),
@@ -726,6 +796,7 @@ mod tests {
             default: "direct".into(),
             gateways: Vec::new(),
             interfaces,
+            veths: BTreeMap::new(),
             routed: Some(mark(0xff)),
         };
         let config = Config::default();

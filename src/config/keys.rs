@@ -152,6 +152,7 @@ pub static KEYS: &[Key] = &[
     one(GLOBAL, "counters", Words(&["target", "cgroup"]), Is("target"), |d, e| {
         put(&mut d.config.counters_per_cgroup, word(e, &[false, true]))
     }),
+    one(GLOBAL, "containers", BOOLEAN, Is("yes"), |d, e| put(&mut d.config.containers, boolean(e))),
     one(TPROXY, "port", Number(1, 65535), Needs("a port"), |d, e| {
         put(&mut d.tproxy().port, number(e).map(|port| port as u16))
     }),

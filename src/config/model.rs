@@ -279,7 +279,16 @@ pub struct Gateway {
     pub macs: Vec<Mac>,
     pub target: Target,
     pub place: Place,
+    /// Not of the file: what containers of that target send, known by its mark.
+    pub containers: bool,
 }
+
+/// What the names of the sections for containers begin with, which no name of a file does.
+pub const CONTAINERS: &str = "containers.";
+
+/// All of the ip rules have to come before that for the main table, and any interface takes several
+/// (route.rs).
+const MOST_WITH_CONTAINERS: u32 = 32765 - 3;
 
 /// File and line of a setting.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -324,6 +333,8 @@ pub struct Config {
     pub on_exit: OnExit,
     pub log_level: Level,
     pub counters_per_cgroup: bool,
+    /// A rule for a cgroup covers what comes in by the veth of its network namespace.
+    pub containers: bool,
     pub tproxies: Vec<Tproxy>,
     pub routes: Vec<Route>,
     pub rules: Vec<Rule>,
@@ -352,6 +363,7 @@ impl Default for Config {
             on_exit: OnExit::Remove,
             log_level: Level::Notice,
             counters_per_cgroup: false,
+            containers: true,
             tproxies: Vec::new(),
             routes: Vec::new(),
             rules: Vec::new(),
@@ -451,6 +463,56 @@ impl Config {
     /// where another program restores that into a client's packet, nothing is lost.
     pub fn gateway_mark(&self) -> u32 {
         self.spoofed_mark()
+    }
+
+    /// The mark of what a container sends, from where it comes in to the section of its target; `None`
+    /// where the mask has no value left for it. Packets alone bear it, so that it may be another
+    /// one after a reload.
+    pub fn container_mark(&self, target: Target) -> Option<u32> {
+        match self.outlet(target) {
+            Some(outlet) => Some(outlet.mark),
+            None => self.free_marks().nth(if target == Target::Drop { 0 } else { 1 }),
+        }
+    }
+
+    /// The values of the mask that stand for nothing, the largest first.
+    fn free_marks(&self) -> impl Iterator<Item = u32> + '_ {
+        let below = |mark: &u32| Some((mark - 1) & self.mask).filter(|mark| *mark != 0);
+        let taken = |mark: &u32| {
+            [self.spoofed_mark(), self.direct_mark()].contains(mark)
+                || self.outlets().any(|outlet| outlet.mark == *mark)
+                || self.routes.iter().any(|route| route.forward_mark == *mark)
+        };
+        std::iter::successors(below(&self.mask), below).filter(move |mark| !taken(mark))
+    }
+
+    /// The same policy with a section for what containers of each target send, ahead of all others;
+    /// `None` where marks or priorities do not suffice.
+    pub fn with_containers(&self) -> Option<Config> {
+        let mut config = self.clone();
+        for index in 0..config.routes.len() {
+            if config.routes[index].forward_mark == 0 {
+                let free = config.free_marks().next()?;
+                config.routes[index].forward_mark = free;
+            }
+        }
+        let targets = config.targets().filter(|target| config.container_mark(*target).is_some());
+        let sections = targets.map(|target| Gateway {
+            name: format!("{CONTAINERS}{}", self.target_name(target)),
+            // one ip rule for all of them, whatever comes and goes
+            interfaces: vec![Interface { name: String::new(), prefix: true }],
+            target,
+            containers: true,
+            ..Gateway::default()
+        });
+        let sections: Vec<Gateway> = sections.collect();
+        config.gateways.splice(0..0, sections);
+        (self.rule_priority <= MOST_WITH_CONTAINERS).then_some(config)
+    }
+
+    /// Whether it has these sections.
+    pub fn has_containers(&self) -> bool {
+        self.gateways.iter().any(|gateway| gateway.containers)
     }
 
     /// Whether routed traffic may belong to a tproxy: a flow stays with it when a reload has given

@@ -2,11 +2,14 @@
 //! so that tests can hold each message against that library's.
 //! Source: include/uapi/linux/netfilter/nf_tables.h, libnftnl, nfnetlink's batches.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use super::expr::{value, Anonymous, Expr, SetRef, Verdict};
 use super::stmt::{eq, meta, neq, payload};
-use super::table::{Base, Chain, Content, Rule, Set, Table, OUTPUT, TABLE};
+use super::table::{
+    bridged_rules, veth_name, Base, Chain, Content, Rule, Set, Table, BRIDGED, OUTPUT, TABLE,
+};
 use crate::net::{Address, Range};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Messages};
@@ -22,6 +25,16 @@ pub struct Contents {
     pub cgroups: Vec<(String, Vec<u64>)>,
     /// Removed cgroups, by their hashes.
     pub dying: Vec<(String, Vec<u32>)>,
+    pub veths: Vec<Veth>,
+    pub bridges: BTreeSet<String>,
+}
+
+/// A chain where the packets of a veth come in, and its rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Veth {
+    pub index: u32,
+    pub name: String,
+    pub rule: Rule,
 }
 
 impl Contents {
@@ -34,6 +47,10 @@ impl Contents {
         }
         for (set, hashes) in &self.dying {
             transaction.add_hashes(set, hashes.iter().copied());
+        }
+        self.veths.iter().for_each(|veth| transaction.add_veth(veth));
+        if !self.bridges.is_empty() {
+            transaction.replace_rules(BRIDGED, &bridged_rules(&self.bridges));
         }
         transaction
     }
@@ -120,13 +137,37 @@ impl Transaction {
 
     /// Replaces the rules of `output`.
     pub fn replace_output(&mut self, rules: &[Rule]) {
+        self.replace_rules(OUTPUT, rules);
+    }
+
+    /// Replaces the rules of a chain.
+    pub fn replace_rules(&mut self, chain: &str, rules: &[Rule]) {
         let open = self.begin(NFT_MSG_DELRULE, 0);
         self.batch.str_z(NFTA_RULE_TABLE, TABLE);
-        self.batch.str_z(NFTA_RULE_CHAIN, OUTPUT);
+        self.batch.str_z(NFTA_RULE_CHAIN, chain);
         self.batch.end(open);
         for rule in rules {
-            self.rule(OUTPUT, rule);
+            self.rule(chain, rule);
         }
+    }
+
+    /// Hooks a chain in where a veth's packets come in.
+    pub fn add_veth(&mut self, veth: &Veth) {
+        let chain = veth_name(veth.index);
+        let base = Base { kind: "filter", hook: NF_INET_INGRESS, priority: NF_IP_PRI_MANGLE };
+        self.chain_at(TABLE, &chain, Some(base), Some(&veth.name));
+        self.rule(&chain, &veth.rule);
+    }
+
+    /// Unhooks it. Older kernels delete the chain themselves when the veth goes: so it is made first,
+    /// without a hook, which does nothing to one that is there.
+    pub fn delete_veth(&mut self, index: u32) {
+        let chain = veth_name(index);
+        self.chain_of(TABLE, &chain, None);
+        let open = self.begin(NFT_MSG_DELCHAIN, 0);
+        self.batch.str_z(NFTA_CHAIN_TABLE, TABLE);
+        self.batch.str_z(NFTA_CHAIN_NAME, &chain);
+        self.batch.end(open);
     }
 
     /// Adds cgroup ids to a set.
@@ -179,6 +220,11 @@ impl Transaction {
     }
 
     fn chain_of(&mut self, table: &str, name: &str, base: Option<Base>) {
+        self.chain_at(table, name, base, None);
+    }
+
+    /// `device`: the interface whose hook it is, of those of the host.
+    fn chain_at(&mut self, table: &str, name: &str, base: Option<Base>, device: Option<&str>) {
         let open = self.begin(NFT_MSG_NEWCHAIN, NLM_F_CREATE);
         self.batch.str_z(NFTA_CHAIN_TABLE, table);
         self.batch.str_z(NFTA_CHAIN_NAME, name);
@@ -186,6 +232,9 @@ impl Transaction {
             let nest = self.batch.nest(NFTA_CHAIN_HOOK);
             self.batch.u32_be(NFTA_HOOK_HOOKNUM, hook);
             self.batch.u32_be(NFTA_HOOK_PRIORITY, priority as u32);
+            if let Some(device) = device {
+                self.batch.str_z(NFTA_HOOK_DEV, device);
+            }
             self.batch.end_nest(nest);
             self.batch.u32_be(NFTA_CHAIN_POLICY, NF_ACCEPT as u32);
             self.batch.str_z(NFTA_CHAIN_TYPE, kind);
@@ -423,7 +472,7 @@ impl Object {
         };
         match message.kind & 0xff {
             NFT_MSG_NEWTABLE | NFT_MSG_DELTABLE => Object::Table,
-            NFT_MSG_NEWCHAIN => Object::Chain(name(NFTA_CHAIN_NAME)),
+            NFT_MSG_NEWCHAIN | NFT_MSG_DELCHAIN => Object::Chain(name(NFTA_CHAIN_NAME)),
             NFT_MSG_NEWRULE | NFT_MSG_DELRULE => Object::RuleOf(name(NFTA_RULE_CHAIN)),
             NFT_MSG_NEWSET => Object::Set(name(NFTA_SET_NAME)),
             NFT_MSG_NEWSETELEM | NFT_MSG_DELSETELEM => {

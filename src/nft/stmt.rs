@@ -100,6 +100,8 @@ pub enum Stmt {
     Local,
     /// `fib saddr type != local`: sent from an address that is not this host's
     ForeignSource,
+    /// `fib daddr oifname NAME`: the way to the destination is by that interface.
+    LeadsTo(String),
     /// `fib daddr type broadcast`: the broadcast addresses of this host's networks too
     Broadcast,
     /// Neighbour discovery to a unicast address, which is link-scope traffic whatever the address.
@@ -366,6 +368,12 @@ impl Stmt {
                 text!("fib saddr type != local"),
                 [fib(NFTA_FIB_F_SADDR), neq(&ne(RTN_LOCAL.into()))],
             ),
+            Stmt::LeadsTo(name) => {
+                let mut padded = name.as_bytes().to_vec();
+                padded.resize(IFNAMSIZ, 0);
+                let way = Expr::FibOifname { dreg: NFT_REG_1 };
+                out.put(text!("fib daddr oifname \"{name}\""), [way, eq(&padded)])
+            }
             Stmt::Broadcast => out.put(
                 text!("fib daddr type broadcast"),
                 [fib(NFTA_FIB_F_DADDR), eq(&ne(RTN_BROADCAST))],

@@ -2,7 +2,7 @@
 //! chain that depends on which cgroups exist. Pure. Why the rules stand in this order is told
 //! where each chain is built; the shape was verified with traffic (tests/it/reference.rs).
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -22,6 +22,15 @@ pub struct Element {
     pub outcome: Outcome,
     /// Of cgroups that are matched by their hash; see [`crate::cgroup::dying`].
     pub hashed: bool,
+}
+
+/// Where what containers send comes into this host.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Entrances {
+    /// The host's ends of their veths, by index: name, and the target of what comes in there.
+    pub veths: BTreeMap<u32, (String, Target)>,
+    /// The bridges that these are ports of.
+    pub bridges: BTreeSet<String>,
 }
 
 /// Sets, chains and static rules; everything but the elements of the cgroup sets.
@@ -191,6 +200,9 @@ impl Table {
             chains.push(routed_chain(config));
             chains.push(input_chain(config));
         }
+        if config.has_containers() {
+            chains.push(chain(BRIDGED, Vec::new()));
+        }
         chains.extend(config.gateways.iter().map(|g| gateway_chain(config, g)));
         if !config.gateways.is_empty() {
             chains.push(gateways_chain(config));
@@ -215,6 +227,34 @@ fn has_outlets(config: &Config) -> bool {
 /// Whether what is routed for others may belong to an outlet.
 fn hands_over(config: &Config) -> bool {
     config.routes_to_tproxy() || config.forwards()
+}
+
+/// The chain that hooks in where a veth's packets come in, ahead of any bridge; by its index.
+pub fn veth_name(index: u32) -> String {
+    format!("veth_{index}")
+}
+
+/// Its one rule: from here on the packet is known as one of a container with that target. `None`
+/// where that is not needed, or no mark is left to say so.
+pub fn veth_rule(config: &Config, target: Target) -> Option<Rule> {
+    match (config.container_mark(target), target) {
+        (Some(value), _) => Some(vec![Stmt::SetPacketMark(mark(config, value))]),
+        (None, Target::Drop) => Some(vec![Stmt::drop()]),
+        (None, _) => None,
+    }
+}
+
+/// The chain whose rules depend on the bridges that containers are on.
+pub const BRIDGED: &str = "bridged";
+
+/// What a container sends to others on its bridge. Without br_netfilter it is not seen, and with it
+/// it has to be left alone as well.
+pub fn bridged_rules(bridges: &BTreeSet<String>) -> Vec<Rule> {
+    let rule = |name: &String| {
+        let iif = Stmt::Iifname(Interface { name: name.clone(), prefix: false });
+        vec![iif, Stmt::LeadsTo(name.clone()), Stmt::accept()]
+    };
+    bridges.iter().map(rule).collect()
 }
 
 /// The chain whose rules depend on the cgroups that exist.
@@ -859,6 +899,11 @@ fn input_chain(config: &Config) -> Chain {
 /// What a gateway section does with the packets that it matches.
 fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
     let mut rules = Vec::new();
+    if gateway.containers {
+        // with it the kernel would look for the way back among what this host sends
+        rules.push(vec![Stmt::SetPacketMark(mark(config, 0))]);
+        rules.push(jump(BRIDGED));
+    }
     if let Some(outlet) = config.outlet(gateway.target).filter(|outlet| outlet.dns_local) {
         rules.push(jump(EXEMPT));
         rules.extend(match gateway.target {
@@ -915,7 +960,12 @@ fn source_sets(gateway: &Gateway) -> Vec<Set> {
 }
 
 /// One rule for each interface, and for each family where there are sources.
-fn gateway_rules(gateway: &Gateway) -> Vec<Rule> {
+fn gateway_rules(config: &Config, gateway: &Gateway) -> Vec<Rule> {
+    if gateway.containers {
+        let value = config.container_mark(gateway.target).unwrap_or_default();
+        let goto = Stmt::goto(gateway_name(gateway));
+        return vec![vec![Stmt::PacketMark(mark(config, value)), goto]];
+    }
     let mut families = Vec::new();
     if !gateway.sources4.is_empty() {
         families.push(Some(Family::V4));
@@ -1269,14 +1319,16 @@ fn receive_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     chain(format!("tproxy_{}", tproxy.outlet.name), rules)
 }
 
-/// What is routed for others, by section. Before addresses are translated.
+/// What is routed for others, by section. Before addresses are translated. A mark that says which
+/// container's a packet is has to be read before others restore that of its flow.
 fn gateways_chain(config: &Config) -> Chain {
     let mut rules = vec![vec![Stmt::IifLo, Stmt::accept()]];
-    rules.extend(config.gateways.iter().flat_map(gateway_rules));
+    rules.extend(config.gateways.iter().flat_map(|g| gateway_rules(config, g)));
     if hands_over(config) {
         rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("routed")]);
     }
-    prerouting("gateways", NF_IP_PRI_MANGLE, rules)
+    let priority = if config.has_containers() { NF_IP_PRI_CONNTRACK + 1 } else { NF_IP_PRI_MANGLE };
+    prerouting("gateways", priority, rules)
 }
 
 /// Where the packets of local processes come back in. Late, since Linux takes no packet that has
@@ -1383,6 +1435,7 @@ impl fmt::Display for Base {
             NF_INET_LOCAL_OUT => "output",
             NF_INET_POST_ROUTING => "postrouting",
             NF_INET_LOCAL_IN => "input",
+            NF_INET_INGRESS => "ingress",
             _ => "prerouting",
         };
         // nft has no name for mangle in a nat chain's neighbourhood; numbers are always right

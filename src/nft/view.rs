@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use super::expr::{counted, Expr, SetRef::Named, Verdict};
 use super::message::nfgenmsg;
 use super::table::{OUTPUT, TABLE};
+use crate::config::CONTAINERS;
 use crate::net::{Interface, Mark, Owner};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
@@ -220,6 +221,8 @@ pub struct View {
     pub interfaces: Vec<Interface>,
     /// What routed packets are marked with for a tproxy.
     pub routed: Option<Mark>,
+    /// Where what containers send comes in, by index of the veth: the name of the target.
+    pub veths: BTreeMap<u32, String>,
     /// Whether there is any rule that meets this host's packets: ours has one whatever the policy.
     pub classifies: bool,
     /// There are rules, and not the chains that ours have whatever the policy.
@@ -271,6 +274,7 @@ impl View {
             default_class: 0,
             gateways: Vec::new(),
             interfaces: Vec::new(),
+            veths: BTreeMap::new(),
             routed: (rules.iter())
                 .filter(|rule| {
                     let name = rule.chain.strip_prefix("forward_");
@@ -281,11 +285,18 @@ impl View {
             classifies: rules.iter().any(|rule| rule.chain == OUTPUT),
             foreign: !rules.is_empty() && !names.contains(&"drop"),
         };
+        let mut containers = BTreeMap::new();
         for rule in of("gateways".into()) {
             let Some(name) = goes_to(rule, "gw_") else {
                 continue;
             };
             view.interfaces.extend(interface(rule));
+            if name.starts_with(CONTAINERS) {
+                // wherever they come in
+                view.interfaces.push(Interface { name: String::new(), prefix: true });
+                let target = name.trim_start_matches(CONTAINERS).to_string();
+                containers.extend(compared(rule).map(|mark| (mark, target)));
+            }
             // a section has a rule for each interface and family
             if view.gateways.iter().all(|gateway| gateway.name != name) {
                 let own = of(format!("gw_{name}"));
@@ -295,6 +306,15 @@ impl View {
                     taken: total(&own),
                 });
             }
+        }
+        for rule in rules {
+            let index = rule.chain.strip_prefix("veth_").and_then(|index| index.parse().ok());
+            let drops = rule.exprs.contains(&Expr::Verdict(Verdict::Drop));
+            let target = match mark(rule) {
+                Some(mark) => containers.get(&mark.value).cloned(),
+                None => drops.then(|| "drop".into()),
+            };
+            view.veths.extend(index.zip(target));
         }
         for rule in of(OUTPUT.into()) {
             let Some(chain) = leads_to(rule) else {
@@ -425,6 +445,16 @@ fn way_out(rule: &RuleView) -> Option<String> {
     }
 }
 
+/// The mark that a rule asks the packet for.
+fn compared(rule: &RuleView) -> Option<u32> {
+    match rule.exprs.get(..3)? {
+        [Expr::MetaLoad { key: NFT_META_MARK, .. }, Expr::Bitwise { .. }, Expr::Cmp { data, .. }] => {
+            parse::u32_ne(data)
+        }
+        _ => None,
+    }
+}
+
 /// The target of a gateway section, by the rules of its chain.
 fn gateway_target<'a>(rules: &[&'a RuleView]) -> &'a str {
     let drops = |rule: &&RuleView| rule.exprs.contains(&Expr::Verdict(Verdict::Drop));
@@ -517,6 +547,7 @@ mod tests {
             macs: Vec::new(),
             target,
             place: crate::config::Place { file: Default::default(), line: 1 },
+            containers: false,
         };
         let (lan, any) = (("br-lan", false), ("wlan", true));
         config.gateways = vec![

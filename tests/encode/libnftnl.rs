@@ -350,6 +350,10 @@ impl Reference {
             Expr::RejectIcmpx { code } => NExpr::new(c"reject")
                 .u32(NFTNL_EXPR_REJECT_TYPE, libc::NFT_REJECT_ICMPX_UNREACH as u32)
                 .u8(NFTNL_EXPR_REJECT_CODE, *code),
+            Expr::FibOifname { dreg } => NExpr::new(c"fib")
+                .u32(NFTNL_EXPR_FIB_FLAGS, 1 << 1)
+                .u32(NFTNL_EXPR_FIB_RESULT, FIB_RESULT_OIFNAME)
+                .u32(NFTNL_EXPR_FIB_DREG, *dreg),
             Expr::FibAddrtype { of, dreg } => NExpr::new(c"fib")
                 .u32(NFTNL_EXPR_FIB_FLAGS, *of)
                 .u32(NFTNL_EXPR_FIB_RESULT, FIB_RESULT_ADDRTYPE)
@@ -535,6 +539,7 @@ const SOCKET_TRANSPARENT: u32 = 0;
 const HASH_JENKINS: u32 = 0;
 /// `expr_types` of nft's include/expression.h
 const NUMGEN: u32 = 23;
+const FIB_RESULT_OIFNAME: u32 = 2;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
 const NAT_MAP_IPS: u32 = 1 << 0;
 const NAT_PROTO_SPECIFIED: u32 = 1 << 1;

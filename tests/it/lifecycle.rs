@@ -890,7 +890,9 @@ fn idle_without_a_system_call() {
         ground.cgroup(&format!("/own/churn/{i}"));
     }
     // what the other tests do beside the cgroup root is told as well
-    let root = format!("[global]\ncgroup-root = {}\n", ground.at("/own").display());
+    let root = ground.at("/own");
+    // whose interfaces go is looked at (tests/it/containers.rs)
+    let root = format!("[global]\ncontainers = no\ncgroup-root = {}\n", root.display());
     let daemon = Daemon::start(&ground, &(root + CONFIG), &[]);
     await_member(&ground.cgroup("/own/drop"), "drop");
     thread::sleep(Duration::from_millis(200));

@@ -37,6 +37,7 @@ mod world;
 
 mod apps;
 mod classify;
+mod containers;
 mod demo;
 mod destinations;
 mod dying;

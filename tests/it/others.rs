@@ -507,6 +507,8 @@ fn a_rule_that_nothing_goes_before() {
         for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
             let client = Client::new(&cgroup, proto, to).timeout(SILENCE);
             assert_eq!(client.run().who(), "nobody");
+            // (of the cgroup it would be a container)
+            let client = Client::new(&ground.root, proto, to).timeout(SILENCE);
             let who = lan.client(0).run(|| client.run()).who();
             assert_eq!(who, "nobody");
         }

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -173,12 +173,12 @@ fn explain_finds_processes() {
     drop(world);
 }
 
-/// A rule says nothing of a process whose sockets are in another network namespace.
+/// A rule reaches a process in another network namespace by the veth that leads there.
 #[test]
 fn explain_tells_of_another_network_namespace() {
     let ground = ground!("explain-netns");
     let cgroup = ground.cgroup("/services/telemetry");
-    let said = "network another namespace: its traffic does not meet this host's output";
+    let said = "network another namespace, behind in0: the rule covers what comes in there";
     for (outside, want) in [(false, false), (true, true)] {
         let run = || {
             let script = format!("echo $$ > {}/cgroup.procs; exec cat", cgroup.display());
@@ -561,12 +561,24 @@ pub fn query(json: &str, expression: &str) -> String {
 #[test]
 fn json_has_the_documented_shape() {
     let ground = ground!("json");
+    // a container, behind in0
+    let id = "0123456789ab".repeat(5) + "cdef";
+    let cgroup = ground.cgroup(&format!("/services/telemetry/docker-{id}.scope"));
+    let at = addr(IpAddr::from([127, 0, 0, 1]), 7);
+    let _process = ground.outside(|| Client::udp(&cgroup, at).timeout(SETTLE * 100).serve());
     let more = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n[route vpn]\ninterface = wg0\n";
     let daemon = Daemon::start(&ground, &format!("{CONFIG}{more}"), &[]);
+    let text = daemon.ask(&["status"]).out;
+    assert!(text.contains("in0   drop    docker 0123456789ab"), "{text}");
     let json = daemon.ask(&["status", "--json"]).out;
+    let container = format!(
+        "{{'veth': 'in0', 'target': 'drop', 'in_force': True, 'container': 'docker 0123456789ab', \
+         'cgroup': '/services/telemetry/docker-{id}.scope'}}"
+    );
+    assert_eq!(query(&json, "d['containers']"), format!("[{container}]"));
     assert_eq!(
         query(&json, "list(d)"),
-        "['version', 'in_force', 'daemon', 'left', 'unknown', 'rootless', 'default', 'targets', 'ways', 'gateways', 'rules', 'routes', 'hindrances', 'loops', 'warnings']"
+        "['version', 'in_force', 'daemon', 'left', 'unknown', 'rootless', 'default', 'targets', 'ways', 'gateways', 'containers', 'rules', 'routes', 'hindrances', 'loops', 'warnings']"
     );
     assert_eq!(query(&json, "d['version'], d['in_force'], d['default']"), "(1, True, 'direct')");
     assert_eq!(query(&json, "d['daemon']"), daemon.pid().to_string());
@@ -579,6 +591,7 @@ fn json_has_the_documented_shape() {
     let way =
         "{'name': 'vpn', 'interface': 'wg0', 'table': None, 'ipv4': 'absent', 'ipv6': 'absent'}";
     assert_eq!(query(&json, "d['ways'][0]"), way);
+    assert_eq!(query(&json, "d['gateways'][0]['name']"), "containers.direct");
     assert_eq!(query(&json, "list(d['gateways'][0])"), "['name', 'target', 'packets', 'bytes']");
     assert_eq!(query(&json, "list(d['rules'][0])"), "['family', 'text', 'present']");
     crate::json::is_documented("status", &json);

@@ -1,0 +1,78 @@
+//! Containers as the commands find them: by one look, as the daemon does by following.
+
+use crate::cgroup::follow::Cgroups;
+use crate::cgroup::tree::Path;
+use crate::config::Target;
+use crate::containers::Containers;
+use crate::kernel::Kernel;
+
+/// A veth that leads to processes which a rule decides for.
+pub struct Container {
+    pub index: u32,
+    pub veth: String,
+    pub target: Target,
+    pub cgroup: Path,
+    /// What the veth is a port of.
+    pub bridge: Option<String>,
+}
+
+/// Those that there are now.
+pub fn find(kernel: &mut Kernel, cgroups: &Cgroups) -> Vec<Container> {
+    let core = &cgroups.core;
+    let mut found = Containers::default();
+    found.replace(kernel.pairs(), 0);
+    let ruled = || core.tree().iter().filter(|(_, node)| core.is_ruled(node));
+    for path in found.in_question(|| ruled().map(|(path, _)| path)) {
+        let id = core.tree().get(&path).map_or(0, |node| node.id);
+        let nets = kernel.namespaces_of(&cgroups.watcher.processes(&path));
+        found.seen(&path, id, &nets);
+    }
+    let entrances = found.entrances(|path| core.ruled(path), Some).clone();
+    let veths = entrances.veths.into_iter().filter_map(|(index, (veth, target))| {
+        let cgroup = found.first(index, |path| core.ruled(path))?;
+        let bridge = found.bridge(index).map(str::to_string);
+        Some(Container { index, veth, target, cgroup, bridge })
+    });
+    veths.collect()
+}
+
+/// What a container is called by whoever made it, as far as its cgroup tells.
+pub fn name(path: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(path).into_owned();
+    let parts = text.rsplit('/').find_map(|part| {
+        let part = part.strip_suffix(".scope").or_else(|| part.strip_suffix(".service"));
+        let part = part.unwrap_or_default();
+        part.strip_prefix("machine-").or_else(|| part.strip_prefix("systemd-nspawn@"))
+    });
+    let lxc = || text.split('/').find_map(|part| part.strip_prefix("lxc.payload."));
+    let long = || text.rsplit('/').find_map(of_engine);
+    long().or_else(|| parts.or_else(lxc).map(str::to_string))
+}
+
+/// The beginning of the id that docker, podman and others give, by which they know it too.
+fn of_engine(part: &str) -> Option<String> {
+    let part = part.strip_suffix(".scope").unwrap_or(part);
+    let (engine, id) = part.rsplit_once('-').unwrap_or(("", part));
+    let is_id = id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit());
+    let engine = if engine == "libpod" { "podman" } else { engine };
+    is_id.then(|| format!("{engine} {}", &id[..12]).trim_start().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_containers() {
+        let id = "0123456789ab".to_string() + &"c".repeat(52);
+        let of = |path: &str| name(path.replace("ID", &id).as_bytes());
+        let named = |text: &str| Some(text.to_string());
+        assert_eq!(of("/system.slice/docker-ID.scope"), named("docker 0123456789ab"));
+        assert_eq!(of("/machine.slice/libpod-ID.scope/container"), named("podman 0123456789ab"));
+        assert_eq!(of("/docker/ID"), named("0123456789ab"));
+        assert_eq!(of("/lxc.payload.web/init.scope"), named("web"));
+        assert_eq!(of("/machine.slice/systemd-nspawn@web.service/payload"), named("web"));
+        assert_eq!(of("/services/x"), None);
+        assert_eq!(of("/docker/xID"), None);
+    }
+}

@@ -1,0 +1,338 @@
+//! Which veth leads to which cgroup's network namespace: what is known of interfaces, of the namespaces
+//! at their other ends, and of the cgroups whose processes live there. Pure: what it does not know it
+//! asks for, by the cgroups to be looked at, and time is a number of milliseconds.
+//!
+//! Nothing tells when a process enters a namespace. So a new cgroup, and a namespace that nobody is
+//! known to live in, are looked at again until [`PATIENCE`] is over.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::cgroup::tree::Path;
+use crate::config::Target;
+use crate::netlink::netns::{Change, Link};
+use crate::nft::table::Entrances;
+
+/// How long is looked for what is not known.
+pub const PATIENCE: u64 = 5000;
+
+/// A cgroup that a rule decides for: the rank of that, and the target.
+pub type Ruled = (u32, Target);
+
+#[derive(Debug, Default)]
+pub struct Containers {
+    links: BTreeMap<u32, Link>,
+    /// By id of a namespace: the cgroups with processes there, by path and id.
+    owners: BTreeMap<u32, BTreeMap<Path, u64>>,
+    /// Cgroups that have come, and namespaces that nobody is known to live in; until when they are
+    /// looked at.
+    fresh: BTreeMap<Path, u64>,
+    strange: BTreeMap<u32, u64>,
+    /// What comes in by a veth, as of last time.
+    entrances: Entrances,
+    /// A veth is on a bridge that is not known.
+    incomplete: bool,
+}
+
+impl Containers {
+    /// Takes all interfaces that there are, and that all else may have changed.
+    pub fn replace(&mut self, links: Vec<Link>, now: u64) {
+        self.owners.clear();
+        self.strange.clear();
+        self.links.clear();
+        self.complete(links, now);
+    }
+
+    /// Takes all interfaces that there are, those that are known too.
+    pub fn complete(&mut self, links: Vec<Link>, now: u64) {
+        links.into_iter().for_each(|link| self.change(Change::Is(link), now));
+        // a bridge may stand behind its ports
+        self.incomplete = false;
+    }
+
+    pub fn change(&mut self, change: Change, now: u64) {
+        match change {
+            Change::Is(link) => {
+                self.incomplete |= link.peer.is_some()
+                    && link.master != 0
+                    && !self.links.contains_key(&link.master);
+                let peer = link.peer.filter(|_| link.is_pair);
+                self.links.insert(link.index, link);
+                peer.into_iter().for_each(|peer| self.meet(peer, now));
+            }
+            Change::Gone(index) => {
+                let peer = self.links.remove(&index).and_then(|link| link.peer);
+                let is_left = |peer: &u32| self.links.values().all(|l| l.peer != Some(*peer));
+                if let Some(peer) = peer.filter(is_left) {
+                    self.owners.remove(&peer);
+                    self.strange.remove(&peer);
+                }
+            }
+            Change::Moved { link, to } => {
+                let known = self.links.get_mut(&link);
+                // one without another namespace has not been told of
+                self.incomplete |= known.is_none();
+                if let Some(link) = known.filter(|link| link.is_pair) {
+                    link.peer = Some(to);
+                    self.meet(to, now);
+                }
+            }
+            Change::Ended(id) => {
+                // what still comes from there keeps its way until the veth is gone
+                self.owners.remove(&id);
+                self.strange.remove(&id);
+                let ended = self.links.values_mut().filter(|link| link.peer == Some(id));
+                ended.for_each(|link| link.peer = None);
+            }
+        }
+    }
+
+    fn meet(&mut self, id: u32, now: u64) {
+        if !self.owners.contains_key(&id) {
+            self.strange.insert(id, now + PATIENCE);
+        }
+    }
+
+    /// Whether there is any other namespace to live in.
+    fn leads_anywhere(&self) -> bool {
+        self.links.values().any(|link| link.is_pair && link.peer.is_some())
+    }
+
+    /// Whether the interfaces have to be asked for anew.
+    pub fn is_incomplete(&self) -> bool {
+        self.incomplete
+    }
+
+    /// A cgroup has come that a rule decides for. False where that is no news: a veth that comes
+    /// later has them all looked at.
+    pub fn appeared(&mut self, path: Path, now: u64) -> bool {
+        if !self.leads_anywhere() {
+            return false;
+        }
+        self.fresh.insert(path, now + PATIENCE);
+        true
+    }
+
+    /// Cgroups may be gone, or be others now; `id` tells which one a path stands for. Whether any
+    /// was that matters.
+    pub fn check(&mut self, id: impl Fn(&Path) -> Option<u64>, now: u64) -> bool {
+        let mut left = Vec::new();
+        self.owners.retain(|net, owners| {
+            owners.retain(|path, known| id(path) == Some(*known));
+            left.extend(owners.is_empty().then_some(*net));
+            !owners.is_empty()
+        });
+        left.iter().for_each(|net| self.meet(*net, now));
+        !left.is_empty()
+    }
+
+    /// Another policy: others may own what nobody did.
+    pub fn look_again(&mut self, now: u64) {
+        let pairs = self.links.values().filter(|link| link.is_pair);
+        let all: BTreeSet<u32> = pairs.filter_map(|link| link.peer).collect();
+        all.into_iter().for_each(|net| self.meet(net, now));
+    }
+
+    /// The cgroups to look at: those that have come, or all of those that a rule decides for where
+    /// it is not known who lives in a namespace.
+    pub fn in_question<'a, I>(&'a self, all: impl FnOnce() -> I) -> Vec<Path>
+    where
+        I: Iterator<Item = &'a Path>,
+    {
+        if !self.leads_anywhere() {
+            return Vec::new();
+        }
+        if self.strange.is_empty() {
+            return self.fresh.keys().cloned().collect();
+        }
+        let known: BTreeSet<&Path> = self.owners.values().flat_map(BTreeMap::keys).collect();
+        let (fresh, others): (Vec<_>, Vec<_>) = (all().filter(|path| !known.contains(path)))
+            .partition(|path| self.fresh.contains_key(*path));
+        fresh.into_iter().chain(others).cloned().collect()
+    }
+
+    /// What a look at a cgroup has shown: the namespaces of its processes, none of which is this one.
+    /// False where nothing is in question any more.
+    pub fn seen(&mut self, path: &Path, id: u64, nets: &BTreeSet<u32>) -> bool {
+        for net in nets {
+            if self.links.values().any(|link| link.is_pair && link.peer == Some(*net)) {
+                self.owners.entry(*net).or_default().insert(path.clone(), id);
+                self.strange.remove(net);
+                self.fresh.remove(path);
+            }
+        }
+        self.is_asking()
+    }
+
+    fn is_asking(&self) -> bool {
+        !self.fresh.is_empty() || !self.strange.is_empty()
+    }
+
+    /// Gives up what has been looked for for too long. Whether another look is wanted.
+    pub fn wants_look(&mut self, now: u64) -> bool {
+        self.fresh.retain(|_, until| *until > now);
+        self.strange.retain(|_, until| *until > now);
+        self.is_asking() && self.leads_anywhere()
+    }
+
+    /// Where containers' packets come in: `ruled` tells of the cgroups that a rule decides for, and
+    /// `same` what a target has become by another policy. Of several in one namespace, the first
+    /// rule decides.
+    pub fn entrances(
+        &mut self,
+        ruled: impl Fn(&Path) -> Option<Ruled>,
+        same: impl Fn(Target) -> Option<Target>,
+    ) -> &Entrances {
+        let mut now = Entrances::default();
+        for (index, link) in self.links.iter().filter(|(_, link)| link.is_pair) {
+            let owners = link.peer.and_then(|net| self.owners.get(&net));
+            let first = owners.into_iter().flat_map(BTreeMap::keys).filter_map(&ruled).min();
+            // nobody lives there as far as is known, or any more
+            let leaving = link.peer.is_none_or(|net| self.strange.contains_key(&net));
+            let before = self.entrances.veths.get(index).filter(|_| leaving);
+            let before = before.filter(|(name, _)| *name == link.name);
+            let before = before.and_then(|(_, target)| same(*target));
+            let Some(target) = first.map(|(_, target)| target).or(before) else {
+                continue;
+            };
+            now.veths.insert(*index, (link.name.clone(), target));
+            now.bridges.extend(self.links.get(&link.master).map(|bridge| bridge.name.clone()));
+        }
+        self.entrances = now;
+        &self.entrances
+    }
+
+    /// The bridge that a veth is a port of.
+    pub fn bridge(&self, veth: u32) -> Option<&str> {
+        let master = self.links.get(&veth)?.master;
+        self.links.get(&master).map(|bridge| &*bridge.name)
+    }
+
+    /// The cgroup that decides for what comes in by a veth.
+    pub fn first(&self, veth: u32, ruled: impl Fn(&Path) -> Option<Ruled>) -> Option<Path> {
+        let owners = self.owners.get(&self.links.get(&veth)?.peer?)?;
+        let all = owners.keys().filter_map(|path| Some((ruled(path)?, path)));
+        all.min().map(|(_, path)| path.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(text: &str) -> Path {
+        text.as_bytes().into()
+    }
+
+    fn link(index: u32, name: &str, master: u32, peer: Option<u32>) -> Change {
+        Change::Is(Link { index, name: name.into(), is_pair: true, master, peer })
+    }
+
+    fn nets(all: &[u32]) -> BTreeSet<u32> {
+        all.iter().copied().collect()
+    }
+
+    /// `/NUMBER/…` is decided by the rule of that number, which is of that tproxy.
+    fn ruled(path: &Path) -> Option<Ruled> {
+        let rank = path.get(1)?.checked_sub(b'0').filter(|n| *n < 10)?;
+        Some((rank.into(), Target::Tproxy(rank.into())))
+    }
+
+    fn veths(containers: &mut Containers) -> Vec<(u32, u16)> {
+        let entrances = containers.entrances(ruled, Some);
+        let number = |target| match target {
+            Target::Tproxy(number) => number,
+            _ => u16::MAX,
+        };
+        entrances.veths.iter().map(|(i, (_, target))| (*i, number(*target))).collect()
+    }
+
+    fn asked(containers: &Containers, all: &[Path]) -> Vec<Path> {
+        containers.in_question(|| all.iter())
+    }
+
+    #[test]
+    fn what_is_not_known_is_asked_for_and_given_up() {
+        let mut c = Containers::default();
+        let all = [path("/1/a"), path("/2/b")];
+        // no namespace, no question
+        assert!(!c.appeared(all[0].clone(), 0));
+        assert_eq!(asked(&c, &all), []);
+        c.change(link(7, "v7", 0, Some(5)), 0);
+        assert_eq!(asked(&c, &all), all);
+        assert!(c.seen(&all[0], 10, &nets(&[])));
+        assert!(!c.seen(&all[1], 11, &nets(&[5, 6])));
+        assert!(!c.wants_look(1));
+        assert_eq!(veths(&mut c), [(7, 2)]);
+        // a new one is asked alone; it lives there too, by an earlier rule
+        assert!(c.appeared(all[0].clone(), 1));
+        assert_eq!(asked(&c, &all), all[..1]);
+        assert!(!c.seen(&all[0], 10, &nets(&[5])));
+        assert_eq!(veths(&mut c), [(7, 1)]);
+        // a second veth of the same is known at once
+        c.change(link(8, "v8", 0, Some(5)), 2);
+        assert_eq!(veths(&mut c), [(7, 1), (8, 1)]);
+        // another one: nobody's, and given up
+        c.change(link(9, "v9", 0, Some(6)), 2);
+        assert!(c.wants_look(2 + PATIENCE - 1));
+        assert!(!c.wants_look(2 + PATIENCE));
+        assert_eq!(asked(&c, &all), []);
+    }
+
+    #[test]
+    fn who_goes_leaves_the_way_for_a_while() {
+        let mut c = Containers::default();
+        let one = path("/1/a");
+        c.change(link(7, "v7", 0, Some(5)), 0);
+        c.seen(&one, 10, &nets(&[5]));
+        assert_eq!(veths(&mut c), [(7, 1)]);
+        assert!(!c.check(|_| Some(10), 1));
+        // another cgroup of the same name
+        assert!(c.check(|_| Some(11), 1));
+        assert_eq!(veths(&mut c), [(7, 1)]);
+        assert!(!c.wants_look(1 + PATIENCE));
+        assert_eq!(veths(&mut c), []);
+        // a namespace that ends keeps its way until the veth goes; its id may be another one's
+        c.look_again(2);
+        c.seen(&one, 11, &nets(&[5]));
+        assert_eq!(veths(&mut c), [(7, 1)]);
+        c.change(Change::Ended(5), 3);
+        c.change(link(8, "v8", 0, Some(5)), 3);
+        assert_eq!(veths(&mut c), [(7, 1)]);
+        c.change(Change::Gone(7), 4);
+        assert_eq!(veths(&mut c), []);
+    }
+
+    #[test]
+    fn bridges_and_moves() {
+        let mut c = Containers::default();
+        let one = path("/1/a");
+        c.change(link(7, "v7", 3, Some(5)), 0);
+        assert!(c.is_incomplete());
+        let bridge = Link { index: 3, name: "br".into(), is_pair: false, master: 0, peer: None };
+        c.complete(vec![bridge], 0);
+        assert!(!c.is_incomplete());
+        c.seen(&one, 10, &nets(&[5]));
+        let bridges = c.entrances(ruled, Some).bridges.clone();
+        assert_eq!(bridges, ["br".to_string()].into());
+        // the other end of one that nothing was told of
+        c.change(Change::Moved { link: 9, to: 5 }, 0);
+        assert!(c.is_incomplete());
+        c.complete(
+            vec![Link { index: 9, name: "v9".into(), is_pair: true, master: 0, peer: Some(5) }],
+            0,
+        );
+        assert_eq!(veths(&mut c), [(7, 1), (9, 1)]);
+        // what leads elsewhere and is no pair
+        let other =
+            Link { index: 6, name: "vlan".into(), is_pair: false, master: 0, peer: Some(5) };
+        c.change(Change::Is(other), 0);
+        assert_eq!(veths(&mut c), [(7, 1), (9, 1)]);
+        // lost notifications: known ways stay until it is known again who lives there
+        c.replace(
+            vec![Link { index: 7, name: "v7".into(), is_pair: true, master: 3, peer: Some(4) }],
+            9,
+        );
+        assert_eq!(veths(&mut c), [(7, 1)]);
+        assert!(c.wants_look(9));
+    }
+}

@@ -1,0 +1,299 @@
+//! The search for containers: hands what the kernel tells of interfaces and of processes to
+//! [`Containers`], and what follows from that to the kernel.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::Daemon;
+use crate::cgroup::tree::Path;
+use crate::config::Config;
+use crate::containers::Containers;
+use crate::error::Error;
+use crate::log;
+use crate::log::Level;
+use crate::nft::table::Entrances;
+use crate::plan;
+
+/// The pause after the first look, and at most. Each is four times the one before.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(1));
+
+/// How long is looked before anything else has its turn, and before we are ready.
+const SLICE: Duration = Duration::from_millis(1);
+const FIRST_SLICE: Duration = Duration::from_millis(200);
+
+/// Between two looks, this many times what the first has cost.
+const REST: u32 = 8;
+
+pub struct Search {
+    pub containers: Containers,
+    /// What the kernel has.
+    pub entered: Entrances,
+    began: Instant,
+    /// Cgroups of the look that goes on, the next one last, and what it has cost.
+    asked: Vec<Path>,
+    spent: Duration,
+    due: Option<Instant>,
+    pause: Duration,
+    /// Not before then.
+    rest: Instant,
+    /// What stands in the way has been told.
+    told: bool,
+    /// The kernel cannot know them by where they come in.
+    impossible: bool,
+}
+
+impl Default for Search {
+    fn default() -> Search {
+        let now = Instant::now();
+        Search {
+            containers: Containers::default(),
+            entered: Entrances::default(),
+            began: now,
+            asked: Vec::new(),
+            spent: Duration::ZERO,
+            due: None,
+            pause: PAUSE.0,
+            rest: now,
+            told: false,
+            impossible: false,
+        }
+    }
+}
+
+impl Search {
+    pub fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    fn clock(&self) -> u64 {
+        self.began.elapsed().as_millis() as u64
+    }
+
+    /// There may be something to find.
+    fn want(&mut self) {
+        let clock = self.clock();
+        if self.containers.wants_look(clock) {
+            self.asked.clear();
+            self.pause = PAUSE.0;
+            self.due = Some(self.rest.max(Instant::now()));
+        }
+    }
+
+    /// The end of a look.
+    fn done(&mut self) {
+        let (now, clock) = (Instant::now(), self.clock());
+        let rest = std::mem::take(&mut self.spent) * REST;
+        self.asked.clear();
+        self.rest = now + rest;
+        self.due = self.containers.wants_look(clock).then(|| now + rest.max(self.pause));
+        self.pause = (self.pause * 4).min(PAUSE.1);
+    }
+}
+
+impl Daemon<'_> {
+    /// Looks for containers before the table is replaced, and gives the policy sections for them
+    /// where there are any. Returns the policy.
+    pub(super) fn admit(&mut self) -> Rc<Config> {
+        let config = self.cgroups.core.config().clone();
+        let wanted = config.containers && !config.rules.is_empty();
+        // all that there are will be looked at
+        self.cgroups.ruled.clear();
+        if self.kernel.follow_peers(wanted) {
+            self.list_entrances();
+        }
+        if !wanted {
+            self.containers.containers = Containers::default();
+        }
+        let clock = self.containers.clock();
+        self.containers.containers.look_again(clock);
+        self.containers.want();
+        self.look_for_containers(FIRST_SLICE);
+        self.open_sections();
+        self.cgroups.core.config().clone()
+    }
+
+    /// Gives the policy sections for containers, where there are any and it has none. The table has
+    /// to be replaced where that returns true.
+    fn open_sections(&mut self) -> bool {
+        let config = self.cgroups.core.config().clone();
+        if config.has_containers() || self.entrances().veths.is_empty() {
+            return false;
+        }
+        match config.with_containers() {
+            Some(config) => {
+                self.cgroups.core.set_sections(Rc::new(config));
+                true
+            }
+            None => {
+                if !std::mem::replace(&mut self.containers.told, true) {
+                    log!(Warning, "rules do not cover containers: set a smaller rule-priority, or a fwmark-mask of more bits");
+                }
+                false
+            }
+        }
+    }
+
+    /// What there is to hear, to look at and to do about containers.
+    pub(super) fn attend_to_containers(&mut self, notified: bool) {
+        let mut news = notified && self.hear_of_links();
+        let clock = self.containers.clock();
+        if std::mem::take(&mut self.cgroups.removed) {
+            let tree = self.cgroups.core.tree();
+            let id = |path: &Path| tree.get(path).map(|node| node.id);
+            news |= self.containers.containers.check(id, clock);
+        }
+        for path in self.cgroups.ruled.drain(..) {
+            news |= self.containers.containers.appeared(path, clock);
+        }
+        if news {
+            self.containers.want();
+        }
+        if self.containers.due.is_some_and(|at| at <= Instant::now()) {
+            self.look_for_containers(SLICE);
+            news = true;
+        }
+        if news {
+            self.enter();
+        }
+    }
+
+    /// Takes what has become of interfaces; false where nothing has.
+    fn hear_of_links(&mut self) -> bool {
+        let clock = self.containers.clock();
+        let Some(changes) = self.kernel.peer_changes() else {
+            self.list_entrances();
+            return true;
+        };
+        let news = !changes.is_empty();
+        for change in changes {
+            self.containers.containers.change(change, clock);
+        }
+        if self.containers.containers.is_incomplete() {
+            let links = self.kernel.pairs();
+            self.containers.containers.complete(links, clock);
+        }
+        news
+    }
+
+    /// Looks at some of the cgroups that are in question.
+    fn look_for_containers(&mut self, slice: Duration) {
+        if self.containers.due.is_none() {
+            return;
+        }
+        let began = Instant::now();
+        let core = &self.cgroups.core;
+        let search = &mut self.containers;
+        if search.asked.is_empty() {
+            let ruled = || core.tree().iter().filter(|(_, node)| core.is_ruled(node));
+            search.asked = search.containers.in_question(|| ruled().map(|(path, _)| path));
+            search.asked.reverse();
+        }
+        let mut asking = true;
+        while let (true, Some(path)) = (asking, search.asked.pop()) {
+            // gone, or of another policy by now
+            let Some(node) = core.tree().get(&path).filter(|node| core.is_ruled(node)) else {
+                continue;
+            };
+            let nets = self.kernel.namespaces_of(&self.cgroups.watcher.processes(&path));
+            asking = search.containers.seen(&path, node.id, &nets);
+            if began.elapsed() >= slice {
+                break;
+            }
+        }
+        search.spent += began.elapsed();
+        match asking && !search.asked.is_empty() {
+            true => search.due = Some(Instant::now()),
+            false => search.done(),
+        }
+    }
+
+    /// Where containers come in, as far as is known.
+    pub(super) fn entrances(&mut self) -> Entrances {
+        if self.containers.impossible {
+            return Entrances::default();
+        }
+        let core = &self.cgroups.core;
+        self.containers.containers.entrances(|path| core.ruled(path), Some).clone()
+    }
+
+    /// The same, of all interfaces that there are now.
+    pub(super) fn list_entrances(&mut self) -> Entrances {
+        let clock = self.containers.clock();
+        let links = self.kernel.pairs();
+        self.containers.containers.replace(links, clock);
+        self.containers.want();
+        self.entrances()
+    }
+
+    /// The kernel refused what it knows them by. Where that is a veth that has gone meanwhile, it is
+    /// tried again.
+    pub(super) fn give_up_containers(&mut self, error: &Error) {
+        if error.errno() != Some(Errno::EOPNOTSUPP) {
+            log::write_limited(Level::Notice, format_args!("{error}; trying again"));
+            return self.table.want(Instant::now());
+        }
+        self.containers.impossible = true;
+        let needs = "that needs an ingress hook (Linux 5.10, CONFIG_NETFILTER_INGRESS)";
+        log!(Warning, "{error}; rules do not cover containers: {needs}");
+    }
+
+    /// Targets have other numbers now.
+    pub(super) fn rename_entrances(&mut self, old: &Config) {
+        let core = &self.cgroups.core;
+        let same = |target| core.config().named(old.target_name(target));
+        self.containers.containers.entrances(|path| core.ruled(path), same);
+    }
+
+    /// Has the kernel know containers by where they come in.
+    fn enter(&mut self) {
+        // what is pending will be in the replacement
+        if self.table.due().is_some() {
+            return;
+        }
+        let wanted = self.entrances();
+        if wanted == self.containers.entered {
+            return;
+        }
+        let opened = self.open_sections();
+        let config = self.cgroups.core.config().clone();
+        if opened {
+            match self.add_routing(&config).and_then(|()| self.replace()) {
+                Ok(()) => {
+                    self.forget_routes();
+                    log!(Notice, "there are containers that rules cover");
+                }
+                Err(error) => {
+                    log!(Warning, "{error}; replacing the table");
+                    self.routing.want(Instant::now());
+                    self.repair_table();
+                }
+            }
+            return;
+        }
+        if !config.has_containers() {
+            return;
+        }
+        let entered = &self.containers.entered;
+        for (index, (name, target)) in &wanted.veths {
+            if entered.veths.get(index).map(|(_, target)| target) != Some(target) {
+                let target = config.target_name(*target);
+                log::write_limited(Level::Info, format_args!("container behind {name}: {target}"));
+            }
+        }
+        let change = plan::enter(&config, entered, &wanted, self.kernel.batch());
+        let done = match change.is_empty() {
+            true => Ok(()),
+            false => self.kernel.commit(change),
+        };
+        match done {
+            Ok(()) => self.containers.entered = wanted,
+            Err(error) => {
+                log!(Debug, "{error}; replacing the table");
+                self.list_entrances();
+                self.repair_table();
+            }
+        }
+    }
+}

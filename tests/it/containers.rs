@@ -1,0 +1,505 @@
+//! Rules for cgroups whose processes live in network namespaces of their own: what they send comes in
+//! by a veth, on a bridge or not.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::client::{Client, Proto, Running, SILENCE};
+use crate::daemon::Daemon;
+use crate::gateway::{self, ip, Lan, Netns, LAN4, LAN6};
+use crate::ground::{addr, ip_batch, sysctl, Ground, REMOTE4, REMOTE6};
+use crate::kernel::table;
+use crate::wait_until;
+use crate::world::{Packet, Server, World, PROXY};
+
+const CONFIG: &str = "
+[global]
+[tproxy mihomo]
+port = 7893
+[tproxy other]
+port = 7894
+[rules]
+direct = /boxes/direct.*
+drop = /boxes/drop.*
+mihomo = /boxes/box.*
+other = /boxes/other.*
+";
+
+/// A process that lives in `cgroup` and in that namespace until this is dropped: a service at port 7.
+fn live(netns: &Netns, cgroup: &Path) -> Running {
+    let long = Duration::from_secs(600);
+    netns.run(|| Client::new(cgroup, Proto::Udp, addr(ip("::"), 7)).timeout(long).serve())
+}
+
+/// The chains of veths, by what their rules set.
+fn entrances() -> Vec<String> {
+    let table = table();
+    let chains = table.split("chain ").filter(|chain| chain.starts_with("veth_"));
+    let mut found: Vec<String> = chains
+        .filter_map(|chain| {
+            let name = chain.split("device \"").nth(1)?.split('"').next()?;
+            let mark = chain.split("| ").nth(1).map(|rest| rest.split_whitespace().next());
+            Some(format!("{name} {}", mark??))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+#[track_caller]
+fn await_entrances(daemon: &Daemon, want: &[&str]) {
+    let found = wait_until(Duration::from_secs(10), || entrances() == want);
+    assert!(found, "{:?}, not {want:?}\n{}\n{}", entrances(), table(), daemon.logs());
+}
+
+fn but_pings(mut packets: Vec<Packet>) -> Vec<Packet> {
+    packets.retain(|p| p.proto != Proto::Icmp);
+    packets
+}
+
+#[test]
+fn a_rule_covers_a_container_on_a_bridge() {
+    let ground = ground!("boxes");
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let _other = Server::start("proxy other", &[7894]);
+    let lan = Lan::new(&ground);
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    assert_eq!(entrances(), [""; 0]);
+    lan.direct(0);
+    // cgroup, then process
+    let cgroup = ground.cgroup("/boxes/box1");
+    let process = live(lan.client(0), &cgroup);
+    await_entrances(&daemon, &["lan0 0x01000000"]);
+    world.wire.packets();
+    lan.proxied(0);
+    assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    lan.direct(1);
+    let drop1 = live(lan.client(1), &ground.cgroup("/boxes/drop1"));
+    await_entrances(&daemon, &["lan0 0x01000000", "lan1 0xfd000000"]);
+    world.wire.packets();
+    lan.dropped(1);
+    assert_eq!(world.wire.to_remote(), []);
+    lan.proxied(0);
+    // this host, and each other
+    for i in [0, 1] {
+        for own in [LAN4, LAN6] {
+            let who = lan.ask(i, Proto::Icmp, addr(ip(own), 0));
+            assert_eq!(who, format!("echo {}", ip(own)));
+        }
+    }
+    for other in ["198.51.100.11", "2001:db8:3::11"] {
+        let who = lan.ask(0, Proto::Icmp, addr(ip(other), 0));
+        assert_eq!(who, format!("echo {}", ip(other)));
+    }
+    // a service of theirs stays reachable, also where it is dropped
+    for service in ["198.51.100.10", "198.51.100.11", "2001:db8:3::10", "2001:db8:3::11"] {
+        let client = Client::udp(&ground.root, addr(ip(service), 7));
+        assert_eq!(client.run().who(), "service", "{service}");
+    }
+    // the daemon goes and comes back: what was in force stays so
+    let mut daemon = daemon;
+    for gracefully in [true, false] {
+        match gracefully {
+            true => daemon.leave(),
+            false => daemon.kill9(),
+        }
+        world.wire.packets();
+        lan.proxied(0);
+        lan.dropped(1);
+        daemon = Daemon::start(&ground, CONFIG, &[]);
+        // with the first table already
+        assert_eq!(entrances(), ["lan0 0x01000000", "lan1 0xfd000000"]);
+        lan.proxied(0);
+        lan.dropped(1);
+        assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    }
+    // another policy: other numbers, another target, no rule, none of this
+    let third = CONFIG.replace("[tproxy mihomo]", "[tproxy first]\nport = 7895\n[tproxy mihomo]");
+    daemon.reconfigure(&third);
+    assert_eq!(entrances(), ["lan0 0x02000000", "lan1 0xfd000000"]);
+    lan.proxied(0);
+    daemon.reconfigure(&CONFIG.replace("mihomo = /boxes/box", "other = /boxes/box"));
+    assert_eq!(entrances(), ["lan0 0x02000000", "lan1 0xfd000000"]);
+    let o = "proxy other";
+    lan.expect(0, [o, o, o, o, "remote", "remote"]);
+    daemon.reconfigure(&CONFIG.replace("drop = /boxes/drop", "drop = /boxes/none"));
+    assert_eq!(entrances(), ["lan0 0x01000000"]);
+    lan.direct(1);
+    daemon.reconfigure(&CONFIG.replace("[global]", "[global]\ncontainers = no"));
+    assert_eq!(entrances(), [""; 0]);
+    lan.direct(0);
+    daemon.reconfigure(CONFIG);
+    assert_eq!(entrances(), ["lan0 0x01000000", "lan1 0xfd000000"]);
+    lan.proxied(0);
+    // its cgroup goes, its namespace stays: after a while it is nobody's
+    drop(drop1);
+    std::fs::remove_dir(ground.at("/boxes/drop1")).expect("remove the cgroup");
+    lan.dropped(1);
+    await_entrances(&daemon, &["lan0 0x01000000"]);
+    lan.direct(1);
+    // the veth goes
+    ip_batch(&[], "link del lan0\n");
+    await_entrances(&daemon, &[]);
+    drop(process);
+    daemon.stop_clean();
+}
+
+/// A namespace behind a veth of its own, as nspawn and routed networks have it.
+fn routed(ground: &Ground, veth: &str, number: u8) -> Netns {
+    let netns = Netns::new();
+    sysctl("net/ipv4/ip_forward", "1");
+    sysctl("net/ipv6/conf/all/forwarding", "1");
+    attach(&netns, veth, "eth0", number);
+    netns.run(|| {
+        let gates = format!(
+            "route add default via 198.51.100.{} dev eth0\n\
+             route add default via 2001:db8:3:{number}::1 dev eth0\n",
+            number * 4 + 1
+        );
+        ip_batch(&[], &gates);
+        sysctl("net/ipv4/ping_group_range", "0 2147483647");
+    });
+    let _ = ground.outside(|| {
+        let lines = "route replace 198.51.100.0/24 via 192.0.2.1\n\
+                     route replace 2001:db8:3::/48 via 2001:db8:1::1\n";
+        ip_batch(&[], lines);
+    });
+    netns
+}
+
+/// A veth to a namespace, with addresses and no route.
+fn attach(netns: &Netns, veth: &str, inside: &str, number: u8) {
+    let (gate, own) = (number * 4 + 1, number * 4 + 2);
+    let mac = format!("02:00:00:00:02:{number:02x}");
+    ip_batch(
+        &[],
+        &format!(
+            "link add {veth} address {mac} type veth peer name {inside} netns {}\n\
+             addr add 198.51.100.{gate}/30 dev {veth}\n\
+             addr add 2001:db8:3:{number}::1/64 dev {veth} nodad\n\
+             link set {veth} up\n",
+            netns.path()
+        ),
+    );
+    netns.run(|| {
+        ip_batch(
+            &[],
+            &format!(
+                "link set lo up\n\
+                 addr add 198.51.100.{own}/30 dev {inside}\n\
+                 addr add 2001:db8:3:{number}::2/64 dev {inside} nodad\n\
+                 link set {inside} up\n\
+                 neigh replace 198.51.100.{gate} lladdr {mac} dev {inside}\n\
+                 neigh replace 2001:db8:3:{number}::1 lladdr {mac} dev {inside}\n"
+            ),
+        );
+    });
+}
+
+/// Who answers that namespace on port 80 of the remote hosts, TCP and UDP, and pings.
+#[track_caller]
+fn answered(ground: &Ground, netns: &Netns, want: [&str; 3]) {
+    for (proto, want) in [Proto::Tcp, Proto::Udp, Proto::Icmp].into_iter().zip(want) {
+        for remote in [REMOTE4, REMOTE6] {
+            let to = addr(remote, 80);
+            let patience = if want == "nobody" { SILENCE } else { Duration::from_secs(5) };
+            let client = Client::new(&ground.root, proto, to).timeout(patience);
+            let who = netns.run(|| client.run()).who();
+            let want = match want {
+                "nobody" | "refused" => want.to_string(),
+                "echo" => format!("echo {remote}"),
+                name => format!("{name} {to}"),
+            };
+            assert_eq!(who, want, "{proto:?} to {remote}");
+        }
+    }
+}
+
+#[test]
+fn a_routed_veth_whatever_the_sysctls() {
+    let ground = ground!("boxrouted");
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let box1 = routed(&ground, "ve-box1", 1);
+    let _process = live(&box1, &ground.cgroup("/boxes/box1"));
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    assert_eq!(entrances(), ["ve-box1 0x01000000"]);
+    for (rp_filter, src_valid_mark) in [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)] {
+        println!("rp_filter {rp_filter} src_valid_mark {src_valid_mark}");
+        for interface in ["all", "ve-box1", "lo", "in0"] {
+            let at = |name| format!("net/ipv4/conf/{interface}/{name}");
+            sysctl(&at("rp_filter"), &rp_filter.to_string());
+            sysctl(&at("src_valid_mark"), &src_valid_mark.to_string());
+        }
+        world.wire.packets();
+        answered(&ground, &box1, [PROXY, PROXY, "echo"]);
+        assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    }
+    daemon.stop_clean();
+    answered(&ground, &box1, ["remote", "remote", "echo"]);
+}
+
+/// Before a [gateway] section, and whatever other programs do to marks behind where the packet comes
+/// in.
+#[test]
+fn a_container_comes_before_a_gateway_section() {
+    let ground = ground!("boxgate");
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let _other = Server::start("proxy other", &[7894]);
+    let lan = Lan::new(&ground);
+    let config = format!("{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = other\n");
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let o = "proxy other";
+    let of_section = [o, o, o, o, "remote", "remote"];
+    lan.expect(0, of_section);
+    let direct = live(lan.client(0), &ground.cgroup("/boxes/direct"));
+    let boxed = live(lan.client(1), &ground.cgroup("/boxes/box"));
+    await_entrances(&daemon, &["lan0 0xfc000000", "lan1 0x01000000"]);
+    lan.direct(0);
+    lan.proxied(1);
+    for priority in [-190, -150, -140, 0] {
+        let restore = format!(
+            "table inet who {{ chain c {{ type filter hook prerouting priority {priority}; \
+             meta mark set ct mark; }}\n}}\n"
+        );
+        crate::kernel::load(&restore);
+        daemon.reload();
+        world.wire.packets();
+        lan.proxied(1);
+        assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+        crate::kernel::load("delete table inet who\n");
+    }
+    drop((direct, boxed));
+    daemon.stop_clean();
+}
+
+/// Processes come before the veth, and after it; a namespace has two; and one visits another.
+#[test]
+fn whoever_comes_first() {
+    let ground = ground!("boxorder");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let late = Netns::new();
+    let _process = live(&late, &ground.cgroup("/boxes/box1"));
+    attach(&late, "ve-late", "eth0", 1);
+    await_entrances(&daemon, &["ve-late 0x01000000"]);
+    // a second network, as in `docker network connect`
+    attach(&late, "ve-two", "eth1", 2);
+    await_entrances(&daemon, &["ve-late 0x01000000", "ve-two 0x01000000"]);
+    ip_batch(&[], "link del ve-late\n");
+    await_entrances(&daemon, &["ve-two 0x01000000"]);
+    // made here, and moved
+    let moved = Netns::new();
+    let _moved = live(&moved, &ground.cgroup("/boxes/drop1"));
+    ip_batch(&[], "link add ve-moved type veth peer name ve-peer\nlink set ve-moved up\n");
+    ip_batch(&[], &format!("link set ve-peer netns {}\n", moved.path()));
+    await_entrances(&daemon, &["ve-moved 0xfd000000", "ve-two 0x01000000"]);
+    // made inside, as an unprivileged engine's helper may
+    let made = Netns::new();
+    let _made = live(&made, &ground.cgroup("/boxes/direct1"));
+    let home = format!("/proc/{}/ns/net", std::process::id());
+    let _ = home;
+    // one network for two: `docker run --network container:X`; the first rule decides
+    let _joined = live(&late, &ground.cgroup("/boxes/drop2"));
+    await_entrances(&daemon, &["ve-moved 0xfd000000", "ve-two 0xfd000000"]);
+    drop(_joined);
+    std::fs::remove_dir(ground.at("/boxes/drop2")).expect("remove the cgroup");
+    await_entrances(&daemon, &["ve-moved 0xfd000000", "ve-two 0x01000000"]);
+    // an administrator of this host, in a session that a rule covers, looks around there
+    let cgroup = ground.cgroup("/boxes/drop-session");
+    let _shell = Client::new(&cgroup, Proto::Udp, addr(ip("127.0.0.1"), 7)).serve();
+    let visitor = live(&late, &cgroup);
+    ip_batch(&[], "link set ve-two down\nlink set ve-two up\n");
+    assert!(!wait_until(Duration::from_secs(2), || {
+        entrances() != ["ve-moved 0xfd000000", "ve-two 0x01000000"]
+    }));
+    drop(visitor);
+    daemon.stop_clean();
+}
+
+/// DNS, and switches, as in a [gateway] section.
+#[test]
+fn what_its_target_takes() {
+    let ground = ground!("boxdns");
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let _resolver = Server::start("resolver", &[1053]);
+    let lan = Lan::new(&ground);
+    let config = CONFIG.replace(
+        "port = 7893",
+        "port = 7893\nudp = no\ndns-hijack = 127.0.0.1:1053\ndns-hijack = [::1]:1053",
+    );
+    let config = config.replace("[global]", "[global]\nbypass = 203.0.113.9");
+    let _process = live(lan.client(0), &ground.cgroup("/boxes/box1"));
+    let daemon = Daemon::start(&ground, &config, &[]);
+    world.wire.packets();
+    for remote in [REMOTE4, REMOTE6] {
+        assert!(lan.ask(0, Proto::Udp, addr(remote, 53)).starts_with("resolver "));
+        let to = addr(remote, 80);
+        assert_eq!(lan.ask(0, Proto::Tcp, to), format!("{PROXY} {to}"));
+    }
+    assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    let to = addr(REMOTE4, 80);
+    assert_eq!(lan.ask(0, Proto::Udp, to), format!("remote {to}"));
+    let to = addr(ip("203.0.113.9"), 80);
+    assert_eq!(lan.ask(0, Proto::Tcp, to), format!("remote {to}"));
+    daemon.stop_clean();
+}
+
+/// Where bridged packets pass the IP hooks, as some engines have it: what cannot be proxied is refused,
+/// and containers on one bridge reach each other.
+#[test]
+fn bridge_netfilter() {
+    let ground = ground!("boxbrnf");
+    if !Path::new("/proc/sys/net/bridge").exists() {
+        println!("SKIP: no br_netfilter in this kernel");
+        return;
+    }
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let lan = Lan::new(&ground);
+    let _box = live(lan.client(0), &ground.cgroup("/boxes/box1"));
+    let _drop = live(lan.client(1), &ground.cgroup("/boxes/drop1"));
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    gateway::bridge_netfilter(true);
+    world.wire.packets();
+    let (r, n, d) = ("refused", "nobody", "remote");
+    lan.expect(0, [r, r, n, n, d, d]);
+    lan.dropped(1);
+    assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    for (from, to) in [(0, "198.51.100.11"), (0, "2001:db8:3::11"), (1, "198.51.100.10")] {
+        let (cgroup, to) = (&ground.root, ip(to));
+        let ping = Client::ping(cgroup, to);
+        assert_eq!(lan.client(from).run(|| ping.run()).who(), format!("echo {to}"));
+        let ask = Client::udp(cgroup, addr(to, 7));
+        assert_eq!(lan.client(from).run(|| ask.run()).who(), "service");
+    }
+    let log = daemon.reload();
+    assert!(log.contains("bridge-nf-call-iptables"), "{log}");
+    daemon.stop_clean();
+}
+
+/// How long a container's packets go as if there were no rule: one that sends from its first moment on,
+/// in a namespace that was ready before (as with podman), and one whose network comes last (as with
+/// docker).
+#[test]
+fn the_window_is_short() {
+    let ground = ground!("boxwindow");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let to = addr(REMOTE4, 80);
+    let proxied = format!("{PROXY} {to}");
+    let mut windows = Vec::new();
+    for number in 1..=10 {
+        let veth = format!("ve-{number}");
+        let early = number % 2 == 0;
+        let path = format!("/boxes/box{number}");
+        let netns = Netns::new();
+        let _process;
+        let began;
+        if early {
+            attach(&netns, &veth, "eth0", number);
+            began = Instant::now();
+            _process = live(&netns, &ground.cgroup(&path));
+        } else {
+            _process = live(&netns, &ground.cgroup(&path));
+            attach(&netns, &veth, "eth0", number);
+            began = Instant::now();
+        }
+        netns.run(|| {
+            ip_batch(
+                &[],
+                &format!("route add default via 198.51.100.{} dev eth0\n", number * 4 + 1),
+            )
+        });
+        if number == 1 {
+            sysctl("net/ipv4/ip_forward", "1");
+            ground.outside(|| ip_batch(&[], "route add 198.51.100.0/24 via 192.0.2.1\n"));
+        }
+        let mut last = Duration::ZERO;
+        let done = wait_until(Duration::from_secs(10), || {
+            let client = Client::udp(&ground.root, to).timeout(SILENCE);
+            let who = netns.run(|| client.run()).who();
+            if who != proxied {
+                last = began.elapsed();
+            }
+            who == proxied
+        });
+        assert!(done, "{}", daemon.logs());
+        windows.push((early, last));
+    }
+    println!("windows: {windows:?}");
+    windows.sort_by_key(|(_, window)| *window);
+    assert!(windows[5].1 < Duration::from_millis(500), "{windows:?}");
+    daemon.stop_clean();
+}
+
+/// Containers that come and go: each has its target, and what is gone leaves nothing.
+#[test]
+fn many_come_and_go() {
+    let ground = ground!("boxmany");
+    let long = std::env::var_os("CGTPROXY_LONG").is_some();
+    let (all, at_once) = if long { (500, 100) } else { (60, 20) };
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let (_, memory) = daemon.footprint();
+    let busy = daemon.busy();
+    let began = Instant::now();
+    let mut living = std::collections::VecDeque::new();
+    let mut slowest = Duration::ZERO;
+    for number in 0..all {
+        let kinds = [("box", "0x01000000"), ("drop", "0xfd000000"), ("other", "0x02000000")];
+        let (kind, mark) = kinds[number % 3];
+        let (veth, netns) = (format!("ve{number}"), Netns::new());
+        let path = format!("/boxes/{kind}{number}");
+        let process = live(&netns, &ground.cgroup(&path));
+        let made = Instant::now();
+        let line = format!("link add {veth} type veth peer name eth0 netns {}\n", netns.path());
+        ip_batch(&[], &line);
+        let want = format!("{veth} {mark}");
+        let there = wait_until(Duration::from_secs(10), || entrances().contains(&want));
+        assert!(there, "{want}: {}", daemon.logs());
+        slowest = slowest.max(made.elapsed());
+        living.push_back((netns, process, path, want));
+        if living.len() > at_once {
+            if let Some((netns, process, path, gone)) = living.pop_front() {
+                drop((netns, process));
+                std::fs::remove_dir(ground.at(&path)).expect("remove a cgroup");
+                let name = gone.split(' ').next().unwrap_or_default();
+                let _ = Command::new("ip").args(["link", "del", name]).output();
+            }
+        }
+    }
+    let mut want: Vec<String> = living.iter().map(|(_, _, _, want)| want.clone()).collect();
+    want.sort();
+    assert!(wait_until(Duration::from_secs(10), || entrances() == want), "{:?}", entrances());
+    let (took, used) = (began.elapsed(), daemon.busy() - busy);
+    let more = daemon.footprint().1.saturating_sub(memory);
+    println!("{all} in {took:?}, the slowest {slowest:?}, processor {used:?}, {more} KiB more");
+    for (.., entrance) in &living {
+        let name = entrance.split(' ').next().unwrap_or_default();
+        ip_batch(&[], &format!("link del {name}\n"));
+    }
+    assert!(wait_until(Duration::from_secs(10), || entrances().is_empty()), "{:?}", entrances());
+    // nothing is looked for any more
+    drop(living);
+    daemon.stop_clean();
+}
+
+/// What has not been found is looked for no longer than some seconds, and then nothing wakes the daemon.
+#[test]
+fn the_search_ends() {
+    let ground = ground!("boxidle");
+    let root = ground.cgroup("/own");
+    let config = CONFIG.replace("[global]", &format!("[global]\ncgroup-root = {}", root.display()));
+    // a veth that leads to nobody, and cgroups without processes
+    let daemon = Daemon::start(&ground, &config, &[]);
+    ground.cgroup("/own/boxes/box1");
+    let (nobody, switches) = (Netns::new(), || daemon.process("voluntary_ctxt_switches"));
+    attach(&nobody, "ve-nobody", "eth0", 1);
+    std::thread::sleep(Duration::from_millis(6500));
+    let before = switches();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(switches(), before);
+    // who comes later is found all the same
+    let _process = live(&nobody, &ground.cgroup("/own/boxes/box2"));
+    await_entrances(&daemon, &["ve-nobody 0x01000000"]);
+    daemon.stop_clean();
+}
