@@ -26,6 +26,15 @@ return baseclass.extend({
 	check: () => L.resolveDefault(callCheck(), {}),
 	hints: () => L.resolveDefault(callHints(), {}),
 
+	/* A map, that says where its page decides nothing. */
+	map: function(title, description) {
+		const by_file = uci.sections('cgtproxy', 'cgtproxy').some(section => section.manual == '1');
+		const map = new form.Map('cgtproxy', title, !by_file ? description
+			: _('This page is not in force: the configuration is a file of your own, see Settings.'));
+		map.readonly = !L.hasViewPermission();
+		return map;
+	},
+
 	/* Names of targets, those that are always there first. */
 	targets: function() {
 		const own = [ 'tproxy', 'route' ].flatMap(type => uci.sections('cgtproxy', type));

@@ -9,9 +9,8 @@ return view.extend({
 		L.resolveDefault(uci.load('network')) ]),
 
 	render: function([ hints, status ]) {
-		const map = new form.Map('cgtproxy', _('Gateways'),
+		const map = tools.map(_('Gateways'),
 			_('Traffic that this router routes for others. The first section that covers it decides. Drag to reorder.'));
-		map.readonly = !L.hasViewPermission();
 		const s = map.section(form.GridSection, 'gateway');
 		s.anonymous = s.addremove = s.sortable = s.nodescriptions = true;
 		let o = s.option(form.Flag, 'enabled', _('Enabled'));

@@ -25,9 +25,8 @@ return view.extend({
 
 	render: function([ apps, status ]) {
 		const choices = offered(apps);
-		const map = new form.Map('cgtproxy', _('Rules'),
+		const map = tools.map(_('Rules'),
 			_('The first rule that covers an application decides; what no rule covers goes by default. Drag to reorder.'));
-		map.readonly = !L.hasViewPermission();
 		const s = map.section(form.GridSection, 'rule');
 		s.anonymous = s.addremove = s.sortable = s.nodescriptions = true;
 		s.modaltitle = _('Rule');

@@ -8,8 +8,7 @@ return view.extend({
 	load: () => Promise.all([ tools.status(), uci.load('cgtproxy') ]),
 
 	render: function([ status ]) {
-		const map = new form.Map('cgtproxy', _('Settings'));
-		map.readonly = !L.hasViewPermission();
+		const map = tools.map(_('Settings'));
 		const s = map.section(form.TypedSection, 'cgtproxy');
 		s.anonymous = true;
 		s.tab('general', _('General'));

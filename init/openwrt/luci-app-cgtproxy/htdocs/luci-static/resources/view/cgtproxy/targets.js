@@ -27,8 +27,7 @@ return view.extend({
 	load: () => Promise.all([ tools.status(), uci.load('cgtproxy') ]),
 
 	render: function([ status ]) {
-		const map = new form.Map('cgtproxy', _('Proxies and routes'), _('Where rules and gateways send traffic.'));
-		map.readonly = !L.hasViewPermission();
+		const map = tools.map(_('Proxies and routes'), _('Where rules and gateways send traffic.'));
 		const tproxy = section(map, 'tproxy', _('Proxies'), _('TPROXY servers on this router, like mihomo, xray or sing-box.'), [
 			[ 'port', 'value', _('Port'), _('Its TPROXY port'), '7893' ],
 			[ 'address', 'list', _('Addresses'), _('Look for the listener at this address, one of each family'), '127.0.0.1' ]
