@@ -87,50 +87,55 @@ impl<const N: usize> Rows<N> {
     /// Writes it in columns that are as wide as their widest piece; the titles first, where there are
     /// any.
     pub fn print(&self, out: &mut String, style: Style) {
-        let shown = || self.columns.iter().enumerate().filter(|(_, column)| column.title.is_some());
-        let width = |(i, column): (usize, &Column)| {
-            let texts = self.rows.iter().map(|row| &*row[i].text).chain(column.title);
-            texts.map(|text| text.chars().count()).max().unwrap_or(0)
-        };
-        let widths: Vec<usize> = shown().map(width).collect();
-        let mut print = |row: &mut dyn Iterator<Item = (&str, bool, Option<u8>)>| {
-            let mut line = String::new();
-            for ((text, right, colour), width) in row.zip(&widths) {
-                let pad = " ".repeat(width - text.chars().count());
-                let text = match colour.filter(|_| style.colour) {
-                    Some(colour) => format!("\x1b[{colour}m{text}\x1b[0m"),
-                    None => text.to_string(),
-                };
-                line.push_str(if line.is_empty() { "" } else { "  " });
-                line.push_str(&match right {
-                    true => pad + &text,
-                    false => text + &pad,
-                });
-            }
-            out.push_str(line.trim_end());
-            out.push('\n');
-        };
-        let titles = || shown().filter_map(|(_, column)| Some((column.title?, column.right, BOLD)));
-        if titles().any(|(title, ..)| !title.is_empty()) {
-            print(&mut titles());
-        }
-        for row in &self.rows {
-            let colour = |red: bool| red.then_some(RED);
-            let texts =
-                shown().map(|(i, column)| (&*row[i].text, column.right, colour(row[i].red)));
-            print(&mut { texts });
-        }
+        let rows: Vec<&[Value]> = self.rows.iter().map(|row| &row[..]).collect();
+        lay_out(self.columns, &rows, out, style);
     }
 
     pub fn json(self) -> Json {
-        let names = self.columns.iter().map(|column| column.member);
-        let row = |row: [Value; N]| {
-            let members = names.clone().zip(row);
-            let members = members.filter_map(|(name, value)| Some((name?, value.json)));
-            Json::Object(members.collect())
-        };
+        let row = |row: [Value; N]| object(self.columns, row.into());
         Json::List(self.rows.into_iter().map(row).collect())
     }
+}
+
+fn lay_out(columns: &[Column], rows: &[&[Value]], out: &mut String, style: Style) {
+    let shown = || columns.iter().enumerate().filter(|(_, column)| column.title.is_some());
+    let width = |(i, column): (usize, &Column)| {
+        let texts = rows.iter().map(|row| &*row[i].text).chain(column.title);
+        texts.map(|text| text.chars().count()).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = shown().map(width).collect();
+    let mut print = |row: &mut dyn Iterator<Item = (&str, bool, Option<u8>)>| {
+        let mut line = String::new();
+        for ((text, right, colour), width) in row.zip(&widths) {
+            let pad = " ".repeat(width - text.chars().count());
+            let text = match colour.filter(|_| style.colour) {
+                Some(colour) => format!("\x1b[{colour}m{text}\x1b[0m"),
+                None => text.to_string(),
+            };
+            line.push_str(if line.is_empty() { "" } else { "  " });
+            line.push_str(&match right {
+                true => pad + &text,
+                false => text + &pad,
+            });
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    };
+    let titles = || shown().filter_map(|(_, column)| Some((column.title?, column.right, BOLD)));
+    if titles().any(|(title, ..)| !title.is_empty()) {
+        print(&mut titles());
+    }
+    for row in rows {
+        let colour = |red: bool| red.then_some(RED);
+        let texts = shown().map(|(i, column)| (&*row[i].text, column.right, colour(row[i].red)));
+        print(&mut { texts });
+    }
+}
+
+fn object(columns: &[Column], row: Vec<Value>) -> Json {
+    let members = columns.iter().zip(row);
+    let members = members.filter_map(|(column, value)| Some((column.member?, value.json)));
+    Json::Object(members.collect())
 }
 
 /// Parameters of the terminal's SGR sequence.
