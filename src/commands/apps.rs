@@ -8,6 +8,7 @@ use std::rc::Rc;
 
 use nix::unistd::{geteuid, Uid, User};
 
+use super::containers::{self, Container};
 use super::table::{Column, Rows, Style, Value};
 use crate::apps::{self, Owner, Scene, Talker};
 use crate::cgroup::core::Core;
@@ -32,7 +33,7 @@ const REMOTES: usize = 3;
 const PORTS: usize = 6;
 
 /// Of those that send to others, and of all in JSON.
-const TALKING: [Column; 16] = [
+const TALKING: [Column; 17] = [
     Column::left("CGROUP").member("cgroup"),
     Column::json("id"),
     Column::json("state"),
@@ -48,11 +49,12 @@ const TALKING: [Column; 16] = [
     Column::json("decides"),
     Column::left("RULE").member("rule"),
     Column::left("REMOTES").member("remotes"),
+    Column::json("veth"),
     Column::json("line"),
 ];
 /// Of the others, in text alone.
-const QUIET: [Column; 16] = {
-    let mut columns = [const { Column::json("") }; 16];
+const QUIET: [Column; 17] = {
+    let mut columns = [const { Column::json("") }; 17];
     columns[0] = Column::left("LISTENS, IS ASKED OR IS LOCAL");
     columns[4] = Column::left("USER");
     columns[8] = Column::left("LISTENS");
@@ -79,8 +81,14 @@ pub fn apps(options: &Options, form: Form) -> Result<ExitCode> {
         chosen: chosen_ports(),
         tunnels: host::tunnels().into_iter().collect(),
     };
-    let Cgroups { core, root, .. } = Cgroups::look(config.clone())?;
-    let apps = Apps::of(&config, &core, &root, apps::talkers(&sockets, &scene));
+    let cgroups = Cgroups::look(config.clone())?;
+    let containers = match config.containers {
+        true => Kernel::open().map(|mut kernel| containers::find_all(&mut kernel, &cgroups)),
+        false => Ok(Vec::new()),
+    };
+    let Cgroups { core, root, .. } = cgroups;
+    let talkers = apps::talkers(&sockets, &scene);
+    let apps = Apps::of(&config, &core, &root, talkers, containers.unwrap_or_default());
     match form {
         Form::Text => super::print(&apps.text(Style::of_stdout())),
         Form::Json => super::print(&format!("{}\n", apps.json())),
@@ -121,23 +129,32 @@ fn decision(config: &Config, rank: policy::Rank, uid: u32) -> (Option<Target>, D
     if let Ok(Some(rule)) = owner {
         return (Some(rule.target), Decides::Owner(rule.clone()));
     }
-    let decides = match policy::decision(config, rank) {
-        Decision::Rule(rule) => Decides::Rule(rule.clone()),
-        Decision::BuiltIn(_) => Decides::BuiltIn,
-        Decision::Default => Decides::Default,
-    };
+    let decides = Decides::of(config, rank);
     match owner {
         Ok(_) => (Some(outcome.target), decides),
         Err(()) => (None, decides),
     }
 }
 
-/// One cgroup and user.
+impl Decides {
+    /// Of the pattern that a cgroup of that rank has.
+    fn of(config: &Config, rank: policy::Rank) -> Decides {
+        match policy::decision(config, rank) {
+            Decision::Rule(rule) => Decides::Rule(rule.clone()),
+            Decision::BuiltIn(_) => Decides::BuiltIn,
+            Decision::Default => Decides::Default,
+        }
+    }
+}
+
+/// One cgroup and user, or container.
 struct App {
     home: Home,
     id: Option<u64>,
-    uid: u32,
-    user: String,
+    /// Of its sockets; a container's are not known.
+    owner: Option<(u32, String)>,
+    /// What a container's packets come in by.
+    veth: Option<String>,
     talker: Talker,
     /// The name of the target; `None` where that cannot be told.
     target: Option<String>,
@@ -158,6 +175,7 @@ impl<'a> Apps<'a> {
         core: &Core,
         root: &Root,
         talkers: impl IntoIterator<Item = ((Owner, u32), Talker)>,
+        containers: Vec<Container>,
     ) -> Apps<'a> {
         let nodes: HashMap<u64, (&Path, &Node)> =
             core.tree().iter().map(|(path, node)| (node.id, (path, node))).collect();
@@ -181,12 +199,26 @@ impl<'a> Apps<'a> {
                 Owner::Tunnel(kind) => (None, Home::Tunnel(kind), default(), Decides::Default),
                 Owner::Unknown => (None, Home::Unknown, None, Decides::Default),
             };
-            all.push(App { home, id, uid, user, talker, target, decides, line: None });
+            let owner = Some((uid, user));
+            all.push(App { home, id, owner, veth: None, talker, target, decides, line: None });
         }
         all.sort_by(|a, b| {
             let key = |app: &App| std::cmp::Reverse(app.talker.flows);
             key(a).cmp(&key(b)).then_with(|| a.path().cmp(&b.path()))
         });
+        all.extend(containers.into_iter().filter_map(|container| {
+            let node = core.tree().get(&container.cgroup)?;
+            Some(App {
+                home: Home::Cgroup(container.cgroup),
+                id: Some(node.id),
+                owner: None,
+                veth: Some(container.veth),
+                talker: Talker::default(),
+                target: Some(config.target_name(container.target).to_string()),
+                decides: Decides::of(config, node.rank),
+                line: None,
+            })
+        }));
         let mut apps = Apps { config, all };
         apps.ask_kernel();
         apps.propose(core);
@@ -205,10 +237,11 @@ impl<'a> Apps<'a> {
             let owners = |class| held.view.owners.iter().filter(move |step| step.class <= class);
             let default = (&*held.view.default, held.view.default_class);
             unknown.for_each(|app| {
-                app.target = app.id.and_then(|id| {
+                let uid = app.owner.as_ref().map(|(uid, _)| *uid);
+                app.target = app.id.zip(uid).and_then(|(id, uid)| {
                     let (target, class) = outcome(id).unwrap_or(default);
                     // the group of a socket is not told
-                    let mut said = owners(class).map(|step| (step.owner.has(app.uid, None), step));
+                    let mut said = owners(class).map(|step| (step.owner.has(uid, None), step));
                     match said.find(|(has, _)| *has != Some(false)) {
                         Some((None, _)) => None,
                         Some((_, step)) => Some(step.target.clone()),
@@ -225,7 +258,7 @@ impl<'a> Apps<'a> {
             .filter(|at| {
                 let app = &self.all[*at];
                 let decides = matches!(app.decides, Decides::Default);
-                decides && app.talker.flows > 0 && app.path().is_some()
+                decides && app.talks() && app.path().is_some()
             })
             .collect();
         let paths: Vec<&[u8]> =
@@ -257,7 +290,7 @@ impl<'a> Apps<'a> {
     }
 
     /// Those that send to others, or those that do not.
-    fn table(&self, columns: &'static [Column; 16], talk: Option<bool>) -> Rows<16> {
+    fn table(&self, columns: &'static [Column; 17], talk: Option<bool>) -> Rows<17> {
         let is = |app: &&App| talk.is_none_or(|talk| talk == app.talks());
         Rows { columns, rows: self.all.iter().filter(is).map(App::row).collect() }
     }
@@ -308,12 +341,13 @@ impl App {
 
     /// Whether it sends to others.
     fn talks(&self) -> bool {
-        self.talker.flows > 0
+        self.talker.flows > 0 || self.veth.is_some()
     }
 
-    fn row(&self) -> [Value; 16] {
+    fn row(&self) -> [Value; 17] {
         let number = |n: usize| Value::number(Some(n as u64));
         let (state, tunnel) = match &self.home {
+            Home::Cgroup(_) if self.veth.is_some() => ("container", Value::none()),
             Home::Cgroup(_) => ("present", Value::none()),
             Home::Removed => ("removed", Value::none()),
             Home::Elsewhere => ("elsewhere", Value::none()),
@@ -328,9 +362,12 @@ impl App {
             Value::number(self.id),
             Value::text(state),
             tunnel,
-            Value::text(&self.user),
-            Value::number(Some(self.uid)),
-            number(self.talker.flows),
+            self.owner.as_ref().map_or(Value::none(), |(_, user)| Value::text(user)),
+            Value::number(self.owner.as_ref().map(|(uid, _)| *uid)),
+            match self.owner {
+                Some(_) => number(self.talker.flows),
+                None => Value::none(),
+            },
             texts(protocols),
             self.listens(),
             number(self.talker.inbound),
@@ -338,7 +375,11 @@ impl App {
             self.target.as_ref().map_or(Value::none(), |target| Value::text(target)),
             Value::text(decides),
             rule,
-            texts(remotes),
+            match &self.veth {
+                Some(veth) => Value::new(format!("behind {veth}"), Json::List(Vec::new())),
+                None => texts(remotes),
+            },
+            self.veth.as_ref().map_or(Value::none(), |veth| Value::text(veth)),
             self.line.as_ref().map_or(Value::none(), |line| Value::text(line)),
         ]
     }

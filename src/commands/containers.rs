@@ -1,10 +1,11 @@
 //! Containers as the commands find them: by one look, as the daemon does by following.
 
 use crate::cgroup::follow::Cgroups;
-use crate::cgroup::tree::Path;
+use crate::cgroup::tree::{Node, Path};
 use crate::config::Target;
 use crate::containers::Containers;
 use crate::kernel::Kernel;
+use crate::policy;
 
 /// A veth that leads to processes which a rule decides for.
 pub struct Container {
@@ -18,18 +19,37 @@ pub struct Container {
 
 /// Those that there are now.
 pub fn find(kernel: &mut Kernel, cgroups: &Cgroups) -> Vec<Container> {
+    find_of(kernel, cgroups, |node| cgroups.core.is_ruled(node))
+}
+
+/// The same of all cgroups but the root, whatever decides for them: every process is looked at
+/// where there is another namespace to be in.
+pub fn find_all(kernel: &mut Kernel, cgroups: &Cgroups) -> Vec<Container> {
+    let root = cgroups.core.tree().get(b"").map(|root| root.id);
+    find_of(kernel, cgroups, |node| Some(node.id) != root)
+}
+
+fn find_of(
+    kernel: &mut Kernel,
+    cgroups: &Cgroups,
+    wanted: impl Fn(&Node) -> bool,
+) -> Vec<Container> {
     let core = &cgroups.core;
     let mut found = Containers::default();
     found.replace(kernel.pairs(), 0);
-    let ruled = || core.tree().iter().filter(|(_, node)| core.is_ruled(node));
-    for path in found.in_question(|| ruled().map(|(path, _)| path)) {
+    let all = || core.tree().iter().filter(|(_, node)| wanted(node));
+    for path in found.in_question(|| all().map(|(path, _)| path)) {
         let id = core.tree().get(&path).map_or(0, |node| node.id);
         let nets = kernel.namespaces_of(&cgroups.watcher.processes(&path));
         found.seen(&path, id, &nets);
     }
-    let entrances = found.entrances(|path| core.ruled(path), Some).clone();
+    let decides = |path: &Path| {
+        let node = core.tree().get(path).filter(|node| wanted(node))?;
+        Some((node.rank, policy::outcome(core.config(), node.rank).target))
+    };
+    let entrances = found.entrances(decides, Some).clone();
     let veths = entrances.veths.into_iter().filter_map(|(index, (veth, target))| {
-        let cgroup = found.first(index, |path| core.ruled(path))?;
+        let cgroup = found.first(index, decides)?;
         let bridge = found.bridge(index).map(str::to_string);
         Some(Container { index, veth, target, cgroup, bridge })
     });

@@ -503,3 +503,22 @@ fn the_search_ends() {
     await_entrances(&daemon, &["ve-nobody 0x01000000"]);
     daemon.stop_clean();
 }
+
+/// Whoever has no rule yet is told of as well, with a line for one.
+#[test]
+fn apps_shows_containers() {
+    let ground = ground!("boxes-apps");
+    let lan = Lan::new(&ground);
+    let _ruled = live(lan.client(0), &ground.cgroup("/boxes/box1"));
+    let _other = live(lan.client(1), &ground.cgroup("/docker/0f3a/inner"));
+    let find = "[(a['cgroup'], a['veth'], a['target'], a['decides'], a['line'], a['flows']) \
+                for a in d['apps'] if a['state'] == 'container']";
+    let want = "[('/boxes/box1', 'lan0', 'mihomo', 'rule', None, None), \
+                ('/docker/0f3a/inner', 'lan1', 'direct', 'default', \
+                'mihomo = /docker/0f3a/inner', None)]";
+    let said = || crate::tools::said(&ground, CONFIG, &["apps", "--json"]);
+    let shown = || crate::tools::query(&said().out, find);
+    assert!(wait_until(Duration::from_secs(10), || shown() == want), "{}", shown());
+    let text = crate::tools::said(&ground, CONFIG, &["apps"]).out;
+    assert!(text.contains("  behind lan1\n"), "{text}");
+}
