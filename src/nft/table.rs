@@ -2,6 +2,7 @@
 //! chain that depends on which cgroups exist. Pure. Why the rules stand in this order is told
 //! where each chain is built; the shape was verified with traffic (tests/it/reference.rs).
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -150,9 +151,12 @@ impl Table {
         }
         chains.push(direct_chain(config));
         let behind = || config.outcomes().filter(|outcome| outcome.class > 0);
-        let classes = behind().chain([config.default_outcome()]).map(|outcome| outcome.class);
-        let classes: BTreeSet<u16> = classes.filter(|class| *class > 0).collect();
-        chains.extend(classes.into_iter().map(|class| owners_chain(config, class)));
+        let many = |class: &u16| owner_rules(config, *class).len() > FEW;
+        let classes = behind().map(|outcome| outcome.class).filter(many);
+        let default = Some(config.default_outcome().class).filter(|class| *class > 0);
+        let classes: BTreeSet<u16> = classes.chain(default).collect();
+        let owners = |class| chain(owners_name(class), owner_rules(config, class));
+        chains.extend(classes.into_iter().map(owners));
         chains.extend(behind().map(|outcome| behind_owners_chain(config, outcome)));
         chains.push(Chain {
             name: OUTPUT.into(),
@@ -279,7 +283,11 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
         rule.insert(1, Stmt::Transparent);
         rules.push(rule);
     }
-    rules.extend(pairs.iter().rev().map(|pair| {
+    // a cgroup is in one set alone: of a level, those that come before lines for owners pay nothing
+    // for the others
+    let mut pairs: Vec<&Element> = pairs.iter().rev().collect();
+    pairs.sort_by_key(|pair| (Reverse(pair.level), pair.outcome.class));
+    rules.extend(pairs.into_iter().map(|pair| {
         let (level, outcome) = (pair.level, pair.outcome);
         let of = match pair.hashed {
             false => Stmt::Cgroup { level, set: set_name(config, outcome) },
@@ -316,21 +324,34 @@ fn owners_name(class: u16) -> String {
 
 /// The lines for owners that come before what is of that class. What a target's chain is given does
 /// not come back from there.
-fn owners_chain(config: &Config, class: u16) -> Chain {
+fn owner_rules(config: &Config, class: u16) -> Vec<Rule> {
     let lines = config.owner_rules_before(class).iter();
     let rules = lines.flat_map(|line| {
         let rule = |owner: &Owner| vec![Stmt::Owner(*owner), enter(config, line.target)];
         line.owners.iter().map(rule)
     });
-    chain(owners_name(class), rules.collect())
+    rules.collect()
 }
+
+/// So many are said in each chain that begins with them: a jump costs a packet some nanoseconds.
+const FEW: usize = 4;
 
 /// Sockets of cgroups that come behind lines for owners. What the kernel sends for a socket that no
 /// process has any more has no owner, and goes where its flow went.
 fn behind_owners_chain(config: &Config, outcome: Outcome) -> Chain {
     let to = enter(config, outcome.target);
-    let mut rules = vec![jump(&owners_name(outcome.class))];
+    let mut rules = owner_rules(config, outcome.class);
+    if rules.len() > FEW {
+        rules = vec![jump(&owners_name(outcome.class))];
+    }
     if config.marks_flows() {
+        // a flow that is the target's already, which costs less to see than an owner
+        let own = match (config.outlet(outcome.target), outcome.target) {
+            (Some(outlet), _) => outlet.mark,
+            (None, Target::Direct) if config.marks_direct() => config.direct_mark(),
+            _ => 0,
+        };
+        rules.push(vec![Stmt::CtMark(mark(config, own)), to.clone()]);
         rules.push(vec![Stmt::HasOwner, to.clone()]);
         rules.push(vec![Stmt::CtMarked(config.mask), Stmt::jump("sticky")]);
     }

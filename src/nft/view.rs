@@ -384,19 +384,21 @@ fn classed<'a>(name: &'a str, kind: &str) -> Option<(u16, &'a str)> {
 
 /// The lines for owners. The chain of each class has those of the ones before it too.
 fn owners(rules: &[RuleView]) -> Vec<OwnerStep> {
-    let mut chains: BTreeMap<u16, Vec<OwnerStep>> = BTreeMap::new();
+    let mut chains: BTreeMap<u16, (&str, Vec<OwnerStep>)> = BTreeMap::new();
     for rule in rules {
         let class = rule.chain.strip_prefix("user").and_then(|class| class.parse().ok());
+        // where they are few, in the chains that begin with them
+        let class = class.or_else(|| classed(&rule.chain, "in").map(|(class, _)| class));
         let (Some(class), Some(owner)) = (class, owner(&rule.exprs)) else {
             continue;
         };
-        if let Some(target) = goes_to(rule, "to_") {
-            let step = OwnerStep { class, owner, target: target.to_string() };
-            chains.entry(class).or_default().push(step);
+        let (chain, steps) = chains.entry(class).or_insert((&rule.chain, Vec::new()));
+        if let Some(target) = goes_to(rule, "to_").filter(|_| *chain == rule.chain) {
+            steps.push(OwnerStep { class, owner, target: target.to_string() });
         }
     }
     let mut all: Vec<OwnerStep> = Vec::new();
-    for steps in chains.into_values() {
+    for (_, steps) in chains.into_values() {
         let known = all.len();
         all.extend(steps.into_iter().skip(known));
     }
@@ -565,6 +567,32 @@ mod tests {
         transaction.replace_output(&output_rules(config, &pairs.iter().copied().collect()));
         let (batch, _) = transaction.finish();
         Messages::new(batch.bytes()).filter_map(|m| parse_rule(&m)).collect()
+    }
+
+    /// Few lines for owners stand in the chains that begin with them, many in one of their own.
+    #[test]
+    fn the_view_of_lines_for_owners() {
+        for many in ["", "direct = user:20,30,40,50\n"] {
+            let text = format!(
+                "[tproxy p]\nport = 1\n[rules]\ndrop = user:5-9\np = /a\n{many}direct = group:7\n\
+                 drop = /a\ndrop = /b\n"
+            );
+            let config = crate::testing::config(text.leak());
+            let owners = config.owner_rules.iter().flat_map(|rule| {
+                let target = config.target_name(rule.target).to_string();
+                let class = rule.class;
+                rule.owners.iter().map(move |owner| (class, *owner, target.clone()))
+            });
+            let pairs =
+                config.outcomes().map(|outcome| Element { level: 2, outcome, hashed: false });
+            let view = View::of(&rules(&config, &pairs.collect::<Vec<_>>()));
+            let seen = view.owners.iter().map(|step| (step.class, step.owner, step.target.clone()));
+            assert_eq!(seen.collect::<Vec<_>>(), owners.collect::<Vec<_>>());
+            assert_eq!((&*view.default, view.default_class), ("direct", 2));
+            let steps = view.steps.iter().map(|step| (&*step.set, step.class, &*step.target));
+            let steps: Vec<_> = steps.filter(|(_, class, _)| *class > 0).collect();
+            assert_eq!(steps, [("p", 1, "p"), ("drop", 2, "drop")]);
+        }
     }
 
     #[test]

@@ -94,7 +94,7 @@ fn main() {
     }
     let picked: Vec<String> = (std::env::args().skip(1)).filter(|a| !a.starts_with('-')).collect();
     type Group = (&'static str, fn(&mut Report));
-    let groups: [Group; 11] = [
+    let groups: [Group; 12] = [
         ("binary", start::binary),
         ("rules", start::rules),
         ("start", start::start),

@@ -249,14 +249,17 @@ pub fn user_line(report: &mut Report) {
             }",
         );
     });
-    let config = |user: &str| {
+    let config = |before: &str, behind: &str| {
         format!(
-            "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /proxied/first\n{user}\
+            "[tproxy mihomo]\nport = 7893\n[rules]\n{before}direct = /proxied/first\n{behind}\
              direct = /proxied/second\nmihomo = /proxied\n"
         )
     };
-    let configs = ["", "drop = user:65533\n", "direct = user:0\n"].map(config);
-    let mut taken = [const { [const { Vec::new() }; 3] }; 3];
+    let other = "drop = user:65533\n";
+    // in front of all, and between two that would share a set
+    let configs =
+        [config("", ""), config(other, ""), config("direct = user:0\n", ""), config("", other)];
+    let mut taken = [const { [const { Vec::new() }; 3] }; 4];
     for _ in 0..sized(9, 21) {
         go_on();
         for (config, into) in configs.iter().zip(&mut taken) {
@@ -267,15 +270,15 @@ pub fn user_line(report: &mut Report) {
             drop(table);
         }
     }
-    let [without, others, own] = &taken;
+    let [without, others, own, between] = &taken;
     let most = Target::AtMost(40.0);
     for (name, with, at, target) in [
         ("unmatched, another user's line", others, 0, most),
-        ("direct before another user's line", others, 1, Target::None),
         ("direct behind another user's line", others, 2, most),
-        ("direct by the user's line", own, 0, most),
-        ("direct before the user's line", own, 1, Target::None),
+        ("unmatched, direct by the user's line", own, 0, most),
         ("direct by the user's line, in a cgroup", own, 2, most),
+        ("direct before another user's line", between, 1, most),
+        ("direct behind that, in a set of its own", between, 2, Target::None),
     ] {
         let more: Vec<f64> = with[at].iter().zip(&without[at]).map(|(a, b)| a - b).collect();
         let reference = ("without, in all", median(&without[at]));
