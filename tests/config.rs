@@ -219,6 +219,10 @@ tcp-ports = 8999-8000
     "tcp-ports": 8999-8000 ends before it begins
 dns-hijack = 1053
     "dns-hijack" expects ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT, not "1053"
+dns-hijack = 224.0.0.1
+    "dns-hijack" expects ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT, not "224.0.0.1"
+dns-hijack = 255.255.255.255:53
+    "dns-hijack" expects ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT, not "255.255.255.255:53"
 dns-hijack = [127.0.0.1]:53
     "dns-hijack" expects ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT, not "[127.0.0.1]:53"
 dns-hijack-tcp = drop
@@ -663,6 +667,11 @@ fn every_key_of_route() {
 
 #[test]
 fn bad_routes() {
+    let no_hop = |value: &str| {
+        format!(
+            "c:3: \"gateway\" expects the IPv4 or IPv6 address of another host, not \"{value}\""
+        )
+    };
     for (text, want) in [
         ("[route a]\n", "c:1: [route a] needs an interface, or a table that somebody else keeps"),
         (
@@ -670,7 +679,7 @@ fn bad_routes() {
             "c:3: [route a] has an interface: \"table\" stands instead",
         ),
         (
-            "[route a]\ntable = 9\ngateway = ::1\n",
+            "[route a]\ntable = 9\ngateway = fd00::1\n",
             "c:3: [route a]: \"gateway\" needs \"interface\"",
         ),
         (
@@ -685,6 +694,12 @@ fn bad_routes() {
             "[route a]\ninterface = lo\n",
             "c:2: \"interface\" expects an interface that leads out of this host, not \"lo\"",
         ),
+        ("[route a]\ninterface = w\ngateway = 127.0.0.1\n", &no_hop("127.0.0.1")),
+        ("[route a]\ninterface = w\ngateway = 0.0.0.0\n", &no_hop("0.0.0.0")),
+        ("[route a]\ninterface = w\ngateway = 255.255.255.255\n", &no_hop("255.255.255.255")),
+        ("[route a]\ninterface = w\ngateway = ff02::1\n", &no_hop("ff02::1")),
+        ("[route a]\ninterface = w\ngateway = ::1\n", &no_hop("::1")),
+        ("[route a]\ninterface = w\ngateway = ::ffff:10.0.0.1\n", &no_hop("::ffff:10.0.0.1")),
         ("[route a]\ntable = 255\n", "c:2: \"table\" cannot be 255: it is the local one"),
         (
             "[route a]\ntable = 301\n",

@@ -108,6 +108,7 @@ const LIST: Takes = Text("a file of addresses and CIDRs");
 const PORTS: Takes = Text("ports and ranges of them, like 80 443 8000-8999");
 const MARK: Takes = Text("VALUE or VALUE/MASK, 32 bits each");
 const INTERFACE: Takes = Text("the name of an interface, up to 15 characters");
+const HOP: Takes = Text("the IPv4 or IPv6 address of another host");
 const MAC: Takes = Text("six pairs of hexadecimal digits with colons");
 
 /// In the order of the manual.
@@ -161,7 +162,7 @@ pub static KEYS: &[Key] = &[
         IpAddr::V6(a) => once(e, &mut d.tproxy().address6, a, "IPv6"),
     }),
     one(ROUTE, "interface", INTERFACE, Nothing, |d, e| put(&mut d.route().interface, way_out(e))),
-    any(ROUTE, "gateway", Text("an IPv4 or IPv6 address"), Nothing, |d, e| match parsed(e)? {
+    any(ROUTE, "gateway", HOP, Nothing, |d, e| match next_hop(e)? {
         IpAddr::V4(a) => once(e, &mut d.route().gateway4, a, "IPv4"),
         IpAddr::V6(a) => once(e, &mut d.route().gateway6, a, "IPv6"),
     }),

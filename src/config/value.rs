@@ -314,7 +314,8 @@ pub fn endpoint(e: &Entry) -> Result<SocketAddr> {
         Err(_) => e.value.parse::<SocketAddr>().map_err(|_| e.wrong())?,
     };
     let plain = !matches!(address, SocketAddr::V6(a) if a.scope_id() != 0);
-    let usable = address.port() != 0 && !address.ip().is_unspecified() && plain;
+    let host = one_host(&address.ip()) || address.ip().is_loopback();
+    let usable = address.port() != 0 && host && plain;
     usable.then_some(address).ok_or_else(|| e.wrong())
 }
 
@@ -346,6 +347,24 @@ pub fn way_out(e: &Entry) -> Result<String> {
         Err(_) if e.value == "lo" => Err(e.expects("an interface that leads out of this host")),
         other => other.map(|interface| interface.name),
     }
+}
+
+/// A host that packets are sent on to; the kernel takes no other for a next hop.
+pub fn next_hop(e: &Entry) -> Result<IpAddr> {
+    let hop: IpAddr = parsed(e)?;
+    one_host(&hop).then_some(hop).ok_or_else(|| e.wrong())
+}
+
+/// Whether an address may be that of one host and no other, this one's loopback ones left out.
+fn one_host(ip: &IpAddr) -> bool {
+    let special = ip.is_unspecified() || ip.is_loopback() || ip.is_multicast();
+    !special
+        && match ip {
+            // 0.0.0.0/8, and what is reserved
+            IpAddr::V4(ip) => (1..240).contains(&ip.octets()[0]),
+            // an IPv4 address in other words
+            IpAddr::V6(ip) => ip.to_ipv4_mapped().is_none(),
+        }
 }
 
 /// A routing table that somebody else keeps.
