@@ -284,6 +284,26 @@ fn what_is_taken() {
     assert_eq!(router.say("enabled").0, Some(1));
 }
 
+/// A router's /var is small: half a policy would pass the check.
+#[test]
+fn no_space_left() {
+    let router = router("space");
+    let rule = "config rule\n\toption target 'drop'\n\tlist service 'x'\n\n";
+    router.write("config/cgtproxy", rule);
+    assert_ne!(router.say("take").0, Some(2));
+    let file = router.dir.join("var/cgtproxy/cgtproxy.conf");
+    let old = fs::read_to_string(&file).unwrap();
+    router.write("config/cgtproxy", &rule.repeat(200));
+    let small = "trap '' XFSZ; ulimit -f 2; PATH=$1:$PATH; shift; exec \"$@\"";
+    let mut command = Command::new("sh");
+    command.args(["-c", small, "sh"]).arg(router.dir.join("bin")).args(router.shell);
+    let output = command.arg(router.dir.join("cgtproxy-uci")).arg("take").output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("error: unable to write"), "{said}");
+    assert_eq!(fs::read_to_string(&file).unwrap(), old);
+}
+
 #[test]
 fn networks_that_are_not_there() {
     let router = router("networks");
