@@ -333,3 +333,80 @@ fn neighbours() {
     }
     assert!(failed.is_empty(), "failed beside {failed:?}");
 }
+
+/// Containers on the bridges of real engines: a rule for their cgroup covers them.
+#[test]
+#[ignore = "make real-test runs it"]
+fn containers() {
+    let engines: [(&str, fn(&Ground) -> Result<Vec<Process>, String>); 2] =
+        [("docker", docker), ("podman", |_| Ok(Vec::new()))];
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let mut failed = Vec::new();
+    for (engine, start) in engines {
+        if !only.is_empty() && !only.split(' ').any(|o| o == engine) {
+            continue;
+        }
+        if which(engine).is_none() || which("busybox").is_none() {
+            report(engine, "containers", Err(format!("SKIP: no {engine} or busybox")));
+            continue;
+        }
+        let ground = ground!("engines");
+        let mut world = World::new(&ground);
+        let _proxy = Server::start(PROXY, &[7893]);
+        // not empty without the container: podman removes the parents that it leaves empty
+        ground.cgroup("/proxied/other");
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+        let verdict = start(&ground).and_then(|processes| {
+            crate::gateway::bridge_netfilter(false);
+            let done = behind_a_bridge(&ground, &mut world, engine);
+            processes.into_iter().for_each(Process::end);
+            done.map_err(|why| format!("{why}\n{}", daemon.logs()))
+        });
+        if !report(engine, "containers", verdict) {
+            failed.push(engine);
+        }
+    }
+    assert!(failed.is_empty(), "failed: {failed:?}");
+}
+
+/// One container that asks the remote host a second after its start, as everything would go without a
+/// rule, and then below `/proxied`.
+fn behind_a_bridge(ground: &Ground, world: &mut World, engine: &str) -> Verdict {
+    let image = ground.dir.join("image");
+    busybox(&image)?;
+    let parent = ground.at("/proxied");
+    let parent = parent.strip_prefix("/sys/fs/cgroup").map_err(|e| e.to_string())?;
+    let dir = ground.dir.display();
+    let (run, image) = match engine {
+        "docker" => ("docker -H unix:///run/docker.sock run --rm".to_string(), "box".to_string()),
+        _ => (
+            format!(
+                "podman --root {dir}/podman --runroot /run/podman --cgroup-manager cgroupfs run --rm \
+                 --pids-limit -1 --ulimit nofile=1024:1024 --ulimit nproc=1024:1024"
+            ),
+            format!("--rootfs {}", image.display()),
+        ),
+    };
+    let ask =
+        "/bin/busybox sh -c '/bin/busybox sleep 1; /bin/busybox nc 203.0.113.7 80 </dev/null'";
+    let below = format!("--cgroup-parent /{}/box", parent.display());
+    sh(&format!("{run} {image} {ask} | grep -q '^remote '"))?;
+    world.wire.packets();
+    sh(&format!("{run} {below} {image} {ask} | grep -q '^{PROXY} '"))?;
+    if let [first, ..] = &world.wire.to_remote()[..] {
+        return Err(format!("on the wire: {first:?}"));
+    }
+    // one that asks at once, again and again
+    let ask = "/bin/busybox sh -c 'for i in 0 1 2 3 4 5 6 7 8 9; do \
+               /bin/busybox nc 203.0.113.7 80 </dev/null; done'";
+    let said = format!("{run} {below} {image} {ask} > {dir}/said");
+    let began = std::time::Instant::now();
+    sh(&said)?;
+    let said = std::fs::read_to_string(ground.dir.join("said")).map_err(|e| e.to_string())?;
+    let early = said.lines().filter(|line| line.starts_with("remote")).count();
+    println!("{engine}: asked at once, {early} of 10 before the rule ({:?})", began.elapsed());
+    match said.lines().last().is_some_and(|line| line.starts_with(PROXY)) {
+        true => Ok(()),
+        false => Err(said),
+    }
+}
