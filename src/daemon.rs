@@ -19,7 +19,7 @@ use crate::cgroup::dying::{hash, Dying};
 use crate::cgroup::event::Event;
 use crate::cgroup::follow::{Cgroups, Levels, TURN_TIME};
 use crate::cgroup::mount;
-use crate::config::{proxied_marks, Config, OnExit, Target};
+use crate::config::{proxied_marks, Config, OnExit, Route, Target};
 use crate::confine::confine;
 use crate::error::{Error, Result};
 use crate::faults;
@@ -812,6 +812,7 @@ impl Daemon<'_> {
         match added.and_then(|()| self.kernel.trim_routing(&self.routes.wanted)) {
             Ok(stale) => {
                 self.routing.done(began, Instant::now());
+                self.open_to_loopback();
                 // those that come and go with an interface are told of by that
                 let leads_out = |e: &&Entry| matches!(e, Entry::Route(r) if r.leads_out());
                 let added = self.routes.added.iter().filter(|e| !leads_out(e)).count();
@@ -865,8 +866,16 @@ impl Daemon<'_> {
         }
         if done.is_ok() {
             self.containers.entered = entrances;
+            self.open_to_loopback();
         }
         done
+    }
+
+    /// Has the interfaces of routes whose DNS may come from a loopback address take the answers.
+    fn open_to_loopback(&mut self) {
+        let config = self.cgroups.core.config().clone();
+        let open = config.routes.iter().filter(|route| route.sends_from_loopback());
+        self.kernel.set_localnet(open.map(|route| &*route.interface), true);
     }
 
     /// Leaves out what lies deeper than the kernel can match: one such cgroup must not cost all
@@ -991,6 +1000,15 @@ impl Daemon<'_> {
             // would be taken for answers, and what the kernel sends for proxied sockets that are
             // gone would go directly
             self.kernel.forget_flows(&old.proxied_marks());
+        }
+        // what conntrack has of the flows of a route that is no more what it was leads by that
+        for gone in old.routes.iter().filter(|route| !new.routes.contains(route)) {
+            self.kernel.forget_flows(&[Mark { value: gone.outlet.mark, mask: old.mask }]);
+            let still =
+                |route: &&Route| route.interface == gone.interface && route.sends_from_loopback();
+            if gone.sends_from_loopback() && !new.routes.iter().any(|route| still(&route)) {
+                self.kernel.set_localnet(std::iter::once(&*gone.interface), false);
+            }
         }
         self.trim_routing();
         if !(old.gateways.is_empty() && new.gateways.is_empty()) {

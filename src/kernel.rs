@@ -325,6 +325,9 @@ impl Kernel {
         if self.table_owner()?.is_none() {
             return Ok(false);
         }
+        // before the rules go that keep others out
+        let open = self.rules().map(|rules| view::open_to_loopback(&rules)).unwrap_or_default();
+        self.set_localnet(open.iter().map(String::as_str), false);
         let mut transaction = Transaction::new(self.nft.batch());
         transaction.remove_table();
         self.commit(transaction).map(|()| true)

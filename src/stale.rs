@@ -149,7 +149,11 @@ pub fn takes_the_same<'a>(old: &'a Config, new: &'a Config, target: Target) -> b
         let name = new.target_name(target);
         c.tproxies.iter().find(|tproxy| tproxy.outlet.name == name)
     };
-    bypass(old) == bypass(new) && tproxy(old) == tproxy(new)
+    let route = |c: &'a Config| {
+        let name = new.target_name(target);
+        c.routes.iter().find(|route| route.outlet.name == name)
+    };
+    bypass(old) == bypass(new) && tproxy(old) == tproxy(new) && route(old) == route(new)
 }
 
 /// Whether the way of a socket has changed. What it was is `None` without a table.

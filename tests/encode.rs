@@ -258,6 +258,7 @@ samples! {
     Stmt::Local => Stmt::Local;
     Stmt::ForeignSource => Stmt::ForeignSource;
     Stmt::LeadsTo(_) => Stmt::LeadsTo("docker0".into());
+    Stmt::ComesFromElsewhere(_) => Stmt::ComesFromElsewhere("wg0".into());
     Stmt::Broadcast => Stmt::Broadcast;
     Stmt::NeighbourDiscovery => Stmt::NeighbourDiscovery;
     Stmt::Counter => Stmt::Counter;
@@ -280,6 +281,7 @@ samples! {
         Stmt::Dnat("[2001:db8::1]:53".parse().unwrap());
     Stmt::Snat(_) => Stmt::Snat(IpAddr::V4(Ipv4Addr::LOCALHOST)),
         Stmt::Snat(IpAddr::V6(Ipv6Addr::LOCALHOST));
+    Stmt::ToLoopback => Stmt::ToLoopback;
     Stmt::NotLinkLocal => Stmt::NotLinkLocal;
     Stmt::SnatToDestination(_) => Stmt::SnatToDestination(Family::V4),
         Stmt::SnatToDestination(Family::V6);

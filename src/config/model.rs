@@ -186,6 +186,13 @@ impl Route {
         self.masquerade.unwrap_or(!self.interface.is_empty())
     }
 
+    /// Whether what local processes send from a loopback address may leave by its interface: DNS that
+    /// they send to a resolver on this host goes to one behind it.
+    pub fn sends_from_loopback(&self) -> bool {
+        let away = |dns: &SocketAddrV4| !dns.ip().is_loopback();
+        !self.interface.is_empty() && self.outlet.dns_local && self.outlet.dns4.iter().any(away)
+    }
+
     /// The next hop of a family.
     pub fn gateway(&self, family: Family) -> Option<IpAddr> {
         match family {

@@ -212,6 +212,28 @@ impl Kernel {
         links
     }
 
+    /// Lets local processes that ask from a loopback address be answered by these interfaces, or not.
+    /// To be called while the table keeps others from loopback addresses.
+    pub fn set_localnet<'a>(&mut self, names: impl Iterator<Item = &'a str>, on: bool) {
+        for name in names {
+            match self.rt.ask(&|batch| link::set_localnet(batch, name, on), |_| None::<()>) {
+                // one that is not there is told of when it comes
+                Ok(Ok(_) | Err(Errno::ENODEV)) => {}
+                Ok(Err(errno)) => {
+                    let text = "unable to set route_localnet";
+                    log!(
+                        Warning,
+                        "{text} of {name}: {}: {}",
+                        reason(errno),
+                        "what local processes \
+                         ask from 127.0.0.1 does not reach the resolver behind it"
+                    );
+                }
+                Err(error) => log!(Debug, "{error}"),
+            }
+        }
+    }
+
     /// The interfaces as they were looked at last.
     pub fn links(&self) -> &[Link] {
         &self.links

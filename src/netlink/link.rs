@@ -57,6 +57,21 @@ pub fn parse(message: &Message) -> Option<Link> {
     })
 }
 
+/// Has an interface take and send packets with loopback addresses (route_localnet), or not.
+pub fn set_localnet(batch: &mut Batch, name: &str, on: bool) {
+    let open = batch.begin(RTM_SETLINK, NLM_F_REQUEST | NLM_F_ACK);
+    batch.header(&[0; IFINFOMSG]);
+    batch.str_z(IFLA_IFNAME, name);
+    let families = batch.nest(IFLA_AF_SPEC);
+    let inet = batch.nest(AF_INET.into());
+    let conf = batch.nest(IFLA_INET_CONF);
+    batch.u32_ne(IPV4_DEVCONF_ROUTE_LOCALNET, on.into());
+    batch.end_nest(conf);
+    batch.end_nest(inet);
+    batch.end_nest(families);
+    batch.end(open);
+}
+
 /// Asks for the addresses of an interface. Kernels before 4.20 send those of all.
 pub fn get_addresses(batch: &mut Batch, index: u32) {
     let open = batch.begin(RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP);

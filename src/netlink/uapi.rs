@@ -32,6 +32,7 @@ pub const NF_INET_INGRESS: u32 = 5;
 pub const NF_DROP: i32 = 0;
 pub const NF_ACCEPT: i32 = 1;
 pub const NF_IP_PRI_CONNTRACK: i32 = -200;
+pub const NF_IP_PRI_RAW: i32 = -300;
 pub const NF_IP_PRI_MANGLE: i32 = -150;
 pub const NF_IP_PRI_NAT_DST: i32 = -100;
 pub const NF_IP_PRI_NAT_SRC: i32 = 100;
@@ -368,6 +369,10 @@ pub const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
 // include/uapi/linux/net_namespace.h
 pub const NETNSA_NSID: u16 = 1;
 pub const NETNSA_PID: u16 = 2;
+pub const IFLA_AF_SPEC: u16 = 26;
+pub const IFLA_INET_CONF: u16 = 1;
+/// Of include/uapi/linux/ip.h.
+pub const IPV4_DEVCONF_ROUTE_LOCALNET: u16 = 26;
 pub const IFA_ADDRESS: u16 = 1;
 pub const IFA_LOCAL: u16 = 2;
 pub const IFA_FLAGS: u16 = 8;
@@ -379,6 +384,7 @@ pub const IFA_F_TENTATIVE: u32 = 0x40;
 pub const RTM_NEWLINK: u16 = 16;
 pub const RTM_DELLINK: u16 = 17;
 pub const RTM_GETLINK: u16 = 18;
+pub const RTM_SETLINK: u16 = 19;
 pub const RTM_NEWADDR: u16 = 20;
 pub const RTM_DELADDR: u16 = 21;
 pub const RTM_GETADDR: u16 = 22;

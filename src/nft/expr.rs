@@ -186,9 +186,9 @@ expressions! {
     RejectIcmpx { code: u8 } = "reject" {
         NFTA_REJECT_TYPE: U32 = NFT_REJECT_ICMPX_UNREACH, NFTA_REJECT_ICMP_CODE: U8 = code
     }
-    /// The name of the interface that packets to the destination leave by.
-    FibOifname { dreg: u32 } = "fib" {
-        NFTA_FIB_FLAGS: U32 = NFTA_FIB_F_DADDR, NFTA_FIB_RESULT: U32 = NFT_FIB_RESULT_OIFNAME,
+    /// The name of the interface that leads to the source or the destination, by `NFTA_FIB_F_*`.
+    FibOifname { of: u32, dreg: u32 } = "fib" {
+        NFTA_FIB_FLAGS: U32 = of, NFTA_FIB_RESULT: U32 = NFT_FIB_RESULT_OIFNAME,
         NFTA_FIB_DREG: U32 = dreg
     }
     /// The type of the source or the destination address, by `NFTA_FIB_F_*`.

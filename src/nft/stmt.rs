@@ -102,6 +102,8 @@ pub enum Stmt {
     ForeignSource,
     /// `fib daddr oifname NAME`: the way to the destination is by that interface.
     LeadsTo(String),
+    /// `fib saddr oifname != NAME`: the way to where it comes from is not by that interface
+    ComesFromElsewhere(String),
     /// `fib daddr type broadcast`: the broadcast addresses of this host's networks too
     Broadcast,
     /// Neighbour discovery to a unicast address, which is link-scope traffic whatever the address.
@@ -119,6 +121,8 @@ pub enum Stmt {
     Dnat(SocketAddr),
     /// `snat ip to ADDRESS`
     Snat(IpAddr),
+    /// `ip daddr 127.0.0.0/8`
+    ToLoopback,
     /// `ip6 saddr != fe80::/16`
     NotLinkLocal,
     /// `snat ip to ip daddr`: as if the packet came from where it goes to
@@ -371,8 +375,16 @@ impl Stmt {
             Stmt::LeadsTo(name) => {
                 let mut padded = name.as_bytes().to_vec();
                 padded.resize(IFNAMSIZ, 0);
-                let way = Expr::FibOifname { dreg: NFT_REG_1 };
+                let way = Expr::FibOifname { of: NFTA_FIB_F_DADDR, dreg: NFT_REG_1 };
                 out.put(text!("fib daddr oifname \"{name}\""), [way, eq(&padded)])
+            }
+            Stmt::ComesFromElsewhere(name) => {
+                let mut bytes = name.as_bytes().to_vec();
+                bytes.resize(IFNAMSIZ, 0);
+                out.put(
+                    text!("fib saddr oifname != \"{name}\""),
+                    [Expr::FibOifname { of: NFTA_FIB_F_SADDR, dreg: NFT_REG_1 }, neq(&bytes)],
+                )
             }
             Stmt::Broadcast => out.put(
                 text!("fib daddr type broadcast"),
@@ -450,6 +462,15 @@ impl Stmt {
                     [address_to(to), Expr::Snat { family: family.number(), address: NFT_REG_1 }],
                 )
             }
+            Stmt::ToLoopback => out.put(
+                text!("ip daddr 127.0.0.0/8"),
+                [
+                    meta(NFT_META_NFPROTO),
+                    eq(&[NFPROTO_IPV4]),
+                    payload(NFT_PAYLOAD_NETWORK_HEADER, 16, 1),
+                    eq(&[127]),
+                ],
+            ),
             Stmt::NotLinkLocal => out.put(
                 text!("ip6 saddr != fe80::/16"),
                 [

@@ -146,7 +146,6 @@ impl Table {
             chains.push(ownerless_chain());
         }
         if config.marks_flows() {
-            chains.extend(config.routes.iter().map(stay_chain));
             chains.push(sticky_chain(config));
         }
         chains.push(direct_chain(config));
@@ -220,6 +219,7 @@ impl Table {
         if has_outlets(config) {
             chains.push(prerouting_chain(config));
         }
+        chains.extend(martians_chain(config));
         Table { sets, chains }
     }
 }
@@ -541,21 +541,20 @@ fn set_ct_mark(own: Mark) -> Rule {
 fn dns_chain(config: &Config, outlet: &Outlet) -> Chain {
     let route = config.routes.iter().any(|route| route.outlet == *outlet);
     let packet = route.then(|| mark(config, outlet.mark));
-    marked_dns_chain(config, outlet, format!("dns_{}", outlet.name), packet)
+    marked_dns_chain(mark(config, outlet.mark), format!("dns_{}", outlet.name), packet)
 }
 
 /// The same for what is routed for others.
 fn forwarded_dns_chain(config: &Config, route: &Route) -> Chain {
-    let packet = Some(mark(config, route.forward_mark));
-    marked_dns_chain(config, &route.outlet, forwarded_dns(&route.outlet), packet)
+    let own = mark(config, route.forward_mark);
+    marked_dns_chain(own, forwarded_dns(&route.outlet), Some(own))
 }
 
 fn forwarded_dns(outlet: &Outlet) -> String {
     format!("dnsf_{}", outlet.name)
 }
 
-fn marked_dns_chain(config: &Config, outlet: &Outlet, name: String, packet: Option<Mark>) -> Chain {
-    let own = mark(config, outlet.mark);
+fn marked_dns_chain(own: Mark, name: String, packet: Option<Mark>) -> Chain {
     let accept = || {
         let set = packet.map(Stmt::SetPacketMark);
         set.into_iter().chain([Stmt::accept()])
@@ -829,17 +828,6 @@ fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
     chains
 }
 
-/// Flows that began by a route, and whose cgroup has no target now, or that the kernel speaks for.
-/// What a process answers to others goes as if we were not there.
-fn stay_chain(route: &Route) -> Chain {
-    let name = &route.outlet.name;
-    let rules = vec![
-        vec![Stmt::Reply, Stmt::HasOwner, Stmt::back()],
-        vec![Stmt::goto(format!("to_{name}"))],
-    ];
-    chain(format!("stay_{name}"), rules)
-}
-
 /// What a route takes of what is routed for others.
 fn forward_way_chain(config: &Config, route: &Route) -> Chain {
     let outlet = &route.outlet;
@@ -848,8 +836,9 @@ fn forward_way_chain(config: &Config, route: &Route) -> Chain {
     rules.extend(query_rules(outlet));
     rules.extend(only_rules(outlet, &Stmt::accept()));
     rules.extend(switch_rules(outlet, &Stmt::accept()));
-    rules.push(set_ct_mark(mark(config, outlet.mark)));
-    rules.push(vec![Stmt::SetPacketMark(mark(config, route.forward_mark)), Stmt::accept()]);
+    let own = mark(config, route.forward_mark);
+    rules.push(set_ct_mark(own));
+    rules.push(vec![Stmt::SetPacketMark(own), Stmt::accept()]);
     chain(format!("forward_{}", outlet.name), rules)
 }
 
@@ -878,10 +867,20 @@ fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     chains
 }
 
+/// The ct mark of routed flows of a target. With a route another than that of this host's own, since
+/// what this host sends in those (a reset) goes to the client.
+fn routed_ct_mark(config: &Config, outlet: &Outlet) -> Mark {
+    let route = config.routes.iter().find(|route| route.outlet == *outlet);
+    mark(config, route.map_or(outlet.mark, |route| route.forward_mark))
+}
+
 /// Routed flows that are known by their ct mark: they stay with their proxy until they end.
 fn routed_chain(config: &Config) -> Chain {
     let map = (config.outlets())
-        .map(|outlet| (outlet.mark, Verdict::Goto(format!("forward_{}", outlet.name))))
+        .map(|outlet| {
+            let mark = routed_ct_mark(config, outlet);
+            (mark.value, Verdict::Goto(format!("forward_{}", outlet.name)))
+        })
         .collect();
     let known = Stmt::CtMarkMap { mask: config.mask, map };
     chain("routed", vec![vec![Stmt::Reply, Stmt::accept()], vec![known]])
@@ -1042,9 +1041,9 @@ fn sticky_chain(config: &Config) -> Chain {
     let of_process = [Stmt::L4proto(L4::Udp), Stmt::HasOwner];
     let mut rules = Vec::new();
     if !config.routes.is_empty() {
-        let stay = |route: &Route| {
-            (route.outlet.mark, Verdict::Goto(format!("stay_{}", route.outlet.name)))
-        };
+        // by the way that it began by, in either direction
+        let stay =
+            |route: &Route| (route.outlet.mark, Verdict::Goto(format!("to_{}", route.outlet.name)));
         let map = config.routes.iter().map(stay).collect();
         rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
     }
@@ -1082,7 +1081,10 @@ fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
     for outlet in config.outlets() {
         for l4 in outlet.dns_protocols() {
             rules.extend(outlet.dns().map(|to| {
-                let own = Stmt::CtMark(mark(config, outlet.mark));
+                let own = Stmt::CtMark(match hook {
+                    NF_INET_PRE_ROUTING => routed_ct_mark(config, outlet),
+                    _ => mark(config, outlet.mark),
+                });
                 let dport = Stmt::Dport(l4, 53);
                 match to.ip().is_loopback() && hook == NF_INET_PRE_ROUTING {
                     false => vec![own, dport, Stmt::Dnat(to)],
@@ -1132,18 +1134,26 @@ fn answer_rules(config: &Config) -> Vec<Rule> {
     rules
 }
 
+/// The ct marks of a route's flows: this host's, and routed ones.
+fn ct_marks(config: &Config, route: &Route) -> impl Iterator<Item = Mark> {
+    let own = mark(config, route.outlet.mark);
+    let routed = config.forwards().then(|| mark(config, route.forward_mark));
+    std::iter::once(own).chain(routed)
+}
+
 /// What leaves by a route has the source address that the application's own way would have given it.
-fn masquerade_rules(config: &Config) -> Vec<Rule> {
-    let rule = |route: &Route| {
-        let mut rule = vec![Stmt::CtMark(mark(config, route.outlet.mark))];
-        if !route.interface.is_empty() {
-            rule.push(Stmt::Oifname(route.interface.clone()));
-        }
-        rule.push(Stmt::Masquerade);
-        rule
+fn masquerade_rules<'a>(config: &'a Config) -> Vec<Rule> {
+    let rules = |route: &'a Route| {
+        ct_marks(config, route).map(|own| {
+            let out = Some(&route.interface).filter(|name| !name.is_empty());
+            let mut rule = vec![Stmt::CtMark(own)];
+            rule.extend(out.map(|name| Stmt::Oifname(name.clone())));
+            rule.push(Stmt::Masquerade);
+            rule
+        })
     };
-    let mut rules: Vec<Rule> =
-        config.routes.iter().filter(|route| route.masquerades()).map(rule).collect();
+    let masqueraded = config.routes.iter().filter(|route| route.masquerades());
+    let mut rules: Vec<Rule> = masqueraded.flat_map(rules).collect();
     if !rules.is_empty() {
         // refused, or on its way to a resolver here
         rules.insert(0, leaves_by_lo());
@@ -1173,7 +1183,7 @@ fn routed_answer_chain(config: &Config) -> Option<Chain> {
     for outlet in config.outlets().filter(udp).filter(|_| hands_over(config)) {
         let here = outlet.dns().filter(|to| to.ip().is_loopback());
         rules.extend(here.map(|to| {
-            let own = Stmt::CtMark(mark(config, outlet.mark));
+            let own = Stmt::CtMark(routed_ct_mark(config, outlet));
             let port = Stmt::Dport(L4::Udp, to.port());
             let family = Family::of(&to.ip());
             let mut rule = vec![own, Stmt::Dnatted];
@@ -1215,16 +1225,18 @@ fn guard_chain(config: &Config) -> Chain {
         true => Stmt::accept(),
         false => Stmt::goto("home"),
     };
-    let drop = Stmt::PacketMarkMap { mask: config.mask, map };
+    let mut rules = vec![
+        // nearly every packet ends here, without a look-up
+        vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()],
+        vec![Stmt::OifLo, home],
+    ];
+    if !map.is_empty() {
+        rules.push(vec![Stmt::PacketMarkMap { mask: config.mask, map }]);
+    }
     Chain {
         name: "guard".into(),
         base: Some(Base { kind: "filter", hook: NF_INET_POST_ROUTING, priority: NF_IP_PRI_MANGLE }),
-        rules: vec![
-            // nearly every packet ends here, without a look-up
-            vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()],
-            vec![Stmt::OifLo, home],
-            vec![drop],
-        ],
+        rules,
     }
 }
 
@@ -1378,20 +1390,23 @@ fn prerouting_chain(config: &Config) -> Chain {
 }
 
 /// What comes in by a route: a look-up of the way back (rp_filter with src_valid_mark = 1) has to find
-/// its interface, and what others begin by it is answered by it.
+/// its interface, and what others begin by it is answered by it, where the main table would lead
+/// elsewhere.
 fn return_rules(config: &Config, route: &Route) -> Vec<Rule> {
     let own = mark(config, route.outlet.mark);
-    let restore = |first: Stmt| vec![first, Stmt::CtMark(own), Stmt::SetPacketMark(own)];
-    match &*route.interface {
-        "" => vec![restore(Stmt::Reply)],
+    let mut rules = Vec::new();
+    let first = match &*route.interface {
+        "" => Stmt::Reply,
         name => {
-            let fresh = Stmt::CtMark(mark(config, 0));
-            vec![
-                vec![iifname(name), Stmt::New, fresh, Stmt::Local, Stmt::SetCtMark(own)],
-                restore(iifname(name)),
-            ]
+            let begins = [iifname(name), Stmt::New, Stmt::CtMark(mark(config, 0)), Stmt::Local];
+            let elsewhere = Stmt::ComesFromElsewhere(name.to_string());
+            rules.push([&begins[..], &[elsewhere, Stmt::SetCtMark(own)]].concat());
+            iifname(name)
         }
-    }
+    };
+    let known = ct_marks(config, route);
+    rules.extend(known.map(|ct| vec![first.clone(), Stmt::CtMark(ct), Stmt::SetPacketMark(own)]));
+    rules
 }
 
 /// The mark of an application's packet was overwritten with that of a flow that a proxy began: by
@@ -1422,6 +1437,18 @@ fn remark_chain(config: &Config) -> Chain {
         vec![set(config.gateway_mark()), Stmt::accept()],
     ];
     chain("remark", rules)
+}
+
+/// The name of the chain that keeps others from this host's loopback addresses.
+pub const MARTIANS: &str = "martians";
+
+/// Where answers to a process that has asked from a loopback address may come in by an interface
+/// (route_localnet), nothing else may. Before addresses are translated.
+fn martians_chain(config: &Config) -> Option<Chain> {
+    let open = config.routes.iter().filter(|route| route.sends_from_loopback());
+    let rule = |route: &Route| vec![iifname(&route.interface), Stmt::ToLoopback, Stmt::drop()];
+    let rules: Vec<Rule> = open.map(rule).collect();
+    (!rules.is_empty()).then(|| prerouting(MARTIANS, NF_IP_PRI_RAW, rules))
 }
 
 fn prerouting(name: &str, priority: i32, rules: Vec<Rule>) -> Chain {

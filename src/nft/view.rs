@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use super::expr::{counted, Expr, SetRef::Named, Verdict};
 use super::message::nfgenmsg;
-use super::table::{OUTPUT, TABLE};
+use super::table::{MARTIANS, OUTPUT, TABLE};
 use crate::config::CONTAINERS;
 use crate::net::{Interface, Mark, Owner};
 use crate::netlink::msg::Batch;
@@ -435,6 +435,12 @@ fn interface(rule: &RuleView) -> Option<Interface> {
         }
         _ => None,
     }
+}
+
+/// The interfaces by which answers to loopback addresses may come in.
+pub fn open_to_loopback(rules: &[RuleView]) -> Vec<String> {
+    let those = rules.iter().filter(|rule| rule.chain == MARTIANS);
+    those.filter_map(interface).map(|interface| interface.name).collect()
 }
 
 /// The interface that a rule lets packets leave by.

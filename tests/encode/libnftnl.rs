@@ -350,8 +350,8 @@ impl Reference {
             Expr::RejectIcmpx { code } => NExpr::new(c"reject")
                 .u32(NFTNL_EXPR_REJECT_TYPE, libc::NFT_REJECT_ICMPX_UNREACH as u32)
                 .u8(NFTNL_EXPR_REJECT_CODE, *code),
-            Expr::FibOifname { dreg } => NExpr::new(c"fib")
-                .u32(NFTNL_EXPR_FIB_FLAGS, 1 << 1)
+            Expr::FibOifname { of, dreg } => NExpr::new(c"fib")
+                .u32(NFTNL_EXPR_FIB_FLAGS, *of)
                 .u32(NFTNL_EXPR_FIB_RESULT, FIB_RESULT_OIFNAME)
                 .u32(NFTNL_EXPR_FIB_DREG, *dreg),
             Expr::FibAddrtype { of, dreg } => NExpr::new(c"fib")

@@ -7,17 +7,19 @@
 //! The remote hosts are behind both interfaces; who asked tells the server by which.
 
 use std::fs::File;
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsRawFd;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::client::{Client, Outcome, Proto, SILENCE};
-use crate::daemon::Daemon;
-use crate::ground::{addr, ip_batch, Ground, REMOTE4, REMOTE6};
+use crate::client::{socket_of, Client, Outcome, Proto, SILENCE};
+use crate::daemon::{run_with, Daemon};
+use crate::gateway::Lan;
+use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::await_member;
 use crate::wait_until;
-use crate::world::World;
+use crate::world::{bind_fd, raw_addr, Server, World, STREAM_PORT};
 
 const GATEWAYS: &str = "gateway = 10.8.0.2\ngateway = fd00:8::2\n";
 
@@ -53,6 +55,28 @@ fn tunnel_up(ground: &Ground) {
         );
     });
     set("up");
+}
+
+/// A point-to-point interface of that name, as a tunnel's is: 10.8.0.2 and fd00:8::2 here, and .1
+/// outside.
+pub fn tunnel_to(ground: &Ground, name: &str) {
+    let outside = ground.outside(|| File::open("/proc/thread-self/ns/net").expect("a namespace"));
+    let path = format!("/proc/{}/fd/{}", std::process::id(), outside.as_raw_fd());
+    // without ARP each end sends to its own address, which is the other's as well
+    let address = "address 02:00:00:00:08:01";
+    ip_batch(
+        &[],
+        &format!(
+            "link add {name} {address} arp off type veth peer name peer0 {address} netns {path}\n\
+             addr add 10.8.0.2/24 dev {name}\naddr add fd00:8::2/64 dev {name} nodad\n\
+             link set {name} up\n"
+        ),
+    );
+    ground.outside(|| {
+        let lines = "link set peer0 arp off up\naddr add 10.8.0.1/24 dev peer0\n\
+                     addr add fd00:8::1/64 dev peer0 nodad\n";
+        ip_batch(&[], lines);
+    });
 }
 
 /// `ip link set vpn0 up` or down.
@@ -181,4 +205,381 @@ fn by_its_interface_and_by_nothing_else() {
     all(&mut world, &|| ip_batch(&[], "link del vpn0\n"), &|| tunnel_up(&ground), "it was away");
     drop(floods);
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
+}
+
+/// By a socket that is bound to the other interface or to the address of that, with the rules or the
+/// table gone, with no daemon: by the interface or not at all.
+#[test]
+fn by_no_other_way_whatever_is_deleted() {
+    let ground = ground!("deleted");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let daemon = Daemon::start(&ground, &policy(), &[]);
+    await_member(&cgroup, "vpn");
+    passes(&mut world, &cgroup);
+    for v6 in [false, true] {
+        let (family, remote) = match v6 {
+            false => (libc::AF_INET, REMOTE4),
+            true => (libc::AF_INET6, REMOTE6),
+        };
+        for bound in [true, false] {
+            let socket = UdpSocket::from(socket_of(&cgroup, family, libc::SOCK_DGRAM));
+            match bound {
+                true => bind_to_device(&socket, "in0"),
+                false => bind_fd(
+                    &OwnedFd::from(socket.try_clone().expect("a copy")),
+                    addr(if v6 { HOST6 } else { HOST4 }, 0),
+                ),
+            }
+            let _ = socket.send_to(b"who?", addr(remote, 80));
+            socket.set_read_timeout(Some(SILENCE)).expect("a timeout");
+            let answered = socket.recv(&mut [0; 64]).is_ok();
+            // one that is bound to an address has the tunnel's on its way
+            assert_eq!(answered, !bound, "{remote} bound to a device: {bound}");
+        }
+    }
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+    // the kernel's own errors go back by the tunnel too
+    let closed = UdpSocket::from(socket_of(&cgroup, libc::AF_INET, libc::SOCK_DGRAM));
+    closed.send_to(b"who?", addr(REMOTE4, 80)).expect("send");
+    drop(closed);
+    // answers to what nobody waits for
+    Client::udp(&cgroup, addr(REMOTE4, 80)).send_and_close().run();
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+
+    let floods: Vec<_> = CASES[..4]
+        .iter()
+        .map(|(proto, to)| Client::new(&cgroup, *proto, addr(*to, 80)).flood().spawn())
+        .collect();
+    for family in ["-4", "-6"] {
+        for _ in 0..5 {
+            ip_batch(&[family], "route flush table 301\n");
+            until_passes(&cgroup, if family == "-4" { REMOTE4 } else { REMOTE6 });
+            ip_batch(&[family], "rule flush\nrule add pref 32766 lookup main\n");
+            until_passes(&cgroup, if family == "-4" { REMOTE4 } else { REMOTE6 });
+        }
+    }
+    passes(&mut world, &cgroup);
+    // a reload under it, and another daemon
+    daemon.reload();
+    daemon.kill9();
+    passes(&mut world, &cgroup);
+    set("down");
+    refused(&mut world, &cgroup);
+    set("up");
+    let daemon = Daemon::start(&ground, &policy(), &[]);
+    passes(&mut world, &cgroup);
+    daemon.leave();
+    passes(&mut world, &cgroup);
+    let daemon = Daemon::start(&ground, &policy(), &[]);
+    passes(&mut world, &cgroup);
+    drop(floods);
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+    daemon.stop_clean();
+}
+
+fn bind_to_device(socket: &UdpSocket, name: &str) {
+    let name = std::ffi::CString::new(name).expect("no NUL");
+    // SAFETY: reads the name, within its length.
+    let rc = unsafe {
+        let len = name.as_bytes().len() as libc::socklen_t;
+        let (level, option) = (libc::SOL_SOCKET, libc::SO_BINDTODEVICE);
+        libc::setsockopt(socket.as_raw_fd(), level, option, name.as_ptr().cast(), len)
+    };
+    assert_eq!(rc, 0, "bind to {name:?}");
+}
+
+/// A datagram socket that sends on while the interface is away must be heard once it is back: what
+/// was refused must not have settled its source address.
+#[test]
+fn what_was_refused_flows_once_it_is_back() {
+    let ground = ground!("back");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let _daemon = Daemon::start(&ground, &policy(), &[]);
+    await_member(&cgroup, "vpn");
+    for (family, remote) in [(libc::AF_INET, REMOTE4), (libc::AF_INET6, REMOTE6)] {
+        let socket = UdpSocket::from(socket_of(&cgroup, family, libc::SOCK_DGRAM));
+        socket.set_read_timeout(Some(Duration::from_millis(50))).expect("a timeout");
+        let heard = || {
+            let _ = socket.send_to(b"who?", addr(remote, 80));
+            socket.recv(&mut [0; 64]).is_ok()
+        };
+        assert!(wait_until(Duration::from_secs(5), heard), "{remote} before");
+        set("down");
+        for _ in 0..5 {
+            assert!(!heard(), "{remote} while it is down");
+        }
+        set("up");
+        assert!(wait_until(Duration::from_secs(2), heard), "{remote} is not heard again");
+    }
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+}
+
+/// rp_filter of either value, and what check says of it.
+#[test]
+fn answers_pass_rp_filter() {
+    let ground = ground!("rpfilter");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    sysctl("net/ipv4/conf/all/rp_filter", "0");
+    let _daemon = Daemon::start(&ground, &policy(), &[]);
+    await_member(&cgroup, "vpn");
+    let says = |what: &str| {
+        let out = run_with(&ground, &policy(), &["check"]);
+        String::from_utf8_lossy(&out.stdout).contains(what)
+    };
+    for (filter, valid_mark, passes_it) in
+        [("0", "0", true), ("2", "0", true), ("1", "1", true), ("1", "0", false)]
+    {
+        sysctl("net/ipv4/conf/vpn0/rp_filter", filter);
+        sysctl("net/ipv4/conf/vpn0/src_valid_mark", valid_mark);
+        match passes_it {
+            true => passes(&mut world, &cgroup),
+            false => {
+                let (outcome, _) = ask(&cgroup, Proto::Tcp, REMOTE4, SILENCE);
+                assert_eq!(outcome, Outcome::Timeout);
+            }
+        }
+        assert_eq!(says("set net.ipv4.conf.vpn0.src_valid_mark = 1"), !passes_it);
+    }
+}
+
+/// A service of the route's cgroup that others ask by the interface answers by it, and what it is
+/// asked by the other interface it answers by that.
+#[test]
+fn services_answer_by_where_they_were_asked() {
+    let ground = ground!("inbound");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let _daemon = Daemon::start(&ground, &policy(), &[]);
+    await_member(&cgroup, "vpn");
+    // by the main table the answers would leave by the other interface
+    ground.outside(|| ip_batch(&[], "addr add 203.0.113.7/32 dev lo\n"));
+    let _service = Client::tcp(&cgroup, "0.0.0.0:4000".parse().expect("an address")).serve();
+    let root = ground.root.clone();
+    let dial = |host: &str| {
+        let to = SocketAddr::new(host.parse().expect("an address"), 4000);
+        ground.outside(|| {
+            let route =
+                format!("route replace {host}/32 via {host} dev DEV onlink src 203.0.113.7\n");
+            let device = if host.starts_with("10.") { "vout0" } else { "out0" };
+            ip_batch(&[], &route.replace("DEV", device));
+            Client::tcp(&root, to).run().who()
+        })
+    };
+    assert_eq!(dial("10.8.0.1"), "service");
+    assert_eq!(world.wire.to_remote(), [], "answered by another interface");
+    assert_eq!(dial("192.0.2.1"), "service");
+    assert_ne!(world.wire.to_remote(), [], "answered by where it was not asked");
+}
+
+/// DNS goes to a resolver in the tunnel, also what is addressed to a resolver on this host.
+#[test]
+fn dns_goes_into_the_tunnel() {
+    let ground = ground!("routedns");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let local = Server::start("local", &[53]);
+    let dns = "dns-hijack = 10.8.0.2\ndns-hijack = fd00:8::2\ndns-hijack-tcp = yes\n";
+    let config =
+        |more: &str| policy().replace("[rules]", &format!("{dns}{more}[rules]\nvpn = /late"));
+    let daemon = Daemon::start(&ground, &config("dns-hijack-local = yes\n"), &[]);
+    await_member(&cgroup, "vpn");
+    let query = |proto, to: &str| {
+        let to = SocketAddr::new(to.parse().expect("an address"), 53);
+        Client::new(&cgroup, proto, to).timeout(Duration::from_secs(2)).run()
+    };
+    let cases = [
+        ("203.0.113.7", "10.8.0.2:53", "10.8.0.1"),
+        ("127.0.0.53", "10.8.0.2:53", "10.8.0.1"),
+        ("192.0.2.1", "10.8.0.2:53", "10.8.0.1"),
+        ("2001:db8:2::7", "[fd00:8::2]:53", "fd00:8::1"),
+    ];
+    let all = |world: &mut World| {
+        for proto in [Proto::Udp, Proto::Tcp] {
+            for (asked, resolver, own) in cases {
+                let outcome = query(proto, asked);
+                let Outcome::Answer(text) = &outcome else {
+                    panic!("{proto:?} {asked}: {outcome:?}")
+                };
+                assert_eq!(outcome.who(), format!("remote {resolver}"), "{proto:?} {asked}");
+                assert!(
+                    text.contains(&format!(" from {own}")) || text.contains(&format!("[{own}]")),
+                    "{text}"
+                );
+            }
+        }
+        assert_eq!(world.wire.to_remote(), [], "left by another interface");
+    };
+    all(&mut world);
+    // others there cannot reach what listens on a loopback address
+    let root = ground.root.clone();
+    ground.outside(|| {
+        ip_batch(&[], "route add 127.0.0.9/32 via 10.8.0.1 dev vout0 table 99\nrule add to 127.0.0.9 lookup 99 pref 0\n");
+        sysctl("net/ipv4/conf/vout0/route_localnet", "1");
+        let to = "127.0.0.9:53".parse().expect("an address");
+        let _ = Client::udp(&root, to).timeout(SILENCE).run();
+    });
+    let dropped = crate::kernel::table();
+    assert!(dropped.contains("ip daddr 127.0.0.0/8 drop"), "{dropped}");
+    let localnet = || std::fs::read_to_string("/proc/sys/net/ipv4/conf/vpn0/route_localnet");
+    assert_eq!(localnet().expect("a sysctl").trim(), "1");
+    // while there is no way, nobody here may answer instead
+    set("down");
+    until_refused(&cgroup, REMOTE4);
+    for (asked, ..) in cases {
+        assert_ne!(query(Proto::Tcp, asked).who(), "local", "{asked}");
+        let udp = Client::udp(&cgroup, SocketAddr::new(asked.parse().expect("an address"), 53));
+        assert_ne!(udp.timeout(SILENCE).run().who(), "local", "{asked}");
+    }
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+    set("up");
+    until_passes(&cgroup, REMOTE4);
+    all(&mut world);
+    daemon.stop_clean();
+    assert_eq!(localnet().expect("a sysctl").trim(), "0");
+    drop(local);
+}
+
+/// Clients of a router leave by the route too, and are refused while it is closed.
+#[test]
+fn clients_of_a_router_leave_by_it() {
+    let ground = ground!("routelan");
+    let mut world = World::new(&ground);
+    tunnel_up(&ground);
+    let lan = Lan::new(&ground);
+    let gateway = "[gateway lan]\ninterface = br-lan\nsource = 198.51.100.10\nsource = \
+                   2001:db8:3::10\ntarget = vpn\n";
+    for (valid_mark, interface) in [("0", "br-lan"), ("1", "br-lan"), ("0", "br*"), ("1", "br*")] {
+        sysctl("net/ipv4/conf/all/src_valid_mark", valid_mark);
+        let gateway = gateway.replace("br-lan", interface);
+        let _daemon = Daemon::start(&ground, &format!("{}{gateway}", policy()), &[]);
+        world.wire.packets();
+        lan.expect(0, ["remote"; 6]);
+        assert_eq!(world.wire.to_remote(), [], "left by another interface");
+        lan.expect(1, ["remote"; 6]);
+        assert_ne!(world.wire.to_remote(), [], "no rule covers this client");
+        set("down");
+        let to = addr(REMOTE4, 80);
+        let refused =
+            wait_until(Duration::from_secs(5), || lan.ask(0, Proto::Tcp, to) == "refused");
+        assert!(refused, "a client is not refused");
+        lan.expect(0, ["refused", "refused", "nobody", "nobody", "nobody", "nobody"]);
+        assert_eq!(world.wire.to_remote(), [], "left by another interface");
+        set("up");
+        let passes =
+            wait_until(Duration::from_secs(5), || lan.ask(0, Proto::Tcp, to).starts_with("remote"));
+        assert!(passes, "a client is not let out again");
+    }
+}
+
+/// A table that somebody else keeps: where it has no route, traffic is refused.
+#[test]
+fn by_a_table_of_others() {
+    let ground = ground!("routetable");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let config = "[route vpn]\ntable = 1000\nmasquerade = yes\n[rules]\nvpn = /vpn\n";
+    let _daemon = Daemon::start(&ground, config, &[]);
+    await_member(&cgroup, "vpn");
+    refused(&mut world, &cgroup);
+    ip_batch(
+        &[],
+        "route add default via 10.8.0.2 table 1000\n\
+         route add default via fd00:8::2 dev vpn0 table 1000\n",
+    );
+    passes(&mut world, &cgroup);
+    ip_batch(&["-4"], "route flush table 1000\n");
+    ip_batch(&["-6"], "route flush table 1000\n");
+    refused(&mut world, &cgroup);
+}
+
+/// A reload that gives a cgroup the route, another target, or takes the route away.
+#[test]
+fn a_reload_moves_what_began_by_it() {
+    let ground = ground!("routereload");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let daemon = Daemon::start(&ground, "[rules]\ndirect = /vpn\n", &[]);
+    let following = || Client::tcp(&cgroup, addr(REMOTE4, STREAM_PORT)).follow().spawn();
+    let direct = following();
+    assert!(wait_until(Duration::from_secs(5), || !world.wire.to_remote().is_empty()));
+    daemon.reconfigure(&policy());
+    // cut at once
+    let (outcome, _) = direct.wait();
+    assert!(matches!(outcome, Outcome::Failed(_) | Outcome::Refused), "{outcome:?}");
+    world.wire.packets();
+    passes(&mut world, &cgroup);
+    let routed = following();
+    daemon.reconfigure(&policy().replace("vpn = /vpn", "drop = /vpn"));
+    let (outcome, _) = routed.wait();
+    assert!(!matches!(outcome, Outcome::Answer(_)), "{outcome:?}");
+    daemon.reconfigure(&policy());
+    passes(&mut world, &cgroup);
+    daemon.reconfigure("[rules]\ndirect = /vpn\n");
+    for (proto, to) in CASES {
+        let (outcome, _) = ask(&cgroup, proto, to, Duration::from_secs(5));
+        assert!(matches!(outcome, Outcome::Answer(_)), "{proto:?} to {to}: {outcome:?}");
+    }
+    assert_ne!(world.wire.to_remote(), [], "still by the route");
+}
+
+/// Whole files each way over an interface with a small MTU.
+#[test]
+fn bulk_passes_a_small_mtu() {
+    let ground = ground!("mtu");
+    let _world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    ip_batch(&[], "link set vpn0 mtu 1280\n");
+    ground.outside(|| ip_batch(&[], "link set vout0 mtu 1280\n"));
+    set("up");
+    let _daemon = Daemon::start(&ground, &policy(), &[]);
+    await_member(&cgroup, "vpn");
+    const SIZE: usize = 10 << 20;
+    for remote in [REMOTE4, REMOTE6] {
+        let listener = ground.outside(|| TcpListener::bind(addr(remote, 0))).or_else(|_| {
+            let any: SocketAddr =
+                if remote.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");
+            ground.outside(|| TcpListener::bind(any))
+        });
+        let listener = listener.expect("listen outside");
+        let port = listener.local_addr().expect("its address").port();
+        let server = std::thread::spawn(move || {
+            let (mut stream, from) = listener.accept().expect("a client");
+            let mut got = 0;
+            let mut buffer = vec![0; 1 << 16];
+            while got < SIZE {
+                got += stream.read(&mut buffer).expect("read");
+            }
+            stream.write_all(&vec![b'x'; SIZE]).expect("send back");
+            from.ip()
+        });
+        let family = if remote.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+        let socket = socket_of(&cgroup, family, libc::SOCK_STREAM);
+        let (raw, len) = raw_addr(addr(remote, port));
+        // SAFETY: a sockaddr of the length that goes with it.
+        let rc = unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), len) };
+        assert_eq!(rc, 0, "connect: {}", std::io::Error::last_os_error());
+        let mut stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+        let start = Instant::now();
+        stream.write_all(&vec![b'y'; SIZE]).expect("send");
+        let mut got = 0;
+        let mut buffer = vec![0; 1 << 16];
+        while got < SIZE {
+            got += stream.read(&mut buffer).expect("no stall");
+        }
+        println!("{remote}: {SIZE} bytes each way in {:?}", start.elapsed());
+        let from = server.join().expect("the server").to_string();
+        assert_eq!(from, TUNNEL[usize::from(remote.is_ipv6())]);
+    }
 }
