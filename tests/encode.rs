@@ -258,6 +258,7 @@ samples! {
     Stmt::Local => Stmt::Local;
     Stmt::ForeignSource => Stmt::ForeignSource;
     Stmt::LeadsTo(_) => Stmt::LeadsTo("docker0".into());
+    Stmt::SourceOfOther => Stmt::SourceOfOther;
     Stmt::ComesFromElsewhere(_) => Stmt::ComesFromElsewhere("wg0".into());
     Stmt::Broadcast => Stmt::Broadcast;
     Stmt::NeighbourDiscovery => Stmt::NeighbourDiscovery;

@@ -239,6 +239,7 @@ pub const NFTA_FIB_FLAGS: u16 = 3;
 pub const NFT_FIB_RESULT_OIFNAME: u32 = 2;
 pub const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
 pub const NFTA_FIB_F_SADDR: u32 = 1;
+pub const NFTA_FIB_F_OIF: u32 = 1 << 4;
 pub const NFTA_FIB_F_DADDR: u32 = 2;
 // include/uapi/linux/netfilter/nf_tables_compat.h: NFTA_TARGET_*, NFTA_MATCH_*
 pub const NFTA_XT_NAME: u16 = 1;

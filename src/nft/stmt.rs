@@ -102,6 +102,8 @@ pub enum Stmt {
     ForeignSource,
     /// `fib daddr oifname NAME`: the way to the destination is by that interface.
     LeadsTo(String),
+    /// `fib saddr . oif type != local`: from an address that the interface does not have
+    SourceOfOther,
     /// `fib saddr oifname != NAME`: the way to where it comes from is not by that interface
     ComesFromElsewhere(String),
     /// `fib daddr type broadcast`: the broadcast addresses of this host's networks too
@@ -378,6 +380,10 @@ impl Stmt {
                 let way = Expr::FibOifname { of: NFTA_FIB_F_DADDR, dreg: NFT_REG_1 };
                 out.put(text!("fib daddr oifname \"{name}\""), [way, eq(&padded)])
             }
+            Stmt::SourceOfOther => out.put(
+                text!("fib saddr . oif type != local"),
+                [fib(NFTA_FIB_F_SADDR | NFTA_FIB_F_OIF), neq(&ne(RTN_LOCAL.into()))],
+            ),
             Stmt::ComesFromElsewhere(name) => {
                 let mut bytes = name.as_bytes().to_vec();
                 bytes.resize(IFNAMSIZ, 0);

@@ -175,6 +175,7 @@ impl Table {
             chains.extend(routed_answer_chain(config));
         }
         chains.extend(source_chain(config));
+        chains.extend(sourceless_chain(config));
         if !config.tproxies.is_empty() {
             chains.push(strayed_chain(config));
         }
@@ -1159,6 +1160,25 @@ fn masquerade_rules<'a>(config: &'a Config) -> Vec<Rule> {
         rules.insert(0, leaves_by_lo());
     }
     rules
+}
+
+/// An interface that has just lost its address: masquerading would have taken that of another, and
+/// the answers would come in by that. Behind it, and before conntrack knows the flow.
+fn sourceless_chain(config: &Config) -> Option<Chain> {
+    let masqueraded = config.routes.iter().filter(|route| route.masquerades());
+    let rules: Vec<Rule> = masqueraded
+        .filter(|route| !route.interface.is_empty())
+        .flat_map(|route| {
+            ct_marks(config, route).map(|own| {
+                let out = Stmt::Oifname(route.interface.clone());
+                let other = Stmt::SourceOfOther;
+                vec![Stmt::CtMark(own), out, Stmt::Unconfirmed, other, Stmt::drop()]
+            })
+        })
+        .collect();
+    let priority = NF_IP_PRI_NAT_SRC + 1;
+    let base = Base { kind: "filter", hook: NF_INET_POST_ROUTING, priority };
+    (!rules.is_empty()).then(|| Chain { name: "sourceless".into(), base: Some(base), rules })
 }
 
 /// Where source addresses are translated.

@@ -79,6 +79,12 @@ pub fn tunnel_to(ground: &Ground, name: &str) {
     });
 }
 
+fn set_neighbours() {
+    let lines = "neigh replace 10.8.0.2 lladdr 02:00:00:00:08:02 dev vpn0\n\
+                 neigh replace fd00:8::2 lladdr 02:00:00:00:08:02 dev vpn0\n";
+    ip_batch(&[], lines);
+}
+
 /// `ip link set vpn0 up` or down.
 fn set(state: &str) {
     let neighbours = "neigh replace 10.8.0.2 lladdr 02:00:00:00:08:02 dev vpn0\n\
@@ -316,6 +322,34 @@ fn what_was_refused_flows_once_it_is_back() {
         assert!(wait_until(Duration::from_secs(2), heard), "{remote} is not heard again");
     }
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
+}
+
+/// The address goes and nobody has noticed yet: what leaves then must not have that of another
+/// interface, to which the answers would come.
+#[test]
+fn nothing_leaves_with_another_interfaces_address() {
+    let ground = ground!("sourceless");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let daemon = Daemon::start(&ground, &policy(), &[]);
+    await_member(&cgroup, "vpn");
+    passes(&mut world, &cgroup);
+    daemon.kill9();
+    ip_batch(&[], "addr flush dev vpn0\n");
+    let gone = || {
+        let text = crate::kernel::ip_routes("-6", "301");
+        text.contains("dev vpn0")
+    };
+    assert!(gone(), "the way by the interface is still there");
+    // the neighbours are known without an address
+    set_neighbours();
+    for (proto, to) in CASES {
+        let (outcome, _) = ask(&cgroup, proto, to, SILENCE);
+        assert!(!matches!(outcome, Outcome::Answer(_)), "{proto:?} to {to}: {outcome:?}");
+    }
+    let sent = world.wire.packets();
+    assert!(sent.iter().all(|p| ![REMOTE4, REMOTE6].contains(&p.dst.ip())), "{sent:?}");
 }
 
 /// rp_filter of either value, and what check says of it.
