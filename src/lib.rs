@@ -41,3 +41,4 @@ pub mod strays;
 pub mod sys;
 #[cfg(test)]
 pub mod testing;
+pub mod tunnels;

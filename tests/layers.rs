@@ -44,7 +44,10 @@ const LAYERS: &[&[&str]] = &[
     &["cgroup::follow", "plan", "stale", "containers"],
     &["apps"],
     // ... to here, but for the files below
-    &["kernel", "notify", "pidfile", "confine", "listen", "host", "faults", "signals", "strays"],
+    &[
+        "kernel", "notify", "pidfile", "confine", "listen", "host", "faults", "signals", "strays",
+        "tunnels",
+    ],
     &["instance"],
     &["options"],
     &["daemon"],

@@ -24,9 +24,12 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::faults;
 use crate::host::Host;
+use crate::kernel::Kernel;
 use crate::loops;
 use crate::netlink::diag;
+use crate::plan;
 use crate::sys;
+use crate::tunnels;
 
 /// Prints to standard output. A reader that has gone (`cgtproxy show | head`) is no error.
 pub fn print(text: &str) -> Result<ExitCode> {
@@ -46,14 +49,19 @@ pub fn write(text: &str) -> Result<bool> {
     }
 }
 
-/// A line for each proxy whose own traffic comes back to it.
+/// A line for each proxy and each tunnel whose own traffic comes back to it.
 pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
     let listeners = |port| {
         let all = host.listeners.iter().filter(move |listener| listener.port == port);
         all.filter_map(|l| Some(diag::PortOwner { uid: l.uid, cgroup: l.cgroup? })).collect()
     };
     let listeners: Vec<Vec<_>> = config.tproxies.iter().map(|t| listeners(t.port)).collect();
-    loops::find(config, &listeners, |id, uid| core.home(id, uid))
+    let mut lines = loops::find(config, &listeners, |id, uid| core.home(id, uid));
+    if !config.routes.is_empty() {
+        let links = Kernel::open().map(|mut kernel| kernel.links_of(&plan::needs(config)));
+        lines.extend(tunnels::loops(config, core, &links.unwrap_or_default()));
+    }
+    lines
 }
 
 /// A line for each cgroup whose sockets go past its proxy.

@@ -307,3 +307,96 @@ fn kill_switch() {
     expect(&[(&service, under("tunnel"))]);
     expect(&[(&other, under("direct"))]);
 }
+
+/// The tunnel of the examples, as wg-quick would have it.
+fn tunnel(ground: &Ground) {
+    crate::routes::tunnel_to(ground, "wg0");
+}
+
+#[test]
+fn vpn_per_app() {
+    let ground = ground!("exvpn");
+    let mut world = World::new(&ground);
+    let _resolved = Server::start("resolved", &[53]);
+    let [app, service, other] = [
+        "/user.slice/user-1000.slice/user@1000.service/app.slice/app-org.qbittorrent.qBittorrent-7.scope",
+        "/system.slice/transmission-daemon.service",
+        "/system.slice/other.service",
+    ]
+    .map(|path| ground.cgroup(path));
+    let refused = |world: &mut World, when: &str| {
+        for cgroup in [&app, &service] {
+            for remote in [REMOTE4, REMOTE6] {
+                let tcp = Client::tcp(cgroup, addr(remote, 80)).run();
+                assert_eq!(tcp, Outcome::Refused, "{when}");
+                let udp = Client::udp(cgroup, addr(remote, 80)).timeout(SILENCE);
+                assert_eq!(udp.run().who(), "nobody", "{when}");
+            }
+        }
+        assert_eq!(world.wire.to_remote(), [], "{when}");
+    };
+    let daemon = Daemon::start(&ground, &text("vpn-per-app"), &[]);
+    refused(&mut world, "before the tunnel is there");
+    tunnel(&ground);
+    let up = || Client::tcp(&app, addr(REMOTE4, 80)).run() != Outcome::Refused;
+    assert!(crate::wait_until(std::time::Duration::from_secs(5), up));
+    through_tunnel(&mut world, &[&app, &service], "running");
+    for at in [REMOTE4, ip("127.0.0.53")] {
+        let dns = Client::udp(&app, addr(at, 53)).run().who();
+        assert_eq!(dns, "remote 10.8.0.1:53", "{at}");
+    }
+    assert_eq!(world.wire.to_remote(), []);
+    expect(&[(&other, under("direct"))]);
+    world.wire.packets();
+    assert!(daemon.stop().success());
+    through_tunnel(&mut world, &[&app, &service], "stopped");
+    let daemon = Daemon::start(&ground, &text("vpn-per-app"), &[]);
+    daemon.kill9();
+    through_tunnel(&mut world, &[&app, &service], "killed");
+    crate::ground::ip_batch(&[], "link del wg0\n");
+    refused(&mut world, "killed, and the tunnel has gone");
+}
+
+/// Asserts that these cgroups reach the remote hosts, and not by the wire.
+#[track_caller]
+fn through_tunnel(world: &mut World, cgroups: &[&PathBuf], when: &str) {
+    for cgroup in cgroups {
+        expect(&[(cgroup, under("direct"))]);
+    }
+    assert_eq!(world.wire.to_remote(), [], "{when}");
+}
+
+#[test]
+fn tor_and_vpn() {
+    let ground = ground!("extorvpn");
+    let mut world = World::new(&ground);
+    tunnel(&ground);
+    let here = ["127.0.0.1", "::1"].map(|host| addr(ip(host), 9040));
+    let _tor = Server::at("tor", &here);
+    let _dns = Server::at("tor dns", &[addr(ip("127.0.0.1"), 9053)]);
+    let [browser, downloads, own] = [
+        "/user.slice/user-1000.slice/user@1000.service/app.slice/app-org.mozilla.firefox-7.scope",
+        "/system.slice/transmission-daemon.service",
+        "/system.slice/tor.service",
+    ]
+    .map(|path| ground.cgroup(path));
+    let _daemon = Daemon::start(&ground, &text("tor-and-vpn"), &[]);
+    world.wire.packets();
+    through_tunnel(&mut world, &[&downloads], "downloads");
+    for remote in [REMOTE4, REMOTE6] {
+        let to = addr(remote, 80);
+        assert_eq!(Client::tcp(&browser, to).run().who(), format!("tor {to}"));
+        let udp = Client::udp(&browser, addr(remote, 443)).timeout(SILENCE).run();
+        assert!(!udp.who().starts_with("remote"), "{udp:?}");
+    }
+    for (cgroup, at, resolver) in [
+        (&browser, REMOTE4, "tor dns 127.0.0.1:9053"),
+        (&browser, ip("127.0.0.53"), "tor dns 127.0.0.1:9053"),
+        (&downloads, REMOTE4, "remote 10.8.0.1:53"),
+        (&downloads, ip("127.0.0.53"), "remote 10.8.0.1:53"),
+    ] {
+        assert_eq!(Client::udp(cgroup, addr(at, 53)).run().who(), resolver, "{at}");
+    }
+    assert_eq!(left(&mut world), []);
+    expect(&[(&own, under("direct"))]);
+}

@@ -119,7 +119,10 @@ fn passes(world: &mut World, cgroup: &Path) {
             assert_eq!(client.ip().to_string(), own, "{proto:?} to {to}");
         }
     }
-    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+    let mut left = world.wire.to_remote();
+    // what is left of a flow that began directly ends directly
+    left.retain(|packet| packet.dst.port() != STREAM_PORT);
+    assert_eq!(left, [], "left by another interface");
 }
 
 /// Asserts that TCP is refused at once, the rest unanswered, and that nothing leaves.

@@ -1,0 +1,100 @@
+//! Whose program stands behind a tun or tap interface: a tunnel of user space must not send its own
+//! packets by the route that leads into it. It reads /proc, and decides nothing about packets.
+
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use crate::cgroup::core::Core;
+use crate::cgroup::mount;
+use crate::config::{Config, Route, Target};
+use crate::log::Escaped;
+use crate::netlink::link::Link;
+
+/// A line for each route whose tunnel's own packets come back to it, as far as can be seen: the
+/// program that holds the interface, or a tunnel of the kernel, whose packets belong to no cgroup.
+pub fn loops(config: &Config, core: &Core, links: &[Link]) -> Vec<String> {
+    let of =
+        |name: &str| config.routes.iter().enumerate().find(|(_, route)| route.interface == name);
+    let mut lines: Vec<String> = Vec::new();
+    for (name, pid) in holders().iter().filter(|(name, _)| of(name).is_some()) {
+        let (Some((index, route)), Some(target)) = (of(name), target(config, core, *pid)) else {
+            continue;
+        };
+        if target.1 == Target::Route(index as u8) {
+            lines.push(line(
+                route,
+                &format!(
+                    "pid {pid}, which holds it, is in cgroup {}; begin \
+                [rules] with a direct rule for that, or name its user as bypass-user",
+                    target.0
+                ),
+            ));
+        }
+    }
+    for link in links {
+        let kernels = ["wireguard", "gre", "ipip", "sit", "vxlan", "l2tpeth", "amneziawg"];
+        let Some((index, route)) = of(&link.name).filter(|_| kernels.contains(&&*link.kind)) else {
+            continue;
+        };
+        let exempt = !config.bypass_marks.is_empty() || !config.bypass.is_empty();
+        if config.default == Target::Route(index as u8) && !exempt {
+            lines.push(line(
+                route,
+                "its packets belong to no cgroup, and that is the default; name \
+                its FwMark as bypass-mark, or its peer's address as bypass",
+            ));
+        }
+    }
+    lines
+}
+
+fn line(route: &Route, why: &str) -> String {
+    let (name, interface) = (&route.outlet.name, &route.interface);
+    format!(
+        "loop: what the tunnel {interface} of [route {name}] sends itself comes back to it: {why}"
+    )
+}
+
+/// The interfaces of tun devices that processes hold; those of others are seen by root alone.
+fn holders() -> Vec<(String, u32)> {
+    let mut found = Vec::new();
+    for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        for fd in fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten() {
+            let is_tun = fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/dev/net/tun"));
+            if !is_tun {
+                continue;
+            }
+            let info = fs::read_to_string(process.path().join("fdinfo").join(fd.file_name()));
+            let info = info.unwrap_or_default();
+            let name = info.lines().find_map(|line| line.strip_prefix("iff:"));
+            found.extend(name.map(|name| (name.trim().to_string(), pid)));
+        }
+    }
+    found.dedup();
+    found
+}
+
+/// The cgroup of a process, fit to print, and what decides for it; `None` for a bypass-user.
+fn target(config: &Config, core: &Core, pid: u32) -> Option<(String, Target)> {
+    let uid = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
+    if config.bypass_users.contains(&uid) {
+        return None;
+    }
+    let text = fs::read(format!("/proc/{pid}/cgroup")).ok()?;
+    let own = text.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"0::"))?;
+    let root = mount::find(config.cgroup_root.as_deref()).ok()?;
+    let full = [root.mount.as_os_str().as_bytes(), own].concat();
+    let below = full.strip_prefix(root.dir.as_os_str().as_bytes());
+    let mut path = below.filter(|path| path.is_empty() || path.starts_with(b"/"));
+    if path == Some(b"/") {
+        path = Some(b"");
+    }
+    let node = path.and_then(|path| core.tree().get(path));
+    let known = node.and_then(|node| core.home(node.id, uid)).map(|home| home.1);
+    Some((Escaped(own).to_string(), known.unwrap_or(config.default)))
+}
