@@ -674,6 +674,7 @@ impl Daemon<'_> {
             self.warn_of_others(false);
         }
         let Daemon { cgroups, kernel, .. } = self;
+        cgroups.tidy(now);
         cgroups.look_at_dying(now, || kernel.held_cgroups());
         let damage = match notified {
             true => self.kernel.damage(&plan::needs(self.cgroups.core.config())),

@@ -1,10 +1,11 @@
 //! Everything that the kernel should hold, from a configuration and the cgroups there are. Pure.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::os::unix::ffi::OsStrExt;
 
 use crate::cgroup::core::{Core, Delta, Snapshot};
+use crate::cgroup::gates::{Gate, Key};
 use crate::cgroup::mount::Root;
 use crate::config::{Config, Outcome, Route};
 use crate::net::{Family, Mark};
@@ -12,8 +13,8 @@ use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
 use crate::nft::message::{Contents, Transaction, Veth};
 use crate::nft::table::{
-    bridged_rules, dying_name, output_rules, set_name, veth_rule, Content, Element, Entrances,
-    Table, BRIDGED, OUTPUT, TABLE,
+    bridged_rules, classifying, dying_name, gate_names, set_name, veth_rule, Content, Entrances,
+    Shape, Table, BRIDGED, DEPTHS, TABLE,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 
@@ -70,13 +71,14 @@ pub fn routing(config: &Config) -> BTreeSet<Entry> {
 
 /// The table and all that its sets hold, and the chains of veths.
 pub fn contents(config: &Config, snapshot: Snapshot, entrances: &Entrances) -> Contents {
-    let Snapshot { elements, dying, pairs } = snapshot;
+    let Snapshot { elements, dying, gates, shape } = snapshot;
+    let (ids, hashes) = by_set(&gates);
     let cgroups = elements.into_iter().map(|(outcome, ids)| (set_name(config, outcome), ids));
     let dying = dying.into_iter().map(|(outcome, hashes)| (dying_name(config, outcome), hashes));
     Contents {
-        table: table(config, &pairs),
-        cgroups: cgroups.collect(),
-        dying: dying.collect(),
+        table: table(config, &shape),
+        cgroups: cgroups.chain(ids).collect(),
+        dying: dying.chain(hashes).collect(),
         veths: entrances.veths.keys().filter_map(|index| veth(config, entrances, *index)).collect(),
         bridges: entrances.bridges.clone(),
     }
@@ -108,6 +110,19 @@ pub fn enter(config: &Config, before: &Entrances, after: &Entrances, batch: Batc
     transaction
 }
 
+/// What the sets of gates are to hold: the ids, and the hashes.
+fn by_set(gates: &[Gate]) -> (BTreeMap<String, Vec<u64>>, BTreeMap<String, Vec<u32>>) {
+    let (mut ids, mut hashes) = (BTreeMap::new(), BTreeMap::new());
+    for gate in gates {
+        let [by_id, by_hash] = gate_names(gate.stage);
+        match gate.key {
+            Key::Id(id) => ids.entry(by_id).or_insert_with(Vec::new).push(id),
+            Key::Hash(hash) => hashes.entry(by_hash).or_insert_with(Vec::new).push(hash),
+        }
+    }
+    (ids, hashes)
+}
+
 /// One transaction that holds a difference.
 pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     let mut transaction = Transaction::new(batch);
@@ -124,16 +139,29 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     for same in delta.add_dying.chunk_by(|a, b| a.0 == b.0) {
         transaction.add_hashes(&dying_name(config, same[0].0), same.iter().map(|(_, hash)| *hash));
     }
-    if let Some(pairs) = &delta.pairs {
-        transaction.replace_output(&output_rules(config, pairs));
+    let (ids, hashes) = by_set(&delta.delete_gates);
+    ids.into_iter().for_each(|(set, ids)| transaction.delete_cgroups(&set, ids.into_iter()));
+    hashes.into_iter().for_each(|(set, all)| transaction.delete_hashes(&set, all.into_iter()));
+    let (ids, hashes) = by_set(&delta.add_gates);
+    ids.into_iter().for_each(|(set, ids)| transaction.add_cgroups(&set, ids.into_iter()));
+    hashes.into_iter().for_each(|(set, all)| transaction.add_hashes(&set, all.into_iter()));
+    if let Some([before, after]) = &delta.shape {
+        let old = classifying(config, before);
+        for ((chain, rules), _) in
+            classifying(config, after).iter().zip(old).filter(|(new, old)| *new != old)
+        {
+            transaction.replace_rules(chain, rules);
+        }
     }
     transaction
 }
 
-fn table(config: &Config, pairs: &BTreeSet<Element>) -> Table {
+fn table(config: &Config, shape: &Shape) -> Table {
     let mut table = Table::new(config);
-    if let Some(output) = table.chains.iter_mut().find(|chain| chain.name == OUTPUT) {
-        output.rules = output_rules(config, pairs);
+    for (name, rules) in classifying(config, shape) {
+        if let Some(chain) = table.chains.iter_mut().find(|chain| chain.name == name) {
+            chain.rules = rules;
+        }
     }
     table
 }
@@ -144,7 +172,8 @@ pub fn script(core: &mut Core, root: &Root) -> String {
     // as `run` does
     core.keep_dying([]);
     let snapshot = core.snapshot();
-    let table = table(&config, &snapshot.pairs);
+    let table = table(&config, &snapshot.shape);
+    let (_, gone) = by_set(&snapshot.gates);
     // nft finds a cgroup by its path from /sys/fs/cgroup
     let mount = root.dir.strip_prefix(&root.mount).unwrap_or(std::path::Path::new(""));
     let mut out = String::new();
@@ -171,6 +200,7 @@ pub fn script(core: &mut Core, root: &Root) -> String {
                     let of = |outcome: &Outcome| dying_name(&config, *outcome) == set.name;
                     let found = snapshot.dying.iter().filter(|(outcome, _)| of(outcome));
                     let hashes = found.flat_map(|(_, hashes)| hashes);
+                    let hashes = hashes.chain(gone.get(&set.name).into_iter().flatten());
                     ("typeof numgen inc mod 2", hashes.map(u32::to_string).collect())
                 }
                 Content::Cgroups { counters } => {
@@ -203,7 +233,10 @@ fn cgroups(
     text: &mut String,
 ) -> Result<Vec<String>, std::fmt::Error> {
     let mut elements = Vec::new();
-    for (path, ..) in core.elements().filter(|(_, outcome, _)| set_name(config, *outcome) == set) {
+    let own = core.elements().filter(|(_, outcome, _)| set_name(config, *outcome) == set);
+    let own = own.map(|(path, ..)| &path[..]);
+    let stage = (0..DEPTHS.len()).find(|stage| gate_names(*stage)[0] == set);
+    for path in own.chain(stage.into_iter().flat_map(|stage| core.gates(stage))) {
         let full = [mount.as_os_str().as_bytes(), path].concat();
         let full = full.strip_prefix(b"/").unwrap_or(&full);
         match std::str::from_utf8(full) {

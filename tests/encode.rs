@@ -7,11 +7,12 @@ mod libnftnl;
 #[path = "encode/routing.rs"]
 mod routing;
 
-use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 use cgtproxy::cgroup::core::{Delta, Snapshot};
+use cgtproxy::cgroup::dying;
+use cgtproxy::cgroup::gates::Gate;
 use cgtproxy::config::{self, Config, Outcome, Source};
 use cgtproxy::net::{Family, Interface, Mac, Mark, Owner, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
@@ -19,7 +20,7 @@ use cgtproxy::nft::expr::{Expr, SetRef, Verdict};
 use cgtproxy::nft::message::{self, Transaction};
 use cgtproxy::nft::stmt::Stmt;
 use cgtproxy::nft::table::{
-    dying_name, output_rules, set_name, Base, Chain, Content, Element, Set, Table, OUTPUT,
+    classifying, dying_name, set_name, Base, Chain, Content, Element, Set, Shape, Table, OUTPUT,
 };
 use cgtproxy::plan;
 use libnftnl::Reference;
@@ -308,7 +309,7 @@ fn statements() {
     // all of them at once: several anonymous sets in one rule
     let rule = samples();
     same("all", |ours| ours.rule("output", &rule), |theirs| theirs.rule("output", &rule));
-    same("no rules", |ours| ours.replace_output(&[]), |theirs| theirs.flush(OUTPUT));
+    same("no rules", |ours| ours.replace_rules(OUTPUT, &[]), |theirs| theirs.flush(OUTPUT));
 }
 
 /// The reader knows what the writer writes.
@@ -456,15 +457,30 @@ fn snapshot(config: &Config) -> Snapshot {
     let outcomes: Vec<Outcome> = config.outcomes().collect();
     let ids = |n: usize| (1..=1 + n as u64 * 700).map(|id| id << 8 | n as u64).collect();
     let levels = |outcome: &Outcome| {
-        let levels = [(2, false), (3, false), (3, true), (7, true)];
-        levels.map(|(level, hashed)| Element { level, outcome: *outcome, hashed })
+        let levels = [(2, false, false), (3, false, false), (3, true, false), (7, true, true)];
+        levels.map(|(level, hashed, loose)| Element { level, outcome: *outcome, hashed, loose })
     };
     let hashes = |n: usize| (1..=n as u32 * 70).map(|hash| hash << 8 | n as u32).collect();
     Snapshot {
         dying: outcomes.iter().take(3).enumerate().map(|(n, o)| (*o, hashes(n))).collect(),
         elements: outcomes.iter().take(6).enumerate().map(|(n, o)| (*o, ids(n))).collect(),
-        pairs: outcomes.iter().flat_map(levels).collect(),
+        gates: gates(),
+        shape: Shape {
+            base: 1,
+            pairs: outcomes.iter().flat_map(levels).collect(),
+            hashed: [0].into(),
+        },
     }
+}
+
+fn gates() -> Vec<Gate> {
+    let ids = (1..900).map(|id| Gate::new(0, id, false));
+    ids.chain((1..9).map(|id| Gate::new(1, id, true))).collect()
+}
+
+/// The sets of [`gates`].
+fn gate_sets() -> ([u64; 899], Vec<u32>) {
+    (std::array::from_fn(|i| i as u64 + 1), (1..9).map(dying::hash).collect())
 }
 
 #[test]
@@ -477,14 +493,23 @@ fn replacements() {
                 let ours = ours.replacement(flags, Batch::new(SEQ));
                 same_batch("replacement", ours, |theirs| {
                     let mut table = Table::new(&config);
-                    let output = table.chains.iter_mut().find(|chain| chain.name == OUTPUT);
-                    output.unwrap().rules = output_rules(&config, &snapshot.pairs);
+                    for (name, rules) in classifying(&config, &snapshot.shape) {
+                        let chain = table.chains.iter_mut().find(|chain| chain.name == name);
+                        chain.unwrap().rules = rules;
+                    }
                     theirs.replace(&table, flags);
                     for (outcome, ids) in &snapshot.elements {
                         theirs.add_cgroups(&set_name(&config, *outcome), ids);
                     }
+                    let (ids, hashes) = gate_sets();
+                    if !snapshot.gates.is_empty() {
+                        theirs.add_cgroups("gate_1", &ids);
+                    }
                     for (outcome, hashes) in snapshot.dying.iter().filter(|d| !d.1.is_empty()) {
                         theirs.add_hashes(&dying_name(&config, *outcome), hashes);
+                    }
+                    if !snapshot.gates.is_empty() {
+                        theirs.add_hashes("gone_2", &hashes);
                     }
                 });
             }
@@ -495,7 +520,7 @@ fn replacements() {
 #[test]
 fn changes() {
     for config in configs() {
-        let Snapshot { elements, dying, pairs } = snapshot(&config);
+        let Snapshot { elements, dying, gates, shape } = snapshot(&config);
         let hashes = |(outcome, hashes): (&Outcome, &Vec<u32>)| {
             let outcome = *outcome;
             hashes.clone().into_iter().map(move |hash| (outcome, hash))
@@ -511,10 +536,12 @@ fn changes() {
             add: flat,
             delete_dying: hashes.clone(),
             add_dying: hashes,
-            pairs: Some(pairs),
+            delete_gates: gates.clone(),
+            add_gates: gates,
+            shape: Some([Shape::default(), shape.clone()]),
         };
-        let none = Some(BTreeSet::new());
-        for delta in [delta, Delta { pairs: none, ..Delta::default() }] {
+        let none = Some([shape, Shape::default()]);
+        for delta in [delta, Delta { shape: none, ..Delta::default() }] {
             let ours = plan::change(&config, &delta, Batch::new(SEQ));
             same_batch("change", ours, |theirs| {
                 let elements = || elements.iter().filter(|_| !delta.add.is_empty());
@@ -531,9 +558,21 @@ fn changes() {
                 for (outcome, hashes) in dying() {
                     theirs.add_hashes(&dying_name(&config, *outcome), hashes);
                 }
-                theirs.flush(OUTPUT);
-                for rule in output_rules(&config, delta.pairs.as_ref().unwrap()) {
-                    theirs.rule(OUTPUT, &rule);
+                if !delta.add_gates.is_empty() {
+                    let (ids, hashes) = gate_sets();
+                    theirs.delete_cgroups("gate_1", &ids);
+                    theirs.delete_hashes("gone_2", &hashes);
+                    theirs.add_cgroups("gate_1", &ids);
+                    theirs.add_hashes("gone_2", &hashes);
+                }
+                let [before, after] = delta.shape.as_ref().unwrap();
+                let before = classifying(&config, before);
+                for (chain, rules) in classifying(&config, after) {
+                    // what stays the same is left alone
+                    if !before.contains(&(chain.clone(), rules.clone())) {
+                        theirs.flush(&chain);
+                        rules.iter().for_each(|rule| theirs.rule(&chain, rule));
+                    }
                 }
             });
         }

@@ -15,11 +15,12 @@ use cgtproxy::cgroup::backlog::Backlog;
 use cgtproxy::cgroup::core::{Core, Delta};
 use cgtproxy::cgroup::dying;
 use cgtproxy::cgroup::event::{Action, Event, Found, Scan};
+use cgtproxy::cgroup::gates::{self, Gate};
 use cgtproxy::cgroup::tree::{child, depth, parent, Path};
 use cgtproxy::config::{self, Config, Outcome, RuleLine, Source, Target};
 use cgtproxy::nft::expr::Verdict;
 use cgtproxy::nft::stmt::Stmt;
-use cgtproxy::nft::table::{self, output_rules, Element, Table};
+use cgtproxy::nft::table::{self, classifying, Element, Shape, Table, DEPTHS, OUTPUT};
 use nix::errno::Errno;
 
 /// Level of the cgroup root.
@@ -53,6 +54,9 @@ struct Host {
     queue: VecDeque<Event>,
     /// Removed directories that something still holds: id to path.
     held: BTreeMap<u64, Vec<u8>>,
+    /// The ancestors of all that there has been, itself included: by id, their ids from the
+    /// outermost on.
+    lineages: BTreeMap<u64, Vec<u64>>,
     /// What the core wants watched.
     found: Vec<Found>,
     /// What it wants to look at, and can wait.
@@ -126,6 +130,10 @@ impl Host {
 
     fn make(&mut self, path: Vec<u8>) {
         if !self.dirs.contains_key(&path) {
+            let above = parent(&path).map(|above| self.dirs[above]);
+            let mut lineage = above.and_then(|id| self.lineages.get(&id)).cloned();
+            lineage.get_or_insert_default().push(self.next_id);
+            self.lineages.insert(self.next_id, lineage.unwrap_or_default());
             self.dirs.insert(path.clone(), self.next_id);
             self.next_id += 1;
             self.tell(&path);
@@ -145,6 +153,18 @@ impl Host {
         let count =
             self.dirs.contains_key(&path[..]).then(|| self.held.values().filter(below).count());
         Event::Dying { path, count: count.map(|count| count as u64) }
+    }
+
+    /// The gates that a cgroup with this id is, or was, at or below.
+    fn gates(&self, id: u64) -> Vec<Gate> {
+        let lineage = &self.lineages[&id];
+        let at = |(stage, depth): (usize, &usize)| {
+            let id = *lineage.get(depth - 1)?;
+            let path = self.dirs.iter().find(|(_, living)| **living == id);
+            let shown = path.is_some_and(|(path, _)| dying::is_listable(path));
+            Some(Gate::new(stage, id, !shown))
+        };
+        DEPTHS.iter().enumerate().filter_map(at).collect()
     }
 
     /// What a look finds.
@@ -265,7 +285,8 @@ fn verdict(config: &Config, path: &[u8]) -> Outcome {
 struct Kernel {
     sets: BTreeMap<u64, Outcome>,
     dying: BTreeSet<(Outcome, u32)>,
-    pairs: BTreeSet<Element>,
+    gates: BTreeSet<Gate>,
+    shape: Shape,
     /// Removed cgroups whose elements were deleted.
     owed: BTreeSet<u64>,
 }
@@ -297,8 +318,15 @@ impl Kernel {
         for element in delta.add_dying {
             assert!(self.dying.insert(element), "adds what is there");
         }
-        if let Some(pairs) = delta.pairs {
-            self.pairs = pairs;
+        for gate in delta.delete_gates {
+            assert!(self.gates.remove(&gate), "deletes what is not there");
+        }
+        for gate in delta.add_gates {
+            assert!(self.gates.insert(gate), "adds what is there");
+        }
+        if let Some([before, after]) = delta.shape {
+            assert_eq!(self.shape, before);
+            self.shape = after;
         }
     }
 
@@ -312,7 +340,8 @@ impl Kernel {
         for (target, hashes) in snapshot.dying {
             self.dying.extend(hashes.into_iter().map(|hash| (target, hash)));
         }
-        self.pairs = snapshot.pairs;
+        self.gates = snapshot.gates.into_iter().collect();
+        self.shape = snapshot.shape;
     }
 
     /// What must hold for the living: those that nft cannot show are among the dying.
@@ -328,10 +357,25 @@ impl Kernel {
                     false => wanted.sets.extend([(*id, outcome)]),
                 }
                 let level = (base + depth(path)) as u8;
-                wanted.pairs.insert(Element { level, outcome, hashed });
+                wanted.shape.pairs.insert(Element { level, outcome, hashed, loose: false });
+                wanted.gates.extend(host.gates(*id));
             }
         }
         wanted
+    }
+
+    /// What is not below a gate meets no rule that decides: every element must be below one of
+    /// each stage up to its own, as long as it is there.
+    fn check_gates(&self, core: &Core, host: &Host, wanted: &Kernel) {
+        let mut gates = wanted.gates.clone();
+        for dying in core.dying() {
+            let of = |id: &&u64| dying::hash(**id) == dying.hash;
+            let id = host.lineages.keys().find(of).expect("an id that was given");
+            gates.extend(host.gates(*id));
+        }
+        assert_eq!(self.gates, gates);
+        let hashed = gates.iter().filter(|gate| matches!(gate.key, gates::Key::Hash(_)));
+        assert_eq!(self.shape.hashed, hashed.map(|gate| gate.stage).collect());
     }
 
     /// What was removed and is held has the target of its path, and nothing that lives is among it
@@ -349,8 +393,12 @@ impl Kernel {
         listed.extend(&wanted.dying);
         assert_eq!(self.dying, listed);
         let mut pairs: BTreeSet<Element> = core.dying().map(|d| d.element()).collect();
-        pairs.extend(&wanted.pairs);
-        assert_eq!(self.pairs, pairs);
+        pairs.extend(&wanted.shape.pairs);
+        // and some that nothing needs any more; not those of removed ones
+        let idle: Vec<_> = self.shape.pairs.difference(&pairs).collect();
+        assert!(idle.iter().all(|pair| !pair.hashed && core.has_idle()), "{idle:?}");
+        assert!(pairs.is_subset(&self.shape.pairs));
+        self.check_gates(core, host, wanted);
     }
 }
 
@@ -364,11 +412,17 @@ fn target_of(
     (uid, gid): (u32, u32),
 ) -> Target {
     let holds = |set: &str, id: u64| {
+        let own = |gate: &&Gate| gate.key == gates::Key::Id(id);
+        let mut gates = kernel.gates.iter().filter(own);
         kernel.sets.get(&id).is_some_and(|outcome| table::set_name(config, *outcome) == set)
+            || gates.any(|gate| table::gate_names(gate.stage)[0] == set)
     };
     let holds_hash = |set: &str, id: u64| {
         let mut own = kernel.dying.iter().filter(|(_, hash)| *hash == dying::hash(id));
+        let gone = |gate: &&Gate| gate.key == gates::Key::Hash(dying::hash(id));
+        let mut gates = kernel.gates.iter().filter(gone);
         own.any(|(outcome, _)| table::dying_name(config, *outcome) == set)
+            || gates.any(|gate| table::gate_names(gate.stage)[1] == set)
     };
     let id = |level: &u8| ids.get(usize::from(*level).checked_sub(BASE + 1)?).copied();
     let test = |stmt: &Stmt| match stmt {
@@ -379,9 +433,17 @@ fn target_of(
         // on its way out, of a flow that is not known
         _ => false,
     };
-    let mut stack = vec![output_rules(config, &kernel.pairs).into_iter()];
-    while let Some(rules) = stack.last_mut() {
-        let Some(rule) = rules.next() else {
+    let own = classifying(config, &kernel.shape);
+    let rules = |name: &str| match own.iter().find(|(own, _)| own == name) {
+        Some((_, rules)) => rules.clone().into_iter(),
+        None => {
+            let chain = table.chains.iter().find(|chain| chain.name == name).expect("a chain");
+            chain.rules.clone().into_iter()
+        }
+    };
+    let mut stack = vec![rules(OUTPUT)];
+    while let Some(rest) = stack.last_mut() {
+        let Some(rule) = rest.next() else {
             stack.pop();
             continue;
         };
@@ -398,8 +460,7 @@ fn target_of(
         if matches!(verdict, Verdict::Goto(_)) {
             stack.pop();
         }
-        let chain = table.chains.iter().find(|chain| chain.name == *name).expect("a chain");
-        stack.push(chain.rules.clone().into_iter());
+        stack.push(rules(name));
     }
     config.default
 }
@@ -531,7 +592,8 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
             92..94 => {
                 host.max_watches = if random.one_in(2) { random.below(12) } else { usize::MAX }
             }
-            94..97 => {
+            94..95 => core.step(Event::Tidy, &mut actions),
+            95..97 => {
                 core.step(Event::Retry, &mut actions);
                 done += act(&mut core, &mut host, actions, &mut random);
                 while watch(&mut core, &mut host, &mut random) {}
@@ -637,4 +699,38 @@ fn a_million_steps() {
     }
     println!("{steps} steps, {} seeds, exact at {quiet} quiet moments", seed - 1);
     assert!(quiet > 1000 && owned > 500, "{quiet} {owned}");
+}
+
+/// Between the end of a service and its next start the rules stay: the first packet after that must
+/// not wait for them to be made anew. Not for ever.
+#[test]
+fn rules_stay_for_a_service_that_starts_again() {
+    let policies = policies();
+    let mut core = Core::new(policies[0].clone(), b"", 0);
+    core.keep_dying([]);
+    let mut step = |event| {
+        let mut actions = Vec::new();
+        core.step(event, &mut actions);
+        (core.take_delta().shape, core.has_idle())
+    };
+    let found = |path: &[u8], id| {
+        Event::Found(Found { path: path.into(), id, foreign: false, late: false })
+    };
+    let gone = |path: &[u8]| Event::Gone { path: path.into() };
+    step(found(b"", 1));
+    let (first, idle) = step(found(b"/a", 2));
+    assert!(first.is_some() && !idle);
+    // what is removed is matched in another way
+    let (dying, idle) = step(gone(b"/a"));
+    assert!(dying.is_some_and(|[_, after]| after.pairs.len() == 2) && idle);
+    assert_eq!(step(found(b"/a", 3)), (None, false));
+    step(gone(b"/a"));
+    step(Event::Dying { path: (*b"").into(), count: Some(0) });
+    assert_eq!(step(Event::Tidy), (None, true));
+    assert_eq!(step(found(b"/a", 4)), (None, false));
+    step(gone(b"/a"));
+    step(Event::Dying { path: (*b"").into(), count: Some(0) });
+    assert_eq!(step(Event::Tidy), (None, true));
+    let (last, idle) = step(Event::Tidy);
+    assert!(last.is_some_and(|[_, after]| after.pairs.is_empty()) && !idle);
 }

@@ -9,10 +9,11 @@ use nix::errno::Errno;
 use super::blind::Blind;
 use super::dying::{self, Dying};
 use super::event::{Action, Event, Found, Note, Scan};
+use super::gates::{self, Above, Gate, Gates};
 use super::ranking::Ranking;
 use super::tree::{self, Node, Path, Tree};
 use crate::config::{Config, Outcome, Target};
-use crate::nft::table::Element;
+use crate::nft::table::{Element, Shape, Stage, DEPTHS};
 use crate::policy::{self, Decision};
 
 /// The difference between what the kernel's sets hold and what they should hold.
@@ -24,15 +25,18 @@ pub struct Delta {
     /// The same for cgroups that are matched by their hashes.
     pub delete_dying: Vec<dying::Key>,
     pub add_dying: Vec<dying::Key>,
-    /// The pairs in use, where they changed: `output` has to be rebuilt.
-    pub pairs: Option<BTreeSet<Element>>,
+    pub delete_gates: Vec<Gate>,
+    pub add_gates: Vec<Gate>,
+    /// What the rules were made for, and what they are needed for now, where that is not the same.
+    pub shape: Option<[Shape; 2]>,
 }
 
 impl Delta {
     pub fn is_empty(&self) -> bool {
         let no_cgroups = self.delete.is_empty() && self.add.is_empty();
         let no_hashes = self.delete_dying.is_empty() && self.add_dying.is_empty();
-        no_cgroups && no_hashes && self.pairs.is_none()
+        let no_gates = self.delete_gates.is_empty() && self.add_gates.is_empty();
+        no_cgroups && no_hashes && no_gates && self.shape.is_none()
     }
 }
 
@@ -41,7 +45,8 @@ impl Delta {
 pub struct Snapshot {
     pub elements: BTreeMap<Outcome, Vec<u64>>,
     pub dying: BTreeMap<Outcome, Vec<u32>>,
-    pub pairs: BTreeSet<Element>,
+    pub gates: Vec<Gate>,
+    pub shape: Shape,
 }
 
 /// How many changes memory is kept for.
@@ -57,8 +62,13 @@ pub struct Core {
     tree: Tree,
     /// Elements in use, counted by pair.
     pairs: BTreeMap<Element, usize>,
-    /// The pairs that `output` has rules for.
-    committed_pairs: BTreeSet<Element>,
+    /// Pairs whose last element is gone, and whether that was so at the last [`Event::Tidy`]. Their
+    /// rules stay for a while: most often a service starts again.
+    idle: BTreeMap<Element, bool>,
+    /// What elements are below.
+    gates: Gates,
+    /// What the kernel has rules for.
+    committed: Shape,
     /// By cgroup id: the target in the kernel's sets, and the one that should be there.
     /// Its memory stays: to allocate and free it for each transaction costs musl a mmap(2).
     pending: HashMap<u64, (Option<Outcome>, Option<Outcome>)>,
@@ -89,7 +99,9 @@ impl Core {
             listable: dying::is_listable(root),
             tree: Tree::default(),
             pairs: BTreeMap::new(),
-            committed_pairs: BTreeSet::new(),
+            idle: BTreeMap::new(),
+            gates: Gates::default(),
+            committed: Shape::default(),
             pending: HashMap::new(),
             dying: None,
             blind: Blind::default(),
@@ -155,6 +167,11 @@ impl Core {
     /// Those cgroups by their ids, and the targets by which they went; once.
     pub fn take_late(&mut self) -> HashMap<u64, Outcome> {
         std::mem::take(&mut self.late)
+    }
+
+    /// Whether there are rules that nothing needs now.
+    pub fn has_idle(&self) -> bool {
+        !self.idle.is_empty()
     }
 
     /// Keeps those that are removed from now on in the kernel for as long as sockets may hold them,
@@ -237,6 +254,7 @@ impl Core {
                 });
                 self.let_go(|list| list.seen(&ids));
             }
+            Event::Tidy => self.idle.retain(|_, before| !std::mem::replace(before, true)),
             Event::Retry => {
                 let turn = self.blind.turn();
                 actions.extend(turn.into_iter().map(|path| self.scan(path, true)));
@@ -309,9 +327,12 @@ impl Core {
                 }
             };
             self.count_pair(dying.element(), false);
-            if let Some(outcome) = outcome {
-                dying.outcome = outcome;
-                self.keep(dying);
+            match outcome {
+                Some(outcome) => {
+                    dying.outcome = outcome;
+                    self.put(dying);
+                }
+                None => self.gates.release(&dying.gates),
             }
         }
         old
@@ -337,6 +358,7 @@ impl Core {
                 self.place(&path, node.id, node.element, element);
             }
         }
+        self.idle.clear();
     }
 
     /// The net difference since the last commit. The caller commits it, or replaces the table.
@@ -354,10 +376,12 @@ impl Core {
         if let Some(dying) = &mut self.dying {
             (delta.delete_dying, delta.add_dying) = dying.take_changes();
         }
+        (delta.delete_gates, delta.add_gates) = self.gates.take_changes();
         self.pending.shrink_to(USUAL);
-        if !self.pairs.keys().eq(&self.committed_pairs) {
-            self.committed_pairs = self.pairs.keys().copied().collect();
-            delta.pairs = Some(self.committed_pairs.clone());
+        let shape = self.shape();
+        if shape != self.committed {
+            let before = std::mem::replace(&mut self.committed, shape.clone());
+            delta.shape = Some([before, shape]);
         }
         delta
     }
@@ -371,13 +395,34 @@ impl Core {
     /// Everything, for a replacement of the table; what was pending is in it.
     pub fn snapshot(&mut self) -> Snapshot {
         self.pending = HashMap::new();
-        self.committed_pairs = self.pairs.keys().copied().collect();
+        self.committed = self.shape();
         let mut elements: BTreeMap<Outcome, Vec<u64>> = BTreeMap::new();
         for (_, outcome, id) in self.elements() {
             elements.entry(outcome).or_default().push(id);
         }
         let dying = self.dying.as_mut().map(dying::List::snapshot).unwrap_or_default();
-        Snapshot { elements, dying, pairs: self.committed_pairs.clone() }
+        let gates = self.gates.snapshot();
+        Snapshot { elements, dying, gates, shape: self.committed.clone() }
+    }
+
+    /// What rules are needed for.
+    fn shape(&self) -> Shape {
+        let stages = 0..DEPTHS.len();
+        Shape {
+            base: self.base_level,
+            pairs: self.pairs.keys().chain(self.idle.keys()).copied().collect(),
+            hashed: stages.filter(|stage| self.gates.has_hashed(*stage)).collect(),
+        }
+    }
+
+    /// The living cgroups that are gates of a stage, by their paths.
+    pub fn gates(&self, stage: Stage) -> BTreeSet<&[u8]> {
+        let below = self.elements().map(|(path, ..)| path);
+        let hashed =
+            self.tree.iter().filter(|(path, node)| node.element.is_some() && self.is_hashed(path));
+        let all = below.chain(hashed.map(|(path, _)| path)).flat_map(|path| gates::above(path));
+        let all = all.filter(|(n, path)| *n == stage && !self.is_hashed(path));
+        all.map(|(_, path)| path).collect()
     }
 
     fn scan(&self, path: Path, deep: bool) -> Action {
@@ -484,16 +529,22 @@ impl Core {
 
     /// Forgets a cgroup and all below it.
     fn gone(&mut self, path: &Path, actions: &mut Vec<Action>) {
-        let mut paths: Vec<Path> = self.tree.below(path).map(|(p, _)| p.clone()).collect();
-        paths.push(path.clone());
-        for path in paths {
+        let below = self.tree.below(path).map(|(p, _)| p.clone());
+        // children before their parents, which they are counted below
+        let mut paths: Vec<Path> = [path.clone()].into_iter().chain(below).collect();
+        while let Some(path) = paths.pop() {
             self.blind.remove(&path);
-            let Some(node) = self.tree.remove(&path) else {
+            let Some(node) = self.tree.get(&path).copied() else {
                 continue;
             };
             actions.extend(node.wd.map(Action::Unwatch));
             self.late.remove(&node.id);
+            let gates: Vec<Above> = self.above(&path).map(|(stage, id, _)| (stage, id)).collect();
             self.place(&path, node.id, node.element, None);
+            self.tree.remove(&path);
+            if let Some(stage) = gates::stage(&path) {
+                self.gates.went(stage, node.id);
+            }
             if let Some(draft) = &mut self.draft {
                 draft.went(&path, &node);
             }
@@ -502,7 +553,7 @@ impl Core {
                     actions.push(Action::Tell(Note::Crowded));
                 }
                 let level = self.level(&path);
-                self.keep(Dying::new(node.id, level, outcome, path.clone()));
+                self.keep(Dying::new(node.id, level, outcome, path.clone(), gates));
                 actions.push(Action::Tell(Note::Classified { path, outcome: None }));
             }
         }
@@ -551,7 +602,18 @@ impl Core {
     fn count(&mut self, path: &[u8], element: Option<Outcome>, up: bool) {
         let Some(outcome) = element else { return };
         let hashed = self.is_hashed(path);
-        self.count_pair(Element { level: self.level(path), outcome, hashed }, up);
+        self.count_pair(Element { level: self.level(path), outcome, hashed, loose: false }, up);
+        let gates = self.above(path).map(|(stage, id, hashed)| Gate::new(stage, id, hashed));
+        let gates: Vec<Gate> = gates.collect();
+        gates.into_iter().for_each(|gate| self.gates.count(gate, up));
+    }
+
+    /// The living gates that a path is at or below: stage, cgroup id, whether by its hash.
+    fn above<'a>(&'a self, path: &'a [u8]) -> impl Iterator<Item = (Stage, u64, bool)> + 'a {
+        gates::above(path).filter_map(|(stage, path)| {
+            let node = self.tree.get(path)?;
+            Some((stage, node.id, self.is_hashed(path)))
+        })
     }
 
     /// The level of a path that is not too deep.
@@ -567,21 +629,46 @@ impl Core {
         }
         if *count == 0 {
             self.pairs.remove(&pair);
+            // what is removed does not come again
+            if !pair.hashed {
+                self.idle.insert(pair, false);
+            }
+        } else if up {
+            self.idle.remove(&pair);
         }
     }
 
     /// Keeps a removed cgroup, where the kernel can match it.
     fn keep(&mut self, dying: Dying) {
+        if self.dying.is_none() {
+            return;
+        }
+        for (stage, id) in dying.gates.clone() {
+            // those above live still
+            let living = self.above(dying.path.as_deref().unwrap_or_default());
+            let living = living.filter(|above| above.1 == id).map(|above| above.2).next();
+            self.gates.count(Gate::new(stage, id, living.unwrap_or(true)), true);
+        }
+        self.put(dying);
+    }
+
+    /// The same, of one whose gates are counted.
+    fn put(&mut self, dying: Dying) {
         let Some(list) = &mut self.dying else { return };
         let pair = dying.element();
         let oldest = list.push(dying);
         self.count_pair(pair, true);
-        oldest.into_iter().for_each(|pair| self.count_pair(pair, false));
+        oldest.into_iter().for_each(|oldest| self.forget(&oldest));
     }
 
-    fn let_go(&mut self, release: impl FnOnce(&mut dying::List) -> Vec<Element>) {
+    fn let_go(&mut self, release: impl FnOnce(&mut dying::List) -> Vec<Dying>) {
         let released = self.dying.as_mut().map(release).unwrap_or_default();
-        released.into_iter().for_each(|pair| self.count_pair(pair, false));
+        released.iter().for_each(|dying| self.forget(dying));
+    }
+
+    fn forget(&mut self, dying: &Dying) {
+        self.count_pair(dying.element(), false);
+        self.gates.release(&dying.gates);
     }
 
     fn is_listable(&self, path: &[u8]) -> bool {

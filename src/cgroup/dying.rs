@@ -9,6 +9,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 
+use super::gates::Above;
+use super::tally::Tally;
 use super::tree::{self, Path, Tree};
 use crate::config::Outcome;
 use crate::nft::table::Element;
@@ -23,18 +25,20 @@ pub struct Dying {
     pub outcome: Outcome,
     /// Where it was; `None` for one that is known from a table alone.
     pub path: Option<Path>,
+    /// The gates that it was at or below.
+    pub gates: Vec<Above>,
     /// How many looks in a row have found no socket of it.
     quiet: u8,
 }
 
 impl Dying {
-    pub fn new(id: u64, level: u8, outcome: Outcome, path: Path) -> Dying {
-        Dying { hash: hash(id), level, outcome, path: Some(path), quiet: 0 }
+    pub fn new(id: u64, level: u8, outcome: Outcome, path: Path, gates: Vec<Above>) -> Dying {
+        Dying { hash: hash(id), level, outcome, path: Some(path), gates, quiet: 0 }
     }
 
     /// One that the sets of a table hold.
     pub fn known_by(hash: u32, level: u8, outcome: Outcome) -> Dying {
-        Dying { hash, level, outcome, path: None, quiet: 0 }
+        Dying { hash, level, outcome, path: None, gates: Vec::new(), quiet: 0 }
     }
 
     fn key(&self) -> Key {
@@ -43,7 +47,8 @@ impl Dying {
 
     /// The element that matches it.
     pub fn element(&self) -> Element {
-        Element { level: self.level, outcome: self.outcome, hashed: true }
+        let loose = self.path.is_none();
+        Element { level: self.level, outcome: self.outcome, hashed: true, loose }
     }
 }
 
@@ -55,9 +60,7 @@ pub type Key = (Outcome, u32);
 pub struct List {
     all: VecDeque<Dying>,
     /// How many cgroups make one element of a set: these, and living ones.
-    elements: BTreeMap<Key, usize>,
-    /// Elements that have come or gone, and whether the kernel has them.
-    changed: BTreeMap<Key, bool>,
+    elements: Tally<Key>,
 }
 
 /// Most that are kept: nobody can make the kernel's sets grow without end.
@@ -85,12 +88,12 @@ impl List {
     }
 
     /// Takes one in. The oldest goes where there are too many: it is returned.
-    pub fn push(&mut self, dying: Dying) -> Option<Element> {
+    pub fn push(&mut self, dying: Dying) -> Option<Dying> {
         self.count(dying.key(), true);
         self.all.push_back(dying);
         match self.all.len() > MOST {
             false => None,
-            true => self.all.pop_front().map(|oldest| self.forget(&oldest)),
+            true => self.all.pop_front().inspect(|oldest| self.forget(oldest)),
         }
     }
 
@@ -99,25 +102,26 @@ impl List {
         self.count((outcome, hash(id)), so);
     }
 
-    /// Lets those go that do not match, and gives their elements.
-    pub fn retain(&mut self, keep: impl Fn(&Dying) -> bool) -> Vec<Element> {
+    /// Lets those go that do not match, and gives them.
+    pub fn retain(&mut self, keep: impl Fn(&Dying) -> bool) -> Vec<Dying> {
         let gone: Vec<Dying> = self.all.iter().filter(|dying| !keep(dying)).cloned().collect();
         self.all.retain(keep);
         self.all.shrink_to(USUAL);
-        gone.iter().map(|dying| self.forget(dying)).collect()
+        gone.iter().for_each(|dying| self.forget(dying));
+        gone
     }
 
     /// Takes all out, to be put back with other targets.
     pub fn take(&mut self) -> Vec<Dying> {
         let all: Vec<Dying> = self.all.drain(..).collect();
-        all.iter().for_each(|dying| self.count(dying.key(), false));
+        all.iter().for_each(|dying| self.forget(dying));
         all
     }
 
     /// A look at the sockets: `held` are the cgroups that they hold, but for those that live.
     /// Those that no socket has held for some looks go. Where a socket holds a cgroup that is not
     /// known at all, which may be below any of these, they stay.
-    pub fn seen(&mut self, held: &HashSet<u64>) -> Vec<Element> {
+    pub fn seen(&mut self, held: &HashSet<u64>) -> Vec<Dying> {
         let held: BTreeSet<u32> = held.iter().map(|id| hash(*id)).collect();
         let own: BTreeSet<u32> = self.all.iter().map(|dying| dying.hash).collect();
         let all_known = held.is_subset(&own);
@@ -136,7 +140,7 @@ impl List {
     }
 
     /// Nothing below that living cgroup is dying any more.
-    pub fn released(&mut self, above: &[u8]) -> Vec<Element> {
+    pub fn released(&mut self, above: &[u8]) -> Vec<Dying> {
         self.retain(|dying| match &dying.path {
             Some(path) => !path.strip_prefix(above).is_some_and(|rest| rest.starts_with(b"/")),
             None => !above.is_empty(),
@@ -145,42 +149,24 @@ impl List {
 
     /// The kernel's elements that are to go, and to come.
     pub fn take_changes(&mut self) -> (Vec<Key>, Vec<Key>) {
-        let (mut delete, mut add) = (Vec::new(), Vec::new());
-        for (element, was) in std::mem::take(&mut self.changed) {
-            match (was, self.elements.contains_key(&element)) {
-                (true, false) => delete.push(element),
-                (false, true) => add.push(element),
-                _ => {}
-            }
-        }
-        (delete, add)
+        self.elements.take_changes()
     }
 
     /// All elements; the kernel has them from now on.
     pub fn snapshot(&mut self) -> BTreeMap<Outcome, Vec<u32>> {
-        self.changed.clear();
         let mut elements: BTreeMap<Outcome, Vec<u32>> = BTreeMap::new();
-        for (outcome, hash) in self.elements.keys() {
+        for (outcome, hash) in self.elements.snapshot() {
             elements.entry(*outcome).or_default().push(*hash);
         }
         elements
     }
 
-    fn forget(&mut self, dying: &Dying) -> Element {
+    fn forget(&mut self, dying: &Dying) {
         self.count(dying.key(), false);
-        dying.element()
     }
 
     fn count(&mut self, element: Key, up: bool) {
-        let count = self.elements.entry(element).or_default();
-        let was = *count > 0;
-        *count = if up { *count + 1 } else { count.saturating_sub(1) };
-        if *count == 0 {
-            self.elements.remove(&element);
-        }
-        if was != self.elements.contains_key(&element) {
-            self.changed.entry(element).or_insert(was);
-        }
+        self.elements.count(element, up);
     }
 }
 
@@ -232,7 +218,7 @@ mod tests {
     const DROP: Outcome = Outcome { target: Target::Drop, class: 0 };
 
     fn dying(id: u64, path: &str) -> Dying {
-        Dying::new(id, 3, DROP, path.as_bytes().into())
+        Dying::new(id, 3, DROP, path.as_bytes().into(), Vec::new())
     }
 
     fn hashes(list: &List) -> Vec<u32> {

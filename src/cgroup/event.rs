@@ -49,6 +49,8 @@ pub enum Event {
     Dying { path: Path, count: Option<u64> },
     /// All cgroups that sockets hold.
     Held { ids: HashSet<u64> },
+    /// Time to let go of rules that nothing has needed for a while.
+    Tidy,
 }
 
 /// Something to do.

@@ -40,6 +40,9 @@ const MOST: usize = 16_384;
 /// between two; mostly the kernel is done with it within some 20 ms.
 const DYING: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(150));
 
+/// How often rules are let go that nothing needed all that time.
+const TIDY: Duration = Duration::from_secs(60);
+
 /// A directory tree under watch, and what is known of it.
 pub struct Cgroups {
     pub root: Root,
@@ -65,6 +68,8 @@ pub struct Cgroups {
     held: Instant,
     /// That there are too many of them has been told.
     crowded: bool,
+    /// When to let go of rules that nothing needs any more.
+    tidy: Option<Instant>,
     /// Memory for what the core asks.
     actions: Vec<Action>,
     /// A cgroup has come that a tproxy has.
@@ -133,6 +138,7 @@ impl Cgroups {
             dying_pause: DYING.0,
             held: now,
             crowded: false,
+            tidy: None,
             actions: Vec::new(),
             proxied: false,
             ruled: Vec::new(),
@@ -153,7 +159,7 @@ impl Cgroups {
 
     /// When something is to be done without an event.
     pub fn due(&self) -> Option<Instant> {
-        [self.look_again, self.dying].into_iter().flatten().min()
+        [self.look_again, self.dying, self.tidy].into_iter().flatten().min()
     }
 
     /// Hands an event to the core, and does what it asks.
@@ -255,6 +261,9 @@ impl Cgroups {
                 Action::Tell(_) => {}
             }
         }
+        if self.tidy.is_none() && self.core.has_idle() {
+            self.tidy = Some(Instant::now() + TIDY);
+        }
     }
 
     fn tell(&mut self, note: Note) {
@@ -315,6 +324,13 @@ impl Cgroups {
             self.look_again = Some(now + span(Pause::Usual));
         }
         due
+    }
+
+    /// Lets go of rules that nothing needs any more, where that is due.
+    pub fn tidy(&mut self, now: Instant) {
+        if self.tidy.take_if(|at| *at <= now).is_some() {
+            self.step(Event::Tidy);
+        }
     }
 
     /// Looks which of the removed cgroups are dead, where that is due; `held` asks for all cgroups that

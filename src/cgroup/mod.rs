@@ -1,5 +1,6 @@
 //! The cgroup tree: where it is mounted ([`mount`]), the model of it ([`tree`]) and what follows from
-//! that ([`core`]: [`event`]s in and actions out, a policy's [`ranking`], the [`dying`], the [`blind`]),
+//! that ([`core`]: [`event`]s in and actions out, a policy's [`ranking`], the [`dying`], the [`blind`],
+//! which subtrees hold elements, [`gates`]),
 //! watching it ([`watch`]), and all of that going on by turns ([`follow`], [`backlog`]).
 
 pub mod backlog;
@@ -8,7 +9,9 @@ pub mod core;
 pub mod dying;
 pub mod event;
 pub mod follow;
+pub mod gates;
 pub mod mount;
 pub mod ranking;
+pub mod tally;
 pub mod tree;
 pub mod watch;

@@ -135,11 +135,6 @@ impl Transaction {
         self.table_of(PROBE, NFT_MSG_DELTABLE, 0, None, None);
     }
 
-    /// Replaces the rules of `output`.
-    pub fn replace_output(&mut self, rules: &[Rule]) {
-        self.replace_rules(OUTPUT, rules);
-    }
-
     /// Replaces the rules of a chain.
     pub fn replace_rules(&mut self, chain: &str, rules: &[Rule]) {
         let open = self.begin(NFT_MSG_DELRULE, 0);

@@ -23,6 +23,29 @@ pub struct Element {
     pub outcome: Outcome,
     /// Of cgroups that are matched by their hash; see [`crate::cgroup::dying`].
     pub hashed: bool,
+    /// Of removed ones of which nothing tells what gates they were below.
+    pub loose: bool,
+}
+
+/// The depths of gates below the cgroup root. Each leads to the pairs from there to the next one.
+pub const DEPTHS: [usize; 5] = [1, 2, 4, 8, 16];
+
+/// The place of a depth in [`DEPTHS`].
+pub type Stage = usize;
+
+/// The depths from a stage's gates to the next.
+fn depths(stage: Stage) -> std::ops::Range<usize> {
+    DEPTHS[stage]..DEPTHS.get(stage + 1).copied().unwrap_or(usize::MAX)
+}
+
+/// What the rules that classify depend on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Shape {
+    /// Level of the cgroup root.
+    pub base: usize,
+    pub pairs: BTreeSet<Element>,
+    /// The stages that have gates by their hashes.
+    pub hashed: BTreeSet<Stage>,
 }
 
 /// Where what containers send comes into this host.
@@ -81,6 +104,16 @@ pub fn set_name(config: &Config, outcome: Outcome) -> String {
     named("cg", config, outcome)
 }
 
+/// The names of the sets that hold the gates of a stage, by their ids and by their hashes.
+pub fn gate_names(stage: Stage) -> [String; 2] {
+    ["gate", "gone"].map(|what| format!("{what}_{}", DEPTHS[stage]))
+}
+
+/// The chain that a stage's gates lead to.
+pub fn below_name(stage: Stage) -> String {
+    format!("below_{}", DEPTHS[stage])
+}
+
 /// The name of the set that holds cgroups by their hashes: removed ones, and those whose path nft
 /// cannot print.
 pub fn dying_name(config: &Config, outcome: Outcome) -> String {
@@ -112,6 +145,11 @@ impl Table {
                 .outcomes()
                 .map(|outcome| Set { name: dying_name(config, outcome), content: Content::Hashes }),
         );
+        sets.extend((0..DEPTHS.len()).flat_map(|stage| {
+            let [ids, hashes] = gate_names(stage);
+            let content = Content::Cgroups { counters: false };
+            [Set { name: ids, content }, Set { name: hashes, content: Content::Hashes }]
+        }));
         sets.extend(config.gateways.iter().flat_map(source_sets));
         sets.extend(config.outlets().flat_map(destination_sets));
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
@@ -157,6 +195,8 @@ impl Table {
         let owners = |class| chain(owners_name(class), owner_rules(config, class));
         chains.extend(classes.into_iter().map(owners));
         chains.extend(behind().map(|outcome| behind_owners_chain(config, outcome)));
+        let deepest_first = (0..DEPTHS.len()).rev();
+        chains.extend(deepest_first.map(|stage| chain(below_name(stage), Vec::new())));
         chains.push(Chain {
             name: OUTPUT.into(),
             base: Some(Base {
@@ -165,7 +205,7 @@ impl Table {
                 hook: NF_INET_LOCAL_OUT,
                 priority: NF_IP_PRI_MANGLE,
             }),
-            rules: output_rules(config, &BTreeSet::new()),
+            rules: output_rules(config, &Shape::default()),
         });
         if config.outlets().any(Outlet::hijacks_dns) {
             chains.push(nat_chain(config, "nat_output", NF_INET_LOCAL_OUT));
@@ -265,9 +305,73 @@ pub fn bridged_rules(bridges: &BTreeSet<String>) -> Vec<Rule> {
 /// The chain whose rules depend on the cgroups that exist.
 pub const OUTPUT: &str = "output";
 
-/// Rules of `output` for the (level, target) pairs in use, deepest level first, so that the nearest
-/// ancestor with an element decides. A packet that no target takes passes no address look-up here.
-pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
+/// The chains whose rules depend on the cgroups that exist, with their rules.
+pub fn classifying(config: &Config, shape: &Shape) -> Vec<(String, Vec<Rule>)> {
+    let stages = 0..DEPTHS.len();
+    let below = stages.map(|stage| (below_name(stage), below_rules(config, shape, stage)));
+    below.chain([(OUTPUT.to_string(), output_rules(config, shape))]).collect()
+}
+
+/// The pairs between a stage's gates and the next ones, in the order in which they are tried: the
+/// deepest level first, so that the nearest ancestor with an element decides. What a proxy takes
+/// can bear one look-up more, for most of it has a short cut behind that.
+fn pairs_of(shape: &Shape, stage: Stage) -> Vec<&Element> {
+    let depth = |pair: &Element| usize::from(pair.level).saturating_sub(shape.base);
+    let own = |pair: &&Element| !pair.loose && depths(stage).contains(&depth(pair));
+    let mut pairs: Vec<&Element> = shape.pairs.iter().filter(own).collect();
+    pairs.sort_by_key(|pair| in_order(pair));
+    pairs
+}
+
+fn in_order(pair: &Element) -> impl Ord {
+    let target = (pair.outcome.target != Target::Drop, pair.outcome);
+    (Reverse(pair.level), pair.outcome.class, pair.hashed, target)
+}
+
+fn pair_rule(config: &Config, pair: &Element) -> Rule {
+    let (level, outcome) = (pair.level, pair.outcome);
+    let of = match pair.hashed {
+        false => Stmt::Cgroup { level, set: set_name(config, outcome) },
+        true => Stmt::CgroupHash { level, set: dying_name(config, outcome) },
+    };
+    match outcome.class {
+        0 => vec![of, enter(config, outcome.target)],
+        _ => vec![of, Stmt::goto(named("in", config, outcome))],
+    }
+}
+
+/// Whether a packet is below a gate of this stage, or of the next one that leads to pairs: what is
+/// not pays for that one look-up. A gate before a single pair would save nothing.
+fn gate_rules(config: &Config, shape: &Shape, from: Stage) -> Vec<Rule> {
+    let used = |stage: &Stage| !pairs_of(shape, *stage).is_empty();
+    let used: Vec<Stage> = (from..DEPTHS.len()).filter(used).collect();
+    let Some(stage) = used.first().copied() else {
+        return Vec::new();
+    };
+    if let ([pair], 1) = (&pairs_of(shape, stage)[..], used.len()) {
+        return vec![pair_rule(config, pair)];
+    }
+    let Ok(level) = u8::try_from(shape.base + DEPTHS[stage]) else {
+        return Vec::new();
+    };
+    let [ids, hashes] = gate_names(stage);
+    let mut rules = vec![vec![Stmt::Cgroup { level, set: ids }, Stmt::jump(below_name(stage))]];
+    if shape.hashed.contains(&stage) {
+        let of = Stmt::CgroupHash { level, set: hashes };
+        rules.push(vec![of, Stmt::jump(below_name(stage))]);
+    }
+    rules
+}
+
+/// Rules of the chain that a stage's gates lead to.
+fn below_rules(config: &Config, shape: &Shape, stage: Stage) -> Vec<Rule> {
+    let mut rules = gate_rules(config, shape, stage + 1);
+    rules.extend(pairs_of(shape, stage).into_iter().map(|pair| pair_rule(config, pair)));
+    rules
+}
+
+/// Rules of `output`. A packet that no target takes passes no address look-up here.
+pub fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     let mut rules = Vec::new();
     // cheapest test first; covers every local address, for those leave by lo
     match (config.tproxies.is_empty(), hijacks_local(config)) {
@@ -284,21 +388,11 @@ pub fn output_rules(config: &Config, pairs: &BTreeSet<Element>) -> Vec<Rule> {
         rule.insert(1, Stmt::Transparent);
         rules.push(rule);
     }
-    // a cgroup is in one set alone: of a level, those that come before lines for owners pay nothing
-    // for the others
-    let mut pairs: Vec<&Element> = pairs.iter().rev().collect();
-    pairs.sort_by_key(|pair| (Reverse(pair.level), pair.outcome.class));
-    rules.extend(pairs.into_iter().map(|pair| {
-        let (level, outcome) = (pair.level, pair.outcome);
-        let of = match pair.hashed {
-            false => Stmt::Cgroup { level, set: set_name(config, outcome) },
-            true => Stmt::CgroupHash { level, set: dying_name(config, outcome) },
-        };
-        match outcome.class {
-            0 => vec![of, enter(config, outcome.target)],
-            _ => vec![of, Stmt::goto(named("in", config, outcome))],
-        }
-    }));
+    // what is below a removed cgroup has been removed as well: none of the others is nearer
+    let mut loose: Vec<&Element> = shape.pairs.iter().filter(|pair| pair.loose).collect();
+    loose.sort_by_key(|pair| in_order(pair));
+    rules.extend(loose.into_iter().map(|pair| pair_rule(config, pair)));
+    rules.extend(gate_rules(config, shape, 0));
     let class = config.default_outcome().class;
     if class > 0 {
         rules.push(jump(&owners_name(class)));

@@ -316,12 +316,26 @@ impl View {
             };
             view.veths.extend(index.zip(target));
         }
-        for rule in of(OUTPUT.into()) {
+        view.take_steps(OUTPUT, rules, &mut Vec::new());
+        view
+    }
+
+    /// Takes the steps of a chain, those of the chains that gates lead to in their places.
+    fn take_steps<'a>(&mut self, within: &str, rules: &'a [RuleView], seen: &mut Vec<&'a str>) {
+        for rule in rules.iter().filter(|rule| rule.chain == within) {
+            if let Some(below) = below(rule) {
+                // by its id and by its hash a gate leads to the same chain
+                if !seen.contains(&below) && seen.len() < MOST_NESTED {
+                    seen.push(below);
+                    self.take_steps(below, rules, seen);
+                }
+                continue;
+            }
             let Some(chain) = leads_to(rule) else {
                 continue;
             };
             if let Some(class) = chain.strip_prefix("user").and_then(|class| class.parse().ok()) {
-                view.default_class = class;
+                self.default_class = class;
             }
             let behind = || classed(chain, "in").map(|(class, target)| (class, target.to_string()));
             let plain = || chain.strip_prefix("to_").map(|target| (0, target.to_string()));
@@ -335,15 +349,14 @@ impl View {
             };
             match rule.exprs[..] {
                 [Expr::SocketCgroup { level, .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
-                    view.steps.push(step(level, set, "cg", target))
+                    self.steps.push(step(level, set, "cg", target))
                 }
                 [Expr::SocketCgroup { level, .. }, Expr::Jhash { .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
-                    view.steps.push(step(level, set, "dying", target))
+                    self.steps.push(step(level, set, "dying", target))
                 }
-                _ => view.default = target,
+                _ => self.default = target,
             }
         }
-        view
     }
 
     pub fn target(&self, name: &str) -> Option<&TargetView> {
@@ -426,6 +439,17 @@ fn owner(exprs: &[Expr]) -> Option<Owner> {
         _ => None,
     }
 }
+
+/// The chain that a gate leads to.
+fn below(rule: &RuleView) -> Option<&str> {
+    rule.exprs.iter().find_map(|expr| match expr {
+        Expr::Verdict(Verdict::Jump(chain)) => Some(&chain[..]).filter(|c| c.starts_with("below_")),
+        _ => None,
+    })
+}
+
+/// More chains than gates lead to.
+const MOST_NESTED: usize = 32;
 
 /// The interface that a rule looks for. A name that is compared without its end is a prefix.
 fn interface(rule: &RuleView) -> Option<Interface> {
@@ -522,7 +546,7 @@ mod tests {
     use crate::net::Range;
     use crate::netlink::parse::Messages;
     use crate::nft::message::Transaction;
-    use crate::nft::table::{output_rules, Element, Table};
+    use crate::nft::table::{classifying, Element, Shape, Table};
     use std::collections::BTreeSet;
 
     fn config(default: Target) -> Config {
@@ -569,8 +593,13 @@ mod tests {
     /// The rules as the kernel would hand them back: as they were sent.
     fn rules(config: &Config, pairs: &[Element]) -> Vec<RuleView> {
         let mut transaction = Transaction::new(Batch::new(0));
-        transaction.replace(&Table::new(config), None);
-        transaction.replace_output(&output_rules(config, &pairs.iter().copied().collect()));
+        let mut table = Table::new(config);
+        let shape = Shape { base: 1, pairs: pairs.iter().copied().collect(), hashed: [1].into() };
+        for (name, rules) in classifying(config, &shape) {
+            let mut chains = table.chains.iter_mut();
+            chains.find(|chain| chain.name == name).expect("a chain").rules = rules;
+        }
+        transaction.replace(&table, None);
         let (batch, _) = transaction.finish();
         Messages::new(batch.bytes()).filter_map(|m| parse_rule(&m)).collect()
     }
@@ -589,8 +618,12 @@ mod tests {
                 let class = rule.class;
                 rule.owners.iter().map(move |owner| (class, *owner, target.clone()))
             });
-            let pairs =
-                config.outcomes().map(|outcome| Element { level: 2, outcome, hashed: false });
+            let pairs = config.outcomes().map(|outcome| Element {
+                level: 2,
+                outcome,
+                hashed: false,
+                loose: false,
+            });
             let view = View::of(&rules(&config, &pairs.collect::<Vec<_>>()));
             let seen = view.owners.iter().map(|step| (step.class, step.owner, step.target.clone()));
             assert_eq!(seen.collect::<Vec<_>>(), owners.collect::<Vec<_>>());
@@ -603,8 +636,12 @@ mod tests {
 
     #[test]
     fn the_view_of_our_own_table() {
-        let pair =
-            |level, target: Target, hashed| Element { level, outcome: target.into(), hashed };
+        let pair = |level, target: Target, hashed| Element {
+            level,
+            outcome: target.into(),
+            hashed,
+            loose: false,
+        };
         let pairs = [
             pair(2, Target::Tproxy(1), false),
             pair(3, Target::Drop, false),
@@ -615,17 +652,6 @@ mod tests {
         {
             let config = config(default);
             let all = rules(&config, &pairs);
-            // the rules of `output` before its replacement are in the batch as well
-            let first = all.iter().filter(|r| r.chain == OUTPUT).count()
-                - output_rules(&config, &pairs.iter().copied().collect()).len();
-            let mut skip = first;
-            let all: Vec<RuleView> = (all.into_iter())
-                .filter(|rule| {
-                    let drop = rule.chain == OUTPUT && skip > 0;
-                    skip -= usize::from(drop);
-                    !drop
-                })
-                .collect();
             let view = View::of(&all);
             let names: Vec<_> = view.targets.iter().map(|t| t.name.as_str()).collect();
             assert_eq!(names, ["direct", "drop", "zeta", "alpha"]);

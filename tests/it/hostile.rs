@@ -3,7 +3,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use nix::sys::socket::{
     UnixAddr,
 };
 
-use crate::client::Client;
+use crate::client::{socket_of, Client};
 use crate::daemon::{run_with, write_private, Daemon};
 use crate::ground::{addr, chmod, Ground, REMOTE4};
 use crate::kernel::{await_exactly, cgroup_id, load, nft, set_ids, SETTLE};
@@ -85,6 +85,58 @@ fn hostile_names() {
     println!("{} of {} names can be shown to nft", shown.len(), ids.len());
     assert!(shown.is_subset(&ids) && !shown.is_empty());
     load("delete table inet bystander; delete table inet cgtproxy");
+}
+
+/// A user who nests cgroups that a rule matches, as deep as the kernel takes them, taxes himself:
+/// what others send costs what it did, whether a rule decides for them or none does.
+#[test]
+fn nested_cgroups_tax_nobody_else() {
+    const LEVELS: usize = 240;
+    let ground = ground!("nested");
+    // what is sent ends at the door
+    let sink = "table netdev sink { chain in {
+        type filter hook ingress device out0 priority 0; policy drop;
+    }\n}";
+    ground.outside(|| load(sink));
+    let config = "[rules]\ndrop = /delegated/.*app\ndrop = /dropped\ndirect = /dropped/.*/e\n";
+    let paths = ["/other/b/c/d/e", "/dropped/b/c/d", "/dropped/b/c/d/e"];
+    let cgroups = paths.map(|path| ground.cgroup(path));
+    let daemon = Daemon::start(&ground, config, &[]);
+    let sockets = cgroups.map(|cgroup| {
+        let socket = UdpSocket::from(socket_of(&cgroup, libc::AF_INET, libc::SOCK_DGRAM));
+        socket.connect(addr(REMOTE4, 9)).expect("connect");
+        socket
+    });
+    let costs = || sockets.each_ref().map(cost);
+    costs();
+    let before = costs();
+    let deep = (1..=LEVELS).map(|n| format!("/delegated{}/app", "/x".repeat(n)));
+    let deep: Vec<PathBuf> = deep.map(|path| ground.cgroup(&path)).collect();
+    let own = ground.at("/dropped");
+    let ids = deep.iter().chain([&own]);
+    let ids = ids.map(|path| cgroup_id(path).expect("an id")).collect();
+    await_exactly("cg_drop", &ids, SETTLE);
+    let after = costs();
+    println!("{paths:?}: {before:?} ns a packet, beside {LEVELS} nested levels {after:?}");
+    for (before, after) in before.iter().zip(after) {
+        assert!(after < 1.5 * before, "{before} ns, and then {after}");
+    }
+    assert!(daemon.stop().success());
+}
+
+/// Nanoseconds that a datagram costs whoever sends it, in the best tenth of some hundred moments.
+fn cost(socket: &UdpSocket) -> f64 {
+    const CHUNK: u32 = 64;
+    let mut times: Vec<Duration> = (0..400)
+        .map(|_| {
+            let start = Instant::now();
+            // where it is dropped, an error says so
+            (0..CHUNK).for_each(|_| drop(socket.send(b"payload")));
+            start.elapsed()
+        })
+        .collect();
+    times.sort();
+    (times[times.len() / 10] / CHUNK).as_nanos() as f64
 }
 
 /// How soon a new cgroup is to be in force, whatever another user does.
