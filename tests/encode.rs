@@ -225,7 +225,9 @@ samples! {
     Stmt::Owner(_) => Stmt::Owner(Owner::Users(0, 0)), Stmt::Owner(Owner::Users(65534, 65534)),
         Stmt::Owner(Owner::Users(1000, 1999)), Stmt::Owner(Owner::Groups(5, 5)),
         Stmt::Owner(Owner::Groups(0, u32::MAX - 1));
+    Stmt::NotUid(_) => Stmt::NotUid(65534);
     Stmt::PacketMark(_) => Stmt::PacketMark(A_MARK);
+    Stmt::NotPacketMark(_) => Stmt::NotPacketMark(A_MARK);
     Stmt::CtMark(_) => Stmt::CtMark(A_MARK);
     Stmt::NotCtMark(_) => Stmt::NotCtMark(A_MARK);
     Stmt::CtMarked(_) => Stmt::CtMarked(0xff00_0000);
@@ -236,6 +238,7 @@ samples! {
     Stmt::Unconfirmed => Stmt::Unconfirmed;
     Stmt::Confirmed => Stmt::Confirmed;
     Stmt::Dnatted => Stmt::Dnatted;
+    Stmt::NotDnatted => Stmt::NotDnatted;
     Stmt::Destination { .. } => Stmt::Destination { family: Family::V4, set: "bypass4".into() },
         Stmt::Destination { family: Family::V6, set: "bypass6".into() };
     Stmt::OtherDestination { .. } =>

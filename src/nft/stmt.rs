@@ -39,8 +39,12 @@ pub enum Stmt {
     /// `meta skuid UID`, `meta skgid GID`, or from one to another: who opened the socket. What the
     /// kernel sends for one that no process has any more does not match.
     Owner(Owner),
+    /// `meta skuid != UID`; a packet that no process sends does not match.
+    NotUid(u32),
     /// `meta mark and MASK == VALUE`
     PacketMark(Mark),
+    /// `meta mark and MASK != VALUE`
+    NotPacketMark(Mark),
     /// `ct mark and MASK == VALUE`
     CtMark(Mark),
     /// `ct mark and MASK != VALUE`; a packet that conntrack does not know does not match.
@@ -61,6 +65,8 @@ pub enum Stmt {
     Confirmed,
     /// `ct status dnat`
     Dnatted,
+    /// `ct status and dnat == 0`
+    NotDnatted,
     /// `ip daddr @SET` or `ip6 daddr @SET`
     Destination {
         family: Family,
@@ -231,6 +237,13 @@ impl Stmt {
                     ),
                 }
             }
+            Stmt::NotUid(uid) => {
+                out.put(text!("meta skuid != {uid}"), [meta(NFT_META_SKUID), neq(&ne(*uid))])
+            }
+            Stmt::NotPacketMark(Mark { value, mask }) => out.put(
+                text!("meta mark and {mask:#010x} != {value:#010x}"),
+                [meta(NFT_META_MARK), and(*mask), neq(&ne(*value))],
+            ),
             Stmt::PacketMark(Mark { value, mask }) => out.put(
                 text!("meta mark and {mask:#010x} == {value:#010x}"),
                 [meta(NFT_META_MARK), and(*mask), eq(&ne(*value))],
@@ -273,6 +286,10 @@ impl Stmt {
             Stmt::Dnatted => {
                 out.put(text!("ct status dnat"), [ct(NFT_CT_STATUS), and(IPS_DST_NAT), neq(&ne(0))])
             }
+            Stmt::NotDnatted => out.put(
+                text!("ct status and dnat == 0"),
+                [ct(NFT_CT_STATUS), and(IPS_DST_NAT), eq(&ne(0))],
+            ),
             Stmt::Destination { family, set } => out.put(
                 text!("{} daddr @{set}", family.nft()),
                 address_then(*family, DADDR, lookup(named(set))),

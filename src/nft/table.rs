@@ -839,6 +839,42 @@ fn forward_keep_name(outlet: &Outlet) -> String {
     format!("fwkeep_{}", outlet.name)
 }
 
+/// Most packets of a target: those of a flow that was found to be its own. Nothing that may have
+/// changed since is left out: what the target does not take, where TCP does not stay with it, DNS
+/// that is translated, and marks and users that are left alone. What the bypass of all targets has
+/// got since then holds for new flows.
+fn short_cut(config: &Config, outlet: &Outlet) -> Option<Rule> {
+    if !config.bypass_dscps.is_empty() {
+        // they are looked at in `bypass`, by family
+        return None;
+    }
+    let all_udp = outlet.quic == Take::Yes && outlet.udp_ports.is_empty();
+    let all_udp = all_udp && outlet.bypass.is_empty() && outlet.only.is_none();
+    let protocols = match (outlet.tcp == Take::Yes, outlet.udp == Take::Yes && all_udp) {
+        (true, true) => Stmt::TcpOrUdp,
+        (true, false) => Stmt::L4proto(L4::Tcp),
+        (false, true) => Stmt::L4proto(L4::Udp),
+        (false, false) => return None,
+    };
+    let family = match (outlet.ipv4 == Take::Yes, outlet.ipv6 == Take::Yes) {
+        (true, true) => None,
+        (true, false) => Some(Stmt::Nfproto(Family::V4)),
+        (false, true) => Some(Stmt::Nfproto(Family::V6)),
+        (false, false) => return None,
+    };
+    let own = mark(config, outlet.mark);
+    let mut rule = vec![Stmt::CtMark(own), Stmt::Original];
+    rule.extend(family);
+    rule.push(protocols);
+    if outlet.hijacks_dns() {
+        rule.push(Stmt::NotDnatted);
+    }
+    rule.extend(config.bypass_marks.iter().map(|mark| Stmt::NotPacketMark(*mark)));
+    rule.extend(config.bypass_users.iter().map(|uid| Stmt::NotUid(*uid)));
+    rule.extend([Stmt::Counter, Stmt::SetPacketMark(own), Stmt::accept()]);
+    Some(rule)
+}
+
 /// The chains by which a target takes packets of this host's processes.
 fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     let mut rules = Vec::new();
@@ -847,6 +883,7 @@ fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
         rules.extend(dns_rules(outlet));
     }
     rules.extend(local_rules(config));
+    rules.extend(short_cut(config, outlet));
     rules.push(jump_bypass());
     let own = mark(config, outlet.mark);
     let take = vec![Stmt::SetPacketMark(own), Stmt::accept()];
@@ -1494,7 +1531,13 @@ fn prerouting_chain(config: &Config) -> Chain {
             (route.outlet.mark, Verdict::Goto(format!("closed_{}", route.outlet.name)))
         }),
     );
-    let mut rules = vec![vec![Stmt::IifLo, Stmt::PacketMarkMap { mask, map: local }]];
+    let mut rules = Vec::new();
+    if let Some(first) = config.tproxies.first() {
+        // most often the only one: to compare costs less than to look up
+        let own = Stmt::PacketMark(mark(config, first.outlet.mark));
+        rules.push(vec![Stmt::IifLo, own, Stmt::goto(format!("tproxy_{}", first.outlet.name))]);
+    }
+    rules.push(vec![Stmt::IifLo, Stmt::PacketMarkMap { mask, map: local }]);
     rules.extend(config.routes.iter().flat_map(|route| return_rules(config, route)));
     if config.routes_to_tproxy() {
         let map = config.tproxies.iter().map(|t| (t.outlet.mark, Verdict::Goto("remark".into())));

@@ -590,6 +590,81 @@ fn datagrams_go_where_their_cgroup_is_to_go_now() {
     }
 }
 
+/// A flow that is a proxy's own already takes a short cut to it: not beyond what its target takes by
+/// now, what its packets bear, and who sends them.
+#[test]
+fn a_proxied_flow_is_looked_at_again() {
+    let ground = ground!("again");
+    let mut world = World::new(&ground);
+    let [cgroup, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
+    let proxies = [("0.0.0.0", 7893), ("::", 7893), ("0.0.0.0", 7894), ("::", 7894)];
+    let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));
+    let other = "[tproxy other]\nport = 7894\n[rules]\nother = /proxied\n";
+    let daemon = Daemon::start(&ground, POLICY, &[]);
+    for (n, (remote, _, host)) in places().into_iter().enumerate() {
+        let family = if host.is_ipv4() { "ipv4" } else { "ipv6" };
+        let (own, others) = (&proxies[n], &proxies[n + 2]);
+        let app = udp_of(&cgroup, addr(host, 0));
+        let fd = OwnedFd::from(app.try_clone().expect("clone"));
+        let mark = |value| set(&fd, libc::SOL_SOCKET, libc::SO_MARK, value);
+        let with = |key: &str| POLICY.replace("7893\n", &format!("7893\n{key}\n"));
+        let global = |key: &str| format!("[global]\n{key}\n{POLICY}");
+        for (config, want) in [
+            (with("udp = no"), "remote"),
+            (with("udp = drop"), "nobody"),
+            (with(&format!("{family} = no")), "remote"),
+            (with(&format!("{family} = drop")), "nobody"),
+            (with("tcp = drop"), "proxy"),
+            (global("bypass-user = 0"), "remote"),
+            (POLICY.replace("[rules]", other), "other"),
+            (POLICY.replace("mihomo = /proxied", "drop = /proxied"), "nobody"),
+        ] {
+            for (config, want) in [(POLICY, "proxy"), (&config, want)] {
+                daemon.reconfigure(config);
+                for _ in 0..2 {
+                    let (proxy, want) = match want {
+                        "other" => (others, "proxy"),
+                        want => (own, want),
+                    };
+                    let who = reaches(&app, remote, &[proxy], &mut world);
+                    assert_eq!(who, want, "{remote} with {config}");
+                }
+            }
+        }
+        daemon.reconfigure(&global("bypass-mark = 0xff"));
+        for (value, want) in [(0, "proxy"), (0xff, "remote"), (0, "proxy"), (0xff, "remote")] {
+            mark(value);
+            assert_eq!(reaches(&app, remote, &[own], &mut world), want, "{remote} {value:#x}");
+        }
+    }
+}
+
+/// The second query of a socket goes to the resolver too, which may be on another host: by the mark
+/// of its flow alone, not by that of a proxy's packets.
+#[test]
+fn queries_are_translated_again_and_again() {
+    let ground = ground!("queries");
+    let _world = World::new(&ground);
+    let cgroup = ground.cgroup("/proxied");
+    let resolvers = [(REMOTE4, "203.0.113.53"), (REMOTE6, "2001:db8:2::53")];
+    let rules =
+        resolvers.map(|(_, ip)| format!("dns-hijack = {}\n", addr(crate::gateway::ip(ip), 80)));
+    let config = POLICY.replace("[rules]", &format!("{}[rules]", rules.concat()));
+    let _daemon = Daemon::start(&ground, &config, &[]);
+    for (remote, resolver) in resolvers {
+        let host = if remote.is_ipv4() { HOST4 } else { HOST6 };
+        let app = udp_of(&cgroup, addr(host, 0));
+        for _ in 0..3 {
+            app.send_to(b"who?", addr(remote, 53)).expect("send");
+            let mut data = [0; 200];
+            let n = app.recv(&mut data).expect("an answer");
+            let said = String::from_utf8_lossy(&data[..n]);
+            let want = format!("remote {}", addr(ip(resolver), 80));
+            assert!(said.starts_with(&want), "{said}");
+        }
+    }
+}
+
 /// The same for a client of this router, but that what a proxy has stays with it: the kernel has
 /// settled how its addresses are translated. Whatever bits the marks have before and after.
 #[test]

@@ -271,21 +271,24 @@ fn status_counts_what_nft_counts() {
     let quick = Duration::from_millis(50);
     assert_eq!(Client::udp(&dropped, to).timeout(quick).run().who(), "nobody");
     // counters as nft lists them
-    let listed = |chain: &str, nth: usize| {
+    let listed = |chain: &str| {
         let out = nft(&["list", "chain", "inet", "cgtproxy", chain], "");
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
-        let counter = text.split("counter packets ").nth(nth).expect("a counter").to_owned();
-        let mut words = counter.split_whitespace();
-        let packets = words.next().expect("packets").to_owned();
-        (packets, words.nth(1).expect("bytes").to_owned())
+        let counters = text.split("counter packets ").skip(1).map(|counter| {
+            let mut words = counter.split_whitespace();
+            let mut next = |n| words.nth(n).and_then(|n| n.parse::<u64>().ok()).expect("a number");
+            (next(0), next(1))
+        });
+        let (packets, bytes): (Vec<u64>, Vec<u64>) = counters.unzip();
+        (packets.iter().sum::<u64>().to_string(), bytes.iter().sum::<u64>())
     };
     let row = daemon.target("mihomo");
-    let (packets, bytes) = listed("to_mihomo", 1);
+    let (packets, bytes) = listed("to_mihomo");
     assert!(packets.parse::<u32>().is_ok_and(|n| n >= 2), "{packets}");
     assert_eq!((&row[5], &row[6]), (&packets, &format!("{bytes} B")));
-    assert_eq!(row[7], listed("tproxy_mihomo", 1).0, "refused");
+    assert_eq!(row[7], listed("tproxy_mihomo").0, "refused");
     let row = daemon.target("drop");
-    assert_eq!(row[5], listed("to_drop", 1).0);
+    assert_eq!(row[5], listed("to_drop").0);
     assert_eq!(row[1..4], ["-", "-", "-"]);
     assert_eq!(daemon.target("direct")[5..], ["-", "-", "-"]);
     drop(world);
