@@ -340,16 +340,28 @@ fn pair_rule(config: &Config, pair: &Element) -> Rule {
     }
 }
 
+/// The stages from this one on that have pairs.
+fn used(shape: &Shape, from: Stage) -> impl Iterator<Item = Stage> + '_ {
+    (from..DEPTHS.len()).filter(|stage| !pairs_of(shape, *stage).is_empty())
+}
+
+/// Whether gates lead to the pairs of a stage. Before a single pair they would save nothing.
+fn is_gated(shape: &Shape, stage: Stage) -> bool {
+    match pairs_of(shape, stage).len() {
+        0 => false,
+        1 => used(shape, stage + 1).next().is_some(),
+        _ => true,
+    }
+}
+
 /// Whether a packet is below a gate of this stage, or of the next one that leads to pairs: what is
-/// not pays for that one look-up. A gate before a single pair would save nothing.
+/// not pays for that one look-up.
 fn gate_rules(config: &Config, shape: &Shape, from: Stage) -> Vec<Rule> {
-    let used = |stage: &Stage| !pairs_of(shape, *stage).is_empty();
-    let used: Vec<Stage> = (from..DEPTHS.len()).filter(used).collect();
-    let Some(stage) = used.first().copied() else {
+    let Some(stage) = used(shape, from).next() else {
         return Vec::new();
     };
-    if let ([pair], 1) = (&pairs_of(shape, stage)[..], used.len()) {
-        return vec![pair_rule(config, pair)];
+    if !is_gated(shape, stage) {
+        return pairs_of(shape, stage).into_iter().map(|pair| pair_rule(config, pair)).collect();
     }
     let Ok(level) = u8::try_from(shape.base + DEPTHS[stage]) else {
         return Vec::new();
@@ -365,6 +377,9 @@ fn gate_rules(config: &Config, shape: &Shape, from: Stage) -> Vec<Rule> {
 
 /// Rules of the chain that a stage's gates lead to.
 fn below_rules(config: &Config, shape: &Shape, stage: Stage) -> Vec<Rule> {
+    if !is_gated(shape, stage) {
+        return Vec::new();
+    }
     let mut rules = gate_rules(config, shape, stage + 1);
     rules.extend(pairs_of(shape, stage).into_iter().map(|pair| pair_rule(config, pair)));
     rules
