@@ -149,20 +149,23 @@ pub fn target(config: &Config, rank: Rank) -> Target {
     outcome(config, rank).target
 }
 
-/// The first of these lines that covers sockets of that owner, as far as is known of him. `Err`
-/// where it depends on a group that is not known.
+/// Which line decides depends on the owner's group, which is not known.
+#[derive(Debug)]
+pub struct GroupUnknown;
+
+/// The first of these lines that covers sockets of that owner, as far as is known of him.
 pub fn owner_rule(
     rules: &[OwnerRule],
     uid: u32,
     gid: Option<u32>,
-) -> Result<Option<&OwnerRule>, ()> {
+) -> Result<Option<&OwnerRule>, GroupUnknown> {
     for rule in rules {
         let said: Vec<Option<bool>> = rule.owners.iter().map(|owner| owner.has(uid, gid)).collect();
         if said.contains(&Some(true)) {
             return Ok(Some(rule));
         }
         if said.contains(&None) {
-            return Err(());
+            return Err(GroupUnknown);
         }
     }
     Ok(None)

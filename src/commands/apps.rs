@@ -132,7 +132,7 @@ fn decision(config: &Config, rank: policy::Rank, uid: u32) -> (Option<Target>, D
     let decides = Decides::of(config, rank);
     match owner {
         Ok(_) => (Some(outcome.target), decides),
-        Err(()) => (None, decides),
+        Err(policy::GroupUnknown) => (None, decides),
     }
 }
 

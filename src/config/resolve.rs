@@ -196,9 +196,9 @@ fn target(config: &Config, name: &str) -> Result<Target> {
 
 /// The target at position i gets mark i, shifted into the mask, or the next one that is free. What is
 /// routed for others has another mark with each route.
-fn assign_marks<'a>(
+fn assign_marks(
     config: &mut Config,
-    targets: &[(&'a Section, Target)],
+    targets: &[(&Section, Target)],
     problem: &mut impl FnMut(&Place, String),
 ) {
     let (mask, spoofed) = (config.mask, config.spoofed_mark());

@@ -905,7 +905,7 @@ fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     let mut chains = Vec::new();
     if spares_tcp(outlet) {
         rules.push(known_rule(config, keep_name(outlet)));
-        chains.push(keep_chain(outlet, keep_name(outlet), &[take.clone()]));
+        chains.push(keep_chain(outlet, keep_name(outlet), std::slice::from_ref(&take)));
     }
     // the kernel's answer (port unreachable) to what the proxy sent on the remote host's behalf:
     // it would leave for the true destination
@@ -997,7 +997,7 @@ fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     let (mut rules, mut chains) = (Vec::new(), Vec::new());
     if spares_tcp(outlet) {
         rules.push(known_rule(config, forward_keep_name(outlet)));
-        chains.push(keep_chain(outlet, forward_keep_name(outlet), &[take.clone()]));
+        chains.push(keep_chain(outlet, forward_keep_name(outlet), std::slice::from_ref(&take)));
     }
     // a client's ICMP error (packet too big) about a flow that ends at the proxy is the proxy's
     for known in [own, spoofed(config)] {

@@ -160,7 +160,7 @@ fn routed(ground: &Ground, veth: &str, number: u8) -> Netns {
         ip_batch(&[], &gates);
         sysctl("net/ipv4/ping_group_range", "0 2147483647");
     });
-    let _ = ground.outside(|| {
+    ground.outside(|| {
         let lines = "route replace 198.51.100.0/24 via 192.0.2.1\n\
                      route replace 2001:db8:3::/48 via 2001:db8:1::1\n";
         ip_batch(&[], lines);

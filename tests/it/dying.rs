@@ -175,7 +175,7 @@ fn removed_while_there_is_no_daemon() {
     let _proxy = Server::start("proxy", &[7893]);
     let mut daemon = Daemon::start(&ground, CONFIG, &[]);
     let proxied = [REMOTE4, REMOTE6].map(|ip| format!("proxy {}", addr(ip, 80)));
-    let leaves: [(&str, fn(Daemon)); 2] = [("kill -9", Daemon::kill9), ("left", Daemon::leave)];
+    let leaves = [("kill -9", Daemon::kill9 as fn(Daemon)), ("left", Daemon::leave)];
     for (how, leave) in leaves {
         let cgroups = ["/drop", "/proxied"].map(|path| ground.cgroup(path));
         let listed = |path: &str| table().contains(&format!("{path}\""));

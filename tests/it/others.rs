@@ -841,6 +841,8 @@ fn containers() {
     let [container, slirp] =
         ["/docker/0123456789ab", "/user.slice/libpod-1.scope/container"].map(|p| ground.cgroup(p));
     let config = "
+        [global]
+        containers = no
         [tproxy mihomo]
         port = 7893
         [rules]

@@ -338,8 +338,8 @@ fn neighbours() {
 #[test]
 #[ignore = "make real-test runs it"]
 fn containers() {
-    let engines: [(&str, fn(&Ground) -> Result<Vec<Process>, String>); 2] =
-        [("docker", docker), ("podman", |_| Ok(Vec::new()))];
+    type Start = fn(&Ground) -> Result<Vec<Process>, String>;
+    let engines = [("docker", docker as Start), ("podman", |_| Ok(Vec::new()))];
     let only = std::env::var("ONLY").unwrap_or_default();
     let mut failed = Vec::new();
     for (engine, start) in engines {
