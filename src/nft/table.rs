@@ -970,6 +970,10 @@ fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
     rules.extend(only_rules(outlet, &leave(config)));
     rules.extend(switch_rules(outlet, &leave(config)));
     rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Confirmed, Stmt::Reset]);
+    // what began with another address goes on with it, and would tell whoever is behind the route
+    if route.masquerades() {
+        rules.push(vec![Stmt::Confirmed, Stmt::drop()]);
+    }
     rules.extend([set_ct_mark(own), out]);
     chains.push(chain(format!("to_{}", outlet.name), rules));
     chains

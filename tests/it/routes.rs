@@ -620,3 +620,35 @@ fn bulk_passes_a_small_mtu() {
         assert_eq!(from, TUNNEL[usize::from(remote.is_ipv6())]);
     }
 }
+
+/// Conntrack translates the first packet of a flow or none: what a socket began by another way must
+/// not tell whoever is behind the route this host's address. New sockets leave by it.
+#[test]
+fn no_datagram_leaves_with_the_address_of_before() {
+    let ground = ground!("routeold");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let spares = "bypass = 203.0.113.0/24\nbypass = 2001:db8:2::/64\n[rules]";
+    let daemon = Daemon::start(&ground, &policy().replace("[rules]", spares), &[]);
+    await_member(&cgroup, "vpn");
+    let flows = [REMOTE4, REMOTE6].map(|to| {
+        let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+        let socket = UdpSocket::from(socket_of(&cgroup, family, libc::SOCK_DGRAM));
+        (socket, to)
+    });
+    let answered = |(socket, to): &(UdpSocket, IpAddr), patience| {
+        socket.set_read_timeout(Some(patience)).expect("set a timeout");
+        let sent = socket.send_to(b"?", addr(*to, 80));
+        sent.is_ok() && socket.recv(&mut [0; 256]).is_ok()
+    };
+    for flow in &flows {
+        assert!(answered(flow, Duration::from_secs(5)), "directly, to {}", flow.1);
+    }
+    assert_ne!(world.wire.to_remote(), []);
+    daemon.reconfigure(&policy());
+    for flow in &flows {
+        assert!(!answered(flow, SILENCE), "{} got the address of before", flow.1);
+    }
+    passes(&mut world, &cgroup);
+}
