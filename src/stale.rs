@@ -416,6 +416,7 @@ impl Judge {
     fn is_bypassed(&self, socket: &Socket) -> bool {
         let config = &self.config;
         config.bypass_users.contains(&socket.uid)
+            || config.bypass_dscps.contains(&socket.dscp)
             || config.bypass_marks.iter().any(|m| socket.mark & m.mask == m.value)
             || (socket.is_connected() && self.spares(socket.remote))
     }

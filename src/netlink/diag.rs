@@ -31,6 +31,8 @@ pub struct Socket {
     /// IP_TRANSPARENT; `None` from a kernel that does not tell (before 5.9).
     pub transparent: Option<bool>,
     pub v6only: bool,
+    /// What its packets bear; where [`get`] has asked.
+    pub dscp: u8,
     /// Its send buffer has no limit, which no program can ask for and WireGuard's sockets have
     /// (drivers/net/wireguard/socket.c); false where [`get_all`] has not asked.
     pub unlimited: bool,
@@ -66,7 +68,10 @@ pub const MOST_IDS: usize = 4095;
 /// `ids`, of which there may be [`MOST_IDS`], for those of these cgroups alone.
 pub fn get(batch: &mut Batch, family: u8, protocol: u8, states: u32, ids: &[u64]) {
     let open = batch.begin(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP);
-    batch.header(&request(family, protocol, states, &[0; ID_LEN]));
+    let mut request = request(family, protocol, states, &[0; ID_LEN]);
+    // idiag_ext: a bit for each attribute, from the first on
+    request[2] = 1 << (INET_DIAG_TOS - 1) | 1 << (INET_DIAG_TCLASS - 1);
+    batch.header(&request);
     if !ids.is_empty() {
         batch.raw(INET_DIAG_REQ_BYTECODE, &filter(ids));
     }
@@ -186,12 +191,13 @@ pub fn parse(message: &Message, protocol: u8) -> Option<Socket> {
     let attrs = Attrs::after(body, MSG_LEN);
     let attr = |kind| attrs.clone().get(kind);
     let cgroup = attr(INET_DIAG_CGROUP_ID).and_then(|id| id.get(..8)?.try_into().ok());
+    let remote = SocketAddr::new(address(20)?, port(2));
     Some(Socket {
         family,
         protocol,
         state: *body.get(1)?,
         local: SocketAddr::new(address(4)?, port(0)),
-        remote: SocketAddr::new(address(20)?, port(2)),
+        remote,
         device: parse::u32_ne(&id[36..])?,
         uid: parse::u32_ne(body.get(UID_AT..)?)?,
         inode: parse::u32_ne(body.get(INODE_AT..)?)?,
@@ -200,6 +206,10 @@ pub fn parse(message: &Message, protocol: u8) -> Option<Socket> {
         transparent: attr(INET_DIAG_SOCKOPT)
             .and_then(|flags| flags.first().map(|flags| flags & INET_DIAG_TRANSPARENT != 0)),
         v6only: attr(INET_DIAG_SKV6ONLY).is_some_and(|only| only.first() == Some(&1)),
+        // of a dual-stack socket's IPv4 packets too, the first counts
+        dscp: attr(if remote.is_ipv4() { INET_DIAG_TOS } else { INET_DIAG_TCLASS })
+            .and_then(|octet| octet.first())
+            .map_or(0, |octet| octet >> 2),
         unlimited: attr(INET_DIAG_SKMEMINFO)
             .and_then(|memory| parse::u32_ne(memory.get(SNDBUF_AT..)?))
             .is_some_and(|limit| limit == i32::MAX as u32),
@@ -244,6 +254,7 @@ pub fn example(protocol: u8, state: u8, local: &str, remote: &str) -> Socket {
         mark: 0,
         transparent: Some(false),
         v6only: false,
+        dscp: 0,
         unlimited: false,
         id: [0; ID_LEN],
     }
@@ -260,7 +271,7 @@ mod tests {
         get(&mut batch, AF_INET, IPPROTO_TCP, 1 << TCP_LISTEN, &[7, 8, 9]);
         let message = Messages::new(batch.bytes()).next().unwrap();
         assert_eq!((message.kind, message.flags), (20, NLM_F_REQUEST | NLM_F_DUMP));
-        assert_eq!(message.body[..8], [[2, 6, 0, 0], 1024u32.to_ne_bytes()].concat());
+        assert_eq!(message.body[..8], [[2, 6, 1 << 4 | 1 << 5, 0], 1024u32.to_ne_bytes()].concat());
         let program = Attrs::after(message.body, 56).get(INET_DIAG_REQ_BYTECODE).unwrap();
         let condition =
             |id: u64| [&[13, 12][..], &16u16.to_ne_bytes(), &id.to_ne_bytes()[..]].concat();
