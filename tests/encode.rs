@@ -254,9 +254,9 @@ samples! {
     Stmt::TcpOrUdp => Stmt::TcpOrUdp;
     Stmt::NotTcpOrUdp => Stmt::NotTcpOrUdp;
     Stmt::Dport(..) => Stmt::Dport(L4::Tcp, 53), Stmt::Dport(L4::Udp, 53);
-    Stmt::Dports(..) => Stmt::Dports(L4::Udp, ports(&[(80, 80), (443, 443)])),
-        Stmt::Dports(L4::Tcp, ports(&[(22, 22), (8000, 8999), (65535, 65535)]));
     Stmt::OtherDports(..) => Stmt::OtherDports(L4::Udp, ports(&[(443, 443)])),
+        Stmt::OtherDports(L4::Udp, ports(&[(80, 80), (443, 443)])),
+        Stmt::OtherDports(L4::Tcp, ports(&[(22, 22), (8000, 8999), (65535, 65535)])),
         Stmt::OtherDports(L4::Tcp, ports(&[(1, 1023), (8000, 65535)]));
     Stmt::NotDport(_) => Stmt::NotDport(53);
     Stmt::Local => Stmt::Local;

@@ -129,11 +129,52 @@ impl Outlet {
         order.into_iter().find(of).unwrap_or(Take::Yes)
     }
 
+    /// What it does not take of TCP and UDP, in the words of its keys.
+    pub fn limits(&self) -> Vec<String> {
+        let words = |take| match take {
+            Take::Yes => None,
+            Take::No => Some("no"),
+            Take::Drop => Some("drop"),
+            Take::Reject => Some("reject"),
+        };
+        let switches = [
+            ("tcp", self.tcp),
+            ("udp", self.udp),
+            ("ipv4", self.ipv4),
+            ("ipv6", self.ipv6),
+            ("quic", self.quic),
+        ];
+        let switches = switches.into_iter();
+        let mut limits: Vec<String> =
+            switches.filter_map(|(key, take)| Some(format!("{key} = {}", words(take)?))).collect();
+        for (key, ports) in [("tcp-ports", &self.tcp_ports), ("udp-ports", &self.udp_ports)] {
+            let ports: Vec<String> = ports.iter().map(Range::to_string).collect();
+            if !ports.is_empty() {
+                limits.push(format!("{key} = {}", ports.join(" ")));
+            }
+        }
+        let lists = [("bypass", Some(&self.bypass)), ("only", self.only.as_ref())];
+        for (key, ranges) in lists {
+            match ranges.map(Ranges::len) {
+                None => {}
+                Some(0) if key == "bypass" => {}
+                Some(1) => limits.push(format!("{key} 1 range")),
+                Some(ranges) => limits.push(format!("{key} {ranges} ranges")),
+            }
+        }
+        limits
+    }
+
     pub(super) fn merge(&mut self) {
         self.bypass.merge();
         if let Some(only) = &mut self.only {
             only.merge();
         }
+    }
+
+    /// Whether destinations decide.
+    pub fn picks(&self) -> bool {
+        !self.bypass.is_empty() || self.only.is_some()
     }
 
     /// Whether it rejects anything.

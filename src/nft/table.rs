@@ -721,12 +721,15 @@ fn switch_rules(outlet: &Outlet, leave: &Stmt) -> Vec<Rule> {
     for verdict in [Take::Drop, Take::Reject, Take::No] {
         rules.extend(switches(outlet, verdict, leave));
     }
-    for l4 in [L4::Tcp, L4::Udp] {
-        if let (_, ports @ [_, ..]) = outlet.protocol(l4) {
-            rules.push(vec![Stmt::OtherDports(l4, ports.to_vec()), leave.clone()]);
-        }
-    }
+    rules.extend(port_rules(outlet, L4::Tcp, leave));
+    rules.extend(port_rules(outlet, L4::Udp, leave));
     rules
+}
+
+/// The ports that are left alone, where some are taken alone.
+fn port_rules(outlet: &Outlet, l4: L4, leave: &Stmt) -> Option<Rule> {
+    let (_, ports) = outlet.protocol(l4);
+    (!ports.is_empty()).then(|| vec![Stmt::OtherDports(l4, ports.to_vec()), leave.clone()])
 }
 
 /// The switches that are set to `take`.
@@ -737,13 +740,14 @@ fn switches(outlet: &Outlet, take: Take, leave: &Stmt) -> Vec<Rule> {
         Take::Drop => Stmt::drop(),
         Take::Reject => Stmt::goto(REFUSE),
     };
-    let quic = QUIC_PORTS.map(|port| Range { first: port, last: port });
+    let [http, https] = QUIC_PORTS.map(|port| (Stmt::Dport(L4::Udp, port), outlet.quic));
     let switches = [
         (Stmt::Nfproto(Family::V4), outlet.ipv4),
         (Stmt::Nfproto(Family::V6), outlet.ipv6),
         (Stmt::L4proto(L4::Tcp), outlet.tcp),
         (Stmt::L4proto(L4::Udp), outlet.udp),
-        (Stmt::Dports(L4::Udp, quic.to_vec()), outlet.quic),
+        http,
+        https,
     ];
     let those = switches.into_iter().filter(|(_, is)| *is == take);
     those.map(|(what, _)| vec![what, verdict.clone()]).collect()
@@ -817,31 +821,41 @@ fn only_rules(outlet: &Outlet, leave: &Stmt) -> Vec<Rule> {
 fn spares_tcp(outlet: &Outlet) -> bool {
     [outlet.tcp, outlet.ipv4, outlet.ipv6].contains(&Take::No)
         || !outlet.tcp_ports.is_empty()
-        || !outlet.bypass.is_empty()
-        || outlet.only.is_some()
+        || outlet.picks()
 }
 
-/// TCP that has a proxy stays with it (`keep`) until it ends, whatever the target leaves alone by
-/// now: it could not survive a move. That is known by its ct mark.
-fn known_rule(config: &Config, keep: String) -> Rule {
-    let mut rule = vec![Stmt::L4proto(L4::Tcp), Stmt::CtMarked(config.mask)];
+/// Flows that need not be asked for their destination again (`keep`), by their ct mark. TCP that has
+/// a proxy stays with it until it ends, whatever the target leaves alone by now: it could not
+/// survive a move. A UDP flow that is the target's has its destination from when it began: in a long
+/// list, to look that up for each packet would cost more than all else.
+fn known_rules(config: &Config, outlet: &Outlet, keep: &str) -> Vec<Rule> {
+    let mut tcp = vec![Stmt::L4proto(L4::Tcp), Stmt::CtMarked(config.mask)];
     if config.default != Target::Direct {
-        rule.push(Stmt::NotCtMark(mark(config, config.direct_mark())));
+        tcp.push(Stmt::NotCtMark(mark(config, config.direct_mark())));
     }
-    rule.extend([Stmt::Counter, Stmt::goto(keep)]);
-    rule
+    let udp = vec![Stmt::L4proto(L4::Udp), Stmt::CtMark(mark(config, outlet.mark))];
+    let all = [Some(tcp).filter(|_| spares_tcp(outlet)), Some(udp).filter(|_| outlet.picks())];
+    let rule = |which: Rule| [which, vec![Stmt::Counter, Stmt::goto(keep)]].concat();
+    all.into_iter().flatten().map(rule).collect()
 }
 
-/// Such TCP, which is dropped and rejected no less than other. `take` is what is done with the rest.
-fn keep_chain(outlet: &Outlet, name: String, take: &[Rule]) -> Chain {
+/// Such flows. Of UDP, all but the destination decides as for others; TCP is dropped and rejected
+/// no less. `take` is what is done with the rest.
+fn keep_chain(outlet: &Outlet, name: String, take: Rule, leave: &Stmt) -> Chain {
     let mut rules = Vec::new();
     if outlet.hijacks_dns() {
         rules.push(vec![Stmt::Dnatted, Stmt::accept()]);
     }
     for verdict in [Take::Drop, Take::Reject] {
-        rules.extend(switches(outlet, verdict, &Stmt::accept()));
+        rules.extend(switches(outlet, verdict, leave));
     }
-    rules.extend_from_slice(take);
+    if outlet.picks() {
+        let udp = query_rules(outlet).into_iter().chain(switches(outlet, Take::No, leave));
+        let of_udp = |rule: Rule| [vec![Stmt::L4proto(L4::Udp)], rule].concat();
+        rules.extend(udp.map(of_udp));
+        rules.extend(port_rules(outlet, L4::Udp, leave));
+    }
+    rules.push(take);
     chain(name, rules)
 }
 
@@ -903,26 +917,20 @@ fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     let own = mark(config, outlet.mark);
     let take = vec![Stmt::SetPacketMark(own), Stmt::accept()];
     let mut chains = Vec::new();
-    if spares_tcp(outlet) {
-        rules.push(known_rule(config, keep_name(outlet)));
-        chains.push(keep_chain(outlet, keep_name(outlet), std::slice::from_ref(&take)));
+    let known = known_rules(config, outlet, &keep_name(outlet));
+    if !known.is_empty() {
+        rules.extend(known);
+        chains.push(keep_chain(outlet, keep_name(outlet), take.clone(), &leave(config)));
     }
     // the kernel's answer (port unreachable) to what the proxy sent on the remote host's behalf:
     // it would leave for the true destination
-    let answer = vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), Stmt::drop()];
-    let bypass = bypass_rules(outlet, &leave(config));
-    if bypass.is_empty() {
-        rules.push(vec![Stmt::Counter]);
-    } else {
-        rules.push(answer.clone());
-        rules.extend(bypass);
-        rules.push(vec![Stmt::Counter]);
-    }
+    rules.push(vec![Stmt::NotTcpOrUdp, Stmt::CtMark(own), Stmt::drop()]);
+    rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
+    rules.extend(bypass_rules(outlet, &leave(config)));
+    rules.push(vec![Stmt::Counter]);
     if !outlet.dns_local {
         rules.extend(dns_rules(outlet));
     }
-    rules.push(answer);
-    rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
     rules.extend(query_rules(outlet));
     rules.extend(only_rules(outlet, &leave(config)));
     rules.extend(switch_rules(outlet, &leave(config)));
@@ -999,9 +1007,11 @@ fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     let here = Stmt::SetPacketMark(mark(config, config.gateway_mark()));
     let take = vec![here.clone(), Stmt::goto(format!("tproxy_{}", outlet.name))];
     let (mut rules, mut chains) = (Vec::new(), Vec::new());
-    if spares_tcp(outlet) {
-        rules.push(known_rule(config, forward_keep_name(outlet)));
-        chains.push(keep_chain(outlet, forward_keep_name(outlet), std::slice::from_ref(&take)));
+    let known = known_rules(config, outlet, &forward_keep_name(outlet));
+    if !known.is_empty() {
+        rules.extend(known);
+        let (name, leave) = (forward_keep_name(outlet), Stmt::accept());
+        chains.push(keep_chain(outlet, name, take.clone(), &leave));
     }
     // a client's ICMP error (packet too big) about a flow that ends at the proxy is the proxy's
     for known in [own, spoofed(config)] {
