@@ -4,11 +4,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
-use crate::config::{Config, Take, Target, Tproxy};
+use crate::config::{Config, Outlet, Take, Target, Tproxy};
 use crate::host::{Host, Link};
 use crate::listen::{finds, Finds, Listener, Origin};
 use crate::loops::Home;
-use crate::net::{Family, L4};
+use crate::net::{Family, Ranges, L4};
 use crate::netlink::diag;
 use crate::policy;
 
@@ -36,11 +36,15 @@ pub fn of_host(config: &Config, host: &Host) -> Vec<(&'static str, Finding)> {
             resolves(tproxy, routed, host, &mut resolver);
             add("listener", listener);
             add("resolver", resolver);
+            add("limits", limits("tproxy", &tproxy.outlet));
         } else {
             let name = &tproxy.outlet.name;
             let text = format!("[tproxy {name}]: no rule and no gateway names it");
             add("tproxy-unused", vec![Ok(text)]);
         }
+    }
+    for route in &config.routes {
+        add("limits", limits("route", &route.outlet));
     }
     add("gateway-interface", absent(config, host).map(Err).collect());
     if !config.tproxies.is_empty() && host.interfaces.iter().flatten().any(is_lo_down) {
@@ -134,6 +138,32 @@ fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mu
         }
         findings.extend(wrong.into_iter().map(Err));
     }
+}
+
+/// What a target does not take, and what is likely not what was meant.
+fn limits(kind: &str, outlet: &Outlet) -> Vec<Finding> {
+    let name = &outlet.name;
+    let mut findings = Vec::new();
+    let limits = outlet.limits();
+    if !limits.is_empty() {
+        findings.push(Ok(format!("[{kind} {name}]: {}", limits.join(", "))));
+    }
+    if outlet.only.as_ref().is_some_and(Ranges::is_empty) {
+        findings.push(Err(format!(
+            "[{kind} {name}]: only-file names no address, so that everything is left alone: put \
+             addresses into the file, or leave out the key"
+        )));
+    }
+    for l4 in [L4::Tcp, L4::Udp] {
+        let ((take, ports), key) = (outlet.protocol(l4), l4.nft());
+        if take != Take::Yes && !ports.is_empty() {
+            findings.push(Err(format!(
+                "[{kind} {name}]: {key}-ports says nothing, since {key} is not yes: leave out one \
+                 of them"
+            )));
+        }
+    }
+    findings
 }
 
 /// Whether anybody answers where a tproxy's DNS goes, if that is on this host.

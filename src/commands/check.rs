@@ -69,7 +69,7 @@ impl Severity {
 
 /// What findings may be about: told in JSON, where programs know a finding by it whatever its words.
 /// cgtproxy(8) has all of them.
-pub const ABOUT: [&str; 28] = [
+pub const ABOUT: [&str; 29] = [
     "config",
     "config-owner",
     "cgroup-root",
@@ -81,6 +81,7 @@ pub const ABOUT: [&str; 28] = [
     "capability",
     "kernel-feature",
     "tproxy-unused",
+    "limits",
     "listener",
     "shared-port",
     "resolver",

@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use super::containers;
 use crate::cgroup::mount::{self, Mount, Root};
 use crate::cgroup::watch;
-use crate::config::{Config, Rule, RuleLine};
+use crate::config::{Config, Outlet, Rule, RuleLine, Target};
 use crate::error::{Error, Result};
 use crate::kernel::Kernel;
 use crate::log::Escaped;
@@ -214,6 +214,7 @@ fn describe(
         if let Ok(Some(rule)) = policy::owner_rule(before, uid, Some(gid)) {
             let target = config.target_name(rule.target);
             let _ = writeln!(text, "    target  {target}");
+            text.push_str(&limits(config, rule.target));
             let _ = writeln!(text, "    rule    {}: {target} = {}", rule.place, rule.text);
             let _ = writeln!(text, "    owner   uid {uid}, gid {gid}");
             return false;
@@ -226,6 +227,7 @@ fn describe(
         Decision::Rule(rule) => format!("{}: {target} = {}", rule.place, rule.text),
     };
     let _ = writeln!(text, "    target  {target}");
+    text.push_str(&limits(config, outcome.target));
     let _ = writeln!(text, "    rule    {rule}");
     for pattern in policy::number(config, rank).map_or(&[][..], |at| means(config, at)) {
         let _ = writeln!(text, "    means   {}", pattern.pattern);
@@ -251,6 +253,15 @@ fn describe(
         );
     }
     !matches!(policy::decision(config, rank), Decision::Default)
+}
+
+/// A line on what a target does not take, where there is anything.
+fn limits(config: &Config, target: Target) -> String {
+    let limits = config.outlet(target).map(Outlet::limits).unwrap_or_default();
+    match limits.is_empty() {
+        true => String::new(),
+        false => format!("    limits  {}\n", limits.join(", ")),
+    }
 }
 
 /// What the line with that rule became, where it is not a regex itself.

@@ -94,17 +94,19 @@ fn main() {
     }
     let picked: Vec<String> = (std::env::args().skip(1)).filter(|a| !a.starts_with('-')).collect();
     type Group = (&'static str, fn(&mut Report));
-    let groups: [Group; 12] = [
+    let groups: [Group; 14] = [
         ("binary", start::binary),
         ("rules", start::rules),
         ("start", start::start),
         ("reload", start::reload),
+        ("lists", start::lists),
         ("latency", latency::latency),
         ("burst", latency::burst),
         ("churn", latency::churn),
         ("apps", sockets::apps),
         ("packet", traffic::packet_cost),
         ("user", traffic::user_line),
+        ("destinations", traffic::destinations),
         ("nested", traffic::nested_levels),
         ("throughput", traffic::throughput),
     ];

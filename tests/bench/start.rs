@@ -11,7 +11,7 @@ use cgtproxy::policy;
 use nix::sys::signal::Signal;
 use regex_lite::Regex;
 
-use crate::daemon::{binary as program, run_with, Daemon};
+use crate::daemon::{binary as program, run_with, write_private, Daemon};
 use crate::floor::{schedstat, Listener, NFT_MSG_NEWTABLE};
 use crate::ground::Ground;
 use crate::kernel::nft;
@@ -130,6 +130,73 @@ pub fn reload(report: &mut Report) {
     report.beside(figure, median(&ours), "ms", reference, Target::AtMost(20.0));
     report.alone("reload, CPU", median(&cpu), "ms", Target::None);
     assert!(daemon.stop().success());
+}
+
+/// A list of so many prefixes that do not touch each other.
+pub fn prefixes(count: u32) -> String {
+    let prefix = |i: u32| format!("{}/24\n", std::net::Ipv4Addr::from((11 << 24) + i * 512));
+    (0..count).map(prefix).collect()
+}
+
+/// What a list of addresses costs: start, reload and memory, beside the same without one.
+pub fn lists(report: &mut Report) {
+    let ground = Ground::new("lists").expect("root");
+    ground.cgroup("/apps/1");
+    let plain = CONFIG.to_string();
+    for (count, milliseconds, mebibytes) in
+        [(10_000, Target::AtMost(30.0), Target::AtMost(3.0)), (100_000, Target::None, Target::None)]
+    {
+        let file = ground.dir.join(format!("{count}.txt"));
+        write_private(&file, &prefixes(count));
+        let line = format!("port = 7893\nbypass-file = {}", file.display());
+        let listed = CONFIG.replace("port = 7893", &line);
+        // without the list and with it
+        let mut samples = [const { [const { Vec::new() }; 2] }; 6];
+        for _ in 0..sized(5, 15) {
+            go_on();
+            for (with, text) in [&plain, &listed].into_iter().enumerate() {
+                let start = Instant::now();
+                let mut daemon = Daemon::spawn(&ground, text, &[], &[]);
+                assert!(daemon.ready(), "{}", daemon.logs());
+                let took = start.elapsed().as_secs_f64() * 1e3;
+                let used = || schedstat(&format!("/proc/{}/schedstat", daemon.pid())) as f64 / 1e6;
+                let (cpu, resident) = (used(), memory(&daemon));
+                let start = Instant::now();
+                daemon.signal(Signal::SIGHUP);
+                assert!(daemon.wait_log("reloaded", Duration::from_secs(20)), "{}", daemon.logs());
+                let reload = start.elapsed().as_secs_f64() * 1e3;
+                let values = [took, cpu, resident, reload, used() - cpu, memory(&daemon)];
+                for (into, value) in samples.iter_mut().zip(values) {
+                    into[with].push(value);
+                }
+                assert!(daemon.stop().success());
+            }
+        }
+        let figures = [
+            ("start to ready", "ms", milliseconds),
+            ("start, CPU", "ms", Target::None),
+            ("RSS", "MiB", mebibytes),
+            ("reload", "ms", Target::None),
+            ("reload, CPU", "ms", Target::None),
+            ("RSS after it", "MiB", Target::None),
+        ];
+        for ((name, unit, target), [without, with]) in figures.into_iter().zip(&samples) {
+            let reference = ("without", median(without));
+            let figure = format!("{name}, {count} prefixes");
+            report.beside(&figure, median(with), unit, reference, Target::None);
+            let more: Vec<f64> = with.iter().zip(without).map(|(a, b)| a - b).collect();
+            report.alone(figure + ", more", median(&more), unit, target);
+        }
+    }
+}
+
+/// MiB that a daemon has resident.
+fn memory(daemon: &Daemon) -> f64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid()));
+    let status = status.expect("the status of a live process");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
+    kib.expect("a number of KiB") / 1024.0
 }
 
 /// Rules of the shapes that the manual gives, by turns.

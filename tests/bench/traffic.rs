@@ -13,11 +13,12 @@ use std::thread::{self, JoinHandle};
 use nix::sys::wait::waitpid;
 
 use crate::client::fork_into;
-use crate::daemon::Daemon;
+use crate::daemon::{write_private, Daemon};
 use crate::ground::{addr, ip_batch, pipe, Ground, REMOTE4};
 use crate::kernel::load;
 use crate::reference;
 use crate::report::{median, Report, Target};
+use crate::start::prefixes;
 use crate::world::{bind, raw_addr};
 use crate::{go_on, sized};
 
@@ -283,6 +284,60 @@ pub fn user_line(report: &mut Report) {
         let more: Vec<f64> = with[at].iter().zip(&without[at]).map(|(a, b)| a - b).collect();
         let reference = ("without, in all", median(&without[at]));
         report.beside(format!("packet, {name}, more"), median(&more), "ns", reference, target);
+    }
+}
+
+/// What ports and destinations of a target cost its packets, and those of others: nothing.
+pub fn destinations(report: &mut Report) {
+    let ground = Ground::new("destinations").expect("root");
+    let [others, own] = ["unmatched", "proxied"].map(|kind| ground.cgroup(&format!("/{kind}/b")));
+    ground.outside(|| {
+        load(
+            "table netdev sink {
+                chain in { type filter hook ingress device out0 priority 0; policy drop; }
+            }",
+        );
+    });
+    let any = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), PROXY_PORT);
+    let _proxy = bind(any, libc::SOCK_DGRAM);
+    let list = |count| {
+        let file = ground.dir.join(format!("{count}.txt"));
+        write_private(&file, &prefixes(count));
+        format!("bypass-file = {}\n", file.display())
+    };
+    let kinds = [
+        ("a port list", "udp-ports = 1-79 443 8000-8999\n".to_string(), Target::AtMost(40.0)),
+        ("quic = reject", "quic = reject\n".to_string(), Target::AtMost(40.0)),
+        ("100 prefixes", list(100), Target::None),
+        ("10000 prefixes", list(10_000), Target::AtMost(40.0)),
+        ("100000 prefixes", list(100_000), Target::None),
+    ];
+    let config = |lines: &str| CONFIG.replace("port = 7893\n", &format!("port = 7893\n{lines}"));
+    let mut plain = [const { Vec::new() }; 2];
+    let mut with = [const { [const { Vec::new() }; 2] }; 5];
+    let measure = |lines: &str, into: &mut [Vec<f64>; 2]| {
+        let table = Table::ours(&ground, &config(lines));
+        for (cgroup, into) in [&others, &own].into_iter().zip(into) {
+            into.push(flood(cgroup, addr(REMOTE4, 9)));
+        }
+        drop(table);
+    };
+    for _ in 0..sized(9, 21) {
+        go_on();
+        measure("", &mut plain);
+        for ((_, lines, _), into) in kinds.iter().zip(&mut with) {
+            measure(lines, into);
+        }
+    }
+    for ((name, _, target), with) in kinds.into_iter().zip(&with) {
+        for (of, (plain, with)) in ["unmatched", "proxied"].iter().zip(plain.iter().zip(with)) {
+            let target = if *of == "proxied" { target } else { Target::None };
+            let reference = ("without", median(plain));
+            let figure = format!("packet, {of}, {name}");
+            report.beside(&figure, median(with), "ns", reference, Target::None);
+            let more: Vec<f64> = with.iter().zip(plain).map(|(a, b)| a - b).collect();
+            report.alone(figure + ", more", median(&more), "ns", target);
+        }
     }
 }
 

@@ -477,3 +477,58 @@ fn lists_that_are_refused() {
     refused("noise", "990 more lines are no addresses");
     daemon.stop_clean();
 }
+
+/// `check` and `explain` say what a target does not take, and `check` what was likely not meant.
+#[test]
+fn check_and_explain() {
+    let ground = ground!("dest-said");
+    write_list(&ground, "cn.txt", LIST);
+    write_list(&ground, "none.txt", "# later\n");
+    let lines = "udp = drop\nquic = reject\ntcp-ports = 443 80\nbypass-file = lists/cn.txt\n";
+    let said = |lines: &str, args: &[&str]| {
+        let out = crate::daemon::run_with(&ground, &policy("", lines), args);
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    let limits = "udp = drop, quic = reject, tcp-ports = 80 443, bypass 3 ranges";
+    let text = said(lines, &["explain", "/app"]);
+    assert!(text.contains(&format!("    limits  {limits}\n")), "{text}");
+    assert!(!said("", &["explain", "/app"]).contains("limits"));
+    let text = said(lines, &["check"]);
+    assert!(text.contains(&format!("ok: [tproxy mihomo]: {limits}\n")), "{text}");
+    let text = said("only-file = lists/none.txt\nudp-ports = 53\nudp = no\n", &["check"]);
+    assert!(text.contains("warning: [tproxy mihomo]: only-file names no address"), "{text}");
+    assert!(text.contains("warning: [tproxy mihomo]: udp-ports says nothing"), "{text}");
+}
+
+/// What a policy leaves alone by its DSCP is no reason to end a flow.
+#[test]
+fn flows_with_a_dscp_are_spared() {
+    let ground = ground!("dest-spare");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let app = ground.cgroup("/app");
+    let global = "bypass-dscp = 4\n";
+    let before = policy(global, "").replace("mihomo = /app", "direct = /app");
+    let daemon = Daemon::start(&ground, &before, &[]);
+    let mut flows = Vec::new();
+    for ip in [REMOTE4, REMOTE6] {
+        for dscp in [4, 5] {
+            let fd = socket_in(&app, libc::SOCK_STREAM, ip);
+            let (level, option) = match ip {
+                std::net::IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
+                std::net::IpAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+            };
+            crate::world::set(&fd, level, option, dscp << 2);
+            connect(&fd, addr(ip, STREAM_PORT)).expect("connect");
+            flows.push((dscp, TcpStream::from(fd)));
+        }
+    }
+    daemon.reconfigure(&policy(global, ""));
+    for (dscp, mut stream) in flows {
+        stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+        let mut data = vec![0; 1 << 16];
+        // beyond what may be queued of an ended one
+        let goes_on = (0..300).all(|_| stream.read(&mut data).is_ok_and(|n| n > 0));
+        assert_eq!(goes_on, dscp == 4, "{dscp} to {:?}", stream.peer_addr());
+    }
+    daemon.stop_clean();
+}
