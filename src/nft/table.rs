@@ -1303,21 +1303,26 @@ fn ct_marks(config: &Config, route: &Route) -> impl Iterator<Item = Mark> {
 }
 
 /// What leaves by a route has the source address that the application's own way would have given it.
+/// TCP that is refused leaves by lo, and conntrack knows it for a while. It is masqueraded as well,
+/// since the kernel forgets a flow that was so by another interface: the next connection from the
+/// same port would go on untranslated, and now has the right address with its second SYN.
 fn masquerade_rules<'a>(config: &'a Config) -> Vec<Rule> {
     let rules = |route: &'a Route| {
-        ct_marks(config, route).map(|own| {
-            let out = Some(&route.interface).filter(|name| !name.is_empty());
-            let mut rule = vec![Stmt::CtMark(own)];
-            rule.extend(out.map(|name| Stmt::Oifname(name.clone())));
-            rule.push(Stmt::Masquerade);
-            rule
+        ct_marks(config, route).flat_map(|own| {
+            let rule = |out: Option<Stmt>| {
+                std::iter::once(Stmt::CtMark(own)).chain(out).chain([Stmt::Masquerade]).collect()
+            };
+            match &*route.interface {
+                "" => vec![rule(None)],
+                name => vec![rule(Some(Stmt::Oifname(name.into()))), rule(Some(Stmt::OifLo))],
+            }
         })
     };
     let masqueraded = config.routes.iter().filter(|route| route.masquerades());
     let mut rules: Vec<Rule> = masqueraded.flat_map(rules).collect();
     if !rules.is_empty() {
-        // refused, or on its way to a resolver here
-        rules.insert(0, leaves_by_lo());
+        // on its way to a resolver here
+        rules.insert(0, vec![Stmt::OifLo, Stmt::Local, Stmt::accept()]);
     }
     rules
 }

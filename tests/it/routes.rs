@@ -7,7 +7,7 @@
 //! The remote hosts are behind both interfaces; who asked tells the server by which.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
@@ -327,6 +327,55 @@ fn what_was_refused_flows_once_it_is_back() {
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
 }
 
+/// TCP connects again from the same port once the interface is back, while conntrack still knows the
+/// attempt that was refused.
+#[test]
+fn a_refused_port_connects_once_it_is_back() {
+    let ground = ground!("again");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let _daemon = Daemon::start(&ground, &policy(), &[]);
+    await_member(&cgroup, "vpn");
+    let connect = |from: SocketAddr, to: IpAddr| {
+        let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+        let socket = socket_of(&cgroup, family, libc::SOCK_STREAM);
+        bind_fd(&socket, from);
+        // gives up after two more SYNs: 7 s
+        crate::world::set(&socket, libc::IPPROTO_TCP, libc::TCP_SYNCNT, 2);
+        let (raw, len) = raw_addr(addr(to, 80));
+        // SAFETY: a sockaddr of the length that goes with it.
+        let rc = unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), len) };
+        match rc {
+            0 => Ok(TcpStream::from(socket)),
+            _ => Err(std::io::Error::last_os_error().kind()),
+        }
+    };
+    let cases = [("0.0.0.0:40001", REMOTE4), ("[::]:40001", REMOTE6)]
+        .map(|(any, to)| (any.parse::<SocketAddr>().expect("an address"), to));
+    let bound = [(addr(HOST4, 40002), REMOTE4), (addr(HOST6, 40002), REMOTE6)];
+    for (from, to) in cases.into_iter().chain(bound) {
+        set("down");
+        until_refused(&cgroup, to);
+        for _ in 0..2 {
+            let refused = connect(from, to).map(drop);
+            assert_eq!(refused, Err(ErrorKind::ConnectionRefused), "{to} from {from}");
+        }
+        set("up");
+        until_passes(&cgroup, to);
+        let start = Instant::now();
+        let stream = connect(from, to);
+        let mut stream = stream.unwrap_or_else(|error| panic!("{to} from {from}: {error}"));
+        println!("{to} from {from}: {:?} after it was refused", start.elapsed());
+        stream.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+        let mut text = [0; 256];
+        let len = stream.read(&mut text).expect("an answer");
+        let text = String::from_utf8_lossy(&text[..len]);
+        assert!(text.contains(TUNNEL[usize::from(to.is_ipv6())]), "{text}");
+    }
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+}
+
 /// The address goes and nobody has noticed yet: what leaves then must not have that of another
 /// interface, to which the answers would come.
 #[test]
@@ -471,7 +520,7 @@ fn dns_goes_into_the_tunnel() {
     set("down");
     until_refused(&cgroup, REMOTE4);
     for (asked, ..) in cases {
-        assert_ne!(query(Proto::Tcp, asked).who(), "local", "{asked}");
+        assert_eq!(query(Proto::Tcp, asked), Outcome::Refused, "{asked}");
         let udp = Client::udp(&cgroup, SocketAddr::new(asked.parse().expect("an address"), 53));
         assert_ne!(udp.timeout(SILENCE).run().who(), "local", "{asked}");
     }
