@@ -141,9 +141,10 @@ fn burst() {
         daemon.footprint().1
     });
     println!("{} KiB at first, {footprints:?} after each burst", at_rest.1);
-    // An allocator keeps some for reuse; a leak grows with every burst (10 KiB is a byte a cgroup).
+    // An allocator keeps some for reuse, for elements, gates and what is dying; a leak grows with
+    // every burst (10 KiB is a byte a cgroup).
     let [first, second] = footprints;
-    assert!(first <= at_rest.1 + 2048 && second <= first + 256);
+    assert!(first <= at_rest.1 + 3072 && second <= first + 256);
     // And it still works.
     await_member(&ground.cgroup("/apps/a5"), "mihomo");
 }
