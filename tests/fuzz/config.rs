@@ -77,7 +77,9 @@ fuzz_target!(|input: &[u8]| -> Corpus {
         }
     };
     for (i, tproxy) in config.tproxies.iter().enumerate() {
-        assert!(tproxy.port != 0 && tproxy.outlet.mark != 0 && tproxy.outlet.mark & !config.mask == 0);
+        assert!(
+            tproxy.port != 0 && tproxy.outlet.mark != 0 && tproxy.outlet.mark & !config.mask == 0
+        );
         assert!(config.tproxies[..i]
             .iter()
             .all(|t| t.outlet.mark != tproxy.outlet.mark && t.outlet.name != tproxy.outlet.name));
@@ -86,7 +88,7 @@ fuzz_target!(|input: &[u8]| -> Corpus {
         assert!(!matches!(rule.target, Target::Tproxy(i) if config.tproxies.len() <= i.into()));
     }
     let _ = policy::rank(&config, policy::root_rank(&config), b"/services/a/instance1");
-    let contents = plan::contents(&config, Snapshot::default());
+    let contents = plan::contents(&config, Snapshot::default(), &Default::default());
     let _ = contents.replacement(None, Batch::new(0)).finish();
     let _ = plan::routing(&config);
     Corpus::Keep

@@ -5,16 +5,17 @@
 
 use cgtproxy::config::Config;
 use cgtproxy::net::Family;
-use cgtproxy::netlink::{diag, fib};
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
-use cgtproxy::nft::{event::Follower, message, others, view};
+use cgtproxy::netlink::{diag, fib};
+use cgtproxy::nft::{event::Follower, marks::Ours, message, others, view};
 use cgtproxy::plan;
 use cgtproxy::route::{self, Seen};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|datagram: &[u8]| {
     let mut messages = Messages::new(datagram);
-    let (mut count, mut rules, mut others_rules) = (0, Vec::new(), Vec::new());
+    let (mut count, mut rules) = (0, Vec::new());
+    let (mut bases, mut others_rules) = (Vec::new(), Vec::new());
     let config = Config::default();
     let (needs, mut seen) = (plan::needs(&config), Seen::default());
     for message in messages.by_ref() {
@@ -23,6 +24,7 @@ fuzz_target!(|datagram: &[u8]| {
         let _ = (message::parse_table(&message), view::parse_table_flags(&message));
         rules.extend(view::parse_rule(&message));
         others_rules.extend(others::parse(&message));
+        bases.extend(others::parse_base(&message));
         let elements = view::parse_elements(&message).map_or(0, |all| all.len());
         assert!(elements <= message.body.len() / 16);
         let _ = (route::is_change(&needs, &message), fib::lo_revives(&message));
@@ -37,7 +39,7 @@ fuzz_target!(|datagram: &[u8]| {
     let _ = (seen.ours(), seen.missing(&needs, Family::V4));
     let place = seen.place(&needs, Family::V4);
     let _ = seen.hindrances(&needs, Family::V4, place);
-    let _ = others::hindrances(&others_rules);
+    let _ = others::hindrances(&bases, &others_rules, &Ours::default());
     let view = view::View::of(&rules);
     assert!(view.targets.len() <= rules.len() && view.steps.len() <= rules.len());
     let _ = Follower::default().take(datagram, 0);
