@@ -572,9 +572,6 @@ impl Status {
         let name = "cgtproxy_target_refused_packets_total";
         let help = "Packets that no listener took, or that were about to leave another way.";
         targets(name, Kind::Counter, help, &|target| target.refused.map(|r| r.packets));
-        // nothing is held
-        let help = "Packets of cgroups that the daemon had not looked at.";
-        metrics.family("cgtproxy_held_packets_total", Kind::Counter, help, [(Vec::new(), 0)]);
         let listens = self.listens.iter().flat_map(|(name, listens)| {
             listens.each().map(|([protocol, family], is)| -> Sample {
                 (vec![("target", name), ("protocol", protocol), ("family", family)], is.into())
