@@ -1,7 +1,7 @@
 //! What unit tests share: a configuration from a text, and a seeded generator, so that a failure can
 //! be run again.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::config::{load, Config, Source};
 
@@ -11,18 +11,6 @@ struct Text(&'static str);
 impl Source for Text {
     fn read(&self, _: &Path) -> Result<String, String> {
         Ok(self.0.into())
-    }
-
-    fn glob(&self, _: &Path) -> Result<Vec<PathBuf>, String> {
-        Ok(Vec::new())
-    }
-
-    fn uid(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn gid(&self, _: &str) -> Option<u32> {
-        None
     }
 }
 

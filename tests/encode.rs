@@ -8,7 +8,7 @@ mod libnftnl;
 mod routing;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use cgtproxy::cgroup::core::{Delta, Snapshot};
 use cgtproxy::cgroup::dying;
@@ -342,24 +342,12 @@ fn dump_request() {
     assert_eq!(hex(batch.bytes()), hex(&libnftnl::get_table(SEQ)));
 }
 
-/// A configuration in memory; it has no includes and knows no users.
+/// A configuration in memory.
 struct Text(String);
 
 impl Source for Text {
     fn read(&self, _: &Path) -> Result<String, String> {
         Ok(self.0.clone())
-    }
-
-    fn glob(&self, _: &Path) -> Result<Vec<PathBuf>, String> {
-        Ok(Vec::new())
-    }
-
-    fn uid(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn gid(&self, _: &str) -> Option<u32> {
-        None
     }
 }
 

@@ -8,7 +8,7 @@
 //! directory.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::path::{Path as FilePath, PathBuf};
+use std::path::Path as FilePath;
 use std::rc::Rc;
 
 use cgtproxy::cgroup::backlog::Backlog;
@@ -231,16 +231,6 @@ struct Text(&'static str);
 impl Source for Text {
     fn read(&self, _: &FilePath) -> Result<String, String> {
         Ok(self.0.into())
-    }
-    fn glob(&self, _: &FilePath) -> Result<Vec<PathBuf>, String> {
-        Ok(Vec::new())
-    }
-    fn uid(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn gid(&self, _: &str) -> Option<u32> {
-        None
     }
 }
 

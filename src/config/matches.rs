@@ -3,7 +3,7 @@
 //! systemd's cg_escape(), systemd.io/DESKTOP_ENVIRONMENTS, flatpak's and snapd's transient scopes;
 //! the tests have the names that they make.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::model::Source;
 use super::suggest::did_you_mean;
@@ -68,18 +68,6 @@ struct Nobody;
 impl Source for Nobody {
     fn read(&self, _: &Path) -> Result<String> {
         Ok(String::new())
-    }
-
-    fn glob(&self, _: &Path) -> Result<Vec<PathBuf>> {
-        Ok(Vec::new())
-    }
-
-    fn uid(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn gid(&self, _: &str) -> Option<u32> {
-        None
     }
 }
 

@@ -13,7 +13,8 @@ use crate::net::{holds, Family, Interface, Mac, Mark, Owner, Range, Ranges, L4};
 /// Longest message, in characters.
 const MAX_MESSAGE: usize = 1000;
 
-/// Where text comes from; the real one is [`file::Files`].
+/// Where text comes from; the real one is [`file::Files`]. What is left out has nothing: no includes,
+/// no users and no groups.
 pub trait Source {
     /// The text of a file. Errors: why it cannot be used, without its name.
     fn read(&self, path: &Path) -> Result<String, String>;
@@ -22,11 +23,17 @@ pub trait Source {
         self.read(path)
     }
     /// The files that an include pattern matches, sorted. Errors: why it cannot be used.
-    fn glob(&self, pattern: &Path) -> Result<Vec<PathBuf>, String>;
+    fn glob(&self, _pattern: &Path) -> Result<Vec<PathBuf>, String> {
+        Ok(Vec::new())
+    }
     /// The uid of a user name.
-    fn uid(&self, name: &str) -> Option<u32>;
+    fn uid(&self, _name: &str) -> Option<u32> {
+        None
+    }
     /// The gid of a group name.
-    fn gid(&self, name: &str) -> Option<u32>;
+    fn gid(&self, _name: &str) -> Option<u32> {
+        None
+    }
 }
 
 /// Where a packet of a cgroup goes. Tproxies are numbered in file order, and so are routes.

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::hint::black_box;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -231,18 +231,6 @@ struct Text(String);
 impl Source for Text {
     fn read(&self, _: &Path) -> Result<String, String> {
         Ok(self.0.clone())
-    }
-
-    fn glob(&self, _: &Path) -> Result<Vec<PathBuf>, String> {
-        Ok(Vec::new())
-    }
-
-    fn uid(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn gid(&self, _: &str) -> Option<u32> {
-        None
     }
 }
 
