@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use crate::net::{Family, L4};
 use crate::netlink::diag;
 use crate::netlink::msg::Batch;
+use crate::netlink::parse::ip;
 use crate::netlink::socket::Socket;
 use crate::netlink::uapi::*;
 
@@ -53,14 +54,14 @@ impl Listener {
     /// Whether it takes what is addressed to its port in that family, at any address of its own.
     fn speaks(&self, family: Family) -> bool {
         let dual = self.address.is_unspecified() && !self.v6only && self.family == Family::V6;
-        let own = if self.address.is_ipv4() { Family::V4 } else { Family::V6 };
+        let own = Family::of(&self.address);
         // the IPv6 wildcard is canonical as that; an IPv4 address of a dual-stack socket is IPv4
         family == own || (family == Family::V4 && dual)
     }
 
     /// Whether what arrives at an address of this host is its.
     pub fn is_at(&self, l4: L4, address: IpAddr, port: u16) -> bool {
-        let family = if address.is_ipv4() { Family::V4 } else { Family::V6 };
+        let family = Family::of(&address);
         let here = self.address.is_unspecified() || self.address == address;
         self.l4 == l4 && self.port == port && here && self.speaks(family)
     }
@@ -184,11 +185,7 @@ fn address_of(hex: &str) -> Option<IpAddr> {
         let word = u32::from_str_radix(hex.get(at..at + 8)?, 16).ok()?;
         bytes.extend(word.to_ne_bytes());
     }
-    match bytes.len() {
-        4 => Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into()),
-        16 => Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).to_canonical()),
-        _ => None,
-    }
+    ip(&bytes).map(|ip| ip.to_canonical())
 }
 
 #[cfg(test)]
@@ -231,7 +228,7 @@ mod tests {
     fn what_tproxy_looks_at() {
         let at = |address: &str, v6only, device, transparent| {
             let address: IpAddr = address.parse().unwrap();
-            let family = if address.is_ipv4() { Family::V4 } else { Family::V6 };
+            let family = Family::of(&address);
             let (l4, port, uid) = (L4::Tcp, 1, 0);
             Listener {
                 l4,

@@ -1,9 +1,9 @@
 //! What conntrack knows of one flow, by ctnetlink. Pure bytes.
 //! Source: include/uapi/linux/netfilter/nfnetlink_conntrack.h, net/netfilter/nf_conntrack_netlink.c.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
-use super::msg::Batch;
+use super::msg::{Batch, Open};
 use super::parse::{self, Attrs, Message};
 use super::uapi::*;
 
@@ -20,25 +20,27 @@ pub struct Flow {
 
 /// Asks for the flow of a connected socket.
 pub fn get(batch: &mut Batch, protocol: u8, local: SocketAddr, remote: SocketAddr) {
-    let kind = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET;
-    let open = batch.begin(kind, NLM_F_REQUEST | NLM_F_ACK);
-    let family = if local.is_ipv4() { NFPROTO_IPV4 } else { NFPROTO_IPV6 };
-    // struct nfgenmsg
-    batch.header(&[family, 0, 0, 0]);
+    let open = begin(batch, IPCTNL_MSG_CT_GET, NLM_F_ACK, family(local));
     tuple(batch, CTA_TUPLE_ORIG, protocol, local, remote);
     batch.end(open);
+}
+
+fn begin(batch: &mut Batch, kind: u16, flags: u16, family: u8) -> Open {
+    batch.begin_nfnl(NFNL_SUBSYS_CTNETLINK, kind, NLM_F_REQUEST | flags, family)
+}
+
+fn family(end: SocketAddr) -> u8 {
+    match end.is_ipv4() {
+        true => NFPROTO_IPV4,
+        false => NFPROTO_IPV6,
+    }
 }
 
 fn tuple(batch: &mut Batch, which: u16, protocol: u8, from: SocketAddr, to: SocketAddr) {
     let tuple = batch.nest(which);
     let nest = batch.nest(CTA_TUPLE_IP);
-    for (end, v4, v6) in [(from, CTA_IP_V4_SRC, CTA_IP_V6_SRC), (to, CTA_IP_V4_DST, CTA_IP_V6_DST)]
-    {
-        match end.ip() {
-            IpAddr::V4(ip) => batch.raw(v4, &ip.octets()),
-            IpAddr::V6(ip) => batch.raw(v6, &ip.octets()),
-        }
-    }
+    batch.ip(source(from), from.ip());
+    batch.ip(if to.is_ipv4() { CTA_IP_V4_DST } else { CTA_IP_V6_DST }, to.ip());
     batch.end_nest(nest);
     let nest = batch.nest(CTA_TUPLE_PROTO);
     batch.u8(CTA_PROTO_NUM, protocol);
@@ -48,15 +50,20 @@ fn tuple(batch: &mut Batch, which: u16, protocol: u8, from: SocketAddr, to: Sock
     batch.end_nest(tuple);
 }
 
+/// The attribute of a source address.
+fn source(end: SocketAddr) -> u16 {
+    match end.is_ipv4() {
+        true => CTA_IP_V4_SRC,
+        false => CTA_IP_V6_SRC,
+    }
+}
+
 /// Tells of a TCP connection that `remote` made, before conntrack sees a packet of it: whoever speaks
 /// next would be who made it.
 pub fn inbound(batch: &mut Batch, local: SocketAddr, remote: SocketAddr) {
     const FOR_SECONDS: u32 = 432_000; // as the kernel has it for what is established
-    let kind = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW;
-    let open = batch.begin(kind, NLM_F_REQUEST | NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK);
-    let family = if local.is_ipv4() { NFPROTO_IPV4 } else { NFPROTO_IPV6 };
-    // struct nfgenmsg
-    batch.header(&[family, 0, 0, 0]);
+    let flags = NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK;
+    let open = begin(batch, IPCTNL_MSG_CT_NEW, flags, family(local));
     tuple(batch, CTA_TUPLE_ORIG, IPPROTO_TCP, remote, local);
     tuple(batch, CTA_TUPLE_REPLY, IPPROTO_TCP, local, remote);
     batch.u32_be(CTA_STATUS, IPS_CONFIRMED | IPS_SEEN_REPLY | IPS_ASSURED);
@@ -75,10 +82,11 @@ pub fn inbound(batch: &mut Batch, local: SocketAddr, remote: SocketAddr) {
 
 /// Has all flows forgotten whose mark is `value` in the bits of `mask`.
 pub fn forget(batch: &mut Batch, value: u32, mask: u32) {
-    let kind = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE;
-    let open = batch.begin(kind, NLM_F_REQUEST | NLM_F_ACK);
-    // struct nfgenmsg
-    batch.header(&[NFPROTO_UNSPEC, 0, 0, 0]);
+    of_marked(batch, IPCTNL_MSG_CT_DELETE, NLM_F_ACK, value, mask);
+}
+
+fn of_marked(batch: &mut Batch, kind: u16, flags: u16, value: u32, mask: u32) {
+    let open = begin(batch, kind, flags, NFPROTO_UNSPEC);
     batch.u32_be(CTA_MARK, value);
     batch.u32_be(CTA_MARK_MASK, mask);
     batch.end(open);
@@ -95,44 +103,33 @@ pub struct Traffic {
 
 /// Asks for all flows whose mark is `value` in the bits of `mask`.
 pub fn get_marked(batch: &mut Batch, value: u32, mask: u32) {
-    let kind = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET;
-    let open = batch.begin(kind, NLM_F_REQUEST | NLM_F_DUMP);
-    // struct nfgenmsg
-    batch.header(&[NFPROTO_UNSPEC, 0, 0, 0]);
-    batch.u32_be(CTA_MARK, value);
-    batch.u32_be(CTA_MARK_MASK, mask);
-    batch.end(open);
+    of_marked(batch, IPCTNL_MSG_CT_GET, NLM_F_DUMP, value, mask);
 }
 
 /// Reads an answer to [`get_marked`]; `None` where it has no counters.
 pub fn parse_traffic(message: &Message) -> Option<Traffic> {
-    if message.kind != NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW {
-        return None;
-    }
-    let attrs = Attrs::after(message.body, 4);
-    let bytes = |which| {
-        let count = Attrs::new(attrs.clone().get(which)?).get(CTA_COUNTERS_BYTES)?.get(..8)?;
-        Some(u64::from_be_bytes(count.try_into().ok()?))
-    };
+    let attrs = answered(message)?;
+    let bytes =
+        |which| parse::u64_be(Attrs::new(attrs.clone().get(which)?).get(CTA_COUNTERS_BYTES)?);
     Some(Traffic {
         id: parse::u32_be(attrs.clone().get(CTA_ID)?)?,
         bytes: [bytes(CTA_COUNTERS_ORIG)?, bytes(CTA_COUNTERS_REPLY)?],
     })
 }
 
+/// The attributes of a flow that is told of.
+fn answered<'a>(message: &Message<'a>) -> Option<Attrs<'a>> {
+    let told = message.is_nfnl(NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW);
+    told.then(|| Attrs::after(message.body, 4))
+}
+
 /// Reads the answer for a socket at `local`.
 pub fn parse(message: &Message, local: SocketAddr) -> Option<Flow> {
-    if message.kind != NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW {
-        return None;
-    }
-    let attrs = Attrs::after(message.body, 4);
+    let attrs = answered(message)?;
     let tuple = Attrs::new(attrs.clone().get(CTA_TUPLE_ORIG)?);
     let addresses = Attrs::new(tuple.clone().get(CTA_TUPLE_IP)?);
     let ports = Attrs::new(tuple.get(CTA_TUPLE_PROTO)?);
-    let source = match local.ip() {
-        IpAddr::V4(ip) => addresses.get(CTA_IP_V4_SRC) == Some(&ip.octets()[..]),
-        IpAddr::V6(ip) => addresses.get(CTA_IP_V6_SRC) == Some(&ip.octets()[..]),
-    };
+    let source = addresses.get(source(local)).and_then(parse::ip) == Some(local.ip());
     let port = ports.get(CTA_PROTO_SRC_PORT) == Some(&local.port().to_be_bytes()[..]);
     // of a flow that conntrack takes up on its way it checks no window
     let flags = || {
@@ -154,8 +151,7 @@ mod tests {
     #[test]
     fn what_a_flow_has_carried() {
         let mut batch = Batch::new(0);
-        let open = batch.begin(NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW, 0);
-        batch.header(&[NFPROTO_IPV4, 0, 0, 0]);
+        let open = begin(&mut batch, IPCTNL_MSG_CT_NEW, 0, NFPROTO_IPV4);
         for (which, bytes) in [(CTA_COUNTERS_ORIG, 7u64), (CTA_COUNTERS_REPLY, 1 << 40)] {
             let nest = batch.nest(which);
             batch.raw(CTA_COUNTERS_BYTES, &bytes.to_be_bytes());

@@ -1,7 +1,7 @@
 //! Sockets as inet_diag tells of them, whoever's they are, and how to end one. Pure bytes.
 //! Source: sock_diag(7), include/uapi/linux/inet_diag.h, net/ipv4/inet_diag.c.
 
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 
 use super::msg::Batch;
 use super::parse::{self, Attrs, Message};
@@ -179,24 +179,24 @@ pub fn parse(message: &Message, protocol: u8) -> Option<Socket> {
     let body = message.body;
     let id: [u8; ID_LEN] = body.get(ID_AT..ID_AT + ID_LEN)?.try_into().ok()?;
     let family = *body.first()?;
-    let port = |at: usize| u16::from_be_bytes([id[at], id[at + 1]]);
-    let address = |at: usize| {
-        let octets = |n: usize| &id[at..at + n];
-        Some(match family {
-            AF_INET => IpAddr::from(<[u8; 4]>::try_from(octets(4)).ok()?),
-            AF_INET6 => Ipv6Addr::from(<[u8; 16]>::try_from(octets(16)).ok()?).to_canonical(),
-            _ => return None,
-        })
+    let length = match family {
+        AF_INET => 4,
+        AF_INET6 => 16,
+        _ => return None,
+    };
+    let end = |address: usize, port: usize| {
+        let port = u16::from_be_bytes([id[port], id[port + 1]]);
+        Some(SocketAddr::new(parse::ip(&id[address..][..length])?.to_canonical(), port))
     };
     let attrs = Attrs::after(body, MSG_LEN);
     let attr = |kind| attrs.clone().get(kind);
     let cgroup = attr(INET_DIAG_CGROUP_ID).and_then(|id| id.get(..8)?.try_into().ok());
-    let remote = SocketAddr::new(address(20)?, port(2));
+    let remote = end(20, 2)?;
     Some(Socket {
         family,
         protocol,
         state: *body.get(1)?,
-        local: SocketAddr::new(address(4)?, port(0)),
+        local: end(4, 0)?,
         remote,
         device: parse::u32_ne(&id[36..])?,
         uid: parse::u32_ne(body.get(UID_AT..)?)?,

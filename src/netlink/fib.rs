@@ -5,7 +5,7 @@
 
 use std::cmp::Ordering;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
 use super::msg::{Batch, Open};
 use super::parse::{self, Attrs, Message};
@@ -222,7 +222,7 @@ impl Route {
             Way::Here => (RTN_LOCAL, RT_SCOPE_HOST, LO, None),
             Way::Out { device, gateway: None } => (RTN_UNICAST, RT_SCOPE_LINK, device.index, None),
             Way::Out { device, gateway } => {
-                (RTN_UNICAST, RT_SCOPE_UNIVERSE, device.index, gateway.as_ref())
+                (RTN_UNICAST, RT_SCOPE_UNIVERSE, device.index, *gateway)
             }
         };
         let header = Header {
@@ -245,11 +245,7 @@ impl Route {
             // `default` is no destination to IPv4 and :: to IPv6
             batch.raw(RTA_DST, &[0; 16]);
         }
-        match gateway {
-            Some(IpAddr::V4(ip)) => batch.raw(RTA_GATEWAY, &ip.octets()),
-            Some(IpAddr::V6(ip)) => batch.raw(RTA_GATEWAY, &ip.octets()),
-            None => {}
-        }
+        gateway.into_iter().for_each(|ip| batch.ip(RTA_GATEWAY, ip));
         if header.table == RT_TABLE_UNSPEC {
             batch.u32_ne(RTA_TABLE, self.table);
         }
@@ -284,13 +280,10 @@ pub fn get_routes(batch: &mut Batch, family: Family) {
 
 /// Asks which way packets to an address go.
 pub fn get_way(batch: &mut Batch, address: IpAddr) {
-    let octets = match address {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    };
-    let header = Header { to: 8 * octets.len() as u8, ..Header::of(Family::of(&address)) };
+    let to = if address.is_ipv4() { 32 } else { 128 };
+    let header = Header { to, ..Header::of(Family::of(&address)) };
     let open = header.begin(batch, RTM_GETROUTE, NLM_F_ACK);
-    batch.raw(RTA_DST, &octets);
+    batch.ip(RTA_DST, address);
     batch.end(open);
 }
 
@@ -360,14 +353,7 @@ impl SeenRule {
 }
 
 fn address(data: &[u8]) -> String {
-    ip_address(data).map_or(String::new(), |ip| ip.to_string())
-}
-
-fn ip_address(data: &[u8]) -> Option<IpAddr> {
-    if let Ok(bytes) = <[u8; 4]>::try_from(data) {
-        return Some(Ipv4Addr::from(bytes).into());
-    }
-    <[u8; 16]>::try_from(data).ok().map(|bytes| Ipv6Addr::from(bytes).into())
+    parse::ip(data).map_or(String::new(), |ip| ip.to_string())
 }
 
 /// `FROM-TO` of a structure of two numbers.
@@ -385,7 +371,7 @@ impl SeenRoute {
     pub fn read(message: &Message) -> Option<SeenRoute> {
         let (header, attrs) = Header::read(message, &[RTM_NEWROUTE, RTM_DELROUTE])?;
         let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
-        let gateway = attrs.clone().get(RTA_GATEWAY).and_then(ip_address);
+        let gateway = attrs.clone().get(RTA_GATEWAY).and_then(parse::ip);
         let device = Device { index: number(RTA_OIF).unwrap_or(0), name: String::new() };
         let route = Route {
             family: header.family()?,

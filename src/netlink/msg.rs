@@ -2,6 +2,8 @@
 //! and knows no protocol; byte order is in each method's name.
 //! Source: netlink(7), include/uapi/linux/netlink.h; lengths as libmnl writes them.
 
+use std::net::IpAddr;
+
 use super::uapi::*;
 
 /// A run of netlink messages, ready for one sendmsg(2).
@@ -63,6 +65,14 @@ impl Batch {
         Open(at)
     }
 
+    /// Begins a message to a subsystem of nfnetlink, with its `struct nfgenmsg`
+    /// (include/uapi/linux/netfilter/nfnetlink.h); version and resource are 0.
+    pub fn begin_nfnl(&mut self, subsystem: u16, kind: u16, flags: u16, family: u8) -> Open {
+        let open = self.begin(subsystem << 8 | kind, flags);
+        self.header(&[family, 0, 0, 0]);
+        open
+    }
+
     pub fn end(&mut self, open: Open) {
         let len = (self.buf.len() - open.0) as u32;
         self.buf[open.0..open.0 + 4].copy_from_slice(&len.to_ne_bytes());
@@ -101,6 +111,14 @@ impl Batch {
 
     pub fn u32_ne(&mut self, attr: u16, value: u32) {
         self.raw(attr, &value.to_ne_bytes());
+    }
+
+    /// An address, in network order.
+    pub fn ip(&mut self, attr: u16, address: IpAddr) {
+        match address {
+            IpAddr::V4(ip) => self.raw(attr, &ip.octets()),
+            IpAddr::V6(ip) => self.raw(attr, &ip.octets()),
+        }
     }
 
     /// A string with its terminating NUL.

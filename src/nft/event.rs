@@ -52,12 +52,10 @@ fn printable(name: &[u8]) -> String {
 mod tests {
     use super::*;
     use crate::netlink::msg::Batch;
-    use crate::nft::message::nfgenmsg;
 
     fn told(kind: u16, table: &str) -> Batch {
         let mut b = Batch::new(0);
-        let m = b.begin(NFNL_SUBSYS_NFTABLES << 8 | kind, 0);
-        b.header(&nfgenmsg(NFPROTO_INET, 0));
+        let m = b.begin_nfnl(NFNL_SUBSYS_NFTABLES, kind, 0, NFPROTO_INET);
         match kind {
             NFT_MSG_NEWGEN => {
                 b.u32_be(NFTA_GEN_PROC_PID, 7);

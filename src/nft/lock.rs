@@ -75,8 +75,7 @@ mod tests {
     /// What the kernel tells of a table with this comment, owned or not.
     fn told(name: &str, udata: &[u8], owned: bool) -> Option<Lock> {
         let mut b = Batch::new(0);
-        let m = b.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWTABLE, 0);
-        b.header(&message::nfgenmsg(NFPROTO_INET, 0));
+        let m = b.begin_nfnl(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWTABLE, 0, NFPROTO_INET);
         b.str_z(NFTA_TABLE_NAME, name);
         b.raw(NFTA_TABLE_USERDATA, udata);
         if owned {

@@ -11,7 +11,7 @@ use super::table::{
     bridged_rules, veth_name, Base, Chain, Content, Rule, Set, Table, BRIDGED, OUTPUT, TABLE,
 };
 use crate::net::{Address, Range};
-use crate::netlink::msg::Batch;
+use crate::netlink::msg::{Batch, Open};
 use crate::netlink::parse::{self, Attrs, Messages};
 use crate::netlink::uapi::*;
 
@@ -291,15 +291,15 @@ impl Transaction {
 
     fn bound(&mut self, kind: u16) {
         let open = self.batch.begin(kind, NLM_F_REQUEST);
-        self.batch.header(&nfgenmsg(NFPROTO_UNSPEC, NFNL_SUBSYS_NFTABLES));
+        // struct nfgenmsg; the resource, in network order, is the subsystem
+        let [high, low] = NFNL_SUBSYS_NFTABLES.to_be_bytes();
+        self.batch.header(&[NFPROTO_UNSPEC, 0, high, low]);
         self.batch.end(open);
     }
 
-    fn begin(&mut self, kind: u16, flags: u16) -> crate::netlink::msg::Open {
+    fn begin(&mut self, kind: u16, flags: u16) -> Open {
         self.last = self.batch.len();
-        let open = self.batch.begin(NFNL_SUBSYS_NFTABLES << 8 | kind, NLM_F_REQUEST | flags);
-        self.batch.header(&nfgenmsg(NFPROTO_INET, 0));
-        open
+        self.batch.begin_nfnl(NFNL_SUBSYS_NFTABLES, kind, NLM_F_REQUEST | flags, NFPROTO_INET)
     }
 
     fn set_id(&mut self) -> u32 {
@@ -414,10 +414,9 @@ impl Transaction {
     }
 }
 
-/// `struct nfgenmsg` of include/uapi/linux/netfilter/nfnetlink.h; `res_id` is big-endian.
-pub fn nfgenmsg(family: u8, res_id: u16) -> [u8; 4] {
-    let id = res_id.to_be_bytes();
-    [family, 0, id[0], id[1]]
+/// Begins a request for all objects of a kind (`NFT_MSG_GET*`), of one family or of all.
+pub fn dump(batch: &mut Batch, kind: u16, family: u8) -> Open {
+    batch.begin_nfnl(NFNL_SUBSYS_NFTABLES, kind, NLM_F_REQUEST | NLM_F_DUMP, family)
 }
 
 fn cgroup_key(batch: &mut Batch, id: u64) {
@@ -571,9 +570,7 @@ pub fn ask_levels(port: u16, levels: std::ops::Range<u32>, batch: Batch) -> Tran
 
 /// A request for all tables: ours, to see whether it is there and who owns it, and the lock.
 pub fn get_table(batch: &mut Batch) {
-    let open =
-        batch.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETTABLE, NLM_F_REQUEST | NLM_F_DUMP);
-    batch.header(&nfgenmsg(NFPROTO_INET, 0));
+    let open = dump(batch, NFT_MSG_GETTABLE, NFPROTO_INET);
     batch.end(open);
 }
 

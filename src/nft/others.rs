@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use super::marks::{self, Base, Ours};
-use super::message::nfgenmsg;
+use super::message::dump;
 use super::table::TABLE;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
@@ -115,15 +115,13 @@ fn is_lo(data: &[u8]) -> bool {
 
 /// Asks for all chains of all tables.
 pub fn get_chains(batch: &mut Batch) {
-    let flags = NLM_F_REQUEST | NLM_F_DUMP;
-    let open = batch.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETCHAIN, flags);
-    batch.header(&nfgenmsg(NFPROTO_UNSPEC, 0));
+    let open = dump(batch, NFT_MSG_GETCHAIN, NFPROTO_UNSPEC);
     batch.end(open);
 }
 
 /// Reads an answer to [`get_chains`]: the base chains, but for ours.
 pub fn parse_base(message: &Message) -> Option<Base> {
-    if message.kind != NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWCHAIN {
+    if !message.is_nfnl(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWCHAIN) {
         return None;
     }
     let home = home(message, NFTA_CHAIN_TABLE)?;
@@ -153,15 +151,14 @@ fn home(message: &Message, table: u16) -> Option<String> {
 
 /// Asks for all rules of all tables.
 pub fn get_rules(batch: &mut Batch) {
-    let open = batch.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETRULE, NLM_F_REQUEST | NLM_F_DUMP);
-    batch.header(&nfgenmsg(NFPROTO_UNSPEC, 0));
+    let open = dump(batch, NFT_MSG_GETRULE, NFPROTO_UNSPEC);
     batch.end(open);
 }
 
 /// Reads an answer to [`get_rules`]; `None` for our own table, and for families that have no part in
 /// what is routed.
 pub fn parse(message: &Message) -> Option<ForeignRule> {
-    if message.kind != NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWRULE {
+    if !message.is_nfnl(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWRULE) {
         return None;
     }
     let home = home(message, NFTA_RULE_TABLE)?;

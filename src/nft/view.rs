@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::expr::{counted, Expr, SetRef::Named, Verdict};
-use super::message::nfgenmsg;
+use super::message::dump;
 use super::table::{MARTIANS, OUTPUT, TABLE};
 use crate::config::CONTAINERS;
 use crate::net::{Interface, Mark, Owner};
@@ -59,8 +59,7 @@ pub fn parse_table_flags(message: &Message) -> Option<u32> {
 
 /// Asks for all rules of our table.
 pub fn get_rules(batch: &mut Batch) {
-    let open = batch.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETRULE, NLM_F_REQUEST | NLM_F_DUMP);
-    batch.header(&nfgenmsg(NFPROTO_INET, 0));
+    let open = dump(batch, NFT_MSG_GETRULE, NFPROTO_INET);
     batch.str_z(NFTA_RULE_TABLE, TABLE);
     batch.end(open);
 }
@@ -69,7 +68,7 @@ pub fn get_rules(batch: &mut Batch) {
 pub fn parse_rule(message: &Message) -> Option<RuleView> {
     let attrs = Attrs::after(message.body, 4);
     let text = |attr| attrs.clone().get(attr).map(parse::str_z);
-    let ours = message.kind == NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWRULE
+    let ours = message.is_nfnl(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWRULE)
         && message.body.first() == Some(&NFPROTO_INET)
         && text(NFTA_RULE_TABLE)? == TABLE;
     let list = attrs.clone().get(NFTA_RULE_EXPRESSIONS).unwrap_or(&[]);
@@ -92,9 +91,7 @@ fn counter(expr: &[u8]) -> Option<Counter> {
 
 /// Asks for all elements of one of our sets.
 pub fn get_elements(batch: &mut Batch, set: &str) {
-    let open =
-        batch.begin(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETSETELEM, NLM_F_REQUEST | NLM_F_DUMP);
-    batch.header(&nfgenmsg(NFPROTO_INET, 0));
+    let open = dump(batch, NFT_MSG_GETSETELEM, NFPROTO_INET);
     batch.str_z(NFTA_SET_ELEM_LIST_TABLE, TABLE);
     batch.str_z(NFTA_SET_ELEM_LIST_SET, set);
     batch.end(open);
@@ -525,10 +522,7 @@ fn port(rule: &RuleView) -> Option<u16> {
 fn address(rule: &RuleView) -> Option<IpAddr> {
     let is_tproxy = |expr: &Expr| matches!(expr, Expr::Tproxy { .. });
     let octets = |expr: &Expr| match expr {
-        Expr::Immediate { data, .. } => match <[u8; 4]>::try_from(&data[..]) {
-            Ok(octets) => Some(IpAddr::from(octets)),
-            Err(_) => <[u8; 16]>::try_from(&data[..]).ok().map(IpAddr::from),
-        },
+        Expr::Immediate { data, .. } => parse::ip(data),
         _ => None,
     };
     rule.exprs.iter().any(is_tproxy).then(|| rule.exprs.iter().find_map(octets))?

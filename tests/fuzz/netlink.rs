@@ -13,12 +13,11 @@ use cgtproxy::route::{self, Seen};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|datagram: &[u8]| {
-    let mut messages = Messages::new(datagram);
     let (mut count, mut rules) = (0, Vec::new());
     let (mut bases, mut others_rules) = (Vec::new(), Vec::new());
     let config = Config::default();
     let (needs, mut seen) = (plan::needs(&config), Seen::default());
-    for message in messages.by_ref() {
+    for message in Messages::new(datagram) {
         count += 1;
         let _ = (parse::reply(&message), diag::parse(&message, 6));
         let _ = (message::parse_table(&message), view::parse_table_flags(&message));
@@ -44,7 +43,6 @@ fuzz_target!(|datagram: &[u8]| {
     assert!(view.targets.len() <= rules.len() && view.steps.len() <= rules.len());
     let _ = Follower::default().take(datagram, 0);
     assert!(count <= datagram.len() / 16);
-    assert!(count > 0 || datagram.is_empty() || messages.is_malformed());
 });
 
 /// Attributes of all levels, should each of them be a nest.
