@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::cgroup::tree::Path;
 use crate::config::Target;
-use crate::netlink::netns::{Change, Link};
+use crate::netlink::link::Link;
+use crate::netlink::netns::Change;
 use crate::nft::table::Entrances;
 
 /// How long is looked for what is not known.
@@ -223,8 +224,12 @@ mod tests {
         text.as_bytes().into()
     }
 
+    fn veth(index: u32, name: &str, master: u32, peer: Option<u32>) -> Link {
+        Link { index, name: name.into(), is_pair: true, master, peer, ..Link::default() }
+    }
+
     fn link(index: u32, name: &str, master: u32, peer: Option<u32>) -> Change {
-        Change::Is(Link { index, name: name.into(), is_pair: true, master, peer })
+        Change::Is(veth(index, name, master, peer))
     }
 
     fn nets(all: &[u32]) -> BTreeSet<u32> {
@@ -308,7 +313,7 @@ mod tests {
         let one = path("/1/a");
         c.change(link(7, "v7", 3, Some(5)), 0);
         assert!(c.is_incomplete());
-        let bridge = Link { index: 3, name: "br".into(), is_pair: false, master: 0, peer: None };
+        let bridge = Link { index: 3, name: "br".into(), ..Link::default() };
         c.complete(vec![bridge], 0);
         assert!(!c.is_incomplete());
         c.seen(&one, 10, &nets(&[5]));
@@ -317,21 +322,14 @@ mod tests {
         // the other end of one that nothing was told of
         c.change(Change::Moved { link: 9, to: 5 }, 0);
         assert!(c.is_incomplete());
-        c.complete(
-            vec![Link { index: 9, name: "v9".into(), is_pair: true, master: 0, peer: Some(5) }],
-            0,
-        );
+        c.complete(vec![veth(9, "v9", 0, Some(5))], 0);
         assert_eq!(veths(&mut c), [(7, 1), (9, 1)]);
         // what leads elsewhere and is no pair
-        let other =
-            Link { index: 6, name: "vlan".into(), is_pair: false, master: 0, peer: Some(5) };
+        let other = Link { index: 6, name: "vlan".into(), peer: Some(5), ..Link::default() };
         c.change(Change::Is(other), 0);
         assert_eq!(veths(&mut c), [(7, 1), (9, 1)]);
         // lost notifications: known ways stay until it is known again who lives there
-        c.replace(
-            vec![Link { index: 7, name: "v7".into(), is_pair: true, master: 3, peer: Some(4) }],
-            9,
-        );
+        c.replace(vec![veth(7, "v7", 3, Some(4))], 9);
         assert_eq!(veths(&mut c), [(7, 1)]);
         assert!(c.wants_look(9));
     }

@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::config::{Config, Outlet, Take, Target, Tproxy};
-use crate::host::{Host, Link};
+use crate::host::Host;
 use crate::listen::{finds, Finds, Listener, Origin};
 use crate::loops::Home;
 use crate::net::{Family, Ranges, L4};
 use crate::netlink::diag;
+use crate::netlink::link::Link;
 use crate::policy;
 
 /// What was looked for: `Ok` where it is as it should be, and what is wrong, with the remedy.
@@ -56,7 +57,7 @@ pub fn of_host(config: &Config, host: &Host) -> Vec<(&'static str, Finding)> {
 }
 
 fn is_lo_down(interface: &Link) -> bool {
-    interface.name == "lo" && !interface.is_up
+    interface.name == "lo" && !interface.up
 }
 
 fn protocol(l4: L4) -> &'static str {
@@ -242,7 +243,7 @@ pub fn bridges(config: &Config, host: &Host) -> Vec<String> {
     let gateways = gateways.filter(|gateway| matches!(gateway.target, Target::Tproxy(_)));
     let interfaces = gateways.flat_map(|gateway| &gateway.interfaces);
     let there = interfaces.flat_map(|interface| host.interfaces_of(interface));
-    let bridges: BTreeSet<&String> = there.filter(|i| i.is_bridge).map(|i| &i.name).collect();
+    let bridges: BTreeSet<&String> = there.filter(|i| i.is_bridge()).map(|i| &i.name).collect();
     bridges.into_iter().cloned().collect()
 }
 

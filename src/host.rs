@@ -11,19 +11,11 @@ use crate::error::{Error, Result};
 use crate::listen::{self, Listener};
 use crate::net::{self, L4};
 use crate::netlink::diag;
+use crate::netlink::link::{self, Link};
 use crate::netlink::msg::Batch;
-use crate::netlink::parse::{self, Attrs, Message};
+use crate::netlink::parse::Message;
 use crate::netlink::socket::Socket;
 use crate::netlink::uapi::*;
-
-/// A network interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Link {
-    pub index: u32,
-    pub name: String,
-    pub is_up: bool,
-    pub is_bridge: bool,
-}
 
 /// One look at this host.
 #[derive(Debug, Default)]
@@ -40,15 +32,14 @@ impl Host {
     pub fn look() -> Host {
         let mut route = Socket::open(SockProtocol::NetlinkRoute, &[]).ok();
         let mut diag = Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok();
-        let addresses = dump(route.as_mut(), RTM_GETADDR, IFADDRMSG, parse_address);
+        let addresses = addresses_by(route.as_mut());
         let listeners = listen::listeners(diag.as_mut());
-        let addresses = addresses.unwrap_or_default();
         Host { listeners, addresses, ..Host::glance(route.as_mut(), diag.as_mut()) }
     }
 
     /// The interfaces alone, and what is bound to them, by sockets that are open already.
     pub fn glance(route: Option<&mut Socket>, diag: Option<&mut Socket>) -> Host {
-        let interfaces = dump(route, RTM_GETLINK, IFINFOMSG, parse_link);
+        let interfaces = dump(route, &link::get_all, link::parse);
         Host { interfaces, bound: bound(diag), ..Host::default() }
     }
 
@@ -130,14 +121,18 @@ pub fn sockets(states: impl Fn(L4) -> u32) -> Result<Vec<diag::Socket>> {
 
 /// This host's addresses; none where the kernel does not tell.
 pub fn addresses() -> Vec<IpAddr> {
-    let mut route = Socket::open(SockProtocol::NetlinkRoute, &[]).ok();
-    dump(route.as_mut(), RTM_GETADDR, IFADDRMSG, parse_address).unwrap_or_default()
+    addresses_by(Socket::open(SockProtocol::NetlinkRoute, &[]).ok().as_mut())
+}
+
+fn addresses_by(route: Option<&mut Socket>) -> Vec<IpAddr> {
+    let all = dump(route, &|batch| link::get_addresses(batch, 0), link::parse_address);
+    all.into_iter().flatten().map(|address| address.ip).collect()
 }
 
 /// The UDP ports of the kernel's tunnels, each with the kind, as far as an interface tells of its port.
 pub fn tunnels() -> Vec<(u16, String)> {
     let mut route = Socket::open(SockProtocol::NetlinkRoute, &[]).ok();
-    dump(route.as_mut(), RTM_GETLINK, IFINFOMSG, parse_tunnel).unwrap_or_default()
+    dump(route.as_mut(), &link::get_all, link::parse_tunnel).unwrap_or_default()
 }
 
 /// Whether a process is known to be in this network namespace. Which one it is in, other users may not
@@ -148,111 +143,21 @@ pub fn is_at_home(pid: &str) -> bool {
     of(pid).zip(of("self")).is_some_and(|(its, ours)| same(its, ours))
 }
 
-/// Lengths of `struct ifinfomsg` and `struct ifaddrmsg`.
-const IFINFOMSG: usize = 16;
-const IFADDRMSG: usize = 8;
-
-/// Everything that one request to rtnetlink is answered with; `header` is its length of zeros.
+/// Everything that one request to rtnetlink is answered with.
 fn dump<T>(
     socket: Option<&mut Socket>,
-    kind: u16,
-    header: usize,
+    request: &dyn Fn(&mut Batch),
     each: fn(&Message) -> Option<T>,
 ) -> Option<Vec<T>> {
-    let request = |batch: &mut Batch| {
-        let open = batch.begin(kind, NLM_F_REQUEST | NLM_F_DUMP);
-        batch.header(&vec![0; header]);
-        batch.end(open);
-    };
-    socket?.dump(&request, each).ok()?.ok()
-}
-
-fn parse_link(message: &Message) -> Option<Link> {
-    if message.kind != RTM_NEWLINK {
-        return None;
-    }
-    let attrs = Attrs::after(message.body, IFINFOMSG);
-    let kind = attrs.clone().get(IFLA_LINKINFO).and_then(|info| {
-        Attrs::new(info).get(IFLA_INFO_KIND).map(|kind| parse::str_z(kind).into_owned())
-    });
-    Some(Link {
-        index: parse::u32_ne(message.body.get(4..)?)?,
-        name: parse::str_z(attrs.get(IFLA_IFNAME)?).into_owned(),
-        // struct ifinfomsg: index at 4, flags at 8
-        is_up: parse::u32_ne(message.body.get(8..)?)? & IFF_UP != 0,
-        is_bridge: kind.as_deref() == Some("bridge"),
-    })
-}
-
-fn parse_tunnel(message: &Message) -> Option<(u16, String)> {
-    let info = Attrs::after(message.body, IFINFOMSG).get(IFLA_LINKINFO)?;
-    let kind = Attrs::new(info).get(IFLA_INFO_KIND).map(parse::str_z)?;
-    let attr = match &*kind {
-        "vxlan" => IFLA_VXLAN_PORT,
-        "geneve" => IFLA_GENEVE_PORT,
-        "bareudp" => IFLA_BAREUDP_PORT,
-        _ => return None,
-    };
-    let port = Attrs::new(Attrs::new(info).get(IFLA_INFO_DATA)?).get(attr)?.get(..2)?;
-    Some((u16::from_be_bytes([port[0], port[1]]), kind.into_owned()))
-}
-
-fn parse_address(message: &Message) -> Option<IpAddr> {
-    if message.kind != RTM_NEWADDR {
-        return None;
-    }
-    let attrs = Attrs::after(message.body, IFADDRMSG);
-    // of a point-to-point link, IFA_ADDRESS is the other end's
-    let bytes = attrs.clone().get(IFA_LOCAL).or_else(|| attrs.clone().get(IFA_ADDRESS))?;
-    match *message.body.first()? {
-        AF_INET => Some(<[u8; 4]>::try_from(bytes.get(..4)?).ok()?.into()),
-        AF_INET6 => Some(<[u8; 16]>::try_from(bytes.get(..16)?).ok()?.into()),
-        _ => None,
-    }
+    socket?.dump(request, each).ok()?.ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::netlink::parse::Messages;
 
     #[test]
-    fn links_and_addresses() {
-        let mut batch = Batch::new(0);
-        let open = batch.begin(RTM_NEWLINK, 0);
-        batch.header(&[[0, 0, 0, 0], [7, 0, 0, 0], [0; 4], [0; 4]].concat());
-        batch.str_z(IFLA_IFNAME, "br-lan");
-        let nest = batch.nest(IFLA_LINKINFO);
-        batch.str_z(IFLA_INFO_KIND, "bridge");
-        batch.end_nest(nest);
-        batch.end(open);
-        let open = batch.begin(RTM_NEWADDR, 0);
-        batch.header(&[AF_INET, 24, 0, 0, 7, 0, 0, 0]);
-        batch.raw(IFA_ADDRESS, &[192, 0, 2, 2]);
-        batch.raw(IFA_LOCAL, &[192, 0, 2, 1]);
-        batch.end(open);
-        let open = batch.begin(RTM_NEWLINK, 0);
-        batch.header(&[0; IFINFOMSG]);
-        let nest = batch.nest(IFLA_LINKINFO);
-        batch.str_z(IFLA_INFO_KIND, "vxlan");
-        let data = batch.nest(IFLA_INFO_DATA);
-        batch.raw(IFLA_VXLAN_PORT, &4789u16.to_be_bytes());
-        batch.end_nest(data);
-        batch.end_nest(nest);
-        batch.end(open);
-        let messages: Vec<Message> = Messages::new(batch.bytes()).collect();
-        let tunnels = || messages.iter().map(parse_tunnel);
-        assert_eq!(Vec::from_iter(tunnels()), [None, None, Some((4789, "vxlan".into()))]);
-        let bridge = parse_link(&messages[0]).unwrap();
-        assert_eq!((&*bridge.name, bridge.is_bridge), ("br-lan", true));
-        assert_eq!(parse_link(&messages[1]), None);
-        assert_eq!(parse_address(&messages[1]), "192.0.2.1".parse().ok());
-        for message in messages {
-            for cut in 0..message.body.len() {
-                let cut = Message { body: &message.body[..cut], ..message };
-                let _ = (parse_link(&cut), parse_address(&cut), parse_tunnel(&cut));
-            }
-        }
+    fn who_speaks_ipv6() {
         let host = |addresses: &[&str]| Host {
             addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
             ..Host::default()

@@ -14,7 +14,7 @@ use crate::error::{reason, Error, Result};
 use crate::host::{self, Host};
 use crate::log;
 use crate::netlink::fib;
-use crate::netlink::link::Link;
+use crate::netlink::link::{self, Link};
 use crate::netlink::msg::Batch;
 use crate::netlink::netns;
 use crate::netlink::parse::{Message, Messages};
@@ -209,8 +209,8 @@ impl Kernel {
     }
 
     /// All interfaces; none where the kernel does not tell.
-    pub fn pairs(&mut self) -> Vec<netns::Link> {
-        let found = self.rt.dump(&netns::get_links, netns::parse_link);
+    pub fn interfaces(&mut self) -> Vec<Link> {
+        let found = self.rt.dump(&link::get_all, link::parse);
         found.ok().and_then(std::result::Result::ok).unwrap_or_default()
     }
 
@@ -224,10 +224,10 @@ impl Kernel {
     }
 
     /// The interfaces that lead to the network namespace of a process.
-    pub fn veths_of(&mut self, pid: u32) -> Vec<netns::Link> {
+    pub fn veths_of(&mut self, pid: u32) -> Vec<Link> {
         let net = self.namespace_of(pid);
-        let leads = |link: &netns::Link| link.is_pair && link.peer.is_some() && link.peer == net;
-        self.pairs().into_iter().filter(leads).collect()
+        let leads = |link: &Link| link.is_pair && link.peer.is_some() && link.peer == net;
+        self.interfaces().into_iter().filter(leads).collect()
     }
 
     /// That of one; `None` where it has no id.

@@ -7,6 +7,7 @@
 
 pub mod apps;
 pub mod backoff;
+pub mod bpf;
 pub mod cgroup;
 pub mod cli;
 pub mod commands;

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::ffi::OsStrExt;
 
 use crate::cgroup::core::{Core, Delta, Snapshot};
@@ -61,8 +62,9 @@ fn way<'a>(config: &Config, index: usize, route: &'a Route) -> WayOut<'a> {
 pub fn routing(config: &Config) -> BTreeSet<Entry> {
     let mut needs = needs(config);
     let link = |(index, way): (usize, &WayOut)| {
-        let (index, name, kind) = (index as u32 + 2, way.interface()?.to_string(), String::new());
-        Some(Link { index, name, running: true, addressed: [true; 2], kind })
+        let (index, name) = (index as u32 + 2, way.interface()?.to_string());
+        let addresses = vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        Some(Link { index, name, running: true, addresses, ..Link::default() })
     };
     needs.links = needs.ways.iter().enumerate().filter_map(link).collect();
     let of = |family| needs.entries(family, needs.priority);

@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use crate::net::{Family, Interface, Mark};
 use crate::netlink::fib;
 use crate::netlink::fib::{Device, FibAction, IpRule, Route, SeenRoute, SeenRule, Way};
-use crate::netlink::link::{self, Link};
+use crate::netlink::link::{self, Link, LinkAddress};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::uapi::*;
@@ -509,12 +509,11 @@ pub fn is_way_change(needs: &Needs, links: &[Link], message: &Message) -> bool {
             None => wanted && there,
         };
     }
-    link::parse_address(message).is_some_and(|(index, family)| match (known(index), family) {
-        (Some(link), Some(family)) => {
-            // of several that it has one may have gone
-            message.kind == RTM_DELADDR || !link.has_address(family)
-        }
-        _ => false,
+    let address = link::parse_address(message).filter(|address| address.wide);
+    address.is_some_and(|LinkAddress { index, ip, .. }| {
+        // of several that it has one may have gone
+        let news = |link: &Link| message.kind == RTM_DELADDR || !link.has_address(Family::of(&ip));
+        known(index).is_some_and(news)
     })
 }
 

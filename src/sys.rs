@@ -10,6 +10,8 @@ use nix::fcntl::{open, AtFlags, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::{fstatat, Mode};
 
+use crate::bpf;
+
 /// A handle on the directory `path` that serves as a base for look-ups and nothing else (O_PATH).
 pub fn open_path(path: &CStr) -> Result<OwnedFd, Errno> {
     open(path, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
@@ -232,18 +234,12 @@ pub fn seccomp_allow(arch: u32, allowed: &[libc::c_long]) -> Result<(), Errno> {
     // offsets in struct seccomp_data of include/uapi/linux/seccomp.h
     const NR: u32 = 0;
     const ARCH: u32 = 4;
-    let op = |code: u32, k: u32, jt: u8, jf: u8| {
-        let code = code as u16;
-        libc::sock_filter { code, jt, jf, k }
-    };
-    let load = |at| op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, at, 0, 0);
-    let equal = |k, yes, no| op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, k, yes, no);
-    let answer = |k| op(libc::BPF_RET | libc::BPF_K, k, 0, 0);
-    let kill = answer(libc::SECCOMP_RET_KILL_PROCESS);
-    let mut program = vec![load(ARCH), equal(arch, 1, 0), kill, load(NR)];
+    let load = |at| bpf::load(libc::BPF_W, at);
+    let kill = bpf::answer(libc::SECCOMP_RET_KILL_PROCESS);
+    let mut program = vec![load(ARCH), bpf::equal(arch, 1, 0), kill, load(NR)];
     for number in allowed {
-        program.push(equal(*number as u32, 0, 1));
-        program.push(answer(libc::SECCOMP_RET_ALLOW));
+        program.push(bpf::equal(*number as u32, 0, 1));
+        program.push(bpf::answer(libc::SECCOMP_RET_ALLOW));
     }
     program.push(kill);
     let fprog =

@@ -7,14 +7,15 @@ use std::path::Path;
 
 /// Layers from the bottom up: a module may use those of lower layers and of its own line only.
 const LAYERS: &[&[&str]] = &[
-    &["netlink::uapi"],
+    &["netlink::uapi", "bpf"],
     &["netlink::msg", "netlink::parse"],
     &["netlink::diag", "netlink::conntrack"],
     &["error", "sys", "memory", "json"],
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
     &["net"],
-    &["netlink::fib", "netlink::link", "netlink::netns"],
+    &["netlink::fib", "netlink::link"],
+    &["netlink::netns"],
     &["config::ini", "config::automaton", "config::suggest"],
     &["config::pattern"],
     &["config::model"],
@@ -58,8 +59,10 @@ const LAYERS: &[&[&str]] = &[
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
 const PURE: &[&str] = &[
     "net",
+    "bpf",
     "netlink::fib",
     "netlink::link",
+    "netlink::netns",
     "containers",
     "route",
     "netlink::uapi",

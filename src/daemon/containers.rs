@@ -171,7 +171,7 @@ impl Daemon<'_> {
             self.containers.containers.change(change, clock);
         }
         if self.containers.containers.is_incomplete() {
-            let links = self.kernel.pairs();
+            let links = self.kernel.interfaces();
             self.containers.containers.complete(links, clock);
         }
         news
@@ -221,7 +221,7 @@ impl Daemon<'_> {
     /// The same, of all interfaces that there are now.
     pub(super) fn list_entrances(&mut self) -> Entrances {
         let clock = self.containers.clock();
-        let links = self.kernel.pairs();
+        let links = self.kernel.interfaces();
         self.containers.containers.replace(links, clock);
         self.containers.want();
         self.entrances()

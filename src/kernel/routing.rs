@@ -199,14 +199,10 @@ impl Kernel {
             let asked = self.rt.ask(&|batch| link::get(batch, name), link::parse);
             let Ok(Ok(Some(mut found))) = asked else { continue };
             let index = found.index;
-            let addresses = self.list(&|batch| link::get_addresses(batch, index), |message| {
-                link::parse_address(message)
-            });
-            for (_, family) in addresses.into_iter().flatten().filter(|(of, _)| *of == index) {
-                if let Some(family) = family {
-                    found.addressed[family as usize] = true;
-                }
-            }
+            let addresses =
+                self.list(&|batch| link::get_addresses(batch, index), link::parse_address);
+            let own = addresses.into_iter().flatten().filter(|a| a.index == index && a.wide);
+            found.addresses.extend(own.map(|address| address.ip));
             links.push(found);
         }
         links

@@ -10,6 +10,7 @@ use std::net::IpAddr;
 use super::msg::{Batch, Open};
 use super::parse::{self, Attrs, Message};
 use super::uapi::*;
+use crate::bpf;
 use crate::net::{Family, Mark};
 
 /// `ip rule … pref PRIORITY iif IIF fwmark MARK/MASK ACTION`
@@ -392,16 +393,6 @@ impl SeenRoute {
 /// all interfaces and addresses; and keeps all others (routes come and go on a router) from waking
 /// us.
 pub fn event_filter(tables: &[u32], links: bool) -> Vec<libc::sock_filter> {
-    // BPF loads big-endian; the header, interface indexes and tables are in host order
-    let kind = |kind: u16| u32::from(u16::from_be_bytes(kind.to_ne_bytes()));
-    let host = |word: u32| u32::from_be_bytes(word.to_ne_bytes());
-    let op = |code: u32, k: u32, jt: u8, jf: u8| {
-        let code = code as u16;
-        libc::sock_filter { code, jt, jf, k }
-    };
-    let load = |size: u32, at: u32| op(libc::BPF_LD | libc::BPF_ABS | size, at, 0, 0);
-    let set = |register: u32, k: u32| op(register | libc::BPF_IMM, k, 0, 0);
-    let answer = |k: u32| op(libc::BPF_RET | libc::BPF_K, k, 0, 0);
     // where the attributes of a route begin
     let attributes = (NLMSG_HDRLEN + 12) as u32;
     let tables = &tables[..tables.len().min(MOST_TABLES)];
@@ -409,11 +400,11 @@ pub fn event_filter(tables: &[u32], links: bool) -> Vec<libc::sock_filter> {
     let (own, table, drop) = (9, 11, 17 + tables.len());
     let (lo, pass) = (drop + 1, drop + 4);
     let (gone, come) = if links { (pass, pass) } else { (drop, lo) };
-    let mut program = vec![load(libc::BPF_H, 4)]; // nlmsg_type
-                                                  // goes on there, or behind itself
+    // nlmsg_type
+    let mut program = vec![bpf::load(libc::BPF_H, 4)];
+    // goes on there, or behind itself
     let equal = |program: &mut Vec<libc::sock_filter>, k: u32, to: usize| {
-        let code = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
-        program.push(op(code, k, (to - program.len() - 1) as u8, 0));
+        program.push(bpf::equal(k, (to - program.len() - 1) as u8, 0));
     };
     for (message, to) in [
         (RTM_DELRULE, pass),
@@ -424,24 +415,24 @@ pub fn event_filter(tables: &[u32], links: bool) -> Vec<libc::sock_filter> {
         (RTM_NEWADDR, come),
         (RTM_DELROUTE, own),
     ] {
-        equal(&mut program, kind(message), to);
+        equal(&mut program, bpf::half(message), to);
     }
     let others = (drop - 9) as u8;
-    program.push(op(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, kind(RTM_NEWROUTE), 2, others));
-    program.push(load(libc::BPF_B, 21)); // own: rtm_protocol
+    program.push(bpf::equal(bpf::half(RTM_NEWROUTE), 2, others));
+    program.push(bpf::load(libc::BPF_B, 21)); // own: rtm_protocol
     equal(&mut program, u32::from(RTPROT_CGTPROXY), pass);
-    program.push(set(libc::BPF_LD, attributes)); // table: where RTA_TABLE is
-    program.push(set(libc::BPF_LDX, u32::from(RTA_TABLE)));
-    program.push(load(libc::BPF_W, SKF_AD_OFF + SKF_AD_NLATTR));
+    program.push(bpf::set(libc::BPF_LD, attributes)); // table: where RTA_TABLE is
+    program.push(bpf::set(libc::BPF_LDX, u32::from(RTA_TABLE)));
+    program.push(bpf::load(libc::BPF_W, SKF_AD_OFF + SKF_AD_NLATTR));
     equal(&mut program, 0, drop);
-    program.push(op(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0));
-    program.push(op(libc::BPF_LD | libc::BPF_IND | libc::BPF_W, NLA_HDRLEN as u32, 0, 0));
-    tables.iter().for_each(|table| equal(&mut program, host(*table), pass));
-    program.push(answer(0)); // drop
-    program.push(load(libc::BPF_W, 20)); // lo: ifi_index or ifa_index
-    equal(&mut program, host(LO), pass);
-    program.push(answer(0));
-    program.push(answer(u32::MAX)); // pass
+    program.push(bpf::op(libc::BPF_MISC | libc::BPF_TAX, 0, 0, 0));
+    program.push(bpf::op(libc::BPF_LD | libc::BPF_IND | libc::BPF_W, NLA_HDRLEN as u32, 0, 0));
+    tables.iter().for_each(|table| equal(&mut program, bpf::word(*table), pass));
+    program.push(bpf::answer(0)); // drop
+    program.push(bpf::load(libc::BPF_W, 20)); // lo: ifi_index or ifa_index
+    equal(&mut program, bpf::word(LO), pass);
+    program.push(bpf::answer(0));
+    program.push(bpf::answer(u32::MAX)); // pass
     debug_assert_eq!((table, pass), (own + 2, program.len() - 1));
     program
 }

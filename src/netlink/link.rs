@@ -1,5 +1,8 @@
-//! Interfaces as a way out of this host: whether one is there, running, and has addresses. Pure bytes.
+//! Interfaces and their addresses as rtnetlink has them: requests, and the one reader of each. Pure
+//! bytes.
 //! Source: rtnetlink(7), include/uapi/linux/if_link.h, include/uapi/linux/if_addr.h.
+
+use std::net::IpAddr;
 
 use super::msg::Batch;
 use super::parse::{self, Attrs, Message};
@@ -7,26 +10,48 @@ use super::uapi::*;
 use crate::net::Family;
 
 /// An interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Link {
     pub index: u32,
     pub name: String,
+    pub up: bool,
     /// It is up, and what is behind it is there: a cable, a program.
     pub running: bool,
-    /// Whether it has an address of IPv4 and of IPv6 to speak to the world by.
-    pub addressed: [bool; 2],
+    /// Those of its addresses that it may speak to the world by.
+    pub addresses: Vec<IpAddr>,
     /// Of a virtual one: `wireguard`, `tun`, `veth` …
     pub kind: String,
+    /// A pair, whose other end is another interface.
+    pub is_pair: bool,
+    /// The bridge that it is a port of, by index; 0 for none.
+    pub master: u32,
+    /// This namespace's id of the one that the other end is in, if that is another one.
+    pub peer: Option<u32>,
 }
 
 impl Link {
     pub fn has_address(&self, family: Family) -> bool {
-        self.addressed[family as usize]
+        self.addresses.iter().any(|ip| Family::of(ip) == family)
+    }
+
+    pub fn is_bridge(&self) -> bool {
+        self.kind == "bridge"
     }
 }
 
+/// An address of an interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkAddress {
+    /// Of the interface.
+    pub index: u32,
+    pub ip: IpAddr,
+    /// One may speak to the world by it: it is neither link-local nor still being looked for by
+    /// others (`IFA_F_TENTATIVE`).
+    pub wide: bool,
+}
+
 /// Lengths of `struct ifinfomsg` and `struct ifaddrmsg`.
-const IFINFOMSG: usize = 16;
+pub(super) const IFINFOMSG: usize = 16;
 const IFADDRMSG: usize = 8;
 
 /// Asks for one interface.
@@ -37,24 +62,71 @@ pub fn get(batch: &mut Batch, name: &str) {
     batch.end(open);
 }
 
+/// Asks for all interfaces.
+pub fn get_all(batch: &mut Batch) {
+    let open = batch.begin(RTM_GETLINK, NLM_F_REQUEST | NLM_F_DUMP);
+    batch.header(&[0; IFINFOMSG]);
+    batch.u32_ne(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
+    batch.end(open);
+}
+
+/// The index of the interface that a message is about, and its attributes. A bridge tells of its
+/// ports by such messages too, as of its own family.
+pub(super) fn told<'a>(message: &Message<'a>) -> Option<(u32, Attrs<'a>)> {
+    let about = [RTM_NEWLINK, RTM_DELLINK].contains(&message.kind);
+    if !about || *message.body.first()? != AF_UNSPEC {
+        return None;
+    }
+    // struct ifinfomsg: index at 4
+    let index = parse::u32_ne(message.body.get(4..)?)?;
+    Some((index, Attrs::after(message.body, IFINFOMSG)))
+}
+
+/// Kind, and what else a virtual interface tells of itself.
+fn info(attrs: Attrs) -> (String, Attrs) {
+    let info = Attrs::new(attrs.get(IFLA_LINKINFO).unwrap_or(&[]));
+    let kind = info.clone().get(IFLA_INFO_KIND).map(parse::str_z).unwrap_or_default();
+    (kind.into_owned(), Attrs::new(info.get(IFLA_INFO_DATA).unwrap_or(&[])))
+}
+
 /// Reads one interface that was asked for or notified of, one that goes too; its addresses are not
 /// in it.
 pub fn parse(message: &Message) -> Option<Link> {
-    if ![RTM_NEWLINK, RTM_DELLINK].contains(&message.kind) {
-        return None;
-    }
-    // struct ifinfomsg: index at 4, flags at 8
-    let word = |at: usize| message.body.get(at..).and_then(parse::u32_ne);
-    let attrs = Attrs::after(message.body, IFINFOMSG);
-    let info = Attrs::new(attrs.clone().get(IFLA_LINKINFO).unwrap_or(&[]));
-    let up = IFF_UP | IFF_RUNNING;
+    let (index, attrs) = told(message)?;
+    // struct ifinfomsg: flags at 8
+    let flags = parse::u32_ne(message.body.get(8..)?)?;
+    let has = |wanted| message.kind == RTM_NEWLINK && flags & wanted == wanted;
+    let (kind, _) = info(attrs.clone());
     Some(Link {
-        index: word(4)?,
-        name: parse::str_z(attrs.get(IFLA_IFNAME)?).into_owned(),
-        running: message.kind == RTM_NEWLINK && word(8)? & up == up,
-        addressed: [false; 2],
-        kind: info.get(IFLA_INFO_KIND).map(parse::str_z).unwrap_or_default().into_owned(),
+        index,
+        name: parse::str_z(attrs.clone().get(IFLA_IFNAME)?).into_owned(),
+        up: has(IFF_UP),
+        running: has(IFF_UP | IFF_RUNNING),
+        addresses: Vec::new(),
+        is_pair: ["veth", "netkit"].contains(&&*kind),
+        kind,
+        master: attrs.clone().get(IFLA_MASTER).and_then(parse::u32_ne).unwrap_or(0),
+        peer: attrs.get(IFLA_LINK_NETNSID).and_then(namespace_id),
     })
+}
+
+/// The id of a network namespace; -1 stands for none.
+pub(super) fn namespace_id(bytes: &[u8]) -> Option<u32> {
+    parse::i32_ne(bytes).and_then(|id| u32::try_from(id).ok())
+}
+
+/// Reads the UDP port of a tunnel of the kernel, and the kind, where an interface is one that tells of
+/// its port.
+pub fn parse_tunnel(message: &Message) -> Option<(u16, String)> {
+    let (kind, data) = info(told(message)?.1);
+    let attr = match &*kind {
+        "vxlan" => IFLA_VXLAN_PORT,
+        "geneve" => IFLA_GENEVE_PORT,
+        "bareudp" => IFLA_BAREUDP_PORT,
+        _ => return None,
+    };
+    let port = data.get(attr)?.get(..2)?;
+    Some((u16::from_be_bytes([port[0], port[1]]), kind))
 }
 
 /// Has an interface take and send packets with loopback addresses (route_localnet), or not.
@@ -72,7 +144,8 @@ pub fn set_localnet(batch: &mut Batch, name: &str, on: bool) {
     batch.end(open);
 }
 
-/// Asks for the addresses of an interface. Kernels before 4.20 send those of all.
+/// Asks for the addresses of an interface, or of all by the index 0. Kernels before 4.20 send those of
+/// all.
 pub fn get_addresses(batch: &mut Batch, index: u32) {
     let open = batch.begin(RTM_GETADDR, NLM_F_REQUEST | NLM_F_DUMP);
     let mut header = [0; IFADDRMSG];
@@ -81,27 +154,24 @@ pub fn get_addresses(batch: &mut Batch, index: u32) {
     batch.end(open);
 }
 
-/// Reads an address: its interface, and its family where one may speak to the world by it: neither
-/// link-local nor still being looked for by others (`IFA_F_TENTATIVE`).
-pub fn parse_address(message: &Message) -> Option<(u32, Option<Family>)> {
+/// Reads an address that was asked for or notified of, one that goes too.
+pub fn parse_address(message: &Message) -> Option<LinkAddress> {
     if ![RTM_NEWADDR, RTM_DELADDR].contains(&message.kind) {
         return None;
     }
     // struct ifaddrmsg: family, prefix length, flags, scope, index
-    let [family, _, flags, scope, ..] = *message.body else {
+    let [_, _, flags, scope, ..] = *message.body else {
         return None;
     };
     let index = message.body.get(4..).and_then(parse::u32_ne)?;
     let attrs = Attrs::after(message.body, IFADDRMSG);
-    let flags = attrs.get(IFA_FLAGS).and_then(parse::u32_ne).unwrap_or(flags.into());
+    let attr = |kind| attrs.clone().get(kind);
+    let flags = attr(IFA_FLAGS).and_then(parse::u32_ne).unwrap_or(flags.into());
+    // of a point-to-point link, IFA_ADDRESS is the other end's
+    let ip = attr(IFA_LOCAL).or_else(|| attr(IFA_ADDRESS)).and_then(parse::ip)?;
     let tentative =
         flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED) != 0 && flags & IFA_F_OPTIMISTIC == 0;
-    let family = match family {
-        AF_INET if scope < RT_SCOPE_LINK => Some(Family::V4),
-        AF_INET6 if scope < RT_SCOPE_LINK && !tentative => Some(Family::V6),
-        _ => None,
-    };
-    Some((index, family))
+    Some(LinkAddress { index, ip, wide: scope < RT_SCOPE_LINK && !tentative })
 }
 
 #[cfg(test)]
@@ -109,36 +179,61 @@ mod tests {
     use super::*;
     use crate::netlink::parse::Messages;
 
+    /// A link of that kind, and what its kind tells of it.
+    fn link(batch: &mut Batch, message: u16, flags: u32, kind: &str, port: Option<u16>) {
+        let open = batch.begin(message, 0);
+        batch.header(&[[0; 4], [7, 0, 0, 0], u32::to_ne_bytes(flags), [0; 4]].concat());
+        batch.str_z(IFLA_IFNAME, "wg0");
+        let nest = batch.nest(IFLA_LINKINFO);
+        batch.str_z(IFLA_INFO_KIND, kind);
+        if let Some(port) = port {
+            let data = batch.nest(IFLA_INFO_DATA);
+            batch.raw(IFLA_VXLAN_PORT, &port.to_be_bytes());
+            batch.end_nest(data);
+        }
+        batch.end_nest(nest);
+        batch.end(open);
+    }
+
     #[test]
     fn links_and_addresses() {
         let mut batch = Batch::new(0);
         for (kind, flags) in [(RTM_NEWLINK, 0x41), (RTM_NEWLINK, 0x01), (RTM_DELLINK, 0x41)] {
-            let open = batch.begin(kind, 0);
-            batch.header(&[[0; 4], [7, 0, 0, 0], u32::to_ne_bytes(flags), [0; 4]].concat());
-            batch.str_z(IFLA_IFNAME, "wg0");
-            let nest = batch.nest(IFLA_LINKINFO);
-            batch.str_z(IFLA_INFO_KIND, "wireguard");
-            batch.end_nest(nest);
-            batch.end(open);
+            link(&mut batch, kind, flags, "wireguard", None);
         }
+        link(&mut batch, RTM_NEWLINK, 0, "bridge", None);
+        link(&mut batch, RTM_NEWLINK, 0, "vxlan", Some(4789));
         for (family, flags, scope) in
             [(AF_INET, 0x80, 0), (AF_INET6, 0x80, 0), (AF_INET6, 0xc0, 0), (AF_INET6, 0x80, 253)]
         {
             let open = batch.begin(RTM_NEWADDR, 0);
             batch.header(&[[family, 24, flags, scope], u32::to_ne_bytes(7)].concat());
+            match family {
+                AF_INET => {
+                    batch.raw(IFA_ADDRESS, &[192, 0, 2, 2]);
+                    batch.raw(IFA_LOCAL, &[192, 0, 2, 1]);
+                }
+                _ => batch.raw(IFA_ADDRESS, &[0xfd; 16]),
+            }
             batch.end(open);
         }
         let messages: Vec<Message> = Messages::new(batch.bytes()).collect();
         let links: Vec<Link> = messages.iter().filter_map(parse).collect();
-        assert_eq!(links.iter().map(|l| l.running).collect::<Vec<_>>(), [true, false, false]);
+        let states: Vec<_> = links.iter().map(|link| (link.up, link.running)).collect();
+        let no = (false, false);
+        assert_eq!(states, [(true, true), (true, false), no, no, no]);
         assert_eq!((&*links[0].name, &*links[0].kind), ("wg0", "wireguard"));
+        assert_eq!(links.iter().position(Link::is_bridge), Some(3));
+        let tunnels: Vec<_> = messages.iter().filter_map(parse_tunnel).collect();
+        assert_eq!(tunnels, [(4789, "vxlan".to_string())]);
         let found: Vec<_> = messages.iter().filter_map(parse_address).collect();
-        let families = [Some(Family::V4), Some(Family::V6), None, None];
-        assert_eq!(found.iter().map(|(_, family)| *family).collect::<Vec<_>>(), families);
+        assert_eq!(found[0].ip, "192.0.2.1".parse::<IpAddr>().unwrap());
+        let wide: Vec<bool> = found.iter().map(|address| address.wide).collect();
+        assert_eq!(wide, [true, true, false, false]);
         for message in messages {
             for cut in 0..message.body.len() {
                 let cut = Message { body: &message.body[..cut], ..message };
-                let _ = (parse(&cut), parse_address(&cut));
+                let _ = (parse(&cut), parse_address(&cut), parse_tunnel(&cut));
             }
         }
     }
