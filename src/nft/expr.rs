@@ -201,7 +201,7 @@ expressions! {
 const ADDRESS_AND_PORT: u32 = NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED;
 
 /// The kernel's name of an expression, and its attributes.
-fn parts(bytes: &[u8]) -> (Cow<'_, str>, Attrs<'_>) {
+pub(super) fn parts(bytes: &[u8]) -> (Cow<'_, str>, Attrs<'_>) {
     let attrs = Attrs::new(bytes);
     let name = attrs.clone().get(NFTA_EXPR_NAME).unwrap_or(&[]);
     (parse::str_z(name), Attrs::new(attrs.get(NFTA_EXPR_DATA).unwrap_or(&[])))

@@ -5,7 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::others::{ForeignExpr, ForeignRule, Load, Xt};
+use super::expr::{Expr, Verdict};
+use super::others::ForeignExpr::{self, Nft, Xt};
+use super::others::{ForeignRule, XtMark};
 use super::view::View;
 use crate::config::Config;
 use crate::net::{Interface, Mark};
@@ -281,73 +283,78 @@ impl<'a> Walk<'a> {
             };
             let (mark, ct) = (self.sample.mark, self.sample.ct);
             match expr {
-                ForeignExpr::Load { what, reg } => {
-                    let held = match what {
-                        Load::Iif => Register::Iif,
-                        Load::Oif => Register::Oif,
-                        Load::Mark => Register::Bits(mark),
-                        Load::CtMark => Register::Bits(ct),
-                        Load::SaddrType => Register::Bits(Bits::NONE),
-                    };
-                    registers.insert(*reg, held);
+                Nft(Expr::MetaLoad { key: NFT_META_IIF | NFT_META_IIFNAME, dreg }) => {
+                    registers.insert(*dreg, Register::Iif);
                 }
-                ForeignExpr::Immediate { reg, value } => {
-                    registers.insert(*reg, Register::Bits(Bits::all(*value)));
+                Nft(Expr::MetaLoad { key: NFT_META_OIF | NFT_META_OIFNAME, dreg }) => {
+                    registers.insert(*dreg, Register::Oif);
                 }
-                ForeignExpr::Bitwise { from, to, mask, xor } => {
-                    let done = bits(from).masked(*mask, *xor);
-                    registers.insert(*to, Register::Bits(done));
+                Nft(Expr::MetaLoad { key: NFT_META_MARK, dreg }) => {
+                    registers.insert(*dreg, Register::Bits(mark));
                 }
-                ForeignExpr::Cmp { reg, equal, data } => {
-                    let is = match (registers.get(reg), parse::u32_ne(data)) {
+                Nft(Expr::CtLoad { key: NFT_CT_MARK, dreg }) => {
+                    registers.insert(*dreg, Register::Bits(ct));
+                }
+                Nft(Expr::Immediate { dreg, data }) => {
+                    let value = parse::u32_ne(data).map_or(Bits::NONE, Bits::all);
+                    registers.insert(*dreg, Register::Bits(value));
+                }
+                Nft(Expr::Bitwise { sreg, dreg, mask, xor }) => {
+                    let done = bits(sreg).masked(*mask, *xor);
+                    registers.insert(*dreg, Register::Bits(done));
+                }
+                Nft(Expr::Cmp { op: op @ (NFT_CMP_EQ | NFT_CMP_NEQ), sreg, data }) => {
+                    let is = match (registers.get(sreg), parse::u32_ne(data)) {
                         (Some(Register::Iif), _) => self.sample.iif.is(data),
                         (Some(Register::Oif), _) => self.sample.oif.is(data),
                         (Some(Register::Bits(bits)), Some(value)) => bits.is(value, u32::MAX),
                         _ => Truth::Maybe,
                     };
-                    matches = matches.min(is.is(*equal));
+                    matches = matches.min(is.is(*op == NFT_CMP_EQ));
                 }
-                ForeignExpr::Xt(Xt::Is { ct: of_ct, value, mask, equal }) => {
+                Nft(Expr::MetaSet { key: NFT_META_MARK, sreg }) => {
+                    let new = bits(sreg);
+                    self.set_mark(place, new, matches);
+                }
+                Nft(Expr::CtSet { key: NFT_CT_MARK, sreg }) => {
+                    let new = bits(sreg);
+                    self.set_ct_mark(place, new, matches);
+                }
+                Nft(Expr::Verdict(verdict)) => match (verdict, matches) {
+                    (Verdict::Jump(to) | Verdict::Goto(to), _) => {
+                        let back = matches!(verdict, Verdict::Jump(_));
+                        match (matches, self.chain(to), back) {
+                            (Truth::Yes, true, _) => return Next::Done,
+                            (Truth::Yes, false, false) => return Next::Back,
+                            _ => {}
+                        }
+                    }
+                    (Verdict::Return, Truth::Yes) => return Next::Back,
+                    (_, Truth::Yes) => return Next::Done,
+                    _ => {}
+                },
+                Xt(XtMark::Is { ct: of_ct, value, mask, equal }) => {
                     let bits = if *of_ct { ct } else { mark };
                     matches = matches.min(bits.is(*value, *mask).is(*equal));
                 }
-                ForeignExpr::SetMark { reg } => {
-                    let new = bits(reg);
-                    self.set_mark(place, new, matches);
-                }
-                ForeignExpr::Xt(Xt::Mark { value, mask }) => {
+                Xt(XtMark::Mark { value, mask }) => {
                     self.set_mark(place, mark.masked(!mask, *value), matches);
                 }
-                ForeignExpr::Xt(Xt::Restore { ct: ctmask, packet, shifted }) => {
+                Xt(XtMark::Restore { ct: ctmask, packet, shifted }) => {
                     let from = if *shifted { Bits::NONE } else { ct };
                     let new = mark.masked(!packet, 0).xor(from.masked(*ctmask, 0));
                     self.set_mark(place, new, matches);
                 }
-                ForeignExpr::SetCtMark { reg } => {
-                    let new = bits(reg);
-                    self.set_ct_mark(place, new, matches);
-                }
-                ForeignExpr::Xt(Xt::Set { value, mask }) => {
+                Xt(XtMark::Set { value, mask }) => {
                     self.set_ct_mark(place, ct.masked(!mask, *value), matches);
                 }
-                ForeignExpr::Xt(Xt::Save { ct: ctmask, packet, shifted }) => {
+                Xt(XtMark::Save { ct: ctmask, packet, shifted }) => {
                     let from = if *shifted { Bits::NONE } else { mark };
                     let new = ct.masked(!ctmask, 0).xor(from.masked(*packet, 0));
                     self.set_ct_mark(place, new, matches);
                 }
-                ForeignExpr::Jump { to, back } => {
-                    let ends = self.chain(to);
-                    match (matches, ends, back) {
-                        (Truth::Yes, true, _) => return Next::Done,
-                        (Truth::Yes, false, false) => return Next::Back,
-                        _ => {}
-                    }
-                }
-                ForeignExpr::Verdict(code) if matches == Truth::Yes => {
-                    return if *code == NFT_RETURN { Next::Back } else { Next::Done };
-                }
-                ForeignExpr::Verdict(_) | ForeignExpr::Passes | ForeignExpr::Notrack => {}
-                ForeignExpr::ForeignSource | ForeignExpr::Other => {
+                Nft(Expr::Counter) | ForeignExpr::Notrack => {}
+                _ => {
                     registers.clear();
                     matches = matches.min(Truth::Maybe);
                 }
@@ -417,9 +424,12 @@ fn is_set_behind(place: &str, rules: &BTreeMap<&str, Vec<&ForeignRule>>) -> bool
         let rules = rules.get(place).into_iter().flatten();
         for expr in rules.flat_map(|rule| &rule.exprs) {
             match expr {
-                ForeignExpr::SetMark { .. } | ForeignExpr::SetCtMark { .. } => return true,
-                ForeignExpr::Xt(xt) if !matches!(xt, Xt::Is { .. }) => return true,
-                ForeignExpr::Jump { to, .. } if seen.insert(to) => todo.push(to),
+                Nft(Expr::MetaSet { key: NFT_META_MARK, .. })
+                | Nft(Expr::CtSet { key: NFT_CT_MARK, .. }) => return true,
+                Xt(xt) if !matches!(xt, XtMark::Is { .. }) => return true,
+                Nft(Expr::Verdict(Verdict::Jump(to) | Verdict::Goto(to))) if seen.insert(to) => {
+                    todo.push(to)
+                }
                 _ => {}
             }
         }

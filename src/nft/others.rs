@@ -1,9 +1,10 @@
 //! Rules of other programs' tables that break what ours do: pure readers of a dump of all rules, and
-//! what is to be said of them. They know the few expressions that it takes, and take the rest for a
-//! condition that may hold. Source: include/uapi/linux/netfilter/nf_tables.h, xt_addrtype.h, xt_CT.h, xt_mark.h, xt_connmark.h.
+//! what is to be said of them. They know the expressions that ours use too, and what iptables has in
+//! their place; the rest they take for a condition that may hold. Source: include/uapi/linux/netfilter/nf_tables.h, xt_addrtype.h, xt_CT.h, xt_mark.h, xt_connmark.h.
 
 use std::collections::BTreeSet;
 
+use super::expr::{parts, Expr, Verdict};
 use super::marks::{self, Base, Ours};
 use super::message::dump;
 use super::table::TABLE;
@@ -19,20 +20,9 @@ pub struct ForeignRule {
     pub exprs: Vec<ForeignExpr>,
 }
 
-/// What is loaded into a register.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Load {
-    Iif,
-    Oif,
-    /// The type of the source address.
-    SaddrType,
-    Mark,
-    CtMark,
-}
-
 /// What iptables has in place of expressions, where it is about marks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Xt {
+pub enum XtMark {
     /// -m mark, -m connmark
     Is {
         ct: bool,
@@ -65,43 +55,12 @@ pub enum Xt {
 /// An expression as far as it matters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ForeignExpr {
-    Load {
-        what: Load,
-        reg: u32,
-    },
-    Immediate {
-        reg: u32,
-        value: u32,
-    },
-    Bitwise {
-        from: u32,
-        to: u32,
-        mask: u32,
-        xor: u32,
-    },
-    Cmp {
-        reg: u32,
-        equal: bool,
-        data: Vec<u8>,
-    },
-    SetMark {
-        reg: u32,
-    },
-    SetCtMark {
-        reg: u32,
-    },
-    Xt(Xt),
+    /// One that ours use too. A chain that it leads to is named by its place.
+    Nft(Expr),
+    Xt(XtMark),
     /// The source is not local: iptables' addrtype.
     ForeignSource,
     Notrack,
-    Verdict(i32),
-    /// The place of the chain, and whether evaluation comes back.
-    Jump {
-        to: String,
-        back: bool,
-    },
-    /// Changes nothing about what matches.
-    Passes,
     Other,
 }
 
@@ -178,78 +137,22 @@ fn expr(home: &str, bytes: &[u8]) -> ForeignExpr {
 }
 
 fn understood(home: &str, bytes: &[u8]) -> Option<ForeignExpr> {
-    let attrs = Attrs::new(bytes);
-    let name = attrs.clone().get(NFTA_EXPR_NAME).unwrap_or(&[]);
-    let data = Attrs::new(attrs.get(NFTA_EXPR_DATA).unwrap_or(&[]));
-    let number = |attr| data.clone().get(attr).and_then(parse::u32_be);
-    let bytes = |attr| data.clone().get(attr).unwrap_or(&[]);
-    let value = |attr| Attrs::new(bytes(attr)).get(NFTA_DATA_VALUE);
-    let host = |attr| value(attr).and_then(parse::u32_ne);
-    Some(match &*parse::str_z(name) {
-        "meta" => match (number(NFTA_META_KEY)?, number(NFTA_META_SREG)) {
-            (NFT_META_MARK, Some(reg)) => ForeignExpr::SetMark { reg },
-            (key, None) => {
-                let what = match key {
-                    NFT_META_IIF | NFT_META_IIFNAME => Load::Iif,
-                    NFT_META_OIF | NFT_META_OIFNAME => Load::Oif,
-                    NFT_META_MARK => Load::Mark,
-                    _ => return None,
-                };
-                ForeignExpr::Load { what, reg: number(NFTA_META_DREG)? }
-            }
-            _ => return None,
-        },
-        "ct" => match (number(NFTA_CT_KEY)?, number(NFTA_CT_SREG)) {
-            (NFT_CT_MARK, Some(reg)) => ForeignExpr::SetCtMark { reg },
-            (NFT_CT_MARK, None) => {
-                ForeignExpr::Load { what: Load::CtMark, reg: number(NFTA_CT_DREG)? }
-            }
-            _ => return None,
-        },
-        "fib" => match (number(NFTA_FIB_RESULT)?, number(NFTA_FIB_FLAGS).unwrap_or(0)) {
-            (NFT_FIB_RESULT_ADDRTYPE, flags) if flags & NFTA_FIB_F_SADDR != 0 => {
-                ForeignExpr::Load { what: Load::SaddrType, reg: number(NFTA_FIB_DREG)? }
-            }
-            _ => return None,
-        },
-        "cmp" => {
-            let equal = match number(NFTA_CMP_OP)? {
-                NFT_CMP_EQ => true,
-                NFT_CMP_NEQ => false,
-                _ => return None,
-            };
-            let data = value(NFTA_CMP_DATA)?.to_vec();
-            ForeignExpr::Cmp { reg: number(NFTA_CMP_SREG)?, equal, data }
-        }
-        "bitwise" => ForeignExpr::Bitwise {
-            from: number(NFTA_BITWISE_SREG)?,
-            to: number(NFTA_BITWISE_DREG)?,
-            mask: host(NFTA_BITWISE_MASK)?,
-            xor: host(NFTA_BITWISE_XOR)?,
-        },
+    let (name, data) = parts(bytes);
+    let bytes_of = |attr| data.clone().get(attr).unwrap_or(&[]);
+    match &*name {
         "match" | "target" => {
-            let revision = number(NFTA_XT_REV).unwrap_or(0);
-            xt(&parse::str_z(bytes(NFTA_XT_NAME)), revision, bytes(NFTA_XT_INFO))?
+            let revision = data.clone().get(NFTA_XT_REV).and_then(parse::u32_be).unwrap_or(0);
+            return xt(&parse::str_z(bytes_of(NFTA_XT_NAME)), revision, bytes_of(NFTA_XT_INFO));
         }
-        "notrack" => ForeignExpr::Notrack,
-        "immediate" => match number(NFTA_IMMEDIATE_DREG)? {
-            NFT_REG_VERDICT => {
-                let verdict = Attrs::new(bytes(NFTA_IMMEDIATE_DATA)).get(NFTA_DATA_VERDICT)?;
-                let verdict = Attrs::new(verdict);
-                let chain = verdict.clone().get(NFTA_VERDICT_CHAIN).map(parse::str_z);
-                let code = verdict.get(NFTA_VERDICT_CODE).and_then(parse::u32_be)? as i32;
-                match chain {
-                    Some(chain) => {
-                        ForeignExpr::Jump { to: format!("{home} {chain}"), back: code == NFT_JUMP }
-                    }
-                    None => ForeignExpr::Verdict(code),
-                }
-            }
-            reg => ForeignExpr::Immediate { reg, value: host(NFTA_IMMEDIATE_DATA)? },
-        },
-        "counter" => ForeignExpr::Passes,
-        _ => return None,
-    })
+        "notrack" => return Some(ForeignExpr::Notrack),
+        _ => {}
+    }
+    let place = |chain| format!("{home} {chain}");
+    Some(ForeignExpr::Nft(match Expr::read(bytes)? {
+        Expr::Verdict(Verdict::Jump(chain)) => Expr::Verdict(Verdict::Jump(place(chain))),
+        Expr::Verdict(Verdict::Goto(chain)) => Expr::Verdict(Verdict::Goto(place(chain))),
+        other => other,
+    }))
 }
 
 /// What iptables-nft has not translated: its own structs, in host order.
@@ -270,10 +173,10 @@ fn xt(name: &str, revision: u32, info: &[u8]) -> Option<ForeignExpr> {
         // struct xt_mark_mtinfo1, xt_connmark_mtinfo1
         "mark" | "connmark" => {
             let (ct, equal) = (name == "connmark", byte(8)? == 0);
-            ForeignExpr::Xt(Xt::Is { ct, value: word(0)?, mask: word(4)?, equal })
+            ForeignExpr::Xt(XtMark::Is { ct, value: word(0)?, mask: word(4)?, equal })
         }
         // struct xt_mark_tginfo2
-        "MARK" => ForeignExpr::Xt(Xt::Mark { value: word(0)?, mask: word(4)? }),
+        "MARK" => ForeignExpr::Xt(XtMark::Mark { value: word(0)?, mask: word(4)? }),
         // struct xt_connmark_tginfo1, and 2 with the bits to shift by before the mode
         "CONNMARK" => {
             let (ct, packet) = (word(4)?, word(8)?);
@@ -282,9 +185,9 @@ fn xt(name: &str, revision: u32, info: &[u8]) -> Option<ForeignExpr> {
                 _ => (false, byte(12)?),
             };
             ForeignExpr::Xt(match mode {
-                0 => Xt::Set { value: word(0)?, mask: ct },
-                1 => Xt::Save { ct, packet, shifted },
-                2 => Xt::Restore { ct, packet, shifted },
+                0 => XtMark::Set { value: word(0)?, mask: ct },
+                1 => XtMark::Save { ct, packet, shifted },
+                2 => XtMark::Restore { ct, packet, shifted },
                 _ => return None,
             })
         }
@@ -296,37 +199,57 @@ impl ForeignRule {
     /// What of it matters: whether what comes from lo can match it, and does without a condition;
     /// whether only a source that is not local does.
     fn conditions(&self) -> (bool, bool, bool) {
+        use ForeignExpr::Nft;
         let (mut from_lo, mut only_lo, mut foreign) = (true, false, false);
         let mut others = false;
-        let loaded = |at: usize| match self.exprs.get(at.checked_sub(1)?)? {
-            ForeignExpr::Load { what, .. } => Some(*what),
-            _ => None,
-        };
-        for (at, expr) in self.exprs.iter().enumerate() {
-            match (expr, loaded(at)) {
-                (ForeignExpr::Cmp { equal, data, .. }, Some(Load::Iif)) => {
-                    let lo = is_lo(data);
-                    from_lo &= *equal == lo;
-                    only_lo |= *equal && lo;
+        let mut loaded: Option<&Expr> = None;
+        for expr in &self.exprs {
+            match (expr, loaded) {
+                (
+                    Nft(Expr::Cmp { op: op @ (NFT_CMP_EQ | NFT_CMP_NEQ), data, .. }),
+                    Some(Expr::MetaLoad { key: NFT_META_IIF | NFT_META_IIFNAME, .. }),
+                ) => {
+                    let (equal, lo) = (*op == NFT_CMP_EQ, is_lo(data));
+                    from_lo &= equal == lo;
+                    only_lo |= equal && lo;
                 }
-                (ForeignExpr::Cmp { equal: false, data, .. }, Some(Load::SaddrType))
-                    if parse::u32_ne(data) == Some(u32::from(RTN_LOCAL)) =>
+                (
+                    Nft(Expr::Cmp { op: NFT_CMP_NEQ, data, .. }),
+                    Some(Expr::FibAddrtype { of, .. }),
+                ) if of & NFTA_FIB_F_SADDR != 0
+                    && parse::u32_ne(data) == Some(u32::from(RTN_LOCAL)) =>
                 {
                     foreign = true
                 }
                 (ForeignExpr::ForeignSource, _) => foreign = true,
                 (
-                    ForeignExpr::Cmp { .. } | ForeignExpr::Xt(Xt::Is { .. }) | ForeignExpr::Other,
+                    Nft(
+                        Expr::MetaLoad { .. }
+                        | Expr::CtLoad { .. }
+                        | Expr::FibAddrtype { .. }
+                        | Expr::Immediate { .. }
+                        | Expr::Bitwise { .. }
+                        | Expr::MetaSet { .. }
+                        | Expr::CtSet { .. }
+                        | Expr::Verdict(_)
+                        | Expr::Counter,
+                    ),
                     _,
-                ) => others = true,
-                _ => {}
+                ) => {}
+                (ForeignExpr::Xt(xt), _) if !matches!(xt, XtMark::Is { .. }) => {}
+                (ForeignExpr::Notrack, _) => {}
+                _ => others = true,
             }
+            loaded = match expr {
+                Nft(expr) => Some(expr),
+                _ => None,
+            };
         }
         (from_lo, only_lo && !others && !foreign, foreign)
     }
 
-    fn ends_in(&self, verdict: i32) -> bool {
-        self.exprs.last() == Some(&ForeignExpr::Verdict(verdict))
+    fn ends_in(&self, verdict: Verdict) -> bool {
+        self.exprs.last() == Some(&ForeignExpr::Nft(Expr::Verdict(verdict)))
     }
 }
 
@@ -338,9 +261,9 @@ pub fn hindrances(bases: &[Base], rules: &[ForeignRule], ours: &Ours) -> Vec<Str
     for rule in rules {
         let place = &*rule.place;
         let (from_lo, is_lo, foreign) = rule.conditions();
-        if is_lo && rule.ends_in(NF_ACCEPT) {
+        if is_lo && rule.ends_in(Verdict::Accept) {
             spared.insert(place);
-        } else if foreign && from_lo && rule.ends_in(NF_DROP) && !spared.contains(place) {
+        } else if foreign && from_lo && rule.ends_in(Verdict::Drop) && !spared.contains(place) {
             found.push(format!(
                 "chain {place} of another program drops what has a source that is not this host's, \
                  and so what a tproxy answers: `nft insert rule {place} iif lo accept` lets it pass \
