@@ -11,9 +11,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 
 use crate::net::L4;
-use crate::netlink::diag::Socket;
+use crate::netlink::diag::{Socket, TCP_STATES, UDP_STATES};
 use crate::netlink::uapi::*;
-use crate::stale::TCP_STATES;
 
 /// Whose the sockets are.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -55,7 +54,7 @@ impl Talker {
 pub fn states(l4: L4) -> u32 {
     match l4 {
         L4::Tcp => TCP_STATES | 1 << TCP_LISTEN,
-        L4::Udp => 1 << TCP_ESTABLISHED | 1 << TCP_CLOSE,
+        L4::Udp => UDP_STATES,
     }
 }
 

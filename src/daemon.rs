@@ -3,6 +3,7 @@
 //! wake-up, or one more for each level of nested cgroups that it discovers.
 
 mod containers;
+mod doubts;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::File;
@@ -25,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::faults;
 use crate::instance;
 use crate::kernel::routing::Routing;
-use crate::kernel::sockets::{self, Doubts};
+use crate::kernel::sockets;
 use crate::kernel::{Damage, Held, Kernel};
 use crate::log;
 use crate::log::Level;
@@ -47,6 +48,7 @@ use crate::stale::{self, Before, Judge, Suspects};
 use crate::sys;
 
 use containers::Search;
+use doubts::Doubts;
 
 /// Events that a full inotify queue holds, and some that come meanwhile.
 const FULL_QUEUE: usize = 20_000;
@@ -326,7 +328,7 @@ impl Daemon<'_> {
         let (before, strange) = self.before().unzip();
         if before.is_none() {
             let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
-            self.kernel.tell_inbound(&suspects);
+            doubts::tell_inbound(&mut self.kernel, &suspects);
         }
         let routed = self.add_routing(&config);
         if let Err(error) = routed.and_then(|()| self.replace()) {
@@ -395,7 +397,7 @@ impl Daemon<'_> {
     fn look_for_stale(&mut self, suspects: Suspects, slice: Duration) {
         let config = self.cgroups.core.config().clone();
         let judge = Judge::new(config, suspects, sockets::chosen_ports());
-        self.doubts = self.kernel.doubts(judge);
+        self.doubts = Doubts::find(&mut self.kernel, judge);
         self.end_stale(slice);
     }
 
@@ -423,7 +425,7 @@ impl Daemon<'_> {
         let Some(doubts) = &mut self.doubts else {
             return;
         };
-        if self.kernel.end_stale(doubts, Instant::now() + slice) {
+        if doubts.settle(&mut self.kernel, Instant::now() + slice) {
             if doubts.ended > 0 {
                 log!(Notice, "ended {} sockets whose way has changed", doubts.ended);
             }

@@ -15,7 +15,7 @@ use crate::cgroup::tree;
 use crate::config::{Config, Outcome, Take, Target};
 use crate::net::{holds, Family, Owner, Range, L4};
 use crate::netlink::conntrack::Flow;
-use crate::netlink::diag::Socket;
+use crate::netlink::diag::{Socket, Witness, TCP_STATES, UDP_STATES};
 use crate::netlink::uapi::*;
 use crate::nft::table;
 use crate::policy;
@@ -281,28 +281,6 @@ enum Way {
     Free,
     Proxied,
     Cut,
-}
-
-/// TCP states of connections that packets can still leave by; what is left of a closed one
-/// (TIME_WAIT) has no cgroup.
-pub const TCP_STATES: u32 = 1 << TCP_ESTABLISHED
-    | 1 << TCP_SYN_SENT
-    | 1 << TCP_FIN_WAIT1
-    | 1 << TCP_FIN_WAIT2
-    | 1 << TCP_CLOSE_WAIT
-    | 1 << TCP_LAST_ACK
-    | 1 << TCP_CLOSING;
-pub const UDP_STATES: u32 = 1 << TCP_ESTABLISHED | 1 << TCP_CLOSE;
-
-/// What the kernel tells of a suspect socket.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Witness {
-    /// Its remote end is an address of this host, or a broadcast one.
-    pub local: bool,
-    /// The other end of its connection is a socket of this host: a proxy's.
-    pub proxied: bool,
-    /// `None` also where there is no ctnetlink (many routers): the other witnesses decide then.
-    pub flow: Option<Flow>,
 }
 
 /// How many sockets are at a local port that are not connected.

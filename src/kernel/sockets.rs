@@ -1,10 +1,9 @@
-//! Other programs' sockets: finding those that are stale, and ending them. What is stale is decided
-//! in [`crate::stale`].
+//! Other programs' sockets: lists them, tells what is known of their flows, and ends them. Which of
+//! them are stale is decided in [`crate::stale`].
 
 use std::collections::{BTreeSet, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
-use std::time::Instant;
 
 use nix::errno::Errno;
 
@@ -13,114 +12,37 @@ use crate::error::{reason, Result};
 use crate::log;
 use crate::net::Mark;
 use crate::netlink::conntrack::{self, Flow};
-use crate::netlink::diag::{self, PortOwner, Socket};
+use crate::netlink::diag::{self, PortOwner, Socket, Witness};
 use crate::netlink::fib;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::uapi::*;
-use crate::stale::{Judge, Ports, Suspects, Witness, TCP_STATES, UDP_STATES};
-
-/// Sockets that may be stale, and what it takes to judge them.
-pub struct Doubts {
-    judge: Judge,
-    sockets: Vec<Socket>,
-    /// What listens.
-    tcp: Ports,
-    /// What is not connected.
-    udp: Ports,
-    pub ended: usize,
-}
 
 impl Kernel {
-    /// Looks for sockets that may be stale; `None` where there are none, or none can be ended.
-    pub fn doubts(&mut self, judge: Judge) -> Option<Doubts> {
-        if !self.ends_sockets || judge.suspects().is_empty() {
-            return None;
-        }
-        let mut doubts =
-            Doubts { judge, sockets: Vec::new(), tcp: Ports::new(), udp: Ports::new(), ended: 0 };
-        let ids = doubts.judge.suspects().ids().unwrap_or_default();
-        for (protocol, states) in [(IPPROTO_TCP, TCP_STATES), (IPPROTO_UDP, UDP_STATES)] {
-            let is_tcp = protocol == IPPROTO_TCP;
-            let judge = &doubts.judge;
-            let found = self
-                .sockets(protocol, states, &ids, |socket| judge.doubts(&socket).then_some(socket));
-            if found.is_empty() {
-                continue;
-            }
-            doubts.sockets.extend(found);
-            let (ports, state) = match is_tcp {
-                true => (&mut doubts.tcp, TCP_LISTEN),
-                false => (&mut doubts.udp, TCP_CLOSE),
-            };
-            for port in self.sockets(protocol, 1 << state, &[], |socket| Some(socket.local.port()))
-            {
-                *ports.entry(port).or_default() += 1;
-            }
-        }
-        (!doubts.sockets.is_empty()).then_some(doubts)
+    /// False once the kernel has refused to end a socket.
+    pub fn ends_sockets(&self) -> bool {
+        self.ends_sockets
     }
 
-    /// Tells conntrack, which may begin with our table, of the connections that others made to
-    /// services of these cgroups: where the service speaks next, it would seem to have begun them.
-    pub fn tell_inbound(&mut self, suspects: &Suspects) {
-        if suspects.is_empty() {
-            return;
-        }
-        let listening = |socket: Socket| Some(socket.local.port());
-        let ports: HashSet<u16> =
-            self.sockets(IPPROTO_TCP, 1 << TCP_LISTEN, &[], listening).into_iter().collect();
-        let inbound = |socket: Socket| {
-            let ours = socket.cgroup.is_some_and(|cgroup| suspects.of(cgroup).is_some());
-            let ours = ours && !socket.remote.ip().is_loopback();
-            (ours && ports.contains(&socket.local.port())).then_some((socket.local, socket.remote))
-        };
-        let ids = suspects.ids().unwrap_or_default();
-        for (local, remote) in self.sockets(IPPROTO_TCP, 1 << TCP_ESTABLISHED, &ids, inbound) {
-            let request = |batch: &mut Batch| conntrack::inbound(batch, local, remote);
-            match self.nft.ask(&request, |_| None::<()>) {
-                Ok(Ok(_) | Err(Errno::EEXIST)) => {}
-                Ok(Err(errno)) => {
-                    // no ctnetlink, as on many routers
-                    log!(Debug, "unable to tell conntrack of {remote}: {}", reason(errno));
-                    return;
-                }
-                Err(error) => return log!(Debug, "unable to tell conntrack of {remote}: {error}"),
-            }
-        }
+    /// Ends a socket. Errors: ENOENT where it has ended by itself; else the kernel cannot.
+    pub fn end_socket(&mut self, socket: &Socket) -> std::result::Result<(), Errno> {
+        let ended = self.destroy(socket);
+        self.ends_sockets &= matches!(ended, Ok(()) | Err(Errno::ENOENT));
+        ended
     }
 
-    /// Judges sockets and ends the stale ones until `until`; true when that is done.
-    pub fn end_stale(&mut self, doubts: &mut Doubts, until: Instant) -> bool {
-        while let Some(socket) = doubts.sockets.pop() {
-            let ports = match socket.protocol {
-                IPPROTO_TCP => &doubts.tcp,
-                _ => &doubts.udp,
-            };
-            let witness = self.witness(&socket);
-            if doubts.judge.ends(&socket, ports, witness) {
-                match self.destroy(&socket) {
-                    Ok(()) => doubts.ended += 1,
-                    // it has ended by itself
-                    Err(Errno::ENOENT) => {}
-                    Err(errno) => {
-                        // not of this protocol, or none at all
-                        self.ends_sockets = false;
-                        log!(
-                            Notice,
-                            "unable to end sockets that went another way ({}): what they send is \
-                             dropped, so their programs wait until they give up",
-                            reason(errno)
-                        );
-                        return true;
-                    }
-                }
+    /// Tells conntrack of a connection that `remote` made; false where it takes no such word.
+    pub fn tell_inbound(&mut self, local: SocketAddr, remote: SocketAddr) -> bool {
+        let request = |batch: &mut Batch| conntrack::inbound(batch, local, remote);
+        match self.nft.ask(&request, |_| None::<()>) {
+            Ok(Ok(_) | Err(Errno::EEXIST)) => return true,
+            // no ctnetlink, as on many routers
+            Ok(Err(errno)) => {
+                log!(Debug, "unable to tell conntrack of {remote}: {}", reason(errno))
             }
-            if Instant::now() >= until {
-                break;
-            }
+            Err(error) => log!(Debug, "unable to tell conntrack of {remote}: {error}"),
         }
-        doubts.sockets.is_empty()
+        false
     }
 
     /// The cgroups of all TCP and UDP sockets; `None` where the kernel does not tell of all.
@@ -139,7 +61,7 @@ impl Kernel {
 
     /// The sockets of a protocol in these states, of both families, as far as `keep` keeps them;
     /// none where the kernel does not tell of them.
-    fn sockets<T>(
+    pub fn sockets<T>(
         &mut self,
         protocol: u8,
         states: u32,
@@ -184,7 +106,8 @@ impl Kernel {
         Vec::new()
     }
 
-    fn witness(&mut self, socket: &Socket) -> Witness {
+    /// What it takes to judge a socket.
+    pub fn witness(&mut self, socket: &Socket) -> Witness {
         match socket.is_connected() {
             false => Witness::default(),
             true => Witness {

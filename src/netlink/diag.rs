@@ -3,6 +3,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use super::conntrack::Flow;
 use super::msg::Batch;
 use super::parse::{self, Attrs, Message};
 use super::uapi::*;
@@ -47,6 +48,29 @@ pub struct PortOwner {
     /// Id of the cgroup that it was made in (or that its process has moved to since).
     pub cgroup: u64,
 }
+
+/// What the kernel tells of a socket and its flow.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Witness {
+    /// Its remote end is an address of this host, or a broadcast one.
+    pub local: bool,
+    /// The other end of its connection is a socket of this host: a proxy's.
+    pub proxied: bool,
+    /// `None` also where there is no ctnetlink (many routers): the other witnesses decide then.
+    pub flow: Option<Flow>,
+}
+
+/// TCP states of connections that packets can still leave by; what is left of a closed one
+/// (TIME_WAIT) has no cgroup.
+pub const TCP_STATES: u32 = 1 << TCP_ESTABLISHED
+    | 1 << TCP_SYN_SENT
+    | 1 << TCP_FIN_WAIT1
+    | 1 << TCP_FIN_WAIT2
+    | 1 << TCP_CLOSE_WAIT
+    | 1 << TCP_LAST_ACK
+    | 1 << TCP_CLOSING;
+/// The same of UDP.
+pub const UDP_STATES: u32 = 1 << TCP_ESTABLISHED | 1 << TCP_CLOSE;
 
 /// Length of `struct inet_diag_msg`, and where its `id`, its `idiag_uid` and its `idiag_inode` are.
 const MSG_LEN: usize = 72;
