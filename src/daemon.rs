@@ -515,7 +515,7 @@ impl Daemon<'_> {
         }
         let host = self.kernel.glance();
         let name = |index| host.interface_name(index);
-        let home = |id, uid| self.cgroups.core.home(id, uid);
+        let home = self.cgroups.core.homes(host.bound.iter().filter_map(|socket| socket.cgroup));
         for line in faults::bound(&config, &host.bound, home, name) {
             log::write_limited(Level::Warning, format_args!("{line}"));
         }
@@ -538,7 +538,8 @@ impl Daemon<'_> {
         let config = self.cgroups.core.config().clone();
         let ports = config.tproxies.iter().map(|tproxy| tproxy.port);
         let listeners: Vec<_> = ports.map(|port| self.kernel.listeners(port)).collect();
-        loops::find(&config, &listeners, |id, uid| self.cgroups.core.home(id, uid))
+        let ids = listeners.iter().flatten().map(|listener| listener.cgroup);
+        loops::find(&config, &listeners, self.cgroups.core.homes(ids))
     }
 
     /// Tells of loops that have begun, a little after a cgroup has come in which that may be: its

@@ -11,6 +11,7 @@ use crate::cgroup::mount;
 use crate::config::{Config, Route, Target};
 use crate::log::Escaped;
 use crate::netlink::link::Link;
+use crate::policy;
 
 /// A line for each route whose tunnel's own packets come back to it, as far as can be seen: the
 /// program that holds the interface, or a tunnel of the kernel, whose packets belong to no cgroup.
@@ -94,7 +95,7 @@ fn target(config: &Config, core: &Core, pid: u32) -> Option<(String, Target)> {
     if path == Some(b"/") {
         path = Some(b"");
     }
-    let node = path.and_then(|path| core.tree().get(path));
-    let known = node.and_then(|node| core.home(node.id, uid)).map(|home| home.1);
-    Some((Escaped(own).to_string(), known.unwrap_or(config.default)))
+    let known = path.and_then(|path| core.outcome(path));
+    let target = known.map(|outcome| policy::likely_target(core.config(), outcome, uid));
+    Some((Escaped(own).to_string(), target.unwrap_or(config.default)))
 }

@@ -1,7 +1,7 @@
 //! The state machine: what happened goes in as an [`Event`], what is to be done comes out as
 //! [`Action`]s, and what the kernel's sets should then hold as a [`Delta`]. Pure: no I/O, no clock.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::rc::Rc;
 
 use nix::errno::Errno;
@@ -120,16 +120,21 @@ impl Core {
         &self.tree
     }
 
-    /// The path and the target of the cgroup with this id.
-    pub fn verdict(&self, id: u64) -> Option<(&Path, Outcome)> {
-        let (path, node) = self.tree.iter().find(|(_, node)| node.id == id)?;
-        Some((path, policy::outcome(&self.config, node.rank)))
-    }
-
-    /// The same, fit to print, for a user's sockets there.
-    pub fn home(&self, id: u64, uid: u32) -> Option<(String, Target)> {
-        let (path, outcome) = self.verdict(id)?;
-        Some((tree::display(path), policy::likely_target(&self.config, outcome, uid)))
+    /// Tells of each of these cgroups, by its id, the path, fit to print, and the target of a user's
+    /// sockets there. One look at the tree serves all: users can have thousands of each.
+    pub fn homes(
+        &self,
+        ids: impl IntoIterator<Item = u64>,
+    ) -> impl Fn(u64, u32) -> Option<(String, Target)> + '_ {
+        let wanted: HashSet<u64> = ids.into_iter().collect();
+        let nodes = self.tree.iter().filter(|(_, node)| wanted.contains(&node.id));
+        let nodes: HashMap<u64, (&Path, &Node)> =
+            nodes.map(|(path, node)| (node.id, (path, node))).collect();
+        move |id, uid| {
+            let (path, node) = nodes.get(&id)?;
+            let outcome = policy::outcome(&self.config, node.rank);
+            Some((tree::display(path), policy::likely_target(&self.config, outcome, uid)))
+        }
     }
 
     /// The target of the cgroup with this path.

@@ -56,7 +56,8 @@ pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
         all.filter_map(|l| Some(diag::PortOwner { uid: l.uid, cgroup: l.cgroup? })).collect()
     };
     let listeners: Vec<Vec<_>> = config.tproxies.iter().map(|t| listeners(t.port)).collect();
-    let mut lines = loops::find(config, &listeners, |id, uid| core.home(id, uid));
+    let ids = listeners.iter().flatten().map(|listener| listener.cgroup);
+    let mut lines = loops::find(config, &listeners, core.homes(ids));
     if !config.routes.is_empty() {
         let links = Kernel::open().map(|mut kernel| kernel.links_of(&plan::needs(config)));
         lines.extend(tunnels::loops(config, core, &links.unwrap_or_default()));
@@ -66,12 +67,8 @@ pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
 
 /// A line for each cgroup whose sockets go past its proxy.
 pub fn bound(config: &Config, host: &Host, core: &Core) -> Vec<String> {
-    faults::bound(
-        config,
-        &host.bound,
-        |id, uid| core.home(id, uid),
-        |index| host.interface_name(index),
-    )
+    let home = core.homes(host.bound.iter().filter_map(|socket| socket.cgroup));
+    faults::bound(config, &host.bound, home, |index| host.interface_name(index))
 }
 
 /// Errors: one line that says which capability is missing, where it is.
