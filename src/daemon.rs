@@ -991,6 +991,7 @@ impl Daemon<'_> {
                 (None, Some(ranking)) => drop(self.cgroups.core.put_back(ranking)),
                 (None, None) => {}
             }
+            self.rename_entrances(&new);
             // nothing of the new table took effect; what is pending for the old one is refused or
             // doubled at worst, so put the old table in as a whole
             self.repair_table();

@@ -483,6 +483,39 @@ fn many_come_and_go() {
     daemon.stop_clean();
 }
 
+/// A reload that the kernel refuses leaves those that lose their cgroup just then where they were, by
+/// the old policy's numbers.
+#[test]
+fn a_reload_is_refused_while_one_ends() {
+    let ground = ground!("boxrefused");
+    let (netns, daemon) = (Netns::new(), Daemon::start(&ground, CONFIG, &["--no-seccomp"]));
+    let cgroup = ground.cgroup("/boxes/other1");
+    let process = live(&netns, &cgroup);
+    attach(&netns, "ve-other", "eth0", 1);
+    await_entrances(&daemon, &["ve-other 0x02000000"]);
+    drop(process);
+    std::fs::remove_dir(&cgroup).expect("remove the cgroup");
+    let mut faults = refuse_requests(&daemon);
+    let more = "[tproxy first]\nport = 7895\n[tproxy mihomo]";
+    let log = daemon.reconfigure(&CONFIG.replace("[tproxy mihomo]", more));
+    assert!(log.contains("the old configuration stays"), "{log}");
+    faults.kill().and_then(|()| faults.wait()).expect("end strace");
+    let repaired = daemon.wait_log("the table is in force again", Duration::from_secs(10));
+    assert!(repaired, "{}", daemon.logs());
+    assert_eq!(entrances(), ["ve-other 0x02000000"]);
+    daemon.stop_clean();
+}
+
+/// Has the kernel refuse whatever the daemon sends it, until this is killed.
+fn refuse_requests(daemon: &Daemon) -> std::process::Child {
+    let pid = daemon.pid().to_string();
+    let inject = ["-qq", "-o", "/dev/null", "-e", "inject=sendto:error=ENOMEM", "-p", &pid];
+    let strace = Command::new("strace").args(inject).spawn().expect("start strace");
+    let attached = || daemon.process("TracerPid") != "0";
+    assert!(wait_until(Duration::from_secs(5), attached), "strace does not attach");
+    strace
+}
+
 /// What has not been found is looked for no longer than some seconds, and then nothing wakes the daemon.
 #[test]
 fn the_search_ends() {
