@@ -560,7 +560,9 @@ fn remedy(object: &Object, errno: Errno) -> Option<String> {
         Some(chain) if is_absent && chain.starts_with("tproxy_") => {
             needs("nft_tproxy", "kmod-nft-tproxy")
         }
-        Some("nat_output") if errno == Errno::ENOENT => needs("nft_nat", "kmod-nft-nat"),
+        Some(chain) if errno == Errno::ENOENT && chain.starts_with("nat_") => {
+            needs("nft_nat", "kmod-nft-nat")
+        }
         _ => None,
     }
 }
@@ -581,6 +583,7 @@ mod tests {
         assert!(has(chain("output"), Errno::EOPNOTSUPP, "kmod-nft-socket"));
         assert!(has(Object::RuleOf("tproxy_x".into()), absent, "kmod-nft-tproxy"));
         assert!(has(chain("nat_output"), absent, "kmod-nft-nat"));
+        assert!(has(chain("nat_postrouting"), absent, "kmod-nft-nat"));
         // others' names hold the same words
         for object in [chain("to_output"), Object::Set("tproxy_x".into()), Object::All] {
             assert_eq!(remedy(&object, absent), None, "{object}");
