@@ -260,7 +260,7 @@ fn await_force(config: &Config, target: Target, root: &Root, cgroup: &Cgroup) ->
     let mut torn = 0;
     loop {
         let missing = wanted.missing(&mut kernel)?;
-        let changed = drain(&mut changes);
+        let changed = drain(&mut changes)?;
         match missing {
             // a change in the middle of the look may have made us see what never was
             None if changed && torn < 16 => torn += 1,
@@ -289,12 +289,15 @@ fn await_force(config: &Config, target: Target, root: &Root, cgroup: &Cgroup) ->
 }
 
 /// Forgets the notifications that have come; true where there were any, or some were lost.
-fn drain(changes: &mut Socket) -> bool {
+fn drain(changes: &mut Socket) -> Result<bool> {
     let mut any = false;
-    while !matches!(changes.notification(), Ok(None)) {
-        any = true;
+    loop {
+        match changes.notification() {
+            Ok(None) => return Ok(any),
+            Ok(Some(_)) | Err(Errno::ENOBUFS) => any = true,
+            Err(errno) => return Err(Error::system("unable to read notifications", errno)),
+        }
     }
-    any
 }
 
 /// What keeps a target from being in force.

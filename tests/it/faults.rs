@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::daemon::{run, Daemon};
+use crate::daemon::{binary, run, Daemon};
 use crate::ground::{remove_tree, Ground};
 use crate::kernel::{cgroup_id, residue, state};
 use crate::{sized, wait_until};
@@ -361,4 +361,29 @@ fn each_system_call_fails_once() {
     println!("{runs} faults in {:?}: {outcomes:?}", start.elapsed());
     assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
     assert!(runs > 0);
+}
+
+/// `exec` waits for the daemon, not for a kernel that has stopped answering.
+#[test]
+fn exec_ends_where_the_kernel_answers_no_more() {
+    let ground = ground!("execfaults");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let config = daemon.config.to_str().expect("UTF-8");
+    let mut refused = 0;
+    loop {
+        let inject = format!("inject=recvfrom:error=EIO:when={}+", refused + 1);
+        let mut command = Command::new("timeout");
+        command.args(["-s", "KILL", "10", "strace", "-qq", "-o", "/dev/null", "-e", &inject]);
+        command.arg(binary()).args(["-c", config, "exec", "drop", "true"]);
+        let out = command.output().expect("start strace");
+        let said = String::from_utf8_lossy(&out.stderr);
+        match out.status.code() {
+            // what it asks has been answered before
+            Some(0) => break,
+            Some(1) if said.contains("unable to ") => refused += 1,
+            code => panic!("{code:?} from the answer {} on: {said}", refused + 1),
+        }
+    }
+    assert!(refused > 5, "{refused}");
+    daemon.stop_clean();
 }
