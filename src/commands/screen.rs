@@ -33,15 +33,6 @@ struct Terminal {
     closed: bool,
 }
 
-/// What a wait ends with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event {
-    /// It is time for the next picture.
-    Due,
-    /// That was enough.
-    Quit,
-}
-
 impl Screen {
     pub fn open(style: Style) -> Result<Screen> {
         let terminal = match style.terminal {
@@ -66,22 +57,23 @@ impl Screen {
         }
     }
 
-    /// Waits for so long, showing the picture anew where the terminal has another size.
-    pub fn wait(&mut self, time: Duration) -> Result<Event> {
+    /// Waits for so long, showing the picture anew where the terminal has another size; false where
+    /// somebody has seen enough.
+    pub fn wait(&mut self, time: Duration) -> Result<bool> {
         let until = Instant::now() + time;
         loop {
             let left = until.saturating_duration_since(Instant::now());
             let Some(terminal) = &mut self.terminal else {
                 std::thread::sleep(left);
-                return Ok(Event::Due);
+                return Ok(true);
             };
             match terminal.wait(left)? {
-                None => return Ok(Event::Due),
-                Some(Wish::Quit) => return Ok(Event::Quit),
+                None => return Ok(true),
+                Some(Wish::Quit) => return Ok(false),
                 Some(Wish::Redraw) => {
                     let picture = std::mem::take(&mut self.shown);
                     if !self.show(picture)? {
-                        return Ok(Event::Quit);
+                        return Ok(false);
                     }
                 }
                 Some(Wish::None) => {}

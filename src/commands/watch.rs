@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use super::screen::{Event, Screen};
+use super::screen::Screen;
 use super::status::Status;
 use super::table::{Column, Rows, Style, Value};
 use crate::cgroup::follow::Cgroups;
@@ -63,7 +63,7 @@ pub fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
         frame(&mut text, &status, rates.as_ref(), &paths, style);
         let shown = screen.show(text)?;
         before = Some((now, totals));
-        if !shown || screen.wait(EVERY.saturating_sub(now.elapsed()))? == Event::Quit {
+        if !shown || !screen.wait(EVERY.saturating_sub(now.elapsed()))? {
             return Ok(ExitCode::SUCCESS);
         }
     }
