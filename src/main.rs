@@ -1,4 +1,4 @@
-//! The program: hands the command line to the library.
+//! The program: hands the command line to the library, whose head (lib.rs) tells the way through it.
 
 #![forbid(unsafe_code)]
 
