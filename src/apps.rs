@@ -16,7 +16,7 @@ use crate::netlink::uapi::*;
 
 /// Whose the sockets are.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Owner {
+pub enum Holder {
     Cgroup(u64),
     /// A tunnel of the kernel, by its kind: what it sends has no cgroup.
     Tunnel(String),
@@ -24,7 +24,7 @@ pub enum Owner {
     Unknown,
 }
 
-/// The sockets of one owner and user.
+/// The sockets of one holder and user.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Talker {
     pub flows: usize,
@@ -85,8 +85,8 @@ impl Scene {
     }
 }
 
-/// Everybody who has sockets, by owner and uid.
-pub fn talkers(sockets: &[Socket], scene: &Scene) -> BTreeMap<(Owner, u32), Talker> {
+/// Everybody who has sockets, by holder and uid.
+pub fn talkers(sockets: &[Socket], scene: &Scene) -> BTreeMap<(Holder, u32), Talker> {
     let waits = |socket: &Socket| match socket.protocol {
         IPPROTO_TCP => socket.state == TCP_LISTEN,
         _ => !socket.is_connected(),
@@ -96,16 +96,16 @@ pub fn talkers(sockets: &[Socket], scene: &Scene) -> BTreeMap<(Owner, u32), Talk
         .filter(|socket| waits(socket))
         .map(|socket| (socket.protocol, socket.local.port()))
         .collect();
-    let mut all: HashMap<(Owner, u32), Talker> = HashMap::new();
+    let mut all: HashMap<(Holder, u32), Talker> = HashMap::new();
     for socket in sockets {
-        let owner = match (scene.tunnel(socket), socket.cgroup) {
-            (Some(kind), _) => Owner::Tunnel(kind.into()),
-            (None, Some(id)) => Owner::Cgroup(id),
+        let holder = match (scene.tunnel(socket), socket.cgroup) {
+            (Some(kind), _) => Holder::Tunnel(kind.into()),
+            (None, Some(id)) => Holder::Cgroup(id),
             // what is left of a closed one
             (None, None) if socket.state == TCP_FIN_WAIT2 => continue,
-            (None, None) => Owner::Unknown,
+            (None, None) => Holder::Unknown,
         };
-        let talker = all.entry((owner, socket.uid)).or_default();
+        let talker = all.entry((holder, socket.uid)).or_default();
         let l4 = if socket.protocol == IPPROTO_TCP { L4::Tcp } else { L4::Udp };
         let (local, remote) = (socket.local, socket.remote);
         if waits(socket) {
@@ -221,12 +221,12 @@ mod tests {
         old.cgroup = None;
         let all = [others, wireguard, closed, udp("0.0.0.0:4789", ""), old];
         let found = talkers(&all, &scene());
-        let tunnel = |kind: &str| Owner::Tunnel(kind.into());
+        let tunnel = |kind: &str| Holder::Tunnel(kind.into());
         let want = [
-            (Owner::Cgroup(2), 1000),
+            (Holder::Cgroup(2), 1000),
             (tunnel("vxlan"), 0),
             (tunnel("wireguard"), 0),
-            (Owner::Unknown, 1000),
+            (Holder::Unknown, 1000),
         ];
         assert_eq!(found.into_keys().collect::<Vec<_>>(), want);
     }

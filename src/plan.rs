@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::ffi::OsStrExt;
 
 use crate::cgroup::core::{Core, Delta, Snapshot};
-use crate::cgroup::gates::{Gate, Key};
+use crate::cgroup::gates::{Gate, KnownBy};
 use crate::cgroup::mount::Root;
 use crate::config::{Config, Outcome, Route};
 use crate::net::{Family, Mark};
@@ -117,9 +117,9 @@ fn by_set(gates: &[Gate]) -> (BTreeMap<String, Vec<u64>>, BTreeMap<String, Vec<u
     let (mut ids, mut hashes) = (BTreeMap::new(), BTreeMap::new());
     for gate in gates {
         let [by_id, by_hash] = gate_names(gate.stage);
-        match gate.key {
-            Key::Id(id) => ids.entry(by_id).or_insert_with(Vec::new).push(id),
-            Key::Hash(hash) => hashes.entry(by_hash).or_insert_with(Vec::new).push(hash),
+        match gate.by {
+            KnownBy::Id(id) => ids.entry(by_id).or_insert_with(Vec::new).push(id),
+            KnownBy::Hash(hash) => hashes.entry(by_hash).or_insert_with(Vec::new).push(hash),
         }
     }
     (ids, hashes)

@@ -366,7 +366,7 @@ impl Kernel {
             gates.extend(host.gates(*id));
         }
         assert_eq!(self.gates, gates);
-        let hashed = gates.iter().filter(|gate| matches!(gate.key, gates::Key::Hash(_)));
+        let hashed = gates.iter().filter(|gate| matches!(gate.by, gates::KnownBy::Hash(_)));
         assert_eq!(self.shape.hashed, hashed.map(|gate| gate.stage).collect());
     }
 
@@ -404,14 +404,14 @@ fn target_of(
     (uid, gid): (u32, u32),
 ) -> Target {
     let holds = |set: &str, id: u64| {
-        let own = |gate: &&Gate| gate.key == gates::Key::Id(id);
+        let own = |gate: &&Gate| gate.by == gates::KnownBy::Id(id);
         let mut gates = kernel.gates.iter().filter(own);
         kernel.sets.get(&id).is_some_and(|outcome| table::set_name(config, *outcome) == set)
             || gates.any(|gate| table::gate_names(gate.stage)[0] == set)
     };
     let holds_hash = |set: &str, id: u64| {
         let mut own = kernel.dying.iter().filter(|(_, hash)| *hash == dying::hash(id));
-        let gone = |gate: &&Gate| gate.key == gates::Key::Hash(dying::hash(id));
+        let gone = |gate: &&Gate| gate.by == gates::KnownBy::Hash(dying::hash(id));
         let mut gates = kernel.gates.iter().filter(gone);
         own.any(|(outcome, _)| table::dying_name(config, *outcome) == set)
             || gates.any(|gate| table::gate_names(gate.stage)[1] == set)

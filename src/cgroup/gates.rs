@@ -13,19 +13,19 @@ use crate::nft::table::{Stage, DEPTHS};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Gate {
     pub stage: Stage,
-    pub key: Key,
+    pub by: KnownBy,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Key {
+pub enum KnownBy {
     Id(u64),
     Hash(u32),
 }
 
 impl Gate {
     pub fn new(stage: Stage, id: u64, hashed: bool) -> Gate {
-        let key = if hashed { Key::Hash(hash(id)) } else { Key::Id(id) };
-        Gate { stage, key }
+        let by = if hashed { KnownBy::Hash(hash(id)) } else { KnownBy::Id(id) };
+        Gate { stage, by }
     }
 }
 
@@ -43,7 +43,7 @@ pub struct Gates {
 impl Gates {
     /// One more element, or one less, is at or below a gate.
     pub fn count(&mut self, gate: Gate, up: bool) {
-        if self.tally.count(gate, up) && matches!(gate.key, Key::Hash(_)) {
+        if self.tally.count(gate, up) && matches!(gate.by, KnownBy::Hash(_)) {
             match up {
                 true => self.hashed[gate.stage] += 1,
                 false => self.hashed[gate.stage] -= 1,

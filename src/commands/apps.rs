@@ -10,7 +10,7 @@ use nix::unistd::{geteuid, Uid, User};
 
 use super::containers::{self, Container};
 use super::table::{Column, Rows, Style, Value};
-use crate::apps::{self, Owner, Scene, Talker};
+use crate::apps::{self, Holder, Scene, Talker};
 use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount::{self, Root};
@@ -96,9 +96,9 @@ pub fn apps(options: &Options, form: Form) -> Result<ExitCode> {
     }
 }
 
-/// Where the sockets of an owner are.
+/// Where the sockets of a holder are.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Home {
+enum Whereabouts {
     /// In the cgroup of that path.
     Cgroup(Path),
     /// In one that has been removed.
@@ -149,7 +149,7 @@ impl Decides {
 
 /// One cgroup and user, or container.
 struct App {
-    home: Home,
+    home: Whereabouts,
     id: Option<u64>,
     /// Of its sockets; a container's are not known.
     owner: Option<(u32, String)>,
@@ -174,7 +174,7 @@ impl<'a> Apps<'a> {
         config: &'a Config,
         core: &Core,
         root: &Root,
-        talkers: impl IntoIterator<Item = ((Owner, u32), Talker)>,
+        talkers: impl IntoIterator<Item = ((Holder, u32), Talker)>,
         containers: Vec<Container>,
     ) -> Apps<'a> {
         let nodes: HashMap<u64, (&Path, &Node)> =
@@ -184,20 +184,22 @@ impl<'a> Apps<'a> {
         let default = || Some(config.target_name(config.default).to_string());
         let mut users = HashMap::new();
         let mut all = Vec::new();
-        for ((owner, uid), talker) in talkers {
+        for ((holder, uid), talker) in talkers {
             let user = users.entry(uid).or_insert_with(|| name(uid)).clone();
-            let (id, home, target, decides) = match owner {
-                Owner::Cgroup(id) => match nodes.get(&id) {
+            let (id, home, target, decides) = match holder {
+                Holder::Cgroup(id) => match nodes.get(&id) {
                     Some((path, node)) => {
                         let (target, decides) = decision(config, node.rank, uid);
                         let target = target.map(|target| config.target_name(target).to_string());
-                        (Some(id), Home::Cgroup(Path::clone(path)), target, decides)
+                        (Some(id), Whereabouts::Cgroup(Path::clone(path)), target, decides)
                     }
-                    None if is_whole => (Some(id), Home::Removed, None, Decides::Before),
-                    None => (Some(id), Home::Elsewhere, None, Decides::Default),
+                    None if is_whole => (Some(id), Whereabouts::Removed, None, Decides::Before),
+                    None => (Some(id), Whereabouts::Elsewhere, None, Decides::Default),
                 },
-                Owner::Tunnel(kind) => (None, Home::Tunnel(kind), default(), Decides::Default),
-                Owner::Unknown => (None, Home::Unknown, None, Decides::Default),
+                Holder::Tunnel(kind) => {
+                    (None, Whereabouts::Tunnel(kind), default(), Decides::Default)
+                }
+                Holder::Unknown => (None, Whereabouts::Unknown, None, Decides::Default),
             };
             let owner = Some((uid, user));
             all.push(App { home, id, owner, veth: None, talker, target, decides, line: None });
@@ -209,7 +211,7 @@ impl<'a> Apps<'a> {
         all.extend(containers.into_iter().filter_map(|container| {
             let node = core.tree().get(&container.cgroup)?;
             Some(App {
-                home: Home::Cgroup(container.cgroup),
+                home: Whereabouts::Cgroup(container.cgroup),
                 id: Some(node.id),
                 owner: None,
                 veth: Some(container.veth),
@@ -227,7 +229,8 @@ impl<'a> Apps<'a> {
 
     /// What becomes of removed cgroups, the table alone knows. Without CAP_NET_ADMIN nobody does.
     fn ask_kernel(&mut self) {
-        let mut unknown = self.all.iter_mut().filter(|app| app.home == Home::Removed).peekable();
+        let mut unknown =
+            self.all.iter_mut().filter(|app| app.home == Whereabouts::Removed).peekable();
         if unknown.peek().is_none() || !sys::has_net_admin() {
             return;
         }
@@ -334,7 +337,7 @@ impl App {
     /// The path of its cgroup, where that is there.
     fn path(&self) -> Option<&Path> {
         match &self.home {
-            Home::Cgroup(path) => Some(path),
+            Whereabouts::Cgroup(path) => Some(path),
             _ => None,
         }
     }
@@ -347,12 +350,12 @@ impl App {
     fn row(&self) -> [Value; 17] {
         let number = |n: usize| Value::number(Some(n as u64));
         let (state, tunnel) = match &self.home {
-            Home::Cgroup(_) if self.veth.is_some() => ("container", Value::none()),
-            Home::Cgroup(_) => ("present", Value::none()),
-            Home::Removed => ("removed", Value::none()),
-            Home::Elsewhere => ("elsewhere", Value::none()),
-            Home::Tunnel(kind) => ("tunnel", Value::text(kind)),
-            Home::Unknown => ("unknown", Value::none()),
+            Whereabouts::Cgroup(_) if self.veth.is_some() => ("container", Value::none()),
+            Whereabouts::Cgroup(_) => ("present", Value::none()),
+            Whereabouts::Removed => ("removed", Value::none()),
+            Whereabouts::Elsewhere => ("elsewhere", Value::none()),
+            Whereabouts::Tunnel(kind) => ("tunnel", Value::text(kind)),
+            Whereabouts::Unknown => ("unknown", Value::none()),
         };
         let protocols = self.talker.protocols.iter().map(|l4| l4.nft().to_string());
         let remotes = self.talker.remotes(REMOTES).into_iter().map(|remote| remote.to_string());
@@ -388,14 +391,14 @@ impl App {
         let id = self.id.map_or(String::new(), |id| format!(" (id {id})"));
         let instead = |text: String| Value::new(text, Json::Null);
         match &self.home {
-            Home::Cgroup(path) if path.is_empty() => Value::text("/"),
-            Home::Cgroup(path) => {
+            Whereabouts::Cgroup(path) if path.is_empty() => Value::text("/"),
+            Whereabouts::Cgroup(path) => {
                 Value::new(tree::display(path), Json::text(String::from_utf8_lossy(path)))
             }
-            Home::Removed => instead(format!("removed cgroup{id}")),
-            Home::Elsewhere => instead(format!("cgroup not below the root, or hidden{id}")),
-            Home::Tunnel(kind) => instead(format!("{kind} of the kernel, no cgroup")),
-            Home::Unknown => instead("cgroup that the kernel does not tell".into()),
+            Whereabouts::Removed => instead(format!("removed cgroup{id}")),
+            Whereabouts::Elsewhere => instead(format!("cgroup not below the root, or hidden{id}")),
+            Whereabouts::Tunnel(kind) => instead(format!("{kind} of the kernel, no cgroup")),
+            Whereabouts::Unknown => instead("cgroup that the kernel does not tell".into()),
         }
     }
 

@@ -156,15 +156,15 @@ impl Findings {
     }
 
     /// The worst last, where a terminal shows it, and then how many.
-    fn text(&self, reader: Reader) -> String {
+    fn text(&self, reader: Audience) -> String {
         let mut found: Vec<&Finding> = self.all.iter().collect();
         found.sort_by_key(|found| found.severity);
-        found.retain(|found| reader == Reader::Person || found.severity > Severity::Ok);
+        found.retain(|found| reader == Audience::Person || found.severity > Severity::Ok);
         let mut text = String::new();
         for Finding { severity, text: finding, .. } in found {
             text += &match reader {
-                Reader::Journal => log::line(true, severity.level(), finding),
-                Reader::Person | Reader::Log => format!("{}: {finding}\n", severity.name()),
+                Audience::Journal => log::line(true, severity.level(), finding),
+                Audience::Person | Audience::Log => format!("{}: {finding}\n", severity.name()),
             };
         }
         text + &self.summary() + "\n"
@@ -201,7 +201,7 @@ impl Findings {
 
 /// Who reads what is found. A log gets what is wrong alone.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Reader {
+enum Audience {
     Person,
     /// The terminal of whoever starts the service; the log has its lines already (`-s`).
     Log,
@@ -214,9 +214,9 @@ pub fn check(options: &Options, json: bool) -> Result<ExitCode> {
     let (config, wrong) = configuration(options, &mut findings)?;
     look_at_host(&Rc::new(config), &mut findings)?;
     let reader = match (options.syslog, log::read_by_journal(std::io::stdout().as_fd())) {
-        (true, _) => Reader::Log,
-        (false, true) => Reader::Journal,
-        (false, false) => Reader::Person,
+        (true, _) => Audience::Log,
+        (false, true) => Audience::Journal,
+        (false, false) => Audience::Person,
     };
     if options.syslog {
         log::configure(Level::Notice.louder(options.verbose), true);
@@ -924,7 +924,7 @@ mod tests {
             let said = features.iter().map(|f| (f.name == missing).then_some(Errno::ENOENT));
             let mut findings = Findings::default();
             judge_features(&features, &said.collect::<Vec<_>>(), &mut findings);
-            findings.text(Reader::Person)
+            findings.text(Audience::Person)
         };
         let text = judge("socket cgroupv2");
         assert!(text.contains("error: the kernel has no nft \"socket cgroupv2\""), "{text}");

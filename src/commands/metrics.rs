@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 /// What a family of samples is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum Type {
     /// It grows, and begins at zero again when the table is loaded anew.
     Counter,
     Gauge,
@@ -24,7 +24,7 @@ impl Metrics {
     pub fn family<'a>(
         &mut self,
         name: &str,
-        kind: Kind,
+        kind: Type,
         help: &str,
         samples: impl IntoIterator<Item = Sample<'a>>,
     ) {
@@ -33,8 +33,8 @@ impl Metrics {
             return;
         }
         let kind = match kind {
-            Kind::Counter => "counter",
-            Kind::Gauge => "gauge",
+            Type::Counter => "counter",
+            Type::Gauge => "gauge",
         };
         let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
         for (labels, value) in samples {
@@ -64,12 +64,12 @@ mod tests {
     #[test]
     fn families_and_labels() {
         let mut metrics = Metrics::default();
-        metrics.family("a_up", Kind::Gauge, "Whether it is.", [(vec![], 1)]);
-        metrics.family("none", Kind::Gauge, "Never.", []);
+        metrics.family("a_up", Type::Gauge, "Whether it is.", [(vec![], 1)]);
+        metrics.family("none", Type::Gauge, "Never.", []);
         let labels = vec![("x", "a\"b\\c\nd"), ("y", "é")];
         metrics.family(
             "b_total",
-            Kind::Counter,
+            Type::Counter,
             "All.",
             [(labels, u64::MAX), (vec![("x", "")], 0)],
         );

@@ -30,7 +30,7 @@ use crate::nft::view::{Counter, GatewayView, TargetView, View};
 use crate::options::Options;
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 
-use super::metrics::{Kind, Metrics, Sample};
+use super::metrics::{Metrics, Sample, Type};
 use super::table::{Column, Rows, Style, Value};
 
 /// Of the shape that `--json` prints; documented in cgtproxy(8).
@@ -537,7 +537,7 @@ impl Status {
     fn metrics(&self) -> String {
         let mut metrics = Metrics::default();
         let mut one = |name: &str, help: &str, is: u64| {
-            metrics.family(name, Kind::Gauge, help, [(Vec::new(), is)]);
+            metrics.family(name, Type::Gauge, help, [(Vec::new(), is)]);
         };
         let number = |n: usize| n as u64;
         one("cgtproxy_in_force", "Whether the table is in force.", self.in_force().into());
@@ -563,29 +563,29 @@ impl Status {
             };
         let name = "cgtproxy_target_cgroups";
         let help = "Cgroups that have this target while their parent does not.";
-        targets(name, Kind::Gauge, help, &|target| Some(self.cgroups(&target.name)));
+        targets(name, Type::Gauge, help, &|target| Some(self.cgroups(&target.name)));
         let name = "cgtproxy_target_packets_total";
         let help = "Packets that came to this target and were not left alone.";
-        targets(name, Kind::Counter, help, &|target| target.taken.map(|taken| taken.packets));
+        targets(name, Type::Counter, help, &|target| target.taken.map(|taken| taken.packets));
         let name = "cgtproxy_target_bytes_total";
-        targets(name, Kind::Counter, "Bytes of these.", &|t| t.taken.map(|taken| taken.bytes));
+        targets(name, Type::Counter, "Bytes of these.", &|t| t.taken.map(|taken| taken.bytes));
         let name = "cgtproxy_target_refused_packets_total";
         let help = "Packets that no listener took, or that were about to leave another way.";
-        targets(name, Kind::Counter, help, &|target| target.refused.map(|r| r.packets));
+        targets(name, Type::Counter, help, &|target| target.refused.map(|r| r.packets));
         let listens = self.listens.iter().flat_map(|(name, listens)| {
             listens.each().map(|([protocol, family], is)| -> Sample {
                 (vec![("target", name), ("protocol", protocol), ("family", family)], is.into())
             })
         });
         let name = "cgtproxy_target_listener_up";
-        metrics.family(name, Kind::Gauge, "Whether TPROXY finds a listener.", listens);
+        metrics.family(name, Type::Gauge, "Whether TPROXY finds a listener.", listens);
         let ways = self.ways.iter().flat_map(|(name, way)| {
             ["ipv4", "ipv6"].into_iter().zip(way.closed).map(|(family, closed)| -> Sample {
                 (vec![("target", name), ("family", family)], closed.is_none().into())
             })
         });
         let name = "cgtproxy_target_route_up";
-        metrics.family(name, Kind::Gauge, "Whether a route leads out.", ways);
+        metrics.family(name, Type::Gauge, "Whether a route leads out.", ways);
         let mut gateways = |name: &str, help: &str, value: fn(Counter) -> u64| {
             let sample = |gateway| -> Option<Sample> {
                 let gateway: &GatewayView = gateway;
@@ -593,7 +593,7 @@ impl Status {
                 Some((labels, value(gateway.taken?)))
             };
             let samples = self.gateways().iter().filter_map(sample);
-            metrics.family(name, Kind::Counter, help, samples);
+            metrics.family(name, Type::Counter, help, samples);
         };
         let help = "Packets that a gateway section took.";
         gateways("cgtproxy_gateway_packets_total", help, |taken| taken.packets);

@@ -13,7 +13,7 @@ pub fn propose<'a>(paths: &[&[u8]], all: impl Iterator<Item = &'a [u8]>) -> Vec<
     let mut named: Vec<Option<Named>> = paths.iter().map(|path| Named::of(path)).collect();
     let mut others: HashMap<String, Vec<usize>> = HashMap::new();
     for (at, service) in named.iter().enumerate() {
-        let service = service.as_ref().filter(|named| named.kind == Kind::Service);
+        let service = service.as_ref().filter(|named| named.word == Word::Service);
         let keys = service.map(|named| [named.name.clone(), matches::unit(&named.name)]);
         for key in keys.into_iter().flatten() {
             others.entry(key).or_default().push(at);
@@ -39,14 +39,14 @@ pub fn propose<'a>(paths: &[&[u8]], all: impl Iterator<Item = &'a [u8]>) -> Vec<
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum Word {
     Service,
     App,
 }
 
 /// A service or application, as the path of a cgroup tells it.
 struct Named {
-    kind: Kind,
+    word: Word,
     name: String,
     /// The path of the outermost cgroup that is all its own.
     unit: String,
@@ -59,11 +59,11 @@ impl Named {
         let services = service(path).into_iter().flat_map(|(name, end)| {
             // systemd puts an underscore before names that could be the kernel's
             let plain = name.strip_prefix('_').map(String::from);
-            plain.into_iter().chain([name]).map(move |name| (Kind::Service, name, end))
+            plain.into_iter().chain([name]).map(move |name| (Word::Service, name, end))
         });
-        let apps = apps(path).map(|(name, end)| (Kind::App, name, end));
-        services.chain(apps).find_map(|(kind, name, end)| {
-            let mut named = Named { kind, name, unit: path[..end].into(), patterns: Vec::new() };
+        let apps = apps(path).map(|(name, end)| (Word::App, name, end));
+        services.chain(apps).find_map(|(word, name, end)| {
+            let mut named = Named { word, name, unit: path[..end].into(), patterns: Vec::new() };
             let patterns = matches::patterns(&named.value()).ok()?;
             named.patterns = patterns.iter().filter_map(|p| compile(p).ok()).collect();
             named.matches(&named.unit).then_some(named)
@@ -71,9 +71,9 @@ impl Named {
     }
 
     fn value(&self) -> String {
-        match self.kind {
-            Kind::Service => format!("service:{}", self.name),
-            Kind::App => format!("app:{}", self.name),
+        match self.word {
+            Word::Service => format!("service:{}", self.name),
+            Word::App => format!("app:{}", self.name),
         }
     }
 

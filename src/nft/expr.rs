@@ -40,7 +40,7 @@ pub struct Anonymous {
     pub id: Option<u32>,
 }
 
-/// A row is a variant, the kernel's name for it, and its attributes: number, [`Kind`], and the field
+/// A row is a variant, the kernel's name for it, and its attributes: number, [`Encoding`], and the field
 /// that stands there or the constant that must. What the kernel calls by one name can be several
 /// rows: the reader takes the first whose constants and fields are all there.
 macro_rules! expressions {
@@ -215,21 +215,21 @@ pub fn counted(bytes: &[u8]) -> Option<(u64, u64)> {
 }
 
 /// How a value stands in an attribute, and is read from there; `None` where it is not.
-struct Kind<T> {
+struct Encoding<T> {
     write: fn(&mut Batch, u16, &T),
     read: fn(&Attrs, u16) -> Option<T>,
 }
 
-const U32: Kind<u32> =
-    Kind { write: |batch, attr, number| batch.u32_be(attr, *number), read: number };
+const U32: Encoding<u32> =
+    Encoding { write: |batch, attr, number| batch.u32_be(attr, *number), read: number };
 
-const U8: Kind<u8> = Kind {
+const U8: Encoding<u8> = Encoding {
     write: |batch, attr, number| batch.u8(attr, *number),
     read: |data, attr| data.clone().get(attr)?.first().copied(),
 };
 
 /// A number that may be left out.
-const MAYBE: Kind<Option<u32>> = Kind {
+const MAYBE: Encoding<Option<u32>> = Encoding {
     write: |batch, attr, value| {
         if let Some(number) = value {
             batch.u32_be(attr, *number);
@@ -239,13 +239,13 @@ const MAYBE: Kind<Option<u32>> = Kind {
 };
 
 /// A family, in 32 bits.
-const FAMILY: Kind<u8> = Kind {
+const FAMILY: Encoding<u8> = Encoding {
     write: |batch, attr, family| batch.u32_be(attr, u32::from(*family)),
     read: |data, attr| u8::try_from(number(data, attr)?).ok(),
 };
 
 /// The flag of a look-up that matches what is not in the set.
-const INVERT: Kind<bool> = Kind {
+const INVERT: Encoding<bool> = Encoding {
     write: |batch, attr, invert| {
         if *invert {
             batch.u32_be(attr, NFT_LOOKUP_F_INV);
@@ -255,24 +255,24 @@ const INVERT: Kind<bool> = Kind {
 };
 
 /// Register data.
-const DATA: Kind<Vec<u8>> = Kind {
+const DATA: Encoding<Vec<u8>> = Encoding {
     write: |batch, attr, data| value(batch, attr, data),
     read: |data, attr| Some(nested(data, attr, NFTA_DATA_VALUE)?.to_vec()),
 };
 
 /// Register data that is a number in host order.
-const WORD: Kind<u32> = Kind {
+const WORD: Encoding<u32> = Encoding {
     write: |batch, attr, number| value(batch, attr, &number.to_ne_bytes()),
     read: |data, attr| parse::u32_ne(nested(data, attr, NFTA_DATA_VALUE)?),
 };
 
-const VERDICT: Kind<Verdict> = Kind {
+const VERDICT: Encoding<Verdict> = Encoding {
     write: |batch, attr, verdict| verdict.write(batch, attr),
     read: |data, attr| Verdict::read(nested(data, attr, NFTA_DATA_VERDICT)?),
 };
 
 /// The name of a set; with its id where the kernel has yet to complete the name.
-const SET: Kind<SetRef> = Kind {
+const SET: Encoding<SetRef> = Encoding {
     write: |batch, attr, set| match set {
         SetRef::Named(name) => batch.str_z(attr, name),
         SetRef::Anonymous(set) => {
@@ -284,10 +284,10 @@ const SET: Kind<SetRef> = Kind {
 };
 
 /// Numbers that the kernel changes or leaves out: not looked at.
-const ZERO_U8: Kind<()> =
-    Kind { write: |batch, attr, ()| batch.u8(attr, 0), read: |_, _| Some(()) };
-const ZERO_U64: Kind<()> =
-    Kind { write: |batch, attr, ()| batch.u64_be(attr, 0), read: |_, _| Some(()) };
+const ZERO_U8: Encoding<()> =
+    Encoding { write: |batch, attr, ()| batch.u8(attr, 0), read: |_, _| Some(()) };
+const ZERO_U64: Encoding<()> =
+    Encoding { write: |batch, attr, ()| batch.u64_be(attr, 0), read: |_, _| Some(()) };
 
 fn number(data: &Attrs, attr: u16) -> Option<u32> {
     parse::u32_be(data.clone().get(attr)?)
