@@ -21,7 +21,6 @@ use crate::netlink::parse::{Message, Messages};
 use crate::netlink::socket::{Failure, Socket};
 use crate::netlink::uapi::*;
 use crate::nft::event::Follower;
-use crate::nft::expr::Expr;
 use crate::nft::lock::{self, Lock};
 use crate::nft::marks::Ours;
 use crate::nft::message::{self, Contents, Object, Transaction};
@@ -280,8 +279,7 @@ impl Kernel {
 
     /// The deepest level that the kernel takes in a rule.
     pub fn deepest_level(&mut self) -> Result<usize> {
-        let level = |level| Expr::SocketCgroup { level, dreg: NFT_REG_1 };
-        let probes: Vec<_> = (1..=255).map(|l| message::Probe::Rule(vec![level(l)])).collect();
+        let probes: Vec<_> = (1..=255).map(message::Probe::cgroup).collect();
         let said = self.probe(&probes)?;
         Ok(said.iter().take_while(|refused| refused.is_none()).count())
     }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -28,9 +29,9 @@ use crate::net::{Family, Owner};
 use crate::netlink::fib::FibAction;
 use crate::netlink::link::Link;
 use crate::netlink::uapi::*;
-use crate::nft::expr::Expr;
 use crate::nft::marks::Ours;
 use crate::nft::message::Probe;
+use crate::nft::stmt::Stmt;
 use crate::nft::table::{Base, TABLE};
 use crate::nft::view;
 use crate::options::{Options, DEFAULT_CONFIG};
@@ -469,16 +470,11 @@ struct Feature {
 fn wanted_features(config: &Config) -> Vec<Feature> {
     let feature =
         |name, probe, needed, module, package| Feature { name, probe, needed, module, package };
-    let port = |dreg| Expr::Immediate { dreg, data: vec![0, 1] };
-    let address = Expr::Immediate { dreg: NFT_REG_1, data: vec![127, 0, 0, 1] };
-    let socket = Expr::SocketCgroup { level: 1, dreg: NFT_REG_1 };
-    let tproxy = Expr::Tproxy { family: NFPROTO_UNSPEC, address: None, port: NFT_REG_1 };
-    let dnat = Expr::Dnat { family: NFPROTO_IPV4, address: NFT_REG_1, port: NFT_REG_2 };
-    let ct = Expr::CtLoad { key: NFT_CT_MARK, dreg: NFT_REG_1 };
     let base = |kind, hook, priority| Probe::Chain(Base { kind, hook, priority });
     let route = base("route", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE);
     let nat = base("nat", NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST);
-    let fib = Expr::FibAddrtype { of: NFTA_FIB_F_SADDR, dreg: NFT_REG_1 };
+    let tproxy = Stmt::Tproxy { family: None, address: None, port: 1 };
+    let dnat = Stmt::Dnat(SocketAddr::from(([127, 0, 0, 1], 1)));
     let proxies = !config.tproxies.is_empty();
     let refuses = config.outlets().next().is_some();
     let masquerades = config.routes.iter().any(Route::masquerades);
@@ -486,35 +482,23 @@ fn wanted_features(config: &Config) -> Vec<Feature> {
     vec![
         feature(
             "socket cgroupv2",
-            Probe::Rule(vec![socket]),
+            Probe::cgroup(1),
             true,
             "nft_socket of Linux 5.13 or later, with CONFIG_SOCK_CGROUP_DATA",
             "kmod-nft-socket",
         ),
         feature("type route", route, true, "nf_tables for inet", "kmod-nft-core"),
-        feature("ct mark", Probe::Rule(vec![ct]), true, "nft_ct", "kmod-nft-core"),
-        feature("fib", Probe::Rule(vec![fib]), true, "nft_fib_inet", "kmod-nft-fib"),
-        feature(
-            "tproxy",
-            Probe::Rule(vec![port(NFT_REG_1), tproxy]),
-            proxies,
-            "nft_tproxy",
-            "kmod-nft-tproxy",
-        ),
+        feature("ct mark", Probe::of(&Stmt::CtMarked(1)), true, "nft_ct", "kmod-nft-core"),
+        feature("fib", Probe::of(&Stmt::ForeignSource), true, "nft_fib_inet", "kmod-nft-fib"),
+        feature("tproxy", Probe::of(&tproxy), proxies, "nft_tproxy", "kmod-nft-tproxy"),
         feature(
             "reject with tcp reset",
-            Probe::Rule(vec![Expr::RejectTcpReset]),
+            Probe::of(&Stmt::Reset),
             refuses,
             "nft_reject_inet",
             "kmod-nft-core",
         ),
-        feature(
-            "dnat",
-            Probe::Rule(vec![address, port(NFT_REG_2), dnat]),
-            hijacks,
-            "nft_nat",
-            "kmod-nft-nat",
-        ),
+        feature("dnat", Probe::of(&dnat), hijacks, "nft_nat", "kmod-nft-nat"),
         feature("type nat", nat, hijacks || masquerades, "nft_chain_nat", "kmod-nft-nat"),
     ]
 }

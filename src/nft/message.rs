@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use super::expr::{value, Anonymous, Expr, SetRef, Verdict};
-use super::stmt::{eq, meta, neq, payload};
+use super::stmt::{eq, meta, neq, payload, Stmt};
 use super::table::{
     bridged_rules, veth_name, Base, Chain, Content, Rule, Set, Table, BRIDGED, OUTPUT, TABLE,
 };
@@ -505,6 +505,20 @@ pub enum Probe {
     Rule(Vec<Expr>),
     /// The type of a base chain.
     Chain(Base),
+}
+
+impl Probe {
+    /// One that looks into no set.
+    pub fn of(stmt: &Stmt) -> Probe {
+        let mut exprs = Vec::new();
+        stmt.lower(&mut exprs);
+        Probe::Rule(exprs)
+    }
+
+    /// A look-up of the cgroup at that level.
+    pub fn cgroup(level: u32) -> Probe {
+        Probe::Rule(vec![Expr::SocketCgroup { level, dreg: NFT_REG_1 }])
+    }
 }
 
 /// A transaction that asks for each of these and fails at its last message, which deletes a table
