@@ -450,13 +450,13 @@ impl Daemon<'_> {
                     }
                     why => format!("[route {name}]: {interface} is {why}: its traffic is refused"),
                 };
-                log::write_limited(Level::Notice, format_args!("{text}"));
+                log!(limited::Notice, "{text}");
             }
             ways.insert(name.to_string(), state);
         }
         self.ways = ways;
         for line in after.hindrances.iter().filter(|line| !before.hindrances.contains(line)) {
-            log::write_limited(Level::Warning, format_args!("{line}"));
+            log!(limited::Warning, "{line}");
         }
         let mut notes = after.notes.clone();
         if result.is_ok() && notes.is_empty() && !before.notes.is_empty() {
@@ -493,7 +493,7 @@ impl Daemon<'_> {
         match self.kernel.others(&ours) {
             Ok(found) => found.into_iter().for_each(|line| {
                 if self.told.insert(line.clone()) || all {
-                    log::write_limited(Level::Warning, format_args!("{line}"));
+                    log!(limited::Warning, "{line}");
                 }
             }),
             Err(error) => log!(Debug, "{error}"),
@@ -517,7 +517,7 @@ impl Daemon<'_> {
         let name = |index| host.interface_name(index);
         let home = self.cgroups.core.homes(host.bound.iter().filter_map(|socket| socket.cgroup));
         for line in faults::bound(&config, &host.bound, home, name) {
-            log::write_limited(Level::Warning, format_args!("{line}"));
+            log!(limited::Warning, "{line}");
         }
         let entered = &self.containers.entered;
         let boxed = entered.veths.values().any(|(_, target)| matches!(target, Target::Tproxy(_)));
@@ -557,7 +557,7 @@ impl Daemon<'_> {
             self.loops.done(now);
             let found = self.find_loops();
             for line in self.loops.news(found) {
-                log::write_limited(Level::Warning, format_args!("{line}"));
+                log!(limited::Warning, "{line}");
             }
         }
     }
@@ -685,10 +685,7 @@ impl Daemon<'_> {
         };
         if let Some(culprit) = damage.table {
             if self.table.due().is_none() {
-                log::write_limited(
-                    Level::Notice,
-                    format_args!("the table was changed by {culprit}"),
-                );
+                log!(limited::Notice, "the table was changed by {culprit}");
             }
             self.table.want(now);
             self.exposed = true;
@@ -787,7 +784,7 @@ impl Daemon<'_> {
                 self.forget_routes();
                 self.table.done(began, Instant::now());
                 self.loops.want(Instant::now());
-                log::write_limited(Level::Notice, format_args!("the table is in force again"));
+                log!(limited::Notice, "the table is in force again");
                 if std::mem::take(&mut self.exposed) {
                     let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
                     self.look_for_stale(suspects, SLICE);
@@ -822,7 +819,7 @@ impl Daemon<'_> {
                 let added = self.routes.added.iter().filter(|e| !leads_out(e)).count();
                 if added > 0 && stale.is_empty() {
                     let text = "ip rules and routes are in force again";
-                    log::write_limited(Level::Notice, format_args!("{text}, {added} were missing"));
+                    log!(limited::Notice, "{text}, {added} were missing");
                 }
             }
             Err(error) => {
@@ -896,10 +893,7 @@ impl Daemon<'_> {
             return false;
         }
         let text = "the kernel matches no cgroup deeper than level";
-        log::write_limited(
-            Level::Warning,
-            format_args!("{text} {level} here: those that are go their ancestors' way"),
-        );
+        log!(limited::Warning, "{text} {level} here: those that are go their ancestors' way");
         true
     }
 

@@ -149,9 +149,13 @@ pub fn write_limited(level: Level, text: fmt::Arguments) {
     });
 }
 
-/// `log!(Notice, "…", …)`: formats only where the level is written at all.
+/// `log!(Notice, "…", …)`: formats only where the level is written at all. `log!(limited::Notice, …)`:
+/// see [`write_limited`].
 #[macro_export]
 macro_rules! log {
+    (limited::$level:ident, $($arg:tt)*) => {
+        $crate::log::write_limited($crate::log::Level::$level, format_args!($($arg)*))
+    };
     ($level:ident, $($arg:tt)*) => {
         if $crate::log::enabled($crate::log::Level::$level) {
             $crate::log::write($crate::log::Level::$level, format_args!($($arg)*))

@@ -19,7 +19,7 @@ use super::watch::{self, Watcher};
 use crate::config::{Config, Outcome, Target};
 use crate::error::{reason, Result};
 use crate::log;
-use crate::log::{Escaped, Level};
+use crate::log::Escaped;
 
 /// Events that are handled before what they mean is committed, and cgroups that are watched and
 /// listed before that.
@@ -269,12 +269,10 @@ impl Cgroups {
     fn tell(&mut self, note: Note) {
         match note {
             Note::Crowded if std::mem::replace(&mut self.crowded, true) => {}
-            Note::Crowded => log::write_limited(
-                Level::Notice,
-                format_args!(
-                    "too many removed cgroups are held, maybe by sockets: what the oldest of these \
-                     send goes the way of the cgroup above them"
-                ),
+            Note::Crowded => log!(
+                limited::Notice,
+                "too many removed cgroups are held, maybe by sockets: what the oldest of these \
+                 send goes the way of the cgroup above them"
             ),
             Note::Classified { path, outcome } => {
                 if outcome.is_none() {
@@ -282,7 +280,7 @@ impl Cgroups {
                 }
                 let config = self.core.config();
                 let name = outcome.map_or("gone", |outcome| config.target_name(outcome.target));
-                log::write_limited(Level::Info, format_args!("{}: {name}", Escaped(&path)));
+                log!(limited::Info, "{}: {name}", Escaped(&path));
             }
             Note::Blind { path, errno } => {
                 let remedy = match errno {
@@ -293,17 +291,13 @@ impl Cgroups {
                 };
                 let (path, why) = (tree::display(&path), reason(errno));
                 let every = span(Pause::Usual).as_secs();
-                log::write_limited(
-                    Level::Warning,
-                    format_args!(
-                        "unable to watch cgroup {path} (there may be more): {why}, looking every \
-                         {every} s{remedy}"
-                    ),
+                log!(
+                    limited::Warning,
+                    "unable to watch cgroup {path} (there may be more): {why}, looking every \
+                     {every} s{remedy}"
                 );
             }
-            Note::Sighted => {
-                log::write_limited(Level::Notice, format_args!("every cgroup is watched again"))
-            }
+            Note::Sighted => log!(limited::Notice, "every cgroup is watched again"),
         }
     }
 

@@ -12,7 +12,6 @@ use crate::config::Config;
 use crate::containers::Containers;
 use crate::error::Error;
 use crate::log;
-use crate::log::Level;
 use crate::nft::table::Entrances;
 use crate::plan;
 
@@ -231,7 +230,7 @@ impl Daemon<'_> {
     /// tried again.
     pub(super) fn give_up_containers(&mut self, error: &Error) {
         if error.errno() != Some(Errno::EOPNOTSUPP) {
-            log::write_limited(Level::Notice, format_args!("{error}; trying again"));
+            log!(limited::Notice, "{error}; trying again");
             return self.table.want(Instant::now());
         }
         self.containers.impossible = true;
@@ -279,7 +278,7 @@ impl Daemon<'_> {
         for (index, (name, target)) in &wanted.veths {
             if entered.veths.get(index).map(|(_, target)| target) != Some(target) {
                 let target = config.target_name(*target);
-                log::write_limited(Level::Info, format_args!("container behind {name}: {target}"));
+                log!(limited::Info, "container behind {name}: {target}");
             }
         }
         let change = plan::enter(&config, entered, &wanted, self.kernel.batch());
