@@ -1,6 +1,6 @@
 //! The one error type of everything that talks to the system, and the exit status it maps to.
 
-use std::fmt;
+use std::{fmt, io};
 
 use nix::errno::Errno;
 
@@ -65,6 +65,11 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// That of an error of the standard library; EIO where it has none.
+pub fn errno(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
 
 /// The errno's text, as strerror(3) has it but lower case, so that it can stand after a colon.
 pub fn reason(errno: Errno) -> String {

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
 use crate::cgroup::dying;
-use crate::error::{reason, Error, Result};
+use crate::error::{errno, reason, Error, Result};
 use crate::host::{self, Host};
 use crate::log;
 use crate::netlink::fib;
@@ -251,10 +251,8 @@ impl Kernel {
     ///
     /// Errors: it cannot be asked here.
     pub fn own_level(&mut self, most: u32) -> Result<Option<u32>> {
-        let refused = |e: std::io::Error| {
-            let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
-            Error::system("unable to send to ourselves over lo", errno)
-        };
+        let refused =
+            |e: std::io::Error| Error::system("unable to send to ourselves over lo", errno(&e));
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).map_err(refused)?;
         let own = socket.local_addr().map_err(refused)?;
         socket.connect(own).map_err(refused)?;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use nix::errno::Errno;
 
-use crate::error::{reason, Error, Result};
+use crate::error::{errno, reason, Error, Result};
 use crate::log;
 
 pub struct Pidfile(PathBuf);
@@ -27,10 +27,8 @@ impl Pidfile {
 
     /// Errors: why it is not there as a whole; what was written of it is removed.
     pub fn write(&self) -> Result<()> {
-        self.try_write().map_err(|error| {
-            let errno = Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
-            Error::system(format!("unable to write pidfile {}", self.0.display()), errno)
-        })
+        let what = || format!("unable to write pidfile {}", self.0.display());
+        self.try_write().map_err(|error| Error::system(what(), errno(&error)))
     }
 
     fn try_write(&self) -> io::Result<()> {
@@ -51,8 +49,8 @@ impl Pidfile {
     pub fn remove(&self) {
         match fs::remove_file(&self.0) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                let why = Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
-                log!(Warning, "unable to remove pidfile {}: {}", self.0.display(), reason(why));
+                let (file, why) = (self.0.display(), reason(errno(&error)));
+                log!(Warning, "unable to remove pidfile {file}: {why}");
             }
             _ => {}
         }

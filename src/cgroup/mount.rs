@@ -9,7 +9,7 @@ use std::path::{Component, Path, PathBuf};
 use nix::errno::Errno;
 use nix::fcntl::AT_FDCWD;
 
-use crate::error::{reason, Error, Result};
+use crate::error::{errno, reason, Error, Result};
 use crate::sys;
 
 /// A mount of the cgroup2 file system.
@@ -153,17 +153,14 @@ pub fn choose(
 
 /// Finds the root on this host.
 pub fn find(wanted: Option<&Path>) -> Result<Root> {
-    let unreadable = |e: std::io::Error| {
-        let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
-        Error::system("unable to read /proc/self/mountinfo", errno)
-    };
+    let unreadable =
+        |e: std::io::Error| Error::system("unable to read /proc/self/mountinfo", errno(&e));
     let mountinfo = std::fs::read("/proc/self/mountinfo").map_err(unreadable)?;
     let wanted = match wanted {
         None => None,
         // so that a symlink or a trailing slash does not hide the mount point
         Some(path) => Some(path.canonicalize().map_err(|e| {
-            let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
-            Error::system(format!("unable to use cgroup-root {}", path.display()), errno)
+            Error::system(format!("unable to use cgroup-root {}", path.display()), errno(&e))
         })?),
     };
     choose(&mounts(&mountinfo), wanted.as_deref(), &find_identity).map_err(Error::State)

@@ -18,7 +18,7 @@ use nix::unistd::geteuid;
 
 use super::event::{Event, Found, Scan};
 use super::tree::Path;
-use crate::error::{Error, Result};
+use crate::error::{errno, Error, Result};
 use crate::policy;
 use crate::sys;
 
@@ -310,7 +310,7 @@ pub fn unreadable(root: &FilePath) -> Error {
     let dir = root.display();
     let what = format!("unable to read cgroup root {dir}");
     match std::fs::read_dir(root) {
-        Err(e) => Error::system(what, Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO))),
+        Err(e) => Error::system(what, errno(&e)),
         Ok(_) => Error::State(format!("{what}: is it on cgroup2?")),
     }
 }
@@ -346,15 +346,17 @@ fn below(name: &CStr, length: usize) -> &CStr {
 
 /// The names of a directory's subdirectories.
 fn subdirectories(path: &CString) -> std::result::Result<Vec<Box<[u8]>>, Errno> {
-    let errno = |e: std::io::Error| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(OsStr::from_bytes(path.as_bytes())).map_err(errno)? {
-        let entry = entry.map_err(errno)?;
-        if entry.file_type().map_err(errno)?.is_dir() {
-            found.push(entry.file_name().as_bytes().into());
+    let list = || -> std::io::Result<_> {
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(OsStr::from_bytes(path.as_bytes()))? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                found.push(entry.file_name().as_bytes().into());
+            }
         }
-    }
-    Ok(found)
+        Ok(found)
+    };
+    list().map_err(|e| errno(&e))
 }
 
 /// One event as inotify(7) hands it out.

@@ -23,7 +23,7 @@ use nix::unistd::{initgroups, setgid, setgroups, setuid, Gid, Uid, User};
 use crate::cgroup::mount::{self, Root};
 use crate::cgroup::watch;
 use crate::config::{Config, Outcome, Take, Target};
-use crate::error::{reason, Error, Result};
+use crate::error::{errno, reason, Error, Result};
 use crate::kernel::{self, Held, Kernel};
 use crate::net::{Family, Mark};
 use crate::netlink::socket::Socket;
@@ -177,10 +177,9 @@ impl Cgroup {
                 }
                 Err(e) if is_busy(&e) || e.kind() == ErrorKind::NotFound => continue,
                 Err(e) => {
-                    let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
-                    let error =
-                        Error::system(format!("unable to make cgroup {}", dir.display()), errno);
-                    return Err(match errno {
+                    let what = format!("unable to make cgroup {}", dir.display());
+                    let error = Error::system(what, errno(&e));
+                    return Err(match errno(&e) {
                         Errno::EACCES | Errno::EPERM | Errno::EROFS => {
                             error.hint("that needs root and a writable cgroup file system")
                         }
@@ -194,15 +193,13 @@ impl Cgroup {
 
     /// Moves this process, and no other.
     fn enter(&self) -> std::result::Result<(), Errno> {
-        let written = (&self.procs).write_all(b"0");
-        written.map_err(|e| Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
+        (&self.procs).write_all(b"0").map_err(|e| errno(&e))
     }
 }
 
 /// In use, has children, or was made by somebody else just now.
 fn is_busy(error: &std::io::Error) -> bool {
-    let errno = error.raw_os_error().map(Errno::from_raw);
-    matches!(errno, Some(Errno::EBUSY | Errno::ENOTEMPTY | Errno::EEXIST))
+    matches!(errno(error), Errno::EBUSY | Errno::ENOTEMPTY | Errno::EEXIST)
 }
 
 /// Removes the cgroups of processes that are gone. rmdir(2) spares those that somebody is in.

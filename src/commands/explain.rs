@@ -13,7 +13,7 @@ use super::containers;
 use crate::cgroup::mount::{self, Mount, Root};
 use crate::cgroup::watch;
 use crate::config::{Config, Outlet, Rule, RuleLine, Target};
-use crate::error::{Error, Result};
+use crate::error::{errno, Error, Result};
 use crate::kernel::Kernel;
 use crate::log::Escaped;
 use crate::options::{wrong, Options};
@@ -155,7 +155,7 @@ fn of_process(arg: &OsString, root: &Result<Root>) -> Result<Option<Vec<u8>>> {
     let refused = |e: std::io::Error| {
         let errno = match e.kind() {
             std::io::ErrorKind::NotFound => Errno::ESRCH,
-            _ => Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)),
+            _ => errno(&e),
         };
         Error::system(format!("unable to find the cgroup of pid {pid}"), errno)
     };

@@ -17,11 +17,9 @@ mod watch;
 use std::io::Write;
 use std::process::ExitCode;
 
-use nix::errno::Errno;
-
 use crate::cgroup::core::Core;
 use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::error::{errno, Error, Result};
 use crate::faults;
 use crate::host::Host;
 use crate::kernel::Kernel;
@@ -42,10 +40,7 @@ pub fn write(text: &str) -> Result<bool> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Ok(()) => Ok(true),
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(false),
-        Err(e) => {
-            let errno = Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
-            Err(Error::system("unable to write to standard output", errno))
-        }
+        Err(e) => Err(Error::system("unable to write to standard output", errno(&e))),
     }
 }
 
