@@ -29,6 +29,11 @@ interface = br-lan
 target = mihomo
 ";
 
+/// The world, a LAN, and who answers there.
+fn neighbourhood(ground: &Ground) -> (World, Lan<'_>, [Server; 2]) {
+    (World::new(ground), Lan::new(ground), servers())
+}
+
 /// The whole of it works: local cgroups, the LAN, and DNS of both.
 #[track_caller]
 fn all_well(ground: &Ground, world: &mut World, lan: &Lan) {
@@ -221,9 +226,7 @@ fn unload(name: &str) {
 #[test]
 fn firewalls_before_and_after_us() {
     let ground = ground!("firewalls");
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let _servers = servers();
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     // Offloading, where this kernel has it (fw4's `flow_offloading`).
     let flowtable = "flowtable ft {\nhook ingress priority 0;\ndevices = { br-lan, in0 };\n}\n";
     let offload = "meta l4proto { tcp, udp } flow offload @ft";
@@ -269,9 +272,7 @@ fn firewalls_before_and_after_us() {
 #[test]
 fn marks_of_others_are_kept_bit_for_bit() {
     let ground = ground!("othermarks");
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let _servers = servers();
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     // (who, mark, mask): mwan3, Tailscale, pbr, Docker's swarm, wg-quick's fwmark 51820
     for (who, mark, mask) in [
         ("mwan3", 0x0000_0200u32, 0x0000_3f00u32),
@@ -323,9 +324,7 @@ fn marks_of_others_are_kept_bit_for_bit() {
 #[test]
 fn connmarks_are_restored_by_others() {
     let ground = ground!("connmark");
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let _servers = servers();
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     let restores = [
         "meta mark set ct mark",
         "meta mark set ct mark and 0xffff0000",
@@ -398,9 +397,7 @@ fn wireguard(verb: &str) {
 #[test]
 fn overtaken_by_a_tunnel() {
     let ground = ground!("overtaken");
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let _servers = servers();
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     for (interface, before, other) in
         [("br-lan", &[97][..], &[47][..]), ("br-*", &[95, 96, 97], &[45, 46, 47])]
     {
@@ -477,9 +474,7 @@ fn overtaken_by_a_tunnel() {
 #[test]
 fn a_rule_that_nothing_goes_before() {
     let ground = ground!("infront");
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let _servers = servers();
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let cgroup = ground.cgroup("/proxied");
     crate::kernel::await_member(&cgroup, "mihomo");
@@ -551,26 +546,27 @@ fn a_rule_that_nothing_goes_before() {
     }
 }
 
-/// Routes of others in our table: with our key, with our destination, and in the way.
+/// Does these lines of iproute2 for each family.
+fn both(lines: &str) {
+    for family in ["-4", "-6"] {
+        ip_batch(&[family], &of_family(lines, family));
+    }
+}
+
+/// Waits until our routes are in our table, whatever else is there.
+#[track_caller]
+fn await_routes(daemon: &Daemon) {
+    let route = |family| crate::kernel::ip_routes(family, "300");
+    let ours = || ["-4", "-6"].iter().all(|f| route(f).contains("2 default dev lo proto 99"));
+    assert!(wait_until(Duration::from_secs(5), ours), "{}\n{}", residue(), daemon.logs());
+}
+
+/// Routes of others in our table, with our key or to our destination, come and go: ours stays beside
+/// them, and theirs is left alone by our end.
 #[test]
-fn routes_of_others_in_our_table() {
+fn routes_of_others_with_the_destination_of_ours() {
     let ground = ground!("otherroutes");
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let _servers = servers();
-    let both = |lines: &str| {
-        for family in ["-4", "-6"] {
-            ip_batch(&[family], &of_family(lines, family));
-        }
-    };
-    let ours = || {
-        let route = |family| crate::kernel::ip_routes(family, "300");
-        ["-4", "-6"].iter().all(|family| route(family).contains("2 default dev lo proto 99"))
-    };
-    let awaited = |daemon: &Daemon| {
-        assert!(wait_until(Duration::from_secs(5), ours), "{}\n{}", residue(), daemon.logs());
-    };
-    // the same as ours, and others to the same destination
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     for line in [
         "local default dev lo table 300 proto boot",
         "local default dev lo table 300 proto static",
@@ -581,53 +577,57 @@ fn routes_of_others_in_our_table() {
         println!("{line}");
         both(&format!("route add {line}\n"));
         let daemon = Daemon::start(&ground, CONFIG, &[]);
-        awaited(&daemon);
+        let mut works = || {
+            await_routes(&daemon);
+            all_well(&ground, &mut world, &lan);
+        };
+        works();
         assert!(!daemon.logs().contains("warning"), "{}", daemon.logs());
-        all_well(&ground, &mut world, &lan);
         both(&format!("route del {line}\n"));
-        awaited(&daemon);
-        all_well(&ground, &mut world, &lan);
+        works();
         // and while it runs, in the place of ours where that can be had
         both(&format!("route replace {line}\n"));
-        awaited(&daemon);
-        all_well(&ground, &mut world, &lan);
+        works();
         both(&format!("route del {line}\n"));
-        awaited(&daemon);
-        all_well(&ground, &mut world, &lan);
-        // Theirs is left alone by our end.
+        works();
         both(&format!("route replace {line}\n"));
-        awaited(&daemon);
+        await_routes(&daemon);
         assert!(daemon.stop().success());
         let left = ["-4", "-6"].map(|family| crate::kernel::ip_routes(family, "300"));
         assert!(left.iter().all(|left| left.lines().count() == 1), "{left:?}");
         both(&format!("route del {line}\n"));
     }
-    // Longer prefixes take what they cover: nobody gets it, and everybody says so, before READY.
-    let [net4, net6] = ["203.0.113.0/24", "2001:db8:2::/64"];
+}
+
+/// Longer prefixes in our table take what they cover: nobody gets it, and everybody says so, before
+/// READY where they are there by then.
+#[test]
+fn longer_prefixes_of_others_are_told_of() {
+    let ground = ground!("longerroutes");
+    let (mut world, lan, _servers) = neighbourhood(&ground);
+    let cgroup = ground.cgroup("/proxied");
     let harm = |verb: &str| {
+        let [net4, net6] = ["203.0.113.0/24", "2001:db8:2::/64"];
         ip_batch(&["-4"], &format!("route {verb} {net4} via 192.0.2.2 dev in0 table 300\n"));
         ip_batch(&["-6"], &format!("route {verb} {net6} via 2001:db8:1::2 dev in0 table 300\n"));
     };
-    let cgroup = ground.cgroup("/proxied");
-    for first in [true, false] {
-        if first {
+    let told = |daemon: &Daemon| {
+        let log = daemon.logs();
+        ["ip route of protocol 3", "ip -6 route of protocol 3"].iter().all(|text| {
+            let line = "warning: proxied traffic is dropped: another program's";
+            log.contains(&format!("{line} {text}"))
+        })
+    };
+    for before_ready in [true, false] {
+        if before_ready {
             harm("add");
         }
         let daemon = Daemon::start(&ground, CONFIG, &[]);
-        let told = || {
-            let log = daemon.logs();
-            ["ip route of protocol 3", "ip -6 route of protocol 3"].iter().all(|text| {
-                log.contains(&format!(
-                    "warning: proxied traffic is dropped: another program's {text}"
-                ))
-            })
-        };
-        if first {
-            assert!(told(), "said before READY: {}", daemon.logs());
-        } else {
-            assert!(!told());
+        assert_eq!(told(&daemon), before_ready, "{}", daemon.logs());
+        if !before_ready {
             harm("add");
-            assert!(wait_until(Duration::from_secs(5), told), "{}", daemon.logs());
+            let told = wait_until(Duration::from_secs(5), || told(&daemon));
+            assert!(told, "{}", daemon.logs());
         }
         crate::kernel::await_member(&cgroup, "mihomo");
         world.wire.packets();
@@ -650,28 +650,46 @@ fn routes_of_others_in_our_table() {
         all_well(&ground, &mut world, &lan);
         assert!(daemon.stop().success());
     }
-    // One that has the very place of ours: noticed, and noticed when it goes.
+}
+
+/// A route of others that has the very place of ours is noticed, and so is that it goes.
+#[test]
+fn a_route_of_others_in_the_place_of_ours() {
+    let ground = ground!("ourplace");
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
-    ip_batch(&["-6"], "route replace default via 2001:db8:1::2 dev in0 table 300 metric 1\n");
+    let place = "default via 2001:db8:1::2 dev in0 table 300 metric 1\n";
+    ip_batch(&["-6"], &format!("route replace {place}"));
     let said = "program's ip -6 route of protocol 3 and prefix length 0 in table 300 takes it";
     assert!(daemon.wait_log(said, Duration::from_secs(5)), "{}", daemon.logs());
-    ip_batch(&["-6"], "route del default via 2001:db8:1::2 dev in0 table 300 metric 1\n");
-    awaited(&daemon);
+    ip_batch(&["-6"], &format!("route del {place}"));
+    await_routes(&daemon);
     all_well(&ground, &mut world, &lan);
-    // Rules with the key of ours.
+}
+
+/// A rule of others with the key of ours does what ours does; ours is there once it goes.
+#[test]
+fn a_rule_of_others_with_the_key_of_ours() {
+    let ground = ground!("ourkey");
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     let rule = "pref 100 iif lo fwmark 0x1000000/0xff000000 lookup 300 protocol boot\n";
-    both(&format!("rule add {rule}"));
-    all_well(&ground, &mut world, &lan);
-    both(&format!("rule del {rule}"));
-    await_places(&daemon, &[100]);
-    all_well(&ground, &mut world, &lan);
-    both(&format!("rule add {rule}"));
-    assert!(daemon.stop().success());
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
-    all_well(&ground, &mut world, &lan);
-    both(&format!("rule del {rule}"));
-    await_places(&daemon, &[100]);
-    all_well(&ground, &mut world, &lan);
+    for before_start in [false, true] {
+        if before_start {
+            both(&format!("rule add {rule}"));
+        }
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+        if !before_start {
+            both(&format!("rule add {rule}"));
+        }
+        all_well(&ground, &mut world, &lan);
+        both(&format!("rule del {rule}"));
+        await_places(&daemon, &[100]);
+        all_well(&ground, &mut world, &lan);
+        // and where it stands at our end
+        both(&format!("rule add {rule}"));
+        assert!(daemon.stop().success());
+        both(&format!("rule del {rule}"));
+    }
 }
 
 /// Two that go before each other: as often as that happens, and no more.
@@ -708,9 +726,7 @@ fn of_family(lines: &str, family: &str) -> String {
 #[test]
 fn rules_of_others() {
     let ground = ground!("otherrules");
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let _servers = servers();
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     // mwan3: by mark, first the interface's rule, then the policy's, then unreachable.
     let mwan3 = "route add default via GATE table 1
 route add NET dev br-lan table 1
@@ -814,9 +830,7 @@ fn hosts_of_one_family_forward_too() {
 #[test]
 fn a_vrf_is_present() {
     let ground = ground!("vrf");
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let _servers = servers();
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     let vrf = "link add vrf-x type vrf table 1010\nlink set vrf-x up\n\
                link add dummy0 type veth peer name dummy1\nlink set dummy0 master vrf-x\n\
                addr add 198.51.100.200/32 dev dummy0\nlink set dummy0 up\nlink set dummy1 up\n";
@@ -1002,9 +1016,7 @@ add rule {family} wg-quick-wg0 premangle meta l4proto udp meta mark set ct mark
 #[test]
 fn the_chains_of_wg_quick() {
     let ground = ground!("wgquick");
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let _servers = servers();
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let up = || {
         let lines = "link add wg0 type veth peer name wg1\naddr add 10.8.0.2/24 dev wg0\n\
@@ -1124,9 +1136,7 @@ fn told_and_remedied(daemon: &Daemon, place: &str, what: &str) {
 #[test]
 fn packet_marks_that_others_overwrite() {
     let ground = ground!("overwritten");
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let _servers = servers();
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     all_well(&ground, &mut world, &lan);
     assert_eq!(told(&daemon), ["", ""]);
@@ -1298,9 +1308,7 @@ fn marks_that_iptables_overwrites() {
 #[test]
 fn neighbours_that_leave_our_marks_alone() {
     let ground = ground!("good-neighbours");
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let _servers = servers();
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let mangle = |rules: &str| {
         format!(
