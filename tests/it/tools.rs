@@ -1020,101 +1020,109 @@ impl Drop for Terminal {
     }
 }
 
-#[test]
-fn exec_refuses_what_is_not_in_force() {
-    let ground = ground!("exec-refuses");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+/// Asserts that `exec` under mihomo is refused, with that reason, and runs nothing.
+#[track_caller]
+fn expect_refused(ground: &Ground, ask: impl Fn(&[&str]) -> Said, why: &str) {
     let witness = ground.dir.join("ran");
-    let touch = ["touch", witness.to_str().expect("a UTF-8 path")];
-    let refused = |said: Said, why: &str| {
-        assert_eq!(said.code, Some(1), "{}", said.err);
-        let want = "error: unable to exec: target mihomo is not in force: ";
-        assert!(said.err.starts_with(want) && said.err.contains(why), "{} is not {why}", said.err);
-        assert_eq!(said.err.lines().count(), 1);
-        assert!(!witness.exists(), "it ran");
-    };
-    let args = [&["exec", "mihomo"][..], &touch[..]].concat();
-    refused(
-        said(&ground, CONFIG, &args),
-        "there is no table inet cgtproxy, and no cgtproxy is running",
-    );
-    // everything is direct then, for everybody
-    assert_eq!(said(&ground, CONFIG, &["exec", "direct", "true"]).code, Some(0));
+    let said = ask(&["exec", "mihomo", "touch", witness.to_str().expect("a UTF-8 path")]);
+    assert_eq!(said.code, Some(1), "{}", said.err);
+    let want = "error: unable to exec: target mihomo is not in force: ";
+    assert!(said.err.starts_with(want) && said.err.contains(why), "{} is not {why}", said.err);
+    assert_eq!(said.err.lines().count(), 1);
+    assert!(!witness.exists(), "it ran");
+    let dir = ground.at("/cgtproxy/mihomo").read_dir().expect("list").flatten();
+    let cgroups = dir.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+    assert_eq!(cgroups.count(), 0, "a refusal leaves no cgroup");
+}
 
-    let config =
-        format!("[global]\non-exit = keep\ncgroup-root = {}\n{CONFIG}", ground.root.display());
-    let daemon = Daemon::start(&ground, &config, &[]);
-    let file = daemon.config.to_str().expect("a UTF-8 path").to_owned();
-    let again = |args: &[&str]| Said::from(run(&[&["-c", &file], args].concat()));
-    // a target that the daemon does not know, and one that has another mark there
-    let text = fs::read_to_string(&file).expect("read");
-    let other = text.replace("[rules]", "[tproxy other]\nport = 1\n[rules]");
-    write_private(Path::new(&file), &other);
-    let unknown = again(&["exec", "other", "true"]);
+#[test]
+fn exec_refuses_where_there_is_no_table() {
+    let ground = ground!("exec-none");
+    let ask = |args: &[&str]| said(&ground, CONFIG, args);
+    expect_refused(&ground, ask, "there is no table inet cgtproxy, and no cgtproxy is running");
+    // everything is direct then, for everybody
+    assert_eq!(ask(&["exec", "direct", "true"]).code, Some(0));
+}
+
+/// A target that the daemon does not know, and one that has another mark there.
+#[test]
+fn exec_refuses_a_policy_that_has_not_been_loaded() {
+    let ground = ground!("exec-unloaded");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    daemon.configure(&CONFIG.replace("[rules]", "[tproxy other]\nport = 1\n[rules]"));
+    let unknown = daemon.ask(&["exec", "other", "true"]);
     assert_eq!(unknown.code, Some(1));
-    assert!(
-        unknown.err.contains("table inet cgtproxy has no chain to_other (reload cgtproxy)"),
-        "{}",
-        unknown.err
-    );
-    write_private(Path::new(&file), &text.replace("port = 7893", "port = 7893\nmark = 0x7000000"));
-    refused(again(&args), "chain to_mihomo does not set mark 0x7000000 (reload cgtproxy)");
-    write_private(Path::new(&file), &text);
-    // an ip rule is gone, then a route, and the daemon cannot mend it
-    await_member(&ground.at("/cgtproxy/mihomo"), "mihomo");
+    let why = "table inet cgtproxy has no chain to_other (reload cgtproxy)";
+    assert!(unknown.err.contains(why), "{}", unknown.err);
+    daemon.configure(&CONFIG.replace("port = 7893", "port = 7893\nmark = 0x7000000"));
+    let why = "chain to_mihomo does not set mark 0x7000000 (reload cgtproxy)";
+    expect_refused(&ground, |args| daemon.ask(args), why);
+    daemon.stop_clean();
+}
+
+/// An ip rule is gone, then a route, and the daemon cannot mend it.
+#[test]
+fn exec_refuses_without_its_rules_and_routes() {
+    let ground = ground!("exec-routing");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    await_member(&ground.cgroup("/cgtproxy/mihomo"), "mihomo");
     daemon.signal(Signal::SIGSTOP);
+    let ask = |args: &[&str]| daemon.ask(args);
     ip_batch(&["-4"], "rule del pref 100\n");
-    refused(
-        again(&args),
-        "missing: ip rule add pref 100 iif lo fwmark 0x01000000/0xff000000 lookup 300",
-    );
-    ip_batch(
-        &["-4"],
-        "rule add pref 100 iif lo fwmark 0x1000000/0xff000000 lookup 300 protocol 99\n",
-    );
+    let why = "missing: ip rule add pref 100 iif lo fwmark 0x01000000/0xff000000 lookup 300";
+    expect_refused(&ground, ask, why);
+    let rule = "rule add pref 100 iif lo fwmark 0x1000000/0xff000000 lookup 300 protocol 99\n";
+    ip_batch(&["-4"], rule);
     ip_batch(&["-6"], "route flush table 300\n");
-    refused(again(&args), "missing: ip -6 route add local default dev lo table 300");
-    ip_batch(&["-6"], "route add local default dev lo table 300 proto 99\n");
-    // the rules stay, but nobody classifies
+    let why = "missing: ip -6 route add local default dev lo table 300";
+    expect_refused(&ground, ask, why);
+    daemon.signal(Signal::SIGCONT);
+    daemon.stop_clean();
+}
+
+/// The rules stay, but nobody classifies: what is put in by hand is as good as by the daemon, for what
+/// counts is what the kernel holds.
+#[test]
+fn exec_asks_the_kernel_and_not_the_daemon() {
+    let ground = ground!("exec-kernel");
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let file = daemon.config.to_str().expect("a UTF-8 path").to_owned();
+    let ask = |args: &[&str]| Said::from(run(&[&["-c", &file], args].concat()));
     daemon.kill9();
-    fs::remove_dir(ground.at("/cgtproxy/mihomo")).expect("remove a cgroup that is classified");
-    refused(
-        again(&args),
-        "cgroup /cgtproxy/mihomo is not in set cg_mihomo, and no cgtproxy is running",
-    );
-    assert_eq!(
-        ground
-            .at("/cgtproxy/mihomo")
-            .read_dir()
-            .expect("list")
-            .flatten()
-            .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
-            .count(),
-        0,
-        "a refusal leaves no cgroup"
-    );
-    // by hand is as good as by the daemon: what counts is what the kernel holds
+    let why = "cgroup /cgtproxy/mihomo is not in set cg_mihomo, and no cgtproxy is running";
+    expect_refused(&ground, ask, why);
     let path = ground.at("/cgtproxy/mihomo");
     let name = path.strip_prefix(CGROUPS).expect("below the mount").display().to_string();
     load(&format!("add element inet cgtproxy cg_mihomo {{ \"{name}\" }}\n"));
     load("flush chain inet cgtproxy output\n");
-    refused(again(&args), "chain output has no rule for set cg_mihomo at level 3");
+    expect_refused(&ground, ask, "chain output has no rule for set cg_mihomo at level 3");
     load("add rule inet cgtproxy output socket cgroupv2 level 3 @cg_mihomo goto to_mihomo\n");
-    let ran = again(&["exec", "mihomo", "--", "bash", "-c", ASK]);
+    let ran = ask(&["exec", "mihomo", "--", "bash", "-c", ASK]);
     assert!(ran.out.starts_with("proxy mihomo"), "{} {}", ran.out, ran.err);
-    let headline = || again(&["status"]).out.lines().next().map(str::to_string);
+    assert_eq!(world.wire.to_remote(), []);
+}
+
+/// One that others have flushed, or made dormant, is there and does nothing.
+#[test]
+fn a_table_that_does_nothing_is_not_in_force() {
+    let ground = ground!("exec-idle");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let file = daemon.config.to_str().expect("a UTF-8 path").to_owned();
+    let ask = |args: &[&str]| Said::from(run(&[&["-c", &file], args].concat()));
+    let headline = || ask(&["status"]).out.lines().next().map(str::to_string);
+    daemon.kill9();
     let in_force = "table inet cgtproxy: in force, default direct; no cgtproxy is running";
     assert_eq!(headline().as_deref(), Some(in_force));
     load("flush table inet cgtproxy\n");
     let empty = "table inet cgtproxy: without rules, not in force; no cgtproxy is running";
     assert_eq!(headline().as_deref(), Some(empty));
-    assert!(again(&["status", "--json"]).out.contains("\"in_force\":false"));
+    assert!(ask(&["status", "--json"]).out.contains("\"in_force\":false"));
     // a table that persists cannot be made dormant, one of before Linux 6.9 can
     load("delete table inet cgtproxy\n");
     let table = "table inet cgtproxy {\n";
-    load(&(again(&["show"]).out).replace(table, &format!("{table}flags dormant\n")));
-    refused(again(&args), "table inet cgtproxy is dormant");
-    assert_eq!(world.wire.to_remote(), []);
+    load(&(ask(&["show"]).out).replace(table, &format!("{table}flags dormant\n")));
+    expect_refused(&ground, ask, "table inet cgtproxy is dormant");
 }
 
 /// It waits for a daemon that is late, as long as is sensible.
