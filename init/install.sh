@@ -35,7 +35,11 @@ openwrt) services="openwrt/cgtproxy $SYSCONFDIR/init.d/cgtproxy 755
 openwrt/uci $PREFIX/libexec/cgtproxy-uci 755
 openwrt/cgtproxy.defaults $SYSCONFDIR/uci-defaults/cgtproxy 644
 openwrt/cgtproxy.keep /lib/upgrade/keep.d/cgtproxy 644"
-	config=$SYSCONFDIR/config/cgtproxy configured=$here/init/openwrt/cgtproxy.config ;;
+	config=$SYSCONFDIR/config/cgtproxy configured=$here/init/openwrt/cgtproxy.config
+	# its pages, where there is LuCI
+	[ ! -d "$DESTDIR/www/luci-static/resources" ] || services="$services
+$(cd "$here/init" && find openwrt/luci-app-cgtproxy/htdocs openwrt/luci-app-cgtproxy/root -type f |
+		sed 's|.*/htdocs\(/.*\)|& /www\1 644|; s|.*/root\(/.*\.json\)$|& \1 644|; s|.*/root\(/[^ ]*\)$|& \1 755|')" ;;
 openrc) services="openrc/cgtproxy $SYSCONFDIR/init.d/cgtproxy 755" ;;
 systemd) units=${UNITDIR:-/usr/lib/systemd/system}
 	services="systemd/cgtproxy.service $units/cgtproxy.service 644
@@ -43,6 +47,13 @@ systemd/cgtproxyd.service $units/cgtproxyd.service 644
 systemd/cgtproxy-stop.service $units/cgtproxy-stop.service 644" ;;
 *) die "INIT is openwrt, openrc, systemd or auto, not $INIT" ;;
 esac
+
+# LuCI and rpcd hear of pages that come and go.
+pages_changed() {
+	[ -d /www/luci-static/resources ] && [ -x "$SYSCONFDIR/init.d/rpcd" ] || return 0
+	rm -f /tmp/luci-indexcache*
+	"$SYSCONFDIR/init.d/rpcd" reload
+}
 
 # put SOURCE DESTINATION MODE: replaced in one step, so that what runs is not disturbed
 put() {
@@ -78,7 +89,7 @@ do_install() {
 	[ "$INIT" != openrc ] || keep "$here/init/openrc/cgtproxy.confd" "$SYSCONFDIR/conf.d/cgtproxy"
 	keep "$configured" "$config"
 	[ -z "$DESTDIR" ] || return 0
-	[ "$INIT" != openwrt ] || sh "$SYSCONFDIR/uci-defaults/cgtproxy"
+	[ "$INIT" != openwrt ] || { sh "$SYSCONFDIR/uci-defaults/cgtproxy"; pages_changed; }
 	echo "Installed. Edit $config, then:"
 	case $INIT in
 	openwrt) echo "  /etc/init.d/cgtproxy enable; /etc/init.d/cgtproxy restart" ;;
@@ -100,7 +111,11 @@ do_uninstall() {
 	echo "$services" | while read -r _ to _; do rm -f "$DESTDIR$to"; done
 	extras | while read -r _ to _; do rm -f "$DESTDIR$to"; done
 	rm -f "$DESTDIR$program"
-	[ -n "$DESTDIR" ] || [ "$INIT" != systemd ] || systemctl daemon-reload
+	[ -z "$DESTDIR" ] || return 0
+	case $INIT in
+	openwrt) pages_changed ;;
+	systemd) systemctl daemon-reload ;;
+	esac
 }
 
 case ${1:-install} in

@@ -70,7 +70,7 @@ dist: cross
 	cp $(BIN) README.md LICENSE init/install.sh target/dist/$(NAME)
 	cp -r conf target/dist/$(NAME)
 	cp -r init/openwrt init/openrc init/systemd target/dist/$(NAME)/init
-	cd target/dist/$(NAME)/init/openwrt && rm -rf Makefile test.sh luci-app-cgtproxy
+	cd target/dist/$(NAME)/init/openwrt && rm -rf Makefile test.sh pictures luci-app-cgtproxy/Makefile luci-app-cgtproxy/po
 	tar --sort=name --mtime=@$(DATE) --owner=0 --group=0 --numeric-owner --mode=a=rX,u+w --format=ustar \
 	  -C target/dist -c $(NAME) | gzip -n9 > target/dist/$(NAME).tar.gz
 	@sha256sum target/dist/$(NAME).tar.gz
