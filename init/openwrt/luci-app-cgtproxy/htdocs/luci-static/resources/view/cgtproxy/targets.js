@@ -17,9 +17,10 @@ function section(map, type, title, description, rows) {
 	name.validate = (id, value) => !value || /^[A-Za-z][A-Za-z0-9_-]{0,14}$/.test(value)
 		? true : _('A letter, then up to 14 letters, digits, _ or -');
 	tools.options(s, null, rows.concat(tools.outlet()));
+	/* in the table as well */
 	for (const option of s.children)
 		if (option.option == rows[0][0])
-			option.modalonly = false;
+			option.modalonly = undefined;
 	return s;
 }
 
