@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use cgtproxy::commands::check::ABOUT;
 use cgtproxy::config::keys::Kind;
 
 const CONFIG: &str = "/etc/config/cgtproxy";
@@ -338,14 +339,27 @@ fn the_object_of_ubus() {
     assert_ne!(router.say("take").0, Some(2));
     let has = |text: String, what: &str| assert!(text.contains(what), "no {what} in\n{text}");
 
-    has(router.call("check", "{}"), r#"cgtproxy.@rule[0]: drop = /a\"b\\.c: decides for"#);
+    let found = router.call("check", "{}");
+    has(found.clone(), r#"cgtproxy.@rule[0]: drop = /a\"b\\.c: decides for"#);
+    has(found.clone(), "\"id\": \"rule\"");
+    has(found, "\"uci\": []");
     // what a session has not applied yet
     let session = "0123456789abcdef0123456789abcdef";
     router.write(&format!("run/rpcd/uci-{session}/cgtproxy"), "cgtproxy.mihomo.port='99999'\n");
     let staged = format!("{{\"ubus_rpc_session\":\"{session}\"}}");
     let found = router.call("check", &staged);
     has(found.clone(), "\"exit\": 2");
-    has(found, r#"cgtproxy.mihomo: \"port\" expects a number from 1 to 65535, not \"99999\""#);
+    has(
+        found.clone(),
+        r#"cgtproxy.mihomo: \"port\" expects a number from 1 to 65535, not \"99999\""#,
+    );
+    has(found, "\"id\": \"config\"");
+    // what is wrong in UCI itself, which check is not asked about
+    router.write(&format!("run/rpcd/uci-{session}/cgtproxy"), "+cgtproxy.cfg99add0='rule'\n");
+    let found = router.call("check", &staged);
+    has(found.clone(), "cgtproxy.@rule[1]: a rule needs a target");
+    has(found.clone(), "\"exit\": 2");
+    has(found, "\"check\": null");
     for other in ["../../config", "0123", "{}"] {
         let text = router.call("check", &format!("{{\"ubus_rpc_session\":\"{other}\"}}"));
         assert!(!text.contains("\"exit\": 2"), "{text}");
@@ -371,15 +385,18 @@ const LUCI: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/init/openwrt/luci-app-c
 /// A status with a target, a missing ip rule and a configuration that was refused; an application;
 /// what check finds wrong; a host.
 const REPLIES: &str = r#"{
-    "status": {"status": {"in_force": true, "default": "direct", "targets": [
+    "status": {"status": {"in_force": true, "daemon": 1, "default": "direct", "targets": [
             {"name": "mihomo", "listens": {"tcp": true, "udp": false}, "bytes": 1, "cgroups": 1},
             {"name": "direct", "listens": null, "bytes": null}],
         "rules": [{"family": "ipv6", "text": "RULE", "present": false}], "routes": []},
         "refused": ["WHY"], "enabled": true},
     "apps": {"apps": {"apps": [{"cgroup": "/services/aria2/instance1", "user": "u", "uid": 5, "flows": 1,
         "protocols": ["tcp"], "remotes": ["203.0.113.7"], "target": "mihomo", "rule": {"match": "service:aria2"}}]}},
-    "check": {"exit": 2, "findings": ["ok: fine", "warning: WARN", "error: WRONG", "1 error"]},
-    "getHostHints": {"02:00:00:00:00:AA": {"name": "tv"}}
+    "check": {"exit": 2, "uci": ["warning: UCI", "unable to"], "check": {"findings": [
+        {"id": "rule", "severity": "ok", "text": "FINE"}, {"id": "new", "severity": "warning", "text": "WARN"},
+        {"id": "config", "severity": "error", "text": "WRONG"}]}},
+    "getHostHints": {"02:00:00:00:00:AA": {"name": "tv"}},
+    "dump": {"interface": [{"interface": "lan"}]}
 }"#;
 
 /// What the pages of LuCI do with stand-ins of what LuCI has; nothing where there is no node.
@@ -415,7 +432,9 @@ fn pages_and_keys() {
         let (section, name) = option.split_once(' ').unwrap();
         let ours: &[&str] = match section {
             "cgtproxy" => &["enabled", "manual", "conffile"],
-            "rule" => &["enabled", "name", "target", "service", "app", "user", "group", "match"],
+            "rule" => &[
+                "enabled", "name", "_covers", "target", "service", "app", "user", "group", "match",
+            ],
             "gateway" => &["enabled", "name", "network"],
             _ => &["enabled", "name"],
         };
@@ -432,7 +451,7 @@ fn pages_and_keys() {
 }
 
 /// Keys that only a file, or UCI by hand, can say.
-const NOT_IN_PAGES: [&str; 2] = ["option cgtproxy hold", "option cgtproxy containers"];
+const NOT_IN_PAGES: [&str; 0] = [];
 
 #[test]
 fn pages_have_the_rights_that_they_need() {
@@ -447,15 +466,16 @@ fn pages_have_the_rights_that_they_need() {
         calls.sort();
         calls
     };
-    for object in ["cgtproxy", "luci-rpc"] {
+    for object in ["cgtproxy", "luci-rpc", "network.interface"] {
         let (_, given) = rights.split_once(&format!("\"{object}\":[")).unwrap();
         let mut given: Vec<_> = given.split(']').next().unwrap().split(',').collect();
         given.sort();
         assert_eq!(given, calls(object), "{object}");
     }
-    assert_eq!(rights.matches(r#""uci":["cgtproxy","network"]"#).count(), 1, "to read");
-    assert_eq!(rights.matches(r#""write":{"uci":["cgtproxy"]}"#).count(), 1, "to write");
-    assert_eq!(pages.iter().filter(|line| line.starts_with("call ")).count(), 4);
+    assert_eq!(rights.matches(r#"},"uci":["cgtproxy"]},"write":{"uci":["cgtproxy"]}}"#).count(), 1);
+    assert_eq!(pages.iter().filter(|line| line.starts_with("call ")).count(), 5);
+    let loaded: Vec<_> = pages.iter().filter(|line| line.starts_with("uci ")).collect();
+    assert_eq!(loaded, ["uci cgtproxy"]);
 }
 
 #[test]
@@ -466,7 +486,11 @@ fn pages_say_what_is_wrong() {
         "text WHY",
         "modal This configuration is refused",
         "text WRONG",
-        "text warning: WARN",
+        "text WARN",
+        "text new",
+        "text UCI",
+        "text Configuration",
+        "text FINE",
         "text ip -6 rule add RULE",
         "text nothing listens",
     ] {
@@ -477,15 +501,26 @@ fn pages_say_what_is_wrong() {
 
 #[test]
 fn pages_can_be_translated() {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let script = here.join("tests/init/pot.py");
+    let made = Command::new("python3").arg(script).arg(LUCI).output().unwrap();
+    let made = String::from_utf8(made.stdout).unwrap();
     let template = fs::read_to_string(format!("{LUCI}/po/templates/cgtproxy.pot")).unwrap();
-    let has =
-        |text: &str| template.contains(&format!("\nmsgid \"{}\"\n", text.replace('"', "\\\"")));
-    let menu =
-        fs::read_to_string(format!("{LUCI}/root/usr/share/luci/menu.d/luci-app-cgtproxy.json"));
-    for title in menu.unwrap().split("\"title\": \"").skip(1) {
-        assert!(has(title.split('"').next().unwrap()), "{title}");
-    }
+    assert_eq!(template, made, "the template is what tests/init/pot.py makes");
+    // and what that does not find, because it is no plain string
     for string in pages().iter().flatten().filter_map(|line| line.strip_prefix("string ")) {
-        assert!(has(string), "not in the template: {string}");
+        let msgid = format!("\nmsgid \"{}\"\n", string.replace('"', "\\\""));
+        assert!(template.contains(&msgid), "not in the template: {string}");
+    }
+}
+
+#[test]
+fn findings_have_words() {
+    let page = fs::read_to_string(format!(
+        "{LUCI}/htdocs/luci-static/resources/view/cgtproxy/overview.js"
+    ));
+    let page = page.unwrap();
+    for id in ABOUT.iter().chain(&["uci"]) {
+        assert!(page.contains(&format!("\n\t'{id}': _('")), "{id}");
     }
 }

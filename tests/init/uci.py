@@ -1,21 +1,28 @@
 #!/usr/bin/env python3
-"""A stand-in for uci of OpenWrt, as far as cgtproxy-uci asks it.
+"""A stand-in for uci of OpenWrt, as far as cgtproxy-uci and LuCI's pages ask it.
 
     uci.py [-q] [-N] [-c DIR] [-P CHANGES] export CONFIG
     uci.py [-q] [-N] [-c DIR] get CONFIG.SECTION.OPTION
 
 It reads and prints what the real one was seen reading and printing: words and quotes as a shell has
-them, values of several lines, the place of a mistake, and `Entry not found`, with exit status 1.
+them, values of several lines, the place of a mistake, and `Entry not found`, with exit status 1. What
+a session has set and not committed is read from files as the real one writes them. Also a module
+(luci.py).
 """
 import getopt
 import os
 import sys
+import zlib
 
 
-def fail(reason):
-    if not quiet:
-        print(f"uci: {reason}", file=sys.stderr)
-    sys.exit(1)
+class Mistake(Exception):
+    pass
+
+
+class Section:
+    def __init__(self, kind, name):
+        self.kind, self.name, self.anonymous = kind, name, not name
+        self.options = {}
 
 
 def words(text):
@@ -53,84 +60,123 @@ def words(text):
             word = (word or "") + c
     if quote:
         last = text.splitlines(keepends=True)
-        fail(f"Parse error (EOF with unterminated {quote}) at line {len(last)}, byte {len(last[-1])}")
+        raise Mistake(f"Parse error (EOF with unterminated {quote}) at line {len(last)}, byte {len(last[-1])}")
     if word is not None:
         found.append(word)
     if found:
         yield line, found
 
 
-def read(config):
-    """Sections as [type, name, {option: value or list}]."""
-    try:
-        text = open(os.path.join(where, config)).read()
-    except OSError:
-        fail("Entry not found")
+def parse(text):
+    """Sections, those without a name with the one that they are spoken of by."""
     sections = []
     for line, (kind, *rest) in words(text):
         if kind == "package":
             continue
         if kind == "config" and 1 <= len(rest) <= 2:
             kind, name = rest[0], rest[1] if len(rest) > 1 else ""
-            same = [s for s in sections if name and s[1] == name]
+            same = [s for s in sections if name and s.name == name]
             if not same:
-                sections.append([kind, name, {}])
+                sections.append(Section(kind, name))
             current = (same or sections)[-1]
         elif kind in ("option", "list") and len(rest) == 2:
             if not sections:
-                fail(f"Parse error ({kind} command found before the first section) at line {line}, byte 0")
+                raise Mistake(f"Parse error ({kind} command found before the first section) at line {line}, byte 0")
             if not rest[0].replace("_", "").isalnum():
-                fail(f"Parse error (invalid character in name field) at line {line}, byte 0")
-            if kind == "option":
-                current[2][rest[0]] = rest[1]
-            else:
-                old = current[2].get(rest[0], [])
-                current[2][rest[0]] = (old if isinstance(old, list) else [old]) + [rest[1]]
+                raise Mistake(f"Parse error (invalid character in name field) at line {line}, byte 0")
+            add(current.options, kind, *rest)
         else:
-            fail(f"Parse error (invalid command) at line {line}, byte 0")
-    return changed(config, sections)
+            raise Mistake(f"Parse error (invalid command) at line {line}, byte 0")
+    for n, section in enumerate(sections):
+        if section.anonymous:
+            section.name = "cfg%02x%04x" % (n + 1, zlib.crc32(repr((section.kind, section.options)).encode()) & 0xffff)
+    return sections
 
 
-def changed(config, sections):
-    """With what a session has set and not committed."""
+def add(options, kind, name, value):
+    if kind == "option":
+        options[name] = value
+    else:
+        old = options.get(name, [])
+        options[name] = (old if isinstance(old, list) else [old]) + [value]
+
+
+def changes(text):
+    """What a session has changed: (command, section, option or None, value) each."""
+    for _, (word,) in words(text):
+        command = word[0] if word[0] in "-+|^" else ""
+        path, _, value = word[len(command):].partition("=")
+        _, section, *option = path.split(".")
+        yield command, section, option[0] if option else None, value
+
+
+def changed(sections, text):
+    for command, name, option, value in changes(text):
+        found = [s for s in sections if s.name == name]
+        if command == "-" and found:
+            if option is None:
+                sections.remove(found[0])
+            else:
+                found[0].options.pop(option, None)
+        elif command == "^" and found:
+            sections.remove(found[0])
+            sections.insert(int(value), found[0])
+        elif option is None and command in ("", "+") and not found:
+            sections.append(Section(value, name))
+            sections[-1].anonymous = command == "+"
+        elif option is not None and command in ("", "|") and found:
+            add(found[0].options, "list" if command else "option", option, value)
+    return sections
+
+
+def read(where, config, staged=None):
     try:
-        changes = open(os.path.join(options.get("-P", ""), config)).read().splitlines()
+        with open(os.path.join(where, config)) as file:
+            sections = parse(file.read())
+    except OSError:
+        raise Mistake("Entry not found") from None
+    try:
+        with open(os.path.join(staged or "", config)) as file:
+            return changed(sections, file.read())
     except OSError:
         return sections
-    for change in changes:
-        path, value = change.split("=", 1)
-        _, name, option = path.split(".")
-        for section in sections:
-            if section[1] == name:
-                section[2][option] = value.strip("'")
-    return sections
 
 
 def quoted(text):
     return "'" + text.replace("'", "'\\''") + "'"
 
 
-def export(config):
-    print(f"package {config}\n")
-    for kind, name, options in read(config):
-        print(f"config {kind}" + (f" {quoted(name)}" if name else ""))
-        for option, value in options.items():
+def exported(sections):
+    text = ""
+    for section in sections:
+        text += f"config {section.kind}" + ("" if section.anonymous else f" {quoted(section.name)}") + "\n"
+        for option, value in section.options.items():
             for item in value if isinstance(value, list) else [value]:
-                print(f"\t{'list' if isinstance(value, list) else 'option'} {option} {quoted(item)}")
-        print()
+                text += f"\t{'list' if isinstance(value, list) else 'option'} {option} {quoted(item)}\n"
+        text += "\n"
+    return text
 
 
-def get(path):
-    config, section, option = path.split(".")
-    for _, name, options in read(config):
-        if name == section and option in options:
-            value = options[option]
-            print(" ".join(value) if isinstance(value, list) else value)
-            return
-    fail("Entry not found")
+def main():
+    options, (command, argument) = getopt.getopt(sys.argv[1:], "qNc:P:")
+    options = dict(options)
+    where, staged = options.get("-c", "/etc/config"), options.get("-P")
+    try:
+        if command == "export":
+            print(f"package {argument}\n\n" + exported(read(where, argument, staged)), end="")
+            return 0
+        config, section, option = argument.split(".")
+        for found in read(where, config, staged):
+            if found.name == section and option in found.options:
+                value = found.options[option]
+                print(" ".join(value) if isinstance(value, list) else value)
+                return 0
+        raise Mistake("Entry not found")
+    except Mistake as mistake:
+        if "-q" not in options:
+            print(f"uci: {mistake}", file=sys.stderr)
+        return 1
 
 
-options, (command, argument) = getopt.getopt(sys.argv[1:], "qNc:P:")
-options = dict(options)
-quiet, where = "-q" in options, options.get("-c", "/etc/config")
-{"export": export, "get": get}[command](argument)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,17 +50,20 @@ class Map_ {
 	section(kind, type) { return new kind(type); }
 	render() { return 'map'; }
 }
-const kinds = Object.fromEntries(['Value', 'Flag', 'ListValue', 'DynamicList'].map(name => [name, class extends Option {}]));
+const kinds = Object.fromEntries(['Value', 'Flag', 'ListValue', 'DynamicList', 'DummyValue'].map(name => [name, class extends Option {}]));
 
 const replies = JSON.parse(fs.readFileSync(0, 'utf8'));
 const sections = {
 	'cgtproxy.tproxy': [{ '.name': 'mihomo' }], 'cgtproxy.route': [{ '.name': 'r', name: 'vpn-1' }],
-	'network.interface': [{ '.name': 'lan' }],
 };
 const modules = {
 	baseclass: { extend }, view: { extend },
 	form: { Map: Map_, GridSection, TypedSection, ...kinds },
-	rpc: { declare: ({ object, method }) => () => { say('call', object, method); return Promise.resolve(replies[method] || {}); } },
+	rpc: { declare: ({ object, method, expect }) => () => {
+		say('call', object, method);
+		const [key] = Object.keys(expect || {});
+		return Promise.resolve(key ? replies[method][key] : replies[method]);
+	} },
 	uci: { load: (name) => { say('uci', name); return Promise.resolve(); },
 		sections: (config, type) => sections[`${config}.${type}`] || [], get: () => null },
 	poll: { add: (f) => polled.push(f) },
@@ -71,7 +74,7 @@ const svg = () => ({ setAttribute() {}, appendChild() {} });
 const globals = {
 	E, _: (text) => { say('string', text); return text; },
 	L: { resolveDefault: (value, or) => Promise.resolve(value).catch(() => or), hasViewPermission: () => true },
-	document: { createElementNS: svg, getElementById: () => ({ replaceChildren() {} }) },
+	document: { createElementNS: svg, getElementById: () => ({ replaceChildren() {}, querySelector: () => null }) },
 };
 function load(name) {
 	if (modules[name])

@@ -11,6 +11,7 @@ const callStatus = rpc.declare({ object: 'cgtproxy', method: 'status' });
 const callApps = rpc.declare({ object: 'cgtproxy', method: 'apps' });
 const callCheck = rpc.declare({ object: 'cgtproxy', method: 'check' });
 const callHints = rpc.declare({ object: 'luci-rpc', method: 'getHostHints', expect: { '': {} } });
+const callNetworks = rpc.declare({ object: 'network.interface', method: 'dump', expect: { 'interface': [] } });
 
 const yes_no = () => [ [ 'yes', _('yes') ], [ 'no', _('no') ] ];
 const take = () => [ [ 'yes', _('yes') ], [ 'no', _('no, leave alone') ], [ 'drop', _('drop') ],
@@ -20,11 +21,20 @@ function list(lines) {
 	return E('ul', {}, lines.map(line => E('li', {}, [ line ])));
 }
 
+/* What is wrong in what is saved and not applied, or in force, as { id, severity, text }; what UCI alone
+   knows has the id uci. With `exit`, the status of check: 2 where it would be refused. */
+function judged(reply) {
+	const lines = (reply.uci || []).map(line => /^(error|warning): (.*)$/.exec(line)).filter(found => found);
+	const findings = lines.map(found => ({ id: 'uci', severity: found[1], text: found[2] }));
+	return { exit: reply.exit, findings: findings.concat((reply.check && reply.check.findings) || []) };
+}
+
 return baseclass.extend({
 	status: () => L.resolveDefault(callStatus(), {}),
 	apps: () => L.resolveDefault(callApps(), {}).then(reply => (reply.apps && reply.apps.apps) || []),
-	check: () => L.resolveDefault(callCheck(), {}),
+	check: () => L.resolveDefault(callCheck(), {}).then(judged),
 	hints: () => L.resolveDefault(callHints(), {}),
+	networks: () => L.resolveDefault(callNetworks(), []).then(all => all.map(network => network.interface)),
 
 	/* A map, that says where its page decides nothing. */
 	map: function(title, description) {
@@ -81,11 +91,12 @@ return baseclass.extend({
 		[ 'mark', 'value', _('Mark'), _('By itself unless it is set'), '0x01000000' ]
 	],
 
-	/* A modal, for notifications above the page are not seen. */
+	/* A modal, for notifications above the page are not seen. Errors begin with the file that these pages
+	   are, unless they are of another one. */
 	refuse: function(title, errors) {
 		ui.showModal(title, [
 			E('p', {}, [ _('What was in force before is in force still.') ]),
-			list(errors),
+			list(errors.map(error => error.replace(/^[^ ]*\/config\/cgtproxy: /, ''))),
 			E('div', { 'class': 'right' }, [
 				E('button', { 'class': 'btn', 'click': ui.hideModal }, [ _('Dismiss') ])
 			])
@@ -100,10 +111,10 @@ return baseclass.extend({
 
 	/* handleSaveApply of every page: what check refuses is not applied. */
 	save_and_apply: function(view, ev, mode) {
-		return view.handleSave(ev).then(callCheck).then(found => {
-			const errors = (found.findings || []).filter(line => /^error: /.test(line));
+		return view.handleSave(ev).then(() => this.check()).then(found => {
+			const errors = found.findings.filter(finding => finding.severity == 'error');
 			if (found.exit == 2)
-				return this.refuse(_('This configuration is refused'), errors.map(line => line.slice(7)));
+				return this.refuse(_('This configuration is refused'), errors.map(finding => finding.text));
 			return ui.changes.apply(mode == '0');
 		});
 	}

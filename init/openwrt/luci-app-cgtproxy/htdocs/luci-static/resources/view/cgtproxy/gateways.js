@@ -5,10 +5,9 @@
 'require cgtproxy.tools as tools';
 
 return view.extend({
-	load: () => Promise.all([ tools.hints(), tools.status(), uci.load('cgtproxy'),
-		L.resolveDefault(uci.load('network')) ]),
+	load: () => Promise.all([ tools.hints(), tools.networks(), tools.status(), uci.load('cgtproxy') ]),
 
-	render: function([ hints, status ]) {
+	render: function([ hints, networks, status ]) {
 		const map = tools.map(_('Gateways'),
 			_('Traffic that this router routes for others. The first section that covers it decides. Drag to reorder.'));
 		const s = map.section(form.GridSection, 'gateway');
@@ -26,9 +25,9 @@ return view.extend({
 		o = s.option(form.DynamicList, 'network', _('Networks'), _('Where the traffic comes in'));
 		o.optional = true;
 		o.validate = tools.one_line;
-		for (const network of uci.sections('network', 'interface'))
-			if (network['.name'] != 'loopback')
-				o.value(network['.name']);
+		for (const network of networks)
+			if (network != 'loopback')
+				o.value(network);
 		tools.options(s, null, [
 			[ 'interface', 'list', _('Devices'), _('Instead of a network; a * at the end covers what begins so'), 'br-lan' ],
 			[ 'source', 'list', _('Sources'), _('These addresses alone'), '192.168.1.0/24' ]
@@ -36,8 +35,10 @@ return view.extend({
 		o = s.option(form.DynamicList, 'source_mac', _('Hosts'), _('These Ethernet addresses alone'));
 		o.optional = true;
 		o.datatype = 'macaddr';
-		for (const mac in hints)
-			o.value(mac.toLowerCase(), '%s (%s)'.format(hints[mac].name || (hints[mac].ipaddrs || [])[0] || '?', mac.toLowerCase()));
+		for (const mac in hints) {
+			const names = [ hints[mac].name, (hints[mac].ipaddrs || [])[0] ].filter(name => name);
+			o.value(mac.toLowerCase(), '%s (%s)'.format(names.join(', ') || '?', mac.toLowerCase()));
+		}
 		tools.tell_refused(status);
 		return map.render();
 	},

@@ -4,20 +4,33 @@
 'require uci';
 'require cgtproxy.tools as tools';
 
-/* What services and users talk now, and their cgroups as patterns that match them alone. */
+const KINDS = [ 'service', 'app', 'user', 'group', 'match' ];
+
+/* What talks now, as values of a rule: names where it has one, its user, and its cgroup as a pattern
+   that matches it alone. */
 function offered(apps) {
-	const service = new Set(), user = new Set(), match = new Set();
+	const all = { service: new Set(), app: new Set(), user: new Set(), group: new Set(), match: new Set() };
 	for (const app of apps) {
-		const name = /^\/(?:services\/|openrc\.)([A-Za-z0-9_.-]+)/.exec(app.cgroup);
-		if (name)
-			service.add(name[1]);
+		const service = /^\/(?:services\/|openrc\.)([A-Za-z0-9_.-]+)/.exec(app.cgroup);
+		if (service)
+			all.service.add(service[1]);
+		/* the line that `apps` has for it */
+		const line = /^[^ ]+ = (service|app|user|group):([^,]+)$/.exec(app.line || '');
+		if (line)
+			all[line[1]].add(line[2]);
 		/* everything on a router is root's */
 		if (app.user && app.uid)
-			user.add(app.user);
+			all.user.add(app.user);
 		if (app.cgroup && app.cgroup != '/')
-			match.add(app.cgroup.replace(/[\\.*+?()|\[\]{}^$]/g, '\\$&'));
+			all.match.add(app.cgroup.replace(/[\\.*+?()|\[\]{}^$]/g, '\\$&'));
 	}
-	return { service: service, user: user, match: match };
+	return all;
+}
+
+/* What a rule covers, as its lines in the file say it. */
+function covers(id) {
+	const rule = uci.get('cgtproxy', id);
+	return KINDS.flatMap(kind => L.toArray(rule[kind]).map(value => kind == 'match' ? value : kind + ':' + value)).join(', ') || '-';
 }
 
 return view.extend({
@@ -33,6 +46,9 @@ return view.extend({
 		let o = s.option(form.Flag, 'enabled', _('Enabled'));
 		o.default = '1';
 		o.editable = true;
+		o = s.option(form.DummyValue, '_covers', _('Covers'));
+		o.modalonly = false;
+		o.textvalue = covers;
 		o = s.option(form.Value, 'name', _('Name'));
 		o.modalonly = true;
 		o.validate = tools.one_line;
@@ -47,7 +63,7 @@ return view.extend({
 			[ 'match', _('Cgroups'), _('Regular expressions on the whole path; what is below is covered too') ]
 		]) {
 			o = s.option(form.DynamicList, name, title, description);
-			o.rmempty = o.optional = true;
+			o.rmempty = o.optional = o.modalonly = true;
 			o.validate = tools.one_line;
 			for (const value of (choices[name] || []))
 				o.value(value);

@@ -24,6 +24,8 @@ return view.extend({
 				[ [ 'remove', _('remove') ], [ 'keep', _('keep') ] ] ],
 			[ 'counters', 'choice', _('Counters'), null,
 				[ [ 'target', _('of each target') ], [ 'cgroup', _('of each cgroup too') ] ] ],
+			[ 'containers', 'choice', _('Containers'), _('Whether a rule for a container\'s cgroup covers what its network sends'),
+				[ [ 'yes', _('yes') ], [ 'no', _('no, leave alone') ] ] ],
 			[ 'log_level', 'choice', _('Log level'), null,
 				[ 'error', 'warning', 'notice', 'info', 'debug' ].map(level => [ level, level ]) ]
 		]);
