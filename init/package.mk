@@ -51,7 +51,7 @@ SYSCONFDIR ?= /etc
 INIT       ?= auto
 INSTALL     = DESTDIR=$(DESTDIR) PREFIX=$(PREFIX) SYSCONFDIR=$(SYSCONFDIR) INIT=$(INIT) BIN=$(BIN) sh init/install.sh
 
-.PHONY: install uninstall dist dist-all dist-source deb init-test
+.PHONY: install uninstall dist dist-all dist-source deb init-test luci-test
 install:
 	@test -e $(BIN) || { echo "make: no $(BIN): run make first" >&2; exit 1; }
 	$(INSTALL) install
@@ -113,11 +113,19 @@ deb: cross
 	  init/debian/control > $(STAGE)/DEBIAN/control
 	SOURCE_DATE_EPOCH=$(DATE) dpkg-deb --root-owner-group -Zxz --build $(STAGE) $(DEB)
 
-# Services under their init systems, and the packages: needs root, and fetches Debian trees, once.
+# Services under their init systems, and the packages: needs root, and fetches Debian trees, once. With
+# LUCI_DIR, a checkout of LuCI, its pages too, in Chromium; `make luci-test` has these alone, and leaves
+# pictures of them in target/init/luci.
+INIT_NEEDS = debootstrap busybox lintian $(LUCI_DIR:%=chromium)
 init-test: build deps deb
-	$(call have,debootstrap busybox lintian) || { apt-get update -qq && \
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debootstrap busybox lintian; }
-	tests/init/run.sh
+	$(call have,$(INIT_NEEDS)) || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(INIT_NEEDS); }
+	LUCI_DIR=$(LUCI_DIR) tests/init/run.sh
+
+luci-test: build deps
+	$(call have,busybox $(LUCI_DIR:%=chromium)) || { apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends busybox $(LUCI_DIR:%=chromium); }
+	LUCI_DIR=$(LUCI_DIR) tests/init/run.sh luci
 
 # `make build` and `make demo` on a fresh Debian 13, with the Rust that it has.
 .PHONY: fresh-test

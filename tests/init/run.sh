@@ -1,6 +1,7 @@
 #!/bin/bash
-# run.sh [openrc|procd|systemd|deb|fresh...]: the services under their init systems, and the package, in
-# containers of debootstrap trees below target/init. Needs root. Exit status 1 if anything fails.
+# run.sh [openrc|procd|luci|systemd|deb|fresh...]: the services under their init systems, LuCI's pages and
+# the package, in containers of debootstrap trees below target/init. Needs root. Exit status 1 if
+# anything fails.
 # shellcheck disable=SC2317,SC2329 # functions are called by name
 # shellcheck disable=SC2015,SC2086 # echo does not fail, and no path here holds a blank
 cd "$(dirname "$0")/../.." || exit 1
@@ -43,6 +44,14 @@ openrc() {
 procd() {
 	echo "procd (a stand-in)"
 	timeout 180 $here/container.sh / "$PWD/$here/procd.sh" "$PWD/$program" "$PWD" || rc=1
+}
+
+# LUCI_DIR is a checkout of LuCI (https://github.com/openwrt/luci), not below /run, /tmp or /dev
+luci() {
+	echo "LuCI's pages in Chromium"
+	[ -e "${LUCI_DIR:-}/modules/luci-base/htdocs" ] || { echo "SKIP   LUCI_DIR names no checkout of LuCI"; return; }
+	command -v chromium >/dev/null || { echo "SKIP   no chromium"; return; }
+	timeout 600 $here/container.sh / "$PWD/$here/luci.sh" "$PWD/$program" "$PWD" "$LUCI_DIR" "$PWD/$trees/luci" || rc=1
 }
 
 systemd() {
@@ -108,5 +117,5 @@ fresh() {
 	done
 }
 
-for part in "${@:-openrc procd systemd deb}"; do for p in $part; do $p; done; done
+for part in "${@:-openrc procd luci systemd deb}"; do for p in $part; do $p; done; done
 exit $rc
