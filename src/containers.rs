@@ -30,7 +30,7 @@ pub struct Containers {
     strange: BTreeMap<u32, u64>,
     /// What comes in by a veth, as of last time.
     entrances: Entrances,
-    /// A veth is on a bridge that is not known.
+    /// Some interface is not known: a bridge that a veth is on, or whatever there is.
     incomplete: bool,
 }
 
@@ -48,6 +48,11 @@ impl Containers {
         links.into_iter().for_each(|link| self.change(Change::Is(link), now));
         // a bridge may stand behind its ports
         self.incomplete = false;
+    }
+
+    /// There may be others than those that are known.
+    pub fn doubt(&mut self) {
+        self.incomplete = true;
     }
 
     pub fn change(&mut self, change: Change, now: u64) {

@@ -207,10 +207,9 @@ impl Kernel {
         (!lost).then_some(changes)
     }
 
-    /// All interfaces; none where the kernel does not tell.
-    pub fn interfaces(&mut self) -> Vec<Link> {
-        let found = self.rt.dump(&link::get_all, link::parse);
-        found.ok().and_then(std::result::Result::ok).unwrap_or_default()
+    /// All interfaces; `None` where the kernel does not tell.
+    pub fn interfaces(&mut self) -> Option<Vec<Link>> {
+        self.rt.dump(&link::get_all, link::parse).ok()?.ok()
     }
 
     /// Our ids of the network namespaces that these processes are in; none where one is in this one:
@@ -226,7 +225,7 @@ impl Kernel {
     pub fn veths_of(&mut self, pid: u32) -> Vec<Link> {
         let net = self.namespace_of(pid);
         let leads = |link: &Link| link.is_pair && link.peer.is_some() && link.peer == net;
-        self.interfaces().into_iter().filter(leads).collect()
+        self.interfaces().into_iter().flatten().filter(leads).collect()
     }
 
     /// That of one; `None` where it has no id.

@@ -36,7 +36,7 @@ fn find_of(
 ) -> Vec<Container> {
     let core = &cgroups.core;
     let mut found = Containers::default();
-    found.replace(kernel.interfaces(), 0);
+    found.replace(kernel.interfaces().unwrap_or_default(), 0);
     let all = || core.tree().iter().filter(|(_, node)| wanted(node));
     for path in found.in_question(|| all().map(|(path, _)| path)) {
         let id = core.tree().get(&path).map_or(0, |node| node.id);

@@ -136,7 +136,8 @@ impl Daemon<'_> {
 
     /// What there is to hear, to look at and to do about containers.
     pub(super) fn attend_to_containers(&mut self, notified: bool) {
-        let mut news = notified && self.hear_of_links();
+        let incomplete = self.containers.containers.is_incomplete();
+        let mut news = (notified || incomplete) && self.hear_of_links();
         let clock = self.containers.clock();
         if std::mem::take(&mut self.cgroups.removed) {
             let tree = self.cgroups.core.tree();
@@ -165,13 +166,15 @@ impl Daemon<'_> {
             self.list_entrances();
             return true;
         };
-        let news = !changes.is_empty();
+        let mut news = !changes.is_empty();
         for change in changes {
             self.containers.containers.change(change, clock);
         }
         if self.containers.containers.is_incomplete() {
-            let links = self.kernel.interfaces();
-            self.containers.containers.complete(links, clock);
+            if let Some(links) = self.kernel.interfaces() {
+                self.containers.containers.complete(links, clock);
+                news = true;
+            }
         }
         news
     }
@@ -217,11 +220,14 @@ impl Daemon<'_> {
         self.containers.containers.entrances(|path| core.ruled(path), Some).clone()
     }
 
-    /// The same, of all interfaces that there are now.
+    /// The same, of all interfaces that there are now. What is known stays so where the kernel does
+    /// not tell, and it is asked again.
     pub(super) fn list_entrances(&mut self) -> Entrances {
         let clock = self.containers.clock();
-        let links = self.kernel.interfaces();
-        self.containers.containers.replace(links, clock);
+        match self.kernel.interfaces() {
+            Some(links) => self.containers.containers.replace(links, clock),
+            None => self.containers.containers.doubt(),
+        }
         self.containers.want();
         self.entrances()
     }
