@@ -40,7 +40,7 @@ impl Automaton {
             return None;
         }
         let (prefix, tree) = split(tree);
-        let mut positions = Positions { sets: vec![Set::new()], follow: vec![0], steps: 0 };
+        let mut positions = Positions { sets: vec![Ranges::new()], follow: vec![0], steps: 0 };
         let whole = positions.build(&tree)?;
         positions.follow[0] = whole.first;
         let accepting = whole.last | if whole.nullable { BEGIN } else { 0 };
@@ -100,22 +100,22 @@ impl Automaton {
 }
 
 /// Ranges of characters, both ends included.
-type Set = Vec<(char, char)>;
+type Ranges = Vec<(char, char)>;
 
-enum Tree {
-    Set(Set),
-    All(Vec<Tree>),
-    Any(Vec<Tree>),
-    Repeat(Box<Tree>, usize, Option<usize>),
+enum Syntax {
+    One(Ranges),
+    All(Vec<Syntax>),
+    Any(Vec<Syntax>),
+    Repeat(Box<Syntax>, usize, Option<usize>),
 }
 
 /// The single characters that a pattern begins with, and the rest.
-fn split(tree: Tree) -> (String, Tree) {
-    let Tree::All(mut parts) = tree else {
+fn split(tree: Syntax) -> (String, Syntax) {
+    let Syntax::All(mut parts) = tree else {
         return (String::new(), tree);
     };
-    let single = |part: &Tree| match part {
-        Tree::Set(set) => match set[..] {
+    let single = |part: &Syntax| match part {
+        Syntax::One(set) => match set[..] {
             [(first, last)] if first == last => Some(first),
             _ => None,
         },
@@ -123,17 +123,18 @@ fn split(tree: Tree) -> (String, Tree) {
     };
     let prefix: String = parts.iter().map_while(single).collect();
     parts.drain(..prefix.chars().count());
-    (prefix, Tree::All(parts))
+    (prefix, Syntax::All(parts))
 }
 
 /// The classes that the sets tell apart: where each begins, and the positions that take it.
-fn classes(sets: &[Set]) -> (Vec<u32>, Vec<State>) {
+fn classes(sets: &[Ranges]) -> (Vec<u32>, Vec<State>) {
     let ranges = || sets.iter().flatten().map(|(first, last)| (*first as u32, *last as u32));
     let mut bounds: Vec<u32> = ranges().flat_map(|(first, last)| [first, last + 1]).collect();
     bounds.push(0);
     bounds.sort_unstable();
     bounds.dedup();
-    let holds = |set: &Set, c: u32| set.iter().any(|(a, b)| (*a as u32..=*b as u32).contains(&c));
+    let holds =
+        |set: &Ranges, c: u32| set.iter().any(|(a, b)| (*a as u32..=*b as u32).contains(&c));
     let mask = |c: &u32| {
         let bits = sets.iter().enumerate().filter(|(_, set)| holds(set, *c));
         bits.fold(0, |mask, (position, _)| mask | 1 << position)
@@ -154,19 +155,19 @@ struct Part {
 const NOTHING: Part = Part { nullable: true, first: 0, last: 0 };
 
 struct Positions {
-    sets: Vec<Set>,
+    sets: Vec<Ranges>,
     follow: Vec<State>,
     steps: usize,
 }
 
 impl Positions {
-    fn build(&mut self, tree: &Tree) -> Option<Part> {
+    fn build(&mut self, tree: &Syntax) -> Option<Part> {
         self.steps += 1;
         if self.steps > STEPS {
             return None;
         }
         match tree {
-            Tree::Set(set) => {
+            Syntax::One(set) => {
                 let position = self.sets.len();
                 if position > POSITIONS {
                     return None;
@@ -176,11 +177,11 @@ impl Positions {
                 let bit = 1 << position;
                 Some(Part { nullable: false, first: bit, last: bit })
             }
-            Tree::All(parts) => parts.iter().try_fold(NOTHING, |before, part| {
+            Syntax::All(parts) => parts.iter().try_fold(NOTHING, |before, part| {
                 let part = self.build(part)?;
                 Some(self.join(before, part))
             }),
-            Tree::Any(parts) => {
+            Syntax::Any(parts) => {
                 let mut whole = Part { nullable: false, ..NOTHING };
                 for part in parts {
                     let part = self.build(part)?;
@@ -190,7 +191,7 @@ impl Positions {
                 }
                 Some(whole)
             }
-            Tree::Repeat(part, least, most) => {
+            Syntax::Repeat(part, least, most) => {
                 let mut whole = NOTHING;
                 for number in 1..=most.unwrap_or((*least).max(1)) {
                     let mut copy = self.build(part)?;
@@ -230,25 +231,25 @@ struct Parser<'a> {
 }
 
 impl Parser<'_> {
-    fn alternatives(&mut self) -> Option<Tree> {
+    fn alternatives(&mut self) -> Option<Syntax> {
         let mut all = vec![self.sequence()?];
         while self.chars.next_if_eq(&'|').is_some() {
             all.push(self.sequence()?);
         }
         match all.len() {
             1 => all.pop(),
-            _ => Some(Tree::Any(all)),
+            _ => Some(Syntax::Any(all)),
         }
     }
 
-    fn sequence(&mut self) -> Option<Tree> {
+    fn sequence(&mut self) -> Option<Syntax> {
         let mut parts = Vec::new();
         while let Some(c) = self.chars.next_if(|c| !matches!(c, '|' | ')')) {
             let part = match c {
                 '(' => self.group()?,
-                '[' => Tree::Set(self.class()?),
-                '.' => Tree::Set(negated(vec![('\n', '\n')])),
-                '\\' => Tree::Set(self.escape()?),
+                '[' => Syntax::One(self.class()?),
+                '.' => Syntax::One(negated(vec![('\n', '\n')])),
+                '\\' => Syntax::One(self.escape()?),
                 '^' | '$' => return None,
                 '*' => repeat(parts.pop()?, 0, None),
                 '+' => repeat(parts.pop()?, 1, None),
@@ -257,7 +258,7 @@ impl Parser<'_> {
                     let (least, most) = self.counts()?;
                     repeat(parts.pop()?, least, most)
                 }
-                c => Tree::Set(vec![(c, c)]),
+                c => Syntax::One(vec![(c, c)]),
             };
             parts.push(part);
             if matches!(c, '*' | '+' | '?' | '{') {
@@ -265,10 +266,10 @@ impl Parser<'_> {
                 self.chars.next_if_eq(&'?');
             }
         }
-        Some(Tree::All(parts))
+        Some(Syntax::All(parts))
     }
 
-    fn group(&mut self) -> Option<Tree> {
+    fn group(&mut self) -> Option<Syntax> {
         self.depth += 1;
         // named ones and flags are rare; so deep a nesting is refused anyway
         if self.depth > 100 || self.chars.next_if_eq(&'?').is_some() && self.chars.next()? != ':' {
@@ -304,7 +305,7 @@ impl Parser<'_> {
     }
 
     /// What a backslash makes of the next character.
-    fn escape(&mut self) -> Option<Set> {
+    fn escape(&mut self) -> Option<Ranges> {
         match self.chars.next()? {
             '<' | '>' => None,
             c if c.is_ascii_punctuation() => Some(vec![(c, c)]),
@@ -319,9 +320,9 @@ impl Parser<'_> {
     }
 
     /// A class whose bracket has been taken.
-    fn class(&mut self) -> Option<Set> {
+    fn class(&mut self) -> Option<Ranges> {
         let inverted = self.chars.next_if_eq(&'^').is_some();
-        let mut set = Set::new();
+        let mut set = Ranges::new();
         while self.chars.next_if_eq(&'-').is_some() {
             set.push(('-', '-'));
         }
@@ -357,25 +358,25 @@ impl Parser<'_> {
     }
 }
 
-fn repeat(part: Tree, least: usize, most: Option<usize>) -> Tree {
-    Tree::Repeat(Box::new(part), least, most)
+fn repeat(part: Syntax, least: usize, most: Option<usize>) -> Syntax {
+    Syntax::Repeat(Box::new(part), least, most)
 }
 
-fn digits() -> Set {
+fn digits() -> Ranges {
     vec![('0', '9')]
 }
 
-fn blanks() -> Set {
+fn blanks() -> Ranges {
     vec![('\t', '\r'), (' ', ' ')]
 }
 
-fn word() -> Set {
+fn word() -> Ranges {
     vec![('0', '9'), ('A', 'Z'), ('_', '_'), ('a', 'z')]
 }
 
-fn negated(mut set: Set) -> Set {
+fn negated(mut set: Ranges) -> Ranges {
     set.sort_unstable();
-    let mut left = Set::new();
+    let mut left = Ranges::new();
     let mut from = 0;
     for (first, last) in set.iter().map(|(a, b)| (*a as u32, *b as u32)) {
         if first > from {

@@ -16,7 +16,7 @@ use crate::netlink::uapi::*;
 
 /// A chain of others that packets meet.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Base {
+pub struct ForeignBase {
     /// As nft writes it: `ip mangle OUTPUT`.
     pub place: String,
     pub hook: u32,
@@ -162,7 +162,7 @@ enum Breaks {
 
 /// A packet with marks of ours, at one chain.
 #[derive(Debug, Clone, Copy)]
-struct Sample<'a> {
+struct Packet<'a> {
     breaks: Breaks,
     mark: Bits,
     ct: Bits,
@@ -175,7 +175,7 @@ const MOST: usize = 16;
 
 /// Packets that meet a chain of that hook and priority and depend on what it leaves of their marks.
 /// Chains of one priority are in the order in which they were loaded, which may change.
-fn samples<'a>(base: &Base, ours: &'a Ours) -> Vec<Sample<'a>> {
+fn packets<'a>(base: &ForeignBase, ours: &'a Ours) -> Vec<Packet<'a>> {
     // what others have set of the other bits is not known
     let of = |value| Bits { value, known: ours.mask };
     let (iif, oif) = match base.hook {
@@ -185,9 +185,9 @@ fn samples<'a>(base: &Base, ours: &'a Ours) -> Vec<Sample<'a>> {
         _ => return Vec::new(),
     };
     let (hook, priority) = (base.hook, base.priority);
-    let mut samples = Vec::new();
+    let mut packets = Vec::new();
     for own in ours.marks.iter().copied().take(MOST) {
-        let sample = Sample { breaks: Breaks::Packet, mark: of(own), ct: of(own), iif, oif };
+        let packet = Packet { breaks: Breaks::Packet, mark: of(own), ct: of(own), iif, oif };
         // from where ours sets the mark to where ours reads it; over lo, a packet keeps its way
         let behind = priority >= NF_IP_PRI_MANGLE;
         let between = match hook {
@@ -197,19 +197,19 @@ fn samples<'a>(base: &Base, ours: &'a Ours) -> Vec<Sample<'a>> {
             _ => false,
         };
         if between {
-            samples.push(sample);
+            packets.push(packet);
         }
         // the mark of a flow is there, and has to stay, wherever conntrack is
         if priority > NF_IP_PRI_CONNTRACK {
-            let flow = Sample { breaks: Breaks::Next, ..sample };
+            let flow = Packet { breaks: Breaks::Next, ..packet };
             // the answers, and DNS on its way to a resolver, have none but that
-            samples.extend([flow, Sample { mark: Bits::all(0), ..flow }]);
+            packets.extend([flow, Packet { mark: Bits::all(0), ..flow }]);
         }
         for interface in &ours.interfaces {
             let side = Side::Interface(interface);
-            let routed = Sample { breaks: Breaks::Routed, ..sample };
+            let routed = Packet { breaks: Breaks::Routed, ..packet };
             if hook == NF_INET_PRE_ROUTING && behind {
-                samples.push(Sample { mark: of(ours.routed()), iif: side, ..routed });
+                packets.push(Packet { mark: of(ours.routed()), iif: side, ..routed });
             }
             // behind `unmark`, a restored mark routes the answer to lo; `guard` drops it
             let restored = match hook {
@@ -218,11 +218,11 @@ fn samples<'a>(base: &Base, ours: &'a Ours) -> Vec<Sample<'a>> {
                 _ => false,
             };
             if restored {
-                samples.push(Sample { mark: of(0), oif: side, ..routed });
+                packets.push(Packet { mark: of(0), oif: side, ..routed });
             }
         }
     }
-    samples
+    packets
 }
 
 /// How evaluation goes on behind a rule.
@@ -244,12 +244,12 @@ enum Register {
 
 struct Walk<'a> {
     ours: &'a Ours,
-    base: &'a Base,
+    base: &'a ForeignBase,
     rules: &'a BTreeMap<&'a str, Vec<&'a ForeignRule>>,
-    sample: Sample<'a>,
+    packet: Packet<'a>,
     /// Chains that were gone through, and whether evaluation ends in them.
     seen: BTreeMap<&'a str, bool>,
-    /// The chains where the sample is broken.
+    /// The chains where the packet is broken.
     found: BTreeSet<&'a str>,
 }
 
@@ -281,7 +281,7 @@ impl<'a> Walk<'a> {
                 Some(Register::Bits(bits)) => *bits,
                 _ => Bits::NONE,
             };
-            let (mark, ct) = (self.sample.mark, self.sample.ct);
+            let (mark, ct) = (self.packet.mark, self.packet.ct);
             match expr {
                 Nft(Expr::MetaLoad { key: NFT_META_IIF | NFT_META_IIFNAME, dreg }) => {
                     registers.insert(*dreg, Register::Iif);
@@ -305,8 +305,8 @@ impl<'a> Walk<'a> {
                 }
                 Nft(Expr::Cmp { op: op @ (NFT_CMP_EQ | NFT_CMP_NEQ), sreg, data }) => {
                     let is = match (registers.get(sreg), parse::u32_ne(data)) {
-                        (Some(Register::Iif), _) => self.sample.iif.is(data),
-                        (Some(Register::Oif), _) => self.sample.oif.is(data),
+                        (Some(Register::Iif), _) => self.packet.iif.is(data),
+                        (Some(Register::Oif), _) => self.packet.oif.is(data),
                         (Some(Register::Bits(bits)), Some(value)) => bits.is(value, u32::MAX),
                         _ => Truth::Maybe,
                     };
@@ -367,47 +367,47 @@ impl<'a> Walk<'a> {
     }
 
     fn set_mark(&mut self, place: &'a str, new: Bits, matches: Truth) {
-        let sample = &mut self.sample;
+        let packet = &mut self.packet;
         // `remark` makes up for it
-        let made_up = sample.breaks == Breaks::Routed
+        let made_up = packet.breaks == Breaks::Routed
             && self.base.hook == NF_INET_PRE_ROUTING
             && self.base.priority < NF_IP_PRI_SECURITY
             && new.known & self.ours.mask == self.ours.mask
             && self.ours.marks.contains(&(new.value & self.ours.mask));
-        let same = new.is(sample.mark.value, self.ours.mask) == Truth::Yes;
-        if sample.breaks != Breaks::Next && !same && !made_up {
+        let same = new.is(packet.mark.value, self.ours.mask) == Truth::Yes;
+        if packet.breaks != Breaks::Next && !same && !made_up {
             self.found.insert(place);
         }
         if matches == Truth::Yes {
-            sample.mark = new;
+            packet.mark = new;
         }
     }
 
     fn set_ct_mark(&mut self, place: &'a str, new: Bits, matches: Truth) {
-        let sample = &mut self.sample;
-        let same = new.is(sample.ct.value, self.ours.mask) == Truth::Yes;
-        if sample.breaks == Breaks::Next && !same {
+        let packet = &mut self.packet;
+        let same = new.is(packet.ct.value, self.ours.mask) == Truth::Yes;
+        if packet.breaks == Breaks::Next && !same {
             self.found.insert(place);
         }
         if matches == Truth::Yes {
-            sample.ct = new;
+            packet.ct = new;
         }
     }
 }
 
 /// A line for each chain that overwrites marks of ours, with the remedy.
-pub fn hindrances(bases: &[Base], rules: &[ForeignRule], ours: &Ours) -> Vec<String> {
+pub fn hindrances(bases: &[ForeignBase], rules: &[ForeignRule], ours: &Ours) -> Vec<String> {
     let mut by_place: BTreeMap<&str, Vec<&ForeignRule>> = BTreeMap::new();
     for rule in rules {
         by_place.entry(&rule.place).or_default().push(rule);
     }
     let mut found = BTreeMap::new();
     for base in bases.iter().filter(|base| is_set_behind(&base.place, &by_place)) {
-        for sample in samples(base, ours) {
+        for packet in packets(base, ours) {
             let (seen, found_here) = (BTreeMap::new(), BTreeSet::new());
-            let mut walk = Walk { ours, base, rules: &by_place, sample, seen, found: found_here };
+            let mut walk = Walk { ours, base, rules: &by_place, packet, seen, found: found_here };
             walk.chain(&base.place);
-            found.extend(walk.found.into_iter().map(|place| ((sample.breaks, place), base)));
+            found.extend(walk.found.into_iter().map(|place| ((packet.breaks, place), base)));
         }
     }
     // once is enough, and one remedy helps both
@@ -437,7 +437,7 @@ fn is_set_behind(place: &str, rules: &BTreeMap<&str, Vec<&ForeignRule>>) -> bool
     false
 }
 
-fn line(breaks: Breaks, place: &str, base: &Base, mask: u32) -> String {
+fn line(breaks: Breaks, place: &str, base: &ForeignBase, mask: u32) -> String {
     let hook = match base.hook {
         NF_INET_PRE_ROUTING => "prerouting",
         NF_INET_LOCAL_IN => "input",

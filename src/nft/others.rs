@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use super::expr::{parts, Expr, Verdict};
-use super::marks::{self, Base, Ours};
+use super::marks::{self, ForeignBase, Ours};
 use super::message::dump;
 use super::table::TABLE;
 use crate::netlink::msg::Batch;
@@ -79,7 +79,7 @@ pub fn get_chains(batch: &mut Batch) {
 }
 
 /// Reads an answer to [`get_chains`]: the base chains, but for ours.
-pub fn parse_base(message: &Message) -> Option<Base> {
+pub fn parse_base(message: &Message) -> Option<ForeignBase> {
     if !message.is_nfnl(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWCHAIN) {
         return None;
     }
@@ -88,7 +88,7 @@ pub fn parse_base(message: &Message) -> Option<Base> {
     let name = parse::str_z(attrs.clone().get(NFTA_CHAIN_NAME)?);
     let hook = Attrs::new(attrs.get(NFTA_CHAIN_HOOK)?);
     let number = |attr| hook.clone().get(attr).and_then(parse::u32_be);
-    Some(Base {
+    Some(ForeignBase {
         place: format!("{home} {name}"),
         hook: number(NFTA_HOOK_HOOKNUM)?,
         priority: number(NFTA_HOOK_PRIORITY)? as i32,
@@ -255,7 +255,7 @@ impl ForeignRule {
 
 /// A line for each chain of others that breaks what goes to a tproxy, with the remedy. `rules` are in
 /// the order of the dump, which is that of each chain.
-pub fn hindrances(bases: &[Base], rules: &[ForeignRule], ours: &Ours) -> Vec<String> {
+pub fn hindrances(bases: &[ForeignBase], rules: &[ForeignRule], ours: &Ours) -> Vec<String> {
     let mut spared = BTreeSet::new();
     let mut found = Vec::new();
     for rule in rules {
