@@ -2,6 +2,8 @@
 //! what becomes of both.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -905,95 +907,115 @@ fn fake_addresses_reach_the_proxy() {
     }
 }
 
+/// Proxies that take DNS that is addressed to this host: by UDP, by TCP too, and not at all.
+const TAKERS_OF_DNS: &str = "
+    [tproxy all]
+    port = 7893
+    dns-hijack = 127.0.0.1:1053
+    dns-hijack = [::1]:1053
+    dns-hijack-local = yes
+    [tproxy tcp]
+    port = 7894
+    dns-hijack = 127.0.0.1:1053
+    dns-hijack-tcp = yes
+    dns-hijack-local = yes
+    [tproxy none]
+    port = 7894
+    dns-hijack = 127.0.0.1:1053
+    [rules]
+    all  = /all
+    tcp  = /tcp
+    none = /none
+    drop = /drop
+    direct = /direct
+";
+
 /// DNS that is addressed to this host or to a bypassed address, of local cgroups.
 #[test]
-fn dns_of_this_host() {
-    let ground = ground!("dnslocal");
-    let _world = World::new(&ground);
+fn dns_of_this_host_by_default_direct() {
+    dns_of_this_host(&ground!("dnslocal-direct"), "direct");
+}
+
+#[test]
+fn dns_of_this_host_by_default_proxied() {
+    dns_of_this_host(&ground!("dnslocal-all"), "all");
+}
+
+#[test]
+fn dns_of_this_host_by_default_dropped() {
+    dns_of_this_host(&ground!("dnslocal-drop"), "drop");
+}
+
+fn dns_of_this_host(ground: &Ground, default: &str) {
+    let _world = World::new(ground);
     let _proxy = Server::start(PROXY, &[7893, 7894]);
     let _servers = (Server::start("dns", &[1053]), Server::start("own", &[53, 80]));
-    let tproxies = "
-        [tproxy all]
-        port = 7893
-        dns-hijack = 127.0.0.1:1053
-        dns-hijack = [::1]:1053
-        dns-hijack-local = yes
-        [tproxy tcp]
-        port = 7894
-        dns-hijack = 127.0.0.1:1053
-        dns-hijack-tcp = yes
-        dns-hijack-local = yes
-        [tproxy none]
-        port = 7894
-        dns-hijack = 127.0.0.1:1053
-        [rules]
-        all  = /all
-        tcp  = /tcp
-        none = /none
-        drop = /drop
-        direct = /direct
-    ";
-    let here = ["127.0.0.53", "127.0.0.1", "192.0.2.1", "::1"].map(ip);
-    let bypassed = ip("203.0.113.65");
     let cgroups = ["/all", "/tcp", "/none", "/drop", "/direct", "/other"];
     let cgroups = cgroups.map(|path| (path, ground.cgroup(path)));
-    for default in ["direct", "all", "drop"] {
-        let config = format!(
-            "[global]\ndefault = {default}\nbypass = 203.0.113.64/26\nbypass-mark = 0xff\n\
-             bypass-user = 4711\n{tproxies}"
-        );
-        let daemon = Daemon::start(&ground, &config, &[]);
-        let mut wrong = Vec::new();
-        for (path, cgroup) in &cgroups {
-            let target = match *path {
-                "/other" => default,
-                path => &path[1..],
-            };
-            for to in here.iter().chain([&bypassed]) {
-                for proto in [Proto::Udp, Proto::Tcp] {
-                    let own = match *to == bypassed {
-                        true => format!("remote {bypassed}:53"),
-                        false => format!("own {}", addr(*to, 53)),
-                    };
-                    let want = match (target, proto, to.is_ipv4()) {
-                        ("all", Proto::Udp, true) | ("tcp", _, true) => "dns 127.0.0.1:1053".into(),
-                        ("all", Proto::Udp, false) => "dns [::1]:1053".into(),
-                        _ => own.clone(),
-                    };
-                    let client = Client::new(cgroup, proto, addr(*to, 53));
-                    let mut who = client.run().who();
-                    if who != want && proto == Proto::Udp {
-                        // by chance its port was that of an older flow, which stays what it was
-                        who = client.run().who();
-                    }
-                    if who != want {
-                        wrong.push(format!("{path} {proto:?} {to}: {who}, not {want}"));
-                    }
-                    // The resolver's own queries, by each guard.
-                    for client in [client.clone().uid(4711), client.mark(0xff)] {
-                        let who = client.run().who();
-                        if who != own {
-                            wrong.push(format!("guarded {path} {proto:?} {to}: {who}, not {own}"));
-                        }
-                    }
-                }
-                // Other ports of this host are nobody's business.
-                if *to != bypassed {
-                    let to = addr(*to, 80);
-                    let who = Client::tcp(cgroup, to).run().who();
-                    if who != format!("own {to}") {
-                        wrong.push(format!("{path} {to}: {who}"));
-                    }
-                }
+    let here = ["127.0.0.53", "127.0.0.1", "192.0.2.1", "::1"].map(ip);
+    let bypassed = ip("203.0.113.65");
+    let config = format!(
+        "[global]\ndefault = {default}\nbypass = 203.0.113.64/26\nbypass-mark = 0xff\n\
+         bypass-user = 4711\n{TAKERS_OF_DNS}"
+    );
+    let daemon = Daemon::start(ground, &config, &[]);
+    for (path, cgroup) in &cgroups {
+        let target = match *path {
+            "/other" => default,
+            path => &path[1..],
+        };
+        for proto in [Proto::Udp, Proto::Tcp] {
+            for to in here {
+                let own = format!("own {}", addr(to, 53));
+                dns_comes_to(cgroup, proto, to, taker(target, proto, to).unwrap_or(&own));
+                guarded_dns_comes_to(cgroup, proto, to, &own);
             }
-            let pong = Client::ping(cgroup, HOST4).run().who();
-            assert_eq!(pong, format!("echo {HOST4}"));
+            let remote = format!("remote {bypassed}:53");
+            dns_comes_to(
+                cgroup,
+                proto,
+                bypassed,
+                taker(target, proto, bypassed).unwrap_or(&remote),
+            );
+            guarded_dns_comes_to(cgroup, proto, bypassed, &remote);
         }
-        assert!(wrong.is_empty(), "default {default}\n{}", wrong.join("\n"));
-        // And afterwards too, what is not DNS is treated as ever.
-        let [all, .., dropped, direct, _] = cgroups.each_ref().map(|c| c.1.as_path());
-        expect(&[(all, under(PROXY)), (dropped, under("drop")), (direct, under("direct"))]);
-        assert!(daemon.stop().success());
+        // other ports of this host are nobody's business
+        for to in here.map(|to| addr(to, 80)) {
+            assert_eq!(Client::tcp(cgroup, to).run().who(), format!("own {to}"), "{path}");
+        }
+        let pong = Client::ping(cgroup, HOST4).run().who();
+        assert_eq!(pong, format!("echo {HOST4}"), "{path}");
+    }
+    // and afterwards too, what is not DNS is treated as ever
+    let [all, .., dropped, direct, _] = cgroups.each_ref().map(|c| c.1.as_path());
+    expect(&[(all, under(PROXY)), (dropped, under("drop")), (direct, under("direct"))]);
+    assert!(daemon.stop().success());
+}
+
+/// Whom DNS that is not addressed to it comes to, by [`TAKERS_OF_DNS`].
+fn taker(target: &str, proto: Proto, to: IpAddr) -> Option<&'static str> {
+    match (target, proto, to.is_ipv4()) {
+        ("all", Proto::Udp, true) | ("tcp", _, true) => Some("dns 127.0.0.1:1053"),
+        ("all", Proto::Udp, false) => Some("dns [::1]:1053"),
+        _ => None,
+    }
+}
+
+fn dns_comes_to(cgroup: &Path, proto: Proto, to: IpAddr, want: &str) {
+    let client = Client::new(cgroup, proto, addr(to, 53));
+    let mut who = client.run().who();
+    if who != want && proto == Proto::Udp {
+        // by chance its port was that of an older flow, which stays what it was
+        who = client.run().who();
+    }
+    assert_eq!(who, want, "{} {proto:?} {to}", cgroup.display());
+}
+
+/// The resolver's own queries, by each guard.
+fn guarded_dns_comes_to(cgroup: &Path, proto: Proto, to: IpAddr, want: &str) {
+    let client = Client::new(cgroup, proto, addr(to, 53));
+    for client in [client.clone().uid(4711), client.mark(0xff)] {
+        assert_eq!(client.run().who(), want, "guarded: {} {proto:?} {to}", cgroup.display());
     }
 }
 
@@ -1011,35 +1033,37 @@ add rule {family} wg-quick-wg0 premangle meta l4proto udp meta mark set ct mark
     )
 }
 
+/// What `wg-quick up` does for a default route.
+fn wg_quick_up() {
+    let lines = "link add wg0 type veth peer name wg1\naddr add 10.8.0.2/24 dev wg0\n\
+                 addr add 2001:db8:8::2/64 dev wg0 nodad\nlink set wg1 up\nlink set wg0 up\n";
+    ip_batch(&[], lines);
+    for family in ["-4", "-6"] {
+        let lines = "rule add not fwmark 51820 table 51820\n\
+                     rule add table main suppress_prefixlength 0\n\
+                     route add default dev wg0 table 51820\n";
+        ip_batch(&[family], lines);
+    }
+    load(&wireguard_chains("ip", "10.8.0.2"));
+    load(&wireguard_chains("ip6", "2001:db8:8::2"));
+    sysctl("net/ipv4/conf/all/src_valid_mark", "1");
+}
+
 /// wg-quick with a default route: its rules, and its chains, which drop what a tproxy answers to
 /// sockets that have the tunnel's address. Everybody says so, and the remedy that they name works.
 #[test]
-fn the_chains_of_wg_quick() {
-    let ground = ground!("wgquick");
-    let (mut world, lan, _servers) = neighbourhood(&ground);
+fn the_chains_of_wg_quick_are_there_first() {
+    the_chains_of_wg_quick(&ground!("wgquick-first"), wg_quick_up, || {});
+}
+
+#[test]
+fn the_chains_of_wg_quick_come_later() {
+    the_chains_of_wg_quick(&ground!("wgquick-later"), || {}, wg_quick_up);
+}
+
+fn the_chains_of_wg_quick(ground: &Ground, first: fn(), later: fn()) {
+    let (mut world, lan, _servers) = neighbourhood(ground);
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
-    let up = || {
-        let lines = "link add wg0 type veth peer name wg1\naddr add 10.8.0.2/24 dev wg0\n\
-                     addr add 2001:db8:8::2/64 dev wg0 nodad\nlink set wg1 up\nlink set wg0 up\n";
-        ip_batch(&[], lines);
-        for family in ["-4", "-6"] {
-            let lines = "rule add not fwmark 51820 table 51820\n\
-                         rule add table main suppress_prefixlength 0\n\
-                         route add default dev wg0 table 51820\n";
-            ip_batch(&[family], lines);
-        }
-        load(&wireguard_chains("ip", "10.8.0.2"));
-        load(&wireguard_chains("ip6", "2001:db8:8::2"));
-        sysctl("net/ipv4/conf/all/src_valid_mark", "1");
-    };
-    let down = || {
-        load("delete table ip wg-quick-wg0\ndelete table ip6 wg-quick-wg0\n");
-        for family in ["-4", "-6"] {
-            let lines = "rule del table 51820\nrule del table main suppress_prefixlength 0\n";
-            ip_batch(&[family], lines);
-        }
-        ip_batch(&[], "link del wg0\n");
-    };
     let clients = |want: &dyn Fn(&str) -> String| {
         for proto in [Proto::Tcp, Proto::Udp] {
             for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
@@ -1050,51 +1074,43 @@ fn the_chains_of_wg_quick() {
             }
         }
     };
-    for first in [true, false] {
-        println!("first: {first}");
-        if first {
-            up();
-        }
-        let daemon = Daemon::start(&ground, CONFIG, &[]);
-        crate::kernel::await_member(&proxied, "mihomo");
-        crate::kernel::await_member(&dropped, "drop");
-        if !first {
-            up();
-        }
-        let named = |text: &str| {
-            ["ip", "ip6"].iter().all(|family| {
-                let place = format!("chain {family} wg-quick-wg0 preraw of another program drops");
-                let remedy = format!("nft insert rule {family} wg-quick-wg0 preraw iif lo accept");
-                text.matches(&place).count() == 1 && text.contains(&remedy)
-            })
-        };
-        let told = || named(&daemon.logs());
-        assert!(wait_until(Duration::from_secs(5), told), "{}", daemon.logs());
-        let ask = |command| {
-            let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
-            String::from_utf8_lossy(&out.stdout).into_owned()
-        };
-        assert!(named(&ask("check")), "{}", ask("check"));
-        assert!(named(&ask("status")), "{}", ask("status"));
-        world.wire.packets();
-        clients(&|_| "nobody".into());
-        for family in ["ip", "ip6"] {
-            load(&format!("insert rule {family} wg-quick-wg0 preraw iif lo accept\n"));
-        }
-        clients(&|to| format!("{PROXY} {to}"));
-        for proto in [Proto::Tcp, Proto::Udp] {
-            for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
-                assert_eq!(lan.ask(0, proto, to), format!("{PROXY} {to}"));
-            }
-        }
-        assert!(!ask("check").contains("wg-quick-wg0"), "{}", ask("check"));
-        assert!(!ask("status").contains("wg-quick-wg0"), "{}", ask("status"));
-        let mut left = world.wire.to_remote();
-        left.retain(|packet| packet.proto != Proto::Icmp);
-        assert_eq!(left, []);
-        assert!(daemon.stop().success());
-        down();
+    first();
+    let daemon = Daemon::start(ground, CONFIG, &[]);
+    crate::kernel::await_member(&proxied, "mihomo");
+    crate::kernel::await_member(&dropped, "drop");
+    later();
+    let named = |text: &str| {
+        ["ip", "ip6"].iter().all(|family| {
+            let place = format!("chain {family} wg-quick-wg0 preraw of another program drops");
+            let remedy = format!("nft insert rule {family} wg-quick-wg0 preraw iif lo accept");
+            text.matches(&place).count() == 1 && text.contains(&remedy)
+        })
+    };
+    let told = || named(&daemon.logs());
+    assert!(wait_until(Duration::from_secs(5), told), "{}", daemon.logs());
+    let ask = |command| {
+        let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    assert!(named(&ask("check")), "{}", ask("check"));
+    assert!(named(&ask("status")), "{}", ask("status"));
+    world.wire.packets();
+    clients(&|_| "nobody".into());
+    for family in ["ip", "ip6"] {
+        load(&format!("insert rule {family} wg-quick-wg0 preraw iif lo accept\n"));
     }
+    clients(&|to| format!("{PROXY} {to}"));
+    for proto in [Proto::Tcp, Proto::Udp] {
+        for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
+            assert_eq!(lan.ask(0, proto, to), format!("{PROXY} {to}"));
+        }
+    }
+    assert!(!ask("check").contains("wg-quick-wg0"), "{}", ask("check"));
+    assert!(!ask("status").contains("wg-quick-wg0"), "{}", ask("status"));
+    let mut left = world.wire.to_remote();
+    left.retain(|packet| packet.proto != Proto::Icmp);
+    assert_eq!(left, []);
+    assert!(daemon.stop().success());
 }
 
 /// What `check` and `status` say of chains of others.

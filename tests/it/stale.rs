@@ -446,7 +446,7 @@ fn flows_below_a_root_that_is_made_again() {
 #[test]
 fn what_is_never_ended() {
     let ground = ground!("stale-never");
-    let remote = Remote::new(&ground);
+    let _remote = Remote::new(&ground);
     let cgroups = cgroups(&ground);
     let hosts = [HOST4, HOST6];
     // services of both protocols and families in both cgroups, with a client each
@@ -512,9 +512,15 @@ fn what_is_never_ended() {
     daemon.reconfigure(CONFIG);
     check("reload");
     assert!(!daemon.logs().contains("ended"), "{}", daemon.logs());
-    // without its listener, conntrack knows who came
-    services.clear();
-    daemon.reconfigure(BEFORE);
+}
+
+/// Without its listener, conntrack knows who came.
+#[test]
+fn who_came_to_a_listener_that_is_gone() {
+    let ground = ground!("stale-came");
+    let _remote = Remote::new(&ground);
+    let cgroups = cgroups(&ground);
+    let daemon = Daemon::start(&ground, BEFORE, &[]);
     let (ip, port) = (HOST4, 41009);
     let listener = listener_in(&cgroups[0], addr(ip, port));
     let mut client = ground.outside(|| TcpStream::connect(addr(ip, port)).expect("dial"));
@@ -522,7 +528,6 @@ fn what_is_never_ended() {
     drop(listener);
     daemon.reconfigure(CONFIG);
     talk(&mut client, &mut conn);
-    drop(remote);
 }
 
 /// The kernel takes its interface from an unconnected socket that is ended: it would send on by
