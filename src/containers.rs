@@ -3,7 +3,9 @@
 //! asks for, by the cgroups to be looked at, and time is a number of milliseconds.
 //!
 //! Nothing tells when a process enters a namespace. So a new cgroup, and a namespace that nobody is
-//! known to live in, are looked at again until [`PATIENCE`] is over.
+//! known to live in, are looked at again until [`PATIENCE`] is over. Afterwards a cgroup that held no
+//! process can still be heard of, when one joins it: some of these are kept in mind, the ones nearest
+//! to the root, where users who may make cgroups of their own have none.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,6 +14,9 @@ use crate::config::Target;
 use crate::netlink::link::Link;
 use crate::netlink::netns::Change;
 use crate::nft::table::Entrances;
+
+/// How many cgroups without a process are kept in mind.
+const MOST_VACANT: usize = 256;
 
 /// How long is looked for what is not known.
 pub const PATIENCE: u64 = 5000;
@@ -28,6 +33,8 @@ pub struct Containers {
     /// looked at.
     fresh: BTreeMap<Path, u64>,
     strange: BTreeMap<u32, u64>,
+    /// Cgroups that held no process when they were looked at, by depth, path and id.
+    vacant: BTreeSet<(usize, Path, u64)>,
     /// What comes in by a veth, as of last time.
     entrances: Entrances,
     /// Some interface is not known: a bridge that a veth is on, or whatever there is.
@@ -39,6 +46,7 @@ impl Containers {
     pub fn replace(&mut self, links: Vec<Link>, now: u64) {
         self.owners.clear();
         self.strange.clear();
+        self.vacant.clear();
         self.links.clear();
         self.complete(links, now);
     }
@@ -121,6 +129,7 @@ impl Containers {
     /// Cgroups may be gone, or be others now; `id` tells which one a path stands for. Whether any
     /// was that matters.
     pub fn check(&mut self, id: impl Fn(&Path) -> Option<u64>, now: u64) -> bool {
+        self.vacant.retain(|(_, path, known)| id(path) == Some(*known));
         let mut left = Vec::new();
         self.owners.retain(|net, owners| {
             owners.retain(|path, known| id(path) == Some(*known));
@@ -133,6 +142,7 @@ impl Containers {
 
     /// Another policy: others may own what nobody did.
     pub fn look_again(&mut self, now: u64) {
+        self.vacant.clear();
         let pairs = self.links.values().filter(|link| link.is_pair);
         let all: BTreeSet<u32> = pairs.filter_map(|link| link.peer).collect();
         all.into_iter().for_each(|net| self.meet(net, now));
@@ -167,6 +177,25 @@ impl Containers {
             }
         }
         self.is_asking()
+    }
+
+    /// The same look has shown whether any process is there.
+    pub fn lived_in(&mut self, path: &Path, id: u64, is: bool) {
+        let depth = path.iter().filter(|byte| **byte == b'/').count();
+        let cgroup = (depth, path.clone(), id);
+        match is {
+            true => drop(self.vacant.remove(&cgroup)),
+            false => drop(self.vacant.insert(cgroup)),
+        }
+        if self.vacant.len() > MOST_VACANT {
+            self.vacant.pop_last();
+        }
+    }
+
+    /// The cgroups of which it matters if a process joins them.
+    pub fn vacant(&self) -> BTreeSet<(Path, u64)> {
+        let all = self.vacant.iter().filter(|_| self.leads_anywhere());
+        all.map(|(_, path, id)| (path.clone(), *id)).collect()
     }
 
     fn is_asking(&self) -> bool {
@@ -310,6 +339,26 @@ mod tests {
         assert_eq!(veths(&mut c), [(7, 1)]);
         c.change(Change::Gone(7), 4);
         assert_eq!(veths(&mut c), []);
+    }
+
+    #[test]
+    fn those_without_a_process_are_kept_in_mind() {
+        let mut c = Containers::default();
+        let deep = |i: usize| path(&format!("/1/a/{i}"));
+        (0..MOST_VACANT).for_each(|i| c.lived_in(&deep(i), 7, false));
+        let first = path("/2");
+        c.lived_in(&first, 8, false);
+        // nobody could be anywhere
+        assert_eq!(c.vacant(), BTreeSet::new());
+        c.change(link(7, "v7", 0, Some(5)), 0);
+        let vacant = c.vacant();
+        assert_eq!(vacant.len(), MOST_VACANT);
+        assert!(vacant.contains(&(first.clone(), 8)));
+        c.lived_in(&first, 8, true);
+        // another one by now
+        c.check(|path| Some(if *path == deep(1) { 9 } else { 7 }), 0);
+        assert!(!c.vacant().contains(&(deep(1), 7)) && !c.vacant().contains(&(first, 8)));
+        assert_eq!(c.vacant().len(), MOST_VACANT - 2);
     }
 
     #[test]

@@ -154,6 +154,8 @@ struct Ready {
     signals: bool,
     cgroups: bool,
     mounts: bool,
+    /// A process has joined a cgroup that held none.
+    vacant: bool,
     kernel: bool,
 }
 
@@ -583,7 +585,7 @@ impl Daemon<'_> {
             }
             self.heal(ready.kernel);
             self.settle();
-            self.attend_to_containers(ready.kernel);
+            self.attend_to_containers(ready.kernel, ready.vacant);
             self.look_at_late();
             self.end_stale(SLICE);
             if self.signals.status() {
@@ -612,6 +614,8 @@ impl Daemon<'_> {
         fds.extend(cgroups.map(fd));
         let mounts = self.mounts.as_ref();
         fds.extend(mounts.map(|file| PollFd::new(file.as_fd(), PollFlags::POLLPRI)));
+        let vacant = self.containers.vacant.fd();
+        fds.extend(vacant.map(fd));
         fds.extend(self.kernel.event_fds().map(fd));
         match poll(&mut fds, self.timeout()) {
             Ok(_) => {
@@ -620,6 +624,7 @@ impl Daemon<'_> {
                 ready.signals = next(true);
                 ready.cgroups = next(cgroups.is_some());
                 ready.mounts = next(mounts.is_some());
+                ready.vacant = next(vacant.is_some());
                 ready.kernel = any.any(|ready| ready);
                 self.refused = false;
             }
@@ -630,7 +635,13 @@ impl Daemon<'_> {
                     log!(Warning, "unable to poll: {why}, looking every {every} ms");
                 }
                 let _ = poll(&mut [], LOOK_BLINDLY.as_millis() as u16);
-                ready = Ready { signals: true, cgroups: true, mounts: true, kernel: true };
+                ready = Ready {
+                    signals: true,
+                    cgroups: true,
+                    mounts: true,
+                    vacant: true,
+                    kernel: true,
+                };
             }
         }
         ready

@@ -41,7 +41,7 @@ const LAYERS: &[&[&str]] = &[
     &["cgroup::tree", "cgroup::backlog", "cgroup::mount"],
     &["cgroup::event", "cgroup::dying", "cgroup::gates"],
     &["cgroup::watch", "cgroup::ranking", "cgroup::blind"],
-    &["cgroup::core"],
+    &["cgroup::core", "cgroup::vacant"],
     &["cgroup::follow", "plan", "containers", "apps"],
     // ... to here, but for the files below
     &[

@@ -5,11 +5,11 @@
 //! events that say so are in the queue, because the parent was watched before.
 //! Source: inotify(7), fs/notify/inotify, fs/kernfs.
 
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CStr, CString, OsStr, OsString};
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path as FilePath;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path as FilePath, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
@@ -219,8 +219,8 @@ impl Watcher {
 
     /// The first processes of a cgroup, some at the most; none where that cannot be told.
     pub fn processes(&self, path: &[u8]) -> Vec<u32> {
-        let file = [&self.root, path, b"/cgroup.procs"].concat();
-        let Ok(file) = std::fs::File::open(OsStr::from_bytes(&file)) else {
+        let file = self.file(path, b"/cgroup.procs");
+        let Some(file) = file.and_then(|file| std::fs::File::open(file).ok()) else {
             return Vec::new();
         };
         let mut text = String::new();
@@ -233,13 +233,19 @@ impl Watcher {
 
     /// Counts what is dying below a cgroup.
     pub fn count_dying(&self, path: Path) -> Event {
-        let file = self.name(&path).map(|name| [name.as_bytes(), b"/cgroup.stat"].concat());
-        let text = file.and_then(|file| std::fs::read_to_string(OsStr::from_bytes(&file)).ok());
+        let file = self.file(&path, b"/cgroup.stat");
+        let text = file.and_then(|file| std::fs::read_to_string(file).ok());
         let count = text.and_then(|text| {
             let mut lines = text.lines();
             lines.find_map(|line| line.strip_prefix("nr_dying_descendants "))?.parse().ok()
         });
         Event::Dying { path, count }
+    }
+
+    /// A file of a cgroup, from the root of the file system; `None` where its path is too long for one.
+    pub fn file(&self, path: &[u8], name: &[u8]) -> Option<PathBuf> {
+        let file = [&self.root, path, name].concat();
+        (file.len() < libc::PATH_MAX as usize).then(|| OsString::from_vec(file).into())
     }
 
     /// Path of a cgroup from the root of the file system; `None` where it cannot be one.

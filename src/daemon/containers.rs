@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 use super::Daemon;
 use crate::cgroup::tree::Path;
+use crate::cgroup::vacant::Vacant;
 use crate::config::Config;
 use crate::containers::Containers;
 use crate::error::Error;
@@ -29,6 +30,8 @@ pub struct Search {
     pub containers: Containers,
     /// What the kernel has.
     pub entered: Entrances,
+    /// Tells of processes that join cgroups which held none.
+    pub vacant: Vacant,
     began: Instant,
     /// Cgroups of the look that goes on, the next one last, and what it has cost.
     asked: Vec<Path>,
@@ -49,6 +52,7 @@ impl Default for Search {
         Search {
             containers: Containers::default(),
             entered: Entrances::default(),
+            vacant: Vacant::default(),
             began: now,
             asked: Vec::new(),
             spent: Duration::ZERO,
@@ -104,6 +108,7 @@ impl Daemon<'_> {
         }
         if !wanted {
             self.containers.containers = Containers::default();
+            self.containers.vacant = Vacant::default();
         }
         let clock = self.containers.clock();
         self.containers.containers.look_again(clock);
@@ -135,20 +140,33 @@ impl Daemon<'_> {
     }
 
     /// What there is to hear, to look at and to do about containers.
-    pub(super) fn attend_to_containers(&mut self, notified: bool) {
+    pub(super) fn attend_to_containers(&mut self, notified: bool, joined: bool) {
         let incomplete = self.containers.containers.is_incomplete();
         let mut news = (notified || incomplete) && self.hear_of_links();
         let clock = self.containers.clock();
+        let removed = self.cgroups.removed;
         if std::mem::take(&mut self.cgroups.removed) {
             let tree = self.cgroups.core.tree();
             let id = |path: &Path| tree.get(path).map(|node| node.id);
             news |= self.containers.containers.check(id, clock);
         }
+        if joined {
+            let changed = self.containers.vacant.changed();
+            self.cgroups.ruled.extend(changed.into_iter().map(|(path, _)| path));
+        }
+        let begins_anew = news || self.containers.asked.is_empty();
         for path in self.cgroups.ruled.drain(..) {
-            news |= self.containers.containers.appeared(path, clock);
+            if self.containers.containers.appeared(path.clone(), clock) {
+                news = true;
+                // next, where a look goes on: it has to come to an end however many come
+                self.containers.asked.push(path);
+            }
         }
         if news {
-            self.containers.want();
+            match begins_anew {
+                true => self.containers.want(),
+                false => self.containers.pause = PAUSE.0,
+            }
         }
         if self.containers.due.is_some_and(|at| at <= Instant::now()) {
             self.look_for_containers(SLICE);
@@ -156,6 +174,26 @@ impl Daemon<'_> {
         }
         if news {
             self.enter();
+        }
+        if (news || removed) && self.containers.due.is_none() {
+            self.watch_vacant();
+        }
+    }
+
+    /// Nothing is looked for any more: has the kernel tell if a process joins a cgroup that holds none.
+    fn watch_vacant(&mut self) {
+        let Daemon { cgroups, containers: search, .. } = self;
+        let wanted = search.containers.vacant();
+        let clock = search.clock();
+        let mut joined = false;
+        for (path, _) in search.vacant.watch(wanted, &cgroups.watcher) {
+            // before it was watched
+            if !cgroups.watcher.processes(&path).is_empty() {
+                joined |= search.containers.appeared(path, clock);
+            }
+        }
+        if joined {
+            search.want();
         }
     }
 
@@ -198,7 +236,9 @@ impl Daemon<'_> {
             let Some(node) = core.tree().get(&path).filter(|node| core.is_ruled(node)) else {
                 continue;
             };
-            let nets = self.kernel.namespaces_of(&self.cgroups.watcher.processes(&path));
+            let processes = self.cgroups.watcher.processes(&path);
+            search.containers.lived_in(&path, node.id, !processes.is_empty());
+            let nets = self.kernel.namespaces_of(&processes);
             asking = search.containers.seen(&path, node.id, &nets);
             if began.elapsed() >= slice {
                 break;
