@@ -488,10 +488,13 @@ impl Daemon<'_> {
     /// Says which chains of other programs break what goes to a tproxy, or what is new of that.
     fn warn_of_others(&mut self, all: bool) {
         self.look_at_others = None;
-        if self.cgroups.core.config().tproxies.is_empty() {
+        let config = self.cgroups.core.config();
+        if config.tproxies.is_empty() && !config.has_containers() {
             return;
         }
-        let ours = Ours::of(self.cgroups.core.config());
+        let entered = &self.containers.entered;
+        let veths = entered.veths.values().map(|(name, _)| name.clone());
+        let ours = Ours::of(config).entered_by(veths.chain(entered.bridges.clone()));
         match self.kernel.others(&ours) {
             Ok(found) => found.into_iter().for_each(|line| {
                 if self.told.insert(line.clone()) || all {

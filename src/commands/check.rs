@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use nix::errno::Errno;
 
-use super::containers;
+use super::containers::{self, Container};
 use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::{mount, watch};
@@ -255,10 +255,13 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
             levels(findings.about("cgroup-level"));
         }
     }
-    host(config, core.as_ref(), findings);
+    let boxes = boxes(config, findings.about("containers"));
+    host(config, core.as_ref(), &boxes, findings);
     shared_ports(config, findings.about("shared-port"));
     routing(config, findings);
-    others(config, findings);
+    // with the first container the policy has sections for them
+    let with_boxes = config.with_containers().filter(|_| !boxes.is_empty());
+    others(with_boxes.as_ref().unwrap_or(config), boxes, findings);
     sysctls(findings.about("sysctl"));
     accounting(config, findings.about("conntrack-accounting"));
     saved_rulesets(findings.about("saved-ruleset"));
@@ -537,7 +540,7 @@ fn judge_features(features: &[Feature], said: &[Option<Errno>], findings: &mut F
 }
 
 /// What the configuration needs of this host: listeners, resolvers, interfaces.
-fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
+fn host(config: &Config, core: Option<&Core>, boxes: &[Container], findings: &mut Findings) {
     let host = Host::look();
     for (about, finding) in faults::of_host(config, &host) {
         findings.about(about);
@@ -553,7 +556,8 @@ fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
         super::bound(config, &host, core).iter().for_each(|text| findings.warning(text));
     }
     let mut all: BTreeSet<String> = faults::bridges(config, &host).into_iter().collect();
-    all.extend(boxes(config, findings.about("containers")));
+    let proxied = boxes.iter().filter(|c| matches!(c.target, Target::Tproxy(_)));
+    all.extend(proxied.filter_map(|container| container.bridge.clone()));
     bridges(&Vec::from_iter(all), findings.about("bridge-netfilter"));
     let hijacks = config.outlets().any(Outlet::hijacks_dns);
     let names = fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default();
@@ -566,14 +570,14 @@ fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
     }
 }
 
-/// Containers that rules cover; the bridges of those that go to a tproxy.
-fn boxes(config: &Config, findings: &mut Findings) -> BTreeSet<String> {
+/// Containers that rules cover.
+fn boxes(config: &Config, findings: &mut Findings) -> Vec<Container> {
     let all = match config.containers && !config.rules.is_empty() {
         true => Kernel::open().and_then(|mut kernel| {
             let cgroups = Cgroups::look(Rc::new(config.clone()))?;
             Ok(containers::find(&mut kernel, &cgroups))
         }),
-        false => return BTreeSet::new(),
+        false => return Vec::new(),
     };
     let all = all.unwrap_or_default();
     if !all.is_empty() {
@@ -582,8 +586,7 @@ fn boxes(config: &Config, findings: &mut Findings) -> BTreeSet<String> {
         }
         findings.ok(format!("veths of containers that rules cover: {}", all.len()));
     }
-    let proxied = all.into_iter().filter(|c| matches!(c.target, Target::Tproxy(_)));
-    proxied.filter_map(|container| container.bridge).collect()
+    all
 }
 
 /// Whether names are resolved by nss-resolve(8).
@@ -741,7 +744,7 @@ fn conflicts(config: &Config, needs: &Needs, seen: &Seen) -> Vec<String> {
 }
 
 /// A table of others with the name of ours, and chains that break what goes to a tproxy.
-fn others(config: &Config, findings: &mut Findings) {
+fn others(config: &Config, boxes: Vec<Container>, findings: &mut Findings) {
     if !sys::has_net_admin() {
         return;
     }
@@ -749,11 +752,12 @@ fn others(config: &Config, findings: &mut Findings) {
     if rules.is_ok_and(|rules| view::View::of(&rules).foreign) {
         findings.about("foreign-table").warning(format!("{}: run replaces it", view::FOREIGN));
     }
-    if config.tproxies.is_empty() {
+    if config.tproxies.is_empty() && !config.has_containers() {
         return;
     }
     findings.about("foreign-chain");
-    match Kernel::open().and_then(|mut kernel| kernel.others(&Ours::of(config))) {
+    let ours = Ours::of(config).entered_by(boxes.into_iter().flat_map(Container::interfaces));
+    match Kernel::open().and_then(|mut kernel| kernel.others(&ours)) {
         Ok(found) => found.iter().for_each(|text| findings.warning(text)),
         Err(error) => findings.warning(error.to_string()),
     }

@@ -17,6 +17,13 @@ pub struct Container {
     pub bridge: Option<String>,
 }
 
+impl Container {
+    /// What its packets come in by, as the IP layer sees it.
+    pub fn interfaces(self) -> impl Iterator<Item = String> {
+        [self.veth].into_iter().chain(self.bridge)
+    }
+}
+
 /// Those that there are now.
 pub fn find(kernel: &mut Kernel, cgroups: &Cgroups) -> Vec<Container> {
     find_of(kernel, cgroups, |node| cgroups.core.is_ruled(node))

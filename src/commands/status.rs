@@ -147,6 +147,7 @@ struct Entrance {
     target: String,
     in_force: bool,
     cgroup: Option<tree::Path>,
+    bridge: Option<String>,
 }
 
 /// What the table has, and what a look finds beside that.
@@ -158,11 +159,16 @@ fn entrances(kernel: &mut Kernel, config: &Config, host: &Host, view: &View) -> 
     let mut found: BTreeMap<u32, Container> =
         found.into_iter().flatten().map(|container| (container.index, container)).collect();
     let mut all: Vec<Entrance> = (view.veths.iter())
-        .map(|(index, target)| Entrance {
-            veth: host.interface_name(*index).unwrap_or_else(|| index.to_string()),
-            target: target.clone(),
-            in_force: true,
-            cgroup: found.remove(index).map(|container| container.cgroup),
+        .map(|(index, target)| {
+            let found = found.remove(index).map(|found| (found.cgroup, found.bridge));
+            let (cgroup, bridge) = found.unzip();
+            Entrance {
+                veth: host.interface_name(*index).unwrap_or_else(|| index.to_string()),
+                target: target.clone(),
+                in_force: true,
+                cgroup,
+                bridge: bridge.flatten(),
+            }
         })
         .collect();
     all.extend(found.into_values().map(|container| Entrance {
@@ -170,6 +176,7 @@ fn entrances(kernel: &mut Kernel, config: &Config, host: &Host, view: &View) -> 
         veth: container.veth,
         in_force: false,
         cgroup: Some(container.cgroup),
+        bridge: container.bridge,
     }));
     all
 }
@@ -352,8 +359,11 @@ impl Status {
             }
             routing.extend(compare(family, needs.as_ref(), have, priority));
         }
-        if targets.iter().any(|target| target.mark.is_some()) {
-            let ours = held.as_ref().map(|held| Ours::of_view(&held.view));
+        let entered = view.is_some_and(|view| !view.entered.is_empty());
+        if entered || targets.iter().any(|target| target.mark.is_some()) {
+            let enter = containers.iter().flatten();
+            let enter = enter.flat_map(|e| [Some(&e.veth), e.bridge.as_ref()]).flatten().cloned();
+            let ours = held.as_ref().map(|held| Ours::of_view(&held.view).entered_by(enter));
             hindrances.extend(kernel.others(&ours.unwrap_or_default())?);
         }
         Ok(Status {
@@ -795,6 +805,7 @@ mod tests {
             gateways: Vec::new(),
             interfaces,
             veths: BTreeMap::new(),
+            entered: Vec::new(),
             routed: Some(mark(0xff)),
         };
         let config = Config::default();

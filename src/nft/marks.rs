@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::expr::{Expr, Verdict};
 use super::others::ForeignExpr::{self, Nft, Xt};
 use super::others::{ForeignRule, XtMark};
+use super::table::priority_of_gateways;
 use super::view::View;
 use crate::config::Config;
 use crate::net::{Interface, Mark};
@@ -31,6 +32,10 @@ pub struct Ours {
     marks: BTreeSet<u32>,
     /// Of gateways, where one may have a tproxy.
     interfaces: Vec<Interface>,
+    /// Of containers: what they send bears these from where it comes in to where `gateways` reads it.
+    entered: BTreeSet<u32>,
+    /// By which interfaces that is.
+    enter: Vec<Interface>,
 }
 
 impl Ours {
@@ -39,6 +44,11 @@ impl Ours {
             mask: config.mask,
             marks: config.outlets().map(|outlet| outlet.mark).collect(),
             interfaces: config.gateway_interfaces().into_iter().cloned().collect(),
+            entered: match config.has_containers() {
+                true => config.targets().filter_map(|t| config.container_mark(t)).collect(),
+                false => BTreeSet::new(),
+            },
+            enter: Vec::new(),
         }
     }
 
@@ -46,10 +56,29 @@ impl Ours {
     pub fn of_view(view: &View) -> Ours {
         let marks: Vec<Mark> = view.targets.iter().filter_map(|target| target.mark).collect();
         Ours {
-            mask: marks.first().map_or(0, |mark| mark.mask),
+            mask: marks.first().or(view.entered.first()).map_or(0, |mark| mark.mask),
             marks: marks.iter().map(|mark| mark.value).collect(),
             interfaces: view.interfaces.clone(),
+            entered: view.entered.iter().map(|mark| mark.value).collect(),
+            enter: Vec::new(),
         }
+    }
+
+    /// The same where it is known by which interfaces containers come in: their veths and bridges.
+    pub fn entered_by(mut self, names: impl IntoIterator<Item = String>) -> Ours {
+        if self.entered.is_empty() {
+            return self;
+        }
+        let any = Interface { name: String::new(), prefix: true };
+        self.interfaces.retain(|interface| *interface != any);
+        self.enter = names.into_iter().map(|name| Interface { name, prefix: false }).collect();
+        self.interfaces.extend(self.enter.clone());
+        self
+    }
+
+    /// Where `gateways` stands.
+    fn gateways(&self) -> i32 {
+        priority_of_gateways(!self.entered.is_empty())
     }
 
     /// What routed packets bear that go to a tproxy.
@@ -154,6 +183,8 @@ impl Side<'_> {
 enum Breaks {
     /// A packet on its way to a tproxy loses its mark.
     Packet,
+    /// What a container sends is not known as its any more.
+    Entered,
     /// A routed packet, or the answer to one, gets another than it should have.
     Routed,
     /// A flow loses its mark.
@@ -186,6 +217,18 @@ fn packets<'a>(base: &ForeignBase, ours: &'a Ours) -> Vec<Packet<'a>> {
     };
     let (hook, priority) = (base.hook, base.priority);
     let mut packets = Vec::new();
+    if hook == NF_INET_PRE_ROUTING && priority <= ours.gateways() {
+        let marks = ours.entered.iter().take(MOST);
+        packets.extend(marks.flat_map(|mark| {
+            ours.enter.iter().take(MOST).map(move |interface| Packet {
+                breaks: Breaks::Entered,
+                mark: of(*mark),
+                ct: Bits::NONE,
+                iif: Side::Interface(interface),
+                oif,
+            })
+        }));
+    }
     for own in ours.marks.iter().copied().take(MOST) {
         let packet = Packet { breaks: Breaks::Packet, mark: of(own), ct: of(own), iif, oif };
         // from where ours sets the mark to where ours reads it; over lo, a packet keeps its way
@@ -208,7 +251,7 @@ fn packets<'a>(base: &ForeignBase, ours: &'a Ours) -> Vec<Packet<'a>> {
         for interface in &ours.interfaces {
             let side = Side::Interface(interface);
             let routed = Packet { breaks: Breaks::Routed, ..packet };
-            if hook == NF_INET_PRE_ROUTING && behind {
+            if hook == NF_INET_PRE_ROUTING && priority >= ours.gateways() {
                 packets.push(Packet { mark: of(ours.routed()), iif: side, ..routed });
             }
             // behind `unmark`, a restored mark routes the answer to lo; `guard` drops it
@@ -412,8 +455,8 @@ pub fn hindrances(bases: &[ForeignBase], rules: &[ForeignRule], ours: &Ours) -> 
     }
     // once is enough, and one remedy helps both
     let packets = |place| found.contains_key(&(Breaks::Packet, place));
-    let found_once =
-        found.iter().filter(|((b, place), _)| *b != Breaks::Routed || !packets(*place));
+    let one_remedy = |breaks| matches!(breaks, Breaks::Routed | Breaks::Entered);
+    let found_once = found.iter().filter(|((b, place), _)| !one_remedy(*b) || !packets(*place));
     found_once.map(|((breaks, place), base)| line(*breaks, place, base, ours.mask)).collect()
 }
 
@@ -456,6 +499,9 @@ fn line(breaks: Breaks, place: &str, base: &ForeignBase, mask: u32) -> String {
             "what has a tproxy does not get to it, and may go to the true destination",
             "meta mark",
         ),
+        Breaks::Entered => {
+            ("packet", "what containers send goes as if no rule covered it", "meta mark")
+        }
         Breaks::Routed => {
             ("packet", "what is routed to a tproxy, or its answers, do not get there", "ct mark")
         }

@@ -1545,8 +1545,15 @@ fn gateways_chain(config: &Config) -> Chain {
     if hands_over(config) {
         rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("routed")]);
     }
-    let priority = if config.has_containers() { NF_IP_PRI_CONNTRACK + 1 } else { NF_IP_PRI_MANGLE };
-    prerouting("gateways", priority, rules)
+    prerouting("gateways", priority_of_gateways(config.has_containers()), rules)
+}
+
+/// Where that chain stands.
+pub fn priority_of_gateways(has_containers: bool) -> i32 {
+    match has_containers {
+        true => NF_IP_PRI_CONNTRACK + 1,
+        false => NF_IP_PRI_MANGLE,
+    }
 }
 
 /// Where the packets of local processes come back in. Late, since Linux takes no packet that has

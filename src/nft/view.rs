@@ -220,6 +220,8 @@ pub struct View {
     pub routed: Option<Mark>,
     /// Where what containers send comes in, by index of the veth: the name of the target.
     pub veths: BTreeMap<u32, String>,
+    /// What it is marked with from there on.
+    pub entered: Vec<Mark>,
     /// Whether there is any rule that meets this host's packets: ours has one whatever the policy.
     pub classifies: bool,
     /// There are rules, and not the chains that ours have whatever the policy.
@@ -272,6 +274,7 @@ impl View {
             gateways: Vec::new(),
             interfaces: Vec::new(),
             veths: BTreeMap::new(),
+            entered: Vec::new(),
             routed: (rules.iter())
                 .filter(|rule| {
                     let name = rule.chain.strip_prefix("forward_");
@@ -292,7 +295,8 @@ impl View {
                 // wherever they come in
                 view.interfaces.push(Interface { name: String::new(), prefix: true });
                 let target = name.trim_start_matches(CONTAINERS).to_string();
-                containers.extend(compared(rule).map(|mark| (mark, target)));
+                view.entered.extend(compared(rule));
+                containers.extend(compared(rule).map(|mark| (mark.value, target)));
             }
             // a section has a rule for each interface and family
             if view.gateways.iter().all(|gateway| gateway.name != name) {
@@ -475,10 +479,10 @@ fn way_out(rule: &RuleView) -> Option<String> {
 }
 
 /// The mark that a rule asks the packet for.
-fn compared(rule: &RuleView) -> Option<u32> {
+fn compared(rule: &RuleView) -> Option<Mark> {
     match rule.exprs.get(..3)? {
-        [Expr::MetaLoad { key: NFT_META_MARK, .. }, Expr::Bitwise { .. }, Expr::Cmp { data, .. }] => {
-            parse::u32_ne(data)
+        [Expr::MetaLoad { key: NFT_META_MARK, .. }, Expr::Bitwise { mask, .. }, Expr::Cmp { data, .. }] => {
+            Some(Mark { value: parse::u32_ne(data)?, mask: *mask })
         }
         _ => None,
     }
