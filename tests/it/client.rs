@@ -260,6 +260,10 @@ pub struct Running {
 }
 
 impl Running {
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
     /// How it went, and how long the client took for it.
     pub fn wait(mut self) -> (Outcome, Duration) {
         let report = self.report();

@@ -1,14 +1,17 @@
 //! Rules for cgroups whose processes live in network namespaces of their own: what they send comes in
 //! by a veth, on a bridge or not.
 
+use std::collections::{HashMap, VecDeque};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::client::{Client, Proto, Running, SILENCE};
 use crate::daemon::Daemon;
 use crate::gateway::{self, ip, Lan, Netns, LAN4, LAN6};
-use crate::ground::{addr, ip_batch, sysctl, Ground, REMOTE4, REMOTE6};
+use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::table;
 use crate::wait_until;
 use crate::world::{Packet, Server, World, PROXY};
@@ -27,10 +30,11 @@ other = /boxes/other.*
 ";
 
 /// A process that lives in `cgroup` and in that namespace until this is dropped: a service at port 7.
-fn live(netns: &Netns, cgroup: &Path) -> Running {
-    let long = Duration::from_secs(600);
-    netns.run(|| Client::new(cgroup, Proto::Udp, addr(ip("::"), 7)).timeout(long).serve())
+pub fn live(netns: &Netns, cgroup: &Path) -> Running {
+    netns.run(|| Client::new(cgroup, Proto::Udp, addr(ip("::"), 7)).timeout(LONG).serve())
 }
+
+const LONG: Duration = Duration::from_secs(600);
 
 /// The chains of veths, by what their rules set.
 fn entrances() -> Vec<String> {
@@ -151,6 +155,17 @@ fn routed(ground: &Ground, veth: &str, number: u8) -> Netns {
     sysctl("net/ipv4/ip_forward", "1");
     sysctl("net/ipv6/conf/all/forwarding", "1");
     attach(&netns, veth, "eth0", number);
+    leave_by(&netns, number);
+    ground.outside(|| {
+        let lines = "route replace 198.51.100.0/24 via 192.0.2.1\n\
+                     route replace 2001:db8:3::/48 via 2001:db8:1::1\n";
+        ip_batch(&[], lines);
+    });
+    netns
+}
+
+/// Routes by [`attach`]'s veth.
+fn leave_by(netns: &Netns, number: u8) {
     netns.run(|| {
         let gates = format!(
             "route add default via 198.51.100.{} dev eth0\n\
@@ -160,12 +175,6 @@ fn routed(ground: &Ground, veth: &str, number: u8) -> Netns {
         ip_batch(&[], &gates);
         sysctl("net/ipv4/ping_group_range", "0 2147483647");
     });
-    ground.outside(|| {
-        let lines = "route replace 198.51.100.0/24 via 192.0.2.1\n\
-                     route replace 2001:db8:3::/48 via 2001:db8:1::1\n";
-        ip_batch(&[], lines);
-    });
-    netns
 }
 
 /// A veth to a namespace, with addresses and no route.
@@ -294,11 +303,6 @@ fn whoever_comes_first() {
     ip_batch(&[], "link add ve-moved type veth peer name ve-peer\nlink set ve-moved up\n");
     ip_batch(&[], &format!("link set ve-peer netns {}\n", moved.path()));
     await_entrances(&daemon, &["ve-moved 0xfd000000", "ve-two 0x01000000"]);
-    // made inside, as an unprivileged engine's helper may
-    let made = Netns::new();
-    let _made = live(&made, &ground.cgroup("/boxes/direct1"));
-    let home = format!("/proc/{}/ns/net", std::process::id());
-    let _ = home;
     // one network for two: `docker run --network container:X`; the first rule decides
     let _joined = live(&late, &ground.cgroup("/boxes/drop2"));
     await_entrances(&daemon, &["ve-moved 0xfd000000", "ve-two 0xfd000000"]);
@@ -314,6 +318,98 @@ fn whoever_comes_first() {
         entrances() != ["ve-moved 0xfd000000", "ve-two 0x01000000"]
     }));
     drop(visitor);
+    daemon.stop_clean();
+}
+
+/// Paused, published, on another bridge, behind a veth of another name, started anew, and with another
+/// one within.
+#[test]
+fn whatever_befalls_it() {
+    let ground = ground!("boxfate");
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let lan = Lan::new(&ground);
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let cgroup = ground.cgroup("/boxes/box1");
+    let process = live(lan.client(0), &cgroup);
+    let drop1 = ground.cgroup("/boxes/drop1");
+    let _dropped = live(lan.client(1), &drop1);
+    await_entrances(&daemon, &["lan0 0x01000000", "lan1 0xfd000000"]);
+    // `docker pause`
+    for (state, reached) in [("1", false), ("0", true)] {
+        std::fs::write(cgroup.join("cgroup.freeze"), state).expect("freeze");
+        lan.proxied(0);
+        let patience = if reached { Duration::from_secs(5) } else { SILENCE };
+        let client = Client::udp(&ground.root, addr(ip("198.51.100.10"), 7)).timeout(patience);
+        assert_eq!(client.run().who() == "service", reached, "frozen: {state}");
+    }
+    // `docker run -p`
+    let any = |proto| Client::new(&cgroup, proto, addr(ip("::"), 7)).timeout(LONG).serve();
+    let _services = [0, 1].map(|i| lan.client(i).run(|| any(Proto::Tcp)));
+    for (family, to) in [
+        ("ip", ["198.51.100.10", "198.51.100.11"]),
+        ("ip6", ["[2001:db8:3::10]", "[2001:db8:3::11]"]),
+    ] {
+        let mut rules = String::new();
+        for (i, to) in to.iter().enumerate() {
+            for l4 in ["tcp", "udp"] {
+                rules += &format!("iifname \"in0\" {l4} dport 800{i} dnat to {to}:7; ");
+            }
+        }
+        crate::kernel::load(&format!(
+            "table {family} published {{ chain c {{ type nat hook prerouting priority dstnat; \
+             {rules} }}\n}}\n"
+        ));
+    }
+    world.wire.packets();
+    for (port, host) in [8000, 8001].into_iter().flat_map(|p| [HOST4, HOST6].map(|h| (p, h))) {
+        for proto in [Proto::Tcp, Proto::Udp] {
+            let ask = Client::new(&ground.root, proto, addr(host, port));
+            let who = ground.outside(|| ask.run()).who();
+            assert_eq!(who, "service", "{proto:?} port {port} of {host}");
+        }
+    }
+    // `docker network connect` and `disconnect`
+    ip_batch(
+        &[],
+        "link add br-two address 02:00:00:00:01:00 type bridge forward_delay 0\n\
+         addr add 198.51.100.1/32 dev br-two\naddr add 2001:db8:3::1/128 dev br-two nodad\n\
+         link set br-two up\nlink set lan0 master br-two\n\
+         route add 198.51.100.10/32 dev br-two\nroute add 2001:db8:3::10/128 dev br-two\n",
+    );
+    lan.proxied(0);
+    lan.dropped(1);
+    ip_batch(&[], "link set lan0 down\nlink set lan0 name other0\nlink set other0 up\n");
+    await_entrances(&daemon, &["lan1 0xfd000000", "other0 0x01000000"]);
+    lan.proxied(0);
+    // `docker restart`, with the network of before and with a new one
+    drop(process);
+    drop(_services);
+    std::fs::remove_dir(&cgroup).expect("remove the cgroup");
+    world.wire.packets();
+    lan.proxied(0);
+    let process = live(lan.client(0), &ground.cgroup("/boxes/box1"));
+    lan.proxied(0);
+    assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    // one within
+    let inner = Netns::new();
+    lan.client(0).run(|| {
+        sysctl("net/ipv4/ip_forward", "1");
+        sysctl("net/ipv6/conf/all/forwarding", "1");
+        attach(&inner, "ve-inner", "eth0", 9);
+        for family in ["ip", "ip6"] {
+            crate::kernel::load(&format!(
+                "table {family} nat {{ chain c {{ type nat hook postrouting priority srcnat; \
+                 oifname \"eth0\" masquerade; }}\n}}\n"
+            ));
+        }
+    });
+    leave_by(&inner, 9);
+    let _inner = live(&inner, &ground.cgroup("/boxes/box1/docker/inner"));
+    world.wire.packets();
+    answered(&ground, &inner, [PROXY, PROXY, "echo"]);
+    assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    drop(process);
+    crate::kernel::load("delete table ip published\ndelete table ip6 published\n");
     daemon.stop_clean();
 }
 
@@ -432,56 +528,159 @@ fn the_window_is_short() {
     daemon.stop_clean();
 }
 
-/// Containers that come and go: each has its target, and what is gone leaves nothing.
+/// One of those that come and go.
+struct Brief {
+    netns: Netns,
+    process: Running,
+    path: String,
+    veth: String,
+    want: String,
+    /// When there was all that there is to know of it.
+    made: Instant,
+}
+
+impl Brief {
+    /// The process comes first, as with docker, or the network, as with podman.
+    fn new(ground: &Ground, number: usize) -> Brief {
+        let (kind, want) =
+            [("box", PROXY), ("drop", "nobody"), ("other", "proxy other")][number % 3];
+        let want = if want == "nobody" { want.into() } else { format!("{want} {}", Brief::asks()) };
+        let (path, veth) = (format!("/boxes/{kind}{number}"), format!("ve{number}"));
+        let (netns, cgroup) = (Netns::new(), ground.cgroup(&path));
+        let net = format!("10.{}.{}", number / 250, number % 250);
+        let early = (number % 2 == 0).then(|| live(&netns, &cgroup));
+        let line = format!(
+            "link add {veth} address 02:00:00:00:03:01 type veth peer name eth0 address \
+             02:00:00:00:03:02 netns {}\naddr add {net}.1/30 dev {veth}\nlink set {veth} up\n\
+             neigh replace {net}.2 lladdr 02:00:00:00:03:02 dev {veth}\n",
+            netns.path()
+        );
+        ip_batch(&[], &line);
+        let mut made = Instant::now();
+        netns.run(|| {
+            let line = format!(
+                "addr add {net}.2/30 dev eth0\nlink set eth0 up\n\
+                 neigh replace {net}.1 lladdr 02:00:00:00:03:01 dev eth0\n\
+                 route add default via {net}.1\n"
+            );
+            ip_batch(&[], &line);
+        });
+        let process = early.unwrap_or_else(|| {
+            made = Instant::now();
+            live(&netns, &cgroup)
+        });
+        Brief { netns, process, path, veth, want, made }
+    }
+
+    fn asks() -> std::net::SocketAddr {
+        addr(REMOTE4, 80)
+    }
+
+    fn ask(&self, ground: &Ground) -> Running {
+        let patience = if self.want == "nobody" { SILENCE } else { Duration::from_secs(5) };
+        let client = Client::udp(&ground.root, Brief::asks()).timeout(patience);
+        self.netns.run(|| client.spawn())
+    }
+
+    /// The veth goes by itself, or with its namespace.
+    fn end(self, ground: &Ground, with_namespace: bool) {
+        drop(self.process);
+        if !with_namespace {
+            ip_batch(&[], &format!("link del {}\n", self.veth));
+        }
+        drop(self.netns);
+        std::fs::remove_dir(ground.at(&self.path)).expect("remove a cgroup");
+    }
+}
+
+/// When each veth's rule came, by index, as `nft monitor` tells.
+fn watch_rules() -> (Child, Arc<Mutex<HashMap<u32, Instant>>>) {
+    let mut monitor = Command::new("nft");
+    monitor.args(["monitor", "new", "rules"]).stdin(Stdio::null()).stdout(Stdio::piped());
+    monitor.stderr(Stdio::null());
+    let mut monitor = monitor.spawn().expect("start nft");
+    let seen = Arc::new(Mutex::new(HashMap::new()));
+    let (lines, rules) = (monitor.stdout.take().expect("stdout is piped"), seen.clone());
+    std::thread::spawn(move || {
+        for line in BufReader::new(lines).lines().map_while(Result::ok) {
+            let index = line.strip_prefix("add rule inet cgtproxy veth_");
+            let index = index.and_then(|rest| rest.split(' ').next()?.parse().ok());
+            let mut rules = rules.lock().expect("no panic");
+            rules.extend(index.map(|index: u32| (index, Instant::now())));
+        }
+    });
+    (monitor, seen)
+}
+
+/// Containers that come and go, in the long form twenty a second for 25 seconds: each goes its way, and
+/// what is gone leaves nothing.
 #[test]
 fn many_come_and_go() {
     let ground = ground!("boxmany");
-    let long = std::env::var_os("CGTPROXY_LONG").is_some();
-    let (all, at_once) = if long { (500, 100) } else { (60, 20) };
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let _other = Server::start("proxy other", &[7894]);
+    sysctl("net/ipv4/ip_forward", "1");
+    let (all, at_once, pace) = match std::env::var_os("CGTPROXY_LONG") {
+        Some(_) => (500, 100, Duration::from_millis(50)),
+        None => (40, 12, Duration::ZERO),
+    };
     let daemon = Daemon::start(&ground, CONFIG, &[]);
+    // from the first one on the table is ready for them
+    let first = Brief::new(&ground, 240);
+    await_entrances(&daemon, &["ve240 0x01000000"]);
+    let (mut monitor, rules) = watch_rules();
     let (_, memory) = daemon.footprint();
-    let busy = daemon.busy();
-    let began = Instant::now();
-    let mut living = std::collections::VecDeque::new();
-    let mut slowest = Duration::ZERO;
-    for number in 0..all {
-        let kinds = [("box", "0x01000000"), ("drop", "0xfd000000"), ("other", "0x02000000")];
-        let (kind, mark) = kinds[number % 3];
-        let (veth, netns) = (format!("ve{number}"), Netns::new());
-        let path = format!("/boxes/{kind}{number}");
-        let process = live(&netns, &ground.cgroup(&path));
-        let made = Instant::now();
-        let line = format!("link add {veth} type veth peer name eth0 netns {}\n", netns.path());
-        ip_batch(&[], &line);
-        let want = format!("{veth} {mark}");
-        let there = wait_until(Duration::from_secs(10), || entrances().contains(&want));
-        assert!(there, "{want}: {}", daemon.logs());
-        slowest = slowest.max(made.elapsed());
-        living.push_back((netns, process, path, want));
-        if living.len() > at_once {
-            if let Some((netns, process, path, gone)) = living.pop_front() {
-                drop((netns, process));
-                std::fs::remove_dir(ground.at(&path)).expect("remove a cgroup");
-                let name = gone.split(' ').next().unwrap_or_default();
-                let _ = Command::new("ip").args(["link", "del", name]).output();
+    let (busy, began) = (daemon.busy(), Instant::now());
+    let (mut living, mut asked) = (VecDeque::new(), VecDeque::new());
+    let (mut windows, mut wrong, mut most) = (Vec::new(), Vec::new(), 0);
+    for number in 0..all + at_once + ASKED {
+        if number < all {
+            std::thread::sleep((pace * number as u32).saturating_sub(began.elapsed()));
+            let new = Brief::new(&ground, if number < 240 { number } else { number + 1 });
+            living.push_back((crate::world::interface_index(&new.veth), new));
+        }
+        if number >= at_once {
+            asked.extend(living.pop_front().map(|(index, old)| (index, old.ask(&ground), old)));
+        }
+        if number % 16 == 0 {
+            most = most.max(daemon.footprint().1);
+        }
+        if number >= at_once + ASKED {
+            let (index, answer, old) = asked.pop_front().expect("it was asked");
+            let who = answer.wait().0.who();
+            if who != old.want {
+                wrong.push(format!("{} behind {}: {who}", old.path, old.veth));
             }
+            let came = || rules.lock().expect("no panic").get(&index).copied();
+            assert!(wait_until(Duration::from_secs(10), || came().is_some()), "{}", old.veth);
+            windows.extend(came().map(|came| came.saturating_duration_since(old.made)));
+            old.end(&ground, number % 2 == 0);
         }
     }
-    let mut want: Vec<String> = living.iter().map(|(_, _, _, want)| want.clone()).collect();
-    want.sort();
-    assert!(wait_until(Duration::from_secs(10), || entrances() == want), "{:?}", entrances());
     let (took, used) = (began.elapsed(), daemon.busy() - busy);
-    let more = daemon.footprint().1.saturating_sub(memory);
-    println!("{all} in {took:?}, the slowest {slowest:?}, processor {used:?}, {more} KiB more");
-    for (.., entrance) in &living {
-        let name = entrance.split(' ').next().unwrap_or_default();
-        ip_batch(&[], &format!("link del {name}\n"));
-    }
-    assert!(wait_until(Duration::from_secs(10), || entrances().is_empty()), "{:?}", entrances());
-    // nothing is looked for any more
-    drop(living);
+    assert_eq!(wrong, [""; 0], "{}", daemon.logs());
+    windows.sort();
+    let at = |share: usize| windows[(windows.len() - 1) * share / 100];
+    println!(
+        "{all} in {took:?}: rule after {:?} (median), {:?} (90 %), {:?} (longest); processor \
+         {used:?}; memory {memory} KiB, {most} at most",
+        at(50),
+        at(90),
+        at(100)
+    );
+    let _ = monitor.kill().and_then(|()| monitor.wait());
+    let gone = wait_until(Duration::from_secs(10), || entrances() == ["ve240 0x01000000"]);
+    assert!(gone, "{:?}", entrances());
+    first.end(&ground, true);
+    let gone = wait_until(Duration::from_secs(10), || !table().contains("veth_"));
+    assert!(gone, "{}", table());
+    let left = wait_until(Duration::from_secs(10), || daemon.footprint().1 <= memory + 1024);
+    assert!(left, "memory: {memory} KiB before, {} KiB after", daemon.footprint().1);
     daemon.stop_clean();
 }
+
+/// So many are asked at a time, so that a dropped one may be waited for.
+const ASKED: usize = 8;
 
 /// A reload that the kernel refuses leaves those that lose their cgroup just then where they were, by
 /// the old policy's numbers.
@@ -507,7 +706,7 @@ fn a_reload_is_refused_while_one_ends() {
 }
 
 /// Has the kernel refuse whatever the daemon sends it, until this is killed.
-fn refuse_requests(daemon: &Daemon) -> std::process::Child {
+fn refuse_requests(daemon: &Daemon) -> Child {
     let pid = daemon.pid().to_string();
     let inject = ["-qq", "-o", "/dev/null", "-e", "inject=sendto:error=ENOMEM", "-p", &pid];
     let strace = Command::new("strace").args(inject).spawn().expect("start strace");
@@ -524,16 +723,21 @@ fn the_search_ends() {
     let config = CONFIG.replace("[global]", &format!("[global]\ncgroup-root = {}", root.display()));
     // a veth that leads to nobody, and cgroups without processes
     let daemon = Daemon::start(&ground, &config, &[]);
-    ground.cgroup("/own/boxes/box1");
+    let old = ground.cgroup("/own/boxes/box1");
     let (nobody, switches) = (Netns::new(), || daemon.process("voluntary_ctxt_switches"));
     attach(&nobody, "ve-nobody", "eth0", 1);
     std::thread::sleep(Duration::from_millis(6500));
     let before = switches();
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(switches(), before);
-    // who comes later is found all the same
-    let _process = live(&nobody, &ground.cgroup("/own/boxes/box2"));
+    // who comes later is found all the same, also in a cgroup that is there
+    let process = live(&nobody, &old);
     await_entrances(&daemon, &["ve-nobody 0x01000000"]);
+    drop(process);
+    std::fs::remove_dir(&old).expect("remove the cgroup");
+    await_entrances(&daemon, &[]);
+    let _process = live(&nobody, &ground.cgroup("/own/boxes/drop2"));
+    await_entrances(&daemon, &["ve-nobody 0xfd000000"]);
     daemon.stop_clean();
 }
 
@@ -554,4 +758,25 @@ fn apps_shows_containers() {
     assert!(wait_until(Duration::from_secs(10), || shown() == want), "{}", shown());
     let text = crate::tools::said(&ground, CONFIG, &["apps"]).out;
     assert!(text.contains("  behind lan1\n"), "{text}");
+}
+
+/// `explain --pid` and `status` tell by which veth a container comes in, and what it is called.
+#[test]
+fn it_is_told_what_is_a_container() {
+    let ground = ground!("boxes-told");
+    let lan = Lan::new(&ground);
+    let path = format!("/boxes/box/docker-{}.scope", "0123456789abcdef".repeat(4));
+    let process = live(lan.client(0), &ground.cgroup(&path));
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let said = daemon.ask(&["explain", "--pid", &process.pid().to_string()]).out;
+    for text in ["behind lan0: the rule covers", "container docker 0123456789ab\n"] {
+        assert!(said.contains(text), "{said}");
+    }
+    let find = "[(c['veth'], c['target'], c['in_force'], c['container'], c['cgroup']) \
+                for c in d['containers']]";
+    let want = format!("[('lan0', 'mihomo', True, 'docker 0123456789ab', '{path}')]");
+    assert_eq!(crate::tools::query(&daemon.ask(&["status", "--json"]).out, find), want);
+    let text = daemon.ask(&["status"]).out;
+    assert!(text.contains("lan0  mihomo  docker 0123456789ab  /boxes/box/docker-"), "{text}");
+    daemon.stop_clean();
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::client::{expect, expect_as, under, Client, Proto, SILENCE};
+use crate::containers::live;
 use crate::daemon::{run, Daemon};
 use crate::gateway::{ip, Lan};
 use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
@@ -1206,6 +1207,47 @@ fn packet_marks_that_others_overwrite() {
         assert_eq!(told(&daemon), ["", ""]);
         expect(&[(&proxied, under(PROXY))]);
         load("delete table inet who\n");
+    }
+}
+
+/// The same for the mark by which a container's packets are known from where they come in.
+#[test]
+fn container_marks_that_others_overwrite() {
+    let ground = ground!("boxmarks");
+    let mut world = World::new(&ground);
+    let lan = Lan::new(&ground);
+    let _servers = servers();
+    let _boxed = live(lan.client(1), &ground.cgroup("/drop/box"));
+    // a policy without any tproxy too
+    for config in [CONFIG.split("[gateway").next().expect("some"), "[rules]\ndrop = /drop\n"] {
+        let daemon = Daemon::start(&ground, config, &[]);
+        lan.dropped(1);
+        lan.direct(0);
+        assert_eq!(told(&daemon), ["", ""]);
+        for (priority, rule) in [
+            (-300, "iifname \"br-lan\" meta mark set 0"),
+            (-199, "meta mark set meta mark | 0xff000000"),
+        ] {
+            load(&who("prerouting", priority, rule));
+            let known = priority == -199;
+            // loaded last it is first of equals
+            lan.direct(1);
+            let what = if known { "packet mark" } else { "goes as if no rule covered it" };
+            told_and_remedied(&daemon, "inet who c", what);
+            lan.dropped(1);
+            load("delete table inet who\n");
+        }
+        // in other bits, or elsewhere
+        for (priority, rule) in
+            [(-300, "meta mark set meta mark | 0x1"), (-300, "iifname \"in0\" meta mark set 0")]
+        {
+            load(&who("prerouting", priority, rule));
+            assert_eq!(told(&daemon), ["", ""]);
+            lan.dropped(1);
+            load("delete table inet who\n");
+        }
+        world.wire.packets();
+        daemon.stop_clean();
     }
 }
 

@@ -14,6 +14,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::client::{socket_of, Client, Outcome, Proto, SILENCE};
+use crate::containers::live;
 use crate::daemon::{run_with, Daemon};
 use crate::gateway::Lan;
 use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
@@ -569,6 +570,48 @@ fn clients_of_a_router_leave_by_it() {
         let passes =
             wait_until(Duration::from_secs(5), || lan.ask(0, Proto::Tcp, to).starts_with("remote"));
         assert!(passes, "a client is not let out again");
+    }
+}
+
+/// A container that a rule for its cgroup gives a route.
+#[test]
+fn a_container_leaves_by_it() {
+    let ground = ground!("routebox");
+    let mut world = World::new(&ground);
+    tunnel_up(&ground);
+    let lan = Lan::new(&ground);
+    let _process = live(lan.client(0), &ground.cgroup("/vpn"));
+    for (valid_mark, bridged) in [("0", false), ("1", false), ("0", true)] {
+        sysctl("net/ipv4/conf/all/src_valid_mark", valid_mark);
+        // it needs no socket
+        crate::gateway::bridge_netfilter(bridged);
+        let mut daemon = Daemon::start(&ground, &policy(), &[]);
+        let mut left =
+            |what: &str| assert_eq!(world.wire.to_remote(), [], "{what}: by another way");
+        left("before");
+        for gracefully in [true, false] {
+            lan.expect(0, ["remote"; 6]);
+            left("up");
+            set("down");
+            let to = addr(REMOTE4, 80);
+            let refused = || lan.ask(0, Proto::Tcp, to) == "refused";
+            assert!(wait_until(Duration::from_secs(5), refused), "a container is not refused");
+            lan.expect(0, ["refused", "refused", "nobody", "nobody", "nobody", "nobody"]);
+            left("down");
+            set("up");
+            let passes = || lan.ask(0, Proto::Tcp, to).starts_with("remote");
+            assert!(wait_until(Duration::from_secs(5), passes), "a container is not let out again");
+            match gracefully {
+                true => daemon.leave(),
+                false => daemon.kill9(),
+            }
+            lan.expect(0, ["remote"; 6]);
+            left("without the daemon");
+            daemon = Daemon::start(&ground, &policy(), &[]);
+        }
+        lan.expect(1, ["remote"; 6]);
+        assert_ne!(world.wire.to_remote(), [], "no rule covers this client");
+        daemon.stop_clean();
     }
 }
 
