@@ -12,6 +12,7 @@
 //!                                     \--from 192.0.2.9, 2001:db8:1::9 ------> remote host
 //! ```
 
+mod engines;
 mod metrics;
 mod neighbour;
 mod resolver;

@@ -43,7 +43,7 @@ pub const NEIGHBOURS: [Neighbour; 7] = [
     Neighbour { name: "podman", needs: &["podman", "busybox"], start: podman, stop: |_| Ok(()) },
 ];
 
-const CONFIG: &str = "
+pub const CONFIG: &str = "
 [tproxy mihomo]
 port = 7893
 [rules]
@@ -55,7 +55,7 @@ target = mihomo
 ";
 
 /// A shell command that has to succeed.
-fn sh(line: &str) -> Verdict {
+pub fn sh(line: &str) -> Verdict {
     let mut command = Command::new("sh");
     command.args(["-c", line]).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").stdin(Stdio::null());
     let out = command.output().map_err(|e| format!("unable to start sh: {e}"))?;
@@ -66,14 +66,14 @@ fn sh(line: &str) -> Verdict {
 }
 
 /// A command that runs until the test ends it.
-fn run(line: &str) -> Result<Process, String> {
+pub fn run(line: &str) -> Result<Process, String> {
     let mut command = Command::new("sh");
     command.args(["-c", &format!("exec {line} 2>&1")]);
     command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     Process::start(&mut command, None)
 }
 
-fn wait_for(line: &str) -> Verdict {
+pub fn wait_for(line: &str) -> Verdict {
     let mut last = Ok(());
     wait_until(Duration::from_secs(30), || {
         last = sh(line);
@@ -83,7 +83,7 @@ fn wait_for(line: &str) -> Verdict {
 }
 
 /// A /etc that this test may write to.
-fn own_etc(ground: &Ground) -> Verdict {
+pub fn own_etc(ground: &Ground) -> Verdict {
     let dir = ground.dir.display();
     sh(&format!(
         "mkdir -p {dir}/up {dir}/work && mountpoint -q /etc || \
@@ -160,7 +160,7 @@ fn keepalived(ground: &Ground) -> Result<Vec<Process>, String> {
 }
 
 /// A root file system with busybox alone.
-fn busybox(dir: &Path) -> Verdict {
+pub fn busybox(dir: &Path) -> Verdict {
     let program = which("busybox").ok_or("SKIP: no busybox")?;
     let dir = dir.display();
     sh(&format!(
@@ -170,7 +170,7 @@ fn busybox(dir: &Path) -> Verdict {
     ))
 }
 
-fn docker(ground: &Ground) -> Result<Vec<Process>, String> {
+pub fn docker(ground: &Ground) -> Result<Vec<Process>, String> {
     let (root, image) = (ground.dir.join("docker"), ground.dir.join("image"));
     let daemon = run(&format!(
         "dockerd --data-root {} --exec-root /run/docker -p /run/docker.pid -s vfs \
@@ -188,6 +188,9 @@ fn docker(ground: &Ground) -> Result<Vec<Process>, String> {
     Ok(vec![daemon])
 }
 
+/// Not every host lets a container have what podman gives it by default.
+pub const LIMITS: &str = "--pids-limit -1 --ulimit nofile=1024:1024 --ulimit nproc=1024:1024";
+
 /// A container in the host's network, by its cgroup.
 fn podman(ground: &Ground) -> Result<Vec<Process>, String> {
     let image = ground.dir.join("image");
@@ -197,8 +200,8 @@ fn podman(ground: &Ground) -> Result<Vec<Process>, String> {
     let parent = ground.at("/proxied");
     let parent = parent.strip_prefix("/sys/fs/cgroup").map_err(|e| e.to_string())?;
     let line = format!(
-        "podman --root {0}/podman --runroot /run/podman --cgroup-manager cgroupfs run --rm \
-         --network host --pids-limit -1 --ulimit nofile=1024:1024 --ulimit nproc=1024:1024 --cgroup-parent /{1}/box --rootfs {2} \
+        "podman --runtime runc --root {0}/podman --runroot /run/podman --cgroup-manager cgroupfs run --rm \
+         --network host {LIMITS} --cgroup-parent /{1}/box --rootfs {2} \
          /bin/busybox nc 203.0.113.7 80 < /dev/null | grep -q '^{PROXY} '",
         ground.dir.display(),
         parent.display(),
@@ -332,81 +335,4 @@ fn neighbours() {
         }
     }
     assert!(failed.is_empty(), "failed beside {failed:?}");
-}
-
-/// Containers on the bridges of real engines: a rule for their cgroup covers them.
-#[test]
-#[ignore = "make real-test runs it"]
-fn containers() {
-    type Start = fn(&Ground) -> Result<Vec<Process>, String>;
-    let engines = [("docker", docker as Start), ("podman", |_| Ok(Vec::new()))];
-    let only = std::env::var("ONLY").unwrap_or_default();
-    let mut failed = Vec::new();
-    for (engine, start) in engines {
-        if !only.is_empty() && !only.split(' ').any(|o| o == engine) {
-            continue;
-        }
-        if which(engine).is_none() || which("busybox").is_none() {
-            report(engine, "containers", Err(format!("SKIP: no {engine} or busybox")));
-            continue;
-        }
-        let ground = ground!("engines");
-        let mut world = World::new(&ground);
-        let _proxy = Server::start(PROXY, &[7893]);
-        // not empty without the container: podman removes the parents that it leaves empty
-        ground.cgroup("/proxied/other");
-        let daemon = Daemon::start(&ground, CONFIG, &[]);
-        let verdict = start(&ground).and_then(|processes| {
-            crate::gateway::bridge_netfilter(false);
-            let done = behind_a_bridge(&ground, &mut world, engine);
-            processes.into_iter().for_each(Process::end);
-            done.map_err(|why| format!("{why}\n{}", daemon.logs()))
-        });
-        if !report(engine, "containers", verdict) {
-            failed.push(engine);
-        }
-    }
-    assert!(failed.is_empty(), "failed: {failed:?}");
-}
-
-/// One container that asks the remote host a second after its start, as everything would go without a
-/// rule, and then below `/proxied`.
-fn behind_a_bridge(ground: &Ground, world: &mut World, engine: &str) -> Verdict {
-    let image = ground.dir.join("image");
-    busybox(&image)?;
-    let parent = ground.at("/proxied");
-    let parent = parent.strip_prefix("/sys/fs/cgroup").map_err(|e| e.to_string())?;
-    let dir = ground.dir.display();
-    let (run, image) = match engine {
-        "docker" => ("docker -H unix:///run/docker.sock run --rm".to_string(), "box".to_string()),
-        _ => (
-            format!(
-                "podman --root {dir}/podman --runroot /run/podman --cgroup-manager cgroupfs run --rm \
-                 --pids-limit -1 --ulimit nofile=1024:1024 --ulimit nproc=1024:1024"
-            ),
-            format!("--rootfs {}", image.display()),
-        ),
-    };
-    let ask =
-        "/bin/busybox sh -c '/bin/busybox sleep 1; /bin/busybox nc 203.0.113.7 80 </dev/null'";
-    let below = format!("--cgroup-parent /{}/box", parent.display());
-    sh(&format!("{run} {image} {ask} | grep -q '^remote '"))?;
-    world.wire.packets();
-    sh(&format!("{run} {below} {image} {ask} | grep -q '^{PROXY} '"))?;
-    if let [first, ..] = &world.wire.to_remote()[..] {
-        return Err(format!("on the wire: {first:?}"));
-    }
-    // one that asks at once, again and again
-    let ask = "/bin/busybox sh -c 'for i in 0 1 2 3 4 5 6 7 8 9; do \
-               /bin/busybox nc 203.0.113.7 80 </dev/null; done'";
-    let said = format!("{run} {below} {image} {ask} > {dir}/said");
-    let began = std::time::Instant::now();
-    sh(&said)?;
-    let said = std::fs::read_to_string(ground.dir.join("said")).map_err(|e| e.to_string())?;
-    let early = said.lines().filter(|line| line.starts_with("remote")).count();
-    println!("{engine}: asked at once, {early} of 10 before the rule ({:?})", began.elapsed());
-    match said.lines().last().is_some_and(|line| line.starts_with(PROXY)) {
-        true => Ok(()),
-        false => Err(said),
-    }
 }
