@@ -1661,6 +1661,64 @@ fn what_is_taken() {
     }
 }
 
+/// The literal blocks of a manual page, as they are shown.
+fn blocks(page: &str) -> Vec<String> {
+    let blocks = page.split("\n.Bd -literal").skip(1);
+    let blocks = blocks.map(|block| block.split_once('\n').expect("a block").1);
+    let text = blocks.map(|block| block.split_once("\n.Ed\n").expect("its end").0);
+    text.map(|text| text.replace("\\e", "\\") + "\n").collect()
+}
+
+/// What of a text is a configuration: a block that begins with a section or a comment before it.
+fn is_configuration(block: &str) -> bool {
+    let mut lines = block.lines().filter(|line| !line.starts_with('#'));
+    let header = lines.next().and_then(|line| line.strip_prefix('['));
+    let kind = header.and_then(|header| header.split([' ', ']']).next());
+    kind.is_some_and(|kind| Kind::ALL.iter().any(|k| k.name() == kind))
+}
+
+/// Every configuration of the manual and the README is one, with rules that can match something.
+#[test]
+fn configurations_of_the_manual() {
+    let pages = ["conf/man/cgtproxy-recipes.7", "conf/man/cgtproxy.conf.5"].map(|p| shipped(p).1);
+    let readme = shipped("README.md").1;
+    let mut all: Vec<String> = pages.iter().flat_map(|page| blocks(page)).collect();
+    // what is indented in README, with the blank lines between
+    let mut block = String::new();
+    for line in readme.lines().chain(["."]) {
+        match line.strip_prefix("    ") {
+            Some(text) => block += &format!("{text}\n"),
+            None if line.is_empty() => block.push('\n'),
+            None => all.extend(Some(std::mem::take(&mut block)).filter(|b| b.contains("\n["))),
+        }
+    }
+    let all = all.into_iter().map(|block| block.trim_start_matches('\n').to_string());
+    let (configurations, others): (Vec<String>, Vec<String>) =
+        all.partition(|block| is_configuration(block));
+    for text in &configurations {
+        let config = good(text);
+        assert_eq!(lint::idle_rules(&config).into_iter().flatten().next(), None, "{text}");
+    }
+    assert!(configurations.len() >= 9, "{}", configurations.len());
+    let known = ["# ", "services:", "[Container]", "config rule", "drop   = user:guest"];
+    let unknown = others.iter().find(|block| !known.iter().any(|known| block.starts_with(known)));
+    assert_eq!(unknown, None, "is that a configuration?");
+}
+
+/// The recipes name every example, and none that is not there.
+#[test]
+fn recipes_name_the_examples() {
+    let (_, page) = shipped("conf/man/cgtproxy-recipes.7");
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("conf/examples");
+    let files = fs::read_dir(dir).expect("the examples");
+    let files = files.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let named = page.split("Pa ").skip(1).filter_map(|rest| rest.split([' ', '\n']).next());
+    let named = named.filter(|name| name.ends_with(".conf") && !name.contains('/'));
+    let named = named.filter(|name| *name != "cgtproxy.conf");
+    let named: BTreeSet<String> = named.map(str::to_string).collect();
+    assert_eq!(named, files.collect::<BTreeSet<String>>());
+}
+
 /// What findings of `check` are about has its place in cgtproxy(8), and in the code.
 #[test]
 fn findings_are_documented() {

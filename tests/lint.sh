@@ -58,7 +58,7 @@ fi
 
 if has command -v mandoc || package mandoc; then
 	# which other manuals this host has does not matter
-	for page in conf/man/*.[58]; do
+	for page in conf/man/*.[0-9]; do
 		said=$(mandoc -T lint "$page" 2>/dev/null | grep -v 'referenced manual not found')
 		[ -z "$said" ] || { echo "$said"; failed "mandoc of $page"; }
 	done

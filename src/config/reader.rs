@@ -69,8 +69,8 @@ impl Reader<'_> {
         self.draft.config.files.push(path.to_path_buf());
         if let Some((line, language)) = ini::foreign(&text) {
             let message = format!(
-                "this is {language}, not KEY = VALUE: \"Coming from elsewhere\" in README.md has \
-                 each key's place here"
+                "this is {language}, not KEY = VALUE: COMING FROM ELSEWHERE in \
+                 cgtproxy-recipes(7) has each key's place here"
             );
             return self.problem(&Place { file, line }, message);
         }

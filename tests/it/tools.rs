@@ -1377,11 +1377,10 @@ fn check_of_a_file_in_another_language() {
         assert_eq!(said.code, Some(2), "{}", said.out);
         let errors: Vec<&str> = said.out.lines().filter(|l| l.starts_with("error: ")).collect();
         assert!(errors.len() == 1 && errors[0].contains(want), "{}", said.out);
-        assert!(errors[0].contains("\"Coming from elsewhere\" in README.md"), "{}", said.out);
+        assert!(errors[0].contains("COMING FROM ELSEWHERE in cgtproxy-recipes(7)"), "{}", said.out);
     }
-    assert!(fs::read_to_string("README.md")
-        .expect("read")
-        .contains("\n## Coming from elsewhere\n"));
+    let page = fs::read_to_string("conf/man/cgtproxy-recipes.7").expect("read the manual page");
+    assert!(page.contains("\n.Sh COMING FROM ELSEWHERE\n"));
 }
 
 #[test]
