@@ -9,8 +9,7 @@ import time
 
 OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-           "--disable-dev-shm-usage", "--force-color-profile=srgb", "--hide-scrollbars",
-           "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe"]
+           "--disable-dev-shm-usage", "--force-color-profile=srgb", "--hide-scrollbars", "--remote-debugging-pipe"]
 
 
 class Failed(Exception):
@@ -18,7 +17,8 @@ class Failed(Exception):
 
 
 class Browser:
-    def __init__(self, home, width, height):
+    def __init__(self, home, host, width, height):
+        """With nothing but one host in its world."""
         def above(fds):
             return [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in fds]
         (its_in, self.out), (self.into, its_out) = above(os.pipe()), above(os.pipe())
@@ -26,7 +26,8 @@ class Browser:
             os.dup2(its_in, 3)
             os.dup2(its_out, 4)
         self.process = subprocess.Popen(
-            ["chromium", *OPTIONS, f"--window-size={width},{height}", f"--user-data-dir={home}/chromium", "about:blank"],
+            ["chromium", *OPTIONS, f"--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE {host}", f"--window-size={width},{height}",
+             f"--user-data-dir={home}/chromium", "about:blank"],
             pass_fds=(3, 4), preexec_fn=fds, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, env={**os.environ, "HOME": home})
         for fd in (its_in, its_out):

@@ -5,8 +5,8 @@ pages of cgtproxy (see luci.sh).
     luci.py ROUTER REPOSITORY LUCI PORT
 
 ROUTER is the directory of router.sh, LUCI a checkout of LuCI, whose scripts and styles are served as
-they are. A call is answered as rpcd does: refused (-32002) unless an ACL of LuCI's base or of cgtproxy
-allows it, object by object, and in the configuration that it names. What a session sets is staged in
+they are. A call is answered as rpcd does: refused unless an ACL of LuCI's base or of cgtproxy allows it,
+the object's method (-32002) and the configuration that it names (status 6). What a session sets is staged in
 the files that uci reads, committed by apply, which lets procd reload, and is taken back unless the
 page confirms it. What nobody should ask for is a line of ROUTER/unknown.
 """
@@ -78,7 +78,7 @@ acl = Acl()
 
 
 class Code(Exception):
-    """A status of ubus: 2 invalid argument, 3 no method, 4 not found, 5 no data."""
+    """A status of ubus: 3 no method, 4 not found, 5 no data, 6 permission denied."""
 
 
 def text_of(path):
@@ -209,7 +209,7 @@ def call(session, name, method, arguments):
         return None
     if name == "uci":
         if "config" in arguments and not acl.config(arguments["config"], method in WRITES):
-            return None
+            raise Code(6)
         return getattr(uci_object, method)(**arguments) or {}
     if name == "cgtproxy":
         return of_plugin(method, {**arguments, "ubus_rpc_session": session})
@@ -237,8 +237,8 @@ def answer(request):
     except uci.Mistake:
         return {**reply, "result": [4]}
     except Code as code:
-        if code.args[0] == 3:
-            unknown("call " + ".".join(request["params"][1:3]))
+        if code.args[0] in (3, 6):
+            unknown({3: "call ", 6: "refused "}[code.args[0]] + ".".join(request["params"][1:3]))
         return {**reply, "result": [code.args[0]]}
 
 

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.parse
 import urllib.request
 
 from browser import Browser, Failed
@@ -323,12 +325,12 @@ def rights():
     for name, method, arguments in [("uci", "get", {"config": "network"}), ("uci", "set", {"config": "network", "section": "lan", "values": {"proto": "none"}}),
                                     ("cgtproxy", "explain", {"pid": 1}), ("luci-rpc", "getDHCPLeases", {})]:
         asked = f"asked({json.dumps(name)}, {json.dumps(method)}, {json.dumps(arguments)})"
-        check(f"no right to {name}.{method} of {arguments}", lambda: browser.js(f"{asked}.then(reply => reply.error && reply.error.code)") != -32002)
+        check(f"no right to {name}.{method} of {arguments}", lambda: browser.js(f"{asked}.then(reply => reply.error ? reply.error.code : reply.result[0])") not in (-32002, 6))
 
 
 os.makedirs(DIR, exist_ok=True)
 with tempfile.TemporaryDirectory() as home:
-    browser = Browser(home, 1000, 760)
+    browser = Browser(home, urllib.parse.urlsplit(URL).hostname, 1000, 760)
     try:
         login = urllib.request.Request(URL + "/cgi-bin/luci/", b"luci_username=root&luci_password=")
         class Stay(urllib.request.HTTPRedirectHandler):
