@@ -299,6 +299,7 @@ def gateways():
     pick("source_mac", "02:00:00:00:00:11")
     picture("gateway")
     saved()
+    check("and shown by name", says, "tv", "lan")
     picture("gateways")
     apply()
     reloaded()

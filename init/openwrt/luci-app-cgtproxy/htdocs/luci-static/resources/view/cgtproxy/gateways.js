@@ -35,10 +35,14 @@ return view.extend({
 		o = s.option(form.DynamicList, 'source_mac', _('Hosts'), _('These Ethernet addresses alone'));
 		o.optional = true;
 		o.datatype = 'macaddr';
+		const hosts = {};
 		for (const mac in hints) {
 			const names = [ hints[mac].name, (hints[mac].ipaddrs || [])[0] ].filter(name => name);
+			hosts[mac.toLowerCase()] = names[0];
 			o.value(mac.toLowerCase(), '%s (%s)'.format(names.join(', ') || '?', mac.toLowerCase()));
 		}
+		o.textvalue = (id) => L.toArray(uci.get('cgtproxy', id, 'source_mac'))
+			.map(mac => hosts[mac.toLowerCase()] || mac).join(', ') || '-';
 		tools.tell_refused(status);
 		return map.render();
 	},
