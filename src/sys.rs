@@ -1,5 +1,6 @@
-//! System calls that nix does not wrap or wraps too widely, and all `unsafe` of this program but the allocator's. No policy here: each
-//! function is one call with its arguments checked, and returns the errno untouched.
+//! System calls that nix does not wrap or wraps too widely, and all `unsafe` of this program but the
+//! allocator's. No policy here: each function is one call with its arguments checked, and returns the
+//! errno untouched.
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -86,7 +87,8 @@ pub fn directory(base: BorrowedFd, path: &CStr) -> Result<Directory, Errno> {
     })
 }
 
-/// Ends the watch of a number, of which nix makes no watch again (inotify_rm_watch(2)). Errors: EINVAL where the kernel ended it already.
+/// Ends the watch of a number, of which nix makes no watch again (inotify_rm_watch(2)). Errors:
+/// EINVAL where the kernel ended it already.
 pub fn inotify_rm_watch(inotify: BorrowedFd, wd: i32) -> Result<(), Errno> {
     // SAFETY: no memory is passed.
     Errno::result(unsafe { libc::inotify_rm_watch(inotify.as_raw_fd(), wd) }).map(drop)

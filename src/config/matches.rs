@@ -1,7 +1,8 @@
 //! Matches that are not a regex: `service:NAME` and `app:ID` to the patterns of the paths that init
-//! systems and desktops give these, `user:NAME` and `group:NAME` to numbers. Pure. Sources: procd's and OpenRC's cgroups, systemd.unit(5),
-//! systemd's cg_escape(), systemd.io/DESKTOP_ENVIRONMENTS, flatpak's and snapd's transient scopes;
-//! the tests have the names that they make.
+//! systems and desktops give these, `user:NAME` and `group:NAME` to numbers. Pure.
+//! Sources: procd's and OpenRC's cgroups, systemd.unit(5), systemd's cg_escape(),
+//! systemd.io/DESKTOP_ENVIRONMENTS, flatpak's and snapd's transient scopes; the tests have the names
+//! that they make.
 
 use std::path::Path;
 

@@ -1,7 +1,6 @@
 //! Netlink: bytes out ([`msg`]), bytes in ([`parse`]), sockets ([`socket`]), constants ([`uapi`]);
-//! questions about other programs' sockets
-//! ([`diag`]) and flows ([`conntrack`]), rules and routes ([`fib`]), interfaces ([`link`]),
-//! network namespaces ([`netns`]).
+//! questions about other programs' sockets ([`diag`]) and flows ([`conntrack`]), rules and routes
+//! ([`fib`]), interfaces ([`link`]), network namespaces ([`netns`]).
 
 pub mod conntrack;
 pub mod diag;

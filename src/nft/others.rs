@@ -1,6 +1,7 @@
 //! Rules of other programs' tables that break what ours do: pure readers of a dump of all rules, and
 //! what is to be said of them. They know the expressions that ours use too, and what iptables has in
-//! their place; the rest they take for a condition that may hold. Source: include/uapi/linux/netfilter/nf_tables.h, xt_addrtype.h, xt_CT.h, xt_mark.h, xt_connmark.h.
+//! their place; the rest they take for a condition that may hold.
+//! Source: include/uapi/linux/netfilter/nf_tables.h, xt_addrtype.h, xt_CT.h, xt_mark.h, xt_connmark.h.
 
 use std::collections::BTreeSet;
 
