@@ -438,6 +438,26 @@ fn what_its_target_takes() {
     assert_eq!(lan.ask(0, Proto::Udp, to), format!("remote {to}"));
     let to = addr(ip("203.0.113.9"), 80);
     assert_eq!(lan.ask(0, Proto::Tcp, to), format!("remote {to}"));
+    let list = ground.dir.join("list");
+    crate::daemon::write_private(&list, "203.0.113.8\n");
+    let takes =
+        format!("port = 7893\ntcp-ports = 443\nquic = reject\nbypass-file = {}", list.display());
+    daemon.reconfigure(&CONFIG.replace("port = 7893", &takes));
+    let [seven, eight] = [REMOTE4, ip("203.0.113.8")];
+    for (proto, to, port, who) in [
+        (Proto::Tcp, seven, 443, PROXY),
+        (Proto::Tcp, seven, 80, "remote"),
+        (Proto::Tcp, eight, 443, "remote"),
+        (Proto::Tcp, REMOTE6, 443, PROXY),
+        (Proto::Udp, seven, 443, "refused"),
+        (Proto::Udp, REMOTE6, 443, "refused"),
+        (Proto::Udp, eight, 443, "remote"),
+        (Proto::Udp, seven, 53, PROXY),
+    ] {
+        let to = addr(to, port);
+        let want = if who == "refused" { who.to_string() } else { format!("{who} {to}") };
+        assert_eq!(lan.ask(0, proto, to), want, "{proto:?} {to}");
+    }
     daemon.stop_clean();
 }
 
@@ -526,6 +546,97 @@ fn the_window_is_short() {
     windows.sort_by_key(|(_, window)| *window);
     assert!(windows[5].1 < Duration::from_millis(500), "{windows:?}");
     daemon.stop_clean();
+}
+
+/// A namespace on the LAN's bridge, by that veth.
+fn bridged(netns: &Netns, veth: &str, number: usize) {
+    let path = netns.path();
+    ip_batch(
+        &[],
+        &format!(
+            "link add {veth} type veth peer name eth0 netns {path}\n\
+             link set {veth} master br-lan up\n"
+        ),
+    );
+    netns.run(|| {
+        ip_batch(
+            &[],
+            &format!(
+                "link set lo up\naddr add 198.51.100.{number}/24 dev eth0\nlink set eth0 up\n\
+                 neigh replace {LAN4} lladdr 02:00:00:00:01:00 dev eth0\n\
+                 route add default via {LAN4}\n"
+            ),
+        );
+    });
+}
+
+/// What a container sends that floods from its first moment on, before its rule is in force: that is
+/// told, and where a [gateway] section drops what no container is known for, it is nothing, also while
+/// no daemon is there.
+#[test]
+fn packets_before_the_rule() {
+    let ground = ground!("boxfirst");
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let _lan = Lan::new(&ground);
+    let gateway = "[gateway unknown]\ninterface = br-lan\ntarget = drop\n";
+    let to = addr(REMOTE4, 80);
+    let mut number = 20;
+    for closed in [false, true] {
+        let config = format!("{CONFIG}{}", if closed { gateway } else { "" });
+        let mut running = Some(Daemon::start(&ground, &config, &[]));
+        let mut left = Vec::new();
+        for round in 0..10 {
+            number += 1;
+            let (netns, veth) = (Netns::new(), format!("ve{number}"));
+            let cgroup = ground.at(&format!("/boxes/box{number}"));
+            // the network is ready before, as with podman, or comes last, as with docker
+            let early = round % 2 == 0;
+            let dead = closed && round > 7;
+            if dead {
+                running.take().into_iter().for_each(Daemon::kill9);
+            }
+            if early {
+                bridged(&netns, &veth, number);
+            }
+            world.wire.packets();
+            std::fs::create_dir_all(&cgroup).expect("make a cgroup");
+            let flood = netns.run(|| Client::udp(&cgroup, to).flood().spawn());
+            if !early {
+                bridged(&netns, &veth, number);
+            }
+            if dead {
+                // some thousand packets, that nobody hears of
+                std::thread::sleep(SILENCE);
+                assert_eq!(world.wire.to_remote(), [], "left without a daemon");
+            }
+            let daemon = running.get_or_insert_with(|| Daemon::start(&ground, &config, &[]));
+            let want = format!("{veth} 0x01000000");
+            let there = wait_until(Duration::from_secs(10), || entrances().contains(&want));
+            assert!(there, "{want}: {}", daemon.logs());
+            drop(flood);
+            left.push((
+                if early { "network first" } else { "process first" },
+                world.wire.to_remote().len(),
+            ));
+            let who = netns.run(|| Client::udp(&ground.root, to).run()).who();
+            assert_eq!(who, format!("{PROXY} {to}"));
+            ip_batch(&[], &format!("link del {veth}\n"));
+        }
+        println!("closed: {closed}: {left:?}");
+        let daemon = running.expect("it was started again");
+        if closed {
+            assert!(left.iter().all(|(_, count)| *count == 0), "{left:?}");
+            // one that has no target, and whose rule says so
+            number += 1;
+            let netns = Netns::new();
+            bridged(&netns, "ve-direct", number);
+            let _process = live(&netns, &ground.cgroup("/boxes/direct"));
+            await_entrances(&daemon, &["ve-direct 0xfc000000"]);
+            let who = netns.run(|| Client::udp(&ground.root, to).run()).who();
+            assert_eq!(who, format!("remote {to}"));
+        }
+        daemon.stop_clean();
+    }
 }
 
 /// One of those that come and go.
@@ -724,12 +835,18 @@ fn the_search_ends() {
     // a veth that leads to nobody, and cgroups without processes
     let daemon = Daemon::start(&ground, &config, &[]);
     let old = ground.cgroup("/own/boxes/box1");
+    // whoever may make cgroups of his own makes them deeper
+    (0..300).for_each(|i| drop(ground.cgroup(&format!("/own/boxes/box3/{i}"))));
+    let all = || daemon.footprint().0;
+    assert!(wait_until(Duration::from_secs(10), || all() > 300), "{} watches", all());
+    let watches = all();
     let (nobody, switches) = (Netns::new(), || daemon.process("voluntary_ctxt_switches"));
     attach(&nobody, "ve-nobody", "eth0", 1);
     std::thread::sleep(Duration::from_millis(6500));
     let before = switches();
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(switches(), before);
+    assert_eq!(all() - watches, 256, "watches for cgroups without a process");
     // who comes later is found all the same, also in a cgroup that is there
     let process = live(&nobody, &old);
     await_entrances(&daemon, &["ve-nobody 0x01000000"]);
