@@ -4,6 +4,7 @@
 
 mod containers;
 mod doubts;
+mod redirect;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::File;
@@ -44,6 +45,7 @@ use crate::pidfile::Pidfile;
 use crate::plan;
 use crate::route::Entry;
 use crate::signals::{End, Signals};
+use crate::stale::flows::Flows;
 use crate::stale::{self, Before, Judge, Suspects};
 use crate::sys;
 
@@ -143,6 +145,8 @@ struct Daemon<'a> {
     late: Backoff,
     /// The table was in others' hands: packets may have gone as if there was none.
     exposed: bool,
+    /// Flows may have to be sent another way, as a way out has opened.
+    redirects: bool,
     /// poll(2) was refused the last time.
     refused: bool,
     containers: Search,
@@ -252,6 +256,7 @@ fn begin<'a>(
         doubts: None,
         late: Backoff::default(),
         exposed: false,
+        redirects: false,
         refused: false,
         containers: Search::default(),
     };
@@ -355,6 +360,7 @@ impl Daemon<'_> {
             }
         }
         self.settle();
+        self.redirect_flows();
         // a table of before was in force all the time, so that nothing changed for the same target
         let suspects = Suspects::find(&self.cgroups.core, before, |_| true);
         self.look_for_stale(suspects, FIRST_SLICE);
@@ -398,7 +404,8 @@ impl Daemon<'_> {
     /// programs connect again at once; packets alone would have them wait until they give up.
     fn look_for_stale(&mut self, suspects: Suspects, slice: Duration) {
         let config = self.cgroups.core.config().clone();
-        let judge = Judge::new(config, suspects, sockets::chosen_ports());
+        let moves = self.kernel.tells_flows();
+        let judge = Judge::new(config, suspects, sockets::chosen_ports(), moves);
         self.doubts = Doubts::find(&mut self.kernel, judge);
         self.end_stale(slice);
     }
@@ -418,8 +425,20 @@ impl Daemon<'_> {
         let due = self.late.due().is_some_and(|at| at + rest <= now);
         if due && self.doubts.is_none() && self.table.due().is_none() {
             let ways = self.cgroups.core.take_late();
+            self.redirect_flows();
             self.look_for_stale(Suspects::late(&self.cgroups.core, &ways), SLICE);
             self.late.done(now, Instant::now());
+        }
+    }
+
+    /// Has flows that began otherwise go by the routes that are theirs, and those of a route no more by
+    /// one that is not. Once the table and the ways out are in force.
+    fn redirect_flows(&mut self) {
+        self.redirects = false;
+        let flows = Flows::of(&self.cgroups.core).filter(|_| self.kernel.tells_flows());
+        let moved = flows.map_or(0, |flows| redirect::redirect(&mut self.kernel, &flows));
+        if moved > 0 {
+            log!(Notice, "{moved} UDP flows that began another way go as they should");
         }
     }
 
@@ -453,6 +472,8 @@ impl Daemon<'_> {
                     why => format!("[route {name}]: {interface} is {why}: its traffic is refused"),
                 };
                 log!(limited::Notice, "{text}");
+                // what began meanwhile may have had no way
+                self.redirects = true;
             }
             ways.insert(name.to_string(), state);
         }
@@ -588,6 +609,9 @@ impl Daemon<'_> {
             }
             self.heal(ready.kernel);
             self.settle();
+            if self.redirects {
+                self.redirect_flows();
+            }
             self.attend_to_containers(ready.kernel, ready.vacant);
             self.look_at_late();
             self.end_stale(SLICE);
@@ -741,6 +765,7 @@ impl Daemon<'_> {
                 );
                 self.cgroups = fresh;
                 self.repair_table();
+                self.redirect_flows();
                 // until now they went by the default
                 let before = Before::of_default(self.cgroups.core.config());
                 let before = Some(before).filter(|_| self.doubts.is_none());
@@ -800,6 +825,7 @@ impl Daemon<'_> {
                 self.loops.want(Instant::now());
                 log!(limited::Notice, "the table is in force again");
                 if std::mem::take(&mut self.exposed) {
+                    self.redirect_flows();
                     let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
                     self.look_for_stale(suspects, SLICE);
                 }
@@ -1027,6 +1053,7 @@ impl Daemon<'_> {
         if !(old.gateways.is_empty() && new.gateways.is_empty()) {
             self.kernel.forget_routes(new.rule_priority);
         }
+        self.redirect_flows();
         let same = |target| stale::takes_the_same(&old, &new, target);
         let was = was.filter(|_| !std::mem::take(&mut self.exposed));
         self.look_for_stale(Suspects::find(&self.cgroups.core, was, same), SLICE);

@@ -30,6 +30,7 @@ use crate::nft::view;
 use crate::route::{self, Needs};
 use crate::sys;
 
+mod flows;
 pub mod routing;
 pub mod sockets;
 
@@ -61,6 +62,8 @@ pub struct Kernel {
     diag: Option<Socket>,
     /// False once the kernel has refused to end a socket.
     ends_sockets: bool,
+    /// False once conntrack has not told of its flows.
+    tells_flows: bool,
 }
 
 /// What others did to our state since the last look.
@@ -93,6 +96,7 @@ impl Kernel {
             links: Vec::new(),
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
             ends_sockets: true,
+            tells_flows: true,
         })
     }
 

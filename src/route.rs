@@ -511,8 +511,7 @@ pub fn is_way_change(needs: &Needs, links: &[Link], message: &Message) -> bool {
     }
     let address = link::parse_address(message).filter(|address| address.wide);
     address.is_some_and(|LinkAddress { index, ip, .. }| {
-        // of several that it has one may have gone
-        let news = |link: &Link| message.kind == RTM_DELADDR || !link.has_address(Family::of(&ip));
+        let news = |link: &Link| message.kind == RTM_DELADDR || !link.addresses.contains(&ip);
         known(index).is_some_and(news)
     })
 }

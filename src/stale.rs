@@ -5,6 +5,8 @@
 //! Never stale: listening sockets and what others connected to, UDP sockets of a port or an interface
 //! that somebody chose, and what a target leaves alone. In doubt a flow that nobody listens for is outbound.
 
+pub mod flows;
+
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -294,12 +296,19 @@ pub struct Judge {
     bypass6: Vec<Range<Ipv6Addr>>,
     /// The ports that the kernel gives to sockets that ask for none.
     chosen: RangeInclusive<u16>,
+    /// Datagrams can be sent by a route whatever their flow began by ([`flows`]).
+    moves: bool,
 }
 
 impl Judge {
-    pub fn new(config: Rc<Config>, suspects: Suspects, chosen: RangeInclusive<u16>) -> Judge {
+    pub fn new(
+        config: Rc<Config>,
+        suspects: Suspects,
+        chosen: RangeInclusive<u16>,
+        moves: bool,
+    ) -> Judge {
         let (bypass4, bypass6) = (table::bypass4(&config), table::bypass6(&config));
-        Judge { config, suspects, bypass4, bypass6, chosen }
+        Judge { config, suspects, bypass4, bypass6, chosen, moves }
     }
 
     pub fn suspects(&self) -> &Suspects {
@@ -313,8 +322,9 @@ impl Judge {
         };
         let way = self.way(socket, suspect.now);
         let is_udp = socket.protocol == IPPROTO_UDP;
+        let moved = self.moves && is_udp && matches!(suspect.now, Target::Route(_));
         let began = match suspect.was {
-            Was::Direct => true,
+            Was::Direct => !moved || way == Way::Cut,
             // its packets are sent the new way, its proxied TCP flows stay where they are
             Was::Taken => !is_udp || way == Way::Cut,
         };
@@ -429,7 +439,7 @@ mod tests {
         };
         let case = Case { now: now.into(), was: Some(was.into()) };
         let suspects = Suspects { known: HashMap::from([(1, Some(case))]), ..Suspects::default() };
-        Judge::new(Rc::new(config), suspects, 32768..=60999)
+        Judge::new(Rc::new(config), suspects, 32768..=60999, true)
     }
 
     fn tcp(state: u8) -> Socket {

@@ -74,6 +74,7 @@ const PURE: &[&str] = &[
     "loops",
     "apps",
     "stale",
+    "stale::flows",
     "faults",
     "nft::expr",
     "nft::stmt",
@@ -204,7 +205,7 @@ fn arrows_point_one_way() {
 #[test]
 fn the_kernel_knows_no_configuration() {
     let sources = sources();
-    for module in ["kernel", "kernel::routing", "kernel::sockets", "route"] {
+    for module in ["kernel", "kernel::flows", "kernel::routing", "kernel::sockets", "route"] {
         for used in uses(module, &sources[module]) {
             let above = ["config", "policy", "plan", "cgroup::core", "stale"];
             assert!(!above.iter().any(|name| used.starts_with(name)), "{module} uses {used}");

@@ -2,6 +2,7 @@
 //! Where ours belong among those of others is decided in [`crate::route`].
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use nix::errno::Errno;
 
@@ -42,7 +43,13 @@ impl Kernel {
         self.watch(&needs);
         // asked for behind that, so that no change goes unseen
         needs.links = self.links_of(&needs);
-        self.links = needs.links.clone();
+        let before = std::mem::replace(&mut self.links, needs.links.clone());
+        let has = |ip: &IpAddr| needs.links.iter().any(|link| link.addresses.contains(ip));
+        let gone = before.into_iter().flat_map(|link| link.addresses).filter(|ip| !has(ip));
+        let gone: Vec<IpAddr> = gone.collect();
+        if !gone.is_empty() {
+            self.forget_translated(&gone);
+        }
         let needs = &needs;
         let (mut routing, mut result, mut lo_is_down) = (Routing::default(), Ok(()), false);
         for family in Family::BOTH {

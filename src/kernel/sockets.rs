@@ -2,7 +2,7 @@
 //! them are stale is decided in [`crate::stale`].
 
 use std::collections::{BTreeSet, HashSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 
 use nix::errno::Errno;
@@ -13,7 +13,6 @@ use crate::log;
 use crate::net::Mark;
 use crate::netlink::conntrack::{self, Flow};
 use crate::netlink::diag::{self, PortOwner, Socket, Witness};
-use crate::netlink::fib;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::uapi::*;
@@ -111,16 +110,11 @@ impl Kernel {
         match socket.is_connected() {
             false => Witness::default(),
             true => Witness {
-                local: self.stays_here(socket.remote.ip()),
+                local: self.way(socket.remote.ip(), 0).here,
                 proxied: socket.protocol == IPPROTO_TCP && self.has_peer(socket),
                 flow: self.flow(socket),
             },
         }
-    }
-
-    fn stays_here(&mut self, remote: IpAddr) -> bool {
-        let request = |batch: &mut Batch| fib::get_way(batch, remote);
-        answer(self.rt.ask(&request, fib::parse_way)).unwrap_or(false)
     }
 
     /// Whether the other end of the connection is a socket of this host, though its address need not

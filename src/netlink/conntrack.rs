@@ -1,7 +1,7 @@
 //! What conntrack knows of one flow, by ctnetlink. Pure bytes.
 //! Source: include/uapi/linux/netfilter/nfnetlink_conntrack.h, net/netfilter/nf_conntrack_netlink.c.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use super::msg::{Batch, Open};
 use super::parse::{self, Attrs, Message};
@@ -92,6 +92,106 @@ fn of_marked(batch: &mut Batch, kind: u16, flags: u16, value: u32, mask: u32) {
     batch.end(open);
 }
 
+/// A flow of UDP, or of pings, as it was dumped.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub protocol: u8,
+    /// Who spoke first, and to whom. The ports of a ping are 0.
+    pub from: SocketAddr,
+    pub to: SocketAddr,
+    /// Whom answers come from, and where they go to.
+    pub answers: (SocketAddr, SocketAddr),
+    pub mark: u32,
+    /// Seconds until it is forgotten.
+    pub timeout: u32,
+    /// Both as the kernel has them, by which it is found again.
+    original: Vec<u8>,
+}
+
+impl Entry {
+    /// Whether an address or a port of it is translated.
+    pub fn is_translated(&self) -> bool {
+        self.answers != (self.to, self.from)
+    }
+}
+
+/// Asks for all flows of a family.
+pub fn get_all(batch: &mut Batch, family: u8) {
+    let open = begin(batch, IPCTNL_MSG_CT_GET, NLM_F_DUMP, family);
+    batch.end(open);
+}
+
+/// Reads an answer to [`get_all`]; `None` where it is another protocol's, or in a zone of its own.
+pub fn parse_entry(message: &Message) -> Option<Entry> {
+    if message.kind != NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW {
+        return None;
+    }
+    let attrs = Attrs::after(message.body, 4);
+    let attr = |kind| attrs.clone().get(kind);
+    let original = attr(CTA_TUPLE_ORIG)?;
+    let (protocol, from, to) = ends(original)?;
+    let (_, answer_from, answer_to) = ends(attr(CTA_TUPLE_REPLY)?)?;
+    if ![IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6].contains(&protocol) || attr(CTA_ZONE).is_some()
+    {
+        return None;
+    }
+    Some(Entry {
+        protocol,
+        from,
+        to,
+        answers: (answer_from, answer_to),
+        mark: attr(CTA_MARK).and_then(parse::u32_be).unwrap_or(0),
+        timeout: attr(CTA_TIMEOUT).and_then(parse::u32_be).unwrap_or(0),
+        original: original.to_vec(),
+    })
+}
+
+/// The protocol and the two ends of a tuple; ports are 0 where it has none.
+fn ends(tuple: &[u8]) -> Option<(u8, SocketAddr, SocketAddr)> {
+    let addresses = Attrs::new(Attrs::new(tuple).get(CTA_TUPLE_IP)?);
+    let ports = Attrs::new(Attrs::new(tuple).get(CTA_TUPLE_PROTO)?);
+    let address = |v4, v6| {
+        let address = addresses.clone().get(v4).or_else(|| addresses.clone().get(v6));
+        address.and_then(parse::ip)
+    };
+    let port = |which| {
+        let port = ports.clone().get(which).and_then(|port| port.try_into().ok());
+        port.map_or(0, u16::from_be_bytes)
+    };
+    let protocol = *ports.clone().get(CTA_PROTO_NUM)?.first()?;
+    let from = SocketAddr::new(address(CTA_IP_V4_SRC, CTA_IP_V6_SRC)?, port(CTA_PROTO_SRC_PORT));
+    let to = SocketAddr::new(address(CTA_IP_V4_DST, CTA_IP_V6_DST)?, port(CTA_PROTO_DST_PORT));
+    Some((protocol, from, to))
+}
+
+/// Has one flow forgotten.
+pub fn delete(batch: &mut Batch, entry: &Entry) {
+    let open = begin(batch, IPCTNL_MSG_CT_DELETE, NLM_F_ACK, family(entry.from));
+    batch.raw(CTA_TUPLE_ORIG | NLA_F_NESTED, &entry.original);
+    batch.end(open);
+}
+
+/// Has a UDP flow known as one with another mark that leaves with another address, and stays known as
+/// long as the one of before. The kernel finds a port for it.
+pub fn create(batch: &mut Batch, entry: &Entry, mark: u32, source: IpAddr) {
+    const LEAST_SECONDS: u32 = 30; // as the kernel has it for what is not answered yet
+    let flags = NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK;
+    let open = begin(batch, IPCTNL_MSG_CT_NEW, flags, family(entry.from));
+    tuple(batch, CTA_TUPLE_ORIG, entry.protocol, entry.from, entry.to);
+    tuple(batch, CTA_TUPLE_REPLY, entry.protocol, entry.to, entry.from);
+    let nat = batch.nest(CTA_NAT_SRC);
+    let (first, last) = match source {
+        IpAddr::V4(_) => (CTA_NAT_V4_MINIP, CTA_NAT_V4_MAXIP),
+        IpAddr::V6(_) => (CTA_NAT_V6_MINIP, CTA_NAT_V6_MAXIP),
+    };
+    batch.ip(first, source);
+    batch.ip(last, source);
+    batch.end_nest(nat);
+    batch.u32_be(CTA_TIMEOUT, entry.timeout.max(LEAST_SECONDS));
+    batch.u32_be(CTA_MARK, mark);
+    batch.end(open);
+}
+
 /// What one flow has carried, where conntrack counts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Traffic {
@@ -167,6 +267,48 @@ mod tests {
         }
         get_marked(&mut batch, 1, 2);
         assert_eq!(parse_traffic(&Messages::new(batch.bytes()).last().unwrap()), None);
+    }
+
+    #[test]
+    fn an_entry_is_found_again_by_its_tuple() {
+        let v4 = ("192.0.2.1:4242", "203.0.113.7:80", "10.8.0.1");
+        let v6 = ("[2001:db8::1]:4242", "[2001:db8::2]:80", "fd00:8::1");
+        for (from, to, source) in [v4, v6] {
+            let (from, to): (SocketAddr, SocketAddr) = (from.parse().unwrap(), to.parse().unwrap());
+            let entry = Entry {
+                protocol: IPPROTO_UDP,
+                from,
+                to,
+                answers: (to, from),
+                mark: 7,
+                timeout: 100,
+                original: Vec::new(),
+            };
+            let mut batch = Batch::new(0);
+            create(&mut batch, &entry, 7, source.parse().unwrap());
+            let message = Messages::new(batch.bytes()).next().unwrap();
+            let read = parse_entry(&message).unwrap();
+            assert_eq!(Entry { original: Vec::new(), ..read.clone() }, entry);
+            assert!(!read.is_translated());
+            assert!(Entry { answers: (to, to), ..entry.clone() }.is_translated());
+            let mut batch = Batch::new(0);
+            delete(&mut batch, &read);
+            let deleted = Messages::new(batch.bytes()).next().unwrap();
+            let original = Attrs::after(deleted.body, 4).get(CTA_TUPLE_ORIG).unwrap();
+            assert_eq!(original, read.original);
+            for cut in 0..message.body.len() {
+                let _ = parse_entry(&Message { body: &message.body[..cut], ..message });
+            }
+            // of TCP, and in a zone
+            let mut batch = Batch::new(0);
+            create(
+                &mut batch,
+                &Entry { protocol: IPPROTO_TCP, ..entry },
+                7,
+                source.parse().unwrap(),
+            );
+            assert_eq!(parse_entry(&Messages::new(batch.bytes()).next().unwrap()), None);
+        }
     }
 
     #[test]

@@ -279,19 +279,37 @@ pub fn get_routes(batch: &mut Batch, family: Family) {
     batch.end(open);
 }
 
-/// Asks which way packets to an address go.
-pub fn get_way(batch: &mut Batch, address: IpAddr) {
+/// Asks which way packets to an address go that have this mark.
+pub fn get_way(batch: &mut Batch, address: IpAddr, mark: u32) {
     let to = if address.is_ipv4() { 32 } else { 128 };
     let header = Header { to, ..Header::of(Family::of(&address)) };
     let open = header.begin(batch, RTM_GETROUTE, NLM_F_ACK);
     batch.ip(RTA_DST, address);
+    if mark != 0 {
+        batch.u32_ne(RTA_MARK, mark);
+    }
     batch.end(open);
 }
 
-/// Reads an answer to [`get_way`]: whether they stay on this host, or go to all of a network.
-pub fn parse_way(message: &Message) -> Option<bool> {
-    let (header, _) = Header::read(message, &[RTM_NEWROUTE])?;
-    Some([u32::from(RTN_LOCAL), RTN_BROADCAST].contains(&header.kind.into()))
+/// Which way packets go.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Found {
+    /// They stay on this host, or go to all of a network.
+    pub here: bool,
+    /// Index of the interface that they leave by; 0 for none.
+    pub device: u32,
+    /// The source address that they get where they have none.
+    pub source: Option<IpAddr>,
+}
+
+/// Reads an answer to [`get_way`].
+pub fn parse_way(message: &Message) -> Option<Found> {
+    let (header, attrs) = Header::read(message, &[RTM_NEWROUTE])?;
+    Some(Found {
+        here: [u32::from(RTN_LOCAL), RTN_BROADCAST].contains(&header.kind.into()),
+        device: attrs.clone().get(RTA_OIF).and_then(parse::u32_ne).unwrap_or(0),
+        source: attrs.get(RTA_PREFSRC).and_then(parse::ip),
+    })
 }
 
 impl SeenRule {

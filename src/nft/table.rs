@@ -996,6 +996,12 @@ fn forward_way_chain(config: &Config, route: &Route) -> Chain {
     rules.extend(only_rules(outlet, &Stmt::accept()));
     rules.extend(switch_rules(outlet, &Stmt::accept()));
     let own = mark(config, route.forward_mark);
+    // as in `way_chains`: what began otherwise cannot go on by this
+    let other = [Stmt::NotCtMark(own), Stmt::Confirmed];
+    rules.push([&[Stmt::L4proto(L4::Tcp)], &other[..], &[Stmt::Reset]].concat());
+    if route.masquerades() {
+        rules.push([&other[..], &[Stmt::drop()]].concat());
+    }
     rules.push(set_ct_mark(own));
     rules.push(vec![Stmt::SetPacketMark(own), Stmt::accept()]);
     chain(format!("forward_{}", outlet.name), rules)

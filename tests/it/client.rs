@@ -219,13 +219,18 @@ pub unsafe fn fork_into(cgroup: &File, child: impl FnOnce() -> i32) -> io::Resul
 /// A socket that a process of `cgroup` has made: to the kernel it is that cgroup's, though the test
 /// holds it.
 pub fn socket_of(cgroup: &Path, family: c_int, kind: c_int) -> OwnedFd {
+    socket_for(cgroup, family, kind, 0)
+}
+
+/// The same, of a protocol that is not the usual one.
+pub fn socket_for(cgroup: &Path, family: c_int, kind: c_int, protocol: c_int) -> OwnedFd {
     let (read, write) = pipe();
     let cgroup = File::open(cgroup).expect("open the cgroup");
     let child = || {
         // SAFETY: system calls on integers, and a live c_int is read.
         unsafe {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            let fd = libc::socket(family, kind | libc::SOCK_CLOEXEC, 0);
+            let fd = libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol);
             libc::write(write.as_raw_fd(), (&raw const fd).cast(), size_of::<c_int>());
             // until the test has it
             libc::pause();

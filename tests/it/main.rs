@@ -56,6 +56,7 @@ mod others;
 mod privileges;
 #[path = "../real/mod.rs"]
 mod real;
+mod redirect;
 mod reference;
 mod restart;
 mod routes;

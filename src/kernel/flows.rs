@@ -1,0 +1,103 @@
+//! Flows that conntrack has: lists them, has it forget them, and moves them to another source address.
+//! Which of them cannot go the way that is theirs by now is decided in [`crate::stale::flows`].
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use nix::errno::Errno;
+
+use super::Kernel;
+use crate::error::{Error, Result};
+use crate::net::Mark;
+use crate::netlink::conntrack::{self, Entry};
+use crate::netlink::fib::{self, Found};
+use crate::netlink::msg::Batch;
+use crate::netlink::parse::Message;
+use crate::netlink::socket::Failure;
+use crate::netlink::uapi::*;
+
+/// How often a flow is moved that its remote host begins again at the same moment.
+const TRIES: usize = 8;
+
+impl Kernel {
+    /// Whether conntrack tells of its flows, as far as is known.
+    pub fn tells_flows(&self) -> bool {
+        self.tells_flows
+    }
+
+    /// The flows of UDP and pings, of both families, as far as `keep` keeps them.
+    pub fn entries(&mut self, keep: impl Fn(&Entry) -> bool) -> Result<Vec<Entry>> {
+        let mut all = Vec::new();
+        for family in [NFPROTO_IPV4, NFPROTO_IPV6] {
+            let request = |batch: &mut Batch| conntrack::get_all(batch, family);
+            let read = |message: &Message| conntrack::parse_entry(message).filter(&keep);
+            let found = self.nft.dump(&request, read)?;
+            self.tells_flows &= found.is_ok();
+            let refused = |errno| Error::system("unable to list conntrack's flows", errno);
+            all.extend(found.map_err(refused)?);
+        }
+        Ok(all)
+    }
+
+    /// Has the flows forgotten that are translated to these addresses of before, which no interface
+    /// has any more: of those that were moved the kernel does not see that by itself.
+    pub fn forget_translated(&mut self, gone: &[IpAddr]) {
+        let to_them = |entry: &Entry| entry.is_translated() && gone.contains(&entry.answers.1.ip());
+        for entry in self.entries(to_them).unwrap_or_default() {
+            let _ = self.forget_entry(&entry);
+        }
+    }
+
+    /// Errors: ENOENT where it has ended by itself.
+    pub fn forget_entry(&mut self, entry: &Entry) -> std::result::Result<(), Errno> {
+        self.tell_conntrack(&|batch| conntrack::delete(batch, entry))
+    }
+
+    /// Has a flow go on with a mark of ours and another source address.
+    pub fn move_entry(
+        &mut self,
+        entry: &Entry,
+        own: Mark,
+        source: IpAddr,
+    ) -> std::result::Result<(), Errno> {
+        let mark = entry.mark & !own.mask | own.value;
+        let both = |batch: &mut Batch| {
+            conntrack::delete(batch, entry);
+            conntrack::create(batch, entry, mark, source);
+        };
+        let mut done = Err(Errno::EEXIST);
+        for _ in 0..TRIES {
+            done = self.tell_conntrack(&both);
+            match done {
+                // the remote host was faster, or one of the two is there already
+                Err(Errno::EEXIST | Errno::ENOENT) => {}
+                _ => break,
+            }
+        }
+        done
+    }
+
+    /// Which way packets to an address go that bear a mark.
+    pub fn way(&mut self, to: IpAddr, mark: u32) -> Found {
+        let request = |batch: &mut Batch| fib::get_way(batch, to, mark);
+        let answer = self.rt.ask(&request, fib::parse_way);
+        answer.ok().and_then(|found| found.ok().flatten()).unwrap_or_default()
+    }
+
+    /// The names of all interfaces, by index; `None` where the kernel does not tell.
+    pub fn interface_names(&mut self) -> Option<HashMap<u32, String>> {
+        Some(self.interfaces()?.into_iter().map(|link| (link.index, link.name)).collect())
+    }
+
+    fn tell_conntrack(&mut self, what: &dyn Fn(&mut Batch)) -> std::result::Result<(), Errno> {
+        let mut batch = self.nft.batch();
+        what(&mut batch);
+        let last = batch.last_seq();
+        match self.nft.transact(&batch, last) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(Failure::Refused { errno, .. })) => Err(errno),
+            Ok(Err(Failure::Unknown)) => Err(Errno::ENOBUFS),
+            Err(error) => Err(error.errno().unwrap_or(Errno::EIO)),
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! Which flows conntrack has that cannot go the way that is theirs by now: it translates the first
+//! packet of a flow or none, so that one that began otherwise never leaves by a masqueraded route
+//! with an address that answers come back to, and one of a route goes on by that. By what is in
+//! force alone, whatever was before. Pure.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+
+use super::{Judge, Suspects, Way};
+use crate::cgroup::core::Core;
+use crate::config::{Config, Gateway, Outcome, Route, Take, Target};
+use crate::net::{Family, Mark, L4};
+use crate::netlink::conntrack::Entry;
+use crate::netlink::diag::Socket;
+use crate::policy;
+
+/// What is to be done about a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cure {
+    /// It begins anew with its next packet.
+    Forget,
+    /// It is to be known with this mark, and the address that packets of the route leave with. If it
+    /// were forgotten and the remote host spoke first, whoever began it would seem to answer that, and
+    /// answers are left alone.
+    Move { mark: Mark, route: usize },
+}
+
+/// The policy, as flows are held against it.
+pub struct Flows {
+    judge: Judge,
+    outcomes: HashMap<u64, Outcome>,
+}
+
+impl Flows {
+    /// `None` where there is no route.
+    pub fn of(core: &Core) -> Option<Flows> {
+        let config = core.config();
+        if config.routes.is_empty() {
+            return None;
+        }
+        let all = core.tree().iter();
+        let outcomes = all.map(|(_, node)| (node.id, policy::outcome(config, node.rank))).collect();
+        let judge = Judge::new(config.clone(), Suspects::default(), 0..=0, true);
+        Some(Flows { judge, outcomes })
+    }
+
+    fn config(&self) -> &Config {
+        &self.judge.config
+    }
+
+    /// Whether some of what is routed for others goes by a route.
+    pub fn forwards(&self) -> bool {
+        self.config().forwards()
+    }
+
+    /// The mark of what this host sends by a route, and the interface that it leaves by, if that is
+    /// known.
+    pub fn way(&self, route: usize) -> (u32, &str) {
+        let route = &self.config().routes[route];
+        (route.outlet.mark, &route.interface)
+    }
+
+    /// What is to be done about one that a socket of this host began.
+    pub fn own(&self, entry: &Entry, socket: &Socket) -> Option<Cure> {
+        let outcome = self.outcomes.get(&socket.cgroup?).copied();
+        let outcome = outcome.unwrap_or(self.config().default_outcome());
+        // where that depends on a group, nobody tells
+        let target = policy::target_of(self.config(), outcome, socket.uid, None)?;
+        let mut socket = socket.clone();
+        (socket.local, socket.remote) = (entry.from, entry.to);
+        let taken =
+            !self.judge.is_bypassed(&socket) && self.judge.way(&socket, target) == Way::Proxied;
+        self.cure(entry, Some(target).filter(|_| taken), |route| route.outlet.mark)
+    }
+
+    /// The same for one that is routed for others and comes in by an interface.
+    pub fn routed(&self, entry: &Entry, interface: &str) -> Option<Cure> {
+        let config = self.config();
+        let covers = |gateway: &&Gateway| covers(gateway, interface, entry.from);
+        let section = config.gateways.iter().filter(|section| !section.containers).find(covers);
+        if section.is_none() && config.has_containers() {
+            // what is a container's is known by the interface that it comes in by first
+            return None;
+        }
+        let spared = self.judge.spares(entry.to);
+        let target = section.map_or(Target::Direct, |section| section.target);
+        let take =
+            |route: &Route| route.outlet.take(L4::Udp, Family::of(&entry.to.ip()), Some(entry.to));
+        let takes = self.route(target).is_some_and(|(_, route)| take(route) == Take::Yes);
+        let sure = section.is_none_or(|section| section.macs.is_empty());
+        let target = Some(target).filter(|_| takes && !spared);
+        match self.cure(entry, target, |route| route.forward_mark) {
+            // it may be another client's
+            Some(Cure::Move { .. }) if !sure => Some(Cure::Forget),
+            cure => cure,
+        }
+    }
+
+    fn route(&self, target: Target) -> Option<(usize, &Route)> {
+        match target {
+            Target::Route(at) => Some((at.into(), self.config().routes.get(usize::from(at))?)),
+            _ => None,
+        }
+    }
+
+    /// What is to be done about a flow that its target takes, if that is a route, or that none takes,
+    /// by the mark that those of a route have.
+    fn cure(
+        &self,
+        entry: &Entry,
+        target: Option<Target>,
+        mark: impl Fn(&Route) -> u32,
+    ) -> Option<Cure> {
+        let config = self.config();
+        let known = entry.mark & config.mask;
+        let of_route = config.routes.iter().any(|route| mark(route) == known);
+        match target.and_then(|target| self.route(target)) {
+            Some((_, route)) if mark(route) == known => None,
+            Some((at, route)) if route.masquerades() => {
+                // a query for a resolver elsewhere has to be translated as well
+                let query = route.outlet.hijacks_dns() && entry.to.port() == 53;
+                let forget = entry.is_translated() || query;
+                let mark = Mark { value: mark(route), mask: config.mask };
+                Some(if forget { Cure::Forget } else { Cure::Move { mark, route: at } })
+            }
+            Some(_) => entry.is_translated().then_some(Cure::Forget),
+            None => of_route.then_some(Cure::Forget),
+        }
+    }
+}
+
+/// Whether a section covers what comes in by an interface from an address, whatever the client's
+/// Ethernet address.
+fn covers(gateway: &Gateway, interface: &str, from: SocketAddr) -> bool {
+    let named = gateway.interfaces.iter().any(|own| match own.prefix {
+        true => interface.starts_with(&own.name),
+        false => interface == own.name,
+    });
+    let any = gateway.sources4.is_empty() && gateway.sources6.is_empty();
+    let among = match from.ip() {
+        IpAddr::V4(ip) => gateway.sources4.iter().any(|range| range.has(ip)),
+        IpAddr::V6(ip) => gateway.sources6.iter().any(|range| range.has(ip)),
+    };
+    named && (any || among)
+}
+
+/// The sockets that flows are held against, by their ports.
+#[derive(Default)]
+pub struct Owners(HashMap<u16, Vec<Socket>>);
+
+impl Owners {
+    pub fn new(sockets: Vec<Socket>) -> Owners {
+        let mut owners = Owners::default();
+        for socket in sockets {
+            owners.0.entry(socket.local.port()).or_default().push(socket);
+        }
+        owners
+    }
+
+    pub fn has(&self, port: u16) -> bool {
+        self.0.contains_key(&port)
+    }
+
+    /// The socket that sends between two addresses: the one that is connected so, or bound to the
+    /// address, or to any; none where several of different cgroups or users share that.
+    pub fn of(&self, from: SocketAddr, to: SocketAddr) -> Option<&Socket> {
+        let fit = |socket: &&Socket| {
+            let own = socket.local.ip() == from.ip();
+            match socket.is_connected() {
+                true => (own && socket.remote == to).then_some(3),
+                false if own => Some(2),
+                false => {
+                    let speaks =
+                        if from.is_ipv4() { socket.speaks_ipv4() } else { socket.local.is_ipv6() };
+                    (socket.local.ip().is_unspecified() && speaks).then_some(1)
+                }
+            }
+        };
+        let at = self.0.get(&from.port())?;
+        let best = at.iter().filter_map(|socket| fit(&socket)).max()?;
+        let mut all = at.iter().filter(|socket| fit(socket) == Some(best));
+        let first = all.next()?;
+        let same = |socket: &Socket| (socket.cgroup, socket.uid) == (first.cgroup, first.uid);
+        all.all(same).then_some(first)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::conntrack::{self, parse_entry};
+    use crate::netlink::diag::example;
+    use crate::netlink::msg::Batch;
+    use crate::netlink::parse::Messages;
+    use crate::testing;
+
+    const CONFIG: &str = "[global]\nbypass = 198.51.100.0/24\n[tproxy p]\nport = 1\n\
+                          [route vpn]\ninterface = wg0\nudp-ports = 1-999\ndns-hijack = 10.8.0.2\n\
+                          [route plain]\ntable = 1000\n[rules]\nvpn = user:1\nplain = user:2\n\
+                          p = user:3\ndrop = group:7\n[gateway lan]\ninterface = br*\n\
+                          source = 192.168.1.0/24\ntarget = vpn\n[gateway macs]\ninterface = eth1\n\
+                          source-mac = 02:00:00:00:00:01\ntarget = vpn\n";
+
+    fn flows(config: &'static str) -> Flows {
+        let config = std::rc::Rc::new(testing::config(config));
+        let judge = Judge::new(config, Suspects::default(), 0..=0, true);
+        Flows { judge, outcomes: HashMap::new() }
+    }
+
+    /// A flow as conntrack has it, with our bits of its mark, and whether its source is translated.
+    fn entry(from: &str, to: &str, mark: u32, translated: bool) -> Entry {
+        let (from, to): (SocketAddr, SocketAddr) = (from.parse().unwrap(), to.parse().unwrap());
+        let mut batch = Batch::new(0);
+        conntrack::get(&mut batch, 17, from, to);
+        let mut message = Messages::new(batch.bytes()).next().unwrap();
+        let mut body = message.body.to_vec();
+        // the tuple of answers is of the same form
+        let mut answers = Batch::new(0);
+        let elsewhere = if translated { "10.8.0.1:9".parse().unwrap() } else { from };
+        conntrack::get(&mut answers, 17, to, elsewhere);
+        let mut reply = Messages::new(answers.bytes()).next().unwrap().body[4..].to_vec();
+        reply[2] = 2;
+        body.extend(reply);
+        message.kind = 0x100;
+        let read = parse_entry(&crate::netlink::parse::Message { body: &body, ..message });
+        let mut entry = read.unwrap();
+        entry.mark = mark << 24 | 0x77;
+        entry
+    }
+
+    #[test]
+    fn what_is_done_about_a_sockets_flow() {
+        // p is 1, vpn 2, plain 3, in the upper byte
+        let flows = flows(CONFIG);
+        let mark = Mark { value: 2 << 24, mask: 0xff00_0000 };
+        let vpn = Some(Cure::Move { mark, route: 0 });
+        let here = "192.0.2.1:4000";
+        let of = |uid: u32, to: &str, mark, translated| {
+            let mut socket = example(17, 7, "0.0.0.0:4000", "");
+            socket.uid = uid;
+            flows.own(&entry(here, to, mark, translated), &socket)
+        };
+        let there = "203.0.113.7:80";
+        for (uid, mark, translated, want) in [
+            (1, 0, false, vpn),
+            (1, 1, false, vpn),
+            (1, 2, true, None),
+            (1, 3, true, Some(Cure::Forget)),
+            (1, 0, true, Some(Cure::Forget)),
+            // not masqueraded: what is not translated can go on
+            (2, 0, false, None),
+            (2, 2, true, Some(Cure::Forget)),
+            (3, 1, false, None),
+            (3, 2, true, Some(Cure::Forget)),
+            (4, 0, false, None),
+            (4, 2, true, Some(Cure::Forget)),
+            (4, 3, false, Some(Cure::Forget)),
+        ] {
+            let found = of(uid, there, mark, translated);
+            // whose group nobody tells is left alone
+            let want = if uid == 4 { None } else { want };
+            assert_eq!(found, want, "uid {uid}, mark {mark}, translated {translated}");
+        }
+        // not taken: bypassed, or another port; queries have to be translated
+        assert_eq!(of(1, "198.51.100.1:80", 0, false), None);
+        assert_eq!(of(1, "203.0.113.7:8000", 0, false), None);
+        assert_eq!(of(1, "203.0.113.7:8000", 2, true), Some(Cure::Forget));
+        assert_eq!(of(1, "203.0.113.7:53", 0, false), Some(Cure::Forget));
+        let mut unknown = example(17, 7, "0.0.0.0:4000", "");
+        unknown.cgroup = None;
+        assert_eq!(flows.own(&entry(here, there, 0, false), &unknown), None);
+    }
+
+    #[test]
+    fn what_is_done_about_a_clients_flow() {
+        let flows = flows(CONFIG);
+        let config = flows.config();
+        let routed = config.routes[0].forward_mark;
+        let own = Mark { value: routed, mask: 0xff00_0000 };
+        let vpn = Some(Cure::Move { mark: own, route: 0 });
+        let (client, there) = ("192.168.1.9:4000", "203.0.113.7:80");
+        let mark = routed >> 24;
+        for (interface, from, mark, translated, want) in [
+            ("br-lan", client, 0, false, vpn),
+            ("br-lan", client, 0, true, Some(Cure::Forget)),
+            ("br-lan", client, mark, true, None),
+            ("br-lan", "192.168.2.9:4000", 0, false, None),
+            ("br-lan", "192.168.2.9:4000", mark, true, Some(Cure::Forget)),
+            ("eth0", client, 0, false, None),
+            // whether it is the client of that address, nobody tells
+            ("eth1", client, 0, false, Some(Cure::Forget)),
+        ] {
+            let found = flows.routed(&entry(from, there, mark, translated), interface);
+            assert_eq!(found, want, "{interface} {from} {mark} {translated}");
+        }
+    }
+
+    #[test]
+    fn whose_flow_it_is() {
+        let wildcard = example(17, 7, "0.0.0.0:4000", "");
+        let dual = example(17, 7, "[::]:4000", "");
+        let mut bound = example(17, 7, "192.0.2.1:4000", "");
+        bound.uid = 5;
+        let connected = example(17, 1, "192.0.2.1:4000", "203.0.113.7:80");
+        let at = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let (here, there) = (at("192.0.2.1:4000"), at("203.0.113.7:80"));
+        let owners = Owners::new(vec![wildcard.clone(), bound.clone(), connected.clone()]);
+        assert_eq!(owners.of(here, there), Some(&connected));
+        assert_eq!(owners.of(here, at("203.0.113.8:80")), Some(&bound));
+        assert_eq!(owners.of(at("192.0.2.2:4000"), there), Some(&wildcard));
+        assert_eq!(owners.of(at("192.0.2.1:4001"), there), None);
+        assert_eq!(owners.of(at("[2001:db8::1]:4000"), at("[2001:db8::2]:80")), None);
+        assert_eq!(Owners::new(vec![dual.clone()]).of(here, there), Some(&dual));
+        let shared = |uid| {
+            let mut other = wildcard.clone();
+            other.uid = uid;
+            Owners::new(vec![wildcard.clone(), other]).of(here, there).is_some()
+        };
+        assert!(shared(0) && !shared(1));
+    }
+}

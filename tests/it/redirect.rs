@@ -1,0 +1,338 @@
+//! Datagrams of sockets that live on while a reload gives what they send another way: they leave by
+//! that, answered, whatever conntrack has of them.
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::client::{socket_for, socket_of, SILENCE};
+use crate::daemon::Daemon;
+use crate::gateway::Lan;
+use crate::ground::{addr, ip_batch, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::kernel::await_member;
+use crate::routes::{set, tunnel_up, until_passes, until_refused, GATEWAYS, TUNNEL};
+use crate::wait_until;
+use crate::world::{bind_fd, Server, World, PROXY, STREAM_PORT};
+
+const REMOTES: [IpAddr; 2] = [REMOTE4, REMOTE6];
+const HOSTS: [IpAddr; 2] = [HOST4, HOST6];
+
+/// A cgroup with a target, among others of each kind.
+fn policy(target: &str) -> String {
+    format!(
+        "[tproxy mihomo]\nport = 7893\n[route vpn]\ninterface = vpn0\n{GATEWAYS}[rules]\n\
+         {target} = /app\nvpn = /vpn\n"
+    )
+}
+
+/// Who answers a datagram, and the address that he was asked from.
+fn ask(socket: &UdpSocket, to: SocketAddr) -> Option<(String, IpAddr)> {
+    let mut text = [0; 256];
+    // an error that is left of what was sent before
+    let _ = socket.take_error();
+    let sent = match socket.peer_addr() {
+        Ok(_) => socket.send(b"?"),
+        Err(_) => socket.send_to(b"?", to),
+    };
+    sent.ok()?;
+    let len = socket.recv(&mut text).ok()?;
+    let text = String::from_utf8_lossy(&text[..len]);
+    let (who, client) = text.trim_end().split_once(" from ")?;
+    let client: SocketAddr = client.parse().ok()?;
+    Some((who.to_owned(), client.ip()))
+}
+
+/// Sockets of a cgroup with a remote end each, as programs have them.
+fn sockets(cgroup: &std::path::Path) -> Vec<(&'static str, UdpSocket, SocketAddr)> {
+    let mut all = Vec::new();
+    for remote in REMOTES {
+        let (family, any) = match remote {
+            IpAddr::V4(_) => (libc::AF_INET, "0.0.0.0:0"),
+            IpAddr::V6(_) => (libc::AF_INET6, "[::]:0"),
+        };
+        for (at, kind) in
+            ["any port", "its own port", "connected", "its address"].iter().enumerate()
+        {
+            let socket = socket_of(cgroup, family, libc::SOCK_DGRAM);
+            let mut own: SocketAddr = any.parse().expect("an address");
+            own.set_port(6881 + at as u16);
+            if *kind == "its address" {
+                own.set_ip(HOSTS[usize::from(remote.is_ipv6())]);
+            }
+            if *kind != "any port" && *kind != "connected" {
+                bind_fd(&socket, own);
+            }
+            let socket = UdpSocket::from(socket);
+            if *kind == "connected" {
+                socket.connect(addr(remote, 80)).expect("connect");
+            }
+            socket.set_read_timeout(Some(Duration::from_secs(2))).expect("a timeout");
+            all.push((*kind, socket, addr(remote, 80)));
+        }
+    }
+    all
+}
+
+/// Through every target and back, in one life of the sockets.
+#[test]
+fn datagrams_of_a_socket_go_the_new_way() {
+    let ground = ground!("redirect");
+    let mut world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/app");
+    tunnel_up(&ground);
+    let mut daemon = Daemon::start(&ground, &policy("direct"), &[]);
+    let mut sockets = sockets(&cgroup);
+    let mut check = |world: &mut World, target: &str, when: &str| {
+        world.wire.packets();
+        for (kind, socket, to) in &mut sockets {
+            let v6 = usize::from(to.is_ipv6());
+            // ended by what took it out of the hands of nobody
+            if target == "mihomo" && socket.take_error().is_ok_and(|error| error.is_some()) {
+                *socket = UdpSocket::from(socket_of(
+                    &cgroup,
+                    if v6 == 1 { libc::AF_INET6 } else { libc::AF_INET },
+                    libc::SOCK_DGRAM,
+                ));
+                socket.set_read_timeout(Some(Duration::from_secs(2))).expect("a timeout");
+            }
+            let want = match target {
+                "mihomo" => PROXY,
+                _ => "remote",
+            };
+            let answer = ask(socket, *to);
+            let Some((who, from)) = answer else {
+                panic!("{when}: {kind} to {to} under {target}: no answer");
+            };
+            assert_eq!(who, format!("{want} {to}"), "{when}: {kind} under {target}");
+            match target {
+                "vpn" => assert_eq!(from.to_string(), TUNNEL[v6], "{when}: {kind} to {to}"),
+                _ => assert_eq!(from, HOSTS[v6], "{when}: {kind} to {to} under {target}"),
+            }
+        }
+        let left = world.wire.to_remote();
+        assert_eq!(left.is_empty(), target != "direct", "{when}, under {target}: {left:?}");
+    };
+    check(&mut world, "direct", "at first");
+    for target in ["vpn", "direct", "vpn", "mihomo", "vpn", "mihomo", "direct"] {
+        daemon.reconfigure(&policy(target));
+        check(&mut world, target, "after a reload");
+    }
+    for target in ["vpn", "direct", "vpn"] {
+        daemon.kill9();
+        daemon = Daemon::start(&ground, &policy(target), &[]);
+        check(&mut world, target, "after kill -9");
+    }
+    // the address of the interface changes
+    ground.outside(|| {
+        ip_batch(
+            &[],
+            "neigh add 10.8.0.9 lladdr 02:00:00:00:08:01 dev vout0\n\
+             neigh add fd00:8::9 lladdr 02:00:00:00:08:01 dev vout0\n",
+        );
+    });
+    ip_batch(
+        &[],
+        "addr del 10.8.0.1/24 dev vpn0\naddr add 10.8.0.9/24 dev vpn0\n\
+         addr add fd00:8::9/64 dev vpn0 nodad\naddr del fd00:8::1/64 dev vpn0\n",
+    );
+    let new = |v6: bool| if v6 { "fd00:8::9" } else { "10.8.0.9" };
+    for (kind, socket, to) in &sockets {
+        socket.set_read_timeout(Some(SILENCE)).expect("a timeout");
+        let mut from = None;
+        let moved = || {
+            from = ask(socket, *to).map(|answer| answer.1.to_string());
+            from.as_deref() == Some(new(to.is_ipv6()))
+        };
+        assert!(wait_until(Duration::from_secs(5), moved), "{kind} to {to}: {from:?}");
+    }
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+}
+
+/// The remote host sends on and on: if conntrack had just forgotten the flow, he would be who began
+/// it, and whoever answers him would be left alone.
+#[test]
+fn a_remote_host_that_speaks_all_the_time() {
+    let ground = ground!("talkative");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    tunnel_up(&ground);
+    let daemon = Daemon::start(&ground, &policy("direct"), &[]);
+    for (remote, host) in REMOTES.into_iter().zip(HOSTS) {
+        let own = socket_of(
+            &cgroup,
+            if remote.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 },
+            libc::SOCK_DGRAM,
+        );
+        bind_fd(
+            &own,
+            addr(
+                if remote.is_ipv4() { "0.0.0.0".parse() } else { "::".parse() }
+                    .expect("an address"),
+                7000,
+            ),
+        );
+        let own = UdpSocket::from(own);
+        let other = ground.outside(|| {
+            let any = if remote.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+            let socket = UdpSocket::bind(any).expect("bind");
+            let at = addr(remote, 0);
+            drop(socket);
+            UdpSocket::bind(at)
+                .or_else(|_| {
+                    // an address of this host's alone by its route
+                    let socket = crate::world::bind(at, libc::SOCK_DGRAM);
+                    Ok::<_, std::io::Error>(UdpSocket::from(socket))
+                })
+                .expect("bind")
+        });
+        let to = other.local_addr().expect("its address");
+        for round in 0..5 {
+            own.send_to(b"hello", to).expect("send");
+            let done = Arc::new(AtomicBool::new(false));
+            let talks = {
+                let (done, other) = (done.clone(), other.try_clone().expect("a copy"));
+                std::thread::spawn(move || {
+                    while !done.load(Ordering::Relaxed) {
+                        let _ = other.send_to(b"and on", addr(host, 7000));
+                        std::thread::yield_now();
+                    }
+                })
+            };
+            daemon.reconfigure(&policy("vpn"));
+            world.wire.packets();
+            for _ in 0..100 {
+                let _ = own.send_to(b"to him", to);
+            }
+            let left = world.wire.to_remote();
+            done.store(true, Ordering::Relaxed);
+            talks.join().expect("the remote host");
+            assert_eq!(left, [], "round {round}: left by another interface");
+            daemon.reconfigure(&policy("direct"));
+            own.send_to(b"hello", to).expect("send");
+            assert_ne!(world.wire.to_remote(), [], "round {round}: not directly");
+        }
+    }
+}
+
+/// The way out opens after the reload.
+#[test]
+fn a_way_that_opens_later() {
+    let ground = ground!("later");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let other = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let daemon = Daemon::start(&ground, &policy("direct"), &[]);
+    let sockets = sockets(&cgroup);
+    for (kind, socket, to) in &sockets {
+        assert!(ask(socket, *to).is_some(), "{kind} to {to}");
+    }
+    set("down");
+    daemon.reconfigure(&policy("vpn"));
+    until_refused(&other, REMOTE4);
+    world.wire.packets();
+    for (kind, socket, to) in &sockets {
+        socket.set_read_timeout(Some(Duration::from_millis(20))).expect("a timeout");
+        assert_eq!(ask(socket, *to), None, "{kind} to {to}");
+    }
+    set("up");
+    REMOTES.iter().for_each(|to| {
+        until_passes(&other, *to);
+    });
+    for (kind, socket, to) in &sockets {
+        socket.set_read_timeout(Some(SILENCE)).expect("a timeout");
+        let heard =
+            || ask(socket, *to).is_some_and(|(_, from)| TUNNEL.contains(&&*from.to_string()));
+        assert!(wait_until(Duration::from_secs(2), heard), "{kind} to {to}");
+    }
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+}
+
+/// A ping that runs on.
+#[test]
+fn pings_go_the_new_way() {
+    let ground = ground!("pings");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    tunnel_up(&ground);
+    let daemon = Daemon::start(&ground, &policy("direct"), &[]);
+    let pings = REMOTES.map(|remote| {
+        let (family, protocol) = match remote {
+            IpAddr::V4(_) => (libc::AF_INET, libc::IPPROTO_ICMP),
+            IpAddr::V6(_) => (libc::AF_INET6, libc::IPPROTO_ICMPV6),
+        };
+        let socket = UdpSocket::from(socket_for(&cgroup, family, libc::SOCK_DGRAM, protocol));
+        socket.set_read_timeout(Some(Duration::from_secs(2))).expect("a timeout");
+        (socket, addr(remote, 0))
+    });
+    for target in ["direct", "vpn", "direct", "vpn"] {
+        daemon.reconfigure(&policy(target));
+        world.wire.packets();
+        for (socket, to) in &pings {
+            let request =
+                if to.is_ipv4() { [8, 0, 0, 0, 0, 0, 0, 1] } else { [128, 0, 0, 0, 0, 0, 0, 1] };
+            socket.send_to(&request, to).unwrap_or_else(|e| panic!("{to} under {target}: {e}"));
+            socket.recv(&mut [0; 64]).unwrap_or_else(|e| panic!("{to} under {target}: {e}"));
+        }
+        assert_eq!(world.wire.to_remote().is_empty(), target == "vpn", "under {target}");
+    }
+}
+
+/// Of a router's clients too; what they began by TCP is refused, since it cannot go on.
+#[test]
+fn clients_of_a_router_go_the_new_way() {
+    let ground = ground!("redirectlan");
+    let mut world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let lan = Lan::new(&ground);
+    let policy = |target: &str| {
+        format!("{}[gateway lan]\ninterface = br-lan\ntarget = {target}\n", policy("direct"))
+    };
+    let daemon = Daemon::start(&ground, &policy("direct"), &[]);
+    await_member(&cgroup, "vpn");
+    let clients: [IpAddr; 2] =
+        ["198.51.100.10", "2001:db8:3::10"].map(|ip| ip.parse().expect("an address"));
+    let sockets = REMOTES.map(|remote| {
+        let any = if remote.is_ipv4() { "0.0.0.0:6881" } else { "[::]:6882" };
+        let socket = lan.client(0).run(|| UdpSocket::bind(any).expect("bind"));
+        socket.set_read_timeout(Some(Duration::from_secs(2))).expect("a timeout");
+        (socket, addr(remote, 80))
+    });
+    // what a proxy has of theirs stays with it where they are to go directly
+    for target in ["direct", "vpn", "direct", "vpn", "mihomo", "vpn", "mihomo", "vpn", "direct"] {
+        daemon.reconfigure(&policy(target));
+        world.wire.packets();
+        for (socket, to) in &sockets {
+            let v6 = usize::from(to.is_ipv6());
+            let answer = ask(socket, *to);
+            let Some((who, from)) = answer else { panic!("{to} under {target}: no answer") };
+            let want = if target == "mihomo" { PROXY } else { "remote" };
+            assert_eq!(who, format!("{want} {to}"), "under {target}");
+            let want =
+                if target == "vpn" { TUNNEL[v6].to_owned() } else { clients[v6].to_string() };
+            assert_eq!(from.to_string(), want, "{to} under {target}");
+        }
+        let left = world.wire.to_remote();
+        assert_eq!(left.is_empty(), target != "direct", "under {target}: {left:?}");
+    }
+    let mut streams = REMOTES.map(|remote| {
+        let stream = lan
+            .client(0)
+            .run(|| std::net::TcpStream::connect(addr(remote, STREAM_PORT)).expect("connect"));
+        stream.set_read_timeout(Some(Duration::from_secs(3))).expect("a timeout");
+        stream
+    });
+    daemon.reconfigure(&policy("vpn"));
+    world.wire.packets();
+    for stream in &mut streams {
+        use std::io::Write;
+        let refused = wait_until(Duration::from_secs(3), || stream.write_all(b"?").is_err());
+        assert!(refused, "{:?} goes on", stream.peer_addr());
+    }
+    let left: Vec<_> = world.wire.to_remote();
+    assert!(left.iter().all(|packet| packet.flags & 4 != 0), "{left:?}");
+}
