@@ -36,8 +36,7 @@ use crate::memory;
 use crate::net::Mark;
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
-use crate::nft::message::Contents;
-use crate::nft::table::Entrances;
+use crate::nft::table::{Devices, Entrances};
 use crate::nft::view;
 use crate::notify::Notify;
 use crate::options::Options;
@@ -130,6 +129,8 @@ struct Daemon<'a> {
     routing: Backoff,
     /// What should be there of ip rules and routes, and what others have put in their way.
     routes: Routing,
+    /// The interfaces that tables of others lead out by.
+    devices: Devices,
     /// How it stands with each route that has an interface.
     ways: BTreeMap<String, &'static str>,
     /// What has been told of the ways of others.
@@ -248,6 +249,7 @@ fn begin<'a>(
         table: Backoff::default(),
         routing: Backoff::default(),
         routes: Routing::default(),
+        devices: Devices::default(),
         ways: BTreeMap::new(),
         told: BTreeSet::new(),
         look_at_others: None,
@@ -458,6 +460,9 @@ impl Daemon<'_> {
     fn add_routing(&mut self, config: &Config) -> Result<()> {
         let (routing, result) = self.kernel.add_routing(plan::needs(config));
         let before = std::mem::replace(&mut self.routes, routing);
+        if let Some(devices) = self.routes.tables.take() {
+            self.devices = devices;
+        }
         let after = &self.routes;
         let mut ways = BTreeMap::new();
         for way in plan::needs(config).ways {
@@ -848,7 +853,13 @@ impl Daemon<'_> {
     fn repair_routing(&mut self) {
         let began = Instant::now();
         let config = self.cgroups.core.config().clone();
+        let before = self.devices.clone();
         let added = self.add_routing(&config);
+        let follow = plan::follow(&config, &before, &self.devices, self.kernel.batch());
+        if let Some(Err(error)) = follow.map(|follow| self.kernel.commit(follow)) {
+            log!(Warning, "{error}; replacing the table");
+            self.repair_table();
+        }
         // stale entries too: of another place, or which a start or a reload was not able to delete
         match added.and_then(|()| self.kernel.trim_routing(&self.routes.wanted)) {
             Ok(stale) => {
@@ -884,26 +895,32 @@ impl Daemon<'_> {
         }
     }
 
+    fn put(&mut self, entrances: &Entrances) -> Result<()> {
+        let snapshot = self.cgroups.core.snapshot();
+        let config = self.cgroups.core.config();
+        self.kernel.replace(&plan::contents(config, snapshot, entrances, &self.devices))
+    }
+
     fn replace(&mut self) -> Result<()> {
         let mut entrances = self.entrances();
-        let mut done = self.kernel.replace(&contents(&mut self.cgroups.core, &entrances));
+        let mut done = self.put(&entrances);
         if done.is_err() && !entrances.veths.is_empty() {
             // one of them may have gone just now
             entrances = self.list_entrances();
-            done = self.kernel.replace(&contents(&mut self.cgroups.core, &entrances));
+            done = self.put(&entrances);
         }
         if let Err(error) = done.as_ref().map_err(Error::clone) {
             if self.cgroups.core.config().has_containers() && !entrances.veths.is_empty() {
                 // whatever it is, all else is in force without them
                 entrances = Entrances::default();
-                done = self.kernel.replace(&contents(&mut self.cgroups.core, &entrances));
+                done = self.put(&entrances);
                 if done.is_ok() {
                     self.give_up_containers(&error);
                 }
             }
         }
         if done.is_err() && self.leave_out_levels() {
-            done = self.kernel.replace(&contents(&mut self.cgroups.core, &entrances));
+            done = self.put(&entrances);
         }
         if done.is_ok() {
             self.containers.entered = entrances;
@@ -1110,12 +1127,6 @@ impl Daemon<'_> {
             self.cgroups.root.dir.display()
         )
     }
-}
-
-/// What the table should hold.
-fn contents(core: &mut Core, entrances: &Entrances) -> Contents {
-    let snapshot = core.snapshot();
-    plan::contents(core.config(), snapshot, entrances)
 }
 
 /// The table first: without it no packet is marked, so none misses the rules.

@@ -126,11 +126,11 @@ impl Kernel {
     /// Has notifications tell of other route tables.
     fn watch(&mut self, needs: &Needs) {
         let links = needs.ways.iter().any(|way| way.interface().is_some());
-        let watched = Some((needs.tables(), links));
+        let watched = Some((needs.watched(), links));
         if let Some(rt) = self.rt_events.as_ref().filter(|_| self.watched != watched) {
             self.watched = watched;
             // without it there are more wake-ups, that is all
-            let _ = sys::attach_filter(rt.as_fd(), &fib::event_filter(&needs.tables(), links));
+            let _ = sys::attach_filter(rt.as_fd(), &fib::event_filter(&needs.watched(), links));
         }
     }
 

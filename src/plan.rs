@@ -14,8 +14,8 @@ use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
 use crate::nft::message::{Contents, Transaction, Veth};
 use crate::nft::table::{
-    bridged_rules, classifying, dying_name, gate_names, set_name, veth_rule, Content, Entrances,
-    Shape, Table, BRIDGED, DEPTHS, TABLE,
+    bridged_rules, classifying, dying_name, gate_names, set_name, veth_rule, ways, Content,
+    Devices, Entrances, Shape, Table, BRIDGED, DEPTHS, TABLE,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 
@@ -72,7 +72,12 @@ pub fn routing(config: &Config) -> BTreeSet<Entry> {
 }
 
 /// The table and all that its sets hold, and the chains of veths.
-pub fn contents(config: &Config, snapshot: Snapshot, entrances: &Entrances) -> Contents {
+pub fn contents(
+    config: &Config,
+    snapshot: Snapshot,
+    entrances: &Entrances,
+    devices: &Devices,
+) -> Contents {
     let Snapshot { elements, dying, gates, shape } = snapshot;
     let (ids, hashes) = by_set(&gates);
     let cgroups = elements.into_iter().map(|(outcome, ids)| (set_name(config, outcome), ids));
@@ -83,6 +88,7 @@ pub fn contents(config: &Config, snapshot: Snapshot, entrances: &Entrances) -> C
         dying: dying.chain(hashes).collect(),
         veths: entrances.veths.keys().filter_map(|index| veth(config, entrances, *index)).collect(),
         bridges: entrances.bridges.clone(),
+        ways: ways(config, devices),
     }
 }
 
@@ -110,6 +116,23 @@ pub fn enter(config: &Config, before: &Entrances, after: &Entrances, batch: Batc
         transaction.replace_rules(BRIDGED, &bridged_rules(&after.bridges));
     }
     transaction
+}
+
+/// One transaction that has routes leave by the interfaces that tables of others lead to by now;
+/// `None` where nothing has changed.
+pub fn follow(
+    config: &Config,
+    before: &Devices,
+    after: &Devices,
+    batch: Batch,
+) -> Option<Transaction> {
+    let (old, new) = (ways(config, before), ways(config, after));
+    let changed: Vec<_> = new.iter().zip(&old).filter(|(new, old)| new != old).collect();
+    let mut transaction = Transaction::new(batch);
+    for ((chain, rules), _) in &changed {
+        transaction.replace_rules(chain, rules);
+    }
+    (!changed.is_empty()).then_some(transaction)
 }
 
 /// What the sets of gates are to hold: the ids, and the hashes.
@@ -169,12 +192,18 @@ fn table(config: &Config, shape: &Shape) -> Table {
 }
 
 /// The whole plan as a script for `nft -f`, with the routing as comments.
-pub fn script(core: &mut Core, root: &Root) -> String {
+pub fn script(core: &mut Core, root: &Root, devices: &Devices) -> String {
     let config = core.config().clone();
     // as `run` does
     core.keep_dying([]);
     let snapshot = core.snapshot();
-    let table = table(&config, &snapshot.shape);
+    let mut table = table(&config, &snapshot.shape);
+    let mut learned = ways(&config, devices);
+    for chain in &mut table.chains {
+        if let Some((_, rules)) = learned.iter_mut().find(|(name, _)| *name == chain.name) {
+            chain.rules = std::mem::take(rules);
+        }
+    }
     let (_, gone) = by_set(&snapshot.gates);
     // nft finds a cgroup by its path from /sys/fs/cgroup
     let mount = root.dir.strip_prefix(&root.mount).unwrap_or(std::path::Path::new(""));

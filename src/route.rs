@@ -153,6 +153,20 @@ impl Needs<'_> {
         std::iter::once(self.table).chain(self.ways.iter().map(|way| way.table)).collect()
     }
 
+    /// The tables of others that ways out lead to. By the main table everything may leave.
+    pub fn tables_of_others(&self) -> BTreeSet<u32> {
+        let of = |way: &WayOut| match way.leads {
+            Leads::Table(table) => Some(table).filter(|table| !(253..=255).contains(table)),
+            Leads::Interface { .. } => None,
+        };
+        self.ways.iter().filter_map(of).collect()
+    }
+
+    /// The tables whose changes concern us.
+    pub fn watched(&self) -> Vec<u32> {
+        self.tables().into_iter().chain(self.tables_of_others()).collect()
+    }
+
     /// What the kernel should hold of one family: rules from the priority `first` on, and routes.
     pub fn entries(&self, family: Family, first: u32) -> BTreeSet<Entry> {
         let mut wanted = BTreeSet::new();
@@ -487,14 +501,14 @@ impl Seen {
 
 /// Whether a notification tells of something that may cost us a rule or a route, or their place: a
 /// rule or route of ours that was deleted, a rule of others that may take what is marked and came or
-/// went, a route of others in our table.
+/// went, a route of others in our table or in one that a way out leads to.
 pub fn is_change(needs: &Needs, message: &Message) -> bool {
     if let Some(seen) = SeenRule::read(message) {
         return seen.takes(needs) || seen.is_ours() && message.kind == RTM_DELRULE;
     }
     SeenRoute::read(message).is_some_and(|seen| match seen.is_ours() {
         true => message.kind == RTM_DELROUTE,
-        false => needs.tables().contains(&seen.route.table),
+        false => needs.watched().contains(&seen.route.table),
     })
 }
 

@@ -480,7 +480,12 @@ fn replacements() {
         for flags in [None, Some(0x6)] {
             for make in [|_: &Config| Snapshot::default(), snapshot] {
                 let snapshot = make(&config);
-                let ours = plan::contents(&config, make(&config), &Default::default());
+                let ours = plan::contents(
+                    &config,
+                    make(&config),
+                    &Default::default(),
+                    &Default::default(),
+                );
                 let ours = ours.replacement(flags, Batch::new(SEQ));
                 same_batch("replacement", ours, |theirs| {
                     let mut table = Table::new(&config);

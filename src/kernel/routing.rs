@@ -15,6 +15,7 @@ use crate::netlink::link::{self, Link};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::socket::Failure;
+use crate::nft::table::Devices;
 use crate::route::{self, Entry, Needs, Seen};
 
 /// What has become of ip rules and routes.
@@ -29,6 +30,8 @@ pub struct Routing {
     pub notes: Vec<String>,
     /// A line for each thing of others that is in the way all the same.
     pub hindrances: Vec<String>,
+    /// The interfaces that tables of others lead out by; `None` where the kernel did not tell.
+    pub tables: Option<Devices>,
 }
 
 impl Kernel {
@@ -51,7 +54,9 @@ impl Kernel {
             self.forget_translated(&gone);
         }
         let needs = &needs;
-        let (mut routing, mut result, mut lo_is_down) = (Routing::default(), Ok(()), false);
+        let tables = self.devices_of(needs);
+        let (mut result, mut lo_is_down) = (Ok(()), false);
+        let mut routing = Routing { tables, ..Routing::default() };
         for family in Family::BOTH {
             match self.add_family(needs, family, &mut routing) {
                 Ok(down) => {
@@ -213,6 +218,27 @@ impl Kernel {
             links.push(found);
         }
         links
+    }
+
+    /// The interfaces that the tables of others lead out by which ways out lead to; `None` where the
+    /// kernel does not tell.
+    pub fn devices_of(&mut self, needs: &Needs) -> Option<Devices> {
+        let tables = needs.tables_of_others();
+        if tables.is_empty() {
+            return Some(Devices::new());
+        }
+        let names = self.interface_names()?;
+        let mut devices = Devices::new();
+        for table in tables {
+            let found: &mut BTreeSet<String> = devices.entry(table).or_default();
+            for family in Family::BOTH {
+                let ask = |batch: &mut Batch| fib::get_table(batch, family, table);
+                let all = self.list(&ask, |message| Some(fib::devices(message, table)));
+                let all = all.ok()?.into_iter().flatten();
+                found.extend(all.filter_map(|index| names.get(&index).cloned()));
+            }
+        }
+        Some(devices)
     }
 
     /// Lets local processes that ask from a loopback address be answered by these interfaces, or not.

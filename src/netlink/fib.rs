@@ -406,6 +406,26 @@ impl SeenRoute {
     }
 }
 
+/// The interfaces that a route of one table leads out by, in the answer to [`get_table`].
+pub fn devices(message: &Message, table: u32) -> Vec<u32> {
+    let Some((header, attrs)) = Header::read(message, &[RTM_NEWROUTE]) else {
+        return Vec::new();
+    };
+    let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
+    if header.kind != RTN_UNICAST || number(RTA_TABLE).unwrap_or(header.table.into()) != table {
+        return Vec::new();
+    }
+    let mut found = Vec::from_iter(number(RTA_OIF));
+    // struct rtnexthop: length, flags, weight, interface; attributes
+    let mut rest = attrs.clone().get(RTA_MULTIPATH).unwrap_or(&[]);
+    while let Some(&[a, b, ..]) = rest.get(..8) {
+        found.extend(parse::u32_ne(&rest[4..]));
+        let length = usize::from(u16::from_ne_bytes([a, b])).max(8);
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or(&[]);
+    }
+    found
+}
+
 /// A socket filter that passes the notifications of rules, of routes with our protocol number or in
 /// one of these tables, those that [`lo_revives`] could be about, and where `links` says so those of
 /// all interfaces and addresses; and keeps all others (routes come and go on a router) from waking

@@ -27,6 +27,8 @@ pub struct Contents {
     pub dying: Vec<(String, Vec<u32>)>,
     pub veths: Vec<Veth>,
     pub bridges: BTreeSet<String>,
+    /// Chains that depend on tables of others, with their rules.
+    pub ways: Vec<(String, Vec<Rule>)>,
 }
 
 /// A chain where the packets of a veth come in, and its rule.
@@ -51,6 +53,9 @@ impl Contents {
         self.veths.iter().for_each(|veth| transaction.add_veth(veth));
         if !self.bridges.is_empty() {
             transaction.replace_rules(BRIDGED, &bridged_rules(&self.bridges));
+        }
+        for (chain, rules) in &self.ways {
+            rules.iter().for_each(|rule| transaction.rule(chain, rule));
         }
         transaction
     }

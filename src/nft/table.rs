@@ -57,6 +57,9 @@ pub struct Entrances {
     pub bridges: BTreeSet<String>,
 }
 
+/// The interfaces that route tables of others lead out by, by table.
+pub type Devices = BTreeMap<u32, BTreeSet<String>>;
+
 /// Sets, chains and static rules; everything but the elements of the cgroup sets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
@@ -221,7 +224,7 @@ impl Table {
         }
         if has_outlets(config) {
             chains.extend(config.tproxies.iter().map(|t| astray_chain(&t.outlet)));
-            chains.extend(config.routes.iter().filter_map(off_course_chain));
+            chains.extend(config.routes.iter().flat_map(off_course_chains));
             if !config.routes.is_empty() {
                 chains.extend(config.routes.iter().map(|route| here_chain(&route.outlet)));
                 chains.push(home_chain(config));
@@ -1405,8 +1408,7 @@ fn guard_chain(config: &Config) -> Chain {
         // others restore the mark of a flow that a proxy began into packets of it
         map.push((config.spoofed_mark(), Verdict::Goto("strayed".into())));
     }
-    // which interface is the right one is known of these alone
-    for route in config.routes.iter().filter(|route| !route.interface.is_empty()) {
+    for route in config.routes.iter().filter(|route| keeps_course(route)) {
         map.push((route.outlet.mark, astray(&route.outlet)));
         if config.forwards() {
             map.push((route.forward_mark, astray(&route.outlet)));
@@ -1434,15 +1436,43 @@ fn guard_chain(config: &Config) -> Chain {
 /// Packets of a route that are about to leave by another interface than its own: bound to a device,
 /// or the ip rules or the table are not what they should be. What came in by its interface, for a
 /// router's client, has the mark for the look-up of the way back alone.
-fn off_course_chain(route: &Route) -> Option<Chain> {
-    let own = || route.interface.clone();
-    let rules = vec![
-        vec![Stmt::Oifname(own()), Stmt::accept()],
-        vec![iifname(&own()), Stmt::Reply, Stmt::accept()],
-        vec![Stmt::Counter, Stmt::drop()],
-    ];
+fn off_course_chains(route: &Route) -> Vec<Chain> {
     let name = format!("astray_{}", route.outlet.name);
-    (!route.interface.is_empty()).then(|| chain(name, rules))
+    let rest = vec![Stmt::Counter, Stmt::drop()];
+    match (keeps_course(route), &*route.interface) {
+        (false, _) => Vec::new(),
+        (true, "") => vec![
+            chain(ways_name(route), Vec::new()),
+            chain(name, vec![jump(&ways_name(route)), rest]),
+        ],
+        (true, own) => vec![chain(name, [course_rules([own].into_iter()), vec![rest]].concat())],
+    }
+}
+
+/// Whether it is known by which interfaces a route leaves. By the main table that may be any.
+fn keeps_course(route: &Route) -> bool {
+    !(253..=255).contains(&route.table)
+}
+
+/// The rules that let packets leave by these interfaces.
+fn course_rules<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Vec<Rule> {
+    let leave = names.clone().map(|name| vec![Stmt::Oifname(name.into()), Stmt::accept()]);
+    leave.chain(names.map(|name| vec![iifname(name), Stmt::Reply, Stmt::accept()])).collect()
+}
+
+/// The chain whose rules depend on what another program's table holds.
+fn ways_name(route: &Route) -> String {
+    format!("ways_{}", route.outlet.name)
+}
+
+/// Those chains, with their rules.
+pub fn ways(config: &Config, devices: &Devices) -> Vec<(String, Vec<Rule>)> {
+    let learned = config.routes.iter().filter(|route| route.table != 0 && keeps_course(route));
+    let chain = |route: &Route| {
+        let names = devices.get(&route.table).into_iter().flatten().map(String::as_str);
+        (ways_name(route), course_rules(names))
+    };
+    learned.map(chain).collect()
 }
 
 fn iifname(name: &str) -> Stmt {

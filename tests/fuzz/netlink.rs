@@ -6,7 +6,7 @@
 use cgtproxy::config::Config;
 use cgtproxy::net::Family;
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
-use cgtproxy::netlink::{diag, fib};
+use cgtproxy::netlink::{conntrack, diag, fib};
 use cgtproxy::nft::{event::Follower, marks::Ours, message, others, view};
 use cgtproxy::plan;
 use cgtproxy::route::{self, Seen};
@@ -29,7 +29,8 @@ fuzz_target!(|datagram: &[u8]| {
         let _ = (route::is_change(&needs, &message), fib::lo_revives(&message));
         seen.rules.extend(fib::SeenRule::read(&message));
         seen.routes.extend(fib::SeenRoute::read(&message));
-        let _ = cgtproxy::netlink::diag::parse(&message, 6);
+        let _ = (conntrack::parse_entry(&message), fib::parse_way(&message));
+        assert!(fib::devices(&message, 77).len() <= message.body.len() / 8);
         // fixed headers: none, nfgenmsg, rtmsg and fib_rule_hdr
         for header in [0, 4, 12] {
             attributes(message.body, header);

@@ -624,7 +624,7 @@ fn by_a_table_of_others() {
     let cgroup = ground.cgroup("/vpn");
     tunnel_up(&ground);
     let config = "[route vpn]\ntable = 1000\nmasquerade = yes\n[rules]\nvpn = /vpn\n";
-    let _daemon = Daemon::start(&ground, config, &[]);
+    let daemon = Daemon::start(&ground, config, &[]);
     await_member(&cgroup, "vpn");
     refused(&mut world, &cgroup);
     ip_batch(
@@ -633,9 +633,70 @@ fn by_a_table_of_others() {
          route add default via fd00:8::2 dev vpn0 table 1000\n",
     );
     passes(&mut world, &cgroup);
+    // no other way, whatever is deleted or bound to: the interfaces are those that it names
+    let floods: Vec<_> = CASES[..4]
+        .iter()
+        .map(|(proto, to)| Client::new(&cgroup, *proto, addr(*to, 80)).flood().spawn())
+        .collect();
+    let floods_of_bound: Vec<_> = [(libc::AF_INET, REMOTE4), (libc::AF_INET6, REMOTE6)]
+        .map(|(family, remote)| {
+            let socket = UdpSocket::from(socket_of(&cgroup, family, libc::SOCK_DGRAM));
+            bind_to_device(&socket, "in0");
+            let _ = socket.send_to(b"who?", addr(remote, 80));
+            socket
+        })
+        .into();
+    for family in ["-4", "-6"] {
+        ip_batch(&[family], "rule flush\nrule add pref 32766 lookup main\n");
+        until_passes(&cgroup, if family == "-4" { REMOTE4 } else { REMOTE6 });
+    }
+    passes(&mut world, &cgroup);
+    daemon.kill9();
+    for family in ["-4", "-6"] {
+        ip_batch(&[family], "rule flush\nrule add pref 32766 lookup main\n");
+    }
+    for (proto, to) in CASES {
+        let (outcome, _) = ask(&cgroup, proto, to, SILENCE);
+        assert!(!matches!(outcome, Outcome::Answer(_)), "{proto:?} to {to}: {outcome:?}");
+    }
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+    let daemon = Daemon::start(&ground, config, &[]);
+    passes(&mut world, &cgroup);
+    drop((floods, floods_of_bound));
+    // it leads elsewhere, and back
+    let lead = |four: &str, six: &str| {
+        let lines = format!(
+            "route replace default table 1000 {four}\nroute replace default table 1000 {six}\n"
+        );
+        ip_batch(&[], &lines);
+    };
+    lead("via 192.0.2.2", "via 2001:db8:1::2 dev in0");
+    let by = |address: &str| {
+        let to = if address.contains(':') { REMOTE6 } else { REMOTE4 };
+        let answer = || ask(&cgroup, Proto::Udp, to, Duration::from_millis(200)).0;
+        let there = || matches!(answer(), Outcome::Answer(text) if text.contains(address));
+        let start = Instant::now();
+        assert!(wait_until(Duration::from_secs(5), there), "not by {address}");
+        println!("by {address} after {:?}", start.elapsed());
+    };
+    [HOST4, HOST6].iter().for_each(|host| by(&host.to_string()));
+    lead("via 10.8.0.2", "via fd00:8::2 dev vpn0");
+    TUNNEL.iter().for_each(|own| by(own));
+    // two at once are both right
+    ip_batch(&[], "neigh replace fd00:8::3 lladdr 02:00:00:00:08:02 dev vpn0\n");
+    lead(
+        "nexthop via 10.8.0.2 nexthop via 10.8.0.2",
+        "nexthop via fd00:8::2 dev vpn0 nexthop via fd00:8::3 dev vpn0",
+    );
+    world.wire.packets();
+    passes(&mut world, &cgroup);
+    let shown = run_with(&ground, config, &["show"]);
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(shown.contains("oifname \"vpn0\" accept"), "{shown}");
     ip_batch(&["-4"], "route flush table 1000\n");
     ip_batch(&["-6"], "route flush table 1000\n");
     refused(&mut world, &cgroup);
+    daemon.stop_clean();
 }
 
 /// A reload that gives a cgroup the route, another target, or takes the route away.
