@@ -1,6 +1,7 @@
 //! Whose program stands behind a tun or tap interface: a tunnel of user space must not send its own
 //! packets by the route that leads into it. It reads /proc, and decides nothing about packets.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -9,13 +10,15 @@ use std::path::Path;
 use crate::cgroup::core::Core;
 use crate::cgroup::mount;
 use crate::config::{Config, Route, Target};
+use crate::host;
 use crate::log::Escaped;
 use crate::netlink::link::Link;
 use crate::policy;
 
 /// A line for each route whose tunnel's own packets come back to it, as far as can be seen: the
 /// program that holds the interface, or a tunnel of the kernel, whose packets belong to no cgroup.
-pub fn loops(config: &Config, core: &Core, links: &[Link]) -> Vec<String> {
+/// `spared` are the inodes of sockets whose mark has them left alone.
+pub fn loops(config: &Config, core: &Core, links: &[Link], spared: &HashSet<u32>) -> Vec<String> {
     let of =
         |name: &str| config.routes.iter().enumerate().find(|(_, route)| route.interface == name);
     let mut lines: Vec<String> = Vec::new();
@@ -23,12 +26,13 @@ pub fn loops(config: &Config, core: &Core, links: &[Link]) -> Vec<String> {
         let (Some((index, route)), Some(target)) = (of(name), target(config, core, *pid)) else {
             continue;
         };
-        if target.1 == Target::Route(index as u8) {
+        if target.1 == Target::Route(index as u8) && !has_one_of(*pid, spared) {
             lines.push(line(
                 route,
                 &format!(
                     "pid {pid}, which holds it, is in cgroup {}; begin \
-                [rules] with a direct rule for that, or name its user as bypass-user",
+                [rules] with a direct rule for that, or name its user as bypass-user, or the mark \
+                of its socket as bypass-mark",
                     target.0
                 ),
             ));
@@ -58,16 +62,19 @@ fn line(route: &Route, why: &str) -> String {
     )
 }
 
-/// The interfaces of tun devices that processes hold; those of others are seen by root alone.
+/// The interfaces of tun devices that processes hold; those of others are seen by root alone. In
+/// another network namespace another interface may have the name.
 fn holders() -> Vec<(String, u32)> {
     let mut found = Vec::new();
     for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let Some(pid) = process.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
+        let mut home = None;
         for fd in fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten() {
             let is_tun = fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/dev/net/tun"));
-            if !is_tun {
+            let is_at_home = || host::is_at_home(&format!("{pid}"));
+            if !is_tun || !*home.get_or_insert_with(is_at_home) {
                 continue;
             }
             let info = fs::read_to_string(process.path().join("fdinfo").join(fd.file_name()));
@@ -78,6 +85,17 @@ fn holders() -> Vec<(String, u32)> {
     }
     found.dedup();
     found
+}
+
+/// Whether a process holds one of these sockets.
+fn has_one_of(pid: u32, sockets: &HashSet<u32>) -> bool {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    !sockets.is_empty()
+        && fds.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|to| {
+            let text = to.to_string_lossy();
+            let inode = text.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']'));
+            inode.and_then(|inode| inode.parse().ok()).is_some_and(|inode| sockets.contains(&inode))
+        })
 }
 
 /// The cgroup of a process, fit to print, and what decides for it; `None` for a bypass-user.

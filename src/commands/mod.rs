@@ -54,8 +54,12 @@ pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
     let ids = listeners.iter().flatten().map(|listener| listener.cgroup);
     let mut lines = loops::find(config, &listeners, core.homes(ids));
     if !config.routes.is_empty() {
-        let links = Kernel::open().map(|mut kernel| kernel.links_of(&plan::needs(config)));
-        lines.extend(tunnels::loops(config, core, &links.unwrap_or_default()));
+        let asked = Kernel::open().map(|mut kernel| {
+            let links = kernel.links_of(&plan::needs(config));
+            (links, kernel.marked_sockets(&config.bypass_marks))
+        });
+        let (links, spared) = asked.unwrap_or_default();
+        lines.extend(tunnels::loops(config, core, &links, &spared));
     }
     lines
 }

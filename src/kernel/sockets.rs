@@ -58,6 +58,21 @@ impl Kernel {
         Some(all)
     }
 
+    /// The inodes of the sockets that send with one of these marks.
+    pub fn marked_sockets(&mut self, marks: &[Mark]) -> HashSet<u32> {
+        let own = |socket: Socket| {
+            let bears = marks.iter().any(|own| socket.mark & own.mask == own.value);
+            bears.then_some(socket.inode)
+        };
+        let mut all = HashSet::new();
+        if !marks.is_empty() {
+            for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
+                all.extend(self.sockets(protocol, u32::MAX, &[], own));
+            }
+        }
+        all
+    }
+
     /// The sockets of a protocol in these states, of both families, as far as `keep` keeps them;
     /// none where the kernel does not tell of them.
     pub fn sockets<T>(

@@ -64,6 +64,7 @@ mod soak;
 mod stale;
 mod tools;
 mod traffic;
+mod tunnels;
 mod users;
 mod waiting;
 mod watch;

@@ -17,6 +17,7 @@ mod metrics;
 mod neighbour;
 mod resolver;
 mod server;
+mod tunnel;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};

@@ -1,0 +1,437 @@
+//! A VPN of user space, from one end to the other: a program holds a tun device, and carries what it
+//! reads there in datagrams of its own to a peer outside, which has one too. It is this test's own;
+//! tests/real has WireGuard's.
+//!
+//! ```text
+//!   vpn0  10.8.0.1  fd00:8::1 -- program ==UDP 192.0.2.1 to 192.0.2.2:5555== peer -- vout0  .2  ::2
+//! ```
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{kill, Signal};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+
+use crate::client::{fork_into, socket_of, Client, Outcome, Proto, SILENCE};
+use crate::daemon::{run_with, Daemon};
+use crate::ground::{addr, ip_batch, pipe, Ground, GATE4, HOST4, REMOTE4, REMOTE6};
+use crate::kernel::await_member;
+use crate::routes::{passes, refused, until_passes, until_refused, CASES, TUNNEL};
+use crate::wait_until;
+use crate::world::{raw_addr, Server, World};
+
+pub const PORT: u16 = 5555;
+
+/// `struct ifreq` of linux/if.h, as far as TUNSETIFF reads it.
+#[repr(C)]
+struct IfReq {
+    name: [u8; libc::IFNAMSIZ],
+    flags: libc::c_short,
+    rest: [u8; 22],
+}
+
+/// One end of the tunnel: a process in a cgroup, which ends with this.
+pub struct End(Pid);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGKILL);
+        let _ = waitpid(self.0, None);
+    }
+}
+
+impl End {
+    /// Makes the tun device `name` here and carries its packets from the address `own` to `peer`.
+    pub fn start(cgroup: &Path, name: &str, own: SocketAddr, peer: SocketAddr) -> End {
+        let mut request = IfReq { name: [0; libc::IFNAMSIZ], flags: 0, rest: [0; 22] };
+        request.name[..name.len()].copy_from_slice(name.as_bytes());
+        request.flags = (libc::IFF_TUN | libc::IFF_NO_PI) as libc::c_short;
+        let device = CString::new("/dev/net/tun").expect("no NUL");
+        let (own, peer) = (raw_addr(own), raw_addr(peer));
+        let (read, write) = pipe();
+        let write = write.as_raw_fd();
+        let dir = File::open(cgroup).expect("open the cgroup");
+        let child = || {
+            // SAFETY: system calls on live buffers of the lengths that go with them.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::dup2(write, 0);
+                libc::syscall(libc::SYS_close_range, 1, u32::MAX, 0);
+                let tun = libc::open(device.as_ptr(), libc::O_RDWR);
+                let made = libc::ioctl(tun, libc::TUNSETIFF as _, &raw const request);
+                let family = i32::from(own.0.ss_family);
+                let udp = libc::socket(family, libc::SOCK_DGRAM, 0);
+                let bound = libc::bind(udp, (&raw const own.0).cast(), own.1);
+                let connected = libc::connect(udp, (&raw const peer.0).cast(), peer.1);
+                let well = [tun, made, udp, bound, connected].iter().all(|rc| *rc >= 0);
+                libc::write(0, [u8::from(well)].as_ptr().cast(), 1);
+                carry(tun, udp)
+            }
+        };
+        // SAFETY: the child makes system calls only.
+        let pid = unsafe { fork_into(&dir, child) }.expect("fork into the cgroup");
+        let end = End(pid);
+        let mut well = [0];
+        File::from(read).read_exact(&mut well).expect("the tunnel reports");
+        assert_eq!(well, [1], "a tunnel cannot be made: {name}");
+        end
+    }
+}
+
+/// Packets both ways, one a datagram, until killed.
+///
+/// # Safety
+/// Descriptors of this process; makes system calls only.
+unsafe fn carry(tun: RawFd, udp: RawFd) -> i32 {
+    let mut packet = [0u8; 2048];
+    loop {
+        let mut fds = [tun, udp].map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 });
+        // SAFETY: two live pollfds, and buffers with their lengths.
+        unsafe {
+            libc::poll(fds.as_mut_ptr(), 2, -1);
+            for (from, to) in [(0, 1), (1, 0)] {
+                if fds[from].revents != 0 {
+                    let room = packet.as_mut_ptr().cast();
+                    let n = libc::read(fds[from].fd, room, packet.len());
+                    if n > 0 {
+                        libc::write(fds[to].fd, packet.as_ptr().cast(), n as usize);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Brings the device up, with this host's addresses in the tunnel.
+pub fn up(mtu: u32) {
+    ip_batch(
+        &[],
+        &format!(
+            "link set vpn0 mtu {mtu} up\naddr replace 10.8.0.1/24 dev vpn0\n\
+             addr replace fd00:8::1/64 dev vpn0 nodad\n"
+        ),
+    );
+}
+
+/// The peer outside, and the program here in its cgroup.
+fn tunnel(ground: &Ground, mtu: u32) -> (End, End) {
+    let peer = ground.outside(|| {
+        let any = "0.0.0.0".parse().expect("an address");
+        let end = End::start(&ground.cgroup("/peer"), "vout0", addr(any, PORT), addr(HOST4, PORT));
+        ip_batch(
+            &[],
+            &format!(
+                "link set vout0 mtu {mtu} up\naddr add 10.8.0.2/24 dev vout0\n\
+                 addr add fd00:8::2/64 dev vout0 nodad\n"
+            ),
+        );
+        end
+    });
+    let own = here(ground);
+    up(mtu);
+    (peer, own)
+}
+
+fn here(ground: &Ground) -> End {
+    End::start(&ground.cgroup("/tunnel"), "vpn0", addr(HOST4, PORT), addr(GATE4, PORT))
+}
+
+/// Everything by the tunnel, but for the program behind it.
+pub const ALL: &str =
+    "[global]\ndefault = vpn\n[route vpn]\ninterface = vpn0\n[rules]\ndirect = /tunnel\n";
+
+pub fn by_cgroup(more: &str) -> String {
+    format!("[route vpn]\ninterface = vpn0\n{more}[rules]\nvpn = /vpn\n")
+}
+
+/// Asserts that what left by the other interface since the last look were the tunnel's own packets,
+/// and that there were some.
+#[track_caller]
+pub fn only_its_own(world: &mut World) {
+    let packets = world.wire.packets();
+    let own = packets.iter().filter(|packet| packet.dst == addr(GATE4, PORT)).count();
+    let others: Vec<_> =
+        packets.iter().filter(|p| p.dst != addr(GATE4, PORT) && p.proto != Proto::Icmp).collect();
+    assert!(others.is_empty(), "{others:?}");
+    assert!(own > 0, "nothing went by the tunnel");
+}
+
+#[test]
+fn a_program_holds_the_interface() {
+    let ground = ground!("tun");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    let (_peer, own) = tunnel(&ground, 1500);
+    let daemon = Daemon::start(&ground, &by_cgroup(""), &[]);
+    await_member(&cgroup, "vpn");
+    passes(&mut world, &cgroup);
+    only_then(&mut world, &cgroup);
+    // all by it, the tunnel's own packets too but for a rule
+    daemon.reconfigure(ALL);
+    let any = ground.cgroup("/any");
+    passes(&mut world, &any);
+    daemon.reconfigure(&by_cgroup(""));
+    let floods: Vec<_> = CASES[..4]
+        .iter()
+        .map(|(proto, to)| Client::new(&cgroup, *proto, addr(*to, 80)).flood().spawn())
+        .collect();
+    // the program ends, and its interface with it
+    drop(own);
+    refused(&mut world, &cgroup);
+    let own = here(&ground);
+    refused(&mut world, &cgroup);
+    ip_batch(&[], "link set vpn0 up\n");
+    refused(&mut world, &cgroup);
+    let came = Instant::now();
+    up(1500);
+    let took = came.elapsed();
+    for to in [REMOTE4, REMOTE6] {
+        println!("{to}: {:?} after it came, of which ip took {took:?}", until_passes(&cgroup, to));
+    }
+    passes(&mut world, &cgroup);
+    ip_batch(&[], "link set vpn0 down\n");
+    [REMOTE4, REMOTE6].iter().for_each(|to| until_refused(&cgroup, *to));
+    refused(&mut world, &cgroup);
+    up(1500);
+    [REMOTE4, REMOTE6].iter().for_each(|to| {
+        until_passes(&cgroup, *to);
+    });
+    passes(&mut world, &cgroup);
+    ip_batch(&[], "addr flush dev vpn0\n");
+    [REMOTE4, REMOTE6].iter().for_each(|to| until_refused(&cgroup, *to));
+    refused(&mut world, &cgroup);
+    up(1500);
+    [REMOTE4, REMOTE6].iter().for_each(|to| {
+        until_passes(&cgroup, *to);
+    });
+    passes(&mut world, &cgroup);
+    // killed while packets are under way
+    drop(own);
+    [REMOTE4, REMOTE6].iter().for_each(|to| until_refused(&cgroup, *to));
+    refused(&mut world, &cgroup);
+    drop(floods);
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+}
+
+/// One request, and that what carried it were the tunnel's packets.
+fn only_then(world: &mut World, cgroup: &Path) {
+    world.wire.packets();
+    let outcome = Client::tcp(cgroup, addr(REMOTE4, 80)).run();
+    assert!(matches!(outcome, Outcome::Answer(_)), "{outcome:?}");
+    only_its_own(world);
+}
+
+/// From the moment the interface can be used, as the kernel tells of it, to the first answer: five
+/// times, each with a new device.
+#[test]
+fn it_is_back_at_once() {
+    let ground = ground!("tunback");
+    let _world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    let (_peer, mut own) = tunnel(&ground, 1500);
+    let _daemon = Daemon::start(&ground, &by_cgroup(""), &[]);
+    await_member(&cgroup, "vpn");
+    until_passes(&cgroup, REMOTE4);
+    let mut all = Vec::new();
+    for _ in 0..5 {
+        drop(own);
+        until_refused(&cgroup, REMOTE4);
+        own = here(&ground);
+        up(1500);
+        all.push(until_passes(&cgroup, REMOTE4));
+    }
+    all.sort();
+    println!("back after {all:?}");
+    // others may keep the processors busy for a while: none of them for all of the five
+    assert!(all[0] < Duration::from_millis(50), "{all:?}");
+}
+
+/// Whole files each way, over an interface with a small MTU.
+#[test]
+fn bulk_passes_a_small_mtu() {
+    let ground = ground!("tunmtu");
+    let mut world = World::new(&ground);
+    let (_peer, _own) = tunnel(&ground, 1280);
+    let _daemon = Daemon::start(&ground, ALL, &[]);
+    let cgroup = ground.cgroup("/any");
+    for remote in [REMOTE4, REMOTE6] {
+        until_passes(&cgroup, remote);
+        world.wire.packets();
+        let took = bulk(&ground, &cgroup, remote);
+        println!("{remote}: 10 MiB each way in {took:?}");
+        only_its_own(&mut world);
+    }
+}
+
+/// 10 MiB each way without a stall, seen by the remote host as from the tunnel.
+pub fn bulk(ground: &Ground, cgroup: &Path, remote: IpAddr) -> Duration {
+    const SIZE: usize = 10 << 20;
+    let any = if remote.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let listener = ground.outside(|| TcpListener::bind(any)).expect("listen outside");
+    let port = listener.local_addr().expect("its address").port();
+    let server = std::thread::spawn(move || {
+        let (mut stream, from) = listener.accept().expect("a client");
+        let (mut got, mut buffer) = (0, vec![0; 1 << 16]);
+        while got < SIZE {
+            got += stream.read(&mut buffer).expect("read");
+        }
+        stream.write_all(&vec![b'x'; SIZE]).expect("send back");
+        from.ip()
+    });
+    let family = if remote.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let socket: OwnedFd = socket_of(cgroup, family, libc::SOCK_STREAM);
+    crate::stale::connect(&socket, addr(remote, port)).expect("connect");
+    let mut stream = TcpStream::from(socket);
+    for set in [TcpStream::set_read_timeout, TcpStream::set_write_timeout] {
+        set(&stream, Some(Duration::from_secs(10))).expect("a timeout");
+    }
+    let start = Instant::now();
+    stream.write_all(&vec![b'y'; SIZE]).expect("send, no stall");
+    let (mut got, mut buffer) = (0, vec![0; 1 << 16]);
+    while got < SIZE {
+        got += stream.read(&mut buffer).expect("no stall");
+    }
+    let took = start.elapsed();
+    let from = server.join().expect("the server").to_string();
+    assert_eq!(from, TUNNEL[usize::from(remote.is_ipv6())]);
+    took
+}
+
+/// Every resolver that is asked is the one in the tunnel, those of this host included.
+#[test]
+fn dns_goes_into_it() {
+    let ground = ground!("tundns");
+    let mut world = World::new(&ground);
+    let cgroup = ground.cgroup("/vpn");
+    let _local = Server::start("local", &[53]);
+    let (_peer, own) = tunnel(&ground, 1500);
+    let _daemon = Daemon::start(&ground, &by_cgroup(DNS), &[]);
+    await_member(&cgroup, "vpn");
+    resolves(&mut world, &cgroup);
+    drop(own);
+    until_refused(&cgroup, REMOTE4);
+    resolves_nothing(&mut world, &cgroup);
+}
+
+/// The resolver behind the tunnel.
+pub const DNS: &str = "dns-hijack = 10.8.0.2\ndns-hijack = fd00:8::2\ndns-hijack-tcp = yes\n\
+                       dns-hijack-local = yes\n";
+
+/// Resolvers that are asked, and the one that has to answer.
+const ASKED: [(&str, &str); 4] = [
+    ("203.0.113.7", "10.8.0.2:53"),
+    ("127.0.0.53", "10.8.0.2:53"),
+    ("192.0.2.1", "10.8.0.2:53"),
+    ("2001:db8:2::7", "[fd00:8::2]:53"),
+];
+
+fn query(cgroup: &Path, proto: Proto, asked: &str, patience: Duration) -> Outcome {
+    let to = SocketAddr::new(asked.parse().expect("an address"), 53);
+    Client::new(cgroup, proto, to).timeout(patience).run()
+}
+
+#[track_caller]
+pub fn resolves(world: &mut World, cgroup: &Path) {
+    for proto in [Proto::Udp, Proto::Tcp] {
+        for (asked, resolver) in ASKED {
+            world.wire.packets();
+            let outcome = query(cgroup, proto, asked, Duration::from_secs(2));
+            assert_eq!(outcome.who(), format!("remote {resolver}"), "{proto:?} {asked}");
+            only_its_own(world);
+        }
+    }
+}
+
+/// Nor does anybody here answer in its place.
+#[track_caller]
+pub fn resolves_nothing(world: &mut World, cgroup: &Path) {
+    for (asked, _) in ASKED {
+        let tcp = query(cgroup, Proto::Tcp, asked, Duration::from_secs(2));
+        assert_eq!(tcp, Outcome::Refused, "{asked}");
+        let who = query(cgroup, Proto::Udp, asked, SILENCE).who();
+        assert!(!["local", "remote"].iter().any(|name| who.starts_with(name)), "{asked}: {who}");
+    }
+    let packets = world.wire.packets();
+    assert!(packets.iter().all(|p| p.dst.port() != 53), "{packets:?}");
+}
+
+/// Check, status and the log see that the tunnel's own packets would come back to it: by the
+/// program's cgroup, by its user, and for a tunnel of the kernel by the default.
+#[test]
+fn a_tunnel_that_carries_itself_is_seen() {
+    let ground = ground!("tunloop");
+    let _world = World::new(&ground);
+    let (_peer, _own) = tunnel(&ground, 1500);
+    let said = |config: &str| {
+        let out = run_with(&ground, config, &["check"]);
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let lines = text.lines().filter(|line| line.contains("loop: ")).map(str::to_owned);
+        lines.collect::<Vec<_>>()
+    };
+    let name = ground.root.file_name().expect("a name").to_string_lossy().into_owned();
+    // what the tunnel's program is in, and what decides for it
+    let cases = [
+        (ALL.to_string(), None),
+        (ALL.replace("direct = /tunnel", "direct = /other"), Some("/tunnel; begin [rules]")),
+        (by_cgroup(""), None),
+        (by_cgroup("").replace("vpn = /vpn", "vpn = /tunnel"), Some("/tunnel; begin [rules]")),
+        (by_cgroup("").replace("vpn = /vpn", "direct = /tunnel\nvpn = /.*"), None),
+        (ALL.replace("direct = /tunnel", "vpn = user:root"), Some("/tunnel; begin [rules]")),
+        (
+            ALL.replace("direct = /tunnel", "vpn = /tunnel")
+                .replace("default = vpn", "bypass-user = root"),
+            None,
+        ),
+        // another interface's program
+        (by_cgroup("").replace("vpn = /vpn", "vpn = /tunnel").replace("vpn0", "vpn1"), None),
+    ];
+    for (config, want) in &cases {
+        let lines = said(config);
+        match want {
+            None => assert!(lines.is_empty(), "{config}{lines:?}"),
+            Some(want) => {
+                assert_eq!(lines.len(), 1, "{config}{lines:?}");
+                let line = &lines[0];
+                assert!(line.contains(want) && line.contains("vpn0 of [route vpn]"), "{line}");
+                assert!(line.contains(&name) || line.contains("/tunnel"), "{line}");
+            }
+        }
+    }
+    // a tunnel of the kernel, which has no process
+    ip_batch(&[], "link add vx0 type vxlan id 7 remote 192.0.2.2 dstport 4789\n");
+    let kernels = "[global]\ndefault = vpn\n[route vpn]\ninterface = vx0\n[rules]\ndirect = /x\n";
+    let lines = said(kernels);
+    assert!(lines.iter().any(|line| line.contains("belong to no cgroup")), "{lines:?}");
+    for exempt in ["bypass = 192.0.2.2\n", "bypass-mark = 0xca6c\n"] {
+        let lines = said(&kernels.replace("[global]\n", &format!("[global]\n{exempt}")));
+        assert!(lines.is_empty(), "{exempt}{lines:?}");
+    }
+    let lines = said(&kernels.replace("default = vpn\n", ""));
+    assert!(lines.is_empty(), "by cgroup: {lines:?}");
+}
+
+/// What it is about: with such a policy nothing passes, for the tunnel's packets come back to it.
+#[test]
+fn a_tunnel_that_carries_itself_carries_nothing() {
+    let ground = ground!("tunself");
+    let mut world = World::new(&ground);
+    let (_peer, _own) = tunnel(&ground, 1500);
+    let daemon = Daemon::start(&ground, ALL, &[]);
+    let any = ground.cgroup("/any");
+    until_passes(&any, REMOTE4);
+    daemon.reconfigure(&ALL.replace("direct = /tunnel", "direct = /other"));
+    world.wire.packets();
+    let outcome = Client::tcp(&any, addr(REMOTE4, 80)).timeout(Duration::from_millis(500)).run();
+    assert!(!matches!(outcome, Outcome::Answer(_)), "{outcome:?}");
+    daemon.reconfigure(ALL);
+    assert!(wait_until(Duration::from_secs(5), || {
+        let client = Client::tcp(&any, addr(REMOTE4, 80)).timeout(Duration::from_millis(500));
+        matches!(client.run(), Outcome::Answer(_))
+    }));
+}
