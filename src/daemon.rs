@@ -339,6 +339,10 @@ impl Daemon<'_> {
             let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
             doubts::tell_inbound(&mut self.kernel, &suspects);
         }
+        let mut open = match before.is_some() {
+            true => self.kernel.recall_localnet(),
+            false => Vec::new(),
+        };
         let routed = self.add_routing(&config);
         if let Err(error) = routed.and_then(|()| self.replace()) {
             self.undo_routing();
@@ -347,6 +351,11 @@ impl Daemon<'_> {
         if self.kernel.settle()? {
             self.replace()?;
         }
+        open.retain(|name| {
+            let of = |route: &Route| route.interface == *name && route.sends_from_loopback();
+            !config.routes.iter().any(of)
+        });
+        self.kernel.set_localnet(open.iter().map(String::as_str), false);
         self.kernel.forget_flows(&strange.unwrap_or_default());
         let removed = self.trim_routing();
         if removed > 0 {

@@ -58,6 +58,8 @@ pub struct Kernel {
     /// are while containers are looked for.
     peer_events: Option<Socket>,
     follows_peers: bool,
+    /// The interfaces that are open to loopback addresses, and whether they were closed before.
+    opened: BTreeMap<String, bool>,
     /// For questions about other programs' sockets; not every kernel answers them.
     diag: Option<Socket>,
     /// False once the kernel has refused to end a socket.
@@ -94,6 +96,7 @@ impl Kernel {
             follows_peers: false,
             watched: None,
             links: Vec::new(),
+            opened: BTreeMap::new(),
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
             ends_sockets: true,
             tells_flows: true,

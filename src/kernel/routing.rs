@@ -16,6 +16,7 @@ use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::socket::Failure;
 use crate::nft::table::Devices;
+use crate::nft::view;
 use crate::route::{self, Entry, Needs, Seen};
 
 /// What has become of ip rules and routes.
@@ -241,10 +242,26 @@ impl Kernel {
         Some(devices)
     }
 
-    /// Lets local processes that ask from a loopback address be answered by these interfaces, or not.
+    /// Takes the interfaces over that the table of a run before had opened to loopback addresses, and
+    /// returns them. To be called before that table goes.
+    pub fn recall_localnet(&mut self) -> Vec<String> {
+        let open = view::open_to_loopback(&self.rules().unwrap_or_default());
+        self.opened.extend(open.iter().map(|name| (name.clone(), true)));
+        open
+    }
+
+    /// Lets local processes that ask from a loopback address be answered by these interfaces, or not:
+    /// then those stay open that were so before.
     /// To be called while the table keeps others from loopback addresses.
     pub fn set_localnet<'a>(&mut self, names: impl Iterator<Item = &'a str>, on: bool) {
         for name in names {
+            let by_us = match on {
+                true => *self.opened.entry(name.into()).or_insert_with(|| !is_open(name)),
+                false => self.opened.remove(name).unwrap_or(true),
+            };
+            if !by_us {
+                continue;
+            }
             match self.rt.ask(&|batch| link::set_localnet(batch, name, on), |_| None::<()>) {
                 // one that is not there is told of when it comes
                 Ok(Ok(_) | Err(Errno::ENODEV)) => {}
@@ -300,6 +317,12 @@ impl Kernel {
 fn is_absent(error: &Error) -> bool {
     let absent = [Errno::EAFNOSUPPORT, Errno::EOPNOTSUPP, Errno::EACCES, Errno::ENODEV];
     error.errno().is_some_and(|errno| absent.contains(&errno))
+}
+
+/// Whether an interface takes packets with loopback addresses.
+fn is_open(interface: &str) -> bool {
+    let sysctl = format!("/proc/sys/net/ipv4/conf/{interface}/route_localnet");
+    std::fs::read(sysctl).is_ok_and(|text| text.starts_with(b"1"))
 }
 
 /// Whether answers that come in by an interface are dropped, where other routes than the one by it

@@ -537,8 +537,23 @@ fn dns_goes_into_the_tunnel() {
     until_passes(&cgroup, REMOTE4);
     until_passes(&cgroup, REMOTE6);
     all(&mut world);
+    // one that takes over knows that it was opened by us
+    daemon.kill9();
+    let daemon = Daemon::start(&ground, &config("dns-hijack-local = yes\n"), &[]);
+    all(&mut world);
+    daemon.kill9();
+    let daemon = Daemon::start(&ground, &config(""), &[]);
+    assert_eq!(localnet().expect("a sysctl").trim(), "0");
+    daemon.reconfigure(&config("dns-hijack-local = yes\n"));
     daemon.stop_clean();
     assert_eq!(localnet().expect("a sysctl").trim(), "0");
+    // and leaves one open that was so before
+    sysctl("net/ipv4/conf/vpn0/route_localnet", "1");
+    let daemon = Daemon::start(&ground, &config("dns-hijack-local = yes\n"), &[]);
+    daemon.reconfigure(&config(""));
+    daemon.reconfigure(&config("dns-hijack-local = yes\n"));
+    daemon.stop_clean();
+    assert_eq!(localnet().expect("a sysctl").trim(), "1");
     drop(local);
 }
 
