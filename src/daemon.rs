@@ -547,7 +547,7 @@ impl Daemon<'_> {
         let found = self.find_loops();
         self.loops.asked(Instant::now());
         self.loops.news(found.clone());
-        for line in found {
+        for line in found.into_iter().chain(faults::idle(&config)) {
             log!(Warning, "{line}");
         }
         if config.tproxies.is_empty() {

@@ -141,6 +141,23 @@ fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mu
     }
 }
 
+/// A line for each target whose lists are empty, so that what was to be its own goes directly.
+pub fn idle(config: &Config) -> Vec<String> {
+    let tproxies = config.tproxies.iter().map(|tproxy| ("tproxy", &tproxy.outlet));
+    let routes = config.routes.iter().map(|route| ("route", &route.outlet));
+    tproxies.chain(routes).filter_map(|(kind, outlet)| takes_nothing(kind, outlet)).collect()
+}
+
+fn takes_nothing(kind: &str, outlet: &Outlet) -> Option<String> {
+    let name = &outlet.name;
+    outlet.only.as_ref().is_some_and(Ranges::is_empty).then(|| {
+        format!(
+            "[{kind} {name}]: only-file names no address, so that everything is left alone: put \
+             addresses into the file, or leave out the key"
+        )
+    })
+}
+
 /// What a target does not take, and what is likely not what was meant.
 fn limits(kind: &str, outlet: &Outlet) -> Vec<Finding> {
     let name = &outlet.name;
@@ -149,12 +166,7 @@ fn limits(kind: &str, outlet: &Outlet) -> Vec<Finding> {
     if !limits.is_empty() {
         findings.push(Ok(format!("[{kind} {name}]: {}", limits.join(", "))));
     }
-    if outlet.only.as_ref().is_some_and(Ranges::is_empty) {
-        findings.push(Err(format!(
-            "[{kind} {name}]: only-file names no address, so that everything is left alone: put \
-             addresses into the file, or leave out the key"
-        )));
-    }
+    findings.extend(takes_nothing(kind, outlet).map(Err));
     for l4 in [L4::Tcp, L4::Udp] {
         let ((take, ports), key) = (outlet.protocol(l4), l4.nft());
         if take != Take::Yes && !ports.is_empty() {

@@ -35,5 +35,7 @@ pub fn load(source: &dyn Source, path: &Path) -> Result<Config, Vec<Problem>> {
     let order = |p: &Problem| files.get(&p.file).copied().unwrap_or(files.len());
     // lists stand behind the files that name them
     problems.sort_by(|a, b| (order(a), &a.file, a.line).cmp(&(order(b), &b.file, b.line)));
+    // a list that two keys name is read for each
+    problems.dedup();
     Err(problems)
 }

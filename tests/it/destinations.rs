@@ -338,7 +338,8 @@ fn only_destinations() {
     behind(&ground, &lan, &six("refused"));
     // nothing at all
     write_list(&ground, "via.txt", "# nothing\n");
-    daemon.reconfigure(&policy("", "only-file = lists/via.txt\n"));
+    let said = daemon.reconfigure(&policy("", "only-file = lists/via.txt\n"));
+    assert!(said.contains("only-file names no address"), "{said}");
     let none = alike(&[("203.0.113.7", "remote"), ("2001:db8:2::7", "remote")]);
     here(&app, &none);
     behind(&ground, &lan, &none);
@@ -475,6 +476,11 @@ fn lists_that_are_refused() {
     refused("many", "over 100000 addresses");
     refused("latin", "is not UTF-8 (line 2)");
     refused("noise", "990 more lines are no addresses");
+    // said once, whoever names it
+    write_private(&path("wrong"), "10.0.0/8\n");
+    let twice = "bypass-file = lists/wrong\nonly-file = lists/wrong\n";
+    let said = daemon.reconfigure(&policy("bypass-file = lists/wrong\n", twice));
+    assert_eq!(said.matches("lists/wrong:1: ").count(), 1, "{said}");
     daemon.stop_clean();
 }
 
