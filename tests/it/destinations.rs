@@ -2,12 +2,12 @@
 //! decide, of this host's processes and of a router's clients.
 
 use std::io::Read;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::client::{Client, Outcome, Proto};
-use crate::daemon::{write_private, Daemon};
+use crate::daemon::{write_private, Daemon, UNOWNED};
 use crate::gateway::{Lan, Netns};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::stale::{connect, socket_in};
@@ -361,6 +361,24 @@ fn with_dscp(cgroup: &Path, to: SocketAddr, dscp: i32) -> String {
     text.split(' ').next().unwrap_or_default().to_owned()
 }
 
+/// The same by a datagram.
+fn udp_with_dscp(cgroup: &Path, to: SocketAddr, dscp: i32) -> String {
+    let fd = socket_in(cgroup, libc::SOCK_DGRAM, to.ip());
+    let (level, option) = match to {
+        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
+        SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+    };
+    crate::world::set(&fd, level, option, dscp << 2 | 2);
+    connect(&fd, to).expect("connect");
+    let socket = UdpSocket::from(fd);
+    socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    socket.send(b"?").expect("send");
+    let mut text = [0; 256];
+    let len = socket.recv(&mut text).expect("an answer");
+    let text = String::from_utf8_lossy(&text[..len]);
+    text.split(' ').next().unwrap_or_default().to_owned()
+}
+
 #[test]
 fn packets_with_a_dscp() {
     let ground = ground!("dest-dscp");
@@ -376,8 +394,54 @@ fn packets_with_a_dscp() {
             assert_eq!(with_dscp(&app, to, dscp), want, "{dscp} to {to}");
             let its = lan.client(0).run(|| with_dscp(&ground.root, to, dscp));
             assert_eq!(its, want, "{dscp} to {to} of a client");
+            assert_eq!(udp_with_dscp(&app, to, dscp), want, "UDP, {dscp} to {to}");
+            let its = lan.client(0).run(|| udp_with_dscp(&ground.root, to, dscp));
+            assert_eq!(its, want, "UDP, {dscp} to {to} of a client");
         }
     }
+    daemon.stop_clean();
+}
+
+/// What is rejected or left alone by its port is so with a daemon that was killed, with the one that
+/// takes over from it, and after another program has deleted all there was.
+#[test]
+fn ports_and_refusals_over_a_kill_and_a_repair() {
+    let ground = ground!("dest-heal");
+    let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let lines = "tcp-ports = 443 80\nudp-ports = 80 443\nquic = reject\nipv6 = reject\n";
+    let config = policy("", lines);
+    let cases = |udp: &'static str| {
+        [
+            (Tcp, addr(REMOTE4, 443), PROXY),
+            (Tcp, addr(REMOTE4, 53), "remote"),
+            (Udp, addr(REMOTE4, 53), "remote"),
+            (Tcp, addr(REMOTE6, 443), "refused"),
+            (Udp, addr(REMOTE4, 443), udp),
+            (Udp, addr(REMOTE6, 443), udp),
+        ]
+    };
+    let mut all = |when: &str| {
+        println!("{when}");
+        here(&app, &cases("denied"));
+        behind(&ground, &lan, &cases("refused"));
+        let left = world.wire.to_remote();
+        assert!(left.iter().all(|packet| packet.dst.port() == 53), "{when}: {left:?}");
+    };
+    let mut daemon = Daemon::spawn(&ground, &config, &[], &[UNOWNED]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    all("at first");
+    daemon.kill9();
+    all("without a daemon");
+    let mut daemon = Daemon::spawn(&ground, &config, &[], &[UNOWNED]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    all("after kill -9");
+    crate::kernel::load("delete table inet cgtproxy");
+    assert!(daemon.wait_log("in force again", PATIENCE), "{}", daemon.logs());
+    all("after a repair");
+    daemon.leave();
+    let daemon = Daemon::start(&ground, &config, &[]);
+    all("after a restart");
     daemon.stop_clean();
 }
 
