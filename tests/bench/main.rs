@@ -94,7 +94,7 @@ fn main() {
     }
     let picked: Vec<String> = (std::env::args().skip(1)).filter(|a| !a.starts_with('-')).collect();
     type Group = (&'static str, fn(&mut Report));
-    let groups: [Group; 14] = [
+    let groups: [Group; 15] = [
         ("binary", start::binary),
         ("rules", start::rules),
         ("start", start::start),
@@ -107,6 +107,7 @@ fn main() {
         ("packet", traffic::packet_cost),
         ("user", traffic::user_line),
         ("destinations", traffic::destinations),
+        ("route", traffic::route),
         ("nested", traffic::nested_levels),
         ("throughput", traffic::throughput),
     ];

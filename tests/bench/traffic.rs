@@ -341,6 +341,88 @@ pub fn destinations(report: &mut Report) {
     }
 }
 
+/// What leaves by a route, beside the same by rules that a person would write for that alone: a mark,
+/// which has the kernel look for the way once more, and the source address that goes with it. And
+/// what packets of others pay for there being one: nothing.
+pub fn route(report: &mut Report) {
+    let ground = Ground::new("route").expect("root");
+    let [others, own] = ["unmatched", "vpn"].map(|kind| ground.cgroup(&format!("/{kind}/b")));
+    ground.outside(|| {
+        load(
+            "table netdev sink {
+                chain in { type filter hook ingress device out0 priority 0; policy drop; }
+            }",
+        );
+    });
+    let plain = "[rules]\ndrop = /drop\n";
+    let ours = "[route vpn]\ninterface = in0\ngateway = 192.0.2.2\n[rules]\nvpn = /vpn\n";
+    let sub_tree = ground.root.file_name().and_then(|n| n.to_str()).expect("a name");
+    let by_hand = format!(
+        "table inet bench {{
+            set vpn {{ type cgroupsv2; elements = {{ \"{sub_tree}/vpn\" }}; }}
+            chain output {{
+                type route hook output priority mangle; policy accept;
+                oif lo accept
+                socket cgroupv2 level 2 @vpn ct direction original ct mark set 0x01000000 meta mark set 0x01000000
+            }}
+            chain nat {{
+                type nat hook postrouting priority 99; policy accept;
+                ct mark 0x01000000 oifname in0 masquerade
+            }}
+        }}"
+    );
+    let ways = [
+        "rule add pref 90 fwmark 0x01000000/0xff000000 lookup 77\n",
+        "route add default via 192.0.2.2 dev in0 table 77\n",
+    ]
+    .concat();
+    let flood = |cgroup: &Path| flood(cgroup, addr(REMOTE4, 9));
+    let mut unmatched = [const { Vec::new() }; 2];
+    let mut routed = [const { Vec::new() }; 3];
+    for _ in 0..sized(9, 21) {
+        go_on();
+        let table = Table::ours(&ground, &plain.replace("/drop", "/elsewhere"));
+        unmatched[0].push(flood(&others));
+        routed[0].push(flood(&own));
+        drop(table);
+        load(&by_hand);
+        ip_batch(&["-4"], &ways);
+        routed[1].push(flood(&own));
+        ip_batch(&["-4"], &ways.replace(" add ", " del "));
+        assert!(crate::kernel::nft(&["flush", "ruleset"], "").status.success());
+        let table = Table::ours(&ground, &format!("{ours}drop = /elsewhere\n"));
+        unmatched[1].push(flood(&others));
+        routed[2].push(flood(&own));
+        drop(table);
+    }
+    let more = |with: &[f64], without: &[f64]| {
+        let each: Vec<f64> = with.iter().zip(without).map(|(a, b)| a - b).collect();
+        median(&each)
+    };
+    let reference = ("without a route", median(&unmatched[0]));
+    report.beside(
+        "packet, unmatched, beside a route",
+        median(&unmatched[1]),
+        "ns",
+        reference,
+        Target::None,
+    );
+    let name = "packet, unmatched, beside a route, more";
+    report.alone(name, more(&unmatched[1], &unmatched[0]), "ns", Target::AtMost(5.0));
+    let reference = ("direct, in all", median(&routed[0]));
+    let over = more(&routed[2], &routed[0]);
+    report.beside("packet, by a route, over direct", over, "ns", reference, Target::None);
+    let reference = ("by hand, over direct", more(&routed[1], &routed[0]));
+    let over = more(&routed[2], &routed[1]);
+    report.beside(
+        "packet, by a route, over rules by hand",
+        over,
+        "ns",
+        reference,
+        Target::AtMost(40.0),
+    );
+}
+
 /// What a user who was given a directory can cost everybody: a packet that no rule decides, beside
 /// cgroups below `/delegated` that a rule with `.*` matches at as many levels as can be.
 pub fn nested_levels(report: &mut Report) {
