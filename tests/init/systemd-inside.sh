@@ -36,6 +36,7 @@ asks() { # SLICE WANT: sends a datagram from a new unit in that slice
 policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /proxied\\.slice\n%s\n' "$1" >$CONF; }
 DROP='drop = /app\.slice' WRONG='mihomo = ('
 ours() { { ip rule; ip -6 rule; ip route show table all; } | grep -E 'proto 99|lookup 300'; }
+journal() { journalctl -u cgtproxy | grep "$1"; }
 table() { nft list table inet cgtproxy; }
 clean() { ! table && ! ours; }
 
@@ -58,6 +59,7 @@ systemctl start app.slice proxied.slice other.slice
 policy "$DROP"
 echo "       $(systemctl --version | head -1)"
 check "started at boot by the package" systemctl is-active cgtproxy cgtproxyd
+check "   which could ask the kernel how levels count" fails journal "over lo"
 check "restart" systemctl restart cgtproxy
 check "the table is there when restart returns" table
 check "a unit of the policy is dropped" asks app denied
