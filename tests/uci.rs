@@ -391,7 +391,8 @@ const REPLIES: &str = r#"{
         "rules": [{"family": "ipv6", "text": "RULE", "present": false}], "routes": []},
         "refused": ["WHY"], "enabled": true},
     "apps": {"apps": {"apps": [{"cgroup": "/services/aria2/instance1", "user": "u", "uid": 5, "flows": 1,
-        "protocols": ["tcp"], "remotes": ["203.0.113.7"], "target": "mihomo", "rule": {"match": "service:aria2"}}]}},
+        "protocols": ["tcp"], "remotes": ["203.0.113.7"], "target": "mihomo", "rule": {"match": "service:aria2"}},
+        {"cgroup": "/user.slice/app-org.x.scope", "user": "root", "uid": 0, "line": "mihomo = app:org.x"}]}},
     "check": {"exit": 2, "uci": ["warning: UCI", "unable to"], "check": {"findings": [
         {"id": "rule", "severity": "ok", "text": "FINE"}, {"id": "new", "severity": "warning", "text": "WARN"},
         {"id": "config", "severity": "error", "text": "WRONG"}]}},
@@ -476,6 +477,64 @@ fn pages_have_the_rights_that_they_need() {
     assert_eq!(pages.iter().filter(|line| line.starts_with("call ")).count(), 5);
     let loaded: Vec<_> = pages.iter().filter(|line| line.starts_with("uci ")).collect();
     assert_eq!(loaded, ["uci cgtproxy"]);
+}
+
+/// What talks now stands in lists, as do networks and hosts.
+#[test]
+fn pages_offer_what_there_is() {
+    let Some(pages) = pages() else { return };
+    for offered in [
+        "service aria2",
+        "user u",
+        "app org.x",
+        "match /services/aria2/instance1",
+        "match /user\\.slice/app-org\\.x\\.scope",
+        "target mihomo",
+        "target vpn-1",
+        "default vpn-1",
+        "network lan",
+        "source_mac 02:00:00:00:00:aa",
+    ] {
+        assert!(pages.contains(&format!("offered {offered}")), "{offered}");
+    }
+    assert!(!pages.contains("offered user root"), "everything on a router is root's");
+}
+
+/// Pages come with the service where LuCI is, and go with it.
+#[test]
+fn pages_by_file() {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("uci-install");
+    let files = || {
+        let mut find = Command::new("find");
+        find.arg(&root).args(["-type", "f", "-printf", "%m %P\n"]);
+        String::from_utf8(find.output().unwrap().stdout).unwrap()
+    };
+    let install = |what: &str| {
+        let mut command = Command::new("sh");
+        command.arg(here.join("init/install.sh")).arg(what).env("DESTDIR", &root);
+        command.env("INIT", "openwrt").env("BIN", env!("CARGO_BIN_EXE_cgtproxy"));
+        assert!(command.output().unwrap().status.success(), "{what}");
+    };
+    for luci in [false, true] {
+        let _ = fs::remove_dir_all(&root);
+        fs::create_dir_all(&root).unwrap();
+        if luci {
+            fs::create_dir_all(root.join("www/luci-static/resources")).unwrap();
+        }
+        install("install");
+        for file in [
+            "644 www/luci-static/resources/view/cgtproxy/overview.js",
+            "644 www/luci-static/resources/cgtproxy/tools.js",
+            "755 usr/libexec/rpcd/cgtproxy",
+            "644 usr/share/rpcd/acl.d/luci-app-cgtproxy.json",
+            "644 usr/share/luci/menu.d/luci-app-cgtproxy.json",
+        ] {
+            assert_eq!(files().contains(&format!("{file}\n")), luci, "{file}");
+        }
+        install("purge");
+        assert_eq!(files(), "");
+    }
 }
 
 #[test]

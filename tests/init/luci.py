@@ -26,6 +26,8 @@ ROUTER, REPOSITORY, LUCI, PORT = sys.argv[1:]
 APP = REPOSITORY + "/init/openwrt/luci-app-cgtproxy"
 ROOTS = [APP + "/htdocs", LUCI + "/modules/luci-base/htdocs", LUCI + "/themes/luci-theme-bootstrap/htdocs"]
 SESSION = "0123456789abcdef0123456789abcdef"
+# of a user who may see, and not change
+VIEWER = "fedcba9876543210fedcba9876543210"
 STAGED = f"{ROUTER}/run/rpcd/uci-{SESSION}"
 CONFIG = ROUTER + "/config"
 # seconds: procd waits for further changes before it reloads, and uci for a page that confirms
@@ -57,9 +59,10 @@ def load(*paths):
 
 
 class Acl:
-    """Of a session that may see and change cgtproxy, and has nothing of LuCI but its base."""
+    """Of a session that may see cgtproxy or change it, and has nothing of LuCI but its base."""
 
-    def __init__(self):
+    def __init__(self, *modes):
+        self.modes = modes
         of = "/root/usr/share/rpcd/acl.d/"
         groups = load(LUCI + "/modules/luci-base" + of + "luci-base.json", APP + of + "luci-app-cgtproxy.json")
         self.groups = [groups["luci-base"], groups["luci-app-cgtproxy"]]
@@ -68,13 +71,14 @@ class Acl:
         return [group[mode][scope] for group in self.groups for mode in modes if scope in group.get(mode, {})]
 
     def call(self, name, method):
-        return any(method in listed.get(name, []) for listed in self.lists("ubus", ("read", "write")))
+        return any(method in listed.get(name, []) for listed in self.lists("ubus", self.modes))
 
     def config(self, name, write):
-        return any(name in listed for listed in self.lists("uci", ("write",) if write else ("read",)))
+        mode = "write" if write else "read"
+        return mode in self.modes and any(name in listed for listed in self.lists("uci", [mode]))
 
 
-acl = Acl()
+rights = {SESSION: Acl("read", "write"), VIEWER: Acl("read")}
 
 
 class Code(Exception):
@@ -202,10 +206,10 @@ WRITES = ("add", "set", "delete", "order", "rename")
 def call(session, name, method, arguments):
     """What a call returns, or None where it is refused."""
     arguments = {key: value for key, value in arguments.items() if value is not None}
-    known = session == SESSION
+    acl = rights.get(session)
     if (name, method) == ("session", "access"):
-        return {"access": known}
-    if not (known and acl.call(name, method) or (name, method) == ("luci", "getFeatures")):
+        return {"access": acl is not None}
+    if not (acl and acl.call(name, method) or (name, method) == ("luci", "getFeatures")):
         return None
     if name == "uci":
         if "config" in arguments and not acl.config(arguments["config"], method in WRITES):
@@ -260,17 +264,18 @@ def menu():
     return tree
 
 
-def page(path):
+def page(path, session):
     """The page of an entry of the menu, or None."""
     node = menu()
     for part in path:
         node = node.get("children", {}).get(part, {})
     if node.get("action", {}).get("type") != "view":
         return None
+    node["readonly"] = "write" not in rights[session].modes
     environment = {
         "media": "/luci-static/bootstrap", "resource": "/luci-static/resources", "scriptname": "/cgi-bin/luci",
         "pathinfo": "/" + "/".join(path), "documentroot": "/www", "requestpath": path, "dispatchpath": path,
-        "pollinterval": 1, "ubuspath": "/ubus/", "sessionid": SESSION, "token": "token", "nodespec": node,
+        "pollinterval": 1, "ubuspath": "/ubus/", "sessionid": session, "token": "token", "nodespec": node,
         "apply_rollback": CONFIRM, "apply_holdoff": 1, "apply_timeout": 5, "apply_display": 0.5,
     }
     return PAGE % ("-".join(path), json.dumps(environment).replace("/", "\\/"), node["action"]["path"])
@@ -309,11 +314,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.say(404)
         if path == "/cgi-bin/luci/admin/translations/en":
             return self.say(200, "", "application/javascript")
-        if f"sysauth_http={SESSION}" not in self.headers.get("Cookie", ""):
+        session = self.headers.get("Cookie", "").removeprefix("sysauth_http=")
+        if session not in rights:
             return self.say(403, X_LuCI_Login_Required="yes")
         if path == "/cgi-bin/luci/admin/menu":
             return self.say(200, menu())
-        html = page(path.removeprefix("/cgi-bin/luci/").split("/"))
+        html = page(path.removeprefix("/cgi-bin/luci/").split("/"), session)
         return self.say(200, html, "text/html") if html else self.missing()
 
     def do_POST(self):
@@ -326,7 +332,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             answers = [answer(request) for request in (asked if many else [asked])]
             return self.say(200, answers if many else answers[0])
         if path == "/cgi-bin/luci/":
-            return self.say(302, Location=path, Set_Cookie=f"sysauth_http={SESSION}; path=/")
+            session = VIEWER if b"luci_username=viewer" in body else SESSION
+            return self.say(302, Location=path, Set_Cookie=f"sysauth_http={session}; path=/")
         # who the browser is to the router: cgi-io's, and not for this session
         if path == "/cgi-bin/cgi-exec":
             return self.say(403)

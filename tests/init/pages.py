@@ -24,6 +24,10 @@ URL, DIR, *ROUTER = sys.argv[1:]
 READY = """document.readyState == 'complete' && window.L && document.querySelector('#view') &&
     !document.querySelector('#view .spinning') && document.querySelector('#view').children.length > 0"""
 MODAL = "(document.body.classList.contains('modal-overlay-active') ? document.querySelector('#modal_overlay .modal') : null)"
+# those that change something, and can be clicked
+BUTTONS = """[...document.querySelectorAll('#view button, .cbi-page-actions button, .cbi-page-actions .cbi-dropdown')]
+    .filter(node => !node.disabled && !node.hasAttribute('disabled')).map(node => node.innerText.trim().split(/\\n/)[0])
+    .filter(text => ['Add', 'Delete', 'Save', 'Save & Apply'].includes(text))"""
 failed = False
 
 
@@ -198,12 +202,15 @@ def overview():
 
 def rules():
     go("rules")
+    check("who may change them has the buttons", lambda: {"Add", "Delete", "Save", "Save & Apply"} - set(browser.js(BUTTONS)))
     check("nothing is dropped yet", leaves)
     added("rule")
     lists = offered("service")
     check("services that talk are offered", lambda: None if {"telemetry", "transmission"} <= set(lists) else lists)
     lists = offered("match")
     check("so are their cgroups", lambda: None if "/services/telemetry/instance1" in lists else lists)
+    lists = offered("user")
+    check("and users", lambda: None if "nobody" in lists else lists)
     select("target", "drop")
     pick("service", "telemetry")
     picture("rule")
@@ -329,22 +336,40 @@ def rights():
         check(f"no right to {name}.{method} of {arguments}", lambda: browser.js(f"{asked}.then(reply => reply.error ? reply.error.code : reply.result[0])") not in (-32002, 6))
 
 
+def viewer():
+    """A user who may see, and not change; where the router has one."""
+    if not login("viewer"):
+        return print("SKIP   who may not change: no such user")
+    browser.js("sessionStorage.clear()")
+    go("rules")
+    check("who may see sees", says, "service:aria2")
+    check("and has nothing to change it with", lambda: browser.js(BUTTONS))
+    go("overview")
+    check("the overview as well", says, "In force", "/services/aria2/instance1")
+
+
+class Stay(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None
+
+
+def login(user):
+    form = urllib.request.Request(URL + "/cgi-bin/luci/", f"luci_username={user}&luci_password=".encode())
+    try:
+        headers = urllib.request.build_opener(Stay).open(form).headers
+    except urllib.error.HTTPError as reply:
+        headers = reply.headers
+    name, _, value = (headers["Set-Cookie"] or "").partition(";")[0].partition("=")
+    return value and browser.call("Network.setCookie", name=name, value=value, url=URL)
+
+
 os.makedirs(DIR, exist_ok=True)
 with tempfile.TemporaryDirectory() as home:
     browser = Browser(home, urllib.parse.urlsplit(URL).hostname, 1000, 760)
     try:
-        login = urllib.request.Request(URL + "/cgi-bin/luci/", b"luci_username=root&luci_password=")
-        class Stay(urllib.request.HTTPRedirectHandler):
-            def redirect_request(self, *_):
-                return None
-        try:
-            headers = urllib.request.build_opener(Stay).open(login).headers
-        except urllib.error.HTTPError as reply:
-            headers = reply.headers
-        name, _, value = headers["Set-Cookie"].partition(";")[0].partition("=")
-        browser.call("Network.setCookie", name=name, value=value, url=URL)
+        assert login("root")
         go("overview")
-        for part in (overview, rules, refusals, targets, gateways, settings, rights):
+        for part in (overview, rules, refusals, targets, gateways, settings, rights, viewer):
             try:
                 part()
             except Failed as failure:

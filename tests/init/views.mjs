@@ -1,6 +1,6 @@
 // views.mjs DIR: runs LuCI's pages of cgtproxy, load() and render(), with stand-ins of what LuCI has,
-// and prints what they do: `option SECTION NAME`, `call OBJECT METHOD`, `string TEXT`, `text TEXT` for
-// what stands in a page. Exits with 1 where a page fails.
+// and prints what they do: `option SECTION NAME`, `offered NAME VALUE`, `call OBJECT METHOD`, `string TEXT`,
+// `text TEXT` for what stands in a page. Exits with 1 where a page fails.
 import fs from 'node:fs';
 
 const dir = process.argv[2] + '/htdocs/luci-static/resources/';
@@ -25,7 +25,11 @@ const E = (tag, attributes, children) => {
 };
 class Option {
 	constructor(name) { this.option = name; }
-	value(key) { if (key === undefined) throw new Error(`a value of ${this.option} that is none`); }
+	value(key) {
+		if (key === undefined)
+			throw new Error(`a value of ${this.option} that is none`);
+		say('offered', this.option, key);
+	}
 	depends() {}
 }
 class Section {
