@@ -3,7 +3,7 @@
 //! asks for, by the cgroups to be looked at, and time is a number of milliseconds.
 //!
 //! Nothing tells when a process enters a namespace. So a new cgroup, and a namespace that nobody is
-//! known to live in, are looked at again until [`PATIENCE`] is over. Afterwards a cgroup that held no
+//! known to live in, are looked at again until [`PATIENCE`] is over, more and more seldom. Afterwards a cgroup that held no
 //! process can still be heard of, when one joins it: some of these are kept in mind, the ones nearest
 //! to the root, where users who may make cgroups of their own have none.
 
@@ -21,6 +21,28 @@ const MOST_VACANT: usize = 256;
 /// How long is looked for what is not known.
 pub const PATIENCE: u64 = 5000;
 
+/// The pause after the first look, and at most. Each is four times the one before.
+const PAUSE: (u64, u64) = (1, 1000);
+
+/// Since when something is looked for in vain.
+#[derive(Debug)]
+struct Vain {
+    until: u64,
+    next: u64,
+    pause: u64,
+}
+
+impl Vain {
+    fn from(now: u64) -> Vain {
+        Vain { until: now + PATIENCE, next: now, pause: PAUSE.0 }
+    }
+
+    fn put_off(&mut self, now: u64) {
+        self.next = now + self.pause;
+        self.pause = (self.pause * 4).min(PAUSE.1);
+    }
+}
+
 /// A cgroup that a rule decides for: the rank of that, and the target.
 pub type Ruled = (u32, Target);
 
@@ -29,10 +51,9 @@ pub struct Containers {
     links: BTreeMap<u32, Link>,
     /// By id of a namespace: the cgroups with processes there, by path and id.
     owners: BTreeMap<u32, BTreeMap<Path, u64>>,
-    /// Cgroups that have come, and namespaces that nobody is known to live in; until when they are
-    /// looked at.
-    fresh: BTreeMap<Path, u64>,
-    strange: BTreeMap<u32, u64>,
+    /// Cgroups that have come, and namespaces that nobody is known to live in.
+    fresh: BTreeMap<Path, Vain>,
+    strange: BTreeMap<u32, Vain>,
     /// Cgroups that held no process when they were looked at, by depth, path and id.
     vacant: BTreeSet<(usize, Path, u64)>,
     /// What comes in by a veth, as of last time.
@@ -102,7 +123,7 @@ impl Containers {
 
     fn meet(&mut self, id: u32, now: u64) {
         if !self.owners.contains_key(&id) {
-            self.strange.insert(id, now + PATIENCE);
+            self.strange.insert(id, Vain::from(now));
         }
     }
 
@@ -122,13 +143,14 @@ impl Containers {
         if !self.leads_anywhere() {
             return false;
         }
-        self.fresh.insert(path, now + PATIENCE);
+        self.fresh.insert(path, Vain::from(now));
         true
     }
 
     /// Cgroups may be gone, or be others now; `id` tells which one a path stands for. Whether any
     /// was that matters.
     pub fn check(&mut self, id: impl Fn(&Path) -> Option<u64>, now: u64) -> bool {
+        self.fresh.retain(|path, _| id(path).is_some());
         self.vacant.retain(|(_, path, known)| id(path) == Some(*known));
         let mut left = Vec::new();
         self.owners.retain(|net, owners| {
@@ -148,17 +170,18 @@ impl Containers {
         all.into_iter().for_each(|net| self.meet(net, now));
     }
 
-    /// The cgroups to look at: those that have come, or all of those that a rule decides for where
-    /// it is not known who lives in a namespace.
-    pub fn in_question<'a, I>(&'a self, all: impl FnOnce() -> I) -> Vec<Path>
+    /// The cgroups to look at now: of those that have come, or all of those that a rule decides for
+    /// where it is to be found out who lives in a namespace.
+    pub fn in_question<'a, I>(&'a self, now: u64, all: impl FnOnce() -> I) -> Vec<Path>
     where
         I: Iterator<Item = &'a Path>,
     {
         if !self.leads_anywhere() {
             return Vec::new();
         }
-        if self.strange.is_empty() {
-            return self.fresh.keys().cloned().collect();
+        if self.strange.values().all(|vain| vain.next > now) {
+            let due = self.fresh.iter().filter(|(_, vain)| vain.next <= now);
+            return due.map(|(path, _)| path.clone()).collect();
         }
         let known: BTreeSet<&Path> = self.owners.values().flat_map(BTreeMap::keys).collect();
         let (fresh, others): (Vec<_>, Vec<_>) = (all().filter(|path| !known.contains(path)))
@@ -202,11 +225,19 @@ impl Containers {
         !self.fresh.is_empty() || !self.strange.is_empty()
     }
 
-    /// Gives up what has been looked for for too long. Whether another look is wanted.
-    pub fn wants_look(&mut self, now: u64) -> bool {
-        self.fresh.retain(|_, until| *until > now);
-        self.strange.retain(|_, until| *until > now);
-        self.is_asking() && self.leads_anywhere()
+    /// What was in question at `began` has been looked at: gives up what has been looked for for too
+    /// long, and puts off the rest.
+    pub fn looked(&mut self, began: u64, now: u64) {
+        self.fresh.retain(|_, vain| vain.until > now);
+        self.strange.retain(|_, vain| vain.until > now);
+        let all = self.fresh.values_mut().chain(self.strange.values_mut());
+        all.filter(|vain| vain.next <= began).for_each(|vain| vain.put_off(now));
+    }
+
+    /// When to look again, if anything is in question.
+    pub fn next_look(&self) -> Option<u64> {
+        let all = self.fresh.values().chain(self.strange.values()).map(|vain| vain.next);
+        all.min().filter(|_| self.leads_anywhere())
     }
 
     /// Where containers' packets come in: `ruled` tells of the cgroups that a rule decides for, and
@@ -285,8 +316,8 @@ mod tests {
         entrances.veths.iter().map(|(i, (_, target))| (*i, number(*target))).collect()
     }
 
-    fn asked(containers: &Containers, all: &[Path]) -> Vec<Path> {
-        containers.in_question(|| all.iter())
+    fn asked(containers: &Containers, now: u64, all: &[Path]) -> Vec<Path> {
+        containers.in_question(now, || all.iter())
     }
 
     #[test]
@@ -295,16 +326,16 @@ mod tests {
         let all = [path("/1/a"), path("/2/b")];
         // no namespace, no question
         assert!(!c.appeared(all[0].clone(), 0));
-        assert_eq!(asked(&c, &all), []);
+        assert_eq!(asked(&c, 0, &all), []);
         c.change(link(7, "v7", 0, Some(5)), 0);
-        assert_eq!(asked(&c, &all), all);
+        assert_eq!(asked(&c, 0, &all), all);
         assert!(c.seen(&all[0], 10, &nets(&[])));
         assert!(!c.seen(&all[1], 11, &nets(&[5, 6])));
-        assert!(!c.wants_look(1));
+        assert_eq!(c.next_look(), None);
         assert_eq!(veths(&mut c), [(7, 2)]);
         // a new one is asked alone; it lives there too, by an earlier rule
         assert!(c.appeared(all[0].clone(), 1));
-        assert_eq!(asked(&c, &all), all[..1]);
+        assert_eq!(asked(&c, 1, &all), all[..1]);
         assert!(!c.seen(&all[0], 10, &nets(&[5])));
         assert_eq!(veths(&mut c), [(7, 1)]);
         // a second veth of the same is known at once
@@ -312,9 +343,32 @@ mod tests {
         assert_eq!(veths(&mut c), [(7, 1), (8, 1)]);
         // another one: nobody's, and given up
         c.change(link(9, "v9", 0, Some(6)), 2);
-        assert!(c.wants_look(2 + PATIENCE - 1));
-        assert!(!c.wants_look(2 + PATIENCE));
-        assert_eq!(asked(&c, &all), []);
+        c.looked(2, 2 + PATIENCE - 1);
+        assert!(c.next_look().is_some());
+        c.looked(2, 2 + PATIENCE);
+        assert_eq!(c.next_look(), None);
+        assert_eq!(asked(&c, 2 + PATIENCE, &all), []);
+    }
+
+    #[test]
+    fn a_cgroup_is_looked_at_more_and_more_seldom() {
+        let mut c = Containers::default();
+        c.change(link(7, "v7", 0, Some(5)), 0);
+        c.seen(&path("/1/a"), 10, &nets(&[5]));
+        let (one, two) = (path("/2/b"), path("/2/c"));
+        assert!(c.appeared(one.clone(), 0));
+        for next in [1, 5, 21, 85, 341, 1341] {
+            let now = c.next_look().unwrap();
+            assert_eq!(asked(&c, now, &[]), [one.clone()]);
+            c.looked(now, now);
+            assert_eq!(c.next_look(), Some(next));
+        }
+        // another one does not have it looked at more often
+        assert!(c.appeared(two.clone(), 400));
+        assert_eq!(asked(&c, 400, &[]), [two]);
+        // and nobody looks at what is gone
+        c.check(|path| Some(10).filter(|_| *path != one), 401);
+        assert!(!asked(&c, PATIENCE, &[]).contains(&one));
     }
 
     #[test]
@@ -328,7 +382,7 @@ mod tests {
         // another cgroup of the same name
         assert!(c.check(|_| Some(11), 1));
         assert_eq!(veths(&mut c), [(7, 1)]);
-        assert!(!c.wants_look(1 + PATIENCE));
+        c.looked(1, 1 + PATIENCE);
         assert_eq!(veths(&mut c), []);
         // a namespace that ends keeps its way until the veth goes; its id may be another one's
         c.look_again(2);
@@ -385,6 +439,6 @@ mod tests {
         // lost notifications: known ways stay until it is known again who lives there
         c.replace(vec![veth(7, "v7", 3, Some(4))], 9);
         assert_eq!(veths(&mut c), [(7, 1)]);
-        assert!(c.wants_look(9));
+        assert_eq!(c.next_look(), Some(9));
     }
 }

@@ -45,7 +45,7 @@ fn find_of(
     let mut found = Containers::default();
     found.replace(kernel.interfaces().unwrap_or_default(), 0);
     let all = || core.tree().iter().filter(|(_, node)| wanted(node));
-    for path in found.in_question(|| all().map(|(path, _)| path)) {
+    for path in found.in_question(0, || all().map(|(path, _)| path)) {
         let id = core.tree().get(&path).map_or(0, |node| node.id);
         let nets = kernel.namespaces_of(&cgroups.watcher.processes(&path));
         found.seen(&path, id, &nets);

@@ -16,9 +16,6 @@ use crate::log;
 use crate::nft::table::Entrances;
 use crate::plan;
 
-/// The pause after the first look, and at most. Each is four times the one before.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(1), Duration::from_secs(1));
-
 /// How long is looked before anything else has its turn, and before we are ready.
 const SLICE: Duration = Duration::from_millis(1);
 const FIRST_SLICE: Duration = Duration::from_millis(200);
@@ -33,11 +30,11 @@ pub struct Search {
     /// Tells of processes that join cgroups which held none.
     pub vacant: Vacant,
     began: Instant,
-    /// Cgroups of the look that goes on, the next one last, and what it has cost.
+    /// Cgroups of the look that goes on, the next one last, since when, and what it has cost.
     asked: Vec<Path>,
+    since: u64,
     spent: Duration,
     due: Option<Instant>,
-    pause: Duration,
     /// Not before then.
     rest: Instant,
     /// What stands in the way has been told.
@@ -55,9 +52,9 @@ impl Default for Search {
             vacant: Vacant::default(),
             began: now,
             asked: Vec::new(),
+            since: 0,
             spent: Duration::ZERO,
             due: None,
-            pause: PAUSE.0,
             rest: now,
             told: false,
             impossible: false,
@@ -74,24 +71,18 @@ impl Search {
         self.began.elapsed().as_millis() as u64
     }
 
-    /// There may be something to find.
+    /// There may be something to find: begins to look, whether it was looking or not.
     fn want(&mut self) {
-        let clock = self.clock();
-        if self.containers.wants_look(clock) {
-            self.asked.clear();
-            self.pause = PAUSE.0;
-            self.due = Some(self.rest.max(Instant::now()));
-        }
+        self.asked.clear();
+        let next = self.containers.next_look().map(Duration::from_millis);
+        self.due = next.map(|next| self.rest.max(self.began + next));
     }
 
     /// The end of a look.
     fn done(&mut self) {
-        let (now, clock) = (Instant::now(), self.clock());
-        let rest = std::mem::take(&mut self.spent) * REST;
-        self.asked.clear();
-        self.rest = now + rest;
-        self.due = self.containers.wants_look(clock).then(|| now + rest.max(self.pause));
-        self.pause = (self.pause * 4).min(PAUSE.1);
+        self.rest = Instant::now() + std::mem::take(&mut self.spent) * REST;
+        self.containers.looked(self.since, self.clock());
+        self.want();
     }
 }
 
@@ -162,11 +153,8 @@ impl Daemon<'_> {
                 self.containers.asked.push(path);
             }
         }
-        if news {
-            match begins_anew {
-                true => self.containers.want(),
-                false => self.containers.pause = PAUSE.0,
-            }
+        if news && begins_anew {
+            self.containers.want();
         }
         if self.containers.due.is_some_and(|at| at <= Instant::now()) {
             self.look_for_containers(SLICE);
@@ -227,7 +215,9 @@ impl Daemon<'_> {
         let search = &mut self.containers;
         if search.asked.is_empty() {
             let ruled = || core.tree().iter().filter(|(_, node)| core.is_ruled(node));
-            search.asked = search.containers.in_question(|| ruled().map(|(path, _)| path));
+            search.since = search.clock();
+            let ruled = || ruled().map(|(path, _)| path);
+            search.asked = search.containers.in_question(search.since, ruled);
             search.asked.reverse();
         }
         let mut asking = true;
