@@ -1700,7 +1700,8 @@ fn configurations_of_the_manual() {
         assert_eq!(lint::idle_rules(&config).into_iter().flatten().next(), None, "{text}");
     }
     assert!(configurations.len() >= 9, "{}", configurations.len());
-    let known = ["# ", "services:", "[Container]", "config rule", "drop   = user:guest"];
+    let known =
+        ["# ", "services:", "[Container]", "[Service]", "config rule", "drop   = user:guest"];
     let unknown = others.iter().find(|block| !known.iter().any(|known| block.starts_with(known)));
     assert_eq!(unknown, None, "is that a configuration?");
 }
