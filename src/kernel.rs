@@ -25,7 +25,7 @@ use crate::nft::lock::{self, Lock};
 use crate::nft::marks::Ours;
 use crate::nft::message::{self, Contents, Object, Transaction};
 use crate::nft::others;
-use crate::nft::table::{OUTPUT, TABLE};
+use crate::nft::table::{HOLD, OUTPUT, TABLE};
 use crate::nft::view;
 use crate::route::{self, Needs};
 use crate::sys;
@@ -556,7 +556,7 @@ fn remedy(object: &Object, errno: Errno) -> Option<String> {
         None if *object == Object::Table && errno == Errno::EPERM => Some(format!(
             "table inet {TABLE} is owned by another process, or CAP_NET_ADMIN is missing"
         )),
-        Some(OUTPUT) if is_absent => {
+        Some(chain) if is_absent && (chain == OUTPUT || HOLD.contains(&chain)) => {
             needs("nft_socket with cgroupv2 (Linux 5.13)", "kmod-nft-socket")
         }
         Some(chain) if is_absent && chain.starts_with("tproxy_") => {

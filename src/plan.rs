@@ -7,7 +7,9 @@ use std::os::unix::ffi::OsStrExt;
 
 use crate::cgroup::core::{Core, Delta, Snapshot};
 use crate::cgroup::gates::{Gate, KnownBy};
+use crate::cgroup::holds::Held;
 use crate::cgroup::mount::Root;
+use crate::cgroup::tree::Hold;
 use crate::config::{Config, Outcome, Route};
 use crate::net::{Family, Mark};
 use crate::netlink::link::Link;
@@ -15,7 +17,7 @@ use crate::netlink::msg::Batch;
 use crate::nft::message::{Contents, Transaction, Veth};
 use crate::nft::table::{
     bridged_rules, classifying, dying_name, gate_names, set_name, veth_rule, ways, Content,
-    Devices, Entrances, Shape, Table, BRIDGED, DEPTHS, TABLE,
+    Devices, Entrances, Shape, Table, BRIDGED, DEPTHS, HELD, KNOWN, TABLE,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 
@@ -78,8 +80,9 @@ pub fn contents(
     entrances: &Entrances,
     devices: &Devices,
 ) -> Contents {
-    let Snapshot { elements, dying, gates, shape } = snapshot;
-    let (ids, hashes) = by_set(&gates);
+    let Snapshot { elements, dying, gates, held, shape } = snapshot;
+    let (mut ids, hashes) = by_set(&gates);
+    ids.extend(by_hold(&held));
     let cgroups = elements.into_iter().map(|(outcome, ids)| (set_name(config, outcome), ids));
     let dying = dying.into_iter().map(|(outcome, hashes)| (dying_name(config, outcome), hashes));
     Contents {
@@ -148,6 +151,19 @@ fn by_set(gates: &[Gate]) -> (BTreeMap<String, Vec<u64>>, BTreeMap<String, Vec<u
     (ids, hashes)
 }
 
+/// The same of the sets of what is held and known.
+fn by_hold(held: &[Held]) -> BTreeMap<String, Vec<u64>> {
+    let mut ids = BTreeMap::new();
+    for element in held {
+        let (set, id) = match *element {
+            Held::Root(id) => (HELD, id),
+            Held::Known(id) => (KNOWN, id),
+        };
+        ids.entry(set.to_string()).or_insert_with(Vec::new).push(id);
+    }
+    ids
+}
+
 /// One transaction that holds a difference.
 pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     let mut transaction = Transaction::new(batch);
@@ -170,6 +186,10 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     let (ids, hashes) = by_set(&delta.add_gates);
     ids.into_iter().for_each(|(set, ids)| transaction.add_cgroups(&set, ids.into_iter()));
     hashes.into_iter().for_each(|(set, all)| transaction.add_hashes(&set, all.into_iter()));
+    let held = by_hold(&delta.delete_held).into_iter();
+    held.for_each(|(set, ids)| transaction.delete_cgroups(&set, ids.into_iter()));
+    let held = by_hold(&delta.add_held).into_iter();
+    held.for_each(|(set, ids)| transaction.add_cgroups(&set, ids.into_iter()));
     if let Some([before, after]) = &delta.shape {
         let old = classifying(config, before);
         for ((chain, rules), _) in
@@ -267,7 +287,12 @@ fn cgroups(
     let own = core.elements().filter(|(_, outcome, _)| set_name(config, *outcome) == set);
     let own = own.map(|(path, ..)| &path[..]);
     let stage = (0..DEPTHS.len()).find(|stage| gate_names(*stage)[0] == set);
-    for path in own.chain(stage.into_iter().flat_map(|stage| core.gates(stage))) {
+    let gates = stage.into_iter().flat_map(|stage| core.gates(stage));
+    let held = core.held().filter(|(_, hold)| match *hold {
+        Hold::Root => set == HELD || set == KNOWN,
+        _ => set == KNOWN,
+    });
+    for path in own.chain(gates).chain(held.map(|(path, _)| &path[..])) {
         let full = [mount.as_os_str().as_bytes(), path].concat();
         let full = full.strip_prefix(b"/").unwrap_or(&full);
         match std::str::from_utf8(full) {

@@ -10,8 +10,8 @@
 
 use std::collections::HashMap;
 
-use crate::config::pattern::Standing;
-use crate::config::{Config, Outcome, OwnerRule, Rule, Target};
+use crate::config::pattern::{Pattern, Standing};
+use crate::config::{Config, HoldLine, Outcome, OwnerRule, Rule, Target};
 
 /// Number of the deciding rule.
 pub type Rank = u32;
@@ -63,14 +63,11 @@ const LONG: usize = 200;
 /// How much is remembered: some 400 KiB.
 const MOST: usize = 16 * 1024;
 
-/// Where the rules stand behind long paths: whoever nests cgroups with long names pays for each
-/// name once, not for the whole path with each cgroup. Of one configuration.
+/// What has been found out about paths of one configuration.
 #[derive(Debug, Default)]
 pub struct Memo {
-    /// By path: where each rule stands that could win below.
-    standings: HashMap<Box<[u8]>, Box<[Standing]>>,
-    /// Of all of them.
-    len: usize,
+    rules: Standings,
+    holds: Standings,
 }
 
 impl Memo {
@@ -80,23 +77,44 @@ impl Memo {
         if let Some(rank) = built_in(config, path).filter(|_| !foreign) {
             return rank;
         }
-        let before = before(config, parent);
-        if before.is_empty() {
-            return parent;
-        }
-        let text = String::from_utf8_lossy(path);
-        let end = path.iter().rposition(|b| *b == b'/').unwrap_or(0);
-        let won = match end < LONG {
-            true => before.iter().position(|rule| rule.regex.is_match(&text)),
-            false => self.rank_by_parent(before, path, end, &text),
-        };
+        let won = self.rules.first(before(config, parent), path);
         won.map_or(parent, |i| built_in_rules(config) + i as Rank)
     }
 
-    /// The first of these rules that matches, by where they stand behind the parent's path.
-    fn rank_by_parent(
+    /// The `hold` line that matches a path, by its place among all. The cgroup root's is `/` here.
+    pub fn hold(&mut self, config: &Config, path: &[u8]) -> Option<usize> {
+        self.holds.first(&config.holds, if path.is_empty() { b"/" } else { path })
+    }
+}
+
+/// Where patterns stand behind long paths: whoever nests cgroups with long names pays for each
+/// name once, not for the whole path with each cgroup. Of one list of patterns.
+#[derive(Debug, Default)]
+struct Standings {
+    /// By path: where each pattern stands that could win below.
+    by_path: HashMap<Box<[u8]>, Box<[Standing]>>,
+    /// Of all of them.
+    len: usize,
+}
+
+impl Standings {
+    /// The place of the first of these patterns that matches a path: of all, or of the first ones.
+    fn first(&mut self, patterns: &[impl AsRef<Pattern>], path: &[u8]) -> Option<usize> {
+        if patterns.is_empty() {
+            return None;
+        }
+        let text = String::from_utf8_lossy(path);
+        let end = path.iter().rposition(|b| *b == b'/').unwrap_or(0);
+        match end < LONG {
+            true => patterns.iter().position(|pattern| pattern.as_ref().is_match(&text)),
+            false => self.first_by_parent(patterns, path, end, &text),
+        }
+    }
+
+    /// The same, by where they stand behind the parent's path.
+    fn first_by_parent(
         &mut self,
-        rules: &[Rule],
+        patterns: &[impl AsRef<Pattern>],
         path: &[u8],
         end: usize,
         text: &str,
@@ -104,17 +122,18 @@ impl Memo {
         // the slash is no part of a longer character: what is read of a path does not depend on
         // what follows it
         let at = String::from_utf8_lossy(&path[..end]).len();
-        let known = self.standings.get(&path[..end]);
-        if known.is_none_or(|known| known.len() < rules.len()) {
-            let above = rules.iter().map(|rule| rule.regex.stand(&text[..at])).collect();
+        let known = self.by_path.get(&path[..end]);
+        if known.is_none_or(|known| known.len() < patterns.len()) {
+            let above = patterns.iter().map(|p| p.as_ref().stand(&text[..at])).collect();
             self.remember(&path[..end], above);
         }
-        let above = self.standings.get(&path[..end])?;
-        let mut here = Vec::with_capacity(rules.len());
+        let above = self.by_path.get(&path[..end])?;
+        let mut here = Vec::with_capacity(patterns.len());
         let mut won = None;
-        for (i, (rule, above)) in rules.iter().zip(above).enumerate() {
-            let standing = rule.regex.go_on(*above, text, at);
-            if rule.regex.is_match_from(standing, text, text.len()) {
+        for (i, (pattern, above)) in patterns.iter().zip(above).enumerate() {
+            let pattern = pattern.as_ref();
+            let standing = pattern.go_on(*above, text, at);
+            if pattern.is_match_from(standing, text, text.len()) {
                 won = Some(i);
                 break;
             }
@@ -124,13 +143,13 @@ impl Memo {
         won
     }
 
-    /// Below that path these rules can win, and stand there.
+    /// Below that path these patterns can win, and stand there.
     fn remember(&mut self, path: &[u8], standings: Vec<Standing>) {
         if self.len + standings.len() > MOST {
-            *self = Memo::default();
+            *self = Standings::default();
         }
         self.len += standings.len();
-        if let Some(old) = self.standings.insert(path.into(), standings.into()) {
+        if let Some(old) = self.by_path.insert(path.into(), standings.into()) {
             self.len -= old.len();
         }
     }
@@ -211,6 +230,13 @@ pub fn ranks<'a>(
         *parent = Memo::default().rank(config, *parent, &path[..end], foreign);
         Some((end, *parent))
     })
+}
+
+/// The outermost cgroup above a path that a `hold` line matches, as a path, and that line.
+pub fn held_by<'a, 'b>(config: &'a Config, path: &'b [u8]) -> Option<(&'b [u8], &'a HoldLine)> {
+    let slashes = (0..path.len()).filter(|at| path[*at] == b'/');
+    let mut above = slashes.map(|end| &path[..end]);
+    above.find_map(|above| Some((above, &config.holds[Memo::default().hold(config, above)?])))
 }
 
 /// One for each target.

@@ -585,7 +585,7 @@ fn every_key_of_global() {
          rule-priority = 99\nfwmark-mask = 0xF0\nbypass = 192.0.2.1\nbypass = 198.51.100.0/24\n\
          bypass = 2001:db8::/32\nbypass = ::1\nbypass = private\nbypass-mark = 0xff00\n\
          bypass-mark = 0x1/0x3\nbypass-user = xray\nbypass-user = 0\non-exit = keep\n\
-         log-level = debug\ncounters = cgroup\ncontainers = no\n",
+         log-level = debug\ncounters = cgroup\ncontainers = no\nhold = /a\nhold = /\n",
     );
     assert_eq!(config.cgroup_root.as_deref(), Some(Path::new("/sys/fs/cgroup/unified")));
     assert_eq!(config.default, Target::Drop);
@@ -609,6 +609,8 @@ fn every_key_of_global() {
     assert_eq!(config.log_level, Level::Debug);
     assert!(config.counters_per_cgroup);
     assert!(!config.containers);
+    let holds: Vec<_> = config.holds.iter().map(|line| &*line.pattern).collect();
+    assert_eq!(holds, ["/a", "/"]);
 
     for (word, level) in
         [("error", Level::Error), ("warning", Level::Warning), ("info", Level::Info)]
@@ -1335,7 +1337,7 @@ enum Effect {
 }
 
 /// For each key of a section, two lines that differ in it alone; `-` is no line.
-const EFFECTS: [(&str, &str, &str, &str, Effect); 40] = [
+const EFFECTS: [(&str, &str, &str, &str, Effect); 41] = [
     (
         "global",
         "cgroup-root",
@@ -1375,6 +1377,7 @@ const EFFECTS: [(&str, &str, &str, &str, Effect); 40] = [
         "no",
         Effect::Program("containers", |c| format!("{:?}", c.containers)),
     ),
+    ("global", "hold", "-", "/a", Effect::Kernel),
     ("tproxy", "port", "7893", "7894", Effect::Kernel),
     ("tproxy", "address", "-", "127.0.0.1", Effect::Kernel),
     ("tproxy", "mark", "0x01000000", "0x02000000", Effect::Kernel),

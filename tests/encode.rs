@@ -13,6 +13,7 @@ use std::path::Path;
 use cgtproxy::cgroup::core::{Delta, Snapshot};
 use cgtproxy::cgroup::dying;
 use cgtproxy::cgroup::gates::Gate;
+use cgtproxy::cgroup::holds::Held;
 use cgtproxy::config::{self, Config, Outcome, Source};
 use cgtproxy::net::{Family, Interface, Mac, Mark, Owner, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
@@ -20,7 +21,8 @@ use cgtproxy::nft::expr::{Expr, SetRef, Verdict};
 use cgtproxy::nft::message::{self, Transaction};
 use cgtproxy::nft::stmt::Stmt;
 use cgtproxy::nft::table::{
-    classifying, dying_name, set_name, Base, Chain, Content, Element, Set, Shape, Table, OUTPUT,
+    classifying, dying_name, set_name, Base, Chain, Content, Element, Holding, Set, Shape, Table,
+    OUTPUT,
 };
 use cgtproxy::plan;
 use libnftnl::Reference;
@@ -215,6 +217,7 @@ samples! {
         Stmt::CgroupHash { level: 255, set: "dying_direct".into() };
     Stmt::Cgroup { .. } => Stmt::Cgroup { level: 1, set: "cg_a".into() },
         Stmt::Cgroup { level: 255, set: "cg_direct".into() };
+    Stmt::OtherCgroup { .. } => Stmt::OtherCgroup { level: 2, set: "known".into() };
     Stmt::Iifname(_) =>
         Stmt::Iifname(Interface { name: "br-lan".into(), prefix: false }),
         Stmt::Iifname(Interface { name: "br-".into(), prefix: true }),
@@ -237,6 +240,8 @@ samples! {
     Stmt::Invalid => Stmt::Invalid;
     Stmt::Unconfirmed => Stmt::Unconfirmed;
     Stmt::Confirmed => Stmt::Confirmed;
+    Stmt::Fresh => Stmt::Fresh;
+    Stmt::GoesOn => Stmt::GoesOn;
     Stmt::Dnatted => Stmt::Dnatted;
     Stmt::NotDnatted => Stmt::NotDnatted;
     Stmt::Destination { .. } => Stmt::Destination { family: Family::V4, set: "bypass4".into() },
@@ -251,6 +256,7 @@ samples! {
         Stmt::EtherSource(vec![Mac([2, 0, 0, 0, 0, 1]), Mac([2, 0, 0, 0, 0, 2])]);
     Stmt::Nfproto(_) => Stmt::Nfproto(Family::V4), Stmt::Nfproto(Family::V6);
     Stmt::L4proto(_) => Stmt::L4proto(L4::Tcp), Stmt::L4proto(L4::Udp);
+    Stmt::NotL4proto(_) => Stmt::NotL4proto(L4::Tcp), Stmt::NotL4proto(L4::Udp);
     Stmt::TcpOrUdp => Stmt::TcpOrUdp;
     Stmt::NotTcpOrUdp => Stmt::NotTcpOrUdp;
     Stmt::Dport(..) => Stmt::Dport(L4::Tcp, 53), Stmt::Dport(L4::Udp, 53);
@@ -434,6 +440,13 @@ fn configs() -> Vec<Config> {
          [gateway lan]
          interface = br-lan
          target = a",
+        "[global]
+         hold = /x
+         hold = /y/.*
+         [tproxy a]
+         port = 1
+         dns-hijack = 127.0.0.1:1053
+         dns-hijack-local = yes",
         // verdict maps and intervals of more than one message
         &format!("[global]\nfwmark-mask = 0x000fff00\n{}", many(700)),
         &format!("[global]\n{bypass}"),
@@ -456,10 +469,18 @@ fn snapshot(config: &Config) -> Snapshot {
         dying: outcomes.iter().take(3).enumerate().map(|(n, o)| (*o, hashes(n))).collect(),
         elements: outcomes.iter().take(6).enumerate().map(|(n, o)| (*o, ids(n))).collect(),
         gates: gates(),
+        held: if config.holds.is_empty() { Vec::new() } else { held() },
         shape: Shape {
             base: 1,
             pairs: outcomes.iter().flat_map(levels).collect(),
             hashed: [0].into(),
+            holding: Some(Holding {
+                all: false,
+                roots: [1, 3].into(),
+                first: 1,
+                last: 12,
+                ahead: 14,
+            }),
         },
     }
 }
@@ -467,6 +488,16 @@ fn snapshot(config: &Config) -> Snapshot {
 fn gates() -> Vec<Gate> {
     let ids = (1..900).map(|id| Gate::new(0, id, false));
     ids.chain((1..9).map(|id| Gate::new(1, id, true))).collect()
+}
+
+fn held() -> Vec<Held> {
+    let root = |id: u64| [Held::Root(id), Held::Known(id)];
+    (1..9).flat_map(root).chain((10..4000).map(Held::Known)).collect()
+}
+
+/// The sets of [`held`].
+fn held_sets() -> [(&'static str, Vec<u64>); 2] {
+    [("held", (1..9).collect()), ("known", (1..9).chain(10..4000).collect())]
 }
 
 /// The sets of [`gates`].
@@ -501,6 +532,9 @@ fn replacements() {
                     if !snapshot.gates.is_empty() {
                         theirs.add_cgroups("gate_1", &ids);
                     }
+                    for (set, ids) in held_sets().iter().filter(|_| !snapshot.held.is_empty()) {
+                        theirs.add_cgroups(set, ids);
+                    }
                     for (outcome, hashes) in snapshot.dying.iter().filter(|d| !d.1.is_empty()) {
                         theirs.add_hashes(&dying_name(&config, *outcome), hashes);
                     }
@@ -516,7 +550,7 @@ fn replacements() {
 #[test]
 fn changes() {
     for config in configs() {
-        let Snapshot { elements, dying, gates, shape } = snapshot(&config);
+        let Snapshot { elements, dying, gates, held, shape } = snapshot(&config);
         let hashes = |(outcome, hashes): (&Outcome, &Vec<u32>)| {
             let outcome = *outcome;
             hashes.clone().into_iter().map(move |hash| (outcome, hash))
@@ -534,6 +568,8 @@ fn changes() {
             add_dying: hashes,
             delete_gates: gates.clone(),
             add_gates: gates,
+            delete_held: held.clone(),
+            add_held: held,
             shape: Some([Shape::default(), shape.clone()]),
         };
         let none = Some([shape, Shape::default()]);
@@ -561,6 +597,9 @@ fn changes() {
                     theirs.add_cgroups("gate_1", &ids);
                     theirs.add_hashes("gone_2", &hashes);
                 }
+                let held = || held_sets().into_iter().filter(|_| !delta.add_held.is_empty());
+                held().for_each(|(set, ids)| theirs.delete_cgroups(set, &ids));
+                held().for_each(|(set, ids)| theirs.add_cgroups(set, &ids));
                 let [before, after] = delta.shape.as_ref().unwrap();
                 let before = classifying(&config, before);
                 for (chain, rules) in classifying(&config, after) {

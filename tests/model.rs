@@ -17,6 +17,7 @@ use cgtproxy::cgroup::core::{Core, Delta};
 use cgtproxy::cgroup::dying;
 use cgtproxy::cgroup::event::{Action, Event, Found, Scan};
 use cgtproxy::cgroup::gates::{self, Gate};
+use cgtproxy::cgroup::holds::Held;
 use cgtproxy::cgroup::tree::{child, depth, parent, Path};
 use cgtproxy::config::{self, Config, Outcome, RuleLine, Source, Target};
 use cgtproxy::nft::expr::Verdict;
@@ -25,8 +26,11 @@ use cgtproxy::nft::table::{self, classifying, Element, Shape, Table, DEPTHS, OUT
 use nix::errno::Errno;
 use nix::time::{clock_gettime, ClockId};
 
-/// Level of the cgroup root.
+/// Level of the cgroup root, and its id.
 const BASE: usize = 2;
+const ROOT: u64 = 0;
+/// Where it is.
+const DIR: &[u8] = b"/sys/fs/cgroup/x";
 
 struct Random(u64);
 
@@ -78,7 +82,7 @@ const MAX_DIRS: usize = 40;
 impl Host {
     fn new() -> Host {
         let mut host = Host { next_id: 1, next_wd: 1, max_watches: usize::MAX, ..Host::default() };
-        host.dirs.insert(Vec::new(), 0);
+        host.dirs.insert(Vec::new(), ROOT);
         host
     }
 
@@ -238,10 +242,11 @@ impl Source for Text {
 
 fn policies() -> Vec<Rc<Config>> {
     [
-        "[tproxy p]\nport=1\n[rules]\np = /a\ndrop = /(a/b|.*\")\ndirect = /.*/ab",
+        "[global]\nhold = /a/b\nhold = /(.*/)?ab\n[tproxy p]\nport=1\n[rules]\np = /a\ndrop = /(a/b|.*\")\n\
+         direct = /.*/ab",
         "[tproxy p]\nport=1\n[tproxy q]\nport=2\n[rules]\ndrop = /a/b\nq = /.*/a-b\np = /a\ndirect = /b/.*/a",
-        "[global]\ndefault = p\n[tproxy p]\nport=1\n[rules]\ndirect = /(a|ab|b/.*\")\ndrop = /.*/b/a\np = /a/a",
-        "[global]\ndefault = drop\n[rules]\ndirect = /a(/b)*\n",
+        "[global]\nhold = /a.*\ndefault = p\n[tproxy p]\nport=1\n[rules]\ndirect = /(a|ab|b/.*\")\ndrop = /.*/b/a\np = /a/a",
+        "[global]\nhold = /\ndefault = drop\n[rules]\ndirect = /a(/b)*\n",
         "",
         "[tproxy p]\nport=1\n[rules]\np = /a/b\ndrop = user:5\np = /a\ndirect = group:7\n\
          drop = user:6\ndirect = /b\np = /b/.*\ndrop = user:8\n",
@@ -278,6 +283,7 @@ struct Kernel {
     sets: BTreeMap<u64, Outcome>,
     dying: BTreeSet<(Outcome, u32)>,
     gates: BTreeSet<Gate>,
+    held: BTreeSet<Held>,
     shape: Shape,
     /// Removed cgroups whose elements were deleted.
     owed: BTreeSet<u64>,
@@ -291,6 +297,10 @@ impl Kernel {
         match fail {
             true => self.replace(core),
             false => self.change(delta),
+        }
+        // which takes longer than all else
+        if host.next_id % 8 == 0 {
+            self.check_unknown(core, host);
         }
         let gone = before.keys().filter(|id| !self.sets.contains_key(id));
         self.owed.extend(gone.filter(|id| host.held.contains_key(id)));
@@ -316,6 +326,12 @@ impl Kernel {
         for gate in delta.add_gates {
             assert!(self.gates.insert(gate), "adds what is there");
         }
+        for held in delta.delete_held {
+            assert!(self.held.remove(&held), "deletes what is not there");
+        }
+        for held in delta.add_held {
+            assert!(self.held.insert(held), "adds what is there");
+        }
         if let Some([before, after]) = delta.shape {
             assert_eq!(self.shape, before);
             self.shape = after;
@@ -333,7 +349,40 @@ impl Kernel {
             self.dying.extend(hashes.into_iter().map(|hash| (target, hash)));
         }
         self.gates = snapshot.gates.into_iter().collect();
+        self.held = snapshot.held.into_iter().collect();
         self.shape = snapshot.shape;
+    }
+
+    /// Whatever is below a held cgroup and has not been looked at is held, at any moment; and what has
+    /// been, is not.
+    fn check_unknown(&self, core: &Core, host: &Host) {
+        let chains = hold_chains(core.config(), &self.shape);
+        let looked_at: BTreeSet<u64> = core.tree().iter().map(|(_, node)| node.id).collect();
+        for (path, id) in &host.dirs {
+            let ids = &host.lineages.get(id).cloned().unwrap_or_default();
+            let above = ids.iter().rev().skip(1).chain((!path.is_empty()).then_some(&ROOT));
+            let below = { above }.any(|id| self.held.contains(&Held::Root(*id)));
+            let shown = dying::is_listable(path);
+            let want = below && !(looked_at.contains(id) && shown);
+            assert_eq!(is_held(&chains, self, ids), want, "{:?}", path.escape_ascii());
+        }
+    }
+
+    /// All that the manual's definition has held is so.
+    fn check_held(&self, config: &Config, host: &Host) {
+        let holds = |path: &[u8]| {
+            let text = std::str::from_utf8(path).expect("names are ASCII");
+            let text = if text.is_empty() { "/" } else { text };
+            dying::is_listable(path) && config.holds.iter().any(|line| line.regex.is_match(text))
+        };
+        let chains = hold_chains(config, &self.shape);
+        for (path, id) in &host.dirs {
+            let ends = (0..=path.len()).filter(|at| path.get(*at).is_none_or(|b| *b == b'/'));
+            let held = { ends }.any(|end| holds(&path[..end]));
+            let lineage = host.lineages.get(id).cloned().unwrap_or_default();
+            let child = [&lineage[..], &[u64::MAX]].concat();
+            assert_eq!(is_held(&chains, self, &child), held, "below {:?}", path.escape_ascii());
+        }
     }
 
     /// What must hold for the living: those that nft cannot show are among the dying.
@@ -457,6 +506,45 @@ fn target_of(
     config.default
 }
 
+/// The chains that hold, by name.
+type HoldChains = BTreeMap<String, Vec<Vec<Stmt>>>;
+
+fn hold_chains(config: &Config, shape: &Shape) -> HoldChains {
+    table::hold_rules(config, shape.holding.as_ref()).into_iter().collect()
+}
+
+/// Whether the first packet of a socket is dropped, whose cgroup's ancestors have these ids.
+fn is_held(chains: &HoldChains, kernel: &Kernel, ids: &[u64]) -> bool {
+    let id = |level: &u8| match usize::from(*level).checked_sub(BASE)? {
+        0 => Some(ROOT),
+        below => ids.get(below - 1).copied(),
+    };
+    let holds = |set: &str, id: u64| match set {
+        table::HELD => kernel.held.contains(&Held::Root(id)),
+        table::KNOWN => kernel.held.contains(&Held::Known(id)),
+        other => panic!("{other}"),
+    };
+    let Some(mut rules) = chains.get(table::HOLD[0]).map(|rules| rules.iter()) else {
+        return false;
+    };
+    while let Some(rule) = rules.next() {
+        let test = |stmt: &Stmt| match stmt {
+            Stmt::Cgroup { level, set } => id(level).is_some_and(|id| holds(set, id)),
+            Stmt::OtherCgroup { level, set } => id(level).is_some_and(|id| !holds(set, id)),
+            _ => false,
+        };
+        let (last, tests) = rule.split_last().expect("no empty rules");
+        match last {
+            _ if !tests.iter().all(test) => {}
+            Stmt::Verdict(Verdict::Goto(chain)) if chain == table::UNKNOWN => return true,
+            Stmt::Verdict(Verdict::Goto(chain)) => rules = chains[&chain[..]].iter(),
+            Stmt::Verdict(Verdict::Return) => return false,
+            other => panic!("{other}"),
+        }
+    }
+    false
+}
+
 /// The manual's definition for a socket: the first line that covers it.
 fn covered(config: &Config, path: &[u8], uid: u32, gid: u32) -> Target {
     let Outcome { target, class } = verdict(config, path);
@@ -518,7 +606,7 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
     for _ in 0..random.below(20) {
         host.change(&mut random);
     }
-    let mut core = Core::new(policies[random.below(policies.len())].clone(), b"", BASE);
+    let mut core = Core::new(policies[random.below(policies.len())].clone(), DIR, BASE);
     let mut kernel = Kernel::default();
     core.keep_dying([]);
     let start = core.start();
@@ -602,6 +690,7 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
                 let wanted = Kernel::wanted(&config, &host, BASE);
                 kernel.check_dying(&core, &host, &wanted);
                 assert_eq!(kernel.sets, wanted.sets, "seed {seed} at {done}");
+                kernel.check_held(&config, &host);
                 let table = Table::new(&config);
                 for path in host.dirs.keys() {
                     let ends =
@@ -751,4 +840,43 @@ fn thousands_of_sockets_have_their_homes() {
     assert_eq!(home(MANY + 1, 0), None);
     let time = Duration::from(used() - before);
     assert!(time < Duration::from_secs(1), "{time:?}");
+}
+
+/// However deep something is nested below a held cgroup, and whatever was there before.
+#[test]
+fn whatever_is_deep_is_held() {
+    let text = "[global]\nhold = /a\n";
+    let config = config::load(&Text(text), FilePath::new("c")).expect("a good policy");
+    let mut core = Core::new(Rc::new(config), DIR, BASE);
+    let mut kernel = Kernel::default();
+    kernel.replace(&mut core);
+    let mut actions = Vec::new();
+    let mut found = |core: &mut Core, path: &[u8], id| {
+        let found = Found { path: path.into(), id, foreign: false, late: false };
+        core.step(Event::Found(found), &mut actions);
+    };
+    found(&mut core, b"", 0);
+    let (mut path, mut ids) = (Vec::new(), Vec::new());
+    for id in 1..300 {
+        path = child(&path, b"a").to_vec();
+        ids.push(id);
+        let level = BASE + ids.len();
+        // what is too deep for rules goes its ancestors' way
+        let held = id > 1 && level <= 255;
+        let chains = hold_chains(core.config(), &kernel.shape);
+        assert_eq!(is_held(&chains, &kernel, &ids), held, "{level} is new");
+        let beyond = [&ids[..], &[u64::MAX, u64::MAX]].concat();
+        found(&mut core, &path, id);
+        kernel.change(core.take_delta());
+        let chains = hold_chains(core.config(), &kernel.shape);
+        assert!(!is_held(&chains, &kernel, &ids), "{level} is known");
+        assert_eq!(is_held(&chains, &kernel, &beyond), level < 255, "below {level}");
+        for end in 1..ids.len() {
+            assert!(!is_held(&chains, &kernel, &ids[..end]), "{end} above {level}");
+            let beside = [&ids[..end], &[u64::MAX]].concat();
+            assert!(is_held(&chains, &kernel, &beside) || end + BASE >= 255);
+        }
+    }
+    let chains = hold_chains(core.config(), &kernel.shape);
+    assert!(!is_held(&chains, &kernel, &[u64::MAX, 1]), "others are not concerned");
 }

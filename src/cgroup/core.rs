@@ -10,8 +10,9 @@ use super::blind::Blind;
 use super::dying::{self, Dying};
 use super::event::{Action, Event, Found, Note, Scan};
 use super::gates::{self, Above, Gate, Gates};
+use super::holds::{self, Held, Holds};
 use super::ranking::Ranking;
-use super::tree::{self, Node, Path, Tree};
+use super::tree::{self, Hold, Node, Path, Tree};
 use crate::config::{Config, Outcome, Target};
 use crate::nft::table::{Element, Shape, Stage, DEPTHS};
 use crate::policy::{self, Decision};
@@ -27,6 +28,8 @@ pub struct Delta {
     pub add_dying: Vec<dying::Key>,
     pub delete_gates: Vec<Gate>,
     pub add_gates: Vec<Gate>,
+    pub delete_held: Vec<Held>,
+    pub add_held: Vec<Held>,
     /// What the rules were made for, and what they are needed for now, where that is not the same.
     pub shape: Option<[Shape; 2]>,
 }
@@ -36,7 +39,8 @@ impl Delta {
         let no_cgroups = self.delete.is_empty() && self.add.is_empty();
         let no_hashes = self.delete_dying.is_empty() && self.add_dying.is_empty();
         let no_gates = self.delete_gates.is_empty() && self.add_gates.is_empty();
-        no_cgroups && no_hashes && no_gates && self.shape.is_none()
+        let no_held = self.delete_held.is_empty() && self.add_held.is_empty();
+        no_cgroups && no_hashes && no_gates && no_held && self.shape.is_none()
     }
 }
 
@@ -46,6 +50,7 @@ pub struct Snapshot {
     pub elements: BTreeMap<Outcome, Vec<u64>>,
     pub dying: BTreeMap<Outcome, Vec<u32>>,
     pub gates: Vec<Gate>,
+    pub held: Vec<Held>,
     pub shape: Shape,
 }
 
@@ -67,6 +72,11 @@ pub struct Core {
     idle: BTreeMap<Element, bool>,
     /// What elements are below.
     gates: Gates,
+    holds: Holds,
+    /// Whether the cgroup root can be held: it is the root of all, or nft can name it.
+    names_root: bool,
+    /// Held ones that were found late: what was below these by then may have gone its parent's way.
+    late_roots: BTreeSet<u64>,
     /// What the kernel has rules for.
     committed: Shape,
     /// By cgroup id: the target in the kernel's sets, and the one that should be there.
@@ -101,6 +111,9 @@ impl Core {
             pairs: BTreeMap::new(),
             idle: BTreeMap::new(),
             gates: Gates::default(),
+            holds: Holds::default(),
+            names_root: base_level == 0 || root.starts_with(b"/sys/fs/cgroup/"),
+            late_roots: BTreeSet::new(),
             committed: Shape::default(),
             pending: HashMap::new(),
             dying: None,
@@ -176,7 +189,7 @@ impl Core {
 
     /// Whether there are rules that nothing needs now.
     pub fn has_idle(&self) -> bool {
-        !self.idle.is_empty()
+        !self.idle.is_empty() || self.holds.has_idle()
     }
 
     /// Keeps those that are removed from now on in the kernel for as long as sockets may hold them,
@@ -208,6 +221,11 @@ impl Core {
     /// What is removed and may be held.
     pub fn dying(&self) -> impl Iterator<Item = &Dying> {
         self.dying.iter().flat_map(dying::List::iter)
+    }
+
+    /// Whether the cgroup root can be held.
+    pub fn holds_root(&self) -> bool {
+        self.names_root
     }
 
     /// The look at everything.
@@ -259,7 +277,10 @@ impl Core {
                 });
                 self.let_go(|list| list.seen(&ids));
             }
-            Event::Tidy => self.idle.retain(|_, before| !std::mem::replace(before, true)),
+            Event::Tidy => {
+                self.idle.retain(|_, before| !std::mem::replace(before, true));
+                self.holds.tidy();
+            }
             Event::Retry => {
                 let turn = self.blind.turn();
                 actions.extend(turn.into_iter().map(|path| self.scan(path, true)));
@@ -272,7 +293,9 @@ impl Core {
     /// Takes it that the kernel matches no level deeper than that: what lies there inherits. As
     /// after a new policy, the table has to be replaced. False where nothing lies there.
     pub fn set_deepest(&mut self, level: usize) -> bool {
-        let deeper = self.pairs.keys().any(|pair| usize::from(pair.level) > level);
+        let ahead = self.holds.shape(self.deepest).map(|holding| holding.ahead);
+        let levels = self.pairs.keys().map(|pair| pair.level).chain(ahead);
+        let deeper = levels.max().is_some_and(|most| usize::from(most) > level);
         self.deepest = level;
         if deeper {
             self.set_elements();
@@ -282,7 +305,7 @@ impl Core {
 
     /// Begins to work out the policy that is to follow; another one that was begun is forgotten.
     pub fn draft(&mut self, config: Rc<Config>) {
-        self.draft = Some(Ranking::new(config));
+        self.draft = Some(Ranking::new(config, self.names_root));
     }
 
     /// The policy that is to follow.
@@ -307,11 +330,13 @@ impl Core {
     /// The same with one that [`Core::adopt`] gave, as long as nothing has happened since.
     pub fn put_back(&mut self, new: Ranking) -> Ranking {
         let Ranking { config, memo, mut ranks, removed, .. } = new;
-        let mut old = Ranking::new(std::mem::replace(&mut self.config, config));
+        let config = std::mem::replace(&mut self.config, config);
+        let mut old = Ranking::new(config, self.names_root);
         old.memo = std::mem::replace(&mut self.memo, memo);
         for (_, node) in self.tree.iter_mut() {
-            if let Some(rank) = ranks.get_mut(&node.id) {
+            if let Some((rank, hold)) = ranks.get_mut(&node.id) {
                 std::mem::swap(rank, &mut node.rank);
+                std::mem::swap(hold, &mut node.hold);
             }
         }
         old.ranks = ranks;
@@ -364,6 +389,9 @@ impl Core {
             }
         }
         self.idle.clear();
+        self.holds = Holds::default();
+        let nodes: Vec<_> = self.tree.iter().map(|(path, node)| (path.clone(), *node)).collect();
+        nodes.iter().for_each(|(path, node)| self.count_held(path, node, true));
     }
 
     /// The net difference since the last commit. The caller commits it, or replaces the table.
@@ -382,6 +410,7 @@ impl Core {
             (delta.delete_dying, delta.add_dying) = dying.take_changes();
         }
         (delta.delete_gates, delta.add_gates) = self.gates.take_changes();
+        (delta.delete_held, delta.add_held) = self.holds.take_changes();
         self.pending.shrink_to(USUAL);
         let shape = self.shape();
         if shape != self.committed {
@@ -406,8 +435,8 @@ impl Core {
             elements.entry(outcome).or_default().push(id);
         }
         let dying = self.dying.as_mut().map(dying::List::snapshot).unwrap_or_default();
-        let gates = self.gates.snapshot();
-        Snapshot { elements, dying, gates, shape: self.committed.clone() }
+        let (gates, held) = (self.gates.snapshot(), self.holds.snapshot());
+        Snapshot { elements, dying, gates, held, shape: self.committed.clone() }
     }
 
     /// What rules are needed for.
@@ -417,6 +446,7 @@ impl Core {
             base: self.base_level,
             pairs: self.pairs.keys().chain(self.idle.keys()).copied().collect(),
             hashed: stages.filter(|stage| self.gates.has_hashed(*stage)).collect(),
+            holding: self.holds.shape(self.deepest),
         }
     }
 
@@ -428,6 +458,12 @@ impl Core {
         let all = below.chain(hashed.map(|(path, _)| path)).flat_map(|path| gates::above(path));
         let all = all.filter(|(n, path)| *n == stage && !self.is_hashed(path));
         all.map(|(_, path)| path).collect()
+    }
+
+    /// The living cgroups that the kernel has to know of, since they are held or below one.
+    pub fn held(&self) -> impl Iterator<Item = (&Path, Hold)> {
+        let known = self.tree.iter().filter(|(path, node)| self.held_level(path, node).is_some());
+        known.map(|(path, node)| (path, node.hold))
     }
 
     fn scan(&self, path: Path, deep: bool) -> Action {
@@ -442,7 +478,7 @@ impl Core {
         let Found { path, id, foreign, late } = found.clone();
         let parent = match tree::parent(&path).map(|parent| self.tree.get(parent)) {
             None => None,
-            Some(Some(parent)) => Some(parent.rank),
+            Some(Some(parent)) => Some((parent.rank, parent.hold)),
             // the parent went while its child was being looked at
             Some(None) => return,
         };
@@ -452,14 +488,25 @@ impl Core {
                 // another cgroup of the same name
                 self.gone(&path, actions);
             }
+            let (parent, held) = parent.unzip();
+            let hold = holds::of(&mut self.memo, &self.config, held, &path, self.names_root);
             let (rank, element) = self.classify(parent, &path, foreign);
+            if late && hold == Hold::Root {
+                self.late_roots.insert(id);
+            }
+            let late = late && !(hold == Hold::Below && self.was_held(&path));
             if let Some(was) = self.way_before(&path).filter(|_| late) {
                 if was != policy::outcome(&self.config, rank) {
                     self.late.insert(id, was);
                 }
             }
-            let node = Node { id, wd: None, rank, element, account: 0, foreign };
+            let node = Node { id, wd: None, rank, element, account: 0, foreign, hold };
             self.tree.insert(path.clone(), node);
+            if path.is_empty() {
+                // of a root that was there before
+                self.holds.clear();
+            }
+            self.count_held(&path, &node, true);
             if let Some(draft) = &mut self.draft {
                 draft.came(&self.tree, &path, &node);
             }
@@ -537,6 +584,8 @@ impl Core {
         let below = self.tree.below(path).map(|(p, _)| p.clone());
         // children before their parents, which they are counted below
         let mut paths: Vec<Path> = [path.clone()].into_iter().chain(below).collect();
+        // of a root that is out of sight, what is held stays so
+        let lost = path.is_empty();
         while let Some(path) = paths.pop() {
             self.blind.remove(&path);
             let Some(node) = self.tree.get(&path).copied() else {
@@ -544,8 +593,12 @@ impl Core {
             };
             actions.extend(node.wd.map(Action::Unwatch));
             self.late.remove(&node.id);
+            self.late_roots.remove(&node.id);
             let gates: Vec<Above> = self.above(&path).map(|(stage, id, _)| (stage, id)).collect();
             self.place(&path, node.id, node.element, None);
+            if !lost {
+                self.count_held(&path, &node, false);
+            }
             self.tree.remove(&path);
             if let Some(stage) = gates::stage(&path) {
                 self.gates.went(stage, node.id);
@@ -582,6 +635,17 @@ impl Core {
         Some(self.late.get(&parent.id).copied().unwrap_or_else(way))
     }
 
+    /// Whether a new cgroup below a held one has sent nothing until now: its connections need not be
+    /// ended, they go on by themselves.
+    fn was_held(&self, path: &[u8]) -> bool {
+        let mut above = std::iter::successors(tree::parent(path), |path| tree::parent(path));
+        let root = above.find_map(|path| {
+            let node = self.tree.get(path)?;
+            (node.hold == Hold::Root).then_some(node.id)
+        });
+        root.is_some_and(|id| !self.late_roots.contains(&id))
+    }
+
     /// Rank and element of a path, by the rank of its parent; only the root has none.
     fn classify(
         &mut self,
@@ -602,6 +666,23 @@ impl Core {
         let differs = outcome != policy::outcome(&self.config, parent);
         let reachable = self.base_level + tree::depth(path) <= self.deepest;
         (differs && reachable).then_some(outcome)
+    }
+
+    /// The level of a cgroup that is held or below one, where the kernel has to know of it. The root
+    /// of all needs no element; what is too deep goes its ancestors' way, known or not; and what nft
+    /// cannot show stays unknown.
+    fn held_level(&self, path: &[u8], node: &Node) -> Option<u8> {
+        let level = self.base_level + tree::depth(path);
+        let shown = (1..=self.deepest).contains(&level) && dying::is_listable(path);
+        (node.hold != Hold::None && shown).then_some(level as u8)
+    }
+
+    fn count_held(&mut self, path: &[u8], node: &Node, up: bool) {
+        match self.held_level(path, node) {
+            Some(level) => self.holds.count(node.id, level, node.hold, up),
+            None if path.is_empty() && node.hold == Hold::Root => self.holds.hold_all(),
+            None => {}
+        }
     }
 
     fn count(&mut self, path: &[u8], element: Option<Outcome>, up: bool) {

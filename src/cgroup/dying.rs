@@ -249,7 +249,9 @@ mod tests {
     fn when_they_are_let_go() {
         let mut tree = Tree::default();
         for path in ["", "/a"] {
-            let node = Node { id: 0, wd: None, rank: 0, element: None, account: 0, foreign: false };
+            let hold = Default::default();
+            let (id, wd, rank, element, account, foreign) = (0, None, 0, None, 0, false);
+            let node = Node { id, wd, rank, element, account, foreign, hold };
             tree.insert(path.as_bytes().into(), node);
         }
         let mut list = List::default();

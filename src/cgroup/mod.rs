@@ -10,6 +10,7 @@ pub mod dying;
 pub mod event;
 pub mod follow;
 pub mod gates;
+pub mod holds;
 pub mod mount;
 pub mod ranking;
 pub mod tally;

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::rc::Rc;
 
 use super::dying;
-use super::tree::{self, Node, Path, Tree};
+use super::holds;
+use super::tree::{self, Hold, Node, Path, Tree};
 use crate::config::{Config, Outcome};
 use crate::policy;
 
@@ -15,7 +16,9 @@ pub struct Ranking {
     pub config: Rc<Config>,
     pub memo: policy::Memo,
     /// By cgroup id; of every cgroup up to `reached`, in the order of the tree.
-    pub ranks: HashMap<u64, policy::Rank>,
+    pub ranks: HashMap<u64, (policy::Rank, Hold)>,
+    /// See [`holds::of`].
+    names_root: bool,
     reached: Option<Path>,
     /// The targets of removed ones.
     pub removed: HashMap<Path, Outcome>,
@@ -24,9 +27,10 @@ pub struct Ranking {
 }
 
 impl Ranking {
-    pub fn new(config: Rc<Config>) -> Ranking {
+    pub fn new(config: Rc<Config>, names_root: bool) -> Ranking {
         Ranking {
             config,
+            names_root,
             memo: policy::Memo::default(),
             ranks: HashMap::new(),
             reached: None,
@@ -38,12 +42,13 @@ impl Ranking {
     /// Ranks one cgroup of a tree that has its parent, which has been ranked.
     fn rank(&mut self, tree: &Tree, path: &[u8], node: &Node) {
         let parent = tree::parent(path).and_then(|parent| tree.get(parent));
-        let parent = parent.and_then(|parent| self.ranks.get(&parent.id)).copied();
+        let (parent, held) = parent.and_then(|parent| self.ranks.get(&parent.id)).copied().unzip();
         let rank = match parent {
             Some(parent) => self.memo.rank(&self.config, parent, path, node.foreign),
             None => policy::root_rank(&self.config),
         };
-        self.ranks.insert(node.id, rank);
+        let hold = holds::of(&mut self.memo, &self.config, held, path, self.names_root);
+        self.ranks.insert(node.id, (rank, hold));
     }
 
     /// A cgroup has come. Before its parent has had its turn, it waits for its own.
@@ -57,7 +62,7 @@ impl Ranking {
 
     /// A cgroup is gone.
     pub fn went(&mut self, path: &Path, node: &Node) {
-        if let Some(rank) = self.ranks.remove(&node.id).filter(|_| node.element.is_some()) {
+        if let Some((rank, _)) = self.ranks.remove(&node.id).filter(|_| node.element.is_some()) {
             self.removed.insert(path.clone(), policy::outcome(&self.config, rank));
         }
     }

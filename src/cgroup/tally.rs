@@ -32,6 +32,13 @@ impl<K: Ord + Copy> Tally<K> {
         turned
     }
 
+    /// Counts nothing any more.
+    pub fn clear(&mut self) {
+        for key in std::mem::take(&mut self.counts).into_keys() {
+            self.changed.entry(key).or_insert(true);
+        }
+    }
+
     pub fn contains(&self, key: &K) -> bool {
         self.counts.contains_key(key)
     }

@@ -19,6 +19,16 @@ pub fn display(path: &Path) -> String {
     }
 }
 
+/// What `hold` is to a cgroup.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Hold {
+    #[default]
+    None,
+    /// What is below it is held, and nothing above it is.
+    Root,
+    Below,
+}
+
 /// What is known of one cgroup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Node {
@@ -34,6 +44,7 @@ pub struct Node {
     pub account: u32,
     /// Has a name that gives it a target, and was made by somebody who may not choose one.
     pub foreign: bool,
+    pub hold: Hold,
 }
 
 /// All cgroups that are known. A node's parent is known too.
@@ -166,6 +177,7 @@ mod tests {
                 element: None,
                 account: 0,
                 foreign: false,
+                hold: Hold::None,
             };
             tree.insert(path.as_bytes().into(), node);
         }

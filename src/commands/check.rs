@@ -70,12 +70,13 @@ impl Severity {
 
 /// What findings may be about: told in JSON, where programs know a finding by it whatever its words.
 /// cgtproxy(8) has all of them.
-pub const ABOUT: [&str; 29] = [
+pub const ABOUT: [&str; 30] = [
     "config",
     "config-owner",
     "cgroup-root",
     "cgroup-level",
     "rule",
+    "hold",
     "inotify",
     "stray-service",
     "cgroup-v1-controller",
@@ -238,6 +239,7 @@ pub fn check(options: &Options, json: bool) -> Result<ExitCode> {
 fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
     let core = cgroups(config, findings.about("cgroup-root"));
     rules(config, core.as_ref(), findings.about("rule"));
+    holds(config, core.as_ref(), findings.about("hold"));
     findings.about("stray-service");
     strays::find().into_iter().for_each(|line| findings.warning(line));
     old_controllers(findings.about("cgroup-v1-controller"));
@@ -400,6 +402,39 @@ fn rules(config: &Config, core: Option<&Core>, findings: &mut Findings) {
             Some(why) => findings.warning(format!("{text}: can match nothing: {why}")),
             None if core.is_some() => findings.ok(format!("{text}: {decides}")),
             None => {}
+        }
+    }
+}
+
+/// Below which cgroups each `hold` line holds, and what holds nothing.
+fn holds(config: &Config, core: Option<&Core>, findings: &mut Findings) {
+    for line in &config.holds {
+        let text = format!("{}: hold = {}", line.place, line.pattern);
+        if let Some(why) = lint::idle_hold(config, line) {
+            findings.warning(format!("{text}: can match nothing: {why}"));
+            continue;
+        }
+        let Some(core) = core else { continue };
+        let is = |path: &[u8]| {
+            let path = if path.is_empty() { &b"/"[..] } else { path };
+            line.regex.is_match(&String::from_utf8_lossy(path))
+        };
+        let held: Vec<_> = core.tree().iter().map(|(path, _)| path).filter(|p| is(p)).collect();
+        let below = held.iter().filter(|path| core.tree().below(path).next().is_some());
+        match (held.len(), below.count()) {
+            (0, _) => findings.warning(format!(
+                "{text}: no such cgroup is there: what is born in one before cgtproxy has seen it \
+                 is not held, so hold one above it that is always there"
+            )),
+            (_, 0) => findings.warning(format!(
+                "{text}: nothing is below what it matches: it holds what is born there later, not \
+                 the cgroup itself, for which one above it is to be held"
+            )),
+            (all, _) if held[0].is_empty() && !core.holds_root() => findings.warning(format!(
+                "{text}: the root of a cgroup namespace cannot be held, so what is born right below \
+                 it is not; {} others are", all - 1
+            )),
+            (all, _) => findings.ok(format!("{text}: holds what is born below {all} cgroups")),
         }
     }
 }

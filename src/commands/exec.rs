@@ -28,7 +28,7 @@ use crate::kernel::{self, Held, Kernel};
 use crate::net::{Family, Mark};
 use crate::netlink::socket::Socket;
 use crate::netlink::uapi::{NFNLGRP_NFTABLES, NFT_TABLE_F_DORMANT};
-use crate::nft::table::TABLE;
+use crate::nft::table::{KNOWN, TABLE};
 use crate::nft::view::Step;
 use crate::options::Options;
 use crate::plan;
@@ -314,11 +314,15 @@ struct Wanted<'a> {
     /// Those of them that the policy gives an element of their own, outermost first: level, path,
     /// target.
     elements: Vec<(u32, String, Outcome)>,
+    /// Below a held cgroup: it has to be looked at as well.
+    held: bool,
 }
 
 impl<'a> Wanted<'a> {
     fn new(config: &'a Config, target: Target, root: &Root, path: &[u8]) -> Result<Wanted<'a>> {
-        let mut wanted = Wanted { config, target, ids: BTreeMap::new(), elements: Vec::new() };
+        let held = policy::held_by(config, path).is_some();
+        let mut wanted =
+            Wanted { config, target, ids: BTreeMap::new(), elements: Vec::new(), held };
         let mut parent = config.default_outcome();
         let refused = |errno| {
             let path = String::from_utf8_lossy(path);
@@ -355,8 +359,18 @@ impl<'a> Wanted<'a> {
             // as for everybody else then
             None if self.target == Target::Direct => None,
             None => Some(Missing::Yet(format!("there is no table inet {TABLE}"))),
-            Some(held) => self.missing_of(&held),
+            Some(held) => match self.missing_of(&held) {
+                None if self.held && held.view.unknown.is_some() => self.unknown(kernel)?,
+                missing => missing,
+            },
         })
+    }
+
+    /// Whether nothing of the cgroup would leave, for the daemon has not looked at it yet.
+    fn unknown(&self, kernel: &mut Kernel) -> Result<Option<Missing>> {
+        let id = self.ids.values().next_back();
+        let known = kernel.elements(KNOWN)?.iter().any(|element| Some(&element.id) == id);
+        Ok((!known).then(|| Missing::Yet("the cgroup has not been looked at".into())))
     }
 
     fn missing_of(&self, held: &Held) -> Option<Missing> {

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use nix::errno::Errno;
 
 use super::containers;
+use crate::cgroup::dying;
 use crate::cgroup::mount::{self, Mount, Root};
 use crate::cgroup::watch;
 use crate::config::{Config, Outlet, Rule, RuleLine, Target};
@@ -244,6 +245,15 @@ fn describe(
         };
         let matched = Escaped(&path[..through]);
         let _ = writeln!(text, "    matches {matched}{ancestor}");
+    }
+    if let Some((above, line)) = policy::held_by(config, path) {
+        let above = if above.is_empty() { "/".into() } else { Escaped(above).to_string() };
+        let why = match dying::is_listable(path) {
+            true => "new flows leave once cgtproxy has looked at the cgroup",
+            false => "for the quote in the path no new flow ever leaves",
+        };
+        let _ = writeln!(text, "    hold    {}: hold = {}", line.place, line.pattern);
+        let _ = writeln!(text, "    below   {above}: {why}");
     }
     if let Some(dir) = foreign {
         let dir = Escaped(dir);

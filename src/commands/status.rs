@@ -186,6 +186,8 @@ struct Unattended {
     left: Option<u64>,
     /// Cgroups that exist now, that the configuration gives a target and the table does not.
     unknown: Option<usize>,
+    /// What is new below held ones is dropped.
+    holds: bool,
 }
 
 impl Unattended {
@@ -204,7 +206,7 @@ impl Unattended {
             });
             wanted.filter(|(of, id)| known(*id) != Some(*of)).count()
         });
-        Ok(Unattended { left, unknown })
+        Ok(Unattended { left, unknown, holds: held.view.unknown.is_some() })
     }
 }
 
@@ -214,9 +216,12 @@ impl fmt::Display for Unattended {
         if let Some(left) = self.left {
             write!(f, " since the last one left {} ago", span(left))?;
         }
-        match self.unknown {
-            None => Ok(()),
-            Some(unknown) => write!(f, "; cgroups that the table does not know: {unknown}"),
+        if let Some(unknown) = self.unknown {
+            write!(f, "; cgroups that the table does not know: {unknown}")?;
+        }
+        match self.holds {
+            true => f.write_str("; what is new below held ones has no way out until one runs"),
+            false => Ok(()),
         }
     }
 }
@@ -410,6 +415,11 @@ impl Status {
         self.held.as_ref().map_or(&[], |held| &held.view.gateways)
     }
 
+    /// What `hold` has dropped.
+    fn unknown(&self) -> Option<Counter> {
+        self.held.as_ref().and_then(|held| held.view.unknown)
+    }
+
     /// Where a target's packets go.
     fn place(&self, target: &TargetView) -> Value {
         let way = self.ways.get(&target.name);
@@ -513,6 +523,10 @@ impl Status {
             out.push('\n');
             self.target_table().print(&mut out, style);
         }
+        if let Some(Counter { packets, .. }) = self.unknown() {
+            let text = "packets of cgroups that had not been looked at";
+            let _ = writeln!(out, "\nheld: {packets} {text}");
+        }
         if !self.gateways().is_empty() {
             out.push('\n');
             self.gateway_table().print(&mut out, style);
@@ -596,6 +610,10 @@ impl Status {
         });
         let name = "cgtproxy_target_route_up";
         metrics.family(name, Type::Gauge, "Whether a route leads out.", ways);
+        let held = self.unknown().map(|Counter { packets, .. }| (Vec::new(), packets));
+        let name = "cgtproxy_held_packets_total";
+        let help = "Packets of cgroups that had not been looked at.";
+        metrics.family(name, Type::Counter, help, held);
         let mut gateways = |name: &str, help: &str, value: fn(Counter) -> u64| {
             let sample = |gateway| -> Option<Sample> {
                 let gateway: &GatewayView = gateway;
@@ -652,6 +670,7 @@ impl Status {
             ("ways", Json::List(ways.collect())),
             ("gateways", self.gateway_table().json()),
             ("containers", self.container_table().json()),
+            ("held", Json::or_null(self.unknown().map(|unknown| unknown.packets))),
             ("rules", routing(true)),
             ("routes", routing(false)),
             ("hindrances", Json::List(self.hindrances.iter().map(Json::text).collect())),
@@ -797,6 +816,7 @@ mod tests {
         let view = |interfaces: Vec<Interface>| View {
             owners: Vec::new(),
             default_class: 0,
+            unknown: None,
             classifies: true,
             foreign: false,
             targets: vec![target(1), target(2)],

@@ -153,6 +153,10 @@ pub static KEYS: &[Key] = &[
     one(GLOBAL, "counters", Words(&["target", "cgroup"]), Is("target"), |d, e| {
         put(&mut d.config.counters_per_cgroup, word(e, &[false, true]))
     }),
+    any(GLOBAL, "hold", Text("a regex for paths of cgroups"), Nothing, |d, e| {
+        d.holds.push((e.value.to_string(), e.place.clone()));
+        Ok(())
+    }),
     one(GLOBAL, "containers", BOOLEAN, Is("yes"), |d, e| put(&mut d.config.containers, boolean(e))),
     one(TPROXY, "port", Number(1, 65535), Needs("a port"), |d, e| {
         put(&mut d.tproxy().port, number(e).map(|port| port as u16))
@@ -249,6 +253,7 @@ pub(super) struct Draft {
     /// In file order, behind those that have no names.
     pub sections: Vec<Section>,
     pub bypass_marks: Vec<(Mark, Place)>,
+    pub holds: Vec<(String, Place)>,
     /// What is wrong, so far.
     pub problems: Vec<Problem>,
     /// Target, text, meaning and place of each line.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::pattern::Literals;
-use super::{Config, OwnerRule, Rule};
+use super::{Config, HoldLine, OwnerRule, Rule};
 use crate::net::Owner;
 
 /// Most times that a rule is held against an earlier one: their number goes with the square.
@@ -30,6 +30,15 @@ pub fn idle_rules(config: &Config) -> Vec<Option<String>> {
         })
     });
     reasons.collect()
+}
+
+/// Why a `hold` line matches no cgroup that there could be.
+pub fn idle_hold(config: &Config, line: &HoldLine) -> Option<String> {
+    // the cgroup root, which no rule covers
+    match line.regex.is_match("/") {
+        true => None,
+        false => matches_nothing(&line.pattern, config.cgroup_root.as_deref()),
+    }
 }
 
 /// Why a line for owners decides for no socket, where an earlier one covers all of its owners.

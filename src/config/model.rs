@@ -262,6 +262,27 @@ pub struct Rule {
     pub place: Place,
 }
 
+/// A `hold` line: below a cgroup that it matches nothing goes out that has not been looked at.
+#[derive(Debug, Clone)]
+pub struct HoldLine {
+    pub pattern: String,
+    /// Anchored at both ends.
+    pub regex: Pattern,
+    pub place: Place,
+}
+
+impl AsRef<Pattern> for HoldLine {
+    fn as_ref(&self) -> &Pattern {
+        &self.regex
+    }
+}
+
+impl AsRef<Pattern> for Rule {
+    fn as_ref(&self) -> &Pattern {
+        &self.regex
+    }
+}
+
 /// A line of `[rules]` for the owners of sockets, in whatever cgroup.
 #[derive(Debug, Clone)]
 pub struct OwnerRule {
@@ -390,6 +411,7 @@ pub struct Config {
     pub counters_per_cgroup: bool,
     /// A rule for a cgroup covers what comes in by the veth of its network namespace.
     pub containers: bool,
+    pub holds: Vec<HoldLine>,
     pub tproxies: Vec<Tproxy>,
     pub routes: Vec<Route>,
     pub rules: Vec<Rule>,
@@ -419,6 +441,7 @@ impl Default for Config {
             log_level: Level::Notice,
             counters_per_cgroup: false,
             containers: true,
+            holds: Vec::new(),
             tproxies: Vec::new(),
             routes: Vec::new(),
             rules: Vec::new(),

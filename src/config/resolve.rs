@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use super::keys::{Draft, Kind, Section, Unset};
 use super::matches::Match;
-use super::model::{Config, Outlet, OwnerRule, Place, Problem, Rule, Target};
+use super::model::{Config, HoldLine, Outlet, OwnerRule, Place, Problem, Rule, Target};
 use super::pattern::{compile_within, MAX_COMPILED};
 use super::suggest::did_you_mean;
 use super::value::Result;
@@ -19,7 +19,7 @@ const MOST_CLASSES: u16 = 64;
 
 /// Resolves what could refer to a later line, and adds what is wrong with it to the problems.
 pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
-    let Draft { mut config, sections, bypass_marks, rules, .. } = draft;
+    let Draft { mut config, sections, bypass_marks, holds, rules, .. } = draft;
     config.bypass.merge();
     config.outlets_mut().for_each(Outlet::merge);
     config.bypass_marks = bypass_marks.iter().map(|(mark, _)| *mark).collect();
@@ -147,6 +147,12 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     }
 
     let mut room = MAX_COMPILED;
+    for (pattern, place) in holds {
+        match compile_within(&pattern, &mut room) {
+            Ok(regex) => config.holds.push(HoldLine { pattern, regex, place }),
+            Err(why) => problem(&place, why),
+        }
+    }
     for (name, text, what, place) in rules {
         let target = target(&config, &name).map_err(|why| problem(&place, why)).ok();
         let text: Rc<str> = text.into();

@@ -26,6 +26,11 @@ pub enum Stmt {
         level: u8,
         set: String,
     },
+    /// `socket cgroupv2 level L != @SET`: one that has an ancestor at that level, which is another
+    OtherCgroup {
+        level: u8,
+        set: String,
+    },
     /// `jhash socket cgroupv2 level L mod 4294967295 seed 0x1 @SET`: the same for cgroups that are
     /// removed. `nft` cannot name those, so their ids are kept as numbers of another kind.
     CgroupHash {
@@ -59,6 +64,10 @@ pub enum Stmt {
     New,
     /// `ct state invalid`: conntrack can make nothing of it
     Invalid,
+    /// `ct state invalid,new,untracked`: nothing says that it goes on with a flow
+    Fresh,
+    /// `ct state established,related`: the others
+    GoesOn,
     /// `ct status and confirmed == 0`: of a flow that this very packet begins
     Unconfirmed,
     /// `ct status confirmed`: of a flow that has begun before
@@ -90,6 +99,8 @@ pub enum Stmt {
     Nfproto(Family),
     /// `meta l4proto tcp` or udp
     L4proto(L4),
+    /// `meta l4proto != tcp` or udp
+    NotL4proto(L4),
     /// `meta l4proto { tcp, udp }`
     TcpOrUdp,
     /// `meta l4proto != tcp meta l4proto != udp`: two comparisons cost a quarter of a set
@@ -206,6 +217,10 @@ impl Stmt {
                 text!("socket cgroupv2 level {level} @{set}"),
                 [cgroup(*level, NFT_REG_1), lookup(named(set))],
             ),
+            Stmt::OtherCgroup { level, set } => out.put(
+                text!("socket cgroupv2 level {level} != @{set}"),
+                [cgroup(*level, NFT_REG_1), lookup_not(named(set))],
+            ),
             Stmt::CgroupHash { level, set } => out.put(
                 text!("jhash socket cgroupv2 level {level} mod {} seed 0x1 @{set}", u32::MAX),
                 [cgroup(*level, NFT_REG_2), hash(), lookup(named(set))],
@@ -272,6 +287,22 @@ impl Stmt {
             Stmt::Invalid => out.put(
                 text!("ct state invalid"),
                 [ct(NFT_CT_STATE), and(NF_CT_STATE_INVALID_BIT), neq(&ne(0))],
+            ),
+            Stmt::Fresh => {
+                let bits =
+                    NF_CT_STATE_INVALID_BIT | NF_CT_STATE_NEW_BIT | NF_CT_STATE_UNTRACKED_BIT;
+                out.put(
+                    text!("ct state invalid,new,untracked"),
+                    [ct(NFT_CT_STATE), and(bits), neq(&ne(0))],
+                )
+            }
+            Stmt::GoesOn => out.put(
+                text!("ct state established,related"),
+                [
+                    ct(NFT_CT_STATE),
+                    and(NF_CT_STATE_ESTABLISHED_BIT | NF_CT_STATE_RELATED_BIT),
+                    neq(&ne(0)),
+                ],
             ),
             Stmt::Unconfirmed => out.put(
                 text!("ct status and confirmed == 0"),
@@ -351,6 +382,10 @@ impl Stmt {
             Stmt::L4proto(l4) => out.put(
                 text!("meta l4proto {}", l4.nft()),
                 [meta(NFT_META_L4PROTO), eq(&[l4.number()])],
+            ),
+            Stmt::NotL4proto(l4) => out.put(
+                text!("meta l4proto != {}", l4.nft()),
+                [meta(NFT_META_L4PROTO), neq(&[l4.number()])],
             ),
             Stmt::TcpOrUdp => out.put(
                 text!("meta l4proto {{ tcp, udp }}"),

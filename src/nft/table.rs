@@ -46,6 +46,21 @@ pub struct Shape {
     pub pairs: BTreeSet<Element>,
     /// The stages that have gates by their hashes.
     pub hashed: BTreeSet<Stage>,
+    /// What is held, where anything is.
+    pub holding: Option<Holding>,
+}
+
+/// The levels of held cgroups and of those that are known below them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holding {
+    /// Every cgroup but the root of all is below a held one.
+    pub all: bool,
+    pub roots: BTreeSet<u8>,
+    /// The levels at which there may be known ones.
+    pub first: u8,
+    pub last: u8,
+    /// The deepest one to look for others at.
+    pub ahead: u8,
 }
 
 /// Where what containers send comes into this host.
@@ -117,6 +132,12 @@ pub fn below_name(stage: Stage) -> String {
     format!("below_{}", DEPTHS[stage])
 }
 
+/// The set of the cgroups below which nothing leaves before it has been looked at.
+pub const HELD: &str = "held";
+
+/// The set of these and of those below them that have been looked at.
+pub const KNOWN: &str = "known";
+
 /// The name of the set that holds cgroups by their hashes: removed ones, and those whose path nft
 /// cannot print.
 pub fn dying_name(config: &Config, outcome: Outcome) -> String {
@@ -153,6 +174,12 @@ impl Table {
             let content = Content::Cgroups { counters: false };
             [Set { name: ids, content }, Set { name: hashes, content: Content::Hashes }]
         }));
+        if !config.holds.is_empty() {
+            let content = Content::Cgroups { counters: false };
+            sets.extend(
+                [HELD, KNOWN].map(|name| Set { name: name.into(), content: content.clone() }),
+            );
+        }
         sets.extend(config.gateways.iter().flat_map(source_sets));
         sets.extend(config.outlets().flat_map(destination_sets));
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
@@ -198,6 +225,10 @@ impl Table {
         let owners = |class| chain(owners_name(class), owner_rules(config, class));
         chains.extend(classes.into_iter().map(owners));
         chains.extend(behind().map(|outcome| behind_owners_chain(config, outcome)));
+        if !config.holds.is_empty() {
+            chains.push(unknown_chain(config));
+            chains.extend(HOLD.into_iter().rev().map(|name| chain(name, Vec::new())));
+        }
         let deepest_first = (0..DEPTHS.len()).rev();
         chains.extend(deepest_first.map(|stage| chain(below_name(stage), Vec::new())));
         chains.push(Chain {
@@ -312,7 +343,77 @@ pub const OUTPUT: &str = "output";
 pub fn classifying(config: &Config, shape: &Shape) -> Vec<(String, Vec<Rule>)> {
     let stages = 0..DEPTHS.len();
     let below = stages.map(|stage| (below_name(stage), below_rules(config, shape, stage)));
-    below.chain([(OUTPUT.to_string(), output_rules(config, shape))]).collect()
+    let hold = hold_rules(config, shape.holding.as_ref());
+    below.chain(hold).chain([(OUTPUT.to_string(), output_rules(config, shape))]).collect()
+}
+
+/// The chains that hold: which packets are asked for, whether their cgroup has been looked at, and
+/// the same for what is nested deep.
+pub const HOLD: [&str; 3] = ["hold", "hold_below", "hold_deep"];
+
+/// So many levels below a held cgroup are looked at one by one before what is deeper: whoever nests
+/// his own makes others pay for one look-up more.
+const SHALLOW: u8 = 8;
+
+/// Rules of the chains that hold; none of them where nothing is configured to be held.
+pub fn hold_rules(config: &Config, holding: Option<&Holding>) -> Vec<(String, Vec<Rule>)> {
+    if config.holds.is_empty() {
+        return Vec::new();
+    }
+    let [mut hold, mut below, mut deep] = [(); 3].map(|()| Vec::new());
+    if let Some(Holding { all, roots, first, last, ahead }) = holding {
+        hold.push(vec![Stmt::Reply, Stmt::back()]);
+        match all {
+            true => hold.push(vec![Stmt::goto(HOLD[1])]),
+            false => hold.extend(roots.iter().map(|level| {
+                vec![Stmt::Cgroup { level: *level, set: HELD.into() }, Stmt::goto(HOLD[1])]
+            })),
+        }
+        let split = first.saturating_add(SHALLOW);
+        match *last >= split {
+            true => {
+                let nested = Stmt::Cgroup { level: split, set: KNOWN.into() };
+                below.push(vec![nested, Stmt::goto(HOLD[2])]);
+                below.push(unknown(split));
+                below.extend(looked_at(*first, split - 1, split - 1));
+                deep.extend(looked_at(split, *last, *ahead));
+            }
+            false => below.extend(looked_at(*first, *last, *ahead)),
+        }
+    }
+    let names = HOLD.into_iter().map(String::from);
+    names.zip([hold, below, deep]).collect()
+}
+
+/// Whether a cgroup has been looked at is said at its own level, which is the deepest one that it
+/// has an ancestor at: below what is not known nothing is.
+fn looked_at(first: u8, last: u8, ahead: u8) -> Vec<Rule> {
+    let known = |level| vec![Stmt::Cgroup { level, set: KNOWN.into() }, Stmt::back()];
+    let one = |level| {
+        let known = (level <= last).then(|| known(level));
+        known.into_iter().chain([unknown(level)])
+    };
+    (first..=ahead).rev().flat_map(one).collect()
+}
+
+fn unknown(level: u8) -> Rule {
+    vec![Stmt::OtherCgroup { level, set: KNOWN.into() }, Stmt::goto(UNKNOWN)]
+}
+
+/// The chain that drops what new cgroups send: TCP tries again by itself.
+pub const UNKNOWN: &str = "unknown";
+
+/// What is left alone whatever the target goes no wrong way.
+fn unknown_chain(config: &Config) -> Chain {
+    let mut rules = match hijacks_local(config) {
+        // a target may hijack DNS whatever its address
+        true => vec![jump(EXEMPT), vec![Stmt::NotDport(53), Stmt::jump("bypass")]],
+        false => vec![jump_bypass()],
+    };
+    // sent by the kernel itself, in a network namespace that such a cgroup has made
+    rules.push(vec![Stmt::NeighbourDiscovery, Stmt::accept()]);
+    rules.push(vec![Stmt::Counter, Stmt::drop()]);
+    chain(UNKNOWN, rules)
 }
 
 /// The pairs between a stage's gates and the next ones, in the order in which they are tried: the
@@ -398,6 +499,13 @@ pub fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
         (false, false) => rules.push(vec![Stmt::OifLo, Stmt::goto("lo")]),
         // the targets' chains let the rest of lo pass
         (false, true) => rules.push(vec![Stmt::OifLo, Stmt::jump("lo")]),
+    }
+    if !config.holds.is_empty() {
+        // a SYN begins a flow; a datagram from a port that somebody else's has come from goes on with
+        // that one, as far as conntrack knows
+        let hold = Stmt::jump(HOLD[0]);
+        rules.push(vec![Stmt::Fresh, hold.clone()]);
+        rules.push(vec![Stmt::NotL4proto(L4::Tcp), Stmt::GoesOn, hold]);
     }
     // the proxy's answers to a router's clients leave by their interface; few other sockets are
     // transparent, and to ask for that is cheaper than to look up the address of every packet

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use super::expr::{counted, Expr, SetRef::Named, Verdict};
 use super::message::dump;
-use super::table::{MARTIANS, OUTPUT, TABLE};
+use super::table::{MARTIANS, OUTPUT, TABLE, UNKNOWN};
 use crate::config::CONTAINERS;
 use crate::net::{Interface, Mark, Owner};
 use crate::netlink::msg::Batch;
@@ -222,6 +222,8 @@ pub struct View {
     pub veths: BTreeMap<u32, String>,
     /// What it is marked with from there on.
     pub entered: Vec<Mark>,
+    /// Packets of cgroups that had not been looked at; `None` where nothing is held.
+    pub unknown: Option<Counter>,
     /// Whether there is any rule that meets this host's packets: ours has one whatever the policy.
     pub classifies: bool,
     /// There are rules, and not the chains that ours have whatever the policy.
@@ -282,6 +284,7 @@ impl View {
                     name.filter(is).is_some()
                 })
                 .find_map(mark),
+            unknown: total(&of(UNKNOWN.into())),
             classifies: rules.iter().any(|rule| rule.chain == OUTPUT),
             foreign: !rules.is_empty() && !names.contains(&"drop"),
         };
@@ -592,7 +595,8 @@ mod tests {
     fn rules(config: &Config, pairs: &[Element]) -> Vec<RuleView> {
         let mut transaction = Transaction::new(Batch::new(0));
         let mut table = Table::new(config);
-        let shape = Shape { base: 1, pairs: pairs.iter().copied().collect(), hashed: [1].into() };
+        let pairs = pairs.iter().copied().collect();
+        let shape = Shape { base: 1, pairs, hashed: [1].into(), holding: None };
         for (name, rules) in classifying(config, &shape) {
             let mut chains = table.chains.iter_mut();
             chains.find(|chain| chain.name == name).expect("a chain").rules = rules;

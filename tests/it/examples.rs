@@ -382,7 +382,7 @@ fn tor_and_vpn() {
         "/system.slice/tor.service",
     ]
     .map(|path| ground.cgroup(path));
-    let _daemon = Daemon::start(&ground, &text("tor-and-vpn"), &[]);
+    let daemon = Daemon::start(&ground, &text("tor-and-vpn"), &[]);
     world.wire.packets();
     through_tunnel(&mut world, &[&downloads], "downloads");
     for remote in [REMOTE4, REMOTE6] {
@@ -401,4 +401,17 @@ fn tor_and_vpn() {
     }
     assert_eq!(left(&mut world), []);
     expect(&[(&own, under("direct"))]);
+    // from the first packet on, also while nobody is there who could look
+    daemon.kill9();
+    world.wire.packets();
+    for path in [
+        "/user.slice/user-1000.slice/user@1000.service/app.slice/app-org.mozilla.firefox-8.scope",
+        "/system.slice/transmission.service",
+    ] {
+        let new = ground.cgroup(path);
+        for client in [Client::tcp(&new, addr(REMOTE4, 80)), Client::udp(&new, addr(REMOTE6, 80))] {
+            assert_eq!(client.timeout(SILENCE).run().who(), "nobody", "{path}");
+        }
+    }
+    assert_eq!(left(&mut world), []);
 }

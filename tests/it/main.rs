@@ -46,6 +46,7 @@ mod faults;
 mod forgotten;
 mod gateway;
 mod heal;
+mod hold;
 mod hostile;
 mod json;
 mod lifecycle;

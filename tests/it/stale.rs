@@ -103,7 +103,7 @@ fn listener_in(cgroup: &Path, at: SocketAddr) -> TcpListener {
     listen(fd)
 }
 
-fn bind_to(fd: &impl AsRawFd, at: SocketAddr) {
+pub fn bind_to(fd: &impl AsRawFd, at: SocketAddr) {
     let (raw, len) = raw_addr(at);
     // SAFETY: a sockaddr of the length that goes with it.
     let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), len) };

@@ -581,7 +581,7 @@ fn json_has_the_documented_shape() {
     assert_eq!(query(&json, "d['containers']"), format!("[{container}]"));
     assert_eq!(
         query(&json, "list(d)"),
-        "['version', 'in_force', 'daemon', 'left', 'unknown', 'rootless', 'default', 'targets', 'ways', 'gateways', 'containers', 'rules', 'routes', 'hindrances', 'loops', 'warnings']"
+        "['version', 'in_force', 'daemon', 'left', 'unknown', 'rootless', 'default', 'targets', 'ways', 'gateways', 'containers', 'held', 'rules', 'routes', 'hindrances', 'loops', 'warnings']"
     );
     assert_eq!(query(&json, "d['version'], d['in_force'], d['default']"), "(1, True, 'direct')");
     assert_eq!(query(&json, "d['daemon']"), daemon.pid().to_string());

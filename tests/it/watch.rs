@@ -230,7 +230,7 @@ fn metrics_in_the_text_format() {
     let (_world, _proxy) = World::with_proxy(&ground);
     let busy = ground.cgroup("/busy");
     let config = format!(
-        "{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = mihomo\n\
+        "[global]\nhold = /none\n{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = mihomo\n\
          [route out]\ninterface = in0\n[route vpn]\ninterface = wg0\n"
     );
     let daemon = Daemon::start(&ground, &config, &[]);
@@ -257,6 +257,7 @@ fn metrics_in_the_text_format() {
     assert_eq!(listener("idle", "udp", "ipv6"), Some(0.0));
     let way = |target| value("cgtproxy_target_route_up", &[("target", target), ("family", "ipv4")]);
     assert_eq!([way("out"), way("vpn")], [Some(1.0), Some(0.0)], "{text}");
+    assert_eq!(value("cgtproxy_held_packets_total", &[]), Some(0.0));
     let lan = [("gateway", "lan"), ("target", "mihomo")];
     assert_eq!(value("cgtproxy_gateway_bytes_total", &lan), Some(0.0));
     // every family is in the manual page, and none other

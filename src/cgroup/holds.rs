@@ -1,0 +1,154 @@
+//! Which cgroups `hold` covers, and what the kernel has to know of them: below a held cgroup, new
+//! flows of those that it does not know are dropped until they have been looked at. Pure.
+//!
+//! All of this fails closed: a cgroup that is removed is known no more, and one whose path nft
+//! cannot show never is.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::dying;
+use super::tally::Tally;
+use super::tree::Hold;
+use crate::config::Config;
+use crate::nft::table::Holding;
+use crate::policy::Memo;
+
+/// What `hold` is to a cgroup, by what it is to its parent; only the cgroup root has none.
+/// `names_root`: whether rules can match that.
+pub fn of(
+    memo: &mut Memo,
+    config: &Config,
+    parent: Option<Hold>,
+    path: &[u8],
+    names_root: bool,
+) -> Hold {
+    match parent {
+        Some(Hold::Root | Hold::Below) => Hold::Below,
+        None if !names_root => Hold::None,
+        _ if memo.hold(config, path).is_some() && dying::is_listable(path) => Hold::Root,
+        _ => Hold::None,
+    }
+}
+
+/// An element of the kernel's sets, by its cgroup id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Held {
+    /// What is below it is held.
+    Root(u64),
+    /// It has been looked at. Roots are among these.
+    Known(u64),
+}
+
+/// How many levels below the deepest one that is known there are rules for. One would do, but for a
+/// packet that meets the rules of before a transaction and the sets of after it.
+const AHEAD: usize = 2;
+
+/// All of them, and the levels that they are at.
+#[derive(Debug, Default)]
+pub struct Holds {
+    elements: Tally<Held>,
+    /// The cgroup root is held, and the root of all.
+    all: bool,
+    roots: BTreeMap<u8, usize>,
+    known: BTreeMap<u8, usize>,
+}
+
+impl Holds {
+    /// The root of all is held: no element says so.
+    pub fn hold_all(&mut self) {
+        self.all = true;
+    }
+
+    /// A cgroup has come, or is gone.
+    pub fn count(&mut self, id: u64, level: u8, hold: Hold, up: bool) {
+        let mut count = |levels: &mut BTreeMap<u8, usize>, element| {
+            self.elements.count(element, up);
+            let count = levels.entry(level).or_default();
+            *count = if up { *count + 1 } else { count.saturating_sub(1) };
+        };
+        if hold == Hold::Root {
+            count(&mut self.roots, Held::Root(id));
+        }
+        if hold != Hold::None {
+            count(&mut self.known, Held::Known(id));
+        }
+    }
+
+    /// Lets go of all.
+    pub fn clear(&mut self) {
+        self.all = false;
+        self.elements.clear();
+        for count in self.roots.values_mut().chain(self.known.values_mut()) {
+            *count = 0;
+        }
+    }
+
+    /// Whether there are rules for levels that nothing is at. They stay for a while: most often
+    /// something comes again.
+    pub fn has_idle(&self) -> bool {
+        self.roots.values().chain(self.known.values()).any(|count| *count == 0)
+    }
+
+    /// Lets go of those.
+    pub fn tidy(&mut self) {
+        self.roots.retain(|_, count| *count > 0);
+        self.known.retain(|_, count| *count > 0);
+    }
+
+    /// What rules are needed for; `deepest`: that of the deepest level that the kernel takes.
+    pub fn shape(&self, deepest: usize) -> Option<Holding> {
+        let roots: BTreeSet<u8> = self.roots.keys().copied().collect();
+        let first = if self.all { Some(1) } else { roots.first().copied() }?;
+        let last = self.known.keys().next_back().copied().unwrap_or(0);
+        let ahead = (usize::from(last) + AHEAD).min(deepest) as u8;
+        Some(Holding { all: self.all, roots, first, last, ahead })
+    }
+
+    /// See [`Tally::take_changes`].
+    pub fn take_changes(&mut self) -> (Vec<Held>, Vec<Held>) {
+        self.elements.take_changes()
+    }
+
+    /// All of them; the kernel has them from now on.
+    pub fn snapshot(&mut self) -> Vec<Held> {
+        self.elements.snapshot().copied().collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_rules_are_for() {
+        let mut holds = Holds::default();
+        assert_eq!(holds.shape(255), None);
+        holds.count(7, 3, Hold::Root, true);
+        holds.count(8, 4, Hold::Below, true);
+        holds.count(9, 2, Hold::None, true);
+        let held = |roots: &[u8], first, last, ahead| {
+            Some(Holding { all: false, roots: roots.iter().copied().collect(), first, last, ahead })
+        };
+        assert_eq!(holds.shape(255), held(&[3], 3, 4, 6));
+        assert_eq!(holds.shape(5), held(&[3], 3, 4, 5));
+        let (root, known) = (Held::Root(7), [Held::Known(7), Held::Known(8)]);
+        assert_eq!(holds.take_changes(), (vec![], vec![root, known[0], known[1]]));
+        // its level's rules stay for a while
+        holds.count(8, 4, Hold::Below, false);
+        assert_eq!(holds.take_changes(), (vec![known[1]], vec![]));
+        assert_eq!((holds.shape(255), holds.has_idle()), (held(&[3], 3, 4, 6), true));
+        holds.tidy();
+        assert_eq!((holds.shape(255), holds.has_idle()), (held(&[3], 3, 3, 5), false));
+        // what comes again at once is not told
+        holds.clear();
+        holds.count(7, 3, Hold::Root, true);
+        assert_eq!(holds.take_changes(), (vec![], vec![]));
+        holds.clear();
+        holds.tidy();
+        assert_eq!((holds.shape(255), holds.snapshot()), (None, vec![]));
+        // the root of all has no element
+        holds.hold_all();
+        let all = Holding { all: true, roots: BTreeSet::new(), first: 1, last: 0, ahead: 2 };
+        assert_eq!(holds.shape(255), Some(all));
+    }
+}

@@ -1,0 +1,662 @@
+//! `hold`: below a held cgroup nothing leaves before the daemon has looked at the cgroup that sends
+//! it, whatever the daemon does meanwhile.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::Signal;
+use nix::sys::wait::{waitpid, WaitStatus};
+
+use crate::client::{expect, fork_into, under, Client, Outcome, Proto, SILENCE};
+use crate::daemon::{Daemon, UNOWNED};
+use crate::ground::{addr, remove_tree, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::kernel::{await_member, cgroup_id, load, nft, set_ids, table};
+use crate::stale::{bind_to, tcp_in, udp_in};
+use crate::tools::query;
+use crate::world::{raw_addr, Server, World, STREAM_PORT};
+use crate::{sized, wait_until};
+
+/// What is born below /held goes directly but for what a rule names.
+const POLICY: &str = "[tproxy mihomo]\nport = 7893\n\
+    [rules]\ndrop = /held/(.*/)?d[0-9]+\nmihomo = /held/(.*/)?p[0-9]+\n";
+const HOLD: &str = "[global]\nhold = /held\n";
+
+/// Where those ask that the policy drops, those that it proxies, and all others.
+const DROPPED: u16 = 7001;
+const PROXIED: u16 = 7002;
+const DIRECT: u16 = 80;
+
+fn held() -> String {
+    format!("{HOLD}{POLICY}")
+}
+
+/// Births of the most different kinds, one after the other.
+struct Births<'a> {
+    ground: &'a Ground,
+    world: World,
+    _proxy: Server,
+    count: usize,
+}
+
+/// How some of them fared.
+#[derive(Debug, Default)]
+struct Fared {
+    born: usize,
+    /// Packets that the policy drops or proxies, on the wire.
+    leaked: usize,
+    /// Births that go directly, and those of which the first packet was on the wire.
+    direct: usize,
+    at_once: usize,
+}
+
+impl<'a> Births<'a> {
+    fn new(ground: &'a Ground) -> Births<'a> {
+        ground.cgroup("/held");
+        let (world, proxy) = World::with_proxy(ground);
+        Births { ground, world, _proxy: proxy, count: 0 }
+    }
+
+    /// One cgroup is made, a process is born in it and sends at once, and both are gone.
+    fn one(&mut self) -> bool {
+        let i = self.count;
+        self.count += 1;
+        let (kind, port) = [("d", DROPPED), ("p", PROXIED), ("o", DIRECT)][i % 3];
+        let proto = if i / 3 % 2 == 0 { Proto::Tcp } else { Proto::Udp };
+        let ip = if i / 6 % 2 == 0 { REMOTE4 } else { REMOTE6 };
+        let path = self.ground.at(&format!("/held/{kind}{i}"));
+        fs::create_dir(&path).expect("make a cgroup");
+        be_born(&path, proto, addr(ip, port));
+        // EBUSY until the process has left it
+        assert!(wait_until(Duration::from_secs(5), || fs::remove_dir(&path).is_ok()));
+        port == DIRECT
+    }
+
+    fn some(&mut self, births: usize) -> Fared {
+        let mut fared = Fared { born: births, ..Fared::default() };
+        self.world.wire.packets();
+        for i in 0..births {
+            fared.direct += usize::from(self.one());
+            if i % 1000 == 999 {
+                self.look(&mut fared);
+            }
+        }
+        self.look(&mut fared);
+        fared
+    }
+
+    fn look(&mut self, fared: &mut Fared) {
+        for packet in self.world.wire.to_remote() {
+            let first = packet.proto == Proto::Udp || packet.flags == 0x02;
+            match packet.dst.port() {
+                DIRECT => fared.at_once += usize::from(first),
+                // the kernel answers what comes for a process that is gone
+                0 => {}
+                _ => fared.leaked += 1,
+            }
+        }
+    }
+}
+
+/// A process of that cgroup sends one packet, and ends. Gives the errno.
+fn be_born(cgroup: &Path, proto: Proto, to: SocketAddr) -> i32 {
+    let cgroup = File::open(cgroup).expect("open the cgroup");
+    let (raw, len) = raw_addr(to);
+    let family = i32::from(raw.ss_family);
+    let kind = if proto == Proto::Tcp { libc::SOCK_STREAM } else { libc::SOCK_DGRAM };
+    // SAFETY: system calls on integers and live buffers only.
+    let child = || unsafe {
+        let fd = libc::socket(family, kind | libc::SOCK_NONBLOCK, 0);
+        let mut rc = libc::connect(fd, (&raw const raw).cast(), len) as isize;
+        if kind == libc::SOCK_DGRAM {
+            rc = libc::send(fd, b"?".as_ptr().cast(), 1, 0);
+        }
+        if rc < 0 {
+            Errno::last_raw()
+        } else {
+            0
+        }
+    };
+    // SAFETY: the child makes system calls only.
+    let pid = unsafe { fork_into(&cgroup, child) }.expect("fork into the cgroup");
+    match waitpid(pid, None) {
+        Ok(WaitStatus::Exited(_, errno)) => errno,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Makes and removes cgroups elsewhere without pause, so that the daemon is never idle.
+fn while_busy<T>(ground: &Ground, run: impl FnOnce() -> T) -> T {
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let many = ground.cgroup("/many");
+        let stop = &stop;
+        scope.spawn(move || {
+            for i in (0..).take_while(|_| !stop.load(Ordering::Relaxed)) {
+                let path = many.join(format!("d{}", i % 2000));
+                let _ = fs::create_dir(&path).or_else(|_| fs::remove_dir(&path));
+            }
+        });
+        let result = run();
+        stop.store(true, Ordering::Relaxed);
+        result
+    })
+}
+
+/// Through all that a daemon does and all that is done to it.
+fn births(ground: &Ground, config: &str, times: usize) -> Vec<(&'static str, Fared)> {
+    let mut births = Births::new(ground);
+    let mut all = Vec::new();
+    let mut daemon = Daemon::start(ground, config, &[]);
+    all.push(("idle", births.some(times)));
+    all.push(("busy", while_busy(ground, || births.some(times))));
+    daemon.signal(Signal::SIGSTOP);
+    all.push(("stopped", births.some(times)));
+    daemon.signal(Signal::SIGCONT);
+    daemon.kill9();
+    all.push(("dead", births.some(times)));
+    daemon = Daemon::start(ground, config, &[]);
+    // what is born while the next one starts, and while one hands over to it
+    let mut starting = Fared::default();
+    births.world.wire.packets();
+    let mut end = 0;
+    while starting.born < times {
+        if end % 2 == 0 {
+            daemon.kill9()
+        } else {
+            daemon.leave()
+        }
+        end += 1;
+        daemon = Daemon::spawn(ground, config, &[], &[]);
+        let ready = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                let is = daemon.ready();
+                ready.store(true, Ordering::Relaxed);
+                is
+            });
+            while !ready.load(Ordering::Relaxed) {
+                starting.direct += usize::from(births.one());
+                starting.born += 1;
+            }
+            assert!(waiting.join().expect("a thread"), "it starts");
+        });
+        births.look(&mut starting);
+    }
+    all.push(("starting", starting));
+    daemon.stop_clean();
+    for (when, fared) in &all {
+        println!("{when}: {fared:?}");
+    }
+    all
+}
+
+#[test]
+fn nothing_leaves_at_birth() {
+    let ground = ground!("births");
+    for (when, fared) in births(&ground, &held(), sized(300, 10_000)) {
+        assert_eq!(fared.leaked, 0, "{when}: {fared:?}");
+        match when {
+            "stopped" | "dead" => assert_eq!(fared.at_once, 0, "{when}: {fared:?}"),
+            _ => {}
+        }
+    }
+}
+
+/// So that the test above can fail.
+#[test]
+fn without_hold_births_leak() {
+    let ground = ground!("births-control");
+    for (when, fared) in births(&ground, POLICY, 60) {
+        if ["stopped", "dead"].contains(&when) {
+            assert!(fared.leaked >= fared.born - fared.direct, "{when}: {fared:?}");
+            assert_eq!(fared.at_once, fared.direct, "{when}");
+        }
+    }
+}
+
+/// What is held and then allowed connects by itself, within one retransmission of a SYN at worst.
+#[test]
+fn what_is_allowed_connects_by_itself() {
+    let ground = ground!("hold-connects");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    ground.cgroup("/held");
+    let daemon = Daemon::start(&ground, &held(), &[]);
+    let births = sized(60, 1000);
+    let mut took = Vec::new();
+    for i in 0..births {
+        let (name, who) = if i % 2 == 0 { ("o", "remote") } else { ("p", "proxy mihomo") };
+        let cgroup = ground.cgroup(&format!("/held/{name}{i}"));
+        let to = addr(if i / 2 % 2 == 0 { REMOTE4 } else { REMOTE6 }, DIRECT);
+        let (outcome, time) = Client::tcp(&cgroup, to).spawn().wait();
+        assert_eq!(outcome.who(), format!("{who} {to}"));
+        took.push(time);
+    }
+    took.sort();
+    let (median, worst) = (took[births / 2], took[births - 1]);
+    let held = took.iter().filter(|time| **time > Duration::from_millis(900)).count();
+    println!("{births} births, daemon idle: {held} held, median {median:?}, worst {worst:?}");
+    assert!(worst < Duration::from_millis(1900), "{worst:?}");
+    // held for sure
+    daemon.signal(Signal::SIGSTOP);
+    let to = addr(REMOTE4, DIRECT);
+    let running = ["/held/o-stopped", "/held/p99999"].map(|path| {
+        let cgroup = ground.cgroup(path);
+        let running = Client::tcp(&cgroup, to).spawn();
+        assert_eq!(Client::udp(&cgroup, to).run(), Outcome::Failed(Errno::EPERM));
+        running
+    });
+    // longer than what is found late may be late
+    thread::sleep(Duration::from_millis(300));
+    daemon.signal(Signal::SIGCONT);
+    for (running, who) in running.into_iter().zip(["remote", "proxy mihomo"]) {
+        let (outcome, time) = running.wait();
+        assert_eq!(outcome.who(), format!("{who} {to}"), "{}", daemon.logs());
+        println!("held for sure: {time:?}");
+        let range = Duration::from_millis(900)..Duration::from_millis(1900);
+        assert!(range.contains(&time), "{time:?}");
+    }
+    daemon.stop_clean();
+}
+
+/// Whether what a process of that cgroup sends leaves: TCP and UDP, both families.
+#[track_caller]
+fn leaves(cgroup: &Path) -> bool {
+    let kinds = [REMOTE4, REMOTE6].map(|ip| [Proto::Udp, Proto::Tcp].map(|proto| (proto, ip)));
+    let asked = kinds.concat().into_iter().map(|(proto, ip)| {
+        Client::new(cgroup, proto, addr(ip, DIRECT)).timeout(SILENCE).run().who()
+    });
+    let asked: Vec<String> = asked.collect();
+    let held = asked.iter().filter(|who| *who == "nobody").count();
+    assert!([0, asked.len()].contains(&held), "{cgroup:?}: {asked:?}");
+    held == 0
+}
+
+/// A process right after the birth of its cgroup, which is one of these, and whether it is held.
+fn held_at_birth(ground: &Ground, paths: &[(&str, bool)]) {
+    let found: Vec<_> = (paths.iter())
+        .map(|(path, _)| {
+            let cgroup = ground.cgroup(path);
+            (*path, !leaves(&cgroup))
+        })
+        .collect();
+    assert_eq!(found, paths);
+    paths.iter().for_each(|(path, _)| {
+        let _ = fs::remove_dir(ground.at(path));
+    });
+}
+
+/// The held cgroup itself, what is above and beside it, and what is known pass; what is new below
+/// does not, however deep.
+#[test]
+fn what_is_held_and_what_is_not() {
+    let ground = ground!("hold-scope");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let deep = "/held/a".to_string() + &"/b".repeat(30);
+    let threaded = ground.cgroup("/held/t/h");
+    let config = "[global]\nhold = /held\nhold = /x/.*/held\nhold = /held/a\n".to_string() + POLICY;
+    for path in ["/held/a/b", "/x/held/c", "/x/y/held/c", "/beside", &deep] {
+        ground.cgroup(path);
+    }
+    fs::write(threaded.join("cgroup.type"), "threaded").expect("a threaded cgroup");
+    let daemon = Daemon::start(&ground, &config, &[]);
+    await_member_of_known(&ground.at(&deep));
+    daemon.kill9();
+    for path in ["", "/held", "/held/a", "/held/a/b", "/x", "/x/held", "/beside", "/held/t", &deep]
+    {
+        assert!(leaves(&ground.at(path)), "{path}");
+    }
+    held_at_birth(
+        &ground,
+        &[
+            ("/held/new", true),
+            ("/held/new/below", true),
+            ("/held/a/new", true),
+            ("/held/a/b/new", true),
+            (&(deep.clone() + "/new"), true),
+            (&(deep + "/new/below/that"), true),
+            ("/x/y/held/new", true),
+            ("/x/held/new", false),
+            ("/new", false),
+            ("/beside/new", false),
+            ("/heldnot/new", false),
+        ],
+    );
+    // another one of the same name
+    fs::remove_dir(ground.at("/x/y/held/c")).expect("remove it");
+    held_at_birth(&ground, &[("/x/y/held/c", true)]);
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let new = ground.cgroup("/held/new/below");
+    await_member_of_known(&new);
+    assert!(leaves(&new));
+    daemon.stop_clean();
+    held_at_birth(&ground, &[("/held/new2", false)]);
+}
+
+/// The cgroup has been looked at.
+#[track_caller]
+fn await_member_of_known(path: &Path) {
+    let id = cgroup_id(path).expect("a cgroup");
+    let is = || set_ids("known").is_some_and(|ids| ids.contains(&id));
+    assert!(wait_until(Duration::from_secs(5), is), "{path:?} is not known");
+}
+
+/// `/` stands for the cgroup root, whether that is the root of all or not.
+#[test]
+fn the_root_is_held() {
+    let ground = ground!("hold-root");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let known = ground.cgroup("/known");
+    let whole = "[global]\ncgroup-root = /sys/fs/cgroup\nhold = /\n";
+    for config in ["[global]\nhold = /\n", "[global]\nhold = /.*\n", whole] {
+        let daemon = Daemon::start(&ground, config, &[]);
+        await_member_of_known(&known);
+        daemon.kill9();
+        assert!(leaves(&known) && leaves(&ground.root), "{config}");
+        held_at_birth(&ground, &[("/new", true), ("/known/new", true)]);
+        let beside = ground.root.with_extension("beside");
+        fs::create_dir(&beside).expect("make a cgroup");
+        let held = !leaves(&beside);
+        remove_tree(&beside);
+        assert_eq!(held, config == whole, "{config}");
+        Daemon::start(&ground, config, &[]).stop_clean();
+    }
+}
+
+/// A reload that holds disturbs nothing that there is, nor does one that holds no more.
+#[test]
+fn a_reload_that_holds() {
+    let ground = ground!("hold-reload");
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let cgroups: Vec<PathBuf> =
+        ["/held/o1", "/held/p1", "/held/a/o2"].map(|path| ground.cgroup(path)).into();
+    let daemon = Daemon::start(&ground, POLICY, &[]);
+    await_member(&cgroups[1], "mihomo");
+    let floods: Vec<_> =
+        cgroups.iter().map(|cgroup| Client::udp(cgroup, addr(REMOTE4, 7)).until_denied()).collect();
+    let floods: Vec<_> =
+        floods.into_iter().map(|c| c.timeout(Duration::from_secs(2)).spawn()).collect();
+    for i in 0..20 {
+        daemon.reconfigure(if i % 2 == 0 { &*Box::leak(held().into_boxed_str()) } else { POLICY });
+    }
+    for flood in floods {
+        assert_eq!(flood.wait().0, Outcome::Timeout, "nothing is denied to what was there");
+    }
+    daemon.reconfigure(&held());
+    daemon.signal(Signal::SIGSTOP);
+    world.wire.packets();
+    held_at_birth(&ground, &[("/held/d7", true), ("/held/a/o7", true)]);
+    daemon.signal(Signal::SIGCONT);
+    daemon.reconfigure(POLICY);
+    assert!(!table().contains("known"), "{}", table());
+    daemon.signal(Signal::SIGSTOP);
+    held_at_birth(&ground, &[("/held/o8", false)]);
+    daemon.signal(Signal::SIGCONT);
+    daemon.stop_clean();
+}
+
+/// Between a daemon and the next one, and where others have flushed the table.
+#[test]
+fn it_goes_on_holding() {
+    let ground = ground!("hold-on");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    ground.cgroup("/held/o1");
+    for env in [&[][..], &[UNOWNED]] {
+        let start = || {
+            let mut daemon = Daemon::spawn(&ground, &held(), &[], env);
+            assert!(daemon.ready(), "{}", daemon.logs());
+            daemon
+        };
+        for end in 0..2 {
+            let daemon = start();
+            if end == 0 {
+                daemon.kill9()
+            } else {
+                daemon.leave()
+            }
+            held_at_birth(&ground, &[("/held/o2", true)]);
+            let old = ground.cgroup("/held/o3");
+            let daemon = start();
+            // what the dead one has not seen is known to the next one from its first moment on
+            assert!(leaves(&old) && leaves(&ground.at("/held/o1")));
+            remove_tree(&old);
+            daemon.signal(Signal::SIGSTOP);
+            held_at_birth(&ground, &[("/held/o4", true)]);
+            daemon.signal(Signal::SIGCONT);
+            daemon.leave();
+        }
+        let daemon = start();
+        if !env.is_empty() {
+            load("flush table inet cgtproxy");
+            let back = || table().contains("known") && table().contains("chain hold");
+            assert!(wait_until(Duration::from_secs(5), back), "{}", daemon.logs());
+            await_member_of_known(&ground.at("/held/o1"));
+        }
+        daemon.signal(Signal::SIGSTOP);
+        held_at_birth(&ground, &[("/held/o5", true)]);
+        daemon.signal(Signal::SIGCONT);
+        daemon.stop_clean();
+    }
+}
+
+/// What goes nowhere wrong is not held: what stays on this host, answers, what is left alone
+/// whatever the target. DNS that is to be hijacked wherever it goes is.
+#[test]
+fn what_is_left_alone_is_not_held() {
+    let ground = ground!("hold-spares");
+    let (world, _proxy) = World::with_proxy(&ground);
+    let _resolver = Server::start("resolver", &[53]);
+    ground.cgroup("/held");
+    let spares = format!("bypass = {REMOTE6}\nbypass-mark = 0x7\n");
+    let hijack = "dns-hijack = 127.0.0.1:1053\ndns-hijack = [::1]:1053\ndns-hijack-local = yes\n";
+    for hijack in ["", hijack] {
+        let policy = POLICY.replace("[rules]", &format!("{hijack}[rules]"));
+        let daemon = Daemon::start(&ground, &format!("{HOLD}{spares}{policy}"), &[]);
+        daemon.kill9();
+        let new = ground.cgroup("/held/new");
+        let who = |client: Client| client.timeout(SILENCE).run().who();
+        for ip in [IpAddr::from([127, 0, 0, 1]), HOST4] {
+            assert_eq!(who(Client::udp(&new, addr(ip, 7893))), format!("proxy mihomo {ip}:7893"));
+            let dns = who(Client::udp(&new, addr(ip, 53)));
+            assert_eq!(dns == "nobody", !hijack.is_empty(), "{dns}");
+        }
+        assert_eq!(who(Client::udp(&new, addr(REMOTE4, DIRECT))), "nobody");
+        for client in [
+            Client::udp(&new, addr(REMOTE6, DIRECT)),
+            Client::tcp(&new, addr(REMOTE6, DIRECT)),
+            Client::udp(&new, addr(REMOTE4, DIRECT)).mark(7),
+        ] {
+            assert!(who(client).starts_with("remote "));
+        }
+        let dns = who(Client::udp(&new, addr(REMOTE6, 53)));
+        assert_eq!(dns == "nobody", !hijack.is_empty(), "{dns}");
+        // services of a cgroup that nobody has looked at stay reachable
+        for proto in [Proto::Tcp, Proto::Udp] {
+            let _service = Client::new(&new, proto, addr(HOST4, 8080)).serve();
+            ground.outside(|| {
+                let asked = Client::new(&ground.root, proto, addr(HOST4, 8080)).run();
+                assert_eq!(asked, Outcome::Answer("service".into()));
+            });
+        }
+        remove_tree(&new);
+        Daemon::start(&ground, POLICY, &[]).stop_clean();
+    }
+    drop(world);
+}
+
+/// A datagram from the port that another's came from is of that flow, to conntrack, and to the policy
+/// it is the new cgroup's.
+#[test]
+fn the_port_of_another_flow() {
+    let ground = ground!("hold-port");
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let known = ground.cgroup("/held/o1");
+    let daemon = Daemon::start(&ground, &held(), &[]);
+    await_member_of_known(&known);
+    daemon.signal(Signal::SIGSTOP);
+    let new = ground.cgroup("/held/d1");
+    let ask = |cgroup: &Path, ip: IpAddr| {
+        let socket = udp_in(cgroup, ip);
+        bind_to(&socket, addr(if ip.is_ipv4() { HOST4 } else { HOST6 }, 5353));
+        socket.connect(addr(ip, DIRECT)).expect("connect");
+        socket.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+        socket.send(b"?").and_then(|_| socket.recv(&mut [0; 64])).map_err(|e| e.raw_os_error())
+    };
+    // a query, and then a stream of more than two seconds
+    for pause in [0, 2200] {
+        thread::sleep(Duration::from_millis(pause));
+        for ip in [REMOTE4, REMOTE6] {
+            assert!(ask(&known, ip).is_ok());
+        }
+        world.wire.packets();
+        for ip in [REMOTE4, REMOTE6] {
+            assert_eq!(ask(&new, ip), Err(Some(libc::EPERM)));
+        }
+        assert_eq!(world.wire.to_remote(), []);
+    }
+    daemon.signal(Signal::SIGCONT);
+    daemon.stop_clean();
+}
+
+/// Connections live on in a socket whose cgroup has been removed; nothing else leaves by it.
+#[test]
+fn sockets_of_removed_cgroups() {
+    let ground = ground!("hold-removed");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let known = ground.cgroup("/held/o1");
+    let daemon = Daemon::start(&ground, &held(), &[]);
+    await_member_of_known(&known);
+    let id = cgroup_id(&known).expect("a cgroup");
+    let mut tcp = tcp_in(&known, addr(REMOTE4, STREAM_PORT));
+    let udp = udp_in(&known, REMOTE4);
+    udp.connect(addr(REMOTE4, DIRECT)).expect("connect");
+    udp.send(b"?").expect("known");
+    fs::remove_dir(&known).expect("remove it");
+    let gone = || set_ids("known").is_some_and(|ids| !ids.contains(&id));
+    assert!(wait_until(Duration::from_secs(5), gone));
+    assert_eq!(udp.send(b"?").map_err(|e| e.raw_os_error()), Err(Some(libc::EPERM)));
+    tcp.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+    // more than any buffer had when it was removed
+    let mut read = 0;
+    while read < 3 << 20 {
+        read += tcp.read(&mut [0; 65536]).expect("the stream goes on");
+    }
+    daemon.stop_clean();
+}
+
+/// What is known pays nothing for hold being dropped in between, and long flows live through all.
+#[test]
+fn flows_that_go_on_are_not_held() {
+    let ground = ground!("hold-flows");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let known = ground.cgroup("/held/o1");
+    let daemon = Daemon::start(&ground, &held(), &[]);
+    await_member_of_known(&known);
+    let stream = addr(REMOTE4, STREAM_PORT);
+    let follow = Client::tcp(&known, stream).timeout(Duration::from_secs(10)).follow().spawn();
+    thread::sleep(Duration::from_millis(100));
+    daemon.kill9();
+    // new flows of what is known too
+    assert!(leaves(&known));
+    let daemon = Daemon::start(&ground, &held(), &[]);
+    assert!(leaves(&known));
+    daemon.leave();
+    assert!(leaves(&known));
+    drop(_world);
+    assert!(matches!(follow.wait().0, Outcome::Answer(_)));
+    Daemon::start(&ground, &held(), &[]).stop_clean();
+}
+
+/// A name that nft cannot show stays closed, with all that is below it; the listing loads again.
+#[test]
+fn listings_and_names() {
+    let ground = ground!("hold-names");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let (quoted, plain) = (ground.cgroup("/held/a\"b"), ground.cgroup("/held/o 1"));
+    let below = ground.cgroup("/held/a\"b/c");
+    let daemon = Daemon::start(&ground, &held(), &[]);
+    await_member_of_known(&plain);
+    assert!(leaves(&plain) && !leaves(&quoted) && !leaves(&below));
+    // which it would take away with it
+    let text = table().replace("flags owner", "");
+    daemon.stop_clean();
+    let loaded = nft(&["-f", "-"], &text);
+    assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
+    assert!(!leaves(&ground.cgroup("/held/new")), "{text}");
+    assert!(leaves(&plain), "{text}");
+    load("delete table inet cgtproxy");
+    let shown = crate::tools::said(&ground, &held(), &["show"]).out;
+    let loaded = nft(&["-f", "-"], &shown);
+    assert!(loaded.status.success(), "{}\n{shown}", String::from_utf8_lossy(&loaded.stderr));
+    assert!(!leaves(&ground.cgroup("/held/new2")) && leaves(&plain));
+    load("delete table inet cgtproxy");
+    let said = crate::tools::said(&ground, &held(), &["explain", "/held/a\"b", "/held/x", "/held"]);
+    let text = said.out;
+    assert!(text.contains("for the quote in the path"), "{text}");
+    assert_eq!(text.matches("hold = /held\n    below   /held: ").count(), 2, "{text}");
+}
+
+/// `exec` waits until its cgroup has been looked at, and refuses where nobody is there to do that.
+#[test]
+fn exec_waits_to_be_looked_at() {
+    let ground = ground!("hold-exec");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let config = format!("[global]\nhold = /cgtproxy\n{POLICY}");
+    ground.cgroup("/cgtproxy/direct");
+    let daemon = Daemon::start(&ground, &config, &[]);
+    let script = "exec 3<>/dev/udp/203.0.113.7/80 && echo >&3 && timeout 5 head -n1 <&3";
+    for _ in 0..sized(5, 50) {
+        let said = daemon.ask(&["exec", "direct", "--", "bash", "-c", script]);
+        assert!(said.out.starts_with("remote 203.0.113.7:80"), "{} {}", said.out, said.err);
+    }
+    let args = ["-c", daemon.config.to_str().expect("UTF-8"), "exec", "direct", "--", "true"];
+    let args = args.map(String::from);
+    daemon.kill9();
+    let out = crate::daemon::run(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let err = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(err.contains("the cgroup has not been looked at, and no cgtproxy is running"), "{err}");
+    assert_eq!(out.status.code(), Some(1));
+    Daemon::start(&ground, &config, &[]).stop_clean();
+}
+
+/// What `status` and `check` say.
+#[test]
+fn what_is_said_of_it() {
+    let ground = ground!("hold-said");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    ground.cgroup("/held/o1");
+    ground.cgroup("/leaf");
+    let config = format!("{HOLD}hold = /leaf\nhold = /none\nhold = none\nhold = /\n{POLICY}");
+    let said = crate::tools::said(&ground, &config, &["check"]).out;
+    for (line, text) in [
+        ("hold = /held: ", "holds what is born below 1 cgroups"),
+        ("hold = /leaf: ", "nothing is below what it matches"),
+        ("hold = /none: ", "no such cgroup is there"),
+        ("hold = none: ", "can match nothing: every path begins with"),
+        ("hold = /: ", "holds what is born below 1 cgroups"),
+    ] {
+        assert!(said.lines().any(|l| l.contains(line) && l.contains(text)), "{line}: {said}");
+    }
+    let daemon = Daemon::start(&ground, &held(), &[]);
+    assert!(daemon.ask(&["status"]).out.contains("held: 0 packets of cgroups"));
+    daemon.signal(Signal::SIGSTOP);
+    let new = ground.cgroup("/held/o2");
+    assert_eq!(be_born(&new, Proto::Udp, addr(REMOTE4, DIRECT)), libc::EPERM);
+    assert_eq!(query(&daemon.ask(&["status", "--json"]).out, "d['held']"), "1");
+    let metrics = daemon.ask(&["status", "--prometheus"]).out;
+    assert!(metrics.contains("\ncgtproxy_held_packets_total 1\n"), "{metrics}");
+    daemon.signal(Signal::SIGCONT);
+    let (config, start) = (daemon.config.clone(), Instant::now());
+    daemon.kill9();
+    let args = ["-c", config.to_str().expect("UTF-8"), "status"];
+    let text = String::from_utf8_lossy(&crate::daemon::run(&args).stdout).into_owned();
+    assert!(text.contains("what is new below held ones has no way out"), "{text}");
+    Daemon::start(&ground, &held(), &[]).stop_clean();
+    println!("{:?}", start.elapsed());
+    expect(&[(&new, under("direct"))]);
+}
