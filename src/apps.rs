@@ -11,7 +11,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 
 use crate::net::L4;
-use crate::netlink::diag::{Socket, TCP_STATES, UDP_STATES};
+use crate::netlink::diag::{SeenSocket, TCP_STATES, UDP_STATES};
 use crate::netlink::uapi::*;
 
 /// Whose the sockets are.
@@ -75,7 +75,7 @@ impl Scene {
     }
 
     /// The tunnel that a socket is of.
-    fn tunnel(&self, socket: &Socket) -> Option<&str> {
+    fn tunnel(&self, socket: &SeenSocket) -> Option<&str> {
         let free = socket.protocol == IPPROTO_UDP && !socket.is_connected();
         match free.then(|| self.tunnels.get(&socket.local.port())) {
             Some(Some(kind)) => Some(kind),
@@ -86,8 +86,8 @@ impl Scene {
 }
 
 /// Everybody who has sockets, by holder and uid.
-pub fn talkers(sockets: &[Socket], scene: &Scene) -> BTreeMap<(Holder, u32), Talker> {
-    let waits = |socket: &Socket| match socket.protocol {
+pub fn talkers(sockets: &[SeenSocket], scene: &Scene) -> BTreeMap<(Holder, u32), Talker> {
+    let waits = |socket: &SeenSocket| match socket.protocol {
         IPPROTO_TCP => socket.state == TCP_LISTEN,
         _ => !socket.is_connected(),
     };
@@ -146,16 +146,16 @@ mod tests {
         }
     }
 
-    fn tcp(state: u8, local: &str, remote: &str) -> Socket {
+    fn tcp(state: u8, local: &str, remote: &str) -> SeenSocket {
         example(IPPROTO_TCP, state, local, remote)
     }
 
-    fn udp(local: &str, remote: &str) -> Socket {
+    fn udp(local: &str, remote: &str) -> SeenSocket {
         let state = if remote.is_empty() { TCP_CLOSE } else { TCP_ESTABLISHED };
         example(IPPROTO_UDP, state, local, remote)
     }
 
-    fn one(sockets: &[Socket]) -> Talker {
+    fn one(sockets: &[SeenSocket]) -> Talker {
         let found = talkers(sockets, &scene());
         assert_eq!(found.len(), 1);
         found.into_values().next().unwrap()
@@ -163,7 +163,7 @@ mod tests {
 
     #[test]
     fn flows_and_what_stands_apart() {
-        let counts = |sockets: &[Socket]| {
+        let counts = |sockets: &[SeenSocket]| {
             let found = one(sockets);
             (found.flows, found.inbound, found.local, found.listens.len())
         };

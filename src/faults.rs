@@ -267,7 +267,7 @@ const MOST: usize = 10;
 /// every cgroup below the cgroup root; `name` an interface's name.
 pub fn bound(
     config: &Config,
-    sockets: &[diag::Socket],
+    sockets: &[diag::SeenSocket],
     home: impl Fn(u64, u32) -> Option<Home>,
     name: impl Fn(u32) -> Option<String>,
 ) -> Vec<String> {

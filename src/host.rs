@@ -25,7 +25,7 @@ pub struct Host {
     pub interfaces: Option<Vec<Link>>,
     pub addresses: Vec<IpAddr>,
     /// Sockets that are bound to an interface.
-    pub bound: Vec<diag::Socket>,
+    pub bound: Vec<diag::SeenSocket>,
 }
 
 impl Host {
@@ -74,7 +74,7 @@ impl Host {
 
 /// The sockets that are bound to an interface: of TCP those that are connected, of UDP all but those
 /// of DHCP clients, which are bound to what has no address yet.
-fn bound(socket: Option<&mut Socket>) -> Vec<diag::Socket> {
+fn bound(socket: Option<&mut Socket>) -> Vec<diag::SeenSocket> {
     let Some(socket) = socket else {
         return Vec::new();
     };
@@ -86,7 +86,7 @@ fn bound(socket: Option<&mut Socket>) -> Vec<diag::Socket> {
             all.extend(found.into_iter().flatten().flatten());
         }
     }
-    let dhcp = |socket: &diag::Socket| [68, 546].contains(&socket.local.port());
+    let dhcp = |socket: &diag::SeenSocket| [68, 546].contains(&socket.local.port());
     all.retain(|socket| socket.device != 0 && !(socket.protocol == IPPROTO_UDP && dhcp(socket)));
     all
 }
@@ -95,7 +95,7 @@ fn bound(socket: Option<&mut Socket>) -> Vec<diag::Socket> {
 /// capability.
 ///
 /// Errors: the kernel cannot tell of IPv4's.
-pub fn sockets(states: impl Fn(L4) -> u32) -> Result<Vec<diag::Socket>> {
+pub fn sockets(states: impl Fn(L4) -> u32) -> Result<Vec<diag::SeenSocket>> {
     let mut socket = Socket::open(SockProtocol::NetlinkSockDiag, &[])?;
     let mut all = Vec::new();
     for l4 in [L4::Tcp, L4::Udp] {

@@ -129,7 +129,7 @@ pub fn listeners(mut socket: Option<&mut Socket>) -> Vec<Listener> {
     all
 }
 
-fn of(socket: &diag::Socket, l4: L4, family: Family) -> Listener {
+fn of(socket: &diag::SeenSocket, l4: L4, family: Family) -> Listener {
     Listener {
         l4,
         family,

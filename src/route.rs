@@ -10,7 +10,7 @@ use std::net::IpAddr;
 
 use crate::net::{Family, Interface, Mark};
 use crate::netlink::fib;
-use crate::netlink::fib::{Device, FibAction, IpRule, Route, SeenRoute, SeenRule, Way};
+use crate::netlink::fib::{Device, FibAction, IpRoute, IpRule, SeenRoute, SeenRule, Way};
 use crate::netlink::link::{self, Link, LinkAddress};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
@@ -29,7 +29,7 @@ const METRIC_LAST: u32 = u32::MAX;
 /// A rule or a route of ours; ordered so that routes stand before the rules that lead to them.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Entry {
-    Route(Route),
+    Route(IpRoute),
     Rule(IpRule),
 }
 
@@ -74,7 +74,7 @@ pub enum Leads<'a> {
 
 impl WayOut<'_> {
     /// The route by its interface, if that is there and can be used.
-    fn route(&self, family: Family, links: &[Link]) -> Option<Route> {
+    fn route(&self, family: Family, links: &[Link]) -> Option<IpRoute> {
         let Leads::Interface { name, gateways, .. } = self.leads else {
             return None;
         };
@@ -84,7 +84,7 @@ impl WayOut<'_> {
         }
         let device = Device { index: link.index, name: link.name.clone() };
         let way = Way::Out { device, gateway: gateways[family as usize] };
-        Some(Route { family, table: self.table, metric: METRIC_OUT, way })
+        Some(IpRoute { family, table: self.table, metric: METRIC_OUT, way })
     }
 
     /// The interface that it leads to.
@@ -216,11 +216,11 @@ impl Needs<'_> {
             rule(end, "", Mark { value: 0, mask: 0 }, FibAction::Nop);
         }
         if !self.marks.is_empty() {
-            wanted.insert(Entry::Route(Route::new(family, self.table)));
+            wanted.insert(Entry::Route(IpRoute::new(family, self.table)));
         }
         for way in &self.ways {
             wanted.extend(way.route(family, &self.links).map(Entry::Route));
-            wanted.insert(Entry::Route(Route::last(family, way.table)));
+            wanted.insert(Entry::Route(IpRoute::last(family, way.table)));
         }
         wanted
     }
@@ -293,18 +293,18 @@ impl IpRule {
     }
 }
 
-impl Route {
-    pub fn new(family: Family, table: u32) -> Route {
+impl IpRoute {
+    pub fn new(family: Family, table: u32) -> IpRoute {
         let metric = match family {
             Family::V4 => 0,
             Family::V6 => METRIC6,
         };
-        Route { family, table, metric, way: Way::Here }
+        IpRoute { family, table, metric, way: Way::Here }
     }
 
     /// What stands behind a way out.
-    pub fn last(family: Family, table: u32) -> Route {
-        Route { family, table, metric: METRIC_LAST, way: Way::Here }
+    pub fn last(family: Family, table: u32) -> IpRoute {
+        IpRoute { family, table, metric: METRIC_LAST, way: Way::Here }
     }
 
     /// Whether it leads out of this host.
@@ -561,7 +561,7 @@ mod tests {
                     [FibAction::Lookup(table), FibAction::Goto(102), FibAction::Nop]
                         .map(|action| Entry::Rule(ip_rule(family, 100, "lo", MARK, action))),
                 );
-                all.push(Entry::Route(Route::new(family, table)));
+                all.push(Entry::Route(IpRoute::new(family, table)));
             }
         }
         all
@@ -731,21 +731,21 @@ mod tests {
         let at = |priority, route: bool| {
             let rule = ip_rule(Family::V6, priority, "lo", MARK, FibAction::Lookup(300));
             let rules = vec![own(rule)];
-            let own = Route::new(Family::V6, 300);
+            let own = IpRoute::new(Family::V6, 300);
             let (protocol, kind) = (RTPROT_CGTPROXY, RTN_LOCAL);
             let own = SeenRoute { route: own, protocol, kind, length: 0, from: 0, tos: 0 };
             let routes = route.then_some(own).into_iter().collect();
             Seen { rules, routes }.missing(&needs, Family::V6)
         };
         assert_eq!(at(97, true), []);
-        assert_eq!(at(97, false), [Entry::Route(Route::new(Family::V6, 300))]);
+        assert_eq!(at(97, false), [Entry::Route(IpRoute::new(Family::V6, 300))]);
         assert_eq!(Seen::default().missing(&needs, Family::V6).len(), 2);
     }
 
     #[test]
     fn routes_of_others_that_come_first() {
         let ours = |family| SeenRoute {
-            route: Route::new(family, 300),
+            route: IpRoute::new(family, 300),
             protocol: RTPROT_CGTPROXY,
             kind: RTN_LOCAL,
             length: 0,
@@ -753,7 +753,7 @@ mod tests {
             tos: 0,
         };
         let via = |family, metric| SeenRoute {
-            route: Route { metric, ..Route::new(family, 300) },
+            route: IpRoute { metric, ..IpRoute::new(family, 300) },
             protocol: 3,
             kind: 1,
             ..ours(family)

@@ -17,7 +17,7 @@ use crate::cgroup::tree;
 use crate::config::{Config, Outcome, Take, Target};
 use crate::net::{holds, Family, Owner, Range, L4};
 use crate::netlink::conntrack::Flow;
-use crate::netlink::diag::{Socket, Witness, TCP_STATES, UDP_STATES};
+use crate::netlink::diag::{SeenSocket, Witness, TCP_STATES, UDP_STATES};
 use crate::netlink::uapi::*;
 use crate::nft::table;
 use crate::policy;
@@ -235,7 +235,7 @@ impl Suspects {
     /// Whether the way of a socket has changed, by its owner. Where that depends on his group, which
     /// nobody tells, it is left alone: its packets go as they should all the same. So is what no
     /// process has any more, which goes where its flow went.
-    fn suspect(&self, config: &Config, socket: &Socket) -> Option<Suspect> {
+    fn suspect(&self, config: &Config, socket: &SeenSocket) -> Option<Suspect> {
         let Case { now, was } = self.of(socket.cgroup?)?;
         let by_owner = now.class > 0 || was.is_some_and(|was| was.class > 0);
         if by_owner && socket.inode == 0 {
@@ -279,7 +279,7 @@ impl Suspects {
 
 /// What a target does with a socket's packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Way {
+enum Fate {
     Free,
     Proxied,
     Cut,
@@ -316,7 +316,7 @@ impl Judge {
     }
 
     /// Whether the socket is to be asked about at all, by what it says itself.
-    pub fn doubts(&self, socket: &Socket) -> bool {
+    pub fn doubts(&self, socket: &SeenSocket) -> bool {
         let Some(suspect) = self.suspects.suspect(&self.config, socket) else {
             return false;
         };
@@ -324,13 +324,13 @@ impl Judge {
         let is_udp = socket.protocol == IPPROTO_UDP;
         let moved = self.moves && is_udp && matches!(suspect.now, Target::Route(_));
         let began = match suspect.was {
-            Was::Direct => !moved || way == Way::Cut,
+            Was::Direct => !moved || way == Fate::Cut,
             // its packets are sent the new way, its proxied TCP flows stay where they are
-            Was::Taken => !is_udp || way == Way::Cut,
+            Was::Taken => !is_udp || way == Fate::Cut,
         };
         let states = if is_udp { UDP_STATES } else { TCP_STATES };
         began
-            && way != Way::Free
+            && way != Fate::Free
             && states & 1u32.checked_shl(socket.state.into()).unwrap_or(0) != 0
             && !self.is_bypassed(socket)
             && (socket.is_connected() || (is_udp && self.is_casual(socket)))
@@ -339,12 +339,12 @@ impl Judge {
     /// Whether nobody seems to have chosen how an unconnected socket is bound. Ending one takes its
     /// interface away and leaves it usable: what a VPN alone was to carry would later leave by the
     /// default route (`__udp_disconnect`, net/ipv4/udp.c).
-    fn is_casual(&self, socket: &Socket) -> bool {
+    fn is_casual(&self, socket: &SeenSocket) -> bool {
         socket.device == 0 && self.chosen.contains(&socket.local.port())
     }
 
     /// Whether a socket that is in doubt is to be ended. `ports` are those of its protocol.
-    pub fn ends(&self, socket: &Socket, ports: &Ports, witness: Witness) -> bool {
+    pub fn ends(&self, socket: &SeenSocket, ports: &Ports, witness: Witness) -> bool {
         let Some(suspect) = self.suspects.suspect(&self.config, socket) else {
             return false;
         };
@@ -353,7 +353,7 @@ impl Judge {
         if !socket.is_connected() {
             // the kernel chooses no port that is in use: one that two sockets share, say WireGuard's
             // of either family, was chosen by their owner
-            return way != Way::Free && there < 2;
+            return way != Fate::Free && there < 2;
         }
         let inbound = match witness.flow {
             Some(flow) if socket.protocol == IPPROTO_TCP && !flow.midstream => !flow.outbound,
@@ -364,9 +364,9 @@ impl Judge {
             return false;
         }
         match way {
-            Way::Free => false,
-            Way::Cut => true,
-            Way::Proxied => !(witness.proxied || witness.flow.is_some_and(|f| self.is_marked(f))),
+            Fate::Free => false,
+            Fate::Cut => true,
+            Fate::Proxied => !(witness.proxied || witness.flow.is_some_and(|f| self.is_marked(f))),
         }
     }
 
@@ -376,32 +376,32 @@ impl Judge {
         self.config.outlets().any(|outlet| outlet.mark == mark)
     }
 
-    fn way(&self, socket: &Socket, target: Target) -> Way {
+    fn way(&self, socket: &SeenSocket, target: Target) -> Fate {
         let outlet = match target {
-            Target::Direct => return Way::Free,
-            Target::Drop => return Way::Cut,
+            Target::Direct => return Fate::Free,
+            Target::Drop => return Fate::Cut,
             Target::Tproxy(index) => match self.config.tproxies.get(usize::from(index)) {
                 Some(tproxy) => &tproxy.outlet,
-                None => return Way::Free,
+                None => return Fate::Free,
             },
             Target::Route(index) => match self.config.routes.get(usize::from(index)) {
                 Some(route) => &route.outlet,
-                None => return Way::Free,
+                None => return Fate::Free,
             },
         };
         let l4 = if socket.protocol == IPPROTO_TCP { L4::Tcp } else { L4::Udp };
         let to = socket.is_connected().then_some(socket.remote);
         let way = |family| match outlet.take(l4, family, to) {
-            Take::Drop | Take::Reject => Way::Cut,
-            Take::No => Way::Free,
-            Take::Yes => Way::Proxied,
+            Take::Drop | Take::Reject => Fate::Cut,
+            Take::No => Fate::Free,
+            Take::Yes => Fate::Proxied,
         };
         let v4 = socket.speaks_ipv4().then_some(Family::V4);
         let v6 = socket.local.is_ipv6().then_some(Family::V6);
-        v4.into_iter().chain(v6).map(way).max().unwrap_or(Way::Free)
+        v4.into_iter().chain(v6).map(way).max().unwrap_or(Fate::Free)
     }
 
-    fn is_bypassed(&self, socket: &Socket) -> bool {
+    fn is_bypassed(&self, socket: &SeenSocket) -> bool {
         let config = &self.config;
         config.bypass_users.contains(&socket.uid)
             || config.bypass_dscps.contains(&socket.dscp)
@@ -442,22 +442,22 @@ mod tests {
         Judge::new(Rc::new(config), suspects, 32768..=60999, true)
     }
 
-    fn tcp(state: u8) -> Socket {
+    fn tcp(state: u8) -> SeenSocket {
         example(IPPROTO_TCP, state, LOCAL, REMOTE)
     }
 
-    fn udp(local: &str, remote: &str) -> Socket {
+    fn udp(local: &str, remote: &str) -> SeenSocket {
         let state = if remote.is_empty() { TCP_CLOSE } else { TCP_ESTABLISHED };
         example(IPPROTO_UDP, state, local, remote)
     }
 
-    fn but(socket: &Socket, change: impl Fn(&mut Socket)) -> Socket {
+    fn but(socket: &SeenSocket, change: impl Fn(&mut SeenSocket)) -> SeenSocket {
         let mut socket = socket.clone();
         change(&mut socket);
         socket
     }
 
-    fn ends(judge: &Judge, socket: &Socket, ports: &[(u16, usize)], witness: Witness) -> bool {
+    fn ends(judge: &Judge, socket: &SeenSocket, ports: &[(u16, usize)], witness: Witness) -> bool {
         judge.doubts(socket) && judge.ends(socket, &ports.iter().copied().collect(), witness)
     }
 

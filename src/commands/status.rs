@@ -835,7 +835,7 @@ mod tests {
             let needs = needs(&config, view, &have, priority);
             compare(Family::V4, Some(&needs), have, priority)
         };
-        let route = Entry::Route(crate::netlink::fib::Route::new(Family::V4, 500));
+        let route = Entry::Route(crate::netlink::fib::IpRoute::new(Family::V4, 500));
         let found = find(&view(Vec::new()), &[rule(1, 500)]);
         let both = [(rule(1, 500), true), (rule(2, 500), false)];
         assert_eq!(found[..2], both);

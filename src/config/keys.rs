@@ -76,7 +76,7 @@ pub enum Unset {
 }
 
 /// Writes a value into the section of that kind that was opened last.
-type Setter = fn(&mut Draft, &Entry) -> Result<()>;
+type Setter = fn(&mut Draft, &Setting) -> Result<()>;
 
 type Kinds = &'static [Kind];
 type Str = &'static str;
@@ -242,7 +242,7 @@ fn push<T>(list: &mut Vec<T>, value: Result<T>) -> Result<()> {
 }
 
 /// What may refer to a later line is resolved at the end, and included files are the reader's.
-fn later(_: &mut Draft, _: &Entry) -> Result<()> {
+fn later(_: &mut Draft, _: &Setting) -> Result<()> {
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use super::keys::{Draft, Key, Kind};
 use super::matches;
 use super::model::{Place, Problem, Source};
 use super::suggest::did_you_mean;
-use super::value::{Entry, Result};
+use super::value::{Result, Setting};
 
 /// Includes may nest this deep.
 const MAX_DEPTH: usize = 8;
@@ -188,7 +188,7 @@ impl Reader<'_> {
             self.include(place, value);
         }
         let &Key { name: key, takes, set, .. } = key;
-        set(&mut self.draft, &Entry { key, takes, value, place, source: self.source })
+        set(&mut self.draft, &Setting { key, takes, value, place, source: self.source })
     }
 
     fn include(&mut self, place: &Place, value: &str) {

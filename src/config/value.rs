@@ -47,7 +47,7 @@ impl fmt::Display for Takes {
 }
 
 /// A key and the value that it is to have.
-pub struct Entry<'a> {
+pub struct Setting<'a> {
     pub key: &'static str,
     pub takes: Takes,
     pub value: &'a str,
@@ -55,7 +55,7 @@ pub struct Entry<'a> {
     pub source: &'a dyn Source,
 }
 
-impl Entry<'_> {
+impl Setting<'_> {
     fn wrong(&self) -> String {
         self.expects(self.takes)
     }
@@ -77,7 +77,7 @@ fn parse_number(value: &str) -> Option<u64> {
 }
 
 /// A number within the bounds of its key.
-pub fn number(e: &Entry) -> Result<u32> {
+pub fn number(e: &Setting) -> Result<u32> {
     match (e.takes, parse_number(e.value)) {
         (Takes::Number(least, most), Some(n)) if (least.into()..=most.into()).contains(&n) => {
             Ok(n as u32)
@@ -87,7 +87,7 @@ pub fn number(e: &Entry) -> Result<u32> {
 }
 
 /// One of the words of its key, each of which has a meaning.
-pub fn word<T: Copy>(e: &Entry, meanings: &[T]) -> Result<T> {
+pub fn word<T: Copy>(e: &Setting, meanings: &[T]) -> Result<T> {
     let Takes::Words(words) = e.takes else { return Err(e.wrong()) };
     let at = words.iter().position(|word| *word == e.value);
     at.and_then(|at| meanings.get(at).copied()).ok_or_else(|| e.wrong())
@@ -101,11 +101,11 @@ fn parse_boolean(value: &str) -> Option<bool> {
     }
 }
 
-pub fn boolean(e: &Entry) -> Result<bool> {
+pub fn boolean(e: &Setting) -> Result<bool> {
     parse_boolean(e.value).ok_or_else(|| e.wrong())
 }
 
-pub fn take(e: &Entry) -> Result<Take> {
+pub fn take(e: &Setting) -> Result<Take> {
     match (e.value, parse_boolean(e.value)) {
         ("drop", _) => Ok(Take::Drop),
         ("reject", _) => Ok(Take::Reject),
@@ -116,7 +116,7 @@ pub fn take(e: &Entry) -> Result<Take> {
 }
 
 /// Adds ports and ranges of them, with blanks or commas between.
-pub fn ports(e: &Entry, list: &mut Vec<Range<u16>>) -> Result<()> {
+pub fn ports(e: &Setting, list: &mut Vec<Range<u16>>) -> Result<()> {
     let port = |text: &str| match parse_number(text) {
         Some(port @ 1..=65535) => Ok(port as u16),
         _ => Err(e.wrong()),
@@ -134,7 +134,7 @@ pub fn ports(e: &Entry, list: &mut Vec<Range<u16>>) -> Result<()> {
     Ok(())
 }
 
-pub fn cgroup_root(e: &Entry) -> Result<Option<PathBuf>> {
+pub fn cgroup_root(e: &Setting) -> Result<Option<PathBuf>> {
     match e.value {
         "auto" => Ok(None),
         path if path.starts_with('/') => Ok(Some(path.into())),
@@ -142,7 +142,7 @@ pub fn cgroup_root(e: &Entry) -> Result<Option<PathBuf>> {
     }
 }
 
-pub fn route_table(e: &Entry) -> Result<u32> {
+pub fn route_table(e: &Setting) -> Result<u32> {
     match number(e)? {
         table @ 253..=255 => {
             Err(format!("\"{}\" cannot be {table}: it is the default, main or local one", e.key))
@@ -152,7 +152,7 @@ pub fn route_table(e: &Entry) -> Result<u32> {
 }
 
 /// A user's name or uid.
-pub fn user(e: &Entry) -> Result<u32> {
+pub fn user(e: &Setting) -> Result<u32> {
     match parse_number(e.value) {
         Some(_) => number(e),
         None => e.source.uid(e.value).ok_or_else(|| format!("no such user: \"{}\"", e.value)),
@@ -160,7 +160,7 @@ pub fn user(e: &Entry) -> Result<u32> {
 }
 
 /// `ADDRESS` or `ADDRESS/LENGTH`.
-pub fn range(e: &Entry, value: &str) -> Result<Ranges> {
+pub fn range(e: &Setting, value: &str) -> Result<Ranges> {
     let (address, length) = match value.split_once('/') {
         Some((address, length)) => (address, Some(length.trim())),
         None => (value, None),
@@ -187,7 +187,7 @@ pub fn range(e: &Entry, value: &str) -> Result<Ranges> {
 }
 
 /// The same, or the word `private`.
-pub fn range_or_private(e: &Entry) -> Result<Ranges> {
+pub fn range_or_private(e: &Setting) -> Result<Ranges> {
     if e.value != "private" {
         return range(e, e.value);
     }
@@ -199,7 +199,7 @@ pub fn range_or_private(e: &Entry) -> Result<Ranges> {
 }
 
 /// The addresses of a file, one or a CIDR a line. What is wrong with its lines goes to `problems`.
-pub fn list(e: &Entry, problems: &mut Vec<Problem>) -> Result<Ranges> {
+pub fn list(e: &Setting, problems: &mut Vec<Problem>) -> Result<Ranges> {
     let path = e.place.beside(e.value);
     let text = e.source.list(&path);
     let text = text.map_err(|why| format!("unable to read {}: {why}", path.display()))?;
@@ -288,7 +288,7 @@ fn hint(value: &str) -> String {
     }
 }
 
-pub fn bypass_mark(e: &Entry) -> Result<Mark> {
+pub fn bypass_mark(e: &Setting) -> Result<Mark> {
     let bits = |text: &str| {
         let number = parse_number(text.trim());
         number.and_then(|n| u32::try_from(n).ok()).ok_or_else(|| e.wrong())
@@ -307,7 +307,7 @@ pub fn bypass_mark(e: &Entry) -> Result<Mark> {
 }
 
 /// `ADDRESS`, `ADDRESS:PORT`, `[ADDRESS]:PORT`; port 53 if left out.
-pub fn endpoint(e: &Entry) -> Result<SocketAddr> {
+pub fn endpoint(e: &Setting) -> Result<SocketAddr> {
     let bare = e.value.strip_prefix('[').and_then(|v| v.strip_suffix(']')).unwrap_or(e.value);
     let address = match bare.parse::<IpAddr>() {
         Ok(ip) => SocketAddr::new(ip, 53),
@@ -320,7 +320,7 @@ pub fn endpoint(e: &Entry) -> Result<SocketAddr> {
 }
 
 /// The name of an interface that packets may come in by, or the beginning of such names.
-pub fn interface(e: &Entry) -> Result<Interface> {
+pub fn interface(e: &Setting) -> Result<Interface> {
     let (name, prefix) = match e.value.strip_suffix('*') {
         Some(name) => (name, true),
         None => (e.value, false),
@@ -341,7 +341,7 @@ pub fn interface(e: &Entry) -> Result<Interface> {
 }
 
 /// The name of an interface that packets leave by.
-pub fn way_out(e: &Entry) -> Result<String> {
+pub fn way_out(e: &Setting) -> Result<String> {
     match interface(e) {
         Ok(interface) if interface.prefix => Err(e.expects("the name of one interface")),
         Err(_) if e.value == "lo" => Err(e.expects("an interface that leads out of this host")),
@@ -350,7 +350,7 @@ pub fn way_out(e: &Entry) -> Result<String> {
 }
 
 /// A host that packets are sent on to; the kernel takes no other for a next hop.
-pub fn next_hop(e: &Entry) -> Result<IpAddr> {
+pub fn next_hop(e: &Setting) -> Result<IpAddr> {
     let hop: IpAddr = parsed(e)?;
     one_host(&hop).then_some(hop).ok_or_else(|| e.wrong())
 }
@@ -368,7 +368,7 @@ fn one_host(ip: &IpAddr) -> bool {
 }
 
 /// A routing table that somebody else keeps.
-pub fn table_of_others(e: &Entry) -> Result<u32> {
+pub fn table_of_others(e: &Setting) -> Result<u32> {
     match number(e)? {
         255 => Err(format!("\"{}\" cannot be 255: it is the local one", e.key)),
         table => Ok(table),
@@ -376,13 +376,13 @@ pub fn table_of_others(e: &Entry) -> Result<u32> {
 }
 
 /// What its standard library reads from text.
-pub fn parsed<T: FromStr>(e: &Entry) -> Result<T> {
+pub fn parsed<T: FromStr>(e: &Setting) -> Result<T> {
     e.value.parse().map_err(|_| e.wrong())
 }
 
 /// Sets what may be given once for each family.
 pub fn once<T: fmt::Display>(
-    e: &Entry,
+    e: &Setting,
     slot: &mut Option<T>,
     value: T,
     family: &str,

@@ -9,14 +9,14 @@ use nix::errno::Errno;
 use crate::error::reason;
 use crate::kernel::Kernel;
 use crate::log;
-use crate::netlink::diag::{Socket, TCP_STATES, UDP_STATES};
+use crate::netlink::diag::{SeenSocket, TCP_STATES, UDP_STATES};
 use crate::netlink::uapi::*;
 use crate::stale::{Judge, Ports, Suspects};
 
 /// Sockets that may be stale, and what it takes to judge them.
 pub struct Doubts {
     judge: Judge,
-    sockets: Vec<Socket>,
+    sockets: Vec<SeenSocket>,
     /// What listens.
     tcp: Ports,
     /// What is not connected.
@@ -87,10 +87,10 @@ pub fn tell_inbound(kernel: &mut Kernel, suspects: &Suspects) {
     if suspects.is_empty() {
         return;
     }
-    let listening = |socket: Socket| Some(socket.local.port());
+    let listening = |socket: SeenSocket| Some(socket.local.port());
     let ports: HashSet<u16> =
         kernel.sockets(IPPROTO_TCP, 1 << TCP_LISTEN, &[], listening).into_iter().collect();
-    let inbound = |socket: Socket| {
+    let inbound = |socket: SeenSocket| {
         let ours = socket.cgroup.is_some_and(|cgroup| suspects.of(cgroup).is_some());
         let ours = ours && !socket.remote.ip().is_loopback();
         (ours && ports.contains(&socket.local.port())).then_some((socket.local, socket.remote))

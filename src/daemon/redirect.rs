@@ -9,9 +9,9 @@ use crate::error::reason;
 use crate::kernel::Kernel;
 use crate::log;
 use crate::net::Mark;
-use crate::netlink::conntrack::Entry;
+use crate::netlink::conntrack::Tracked;
 use crate::netlink::diag::UDP_STATES;
-use crate::netlink::fib::Found;
+use crate::netlink::fib::Course;
 use crate::netlink::uapi::*;
 use crate::stale::flows::{Cure, Flows, Owners};
 
@@ -20,7 +20,7 @@ use crate::stale::flows::{Cure, Flows, Owners};
 /// ways out are in force.
 pub fn redirect(kernel: &mut Kernel, flows: &Flows) -> usize {
     let owners = Owners::new(kernel.sockets(IPPROTO_UDP, UDP_STATES, &[], Some));
-    let concerns = |entry: &Entry| {
+    let concerns = |entry: &Tracked| {
         flows.forwards() || entry.protocol != IPPROTO_UDP || owners.has(entry.from.port())
     };
     let entries = match kernel.entries(concerns) {
@@ -42,7 +42,7 @@ pub fn redirect(kernel: &mut Kernel, flows: &Flows) -> usize {
             continue;
         }
         let from = entry.from.ip();
-        let way: Found = *ways.entry(from).or_insert_with(|| kernel.way(from, 0));
+        let way: Course = *ways.entry(from).or_insert_with(|| kernel.way(from, 0));
         let cure = match way.here {
             true => owners.of(entry.from, entry.to).and_then(|socket| flows.own(&entry, socket)),
             false => {
@@ -74,7 +74,7 @@ pub fn redirect(kernel: &mut Kernel, flows: &Flows) -> usize {
 /// what it sends.
 fn relocate(
     kernel: &mut Kernel,
-    entry: &Entry,
+    entry: &Tracked,
     own: Mark,
     (sent, interface): (u32, &str),
 ) -> Result<(), Errno> {

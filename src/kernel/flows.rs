@@ -9,8 +9,8 @@ use nix::errno::Errno;
 use super::Kernel;
 use crate::error::{Error, Result};
 use crate::net::Mark;
-use crate::netlink::conntrack::{self, Entry};
-use crate::netlink::fib::{self, Found};
+use crate::netlink::conntrack::{self, Tracked};
+use crate::netlink::fib::{self, Course};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::socket::Failure;
@@ -26,7 +26,7 @@ impl Kernel {
     }
 
     /// The flows of UDP and pings, of both families, as far as `keep` keeps them.
-    pub fn entries(&mut self, keep: impl Fn(&Entry) -> bool) -> Result<Vec<Entry>> {
+    pub fn entries(&mut self, keep: impl Fn(&Tracked) -> bool) -> Result<Vec<Tracked>> {
         let mut all = Vec::new();
         for family in [NFPROTO_IPV4, NFPROTO_IPV6] {
             let request = |batch: &mut Batch| conntrack::get_all(batch, family);
@@ -42,21 +42,22 @@ impl Kernel {
     /// Has the flows forgotten that are translated to these addresses of before, which no interface
     /// has any more: of those that were moved the kernel does not see that by itself.
     pub fn forget_translated(&mut self, gone: &[IpAddr]) {
-        let to_them = |entry: &Entry| entry.is_translated() && gone.contains(&entry.answers.1.ip());
+        let to_them =
+            |entry: &Tracked| entry.is_translated() && gone.contains(&entry.answers.1.ip());
         for entry in self.entries(to_them).unwrap_or_default() {
             let _ = self.forget_entry(&entry);
         }
     }
 
     /// Errors: ENOENT where it has ended by itself.
-    pub fn forget_entry(&mut self, entry: &Entry) -> std::result::Result<(), Errno> {
+    pub fn forget_entry(&mut self, entry: &Tracked) -> std::result::Result<(), Errno> {
         self.tell_conntrack(&|batch| conntrack::delete(batch, entry))
     }
 
     /// Has a flow go on with a mark of ours and another source address.
     pub fn move_entry(
         &mut self,
-        entry: &Entry,
+        entry: &Tracked,
         own: Mark,
         source: IpAddr,
     ) -> std::result::Result<(), Errno> {
@@ -78,7 +79,7 @@ impl Kernel {
     }
 
     /// Which way packets to an address go that bear a mark.
-    pub fn way(&mut self, to: IpAddr, mark: u32) -> Found {
+    pub fn way(&mut self, to: IpAddr, mark: u32) -> Course {
         let request = |batch: &mut Batch| fib::get_way(batch, to, mark);
         let answer = self.rt.ask(&request, fib::parse_way);
         answer.ok().and_then(|found| found.ok().flatten()).unwrap_or_default()

@@ -12,7 +12,7 @@ use crate::error::{reason, Result};
 use crate::log;
 use crate::net::Mark;
 use crate::netlink::conntrack::{self, Flow};
-use crate::netlink::diag::{self, PortOwner, Socket, Witness};
+use crate::netlink::diag::{self, PortOwner, SeenSocket, Witness};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::uapi::*;
@@ -24,7 +24,7 @@ impl Kernel {
     }
 
     /// Ends a socket. Errors: ENOENT where it has ended by itself; else the kernel cannot.
-    pub fn end_socket(&mut self, socket: &Socket) -> std::result::Result<(), Errno> {
+    pub fn end_socket(&mut self, socket: &SeenSocket) -> std::result::Result<(), Errno> {
         let ended = self.destroy(socket);
         self.ends_sockets &= matches!(ended, Ok(()) | Err(Errno::ENOENT));
         ended
@@ -60,7 +60,7 @@ impl Kernel {
 
     /// The inodes of the sockets that send with one of these marks.
     pub fn marked_sockets(&mut self, marks: &[Mark]) -> HashSet<u32> {
-        let own = |socket: Socket| {
+        let own = |socket: SeenSocket| {
             let bears = marks.iter().any(|own| socket.mark & own.mask == own.value);
             bears.then_some(socket.inode)
         };
@@ -80,7 +80,7 @@ impl Kernel {
         protocol: u8,
         states: u32,
         ids: &[u64],
-        keep: impl Fn(Socket) -> Option<T>,
+        keep: impl Fn(SeenSocket) -> Option<T>,
     ) -> Vec<T> {
         let mut all = Vec::new();
         for family in [AF_INET, AF_INET6] {
@@ -121,7 +121,7 @@ impl Kernel {
     }
 
     /// What it takes to judge a socket.
-    pub fn witness(&mut self, socket: &Socket) -> Witness {
+    pub fn witness(&mut self, socket: &SeenSocket) -> Witness {
         match socket.is_connected() {
             false => Witness::default(),
             true => Witness {
@@ -134,7 +134,7 @@ impl Kernel {
 
     /// Whether the other end of the connection is a socket of this host, though its address need not
     /// be: that of a TPROXY server.
-    fn has_peer(&mut self, socket: &Socket) -> bool {
+    fn has_peer(&mut self, socket: &SeenSocket) -> bool {
         let Some(diag) = &mut self.diag else {
             return false;
         };
@@ -143,7 +143,7 @@ impl Kernel {
         peer.is_some_and(|peer| peer.state != TCP_LISTEN)
     }
 
-    fn flow(&mut self, socket: &Socket) -> Option<Flow> {
+    fn flow(&mut self, socket: &SeenSocket) -> Option<Flow> {
         let (local, remote) = (socket.local, socket.remote);
         let request = |batch: &mut Batch| conntrack::get(batch, socket.protocol, local, remote);
         answer(self.nft.ask(&request, |message| conntrack::parse(message, local)))
@@ -167,7 +167,7 @@ impl Kernel {
         self.nft.dump(&request, conntrack::parse_traffic).ok()?.ok()
     }
 
-    fn destroy(&mut self, socket: &Socket) -> std::result::Result<(), Errno> {
+    fn destroy(&mut self, socket: &SeenSocket) -> std::result::Result<(), Errno> {
         let Some(diag) = self.diag.as_mut().filter(|_| can_destroy()) else {
             return Err(Errno::EOPNOTSUPP);
         };

@@ -94,7 +94,7 @@ fn of_marked(batch: &mut Batch, kind: u16, flags: u16, value: u32, mask: u32) {
 
 /// A flow of UDP, or of pings, as it was dumped.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Entry {
+pub struct Tracked {
     pub protocol: u8,
     /// Who spoke first, and to whom. The ports of a ping are 0.
     pub from: SocketAddr,
@@ -108,7 +108,7 @@ pub struct Entry {
     original: Vec<u8>,
 }
 
-impl Entry {
+impl Tracked {
     /// Whether an address or a port of it is translated.
     pub fn is_translated(&self) -> bool {
         self.answers != (self.to, self.from)
@@ -122,7 +122,7 @@ pub fn get_all(batch: &mut Batch, family: u8) {
 }
 
 /// Reads an answer to [`get_all`]; `None` where it is another protocol's, or in a zone of its own.
-pub fn parse_entry(message: &Message) -> Option<Entry> {
+pub fn parse_entry(message: &Message) -> Option<Tracked> {
     if message.kind != NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW {
         return None;
     }
@@ -135,7 +135,7 @@ pub fn parse_entry(message: &Message) -> Option<Entry> {
     {
         return None;
     }
-    Some(Entry {
+    Some(Tracked {
         protocol,
         from,
         to,
@@ -165,7 +165,7 @@ fn ends(tuple: &[u8]) -> Option<(u8, SocketAddr, SocketAddr)> {
 }
 
 /// Has one flow forgotten.
-pub fn delete(batch: &mut Batch, entry: &Entry) {
+pub fn delete(batch: &mut Batch, entry: &Tracked) {
     let open = begin(batch, IPCTNL_MSG_CT_DELETE, NLM_F_ACK, family(entry.from));
     batch.raw(CTA_TUPLE_ORIG | NLA_F_NESTED, &entry.original);
     batch.end(open);
@@ -173,7 +173,7 @@ pub fn delete(batch: &mut Batch, entry: &Entry) {
 
 /// Has a UDP flow known as one with another mark that leaves with another address, and stays known as
 /// long as the one of before. The kernel finds a port for it.
-pub fn create(batch: &mut Batch, entry: &Entry, mark: u32, source: IpAddr) {
+pub fn create(batch: &mut Batch, entry: &Tracked, mark: u32, source: IpAddr) {
     const LEAST_SECONDS: u32 = 30; // as the kernel has it for what is not answered yet
     let flags = NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK;
     let open = begin(batch, IPCTNL_MSG_CT_NEW, flags, family(entry.from));
@@ -275,7 +275,7 @@ mod tests {
         let v6 = ("[2001:db8::1]:4242", "[2001:db8::2]:80", "fd00:8::1");
         for (from, to, source) in [v4, v6] {
             let (from, to): (SocketAddr, SocketAddr) = (from.parse().unwrap(), to.parse().unwrap());
-            let entry = Entry {
+            let entry = Tracked {
                 protocol: IPPROTO_UDP,
                 from,
                 to,
@@ -288,9 +288,9 @@ mod tests {
             create(&mut batch, &entry, 7, source.parse().unwrap());
             let message = Messages::new(batch.bytes()).next().unwrap();
             let read = parse_entry(&message).unwrap();
-            assert_eq!(Entry { original: Vec::new(), ..read.clone() }, entry);
+            assert_eq!(Tracked { original: Vec::new(), ..read.clone() }, entry);
             assert!(!read.is_translated());
-            assert!(Entry { answers: (to, to), ..entry.clone() }.is_translated());
+            assert!(Tracked { answers: (to, to), ..entry.clone() }.is_translated());
             let mut batch = Batch::new(0);
             delete(&mut batch, &read);
             let deleted = Messages::new(batch.bytes()).next().unwrap();
@@ -303,7 +303,7 @@ mod tests {
             let mut batch = Batch::new(0);
             create(
                 &mut batch,
-                &Entry { protocol: IPPROTO_TCP, ..entry },
+                &Tracked { protocol: IPPROTO_TCP, ..entry },
                 7,
                 source.parse().unwrap(),
             );

@@ -10,7 +10,7 @@ use super::uapi::*;
 
 /// A TCP or UDP socket of this network namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Socket {
+pub struct SeenSocket {
     /// `AF_INET6` also where the addresses are IPv4 ones (a dual-stack socket's).
     pub family: u8,
     pub protocol: u8,
@@ -138,7 +138,7 @@ pub fn get_bound(batch: &mut Batch, family: u8, protocol: u8) {
 
 /// Asks for the socket of this host, if there is one, that is the other end of a connected socket
 /// of this host. The answer may also be a listener that would take such a connection.
-pub fn get_peer(batch: &mut Batch, socket: &Socket) {
+pub fn get_peer(batch: &mut Batch, socket: &SeenSocket) {
     let open = batch.begin(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_ACK);
     // of the addresses' own family: the peer of a dual-stack socket is an IPv4 one
     let family = if socket.local.is_ipv4() { AF_INET } else { AF_INET6 };
@@ -157,7 +157,7 @@ pub fn get_peer(batch: &mut Batch, socket: &Socket) {
 
 /// Ends a socket: its process gets ECONNABORTED, a TCP peer a reset. A port that the kernel chose
 /// for a UDP socket is given up. By the cookie, so that it is that socket or none.
-pub fn destroy(batch: &mut Batch, socket: &Socket) {
+pub fn destroy(batch: &mut Batch, socket: &SeenSocket) {
     let open = batch.begin(SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK);
     let states = 1 << socket.state;
     batch.header(&request(socket.family, socket.protocol, states, &socket.id));
@@ -196,7 +196,7 @@ fn filter(ids: &[u64]) -> Vec<u8> {
 
 /// Reads one answer about `protocol`, which the kernel does not repeat; `None` where it is
 /// something else.
-pub fn parse(message: &Message, protocol: u8) -> Option<Socket> {
+pub fn parse(message: &Message, protocol: u8) -> Option<SeenSocket> {
     if message.kind != SOCK_DIAG_BY_FAMILY {
         return None;
     }
@@ -216,7 +216,7 @@ pub fn parse(message: &Message, protocol: u8) -> Option<Socket> {
     let attr = |kind| attrs.clone().get(kind);
     let cgroup = attr(INET_DIAG_CGROUP_ID).and_then(|id| id.get(..8)?.try_into().ok());
     let remote = end(20, 2)?;
-    Some(Socket {
+    Some(SeenSocket {
         family,
         protocol,
         state: *body.get(1)?,
@@ -247,7 +247,7 @@ pub fn parse_listener(message: &Message) -> Option<PortOwner> {
     Some(PortOwner { uid: socket.uid, cgroup: socket.cgroup? })
 }
 
-impl Socket {
+impl SeenSocket {
     /// Whether it has one remote end.
     pub fn is_connected(&self) -> bool {
         self.remote.port() != 0
@@ -262,10 +262,10 @@ impl Socket {
 
 /// A socket as [`parse`] would give it.
 #[cfg(test)]
-pub fn example(protocol: u8, state: u8, local: &str, remote: &str) -> Socket {
+pub fn example(protocol: u8, state: u8, local: &str, remote: &str) -> SeenSocket {
     let any = SocketAddr::from(([0; 4], 0));
     let local: SocketAddr = local.parse().unwrap_or(any);
-    Socket {
+    SeenSocket {
         family: if local.is_ipv4() { AF_INET } else { AF_INET6 },
         protocol,
         state,

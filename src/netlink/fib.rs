@@ -40,7 +40,7 @@ pub enum FibAction {
 
 /// `ip route … default … table TABLE`
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Route {
+pub struct IpRoute {
     pub family: Family,
     pub table: u32,
     /// 0 for none.
@@ -103,7 +103,7 @@ pub struct SeenRule {
 /// A route as the kernel tells of it, whoever made it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SeenRoute {
-    pub route: Route,
+    pub route: IpRoute,
     pub protocol: u8,
     /// `RTN_*`
     pub kind: u8,
@@ -215,7 +215,7 @@ impl IpRule {
     }
 }
 
-impl Route {
+impl IpRoute {
     /// The message that adds this, or the one that deletes it.
     pub fn encode(&self, batch: &mut Batch, add: bool) {
         let is_v4 = self.family == Family::V4;
@@ -293,7 +293,7 @@ pub fn get_way(batch: &mut Batch, address: IpAddr, mark: u32) {
 
 /// Which way packets go.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Found {
+pub struct Course {
     /// They stay on this host, or go to all of a network.
     pub here: bool,
     /// Index of the interface that they leave by; 0 for none.
@@ -303,9 +303,9 @@ pub struct Found {
 }
 
 /// Reads an answer to [`get_way`].
-pub fn parse_way(message: &Message) -> Option<Found> {
+pub fn parse_way(message: &Message) -> Option<Course> {
     let (header, attrs) = Header::read(message, &[RTM_NEWROUTE])?;
-    Some(Found {
+    Some(Course {
         here: [u32::from(RTN_LOCAL), RTN_BROADCAST].contains(&header.kind.into()),
         device: attrs.clone().get(RTA_OIF).and_then(parse::u32_ne).unwrap_or(0),
         source: attrs.get(RTA_PREFSRC).and_then(parse::ip),
@@ -392,7 +392,7 @@ impl SeenRoute {
         let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
         let gateway = attrs.clone().get(RTA_GATEWAY).and_then(parse::ip);
         let device = Device { index: number(RTA_OIF).unwrap_or(0), name: String::new() };
-        let route = Route {
+        let route = IpRoute {
             family: header.family()?,
             table: number(RTA_TABLE).unwrap_or(header.table.into()),
             metric: number(RTA_PRIORITY).unwrap_or(0),
@@ -521,7 +521,7 @@ impl fmt::Display for IpRule {
     }
 }
 
-impl fmt::Display for Route {
+impl fmt::Display for IpRoute {
     /// The arguments of `ip route` behind the verb.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.way {

@@ -6,12 +6,12 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
-use super::{Judge, Suspects, Way};
+use super::{Fate, Judge, Suspects};
 use crate::cgroup::core::Core;
 use crate::config::{Config, Gateway, Outcome, Route, Take, Target};
 use crate::net::{Family, Mark, L4};
-use crate::netlink::conntrack::Entry;
-use crate::netlink::diag::Socket;
+use crate::netlink::conntrack::Tracked;
+use crate::netlink::diag::SeenSocket;
 use crate::policy;
 
 /// What is to be done about a flow.
@@ -61,7 +61,7 @@ impl Flows {
     }
 
     /// What is to be done about one that a socket of this host began.
-    pub fn own(&self, entry: &Entry, socket: &Socket) -> Option<Cure> {
+    pub fn own(&self, entry: &Tracked, socket: &SeenSocket) -> Option<Cure> {
         let outcome = self.outcomes.get(&socket.cgroup?).copied();
         let outcome = outcome.unwrap_or(self.config().default_outcome());
         // where that depends on a group, nobody tells
@@ -69,12 +69,12 @@ impl Flows {
         let mut socket = socket.clone();
         (socket.local, socket.remote) = (entry.from, entry.to);
         let taken =
-            !self.judge.is_bypassed(&socket) && self.judge.way(&socket, target) == Way::Proxied;
+            !self.judge.is_bypassed(&socket) && self.judge.way(&socket, target) == Fate::Proxied;
         self.cure(entry, Some(target).filter(|_| taken), |route| route.outlet.mark)
     }
 
     /// The same for one that is routed for others and comes in by an interface.
-    pub fn routed(&self, entry: &Entry, interface: &str) -> Option<Cure> {
+    pub fn routed(&self, entry: &Tracked, interface: &str) -> Option<Cure> {
         let config = self.config();
         let covers = |gateway: &&Gateway| covers(gateway, interface, entry.from);
         let section = config.gateways.iter().filter(|section| !section.containers).find(covers);
@@ -107,7 +107,7 @@ impl Flows {
     /// by the mark that those of a route have.
     fn cure(
         &self,
-        entry: &Entry,
+        entry: &Tracked,
         target: Option<Target>,
         mark: impl Fn(&Route) -> u32,
     ) -> Option<Cure> {
@@ -146,10 +146,10 @@ fn covers(gateway: &Gateway, interface: &str, from: SocketAddr) -> bool {
 
 /// The sockets that flows are held against, by their ports.
 #[derive(Default)]
-pub struct Owners(HashMap<u16, Vec<Socket>>);
+pub struct Owners(HashMap<u16, Vec<SeenSocket>>);
 
 impl Owners {
-    pub fn new(sockets: Vec<Socket>) -> Owners {
+    pub fn new(sockets: Vec<SeenSocket>) -> Owners {
         let mut owners = Owners::default();
         for socket in sockets {
             owners.0.entry(socket.local.port()).or_default().push(socket);
@@ -163,8 +163,8 @@ impl Owners {
 
     /// The socket that sends between two addresses: the one that is connected so, or bound to the
     /// address, or to any; none where several of different cgroups or users share that.
-    pub fn of(&self, from: SocketAddr, to: SocketAddr) -> Option<&Socket> {
-        let fit = |socket: &&Socket| {
+    pub fn of(&self, from: SocketAddr, to: SocketAddr) -> Option<&SeenSocket> {
+        let fit = |socket: &&SeenSocket| {
             let own = socket.local.ip() == from.ip();
             match socket.is_connected() {
                 true => (own && socket.remote == to).then_some(3),
@@ -180,7 +180,7 @@ impl Owners {
         let best = at.iter().filter_map(|socket| fit(&socket)).max()?;
         let mut all = at.iter().filter(|socket| fit(socket) == Some(best));
         let first = all.next()?;
-        let same = |socket: &Socket| (socket.cgroup, socket.uid) == (first.cgroup, first.uid);
+        let same = |socket: &SeenSocket| (socket.cgroup, socket.uid) == (first.cgroup, first.uid);
         all.all(same).then_some(first)
     }
 }
@@ -208,7 +208,7 @@ mod tests {
     }
 
     /// A flow as conntrack has it, with our bits of its mark, and whether its source is translated.
-    fn entry(from: &str, to: &str, mark: u32, translated: bool) -> Entry {
+    fn entry(from: &str, to: &str, mark: u32, translated: bool) -> Tracked {
         let (from, to): (SocketAddr, SocketAddr) = (from.parse().unwrap(), to.parse().unwrap());
         let mut batch = Batch::new(0);
         conntrack::get(&mut batch, 17, from, to);

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use cgtproxy::net::{Family, Mark};
-use cgtproxy::netlink::fib::{self, FibAction, IpRule, Route};
+use cgtproxy::netlink::fib::{self, FibAction, IpRoute, IpRule};
 use cgtproxy::netlink::msg::Batch;
 use cgtproxy::route::Entry;
 
@@ -213,7 +213,7 @@ fn rules_and_routes_are_what_iproute2_sends() {
         let mut entries = prefix.to_vec();
         for (priority, table) in [(32000, 200), (100, 300)] {
             entries.push(rule(priority, "lo", mark, FibAction::Lookup(table)));
-            entries.push(Entry::Route(Route::new(family, table)));
+            entries.push(Entry::Route(IpRoute::new(family, table)));
         }
         for entry in entries {
             for (verb, add) in [("add", true), ("del", false)] {
