@@ -311,7 +311,7 @@ pub const SILENCE: Duration = Duration::from_millis(250);
 pub type Answers = [String; 6];
 
 /// Requests to port 80 of the remote hosts.
-const CASES: [(Proto, IpAddr); 6] = [
+pub const CASES: [(Proto, IpAddr); 6] = [
     (Proto::Tcp, REMOTE4),
     (Proto::Tcp, REMOTE6),
     (Proto::Udp, REMOTE4),

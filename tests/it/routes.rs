@@ -10,10 +10,10 @@ use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::client::{socket_of, Client, Outcome, Proto, SILENCE};
+use crate::client::{socket_of, Client, Outcome, Proto, CASES, SILENCE};
 use crate::containers::live;
 use crate::daemon::{run_with, Daemon};
 use crate::gateway::Lan;
@@ -80,33 +80,31 @@ pub fn tunnel_to(ground: &Ground, name: &str) {
     });
 }
 
-fn set_neighbours() {
-    let lines = "neigh replace 10.8.0.2 lladdr 02:00:00:00:08:02 dev vpn0\n\
-                 neigh replace fd00:8::2 lladdr 02:00:00:00:08:02 dev vpn0\n";
-    ip_batch(&[], lines);
-}
+const NEIGHBOURS: &str = "neigh replace 10.8.0.2 lladdr 02:00:00:00:08:02 dev vpn0\n\
+                          neigh replace fd00:8::2 lladdr 02:00:00:00:08:02 dev vpn0\n";
 
 /// `ip link set vpn0 up` or down.
 pub fn set(state: &str) {
-    let neighbours = "neigh replace 10.8.0.2 lladdr 02:00:00:00:08:02 dev vpn0\n\
-                      neigh replace fd00:8::2 lladdr 02:00:00:00:08:02 dev vpn0\n";
-    let v6 = "addr replace fd00:8::1/64 dev vpn0 nodad\n";
-    let more = if state == "up" { [v6, neighbours].concat() } else { String::new() };
+    let more = match state {
+        "up" => ["addr replace fd00:8::1/64 dev vpn0 nodad\n", NEIGHBOURS].concat(),
+        _ => String::new(),
+    };
+    // in one, so that both families have their way at once
     ip_batch(&[], &format!("link set vpn0 {state}\n{more}"));
+}
+
+/// The world with a tunnel, and a cgroup whose way that is.
+pub fn tunneled(ground: &Ground) -> (World, PathBuf, Daemon) {
+    let (world, cgroup) = (World::new(ground), ground.cgroup("/vpn"));
+    tunnel_up(ground);
+    let daemon = Daemon::start(ground, &policy(), &[]);
+    await_member(&cgroup, "vpn");
+    (world, cgroup, daemon)
 }
 
 pub fn ask(cgroup: &Path, proto: Proto, to: IpAddr, patience: Duration) -> (Outcome, Duration) {
     Client::new(cgroup, proto, addr(to, 80)).timeout(patience).spawn().wait()
 }
-
-pub const CASES: [(Proto, IpAddr); 6] = [
-    (Proto::Tcp, REMOTE4),
-    (Proto::Tcp, REMOTE6),
-    (Proto::Udp, REMOTE4),
-    (Proto::Udp, REMOTE6),
-    (Proto::Icmp, REMOTE4),
-    (Proto::Icmp, REMOTE6),
-];
 
 /// Asserts that the remote hosts answer, and that it was by the tunnel's addresses that they were asked.
 #[track_caller]
@@ -229,11 +227,7 @@ fn by_its_interface_and_by_nothing_else() {
 #[test]
 fn by_no_other_way_whatever_is_deleted() {
     let ground = ground!("deleted");
-    let mut world = World::new(&ground);
-    let cgroup = ground.cgroup("/vpn");
-    tunnel_up(&ground);
-    let daemon = Daemon::start(&ground, &policy(), &[]);
-    await_member(&cgroup, "vpn");
+    let (mut world, cgroup, daemon) = tunneled(&ground);
     passes(&mut world, &cgroup);
     for v6 in [false, true] {
         let (family, remote) = match v6 {
@@ -312,11 +306,7 @@ fn bind_to_device(socket: &UdpSocket, name: &str) {
 #[test]
 fn what_was_refused_flows_once_it_is_back() {
     let ground = ground!("back");
-    let mut world = World::new(&ground);
-    let cgroup = ground.cgroup("/vpn");
-    tunnel_up(&ground);
-    let _daemon = Daemon::start(&ground, &policy(), &[]);
-    await_member(&cgroup, "vpn");
+    let (mut world, cgroup, _daemon) = tunneled(&ground);
     for (family, remote) in [(libc::AF_INET, REMOTE4), (libc::AF_INET6, REMOTE6)] {
         let socket = UdpSocket::from(socket_of(&cgroup, family, libc::SOCK_DGRAM));
         socket.set_read_timeout(Some(Duration::from_millis(50))).expect("a timeout");
@@ -340,11 +330,7 @@ fn what_was_refused_flows_once_it_is_back() {
 #[test]
 fn a_refused_port_connects_once_it_is_back() {
     let ground = ground!("again");
-    let mut world = World::new(&ground);
-    let cgroup = ground.cgroup("/vpn");
-    tunnel_up(&ground);
-    let _daemon = Daemon::start(&ground, &policy(), &[]);
-    await_member(&cgroup, "vpn");
+    let (mut world, cgroup, _daemon) = tunneled(&ground);
     let connect = |from: SocketAddr, to: IpAddr| {
         let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
         let socket = socket_of(&cgroup, family, libc::SOCK_STREAM);
@@ -389,11 +375,7 @@ fn a_refused_port_connects_once_it_is_back() {
 #[test]
 fn nothing_leaves_with_another_interfaces_address() {
     let ground = ground!("sourceless");
-    let mut world = World::new(&ground);
-    let cgroup = ground.cgroup("/vpn");
-    tunnel_up(&ground);
-    let daemon = Daemon::start(&ground, &policy(), &[]);
-    await_member(&cgroup, "vpn");
+    let (mut world, cgroup, daemon) = tunneled(&ground);
     passes(&mut world, &cgroup);
     daemon.kill9();
     ip_batch(&[], "addr flush dev vpn0\n");
@@ -403,7 +385,7 @@ fn nothing_leaves_with_another_interfaces_address() {
     };
     assert!(gone(), "the way by the interface is still there");
     // the neighbours are known without an address
-    set_neighbours();
+    ip_batch(&[], NEIGHBOURS);
     for (proto, to) in CASES {
         let (outcome, _) = ask(&cgroup, proto, to, SILENCE);
         assert!(!matches!(outcome, Outcome::Answer(_)), "{proto:?} to {to}: {outcome:?}");
@@ -447,11 +429,7 @@ fn answers_pass_rp_filter() {
 #[test]
 fn services_answer_by_where_they_were_asked() {
     let ground = ground!("inbound");
-    let mut world = World::new(&ground);
-    let cgroup = ground.cgroup("/vpn");
-    tunnel_up(&ground);
-    let _daemon = Daemon::start(&ground, &policy(), &[]);
-    await_member(&cgroup, "vpn");
+    let (mut world, cgroup, _daemon) = tunneled(&ground);
     // by the main table the answers would leave by the other interface
     ground.outside(|| ip_batch(&[], "addr add 203.0.113.7/32 dev lo\n"));
     let _service = Client::tcp(&cgroup, "0.0.0.0:4000".parse().expect("an address")).serve();
@@ -615,7 +593,10 @@ fn a_container_leaves_by_it() {
             lan.expect(0, ["refused", "refused", "nobody", "nobody", "nobody", "nobody"]);
             left("down");
             set("up");
-            let passes = || lan.ask(0, Proto::Tcp, to).starts_with("remote");
+            let passes = || {
+                let all = [REMOTE4, REMOTE6].map(|to| lan.ask(0, Proto::Tcp, addr(to, 80)));
+                all.iter().all(|who| who.starts_with("remote"))
+            };
             assert!(wait_until(Duration::from_secs(5), passes), "a container is not let out again");
             match gracefully {
                 true => daemon.leave(),

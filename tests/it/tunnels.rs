@@ -18,11 +18,11 @@ use nix::sys::signal::{kill, Signal};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use crate::client::{fork_into, socket_of, Client, Outcome, Proto, SILENCE};
+use crate::client::{fork_into, socket_of, Client, Outcome, Proto, CASES, SILENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, ip_batch, pipe, Ground, GATE4, HOST4, REMOTE4, REMOTE6};
 use crate::kernel::await_member;
-use crate::routes::{passes, refused, until_passes, until_refused, CASES, TUNNEL};
+use crate::routes::{passes, refused, until_passes, until_refused, TUNNEL};
 use crate::wait_until;
 use crate::world::{raw_addr, Server, World};
 
