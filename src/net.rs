@@ -156,10 +156,9 @@ pub struct Range<A> {
 /// An address, or a port, that intervals are made of.
 pub trait Address: Copy + Ord + fmt::Display {
     const BITS: u32;
+    const BYTES: usize = Self::BITS as usize / 8;
     fn to_bits(self) -> u128;
     fn from_bits(bits: u128) -> Self;
-    /// The bytes in network order.
-    fn bytes(self) -> Vec<u8>;
 }
 
 impl Address for Ipv4Addr {
@@ -169,9 +168,6 @@ impl Address for Ipv4Addr {
     }
     fn from_bits(bits: u128) -> Self {
         Ipv4Addr::from(bits as u32)
-    }
-    fn bytes(self) -> Vec<u8> {
-        self.octets().to_vec()
     }
 }
 
@@ -183,9 +179,6 @@ impl Address for Ipv6Addr {
     fn from_bits(bits: u128) -> Self {
         Ipv6Addr::from(bits)
     }
-    fn bytes(self) -> Vec<u8> {
-        self.octets().to_vec()
-    }
 }
 
 /// A port of TCP or UDP: no prefixes are made of those.
@@ -196,9 +189,6 @@ impl Address for u16 {
     }
     fn from_bits(bits: u128) -> Self {
         bits as u16
-    }
-    fn bytes(self) -> Vec<u8> {
-        self.to_be_bytes().to_vec()
     }
 }
 

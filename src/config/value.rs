@@ -207,9 +207,15 @@ pub fn list(e: &Setting, problems: &mut Vec<Problem>) -> Result<Ranges> {
     let mut ranges = Ranges::default();
     let mut wrong = 0;
     let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
-    for (line, value) in (1..).zip(text.split('\n')) {
+    for (line, value) in (1..).zip(text.as_bytes().split(|byte| *byte == b'\n')) {
         // lists come with remarks behind what they list as well
-        let value = value.split(['#', ';']).next().unwrap_or_default().trim();
+        let end = value.iter().position(|byte| matches!(byte, b'#' | b';'));
+        // at a character's end all the same
+        let value = std::str::from_utf8(&value[..end.unwrap_or(value.len())]).unwrap_or_default();
+        let value = match value.trim_ascii() {
+            plain if plain.is_ascii() => plain,
+            other => other.trim(),
+        };
         if value.is_empty() {
             continue;
         }
@@ -243,12 +249,13 @@ enum Listed {
 }
 
 fn listed(value: &str) -> Option<Listed> {
-    let (address, length) = match value.split_once('/') {
+    let (address, length) = match value.bytes().position(|byte| byte == b'/') {
         None => (value, None),
-        Some((address, text)) if !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit()) => {
-            (address, Some(text.parse::<u32>().ok()?))
+        Some(at) => {
+            let text = &value[at + 1..];
+            let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+            (&value[..at], Some(text.parse::<u32>().ok().filter(|_| digits)?))
         }
-        Some(_) => return None,
     };
     let prefix = |bits| Some(length.unwrap_or(bits)).filter(|length| *length <= bits);
     Some(match address.parse().ok()? {

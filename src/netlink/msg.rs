@@ -91,10 +91,20 @@ impl Batch {
 
     /// An attribute with the bytes as they are (register data, host-order cgroup ids).
     pub fn raw(&mut self, attr: u16, data: &[u8]) {
-        self.buf.extend_from_slice(&((NLA_HDRLEN + data.len()) as u16).to_ne_bytes());
-        self.buf.extend_from_slice(&attr.to_ne_bytes());
+        self.attribute((NLA_HDRLEN + data.len()) as u16, attr);
         self.buf.extend_from_slice(data);
         self.pad();
+    }
+
+    /// Attributes that are whole already.
+    pub fn attributes(&mut self, bytes: &[u8]) {
+        self.buf.extend_from_slice(bytes);
+    }
+
+    /// The head of one, of that length with it.
+    fn attribute(&mut self, length: u16, attr: u16) {
+        let ([a, b], [c, d]) = (length.to_ne_bytes(), attr.to_ne_bytes());
+        self.buf.extend_from_slice(&[a, b, c, d]);
     }
 
     pub fn u8(&mut self, attr: u16, value: u8) {
@@ -124,8 +134,7 @@ impl Batch {
     /// A string with its terminating NUL.
     pub fn str_z(&mut self, attr: u16, value: &str) {
         let at = self.buf.len();
-        self.buf.extend_from_slice(&((NLA_HDRLEN + value.len() + 1) as u16).to_ne_bytes());
-        self.buf.extend_from_slice(&attr.to_ne_bytes());
+        self.attribute((NLA_HDRLEN + value.len() + 1) as u16, attr);
         self.buf.extend_from_slice(value.as_bytes());
         self.buf.push(0);
         debug_assert!(self.buf.len() - at <= u16::MAX as usize);
@@ -135,8 +144,7 @@ impl Batch {
     /// Begins a nested attribute (with `NLA_F_NESTED`, as libmnl writes it).
     pub fn nest(&mut self, attr: u16) -> Nest {
         let at = self.buf.len();
-        self.buf.extend_from_slice(&0u16.to_ne_bytes());
-        self.buf.extend_from_slice(&(attr | NLA_F_NESTED).to_ne_bytes());
+        self.attribute(0, attr | NLA_F_NESTED);
         Nest(at)
     }
 

@@ -374,11 +374,20 @@ impl Transaction {
             [Some((range.first, 0)), range.end().map(|end| (end, NFT_SET_ELEM_INTERVAL_END))]
         });
         let ends = ends.flatten();
-        self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, Some(id), ends, |b, (end, flags)| {
+        // Lists are long, and their elements alike but for the key at the end.
+        let [mut first, mut last] = [0, NFT_SET_ELEM_INTERVAL_END].map(|flags| {
+            let mut batch = Batch::new(0);
             if flags != 0 {
-                b.u32_be(NFTA_SET_ELEM_FLAGS, flags);
+                batch.u32_be(NFTA_SET_ELEM_FLAGS, flags);
             }
-            value(b, NFTA_SET_ELEM_KEY, &end.bytes());
+            value(&mut batch, NFTA_SET_ELEM_KEY, &vec![0; A::BYTES]);
+            batch.into_memory()
+        });
+        self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, Some(id), ends, |b, (end, flags)| {
+            let element = if flags == 0 { &mut first } else { &mut last };
+            let key = element.len() - A::BYTES;
+            element[key..].copy_from_slice(&end.to_bits().to_be_bytes()[16 - A::BYTES..]);
+            b.attributes(element);
         });
     }
 
@@ -390,7 +399,7 @@ impl Transaction {
         set: &str,
         id: Option<u32>,
         elements: impl Iterator<Item = T>,
-        write: impl Fn(&mut Batch, T),
+        mut write: impl FnMut(&mut Batch, T),
     ) {
         let mut elements = elements.peekable();
         while elements.peek().is_some() {

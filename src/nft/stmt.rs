@@ -8,7 +8,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use super::expr::{Anonymous, Expr, SetRef, Verdict};
-use crate::net::{Address, Family, Interface, Mac, Mark, Owner, Range, L4};
+use crate::net::{Family, Interface, Mac, Mark, Owner, Range, L4};
 use crate::netlink::uapi::*;
 
 /// One statement of a rule, in the order in which nft writes them.
@@ -695,7 +695,7 @@ fn any_port(ports: &[Range<u16>]) -> SetRef {
         let end = range.end().filter(|_| intervals);
         [Some(range.first), end].into_iter().flatten()
     });
-    let elements = keys.map(|port| (port.bytes(), None)).collect();
+    let elements = keys.map(|port| (port.to_be_bytes().to_vec(), None)).collect();
     let (key_type, key_len) = (TYPE_INET_SERVICE, 2);
     SetRef::Anonymous(Anonymous { key_type, key_len, elements, intervals, id: None })
 }

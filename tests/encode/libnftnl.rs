@@ -411,9 +411,9 @@ impl Reference {
         let ends = ranges.iter().flat_map(|range| {
             let end = range.end().map(|end| {
                 let flags = libc::NFT_SET_ELEM_INTERVAL_END as u32;
-                NElem::key(&end.bytes()).u32(NFTNL_SET_ELEM_FLAGS, flags)
+                NElem::key(&octets(end)).u32(NFTNL_SET_ELEM_FLAGS, flags)
             });
-            [Some(NElem::key(&range.first.bytes())), end]
+            [Some(NElem::key(&octets(range.first))), end]
         });
         let (kind, flags) = (libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE);
         self.elements(kind, flags, set, Some(self.set_id), ends.flatten());
@@ -556,4 +556,9 @@ fn code(verdict: &Verdict) -> (u32, Option<&str>) {
         Verdict::Jump(chain) => (libc::NFT_JUMP as u32, Some(chain)),
         Verdict::Goto(chain) => (libc::NFT_GOTO as u32, Some(chain)),
     }
+}
+
+/// An address in network order.
+fn octets<A: Address>(address: A) -> Vec<u8> {
+    address.to_bits().to_be_bytes()[16 - A::BYTES..].to_vec()
 }
