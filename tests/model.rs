@@ -451,6 +451,7 @@ fn target_of(
     kernel: &Kernel,
     ids: &[u64],
     (uid, gid): (u32, u32),
+    marked: bool,
 ) -> Target {
     let holds = |set: &str, id: u64| {
         let own = |gate: &&Gate| gate.by == gates::KnownBy::Id(id);
@@ -471,6 +472,8 @@ fn target_of(
         Stmt::CgroupHash { level, set } => id(level).is_some_and(|id| holds_hash(set, id)),
         Stmt::Owner(owner) => owner.has(uid, Some(gid)) == Some(true),
         Stmt::HasOwner => true,
+        // by nothing that there is a target for
+        Stmt::CtMarked(_) => marked,
         // on its way out, of a flow that is not known
         _ => false,
     };
@@ -698,9 +701,11 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
                     let ids = ends.filter_map(|end| host.dirs.get(&path[..end])).copied();
                     let ids: Vec<u64> = ids.collect();
                     let (uid, gid) = (random.below(10) as u32, random.below(10) as u32);
-                    let found = target_of(&config, &table, &kernel, &ids, (uid, gid));
                     let want = covered(&config, path, uid, gid);
-                    assert_eq!(found, want, "uid {uid} gid {gid} in {:?}", path.escape_ascii());
+                    for marked in [false, true] {
+                        let found = target_of(&config, &table, &kernel, &ids, (uid, gid), marked);
+                        assert_eq!(found, want, "uid {uid} gid {gid} in {:?}", path.escape_ascii());
+                    }
                     owned += usize::from(want != verdict(&config, path).target);
                 }
                 // some of what is held is let go

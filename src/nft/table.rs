@@ -231,6 +231,9 @@ impl Table {
         }
         let deepest_first = (0..DEPTHS.len()).rev();
         chains.extend(deepest_first.map(|stage| chain(below_name(stage), Vec::new())));
+        if config.marks_flows() {
+            chains.push(chain(MARKED, Vec::new()));
+        }
         chains.push(Chain {
             name: OUTPUT.into(),
             base: Some(Base {
@@ -339,12 +342,17 @@ pub fn bridged_rules(bridges: &BTreeSet<String>) -> Vec<Rule> {
 /// The chain whose rules depend on the cgroups that exist.
 pub const OUTPUT: &str = "output";
 
+/// The chain for packets of flows that are marked.
+const MARKED: &str = "marked";
+
 /// The chains whose rules depend on the cgroups that exist, with their rules.
 pub fn classifying(config: &Config, shape: &Shape) -> Vec<(String, Vec<Rule>)> {
     let stages = 0..DEPTHS.len();
     let below = stages.map(|stage| (below_name(stage), below_rules(config, shape, stage)));
     let hold = hold_rules(config, shape.holding.as_ref());
-    below.chain(hold).chain([(OUTPUT.to_string(), output_rules(config, shape))]).collect()
+    let marked = config.marks_flows().then(|| (MARKED.into(), marked_rules(config, shape)));
+    let output = (OUTPUT.into(), output_rules(config, shape));
+    below.chain(hold).chain(marked).chain([output]).collect()
 }
 
 /// The chains that hold: which packets are asked for, whether their cgroup has been looked at, and
@@ -417,8 +425,7 @@ fn unknown_chain(config: &Config) -> Chain {
 }
 
 /// The pairs between a stage's gates and the next ones, in the order in which they are tried: the
-/// deepest level first, so that the nearest ancestor with an element decides. What a proxy takes
-/// can bear one look-up more, for most of it has a short cut behind that.
+/// deepest level first, so that the nearest ancestor with an element decides.
 fn pairs_of(shape: &Shape, stage: Stage) -> Vec<&Element> {
     let depth = |pair: &Element| usize::from(pair.level).saturating_sub(shape.base);
     let own = |pair: &&Element| !pair.loose && depths(stage).contains(&depth(pair));
@@ -427,6 +434,7 @@ fn pairs_of(shape: &Shape, stage: Stage) -> Vec<&Element> {
     pairs
 }
 
+/// Of a level, what is dropped comes first: all that it has is the look-ups.
 fn in_order(pair: &Element) -> impl Ord {
     let target = (pair.outcome.target != Target::Drop, pair.outcome);
     (Reverse(pair.level), pair.outcome.class, pair.hashed, target)
@@ -514,29 +522,65 @@ pub fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
         rule.insert(1, Stmt::Transparent);
         rules.push(rule);
     }
-    // what is below a removed cgroup has been removed as well: none of the others is nearer
-    let mut loose: Vec<&Element> = shape.pairs.iter().filter(|pair| pair.loose).collect();
-    loose.sort_by_key(|pair| in_order(pair));
-    rules.extend(loose.into_iter().map(|pair| pair_rule(config, pair)));
-    rules.extend(gate_rules(config, shape, 0));
-    let class = config.default_outcome().class;
-    if class > 0 {
-        rules.push(jump(&owners_name(class)));
+    if config.marks_flows() {
+        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto(MARKED)]);
     }
+    rules.extend(loose_rules(config, shape));
+    rules.extend(gate_rules(config, shape, 0));
+    rules.extend(default_owner_rule(config));
+    rules.extend(default_rule(config));
+    rules
+}
+
+/// So few pairs are tried without a gate.
+const FEW_PAIRS: usize = 4;
+
+/// What [`output_rules`] does with packets of flows that are marked: nearly all that proxies take. With
+/// few pairs they need no gate, since most of them are in one of these sets, and not in that of what
+/// is dropped.
+fn marked_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
+    let mut rules = loose_rules(config, shape);
+    let mut pairs: Vec<&Element> = shape.pairs.iter().filter(|pair| !pair.loose).collect();
+    if pairs.len() <= FEW_PAIRS {
+        // of a level, those with an outlet first
+        pairs.sort_by_key(|pair| {
+            (Reverse(pair.level), pair.outcome.class, pair.hashed, Reverse(pair.outcome))
+        });
+        rules.extend(pairs.into_iter().map(|pair| pair_rule(config, pair)));
+    } else {
+        rules.extend(gate_rules(config, shape, 0));
+    }
+    rules.extend(default_owner_rule(config));
     // a packet without a socket (RST or ACK after the application closed), or of a flow that began
     // under a target that its cgroup no longer has
-    if config.marks_flows() {
-        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::jump("sticky")]);
-    }
+    rules.push(jump("sticky"));
+    rules.extend(default_rule(config));
+    rules
+}
+
+/// What is below a removed cgroup has been removed as well: none of the others is nearer.
+fn loose_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
+    let mut loose: Vec<&Element> = shape.pairs.iter().filter(|pair| pair.loose).collect();
+    loose.sort_by_key(|pair| in_order(pair));
+    loose.into_iter().map(|pair| pair_rule(config, pair)).collect()
+}
+
+/// The lines for owners that come before the default.
+fn default_owner_rule(config: &Config) -> Option<Rule> {
+    let class = config.default_outcome().class;
+    (class > 0).then(|| jump(&owners_name(class)))
+}
+
+/// What becomes of packets that no rule decides.
+fn default_rule(config: &Config) -> Option<Rule> {
     match config.default {
         // such a packet of a flow that conntrack has forgotten
         Target::Direct if has_outlets(config) => {
-            rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Invalid, Stmt::goto("ownerless")]);
+            Some(vec![Stmt::L4proto(L4::Tcp), Stmt::Invalid, Stmt::goto("ownerless")])
         }
-        Target::Direct => {}
-        default => rules.push(vec![enter(config, default)]),
+        Target::Direct => None,
+        default => Some(vec![enter(config, default)]),
     }
-    rules
 }
 
 fn owners_name(class: u16) -> String {
