@@ -97,10 +97,13 @@ fuzz: toolchain
 	    tests/fuzz/seeds/$$target -- -max_total_time=$(SECONDS) || exit 1; done
 
 # Measures the static binary beside references of the same run (root; see tests/bench/main.rs), and
-# writes tests/bench/results.json. QUICK=1 takes fewer samples and less than a minute;
-# FIGURES="latency burst" measures those groups only, and writes no file.
+# writes tests/bench/results.json; from that come the picture tests/bench/figures.svg and the rows of
+# README's table. QUICK=1 takes fewer samples and a minute or two; FIGURES="latency burst" measures
+# those groups only, and writes no file. BESIDE=FILE measures packets under another build, too.
 bench: build deps
-	PATH="$$PATH:/usr/sbin:/sbin" QUICK=$(QUICK) CGTPROXY_BIN=$(abspath $(BIN)) cargo bench --locked --bench bench -- $(FIGURES)
+	PATH="$$PATH:/usr/sbin:/sbin" QUICK=$(QUICK) BESIDE=$(abspath $(BESIDE)) CGTPROXY_BIN=$(abspath $(BIN)) \
+	  cargo bench --locked --bench bench -- $(FIGURES)
+	@test -n "$(FIGURES)$(QUICK)" || python3 tests/bench/figures.py tests/bench/results.json tests/bench/figures.svg
 
 include init/package.mk tests/vm/vm.mk tests/real/real.mk
 

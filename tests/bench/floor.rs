@@ -32,7 +32,12 @@ const NFTA_SET_ELEM_LIST_SET: u16 = 2;
 const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
 const NFTA_LIST_ELEM: u16 = 1;
 const NFTA_SET_ELEM_KEY: u16 = 1;
+const NFTA_SET_ELEM_DATA: u16 = 2;
 const NFTA_DATA_VALUE: u16 = 1;
+const NFTA_DATA_VERDICT: u16 = 2;
+const NFTA_VERDICT_CODE: u16 = 1;
+const NFTA_VERDICT_CHAIN: u16 = 2;
+const NFT_GOTO: i32 = -4;
 const NLA_F_NESTED: u16 = 0x8000;
 
 /// A multicast listener on the ruleset of the thread's network namespace.
@@ -103,6 +108,24 @@ impl Listener {
     }
 }
 
+/// What the floor puts its elements into.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    Set,
+    /// As other programs have it, which look up what to do with a cgroup.
+    VerdictMap,
+}
+
+impl Kind {
+    /// The name of the table, and of the directory.
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Set => "floor",
+            Kind::VerdictMap => "verdicts",
+        }
+    }
+}
+
 /// The floor at work: a process of its own, as any classifier is, in the outside network namespace,
 /// so that neither its transactions nor ours wake the other.
 pub struct Floor {
@@ -116,14 +139,26 @@ pub struct Floor {
 }
 
 impl Floor {
-    /// Watches the cgroup `/floor` of the ground.
-    pub fn start(ground: &Ground) -> Floor {
-        let dir = ground.cgroup("/floor");
+    /// Watches a cgroup of the ground.
+    pub fn start(ground: &Ground, kind: Kind) -> Floor {
+        let dir = ground.cgroup(kind.name());
         let transact = shared();
         transact.store(true, Ordering::Relaxed);
         let (mut socket, fill) = ground.outside(|| {
-            load("table inet floor {\n set cg_floor { type cgroupsv2; }\n}");
-            (Socket::new(), Socket::new())
+            let content = match kind {
+                Kind::Set => "set seen { type cgroupsv2; }",
+                // the kernel looks at all of it again where a chain uses it
+                Kind::VerdictMap => {
+                    "map seen { type cgroupsv2 : verdict; }
+                    chain taken { accept; }
+                    chain output {
+                        type filter hook output priority 0; policy accept;
+                        socket cgroupv2 level 1 vmap @seen
+                    }"
+                }
+            };
+            load(&format!("table inet {} {{\n {content}\n}}", kind.name()));
+            (Socket::new(kind), Socket::new(kind))
         });
         let inotify = inotify(&dir);
         // SAFETY: what the child runs until it is killed neither allocates nor takes a lock.
@@ -142,9 +177,8 @@ impl Floor {
 
     /// Adds elements until the set holds `count`.
     pub fn fill(&mut self, count: u64) {
-        for key in self.filler..(1 << 40) + count {
-            self.fill.change(NFT_MSG_NEWSETELEM, key);
-        }
+        let all: Vec<u64> = (self.filler..(1 << 40) + count).collect();
+        all.chunks(500).for_each(|some| self.fill.add(some));
         self.filler = (1 << 40) + count;
     }
 
@@ -230,29 +264,17 @@ fn inotify(dir: &Path) -> OwnedFd {
 /// A netlink socket and the one batch that it sends, of which only type and key change.
 struct Socket {
     fd: OwnedFd,
+    kind: Kind,
     batch: Vec<u8>,
     kind_at: usize,
     key_at: usize,
 }
 
 impl Socket {
-    fn new() -> Socket {
-        let mut batch = Vec::new();
-        message(&mut batch, NFNL_MSG_BATCH_BEGIN, 0, [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8], &[]);
-        let kind_at = batch.len() + 4;
-        let value = attribute(NFTA_DATA_VALUE, &0u64.to_ne_bytes());
-        let key = attribute(NFTA_SET_ELEM_KEY | NLA_F_NESTED, &value);
-        let element = attribute(NFTA_LIST_ELEM | NLA_F_NESTED, &key);
-        let body = [
-            attribute(NFTA_SET_ELEM_LIST_TABLE, b"floor\0"),
-            attribute(NFTA_SET_ELEM_LIST_SET, b"cg_floor\0"),
-            attribute(NFTA_SET_ELEM_LIST_ELEMENTS | NLA_F_NESTED, &element),
-        ];
-        let flags = (libc::NLM_F_ACK | libc::NLM_F_CREATE) as u16;
-        message(&mut batch, 0, flags, [NFPROTO_INET, 0, 0, 0], &body.concat());
-        let key_at = batch.len() - 8;
-        message(&mut batch, NFNL_MSG_BATCH_END, 0, [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8], &[]);
-        Socket { fd: netlink(), batch, kind_at, key_at }
+    fn new(kind: Kind) -> Socket {
+        let batch = batch(kind, &[0]);
+        // the first message is the beginning, and behind the key stands the end
+        Socket { fd: netlink(), kind, kind_at: 20 + 4, key_at: batch.len() - 20 - 8, batch }
     }
 
     /// Adds or deletes one element; panics where the kernel refuses.
@@ -260,18 +282,55 @@ impl Socket {
         let kind = NFNL_SUBSYS_NFTABLES << 8 | kind;
         self.batch[self.kind_at..self.kind_at + 2].copy_from_slice(&kind.to_ne_bytes());
         self.batch[self.key_at..self.key_at + 8].copy_from_slice(&key.to_ne_bytes());
-        let fd = self.fd.as_raw_fd();
-        let mut answer = [0u8; 512];
-        // SAFETY: reads the batch, writes within the answer.
-        unsafe {
-            let n = libc::send(fd, self.batch.as_ptr().cast(), self.batch.len(), 0);
-            assert_eq!(n, self.batch.len() as isize, "send: {}", io::Error::last_os_error());
-            let n = libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0);
-            assert!(n >= 20, "recv: {}", io::Error::last_os_error());
-        }
-        let errno = i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]);
-        assert_eq!(errno, 0, "the floor's transaction was refused");
+        transact(&self.fd, &self.batch);
     }
+
+    fn add(&mut self, keys: &[u64]) {
+        transact(&self.fd, &batch(self.kind, keys));
+    }
+}
+
+/// A transaction that adds elements. The key stands last in each.
+fn batch(kind: Kind, keys: &[u64]) -> Vec<u8> {
+    let mut batch = Vec::new();
+    message(&mut batch, NFNL_MSG_BATCH_BEGIN, 0, [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8], &[]);
+    let element = |key: &u64| {
+        let value = attribute(NFTA_DATA_VALUE, &key.to_ne_bytes());
+        let key = attribute(NFTA_SET_ELEM_KEY | NLA_F_NESTED, &value);
+        let code = attribute(NFTA_VERDICT_CODE, &NFT_GOTO.to_be_bytes());
+        let chain = attribute(NFTA_VERDICT_CHAIN, b"taken\0");
+        let verdict = attribute(NFTA_DATA_VERDICT | NLA_F_NESTED, &[code, chain].concat());
+        let data = attribute(NFTA_SET_ELEM_DATA | NLA_F_NESTED, &verdict);
+        let data = if kind == Kind::VerdictMap { data } else { Vec::new() };
+        attribute(NFTA_LIST_ELEM | NLA_F_NESTED, &[data, key].concat())
+    };
+    let elements: Vec<u8> = keys.iter().flat_map(element).collect();
+    let table = [kind.name().as_bytes(), &[0]].concat();
+    let body = [
+        attribute(NFTA_SET_ELEM_LIST_TABLE, &table),
+        attribute(NFTA_SET_ELEM_LIST_SET, b"seen\0"),
+        attribute(NFTA_SET_ELEM_LIST_ELEMENTS | NLA_F_NESTED, &elements),
+    ];
+    let flags = (libc::NLM_F_ACK | libc::NLM_F_CREATE) as u16;
+    let new = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_NEWSETELEM;
+    message(&mut batch, new, flags, [NFPROTO_INET, 0, 0, 0], &body.concat());
+    message(&mut batch, NFNL_MSG_BATCH_END, 0, [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8], &[]);
+    batch
+}
+
+/// Sends a batch; panics where the kernel refuses.
+fn transact(socket: &OwnedFd, batch: &[u8]) {
+    let fd = socket.as_raw_fd();
+    let mut answer = [0u8; 512];
+    // SAFETY: reads the batch, writes within the answer.
+    unsafe {
+        let n = libc::send(fd, batch.as_ptr().cast(), batch.len(), 0);
+        assert_eq!(n, batch.len() as isize, "send: {}", io::Error::last_os_error());
+        let n = libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0);
+        assert!(n >= 20, "recv: {}", io::Error::last_os_error());
+    }
+    let errno = i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]);
+    assert_eq!(errno, 0, "the floor's transaction was refused");
 }
 
 fn attribute(kind: u16, payload: &[u8]) -> Vec<u8> {

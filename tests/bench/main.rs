@@ -8,11 +8,14 @@
 //! | `latency` | classification and no-op latency, burst, churn |
 //! | `start` | start, reload, memory, binary, rules |
 //! | `sockets` | who talks |
-//! | `traffic` | cost of a packet, proxied throughput |
+//! | `traffic` | cost of a packet, of a connection, proxied throughput |
+//! | `ways` | what packets are measured under: this program, another build of it, and other ways |
+//! | `senders` | processes that send, and how long that takes |
 //! | `floor` | the least that a classifier can do, and the listener that sees its effect |
 //! | `report` | the table, and results.json |
 //!
-//! Environment: `CGTPROXY_BIN` names the program under test, `QUICK=1` takes fewer samples, and
+//! Environment: `CGTPROXY_BIN` names the program under test, `BESIDE` another build of it that the
+//! groups `packet` and `forwarded` measure by turns with it, `QUICK=1` takes fewer samples, and
 //! arguments that are not options pick figures by the name of their group.
 
 // What the integration tests stand on; not all of it is used here.
@@ -38,9 +41,11 @@ mod world;
 mod floor;
 mod latency;
 mod report;
+mod senders;
 mod sockets;
 mod start;
 mod traffic;
+mod ways;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -94,17 +99,21 @@ fn main() {
     }
     let picked: Vec<String> = (std::env::args().skip(1)).filter(|a| !a.starts_with('-')).collect();
     type Group = (&'static str, fn(&mut Report));
-    let groups: [Group; 15] = [
+    let groups: &[Group] = &[
         ("binary", start::binary),
         ("rules", start::rules),
         ("start", start::start),
         ("reload", start::reload),
         ("lists", start::lists),
         ("latency", latency::latency),
+        ("first", latency::first_of_a_pair),
         ("burst", latency::burst),
         ("churn", latency::churn),
         ("apps", sockets::apps),
         ("packet", traffic::packet_cost),
+        ("counters", traffic::counters),
+        ("forwarded", traffic::forwarded),
+        ("streams", traffic::streams),
         ("user", traffic::user_line),
         ("destinations", traffic::destinations),
         ("route", traffic::route),

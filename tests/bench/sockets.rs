@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use crate::client::fork_into;
 use crate::daemon::run_with;
 use crate::ground::{addr, pipe, Ground, REMOTE4, REMOTE6};
-use crate::report::{median, Report, Target};
+use crate::report::{Report, Target};
 use crate::world::{bind, raw_addr};
 use crate::{go_on, sized, wait_until};
 
@@ -121,9 +121,9 @@ pub fn apps(report: &mut Report) {
         took.iter_mut().zip([clock, cpu, clocks, cpus]).for_each(|(all, one)| all.push(one));
     }
     drop(holders);
-    let [clock, cpu, clocks, cpus] = took.map(|all| median(&all));
+    let [clock, cpu, clocks, cpus] = &took;
     let figure = format!("apps, {all} sockets of {CGROUPS} cgroups");
-    let target = Target::AtMost(50.0);
+    let target = Target::RatioAtMost(1.0);
     report.beside(&figure, clock, "ms", ("ss -tuna --cgroup", clocks), target);
     report.beside(figure + ", CPU", cpu, "ms", ("ss -tuna --cgroup", cpus), target);
 }
