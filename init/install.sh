@@ -1,12 +1,20 @@
 #!/bin/sh
 # install.sh [install | uninstall | purge]: puts cgtproxy where the init system finds it, or removes
-# it; purge removes the configuration too. A configuration that is there is never overwritten.
+# it; purge removes the configuration too. A configuration that is there is never overwritten. These
+# are taken from the environment:
 #
 #   INIT        openwrt, openrc, systemd or auto (default: what this host runs)
 #   DESTDIR     stage below this directory; nothing is started or stopped then
 #   PREFIX      default /usr; SYSCONFDIR: default /etc
 #   BIN         the program; default: beside this script
 set -eu
+
+case ${1:-} in
+-h | --help | help)
+	sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+	exit
+	;;
+esac
 
 : "${INIT:=auto}" "${DESTDIR:=}" "${PREFIX:=/usr}" "${SYSCONFDIR:=/etc}"
 here=$(cd "$(dirname "$0")" && pwd)
@@ -72,9 +80,12 @@ keep() {
 	if [ -e "$DESTDIR$2" ]; then echo "$2 is kept"; else put "$1" "$2" 644; fi
 }
 
-# Manual pages and completion for bash; routers have neither man nor bash.
+# Manual pages, documentation and completion for bash; routers have neither man nor bash, nor the room.
+docs=$PREFIX/share/doc/cgtproxy
 extras() {
 	[ "$INIT" != openwrt ] || return 0
+	echo "$here/README.md $docs/README.md 644"
+	for example in "$here"/conf/examples/*; do echo "$example $docs/examples/${example##*/} 644"; done
 	for page in "$here"/conf/man/*.[0-9]; do
 		echo "$page $PREFIX/share/man/man${page##*.}/${page##*/} 644"
 	done
@@ -102,7 +113,7 @@ do_uninstall() {
 	if [ -z "$DESTDIR" ] && [ -x "$program" ]; then
 		case $INIT in
 		openwrt) "$SYSCONFDIR/init.d/cgtproxy" stop; "$SYSCONFDIR/init.d/cgtproxy" disable ;;
-		openrc) rc-service --ifstarted cgtproxy stop; rc-update --quiet --all del cgtproxy ;;
+		openrc) rc-service --ifstarted cgtproxy stop; rc-update --quiet --all del cgtproxy >/dev/null 2>&1 ;;
 		systemd) systemctl --quiet disable --now cgtproxy ;;
 		esac || echo "install.sh: the service could not be stopped" >&2
 		# also what on-exit = keep has left
@@ -110,7 +121,7 @@ do_uninstall() {
 	fi
 	echo "$services" | while read -r _ to _; do rm -f "$DESTDIR$to"; done
 	extras | while read -r _ to _; do rm -f "$DESTDIR$to"; done
-	rm -f "$DESTDIR$program"
+	rm -rf "$DESTDIR${docs:?}" "$DESTDIR$program"
 	[ -z "$DESTDIR" ] || return 0
 	case $INIT in
 	openwrt) pages_changed ;;
@@ -127,5 +138,5 @@ purge)
 	[ "$INIT" != openwrt ] || rm -f "$DESTDIR$config"
 	rm -f "$DESTDIR$SYSCONFDIR/conf.d/cgtproxy"
 	;;
-*) die "install, uninstall or purge, not $1" ;;
+*) die "install, uninstall or purge, not $1 (--help)" ;;
 esac
