@@ -51,7 +51,7 @@ SYSCONFDIR ?= /etc
 INIT       ?= auto
 INSTALL     = DESTDIR=$(DESTDIR) PREFIX=$(PREFIX) SYSCONFDIR=$(SYSCONFDIR) INIT=$(INIT) BIN=$(BIN) sh init/install.sh
 
-.PHONY: install uninstall dist dist-all dist-source deb init-test luci-test
+.PHONY: install uninstall dist dist-all dist-source deb deb-source init-test luci-test
 install:
 	@test -e $(BIN) || { echo "make: no $(BIN): run make first" >&2; exit 1; }
 	$(INSTALL) install
@@ -78,46 +78,58 @@ dist: cross
 dist-all:
 	+for arch in $(ARCHES); do $(MAKE) --no-print-directory dist ARCH=$$arch || exit 1; done
 
-# The source as a feed of OpenWrt takes it, and the hash for its Makefile.
+# The source as feeds of OpenWrt, aports and Debian take it, and the hash for OpenWrt's Makefile.
 SOURCE = target/dist/cgtproxy-$(VERSION).tar.gz
 dist-source:
 	mkdir -p target/dist
 	git archive --prefix=cgtproxy-$(VERSION)/ HEAD | gzip -n9 > $(SOURCE)
 	@sha256sum $(SOURCE)
 
-# A Debian package; the same source gives the same bytes.
+# A Debian package of the static program, for every Debian from 12 on; the same source gives the same
+# bytes. init/debian describes it, and the source package below: what is packed is all that differs.
 DEB_ARCH_x86_64 = amd64
 DEB_ARCH_i686   = i386
 DEB_ARCH_aarch64 = arm64
 DEB_ARCH_armv7  = armhf
+DEB_ARCH_arm    = armel
 DEB_ARCH = $(or $(DEB_ARCH_$(ARCH)),$(ARCH))
-DEB      = target/deb/cgtproxy_$(VERSION)_$(DEB_ARCH).deb
 STAGE    = target/deb/$(DEB_ARCH)
-deb: cross
-	rm -rf $(STAGE)
-	DESTDIR=$(STAGE) INIT=systemd BIN=$(BIN) sh init/install.sh install
-	mkdir -p $(STAGE)/DEBIAN $(STAGE)/usr/share/doc/cgtproxy $(STAGE)/usr/share/lintian/overrides
-	cp init/debian/postinst init/debian/prerm init/debian/postrm $(STAGE)/DEBIAN
-	echo /etc/cgtproxy/cgtproxy.conf > $(STAGE)/DEBIAN/conffiles
-	cp -r README.md conf/examples $(STAGE)/usr/share/doc/cgtproxy
-	cp init/debian/copyright $(STAGE)/usr/share/doc/cgtproxy/copyright
-	sed '1,/^$$/d' LICENSE >> $(STAGE)/usr/share/doc/cgtproxy/copyright
-	cp init/debian/lintian-overrides $(STAGE)/usr/share/lintian/overrides/cgtproxy
-	printf 'cgtproxy (%s) unstable; urgency=medium\n\n  * See the README.\n\n -- cgtproxy developers <cgtproxy@example.org>  %s\n' \
-	  "$(VERSION)" "$$(LC_ALL=C date -u -R -d @$(DATE))" | gzip -n9 > $(STAGE)/usr/share/doc/cgtproxy/changelog.gz
-	find $(STAGE)/usr/share/man -type f -exec gzip -n9 {} + 2>/dev/null || true
-	chmod -R u+w,go=rX $(STAGE)
-	chmod 755 $(STAGE)/DEBIAN/p*
-	cd $(STAGE) && find . -type f ! -path './DEBIAN/*' -printf '%P\n' | sort | xargs md5sum > DEBIAN/md5sums
-	sed "s/@VERSION@/$(VERSION)/; s/@ARCH@/$(DEB_ARCH)/; s/@SIZE@/$$(du -ks $(STAGE)/usr | cut -f1)/" \
-	  init/debian/control > $(STAGE)/DEBIAN/control
-	SOURCE_DATE_EPOCH=$(DATE) dpkg-deb --root-owner-group -Zxz --build $(STAGE) $(DEB)
+deb: cross debhelper
+	rm -rf $(STAGE) target/deb/cgtproxy_*_$(DEB_ARCH).*
+	mkdir -p $(STAGE)
+	cp -r $(BIN) README.md conf init $(STAGE)
+	cp -r init/debian $(STAGE)/debian
+	cd $(STAGE) && env -u MAKEFLAGS -u MAKELEVEL SOURCE_DATE_EPOCH=$(DATE) PROGRAM=cgtproxy \
+	  DEB_BUILD_OPTIONS="nocheck nostrip" \
+	  dpkg-buildpackage -b -d -us -uc -a$(DEB_ARCH) > ../$(DEB_ARCH).log 2>&1 || { cat ../$(DEB_ARCH).log; exit 1; }
+	@sha256sum target/deb/cgtproxy_*_$(DEB_ARCH).deb
+
+# The source package, for dpkg-buildpackage with Debian's own Rust: the source, and the crates that it
+# needs as a second archive. Nothing is fetched where it is built.
+DSC      = target/deb/source
+PACK     = tar --sort=name --mtime=@$(DATE) --owner=0 --group=0 --numeric-owner --mode=a=rX,u+w -C $(DSC)/cgtproxy-$(VERSION)
+deb-source: dist-source debhelper
+	rm -rf $(DSC)
+	mkdir -p $(DSC)
+	cp $(SOURCE) $(DSC)/cgtproxy_$(VERSION).orig.tar.gz
+	tar -C $(DSC) -xf $(SOURCE)
+	cd $(DSC)/cgtproxy-$(VERSION) && cargo vendor --quiet --locked > ../vendor.log
+	$(PACK) -c vendor | xz -T1 > $(DSC)/cgtproxy_$(VERSION).orig-vendor.tar.xz
+	cp -r $(DSC)/cgtproxy-$(VERSION)/init/debian $(DSC)/cgtproxy-$(VERSION)
+	cd $(DSC)/cgtproxy-$(VERSION) && SOURCE_DATE_EPOCH=$(DATE) dpkg-source -b .
+	rm -rf $(DSC)/cgtproxy-$(VERSION) $(DSC)/vendor.log
+
+.PHONY: debhelper
+debhelper:
+	@$(call have,dh dpkg-buildpackage) || { test "$$(id -u)" = 0 || { echo "make: debhelper is missing; as root:" \
+	    "apt-get install debhelper dpkg-dev" >&2; exit 1; }; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends debhelper dpkg-dev; }
 
 # Services under their init systems, and the packages: needs root, and fetches Debian trees, once. With
 # LUCI_DIR, a checkout of LuCI, its pages too, in Chromium; `make luci-test` has these alone, and leaves
 # pictures of them in target/init/luci.
 INIT_NEEDS = debootstrap busybox lintian $(LUCI_DIR:%=chromium)
-init-test: build deps deb
+init-test: build deps deb deb-source
 	$(call have,$(INIT_NEEDS)) || { apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(INIT_NEEDS); }
 	LUCI_DIR=$(LUCI_DIR) tests/init/run.sh

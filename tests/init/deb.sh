@@ -10,18 +10,21 @@ start() {
 }
 exec_leaves() { mkdir -p /sys/fs/cgroup/cgtproxy/direct/99999999; }
 conf=/etc/cgtproxy/cgtproxy.conf
+upgrade=/root/upgrade.deb
+[ -e $upgrade ] || upgrade=/root/cgtproxy.deb
 files() { find / -xdev -name '*cgtproxy*' ! -path '/root/*' ! -path '/proc/*' ! -path '/sys/*'; }
 
 check "install" dpkg -i /root/cgtproxy.deb
 check "files are those of the package" dpkg -V cgtproxy
-check "README and examples" [ -s /usr/share/doc/cgtproxy/README.md -a -s /usr/share/doc/cgtproxy/examples/kill-switch.conf ]
+check "README and examples" [ -s /usr/share/doc/cgtproxy/README.md.gz -a -s /usr/share/doc/cgtproxy/examples/kill-switch.conf ]
 check "the units are where they belong" [ -s /usr/lib/systemd/system/cgtproxy.service ]
 check "check" /usr/sbin/cgtproxy check
 check "run" start
 check "the table is there" nft list table inet cgtproxy
 echo '# mine' >>$conf
-check "installed again, the configuration is kept" dpkg -i --force-confold /root/cgtproxy.deb
-check "as it was" grep -q '^# mine' $conf
+check "upgrade to what $(sed -n "s/^PRETTY_NAME=//p" /etc/os-release) builds" dpkg -i --force-confold "$upgrade"
+check "files are those of the package" dpkg -V cgtproxy
+check "the configuration is as it was" grep -q '^# mine' $conf
 kill "$(cat /run/cgtproxy.pid)"
 wait
 check "stopped" fails nft list table inet cgtproxy

@@ -36,8 +36,8 @@ remote_host() {
 	ip link set in0 up
 	ip neigh add 192.0.2.2 lladdr 02:00:00:00:00:02 dev in0
 	ip -6 neigh add 2001:db8:1::2 lladdr 02:00:00:00:00:02 dev in0
-	ip route add default via 192.0.2.2
-	ip -6 route add default via 2001:db8:1::2 dev in0
+	ip route add 203.0.113.0/24 via 192.0.2.2
+	ip -6 route add 2001:db8:2::/64 via 2001:db8:1::2 dev in0
 	remotely nft -f - <<-EOT
 	table inet count {
 		counter p9 { }

@@ -1,7 +1,7 @@
 #!/bin/bash
-# run.sh [openrc|procd|luci|systemd|deb|fresh...]: the services under their init systems, LuCI's pages and
-# the package, in containers of debootstrap trees below target/init. Needs root. Exit status 1 if
-# anything fails.
+# run.sh [script|openrc|procd|luci|dsc|systemd|deb|fresh...]: the services under their init systems, LuCI's
+# pages and the packages, in containers of debootstrap trees below target/init. Needs root. Exit status
+# 1 if anything fails.
 # shellcheck disable=SC2317,SC2329 # functions are called by name
 # shellcheck disable=SC2015,SC2086 # echo does not fail, and no path here holds a blank
 cd "$(dirname "$0")/../.." || exit 1
@@ -12,13 +12,24 @@ program=target/$(uname -m)-unknown-linux-musl/release/cgtproxy
 : "${MIRROR:=$(cat /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list 2>/dev/null |
 	sed -nE 's/^(URIs:|deb( \[.*\])?)[[:space:]]*([^[:space:]]+).*/\3/p' | head -1)}"
 
-tree() { # SUITE PACKAGES: a fresh copy of a cached tree
-	local base=$trees/$1-$3
+tree() { # SUITE PACKAGES NAME: a fresh copy of a cached tree
+	local bare=$trees/$1-bare base=$trees/$1-$3
+	mkdir -p "$trees"
+	if [ ! -e "$bare.done" ]; then
+		rm -rf "$bare"
+		unshare -m debootstrap --variant=minbase "$1" "$bare" "$MIRROR" >"$bare.log" 2>&1 ||
+			{ echo "FAILED debootstrap of $1, see $bare.log"; return 1; }
+		echo force-unsafe-io >"$bare/etc/dpkg/dpkg.cfg.d/unsafe"
+		touch "$bare.done"
+	fi
 	if [ ! -e "$base.done" ]; then
 		rm -rf "$base"
-		mkdir -p "$trees"
-		debootstrap --variant=minbase --include="$2" "$1" "$base" "$MIRROR" \
-			>"$base.log" 2>&1 || { echo "FAILED debootstrap of $1, see $base.log"; return 1; }
+		cp -a "$bare" "$base"
+		cp /etc/resolv.conf "$base/etc/"
+		# shellcheck disable=SC2016 # the inner shells expand them
+		unshare -m env DEBIAN_FRONTEND=noninteractive sh -c 'mount -t proc proc "$0/proc" && exec chroot "$0" sh -c \
+			"apt-get update -q && apt-get install -qy --no-install-recommends $1 && apt-get clean"' "$base" "${2//,/ }" \
+			>"$base.log" 2>&1 || { echo "FAILED to install $2, see $base.log"; return 1; }
 		touch "$base.done"
 	fi
 	rm -rf "$trees/run"
@@ -28,6 +39,33 @@ tree() { # SUITE PACKAGES: a fresh copy of a cached tree
 inside() { # SCRIPT: puts it into the tree, as what container.sh is to run
 	cp "$here/$1" $trees/run/root/test.sh
 	cp $here/lib.sh $trees/run/root/
+}
+
+# install.sh, as a user of an archive has it
+script() {
+	local to said
+	to=$(mktemp -d)
+	it() { DESTDIR=$to INIT=$1 BIN=$program sh init/install.sh "$2"; }
+	passes() { # DESCRIPTION COMMAND...
+		said=$("${@:2}" 2>&1) && echo "ok     $1" || { echo "FAILED $1"; echo "$said"; rc=1; }
+	}
+	helps() { sh init/install.sh "$1" | grep 'INIT .*openwrt'; }
+	for word in --help -h help; do passes "install.sh $word helps" helps $word; done
+	unknown() { ! it openrc frobnicate && said=$(it openrc frobnicate 2>&1) || [[ $said == *--help* ]]; }
+	passes "and what it does not know leads there" unknown
+	for init in openrc systemd; do
+		passes "installs for $init" it $init install
+		documented() { diff README.md "$to/usr/share/doc/cgtproxy/README.md" && diff -r conf/examples "$to/usr/share/doc/cgtproxy/examples"; }
+		passes "with README and examples" documented
+		passes "purges" it $init purge
+		nothing() { ! find "$to" -type f | grep .; }
+		passes "and leaves no file" nothing
+	done
+	small() { it openwrt install && ! find "$to/usr/share" -type f | grep .; }
+	passes "installs for openwrt, without documentation" small
+	passes "purges" it openwrt purge
+	passes "and leaves no file" nothing
+	rm -r "$to"
 }
 
 openrc() {
@@ -60,20 +98,41 @@ systemd() {
 	for suite in bookworm trixie; do
 		echo "systemd of Debian $suite"
 		tree $suite systemd-sysv,dbus,nftables,iproute2,procps systemd || { rc=1; continue; }
-		cp target/deb/*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
+		packages $suite
 		inside systemd-inside.sh
 		timeout 180 $here/container.sh $trees/run /root/test.sh || rc=1
 		cat $trees/run/root/result || { echo "FAILED systemd did not boot"; rc=1; }
 	done
 }
 
+# into the tree: the package of the static program, and the suite's own build, if `dsc` has made it
+packages() { # SUITE
+	cp target/deb/cgtproxy_*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
+	cp $trees/built-$1/cgtproxy_*.deb $trees/run/root/upgrade.deb 2>/dev/null
+}
+
+# the source package, built by the suite's own tools and Rust, where there is no network
+dsc() {
+	for suite in bookworm:cargo-web,rustc-web trixie:cargo,rustc; do
+		echo "source package on Debian ${suite%:*}"
+		tree ${suite%:*} ${suite#*:},build-essential,debhelper,pkgconf,libmnl-dev,libnftnl-dev,lintian build || { rc=1; continue; }
+		suite=${suite%:*}
+		cp -r target/deb/source $trees/run/root/
+		inside source.sh
+		$here/container.sh $trees/run /root/test.sh || { rc=1; continue; }
+		rm -rf $trees/built-$suite
+		mkdir $trees/built-$suite
+		cp $trees/run/build/*.deb $trees/built-$suite/
+	done
+}
+
 deb() {
-	lintian --fail-on error target/deb/*_"$(dpkg --print-architecture)".deb && echo "ok     lintian" ||
+	lintian --fail-on error,warning target/deb/cgtproxy_*_"$(dpkg --print-architecture)".deb && echo "ok     lintian" ||
 		{ echo "FAILED lintian"; rc=1; }
 	for suite in bookworm trixie; do
 		echo "package on Debian $suite"
 		tree $suite nftables,iproute2,procps plain || { rc=1; continue; }
-		cp target/deb/*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
+		packages $suite
 		inside deb.sh
 		$here/container.sh $trees/run /root/test.sh || rc=1
 	done
@@ -117,5 +176,5 @@ fresh() {
 	done
 }
 
-for part in "${@:-openrc procd luci systemd deb}"; do for p in $part; do $p; done; done
+for part in "${@:-script openrc procd luci dsc systemd deb}"; do for p in $part; do $p; done; done
 exit $rc

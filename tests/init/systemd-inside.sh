@@ -1,6 +1,7 @@
 #!/bin/sh
 # Becomes systemd inside a Debian tree (see run.sh), where it starts itself again as a service, tests
-# the units of the package that is installed there, and ends systemd with its result.
+# the units of the package that is installed there, and ends systemd with its result. With `test` alone
+# it is what init/debian/tests runs on a machine where the package is installed.
 # shellcheck disable=SC2317,SC2329 # functions are called by name
 set -u
 if [ "${1:-}" != test ]; then
@@ -22,7 +23,12 @@ if [ "${1:-}" != test ]; then
 fi
 
 # shellcheck source=tests/init/lib.sh
-. /root/lib.sh
+. "$(dirname "$0")/lib.sh"
+# another build of the same version, where there is one
+upgrade() {
+	for deb in /root/upgrade.deb /root/cgtproxy.deb; do [ ! -e "$deb" ] || { dpkg -i "$deb"; return; }; done
+	apt-get install -y --reinstall cgtproxy
+}
 CONF=/etc/cgtproxy/cgtproxy.conf
 pid() { systemctl show -P MainPID cgtproxyd; }
 is() { [ "$(pid)" = "$1" ] && kill -0 "$1"; }
@@ -103,12 +109,12 @@ check "   a corrected file revives" within 30 another "$old"
 check "   the unit too" within 30 systemctl is-active cgtproxy
 
 old=$(pid)
-check "upgrade" dpkg -i /root/cgtproxy.deb
+check "upgrade" upgrade
 check "   by another daemon" another "$old"
 check "   nothing got out" nothing_got_out
 policy "$WRONG"
 old=$(pid)
-check "upgrade with an error is refused" fails says dpkg -i /root/cgtproxy.deb
+check "upgrade with an error is refused" fails says upgrade
 is_left_alone "$old"
 policy "$DROP"
 check "   configured once it is corrected" dpkg --configure cgtproxy
