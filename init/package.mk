@@ -51,7 +51,7 @@ SYSCONFDIR ?= /etc
 INIT       ?= auto
 INSTALL     = DESTDIR=$(DESTDIR) PREFIX=$(PREFIX) SYSCONFDIR=$(SYSCONFDIR) INIT=$(INIT) BIN=$(BIN) sh init/install.sh
 
-.PHONY: install uninstall dist dist-all dist-source deb deb-source init-test luci-test
+.PHONY: install uninstall dist dist-all dist-source names deb deb-source init-test luci-test
 install:
 	@test -e $(BIN) || { echo "make: no $(BIN): run make first" >&2; exit 1; }
 	$(INSTALL) install
@@ -84,6 +84,10 @@ dist-source:
 	mkdir -p target/dist
 	git archive --prefix=cgtproxy-$(VERSION)/ HEAD | gzip -n9 > $(SOURCE)
 	@sha256sum $(SOURCE)
+
+# Version, address and maintainer from Cargo.toml into all packages.
+names:
+	init/names.sh
 
 # A Debian package of the static program, for every Debian from 12 on; the same source gives the same
 # bytes. init/debian describes it, and the source package below: what is packed is all that differs.

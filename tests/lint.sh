@@ -1,5 +1,6 @@
 #!/bin/sh
-# What reads the repository without running it (`make lint`): rustfmt, clippy, shellcheck and mandoc.
+# What reads the repository without running it (`make lint`): rustfmt, clippy, shellcheck and mandoc, and
+# whether the packages say the same of the project.
 # A tool that is missing is installed. One that is not to be had costs its own part alone, which is a
 # SKIP line, and under CI=true a failure.
 cd "$(dirname "$0")/.." || exit 1
@@ -65,4 +66,6 @@ if has command -v mandoc || package mandoc; then
 else
 	skip "manual pages" "no mandoc"
 fi
+
+init/names.sh check || failed "names of the packages"
 exit $rc
