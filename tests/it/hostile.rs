@@ -643,10 +643,11 @@ fn the_configuration_is_swapped_while_it_is_read() {
             let name = |name: &str| CString::new(home.join(name).as_os_str().as_bytes());
             let (a, b) = (name("root").expect("no NUL"), name("user").expect("no NUL"));
             while on.load(Ordering::Relaxed) == 1 {
-                // SAFETY: NUL-terminated paths.
+                // SAFETY: NUL-terminated paths. musl has no function for it before 1.2.6.
                 let rc = unsafe {
                     let cwd = libc::AT_FDCWD;
-                    libc::renameat2(cwd, a.as_ptr(), cwd, b.as_ptr(), libc::RENAME_EXCHANGE)
+                    let exchange = libc::RENAME_EXCHANGE;
+                    libc::syscall(libc::SYS_renameat2, cwd, a.as_ptr(), cwd, b.as_ptr(), exchange)
                 };
                 assert_eq!(rc, 0, "{}", std::io::Error::last_os_error());
             }
