@@ -11,7 +11,7 @@
 use std::collections::HashMap;
 
 use crate::config::pattern::{Pattern, Standing};
-use crate::config::{Config, HoldLine, Outcome, OwnerRule, Rule, Target};
+use crate::config::{Config, HoldLine, Outcome, OwnerRule, PatternRule, Target};
 
 /// Number of the deciding rule.
 pub type Rank = u32;
@@ -24,7 +24,7 @@ pub const EXEC: &str = "/cgtproxy";
 pub enum Decision<'a> {
     /// `/cgtproxy/TARGET` goes to TARGET.
     BuiltIn(Target),
-    Rule(&'a Rule),
+    Rule(&'a PatternRule),
     Default,
 }
 
@@ -52,7 +52,7 @@ pub fn rank(config: &Config, parent: Rank, path: &[u8]) -> Rank {
 }
 
 /// The configured rules that could still win under a parent of that rank.
-fn before(config: &Config, parent: Rank) -> &[Rule] {
+fn before(config: &Config, parent: Rank) -> &[PatternRule] {
     let configured = parent.saturating_sub(built_in_rules(config)) as usize;
     &config.rules[..configured.min(config.rules.len())]
 }
@@ -254,14 +254,14 @@ fn built_in(config: &Config, path: &[u8]) -> Option<Rank> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{compile, Place, Rule};
+    use crate::config::{compile, PatternRule, Place};
     use crate::testing::Random;
     use std::rc::Rc;
 
     fn config(rules: &[(Target, String)], default: Target) -> Config {
         let place = Place { file: Rc::new("test".into()), line: 1 };
         let rules = (rules.iter())
-            .map(|(target, pattern)| Rule {
+            .map(|(target, pattern)| PatternRule {
                 target: *target,
                 text: pattern.as_str().into(),
                 pattern: pattern.clone(),

@@ -11,7 +11,9 @@ use std::rc::Rc;
 use cgtproxy::cgroup::core::Core;
 use cgtproxy::config::file::Files;
 use cgtproxy::config::keys::{Key, Kind, Takes, Unset};
-use cgtproxy::config::{lint, load, Config, OnExit, Problem, Rule, RuleLine, Source, Take, Target};
+use cgtproxy::config::{
+    lint, load, Config, OnExit, PatternRule, Problem, RuleLine, Source, Take, Target,
+};
 use cgtproxy::error::reason;
 use cgtproxy::log::Level;
 use cgtproxy::net::{Address, Family, Mark, Owner, Range, Ranges, L4};
@@ -1016,7 +1018,7 @@ fn the_first_line_that_covers_decides() {
                 ends.map(|end| &path[..end]).filter(|p| !p.is_empty()).collect();
             let covers = |line: &RuleLine| match line {
                 RuleLine::Patterns(rules) => {
-                    let hits = |rule: &Rule| prefixes.iter().any(|p| rule.regex.is_match(p));
+                    let hits = |rule: &PatternRule| prefixes.iter().any(|p| rule.regex.is_match(p));
                     rules.iter().any(hits)
                 }
                 RuleLine::Owners(rule) => {

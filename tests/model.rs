@@ -261,7 +261,7 @@ fn verdict(config: &Config, path: &[u8]) -> Outcome {
     let text = std::str::from_utf8(path).expect("names are ASCII");
     let ends = text.match_indices('/').map(|(at, _)| at).skip(1);
     let prefixes: Vec<&str> = ends.chain([text.len()]).map(|end| &text[..end]).collect();
-    let covers = |rule: &config::Rule| {
+    let covers = |rule: &config::PatternRule| {
         !path.is_empty() && prefixes.iter().any(|prefix| rule.regex.is_match(prefix))
     };
     let mut class = 0;

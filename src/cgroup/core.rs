@@ -24,8 +24,8 @@ pub struct Delta {
     pub delete: Vec<(Outcome, u64)>,
     pub add: Vec<(Outcome, u64)>,
     /// The same for cgroups that are matched by their hashes.
-    pub delete_dying: Vec<dying::Key>,
-    pub add_dying: Vec<dying::Key>,
+    pub delete_dying: Vec<dying::Hashed>,
+    pub add_dying: Vec<dying::Hashed>,
     pub delete_gates: Vec<Gate>,
     pub add_gates: Vec<Gate>,
     pub delete_held: Vec<Held>,

@@ -41,7 +41,7 @@ impl Dying {
         Dying { hash, level, outcome, path: None, gates: Vec::new(), quiet: 0 }
     }
 
-    fn key(&self) -> Key {
+    fn key(&self) -> Hashed {
         (self.outcome, self.hash)
     }
 
@@ -53,14 +53,14 @@ impl Dying {
 }
 
 /// What an element of the kernel's sets says: whose set it is in, and the hash of the path.
-pub type Key = (Outcome, u32);
+pub type Hashed = (Outcome, u32);
 
 /// All of them, the oldest first.
 #[derive(Debug, Default)]
 pub struct List {
     all: VecDeque<Dying>,
     /// How many cgroups make one element of a set: these, and living ones.
-    elements: Tally<Key>,
+    elements: Tally<Hashed>,
 }
 
 /// Most that are kept: nobody can make the kernel's sets grow without end.
@@ -148,7 +148,7 @@ impl List {
     }
 
     /// The kernel's elements that are to go, and to come.
-    pub fn take_changes(&mut self) -> (Vec<Key>, Vec<Key>) {
+    pub fn take_changes(&mut self) -> (Vec<Hashed>, Vec<Hashed>) {
         self.elements.take_changes()
     }
 
@@ -165,7 +165,7 @@ impl List {
         self.count(dying.key(), false);
     }
 
-    fn count(&mut self, element: Key, up: bool) {
+    fn count(&mut self, element: Hashed, up: bool) {
         self.elements.count(element, up);
     }
 }

@@ -15,7 +15,7 @@ use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount::{self, Root};
 use crate::cgroup::tree::{self, Node, Path};
-use crate::config::{propose, Config, OwnerRule, Place, Rule, Target};
+use crate::config::{propose, Config, OwnerRule, PatternRule, Place, Target};
 use crate::error::Result;
 use crate::host;
 use crate::json::Json;
@@ -112,7 +112,7 @@ enum Whereabouts {
 /// Who decides where the flows go.
 #[derive(Debug)]
 enum Decides {
-    Rule(Rule),
+    Rule(PatternRule),
     Owner(OwnerRule),
     /// `/cgtproxy/TARGET` goes to TARGET.
     BuiltIn,

@@ -13,7 +13,7 @@ use super::containers;
 use crate::cgroup::dying;
 use crate::cgroup::mount::{self, Mount, Root};
 use crate::cgroup::watch;
-use crate::config::{Config, Outlet, Rule, RuleLine, Target};
+use crate::config::{Config, Outlet, PatternRule, RuleLine, Target};
 use crate::error::{errno, Error, Result};
 use crate::kernel::Kernel;
 use crate::log::Escaped;
@@ -275,7 +275,7 @@ fn limits(config: &Config, target: Target) -> String {
 }
 
 /// What the line with that rule became, where it is not a regex itself.
-fn means(config: &Config, at: usize) -> &[Rule] {
+fn means(config: &Config, at: usize) -> &[PatternRule] {
     let rule = &config.rules[at];
     let mut lines = config.rule_lines().filter_map(|line| match line {
         RuleLine::Patterns(rules) => Some(rules),

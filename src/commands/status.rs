@@ -107,7 +107,7 @@ pub(super) struct Status {
     /// By name of the tproxy.
     listens: BTreeMap<String, Listens>,
     /// By name of the route.
-    ways: BTreeMap<String, Way>,
+    ways: BTreeMap<String, WayState>,
     /// Rules and routes that are there or should be, and whether they are.
     routing: Vec<(Entry, bool)>,
     /// A line for each thing of others that takes what the rules and routes should.
@@ -119,7 +119,7 @@ pub(super) struct Status {
 }
 
 /// A way out.
-struct Way {
+struct WayState {
     /// Of either kind there is one.
     interface: Option<String>,
     table: Option<u32>,
@@ -128,15 +128,15 @@ struct Way {
     state: &'static str,
 }
 
-impl Way {
-    fn of(way: &WayOut, links: &[Link]) -> Way {
+impl WayState {
+    fn of(way: &WayOut, links: &[Link]) -> WayState {
         let table = match way.leads {
             Leads::Table(table) => Some(table),
             Leads::Interface { .. } => None,
         };
         let closed = Family::BOTH.map(|family| way.closed(family, links));
         let interface = way.interface().map(str::to_string);
-        Way { interface, table, closed, state: way.state(links) }
+        WayState { interface, table, closed, state: way.state(links) }
     }
 }
 
@@ -360,7 +360,7 @@ impl Status {
                 let seen = kernel.seen(family, &needs.tables())?;
                 hindrances.extend(seen.hindrances(needs, family, priority));
                 let all = needs.ways.iter();
-                ways.extend(all.map(|w| (w.name.to_string(), Way::of(w, &needs.links))));
+                ways.extend(all.map(|w| (w.name.to_string(), WayState::of(w, &needs.links))));
             }
             routing.extend(compare(family, needs.as_ref(), have, priority));
         }

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::pattern::Literals;
-use super::{Config, HoldLine, OwnerRule, Rule};
+use super::{Config, HoldLine, OwnerRule, PatternRule};
 use crate::net::Owner;
 
 /// Most times that a rule is held against an earlier one: their number goes with the square.
@@ -116,7 +116,11 @@ fn misfit(branch: &str) -> Option<String> {
 }
 
 /// The earlier rule that covers whatever this one matches, if there is one for each alternative.
-fn hidden_by<'a>(rule: &Rule, earlier: &'a [Rule], tries: &mut usize) -> Option<&'a Rule> {
+fn hidden_by<'a>(
+    rule: &PatternRule,
+    earlier: &'a [PatternRule],
+    tries: &mut usize,
+) -> Option<&'a PatternRule> {
     if has_flags(&rule.pattern) {
         return None;
     }
@@ -133,7 +137,7 @@ fn hidden_by<'a>(rule: &Rule, earlier: &'a [Rule], tries: &mut usize) -> Option<
 }
 
 /// Whether a rule covers every path that holds these literals.
-fn covers(rule: &Rule, literals: &Literals) -> bool {
+fn covers(rule: &PatternRule, literals: &Literals) -> bool {
     if matches!(&*rule.pattern, ".*" | ".+" | "/.*" | "/.+") {
         return true;
     }
@@ -218,7 +222,7 @@ mod tests {
 
     fn config(patterns: &[&str]) -> Config {
         let place = Place { file: Rc::new("c".into()), line: 1 };
-        let rule = |pattern: &&str| Rule {
+        let rule = |pattern: &&str| PatternRule {
             target: Target::Drop,
             text: pattern.to_string().into(),
             pattern: pattern.to_string(),

@@ -252,7 +252,7 @@ impl Route {
 
 /// One line of `[rules]`, or one of the patterns that it stands for: these follow one another.
 #[derive(Debug, Clone)]
-pub struct Rule {
+pub struct PatternRule {
     pub target: Target,
     /// As it was written.
     pub text: Rc<str>,
@@ -277,7 +277,7 @@ impl AsRef<Pattern> for HoldLine {
     }
 }
 
-impl AsRef<Pattern> for Rule {
+impl AsRef<Pattern> for PatternRule {
     fn as_ref(&self) -> &Pattern {
         &self.regex
     }
@@ -300,7 +300,7 @@ pub struct OwnerRule {
 /// A line of `[rules]`: the patterns that it stands for, or owners.
 #[derive(Debug, Clone, Copy)]
 pub enum RuleLine<'a> {
-    Patterns(&'a [Rule]),
+    Patterns(&'a [PatternRule]),
     Owners(&'a OwnerRule),
 }
 
@@ -414,7 +414,7 @@ pub struct Config {
     pub holds: Vec<HoldLine>,
     pub tproxies: Vec<Tproxy>,
     pub routes: Vec<Route>,
-    pub rules: Vec<Rule>,
+    pub rules: Vec<PatternRule>,
     /// In file order.
     pub owner_rules: Vec<OwnerRule>,
     pub gateways: Vec<Gateway>,

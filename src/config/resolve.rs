@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use super::keys::{Draft, Kind, Section, Unset};
 use super::matches::Match;
-use super::model::{Config, HoldLine, Outlet, OwnerRule, Place, Problem, Rule, Target};
+use super::model::{Config, HoldLine, Outlet, OwnerRule, PatternRule, Place, Problem, Target};
 use super::pattern::{compile_within, MAX_COMPILED};
 use super::suggest::did_you_mean;
 use super::value::Result;
@@ -185,7 +185,7 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             }
             if let (Some(target), Ok(regex)) = (target, regex) {
                 let (text, place) = (text.clone(), place.clone());
-                config.rules.push(Rule { target, text, pattern, regex, place });
+                config.rules.push(PatternRule { target, text, pattern, regex, place });
             }
         }
     }
