@@ -418,7 +418,7 @@ fn pages() -> Option<BTreeSet<String>> {
 #[test]
 fn pages_and_keys() {
     let Some(pages) = pages() else { return };
-    let mut missing: Vec<_> = (Kind::ALL.into_iter())
+    let missing: Vec<_> = (Kind::ALL.into_iter())
         .flat_map(|kind| kind.keys().map(move |key| (kind, key)))
         .map(|(kind, key)| {
             let section = if kind == Kind::Global { "cgtproxy" } else { kind.name() };
@@ -426,8 +426,6 @@ fn pages_and_keys() {
         })
         .filter(|option| !pages.contains(option))
         .collect();
-    // for files alone
-    missing.retain(|option| !NOT_IN_PAGES.contains(&option.as_str()));
     assert!(missing.is_empty(), "no page has {missing:?}");
     let known = |option: &str| {
         let (section, name) = option.split_once(' ').unwrap();
@@ -450,9 +448,6 @@ fn pages_and_keys() {
         assert!(known(option), "a page has {option}, which nothing knows");
     }
 }
-
-/// Keys that only a file, or UCI by hand, can say.
-const NOT_IN_PAGES: [&str; 1] = ["option cgtproxy hold"];
 
 #[test]
 fn pages_have_the_rights_that_they_need() {

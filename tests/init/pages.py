@@ -318,10 +318,12 @@ def settings():
     go("settings")
     browser.js("""(() => { const node = document.querySelector('#view [data-name=containers] select');
         node.value = 'no'; node.dispatchEvent(new Event('change', { bubbles: true })); })()""")
+    fill("hold", "/services/held")
     picture("settings")
     apply()
     reloaded()
-    check("a setting, applied", in_router, "uci export cgtproxy", "option containers 'no'")
+    check("a setting, applied", in_router, "uci export cgtproxy", "option containers 'no'", "list hold '/services/held'")
+    check("in the kernel as well", in_router, "mkdir -p /sys/fs/cgroup/services/held; nft list table inet cgtproxy", "held")
     check("what was not touched is as before", in_router, "uci export cgtproxy", "option enabled '1'")
     check("no flow was cut by a setting", flows_go_on)
 

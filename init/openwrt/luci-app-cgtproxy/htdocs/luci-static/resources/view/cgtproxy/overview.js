@@ -72,7 +72,7 @@ function state(reply) {
 	if (!status.in_force)
 		return warning(_('Nothing is in force: the service does not run.'));
 	if (status.daemon == null)
-		return warning(_('The service does not run: what is in force stays, and new applications go by default.'));
+		return warning(_('The service does not run: what is in force stays, and is not kept in step with new applications.'));
 	return E('p', {}, [ _('In force; what no rule decides goes: %s').format(status.default) ]);
 }
 
@@ -164,6 +164,7 @@ const about = () => ({
 	'cgroup-root': _('Cgroups'),
 	'cgroup-level': _('Cgroups'),
 	'rule': _('Rules'),
+	'hold': _('Held cgroups'),
 	'inotify': _('Limits of the kernel'),
 	'stray-service': _('Services without a cgroup'),
 	'cgroup-v1-controller': _('Cgroups'),

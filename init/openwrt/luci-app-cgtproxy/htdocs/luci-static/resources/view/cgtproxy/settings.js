@@ -26,6 +26,7 @@ return view.extend({
 				[ [ 'target', _('of each target') ], [ 'cgroup', _('of each cgroup too') ] ] ],
 			[ 'containers', 'choice', _('Containers'), _('Whether a rule for a container\'s cgroup covers what its network sends'),
 				[ [ 'yes', _('yes') ], [ 'no', _('no, leave alone') ] ] ],
+			[ 'hold', 'list', _('Held cgroups'), _('Regular expressions on the whole path: nothing below leaves before a rule was looked for'), '/services' ],
 			[ 'log_level', 'choice', _('Log level'), null,
 				[ 'error', 'warning', 'notice', 'info', 'debug' ].map(level => [ level, level ]) ]
 		]);
