@@ -43,6 +43,9 @@ policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /proxied\\.sl
 DROP='drop = /app\.slice' WRONG='mihomo = ('
 ours() { { ip rule; ip -6 rule; ip route show table all; } | grep -E 'proto 99|lookup 300'; }
 journal() { journalctl -u cgtproxy | grep "$1"; }
+proposes() { cgtproxy apps --suggest | grep "service:$1\$"; }
+takes_proposal() { proposes "$1" >>"$CONF" && systemctl reload cgtproxy; }
+counted() { cgtproxy status --prometheus | grep "^cgtproxy_target_packets_total{target=\"$1\"} [1-9]"; }
 table() { nft list table inet cgtproxy; }
 clean() { ! table && ! ours; }
 
@@ -62,10 +65,19 @@ floods() { [ "$(got 11)" -gt 100 ]; }
 
 remote_host
 systemctl start app.slice proxied.slice other.slice
-policy "$DROP"
 echo "       $(systemctl --version | head -1)"
 check "started at boot by the package" systemctl is-active cgtproxy cgtproxyd
 check "   which could ask the kernel how levels count" fails journal "over lo"
+
+# as README leads to a first rule, from the configuration that the package brought
+systemd-run --quiet --unit=talker bash -c \
+	'while exec 3<>/dev/udp/203.0.113.7/12; do while echo x >&3; do sleep 0.05; done; done'
+check "apps has a line for a service that talks" within 5 proposes talker
+check "   which a reload takes" takes_proposal talker
+check "   and status shows what came to it" within 5 counted mihomo
+systemctl stop talker
+
+policy "$DROP"
 check "restart" systemctl restart cgtproxy
 check "the table is there when restart returns" table
 check "a unit of the policy is dropped" asks app denied
