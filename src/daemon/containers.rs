@@ -20,6 +20,9 @@ use crate::plan;
 const SLICE: Duration = Duration::from_millis(1);
 const FIRST_SLICE: Duration = Duration::from_millis(200);
 
+/// How many cgroups that come are looked at within a look that goes on.
+const MOST_ADDED: usize = 64;
+
 /// Between two looks, this many times what the first has cost.
 const REST: u32 = 8;
 
@@ -33,6 +36,8 @@ pub struct Search {
     /// Cgroups of the look that goes on, the next one last, since when, and what it has cost.
     asked: Vec<Path>,
     since: u64,
+    /// How many of them came since it began.
+    added: usize,
     spent: Duration,
     due: Option<Instant>,
     /// Not before then.
@@ -53,6 +58,7 @@ impl Default for Search {
             began: now,
             asked: Vec::new(),
             since: 0,
+            added: 0,
             spent: Duration::ZERO,
             due: None,
             rest: now,
@@ -149,8 +155,11 @@ impl Daemon<'_> {
         for path in self.cgroups.ruled.drain(..) {
             if self.containers.containers.appeared(path.clone(), clock) {
                 news = true;
-                // next, where a look goes on: it has to come to an end however many come
-                self.containers.asked.push(path);
+                // next, where a look goes on; which has to come to an end, however many come
+                if self.containers.added < MOST_ADDED {
+                    self.containers.added += 1;
+                    self.containers.asked.push(path);
+                }
             }
         }
         if news && begins_anew {
@@ -219,6 +228,7 @@ impl Daemon<'_> {
             let ruled = || ruled().map(|(path, _)| path);
             search.asked = search.containers.in_question(search.since, ruled);
             search.asked.reverse();
+            search.added = 0;
         }
         let mut asking = true;
         while let (true, Some(path)) = (asking, search.asked.pop()) {
