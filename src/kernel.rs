@@ -556,7 +556,7 @@ fn remedy(object: &Object, errno: Errno) -> Option<String> {
         None if *object == Object::Table && errno == Errno::EPERM => Some(format!(
             "table inet {TABLE} is owned by another process, or CAP_NET_ADMIN is missing"
         )),
-        Some(chain) if is_absent && (chain == OUTPUT || HOLD.contains(&chain)) => {
+        Some(chain) if is_absent && (chain == OUTPUT || chain.starts_with(HOLD)) => {
             needs("nft_socket with cgroupv2 (Linux 5.13)", "kmod-nft-socket")
         }
         Some(chain) if is_absent && chain.starts_with("tproxy_") => {

@@ -241,7 +241,6 @@ samples! {
     Stmt::Unconfirmed => Stmt::Unconfirmed;
     Stmt::Confirmed => Stmt::Confirmed;
     Stmt::Fresh => Stmt::Fresh;
-    Stmt::GoesOn => Stmt::GoesOn;
     Stmt::Dnatted => Stmt::Dnatted;
     Stmt::NotDnatted => Stmt::NotDnatted;
     Stmt::Destination { .. } => Stmt::Destination { family: Family::V4, set: "bypass4".into() },
@@ -474,13 +473,7 @@ fn snapshot(config: &Config) -> Snapshot {
             base: 1,
             pairs: outcomes.iter().flat_map(levels).collect(),
             hashed: [0].into(),
-            holding: Some(Holding {
-                all: false,
-                roots: [1, 3].into(),
-                first: 1,
-                last: 12,
-                ahead: 14,
-            }),
+            holding: Some(Holding { all: false, roots: [1, 3].into(), last: 12, deepest: 13 }),
         },
     }
 }

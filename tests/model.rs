@@ -527,7 +527,7 @@ fn is_held(chains: &HoldChains, kernel: &Kernel, ids: &[u64]) -> bool {
         table::KNOWN => kernel.held.contains(&Held::Known(id)),
         other => panic!("{other}"),
     };
-    let Some(mut rules) = chains.get(table::HOLD[0]).map(|rules| rules.iter()) else {
+    let Some(mut rules) = chains.get(table::HOLD).map(|rules| rules.iter()) else {
         return false;
     };
     while let Some(rule) = rules.next() {

@@ -293,9 +293,9 @@ impl Core {
     /// Takes it that the kernel matches no level deeper than that: what lies there inherits. As
     /// after a new policy, the table has to be replaced. False where nothing lies there.
     pub fn set_deepest(&mut self, level: usize) -> bool {
-        let ahead = self.holds.shape(self.deepest).map(|holding| holding.ahead);
-        let levels = self.pairs.keys().map(|pair| pair.level).chain(ahead);
-        let deeper = levels.max().is_some_and(|most| usize::from(most) > level);
+        let deeper = self.pairs.keys().any(|pair| usize::from(pair.level) > level);
+        // the rules that hold are made for so many levels
+        let deeper = deeper || self.holds.shape(self.deepest).is_some() && level < self.deepest;
         self.deepest = level;
         if deeper {
             self.set_elements();

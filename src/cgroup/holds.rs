@@ -4,7 +4,7 @@
 //! All of this fails closed: a cgroup that is removed is known no more, and one whose path nft
 //! cannot show never is.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use super::dying;
 use super::tally::Tally;
@@ -38,10 +38,6 @@ pub enum Held {
     /// It has been looked at. Roots are among these.
     Known(u64),
 }
-
-/// How many levels below the deepest one that is known there are rules for. One would do, but for a
-/// packet that meets the rules of before a transaction and the sets of after it.
-const AHEAD: usize = 2;
 
 /// All of them, and the levels that they are at.
 #[derive(Debug, Default)]
@@ -97,11 +93,12 @@ impl Holds {
 
     /// What rules are needed for; `deepest`: that of the deepest level that the kernel takes.
     pub fn shape(&self, deepest: usize) -> Option<Holding> {
-        let roots: BTreeSet<u8> = self.roots.keys().copied().collect();
-        let first = if self.all { Some(1) } else { roots.first().copied() }?;
+        if !self.all && self.roots.is_empty() {
+            return None;
+        }
+        let roots = self.roots.keys().copied().collect();
         let last = self.known.keys().next_back().copied().unwrap_or(0);
-        let ahead = (usize::from(last) + AHEAD).min(deepest) as u8;
-        Some(Holding { all: self.all, roots, first, last, ahead })
+        Some(Holding { all: self.all, roots, last, deepest: deepest as u8 })
     }
 
     /// See [`Tally::take_changes`].
@@ -126,19 +123,16 @@ mod tests {
         holds.count(7, 3, Hold::Root, true);
         holds.count(8, 4, Hold::Below, true);
         holds.count(9, 2, Hold::None, true);
-        let held = |roots: &[u8], first, last, ahead| {
-            Some(Holding { all: false, roots: roots.iter().copied().collect(), first, last, ahead })
-        };
-        assert_eq!(holds.shape(255), held(&[3], 3, 4, 6));
-        assert_eq!(holds.shape(5), held(&[3], 3, 4, 5));
+        let held = |last| Some(Holding { all: false, roots: [3].into(), last, deepest: 255 });
+        assert_eq!(holds.shape(255), held(4));
         let (root, known) = (Held::Root(7), [Held::Known(7), Held::Known(8)]);
         assert_eq!(holds.take_changes(), (vec![], vec![root, known[0], known[1]]));
         // its level's rules stay for a while
         holds.count(8, 4, Hold::Below, false);
         assert_eq!(holds.take_changes(), (vec![known[1]], vec![]));
-        assert_eq!((holds.shape(255), holds.has_idle()), (held(&[3], 3, 4, 6), true));
+        assert_eq!((holds.shape(255), holds.has_idle()), (held(4), true));
         holds.tidy();
-        assert_eq!((holds.shape(255), holds.has_idle()), (held(&[3], 3, 3, 5), false));
+        assert_eq!((holds.shape(255), holds.has_idle()), (held(3), false));
         // what comes again at once is not told
         holds.clear();
         holds.count(7, 3, Hold::Root, true);
@@ -148,7 +142,7 @@ mod tests {
         assert_eq!((holds.shape(255), holds.snapshot()), (None, vec![]));
         // the root of all has no element
         holds.hold_all();
-        let all = Holding { all: true, roots: BTreeSet::new(), first: 1, last: 0, ahead: 2 };
+        let all = Holding { all: true, roots: [].into(), last: 0, deepest: 255 };
         assert_eq!(holds.shape(255), Some(all));
     }
 }

@@ -286,8 +286,6 @@ pub const IP_CT_DIR_REPLY: u8 = 1;
 // include/uapi/linux/netfilter/nf_conntrack_common.h: NF_CT_STATE_BIT(IP_CT_NEW), IPS_DST_NAT
 pub const NF_CT_STATE_NEW_BIT: u32 = 1 << 3;
 pub const NF_CT_STATE_INVALID_BIT: u32 = 1;
-pub const NF_CT_STATE_ESTABLISHED_BIT: u32 = 1 << 1;
-pub const NF_CT_STATE_RELATED_BIT: u32 = 1 << 2;
 pub const NF_CT_STATE_UNTRACKED_BIT: u32 = 1 << 6;
 pub const IPS_DST_NAT: u32 = 1 << 5;
 pub const IPS_SEEN_REPLY: u32 = 1 << 1;

@@ -66,8 +66,6 @@ pub enum Stmt {
     Invalid,
     /// `ct state invalid,new,untracked`: nothing says that it goes on with a flow
     Fresh,
-    /// `ct state established,related`: the others
-    GoesOn,
     /// `ct status and confirmed == 0`: of a flow that this very packet begins
     Unconfirmed,
     /// `ct status confirmed`: of a flow that has begun before
@@ -296,14 +294,6 @@ impl Stmt {
                     [ct(NFT_CT_STATE), and(bits), neq(&ne(0))],
                 )
             }
-            Stmt::GoesOn => out.put(
-                text!("ct state established,related"),
-                [
-                    ct(NFT_CT_STATE),
-                    and(NF_CT_STATE_ESTABLISHED_BIT | NF_CT_STATE_RELATED_BIT),
-                    neq(&ne(0)),
-                ],
-            ),
             Stmt::Unconfirmed => out.put(
                 text!("ct status and confirmed == 0"),
                 [ct(NFT_CT_STATUS), and(IPS_CONFIRMED), eq(&ne(0))],

@@ -56,11 +56,10 @@ pub struct Holding {
     /// Every cgroup but the root of all is below a held one.
     pub all: bool,
     pub roots: BTreeSet<u8>,
-    /// The levels at which there may be known ones.
-    pub first: u8,
+    /// The deepest one that is known.
     pub last: u8,
-    /// The deepest one to look for others at.
-    pub ahead: u8,
+    /// The deepest one that the kernel takes.
+    pub deepest: u8,
 }
 
 /// Where what containers send comes into this host.
@@ -227,7 +226,9 @@ impl Table {
         chains.extend(behind().map(|outcome| behind_owners_chain(config, outcome)));
         if !config.holds.is_empty() {
             chains.push(unknown_chain(config));
-            chains.extend(HOLD.into_iter().rev().map(|name| chain(name, Vec::new())));
+            chains.extend(
+                hold_rules(config, None).into_iter().map(|(name, _)| chain(name, Vec::new())),
+            );
         }
         let deepest_first = (0..DEPTHS.len()).rev();
         chains.extend(deepest_first.map(|stage| chain(below_name(stage), Vec::new())));
@@ -355,57 +356,65 @@ pub fn classifying(config: &Config, shape: &Shape) -> Vec<(String, Vec<Rule>)> {
     below.chain(hold).chain(marked).chain([output]).collect()
 }
 
-/// The chains that hold: which packets are asked for, whether their cgroup has been looked at, and
-/// the same for what is nested deep.
-pub const HOLD: [&str; 3] = ["hold", "hold_below", "hold_deep"];
+/// The chain that asks whether a packet is of a cgroup below a held one.
+pub const HOLD: &str = "hold";
 
-/// So many levels below a held cgroup are looked at one by one before what is deeper: whoever nests
-/// his own makes others pay for one look-up more.
+/// Down to this level each has a chain of its own that asks for the next one, so that a packet pays
+/// for the levels of its own cgroup and not for those of others.
 const SHALLOW: u8 = 8;
+
+/// How many levels below the deepest one that is known are asked for beneath these. One would do,
+/// but for a packet that meets the rules of before a transaction and the sets of after it.
+const AHEAD: u8 = 2;
+
+/// The chain that asks whether what is below that level has been looked at.
+fn hold_name(level: u8) -> String {
+    match level {
+        0..=SHALLOW => format!("{HOLD}_{level}"),
+        _ => format!("{HOLD}_deep"),
+    }
+}
 
 /// Rules of the chains that hold; none of them where nothing is configured to be held.
 pub fn hold_rules(config: &Config, holding: Option<&Holding>) -> Vec<(String, Vec<Rule>)> {
     if config.holds.is_empty() {
         return Vec::new();
     }
-    let [mut hold, mut below, mut deep] = [(); 3].map(|()| Vec::new());
-    if let Some(Holding { all, roots, first, last, ahead }) = holding {
-        hold.push(vec![Stmt::Reply, Stmt::back()]);
-        match all {
-            true => hold.push(vec![Stmt::goto(HOLD[1])]),
-            false => hold.extend(roots.iter().map(|level| {
-                vec![Stmt::Cgroup { level: *level, set: HELD.into() }, Stmt::goto(HOLD[1])]
-            })),
+    let known = |level| Stmt::Cgroup { level, set: KNOWN.into() };
+    let unknown = |level| vec![Stmt::OtherCgroup { level, set: KNOWN.into() }, Stmt::goto(UNKNOWN)];
+    let hold = |holding: &Holding| match holding.all {
+        true => vec![vec![Stmt::goto(hold_name(0))]],
+        false => {
+            let held = |level| Stmt::Cgroup { level, set: HELD.into() };
+            let levels = holding.roots.iter();
+            levels.map(|level| vec![held(*level), Stmt::goto(hold_name(*level))]).collect()
         }
-        let split = first.saturating_add(SHALLOW);
-        match *last >= split {
-            true => {
-                let nested = Stmt::Cgroup { level: split, set: KNOWN.into() };
-                below.push(vec![nested, Stmt::goto(HOLD[2])]);
-                below.push(unknown(split));
-                below.extend(looked_at(*first, split - 1, split - 1));
-                deep.extend(looked_at(split, *last, *ahead));
-            }
-            false => below.extend(looked_at(*first, *last, *ahead)),
-        }
-    }
-    let names = HOLD.into_iter().map(String::from);
-    names.zip([hold, below, deep]).collect()
-}
-
-/// Whether a cgroup has been looked at is said at its own level, which is the deepest one that it
-/// has an ancestor at: below what is not known nothing is.
-fn looked_at(first: u8, last: u8, ahead: u8) -> Vec<Rule> {
-    let known = |level| vec![Stmt::Cgroup { level, set: KNOWN.into() }, Stmt::back()];
-    let one = |level| {
-        let known = (level <= last).then(|| known(level));
-        known.into_iter().chain([unknown(level)])
     };
-    (first..=ahead).rev().flat_map(one).collect()
-}
-
-fn unknown(level: u8) -> Rule {
-    vec![Stmt::OtherCgroup { level, set: KNOWN.into() }, Stmt::goto(UNKNOWN)]
+    let shallow = |level: u8| {
+        let next = level + 1;
+        vec![vec![known(next), Stmt::goto(hold_name(next))], unknown(next)]
+    };
+    // whether one has been looked at is said at its own level, which is the deepest one that it has
+    // an ancestor at: below what is not known nothing is
+    let deep = |holding: &Holding| {
+        let last = holding.last.max(SHALLOW + 1);
+        let levels = (SHALLOW + 1..=last.saturating_add(AHEAD).min(holding.deepest)).rev();
+        let one = |level| {
+            let known = (level <= last).then(|| vec![known(level), Stmt::back()]);
+            known.into_iter().chain([unknown(level)])
+        };
+        levels.flat_map(one).collect()
+    };
+    let of = |rules: &dyn Fn(&Holding) -> Vec<Rule>| holding.map(rules).unwrap_or_default();
+    let levels = (0..=SHALLOW).rev().map(|level| {
+        let rules = of(&|holding| match level < holding.deepest {
+            true => shallow(level),
+            false => Vec::new(),
+        });
+        (hold_name(level), rules)
+    });
+    let deepest = (hold_name(SHALLOW + 1), of(&deep));
+    [deepest].into_iter().chain(levels).chain([(HOLD.to_string(), of(&hold))]).collect()
 }
 
 /// The chain that drops what new cgroups send: TCP tries again by itself.
@@ -511,9 +520,9 @@ pub fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     if !config.holds.is_empty() {
         // a SYN begins a flow; a datagram from a port that somebody else's has come from goes on with
         // that one, as far as conntrack knows
-        let hold = Stmt::jump(HOLD[0]);
-        rules.push(vec![Stmt::Fresh, hold.clone()]);
-        rules.push(vec![Stmt::NotL4proto(L4::Tcp), Stmt::GoesOn, hold]);
+        let hold = Stmt::jump(HOLD);
+        rules.push(vec![Stmt::NotL4proto(L4::Tcp), hold.clone()]);
+        rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Fresh, hold]);
     }
     // the proxy's answers to a router's clients leave by their interface; few other sockets are
     // transparent, and to ask for that is cheaper than to look up the address of every packet
