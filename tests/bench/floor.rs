@@ -1,5 +1,5 @@
-//! The least that any classifier must do: read one inotify event, send one transaction of one
-//! element. Its messages are built by hand and share no code with the program. And the listener
+//! The least that any classifier must do: read one inotify event, ask for the id of the new cgroup,
+//! send one transaction of one element with it. Its messages are built by hand and share no code with the program. And the listener
 //! that sees the effect, of the program and of the floor alike.
 
 use std::ffi::CString;
@@ -160,6 +160,7 @@ impl Floor {
             load(&format!("table inet {} {{\n {content}\n}}", kind.name()));
             (Socket::new(kind), Socket::new(kind))
         });
+        let opened = OwnedFd::from(fs::File::open(&dir).expect("a directory"));
         let inotify = inotify(&dir);
         // SAFETY: what the child runs until it is killed neither allocates nor takes a lock.
         let pid = match unsafe { fork() }.expect("fork") {
@@ -168,7 +169,7 @@ impl Floor {
                 unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
                 // a panic must not unwind into what cleans up the parent's ground
                 let _abort = Abort;
-                floor(&inotify, &mut socket, transact)
+                floor(&opened, &inotify, &mut socket, transact)
             }
             ForkResult::Parent { child } => child,
         };
@@ -220,8 +221,8 @@ fn shared() -> &'static AtomicBool {
     }
 }
 
-/// Each cgroup is removed before the next one is made, so one counter gives the keys.
-fn floor(inotify: &OwnedFd, socket: &mut Socket, on: &AtomicBool) -> ! {
+/// Each cgroup is removed before the next one is made, so only the last one's id is kept.
+fn floor(dir: &OwnedFd, inotify: &OwnedFd, socket: &mut Socket, on: &AtomicBool) -> ! {
     let mut key = 0;
     let mut buffer = [0u8; 4096];
     loop {
@@ -234,18 +235,37 @@ fn floor(inotify: &OwnedFd, socket: &mut Socket, on: &AtomicBool) -> ! {
                 u32::from_ne_bytes([rest[at], rest[at + 1], rest[at + 2], rest[at + 3]])
             };
             let (mask, length) = (word(4), word(12) as usize);
+            let name = rest[16..].as_ptr();
             rest = &rest[16 + length..];
             if !on.load(Ordering::Relaxed) {
                 continue;
             }
             if mask & libc::IN_CREATE != 0 {
-                key += 1;
+                key = id_of(dir, name);
                 socket.change(NFT_MSG_NEWSETELEM, key);
             } else {
                 socket.change(NFT_MSG_DELSETELEM, key);
             }
         }
     }
+}
+
+/// The id of a cgroup, by its name as inotify gives it, with its end.
+fn id_of(dir: &OwnedFd, name: *const u8) -> u64 {
+    /// struct file_handle of linux/fs.h.
+    #[repr(C)]
+    struct Handle {
+        bytes: u32,
+        kind: i32,
+        id: u64,
+    }
+    let (mut handle, mut mount) = (Handle { bytes: 8, kind: 0, id: 0 }, 0i32);
+    let (handle_at, mount_at) = (&raw mut handle, &raw mut mount);
+    let (nr, dir) = (libc::SYS_name_to_handle_at, dir.as_raw_fd());
+    // SAFETY: a NUL-terminated name, and a handle with room for the 8 bytes that it announces.
+    let rc = unsafe { libc::syscall(nr, dir, name, handle_at, mount_at, 0) };
+    assert_eq!(rc, 0, "name_to_handle_at: {}", io::Error::last_os_error());
+    handle.id
 }
 
 fn inotify(dir: &Path) -> OwnedFd {
