@@ -118,6 +118,7 @@ fn main() {
         ("destinations", traffic::destinations),
         ("route", traffic::route),
         ("nested", traffic::nested_levels),
+        ("hold", traffic::hold),
         ("throughput", traffic::throughput),
     ];
     let mut report = Report::new();

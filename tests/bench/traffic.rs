@@ -564,6 +564,52 @@ pub fn route(report: &mut Report) {
     report.beside(name, more(ours, by_hand), "ns", reference, Target::RatioAtMost(1.3));
 }
 
+/// What a packet of a TCP flow that is known passes where anything is held, of a datagram.
+const KNOWN_TCP: &str =
+    "meta l4proto != udp drop\nmeta l4proto udp ct state invalid,untracked drop\n";
+
+/// What `hold` costs packets: of TCP flows that are known, and all others below the held cgroup, some
+/// levels deeper, and elsewhere.
+pub fn hold(report: &mut Report) {
+    let ground = Ground::new("hold").expect("root");
+    let kinds = ["right below", "four below", "elsewhere"];
+    let cgroups = ["/held/b", "/held/b/c/d/e", "/free/b"].map(|path| ground.cgroup(path));
+    sink(&ground);
+    let configs = [CONFIG.to_string(), format!("[global]\nhold = /held\n{CONFIG}")];
+    let known = "ct state invalid accept\n";
+    let scripts = [
+        CONNTRACK.to_string(),
+        CONNTRACK.replace("ct state invalid accept\n", &format!("{known}{KNOWN_TCP}")),
+    ];
+    let mut look_up = LookUp::new(&ground);
+    // without and with, by cgroup
+    let mut taken = [const { [const { Vec::new() }; 3] }; 2];
+    let mut tcp = [const { Vec::new() }; 2];
+    for _ in 0..sized(9, 21) {
+        go_on();
+        look_up.take();
+        for which in [0, 1] {
+            let table = Table::ours(&ground, &configs[which]);
+            for (cgroup, into) in cgroups.iter().zip(&mut taken[which]) {
+                into.push(flood(cgroup));
+            }
+            drop(table);
+            let _table = Table::script(&scripts[which]);
+            tcp[which].push(flood(&cgroups[2]));
+        }
+    }
+    let name = "packet, hold, known TCP flow, more";
+    let reference = (LookUp::NAME, look_up.more());
+    report.beside(name, more(&tcp[1], &tcp[0]), "ns", reference, Target::RatioAtMost(0.6));
+    for (at, kind) in kinds.iter().enumerate() {
+        // below a held cgroup each level is asked for
+        let most = if *kind == "elsewhere" { Target::RatioAtMost(2.5) } else { Target::None };
+        let reference = (LookUp::NAME, look_up.more());
+        let name = format!("packet, hold, {kind}, more");
+        report.beside(name, more(&taken[1][at], &taken[0][at]), "ns", reference, most);
+    }
+}
+
 /// What a user who was given a directory can cost everybody: a packet that no rule decides, beside
 /// cgroups below `/delegated` that a rule with `.*` matches at as many levels as can be.
 pub fn nested_levels(report: &mut Report) {
