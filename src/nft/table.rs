@@ -1035,37 +1035,71 @@ fn forward_keep_name(outlet: &Outlet) -> String {
 /// Most packets of a target: those of a flow that was found to be its own. Nothing that may have
 /// changed since is left out: what the target does not take, where TCP does not stay with it, DNS
 /// that is translated, and marks and users that are left alone. What the bypass of all targets has
-/// got since then holds for new flows.
-fn short_cut(config: &Config, outlet: &Outlet) -> Option<Rule> {
-    if !config.bypass_dscps.is_empty() {
-        // they are looked at in `bypass`, by family
-        return None;
-    }
-    let all_udp = outlet.quic == Take::Yes && outlet.udp_ports.is_empty();
-    let all_udp = all_udp && outlet.bypass.is_empty() && outlet.only.is_none();
-    let protocols = match (outlet.tcp == Take::Yes, outlet.udp == Take::Yes && all_udp) {
-        (true, true) => Stmt::TcpOrUdp,
-        (true, false) => Stmt::L4proto(L4::Tcp),
-        (false, true) => Stmt::L4proto(L4::Udp),
-        (false, false) => return None,
-    };
+/// got since then holds for new flows, and so do the destinations of a target for UDP (`known_rules`).
+fn short_cuts(config: &Config, outlet: &Outlet) -> Vec<Rule> {
     let family = match (outlet.ipv4 == Take::Yes, outlet.ipv6 == Take::Yes) {
         (true, true) => None,
         (true, false) => Some(Stmt::Nfproto(Family::V4)),
         (false, true) => Some(Stmt::Nfproto(Family::V6)),
-        (false, false) => return None,
+        (false, false) => return Vec::new(),
+    };
+    if !config.bypass_dscps.is_empty() {
+        // they are looked at in `bypass`, by family
+        return Vec::new();
+    }
+    // of a query that is older than the hijacking `keep_chain` knows more
+    let udp = outlet.udp == Take::Yes && !(outlet.picks() && outlet.hijacks_dns());
+    let others = other_udp_ports(outlet);
+    let protocols = match (outlet.tcp == Take::Yes, udp, others.is_empty()) {
+        (true, true, true) => vec![Stmt::TcpOrUdp],
+        (tcp, udp, all) => {
+            let tcp = tcp.then_some(Stmt::L4proto(L4::Tcp));
+            let of_udp = match all {
+                true => Stmt::L4proto(L4::Udp),
+                false => Stmt::OtherDports(L4::Udp, others),
+            };
+            tcp.into_iter().chain(udp.then_some(of_udp)).collect()
+        }
     };
     let own = mark(config, outlet.mark);
-    let mut rule = vec![Stmt::CtMark(own), Stmt::Original];
-    rule.extend(family);
-    rule.push(protocols);
-    if outlet.hijacks_dns() {
-        rule.push(Stmt::NotDnatted);
+    let rule = |protocol| {
+        let mut rule = vec![Stmt::CtMark(own), Stmt::Original];
+        rule.extend(family.clone());
+        match protocol {
+            // what is not TCP ends here, where it has a rule of its own
+            Stmt::L4proto(L4::Tcp) => rule.insert(0, protocol),
+            _ => rule.push(protocol),
+        }
+        if outlet.hijacks_dns() {
+            rule.push(Stmt::NotDnatted);
+        }
+        rule.extend(config.bypass_marks.iter().map(|mark| Stmt::NotPacketMark(*mark)));
+        rule.extend(config.bypass_users.iter().map(|uid| Stmt::NotUid(*uid)));
+        rule.extend([Stmt::Counter, Stmt::SetPacketMark(own), Stmt::accept()]);
+        rule
+    };
+    protocols.into_iter().map(rule).collect()
+}
+
+/// The UDP ports of which a target does not, or not always, take what is sent to them; sorted and
+/// apart.
+fn other_udp_ports(outlet: &Outlet) -> Vec<Range<u16>> {
+    let mut others = Vec::new();
+    let taken = &outlet.udp_ports;
+    if !taken.is_empty() {
+        let starts = std::iter::once(Some(0)).chain(taken.iter().map(Range::end));
+        let lasts = taken.iter().map(|range| range.first.checked_sub(1));
+        let gaps = starts.zip(lasts.chain([Some(u16::MAX)]));
+        let gap = |(first, last): (Option<u16>, Option<u16>)| {
+            let (first, last) = first.zip(last)?;
+            (first <= last).then_some(Range { first, last })
+        };
+        others.extend(gaps.filter_map(gap));
     }
-    rule.extend(config.bypass_marks.iter().map(|mark| Stmt::NotPacketMark(*mark)));
-    rule.extend(config.bypass_users.iter().map(|uid| Stmt::NotUid(*uid)));
-    rule.extend([Stmt::Counter, Stmt::SetPacketMark(own), Stmt::accept()]);
-    Some(rule)
+    if outlet.quic != Take::Yes {
+        others.extend(QUIC_PORTS.map(|port| Range { first: port, last: port }));
+    }
+    Range::merge(others)
 }
 
 /// The chains by which a target takes packets of this host's processes.
@@ -1076,7 +1110,7 @@ fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
         rules.extend(dns_rules(outlet));
     }
     rules.extend(local_rules(config));
-    rules.extend(short_cut(config, outlet));
+    rules.extend(short_cuts(config, outlet));
     rules.push(jump_bypass());
     let own = mark(config, outlet.mark);
     let take = vec![Stmt::SetPacketMark(own), Stmt::accept()];
@@ -1897,5 +1931,32 @@ impl fmt::Display for Chain {
             writeln!(f, "    {}", text.join(" "))?;
         }
         writeln!(f, "  }}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn udp_ports_that_have_no_short_cut() {
+        let others = |lines: &str| {
+            let text = format!("[tproxy p]\nport = 1\n{lines}");
+            let config = testing::config(text.leak());
+            let ranges = other_udp_ports(&config.tproxies[0].outlet);
+            ranges.iter().map(Range::to_string).collect::<Vec<_>>().join(" ")
+        };
+        for (lines, want) in [
+            ("", ""),
+            ("udp-ports = 53\n", "0-52 54-65535"),
+            ("udp-ports = 1-79 443\n", "0 80-442 444-65535"),
+            ("udp-ports = 1-65535\n", "0"),
+            ("udp-ports = 8000-65535\n", "0-7999"),
+            ("quic = reject\n", "80 443"),
+            ("quic = no\nudp-ports = 1-443\n", "0 80 443-65535"),
+        ] {
+            assert_eq!(others(lines), want, "{lines}");
+        }
     }
 }

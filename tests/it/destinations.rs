@@ -221,6 +221,50 @@ const RELOADS: &[&str] = &[
     "only = 198.18.0.0/15\n",
 ];
 
+/// A socket that goes on sends as its ports have it by now, though its flow is known as the target's.
+#[test]
+fn datagrams_follow_the_ports_over_a_reload() {
+    let ground = ground!("dest-again");
+    let (_world, _proxy) = World::with_proxy(&ground);
+    let app = ground.cgroup("/app");
+    let daemon = Daemon::start(&ground, &policy("", ""), &[]);
+    let sockets = [REMOTE4, REMOTE6].map(|ip| {
+        let fd = socket_in(&app, libc::SOCK_DGRAM, ip);
+        // of a chosen port, so that it is not ended where what it sends is dropped
+        let any = if ip.is_ipv4() { "0.0.0.0:6881" } else { "[::]:6881" };
+        crate::world::bind_fd(&fd, any.parse().expect("an address"));
+        let socket = UdpSocket::from(fd);
+        socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+        (socket, addr(ip, 80))
+    });
+    for (lines, want) in [
+        ("", "proxy"),
+        ("udp-ports = 1-79 81-65535\n", "remote"),
+        ("udp-ports = 80 443\n", "proxy"),
+        ("quic = drop\n", "denied"),
+        ("udp-ports = 80\nquic = no\n", "remote"),
+        ("udp-ports = 1-1000\n", "proxy"),
+        ("udp = no\n", "remote"),
+        ("bypass = 198.18.0.0/15\nonly = 203.0.113.0/24\nonly = 2001:db8:2::/64\n", "proxy"),
+        ("only = 203.0.113.0/24\nonly = 2001:db8:2::/64\nquic = drop\n", "denied"),
+    ] {
+        daemon.reconfigure(&policy("", lines));
+        for (socket, to) in &sockets {
+            // twice: the second is of a flow that is known by now
+            for _ in 0..2 {
+                let mut text = [0; 256];
+                let who = match socket.send_to(b"?", to).and_then(|_| socket.recv(&mut text)) {
+                    Ok(len) => String::from_utf8_lossy(&text[..len]).into_owned(),
+                    Err(error) if error.raw_os_error() == Some(libc::EPERM) => "denied ".into(),
+                    Err(error) => panic!("{lines}: {error}"),
+                };
+                assert_eq!(who.split(' ').next(), Some(want), "{lines}{to}");
+            }
+        }
+    }
+    daemon.stop_clean();
+}
+
 /// A list as others write them: remarks, CRLF, overlaps, both families.
 const LIST: &str = "# a list\r\n203.0.113.64/26\r\n\r\n203.0.113.96/27 # within\r\n\
                     203.0.113.200\r\n2001:db8:2::4:0/112 ; a remark\r\n";
