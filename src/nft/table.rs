@@ -1535,16 +1535,20 @@ fn masquerade_rules<'a>(config: &'a Config) -> Vec<Rule> {
 /// the answers would come in by that. Behind it, and before conntrack knows the flow.
 fn sourceless_chain(config: &Config) -> Option<Chain> {
     let masqueraded = config.routes.iter().filter(|route| route.masquerades());
-    let rules: Vec<Rule> = masqueraded
+    let mut rules: Vec<Rule> = masqueraded
         .filter(|route| !route.interface.is_empty())
         .flat_map(|route| {
             ct_marks(config, route).map(|own| {
                 let out = Stmt::Oifname(route.interface.clone());
                 let other = Stmt::SourceOfOther;
-                vec![Stmt::CtMark(own), out, Stmt::Unconfirmed, other, Stmt::drop()]
+                vec![Stmt::CtMark(own), out, other, Stmt::drop()]
             })
         })
         .collect();
+    if !rules.is_empty() {
+        // nearly every packet ends here
+        rules.insert(0, vec![Stmt::Confirmed, Stmt::accept()]);
+    }
     let priority = NF_IP_PRI_NAT_SRC + 1;
     let base = Base { kind: "filter", hook: NF_INET_POST_ROUTING, priority };
     (!rules.is_empty()).then(|| Chain { name: "sourceless".into(), base: Some(base), rules })
@@ -1618,6 +1622,11 @@ fn guard_chain(config: &Config) -> Chain {
         vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()],
         vec![Stmt::OifLo, home],
     ];
+    if let Some(first) = config.routes.iter().find(|route| keeps_course(route)) {
+        // most often the only one: to compare costs less than to look up
+        let own = Stmt::PacketMark(mark(config, first.outlet.mark));
+        rules.push(vec![own, Stmt::goto(format!("astray_{}", first.outlet.name))]);
+    }
     if !map.is_empty() {
         rules.push(vec![Stmt::PacketMarkMap { mask: config.mask, map }]);
     }
