@@ -298,7 +298,7 @@ fn status_counts_what_nft_counts() {
 #[test]
 fn rules_read_back_as_they_were_sent() {
     use cgtproxy::nft::expr::{Expr, SetRef};
-    use cgtproxy::nft::table::Table;
+    use cgtproxy::nft::table::{classifying, Shape, Table};
     let Some(ground) = Ground::new("read-back") else {
         return;
     };
@@ -344,7 +344,10 @@ target = one
         rule.iter().for_each(|stmt| stmt.lower(&mut exprs));
         nameless(exprs)
     };
-    let chains = Table::new(&config).chains;
+    let mut chains = Table::new(&config).chains;
+    for (name, rules) in classifying(&config, &Shape::default()) {
+        chains.iter_mut().find(|chain| chain.name == name).expect("a chain").rules = rules;
+    }
     let sent = chains
         .iter()
         .flat_map(|chain| chain.rules.iter().map(|rule| (chain.name.clone(), lowered(rule))));
