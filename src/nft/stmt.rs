@@ -196,20 +196,19 @@ impl Stmt {
     /// Each statement as nft writes it, with its instructions.
     fn put(&self, out: Out) -> fmt::Result {
         use format_args as text;
-        let ne = u32::to_ne_bytes;
         match self {
-            Stmt::IifLo => out.put(text!("iif \"lo\""), [meta(NFT_META_IIF), eq(&ne(1))]),
-            Stmt::OifLo => out.put(text!("oif \"lo\""), [meta(NFT_META_OIF), eq(&ne(1))]),
+            Stmt::IifLo => out.put(text!("iif \"lo\""), [meta(NFT_META_IIF), is(1)]),
+            Stmt::OifLo => out.put(text!("oif \"lo\""), [meta(NFT_META_OIF), is(1)]),
             Stmt::Iifname(interface) => {
-                let mut name = interface.name.as_bytes().to_vec();
-                // a prefix is compared without its end
-                name.resize(if interface.prefix { name.len() } else { IFNAMSIZ }, 0);
+                let name = match interface.prefix {
+                    // compared without its end
+                    true => interface.name.as_bytes().to_vec(),
+                    false => padded(&interface.name),
+                };
                 out.put(text!("iifname \"{interface}\""), [meta(NFT_META_IIFNAME), eq(&name)])
             }
             Stmt::Oifname(name) => {
-                let mut bytes = name.as_bytes().to_vec();
-                bytes.resize(IFNAMSIZ, 0);
-                out.put(text!("oifname \"{name}\""), [meta(NFT_META_OIFNAME), eq(&bytes)])
+                out.put(text!("oifname \"{name}\""), [meta(NFT_META_OIFNAME), eq(&padded(name))])
             }
             Stmt::Cgroup { level, set } => out.put(
                 text!("socket cgroupv2 level {level} @{set}"),
@@ -228,7 +227,7 @@ impl Stmt {
                 [Expr::SocketTransparent { dreg: NFT_REG_1 }, eq(&[1])],
             ),
             Stmt::HasOwner => {
-                out.put(text!("meta skuid != {NO_UID}"), [meta(NFT_META_SKUID), neq(&ne(NO_UID))])
+                out.put(text!("meta skuid != {NO_UID}"), [meta(NFT_META_SKUID), is_not(NO_UID)])
             }
             Stmt::Owner(owner) => {
                 let (name, key, first, last) = match owner {
@@ -236,7 +235,7 @@ impl Stmt {
                     Owner::Groups(first, last) => ("skgid", NFT_META_SKGID, first, last),
                 };
                 match first == last {
-                    true => out.put(text!("meta {name} {first}"), [meta(key), eq(&ne(*first))]),
+                    true => out.put(text!("meta {name} {first}"), [meta(key), is(*first)]),
                     false => out.put(
                         text!("meta {name} {first}-{last}"),
                         [
@@ -249,28 +248,27 @@ impl Stmt {
                 }
             }
             Stmt::NotUid(uid) => {
-                out.put(text!("meta skuid != {uid}"), [meta(NFT_META_SKUID), neq(&ne(*uid))])
+                out.put(text!("meta skuid != {uid}"), [meta(NFT_META_SKUID), is_not(*uid)])
             }
             Stmt::NotPacketMark(Mark { value, mask }) => out.put(
                 text!("meta mark and {mask:#010x} != {value:#010x}"),
-                [meta(NFT_META_MARK), and(*mask), neq(&ne(*value))],
+                [meta(NFT_META_MARK), and(*mask), is_not(*value)],
             ),
             Stmt::PacketMark(Mark { value, mask }) => out.put(
                 text!("meta mark and {mask:#010x} == {value:#010x}"),
-                [meta(NFT_META_MARK), and(*mask), eq(&ne(*value))],
+                [meta(NFT_META_MARK), and(*mask), is(*value)],
             ),
             Stmt::CtMark(Mark { value, mask }) => out.put(
                 text!("ct mark and {mask:#010x} == {value:#010x}"),
-                [ct(NFT_CT_MARK), and(*mask), eq(&ne(*value))],
+                [ct(NFT_CT_MARK), and(*mask), is(*value)],
             ),
             Stmt::NotCtMark(Mark { value, mask }) => out.put(
                 text!("ct mark and {mask:#010x} != {value:#010x}"),
-                [ct(NFT_CT_MARK), and(*mask), neq(&ne(*value))],
+                [ct(NFT_CT_MARK), and(*mask), is_not(*value)],
             ),
-            Stmt::CtMarked(mask) => out.put(
-                text!("ct mark and {mask:#010x} != 0"),
-                [ct(NFT_CT_MARK), and(*mask), neq(&ne(0))],
-            ),
+            Stmt::CtMarked(mask) => {
+                out.put(text!("ct mark and {mask:#010x} != 0"), has(NFT_CT_MARK, *mask))
+            }
             Stmt::Original => out.put(
                 text!("ct direction original"),
                 [ct(NFT_CT_DIRECTION), eq(&[IP_CT_DIR_ORIGINAL])],
@@ -278,37 +276,23 @@ impl Stmt {
             Stmt::Reply => {
                 out.put(text!("ct direction reply"), [ct(NFT_CT_DIRECTION), eq(&[IP_CT_DIR_REPLY])])
             }
-            Stmt::New => out.put(
-                text!("ct state new"),
-                [ct(NFT_CT_STATE), and(NF_CT_STATE_NEW_BIT), neq(&ne(0))],
-            ),
-            Stmt::Invalid => out.put(
-                text!("ct state invalid"),
-                [ct(NFT_CT_STATE), and(NF_CT_STATE_INVALID_BIT), neq(&ne(0))],
-            ),
+            Stmt::New => out.put(text!("ct state new"), has(NFT_CT_STATE, NF_CT_STATE_NEW_BIT)),
+            Stmt::Invalid => {
+                out.put(text!("ct state invalid"), has(NFT_CT_STATE, NF_CT_STATE_INVALID_BIT))
+            }
             Stmt::Fresh => {
-                let bits =
-                    NF_CT_STATE_INVALID_BIT | NF_CT_STATE_NEW_BIT | NF_CT_STATE_UNTRACKED_BIT;
-                out.put(
-                    text!("ct state invalid,new,untracked"),
-                    [ct(NFT_CT_STATE), and(bits), neq(&ne(0))],
-                )
+                let new = NF_CT_STATE_INVALID_BIT | NF_CT_STATE_NEW_BIT | NF_CT_STATE_UNTRACKED_BIT;
+                out.put(text!("ct state invalid,new,untracked"), has(NFT_CT_STATE, new))
             }
-            Stmt::Unconfirmed => out.put(
-                text!("ct status and confirmed == 0"),
-                [ct(NFT_CT_STATUS), and(IPS_CONFIRMED), eq(&ne(0))],
-            ),
-            Stmt::Confirmed => out.put(
-                text!("ct status confirmed"),
-                [ct(NFT_CT_STATUS), and(IPS_CONFIRMED), neq(&ne(0))],
-            ),
-            Stmt::Dnatted => {
-                out.put(text!("ct status dnat"), [ct(NFT_CT_STATUS), and(IPS_DST_NAT), neq(&ne(0))])
+            Stmt::Unconfirmed => out
+                .put(text!("ct status and confirmed == 0"), has_none(NFT_CT_STATUS, IPS_CONFIRMED)),
+            Stmt::Confirmed => {
+                out.put(text!("ct status confirmed"), has(NFT_CT_STATUS, IPS_CONFIRMED))
             }
-            Stmt::NotDnatted => out.put(
-                text!("ct status and dnat == 0"),
-                [ct(NFT_CT_STATUS), and(IPS_DST_NAT), eq(&ne(0))],
-            ),
+            Stmt::Dnatted => out.put(text!("ct status dnat"), has(NFT_CT_STATUS, IPS_DST_NAT)),
+            Stmt::NotDnatted => {
+                out.put(text!("ct status and dnat == 0"), has_none(NFT_CT_STATUS, IPS_DST_NAT))
+            }
             Stmt::Destination { family, set } => out.put(
                 text!("{} daddr @{set}", family.nft()),
                 address_then(*family, DADDR, lookup(named(set))),
@@ -350,20 +334,16 @@ impl Stmt {
                 match &macs[..] {
                     // nft makes no set for one element
                     [mac] => out.put(text!("ether saddr {mac}"), with(eq(&mac.0))),
-                    macs => out.put(
-                        text!("ether saddr {}", Braces(macs, fmt::Display::fmt)),
-                        with(lookup(any_of(
-                            TYPE_ETHERADDR,
-                            &macs.iter().map(|mac| mac.0).collect::<Vec<_>>(),
-                        ))),
-                    ),
+                    macs => {
+                        let all: Vec<_> = macs.iter().map(|mac| mac.0).collect();
+                        let all = lookup(any_of(TYPE_ETHERADDR, &all));
+                        let text = Braces(macs, fmt::Display::fmt);
+                        out.put(text!("ether saddr {text}"), with(all))
+                    }
                 }
             }
             Stmt::Nfproto(family) => {
-                let name = match family {
-                    Family::V4 => "ipv4",
-                    Family::V6 => "ipv6",
-                };
+                let name = ["ipv4", "ipv6"][*family as usize];
                 out.put(
                     text!("meta nfproto {name}"),
                     [meta(NFT_META_NFPROTO), eq(&[family.number()])],
@@ -404,36 +384,26 @@ impl Stmt {
                 text!("th dport != {port}"),
                 [payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2), neq(&port.to_be_bytes())],
             ),
-            Stmt::Local => out.put(
-                text!("fib daddr type local"),
-                [fib(NFTA_FIB_F_DADDR), eq(&ne(RTN_LOCAL.into()))],
-            ),
+            Stmt::Local => out
+                .put(text!("fib daddr type local"), [fib(NFTA_FIB_F_DADDR), is(RTN_LOCAL.into())]),
             Stmt::ForeignSource => out.put(
                 text!("fib saddr type != local"),
-                [fib(NFTA_FIB_F_SADDR), neq(&ne(RTN_LOCAL.into()))],
+                [fib(NFTA_FIB_F_SADDR), is_not(RTN_LOCAL.into())],
             ),
             Stmt::LeadsTo(name) => {
-                let mut padded = name.as_bytes().to_vec();
-                padded.resize(IFNAMSIZ, 0);
                 let way = Expr::FibOifname { of: NFTA_FIB_F_DADDR, dreg: NFT_REG_1 };
-                out.put(text!("fib daddr oifname \"{name}\""), [way, eq(&padded)])
+                out.put(text!("fib daddr oifname \"{name}\""), [way, eq(&padded(name))])
             }
             Stmt::SourceOfOther => out.put(
                 text!("fib saddr . oif type != local"),
-                [fib(NFTA_FIB_F_SADDR | NFTA_FIB_F_OIF), neq(&ne(RTN_LOCAL.into()))],
+                [fib(NFTA_FIB_F_SADDR | NFTA_FIB_F_OIF), is_not(RTN_LOCAL.into())],
             ),
             Stmt::ComesFromElsewhere(name) => {
-                let mut bytes = name.as_bytes().to_vec();
-                bytes.resize(IFNAMSIZ, 0);
-                out.put(
-                    text!("fib saddr oifname != \"{name}\""),
-                    [Expr::FibOifname { of: NFTA_FIB_F_SADDR, dreg: NFT_REG_1 }, neq(&bytes)],
-                )
+                let way = Expr::FibOifname { of: NFTA_FIB_F_SADDR, dreg: NFT_REG_1 };
+                out.put(text!("fib saddr oifname != \"{name}\""), [way, neq(&padded(name))])
             }
-            Stmt::Broadcast => out.put(
-                text!("fib daddr type broadcast"),
-                [fib(NFTA_FIB_F_DADDR), eq(&ne(RTN_BROADCAST))],
-            ),
+            Stmt::Broadcast => out
+                .put(text!("fib daddr type broadcast"), [fib(NFTA_FIB_F_DADDR), is(RTN_BROADCAST)]),
             Stmt::NeighbourDiscovery => {
                 let types = [[NDISC_NEIGHBOUR_SOLICITATION], [NDISC_NEIGHBOUR_ADVERTISEMENT]];
                 out.put(
@@ -617,6 +587,30 @@ pub(super) fn eq(data: &[u8]) -> Expr {
 
 pub(super) fn neq(data: &[u8]) -> Expr {
     cmp(NFT_CMP_NEQ, data)
+}
+
+fn is(number: u32) -> Expr {
+    eq(&number.to_ne_bytes())
+}
+
+fn is_not(number: u32) -> Expr {
+    neq(&number.to_ne_bytes())
+}
+
+/// Whether what conntrack has under a key has any of the bits.
+fn has(key: u32, bits: u32) -> [Expr; 3] {
+    [ct(key), and(bits), is_not(0)]
+}
+
+fn has_none(key: u32, bits: u32) -> [Expr; 3] {
+    [ct(key), and(bits), is(0)]
+}
+
+/// An interface's name, as the kernel compares it.
+fn padded(name: &str) -> Vec<u8> {
+    let mut bytes = name.as_bytes().to_vec();
+    bytes.resize(IFNAMSIZ, 0);
+    bytes
 }
 
 fn and(mask: u32) -> Expr {
