@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -712,14 +713,23 @@ fn watch_rules() -> (Child, Arc<Mutex<HashMap<u32, Instant>>>) {
     let mut monitor = monitor.spawn().expect("start nft");
     let seen = Arc::new(Mutex::new(HashMap::new()));
     let (lines, rules) = (monitor.stdout.take().expect("stdout is piped"), seen.clone());
+    let listens = Arc::new(AtomicBool::new(false));
+    let heard = listens.clone();
     std::thread::spawn(move || {
         for line in BufReader::new(lines).lines().map_while(Result::ok) {
+            heard.store(true, Ordering::Relaxed);
             let index = line.strip_prefix("add rule inet cgtproxy veth_");
             let index = index.and_then(|rest| rest.split(' ').next()?.parse().ok());
             let mut rules = rules.lock().expect("no panic");
             rules.extend(index.map(|index: u32| (index, Instant::now())));
         }
     });
+    let there = wait_until(Duration::from_secs(10), || {
+        crate::kernel::load("table inet seen {\nchain c {\ncounter\n}\n}\n");
+        crate::kernel::load("delete table inet seen\n");
+        listens.load(Ordering::Relaxed)
+    });
+    assert!(there, "nft monitor tells nothing");
     (monitor, seen)
 }
 
