@@ -3,6 +3,7 @@
 and prints the rows of README's table. Both come from RESULTS alone, so they say the same.
 """
 import json, sys
+from math import log
 from xml.sax.saxutils import escape
 
 OURS = 'cgtproxy'
@@ -70,7 +71,7 @@ def latencies(results):
     figures = [f'latency p50, {count} cgroups' for count in COUNTS]
     return [(OURS, [results.value(f) for f in figures], True),
             ('the least: read inotify, send one element', [results.reference(f, FLOOR) for f in figures], False),
-            ('the same with a verdict map', [results.reference(f, VERDICTS) for f in figures], False)]
+            ('the least, with a verdict map', [results.reference(f, VERDICTS) for f in figures], False)]
 
 
 STYLE = '''
@@ -118,7 +119,6 @@ class Picture:
         values = [v for _, vs, _ in curves for v in vs if v]
         ticks = [t for t in (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
                  if min(values) / 2.1 < t < max(values) * 2.1]
-        from math import log
         low, high = log(ticks[0]), log(ticks[-1])
         down = lambda value: top + height * (1 - (log(value) - low) / (high - low))
         xs = [110, 270, 430]
@@ -133,10 +133,16 @@ class Picture:
             kind = 'ours' if ours else 'other'
             path = ' '.join(f'{x:.0f},{y:.0f}' for x, y in points)
             self.parts.append(f'<polyline points="{path}" class="{kind}-line" fill="none" stroke-width="2"/>')
-            for (x, y), value in zip(points, (v for v in values if v)):
+            for x, y in points:
                 self.parts.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3.5" class="{kind}"/>')
-                self.text(x, y - 8, number(value), 'text small', 'middle')
             ends.append((points[-1][1], name))
+        for i, x in enumerate(xs):
+            # above its point, or below where the next one is near
+            above = None
+            for value in sorted((vs[i] for _, vs, _ in curves if vs[i]), reverse=True):
+                near = above is not None and down(value) - above < 26
+                self.text(x, down(value) + (18 if near else -8), number(value), 'text small', 'middle')
+                above = down(value)
         # names stand beside the ends of the lines, and not on each other
         last = 0
         for y, name in sorted(ends):
