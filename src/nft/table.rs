@@ -461,29 +461,13 @@ fn pair_rule(config: &Config, pair: &Element) -> Rule {
     }
 }
 
-/// The stages from this one on that have pairs.
-fn used(shape: &Shape, from: Stage) -> impl Iterator<Item = Stage> + '_ {
-    (from..DEPTHS.len()).filter(|stage| !pairs_of(shape, *stage).is_empty())
-}
-
-/// Whether gates lead to the pairs of a stage. Before a single pair they would save nothing.
-fn is_gated(shape: &Shape, stage: Stage) -> bool {
-    match pairs_of(shape, stage).len() {
-        0 => false,
-        1 => used(shape, stage + 1).next().is_some(),
-        _ => true,
-    }
-}
-
 /// Whether a packet is below a gate of this stage, or of the next one that leads to pairs: what is
 /// not pays for that one look-up.
-fn gate_rules(config: &Config, shape: &Shape, from: Stage) -> Vec<Rule> {
-    let Some(stage) = used(shape, from).next() else {
+fn gate_rules(shape: &Shape, from: Stage) -> Vec<Rule> {
+    let used = |stage: &Stage| !pairs_of(shape, *stage).is_empty();
+    let Some(stage) = (from..DEPTHS.len()).find(used) else {
         return Vec::new();
     };
-    if !is_gated(shape, stage) {
-        return pairs_of(shape, stage).into_iter().map(|pair| pair_rule(config, pair)).collect();
-    }
     let Ok(level) = u8::try_from(shape.base + DEPTHS[stage]) else {
         return Vec::new();
     };
@@ -498,11 +482,12 @@ fn gate_rules(config: &Config, shape: &Shape, from: Stage) -> Vec<Rule> {
 
 /// Rules of the chain that a stage's gates lead to.
 fn below_rules(config: &Config, shape: &Shape, stage: Stage) -> Vec<Rule> {
-    if !is_gated(shape, stage) {
+    let pairs = pairs_of(shape, stage);
+    if pairs.is_empty() {
         return Vec::new();
     }
-    let mut rules = gate_rules(config, shape, stage + 1);
-    rules.extend(pairs_of(shape, stage).into_iter().map(|pair| pair_rule(config, pair)));
+    let mut rules = gate_rules(shape, stage + 1);
+    rules.extend(pairs.into_iter().map(|pair| pair_rule(config, pair)));
     rules
 }
 
@@ -535,7 +520,7 @@ pub fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
         rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto(MARKED)]);
     }
     rules.extend(loose_rules(config, shape));
-    rules.extend(gate_rules(config, shape, 0));
+    rules.extend(gate_rules(shape, 0));
     rules.extend(default_owner_rule(config));
     rules.extend(default_rule(config));
     rules
@@ -557,7 +542,7 @@ fn marked_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
         });
         rules.extend(pairs.into_iter().map(|pair| pair_rule(config, pair)));
     } else {
-        rules.extend(gate_rules(config, shape, 0));
+        rules.extend(gate_rules(shape, 0));
     }
     rules.extend(default_owner_rule(config));
     // a packet without a socket (RST or ACK after the application closed), or of a flow that began
