@@ -14,7 +14,7 @@ use crate::netlink::link::Link;
 use crate::policy;
 
 /// What was looked for: `Ok` where it is as it should be, and what is wrong, with the remedy.
-pub type Look = Result<String, String>;
+pub type Answer = Result<String, String>;
 
 /// Whether this host's own traffic and whether that of gateways may come to a tproxy.
 fn uses(config: &Config, index: usize) -> [bool; 2] {
@@ -24,9 +24,9 @@ fn uses(config: &Config, index: usize) -> [bool; 2] {
 }
 
 /// Everything that can be told without the cgroups, each with what it is about.
-pub fn of_host(config: &Config, host: &Host) -> Vec<(&'static str, Look)> {
+pub fn of_host(config: &Config, host: &Host) -> Vec<(&'static str, Answer)> {
     let mut all = Vec::new();
-    let mut add = |about, findings: Vec<Look>| {
+    let mut add = |about, findings: Vec<Answer>| {
         all.extend(findings.into_iter().map(|finding| (about, finding)));
     };
     for (index, tproxy) in config.tproxies.iter().enumerate() {
@@ -76,7 +76,7 @@ fn words(family: Family) -> [&'static str; 3] {
 }
 
 /// Whether anybody takes what a tproxy is handed.
-fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mut Vec<Look>) {
+fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mut Vec<Answer>) {
     let (name, port) = (&tproxy.outlet.name, tproxy.port);
     let mut families = vec![(Family::V4, tproxy.outlet.ipv4, tproxy.address4.map(IpAddr::V4))];
     if host.speaks_ipv6() {
@@ -159,7 +159,7 @@ fn takes_nothing(kind: &str, outlet: &Outlet) -> Option<String> {
 }
 
 /// What a target does not take, and what is likely not what was meant.
-fn limits(kind: &str, outlet: &Outlet) -> Vec<Look> {
+fn limits(kind: &str, outlet: &Outlet) -> Vec<Answer> {
     let name = &outlet.name;
     let mut findings = Vec::new();
     let limits = outlet.limits();
@@ -180,7 +180,7 @@ fn limits(kind: &str, outlet: &Outlet) -> Vec<Look> {
 }
 
 /// Whether anybody answers where a tproxy's DNS goes, if that is on this host.
-fn resolves(tproxy: &Tproxy, routed: bool, host: &Host, findings: &mut Vec<Look>) {
+fn resolves(tproxy: &Tproxy, routed: bool, host: &Host, findings: &mut Vec<Answer>) {
     let name = &tproxy.outlet.name;
     let ends = [
         (tproxy.outlet.ipv4, tproxy.outlet.dns4.map(SocketAddr::V4)),

@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use crate::cgroup::core::{Core, Delta, Snapshot};
 use crate::cgroup::gates::{Gate, KnownBy};
-use crate::cgroup::holds::Held;
+use crate::cgroup::holds::HoldElement;
 use crate::cgroup::mount::Root;
 use crate::cgroup::tree::Hold;
 use crate::config::{Config, Outcome, Route};
@@ -152,12 +152,12 @@ fn by_set(gates: &[Gate]) -> (BTreeMap<String, Vec<u64>>, BTreeMap<String, Vec<u
 }
 
 /// The same of the sets of what is held and known.
-fn by_hold(held: &[Held]) -> BTreeMap<String, Vec<u64>> {
+fn by_hold(held: &[HoldElement]) -> BTreeMap<String, Vec<u64>> {
     let mut ids = BTreeMap::new();
     for element in held {
         let (set, id) = match *element {
-            Held::Root(id) => (HELD, id),
-            Held::Known(id) => (KNOWN, id),
+            HoldElement::Root(id) => (HELD, id),
+            HoldElement::Known(id) => (KNOWN, id),
         };
         ids.entry(set.to_string()).or_insert_with(Vec::new).push(id);
     }

@@ -13,7 +13,7 @@ use std::path::Path;
 use cgtproxy::cgroup::core::{Delta, Snapshot};
 use cgtproxy::cgroup::dying;
 use cgtproxy::cgroup::gates::Gate;
-use cgtproxy::cgroup::holds::Held;
+use cgtproxy::cgroup::holds::HoldElement;
 use cgtproxy::config::{self, Config, Outcome, Source};
 use cgtproxy::net::{Family, Interface, Mac, Mark, Owner, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
@@ -21,7 +21,7 @@ use cgtproxy::nft::expr::{Expr, SetRef, Verdict};
 use cgtproxy::nft::message::{self, Transaction};
 use cgtproxy::nft::stmt::Stmt;
 use cgtproxy::nft::table::{
-    classifying, dying_name, set_name, Base, Chain, Content, Element, Holding, Set, Shape, Table,
+    classifying, dying_name, set_name, Base, Chain, Content, Holding, Pair, Set, Shape, Table,
     OUTPUT,
 };
 use cgtproxy::plan;
@@ -461,7 +461,7 @@ fn snapshot(config: &Config) -> Snapshot {
     let ids = |n: usize| (1..=1 + n as u64 * 700).map(|id| id << 8 | n as u64).collect();
     let levels = |outcome: &Outcome| {
         let levels = [(2, false, false), (3, false, false), (3, true, false), (7, true, true)];
-        levels.map(|(level, hashed, loose)| Element { level, outcome: *outcome, hashed, loose })
+        levels.map(|(level, hashed, loose)| Pair { level, outcome: *outcome, hashed, loose })
     };
     let hashes = |n: usize| (1..=n as u32 * 70).map(|hash| hash << 8 | n as u32).collect();
     Snapshot {
@@ -483,9 +483,9 @@ fn gates() -> Vec<Gate> {
     ids.chain((1..9).map(|id| Gate::new(1, id, true))).collect()
 }
 
-fn held() -> Vec<Held> {
-    let root = |id: u64| [Held::Root(id), Held::Known(id)];
-    (1..9).flat_map(root).chain((10..4000).map(Held::Known)).collect()
+fn held() -> Vec<HoldElement> {
+    let root = |id: u64| [HoldElement::Root(id), HoldElement::Known(id)];
+    (1..9).flat_map(root).chain((10..4000).map(HoldElement::Known)).collect()
 }
 
 /// The sets of [`held`].

@@ -17,12 +17,12 @@ use cgtproxy::cgroup::core::{Core, Delta};
 use cgtproxy::cgroup::dying;
 use cgtproxy::cgroup::event::{Action, Event, Found, Scan};
 use cgtproxy::cgroup::gates::{self, Gate};
-use cgtproxy::cgroup::holds::Held;
+use cgtproxy::cgroup::holds::HoldElement;
 use cgtproxy::cgroup::tree::{child, depth, parent, Path};
 use cgtproxy::config::{self, Config, Outcome, RuleLine, Source, Target};
 use cgtproxy::nft::expr::Verdict;
 use cgtproxy::nft::stmt::Stmt;
-use cgtproxy::nft::table::{self, classifying, Element, Shape, Table, DEPTHS, OUTPUT};
+use cgtproxy::nft::table::{self, classifying, Pair, Shape, Table, DEPTHS, OUTPUT};
 use nix::errno::Errno;
 use nix::time::{clock_gettime, ClockId};
 
@@ -283,7 +283,7 @@ struct Kernel {
     sets: BTreeMap<u64, Outcome>,
     dying: BTreeSet<(Outcome, u32)>,
     gates: BTreeSet<Gate>,
-    held: BTreeSet<Held>,
+    held: BTreeSet<HoldElement>,
     shape: Shape,
     /// Removed cgroups whose elements were deleted.
     owed: BTreeSet<u64>,
@@ -361,7 +361,7 @@ impl Kernel {
         for (path, id) in &host.dirs {
             let ids = &host.lineages.get(id).cloned().unwrap_or_default();
             let above = ids.iter().rev().skip(1).chain((!path.is_empty()).then_some(&ROOT));
-            let below = { above }.any(|id| self.held.contains(&Held::Root(*id)));
+            let below = { above }.any(|id| self.held.contains(&HoldElement::Root(*id)));
             let shown = dying::is_listable(path);
             let want = below && !(looked_at.contains(id) && shown);
             assert_eq!(is_held(&chains, self, ids), want, "{:?}", path.escape_ascii());
@@ -398,7 +398,7 @@ impl Kernel {
                     false => wanted.sets.extend([(*id, outcome)]),
                 }
                 let level = (base + depth(path)) as u8;
-                wanted.shape.pairs.insert(Element { level, outcome, hashed, loose: false });
+                wanted.shape.pairs.insert(Pair { level, outcome, hashed, loose: false });
                 wanted.gates.extend(host.gates(*id));
             }
         }
@@ -433,7 +433,7 @@ impl Kernel {
         let mut listed: BTreeSet<_> = core.dying().map(|d| (d.outcome, d.hash)).collect();
         listed.extend(&wanted.dying);
         assert_eq!(self.dying, listed);
-        let mut pairs: BTreeSet<Element> = core.dying().map(|d| d.element()).collect();
+        let mut pairs: BTreeSet<Pair> = core.dying().map(|d| d.pair()).collect();
         pairs.extend(&wanted.shape.pairs);
         // and some that nothing needs any more; not those of removed ones
         let idle: Vec<_> = self.shape.pairs.difference(&pairs).collect();
@@ -523,8 +523,8 @@ fn is_held(chains: &HoldChains, kernel: &Kernel, ids: &[u64]) -> bool {
         below => ids.get(below - 1).copied(),
     };
     let holds = |set: &str, id: u64| match set {
-        table::HELD => kernel.held.contains(&Held::Root(id)),
-        table::KNOWN => kernel.held.contains(&Held::Known(id)),
+        table::HELD => kernel.held.contains(&HoldElement::Root(id)),
+        table::KNOWN => kernel.held.contains(&HoldElement::Known(id)),
         other => panic!("{other}"),
     };
     let Some(mut rules) = chains.get(table::HOLD).map(|rules| rules.iter()) else {

@@ -10,11 +10,11 @@ use super::blind::Blind;
 use super::dying::{self, Dying};
 use super::event::{Action, Event, Found, Note, Scan};
 use super::gates::{self, Above, Gate, Gates};
-use super::holds::{self, Held, Holds};
+use super::holds::{self, HoldElement, Holds};
 use super::ranking::Ranking;
 use super::tree::{self, Hold, Node, Path, Tree};
 use crate::config::{Config, Outcome, Target};
-use crate::nft::table::{Element, Shape, Stage, DEPTHS};
+use crate::nft::table::{Pair, Shape, Stage, DEPTHS};
 use crate::policy::{self, Decision};
 
 /// The difference between what the kernel's sets hold and what they should hold.
@@ -28,8 +28,8 @@ pub struct Delta {
     pub add_dying: Vec<dying::Hashed>,
     pub delete_gates: Vec<Gate>,
     pub add_gates: Vec<Gate>,
-    pub delete_held: Vec<Held>,
-    pub add_held: Vec<Held>,
+    pub delete_held: Vec<HoldElement>,
+    pub add_held: Vec<HoldElement>,
     /// What the rules were made for, and what they are needed for now, where that is not the same.
     pub shape: Option<[Shape; 2]>,
 }
@@ -50,7 +50,7 @@ pub struct Snapshot {
     pub elements: BTreeMap<Outcome, Vec<u64>>,
     pub dying: BTreeMap<Outcome, Vec<u32>>,
     pub gates: Vec<Gate>,
-    pub held: Vec<Held>,
+    pub held: Vec<HoldElement>,
     pub shape: Shape,
 }
 
@@ -66,10 +66,10 @@ pub struct Core {
     listable: bool,
     tree: Tree,
     /// Elements in use, counted by pair.
-    pairs: BTreeMap<Element, usize>,
+    pairs: BTreeMap<Pair, usize>,
     /// Pairs whose last element is gone, and whether that was so at the last [`Event::Tidy`]. Their
     /// rules stay for a while: most often a service starts again.
-    idle: BTreeMap<Element, bool>,
+    idle: BTreeMap<Pair, bool>,
     /// What elements are below.
     gates: Gates,
     holds: Holds,
@@ -356,7 +356,7 @@ impl Core {
                     self.config.outcome_named(old.config.target_name(target), class)
                 }
             };
-            self.count_pair(dying.element(), false);
+            self.count_pair(dying.pair(), false);
             match outcome {
                 Some(outcome) => {
                     dying.outcome = outcome;
@@ -688,7 +688,7 @@ impl Core {
     fn count(&mut self, path: &[u8], element: Option<Outcome>, up: bool) {
         let Some(outcome) = element else { return };
         let hashed = self.is_hashed(path);
-        self.count_pair(Element { level: self.level(path), outcome, hashed, loose: false }, up);
+        self.count_pair(Pair { level: self.level(path), outcome, hashed, loose: false }, up);
         let gates = self.above(path).map(|(stage, id, hashed)| Gate::new(stage, id, hashed));
         let gates: Vec<Gate> = gates.collect();
         gates.into_iter().for_each(|gate| self.gates.count(gate, up));
@@ -707,7 +707,7 @@ impl Core {
         (self.base_level + tree::depth(path)) as u8
     }
 
-    fn count_pair(&mut self, pair: Element, up: bool) {
+    fn count_pair(&mut self, pair: Pair, up: bool) {
         let count = self.pairs.entry(pair).or_insert(0);
         match up {
             true => *count += 1,
@@ -741,7 +741,7 @@ impl Core {
     /// The same, of one whose gates are counted.
     fn put(&mut self, dying: Dying) {
         let Some(list) = &mut self.dying else { return };
-        let pair = dying.element();
+        let pair = dying.pair();
         let oldest = list.push(dying);
         self.count_pair(pair, true);
         oldest.into_iter().for_each(|oldest| self.forget(&oldest));
@@ -753,7 +753,7 @@ impl Core {
     }
 
     fn forget(&mut self, dying: &Dying) {
-        self.count_pair(dying.element(), false);
+        self.count_pair(dying.pair(), false);
         self.gates.release(&dying.gates);
     }
 

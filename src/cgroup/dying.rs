@@ -13,7 +13,7 @@ use super::gates::Above;
 use super::tally::Tally;
 use super::tree::{self, Path, Tree};
 use crate::config::Outcome;
-use crate::nft::table::Element;
+use crate::nft::table::Pair;
 
 /// A removed cgroup that had an element of its own. Those below without one go with it, for a
 /// packet is matched by every ancestor of its cgroup, dead or not.
@@ -46,9 +46,9 @@ impl Dying {
     }
 
     /// The element that matches it.
-    pub fn element(&self) -> Element {
+    pub fn pair(&self) -> Pair {
         let loose = self.path.is_none();
-        Element { level: self.level, outcome: self.outcome, hashed: true, loose }
+        Pair { level: self.level, outcome: self.outcome, hashed: true, loose }
     }
 }
 

@@ -32,7 +32,7 @@ pub fn of(
 
 /// An element of the kernel's sets, by its cgroup id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Held {
+pub enum HoldElement {
     /// What is below it is held.
     Root(u64),
     /// It has been looked at. Roots are among these.
@@ -42,7 +42,7 @@ pub enum Held {
 /// All of them, and the levels that they are at.
 #[derive(Debug, Default)]
 pub struct Holds {
-    elements: Tally<Held>,
+    elements: Tally<HoldElement>,
     /// The cgroup root is held, and the root of all.
     all: bool,
     roots: BTreeMap<u8, usize>,
@@ -63,10 +63,10 @@ impl Holds {
             *count = if up { *count + 1 } else { count.saturating_sub(1) };
         };
         if hold == Hold::Root {
-            count(&mut self.roots, Held::Root(id));
+            count(&mut self.roots, HoldElement::Root(id));
         }
         if hold != Hold::None {
-            count(&mut self.known, Held::Known(id));
+            count(&mut self.known, HoldElement::Known(id));
         }
     }
 
@@ -102,12 +102,12 @@ impl Holds {
     }
 
     /// See [`Tally::take_changes`].
-    pub fn take_changes(&mut self) -> (Vec<Held>, Vec<Held>) {
+    pub fn take_changes(&mut self) -> (Vec<HoldElement>, Vec<HoldElement>) {
         self.elements.take_changes()
     }
 
     /// All of them; the kernel has them from now on.
-    pub fn snapshot(&mut self) -> Vec<Held> {
+    pub fn snapshot(&mut self) -> Vec<HoldElement> {
         self.elements.snapshot().copied().collect()
     }
 }
@@ -125,7 +125,7 @@ mod tests {
         holds.count(9, 2, Hold::None, true);
         let held = |last| Some(Holding { all: false, roots: [3].into(), last, deepest: 255 });
         assert_eq!(holds.shape(255), held(4));
-        let (root, known) = (Held::Root(7), [Held::Known(7), Held::Known(8)]);
+        let (root, known) = (HoldElement::Root(7), [HoldElement::Known(7), HoldElement::Known(8)]);
         assert_eq!(holds.take_changes(), (vec![], vec![root, known[0], known[1]]));
         // its level's rules stay for a while
         holds.count(8, 4, Hold::Below, false);

@@ -63,7 +63,7 @@ pub fn exec(
     let mut tries = 8;
     let cgroup = loop {
         tries -= 1;
-        let cgroup = Cgroup::make(&root, config.target_name(target))?;
+        let cgroup = OwnCgroup::make(&root, config.target_name(target))?;
         if let Err(error) = await_force(&config, target, &root, &cgroup) {
             let _ = fs::remove_dir(&cgroup.dir);
             return Err(error);
@@ -141,15 +141,15 @@ fn become_user(user: &Identity) -> Result<()> {
 
 /// A cgroup that was made for this process, with the file that lets it in held open: should the
 /// cgroup be removed meanwhile, entering fails even if there is another one of that name by then.
-struct Cgroup {
+struct OwnCgroup {
     dir: PathBuf,
     /// From the cgroup root.
     path: Vec<u8>,
     procs: File,
 }
 
-impl Cgroup {
-    fn make(root: &Root, target: &str) -> Result<Cgroup> {
+impl OwnCgroup {
+    fn make(root: &Root, target: &str) -> Result<OwnCgroup> {
         let above = format!("{}/{target}", policy::EXEC);
         let pid = std::process::id();
         // a number of the pid's may be in use still: by children of an earlier process of that pid
@@ -173,7 +173,7 @@ impl Cgroup {
             match opened {
                 Ok(procs) => {
                     let path = path.into_bytes();
-                    return Ok(Cgroup { dir, path, procs });
+                    return Ok(OwnCgroup { dir, path, procs });
                 }
                 Err(e) if is_busy(&e) || e.kind() == ErrorKind::NotFound => continue,
                 Err(e) => {
@@ -243,7 +243,7 @@ fn subdirectories(dir: &Path) -> Vec<PathBuf> {
 /// Returns once the target is in force for the cgroup.
 ///
 /// Errors: what is missing, after a while if a daemon runs that could add it.
-fn await_force(config: &Config, target: Target, root: &Root, cgroup: &Cgroup) -> Result<()> {
+fn await_force(config: &Config, target: Target, root: &Root, cgroup: &OwnCgroup) -> Result<()> {
     let wanted = Wanted::new(config, target, root, &cgroup.path)?;
     let mut kernel = Kernel::open()?;
     // before the first look, so that no change goes by unseen

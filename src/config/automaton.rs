@@ -40,7 +40,7 @@ impl Automaton {
             return None;
         }
         let (prefix, tree) = split(tree);
-        let mut positions = Positions { sets: vec![Ranges::new()], follow: vec![0], steps: 0 };
+        let mut positions = Positions { sets: vec![Letters::new()], follow: vec![0], steps: 0 };
         let whole = positions.build(&tree)?;
         positions.follow[0] = whole.first;
         let accepting = whole.last | if whole.nullable { BEGIN } else { 0 };
@@ -100,10 +100,10 @@ impl Automaton {
 }
 
 /// Ranges of characters, both ends included.
-type Ranges = Vec<(char, char)>;
+type Letters = Vec<(char, char)>;
 
 enum Syntax {
-    One(Ranges),
+    One(Letters),
     All(Vec<Syntax>),
     Any(Vec<Syntax>),
     Repeat(Box<Syntax>, usize, Option<usize>),
@@ -127,14 +127,14 @@ fn split(tree: Syntax) -> (String, Syntax) {
 }
 
 /// The classes that the sets tell apart: where each begins, and the positions that take it.
-fn classes(sets: &[Ranges]) -> (Vec<u32>, Vec<State>) {
+fn classes(sets: &[Letters]) -> (Vec<u32>, Vec<State>) {
     let ranges = || sets.iter().flatten().map(|(first, last)| (*first as u32, *last as u32));
     let mut bounds: Vec<u32> = ranges().flat_map(|(first, last)| [first, last + 1]).collect();
     bounds.push(0);
     bounds.sort_unstable();
     bounds.dedup();
     let holds =
-        |set: &Ranges, c: u32| set.iter().any(|(a, b)| (*a as u32..=*b as u32).contains(&c));
+        |set: &Letters, c: u32| set.iter().any(|(a, b)| (*a as u32..=*b as u32).contains(&c));
     let mask = |c: &u32| {
         let bits = sets.iter().enumerate().filter(|(_, set)| holds(set, *c));
         bits.fold(0, |mask, (position, _)| mask | 1 << position)
@@ -155,7 +155,7 @@ struct Part {
 const NOTHING: Part = Part { nullable: true, first: 0, last: 0 };
 
 struct Positions {
-    sets: Vec<Ranges>,
+    sets: Vec<Letters>,
     follow: Vec<State>,
     steps: usize,
 }
@@ -305,7 +305,7 @@ impl Parser<'_> {
     }
 
     /// What a backslash makes of the next character.
-    fn escape(&mut self) -> Option<Ranges> {
+    fn escape(&mut self) -> Option<Letters> {
         match self.chars.next()? {
             '<' | '>' => None,
             c if c.is_ascii_punctuation() => Some(vec![(c, c)]),
@@ -320,9 +320,9 @@ impl Parser<'_> {
     }
 
     /// A class whose bracket has been taken.
-    fn class(&mut self) -> Option<Ranges> {
+    fn class(&mut self) -> Option<Letters> {
         let inverted = self.chars.next_if_eq(&'^').is_some();
-        let mut set = Ranges::new();
+        let mut set = Letters::new();
         while self.chars.next_if_eq(&'-').is_some() {
             set.push(('-', '-'));
         }
@@ -362,21 +362,21 @@ fn repeat(part: Syntax, least: usize, most: Option<usize>) -> Syntax {
     Syntax::Repeat(Box::new(part), least, most)
 }
 
-fn digits() -> Ranges {
+fn digits() -> Letters {
     vec![('0', '9')]
 }
 
-fn blanks() -> Ranges {
+fn blanks() -> Letters {
     vec![('\t', '\r'), (' ', ' ')]
 }
 
-fn word() -> Ranges {
+fn word() -> Letters {
     vec![('0', '9'), ('A', 'Z'), ('_', '_'), ('a', 'z')]
 }
 
-fn negated(mut set: Ranges) -> Ranges {
+fn negated(mut set: Letters) -> Letters {
     set.sort_unstable();
-    let mut left = Ranges::new();
+    let mut left = Letters::new();
     let mut from = 0;
     for (first, last) in set.iter().map(|(a, b)| (*a as u32, *b as u32)) {
         if first > from {

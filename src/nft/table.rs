@@ -18,7 +18,7 @@ pub const TABLE: &str = "cgtproxy";
 
 /// A cgroup's place in the kernel's sets: what it comes to, matched at which level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Element {
+pub struct Pair {
     pub level: u8,
     pub outcome: Outcome,
     /// Of cgroups that are matched by their hash; see [`crate::cgroup::dying`].
@@ -43,7 +43,7 @@ fn depths(stage: Stage) -> std::ops::Range<usize> {
 pub struct Shape {
     /// Level of the cgroup root.
     pub base: usize,
-    pub pairs: BTreeSet<Element>,
+    pub pairs: BTreeSet<Pair>,
     /// The stages that have gates by their hashes.
     pub hashed: BTreeSet<Stage>,
     /// What is held, where anything is.
@@ -435,21 +435,21 @@ fn unknown_chain(config: &Config) -> Chain {
 
 /// The pairs between a stage's gates and the next ones, in the order in which they are tried: the
 /// deepest level first, so that the nearest ancestor with an element decides.
-fn pairs_of(shape: &Shape, stage: Stage) -> Vec<&Element> {
-    let depth = |pair: &Element| usize::from(pair.level).saturating_sub(shape.base);
-    let own = |pair: &&Element| !pair.loose && depths(stage).contains(&depth(pair));
-    let mut pairs: Vec<&Element> = shape.pairs.iter().filter(own).collect();
+fn pairs_of(shape: &Shape, stage: Stage) -> Vec<&Pair> {
+    let depth = |pair: &Pair| usize::from(pair.level).saturating_sub(shape.base);
+    let own = |pair: &&Pair| !pair.loose && depths(stage).contains(&depth(pair));
+    let mut pairs: Vec<&Pair> = shape.pairs.iter().filter(own).collect();
     pairs.sort_by_key(|pair| in_order(pair));
     pairs
 }
 
 /// Of a level, what is dropped comes first: all that it has is the look-ups.
-fn in_order(pair: &Element) -> impl Ord {
+fn in_order(pair: &Pair) -> impl Ord {
     let target = (pair.outcome.target != Target::Drop, pair.outcome);
     (Reverse(pair.level), pair.outcome.class, pair.hashed, target)
 }
 
-fn pair_rule(config: &Config, pair: &Element) -> Rule {
+fn pair_rule(config: &Config, pair: &Pair) -> Rule {
     let (level, outcome) = (pair.level, pair.outcome);
     let of = match pair.hashed {
         false => Stmt::Cgroup { level, set: set_name(config, outcome) },
@@ -534,7 +534,7 @@ const FEW_PAIRS: usize = 4;
 /// is dropped.
 fn marked_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     let mut rules = loose_rules(config, shape);
-    let mut pairs: Vec<&Element> = shape.pairs.iter().filter(|pair| !pair.loose).collect();
+    let mut pairs: Vec<&Pair> = shape.pairs.iter().filter(|pair| !pair.loose).collect();
     if pairs.len() <= FEW_PAIRS {
         // of a level, those with an outlet first
         pairs.sort_by_key(|pair| {
@@ -554,7 +554,7 @@ fn marked_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
 
 /// What is below a removed cgroup has been removed as well: none of the others is nearer.
 fn loose_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
-    let mut loose: Vec<&Element> = shape.pairs.iter().filter(|pair| pair.loose).collect();
+    let mut loose: Vec<&Pair> = shape.pairs.iter().filter(|pair| pair.loose).collect();
     loose.sort_by_key(|pair| in_order(pair));
     loose.into_iter().map(|pair| pair_rule(config, pair)).collect()
 }

@@ -547,7 +547,7 @@ mod tests {
     use crate::net::Range;
     use crate::netlink::parse::Messages;
     use crate::nft::message::Transaction;
-    use crate::nft::table::{classifying, Element, Shape, Table};
+    use crate::nft::table::{classifying, Pair, Shape, Table};
     use std::collections::BTreeSet;
 
     fn config(default: Target) -> Config {
@@ -592,7 +592,7 @@ mod tests {
     }
 
     /// The rules as the kernel would hand them back: as they were sent.
-    fn rules(config: &Config, pairs: &[Element]) -> Vec<RuleView> {
+    fn rules(config: &Config, pairs: &[Pair]) -> Vec<RuleView> {
         let mut transaction = Transaction::new(Batch::new(0));
         let mut table = Table::new(config);
         let pairs = pairs.iter().copied().collect();
@@ -620,7 +620,7 @@ mod tests {
                 let class = rule.class;
                 rule.owners.iter().map(move |owner| (class, *owner, target.clone()))
             });
-            let pairs = config.outcomes().map(|outcome| Element {
+            let pairs = config.outcomes().map(|outcome| Pair {
                 level: 2,
                 outcome,
                 hashed: false,
@@ -638,7 +638,7 @@ mod tests {
 
     #[test]
     fn the_view_of_our_own_table() {
-        let pair = |level, target: Target, hashed| Element {
+        let pair = |level, target: Target, hashed| Pair {
             level,
             outcome: target.into(),
             hashed,
