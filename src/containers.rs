@@ -359,7 +359,7 @@ mod tests {
         assert!(c.appeared(one.clone(), 0));
         for next in [1, 5, 21, 85, 341, 1341] {
             let now = c.next_look().unwrap();
-            assert_eq!(asked(&c, now, &[]), [one.clone()]);
+            assert_eq!(asked(&c, now, &[]), std::slice::from_ref(&one));
             c.looked(now, now);
             assert_eq!(c.next_look(), Some(next));
         }
