@@ -227,7 +227,7 @@ fn what_is_allowed_connects_by_itself() {
     let (_world, _proxy) = World::with_proxy(&ground);
     ground.cgroup("/held");
     let daemon = Daemon::start(&ground, &held(), &[]);
-    let births = sized(60, 1000);
+    let births = sized(60, 300);
     let mut took = Vec::new();
     for i in 0..births {
         let (name, who) = if i % 2 == 0 { ("o", "remote") } else { ("p", "proxy mihomo") };
