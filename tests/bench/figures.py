@@ -70,7 +70,7 @@ def latencies(results):
     """(name, [µs by COUNTS], whether it is ours)."""
     figures = [f'latency p50, {count} cgroups' for count in COUNTS]
     return [(OURS, [results.value(f) for f in figures], True),
-            ('the least: read inotify, send one element', [results.reference(f, FLOOR) for f in figures], False),
+            ('the least: read inotify, ask the id, send one element', [results.reference(f, FLOOR) for f in figures], False),
             ('the least, with a verdict map', [results.reference(f, VERDICTS) for f in figures], False)]
 
 
@@ -177,7 +177,7 @@ def table(results):
         ('a service starts: time until its rule holds (with `hold`, nothing leaves before), with 50 / 2,000 / 10,000 '
          'cgroups on the host, all on one processor, median',
          f'{each(latency, results.value)} µs',
-         f'{each(latency, floor)} µs: a minimal loop that only reads inotify and sends one element; '
+         f'{each(latency, floor)} µs: a minimal loop that reads inotify, asks for the id and sends one element; '
          f'{each(latency, verdicts)} µs: the same with a verdict map in place of a set'),
         ('one starts below a cgroup that has its target', 'no time: it holds from the first packet', ''),
         ('10,000 services start at once: none is missed, and the last one\'s rule holds',
