@@ -210,7 +210,10 @@ for manager in opkg apk; do
 	for name in early app nikki; do run $name start; done
 done
 check "nothing left since" none_left
+# each request takes longer than procd waits before it starts what has ended
+touch $dir/slow
 check "shutdown" run cgtproxy shutdown
+rm $dir/slow
 check "the policy stays to the end" table
 check "nothing left during shutdown" none_left
 
@@ -245,7 +248,9 @@ for name in early app nikki; do run $name start; done
 old=$(daemon_pid)
 uci_policy ''
 rm $dir/cgtproxy.conf
+touch $dir/slow
 check "from a file to UCI" run cgtproxy reload
+rm $dir/slow
 check "by another daemon" other_pid
 of_uci() { tr '\0' ' ' <"/proc/$(daemon_pid)/cmdline" | grep "var/cgtproxy/cgtproxy.conf"; }
 check "with the file that was made of it" of_uci

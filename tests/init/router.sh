@@ -35,7 +35,11 @@ procd_add_jail() { words param jail "$@" >>$asked; }
 procd_add_reload_trigger() { words trigger "$@" >>$asked; }
 procd_add_interface_trigger() { shift; words trigger interface."$1" >>$asked; }
 procd_send_signal() { ask signal "$1" "$(kill -l "${3:-HUP}")"; }
-ask() { python3 $dir/procd.py ask $dir "$@"; }
+# with $dir/slow, longer under way than procd waits before it starts what has ended
+ask() {
+	case $1 in set | delete) [ ! -e $dir/slow ] || sleep 2 ;; esac
+	python3 $dir/procd.py ask $dir "$@"
+}
 start_service() { :; }
 stop_service() { :; }
 service_triggers() { :; }
