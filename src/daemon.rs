@@ -44,12 +44,12 @@ use crate::pidfile::Pidfile;
 use crate::plan;
 use crate::route::Entry;
 use crate::signals::{End, Signals};
-use crate::stale::flows::Flows;
 use crate::stale::{self, Before, Judge, Suspects};
 use crate::sys;
 
 use containers::Search;
 use doubts::Doubts;
+use redirect::Redirects;
 
 /// Events that a full inotify queue holds, and some that come meanwhile.
 const FULL_QUEUE: usize = 20_000;
@@ -146,8 +146,9 @@ struct Daemon<'a> {
     late: Backoff,
     /// The table was in others' hands: packets may have gone as if there was none.
     exposed: bool,
-    /// Flows may have to be sent another way, as a way out has opened.
-    redirects: bool,
+    /// A way out has opened or closed: flows may have to be sent another way.
+    ways_changed: bool,
+    redirects: Redirects,
     /// poll(2) was refused the last time.
     refused: bool,
     containers: Search,
@@ -258,7 +259,8 @@ fn begin<'a>(
         doubts: None,
         late: Backoff::default(),
         exposed: false,
-        redirects: false,
+        ways_changed: false,
+        redirects: Redirects::default(),
         refused: false,
         containers: Search::default(),
     };
@@ -436,20 +438,9 @@ impl Daemon<'_> {
         let due = self.late.due().is_some_and(|at| at + rest <= now);
         if due && self.doubts.is_none() && self.table.due().is_none() {
             let ways = self.cgroups.core.take_late();
-            self.redirect_flows();
+            self.redirects.want_late(&self.cgroups.core, &ways);
             self.look_for_stale(Suspects::late(&self.cgroups.core, &ways), SLICE);
             self.late.done(now, Instant::now());
-        }
-    }
-
-    /// Has flows that began otherwise go by the routes that are theirs, and those of a route no more by
-    /// one that is not. Once the table and the ways out are in force.
-    fn redirect_flows(&mut self) {
-        self.redirects = false;
-        let flows = Flows::of(&self.cgroups.core).filter(|_| self.kernel.tells_flows());
-        let moved = flows.map_or(0, |flows| redirect::redirect(&mut self.kernel, &flows));
-        if moved > 0 {
-            log!(Notice, "{moved} UDP flows that began another way go as they should");
         }
     }
 
@@ -487,7 +478,7 @@ impl Daemon<'_> {
                 };
                 log!(limited::Notice, "{text}");
                 // what began meanwhile may have had no way
-                self.redirects = true;
+                self.ways_changed = true;
             }
             ways.insert(name.to_string(), state);
         }
@@ -623,11 +614,12 @@ impl Daemon<'_> {
             }
             self.heal(ready.kernel);
             self.settle();
-            if self.redirects {
+            if self.ways_changed {
                 self.redirect_flows();
             }
             self.attend_to_containers(ready.kernel, ready.vacant);
             self.look_at_late();
+            self.go_on_redirecting();
             self.end_stale(SLICE);
             if self.signals.status() {
                 log!(Notice, "status: {}", self.summary());
@@ -695,8 +687,10 @@ impl Daemon<'_> {
         if waiting || drafted || self.doubts.is_some() || self.signals.pending() {
             return PollTimeout::ZERO;
         }
-        // which waits for the table
-        let late = self.late.due().filter(|_| self.table.due().is_none());
+        // which wait for the table
+        let there = self.table.due().is_none();
+        let late = self.late.due().filter(|_| there);
+        let redirects = self.redirects.due().filter(|_| there);
         let due = [
             self.cgroups.due(),
             self.containers.due(),
@@ -704,6 +698,7 @@ impl Daemon<'_> {
             self.table.due(),
             self.routing.due(),
             self.loops.due(),
+            redirects,
             late,
         ];
         match due.into_iter().flatten().min() {

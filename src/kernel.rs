@@ -66,6 +66,8 @@ pub struct Kernel {
     ends_sockets: bool,
     /// False once conntrack has not told of its flows.
     tells_flows: bool,
+    /// Its flows, as they are listed by and by; for the daemon.
+    listing: Option<flows::Listing>,
 }
 
 /// What others did to our state since the last look.
@@ -100,6 +102,7 @@ impl Kernel {
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
             ends_sockets: true,
             tells_flows: true,
+            listing: None,
         })
     }
 
@@ -122,6 +125,7 @@ impl Kernel {
         let peers = Socket::open(SockProtocol::NetlinkRoute, &[RTNLGRP_LINK, RTNLGRP_NSID])?;
         let _ = sys::attach_filter(peers.as_fd(), &netns::no_event());
         kernel.peer_events = Some(peers);
+        kernel.listing = Some(flows::Listing::open()?);
         kernel.watch(needs);
         Ok(kernel)
     }

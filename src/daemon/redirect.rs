@@ -1,63 +1,215 @@
 //! Datagrams of flows that began otherwise are sent by the routes that are theirs, and those of a
 //! route no more by one that is not. Which flows these are is decided in [`crate::stale::flows`].
+//!
+//! Anybody may have 100,000s of flows, so they are listed and held against the policy by and by;
+//! until its turn, what a flow sends is dropped by the table where it would leave the wrong way.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+use super::Daemon;
+use crate::cgroup::core::Core;
+use crate::config::Outcome;
 use crate::error::reason;
 use crate::kernel::Kernel;
 use crate::log;
 use crate::net::Mark;
 use crate::netlink::conntrack::Tracked;
-use crate::netlink::diag::UDP_STATES;
+use crate::netlink::diag::{SeenSocket, UDP_STATES};
 use crate::netlink::fib::Course;
 use crate::netlink::uapi::*;
-use crate::stale::flows::{Cure, Flows, Owners};
+use crate::stale::flows::{late, Cure, Flows, Owners};
 
-/// Has conntrack know flows as they should be known by now. Of pings nobody tells whose they are: all
-/// begin anew, which they do not notice. Returns how many others there were. Once the table and the
-/// ways out are in force.
-pub fn redirect(kernel: &mut Kernel, flows: &Flows) -> usize {
-    let owners = Owners::new(kernel.sockets(IPPROTO_UDP, UDP_STATES, &[], Some));
-    let concerns = |entry: &Tracked| {
-        flows.forwards() || entry.protocol != IPPROTO_UDP || owners.has(entry.from.port())
-    };
-    let entries = match kernel.entries(concerns) {
-        Ok(entries) => entries,
-        Err(error) => {
-            log!(
-                Notice,
-                "{error}: what a UDP socket of a chosen port sends is dropped after its cgroup got \
-                 a route, until it pauses"
-            );
-            return 0;
+/// How long flows are held against the policy before cgroups that come have their turn.
+const SLICE: Duration = Duration::from_millis(1);
+
+/// How long a start, a reload or a repair waits until that is done for all flows.
+const LONGEST: Duration = Duration::from_secs(1);
+
+/// Before a pass for cgroups that were found late, this many times what the last pass has cost.
+const REST: u32 = 8;
+
+/// As many cgroups as the kernel is asked for the sockets of: beyond, it takes longer to compare than
+/// we do to look.
+const FEW: usize = 200;
+
+#[derive(Default)]
+pub struct Redirects {
+    /// The pass that goes on.
+    pass: Option<Pass>,
+    /// Cgroups that were found late, and what they come to.
+    late: HashMap<u64, Outcome>,
+    /// Their pass does not begin before that.
+    rest: Option<Instant>,
+}
+
+impl Redirects {
+    /// What these cgroups began went other ways until now.
+    pub fn want_late(&mut self, core: &Core, ways: &HashMap<u64, Outcome>) {
+        self.late.extend(late(core, ways));
+    }
+
+    pub fn due(&self) -> Option<Instant> {
+        match self.pass.is_some() {
+            true => Some(Instant::now()),
+            false => (!self.late.is_empty()).then(|| self.rest.unwrap_or_else(Instant::now)),
         }
-    };
-    let (mut ways, mut names) = (BTreeMap::new(), None);
-    let mut moved = 0;
-    for entry in entries {
+    }
+}
+
+impl Daemon<'_> {
+    /// Has flows that began otherwise go by the routes that are theirs, and those of a route no more by
+    /// one that is not. Once the table and the ways out are in force. Cgroups that come meanwhile are
+    /// taken in; what takes longer than is waited for here is done later.
+    pub(super) fn redirect_flows(&mut self) {
+        self.ways_changed = false;
+        let began = Instant::now();
+        let flows = Flows::of(&self.cgroups.core).filter(|_| self.kernel.tells_flows());
+        // those of late cgroups are among them
+        self.redirects.late.clear();
+        self.redirects.pass = flows.map(|flows| Pass::begin(&mut self.kernel, flows));
+        self.hold_flows();
+        while self.redirects.pass.is_some() && began.elapsed() < LONGEST {
+            if !matches!(self.signals.end(), Ok(None)) || self.cgroups.drain().is_err() {
+                return;
+            }
+            self.settle();
+            self.hold_flows();
+        }
+    }
+
+    /// The same for cgroups that were found late, and what is left to do.
+    pub(super) fn go_on_redirecting(&mut self) {
+        let due = self.redirects.due();
+        let now = Instant::now();
+        if self.table.due().is_some() || due.is_none_or(|at| at > now) {
+            return;
+        }
+        if self.redirects.pass.is_none() {
+            let outcomes = std::mem::take(&mut self.redirects.late);
+            if !self.kernel.tells_flows() {
+                return;
+            }
+            let flows = Flows::of_some(&self.cgroups.core, outcomes);
+            self.redirects.pass = Some(Pass::begin(&mut self.kernel, flows));
+        }
+        self.hold_flows();
+    }
+
+    fn hold_flows(&mut self) {
+        let redirects = &mut self.redirects;
+        let Some(pass) = redirects.pass.as_mut() else {
+            return;
+        };
+        if pass.settle(&mut self.kernel, Instant::now() + SLICE) {
+            if pass.moved > 0 {
+                let moved = pass.moved;
+                log!(Notice, "{moved} UDP flows that began another way go as they should");
+            }
+            redirects.rest = Some(Instant::now() + pass.spent * REST);
+            redirects.pass = None;
+        }
+    }
+}
+
+/// Conntrack's flows, on their way past the policy.
+struct Pass {
+    flows: Flows,
+    owners: Owners,
+    /// Those that were told of and have not had their turn.
+    entries: Vec<Tracked>,
+    /// Where packets to each source would go.
+    ways: BTreeMap<IpAddr, Course>,
+    names: Option<HashMap<u32, String>>,
+    /// How many UDP flows were not known as they should be.
+    moved: usize,
+    spent: Duration,
+}
+
+impl Pass {
+    fn begin(kernel: &mut Kernel, flows: Flows) -> Pass {
+        let began = Instant::now();
+        let owners = owners(kernel, &flows);
+        kernel.list_entries();
+        Pass {
+            flows,
+            owners,
+            entries: Vec::new(),
+            ways: BTreeMap::new(),
+            names: None,
+            moved: 0,
+            spent: began.elapsed(),
+        }
+    }
+
+    /// Has conntrack know flows as they should be known by now, until `until`; true when that is done.
+    fn settle(&mut self, kernel: &mut Kernel, until: Instant) -> bool {
+        let began = Instant::now();
+        let mut more = true;
+        while more {
+            match self.entries.pop() {
+                Some(entry) => self.hold(kernel, &entry),
+                None => more = self.list(kernel),
+            }
+            if Instant::now() >= until {
+                break;
+            }
+        }
+        self.spent += began.elapsed();
+        !more
+    }
+
+    /// Lists some more; false where there are no more.
+    fn list(&mut self, kernel: &mut Kernel) -> bool {
+        let (flows, owners) = (&self.flows, &self.owners);
+        let concerns = |entry: &Tracked| {
+            flows.forwards() || entry.protocol != IPPROTO_UDP || owners.has(entry.from.port())
+        };
+        match kernel.more_entries(concerns) {
+            Ok(Some(entries)) => {
+                self.entries = entries;
+                true
+            }
+            Ok(None) => false,
+            Err(error) => {
+                log!(
+                    Notice,
+                    "{error}: what a UDP socket of a chosen port sends is dropped after its cgroup \
+                     got a route, until it pauses"
+                );
+                false
+            }
+        }
+    }
+
+    /// Of pings nobody tells whose they are: all begin anew, which they do not notice.
+    fn hold(&mut self, kernel: &mut Kernel, entry: &Tracked) {
         if entry.protocol != IPPROTO_UDP {
-            let _ = kernel.forget_entry(&entry);
-            continue;
+            let _ = kernel.forget_entry(entry);
+            return;
         }
+        let Pass { flows, owners, ways, names, .. } = self;
         let from = entry.from.ip();
-        let way: Course = *ways.entry(from).or_insert_with(|| kernel.way(from, 0));
+        let way = *ways.entry(from).or_insert_with(|| kernel.way(from, 0));
         let cure = match way.here {
-            true => owners.of(entry.from, entry.to).and_then(|socket| flows.own(&entry, socket)),
-            false => {
+            true => owners.of(entry.from, entry.to).and_then(|socket| flows.own(entry, socket)),
+            false if flows.forwards() => {
                 let names =
                     names.get_or_insert_with(|| kernel.interface_names().unwrap_or_default());
-                names.get(&way.device).and_then(|name| flows.routed(&entry, name))
+                names.get(&way.device).and_then(|name| flows.routed(entry, name))
             }
+            false => None,
         };
         let done = match cure {
-            None => continue,
-            Some(Cure::Forget) => kernel.forget_entry(&entry),
-            Some(Cure::Move { mark, route }) => relocate(kernel, &entry, mark, flows.way(route)),
+            None => return,
+            Some(Cure::Forget) => kernel.forget_entry(entry),
+            Some(Cure::Move { mark, route }) => relocate(kernel, entry, mark, flows.way(route)),
         };
         match done {
-            Ok(()) => moved += 1,
+            Ok(()) => self.moved += 1,
             // it has ended by itself
             Err(Errno::ENOENT) => {}
             Err(errno) => {
@@ -66,7 +218,26 @@ pub fn redirect(kernel: &mut Kernel, flows: &Flows) -> usize {
             }
         }
     }
-    moved
+}
+
+/// The sockets that the flows in question may be of. Where those of some cgroups are, that is all who
+/// share a port with these.
+fn owners(kernel: &mut Kernel, flows: &Flows) -> Owners {
+    let Some(cgroups) = flows.cgroups() else {
+        return Owners::new(kernel.sockets(IPPROTO_UDP, UDP_STATES, &[], Some));
+    };
+    let port = |socket: &SeenSocket| socket.local.port();
+    let own = |socket: SeenSocket| {
+        socket.cgroup.is_some_and(|cgroup| flows.asks_of(cgroup)).then(|| port(&socket))
+    };
+    let ids = if cgroups.len() > FEW { &[] } else { &cgroups[..] };
+    let ports: HashSet<u16> =
+        kernel.sockets(IPPROTO_UDP, UDP_STATES, ids, own).into_iter().collect();
+    if ports.is_empty() {
+        return Owners::default();
+    }
+    let shares = |socket: SeenSocket| ports.contains(&port(&socket)).then_some(socket);
+    Owners::new(kernel.sockets(IPPROTO_UDP, UDP_STATES, &[], shares))
 }
 
 /// `own` is the mark that the flow is to have; the route is known by the mark of what this host sends

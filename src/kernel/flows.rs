@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use nix::errno::Errno;
+use nix::sys::socket::SockProtocol;
 
 use super::Kernel;
 use crate::error::{Error, Result};
@@ -13,11 +14,52 @@ use crate::netlink::conntrack::{self, Tracked};
 use crate::netlink::fib::{self, Course};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
-use crate::netlink::socket::Failure;
+use crate::netlink::socket::{Failure, Socket};
 use crate::netlink::uapi::*;
 
 /// How often a flow is moved that its remote host begins again at the same moment.
 const TRIES: usize = 8;
+
+const REFUSED: &str = "unable to list conntrack's flows";
+
+/// The flows of UDP and pings, as they are listed by and by: over a socket of its own, since a dump
+/// that goes on takes part in whatever else is read from its socket.
+pub struct Listing {
+    socket: Socket,
+    /// What is to be asked for, the next one last.
+    families: Vec<u8>,
+    /// The answer for a family is being read.
+    reads: bool,
+}
+
+impl Listing {
+    pub fn open() -> Result<Listing> {
+        let socket = Socket::open(SockProtocol::NetlinkNetFilter, &[])?;
+        Ok(Listing { socket, families: Vec::new(), reads: false })
+    }
+
+    /// Some more of them; `None` where there are no more.
+    fn read(
+        &mut self,
+        keep: impl Fn(&Tracked) -> bool,
+    ) -> Result<std::result::Result<Option<Vec<Tracked>>, Errno>> {
+        if !self.reads {
+            let Some(family) = self.families.pop() else {
+                return Ok(Ok(None));
+            };
+            self.socket.begin_dump(&|batch| conntrack::get_all(batch, family))?;
+            self.reads = true;
+        }
+        let mut found = Vec::new();
+        let mut take = |message: &Message| {
+            found.extend(conntrack::parse_entry(message).filter(|entry| keep(entry)));
+        };
+        let end = self.socket.part(&mut take);
+        self.reads = end == Ok(None);
+        let end = end.map_err(|errno| Error::system("unable to read from netlink", errno))?;
+        Ok(end.unwrap_or(Ok(())).map(|()| Some(found)))
+    }
+}
 
 impl Kernel {
     /// Whether conntrack tells of its flows, as far as is known.
@@ -25,16 +67,36 @@ impl Kernel {
         self.tells_flows
     }
 
+    /// Has [`Kernel::more_entries`] list them from the beginning.
+    pub fn list_entries(&mut self) {
+        if let Some(listing) = &mut self.listing {
+            listing.families = vec![NFPROTO_IPV6, NFPROTO_IPV4];
+        }
+    }
+
+    /// Some more of the flows of UDP and pings, as far as `keep` keeps them: as many as the kernel
+    /// tells of at once, some hundred. `None` where there are no more.
+    pub fn more_entries(
+        &mut self,
+        keep: impl Fn(&Tracked) -> bool,
+    ) -> Result<Option<Vec<Tracked>>> {
+        let Some(listing) = &mut self.listing else {
+            return Ok(None);
+        };
+        let found = listing.read(keep);
+        self.tells_flows &= !matches!(found, Ok(Err(_)));
+        found?.map_err(|errno| Error::system(REFUSED, errno))
+    }
+
     /// The flows of UDP and pings, of both families, as far as `keep` keeps them.
-    pub fn entries(&mut self, keep: impl Fn(&Tracked) -> bool) -> Result<Vec<Tracked>> {
+    fn entries(&mut self, keep: impl Fn(&Tracked) -> bool) -> Result<Vec<Tracked>> {
         let mut all = Vec::new();
         for family in [NFPROTO_IPV4, NFPROTO_IPV6] {
             let request = |batch: &mut Batch| conntrack::get_all(batch, family);
             let read = |message: &Message| conntrack::parse_entry(message).filter(&keep);
             let found = self.nft.dump(&request, read)?;
             self.tells_flows &= found.is_ok();
-            let refused = |errno| Error::system("unable to list conntrack's flows", errno);
-            all.extend(found.map_err(refused)?);
+            all.extend(found.map_err(|errno| Error::system(REFUSED, errno))?);
         }
         Ok(all)
     }

@@ -34,6 +34,8 @@ pub struct Socket {
     send_buffer: usize,
     /// Answers that nobody waited for may still be queued.
     stale: bool,
+    /// Something changed during the dump, so that its answer may not be a whole one.
+    interrupted: bool,
     buf: Vec<u8>,
     /// Memory for the next batch: to map and unmap it costs more than to fill it.
     spare: Vec<u8>,
@@ -70,6 +72,7 @@ impl Socket {
             seq: 0,
             send_buffer: 0,
             stale: false,
+            interrupted: false,
             buf: vec![0; RECEIVE],
             spare: Vec::with_capacity(USUAL),
         };
@@ -212,38 +215,54 @@ impl Socket {
         each: &mut dyn FnMut(&parse::Message),
         last: bool,
     ) -> Result<Option<std::result::Result<(), Errno>>> {
-        let mut batch = self.batch();
-        request(&mut batch);
-        self.send(&batch)?;
-        let mut interrupted = false;
+        self.begin_dump(request)?;
         loop {
-            let length = match self.receive() {
-                Ok(length) => length,
+            match self.part(each) {
+                Ok(None) => {}
+                Ok(Some(_)) if self.interrupted && !last => return Ok(None),
+                Ok(end) => return Ok(end),
                 Err(Errno::ENOBUFS) if !last => return Ok(None),
                 Err(errno) => return Err(Error::system("unable to read from netlink", errno)),
-            };
-            for message in Messages::new(&self.buf[..length]) {
-                if message.seq != batch.last_seq() {
-                    continue;
-                }
-                interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
-                match message.kind {
-                    NLMSG_DONE if interrupted && !last => return Ok(None),
-                    NLMSG_DONE => {
-                        self.stale = false;
-                        return Ok(Some(match parse::i32_ne(message.body) {
-                            Some(code) if code < 0 => Err(Errno::from_raw(-code)),
-                            _ => Ok(()),
-                        }));
-                    }
-                    NLMSG_ERROR => {
-                        let errno = parse::reply(&message).map_or(libc::EPROTO, |r| r.errno);
-                        return Ok(Some(Err(Errno::from_raw(errno))));
-                    }
-                    _ => each(&message),
-                }
             }
         }
+    }
+
+    /// Sends a dump request whose answer is read by [`Socket::part`], before anything else is sent.
+    pub fn begin_dump(&mut self, request: &dyn Fn(&mut Batch)) -> Result<()> {
+        let mut batch = self.batch();
+        request(&mut batch);
+        self.interrupted = false;
+        self.send(&batch)
+    }
+
+    /// Reads one datagram of a dump, which the kernel makes just then; how the dump has ended where
+    /// that was the last.
+    pub fn part(
+        &mut self,
+        each: &mut dyn FnMut(&parse::Message),
+    ) -> std::result::Result<Option<std::result::Result<(), Errno>>, Errno> {
+        let length = self.receive()?;
+        for message in Messages::new(&self.buf[..length]) {
+            if message.seq != self.seq {
+                continue;
+            }
+            self.interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
+            match message.kind {
+                NLMSG_DONE => {
+                    self.stale = false;
+                    return Ok(Some(match parse::i32_ne(message.body) {
+                        Some(code) if code < 0 => Err(Errno::from_raw(-code)),
+                        _ => Ok(()),
+                    }));
+                }
+                NLMSG_ERROR => {
+                    let errno = parse::reply(&message).map_or(libc::EPROTO, |r| r.errno);
+                    return Ok(Some(Err(Errno::from_raw(errno))));
+                }
+                _ => each(&message),
+            }
+        }
+        Ok(None)
     }
 
     /// Reads one datagram of notifications; `Ok(None)` when there is none.

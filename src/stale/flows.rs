@@ -29,6 +29,8 @@ pub enum Cure {
 pub struct Flows {
     judge: Judge,
     outcomes: HashMap<u64, Outcome>,
+    /// That of all other cgroups; `None` where the flows of those above are in question alone.
+    others: Option<Outcome>,
 }
 
 impl Flows {
@@ -41,16 +43,32 @@ impl Flows {
         let all = core.tree().iter();
         let outcomes = all.map(|(_, node)| (node.id, policy::outcome(config, node.rank))).collect();
         let judge = Judge::new(config.clone(), Suspects::default(), 0..=0, true);
-        Some(Flows { judge, outcomes })
+        Some(Flows { judge, outcomes, others: Some(config.default_outcome()) })
+    }
+
+    /// Of these cgroups alone.
+    pub fn of_some(core: &Core, outcomes: HashMap<u64, Outcome>) -> Flows {
+        let judge = Judge::new(core.config().clone(), Suspects::default(), 0..=0, true);
+        Flows { judge, outcomes, others: None }
+    }
+
+    /// Whether a cgroup's flows are in question.
+    pub fn asks_of(&self, cgroup: u64) -> bool {
+        self.others.is_some() || self.outcomes.contains_key(&cgroup)
+    }
+
+    /// The cgroups whose flows are in question; `None` where those of all are.
+    pub fn cgroups(&self) -> Option<Vec<u64>> {
+        self.others.is_none().then(|| self.outcomes.keys().copied().collect())
     }
 
     fn config(&self) -> &Config {
         &self.judge.config
     }
 
-    /// Whether some of what is routed for others goes by a route.
+    /// Whether what is routed for others is in question, as some of it goes by a route.
     pub fn forwards(&self) -> bool {
-        self.config().forwards()
+        self.others.is_some() && self.config().forwards()
     }
 
     /// The mark of what this host sends by a route, and the interface that it leaves by, if that is
@@ -62,8 +80,7 @@ impl Flows {
 
     /// What is to be done about one that a socket of this host began.
     pub fn own(&self, entry: &Tracked, socket: &SeenSocket) -> Option<Cure> {
-        let outcome = self.outcomes.get(&socket.cgroup?).copied();
-        let outcome = outcome.unwrap_or(self.config().default_outcome());
+        let outcome = self.outcomes.get(&socket.cgroup?).copied().or(self.others)?;
         // where that depends on a group, nobody tells
         let target = policy::target_of(self.config(), outcome, socket.uid, None)?;
         let mut socket = socket.clone();
@@ -127,6 +144,25 @@ impl Flows {
             None => of_route.then_some(Cure::Forget),
         }
     }
+}
+
+/// What those cgroups come to by now that went by these ways until then, as far as that is or was a
+/// route, of some owner at least.
+pub fn late(core: &Core, ways: &HashMap<u64, Outcome>) -> HashMap<u64, Outcome> {
+    let config = core.config();
+    if config.routes.is_empty() {
+        return HashMap::new();
+    }
+    let by_route = |outcome: Outcome| {
+        let lines = config.owner_rules_before(outcome.class).iter().map(|rule| rule.target);
+        lines.chain([outcome.target]).any(|target| matches!(target, Target::Route(_)))
+    };
+    let now = core.tree().iter().filter_map(|(_, node)| {
+        let was = *ways.get(&node.id)?;
+        let now = policy::outcome(config, node.rank);
+        (by_route(was) || by_route(now)).then_some((node.id, now))
+    });
+    now.collect()
 }
 
 /// Whether a section covers what comes in by an interface from an address, whatever the client's
@@ -204,7 +240,8 @@ mod tests {
     fn flows(config: &'static str) -> Flows {
         let config = std::rc::Rc::new(testing::config(config));
         let judge = Judge::new(config, Suspects::default(), 0..=0, true);
-        Flows { judge, outcomes: HashMap::new() }
+        let others = Some(judge.config.default_outcome());
+        Flows { judge, outcomes: HashMap::new(), others }
     }
 
     /// A flow as conntrack has it, with our bits of its mark, and whether its source is translated.
@@ -269,6 +306,19 @@ mod tests {
         let mut unknown = example(17, 7, "0.0.0.0:4000", "");
         unknown.cgroup = None;
         assert_eq!(flows.own(&entry(here, there, 0, false), &unknown), None);
+        // of some cgroups alone
+        let mut socket = example(17, 7, "0.0.0.0:4000", "");
+        socket.uid = 1;
+        let of_some = |cgroup| {
+            let outcomes = [(cgroup, flows.config().default_outcome())].into();
+            let config = flows.judge.config.clone();
+            let judge = Judge::new(config, Suspects::default(), 0..=0, true);
+            let some = Flows { judge, outcomes, others: None };
+            assert!(some.asks_of(cgroup) && !some.asks_of(cgroup + 1) && !some.forwards());
+            some.own(&entry(here, there, 0, false), &socket)
+        };
+        let own = socket.cgroup.unwrap();
+        assert_eq!((of_some(own), of_some(own + 1)), (vpn, None));
     }
 
     #[test]
