@@ -291,18 +291,27 @@ impl Daemon {
         Duration::from_millis(ticks * 10)
     }
 
-    /// (inotify watches, resident KiB) of the program.
+    /// How many directories the program watches, and how many files (`cgroup.events` of cgroups
+    /// without a process, by IN_MODIFY).
+    pub fn watches(&self) -> (usize, usize) {
+        let (mut directories, mut files) = (0, 0);
+        let dir = format!("/proc/{}/fdinfo", self.child.id());
+        for entry in fs::read_dir(dir).expect("list fdinfo").flatten() {
+            let text = fs::read_to_string(entry.path()).unwrap_or_default();
+            for watch in text.lines().filter(|l| l.starts_with("inotify wd:")) {
+                *if watch.contains(" mask:2 ") { &mut files } else { &mut directories } += 1;
+            }
+        }
+        (directories, files)
+    }
+
+    /// (watched directories, resident KiB) of the program.
     pub fn footprint(&self) -> (usize, usize) {
         let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
-        let mut watches = 0;
-        for entry in fs::read_dir(proc.join("fdinfo")).expect("list fdinfo").flatten() {
-            let text = fs::read_to_string(entry.path()).unwrap_or_default();
-            watches += text.lines().filter(|l| l.starts_with("inotify wd:")).count();
-        }
         let status = fs::read_to_string(proc.join("status")).expect("read the status");
         let rss = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
         let rss = rss.and_then(|l| l.split_whitespace().next()?.parse().ok());
-        (watches, rss.expect("VmRSS of a live process"))
+        (self.watches().0, rss.expect("VmRSS of a live process"))
     }
 }
 
