@@ -274,10 +274,15 @@ impl Daemon {
         found.map_or(String::new(), |line| line.1.trim().to_owned())
     }
 
-    /// How many descriptors it has open.
+    /// How many descriptors it has open, but for an inotify instance of cgroups without a process: it
+    /// is there as long as there may be any.
     pub fn descriptors(&self) -> usize {
         let dir = fs::read_dir(format!("/proc/{}/fd", self.child.id()));
-        dir.expect("list the descriptors").count()
+        let dir = dir.expect("list the descriptors").flatten();
+        let all: Vec<_> =
+            dir.map(|entry| fs::read_link(entry.path()).unwrap_or_default()).collect();
+        let inotify = all.iter().filter(|to| to.as_os_str() == "anon_inode:inotify").count();
+        all.len() - usize::from(inotify == 2)
     }
 
     /// Processor time that it has used.
