@@ -19,7 +19,7 @@ use crate::ground::{addr, remove_tree, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, cgroup_id, load, nft, set_ids, table};
 use crate::stale::{bind_to, tcp_in, udp_in};
 use crate::tools::query;
-use crate::world::{raw_addr, Server, World, STREAM_PORT};
+use crate::world::{raw_addr, Packet, Server, World, STREAM_PORT};
 use crate::{sized, wait_until};
 
 /// What is born below /held goes directly but for what a rule names.
@@ -49,7 +49,7 @@ struct Births<'a> {
 struct Fared {
     born: usize,
     /// Packets that the policy drops or proxies, on the wire.
-    leaked: usize,
+    leaked: Vec<Packet>,
     /// Births that go directly, and those of which the first packet was on the wire.
     direct: usize,
     at_once: usize,
@@ -97,7 +97,7 @@ impl<'a> Births<'a> {
                 DIRECT => fared.at_once += usize::from(first),
                 // the kernel answers what comes for a process that is gone
                 0 => {}
-                _ => fared.leaked += 1,
+                _ => fared.leaked.push(packet),
             }
         }
     }
@@ -200,7 +200,7 @@ fn births(ground: &Ground, config: &str, times: usize) -> Vec<(&'static str, Far
 fn nothing_leaves_at_birth() {
     let ground = ground!("births");
     for (when, fared) in births(&ground, &held(), sized(300, 10_000)) {
-        assert_eq!(fared.leaked, 0, "{when}: {fared:?}");
+        assert_eq!(fared.leaked, [], "{when}: {fared:?}");
         match when {
             "stopped" | "dead" => assert_eq!(fared.at_once, 0, "{when}: {fared:?}"),
             _ => {}
@@ -214,7 +214,7 @@ fn without_hold_births_leak() {
     let ground = ground!("births-control");
     for (when, fared) in births(&ground, POLICY, 60) {
         if ["stopped", "dead"].contains(&when) {
-            assert!(fared.leaked >= fared.born - fared.direct, "{when}: {fared:?}");
+            assert!(fared.leaked.len() >= fared.born - fared.direct, "{when}: {fared:?}");
             assert_eq!(fared.at_once, fared.direct, "{when}");
         }
     }

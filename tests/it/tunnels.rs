@@ -195,22 +195,16 @@ fn a_program_holds_the_interface() {
         println!("{to}: {:?} after it came, of which ip took {took:?}", until_passes(&cgroup, to));
     }
     passes(&mut world, &cgroup);
-    ip_batch(&[], "link set vpn0 down\n");
-    [REMOTE4, REMOTE6].iter().for_each(|to| until_refused(&cgroup, *to));
-    refused(&mut world, &cgroup);
-    up(1500);
-    [REMOTE4, REMOTE6].iter().for_each(|to| {
-        until_passes(&cgroup, *to);
-    });
-    passes(&mut world, &cgroup);
-    ip_batch(&[], "addr flush dev vpn0\n");
-    [REMOTE4, REMOTE6].iter().for_each(|to| until_refused(&cgroup, *to));
-    refused(&mut world, &cgroup);
-    up(1500);
-    [REMOTE4, REMOTE6].iter().for_each(|to| {
-        until_passes(&cgroup, *to);
-    });
-    passes(&mut world, &cgroup);
+    for end in ["link set vpn0 down\n", "addr flush dev vpn0\n"] {
+        ip_batch(&[], end);
+        [REMOTE4, REMOTE6].iter().for_each(|to| until_refused(&cgroup, *to));
+        refused(&mut world, &cgroup);
+        up(1500);
+        [REMOTE4, REMOTE6].iter().for_each(|to| {
+            until_passes(&cgroup, *to);
+        });
+        passes(&mut world, &cgroup);
+    }
     // killed while packets are under way
     drop(own);
     [REMOTE4, REMOTE6].iter().for_each(|to| until_refused(&cgroup, *to));
