@@ -495,7 +495,7 @@ impl Core {
                 self.late_roots.insert(id);
             }
             let late = late && !(hold == Hold::Below && self.was_held(&path));
-            if let Some(was) = self.way_before(&path).filter(|_| late) {
+            if let Some(was) = late.then(|| self.way_before(&path)).flatten() {
                 if was != policy::outcome(&self.config, rank) {
                     self.late.insert(id, was);
                 }

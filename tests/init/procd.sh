@@ -193,7 +193,7 @@ for manager in opkg apk; do
 	check "nothing left during that upgrade" none_left
 	for name in early app nikki; do run $name stop; done
 	# as a script leaves it that is killed half-way through a hand-over
-	kill -STOP $(daemon_pid)
+	kill -STOP "$(daemon_pid)"
 	check "stop of one that stands still" run cgtproxy stop
 	check "nothing is in the kernel when stop returns" clean
 	check "stop again, in silence" run cgtproxy stop
