@@ -235,16 +235,9 @@ impl Table {
         if config.marks_flows() {
             chains.push(chain(MARKED, Vec::new()));
         }
-        chains.push(Chain {
-            name: OUTPUT.into(),
-            base: Some(Base {
-                // the type that routes again when a chain changes the mark
-                kind: "route",
-                hook: NF_INET_LOCAL_OUT,
-                priority: NF_IP_PRI_MANGLE,
-            }),
-            rules: output_rules(config, &Shape::default()),
-        });
+        // the type that routes again when a chain changes the mark
+        let output = chain(OUTPUT, output_rules(config, &Shape::default()));
+        chains.push(output.hooked("route", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE));
         if config.outlets().any(Outlet::hijacks_dns) {
             chains.push(nat_chain(config, "nat_output", NF_INET_LOCAL_OUT));
             if hands_over(config) {
@@ -683,6 +676,16 @@ fn mark(config: &Config, value: u32) -> Mark {
 
 fn chain(name: impl Into<String>, rules: Vec<Rule>) -> Chain {
     Chain { name: name.into(), base: None, rules }
+}
+
+impl Chain {
+    fn hooked(self, kind: &'static str, hook: u32, priority: i32) -> Chain {
+        Chain { base: Some(Base { kind, hook, priority }), ..self }
+    }
+
+    fn unless_empty(self) -> Option<Chain> {
+        Some(self).filter(|chain| !chain.rules.is_empty())
+    }
 }
 
 /// Flows that go direct say so in their ct mark where the default is not direct, or lines for owners
@@ -1259,11 +1262,7 @@ fn input_chain(config: &Config) -> Chain {
         let map = config.routes.iter().map(refuse).collect();
         rules.push(vec![Stmt::PacketMarkMap { mask: config.mask, map }]);
     }
-    Chain {
-        name: "input".into(),
-        base: Some(Base { kind: "filter", hook: NF_INET_LOCAL_IN, priority: NF_IP_PRI_MANGLE }),
-        rules,
-    }
+    chain("input", rules).hooked("filter", NF_INET_LOCAL_IN, NF_IP_PRI_MANGLE)
 }
 
 /// What a gateway section does with the packets that it matches.
@@ -1446,16 +1445,8 @@ fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
             }));
         }
     }
-    Chain {
-        name: name.into(),
-        base: Some(Base {
-            kind: "nat",
-            hook,
-            // the first chain that translates a flow decides: before others, whoever came first
-            priority: NF_IP_PRI_NAT_DST - 1,
-        }),
-        rules,
-    }
+    // the first chain that translates a flow decides: before others, whoever came first
+    chain(name, rules).hooked("nat", hook, NF_IP_PRI_NAT_DST - 1)
 }
 
 /// A resolver on a wildcard address answers from the address that leads to whoever asked, unless it
@@ -1534,21 +1525,18 @@ fn sourceless_chain(config: &Config) -> Option<Chain> {
         // nearly every packet ends here
         rules.insert(0, vec![Stmt::Confirmed, Stmt::accept()]);
     }
-    let priority = NF_IP_PRI_NAT_SRC + 1;
-    let base = Base { kind: "filter", hook: NF_INET_POST_ROUTING, priority };
-    (!rules.is_empty()).then(|| Chain { name: "sourceless".into(), base: Some(base), rules })
+    chain("sourceless", rules)
+        .hooked("filter", NF_INET_POST_ROUTING, NF_IP_PRI_NAT_SRC + 1)
+        .unless_empty()
 }
 
 /// Where source addresses are translated.
 fn source_chain(config: &Config) -> Option<Chain> {
     let rules = [answer_rules(config), masquerade_rules(config)].concat();
-    let base = Base {
-        kind: "nat",
-        hook: NF_INET_POST_ROUTING,
-        // before others, as in `nat_chain`
-        priority: NF_IP_PRI_NAT_SRC - 1,
-    };
-    (!rules.is_empty()).then(|| Chain { name: "nat_postrouting".into(), base: Some(base), rules })
+    // before others, as in `nat_chain`
+    chain("nat_postrouting", rules)
+        .hooked("nat", NF_INET_POST_ROUTING, NF_IP_PRI_NAT_SRC - 1)
+        .unless_empty()
 }
 
 /// The same for a router's clients: what comes in by another interface cannot come from a loopback
@@ -1572,13 +1560,8 @@ fn routed_answer_chain(config: &Config) -> Option<Chain> {
             rule
         }));
     }
-    let base = Base {
-        kind: "nat",
-        hook: NF_INET_LOCAL_IN,
-        // before others, as in `nat_chain`
-        priority: NF_IP_PRI_NAT_SRC - 1,
-    };
-    (!rules.is_empty()).then(|| Chain { name: "nat_input".into(), base: Some(base), rules })
+    // before others, as in `nat_chain`
+    chain("nat_input", rules).hooked("nat", NF_INET_LOCAL_IN, NF_IP_PRI_NAT_SRC - 1).unless_empty()
 }
 
 /// A marked packet that is not on its way to lo: the ip rules or the route are missing. It must not
@@ -1615,11 +1598,7 @@ fn guard_chain(config: &Config) -> Chain {
     if !map.is_empty() {
         rules.push(vec![Stmt::PacketMarkMap { mask: config.mask, map }]);
     }
-    Chain {
-        name: "guard".into(),
-        base: Some(Base { kind: "filter", hook: NF_INET_POST_ROUTING, priority: NF_IP_PRI_MANGLE }),
-        rules,
-    }
+    chain("guard", rules).hooked("filter", NF_INET_POST_ROUTING, NF_IP_PRI_MANGLE)
 }
 
 /// Packets of a route that are about to leave by another interface than its own: bound to a device,
@@ -1730,11 +1709,7 @@ fn unmark_chain(config: &Config) -> Chain {
     }
     rules.push([answers(config), vec![none.clone(), Stmt::accept()]].concat());
     rules.push(vec![Stmt::Dnatted, none, Stmt::accept()]);
-    Chain {
-        name: "unmark".into(),
-        base: Some(Base { kind: "route", hook: NF_INET_LOCAL_OUT, priority: NF_IP_PRI_SECURITY }),
-        rules,
-    }
+    chain("unmark", rules).hooked("route", NF_INET_LOCAL_OUT, NF_IP_PRI_SECURITY)
 }
 
 /// Where the packets come back in by lo. With no listener evaluation goes on behind `tproxy`, and
@@ -1871,15 +1846,11 @@ fn martians_chain(config: &Config) -> Option<Chain> {
     let open = config.routes.iter().filter(|route| route.sends_from_loopback());
     let rule = |route: &Route| vec![iifname(&route.interface), Stmt::ToLoopback, Stmt::drop()];
     let rules: Vec<Rule> = open.map(rule).collect();
-    (!rules.is_empty()).then(|| prerouting(MARTIANS, NF_IP_PRI_RAW, rules))
+    prerouting(MARTIANS, NF_IP_PRI_RAW, rules).unless_empty()
 }
 
 fn prerouting(name: &str, priority: i32, rules: Vec<Rule>) -> Chain {
-    Chain {
-        name: name.into(),
-        base: Some(Base { kind: "filter", hook: NF_INET_PRE_ROUTING, priority }),
-        rules,
-    }
+    chain(name, rules).hooked("filter", NF_INET_PRE_ROUTING, priority)
 }
 
 /// Link-local, multicast and broadcast, and what the configuration adds; sorted and apart.
