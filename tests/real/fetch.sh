@@ -3,7 +3,7 @@
 # own cases alone. None of its services is started.
 PACKAGES="curl dnsutils iperf3 aria2 git openssl conntrack busybox-static dbus iptables
 	shadowsocks-libev v2ray haproxy squid dnsmasq-base unbound
-	wireguard-tools wireguard-go ufw firewalld network-manager keepalived docker.io podman
+	wireguard-tools wireguard-go openvpn ufw firewalld network-manager keepalived docker.io podman
 	docker-compose containernetworking-plugins uidmap crun slirp4netns passt lxc systemd-container"
 
 command -v apt-get >/dev/null || exit 0

@@ -1,5 +1,5 @@
-//! WireGuard of user space (wireguard-go, both ends) as the interface of a [route]: what its
-//! applications send goes by it and by nothing else, and its own packets do not come back to it,
+//! WireGuard of user space (wireguard-go) and OpenVPN, both ends, as the interface of a [route]: what
+//! its applications send goes by it and by nothing else, and its own packets do not come back to it,
 //! be they known by its program's cgroup or by its mark.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -18,8 +18,8 @@ use crate::tunnels::{
 use crate::wait_until;
 use crate::world::World;
 
-/// `FwMark` of its socket, as wg-quick sets it.
-const MARK: &str = "0xca6c";
+/// The mark of its socket, as wg-quick sets it. OpenVPN reads `0x` as 0.
+const MARK: u32 = 51820;
 
 fn sh(line: &str) -> Result<String, String> {
     let out = Command::new("sh").args(["-c", line]).output().map_err(|e| e.to_string())?;
@@ -29,41 +29,78 @@ fn sh(line: &str) -> Result<String, String> {
     }
 }
 
-/// One end, with its keys in files: `wireguard-go NAME` in a cgroup.
-fn end(cgroup: &Path, name: &str) -> Result<Process, String> {
-    let mut command = Command::new(which("wireguard-go").ok_or("SKIP: no wireguard-go")?);
-    command.args(["-f", name]).env("WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD", "1");
-    let process = Process::start(&mut command, Some(cgroup))?;
-    let there = || sh(&format!("wg show {name}")).is_ok();
-    match wait_until(Duration::from_secs(10), there) {
+/// What makes a tunnel of two ends, `vpn0` here and `vout0` outside.
+struct Program {
+    name: &'static str,
+    needs: &'static [&'static str],
+    /// A line that makes the keys of both ends in the directory that it runs in.
+    keys: &'static str,
+    end: fn(dir: &str, cgroup: &Path, name: &str) -> Result<Process, String>,
+}
+
+const PROGRAMS: [Program; 2] = [
+    Program {
+        name: "wireguard-go",
+        needs: &["wireguard-go", "wg"],
+        keys: "wg genkey > vpn0; wg genkey > vout0",
+        end: wireguard,
+    },
+    Program {
+        name: "openvpn",
+        needs: &["openvpn"],
+        keys: "openvpn --genkey secret secret",
+        end: openvpn,
+    },
+];
+
+fn there(process: Process, name: &str) -> Result<Process, String> {
+    match wait_until(Duration::from_secs(10), || sh(&format!("ip link show {name}")).is_ok()) {
         true => Ok(process),
         false => Err(format!("{name} does not come")),
     }
 }
 
-/// Tells an end its key and who is at the other one.
-fn wire(dir: &str, name: &str, peer: &str, more: &str) -> Result<(), String> {
-    sh(&format!(
-        "wg set {name} private-key {dir}/{name} listen-port {PORT} {more} \
-         peer $(wg pubkey < {dir}/{peer}) allowed-ips 0.0.0.0/0,::/0"
-    ))
-    .map(drop)
+fn wireguard(dir: &str, cgroup: &Path, name: &str) -> Result<Process, String> {
+    let mut command = Command::new("wireguard-go");
+    command.args(["-f", name]).env("WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD", "1");
+    let process = there(Process::start(&mut command, Some(cgroup))?, name)?;
+    let (peer, mark, endpoint) = match name {
+        "vpn0" => ("vout0", format!("fwmark {MARK}"), format!("endpoint 192.0.2.2:{PORT}")),
+        _ => ("vpn0", String::new(), String::new()),
+    };
+    let set = format!(
+        "wg set {name} private-key {dir}/{name} listen-port {PORT} {mark} \
+         peer $(wg pubkey < {dir}/{peer}) allowed-ips 0.0.0.0/0,::/0 {endpoint}"
+    );
+    match wait_until(Duration::from_secs(10), || sh(&set).is_ok()) {
+        true => Ok(process),
+        false => Err(format!("{name} takes no keys")),
+    }
 }
 
-fn here(ground: &Ground) -> Result<Process, String> {
-    let process = end(&ground.cgroup("/tunnel"), "vpn0")?;
-    let dir = ground.dir.display().to_string();
-    wire(&dir, "vpn0", "vout0", &format!("fwmark {MARK}"))?;
-    sh(&format!("wg set vpn0 peer $(wg pubkey < {dir}/vout0) endpoint 192.0.2.2:{PORT}"))?;
-    Ok(process)
+/// With one key for both ends: a tunnel that shakes no hands.
+fn openvpn(dir: &str, cgroup: &Path, name: &str) -> Result<Process, String> {
+    let mut command = Command::new("openvpn");
+    command.args(["--dev", name, "--dev-type", "tun", "--tun-mtu", "1280", "--proto", "udp4"]);
+    command.args(["--secret", &format!("{dir}/secret"), "--cipher", "AES-256-CBC"]);
+    // an option that 2.6 does not know and 2.7 asks for
+    command.args(["--setenv", "opt", "allow-deprecated-insecure-static-crypto"]);
+    command.args(["--lport", &PORT.to_string()]);
+    if name == "vpn0" {
+        command.args(["--remote", "192.0.2.2", &PORT.to_string(), "--mark", &MARK.to_string()]);
+    }
+    there(Process::start(&mut command, Some(cgroup))?, name)
 }
 
-fn scene(ground: &Ground) -> Result<(Process, Process), String> {
+fn here(ground: &Ground, program: &Program) -> Result<Process, String> {
+    (program.end)(&ground.dir.display().to_string(), &ground.cgroup("/tunnel"), "vpn0")
+}
+
+fn scene(ground: &Ground, program: &Program) -> Result<(Process, Process), String> {
     let dir = ground.dir.display().to_string();
-    sh(&format!("umask 77; wg genkey > {dir}/vpn0; wg genkey > {dir}/vout0"))?;
+    sh(&format!("umask 77; cd {dir}; {}", program.keys))?;
     let peer = ground.outside(|| {
-        let peer = end(&ground.cgroup("/peer"), "vout0")?;
-        wire(&dir, "vout0", "vpn0", "")?;
+        let peer = (program.end)(&dir, &ground.cgroup("/peer"), "vout0")?;
         ip_batch(
             &[],
             "link set vout0 mtu 1280 up\naddr add 10.8.0.2/24 dev vout0\n\
@@ -71,16 +108,16 @@ fn scene(ground: &Ground) -> Result<(Process, Process), String> {
         );
         Ok::<_, String>(peer)
     })?;
-    let own = here(ground)?;
+    let own = here(ground, program)?;
     up(1280);
     Ok((peer, own))
 }
 
 /// What a case that panics says stands above its line.
-fn case(what: &str, work: impl FnOnce()) -> bool {
+fn case(program: &Program, what: &str, work: impl FnOnce()) -> bool {
     let done: Verdict =
         catch_unwind(AssertUnwindSafe(work)).map_err(|_| "see the panic above".into());
-    report("wireguard-go", what, done)
+    report(program.name, what, done)
 }
 
 fn both(cgroup: &Path, until: impl Fn(&Path, std::net::IpAddr)) {
@@ -91,27 +128,29 @@ fn both(cgroup: &Path, until: impl Fn(&Path, std::net::IpAddr)) {
 #[ignore = "make real-test runs it"]
 fn tunnels() {
     let only = std::env::var("ONLY").unwrap_or_default();
-    if !only.is_empty() && !only.split(' ').any(|o| o == "wireguard-go") {
-        return;
+    let wanted =
+        |program: &&Program| only.is_empty() || only.split(' ').any(|name| name == program.name);
+    let well: Vec<bool> = PROGRAMS.iter().filter(wanted).map(tunnel).collect();
+    assert!(!well.contains(&false));
+}
+
+fn tunnel(program: &Program) -> bool {
+    if let Some(missing) = program.needs.iter().find(|name| which(name).is_none()) {
+        return report(program.name, "start", Err(format!("SKIP: no {missing}")));
     }
-    if let Some(missing) = ["wireguard-go", "wg"].iter().find(|name| which(name).is_none()) {
-        report("wireguard-go", "start", Err(format!("SKIP: no {missing}")));
-        return;
-    }
-    let ground = ground!("wireguard");
+    let Some(ground) = Ground::new(program.name) else {
+        return false;
+    };
     let mut world = World::new(&ground);
     let cgroup = ground.cgroup("/vpn");
-    let (_peer, own) = match scene(&ground) {
+    let (_peer, own) = match scene(&ground, program) {
         Ok(ends) => ends,
-        Err(why) => {
-            assert!(report("wireguard-go", "start", Err(why)));
-            return;
-        }
+        Err(why) => return report(program.name, "start", Err(why)),
     };
     let daemon = Daemon::start(&ground, &by_cgroup(DNS), &[]);
     await_member(&cgroup, "vpn");
     let mut well = true;
-    well &= case("TCP, UDP and ping, both families, by it alone", || {
+    well &= case(program, "TCP, UDP and ping, both families, by it alone", || {
         both(&cgroup, |cgroup, to| {
             until_passes(cgroup, to);
         });
@@ -120,13 +159,13 @@ fn tunnels() {
         until_passes(&cgroup, REMOTE4);
         only_its_own(&mut world);
     });
-    well &= case("DNS goes into it, 127.0.0.53 too", || resolves(&mut world, &cgroup));
-    well &= case("10 MiB each way at MTU 1280", || {
+    well &= case(program, "DNS goes into it, 127.0.0.53 too", || resolves(&mut world, &cgroup));
+    well &= case(program, "10 MiB each way at MTU 1280", || {
         for remote in [REMOTE4, REMOTE6] {
             println!("    {remote}: {:?}", bulk(&ground, &cgroup, remote));
         }
     });
-    well &= case("down and up", || {
+    well &= case(program, "down and up", || {
         ip_batch(&[], "link set vpn0 down\n");
         both(&cgroup, until_refused);
         refused(&mut world, &cgroup);
@@ -134,7 +173,7 @@ fn tunnels() {
         both(&cgroup, |cgroup, to| println!("    {to}: back after {:?}", until_passes(cgroup, to)));
         passes(&mut world, &cgroup);
     });
-    well &= case("without an address", || {
+    well &= case(program, "without an address", || {
         ip_batch(&[], "addr flush dev vpn0\n");
         both(&cgroup, until_refused);
         refused(&mut world, &cgroup);
@@ -145,12 +184,12 @@ fn tunnels() {
         passes(&mut world, &cgroup);
     });
     let mut own = Some(own);
-    well &= case("the program ends and comes back", || {
+    well &= case(program, "the program ends and comes back", || {
         own.take();
         both(&cgroup, until_refused);
         refused(&mut world, &cgroup);
         resolves_nothing(&mut world, &cgroup);
-        own = Some(here(&ground).expect("the program"));
+        own = Some(here(&ground, program).expect("the program"));
         let start = Instant::now();
         up(1280);
         both(&cgroup, |cgroup, to| {
@@ -165,7 +204,7 @@ fn tunnels() {
     for (what, config) in
         [("all but its program's cgroup", ALL), ("all but what bears its mark", &*by_mark)]
     {
-        well &= case(what, || {
+        well &= case(program, what, || {
             let said = crate::daemon::run_with(&ground, config, &["check"]).stdout;
             let said = String::from_utf8_lossy(&said);
             assert!(!said.contains("loop: "), "{said}");
@@ -178,5 +217,5 @@ fn tunnels() {
         });
     }
     drop(own);
-    assert!(well);
+    well
 }
