@@ -155,66 +155,43 @@ fn named(kind: &str, config: &Config, outcome: Outcome) -> String {
 impl Table {
     /// The table for a configuration, with an empty `output` chain where the pairs belong.
     pub fn new(config: &Config) -> Table {
+        let set = |name, content| Set { name, content };
+        let plain = || Content::Cgroups { counters: false };
+        let counted = || Content::Cgroups { counters: config.counters_per_cgroup };
         let mut sets = vec![
-            Set { name: "bypass4".into(), content: Content::V4(bypass4(config)) },
-            Set { name: "bypass6".into(), content: Content::V6(bypass6(config)) },
+            set("bypass4".into(), Content::V4(bypass4(config))),
+            set("bypass6".into(), Content::V6(bypass6(config))),
         ];
-        sets.extend(config.outcomes().map(|outcome| Set {
-            name: set_name(config, outcome),
-            content: Content::Cgroups { counters: config.counters_per_cgroup },
-        }));
-        sets.extend(
-            config
-                .outcomes()
-                .map(|outcome| Set { name: dying_name(config, outcome), content: Content::Hashes }),
-        );
+        sets.extend(config.outcomes().map(|of| set(set_name(config, of), counted())));
+        sets.extend(config.outcomes().map(|of| set(dying_name(config, of), Content::Hashes)));
         sets.extend((0..DEPTHS.len()).flat_map(|stage| {
             let [ids, hashes] = gate_names(stage);
-            let content = Content::Cgroups { counters: false };
-            [Set { name: ids, content }, Set { name: hashes, content: Content::Hashes }]
+            [set(ids, plain()), set(hashes, Content::Hashes)]
         }));
         if !config.holds.is_empty() {
-            let content = Content::Cgroups { counters: false };
-            sets.extend(
-                [HELD, KNOWN].map(|name| Set { name: name.into(), content: content.clone() }),
-            );
+            sets.extend([HELD, KNOWN].map(|name| set(name.into(), plain())));
         }
         sets.extend(config.gateways.iter().flat_map(source_sets));
         sets.extend(config.outlets().flat_map(destination_sets));
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
         let mut chains = Vec::new();
-        if !config.tproxies.is_empty() {
-            chains.push(lo_chain(config));
-        }
-        if config.marks_direct() {
-            chains.push(leave_chain(config));
-        }
-        if hijacks_local(config) {
-            chains.push(chain(EXEMPT, exempt_rules(config)));
-        }
-        chains.push(bypass_chain(config));
-        chains.push(drop_chain(config));
-        if config.outlets().any(Outlet::rejects) {
-            chains.push(refuse_chain());
-        }
+        let (proxies, takes) = (!config.tproxies.is_empty(), has_outlets(config));
+        chains.extend(proxies.then(|| lo_chain(config)));
+        chains.extend(config.marks_direct().then(|| leave_chain(config)));
+        chains.extend(hijacks_local(config).then(|| chain(EXEMPT, exempt_rules(config))));
+        chains.extend([bypass_chain(config), drop_chain(config)]);
+        chains.extend(config.outlets().any(Outlet::rejects).then(refuse_chain));
         for outlet in config.outlets() {
-            if outlet.hijacks_dns() {
-                chains.push(dns_chain(config, outlet));
-            }
-            match config.routes.iter().find(|route| route.outlet == *outlet) {
+            chains.extend(outlet.hijacks_dns().then(|| dns_chain(config, outlet)));
+            match route_of(config, outlet) {
                 None => chains.extend(to_chains(config, outlet)),
                 Some(route) => chains.extend(way_chains(config, route)),
             }
         }
-        if !config.tproxies.is_empty() {
-            chains.push(spoofed_chain(config));
-        }
-        if has_outlets(config) && config.default == Target::Direct {
-            chains.push(ownerless_chain());
-        }
-        if config.marks_flows() {
-            chains.push(sticky_chain(config));
-        }
+        chains.extend(proxies.then(|| spoofed_chain(config)));
+        let is_direct = config.default == Target::Direct;
+        chains.extend((takes && is_direct).then(ownerless_chain));
+        chains.extend(config.marks_flows().then(|| sticky_chain(config)));
         chains.push(direct_chain(config));
         let behind = || config.outcomes().filter(|outcome| outcome.class > 0);
         let many = |class: &u16| owner_rules(config, *class).len() > FEW;
@@ -224,41 +201,29 @@ impl Table {
         let owners = |class| chain(owners_name(class), owner_rules(config, class));
         chains.extend(classes.into_iter().map(owners));
         chains.extend(behind().map(|outcome| behind_owners_chain(config, outcome)));
-        if !config.holds.is_empty() {
-            chains.push(unknown_chain(config));
-            chains.extend(
-                hold_rules(config, None).into_iter().map(|(name, _)| chain(name, Vec::new())),
-            );
-        }
-        let deepest_first = (0..DEPTHS.len()).rev();
-        chains.extend(deepest_first.map(|stage| chain(below_name(stage), Vec::new())));
-        if config.marks_flows() {
-            chains.push(chain(MARKED, Vec::new()));
-        }
+        chains.extend((!config.holds.is_empty()).then(|| unknown_chain(config)));
+        let hold = hold_rules(config, None).into_iter().map(|(name, _)| name);
+        let deepest_first = (0..DEPTHS.len()).rev().map(below_name);
+        let marked = config.marks_flows().then(|| MARKED.to_string());
+        let empty = hold.chain(deepest_first).chain(marked);
+        chains.extend(empty.map(|name| chain(name, Vec::new())));
         // the type that routes again when a chain changes the mark
         let output = chain(OUTPUT, output_rules(config, &Shape::default()));
         chains.push(output.hooked("route", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE));
         if config.outlets().any(Outlet::hijacks_dns) {
             chains.push(nat_chain(config, "nat_output", NF_INET_LOCAL_OUT));
-            if hands_over(config) {
-                chains.push(nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING));
-            }
+            let routed = || nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING);
+            chains.extend(hands_over(config).then(routed));
             chains.extend(routed_answer_chain(config));
         }
         chains.extend(source_chain(config));
         chains.extend(sourceless_chain(config));
-        if !config.tproxies.is_empty() {
-            chains.push(strayed_chain(config));
-        }
-        if has_outlets(config) {
-            chains.extend(config.tproxies.iter().map(|t| astray_chain(&t.outlet)));
-            chains.extend(config.routes.iter().flat_map(off_course_chains));
-            if !config.routes.is_empty() {
-                chains.extend(config.routes.iter().map(|route| here_chain(&route.outlet)));
-                chains.push(home_chain(config));
-            }
-            chains.push(guard_chain(config));
-        }
+        chains.extend(proxies.then(|| strayed_chain(config)));
+        chains.extend(config.tproxies.iter().map(|t| astray_chain(&t.outlet)));
+        chains.extend(config.routes.iter().flat_map(off_course_chains));
+        chains.extend(config.routes.iter().map(|route| here_chain(&route.outlet)));
+        chains.extend((!config.routes.is_empty()).then(|| home_chain(config)));
+        chains.extend(takes.then(|| guard_chain(config)));
         chains.extend(config.tproxies.iter().map(|t| receive_chain(config, t)));
         chains.extend(config.routes.iter().map(|route| closed_chain(&route.outlet)));
         if config.routes_to_tproxy() {
@@ -272,25 +237,14 @@ impl Table {
             chains.extend(config.routes.iter().map(|route| forward_way_chain(config, route)));
         }
         if hands_over(config) {
-            chains.push(routed_chain(config));
-            chains.push(input_chain(config));
+            chains.extend([routed_chain(config), input_chain(config)]);
         }
-        if config.has_containers() {
-            chains.push(chain(BRIDGED, Vec::new()));
-        }
+        chains.extend(config.has_containers().then(|| chain(BRIDGED, Vec::new())));
         chains.extend(config.gateways.iter().map(|g| gateway_chain(config, g)));
-        if !config.gateways.is_empty() {
-            chains.push(gateways_chain(config));
-        }
-        if !config.tproxies.is_empty() {
-            chains.push(regain_chain(config));
-            if config.routes_to_tproxy() {
-                chains.push(remark_chain(config));
-            }
-        }
-        if has_outlets(config) {
-            chains.push(prerouting_chain(config));
-        }
+        chains.extend((!config.gateways.is_empty()).then(|| gateways_chain(config)));
+        chains.extend(proxies.then(|| regain_chain(config)));
+        chains.extend(config.routes_to_tproxy().then(|| remark_chain(config)));
+        chains.extend(takes.then(|| prerouting_chain(config)));
         chains.extend(martians_chain(config));
         Table { sets, chains }
     }
@@ -298,6 +252,26 @@ impl Table {
 
 fn has_outlets(config: &Config) -> bool {
     config.outlets().next().is_some()
+}
+
+/// The route that an outlet is of, if it is one's.
+fn route_of<'a>(config: &'a Config, outlet: &Outlet) -> Option<&'a Route> {
+    config.routes.iter().find(|route| route.outlet == *outlet)
+}
+
+/// `KIND_NAME`: a chain of an outlet's own.
+fn own_chain(kind: &str, outlet: &Outlet) -> String {
+    format!("{kind}_{}", outlet.name)
+}
+
+/// An entry of a map: packets with its mark go there.
+fn by_mark(kind: &str, outlet: &Outlet) -> (u32, Verdict) {
+    (outlet.mark, on_to(kind, outlet))
+}
+
+/// On to such a chain.
+fn on_to(kind: &str, outlet: &Outlet) -> Verdict {
+    Verdict::Goto(own_chain(kind, outlet))
 }
 
 /// Whether what is routed for others may belong to an outlet.
@@ -801,19 +775,14 @@ fn set_ct_mark(own: Mark) -> Rule {
 ///
 /// By a route the resolver is reached as everything is: the packet has its mark.
 fn dns_chain(config: &Config, outlet: &Outlet) -> Chain {
-    let route = config.routes.iter().any(|route| route.outlet == *outlet);
-    let packet = route.then(|| mark(config, outlet.mark));
-    marked_dns_chain(mark(config, outlet.mark), format!("dns_{}", outlet.name), packet)
+    let packet = route_of(config, outlet).map(|_| mark(config, outlet.mark));
+    marked_dns_chain(mark(config, outlet.mark), own_chain("dns", outlet), packet)
 }
 
 /// The same for what is routed for others.
 fn forwarded_dns_chain(config: &Config, route: &Route) -> Chain {
     let own = mark(config, route.forward_mark);
-    marked_dns_chain(own, forwarded_dns(&route.outlet), Some(own))
-}
-
-fn forwarded_dns(outlet: &Outlet) -> String {
-    format!("dnsf_{}", outlet.name)
+    marked_dns_chain(own, own_chain("dnsf", &route.outlet), Some(own))
 }
 
 fn marked_dns_chain(own: Mark, name: String, packet: Option<Mark>) -> Chain {
@@ -829,7 +798,7 @@ fn marked_dns_chain(own: Mark, name: String, packet: Option<Mark>) -> Chain {
 
 /// The rules that send DNS of a target to `dns_chain`.
 fn dns_rules(outlet: &Outlet) -> Vec<Rule> {
-    rules_to_dns(outlet, &format!("dns_{}", outlet.name))
+    rules_to_dns(outlet, &own_chain("dns", outlet))
 }
 
 fn rules_to_dns(outlet: &Outlet, chain: &str) -> Vec<Rule> {
@@ -1011,15 +980,6 @@ fn keep_chain(outlet: &Outlet, name: String, take: Rule, leave: &Stmt) -> Chain 
     chain(name, rules)
 }
 
-fn keep_name(outlet: &Outlet) -> String {
-    format!("keep_{}", outlet.name)
-}
-
-/// The same for routed packets.
-fn forward_keep_name(outlet: &Outlet) -> String {
-    format!("fwkeep_{}", outlet.name)
-}
-
 /// Most packets of a target: those of a flow that was found to be its own. Nothing that may have
 /// changed since is left out: what the target does not take, where TCP does not stay with it, DNS
 /// that is translated, and marks and users that are left alone. What the bypass of all targets has
@@ -1090,23 +1050,34 @@ fn other_udp_ports(outlet: &Outlet) -> Vec<Range<u16>> {
     Range::merge(others)
 }
 
+/// What becomes of packets of an outlet by their protocol, port and destination: hijacked (by `dns`),
+/// left alone or refused.
+fn sorting_rules(outlet: &Outlet, dns: Vec<Rule>, leave: &Stmt) -> Vec<Rule> {
+    let (only, switches) = (only_rules(outlet, leave), switch_rules(outlet, leave));
+    [dns, query_rules(outlet), only, switches].concat()
+}
+
+/// DNS that is hijacked whatever its address, ahead of everything; or else where it has its turn.
+fn dns_first(outlet: &Outlet, dns: Vec<Rule>) -> [Vec<Rule>; 2] {
+    match outlet.dns_local {
+        true => [[vec![jump(EXEMPT)], dns].concat(), Vec::new()],
+        false => [Vec::new(), dns],
+    }
+}
+
 /// The chains by which a target takes packets of this host's processes.
 fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
-    let mut rules = Vec::new();
-    if outlet.dns_local {
-        rules.push(jump(EXEMPT));
-        rules.extend(dns_rules(outlet));
-    }
+    let [mut rules, dns] = dns_first(outlet, dns_rules(outlet));
     rules.extend(local_rules(config));
     rules.extend(short_cuts(config, outlet));
     rules.push(jump_bypass());
     let own = mark(config, outlet.mark);
     let take = vec![Stmt::SetPacketMark(own), Stmt::accept()];
     let mut chains = Vec::new();
-    let known = known_rules(config, outlet, &keep_name(outlet));
+    let known = known_rules(config, outlet, &own_chain("keep", outlet));
     if !known.is_empty() {
         rules.extend(known);
-        chains.push(keep_chain(outlet, keep_name(outlet), take.clone(), &leave(config)));
+        chains.push(keep_chain(outlet, own_chain("keep", outlet), take.clone(), &leave(config)));
     }
     // the kernel's answer (port unreachable) to what the proxy sent on the remote host's behalf:
     // it would leave for the true destination
@@ -1114,14 +1085,9 @@ fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     rules.push(vec![Stmt::NotTcpOrUdp, leave(config)]);
     rules.extend(bypass_rules(outlet, &leave(config)));
     rules.push(vec![Stmt::Counter]);
-    if !outlet.dns_local {
-        rules.extend(dns_rules(outlet));
-    }
-    rules.extend(query_rules(outlet));
-    rules.extend(only_rules(outlet, &leave(config)));
-    rules.extend(switch_rules(outlet, &leave(config)));
+    rules.extend(sorting_rules(outlet, dns, &leave(config)));
     rules.extend([set_ct_mark(own), take]);
-    chains.push(chain(format!("to_{}", outlet.name), rules));
+    chains.push(chain(own_chain("to", outlet), rules));
     chains
 }
 
@@ -1143,33 +1109,26 @@ fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
             let mut keep = vec![[&[Stmt::Dnatted], &out[..]].concat()];
             keep.extend(cuts);
             keep.push(out.clone());
-            chains.push(chain(keep_name(outlet), keep));
-            rules.push([&known[..], &[Stmt::goto(keep_name(outlet))]].concat());
+            chains.push(chain(own_chain("keep", outlet), keep));
+            rules.push([&known[..], &[Stmt::goto(own_chain("keep", outlet))]].concat());
         }
     }
-    if outlet.dns_local {
-        rules.push(jump(EXEMPT));
-        rules.extend(dns_rules(outlet));
-    }
+    let [first, dns] = dns_first(outlet, dns_rules(outlet));
+    rules.extend(first);
     rules.extend(local_rules(config));
     rules.push(jump_bypass());
     // sent by the kernel itself, where this is the default
     rules.push(vec![Stmt::NeighbourDiscovery, Stmt::accept()]);
     rules.extend(bypass_rules(outlet, &leave(config)));
     rules.push(vec![Stmt::Counter]);
-    if !outlet.dns_local {
-        rules.extend(dns_rules(outlet));
-    }
-    rules.extend(query_rules(outlet));
-    rules.extend(only_rules(outlet, &leave(config)));
-    rules.extend(switch_rules(outlet, &leave(config)));
+    rules.extend(sorting_rules(outlet, dns, &leave(config)));
     rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Confirmed, Stmt::Reset]);
     // what began with another address goes on with it, and would tell whoever is behind the route
     if route.masquerades() {
         rules.push(vec![Stmt::Confirmed, Stmt::drop()]);
     }
     rules.extend([set_ct_mark(own), out]);
-    chains.push(chain(format!("to_{}", outlet.name), rules));
+    chains.push(chain(own_chain("to", outlet), rules));
     chains
 }
 
@@ -1177,10 +1136,8 @@ fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
 fn forward_way_chain(config: &Config, route: &Route) -> Chain {
     let outlet = &route.outlet;
     let mut rules = bypass_rules(outlet, &Stmt::accept());
-    rules.extend(rules_to_dns(outlet, &forwarded_dns(outlet)));
-    rules.extend(query_rules(outlet));
-    rules.extend(only_rules(outlet, &Stmt::accept()));
-    rules.extend(switch_rules(outlet, &Stmt::accept()));
+    let dns = rules_to_dns(outlet, &own_chain("dnsf", outlet));
+    rules.extend(sorting_rules(outlet, dns, &Stmt::accept()));
     let own = mark(config, route.forward_mark);
     // as in `way_chains`: what began otherwise cannot go on by this
     let other = [Stmt::NotCtMark(own), Stmt::Confirmed];
@@ -1190,19 +1147,19 @@ fn forward_way_chain(config: &Config, route: &Route) -> Chain {
     }
     rules.push(set_ct_mark(own));
     rules.push(vec![Stmt::SetPacketMark(own), Stmt::accept()]);
-    chain(format!("forward_{}", outlet.name), rules)
+    chain(own_chain("forward", outlet), rules)
 }
 
 /// Routed packets of a target. The mark makes the route look-up deliver them here.
 fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     let own = mark(config, outlet.mark);
     let here = Stmt::SetPacketMark(mark(config, config.gateway_mark()));
-    let take = vec![here.clone(), Stmt::goto(format!("tproxy_{}", outlet.name))];
+    let take = vec![here.clone(), Stmt::goto(own_chain("tproxy", outlet))];
     let (mut rules, mut chains) = (Vec::new(), Vec::new());
-    let known = known_rules(config, outlet, &forward_keep_name(outlet));
+    let known = known_rules(config, outlet, &own_chain("fwkeep", outlet));
     if !known.is_empty() {
         rules.extend(known);
-        let (name, leave) = (forward_keep_name(outlet), Stmt::accept());
+        let (name, leave) = (own_chain("fwkeep", outlet), Stmt::accept());
         chains.push(keep_chain(outlet, name, take.clone(), &leave));
     }
     // a client's ICMP error (packet too big) about a flow that ends at the proxy is the proxy's
@@ -1211,31 +1168,22 @@ fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     }
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::accept()]);
     rules.extend(bypass_rules(outlet, &Stmt::accept()));
-    rules.extend(dns_rules(outlet));
-    rules.extend(query_rules(outlet));
-    rules.extend(only_rules(outlet, &Stmt::accept()));
-    rules.extend(switch_rules(outlet, &Stmt::accept()));
+    rules.extend(sorting_rules(outlet, dns_rules(outlet), &Stmt::accept()));
     rules.extend([set_ct_mark(own), take]);
-    chains.push(chain(format!("forward_{}", outlet.name), rules));
+    chains.push(chain(own_chain("forward", outlet), rules));
     chains
 }
 
 /// The ct mark of routed flows of a target. With a route another than that of this host's own, since
 /// what this host sends in those (a reset) goes to the client.
 fn routed_ct_mark(config: &Config, outlet: &Outlet) -> Mark {
-    let route = config.routes.iter().find(|route| route.outlet == *outlet);
-    mark(config, route.map_or(outlet.mark, |route| route.forward_mark))
+    mark(config, route_of(config, outlet).map_or(outlet.mark, |route| route.forward_mark))
 }
 
 /// Routed flows that are known by their ct mark: they stay with their proxy until they end.
 fn routed_chain(config: &Config) -> Chain {
-    let map = (config.outlets())
-        .map(|outlet| {
-            let mark = routed_ct_mark(config, outlet);
-            (mark.value, Verdict::Goto(format!("forward_{}", outlet.name)))
-        })
-        .collect();
-    let known = Stmt::CtMarkMap { mask: config.mask, map };
+    let stay = |outlet| (routed_ct_mark(config, outlet).value, on_to("forward", outlet));
+    let known = Stmt::CtMarkMap { mask: config.mask, map: config.outlets().map(stay).collect() };
     chain("routed", vec![vec![Stmt::Reply, Stmt::accept()], vec![known]])
 }
 
@@ -1256,9 +1204,7 @@ fn input_chain(config: &Config) -> Chain {
         ]);
     }
     if config.forwards() {
-        let refuse = |route: &Route| {
-            (route.forward_mark, Verdict::Goto(format!("closed_{}", route.outlet.name)))
-        };
+        let refuse = |route: &Route| (route.forward_mark, on_to("closed", &route.outlet));
         let map = config.routes.iter().map(refuse).collect();
         rules.push(vec![Stmt::PacketMarkMap { mask: config.mask, map }]);
     }
@@ -1273,12 +1219,15 @@ fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
         rules.push(vec![Stmt::SetPacketMark(mark(config, 0))]);
         rules.push(jump(BRIDGED));
     }
-    if let Some(outlet) = config.outlet(gateway.target).filter(|outlet| outlet.dns_local) {
-        rules.push(jump(EXEMPT));
-        rules.extend(match gateway.target {
-            Target::Route(_) => rules_to_dns(outlet, &forwarded_dns(outlet)),
-            _ => dns_rules(outlet),
-        });
+    if let Some(outlet) = config.outlet(gateway.target) {
+        let [first, _] = dns_first(
+            outlet,
+            match gateway.target {
+                Target::Route(_) => rules_to_dns(outlet, &own_chain("dnsf", outlet)),
+                _ => dns_rules(outlet),
+            },
+        );
+        rules.extend(first);
     }
     rules.push(jump_bypass());
     rules.push(vec![Stmt::Local, Stmt::accept()]);
@@ -1391,9 +1340,7 @@ fn sticky_chain(config: &Config) -> Chain {
     let mut rules = Vec::new();
     if !config.routes.is_empty() {
         // by the way that it began by, in either direction
-        let stay =
-            |route: &Route| (route.outlet.mark, Verdict::Goto(format!("to_{}", route.outlet.name)));
-        let map = config.routes.iter().map(stay).collect();
+        let map = config.routes.iter().map(|route| by_mark("to", &route.outlet)).collect();
         rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
     }
     if !config.tproxies.is_empty() {
@@ -1402,9 +1349,7 @@ fn sticky_chain(config: &Config) -> Chain {
         rules.push([&of_process[..], &forget].concat());
     }
     rules.push([&of_process[..], &[Stmt::back()]].concat());
-    let mut map: Vec<_> = (config.tproxies.iter())
-        .map(|t| (t.outlet.mark, Verdict::Goto(format!("to_{}", t.outlet.name))))
-        .collect();
+    let mut map: Vec<_> = config.tproxies.iter().map(|t| by_mark("to", &t.outlet)).collect();
     if config.default != Target::Direct {
         // a process's own packets of a flow that began direct: its cgroup has no target any more,
         // so the default cuts it; the kernel's packets for such a flow still go direct
@@ -1568,17 +1513,15 @@ fn routed_answer_chain(config: &Config) -> Option<Chain> {
 /// leave by another interface. In postrouting, since `oif` of the output hook stays what it was
 /// before the mark.
 fn guard_chain(config: &Config) -> Chain {
-    let astray = |outlet: &Outlet| Verdict::Goto(format!("astray_{}", outlet.name));
-    let map = config.tproxies.iter();
-    let mut map: Vec<_> = map.map(|t| (t.outlet.mark, astray(&t.outlet))).collect();
+    let mut map: Vec<_> = config.tproxies.iter().map(|t| by_mark("astray", &t.outlet)).collect();
     if !map.is_empty() {
         // others restore the mark of a flow that a proxy began into packets of it
         map.push((config.spoofed_mark(), Verdict::Goto("strayed".into())));
     }
     for route in config.routes.iter().filter(|route| keeps_course(route)) {
-        map.push((route.outlet.mark, astray(&route.outlet)));
+        map.push(by_mark("astray", &route.outlet));
         if config.forwards() {
-            map.push((route.forward_mark, astray(&route.outlet)));
+            map.push((route.forward_mark, on_to("astray", &route.outlet)));
         }
     }
     let home = match config.routes.is_empty() {
@@ -1593,7 +1536,7 @@ fn guard_chain(config: &Config) -> Chain {
     if let Some(first) = config.routes.iter().find(|route| keeps_course(route)) {
         // most often the only one: to compare costs less than to look up
         let own = Stmt::PacketMark(mark(config, first.outlet.mark));
-        rules.push(vec![own, Stmt::goto(format!("astray_{}", first.outlet.name))]);
+        rules.push(vec![own, Stmt::goto(own_chain("astray", &first.outlet))]);
     }
     if !map.is_empty() {
         rules.push(vec![Stmt::PacketMarkMap { mask: config.mask, map }]);
@@ -1605,7 +1548,7 @@ fn guard_chain(config: &Config) -> Chain {
 /// or the ip rules or the table are not what they should be. What came in by its interface, for a
 /// router's client, has the mark for the look-up of the way back alone.
 fn off_course_chains(route: &Route) -> Vec<Chain> {
-    let name = format!("astray_{}", route.outlet.name);
+    let name = own_chain("astray", &route.outlet);
     let rest = vec![Stmt::Counter, Stmt::drop()];
     match (keeps_course(route), &*route.interface) {
         (false, _) => Vec::new(),
@@ -1630,7 +1573,7 @@ fn course_rules<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Vec<Rule> {
 
 /// The chain whose rules depend on what another program's table holds.
 fn ways_name(route: &Route) -> String {
-    format!("ways_{}", route.outlet.name)
+    own_chain("ways", &route.outlet)
 }
 
 /// Those chains, with their rules.
@@ -1649,9 +1592,7 @@ fn iifname(name: &str) -> Stmt {
 
 /// What is marked and on its way to this host.
 fn home_chain(config: &Config) -> Chain {
-    let here =
-        |route: &Route| (route.outlet.mark, Verdict::Goto(format!("here_{}", route.outlet.name)));
-    let map = config.routes.iter().map(here).collect();
+    let map = config.routes.iter().map(|route| by_mark("here", &route.outlet)).collect();
     chain("home", vec![vec![Stmt::PacketMarkMap { mask: config.mask, map }]])
 }
 
@@ -1665,7 +1606,7 @@ fn here_chain(outlet: &Outlet) -> Chain {
         vec![Stmt::Reply, Stmt::Local, Stmt::accept()],
         vec![Stmt::Counter, Stmt::drop()],
     ];
-    chain(format!("here_{}", outlet.name), rules)
+    chain(own_chain("here", outlet), rules)
 }
 
 /// Where it comes back in, by lo, or as a packet for this host. It must not reach this host's own
@@ -1677,12 +1618,12 @@ fn closed_chain(outlet: &Outlet) -> Chain {
         vec![Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset],
         vec![Stmt::Counter, Stmt::drop()],
     ];
-    chain(format!("closed_{}", outlet.name), rules)
+    chain(own_chain("closed", outlet), rules)
 }
 
 /// Such packets of a target: most often of a socket that is bound to another device.
 fn astray_chain(outlet: &Outlet) -> Chain {
-    chain(format!("astray_{}", outlet.name), vec![vec![Stmt::Counter, Stmt::drop()]])
+    chain(own_chain("astray", outlet), vec![vec![Stmt::Counter, Stmt::drop()]])
 }
 
 /// The same for routed packets. Answers to them may bear their mark (the sysctls fwmark_reflect and
@@ -1734,7 +1675,7 @@ fn receive_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     }
     rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset]);
     rules.push(vec![Stmt::Counter, Stmt::drop()]);
-    chain(format!("tproxy_{}", tproxy.outlet.name), rules)
+    chain(own_chain("tproxy", &tproxy.outlet), rules)
 }
 
 /// What is routed for others, by section. Before addresses are translated. A mark that says which
@@ -1761,22 +1702,16 @@ pub fn priority_of_gateways(has_containers: bool) -> i32 {
 /// priority 10, would drop it.
 fn prerouting_chain(config: &Config) -> Chain {
     let mask = config.mask;
-    let map = config.tproxies.iter();
-    let mut local: Vec<_> =
-        map.map(|t| (t.outlet.mark, Verdict::Goto(format!("tproxy_{}", t.outlet.name)))).collect();
+    let mut local: Vec<_> = config.tproxies.iter().map(|t| by_mark("tproxy", &t.outlet)).collect();
     if !local.is_empty() {
         local.push((config.spoofed_mark(), Verdict::Goto("regain".into())));
     }
-    local.extend(
-        config.routes.iter().map(|route| {
-            (route.outlet.mark, Verdict::Goto(format!("closed_{}", route.outlet.name)))
-        }),
-    );
+    local.extend(config.routes.iter().map(|route| by_mark("closed", &route.outlet)));
     let mut rules = Vec::new();
     if let Some(first) = config.tproxies.first() {
         // most often the only one: to compare costs less than to look up
         let own = Stmt::PacketMark(mark(config, first.outlet.mark));
-        rules.push(vec![Stmt::IifLo, own, Stmt::goto(format!("tproxy_{}", first.outlet.name))]);
+        rules.push(vec![Stmt::IifLo, own, Stmt::goto(own_chain("tproxy", &first.outlet))]);
     }
     rules.push(vec![Stmt::IifLo, Stmt::PacketMarkMap { mask, map: local }]);
     rules.extend(config.routes.iter().flat_map(|route| return_rules(config, route)));
@@ -1815,7 +1750,7 @@ fn regain_chain(config: &Config) -> Chain {
     let rules = match &config.tproxies[..] {
         [tproxy] => {
             let own = Stmt::SetPacketMark(mark(config, tproxy.outlet.mark));
-            vec![vec![Stmt::Reply, own, Stmt::goto(format!("tproxy_{}", tproxy.outlet.name))]]
+            vec![vec![Stmt::Reply, own, Stmt::goto(own_chain("tproxy", &tproxy.outlet))]]
         }
         _ => vec![
             vec![Stmt::Reply, Stmt::Transparent, Stmt::accept()],
