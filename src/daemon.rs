@@ -36,7 +36,8 @@ use crate::memory;
 use crate::net::Mark;
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
-use crate::nft::table::{Devices, Entrances};
+use crate::nft::message::Transaction;
+use crate::nft::table::{Deed, Deeds, Devices, Entrances};
 use crate::nft::view;
 use crate::notify::Notify;
 use crate::options::Options;
@@ -123,6 +124,8 @@ struct Daemon<'a> {
     mounts: Option<File>,
     kernel: Kernel,
     cgroups: Cgroups,
+    /// What has been done since there is a table of ours, by whichever daemon.
+    deeds: Deeds,
     /// Replacing the table, where it is not what it should be.
     table: Backoff,
     /// Adding what is missing of the ip rules and routes.
@@ -247,6 +250,7 @@ fn begin<'a>(
         mounts,
         kernel,
         cgroups,
+        deeds: Deeds::default(),
         table: Backoff::default(),
         routing: Backoff::default(),
         routes: Routing::default(),
@@ -386,7 +390,7 @@ impl Daemon<'_> {
     }
 
     /// What the table of before does with each cgroup, and the marks of its flows that are of another
-    /// mask; `None` where there is no table. What it has of removed ones goes on.
+    /// mask; `None` where there is no table. What it has of removed ones goes on, and what it counts.
     fn before(&mut self) -> Option<(Before, Vec<Mark>)> {
         let held = match self.kernel.held() {
             Ok(held) => held?,
@@ -404,6 +408,7 @@ impl Daemon<'_> {
             self.cgroups.core.keep_dying(kept);
             self.cgroups.await_death();
         }
+        self.deeds = held.deeds.unwrap_or_default();
         let view = &held.view;
         let default = (&*view.default, view.default_class);
         let owners = view.owners.iter().map(|o| (o.class, o.owner, &*o.target));
@@ -819,7 +824,11 @@ impl Daemon<'_> {
         }
         let config = self.cgroups.core.config().clone();
         let change = plan::change(&config, &delta, self.kernel.batch());
-        if let Err(error) = self.kernel.commit(change) {
+        self.commit_or_repair(change);
+    }
+
+    fn commit_or_repair(&mut self, transaction: Transaction) {
+        if let Err(error) = self.kernel.commit(transaction) {
             log!(Warning, "{error}; replacing the table");
             self.repair_table();
         }
@@ -827,7 +836,7 @@ impl Daemon<'_> {
 
     fn repair_table(&mut self) {
         let began = Instant::now();
-        match self.replace() {
+        match self.replace_for(Deed::TableRepair) {
             Ok(()) => {
                 self.forget_routes();
                 self.table.done(began, Instant::now());
@@ -860,9 +869,8 @@ impl Daemon<'_> {
         let before = self.devices.clone();
         let added = self.add_routing(&config);
         let follow = plan::follow(&config, &before, &self.devices, self.kernel.batch());
-        if let Some(Err(error)) = follow.map(|follow| self.kernel.commit(follow)) {
-            log!(Warning, "{error}; replacing the table");
-            self.repair_table();
+        if let Some(follow) = follow {
+            self.commit_or_repair(follow);
         }
         // stale entries too: of another place, or which a start or a reload was not able to delete
         match added.and_then(|()| self.kernel.trim_routing(&self.routes.wanted)) {
@@ -875,6 +883,7 @@ impl Daemon<'_> {
                 if added > 0 && stale.is_empty() {
                     let text = "ip rules and routes are in force again";
                     log!(limited::Notice, "{text}, {added} were missing");
+                    self.count(Deed::RoutingRepair);
                 }
             }
             Err(error) => {
@@ -899,10 +908,30 @@ impl Daemon<'_> {
         }
     }
 
+    /// Counts a deed in the transaction that is it.
+    fn replace_for(&mut self, deed: Deed) -> Result<()> {
+        let before = self.deeds;
+        self.deeds[deed as usize] = before[deed as usize].saturating_add(1);
+        self.replace().inspect_err(|_| self.deeds = before)
+    }
+
+    /// The same for one that needs no transaction.
+    fn count(&mut self, deed: Deed) {
+        let count = &mut self.deeds[deed as usize];
+        *count = count.saturating_add(1);
+        if self.table.due().is_some() {
+            // the replacement will tell
+            return;
+        }
+        let told = plan::count(&self.deeds, self.kernel.batch());
+        self.commit_or_repair(told);
+    }
+
     fn put(&mut self, entrances: &Entrances) -> Result<()> {
         let snapshot = self.cgroups.core.snapshot();
         let config = self.cgroups.core.config();
-        self.kernel.replace(&plan::contents(config, snapshot, entrances, &self.devices))
+        let contents = plan::contents(config, snapshot, entrances, &self.devices, self.deeds);
+        self.kernel.replace(&contents)
     }
 
     fn replace(&mut self) -> Result<()> {
@@ -1000,6 +1029,7 @@ impl Daemon<'_> {
             Err(error) => {
                 error.to_string().lines().for_each(|line| log!(Error, "{line}"));
                 log!(Error, "reload failed, the old configuration stays in force");
+                self.count(Deed::RefusedReload);
             }
         }
         self.notify.ready();
@@ -1040,7 +1070,8 @@ impl Daemon<'_> {
         let ranking = self.cgroups.core.adopt();
         self.rename_entrances(&old);
         let new = self.admit();
-        if let Err(error) = self.add_routing(&new).and_then(|()| self.replace()) {
+        let put = self.add_routing(&new).and_then(|()| self.replace_for(Deed::Reload));
+        if let Err(error) = put {
             match (before, ranking) {
                 (Some(cgroups), _) => self.cgroups = cgroups,
                 (None, Some(ranking)) => drop(self.cgroups.core.put_back(ranking)),

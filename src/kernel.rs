@@ -25,7 +25,7 @@ use crate::nft::lock::{self, Lock};
 use crate::nft::marks::Ours;
 use crate::nft::message::{self, Contents, Object, Transaction};
 use crate::nft::others;
-use crate::nft::table::{HOLD, OUTPUT, TABLE};
+use crate::nft::table::{Deeds, DEEDS, HOLD, OUTPUT, TABLE};
 use crate::nft::view;
 use crate::route::{self, Needs};
 use crate::sys;
@@ -436,6 +436,8 @@ pub struct Held {
     pub cgroups: BTreeMap<view::SetKey, Vec<view::ElementView>>,
     /// The same of those that are matched by their hashes.
     pub hashed: BTreeMap<view::SetKey, Vec<u32>>,
+    /// What the daemon has done; `None` where the table has no counter for it.
+    pub deeds: Option<Deeds>,
 }
 
 impl Held {
@@ -491,7 +493,11 @@ impl Kernel {
             let found = self.nft.dump(&request, view::parse_hashes)?.map_err(nft_refused)?;
             hashed.insert(step.key(), found.into_iter().flatten().collect());
         }
-        Ok(Some(Held { flags, view, cgroups, hashed }))
+        let found = self.nft.dump(&view::get_counters, view::parse_counter)?;
+        let counters: HashMap<_, _> = found.map_err(nft_refused)?.into_iter().collect();
+        let known = DEEDS.iter().all(|name| counters.contains_key(*name));
+        let deeds = known.then(|| DEEDS.map(|name| counters[name]));
+        Ok(Some(Held { flags, view, cgroups, hashed, deeds }))
     }
 
     /// The flags of our table; `None` where there is no table.

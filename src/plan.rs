@@ -16,8 +16,8 @@ use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
 use crate::nft::message::{Contents, Transaction, Veth};
 use crate::nft::table::{
-    bridged_rules, classifying, dying_name, gate_names, set_name, veth_rule, ways, Content,
-    Devices, Entrances, Shape, Table, BRIDGED, DEPTHS, HELD, KNOWN, TABLE,
+    bridged_rules, classifying, dying_name, gate_names, set_name, veth_rule, ways, Content, Deeds,
+    Devices, Entrances, Shape, Table, BRIDGED, DEEDS, DEPTHS, HELD, KNOWN, TABLE,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 
@@ -79,6 +79,7 @@ pub fn contents(
     snapshot: Snapshot,
     entrances: &Entrances,
     devices: &Devices,
+    deeds: Deeds,
 ) -> Contents {
     let Snapshot { elements, dying, gates, held, shape } = snapshot;
     let (mut ids, hashes) = by_set(&gates);
@@ -92,7 +93,16 @@ pub fn contents(
         veths: entrances.veths.keys().filter_map(|index| veth(config, entrances, *index)).collect(),
         bridges: entrances.bridges.clone(),
         ways: ways(config, devices),
+        deeds,
     }
+}
+
+/// One transaction that has the table tell how often the daemon has done what.
+pub fn count(deeds: &Deeds, batch: Batch) -> Transaction {
+    let mut transaction = Transaction::new(batch);
+    // all of them, so that a listing has them in the order of before
+    DEEDS.iter().zip(deeds).for_each(|(name, count)| transaction.replace_counter(name, *count));
+    transaction
 }
 
 /// The chain of a veth; `None` where it has none.
@@ -236,6 +246,9 @@ pub fn script(core: &mut Core, root: &Root, devices: &Devices) -> String {
             writeln!(text, "# {}", entry.command("add"))?;
         }
         writeln!(text, "table inet {TABLE}\ndelete table inet {TABLE}\ntable inet {TABLE} {{")?;
+        for name in DEEDS {
+            writeln!(text, "  counter {name} {{\n  }}")?;
+        }
         for set in &table.sets {
             writeln!(text, "  set {} {{", set.name)?;
             let (kind, elements) = match &set.content {

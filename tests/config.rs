@@ -1447,9 +1447,9 @@ fn with_line(section: &str, key: &str, value: &str) -> Config {
 fn told(config: Config) -> (Vec<u8>, String) {
     let mut core = Core::new(Rc::new(config), b"", 0);
     let (snapshot, config) = (core.snapshot(), core.config().clone());
-    let (batch, _) = plan::contents(&config, snapshot, &Default::default(), &Default::default())
-        .replacement(None, Batch::new(1))
-        .finish();
+    let contents =
+        plan::contents(&config, snapshot, &Default::default(), &Default::default(), [0; 4]);
+    let (batch, _) = contents.replacement(None, Batch::new(1)).finish();
     (batch.bytes().to_vec(), format!("{:?}", plan::routing(&config)))
 }
 

@@ -22,7 +22,7 @@ use cgtproxy::nft::message::{self, Transaction};
 use cgtproxy::nft::stmt::Stmt;
 use cgtproxy::nft::table::{
     classifying, dying_name, set_name, Base, Chain, Content, Holding, Pair, Set, Shape, Table,
-    OUTPUT,
+    DEEDS, OUTPUT,
 };
 use cgtproxy::plan;
 use libnftnl::Reference;
@@ -509,6 +509,7 @@ fn replacements() {
                     make(&config),
                     &Default::default(),
                     &Default::default(),
+                    DEEDS_DONE,
                 );
                 let ours = ours.replacement(flags, Batch::new(SEQ));
                 same_batch("replacement", ours, |theirs| {
@@ -534,10 +535,24 @@ fn replacements() {
                     if !snapshot.gates.is_empty() {
                         theirs.add_hashes("gone_2", &hashes);
                     }
+                    DEEDS.iter().zip(DEEDS_DONE).for_each(|(name, n)| theirs.add_counter(name, n));
                 });
             }
         }
     }
+}
+
+const DEEDS_DONE: [u64; 4] = [0, 7, u32::MAX as u64 + 1, u64::MAX];
+
+#[test]
+fn counts() {
+    let ours = plan::count(&DEEDS_DONE, Batch::new(SEQ));
+    same_batch("counts", ours, |theirs| {
+        for (name, count) in DEEDS.iter().zip(DEEDS_DONE) {
+            theirs.delete_counter(name);
+            theirs.add_counter(name, count);
+        }
+    });
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::fmt::Write;
 /// What a family of samples is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Type {
-    /// It grows, and begins at zero again when the table is loaded anew.
+    /// It grows, and begins at zero again now and then.
     Counter,
     Gauge,
 }

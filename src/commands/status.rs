@@ -420,6 +420,12 @@ impl Status {
         self.held.as_ref().and_then(|held| held.view.unknown)
     }
 
+    /// Repairs of the table and of the routing, then reloads that were taken and refused.
+    fn deeds(&self) -> [Option<u64>; 4] {
+        let held = self.held.as_ref().and_then(|held| held.deeds);
+        held.map_or([None; 4], |deeds| deeds.map(Some))
+    }
+
     /// Where a target's packets go.
     fn place(&self, target: &TargetView) -> Value {
         let way = self.ways.get(&target.name);
@@ -519,6 +525,12 @@ impl Status {
         if let Some(why) = &self.rootless {
             let _ = writeln!(out, "nothing is classified: {why}");
         }
+        let [table, routing, taken, refused] = self.deeds().map(Option::unwrap_or_default);
+        // nothing to look at while all goes well
+        if [table, routing, refused] != [0; 3] {
+            let repairs = format!("{table} of the table, {routing} of ip rules and routes");
+            let _ = writeln!(out, "repairs: {repairs}; reloads: {taken}, refused: {refused}");
+        }
         if self.held.is_some() {
             out.push('\n');
             self.target_table().print(&mut out, style);
@@ -556,8 +568,6 @@ impl Status {
         out
     }
 
-    /// What no table in the kernel tells, how often the daemon has reloaded and repaired, is not
-    /// among them.
     fn metrics(&self) -> String {
         let mut metrics = Metrics::default();
         let mut one = |name: &str, help: &str, is: u64| {
@@ -577,6 +587,15 @@ impl Status {
         );
         let help = "What else is in force and cannot work.";
         one("cgtproxy_warnings", help, number(self.warnings.len()));
+        let [table, routing, taken, refused] = self.deeds();
+        let mut deeds = |name: &str, help: &str, label, values: [(&'static str, _); 2]| {
+            let sample = |(is, value): (_, Option<u64>)| Some((vec![(label, is)], value?));
+            metrics.family(name, Type::Counter, help, values.into_iter().filter_map(sample));
+        };
+        let help = "Repairs of what others destroyed.";
+        deeds("cgtproxy_repairs_total", help, "of", [("table", table), ("routing", routing)]);
+        let results = [("taken", taken), ("refused", refused)];
+        deeds("cgtproxy_reloads_total", "Reloads.", "result", results);
         let mut targets =
             |name: &str, kind, help: &str, value: &dyn Fn(&TargetView) -> Option<u64>| {
                 let sample = |target| -> Option<Sample> {
@@ -658,6 +677,7 @@ impl Status {
         };
         let default = self.held.as_ref().map(|held| Json::text(&held.view.default));
         let unattended = self.unattended.as_ref();
+        let [table, routed, taken, refused] = self.deeds().map(Json::or_null);
         Json::Object(vec![
             ("version", Json::Number(JSON_VERSION)),
             ("in_force", Json::Bool(self.in_force())),
@@ -670,6 +690,8 @@ impl Status {
             ("ways", Json::List(ways.collect())),
             ("gateways", self.gateway_table().json()),
             ("containers", self.container_table().json()),
+            ("repairs", Json::Object(vec![("table", table), ("routing", routed)])),
+            ("reloads", Json::Object(vec![("taken", taken), ("refused", refused)])),
             ("held", Json::or_null(self.unknown().map(|unknown| unknown.packets))),
             ("rules", routing(true)),
             ("routes", routing(false)),

@@ -8,7 +8,8 @@ use std::fmt;
 use super::expr::{value, Anonymous, Expr, SetRef, Verdict};
 use super::stmt::{eq, meta, neq, payload, Stmt};
 use super::table::{
-    bridged_rules, veth_name, Base, Chain, Content, Rule, Set, Table, BRIDGED, OUTPUT, TABLE,
+    bridged_rules, veth_name, Base, Chain, Content, Deeds, Rule, Set, Table, BRIDGED, DEEDS,
+    OUTPUT, TABLE,
 };
 use crate::net::{Address, Range};
 use crate::netlink::msg::{Batch, Open};
@@ -29,6 +30,7 @@ pub struct Contents {
     pub bridges: BTreeSet<String>,
     /// Chains that depend on tables of others, with their rules.
     pub ways: Vec<(String, Vec<Rule>)>,
+    pub deeds: Deeds,
 }
 
 /// A chain where the packets of a veth come in, and its rule.
@@ -57,6 +59,7 @@ impl Contents {
         for (chain, rules) in &self.ways {
             rules.iter().for_each(|rule| transaction.rule(chain, rule));
         }
+        DEEDS.iter().zip(self.deeds).for_each(|(name, count)| transaction.add_counter(name, count));
         transaction
     }
 }
@@ -187,6 +190,31 @@ impl Transaction {
 
     pub fn delete_hashes(&mut self, set: &str, hashes: impl Iterator<Item = u32>) {
         self.elements(NFT_MSG_DELSETELEM, 0, set, None, hashes, hash_key);
+    }
+
+    /// Adds a named counter that has counted so many packets.
+    pub fn add_counter(&mut self, name: &str, packets: u64) {
+        let open = self.counter(NFT_MSG_NEWOBJ, NLM_F_CREATE, name);
+        let data = self.batch.nest(NFTA_OBJ_DATA);
+        self.batch.u64_be(NFTA_COUNTER_BYTES, 0);
+        self.batch.u64_be(NFTA_COUNTER_PACKETS, packets);
+        self.batch.end_nest(data);
+        self.batch.end(open);
+    }
+
+    /// The same for one that is there: the kernel changes none.
+    pub fn replace_counter(&mut self, name: &str, packets: u64) {
+        let open = self.counter(NFT_MSG_DELOBJ, 0, name);
+        self.batch.end(open);
+        self.add_counter(name, packets);
+    }
+
+    fn counter(&mut self, kind: u16, flags: u16, name: &str) -> Open {
+        let open = self.begin(kind, flags);
+        self.batch.str_z(NFTA_OBJ_TABLE, TABLE);
+        self.batch.str_z(NFTA_OBJ_NAME, name);
+        self.batch.u32_be(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER);
+        open
     }
 
     /// `flags`: what the table is created with, or none at all (kernels without table flags).
@@ -464,6 +492,7 @@ pub enum Object {
     RuleOf(String),
     Set(String),
     ElementsOf(String),
+    Counter(String),
     /// The transaction as a whole.
     All,
 }
@@ -486,6 +515,7 @@ impl Object {
             NFT_MSG_NEWSETELEM | NFT_MSG_DELSETELEM => {
                 Object::ElementsOf(name(NFTA_SET_ELEM_LIST_SET))
             }
+            NFT_MSG_NEWOBJ | NFT_MSG_DELOBJ => Object::Counter(name(NFTA_OBJ_NAME)),
             _ => Object::All,
         }
     }
@@ -507,6 +537,7 @@ impl fmt::Display for Object {
             Object::RuleOf(chain) => write!(f, "a rule of chain {chain}"),
             Object::Set(name) => write!(f, "set {name}"),
             Object::ElementsOf(set) => write!(f, "elements of set {set}"),
+            Object::Counter(name) => write!(f, "counter {name}"),
             Object::All => f.write_str("a transaction"),
         }
     }

@@ -74,6 +74,22 @@ pub struct Entrances {
 /// The interfaces that route tables of others lead out by, by table.
 pub type Devices = BTreeMap<u32, BTreeSet<String>>;
 
+/// What the daemon has done since the table is there: a counter of the table for each, which no
+/// packet meets, so that the kernel holds that too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Deed {
+    TableRepair,
+    RoutingRepair,
+    Reload,
+    RefusedReload,
+}
+
+/// How often, in the order of [`Deed`].
+pub type Deeds = [u64; 4];
+
+/// The names of their counters.
+pub const DEEDS: [&str; 4] = ["table_repairs", "routing_repairs", "reloads", "refused_reloads"];
+
 /// Sets, chains and static rules; everything but the elements of the cgroup sets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {

@@ -109,6 +109,22 @@ pub fn parse_hashes(message: &Message) -> Option<Vec<u32>> {
     Some(listed(list).filter_map(|bytes| parse::u32_ne(key(&Attrs::new(bytes))?)).collect())
 }
 
+/// Asks for all named counters of our table.
+pub fn get_counters(batch: &mut Batch) {
+    let open = dump(batch, NFT_MSG_GETOBJ, NFPROTO_INET);
+    batch.str_z(NFTA_OBJ_TABLE, TABLE);
+    batch.u32_be(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER);
+    batch.end(open);
+}
+
+/// Reads an answer to [`get_counters`]: the name, and the packets.
+pub fn parse_counter(message: &Message) -> Option<(String, u64)> {
+    let attrs = Attrs::after(message.body, 4);
+    let name = parse::str_z(attrs.clone().get(NFTA_OBJ_NAME)?).into_owned();
+    let packets = Attrs::new(attrs.get(NFTA_OBJ_DATA)?).get(NFTA_COUNTER_PACKETS)?;
+    Some((name, parse::u64_be(packets)?))
+}
+
 fn key<'a>(element: &Attrs<'a>) -> Option<&'a [u8]> {
     Attrs::new(element.clone().get(NFTA_SET_ELEM_KEY)?).get(NFTA_DATA_VALUE)
 }

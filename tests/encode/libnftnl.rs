@@ -10,6 +10,7 @@ use cgtproxy::net::{Address, Range};
 use cgtproxy::nft::expr::{Anonymous, Expr, SetRef, Verdict};
 use cgtproxy::nft::stmt::Stmt;
 use cgtproxy::nft::table::{Chain, Content, Rule, Set, Table};
+use mnl::mnl_sys::mnl_attr_put_u32;
 use nftnl::nftnl_sys::*;
 
 type Header = *mut libc::nlmsghdr;
@@ -71,6 +72,7 @@ object!(NChain(nftnl_chain): nftnl_chain_alloc(), nftnl_chain_set_u32, nftnl_cha
 object!(NRule(nftnl_rule): nftnl_rule_alloc(), nftnl_rule_set_u32, nftnl_rule_set_str);
 object!(NSet(nftnl_set): nftnl_set_alloc(), nftnl_set_set_u32, nftnl_set_set_str);
 object!(NElem(nftnl_set_elem): nftnl_set_elem_alloc(), nftnl_set_elem_set_u32, nftnl_set_elem_set_str);
+object!(NObj(nftnl_obj): nftnl_obj_alloc(), nftnl_obj_set_u32, nftnl_obj_set_str);
 object!(NExpr(nftnl_expr): nftnl_expr_alloc(name: &CStr), nftnl_expr_set_u32, nftnl_expr_set_str);
 
 impl NExpr {
@@ -212,6 +214,32 @@ impl Reference {
     }
 
     /// Deletes all rules of a chain.
+    pub fn add_counter(&mut self, name: &str, packets: u64) {
+        let object = NObj::new().str(NFTNL_OBJ_TABLE, "cgtproxy").str(NFTNL_OBJ_NAME, name);
+        let object = object.u32(NFTNL_OBJ_TYPE, OBJECT_COUNTER);
+        // SAFETY: see the macro
+        unsafe {
+            nftnl_obj_set_u64(object.0, NFTNL_OBJ_CTR_PKTS as u16, packets);
+            nftnl_obj_set_u64(object.0, NFTNL_OBJ_CTR_BYTES as u16, 0);
+        }
+        self.message(libc::NFT_MSG_NEWOBJ, libc::NLM_F_CREATE, |nlh| {
+            // SAFETY: both pointers are valid
+            unsafe { nftnl_obj_nlmsg_build_payload(nlh, object.0) }
+        });
+    }
+
+    pub fn delete_counter(&mut self, name: &str) {
+        let object = NObj::new().str(NFTNL_OBJ_TABLE, "cgtproxy").str(NFTNL_OBJ_NAME, name);
+        self.message(libc::NFT_MSG_DELOBJ, 0, |nlh| {
+            // SAFETY: both pointers are valid, and the buffer has room. nft writes the type by itself
+            // too: libnftnl would add what the object has counted.
+            unsafe {
+                nftnl_obj_nlmsg_build_payload(nlh, object.0);
+                mnl_attr_put_u32(nlh, OBJ_TYPE, OBJECT_COUNTER.to_be());
+            }
+        });
+    }
+
     pub fn flush(&mut self, chain: &str) {
         let rule = NRule::new().str(NFTNL_RULE_TABLE, "cgtproxy").str(NFTNL_RULE_CHAIN, chain);
         // SAFETY: both pointers are valid
@@ -533,6 +561,8 @@ pub fn get_table(seq: u32) -> Vec<u8> {
 
 // include/uapi/linux/netfilter/nf_tables.h and nf_nat.h, where libc does not have them
 const BYTEORDER_HTON: u32 = 1;
+const OBJ_TYPE: u16 = 3;
+const OBJECT_COUNTER: u32 = 1;
 const BITWISE_BOOL: u32 = 0;
 const SOCKET_CGROUPV2: u32 = 3;
 const SOCKET_TRANSPARENT: u32 = 0;

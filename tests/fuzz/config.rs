@@ -88,8 +88,13 @@ fuzz_target!(|input: &[u8]| -> Corpus {
         assert!(!matches!(rule.target, Target::Tproxy(i) if config.tproxies.len() <= i.into()));
     }
     let _ = policy::rank(&config, policy::root_rank(&config), b"/services/a/instance1");
-    let contents =
-        plan::contents(&config, Snapshot::default(), &Default::default(), &Default::default());
+    let contents = plan::contents(
+        &config,
+        Snapshot::default(),
+        &Default::default(),
+        &Default::default(),
+        [0; 4],
+    );
     let _ = contents.replacement(None, Batch::new(0)).finish();
     let _ = plan::routing(&config);
     Corpus::Keep

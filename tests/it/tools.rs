@@ -65,7 +65,7 @@ impl Daemon {
         self.command(args).output().expect("start cgtproxy").into()
     }
 
-    fn shown(&self) -> String {
+    pub fn shown(&self) -> String {
         let said = self.ask(&["status"]);
         assert_eq!((said.code, &*said.err), (Some(0), ""));
         said.out
@@ -584,7 +584,7 @@ fn json_has_the_documented_shape() {
     assert_eq!(query(&json, "d['containers']"), format!("[{container}]"));
     assert_eq!(
         query(&json, "list(d)"),
-        "['version', 'in_force', 'daemon', 'left', 'unknown', 'rootless', 'default', 'targets', 'ways', 'gateways', 'containers', 'held', 'rules', 'routes', 'hindrances', 'loops', 'warnings']"
+        "['version', 'in_force', 'daemon', 'left', 'unknown', 'rootless', 'default', 'targets', 'ways', 'gateways', 'containers', 'repairs', 'reloads', 'held', 'rules', 'routes', 'hindrances', 'loops', 'warnings']"
     );
     assert_eq!(query(&json, "d['version'], d['in_force'], d['default']"), "(1, True, 'direct')");
     assert_eq!(query(&json, "d['daemon']"), daemon.pid().to_string());

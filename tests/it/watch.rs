@@ -16,10 +16,11 @@ use nix::sys::termios::{tcgetattr, LocalFlags};
 use nix::unistd::Pid;
 
 use crate::client::Client;
-use crate::daemon::{binary, Daemon};
+use crate::daemon::{binary, run, Daemon, UNOWNED};
 use crate::gateway::Lan;
-use crate::ground::{addr, sysctl, Ground, REMOTE4};
-use crate::tools::Terminal;
+use crate::ground::{addr, ip_batch, sysctl, Ground, REMOTE4};
+use crate::kernel::{await_member, load, nft, table_plain};
+use crate::tools::{query, said, Terminal};
 use crate::wait_until;
 use crate::world::World;
 
@@ -234,7 +235,7 @@ fn metrics_in_the_text_format() {
          [route out]\ninterface = in0\n[route vpn]\ninterface = wg0\n"
     );
     let daemon = Daemon::start(&ground, &config, &[]);
-    crate::kernel::await_member(&busy, "mihomo");
+    await_member(&busy, "mihomo");
     let _ = Client::udp(&busy, addr(REMOTE4, 80)).run();
     let text = daemon.ask(&["status", "--prometheus"]).out;
     let found = parse(&text).unwrap_or_else(|why| panic!("{why}\n{text}"));
@@ -258,6 +259,8 @@ fn metrics_in_the_text_format() {
     let way = |target| value("cgtproxy_target_route_up", &[("target", target), ("family", "ipv4")]);
     assert_eq!([way("out"), way("vpn")], [Some(1.0), Some(0.0)], "{text}");
     assert_eq!(value("cgtproxy_held_packets_total", &[]), Some(0.0));
+    assert_eq!(value("cgtproxy_repairs_total", &[("of", "table")]), Some(0.0), "{text}");
+    assert_eq!(value("cgtproxy_reloads_total", &[("result", "refused")]), Some(0.0));
     let lan = [("gateway", "lan"), ("target", "mihomo")];
     assert_eq!(value("cgtproxy_gateway_bytes_total", &lan), Some(0.0));
     // every family is in the manual page, and none other
@@ -269,8 +272,143 @@ fn metrics_in_the_text_format() {
     assert_eq!(named, found.keys().map(String::as_str).collect(), "the page (left)");
     daemon.stop_clean();
     // nothing there: still metrics
-    let text = crate::tools::said(&ground, CONFIG, &["status", "--prometheus"]).out;
+    let text = said(&ground, CONFIG, &["status", "--prometheus"]).out;
     assert_eq!(parse(&text).expect("metrics")["cgtproxy_in_force"].1[&BTreeMap::new()], 0.0);
+}
+
+/// Repairs of the table and of the routing, reloads that were taken and refused, as the kernel tells
+/// them; `None` where it does not.
+fn deeds(daemon: &Daemon) -> Option<[f64; 4]> {
+    let all = parse(&daemon.ask(&["status", "--prometheus"]).out).expect("metrics");
+    let value = |family: &str, label: &str, is: &str| {
+        let labels = BTreeMap::from([(label.to_string(), is.to_string())]);
+        all.get(family).map(|(_, samples)| samples[&labels])
+    };
+    let repairs = ["table", "routing"].map(|of| value("cgtproxy_repairs_total", "of", of));
+    let reloads = ["taken", "refused"].map(|is| value("cgtproxy_reloads_total", "result", is));
+    let found = [repairs, reloads].concat();
+    let known: Option<Vec<f64>> = found.iter().copied().collect();
+    assert!(known.is_some() || found == [None; 4], "{found:?}");
+    known?.try_into().ok()
+}
+
+#[track_caller]
+fn await_deeds(daemon: &Daemon, want: [f64; 4]) {
+    let there = wait_until(Duration::from_secs(10), || deeds(daemon) == Some(want));
+    assert!(there, "{:?}, not {want:?}\n{}", deeds(daemon), daemon.logs());
+}
+
+/// How often something was repaired or reloaded is with the kernel: it outlives repairs, reloads,
+/// who has done it, and a restart, and goes with the table.
+#[test]
+fn repairs_and_reloads_are_counted() {
+    for env in [&[][..], &[UNOWNED]] {
+        let ground = ground!("deeds");
+        let busy = ground.cgroup("/busy");
+        let start = || {
+            let mut daemon = Daemon::spawn(&ground, CONFIG, &[], env);
+            assert!(daemon.ready(), "{}", daemon.logs());
+            daemon
+        };
+        let daemon = start();
+        assert_eq!(deeds(&daemon), Some([0.0; 4]));
+        assert!(!daemon.shown().contains("repairs"), "nothing to tell: {}", daemon.shown());
+        daemon.reload();
+        await_deeds(&daemon, [0.0, 0.0, 1.0, 0.0]);
+        // a refused one changes nothing else
+        let listed = table_plain(&[]);
+        assert!(daemon.reconfigure("[rules]\nnobody = /x\n").contains("reload failed"));
+        daemon.configure(CONFIG);
+        await_deeds(&daemon, [0.0, 0.0, 1.0, 1.0]);
+        assert_eq!(table_plain(&[]), listed);
+        ip_batch(&["-4"], "rule del pref 100 iif lo fwmark 0x1000000/0xff000000 lookup 300\n");
+        await_deeds(&daemon, [0.0, 1.0, 1.0, 1.0]);
+        ip_batch(&["-6"], "route del local default dev lo table 300\n");
+        await_deeds(&daemon, [0.0, 2.0, 1.0, 1.0]);
+        let line = "\nrepairs: 0 of the table, 2 of ip rules and routes; reloads: 1, refused: 1\n";
+        assert!(daemon.shown().contains(line), "{}", daemon.shown());
+        let json = daemon.ask(&["status", "--json"]).out;
+        assert_eq!(
+            query(&json, "d['repairs'], d['reloads']"),
+            "({'table': 0, 'routing': 2}, {'taken': 1, 'refused': 1})"
+        );
+        let mut want = [0.0, 2.0, 1.0, 1.0];
+        let mut daemon = daemon;
+        if !env.is_empty() {
+            // one after the other, and then as fast as nft goes
+            for _ in 0..3 {
+                load("delete table inet cgtproxy");
+                want[0] += 1.0;
+                await_deeds(&daemon, want);
+            }
+            for _ in 0..50 {
+                let _ = nft(&["flush", "ruleset"], "");
+                let now = deeds(&daemon).unwrap_or(want);
+                assert!(now[0] >= want[0] && now[1..] == want[1..], "{now:?} after {want:?}");
+                want = now;
+            }
+            await_member(&busy, "mihomo");
+            // a reload while the table is away
+            let _ = nft(&["flush", "ruleset"], "");
+            daemon.reload();
+            want[2] += 1.0;
+            assert!(wait_until(Duration::from_secs(10), || deeds(&daemon).is_some()));
+            want[0] = deeds(&daemon).expect("a table")[0];
+            await_deeds(&daemon, want);
+            await_member(&busy, "mihomo");
+        }
+        // who has done it is killed, and the next one goes on
+        for kill in [true, false] {
+            let args = ["-c", daemon.config.to_str().expect("UTF-8"), "status", "--json"];
+            let args = args.map(String::from);
+            if kill {
+                daemon.kill9()
+            } else {
+                daemon.leave()
+            };
+            let out = run(&args.iter().map(String::as_str).collect::<Vec<_>>());
+            let json = String::from_utf8_lossy(&out.stdout).into_owned();
+            let told = "[*d['repairs'].values(), *d['reloads'].values()]";
+            assert_eq!(query(&json, told), format!("{:?}", want.map(|count| count as u64)));
+            daemon = start();
+            assert_eq!(deeds(&daemon), Some(want));
+            daemon.reload();
+            want[2] += 1.0;
+            await_deeds(&daemon, want);
+        }
+        daemon.stop_clean();
+        let daemon = start();
+        assert_eq!(deeds(&daemon), Some([0.0; 4]), "with another table");
+        daemon.stop_clean();
+    }
+}
+
+/// As a version of before has left it.
+#[test]
+fn a_table_that_counts_nothing_of_that() {
+    let ground = ground!("nodeeds");
+    ground.cgroup("/busy");
+    let shown = said(&ground, CONFIG, &["show"]).out;
+    let mut lines = shown.lines();
+    let mut text = String::new();
+    while let Some(line) = lines.next() {
+        match line.starts_with("  counter ") {
+            true => assert_eq!(lines.next(), Some("  }")),
+            false => text += &format!("{line}\n"),
+        }
+    }
+    assert!(text.len() < shown.len());
+    load(&text);
+    let status = said(&ground, CONFIG, &["status", "--json"]);
+    let told = query(&status.out, "d['in_force'], d['repairs'], d['reloads']['taken']");
+    assert_eq!(told, "(True, {'table': None, 'routing': None}, None)", "{}", status.err);
+    let metrics = said(&ground, CONFIG, &["status", "--prometheus"]).out;
+    assert!(!metrics.contains("repairs") && metrics.contains("cgtproxy_in_force 1"), "{metrics}");
+    let text = said(&ground, CONFIG, &["status"]).out;
+    assert!(text.contains("in force") && !text.contains("repairs"), "{text}");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    assert_eq!(deeds(&daemon), Some([0.0; 4]));
+    daemon.stop_clean();
 }
 
 #[test]

@@ -41,6 +41,8 @@ fn read(text: &str) -> Verdict {
         "counter cgtproxy_target_packets 3",
         "gauge cgtproxy_target_listener_up 4",
         "counter cgtproxy_gateway_bytes 1",
+        "counter cgtproxy_repairs 2",
+        "counter cgtproxy_reloads 2",
     ] {
         if !families.lines().any(|line| line == want) {
             return Err(format!("no {want} among {families}"));
