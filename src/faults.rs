@@ -2,7 +2,7 @@
 //! interface; and sockets that go past it. Pure; [`Host`] has looked.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use crate::config::{Config, Outlet, Take, Target, Tproxy};
 use crate::host::Host;
@@ -69,28 +69,29 @@ fn protocol(l4: L4) -> &'static str {
 
 /// Name, wildcard address and key.
 fn words(family: Family) -> [&'static str; 3] {
-    match family {
-        Family::V4 => ["IPv4", "0.0.0.0", "ipv4"],
-        Family::V6 => ["IPv6", "[::]", "ipv6"],
-    }
+    [family.name(), ["0.0.0.0", "[::]"][family as usize], family.word()]
+}
+
+/// The names of some families.
+fn names(families: impl IntoIterator<Item = Family>) -> String {
+    families.into_iter().map(Family::name).collect::<Vec<_>>().join(" and ")
 }
 
 /// Whether anybody takes what a tproxy is handed.
 fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mut Vec<Answer>) {
     let (name, port) = (&tproxy.outlet.name, tproxy.port);
-    let mut families = vec![(Family::V4, tproxy.outlet.ipv4, tproxy.address4.map(IpAddr::V4))];
-    if host.speaks_ipv6() {
-        families.push((Family::V6, tproxy.outlet.ipv6, tproxy.address6.map(IpAddr::V6)));
-    }
-    families.retain(|(_, take, _)| *take == Take::Yes);
+    let mut families = Vec::from(Family::BOTH);
+    families.retain(|family| tproxy.outlet.family(*family) == Take::Yes);
+    families.retain(|family| *family == Family::V4 || host.speaks_ipv6());
     for (l4, take) in [(L4::Tcp, tproxy.outlet.tcp), (L4::Udp, tproxy.outlet.udp)] {
         if take != Take::Yes || families.is_empty() {
             continue;
         }
         let what = format!("[tproxy {name}]: {} port {port}", protocol(l4));
         let (mut wrong, mut nothing, mut opaque) = (Vec::new(), Vec::new(), Vec::new());
-        for (family, _, address) in &families {
-            let look = |from| finds(&host.listeners, (l4, *family), port, *address, from);
+        for family in &families {
+            let address = tproxy.addresses[*family as usize];
+            let look = |from| finds(&host.listeners, (l4, *family), port, address, from);
             let (host, gateway) = (look(Origin::Host), look(Origin::Gateway));
             let best = host.max(gateway);
             match best {
@@ -125,17 +126,14 @@ fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mu
             }));
         }
         if !opaque.is_empty() {
-            let opaque = opaque.iter().map(|family| words(*family)[0]);
             wrong.push(format!(
                 "{what}: what listens there for {} has not set IP_TRANSPARENT, so its traffic is \
                  refused: make it a tproxy inbound, with CAP_NET_ADMIN in effect",
-                opaque.collect::<Vec<_>>().join(" and ")
+                names(opaque)
             ));
         }
         if wrong.is_empty() {
-            let all = families.iter().map(|(family, _, _)| words(*family)[0]);
-            let all = all.collect::<Vec<_>>().join(" and ");
-            findings.push(Ok(format!("{what} is listened on for {all}")));
+            findings.push(Ok(format!("{what} is listened on for {}", names(families.clone()))));
         }
         findings.extend(wrong.into_iter().map(Err));
     }
@@ -182,11 +180,8 @@ fn limits(kind: &str, outlet: &Outlet) -> Vec<Answer> {
 /// Whether anybody answers where a tproxy's DNS goes, if that is on this host.
 fn resolves(tproxy: &Tproxy, routed: bool, host: &Host, findings: &mut Vec<Answer>) {
     let name = &tproxy.outlet.name;
-    let ends = [
-        (tproxy.outlet.ipv4, tproxy.outlet.dns4.map(SocketAddr::V4)),
-        (tproxy.outlet.ipv6, tproxy.outlet.dns6.map(SocketAddr::V6)),
-    ];
-    let ends = ends.into_iter().filter_map(|(take, end)| end.filter(|_| take == Take::Yes));
+    let takes = |end: &SocketAddr| tproxy.outlet.family(Family::of(&end.ip())) == Take::Yes;
+    let ends = tproxy.outlet.dns().filter(takes);
     for end in ends.filter(|end| host.has(end.ip())) {
         let (mut silent, mut unreachable) = (Vec::new(), Vec::new());
         for l4 in tproxy.outlet.dns_protocols() {

@@ -64,11 +64,7 @@ impl Host {
         &'a self,
         wanted: &'a net::Interface,
     ) -> impl Iterator<Item = &'a Link> {
-        let is = move |found: &&Link| match wanted.prefix {
-            true => found.name.starts_with(&wanted.name),
-            false => found.name == wanted.name,
-        };
-        self.interfaces.iter().flatten().filter(is)
+        self.interfaces.iter().flatten().filter(|found| wanted.covers(&found.name))
     }
 }
 

@@ -33,10 +33,17 @@ impl Family {
 
     /// `ip` or `ip6`, as nft says it.
     pub fn nft(self) -> &'static str {
-        match self {
-            Family::V4 => "ip",
-            Family::V6 => "ip6",
-        }
+        ["ip", "ip6"][self as usize]
+    }
+
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        ["IPv4", "IPv6"][self as usize]
+    }
+
+    /// The same as a word of the configuration, of nft and of programs.
+    pub fn word(self) -> &'static str {
+        ["ipv4", "ipv6"][self as usize]
     }
 }
 
@@ -107,6 +114,16 @@ pub struct Interface {
     /// 1 to 15 bytes; without the `*` of a prefix.
     pub name: String,
     pub prefix: bool,
+}
+
+impl Interface {
+    /// Whether the interface of that name is meant.
+    pub fn covers(&self, name: &str) -> bool {
+        match self.prefix {
+            true => name.starts_with(&self.name),
+            false => name == self.name,
+        }
+    }
 }
 
 impl fmt::Display for Interface {

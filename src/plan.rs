@@ -52,7 +52,7 @@ fn way<'a>(config: &Config, index: usize, route: &'a Route) -> WayOut<'a> {
         leads: match route.table {
             0 => Leads::Interface {
                 name: &route.interface,
-                gateways: Family::BOTH.map(|family| route.gateway(family)),
+                gateways: route.gateways,
                 masqueraded: route.masquerades(),
             },
             table => Leads::Table(table),

@@ -354,10 +354,7 @@ impl SeenRule {
         let iif = &*self.rule.iif;
         let mut marks = needs.marks.iter().chain(needs.ways.iter().map(|way| &way.mark));
         let of_host = ["", "lo"].contains(&iif) && marks.any(asks_for);
-        let covers = |interface: &&Interface| match interface.prefix {
-            true => iif.starts_with(&*interface.name),
-            false => iif == interface.name,
-        };
+        let covers = |interface: &&Interface| interface.covers(iif);
         let interfaces = &needs.forwarded.interfaces;
         let to_tproxy = Some(needs.forwarded.mark).filter(|_| !needs.marks.is_empty());
         let mut forwarded =

@@ -630,16 +630,15 @@ fn every_key_of_tproxy() {
     );
     let [a, b] = &config.tproxies[..] else { panic!("{:?}", config.tproxies) };
     assert_eq!((a.outlet.name.as_str(), a.port, a.outlet.mark), ("a", 7893, 0x0500_0000));
-    assert_eq!(a.address4, Some(Ipv4Addr::LOCALHOST));
-    assert_eq!(a.address6, Some(Ipv6Addr::LOCALHOST));
+    assert_eq!(a.addresses, [Some(Ipv4Addr::LOCALHOST.into()), Some(Ipv6Addr::LOCALHOST.into())]);
     let (x, y) = (&a.outlet, &b.outlet);
     assert_eq!((x.tcp, x.udp, x.ipv4, x.ipv6), (Take::No, Take::Drop, Take::No, Take::No));
-    assert_eq!(x.dns4.unwrap().to_string(), "127.0.0.1:1053");
-    assert_eq!(x.dns6.unwrap().to_string(), "[::1]:1054");
+    let resolvers: Vec<String> = x.dns().map(|to| to.to_string()).collect();
+    assert_eq!(resolvers, ["127.0.0.1:1053", "[::1]:1054"]);
     assert!(x.dns_tcp);
 
     assert_eq!((b.outlet.name.as_str(), b.port), ("B-_234567890123", 65535));
-    assert_eq!((b.address4, b.address6, y.dns4, y.dns6), (None, None, None, None));
+    assert_eq!((b.addresses, y.resolvers), ([None; 2], [None; 2]));
     assert_eq!((y.tcp, y.udp, y.ipv4, y.ipv6), (Take::Yes, Take::Yes, Take::Yes, Take::Yes));
     assert!(!y.dns_tcp);
 }
@@ -654,11 +653,10 @@ fn every_key_of_route() {
     );
     let [vpn, other, third] = &config.routes[..] else { panic!("{:?}", config.routes) };
     assert_eq!((&*vpn.interface, vpn.table, vpn.masquerades()), ("wg0", 0, true));
-    assert_eq!(vpn.gateway(Family::V4), "10.8.0.1".parse().ok());
-    assert_eq!(vpn.gateway(Family::V6), "fd00::1".parse().ok());
+    assert_eq!(vpn.gateways, ["10.8.0.1", "fd00::1"].map(|hop| hop.parse().ok()));
     assert_eq!((vpn.outlet.udp, vpn.outlet.dns_local), (Take::Drop, true));
     assert_eq!((&*other.interface, other.table, other.masquerades()), ("", 1000, false));
-    assert_eq!((third.masquerades(), third.gateway(Family::V4)), (false, None));
+    assert_eq!((third.masquerades(), third.gateways), (false, [None; 2]));
     // numbered in file order, whatever the kind; behind them those of what is routed for others
     let marks = [&vpn.outlet, &config.tproxies[0].outlet, &other.outlet, &third.outlet];
     assert_eq!(marks.map(|outlet| outlet.mark >> 24), [1, 2, 7, 4]);
@@ -753,13 +751,13 @@ fn every_key_of_gateway() {
     let [lan, drop, rest] = &config.gateways[..] else { panic!("{:?}", config.gateways) };
     let names: Vec<String> = lan.interfaces.iter().map(|i| i.to_string()).collect();
     assert_eq!((lan.name.as_str(), names), ("lan", vec!["br-lan".into(), "wg*".into()]));
-    assert_eq!(lan.sources4[0].to_string(), "192.0.2.0/24");
-    assert_eq!(lan.sources6[0].to_string(), "2001:db8::1");
+    assert_eq!(lan.sources.v4[0].to_string(), "192.0.2.0/24");
+    assert_eq!(lan.sources.v6[0].to_string(), "2001:db8::1");
     assert_eq!(lan.macs[0].to_string(), "02:00:00:00:00:ab");
     assert_eq!(lan.target, Target::Tproxy(0));
     assert_eq!((drop.target, rest.target), (Target::Drop, Target::Direct));
     assert_eq!(drop.interfaces[0].to_string(), "eth1.2@x");
-    assert!(drop.sources4.is_empty() && drop.sources6.is_empty() && drop.macs.is_empty());
+    assert!(drop.sources.is_empty() && drop.macs.is_empty());
     assert!(config.tproxies[0].outlet.dns_local);
     assert!(config.routes_to_tproxy());
 }
@@ -857,8 +855,8 @@ fn values_that_are_fine() {
     ] {
         let config = good(&format!("[tproxy a]\nport = 1\ndns-hijack = {value}\n"));
         let a = &config.tproxies[0].outlet;
-        let got = a.dns4.map(|e| e.to_string()).or(a.dns6.map(|e| e.to_string()));
-        assert_eq!(got.as_deref(), Some(port));
+        let got: Vec<String> = a.dns().map(|to| to.to_string()).collect();
+        assert_eq!(got, [port]);
     }
     for (word, take) in [
         ("yes true on 1", Take::Yes),

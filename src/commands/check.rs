@@ -716,7 +716,7 @@ fn way_out(way: &WayOut, links: &[Link], findings: &mut Findings) {
     let Some(interface) = way.interface() else {
         return;
     };
-    for (family, word) in Family::BOTH.into_iter().zip(["IPv4", "IPv6"]) {
+    for (family, word) in Family::BOTH.map(|family| (family, family.name())) {
         match way.closed(family, links) {
             None => findings.ok(format!("[route {name}]: {interface} takes {word}")),
             Some("no address") => findings.warning(format!(

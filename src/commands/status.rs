@@ -623,8 +623,8 @@ impl Status {
         let name = "cgtproxy_target_listener_up";
         metrics.family(name, Type::Gauge, "Whether TPROXY finds a listener.", listens);
         let ways = self.ways.iter().flat_map(|(name, way)| {
-            ["ipv4", "ipv6"].into_iter().zip(way.closed).map(|(family, closed)| -> Sample {
-                (vec![("target", name), ("family", family)], closed.is_none().into())
+            Family::BOTH.into_iter().zip(way.closed).map(|(family, closed)| -> Sample {
+                (vec![("target", name), ("family", family.word())], closed.is_none().into())
             })
         });
         let name = "cgtproxy_target_route_up";
@@ -663,12 +663,8 @@ impl Status {
             let wanted = move |entry: &Entry| matches!(entry, Entry::Rule(_)) == rules;
             let entries = self.routing.iter().filter(move |(entry, _)| wanted(entry));
             let json = entries.map(|(entry, present)| {
-                let family = match entry.family() {
-                    Family::V4 => "ipv4",
-                    Family::V6 => "ipv6",
-                };
                 Json::Object(vec![
-                    ("family", Json::text(family)),
+                    ("family", Json::text(entry.family().word())),
                     ("text", Json::text(entry.to_string())),
                     ("present", Json::Bool(*present)),
                 ])
@@ -778,7 +774,7 @@ fn needs<'a>(config: &Config, view: &'a View, have: &BTreeSet<Entry>, priority: 
                 let known = config.routes.iter().find(|route| route.outlet.name == target.name);
                 Leads::Interface {
                     name,
-                    gateways: Family::BOTH.map(|family| known?.gateway(family)),
+                    gateways: known.map_or([None; 2], |route| route.gateways),
                     masqueraded: known.is_none_or(Route::masquerades),
                 }
             }

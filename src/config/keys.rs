@@ -5,14 +5,13 @@
 //! Pure.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
 
 use super::matches::Match;
 use super::model::{Config, Gateway, OnExit, Outlet, Place, Problem, Route, Tproxy};
 pub use super::value::Takes;
 use super::value::*;
 use crate::log::Level;
-use crate::net::{Mark, Ranges};
+use crate::net::{Family, Mark, Ranges};
 use Takes::{Number, Text, Words};
 use Unset::{Is, Needs, Nothing};
 
@@ -161,14 +160,14 @@ pub static KEYS: &[Key] = &[
     one(TPROXY, "port", Number(1, 65535), Needs("a port"), |d, e| {
         put(&mut d.tproxy().port, number(e).map(|port| port as u16))
     }),
-    any(TPROXY, "address", Text("an IPv4 or IPv6 address"), Nothing, |d, e| match parsed(e)? {
-        IpAddr::V4(a) => once(e, &mut d.tproxy().address4, a, "IPv4"),
-        IpAddr::V6(a) => once(e, &mut d.tproxy().address6, a, "IPv6"),
+    any(TPROXY, "address", Text("an IPv4 or IPv6 address"), Nothing, |d, e| {
+        let address = parsed(e)?;
+        once(e, &mut d.tproxy().addresses, Family::of(&address), address)
     }),
     one(ROUTE, "interface", INTERFACE, Nothing, |d, e| put(&mut d.route().interface, way_out(e))),
-    any(ROUTE, "gateway", HOP, Nothing, |d, e| match next_hop(e)? {
-        IpAddr::V4(a) => once(e, &mut d.route().gateway4, a, "IPv4"),
-        IpAddr::V6(a) => once(e, &mut d.route().gateway6, a, "IPv6"),
+    any(ROUTE, "gateway", HOP, Nothing, |d, e| {
+        let hop = next_hop(e)?;
+        once(e, &mut d.route().gateways, Family::of(&hop), hop)
     }),
     one(ROUTE, "table", Number(1, MOST), Nothing, |d, e| {
         put(&mut d.route().table, table_of_others(e))
@@ -198,9 +197,9 @@ pub static KEYS: &[Key] = &[
         let listed = list(e, &mut d.problems);
         add(d.outlet().only.get_or_insert_default(), listed)
     }),
-    any(OUTLET, "dns-hijack", ENDPOINT, Nothing, |d, e| match endpoint(e)? {
-        SocketAddr::V4(a) => once(e, &mut d.outlet().dns4, a, "IPv4"),
-        SocketAddr::V6(a) => once(e, &mut d.outlet().dns6, a, "IPv6"),
+    any(OUTLET, "dns-hijack", ENDPOINT, Nothing, |d, e| {
+        let to = endpoint(e)?;
+        once(e, &mut d.outlet().resolvers, Family::of(&to.ip()), to)
     }),
     one(OUTLET, "dns-hijack-tcp", BOOLEAN, Is("no"), |d, e| {
         put(&mut d.outlet().dns_tcp, boolean(e))
@@ -216,12 +215,7 @@ pub static KEYS: &[Key] = &[
         gateway.interfaces.push(interface);
         Ok(())
     }),
-    any(GATEWAY, "source", RANGE, Nothing, |d, e| {
-        let (ranges, gateway) = (range(e, e.value)?, d.gateway());
-        gateway.sources4.extend(ranges.v4);
-        gateway.sources6.extend(ranges.v6);
-        Ok(())
-    }),
+    any(GATEWAY, "source", RANGE, Nothing, |d, e| add(&mut d.gateway().sources, range(e, e.value))),
     any(GATEWAY, "source-mac", MAC, Nothing, |d, e| push(&mut d.gateway().macs, parsed(e))),
     one(GATEWAY, "target", Text("a target"), Needs("a target"), later),
 ];

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -78,8 +78,8 @@ pub struct Outlet {
     pub bypass: Ranges,
     /// Those that alone are taken; none where that is so of all. Merged.
     pub only: Option<Ranges>,
-    pub dns4: Option<SocketAddrV4>,
-    pub dns6: Option<SocketAddrV6>,
+    /// Where hijacked DNS goes, by family.
+    pub resolvers: [Option<SocketAddr>; 2],
     pub dns_tcp: bool,
     /// Hijack DNS that is addressed to this host or to a bypassed address as well.
     pub dns_local: bool,
@@ -105,7 +105,7 @@ impl Outlet {
     }
 
     pub fn hijacks_dns(&self) -> bool {
-        self.dns4.is_some() || self.dns6.is_some()
+        self.dns().next().is_some()
     }
 
     /// What it does with TCP or UDP to a destination; without one, as far as can be said of all. The
@@ -192,7 +192,7 @@ impl Outlet {
 
     /// Where DNS goes.
     pub fn dns(&self) -> impl Iterator<Item = SocketAddr> {
-        [self.dns4.map(SocketAddr::V4), self.dns6.map(SocketAddr::V6)].into_iter().flatten()
+        self.resolvers.into_iter().flatten()
     }
 
     /// The protocols whose port 53 is hijacked.
@@ -208,8 +208,8 @@ impl Outlet {
 pub struct Tproxy {
     pub outlet: Outlet,
     pub port: u16,
-    pub address4: Option<Ipv4Addr>,
-    pub address6: Option<Ipv6Addr>,
+    /// By family.
+    pub addresses: [Option<IpAddr>; 2],
 }
 
 /// A `[route NAME]` section: a way out of this host.
@@ -218,8 +218,8 @@ pub struct Route {
     pub outlet: Outlet,
     /// The interface to leave by; empty where another program's table is to be asked.
     pub interface: String,
-    pub gateway4: Option<Ipv4Addr>,
-    pub gateway6: Option<Ipv6Addr>,
+    /// The next hops, by family.
+    pub gateways: [Option<IpAddr>; 2],
     /// That table; 0 for none.
     pub table: u32,
     /// `None`: as [`Route::masquerades`] has it.
@@ -237,16 +237,8 @@ impl Route {
     /// Whether what local processes send from a loopback address may leave by its interface: DNS that
     /// they send to a resolver on this host goes to one behind it.
     pub fn sends_from_loopback(&self) -> bool {
-        let away = |dns: &SocketAddrV4| !dns.ip().is_loopback();
-        !self.interface.is_empty() && self.outlet.dns_local && self.outlet.dns4.iter().any(away)
-    }
-
-    /// The next hop of a family.
-    pub fn gateway(&self, family: Family) -> Option<IpAddr> {
-        match family {
-            Family::V4 => self.gateway4.map(IpAddr::V4),
-            Family::V6 => self.gateway6.map(IpAddr::V6),
-        }
+        let away = self.outlet.dns().any(|to| to.is_ipv4() && !to.ip().is_loopback());
+        !self.interface.is_empty() && self.outlet.dns_local && away
     }
 }
 
@@ -348,9 +340,8 @@ pub struct Gateway {
     pub name: String,
     /// One at least.
     pub interfaces: Vec<Interface>,
-    /// Where both families are empty, every source; else those of one that is empty are left out.
-    pub sources4: Vec<Range<Ipv4Addr>>,
-    pub sources6: Vec<Range<Ipv6Addr>>,
+    /// Merged; empty: every one. Else those of a family that has none are left out.
+    pub sources: Ranges,
     /// Empty: every one.
     pub macs: Vec<Mac>,
     pub target: Target,

@@ -22,6 +22,7 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     let Draft { mut config, sections, bypass_marks, holds, rules, .. } = draft;
     config.bypass.merge();
     config.outlets_mut().for_each(Outlet::merge);
+    config.gateways.iter_mut().for_each(|gateway| gateway.sources.merge());
     config.bypass_marks = bypass_marks.iter().map(|(mark, _)| *mark).collect();
     let mut problem = |place: &Place, message: String| problems.push(Problem::at(place, &message));
 

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::str::FromStr;
 
 use super::model::{Place, Problem, Source, Take};
-use crate::net::{Interface, Mark, Range, Ranges};
+use crate::net::{Family, Interface, Mark, Range, Ranges};
 
 /// Errors: what is wrong with an entry.
 pub type Result<T> = std::result::Result<T, String>;
@@ -390,12 +390,14 @@ pub fn parsed<T: FromStr>(e: &Setting) -> Result<T> {
 /// Sets what may be given once for each family.
 pub fn once<T: fmt::Display>(
     e: &Setting,
-    slot: &mut Option<T>,
+    slots: &mut [Option<T>; 2],
+    family: Family,
     value: T,
-    family: &str,
 ) -> Result<()> {
+    let slot = &mut slots[family as usize];
     if let Some(first) = slot {
-        return Err(format!("second {family} \"{}\": \"{value}\" beside \"{first}\"", e.key));
+        let (family, key) = (family.name(), e.key);
+        return Err(format!("second {family} \"{key}\": \"{value}\" beside \"{first}\""));
     }
     *slot = Some(value);
     Ok(())

@@ -117,7 +117,7 @@ statements! {
         payload(NFT_PAYLOAD_LL_HEADER, 6, 6),
         any_mac(macs),
     ];
-    Nfproto(family: Family) = "meta nfproto {}", ["ipv4", "ipv6"][*family as usize]
+    Nfproto(family: Family) = "meta nfproto {}", family.word()
         => [meta(NFT_META_NFPROTO), eq(&[family.number()])];
     L4proto(l4: L4) = "meta l4proto {}", l4.nft() => [meta(NFT_META_L4PROTO), eq(&[l4.number()])];
     NotL4proto(l4: L4) = "meta l4proto != {}", l4.nft()

@@ -187,7 +187,7 @@ impl Table {
         if !config.holds.is_empty() {
             sets.extend([HELD, KNOWN].map(|name| set(name.into(), plain())));
         }
-        sets.extend(config.gateways.iter().flat_map(source_sets));
+        sets.extend(config.gateways.iter().flat_map(|g| range_sets(SOURCE, &g.name, &g.sources)));
         sets.extend(config.outlets().flat_map(destination_sets));
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
         let mut chains = Vec::new();
@@ -818,9 +818,9 @@ fn dns_rules(outlet: &Outlet) -> Vec<Rule> {
 }
 
 fn rules_to_dns(outlet: &Outlet, chain: &str) -> Vec<Rule> {
-    let family = match (outlet.dns4, outlet.dns6) {
-        (Some(_), None) => Some(Stmt::Nfproto(Family::V4)),
-        (None, Some(_)) => Some(Stmt::Nfproto(Family::V6)),
+    let family = match outlet.resolvers {
+        [Some(_), None] => Some(Stmt::Nfproto(Family::V4)),
+        [None, Some(_)] => Some(Stmt::Nfproto(Family::V6)),
         // with neither, there are no protocols
         _ => None,
     };
@@ -836,14 +836,13 @@ fn rules_to_dns(outlet: &Outlet, chain: &str) -> Vec<Rule> {
 /// DNS that `dns_chain` could not take, where the target leaves other traffic alone: it must not get
 /// to the resolver that was asked.
 fn query_rules(outlet: &Outlet) -> Vec<Rule> {
-    let families = [(Family::V4, outlet.dns4.is_some()), (Family::V6, outlet.dns6.is_some())];
     let mut rules = Vec::new();
     for l4 in outlet.dns_protocols() {
         let (take, ports) = outlet.protocol(l4);
         let others = ports.iter().any(|ports| (ports.first..=ports.last).contains(&53));
         let spares = take == Take::No || !(ports.is_empty() || others) || outlet.only.is_some();
-        for (family, hijacked) in families {
-            if hijacked && (spares || outlet.family(family) == Take::No) {
+        for family in outlet.dns().map(|to| Family::of(&to.ip())) {
+            if spares || outlet.family(family) == Take::No {
                 rules.push(vec![Stmt::Nfproto(family), Stmt::Dport(l4, 53), Stmt::drop()]);
             }
         }
@@ -898,39 +897,35 @@ fn refuse_chain() -> Chain {
     chain(REFUSE, vec![vec![Stmt::L4proto(L4::Tcp), Stmt::Reset], vec![Stmt::Unreachable]])
 }
 
+/// The sets of some addresses, by family.
+fn range_sets(kind: &str, name: &str, ranges: &Ranges) -> Vec<Set> {
+    let set = |family, content| Set { name: range_name(kind, family, name), content };
+    let v4 = ranges.has(Family::V4).then(|| set(Family::V4, Content::V4(ranges.v4.clone())));
+    let v6 = ranges.has(Family::V6).then(|| set(Family::V6, Content::V6(ranges.v6.clone())));
+    v4.into_iter().chain(v6).collect()
+}
+
+/// `KIND4_NAME` and `KIND6_NAME`, of a target's or a gateway section's name.
+fn range_name(kind: &str, family: Family, name: &str) -> String {
+    format!("{kind}{}_{name}", ["4", "6"][family as usize])
+}
+
 /// The sets of the destinations that decide for a target.
 fn destination_sets(outlet: &Outlet) -> Vec<Set> {
-    let mut sets = Vec::new();
-    for (kind, ranges) in [(BYPASS, Some(&outlet.bypass)), (ONLY, outlet.only.as_ref())] {
-        let mut set = |family, content| {
-            sets.push(Set { name: destination_name(kind, family, outlet), content });
-        };
-        let Some(Ranges { v4, v6 }) = ranges else { continue };
-        if !v4.is_empty() {
-            set(Family::V4, Content::V4(v4.clone()));
-        }
-        if !v6.is_empty() {
-            set(Family::V6, Content::V6(v6.clone()));
-        }
-    }
-    sets
+    let only = outlet.only.iter().flat_map(|only| range_sets(ONLY, &outlet.name, only));
+    range_sets(BYPASS, &outlet.name, &outlet.bypass).into_iter().chain(only).collect()
 }
 
 const BYPASS: &str = "bypass";
 const ONLY: &str = "only";
-
-fn destination_name(kind: &str, family: Family, outlet: &Outlet) -> String {
-    match family {
-        Family::V4 => format!("{kind}4_{}", outlet.name),
-        Family::V6 => format!("{kind}6_{}", outlet.name),
-    }
-}
+/// What a gateway section takes by where it comes from.
+const SOURCE: &str = "gw";
 
 /// Destinations that a target leaves alone.
 fn bypass_rules(outlet: &Outlet, leave: &Stmt) -> Vec<Rule> {
     let families = Family::BOTH.into_iter().filter(|family| outlet.bypass.has(*family));
     let rule = |family| {
-        let set = destination_name(BYPASS, family, outlet);
+        let set = range_name(BYPASS, family, &outlet.name);
         vec![Stmt::Destination { family, set }, leave.clone()]
     };
     families.map(rule).collect()
@@ -942,7 +937,7 @@ fn only_rules(outlet: &Outlet, leave: &Stmt) -> Vec<Rule> {
     let rule = |family, only: &Ranges| {
         let others = match only.has(family) {
             true => {
-                let set = destination_name(ONLY, family, outlet);
+                let set = range_name(ONLY, family, &outlet.name);
                 Stmt::OtherDestination { family, set }
             }
             false if [Take::Drop, Take::Reject].contains(&outlet.family(family)) => return None,
@@ -1272,27 +1267,6 @@ fn gateway_name(gateway: &Gateway) -> String {
     format!("gw_{}", gateway.name)
 }
 
-fn source_name(gateway: &Gateway, family: Family) -> String {
-    match family {
-        Family::V4 => format!("gw4_{}", gateway.name),
-        Family::V6 => format!("gw6_{}", gateway.name),
-    }
-}
-
-fn source_sets(gateway: &Gateway) -> Vec<Set> {
-    let set = |family, content| Set { name: source_name(gateway, family), content };
-    let mut sets = Vec::new();
-    if !gateway.sources4.is_empty() {
-        let ranges = Range::merge(gateway.sources4.clone());
-        sets.push(set(Family::V4, Content::V4(ranges)));
-    }
-    if !gateway.sources6.is_empty() {
-        let ranges = Range::merge(gateway.sources6.clone());
-        sets.push(set(Family::V6, Content::V6(ranges)));
-    }
-    sets
-}
-
 /// One rule for each interface, and for each family where there are sources.
 fn gateway_rules(config: &Config, gateway: &Gateway) -> Vec<Rule> {
     if gateway.containers {
@@ -1300,13 +1274,8 @@ fn gateway_rules(config: &Config, gateway: &Gateway) -> Vec<Rule> {
         let goto = Stmt::goto(gateway_name(gateway));
         return vec![vec![Stmt::PacketMark(mark(config, value)), goto]];
     }
-    let mut families = Vec::new();
-    if !gateway.sources4.is_empty() {
-        families.push(Some(Family::V4));
-    }
-    if !gateway.sources6.is_empty() {
-        families.push(Some(Family::V6));
-    }
+    let families = Family::BOTH.into_iter().filter(|family| gateway.sources.has(*family));
+    let mut families: Vec<Option<Family>> = families.map(Some).collect();
     if families.is_empty() {
         families.push(None);
     }
@@ -1317,9 +1286,8 @@ fn gateway_rules(config: &Config, gateway: &Gateway) -> Vec<Rule> {
     for interface in &gateway.interfaces {
         for family in &families {
             let mut rule = vec![Stmt::Iifname(interface.clone())];
-            rule.extend(
-                family.map(|family| Stmt::Source { family, set: source_name(gateway, family) }),
-            );
+            let set = |family| range_name(SOURCE, family, &gateway.name);
+            rule.extend(family.map(|family| Stmt::Source { family, set: set(family) }));
             if !macs.is_empty() {
                 rule.push(Stmt::EtherSource(macs.clone()));
             }
@@ -1682,12 +1650,9 @@ fn receive_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     if tproxy.outlet.hijacks_dns() {
         rules.push(vec![Stmt::Dnatted, Stmt::accept()]);
     }
-    match (tproxy.address4, tproxy.address6) {
-        (None, None) => rules.push(to(None, None)),
-        (v4, v6) => rules.extend([
-            to(Some(Family::V4), v4.map(IpAddr::V4)),
-            to(Some(Family::V6), v6.map(IpAddr::V6)),
-        ]),
+    match tproxy.addresses {
+        [None, None] => rules.push(to(None, None)),
+        addresses => rules.extend(Family::BOTH.map(|f| to(Some(f), addresses[f as usize]))),
     }
     rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Counter, Stmt::Reset]);
     rules.push(vec![Stmt::Counter, Stmt::drop()]);

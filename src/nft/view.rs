@@ -560,7 +560,7 @@ fn total(rules: &[&RuleView]) -> Option<Counter> {
 mod tests {
     use super::*;
     use crate::config::{Config, Outlet, Target, Tproxy};
-    use crate::net::Range;
+    use crate::net::{Range, Ranges};
     use crate::netlink::parse::Messages;
     use crate::nft::message::Transaction;
     use crate::nft::table::{classifying, Pair, Shape, Table};
@@ -570,8 +570,7 @@ mod tests {
         let tproxy = |name: &str, mark, port, address: Option<&str>| Tproxy {
             outlet: Outlet { name: name.into(), mark, ..Outlet::default() },
             port,
-            address4: address.map(|a| a.parse().unwrap()),
-            address6: None,
+            addresses: [address.map(|a| a.parse().unwrap()), None],
         };
         Config {
             default,
@@ -591,12 +590,12 @@ mod tests {
             interfaces: (interfaces.iter())
                 .map(|(name, prefix)| Interface { name: name.to_string(), prefix: *prefix })
                 .collect(),
-            sources4: vec![Range::prefix([192, 0, 2, 0].into(), 24)],
-            sources6: vec![Range::prefix([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0].into(), 32)],
-            macs: Vec::new(),
+            sources: Ranges {
+                v4: vec![Range::prefix([192, 0, 2, 0].into(), 24)],
+                v6: vec![Range::prefix([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0].into(), 32)],
+            },
             target,
-            place: crate::config::Place { file: Default::default(), line: 1 },
-            containers: false,
+            ..Default::default()
         };
         let (lan, any) = (("br-lan", false), ("wlan", true));
         config.gateways = vec![

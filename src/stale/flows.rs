@@ -4,7 +4,7 @@
 //! force alone, whatever was before. Pure.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use super::{Fate, Judge, Suspects};
 use crate::cgroup::core::Core;
@@ -168,16 +168,8 @@ pub fn late(core: &Core, ways: &HashMap<u64, Outcome>) -> HashMap<u64, Outcome> 
 /// Whether a section covers what comes in by an interface from an address, whatever the client's
 /// Ethernet address.
 fn covers(gateway: &Gateway, interface: &str, from: SocketAddr) -> bool {
-    let named = gateway.interfaces.iter().any(|own| match own.prefix {
-        true => interface.starts_with(&own.name),
-        false => interface == own.name,
-    });
-    let any = gateway.sources4.is_empty() && gateway.sources6.is_empty();
-    let among = match from.ip() {
-        IpAddr::V4(ip) => gateway.sources4.iter().any(|range| range.has(ip)),
-        IpAddr::V6(ip) => gateway.sources6.iter().any(|range| range.has(ip)),
-    };
-    named && (any || among)
+    let named = gateway.interfaces.iter().any(|own| own.covers(interface));
+    named && (gateway.sources.is_empty() || gateway.sources.holds(from.ip()))
 }
 
 /// The sockets that flows are held against, by their ports.
