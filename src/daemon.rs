@@ -25,6 +25,7 @@ use crate::config::{proxied_marks, Config, OnExit, Route, Target};
 use crate::confine::confine;
 use crate::error::{Error, Result};
 use crate::faults;
+use crate::host;
 use crate::instance;
 use crate::kernel::routing::Routing;
 use crate::kernel::sockets;
@@ -152,6 +153,8 @@ struct Daemon<'a> {
     /// A way out has opened or closed: flows may have to be sent another way.
     ways_changed: bool,
     redirects: Redirects,
+    /// The table reckons with br_netfilter.
+    again: bool,
     /// poll(2) was refused the last time.
     refused: bool,
     containers: Search,
@@ -265,6 +268,7 @@ fn begin<'a>(
         exposed: false,
         ways_changed: false,
         redirects: Redirects::default(),
+        again: false,
         refused: false,
         containers: Search::default(),
     };
@@ -555,19 +559,6 @@ impl Daemon<'_> {
         for line in faults::bound(&config, &host.bound, home, name) {
             log!(limited::Warning, "{line}");
         }
-        let entered = &self.containers.entered;
-        let boxed = entered.veths.values().any(|(_, target)| matches!(target, Target::Tproxy(_)));
-        let boxed = boxed && !entered.bridges.is_empty();
-        if boxed || !faults::bridges(&config, &host).is_empty() {
-            for name in ["bridge-nf-call-iptables", "bridge-nf-call-ip6tables"] {
-                let on = std::fs::read_to_string(format!("/proc/sys/net/bridge/{name}"));
-                if on.is_ok_and(|value| value.trim() == "1") {
-                    let text = "what clients on a bridge send to a tproxy is refused: TPROXY does";
-                    let remedy = format!("not work there while net.bridge.{name} = 1, set it to 0");
-                    log!(Warning, "{text} {remedy}");
-                }
-            }
-        }
     }
 
     fn find_loops(&mut self) -> Vec<String> {
@@ -741,6 +732,9 @@ impl Daemon<'_> {
             }
             self.table.want(now);
             self.exposed = true;
+        }
+        if notified && (damage.bridge || !self.again) && host::filters_bridges() {
+            self.precede();
         }
         if damage.routing || damage.revived {
             self.routing.want(now);
@@ -927,10 +921,21 @@ impl Daemon<'_> {
         self.commit_or_repair(told);
     }
 
+    /// A bridge has come, or br_netfilter: what that hooks in is ahead of ours.
+    fn precede(&mut self) {
+        self.again = true;
+        let again = plan::again(self.cgroups.core.config(), self.kernel.batch());
+        if let Some(again) = again.filter(|_| self.table.due().is_none()) {
+            self.commit_or_repair(again);
+        }
+    }
+
     fn put(&mut self, entrances: &Entrances) -> Result<()> {
         let snapshot = self.cgroups.core.snapshot();
         let config = self.cgroups.core.config();
-        let contents = plan::contents(config, snapshot, entrances, &self.devices, self.deeds);
+        self.again = host::filters_bridges();
+        let (deeds, again) = (self.deeds, self.again);
+        let contents = plan::contents(config, snapshot, entrances, &self.devices, deeds, again);
         self.kernel.replace(&contents)
     }
 

@@ -244,16 +244,6 @@ fn absent<'a>(config: &'a Config, host: &'a Host) -> impl Iterator<Item = String
     })
 }
 
-/// The bridges that clients of a tproxy come in by; those of containers are not among them.
-pub fn bridges(config: &Config, host: &Host) -> Vec<String> {
-    let gateways = config.gateways.iter().filter(|gateway| !gateway.containers);
-    let gateways = gateways.filter(|gateway| matches!(gateway.target, Target::Tproxy(_)));
-    let interfaces = gateways.flat_map(|gateway| &gateway.interfaces);
-    let there = interfaces.flat_map(|interface| host.interfaces_of(interface));
-    let bridges: BTreeSet<&String> = there.filter(|i| i.is_bridge()).map(|i| &i.name).collect();
-    bridges.into_iter().cloned().collect()
-}
-
 /// Most cgroups that are told of by themselves.
 const MOST: usize = 10;
 

@@ -4,6 +4,7 @@
 use std::fs::Metadata;
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 use nix::sys::socket::SockProtocol;
 
@@ -66,6 +67,11 @@ impl Host {
     ) -> impl Iterator<Item = &'a Link> {
         self.interfaces.iter().flatten().filter(|found| wanted.covers(&found.name))
     }
+}
+
+/// Whether bridged packets pass the IP hooks here, or would by a sysctl (br_netfilter is loaded).
+pub fn filters_bridges() -> bool {
+    Path::new("/proc/sys/net/bridge").exists()
 }
 
 /// The sockets that are bound to an interface: of TCP those that are connected, of UDP all but those

@@ -50,8 +50,8 @@ pub struct Kernel {
     /// Notifications, for the daemon; those of nftables only where we cannot own the table.
     nft_events: Option<(Socket, Follower)>,
     rt_events: Option<Socket>,
-    /// The route tables that those tell of, and whether they tell of interfaces.
-    watched: Option<(Vec<u32>, bool)>,
+    /// The route tables that those tell of, and whether they tell of interfaces, or of new ones.
+    watched: Option<(Vec<u32>, bool, bool)>,
     /// The interfaces that ways out lead to, as they were looked at last.
     links: Vec<Link>,
     /// Those of interfaces that lead to other network namespaces, and whether any are let pass: they
@@ -77,6 +77,8 @@ pub struct Damage {
     pub table: Option<String>,
     /// A rule or a route of ours may be gone, or others may be in their way.
     pub routing: bool,
+    /// A bridge may have come.
+    pub bridge: bool,
     /// What could not be added before may be possible now, or a way out has opened or closed.
     pub revived: bool,
 }
@@ -133,11 +135,13 @@ impl Kernel {
     /// Has notifications tell of other route tables.
     fn watch(&mut self, needs: &Needs) {
         let links = needs.ways.iter().any(|way| way.interface().is_some());
-        let watched = Some((needs.watched(), links));
+        let new = !needs.forwarded.interfaces.is_empty();
+        let watched = Some((needs.watched(), links, new));
         if let Some(rt) = self.rt_events.as_ref().filter(|_| self.watched != watched) {
             self.watched = watched;
             // without it there are more wake-ups, that is all
-            let _ = sys::attach_filter(rt.as_fd(), &fib::event_filter(&needs.watched(), links));
+            let _ =
+                sys::attach_filter(rt.as_fd(), &fib::event_filter(&needs.watched(), links, new));
         }
     }
 
@@ -182,11 +186,13 @@ impl Kernel {
             let lost = each_notification(socket, |datagram| {
                 for message in Messages::new(datagram).filter(|m| m.pid != own) {
                     damage.routing |= route::is_change(needs, &message);
+                    damage.bridge |= link::is_new_bridge(&message);
                     damage.revived |= fib::lo_revives(&message);
                     damage.revived |= route::is_way_change(needs, &self.links, &message);
                 }
             });
             damage.routing |= lost;
+            damage.bridge |= lost;
         }
         damage
     }

@@ -16,8 +16,8 @@ use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
 use crate::nft::message::{Contents, Transaction, Veth};
 use crate::nft::table::{
-    bridged_rules, classifying, dying_name, gate_names, set_name, veth_rule, ways, Content, Deeds,
-    Devices, Entrances, Shape, Table, BRIDGED, DEEDS, DEPTHS, HELD, KNOWN, TABLE,
+    again_chain, bridged_rules, classifying, dying_name, gate_names, set_name, veth_rule, ways,
+    Content, Deeds, Devices, Entrances, Shape, Table, BRIDGED, DEEDS, DEPTHS, HELD, KNOWN, TABLE,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 
@@ -73,13 +73,15 @@ pub fn routing(config: &Config) -> BTreeSet<Entry> {
     Family::BOTH.into_iter().flat_map(of).collect()
 }
 
-/// The table and all that its sets hold, and the chains of veths.
+/// The table and all that its sets hold, and the chains of veths. `again`: whether bridged packets pass
+/// the IP hooks too.
 pub fn contents(
     config: &Config,
     snapshot: Snapshot,
     entrances: &Entrances,
     devices: &Devices,
     deeds: Deeds,
+    again: bool,
 ) -> Contents {
     let Snapshot { elements, dying, gates, held, shape } = snapshot;
     let (mut ids, hashes) = by_set(&gates);
@@ -87,7 +89,7 @@ pub fn contents(
     let cgroups = elements.into_iter().map(|(outcome, ids)| (set_name(config, outcome), ids));
     let dying = dying.into_iter().map(|(outcome, hashes)| (dying_name(config, outcome), hashes));
     Contents {
-        table: table(config, &shape),
+        table: table(config, &shape, again),
         cgroups: cgroups.chain(ids).collect(),
         dying: dying.chain(hashes).collect(),
         veths: entrances.veths.keys().filter_map(|index| veth(config, entrances, *index)).collect(),
@@ -129,6 +131,16 @@ pub fn enter(config: &Config, before: &Entrances, after: &Entrances, batch: Batc
         transaction.replace_rules(BRIDGED, &bridged_rules(&after.bridges));
     }
     transaction
+}
+
+/// One transaction that gives what has passed a bridge its socket again, ahead of what would take it
+/// out; `None` where none needs one.
+pub fn again(config: &Config, batch: Batch) -> Option<Transaction> {
+    let mut transaction = Transaction::new(batch);
+    again_chain(config).map(|chain| {
+        transaction.hook_anew(&chain);
+        transaction
+    })
 }
 
 /// One transaction that has routes leave by the interfaces that tables of others lead to by now;
@@ -211,8 +223,9 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     transaction
 }
 
-fn table(config: &Config, shape: &Shape) -> Table {
+fn table(config: &Config, shape: &Shape, again: bool) -> Table {
     let mut table = Table::new(config);
+    table.chains.extend(again_chain(config).filter(|_| again));
     for (name, rules) in classifying(config, shape) {
         if let Some(chain) = table.chains.iter_mut().find(|chain| chain.name == name) {
             chain.rules = rules;
@@ -222,12 +235,12 @@ fn table(config: &Config, shape: &Shape) -> Table {
 }
 
 /// The whole plan as a script for `nft -f`, with the routing as comments.
-pub fn script(core: &mut Core, root: &Root, devices: &Devices) -> String {
+pub fn script(core: &mut Core, root: &Root, devices: &Devices, again: bool) -> String {
     let config = core.config().clone();
     // as `run` does
     core.keep_dying([]);
     let snapshot = core.snapshot();
-    let mut table = table(&config, &snapshot.shape);
+    let mut table = table(&config, &snapshot.shape, again);
     let mut learned = ways(&config, devices);
     for chain in &mut table.chains {
         if let Some((_, rules)) = learned.iter_mut().find(|(name, _)| *name == chain.name) {

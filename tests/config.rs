@@ -1446,7 +1446,7 @@ fn told(config: Config) -> (Vec<u8>, String) {
     let mut core = Core::new(Rc::new(config), b"", 0);
     let (snapshot, config) = (core.snapshot(), core.config().clone());
     let contents =
-        plan::contents(&config, snapshot, &Default::default(), &Default::default(), [0; 4]);
+        plan::contents(&config, snapshot, &Default::default(), &Default::default(), [0; 4], true);
     let (batch, _) = contents.replacement(None, Batch::new(1)).finish();
     (batch.bytes().to_vec(), format!("{:?}", plan::routing(&config)))
 }

@@ -510,6 +510,7 @@ fn replacements() {
                     &Default::default(),
                     &Default::default(),
                     DEEDS_DONE,
+                    false,
                 );
                 let ours = ours.replacement(flags, Batch::new(SEQ));
                 same_batch("replacement", ours, |theirs| {

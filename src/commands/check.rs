@@ -15,7 +15,7 @@ use super::containers::{self, Container};
 use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::{mount, watch};
-use crate::config::{lint, Config, Outlet, Route, RuleLine, Target};
+use crate::config::{lint, Config, Outlet, Route, RuleLine};
 use crate::confine;
 use crate::daemon;
 use crate::error::{reason, Error, Result};
@@ -70,7 +70,7 @@ impl Severity {
 
 /// What findings may be about: told in JSON, where programs know a finding by it whatever its words.
 /// cgtproxy(8) has all of them.
-pub const ABOUT: [&str; 30] = [
+pub const ABOUT: [&str; 29] = [
     "config",
     "config-owner",
     "cgroup-root",
@@ -89,7 +89,6 @@ pub const ABOUT: [&str; 30] = [
     "resolver",
     "nsswitch",
     "gateway-interface",
-    "bridge-netfilter",
     "containers",
     "lo",
     "loop",
@@ -258,7 +257,7 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
         }
     }
     let boxes = boxes(config, findings.about("containers"));
-    host(config, core.as_ref(), &boxes, findings);
+    host(config, core.as_ref(), findings);
     shared_ports(config, findings.about("shared-port"));
     routing(config, findings);
     // with the first container the policy has sections for them
@@ -575,7 +574,7 @@ fn judge_features(features: &[Feature], said: &[Option<Errno>], findings: &mut F
 }
 
 /// What the configuration needs of this host: listeners, resolvers, interfaces.
-fn host(config: &Config, core: Option<&Core>, boxes: &[Container], findings: &mut Findings) {
+fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
     let host = Host::look();
     for (about, finding) in faults::of_host(config, &host) {
         findings.about(about);
@@ -590,10 +589,6 @@ fn host(config: &Config, core: Option<&Core>, boxes: &[Container], findings: &mu
         findings.about("bound-socket");
         super::bound(config, &host, core).iter().for_each(|text| findings.warning(text));
     }
-    let mut all: BTreeSet<String> = faults::bridges(config, &host).into_iter().collect();
-    let proxied = boxes.iter().filter(|c| matches!(c.target, Target::Tproxy(_)));
-    all.extend(proxied.filter_map(|container| container.bridge.clone()));
-    bridges(&Vec::from_iter(all), findings.about("bridge-netfilter"));
     let hijacks = config.outlets().any(Outlet::hijacks_dns);
     let names = fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default();
     if hijacks && asks_resolved(&names) {
@@ -629,21 +624,6 @@ fn asks_resolved(nsswitch: &str) -> bool {
     let lines = nsswitch.lines().map(|line| line.split('#').next().unwrap_or(line).trim());
     let mut hosts = lines.filter_map(|line| line.strip_prefix("hosts:"));
     hosts.any(|line| line.split_ascii_whitespace().any(|word| word == "resolve"))
-}
-
-/// Settings that break TPROXY for what comes in by these bridges.
-fn bridges(bridges: &[String], findings: &mut Findings) {
-    for family in ["ip", "ip6"].iter().filter(|_| !bridges.is_empty()) {
-        let name = format!("bridge-nf-call-{family}tables");
-        if read_number(format!("/proc/sys/net/bridge/{name}")) == Some(1) {
-            findings.warning(format!(
-                "net.bridge.{name} is 1 (br_netfilter, Docker sets it): what comes in by {} passes \
-                 prerouting before it is routed, and TPROXY fails for it; set it to 0 if nothing \
-                 needs it",
-                bridges.join(" and ")
-            ));
-        }
-    }
 }
 
 /// Whether a tproxy's port has sockets of several users: beside a UDP socket with SO_REUSEADDR anybody

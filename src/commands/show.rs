@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use crate::cgroup::follow::Cgroups;
 use crate::error::Result;
+use crate::host;
 use crate::kernel::Kernel;
 use crate::options::Options;
 use crate::plan;
@@ -17,5 +18,5 @@ pub fn show(options: &Options) -> Result<ExitCode> {
         true => Default::default(),
         false => Kernel::open()?.devices_of(&needs).unwrap_or_default(),
     };
-    super::print(&plan::script(&mut cgroups.core, &cgroups.root, &devices))
+    super::print(&plan::script(&mut cgroups.core, &cgroups.root, &devices, host::filters_bridges()))
 }

@@ -428,15 +428,15 @@ pub fn devices(message: &Message, table: u32) -> Vec<u32> {
 
 /// A socket filter that passes the notifications of rules, of routes with our protocol number or in
 /// one of these tables, those that [`lo_revives`] could be about, and where `links` says so those of
-/// all interfaces and addresses; and keeps all others (routes come and go on a router) from waking
-/// us.
-pub fn event_filter(tables: &[u32], links: bool) -> Vec<libc::sock_filter> {
+/// all interfaces and addresses, or where `new` does those of new interfaces; and keeps all others
+/// (routes come and go on a router) from waking us.
+pub fn event_filter(tables: &[u32], links: bool, new: bool) -> Vec<libc::sock_filter> {
     // where the attributes of a route begin
     let attributes = (NLMSG_HDRLEN + 12) as u32;
     let tables = &tables[..tables.len().min(MOST_TABLES)];
     // where the program goes on
     let (own, table, drop) = (9, 11, 17 + tables.len());
-    let (lo, pass) = (drop + 1, drop + 4);
+    let (lo, pass) = (drop + 1, drop + if new { 6 } else { 4 });
     let (gone, come) = if links { (pass, pass) } else { (drop, lo) };
     // nlmsg_type
     let mut program = vec![bpf::load(libc::BPF_H, 4)];
@@ -469,6 +469,10 @@ pub fn event_filter(tables: &[u32], links: bool) -> Vec<libc::sock_filter> {
     program.push(bpf::answer(0)); // drop
     program.push(bpf::load(libc::BPF_W, 20)); // lo: ifi_index or ifa_index
     equal(&mut program, bpf::word(LO), pass);
+    if new {
+        program.push(bpf::load(libc::BPF_W, 28)); // ifi_change: all of it
+        equal(&mut program, u32::MAX, pass);
+    }
     program.push(bpf::answer(0));
     program.push(bpf::answer(u32::MAX)); // pass
     debug_assert_eq!((table, pass), (own + 2, program.len() - 1));

@@ -82,6 +82,13 @@ pub(super) fn told<'a>(message: &Message<'a>) -> Option<(u32, Attrs<'a>)> {
     Some((index, Attrs::after(message.body, IFINFOMSG)))
 }
 
+/// Whether it tells of a bridge that was not here before.
+pub fn is_new_bridge(message: &Message) -> bool {
+    // struct ifinfomsg: what has changed at 12; all has where it is new
+    let new = message.body.get(12..).and_then(parse::u32_ne) == Some(u32::MAX);
+    new && message.kind == RTM_NEWLINK && parse(message).is_some_and(|link| link.is_bridge())
+}
+
 /// Kind, and what else a virtual interface tells of itself.
 fn info(attrs: Attrs) -> (String, Attrs) {
     let info = Attrs::new(attrs.get(IFLA_LINKINFO).unwrap_or(&[]));

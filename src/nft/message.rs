@@ -165,11 +165,21 @@ impl Transaction {
     /// Unhooks it. Older kernels delete the chain themselves when the veth goes: so it is made first,
     /// without a hook, which does nothing to one that is there.
     pub fn delete_veth(&mut self, index: u32) {
-        let chain = veth_name(index);
-        self.chain_of(TABLE, &chain, None);
+        self.delete_chain(&veth_name(index));
+    }
+
+    /// Hooks a chain in anew, whether it is there or not: ahead of all others of its priority.
+    pub fn hook_anew(&mut self, chain: &Chain) {
+        self.delete_chain(&chain.name);
+        self.chain(chain);
+        chain.rules.iter().for_each(|rule| self.rule(&chain.name, rule));
+    }
+
+    fn delete_chain(&mut self, chain: &str) {
+        self.chain_of(TABLE, chain, None);
         let open = self.begin(NFT_MSG_DELCHAIN, 0);
         self.batch.str_z(NFTA_CHAIN_TABLE, TABLE);
-        self.batch.str_z(NFTA_CHAIN_NAME, &chain);
+        self.batch.str_z(NFTA_CHAIN_NAME, chain);
         self.batch.end(open);
     }
 

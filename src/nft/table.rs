@@ -1198,9 +1198,31 @@ fn routed_chain(config: &Config) -> Chain {
     chain("routed", vec![vec![Stmt::Reply, Stmt::accept()], vec![known]])
 }
 
-/// Routed packets that were handed to a proxy and have lost its socket since: that happens where
-/// bridged packets pass the IP hooks (bridge-nf-call-iptables=1). They must not reach this host's
-/// own wildcard sockets. And those of a route that leads nowhere.
+/// Where bridged packets pass the IP hooks (br_netfilter), those that are for this host come to it with
+/// all that the hooks have done but the socket, and pass no hook any more: br_netfilter stands at the
+/// first priority and takes them out. So here they get their socket, just before: of chains of one
+/// priority, that which was hooked in last comes first.
+pub fn again_chain(config: &Config) -> Option<Chain> {
+    let routed = Stmt::PacketMark(mark(config, config.gateway_mark()));
+    let goto = |tproxy: &Tproxy| Verdict::Goto(format!("tproxy_{}", tproxy.outlet.name));
+    let rule = match &config.tproxies[..] {
+        _ if config.gateways.is_empty() => return None,
+        [] => return None,
+        [tproxy] => vec![routed, Stmt::Verdict(goto(tproxy))],
+        [first, ..] => {
+            let mut map: Vec<_> =
+                config.tproxies.iter().map(|t| (t.outlet.mark, goto(t))).collect();
+            // the `tproxy` of any target finds the very socket that such a packet is for
+            map.push((config.spoofed_mark(), goto(first)));
+            vec![routed, Stmt::CtMarkMap { mask: config.mask, map }]
+        }
+    };
+    Some(prerouting("again", i32::MIN, vec![rule]))
+}
+
+/// Routed packets that were handed to a proxy and have lost its socket since, as bridged ones do
+/// ([`again_chain`]). They must not reach this host's own wildcard sockets. And those of a route that
+/// leads nowhere.
 fn input_chain(config: &Config) -> Chain {
     let routed = Stmt::PacketMark(mark(config, config.gateway_mark()));
     let rule = |last: &[Stmt]| [std::slice::from_ref(&routed), last].concat();

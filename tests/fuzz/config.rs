@@ -94,6 +94,7 @@ fuzz_target!(|input: &[u8]| -> Corpus {
         &Default::default(),
         &Default::default(),
         [0; 4],
+        true,
     );
     let _ = contents.replacement(None, Batch::new(0)).finish();
     let _ = plan::routing(&config);

@@ -462,8 +462,8 @@ fn what_its_target_takes() {
     daemon.stop_clean();
 }
 
-/// Where bridged packets pass the IP hooks, as some engines have it: what cannot be proxied is refused,
-/// and containers on one bridge reach each other.
+/// Where bridged packets pass the IP hooks, as some engines have it: all goes as without, published
+/// ports too, and containers on one bridge reach each other.
 #[test]
 fn bridge_netfilter() {
     let ground = ground!("boxbrnf");
@@ -478,10 +478,19 @@ fn bridge_netfilter() {
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     gateway::bridge_netfilter(true);
     world.wire.packets();
-    let (r, n, d) = ("refused", "nobody", "remote");
-    lan.expect(0, [r, r, n, n, d, d]);
+    lan.proxied(0);
     lan.dropped(1);
     assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    for port in [8000, 8001] {
+        let family = ["ip", "ip6"][port - 8000];
+        let to = ["198.51.100.10", "[2001:db8:3::10]"][port - 8000];
+        crate::kernel::load(&format!(
+            "table {family} published {{ chain c {{ type nat hook prerouting priority dstnat; \
+             iifname \"in0\" udp dport {port} dnat to {to}:7; }}\n}}\n"
+        ));
+        let ask = Client::udp(&ground.root, addr([HOST4, HOST6][port - 8000], port as u16));
+        assert_eq!(ground.outside(|| ask.run()).who(), "service", "{to}");
+    }
     for (from, to) in [(0, "198.51.100.11"), (0, "2001:db8:3::11"), (1, "198.51.100.10")] {
         let (cgroup, to) = (&ground.root, ip(to));
         let ping = Client::ping(cgroup, to);
@@ -489,8 +498,12 @@ fn bridge_netfilter() {
         let ask = Client::udp(cgroup, addr(to, 7));
         assert_eq!(lan.client(from).run(|| ask.run()).who(), "service");
     }
-    let log = daemon.reload();
-    assert!(log.contains("bridge-nf-call-iptables"), "{log}");
+    crate::kernel::load("delete table ip published\ndelete table ip6 published\n");
+    // another network, whose bridge is new, and whose container is
+    ip_batch(&[], "link add br-two type bridge\nlink set lan1 master br-two up\n");
+    lan.proxied(0);
+    daemon.reload();
+    lan.proxied(0);
     daemon.stop_clean();
 }
 

@@ -177,7 +177,6 @@ const about = () => ({
 	'resolver': _('DNS'),
 	'nsswitch': _('DNS'),
 	'gateway-interface': _('Gateways'),
-	'bridge-netfilter': _('Bridges'),
 	'containers': _('Containers'),
 	'lo': _('Device lo'),
 	'loop': _('Loops'),
