@@ -121,6 +121,13 @@ check "reload" run cgtproxy reload
 check "without a restart" same_pid
 check "start of what runs changes nothing" run cgtproxy start
 check "by the same daemon" same_pid
+stands_still() { grep '^State:.T' "/proc/$(daemon_pid)/status"; }
+for action in start reload; do
+	kill -STOP "$(daemon_pid)"
+	check "it stands still" within 5 stands_still
+	check "$action of one that stands still" run cgtproxy $action
+	check "has it go on" within 5 fails stands_still
+done
 check "restart" run cgtproxy restart
 check "brings another daemon" other_pid
 check "which is ready when restart returns" test "$(cat $dir/run/cgtproxy.pid)" = "$(daemon_pid)"
