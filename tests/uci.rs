@@ -172,7 +172,7 @@ fn what_is_wrong_is_said_in_terms_of_uci() {
         ("config tproxy 'mihomo'\n\tlist port '1'\n\tlist port '2'\n", &[
             "cgtproxy.mihomo: duplicate key \"port\", first set at /etc/config/cgtproxy: cgtproxy.mihomo\n",
         ]),
-        ("config rule\n\toption target 'drop'\n\tlist service 'x'\n\nconfig rule\n\toption target 'mihmo'\n\tlist service 'y'\n", &[
+        ("config rule\n\toption target 'drop'\n\tlist service 'x'\n\nconfig rule\n\toption target 'mihmo'\n\tlist service 'y'\n\tlist match '/z'\n", &[
             "cgtproxy.@rule[1]: undefined target \"mihmo\", did you mean \"mihomo\"?",
         ]),
         ("config rule\n\tlist service 'x'\n", &["cgtproxy.@rule[0]: a rule needs a target"]),
@@ -205,7 +205,8 @@ fn what_is_wrong_is_said_in_terms_of_uci() {
         assert_eq!(status, Some(2), "{text}");
         for line in want {
             let line = format!("error: {CONFIG}: {line}");
-            assert!(text.contains(&line), "{:?}: no \"{line}\" in\n{text}", router.shell);
+            let times = text.matches(&line).count();
+            assert_eq!(times, 1, "{:?}: \"{line}\" in\n{text}", router.shell);
         }
         assert!(!text.contains("/var/etc"), "{text}");
         let old = router.dir.join("var/cgtproxy/cgtproxy.conf");

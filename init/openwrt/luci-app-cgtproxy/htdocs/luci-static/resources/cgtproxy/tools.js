@@ -25,8 +25,11 @@ function list(lines) {
    knows has the id uci. With `exit`, the status of check: 2 where it would be refused. */
 function judged(reply) {
 	const lines = (reply.uci || []).map(line => /^(error|warning): (.*)$/.exec(line)).filter(found => found);
-	const findings = lines.map(found => ({ id: 'uci', severity: found[1], text: found[2] }));
-	return { exit: reply.exit, findings: findings.concat((reply.check && reply.check.findings) || []) };
+	const findings = lines.map(found => ({ id: 'uci', severity: found[1], text: found[2] }))
+		.concat((reply.check && reply.check.findings) || []);
+	// of a rule there are several lines, which one thing may be wrong with
+	const first = (finding, at) => findings.findIndex(other => other.text == finding.text) == at;
+	return { exit: reply.exit, findings: findings.filter(first) };
 }
 
 return baseclass.extend({
