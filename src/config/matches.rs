@@ -42,15 +42,19 @@ pub(super) fn read(value: &str, source: &dyn Source) -> Result<Match> {
         name if name.contains('/') => Err(format!("a name has no \"/\": \"{name}\"")),
         name => of(name, source),
     });
-    names
-        .reduce(|all, more| match (all?, more?) {
-            (Match::Patterns(all), Match::Patterns(more)) => {
-                Ok(Match::Patterns([all, more].concat()))
-            }
-            (Match::Owners(all), Match::Owners(more)) => Ok(Match::Owners([all, more].concat())),
-            (all, _) => Ok(all),
-        })
-        .unwrap_or(Ok(Match::Patterns(Vec::new())))
+    let (mut patterns, mut owners, mut wrong) = (Vec::new(), Vec::new(), Vec::new());
+    for found in names {
+        match found {
+            Ok(Match::Patterns(more)) => patterns.extend(more),
+            Ok(Match::Owners(more)) => owners.extend(more),
+            Err(why) => wrong.push(why),
+        }
+    }
+    match (wrong.is_empty(), owners.is_empty()) {
+        (false, _) => Err(wrong.join("; ")),
+        (true, false) => Ok(Match::Owners(owners)),
+        (true, true) => Ok(Match::Patterns(patterns)),
+    }
 }
 
 /// The patterns of a value that names no users.
@@ -400,6 +404,8 @@ mod tests {
             ("user:nobody-1", "no such user: \"nobody-1\""),
             ("group:1-", "no such group: \"1-\""),
             ("group:0x10", "no such group: \"0x10\""),
+            // each of several
+            ("user:x, 7,y", "no such user: \"x\"; no such user: \"y\""),
         ] {
             assert_eq!(read(value, &Nobody), Err(why.into()));
         }
