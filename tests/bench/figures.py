@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
 """figures.py RESULTS SVG: draws the picture of README's figures from what `make bench` has written,
-and prints the rows of README's table. Both come from RESULTS alone, so they say the same.
+and prints the rows of README's table. Both come from RESULTS alone, so they say the same; what
+`make vm-bench` has counted in guests.json beside it is in the rows, too.
+
+figures.py --agree RESULTS...: whether runs on other machines, or beside other loads, say the same of
+each target. Prints each row of which they do not; exit status 1 where one says yes and another no.
 """
-import json, sys
+import json, os, sys
 from math import log
 from xml.sax.saxutils import escape
 
@@ -212,17 +216,70 @@ def table(results):
     through = by('proxied throughput, {} streams', [1, 8])
     rows.append(('through a TPROXY relay, 1 / 8 streams', f'{each(through, results.value)} Gbit/s',
                  f'{each(through, results.reference)} Gbit/s: the same by hand, without cgtproxy'))
-    return ['| what | cgtproxy | beside |', '|---|---|---|'] + [f'| {" | ".join(row)} |' for row in rows]
+    return rows
+
+
+# guests of `make vm-bench`, and what they are
+GUESTS = {'armhf-6.1': 'ARMv7', 'arm64-6.12': 'ARMv8', 'mipsel-6.1': 'MIPS', 'mips-6.1': 'MIPS, big-endian',
+          'riscv64': 'RISC-V'}
+
+
+def counted(guests):
+    """README's rows of what was counted in guests: {guest: {figure: instructions}}."""
+    def over(kind, base):
+        return ' / '.join(number(guest[f'packet, {kind}'] - guest[f'packet, {base}']) for guest in guests.values())
+    def each(figure):
+        return ' / '.join(number(guest[figure]) for guest in guests.values())
+    names = ' / '.join(GUESTS.get(name, name) for name in guests)
+    bare, lo = 'conntrack only', 'all to the proxy and none classified'
+    return [(f'instructions for a packet that no rule decides, on {names}, over bare conntrack', over('undecided', bare),
+             f'{each(f"packet, {bare}")}: the packet itself'),
+            ('for one that a rule sends directly, over bare conntrack', over('direct', bare), ''),
+            ('for one that is dropped, which is not sent then', each('packet, dropped'), ''),
+            ('for one to a proxy, over the way through lo to the proxy', over('proxied', lo), f'{each(f"packet, {lo}")}: that way'),
+            ('for a new cgroup, from mkdir until its rule holds', each('new cgroup'),
+             f'{each("new cgroup, the least")}: a minimal loop; {each("new cgroup, mkdir alone")}: mkdir alone')]
+
+
+def agree(paths):
+    """Rows of which one run says yes and another no; what is unclear contradicts nobody."""
+    runs = [Results(path) for path in paths]
+    said = {}
+    for run in runs:
+        for row in run.rows:
+            if row['target']:
+                said.setdefault((row['figure'], row['reference_name'], row['target']), []).append(row)
+    words = {True: 'yes', False: 'NO', None: 'unclear'}
+    apart = 0
+    for (figure, reference, target), rows in said.items():
+        mets = [row['met'] for row in rows]
+        apart += {True, False} <= set(mets)
+        if len(set(mets)) > 1 or len(rows) < len(runs):
+            beside = f' beside {reference}' if reference else ''
+            values = [row['value'] if row['ratio'] is None else row['ratio'] for row in rows]
+            each = ', '.join(f'{words[met]} ({number(value)})' for met, value in zip(mets, values))
+            print(f'{"APART" if {True, False} <= set(mets) else "open "}  {figure}{beside}, {target}: {each}')
+    yes = sum(all(row['met'] for row in rows) and len(rows) == len(runs) for rows in said.values())
+    print(f'{len(said)} targets: {yes} met in all of {len(runs)} runs, {apart} met in one and missed in another')
+    return apart
 
 
 def main():
+    if sys.argv[1] == '--agree':
+        sys.exit(1 if agree(sys.argv[2:]) else 0)
     results = Results(sys.argv[1])
     picture = Picture()
     for title, bars in packets(results):
         picture.bars(title, bars)
     picture.curves('A new cgroup, mkdir to its element in the kernel, median', latencies(results))
     picture.write(sys.argv[2], f'Measured in one run on {results.machine}. Shorter and lower is better.')
-    print('\n'.join(table(results)))
+    rows = table(results)
+    guests = os.path.join(os.path.dirname(sys.argv[1]), 'guests.json')
+    if os.path.exists(guests):
+        with open(guests) as file:
+            rows += counted(json.load(file))
+    for row in [('what', 'cgtproxy', 'beside'), ('---',) * 3] + rows:
+        print(f'| {" | ".join(row)} |')
 
 
 main()

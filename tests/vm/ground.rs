@@ -9,7 +9,7 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::Error;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sched::{setns, unshare, CloneFlags};
@@ -128,6 +128,10 @@ fn namespace() -> File {
 
 pub fn address(text: &str) -> IpAddr {
     text.parse().expect("an address")
+}
+
+pub fn addr(ip: IpAddr, port: u16) -> SocketAddr {
+    SocketAddr::new(ip, port)
 }
 
 /// Ping without CAP_NET_RAW.

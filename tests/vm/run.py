@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""run.py [--cache DIR] GUEST...: boots the packaged program on other kernels, without root.
+"""run.py [--figures] GUEST...: boots the packaged program on other kernels, without root.
 
 Each guest is a Debian kernel under qemu (no KVM needed) with an initramfs of its modules, the
 program, and a first process that tests it (guest.rs) and says VM PASS or VM FAIL on the console.
 One line a guest on standard output; exit status 1 if any fails. `--arches` prints what to build.
+With --figures the guests' clocks count instructions, and what the program costs by them (figures.rs)
+is written to tests/bench/guests.json, which figures.py makes rows of README's table of.
 
 Kernels and, unless it is installed, qemu are fetched with apt into DIR (target/vm) and unpacked
 there: nothing is installed. A guest `mips` takes the kernel that `make vm-test-be` has built.
 """
-import glob, gzip, lzma, os, re, stat, subprocess, sys, time
+import glob, gzip, json, lzma, os, re, stat, subprocess, sys, time
 
 ROOT = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), '../..'))
 CACHE = os.path.join(ROOT, 'target/vm')
@@ -35,6 +37,9 @@ MODULES = '''crc32c_generic nf_tables nft_socket nft_tproxy nft_ct nft_fib_ipv4 
     nft_chain_nat nft_nat nft_redir nft_reject_inet nft_limit nft_log nft_counter nf_conntrack
     nft_flow_offload nf_flow_table_inet af_packet veth'''.split()
 LIMIT = 180  # seconds for a guest
+# An instruction is a nanosecond of every clock that the guest has, and nobody waits where it sleeps.
+COUNTING = '-icount shift=0,sleep=off -rtc clock=vm'
+FIGURES = os.path.join(ROOT, 'tests/bench/guests.json')
 
 
 def run(*command, **more):
@@ -222,50 +227,57 @@ def initramfs(guest, tree):
     return path
 
 
-def boot(guest):
-    """Boots a guest; returns whether it passed, and what it said."""
+def boot(guest, figures):
+    """Boots a guest; returns whether it passed, what it said of that, and its figures."""
     machine, options = GUESTS[guest][4:]
     image, tree = kernel(guest)
     command, env = qemu(machine)
     console = 'ttyAMA0' if machine in ('arm', 'aarch64') else 'ttyS0'
-    expect = ' expect=refusal' if guest in REFUSED else ''
-    command = command + options.split() + [
+    expect = ' expect=figures' if figures else ' expect=refusal' if guest in REFUSED else ''
+    limit = 10 * LIMIT if figures else LIMIT
+    command = command + options.split() + (COUNTING.split() if figures else []) + [
         '-accel', 'tcg,thread=single', '-m', '256', '-nographic', '-no-reboot', '-nic', 'none',
         '-kernel', image, '-initrd', initramfs(guest, tree),
         '-append', f'console={console} panic=-1 quiet{expect}']
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=LIMIT, env=env)
+                              stderr=subprocess.STDOUT, timeout=limit, env=env)
         text, ended = done.stdout, f'qemu ended with {done.returncode}'
     except subprocess.TimeoutExpired as late:
-        text, ended = late.stdout or b'', f'no end after {LIMIT} s'
+        text, ended = late.stdout or b'', f'no end after {limit} s'
     text = text.decode(errors='replace').replace('\r', '')
     open(f'{CACHE}/{guest}.log', 'w').write(text)
     said = re.search(r'^VM (PASS|FAIL) (.*)$', text, re.M)
     if not said:
-        return False, f'{ended}, see {CACHE}/{guest}.log'
-    return said.group(1) == 'PASS', said.group(2)
+        return False, f'{ended}, see {CACHE}/{guest}.log', {}
+    measured = dict(re.findall(r'^VM FIGURE (.*): (\d+)$', text, re.M))
+    return said.group(1) == 'PASS', said.group(2), {name: int(n) for name, n in measured.items()}
 
 
 def main(arguments):
     if arguments[:1] == ['--arches']:
         return print(*dict.fromkeys(GUESTS[g][3] for g in arguments[1:]))
+    figures = arguments[:1] == ['--figures']
+    arguments = arguments[figures:]
     wrong = [g for g in arguments if g not in GUESTS]
     if wrong or not arguments:
         sys.exit(f'run.py: guests are {", ".join(GUESTS)}')
     os.makedirs(CACHE, exist_ok=True)
-    failed = 0
+    failed, measured = 0, {}
     for guest in arguments:
         start = time.monotonic()
         try:
             kernel(guest), qemu(GUESTS[guest][4])
             start = time.monotonic()
-            passed, text = boot(guest)
+            passed, text, measured[guest] = boot(guest, figures)
         except subprocess.CalledProcessError as error:
             passed, text = False, f'unable to fetch it: {error}'
         failed += not passed
         seconds = time.monotonic() - start
         print(f'{"ok    " if passed else "FAILED"} {guest:12} {seconds:5.1f} s  {text}', flush=True)
+    if figures and not failed:
+        with open(FIGURES, 'w') as file:
+            json.dump(measured, file, indent=2)
     sys.exit(1 if failed else 0)
 
 
