@@ -25,8 +25,10 @@ const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
 const NFNL_MSG_BATCH_END: u16 = 0x11;
 const NFPROTO_INET: u8 = 1;
 pub const NFT_MSG_NEWTABLE: u16 = 0;
+const NFT_MSG_DELTABLE: u16 = 2;
 pub const NFT_MSG_NEWSETELEM: u16 = 12;
 pub const NFT_MSG_DELSETELEM: u16 = 14;
+const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
 const NFTA_SET_ELEM_LIST_SET: u16 = 2;
 const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
@@ -132,7 +134,7 @@ pub struct Floor {
     pub dir: PathBuf,
     /// In memory that is shared with the process.
     transact: &'static AtomicBool,
-    pid: Pid,
+    pub pid: Pid,
     /// Keys of elements that are only there to make the set large.
     filler: u64,
     fill: Socket,
@@ -338,6 +340,18 @@ fn batch(kind: Kind, keys: &[u64]) -> Vec<u8> {
     batch
 }
 
+/// Deletes a table, as `nft delete table inet NAME` does; panics where the kernel refuses.
+pub fn delete_table(name: &str) {
+    let mut batch = Vec::new();
+    let bound = [0, 0, 0, NFNL_SUBSYS_NFTABLES as u8];
+    message(&mut batch, NFNL_MSG_BATCH_BEGIN, 0, bound, &[]);
+    let body = attribute(NFTA_TABLE_NAME, &[name.as_bytes(), &[0]].concat());
+    let delete = NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_DELTABLE;
+    message(&mut batch, delete, libc::NLM_F_ACK as u16, [NFPROTO_INET, 0, 0, 0], &body);
+    message(&mut batch, NFNL_MSG_BATCH_END, 0, bound, &[]);
+    transact(&netlink(), &batch);
+}
+
 /// Sends a batch; panics where the kernel refuses.
 fn transact(socket: &OwnedFd, batch: &[u8]) {
     let fd = socket.as_raw_fd();
@@ -350,7 +364,7 @@ fn transact(socket: &OwnedFd, batch: &[u8]) {
         assert!(n >= 20, "recv: {}", io::Error::last_os_error());
     }
     let errno = i32::from_ne_bytes([answer[16], answer[17], answer[18], answer[19]]);
-    assert_eq!(errno, 0, "the floor's transaction was refused");
+    assert_eq!(errno, 0, "a transaction was refused");
 }
 
 fn attribute(kind: u16, payload: &[u8]) -> Vec<u8> {

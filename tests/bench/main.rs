@@ -8,6 +8,7 @@
 //! | `latency` | classification and no-op latency, burst, churn |
 //! | `start` | start, reload, memory, binary, rules |
 //! | `sockets` | who talks |
+//! | `answers` | how soon what happens is answered: repairs, routes that come back, reloads |
 //! | `traffic` | cost of a packet, of a connection, proxied throughput |
 //! | `ways` | what packets are measured under: this program, another build of it, and other ways |
 //! | `senders` | processes that send, and how long that takes |
@@ -38,6 +39,7 @@ mod reference;
 #[path = "../it/world.rs"]
 mod world;
 
+mod answers;
 mod floor;
 mod latency;
 mod report;
@@ -110,6 +112,10 @@ fn main() {
         ("burst", latency::burst),
         ("churn", latency::churn),
         ("apps", sockets::apps),
+        ("heal", answers::heal),
+        ("dear", answers::dear),
+        ("back", answers::back),
+        ("stalled", answers::stalled),
         ("packet", traffic::packet_cost),
         ("counters", traffic::counters),
         ("forwarded", traffic::forwarded),

@@ -19,8 +19,8 @@ use crate::report::{Report, Target};
 use crate::senders::{connects, download, flood, relay, round_trips, Acceptor, Echo, SOURCE_PORT};
 use crate::start::prefixes;
 use crate::ways::{
-    look_up, one_set, one_user, other_build, six_levels, thirty_pairs, unload, Table, Xtables,
-    BARE, CONFIG, CONNTRACK, DECIDED, FORWARD_BARE, PROXY_PORT,
+    by_a_route_of_hand, look_up, one_set, one_user, other_build, six_levels, thirty_pairs, unload,
+    Table, Xtables, BARE, CONFIG, CONNTRACK, DECIDED, FORWARD_BARE, PROXY_PORT, TABLE_BY_HAND,
 };
 use crate::world::bind;
 use crate::{go_on, sized};
@@ -507,26 +507,11 @@ pub fn route(report: &mut Report) {
     sink(&ground);
     let plain = "[rules]\ndrop = /drop\n";
     let ours = "[route vpn]\ninterface = in0\ngateway = 192.0.2.2\n[rules]\nvpn = /vpn\n";
-    let sub_tree = ground.root.file_name().and_then(|n| n.to_str()).expect("a name");
-    let by_hand = format!(
-        "table inet bench {{
-            set vpn {{ type cgroupsv2; elements = {{ \"{sub_tree}/vpn\" }}; }}
-            chain output {{
-                type route hook output priority mangle; policy accept;
-                oif lo accept
-                socket cgroupv2 level 2 @vpn ct direction original ct mark set 0x01000000 meta mark set 0x01000000
-            }}
-            chain nat {{
-                type nat hook postrouting priority 99; policy accept;
-                ct mark 0x01000000 oifname in0 masquerade
-            }}
-        }}"
+    let by_hand = by_a_route_of_hand(&ground, "in0");
+    let ways = format!(
+        "rule add pref 90 fwmark 0x01000000/0xff000000 lookup {TABLE_BY_HAND}\n\
+         route add default via 192.0.2.2 dev in0 table {TABLE_BY_HAND}\n"
     );
-    let ways = [
-        "rule add pref 90 fwmark 0x01000000/0xff000000 lookup 77\n",
-        "route add default via 192.0.2.2 dev in0 table 77\n",
-    ]
-    .concat();
     let mut undecided = [const { Vec::new() }; 2];
     let mut routed = [const { Vec::new() }; 3];
     let mut look_up = LookUp::new(&ground);

@@ -116,6 +116,29 @@ pub fn look_up(ground: &Ground) -> String {
     CONNTRACK.replace("ct state invalid accept", rule).replace("table inet bench {", &set)
 }
 
+/// What leaves by an interface, by rules that a person would write for that alone: with a mark, for
+/// which an ip rule leads to that route table, and the source address that goes with the interface.
+/// The cgroup is `/vpn`.
+pub fn by_a_route_of_hand(ground: &Ground, interface: &str) -> String {
+    format!(
+        "table inet bench {{
+            set vpn {{ type cgroupsv2; elements = {{ \"{}/vpn\" }}; }}
+            chain output {{
+                type route hook output priority mangle; policy accept;
+                oif lo accept
+                socket cgroupv2 level 2 @vpn ct direction original ct mark set 0x01000000 meta mark set 0x01000000
+            }}
+            chain nat {{
+                type nat hook postrouting priority 99; policy accept;
+                ct mark 0x01000000 oifname {interface} masquerade
+            }}
+        }}",
+        sub_tree(ground)
+    )
+}
+
+pub const TABLE_BY_HAND: u32 = 77;
+
 /// (c): reply and bypass tests in front, then a verdict map for each level, deepest first.
 pub fn six_levels(ground: &Ground) -> String {
     let sub_tree = sub_tree(ground);

@@ -1,0 +1,220 @@
+//! How soon the program answers to what happens: to others who damage its table or its rules, to an
+//! interface that comes back, to an application that waits, and to anybody while it reloads for long.
+
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+
+use crate::client::{socket_of, Client};
+use crate::daemon::{run_with, Daemon, UNOWNED};
+use crate::floor::{delete_table, Listener, NFT_MSG_NEWTABLE};
+use crate::ground::{addr, ip_batch, Ground, REMOTE4};
+use crate::kernel::load;
+use crate::report::{quantile, Report, Target};
+use crate::senders::SOURCE_PORT;
+use crate::start::load_table;
+use crate::ways::{by_a_route_of_hand, Table, CONFIG, DECIDED, PROXY_PORT, TABLE_BY_HAND};
+use crate::world::{bind, raw_addr};
+use crate::{go_on, sized, wait_until};
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// Somebody deletes the table. On Linux 6.9 and later nobody can, so the daemon is told to have it as
+/// before.
+pub fn heal(report: &mut Report) {
+    let ground = Ground::new("heal").expect("root");
+    DECIDED.iter().for_each(|path| drop(ground.cgroup(path)));
+    let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[UNOWNED]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    let shown = run_with(&ground, CONFIG, &["show"]);
+    let table = String::from_utf8(shown.stdout).expect("UTF-8");
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..sized(9, 25) {
+        go_on();
+        let mut listener = Listener::new();
+        let start = Instant::now();
+        delete_table("cgtproxy");
+        listener.await_kind(NFT_MSG_NEWTABLE);
+        ours.push(milliseconds(start));
+        theirs.push(ground.outside(|| load_table(&table)));
+        // so that it is put back at once, as it is where nobody fights for it
+        thread::sleep(Duration::from_millis(300));
+    }
+    let reference = ("nft -f of the same table", &theirs);
+    let target = Target::RatioAtMost(1.0);
+    report.beside("heal, the table is deleted and back", &ours, "ms", reference, target);
+    assert!(daemon.stop().success());
+}
+
+/// A user's paths are dear to match: what others wait for while the daemon reloads over them.
+pub fn dear(report: &mut Report) {
+    let ground = Ground::new("dear").expect("root");
+    let rule = |i| format!("drop = /user/.*/app-x{i}-[0-9]+\\.scope.*\n");
+    let rules: String = (0..20).map(rule).collect();
+    let config = format!("[rules]\n{rules}drop = /apps/.*\n");
+    let apps = ground.cgroup("/apps");
+    for number in 0..100 {
+        let levels = (0..15).map(|level| format!("/app-x{level}-{}.scope", "a".repeat(225)));
+        ground.cgroup(&format!("/user/{number}{}", levels.collect::<String>()));
+    }
+    let daemon = Daemon::start(&ground, &config, &[]);
+    // until its packets are denied
+    let birth = |name: String| {
+        let path = apps.join(name);
+        fs::create_dir(&path).expect("mkdir");
+        let client = Client::udp(&path, addr(REMOTE4, 9)).until_denied();
+        client.timeout(Duration::from_secs(10)).spawn().wait().1.as_secs_f64() * 1e3
+    };
+    // all, and the longest of each round
+    let (mut alone, mut beside) = (Vec::new(), Vec::new());
+    let (mut longest_alone, mut longest) = (Vec::new(), Vec::new());
+    for round in 0..sized(5, 15) {
+        go_on();
+        let some: Vec<f64> = (0..40).map(|i| birth(format!("alone{round}.{i}"))).collect();
+        longest_alone.push(quantile(&some, 1.0));
+        alone.extend(some);
+        let mut some = Vec::new();
+        let reloading = AtomicBool::new(true);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                daemon.reload();
+                reloading.store(false, Ordering::Relaxed);
+            });
+            while reloading.load(Ordering::Relaxed) {
+                some.push(birth(format!("beside{round}.{}", some.len())));
+            }
+        });
+        longest.push(quantile(&some, 1.0));
+        beside.extend(some);
+    }
+    // turns of a millisecond are a matter of the program, not of the machine
+    let figure = "a new cgroup, beside a reload over dear paths";
+    report.beside(figure, &beside, "ms", ("alone", &alone), Target::AtMost(10.0));
+    let figure = format!("{figure}, longest of a round");
+    report.beside(figure, &longest, "ms", ("alone", &longest_alone), Target::AtMost(50.0));
+    assert!(daemon.stop().success());
+}
+
+/// The interface of a route comes back; until then its packets go nowhere.
+pub fn back(report: &mut Report) {
+    let ground = Ground::new("back").expect("root");
+    let cgroup = ground.cgroup("/vpn/b");
+    let outside =
+        ground.outside(|| fs::File::open("/proc/thread-self/ns/net").expect("open a namespace"));
+    let path = format!("/proc/{}/fd/{}", std::process::id(), outside.as_raw_fd());
+    ip_batch(
+        &[],
+        &format!(
+            "link add vpn0 type veth peer name vout0 netns {path}\n\
+             addr add 10.8.0.1/24 dev vpn0\nlink set vpn0 up\n"
+        ),
+    );
+    ground.outside(|| ip_batch(&[], "addr add 10.8.0.2/24 dev vout0\nlink set vout0 up\n"));
+    let remote = ground.outside(|| UdpSocket::bind(addr(REMOTE4, 9)).expect("bind"));
+    let config = "[route vpn]\ninterface = vpn0\ngateway = 10.8.0.2\n[rules]\nvpn = /vpn\n";
+    let by_hand = by_a_route_of_hand(&ground, "vpn0");
+    let way = format!("route add default via 10.8.0.2 dev vpn0 table {TABLE_BY_HAND}\n");
+    let rule = format!("rule add pref 90 fwmark 0x01000000/0xff000000 lookup {TABLE_BY_HAND}\n");
+    let passes = |timeout| {
+        remote.set_read_timeout(Some(Duration::from_millis(timeout))).expect("set a timeout");
+        remote.recv(&mut [0; 64]).is_ok()
+    };
+    // down, and up again until a packet has left
+    let take = |up: &str| {
+        assert!(passes(10_000), "nothing leaves");
+        ip_batch(&[], "link set vpn0 down\n");
+        while passes(50) {}
+        // The kernel tells of a carrier that comes back within a second only when that is over.
+        thread::sleep(Duration::from_millis(1_200));
+        let start = Instant::now();
+        ip_batch(&[], up);
+        assert!(passes(10_000), "nothing leaves any more");
+        milliseconds(start)
+    };
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for _ in 0..sized(5, 15) {
+        go_on();
+        let table = Table::ours(&ground, config);
+        let flood = Client::udp(&cgroup, addr(REMOTE4, 9)).flood().spawn();
+        ours.push(take("link set vpn0 up\n"));
+        drop(flood);
+        drop(table);
+        load(&by_hand);
+        ip_batch(&["-4"], &format!("{rule}{way}"));
+        let flood = Client::udp(&cgroup, addr(REMOTE4, 9)).flood().spawn();
+        theirs.push(take(&format!("link set vpn0 up\n{way}")));
+        drop(flood);
+        ip_batch(&["-4"], &format!("{rule}{way}").replace(" add ", " del "));
+        assert!(crate::kernel::nft(&["flush", "ruleset"], "").status.success());
+    }
+    let reference = ("by hand", &theirs);
+    let figure = "a route's interface is up, until packets leave";
+    report.beside(figure, &ours, "ms", reference, Target::RatioAtMost(1.5));
+}
+
+fn connect(cgroup: &Path, to: SocketAddr) -> TcpStream {
+    let socket = socket_of(cgroup, libc::AF_INET, libc::SOCK_STREAM);
+    let (raw, length) = raw_addr(to);
+    // SAFETY: a sockaddr of the length that goes with it.
+    let rc = unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), length) };
+    assert_eq!(rc, 0, "connect: {}", std::io::Error::last_os_error());
+    TcpStream::from(socket)
+}
+
+/// An application waits on a connection that is to go another way from now on.
+pub fn stalled(report: &mut Report) {
+    let ground = Ground::new("stalled").expect("root");
+    let cgroup = ground.cgroup("/proxied/b");
+    let any = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
+    let listen = |port| {
+        let listener: OwnedFd = bind(any(port), libc::SOCK_STREAM);
+        // SAFETY: an open socket.
+        assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 64) }, 0);
+        TcpListener::from(listener)
+    };
+    let _remote = ground.outside(|| listen(SOURCE_PORT));
+    let proxy = listen(PROXY_PORT);
+    let to = addr(REMOTE4, SOURCE_PORT);
+    let direct = "[tproxy mihomo]\nport = 7893\n[rules]\ndrop = /drop\n";
+    let daemon = Daemon::start(&ground, direct, &[]);
+    let (mut ours, mut reload) = (Vec::new(), Vec::new());
+    for _ in 0..sized(9, 25) {
+        go_on();
+        let own = connect(&cgroup, to);
+        // made by the same process of the cgroup as the first, and as soon as that is ended
+        let next = socket_of(&cgroup, libc::AF_INET, libc::SOCK_STREAM);
+        daemon.configure(CONFIG);
+        let mut listener = Listener::new();
+        let start = Instant::now();
+        let waiting = thread::spawn(move || {
+            let ended = std::io::Read::read(&mut &own, &mut [0; 8]).is_err();
+            let (raw, length) = raw_addr(to);
+            // SAFETY: a sockaddr of the length that goes with it.
+            let rc = unsafe { libc::connect(next.as_raw_fd(), (&raw const raw).cast(), length) };
+            (milliseconds(start), ended && rc == 0, next)
+        });
+        daemon.signal(Signal::SIGHUP);
+        listener.await_kind(NFT_MSG_NEWTABLE);
+        reload.push(milliseconds(start));
+        let (took, ended, next) = waiting.join().expect("the application does not panic");
+        assert!(ended, "the application was not told");
+        ours.push(took);
+        proxy.accept().expect("it connects by the proxy");
+        drop(next);
+        let ready = || daemon.reload().contains("reloaded");
+        daemon.configure(direct);
+        assert!(wait_until(Duration::from_secs(10), ready), "{}", daemon.logs());
+    }
+    let figure = "SIGHUP to the new connection of a stalled application";
+    let reference = ("to the new table", &reload);
+    report.beside(figure, &ours, "ms", reference, Target::None);
+    assert!(daemon.stop().success());
+}
