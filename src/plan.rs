@@ -16,8 +16,9 @@ use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
 use crate::nft::message::{Contents, Transaction, Veth};
 use crate::nft::table::{
-    again_chain, bridged_rules, classifying, dying_name, gate_names, set_name, veth_rule, ways,
-    Content, Deeds, Devices, Entrances, Shape, Table, BRIDGED, DEEDS, DEPTHS, HELD, KNOWN, TABLE,
+    again_chain, bridged_rules, classifying, dying_name, gate_names, hold_rules, hold_sets,
+    set_name, veth_rule, ways, Content, Deeds, Devices, Entrances, Shape, Table, BRIDGED, DEEDS,
+    DEPTHS, HELD, KNOWN, TABLE,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 
@@ -210,14 +211,32 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     hashes.into_iter().for_each(|(set, all)| transaction.add_hashes(&set, all.into_iter()));
     let held = by_hold(&delta.delete_held).into_iter();
     held.for_each(|(set, ids)| transaction.delete_cgroups(&set, ids.into_iter()));
-    let held = by_hold(&delta.add_held).into_iter();
+    // A packet takes the rules as they are when it comes, and looks into sets as they are by then. It
+    // must not find a cgroup that has been looked at in those of before, which may not know where that
+    // is to go: so they have sets of their own, which stay what they were.
+    let mut old = match &delta.shape {
+        Some([before, _]) => classifying(config, before),
+        None => Vec::new(),
+    };
+    if delta.all_held.is_some() {
+        for (chain, _) in hold_rules(config, None) {
+            transaction.replace_rules(&chain, &[]);
+            old.retain(|(name, _)| *name != chain);
+        }
+        for set in hold_sets(config) {
+            transaction.delete_set(&set.name);
+            transaction.set(&set);
+        }
+    }
+    let held = by_hold(delta.all_held.as_ref().unwrap_or(&delta.add_held)).into_iter();
     held.for_each(|(set, ids)| transaction.add_cgroups(&set, ids.into_iter()));
-    if let Some([before, after]) = &delta.shape {
-        let old = classifying(config, before);
-        for ((chain, rules), _) in
-            classifying(config, after).iter().zip(old).filter(|(new, old)| *new != old)
-        {
-            transaction.replace_rules(chain, rules);
+    if let Some([_, after]) = &delta.shape {
+        for (chain, rules) in classifying(config, after) {
+            match old.iter().find(|(name, _)| *name == chain) {
+                Some((_, same)) if *same == rules => {}
+                Some(_) => transaction.replace_rules(&chain, &rules),
+                None => rules.iter().for_each(|rule| transaction.rule(&chain, rule)),
+            }
         }
     }
     transaction

@@ -21,8 +21,8 @@ use cgtproxy::nft::expr::{Expr, SetRef, Verdict};
 use cgtproxy::nft::message::{self, Transaction};
 use cgtproxy::nft::stmt::Stmt;
 use cgtproxy::nft::table::{
-    classifying, dying_name, set_name, Base, Chain, Content, Holding, Pair, Set, Shape, Table,
-    DEEDS, OUTPUT,
+    classifying, dying_name, hold_rules, hold_sets, set_name, Base, Chain, Content, Holding, Pair,
+    Set, Shape, Table, DEEDS, HOLD, OUTPUT,
 };
 use cgtproxy::plan;
 use libnftnl::Reference;
@@ -579,10 +579,13 @@ fn changes() {
             add_gates: gates,
             delete_held: held.clone(),
             add_held: held,
+            all_held: None,
             shape: Some([Shape::default(), shape.clone()]),
         };
+        let held = (!config.holds.is_empty()).then(|| delta.add_held.clone());
+        let renewed = Delta { all_held: held, shape: delta.shape.clone(), ..Delta::default() };
         let none = Some([shape, Shape::default()]);
-        for delta in [delta, Delta { shape: none, ..Delta::default() }] {
+        for delta in [delta, renewed, Delta { shape: none, ..Delta::default() }] {
             let ours = plan::change(&config, &delta, Batch::new(SEQ));
             same_batch("change", ours, |theirs| {
                 let elements = || elements.iter().filter(|_| !delta.add.is_empty());
@@ -608,13 +611,26 @@ fn changes() {
                 }
                 let held = || held_sets().into_iter().filter(|_| !delta.add_held.is_empty());
                 held().for_each(|(set, ids)| theirs.delete_cgroups(set, &ids));
+                let renewed = delta.all_held.is_some();
+                if renewed {
+                    hold_rules(&config, None).iter().for_each(|(chain, _)| theirs.flush(chain));
+                    for set in hold_sets(&config) {
+                        theirs.delete_set(&set.name);
+                        theirs.set(&set);
+                    }
+                }
+                let held =
+                    || held_sets().into_iter().filter(|_| renewed || !delta.add_held.is_empty());
                 held().for_each(|(set, ids)| theirs.add_cgroups(set, &ids));
                 let [before, after] = delta.shape.as_ref().unwrap();
                 let before = classifying(&config, before);
                 for (chain, rules) in classifying(&config, after) {
                     // what stays the same is left alone
-                    if !before.contains(&(chain.clone(), rules.clone())) {
-                        theirs.flush(&chain);
+                    let empty = renewed && chain.starts_with(HOLD);
+                    if empty || !before.contains(&(chain.clone(), rules.clone())) {
+                        if !empty {
+                            theirs.flush(&chain);
+                        }
                         rules.iter().for_each(|rule| theirs.rule(&chain, rule));
                     }
                 }

@@ -332,6 +332,9 @@ impl Kernel {
         for held in delta.add_held {
             assert!(self.held.insert(held), "adds what is there");
         }
+        if let Some(all) = delta.all_held {
+            self.held = all.into_iter().collect();
+        }
         if let Some([before, after]) = delta.shape {
             assert_eq!(self.shape, before);
             self.shape = after;

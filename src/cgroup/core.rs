@@ -30,6 +30,8 @@ pub struct Delta {
     pub add_gates: Vec<Gate>,
     pub delete_held: Vec<HoldElement>,
     pub add_held: Vec<HoldElement>,
+    /// In the place of these two: all there are, for sets of their own.
+    pub all_held: Option<Vec<HoldElement>>,
     /// What the rules were made for, and what they are needed for now, where that is not the same.
     pub shape: Option<[Shape; 2]>,
 }
@@ -415,6 +417,11 @@ impl Core {
         let shape = self.shape();
         if shape != self.committed {
             let before = std::mem::replace(&mut self.committed, shape.clone());
+            if shape.leads_further(&before) && !delta.add_held.is_empty() {
+                // a packet that has met the rules of before knows nothing of these
+                (delta.delete_held, delta.add_held) = Default::default();
+                delta.all_held = Some(self.holds.snapshot());
+            }
             delta.shape = Some([before, shape]);
         }
         delta

@@ -303,6 +303,14 @@ impl Transaction {
         }
     }
 
+    /// Deletes a set that no rule looks into.
+    pub fn delete_set(&mut self, name: &str) {
+        let open = self.begin(NFT_MSG_DELSET, 0);
+        self.batch.str_z(NFTA_SET_TABLE, TABLE);
+        self.batch.str_z(NFTA_SET_NAME, name);
+        self.batch.end(open);
+    }
+
     pub fn rule(&mut self, chain: &str, rule: &Rule) {
         let mut exprs = Vec::new();
         rule.iter().for_each(|stmt| stmt.lower(&mut exprs));
@@ -521,7 +529,7 @@ impl Object {
             NFT_MSG_NEWTABLE | NFT_MSG_DELTABLE => Object::Table,
             NFT_MSG_NEWCHAIN | NFT_MSG_DELCHAIN => Object::Chain(name(NFTA_CHAIN_NAME)),
             NFT_MSG_NEWRULE | NFT_MSG_DELRULE => Object::RuleOf(name(NFTA_RULE_CHAIN)),
-            NFT_MSG_NEWSET => Object::Set(name(NFTA_SET_NAME)),
+            NFT_MSG_NEWSET | NFT_MSG_DELSET => Object::Set(name(NFTA_SET_NAME)),
             NFT_MSG_NEWSETELEM | NFT_MSG_DELSETELEM => {
                 Object::ElementsOf(name(NFTA_SET_ELEM_LIST_SET))
             }

@@ -50,6 +50,13 @@ pub struct Shape {
     pub holding: Option<Holding>,
 }
 
+impl Shape {
+    /// Whether there are pairs or gates that another one has no rules for.
+    pub fn leads_further(&self, other: &Shape) -> bool {
+        !self.pairs.is_subset(&other.pairs) || !self.hashed.is_subset(&other.hashed)
+    }
+}
+
 /// The levels of held cgroups and of those that are known below them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Holding {
@@ -184,9 +191,7 @@ impl Table {
             let [ids, hashes] = gate_names(stage);
             [set(ids, plain()), set(hashes, Content::Hashes)]
         }));
-        if !config.holds.is_empty() {
-            sets.extend([HELD, KNOWN].map(|name| set(name.into(), plain())));
-        }
+        sets.extend(hold_sets(config));
         sets.extend(config.gateways.iter().flat_map(|g| range_sets(SOURCE, &g.name, &g.sources)));
         sets.extend(config.outlets().flat_map(destination_sets));
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
@@ -356,6 +361,16 @@ fn hold_name(level: u8) -> String {
         0..=SHALLOW => format!("{HOLD}_{level}"),
         _ => format!("{HOLD}_deep"),
     }
+}
+
+/// The sets that these look into; none where nothing is configured to be held.
+pub fn hold_sets(config: &Config) -> Vec<Set> {
+    let set = |name: &str| {
+        let content = Content::Cgroups { counters: false };
+        Set { name: name.into(), content }
+    };
+    let names = [HELD, KNOWN].iter().filter(|_| !config.holds.is_empty());
+    names.map(|name| set(name)).collect()
 }
 
 /// Rules of the chains that hold; none of them where nothing is configured to be held.

@@ -193,6 +193,14 @@ impl Reference {
         }
     }
 
+    pub fn delete_set(&mut self, name: &str) {
+        let set = NSet::new().str(NFTNL_SET_TABLE, "cgtproxy").str(NFTNL_SET_NAME, name);
+        // SAFETY: both pointers are valid
+        self.message(libc::NFT_MSG_DELSET, 0, |nlh| unsafe {
+            nftnl_set_nlmsg_build_payload(nlh, set.0)
+        });
+    }
+
     pub fn add_cgroups(&mut self, set: &str, ids: &[u64]) {
         let elements = ids.iter().map(|id| NElem::key(&id.to_ne_bytes()));
         self.elements(libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE, set, None, elements);

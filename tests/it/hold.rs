@@ -4,18 +4,20 @@
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::signal::Signal;
+use nix::sys::signal::{kill, Signal};
 use nix::sys::wait::{waitpid, WaitStatus};
+use nix::unistd::Pid;
 
 use crate::client::{expect, fork_into, under, Client, Outcome, Proto, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
-use crate::ground::{addr, remove_tree, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::ground::{addr, pipe, remove_tree, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, cgroup_id, load, nft, set_ids, table};
 use crate::stale::{bind_to, tcp_in, udp_in};
 use crate::tools::query;
@@ -662,4 +664,68 @@ fn what_is_said_of_it() {
     Daemon::start(&ground, &held(), &[]).stop_clean();
     println!("{:?}", start.elapsed());
     expect(&[(&new, under("direct"))]);
+}
+
+/// A process of that cgroup sends datagrams without pause until it is killed.
+fn flood_from_birth(cgroup: &Path, to: SocketAddr, begun: &OwnedFd) -> Pid {
+    let cgroup = File::open(cgroup).expect("open the cgroup");
+    let (raw, len) = raw_addr(to);
+    // SAFETY: system calls on integers and live buffers only.
+    let child = || unsafe {
+        let fd = libc::socket(i32::from(raw.ss_family), libc::SOCK_DGRAM, 0);
+        libc::connect(fd, (&raw const raw).cast(), len);
+        // it has a processor of its own while the daemon is at work
+        let mut param: libc::sched_param = std::mem::zeroed();
+        param.sched_priority = 1;
+        libc::sched_setscheduler(0, libc::SCHED_FIFO, &param);
+        libc::write(begun.as_raw_fd(), b"!".as_ptr().cast(), 1);
+        loop {
+            libc::send(fd, b"?".as_ptr().cast(), 1, 0);
+        }
+    };
+    // SAFETY: the child makes system calls only.
+    unsafe { fork_into(&cgroup, child) }.expect("fork into the cgroup")
+}
+
+/// The first cgroup of a target at its level comes with rules of its own: a packet that has met those
+/// of before is not taken for one of a cgroup that has been looked at. Levels in vain make packets
+/// slow, so that many meet both.
+#[test]
+fn the_first_of_its_kind() {
+    let ground = ground!("hold-first");
+    let (mut world, _proxy) = World::with_proxy(&ground);
+    let mut above = String::new();
+    for _ in 0..60 {
+        ground.cgroup(&format!("{above}/held"));
+        above += "/x";
+    }
+    let policy = POLICY.replace("/held/(.*/)?", ".*/held/(.*/)?");
+    let config = format!("[global]\nhold = (/x)*/held\n{policy}");
+    let mut floods = Vec::new();
+    for depth in 0..sized(10, 100) {
+        let parent = format!("{above}/held{}", "/x".repeat(depth));
+        floods.push((format!("{parent}/d{depth}"), DROPPED));
+        floods.push((format!("{parent}/p{depth}"), PROXIED));
+        ground.cgroup(&parent);
+    }
+    let daemon = Daemon::start(&ground, &config, &[]);
+    world.wire.packets();
+    let mut leaked = Vec::new();
+    for (n, (path, port)) in floods.iter().enumerate() {
+        let path = ground.at(path);
+        daemon.signal(Signal::SIGSTOP);
+        fs::create_dir(&path).expect("make a cgroup");
+        let (read, write) = pipe();
+        let to = addr(if n / 2 % 2 == 0 { REMOTE4 } else { REMOTE6 }, *port);
+        let flood = flood_from_birth(&path, to, &write);
+        drop(write);
+        File::from(read).read_exact(&mut [0]).expect("it has begun");
+        daemon.signal(Signal::SIGCONT);
+        await_member_of_known(&path);
+        kill(flood, Signal::SIGKILL).expect("kill it");
+        waitpid(flood, None).expect("wait for it");
+        leaked.extend(world.wire.to_remote().into_iter().filter(|packet| packet.dst.port() != 0));
+    }
+    assert_eq!(leaked, [], "{} of {}", leaked.len(), floods.len());
+    daemon.stop_clean();
 }
