@@ -812,20 +812,25 @@ impl Daemon<'_> {
             // what is pending will be in the replacement
             return;
         }
-        let delta = self.cgroups.core.take_delta();
-        if delta.is_empty() {
-            return;
-        }
+        let mut delta = self.cgroups.core.take_delta();
+        let last = delta.take_last();
         let config = self.cgroups.core.config().clone();
-        let change = plan::change(&config, &delta, self.kernel.batch());
-        self.commit_or_repair(change);
+        for delta in [delta, last].iter().filter(|delta| !delta.is_empty()) {
+            let change = plan::change(&config, delta, self.kernel.batch());
+            if !self.commit_or_repair(change) {
+                return;
+            }
+        }
     }
 
-    fn commit_or_repair(&mut self, transaction: Transaction) {
-        if let Err(error) = self.kernel.commit(transaction) {
+    /// False where the table has been, or is to be, replaced.
+    fn commit_or_repair(&mut self, transaction: Transaction) -> bool {
+        let done = self.kernel.commit(transaction);
+        if let Err(error) = &done {
             log!(Warning, "{error}; replacing the table");
             self.repair_table();
         }
+        done.is_ok()
     }
 
     fn repair_table(&mut self) {

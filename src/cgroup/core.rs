@@ -46,6 +46,19 @@ impl Delta {
     }
 }
 
+impl Delta {
+    /// Takes out what is to go only once the rest is in force. Rules that come with something are not
+    /// those of a packet that is on its way already: it finds it where it was.
+    pub fn take_last(&mut self) -> Delta {
+        let mut last = Delta::default();
+        if self.shape.as_ref().is_some_and(|[before, after]| after.leads_further(before)) {
+            last.delete = std::mem::take(&mut self.delete);
+            last.delete_gates = std::mem::take(&mut self.delete_gates);
+        }
+        last
+    }
+}
+
 /// Everything that the kernel's sets should hold.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
-use crate::kernel::nft;
+use crate::hold::Flood;
+use crate::kernel::{cgroup_id, nft, set_ids};
 use crate::stale::{connect, socket_in};
 use crate::world::{Server, World};
 use crate::{sized, wait_until};
@@ -309,4 +310,44 @@ fn strange_names_decide() {
     }
     assert!(wait_until(PATIENCE, || !matches_dying()), "{}", table());
     expect_loads(&ground);
+}
+
+/// The first one of a target at its level that is removed comes with rules of its own: a packet that has
+/// met those of before finds it where it was. Targets in vain make packets slow, so that many meet both.
+#[test]
+fn the_first_of_its_kind() {
+    let ground = ground!("dying-first");
+    let mut world = World::new(&ground);
+    let (mut config, mut rules) = (String::new(), String::new());
+    for n in 0..25 {
+        config += &format!("[tproxy t{n}]\nport = {}\n", 9000 + n);
+        rules += &format!("t{n} = /.*/t{n}\n");
+    }
+    config += &format!("[rules]\n{rules}direct = user:12345\ndrop = /.*/drop\n");
+    let levels = sized(8, 40);
+    let mut above = String::new();
+    let victims: Vec<_> = (0..levels)
+        .map(|level| {
+            above += "/x";
+            (0..25).for_each(|n| drop(ground.cgroup(&format!("{above}/t{n}"))));
+            let victim = ground.cgroup(&format!("{above}/drop"));
+            let ip = if level % 2 == 0 { REMOTE4 } else { REMOTE6 };
+            let socket = socket_in(&victim, libc::SOCK_DGRAM, ip);
+            (victim, socket, addr(ip, 80))
+        })
+        .collect();
+    let daemon = Daemon::start(&ground, &config, &[]);
+    world.wire.packets();
+    let mut leaked = Vec::new();
+    for (victim, socket, to) in &victims {
+        let id = cgroup_id(victim).expect("a cgroup");
+        let flood = Flood::start(&ground.root, Some(socket), *to);
+        remove(victim);
+        let gone = || set_ids("cg1_drop").is_some_and(|ids| !ids.contains(&id));
+        assert!(wait_until(PATIENCE, gone), "{}", daemon.logs());
+        drop(flood);
+        leaked.extend(world.wire.to_remote());
+    }
+    assert_eq!(leaked, [], "{} of {levels}", leaked.len());
+    daemon.stop_clean();
 }

@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -666,15 +666,38 @@ fn what_is_said_of_it() {
     expect(&[(&new, under("direct"))]);
 }
 
-/// A process of that cgroup sends datagrams without pause until it is killed.
-fn flood_from_birth(cgroup: &Path, to: SocketAddr, begun: &OwnedFd) -> Pid {
+/// A process of that cgroup that sends datagrams without pause, by that socket or one of its own. It
+/// has begun.
+pub struct Flood(Pid);
+
+impl Flood {
+    pub fn start(cgroup: &Path, socket: Option<&OwnedFd>, to: SocketAddr) -> Flood {
+        let (read, write) = pipe();
+        let pid = flood(cgroup, socket.map(AsRawFd::as_raw_fd), to, &write);
+        drop(write);
+        File::from(read).read_exact(&mut [0]).expect("it has begun");
+        Flood(pid)
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGKILL);
+        let _ = waitpid(self.0, None);
+    }
+}
+
+fn flood(cgroup: &Path, socket: Option<RawFd>, to: SocketAddr, begun: &OwnedFd) -> Pid {
     let cgroup = File::open(cgroup).expect("open the cgroup");
     let (raw, len) = raw_addr(to);
     // SAFETY: system calls on integers and live buffers only.
     let child = || unsafe {
-        let fd = libc::socket(i32::from(raw.ss_family), libc::SOCK_DGRAM, 0);
+        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+        let own = || libc::socket(i32::from(raw.ss_family), libc::SOCK_DGRAM, 0);
+        let fd = socket.unwrap_or_else(own);
         libc::connect(fd, (&raw const raw).cast(), len);
-        // it has a processor of its own while the daemon is at work
+        // it has a processor of its own while the daemon is at work, and not for long
+        libc::alarm(10);
         let mut param: libc::sched_param = std::mem::zeroed();
         param.sched_priority = 1;
         libc::sched_setscheduler(0, libc::SCHED_FIFO, &param);
@@ -715,15 +738,11 @@ fn the_first_of_its_kind() {
         let path = ground.at(path);
         daemon.signal(Signal::SIGSTOP);
         fs::create_dir(&path).expect("make a cgroup");
-        let (read, write) = pipe();
         let to = addr(if n / 2 % 2 == 0 { REMOTE4 } else { REMOTE6 }, *port);
-        let flood = flood_from_birth(&path, to, &write);
-        drop(write);
-        File::from(read).read_exact(&mut [0]).expect("it has begun");
+        let flood = Flood::start(&path, None, to);
         daemon.signal(Signal::SIGCONT);
         await_member_of_known(&path);
-        kill(flood, Signal::SIGKILL).expect("kill it");
-        waitpid(flood, None).expect("wait for it");
+        drop(flood);
         leaked.extend(world.wire.to_remote().into_iter().filter(|packet| packet.dst.port() != 0));
     }
     assert_eq!(leaked, [], "{} of {}", leaked.len(), floods.len());
