@@ -190,9 +190,9 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
             status::status(&given, form.unwrap_or(status::Form::Text))
         }
         "apps" => {
-            let forms = [("json", apps::Form::Json), ("suggest", apps::Form::Lines)];
+            let forms = [("json", apps::Output::Json), ("suggest", apps::Output::Lines)];
             let form = one_of(&matches, "apps", forms)?;
-            apps::apps(&given, form.unwrap_or(apps::Form::Text))
+            apps::apps(&given, form.unwrap_or(apps::Output::Text))
         }
         "flush" => commands::flush::flush(),
         "exec" => match (target, rest.is_empty()) {

@@ -29,7 +29,7 @@ use crate::host;
 use crate::instance;
 use crate::kernel::routing::Routing;
 use crate::kernel::sockets;
-use crate::kernel::{Damage, Held, Kernel};
+use crate::kernel::{Damage, Inventory, Kernel};
 use crate::log;
 use crate::log::Level;
 use crate::loops;
@@ -1182,7 +1182,7 @@ fn remove(kernel: &mut Kernel) -> Result<()> {
 
 /// The cgroups that the sets of a table hold and that do not live, for a new table to keep. Those that were
 /// removed while no daemon ran are known by their id, at every level that it is looked for at.
-fn removed(held: &Held, core: &Core) -> Vec<Dying> {
+fn removed(held: &Inventory, core: &Core) -> Vec<Dying> {
     let living = core.tree().iter().map(|(_, node)| hash(node.id));
     let living: HashSet<u32> = living.collect();
     let config = core.config();

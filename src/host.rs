@@ -145,6 +145,11 @@ pub fn is_at_home(pid: &str) -> bool {
     of(pid).zip(of("self")).is_some_and(|(its, ours)| same(its, ours))
 }
 
+/// A number of /proc/sys, by its path there; `None` where there is none.
+pub fn sysctl(path: &str) -> Option<u64> {
+    std::fs::read_to_string(format!("/proc/sys/{path}")).ok()?.trim().parse().ok()
+}
+
 /// Everything that one request to rtnetlink is answered with.
 fn dump<T>(
     socket: Option<&mut Socket>,

@@ -18,6 +18,14 @@ impl Json {
         Json::Text(text.into())
     }
 
+    pub fn texts<T: Into<String>>(all: impl IntoIterator<Item = T>) -> Json {
+        Json::List(all.into_iter().map(Json::text).collect())
+    }
+
+    pub fn text_or_null(text: Option<impl Into<String>>) -> Json {
+        text.map_or(Json::Null, Json::text)
+    }
+
     /// `null` where there is nothing.
     pub fn or_null<T: Into<u64>>(number: Option<T>) -> Json {
         number.map_or(Json::Null, |n| Json::Number(n.into()))

@@ -434,7 +434,7 @@ fn each_notification(socket: &mut Socket, mut each: impl FnMut(&[u8])) -> bool {
 }
 
 /// What our table holds.
-pub struct Held {
+pub struct Inventory {
     /// `NFT_TABLE_F_*`
     pub flags: u32,
     pub view: view::View,
@@ -446,7 +446,7 @@ pub struct Held {
     pub deeds: Option<Deeds>,
 }
 
-impl Held {
+impl Inventory {
     /// The name of the target whose sets hold a cgroup, and the class, by its id.
     pub fn outcomes<'a>(&'a self) -> impl Fn(u64) -> Option<(&'a str, u16)> {
         let ids = self.cgroups.iter().flat_map(|(key, all)| all.iter().map(move |e| (e.id, key)));
@@ -479,7 +479,7 @@ impl Held {
 impl Kernel {
     /// What our table holds; `None` where there is no table. Not one moment's picture: see
     /// `Socket::dump`.
-    pub fn held(&mut self) -> Result<Option<Held>> {
+    pub fn held(&mut self) -> Result<Option<Inventory>> {
         let Some(flags) = self.table_flags()? else {
             return Ok(None);
         };
@@ -503,7 +503,7 @@ impl Kernel {
         let counters: HashMap<_, _> = found.map_err(nft_refused)?.into_iter().collect();
         let known = DEEDS.iter().all(|name| counters.contains_key(*name));
         let deeds = known.then(|| DEEDS.map(|name| counters[name]));
-        Ok(Some(Held { flags, view, cgroups, hashed, deeds }))
+        Ok(Some(Inventory { flags, view, cgroups, hashed, deeds }))
     }
 
     /// The flags of our table; `None` where there is no table.

@@ -23,8 +23,8 @@ pub const EXEC: &str = "/cgtproxy";
 #[derive(Debug, Clone, Copy)]
 pub enum Decision<'a> {
     /// `/cgtproxy/TARGET` goes to TARGET.
-    BuiltIn(Target),
-    Rule(&'a PatternRule),
+    BuiltIn,
+    Pattern(&'a PatternRule),
     Default,
 }
 
@@ -205,8 +205,8 @@ pub fn likely_target(config: &Config, outcome: Outcome, uid: u32) -> Target {
 /// The rule that a rank stands for.
 pub fn decision(config: &Config, rank: Rank) -> Decision<'_> {
     match rank.checked_sub(built_in_rules(config)) {
-        None => (config.targets().nth(rank as usize)).map_or(Decision::Default, Decision::BuiltIn),
-        Some(i) => (config.rules.get(i as usize)).map_or(Decision::Default, Decision::Rule),
+        None => Decision::BuiltIn,
+        Some(i) => (config.rules.get(i as usize)).map_or(Decision::Default, Decision::Pattern),
     }
 }
 

@@ -65,14 +65,14 @@ const QUIET: [Column; 17] = {
 
 /// What is printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum Output {
     Text,
     Json,
     /// The lines for `[rules]` alone.
     Lines,
 }
 
-pub fn apps(options: &Options, form: Form) -> Result<ExitCode> {
+pub fn apps(options: &Options, form: Output) -> Result<ExitCode> {
     let config = Rc::new(options.load_or_default(false)?);
     // the sockets first: of a cgroup that goes meanwhile they would know better than the tree
     let sockets = host::sockets(apps::states)?;
@@ -90,9 +90,9 @@ pub fn apps(options: &Options, form: Form) -> Result<ExitCode> {
     let talkers = apps::talkers(&sockets, &scene);
     let apps = Apps::of(&config, &core, &root, talkers, containers.unwrap_or_default());
     match form {
-        Form::Text => super::print(&apps.text(Style::of_stdout())),
-        Form::Json => super::print(&format!("{}\n", apps.json())),
-        Form::Lines => super::print(&apps.lines().map(|line| line + "\n").collect::<String>()),
+        Output::Text => super::print(&apps.text(Style::of_stdout())),
+        Output::Json => super::print(&format!("{}\n", apps.json())),
+        Output::Lines => super::print(&apps.lines().map(|line| line + "\n").collect::<String>()),
     }
 }
 
@@ -112,7 +112,7 @@ enum Whereabouts {
 /// Who decides where the flows go.
 #[derive(Debug)]
 enum Decides {
-    Rule(PatternRule),
+    Pattern(PatternRule),
     Owner(OwnerRule),
     /// `/cgtproxy/TARGET` goes to TARGET.
     BuiltIn,
@@ -140,8 +140,8 @@ impl Decides {
     /// Of the pattern that a cgroup of that rank has.
     fn of(config: &Config, rank: policy::Rank) -> Decides {
         match policy::decision(config, rank) {
-            Decision::Rule(rule) => Decides::Rule(rule.clone()),
-            Decision::BuiltIn(_) => Decides::BuiltIn,
+            Decision::Pattern(rule) => Decides::Pattern(rule.clone()),
+            Decision::BuiltIn => Decides::BuiltIn,
             Decision::Default => Decides::Default,
         }
     }
@@ -328,7 +328,7 @@ impl<'a> Apps<'a> {
             ("version", Json::Number(JSON_VERSION)),
             ("default", Json::text(self.config.target_name(self.config.default))),
             ("apps", self.table(&TALKING, None).json()),
-            ("lines", Json::List(self.lines().map(Json::text).collect())),
+            ("lines", Json::texts(self.lines())),
         ])
     }
 }
@@ -365,7 +365,7 @@ impl App {
             Value::number(self.id),
             Value::text(state),
             tunnel,
-            self.owner.as_ref().map_or(Value::none(), |(_, user)| Value::text(user)),
+            Value::maybe(self.owner.as_ref().map(|(_, user)| user)),
             Value::number(self.owner.as_ref().map(|(uid, _)| *uid)),
             match self.owner {
                 Some(_) => number(self.talker.flows),
@@ -375,15 +375,15 @@ impl App {
             self.listens(),
             number(self.talker.inbound),
             number(self.talker.local),
-            self.target.as_ref().map_or(Value::none(), |target| Value::text(target)),
+            Value::maybe(self.target.as_ref()),
             Value::text(decides),
             rule,
             match &self.veth {
                 Some(veth) => Value::new(format!("behind {veth}"), Json::List(Vec::new())),
                 None => texts(remotes),
             },
-            self.veth.as_ref().map_or(Value::none(), |veth| Value::text(veth)),
-            self.line.as_ref().map_or(Value::none(), |line| Value::text(line)),
+            Value::maybe(self.veth.as_ref()),
+            Value::maybe(self.line.as_ref()),
         ]
     }
 
@@ -415,7 +415,7 @@ impl App {
             ("rule", Value::new(format!("{name}:{line}"), json))
         };
         match &self.decides {
-            Decides::Rule(of) => rule(&of.place, &of.text),
+            Decides::Pattern(of) => rule(&of.place, &of.text),
             Decides::Owner(of) => rule(&of.place, &of.text),
             Decides::BuiltIn => ("built-in", Value::new("built in", Json::Null)),
             Decides::Default => ("default", Value::new("default", Json::Null)),
@@ -439,8 +439,8 @@ impl App {
 /// One beside the other.
 fn texts(all: impl Iterator<Item = String>) -> Value {
     let all: Vec<String> = all.collect();
-    let json = all.iter().map(Json::text).collect();
-    Value::new(dashed(all), Json::List(json))
+    let json = Json::texts(&all);
+    Value::new(dashed(all), json)
 }
 
 fn dashed(all: Vec<String>) -> String {

@@ -20,7 +20,7 @@ use crate::confine;
 use crate::daemon;
 use crate::error::{reason, Error, Result};
 use crate::faults;
-use crate::host::Host;
+use crate::host::{sysctl, Host};
 use crate::json::Json;
 use crate::kernel::{self, Kernel};
 use crate::log;
@@ -135,6 +135,10 @@ impl Findings {
         self.add(Severity::Warning, text.as_ref());
     }
 
+    fn warnings(&mut self, texts: impl IntoIterator<Item = impl AsRef<str>>) {
+        texts.into_iter().for_each(|text| self.warning(text));
+    }
+
     fn error(&mut self, text: impl AsRef<str>) {
         self.add(Severity::Error, text.as_ref());
     }
@@ -239,8 +243,7 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
     let core = cgroups(config, findings.about("cgroup-root"));
     rules(config, core.as_ref(), findings.about("rule"));
     holds(config, core.as_ref(), findings.about("hold"));
-    findings.about("stray-service");
-    strays::find().into_iter().for_each(|line| findings.warning(line));
+    findings.about("stray-service").warnings(strays::find());
     old_controllers(findings.about("cgroup-v1-controller"));
     findings.about("capability");
     match sys::has_net_admin() {
@@ -452,8 +455,7 @@ fn watches(cgroups: usize, findings: &mut Findings) {
              fs.inotify.max_user_instances"
         ));
     }
-    let limit = read_number("/proc/sys/fs/inotify/max_user_watches");
-    let Some(limit) = limit else {
+    let Some(limit) = sysctl("fs/inotify/max_user_watches") else {
         return findings.error("inotify is not there: the kernel needs CONFIG_INOTIFY_USER");
     };
     let name = "fs.inotify.max_user_watches";
@@ -584,10 +586,8 @@ fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
         }
     }
     if let Some(core) = core {
-        findings.about("loop");
-        super::loops(config, &host, core).iter().for_each(|text| findings.warning(text));
-        findings.about("bound-socket");
-        super::bound(config, &host, core).iter().for_each(|text| findings.warning(text));
+        findings.about("loop").warnings(super::loops(config, &host, core));
+        findings.about("bound-socket").warnings(super::bound(config, &host, core));
     }
     let hijacks = config.outlets().any(Outlet::hijacks_dns);
     let names = fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default();
@@ -602,13 +602,7 @@ fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
 
 /// Containers that rules cover.
 fn boxes(config: &Config, findings: &mut Findings) -> Vec<Container> {
-    let all = match config.containers && !config.rules.is_empty() {
-        true => Kernel::open().and_then(|mut kernel| {
-            let cgroups = Cgroups::look(Rc::new(config.clone()))?;
-            Ok(containers::find(&mut kernel, &cgroups))
-        }),
-        false => return Vec::new(),
-    };
+    let all = Kernel::open().map(|mut kernel| containers::find(&mut kernel, config));
     let all = all.unwrap_or_default();
     if !all.is_empty() {
         if config.with_containers().is_none() {
@@ -677,7 +671,7 @@ fn routing(config: &Config, findings: &mut Findings) {
     }
     let (mask, table) = (config.mask, config.route_table);
     dropped.iter().for_each(|text| findings.error(text));
-    in_the_way.iter().for_each(|text| findings.warning(text));
+    findings.warnings(&in_the_way);
     if dropped.is_empty() {
         evaded.iter().for_each(|text| findings.ok(text));
     }
@@ -773,7 +767,7 @@ fn others(config: &Config, boxes: Vec<Container>, findings: &mut Findings) {
     findings.about("foreign-chain");
     let ours = Ours::of(config).entered_by(boxes.into_iter().flat_map(Container::interfaces));
     match Kernel::open().and_then(|mut kernel| kernel.others(&ours)) {
-        Ok(found) => found.iter().for_each(|text| findings.warning(text)),
+        Ok(found) => findings.warnings(found),
         Err(error) => findings.warning(error.to_string()),
     }
 }
@@ -782,8 +776,9 @@ fn others(config: &Config, boxes: Vec<Container>, findings: &mut Findings) {
 fn sysctls(findings: &mut Findings) {
     let mut marked = Vec::new();
     for entry in fs::read_dir("/proc/sys/net/ipv4/conf").into_iter().flatten().flatten() {
-        let on = read_number(entry.path().join("src_valid_mark")) == Some(1);
-        marked.extend(on.then(|| entry.file_name().to_string_lossy().into_owned()));
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let on = sysctl(&format!("net/ipv4/conf/{name}/src_valid_mark")) == Some(1);
+        marked.extend(on.then_some(name));
     }
     marked.sort();
     if !marked.is_empty() {
@@ -848,10 +843,6 @@ fn holds_table(script: &str) -> bool {
     let words: Vec<&str> = lines.flat_map(str::split_ascii_whitespace).collect();
     let name = |word: &str| word.trim_end_matches(['{', ';']) == TABLE;
     (words.windows(3)).any(|w| w[0] == "table" && w[1] == "inet" && name(w[2]))
-}
-
-fn read_number(path: impl AsRef<Path>) -> Option<u64> {
-    fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 #[cfg(test)]

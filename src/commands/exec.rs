@@ -24,7 +24,7 @@ use crate::cgroup::mount::{self, Root};
 use crate::cgroup::watch;
 use crate::config::{Config, Outcome, Take, Target};
 use crate::error::{errno, reason, Error, Result};
-use crate::kernel::{self, Held, Kernel};
+use crate::kernel::{self, Inventory, Kernel};
 use crate::net::{Family, Mark};
 use crate::netlink::socket::Socket;
 use crate::netlink::uapi::{NFNLGRP_NFTABLES, NFT_TABLE_F_DORMANT};
@@ -373,7 +373,7 @@ impl<'a> Wanted<'a> {
         Ok((!known).then(|| Missing::Yet("the cgroup has not been looked at".into())))
     }
 
-    fn missing_of(&self, held: &Held) -> Option<Missing> {
+    fn missing_of(&self, held: &Inventory) -> Option<Missing> {
         let name = self.config.target_name(self.target);
         if held.flags & NFT_TABLE_F_DORMANT != 0 {
             return Some(Missing::Never(format!("table inet {TABLE} is dormant")));

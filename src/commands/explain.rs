@@ -224,8 +224,8 @@ fn describe(
     let target = config.target_name(outcome.target);
     let rule = match policy::decision(config, rank) {
         Decision::Default => "no rule matches, so the default decides".to_string(),
-        Decision::BuiltIn(_) => format!("built in: {target} = {}/{target}", policy::EXEC),
-        Decision::Rule(rule) => format!("{}: {target} = {}", rule.place, rule.text),
+        Decision::BuiltIn => format!("built in: {target} = {}/{target}", policy::EXEC),
+        Decision::Pattern(rule) => format!("{}: {target} = {}", rule.place, rule.text),
     };
     let _ = writeln!(text, "    target  {target}");
     text.push_str(&limits(config, outcome.target));

@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
-use std::net::IpAddr;
 use std::process::ExitCode;
 use std::rc::Rc;
 
@@ -17,7 +16,7 @@ use crate::faults;
 use crate::host::Host;
 use crate::instance;
 use crate::json::Json;
-use crate::kernel::{self, Held, Kernel};
+use crate::kernel::{self, Inventory, Kernel};
 use crate::listen::{finds, Finds, Origin};
 use crate::net::{Family, Mark, L4};
 use crate::netlink::fib::{FibAction, IpRule};
@@ -94,6 +93,7 @@ pub fn status(options: &Options, form: Form) -> Result<ExitCode> {
 }
 
 /// Everything that is shown.
+#[derive(Default)]
 pub(super) struct Status {
     /// The pid of a running daemon.
     daemon: Option<i32>,
@@ -101,7 +101,7 @@ pub(super) struct Status {
     unattended: Option<Unattended>,
     /// Why there is nothing to classify.
     rootless: Option<String>,
-    pub(super) held: Option<Held>,
+    pub(super) held: Option<Inventory>,
     /// What containers send, by where it comes in.
     containers: Vec<Entrance>,
     /// By name of the tproxy.
@@ -152,12 +152,9 @@ struct Entrance {
 
 /// What the table has, and what a look finds beside that.
 fn entrances(kernel: &mut Kernel, config: &Config, host: &Host, view: &View) -> Vec<Entrance> {
-    let found = match config.containers && !config.rules.is_empty() {
-        true => Cgroups::look(Rc::new(config.clone())).map(|c| containers::find(kernel, &c)),
-        false => Ok(Vec::new()),
-    };
+    let found = containers::find(kernel, config).into_iter();
     let mut found: BTreeMap<u32, Container> =
-        found.into_iter().flatten().map(|container| (container.index, container)).collect();
+        found.map(|container| (container.index, container)).collect();
     let mut all: Vec<Entrance> = (view.veths.iter())
         .map(|(index, target)| {
             let found = found.remove(index).map(|found| (found.cgroup, found.bridge));
@@ -191,7 +188,7 @@ struct Unattended {
 }
 
 impl Unattended {
-    fn take(kernel: &mut Kernel, config: &Config, held: &Held) -> Result<Unattended> {
+    fn take(kernel: &mut Kernel, config: &Config, held: &Inventory) -> Result<Unattended> {
         let left = match kernel.lock()? {
             Some(Lock::Left(at)) => Some(instance::since_boot().saturating_sub(at)),
             _ => None,
@@ -249,59 +246,50 @@ fn in_vain(config: &Config, host: &Host) -> [Vec<String>; 2] {
     }
 }
 
-/// What of a tproxy's port is listened on.
+/// What of a tproxy's port is listened on: by protocol, TCP and UDP, and family.
 #[derive(Clone, Copy)]
-struct Listens {
-    /// IPv4, IPv6
-    tcp: [bool; 2],
-    udp: [bool; 2],
-}
+struct Listens([[bool; 2]; 2]);
 
 impl Listens {
     fn of(target: &TargetView, host: &Host) -> Option<Listens> {
         let port = target.port?;
         let takes = |l4| {
             Family::BOTH.map(|family| {
-                let is = |ip: &&IpAddr| ip.is_ipv4() == (family == Family::V4);
-                let address = target.addresses.iter().find(is).copied();
+                let address = target.addresses.iter().find(|ip| Family::of(ip) == family).copied();
                 let finds = |from| finds(&host.listeners, (l4, family), port, address, from);
                 [Origin::Host, Origin::Gateway].map(finds).contains(&Finds::One)
             })
         };
-        Some(Listens { tcp: takes(L4::Tcp), udp: takes(L4::Udp) })
+        Some(Listens([L4::Tcp, L4::Udp].map(takes)))
     }
 
     /// Protocol and family of each, and whether it is there.
-    fn each(self) -> [([&'static str; 2], bool); 4] {
-        let [tcp4, tcp6] = self.tcp;
-        let [udp4, udp6] = self.udp;
-        [
-            (["tcp", "ipv4"], tcp4),
-            (["tcp", "ipv6"], tcp6),
-            (["udp", "ipv4"], udp4),
-            (["udp", "ipv6"], udp6),
-        ]
+    fn each(self) -> impl Iterator<Item = (L4, Family, bool)> {
+        let of = |(l4, is): (L4, [bool; 2])| {
+            Family::BOTH.into_iter().zip(is).map(move |(family, is)| (l4, family, is))
+        };
+        [L4::Tcp, L4::Udp].into_iter().zip(self.0).flat_map(of)
     }
 
     /// `tcp udp`; with the number of a family that is the only one.
     fn value(self) -> Value {
-        let word = |name: &str, [v4, v6]: [bool; 2]| match (v4, v6) {
-            (true, true) => Some(name.to_string()),
-            (true, false) => Some(format!("{name}4")),
-            (false, true) => Some(format!("{name}6")),
-            (false, false) => None,
+        let word = |name: &str, is: [bool; 2]| match is {
+            [true, true] => Some(name.to_string()),
+            [true, false] => Some(format!("{name}4")),
+            [false, true] => Some(format!("{name}6")),
+            [false, false] => None,
         };
-        let ([tcp4, tcp6], [udp4, udp6]) = (self.tcp, self.udp);
+        let [tcp, udp] = self.0;
         let members = [
-            ("tcp", tcp4 || tcp6),
-            ("udp", udp4 || udp6),
-            ("tcp4", tcp4),
-            ("tcp6", tcp6),
-            ("udp4", udp4),
-            ("udp6", udp6),
+            ("tcp", tcp.contains(&true)),
+            ("udp", udp.contains(&true)),
+            ("tcp4", tcp[0]),
+            ("tcp6", tcp[1]),
+            ("udp4", udp[0]),
+            ("udp6", udp[1]),
         ];
         let json = Json::Object(members.map(|(name, is)| (name, Json::Bool(is))).into());
-        match [word("tcp", self.tcp), word("udp", self.udp)] {
+        match [word("tcp", tcp), word("udp", udp)] {
             [Some(tcp), Some(udp)] => Value::new(format!("{tcp} {udp}"), json),
             [Some(one), None] | [None, Some(one)] => Value::new(format!("{one} only"), json),
             [None, None] => Value::new("no", json).red(),
@@ -310,7 +298,7 @@ impl Listens {
 }
 
 /// Why a table that is there does nothing: others may flush it, or have one of our name.
-fn idle(held: &Held) -> Option<&'static str> {
+fn idle(held: &Inventory) -> Option<&'static str> {
     match held.flags & NFT_TABLE_F_DORMANT {
         _ if held.view.foreign => Some("not of cgtproxy's making"),
         0 if held.view.classifies => None,
@@ -388,19 +376,8 @@ impl Status {
 
     /// What changes from one moment to the next.
     pub(super) fn glance(kernel: &mut Kernel) -> Result<Status> {
-        Ok(Status {
-            containers: Vec::new(),
-            daemon: instance::holder(kernel)?,
-            unattended: None,
-            rootless: None,
-            held: kernel.held()?,
-            listens: BTreeMap::new(),
-            ways: BTreeMap::new(),
-            routing: Vec::new(),
-            hindrances: Vec::new(),
-            loops: Vec::new(),
-            warnings: Vec::new(),
-        })
+        let (daemon, held) = (instance::holder(kernel)?, kernel.held()?);
+        Ok(Status { daemon, held, ..Status::default() })
     }
 
     fn in_force(&self) -> bool {
@@ -510,7 +487,7 @@ impl Status {
                 Value::text(&entrance.veth),
                 if entrance.in_force { target } else { target.red() },
                 Value::new("", Json::Bool(entrance.in_force)),
-                name.map_or(Value::none(), |name| Value::text(&name)),
+                Value::maybe(name),
                 path.map_or(Value::none(), Value::path),
             ]
         };
@@ -539,25 +516,16 @@ impl Status {
             let text = "packets of cgroups that had not been looked at";
             let _ = writeln!(out, "\nheld: {packets} {text}");
         }
-        if !self.gateways().is_empty() {
-            out.push('\n');
-            self.gateway_table().print(&mut out, style);
-        }
-        if !self.containers.is_empty() {
-            out.push('\n');
-            self.container_table().print(&mut out, style);
-        }
-        if !self.routing.is_empty() {
-            let rows = self.routing.iter().map(|(entry, present)| {
-                let state = match present {
-                    true => Value::text("present"),
-                    false => Value::text("missing").red(),
-                };
-                [state, Value::text(&entry.command("add"))]
-            });
-            out.push('\n');
-            Rows { columns: &ROUTING, rows: rows.collect() }.print(&mut out, style);
-        }
+        self.gateway_table().print_if_any(&mut out, style);
+        self.container_table().print_if_any(&mut out, style);
+        let rows = self.routing.iter().map(|(entry, present)| {
+            let state = match present {
+                true => Value::text("present"),
+                false => Value::text("missing").red(),
+            };
+            [state, Value::text(&entry.command("add"))]
+        });
+        Rows { columns: &ROUTING, rows: rows.collect() }.print_if_any(&mut out, style);
         let warnings = || self.hindrances.iter().chain(&self.loops).chain(&self.warnings);
         if warnings().next().is_some() {
             out.push('\n');
@@ -616,7 +584,8 @@ impl Status {
         let help = "Packets that no listener took, or that were about to leave another way.";
         targets(name, Type::Counter, help, &|target| target.refused.map(|r| r.packets));
         let listens = self.listens.iter().flat_map(|(name, listens)| {
-            listens.each().map(|([protocol, family], is)| -> Sample {
+            listens.each().map(|(l4, family, is)| -> Sample {
+                let (protocol, family) = (l4.nft(), family.word());
                 (vec![("target", name), ("protocol", protocol), ("family", family)], is.into())
             })
         });
@@ -653,7 +622,7 @@ impl Status {
             let [v4, v6] = way.closed.map(|why| Json::text(why.unwrap_or("open")));
             Json::Object(vec![
                 ("name", Json::text(name)),
-                ("interface", way.interface.as_ref().map_or(Json::Null, Json::text)),
+                ("interface", Json::text_or_null(way.interface.as_ref())),
                 ("table", Json::or_null(way.table)),
                 ("ipv4", v4),
                 ("ipv6", v6),
@@ -671,7 +640,7 @@ impl Status {
             });
             Json::List(json.collect())
         };
-        let default = self.held.as_ref().map(|held| Json::text(&held.view.default));
+        let default = self.held.as_ref().map(|held| &held.view.default);
         let unattended = self.unattended.as_ref();
         let [table, routed, taken, refused] = self.deeds().map(Json::or_null);
         Json::Object(vec![
@@ -680,8 +649,8 @@ impl Status {
             ("daemon", Json::or_null(self.daemon.map(|pid| pid as u32))),
             ("left", Json::or_null(unattended.and_then(|u| u.left))),
             ("unknown", Json::or_null(unattended.and_then(|u| u.unknown).map(|n| n as u64))),
-            ("rootless", self.rootless.as_ref().map_or(Json::Null, Json::text)),
-            ("default", default.unwrap_or(Json::Null)),
+            ("rootless", Json::text_or_null(self.rootless.as_ref())),
+            ("default", Json::text_or_null(default)),
             ("targets", self.target_table().json()),
             ("ways", Json::List(ways.collect())),
             ("gateways", self.gateway_table().json()),
@@ -691,9 +660,9 @@ impl Status {
             ("held", Json::or_null(self.unknown().map(|unknown| unknown.packets))),
             ("rules", routing(true)),
             ("routes", routing(false)),
-            ("hindrances", Json::List(self.hindrances.iter().map(Json::text).collect())),
-            ("loops", Json::List(self.loops.iter().map(Json::text).collect())),
-            ("warnings", Json::List(self.warnings.iter().map(Json::text).collect())),
+            ("hindrances", Json::texts(&self.hindrances)),
+            ("loops", Json::texts(&self.loops)),
+            ("warnings", Json::texts(&self.warnings)),
         ])
     }
 }

@@ -51,6 +51,10 @@ impl Value {
         Value::new(text, Json::text(text))
     }
 
+    pub fn maybe(text: Option<impl AsRef<str>>) -> Value {
+        text.map_or(Value::none(), |text| Value::text(text.as_ref()))
+    }
+
     pub fn path(path: &[u8]) -> Value {
         Value::text(&Escaped(path).to_string())
     }
@@ -89,6 +93,14 @@ impl<const N: usize> Rows<N> {
     pub fn print(&self, out: &mut String, style: Style) {
         let rows: Vec<&[Value]> = self.rows.iter().map(|row| &row[..]).collect();
         lay_out(self.columns, &rows, out, style);
+    }
+
+    /// The same behind a blank line; nothing where there are no rows.
+    pub fn print_if_any(&self, out: &mut String, style: Style) {
+        if !self.rows.is_empty() {
+            out.push('\n');
+            self.print(out, style);
+        }
     }
 
     pub fn json(self) -> Json {

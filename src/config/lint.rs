@@ -330,7 +330,7 @@ mod tests {
                 let path: String =
                     (0..1 + random.below(4)).map(|_| format!("/{}", random.pick(&names))).collect();
                 for (_, rank) in crate::policy::ranks(&config, path.as_bytes(), false) {
-                    if let crate::policy::Decision::Rule(rule) =
+                    if let crate::policy::Decision::Pattern(rule) =
                         crate::policy::decision(&config, rank)
                     {
                         let at = config.rules.iter().position(|r| std::ptr::eq(r, rule));

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 use super::Kernel;
 use crate::error::{reason, Error, Result};
+use crate::host::sysctl;
 use crate::log;
 use crate::net::Family;
 use crate::netlink::fib::{self, SeenRoute, SeenRule};
@@ -321,23 +322,20 @@ fn is_absent(error: &Error) -> bool {
 
 /// Whether an interface takes packets with loopback addresses.
 fn is_open(interface: &str) -> bool {
-    let sysctl = format!("/proc/sys/net/ipv4/conf/{interface}/route_localnet");
-    std::fs::read(sysctl).is_ok_and(|text| text.starts_with(b"1"))
+    sysctl(&format!("net/ipv4/conf/{interface}/route_localnet")) == Some(1)
 }
 
 /// Whether answers that come in by an interface are dropped, where other routes than the one by it
 /// lead to who sends them: rp_filter asks for the way back, without the mark.
 pub fn drops_answers(interface: &str) -> bool {
-    let number = |of: &str, name: &str| -> u32 {
-        let text = std::fs::read_to_string(format!("/proc/sys/net/ipv4/conf/{of}/{name}"));
-        text.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    let most = |name: &str| {
+        let number = |of| sysctl(&format!("net/ipv4/conf/{of}/{name}")).unwrap_or(0);
+        number("all").max(number(interface))
     };
-    let most = |name: &str| number("all", name).max(number(interface, name));
     most("rp_filter") == 1 && most("src_valid_mark") == 0
 }
 
 /// Whether IPv6 can be routed over `lo` here: where it is off there, there is nothing to route.
 pub fn ipv6_is_on() -> bool {
-    let off = std::fs::read("/proc/sys/net/ipv6/conf/lo/disable_ipv6");
-    off.is_ok_and(|text| text.starts_with(b"0"))
+    sysctl("net/ipv6/conf/lo/disable_ipv6") == Some(0)
 }

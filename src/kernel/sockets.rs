@@ -9,6 +9,7 @@ use nix::errno::Errno;
 
 use super::Kernel;
 use crate::error::{reason, Result};
+use crate::host::sysctl;
 use crate::log;
 use crate::net::Mark;
 use crate::netlink::conntrack::{self, Flow};
@@ -187,8 +188,7 @@ fn answer<T>(asked: Result<std::result::Result<Option<T>, Errno>>) -> Option<T> 
 /// Whether conntrack counts what flows carry (nf_conntrack_acct of
 /// Documentation/networking/nf_conntrack-sysctl.rst).
 pub fn conntrack_counts() -> bool {
-    let sysctl = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_acct");
-    sysctl.is_ok_and(|text| text.trim() == "1")
+    sysctl("net/netfilter/nf_conntrack_acct") == Some(1)
 }
 
 /// The ports that the kernel gives to sockets that ask for none.
