@@ -71,8 +71,7 @@ fn me() -> String {
 
 #[test]
 fn who_talks_and_what_decides() {
-    let ground = ground!("apps");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("apps");
     let _local = Server::at("local", &[addr(HOST4, 8080)]);
     let aria2 = ground.cgroup("/services/aria2/instance1");
     let sync = ground.cgroup("/services/sync/instance1");
@@ -291,8 +290,7 @@ fn users_of_a_cgroup() {
 /// Proxied connections are their clients' flows, and none of the proxy's.
 #[test]
 fn a_proxy_and_its_clients() {
-    let ground = ground!("apps-proxy");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("apps-proxy");
     let aria2 = ground.cgroup("/services/aria2");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     await_member(&aria2, "mihomo");
@@ -313,8 +311,7 @@ fn a_proxy_and_its_clients() {
 /// A UDP socket that took the port it was given speaks first, wherever to.
 #[test]
 fn unconnected_datagram_sockets() {
-    let ground = ground!("apps-udp");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("apps-udp");
     let sync = ground.cgroup("/services/sync");
     let socket = UdpSocket::from(socket_of(&sync, libc::AF_INET, libc::SOCK_DGRAM));
     socket.send_to(b"who?", addr(REMOTE4, 80)).expect("send");

@@ -257,8 +257,7 @@ fn the_root_is_found() {
 
 #[test]
 fn born_under_a_parent_with_the_same_target() {
-    let ground = ground!("born");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("born", proxy);
     let rules = "drop = /drop\nmihomo = /proxied";
     let parents = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let _daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
@@ -283,8 +282,7 @@ fn born_under_a_parent_with_the_same_target() {
 
 #[test]
 fn window_under_a_parent_with_another_target() {
-    let ground = ground!("window");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("window");
     let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /w.*"), &[]);
     let times = sized(50, 500);
     let (mut windows, mut leaked) = (Vec::new(), Vec::new());
@@ -313,8 +311,7 @@ fn window_under_a_parent_with_another_target() {
 /// go on outside the policy.
 #[test]
 fn a_flow_of_the_window_is_cut() {
-    let ground = ground!("cut");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("cut");
     let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /w"), &[]);
     let cgroup = ground.cgroup("/w");
     let _flood = Client::udp(&cgroup, addr(REMOTE4, 9)).flood().spawn();

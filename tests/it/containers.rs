@@ -65,8 +65,7 @@ fn but_pings(mut packets: Vec<Packet>) -> Vec<Packet> {
 
 #[test]
 fn a_rule_covers_a_container_on_a_bridge() {
-    let ground = ground!("boxes");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("boxes", proxy);
     let _other = Server::start("proxy other", &[7894]);
     let lan = Lan::new(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
@@ -228,8 +227,7 @@ fn answered(ground: &Ground, netns: &Netns, want: [&str; 3]) {
 
 #[test]
 fn a_routed_veth_whatever_the_sysctls() {
-    let ground = ground!("boxrouted");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("boxrouted", proxy);
     let box1 = routed(&ground, "ve-box1", 1);
     let _process = live(&box1, &ground.cgroup("/boxes/box1"));
     let daemon = Daemon::start(&ground, CONFIG, &[]);
@@ -253,8 +251,7 @@ fn a_routed_veth_whatever_the_sysctls() {
 /// in.
 #[test]
 fn a_container_comes_before_a_gateway_section() {
-    let ground = ground!("boxgate");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("boxgate", proxy);
     let _other = Server::start("proxy other", &[7894]);
     let lan = Lan::new(&ground);
     let config = format!("{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = other\n");
@@ -286,8 +283,7 @@ fn a_container_comes_before_a_gateway_section() {
 /// Processes come before the veth, and after it; a namespace has two; and one visits another.
 #[test]
 fn whoever_comes_first() {
-    let ground = ground!("boxorder");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("boxorder", proxy);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let late = Netns::new();
     let _process = live(&late, &ground.cgroup("/boxes/box1"));
@@ -326,8 +322,7 @@ fn whoever_comes_first() {
 /// one within.
 #[test]
 fn whatever_befalls_it() {
-    let ground = ground!("boxfate");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("boxfate", proxy);
     let lan = Lan::new(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let cgroup = ground.cgroup("/boxes/box1");
@@ -417,8 +412,7 @@ fn whatever_befalls_it() {
 /// DNS, and switches, as in a [gateway] section.
 #[test]
 fn what_its_target_takes() {
-    let ground = ground!("boxdns");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("boxdns", proxy);
     let _resolver = Server::start("resolver", &[1053]);
     let lan = Lan::new(&ground);
     let config = CONFIG.replace(
@@ -512,8 +506,7 @@ fn bridge_netfilter() {
 /// docker).
 #[test]
 fn the_window_is_short() {
-    let ground = ground!("boxwindow");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("boxwindow", proxy);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let to = addr(REMOTE4, 80);
     let proxied = format!("{PROXY} {to}");
@@ -589,8 +582,7 @@ fn bridged(netns: &Netns, veth: &str, number: usize) {
 /// no daemon is there.
 #[test]
 fn packets_before_the_rule() {
-    let ground = ground!("boxfirst");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("boxfirst", proxy);
     let _lan = Lan::new(&ground);
     let gateway = "[gateway unknown]\ninterface = br-lan\ntarget = drop\n";
     let to = addr(REMOTE4, 80);
@@ -750,8 +742,7 @@ fn watch_rules() -> (Child, Arc<Mutex<HashMap<u32, Instant>>>) {
 /// what is gone leaves nothing.
 #[test]
 fn many_come_and_go() {
-    let ground = ground!("boxmany");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("boxmany", proxy);
     let _other = Server::start("proxy other", &[7894]);
     sysctl("net/ipv4/ip_forward", "1");
     let (all, at_once, pace) = match std::env::var_os("CGTPROXY_LONG") {

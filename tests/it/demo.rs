@@ -64,8 +64,7 @@ fn tell(proto: Proto, what: &str, cgroup: &Path, to: std::net::SocketAddr) -> St
 #[test]
 #[ignore = "make demo runs it"]
 fn demo() {
-    let ground = ground!("demo");
-    let (mut world, proxy) = World::with_proxy(&ground);
+    let (ground, mut world, proxy) = scene!("demo", proxy);
     let _dns = Server::at("dns", &[addr("127.0.0.1".parse().unwrap(), 1053)]);
     for (path, _) in APPLICATIONS.iter().filter(|a| a.1) {
         ground.cgroup(path);

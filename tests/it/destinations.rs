@@ -224,8 +224,7 @@ const RELOADS: &[&str] = &[
 /// A socket that goes on sends as its ports have it by now, though its flow is known as the target's.
 #[test]
 fn datagrams_follow_the_ports_over_a_reload() {
-    let ground = ground!("dest-again");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("dest-again", proxy);
     let app = ground.cgroup("/app");
     let daemon = Daemon::start(&ground, &policy("", ""), &[]);
     let sockets = [REMOTE4, REMOTE6].map(|ip| {
@@ -492,8 +491,7 @@ fn ports_and_refusals_over_a_kill_and_a_repair() {
 /// A flow that a target left alone, and that it takes by now, is ended.
 #[test]
 fn direct_tcp_is_ended_where_it_is_taken_now() {
-    let ground = ground!("dest-end");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("dest-end", proxy);
     let app = ground.cgroup("/app");
     let all = "bypass = 203.0.113.0/24\nbypass = 2001:db8:2::/64\n";
     for lines in [all, "only = 198.18.0.0/15\n", "tcp-ports = 1\n"] {
@@ -617,8 +615,7 @@ fn check_and_explain() {
 /// What a policy leaves alone by its DSCP is no reason to end a flow.
 #[test]
 fn flows_with_a_dscp_are_spared() {
-    let ground = ground!("dest-spare");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("dest-spare", proxy);
     let app = ground.cgroup("/app");
     let global = "bypass-dscp = 4\n";
     let before = policy(global, "").replace("mihomo = /app", "direct = /app");

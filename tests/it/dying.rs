@@ -95,8 +95,7 @@ fn remove(cgroup: &Path) {
 
 #[test]
 fn sockets_outlive_their_cgroup() {
-    let ground = ground!("dying");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("dying");
     let _proxy = Server::start("proxy", &[7893]);
     let paths = ["/drop", "/drop/free", "/drop/below", "/proxied"];
     let cgroups = paths.map(|path| ground.cgroup(path));

@@ -100,8 +100,7 @@ fn proxies_of_openwrt() {
 
 #[test]
 fn router_mihomo() {
-    let ground = ground!("exrouter");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("exrouter");
     let lan = Lan::new(&ground);
     let _proxy = Server::start("mihomo", &[7893]);
     let _dns = Server::start("dns", &[1053]);
@@ -140,8 +139,7 @@ fn router_mihomo() {
 
 #[test]
 fn laptop_per_app() {
-    let ground = ground!("exlaptop");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("exlaptop");
     let _proxy = Server::start("sing-box", &[7895]);
     let user = "/user.slice/user-1000.slice/user@1000.service";
     let [firefox, scope, zoom, shell, proxy] = [
@@ -178,8 +176,7 @@ fn laptop_per_app() {
 
 #[test]
 fn everything_but() {
-    let ground = ground!("exeverything");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("exeverything");
     let [own, ntp, app] = ["/services/xray/instance1", "/system.slice/chrony.service", "/anything"]
         .map(|path| ground.cgroup(path));
     {
@@ -222,8 +219,7 @@ fn everything_but() {
 
 #[test]
 fn tor_user() {
-    let ground = ground!("extor");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("extor");
     let here = ["127.0.0.1", "::1"].map(|host| addr(ip(host), 9040));
     let _tor = Server::at("tor", &here);
     let _dns = Server::at("tor dns", &[addr(ip("127.0.0.1"), 9053)]);
@@ -264,8 +260,7 @@ fn tor_user() {
 
 #[test]
 fn kill_switch() {
-    let ground = ground!("exkill");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("exkill");
     let _dns = Server::start("dns", &[5300]);
     let service = ground.cgroup("/tunnel.slice/transmission-daemon.service");
     let other = ground.cgroup("/system.slice/other.service");
@@ -317,8 +312,7 @@ fn tunnel(ground: &Ground) {
 
 #[test]
 fn vpn_per_app() {
-    let ground = ground!("exvpn");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("exvpn");
     let _resolved = Server::start("resolved", &[53]);
     let [app, service, other] = [
         "/user.slice/user-1000.slice/user@1000.service/app.slice/app-org.qbittorrent.qBittorrent-7.scope",
@@ -370,8 +364,7 @@ fn through_tunnel(world: &mut World, cgroups: &[&PathBuf], when: &str) {
 
 #[test]
 fn tor_and_vpn() {
-    let ground = ground!("extorvpn");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("extorvpn");
     tunnel(&ground);
     let here = ["127.0.0.1", "::1"].map(|host| addr(ip(host), 9040));
     let _tor = Server::at("tor", &here);

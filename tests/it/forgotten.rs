@@ -120,8 +120,7 @@ fn short_lived_flows() {
 /// The proxy speaks first, to conntrack; the application's next datagrams are still the proxy's.
 #[test]
 fn the_proxy_speaks_first() {
-    let ground = ground!("forgot");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("forgot");
     let cgroups = ["/proxied", "/drop", "/direct", "/other"];
     let [proxied, dropped, direct, other] = cgroups.map(|path| ground.cgroup(path));
     let any = |family: IpAddr| match family {
@@ -187,8 +186,7 @@ fn while_flows_are_forgotten<T>(f: impl FnOnce() -> T) -> T {
 /// No ACK and no reset of a proxied connection gets out, with and without its socket.
 #[test]
 fn connections_go_on_while_their_flows_are_forgotten() {
-    let ground = ground!("forgottcp");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("forgottcp");
     let _proxy = Server::stream(PROXY, &[7893, 7894]);
     let cgroup = ground.cgroup("/proxied");
     for (default, more) in
@@ -213,8 +211,7 @@ fn connections_go_on_while_their_flows_are_forgotten() {
 /// The same for a client of this router; the proxy's packets leave by the client's interface.
 #[test]
 fn flows_of_clients_are_forgotten() {
-    let ground = ground!("forgotgw");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("forgotgw");
     let lan = Lan::new(&ground);
     let direct = ground.cgroup("/direct");
     short_lived_flows();
@@ -266,8 +263,7 @@ fn flows_of_clients_are_forgotten() {
 /// whose the bare ACKs and resets are that the kernel sends for a socket that is gone.
 #[test]
 fn untracked_packets_are_classified() {
-    let ground = ground!("notrack");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("notrack", proxy);
     let cgroups = ["/proxied", "/drop", "/direct"].map(|path| ground.cgroup(path));
     for hooks in [&["output"][..], &["prerouting"], &["output", "prerouting"]] {
         let chain = |hook: &&str| {
@@ -301,8 +297,7 @@ fn untracked_packets_are_classified() {
 /// Others restore the ct mark into packets: that of a flow that the proxy began is no target's.
 #[test]
 fn marks_of_forgotten_flows_are_restored_by_others() {
-    let ground = ground!("forgotmark");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("forgotmark");
     let lan = Lan::new(&ground);
     let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
     let gateway = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n";
@@ -350,8 +345,7 @@ fn marks_of_forgotten_flows_are_restored_by_others() {
 /// from a foreign address.
 #[test]
 fn a_foreign_source_is_no_way_out() {
-    let ground = ground!("freebind");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("freebind");
     let lan = Lan::new(&ground);
     const IPV6_FREEBIND: libc::c_int = 78;
     let gateway = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n";
@@ -376,8 +370,7 @@ fn a_foreign_source_is_no_way_out() {
 /// The same port to the same host, by a process of another cgroup: its cgroup decides.
 #[test]
 fn a_port_that_is_used_again() {
-    let ground = ground!("reuse");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("reuse");
     let cgroups = ["/proxied", "/drop", "/direct", "/other"].map(|path| ground.cgroup(path));
     let proxies = [("0.0.0.0", 7893), ("::", 7893)];
     let proxies = proxies.map(|(any, port)| spoof(&cgroups[2], addr(ip(any), port)));
@@ -409,8 +402,7 @@ fn a_port_that_is_used_again() {
 /// translated any more, and is not let out for it.
 #[test]
 fn a_query_from_a_port_that_is_used_again() {
-    let ground = ground!("reusedns");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("reusedns");
     let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
     let hijack = "dns-hijack = 127.0.0.1:1053\ndns-hijack = [::1]:1053\n";
     // with udp = no, what is not translated would leave as it is
@@ -443,8 +435,7 @@ fn a_query_from_a_port_that_is_used_again() {
 /// A reload that gives marks another meaning: what a proxy began is the proxy's all the same.
 #[test]
 fn another_mask_by_a_reload() {
-    let ground = ground!("remask");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("remask");
     let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
     let proxies = [("0.0.0.0", 7893), ("::", 7893)];
     let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));
@@ -554,8 +545,7 @@ fn another_mask_by_a_restart() {
 /// A socket whose cgroup gets another target: of UDP, its next datagram goes there.
 #[test]
 fn datagrams_go_where_their_cgroup_is_to_go_now() {
-    let ground = ground!("udpnow");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("udpnow");
     let app_cgroup = ground.cgroup("/app");
     let direct = ground.cgroup("/direct");
     let proxies = [("0.0.0.0", 7893), ("::", 7893)];
@@ -594,8 +584,7 @@ fn datagrams_go_where_their_cgroup_is_to_go_now() {
 /// now, what its packets bear, and who sends them.
 #[test]
 fn a_proxied_flow_is_looked_at_again() {
-    let ground = ground!("again");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("again");
     let [cgroup, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
     let proxies = [("0.0.0.0", 7893), ("::", 7893), ("0.0.0.0", 7894), ("::", 7894)];
     let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));
@@ -643,8 +632,7 @@ fn a_proxied_flow_is_looked_at_again() {
 /// of its flow alone, not by that of a proxy's packets.
 #[test]
 fn queries_are_translated_again_and_again() {
-    let ground = ground!("queries");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("queries");
     let cgroup = ground.cgroup("/proxied");
     let resolvers = [(REMOTE4, "203.0.113.53"), (REMOTE6, "2001:db8:2::53")];
     let rules =
@@ -763,8 +751,7 @@ fn connections_of_clients_over_another_mask() {
 /// A socket that is bound to a device leaves by no other way; it is refused, and counted so.
 #[test]
 fn sockets_of_a_device_are_refused() {
-    let ground = ground!("device");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("device", proxy);
     let cgroup = ground.cgroup("/proxied");
     let config = "[tproxy other]\nport = 7894\n".to_owned() + POLICY;
     let daemon = Daemon::start(&ground, &config, &[]);

@@ -217,8 +217,7 @@ target = mihomo
 
 #[test]
 fn clients_are_proxied_whatever_the_sysctls() {
-    let ground = ground!("gw");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("gw", proxy);
     let lan = Lan::new(&ground);
     // Wildcard listeners of this host on the ports that the clients dial.
     let _own = Server::start("own", &[80, 8080]);
@@ -317,8 +316,7 @@ fn bridges_that_pass_the_hooks() {
 /// says it to the remote host, which must not hear of it.
 #[test]
 fn icmp_errors_about_proxied_flows_stay() {
-    let ground = ground!("gwicmp");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("gwicmp", proxy);
     let lan = Lan::new(&ground);
     let cgroup = ground.cgroup("/proxied");
     let config = format!("{BASIC}[rules]\nmihomo = /proxied\n");
@@ -363,8 +361,7 @@ fn icmp_errors_about_proxied_flows_stay() {
 
 #[test]
 fn the_proxy_is_down() {
-    let ground = ground!("gwdown");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("gwdown");
     let lan = Lan::new(&ground);
     let _own = Server::start("own", &[80]);
     let _daemon = Daemon::start(&ground, BASIC, &[]);
@@ -385,8 +382,7 @@ fn the_proxy_is_down() {
 
 #[test]
 fn sections_in_order() {
-    let ground = ground!("gworder");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("gworder", proxy);
     let lan = Lan::new(&ground);
     let tproxy = "[tproxy mihomo]\nport = 7893\n";
     let section =
@@ -451,8 +447,7 @@ fn sections_in_order() {
 
 #[test]
 fn what_gateways_leave_alone() {
-    let ground = ground!("gwalone");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("gwalone");
     let lan = Lan::new(&ground);
     let config = "
         [global]
@@ -495,8 +490,7 @@ fn what_gateways_leave_alone() {
 #[test]
 fn an_interface_that_appears_later() {
     for (name, pattern) in [("br-later", "br-later"), ("br-later", "br-*")] {
-        let ground = ground!("gwlater");
-        let (mut world, _proxy) = World::with_proxy(&ground);
+        let (ground, mut world, _proxy) = scene!("gwlater", proxy);
         let config = BASIC.replace("br-lan", pattern);
         let _daemon = Daemon::start(&ground, &config, &[]);
         sysctl("net/ipv4/conf/all/src_valid_mark", "1");
@@ -520,8 +514,7 @@ fn an_interface_that_appears_later() {
 
 #[test]
 fn dns_of_clients() {
-    let ground = ground!("gwdns");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("gwdns", proxy);
     let lan = Lan::new(&ground);
     let _dns = Server::start("dns", &[1053]);
     let _own = Server::start("own", &[53]);
@@ -594,8 +587,7 @@ fn dns_of_clients() {
 /// A resolver on a wildcard address that does not care by which address it was asked.
 #[test]
 fn dns_of_clients_to_a_simple_resolver() {
-    let ground = ground!("gwsimple");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("gwsimple");
     let lan = Lan::new(&ground);
     let resolver = |proto| Client::new(&ground.root, proto, addr(ip("::"), 1053)).serve();
     let _resolver = [Proto::Udp, Proto::Tcp].map(resolver);
@@ -639,8 +631,7 @@ fn a_reload_spares_what_is_proxied_and_cuts_what_was_direct() {
 }
 
 fn reload_under_flows(early_demux: &str) {
-    let ground = ground!("gwreload");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("gwreload");
     let lan = Lan::new(&ground);
     let mut proxy = Some(Server::stream(PROXY, &[7893]));
     sysctl("net/ipv4/ip_early_demux", early_demux);
@@ -683,8 +674,7 @@ fn reload_under_flows(early_demux: &str) {
 /// by the interface that it came in by.
 #[test]
 fn one_armed_router() {
-    let ground = ground!("onearm");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("onearm");
     let client = Netns::new();
     sysctl("net/ipv4/ip_forward", "1");
     sysctl("net/ipv6/conf/all/forwarding", "1");

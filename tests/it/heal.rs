@@ -129,8 +129,7 @@ fn repairs(daemon: &Daemon, monitor: &Monitor, times: usize, harm: &str) -> Vec<
 
 #[test]
 fn an_owned_table_cannot_be_touched() {
-    let ground = ground!("owned");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("owned", proxy);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
     let daemon = Daemon::start(&ground, POLICY, &[]);
     let whole = state();
@@ -161,8 +160,7 @@ fn an_owned_table_cannot_be_touched() {
 /// As on kernels before 6.9, where a table cannot be owned for good.
 #[test]
 fn a_table_that_others_change_is_repaired() {
-    let ground = ground!("unowned");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("unowned", proxy);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
     let mut daemon = Daemon::spawn(&ground, POLICY, &[], &[UNOWNED]);
     assert!(daemon.ready(), "{}", daemon.logs());
@@ -209,8 +207,7 @@ fn a_table_that_others_change_is_repaired() {
 
 #[test]
 fn rules_and_routes_that_others_delete_are_repaired() {
-    let ground = ground!("rules");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("rules", proxy);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
     let daemon = Daemon::start(&ground, POLICY, &[]);
     let floods = [REMOTE4, REMOTE6].map(|ip| {
@@ -253,8 +250,7 @@ fn rules_and_routes_that_others_delete_are_repaired() {
 /// Repairs take a share of the time, whatever others do, so the last of them is not far off.
 #[test]
 fn a_program_that_keeps_deleting() {
-    let ground = ground!("pauses");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("pauses", proxy);
     let proxied = ground.cgroup("/proxied");
     for (harm, whole, env) in [
         ("ip rule del pref 100", "iif lo lookup 300", &[][..]),
@@ -296,8 +292,7 @@ fn a_program_that_keeps_deleting() {
 /// over lo while that is down.
 #[test]
 fn lo_may_be_down_at_the_start() {
-    let ground = ground!("lodown");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("lodown", proxy);
     let lan = Lan::new(&ground);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
     ip_batch(&[], "link set lo down\n");

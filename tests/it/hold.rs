@@ -225,8 +225,7 @@ fn without_hold_births_leak() {
 /// What is held and then allowed connects by itself, within one retransmission of a SYN at worst.
 #[test]
 fn what_is_allowed_connects_by_itself() {
-    let ground = ground!("hold-connects");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("hold-connects", proxy);
     ground.cgroup("/held");
     let daemon = Daemon::start(&ground, &held(), &[]);
     let births = sized(60, 300);
@@ -297,8 +296,7 @@ fn held_at_birth(ground: &Ground, paths: &[(&str, bool)]) {
 /// does not, however deep.
 #[test]
 fn what_is_held_and_what_is_not() {
-    let ground = ground!("hold-scope");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("hold-scope", proxy);
     let deep = "/held/a".to_string() + &"/b".repeat(30);
     let threaded = ground.cgroup("/held/t/h");
     let config = "[global]\nhold = /held\nhold = /x/.*/held\nhold = /held/a\n".to_string() + POLICY;
@@ -351,8 +349,7 @@ fn await_member_of_known(path: &Path) {
 /// `/` stands for the cgroup root, whether that is the root of all or not.
 #[test]
 fn the_root_is_held() {
-    let ground = ground!("hold-root");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("hold-root", proxy);
     let known = ground.cgroup("/known");
     let whole = "[global]\ncgroup-root = /sys/fs/cgroup\nhold = /\n";
     for config in ["[global]\nhold = /\n", "[global]\nhold = /.*\n", whole] {
@@ -373,8 +370,7 @@ fn the_root_is_held() {
 /// A reload that holds disturbs nothing that there is, nor does one that holds no more.
 #[test]
 fn a_reload_that_holds() {
-    let ground = ground!("hold-reload");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("hold-reload", proxy);
     let cgroups: Vec<PathBuf> =
         ["/held/o1", "/held/p1", "/held/a/o2"].map(|path| ground.cgroup(path)).into();
     let daemon = Daemon::start(&ground, POLICY, &[]);
@@ -405,8 +401,7 @@ fn a_reload_that_holds() {
 /// Between a daemon and the next one, and where others have flushed the table.
 #[test]
 fn it_goes_on_holding() {
-    let ground = ground!("hold-on");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("hold-on", proxy);
     ground.cgroup("/held/o1");
     for env in [&[][..], &[UNOWNED]] {
         let start = || {
@@ -450,8 +445,7 @@ fn it_goes_on_holding() {
 /// whatever the target. DNS that is to be hijacked wherever it goes is.
 #[test]
 fn what_is_left_alone_is_not_held() {
-    let ground = ground!("hold-spares");
-    let (world, _proxy) = World::with_proxy(&ground);
+    let (ground, world, _proxy) = scene!("hold-spares", proxy);
     let _resolver = Server::start("resolver", &[53]);
     ground.cgroup("/held");
     let spares = format!("bypass = {REMOTE6}\nbypass-mark = 0x7\n");
@@ -495,8 +489,7 @@ fn what_is_left_alone_is_not_held() {
 /// it is the new cgroup's.
 #[test]
 fn the_port_of_another_flow() {
-    let ground = ground!("hold-port");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("hold-port", proxy);
     let known = ground.cgroup("/held/o1");
     let daemon = Daemon::start(&ground, &held(), &[]);
     await_member_of_known(&known);
@@ -528,8 +521,7 @@ fn the_port_of_another_flow() {
 /// Connections live on in a socket whose cgroup has been removed; nothing else leaves by it.
 #[test]
 fn sockets_of_removed_cgroups() {
-    let ground = ground!("hold-removed");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("hold-removed", proxy);
     let known = ground.cgroup("/held/o1");
     let daemon = Daemon::start(&ground, &held(), &[]);
     await_member_of_known(&known);
@@ -557,8 +549,7 @@ fn sockets_of_removed_cgroups() {
 /// What is known pays nothing for hold being dropped in between, and long flows live through all.
 #[test]
 fn flows_that_go_on_are_not_held() {
-    let ground = ground!("hold-flows");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("hold-flows", proxy);
     let known = ground.cgroup("/held/o1");
     let daemon = Daemon::start(&ground, &held(), &[]);
     await_member_of_known(&known);
@@ -580,8 +571,7 @@ fn flows_that_go_on_are_not_held() {
 /// A name that nft cannot show stays closed, with all that is below it; the listing loads again.
 #[test]
 fn listings_and_names() {
-    let ground = ground!("hold-names");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("hold-names", proxy);
     let (quoted, plain) = (ground.cgroup("/held/a\"b"), ground.cgroup("/held/o 1"));
     let below = ground.cgroup("/held/a\"b/c");
     let daemon = Daemon::start(&ground, &held(), &[]);
@@ -609,8 +599,7 @@ fn listings_and_names() {
 /// `exec` waits until its cgroup has been looked at, and refuses where nobody is there to do that.
 #[test]
 fn exec_waits_to_be_looked_at() {
-    let ground = ground!("hold-exec");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("hold-exec", proxy);
     let config = format!("[global]\nhold = /cgtproxy\n{POLICY}");
     ground.cgroup("/cgtproxy/direct");
     let daemon = Daemon::start(&ground, &config, &[]);
@@ -632,8 +621,7 @@ fn exec_waits_to_be_looked_at() {
 /// What `status` and `check` say.
 #[test]
 fn what_is_said_of_it() {
-    let ground = ground!("hold-said");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("hold-said", proxy);
     ground.cgroup("/held/o1");
     ground.cgroup("/leaf");
     let config = format!("{HOLD}hold = /leaf\nhold = /none\nhold = none\nhold = /\n{POLICY}");

@@ -45,8 +45,7 @@ const NAMES: [&[u8]; 14] = [
 
 #[test]
 fn hostile_names() {
-    let ground = ground!("hostile");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("hostile");
     let config = "[rules]\ndrop = /u/.*\n";
     let daemon = Daemon::start(&ground, config, &["-v", "-v"]);
     let user = ground.cgroup("/u");
@@ -376,8 +375,7 @@ fn dear_paths() {
 /// Who owns the cgroup root cannot choose his way by the name of a cgroup of `exec`.
 #[test]
 fn a_cgroup_of_exec_by_another() {
-    let ground = ground!("exec-squat");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("exec-squat");
     let before = ground.cgroup("/cgtproxy/direct");
     let give = |path: &Path| std::os::unix::fs::chown(path, Some(1000), None).expect("chown");
     [&ground.root, &ground.at("/cgtproxy"), &before].into_iter().for_each(|path| give(path));
@@ -667,8 +665,7 @@ fn the_configuration_is_swapped_while_it_is_read() {
 /// says so; and there are ports where no user can do it.
 #[test]
 fn a_socket_beside_the_proxy() {
-    let ground = ground!("beside");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("beside");
     let _proxy = Server::start("proxy mihomo", &[7893, 893]);
     let config = "[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /x\n";
     let cgroup = ground.cgroup("/x");

@@ -251,8 +251,7 @@ fn stopped_while_it_starts() {
 /// before; and meanwhile that is said.
 #[test]
 fn the_cgroup_root_comes_back() {
-    let ground = ground!("root-back");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("root-back");
     let (above, root) = (ground.at("/above"), ground.cgroup("/above/root"));
     let config = format!("[global]\ncgroup-root = {}\n[rules]\ndrop = /apps\n", root.display());
     let apps = ground.cgroup("/above/root/apps");
@@ -486,8 +485,7 @@ fn sigint_cleans_up_too() {
 #[test]
 fn reload_under_traffic() {
     const FLOWS: usize = 50;
-    let ground = ground!("hup");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("hup");
     let proxy = Server::stream(PROXY, &[7893]);
     let remote = ground.outside(|| Server::stream("far", &[9001]));
     let cgroups = ["/direct", "/proxied"].map(|path| ground.cgroup(path));
@@ -588,8 +586,7 @@ const BROKEN: [Broken; 24] = [
 
 #[test]
 fn a_broken_file_changes_nothing() {
-    let ground = ground!("broken");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("broken", proxy);
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let before = state();
@@ -654,8 +651,7 @@ fn a_second_instance_is_refused() {
 
 #[test]
 fn kept_on_exit() {
-    let ground = ground!("keep");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("keep", proxy);
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let daemon = Daemon::start(&ground, &format!("[global]\non-exit = keep\n{CONFIG}"), &[]);
     let before = state();
@@ -1079,8 +1075,7 @@ fn show_prints_what_run_loads() {
 
 #[test]
 fn a_host_without_ipv6() {
-    let ground = ground!("noipv6");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("noipv6");
     let _proxy = Server::at(PROXY, &[addr(HOST4, 7893)]);
     for interface in ["all", "default", "lo"] {
         sysctl(&format!("net/ipv6/conf/{interface}/disable_ipv6"), "1");
@@ -1100,8 +1095,7 @@ fn a_host_without_ipv6() {
 
 #[test]
 fn a_proxied_flow_outlives_the_daemon() {
-    let ground = ground!("restart");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("restart");
     let proxy = Server::stream(PROXY, &[7893]);
     let cgroup = ground.cgroup("/proxied");
     let mut daemon = Daemon::start(&ground, CONFIG, &[]);

@@ -176,8 +176,7 @@ fn instances_run_out() {
 
 #[test]
 fn descriptors_run_out() {
-    let ground = ground!("nofile");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("nofile");
     let dropped = ground.cgroup("/drop");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let limit = |n: usize| sh(&format!("prlimit --pid {} --nofile={n}:4096", daemon.pid()));
@@ -210,8 +209,7 @@ fn descriptors_run_out() {
 /// Without memory nothing can go on, but the rules stay; with memory it goes on where it was.
 #[test]
 fn memory_runs_out() {
-    let ground = ground!("memory");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("memory");
     let dropped = ground.cgroup("/drop");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let size = daemon.process("VmSize");
@@ -279,8 +277,7 @@ fn by_script(ground: &Ground, config: &str, script: &str) -> Daemon {
 /// Levels are right whatever is mounted where and whichever namespace we are in, or it is said.
 #[test]
 fn levels_are_right_or_refused() {
-    let ground = ground!("levels");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("levels");
     let apps = [ground.cgroup("/apps"), ground.cgroup("/ns/apps"), ground.cgroup("/ns/sub/apps")];
     let auto = "[global]\ncgroup-root = auto\n[rules]\ndrop = /apps\n";
     let sub = auto.replace("auto", &format!("{}/ns/sub", ground.root.display()));
@@ -313,8 +310,7 @@ fn levels_are_right_or_refused() {
 /// A cgroup at a level that the kernel refuses costs no other its target, at the start or later.
 #[test]
 fn a_level_that_the_kernel_refuses() {
-    let ground = ground!("deepest");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("deepest");
     let config = "[global]\ncgroup-root = auto\n[rules]\ndrop = /apps.*\ndrop = (/a)*/x\n";
     let script = "echo $$ > ROOT/ns/cgroup.procs; exec unshare -C -m sh -ec \
                   'umount -l /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; \

@@ -30,8 +30,7 @@ fn ask(ground: &Ground) -> [String; 2] {
 
 #[test]
 fn each_guard_alone_is_enough() {
-    let ground = ground!("guards");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("guards");
     type Change = fn(Client) -> Client;
     let guards: [(&str, &str, &str, Change); 3] = [
         ("cgroup", "", "direct = /proxy", |c| c),
@@ -121,8 +120,7 @@ fn a_loop_in_a_cgroup_that_was_there_is_told() {
 
 #[test]
 fn a_loop_is_told() {
-    let ground = ground!("loop");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("loop");
     let config = "[global]\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n";
     let said = "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is \
                 in cgroup /proxy;";

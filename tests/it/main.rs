@@ -29,6 +29,20 @@ macro_rules! ground {
     };
 }
 
+/// The same with the usual world around it, and with the proxy that most configurations name.
+macro_rules! scene {
+    ($name:expr) => {{
+        let ground = ground!($name);
+        let world = World::new(&ground);
+        (ground, world)
+    }};
+    ($name:expr, proxy) => {{
+        let ground = ground!($name);
+        let (world, proxy) = World::with_proxy(&ground);
+        (ground, world, proxy)
+    }};
+}
+
 mod client;
 mod daemon;
 mod ground;

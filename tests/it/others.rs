@@ -795,8 +795,7 @@ rule add pref 102 fwmark 0x4/0xff lookup 77
 #[test]
 fn hosts_of_one_family_forward_too() {
     for off in ["-4", "-6"] {
-        let ground = ground!("onefamily");
-        let (_world, _proxy) = World::with_proxy(&ground);
+        let (ground, _world, _proxy) = scene!("onefamily", proxy);
         let lan = Lan::new(&ground);
         match off {
             "-6" => {
@@ -851,8 +850,7 @@ fn a_vrf_is_present() {
 /// A container: a bridge of its own, NAT, and the cgroup namespace that container engines give.
 #[test]
 fn containers() {
-    let ground = ground!("containers");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("containers");
     let lan = Lan::on(&ground, "docker0");
     let _servers = servers();
     let [container, slirp] =
@@ -892,8 +890,7 @@ fn containers() {
 /// Addresses that fake-ip resolvers hand out are no private ones.
 #[test]
 fn fake_addresses_reach_the_proxy() {
-    let ground = ground!("fakeip");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("fakeip", proxy);
     let lan = Lan::new(&ground);
     let cgroup = ground.cgroup("/proxied");
     let config = format!("[global]\nbypass = private\n{CONFIG}");
@@ -1213,8 +1210,7 @@ fn packet_marks_that_others_overwrite() {
 /// The same for the mark by which a container's packets are known from where they come in.
 #[test]
 fn container_marks_that_others_overwrite() {
-    let ground = ground!("boxmarks");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("boxmarks");
     let lan = Lan::new(&ground);
     let _servers = servers();
     let _boxed = live(lan.client(1), &ground.cgroup("/drop/box"));
@@ -1270,8 +1266,7 @@ fn flow_marks_that_others_overwrite() {
         println!("{hook} {priority} {rule}");
         // with the remedy first: what has lost its mark sends on
         for remedied in [true, false] {
-            let ground = ground!("flow-marks");
-            let mut world = World::new(&ground);
+            let (ground, mut world) = scene!("flow-marks");
             let _proxy = Server::stream(PROXY, &[7893]);
             let _dns = Server::start("dns", &[1053]);
             let config = CONFIG.split("[gateway").next().expect("some");
@@ -1306,8 +1301,7 @@ fn marks_that_iptables_overwrites() {
         println!("SKIP: there is no iptables-nft");
         return;
     }
-    let ground = ground!("ipt-marks");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("ipt-marks");
     let _servers = servers();
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let proxied = ground.cgroup("/proxied");
@@ -1409,8 +1403,7 @@ meta l4proto udp meta mark set ct mark\n}\n}\n".into()),
 /// What is said of it is so: hijacked DNS, and what the kernel sends for closed sockets.
 #[test]
 fn notrack_of_others_breaks_what_is_told() {
-    let ground = ground!("notrack-dns");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("notrack-dns");
     let _proxy = Server::stream(PROXY, &[7893]);
     let _dns = Server::start("dns", &[1053]);
     let config = CONFIG.split("[gateway").next().expect("some");

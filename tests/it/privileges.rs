@@ -99,8 +99,7 @@ fn as_nobody(ground: &Ground, capabilities: &str) -> Daemon {
 
 #[test]
 fn another_user_with_net_admin() {
-    let ground = ground!("nobody");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("nobody", proxy);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
     // as procd makes them
     let inside = ground.cgroup("/private/inside");

@@ -79,8 +79,7 @@ fn sockets(cgroup: &std::path::Path) -> Vec<(&'static str, UdpSocket, SocketAddr
 /// Through every target and back, in one life of the sockets.
 #[test]
 fn datagrams_of_a_socket_go_the_new_way() {
-    let ground = ground!("redirect");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("redirect");
     let _proxy = Server::start(PROXY, &[7893]);
     let cgroup = ground.cgroup("/app");
     tunnel_up(&ground);
@@ -156,8 +155,7 @@ fn datagrams_of_a_socket_go_the_new_way() {
 /// it, and whoever answers him would be left alone.
 #[test]
 fn a_remote_host_that_speaks_all_the_time() {
-    let ground = ground!("talkative");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("talkative");
     let cgroup = ground.cgroup("/app");
     tunnel_up(&ground);
     let daemon = Daemon::start(&ground, &policy("direct"), &[]);
@@ -221,8 +219,7 @@ fn a_remote_host_that_speaks_all_the_time() {
 /// The way out opens after the reload.
 #[test]
 fn a_way_that_opens_later() {
-    let ground = ground!("later");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("later");
     let cgroup = ground.cgroup("/app");
     let other = ground.cgroup("/vpn");
     tunnel_up(&ground);
@@ -255,8 +252,7 @@ fn a_way_that_opens_later() {
 /// A ping that runs on.
 #[test]
 fn pings_go_the_new_way() {
-    let ground = ground!("pings");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("pings");
     let cgroup = ground.cgroup("/app");
     tunnel_up(&ground);
     let daemon = Daemon::start(&ground, &policy("direct"), &[]);
@@ -285,8 +281,7 @@ fn pings_go_the_new_way() {
 /// Of a router's clients too; what they began by TCP is refused, since it cannot go on.
 #[test]
 fn clients_of_a_router_go_the_new_way() {
-    let ground = ground!("redirectlan");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("redirectlan");
     let _proxy = Server::start(PROXY, &[7893]);
     let cgroup = ground.cgroup("/vpn");
     tunnel_up(&ground);
@@ -344,8 +339,7 @@ fn clients_of_a_router_go_the_new_way() {
 #[test]
 fn flows_without_number_keep_nobody_waiting() {
     const FLOWS: u16 = 60_000;
-    let ground = ground!("numberless");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("numberless");
     tunnel_up(&ground);
     // what is sent to nobody ends at the door
     let sink = "table netdev sink { chain in {

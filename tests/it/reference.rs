@@ -92,8 +92,7 @@ pub fn load(ground: &Ground, without: Option<&str>) {
 
 #[test]
 fn bare_ground() {
-    let ground = ground!("bare");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("bare");
     expect(&[(&ground.cgroup("/any"), under("direct"))]);
     let packets = world.wire.to_remote();
     for proto in [Proto::Tcp, Proto::Udp, Proto::Icmp] {
@@ -108,8 +107,7 @@ fn bare_ground() {
 
 #[test]
 fn wire_is_exact() {
-    let ground = ground!("exact");
-    let mut world = World::new(&ground);
+    let (_ground, mut world) = scene!("exact");
     let socket = std::net::UdpSocket::bind("0.0.0.0:0").expect("bind");
     for count in 0..100 {
         for _ in 0..count {
@@ -122,8 +120,7 @@ fn wire_is_exact() {
 
 #[test]
 fn targets() {
-    let ground = ground!("targets");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("targets", proxy);
     load(&ground, None);
 
     expect(&[(&ground.cgroup("/drop/child"), under("drop"))]);
@@ -148,8 +145,7 @@ fn sets_are_read_as_ids() {
 
 #[test]
 fn without_the_mark_nothing_is_proxied() {
-    let ground = ground!("nomark");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("nomark", proxy);
     load(&ground, Some("meta mark set"));
     expect(&[(&ground.cgroup("/mihomo"), under("direct"))]);
 }
@@ -157,8 +153,7 @@ fn without_the_mark_nothing_is_proxied() {
 #[test]
 fn dns_goes_to_the_hijacker() {
     for (rule, want) in [(None, "dns local"), (Some("ct status dnat"), "proxy mihomo")] {
-        let ground = ground!("dns");
-        let (_world, _proxy) = World::with_proxy(&ground);
+        let (ground, _world, _proxy) = scene!("dns", proxy);
         let _dns = Server::start("dns local", &[1053]);
         load(&ground, rule);
         let cgroup = ground.at("/mihomo");
@@ -173,8 +168,7 @@ fn dns_goes_to_the_hijacker() {
 fn proxy_down() {
     // With and without the rules behind `tproxy`: the second time local listeners are reached.
     for rule in [None, Some("counter reject"), Some("counter drop")] {
-        let ground = ground!("down");
-        let mut world = World::new(&ground);
+        let (ground, mut world) = scene!("down");
         let _local = Server::start("local", &[80]);
         load(&ground, rule);
         let cgroup = ground.at("/mihomo");
@@ -199,8 +193,7 @@ fn proxy_down() {
 #[test]
 fn packets_without_a_socket_stay_proxied() {
     for (rule, quiet) in [(None, true), (Some("goto sticky"), false)] {
-        let ground = ground!("early");
-        let mut world = World::new(&ground);
+        let (ground, mut world) = scene!("early");
         let _proxy = Server::stream("proxy mihomo", &[7893]);
         load(&ground, rule);
         let cgroup = ground.at("/mihomo");

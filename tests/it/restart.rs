@@ -137,8 +137,7 @@ fn nor_where_the_table_cannot_be_owned() {
 /// The next one may start while the last one still runs: it waits for its end.
 #[test]
 fn the_next_one_waits_for_the_last() {
-    let ground = ground!("overlap");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("overlap", proxy);
     let mut daemon = Daemon::start(&ground, POLICY, &[]);
     let floods = floods(&ground);
     await_member(&ground.cgroup("/drop"), "drop");

@@ -168,8 +168,7 @@ pub fn until_refused(cgroup: &Path, to: IpAddr) {
 
 #[test]
 fn by_its_interface_and_by_nothing_else() {
-    let ground = ground!("route");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("route");
     let cgroup = ground.cgroup("/vpn");
     let _daemon = Daemon::start(&ground, &policy(), &[]);
     await_member(&cgroup, "vpn");
@@ -397,8 +396,7 @@ fn nothing_leaves_with_another_interfaces_address() {
 /// rp_filter of either value, and what check says of it.
 #[test]
 fn answers_pass_rp_filter() {
-    let ground = ground!("rpfilter");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("rpfilter");
     let cgroup = ground.cgroup("/vpn");
     tunnel_up(&ground);
     sysctl("net/ipv4/conf/all/rp_filter", "0");
@@ -453,8 +451,7 @@ fn services_answer_by_where_they_were_asked() {
 /// DNS goes to a resolver in the tunnel, also what is addressed to a resolver on this host.
 #[test]
 fn dns_goes_into_the_tunnel() {
-    let ground = ground!("routedns");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("routedns");
     let cgroup = ground.cgroup("/vpn");
     tunnel_up(&ground);
     let local = Server::start("local", &[53]);
@@ -538,8 +535,7 @@ fn dns_goes_into_the_tunnel() {
 /// Clients of a router leave by the route too, and are refused while it is closed.
 #[test]
 fn clients_of_a_router_leave_by_it() {
-    let ground = ground!("routelan");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("routelan");
     tunnel_up(&ground);
     let lan = Lan::new(&ground);
     let gateway = "[gateway lan]\ninterface = br-lan\nsource = 198.51.100.10\nsource = \
@@ -570,8 +566,7 @@ fn clients_of_a_router_leave_by_it() {
 /// A container that a rule for its cgroup gives a route.
 #[test]
 fn a_container_leaves_by_it() {
-    let ground = ground!("routebox");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("routebox");
     tunnel_up(&ground);
     let lan = Lan::new(&ground);
     let _process = live(lan.client(0), &ground.cgroup("/vpn"));
@@ -615,8 +610,7 @@ fn a_container_leaves_by_it() {
 /// A table that somebody else keeps: where it has no route, traffic is refused.
 #[test]
 fn by_a_table_of_others() {
-    let ground = ground!("routetable");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("routetable");
     let cgroup = ground.cgroup("/vpn");
     tunnel_up(&ground);
     let config = "[route vpn]\ntable = 1000\nmasquerade = yes\n[rules]\nvpn = /vpn\n";
@@ -698,8 +692,7 @@ fn by_a_table_of_others() {
 /// A reload that gives a cgroup the route, another target, or takes the route away.
 #[test]
 fn a_reload_moves_what_began_by_it() {
-    let ground = ground!("routereload");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("routereload");
     let cgroup = ground.cgroup("/vpn");
     tunnel_up(&ground);
     let daemon = Daemon::start(&ground, "[rules]\ndirect = /vpn\n", &[]);
@@ -732,8 +725,7 @@ fn a_reload_moves_what_began_by_it() {
 /// Whole files each way over an interface with a small MTU.
 #[test]
 fn bulk_passes_a_small_mtu() {
-    let ground = ground!("mtu");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("mtu");
     let cgroup = ground.cgroup("/vpn");
     tunnel_up(&ground);
     ip_batch(&[], "link set vpn0 mtu 1280\n");
@@ -785,8 +777,7 @@ fn bulk_passes_a_small_mtu() {
 /// not tell whoever is behind the route this host's address.
 #[test]
 fn no_datagram_leaves_with_the_address_of_before() {
-    let ground = ground!("routeold");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("routeold");
     let cgroup = ground.cgroup("/vpn");
     tunnel_up(&ground);
     let spares = "bypass = 203.0.113.0/24\nbypass = 2001:db8:2::/64\n[rules]";

@@ -80,8 +80,7 @@ struct Counts {
 }
 
 fn soak(time: Duration) {
-    let ground = ground!("soak");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("soak");
     let _proxy = Server::start(PROXY, &[7893, 7894]);
     // connections end as soon as they may, so that they can be counted
     let daemon = Daemon::start(&ground, POLICIES[0], &["-v"]);

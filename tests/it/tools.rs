@@ -143,8 +143,7 @@ fn explain_answers_each_argument() {
 
 #[test]
 fn explain_finds_processes() {
-    let ground = ground!("explain-pid");
-    let world = World::new(&ground);
+    let (ground, world) = scene!("explain-pid");
     let inside = ground.cgroup("/services/telemetry/x");
     let outside = Path::new(CGROUPS).to_owned();
     // a process that lives until it is killed
@@ -252,8 +251,7 @@ fn status_of_a_kernel_without_us() {
 
 #[test]
 fn status_counts_what_nft_counts() {
-    let ground = ground!("status");
-    let world = World::new(&ground);
+    let (ground, world) = scene!("status");
     let proxied = ground.cgroup("/services/aria2");
     let dropped = ground.cgroup("/services/telemetry");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
@@ -466,8 +464,7 @@ fn status_tells_missing_rules_of_gateways() {
 /// Sections in the order in which they are tried, each with what its counter has seen.
 #[test]
 fn status_counts_by_gateway_section() {
-    let ground = ground!("status-gwcount");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("status-gwcount", proxy);
     let lan = Lan::new(&ground);
     let config = "[tproxy mihomo]\nport = 7893\n\
         [gateway zoo]\ninterface = br-guest\ntarget = direct\n\
@@ -635,8 +632,7 @@ fn colours_on_a_terminal_only() {
 
 #[test]
 fn watch_shows_rates_of_targets_and_cgroups() {
-    let ground = ground!("watch");
-    let world = World::new(&ground);
+    let (ground, world) = scene!("watch");
     let busy = ground.cgroup("/services/aria2/busy");
     ground.cgroup("/services/transmission");
     let config =
@@ -731,8 +727,7 @@ const ASK: &str =
 
 #[test]
 fn exec_leaks_nothing() {
-    let ground = ground!("exec-leak");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("exec-leak");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let _proxy = Server::start("proxy mihomo", &[7893]);
     let rounds = sized(200, 2000);
@@ -1087,8 +1082,7 @@ fn exec_refuses_without_its_rules_and_routes() {
 /// counts is what the kernel holds.
 #[test]
 fn exec_asks_the_kernel_and_not_the_daemon() {
-    let ground = ground!("exec-kernel");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("exec-kernel", proxy);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let file = daemon.config.to_str().expect("a UTF-8 path").to_owned();
     let ask = |args: &[&str]| Said::from(run(&[&["-c", &file], args].concat()));
@@ -1163,8 +1157,7 @@ fn exec_waits_for_the_classification() {
 /// Whatever rules cover `/cgtproxy`, TARGET is what was asked for.
 #[test]
 fn exec_comes_before_every_rule() {
-    let ground = ground!("exec-first");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("exec-first", proxy);
     for (config, default) in [
         (
             "[global]\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /.*\n",
@@ -1555,8 +1548,7 @@ fn both_find(ground: &Ground, config: &str, text: &str) {
 
 #[test]
 fn check_tells_who_listens() {
-    let ground = ground!("check-listen");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("check-listen");
     let cgroup = ground.cgroup("/services/aria2");
     let ask = |proto, ip| {
         let _daemon = Daemon::start(&ground, CONFIG, &[]);
@@ -1626,8 +1618,7 @@ fn check_tells_who_listens() {
 
 #[test]
 fn check_tells_who_listens_for_gateways() {
-    let ground = ground!("check-gateway");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("check-gateway");
     let lan = Lan::new(&ground);
     let lo = ["127.0.0.1:7893", "[::1]:7893"].map(|at| at.parse().expect("an address"));
     let _lo = Server::at(PROXY, &lo);
@@ -1658,8 +1649,7 @@ fn check_tells_who_listens_for_gateways() {
 
 #[test]
 fn check_tells_whether_dns_is_answered() {
-    let ground = ground!("check-dns");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("check-dns", proxy);
     let with = |lines: &str| CONFIG.replace("port = 7893", &format!("port = 7893\n{lines}"));
     let both = "dns-hijack = 127.0.0.1:1053\ndns-hijack = [::1]:1053";
     for at in ["127.0.0.1:1053", "[::1]:1053"] {
@@ -1729,8 +1719,7 @@ fn check_tells_of_loops() {
 /// A socket that is bound to an interface never comes to the proxy: it is dropped, and named.
 #[test]
 fn check_tells_of_sockets_bound_to_an_interface() {
-    let ground = ground!("check-bound");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("check-bound", proxy);
     let cgroup = ground.cgroup("/services/aria2");
     let program = "import socket, sys\ns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
                    s.setsockopt(socket.SOL_SOCKET, 25, b'in0')\n\

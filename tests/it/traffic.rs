@@ -79,8 +79,7 @@ fn check_matrix(ground: &Ground, world: &mut World) {
 
 #[test]
 fn matrix_of_cgroups_that_exist() {
-    let ground = ground!("matrix");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("matrix", proxy);
     for (path, _) in MATRIX_CGROUPS {
         ground.cgroup(path);
     }
@@ -90,8 +89,7 @@ fn matrix_of_cgroups_that_exist() {
 
 #[test]
 fn matrix_of_cgroups_made_later() {
-    let ground = ground!("later");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("later", proxy);
     let _daemon = Daemon::start(&ground, MATRIX, &[]);
     for (path, _) in MATRIX_CGROUPS {
         ground.cgroup(path);
@@ -114,8 +112,7 @@ fn matrix_of_cgroups_made_later() {
 
 #[test]
 fn parts_that_a_tproxy_leaves_alone_or_drops() {
-    let ground = ground!("parts");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("parts");
     // TCP over IPv4 and IPv6, UDP over both. Ping is left alone whatever the setting.
     let (p, r, n) = (PROXY, "remote", "nobody");
     let parts = [
@@ -165,8 +162,7 @@ fn parts_that_a_tproxy_leaves_alone_or_drops() {
 
 #[test]
 fn bypass_destinations() {
-    let ground = ground!("bypass");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("bypass", proxy);
     // More of the world answers.
     ground.outside(|| {
         let extra = ["10.9.9.9", "172.16.9.9", "192.168.9.9", "100.64.9.9", "fd00:9::9"];
@@ -218,8 +214,7 @@ fn reaches_wire(world: &mut World, cgroup: &Path, to: SocketAddr) -> bool {
 
 #[test]
 fn multicast_broadcast_and_link_local_are_left_alone() {
-    let ground = ground!("multicast");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("multicast", proxy);
     let cgroups = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     ip_batch(&[], "neigh add fe80::9 lladdr 02:00:00:00:00:02 dev in0\n");
     let _daemon = Daemon::start(&ground, POLICY, &[]);
@@ -239,8 +234,7 @@ fn multicast_broadcast_and_link_local_are_left_alone() {
 
 #[test]
 fn bypass_marks() {
-    let ground = ground!("bymark");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("bymark", proxy);
     let config = format!("[global]\nbypass-mark = 0xff\nbypass-mark = 0x100/0x100\n{POLICY}");
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let _daemon = Daemon::start(&ground, &config, &[]);
@@ -254,8 +248,7 @@ fn bypass_marks() {
 
 #[test]
 fn bypass_users() {
-    let ground = ground!("byuser");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("byuser", proxy);
     // By name (uid 1 wherever there is a passwd file) and by number.
     let config = format!("[global]\nbypass-user = daemon\nbypass-user = 4711\n{POLICY}");
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
@@ -285,8 +278,7 @@ fn ask_service(ground: &Ground, cgroup: &Path) -> Vec<String> {
 
 #[test]
 fn services_stay_reachable() {
-    let ground = ground!("services");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("services", proxy);
     let cgroups = ["/drop", "/proxied", "/direct"].map(|path| ground.cgroup(path));
     let mut daemon = Daemon::start(&ground, POLICY, &[]);
     for default in ["direct", "drop", "mihomo"] {
@@ -313,8 +305,7 @@ fn services_stay_reachable() {
 
 #[test]
 fn dns_hijack() {
-    let ground = ground!("hijack");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("hijack");
     let _proxy = Server::start(PROXY, &[7001, 7002, 7003, 7004]);
     let _dns = Server::start("dns local", &[1053]);
     let _far = ground.outside(|| Server::start("dns far", &[5353]));
@@ -384,8 +375,7 @@ fn dns_hijack() {
 /// applications that take an answer from nobody but whom they asked.
 #[test]
 fn dns_hijack_to_a_simple_resolver() {
-    let ground = ground!("simple");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("simple", proxy);
     let cgroup = ground.cgroup("/proxied");
     let any = |family: &str| ip(if family == "v4" { "0.0.0.0" } else { "::" });
     // for each family a socket of its own, or one for both
@@ -422,8 +412,7 @@ fn dns_hijack_to_a_simple_resolver() {
 
 #[test]
 fn dns_of_this_host_and_of_bypassed_addresses_is_left_alone() {
-    let ground = ground!("nohijack");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("nohijack");
     let _dns = Server::start("dns local", &[1053]);
     let _own = Server::start("own", &[53]);
     let config = "
@@ -451,8 +440,7 @@ fn dns_of_this_host_and_of_bypassed_addresses_is_left_alone() {
 
 #[test]
 fn proxy_down() {
-    let ground = ground!("down");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("down");
     // Wildcard listeners on the very ports that the clients dial.
     let _local = Server::start("local", &[80, 443]);
     let config = "
@@ -507,8 +495,7 @@ fn close_early(cgroup: &Path, times: u32) {
 
 #[test]
 fn early_closes_send_nothing_to_the_true_destination() {
-    let ground = ground!("early");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("early");
     let _proxy = Server::stream(PROXY, &[7893]);
     let cgroup = ground.cgroup("/proxied");
     let daemon = Daemon::start(&ground, POLICY, &[]);
@@ -524,8 +511,7 @@ fn early_closes_send_nothing_to_the_true_destination() {
 
 #[test]
 fn early_closes_of_direct_flows_reach_their_peer() {
-    let ground = ground!("reset");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("reset");
     let _proxy = Server::stream(PROXY, &[7893]);
     let cgroup = ground.cgroup("/direct");
     for default in ["direct", "mihomo", "drop"] {
@@ -545,8 +531,7 @@ fn early_closes_of_direct_flows_reach_their_peer() {
 
 #[test]
 fn everything_by_default() {
-    let ground = ground!("default");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("default", proxy);
     let cgroups = ["/direct/child", "/drop", "/proxied"].map(|path| ground.cgroup(path));
     // The test's own process: no cgroup below the root that is watched.
     let elsewhere = Path::new(crate::ground::CGROUPS);
@@ -570,8 +555,7 @@ fn everything_by_default() {
 /// those answers dropped, the host would be lost to its own link.
 #[test]
 fn default_drop_keeps_the_host_on_its_link() {
-    let ground = ground!("ndp");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("ndp");
     let _daemon = Daemon::start(&ground, &format!("[global]\ndefault = drop\n{POLICY}"), &[]);
     let cgroup = ground.cgroup("/direct");
     ground.outside(|| {
@@ -588,8 +572,7 @@ fn default_drop_keeps_the_host_on_its_link() {
 
 #[test]
 fn several_proxies() {
-    let ground = ground!("several");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("several");
     let _a = Server::start("proxy a", &[7001]);
     let _b = Server::start("proxy b", &[7002]);
     // `address` wins over any other listener of the port.
@@ -644,8 +627,7 @@ table inet watch {
 
 #[test]
 fn foreign_mark_bits_stay() {
-    let ground = ground!("bits");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("bits", proxy);
     let cgroup = ground.cgroup("/proxied");
     load(WATCH);
     let _daemon = Daemon::start(&ground, POLICY, &[]);
@@ -661,8 +643,7 @@ fn foreign_mark_bits_stay() {
 
 #[test]
 fn another_mask_and_table() {
-    let ground = ground!("mask");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("mask", proxy);
     let cgroup = ground.cgroup("/proxied");
     let config = format!(
         "[global]\nfwmark-mask = 0x0000ff00\nroute-table = 4711\nrule-priority = 77\n{POLICY}"

@@ -164,8 +164,7 @@ pub fn only_its_own(world: &mut World) {
 
 #[test]
 fn a_program_holds_the_interface() {
-    let ground = ground!("tun");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("tun");
     let cgroup = ground.cgroup("/vpn");
     let (_peer, own) = tunnel(&ground, 1500);
     let daemon = Daemon::start(&ground, &by_cgroup(""), &[]);
@@ -225,8 +224,7 @@ fn only_then(world: &mut World, cgroup: &Path) {
 /// times, each with a new device.
 #[test]
 fn it_is_back_at_once() {
-    let ground = ground!("tunback");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("tunback");
     let cgroup = ground.cgroup("/vpn");
     let (_peer, mut own) = tunnel(&ground, 1500);
     let _daemon = Daemon::start(&ground, &by_cgroup(""), &[]);
@@ -249,8 +247,7 @@ fn it_is_back_at_once() {
 /// Whole files each way, over an interface with a small MTU.
 #[test]
 fn bulk_passes_a_small_mtu() {
-    let ground = ground!("tunmtu");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("tunmtu");
     let (_peer, _own) = tunnel(&ground, 1280);
     let _daemon = Daemon::start(&ground, ALL, &[]);
     let cgroup = ground.cgroup("/any");
@@ -300,8 +297,7 @@ pub fn bulk(ground: &Ground, cgroup: &Path, remote: IpAddr) -> Duration {
 /// Every resolver that is asked is the one in the tunnel, those of this host included.
 #[test]
 fn dns_goes_into_it() {
-    let ground = ground!("tundns");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("tundns");
     let cgroup = ground.cgroup("/vpn");
     let _local = Server::start("local", &[53]);
     let (_peer, own) = tunnel(&ground, 1500);
@@ -359,8 +355,7 @@ pub fn resolves_nothing(world: &mut World, cgroup: &Path) {
 /// program's cgroup, by its user, and for a tunnel of the kernel by the default.
 #[test]
 fn a_tunnel_that_carries_itself_is_seen() {
-    let ground = ground!("tunloop");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("tunloop");
     let (_peer, _own) = tunnel(&ground, 1500);
     let said = |config: &str| {
         let out = run_with(&ground, config, &["check"]);
@@ -413,8 +408,7 @@ fn a_tunnel_that_carries_itself_is_seen() {
 /// What it is about: with such a policy nothing passes, for the tunnel's packets come back to it.
 #[test]
 fn a_tunnel_that_carries_itself_carries_nothing() {
-    let ground = ground!("tunself");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("tunself");
     let (_peer, _own) = tunnel(&ground, 1500);
     let daemon = Daemon::start(&ground, ALL, &[]);
     let any = ground.cgroup("/any");

@@ -26,8 +26,7 @@ const USER: &str = "/user.slice/user-1000.slice/user@1000.service/app.slice";
 /// a running daemon, in order with regexes.
 #[test]
 fn services_and_applications_by_name() {
-    let ground = ground!("byname");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("byname", proxy);
     let rules = "[tproxy mihomo]\nport = 7893\n[rules]\n\
                  direct = /services/aria2/free\n\
                  mihomo = service:aria2, wg-quick@wg0\n\
@@ -154,8 +153,7 @@ fn each_goes_its_way(ground: &Ground, config: &str, when: &str) {
 
 #[test]
 fn the_first_line_that_covers_a_socket_decides() {
-    let ground = ground!("owners");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("owners", proxy);
     for path in ["/services/first", "/services/last/below", "/other"] {
         ground.cgroup(path);
     }
@@ -184,8 +182,7 @@ fn the_first_line_that_covers_a_socket_decides() {
 /// same cgroup goes on. Nobody tells the group of a socket, so what a group's line cuts falls silent.
 #[test]
 fn older_flows_of_an_owner() {
-    let ground = ground!("ownerstale");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("ownerstale");
     let _proxy = Server::start(PROXY, &[7893]);
     let app = ground.cgroup("/app");
     let before = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = user:1\nmihomo = /elsewhere\n";
@@ -315,8 +312,7 @@ fn fill_and_close(cgroup: &Path, uid: u32, to: SocketAddr) -> usize {
 /// flow went, though others' sockets of the cgroup go elsewhere.
 #[test]
 fn what_is_left_of_a_closed_socket_goes_its_way() {
-    let ground = ground!("ownerclose");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("ownerclose");
     let rules = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = user:2001\nmihomo = user:2002\n\
                  drop = /drop\nmihomo = /proxied\ndirect = /direct\n";
     let daemon = Daemon::start(&ground, rules, &[]);
@@ -415,8 +411,7 @@ fn explain_and_check_name_owners() {
 /// `exec` comes before all lines.
 #[test]
 fn exec_comes_before_owners() {
-    let ground = ground!("ownerexec");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("ownerexec", proxy);
     let rules = "[tproxy mihomo]\nport = 7893\n[rules]\ndrop = user:0-4000\ndirect = /x\n";
     let daemon = Daemon::start(&ground, rules, &[]);
     ground.cgroup("/cgtproxy/mihomo");

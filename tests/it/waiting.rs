@@ -14,8 +14,7 @@ const WRONG: &str = "[rules]\ndrp = /drop\n";
 
 #[test]
 fn a_start_that_fails_is_tried_again() {
-    let ground = ground!("wait");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("wait");
     let _any = Server::start("any", &[1]);
     let cgroup = ground.cgroup("/drop");
     Daemon::start(&ground, CONFIG, &[]).leave();

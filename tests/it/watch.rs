@@ -79,8 +79,7 @@ impl Drop for Sender {
 
 #[test]
 fn both_directions_and_the_busiest_first() {
-    let ground = ground!("watch-both");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("watch-both", proxy);
     let [busy, free] = ["/busy", "/busy/free"].map(|path| ground.cgroup(path));
     let lan = Lan::new(&ground);
     let config = format!(
@@ -227,8 +226,7 @@ fn parse(text: &str) -> Result<BTreeMap<String, Family>, String> {
 
 #[test]
 fn metrics_in_the_text_format() {
-    let ground = ground!("metrics");
-    let (_world, _proxy) = World::with_proxy(&ground);
+    let (ground, _world, _proxy) = scene!("metrics", proxy);
     let busy = ground.cgroup("/busy");
     let config = format!(
         "[global]\nhold = /none\n{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = mihomo\n\

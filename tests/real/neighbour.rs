@@ -324,8 +324,7 @@ fn neighbours() {
             report(name, "start", Err(format!("SKIP: no {missing}")));
             continue;
         }
-        let ground = ground!("neighbour");
-        let world = World::new(&ground);
+        let (ground, world) = scene!("neighbour");
         let lan = Lan::new(&ground);
         let _proxy = Server::start(PROXY, &[7893]);
         ground.cgroup("/proxied");
