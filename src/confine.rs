@@ -44,7 +44,7 @@ pub fn confine(filter: bool) -> Result<()> {
         log!(Notice, "no system call filter for this architecture");
         return Ok(());
     };
-    match sys::seccomp_allow(arch, ALLOWED) {
+    match sys::seccomp_allow(arch, &ALLOWED.concat()) {
         // a kernel without seccomp filters
         Err(errno @ (Errno::EINVAL | Errno::ENOSYS)) => {
             let why = crate::error::reason(errno);
@@ -76,113 +76,90 @@ const AUDIT_ARCH: Option<u32> = if cfg!(target_arch = "x86_64") {
 
 /// What the daemon calls from here on, and what the C library may call for it. Everything is here
 /// that a reload, a repair, a log line to a restarted syslogd, a panic and the exit need.
-const ALLOWED: &[libc::c_long] = &[
-    // the loop: waiting, signals, inotify, netlink
-    libc::SYS_ppoll,
-    libc::SYS_read,
-    libc::SYS_readv,
-    libc::SYS_write,
-    libc::SYS_writev,
-    libc::SYS_inotify_init1,
-    libc::SYS_inotify_add_watch,
-    libc::SYS_inotify_rm_watch,
-    libc::SYS_name_to_handle_at,
-    libc::SYS_sendto,
-    libc::SYS_sendmsg,
-    libc::SYS_recvfrom,
-    libc::SYS_recvmsg,
-    libc::SYS_setsockopt,
-    libc::SYS_getsockopt,
-    libc::SYS_restart_syscall,
-    // syslog, name services
-    libc::SYS_socket,
-    libc::SYS_connect,
-    // files: configuration, cgroup directories, mountinfo, pidfile
-    libc::SYS_openat,
-    libc::SYS_fchdir,
-    libc::SYS_close,
-    libc::SYS_statx,
-    libc::SYS_getdents64,
-    libc::SYS_lseek,
-    libc::SYS_fcntl,
-    libc::SYS_readlinkat,
-    libc::SYS_getcwd,
-    libc::SYS_faccessat,
-    libc::SYS_unlinkat,
-    // memory, time, identity, the end
-    libc::SYS_brk,
-    libc::SYS_mremap,
-    libc::SYS_munmap,
-    libc::SYS_mprotect,
-    libc::SYS_madvise,
-    libc::SYS_futex,
-    libc::SYS_clock_gettime,
-    libc::SYS_getrandom,
-    libc::SYS_getpid,
-    libc::SYS_gettid,
-    libc::SYS_getuid,
-    libc::SYS_geteuid,
-    libc::SYS_sigaltstack,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_tkill,
-    libc::SYS_tgkill,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
+const ALLOWED: &[&[libc::c_long]] = &[
+    &[
+        // the loop: waiting, signals, inotify, netlink
+        libc::SYS_ppoll,
+        libc::SYS_read,
+        libc::SYS_readv,
+        libc::SYS_write,
+        libc::SYS_writev,
+        libc::SYS_inotify_init1,
+        libc::SYS_inotify_add_watch,
+        libc::SYS_inotify_rm_watch,
+        libc::SYS_name_to_handle_at,
+        libc::SYS_sendto,
+        libc::SYS_sendmsg,
+        libc::SYS_recvfrom,
+        libc::SYS_recvmsg,
+        libc::SYS_setsockopt,
+        libc::SYS_getsockopt,
+        libc::SYS_restart_syscall,
+        // syslog, name services
+        libc::SYS_socket,
+        libc::SYS_connect,
+        // files: configuration, cgroup directories, mountinfo, pidfile
+        libc::SYS_openat,
+        libc::SYS_fchdir,
+        libc::SYS_close,
+        libc::SYS_statx,
+        libc::SYS_getdents64,
+        libc::SYS_lseek,
+        libc::SYS_fcntl,
+        libc::SYS_readlinkat,
+        libc::SYS_getcwd,
+        libc::SYS_faccessat,
+        libc::SYS_unlinkat,
+        // memory, time, identity, the end
+        libc::SYS_brk,
+        libc::SYS_mremap,
+        libc::SYS_munmap,
+        libc::SYS_mprotect,
+        libc::SYS_madvise,
+        libc::SYS_futex,
+        libc::SYS_clock_gettime,
+        libc::SYS_getrandom,
+        libc::SYS_getpid,
+        libc::SYS_gettid,
+        libc::SYS_getuid,
+        libc::SYS_geteuid,
+        libc::SYS_sigaltstack,
+        libc::SYS_rt_sigaction,
+        libc::SYS_rt_sigprocmask,
+        libc::SYS_rt_sigreturn,
+        libc::SYS_tkill,
+        libc::SYS_tgkill,
+        libc::SYS_exit,
+        libc::SYS_exit_group,
+    ],
     // 64-bit architectures
     #[cfg(target_pointer_width = "64")]
-    libc::SYS_mmap,
-    #[cfg(target_pointer_width = "64")]
-    libc::SYS_fstat,
-    #[cfg(target_pointer_width = "64")]
-    libc::SYS_newfstatat,
+    &[libc::SYS_mmap, libc::SYS_fstat, libc::SYS_newfstatat],
     // 32-bit ones, with and without 64-bit time
     #[cfg(target_pointer_width = "32")]
-    libc::SYS_mmap2,
-    #[cfg(target_pointer_width = "32")]
-    libc::SYS_fstat64,
-    #[cfg(target_pointer_width = "32")]
-    libc::SYS_lstat64,
-    #[cfg(target_pointer_width = "32")]
-    libc::SYS_stat64,
-    #[cfg(target_pointer_width = "32")]
-    FSTATAT64,
-    #[cfg(target_pointer_width = "32")]
-    libc::SYS__llseek,
-    #[cfg(target_pointer_width = "32")]
-    libc::SYS_fcntl64,
-    #[cfg(target_pointer_width = "32")]
-    CLOCK_GETTIME64,
-    #[cfg(target_pointer_width = "32")]
-    PPOLL_TIME64,
-    #[cfg(target_pointer_width = "32")]
-    FUTEX_TIME64,
+    &[
+        libc::SYS_mmap2,
+        libc::SYS_fstat64,
+        libc::SYS_lstat64,
+        libc::SYS_stat64,
+        FSTATAT64,
+        libc::SYS__llseek,
+        libc::SYS_fcntl64,
+        CLOCK_GETTIME64,
+        PPOLL_TIME64,
+        FUTEX_TIME64,
+    ],
     // architectures that have the older calls too
     #[cfg(not(any(target_arch = "aarch64", target_arch = "riscv64")))]
-    libc::SYS_open,
-    #[cfg(not(any(target_arch = "aarch64", target_arch = "riscv64")))]
-    libc::SYS_poll,
-    #[cfg(not(any(target_arch = "aarch64", target_arch = "riscv64")))]
-    libc::SYS_readlink,
-    #[cfg(not(any(target_arch = "aarch64", target_arch = "riscv64")))]
-    libc::SYS_access,
-    #[cfg(not(any(target_arch = "aarch64", target_arch = "riscv64")))]
-    libc::SYS_unlink,
+    &[libc::SYS_open, libc::SYS_poll, libc::SYS_readlink, libc::SYS_access, libc::SYS_unlink],
     #[cfg(target_arch = "x86_64")]
-    libc::SYS_stat,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_lstat,
+    &[libc::SYS_stat, libc::SYS_lstat],
     #[cfg(any(target_arch = "x86", target_arch = "mips"))]
-    libc::SYS_socketcall,
+    &[libc::SYS_socketcall],
     #[cfg(target_arch = "arm")]
-    libc::SYS_geteuid32,
-    #[cfg(target_arch = "arm")]
-    libc::SYS_getuid32,
+    &[libc::SYS_geteuid32, libc::SYS_getuid32],
     #[cfg(target_arch = "x86")]
-    libc::SYS_geteuid32,
-    #[cfg(target_arch = "x86")]
-    libc::SYS_getuid32,
+    &[libc::SYS_geteuid32, libc::SYS_getuid32],
 ];
 
 // Not in every libc crate's list; the same offset on all 32-bit architectures but for MIPS's base.

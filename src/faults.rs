@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 
 use crate::config::{Config, Outlet, Take, Target, Tproxy};
 use crate::host::Host;
-use crate::listen::{finds, Finds, Listener, Origin};
+use crate::listen::{finds, Finds, Origin};
 use crate::loops::Home;
 use crate::net::{Family, Ranges, L4};
 use crate::netlink::diag;
@@ -185,13 +185,13 @@ fn resolves(tproxy: &Tproxy, routed: bool, host: &Host, findings: &mut Vec<Answe
     for end in ends.filter(|end| host.has(end.ip())) {
         let (mut silent, mut unreachable) = (Vec::new(), Vec::new());
         for l4 in tproxy.outlet.dns_protocols() {
-            let there = |ip| move |l: &&Listener| l.is_at(l4, ip, end.port());
+            let there = |ip| move |l: &&diag::SeenSocket| l.is_at(l4, ip, end.port());
             let mut listeners = host.listeners.iter().filter(there(end.ip())).peekable();
             if listeners.peek().is_none() {
                 silent.push(protocol(l4));
             } else if routed
                 && end.ip().is_loopback()
-                && listeners.all(|listener| listener.address.is_loopback())
+                && listeners.all(|listener| listener.local.ip().is_loopback())
                 && !elsewhere(host, l4, end)
             {
                 unreachable.push(protocol(l4));

@@ -9,7 +9,7 @@ use std::path::Path;
 use nix::sys::socket::SockProtocol;
 
 use crate::error::{Error, Result};
-use crate::listen::{self, Listener};
+use crate::listen;
 use crate::net::{self, L4};
 use crate::netlink::diag;
 use crate::netlink::link::{self, Link};
@@ -21,7 +21,7 @@ use crate::netlink::uapi::*;
 /// One look at this host.
 #[derive(Debug, Default)]
 pub struct Host {
-    pub listeners: Vec<Listener>,
+    pub listeners: Vec<diag::SeenSocket>,
     /// `None` where the kernel does not tell.
     pub interfaces: Option<Vec<Link>>,
     pub addresses: Vec<IpAddr>,
@@ -81,12 +81,10 @@ fn bound(socket: Option<&mut Socket>) -> Vec<diag::SeenSocket> {
         return Vec::new();
     };
     let mut all = Vec::new();
-    for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
-        for family in [AF_INET, AF_INET6] {
-            let request = |batch: &mut Batch| diag::get_bound(batch, family, protocol);
-            let found = socket.dump(&request, |message| diag::parse(message, protocol));
-            all.extend(found.into_iter().flatten().flatten());
-        }
+    for (protocol, family) in diag::KINDS {
+        let request = |batch: &mut Batch| diag::get_bound(batch, family, protocol);
+        let found = socket.dump(&request, |message| diag::parse(message, protocol));
+        all.extend(found.into_iter().flatten().flatten());
     }
     let dhcp = |socket: &diag::SeenSocket| [68, 546].contains(&socket.local.port());
     all.retain(|socket| socket.device != 0 && !(socket.protocol == IPPROTO_UDP && dhcp(socket)));

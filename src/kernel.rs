@@ -25,7 +25,7 @@ use crate::nft::lock::{self, Lock};
 use crate::nft::marks::Ours;
 use crate::nft::message::{self, Contents, Object, Transaction};
 use crate::nft::others;
-use crate::nft::table::{Deeds, DEEDS, HOLD, OUTPUT, TABLE};
+use crate::nft::table::{class_name, Deeds, DEEDS, HOLD, OUTPUT, TABLE};
 use crate::nft::view;
 use crate::route::{self, Needs};
 use crate::sys;
@@ -489,12 +489,12 @@ impl Kernel {
         let plain: BTreeSet<view::SetKey> = plain.collect();
         let used = view.steps.iter().filter(|step| !step.hashed).map(view::Step::key);
         for key in plain.into_iter().chain(used) {
-            let elements = self.elements(&view::set_name("cg", &key))?;
+            let elements = self.elements(&class_name("cg", &key.0, key.1))?;
             cgroups.insert(key, elements);
         }
         let mut hashed = BTreeMap::new();
         for step in view.steps.iter().filter(|step| step.hashed) {
-            let set = view::set_name("dying", &step.key());
+            let set = class_name("dying", &step.set, step.class);
             let request = |batch: &mut Batch| view::get_elements(batch, &set);
             let found = self.nft.dump(&request, view::parse_hashes)?.map_err(nft_refused)?;
             hashed.insert(step.key(), found.into_iter().flatten().collect());

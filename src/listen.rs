@@ -2,32 +2,14 @@
 //! tells of them, or else /proc/net/tcp and its like (proc_net(5)), which know less. What TPROXY
 //! makes of them is that of net/netfilter/nft_tproxy.c and nf_tproxy_ipv4.c.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::net::{Family, L4};
-use crate::netlink::diag;
+use crate::netlink::diag::{self, SeenSocket};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::ip;
 use crate::netlink::socket::Socket;
 use crate::netlink::uapi::*;
-
-/// A socket that waits for connections, or for datagrams from anybody.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listener {
-    pub l4: L4,
-    /// That of the socket; one of IPv6 at the wildcard address may take IPv4 as well.
-    pub family: Family,
-    pub address: IpAddr,
-    pub port: u16,
-    pub v6only: bool,
-    /// Index of the interface that it is bound to; 0 for none.
-    pub device: u32,
-    pub uid: u32,
-    /// `None` where the kernel does not tell.
-    pub cgroup: Option<u64>,
-    /// IP_TRANSPARENT; `None` where the kernel does not tell.
-    pub transparent: Option<bool>,
-}
 
 /// Where packets come from that TPROXY looks for a socket for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,20 +32,24 @@ pub enum Finds {
 /// The index of `lo` in every network namespace.
 const LO: u32 = 1;
 
-impl Listener {
+impl SeenSocket {
     /// Whether it takes what is addressed to its port in that family, at any address of its own.
     fn speaks(&self, family: Family) -> bool {
-        let dual = self.address.is_unspecified() && !self.v6only && self.family == Family::V6;
-        let own = Family::of(&self.address);
-        // the IPv6 wildcard is canonical as that; an IPv4 address of a dual-stack socket is IPv4
-        family == own || (family == Family::V4 && dual)
+        match family {
+            Family::V4 => self.speaks_ipv4(),
+            Family::V6 => self.local.is_ipv6(),
+        }
+    }
+
+    /// Whether it listens at a port, to some address of that family.
+    fn listens(&self, l4: L4, family: Family, port: u16) -> bool {
+        self.protocol == l4.number() && self.local.port() == port && self.speaks(family)
     }
 
     /// Whether what arrives at an address of this host is its.
     pub fn is_at(&self, l4: L4, address: IpAddr, port: u16) -> bool {
-        let family = Family::of(&address);
-        let here = self.address.is_unspecified() || self.address == address;
-        self.l4 == l4 && self.port == port && here && self.speaks(family)
+        let here = self.local.ip().is_unspecified() || self.local.ip() == address;
+        here && self.listens(l4, Family::of(&address), port)
     }
 
     /// Whether TPROXY would look at it. Without an `address`, it looks at the incoming interface's
@@ -76,25 +62,27 @@ impl Listener {
         address: Option<IpAddr>,
         from: Origin,
     ) -> bool {
+        let own = self.local.ip();
         let here = match (address, from) {
-            _ if self.address.is_unspecified() => true,
-            (Some(address), _) => self.address == address,
-            (None, Origin::Host) => [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()]
-                .contains(&self.address),
+            _ if own.is_unspecified() => true,
+            (Some(address), _) => own == address,
+            (None, Origin::Host) => {
+                [IpAddr::from(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()].contains(&own)
+            }
             // which interface's it is would be for the moment only
-            (None, Origin::Gateway) => !self.address.is_loopback(),
+            (None, Origin::Gateway) => !own.is_loopback(),
         };
         let device = match from {
             Origin::Host => [0, LO].contains(&self.device),
             Origin::Gateway => self.device != LO,
         };
-        self.l4 == l4 && self.port == port && self.speaks(family) && here && device
+        here && device && self.listens(l4, family, port)
     }
 }
 
 /// What TPROXY finds for packets of a family that are handed to `port`, at `address` or none.
 pub fn finds(
-    listeners: &[Listener],
+    listeners: &[SeenSocket],
     (l4, family): (L4, Family),
     port: u16,
     address: Option<IpAddr>,
@@ -110,71 +98,47 @@ pub fn finds(
 
 /// All listeners that there are now, by a socket of sock_diag(7). What cannot be asked (a kernel without IPv6, or without
 /// CONFIG_INET_DIAG and /proc) holds none.
-pub fn listeners(mut socket: Option<&mut Socket>) -> Vec<Listener> {
+pub fn listeners(mut socket: Option<&mut Socket>) -> Vec<SeenSocket> {
     let mut all = Vec::new();
-    for (l4, protocol, state) in
-        [(L4::Tcp, IPPROTO_TCP, TCP_LISTEN), (L4::Udp, IPPROTO_UDP, TCP_CLOSE)]
-    {
-        for (family, number) in [(Family::V4, AF_INET), (Family::V6, AF_INET6)] {
-            let request = |batch: &mut Batch| diag::get(batch, number, protocol, 1 << state, &[]);
-            let answer = socket
-                .as_mut()
-                .and_then(|socket| socket.dump(&request, |m| diag::parse(m, protocol)).ok()?.ok());
-            match answer {
-                Some(sockets) => all.extend(sockets.iter().map(|socket| of(socket, l4, family))),
-                None => all.extend(from_proc(l4, family)),
-            }
-        }
+    for kind @ (protocol, family) in diag::KINDS {
+        let states = 1 << waiting(protocol);
+        let request = |batch: &mut Batch| diag::get(batch, family, protocol, states, &[]);
+        let answer = socket
+            .as_mut()
+            .and_then(|socket| socket.dump(&request, |m| diag::parse(m, protocol)).ok()?.ok());
+        all.extend(answer.unwrap_or_else(|| from_proc(kind)));
     }
     all
 }
 
-fn of(socket: &diag::SeenSocket, l4: L4, family: Family) -> Listener {
-    Listener {
-        l4,
-        family,
-        address: socket.local.ip(),
-        port: socket.local.port(),
-        v6only: socket.v6only,
-        device: socket.device,
-        uid: socket.uid,
-        cgroup: socket.cgroup,
-        transparent: socket.transparent,
+/// The state of a socket that waits for connections, or for datagrams from anybody.
+fn waiting(protocol: u8) -> u8 {
+    match protocol {
+        IPPROTO_TCP => TCP_LISTEN,
+        _ => TCP_CLOSE,
     }
 }
 
-fn from_proc(l4: L4, family: Family) -> Vec<Listener> {
-    let name = match (l4, family) {
-        (L4::Tcp, Family::V4) => "tcp",
-        (L4::Tcp, Family::V6) => "tcp6",
-        (L4::Udp, Family::V4) => "udp",
-        (L4::Udp, Family::V6) => "udp6",
+fn from_proc(kind: (u8, u8)) -> Vec<SeenSocket> {
+    let name = match kind {
+        (IPPROTO_TCP, AF_INET) => "tcp",
+        (IPPROTO_TCP, _) => "tcp6",
+        (_, AF_INET) => "udp",
+        _ => "udp6",
     };
     let text = std::fs::read_to_string(format!("/proc/net/{name}"));
-    parse(&text.unwrap_or_default(), l4, family)
+    parse(&text.unwrap_or_default(), kind)
 }
 
 /// Lines `sl: LOCAL:PORT REMOTE:PORT STATE … UID`; words of addresses are in host order.
-fn parse(text: &str, l4: L4, family: Family) -> Vec<Listener> {
-    let state = match l4 {
-        L4::Tcp => TCP_LISTEN,
-        L4::Udp => TCP_CLOSE,
-    };
+fn parse(text: &str, kind: (u8, u8)) -> Vec<SeenSocket> {
     let line = |line: &str| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
         let (address, port) = fields.get(1)?.split_once(':')?;
-        let found = u8::from_str_radix(fields.get(3)?, 16).ok()?;
-        (found == state).then_some(Listener {
-            l4,
-            family,
-            address: address_of(address)?,
-            port: u16::from_str_radix(port, 16).ok()?,
-            v6only: false,
-            device: 0,
-            uid: fields.get(7)?.parse().ok()?,
-            cgroup: None,
-            transparent: None,
-        })
+        let state = u8::from_str_radix(fields.get(3)?, 16).ok()?;
+        let local = SocketAddr::new(address_of(address)?, u16::from_str_radix(port, 16).ok()?);
+        let uid = fields.get(7)?.parse().ok()?;
+        (state == waiting(kind.0)).then(|| SeenSocket::plain(kind, state, local, uid))
     };
     text.lines().skip(1).filter_map(line).collect()
 }
@@ -205,10 +169,10 @@ mod tests {
     #[test]
     #[cfg(target_endian = "little")]
     fn lines_of_proc_net() {
-        let tcp = parse(TCP, L4::Tcp, Family::V4);
-        assert_eq!((tcp.len(), tcp[0].uid, tcp[0].port), (1, 7, 7893));
-        let udp = parse(UDP6, L4::Udp, Family::V6);
-        assert_eq!(udp[1].address, "2001:db8::7".parse::<IpAddr>().unwrap());
+        let tcp = parse(TCP, (IPPROTO_TCP, AF_INET));
+        assert_eq!((tcp.len(), tcp[0].uid, tcp[0].local.port()), (1, 7, 7893));
+        let udp = parse(UDP6, (IPPROTO_UDP, AF_INET6));
+        assert_eq!(udp[1].local.ip(), "2001:db8::7".parse::<IpAddr>().unwrap());
         let all = [tcp, udp].concat();
         let finds = |l4, family, port, address: Option<&str>| {
             let address = address.map(|a| a.parse().unwrap());
@@ -227,22 +191,14 @@ mod tests {
     #[test]
     fn what_tproxy_looks_at() {
         let at = |address: &str, v6only, device, transparent| {
-            let address: IpAddr = address.parse().unwrap();
-            let family = Family::of(&address);
-            let (l4, port, uid) = (L4::Tcp, 1, 0);
-            Listener {
-                l4,
-                family,
-                address,
-                port,
-                v6only,
-                device,
-                uid,
-                cgroup: None,
-                transparent: Some(transparent),
-            }
+            let local = SocketAddr::new(address.parse().unwrap(), 1);
+            let kind = (IPPROTO_TCP, if local.is_ipv4() { AF_INET } else { AF_INET6 });
+            let mut socket = SeenSocket::plain(kind, TCP_LISTEN, local, 0);
+            (socket.v6only, socket.device, socket.transparent) =
+                (v6only, device, Some(transparent));
+            socket
         };
-        let look = |listener: &Listener, family, from| {
+        let look = |listener: &SeenSocket, family, from| {
             finds(std::slice::from_ref(listener), (L4::Tcp, family), 1, None, from)
         };
         use {Family::*, Finds::*, Origin::*};

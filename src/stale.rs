@@ -147,14 +147,9 @@ fn named(config: &Config, name: &str) -> Target {
 pub fn takes_the_same<'a>(old: &'a Config, new: &'a Config, target: Target) -> bool {
     let bypass =
         |c: &'a Config| (&c.bypass, &c.bypass_marks, &c.bypass_dscps, &c.bypass_users, c.mask);
-    let tproxy = |c: &'a Config| {
-        let name = new.target_name(target);
-        c.tproxies.iter().find(|tproxy| tproxy.outlet.name == name)
-    };
-    let route = |c: &'a Config| {
-        let name = new.target_name(target);
-        c.routes.iter().find(|route| route.outlet.name == name)
-    };
+    let name = new.target_name(target);
+    let tproxy = |c: &'a Config| c.tproxies.iter().find(|tproxy| tproxy.outlet.name == name);
+    let route = |c: &'a Config| c.routes.iter().find(|route| route.outlet.name == name);
     bypass(old) == bypass(new) && tproxy(old) == tproxy(new) && route(old) == route(new)
 }
 
@@ -377,17 +372,10 @@ impl Judge {
     }
 
     fn way(&self, socket: &SeenSocket, target: Target) -> Fate {
-        let outlet = match target {
-            Target::Direct => return Fate::Free,
-            Target::Drop => return Fate::Cut,
-            Target::Tproxy(index) => match self.config.tproxies.get(usize::from(index)) {
-                Some(tproxy) => &tproxy.outlet,
-                None => return Fate::Free,
-            },
-            Target::Route(index) => match self.config.routes.get(usize::from(index)) {
-                Some(route) => &route.outlet,
-                None => return Fate::Free,
-            },
+        let outlet = match (target, self.config.outlet(target)) {
+            (Target::Drop, _) => return Fate::Cut,
+            (_, None) => return Fate::Free,
+            (_, Some(outlet)) => outlet,
         };
         let l4 = if socket.protocol == IPPROTO_TCP { L4::Tcp } else { L4::Udp };
         let to = socket.is_connected().then_some(socket.remote);

@@ -47,7 +47,7 @@ pub fn write(text: &str) -> Result<bool> {
 /// A line for each proxy and each tunnel whose own traffic comes back to it.
 pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
     let listeners = |port| {
-        let all = host.listeners.iter().filter(move |listener| listener.port == port);
+        let all = host.listeners.iter().filter(move |listener| listener.local.port() == port);
         all.filter_map(|l| Some(diag::PortOwner { uid: l.uid, cgroup: l.cgroup? })).collect()
     };
     let listeners: Vec<Vec<_>> = config.tproxies.iter().map(|t| listeners(t.port)).collect();

@@ -236,7 +236,7 @@ fn span(seconds: u64) -> String {
 /// What can be said only with all cgroups at hand, which are looked at where there is a reason to.
 fn in_vain(config: &Config, host: &Host) -> [Vec<String>; 2] {
     let is_proxy = |port| config.tproxies.iter().any(|tproxy| tproxy.port == port);
-    let listens = host.listeners.iter().any(|l| is_proxy(l.port));
+    let listens = host.listeners.iter().any(|l| is_proxy(l.local.port()));
     let reason = !host.bound.is_empty() || listens || !config.routes.is_empty();
     match reason.then(|| Cgroups::look(Rc::new(config.clone()))) {
         Some(Ok(Cgroups { core, .. })) => {

@@ -488,8 +488,8 @@ impl Config {
     pub fn outlet(&self, target: Target) -> Option<&Outlet> {
         match target {
             Target::Direct | Target::Drop => None,
-            Target::Tproxy(index) => Some(&self.tproxies[usize::from(index)].outlet),
-            Target::Route(index) => Some(&self.routes[usize::from(index)].outlet),
+            Target::Tproxy(index) => self.tproxies.get(usize::from(index)).map(|t| &t.outlet),
+            Target::Route(index) => self.routes.get(usize::from(index)).map(|r| &r.outlet),
         }
     }
 

@@ -14,7 +14,7 @@ use crate::netlink::conntrack::{self, Tracked};
 use crate::netlink::fib::{self, Course};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
-use crate::netlink::socket::{Failure, Socket};
+use crate::netlink::socket::Socket;
 use crate::netlink::uapi::*;
 
 /// How often a flow is moved that its remote host begins again at the same moment.
@@ -113,7 +113,7 @@ impl Kernel {
 
     /// Errors: ENOENT where it has ended by itself.
     pub fn forget_entry(&mut self, entry: &Tracked) -> std::result::Result<(), Errno> {
-        self.tell_conntrack(&|batch| conntrack::delete(batch, entry))
+        self.nft.tell(&|batch| conntrack::delete(batch, entry))
     }
 
     /// Has a flow go on with a mark of ours and another source address.
@@ -130,7 +130,7 @@ impl Kernel {
         };
         let mut done = Err(Errno::EEXIST);
         for _ in 0..TRIES {
-            done = self.tell_conntrack(&both);
+            done = self.nft.tell(&both);
             match done {
                 // the remote host was faster, or one of the two is there already
                 Err(Errno::EEXIST | Errno::ENOENT) => {}
@@ -150,17 +150,5 @@ impl Kernel {
     /// The names of all interfaces, by index; `None` where the kernel does not tell.
     pub fn interface_names(&mut self) -> Option<HashMap<u32, String>> {
         Some(self.interfaces()?.into_iter().map(|link| (link.index, link.name)).collect())
-    }
-
-    fn tell_conntrack(&mut self, what: &dyn Fn(&mut Batch)) -> std::result::Result<(), Errno> {
-        let mut batch = self.nft.batch();
-        what(&mut batch);
-        let last = batch.last_seq();
-        match self.nft.transact(&batch, last) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(Failure::Refused { errno, .. })) => Err(errno),
-            Ok(Err(Failure::Unknown)) => Err(Errno::ENOBUFS),
-            Err(error) => Err(error.errno().unwrap_or(Errno::EIO)),
-        }
     }
 }

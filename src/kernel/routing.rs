@@ -263,20 +263,15 @@ impl Kernel {
             if !by_us {
                 continue;
             }
-            match self.rt.ask(&|batch| link::set_localnet(batch, name, on), |_| None::<()>) {
+            match self.rt.tell(&|batch| link::set_localnet(batch, name, on)) {
                 // one that is not there is told of when it comes
-                Ok(Ok(_) | Err(Errno::ENODEV)) => {}
-                Ok(Err(errno)) => {
-                    let text = "unable to set route_localnet";
-                    log!(
-                        Warning,
-                        "{text} of {name}: {}: {}",
-                        reason(errno),
-                        "what local processes \
-                         ask from 127.0.0.1 does not reach the resolver behind it"
-                    );
-                }
-                Err(error) => log!(Debug, "{error}"),
+                Ok(()) | Err(Errno::ENODEV) => {}
+                Err(errno) => log!(
+                    Warning,
+                    "unable to set route_localnet of {name}: {}: what local processes ask from \
+                     127.0.0.1 does not reach the resolver behind it",
+                    reason(errno)
+                ),
             }
         }
     }

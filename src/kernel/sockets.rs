@@ -33,28 +33,24 @@ impl Kernel {
 
     /// Tells conntrack of a connection that `remote` made; false where it takes no such word.
     pub fn tell_inbound(&mut self, local: SocketAddr, remote: SocketAddr) -> bool {
-        let request = |batch: &mut Batch| conntrack::inbound(batch, local, remote);
-        match self.nft.ask(&request, |_| None::<()>) {
-            Ok(Ok(_) | Err(Errno::EEXIST)) => return true,
+        match self.nft.tell(&|batch| conntrack::inbound(batch, local, remote)) {
+            Ok(()) | Err(Errno::EEXIST) => true,
             // no ctnetlink, as on many routers
-            Ok(Err(errno)) => {
-                log!(Debug, "unable to tell conntrack of {remote}: {}", reason(errno))
+            Err(errno) => {
+                log!(Debug, "unable to tell conntrack of {remote}: {}", reason(errno));
+                false
             }
-            Err(error) => log!(Debug, "unable to tell conntrack of {remote}: {error}"),
         }
-        false
     }
 
     /// The cgroups of all TCP and UDP sockets; `None` where the kernel does not tell of all.
     pub fn held_cgroups(&mut self) -> Option<HashSet<u64>> {
         let mut all = HashSet::new();
-        for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
-            for family in [AF_INET, AF_INET6] {
-                let request = |batch: &mut Batch| diag::get(batch, family, protocol, u32::MAX, &[]);
-                let read = |message: &Message| diag::parse(message, protocol)?.cgroup;
-                let found = self.diag.as_mut()?.dump(&request, read).ok()?;
-                all.extend(found.ok()?);
-            }
+        for (protocol, family) in diag::KINDS {
+            let request = |batch: &mut Batch| diag::get(batch, family, protocol, u32::MAX, &[]);
+            let read = |message: &Message| diag::parse(message, protocol)?.cgroup;
+            let found = self.diag.as_mut()?.dump(&request, read).ok()?;
+            all.extend(found.ok()?);
         }
         Some(all)
     }
@@ -96,12 +92,9 @@ impl Kernel {
     /// cgroups.
     pub fn listeners(&mut self, port: u16) -> Vec<PortOwner> {
         let mut found = BTreeSet::new();
-        for family in [AF_INET, AF_INET6] {
-            for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
-                let request =
-                    |batch: &mut Batch| diag::get_listeners(batch, family, protocol, port);
-                found.extend(self.dump_sockets(&request, diag::parse_listener));
-            }
+        for (protocol, family) in diag::KINDS {
+            let request = |batch: &mut Batch| diag::get_listeners(batch, family, protocol, port);
+            found.extend(self.dump_sockets(&request, diag::parse_listener));
         }
         found.into_iter().collect()
     }
@@ -153,11 +146,8 @@ impl Kernel {
     /// Has conntrack forget the flows with these marks.
     pub fn forget_flows(&mut self, marks: &[Mark]) {
         for Mark { value, mask } in marks.iter().copied() {
-            let request = |batch: &mut Batch| conntrack::forget(batch, value, mask);
-            match self.nft.ask(&request, |_| None::<()>) {
-                Ok(Ok(_)) => {}
-                Ok(Err(errno)) => log!(Debug, "unable to forget flows: {}", reason(errno)),
-                Err(error) => log!(Debug, "unable to forget flows: {error}"),
+            if let Err(errno) = self.nft.tell(&|batch| conntrack::forget(batch, value, mask)) {
+                log!(Debug, "unable to forget flows: {}", reason(errno));
             }
         }
     }
@@ -169,14 +159,9 @@ impl Kernel {
     }
 
     fn destroy(&mut self, socket: &SeenSocket) -> std::result::Result<(), Errno> {
-        let Some(diag) = self.diag.as_mut().filter(|_| can_destroy()) else {
-            return Err(Errno::EOPNOTSUPP);
-        };
-        let request = |batch: &mut Batch| diag::destroy(batch, socket);
-        match diag.ask(&request, |_| None::<()>) {
-            Ok(Ok(_)) => Ok(()),
-            Ok(Err(errno)) => Err(errno),
-            Err(error) => Err(error.errno().unwrap_or(Errno::EIO)),
+        match self.diag.as_mut().filter(|_| can_destroy()) {
+            Some(asked) => asked.tell(&|batch| diag::destroy(batch, socket)),
+            None => Err(Errno::EOPNOTSUPP),
         }
     }
 }

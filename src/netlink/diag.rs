@@ -41,6 +41,14 @@ pub struct SeenSocket {
     id: [u8; ID_LEN],
 }
 
+/// Protocol and family: what one dump of sockets is about.
+pub const KINDS: [(u8, u8); 4] = [
+    (IPPROTO_TCP, AF_INET),
+    (IPPROTO_TCP, AF_INET6),
+    (IPPROTO_UDP, AF_INET),
+    (IPPROTO_UDP, AF_INET6),
+];
+
 /// A socket that takes what arrives at a port, of whatever address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct PortOwner {
@@ -248,6 +256,32 @@ pub fn parse_listener(message: &Message) -> Option<PortOwner> {
 }
 
 impl SeenSocket {
+    /// One that is not connected, of which nothing else is known.
+    pub fn plain(
+        (protocol, family): (u8, u8),
+        state: u8,
+        local: SocketAddr,
+        uid: u32,
+    ) -> SeenSocket {
+        SeenSocket {
+            family,
+            protocol,
+            state,
+            local,
+            remote: SocketAddr::from(([0; 4], 0)),
+            device: 0,
+            uid,
+            inode: 0,
+            cgroup: None,
+            mark: 0,
+            transparent: None,
+            v6only: false,
+            dscp: 0,
+            unlimited: false,
+            id: [0; ID_LEN],
+        }
+    }
+
     /// Whether it has one remote end.
     pub fn is_connected(&self) -> bool {
         self.remote.port() != 0
@@ -265,22 +299,13 @@ impl SeenSocket {
 pub fn example(protocol: u8, state: u8, local: &str, remote: &str) -> SeenSocket {
     let any = SocketAddr::from(([0; 4], 0));
     let local: SocketAddr = local.parse().unwrap_or(any);
+    let family = if local.is_ipv4() { AF_INET } else { AF_INET6 };
     SeenSocket {
-        family: if local.is_ipv4() { AF_INET } else { AF_INET6 },
-        protocol,
-        state,
-        local,
         remote: remote.parse().unwrap_or(any),
-        device: 0,
-        uid: 0,
         inode: 1,
         cgroup: Some(1),
-        mark: 0,
         transparent: Some(false),
-        v6only: false,
-        dscp: 0,
-        unlimited: false,
-        id: [0; ID_LEN],
+        ..SeenSocket::plain((protocol, family), state, local, 0)
     }
 }
 

@@ -187,6 +187,21 @@ impl Socket {
         }
     }
 
+    /// Has the kernel do what these requests say, of which the last must carry `NLM_F_ACK`.
+    ///
+    /// Errors: its refusal, or the socket's; ENOBUFS where the answer was lost.
+    pub fn tell(&mut self, requests: &dyn Fn(&mut Batch)) -> std::result::Result<(), Errno> {
+        let mut batch = self.batch();
+        requests(&mut batch);
+        let last = batch.last_seq();
+        match self.transact(&batch, last) {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(Failure::Refused { errno, .. })) => Err(errno),
+            Ok(Err(Failure::Unknown)) => Err(Errno::ENOBUFS),
+            Err(error) => Err(error.errno().unwrap_or(Errno::EIO)),
+        }
+    }
+
     /// Sends one dump request and gives what `each` makes of the messages of the answer.
     ///
     /// A dump that the kernel marks as interrupted (something changed meanwhile) is asked for

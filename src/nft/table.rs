@@ -166,10 +166,13 @@ pub fn dying_name(config: &Config, outcome: Outcome) -> String {
     named("dying", config, outcome)
 }
 
-/// `KIND_TARGET`, and `KIND1_TARGET` and so on behind lines for owners.
 fn named(kind: &str, config: &Config, outcome: Outcome) -> String {
-    let target = config.target_name(outcome.target);
-    match outcome.class {
+    class_name(kind, config.target_name(outcome.target), outcome.class)
+}
+
+/// `KIND_TARGET`, and `KIND1_TARGET` and so on behind lines for owners.
+pub fn class_name(kind: &str, target: &str, class: u16) -> String {
+    match class {
         0 => format!("{kind}_{target}"),
         class => format!("{kind}{class}_{target}"),
     }

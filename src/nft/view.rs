@@ -178,14 +178,6 @@ pub struct Step {
 /// A set's target and class.
 pub type SetKey = (String, u16);
 
-/// The name of a set of that kind.
-pub fn set_name(kind: &str, (target, class): &SetKey) -> String {
-    match class {
-        0 => format!("{kind}_{target}"),
-        class => format!("{kind}{class}_{target}"),
-    }
-}
-
 impl Step {
     /// Which set it looks into.
     pub fn key(&self) -> SetKey {
@@ -471,14 +463,18 @@ fn below(rule: &RuleView) -> Option<&str> {
 /// More chains than gates lead to.
 const MOST_NESTED: usize = 32;
 
-/// The interface that a rule looks for. A name that is compared without its end is a prefix.
-fn interface(rule: &RuleView) -> Option<Interface> {
+/// What a rule compares with the name of an interface.
+fn compared_name(rule: &RuleView, which: u32) -> Option<&[u8]> {
     match rule.exprs.get(..2)? {
-        [Expr::MetaLoad { key: NFT_META_IIFNAME, .. }, Expr::Cmp { data, .. }] => {
-            Some(Interface { name: parse::str_z(data).into_owned(), prefix: !data.contains(&0) })
-        }
+        [Expr::MetaLoad { key, .. }, Expr::Cmp { data, .. }] if *key == which => Some(data),
         _ => None,
     }
+}
+
+/// The interface that a rule looks for. A name that is compared without its end is a prefix.
+fn interface(rule: &RuleView) -> Option<Interface> {
+    let data = compared_name(rule, NFT_META_IIFNAME)?;
+    Some(Interface { name: parse::str_z(data).into_owned(), prefix: !data.contains(&0) })
 }
 
 /// The interfaces by which answers to loopback addresses may come in.
@@ -489,12 +485,7 @@ pub fn open_to_loopback(rules: &[RuleView]) -> Vec<String> {
 
 /// The interface that a rule lets packets leave by.
 fn way_out(rule: &RuleView) -> Option<String> {
-    match rule.exprs.get(..2)? {
-        [Expr::MetaLoad { key: NFT_META_OIFNAME, .. }, Expr::Cmp { data, .. }] => {
-            Some(parse::str_z(data).into_owned())
-        }
-        _ => None,
-    }
+    Some(parse::str_z(compared_name(rule, NFT_META_OIFNAME)?).into_owned())
 }
 
 /// The mark that a rule asks the packet for.
