@@ -108,10 +108,16 @@ impl Outlet {
         self.dns().next().is_some()
     }
 
+    /// Whether a port is among those that it takes, where it takes some alone.
+    pub fn takes_port(&self, l4: L4, port: u16) -> bool {
+        let (_, ports) = self.protocol(l4);
+        ports.is_empty() || holds(ports, port)
+    }
+
     /// What it does with TCP or UDP to a destination; without one, as far as can be said of all. The
     /// rules of the kernel say the same (nft/table.rs), but for DNS.
     pub fn take(&self, l4: L4, family: Family, to: Option<SocketAddr>) -> Take {
-        let (take, ports) = self.protocol(l4);
+        let (take, _) = self.protocol(l4);
         let stops = |take| [Take::Drop, Take::Reject].contains(&take);
         let mut takes = vec![self.family(family), take];
         if let Some(to) = to {
@@ -127,7 +133,7 @@ impl Outlet {
             if l4 == L4::Udp && QUIC_PORTS.contains(&to.port()) {
                 takes.push(self.quic);
             }
-            if !ports.is_empty() && !holds(ports, to.port()) {
+            if !self.takes_port(l4, to.port()) {
                 takes.push(Take::No);
             }
         }

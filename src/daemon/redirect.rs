@@ -166,7 +166,8 @@ impl Pass {
     fn list(&mut self, kernel: &mut Kernel) -> bool {
         let (flows, owners) = (&self.flows, &self.owners);
         let concerns = |entry: &Tracked| {
-            flows.forwards() || entry.protocol != IPPROTO_UDP || owners.has(entry.from.port())
+            let owned = entry.protocol != IPPROTO_UDP || owners.has(entry.from.port());
+            flows.forwards() || flows.ask_for_owners() && owned || flows.released(entry).is_some()
         };
         match kernel.more_entries(concerns) {
             Ok(Some(entries)) => {
@@ -175,11 +176,14 @@ impl Pass {
             }
             Ok(None) => false,
             Err(error) => {
-                log!(
-                    Notice,
-                    "{error}: what a UDP socket of a chosen port sends is dropped after its cgroup \
-                     got a route, until it pauses"
-                );
+                let so = match flows.ask_for_owners() {
+                    true => {
+                        "what a UDP socket of a chosen port sends is dropped after its cgroup got \
+                         a route"
+                    }
+                    false => "a UDP flow whose port is listed no more stays proxied",
+                };
+                log!(Notice, "{error}: {so}, until it pauses");
                 false
             }
         }
@@ -195,7 +199,11 @@ impl Pass {
         let from = entry.from.ip();
         let way = *ways.entry(from).or_insert_with(|| kernel.way(from, 0));
         let cure = match way.here {
-            true => owners.of(entry.from, entry.to).and_then(|socket| flows.own(entry, socket)),
+            true => {
+                let owner = owners.of(entry.from, entry.to);
+                let cure = owner.and_then(|socket| flows.own(entry, socket));
+                cure.or_else(|| flows.released(entry))
+            }
             false if flows.forwards() => {
                 let names =
                     names.get_or_insert_with(|| kernel.interface_names().unwrap_or_default());
@@ -206,6 +214,7 @@ impl Pass {
         let done = match cure {
             None => return,
             Some(Cure::Forget) => kernel.forget_entry(entry),
+            Some(Cure::Mark(mark)) => kernel.mark_entry(entry, mark),
             Some(Cure::Move { mark, route }) => relocate(kernel, entry, mark, flows.way(route)),
         };
         match done {
@@ -223,6 +232,9 @@ impl Pass {
 /// The sockets that the flows in question may be of. Where those of some cgroups are, that is all who
 /// share a port with these.
 fn owners(kernel: &mut Kernel, flows: &Flows) -> Owners {
+    if !flows.ask_for_owners() {
+        return Owners::default();
+    }
     let Some(cgroups) = flows.cgroups() else {
         return Owners::new(kernel.sockets(IPPROTO_UDP, UDP_STATES, &[], Some));
     };

@@ -116,6 +116,11 @@ impl Kernel {
         self.nft.tell(&|batch| conntrack::delete(batch, entry))
     }
 
+    /// Has a flow known with a mark of ours. Errors: as of [`Kernel::forget_entry`].
+    pub fn mark_entry(&mut self, entry: &Tracked, own: Mark) -> std::result::Result<(), Errno> {
+        self.nft.tell(&|batch| conntrack::mark(batch, entry, own.value, own.mask))
+    }
+
     /// Has a flow go on with a mark of ours and another source address.
     pub fn move_entry(
         &mut self,

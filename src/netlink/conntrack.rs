@@ -171,6 +171,15 @@ pub fn delete(batch: &mut Batch, entry: &Tracked) {
     batch.end(open);
 }
 
+/// Has one flow known with other bits of its mark.
+pub fn mark(batch: &mut Batch, entry: &Tracked, value: u32, mask: u32) {
+    let open = begin(batch, IPCTNL_MSG_CT_NEW, NLM_F_ACK, family(entry.from));
+    batch.raw(CTA_TUPLE_ORIG | NLA_F_NESTED, &entry.original);
+    batch.u32_be(CTA_MARK, value);
+    batch.u32_be(CTA_MARK_MASK, mask);
+    batch.end(open);
+}
+
 /// Has a UDP flow known as one with another mark that leaves with another address, and stays known as
 /// long as the one of before. The kernel finds a port for it.
 pub fn create(batch: &mut Batch, entry: &Tracked, mark: u32, source: IpAddr) {

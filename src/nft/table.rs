@@ -1010,8 +1010,8 @@ fn keep_chain(outlet: &Outlet, name: String, take: Rule, leave: &Stmt) -> Chain 
 }
 
 /// Most packets of a target: those of a flow that was found to be its own. Nothing that may have
-/// changed since is left out: what the target does not take, where TCP does not stay with it, DNS
-/// that is translated, and marks and users that are left alone. What the bypass of all targets has
+/// changed since is left out but ports (`other_udp_ports`): what the target does not take, where TCP
+/// does not stay with it, DNS that is translated, and marks and users that are left alone. What the bypass of all targets has
 /// got since then holds for new flows, and so do the destinations of a target for UDP (`known_rules`).
 fn short_cuts(config: &Config, outlet: &Outlet) -> Vec<Rule> {
     let family = match (outlet.ipv4 == Take::Yes, outlet.ipv6 == Take::Yes) {
@@ -1058,25 +1058,21 @@ fn short_cuts(config: &Config, outlet: &Outlet) -> Vec<Rule> {
     protocols.into_iter().map(rule).collect()
 }
 
-/// The UDP ports of which a target does not, or not always, take what is sent to them; sorted and
-/// apart.
+/// The UDP ports of flows that may be known as a target's and that it does not, or not always, take:
+/// those with a switch of their own, and queries that are older than the hijacking. Whether a port is
+/// listed is asked when a flow begins, and a reload has conntrack know those that are not any more as
+/// nobody's (`stale::flows`).
 fn other_udp_ports(outlet: &Outlet) -> Vec<Range<u16>> {
     let mut others = Vec::new();
-    let taken = &outlet.udp_ports;
-    if !taken.is_empty() {
-        let starts = std::iter::once(Some(0)).chain(taken.iter().map(Range::end));
-        let lasts = taken.iter().map(|range| range.first.checked_sub(1));
-        let gaps = starts.zip(lasts.chain([Some(u16::MAX)]));
-        let gap = |(first, last): (Option<u16>, Option<u16>)| {
-            let (first, last) = first.zip(last)?;
-            (first <= last).then_some(Range { first, last })
-        };
-        others.extend(gaps.filter_map(gap));
-    }
     if outlet.quic != Take::Yes {
-        others.extend(QUIC_PORTS.map(|port| Range { first: port, last: port }));
+        others.extend(QUIC_PORTS);
     }
-    Range::merge(others)
+    let hijacks = outlet.dns_protocols().any(|l4| l4 == L4::Udp);
+    if hijacks && !outlet.takes_port(L4::Udp, 53) {
+        others.push(53);
+    }
+    others.sort_unstable();
+    others.into_iter().map(|port| Range { first: port, last: port }).collect()
 }
 
 /// What becomes of packets of an outlet by their protocol, port and destination: hijacked (by `dns`),
@@ -1870,12 +1866,12 @@ mod tests {
         };
         for (lines, want) in [
             ("", ""),
-            ("udp-ports = 53\n", "0-52 54-65535"),
-            ("udp-ports = 1-79 443\n", "0 80-442 444-65535"),
-            ("udp-ports = 1-65535\n", "0"),
-            ("udp-ports = 8000-65535\n", "0-7999"),
+            ("udp-ports = 1-79 443\n", ""),
+            ("udp-ports = 1-79 443\ndns-hijack = 127.0.0.1\n", ""),
+            ("udp-ports = 443\ndns-hijack = 127.0.0.1\n", "53"),
+            ("dns-hijack = 127.0.0.1\n", ""),
             ("quic = reject\n", "80 443"),
-            ("quic = no\nudp-ports = 1-443\n", "0 80 443-65535"),
+            ("quic = no\nudp-ports = 1-9\ndns-hijack = 127.0.0.1\n", "53 80 443"),
         ] {
             assert_eq!(others(lines), want, "{lines}");
         }

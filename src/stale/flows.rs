@@ -12,6 +12,7 @@ use crate::config::{Config, Gateway, Outcome, Route, Take, Target};
 use crate::net::{Family, Mark, L4};
 use crate::netlink::conntrack::Tracked;
 use crate::netlink::diag::SeenSocket;
+use crate::netlink::uapi::IPPROTO_UDP;
 use crate::policy;
 
 /// What is to be done about a flow.
@@ -23,6 +24,8 @@ pub enum Cure {
     /// were forgotten and the remote host spoke first, whoever began it would seem to answer that, and
     /// answers are left alone.
     Move { mark: Mark, route: usize },
+    /// It is to be known with this mark, and goes on as it is: the table decides about its next packet.
+    Mark(Mark),
 }
 
 /// The policy, as flows are held against it.
@@ -34,10 +37,11 @@ pub struct Flows {
 }
 
 impl Flows {
-    /// `None` where there is no route.
+    /// `None` where no flow can be in question.
     pub fn of(core: &Core) -> Option<Flows> {
         let config = core.config();
-        if config.routes.is_empty() {
+        let lists_ports = config.tproxies.iter().any(|t| !t.outlet.udp_ports.is_empty());
+        if config.routes.is_empty() && !lists_ports {
             return None;
         }
         let all = core.tree().iter();
@@ -66,6 +70,11 @@ impl Flows {
         &self.judge.config
     }
 
+    /// Whether flows are held against who began them, and not their marks alone.
+    pub fn ask_for_owners(&self) -> bool {
+        !self.config().routes.is_empty()
+    }
+
     /// Whether what is routed for others is in question, as some of it goes by a route.
     pub fn forwards(&self) -> bool {
         self.others.is_some() && self.config().forwards()
@@ -76,6 +85,19 @@ impl Flows {
     pub fn way(&self, route: usize) -> (u32, &str) {
         let route = &self.config().routes[route];
         (route.outlet.mark, &route.interface)
+    }
+
+    /// What is to be done about one that is known as a tproxy's which does not take its port any more:
+    /// the table looks for a port once, when a flow begins.
+    pub fn released(&self, entry: &Tracked) -> Option<Cure> {
+        let config = self.config();
+        let known = entry.mark & config.mask;
+        let of = config.tproxies.iter().find(|tproxy| tproxy.outlet.mark == known)?;
+        let port = entry.to.port();
+        let hijacked = of.outlet.hijacks_dns() && port == 53 && entry.is_translated();
+        let keeps = hijacked || of.outlet.takes_port(L4::Udp, port);
+        let none = Mark { value: 0, mask: config.mask };
+        (entry.protocol == IPPROTO_UDP && !keeps).then_some(Cure::Mark(none))
     }
 
     /// What is to be done about one that a socket of this host began.
@@ -311,6 +333,28 @@ mod tests {
         };
         let own = socket.cgroup.unwrap();
         assert_eq!((of_some(own), of_some(own + 1)), (vpn, None));
+    }
+
+    #[test]
+    fn what_is_done_about_a_port_that_is_listed_no_more() {
+        let flows = flows(
+            "[tproxy p]\nport = 1\nudp-ports = 80 443\ndns-hijack = 127.0.0.1\n[tproxy q]\n\
+             port = 2\n[rules]\np = /p\n",
+        );
+        assert!(!flows.ask_for_owners());
+        let none = Cure::Mark(Mark { value: 0, mask: 0xff00_0000 });
+        for (to, mark, translated, want) in [
+            ("203.0.113.7:80", 1, false, None),
+            ("203.0.113.7:81", 1, false, Some(none)),
+            ("203.0.113.7:81", 2, false, None),
+            ("203.0.113.7:81", 0, false, None),
+            // hijacked, and older than that
+            ("203.0.113.7:53", 1, true, None),
+            ("203.0.113.7:53", 1, false, Some(none)),
+        ] {
+            let found = flows.released(&entry("192.0.2.1:4000", to, mark, translated));
+            assert_eq!(found, want, "{to}, mark {mark}, translated {translated}");
+        }
     }
 
     #[test]

@@ -226,7 +226,7 @@ const RELOADS: &[&str] = &[
 fn datagrams_follow_the_ports_over_a_reload() {
     let (ground, _world, _proxy) = scene!("dest-again", proxy);
     let app = ground.cgroup("/app");
-    let daemon = Daemon::start(&ground, &policy("", ""), &[]);
+    let mut daemon = Daemon::start(&ground, &policy("", ""), &[]);
     let sockets = [REMOTE4, REMOTE6].map(|ip| {
         let fd = socket_in(&app, libc::SOCK_DGRAM, ip);
         // of a chosen port, so that it is not ended where what it sends is dropped
@@ -236,10 +236,15 @@ fn datagrams_follow_the_ports_over_a_reload() {
         socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
         (socket, addr(ip, 80))
     });
+    let restart = "# a restart\n";
     for (lines, want) in [
         ("", "proxy"),
         ("udp-ports = 1-79 81-65535\n", "remote"),
         ("udp-ports = 80 443\n", "proxy"),
+        ("# a restart\nudp-ports = 443\n", "remote"),
+        ("# a restart\nudp-ports = 79-81\n", "proxy"),
+        ("udp-ports = 53\ndns-hijack = 127.0.0.1:1053\n", "remote"),
+        ("udp-ports = 80\n", "proxy"),
         ("quic = drop\n", "denied"),
         ("udp-ports = 80\nquic = no\n", "remote"),
         ("udp-ports = 1-1000\n", "proxy"),
@@ -247,7 +252,15 @@ fn datagrams_follow_the_ports_over_a_reload() {
         ("bypass = 198.18.0.0/15\nonly = 203.0.113.0/24\nonly = 2001:db8:2::/64\n", "proxy"),
         ("only = 203.0.113.0/24\nonly = 2001:db8:2::/64\nquic = drop\n", "denied"),
     ] {
-        daemon.reconfigure(&policy("", lines));
+        match lines.starts_with(restart) {
+            true => {
+                daemon.kill9();
+                daemon = Daemon::start(&ground, &policy("", lines), &[]);
+            }
+            false => {
+                daemon.reconfigure(&policy("", lines));
+            }
+        }
         for (socket, to) in &sockets {
             // twice: the second is of a flow that is known by now
             for _ in 0..2 {
