@@ -291,7 +291,10 @@ samples! {
         Stmt::Dnat("[2001:db8::1]:53".parse().unwrap());
     Stmt::Snat(_) => Stmt::Snat(IpAddr::V4(Ipv4Addr::LOCALHOST)),
         Stmt::Snat(IpAddr::V6(Ipv6Addr::LOCALHOST));
-    Stmt::ToLoopback => Stmt::ToLoopback;
+    Stmt::ToNet(..) => Stmt::ToNet(Ipv4Addr::new(127, 0, 0, 0).into(), 8),
+        Stmt::ToNet(Ipv4Addr::new(224, 0, 0, 0).into(), 4),
+        Stmt::ToNet(Ipv4Addr::new(169, 254, 0, 0).into(), 16),
+        Stmt::ToNet("ff00::".parse().unwrap(), 8), Stmt::ToNet("fe80::".parse().unwrap(), 10);
     Stmt::NotLinkLocal => Stmt::NotLinkLocal;
     Stmt::SnatToDestination(_) => Stmt::SnatToDestination(Family::V4),
         Stmt::SnatToDestination(Family::V6);

@@ -194,12 +194,9 @@ statements! {
     ];
     Snat(to: IpAddr) = "snat {} to {to}", Family::of(to).nft()
         => [address_to(to), Expr::Snat { family: Family::of(to).number(), address: NFT_REG_1 }];
-    ToLoopback = "ip daddr 127.0.0.0/8" => [
-        meta(NFT_META_NFPROTO),
-        eq(&[NFPROTO_IPV4]),
-        payload(NFT_PAYLOAD_NETWORK_HEADER, 16, 1),
-        eq(&[127]),
-    ];
+    /// Of a network.
+    ToNet(network: IpAddr, length: u32) = "{} daddr {network}/{length}", Family::of(network).nft()
+        => in_network(network, *length);
     NotLinkLocal = "ip6 saddr != fe80::/16" => [
         meta(NFT_META_NFPROTO),
         eq(&[NFPROTO_IPV6]),
@@ -377,6 +374,17 @@ fn and_xor(mask: u32, xor: u32) -> Expr {
     Expr::Bitwise { sreg: NFT_REG_1, dreg: NFT_REG_1, mask, xor }
 }
 
+/// The same for a field of a packet, in network order.
+fn and_field(mask: Vec<u8>) -> Expr {
+    match <[u8; 4]>::try_from(&mask[..]) {
+        Ok(word) => and(u32::from_ne_bytes(word)),
+        Err(_) => {
+            let (len, xor) = (mask.len() as u32, vec![0; mask.len()]);
+            Expr::BitwiseField { sreg: NFT_REG_1, dreg: NFT_REG_1, len, mask, xor }
+        }
+    }
+}
+
 pub(super) fn payload(base: u32, offset: u32, len: u32) -> Expr {
     Expr::Payload { dreg: NFT_REG_1, base, offset, len }
 }
@@ -399,9 +407,13 @@ fn immediate(dreg: u32, data: &[u8]) -> Expr {
 }
 
 fn address_to(address: &IpAddr) -> Expr {
+    immediate(NFT_REG_1, &octets(address))
+}
+
+fn octets(address: &IpAddr) -> Vec<u8> {
     match address {
-        IpAddr::V4(a) => immediate(NFT_REG_1, &a.octets()),
-        IpAddr::V6(a) => immediate(NFT_REG_1, &a.octets()),
+        IpAddr::V4(a) => a.octets().to_vec(),
+        IpAddr::V6(a) => a.octets().to_vec(),
     }
 }
 
@@ -462,14 +474,28 @@ fn dscp_is(family: Family, dscp: u8) -> [Expr; 5] {
         Family::V4 => (1, vec![0xfc], vec![dscp << 2]),
         Family::V6 => (0, vec![0x0f, 0xc0], (u16::from(dscp) << 6).to_be_bytes().to_vec()),
     };
-    let (len, xor) = (mask.len() as u32, vec![0; mask.len()]);
-    [
-        meta(NFT_META_NFPROTO),
-        eq(&[family.number()]),
-        payload(NFT_PAYLOAD_NETWORK_HEADER, offset, len),
-        Expr::BitwiseField { sreg: NFT_REG_1, dreg: NFT_REG_1, len, mask, xor },
-        eq(&value),
-    ]
+    let len = mask.len() as u32;
+    let field = payload(NFT_PAYLOAD_NETWORK_HEADER, offset, len);
+    [meta(NFT_META_NFPROTO), eq(&[family.number()]), field, and_field(mask), eq(&value)]
+}
+
+/// Whether the destination is in a network. Of whole bytes, nft loads these alone.
+fn in_network(network: &IpAddr, length: u32) -> Vec<Expr> {
+    let (family, mut octets) = (Family::of(network), octets(network));
+    let (offset, _) = DADDR[family as usize];
+    let (whole, bits) = (length as usize / 8, length % 8);
+    let mask = (bits != 0).then(|| {
+        let mut mask = vec![0xff; whole];
+        mask.push(!(0xff >> bits));
+        mask.resize(octets.len(), 0);
+        and_field(mask)
+    });
+    if mask.is_none() {
+        octets.truncate(whole);
+    }
+    let daddr = payload(NFT_PAYLOAD_NETWORK_HEADER, offset, octets.len() as u32);
+    let load = [meta(NFT_META_NFPROTO), eq(&[family.number()]), daddr];
+    load.into_iter().chain(mask).chain([eq(&octets)]).collect()
 }
 
 /// As nft writes it, and the kernel's number.

@@ -184,10 +184,13 @@ impl Table {
         let set = |name, content| Set { name, content };
         let plain = || Content::Cgroups { counters: false };
         let counted = || Content::Cgroups { counters: config.counters_per_cgroup };
-        let mut sets = vec![
-            set("bypass4".into(), Content::V4(bypass4(config))),
-            set("bypass6".into(), Content::V6(bypass6(config))),
-        ];
+        let mut sets = Vec::new();
+        if config.bypass.has(Family::V4) {
+            sets.push(set("bypass4".into(), Content::V4(bypass4(config))));
+        }
+        if config.bypass.has(Family::V6) {
+            sets.push(set("bypass6".into(), Content::V6(bypass6(config))));
+        }
         sets.extend(config.outcomes().map(|of| set(set_name(config, of), counted())));
         sets.extend(config.outcomes().map(|of| set(dying_name(config, of), Content::Hashes)));
         sets.extend((0..DEPTHS.len()).flat_map(|stage| {
@@ -739,20 +742,36 @@ fn exempt_rules(config: &Config) -> Vec<Rule> {
 
 /// What is left alone whatever the target.
 fn bypass_chain(config: &Config) -> Chain {
-    let mut rules = match hijacks_local(config) {
+    chain("bypass", spared_rules(config))
+}
+
+fn spared_rules(config: &Config) -> Vec<Rule> {
+    let of = |family| spared_of(config, family);
+    [spared_by_others(config), of(Family::V4), of(Family::V6)].concat()
+}
+
+/// By anything but where it goes.
+fn spared_by_others(config: &Config) -> Vec<Rule> {
+    match hijacks_local(config) {
         true => vec![jump(EXEMPT)],
         false => exempt_rules(config),
+    }
+}
+
+/// By where it goes.
+fn spared_of(config: &Config, family: Family) -> Vec<Rule> {
+    let set = ["bypass4", "bypass6"][family as usize].into();
+    let mut all: Vec<Rule> = match (config.bypass.has(family), family) {
+        (true, _) => vec![vec![Stmt::Destination { family, set }]],
+        // to compare with a few costs half of a look-up
+        (false, Family::V4) => ALWAYS4.map(|(ip, n)| vec![Stmt::ToNet(ip.into(), n)]).to_vec(),
+        (false, Family::V6) => ALWAYS6.map(|(ip, n)| vec![Stmt::ToNet(ip.into(), n)]).to_vec(),
     };
-    rules.push(vec![
-        Stmt::Destination { family: Family::V4, set: "bypass4".into() },
-        Stmt::accept(),
-    ]);
-    rules.push(vec![
-        Stmt::Destination { family: Family::V6, set: "bypass6".into() },
-        Stmt::accept(),
-    ]);
-    rules.push(vec![Stmt::Nfproto(Family::V4), Stmt::Broadcast, Stmt::accept()]);
-    chain("bypass", rules)
+    if family == Family::V4 {
+        all.push(vec![Stmt::Nfproto(Family::V4), Stmt::Broadcast]);
+    }
+    all.iter_mut().for_each(|rule| rule.push(Stmt::accept()));
+    all
 }
 
 fn jump(chain: &str) -> Rule {
@@ -772,14 +791,20 @@ fn local_rules(config: &Config) -> Vec<Rule> {
 }
 
 fn drop_chain(config: &Config) -> Chain {
-    let mut rules = local_rules(config);
-    rules.extend([
-        jump_bypass(),
-        // sent by the kernel itself: with default = drop, IPv6 neighbours would be lost
-        vec![Stmt::NeighbourDiscovery, Stmt::accept()],
-        vec![Stmt::Counter, Stmt::drop()],
-    ]);
-    chain("to_drop", rules)
+    chain("to_drop", [local_rules(config), drop_rules(config)].concat())
+}
+
+/// Each packet comes by here: a jump would cost it as much as two of these rules, and what is another
+/// family's as much as all else.
+fn drop_rules(config: &Config) -> Vec<Rule> {
+    let drop = || vec![Stmt::Counter, Stmt::drop()];
+    let mut rules = [spared_by_others(config), spared_of(config, Family::V4)].concat();
+    rules.push([vec![Stmt::Nfproto(Family::V4)], drop()].concat());
+    rules.extend(spared_of(config, Family::V6));
+    // sent by the kernel itself: with default = drop, IPv6 neighbours would be lost
+    rules.push(vec![Stmt::NeighbourDiscovery, Stmt::accept()]);
+    rules.push(drop());
+    rules
 }
 
 /// A TCP flow that began proxied could not survive a move to another path, so it stays.
@@ -1276,7 +1301,8 @@ fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
         );
         rules.extend(first);
     }
-    rules.push(jump_bypass());
+    // as in `drop_chain`
+    rules.extend(spared_rules(config));
     rules.push(vec![Stmt::Local, Stmt::accept()]);
     match gateway.target {
         Target::Direct => {
@@ -1796,7 +1822,13 @@ pub const MARTIANS: &str = "martians";
 /// (route_localnet), nothing else may. Before addresses are translated.
 fn martians_chain(config: &Config) -> Option<Chain> {
     let open = config.routes.iter().filter(|route| route.sends_from_loopback());
-    let rule = |route: &Route| vec![iifname(&route.interface), Stmt::ToLoopback, Stmt::drop()];
+    let rule = |route: &Route| {
+        vec![
+            iifname(&route.interface),
+            Stmt::ToNet(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 0)), 8),
+            Stmt::drop(),
+        ]
+    };
     let rules: Vec<Rule> = open.map(rule).collect();
     prerouting(MARTIANS, NF_IP_PRI_RAW, rules).unless_empty()
 }
@@ -1805,22 +1837,24 @@ fn prerouting(name: &str, priority: i32, rules: Vec<Rule>) -> Chain {
     chain(name, rules).hooked("filter", NF_INET_PRE_ROUTING, priority)
 }
 
-/// Link-local, multicast and broadcast, and what the configuration adds; sorted and apart.
+/// Link-local and multicast. The broadcast address of all networks is known to the kernel as such.
+const ALWAYS4: [(Ipv4Addr, u32); 2] =
+    [(Ipv4Addr::new(224, 0, 0, 0), 4), (Ipv4Addr::new(169, 254, 0, 0), 16)];
+const ALWAYS6: [(Ipv6Addr, u32); 2] = [
+    (Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8),
+    (Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10),
+];
+
+/// These, broadcast, and what the configuration adds; sorted and apart.
 pub fn bypass4(config: &Config) -> Vec<Range<Ipv4Addr>> {
-    let always = [([169, 254, 0, 0], 16), ([224, 0, 0, 0], 4), ([255; 4], 32)];
-    let mut ranges: Vec<_> =
-        always.iter().map(|(a, n)| Range::prefix(Ipv4Addr::from(*a), *n)).collect();
-    ranges.extend(&config.bypass.v4);
-    Range::merge(ranges)
+    let always = ALWAYS4.into_iter().chain([(Ipv4Addr::BROADCAST, 32)]);
+    let always = always.map(|(ip, length)| Range::prefix(ip, length));
+    Range::merge(always.chain(config.bypass.v4.iter().copied()).collect())
 }
 
 pub fn bypass6(config: &Config) -> Vec<Range<Ipv6Addr>> {
-    let always = [(0xfe80, 10), (0xff00, 8)];
-    let mut ranges: Vec<_> = (always.iter())
-        .map(|(a, n)| Range::prefix(Ipv6Addr::new(*a, 0, 0, 0, 0, 0, 0, 0), *n))
-        .collect();
-    ranges.extend(&config.bypass.v6);
-    Range::merge(ranges)
+    let always = ALWAYS6.into_iter().map(|(ip, length)| Range::prefix(ip, length));
+    Range::merge(always.chain(config.bypass.v6.iter().copied()).collect())
 }
 
 impl fmt::Display for Base {
