@@ -521,7 +521,14 @@ pub fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
         rules.push(rule);
     }
     if config.marks_flows() {
-        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto(MARKED)]);
+        let mut marked = vec![Stmt::CtMarked(config.mask)];
+        if config.default == Target::Direct && config.marks_direct() {
+            // what is known as direct needs no look-ups that find what proxies take: where no rule
+            // decides it goes directly, whoever sends it
+            marked.push(Stmt::NotCtMark(mark(config, config.direct_mark())));
+        }
+        marked.push(Stmt::goto(MARKED));
+        rules.push(marked);
     }
     rules.extend(loose_rules(config, shape));
     rules.extend(gate_rules(shape, 0));
