@@ -1581,16 +1581,14 @@ fn guard_chain(config: &Config) -> Chain {
         true => Stmt::accept(),
         false => Stmt::goto("home"),
     };
-    let mut rules = vec![
-        // nearly every packet ends here, without a look-up
-        vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()],
-        vec![Stmt::OifLo, home],
-    ];
-    if let Some(first) = config.routes.iter().find(|route| keeps_course(route)) {
+    // nearly every packet ends here, without a look-up
+    let mut rules = vec![vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()]];
+    if let Some(first) = config.routes.iter().find(|route| !route.interface.is_empty()) {
         // most often the only one: to compare costs less than to look up
         let own = Stmt::PacketMark(mark(config, first.outlet.mark));
-        rules.push(vec![own, Stmt::goto(own_chain("astray", &first.outlet))]);
+        rules.push(vec![own, Stmt::Oifname(first.interface.clone()), Stmt::accept()]);
     }
+    rules.push(vec![Stmt::OifLo, home]);
     if !map.is_empty() {
         rules.push(vec![Stmt::PacketMarkMap { mask: config.mask, map }]);
     }
