@@ -318,10 +318,13 @@ pub fn first_of_a_pair(report: &mut Report) {
         // a new policy has no rules but those that it needs
         daemon.reload();
         settle(&daemon);
+        thread::sleep(Duration::from_millis(50));
         let mut listener = Listener::new();
         for into in [&mut first, &mut next] {
             into.push(sample(&ground.at("/ours/pairs"), number, &mut listener));
             settle(&daemon);
+            // so does the kernel: for what it frees of a transaction, the next one has to wait
+            thread::sleep(Duration::from_millis(50));
         }
     }
     let reference = ("the next one", &next);
