@@ -1249,21 +1249,16 @@ fn routed_chain(config: &Config) -> Chain {
 /// first priority and takes them out. So here they get their socket, just before: of chains of one
 /// priority, that which was hooked in last comes first.
 pub fn again_chain(config: &Config) -> Option<Chain> {
-    let routed = Stmt::PacketMark(mark(config, config.gateway_mark()));
-    let goto = |tproxy: &Tproxy| Verdict::Goto(format!("tproxy_{}", tproxy.outlet.name));
-    let rule = match &config.tproxies[..] {
-        _ if config.gateways.is_empty() => return None,
-        [] => return None,
-        [tproxy] => vec![routed, Stmt::Verdict(goto(tproxy))],
-        [first, ..] => {
-            let mut map: Vec<_> =
-                config.tproxies.iter().map(|t| (t.outlet.mark, goto(t))).collect();
-            // the `tproxy` of any target finds the very socket that such a packet is for
-            map.push((config.spoofed_mark(), goto(first)));
-            vec![routed, Stmt::CtMarkMap { mask: config.mask, map }]
-        }
+    let to = |tproxy: &Tproxy| (tproxy.outlet.mark, on_to("tproxy", &tproxy.outlet));
+    let map: Vec<_> = config.tproxies.iter().map(to).collect();
+    let known = match &map[..] {
+        [(_, to)] => Stmt::Verdict(to.clone()),
+        // the socket that is for the address of a flow which a proxy began finds it by itself
+        _ => Stmt::CtMarkMap { mask: config.mask, map },
     };
-    Some(prerouting("again", i32::MIN, vec![rule]))
+    let routed = Stmt::PacketMark(mark(config, config.gateway_mark()));
+    let chain = prerouting("again", i32::MIN, vec![vec![routed, known]]);
+    config.routes_to_tproxy().then_some(chain)
 }
 
 /// Routed packets that were handed to a proxy and have lost its socket since, as bridged ones do

@@ -216,8 +216,16 @@ fn flows_of_clients_are_forgotten() {
     let direct = ground.cgroup("/direct");
     short_lived_flows();
     let gateway = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n";
-    for default in ["direct", "mihomo", "drop"] {
-        let config = format!("[global]\ndefault = {default}\n{POLICY}{gateway}");
+    let two = "[tproxy other]\nport = 7894\n";
+    for (default, more, bridged) in [
+        ("direct", "", false),
+        ("direct", "", true),
+        ("direct", two, true),
+        ("mihomo", "", false),
+        ("drop", "", false),
+    ] {
+        crate::gateway::bridge_netfilter(bridged);
+        let config = format!("[global]\ndefault = {default}\n{more}{POLICY}{gateway}");
         let daemon = Daemon::start(&ground, &config, &[]);
         let hosts = [ip("198.51.100.10"), ip("2001:db8:3::10")];
         for ((remote, neighbour, host), client) in places().into_iter().zip(hosts) {
@@ -229,7 +237,7 @@ fn flows_of_clients_are_forgotten() {
                 let at = app.local_addr().expect("an address");
                 let to = if matches!(loss, Loss::Never) { neighbour } else { remote };
                 let speaker = spoof(&direct, to);
-                let what = format!("default {default}, {to}, {loss:?}");
+                let what = format!("default {default} {more} {bridged}, {to}, {loss:?}");
                 if !matches!(loss, Loss::Never) {
                     assert_eq!(reaches(&app, to, &[&proxy], &mut world), "proxy", "{what}");
                 }
