@@ -40,14 +40,16 @@ pub fn boot() {
         assert_eq!(rc, 0, "unable to mount {point}: {}", Error::last_os_error());
     }
     let order = fs::read_to_string("/mods/order").expect("read the module list");
-    for module in order.lines() {
-        let file = File::open(format!("/mods/{module}")).expect("open a module");
-        // SAFETY: a descriptor that is open, and an empty string.
-        let rc =
-            unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
-        if rc != 0 {
-            println!("unable to load {module}: {}", Error::last_os_error());
-        }
+    order.lines().for_each(|module| load(&format!("/mods/{module}")));
+}
+
+/// Loads a module.
+pub fn load(module: &str) {
+    let file = File::open(module).expect("open a module");
+    // SAFETY: a descriptor that is open, and an empty string.
+    let rc = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    if rc != 0 {
+        println!("unable to load {module}: {}", Error::last_os_error());
     }
 }
 

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
+mod bridged;
 #[allow(dead_code)]
 #[path = "../it/client.rs"]
 mod client;
@@ -107,7 +108,8 @@ fn main() {
         _ => {
             let ground = Ground::new();
             let figures = lifecycle(&ground);
-            println!("\nVM PASS {figures}, {}", offload::test(&ground));
+            let offload = offload::test(&ground);
+            println!("\nVM PASS {figures}, {offload}, {}", bridged::test(&ground));
         }
     }
     power_off();

@@ -62,6 +62,24 @@ impl Link {
         });
     }
 
+    pub fn bridge(&mut self, name: &str, mac: [u8; 6]) {
+        const RTM_NEWLINK: u16 = 16;
+        self.request(RTM_NEWLINK, NEW, &ifinfomsg(0, 0), |b| {
+            b.raw(1, &mac); // IFLA_ADDRESS
+            b.str_z(3, name); // IFLA_IFNAME
+            let info = b.nest(18); // IFLA_LINKINFO
+            b.str_z(1, "bridge"); // IFLA_INFO_KIND
+            b.end_nest(info);
+        });
+    }
+
+    /// Makes an interface a port of a bridge.
+    pub fn master(&mut self, index: u32, bridge: u32) {
+        const RTM_NEWLINK: u16 = 16;
+        // IFLA_MASTER
+        self.request(RTM_NEWLINK, 0x5, &ifinfomsg(index, 0), |b| b.u32_ne(10, bridge));
+    }
+
     pub fn up(&mut self, index: u32) {
         const RTM_NEWLINK: u16 = 16;
         const IFF_UP: u32 = 1;

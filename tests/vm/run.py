@@ -35,7 +35,8 @@ REFUSED = {'amd64-5.10'}
 # crc32c_generic first: nf_conntrack's dependencies name it softly
 MODULES = '''crc32c_generic nf_tables nft_socket nft_tproxy nft_ct nft_fib_ipv4 nft_fib_ipv6 nft_fib_inet
     nft_chain_nat nft_nat nft_redir nft_reject_inet nft_limit nft_log nft_counter nf_conntrack
-    nft_flow_offload nf_flow_table_inet af_packet veth'''.split()
+    nft_flow_offload nf_flow_table_inet af_packet veth bridge'''.split()
+LATE = 'br_netfilter'  # loaded by the test itself
 LIMIT = 180  # seconds for a guest
 # An instruction is a nanosecond of every clock that the guest has, and nobody waits where it sleeps.
 COUNTING = '-icount shift=0,sleep=off -rtc clock=vm'
@@ -202,7 +203,9 @@ def modules(tree):
 
     for name in MODULES:
         add(name)
-    return done
+    order = list(done)
+    add(LATE)
+    return done, order
 
 
 def initramfs(guest, tree):
@@ -218,10 +221,10 @@ def initramfs(guest, tree):
     fs.file('usr/sbin/cgtproxy', open(f'{release}/cgtproxy', 'rb').read(), 0o755)
     shipped = open(f'{ROOT}/conf/cgtproxy.conf', 'rb').read()
     fs.file('etc/cgtproxy/cgtproxy.conf.shipped', shipped)
-    found = modules(tree) if tree else {}
+    found, order = modules(tree) if tree else ({}, [])
     for name, data in found.items():
         fs.file(f'mods/{name}.ko', data)
-    fs.file('mods/order', ''.join(f'{name}.ko\n' for name in found).encode())
+    fs.file('mods/order', ''.join(f'{name}.ko\n' for name in order).encode())
     path = f'{CACHE}/{guest}.cpio.gz'
     open(path, 'wb').write(fs.bytes())
     return path
