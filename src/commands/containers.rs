@@ -86,7 +86,8 @@ fn of_engine(part: &str) -> Option<String> {
     let part = part.strip_suffix(".scope").unwrap_or(part);
     let (engine, id) = part.rsplit_once('-').unwrap_or(("", part));
     let is_id = id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit());
-    let engine = if engine == "libpod" { "podman" } else { engine };
+    // `libpod-payload-ID` in a unit of its own (quadlet)
+    let engine = if engine.starts_with("libpod") { "podman" } else { engine };
     is_id.then(|| format!("{engine} {}", &id[..12]).trim_start().to_string())
 }
 
@@ -101,6 +102,8 @@ mod tests {
         let named = |text: &str| Some(text.to_string());
         assert_eq!(of("/system.slice/docker-ID.scope"), named("docker 0123456789ab"));
         assert_eq!(of("/machine.slice/libpod-ID.scope/container"), named("podman 0123456789ab"));
+        let quadlet = "/app.slice/web.service/libpod-payload-ID";
+        assert_eq!(of(quadlet), named("podman 0123456789ab"));
         assert_eq!(of("/docker/ID"), named("0123456789ab"));
         assert_eq!(of("/lxc.payload.web/init.scope"), named("web"));
         assert_eq!(of("/machine.slice/systemd-nspawn@web.service/payload"), named("web"));
