@@ -29,7 +29,9 @@ impl Vacant {
     /// Watches these and no others, as far as the kernel lets us. Returns those of which nothing is
     /// told that has happened until now.
     pub fn watch(&mut self, wanted: BTreeSet<Cgroup>, watcher: &Watcher) -> Vec<Cgroup> {
-        if self.inotify.is_none() && !wanted.is_empty() {
+        if wanted.is_empty() {
+            *self = Vacant::default();
+        } else if self.inotify.is_none() {
             self.inotify = watch::inotify().ok();
         }
         let Some(inotify) = &self.inotify else {

@@ -54,7 +54,7 @@ fn entrances() -> Vec<String> {
 
 #[track_caller]
 fn await_entrances(daemon: &Daemon, want: &[&str]) {
-    let found = wait_until(Duration::from_secs(10), || entrances() == want);
+    let found = wait_until(Duration::from_secs(30), || entrances() == want);
     assert!(found, "{:?}, not {want:?}\n{}\n{}", entrances(), table(), daemon.logs());
 }
 
@@ -868,6 +868,14 @@ fn the_search_ends() {
     await_entrances(&daemon, &[]);
     let _process = live(&nobody, &ground.cgroup("/own/boxes/drop2"));
     await_entrances(&daemon, &["ve-nobody 0xfd000000"]);
+    // nothing is kept open where there is nothing to be told of
+    assert_eq!(daemon.inotifies(), 2);
+    for i in 0..300 {
+        std::fs::remove_dir(ground.at(&format!("/own/boxes/box3/{i}"))).expect("remove a cgroup");
+    }
+    std::fs::remove_dir(ground.at("/own/boxes/box3")).expect("remove a cgroup");
+    let closed = || daemon.inotifies() == 1;
+    assert!(wait_until(Duration::from_secs(30), closed), "{:?} watches", all());
     daemon.stop_clean();
 }
 

@@ -277,12 +277,19 @@ impl Daemon {
     /// How many descriptors it has open, but for an inotify instance of cgroups without a process: it
     /// is there as long as there may be any.
     pub fn descriptors(&self) -> usize {
+        self.open_files().len() - usize::from(self.inotifies() == 2)
+    }
+
+    /// How many inotify instances it has.
+    pub fn inotifies(&self) -> usize {
+        let is = |to: &&PathBuf| to.as_os_str() == "anon_inode:inotify";
+        self.open_files().iter().filter(is).count()
+    }
+
+    fn open_files(&self) -> Vec<PathBuf> {
         let dir = fs::read_dir(format!("/proc/{}/fd", self.child.id()));
         let dir = dir.expect("list the descriptors").flatten();
-        let all: Vec<_> =
-            dir.map(|entry| fs::read_link(entry.path()).unwrap_or_default()).collect();
-        let inotify = all.iter().filter(|to| to.as_os_str() == "anon_inode:inotify").count();
-        all.len() - usize::from(inotify == 2)
+        dir.map(|entry| fs::read_link(entry.path()).unwrap_or_default()).collect()
     }
 
     /// Processor time that it has used.
