@@ -1,5 +1,5 @@
 #!/bin/bash
-# run.sh [script|openrc|procd|luci|dsc|systemd|deb|fresh...]: the services under their init systems, LuCI's
+# run.sh [script|openrc|procd|luci|dsc|systemd|deb|slices|fresh...]: the services under their init systems, LuCI's
 # pages and the packages, in containers of debootstrap trees below target/init. Needs root. Exit status
 # 1 if anything fails.
 # shellcheck disable=SC2317,SC2329 # functions are called by name
@@ -105,6 +105,17 @@ systemd() {
 	done
 }
 
+# containers of podman and docker under systemd, in slices that rules name
+slices() {
+	echo "containers under systemd, Debian trixie"
+	tree trixie systemd-sysv,dbus,nftables,iproute2,procps,podman,docker.io,docker-cli,busybox-static engines ||
+		{ echo "SKIP   no podman and docker to install"; return; }
+	make -s install DESTDIR=$trees/run INIT=systemd || rc=1
+	inside slices.sh
+	timeout 400 $here/container.sh $trees/run /root/test.sh || rc=1
+	cat $trees/run/root/result || { echo "FAILED systemd did not boot"; rc=1; }
+}
+
 # into the tree: the package of the static program, and the suite's own build, if `dsc` has made it
 packages() { # SUITE
 	cp target/deb/cgtproxy_*_"$(dpkg --print-architecture)".deb $trees/run/root/cgtproxy.deb
@@ -176,5 +187,5 @@ fresh() {
 	done
 }
 
-for part in "${@:-script openrc procd luci dsc systemd deb}"; do for p in $part; do $p; done; done
+for part in "${@:-script openrc procd luci dsc systemd deb slices}"; do for p in $part; do $p; done; done
 exit $rc
