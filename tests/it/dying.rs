@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::hold::Flood;
-use crate::kernel::{cgroup_id, nft, set_ids};
+use crate::kernel::{cgroup_id, nft, set_ids, SETTLE};
 use crate::stale::{connect, socket_in};
 use crate::world::{Server, World};
 use crate::{sized, wait_until};
@@ -343,7 +343,7 @@ fn the_first_of_its_kind() {
         let flood = Flood::start(&ground.root, Some(socket), *to);
         remove(victim);
         let gone = || set_ids("cg1_drop").is_some_and(|ids| !ids.contains(&id));
-        assert!(wait_until(PATIENCE, gone), "{}", daemon.logs());
+        assert!(wait_until(SETTLE, gone), "{}", daemon.logs());
         drop(flood);
         leaked.extend(world.wire.to_remote());
     }

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use crate::client::{expect, fork_into, under, Client, Outcome, Proto, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
 use crate::ground::{addr, pipe, remove_tree, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
-use crate::kernel::{await_member, cgroup_id, load, nft, set_ids, table};
+use crate::kernel::{await_member, cgroup_id, load, nft, set_ids, table, SETTLE};
 use crate::stale::{bind_to, tcp_in, udp_in};
 use crate::tools::query;
 use crate::world::{raw_addr, Packet, Server, World, STREAM_PORT};
@@ -343,7 +343,7 @@ fn what_is_held_and_what_is_not() {
 fn await_member_of_known(path: &Path) {
     let id = cgroup_id(path).expect("a cgroup");
     let is = || set_ids("known").is_some_and(|ids| ids.contains(&id));
-    assert!(wait_until(Duration::from_secs(5), is), "{path:?} is not known");
+    assert!(wait_until(SETTLE, is), "{path:?} is not known");
 }
 
 /// `/` stands for the cgroup root, whether that is the root of all or not.
@@ -684,8 +684,9 @@ fn flood(cgroup: &Path, socket: Option<RawFd>, to: SocketAddr, begun: &OwnedFd) 
         let own = || libc::socket(i32::from(raw.ss_family), libc::SOCK_DGRAM, 0);
         let fd = socket.unwrap_or_else(own);
         libc::connect(fd, (&raw const raw).cast(), len);
-        // it has a processor of its own while the daemon is at work, and not for long
-        libc::alarm(10);
+        // it has a processor of its own while the daemon is at work, and not for ever where there is
+        // one alone
+        libc::alarm(5);
         let mut param: libc::sched_param = std::mem::zeroed();
         param.sched_priority = 1;
         libc::sched_setscheduler(0, libc::SCHED_FIFO, &param);
