@@ -428,7 +428,7 @@ impl Daemon<'_> {
         let config = self.cgroups.core.config().clone();
         let moves = self.kernel.tells_flows();
         let judge = Judge::new(config, suspects, sockets::chosen_ports(), moves);
-        self.doubts = Doubts::find(&mut self.kernel, judge);
+        self.doubts = Doubts::begin(&mut self.kernel, judge);
         self.end_stale(slice);
     }
 

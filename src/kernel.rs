@@ -31,8 +31,11 @@ use crate::route::{self, Needs};
 use crate::sys;
 
 mod flows;
+mod listing;
 pub mod routing;
 pub mod sockets;
+
+use listing::Listing;
 
 /// `NETLINK_GET_STRICT_CHK` of include/uapi/linux/netlink.h: dumps honour the request's filter.
 const NETLINK_GET_STRICT_CHK: i32 = 12;
@@ -67,7 +70,9 @@ pub struct Kernel {
     /// False once conntrack has not told of its flows.
     tells_flows: bool,
     /// Its flows, as they are listed by and by; for the daemon.
-    listing: Option<flows::Listing>,
+    flows: Option<Listing<u8>>,
+    /// The same of sockets, for each who asks.
+    sockets: [Option<Listing<sockets::Ask>>; 2],
 }
 
 /// What others did to our state since the last look.
@@ -104,7 +109,8 @@ impl Kernel {
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
             ends_sockets: true,
             tells_flows: true,
-            listing: None,
+            flows: None,
+            sockets: [None, None],
         })
     }
 
@@ -127,7 +133,8 @@ impl Kernel {
         let peers = Socket::open(SockProtocol::NetlinkRoute, &[RTNLGRP_LINK, RTNLGRP_NSID])?;
         let _ = sys::attach_filter(peers.as_fd(), &netns::no_event());
         kernel.peer_events = Some(peers);
-        kernel.listing = Some(flows::Listing::open()?);
+        kernel.flows = Some(Listing::open(SockProtocol::NetlinkNetFilter)?);
+        kernel.sockets.fill_with(|| Listing::open(SockProtocol::NetlinkSockDiag).ok());
         kernel.watch(needs);
         Ok(kernel)
     }

@@ -7,15 +7,26 @@ use std::time::Instant;
 use nix::errno::Errno;
 
 use crate::error::reason;
+use crate::kernel::sockets::Asker;
 use crate::kernel::Kernel;
 use crate::log;
 use crate::netlink::diag::{SeenSocket, TCP_STATES, UDP_STATES};
 use crate::netlink::uapi::*;
 use crate::stale::{Judge, Ports, Suspects};
 
+/// What is listed: of each protocol the sockets that may be stale, and then, where there are any, the
+/// ports of those in a state that is a witness. By and by: anybody may have 10,000s of them.
+#[derive(Clone, Copy)]
+enum Stage {
+    Sockets(u8),
+    Ports(u8),
+    Done,
+}
+
 /// Sockets that may be stale, and what it takes to judge them.
 pub struct Doubts {
     judge: Judge,
+    stage: Stage,
     sockets: Vec<SeenSocket>,
     /// What listens.
     tcp: Ports,
@@ -25,32 +36,66 @@ pub struct Doubts {
 }
 
 impl Doubts {
-    /// Looks for sockets that may be stale; `None` where there are none, or none can be ended.
-    pub fn find(kernel: &mut Kernel, judge: Judge) -> Option<Doubts> {
+    /// Begins to look for sockets that may be stale; `None` where there are none, or none can be ended.
+    pub fn begin(kernel: &mut Kernel, judge: Judge) -> Option<Doubts> {
         if !kernel.ends_sockets() || judge.suspects().is_empty() {
             return None;
         }
-        let (mut sockets, mut tcp, mut udp) = (Vec::new(), Ports::new(), Ports::new());
-        let ids = judge.suspects().ids().unwrap_or_default();
-        for (protocol, states, ports, state) in [
-            (IPPROTO_TCP, TCP_STATES, &mut tcp, TCP_LISTEN),
-            (IPPROTO_UDP, UDP_STATES, &mut udp, TCP_CLOSE),
-        ] {
-            let doubtful = |socket| judge.doubts(&socket).then_some(socket);
-            let found = kernel.sockets(protocol, states, &ids, doubtful);
-            if found.is_empty() {
-                continue;
-            }
-            sockets.extend(found);
-            for port in kernel.sockets(protocol, 1 << state, &[], |s| Some(s.local.port())) {
-                *ports.entry(port).or_default() += 1;
-            }
-        }
-        (!sockets.is_empty()).then_some(Doubts { judge, sockets, tcp, udp, ended: 0 })
+        let (tcp, udp) = (Ports::new(), Ports::new());
+        let stage = Stage::Sockets(IPPROTO_TCP);
+        let doubts = Doubts { judge, stage, sockets: Vec::new(), tcp, udp, ended: 0 };
+        doubts.list(kernel);
+        Some(doubts)
     }
 
-    /// Judges sockets and ends the stale ones until `until`; true when that is done.
+    /// Begins what is to be listed by now.
+    fn list(&self, kernel: &mut Kernel) {
+        let ids = || self.judge.suspects().ids().unwrap_or_default();
+        let (protocol, states, ids) = match self.stage {
+            Stage::Sockets(IPPROTO_TCP) => (IPPROTO_TCP, TCP_STATES, ids()),
+            Stage::Sockets(protocol) => (protocol, UDP_STATES, ids()),
+            Stage::Ports(IPPROTO_TCP) => (IPPROTO_TCP, 1 << TCP_LISTEN, Vec::new()),
+            Stage::Ports(protocol) => (protocol, 1 << TCP_CLOSE, Vec::new()),
+            Stage::Done => return,
+        };
+        kernel.list_sockets(Asker::Doubts, protocol, states, &ids);
+    }
+
+    /// Takes some more of what is listed.
+    fn take(&mut self, kernel: &mut Kernel) {
+        let Doubts { judge, sockets, tcp, udp, .. } = self;
+        let more = match self.stage {
+            Stage::Sockets(_) => kernel.more_sockets(Asker::Doubts, &mut |socket| {
+                sockets.extend(judge.doubts(&socket).then_some(socket));
+            }),
+            Stage::Ports(protocol) => {
+                let ports = if protocol == IPPROTO_TCP { tcp } else { udp };
+                kernel.more_sockets(Asker::Doubts, &mut |socket| {
+                    *ports.entry(socket.local.port()).or_default() += 1;
+                })
+            }
+            Stage::Done => return,
+        };
+        if more {
+            return;
+        }
+        let any = |protocol| self.sockets.iter().any(|socket| socket.protocol == protocol);
+        self.stage = match self.stage {
+            Stage::Sockets(protocol) if any(protocol) => Stage::Ports(protocol),
+            Stage::Sockets(IPPROTO_TCP) | Stage::Ports(IPPROTO_TCP) => Stage::Sockets(IPPROTO_UDP),
+            _ => Stage::Done,
+        };
+        self.list(kernel);
+    }
+
+    /// Lists sockets, judges them and ends the stale ones until `until`; true when that is done.
     pub fn settle(&mut self, kernel: &mut Kernel, until: Instant) -> bool {
+        while !matches!(self.stage, Stage::Done) {
+            self.take(kernel);
+            if Instant::now() >= until {
+                return false;
+            }
+        }
         while let Some(socket) = self.sockets.pop() {
             let ports = match socket.protocol {
                 IPPROTO_TCP => &self.tcp,

@@ -14,6 +14,7 @@ use super::Daemon;
 use crate::cgroup::core::Core;
 use crate::config::Outcome;
 use crate::error::reason;
+use crate::kernel::sockets::Asker;
 use crate::kernel::Kernel;
 use crate::log;
 use crate::net::Mark;
@@ -115,9 +116,19 @@ impl Daemon<'_> {
     }
 }
 
+/// What is listed: first whose the flows may be, as anybody may have 10,000s of sockets too.
+enum Stage {
+    /// The ports of the sockets of the cgroups in question.
+    Ports(HashSet<u16>),
+    /// Who has these ports; or all sockets.
+    Owners(Option<HashSet<u16>>, Vec<SeenSocket>),
+    Flows,
+}
+
 /// Conntrack's flows, on their way past the policy.
 struct Pass {
     flows: Flows,
+    stage: Stage,
     owners: Owners,
     /// Those that were told of and have not had their turn.
     entries: Vec<Tracked>,
@@ -131,17 +142,28 @@ struct Pass {
 
 impl Pass {
     fn begin(kernel: &mut Kernel, flows: Flows) -> Pass {
-        let began = Instant::now();
-        let owners = owners(kernel, &flows);
-        kernel.list_entries();
+        // where those of some cgroups are in question, that is all who share a port with these
+        let cgroups = flows.cgroups();
+        let few = cgroups.as_ref().filter(|cgroups| cgroups.len() <= FEW);
+        let ids = few.map_or(&[][..], |cgroups| cgroups);
+        let stage = match cgroups {
+            _ if !flows.ask_for_owners() => Stage::Flows,
+            None => Stage::Owners(None, Vec::new()),
+            Some(_) => Stage::Ports(HashSet::new()),
+        };
+        match stage {
+            Stage::Flows => kernel.list_entries(),
+            _ => kernel.list_sockets(Asker::Flows, IPPROTO_UDP, UDP_STATES, ids),
+        }
         Pass {
             flows,
-            owners,
+            stage,
+            owners: Owners::default(),
             entries: Vec::new(),
             ways: BTreeMap::new(),
             names: None,
             moved: 0,
-            spent: began.elapsed(),
+            spent: Duration::ZERO,
         }
     }
 
@@ -164,6 +186,39 @@ impl Pass {
 
     /// Lists some more; false where there are no more.
     fn list(&mut self, kernel: &mut Kernel) -> bool {
+        let flows = &self.flows;
+        let more = match &mut self.stage {
+            Stage::Ports(ports) => kernel.more_sockets(Asker::Flows, &mut |socket| {
+                if socket.cgroup.is_some_and(|cgroup| flows.asks_of(cgroup)) {
+                    ports.insert(socket.local.port());
+                }
+            }),
+            Stage::Owners(ports, sockets) => kernel.more_sockets(Asker::Flows, &mut |socket| {
+                if ports.as_ref().is_none_or(|ports| ports.contains(&socket.local.port())) {
+                    sockets.push(socket);
+                }
+            }),
+            Stage::Flows => return self.list_flows(kernel),
+        };
+        if !more {
+            self.stage = match std::mem::replace(&mut self.stage, Stage::Flows) {
+                Stage::Ports(ports) if !ports.is_empty() => {
+                    kernel.list_sockets(Asker::Flows, IPPROTO_UDP, UDP_STATES, &[]);
+                    Stage::Owners(Some(ports), Vec::new())
+                }
+                last => {
+                    if let Stage::Owners(_, sockets) = last {
+                        self.owners = Owners::new(sockets);
+                    }
+                    kernel.list_entries();
+                    Stage::Flows
+                }
+            };
+        }
+        true
+    }
+
+    fn list_flows(&mut self, kernel: &mut Kernel) -> bool {
         let (flows, owners) = (&self.flows, &self.owners);
         let concerns = |entry: &Tracked| {
             let owned = entry.protocol != IPPROTO_UDP || owners.has(entry.from.port());
@@ -227,29 +282,6 @@ impl Pass {
             }
         }
     }
-}
-
-/// The sockets that the flows in question may be of. Where those of some cgroups are, that is all who
-/// share a port with these.
-fn owners(kernel: &mut Kernel, flows: &Flows) -> Owners {
-    if !flows.ask_for_owners() {
-        return Owners::default();
-    }
-    let Some(cgroups) = flows.cgroups() else {
-        return Owners::new(kernel.sockets(IPPROTO_UDP, UDP_STATES, &[], Some));
-    };
-    let port = |socket: &SeenSocket| socket.local.port();
-    let own = |socket: SeenSocket| {
-        socket.cgroup.is_some_and(|cgroup| flows.asks_of(cgroup)).then(|| port(&socket))
-    };
-    let ids = if cgroups.len() > FEW { &[] } else { &cgroups[..] };
-    let ports: HashSet<u16> =
-        kernel.sockets(IPPROTO_UDP, UDP_STATES, ids, own).into_iter().collect();
-    if ports.is_empty() {
-        return Owners::default();
-    }
-    let shares = |socket: SeenSocket| ports.contains(&port(&socket)).then_some(socket);
-    Owners::new(kernel.sockets(IPPROTO_UDP, UDP_STATES, &[], shares))
 }
 
 /// `own` is the mark that the flow is to have; the route is known by the mark of what this host sends

@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 use nix::errno::Errno;
-use nix::sys::socket::SockProtocol;
 
 use super::Kernel;
 use crate::error::{Error, Result};
@@ -14,52 +13,12 @@ use crate::netlink::conntrack::{self, Tracked};
 use crate::netlink::fib::{self, Course};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
-use crate::netlink::socket::Socket;
 use crate::netlink::uapi::*;
 
 /// How often a flow is moved that its remote host begins again at the same moment.
 const TRIES: usize = 8;
 
 const REFUSED: &str = "unable to list conntrack's flows";
-
-/// The flows of UDP and pings, as they are listed by and by: over a socket of its own, since a dump
-/// that goes on takes part in whatever else is read from its socket.
-pub struct Listing {
-    socket: Socket,
-    /// What is to be asked for, the next one last.
-    families: Vec<u8>,
-    /// The answer for a family is being read.
-    reads: bool,
-}
-
-impl Listing {
-    pub fn open() -> Result<Listing> {
-        let socket = Socket::open(SockProtocol::NetlinkNetFilter, &[])?;
-        Ok(Listing { socket, families: Vec::new(), reads: false })
-    }
-
-    /// Some more of them; `None` where there are no more.
-    fn read(
-        &mut self,
-        keep: impl Fn(&Tracked) -> bool,
-    ) -> Result<std::result::Result<Option<Vec<Tracked>>, Errno>> {
-        if !self.reads {
-            let Some(family) = self.families.pop() else {
-                return Ok(Ok(None));
-            };
-            self.socket.begin_dump(&|batch| conntrack::get_all(batch, family))?;
-            self.reads = true;
-        }
-        let mut found = Vec::new();
-        let mut take = |message: &Message| {
-            found.extend(conntrack::parse_entry(message).filter(|entry| keep(entry)));
-        };
-        let end = self.socket.part(&mut take);
-        self.reads = end == Ok(None);
-        let end = end.map_err(|errno| Error::system("unable to read from netlink", errno))?;
-        Ok(end.unwrap_or(Ok(())).map(|()| Some(found)))
-    }
-}
 
 impl Kernel {
     /// Whether conntrack tells of its flows, as far as is known.
@@ -69,8 +28,8 @@ impl Kernel {
 
     /// Has [`Kernel::more_entries`] list them from the beginning.
     pub fn list_entries(&mut self) {
-        if let Some(listing) = &mut self.listing {
-            listing.families = vec![NFPROTO_IPV6, NFPROTO_IPV4];
+        if let Some(flows) = &mut self.flows {
+            flows.begin(vec![NFPROTO_IPV6, NFPROTO_IPV4]);
         }
     }
 
@@ -80,12 +39,17 @@ impl Kernel {
         &mut self,
         keep: impl Fn(&Tracked) -> bool,
     ) -> Result<Option<Vec<Tracked>>> {
-        let Some(listing) = &mut self.listing else {
+        let Some(flows) = &mut self.flows else {
             return Ok(None);
         };
-        let found = listing.read(keep);
-        self.tells_flows &= !matches!(found, Ok(Err(_)));
-        found?.map_err(|errno| Error::system(REFUSED, errno))
+        let mut found = Vec::new();
+        let mut take = |_: &u8, message: &Message| {
+            found.extend(conntrack::parse_entry(message).filter(|entry| keep(entry)));
+        };
+        let more = flows.read(|batch, family| conntrack::get_all(batch, *family), &mut take);
+        self.tells_flows &= !matches!(more, Ok(Err(_)));
+        let more = more?.map_err(|errno| Error::system(REFUSED, errno))?;
+        Ok(more.then_some(found))
     }
 
     /// The flows of UDP and pings, of both families, as far as `keep` keeps them.

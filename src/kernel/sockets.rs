@@ -18,6 +18,22 @@ use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::uapi::*;
 
+/// Who has sockets listed by and by: each has a list of his own.
+#[derive(Debug, Clone, Copy)]
+pub enum Asker {
+    Flows,
+    Doubts,
+}
+
+/// Which sockets to list: of a family and a protocol in these states; of these cgroups, if of any.
+#[derive(Debug, Clone)]
+pub struct Ask {
+    family: u8,
+    protocol: u8,
+    states: u32,
+    ids: Vec<u64>,
+}
+
 impl Kernel {
     /// False once the kernel has refused to end a socket.
     pub fn ends_sockets(&self) -> bool {
@@ -86,6 +102,38 @@ impl Kernel {
             all.extend(self.dump_sockets(&request, read));
         }
         all
+    }
+
+    /// Has [`Kernel::more_sockets`] list those of a protocol in these states, of both families.
+    pub fn list_sockets(&mut self, asker: Asker, protocol: u8, states: u32, ids: &[u64]) {
+        if let Some(listing) = &mut self.sockets[asker as usize] {
+            let ask = |family| Ask { family, protocol, states, ids: ids.to_vec() };
+            listing.begin([AF_INET6, AF_INET].map(ask).into());
+        }
+    }
+
+    /// Some more of them, as many as the kernel tells of at once, some hundred; false where there are
+    /// no more, or the kernel does not tell.
+    pub fn more_sockets(&mut self, asker: Asker, each: &mut dyn FnMut(SeenSocket)) -> bool {
+        let Some(listing) = &mut self.sockets[asker as usize] else {
+            return false;
+        };
+        let request = |batch: &mut Batch, ask: &Ask| {
+            diag::get(batch, ask.family, ask.protocol, ask.states, &ask.ids);
+        };
+        let mut take = |ask: &Ask, message: &Message| {
+            diag::parse(message, ask.protocol).into_iter().for_each(&mut *each);
+        };
+        match listing.read(request, &mut take) {
+            Ok(Ok(more)) => return more,
+            // perhaps of the next family
+            Ok(Err(errno)) => {
+                log!(Debug, "no inet_diag: {}", reason(errno));
+                return true;
+            }
+            Err(error) => log!(Debug, "no inet_diag: {error}"),
+        }
+        false
     }
 
     /// The sockets that listen on a port; none where the kernel does not tell of them and of their

@@ -194,21 +194,25 @@ fn covers(gateway: &Gateway, interface: &str, from: SocketAddr) -> bool {
     named && (gateway.sources.is_empty() || gateway.sources.holds(from.ip()))
 }
 
-/// The sockets that flows are held against, by their ports.
+/// The sockets that flows are held against, in the order of their ports: in one piece, since there may
+/// be 10,000s of them to let go at once.
 #[derive(Default)]
-pub struct Owners(HashMap<u16, Vec<SeenSocket>>);
+pub struct Owners(Vec<SeenSocket>);
 
 impl Owners {
-    pub fn new(sockets: Vec<SeenSocket>) -> Owners {
-        let mut owners = Owners::default();
-        for socket in sockets {
-            owners.0.entry(socket.local.port()).or_default().push(socket);
-        }
-        owners
+    pub fn new(mut sockets: Vec<SeenSocket>) -> Owners {
+        sockets.sort_unstable_by_key(|socket| socket.local.port());
+        Owners(sockets)
     }
 
     pub fn has(&self, port: u16) -> bool {
-        self.0.contains_key(&port)
+        self.0.binary_search_by_key(&port, |socket| socket.local.port()).is_ok()
+    }
+
+    fn at(&self, port: u16) -> &[SeenSocket] {
+        let first = self.0.partition_point(|socket| socket.local.port() < port);
+        let own = self.0[first..].iter().take_while(|socket| socket.local.port() == port);
+        &self.0[first..][..own.count()]
     }
 
     /// The socket that sends between two addresses: the one that is connected so, or bound to the
@@ -226,7 +230,7 @@ impl Owners {
                 }
             }
         };
-        let at = self.0.get(&from.port())?;
+        let at = self.at(from.port());
         let best = at.iter().filter_map(|socket| fit(&socket)).max()?;
         let mut all = at.iter().filter(|socket| fit(socket) == Some(best));
         let first = all.next()?;

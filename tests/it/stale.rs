@@ -622,7 +622,8 @@ fn a_proxied_flow_stays() {
     assert_eq!(said(&mut wire), []);
     // to drop, it is cut
     daemon.configure(&CONFIG.replace("mihomo = /proxied", "drop = /proxied"));
-    assert!(daemon.reload().contains("ended 2 sockets"), "{}", daemon.logs());
+    daemon.reload();
+    assert!(daemon.wait_log("ended 2 sockets", Duration::from_secs(5)), "{}", daemon.logs());
     assert!(flows[0].write(b"?").is_err());
 }
 
