@@ -27,6 +27,17 @@ pub const COMMANDS: [(&str, &str, &str); 8] = [
     ("exec", "[-u USER] TARGET [--] CMD [ARG…]", "run CMD under TARGET"),
 ];
 
+/// Options of one command alone: which, name, what it does.
+const FLAGS: [(&str, &str, &str); 7] = [
+    ("explain", "pid", "the arguments are process ids"),
+    ("check", "json", "print JSON"),
+    ("status", "json", "print JSON"),
+    ("status", "prometheus", "print metrics in the text format of Prometheus"),
+    ("status", "watch", "print again every second, with rates"),
+    ("apps", "json", "print JSON"),
+    ("apps", "suggest", "print lines for [rules] alone"),
+];
+
 /// The options of every command, and those of `command` alone.
 fn options(command: &str) -> getopts::Options {
     let mut options = getopts::Options::new();
@@ -39,26 +50,11 @@ fn options(command: &str) -> getopts::Options {
     options.optflag("w", "wait", "where run cannot start, try again instead of exiting");
     options.optflag("h", "help", "print this help");
     options.optflag("V", "version", "print the version");
-    match command {
-        "explain" => {
-            options.optflag("", "pid", "the arguments are process ids");
-        }
-        "check" => {
-            options.optflag("", "json", "print JSON");
-        }
-        "status" => {
-            options.optflag("", "json", "print JSON");
-            options.optflag("", "prometheus", "print metrics in the text format of Prometheus");
-            options.optflag("", "watch", "print again every second, with rates");
-        }
-        "apps" => {
-            options.optflag("", "json", "print JSON");
-            options.optflag("", "suggest", "print lines for [rules] alone");
-        }
-        "exec" => {
-            options.optopt("u", "user", "run CMD as that user", "USER");
-        }
-        _ => {}
+    for (_, name, does) in FLAGS.iter().filter(|(of, ..)| *of == command) {
+        options.optflag("", name, does);
+    }
+    if command == "exec" {
+        options.optopt("u", "user", "run CMD as that user", "USER");
     }
     options
 }

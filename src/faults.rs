@@ -60,13 +60,6 @@ fn is_lo_down(interface: &Link) -> bool {
     interface.name == "lo" && !interface.up
 }
 
-fn protocol(l4: L4) -> &'static str {
-    match l4 {
-        L4::Tcp => "TCP",
-        L4::Udp => "UDP",
-    }
-}
-
 /// Name, wildcard address and key.
 fn words(family: Family) -> [&'static str; 3] {
     [family.name(), ["0.0.0.0", "[::]"][family as usize], family.word()]
@@ -87,7 +80,7 @@ fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mu
         if take != Take::Yes || families.is_empty() {
             continue;
         }
-        let what = format!("[tproxy {name}]: {} port {port}", protocol(l4));
+        let what = format!("[tproxy {name}]: {} port {port}", l4.name());
         let (mut wrong, mut nothing, mut opaque) = (Vec::new(), Vec::new(), Vec::new());
         for family in &families {
             let address = tproxy.addresses[*family as usize];
@@ -114,7 +107,7 @@ fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mu
             wrong.push(format!(
                 "[tproxy {name}]: nothing listens on {} port {port}, so its traffic is refused: \
                  start the proxy with a tproxy inbound on that port",
-                protocol(l4)
+                l4.name()
             ));
         } else {
             wrong.extend(nothing.iter().map(|family| {
@@ -188,13 +181,13 @@ fn resolves(tproxy: &Tproxy, routed: bool, host: &Host, findings: &mut Vec<Answe
             let there = |ip| move |l: &&diag::SeenSocket| l.is_at(l4, ip, end.port());
             let mut listeners = host.listeners.iter().filter(there(end.ip())).peekable();
             if listeners.peek().is_none() {
-                silent.push(protocol(l4));
+                silent.push(l4.name());
             } else if routed
                 && end.ip().is_loopback()
                 && listeners.all(|listener| listener.local.ip().is_loopback())
                 && !elsewhere(host, l4, end)
             {
-                unreachable.push(protocol(l4));
+                unreachable.push(l4.name());
             }
         }
         if !silent.is_empty() {

@@ -29,13 +29,7 @@ impl Level {
         [Level::Error, Level::Warning, Level::Notice, Level::Info, Level::Debug];
 
     pub fn name(self) -> &'static str {
-        match self {
-            Level::Error => "error",
-            Level::Warning => "warning",
-            Level::Notice => "notice",
-            Level::Info => "info",
-            Level::Debug => "debug",
-        }
+        ["error", "warning", "notice", "info", "debug"][self as usize]
     }
 
     /// This level, `steps` more talkative.

@@ -25,10 +25,7 @@ impl Family {
 
     /// `NFPROTO_*` and `AF_*`, which are the same number for both.
     pub fn number(self) -> u8 {
-        match self {
-            Family::V4 => NFPROTO_IPV4,
-            Family::V6 => NFPROTO_IPV6,
-        }
+        [NFPROTO_IPV4, NFPROTO_IPV6][self as usize]
     }
 
     /// `ip` or `ip6`, as nft says it.
@@ -56,18 +53,17 @@ pub enum L4 {
 
 impl L4 {
     pub fn number(self) -> u8 {
-        match self {
-            L4::Tcp => IPPROTO_TCP,
-            L4::Udp => IPPROTO_UDP,
-        }
+        [IPPROTO_TCP, IPPROTO_UDP][self as usize]
     }
 
     /// `tcp` or `udp`, as nft says it.
     pub fn nft(self) -> &'static str {
-        match self {
-            L4::Tcp => "tcp",
-            L4::Udp => "udp",
-        }
+        ["tcp", "udp"][self as usize]
+    }
+
+    /// As people write it.
+    pub fn name(self) -> &'static str {
+        ["TCP", "UDP"][self as usize]
     }
 }
 

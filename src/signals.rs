@@ -29,16 +29,9 @@ pub struct Signals {
 impl Signals {
     /// Blocks them, so that from here on none is lost or kills.
     pub fn block() -> Result<Signals> {
-        let mut set = SigSet::empty();
-        for signal in
-            [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGUSR2]
-        {
-            set.add(signal);
-        }
-        let refused = |errno| Error::system("unable to receive signals", errno);
-        set.thread_block().map_err(refused)?;
-        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        let fd = SignalFd::with_flags(&set, flags).map_err(refused)?;
+        let signals =
+            [Signal::SIGHUP, Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR1, Signal::SIGUSR2];
+        let (fd, _) = receive(&signals)?;
         Ok(Signals { fd, end: None, reload: false, status: false })
     }
 
@@ -81,4 +74,13 @@ impl Signals {
     pub fn status(&mut self) -> bool {
         std::mem::take(&mut self.status)
     }
+}
+
+/// Has these signals told of by a descriptor instead of being delivered.
+pub fn receive(signals: &[Signal]) -> Result<(SignalFd, SigSet)> {
+    let refused = |errno| Error::system("unable to receive signals", errno);
+    let set: SigSet = signals.iter().copied().collect();
+    set.thread_block().map_err(refused)?;
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    Ok((SignalFd::with_flags(&set, flags).map_err(refused)?, set))
 }

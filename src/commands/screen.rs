@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::{raise, SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::signalfd::SignalFd;
 use nix::sys::termios::{tcgetattr, tcsetattr, LocalFlags, SetArg, Termios};
 use nix::unistd::{getpgrp, tcgetpgrp};
 
 use super::table::Style;
 use crate::error::{Error, Result};
+use crate::signals;
 use crate::sys;
 
 pub struct Screen {
@@ -90,20 +91,14 @@ enum Wish {
 
 impl Terminal {
     fn open() -> Result<Terminal> {
-        let refused = |errno| Error::system("unable to receive signals", errno);
-        let set: SigSet = [
+        let (signals, set) = signals::receive(&[
             Signal::SIGWINCH,
             Signal::SIGCONT,
             Signal::SIGINT,
             Signal::SIGTERM,
             Signal::SIGHUP,
             Signal::SIGQUIT,
-        ]
-        .into_iter()
-        .collect();
-        set.thread_block().map_err(refused)?;
-        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        let signals = SignalFd::with_flags(&set, flags).map_err(refused)?;
+        ])?;
         let mut terminal = Terminal { signals, set, before: None, closed: false };
         terminal.take_keys();
         Ok(terminal)

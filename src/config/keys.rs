@@ -30,13 +30,7 @@ impl Kind {
         [Kind::Global, Kind::Tproxy, Kind::Route, Kind::Rules, Kind::Gateway];
 
     pub fn name(self) -> &'static str {
-        match self {
-            Kind::Global => "global",
-            Kind::Tproxy => "tproxy",
-            Kind::Route => "route",
-            Kind::Rules => "rules",
-            Kind::Gateway => "gateway",
-        }
+        ["global", "tproxy", "route", "rules", "gateway"][self as usize]
     }
 
     /// Whether each section has a name, and its own values.

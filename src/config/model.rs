@@ -303,25 +303,23 @@ pub enum RuleLine<'a> {
 }
 
 impl<'a> RuleLine<'a> {
-    pub fn place(self) -> &'a Place {
+    fn parts(self) -> (&'a Place, &'a str, Target) {
         match self {
-            RuleLine::Patterns(rules) => &rules[0].place,
-            RuleLine::Owners(rule) => &rule.place,
+            RuleLine::Patterns(rules) => (&rules[0].place, &rules[0].text, rules[0].target),
+            RuleLine::Owners(rule) => (&rule.place, &rule.text, rule.target),
         }
+    }
+
+    pub fn place(self) -> &'a Place {
+        self.parts().0
     }
 
     pub fn text(self) -> &'a str {
-        match self {
-            RuleLine::Patterns(rules) => &rules[0].text,
-            RuleLine::Owners(rule) => &rule.text,
-        }
+        self.parts().1
     }
 
     pub fn target(self) -> Target {
-        match self {
-            RuleLine::Patterns(rules) => rules[0].target,
-            RuleLine::Owners(rule) => rule.target,
-        }
+        self.parts().2
     }
 }
 

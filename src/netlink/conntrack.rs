@@ -39,7 +39,7 @@ fn family(end: SocketAddr) -> u8 {
 fn tuple(batch: &mut Batch, which: u16, protocol: u8, from: SocketAddr, to: SocketAddr) {
     let tuple = batch.nest(which);
     let nest = batch.nest(CTA_TUPLE_IP);
-    batch.ip(source(from), from.ip());
+    batch.ip(if from.is_ipv4() { CTA_IP_V4_SRC } else { CTA_IP_V6_SRC }, from.ip());
     batch.ip(if to.is_ipv4() { CTA_IP_V4_DST } else { CTA_IP_V6_DST }, to.ip());
     batch.end_nest(nest);
     let nest = batch.nest(CTA_TUPLE_PROTO);
@@ -48,14 +48,6 @@ fn tuple(batch: &mut Batch, which: u16, protocol: u8, from: SocketAddr, to: Sock
     batch.raw(CTA_PROTO_DST_PORT, &to.port().to_be_bytes());
     batch.end_nest(nest);
     batch.end_nest(tuple);
-}
-
-/// The attribute of a source address.
-fn source(end: SocketAddr) -> u16 {
-    match end.is_ipv4() {
-        true => CTA_IP_V4_SRC,
-        false => CTA_IP_V6_SRC,
-    }
 }
 
 /// Tells of a TCP connection that `remote` made, before conntrack sees a packet of it: whoever speaks
@@ -235,18 +227,14 @@ fn answered<'a>(message: &Message<'a>) -> Option<Attrs<'a>> {
 /// Reads the answer for a socket at `local`.
 pub fn parse(message: &Message, local: SocketAddr) -> Option<Flow> {
     let attrs = answered(message)?;
-    let tuple = Attrs::new(attrs.clone().get(CTA_TUPLE_ORIG)?);
-    let addresses = Attrs::new(tuple.clone().get(CTA_TUPLE_IP)?);
-    let ports = Attrs::new(tuple.get(CTA_TUPLE_PROTO)?);
-    let source = addresses.get(source(local)).and_then(parse::ip) == Some(local.ip());
-    let port = ports.get(CTA_PROTO_SRC_PORT) == Some(&local.port().to_be_bytes()[..]);
+    let (_, from, _) = ends(attrs.clone().get(CTA_TUPLE_ORIG)?)?;
     // of a flow that conntrack takes up on its way it checks no window
     let flags = || {
         let info = Attrs::new(attrs.clone().get(CTA_PROTOINFO)?).get(CTA_PROTOINFO_TCP)?;
         Attrs::new(info).get(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL)?.first().copied()
     };
     Some(Flow {
-        outbound: source && port,
+        outbound: from == local,
         midstream: flags().is_some_and(|flags| flags & IP_CT_TCP_FLAG_BE_LIBERAL != 0),
         mark: attrs.clone().get(CTA_MARK).and_then(parse::u32_be).unwrap_or(0),
     })

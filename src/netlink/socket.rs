@@ -109,27 +109,16 @@ impl Socket {
     ) -> Result<std::result::Result<(), Failure>> {
         self.send(batch)?;
         let mut refused = None;
-        loop {
-            match self.receive() {
-                Ok(length) => {
-                    for reply in Messages::new(&self.buf[..length]).filter_map(|m| parse::reply(&m))
-                    {
-                        let Reply { seq, errno, text } = reply;
-                        if errno != 0 && refused.is_none() {
-                            let errno = Errno::from_raw(errno);
-                            refused = Some(Failure::Refused { seq, errno, text });
-                        }
-                        if seq == last {
-                            self.stale = false;
-                            return Ok(refused.map_or(Ok(()), Err));
-                        }
-                    }
-                }
-                // Every answer there will be is in the queue already: a missing one was lost.
-                Err(Errno::EAGAIN) => return Ok(Err(refused.unwrap_or(Failure::Unknown))),
-                Err(Errno::ENOBUFS) => return Ok(Err(Failure::Unknown)),
-                Err(errno) => return Err(Error::system("unable to read from netlink", errno)),
-            }
+        let answered = self.answers(last, &mut |Reply { seq, errno, text }| {
+            let errno = Errno::from_raw(errno);
+            refused.get_or_insert(Failure::Refused { seq, errno, text });
+        });
+        match answered {
+            Ok(true) => Ok(refused.map_or(Ok(()), Err)),
+            // every answer there will be is in the queue already: a missing one was lost
+            Ok(false) => Ok(Err(refused.unwrap_or(Failure::Unknown))),
+            Err(Errno::ENOBUFS) => Ok(Err(Failure::Unknown)),
+            Err(errno) => Err(unreadable(errno)),
         }
     }
 
@@ -138,20 +127,33 @@ impl Socket {
     pub fn refusals(&mut self, batch: &Batch, last: u32) -> Result<Vec<(u32, Errno)>> {
         self.send(batch)?;
         let mut refused = Vec::new();
+        let mut take = |reply: Reply| refused.push((reply.seq, Errno::from_raw(reply.errno)));
+        self.answers(last, &mut take).map_err(unreadable)?;
+        Ok(refused)
+    }
+
+    /// Hands the refusals among the answers that are there to `refused`, up to the answer of message
+    /// `last`; whether that is there.
+    fn answers(
+        &mut self,
+        last: u32,
+        refused: &mut dyn FnMut(Reply),
+    ) -> std::result::Result<bool, Errno> {
         loop {
             let length = match self.receive() {
                 Ok(length) => length,
-                // all that there is has been read
-                Err(Errno::EAGAIN) => return Ok(refused),
-                Err(errno) => return Err(Error::system("unable to read from netlink", errno)),
+                Err(Errno::EAGAIN) => return Ok(false),
+                Err(errno) => return Err(errno),
             };
-            let replies = Messages::new(&self.buf[..length]).filter_map(|m| parse::reply(&m));
-            for reply in replies.filter(|reply| reply.errno != 0) {
-                refused.push((reply.seq, Errno::from_raw(reply.errno)));
-            }
-            if refused.iter().any(|(seq, _)| *seq == last) {
-                self.stale = false;
-                return Ok(refused);
+            for reply in Messages::new(&self.buf[..length]).filter_map(|m| parse::reply(&m)) {
+                let done = reply.seq == last;
+                if reply.errno != 0 {
+                    refused(reply);
+                }
+                if done {
+                    self.stale = false;
+                    return Ok(true);
+                }
             }
         }
     }
@@ -168,9 +170,7 @@ impl Socket {
         self.send(&batch)?;
         let mut found = None;
         loop {
-            let length = self
-                .receive()
-                .map_err(|errno| Error::system("unable to read from netlink", errno))?;
+            let length = self.receive().map_err(unreadable)?;
             let own = |message: &parse::Message| message.seq == batch.last_seq();
             for message in Messages::new(&self.buf[..length]).filter(own) {
                 match parse::reply(&message) {
@@ -237,7 +237,7 @@ impl Socket {
                 Ok(Some(_)) if self.interrupted && !last => return Ok(None),
                 Ok(end) => return Ok(end),
                 Err(Errno::ENOBUFS) if !last => return Ok(None),
-                Err(errno) => return Err(Error::system("unable to read from netlink", errno)),
+                Err(errno) => return Err(unreadable(errno)),
             }
         }
     }
@@ -352,6 +352,10 @@ impl Socket {
             let _ = setsockopt(&self.fd, sockopt::RcvBuf, &want);
         }
     }
+}
+
+fn unreadable(errno: Errno) -> Error {
+    Error::system("unable to read from netlink", errno)
 }
 
 impl AsFd for Socket {

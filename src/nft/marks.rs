@@ -357,11 +357,11 @@ impl<'a> Walk<'a> {
                 }
                 Nft(Expr::MetaSet { key: NFT_META_MARK, sreg }) => {
                     let new = bits(sreg);
-                    self.set_mark(place, new, matches);
+                    self.set(false, place, new, matches);
                 }
                 Nft(Expr::CtSet { key: NFT_CT_MARK, sreg }) => {
                     let new = bits(sreg);
-                    self.set_ct_mark(place, new, matches);
+                    self.set(true, place, new, matches);
                 }
                 Nft(Expr::Verdict(verdict)) => match (verdict, matches) {
                     (Verdict::Jump(to) | Verdict::Goto(to), _) => {
@@ -380,21 +380,18 @@ impl<'a> Walk<'a> {
                     let bits = if *of_ct { ct } else { mark };
                     matches = matches.min(bits.is(*value, *mask).is(*equal));
                 }
-                Xt(XtMark::Mark { value, mask }) => {
-                    self.set_mark(place, mark.masked(!mask, *value), matches);
+                Xt(XtMark::Set { ct: of_ct, value, mask: bits }) => {
+                    let old = if *of_ct { ct } else { mark };
+                    self.set(*of_ct, place, old.masked(!bits, *value), matches);
                 }
-                Xt(XtMark::Restore { ct: ctmask, packet, shifted }) => {
-                    let from = if *shifted { Bits::NONE } else { ct };
-                    let new = mark.masked(!packet, 0).xor(from.masked(*ctmask, 0));
-                    self.set_mark(place, new, matches);
-                }
-                Xt(XtMark::Set { value, mask }) => {
-                    self.set_ct_mark(place, ct.masked(!mask, *value), matches);
-                }
-                Xt(XtMark::Save { ct: ctmask, packet, shifted }) => {
-                    let from = if *shifted { Bits::NONE } else { mark };
-                    let new = ct.masked(!ctmask, 0).xor(from.masked(*packet, 0));
-                    self.set_ct_mark(place, new, matches);
+                Xt(XtMark::Copy { to_ct, ct: ct_bits, packet, shifted }) => {
+                    let (old, own, from, bits) = match to_ct {
+                        true => (ct, ct_bits, mark, packet),
+                        false => (mark, packet, ct, ct_bits),
+                    };
+                    let from = if *shifted { Bits::NONE } else { from };
+                    let new = old.masked(!own, 0).xor(from.masked(*bits, 0));
+                    self.set(*to_ct, place, new, matches);
                 }
                 Nft(Expr::Counter) | ForeignExpr::Notrack => {}
                 _ => {
@@ -409,31 +406,23 @@ impl<'a> Walk<'a> {
         Next::On
     }
 
-    fn set_mark(&mut self, place: &'a str, new: Bits, matches: Truth) {
-        let packet = &mut self.packet;
+    /// The mark of the packet, or of its flow, is set.
+    fn set(&mut self, ct: bool, place: &'a str, new: Bits, matches: Truth) {
+        let (packet, mask) = (&mut self.packet, self.ours.mask);
         // `remark` makes up for it
         let made_up = packet.breaks == Breaks::Routed
             && self.base.hook == NF_INET_PRE_ROUTING
             && self.base.priority < NF_IP_PRI_SECURITY
-            && new.known & self.ours.mask == self.ours.mask
-            && self.ours.marks.contains(&(new.value & self.ours.mask));
-        let same = new.is(packet.mark.value, self.ours.mask) == Truth::Yes;
-        if packet.breaks != Breaks::Next && !same && !made_up {
+            && new.known & mask == mask
+            && self.ours.marks.contains(&(new.value & mask));
+        let concerns = (packet.breaks == Breaks::Next) == ct;
+        let old = if ct { &mut packet.ct } else { &mut packet.mark };
+        let same = new.is(old.value, mask) == Truth::Yes;
+        if concerns && !same && (ct || !made_up) {
             self.found.insert(place);
         }
         if matches == Truth::Yes {
-            packet.mark = new;
-        }
-    }
-
-    fn set_ct_mark(&mut self, place: &'a str, new: Bits, matches: Truth) {
-        let packet = &mut self.packet;
-        let same = new.is(packet.ct.value, self.ours.mask) == Truth::Yes;
-        if packet.breaks == Breaks::Next && !same {
-            self.found.insert(place);
-        }
-        if matches == Truth::Yes {
-            packet.ct = new;
+            *old = new;
         }
     }
 }

@@ -25,32 +25,11 @@ pub struct ForeignRule {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum XtMark {
     /// -m mark, -m connmark
-    Is {
-        ct: bool,
-        value: u32,
-        mask: u32,
-        equal: bool,
-    },
-    /// -j MARK
-    Mark {
-        value: u32,
-        mask: u32,
-    },
-    /// -j CONNMARK; `shifted`: by some bits as well
-    Set {
-        value: u32,
-        mask: u32,
-    },
-    Save {
-        ct: u32,
-        packet: u32,
-        shifted: bool,
-    },
-    Restore {
-        ct: u32,
-        packet: u32,
-        shifted: bool,
-    },
+    Is { ct: bool, value: u32, mask: u32, equal: bool },
+    /// -j MARK, -j CONNMARK --set-xmark
+    Set { ct: bool, value: u32, mask: u32 },
+    /// -j CONNMARK --save-mark, or to the packet --restore-mark; `shifted`: by some bits as well.
+    Copy { to_ct: bool, ct: u32, packet: u32, shifted: bool },
 }
 
 /// An expression as far as it matters.
@@ -177,7 +156,7 @@ fn xt(name: &str, revision: u32, info: &[u8]) -> Option<ForeignExpr> {
             ForeignExpr::Xt(XtMark::Is { ct, value: word(0)?, mask: word(4)?, equal })
         }
         // struct xt_mark_tginfo2
-        "MARK" => ForeignExpr::Xt(XtMark::Mark { value: word(0)?, mask: word(4)? }),
+        "MARK" => ForeignExpr::Xt(XtMark::Set { ct: false, value: word(0)?, mask: word(4)? }),
         // struct xt_connmark_tginfo1, and 2 with the bits to shift by before the mode
         "CONNMARK" => {
             let (ct, packet) = (word(4)?, word(8)?);
@@ -186,9 +165,8 @@ fn xt(name: &str, revision: u32, info: &[u8]) -> Option<ForeignExpr> {
                 _ => (false, byte(12)?),
             };
             ForeignExpr::Xt(match mode {
-                0 => XtMark::Set { value: word(0)?, mask: ct },
-                1 => XtMark::Save { ct, packet, shifted },
-                2 => XtMark::Restore { ct, packet, shifted },
+                0 => XtMark::Set { ct: true, value: word(0)?, mask: ct },
+                1 | 2 => XtMark::Copy { to_ct: mode == 1, ct, packet, shifted },
                 _ => return None,
             })
         }

@@ -1,6 +1,8 @@
 //! The table `inet cgtproxy` as data: its sets, chains and rules for a configuration, and the one
-//! chain that depends on which cgroups exist. Pure. Why the rules stand in this order is told
-//! where each chain is built; the shape was verified with traffic (tests/it/reference.rs).
+//! chain that depends on which cgroups exist. Pure. Which chains there are, and in what order, says
+//! [`Table::new`]; the order of rules in `output` is that of [`output_rules`]. Why the rules stand in
+//! their order is told where each chain is built; the shape was verified with traffic
+//! (tests/it/reference.rs).
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
