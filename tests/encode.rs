@@ -212,6 +212,7 @@ fn goto() -> Verdict {
 
 samples! {
     Stmt::IifLo => Stmt::IifLo;
+    Stmt::NotIifLo => Stmt::NotIifLo;
     Stmt::OifLo => Stmt::OifLo;
     Stmt::CgroupHash { .. } => Stmt::CgroupHash { level: 1, set: "dying_a".into() },
         Stmt::CgroupHash { level: 255, set: "dying_direct".into() };

@@ -49,6 +49,7 @@ macro_rules! statements {
 statements! {
     /// By index, which is 1 in every network namespace.
     IifLo = "iif \"lo\"" => [meta(NFT_META_IIF), is(1)];
+    NotIifLo = "iif != \"lo\"" => [meta(NFT_META_IIF), is_not(1)];
     OifLo = "oif \"lo\"" => [meta(NFT_META_OIF), is(1)];
     /// By name, so that the interface need not be there.
     Iifname(interface: Interface) = "iifname \"{interface}\""

@@ -1752,18 +1752,25 @@ fn prerouting_chain(config: &Config) -> Chain {
         local.push((config.spoofed_mark(), Verdict::Goto("regain".into())));
     }
     local.extend(config.routes.iter().map(|route| by_mark("closed", &route.outlet)));
-    let mut rules = Vec::new();
+    let mut others: Vec<Rule> =
+        config.routes.iter().flat_map(|route| return_rules(config, route)).collect();
+    if config.routes_to_tproxy() {
+        let map = config.tproxies.iter().map(|t| (t.outlet.mark, Verdict::Goto("remark".into())));
+        others.push(vec![Stmt::PacketMarkMap { mask, map: map.collect() }]);
+    }
+    // where nothing else is asked of what comes in by another interface, that ends with one comparison
+    let (mut rules, by_lo) = match others.is_empty() {
+        true => (vec![vec![Stmt::NotIifLo, Stmt::accept()]], None),
+        false => (Vec::new(), Some(Stmt::IifLo)),
+    };
+    let mut push = |rest: Rule| rules.push(by_lo.iter().cloned().chain(rest).collect());
     if let Some(first) = config.tproxies.first() {
         // most often the only one: to compare costs less than to look up
         let own = Stmt::PacketMark(mark(config, first.outlet.mark));
-        rules.push(vec![Stmt::IifLo, own, Stmt::goto(own_chain("tproxy", &first.outlet))]);
+        push(vec![own, Stmt::goto(own_chain("tproxy", &first.outlet))]);
     }
-    rules.push(vec![Stmt::IifLo, Stmt::PacketMarkMap { mask, map: local }]);
-    rules.extend(config.routes.iter().flat_map(|route| return_rules(config, route)));
-    if config.routes_to_tproxy() {
-        let map = config.tproxies.iter().map(|t| (t.outlet.mark, Verdict::Goto("remark".into())));
-        rules.push(vec![Stmt::PacketMarkMap { mask, map: map.collect() }]);
-    }
+    push(vec![Stmt::PacketMarkMap { mask, map: local }]);
+    rules.extend(others);
     prerouting("prerouting", NF_IP_PRI_SECURITY, rules)
 }
 
