@@ -1259,7 +1259,8 @@ pub fn again_chain(config: &Config) -> Option<Chain> {
         _ => Stmt::CtMarkMap { mask: config.mask, map },
     };
     let routed = Stmt::PacketMark(mark(config, config.gateway_mark()));
-    let chain = prerouting("again", i32::MIN, vec![vec![routed, known]]);
+    // by lo, what the proxy itself sends: others have restored the mark of its flow
+    let chain = prerouting("again", i32::MIN, vec![vec![routed, Stmt::NotIifLo, known]]);
     config.routes_to_tproxy().then_some(chain)
 }
 
