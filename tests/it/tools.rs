@@ -296,7 +296,7 @@ fn status_counts_what_nft_counts() {
 #[test]
 fn rules_read_back_as_they_were_sent() {
     use cgtproxy::nft::expr::{Expr, SetRef};
-    use cgtproxy::nft::table::{classifying, Shape, Table};
+    use cgtproxy::nft::table::{again_chain, classifying, Shape, Table};
     let Some(ground) = Ground::new("read-back") else {
         return;
     };
@@ -342,7 +342,12 @@ target = one
         rule.iter().for_each(|stmt| stmt.lower(&mut exprs));
         nameless(exprs)
     };
+    let held = cgtproxy::kernel::Kernel::open().and_then(|mut kernel| kernel.rules());
+    let held = held.expect("the rules of the table");
     let mut chains = Table::new(&config).chains;
+    // where br_netfilter is loaded
+    let is_there = |name: &str| held.iter().any(|rule| rule.chain == name);
+    chains.extend(again_chain(&config).filter(|chain| is_there(&chain.name)));
     for (name, rules) in classifying(&config, &Shape::default()) {
         chains.iter_mut().find(|chain| chain.name == name).expect("a chain").rules = rules;
     }
@@ -350,9 +355,8 @@ target = one
         .iter()
         .flat_map(|chain| chain.rules.iter().map(|rule| (chain.name.clone(), lowered(rule))));
     let mut sent: Vec<_> = sent.collect();
-    let held = cgtproxy::kernel::Kernel::open().and_then(|mut kernel| kernel.rules());
-    let held = held.expect("the rules of the table").into_iter();
-    let mut held: Vec<_> = held.map(|rule| (rule.chain, nameless(rule.exprs))).collect();
+    let mut held: Vec<_> =
+        held.into_iter().map(|rule| (rule.chain, nameless(rule.exprs))).collect();
     // the kernel tells chains in an order of its own
     sent.sort_by(|a, b| a.0.cmp(&b.0));
     held.sort_by(|a, b| a.0.cmp(&b.0));
