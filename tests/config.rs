@@ -1278,6 +1278,21 @@ fn what_may_not_be_read() {
     setfsuid(Uid::from_raw(0));
 }
 
+/// All that is wrong with a rule.
+#[test]
+fn a_rule_of_several_errors() {
+    let rules = "[rules]\nnobody = user:no-a,no-b\nno = /a(\n";
+    let mut found = lines(read(&[("c", rules)]));
+    found.sort();
+    let want = [
+        "c:2: no such user: \"no-a\"; no such user: \"no-b\"",
+        "c:2: undefined target \"nobody\"",
+        "c:3: bad pattern at character 3: found open group without closing ')': \"/a(\"",
+        "c:3: undefined target \"no\"",
+    ];
+    assert_eq!(found, want);
+}
+
 /// Where a pattern is wrong, also in a long one.
 #[test]
 fn error_positions() {

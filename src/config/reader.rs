@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use super::ini::{self, Line};
 use super::keys::{Draft, Key, Kind};
-use super::matches;
+use super::matches::{self, Match};
 use super::model::{Place, Problem, Source};
 use super::suggest::did_you_mean;
 use super::value::{Result, Setting};
@@ -166,9 +166,13 @@ impl Reader<'_> {
             Below::Section(at) => &mut self.draft.sections[at],
         };
         if section.kind == Kind::Rules {
-            let what = matches::read(value, self.source)?;
+            let (what, read) = match matches::read(value, self.source) {
+                Ok(what) => (what, Ok(())),
+                // its target may be wrong as well
+                Err(why) => (Match::Patterns(Vec::new()), Err(why)),
+            };
             self.draft.rules.push((name.to_string(), value.to_string(), what, place.clone()));
-            return Ok(());
+            return read;
         }
         let Some(key) = section.kind.keys().find(|key| key.name == name) else {
             let names = section.kind.keys().map(|key| key.name);
