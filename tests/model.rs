@@ -830,9 +830,14 @@ fn rules_stay_for_a_service_that_starts_again() {
 /// goes with their number, not with its square.
 #[test]
 fn thousands_of_sockets_have_their_homes() {
-    const MANY: u64 = 20_000;
+    let [few, many] = [2_000, 20_000].map(homes_of);
+    assert!(many < 40 * few, "{few:?} for some, {many:?} for ten times as many");
+}
+
+/// The processor time in which so many sockets are told where they are.
+fn homes_of(many: u64) -> Duration {
     let mut core = Core::new(policies()[0].clone(), b"", 0);
-    for id in 1..=MANY {
+    for id in 1..=many {
         let path = if id == 1 { String::new() } else { format!("/c{id}") };
         let path = path.into_bytes().into();
         let found = Found { path, id, foreign: false, late: false };
@@ -840,14 +845,13 @@ fn thousands_of_sockets_have_their_homes() {
     }
     let used = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock of the thread");
     let before = used();
-    let home = core.homes(1..=MANY);
-    for id in 1..=MANY {
+    let home = core.homes(1..=many);
+    for id in 1..=many {
         let path = if id == 1 { "/".into() } else { format!("/c{id}") };
         assert_eq!(home(id, 0), Some((path, Target::Direct)));
     }
-    assert_eq!(home(MANY + 1, 0), None);
-    let time = Duration::from(used() - before);
-    assert!(time < Duration::from_secs(1), "{time:?}");
+    assert_eq!(home(many + 1, 0), None);
+    Duration::from(used() - before)
 }
 
 /// However deep something is nested below a held cgroup, and whatever was there before.

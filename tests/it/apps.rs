@@ -6,11 +6,10 @@ use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::time::Duration;
 
 use nix::unistd::{geteuid, Uid, User};
 
-use crate::client::socket_of;
+use crate::client::{socket_of, PATIENCE};
 use crate::daemon::{run_with, write_private, Daemon};
 use crate::ground::{addr, ip_batch, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::json::is_documented;
@@ -237,7 +236,7 @@ fn removed_cgroups_and_tunnels() {
     };
     let want = "[('removed', None, 'drop', 'before', 1, None)]";
     let as_before = || find(&json()) == want;
-    assert!(wait_until(Duration::from_secs(5), as_before), "{}", find(&json()));
+    assert!(wait_until(PATIENCE, as_before), "{}", find(&json()));
     let tunnel =
         "[(a['tunnel'], a['target'], a['line']) for a in d['apps'] if a['state'] == 'tunnel']";
     assert_eq!(query(&json(), tunnel), "[('vxlan', 'direct', None)]");

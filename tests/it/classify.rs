@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 
 use crate::client::{Client, Outcome, SILENCE};
 use crate::daemon::Daemon;
-use crate::ground::{addr, Ground, REMOTE4};
+use crate::ground::{addr, moment, Ground, REMOTE4};
 use crate::kernel::{await_exactly, await_member, cgroup_id, set_ids, SETTLE};
 use crate::world::World;
 use crate::{sized, wait_until};
@@ -108,14 +108,15 @@ fn one_path_removed_and_made_again() {
 
 #[test]
 fn burst() {
-    const COUNT: usize = 10_000;
+    // a leak of one small allocation a cgroup is seen in either form
+    let all = sized(3_000, 10_000);
     let ground = ground!("burst");
     let rules = "mihomo = /apps/a.*5\ndrop = /apps/a.*";
     let apps = ground.cgroup("/apps");
     let daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
-    let paths: Vec<_> = (0..COUNT).map(|i| apps.join(format!("a{i}"))).collect();
+    let paths: Vec<_> = (0..all).map(|i| apps.join(format!("a{i}"))).collect();
     let at_rest = daemon.footprint();
-    let footprints = [COUNT; 4].map(|count| {
+    let footprints = [all; 4].map(|count| {
         let paths = &paths[..count];
         let (mut some, mut most) = (Vec::new(), Vec::new());
         let start = Instant::now();
@@ -124,8 +125,8 @@ fn burst() {
             if i % 10 == 5 { &mut some } else { &mut most }.push(path.clone());
         }
         let made = start.elapsed();
-        await_exactly("cg_mihomo", &ids(&some), Duration::from_secs(30));
-        await_exactly("cg_drop", &ids(&most), Duration::from_secs(30));
+        await_exactly("cg_mihomo", &ids(&some), SETTLE);
+        await_exactly("cg_drop", &ids(&most), SETTLE);
         let classified = start.elapsed();
         let (watches, memory) = daemon.footprint();
         assert_eq!(watches, at_rest.0 + count);
@@ -134,7 +135,7 @@ fn burst() {
             rmdir(path);
         }
         for set in ["cg_mihomo", "cg_drop"] {
-            await_exactly(set, &BTreeSet::new(), Duration::from_secs(30));
+            await_exactly(set, &BTreeSet::new(), SETTLE);
         }
         let left = || daemon.footprint().0 - at_rest.0;
         assert!(wait_until(SETTLE, || left() == 0), "{} watches are left", left());
@@ -182,7 +183,7 @@ fn overflow() {
     live.push(ground.cgroup("/apps/late"));
     daemon.signal(Signal::SIGCONT);
     live.retain(|path| !path.ends_with("later"));
-    await_exactly("cg_drop", &ids(&live), Duration::from_secs(20));
+    await_exactly("cg_drop", &ids(&live), SETTLE);
     let watches = before - 1 + live.len();
     let mut have = 0;
     let same = wait_until(SETTLE, || {
@@ -285,26 +286,31 @@ fn window_under_a_parent_with_another_target() {
     let (ground, mut world) = scene!("window");
     let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /w.*"), &[]);
     let times = sized(50, 500);
-    let (mut windows, mut leaked) = (Vec::new(), Vec::new());
+    let (mut windows, mut leaked, mut moments) = (Vec::new(), Vec::new(), Vec::new());
     for i in 0..times {
         let cgroup = ground.cgroup(&format!("/w{i}"));
         let client = Client::udp(&cgroup, addr(REMOTE4, 9)).until_denied();
-        let (outcome, window) = client.timeout(Duration::from_secs(2)).spawn().wait();
+        let (outcome, window) = client.spawn().wait();
         assert_eq!(outcome, Outcome::Answer(String::new()), "{cgroup:?} is not dropped");
         windows.push(window);
         leaked.push(world.wire.to_remote().len());
         rmdir(&cgroup);
+        moments.extend((i % 5 == 0).then(moment));
     }
     windows.sort();
     leaked.sort();
+    moments.sort();
     println!(
-        "window of a new cgroup: median {:?}, longest {:?}; packets in it: median {}, most {}",
+        "window of a new cgroup: median {:?}, longest {:?}; packets in it: median {}, most {}; {:?} \
+         for a program",
         windows[times / 2],
         windows[times - 1],
         leaked[times / 2],
-        leaked[times - 1]
+        leaked[times - 1],
+        moments[moments.len() / 2],
     );
-    assert!(windows[times / 2] < Duration::from_millis(50));
+    // events wake the daemon; if it looked now and then, that would be tenths of a second
+    assert!(windows[times / 2] < 30 * moments[moments.len() / 2], "{windows:?} {moments:?}");
 }
 
 /// Whatever the order in which events and packets come, a flow that began in the window does not

@@ -65,7 +65,8 @@ enum Act {
     SendAndClose,
     /// Datagrams, or new connections, without pause until killed, errors notwithstanding.
     Flood,
-    /// Datagrams without pause until the output hook denies one (EPERM).
+    /// Datagrams without pause until one is denied: by the output hook (EPERM), or by what has ended the
+    /// socket of a cgroup that was found late (ECONNABORTED once, or nowhere to send to from then on).
     UntilDenied,
     /// Be a server at the address until killed: answer every request with `service`.
     Serve,
@@ -89,16 +90,15 @@ pub struct Client {
 
 impl Client {
     pub fn new(cgroup: &Path, proto: Proto, to: SocketAddr) -> Client {
-        let (cgroup, timeout) = (cgroup.to_owned(), Duration::from_secs(5));
         Client {
-            cgroup,
+            cgroup: cgroup.to_owned(),
             proto,
             to,
             act: Act::Ask,
             uid: 0,
             mark: 0,
             cgroup_namespace: false,
-            timeout,
+            timeout: PATIENCE,
         }
     }
 
@@ -303,9 +303,27 @@ impl Drop for Running {
 
 const TEXT: usize = 240;
 
+/// How long anything waits for what has to come: a test fails by it only where nothing does, however
+/// slow the machine is, and whoever else keeps it busy.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
 /// How long a request waits that nobody is expected to answer. (Whoever does, does so sooner; and
 /// what left the host is on the wire whether it was waited for or not.)
 pub const SILENCE: Duration = Duration::from_millis(250);
+
+/// How long it takes at least where a first SYN was lost, which goes again after a second: who is told
+/// at once is told before that.
+pub const AT_ONCE: Duration = Duration::from_secs(1);
+
+/// Repeats a call that a signal has interrupted: with a timeout of its own the kernel does not.
+pub fn again<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
 
 /// Who answers each of the [`CASES`].
 pub type Answers = [String; 6];
@@ -332,7 +350,7 @@ pub fn expect_as(change: impl Fn(Client) -> Client, cgroups: &[(&Path, Answers)]
     let mut asked = Vec::new();
     for (cgroup, want) in cgroups {
         for (want, (proto, ip)) in want.iter().zip(CASES) {
-            let patience = if want == "nobody" { SILENCE } else { Duration::from_secs(5) };
+            let patience = if want == "nobody" { SILENCE } else { PATIENCE };
             let client = Client::new(cgroup, proto, SocketAddr::new(ip, 80)).timeout(patience);
             let running = change(client).spawn();
             asked.push((cgroup, want, proto, ip, running));
@@ -412,8 +430,8 @@ impl Job {
         let start = now();
         let mut text = [0; TEXT];
         let result = match self.act {
-            Act::Ask => self.ask(start, &mut text),
-            Act::Follow => self.follow(start, &mut text),
+            Act::Ask => self.ask(&mut text),
+            Act::Follow => self.follow(&mut text),
             Act::CloseEarly(times) => self.close_early(times),
             Act::SendAndClose => self.send_and_close(),
             Act::Flood => self.flood(),
@@ -469,7 +487,7 @@ impl Job {
     }
 
     /// A connected socket; for TCP, once the peer has accepted.
-    fn connect(&self, start: u64) -> Result<c_int, c_int> {
+    fn connect(&self) -> Result<c_int, c_int> {
         let fd = self.socket()?;
         // SAFETY: a sockaddr of the length that goes with it.
         let rc = unsafe { libc::connect(fd, (&raw const self.to.0).cast(), self.to.1) };
@@ -477,22 +495,22 @@ impl Job {
             if errno != libc::EINPROGRESS {
                 return Err(errno);
             }
-            self.poll(fd, libc::POLLOUT, start)?;
+            self.poll(fd, libc::POLLOUT)?;
             self.pending_error(fd)?;
         }
         Ok(fd)
     }
 
-    fn ask(&self, start: u64, text: &mut [u8; TEXT]) -> Result<usize, c_int> {
-        let fd = self.connect(start)?;
+    fn ask(&self, text: &mut [u8; TEXT]) -> Result<usize, c_int> {
+        let fd = self.connect()?;
         if self.proto != Proto::Tcp {
             self.send(fd)?;
-            self.poll(fd, libc::POLLIN, start)?;
+            self.poll(fd, libc::POLLIN)?;
             return recv(fd, text);
         }
         let mut len = 0;
         loop {
-            self.poll(fd, libc::POLLIN, start)?;
+            self.poll(fd, libc::POLLIN)?;
             let n = recv(fd, &mut text[len..])?;
             len += n;
             if n == 0 || len == TEXT || text[..len].ends_with(b"\n") {
@@ -501,13 +519,12 @@ impl Job {
         }
     }
 
-    /// The timeout is one of silence here.
-    fn follow(&self, start: u64, text: &mut [u8; TEXT]) -> Result<usize, c_int> {
-        let fd = self.connect(start)?;
+    fn follow(&self, text: &mut [u8; TEXT]) -> Result<usize, c_int> {
+        let fd = self.connect()?;
         let mut chunk = [0; 4096];
         let (mut total, mut line) = (0, 0);
         loop {
-            self.poll(fd, libc::POLLIN, now())?;
+            self.poll(fd, libc::POLLIN)?;
             let n = recv(fd, &mut chunk)?;
             if n == 0 {
                 break;
@@ -527,9 +544,8 @@ impl Job {
 
     fn close_early(&self, times: u32) -> Result<usize, c_int> {
         for i in 0..times {
-            let start = now();
-            let fd = self.connect(start)?;
-            self.poll(fd, libc::POLLIN, start)?;
+            let fd = self.connect()?;
+            self.poll(fd, libc::POLLIN)?;
             // By turns: unread data is left (the socket itself resets), or none (it says FIN, and
             // the kernel resets without a socket when more arrives).
             let mut chunk = [0; 4096];
@@ -546,7 +562,7 @@ impl Job {
 
     fn send_and_close(&self) -> Result<usize, c_int> {
         for _ in 0..100 {
-            let fd = self.connect(now())?;
+            let fd = self.connect()?;
             self.send(fd)?;
             // SAFETY: `fd` is ours.
             unsafe { libc::close(fd) };
@@ -565,7 +581,7 @@ impl Job {
                         libc::close(fd);
                     }
                 }
-            } else if let Ok(fd) = self.connect(now()) {
+            } else if let Ok(fd) = self.connect() {
                 for _ in 0..100 {
                     let _ = self.send(fd);
                     pause(Duration::from_micros(500));
@@ -577,10 +593,10 @@ impl Job {
     }
 
     fn until_denied(&self, start: u64) -> Result<usize, c_int> {
-        let fd = self.connect(start)?;
+        let fd = self.connect()?;
         while now() - start < self.timeout.as_nanos() as u64 {
             match self.send(fd) {
-                Err(libc::EPERM) => return Ok(0),
+                Err(libc::EPERM | libc::ECONNABORTED | libc::EDESTADDRREQ) => return Ok(0),
                 _ => pause(Duration::from_micros(10)),
             }
         }
@@ -599,7 +615,7 @@ impl Job {
         }
         self.tell(start, Ok(0), [0; TEXT]);
         loop {
-            self.poll(fd, libc::POLLIN, now())?;
+            self.poll(fd, libc::POLLIN)?;
             // SAFETY: writes within buffers that are alive, reads ANSWER, and closes a descriptor
             // that is ours.
             unsafe {
@@ -641,7 +657,7 @@ impl Job {
         // As root the mark can be set; a proxy of another user would need the capability.
         self.tell(start, Ok(0), [0; TEXT]);
         loop {
-            self.poll(listener, libc::POLLIN, now())?;
+            self.poll(listener, libc::POLLIN)?;
             // SAFETY: the kernel writes within the sockaddr that is alive; descriptors are ours.
             unsafe {
                 let conn = libc::accept(listener, std::ptr::null_mut(), std::ptr::null_mut());
@@ -650,7 +666,7 @@ impl Job {
                 libc::getsockname(conn, (&raw mut dialled).cast(), &mut size);
                 let on = Job { to: (dialled, size), timeout: Duration::from_millis(200), ..*self };
                 let mut text = [0; TEXT];
-                if let Ok(n) = on.ask(now(), &mut text) {
+                if let Ok(n) = on.ask(&mut text) {
                     libc::send(conn, text.as_ptr().cast(), n, libc::MSG_NOSIGNAL);
                 }
                 libc::close(conn);
@@ -670,14 +686,23 @@ impl Job {
         check(unsafe { libc::send(fd, data.as_ptr().cast(), data.len(), 0) as c_int }).map(|_| ())
     }
 
-    /// Waits for `events` until the timeout, counted from `start`.
-    fn poll(&self, fd: c_int, events: i16, start: u64) -> Result<(), c_int> {
-        let left = (start + self.timeout.as_nanos() as u64).saturating_sub(now());
-        let mut poll = libc::pollfd { fd, events, revents: 0 };
-        // SAFETY: one live pollfd.
-        match check(unsafe { libc::poll(&mut poll, 1, left.div_ceil(1_000_000) as c_int) })? {
-            0 => Err(libc::ETIMEDOUT),
-            _ => Ok(()),
+    /// Waits for `events` until there was silence for the timeout. It is counted in short moments that
+    /// this process has lived through: one in which the whole machine stands still, or in which others
+    /// keep it from its processors, is a moment like any other, since nobody could have answered in it.
+    fn poll(&self, fd: c_int, events: i16) -> Result<(), c_int> {
+        const MOMENT: u128 = 10;
+        let mut left = self.timeout.as_millis();
+        loop {
+            let moment = left.min(MOMENT);
+            let mut poll = libc::pollfd { fd, events, revents: 0 };
+            // SAFETY: one live pollfd.
+            if check(unsafe { libc::poll(&mut poll, 1, moment as c_int) })? > 0 {
+                return Ok(());
+            }
+            left -= moment;
+            if left == 0 {
+                return Err(libc::ETIMEDOUT);
+            }
         }
     }
 

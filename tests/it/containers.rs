@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use crate::client::{Client, Proto, Running, SILENCE};
+use crate::client::{Client, Proto, Running, PATIENCE, SILENCE};
 use crate::daemon::Daemon;
 use crate::gateway::{self, ip, Lan, Netns, LAN4, LAN6};
 use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
@@ -54,7 +54,7 @@ fn entrances() -> Vec<String> {
 
 #[track_caller]
 fn await_entrances(daemon: &Daemon, want: &[&str]) {
-    let found = wait_until(Duration::from_secs(30), || entrances() == want);
+    let found = wait_until(PATIENCE, || entrances() == want);
     assert!(found, "{:?}, not {want:?}\n{}\n{}", entrances(), table(), daemon.logs());
 }
 
@@ -212,7 +212,7 @@ fn answered(ground: &Ground, netns: &Netns, want: [&str; 3]) {
     for (proto, want) in [Proto::Tcp, Proto::Udp, Proto::Icmp].into_iter().zip(want) {
         for remote in [REMOTE4, REMOTE6] {
             let to = addr(remote, 80);
-            let patience = if want == "nobody" { SILENCE } else { Duration::from_secs(5) };
+            let patience = if want == "nobody" { SILENCE } else { PATIENCE };
             let client = Client::new(&ground.root, proto, to).timeout(patience);
             let who = netns.run(|| client.run()).who();
             let want = match want {
@@ -334,7 +334,7 @@ fn whatever_befalls_it() {
     for (state, reached) in [("1", false), ("0", true)] {
         std::fs::write(cgroup.join("cgroup.freeze"), state).expect("freeze");
         lan.proxied(0);
-        let patience = if reached { Duration::from_secs(5) } else { SILENCE };
+        let patience = if reached { PATIENCE } else { SILENCE };
         let client = Client::udp(&ground.root, addr(ip("198.51.100.10"), 7)).timeout(patience);
         assert_eq!(client.run().who() == "service", reached, "frozen: {state}");
     }
@@ -538,7 +538,7 @@ fn the_window_is_short() {
             ground.outside(|| ip_batch(&[], "route add 198.51.100.0/24 via 192.0.2.1\n"));
         }
         let mut last = Duration::ZERO;
-        let done = wait_until(Duration::from_secs(10), || {
+        let done = wait_until(PATIENCE, || {
             let client = Client::udp(&ground.root, to).timeout(SILENCE);
             let who = netns.run(|| client.run()).who();
             if who != proxied {
@@ -551,7 +551,8 @@ fn the_window_is_short() {
     }
     println!("windows: {windows:?}");
     windows.sort_by_key(|(_, window)| *window);
-    assert!(windows[5].1 < Duration::from_millis(500), "{windows:?}");
+    // some requests, each of which may have met it, and not the seconds between two looks
+    assert!(windows[5].1 < 4 * SILENCE, "{windows:?}");
     daemon.stop_clean();
 }
 
@@ -617,7 +618,7 @@ fn packets_before_the_rule() {
             }
             let daemon = running.get_or_insert_with(|| Daemon::start(&ground, &config, &[]));
             let want = format!("{veth} 0x01000000");
-            let there = wait_until(Duration::from_secs(10), || entrances().contains(&want));
+            let there = wait_until(PATIENCE, || entrances().contains(&want));
             assert!(there, "{want}: {}", daemon.logs());
             drop(flood);
             left.push((
@@ -694,7 +695,7 @@ impl Brief {
     }
 
     fn ask(&self, ground: &Ground) -> Running {
-        let patience = if self.want == "nobody" { SILENCE } else { Duration::from_secs(5) };
+        let patience = if self.want == "nobody" { SILENCE } else { PATIENCE };
         let client = Client::udp(&ground.root, Brief::asks()).timeout(patience);
         self.netns.run(|| client.spawn())
     }
@@ -729,7 +730,7 @@ fn watch_rules() -> (Child, Arc<Mutex<HashMap<u32, Instant>>>) {
             rules.extend(index.map(|index: u32| (index, Instant::now())));
         }
     });
-    let there = wait_until(Duration::from_secs(10), || {
+    let there = wait_until(PATIENCE, || {
         crate::kernel::load("table inet seen {\nchain c {\ncounter\n}\n}\n");
         crate::kernel::load("delete table inet seen\n");
         listens.load(Ordering::Relaxed)
@@ -777,7 +778,7 @@ fn many_come_and_go() {
                 wrong.push(format!("{} behind {}: {who}", old.path, old.veth));
             }
             let came = || rules.lock().expect("no panic").get(&index).copied();
-            assert!(wait_until(Duration::from_secs(10), || came().is_some()), "{}", old.veth);
+            assert!(wait_until(PATIENCE, || came().is_some()), "{}", old.veth);
             windows.extend(came().map(|came| came.saturating_duration_since(old.made)));
             old.end(&ground, number % 2 == 0);
         }
@@ -794,12 +795,12 @@ fn many_come_and_go() {
         at(100)
     );
     let _ = monitor.kill().and_then(|()| monitor.wait());
-    let gone = wait_until(Duration::from_secs(10), || entrances() == ["ve240 0x01000000"]);
+    let gone = wait_until(PATIENCE, || entrances() == ["ve240 0x01000000"]);
     assert!(gone, "{:?}", entrances());
     first.end(&ground, true);
-    let gone = wait_until(Duration::from_secs(10), || !table().contains("veth_"));
+    let gone = wait_until(PATIENCE, || !table().contains("veth_"));
     assert!(gone, "{}", table());
-    let left = wait_until(Duration::from_secs(10), || daemon.footprint().1 <= memory + 1024);
+    let left = wait_until(PATIENCE, || daemon.footprint().1 <= memory + 1024);
     assert!(left, "memory: {memory} KiB before, {} KiB after", daemon.footprint().1);
     daemon.stop_clean();
 }
@@ -824,7 +825,7 @@ fn a_reload_is_refused_while_one_ends() {
     let log = daemon.reconfigure(&CONFIG.replace("[tproxy mihomo]", more));
     assert!(log.contains("the old configuration stays"), "{log}");
     faults.kill().and_then(|()| faults.wait()).expect("end strace");
-    let repaired = daemon.wait_log("the table is in force again", Duration::from_secs(10));
+    let repaired = daemon.wait_log("the table is in force again", PATIENCE);
     assert!(repaired, "{}", daemon.logs());
     assert_eq!(entrances(), ["ve-other 0x02000000"]);
     daemon.stop_clean();
@@ -836,7 +837,7 @@ fn refuse_requests(daemon: &Daemon) -> Child {
     let inject = ["-qq", "-o", "/dev/null", "-e", "inject=sendto:error=ENOMEM", "-p", &pid];
     let strace = Command::new("strace").args(inject).spawn().expect("start strace");
     let attached = || daemon.process("TracerPid") != "0";
-    assert!(wait_until(Duration::from_secs(5), attached), "strace does not attach");
+    assert!(wait_until(PATIENCE, attached), "strace does not attach");
     strace
 }
 
@@ -852,13 +853,10 @@ fn the_search_ends() {
     // whoever may make cgroups of his own makes them deeper
     (0..300).for_each(|i| drop(ground.cgroup(&format!("/own/boxes/box3/{i}"))));
     let all = || daemon.watches();
-    assert!(wait_until(Duration::from_secs(10), || all().0 > 300), "{:?} watches", all());
-    let (nobody, switches) = (Netns::new(), || daemon.process("voluntary_ctxt_switches"));
+    assert!(wait_until(PATIENCE, || all().0 > 300), "{:?} watches", all());
+    let nobody = Netns::new();
     attach(&nobody, "ve-nobody", "eth0", 1);
-    std::thread::sleep(Duration::from_millis(6500));
-    let before = switches();
-    std::thread::sleep(Duration::from_secs(3));
-    assert_eq!(switches(), before);
+    daemon.await_rest(Duration::from_secs(3));
     assert_eq!(all().1, 256, "watches for cgroups without a process");
     // who comes later is found all the same, also in a cgroup that is there
     let process = live(&nobody, &old);
@@ -893,7 +891,7 @@ fn apps_shows_containers() {
                 'mihomo = /docker/0f3a/inner', None)]";
     let said = || crate::tools::said(&ground, CONFIG, &["apps", "--json"]);
     let shown = || crate::tools::query(&said().out, find);
-    assert!(wait_until(Duration::from_secs(10), || shown() == want), "{}", shown());
+    assert!(wait_until(PATIENCE, || shown() == want), "{}", shown());
     let text = crate::tools::said(&ground, CONFIG, &["apps"]).out;
     assert!(text.contains("  behind lan1\n"), "{text}");
 }

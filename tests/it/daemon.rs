@@ -15,13 +15,14 @@ use nix::poll::{poll, PollFd, PollFlags};
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
+use crate::client::PATIENCE;
 use crate::ground::{pipe, Ground};
 use crate::kernel::residue;
 use crate::wait_until;
 
-/// How long it may take to start, reload or end, on a machine that others keep busy. What ends waits
-/// for the kernel: for the inotify marks of all processes that are being freed, and for RCU.
-const READY: Duration = Duration::from_secs(30);
+/// How long it may take to start, reload or end. What ends waits for the kernel: for the inotify marks of
+/// all processes that are being freed, and for RCU.
+const READY: Duration = PATIENCE;
 
 /// For [`Daemon::spawn`]: a debug build that does not own its table, as on kernels before 6.9.
 pub const UNOWNED: (&str, &str) = ("CGTPROXY_UNOWNED", "1");
@@ -290,6 +291,24 @@ impl Daemon {
         let dir = fs::read_dir(format!("/proc/{}/fd", self.child.id()));
         let dir = dir.expect("list the descriptors").flatten();
         dir.map(|entry| fs::read_link(entry.path()).unwrap_or_default()).collect()
+    }
+
+    /// Whether it takes this signal when it comes to it, and not as a blow.
+    pub fn blocks(&self, signal: Signal) -> bool {
+        let set = u64::from_str_radix(&self.process("SigBlk"), 16).unwrap_or(0);
+        set & 1 << (signal as i32 - 1) != 0
+    }
+
+    /// Waits until nothing has woken it for that time.
+    #[track_caller]
+    pub fn await_rest(&self, time: Duration) {
+        let wakes = || self.process("voluntary_ctxt_switches");
+        let rests = wait_until(READY, || {
+            let before = wakes();
+            std::thread::sleep(time);
+            wakes() == before
+        });
+        assert!(rests, "it does not come to rest:\n{}", self.logs());
     }
 
     /// Processor time that it has used.

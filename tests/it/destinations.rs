@@ -6,7 +6,7 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::client::{Client, Outcome, Proto};
+use crate::client::{again, Client, Outcome, Proto, AT_ONCE, PATIENCE};
 use crate::daemon::{write_private, Daemon, UNOWNED};
 use crate::gateway::{Lan, Netns};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
@@ -17,8 +17,6 @@ use Proto::{Tcp, Udp};
 
 /// Long enough for an answer that does not come.
 const SILENCE: Duration = Duration::from_millis(400);
-/// For one that does.
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Who is asked of a client, and what is said of it: the answer without what it dialled, `nobody`,
 /// or `refused`, which a datagram's sender learns by an error that is not silence.
@@ -34,7 +32,7 @@ fn who(outcome: Outcome, took: Duration, to: SocketAddr) -> String {
         Outcome::Timeout => "nobody".to_owned(),
         // the output hook's own word for what it drops, whatever else is said
         Outcome::Failed(nix::errno::Errno::EPERM) => "denied".to_owned(),
-        Outcome::Refused if took < SILENCE => "refused".to_owned(),
+        Outcome::Refused if took < AT_ONCE => "refused".to_owned(),
         other => format!("{other:?} after {took:?}"),
     }
 }
@@ -173,7 +171,7 @@ fn how_long_a_refusal_takes() {
             let (own, took) = ask(&app).spawn().wait();
             let (its, waited) = lan.client(0).run(|| ask(&ground.root).spawn().wait());
             println!("{name} to {ip}: here {own:?} in {took:?}, a client {its:?} in {waited:?}");
-            assert!(took.max(waited) < Duration::from_millis(200), "{took:?} {waited:?}");
+            assert!(took.max(waited) < AT_ONCE, "{took:?} {waited:?}");
         }
     }
     daemon.stop_clean();
@@ -265,11 +263,12 @@ fn datagrams_follow_the_ports_over_a_reload() {
             // twice: the second is of a flow that is known by now
             for _ in 0..2 {
                 let mut text = [0; 256];
-                let who = match socket.send_to(b"?", to).and_then(|_| socket.recv(&mut text)) {
-                    Ok(len) => String::from_utf8_lossy(&text[..len]).into_owned(),
-                    Err(error) if error.raw_os_error() == Some(libc::EPERM) => "denied ".into(),
-                    Err(error) => panic!("{lines}: {error}"),
-                };
+                let who =
+                    match socket.send_to(b"?", to).and_then(|_| again(|| socket.recv(&mut text))) {
+                        Ok(len) => String::from_utf8_lossy(&text[..len]).into_owned(),
+                        Err(error) if error.raw_os_error() == Some(libc::EPERM) => "denied ".into(),
+                        Err(error) => panic!("{lines}: {error}"),
+                    };
                 assert_eq!(who.split(' ').next(), Some(want), "{lines}{to}");
             }
         }
@@ -430,7 +429,7 @@ fn udp_with_dscp(cgroup: &Path, to: SocketAddr, dscp: i32) -> String {
     socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
     socket.send(b"?").expect("send");
     let mut text = [0; 256];
-    let len = socket.recv(&mut text).expect("an answer");
+    let len = again(|| socket.recv(&mut text)).expect("an answer");
     let text = String::from_utf8_lossy(&text[..len]);
     text.split(' ').next().unwrap_or_default().to_owned()
 }
@@ -648,16 +647,10 @@ fn flows_with_a_dscp_are_spared() {
     }
     daemon.reconfigure(&policy(global, ""));
     for (dscp, mut stream) in flows {
-        stream.set_read_timeout(Some(4 * PATIENCE)).expect("set a timeout");
+        stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
         let mut data = vec![0; 1 << 16];
         // beyond what may be queued of an ended one
-        // a signal may come
-        let mut read = || loop {
-            match stream.read(&mut data) {
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                read => break read,
-            }
-        };
+        let mut read = || again(|| stream.read(&mut data));
         let ended = (0..300).map(|_| read()).find(|read| !matches!(read, Ok(1..)));
         assert_eq!(ended.is_none(), dscp == 4, "{dscp} to {:?}: {ended:?}", stream.peer_addr());
     }

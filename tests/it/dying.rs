@@ -7,8 +7,8 @@ use std::net::{IpAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::time::Duration;
 
+use crate::client::{again, PATIENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::hold::Flood;
@@ -26,8 +26,6 @@ drop   = /drop
 mihomo = /proxied
 drop   = /churn/.*
 ";
-
-const PATIENCE: Duration = Duration::from_secs(5);
 
 /// The table's listing, without what says whose it is: another owner's would go with him. A
 /// character a byte.
@@ -75,7 +73,7 @@ fn send(sockets: &[(OwnedFd, OwnedFd, IpAddr)]) -> Vec<String> {
         let mut data = [0; 200];
         let sent = udp.send_to(b"who?", addr(*ip, 80));
         udp.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
-        answers.push(match sent.and_then(|_| udp.recv(&mut data)) {
+        answers.push(match sent.and_then(|_| again(|| udp.recv(&mut data))) {
             Ok(n) => String::from_utf8_lossy(&data[..n]).split(" from").next().unwrap().to_owned(),
             Err(_) => "nobody".to_owned(),
         });
@@ -231,7 +229,7 @@ fn decided(ground: &Ground, parent: &str, name: &[u8]) -> [String; 2] {
         socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
         let mut data = [0; 200];
         let sent = socket.send_to(b"who?", addr(ip, 80));
-        let answer = sent.and_then(|_| socket.recv(&mut data));
+        let answer = sent.and_then(|_| again(|| socket.recv(&mut data)));
         let answer = answer.map(|n| String::from_utf8_lossy(&data[..n]).into_owned());
         let answer = answer.unwrap_or_else(|_| "nobody".into());
         answer.split(' ').next().unwrap_or_default().to_owned()

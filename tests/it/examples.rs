@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::signal::Signal;
 
-use crate::client::{answers, expect, expect_as, under, Client, Outcome, Proto, SILENCE};
+use crate::client::{answers, expect, expect_as, under, Client, Outcome, Proto, PATIENCE, SILENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::gateway::{ip, Lan, LAN4};
 use crate::ground::{addr, remove_tree, Ground, REMOTE4, REMOTE6};
@@ -269,7 +269,7 @@ fn kill_switch() {
         world.wire.packets();
         for round in ["", ", the service restarted"] {
             for remote in [REMOTE4, REMOTE6] {
-                let tcp = Client::tcp(&service, addr(remote, 80)).timeout(SILENCE);
+                let tcp = Client::tcp(&service, addr(remote, 80));
                 assert_eq!(tcp.run(), Outcome::Refused, "{when}{round}");
                 let udp = Client::udp(&service, addr(remote, 80)).timeout(SILENCE);
                 assert_eq!(udp.run().who(), "nobody", "{when}{round}");
@@ -335,7 +335,7 @@ fn vpn_per_app() {
     refused(&mut world, "before the tunnel is there");
     tunnel(&ground);
     let up = || Client::tcp(&app, addr(REMOTE4, 80)).run() != Outcome::Refused;
-    assert!(crate::wait_until(std::time::Duration::from_secs(5), up));
+    assert!(crate::wait_until(PATIENCE, up));
     through_tunnel(&mut world, &[&app, &service], "running");
     for at in [REMOTE4, ip("127.0.0.53")] {
         let dns = Client::udp(&app, addr(at, 53)).run().who();

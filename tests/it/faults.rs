@@ -9,10 +9,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::signal::Signal;
 
+use crate::client::PATIENCE;
 use crate::daemon::{binary, run, Daemon};
 use crate::ground::{remove_tree, Ground};
 use crate::kernel::{cgroup_id, residue, state};
@@ -129,7 +130,7 @@ fn script(ground: &Ground, daemon: &mut Daemon) {
         }
         daemon.signal(Signal::SIGHUP);
         let mut said = String::new();
-        wait_until(Duration::from_secs(10), || {
+        wait_until(PATIENCE, || {
             said = daemon.logs()[before..].to_owned();
             said.contains("reload") || daemon.ended().is_some()
         });
@@ -170,7 +171,7 @@ fn with_fault(ground: &Ground, fault: &str, clean: &Seen) -> Result<Option<Strin
     finish(ground);
     let mut last = None;
     let converged = ready
-        && wait_until(Duration::from_secs(20), || {
+        && wait_until(PATIENCE, || {
             last = Some(seen(ground));
             last.as_ref() == Some(clean) || daemon.ended().is_some()
         });
@@ -252,7 +253,7 @@ fn hand_over(ground: &Ground, fault: &str, before: &Seen) -> Result<Option<Strin
     let ready = daemon.ready() || daemon.ended().is_none() && daemon.logs().contains("started");
     let mut wrong = Vec::new();
     if ready {
-        wait_until(Duration::from_secs(20), || seen(ground) == *before);
+        wait_until(PATIENCE, || seen(ground) == *before);
         daemon.signal(Signal::SIGUSR2);
     }
     let code = daemon.wait().code();
@@ -316,7 +317,7 @@ fn each_system_call_fails_once() {
     let mut daemon = Daemon::start(&ground, CONFIG, &["--no-seccomp"]);
     script(&ground, &mut daemon);
     let mut clean = seen(&ground);
-    wait_until(Duration::from_secs(3), || {
+    wait_until(PATIENCE, || {
         let now = seen(&ground);
         let set = |name: &str| now.1.get(name).map_or(0, BTreeSet::len);
         clean = now.clone();
@@ -373,7 +374,7 @@ fn exec_ends_where_the_kernel_answers_no_more() {
     loop {
         let inject = format!("inject=recvfrom:error=EIO:when={}+", refused + 1);
         let mut command = Command::new("timeout");
-        command.args(["-s", "KILL", "10", "strace", "-qq", "-o", "/dev/null", "-e", &inject]);
+        command.args(["-s", "KILL", "60", "strace", "-qq", "-o", "/dev/null", "-e", &inject]);
         command.arg(binary()).args(["-c", config, "exec", "drop", "true"]);
         let out = command.output().expect("start strace");
         let said = String::from_utf8_lossy(&out.stderr);

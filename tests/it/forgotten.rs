@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::client::{expect, socket_of, under, Client, Outcome, Proto};
+use crate::client::{again, expect, socket_of, under, Client, Outcome, Proto, PATIENCE};
 use crate::daemon::{run_with, Daemon, POLICY};
 use crate::gateway::{ip, Lan};
 use crate::ground::{addr, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
@@ -16,7 +16,7 @@ use crate::kernel::{forget_flows, load, nft};
 use crate::stale::tcp_in;
 use crate::wait_until;
 use crate::world::{
-    bind_fd, raw_addr, recv_datagram, set, Packet, Server, World, PROXY, STREAM_PORT,
+    bind_at, bind_fd, recv_datagram, set, Packet, Server, World, PROXY, STREAM_PORT,
 };
 
 const PORT: u16 = 80;
@@ -41,15 +41,12 @@ fn family(at: SocketAddr) -> libc::c_int {
 fn udp_of(cgroup: &Path, at: SocketAddr) -> UdpSocket {
     let fd = socket_of(cgroup, family(at), libc::SOCK_DGRAM);
     set(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
-    let (raw, len) = raw_addr(at);
-    // SAFETY: a sockaddr of the length that goes with it.
-    let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), len) };
-    assert_eq!(rc, 0, "bind {at}: {}", std::io::Error::last_os_error());
+    bind_at(&fd, at);
     patient(UdpSocket::from(fd))
 }
 
 fn patient(socket: UdpSocket) -> UdpSocket {
-    socket.set_read_timeout(Some(Duration::from_secs(5))).expect("set a timeout");
+    socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
     socket
 }
 
@@ -156,7 +153,11 @@ fn the_proxy_speaks_first() {
                     lose(loss);
                     for _ in 0..3 {
                         assert_eq!(speaker.send_to(b"y", at).expect("send"), 1);
-                        assert_eq!(app.recv_from(&mut [0; 8]).expect(&what).1, to, "{what}");
+                        assert_eq!(
+                            again(|| app.recv_from(&mut [0; 8])).expect(&what).1,
+                            to,
+                            "{what}"
+                        );
                         let who = reaches(&app, to, &[&proxy, &speaker], &mut world);
                         assert_eq!(who, want, "{what}");
                     }
@@ -244,7 +245,7 @@ fn flows_of_clients_are_forgotten() {
                 lose(loss);
                 for _ in 0..3 {
                     assert_eq!(speaker.send_to(b"y", at).expect("send"), 1);
-                    assert_eq!(app.recv_from(&mut [0; 8]).expect(&what).1, to, "{what}");
+                    assert_eq!(again(|| app.recv_from(&mut [0; 8])).expect(&what).1, to, "{what}");
                     let who = reaches(&app, to, &[&proxy, &speaker], &mut world);
                     assert_eq!(who, "proxy", "{what}");
                 }
@@ -335,7 +336,11 @@ fn marks_of_forgotten_flows_are_restored_by_others() {
                     forget_flows();
                     for _ in 0..3 {
                         assert_eq!(speaker.send_to(b"y", at).expect("send"), 1);
-                        assert_eq!(app.recv_from(&mut [0; 8]).expect(&what).1, remote, "{what}");
+                        assert_eq!(
+                            again(|| app.recv_from(&mut [0; 8])).expect(&what).1,
+                            remote,
+                            "{what}"
+                        );
                         let who = reaches(app, remote, &[&proxy, &speaker], &mut world);
                         // routed anew by that mark, the packet is not to leave; else it finds its way
                         let strays = at.ip() == host && (kind, priority) == ("route", -140);
@@ -362,10 +367,7 @@ fn a_foreign_source_is_no_way_out() {
         let fd = socket_of(&ground.cgroup(path), libc::AF_INET6, libc::SOCK_DGRAM);
         crate::kernel::await_member(&ground.at(path), &path[1..].replace("proxied", "mihomo"));
         set(&fd, libc::SOL_IPV6, IPV6_FREEBIND, 1);
-        let (raw, len) = raw_addr(addr(ip("2001:db8:3::77"), 0));
-        // SAFETY: a sockaddr of the length that goes with it.
-        let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), len) };
-        assert_eq!(rc, 0, "bind: {}", std::io::Error::last_os_error());
+        bind_at(&fd, addr(ip("2001:db8:3::77"), 0));
         let socket = UdpSocket::from(fd);
         for _ in 0..3 {
             let who = reaches(&socket, addr(REMOTE6, PORT), &[], &mut world);
@@ -510,7 +512,7 @@ fn another_mask_by_a_restart() {
                 let app = tcp_in(&proxied, remote);
                 let (mut end, _) = listeners[at].accept().expect("accept");
                 drop(app);
-                assert_eq!(end.read(&mut [0; 8]).expect("hear the end"), 0);
+                assert_eq!(again(|| end.read(&mut [0; 8])).expect("hear the end"), 0);
                 tcp.push(end);
             }
             let mut check = |when: &str| {
@@ -542,7 +544,7 @@ fn another_mask_by_a_restart() {
             world.wire.packets();
             for mut end in tcp {
                 let refused = || end.write_all(b"more").is_err();
-                assert!(wait_until(Duration::from_secs(5), refused), "no reset came to the proxy");
+                assert!(wait_until(PATIENCE, refused), "no reset came to the proxy");
             }
             assert_eq!(world.wire.to_remote(), [], "default {default}, {mask}, {end}");
             assert!(daemon.stop().success());
@@ -653,7 +655,7 @@ fn queries_are_translated_again_and_again() {
         for _ in 0..3 {
             app.send_to(b"who?", addr(remote, 53)).expect("send");
             let mut data = [0; 200];
-            let n = app.recv(&mut data).expect("an answer");
+            let n = again(|| app.recv(&mut data)).expect("an answer");
             let said = String::from_utf8_lossy(&data[..n]);
             let want = format!("remote {}", addr(ip(resolver), 80));
             assert!(said.starts_with(&want), "{said}");
@@ -734,9 +736,9 @@ fn connections_of_clients_over_another_mask() {
         let mut proxy = Some(Server::stream(PROXY, &[7893]));
         let daemon = Daemon::start(&ground, &policy("0xff000000"), &[]);
         let to = addr(ip, STREAM_PORT);
-        let follow = Client::tcp(&ground.root, to).timeout(Duration::from_secs(2)).follow();
+        let follow = Client::tcp(&ground.root, to).follow();
         let flow = lan.client(0).run(|| follow.spawn());
-        let under_way = wait_until(Duration::from_secs(5), || {
+        let under_way = wait_until(PATIENCE, || {
             let mut list = std::process::Command::new("ss");
             list.args(["-Htn", "state", "established"]);
             let list = lan.client(0).run(|| list.output()).expect("run ss").stdout;
@@ -802,7 +804,6 @@ fn a_service_that_speaks_too_late() {
     let direct = ground.cgroup("/direct");
     let proxies = [("0.0.0.0", 7893), ("::", 7893)];
     let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));
-    short_lived_flows();
     let _daemon = Daemon::start(&ground, POLICY, &[]);
     for (cgroup, want) in [("/proxied", "proxy"), ("/drop", "nobody")] {
         let cgroup = ground.cgroup(cgroup);
@@ -815,16 +816,16 @@ fn a_service_that_speaks_too_late() {
             let mut ask = |what: &str, want: &str| {
                 if what.contains("client") {
                     peer.send_to(b"?", addr(host, 7000)).expect("send");
-                    service.recv_from(&mut [0; 8]).expect(what);
+                    again(|| service.recv_from(&mut [0; 8])).expect(what);
                 }
                 let who = reaches(&service, client, &[proxy], &mut world);
                 assert_eq!(who, want, "{what}: {}, {client}", cgroup.display());
             };
             ask("the client asks", "remote");
-            lose(Loss::Expired);
+            lose(Loss::Flushed);
             ask("the service speaks late", want);
             ask("the client speaks at once", if want == "proxy" { "proxy" } else { "remote" });
-            lose(Loss::Expired);
+            lose(Loss::Flushed);
             ask("the client speaks after a silence", "remote");
         }
     }

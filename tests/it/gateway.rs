@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use nix::sched::{setns, unshare, CloneFlags};
 
-use crate::client::{Client, Outcome, Proto, Running, SILENCE};
+use crate::client::{Client, Outcome, Proto, Running, AT_ONCE, PATIENCE, SILENCE};
 use crate::daemon::Daemon;
 use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{ip_rules, nft};
@@ -120,7 +120,7 @@ impl Lan<'_> {
         let lan = Lan { ground, clients };
         for i in 0..2 {
             for gate in [LAN4, LAN6] {
-                let passed = wait_until(Duration::from_secs(5), || {
+                let passed = wait_until(PATIENCE, || {
                     lan.ask_within(i, Proto::Icmp, addr(ip(gate), 0), SILENCE) != "nobody"
                 });
                 assert!(passed, "client {i} does not reach {gate}");
@@ -133,14 +133,14 @@ impl Lan<'_> {
         &self.clients[i]
     }
 
-    fn ask_within(&self, i: usize, proto: Proto, to: SocketAddr, time: Duration) -> String {
+    pub fn ask_within(&self, i: usize, proto: Proto, to: SocketAddr, time: Duration) -> String {
         let client = Client::new(&self.ground.root, proto, to).timeout(time);
         self.clients[i].run(|| client.run()).who()
     }
 
     /// Who answers a request of client `i`.
     pub fn ask(&self, i: usize, proto: Proto, to: SocketAddr) -> String {
-        self.ask_within(i, proto, to, Duration::from_secs(5))
+        self.ask_within(i, proto, to, PATIENCE)
     }
 
     /// Asserts who answers client `i` on port 80 of the remote hosts: TCP, UDP and ping, each over
@@ -159,7 +159,7 @@ impl Lan<'_> {
             };
             let patience = match want.as_str() {
                 "nobody" => SILENCE,
-                _ => Duration::from_secs(5),
+                _ => PATIENCE,
             };
             let who = self.ask_within(i, proto, to, patience);
             if who != want {
@@ -274,7 +274,7 @@ fn bridges_that_pass_the_hooks() {
     let (o, r, n, d) = ("proxy other", "refused", "nobody", "remote");
     let to = addr(REMOTE4, 80);
     let proxied = || lan.ask(0, Proto::Tcp, to) == format!("{PROXY} {to}");
-    assert!(wait_until(Duration::from_secs(5), proxied), "{}", daemon.logs());
+    assert!(wait_until(PATIENCE, proxied), "{}", daemon.logs());
     for (config, who) in [
         (None, PROXY),
         (Some(two.clone()), PROXY),
@@ -346,7 +346,7 @@ fn icmp_errors_about_proxied_flows_stay() {
             };
             let before = count();
             // the kernel limits how many it sends, for all tests together: so try until it does
-            let some = wait_until(Duration::from_secs(20), || {
+            let some = wait_until(PATIENCE, || {
                 match of_lan {
                     true => lan.client(0).run(run),
                     false => run(),
@@ -368,10 +368,10 @@ fn the_proxy_is_down() {
     for _ in 0..2 {
         world.wire.packets();
         for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
-            let ask = Client::tcp(&ground.root, to).timeout(SILENCE);
+            let ask = Client::tcp(&ground.root, to);
             let (outcome, took) = lan.client(0).run(|| ask.spawn()).wait();
             assert_eq!(outcome, Outcome::Refused, "{to}");
-            assert!(took < Duration::from_millis(100), "refused after {took:?}");
+            assert!(took < AT_ONCE, "refused after {took:?}");
             assert_eq!(lan.ask_within(0, Proto::Udp, to, SILENCE), "nobody");
         }
         assert_eq!(world.wire.to_remote(), [], "forwarded");
@@ -467,10 +467,8 @@ fn what_gateways_leave_alone() {
             let at = addr(ip(host), port);
             let service = Client::new(&ground.root, proto, at);
             let service: Running = lan.client(0).run(|| service.serve());
-            let ask = Client::new(&ground.root, proto, at).timeout(Duration::from_secs(1));
-            let answered = wait_until(Duration::from_secs(5), || {
-                ground.outside(|| ask.run()).who() == "service"
-            });
+            let ask = Client::new(&ground.root, proto, at).timeout(4 * SILENCE);
+            let answered = wait_until(PATIENCE, || ground.outside(|| ask.run()).who() == "service");
             assert!(answered, "{proto:?} {at}");
             drop(service);
         }
@@ -651,7 +649,7 @@ fn reload_under_flows(early_demux: &str) {
     let flows = [follow(0), follow(1)];
     // Both are under way, one with the proxy and one with the world.
     for i in 0..2 {
-        let under_way = wait_until(Duration::from_secs(5), || {
+        let under_way = wait_until(PATIENCE, || {
             let mut list = Command::new("ss");
             list.args(["-Htn", "state", "established"]);
             let list = lan.client(i).run(|| list.output()).expect("run ss").stdout;
@@ -713,7 +711,7 @@ fn one_armed_router() {
     };
     for ip in [REMOTE4, REMOTE6] {
         let passes = || ask(Proto::Icmp, ip, SILENCE) == format!("echo {ip}");
-        assert!(wait_until(Duration::from_secs(5), passes), "{ip}");
+        assert!(wait_until(PATIENCE, passes), "{ip}");
     }
     let _proxy = Server::start(PROXY, &[7893]);
     let config = BASIC.replace("br-lan", "in0\nsource = 192.0.2.0/24\nsource = 2001:db8:1::/64");
@@ -725,9 +723,9 @@ fn one_armed_router() {
         for ip in [REMOTE4, REMOTE6] {
             for proto in [Proto::Tcp, Proto::Udp] {
                 let want = format!("{PROXY} {}", addr(ip, 80));
-                assert_eq!(ask(proto, ip, Duration::from_secs(5)), want);
+                assert_eq!(ask(proto, ip, PATIENCE), want);
             }
-            assert_eq!(ask(Proto::Icmp, ip, Duration::from_secs(5)), format!("echo {ip}"));
+            assert_eq!(ask(Proto::Icmp, ip, PATIENCE), format!("echo {ip}"));
         }
         assert_eq!(but_pings(world.wire.to_remote()), []);
     }
@@ -764,7 +762,7 @@ fn dns_of_clients_in_several_subnets() {
     };
     let local = SocketAddr::V6(std::net::SocketAddrV6::new(link_local("br-lan"), 53, 0, far));
     let passed = || lan.ask_within(1, Proto::Icmp, local, SILENCE) != "nobody";
-    assert!(wait_until(Duration::from_secs(5), passed), "no link-local address");
+    assert!(wait_until(PATIENCE, passed), "no link-local address");
     let resolvers: [(&str, &[&str]); 3] = [
         ("on ::", &["::"]),
         ("on 0.0.0.0", &["0.0.0.0"]),
@@ -795,7 +793,7 @@ fn dns_of_clients_in_several_subnets() {
                 for proto in [Proto::Udp, Proto::Tcp] {
                     let clients = if to == local { 1..2 } else { 0..2 };
                     for i in clients {
-                        let who = lan.ask_within(i, proto, to, Duration::from_secs(1));
+                        let who = lan.ask_within(i, proto, to, PATIENCE);
                         if who != "service" {
                             wrong.push(format!("{proto:?} {to} by client {i}: {who}"));
                         }

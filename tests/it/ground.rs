@@ -21,10 +21,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Once;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sched::{setns, unshare, CloneFlags};
+use nix::time::{clock_gettime, ClockId};
 
+use crate::client::PATIENCE;
 use crate::wait_until;
 
 /// Where cgroup2 is mounted in every ground, as on a host without the v1 tree.
@@ -154,7 +156,7 @@ impl Ground {
     /// Returns once packets pass in both families: link state moves in a kernel worker.
     fn await_link(&self) {
         for (host, gate) in [(HOST4, GATE4), (HOST6, GATE6)] {
-            let passed = wait_until(Duration::from_secs(5), || {
+            let passed = wait_until(PATIENCE, || {
                 let Ok(probe) = UdpSocket::bind((host, 0)) else {
                     return false;
                 };
@@ -212,7 +214,7 @@ pub fn ip_batch(flags: &[&str], lines: &str) {
 /// Kills whatever lives in the cgroup sub-tree, then removes it, deepest first.
 pub fn remove_tree(root: &Path) {
     let _ = fs::write(root.join("cgroup.kill"), "1");
-    wait_until(Duration::from_secs(5), || {
+    wait_until(PATIENCE, || {
         fs::read_to_string(root.join("cgroup.events")).map_or(true, |s| s.contains("populated 0"))
     });
     rmdir_all(root);
@@ -225,7 +227,7 @@ fn rmdir_all(dir: &Path) {
         }
     }
     // EBUSY lasts until the last task has left its exit path.
-    let gone = wait_until(Duration::from_secs(2), || {
+    let gone = wait_until(PATIENCE, || {
         fs::remove_dir(dir).map_or_else(|e| e.kind() == ErrorKind::NotFound, |()| true)
     });
     if !gone {
@@ -288,6 +290,42 @@ fn mount(source: &str, target: &str, kind: &str, flags: libc::c_ulong, data: &st
     let rc = unsafe { libc::mount(s.as_ptr(), t.as_ptr(), k.as_ptr(), flags, d.as_ptr().cast()) };
     let error = std::io::Error::last_os_error();
     assert_eq!(rc, 0, "unable to mount {target}: {error}");
+}
+
+/// What takes so much processor time where the bounds of these tests were taken takes this much here and
+/// now: a machine may be slower, and is while others use its caches and the other half of its cores.
+pub fn here(there: Duration) -> Duration {
+    /// Of the work below, there and at rest.
+    const WORK: Duration = Duration::from_millis(10);
+    let used = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock of the thread");
+    let work = || {
+        let before = used();
+        for _ in 0..300 {
+            // system calls, allocations and arithmetic, as the program has them
+            let text = fs::read("/proc/self/status").expect("read the status");
+            std::hint::black_box(
+                text.iter().fold(0u32, |sum, b| sum.rotate_left(5) ^ u32::from(*b)),
+            );
+        }
+        Duration::from(used() - before)
+    };
+    // not the first one, which finds everything cold
+    let now = (0..4).map(|_| work()).min().unwrap_or(WORK);
+    there.mul_f64((now.as_secs_f64() / WORK.as_secs_f64()).max(1.0))
+}
+
+/// What a moment is here and now: a program is started and its end is seen, by the clock, in the median
+/// of some tries. What happens "at once" takes some of these, whatever keeps the machine.
+pub fn moment() -> Duration {
+    let mut tries: Vec<Duration> = (0..9)
+        .map(|_| {
+            let start = Instant::now();
+            assert!(Command::new("true").status().expect("start true").success());
+            start.elapsed()
+        })
+        .collect();
+    tries.sort();
+    tries[tries.len() / 2]
 }
 
 /// Gives `path` the permission bits `mode`.

@@ -7,15 +7,16 @@ use std::sync::mpsc::{channel, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::client::{expect, under, Client, Proto, SILENCE};
+use crate::client::{expect, under, Client, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, POLICY, UNOWNED};
 use crate::gateway::Lan;
-use crate::ground::{addr, ip_batch, Ground, REMOTE4, REMOTE6};
+use crate::ground::{addr, here, ip_batch, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, nft, residue, state};
 use crate::wait_until;
 use crate::world::{World, PROXY};
 
-/// Runs a command line of ip or nft; whether it succeeded.
+/// Runs a command line of ip or nft; whether it succeeded. (nft is refused where somebody else's
+/// transaction, such as a repair, comes between its look and its own.)
 fn shell(line: &str) -> bool {
     let mut words = line.split(' ');
     let mut command = Command::new(words.next().unwrap_or_default());
@@ -58,7 +59,7 @@ impl Monitor {
         let marks = Cell::new(20_000);
         let monitor = Monitor { child, lines, program, marks };
         // it listens once it tells of a mark
-        let listens = wait_until(Duration::from_secs(5), || {
+        let listens = wait_until(PATIENCE, || {
             let mark = monitor.mark();
             let next = || monitor.lines.recv_timeout(Duration::from_millis(100)).ok();
             std::iter::from_fn(next).any(|line| line.1.contains(&mark))
@@ -71,29 +72,33 @@ impl Monitor {
     fn mark(&self) -> String {
         let number = self.marks.replace(self.marks.get() + 1);
         if self.program == "nft" {
-            shell(&format!("nft add table ip mark{number}"));
+            let line = format!("nft add table ip mark{number}");
+            assert!(wait_until(PATIENCE, || shell(&line)), "{line}");
             return format!("mark{number}");
         }
-        shell(&format!("ip rule add pref {number} blackhole"));
-        shell(&format!("ip rule del pref {number}"));
+        for verb in ["add", "del"] {
+            assert!(shell(&format!("ip rule {verb} pref {number} blackhole")));
+        }
         format!("Deleted {number}:")
     }
 
-    /// The moments of all that has happened since the last call.
+    /// The moments of all that has happened since the last call, or none where it may have missed some:
+    /// its program is slow, and what it has not read in time is lost, the mark as well as the rest.
     fn told(&self) -> Vec<Instant> {
-        let mark = self.mark();
         let own = ["table ip mark", "# new generation", "blackhole"];
         let mut moments = Vec::new();
-        loop {
-            let line = self.lines.recv_timeout(Duration::from_secs(5));
-            let (at, line) = line.expect("the monitor tells of the mark");
-            if line.contains(&mark) {
-                return moments;
-            }
-            if !own.iter().any(|word| line.contains(word)) {
-                moments.push(at);
+        for lost in [false, true, true, true] {
+            let mark = self.mark();
+            while let Ok((at, line)) = self.lines.recv_timeout(PATIENCE / 4) {
+                match line.contains(&mark) {
+                    true if lost => return Vec::new(),
+                    true => return moments,
+                    false if own.iter().any(|word| line.contains(word)) => {}
+                    false => moments.push(at),
+                }
             }
         }
+        panic!("{} monitor tells nothing any more", self.program);
     }
 }
 
@@ -104,27 +109,47 @@ impl Drop for Monitor {
     }
 }
 
-/// Does `harm` again and again; returns how long each time took to the last notification of the
-/// repair: from the harm's first one where nft does it, whose start takes longer than the repair,
-/// else from the start of ip, which may have been repaired before the monitor has read anything.
-fn repairs(daemon: &Daemon, monitor: &Monitor, times: usize, harm: &str) -> Vec<Duration> {
+/// How long something that was done took whoever did it, and how long its repair.
+#[derive(Debug, Clone, Copy)]
+struct Repair {
+    harm: Duration,
+    repair: Duration,
+}
+
+/// Does `harm` again and again. Each repair takes to its last notification: from the harm's first one
+/// where nft does it, whose start takes longer than the repair, else from the start of ip, which may
+/// have been repaired before the monitor has read anything.
+fn repairs(daemon: &Daemon, monitor: &Monitor, times: usize, harm: &str) -> Vec<Repair> {
     let whole = state();
     let mut took = Vec::new();
     for i in 0..times {
         monitor.told();
-        let start = Instant::now();
-        assert!(shell(harm), "{harm}");
-        let healed = wait_until(Duration::from_secs(5), || state() == whole);
+        let mut start = Instant::now();
+        let harmed = wait_until(PATIENCE, || {
+            start = Instant::now();
+            shell(harm)
+        });
+        assert!(harmed, "{harm}");
+        let by_others = start.elapsed();
+        let healed = wait_until(PATIENCE, || state() == whole);
         assert!(healed, "{harm}, time {i}: not repaired\n{}", daemon.logs());
-        let moments = monitor.told();
-        assert!(moments.len() > 1, "{harm}: {} notifications", moments.len());
-        let start = match monitor.program {
-            "nft" => moments[0],
-            _ => start,
-        };
-        took.push(moments[moments.len() - 1] - start);
+        if let [first, .., last] = monitor.told()[..] {
+            let start = if monitor.program == "nft" { first } else { start };
+            took.push(Repair { harm: by_others, repair: last - start });
+        }
     }
+    assert!(took.len() >= times / 2, "{harm}: {} times told of {times}", took.len());
     took
+}
+
+/// Asserts that repairs take no longer than a few times what they mend took: on a machine that is slow,
+/// or that others keep busy, both take longer, and both wait for its kernel.
+#[track_caller]
+fn assert_soon(took: &[Repair], daemon: &Daemon) {
+    let [harm, repair] = [|one: &Repair| one.harm, |one: &Repair| one.repair]
+        .map(|of| median(took.iter().map(of).collect()));
+    println!("repaired: median {repair:?} of {}, done in {harm:?}", took.len());
+    assert!(repair < 10 * harm, "{took:?}\n{}", daemon.logs());
 }
 
 #[test]
@@ -162,13 +187,18 @@ fn an_owned_table_cannot_be_touched() {
 fn a_table_that_others_change_is_repaired() {
     let (ground, mut world, _proxy) = scene!("unowned", proxy);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
-    let mut daemon = Daemon::spawn(&ground, POLICY, &[], &[UNOWNED]);
-    assert!(daemon.ready(), "{}", daemon.logs());
+    let start = || {
+        let mut daemon = Daemon::spawn(&ground, POLICY, &[], &[UNOWNED]);
+        assert!(daemon.ready(), "{}", daemon.logs());
+        daemon
+    };
     let id = ground.at("/drop");
     let id = id.strip_prefix("/sys/fs/cgroup").expect("below the mount");
     let monitor = Monitor::start("nft");
     let element = format!("nft delete element inet cgtproxy cg_drop {{ \"{}\" }}", id.display());
-    let harms = [
+    let mut all = Vec::new();
+    let mut daemon = start();
+    for harm in [
         "nft flush ruleset",
         "nft delete table inet cgtproxy",
         "nft flush table inet cgtproxy",
@@ -178,17 +208,16 @@ fn a_table_that_others_change_is_repaired() {
         &element,
         "nft insert rule inet cgtproxy output accept",
         "nft add chain inet cgtproxy foreign",
-    ];
-    // on a machine that others keep busy the kernel waits for all processors with each new hook
-    let soon = (0..3).any(|_| {
-        let each = harms.map(|harm| repairs(&daemon, &monitor, 5, harm));
-        let took = each.concat();
-        println!("repaired: median {:?} of {}", median(took.clone()), took.len());
-        median(took) < Duration::from_millis(20)
-    });
-    let log = daemon.logs();
-    assert!(log.contains("the table was changed by nft (pid "), "{log}");
-    assert!(soon, "{log}");
+    ] {
+        all.extend(repairs(&daemon, &monitor, 5, harm));
+        let log = daemon.logs();
+        assert!(log.contains("the table was changed by nft (pid "), "{log}");
+        // what repairs may take at once is a second, which a slow machine takes for all of these; from
+        // then on there are pauses (see below), so each begins with a second of its own
+        assert!(daemon.stop().success());
+        daemon = start();
+    }
+    assert_soon(&all, &daemon);
     expect(&[(&dropped, under("drop")), (&proxied, under(PROXY))]);
 
     let floods = [&dropped, &proxied].map(|cgroup| {
@@ -224,8 +253,7 @@ fn rules_and_routes_that_others_delete_are_repaired() {
     ] {
         took.extend(repairs(&daemon, &monitor, 10, harm));
     }
-    println!("repaired: median {:?} of {}", median(took.clone()), took.len());
-    assert!(median(took) < Duration::from_millis(20));
+    assert_soon(&took, &daemon);
     // netifd's first load; the main rules have to come back for anything to be routed at all
     for family in ["-4", "-6"] {
         assert!(shell(&format!("ip {family} rule flush")));
@@ -233,7 +261,7 @@ fn rules_and_routes_that_others_delete_are_repaired() {
     }
     assert!(shell("ip link set lo down"));
     assert!(shell("ip link set lo up"));
-    let healed = wait_until(Duration::from_secs(5), || {
+    let healed = wait_until(PATIENCE, || {
         let now = residue();
         ["2 default dev lo table 300", "iif lo lookup 300"]
             .iter()
@@ -268,14 +296,14 @@ fn a_program_that_keeps_deleting() {
             deleted += usize::from(shell(harm));
             last = Instant::now();
         }
-        let healed =
-            wait_until(Duration::from_secs(5), || residue().matches(whole).count() == before);
+        let healed = wait_until(PATIENCE, || residue().matches(whole).count() == before);
         let (after, busy) = (last.elapsed(), daemon.busy() - busy);
         println!("{harm}: {deleted} in 10 s, {busy:?} of the processor, well {after:?} after");
-        assert!(healed && after < Duration::from_secs(1), "{after:?}\n{}", daemon.logs());
-        assert!(deleted > 200, "{deleted}");
+        // pauses take half a second, and do not grow
+        assert!(healed && after < Duration::from_secs(3), "{after:?}\n{}", daemon.logs());
+        assert!(deleted > 15, "{deleted}");
         // the work that may be done at once, and a twentieth of the time
-        assert!(busy < Duration::from_millis(1800), "{busy:?}");
+        assert!(busy < here(Duration::from_millis(1800)), "{busy:?}");
         let lines = daemon.logs().lines().count();
         assert!(lines < 500, "{lines} lines");
         drop(flood);
@@ -318,20 +346,20 @@ fn lo_may_be_down_at_the_start() {
         assert!(shell(&format!("ip {family} rule del pref 100 iif lo")));
     }
     let rules = || residue().matches("iif lo").count() == 2;
-    assert!(wait_until(Duration::from_secs(5), rules), "{}\n{}", residue(), daemon.logs());
+    assert!(wait_until(PATIENCE, rules), "{}\n{}", residue(), daemon.logs());
     assert_eq!(daemon.logs().matches("lo is down").count(), 1, "{}", daemon.logs());
     assert!(!daemon.logs().contains("trying again"), "{}", daemon.logs());
 
     let up = Instant::now();
     ip_batch(&[], "link set lo up\n");
     let routes = || residue().matches("2 default dev lo table 300").count() == 2;
-    assert!(wait_until(Duration::from_secs(5), routes), "{}\n{}", residue(), daemon.logs());
+    assert!(wait_until(PATIENCE, routes), "{}\n{}", residue(), daemon.logs());
     println!("routes {:?} after lo was up", up.elapsed());
     expect(&[(&dropped, under("drop")), (&proxied, under(PROXY))]);
     lan.proxied(0);
     // and at run time
     ip_batch(&[], "link set lo down\nlink set lo up\n");
-    assert!(wait_until(Duration::from_secs(5), routes), "{}\n{}", residue(), daemon.logs());
+    assert!(wait_until(PATIENCE, routes), "{}\n{}", residue(), daemon.logs());
     expect(&[(&proxied, under(PROXY))]);
 }
 
@@ -347,7 +375,7 @@ fn a_table_that_another_owns() {
     let mut words = other.stdin.take().expect("stdin is piped");
     words.write_all(b"add table inet cgtproxy { flags owner; }\n").expect("feed nft");
     let there = || residue().contains("table inet cgtproxy");
-    assert!(wait_until(Duration::from_secs(5), there));
+    assert!(wait_until(PATIENCE, there));
     let before = residue();
     let start = || {
         let mut daemon = Daemon::spawn(&ground, POLICY, &[], &[]);

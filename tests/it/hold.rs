@@ -2,7 +2,7 @@
 //! it, whatever the daemon does meanwhile.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Read};
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::sys::wait::{waitpid, WaitStatus};
 use nix::unistd::Pid;
 
-use crate::client::{expect, fork_into, under, Client, Outcome, Proto, SILENCE};
+use crate::client::{again, expect, fork_into, under, Client, Outcome, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
 use crate::ground::{addr, pipe, remove_tree, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, cgroup_id, load, nft, set_ids, table, SETTLE};
@@ -75,7 +75,7 @@ impl<'a> Births<'a> {
         fs::create_dir(&path).expect("make a cgroup");
         be_born(&path, proto, addr(ip, port));
         // EBUSY until the process has left it
-        assert!(wait_until(Duration::from_secs(5), || fs::remove_dir(&path).is_ok()));
+        assert!(wait_until(PATIENCE, || fs::remove_dir(&path).is_ok()));
         port == DIRECT
     }
 
@@ -222,6 +222,10 @@ fn without_hold_births_leak() {
     }
 }
 
+/// How long it takes at least where one SYN was lost, and where two were.
+const ONCE: Duration = Duration::from_millis(900);
+const TWICE: Duration = Duration::from_millis(2900);
+
 /// What is held and then allowed connects by itself, within one retransmission of a SYN at worst.
 #[test]
 fn what_is_allowed_connects_by_itself() {
@@ -242,7 +246,7 @@ fn what_is_allowed_connects_by_itself() {
     let (median, worst) = (took[births / 2], took[births - 1]);
     let held = took.iter().filter(|time| **time > Duration::from_millis(900)).count();
     println!("{births} births, daemon idle: {held} held, median {median:?}, worst {worst:?}");
-    assert!(worst < Duration::from_millis(1900), "{worst:?}");
+    assert!(worst < TWICE, "{worst:?}");
     // held for sure
     daemon.signal(Signal::SIGSTOP);
     let to = addr(REMOTE4, DIRECT);
@@ -259,8 +263,7 @@ fn what_is_allowed_connects_by_itself() {
         let (outcome, time) = running.wait();
         assert_eq!(outcome.who(), format!("{who} {to}"), "{}", daemon.logs());
         println!("held for sure: {time:?}");
-        let range = Duration::from_millis(900)..Duration::from_millis(1900);
-        assert!(range.contains(&time), "{time:?}");
+        assert!((ONCE..TWICE).contains(&time), "{time:?}");
     }
     daemon.stop_clean();
 }
@@ -268,11 +271,13 @@ fn what_is_allowed_connects_by_itself() {
 /// Whether what a process of that cgroup sends leaves: TCP and UDP, both families.
 #[track_caller]
 fn leaves(cgroup: &Path) -> bool {
-    let kinds = [REMOTE4, REMOTE6].map(|ip| [Proto::Udp, Proto::Tcp].map(|proto| (proto, ip)));
-    let asked = kinds.concat().into_iter().map(|(proto, ip)| {
-        Client::new(cgroup, proto, addr(ip, DIRECT)).timeout(SILENCE).run().who()
-    });
-    let asked: Vec<String> = asked.collect();
+    let ask = |proto, ip, patience| {
+        Client::new(cgroup, proto, addr(ip, DIRECT)).timeout(patience).run().who()
+    };
+    // who sends a datagram is told at once
+    let mut asked = [REMOTE4, REMOTE6].map(|ip| ask(Proto::Udp, ip, PATIENCE)).to_vec();
+    let patience = if asked[0] == "nobody" { SILENCE } else { PATIENCE };
+    asked.extend([REMOTE4, REMOTE6].map(|ip| ask(Proto::Tcp, ip, patience)));
     let held = asked.iter().filter(|who| *who == "nobody").count();
     assert!([0, asked.len()].contains(&held), "{cgroup:?}: {asked:?}");
     held == 0
@@ -431,7 +436,7 @@ fn it_goes_on_holding() {
         if !env.is_empty() {
             load("flush table inet cgtproxy");
             let back = || table().contains("known") && table().contains("chain hold");
-            assert!(wait_until(Duration::from_secs(5), back), "{}", daemon.logs());
+            assert!(wait_until(PATIENCE, back), "{}", daemon.logs());
             await_member_of_known(&ground.at("/held/o1"));
         }
         daemon.signal(Signal::SIGSTOP);
@@ -499,8 +504,9 @@ fn the_port_of_another_flow() {
         let socket = udp_in(cgroup, ip);
         bind_to(&socket, addr(if ip.is_ipv4() { HOST4 } else { HOST6 }, 5353));
         socket.connect(addr(ip, DIRECT)).expect("connect");
-        socket.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
-        socket.send(b"?").and_then(|_| socket.recv(&mut [0; 64])).map_err(|e| e.raw_os_error())
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let sent = socket.send(b"?");
+        sent.and_then(|_| again(|| socket.recv(&mut [0; 64]))).map_err(|e| e.raw_os_error())
     };
     // a query, and then a stream of more than two seconds
     for pause in [0, 2200] {
@@ -532,16 +538,13 @@ fn sockets_of_removed_cgroups() {
     udp.send(b"?").expect("known");
     fs::remove_dir(&known).expect("remove it");
     let gone = || set_ids("known").is_some_and(|ids| !ids.contains(&id));
-    assert!(wait_until(Duration::from_secs(5), gone));
+    assert!(wait_until(PATIENCE, gone));
     assert_eq!(udp.send(b"?").map_err(|e| e.raw_os_error()), Err(Some(libc::EPERM)));
-    tcp.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+    tcp.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     // more than any buffer had when it was removed
     let mut read = 0;
     while read < 3 << 20 {
-        match tcp.read(&mut [0; 65536]) {
-            Err(e) if e.kind() == ErrorKind::Interrupted => {}
-            got => read += got.expect("the stream goes on"),
-        }
+        read += again(|| tcp.read(&mut [0; 65536])).expect("the stream goes on");
     }
     daemon.stop_clean();
 }
@@ -554,7 +557,7 @@ fn flows_that_go_on_are_not_held() {
     let daemon = Daemon::start(&ground, &held(), &[]);
     await_member_of_known(&known);
     let stream = addr(REMOTE4, STREAM_PORT);
-    let follow = Client::tcp(&known, stream).timeout(Duration::from_secs(10)).follow().spawn();
+    let follow = Client::tcp(&known, stream).follow().spawn();
     thread::sleep(Duration::from_millis(100));
     daemon.kill9();
     // new flows of what is known too
@@ -603,7 +606,7 @@ fn exec_waits_to_be_looked_at() {
     let config = format!("[global]\nhold = /cgtproxy\n{POLICY}");
     ground.cgroup("/cgtproxy/direct");
     let daemon = Daemon::start(&ground, &config, &[]);
-    let script = "exec 3<>/dev/udp/203.0.113.7/80 && echo >&3 && timeout 5 head -n1 <&3";
+    let script = "exec 3<>/dev/udp/203.0.113.7/80 && echo >&3 && timeout 30 head -n1 <&3";
     for _ in 0..sized(5, 50) {
         let said = daemon.ask(&["exec", "direct", "--", "bash", "-c", script]);
         assert!(said.out.starts_with("remote 203.0.113.7:80"), "{} {}", said.out, said.err);

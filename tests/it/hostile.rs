@@ -18,9 +18,10 @@ use nix::sys::socket::{
     UnixAddr,
 };
 
-use crate::client::{socket_of, Client};
+use crate::client::{socket_of, Client, PATIENCE, SILENCE};
 use crate::daemon::{run_with, write_private, Daemon};
-use crate::ground::{addr, chmod, Ground, REMOTE4};
+use crate::gateway::Netns;
+use crate::ground::{addr, chmod, here, ip_batch, Ground, REMOTE4};
 use crate::kernel::{await_exactly, cgroup_id, load, nft, set_ids, SETTLE};
 use crate::world::{raw_addr, Server, World};
 use crate::{sized, wait_until};
@@ -106,7 +107,16 @@ fn nested_cgroups_tax_nobody_else() {
         socket.connect(addr(REMOTE4, 9)).expect("connect");
         socket
     });
-    let costs = || sockets.each_ref().map(cost);
+    // the same way through the kernel where no table is
+    let bare = Netns::new();
+    let bare = bare.run(|| {
+        ip_batch(&[], "link set lo up\n");
+        let sink = UdpSocket::bind(("127.0.0.1", 9)).expect("bind");
+        let socket = UdpSocket::bind(("127.0.0.1", 0)).expect("bind");
+        socket.connect(("127.0.0.1", 9)).expect("connect");
+        (socket, sink)
+    });
+    let costs = || sockets.each_ref().map(|socket| cost(socket, &bare.0));
     costs();
     let before = costs();
     let deep = (1..=LEVELS).map(|n| format!("/delegated{}/app", "/x".repeat(n)));
@@ -116,26 +126,32 @@ fn nested_cgroups_tax_nobody_else() {
     let ids = ids.map(|path| cgroup_id(path).expect("an id")).collect();
     await_exactly("cg_drop", &ids, SETTLE);
     let after = costs();
-    println!("{paths:?}: {before:?} ns a packet, beside {LEVELS} nested levels {after:?}");
+    println!("{paths:?}: {before:?} x a bare packet, beside {LEVELS} nested levels {after:?}");
     for (before, after) in before.iter().zip(after) {
-        assert!(after < 1.5 * before, "{before} ns, and then {after}");
+        assert!(after < 1.5 * before, "{before} x a bare packet, and then {after}");
     }
     assert!(daemon.stop().success());
 }
 
-/// Nanoseconds that a datagram costs whoever sends it, in the best tenth of some hundred moments.
-fn cost(socket: &UdpSocket) -> f64 {
-    const CHUNK: u32 = 64;
-    let mut times: Vec<Duration> = (0..400)
-        .map(|_| {
-            let start = Instant::now();
-            // where it is dropped, an error says so
-            (0..CHUNK).for_each(|_| drop(socket.send(b"payload")));
-            start.elapsed()
-        })
-        .collect();
-    times.sort();
-    (times[times.len() / 10] / CHUNK).as_nanos() as f64
+/// What a datagram costs whoever sends it, as a multiple of a bare one in the same moments, of which the
+/// best tenth counts.
+fn cost(socket: &UdpSocket, bare: &UdpSocket) -> f64 {
+    let chunk = |socket: &UdpSocket| {
+        let start = Instant::now();
+        // where it is dropped, an error says so
+        (0..64).for_each(|_| drop(socket.send(b"payload")));
+        start.elapsed()
+    };
+    let mut times = [Vec::new(), Vec::new()];
+    for _ in 0..400 {
+        times[0].push(chunk(socket));
+        times[1].push(chunk(bare));
+    }
+    let [own, bare] = times.map(|mut times| {
+        times.sort();
+        times[times.len() / 10].as_secs_f64()
+    });
+    own / bare
 }
 
 /// How soon a new cgroup is to be in force, whatever another user does.
@@ -199,7 +215,7 @@ fn inotify(dir: &Path) -> OwnedFd {
 #[test]
 fn a_hundred_thousand_cgroups() {
     let ground = ground!("many");
-    let count = sized(20_000, 100_000);
+    let count = sized(8_000, 100_000);
     let config = "[rules]\ndrop = /user/.*\ndrop = /apps/.*\n";
     let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
     let daemon = Daemon::start(&ground, config, &["-v"]);
@@ -209,7 +225,7 @@ fn a_hundred_thousand_cgroups() {
         let path = apps.join(name);
         fs::create_dir(&path).expect("mkdir");
         let client = Client::udp(&path, addr(REMOTE4, 9)).until_denied();
-        let (_, time) = client.timeout(Duration::from_secs(10)).spawn().wait();
+        let (_, time) = client.spawn().wait();
         thread::sleep(Duration::from_millis(20));
         time
     };
@@ -311,7 +327,7 @@ fn dear_paths() {
         let path = apps.join(name);
         fs::create_dir(&path).expect("mkdir");
         let client = Client::udp(&path, addr(REMOTE4, 9)).until_denied();
-        client.timeout(Duration::from_secs(10)).spawn().wait().1
+        client.spawn().wait().1
     };
     let told = |what: &str, took: &mut Vec<Duration>| {
         took.sort();
@@ -339,7 +355,7 @@ fn dear_paths() {
     let spent = daemon.busy() - before;
     println!("{spent:?} of processor time for 1,600 paths");
     // once it took 3 s
-    assert!(spent < Duration::from_secs(1), "{spent:?}");
+    assert!(spent < here(Duration::from_secs(1)), "{spent:?}");
     // beside other tests, the processor is not ours
     assert!(sized(0, 1) == 0 || median < SOON, "{median:?}");
     assert!(sized(0, 1) == 0 || longest < Duration::from_millis(50), "{longest:?}");
@@ -360,7 +376,7 @@ fn dear_paths() {
     let (median, longest) = told("during reloads", &mut took);
     let spent = daemon.busy() - before;
     println!("{spent:?} of processor time for 5 reloads");
-    assert!(spent < Duration::from_secs(2), "{spent:?}");
+    assert!(spent < here(Duration::from_secs(2)), "{spent:?}");
     assert!(sized(0, 1) == 0 || median < SOON, "{median:?}");
     assert!(sized(0, 1) == 0 || longest < Duration::from_millis(50), "{longest:?}");
     assert!(daemon.stop().success());
@@ -368,7 +384,7 @@ fn dear_paths() {
     let daemon = Daemon::start(&ground, &config, &[]);
     let spent = daemon.busy();
     println!("ready after {:?}, {spent:?} of processor time", start.elapsed());
-    assert!(spent < Duration::from_secs(1), "{spent:?}");
+    assert!(spent < here(Duration::from_secs(1)), "{spent:?}");
     assert!(daemon.stop().success());
 }
 
@@ -435,15 +451,15 @@ fn stopped_during_a_long_start() {
     let config = format!("[rules]\n{}", dear_rules("(?i)", 40));
     for signal in [nix::sys::signal::Signal::SIGTERM, nix::sys::signal::Signal::SIGINT] {
         let mut daemon = Daemon::spawn(&ground, &config, &[], &[]);
-        thread::sleep(Duration::from_millis(300));
+        // it takes signals by then, and is at its work
+        let begun = || daemon.blocks(signal) && daemon.busy() > Duration::from_millis(100);
+        assert!(wait_until(SETTLE, begun), "{}", daemon.logs());
         let start = Instant::now();
         daemon.signal(signal);
         let status = daemon.wait();
-        let took = start.elapsed();
-        println!("ended after {took:?}");
+        println!("ended after {:?}", start.elapsed());
         assert!(!daemon.logs().contains("started:"), "{}", daemon.logs());
         assert_eq!(status.code(), Some(0), "{}", daemon.logs());
-        assert!(took < Duration::from_secs(2), "{took:?}");
         assert_eq!(crate::kernel::residue(), "");
     }
 }
@@ -481,7 +497,7 @@ fn hostile_configurations_are_refused() {
         let said = String::from_utf8_lossy(&out.stderr).to_lowercase();
         assert_eq!(out.status.code(), Some(2), "{name}: {said}");
         assert!(said.contains(reason), "{name}: {said}");
-        assert!(start.elapsed() < Duration::from_secs(2), "{name}");
+        assert!(start.elapsed() < PATIENCE, "{name}");
     }
     assert_eq!(crate::kernel::residue(), "");
 }
@@ -539,7 +555,7 @@ fn nobody_else_has_the_lock() {
     let said = |args: &[&str]| {
         let start = Instant::now();
         let out = run_with(&ground, config, args);
-        assert!(start.elapsed() < Duration::from_secs(2), "{args:?} took {:?}", start.elapsed());
+        assert!(start.elapsed() < PATIENCE, "{args:?} took {:?}", start.elapsed());
         String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned()
     };
     for listens in [false, true] {
@@ -548,9 +564,7 @@ fn nobody_else_has_the_lock() {
         assert!(status.contains("no cgtproxy is running"), "{status}");
         assert!(said(&["exec", "drop", "true"]).contains("no cgtproxy is running"));
         assert_eq!(said(&["flush"]), "nothing to remove\n");
-        let start = Instant::now();
         let daemon = Daemon::start(&ground, config, &[]);
-        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
         let pid = format!("pid {}", daemon.pid());
         let status = said(&["status"]);
         assert!(status.contains(&pid), "{status}");
@@ -671,7 +685,7 @@ fn a_socket_beside_the_proxy() {
     let cgroup = ground.cgroup("/x");
     let daemon = Daemon::start(&ground, config, &[]);
     let to = addr(REMOTE4, 80);
-    let ask = || Client::udp(&cgroup, to).timeout(Duration::from_millis(300)).run().who();
+    let ask = || Client::udp(&cgroup, to).run().who();
     let check = |config: &str| {
         let out = run_with(&ground, config, &["check"]);
         String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned()
@@ -696,7 +710,7 @@ fn a_socket_beside_the_proxy() {
         bound.join().expect("no panic")
     };
     let other = beside(7893).expect("bind beside the proxy");
-    assert_eq!(ask(), "nobody");
+    assert_eq!(Client::udp(&cgroup, to).timeout(SILENCE).run().who(), "nobody");
     assert_eq!(world.wire.to_remote(), []);
     assert!(check(config).contains(several), "{}", check(config));
     drop(other);

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::daemon::{run_with, Daemon};
-use crate::ground::Ground;
+use crate::ground::{moment, Ground};
 use crate::kernel::{await_member, cgroup_id, set_ids, SETTLE};
 use crate::wait_until;
 
@@ -36,10 +36,12 @@ fn latency(ground: &Ground, name: &str) -> Duration {
     took[COUNT / 2]
 }
 
-/// Asserts that `slow` is no more than twice `fast`, and what this machine's noise makes.
+/// Asserts that `slow` is no more than twice `fast`, and what the noise of this moment makes: who waits
+/// for a reader waits for ever, or for a timer.
 fn compare(fast: Duration, slow: Duration) {
-    println!("median latency {fast:?} with a reader, {slow:?} without");
-    assert!(slow < fast * 2 + Duration::from_millis(1));
+    let noise = 20 * moment();
+    println!("median latency {fast:?} with a reader, {slow:?} without, noise {noise:?}");
+    assert!(slow < fast * 2 + noise, "{fast:?} with a reader, {slow:?} without");
 }
 
 #[test]

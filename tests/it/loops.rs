@@ -1,11 +1,9 @@
 //! A proxy's own traffic must not come back to it: three guards, each of which is enough, and what
 //! is said where there is none.
 
-use std::time::Duration;
-
 use nix::sys::signal::Signal;
 
-use crate::client::{Client, Running};
+use crate::client::{Client, Running, PATIENCE, SILENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::world::World;
@@ -24,7 +22,7 @@ fn ask(ground: &Ground) -> [String; 2] {
     let cgroup = ground.cgroup("/anybody");
     [REMOTE4, REMOTE6].map(|ip| {
         let client = Client::tcp(&cgroup, addr(ip, 80));
-        client.timeout(Duration::from_secs(2)).run().who()
+        client.timeout(8 * SILENCE).run().who()
     })
 }
 
@@ -71,19 +69,19 @@ fn a_loop_that_begins_later_is_told_once() {
     );
     let daemon = Daemon::start(&ground, &config, &[]);
     // what is told at the start has been
-    assert!(daemon.wait_log("started:", Duration::from_secs(5)), "{}", daemon.logs());
+    assert!(daemon.wait_log("started:", PATIENCE), "{}", daemon.logs());
     assert!(!daemon.logs().contains("loop:"), "{}", daemon.logs());
     let any = addr("::".parse().expect("an address"), 7893);
     let proxy = Client::tcp(&ground.cgroup("/own/proxy"), any);
-    let _proxy = proxy.timeout(Duration::from_secs(60)).relay();
+    let _proxy = proxy.timeout(4 * PATIENCE).relay();
     let said = "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is \
                 in cgroup /proxy;";
-    assert!(daemon.wait_log(said, Duration::from_secs(20)), "{}", daemon.logs());
+    assert!(daemon.wait_log(said, PATIENCE), "{}", daemon.logs());
     // asked for it is told again
     let before = daemon.logs().len();
     daemon.signal(Signal::SIGUSR1);
     let again = || daemon.logs()[before..].contains(said);
-    assert!(wait_until(Duration::from_secs(5), again), "{}", daemon.logs());
+    assert!(wait_until(PATIENCE, again), "{}", daemon.logs());
     assert_eq!(daemon.logs().matches(said).count(), 2);
     assert!(daemon.stop().success());
 }
@@ -106,14 +104,14 @@ fn a_loop_in_a_cgroup_that_was_there_is_told() {
         root.display()
     );
     let daemon = Daemon::start(&ground, &config, &[]);
-    assert!(daemon.wait_log("started:", Duration::from_secs(5)), "{}", daemon.logs());
+    assert!(daemon.wait_log("started:", PATIENCE), "{}", daemon.logs());
     let any = addr("::".parse().expect("an address"), 7893);
-    let _proxy = Client::tcp(&own, any).timeout(Duration::from_secs(120)).relay();
+    let _proxy = Client::tcp(&own, any).timeout(4 * PATIENCE).relay();
     // what goes directly, as its parent does
     ground.cgroup("/own/other/new");
     let said = "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is \
                 in cgroup /proxy;";
-    assert!(daemon.wait_log(said, Duration::from_secs(70)), "{}", daemon.logs());
+    assert!(daemon.wait_log(said, 3 * PATIENCE), "{}", daemon.logs());
     assert_eq!(daemon.logs().matches(said).count(), 1);
     assert!(daemon.stop().success());
 }
@@ -131,8 +129,7 @@ fn a_loop_is_told() {
     for _ in 0..2 {
         let before = daemon.logs().matches(said).count();
         daemon.signal(Signal::SIGUSR1);
-        let told =
-            wait_until(Duration::from_secs(5), || daemon.logs().matches(said).count() > before);
+        let told = wait_until(PATIENCE, || daemon.logs().matches(said).count() > before);
         assert!(told, "{}", daemon.logs());
     }
     // Without the daemon's help, too.
@@ -157,7 +154,7 @@ fn a_loop_is_told() {
          other = /proxy\nmihomo = /other\n",
     );
     let mut log = daemon.reload();
-    assert!(wait_until(Duration::from_secs(5), || {
+    assert!(wait_until(PATIENCE, || {
         log = daemon.logs();
         log.contains("[tproxy other] sends")
     }));
@@ -169,6 +166,6 @@ fn a_loop_is_told() {
     );
     daemon.signal(Signal::SIGUSR1);
     let status = || daemon.logs()[before..].contains("status:");
-    assert!(wait_until(Duration::from_secs(5), status));
+    assert!(wait_until(PATIENCE, status));
     assert!(!daemon.logs()[before..].contains("loop:"), "{}", daemon.logs());
 }

@@ -13,10 +13,10 @@ use nix::sys::signal::{kill, Signal};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use crate::client::{fork_into, socket_for, socket_of, SILENCE};
+use crate::client::{again, fork_into, socket_for, socket_of, PATIENCE, SILENCE};
 use crate::daemon::Daemon;
 use crate::gateway::Lan;
-use crate::ground::{addr, ip_batch, pipe, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::ground::{addr, ip_batch, moment, pipe, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, load};
 use crate::routes::{set, tunnel_up, until_passes, until_refused, GATEWAYS, TUNNEL};
 use crate::world::{bind_fd, raw_addr, Server, World, PROXY, STREAM_PORT};
@@ -43,7 +43,7 @@ fn ask(socket: &UdpSocket, to: SocketAddr) -> Option<(String, IpAddr)> {
         Err(_) => socket.send_to(b"?", to),
     };
     sent.ok()?;
-    let len = socket.recv(&mut text).ok()?;
+    let len = again(|| socket.recv(&mut text)).ok()?;
     let text = String::from_utf8_lossy(&text[..len]);
     let (who, client) = text.trim_end().split_once(" from ")?;
     let client: SocketAddr = client.parse().ok()?;
@@ -74,7 +74,7 @@ fn sockets(cgroup: &std::path::Path) -> Vec<(&'static str, UdpSocket, SocketAddr
             if *kind == "connected" {
                 socket.connect(addr(remote, 80)).expect("connect");
             }
-            socket.set_read_timeout(Some(Duration::from_secs(2))).expect("a timeout");
+            socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
             all.push((*kind, socket, addr(remote, 80)));
         }
     }
@@ -101,7 +101,7 @@ fn datagrams_of_a_socket_go_the_new_way() {
                     if v6 == 1 { libc::AF_INET6 } else { libc::AF_INET },
                     libc::SOCK_DGRAM,
                 ));
-                socket.set_read_timeout(Some(Duration::from_secs(2))).expect("a timeout");
+                socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
             }
             let want = match target {
                 "mihomo" => PROXY,
@@ -151,7 +151,7 @@ fn datagrams_of_a_socket_go_the_new_way() {
             from = ask(socket, *to).map(|answer| answer.1.to_string());
             from.as_deref() == Some(new(to.is_ipv6()))
         };
-        assert!(wait_until(Duration::from_secs(5), moved), "{kind} to {to}: {from:?}");
+        assert!(wait_until(PATIENCE, moved), "{kind} to {to}: {from:?}");
     }
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
 }
@@ -249,7 +249,7 @@ fn a_way_that_opens_later() {
         socket.set_read_timeout(Some(SILENCE)).expect("a timeout");
         let heard =
             || ask(socket, *to).is_some_and(|(_, from)| TUNNEL.contains(&&*from.to_string()));
-        assert!(wait_until(Duration::from_secs(2), heard), "{kind} to {to}");
+        assert!(wait_until(PATIENCE, heard), "{kind} to {to}");
     }
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
 }
@@ -267,7 +267,7 @@ fn pings_go_the_new_way() {
             IpAddr::V6(_) => (libc::AF_INET6, libc::IPPROTO_ICMPV6),
         };
         let socket = UdpSocket::from(socket_for(&cgroup, family, libc::SOCK_DGRAM, protocol));
-        socket.set_read_timeout(Some(Duration::from_secs(2))).expect("a timeout");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         (socket, addr(remote, 0))
     });
     for target in ["direct", "vpn", "direct", "vpn"] {
@@ -277,7 +277,8 @@ fn pings_go_the_new_way() {
             let request =
                 if to.is_ipv4() { [8, 0, 0, 0, 0, 0, 0, 1] } else { [128, 0, 0, 0, 0, 0, 0, 1] };
             socket.send_to(&request, to).unwrap_or_else(|e| panic!("{to} under {target}: {e}"));
-            socket.recv(&mut [0; 64]).unwrap_or_else(|e| panic!("{to} under {target}: {e}"));
+            again(|| socket.recv(&mut [0; 64]))
+                .unwrap_or_else(|e| panic!("{to} under {target}: {e}"));
         }
         assert_eq!(world.wire.to_remote().is_empty(), target == "vpn", "under {target}");
     }
@@ -301,7 +302,7 @@ fn clients_of_a_router_go_the_new_way() {
     let sockets = REMOTES.map(|remote| {
         let any = if remote.is_ipv4() { "0.0.0.0:6881" } else { "[::]:6882" };
         let socket = lan.client(0).run(|| UdpSocket::bind(any).expect("bind"));
-        socket.set_read_timeout(Some(Duration::from_secs(2))).expect("a timeout");
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         (socket, addr(remote, 80))
     });
     // what a proxy has of theirs stays with it where they are to go directly
@@ -325,14 +326,14 @@ fn clients_of_a_router_go_the_new_way() {
         let stream = lan
             .client(0)
             .run(|| std::net::TcpStream::connect(addr(remote, STREAM_PORT)).expect("connect"));
-        stream.set_read_timeout(Some(Duration::from_secs(3))).expect("a timeout");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         stream
     });
     daemon.reconfigure(&policy("vpn"));
     world.wire.packets();
     for stream in &mut streams {
         use std::io::Write;
-        let refused = wait_until(Duration::from_secs(3), || stream.write_all(b"?").is_err());
+        let refused = wait_until(PATIENCE, || stream.write_all(b"?").is_err());
         assert!(refused, "{:?} goes on", stream.peer_addr());
     }
     let left: Vec<_> = world.wire.to_remote();
@@ -368,7 +369,7 @@ fn flows_without_number_keep_nobody_waiting() {
         std::fs::create_dir(&path).expect("mkdir");
         let socket = UdpSocket::from(socket_of(&path, libc::AF_INET, libc::SOCK_DGRAM));
         let refused = || socket.send_to(b"?", addr(REMOTE4, 65_000)).is_err();
-        assert!(wait_until(Duration::from_secs(10), refused), "{path:?}");
+        assert!(wait_until(PATIENCE, refused), "{path:?}");
         made.elapsed()
     };
     let mut alone: Vec<Duration> = (0..20).map(|i| latency(format!("alone{i}"))).collect();
@@ -379,34 +380,39 @@ fn flows_without_number_keep_nobody_waiting() {
         let socket = socket_of(&cgroup, libc::AF_INET, libc::SOCK_DGRAM);
         bind_fd(&socket, addr(HOST4, 7000 + round));
         let socket = UdpSocket::from(socket);
-        socket.set_read_timeout(Some(SILENCE)).expect("a timeout");
         let to = addr(REMOTE4, 80);
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         assert_eq!(ask(&socket, to).map(|answer| answer.1), Some(HOST4));
+        socket.set_read_timeout(Some(SILENCE)).expect("a timeout");
         // what is found within some 50 ms is not late
         let made = Instant::now();
         wait_until(Duration::from_secs(1), || made.elapsed() > Duration::from_millis(100));
         daemon.signal(Signal::SIGCONT);
         // that pass may come a little later
         let begun = Instant::now();
-        let mut longest = Duration::ZERO;
+        let (mut longest, mut moments) = (Duration::ZERO, Vec::new());
         while begun.elapsed() < Duration::from_millis(700) {
             longest = longest.max(latency(format!("during{}", number.next().expect("no end"))));
-            std::thread::sleep(Duration::from_millis(2));
+            moments.push(moment());
         }
         await_member(&cgroup, "vpn");
-        took.push(longest);
+        moments.sort();
+        took.push((longest, moments[moments.len() / 2]));
         late.push((socket, to));
     }
     alone.sort();
     took.sort();
     println!("alone {alone:?}\nthe longest of each round beside {FLOWS} flows {took:?}");
-    // once it was as long as such a pass, in each round; beside other tests, the processor is not ours
-    let usual = alone[alone.len() - 1].max(Duration::from_millis(100));
-    assert!(took[0] < usual, "{took:?} beside {alone:?}");
-    assert!(sized(0, 1) == 0 || took[took.len() - 1] < Duration::from_millis(50), "{took:?}");
+    // once it was as long as such a pass, half a second or more, in each round; beside other tests, the
+    // processor is not ours
+    let usual = alone[alone.len() - 1];
+    let as_usual = took.iter().any(|(longest, moment)| *longest < usual.max(100 * *moment));
+    assert!(as_usual, "{took:?} beside {alone:?}");
+    let longest = took[took.len() - 1].0;
+    assert!(sized(0, 1) == 0 || longest < Duration::from_millis(50), "{took:?}");
     for (socket, to) in &late {
         let moved = || ask(socket, *to).is_some_and(|(_, from)| from.to_string() == TUNNEL[0]);
-        assert!(wait_until(Duration::from_secs(20), moved), "{:?}", socket.local_addr());
+        assert!(wait_until(PATIENCE, moved), "{:?}", socket.local_addr());
     }
     world.wire.packets();
     assert!(daemon.stop().success());

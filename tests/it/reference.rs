@@ -2,9 +2,7 @@
 //! kernel), not of the program. Each behaviour is shown to hang on its rule: without it, the
 //! outcome differs.
 
-use std::time::Duration;
-
-use crate::client::{expect, under, Client, Outcome, Proto, SILENCE};
+use crate::client::{expect, under, Client, Outcome, Proto, AT_ONCE, PATIENCE, SILENCE};
 use crate::ground::{addr, ip_batch, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{self, cgroup_id, set_ids};
 use crate::wait_until;
@@ -177,7 +175,7 @@ fn proxy_down() {
             let udp = Client::udp(&cgroup, addr(ip, 80)).timeout(SILENCE).run();
             if rule.is_none() {
                 assert_eq!((tcp, udp), (Outcome::Refused, Outcome::Timeout));
-                assert!(took < Duration::from_millis(100), "{took:?}");
+                assert!(took < AT_ONCE, "{took:?}");
             } else if rule == Some("counter reject") {
                 assert_eq!((tcp, udp), (Outcome::Timeout, Outcome::Timeout));
             } else {
@@ -203,7 +201,7 @@ fn packets_without_a_socket_stay_proxied() {
         }
         // Data that is still on its way meets a closed socket.
         let mut leaked = Vec::new();
-        let patience = if quiet { SILENCE } else { Duration::from_secs(5) };
+        let patience = if quiet { SILENCE } else { PATIENCE };
         wait_until(patience, || {
             leaked.extend(world.wire.to_remote());
             !leaked.is_empty()

@@ -11,9 +11,10 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::client::{socket_of, Client, Outcome, Proto, CASES, SILENCE};
+use crate::client::{again, socket_of, Client, Outcome, Proto, AT_ONCE, CASES, PATIENCE, SILENCE};
 use crate::containers::live;
 use crate::daemon::{run_with, Daemon};
 use crate::gateway::Lan;
@@ -110,10 +111,10 @@ pub fn ask(cgroup: &Path, proto: Proto, to: IpAddr, patience: Duration) -> (Outc
 #[track_caller]
 pub fn passes(world: &mut World, cgroup: &Path) {
     for (proto, to) in CASES {
-        let (mut outcome, _) = ask(cgroup, proto, to, Duration::from_secs(5));
+        let (mut outcome, _) = ask(cgroup, proto, to, PATIENCE);
         if proto != Proto::Tcp && outcome == Outcome::Timeout {
             // nobody sends a datagram again: one was dropped while things came and went
-            outcome = ask(cgroup, proto, to, Duration::from_secs(5)).0;
+            outcome = ask(cgroup, proto, to, PATIENCE).0;
         }
         let Outcome::Answer(text) = &outcome else { panic!("{proto:?} to {to}: {outcome:?}") };
         if proto != Proto::Icmp {
@@ -125,13 +126,11 @@ pub fn passes(world: &mut World, cgroup: &Path) {
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
 }
 
-const AT_ONCE: Duration = Duration::from_millis(500);
-
 /// Asserts that TCP is refused at once, the rest unanswered, and that nothing leaves.
 #[track_caller]
 pub fn refused(world: &mut World, cgroup: &Path) {
     for (proto, to) in CASES {
-        let patience = if proto == Proto::Tcp { Duration::from_secs(5) } else { SILENCE };
+        let patience = if proto == Proto::Tcp { PATIENCE } else { SILENCE };
         let (outcome, took) = ask(cgroup, proto, to, patience);
         match proto {
             Proto::Tcp => {
@@ -151,7 +150,7 @@ pub fn refused(world: &mut World, cgroup: &Path) {
 /// How long it takes until a request is answered.
 pub fn until_passes(cgroup: &Path, to: IpAddr) -> Duration {
     let start = Instant::now();
-    let passed = wait_until(Duration::from_secs(5), || {
+    let passed = wait_until(PATIENCE, || {
         let (outcome, _) = ask(cgroup, Proto::Tcp, to, Duration::from_millis(200));
         matches!(outcome, Outcome::Answer(_))
     });
@@ -160,7 +159,7 @@ pub fn until_passes(cgroup: &Path, to: IpAddr) -> Duration {
 }
 
 pub fn until_refused(cgroup: &Path, to: IpAddr) {
-    let refused = wait_until(Duration::from_secs(5), || {
+    let refused = wait_until(PATIENCE, || {
         ask(cgroup, Proto::Tcp, to, Duration::from_millis(200)).0 == Outcome::Refused
     });
     assert!(refused, "TCP to {to} is not refused");
@@ -243,8 +242,9 @@ fn by_no_other_way_whatever_is_deleted() {
                 ),
             }
             let _ = socket.send_to(b"who?", addr(remote, 80));
-            socket.set_read_timeout(Some(SILENCE)).expect("a timeout");
-            let answered = socket.recv(&mut [0; 64]).is_ok();
+            let patience = if bound { SILENCE } else { PATIENCE };
+            socket.set_read_timeout(Some(patience)).expect("a timeout");
+            let answered = again(|| socket.recv(&mut [0; 64])).is_ok();
             // one that is bound to an address has the tunnel's on its way
             assert_eq!(answered, !bound, "{remote} bound to a device: {bound}");
         }
@@ -311,15 +311,15 @@ fn what_was_refused_flows_once_it_is_back() {
         socket.set_read_timeout(Some(Duration::from_millis(50))).expect("a timeout");
         let heard = || {
             let _ = socket.send_to(b"who?", addr(remote, 80));
-            socket.recv(&mut [0; 64]).is_ok()
+            again(|| socket.recv(&mut [0; 64])).is_ok()
         };
-        assert!(wait_until(Duration::from_secs(5), heard), "{remote} before");
+        assert!(wait_until(PATIENCE, heard), "{remote} before");
         set("down");
         for _ in 0..5 {
             assert!(!heard(), "{remote} while it is down");
         }
         set("up");
-        assert!(wait_until(Duration::from_secs(2), heard), "{remote} is not heard again");
+        assert!(wait_until(PATIENCE, heard), "{remote} is not heard again");
     }
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
 }
@@ -360,9 +360,9 @@ fn a_refused_port_connects_once_it_is_back() {
         let stream = connect(from, to);
         let mut stream = stream.unwrap_or_else(|error| panic!("{to} from {from}: {error}"));
         println!("{to} from {from}: {:?} after it was refused", start.elapsed());
-        stream.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         let mut text = [0; 256];
-        let len = stream.read(&mut text).expect("an answer");
+        let len = again(|| stream.read(&mut text)).expect("an answer");
         let text = String::from_utf8_lossy(&text[..len]);
         assert!(text.contains(TUNNEL[usize::from(to.is_ipv6())]), "{text}");
     }
@@ -462,7 +462,7 @@ fn dns_goes_into_the_tunnel() {
     await_member(&cgroup, "vpn");
     let query = |proto, to: &str| {
         let to = SocketAddr::new(to.parse().expect("an address"), 53);
-        Client::new(&cgroup, proto, to).timeout(Duration::from_secs(2)).run()
+        Client::new(&cgroup, proto, to).run()
     };
     let cases = [
         ("203.0.113.7", "10.8.0.2:53", "10.8.0.1"),
@@ -551,14 +551,12 @@ fn clients_of_a_router_leave_by_it() {
         assert_ne!(world.wire.to_remote(), [], "no rule covers this client");
         set("down");
         let to = addr(REMOTE4, 80);
-        let refused =
-            wait_until(Duration::from_secs(5), || lan.ask(0, Proto::Tcp, to) == "refused");
+        let refused = wait_until(PATIENCE, || lan.ask(0, Proto::Tcp, to) == "refused");
         assert!(refused, "a client is not refused");
         lan.expect(0, ["refused", "refused", "nobody", "nobody", "nobody", "nobody"]);
         assert_eq!(world.wire.to_remote(), [], "left by another interface");
         set("up");
-        let passes =
-            wait_until(Duration::from_secs(5), || lan.ask(0, Proto::Tcp, to).starts_with("remote"));
+        let passes = wait_until(PATIENCE, || lan.ask(0, Proto::Tcp, to).starts_with("remote"));
         assert!(passes, "a client is not let out again");
     }
 }
@@ -584,7 +582,7 @@ fn a_container_leaves_by_it() {
             set("down");
             let to = addr(REMOTE4, 80);
             let refused = || lan.ask(0, Proto::Tcp, to) == "refused";
-            assert!(wait_until(Duration::from_secs(5), refused), "a container is not refused");
+            assert!(wait_until(PATIENCE, refused), "a container is not refused");
             lan.expect(0, ["refused", "refused", "nobody", "nobody", "nobody", "nobody"]);
             left("down");
             set("up");
@@ -592,7 +590,7 @@ fn a_container_leaves_by_it() {
                 let all = [REMOTE4, REMOTE6].map(|to| lan.ask(0, Proto::Tcp, addr(to, 80)));
                 all.iter().all(|who| who.starts_with("remote"))
             };
-            assert!(wait_until(Duration::from_secs(5), passes), "a container is not let out again");
+            assert!(wait_until(PATIENCE, passes), "a container is not let out again");
             match gracefully {
                 true => daemon.leave(),
                 false => daemon.kill9(),
@@ -666,7 +664,7 @@ fn by_a_table_of_others() {
         let answer = || ask(&cgroup, Proto::Udp, to, Duration::from_millis(200)).0;
         let there = || matches!(answer(), Outcome::Answer(text) if text.contains(address));
         let start = Instant::now();
-        assert!(wait_until(Duration::from_secs(5), there), "not by {address}");
+        assert!(wait_until(PATIENCE, there), "not by {address}");
         println!("by {address} after {:?}", start.elapsed());
     };
     [HOST4, HOST6].iter().for_each(|host| by(&host.to_string()));
@@ -698,15 +696,20 @@ fn a_reload_moves_what_began_by_it() {
     let daemon = Daemon::start(&ground, "[rules]\ndirect = /vpn\n", &[]);
     let following = || Client::tcp(&cgroup, addr(REMOTE4, STREAM_PORT)).follow().spawn();
     let direct = following();
-    assert!(wait_until(Duration::from_secs(5), || !world.wire.to_remote().is_empty()));
+    assert!(wait_until(PATIENCE, || !world.wire.to_remote().is_empty()));
     daemon.reconfigure(&policy());
     // cut at once
     let (outcome, _) = direct.wait();
     assert!(matches!(outcome, Outcome::Failed(_) | Outcome::Refused), "{outcome:?}");
     // what is left of a flow that began directly ends directly, as long as the remote host sends
-    while !world.wire.packets().is_empty() {
-        std::thread::sleep(SILENCE);
-    }
+    let flows = || {
+        let mut list = Command::new("ss");
+        list.args(["-Htan", "sport", &format!(":{STREAM_PORT}")]);
+        let list = ground.outside(|| list.output()).expect("run ss").stdout;
+        String::from_utf8_lossy(&list).lines().filter(|line| !line.starts_with("LISTEN")).count()
+    };
+    assert!(wait_until(PATIENCE, || flows() == 0), "the remote host sends on");
+    world.wire.packets();
     passes(&mut world, &cgroup);
     let routed = following();
     daemon.reconfigure(&policy().replace("vpn = /vpn", "drop = /vpn"));
@@ -716,7 +719,7 @@ fn a_reload_moves_what_began_by_it() {
     passes(&mut world, &cgroup);
     daemon.reconfigure("[rules]\ndirect = /vpn\n");
     for (proto, to) in CASES {
-        let (outcome, _) = ask(&cgroup, proto, to, Duration::from_secs(5));
+        let (outcome, _) = ask(&cgroup, proto, to, PATIENCE);
         assert!(matches!(outcome, Outcome::Answer(_)), "{proto:?} to {to}: {outcome:?}");
     }
     assert_ne!(world.wire.to_remote(), [], "still by the route");
@@ -759,13 +762,13 @@ fn bulk_passes_a_small_mtu() {
         let rc = unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), len) };
         assert_eq!(rc, 0, "connect: {}", std::io::Error::last_os_error());
         let mut stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         let start = Instant::now();
         stream.write_all(&vec![b'y'; SIZE]).expect("send");
         let mut got = 0;
         let mut buffer = vec![0; 1 << 16];
         while got < SIZE {
-            got += stream.read(&mut buffer).expect("no stall");
+            got += again(|| stream.read(&mut buffer)).expect("no stall");
         }
         println!("{remote}: {SIZE} bytes each way in {:?}", start.elapsed());
         let from = server.join().expect("the server").to_string();
@@ -789,10 +792,11 @@ fn no_datagram_leaves_with_the_address_of_before() {
         (socket, to)
     });
     let answered = |(socket, to): &(UdpSocket, IpAddr), own: &str| {
-        socket.set_read_timeout(Some(Duration::from_secs(5))).expect("set a timeout");
+        socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
         socket.send_to(b"?", addr(*to, 80)).unwrap_or_else(|e| panic!("send to {to}: {e}"));
         let mut text = [0; 256];
-        let len = socket.recv(&mut text).unwrap_or_else(|e| panic!("answer of {to}: {e}"));
+        let len =
+            again(|| socket.recv(&mut text)).unwrap_or_else(|e| panic!("answer of {to}: {e}"));
         let text = String::from_utf8_lossy(&text[..len]);
         assert!(
             text.contains(&format!(" from {own}")) || text.contains(&format!("[{own}]")),

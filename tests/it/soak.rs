@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::client::{Client, Outcome};
+use crate::client::{Client, Outcome, PATIENCE};
 use crate::daemon::Daemon;
 use crate::ground::{addr, remove_tree, sysctl, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{state, table};
@@ -107,16 +107,16 @@ fn soak(time: Duration) {
         for i in from..from + 500 {
             let _ = fs::create_dir_all(churn.join(i.to_string()).join("a/b"));
         }
-        wait_until(Duration::from_secs(5), || daemon.footprint().0 == 5 + 1500);
+        wait_until(PATIENCE, || daemon.footprint().0 == 5 + 1500);
         remove_tree(&churn);
-        wait_until(Duration::from_secs(5), || daemon.footprint().0 == 4);
+        wait_until(PATIENCE, || daemon.footprint().0 == 4);
         ground.cgroup("/churn");
-        wait_until(Duration::from_secs(5), || daemon.footprint().0 == 5);
+        wait_until(PATIENCE, || daemon.footprint().0 == 5);
     };
     warm_up(0);
     assert!(daemon.reload().contains("reloaded"));
     let mut start = footprint(&daemon);
-    wait_until(Duration::from_secs(20), || {
+    wait_until(PATIENCE, || {
         start = footprint(&daemon);
         // nor is anything of the first round dying any more
         start.conntrack == 0 && !table().contains("jhash")
@@ -245,7 +245,7 @@ fn soak(time: Duration) {
     remove_tree(&churn);
     ground.cgroup("/churn");
     // a rule stays for a minute or two after its last cgroup, but not over a reload
-    wait_until(Duration::from_secs(20), || daemon.footprint().0 == start.watches);
+    wait_until(PATIENCE, || daemon.footprint().0 == start.watches);
     let reloaded = daemon.reload();
     let mut end = footprint(&daemon);
     let back = wait_until(Duration::from_secs(90), || {

@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{kill, Signal};
 use nix::sys::wait::waitpid;
 
-use crate::client::{fork_into, Proto};
+use crate::client::{again, fork_into, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
 use crate::ground::{addr, pipe, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::load;
 use crate::wait_until;
+pub use crate::world::bind_at as bind_to;
 use crate::world::{bind, raw_addr, Packet, Wire};
 
 const PORT: u16 = 8080;
@@ -47,8 +48,6 @@ port = 7894
 [rules]
 drop = /elsewhere
 ";
-
-const PATIENCE: Duration = Duration::from_millis(300);
 
 /// A socket that was made in a cgroup.
 pub fn socket_in(cgroup: &Path, kind: i32, ip: IpAddr) -> OwnedFd {
@@ -101,13 +100,6 @@ fn listener_in(cgroup: &Path, at: SocketAddr) -> TcpListener {
     let fd = socket_in(cgroup, libc::SOCK_STREAM, at.ip());
     bind_to(&fd, at);
     listen(fd)
-}
-
-pub fn bind_to(fd: &impl AsRawFd, at: SocketAddr) {
-    let (raw, len) = raw_addr(at);
-    // SAFETY: a sockaddr of the length that goes with it.
-    let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), len) };
-    assert_eq!(rc, 0, "bind to {at}: {}", std::io::Error::last_os_error());
 }
 
 pub fn tcp_in(cgroup: &Path, to: SocketAddr) -> TcpStream {
@@ -177,7 +169,7 @@ impl Remote {
                     false => own.send_to(b"hello", to).expect("send"),
                 };
                 let remote = self.udp[at].try_clone().expect("clone");
-                let (_, from) = remote.recv_from(&mut [0; 16]).expect("receive outside");
+                let (_, from) = again(|| remote.recv_from(&mut [0; 16])).expect("receive outside");
                 flows.push(Flow::Udp { own, remote, to, from });
             }
         }
@@ -202,21 +194,21 @@ impl Flow {
         match self {
             Flow::Tcp { own, remote, .. } => {
                 let _ = remote.write(b"from remote");
-                let heard = own.read(&mut data).is_ok_and(|n| n > 0);
+                let heard = again(|| own.read(&mut data)).is_ok_and(|n| n > 0);
                 let sent = own.write(b"to remote").is_ok();
                 let _ = remote.set_read_timeout(Some(PATIENCE));
-                heard && sent && remote.read(&mut data).is_ok_and(|n| n > 0)
+                heard && sent && again(|| remote.read(&mut data)).is_ok_and(|n| n > 0)
             }
             Flow::Udp { own, remote, to, from } => {
                 let _ = remote.send_to(b"from remote", *from);
-                let heard = own.recv(&mut data).is_ok();
+                let heard = again(|| own.recv(&mut data)).is_ok();
                 let sent = match own.peer_addr() {
                     Ok(_) => own.send(b"to remote"),
                     Err(_) => own.send_to(b"to remote", *to),
                 };
                 heard && sent.is_ok() && {
                     let _ = remote.set_read_timeout(Some(PATIENCE));
-                    remote.recv_from(&mut data).is_ok()
+                    again(|| remote.recv_from(&mut data)).is_ok()
                 }
             }
         }
@@ -266,7 +258,7 @@ fn expect_silence(wire: &mut Wire, flows: &mut [Flow], when: &str) {
 #[track_caller]
 fn expect_ended(daemon: &Daemon, flows: &mut [Flow]) {
     let text = format!("ended {} sockets", flows.len());
-    assert!(daemon.wait_log(&text, Duration::from_secs(5)), "not {text}:\n{}", daemon.logs());
+    assert!(daemon.wait_log(&text, PATIENCE), "not {text}:\n{}", daemon.logs());
     for flow in flows {
         let ended = match flow {
             Flow::Tcp { own, .. } => own.write(b"?").is_err(),
@@ -404,10 +396,10 @@ fn flows_of_cgroups_that_were_found_late() {
         wait_until(Duration::from_secs(1), || made.elapsed() > Duration::from_millis(100));
         daemon.signal(Signal::SIGCONT);
         let told = || daemon.logs().matches("ended").count() > before;
-        assert!(wait_until(Duration::from_secs(20), told), "{}", daemon.logs());
+        assert!(wait_until(PATIENCE, told), "{}", daemon.logs());
         // which is told behind the events that were kept
         let overflow = || daemon.logs().contains("events were lost");
-        assert!(!lost || wait_until(Duration::from_secs(20), overflow), "{}", daemon.logs());
+        assert!(!lost || wait_until(PATIENCE, overflow), "{}", daemon.logs());
         expect_ended(&daemon, &mut old);
         expect_silence(&mut wire, &mut old, "found late");
         for flow in &mut others {
@@ -497,12 +489,13 @@ fn what_is_never_ended() {
             ground
                 .outside(|| TcpStream::connect(at).unwrap_or_else(|e| panic!("{when}: {at} {e}")));
             let at = udp.local_addr().expect("still bound");
-            peer.set_read_timeout(Some(Duration::from_secs(5))).expect("set a timeout");
+            peer.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
             peer.send_to(b"?", at).expect("send");
             let (_, from) =
-                udp.recv_from(&mut [0; 8]).unwrap_or_else(|e| panic!("{when}: {at} {e}"));
+                again(|| udp.recv_from(&mut [0; 8])).unwrap_or_else(|e| panic!("{when}: {at} {e}"));
             udp.send_to(b"!", from).expect("answer");
-            peer.recv(&mut [0; 8]).unwrap_or_else(|e| panic!("{when}: answer of {at} {e}"));
+            again(|| peer.recv(&mut [0; 8]))
+                .unwrap_or_else(|e| panic!("{when}: answer of {at} {e}"));
         }
     };
     let daemon = Daemon::start(&ground, CONFIG, &[]);
@@ -575,7 +568,7 @@ fn an_interface_is_never_lost() {
 #[track_caller]
 fn talk(a: &mut TcpStream, b: &mut TcpStream) {
     for end in [&mut *a, &mut *b] {
-        end.set_read_timeout(Some(Duration::from_secs(5))).expect("set a timeout");
+        end.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
     }
     let mut data = [0; 4];
     a.write_all(b"ping").expect("write");
@@ -640,28 +633,28 @@ fn a_stalled_application_learns_at_once() {
             let mut own = tcp_in(cgroup, addr(REMOTE4, PORT));
             let _end = remote.tcp[0].accept().expect("accept");
             own.write_all(b"a question").expect("write");
-            own.set_read_timeout(Some(Duration::from_secs(3))).expect("set a timeout");
+            // the kernel itself would take minutes
+            let ends = env.len() == 1;
+            let patience = if ends { PATIENCE } else { 8 * SILENCE };
+            own.set_read_timeout(Some(patience)).expect("set a timeout");
             daemon.configure(CONFIG);
             let before = daemon.logs().len();
             let start = Instant::now();
             daemon.signal(Signal::SIGHUP);
-            let error = own.read(&mut [0; 8]).expect_err("no answer");
+            let error = again(|| own.read(&mut [0; 8])).expect_err("no answer");
             let (took, kind) = (start.elapsed(), error.kind());
             let target = ["drop", "proxied"][at];
             println!("to {target} with {} variables: {kind:?} after {took:?}", env.len());
-            match env.len() {
-                1 => {
-                    assert_eq!(kind, ErrorKind::ConnectionAborted);
-                    assert!(took < Duration::from_millis(500), "{took:?}");
-                }
-                _ => {
+            match ends {
+                true => assert_eq!(kind, ErrorKind::ConnectionAborted),
+                false => {
                     assert_eq!(kind, ErrorKind::WouldBlock, "it still waits");
                     let text = "unable to end sockets";
                     assert_eq!(daemon.logs().matches(text).count(), 1, "{}", daemon.logs());
                 }
             }
             let reloaded = || daemon.logs()[before..].contains("reloaded");
-            assert!(wait_until(Duration::from_secs(5), reloaded), "{}", daemon.logs());
+            assert!(wait_until(PATIENCE, reloaded), "{}", daemon.logs());
             daemon.reconfigure(BEFORE);
         }
         assert!(daemon.stop().success());

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use crate::client::{answers, expect, expect_as, under, Client, Outcome, Proto, SILENCE};
+use crate::client::{
+    answers, expect, expect_as, under, Client, Outcome, Proto, AT_ONCE, PATIENCE, SILENCE,
+};
 use crate::daemon::{Daemon, POLICY};
 use crate::gateway::ip;
 use crate::ground::{addr, ip_batch, Ground, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
@@ -17,7 +19,7 @@ use crate::world::{interface_index, Packet, Server, World, PROXY, STREAM_PORT};
 /// Asserts who answers a request from `cgroup`.
 #[track_caller]
 fn check(proto: Proto, cgroup: &Path, to: SocketAddr, want: &str) {
-    let patience = if want == "nobody" { SILENCE } else { Duration::from_secs(5) };
+    let patience = if want == "nobody" { SILENCE } else { PATIENCE };
     let who = Client::new(cgroup, proto, to).timeout(patience).run().who();
     assert_eq!(who, want, "{proto:?} {to} from {cgroup:?}");
 }
@@ -267,7 +269,7 @@ fn ask_service(ground: &Ground, cgroup: &Path) -> Vec<String> {
     for host in [HOST4, HOST6] {
         for proto in [Proto::Tcp, Proto::Udp] {
             let to = addr(host, 8080);
-            let service = Client::new(cgroup, proto, to).timeout(Duration::from_secs(30));
+            let service = Client::new(cgroup, proto, to);
             let _service = service.serve();
             let client = Client::new(&ground.root, proto, to);
             who.push(ground.outside(|| client.run()).who());
@@ -459,9 +461,9 @@ fn proxy_down() {
     for round in ["before it starts", "after it stops"] {
         for (cgroup, port) in cgroups.iter().zip([7001, 7002]) {
             for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
-                let (outcome, took) = Client::tcp(cgroup, to).timeout(SILENCE).spawn().wait();
+                let (outcome, took) = Client::tcp(cgroup, to).spawn().wait();
                 assert_eq!(outcome, Outcome::Refused, "{to} {round}");
-                assert!(took < Duration::from_millis(100), "refused after {took:?} {round}");
+                assert!(took < AT_ONCE, "refused after {took:?} {round}");
                 assert_eq!(Client::udp(cgroup, to).timeout(SILENCE).run(), Outcome::Timeout);
             }
             assert_eq!(world.wire.to_remote(), [], "{round}");
@@ -519,7 +521,7 @@ fn early_closes_of_direct_flows_reach_their_peer() {
         let daemon = Daemon::start(&ground, &config, &[]);
         close_early(&cgroup, 20);
         let mut packets = Vec::new();
-        wait_until(Duration::from_secs(5), || {
+        wait_until(PATIENCE, || {
             packets.extend(world.wire.to_remote());
             connections(&packets) == (40, 40)
         });
@@ -561,7 +563,7 @@ fn default_drop_keeps_the_host_on_its_link() {
     ground.outside(|| {
         ip_batch(&[], "neigh del 2001:db8:1::1 dev out0\nneigh del 192.0.2.1 dev out0\n");
         for host in [HOST4, HOST6] {
-            let who = Client::ping(&ground.root, host).timeout(Duration::from_secs(3)).run().who();
+            let who = Client::ping(&ground.root, host).run().who();
             assert_eq!(who, format!("echo {host}"));
         }
     });
@@ -657,8 +659,6 @@ fn another_mask_and_table() {
     }
 }
 
-const PATIENCE: Duration = Duration::from_secs(5);
-
 /// What becomes of a flow of `/app/child` when the rules (and the default) change from `old` to
 /// `new`: who has served it to its end in good order, or None where it was cut, or silent for as
 /// long as `patience`.
@@ -675,7 +675,7 @@ fn flow_over_reload(old: &str, new: &str, patience: Duration) -> Option<String> 
     let daemon = Daemon::start(&ground, &config(old), &[]);
     let to = addr(REMOTE4, 9001);
     let flow = Client::tcp(&cgroup, to).timeout(patience).follow().spawn();
-    let established = wait_until(Duration::from_secs(5), || {
+    let established = wait_until(PATIENCE, || {
         let list = Command::new("ss").args(["-Htn", "state", "established"]).output();
         let list = list.expect("run ss").stdout;
         String::from_utf8_lossy(&list).contains(&to.to_string())
@@ -718,7 +718,7 @@ fn a_policy_change_cuts_what_was_direct_and_spares_what_was_proxied() {
     ];
     // Each on a ground, hence a thread, of its own.
     let results = changes.map(|(old, new, want)| {
-        let patience = if want.is_some() { PATIENCE } else { PATIENCE / 10 };
+        let patience = if want.is_some() { PATIENCE } else { 2 * SILENCE };
         (std::thread::spawn(move || flow_over_reload(old, new, patience)), old, new, want)
     });
     for (result, old, new, want) in results {

@@ -18,7 +18,9 @@ use nix::sys::signal::{kill, Signal};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use crate::client::{fork_into, socket_of, Client, Outcome, Proto, CASES, SILENCE};
+use crate::client::{
+    again, fork_into, socket_of, Client, Outcome, Proto, AT_ONCE, CASES, PATIENCE, SILENCE,
+};
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, ip_batch, pipe, Ground, GATE4, HOST4, REMOTE4, REMOTE6};
 use crate::kernel::await_member;
@@ -241,7 +243,7 @@ fn it_is_back_at_once() {
     all.sort();
     println!("back after {all:?}");
     // others may keep the processors busy for a while: none of them for all of the five
-    assert!(all[0] < Duration::from_millis(50), "{all:?}");
+    assert!(all[0] < AT_ONCE / 2, "{all:?}");
 }
 
 /// Whole files each way, over an interface with a small MTU.
@@ -270,7 +272,7 @@ pub fn bulk(ground: &Ground, cgroup: &Path, remote: IpAddr) -> Duration {
         let (mut stream, from) = listener.accept().expect("a client");
         let (mut got, mut buffer) = (0, vec![0; 1 << 16]);
         while got < SIZE {
-            got += stream.read(&mut buffer).expect("read");
+            got += again(|| stream.read(&mut buffer)).expect("read");
         }
         stream.write_all(&vec![b'x'; SIZE]).expect("send back");
         from.ip()
@@ -280,13 +282,13 @@ pub fn bulk(ground: &Ground, cgroup: &Path, remote: IpAddr) -> Duration {
     crate::stale::connect(&socket, addr(remote, port)).expect("connect");
     let mut stream = TcpStream::from(socket);
     for set in [TcpStream::set_read_timeout, TcpStream::set_write_timeout] {
-        set(&stream, Some(Duration::from_secs(10))).expect("a timeout");
+        set(&stream, Some(PATIENCE)).expect("a timeout");
     }
     let start = Instant::now();
     stream.write_all(&vec![b'y'; SIZE]).expect("send, no stall");
     let (mut got, mut buffer) = (0, vec![0; 1 << 16]);
     while got < SIZE {
-        got += stream.read(&mut buffer).expect("no stall");
+        got += again(|| stream.read(&mut buffer)).expect("no stall");
     }
     let took = start.elapsed();
     let from = server.join().expect("the server").to_string();
@@ -331,7 +333,7 @@ pub fn resolves(world: &mut World, cgroup: &Path) {
     for proto in [Proto::Udp, Proto::Tcp] {
         for (asked, resolver) in ASKED {
             world.wire.packets();
-            let outcome = query(cgroup, proto, asked, Duration::from_secs(2));
+            let outcome = query(cgroup, proto, asked, PATIENCE);
             assert_eq!(outcome.who(), format!("remote {resolver}"), "{proto:?} {asked}");
             only_its_own(world);
         }
@@ -342,7 +344,7 @@ pub fn resolves(world: &mut World, cgroup: &Path) {
 #[track_caller]
 pub fn resolves_nothing(world: &mut World, cgroup: &Path) {
     for (asked, _) in ASKED {
-        let tcp = query(cgroup, Proto::Tcp, asked, Duration::from_secs(2));
+        let tcp = query(cgroup, Proto::Tcp, asked, PATIENCE);
         assert_eq!(tcp, Outcome::Refused, "{asked}");
         let who = query(cgroup, Proto::Udp, asked, SILENCE).who();
         assert!(!["local", "remote"].iter().any(|name| who.starts_with(name)), "{asked}: {who}");
@@ -418,7 +420,7 @@ fn a_tunnel_that_carries_itself_carries_nothing() {
     let outcome = Client::tcp(&any, addr(REMOTE4, 80)).timeout(Duration::from_millis(500)).run();
     assert!(!matches!(outcome, Outcome::Answer(_)), "{outcome:?}");
     daemon.reconfigure(ALL);
-    assert!(wait_until(Duration::from_secs(5), || {
+    assert!(wait_until(PATIENCE, || {
         let client = Client::tcp(&any, addr(REMOTE4, 80)).timeout(Duration::from_millis(500));
         matches!(client.run(), Outcome::Answer(_))
     }));

@@ -8,12 +8,11 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::wait::waitpid;
 
-use crate::client::{expect, expect_as, fork_into, under, Client, Outcome};
+use crate::client::{expect, expect_as, fork_into, under, Client, Outcome, PATIENCE};
 use crate::daemon::{run_with, Daemon, UNOWNED};
 use crate::ground::{addr, pipe, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{load, SETTLE};
@@ -254,7 +253,7 @@ impl Sink {
         let (read, told) = mpsc::channel();
         let thread = thread::spawn(move || {
             let (mut stream, _) = TcpListener::from(fd).accept()?;
-            stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+            stream.set_read_timeout(Some(PATIENCE))?;
             let _ = told.recv();
             let mut all = Vec::new();
             stream.read_to_end(&mut all)?;

@@ -15,7 +15,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::sys::termios::{tcgetattr, LocalFlags};
 use nix::unistd::Pid;
 
-use crate::client::Client;
+use crate::client::{Client, PATIENCE};
 use crate::daemon::{binary, run, Daemon, UNOWNED};
 use crate::gateway::Lan;
 use crate::ground::{addr, ip_batch, sysctl, Ground, REMOTE4};
@@ -88,7 +88,9 @@ fn both_directions_and_the_busiest_first() {
          [gateway lan]\ninterface = br-lan\ntarget = mihomo\n"
     );
     let daemon = Daemon::start(&ground, &config, &[]);
-    let _floods = [&busy, &free].map(|at| Client::udp(at, addr(REMOTE4, 80)).flood().spawn());
+    // whoever gets more of the processors
+    let _floods =
+        [&busy, &busy, &busy, &free].map(|at| Client::udp(at, addr(REMOTE4, 80)).flood().spawn());
     let socket = lan.client(1).run(|| UdpSocket::bind(("0.0.0.0", 0)).expect("bind"));
     let _client = Sender::start(socket, addr(REMOTE4, 80));
     for counts in [false, true] {
@@ -132,7 +134,6 @@ fn a_terminal_is_left_as_it_was() {
     let (program, file) = (binary(), daemon.config.clone());
     let command = [program.to_str(), Some("-c"), file.to_str(), Some("status"), Some("--watch")];
     let command = command.map(|word| word.expect("UTF-8"));
-    let patience = Duration::from_secs(5);
 
     let mut terminal = Terminal::open(&command);
     resize(&terminal, 24, 80);
@@ -154,7 +155,7 @@ fn a_terminal_is_left_as_it_was() {
     terminal.say("xyz");
     terminal.expect("TARGET");
     terminal.say("q");
-    let ended = wait_until(patience, || terminal.child.try_wait().is_ok_and(|s| s.is_some()));
+    let ended = wait_until(PATIENCE, || terminal.child.try_wait().is_ok_and(|s| s.is_some()));
     assert!(ended, "q does not end it");
     assert_eq!(terminal.child.wait().expect("wait").code(), Some(0));
     assert!(echoes(&terminal), "the terminal is not as it was");
@@ -292,7 +293,7 @@ fn deeds(daemon: &Daemon) -> Option<[f64; 4]> {
 
 #[track_caller]
 fn await_deeds(daemon: &Daemon, want: [f64; 4]) {
-    let there = wait_until(Duration::from_secs(10), || deeds(daemon) == Some(want));
+    let there = wait_until(PATIENCE, || deeds(daemon) == Some(want));
     assert!(there, "{:?}, not {want:?}\n{}", deeds(daemon), daemon.logs());
 }
 
@@ -350,7 +351,7 @@ fn repairs_and_reloads_are_counted() {
             let _ = nft(&["flush", "ruleset"], "");
             daemon.reload();
             want[2] += 1.0;
-            assert!(wait_until(Duration::from_secs(10), || deeds(&daemon).is_some()));
+            assert!(wait_until(PATIENCE, || deeds(&daemon).is_some()));
             want[0] = deeds(&daemon).expect("a table")[0];
             await_deeds(&daemon, want);
             await_member(&busy, "mihomo");

@@ -14,12 +14,14 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use libc::c_int;
+use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sched::{sched_getaffinity, sched_setaffinity, CpuSet};
 use nix::unistd::Pid;
 
-use crate::client::Proto;
+use crate::client::{Proto, PATIENCE};
 use crate::ground::{pipe, Ground, REMOTE4, REMOTE6};
+use crate::wait_until;
 
 /// Port of the remote host that streams (see [`Server::stream`]); every other one answers once.
 pub const STREAM_PORT: u16 = 9000;
@@ -200,10 +202,20 @@ pub fn bind_fd(fd: &OwnedFd, at: SocketAddr) {
         set(fd, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1);
         set(fd, libc::SOL_IPV6, libc::IPV6_RECVORIGDSTADDR, 1);
     }
+    bind_at(fd, at);
+}
+
+/// Binds a socket. A process that another test has forked may hold a copy of a socket that was closed
+/// here, at the same address, for an instant.
+pub fn bind_at(fd: &impl AsRawFd, at: SocketAddr) {
     let (raw, len) = raw_addr(at);
-    // SAFETY: a sockaddr of the length that goes with it.
-    let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), len) };
-    assert_eq!(rc, 0, "unable to bind {at}: {}", io::Error::last_os_error());
+    let mut bound = Ok(0);
+    wait_until(PATIENCE, || {
+        // SAFETY: a sockaddr of the length that goes with it.
+        bound = Errno::result(unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), len) });
+        bound != Err(Errno::EADDRINUSE)
+    });
+    bound.unwrap_or_else(|error| panic!("unable to bind {at}: {error}"));
 }
 
 pub fn set(fd: &OwnedFd, level: c_int, option: c_int, value: c_int) {
@@ -401,7 +413,7 @@ impl Wire {
 
     fn recv(&self, frame: &mut [u8]) -> usize {
         let mut fds = [PollFd::new(self.outside.as_fd(), PollFlags::POLLIN)];
-        let n = poll(&mut fds, 5000u16).expect("poll the wire");
+        let n = poll(&mut fds, PATIENCE.as_millis() as u16).expect("poll the wire");
         assert_eq!(n, 1, "a marker was lost on the wire");
         let fd = self.outside.as_raw_fd();
         // SAFETY: writes within `frame`.

@@ -11,6 +11,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::client::{again, SILENCE};
 use crate::ground::{address, within, Ground, HOST, MAC, REMOTE4, REMOTE6};
 use crate::netlink::{flowtable, Link};
 use crate::world::{interface_index, Server, World};
@@ -57,7 +58,7 @@ pub fn test(ground: &Ground) -> &'static str {
     });
     flowtable(&["in0", "lan0"]);
     // link state moves in a kernel worker
-    let reaches = |ip| wait_until(PATIENCE, || Flow::new(&lan, ip).ask().is_some());
+    let reaches = |ip| wait_until(PATIENCE, || Flow::new(&lan, ip).ask(SILENCE).is_some());
     let _world = World::new(ground);
     let _proxy = Server::start(PROXY, &[7893]);
     assert!(reaches(REMOTE4) && reaches(REMOTE6), "no way for the client");
@@ -77,7 +78,7 @@ pub fn test(ground: &Ground) -> &'static str {
     gateway("drop");
     daemon.reload();
     for flow in &old {
-        assert_eq!(flow.ask(), None, "{}", flow.entry());
+        assert_eq!(flow.ask(4 * SILENCE), None, "{}", flow.entry());
     }
     gateway("mihomo");
     daemon.reload();
@@ -100,16 +101,15 @@ impl Flow {
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let socket = within(lan, || UdpSocket::bind(any).expect("bind"));
         socket.connect(SocketAddr::new(to, 80)).expect("connect");
-        let patience = Some(Duration::from_secs(2));
-        socket.set_read_timeout(patience).expect("set a timeout");
         Flow { socket }
     }
 
     /// Who answers the next packet.
-    fn ask(&self) -> Option<String> {
+    fn ask(&self, patience: Duration) -> Option<String> {
         let mut text = [0; 256];
+        self.socket.set_read_timeout(Some(patience)).expect("set a timeout");
         self.socket.send(b"who").ok()?;
-        let length = self.socket.recv(&mut text).ok()?;
+        let length = again(|| self.socket.recv(&mut text)).ok()?;
         Some(String::from_utf8_lossy(&text[..length]).into_owned())
     }
 
@@ -117,7 +117,7 @@ impl Flow {
     fn expect(&self, who: &str) {
         // a flow is offloaded once it has seen packets both ways
         for _ in 0..5 {
-            let got = self.ask().unwrap_or("nobody".into());
+            let got = self.ask(PATIENCE).unwrap_or("nobody".into());
             assert!(got.starts_with(who), "{got}, not {who}");
         }
     }
