@@ -1,6 +1,6 @@
 //! Everything that the kernel should hold, from a configuration and the cgroups there are. Pure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::ffi::OsStrExt;
@@ -85,14 +85,16 @@ pub fn contents(
     again: bool,
 ) -> Contents {
     let Snapshot { elements, dying, gates, held, shape } = snapshot;
-    let (mut ids, hashes) = by_set(&gates);
-    ids.extend(by_hold(&held));
     let cgroups = elements.into_iter().map(|(outcome, ids)| (set_name(config, outcome), ids));
     let dying = dying.into_iter().map(|(outcome, hashes)| (dying_name(config, outcome), hashes));
+    let gates = || gate_sets(&gates);
+    let by_id = gates().map(|([set, _], all)| (set.to_string(), gate_ids(all).collect()));
+    let by_hash = gates().map(|([_, set], all)| (set.to_string(), gate_hashes(all).collect()));
+    let held = [HELD, KNOWN].map(|set| (set.to_string(), held_ids(&held, set).collect()));
     Contents {
         table: table(config, &shape, again),
-        cgroups: cgroups.chain(ids).collect(),
-        dying: dying.chain(hashes).collect(),
+        cgroups: cgroups.chain(by_id).chain(held).collect(),
+        dying: dying.chain(by_hash).collect(),
         veths: entrances.veths.keys().filter_map(|index| veth(config, entrances, *index)).collect(),
         bridges: entrances.bridges.clone(),
         ways: ways(config, devices),
@@ -161,30 +163,33 @@ pub fn follow(
     (!changed.is_empty()).then_some(transaction)
 }
 
-/// What the sets of gates are to hold: the ids, and the hashes.
-fn by_set(gates: &[Gate]) -> (BTreeMap<String, Vec<u64>>, BTreeMap<String, Vec<u32>>) {
-    let (mut ids, mut hashes) = (BTreeMap::new(), BTreeMap::new());
-    for gate in gates {
-        let [by_id, by_hash] = gate_names(gate.stage);
-        match gate.by {
-            KnownBy::Id(id) => ids.entry(by_id).or_insert_with(Vec::new).push(id),
-            KnownBy::Hash(hash) => hashes.entry(by_hash).or_insert_with(Vec::new).push(hash),
-        }
-    }
-    (ids, hashes)
+/// Gates by stage, each with the names of its sets.
+fn gate_sets(gates: &[Gate]) -> impl Iterator<Item = ([&'static str; 2], &[Gate])> {
+    gates.chunk_by(|a, b| a.stage == b.stage).map(|same| (gate_names(same[0].stage), same))
 }
 
-/// The same of the sets of what is held and known.
-fn by_hold(held: &[HoldElement]) -> BTreeMap<String, Vec<u64>> {
-    let mut ids = BTreeMap::new();
-    for element in held {
-        let (set, id) = match *element {
-            HoldElement::Root(id) => (HELD, id),
-            HoldElement::Known(id) => (KNOWN, id),
-        };
-        ids.entry(set.to_string()).or_insert_with(Vec::new).push(id);
-    }
-    ids
+/// What one of these sets is to hold.
+fn gate_ids(gates: &[Gate]) -> impl Iterator<Item = u64> + '_ {
+    gates.iter().filter_map(|gate| match gate.by {
+        KnownBy::Id(id) => Some(id),
+        KnownBy::Hash(_) => None,
+    })
+}
+
+/// And the other one.
+fn gate_hashes(gates: &[Gate]) -> impl Iterator<Item = u32> + '_ {
+    gates.iter().filter_map(|gate| match gate.by {
+        KnownBy::Id(_) => None,
+        KnownBy::Hash(hash) => Some(hash),
+    })
+}
+
+/// What the set of what is held, or that of what is known, is to hold.
+fn held_ids<'a>(held: &'a [HoldElement], set: &'a str) -> impl Iterator<Item = u64> + 'a {
+    held.iter().filter_map(move |element| match *element {
+        HoldElement::Root(id) => (set == HELD).then_some(id),
+        HoldElement::Known(id) => (set == KNOWN).then_some(id),
+    })
 }
 
 /// One transaction that holds a difference.
@@ -203,14 +208,17 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     for same in delta.add_dying.chunk_by(|a, b| a.0 == b.0) {
         transaction.add_hashes(&dying_name(config, same[0].0), same.iter().map(|(_, hash)| *hash));
     }
-    let (ids, hashes) = by_set(&delta.delete_gates);
-    ids.into_iter().for_each(|(set, ids)| transaction.delete_cgroups(&set, ids.into_iter()));
-    hashes.into_iter().for_each(|(set, all)| transaction.delete_hashes(&set, all.into_iter()));
-    let (ids, hashes) = by_set(&delta.add_gates);
-    ids.into_iter().for_each(|(set, ids)| transaction.add_cgroups(&set, ids.into_iter()));
-    hashes.into_iter().for_each(|(set, all)| transaction.add_hashes(&set, all.into_iter()));
-    let held = by_hold(&delta.delete_held).into_iter();
-    held.for_each(|(set, ids)| transaction.delete_cgroups(&set, ids.into_iter()));
+    for ([ids, hashes], same) in gate_sets(&delta.delete_gates) {
+        transaction.delete_cgroups(ids, gate_ids(same));
+        transaction.delete_hashes(hashes, gate_hashes(same));
+    }
+    for ([ids, hashes], same) in gate_sets(&delta.add_gates) {
+        transaction.add_cgroups(ids, gate_ids(same));
+        transaction.add_hashes(hashes, gate_hashes(same));
+    }
+    for set in [HELD, KNOWN] {
+        transaction.delete_cgroups(set, held_ids(&delta.delete_held, set));
+    }
     // A packet takes the rules as they are when it comes, and looks into sets as they are by then. It
     // must not find a cgroup that has been looked at in those of before, which may not know where that
     // is to go: so they have sets of their own, which stay what they were.
@@ -228,8 +236,10 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
             transaction.set(&set);
         }
     }
-    let held = by_hold(delta.all_held.as_ref().unwrap_or(&delta.add_held)).into_iter();
-    held.for_each(|(set, ids)| transaction.add_cgroups(&set, ids.into_iter()));
+    for set in [HELD, KNOWN] {
+        let held = delta.all_held.as_ref().unwrap_or(&delta.add_held);
+        transaction.add_cgroups(set, held_ids(held, set));
+    }
     if let Some([_, after]) = &delta.shape {
         for (chain, rules) in classifying(config, after) {
             match old.iter().find(|(name, _)| *name == chain) {
@@ -266,7 +276,6 @@ pub fn script(core: &mut Core, root: &Root, devices: &Devices, again: bool) -> S
             chain.rules = std::mem::take(rules);
         }
     }
-    let (_, gone) = by_set(&snapshot.gates);
     // nft finds a cgroup by its path from /sys/fs/cgroup
     let mount = root.dir.strip_prefix(&root.mount).unwrap_or(std::path::Path::new(""));
     let mut out = String::new();
@@ -296,8 +305,11 @@ pub fn script(core: &mut Core, root: &Root, devices: &Devices, again: bool) -> S
                     let of = |outcome: &Outcome| dying_name(&config, *outcome) == set.name;
                     let found = snapshot.dying.iter().filter(|(outcome, _)| of(outcome));
                     let hashes = found.flat_map(|(_, hashes)| hashes);
-                    let hashes = hashes.chain(gone.get(&set.name).into_iter().flatten());
-                    ("typeof numgen inc mod 2", hashes.map(u32::to_string).collect())
+                    let gates =
+                        gate_sets(&snapshot.gates).filter(|([_, gone], _)| *gone == set.name);
+                    let gone = gates.flat_map(|(_, gates)| gate_hashes(gates));
+                    let hashes = hashes.copied().chain(gone).map(|hash| hash.to_string());
+                    ("typeof numgen inc mod 2", hashes.collect())
                 }
                 Content::Cgroups { counters } => {
                     let kind =
@@ -345,5 +357,6 @@ fn cgroups(
             _ => writeln!(text, "    # not fit to print: {}", full.escape_ascii())?,
         }
     }
+    elements.sort_unstable();
     Ok(elements)
 }

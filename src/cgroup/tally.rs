@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone)]
 pub struct Tally<K> {
     counts: BTreeMap<K, usize>,
-    /// Keys that have come or gone, and whether the kernel has them.
-    changed: BTreeMap<K, bool>,
+    /// Keys that have come or gone: whether the kernel has them, and is to have them.
+    changed: BTreeMap<K, (bool, bool)>,
 }
 
 impl<K> Default for Tally<K> {
@@ -22,20 +22,20 @@ impl<K: Ord + Copy> Tally<K> {
         let count = self.counts.entry(key).or_default();
         let was = *count > 0;
         *count = if up { *count + 1 } else { count.saturating_sub(1) };
-        let turned = was != (*count > 0);
-        if *count == 0 {
+        let is = *count > 0;
+        if !is {
             self.counts.remove(&key);
         }
-        if turned {
-            self.changed.entry(key).or_insert(was);
+        if was != is {
+            self.changed.entry(key).or_insert((was, is)).1 = is;
         }
-        turned
+        was != is
     }
 
     /// Counts nothing any more.
     pub fn clear(&mut self) {
         for key in std::mem::take(&mut self.counts).into_keys() {
-            self.changed.entry(key).or_insert(true);
+            self.changed.entry(key).or_insert((true, false)).1 = false;
         }
     }
 
@@ -55,8 +55,8 @@ impl<K: Ord + Copy> Tally<K> {
     /// The keys that are to go from the kernel, and to come; it has them from now on.
     pub fn take_changes(&mut self) -> (Vec<K>, Vec<K>) {
         let (mut delete, mut add) = (Vec::new(), Vec::new());
-        for (key, was) in std::mem::take(&mut self.changed) {
-            match (was, self.counts.contains_key(&key)) {
+        for (key, turn) in std::mem::take(&mut self.changed) {
+            match turn {
                 (true, false) => delete.push(key),
                 (false, true) => add.push(key),
                 _ => {}

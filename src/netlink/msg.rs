@@ -57,11 +57,9 @@ impl Batch {
     pub fn begin(&mut self, kind: u16, flags: u16) -> Open {
         self.seq = self.seq.wrapping_add(1);
         let at = self.buf.len();
-        self.buf.extend_from_slice(&0u32.to_ne_bytes());
-        self.buf.extend_from_slice(&kind.to_ne_bytes());
-        self.buf.extend_from_slice(&flags.to_ne_bytes());
-        self.buf.extend_from_slice(&self.seq.to_ne_bytes());
-        self.buf.extend_from_slice(&0u32.to_ne_bytes());
+        let ([a, b], [c, d]) = (kind.to_ne_bytes(), flags.to_ne_bytes());
+        let [e, f, g, h] = self.seq.to_ne_bytes();
+        self.buf.extend_from_slice(&[0, 0, 0, 0, a, b, c, d, e, f, g, h, 0, 0, 0, 0]);
         Open(at)
     }
 

@@ -184,22 +184,34 @@ impl Transaction {
     }
 
     /// Adds cgroup ids to a set.
-    pub fn add_cgroups(&mut self, set: &str, ids: impl Iterator<Item = u64>) {
-        self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, None, ids, cgroup_key);
+    pub fn add_cgroups(&mut self, set: &str, mut ids: impl Iterator<Item = u64>) {
+        self.cgroups(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, &mut ids);
     }
 
     /// Deletes cgroup ids from a set; one that is not there fails the transaction.
-    pub fn delete_cgroups(&mut self, set: &str, ids: impl Iterator<Item = u64>) {
-        self.elements(NFT_MSG_DELSETELEM, 0, set, None, ids, cgroup_key);
+    pub fn delete_cgroups(&mut self, set: &str, mut ids: impl Iterator<Item = u64>) {
+        self.cgroups(NFT_MSG_DELSETELEM, 0, set, &mut ids);
     }
 
     /// The same for hashes of cgroup ids.
-    pub fn add_hashes(&mut self, set: &str, hashes: impl Iterator<Item = u32>) {
-        self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, None, hashes, hash_key);
+    pub fn add_hashes(&mut self, set: &str, mut hashes: impl Iterator<Item = u32>) {
+        self.hashes(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, &mut hashes);
     }
 
-    pub fn delete_hashes(&mut self, set: &str, hashes: impl Iterator<Item = u32>) {
-        self.elements(NFT_MSG_DELSETELEM, 0, set, None, hashes, hash_key);
+    pub fn delete_hashes(&mut self, set: &str, mut hashes: impl Iterator<Item = u32>) {
+        self.hashes(NFT_MSG_DELSETELEM, 0, set, &mut hashes);
+    }
+
+    fn cgroups(&mut self, kind: u16, flags: u16, set: &str, ids: &mut dyn Iterator<Item = u64>) {
+        self.elements(kind, flags, set, None, ids, |batch, id| {
+            value(batch, NFTA_SET_ELEM_KEY, &id.to_ne_bytes())
+        });
+    }
+
+    fn hashes(&mut self, kind: u16, flags: u16, set: &str, all: &mut dyn Iterator<Item = u32>) {
+        self.elements(kind, flags, set, None, all, |batch, hash| {
+            value(batch, NFTA_SET_ELEM_KEY, &hash.to_ne_bytes())
+        });
     }
 
     /// Adds a named counter that has counted so many packets.
@@ -477,14 +489,6 @@ impl Transaction {
 /// Begins a request for all objects of a kind (`NFT_MSG_GET*`), of one family or of all.
 pub fn dump(batch: &mut Batch, kind: u16, family: u8) -> Open {
     batch.begin_nfnl(NFNL_SUBSYS_NFTABLES, kind, NLM_F_REQUEST | NLM_F_DUMP, family)
-}
-
-fn cgroup_key(batch: &mut Batch, id: u64) {
-    value(batch, NFTA_SET_ELEM_KEY, &id.to_ne_bytes());
-}
-
-fn hash_key(batch: &mut Batch, hash: u32) {
-    value(batch, NFTA_SET_ELEM_KEY, &hash.to_ne_bytes());
 }
 
 /// What tells nft that a key is a number of 32 bits, which has no type of its own: `typeof numgen

@@ -147,8 +147,15 @@ pub fn set_name(config: &Config, outcome: Outcome) -> String {
 }
 
 /// The names of the sets that hold the gates of a stage, by their ids and by their hashes.
-pub fn gate_names(stage: Stage) -> [String; 2] {
-    ["gate", "gone"].map(|what| format!("{what}_{}", DEPTHS[stage]))
+pub fn gate_names(stage: Stage) -> [&'static str; 2] {
+    const NAMES: [[&str; 2]; DEPTHS.len()] = [
+        ["gate_1", "gone_1"],
+        ["gate_2", "gone_2"],
+        ["gate_4", "gone_4"],
+        ["gate_8", "gone_8"],
+        ["gate_16", "gone_16"],
+    ];
+    NAMES[stage]
 }
 
 /// The chain that a stage's gates lead to.
@@ -175,7 +182,7 @@ fn named(kind: &str, config: &Config, outcome: Outcome) -> String {
 /// `KIND_TARGET`, and `KIND1_TARGET` and so on behind lines for owners.
 pub fn class_name(kind: &str, target: &str, class: u16) -> String {
     match class {
-        0 => format!("{kind}_{target}"),
+        0 => [kind, "_", target].concat(),
         class => format!("{kind}{class}_{target}"),
     }
 }
@@ -197,7 +204,7 @@ impl Table {
         sets.extend(config.outcomes().map(|of| set(dying_name(config, of), Content::Hashes)));
         sets.extend((0..DEPTHS.len()).flat_map(|stage| {
             let [ids, hashes] = gate_names(stage);
-            [set(ids, plain()), set(hashes, Content::Hashes)]
+            [set(ids.into(), plain()), set(hashes.into(), Content::Hashes)]
         }));
         sets.extend(hold_sets(config));
         sets.extend(config.gateways.iter().flat_map(|g| range_sets(SOURCE, &g.name, &g.sources)));
@@ -478,9 +485,10 @@ fn gate_rules(shape: &Shape, from: Stage) -> Vec<Rule> {
         return Vec::new();
     };
     let [ids, hashes] = gate_names(stage);
-    let mut rules = vec![vec![Stmt::Cgroup { level, set: ids }, Stmt::jump(below_name(stage))]];
+    let of = Stmt::Cgroup { level, set: ids.into() };
+    let mut rules = vec![vec![of, Stmt::jump(below_name(stage))]];
     if shape.hashed.contains(&stage) {
-        let of = Stmt::CgroupHash { level, set: hashes };
+        let of = Stmt::CgroupHash { level, set: hashes.into() };
         rules.push(vec![of, Stmt::jump(below_name(stage))]);
     }
     rules
