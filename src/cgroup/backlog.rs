@@ -4,17 +4,15 @@
 //! so the order does not matter. Pure: times are arguments, in nanoseconds.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::mem::take;
 
 /// Work by account and directory, and whose turn it is.
 #[derive(Debug)]
 pub struct Backlog<T> {
     /// None without work.
     accounts: BTreeMap<u32, Account<T>>,
+    /// By account and directory, the one that there mostly is: not among those.
+    only: Option<(u32, i32, T)>,
     len: usize,
-    /// A small empty queue and account, for the one event that there mostly is.
-    spare: VecDeque<T>,
-    spare_account: Account<T>,
 }
 
 #[derive(Debug)]
@@ -34,12 +32,7 @@ impl<T> Default for Account<T> {
 
 impl<T> Default for Backlog<T> {
     fn default() -> Backlog<T> {
-        Backlog {
-            accounts: BTreeMap::new(),
-            len: 0,
-            spare: VecDeque::new(),
-            spare_account: Account::default(),
-        }
+        Backlog { accounts: BTreeMap::new(), only: None, len: 0 }
     }
 }
 
@@ -53,40 +46,45 @@ impl<T> Backlog<T> {
     }
 
     pub fn push(&mut self, account: u32, dir: i32, work: T) {
-        if !self.accounts.contains_key(&account) {
+        self.len += 1;
+        if self.len == 1 {
+            self.only = Some((account, dir, work));
+            return;
+        }
+        let before = self.only.take();
+        for (account, dir, work) in before.into_iter().chain([(account, dir, work)]) {
             // it has as much to get as who got least
             let used = self.accounts.values().map(|account| account.used).min();
-            let mut new = take(&mut self.spare_account);
-            new.used = used.unwrap_or_default();
-            self.accounts.insert(account, new);
+            let account = self.accounts.entry(account).or_insert_with(|| Account {
+                used: used.unwrap_or_default(),
+                ..Account::default()
+            });
+            let queue = account.queues.entry(dir).or_default();
+            if queue.is_empty() {
+                account.turns.push_back(dir);
+            }
+            queue.push_back(work);
         }
-        let (spare, account) = (&mut self.spare, self.accounts.entry(account).or_default());
-        let queue = account.queues.entry(dir).or_insert_with(|| take(spare));
-        if queue.is_empty() {
-            account.turns.push_back(dir);
-        }
-        queue.push_back(work);
-        self.len += 1;
     }
 
     /// The next work of the account that got least, with that account.
     pub fn pop(&mut self) -> Option<(u32, T)> {
+        self.len = self.len.saturating_sub(1);
+        if let Some((account, _, work)) = self.only.take() {
+            return Some((account, work));
+        }
         let (&number, account) =
             self.accounts.iter_mut().min_by_key(|(_, account)| account.used)?;
         let dir = account.turns.pop_front()?;
         let queue = account.queues.get_mut(&dir)?;
         let work = queue.pop_front()?;
-        if !queue.is_empty() {
-            account.turns.push_back(dir);
-        } else if let Some(empty) = account.queues.remove(&dir).filter(|q| q.capacity() <= 8) {
-            self.spare = empty;
+        match queue.is_empty() {
+            false => account.turns.push_back(dir),
+            true => drop(account.queues.remove(&dir)),
         }
         if account.turns.is_empty() {
-            let empty = self.accounts.remove(&number);
-            let small = empty.filter(|a| a.queues.capacity() <= 8 && a.turns.capacity() <= 8);
-            self.spare_account = small.unwrap_or_default();
+            self.accounts.remove(&number);
         }
-        self.len -= 1;
         Some((number, work))
     }
 
