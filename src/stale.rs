@@ -13,7 +13,6 @@ use std::ops::RangeInclusive;
 use std::rc::Rc;
 
 use crate::cgroup::core::Core;
-use crate::cgroup::tree;
 use crate::config::{Config, Outcome, Take, Target};
 use crate::net::{holds, Family, Owner, Range, L4};
 use crate::netlink::conntrack::Flow;
@@ -106,21 +105,17 @@ impl Before {
         let config = core.config();
         let outcome = |(name, class)| Outcome { target: named(config, name), class };
         let default = outcome((default, class));
-        let mut paths: HashMap<&[u8], Outcome> = HashMap::new();
-        let mut outcomes = HashMap::new();
-        for (path, node) in core.tree().iter() {
-            let inherited = || tree::parent(path).and_then(|parent| paths.get(parent)).copied();
-            let own = element(node.id).map(outcome);
-            let outcome = own.or_else(inherited).unwrap_or(default);
-            paths.insert(path, outcome);
-            outcomes.insert(node.id, outcome);
-        }
+        let tree = core.tree();
+        let outcomes = tree.indices().filter_map(|at| {
+            let nearest = tree.up(at).find_map(|(_, node)| element(node.id));
+            Some((tree.node(at)?.id, nearest.map_or(default, outcome)))
+        });
         let owners = owners.map(|(class, owner, name)| OwnerLine {
             class,
             owners: vec![owner],
             target: named(config, name),
         });
-        Before { outcomes, default, owners: owners.collect() }
+        Before { outcomes: outcomes.collect(), default, owners: owners.collect() }
     }
 
     /// Everything went by the default of the policy that is in force.

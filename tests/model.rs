@@ -15,7 +15,7 @@ use std::time::Duration;
 use cgtproxy::cgroup::backlog::Backlog;
 use cgtproxy::cgroup::core::{Core, Delta};
 use cgtproxy::cgroup::dying;
-use cgtproxy::cgroup::event::{Action, Event, Found, Scan};
+use cgtproxy::cgroup::event::{Action, Event, Found, List, Scan};
 use cgtproxy::cgroup::gates::{self, Gate};
 use cgtproxy::cgroup::holds::HoldElement;
 use cgtproxy::cgroup::tree::{child, depth, parent, Path};
@@ -29,6 +29,8 @@ use nix::time::{clock_gettime, ClockId};
 /// Level of the cgroup root, and its id.
 const BASE: usize = 2;
 const ROOT: u64 = 0;
+/// When anything is found: nothing depends on it but whether it may be late.
+const NOW: Option<u64> = Some(0);
 /// Where it is.
 const DIR: &[u8] = b"/sys/fs/cgroup/x";
 
@@ -183,10 +185,7 @@ impl Host {
         if !self.calm && random.one_in(200) {
             return Event::Failed { path, errno: Errno::ENOMEM };
         }
-        match scan.known == Some(id) && !scan.deep {
-            true => Event::Same { path },
-            false => Event::Found(Found { path, id, foreign: false, late: random.one_in(4) }),
-        }
+        Event::Found(Found { path, id, deep: scan.deep, foreign: false, at: NOW })
     }
 
     /// What watching and listing finds, with changes in between.
@@ -220,15 +219,18 @@ impl Host {
                 self.watches.remove(&wd);
             }
             return match now {
-                Some(id) => Event::Found(Found { path, id, foreign: false, late: false }),
+                Some(id) => Event::Found(Found { path, id, deep: true, foreign: false, at: NOW }),
                 None => Event::Gone { path },
             };
         }
         self.race(random);
-        match !self.calm && random.one_in(200) {
-            true => Event::Unlisted { path, id, wd, errno: refused.unwrap_or(Errno::EMFILE) },
-            false => Event::Listed { path, id, wd, refused, owner: 0, children },
-        }
+        let late = found.at.is_some() && random.one_in(4);
+        let list = List { owner: 0, late, children };
+        let (refused, list) = match !self.calm && random.one_in(200) {
+            true => (refused.or(Some(Errno::EMFILE)), None),
+            false => (refused, Some(list)),
+        };
+        Event::Listed { path, id, wd, refused, list }
     }
 }
 
@@ -805,7 +807,7 @@ fn rules_stay_for_a_service_that_starts_again() {
         (core.take_delta().shape, core.has_idle())
     };
     let found = |path: &[u8], id| {
-        Event::Found(Found { path: path.into(), id, foreign: false, late: false })
+        Event::Found(Found { path: path.into(), id, deep: true, foreign: false, at: NOW })
     };
     let gone = |path: &[u8]| Event::Gone { path: path.into() };
     step(found(b"", 1));
@@ -840,7 +842,7 @@ fn homes_of(many: u64) -> Duration {
     for id in 1..=many {
         let path = if id == 1 { String::new() } else { format!("/c{id}") };
         let path = path.into_bytes().into();
-        let found = Found { path, id, foreign: false, late: false };
+        let found = Found { path, id, deep: true, foreign: false, at: NOW };
         core.step(Event::Found(found), &mut Vec::new());
     }
     let used = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock of the thread");
@@ -864,7 +866,7 @@ fn whatever_is_deep_is_held() {
     kernel.replace(&mut core);
     let mut actions = Vec::new();
     let mut found = |core: &mut Core, path: &[u8], id| {
-        let found = Found { path: path.into(), id, foreign: false, late: false };
+        let found = Found { path: path.into(), id, deep: true, foreign: false, at: NOW };
         core.step(Event::Found(found), &mut actions);
     };
     found(&mut core, b"", 0);

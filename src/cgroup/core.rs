@@ -8,11 +8,11 @@ use nix::errno::Errno;
 
 use super::blind::Blind;
 use super::dying::{self, Dying};
-use super::event::{Action, Event, Found, Note, Scan};
-use super::gates::{self, Above, Gate, Gates};
+use super::event::{Action, Event, Found, List, Note, Scan};
+use super::gates::{self, Gate, Gates};
 use super::holds::{self, HoldElement, Holds};
 use super::ranking::Ranking;
-use super::tree::{self, Hold, Node, Path, Tree};
+use super::tree::{self, Hold, Index, Node, Path, Tree};
 use crate::config::{Config, Outcome, Target};
 use crate::nft::table::{Pair, Shape, Stage, DEPTHS};
 use crate::policy::{self, Decision};
@@ -182,9 +182,10 @@ impl Core {
         !matches!(policy::decision(&self.config, node.rank), Decision::Default)
     }
 
-    /// Whose work it is what happens in that directory; see [`Node::account`].
-    pub fn account(&self, path: &[u8]) -> u32 {
-        self.tree.get(path).map_or(0, |node| node.account)
+    /// Whose work it is what happens in the directory of a watch; see [`Node::account`].
+    pub fn account(&self, wd: i32) -> u32 {
+        let node = self.tree.watched(wd).and_then(|at| self.tree.node(at));
+        node.map_or(0, |node| node.account)
     }
 
     /// Whether any cgroup has an element of its own.
@@ -212,20 +213,17 @@ impl Core {
     /// matched by their hash, too.
     pub fn keep_dying(&mut self, kept: impl IntoIterator<Item = Dying>) {
         if self.dying.is_none() {
-            let nodes = self.tree.iter().filter(|(path, _)| !self.is_listable(path));
-            let nodes: Vec<_> = nodes.map(|(path, node)| (path.clone(), *node)).collect();
-            let place = |core: &mut Core, from: bool| {
-                for (path, node) in &nodes {
-                    let (now, wanted) =
-                        if from { (node.element, None) } else { (None, node.element) };
-                    core.place(path, node.id, now, wanted);
-                }
-            };
-            place(self, true);
+            let all = self.tree.indices();
+            let elements = all.filter_map(|at| {
+                let node = self.tree.node(at).filter(|node| !(self.listable && node.listable))?;
+                Some((at, node.element))
+            });
+            let elements: Vec<(Index, Option<Outcome>)> = elements.collect();
+            elements.iter().for_each(|(at, element)| self.place(*at, *element, None));
             self.dying = Some(dying::List::default());
-            place(self, false);
+            elements.iter().for_each(|(at, element)| self.place(*at, None, *element));
         }
-        kept.into_iter().for_each(|dying| self.keep(dying));
+        kept.into_iter().for_each(|dying| self.put(dying));
     }
 
     /// Whether those that are removed are kept.
@@ -245,7 +243,7 @@ impl Core {
 
     /// The look at everything.
     pub fn start(&self) -> Action {
-        self.scan(tree_root(), true)
+        scan(Rc::from(&b""[..]), true)
     }
 
     /// Takes one event; what is to be done is pushed onto `actions`.
@@ -253,27 +251,18 @@ impl Core {
         match event {
             Event::Changed { wd, name } => {
                 // of a directory that is gone: its parent's event has been, or will be, seen
-                if let Some(parent) = self.tree.watched(wd) {
-                    actions.push(self.scan(tree::child(parent, &name), false));
+                if let Some(parent) = self.tree.watched(wd).and_then(|at| self.tree.path(at)) {
+                    actions.push(scan(tree::child(parent, &name), false));
                 }
             }
             Event::Unwatched { wd } => {
-                if let Some(path) = self.tree.unwatch(wd) {
-                    actions.push(self.scan(path, true));
-                }
+                let path = self.tree.unwatch(wd).and_then(|at| self.tree.path(at));
+                actions.extend(path.map(|path| scan(path.clone(), true)));
             }
             Event::Overflow => actions.push(self.start()),
-            Event::Same { .. } => {}
             Event::Found(found) => self.found(found, actions),
-            Event::Listed { path, id, wd, refused, owner, children } => {
-                self.charge_to(&path, owner);
-                self.listed(path, id, wd, refused, children, actions)
-            }
-            Event::Unlisted { path, id, wd, errno } => {
-                let known = self.children(&path);
-                let names = known.iter().map(|child| child[path.len() + 1..].into());
-                let names = names.collect();
-                self.listed(path, id, wd, Some(errno), names, actions)
+            Event::Listed { path, id, wd, refused, list } => {
+                self.listed(path, id, wd, refused, list, actions)
             }
             Event::Gone { path } => self.gone(&path, actions),
             Event::Failed { path, errno } => self.failed(path, errno, actions),
@@ -298,7 +287,7 @@ impl Core {
             }
             Event::Retry => {
                 let turn = self.blind.turn();
-                actions.extend(turn.into_iter().map(|path| self.scan(path, true)));
+                actions.extend(turn.into_iter().map(|path| scan(path, true)));
             }
             Event::Retried => self.blind.after_turn(actions),
         }
@@ -348,7 +337,7 @@ impl Core {
         let config = std::mem::replace(&mut self.config, config);
         let mut old = Ranking::new(config, self.names_root);
         old.memo = std::mem::replace(&mut self.memo, memo);
-        for (_, node) in self.tree.iter_mut() {
+        for node in self.tree.nodes_mut() {
             if let Some((rank, hold)) = ranks.get_mut(&node.id) {
                 std::mem::swap(rank, &mut node.rank);
                 std::mem::swap(hold, &mut node.hold);
@@ -390,23 +379,21 @@ impl Core {
 
     /// Every living cgroup's element anew, by the ranks and what the kernel takes.
     fn set_elements(&mut self) {
-        let paths: Vec<Path> = self.tree.iter().map(|(path, _)| path.clone()).collect();
-        for path in paths {
-            let parent = tree::parent(&path).and_then(|parent| self.tree.get(parent));
-            let parent = parent.map(|parent| parent.rank);
-            let Some(node) = self.tree.get(&path).copied() else {
+        let all: Vec<Index> = self.tree.indices().collect();
+        for at in &all {
+            let Some(node) = self.tree.node(*at).copied() else {
                 continue;
             };
-            let element = parent.and_then(|parent| self.element(parent, &path, node.rank));
-            if let Some(known) = self.tree.get_mut(&path).filter(|_| element != node.element) {
+            let parent = self.tree.parent(*at).and_then(|parent| self.tree.node(parent));
+            let element = parent.and_then(|parent| self.element(parent.rank, &node));
+            if let Some(known) = self.tree.node_mut(*at).filter(|_| element != node.element) {
                 known.element = element;
-                self.place(&path, node.id, node.element, element);
+                self.place(*at, node.element, element);
             }
         }
         self.idle.clear();
         self.holds = Holds::default();
-        let nodes: Vec<_> = self.tree.iter().map(|(path, node)| (path.clone(), *node)).collect();
-        nodes.iter().for_each(|(path, node)| self.count_held(path, node, true));
+        all.iter().for_each(|at| self.count_held(*at, true));
     }
 
     /// The net difference since the last commit. The caller commits it, or replaces the table.
@@ -427,8 +414,8 @@ impl Core {
         (delta.delete_gates, delta.add_gates) = self.gates.take_changes();
         (delta.delete_held, delta.add_held) = self.holds.take_changes();
         self.pending.shrink_to(USUAL);
-        let shape = self.shape();
-        if shape != self.committed {
+        if !self.is_in_shape() {
+            let shape = self.shape();
             let before = std::mem::replace(&mut self.committed, shape.clone());
             if shape.leads_further(&before) && !delta.add_held.is_empty() {
                 // a packet that has met the rules of before knows nothing of these
@@ -442,8 +429,8 @@ impl Core {
 
     /// The living cgroups that are matched by their ids: path, target, id.
     pub fn elements(&self) -> impl Iterator<Item = (&Path, Outcome, u64)> {
-        let own = self.tree.iter().filter_map(|(path, node)| Some((path, node.element?, node.id)));
-        own.filter(|(path, ..)| !self.is_hashed(path))
+        let own = self.tree.iter().filter(|(_, node)| !self.is_hashed(node));
+        own.filter_map(|(path, node)| Some((path, node.element?, node.id)))
     }
 
     /// Everything, for a replacement of the table; what was pending is in it.
@@ -464,76 +451,92 @@ impl Core {
         let stages = 0..DEPTHS.len();
         Shape {
             base: self.base_level,
-            pairs: self.pairs.keys().chain(self.idle.keys()).copied().collect(),
+            pairs: self.all_pairs().copied().collect(),
             hashed: stages.filter(|stage| self.gates.has_hashed(*stage)).collect(),
             holding: self.holds.shape(self.deepest),
         }
     }
 
+    /// Whether that is what there are rules for: asked at each commit, and mostly so.
+    fn is_in_shape(&self) -> bool {
+        let Shape { base, pairs, hashed, holding } = &self.committed;
+        *base == self.base_level
+            && self.all_pairs().count() == pairs.len()
+            && self.all_pairs().all(|pair| pairs.contains(pair))
+            && (0..DEPTHS.len()).all(|at| self.gates.has_hashed(at) == hashed.contains(&at))
+            && *holding == self.holds.shape(self.deepest)
+    }
+
+    /// Those that rules are needed for, or may soon be.
+    fn all_pairs(&self) -> impl Iterator<Item = &Pair> {
+        self.pairs.keys().chain(self.idle.keys())
+    }
+
     /// The living cgroups that are gates of a stage, by their paths.
     pub fn gates(&self, stage: Stage) -> BTreeSet<&[u8]> {
-        let below = self.elements().map(|(path, ..)| path);
-        let hashed =
-            self.tree.iter().filter(|(path, node)| node.element.is_some() && self.is_hashed(path));
-        let all = below.chain(hashed.map(|(path, _)| path)).flat_map(|path| gates::above(path));
-        let all = all.filter(|(n, path)| *n == stage && !self.is_hashed(path));
-        all.map(|(_, path)| path).collect()
+        let elements = self
+            .tree
+            .indices()
+            .filter(|at| self.tree.node(*at).is_some_and(|node| node.element.is_some()));
+        let all = elements.flat_map(|at| self.tree.up(at));
+        let own = all.filter(|(_, node)| gates::stage_at(node.depth) == Some(stage));
+        own.filter(|(_, node)| !self.is_hashed(node)).map(|(path, _)| &**path).collect()
     }
 
     /// The living cgroups that the kernel has to know of, since they are held or below one.
     pub fn held(&self) -> impl Iterator<Item = (&Path, Hold)> {
-        let known = self.tree.iter().filter(|(path, node)| self.held_level(path, node).is_some());
+        let known = self.tree.iter().filter(|(_, node)| self.held_level(node).is_some());
         known.map(|(path, node)| (path, node.hold))
     }
 
-    fn scan(&self, path: Path, deep: bool) -> Action {
-        let node = self.tree.get(&path);
-        // without a watch, or where listing failed, nothing else will tell of its children
-        let in_doubt = self.blind.contains(&path);
-        let deep = deep || in_doubt || node.is_some_and(|node| node.wd.is_none());
-        Action::Scan(Scan { known: node.map(|node| node.id), path, deep })
-    }
-
-    fn found(&mut self, found: Found, actions: &mut Vec<Action>) {
-        let Found { path, id, foreign, late } = found.clone();
-        let parent = match tree::parent(&path).map(|parent| self.tree.get(parent)) {
-            None => None,
-            Some(Some(parent)) => Some((parent.rank, parent.hold)),
+    fn found(&mut self, mut found: Found, actions: &mut Vec<Action>) {
+        let Found { path, id, deep, foreign, .. } = found.clone();
+        let above = self.tree.above(&path);
+        let parent = above.and_then(|above| self.tree.node(above)).copied();
+        if parent.is_none() && !path.is_empty() {
             // the parent went while its child was being looked at
-            Some(None) => return,
+            return;
+        }
+        let known = match above {
+            Some(above) => self.tree.child(above, &path),
+            None => self.tree.find(&path),
         };
-        let known = self.tree.get(&path).map(|node| node.id);
-        if known != Some(id) {
-            if known.is_some() {
-                // another cgroup of the same name
-                self.gone(&path, actions);
-            }
-            let (parent, held) = parent.unzip();
-            let hold = holds::of(&mut self.memo, &self.config, held, &path, self.names_root);
-            let (rank, element) = self.classify(parent, &path, foreign);
-            if late && hold == Hold::Root {
-                self.late_roots.insert(id);
-            }
-            let late = late && !(hold == Hold::Below && self.was_held(&path));
-            if let Some(was) = late.then(|| self.way_before(&path)).flatten() {
-                if was != policy::outcome(&self.config, rank) {
-                    self.late.insert(id, was);
+        match known.and_then(|at| self.tree.node(at)) {
+            Some(node) if node.id == id => {
+                // without a watch, or where listing failed, nothing else will tell of its children
+                if deep || node.wd.is_none() || self.blind.contains(&path) {
+                    found.at = None;
+                    actions.push(Action::Watch(found));
                 }
+                return;
             }
-            let node = Node { id, wd: None, rank, element, account: 0, foreign, hold };
-            self.tree.insert(path.clone(), node);
-            if path.is_empty() {
+            // another cgroup of the same name
+            Some(_) => self.gone(&path, actions),
+            None => {}
+        }
+        let mut node = Node { id, foreign, listable: dying::is_listable(&path), ..Node::default() };
+        match parent {
+            None => {
+                node.rank = policy::root_rank(&self.config);
                 // of a root that was there before
                 self.holds.clear();
             }
-            self.count_held(&path, &node, true);
-            if let Some(draft) = &mut self.draft {
-                draft.came(&self.tree, &path, &node);
+            Some(parent) => {
+                node.depth = parent.depth.saturating_add(1);
+                node.rank = self.memo.rank(&self.config, parent.rank, &path, foreign);
+                node.element = self.element(parent.rank, &node);
             }
-            self.place(&path, id, None, element);
-            if element.is_some() {
-                actions.push(Action::Tell(Note::Classified { path, outcome: element }));
-            }
+        }
+        let held = parent.map(|parent| parent.hold);
+        node.hold = holds::of(&mut self.memo, &self.config, held, &path, self.names_root);
+        let at = self.tree.insert(path.clone(), above, node);
+        self.count_held(at, true);
+        if let Some(draft) = &mut self.draft {
+            draft.came(&self.tree, at);
+        }
+        self.place(at, None, node.element);
+        if node.element.is_some() {
+            actions.push(Action::Tell(Note::Classified { path, outcome: node.element }));
         }
         actions.push(Action::Watch(found));
     }
@@ -544,14 +547,16 @@ impl Core {
         id: u64,
         wd: Option<i32>,
         refused: Option<Errno>,
-        children: Vec<Box<[u8]>>,
+        list: Option<List>,
         actions: &mut Vec<Action>,
     ) {
-        let Some(before) = self.tree.watch(&path, id, wd) else {
+        let same = |at: &Index| self.tree.node(*at).is_some_and(|node| node.id == id);
+        let Some(at) = self.tree.find(&path).filter(same) else {
             // it went while it was being listed
             actions.extend(wd.map(Action::Unwatch));
             return;
         };
+        let before = self.tree.watch(at, wd);
         match refused {
             None => self.blind.remove(&path),
             Some(errno) => self.blind.refused(&path, errno, actions),
@@ -559,172 +564,144 @@ impl Core {
         if before != wd {
             actions.extend(before.map(Action::Unwatch));
         }
-        let missing = self.missing(&path, &children);
-        missing.iter().for_each(|child| self.gone(child, actions));
-        for name in children {
-            // what lies below a known one is in doubt too: so was this one
-            let child = tree::child(&path, &name);
-            actions.push(self.scan(child, true));
+        let known = self.tree.children(at).filter_map(|child| self.tree.path(child)).cloned();
+        let mut children: Vec<Path> = known.collect();
+        if let Some(List { owner, late, children: names }) = list {
+            self.charge_to(at, owner);
+            if late {
+                self.came_late(at);
+            }
+            let there: BTreeSet<&[u8]> = names.iter().map(|name| &**name).collect();
+            children.retain(|child| !there.contains(&child[path.len() + 1..]));
+            children.iter().for_each(|child| self.gone(child, actions));
+            children = names.iter().map(|name| tree::child(&path, name)).collect();
         }
+        // what lies below a known one is in doubt too: so was this one
+        actions.extend(children.into_iter().map(|child| scan(child, true)));
     }
 
     /// Whose work it is what happens in a directory with this owner.
-    fn charge_to(&mut self, path: &Path, owner: u32) {
+    fn charge_to(&mut self, at: Index, owner: u32) {
+        let parent = self.tree.parent(at).and_then(|parent| self.tree.node(parent));
         // whoever got a subtree can give parts of it to users of a namespace of his
-        let account = match tree::parent(path) {
+        let account = match parent.map(|parent| parent.account) {
             None => 0,
-            Some(parent) => match self.account(parent) {
-                0 => owner,
-                account => account,
-            },
+            Some(0) => owner,
+            Some(account) => account,
         };
-        if let Some(node) = self.tree.get_mut(path) {
+        if let Some(node) = self.tree.node_mut(at) {
             node.account = account;
         }
     }
 
-    /// Known children that a list does not have any more.
-    fn missing(&self, path: &[u8], children: &[Box<[u8]>]) -> Vec<Path> {
-        let there: BTreeSet<&[u8]> = children.iter().map(|c| &**c).collect();
-        let mut known = self.children(path);
-        known.retain(|child| !there.contains(&child[path.len() + 1..]));
-        known
-    }
-
-    /// Known children.
-    fn children(&self, path: &[u8]) -> Vec<Path> {
-        (self.tree.below(path))
-            .filter(|(below, _)| tree::parent(below) == Some(path))
-            .map(|(below, _)| below.clone())
-            .collect()
-    }
-
     /// Forgets a cgroup and all below it.
     fn gone(&mut self, path: &Path, actions: &mut Vec<Action>) {
-        let below = self.tree.below(path).map(|(p, _)| p.clone());
-        // children before their parents, which they are counted below
-        let mut paths: Vec<Path> = [path.clone()].into_iter().chain(below).collect();
+        self.blind.remove(path);
+        let at = self.tree.find(path);
+        let all = at.map(|at| self.tree.subtree(at)).unwrap_or_default();
         // of a root that is out of sight, what is held stays so
         let lost = path.is_empty();
-        while let Some(path) = paths.pop() {
-            self.blind.remove(&path);
-            let Some(node) = self.tree.get(&path).copied() else {
+        // children before their parents, which they are counted below
+        for at in all.into_iter().rev() {
+            let (Some(path), Some(node)) = (self.tree.path(at), self.tree.node(at)) else {
                 continue;
             };
+            let (path, node) = (path.clone(), *node);
+            self.blind.remove(&path);
             actions.extend(node.wd.map(Action::Unwatch));
             self.late.remove(&node.id);
             self.late_roots.remove(&node.id);
-            let gates: Vec<Above> = self.above(&path).map(|(stage, id, _)| (stage, id)).collect();
-            self.place(&path, node.id, node.element, None);
+            self.place(at, node.element, None);
             if !lost {
-                self.count_held(&path, &node, false);
-            }
-            self.tree.remove(&path);
-            if let Some(stage) = gates::stage(&path) {
-                self.gates.went(stage, node.id);
-            }
-            if let Some(draft) = &mut self.draft {
-                draft.went(&path, &node);
+                self.count_held(at, false);
             }
             if let Some(outcome) = node.element {
                 if self.dying.as_ref().is_some_and(|list| list.len() >= dying::MOST) {
                     actions.push(Action::Tell(Note::Crowded));
                 }
-                let level = self.level(&path);
-                self.keep(Dying::new(node.id, level, outcome, path.clone(), gates));
-                actions.push(Action::Tell(Note::Classified { path, outcome: None }));
+                self.keep(at, &path, &node, outcome);
+                actions.push(Action::Tell(Note::Classified { path: path.clone(), outcome: None }));
+            }
+            self.tree.remove(at);
+            if let Some(stage) = gates::stage_at(node.depth) {
+                self.gates.went(stage, node.id);
+            }
+            if let Some(draft) = &mut self.draft {
+                draft.went(&path, &node);
             }
         }
-        if path.is_empty() {
+        if lost {
             // the root itself: it may come back
             self.blind.insert(path.clone());
         }
     }
 
     fn failed(&mut self, path: Path, errno: Errno, actions: &mut Vec<Action>) {
-        let parent_known = tree::parent(&path).is_none_or(|p| self.tree.get(p).is_some());
-        if parent_known {
+        if path.is_empty() || self.tree.above(&path).is_some() {
             self.blind.refused(&path, errno, actions);
         }
     }
 
-    /// The target by which a new cgroup went until now: its parent's, or that one's before.
-    fn way_before(&self, path: &[u8]) -> Option<Outcome> {
-        let parent = self.tree.get(tree::parent(path)?)?;
+    /// Notes by which way a new cgroup went until now, where that is not its own: its parent's, or
+    /// that one's before.
+    fn came_late(&mut self, at: Index) {
+        let Some((_, node)) = self.tree.up(at).next() else { return };
+        if node.hold == Hold::Root {
+            self.late_roots.insert(node.id);
+        }
+        let Some((_, parent)) = self.tree.up(at).nth(1) else { return };
+        // what is below a held one has sent nothing until now: its connections need not be ended,
+        // they go on by themselves
+        let root = self.tree.up(at).skip(1).find(|(_, node)| node.hold == Hold::Root);
+        let was_held = root.is_some_and(|(_, root)| !self.late_roots.contains(&root.id));
         let way = || policy::outcome(&self.config, parent.rank);
-        Some(self.late.get(&parent.id).copied().unwrap_or_else(way))
+        let was = self.late.get(&parent.id).copied().unwrap_or_else(way);
+        let is_held = node.hold == Hold::Below && was_held;
+        if !is_held && was != policy::outcome(&self.config, node.rank) {
+            self.late.insert(node.id, was);
+        }
     }
 
-    /// Whether a new cgroup below a held one has sent nothing until now: its connections need not be
-    /// ended, they go on by themselves.
-    fn was_held(&self, path: &[u8]) -> bool {
-        let mut above = std::iter::successors(tree::parent(path), |path| tree::parent(path));
-        let root = above.find_map(|path| {
-            let node = self.tree.get(path)?;
-            (node.hold == Hold::Root).then_some(node.id)
-        });
-        root.is_some_and(|id| !self.late_roots.contains(&id))
-    }
-
-    /// Rank and element of a path, by the rank of its parent; only the root has none.
-    fn classify(
-        &mut self,
-        parent: Option<policy::Rank>,
-        path: &[u8],
-        foreign: bool,
-    ) -> (policy::Rank, Option<Outcome>) {
-        let Some(parent) = parent else {
-            return (policy::root_rank(&self.config), None);
-        };
-        let rank = self.memo.rank(&self.config, parent, path, foreign);
-        (rank, self.element(parent, path, rank))
-    }
-
-    /// The element of a path of that rank.
-    fn element(&self, parent: policy::Rank, path: &[u8], rank: policy::Rank) -> Option<Outcome> {
-        let outcome = policy::outcome(&self.config, rank);
+    /// The element of a cgroup below a parent of that rank.
+    fn element(&self, parent: policy::Rank, node: &Node) -> Option<Outcome> {
+        let outcome = policy::outcome(&self.config, node.rank);
         let differs = outcome != policy::outcome(&self.config, parent);
-        let reachable = self.base_level + tree::depth(path) <= self.deepest;
+        let reachable = self.base_level + usize::from(node.depth) <= self.deepest;
         (differs && reachable).then_some(outcome)
     }
 
     /// The level of a cgroup that is held or below one, where the kernel has to know of it. The root
     /// of all needs no element; what is too deep goes its ancestors' way, known or not; and what nft
     /// cannot show stays unknown.
-    fn held_level(&self, path: &[u8], node: &Node) -> Option<u8> {
-        let level = self.base_level + tree::depth(path);
-        let shown = (1..=self.deepest).contains(&level) && dying::is_listable(path);
+    fn held_level(&self, node: &Node) -> Option<u8> {
+        let level = self.base_level + usize::from(node.depth);
+        let shown = (1..=self.deepest).contains(&level) && node.listable;
         (node.hold != Hold::None && shown).then_some(level as u8)
     }
 
-    fn count_held(&mut self, path: &[u8], node: &Node, up: bool) {
-        match self.held_level(path, node) {
+    fn count_held(&mut self, at: Index, up: bool) {
+        let Some(node) = self.tree.node(at) else { return };
+        match self.held_level(node) {
             Some(level) => self.holds.count(node.id, level, node.hold, up),
-            None if path.is_empty() && node.hold == Hold::Root => self.holds.hold_all(),
+            None if node.depth == 0 && node.hold == Hold::Root => self.holds.hold_all(),
             None => {}
         }
     }
 
-    fn count(&mut self, path: &[u8], element: Option<Outcome>, up: bool) {
-        let Some(outcome) = element else { return };
-        let hashed = self.is_hashed(path);
-        self.count_pair(Pair { level: self.level(path), outcome, hashed, loose: false }, up);
-        let gates = self.above(path).map(|(stage, id, hashed)| Gate::new(stage, id, hashed));
-        let gates: Vec<Gate> = gates.collect();
-        gates.into_iter().for_each(|gate| self.gates.count(gate, up));
+    fn count(&mut self, at: Index, element: Option<Outcome>, up: bool) {
+        let Some((outcome, node)) = element.zip(self.tree.node(at)) else { return };
+        let (level, hashed) = (self.level(node), self.is_hashed(node));
+        self.count_pair(Pair { level, outcome, hashed, loose: false }, up);
+        let by_hash = self.dying.is_some();
+        for (stage, node) in gates_above(&self.tree, at) {
+            let hashed = by_hash && !(self.listable && node.listable);
+            self.gates.count(Gate::new(stage, node.id, hashed), up);
+        }
     }
 
-    /// The living gates that a path is at or below: stage, cgroup id, whether by its hash.
-    fn above<'a>(&'a self, path: &'a [u8]) -> impl Iterator<Item = (Stage, u64, bool)> + 'a {
-        gates::above(path).filter_map(|(stage, path)| {
-            let node = self.tree.get(path)?;
-            Some((stage, node.id, self.is_hashed(path)))
-        })
-    }
-
-    /// The level of a path that is not too deep.
-    fn level(&self, path: &[u8]) -> u8 {
-        (self.base_level + tree::depth(path)) as u8
+    /// The level of a cgroup that is not too deep.
+    fn level(&self, node: &Node) -> u8 {
+        (self.base_level + usize::from(node.depth)) as u8
     }
 
     fn count_pair(&mut self, pair: Pair, up: bool) {
@@ -744,21 +721,22 @@ impl Core {
         }
     }
 
-    /// Keeps a removed cgroup, where the kernel can match it.
-    fn keep(&mut self, dying: Dying) {
+    /// Keeps a cgroup that is being removed, where the kernel can match it.
+    fn keep(&mut self, at: Index, path: &Path, node: &Node, outcome: Outcome) {
         if self.dying.is_none() {
             return;
         }
-        for (stage, id) in dying.gates.clone() {
-            // those above live still
-            let living = self.above(dying.path.as_deref().unwrap_or_default());
-            let living = living.filter(|above| above.1 == id).map(|above| above.2).next();
-            self.gates.count(Gate::new(stage, id, living.unwrap_or(true)), true);
+        let mut gates = Vec::new();
+        for (stage, above) in gates_above(&self.tree, at) {
+            // those above it live still
+            let hashed = above.id == node.id || !(self.listable && above.listable);
+            self.gates.count(Gate::new(stage, above.id, hashed), true);
+            gates.push((stage, above.id));
         }
-        self.put(dying);
+        self.put(Dying::new(node.id, self.level(node), outcome, path.clone(), gates));
     }
 
-    /// The same, of one whose gates are counted.
+    /// Keeps a removed cgroup whose gates are counted.
     fn put(&mut self, dying: Dying) {
         let Some(list) = &mut self.dying else { return };
         let pair = dying.pair();
@@ -777,22 +755,19 @@ impl Core {
         self.gates.release(&dying.gates);
     }
 
-    fn is_listable(&self, path: &[u8]) -> bool {
-        self.listable && dying::is_listable(path)
-    }
-
     /// Whether a living cgroup is matched by its hash.
-    fn is_hashed(&self, path: &[u8]) -> bool {
-        self.dying.is_some() && !self.is_listable(path)
+    fn is_hashed(&self, node: &Node) -> bool {
+        self.dying.is_some() && !(self.listable && node.listable)
     }
 
     /// Notes which element a living cgroup should have, against the one it has now.
-    fn place(&mut self, path: &[u8], id: u64, now: Option<Outcome>, wanted: Option<Outcome>) {
-        self.count(path, now, false);
-        self.count(path, wanted, true);
-        match self.is_hashed(path) {
-            true => self.match_living(id, now, wanted),
-            false => self.want(id, now, wanted),
+    fn place(&mut self, at: Index, now: Option<Outcome>, wanted: Option<Outcome>) {
+        self.count(at, now, false);
+        self.count(at, wanted, true);
+        let Some(node) = self.tree.node(at) else { return };
+        match (node.id, self.is_hashed(node)) {
+            (id, true) => self.match_living(id, now, wanted),
+            (id, false) => self.want(id, now, wanted),
         }
     }
 
@@ -813,6 +788,11 @@ impl Core {
     }
 }
 
-fn tree_root() -> Path {
-    Rc::from(&b""[..])
+fn scan(path: Path, deep: bool) -> Action {
+    Action::Scan(Scan { path, deep })
+}
+
+/// The gates that a cgroup is at or below.
+fn gates_above(tree: &Tree, at: Index) -> impl Iterator<Item = (Stage, &Node)> {
+    tree.up(at).filter_map(|(_, node)| Some((gates::stage_at(node.depth)?, node)))
 }

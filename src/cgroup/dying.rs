@@ -136,7 +136,12 @@ impl List {
 
     /// The living cgroups that are next above them: the kernel knows of each how many below it die.
     pub fn above(&self, living: &Tree) -> BTreeSet<Path> {
-        self.all.iter().filter_map(|dying| next_above(dying, living)).collect()
+        let root = living.path(tree::ROOT);
+        let next = |dying: &Dying| match &dying.path {
+            Some(path) => living.path(living.nearest(path)?),
+            None => root,
+        };
+        self.all.iter().filter_map(next).cloned().collect()
     }
 
     /// Nothing below that living cgroup is dying any more.
@@ -173,18 +178,6 @@ impl List {
 /// Whether nft can show a path and take it back.
 pub fn is_listable(path: &[u8]) -> bool {
     !path.contains(&b'"')
-}
-
-/// The nearest ancestor that lives; the root where the path is not known.
-fn next_above(dying: &Dying, living: &Tree) -> Option<Path> {
-    let mut at: &[u8] = dying.path.as_deref().unwrap_or_default();
-    while let Some(parent) = tree::parent(at) {
-        at = parent;
-        if living.get(at).is_some() {
-            break;
-        }
-    }
-    living.get(at).map(|_| at.into())
 }
 
 /// What nft_hash's `jhash … mod 4294967295 seed 0x1` makes of a cgroup id as it stands in a
@@ -249,10 +242,8 @@ mod tests {
     fn when_they_are_let_go() {
         let mut tree = Tree::default();
         for path in ["", "/a"] {
-            let hold = Default::default();
-            let (id, wd, rank, element, account, foreign) = (0, None, 0, None, 0, false);
-            let node = Node { id, wd, rank, element, account, foreign, hold };
-            tree.insert(path.as_bytes().into(), node);
+            let path: Path = path.as_bytes().into();
+            tree.insert(path.clone(), tree.above(&path), Node::default());
         }
         let mut list = List::default();
         list.push(dying(1, "/a/b"));

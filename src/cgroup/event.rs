@@ -20,21 +20,11 @@ pub enum Event {
     Unwatched { wd: i32 },
     /// Events were lost.
     Overflow,
-    /// A scan found what was known already.
-    Same { path: Path },
-    /// A scan found a cgroup that is not known under its path, or one to be listed again.
+    /// A scan found a cgroup.
     Found(Found),
-    /// A cgroup that was found has been listed: its watch (or why there is none), its children.
-    Listed {
-        path: Path,
-        id: u64,
-        wd: Option<i32>,
-        refused: Option<Errno>,
-        owner: u32,
-        children: Vec<Box<[u8]>>,
-    },
-    /// The children of one that was found could not be listed: those known stay.
-    Unlisted { path: Path, id: u64, wd: Option<i32>, errno: Errno },
+    /// A cgroup that was found has been watched, or why not, and listed; without a list those of its
+    /// children that are known stay.
+    Listed { path: Path, id: u64, wd: Option<i32>, refused: Option<Errno>, list: Option<List> },
     /// A scan found nothing under that path.
     Gone { path: Path },
     /// A scan could not be done.
@@ -96,9 +86,7 @@ pub enum Note {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scan {
     pub path: Path,
-    /// The id that is known under this path: where it is still the same, there is nothing to do.
-    pub known: Option<u64>,
-    /// Look at the children even so: events about them may have been lost.
+    /// Look at its children even where it is known: events about them may have been lost.
     pub deep: bool,
 }
 
@@ -107,8 +95,19 @@ pub struct Scan {
 pub struct Found {
     pub path: Path,
     pub id: u64,
-    /// See [`Node::foreign`].
+    /// See [`Scan`].
+    pub deep: bool,
+    /// See [`super::tree::Node::foreign`].
     pub foreign: bool,
-    /// It may have been in use for some time.
+    /// When that was, in nanoseconds since the epoch, where its list is to tell whether it was late.
+    pub at: Option<u64>,
+}
+
+/// What listing a cgroup found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct List {
+    pub owner: u32,
+    /// It may have been in use for some time when it was found.
     pub late: bool,
+    pub children: Vec<Box<[u8]>>,
 }

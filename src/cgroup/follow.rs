@@ -50,6 +50,8 @@ pub struct Cgroups {
     /// Read, and not handled yet.
     events: Backlog<Event>,
     pub core: Core,
+    /// Found since the last work, so that their elements come first.
+    found: Vec<Found>,
     /// Found, and neither watched nor listed yet; or listed, and not looked at yet.
     work: Backlog<Work>,
     /// Until when is to be done at once what may as well wait.
@@ -129,6 +131,7 @@ impl Cgroups {
             watcher,
             events: Backlog::default(),
             core,
+            found: Vec::new(),
             work: Backlog::default(),
             until: now,
             look_again: None,
@@ -180,11 +183,15 @@ impl Cgroups {
 
     /// Whether any work waits.
     pub fn is_busy(&self) -> bool {
-        !(self.events.is_empty() && self.work.is_empty())
+        !(self.events.is_empty() && self.found.is_empty() && self.work.is_empty())
     }
 
     /// Does some of the work that waits, which may make more of it; returns how much.
     pub fn work(&mut self) -> usize {
+        for found in std::mem::take(&mut self.found) {
+            self.note(&found.path);
+            self.put_off(&found.path.clone(), Work::Watch(found));
+        }
         let look = |watcher: &mut Watcher, work| match work {
             Work::Watch(found) => watcher.watch(&found),
             Work::Scan(scan) => watcher.scan(&scan),
@@ -217,9 +224,19 @@ impl Cgroups {
         most
     }
 
+    /// Notes what has come there, for whoever looks for that.
+    fn note(&mut self, path: &Path) {
+        let Some((_, target)) = self.core.ruled(path) else { return };
+        if self.core.config().containers {
+            self.ruled.push(path.clone());
+        }
+        self.proxied |= matches!(target, Target::Tproxy(_));
+    }
+
     /// Puts off a look at a cgroup.
     fn put_off(&mut self, path: &Path, work: Work) {
-        let dir = tree::parent(path).and_then(|parent| self.core.tree().get(parent));
+        let tree = self.core.tree();
+        let dir = tree.above(path).and_then(|at| tree.node(at));
         let (account, wd) = dir.map_or((0, None), |dir| (dir.account, dir.wd));
         self.work.push(account, wd.unwrap_or(-1), work);
     }
@@ -237,14 +254,7 @@ impl Cgroups {
                     let event = self.watcher.scan(&scan);
                     self.core.step(event, actions);
                 }
-                Action::Watch(found) => {
-                    if self.core.config().containers && self.core.ruled(&found.path).is_some() {
-                        self.ruled.push(found.path.clone());
-                    }
-                    let target = || self.core.outcome(&found.path).map(|outcome| outcome.target);
-                    self.proxied |= !self.proxied && matches!(target(), Some(Target::Tproxy(_)));
-                    self.put_off(&found.path.clone(), Work::Watch(found))
-                }
+                Action::Watch(found) => self.found.push(found),
                 Action::Unwatch(wd) => {
                     self.removed = true;
                     self.watcher.unwatch(wd)
@@ -382,9 +392,8 @@ impl Cgroups {
             if self.events.len() >= MOST {
                 break;
             }
-            let above = self.watcher.above().to_vec();
-            let (read, more) = self.watcher.read()?;
-            for event in read.filter_map(watch::event) {
+            let more = self.watcher.read()?;
+            for event in self.watcher.events().filter_map(watch::event) {
                 let dir = match event {
                     Event::Changed { wd, .. } | Event::Unwatched { wd } => wd,
                     _ => -1,
@@ -394,12 +403,10 @@ impl Cgroups {
                     // and with it at what waits
                     self.events = Backlog::default();
                 }
-                if above.contains(&dir) || event == Event::Overflow {
+                if self.watcher.above().contains(&dir) || event == Event::Overflow {
                     self.in_doubt = true;
                 }
-                let path = self.core.tree().watched(dir);
-                let account = path.map_or(0, |path| self.core.account(path));
-                self.events.push(account, dir, event);
+                self.events.push(self.core.account(dir), dir, event);
             }
             if !more {
                 break;

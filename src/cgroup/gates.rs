@@ -6,7 +6,6 @@
 
 use super::dying::hash;
 use super::tally::Tally;
-use super::tree::{self, Path};
 use crate::nft::table::{Stage, DEPTHS};
 
 /// A cgroup at the depth of a stage, with elements at or below it: what stands in the kernel's sets.
@@ -87,37 +86,13 @@ impl Gates {
 }
 
 /// The stage whose gates lie at that depth.
-pub fn stage_at(depth: usize) -> Option<Stage> {
-    DEPTHS.iter().position(|at| *at == depth)
-}
-
-/// The paths of the gates that a path is at or below.
-pub fn above(path: &[u8]) -> impl Iterator<Item = (Stage, &[u8])> {
-    let ends = (1..path.len()).filter(|at| path[*at] == b'/');
-    let ends = ends.chain((!path.is_empty()).then_some(path.len())).enumerate();
-    ends.filter_map(|(n, end)| Some((stage_at(n + 1)?, &path[..end])))
-}
-
-/// The stage of a path that is a gate's.
-pub fn stage(path: &Path) -> Option<Stage> {
-    stage_at(tree::depth(path))
+pub fn stage_at(depth: u16) -> Option<Stage> {
+    DEPTHS.iter().position(|at| *at == depth.into())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_gates_above_a_path() {
-        let of = |path: &'static str| {
-            let all = above(path.as_bytes());
-            all.map(|(n, p)| (n, std::str::from_utf8(p).unwrap())).collect::<Vec<_>>()
-        };
-        assert_eq!(of(""), []);
-        assert_eq!(of("/a"), [(0, "/a")]);
-        assert_eq!(of("/a/b/c"), [(0, "/a"), (1, "/a/b")]);
-        assert_eq!(of("/a/b/c/d/e")[2], (2, "/a/b/c/d"));
-    }
 
     #[test]
     fn a_gate_that_is_removed() {

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::dying;
 use super::holds;
-use super::tree::{self, Hold, Node, Path, Tree};
+use super::tree::{self, Hold, Index, Node, Path, Tree};
 use crate::config::{Config, Outcome};
 use crate::policy;
 
@@ -15,11 +15,11 @@ use crate::policy;
 pub struct Ranking {
     pub config: Rc<Config>,
     pub memo: policy::Memo,
-    /// By cgroup id; of every cgroup up to `reached`, in the order of the tree.
+    /// By cgroup id; of every cgroup with an index below `next`, and of some others.
     pub ranks: HashMap<u64, (policy::Rank, Hold)>,
     /// See [`holds::of`].
     names_root: bool,
-    reached: Option<Path>,
+    next: Index,
     /// The targets of removed ones.
     pub removed: HashMap<Path, Outcome>,
     /// Removed ones whose turn comes once every other has had its own.
@@ -33,31 +33,32 @@ impl Ranking {
             names_root,
             memo: policy::Memo::default(),
             ranks: HashMap::new(),
-            reached: None,
+            next: 0,
             removed: HashMap::new(),
             left: None,
         }
     }
 
-    /// Ranks one cgroup of a tree that has its parent, which has been ranked.
-    fn rank(&mut self, tree: &Tree, path: &[u8], node: &Node) {
-        let parent = tree::parent(path).and_then(|parent| tree.get(parent));
-        let (parent, held) = parent.and_then(|parent| self.ranks.get(&parent.id)).copied().unzip();
+    /// Ranks a cgroup, after those above it.
+    fn rank(&mut self, tree: &Tree, at: Index) -> Option<(policy::Rank, Hold)> {
+        let (path, node) = (tree.path(at)?, tree.node(at)?);
+        if let Some(known) = self.ranks.get(&node.id) {
+            return Some(*known);
+        }
+        let above = tree.parent(at).and_then(|parent| self.rank(tree, parent));
+        let (parent, held) = above.unzip();
         let rank = match parent {
             Some(parent) => self.memo.rank(&self.config, parent, path, node.foreign),
             None => policy::root_rank(&self.config),
         };
         let hold = holds::of(&mut self.memo, &self.config, held, path, self.names_root);
         self.ranks.insert(node.id, (rank, hold));
+        Some((rank, hold))
     }
 
-    /// A cgroup has come. Before its parent has had its turn, it waits for its own.
-    pub fn came(&mut self, tree: &Tree, path: &[u8], node: &Node) {
-        let parent = tree::parent(path).map(|parent| tree.get(parent));
-        let known = |parent: Option<&Node>| parent.is_some_and(|p| self.ranks.contains_key(&p.id));
-        if parent.is_none_or(known) {
-            self.rank(tree, path, node);
-        }
+    /// A cgroup has come, maybe with an index that has had its turn.
+    pub fn came(&mut self, tree: &Tree, at: Index) {
+        self.rank(tree, at);
     }
 
     /// A cgroup is gone.
@@ -69,15 +70,9 @@ impl Ranking {
 
     /// Works out one piece; false where all is known.
     pub fn go_on(&mut self, tree: &Tree, dying: &Option<dying::List>) -> bool {
-        let next = match &self.reached {
-            None => tree.iter().next(),
-            Some(path) => tree.after(path),
-        };
-        if let Some((path, node)) = next {
-            if !self.ranks.contains_key(&node.id) {
-                self.rank(tree, path, node);
-            }
-            self.reached = Some(path.clone());
+        if let Some(at) = tree.next(self.next) {
+            self.rank(tree, at);
+            self.next = at + 1;
             return true;
         }
         let left = self.left.get_or_insert_with(|| {

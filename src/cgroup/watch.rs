@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::unistd::geteuid;
 
-use super::event::{Event, Found, Scan};
+use super::event::{Event, Found, List, Scan};
 use super::tree::Path;
 use crate::error::{errno, Error, Result};
 use crate::policy;
@@ -47,7 +47,7 @@ pub fn inotify() -> std::result::Result<Inotify, Errno> {
     Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
 }
 
-/// A cgroup that is looked at so long after somebody has used it is late.
+/// A cgroup that is found so long after somebody has used it is late.
 const LATE: Duration = Duration::from_millis(50);
 
 /// Looks at cgroup directories, and watches those it has looked at unless made with `look_only`.
@@ -61,6 +61,8 @@ pub struct Watcher {
     /// What is found from now on has come since everything was looked at.
     tells_late: bool,
     buf: Box<[u8; READ]>,
+    /// How much of it is events.
+    read: usize,
 }
 
 impl Watcher {
@@ -80,7 +82,7 @@ impl Watcher {
         let root = root.as_os_str().as_bytes();
         let root = root.strip_suffix(b"/").unwrap_or(root).to_vec();
         let (above, buf) = (Vec::new(), Box::new([0; READ]));
-        Watcher { inotify: None, root, base: None, above, tells_late: false, buf }
+        Watcher { inotify: None, root, base: None, above, tells_late: false, buf, read: 0 }
     }
 
     /// Everything has been looked at: tells from now on of what is found whether it is late.
@@ -98,12 +100,12 @@ impl Watcher {
         self.inotify.as_ref().map(|fd| fd.as_fd())
     }
 
-    /// Reads one bufferful of events, and tells whether there may be more.
-    pub fn read(&mut self) -> Result<(RawEvents<'_>, bool)> {
+    /// Reads one bufferful of [`Watcher::events`], and tells whether there may be more.
+    pub fn read(&mut self) -> Result<bool> {
         let Some(inotify) = &self.inotify else {
-            return Ok((RawEvents::new(&[]), false));
+            return Ok(false);
         };
-        let length = loop {
+        self.read = loop {
             match nix::unistd::read(inotify, &mut self.buf[..]) {
                 Ok(length) => break length,
                 Err(Errno::EINTR) => continue,
@@ -112,8 +114,12 @@ impl Watcher {
             }
         };
         // what would have had room beside them would be among them
-        let more = self.buf.len() - length < EVENT;
-        Ok((RawEvents::new(&self.buf[..length]), more))
+        Ok(self.buf.len() - self.read < EVENT)
+    }
+
+    /// What has been read.
+    pub fn events(&self) -> RawEvents<'_> {
+        RawEvents::new(&self.buf[..self.read])
     }
 
     /// Watches the directory that the root is in, if that is in `top` or below it: it tells when the
@@ -140,47 +146,45 @@ impl Watcher {
     /// Looks which cgroup there is under a path.
     pub fn scan(&mut self, scan: &Scan) -> Event {
         let path = scan.path.clone();
-        let Some(name) = self.name(&path) else {
-            return Event::Gone { path };
-        };
         if path.is_empty() {
             // it may be another one by now
+            let Some(name) = self.name(&path) else {
+                return Event::Gone { path };
+            };
             self.base = match sys::open_path(&name) {
                 Ok(base) => Some(base),
                 Err(errno) => return failed(path, errno),
             };
         }
-        let Some((base, below)) = self.below_base(&name) else {
+        let (Some(base), Some(below)) = (&self.base, below(&path)) else {
             return Event::Gone { path };
         };
+        let (base, below) = (base.as_fd(), &*below);
         match sys::cgroup_id(base, below) {
-            Ok(id) if scan.known == Some(id) && !scan.deep => Event::Same { path },
-            id => {
+            Ok(id) => {
                 let foreign =
                     policy::is_of_exec(&path) && is_foreign(base, below, self.inotify.is_none());
-                let late = id != scan.known.ok_or(Errno::ENOENT) && self.is_late(base, below);
-                found_or_not(path, id, foreign, late)
+                Event::Found(Found { path, id, deep: scan.deep, foreign, at: self.now() })
             }
+            Err(errno) => failed(path, errno),
         }
     }
 
-    /// Whether somebody may have used a new cgroup for some time: events were lost, or we were stopped
-    /// or busy.
-    fn is_late(&self, base: BorrowedFd, path: &CStr) -> bool {
+    /// Now, where it is told of what is found whether it is late.
+    fn now(&self) -> Option<u64> {
         let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        self.tells_late && sys::directory(base, path).is_ok_and(|seen| now() > seen.changed + LATE)
+        self.tells_late.then(|| now().as_nanos() as u64)
     }
 
     /// Watches and lists a cgroup that was found. The watch comes before the list, so that a child
     /// made in between is in the list or in the queue, or in both.
     pub fn watch(&self, found: &Found) -> Event {
-        let Found { path, id, foreign, .. } = found.clone();
-        let Some(name) = self.name(&path) else {
+        let Found { path, id, foreign, at, .. } = found.clone();
+        let known = (&self.base, self.name(&path), below(&path));
+        let (Some(base), Some(name), Some(below)) = known else {
             return Event::Gone { path };
         };
-        let Some((base, below)) = self.below_base(&name) else {
-            return Event::Gone { path };
-        };
+        let (base, below) = (base.as_fd(), &*below);
         let mut refused = None;
         let wd = match &self.inotify {
             None => None,
@@ -202,15 +206,22 @@ impl Watcher {
         match listed {
             // what was watched and listed is another one by now
             Ok((seen, _)) if seen.inode as u32 != id as u32 => {
-                let late = self.is_late(base, below);
-                self.undo(wd, found_or_not(path, sys::cgroup_id(base, below), foreign, late))
+                let event = match sys::cgroup_id(base, below) {
+                    Ok(id) => Event::Found(Found { path, id, deep: true, foreign, at: self.now() }),
+                    Err(errno) => failed(path, errno),
+                };
+                self.undo(wd, event)
             }
             Ok((seen, children)) => {
-                Event::Listed { path, id, wd, refused, owner: seen.owner, children }
+                // events were lost, or we were stopped or busy
+                let late = at.is_some_and(|at| at > (seen.changed + LATE).as_nanos() as u64);
+                let list = Some(List { owner: seen.owner, late, children });
+                Event::Listed { path, id, wd, refused, list }
             }
             Err(errno) => match failed(path, errno) {
                 Event::Failed { path, errno } => {
-                    Event::Unlisted { path, id, wd, errno: refused.unwrap_or(errno) }
+                    let refused = refused.or(Some(errno));
+                    Event::Listed { path, id, wd, refused, list: None }
                 }
                 gone => self.undo(wd, gone),
             },
@@ -254,13 +265,6 @@ impl Watcher {
         name.extend_from_slice(&self.root);
         name.extend_from_slice(path);
         CString::new(name).ok()
-    }
-
-    /// Where to look for such a path: the root, and the way from there. `None` before the root is
-    /// known.
-    fn below_base<'a>(&'a self, name: &'a CStr) -> Option<(BorrowedFd<'a>, &'a CStr)> {
-        let base = self.base.as_ref()?;
-        Some((base.as_fd(), below(name, self.root.len())))
     }
 
     /// A watch on a directory that turned out to be gone would never be named again.
@@ -321,19 +325,6 @@ pub fn unreadable(root: &FilePath) -> Error {
     }
 }
 
-/// What a look for an id means.
-fn found_or_not(
-    path: Path,
-    id: std::result::Result<u64, Errno>,
-    foreign: bool,
-    late: bool,
-) -> Event {
-    match id {
-        Ok(id) => Event::Found(Found { path, id, foreign, late }),
-        Err(errno) => failed(path, errno),
-    }
-}
-
 /// What a look means that failed.
 fn failed(path: Path, errno: Errno) -> Event {
     match errno {
@@ -344,10 +335,12 @@ fn failed(path: Path, errno: Errno) -> Event {
     }
 }
 
-/// What follows the first `length` bytes and their slash; the root itself for nothing.
-fn below(name: &CStr, length: usize) -> &CStr {
-    let rest = name.to_bytes_with_nul().get(length + 1..);
-    rest.and_then(|rest| CStr::from_bytes_with_nul(rest).ok()).unwrap_or(c".")
+/// The way to a cgroup from the root; `None` where it cannot be one.
+fn below(path: &[u8]) -> Option<CString> {
+    match path {
+        [] => Some(c".".into()),
+        [_, below @ ..] => CString::new(below).ok(),
+    }
 }
 
 /// The names of a directory's subdirectories.

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use super::containers::{self, Container};
 use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
+use crate::cgroup::tree::{self, Index};
 use crate::cgroup::{mount, watch};
 use crate::config::{lint, Config, Outlet, Route, RuleLine};
 use crate::confine;
@@ -421,8 +422,10 @@ fn holds(config: &Config, core: Option<&Core>, findings: &mut Findings) {
             let path = if path.is_empty() { &b"/"[..] } else { path };
             line.regex.is_match(&String::from_utf8_lossy(path))
         };
-        let held: Vec<_> = core.tree().iter().map(|(path, _)| path).filter(|p| is(p)).collect();
-        let below = held.iter().filter(|path| core.tree().below(path).next().is_some());
+        let all = core.tree();
+        let held = |at: &Index| all.path(*at).is_some_and(|path| is(path));
+        let held: Vec<Index> = all.indices().filter(held).collect();
+        let below = held.iter().filter(|at| all.children(**at).next().is_some());
         match (held.len(), below.count()) {
             (0, _) => findings.warning(format!(
                 "{text}: no such cgroup is there: what is born in one before cgtproxy has seen it \
@@ -432,7 +435,7 @@ fn holds(config: &Config, core: Option<&Core>, findings: &mut Findings) {
                 "{text}: nothing is below what it matches: it holds what is born there later, not \
                  the cgroup itself, for which one above it is to be held"
             )),
-            (all, _) if held[0].is_empty() && !core.holds_root() => findings.warning(format!(
+            (all, _) if held[0] == tree::ROOT && !core.holds_root() => findings.warning(format!(
                 "{text}: the root of a cgroup namespace cannot be held, so what is born right below \
                  it is not; {} others are", all - 1
             )),
