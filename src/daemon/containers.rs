@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::time::ClockId;
 
 use super::Daemon;
 use crate::cgroup::tree::Path;
@@ -23,8 +24,14 @@ const FIRST_SLICE: Duration = Duration::from_millis(200);
 /// How many cgroups that come are looked at within a look that goes on.
 const MOST_ADDED: usize = 64;
 
-/// Between two looks, this many times what the first has cost.
+/// Between two looks, this many times what the first has cost of the processor.
 const REST: u32 = 8;
+
+/// Processor time that this thread has used. To wait for it costs nobody else, and must not keep
+/// a container waiting where the processor is wanted by many.
+fn used() -> Duration {
+    ClockId::CLOCK_THREAD_CPUTIME_ID.now().map_or(Duration::ZERO, Duration::from)
+}
 
 pub struct Search {
     pub containers: Containers,
@@ -219,7 +226,7 @@ impl Daemon<'_> {
         if self.containers.due.is_none() {
             return;
         }
-        let began = Instant::now();
+        let (began, before) = (Instant::now(), used());
         let core = &self.cgroups.core;
         let search = &mut self.containers;
         if search.asked.is_empty() {
@@ -244,7 +251,7 @@ impl Daemon<'_> {
                 break;
             }
         }
-        search.spent += began.elapsed();
+        search.spent += used().saturating_sub(before);
         match asking && !search.asked.is_empty() {
             true => search.due = Some(Instant::now()),
             false => search.done(),
