@@ -212,7 +212,6 @@ impl<'a> Yard<'a> {
 
 fn with_docker(yard: &mut Yard) -> Verdict {
     let processes = docker(yard.ground)?;
-    crate::gateway::bridge_netfilter(false);
     let engine = "docker -H unix:///run/docker.sock";
     as_docker_does(yard, engine, "", "box");
     yard.case("compose", |y| {
@@ -364,7 +363,8 @@ fn containers() {
             continue;
         }
         let ground = ground!("engines");
-        crate::gateway::bridge_netfilter(false);
+        // as dockerd has it
+        crate::gateway::bridge_netfilter(true);
         let world = World::new(&ground);
         let _proxy = Server::start(PROXY, &[7893]);
         // not empty without the container: podman removes the parents that it leaves empty
