@@ -9,6 +9,9 @@ is written to tests/bench/guests.json, which figures.py makes rows of README's t
 
 Kernels and, unless it is installed, qemu are fetched with apt into DIR (target/vm) and unpacked
 there: nothing is installed. A guest `mips` takes the kernel that `make vm-test-be` has built.
+
+`run.py --host GUEST COMMAND` runs a shell command, as root, on a guest's kernel with all of its
+modules and with this machine's files, of which it can change nothing. Exit status: the command's.
 """
 import glob, gzip, json, lzma, os, re, stat, subprocess, sys, time
 
@@ -180,8 +183,8 @@ class Initramfs:
         return gzip.compress(bytes(self.out), 1)
 
 
-def modules(tree):
-    """The modules of MODULES that are not built in, with what they depend on, dependencies first."""
+def modules(tree, wanted):
+    """The modules of `wanted` that are not built in, with what they depend on, dependencies first."""
     paths = {}
     for d, _, files in os.walk(tree):
         for f in files:
@@ -201,11 +204,19 @@ def modules(tree):
             add(other.replace('-', '_'))
         done[name] = data
 
-    for name in MODULES:
+    for name in wanted:
         add(name)
     order = list(done)
     add(LATE)
     return done, order
+
+
+def add_modules(fs, tree, wanted):
+    """Puts modules into /mods, and the order to load them in."""
+    found, order = modules(tree, wanted) if tree else ({}, [])
+    for name, data in found.items():
+        fs.file(f'mods/{name}.ko', data)
+    fs.file('mods/order', ''.join(f'{name}.ko\n' for name in order).encode())
 
 
 def initramfs(guest, tree):
@@ -221,13 +232,66 @@ def initramfs(guest, tree):
     fs.file('usr/sbin/cgtproxy', open(f'{release}/cgtproxy', 'rb').read(), 0o755)
     shipped = open(f'{ROOT}/conf/cgtproxy.conf', 'rb').read()
     fs.file('etc/cgtproxy/cgtproxy.conf.shipped', shipped)
-    found, order = modules(tree) if tree else ({}, [])
-    for name, data in found.items():
-        fs.file(f'mods/{name}.ko', data)
-    fs.file('mods/order', ''.join(f'{name}.ko\n' for name in order).encode())
+    add_modules(fs, tree, MODULES)
     path = f'{CACHE}/{guest}.cpio.gz'
     open(path, 'wb').write(fs.bytes())
     return path
+
+
+# the first process of a guest with this machine's files: a tmpfs over them, and modules on demand
+HOST_INIT = """#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t proc none /proc; mount -t sysfs none /sys; mount -t devtmpfs none /dev
+while read module; do insmod /mods/$module; done </mods/order
+mount -t tmpfs none /over; mkdir /over/upper /over/work
+mount -t 9p -o trans=virtio,version=9p2000.L,ro,msize=512000,cache=loose host /files
+mount -t overlay -o lowerdir=/files,upperdir=/over/upper,workdir=/over/work none /new
+for each in proc sys dev; do mount --move /$each /new/$each; done
+for each in tmp run; do mount -t tmpfs none /new/$each; done
+mkdir -p /new/dev/shm /new/dev/pts /new/lib/modules/$(uname -r)
+mount -t tmpfs none /new/dev/shm; mount -t devpts none /new/dev/pts
+mount -t cgroup2 none /new/sys/fs/cgroup
+mount --bind '/files@TREE@' /new/lib/modules/$(uname -r)
+exec switch_root /new /bin/sh /run-as-first
+"""
+HOST_RUN = """cd '@ROOT@' && (@COMMAND@
+)
+status=$?; echo; echo "VM EXIT $status"; sync; echo o >/proc/sysrq-trigger; while :; do :; done
+"""
+
+
+def on_host(guest, command):
+    """Runs a command on a guest's kernel with this machine's files; returns its exit status."""
+    image, tree = kernel(guest)
+    base = tree[:tree.rindex('/lib/modules/')]
+    run('depmod', '-b', base, os.path.basename(tree))
+    fs = Initramfs()
+    for d in ('proc', 'sys', 'dev', 'files', 'over', 'new', 'bin'):
+        fs.mkdir(d)
+    fs.entry('dev/console', stat.S_IFCHR | 0o600, device=(5, 1))
+    fs.file('bin/busybox', open('/bin/busybox', 'rb').read(), 0o755)
+    fs.file('init', HOST_INIT.replace('@TREE@', tree).replace('/run-as-first', f'{CACHE}/host.sh')
+            .encode(), 0o755)
+    open(f'{CACHE}/host.sh', 'w').write(
+        HOST_RUN.replace('@ROOT@', ROOT).replace('@COMMAND@', command))
+    add_modules(fs, tree, [*MODULES, *'virtio_pci 9pnet_virtio 9p overlay'.split()])
+    open(f'{CACHE}/host.cpio.gz', 'wb').write(fs.bytes())
+    machine, options = GUESTS[guest][4:]
+    run_qemu, env = qemu(machine)
+    done = subprocess.Popen(run_qemu + options.split() + [
+        '-accel', 'tcg,thread=multi', '-smp', '2', '-m', '4096', '-nographic', '-no-reboot',
+        '-nic', 'none', '-fsdev', 'local,id=host,path=/,security_model=none,readonly=on,multidevs=remap',
+        '-device', 'virtio-9p-pci,fsdev=host,mount_tag=host', '-kernel', image,
+        '-initrd', f'{CACHE}/host.cpio.gz', '-append', 'console=ttyS0 panic=-1 quiet'],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=env)
+    status = 1
+    for line in done.stdout:
+        text = line.decode(errors='replace').replace('\r', '')
+        print(text, end='', flush=True)
+        if said := re.match(r'VM EXIT (\d+)', text):
+            status = int(said.group(1))
+    done.wait()
+    return status
 
 
 def boot(guest, figures):
@@ -260,12 +324,14 @@ def boot(guest, figures):
 def main(arguments):
     if arguments[:1] == ['--arches']:
         return print(*dict.fromkeys(GUESTS[g][3] for g in arguments[1:]))
+    os.makedirs(CACHE, exist_ok=True)
+    if arguments[:1] == ['--host'] and len(arguments) == 3:
+        sys.exit(on_host(*arguments[1:]))
     figures = arguments[:1] == ['--figures']
     arguments = arguments[figures:]
     wrong = [g for g in arguments if g not in GUESTS]
     if wrong or not arguments:
         sys.exit(f'run.py: guests are {", ".join(GUESTS)}')
-    os.makedirs(CACHE, exist_ok=True)
     failed, measured = 0, {}
     for guest in arguments:
         start = time.monotonic()

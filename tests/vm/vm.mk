@@ -2,7 +2,7 @@
 
 GUESTS = amd64-6.1 amd64-6.12 i386-6.1 arm64-6.12 armhf-6.1 mipsel-6.1 riscv64
 
-.PHONY: vm-test vm-test-be vm-quick vm-guests vm-bench
+.PHONY: vm-test vm-test-be vm-quick vm-guests vm-bench vm-it
 
 # Builds the program and the guests' first process for the architectures of GUESTS.
 vm-guests:
@@ -24,6 +24,17 @@ vm-quick:
 	+@if command -v qemu-system-x86_64 >/dev/null || test -e target/vm/qemu/done; \
 	  then $(MAKE) --no-print-directory vm-guests GUESTS=i386-6.1 && python3 tests/vm/run.py i386-6.1; \
 	  else echo "SKIP: no 32-bit kernel is tested: no qemu-system-x86_64 (make vm-test fetches it)"; fi
+
+# Integration tests, `real::` too, on a guest's kernel with all its modules and with this machine's
+# files: `make vm-it GUEST=amd64-6.12 TESTS="real::tunnel --ignored"`. Emulated, so some twenty times
+# slower than here; what a test measures means nothing.
+GUEST = amd64-6.12
+vm-it: build deps
+	$(call have,depmod qemu-system-x86_64) && test -x /bin/busybox || { apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends kmod busybox-static qemu-system-x86; }
+	it=$$(cargo test --locked --test it --no-run 2>&1 | sed -n 's/.*(\(.*\))$$/\1/p') && \
+	  python3 tests/vm/run.py --host $(GUEST) "CGTPROXY_BIN=$(abspath $(BIN)) ONLY='$(ONLY)' \
+	    PATH=/usr/sbin:/usr/bin:/sbin:/bin $(abspath .)/$$it --nocapture $(TESTS)"
 
 # Big-endian MIPS, as ath79 routers are. Debian has no such kernel, so one is built, once; that
 # takes some minutes, and installs a cross compiler if there is none.
