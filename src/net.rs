@@ -285,6 +285,12 @@ impl Ranges {
         self.v6 = Range::merge(std::mem::take(&mut self.v6));
     }
 
+    /// Whether a single address is among them.
+    pub fn has_a_host(&self) -> bool {
+        self.v4.iter().any(|range| range.first == range.last)
+            || self.v6.iter().any(|range| range.first == range.last)
+    }
+
     /// Of merged ones, whether they have the address.
     pub fn holds(&self, address: IpAddr) -> bool {
         match address {

@@ -16,7 +16,9 @@ use crate::netlink::link::Link;
 use crate::policy;
 
 /// A line for each route whose tunnel's own packets come back to it, as far as can be seen: the
-/// program that holds the interface, or a tunnel of the kernel, whose packets belong to no cgroup.
+/// program that holds the interface, or a tunnel of the kernel. That sends what it carries in the
+/// same sk_buff, socket and all (since Linux 4.18), and has packets without one besides: WireGuard's
+/// handshakes.
 /// `spared` are the inodes of sockets whose mark has them left alone.
 pub fn loops(config: &Config, core: &Core, links: &[Link], spared: &HashSet<u32>) -> Vec<String> {
     let of =
@@ -43,11 +45,12 @@ pub fn loops(config: &Config, core: &Core, links: &[Link], spared: &HashSet<u32>
         let Some((index, route)) = of(&link.name).filter(|_| kernels.contains(&&*link.kind)) else {
             continue;
         };
-        let exempt = !config.bypass_marks.is_empty() || !config.bypass.is_empty();
-        if config.default == Target::Route(index as u8) && !exempt {
+        let exempt = !config.bypass_marks.is_empty()
+            || [&config.bypass, &route.outlet.bypass].iter().any(|ranges| ranges.has_a_host());
+        if config.decides(Target::Route(index as u8)) && !exempt {
             lines.push(line(
                 route,
-                "its packets belong to no cgroup, and that is the default; name \
+                "what it sends keeps the cgroup and the owner of what it carries; name \
                 its FwMark as bypass-mark, or its peer's address as bypass",
             ));
         }

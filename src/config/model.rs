@@ -627,6 +627,13 @@ impl Config {
         self.outcome(self.rules.len())
     }
 
+    /// Whether a line of [rules] or the default leads to a target.
+    pub fn decides(&self, target: Target) -> bool {
+        self.default == target
+            || self.rules.iter().any(|rule| rule.target == target)
+            || self.owner_rules.iter().any(|rule| rule.target == target)
+    }
+
     /// What may hold cgroups, in the order of the sets: each target whoever the owner is, then what
     /// the patterns come to behind lines for owners.
     pub fn outcomes(&self) -> impl Iterator<Item = Outcome> {

@@ -398,13 +398,53 @@ fn a_tunnel_that_carries_itself_is_seen() {
     ip_batch(&[], "link add vx0 type vxlan id 7 remote 192.0.2.2 dstport 4789\n");
     let kernels = "[global]\ndefault = vpn\n[route vpn]\ninterface = vx0\n[rules]\ndirect = /x\n";
     let lines = said(kernels);
-    assert!(lines.iter().any(|line| line.contains("belong to no cgroup")), "{lines:?}");
+    assert!(lines.iter().any(|line| line.contains("keeps the cgroup")), "{lines:?}");
+    let by_rule = "[global]\nbypass = private\n[route vpn]\ninterface = vx0\n[rules]\nvpn = /x\n";
+    assert!(said(by_rule)[0].contains("keeps the cgroup"), "{:?}", said(by_rule));
     for exempt in ["bypass = 192.0.2.2\n", "bypass-mark = 0xca6c\n"] {
         let lines = said(&kernels.replace("[global]\n", &format!("[global]\n{exempt}")));
         assert!(lines.is_empty(), "{exempt}{lines:?}");
     }
     let lines = said(&kernels.replace("default = vpn\n", ""));
-    assert!(lines.is_empty(), "by cgroup: {lines:?}");
+    assert!(lines.is_empty(), "for gateways alone: {lines:?}");
+}
+
+/// A tunnel of the kernel sends what it carries with the socket of who sent that, so a rule that has
+/// let it into the tunnel decides about it once more. VXLAN stands for WireGuard here; tests/real has
+/// that where the kernel does, as the interface of a route.
+#[test]
+fn a_tunnel_of_the_kernel() {
+    let ground = ground!("tunkern");
+    let _world = World::new(&ground);
+    let cgroups = ["/drop", "/vpn"].map(|path| ground.cgroup(path));
+    // by static neighbours, so that nothing that the kernel asks of itself is waited for
+    let vxlan = |name, remote, own: u8, other: u8| {
+        format!(
+            "link add {name} address 02:00:00:00:08:0{own} mtu 1400 type vxlan id 7 \
+             remote {remote} dstport {PORT}\n\
+             link set {name} up\naddr add 10.8.0.{own}/24 dev {name}\n\
+             neigh replace 10.8.0.{other} lladdr 02:00:00:00:08:0{other} dev {name}\n"
+        )
+    };
+    ground.outside(|| ip_batch(&[], &vxlan("vout0", HOST4, 2, 1)));
+    ip_batch(&[], &vxlan("vx0", GATE4, 1, 2));
+    let peer = addr("10.8.0.2".parse().expect("an address"), 80);
+    let ask = |cgroup: &Path| Client::tcp(cgroup, peer).timeout(Duration::from_secs(1)).run();
+    // vpn0 is not there, so what it decides about is refused
+    let rules = by_cgroup("") + "drop = /drop\n";
+    let bypass = "[global]\nbypass = 10.8.0.0/24\n";
+    let daemon = Daemon::start(&ground, &format!("{bypass}{rules}"), &[]);
+    await_member(&cgroups[0], "drop");
+    await_member(&cgroups[1], "vpn");
+    for cgroup in &cgroups {
+        let outcome = ask(cgroup);
+        assert!(!matches!(outcome, Outcome::Answer(_)), "{outcome:?}");
+    }
+    daemon.reconfigure(&format!("{bypass}bypass = {GATE4}\n{rules}"));
+    for cgroup in &cgroups {
+        let answers = || matches!(ask(cgroup), Outcome::Answer(_));
+        assert!(wait_until(Duration::from_secs(10), answers), "{:?}", ask(cgroup));
+    }
 }
 
 /// What it is about: with such a policy nothing passes, for the tunnel's packets come back to it.

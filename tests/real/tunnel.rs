@@ -1,7 +1,8 @@
-//! WireGuard of user space (wireguard-go) and OpenVPN, both ends, as the interface of a [route]: what
-//! its applications send goes by it and by nothing else, and its own packets do not come back to it,
-//! be they known by its program's cgroup or by its mark.
+//! WireGuard (the kernel's, and wireguard-go) and OpenVPN, both ends, as the interface of a [route]:
+//! what its applications send goes by it and by nothing else, and its own packets do not come back
+//! to it, be they known by its program's cgroup or by its mark.
 
+use std::any::Any;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::path::Path;
 use std::process::Command;
@@ -35,23 +36,39 @@ struct Program {
     needs: &'static [&'static str],
     /// A line that makes the keys of both ends in the directory that it runs in.
     keys: &'static str,
-    end: fn(dir: &str, cgroup: &Path, name: &str) -> Result<Process, String>,
+    end: fn(dir: &str, cgroup: &Path, name: &str) -> Result<End, String>,
+    /// Whether what it sends belongs to its own cgroup; the kernel's has that of what it carries.
+    has_cgroup: bool,
 }
 
-const PROGRAMS: [Program; 2] = [
+/// What an end lives by; it ends when this is dropped.
+type End = Box<dyn Any>;
+
+const PROGRAMS: [Program; 3] = [
+    Program {
+        name: "wireguard",
+        needs: &["wg"],
+        keys: WG_KEYS,
+        end: kernel_wireguard,
+        has_cgroup: false,
+    },
     Program {
         name: "wireguard-go",
         needs: &["wireguard-go", "wg"],
-        keys: "wg genkey > vpn0; wg genkey > vout0",
+        keys: WG_KEYS,
         end: wireguard,
+        has_cgroup: true,
     },
     Program {
         name: "openvpn",
         needs: &["openvpn"],
         keys: "openvpn --genkey secret secret",
         end: openvpn,
+        has_cgroup: true,
     },
 ];
+
+const WG_KEYS: &str = "wg genkey > vpn0; wg genkey > vout0";
 
 fn there(process: Process, name: &str) -> Result<Process, String> {
     match wait_until(Duration::from_secs(10), || sh(&format!("ip link show {name}")).is_ok()) {
@@ -60,10 +77,32 @@ fn there(process: Process, name: &str) -> Result<Process, String> {
     }
 }
 
-fn wireguard(dir: &str, cgroup: &Path, name: &str) -> Result<Process, String> {
+fn wireguard(dir: &str, cgroup: &Path, name: &str) -> Result<End, String> {
     let mut command = Command::new("wireguard-go");
     command.args(["-f", name]).env("WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD", "1");
     let process = there(Process::start(&mut command, Some(cgroup))?, name)?;
+    wire(dir, name)?;
+    Ok(Box::new(process))
+}
+
+/// An interface of the kernel's WireGuard, deleted on drop.
+struct Interface(String);
+
+impl Drop for Interface {
+    fn drop(&mut self) {
+        let _ = sh(&format!("ip link del {}", self.0));
+    }
+}
+
+fn kernel_wireguard(dir: &str, _: &Path, name: &str) -> Result<End, String> {
+    sh(&format!("ip link add {name} type wireguard")).map_err(|why| format!("SKIP: {why}"))?;
+    let interface = Interface(name.into());
+    wire(dir, name)?;
+    Ok(Box::new(interface))
+}
+
+/// Tells an end of WireGuard its key and who is at the other one.
+fn wire(dir: &str, name: &str) -> Result<(), String> {
     let (peer, mark, endpoint) = match name {
         "vpn0" => ("vout0", format!("fwmark {MARK}"), format!("endpoint 192.0.2.2:{PORT}")),
         _ => ("vpn0", String::new(), String::new()),
@@ -72,14 +111,15 @@ fn wireguard(dir: &str, cgroup: &Path, name: &str) -> Result<Process, String> {
         "wg set {name} private-key {dir}/{name} listen-port {PORT} {mark} \
          peer $(wg pubkey < {dir}/{peer}) allowed-ips 0.0.0.0/0,::/0 {endpoint}"
     );
+    // the program listens to it a moment after its interface has come
     match wait_until(Duration::from_secs(10), || sh(&set).is_ok()) {
-        true => Ok(process),
+        true => Ok(()),
         false => Err(format!("{name} takes no keys")),
     }
 }
 
 /// With one key for both ends: a tunnel that shakes no hands.
-fn openvpn(dir: &str, cgroup: &Path, name: &str) -> Result<Process, String> {
+fn openvpn(dir: &str, cgroup: &Path, name: &str) -> Result<End, String> {
     let mut command = Command::new("openvpn");
     command.args(["--dev", name, "--dev-type", "tun", "--tun-mtu", "1280", "--proto", "udp4"]);
     command.args(["--secret", &format!("{dir}/secret"), "--cipher", "AES-256-CBC"]);
@@ -89,14 +129,14 @@ fn openvpn(dir: &str, cgroup: &Path, name: &str) -> Result<Process, String> {
     if name == "vpn0" {
         command.args(["--remote", "192.0.2.2", &PORT.to_string(), "--mark", &MARK.to_string()]);
     }
-    there(Process::start(&mut command, Some(cgroup))?, name)
+    Ok(Box::new(there(Process::start(&mut command, Some(cgroup))?, name)?))
 }
 
-fn here(ground: &Ground, program: &Program) -> Result<Process, String> {
+fn here(ground: &Ground, program: &Program) -> Result<End, String> {
     (program.end)(&ground.dir.display().to_string(), &ground.cgroup("/tunnel"), "vpn0")
 }
 
-fn scene(ground: &Ground, program: &Program) -> Result<(Process, Process), String> {
+fn scene(ground: &Ground, program: &Program) -> Result<(End, End), String> {
     let dir = ground.dir.display().to_string();
     sh(&format!("umask 77; cd {dir}; {}", program.keys))?;
     let peer = ground.outside(|| {
@@ -147,7 +187,9 @@ fn tunnel(program: &Program) -> bool {
         Ok(ends) => ends,
         Err(why) => return report(program.name, "start", Err(why)),
     };
-    let daemon = Daemon::start(&ground, &by_cgroup(DNS), &[]);
+    // what the kernel's own sends has the cgroup of what it carries
+    let spared = if program.has_cgroup { String::new() } else { format!("bypass-mark = {MARK}\n") };
+    let daemon = Daemon::start(&ground, &format!("[global]\n{spared}{}", by_cgroup(DNS)), &[]);
     await_member(&cgroup, "vpn");
     let mut well = true;
     well &= case(program, "TCP, UDP and ping, both families, by it alone", || {
@@ -201,9 +243,10 @@ fn tunnel(program: &Program) -> bool {
     let any = ground.cgroup("/any");
     let by_mark = ALL.replace("[global]\n", &format!("[global]\nbypass-mark = {MARK}\n"));
     let by_mark = by_mark.replace("direct = /tunnel", "direct = /other");
-    for (what, config) in
-        [("all but its program's cgroup", ALL), ("all but what bears its mark", &*by_mark)]
-    {
+    let own_cgroup = ("all but its program's cgroup", ALL);
+    let own_mark = ("all but what bears its mark", &*by_mark);
+    let ways = [own_cgroup, own_mark].into_iter().skip(usize::from(!program.has_cgroup));
+    for (what, config) in ways {
         well &= case(program, what, || {
             let said = crate::daemon::run_with(&ground, config, &["check"]).stdout;
             let said = String::from_utf8_lossy(&said);
