@@ -44,7 +44,7 @@ impl Talker {
     /// The remote ends that most of its flows go to.
     pub fn remotes(&self, most: usize) -> Vec<SocketAddr> {
         let mut all: Vec<_> = self.remotes.iter().collect();
-        all.sort_by_key(|(remote, flows)| (Reverse(**flows), **remote));
+        all.sort_unstable_by_key(|(remote, flows)| (Reverse(**flows), **remote));
         all.into_iter().take(most).map(|(remote, _)| *remote).collect()
     }
 }

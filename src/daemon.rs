@@ -6,7 +6,7 @@ mod containers;
 mod doubts;
 mod redirect;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -1184,7 +1184,7 @@ fn remove(kernel: &mut Kernel) -> Result<()> {
 /// removed while no daemon ran are known by their id, at every level that it is looked for at.
 fn removed(held: &Inventory, core: &Core) -> Vec<Dying> {
     let living = core.tree().iter().map(|(_, node)| hash(node.id));
-    let living: HashSet<u32> = living.collect();
+    let living: BTreeSet<u32> = living.collect();
     let config = core.config();
     let steps = held.view.steps.iter().flat_map(|step| {
         let hashes: Vec<u32> = match step.hashed {

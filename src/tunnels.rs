@@ -1,7 +1,7 @@
 //! Whose program stands behind a tun or tap interface: a tunnel of user space must not send its own
 //! packets by the route that leads into it. It reads /proc, and decides nothing about packets.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -20,7 +20,7 @@ use crate::policy;
 /// same sk_buff, socket and all (since Linux 4.18), and has packets without one besides: WireGuard's
 /// handshakes.
 /// `spared` are the inodes of sockets whose mark has them left alone.
-pub fn loops(config: &Config, core: &Core, links: &[Link], spared: &HashSet<u32>) -> Vec<String> {
+pub fn loops(config: &Config, core: &Core, links: &[Link], spared: &BTreeSet<u32>) -> Vec<String> {
     let of =
         |name: &str| config.routes.iter().enumerate().find(|(_, route)| route.interface == name);
     let mut lines: Vec<String> = Vec::new();
@@ -91,7 +91,7 @@ fn holders() -> Vec<(String, u32)> {
 }
 
 /// Whether a process holds one of these sockets.
-fn has_one_of(pid: u32, sockets: &HashSet<u32>) -> bool {
+fn has_one_of(pid: u32, sockets: &BTreeSet<u32>) -> bool {
     let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     !sockets.is_empty()
         && fds.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|to| {

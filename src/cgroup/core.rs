@@ -1,7 +1,7 @@
 //! The state machine: what happened goes in as an [`Event`], what is to be done comes out as
 //! [`Action`]s, and what the kernel's sets should then hold as a [`Delta`]. Pure: no I/O, no clock.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
 use nix::errno::Errno;
@@ -154,7 +154,7 @@ impl Core {
         &self,
         ids: impl IntoIterator<Item = u64>,
     ) -> impl Fn(u64, u32) -> Option<(String, Target)> + '_ {
-        let wanted: HashSet<u64> = ids.into_iter().collect();
+        let wanted: BTreeSet<u64> = ids.into_iter().collect();
         let nodes = self.tree.iter().filter(|(_, node)| wanted.contains(&node.id));
         let nodes: HashMap<u64, (&Path, &Node)> =
             nodes.map(|(path, node)| (node.id, (path, node))).collect();

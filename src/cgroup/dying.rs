@@ -7,7 +7,7 @@
 //! makes it. Living cgroups are matched that way too where nft cannot show their path: it puts it
 //! into double quotes as it is.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use super::gates::Above;
 use super::tally::Tally;
@@ -121,7 +121,7 @@ impl List {
     /// A look at the sockets: `held` are the cgroups that they hold, but for those that live.
     /// Those that no socket has held for some looks go. Where a socket holds a cgroup that is not
     /// known at all, which may be below any of these, they stay.
-    pub fn seen(&mut self, held: &HashSet<u64>) -> Vec<Dying> {
+    pub fn seen(&mut self, held: &BTreeSet<u64>) -> Vec<Dying> {
         let held: BTreeSet<u32> = held.iter().map(|id| hash(*id)).collect();
         let own: BTreeSet<u32> = self.all.iter().map(|dying| dying.hash).collect();
         let all_known = held.is_subset(&own);

@@ -4,7 +4,7 @@
 //! stand for another cgroup by now. So lost, doubled and reordered events do no harm; the look
 //! ([`Scan`]) decides.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 
 use nix::errno::Errno;
 
@@ -38,7 +38,7 @@ pub enum Event {
     /// How many cgroups are dying below a living one; `None` where the kernel does not tell.
     Dying { path: Path, count: Option<u64> },
     /// All cgroups that sockets hold.
-    Held { ids: HashSet<u64> },
+    Held { ids: BTreeSet<u64> },
     /// Time to let go of rules that nothing has needed for a while.
     Tidy,
 }

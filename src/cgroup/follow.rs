@@ -2,7 +2,7 @@
 //! is done, by turns and piece by piece. For the daemon, which goes on with it, and for commands, which
 //! look once. It sends nothing to the kernel: what the sets should hold is the core's to say.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -339,7 +339,7 @@ impl Cgroups {
 
     /// Looks which of the removed cgroups are dead, where that is due; `held` asks for all cgroups that
     /// sockets hold.
-    pub fn look_at_dying(&mut self, now: Instant, held: impl FnOnce() -> Option<HashSet<u64>>) {
+    pub fn look_at_dying(&mut self, now: Instant, held: impl FnOnce() -> Option<BTreeSet<u64>>) {
         if self.dying.is_none_or(|at| at > now) {
             return;
         }

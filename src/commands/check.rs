@@ -783,7 +783,7 @@ fn sysctls(findings: &mut Findings) {
         let on = sysctl(&format!("net/ipv4/conf/{name}/src_valid_mark")) == Some(1);
         marked.extend(on.then_some(name));
     }
-    marked.sort();
+    marked.sort_unstable();
     if !marked.is_empty() {
         findings.ok(format!(
             "net.ipv4.conf.{}.src_valid_mark is 1 (Tailscale and wg-quick set it): cgtproxy's ip \
@@ -826,7 +826,7 @@ fn saved_rulesets(findings: &mut Findings) {
         let entries = fs::read_dir(dir).into_iter().flatten().flatten();
         files.extend(entries.map(|entry| entry.path()));
     }
-    files.sort();
+    files.sort_unstable();
     for file in files {
         let is_file = fs::metadata(&file).is_ok_and(|meta| meta.is_file());
         let text = is_file.then(|| fs::read(&file).unwrap_or_default());

@@ -157,7 +157,7 @@ impl Totals {
             .filter(|(_, (_, counter))| counter.packets > 0)
             .map(|(id, own)| (*id, own))
             .collect();
-        all.sort_by_key(|(id, (_, c))| (Reverse((c.bytes, c.packets)), *id));
+        all.sort_unstable_by_key(|(id, (_, c))| (Reverse((c.bytes, c.packets)), *id));
         all.truncate(TOP);
         all
     }

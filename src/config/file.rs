@@ -100,7 +100,7 @@ impl Source for Files {
                 found.push(dir.join(file));
             }
         }
-        found.sort();
+        found.sort_unstable();
         Ok(found)
     }
 

@@ -1,7 +1,7 @@
 //! The search for stale sockets: those that may be stale are asked of the kernel, judged by what it
 //! tells of them, and ended, by and by. What is stale is decided in [`crate::stale`].
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -133,7 +133,7 @@ pub fn tell_inbound(kernel: &mut Kernel, suspects: &Suspects) {
         return;
     }
     let listening = |socket: SeenSocket| Some(socket.local.port());
-    let ports: HashSet<u16> =
+    let ports: BTreeSet<u16> =
         kernel.sockets(IPPROTO_TCP, 1 << TCP_LISTEN, &[], listening).into_iter().collect();
     let inbound = |socket: SeenSocket| {
         let ours = socket.cgroup.is_some_and(|cgroup| suspects.of(cgroup).is_some());

@@ -4,7 +4,7 @@
 //! Anybody may have 100,000s of flows, so they are listed and held against the policy by and by;
 //! until its turn, what a flow sends is dropped by the table where it would leave the wrong way.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -119,9 +119,9 @@ impl Daemon<'_> {
 /// What is listed: first whose the flows may be, as anybody may have 10,000s of sockets too.
 enum Stage {
     /// The ports of the sockets of the cgroups in question.
-    Ports(HashSet<u16>),
+    Ports(BTreeSet<u16>),
     /// Who has these ports; or all sockets.
-    Owners(Option<HashSet<u16>>, Vec<SeenSocket>),
+    Owners(Option<BTreeSet<u16>>, Vec<SeenSocket>),
     Flows,
 }
 
@@ -149,7 +149,7 @@ impl Pass {
         let stage = match cgroups {
             _ if !flows.ask_for_owners() => Stage::Flows,
             None => Stage::Owners(None, Vec::new()),
-            Some(_) => Stage::Ports(HashSet::new()),
+            Some(_) => Stage::Ports(BTreeSet::new()),
         };
         match stage {
             Stage::Flows => kernel.list_entries(),

@@ -1,7 +1,7 @@
 //! Other programs' sockets: lists them, tells what is known of their flows, and ends them. Which of
 //! them are stale is decided in [`crate::stale`].
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 
@@ -60,8 +60,8 @@ impl Kernel {
     }
 
     /// The cgroups of all TCP and UDP sockets; `None` where the kernel does not tell of all.
-    pub fn held_cgroups(&mut self) -> Option<HashSet<u64>> {
-        let mut all = HashSet::new();
+    pub fn held_cgroups(&mut self) -> Option<BTreeSet<u64>> {
+        let mut all = BTreeSet::new();
         for (protocol, family) in diag::KINDS {
             let request = |batch: &mut Batch| diag::get(batch, family, protocol, u32::MAX, &[]);
             let read = |message: &Message| diag::parse(message, protocol)?.cgroup;
@@ -72,12 +72,12 @@ impl Kernel {
     }
 
     /// The inodes of the sockets that send with one of these marks.
-    pub fn marked_sockets(&mut self, marks: &[Mark]) -> HashSet<u32> {
+    pub fn marked_sockets(&mut self, marks: &[Mark]) -> BTreeSet<u32> {
         let own = |socket: SeenSocket| {
             let bears = marks.iter().any(|own| socket.mark & own.mask == own.value);
             bears.then_some(socket.inode)
         };
-        let mut all = HashSet::new();
+        let mut all = BTreeSet::new();
         if !marks.is_empty() {
             for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
                 all.extend(self.sockets(protocol, u32::MAX, &[], own));

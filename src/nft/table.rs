@@ -452,7 +452,7 @@ fn pairs_of(shape: &Shape, stage: Stage) -> Vec<&Pair> {
     let depth = |pair: &Pair| usize::from(pair.level).saturating_sub(shape.base);
     let own = |pair: &&Pair| !pair.loose && depths(stage).contains(&depth(pair));
     let mut pairs: Vec<&Pair> = shape.pairs.iter().filter(own).collect();
-    pairs.sort_by_key(|pair| in_order(pair));
+    pairs.sort_unstable_by_key(|pair| in_order(pair));
     pairs
 }
 
@@ -558,7 +558,7 @@ fn marked_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     let mut pairs: Vec<&Pair> = shape.pairs.iter().filter(|pair| !pair.loose).collect();
     if pairs.len() <= FEW_PAIRS {
         // of a level, those with an outlet first
-        pairs.sort_by_key(|pair| {
+        pairs.sort_unstable_by_key(|pair| {
             (Reverse(pair.level), pair.outcome.class, pair.hashed, Reverse(pair.outcome))
         });
         rules.extend(pairs.into_iter().map(|pair| pair_rule(config, pair)));
@@ -576,7 +576,7 @@ fn marked_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
 /// What is below a removed cgroup has been removed as well: none of the others is nearer.
 fn loose_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     let mut loose: Vec<&Pair> = shape.pairs.iter().filter(|pair| pair.loose).collect();
-    loose.sort_by_key(|pair| in_order(pair));
+    loose.sort_unstable_by_key(|pair| in_order(pair));
     loose.into_iter().map(|pair| pair_rule(config, pair)).collect()
 }
 
