@@ -16,7 +16,7 @@ use nix::sys::wait::waitpid;
 
 use crate::client::{again, fork_into, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
-use crate::ground::{addr, pipe, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::ground::{addr, pipe, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::load;
 use crate::wait_until;
 pub use crate::world::bind_at as bind_to;
@@ -152,6 +152,7 @@ impl Remote {
     /// One TCP flow, one connected UDP socket and one that is not, of each family; each has been
     /// used in both directions.
     fn flows(&self, cgroup: &Path) -> Vec<Flow> {
+        sysctl("net/ipv4/ip_local_port_range", "30000 39999");
         let mut flows = Vec::new();
         for (at, ip) in REMOTES.into_iter().enumerate() {
             let to = addr(ip, PORT);
@@ -231,6 +232,8 @@ fn said(wire: &mut Wire) -> Vec<Packet> {
 /// Seven messages of each side, the remote's first; none may arrive there.
 #[track_caller]
 fn expect_silence(wire: &mut Wire, flows: &mut [Flow], when: &str) {
+    // the next port of an ended socket must be none that the remote host speaks to: that would be a reply
+    sysctl("net/ipv4/ip_local_port_range", "50000 59999");
     wire.packets();
     for _ in 0..7 {
         flows.iter_mut().for_each(|flow| {
