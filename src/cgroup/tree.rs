@@ -376,7 +376,7 @@ mod tests {
         for at in tree.subtree(ROOT).into_iter().rev() {
             tree.remove(at);
         }
-        assert!(tree.is_empty() && tree.len() == 0 && tree.names.is_empty());
+        assert!(tree.is_empty() && tree.names.is_empty());
     }
 
     /// Names with the same hash are told apart, and go in any order.
