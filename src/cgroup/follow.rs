@@ -226,11 +226,11 @@ impl Cgroups {
 
     /// Notes what has come there, for whoever looks for that.
     fn note(&mut self, path: &Path) {
-        let Some((_, target)) = self.core.ruled(path) else { return };
-        if self.core.config().containers {
+        if self.core.config().containers && self.core.ruled(path).is_some() {
             self.ruled.push(path.clone());
         }
-        self.proxied |= matches!(target, Target::Tproxy(_));
+        let target = self.core.outcome(path).map(|outcome| outcome.target);
+        self.proxied |= matches!(target, Some(Target::Tproxy(_)));
     }
 
     /// Puts off a look at a cgroup.
