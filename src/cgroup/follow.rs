@@ -188,10 +188,7 @@ impl Cgroups {
 
     /// Does some of the work that waits, which may make more of it; returns how much.
     pub fn work(&mut self) -> usize {
-        for found in std::mem::take(&mut self.found) {
-            self.note(&found.path);
-            self.put_off(&found.path.clone(), Work::Watch(found));
-        }
+        self.put_found_off();
         let look = |watcher: &mut Watcher, work| match work {
             Work::Watch(found) => watcher.watch(&found),
             Work::Scan(scan) => watcher.scan(&scan),
@@ -224,6 +221,14 @@ impl Cgroups {
         most
     }
 
+    /// Puts off the looks at what has been found.
+    fn put_found_off(&mut self) {
+        for found in std::mem::take(&mut self.found) {
+            self.note(&found.path);
+            self.put_off(&found.path.clone(), Work::Watch(found));
+        }
+    }
+
     /// Notes what has come there, for whoever looks for that.
     fn note(&mut self, path: &Path) {
         if self.core.config().containers && self.core.ruled(path).is_some() {
@@ -248,6 +253,8 @@ impl Cgroups {
             match action {
                 // a long list of children
                 Action::Scan(scan) if Instant::now() >= self.until => {
+                    // what was found first is looked at first
+                    self.put_found_off();
                     self.put_off(&scan.path.clone(), Work::Scan(scan))
                 }
                 Action::Scan(scan) => {
