@@ -122,7 +122,11 @@ pub fn back(report: &mut Report) {
     let config = "[route vpn]\ninterface = vpn0\ngateway = 10.8.0.2\n[rules]\nvpn = /vpn\n";
     let by_hand = by_a_route_of_hand(&ground, "vpn0");
     let way = format!("route add default via 10.8.0.2 dev vpn0 table {TABLE_BY_HAND}\n");
-    let rule = format!("rule add pref 90 fwmark 0x01000000/0xff000000 lookup {TABLE_BY_HAND}\n");
+    // without the last route what is sent meanwhile would leave by the main table's, without an end
+    let rule = format!(
+        "rule add pref 90 fwmark 0x01000000/0xff000000 lookup {TABLE_BY_HAND}\n\
+         route add unreachable default metric 9999 table {TABLE_BY_HAND}\n"
+    );
     let passes = |timeout| {
         remote.set_read_timeout(Some(Duration::from_millis(timeout))).expect("set a timeout");
         remote.recv(&mut [0; 64]).is_ok()
