@@ -115,7 +115,7 @@ impl Outlet {
     }
 
     /// What it does with TCP or UDP to a destination; without one, as far as can be said of all. The
-    /// rules of the kernel say the same (nft/table.rs), but for DNS.
+    /// rules of the kernel say the same (nft/table/target.rs), but for DNS.
     pub fn take(&self, l4: L4, family: Family, to: Option<SocketAddr>) -> Take {
         let (take, _) = self.protocol(l4);
         let stops = |take| [Take::Drop, Take::Reject].contains(&take);

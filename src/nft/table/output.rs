@@ -1,0 +1,329 @@
+//! Hook output: what this host's processes send. The order of the rules is that of [`output_rules`], and
+//! for flows that are known by their ct mark that of [`marked_rules`]; the other chains stand below them
+//! in the order in which they are gone to.
+
+use std::cmp::Reverse;
+
+use super::hold::{hold_rules, HOLD};
+use super::sets::{dying_name, gate_names, named, set_name};
+use super::shape::{depths, Pair, Shape, Stage, DEPTHS};
+use super::spared::leaves_by_lo;
+use super::words::*;
+use super::{Chain, Rule};
+use crate::config::{Config, Outcome, Target};
+use crate::net::{Owner, L4};
+use crate::netlink::uapi::*;
+use crate::nft::expr::Verdict;
+use crate::nft::stmt::Stmt;
+
+/// The chain whose rules depend on the cgroups that exist.
+pub const OUTPUT: &str = "output";
+
+/// The chain for packets of flows that are marked.
+pub(super) const MARKED: &str = "marked";
+
+/// The chains whose rules depend on the cgroups that exist, with their rules.
+pub fn classifying(config: &Config, shape: &Shape) -> Vec<(String, Vec<Rule>)> {
+    let stages = 0..DEPTHS.len();
+    let below = stages.map(|stage| (below_name(stage), below_rules(config, shape, stage)));
+    let hold = hold_rules(config, shape.holding.as_ref());
+    let marked = config.marks_flows().then(|| (MARKED.into(), marked_rules(config, shape)));
+    let output = (OUTPUT.into(), output_rules(config, shape));
+    below.chain(hold).chain(marked).chain([output]).collect()
+}
+
+/// Rules of `output`. A packet that no target takes passes no address look-up here.
+pub fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
+    let mut rules = Vec::new();
+    // cheapest test first; covers every local address, for those leave by lo
+    match (config.tproxies.is_empty(), hijacks_local(config)) {
+        (true, false) => rules.push(leaves_by_lo()),
+        (true, true) => rules.push(vec![Stmt::OifLo, Stmt::NotDport(53), Stmt::accept()]),
+        (false, false) => rules.push(vec![Stmt::OifLo, Stmt::goto("lo")]),
+        // the targets' chains let the rest of lo pass
+        (false, true) => rules.push(vec![Stmt::OifLo, Stmt::jump("lo")]),
+    }
+    if !config.holds.is_empty() {
+        // a SYN begins a flow; a datagram from a port that somebody else's has come from goes on with
+        // that one, as far as conntrack knows
+        let hold = Stmt::jump(HOLD);
+        rules.push(vec![Stmt::NotL4proto(L4::Tcp), hold.clone()]);
+        rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Fresh, hold]);
+    }
+    // the proxy's answers to a router's clients leave by their interface; few other sockets are
+    // transparent, and to ask for that is cheaper than to look up the address of every packet
+    if config.routes_to_tproxy() {
+        let mut rule = spoofed_rule(config);
+        rule.insert(1, Stmt::Transparent);
+        rules.push(rule);
+    }
+    if config.marks_flows() {
+        let mut marked = vec![Stmt::CtMarked(config.mask)];
+        if config.default == Target::Direct && config.marks_direct() {
+            // what is known as direct needs no look-ups that find what proxies take: where no rule
+            // decides it goes directly, whoever sends it
+            marked.push(Stmt::NotCtMark(mark(config, config.direct_mark())));
+        }
+        marked.push(Stmt::goto(MARKED));
+        rules.push(marked);
+    }
+    rules.extend(loose_rules(config, shape));
+    rules.extend(gate_rules(shape, 0));
+    rules.extend(default_owner_rule(config));
+    rules.extend(default_rule(config));
+    rules
+}
+
+/// So few pairs are tried without a gate.
+const FEW_PAIRS: usize = 4;
+
+/// What [`output_rules`] does with packets of flows that are marked: nearly all that proxies take. With
+/// few pairs they need no gate, since most of them are in one of these sets, and not in that of what
+/// is dropped.
+fn marked_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
+    let mut rules = loose_rules(config, shape);
+    let mut pairs: Vec<&Pair> = shape.pairs.iter().filter(|pair| !pair.loose).collect();
+    if pairs.len() <= FEW_PAIRS {
+        // of a level, those with an outlet first
+        pairs.sort_unstable_by_key(|pair| {
+            (Reverse(pair.level), pair.outcome.class, pair.hashed, Reverse(pair.outcome))
+        });
+        rules.extend(pairs.into_iter().map(|pair| pair_rule(config, pair)));
+    } else {
+        rules.extend(gate_rules(shape, 0));
+    }
+    rules.extend(default_owner_rule(config));
+    // a packet without a socket (RST or ACK after the application closed), or of a flow that began
+    // under a target that its cgroup no longer has
+    rules.push(jump("sticky"));
+    rules.extend(default_rule(config));
+    rules
+}
+
+/// What is below a removed cgroup has been removed as well: none of the others is nearer.
+fn loose_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
+    let mut loose: Vec<&Pair> = shape.pairs.iter().filter(|pair| pair.loose).collect();
+    loose.sort_unstable_by_key(|pair| in_order(pair));
+    loose.into_iter().map(|pair| pair_rule(config, pair)).collect()
+}
+
+/// The lines for owners that come before the default.
+fn default_owner_rule(config: &Config) -> Option<Rule> {
+    let class = config.default_outcome().class;
+    (class > 0).then(|| jump(&owners_name(class)))
+}
+
+/// What becomes of packets that no rule decides.
+fn default_rule(config: &Config) -> Option<Rule> {
+    match config.default {
+        // such a packet of a flow that conntrack has forgotten
+        Target::Direct if has_outlets(config) => {
+            Some(vec![Stmt::L4proto(L4::Tcp), Stmt::Invalid, Stmt::goto("ownerless")])
+        }
+        Target::Direct => None,
+        default => Some(vec![enter(config, default)]),
+    }
+}
+
+/// The pairs between a stage's gates and the next ones, in the order in which they are tried: the
+/// deepest level first, so that the nearest ancestor with an element decides.
+fn pairs_of(shape: &Shape, stage: Stage) -> Vec<&Pair> {
+    let depth = |pair: &Pair| usize::from(pair.level).saturating_sub(shape.base);
+    let own = |pair: &&Pair| !pair.loose && depths(stage).contains(&depth(pair));
+    let mut pairs: Vec<&Pair> = shape.pairs.iter().filter(own).collect();
+    pairs.sort_unstable_by_key(|pair| in_order(pair));
+    pairs
+}
+
+/// Of a level, what is dropped comes first: all that it has is the look-ups.
+fn in_order(pair: &Pair) -> impl Ord {
+    let target = (pair.outcome.target != Target::Drop, pair.outcome);
+    (Reverse(pair.level), pair.outcome.class, pair.hashed, target)
+}
+
+fn pair_rule(config: &Config, pair: &Pair) -> Rule {
+    let (level, outcome) = (pair.level, pair.outcome);
+    let of = match pair.hashed {
+        false => Stmt::Cgroup { level, set: set_name(config, outcome) },
+        true => Stmt::CgroupHash { level, set: dying_name(config, outcome) },
+    };
+    match outcome.class {
+        0 => vec![of, enter(config, outcome.target)],
+        _ => vec![of, Stmt::goto(named("in", config, outcome))],
+    }
+}
+
+/// Whether a packet is below a gate of this stage, or of the next one that leads to pairs: what is
+/// not pays for that one look-up.
+fn gate_rules(shape: &Shape, from: Stage) -> Vec<Rule> {
+    let used = |stage: &Stage| !pairs_of(shape, *stage).is_empty();
+    let Some(stage) = (from..DEPTHS.len()).find(used) else {
+        return Vec::new();
+    };
+    let Ok(level) = u8::try_from(shape.base + DEPTHS[stage]) else {
+        return Vec::new();
+    };
+    let [ids, hashes] = gate_names(stage);
+    let of = Stmt::Cgroup { level, set: ids.into() };
+    let mut rules = vec![vec![of, Stmt::jump(below_name(stage))]];
+    if shape.hashed.contains(&stage) {
+        let of = Stmt::CgroupHash { level, set: hashes.into() };
+        rules.push(vec![of, Stmt::jump(below_name(stage))]);
+    }
+    rules
+}
+
+/// The chain that a stage's gates lead to.
+pub(super) fn below_name(stage: Stage) -> String {
+    format!("below_{}", DEPTHS[stage])
+}
+
+/// Rules of the chain that a stage's gates lead to.
+fn below_rules(config: &Config, shape: &Shape, stage: Stage) -> Vec<Rule> {
+    let pairs = pairs_of(shape, stage);
+    if pairs.is_empty() {
+        return Vec::new();
+    }
+    let mut rules = gate_rules(shape, stage + 1);
+    rules.extend(pairs.into_iter().map(|pair| pair_rule(config, pair)));
+    rules
+}
+
+pub(super) fn owners_name(class: u16) -> String {
+    format!("user{class}")
+}
+
+/// The lines for owners that come before what is of that class. What a target's chain is given does
+/// not come back from there.
+pub(super) fn owner_rules(config: &Config, class: u16) -> Vec<Rule> {
+    let lines = config.owner_rules_before(class).iter();
+    let rules = lines.flat_map(|line| {
+        let rule = |owner: &Owner| vec![Stmt::Owner(*owner), enter(config, line.target)];
+        line.owners.iter().map(rule)
+    });
+    rules.collect()
+}
+
+/// So many are said in each chain that begins with them: a jump costs a packet some nanoseconds.
+pub(super) const FEW: usize = 4;
+
+/// Sockets of cgroups that come behind lines for owners. What the kernel sends for a socket that no
+/// process has any more has no owner, and goes where its flow went.
+pub(super) fn behind_owners_chain(config: &Config, outcome: Outcome) -> Chain {
+    let to = enter(config, outcome.target);
+    let mut rules = owner_rules(config, outcome.class);
+    if rules.len() > FEW {
+        rules = vec![jump(&owners_name(outcome.class))];
+    }
+    if config.marks_flows() {
+        // a flow that is the target's already, which costs less to see than an owner
+        let own = match (config.outlet(outcome.target), outcome.target) {
+            (Some(outlet), _) => outlet.mark,
+            (None, Target::Direct) if config.marks_direct() => config.direct_mark(),
+            _ => 0,
+        };
+        rules.push(vec![Stmt::CtMark(mark(config, own)), to.clone()]);
+        rules.push(vec![Stmt::HasOwner, to.clone()]);
+        rules.push(vec![Stmt::CtMarked(config.mask), Stmt::jump("sticky")]);
+    }
+    rules.push(vec![to]);
+    chain(named("in", config, outcome), rules)
+}
+
+/// Of packets that conntrack can make nothing of, those that no process sends: nothing tells any
+/// more that their flow was not a proxy's.
+pub(super) fn ownerless_chain() -> Chain {
+    chain("ownerless", vec![vec![Stmt::HasOwner, Stmt::accept()], vec![Stmt::drop()]])
+}
+
+/// What this host sends from a foreign address begins a flow: a proxy speaks for a remote host, and
+/// to conntrack it spoke first, since the application's flow has been forgotten. What the
+/// application sends are replies then, which are no less its own. The packet itself goes its way,
+/// which is its cgroup's: an unprivileged process can send from foreign addresses too (IPV6_FREEBIND).
+fn spoofed_rule(config: &Config) -> Rule {
+    vec![
+        Stmt::New,
+        Stmt::CtMark(mark(config, 0)),
+        Stmt::ForeignSource,
+        Stmt::SetCtMark(spoofed(config)),
+    ]
+}
+
+/// What leaves by lo.
+pub(super) fn lo_chain(config: &Config) -> Chain {
+    let mut last = vec![Stmt::accept()];
+    if hijacks_local(config) {
+        last.insert(0, Stmt::NotDport(53));
+    }
+    chain("lo", vec![spoofed_rule(config), last])
+}
+
+/// Flows that are known by their ct mark. Marks that we do not know (of a tproxy that a reload took
+/// away) fall through to the end of `output`: they go where what is not known goes. Of UDP, what a
+/// process sends is not known by its flow: another may have used the port before.
+pub(super) fn sticky_chain(config: &Config) -> Chain {
+    let direct = config.direct_mark();
+    let of_process = [Stmt::L4proto(L4::Udp), Stmt::HasOwner];
+    let mut rules = Vec::new();
+    if !config.routes.is_empty() {
+        // by the way that it began by, in either direction
+        let map = config.routes.iter().map(|route| by_mark("to", &route.outlet)).collect();
+        rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
+    }
+    if !config.tproxies.is_empty() {
+        rules.push(vec![Stmt::CtMark(spoofed(config)), Stmt::goto("spoofed")]);
+        let forget = [Stmt::Original, Stmt::SetCtMark(mark(config, 0))];
+        rules.push([&of_process[..], &forget].concat());
+    }
+    rules.push([&of_process[..], &[Stmt::back()]].concat());
+    let mut map: Vec<_> = config.tproxies.iter().map(|t| by_mark("to", &t.outlet)).collect();
+    if config.default != Target::Direct {
+        // a process's own packets of a flow that began direct: its cgroup has no target any more,
+        // so the default cuts it; the kernel's packets for such a flow still go direct
+        rules.push(vec![
+            Stmt::CtMark(mark(config, direct)),
+            Stmt::HasOwner,
+            enter(config, config.default),
+        ]);
+    }
+    if config.marks_direct() {
+        map.push((direct, Verdict::Accept));
+    }
+    if !map.is_empty() {
+        rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
+    }
+    chain("sticky", rules)
+}
+
+/// What is left of a flow that a proxy began. The kernel's own packets for an application's TCP
+/// socket that is gone, or for one whose cgroup has no target any more, are the proxy's: the
+/// `tproxy` of any target finds the very socket that they are for. Port unreachable and the like
+/// would tell the true destination. What the proxy itself sends, and what a process sends by UDP,
+/// goes where its cgroup is to go.
+pub(super) fn spoofed_chain(config: &Config) -> Chain {
+    let any = config.tproxies.first().map_or(0, |tproxy| tproxy.outlet.mark);
+    let own = Stmt::SetPacketMark(mark(config, any));
+    let rules = vec![
+        vec![Stmt::Original, Stmt::back()],
+        vec![Stmt::L4proto(L4::Tcp), own, Stmt::accept()],
+        vec![Stmt::HasOwner, Stmt::back()],
+        vec![Stmt::drop()],
+    ];
+    chain("spoofed", rules)
+}
+
+/// Others restore the ct mark into packets (CONNMARK --restore-mark): a proxy's answers to a
+/// router's clients, and DNS on its way to a resolver elsewhere, must not be routed to lo by that.
+/// Behind theirs; a change makes the kernel route anew.
+pub(super) fn unmark_chain(config: &Config) -> Chain {
+    let none = Stmt::SetPacketMark(mark(config, 0));
+    let mut rules = vec![vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()]];
+    if !config.routes.is_empty() {
+        // these go by their mark in either direction, to a resolver too
+        let map = config.routes.iter().map(|route| (route.outlet.mark, Verdict::Accept)).collect();
+        rules.push(vec![Stmt::PacketMarkMap { mask: config.mask, map }]);
+    }
+    rules.push([answers(config), vec![none.clone(), Stmt::accept()]].concat());
+    rules.push(vec![Stmt::Dnatted, none, Stmt::accept()]);
+    chain("unmark", rules).hooked("route", NF_INET_LOCAL_OUT, NF_IP_PRI_SECURITY)
+}

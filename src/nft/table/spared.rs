@@ -1,0 +1,90 @@
+//! What is left alone whatever the target: `bypass`, and the marks of what goes direct.
+
+use super::sets::{ALWAYS4, ALWAYS6};
+use super::words::*;
+use super::{Chain, Rule};
+use crate::config::Config;
+use crate::net::{Family, Owner};
+use crate::nft::stmt::Stmt;
+
+/// What `bypass` is made of where DNS is hijacked whatever its address.
+pub(super) const EXEMPT: &str = "exempt";
+
+/// What is left alone whatever the target and the address.
+pub(super) fn exempt_rules(config: &Config) -> Vec<Rule> {
+    let mut rules = vec![accept_answers(config)];
+    rules.extend(config.bypass_marks.iter().map(|m| vec![Stmt::PacketMark(*m), leave(config)]));
+    rules.extend(config.bypass_dscps.iter().flat_map(|dscp| {
+        Family::BOTH.map(|family| vec![Stmt::Dscp(family, *dscp), leave(config)])
+    }));
+    rules.extend(
+        config
+            .bypass_users
+            .iter()
+            .map(|uid| vec![Stmt::Owner(Owner::Users(*uid, *uid)), leave(config)]),
+    );
+    rules
+}
+
+/// What is left alone whatever the target.
+pub(super) fn bypass_chain(config: &Config) -> Chain {
+    chain("bypass", spared_rules(config))
+}
+
+pub(super) fn spared_rules(config: &Config) -> Vec<Rule> {
+    let of = |family| spared_of(config, family);
+    [spared_by_others(config), of(Family::V4), of(Family::V6)].concat()
+}
+
+/// By anything but where it goes.
+pub(super) fn spared_by_others(config: &Config) -> Vec<Rule> {
+    match hijacks_local(config) {
+        true => vec![jump(EXEMPT)],
+        false => exempt_rules(config),
+    }
+}
+
+/// By where it goes.
+pub(super) fn spared_of(config: &Config, family: Family) -> Vec<Rule> {
+    let set = ["bypass4", "bypass6"][family as usize].into();
+    let mut all: Vec<Rule> = match (config.bypass.has(family), family) {
+        (true, _) => vec![vec![Stmt::Destination { family, set }]],
+        // to compare with a few costs half of a look-up
+        (false, Family::V4) => ALWAYS4.map(|(ip, n)| vec![Stmt::ToNet(ip.into(), n)]).to_vec(),
+        (false, Family::V6) => ALWAYS6.map(|(ip, n)| vec![Stmt::ToNet(ip.into(), n)]).to_vec(),
+    };
+    if family == Family::V4 {
+        all.push(vec![Stmt::Nfproto(Family::V4), Stmt::Broadcast]);
+    }
+    all.iter_mut().for_each(|rule| rule.push(Stmt::accept()));
+    all
+}
+
+pub(super) fn jump_bypass() -> Rule {
+    jump("bypass")
+}
+
+pub(super) fn leaves_by_lo() -> Rule {
+    vec![Stmt::OifLo, Stmt::accept()]
+}
+
+/// The first rules of the targets' chains: what `output` has not let pass itself.
+pub(super) fn local_rules(config: &Config) -> Vec<Rule> {
+    match hijacks_local(config) {
+        true => vec![leaves_by_lo()],
+        false => Vec::new(),
+    }
+}
+
+/// Flows that go direct say so in their ct mark where the default is not direct, or lines for owners
+/// come first: the kernel's own packets for them have no socket, or no owner, and would go another
+/// way. Two rules, since a packet without
+/// conntrack ends the first one early. A proxy's flow stays known as such.
+pub(super) fn leave_chain(config: &Config) -> Chain {
+    let direct = mark(config, config.direct_mark());
+    let mut set = vec![Stmt::SetCtMark(direct)];
+    if !config.tproxies.is_empty() {
+        set.insert(0, Stmt::NotCtMark(spoofed(config)));
+    }
+    chain("leave", vec![set, vec![Stmt::accept()]])
+}

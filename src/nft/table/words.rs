@@ -1,0 +1,123 @@
+//! What all rooms of the table say: chains, names of a target's own, marks, and the questions to a
+//! configuration that decide whether a rule is needed.
+
+use super::{Base, Chain, Rule};
+use crate::config::{Config, Outlet, Route, Target};
+use crate::net::{Interface, Mark};
+use crate::netlink::uapi::*;
+use crate::nft::expr::Verdict;
+use crate::nft::stmt::Stmt;
+
+pub(super) fn mark(config: &Config, value: u32) -> Mark {
+    Mark { value, mask: config.mask }
+}
+
+pub(super) fn chain(name: impl Into<String>, rules: Vec<Rule>) -> Chain {
+    Chain { name: name.into(), base: None, rules }
+}
+
+impl Chain {
+    pub(super) fn hooked(self, kind: &'static str, hook: u32, priority: i32) -> Chain {
+        Chain { base: Some(Base { kind, hook, priority }), ..self }
+    }
+
+    pub(super) fn unless_empty(self) -> Option<Chain> {
+        Some(self).filter(|chain| !chain.rules.is_empty())
+    }
+}
+
+pub(super) fn prerouting(name: &str, priority: i32, rules: Vec<Rule>) -> Chain {
+    chain(name, rules).hooked("filter", NF_INET_PRE_ROUTING, priority)
+}
+
+pub(super) fn jump(chain: &str) -> Rule {
+    vec![Stmt::Verdict(Verdict::Jump(chain.into()))]
+}
+
+/// `KIND_NAME`: a chain of an outlet's own.
+pub(super) fn own_chain(kind: &str, outlet: &Outlet) -> String {
+    format!("{kind}_{}", outlet.name)
+}
+
+/// An entry of a map: packets with its mark go there.
+pub(super) fn by_mark(kind: &str, outlet: &Outlet) -> (u32, Verdict) {
+    (outlet.mark, on_to(kind, outlet))
+}
+
+/// On to such a chain.
+pub(super) fn on_to(kind: &str, outlet: &Outlet) -> Verdict {
+    Verdict::Goto(own_chain(kind, outlet))
+}
+
+pub(super) fn iifname(name: &str) -> Stmt {
+    Stmt::Iifname(Interface { name: name.into(), prefix: false })
+}
+
+/// The statement that hands a packet to a target.
+pub(super) fn enter(config: &Config, target: Target) -> Stmt {
+    Stmt::goto(format!("to_{}", config.target_name(target)))
+}
+
+/// The verdict for traffic that is to go as if we were not there.
+pub(super) fn leave(config: &Config) -> Stmt {
+    match config.marks_direct() {
+        false => Stmt::accept(),
+        true => Stmt::goto("leave"),
+    }
+}
+
+pub(super) fn has_outlets(config: &Config) -> bool {
+    config.outlets().next().is_some()
+}
+
+/// The route that an outlet is of, if it is one's.
+pub(super) fn route_of<'a>(config: &'a Config, outlet: &Outlet) -> Option<&'a Route> {
+    config.routes.iter().find(|route| route.outlet == *outlet)
+}
+
+/// Whether what is routed for others may belong to an outlet.
+pub(super) fn hands_over(config: &Config) -> bool {
+    config.routes_to_tproxy() || config.forwards()
+}
+
+/// Whether DNS that stays on this host may be hijacked, so that `output` cannot pass all of lo.
+pub(super) fn hijacks_local(config: &Config) -> bool {
+    config.outlets().any(|outlet| outlet.dns_local)
+}
+
+/// The ct mark of flows that a proxy began (`spoofed_rule`).
+pub(super) fn spoofed(config: &Config) -> Mark {
+    mark(config, config.spoofed_mark())
+}
+
+/// A packet that answers whoever spoke first, if that was not a proxy for somebody else.
+pub(super) fn answers(config: &Config) -> Vec<Stmt> {
+    let mut test = vec![Stmt::Reply];
+    if !config.tproxies.is_empty() {
+        test.push(Stmt::NotCtMark(spoofed(config)));
+    }
+    test
+}
+
+pub(super) fn accept_answers(config: &Config) -> Rule {
+    [answers(config), vec![Stmt::accept()]].concat()
+}
+
+/// A rule that makes a flow known: the flow of who spoke first. What is left of a flow that a proxy
+/// began is known by that.
+pub(super) fn set_ct_mark(own: Mark) -> Rule {
+    vec![Stmt::Original, Stmt::SetCtMark(own)]
+}
+
+/// The ct marks of a route's flows: this host's, and routed ones.
+pub(super) fn ct_marks(config: &Config, route: &Route) -> impl Iterator<Item = Mark> {
+    let own = mark(config, route.outlet.mark);
+    let routed = config.forwards().then(|| mark(config, route.forward_mark));
+    std::iter::once(own).chain(routed)
+}
+
+/// The ct mark of routed flows of a target. With a route another than that of this host's own, since
+/// what this host sends in those (a reset) goes to the client.
+pub(super) fn routed_ct_mark(config: &Config, outlet: &Outlet) -> Mark {
+    mark(config, route_of(config, outlet).map_or(outlet.mark, |route| route.forward_mark))
+}
