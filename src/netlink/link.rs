@@ -103,12 +103,16 @@ pub fn parse(message: &Message) -> Option<Link> {
     // struct ifinfomsg: flags at 8
     let flags = parse::u32_ne(message.body.get(8..)?)?;
     let has = |wanted| message.kind == RTM_NEWLINK && flags & wanted == wanted;
+    let state = attrs.clone().get(IFLA_OPERSTATE).and_then(|state| state.first().copied());
+    // 802.1X, say
+    let waits = matches!(state, Some(IF_OPER_TESTING | IF_OPER_DORMANT));
     let (kind, _) = info(attrs.clone());
     Some(Link {
         index,
         name: parse::str_z(attrs.clone().get(IFLA_IFNAME)?).into_owned(),
         up: has(IFF_UP),
-        running: has(IFF_UP | IFF_RUNNING),
+        // of IFF_RUNNING, and of the other states, the kernel tells up to a second later (linkwatch)
+        running: has(IFF_UP | IFF_LOWER_UP) && !waits,
         addresses: Vec::new(),
         is_pair: ["veth", "netkit"].contains(&&*kind),
         kind,
@@ -205,7 +209,9 @@ mod tests {
     #[test]
     fn links_and_addresses() {
         let mut batch = Batch::new(0);
-        for (kind, flags) in [(RTM_NEWLINK, 0x41), (RTM_NEWLINK, 0x01), (RTM_DELLINK, 0x41)] {
+        let running = IFF_UP | IFF_LOWER_UP;
+        for (kind, flags) in [(RTM_NEWLINK, running), (RTM_NEWLINK, IFF_UP), (RTM_DELLINK, running)]
+        {
             link(&mut batch, kind, flags, "wireguard", None);
         }
         link(&mut batch, RTM_NEWLINK, 0, "bridge", None);

@@ -183,10 +183,10 @@ constants! {
     u16: ARPHRD_ETHER = 1;
 
     // include/uapi/linux/if_link.h, include/uapi/linux/if_addr.h
-    u16: IFLA_IFNAME = 3, IFLA_LINK = 5, IFLA_MASTER = 10, IFLA_LINKINFO = 18, IFLA_INFO_KIND = 1,
-        IFLA_INFO_DATA = 2, IFLA_VXLAN_PORT = 15, IFLA_GENEVE_PORT = 5, IFLA_BAREUDP_PORT = 1,
-        IFLA_AF_SPEC = 26, IFLA_INET_CONF = 1, IFLA_EXT_MASK = 29, IFLA_LINK_NETNSID = 37,
-        IFLA_NEW_NETNSID = 45;
+    u16: IFLA_IFNAME = 3, IFLA_LINK = 5, IFLA_MASTER = 10, IFLA_OPERSTATE = 16,
+        IFLA_LINKINFO = 18, IFLA_INFO_KIND = 1, IFLA_INFO_DATA = 2, IFLA_VXLAN_PORT = 15,
+        IFLA_GENEVE_PORT = 5, IFLA_BAREUDP_PORT = 1, IFLA_AF_SPEC = 26, IFLA_INET_CONF = 1,
+        IFLA_EXT_MASK = 29, IFLA_LINK_NETNSID = 37, IFLA_NEW_NETNSID = 45;
     u32: RTEXT_FILTER_SKIP_STATS = 1 << 3;
     // include/uapi/linux/net_namespace.h
     u16: NETNSA_NSID = 1, NETNSA_PID = 2;
@@ -217,7 +217,8 @@ constants! {
     u32: RTNLGRP_LINK = 1, RTNLGRP_IPV4_IFADDR = 5, RTNLGRP_IPV4_ROUTE = 7, RTNLGRP_IPV4_RULE = 8,
         RTNLGRP_IPV6_IFADDR = 9, RTNLGRP_IPV6_ROUTE = 11, RTNLGRP_IPV6_RULE = 19, RTNLGRP_NSID = 28;
     // include/uapi/linux/if.h
-    u32: IFF_UP = 0x1, IFF_RUNNING = 0x40;
+    u32: IFF_UP = 0x1, IFF_LOWER_UP = 0x1_0000;
+    u8: IF_OPER_TESTING = 4, IF_OPER_DORMANT = 5;
     // include/uapi/linux/filter.h
     u32: SKF_AD_OFF = 0xffff_f000, SKF_AD_NLATTR = 12;
     // The routing protocol number that tags every ip rule and route of ours (manual.md).

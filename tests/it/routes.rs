@@ -324,6 +324,86 @@ fn what_was_refused_flows_once_it_is_back() {
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
 }
 
+/// Whether the kernel says that an interface runs (IFF_RUNNING). Asking for it by netlink, as `ip link`
+/// does, would have the kernel look at once.
+fn runs(name: &str) -> bool {
+    let socket = UdpSocket::bind("0.0.0.0:0").expect("bind");
+    // SAFETY: all zeros are a request for no interface.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = byte as libc::c_char;
+    }
+    // SAFETY: reads and writes one such request, and the flags are what it has written.
+    let (rc, flags) = unsafe {
+        let rc = libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS as _, &mut request);
+        (rc, request.ifr_ifru.ifru_flags)
+    };
+    assert_eq!(rc, 0, "flags of {name}: {}", std::io::Error::last_os_error());
+    libc::c_int::from(flags) & libc::IFF_RUNNING != 0
+}
+
+/// An interface that is up and has its carrier is a way out at once. That it runs the kernel says when
+/// it says so of another one that came up just before: up to a second later.
+#[test]
+fn it_is_back_before_the_kernel_says_that_it_runs() {
+    let ground = ground!("early");
+    let (mut world, cgroup, _daemon) = tunneled(&ground);
+    // of one number in both namespaces, as the tunnel: of others the kernel tells at once
+    let outside = ground.outside(|| File::open("/proc/thread-self/ns/net").expect("a namespace"));
+    let path = format!("/proc/{}/fd/{}", std::process::id(), outside.as_raw_fd());
+    let peer = format!("peer name beside1 index 77 netns {path}");
+    ip_batch(&[], &format!("link add beside0 index 77 type veth {peer}\n"));
+    ground.outside(|| ip_batch(&[], "link set beside1 up\n"));
+    let address = "addr replace fd00:8::1/64 dev vpn0 nodad\n";
+    for (family, remote, more) in [(libc::AF_INET, REMOTE4, ""), (libc::AF_INET6, REMOTE6, address)]
+    {
+        let socket = UdpSocket::from(socket_of(&cgroup, family, libc::SOCK_DGRAM));
+        socket.set_read_timeout(Some(Duration::from_millis(10))).expect("a timeout");
+        let heard = || {
+            let _ = socket.send_to(b"who?", addr(remote, 80));
+            again(|| socket.recv(&mut [0; 64])).is_ok()
+        };
+        // at any moment of that second
+        let early = (0..20).any(|_| {
+            ip_batch(&[], "link set vpn0 down\nlink set beside0 down\n");
+            let up = "link set beside0 up\nlink set vpn0 up\n";
+            ip_batch(&[], &format!("{up}{more}{NEIGHBOURS}"));
+            assert!(wait_until(PATIENCE, heard), "{remote} is not heard again");
+            !runs("beside0")
+        });
+        assert!(early, "{remote} is heard once the kernel says that interfaces run");
+    }
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+}
+
+/// One that waits for somebody else, as for 802.1X, is none yet.
+#[test]
+fn a_dormant_one_is_no_way_out() {
+    let ground = ground!("dormant");
+    let (mut world, cgroup, _daemon) = tunneled(&ground);
+    ip_batch(&[], "link set vpn0 mode dormant\n");
+    set("down");
+    set("up");
+    for to in [REMOTE4, REMOTE6] {
+        until_refused(&cgroup, to);
+    }
+    let says = |state: &str| {
+        let link = Command::new("ip").args(["link", "show", "vpn0"]).output().expect("run ip");
+        String::from_utf8_lossy(&link.stdout).contains(state)
+    };
+    assert!(wait_until(PATIENCE, || says(" state DORMANT ")), "it is not dormant");
+    for to in [REMOTE4, REMOTE6] {
+        until_refused(&cgroup, to);
+    }
+    refused(&mut world, &cgroup);
+    ip_batch(&[], "link set vpn0 mode default\nlink set vpn0 state up\n");
+    assert!(wait_until(PATIENCE, || says(" state UP ")), "it is not up");
+    for to in [REMOTE4, REMOTE6] {
+        until_passes(&cgroup, to);
+    }
+    passes(&mut world, &cgroup);
+}
+
 /// TCP connects again from the same port once the interface is back, while conntrack still knows the
 /// attempt that was refused.
 #[test]
