@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::client::{again, PATIENCE};
+use crate::client::{again, Proto, PATIENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::hold::Flood;
@@ -329,16 +329,19 @@ fn the_first_of_its_kind() {
             (0..25).for_each(|n| drop(ground.cgroup(&format!("{above}/t{n}"))));
             let victim = ground.cgroup(&format!("{above}/drop"));
             let ip = if level % 2 == 0 { REMOTE4 } else { REMOTE6 };
-            let socket = socket_in(&victim, libc::SOCK_DGRAM, ip);
-            (victim, socket, addr(ip, 80))
+            let (proto, kind) = match level / 2 % 2 {
+                0 => (Proto::Udp, libc::SOCK_DGRAM),
+                _ => (Proto::Tcp, libc::SOCK_STREAM | libc::SOCK_NONBLOCK),
+            };
+            (socket_in(&victim, kind, ip), victim, proto, addr(ip, 80))
         })
         .collect();
     let daemon = Daemon::start(&ground, &config, &[]);
     world.wire.packets();
     let mut leaked = Vec::new();
-    for (victim, socket, to) in &victims {
+    for (socket, victim, proto, to) in &victims {
         let id = cgroup_id(victim).expect("a cgroup");
-        let flood = Flood::start(&ground.root, Some(socket), *to);
+        let flood = Flood::start(&ground.root, *proto, Some(socket), *to);
         remove(victim);
         let gone = || set_ids("cg1_drop").is_some_and(|ids| !ids.contains(&id));
         assert!(wait_until(SETTLE, gone), "{}", daemon.logs());

@@ -657,14 +657,14 @@ fn what_is_said_of_it() {
     expect(&[(&new, under("direct"))]);
 }
 
-/// A process of that cgroup that sends datagrams without pause, by that socket or one of its own. It
-/// has begun.
+/// A process of that cgroup that sends datagrams, or SYNs, without pause, by that socket or one of its
+/// own. It has begun.
 pub struct Flood(Pid);
 
 impl Flood {
-    pub fn start(cgroup: &Path, socket: Option<&OwnedFd>, to: SocketAddr) -> Flood {
+    pub fn start(cgroup: &Path, proto: Proto, socket: Option<&OwnedFd>, to: SocketAddr) -> Flood {
         let (read, write) = pipe();
-        let pid = flood(cgroup, socket.map(AsRawFd::as_raw_fd), to, &write);
+        let pid = flood(cgroup, proto, socket.map(AsRawFd::as_raw_fd), to, &write);
         drop(write);
         File::from(read).read_exact(&mut [0]).expect("it has begun");
         Flood(pid)
@@ -678,14 +678,23 @@ impl Drop for Flood {
     }
 }
 
-fn flood(cgroup: &Path, socket: Option<RawFd>, to: SocketAddr, begun: &OwnedFd) -> Pid {
+fn flood(
+    cgroup: &Path,
+    proto: Proto,
+    socket: Option<RawFd>,
+    to: SocketAddr,
+    begun: &OwnedFd,
+) -> Pid {
     let cgroup = File::open(cgroup).expect("open the cgroup");
     let (raw, len) = raw_addr(to);
     // SAFETY: system calls on integers and live buffers only.
     let child = || unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        let own = || libc::socket(i32::from(raw.ss_family), libc::SOCK_DGRAM, 0);
-        let fd = socket.unwrap_or_else(own);
+        let kind = match proto {
+            Proto::Tcp => libc::SOCK_STREAM | libc::SOCK_NONBLOCK,
+            _ => libc::SOCK_DGRAM,
+        };
+        let fd = socket.unwrap_or_else(|| libc::socket(i32::from(raw.ss_family), kind, 0));
         libc::connect(fd, (&raw const raw).cast(), len);
         // it has a processor of its own while the daemon is at work, and not for ever where there is
         // one alone
@@ -694,8 +703,15 @@ fn flood(cgroup: &Path, socket: Option<RawFd>, to: SocketAddr, begun: &OwnedFd) 
         param.sched_priority = 1;
         libc::sched_setscheduler(0, libc::SCHED_FIFO, &param);
         libc::write(begun.as_raw_fd(), b"!".as_ptr().cast(), 1);
+        let none: libc::sockaddr_storage = std::mem::zeroed();
         loop {
-            libc::send(fd, b"?".as_ptr().cast(), 1, 0);
+            if proto == Proto::Tcp {
+                // AF_UNSPEC takes the connection back
+                libc::connect(fd, (&raw const none).cast(), len);
+                libc::connect(fd, (&raw const raw).cast(), len);
+            } else {
+                libc::send(fd, b"?".as_ptr().cast(), 1, 0);
+            }
         }
     };
     // SAFETY: the child makes system calls only.
@@ -704,7 +720,7 @@ fn flood(cgroup: &Path, socket: Option<RawFd>, to: SocketAddr, begun: &OwnedFd) 
 
 /// The first cgroup of a target at its level comes with rules of its own: a packet that has met those
 /// of before is not taken for one of a cgroup that has been looked at. Levels in vain make packets
-/// slow, so that many meet both.
+/// slow, so that many meet both. By the cgroup's birth alone, with a reload, and with a repair.
 #[test]
 fn the_first_of_its_kind() {
     let ground = ground!("hold-first");
@@ -714,24 +730,41 @@ fn the_first_of_its_kind() {
         ground.cgroup(&format!("{above}/held"));
         above += "/x";
     }
-    let policy = POLICY.replace("/held/(.*/)?", ".*/held/(.*/)?");
-    let config = format!("[global]\nhold = (/x)*/held\n{policy}");
+    let policy = |bypass: &str| {
+        format!(
+            "[global]\nhold = (/x)*/held\nbypass = {bypass}\n[tproxy mihomo]\nport = 7893\n\
+             [tproxy no]\nport = 7894\ntcp = reject\nudp = reject\n[route away]\ninterface = none\n\
+             [rules]\ndrop = .*/held/.*d[0-9]+\nmihomo = .*/held/.*p[0-9]+\n\
+             no = .*/held/.*n[0-9]+\naway = .*/held/.*a[0-9]+\n"
+        )
+    };
     let mut floods = Vec::new();
-    for depth in 0..sized(10, 100) {
+    for depth in 0..sized(6, 60) {
         let parent = format!("{above}/held{}", "/x".repeat(depth));
-        floods.push((format!("{parent}/d{depth}"), DROPPED));
-        floods.push((format!("{parent}/p{depth}"), PROXIED));
         ground.cgroup(&parent);
+        let proto = if depth % 2 == 0 { Proto::Tcp } else { Proto::Udp };
+        for (n, kind) in ["d", "p", "n", "a"].iter().enumerate() {
+            let to = if (depth / 2 + n) % 2 == 0 { REMOTE4 } else { REMOTE6 };
+            floods.push((format!("{parent}/{kind}{depth}"), proto, addr(to, DROPPED), depth % 3));
+        }
     }
-    let daemon = Daemon::start(&ground, &config, &[]);
+    let mut daemon = Daemon::spawn(&ground, &policy("198.18.0.1"), &[], &[UNOWNED]);
+    assert!(daemon.ready(), "{}", daemon.logs());
     world.wire.packets();
     let mut leaked = Vec::new();
-    for (n, (path, port)) in floods.iter().enumerate() {
+    for (n, (path, proto, to, by)) in floods.iter().enumerate() {
         let path = ground.at(path);
         daemon.signal(Signal::SIGSTOP);
         fs::create_dir(&path).expect("make a cgroup");
-        let to = addr(if n / 2 % 2 == 0 { REMOTE4 } else { REMOTE6 }, *port);
-        let flood = Flood::start(&path, None, to);
+        let flood = Flood::start(&path, *proto, None, *to);
+        match by {
+            0 => {}
+            1 => {
+                daemon.configure(&policy(&format!("198.18.1.{n}")));
+                daemon.signal(Signal::SIGHUP);
+            }
+            _ => load("add rule inet cgtproxy output counter"),
+        }
         daemon.signal(Signal::SIGCONT);
         await_member_of_known(&path);
         drop(flood);
