@@ -123,7 +123,7 @@ constants! {
 
     u16: NFTA_FIB_DREG = 1, NFTA_FIB_RESULT = 2, NFTA_FIB_FLAGS = 3;
     u32: NFT_FIB_RESULT_OIFNAME = 2, NFT_FIB_RESULT_ADDRTYPE = 3, NFTA_FIB_F_SADDR = 1,
-        NFTA_FIB_F_OIF = 1 << 4, NFTA_FIB_F_DADDR = 2;
+        NFTA_FIB_F_IIF = 1 << 3, NFTA_FIB_F_OIF = 1 << 4, NFTA_FIB_F_DADDR = 2;
     // include/uapi/linux/netfilter/nf_tables_compat.h: NFTA_TARGET_*, NFTA_MATCH_*
     u16: NFTA_XT_NAME = 1, NFTA_XT_REV = 2, NFTA_XT_INFO = 3;
 

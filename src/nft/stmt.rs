@@ -156,6 +156,11 @@ statements! {
     /// The way to where it comes from is not by that interface.
     ComesFromElsewhere(name: String) = "fib saddr oifname != \"{name}\""
         => [Expr::FibOifname { of: NFTA_FIB_F_SADDR, dreg: NFT_REG_1 }, neq(&padded(name))];
+    /// The way to the destination is by the interface that it came in by.
+    LeadsBack = "fib daddr . iif oifname != \"\"" => [
+        Expr::FibOifname { of: NFTA_FIB_F_DADDR | NFTA_FIB_F_IIF, dreg: NFT_REG_1 },
+        neq(&padded("")),
+    ];
     /// The broadcast addresses of this host's networks too.
     Broadcast = "fib daddr type broadcast" => [fib(NFTA_FIB_F_DADDR), is(RTN_BROADCAST)];
     /// To a unicast address, too: link-scope traffic whatever the address.

@@ -48,7 +48,7 @@ use prerouting::{
     closed_chain, martians_chain, prerouting_chain, receive_chain, regain_chain, remark_chain,
 };
 use sets::all_sets;
-use spared::{bypass_chain, exempt_rules, leave_chain, EXEMPT};
+use spared::{bypass_chain, exempt_rules, leave_chain, neighbours_chain, EXEMPT};
 use target::{direct_chain, drop_chain, refuse_chain, to_chains, way_chains};
 use words::*;
 
@@ -135,7 +135,7 @@ impl Table {
         chains.extend(proxies.then(|| lo_chain(config)));
         chains.extend(config.marks_direct().then(|| leave_chain(config)));
         chains.extend(hijacks_local(config).then(|| chain(EXEMPT, exempt_rules(config))));
-        chains.extend([bypass_chain(config), drop_chain(config)]);
+        chains.extend([bypass_chain(config), neighbours_chain(), drop_chain(config)]);
         chains.extend(config.outlets().any(Outlet::rejects).then(refuse_chain));
         for outlet in config.outlets() {
             chains.extend(outlet.hijacks_dns().then(|| dns_chain(config, outlet)));

@@ -7,15 +7,16 @@
 //! ```
 
 use std::fs::File;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use nix::sched::{setns, unshare, CloneFlags};
+use nix::sys::signal::Signal;
 
-use crate::client::{Client, Outcome, Proto, Running, AT_ONCE, PATIENCE, SILENCE};
+use crate::client::{socket_for, Client, Outcome, Proto, Running, AT_ONCE, PATIENCE, SILENCE};
 use crate::daemon::Daemon;
 use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{ip_rules, nft};
@@ -309,6 +310,52 @@ fn bridges_that_pass_the_hooks() {
     lan.dropped(0);
     assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
     drop(proxy);
+    daemon.stop_clean();
+}
+
+/// IPv6 neighbours are found by packets that may go to any address; anything can be sent with their
+/// type. What a process sends as such, and what is routed, goes where it is to go.
+#[test]
+fn neighbour_discovery_is_no_way_out() {
+    let (ground, mut world) = scene!("gwnd");
+    let lan = Lan::new(&ground);
+    let cgroups = ["/drop", "/vpn", "/held/new"];
+    let config = "[global]\nhold = /held\n[route vpn]\ninterface = none\n[gateway lan]\n\
+                  interface = br-lan\ntarget = drop\n[rules]\ndrop = /drop\nvpn = /vpn\n";
+    ground.cgroup("/held");
+    let cgroups: Vec<_> = cgroups[..2].iter().map(|path| ground.cgroup(path)).collect();
+    let daemon = Daemon::start(&ground, config, &[]);
+    daemon.signal(Signal::SIGSTOP);
+    let cgroups = [cgroups, vec![ground.cgroup("/held/new")]].concat();
+    // solicitations, advertisements, and what they are told from
+    let send = |cgroup: &Path| {
+        for kind in [135, 136, 128] {
+            let socket = socket_for(cgroup, libc::AF_INET6, libc::SOCK_RAW, libc::IPPROTO_ICMPV6);
+            let socket = UdpSocket::from(socket);
+            let data = [&[kind, 0, 0, 0][..], &[b'!'; 200]].concat();
+            let _ = socket.send_to(&data, addr(REMOTE6, 0));
+        }
+    };
+    send(&ground.root);
+    assert_eq!(world.wire.to_remote().len(), 3, "nothing decides about these");
+    for cgroup in &cgroups {
+        send(cgroup);
+        assert_eq!(world.wire.to_remote(), [], "{cgroup:?}");
+    }
+    lan.client(0).run(|| send(&ground.root));
+    assert_eq!(world.wire.to_remote(), [], "of a client");
+    // those of the clients find each other, and this host, where what is bridged passes the hooks
+    bridge_netfilter(true);
+    for to in ["2001:db8:3::11", LAN6] {
+        let known = || {
+            lan.ask_within(0, Proto::Icmp, addr(ip(to), 0), SILENCE);
+            let out = Command::new("ip").args(["-6", "neigh", "show", to]).output();
+            String::from_utf8_lossy(&out.expect("run ip").stdout).contains("02:00:00:00:01:")
+        };
+        lan.client(0).run(|| ip_batch(&["-6"], "neigh flush dev eth0\n"));
+        assert!(lan.client(0).run(|| wait_until(PATIENCE, known)), "{to} is not found");
+    }
+    daemon.signal(Signal::SIGCONT);
     daemon.stop_clean();
 }
 

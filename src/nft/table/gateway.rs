@@ -94,8 +94,9 @@ pub(super) fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
             rules.push(vec![Stmt::accept()]);
         }
         Target::Drop => {
-            // bridged by this host, where br_netfilter shows us what is bridged
-            rules.push(vec![Stmt::NeighbourDiscovery, Stmt::accept()]);
+            // bridged by this host, where br_netfilter shows us what is bridged; what is routed has
+            // but the type of such
+            rules.push(vec![Stmt::NeighbourDiscovery, Stmt::LeadsBack, Stmt::accept()]);
             rules.push(vec![Stmt::Counter, Stmt::drop()]);
         }
         Target::Tproxy(_) | Target::Route(_) => {

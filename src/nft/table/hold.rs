@@ -2,7 +2,7 @@
 
 use super::sets::{HELD, KNOWN};
 use super::shape::Holding;
-use super::spared::{jump_bypass, EXEMPT};
+use super::spared::{jump_bypass, neighbour_discovery, EXEMPT};
 use super::words::*;
 use super::{Chain, Rule};
 use crate::config::Config;
@@ -79,8 +79,8 @@ pub(super) fn unknown_chain(config: &Config) -> Chain {
         true => vec![jump(EXEMPT), vec![Stmt::NotDport(53), Stmt::jump("bypass")]],
         false => vec![jump_bypass()],
     };
-    // sent by the kernel itself, in a network namespace that such a cgroup has made
-    rules.push(vec![Stmt::NeighbourDiscovery, Stmt::accept()]);
+    // in a network namespace that such a cgroup has made
+    rules.push(neighbour_discovery());
     rules.push(vec![Stmt::Counter, Stmt::drop()]);
     chain(UNKNOWN, rules)
 }

@@ -64,6 +64,18 @@ pub(super) fn jump_bypass() -> Rule {
     jump("bypass")
 }
 
+/// What the kernel itself sends to find and tell IPv6 neighbours, to unicast addresses too. A process
+/// may give its own packets that type.
+pub(super) fn neighbour_discovery() -> Rule {
+    vec![Stmt::NeighbourDiscovery, Stmt::jump(NEIGHBOURS)]
+}
+
+const NEIGHBOURS: &str = "neighbours";
+
+pub(super) fn neighbours_chain() -> Chain {
+    chain(NEIGHBOURS, vec![vec![Stmt::HasOwner, Stmt::back()], vec![Stmt::accept()]])
+}
+
 pub(super) fn leaves_by_lo() -> Rule {
     vec![Stmt::OifLo, Stmt::accept()]
 }

@@ -4,7 +4,7 @@
 
 use super::dns::{dns_first, dns_rules, query_rules};
 use super::sets::{range_name, BYPASS, ONLY};
-use super::spared::{jump_bypass, local_rules, spared_by_others, spared_of};
+use super::spared::{jump_bypass, local_rules, neighbour_discovery, spared_by_others, spared_of};
 use super::words::*;
 use super::{Chain, Rule};
 use crate::config::{Config, Outlet, Route, Take, Target, QUIC_PORTS};
@@ -22,8 +22,8 @@ fn drop_rules(config: &Config) -> Vec<Rule> {
     let mut rules = [spared_by_others(config), spared_of(config, Family::V4)].concat();
     rules.push([vec![Stmt::Nfproto(Family::V4)], drop()].concat());
     rules.extend(spared_of(config, Family::V6));
-    // sent by the kernel itself: with default = drop, IPv6 neighbours would be lost
-    rules.push(vec![Stmt::NeighbourDiscovery, Stmt::accept()]);
+    // with default = drop, IPv6 neighbours would be lost
+    rules.push(neighbour_discovery());
     rules.push(drop());
     rules
 }
@@ -94,8 +94,8 @@ pub(super) fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
     rules.extend(first);
     rules.extend(local_rules(config));
     rules.push(jump_bypass());
-    // sent by the kernel itself, where this is the default
-    rules.push(vec![Stmt::NeighbourDiscovery, Stmt::accept()]);
+    // where this is the default
+    rules.push(neighbour_discovery());
     rules.extend(bypass_rules(outlet, &leave(config)));
     rules.push(vec![Stmt::Counter]);
     rules.extend(sorting_rules(outlet, dns, &leave(config)));
