@@ -387,7 +387,7 @@ impl Kernel {
     /// Errors: the object that was refused, with a remedy where one is known.
     pub fn commit(&mut self, transaction: Transaction) -> Result<()> {
         let (batch, last) = transaction.finish();
-        log!(Debug, "nftables transaction of {} bytes", batch.len());
+        log!(Debug, "nftables transaction of {} bytes", batch.bytes().len());
         match self.nft.transact(&batch, last)? {
             Ok(()) => {
                 self.nft.reuse(batch);

@@ -217,10 +217,6 @@ impl<A: Address> Range<A> {
         Range { first: A::from_bits(first), last: A::from_bits(first | host) }
     }
 
-    pub fn has(&self, address: A) -> bool {
-        (self.first..=self.last).contains(&address)
-    }
-
     /// Sorts, and joins what overlaps or touches: interval sets refuse overlapping elements.
     pub fn merge(mut ranges: Vec<Range<A>>) -> Vec<Range<A>> {
         ranges.sort_unstable();

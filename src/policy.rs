@@ -45,12 +45,6 @@ pub fn root_rank(config: &Config) -> Rank {
     built_in_rules(config) + config.rules.len() as Rank
 }
 
-/// The rank of `path` (bytes from the cgroup root, with a leading slash) under a parent of rank
-/// `parent`. Invalid UTF-8 matches as U+FFFD.
-pub fn rank(config: &Config, parent: Rank, path: &[u8]) -> Rank {
-    Memo::default().rank(config, parent, path, false)
-}
-
 /// The configured rules that could still win under a parent of that rank.
 fn before(config: &Config, parent: Rank) -> &[PatternRule] {
     let configured = parent.saturating_sub(built_in_rules(config)) as usize;
@@ -71,8 +65,9 @@ pub struct Memo {
 }
 
 impl Memo {
-    /// As [`rank`], for paths of the same configuration each time. A `foreign` cgroup has been made
-    /// by somebody who may not choose a target.
+    /// The rank of `path` (bytes from the cgroup root, with a leading slash) under a parent of rank
+    /// `parent`. Invalid UTF-8 matches as U+FFFD. The configuration has to be the same each time. A
+    /// `foreign` cgroup has been made by somebody who may not choose a target.
     pub fn rank(&mut self, config: &Config, parent: Rank, path: &[u8], foreign: bool) -> Rank {
         if let Some(rank) = built_in(config, path).filter(|_| !foreign) {
             return rank;
@@ -257,6 +252,10 @@ mod tests {
     use crate::config::{compile, PatternRule, Place};
     use crate::testing::Random;
     use std::rc::Rc;
+
+    fn rank(config: &Config, parent: Rank, path: &[u8]) -> Rank {
+        Memo::default().rank(config, parent, path, false)
+    }
 
     fn config(rules: &[(Target, String)], default: Target) -> Config {
         let place = Place { file: Rc::new("test".into()), line: 1 };

@@ -18,7 +18,7 @@ use cgtproxy::cgroup::dying;
 use cgtproxy::cgroup::event::{Action, Event, Found, List, Scan};
 use cgtproxy::cgroup::gates::{self, Gate};
 use cgtproxy::cgroup::holds::HoldElement;
-use cgtproxy::cgroup::tree::{child, depth, parent, Path};
+use cgtproxy::cgroup::tree::{child, parent, Path};
 use cgtproxy::config::{self, Config, Outcome, RuleLine, Source, Target};
 use cgtproxy::nft::expr::Verdict;
 use cgtproxy::nft::stmt::Stmt;
@@ -33,6 +33,11 @@ const ROOT: u64 = 0;
 const NOW: Option<u64> = Some(0);
 /// Where it is.
 const DIR: &[u8] = b"/sys/fs/cgroup/x";
+
+/// How many levels below the cgroup root a path is.
+fn depth(path: &[u8]) -> usize {
+    path.iter().filter(|b| **b == b'/').count()
+}
 
 struct Random(u64);
 

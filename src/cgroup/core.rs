@@ -616,7 +616,7 @@ impl Core {
                 self.count_held(at, false);
             }
             if let Some(outcome) = node.element {
-                if self.dying.as_ref().is_some_and(|list| list.len() >= dying::MOST) {
+                if self.dying.as_ref().is_some_and(dying::List::is_full) {
                     actions.push(Action::Tell(Note::Crowded));
                 }
                 self.keep(at, &path, &node, outcome);

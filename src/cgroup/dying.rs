@@ -64,7 +64,7 @@ pub struct List {
 }
 
 /// Most that are kept: nobody can make the kernel's sets grow without end.
-pub const MOST: usize = 1024;
+const MOST: usize = 1024;
 
 /// How many memory is kept for at rest.
 const USUAL: usize = 256;
@@ -75,12 +75,9 @@ const USUAL: usize = 256;
 const QUIET: u8 = 2;
 
 impl List {
-    pub fn len(&self) -> usize {
-        self.all.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.all.is_empty()
+    /// Whether the oldest goes with the next one that comes.
+    pub fn is_full(&self) -> bool {
+        self.all.len() >= MOST
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Dying> {
@@ -235,7 +232,7 @@ mod tests {
         for id in 0..=MOST as u64 {
             assert_eq!(list.push(dying(id, "/a")).is_some(), id == MOST as u64);
         }
-        assert_eq!((list.len(), list.iter().next().map(|d| d.hash)), (MOST, Some(hash(1))));
+        assert_eq!((list.all.len(), list.iter().next().map(|d| d.hash)), (MOST, Some(hash(1))));
     }
 
     #[test]
@@ -255,7 +252,7 @@ mod tests {
         list.released(b"/a");
         assert_eq!(hashes(&list), [hash(3), 4]);
         list.released(b"");
-        assert!(list.is_empty());
+        assert!(list.all.is_empty());
         // by sockets
         list.push(dying(1, "/a/b"));
         list.push(dying(2, "/a/b/c"));
@@ -266,8 +263,8 @@ mod tests {
         list.seen(&held(&[]));
         list.seen(&held(&[9]));
         list.seen(&held(&[]));
-        assert_eq!(list.len(), 1);
+        assert_eq!(list.all.len(), 1);
         list.seen(&held(&[]));
-        assert!(list.is_empty());
+        assert!(list.all.is_empty());
     }
 }

@@ -48,10 +48,6 @@ impl<K: Ord + Copy> Tally<K> {
         self.counts.get(key).copied().unwrap_or(0)
     }
 
-    pub fn keys(&self) -> impl Iterator<Item = &K> {
-        self.counts.keys()
-    }
-
     /// The keys that are to go from the kernel, and to come; it has them from now on.
     pub fn take_changes(&mut self) -> (Vec<K>, Vec<K>) {
         let (mut delete, mut add) = (Vec::new(), Vec::new());

@@ -323,11 +323,6 @@ pub fn child(path: &[u8], name: &[u8]) -> Path {
     [path, b"/", name].concat().into()
 }
 
-/// How many levels below the cgroup root a path is.
-pub fn depth(path: &[u8]) -> usize {
-    path.iter().filter(|b| **b == b'/').count()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -357,7 +352,6 @@ mod tests {
         assert_eq!(parent(b"/a/b"), Some(&b"/a"[..]));
         assert_eq!(parent(b"/a"), Some(&b""[..]));
         assert_eq!(parent(b""), None);
-        assert_eq!(depth(b"/a/b"), 2);
         let unknown = ["/", "/c", "/a/", "/c/b", "//a", "a"];
         assert_eq!(unknown.map(find), [None; 6]);
         let nearest = |path: &str| tree.nearest(path.as_bytes()).map(text).unwrap_or("-".into());

@@ -375,10 +375,6 @@ impl<'a> RawEvents<'a> {
     pub fn new(bytes: &'a [u8]) -> RawEvents<'a> {
         RawEvents(bytes)
     }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
 }
 
 impl<'a> Iterator for RawEvents<'a> {

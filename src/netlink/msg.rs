@@ -44,10 +44,6 @@ impl Batch {
         &self.buf
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.buf.is_empty()
-    }
-
     /// The sequence number of the message begun last.
     pub fn last_seq(&self) -> u32 {
         self.seq
@@ -156,10 +152,6 @@ impl Batch {
     pub fn want_ack(&mut self, at: usize) {
         let flags = u16::from_ne_bytes([self.buf[at + 6], self.buf[at + 7]]) | NLM_F_ACK;
         self.buf[at + 6..at + 8].copy_from_slice(&flags.to_ne_bytes());
-    }
-
-    pub fn len(&self) -> usize {
-        self.buf.len()
     }
 
     fn pad(&mut self) {

@@ -296,7 +296,7 @@ impl Socket {
             self.drain();
         }
         self.seq = batch.last_seq();
-        self.reserve(batch.len());
+        self.reserve(batch.bytes().len());
         let kernel = NetlinkAddr::new(0, 0);
         loop {
             match sendto(self.fd.as_raw_fd(), batch.bytes(), &kernel, MsgFlags::empty()) {

@@ -361,7 +361,7 @@ impl Transaction {
     }
 
     fn begin(&mut self, kind: u16, flags: u16) -> Open {
-        self.last = self.batch.len();
+        self.last = self.batch.bytes().len();
         self.batch.begin_nfnl(NFNL_SUBSYS_NFTABLES, kind, NLM_F_REQUEST | flags, NFPROTO_INET)
     }
 

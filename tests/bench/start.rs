@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cgtproxy::config::{self, Config, Source};
-use cgtproxy::policy;
+use cgtproxy::policy::{self, Memo};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::Signal;
 use regex_lite::Regex;
@@ -290,7 +290,7 @@ pub fn rules(report: &mut Report) {
                 })
                 .collect::<Vec<f64>>()
         };
-        let ours = |path: &str| policy::rank(&config, all, path.as_bytes()) != all;
+        let ours = |path: &str| Memo::default().rank(&config, all, path.as_bytes(), false) != all;
         let regexes: Vec<Regex> = patterns(count)
             .map(|p| Regex::new(&format!(r"\A(?:{p})\z")).expect("a valid pattern"))
             .collect();

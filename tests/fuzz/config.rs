@@ -87,7 +87,12 @@ fuzz_target!(|input: &[u8]| -> Corpus {
     for rule in &config.rules {
         assert!(!matches!(rule.target, Target::Tproxy(i) if config.tproxies.len() <= i.into()));
     }
-    let _ = policy::rank(&config, policy::root_rank(&config), b"/services/a/instance1");
+    let _ = policy::Memo::default().rank(
+        &config,
+        policy::root_rank(&config),
+        b"/services/a/instance1",
+        false,
+    );
     let contents = plan::contents(
         &config,
         Snapshot::default(),
