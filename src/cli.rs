@@ -178,12 +178,14 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         "show" => commands::show::show(&given),
         "status" => {
             let forms = [
-                ("json", status::Form::Json),
-                ("prometheus", status::Form::Prometheus),
-                ("watch", status::Form::Watch),
+                ("json", Some(status::Form::Json)),
+                ("prometheus", Some(status::Form::Prometheus)),
+                ("watch", None),
             ];
-            let form = one_of(&matches, "status", forms)?;
-            status::status(&given, form.unwrap_or(status::Form::Text))
+            match one_of(&matches, "status", forms)? {
+                Some(None) => commands::watch::watch(&given),
+                form => status::status(&given, form.flatten().unwrap_or(status::Form::Text)),
+            }
         }
         "apps" => {
             let forms = [("json", apps::Output::Json), ("suggest", apps::Output::Lines)];

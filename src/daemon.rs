@@ -17,7 +17,7 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::backoff::{Backoff, Looks, Reminder};
 use crate::cgroup::core::Core;
-use crate::cgroup::dying::{hash, Dying};
+use crate::cgroup::dying::Dying;
 use crate::cgroup::event::Event;
 use crate::cgroup::follow::{Cgroups, Levels, TURN_TIME};
 use crate::cgroup::mount;
@@ -38,6 +38,7 @@ use crate::net::Mark;
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
 use crate::nft::message::Transaction;
+use crate::nft::stmt::cgroup_hash;
 use crate::nft::table::{Deed, Deeds, Devices, Entrances};
 use crate::nft::view;
 use crate::notify::Notify;
@@ -1183,7 +1184,7 @@ fn remove(kernel: &mut Kernel) -> Result<()> {
 /// The cgroups that the sets of a table hold and that do not live, for a new table to keep. Those that were
 /// removed while no daemon ran are known by their id, at every level that it is looked for at.
 fn removed(held: &Inventory, core: &Core) -> Vec<Dying> {
-    let living = core.tree().iter().map(|(_, node)| hash(node.id));
+    let living = core.tree().iter().map(|(_, node)| cgroup_hash(node.id));
     let living: BTreeSet<u32> = living.collect();
     let config = core.config();
     let steps = held.view.steps.iter().flat_map(|step| {
@@ -1191,7 +1192,7 @@ fn removed(held: &Inventory, core: &Core) -> Vec<Dying> {
             true => held.hashed.get(&step.key()).cloned().unwrap_or_default(),
             false => {
                 let elements = held.cgroups.get(&step.key()).into_iter().flatten();
-                elements.map(|element| hash(element.id)).collect()
+                elements.map(|element| cgroup_hash(element.id)).collect()
             }
         };
         let outcome = config.outcome_named(&step.target, step.class);

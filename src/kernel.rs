@@ -9,7 +9,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
-use crate::cgroup::dying;
 use crate::error::{errno, reason, Error, Result};
 use crate::host::{self, Host};
 use crate::log;
@@ -22,9 +21,10 @@ use crate::netlink::socket::{Failure, Socket};
 use crate::netlink::uapi::*;
 use crate::nft::event::Follower;
 use crate::nft::lock::{self, Lock};
-use crate::nft::marks::Ours;
+use crate::nft::marks::{self, Ours};
 use crate::nft::message::{self, Contents, Object, Transaction};
 use crate::nft::others;
+use crate::nft::stmt::cgroup_hash;
 use crate::nft::table::{class_name, Deeds, DEEDS, HOLD, OUTPUT, TABLE};
 use crate::nft::view;
 use crate::route::{self, Needs};
@@ -461,7 +461,7 @@ impl Inventory {
         let hashes = self.hashed.iter().flat_map(|(key, all)| all.iter().map(move |h| (*h, key)));
         let hashes: HashMap<u32, &view::SetKey> = hashes.collect();
         move |id| {
-            let (name, class) = ids.get(&id).or_else(|| hashes.get(&dying::hash(id)))?;
+            let (name, class) = ids.get(&id).or_else(|| hashes.get(&cgroup_hash(id)))?;
             Some((name, *class))
         }
     }
@@ -476,7 +476,7 @@ impl Inventory {
     pub fn holds(&self, step: &view::Step, id: u64) -> bool {
         let key = step.key();
         match step.hashed {
-            true => self.hashed.get(&key).is_some_and(|all| all.contains(&dying::hash(id))),
+            true => self.hashed.get(&key).is_some_and(|all| all.contains(&cgroup_hash(id))),
             false => self.cgroups.get(&key).is_some_and(|all| all.iter().any(|e| e.id == id)),
         }
     }
@@ -531,7 +531,9 @@ impl Kernel {
     pub fn others(&mut self, ours: &Ours) -> Result<Vec<String>> {
         let rules = self.nft.dump(&others::get_rules, others::parse)?.map_err(nft_refused)?;
         let bases = self.nft.dump(&others::get_chains, others::parse_base)?.map_err(nft_refused)?;
-        Ok(others::hindrances(&bases, &rules, ours))
+        let mut found = others::hindrances(&rules);
+        found.extend(marks::hindrances(&bases, &rules, ours));
+        Ok(found)
     }
 
     /// The elements of one of our cgroup sets; none where there is no such set.

@@ -11,7 +11,6 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
 use cgtproxy::cgroup::core::{Delta, Snapshot};
-use cgtproxy::cgroup::dying;
 use cgtproxy::cgroup::gates::Gate;
 use cgtproxy::cgroup::holds::HoldElement;
 use cgtproxy::config::{self, Config, Outcome, Source};
@@ -19,7 +18,7 @@ use cgtproxy::net::{Family, Interface, Mac, Mark, Owner, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
 use cgtproxy::nft::expr::{Expr, SetRef, Verdict};
 use cgtproxy::nft::message::{self, Transaction};
-use cgtproxy::nft::stmt::Stmt;
+use cgtproxy::nft::stmt::{cgroup_hash, Stmt};
 use cgtproxy::nft::table::{
     classifying, dying_name, hold_rules, hold_sets, set_name, Base, Chain, Content, Holding, Pair,
     Set, Shape, Table, DEEDS, HOLD, OUTPUT,
@@ -500,7 +499,7 @@ fn held_sets() -> [(&'static str, Vec<u64>); 2] {
 
 /// The sets of [`gates`].
 fn gate_sets() -> ([u64; 899], Vec<u32>) {
-    (std::array::from_fn(|i| i as u64 + 1), (1..9).map(dying::hash).collect())
+    (std::array::from_fn(|i| i as u64 + 1), (1..9).map(cgroup_hash).collect())
 }
 
 #[test]

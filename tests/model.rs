@@ -21,7 +21,7 @@ use cgtproxy::cgroup::holds::HoldElement;
 use cgtproxy::cgroup::tree::{child, parent, Path};
 use cgtproxy::config::{self, Config, Outcome, RuleLine, Source, Target};
 use cgtproxy::nft::expr::Verdict;
-use cgtproxy::nft::stmt::Stmt;
+use cgtproxy::nft::stmt::{cgroup_hash, Stmt};
 use cgtproxy::nft::table::{self, classifying, Pair, Shape, Table, DEPTHS, OUTPUT};
 use nix::errno::Errno;
 use nix::time::{clock_gettime, ClockId};
@@ -404,7 +404,7 @@ impl Kernel {
             if outcome != verdict(config, above) {
                 let hashed = !dying::is_listable(path);
                 match hashed {
-                    true => wanted.dying.extend([(outcome, dying::hash(*id))]),
+                    true => wanted.dying.extend([(outcome, cgroup_hash(*id))]),
                     false => wanted.sets.extend([(*id, outcome)]),
                 }
                 let level = (base + depth(path)) as u8;
@@ -420,7 +420,7 @@ impl Kernel {
     fn check_gates(&self, core: &Core, host: &Host, wanted: &Kernel) {
         let mut gates = wanted.gates.clone();
         for dying in core.dying() {
-            let of = |id: &&u64| dying::hash(**id) == dying.hash;
+            let of = |id: &&u64| cgroup_hash(**id) == dying.hash;
             let id = host.lineages.keys().find(of).expect("an id that was given");
             gates.extend(host.gates(*id));
         }
@@ -435,10 +435,10 @@ impl Kernel {
         let config = core.config();
         let owed = self.owed.iter().filter_map(|id| Some((id, host.held.get(id)?)));
         for (id, path) in owed {
-            let element = (verdict(config, path), dying::hash(*id));
+            let element = (verdict(config, path), cgroup_hash(*id));
             assert!(self.dying.contains(&element), "{id} is not kept");
         }
-        let live: BTreeSet<u32> = host.dirs.values().map(|id| dying::hash(*id)).collect();
+        let live: BTreeSet<u32> = host.dirs.values().map(|id| cgroup_hash(*id)).collect();
         assert!(core.dying().all(|dying| !live.contains(&dying.hash)));
         let mut listed: BTreeSet<_> = core.dying().map(|d| (d.outcome, d.hash)).collect();
         listed.extend(&wanted.dying);
@@ -470,8 +470,8 @@ fn target_of(
             || gates.any(|gate| table::gate_names(gate.stage)[0] == set)
     };
     let holds_hash = |set: &str, id: u64| {
-        let mut own = kernel.dying.iter().filter(|(_, hash)| *hash == dying::hash(id));
-        let gone = |gate: &&Gate| gate.by == gates::KnownBy::Hash(dying::hash(id));
+        let mut own = kernel.dying.iter().filter(|(_, hash)| *hash == cgroup_hash(id));
+        let gone = |gate: &&Gate| gate.by == gates::KnownBy::Hash(cgroup_hash(id));
         let mut gates = kernel.gates.iter().filter(gone);
         own.any(|(outcome, _)| table::dying_name(config, *outcome) == set)
             || gates.any(|gate| table::gate_names(gate.stage)[1] == set)

@@ -13,13 +13,14 @@ use super::gates::Above;
 use super::tally::Tally;
 use super::tree::{self, Path, Tree};
 use crate::config::Outcome;
+use crate::nft::stmt::cgroup_hash;
 use crate::nft::table::Pair;
 
 /// A removed cgroup that had an element of its own. Those below without one go with it, for a
 /// packet is matched by every ancestor of its cgroup, dead or not.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Dying {
-    /// [`hash`] of its id.
+    /// [`cgroup_hash`] of its id.
     pub hash: u32,
     pub level: u8,
     pub outcome: Outcome,
@@ -33,7 +34,7 @@ pub struct Dying {
 
 impl Dying {
     pub fn new(id: u64, level: u8, outcome: Outcome, path: Path, gates: Vec<Above>) -> Dying {
-        Dying { hash: hash(id), level, outcome, path: Some(path), gates, quiet: 0 }
+        Dying { hash: cgroup_hash(id), level, outcome, path: Some(path), gates, quiet: 0 }
     }
 
     /// One that the sets of a table hold.
@@ -96,7 +97,7 @@ impl List {
 
     /// A living cgroup is matched by its hash from now on, or no more.
     pub fn match_living(&mut self, id: u64, outcome: Outcome, so: bool) {
-        self.count((outcome, hash(id)), so);
+        self.count((outcome, cgroup_hash(id)), so);
     }
 
     /// Lets those go that do not match, and gives them.
@@ -119,7 +120,7 @@ impl List {
     /// Those that no socket has held for some looks go. Where a socket holds a cgroup that is not
     /// known at all, which may be below any of these, they stay.
     pub fn seen(&mut self, held: &BTreeSet<u64>) -> Vec<Dying> {
-        let held: BTreeSet<u32> = held.iter().map(|id| hash(*id)).collect();
+        let held: BTreeSet<u32> = held.iter().map(|id| cgroup_hash(*id)).collect();
         let own: BTreeSet<u32> = self.all.iter().map(|dying| dying.hash).collect();
         let all_known = held.is_subset(&own);
         for dying in &mut self.all {
@@ -177,33 +178,12 @@ pub fn is_listable(path: &[u8]) -> bool {
     !path.contains(&b'"')
 }
 
-/// What nft_hash's `jhash … mod 4294967295 seed 0x1` makes of a cgroup id as it stands in a
-/// register. Source: include/linux/jhash.h, net/netfilter/nft_hash.c, `reciprocal_scale()`.
-pub fn hash(id: u64) -> u32 {
-    const SEED: u32 = 1;
-    const JHASH_INITVAL: u32 = 0xdead_beef;
-    let bytes = id.to_ne_bytes();
-    // the end of the input is read byte by byte, lowest first, whatever the processor
-    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| bytes[at + i]));
-    let start = JHASH_INITVAL.wrapping_add(bytes.len() as u32).wrapping_add(SEED);
-    let (mut a, mut b, mut c) = (start.wrapping_add(word(0)), start.wrapping_add(word(4)), start);
-    let mix = |x: &mut u32, y: u32, by: u32| *x = (*x ^ y).wrapping_sub(y.rotate_left(by));
-    // __jhash_final
-    mix(&mut c, b, 14);
-    mix(&mut a, c, 11);
-    mix(&mut b, a, 25);
-    mix(&mut c, b, 16);
-    mix(&mut a, c, 4);
-    mix(&mut b, a, 14);
-    mix(&mut c, b, 24);
-    ((u64::from(c) * u64::from(u32::MAX)) >> 32) as u32
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::cgroup::tree::Node;
     use crate::config::Target;
+    use crate::nft::stmt::cgroup_hash as hash;
 
     const DROP: Outcome = Outcome { target: Target::Drop, class: 0 };
 

@@ -4,8 +4,8 @@
 //!
 //! A gate that is removed, or that nft cannot show, is known by its hash; see [`super::dying`].
 
-use super::dying::hash;
 use super::tally::Tally;
+use crate::nft::stmt::cgroup_hash;
 use crate::nft::table::{Stage, DEPTHS};
 
 /// A cgroup at the depth of a stage, with elements at or below it: what stands in the kernel's sets.
@@ -23,7 +23,7 @@ pub enum KnownBy {
 
 impl Gate {
     pub fn new(stage: Stage, id: u64, hashed: bool) -> Gate {
-        let by = if hashed { KnownBy::Hash(hash(id)) } else { KnownBy::Id(id) };
+        let by = if hashed { KnownBy::Hash(cgroup_hash(id)) } else { KnownBy::Id(id) };
         Gate { stage, by }
     }
 }

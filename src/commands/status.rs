@@ -69,27 +69,27 @@ pub enum Form {
     Text,
     Json,
     Prometheus,
-    /// Text, again and again, with rates.
-    Watch,
 }
 
 pub fn status(options: &Options, form: Form) -> Result<ExitCode> {
+    let (mut kernel, config) = open(options)?;
+    let status = Status::take(&mut kernel, &config)?;
+    super::print(&match form {
+        Form::Json => format!("{}\n", status.json()),
+        Form::Prometheus => status.metrics(),
+        Form::Text => status.text(Style::of_stdout()),
+    })
+}
+
+/// What is needed to look.
+pub(super) fn open(options: &Options) -> Result<(Kernel, Config)> {
     super::require_net_admin("look into the kernel")?;
     // a wrong file is no reason not to look, unless it was named
     let config = match options.load(false) {
         Err(error) if options.config.is_some() => return Err(error),
         loaded => loaded.ok().flatten().unwrap_or_default(),
     };
-    let mut kernel = Kernel::open()?;
-    if form == Form::Watch {
-        return super::watch::watch(&mut kernel, Rc::new(config));
-    }
-    let status = Status::take(&mut kernel, &config)?;
-    super::print(&match form {
-        Form::Json => format!("{}\n", status.json()),
-        Form::Prometheus => status.metrics(),
-        Form::Text | Form::Watch => status.text(Style::of_stdout()),
-    })
+    Ok((Kernel::open()?, config))
 }
 
 /// Everything that is shown.

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use super::screen::Screen;
-use super::status::Status;
+use super::status::{self, Status};
 use super::table::{Column, Rows, Style, Value};
 use crate::cgroup::follow::Cgroups;
 use crate::config::Config;
@@ -17,6 +17,7 @@ use crate::error::Result;
 use crate::kernel::sockets::conntrack_counts;
 use crate::kernel::Kernel;
 use crate::nft::view::Counter;
+use crate::options::Options;
 
 /// How many cgroups are shown.
 const TOP: usize = 20;
@@ -43,15 +44,17 @@ const CGROUPS: [Column; 4] = [
 ];
 
 /// Prints again every second until the reader goes away or has seen enough.
-pub fn watch(kernel: &mut Kernel, config: Rc<Config>) -> Result<ExitCode> {
+pub fn watch(options: &Options) -> Result<ExitCode> {
+    let (mut kernel, config) = status::open(options)?;
+    let config = Rc::new(config);
     let style = Style::of_stdout();
     let mut screen = Screen::open(style)?;
     let mut paths = BTreeMap::new();
     let mut before: Option<(Instant, Totals)> = None;
     loop {
         let now = Instant::now();
-        let status = Status::glance(kernel)?;
-        let totals = Totals::of(&status, kernel);
+        let status = Status::glance(&mut kernel)?;
+        let totals = Totals::of(&status, &mut kernel);
         let rates = before.map(|(then, old)| totals.since(&old, now - then));
         if let Some(rates) = &rates {
             let unknown = |id: &&u64| !paths.contains_key(*id);

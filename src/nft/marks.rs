@@ -7,22 +7,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::expr::{Expr, Verdict};
 use super::others::ForeignExpr::{self, Nft, Xt};
-use super::others::{ForeignRule, XtMark};
+use super::others::{ForeignBase, ForeignRule, XtMark};
 use super::table::priority_of_gateways;
 use super::view::View;
 use crate::config::Config;
 use crate::net::{Interface, Mark};
 use crate::netlink::parse;
 use crate::netlink::uapi::*;
-
-/// A chain of others that packets meet.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ForeignBase {
-    /// As nft writes it: `ip mangle OUTPUT`.
-    pub place: String,
-    pub hook: u32,
-    pub priority: i32,
-}
 
 /// What of our table matters here.
 #[derive(Debug, Default)]

@@ -6,7 +6,6 @@
 use std::collections::BTreeSet;
 
 use super::expr::{parts, Expr, Verdict};
-use super::marks::{self, ForeignBase, Ours};
 use super::message::dump;
 use super::table::TABLE;
 use crate::netlink::msg::Batch;
@@ -19,6 +18,15 @@ pub struct ForeignRule {
     /// As nft writes it: `ip wg-quick-wg0 preraw`.
     pub place: String,
     pub exprs: Vec<ForeignExpr>,
+}
+
+/// A chain of others that packets meet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ForeignBase {
+    /// As nft writes it: `ip mangle OUTPUT`.
+    pub place: String,
+    pub hook: u32,
+    pub priority: i32,
 }
 
 /// What iptables has in place of expressions, where it is about marks.
@@ -232,9 +240,9 @@ impl ForeignRule {
     }
 }
 
-/// A line for each chain of others that breaks what goes to a tproxy, with the remedy. `rules` are in
-/// the order of the dump, which is that of each chain.
-pub fn hindrances(bases: &[ForeignBase], rules: &[ForeignRule], ours: &Ours) -> Vec<String> {
+/// A line for each chain of others that breaks what goes to a tproxy, with the remedy, but for what
+/// they do to marks. `rules` are in the order of the dump, which is that of each chain.
+pub fn hindrances(rules: &[ForeignRule]) -> Vec<String> {
     let mut spared = BTreeSet::new();
     let mut found = Vec::new();
     for rule in rules {
@@ -259,6 +267,5 @@ pub fn hindrances(bases: &[ForeignBase], rules: &[ForeignRule], ours: &Ours) -> 
         }
     }
     found.dedup();
-    found.extend(marks::hindrances(bases, rules, ours));
     found
 }

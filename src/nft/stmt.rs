@@ -408,6 +408,27 @@ fn hash() -> Expr {
     Expr::Jhash { sreg: NFT_REG_2, dreg: NFT_REG_1, len: 8, modulus: u32::MAX, seed: 1 }
 }
 
+/// What the kernel makes of a cgroup id by that. Source: include/linux/jhash.h, net/netfilter/nft_hash.c, `reciprocal_scale()`.
+pub fn cgroup_hash(id: u64) -> u32 {
+    const SEED: u32 = 1;
+    const JHASH_INITVAL: u32 = 0xdead_beef;
+    let bytes = id.to_ne_bytes();
+    // the end of the input is read byte by byte, lowest first, whatever the processor
+    let word = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| bytes[at + i]));
+    let start = JHASH_INITVAL.wrapping_add(bytes.len() as u32).wrapping_add(SEED);
+    let (mut a, mut b, mut c) = (start.wrapping_add(word(0)), start.wrapping_add(word(4)), start);
+    let mix = |x: &mut u32, y: u32, by: u32| *x = (*x ^ y).wrapping_sub(y.rotate_left(by));
+    // __jhash_final
+    mix(&mut c, b, 14);
+    mix(&mut a, c, 11);
+    mix(&mut b, a, 25);
+    mix(&mut c, b, 16);
+    mix(&mut a, c, 4);
+    mix(&mut b, a, 14);
+    mix(&mut c, b, 24);
+    ((u64::from(c) * u64::from(u32::MAX)) >> 32) as u32
+}
+
 fn immediate(dreg: u32, data: &[u8]) -> Expr {
     Expr::Immediate { dreg, data: data.to_vec() }
 }

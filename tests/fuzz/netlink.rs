@@ -7,7 +7,7 @@ use cgtproxy::config::Config;
 use cgtproxy::net::Family;
 use cgtproxy::netlink::parse::{self, Attrs, Messages};
 use cgtproxy::netlink::{conntrack, diag, fib};
-use cgtproxy::nft::{event::Follower, marks::Ours, message, others, view};
+use cgtproxy::nft::{event::Follower, marks, message, others, view};
 use cgtproxy::plan;
 use cgtproxy::route::{self, Seen};
 use libfuzzer_sys::fuzz_target;
@@ -39,7 +39,8 @@ fuzz_target!(|datagram: &[u8]| {
     let _ = (seen.ours(), seen.missing(&needs, Family::V4));
     let place = seen.place(&needs, Family::V4);
     let _ = seen.hindrances(&needs, Family::V4, place);
-    let _ = others::hindrances(&bases, &others_rules, &Ours::default());
+    let _ = others::hindrances(&others_rules);
+    let _ = marks::hindrances(&bases, &others_rules, &marks::Ours::default());
     let view = view::View::of(&rules);
     assert!(view.targets.len() <= rules.len() && view.steps.len() <= rules.len());
     let _ = Follower::default().take(datagram, 0);
