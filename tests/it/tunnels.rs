@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{kill, Signal};
@@ -21,9 +21,10 @@ use nix::unistd::Pid;
 use crate::client::{
     again, fork_into, socket_of, Client, Outcome, Proto, AT_ONCE, CASES, PATIENCE, SILENCE,
 };
-use crate::daemon::{run_with, Daemon};
-use crate::ground::{addr, ip_batch, pipe, Ground, GATE4, HOST4, REMOTE4, REMOTE6};
-use crate::kernel::await_member;
+use crate::daemon::{run_with, Daemon, UNOWNED};
+use crate::gateway::Lan;
+use crate::ground::{addr, ip_batch, pipe, Ground, GATE4, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::kernel::{await_member, load, table};
 use crate::routes::{passes, refused, until_passes, until_refused, TUNNEL};
 use crate::wait_until;
 use crate::world::{raw_addr, Server, World};
@@ -410,40 +411,90 @@ fn a_tunnel_that_carries_itself_is_seen() {
 }
 
 /// A tunnel of the kernel sends what it carries with the socket of who sent that, so a rule that has
-/// let it into the tunnel decides about it once more. VXLAN stands for WireGuard here; tests/real has
-/// that where the kernel does, as the interface of a route.
+/// let it into the tunnel decides about it once more: by cgroup or by owner, whatever the target. What
+/// a gateway's clients send by it has none, and is nobody's, though it is of the same flow. VXLAN
+/// stands for WireGuard here; tests/real has that where the kernel does, as the interface of a route.
 #[test]
 fn a_tunnel_of_the_kernel() {
-    let ground = ground!("tunkern");
-    let _world = World::new(&ground);
-    let cgroups = ["/drop", "/vpn"].map(|path| ground.cgroup(path));
-    // by static neighbours, so that nothing that the kernel asks of itself is waited for
-    let vxlan = |name, remote, own: u8, other: u8| {
+    let (ground, _world) = scene!("tunkern");
+    let lan = Lan::new(&ground);
+    let paths = ["/any", "/drop", "/proxied", "/vpn"];
+    let cgroups = paths.map(|path| ground.cgroup(path));
+    let owners = [12345, 12346, 12347].map(|uid| (&cgroups[0], uid));
+    let inner = ["10.8.0.2", "fd00:8::2"].map(|ip| addr(ip.parse().expect("an address"), 80));
+    // all that goes by it is of one flow, as WireGuard's; by static neighbours, so that nothing that the
+    // kernel asks of itself is waited for
+    let vxlan = |name, remote: IpAddr, own: u8, other: u8| {
         format!(
-            "link add {name} address 02:00:00:00:08:0{own} mtu 1400 type vxlan id 7 \
-             remote {remote} dstport {PORT}\n\
+            "link add {name} address 02:00:00:00:08:0{own} mtu 1300 type vxlan id 7 \
+             remote {remote} dstport {PORT} srcport 5554 5555\n\
              link set {name} up\naddr add 10.8.0.{own}/24 dev {name}\n\
-             neigh replace 10.8.0.{other} lladdr 02:00:00:00:08:0{other} dev {name}\n"
+             addr add fd00:8::{own}/64 dev {name} nodad\n\
+             neigh replace 10.8.0.{other} lladdr 02:00:00:00:08:0{other} dev {name}\n\
+             neigh replace fd00:8::{other} lladdr 02:00:00:00:08:0{other} dev {name}\n"
         )
     };
-    ground.outside(|| ip_batch(&[], &vxlan("vout0", HOST4, 2, 1)));
-    ip_batch(&[], &vxlan("vx0", GATE4, 1, 2));
-    let peer = addr("10.8.0.2".parse().expect("an address"), 80);
-    let ask = |cgroup: &Path| Client::tcp(cgroup, peer).timeout(Duration::from_secs(1)).run();
-    // vpn0 is not there, so what it decides about is refused
-    let rules = by_cgroup("") + "drop = /drop\n";
-    let bypass = "[global]\nbypass = 10.8.0.0/24\n";
-    let daemon = Daemon::start(&ground, &format!("{bypass}{rules}"), &[]);
-    await_member(&cgroups[0], "drop");
-    await_member(&cgroups[1], "vpn");
-    for cgroup in &cgroups {
-        let outcome = ask(cgroup);
-        assert!(!matches!(outcome, Outcome::Answer(_)), "{outcome:?}");
-    }
-    daemon.reconfigure(&format!("{bypass}bypass = {GATE4}\n{rules}"));
-    for cgroup in &cgroups {
-        let answers = || matches!(ask(cgroup), Outcome::Answer(_));
-        assert!(wait_until(Duration::from_secs(10), answers), "{:?}", ask(cgroup));
+    // neither the proxy nor vpn0 is there, so what they get is refused
+    let policy = |more: &str| {
+        format!(
+            "[global]\nbypass = 10.8.0.0/24\nbypass = fd00:8::/64\n{more}\
+             [tproxy mihomo]\nport = 7893\n[route vpn]\ninterface = vpn0\n\
+             [gateway lan]\ninterface = br-lan\ntarget = direct\n\
+             [rules]\ndrop = /drop\nmihomo = /proxied\nvpn = /vpn\n\
+             drop = user:12345\nmihomo = user:12346\nvpn = user:12347\n"
+        )
+    };
+    let start = |more: &str| {
+        let mut daemon = Daemon::spawn(&ground, &policy(more), &[], &[UNOWNED]);
+        assert!(daemon.ready(), "{}", daemon.logs());
+        daemon
+    };
+    let passes = |passes: bool, when: &str| {
+        for to in inner {
+            let free = Client::udp(&cgroups[0], to).run().who();
+            assert_eq!(free, format!("remote {to}"), "{when}");
+            let patience = if passes { PATIENCE } else { SILENCE };
+            let ask = |cgroup: &PathBuf, uid, proto| {
+                Client::new(cgroup, proto, to).uid(uid).timeout(patience).spawn()
+            };
+            let senders = cgroups[1..].iter().map(|cgroup| (cgroup, 0)).chain(owners);
+            let asked: Vec<_> = senders
+                .flat_map(|(cgroup, uid)| [Proto::Tcp, Proto::Udp].map(|p| (cgroup, uid, p)))
+                .map(|(cgroup, uid, proto)| (cgroup, uid, proto, ask(cgroup, uid, proto)))
+                .collect();
+            for (cgroup, uid, proto, running) in asked {
+                let who = running.wait().0.who();
+                let want = if passes { format!("remote {to}") } else { "nobody".into() };
+                assert_eq!(who, want, "{when}: {cgroup:?} {uid} {proto:?} {to}");
+            }
+            // the flow was the proxy's last, as far as it has been
+            ask(&cgroups[2], 0, Proto::Udp).wait();
+            assert_eq!(lan.ask(0, Proto::Tcp, to), format!("remote {to}"), "{when}: a client");
+        }
+    };
+    for (peer, host) in [(GATE4, HOST4), (GATE6, HOST6)] {
+        ground.outside(|| ip_batch(&[], &vxlan("vout0", host, 2, 1)));
+        ip_batch(&[], &vxlan("vx0", peer, 1, 2));
+        let daemon = start("");
+        passes(false, "started");
+        daemon.kill9();
+        passes(false, "killed");
+        let daemon = start("");
+        passes(false, "started again");
+        load("flush table inet cgtproxy");
+        let back = || table().contains("socket cgroupv2");
+        assert!(wait_until(PATIENCE, back), "{}", daemon.logs());
+        passes(false, "repaired");
+        let spared = format!("bypass = {peer}\n");
+        daemon.reconfigure(&policy(&spared));
+        passes(true, "spared");
+        daemon.leave();
+        passes(true, "left");
+        let daemon = start(&spared);
+        passes(true, "taken over");
+        daemon.stop_clean();
+        ip_batch(&[], "link del vx0\n");
+        ground.outside(|| ip_batch(&[], "link del vout0\n"));
     }
 }
 

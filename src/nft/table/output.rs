@@ -259,11 +259,12 @@ pub(super) fn lo_chain(config: &Config) -> Chain {
 }
 
 /// Flows that are known by their ct mark. Marks that we do not know (of a tproxy that a reload took
-/// away) fall through to the end of `output`: they go where what is not known goes. Of UDP, what a
-/// process sends is not known by its flow: another may have used the port before.
+/// away) fall through to the end of `output`: they go where what is not known goes. UDP is not
+/// known by its flow: another may have used the port before, and what has no owner is a tunnel's of the
+/// kernel, one flow of which carries what all kinds of processes and a router's clients send.
 pub(super) fn sticky_chain(config: &Config) -> Chain {
     let direct = config.direct_mark();
-    let of_process = [Stmt::L4proto(L4::Udp), Stmt::HasOwner];
+    let udp = Stmt::L4proto(L4::Udp);
     let mut rules = Vec::new();
     if !config.routes.is_empty() {
         // by the way that it began by, in either direction
@@ -272,10 +273,9 @@ pub(super) fn sticky_chain(config: &Config) -> Chain {
     }
     if !config.tproxies.is_empty() {
         rules.push(vec![Stmt::CtMark(spoofed(config)), Stmt::goto("spoofed")]);
-        let forget = [Stmt::Original, Stmt::SetCtMark(mark(config, 0))];
-        rules.push([&of_process[..], &forget].concat());
+        rules.push(vec![udp.clone(), Stmt::Original, Stmt::SetCtMark(mark(config, 0))]);
     }
-    rules.push([&of_process[..], &[Stmt::back()]].concat());
+    rules.push(vec![udp, Stmt::back()]);
     let mut map: Vec<_> = config.tproxies.iter().map(|t| by_mark("to", &t.outlet)).collect();
     if config.default != Target::Direct {
         // a process's own packets of a flow that began direct: its cgroup has no target any more,
