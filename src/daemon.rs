@@ -473,6 +473,8 @@ impl Daemon<'_> {
         if let Some(devices) = self.routes.tables.take() {
             self.devices = devices;
         }
+        self.ways_changed |= !self.routes.gone.is_empty();
+        self.redirects.gone.append(&mut self.routes.gone);
         let after = &self.routes;
         let mut ways = BTreeMap::new();
         for way in plan::needs(config).ways {

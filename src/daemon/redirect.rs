@@ -45,6 +45,8 @@ pub struct Redirects {
     late: HashMap<u64, Outcome>,
     /// Their pass does not begin before that.
     rest: Option<Instant>,
+    /// Addresses of before, which no interface of a way out has any more.
+    pub(super) gone: BTreeSet<IpAddr>,
 }
 
 impl Redirects {
@@ -68,9 +70,13 @@ impl Daemon<'_> {
     pub(super) fn redirect_flows(&mut self) {
         self.ways_changed = false;
         let began = Instant::now();
-        let flows = Flows::of(&self.cgroups.core).filter(|_| self.kernel.tells_flows());
+        let flows = Flows::of(&self.cgroups.core, &self.redirects.gone)
+            .filter(|_| self.kernel.tells_flows());
         // those of late cgroups are among them
         self.redirects.late.clear();
+        if flows.is_none() {
+            self.redirects.gone.clear();
+        }
         self.redirects.pass = flows.map(|flows| Pass::begin(&mut self.kernel, flows));
         self.hold_flows();
         while self.redirects.pass.is_some() && began.elapsed() < LONGEST {
@@ -110,6 +116,7 @@ impl Daemon<'_> {
                 let moved = pass.moved;
                 log!(Notice, "{moved} UDP flows that began another way go as they should");
             }
+            redirects.gone.clear();
             redirects.rest = Some(Instant::now() + pass.spent * REST);
             redirects.pass = None;
         }
@@ -222,7 +229,8 @@ impl Pass {
         let (flows, owners) = (&self.flows, &self.owners);
         let concerns = |entry: &Tracked| {
             let owned = entry.protocol != IPPROTO_UDP || owners.has(entry.from.port());
-            flows.forwards() || flows.ask_for_owners() && owned || flows.released(entry).is_some()
+            let known = flows.forwards() || flows.ask_for_owners() && owned;
+            known || flows.is_lost(entry) || flows.released(entry).is_some()
         };
         match kernel.more_entries(concerns) {
             Ok(Some(entries)) => {
@@ -246,7 +254,7 @@ impl Pass {
 
     /// Of pings nobody tells whose they are: all begin anew, which they do not notice.
     fn hold(&mut self, kernel: &mut Kernel, entry: &Tracked) {
-        if entry.protocol != IPPROTO_UDP {
+        if entry.protocol != IPPROTO_UDP || self.flows.is_lost(entry) {
             let _ = kernel.forget_entry(entry);
             return;
         }

@@ -52,29 +52,6 @@ impl Kernel {
         Ok(more.then_some(found))
     }
 
-    /// The flows of UDP and pings, of both families, as far as `keep` keeps them.
-    fn entries(&mut self, keep: impl Fn(&Tracked) -> bool) -> Result<Vec<Tracked>> {
-        let mut all = Vec::new();
-        for family in [NFPROTO_IPV4, NFPROTO_IPV6] {
-            let request = |batch: &mut Batch| conntrack::get_all(batch, family);
-            let read = |message: &Message| conntrack::parse_entry(message).filter(&keep);
-            let found = self.nft.dump(&request, read)?;
-            self.tells_flows &= found.is_ok();
-            all.extend(found.map_err(|errno| Error::system(REFUSED, errno))?);
-        }
-        Ok(all)
-    }
-
-    /// Has the flows forgotten that are translated to these addresses of before, which no interface
-    /// has any more: of those that were moved the kernel does not see that by itself.
-    pub fn forget_translated(&mut self, gone: &[IpAddr]) {
-        let to_them =
-            |entry: &Tracked| entry.is_translated() && gone.contains(&entry.answers.1.ip());
-        for entry in self.entries(to_them).unwrap_or_default() {
-            let _ = self.forget_entry(&entry);
-        }
-    }
-
     /// Errors: ENOENT where it has ended by itself.
     pub fn forget_entry(&mut self, entry: &Tracked) -> std::result::Result<(), Errno> {
         self.nft.tell(&|batch| conntrack::delete(batch, entry))

@@ -34,6 +34,8 @@ pub struct Routing {
     pub hindrances: Vec<String>,
     /// The interfaces that tables of others lead out by; `None` where the kernel did not tell.
     pub tables: Option<Devices>,
+    /// Addresses of before, which no interface of a way out has any more.
+    pub gone: BTreeSet<IpAddr>,
 }
 
 impl Kernel {
@@ -51,14 +53,11 @@ impl Kernel {
         let before = std::mem::replace(&mut self.links, needs.links.clone());
         let has = |ip: &IpAddr| needs.links.iter().any(|link| link.addresses.contains(ip));
         let gone = before.into_iter().flat_map(|link| link.addresses).filter(|ip| !has(ip));
-        let gone: Vec<IpAddr> = gone.collect();
-        if !gone.is_empty() {
-            self.forget_translated(&gone);
-        }
+        let gone = gone.collect();
         let needs = &needs;
         let tables = self.devices_of(needs);
         let (mut result, mut lo_is_down) = (Ok(()), false);
-        let mut routing = Routing { tables, ..Routing::default() };
+        let mut routing = Routing { tables, gone, ..Routing::default() };
         for family in Family::BOTH {
             match self.add_family(needs, family, &mut routing) {
                 Ok(down) => {

@@ -3,8 +3,8 @@
 //! with an address that answers come back to, and one of a route goes on by that. By what is in
 //! force alone, whatever was before. Pure.
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
 
 use super::{Fate, Judge, Suspects};
 use crate::cgroup::core::Core;
@@ -34,26 +34,29 @@ pub struct Flows {
     outcomes: HashMap<u64, Outcome>,
     /// That of all other cgroups; `None` where the flows of those above are in question alone.
     others: Option<Outcome>,
+    /// Addresses of before.
+    gone: BTreeSet<IpAddr>,
 }
 
 impl Flows {
-    /// `None` where no flow can be in question.
-    pub fn of(core: &Core) -> Option<Flows> {
+    /// `None` where no flow can be in question; these addresses no interface has any more.
+    pub fn of(core: &Core, gone: &BTreeSet<IpAddr>) -> Option<Flows> {
         let config = core.config();
         let lists_ports = config.tproxies.iter().any(|t| !t.outlet.udp_ports.is_empty());
-        if config.routes.is_empty() && !lists_ports {
+        if config.routes.is_empty() && !lists_ports && gone.is_empty() {
             return None;
         }
         let all = core.tree().iter();
         let outcomes = all.map(|(_, node)| (node.id, policy::outcome(config, node.rank))).collect();
         let judge = Judge::new(config.clone(), Suspects::default(), 0..=0, true);
-        Some(Flows { judge, outcomes, others: Some(config.default_outcome()) })
+        let others = Some(config.default_outcome());
+        Some(Flows { judge, outcomes, others, gone: gone.clone() })
     }
 
     /// Of these cgroups alone.
     pub fn of_some(core: &Core, outcomes: HashMap<u64, Outcome>) -> Flows {
         let judge = Judge::new(core.config().clone(), Suspects::default(), 0..=0, true);
-        Flows { judge, outcomes, others: None }
+        Flows { judge, outcomes, others: None, gone: BTreeSet::new() }
     }
 
     /// Whether a cgroup's flows are in question.
@@ -85,6 +88,12 @@ impl Flows {
     pub fn way(&self, route: usize) -> (u32, &str) {
         let route = &self.config().routes[route];
         (route.outlet.mark, &route.interface)
+    }
+
+    /// Whether one is translated to an address of before: of those that were moved the kernel does not
+    /// see that by itself.
+    pub fn is_lost(&self, entry: &Tracked) -> bool {
+        entry.is_translated() && self.gone.contains(&entry.answers.1.ip())
     }
 
     /// What is to be done about one that is known as a tproxy's which does not take its port any more:
@@ -259,7 +268,7 @@ mod tests {
         let config = std::rc::Rc::new(testing::config(config));
         let judge = Judge::new(config, Suspects::default(), 0..=0, true);
         let others = Some(judge.config.default_outcome());
-        Flows { judge, outcomes: HashMap::new(), others }
+        Flows { judge, outcomes: HashMap::new(), others, gone: BTreeSet::new() }
     }
 
     /// A flow as conntrack has it, with our bits of its mark, and whether its source is translated.
@@ -331,12 +340,22 @@ mod tests {
             let outcomes = [(cgroup, flows.config().default_outcome())].into();
             let config = flows.judge.config.clone();
             let judge = Judge::new(config, Suspects::default(), 0..=0, true);
-            let some = Flows { judge, outcomes, others: None };
+            let some = Flows { judge, outcomes, others: None, gone: BTreeSet::new() };
             assert!(some.asks_of(cgroup) && !some.asks_of(cgroup + 1) && !some.forwards());
             some.own(&entry(here, there, 0, false), &socket)
         };
         let own = socket.cgroup.unwrap();
         assert_eq!((of_some(own), of_some(own + 1)), (vpn, None));
+    }
+
+    #[test]
+    fn what_is_translated_to_an_address_of_before() {
+        let mut flows = flows(CONFIG);
+        let (from, to) = ("192.0.2.1:4000", "203.0.113.7:80");
+        let lost = |flows: &Flows| [false, true].map(|t| flows.is_lost(&entry(from, to, 2, t)));
+        assert_eq!(lost(&flows), [false, false]);
+        flows.gone = ["10.8.0.1".parse().unwrap()].into();
+        assert_eq!(lost(&flows), [false, true]);
     }
 
     #[test]
