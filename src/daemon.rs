@@ -446,7 +446,7 @@ impl Daemon<'_> {
         self.late.want(now);
         let rest = if self.cgroups.is_busy() { LONGEST_BATCH } else { Duration::ZERO };
         let due = self.late.due().is_some_and(|at| at + rest <= now);
-        if due && self.doubts.is_none() && self.table.due().is_none() {
+        if due && self.doubts.is_none() && !self.table_is_out() {
             let ways = self.cgroups.core.take_late();
             self.redirects.want_late(&self.cgroups.core, &ways);
             self.look_for_stale(Suspects::late(&self.cgroups.core, &ways), SLICE);
@@ -687,7 +687,7 @@ impl Daemon<'_> {
             return PollTimeout::ZERO;
         }
         // which wait for the table
-        let there = self.table.due().is_none();
+        let there = !self.table_is_out();
         let late = self.late.due().filter(|_| there);
         let redirects = self.redirects.due().filter(|_| there);
         let due = [
@@ -730,7 +730,7 @@ impl Daemon<'_> {
             false => Damage::default(),
         };
         if let Some(culprit) = damage.table {
-            if self.table.due().is_none() {
+            if !self.table_is_out() {
                 log!(limited::Notice, "the table was changed by {culprit}");
             }
             self.table.want(now);
@@ -808,11 +808,16 @@ impl Daemon<'_> {
         }
     }
 
+    /// The table is not what it should be: its replacement is wanted, at a time of its own, and will
+    /// have whatever changes until then.
+    fn table_is_out(&self) -> bool {
+        self.table.due().is_some()
+    }
+
     /// Commits the net difference. Where the kernel refuses it, the table is not what we think it
     /// is: replace it.
     fn commit(&mut self) {
-        if self.table.due().is_some() {
-            // what is pending will be in the replacement
+        if self.table_is_out() {
             return;
         }
         let mut delta = self.cgroups.core.take_delta();
@@ -826,7 +831,8 @@ impl Daemon<'_> {
         }
     }
 
-    /// False where the table has been, or is to be, replaced.
+    /// For a table that is not known to be out, which is replaced at once where that proves wrong.
+    /// False where it has been, or is to be, replaced.
     fn commit_or_repair(&mut self, transaction: Transaction) -> bool {
         let done = self.kernel.commit(transaction);
         if let Err(error) = &done {
@@ -871,7 +877,7 @@ impl Daemon<'_> {
         let before = self.devices.clone();
         let added = self.add_routing(&config);
         let follow = plan::follow(&config, &before, &self.devices, self.kernel.batch());
-        if let Some(follow) = follow {
+        if let Some(follow) = follow.filter(|_| !self.table_is_out()) {
             self.commit_or_repair(follow);
         }
         // stale entries too: of another place, or which a start or a reload was not able to delete
@@ -921,7 +927,7 @@ impl Daemon<'_> {
     fn count(&mut self, deed: Deed) {
         let count = &mut self.deeds[deed as usize];
         *count = count.saturating_add(1);
-        if self.table.due().is_some() {
+        if self.table_is_out() {
             // the replacement will tell
             return;
         }
@@ -933,7 +939,7 @@ impl Daemon<'_> {
     fn precede(&mut self) {
         self.again = true;
         let again = plan::again(self.cgroups.core.config(), self.kernel.batch());
-        if let Some(again) = again.filter(|_| self.table.due().is_none()) {
+        if let Some(again) = again.filter(|_| !self.table_is_out()) {
             self.commit_or_repair(again);
         }
     }

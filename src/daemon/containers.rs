@@ -301,7 +301,7 @@ impl Daemon<'_> {
     /// Has the kernel know containers by where they come in.
     fn enter(&mut self) {
         // what is pending will be in the replacement
-        if self.table.due().is_some() {
+        if self.table_is_out() {
             return;
         }
         let wanted = self.entrances();

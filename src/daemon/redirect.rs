@@ -92,7 +92,7 @@ impl Daemon<'_> {
     pub(super) fn go_on_redirecting(&mut self) {
         let due = self.redirects.due();
         let now = Instant::now();
-        if self.table.due().is_some() || due.is_none_or(|at| at > now) {
+        if self.table_is_out() || due.is_none_or(|at| at > now) {
             return;
         }
         if self.redirects.pass.is_none() {

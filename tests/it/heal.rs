@@ -12,6 +12,7 @@ use crate::daemon::{Daemon, POLICY, UNOWNED};
 use crate::gateway::Lan;
 use crate::ground::{addr, here, ip_batch, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, nft, residue, state};
+use crate::routes::tunnel_up;
 use crate::wait_until;
 use crate::world::{World, PROXY};
 
@@ -314,6 +315,46 @@ fn a_program_that_keeps_deleting() {
         world.wire.packets();
         assert!(daemon.stop().success());
     }
+}
+
+/// A table that is known to be out has to wait for its turn, whatever is repaired of the routing
+/// meanwhile, and has then what changed there.
+#[test]
+fn the_routing_is_repaired_while_the_table_is_out() {
+    let (ground, _world) = scene!("outtable");
+    ground.cgroup("/drop");
+    let config = "[route vpn]\ntable = 1000\n[rules]\nvpn = /vpn\ndrop = /drop\n";
+    tunnel_up(&ground);
+    let mut daemon = Daemon::spawn(&ground, config, &[], &[UNOWNED]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    // others delete the table, and have one of that name which nobody may change
+    let mut command = Command::new("nft");
+    command.arg("-i").stdin(Stdio::piped()).stdout(Stdio::null());
+    let mut other = command.spawn().expect("start nft");
+    let mut words = other.stdin.take().expect("stdin is piped");
+    let lines = "delete table inet cgtproxy; add table inet cgtproxy { flags owner; }\n";
+    words.write_all(lines.as_bytes()).expect("feed nft");
+    assert!(daemon.wait_log("trying again in 2 s", PATIENCE), "{}", daemon.logs());
+    let rules = || residue().matches("lookup 1000").count();
+    let whole = rules();
+    assert_ne!(whole, 0, "{}", residue());
+    for round in 0..6 {
+        let dev = ["in0", "vpn0"][round % 2];
+        ip_batch(&[], &format!("route replace default dev {dev} table 1000\n"));
+        ip_batch(&["-4"], "rule del lookup 1000\n");
+        assert!(wait_until(PATIENCE, || rules() == whole), "{}\n{}", residue(), daemon.logs());
+    }
+    let log = daemon.logs();
+    assert!(!log.contains("replacing the table"), "{log}");
+    drop(words);
+    other.wait().expect("wait for nft");
+    let table = || {
+        let out = nft(&["list", "table", "inet", "cgtproxy"], "");
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    let led = || table().contains("\"vpn0\"") && !table().contains("\"in0\"");
+    assert!(wait_until(PATIENCE, led), "{}\n{}", table(), daemon.logs());
+    daemon.stop_clean();
 }
 
 /// As where this program is started before the network is (OpenWrt): the kernel takes no IPv6 route
