@@ -200,6 +200,7 @@ impl Kernel {
             });
             damage.routing |= lost;
             damage.bridge |= lost;
+            damage.revived |= lost;
         }
         damage
     }

@@ -7,7 +7,8 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
 
 use crate::client::{expect, under, PATIENCE};
 use crate::daemon::{binary, write_private, Daemon, UNOWNED};
@@ -346,6 +347,56 @@ fn dropped() -> u64 {
     drops.sum()
 }
 
+/// Rules that come and go, each of which is told.
+fn foreign_rules(pairs: usize) -> String {
+    let pair = "rule add pref 200 iif lo fwmark 0x7/0xff lookup 300 protocol 99\n\
+                rule del pref 200 iif lo fwmark 0x7/0xff lookup 300 protocol 99\n";
+    pair.repeat(pairs)
+}
+
+/// Repairs of the routing are refused until `said` is logged.
+fn refused_until(daemon: &Daemon, harm: &str, said: &str) {
+    let pid = daemon.pid().to_string();
+    let calls = ["-e", "trace=sendto", "-e", "inject=sendto:error=ENOMEM"];
+    let mut command = Command::new("strace");
+    command.args(["-qq", "-o", "/dev/null", "-p", &pid]).args(calls);
+    let mut strace = command.spawn().expect("start strace");
+    let traced = || {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("read");
+        !status.contains("TracerPid:\t0\n")
+    };
+    assert!(wait_until(PATIENCE, traced));
+    sh(harm);
+    let refused = daemon.wait_log(said, PATIENCE);
+    // which lets the program go
+    kill(Pid::from_raw(strace.id() as i32), Signal::SIGTERM).expect("end strace");
+    strace.wait().expect("wait for strace");
+    assert!(refused, "{}", daemon.logs());
+}
+
+/// What ends the pause between two repairs of the routing may be among what is lost.
+#[test]
+fn a_loss_ends_the_pause() {
+    let ground = ground!("losspause");
+    ground.cgroup("/drop");
+    let daemon = Daemon::start(&ground, CONFIG, &["--no-seccomp"]);
+    let whole = residue();
+    let (said, pause) = ("trying again in 8 s", Duration::from_secs(8));
+    refused_until(&daemon, "ip rule del pref 100", said);
+    let begun = Instant::now();
+    daemon.signal(Signal::SIGSTOP);
+    ip_batch(&["-4"], &foreign_rules(4000));
+    let lost = dropped();
+    assert!(lost > 0, "nothing was lost");
+    sh("ip link set lo down; ip link set lo up");
+    assert!(dropped() > lost);
+    daemon.signal(Signal::SIGCONT);
+    let healed = wait_until(PATIENCE, || residue() == whole);
+    assert!(healed, "{}\n{}", residue(), daemon.logs());
+    let after = begun.elapsed();
+    assert!(after < pause, "{after:?} after the pause began");
+}
+
 /// Notifications are lost while the program cannot run, and the damage with them.
 #[test]
 fn notifications_are_lost() {
@@ -355,11 +406,6 @@ fn notifications_are_lost() {
     assert!(daemon.ready(), "{}", daemon.logs());
     let whole = state();
     // (what is done meanwhile, what loses notifications)
-    let foreign_rules = |n: usize| -> String {
-        let pair = "rule add pref 200 iif lo fwmark 0x7/0xff lookup 300 protocol 99\n\
-                    rule del pref 200 iif lo fwmark 0x7/0xff lookup 300 protocol 99\n";
-        pair.repeat(n)
-    };
     let foreign_tables = |n: usize| -> String {
         let one = "add table ip other\nadd chain ip other c\nadd rule ip other c counter\n\
                    delete table ip other\n";
