@@ -118,6 +118,7 @@ do_uninstall() {
 		esac || echo "install.sh: the service could not be stopped" >&2
 		# also what on-exit = keep has left
 		"$program" flush || echo "install.sh: see above, something is left in the kernel" >&2
+		[ "$INIT" != openwrt ] || "$PREFIX/libexec/cgtproxy-uci" forget || :
 	fi
 	echo "$services" | while read -r _ to _; do rm -f "$DESTDIR$to"; done
 	extras | while read -r _ to _; do rm -f "$DESTDIR$to"; done

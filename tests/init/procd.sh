@@ -154,13 +154,19 @@ rm $dir/init.d/control
 # packages: what default_postinst and default_prerm do around our scripts
 scripts() { # postinst or prerm: our script of the feed's Makefile
 	awk -v "start=define Package/cgtproxy/$1" '$0 == start { on = 1; next } /^endef/ { on = 0 } on' \
-		"$repository/init/openwrt/Makefile" | sed "s/[$][$]/$/g; s|/etc/init.d/cgtproxy|run cgtproxy|g; s|/usr/sbin/cgtproxy|$dir/cgtproxy|; s/^exit 0//" >$dir/"$1"
+		"$repository/init/openwrt/Makefile" | sed "s/[$][$]/$/g; s|/etc/init.d/cgtproxy|act|g; s|/usr/sbin/cgtproxy|$dir/cgtproxy|
+			s|/usr/libexec/|$dir/|; s|/var/run/|$dir/run/|; s/^exit 0//" >$dir/"$1"
 }
 scripts postinst
 scripts prerm
 # shellcheck disable=SC1090,SC2030,SC2034 # our scripts read both, and are to change nothing here
 ours() { ( IPKG_INSTROOT='' PKG_UPGRADE=${PKG_UPGRADE:-}; . $dir/"$1" ); }
-act() { run cgtproxy "$1"; cat $dir/out $dir/err >>$dir/told; }
+act() {
+	run cgtproxy "$1"
+	set -- $?
+	cat $dir/out $dir/err >>$dir/told
+	return $1
+}
 prerm() { [ "${PKG_UPGRADE:-}" = 1 ] || act disable; act stop; }
 postinst() { [ "${PKG_UPGRADE:-}" = 1 ] || act enable; act start; }
 replace() { cp $dir/cgtproxy $dir/cgtproxy.new; mv $dir/cgtproxy.new $dir/cgtproxy; }
@@ -186,6 +192,12 @@ remove() {
 }
 is_new() { readlink "/proc/$(daemon_pid)/exe"; [ "$(readlink "/proc/$(daemon_pid)/exe")" = $dir/cgtproxy ]; }
 enabled() { ls $dir/rc.d/S??cgtproxy; }
+made() {
+	for file in "$dir"/run/cgtproxy.* "$dir/var/cgtproxy" "$dir/conf.d"; do
+		[ ! -e "$file" ] || { echo "$file"; return 0; }
+	done
+	[ -L $dir/cgtproxy.conf ]
+}
 for manager in opkg apk; do
 	run cgtproxy enable
 	old=$(daemon_pid)
@@ -214,6 +226,7 @@ for manager in opkg apk; do
 	check "removal by $manager, without a word" remove $manager
 	check "leaves nothing in the kernel" clean
 	check "nor in rc.d" fails enabled
+	check "nor what the service has made" fails made
 	policy "$POLICY"
 	check "start" run cgtproxy start
 	for name in early app nikki; do run $name start; done
@@ -309,6 +322,9 @@ check "a change is heard of still" triggered cgtproxy
 uci_policy ''
 check "enabled again" run cgtproxy reload
 check "it runs" table
+check "removal" remove apk
+check "leaves nothing that was made of UCI" fails made
+check "start" run cgtproxy start
 manual
 rm $dir/cgtproxy.conf
 policy "$POLICY"
