@@ -192,6 +192,7 @@ remove() {
 }
 is_new() { readlink "/proc/$(daemon_pid)/exe"; [ "$(readlink "/proc/$(daemon_pid)/exe")" = $dir/cgtproxy ]; }
 enabled() { ls $dir/rc.d/S??cgtproxy; }
+told_once() { cat $dir/told; [ "$(grep -c "$1" $dir/told)" -eq 1 ]; }
 made() {
 	for file in "$dir"/run/cgtproxy.* "$dir/var/cgtproxy" "$dir/conf.d"; do
 		[ ! -e "$file" ] || { echo "$file"; return 0; }
@@ -205,6 +206,18 @@ for manager in opkg apk; do
 	check "the new program runs" is_new
 	check "which is another process" other_pid
 	check "nothing left during the upgrade" none_left
+	old=$(daemon_pid)
+	policy "$POLICY
+mihomo = ("
+	: >$dir/log
+	check "upgrade by $manager with an error is not silent" fails upgrade $manager
+	check "it says why, once" told_once 'cgtproxy.conf:6'
+	check "and once in the log" once 'cgtproxy.conf:6'
+	check "and the daemon stays" same_pid
+	policy "$POLICY"
+	check "put right, restart" run cgtproxy restart
+	check "brings the new one" is_new
+	check "nothing left meanwhile" none_left
 	run cgtproxy disable
 	check "upgrade by $manager of what is disabled and runs" upgrade $manager
 	check "it runs still, the new one" is_new
