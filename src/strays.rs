@@ -74,7 +74,8 @@ fn line<'a>(strays: impl Iterator<Item = &'a (Vec<u8>, u32)>) -> Option<String> 
     let names = strays.map(|(name, pid)| format!("{} (pid {pid})", Escaped(name)));
     let names = names.collect::<Vec<_>>().join(", ");
     let text = "in the root cgroup, where no rule finds it: procd started it there, as older ones \
-                do with what they start again; reboot, and update procd";
+                do with what they start again, and all before cgroup2 is mounted; reboot, and \
+                update procd";
     (!names.is_empty()).then(|| format!("{names}: {text}"))
 }
 

@@ -244,7 +244,8 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
     let core = cgroups(config, findings.about("cgroup-root"));
     rules(config, core.as_ref(), findings.about("rule"));
     holds(config, core.as_ref(), findings.about("hold"));
-    findings.about("stray-service").warnings(strays::find());
+    // without cgroups all are there, which is said
+    findings.about("stray-service").warnings(core.as_ref().and_then(|_| strays::find()));
     old_controllers(findings.about("cgroup-v1-controller"));
     findings.about("capability");
     match sys::has_net_admin() {

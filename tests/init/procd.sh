@@ -373,6 +373,11 @@ check "start without cgroup2 fails" fails run cgtproxy start
 # the host's own mounts are out of reach, but still listed
 none='no cgroup2\|unable to use cgroup root\|above the root of our cgroup namespace'
 check "and says why" grep "$none" $dir/err
+run late start
+check "a service starts in the root cgroup" within 5 in_cgroup late /
+fails run cgtproxy check
+check "where all are, which check does not blame on procd" fails grep 'in the root cgroup' $dir/out
+run late stop
 sleep 4
 check "the log has it once, after seconds" once "$none"
 quiet() { cat $dir/log; [ "$(wc -l <$dir/log)" -le 3 ]; }
