@@ -178,8 +178,8 @@ class Rollback:
 
 
 def reload(config):
-    """What procd's trigger runs; nobody hears how it ends."""
-    time.sleep(SETTLE)
+    """What procd's trigger runs; nobody hears how it ends. A busy router takes its time."""
+    time.sleep(5 if os.path.exists(ROUTER + "/late") else SETTLE)
     subprocess.run(["busybox", "ash", ROUTER + "/rc.common", f"{ROUTER}/init.d/{config}", "reload"],
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -350,4 +350,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return self.missing()
 
 
-http.server.ThreadingHTTPServer(("127.0.0.1", int(PORT)), Handler).serve_forever()
+class Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, *request):
+        """A page that is left does not wait for what it has asked."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(*request)
+
+
+Server(("127.0.0.1", int(PORT)), Handler).serve_forever()

@@ -244,6 +244,14 @@ def rules():
     check("removed, and nothing leaves", leaves_not)
 
 
+UCI = "${dir:-/etc}/config/cgtproxy"
+
+
+def late(how):
+    """The service hears of what is applied later than usual, where the router is a stand-in."""
+    router(f'[ -z "$dir" ] || {how} $dir/late')
+
+
 def refusals():
     text = '"route-table" expects'
     before = router("nft list table inet cgtproxy | grep -v counter")
@@ -257,9 +265,11 @@ def refusals():
     click("Dismiss")
     browser.js("document.querySelector('[data-indicator=uci-changes]').click()")
     browser.until(f"{MODAL} && {MODAL}.classList.contains('uci-dialog')")
+    late("touch")
     apply()
     reloaded()
     check("refused behind the header's own dialog: said as well", dialog, "The last configuration was refused", text)
+    late("rm")
     picture("refused-later")
     check("the table is the same", lambda: router("nft list table inet cgtproxy | grep -v counter") != before)
     check("and nothing leaves", leaves_not)
@@ -276,6 +286,21 @@ def refusals():
     reloaded()
     check("put right, it is not said any more", lambda: browser.js(f"{MODAL} && {MODAL}.innerText"))
     check("no flow was cut by that either", flows_go_on)
+
+    # of a rule there are as many lines as it has services
+    router(f"""cp {UCI} /tmp/before; printf "config rule\\n\\toption target 'nosuch'\\n\\tlist service 'a'\\n\\tlist service 'b'\\n" >>{UCI}""")
+    go("settings")
+    tab("Advanced")
+    fill("route_table", "301")
+    apply()
+    check("what is wrong with a rule of several lines is said", dialog, "This configuration is refused", 'undefined target "nosuch"')
+    check("once", lambda: [line for line in said().split("\n") if "nosuch" in line][1:])
+    router(f"cp /tmp/before {UCI}")
+    click("Dismiss")
+    browser.js("document.querySelector('[data-indicator=uci-changes]').click()")
+    browser.until(f"{MODAL} && {MODAL}.classList.contains('uci-dialog')")
+    click("Revert")
+    reloaded()
 
 
 def targets():
@@ -332,7 +357,7 @@ def rights():
     """Of the session, by what the page can ask."""
     browser.js("""window.asked = (object, method, args) => fetch(L.env.ubuspath, { method: 'POST', body: JSON.stringify({ jsonrpc: '2.0',
         id: 1, method: 'call', params: [ L.env.sessionid, object, method, args ] }) }).then(reply => reply.json())""")
-    for name, method, arguments in [("uci", "get", {"config": "network"}), ("uci", "set", {"config": "network", "section": "lan", "values": {"proto": "none"}}),
+    for name, method, arguments in [("uci", "get", {"config": "rpcd"}), ("uci", "set", {"config": "network", "section": "lan", "values": {"proto": "none"}}),
                                     ("cgtproxy", "explain", {"pid": 1}), ("luci-rpc", "getDHCPLeases", {})]:
         asked = f"asked({json.dumps(name)}, {json.dumps(method)}, {json.dumps(arguments)})"
         check(f"no right to {name}.{method} of {arguments}", lambda: browser.js(f"{asked}.then(reply => reply.error ? reply.error.code : reply.result[0])") not in (-32002, 6))

@@ -78,7 +78,8 @@ const svg = () => ({ setAttribute() {}, appendChild() {} });
 const globals = {
 	E, _: (text) => { say('string', text); return text; },
 	L: { resolveDefault: (value, or) => Promise.resolve(value).catch(() => or), hasViewPermission: () => true },
-	document: { createElementNS: svg, getElementById: () => ({ replaceChildren() {}, querySelector: () => null }) },
+	window: { setTimeout: (f) => polled.push(f) },
+	document: { body: { classList: { contains: () => false } }, createElementNS: svg, getElementById: () => ({ replaceChildren() {}, querySelector: () => null }) },
 };
 function load(name) {
 	if (modules[name])

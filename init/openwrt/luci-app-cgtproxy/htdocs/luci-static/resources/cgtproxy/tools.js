@@ -106,10 +106,14 @@ return baseclass.extend({
 		]);
 	},
 
-	/* Also what the header's own dialog has applied may have been refused. */
-	tell_refused: function(status) {
-		if (status.refused && status.refused.length)
+	/* Also what the header's own dialog has applied may have been refused. The service may hear of it
+	   later than the page is here again, so that is asked for a while; an open dialog is left alone. */
+	tell_refused: function(status, times = 8) {
+		const open = document.body.classList.contains('modal-overlay-active');
+		if (status.refused && status.refused.length && !open)
 			this.refuse(_('The last configuration was refused'), status.refused);
+		else if (times > 0)
+			window.setTimeout(() => this.status().then(now => this.tell_refused(now, times - 1)), 2000);
 	},
 
 	/* handleSaveApply of every page: what check refuses is not applied. */
