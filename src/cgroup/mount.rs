@@ -136,7 +136,8 @@ pub fn choose(
             });
             let first = roots.next();
             let nothing = "no cgroup2 file system is mounted (mount -t cgroup2 none \
-                           /sys/fs/cgroup, or boot with cgroup v2)";
+                           /sys/fs/cgroup, or boot with cgroup v2; with OpenRC, rc-update add \
+                           cgroups sysinit, and reboot)";
             first.ok_or_else(|| refused.unwrap_or_else(|| nothing.into()))?
         }
     };

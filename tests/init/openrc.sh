@@ -59,6 +59,10 @@ cat >/etc/init.d/nftables <<-'EOF'
 	stop() { nft list ruleset >/run/nftables.saved; nft flush ruleset; }
 EOF
 chmod +x /etc/init.d/nftables
+# as OpenRC 0.60 and later, which reads these itself, and refuses what it does not know
+# shellcheck disable=SC2016 # for the shell of the services
+sed -i '/^supervise_start()/,/^{/s/^{/&\n\t[ -z "$ready$notify" ] || { eerror "invalid: $ready$notify"; return 1; }/' \
+	"$(find /lib/rc/sh /usr/lib*/rc/sh -name supervise-daemon.sh 2>/dev/null | head -1)"
 grep -q '^rc_cgroup_mode="unified"' /etc/rc.conf || echo 'rc_cgroup_mode="unified"' >>/etc/rc.conf
 for name in cgtproxy nftables app; do rc-update -q add $name default; done
 policy "$DROP"
@@ -135,6 +139,11 @@ check "and says where" grep "cgtproxy.conf:5" /run/refused.log
 check "not started" fails daemon_pid
 
 policy "$DROP"
+umount -l /sys/fs/cgroup
+check "start without cgroup2 is refused" fails says rc-service cgtproxy start
+check "   it says what to do" grep "rc-update add cgroups sysinit" /run/said
+check "   no supervisor goes on" fails /usr/bin/pgrep -f 'supervise-daemon cgtproxy'
+mount -t cgroup2 none /sys/fs/cgroup
 check "start" rc-service cgtproxy start
 check "dropped" asks app denied
 mkdir -p /etc/runlevels/empty
