@@ -104,7 +104,7 @@ do_install() {
 	echo "Installed. Edit $config, then:"
 	case $INIT in
 	openwrt) echo "  /etc/init.d/cgtproxy enable; /etc/init.d/cgtproxy restart" ;;
-	openrc) echo "  rc-update add cgtproxy default; rc-service cgtproxy start" ;;
+	openrc) echo "  rc-update add cgtproxy boot; rc-service cgtproxy start" ;;
 	systemd) systemctl daemon-reload && echo "  systemctl enable --now cgtproxy" ;;
 	esac
 }

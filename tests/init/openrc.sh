@@ -22,7 +22,7 @@ table() { nft list table inet cgtproxy; }
 leftover() { nft list tables; ip rule; ip -6 rule; ip route show table all; }
 clean() { leftover; ! leftover | grep -E 'cgtproxy|proto 99|lookup 300'; }
 policy() { printf '[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /(openrc\\.)?flood10\n%s\n' "$1" >$CONF; }
-DROP='drop = /(openrc\.)?(app|flood9)' WRONG='mihomo = ('
+DROP='drop = /(openrc\.)?(app|a?flood9?)' WRONG='mihomo = ('
 is() { [ "$(daemon_pid)" = "$1" ]; }
 another() { new=$(daemon_pid) && [ -n "$new" ] && [ "$new" != "$1" ]; }
 says() { "$@" >/run/said 2>&1; rc=$?; cat /run/said; return "$rc"; }
@@ -47,11 +47,14 @@ for name in app other; do
 	EOF
 	chmod +x /usr/local/bin/$name /etc/init.d/$name
 done
-for port in 9 10 11; do
-	printf '#!/sbin/openrc-run\nsupervisor=supervise-daemon\ncommand=/usr/local/bin/flood\ncommand_args=%s\n' $port \
-		>/etc/init.d/flood$port
-	chmod +x /etc/init.d/flood$port
-done
+flooding() { # NAME PORT
+	printf '#!/sbin/openrc-run\nsupervisor=supervise-daemon\ncommand=/usr/local/bin/flood\ncommand_args=%s\n' "$2" \
+		>"/etc/init.d/$1"
+	chmod +x "/etc/init.d/$1"
+}
+for port in 9 10 11; do flooding flood$port $port; done
+# first in the alphabet, which is the order where no other is said
+flooding aflood 9
 # what Alpine's does: saves the live ruleset when it stops
 cat >/etc/init.d/nftables <<-'EOF'
 	#!/sbin/openrc-run
@@ -64,7 +67,10 @@ chmod +x /etc/init.d/nftables
 sed -i '/^supervise_start()/,/^{/s/^{/&\n\t[ -z "$ready$notify" ] || { eerror "invalid: $ready$notify"; return 1; }/' \
 	"$(find /lib/rc/sh /usr/lib*/rc/sh -name supervise-daemon.sh 2>/dev/null | head -1)"
 grep -q '^rc_cgroup_mode="unified"' /etc/rc.conf || echo 'rc_cgroup_mode="unified"' >>/etc/rc.conf
-for name in cgtproxy nftables app; do rc-update -q add $name default; done
+for name in aflood nftables app; do rc-update -q add $name default; done
+# as it says itself
+runlevel=$(sed -n 's/.*rc-update add cgtproxy \([a-z]*\);.*/\1/p' /root/install.sh)
+rc-update -q add cgtproxy "$runlevel"
 policy "$DROP"
 
 openrc sysinit >/run/openrc.log 2>&1
@@ -72,6 +78,8 @@ openrc boot >>/run/openrc.log 2>&1
 check "boot into the default runlevel" openrc default
 echo "       $(openrc --version), $(readlink -f /bin/sh), cgroup of app: $(sed -n s/^0:://p "/proc/$(/usr/bin/pgrep -ox app)/cgroup")"
 check "status is started" rc-service cgtproxy status
+check "nothing got out at boot" nothing_got_out
+rc-service aflood stop >/dev/null 2>&1
 check "its table is there when start returns" table
 check "a service of the policy is dropped" asks app denied
 rc-service other start >/dev/null 2>&1
@@ -146,8 +154,21 @@ check "   no supervisor goes on" fails /usr/bin/pgrep -f 'supervise-daemon cgtpr
 mount -t cgroup2 none /sys/fs/cgroup
 check "start" rc-service cgtproxy start
 check "dropped" asks app denied
-mkdir -p /etc/runlevels/empty
-check "stop everything" openrc empty
-check "nftables was stopped and saved its ruleset" grep -q 'table inet mine' /run/nftables.saved
-check "without our table" fails grep -q cgtproxy /run/nftables.saved
+
+powered_off() { # as that runlevel does, but for the scripts that end all processes
+	openrc boot >/dev/null 2>&1
+	openrc default >/dev/null 2>&1
+	rc-service aflood status && daemon_pid || return 1
+	rm -f /run/nftables.saved
+	remotely nft reset counters >/dev/null
+	openrc shutdown
+	! rc-service cgtproxy status && ! daemon_pid
+}
+rm -f /etc/runlevels/shutdown/*
+check "power-off" powered_off
+check "   nftables saved its ruleset" grep -q 'table inet mine' /run/nftables.saved
+check "   without our table" fails grep -q cgtproxy /run/nftables.saved
+rc-update -q del nftables default
+check "power-off without nftables" powered_off
+check "   nothing got out" nothing_got_out
 exit $failed

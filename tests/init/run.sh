@@ -75,6 +75,7 @@ openrc() {
 		ln -sf busybox $trees/run/bin/sh
 		make -s install DESTDIR=$trees/run INIT=openrc || rc=1
 		inside openrc.sh
+		cp init/install.sh $trees/run/root/
 		$here/container.sh $trees/run /root/test.sh || rc=1
 	done
 }
