@@ -60,7 +60,11 @@ fn read(files: &[(&str, &str)]) -> Result<Config, Vec<Problem>> {
 }
 
 fn good(text: &str) -> Config {
-    read(&[("c", text)]).unwrap_or_else(|problems| panic!("{text}: {problems:?}"))
+    good_files(&[("c", text)])
+}
+
+fn good_files(files: &[(&str, &str)]) -> Config {
+    read(files).unwrap_or_else(|problems| panic!("{files:?}: {problems:?}"))
 }
 
 fn lines(result: Result<Config, Vec<Problem>>) -> Vec<String> {
@@ -1504,6 +1508,24 @@ fn every_key_has_an_effect() {
         })
         .collect();
     assert!(idle.is_empty(), "keys without an effect that EFFECTS names: {idle:?}");
+}
+
+/// What fuzzing begins with has every key in every section that may have it, and is good.
+#[test]
+fn the_seed_has_every_key() {
+    let text = include_str!("fuzz/seeds/config/every-key.conf");
+    let mut parts = text.split("==> ");
+    let main = parts.next().unwrap();
+    let named = parts.map(|part| part.split_once('\n').unwrap());
+    good_files(&[("c", main)].into_iter().chain(named).collect::<Vec<_>>());
+    let sections = main.split("\n[").skip(1).map(|section| section.split_once(']').unwrap());
+    let said = sections.flat_map(|(head, lines)| {
+        let kind = head.split(' ').next().unwrap();
+        lines.lines().filter_map(move |line| Some((kind, line.split_once(" = ")?.0)))
+    });
+    let said: BTreeSet<_> = said.filter(|(kind, _)| *kind != "rules").collect();
+    let on = |kind: Kind| kind.keys().map(move |key| (kind.name(), key.name));
+    assert_eq!(said, Kind::ALL.into_iter().flat_map(on).collect());
 }
 
 /// A default that is written changes nothing, whatever the key.
