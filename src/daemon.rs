@@ -49,6 +49,7 @@ use crate::route::Entry;
 use crate::signals::{End, Signals};
 use crate::stale::{self, Before, Judge, Suspects};
 use crate::sys;
+use crate::tunnels;
 
 use containers::Search;
 use doubts::Doubts;
@@ -556,20 +557,21 @@ impl Daemon<'_> {
         if config.tproxies.is_empty() {
             return;
         }
-        let host = self.kernel.glance();
-        let name = |index| host.interface_name(index);
-        let home = self.cgroups.core.homes(host.bound.iter().filter_map(|socket| socket.cgroup));
-        for line in faults::bound(&config, &host.bound, home, name) {
+        for line in faults::bound(&config, &self.kernel.glance(), &self.cgroups.core) {
             log!(limited::Warning, "{line}");
         }
     }
 
+    /// Of tunnels, those of the kernel: who holds an interface is not for a daemon that has given up
+    /// its rights to see.
     fn find_loops(&mut self) -> Vec<String> {
         let config = self.cgroups.core.config().clone();
         let ports = config.tproxies.iter().map(|tproxy| tproxy.port);
         let listeners: Vec<_> = ports.map(|port| self.kernel.listeners(port)).collect();
         let ids = listeners.iter().flatten().map(|listener| listener.cgroup);
-        loops::find(&config, &listeners, self.cgroups.core.homes(ids))
+        let mut lines = loops::find(&config, &listeners, self.cgroups.core.homes(ids));
+        lines.extend(tunnels::of_the_kernel(&config, self.kernel.links()));
+        lines
     }
 
     /// Tells of loops that have begun, a little after a cgroup has come in which that may be: its
@@ -876,6 +878,9 @@ impl Daemon<'_> {
         let config = self.cgroups.core.config().clone();
         let before = self.devices.clone();
         let added = self.add_routing(&config);
+        if self.ways_changed {
+            self.loops.want(began);
+        }
         let follow = plan::follow(&config, &before, &self.devices, self.kernel.batch());
         if let Some(follow) = follow.filter(|_| !self.table_is_out()) {
             self.commit_or_repair(follow);

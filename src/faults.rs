@@ -4,10 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
+use crate::cgroup::core::Core;
 use crate::config::{Config, Outlet, Take, Target, Tproxy};
 use crate::host::Host;
 use crate::listen::{finds, Finds, Origin};
-use crate::loops::Home;
 use crate::net::{Family, Ranges, L4};
 use crate::netlink::diag;
 use crate::netlink::link::Link;
@@ -241,16 +241,11 @@ fn absent<'a>(config: &'a Config, host: &'a Host) -> impl Iterator<Item = String
 const MOST: usize = 10;
 
 /// A line for each cgroup of a tproxy with sockets that are bound to an interface. These leave by it
-/// or not at all, so they never come to the proxy; the table drops what they send. `home` knows
-/// every cgroup below the cgroup root; `name` an interface's name.
-pub fn bound(
-    config: &Config,
-    sockets: &[diag::SeenSocket],
-    home: impl Fn(u64, u32) -> Option<Home>,
-    name: impl Fn(u32) -> Option<String>,
-) -> Vec<String> {
+/// or not at all, so they never come to the proxy; the table drops what they send.
+pub fn bound(config: &Config, host: &Host, core: &Core) -> Vec<String> {
+    let home = core.homes(host.bound.iter().filter_map(|socket| socket.cgroup));
     let mut found: BTreeMap<(String, u16), BTreeSet<String>> = BTreeMap::new();
-    for socket in sockets {
+    for socket in &host.bound {
         // 1 is lo
         let away = socket.device > 1 && !config.bypass_users.contains(&socket.uid);
         let marked = config.bypass_marks.iter().any(|b| socket.mark & b.mask == b.value);
@@ -260,7 +255,8 @@ pub fn bound(
         let default = || policy::likely_target(config, config.default_outcome(), socket.uid);
         let outside = || ("outside the cgroup root".to_string(), default());
         if let (path, Target::Tproxy(index)) = home(cgroup, socket.uid).unwrap_or_else(outside) {
-            let device = name(socket.device).unwrap_or_else(|| socket.device.to_string());
+            let device = host.interface_name(socket.device);
+            let device = device.unwrap_or_else(|| socket.device.to_string());
             found.entry((path, index)).or_default().insert(device);
         }
     }

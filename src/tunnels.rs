@@ -15,17 +15,14 @@ use crate::log::Escaped;
 use crate::netlink::link::Link;
 use crate::policy;
 
-/// A line for each route whose tunnel's own packets come back to it, as far as can be seen: the
-/// program that holds the interface, or a tunnel of the kernel. That sends what it carries in the
-/// same sk_buff, socket and all (since Linux 4.18), and has packets without one besides: WireGuard's
-/// handshakes.
-/// `spared` are the inodes of sockets whose mark has them left alone.
-pub fn loops(config: &Config, core: &Core, links: &[Link], spared: &BTreeSet<u32>) -> Vec<String> {
-    let of =
-        |name: &str| config.routes.iter().enumerate().find(|(_, route)| route.interface == name);
-    let mut lines: Vec<String> = Vec::new();
-    for (name, pid) in holders().iter().filter(|(name, _)| of(name).is_some()) {
-        let (Some((index, route)), Some(target)) = (of(name), target(config, core, *pid)) else {
+/// A line for each route whose tunnel's own packets come back to it: the program that holds the
+/// interface, as far as can be seen. `spared` are the inodes of sockets whose mark has them left
+/// alone.
+pub fn of_programs(config: &Config, core: &Core, spared: &BTreeSet<u32>) -> Vec<String> {
+    let mut lines = Vec::new();
+    for (name, pid) in &holders() {
+        let Some((index, route)) = by(config, name) else { continue };
+        let Some(target) = target(config, core, *pid) else {
             continue;
         };
         if target.1 == Target::Route(index as u8) && !has_one_of(*pid, spared) {
@@ -40,9 +37,18 @@ pub fn loops(config: &Config, core: &Core, links: &[Link], spared: &BTreeSet<u32
             ));
         }
     }
+    lines
+}
+
+/// The same of tunnels of the kernel. These send what they carry in the same sk_buff, socket and all
+/// (since Linux 4.18), and have packets without one besides: WireGuard's handshakes.
+pub fn of_the_kernel(config: &Config, links: &[Link]) -> Vec<String> {
+    let mut lines = Vec::new();
     for link in links {
         let kernels = ["wireguard", "gre", "ipip", "sit", "vxlan", "l2tpeth", "amneziawg"];
-        let Some((index, route)) = of(&link.name).filter(|_| kernels.contains(&&*link.kind)) else {
+        let Some((index, route)) =
+            by(config, &link.name).filter(|_| kernels.contains(&&*link.kind))
+        else {
             continue;
         };
         let exempt = !config.bypass_marks.is_empty()
@@ -56,6 +62,11 @@ pub fn loops(config: &Config, core: &Core, links: &[Link], spared: &BTreeSet<u32
         }
     }
     lines
+}
+
+/// The route by an interface.
+fn by<'a>(config: &'a Config, interface: &str) -> Option<(usize, &'a Route)> {
+    config.routes.iter().enumerate().find(|(_, route)| route.interface == interface)
 }
 
 fn line(route: &Route, why: &str) -> String {

@@ -591,7 +591,7 @@ fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
     }
     if let Some(core) = core {
         findings.about("loop").warnings(super::loops(config, &host, core));
-        findings.about("bound-socket").warnings(super::bound(config, &host, core));
+        findings.about("bound-socket").warnings(faults::bound(config, &host, core));
     }
     let hijacks = config.outlets().any(Outlet::hijacks_dns);
     let names = fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default();

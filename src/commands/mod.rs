@@ -20,7 +20,6 @@ use std::process::ExitCode;
 use crate::cgroup::core::Core;
 use crate::config::Config;
 use crate::error::{errno, Error, Result};
-use crate::faults;
 use crate::host::Host;
 use crate::kernel::Kernel;
 use crate::loops;
@@ -59,15 +58,10 @@ pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
             (links, kernel.marked_sockets(&config.bypass_marks))
         });
         let (links, spared) = asked.unwrap_or_default();
-        lines.extend(tunnels::loops(config, core, &links, &spared));
+        lines.extend(tunnels::of_programs(config, core, &spared));
+        lines.extend(tunnels::of_the_kernel(config, &links));
     }
     lines
-}
-
-/// A line for each cgroup whose sockets go past its proxy.
-pub fn bound(config: &Config, host: &Host, core: &Core) -> Vec<String> {
-    let home = core.homes(host.bound.iter().filter_map(|socket| socket.cgroup));
-    faults::bound(config, &host.bound, home, |index| host.interface_name(index))
 }
 
 /// Errors: one line that says which capability is missing, where it is.

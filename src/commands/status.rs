@@ -240,7 +240,7 @@ fn in_vain(config: &Config, host: &Host) -> [Vec<String>; 2] {
     let reason = !host.bound.is_empty() || listens || !config.routes.is_empty();
     match reason.then(|| Cgroups::look(Rc::new(config.clone()))) {
         Some(Ok(Cgroups { core, .. })) => {
-            [super::loops(config, host, &core), super::bound(config, host, &core)]
+            [super::loops(config, host, &core), faults::bound(config, host, &core)]
         }
         _ => Default::default(),
     }

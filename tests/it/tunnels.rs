@@ -410,6 +410,27 @@ fn a_tunnel_that_carries_itself_is_seen() {
     assert!(lines.is_empty(), "for gateways alone: {lines:?}");
 }
 
+/// The daemon tells of one of the kernel, at the start and when it comes.
+#[test]
+fn a_tunnel_of_the_kernel_that_carries_itself_is_logged() {
+    let ground = ground!("tunlog");
+    let config = "[global]\ndefault = vpn\n[route vpn]\ninterface = vx0\n";
+    let said = "warning: loop: what the tunnel vx0 of [route vpn] sends itself comes back to it: ";
+    let daemon = Daemon::start(&ground, config, &[]);
+    assert!(daemon.wait_log("started:", PATIENCE), "{}", daemon.logs());
+    assert!(!daemon.logs().contains("loop:"), "{}", daemon.logs());
+    ip_batch(&[], "link add vx0 type vxlan id 7 remote 192.0.2.2 dstport 4789\n");
+    assert!(daemon.wait_log(said, PATIENCE), "{}", daemon.logs());
+    assert_eq!(daemon.logs().matches(said).count(), 1, "{}", daemon.logs());
+    assert!(daemon.stop().success());
+    let daemon = Daemon::start(&ground, config, &[]);
+    assert!(daemon.wait_log(said, PATIENCE), "{}", daemon.logs());
+    let exempt = config.replace("default", "bypass = 192.0.2.2\ndefault");
+    let log = daemon.reconfigure(&exempt);
+    assert!(!log.contains("loop:"), "{log}");
+    daemon.stop_clean();
+}
+
 /// A tunnel of the kernel sends what it carries with the socket of who sent that, so a rule that has
 /// let it into the tunnel decides about it once more: by cgroup or by owner, whatever the target. What
 /// a gateway's clients send by it has none, and is nobody's, though it is of the same flow. VXLAN
