@@ -131,6 +131,14 @@ impl Needs<'_> {
         self.marks.is_empty() && self.ways.is_empty()
     }
 
+    /// What is marked, in the words of a message.
+    pub fn marked(&self) -> &'static str {
+        match self.marks.is_empty() {
+            false => "proxied traffic",
+            true => "traffic of a route",
+        }
+    }
+
     /// How many rules one mark may have, one behind the other.
     fn steps(&self) -> u32 {
         match self.ways.iter().any(|way| matches!(way.leads, Leads::Table(_))) {
@@ -470,10 +478,7 @@ impl Seen {
         if needs.is_empty() {
             return Vec::new();
         }
-        let dropped = match needs.marks.is_empty() {
-            false => "proxied traffic is dropped: another program's",
-            true => "traffic of a route is dropped: another program's",
-        };
+        let dropped = format!("{} is dropped: another program's", needs.marked());
         let rules = self.before(needs, family, first).into_iter().map(|other| {
             let remedy = match first {
                 0 => "no priority is left before it: give it a larger one, or remove it",

@@ -651,8 +651,8 @@ fn routing(config: &Config, findings: &mut Findings) {
     if needs.is_empty() {
         return;
     }
-    let (mut in_the_way, mut evaded) = (BTreeSet::new(), BTreeSet::new());
-    let mut dropped = BTreeSet::new();
+    let (mut hindrances, mut evaded) = (BTreeSet::new(), BTreeSet::new());
+    let mut conflicting = BTreeSet::new();
     let found = Kernel::open().and_then(|mut kernel| {
         needs.links = kernel.links_of(&needs);
         findings.about("route");
@@ -662,10 +662,11 @@ fn routing(config: &Config, findings: &mut Findings) {
             let place = seen.place(&needs, family);
             let before = seen.before(&needs, family, needs.priority);
             evaded.extend(before.iter().map(|other| {
-                format!("{other} would take proxied traffic: run has its own rules before it")
+                let marked = needs.marked();
+                format!("{other} would take {marked}: run has its own rules before it")
             }));
-            dropped.extend(seen.hindrances(&needs, family, place));
-            in_the_way.extend(conflicts(config, &needs, &seen));
+            hindrances.extend(seen.hindrances(&needs, family, place));
+            conflicting.extend(conflicts(config, &needs, &seen));
         }
         Ok(())
     });
@@ -674,12 +675,12 @@ fn routing(config: &Config, findings: &mut Findings) {
         return findings.error(error.to_string());
     }
     let (mask, table) = (config.mask, config.route_table);
-    dropped.iter().for_each(|text| findings.error(text));
-    findings.warnings(&in_the_way);
-    if dropped.is_empty() {
+    hindrances.iter().for_each(|text| findings.error(text));
+    findings.warnings(&conflicting);
+    if hindrances.is_empty() {
         evaded.iter().for_each(|text| findings.ok(text));
     }
-    if in_the_way.is_empty() && dropped.is_empty() {
+    if conflicting.is_empty() && hindrances.is_empty() {
         let priorities = list(needs.priorities());
         findings.ok(format!(
             "no ip rule or route of others uses mark bits {mask:#x}, table {table} or priority \

@@ -126,8 +126,9 @@ impl Kernel {
             let evaded: Vec<String> = evaded.iter().map(|other| other.to_string()).collect();
             let evaded = evaded.join(", ");
             routing.notes.push(format!(
-                "ip rules of others would take proxied traffic ({evaded}): ours begin before them, \
-                 at priority {place}"
+                "ip rules of others would take {} ({evaded}): ours begin before them, at priority \
+                 {place}",
+                needs.marked()
             ));
         }
         if !routing.added.is_empty() {

@@ -685,6 +685,25 @@ fn a_container_leaves_by_it() {
     }
 }
 
+/// Rules of others that would take it are evaded as those that would take what is proxied, and what
+/// they would take is called what it is.
+#[test]
+fn rules_of_others_would_take_it() {
+    let ground = ground!("wouldtake");
+    let (mut world, cgroup, daemon) = tunneled(&ground);
+    let lines = "route add 203.0.113.0/24 via 192.0.2.2 dev in0 table 51820\n\
+                 rule add pref 98 lookup 51820\n";
+    ip_batch(&["-4"], lines);
+    let said = "ip rules of others would take traffic of a route (ip rule pref 98 ";
+    assert!(daemon.wait_log(said, PATIENCE), "{}", daemon.logs());
+    passes(&mut world, &cgroup);
+    let out = run_with(&ground, &policy(), &["check"]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(text.contains(" would take traffic of a route: run has its own rules"), "{text}");
+    ip_batch(&["-4"], "rule del pref 98\nroute flush table 51820\n");
+    daemon.stop_clean();
+}
+
 /// A table that somebody else keeps: where it has no route, traffic is refused.
 #[test]
 fn by_a_table_of_others() {
