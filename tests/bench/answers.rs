@@ -18,6 +18,7 @@ use crate::ground::{addr, ip_batch, Ground, REMOTE4};
 use crate::kernel::load;
 use crate::report::{quantile, Report, Target};
 use crate::senders::SOURCE_PORT;
+use crate::sockets::{hold, ALL};
 use crate::start::load_table;
 use crate::ways::{by_a_route_of_hand, Table, CONFIG, DECIDED, PROXY_PORT, TABLE_BY_HAND};
 use crate::world::{bind, raw_addr};
@@ -60,13 +61,40 @@ pub fn dear(report: &mut Report) {
     let rule = |i| format!("drop = /user/.*/app-x{i}-[0-9]+\\.scope.*\n");
     let rules: String = (0..20).map(rule).collect();
     let config = format!("[rules]\n{rules}drop = /apps/.*\n");
-    let apps = ground.cgroup("/apps");
+    ground.cgroup("/apps");
     for number in 0..100 {
         let levels = (0..15).map(|level| format!("/app-x{level}-{}.scope", "a".repeat(225)));
         ground.cgroup(&format!("/user/{number}{}", levels.collect::<String>()));
     }
     let daemon = Daemon::start(&ground, &config, &[]);
-    // until its packets are denied
+    let figure = "a new cgroup, beside a reload over dear paths";
+    births(report, figure, &ground.at("/apps"), &|_| drop(daemon.reload()));
+    assert!(daemon.stop().success());
+}
+
+/// Others have many sockets that a reload sends another way.
+pub fn swept(report: &mut Report) {
+    let ground = Ground::new("swept").expect("root");
+    let config = |target| {
+        format!(
+            "[route vpn]\ninterface = vpn0\n[rules]\n{target} = /services/.*\ndrop = /apps/.*\n"
+        )
+    };
+    ground.cgroup("/apps");
+    let holders = hold(&ground, [libc::SOCK_DGRAM; 2]);
+    let daemon = Daemon::start(&ground, &config("direct"), &[]);
+    let figure = format!("a new cgroup, beside a reload that moves {ALL} sockets");
+    births(report, &figure, &ground.at("/apps"), &|round| {
+        daemon.reconfigure(&config(["vpn", "direct"][round % 2]));
+        // what is left to look at
+        thread::sleep(Duration::from_millis(50));
+    });
+    drop(holders);
+    assert!(daemon.stop().success());
+}
+
+/// Until the packets of cgroups that come below `apps` are denied, alone and beside reloads.
+fn births(report: &mut Report, figure: &str, apps: &Path, reload: &(dyn Fn(usize) + Sync)) {
     let birth = |name: String| {
         let path = apps.join(name);
         fs::create_dir(&path).expect("mkdir");
@@ -85,7 +113,7 @@ pub fn dear(report: &mut Report) {
         let reloading = AtomicBool::new(true);
         thread::scope(|scope| {
             scope.spawn(|| {
-                daemon.reload();
+                reload(round);
                 reloading.store(false, Ordering::Relaxed);
             });
             while reloading.load(Ordering::Relaxed) {
@@ -96,11 +124,9 @@ pub fn dear(report: &mut Report) {
         beside.extend(some);
     }
     // turns of a millisecond are a matter of the program, not of the machine
-    let figure = "a new cgroup, beside a reload over dear paths";
     report.beside(figure, &beside, "ms", ("alone", &alone), Target::AtMost(10.0));
     let figure = format!("{figure}, longest of a round");
     report.beside(figure, &longest, "ms", ("alone", &longest_alone), Target::AtMost(50.0));
-    assert!(daemon.stop().success());
 }
 
 /// The interface of a route comes back; until then its packets go nowhere.

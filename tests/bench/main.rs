@@ -114,6 +114,7 @@ fn main() {
         ("apps", sockets::apps),
         ("heal", answers::heal),
         ("dear", answers::dear),
+        ("swept", answers::swept),
         ("back", answers::back),
         ("stalled", answers::stalled),
         ("packet", traffic::packet_cost),

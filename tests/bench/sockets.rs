@@ -23,13 +23,15 @@ use crate::{go_on, sized, wait_until};
 const CGROUPS: usize = 100;
 /// Of each protocol and family, in each cgroup.
 const EACH: usize = 25;
+/// In all of them.
+pub const ALL: usize = CGROUPS * EACH * 4;
 
 /// A process of a cgroup that holds connected sockets.
-struct Holder(Pid);
+pub struct Holder(Pid);
 
 impl Holder {
     /// Returns when it has them.
-    fn start(cgroup: &Path) -> Holder {
+    pub fn start(cgroup: &Path, kinds: [i32; 2]) -> Holder {
         let (read, write) = pipe();
         let tos = [addr(REMOTE4, 7000), addr(REMOTE6, 7000)];
         let raws = tos.map(raw_addr);
@@ -40,7 +42,7 @@ impl Holder {
                 for _ in 0..EACH {
                     for (to, (raw, len)) in tos.iter().zip(&raws) {
                         let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-                        for kind in [libc::SOCK_STREAM, libc::SOCK_DGRAM] {
+                        for kind in kinds {
                             let fd = libc::socket(family, kind, 0);
                             if libc::connect(
                                 fd,
@@ -95,15 +97,18 @@ fn time(run: impl FnOnce()) -> [f64; 2] {
     [start.elapsed().as_secs_f64() * 1e3, spent() - before]
 }
 
+/// Many of these kinds, in as many services.
+pub fn hold(ground: &Ground, kinds: [i32; 2]) -> Vec<Holder> {
+    let of = |i| ground.cgroup(&format!("/services/name{i}/instance1"));
+    (0..CGROUPS).map(|i| Holder::start(&of(i), kinds)).collect()
+}
+
 pub fn apps(report: &mut Report) {
     let ground = Ground::new("apps").expect("root");
     let _listeners =
         ground.outside(|| ["0.0.0.0:7000", "[::]:7000"].map(|at| listen(at.parse().unwrap())));
-    let holders: Vec<Holder> = (0..CGROUPS)
-        .map(|i| Holder::start(&ground.cgroup(&format!("/services/name{i}/instance1"))))
-        .collect();
+    let holders = hold(&ground, [libc::SOCK_STREAM, libc::SOCK_DGRAM]);
     let config = "[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /services/name.*0\n";
-    let all = CGROUPS * EACH * 4;
     let whole = || {
         let said = run_with(&ground, config, &["apps", "--json"]);
         let text = String::from_utf8(said.stdout).expect("UTF-8");
@@ -122,7 +127,7 @@ pub fn apps(report: &mut Report) {
     }
     drop(holders);
     let [clock, cpu, clocks, cpus] = &took;
-    let figure = format!("apps, {all} sockets of {CGROUPS} cgroups");
+    let figure = format!("apps, {ALL} sockets of {CGROUPS} cgroups");
     let target = Target::RatioAtMost(1.0);
     report.beside(&figure, clock, "ms", ("ss -tuna --cgroup", clocks), target);
     report.beside(figure + ", CPU", cpu, "ms", ("ss -tuna --cgroup", cpus), target);
