@@ -15,6 +15,10 @@ use crate::netlink::link::Link;
 use crate::netlink::netns::Change;
 use crate::nft::table::Entrances;
 
+/// Where there are any and rules cannot have them ([`crate::config::Config::with_containers`]).
+pub const UNCOVERED: &str = "rules do not cover containers: set a smaller rule-priority, or a \
+                             fwmark-mask of more bits";
+
 /// How many cgroups without a process are kept in mind.
 const MOST_VACANT: usize = 256;
 

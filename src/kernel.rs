@@ -57,8 +57,8 @@ pub struct Kernel {
     watched: Option<(Vec<u32>, bool, bool)>,
     /// The interfaces that ways out lead to, as they were looked at last.
     links: Vec<Link>,
-    /// Those of interfaces that lead to other network namespaces, and whether any are let pass: they
-    /// are while containers are looked for.
+    /// Notifications of interfaces that lead to other network namespaces, and whether any are let
+    /// pass: they are while containers are looked for.
     peer_events: Option<Socket>,
     follows_peers: bool,
     /// The interfaces that are open to loopback addresses, and whether they were closed before.
@@ -253,7 +253,7 @@ impl Kernel {
         self.interfaces().into_iter().flatten().filter(leads).collect()
     }
 
-    /// That of one; `None` where it has no id.
+    /// Our id of the network namespace that a process is in; `None` where that has none.
     pub fn namespace_of(&mut self, pid: u32) -> Option<u32> {
         let ask = |batch: &mut Batch| netns::get_namespace(batch, pid);
         self.rt.ask(&ask, netns::parse_namespace).ok()?.ok()?

@@ -401,7 +401,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    /// Those of ours.
+    /// What of that is ours.
     pub fn ours(&self) -> BTreeSet<Entry> {
         let rules = self.rules.iter().filter(|seen| seen.is_ours());
         let routes = self.routes.iter().filter(|seen| seen.is_ours());

@@ -45,7 +45,7 @@ impl Blind {
         self.paths.remove(path);
     }
 
-    /// Those whose turn it is.
+    /// The cgroups whose turn it is.
     pub fn turn(&mut self) -> Vec<Path> {
         (self.before, self.awaited) = (self.paths.len(), false);
         let after = self.retried.take();

@@ -467,7 +467,7 @@ impl Core {
             && *holding == self.holds.shape(self.deepest)
     }
 
-    /// Those that rules are needed for, or may soon be.
+    /// The pairs that rules are needed for, or may soon be.
     fn all_pairs(&self) -> impl Iterator<Item = &Pair> {
         self.pairs.keys().chain(self.idle.keys())
     }

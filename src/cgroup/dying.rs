@@ -117,7 +117,7 @@ impl List {
     }
 
     /// A look at the sockets: `held` are the cgroups that they hold, but for those that live.
-    /// Those that no socket has held for some looks go. Where a socket holds a cgroup that is not
+    /// Removed cgroups that no socket has held for some looks go. Where a socket holds a cgroup that is not
     /// known at all, which may be below any of these, they stay.
     pub fn seen(&mut self, held: &BTreeSet<u64>) -> Vec<Dying> {
         let held: BTreeSet<u32> = held.iter().map(|id| cgroup_hash(*id)).collect();

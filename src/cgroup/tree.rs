@@ -56,7 +56,7 @@ pub struct Node {
 /// What stands for a cgroup that is known, for as long as it is: for another one afterwards.
 pub type Index = u32;
 
-/// That of the root.
+/// The index of the root.
 pub const ROOT: Index = 0;
 
 /// How many memory is kept for.

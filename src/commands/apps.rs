@@ -165,7 +165,7 @@ struct App {
 
 struct Apps<'a> {
     config: &'a Config,
-    /// Those with most flows first.
+    /// The applications with most flows first.
     all: Vec<App>,
 }
 
@@ -292,7 +292,7 @@ impl<'a> Apps<'a> {
         lines.filter(move |line| told.insert(line.clone()))
     }
 
-    /// Those that send to others, or those that do not.
+    /// A row for each application; for those alone that send to others, or that do not.
     fn table(&self, columns: &'static [Column; 17], talk: Option<bool>) -> Rows<17> {
         let is = |app: &&App| talk.is_none_or(|talk| talk == app.talks());
         Rows { columns, rows: self.all.iter().filter(is).map(App::row).collect() }

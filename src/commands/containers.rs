@@ -26,7 +26,7 @@ impl Container {
     }
 }
 
-/// Those that rules cover now.
+/// The containers that rules cover now.
 pub fn find(kernel: &mut Kernel, config: &Config) -> Vec<Container> {
     let looks = config.containers && !config.rules.is_empty();
     let cgroups = looks.then(|| Cgroups::look(Rc::new(config.clone())).ok()).flatten();

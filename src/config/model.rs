@@ -469,7 +469,7 @@ impl Config {
         [Target::Direct, Target::Drop].into_iter().chain(tproxies).chain(routes)
     }
 
-    /// Those of all targets that have one: of tproxies, then of routes, each in file order.
+    /// What targets have in common, of all that have it: of tproxies, then of routes, each in file order.
     pub fn outlets(&self) -> impl Iterator<Item = &Outlet> + Clone {
         let routes = self.routes.iter().map(|route| &route.outlet);
         self.tproxies.iter().map(|tproxy| &tproxy.outlet).chain(routes)
@@ -488,7 +488,7 @@ impl Config {
         }
     }
 
-    /// That of a target; direct and drop have none.
+    /// The outlet of a target; direct and drop have none.
     pub fn outlet(&self, target: Target) -> Option<&Outlet> {
         match target {
             Target::Direct | Target::Drop => None,
@@ -642,7 +642,7 @@ impl Config {
         self.targets().map(Outcome::from).chain(behind)
     }
 
-    /// The same for a route.
+    /// Whether routes may take what is routed for others: that has a mark of its own by each.
     pub fn forwards(&self) -> bool {
         !self.gateways.is_empty() && !self.routes.is_empty()
     }

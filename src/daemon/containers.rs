@@ -11,7 +11,7 @@ use super::Daemon;
 use crate::cgroup::tree::Path;
 use crate::cgroup::vacant::Vacant;
 use crate::config::Config;
-use crate::containers::Containers;
+use crate::containers::{Containers, UNCOVERED};
 use crate::error::Error;
 use crate::log;
 use crate::nft::table::Entrances;
@@ -136,7 +136,7 @@ impl Daemon<'_> {
             }
             None => {
                 if !std::mem::replace(&mut self.containers.told, true) {
-                    log!(Warning, "rules do not cover containers: set a smaller rule-priority, or a fwmark-mask of more bits");
+                    log!(Warning, "{UNCOVERED}");
                 }
                 false
             }

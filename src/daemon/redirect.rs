@@ -137,7 +137,7 @@ struct Pass {
     flows: Flows,
     stage: Stage,
     owners: Owners,
-    /// Those that were told of and have not had their turn.
+    /// The flows that were told of and have not had their turn.
     entries: Vec<Tracked>,
     /// Where packets to each source would go.
     ways: BTreeMap<IpAddr, Course>,

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use super::uapi::*;
 
-/// A run of netlink messages, ready for one sendmsg(2).
+/// A run of netlink messages, ready for one sendto(2).
 ///
 /// Messages are numbered from `seq0 + 1` in the order they are begun, so an error that the kernel
 /// reports for a sequence number names one message.

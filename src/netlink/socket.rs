@@ -99,7 +99,7 @@ impl Socket {
     }
 
     /// Sends a batch and reads its answers up to that of message `last`, which must carry
-    /// `NLM_F_ACK`. The kernel has done the work when sendmsg(2) returns, so nothing is waited for.
+    /// `NLM_F_ACK`. The kernel has done the work when sendto(2) returns, so nothing is waited for.
     ///
     /// Errors: the outer one is the socket's, the inner one the kernel's answer.
     pub fn transact(
@@ -336,7 +336,7 @@ impl Socket {
         }
     }
 
-    /// Makes room for a batch of `length` bytes: sendmsg(2) refuses with EMSGSIZE what does not
+    /// Makes room for a batch of `length` bytes: sendto(2) refuses with EMSGSIZE what does not
     /// fit the send buffer as a whole. Raising it above the sysctl's limit needs CAP_NET_ADMIN.
     fn reserve(&mut self, length: usize) {
         // the kernel counts its own overhead too, and each failing message may answer at length

@@ -193,7 +193,7 @@ impl Transaction {
         self.cgroups(NFT_MSG_DELSETELEM, 0, set, &mut ids);
     }
 
-    /// The same for hashes of cgroup ids.
+    /// Adds hashes of cgroup ids to a set.
     pub fn add_hashes(&mut self, set: &str, mut hashes: impl Iterator<Item = u32>) {
         self.hashes(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, &mut hashes);
     }

@@ -302,12 +302,11 @@ impl View {
                 continue;
             };
             view.interfaces.extend(interface(rule));
-            if name.starts_with(CONTAINERS) {
+            if let Some(target) = name.strip_prefix(CONTAINERS) {
                 // wherever they come in
                 view.interfaces.push(Interface { name: String::new(), prefix: true });
-                let target = name.trim_start_matches(CONTAINERS).to_string();
                 view.entered.extend(compared(rule));
-                containers.extend(compared(rule).map(|mark| (mark.value, target)));
+                containers.extend(compared(rule).map(|mark| (mark.value, target.to_string())));
             }
             // a section has a rule for each interface and family
             if view.gateways.iter().all(|gateway| gateway.name != name) {

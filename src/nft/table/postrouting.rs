@@ -74,7 +74,7 @@ fn ways_name(route: &Route) -> String {
     own_chain("ways", &route.outlet)
 }
 
-/// Those chains, with their rules.
+/// The chains whose rules depend on what tables of others hold, with these.
 pub fn ways(config: &Config, devices: &Devices) -> Vec<(String, Vec<Rule>)> {
     let learned = config.routes.iter().filter(|route| route.table != 0 && keeps_course(route));
     let chain = |route: &Route| {

@@ -115,8 +115,8 @@ pub(super) fn regain_chain(config: &Config) -> Chain {
     chain("regain", rules)
 }
 
-/// The same for a routed packet that has its socket already, and is to be routed to it. Hijacked DNS
-/// goes where it was translated to.
+/// A routed packet that has its socket already gets the mark by which it is routed to that. Hijacked
+/// DNS goes where it was translated to.
 pub(super) fn remark_chain(config: &Config) -> Chain {
     let set = |value| Stmt::SetPacketMark(mark(config, value));
     let rules = vec![
