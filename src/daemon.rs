@@ -360,7 +360,7 @@ impl Daemon<'_> {
             self.undo_routing();
             return Err(error);
         }
-        if self.kernel.settle()? {
+        if self.kernel.watch_table()? {
             self.replace()?;
         }
         open.retain(|name| {
@@ -398,29 +398,29 @@ impl Daemon<'_> {
     /// What the table of before does with each cgroup, and the marks of its flows that are of another
     /// mask; `None` where there is no table. What it has of removed ones goes on, and what it counts.
     fn before(&mut self) -> Option<(Before, Vec<Mark>)> {
-        let held = match self.kernel.held() {
-            Ok(held) => held?,
+        let inventory = match self.kernel.inventory() {
+            Ok(inventory) => inventory?,
             Err(error) => {
                 log!(Debug, "{error}");
                 return None;
             }
         };
-        if held.view.foreign {
+        if inventory.view.foreign {
             log!(Warning, "{}: it is replaced", view::FOREIGN);
             return None;
         }
-        let kept = removed(&held, &self.cgroups.core);
+        let kept = removed(&inventory, &self.cgroups.core);
         if !kept.is_empty() {
             self.cgroups.core.keep_dying(kept);
             self.cgroups.await_death();
         }
-        self.deeds = held.deeds.unwrap_or_default();
-        let view = &held.view;
+        self.deeds = inventory.deeds.unwrap_or_default();
+        let view = &inventory.view;
         let default = (&*view.default, view.default_class);
         let owners = view.owners.iter().map(|o| (o.class, o.owner, &*o.target));
-        let before = Before::of_table(&self.cgroups.core, default, owners, held.outcomes());
+        let before = Before::of_table(&self.cgroups.core, default, owners, inventory.outcomes());
         let mask = self.cgroups.core.config().mask;
-        let marks = held.view.targets.iter().filter_map(|target| target.mark);
+        let marks = inventory.view.targets.iter().filter_map(|target| target.mark);
         Some((before, proxied_marks(marks.filter(|mark| mark.mask != mask))))
     }
 
@@ -459,7 +459,7 @@ impl Daemon<'_> {
         let Some(doubts) = &mut self.doubts else {
             return;
         };
-        if doubts.settle(&mut self.kernel, Instant::now() + slice) {
+        if doubts.go_on(&mut self.kernel, Instant::now() + slice) {
             if doubts.ended > 0 {
                 log!(Notice, "ended {} sockets whose way has changed", doubts.ended);
             }
@@ -726,7 +726,7 @@ impl Daemon<'_> {
         }
         let Daemon { cgroups, kernel, .. } = self;
         cgroups.tidy(now);
-        cgroups.look_at_dying(now, || kernel.held_cgroups());
+        cgroups.look_at_dying(now, || kernel.cgroups_of_sockets());
         let damage = match notified {
             true => self.kernel.damage(&plan::needs(self.cgroups.core.config())),
             false => Damage::default(),
@@ -1196,15 +1196,15 @@ fn remove(kernel: &mut Kernel) -> Result<()> {
 
 /// The cgroups that the sets of a table hold and that do not live, for a new table to keep. Those that were
 /// removed while no daemon ran are known by their id, at every level that it is looked for at.
-fn removed(held: &Inventory, core: &Core) -> Vec<Dying> {
+fn removed(inventory: &Inventory, core: &Core) -> Vec<Dying> {
     let living = core.tree().iter().map(|(_, node)| cgroup_hash(node.id));
     let living: BTreeSet<u32> = living.collect();
     let config = core.config();
-    let steps = held.view.steps.iter().flat_map(|step| {
+    let steps = inventory.view.steps.iter().flat_map(|step| {
         let hashes: Vec<u32> = match step.hashed {
-            true => held.hashed.get(&step.key()).cloned().unwrap_or_default(),
+            true => inventory.hashed.get(&step.key()).cloned().unwrap_or_default(),
             false => {
-                let elements = held.cgroups.get(&step.key()).into_iter().flatten();
+                let elements = inventory.cgroups.get(&step.key()).into_iter().flatten();
                 elements.map(|element| cgroup_hash(element.id)).collect()
             }
         };

@@ -157,7 +157,7 @@ impl Kernel {
     ///
     /// Returns true where the table has to be replaced once more, for what happened to it before.
     /// (Subscribing always and closing afterwards costs 15 ms: the kernel waits for RCU there.)
-    pub fn settle(&mut self) -> Result<bool> {
+    pub fn watch_table(&mut self) -> Result<bool> {
         if self.flags.is_some() || self.nft_events.is_some() {
             return Ok(false);
         }
@@ -487,7 +487,7 @@ impl Inventory {
 impl Kernel {
     /// What our table holds; `None` where there is no table. Not one moment's picture: see
     /// `Socket::dump`.
-    pub fn held(&mut self) -> Result<Option<Inventory>> {
+    pub fn inventory(&mut self) -> Result<Option<Inventory>> {
         let Some(flags) = self.table_flags()? else {
             return Ok(None);
         };

@@ -63,7 +63,7 @@ struct Log {
     /// Lines that could not be written, not yet told.
     lost: u64,
     /// Lines held back by the rate limit, not yet told.
-    held: u64,
+    held_back: u64,
     tokens: u32,
     refilled: Option<Instant>,
 }
@@ -77,7 +77,7 @@ thread_local! {
             journal: false,
             socket: None,
             lost: 0,
-            held: 0,
+            held_back: 0,
             tokens: BURST,
             refilled: None,
         })
@@ -224,14 +224,14 @@ impl Log {
             self.refilled = Some(now);
         }
         // the line about those held back counts too
-        let cost = 1 + u32::from(self.held > 0);
+        let cost = 1 + u32::from(self.held_back > 0);
         if self.tokens < cost {
-            self.held += 1;
+            self.held_back += 1;
             return false;
         }
         self.tokens -= cost;
-        if self.held > 0 {
-            let held = std::mem::take(&mut self.held);
+        if self.held_back > 0 {
+            let held = std::mem::take(&mut self.held_back);
             self.write(Level::Info, format_args!("{held} lines held back by the rate limit"));
         }
         true

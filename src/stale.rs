@@ -16,7 +16,7 @@ use crate::cgroup::core::Core;
 use crate::config::{Config, Outcome, Take, Target};
 use crate::net::{holds, Family, Owner, Range, L4};
 use crate::netlink::conntrack::Flow;
-use crate::netlink::diag::{SeenSocket, Witness, TCP_STATES, UDP_STATES};
+use crate::netlink::diag::{SeenSocket, Witness, FEW_CGROUPS, TCP_STATES, UDP_STATES};
 use crate::netlink::uapi::*;
 use crate::nft::table;
 use crate::policy;
@@ -256,10 +256,8 @@ impl Suspects {
 
     /// The ids to ask for; `None` where all sockets have to be looked at.
     pub fn ids(&self) -> Option<Vec<u64>> {
-        // beyond some hundred the kernel takes longer to compare than we do to look
-        const FEW: usize = 200;
         let ids = || self.known.iter().filter(|(_, case)| case.is_some()).map(|(id, _)| *id);
-        (self.others.is_none() && ids().nth(FEW).is_none()).then(|| ids().collect())
+        (self.others.is_none() && ids().nth(FEW_CGROUPS).is_none()).then(|| ids().collect())
     }
 
     pub fn of(&self, cgroup: u64) -> Option<Case> {

@@ -275,7 +275,7 @@ impl Core {
                     self.let_go(|list| list.released(&path));
                 }
             }
-            Event::Held { mut ids } => {
+            Event::Kept { mut ids } => {
                 self.tree.iter().for_each(|(_, node)| {
                     ids.remove(&node.id);
                 });

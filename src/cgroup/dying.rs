@@ -116,15 +116,15 @@ impl List {
         all
     }
 
-    /// A look at the sockets: `held` are the cgroups that they hold, but for those that live.
-    /// Removed cgroups that no socket has held for some looks go. Where a socket holds a cgroup that is not
-    /// known at all, which may be below any of these, they stay.
-    pub fn seen(&mut self, held: &BTreeSet<u64>) -> Vec<Dying> {
-        let held: BTreeSet<u32> = held.iter().map(|id| cgroup_hash(*id)).collect();
+    /// A look at the sockets: `kept` are the cgroups that they hold, but for those that live.
+    /// Removed cgroups that no socket has kept for some looks go. Where a socket keeps one that is
+    /// not known at all, which may be below any of these, they stay.
+    pub fn seen(&mut self, kept: &BTreeSet<u64>) -> Vec<Dying> {
+        let kept: BTreeSet<u32> = kept.iter().map(|id| cgroup_hash(*id)).collect();
         let own: BTreeSet<u32> = self.all.iter().map(|dying| dying.hash).collect();
-        let all_known = held.is_subset(&own);
+        let all_known = kept.is_subset(&own);
         for dying in &mut self.all {
-            dying.quiet = match all_known && !held.contains(&dying.hash) {
+            dying.quiet = match all_known && !kept.contains(&dying.hash) {
                 true => dying.quiet + 1,
                 false => 0,
             };
@@ -236,15 +236,15 @@ mod tests {
         // by sockets
         list.push(dying(1, "/a/b"));
         list.push(dying(2, "/a/b/c"));
-        let held = |ids: &[u64]| ids.iter().copied().collect();
-        list.seen(&held(&[1]));
-        assert_eq!(list.seen(&held(&[1])).len(), 1);
+        let kept = |ids: &[u64]| ids.iter().copied().collect();
+        list.seen(&kept(&[1]));
+        assert_eq!(list.seen(&kept(&[1])).len(), 1);
         assert_eq!(hashes(&list), [hash(1)]);
-        list.seen(&held(&[]));
-        list.seen(&held(&[9]));
-        list.seen(&held(&[]));
+        list.seen(&kept(&[]));
+        list.seen(&kept(&[9]));
+        list.seen(&kept(&[]));
         assert_eq!(list.all.len(), 1);
-        list.seen(&held(&[]));
+        list.seen(&kept(&[]));
         assert!(list.all.is_empty());
     }
 }

@@ -38,7 +38,7 @@ pub enum Event {
     /// How many cgroups are dying below a living one; `None` where the kernel does not tell.
     Dying { path: Path, count: Option<u64> },
     /// All cgroups that sockets hold.
-    Held { ids: BTreeSet<u64> },
+    Kept { ids: BTreeSet<u64> },
     /// Time to let go of rules that nothing has needed for a while.
     Tidy,
 }

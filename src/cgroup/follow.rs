@@ -68,7 +68,7 @@ pub struct Cgroups {
     /// How long after that to look again.
     dying_pause: Duration,
     /// The last look at all sockets for that, or when there was nothing to look for.
-    held: Instant,
+    sockets_seen: Instant,
     /// That there are too many of them has been told.
     crowded: bool,
     /// When to let go of rules that nothing needs any more.
@@ -140,7 +140,7 @@ impl Cgroups {
             lost: false,
             dying: None,
             dying_pause: DYING.0,
-            held: now,
+            sockets_seen: now,
             crowded: false,
             tidy: None,
             actions: Vec::new(),
@@ -345,18 +345,18 @@ impl Cgroups {
         }
     }
 
-    /// Looks which of the removed cgroups are dead, where that is due; `held` asks for all cgroups that
+    /// Looks which of the removed cgroups are dead, where that is due; `kept` asks for all cgroups that
     /// sockets hold.
-    pub fn look_at_dying(&mut self, now: Instant, held: impl FnOnce() -> Option<BTreeSet<u64>>) {
+    pub fn look_at_dying(&mut self, now: Instant, kept: impl FnOnce() -> Option<BTreeSet<u64>>) {
         if self.dying.is_none_or(|at| at > now) {
             return;
         }
         self.step(Event::LookAtDying);
         let some = |cgroups: &Cgroups| cgroups.core.dying().next().is_some();
-        if some(self) && now.saturating_duration_since(self.held) >= DYING.1 {
-            self.held = now;
-            if let Some(ids) = held() {
-                self.step(Event::Held { ids });
+        if some(self) && now.saturating_duration_since(self.sockets_seen) >= DYING.1 {
+            self.sockets_seen = now;
+            if let Some(ids) = kept() {
+                self.step(Event::Kept { ids });
             }
         }
         let pause = self.dying_pause;
@@ -388,7 +388,7 @@ impl Cgroups {
         let now = Instant::now();
         let soon = now + DYING.0;
         if dying.is_none() {
-            self.held = now;
+            self.sockets_seen = now;
         }
         self.dying = Some(dying.map_or(soon, |at| at.min(soon)));
         self.dying_pause = DYING.0;

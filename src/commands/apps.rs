@@ -234,11 +234,12 @@ impl<'a> Apps<'a> {
         if unknown.peek().is_none() || !sys::has_net_admin() {
             return;
         }
-        let held = Kernel::open().and_then(|mut kernel| kernel.held());
-        if let Ok(Some(held)) = held {
-            let outcome = held.outcomes();
-            let owners = |class| held.view.owners.iter().filter(move |step| step.class <= class);
-            let default = (&*held.view.default, held.view.default_class);
+        let inventory = Kernel::open().and_then(|mut kernel| kernel.inventory());
+        if let Ok(Some(inventory)) = inventory {
+            let outcome = inventory.outcomes();
+            let owners =
+                |class| inventory.view.owners.iter().filter(move |step| step.class <= class);
+            let default = (&*inventory.view.default, inventory.view.default_class);
             unknown.for_each(|app| {
                 let uid = app.owner.as_ref().map(|(uid, _)| *uid);
                 app.target = app.id.zip(uid).and_then(|(id, uid)| {

@@ -610,7 +610,7 @@ fn boxes(config: &Config, findings: &mut Findings) -> Vec<Container> {
     let all = all.unwrap_or_default();
     if !all.is_empty() {
         if config.with_containers().is_none() {
-            findings.warning(UNCOVERED);
+            findings.warning(crate::containers::UNCOVERED);
         }
         findings.ok(format!("veths of containers that rules cover: {}", all.len()));
     }

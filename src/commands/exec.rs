@@ -355,12 +355,12 @@ impl<'a> Wanted<'a> {
 
     /// What of the table is missing, if anything is.
     fn missing(&self, kernel: &mut Kernel) -> Result<Option<Missing>> {
-        Ok(match kernel.held()? {
+        Ok(match kernel.inventory()? {
             // as for everybody else then
             None if self.target == Target::Direct => None,
             None => Some(Missing::Yet(format!("there is no table inet {TABLE}"))),
-            Some(held) => match self.missing_of(&held) {
-                None if self.held && held.view.unknown.is_some() => self.unknown(kernel)?,
+            Some(inventory) => match self.missing_of(&inventory) {
+                None if self.held && inventory.view.unknown.is_some() => self.unknown(kernel)?,
                 missing => missing,
             },
         })
@@ -373,12 +373,12 @@ impl<'a> Wanted<'a> {
         Ok((!known).then(|| Missing::Yet("the cgroup has not been looked at".into())))
     }
 
-    fn missing_of(&self, held: &Inventory) -> Option<Missing> {
+    fn missing_of(&self, inventory: &Inventory) -> Option<Missing> {
         let name = self.config.target_name(self.target);
-        if held.flags & NFT_TABLE_F_DORMANT != 0 {
+        if inventory.flags & NFT_TABLE_F_DORMANT != 0 {
             return Some(Missing::Never(format!("table inet {TABLE} is dormant")));
         }
-        let Some(target) = held.view.target(name) else {
+        let Some(target) = inventory.view.target(name) else {
             let what = format!("table inet {TABLE} has no chain to_{name} (reload cgtproxy)");
             return Some(Missing::Never(what));
         };
@@ -390,7 +390,7 @@ impl<'a> Wanted<'a> {
                 return Some(Missing::Never(what));
             }
         }
-        let known = held.outcomes();
+        let known = inventory.outcomes();
         for (level, path, own) in &self.elements {
             let (class, own) = (own.class, self.config.target_name(own.target));
             let id = self.ids[level];
@@ -398,7 +398,7 @@ impl<'a> Wanted<'a> {
                 let same = step.set == own && step.target == own && step.class == class;
                 same && step.level == *level
             };
-            if !held.view.steps.iter().filter(of).any(|step| held.holds(step, id)) {
+            if !inventory.view.steps.iter().filter(of).any(|step| inventory.holds(step, id)) {
                 let what = match known(id) == Some((own, class)) {
                     true => format!("chain output has no rule for set cg_{own} at level {level}"),
                     false => format!("cgroup {path} is not in set cg_{own}"),
@@ -406,7 +406,8 @@ impl<'a> Wanted<'a> {
                 return Some(Missing::Yet(what));
             }
         }
-        let (verdict, class) = held.view.verdict(&self.ids, |step, id| held.holds(step, id));
+        let (verdict, class) =
+            inventory.view.verdict(&self.ids, |step, id| inventory.holds(step, id));
         let what = || format!("the table sends the cgroup to {verdict}");
         ((verdict, class) != (name, 0)).then(|| Missing::Yet(what()))
     }

@@ -101,7 +101,7 @@ pub(super) struct Status {
     unattended: Option<Unattended>,
     /// Why there is nothing to classify.
     rootless: Option<String>,
-    pub(super) held: Option<Inventory>,
+    pub(super) inventory: Option<Inventory>,
     /// What containers send, by where it comes in.
     containers: Vec<Entrance>,
     /// By name of the tproxy.
@@ -188,14 +188,14 @@ struct Unattended {
 }
 
 impl Unattended {
-    fn take(kernel: &mut Kernel, config: &Config, held: &Inventory) -> Result<Unattended> {
+    fn take(kernel: &mut Kernel, config: &Config, inventory: &Inventory) -> Result<Unattended> {
         let left = match kernel.lock()? {
             Some(Lock::Left(at)) => Some(instance::since_boot().saturating_sub(at)),
             _ => None,
         };
         let looked = Cgroups::look(Rc::new(config.clone())).ok();
         let unknown = looked.map(|Cgroups { mut core, .. }| {
-            let known = held.outcomes();
+            let known = inventory.outcomes();
             let wanted = core.snapshot().elements.into_iter();
             let wanted = wanted.flat_map(|(outcome, ids)| {
                 let of = (config.target_name(outcome.target), outcome.class);
@@ -203,7 +203,7 @@ impl Unattended {
             });
             wanted.filter(|(of, id)| known(*id) != Some(*of)).count()
         });
-        Ok(Unattended { left, unknown, holds: held.view.unknown.is_some() })
+        Ok(Unattended { left, unknown, holds: inventory.view.unknown.is_some() })
     }
 }
 
@@ -298,10 +298,10 @@ impl Listens {
 }
 
 /// Why a table that is there does nothing: others may flush it, or have one of our name.
-fn idle(held: &Inventory) -> Option<&'static str> {
-    match held.flags & NFT_TABLE_F_DORMANT {
-        _ if held.view.foreign => Some("not of cgtproxy's making"),
-        0 if held.view.classifies => None,
+fn idle(inventory: &Inventory) -> Option<&'static str> {
+    match inventory.flags & NFT_TABLE_F_DORMANT {
+        _ if inventory.view.foreign => Some("not of cgtproxy's making"),
+        0 if inventory.view.classifies => None,
         0 => Some("without rules"),
         _ => Some("dormant"),
     }
@@ -309,8 +309,8 @@ fn idle(held: &Inventory) -> Option<&'static str> {
 
 impl Status {
     fn take(kernel: &mut Kernel, config: &Config) -> Result<Status> {
-        let held = kernel.held()?;
-        let targets = held.as_ref().map_or(&[][..], |held| &held.view.targets);
+        let inventory = kernel.inventory()?;
+        let targets = inventory.as_ref().map_or(&[][..], |inventory| &inventory.view.targets);
         let host = Host::look();
         let listens = targets.iter().filter_map(|target| {
             Listens::of(target, &host).map(|listens| (target.name.clone(), listens))
@@ -318,18 +318,20 @@ impl Status {
         let listens = listens.collect();
         // of a table that is there, or nothing is in vain
         let (mut warnings, mut loops) = (Vec::new(), Vec::new());
-        if held.is_some() {
+        if inventory.is_some() {
             let [circles, bound] = in_vain(config, &host);
             let found = faults::of_host(config, &host).into_iter();
             warnings.extend(found.filter_map(|(_, finding)| finding.err()));
             warnings.extend(bound);
             loops = circles;
         }
-        let view = held.as_ref().map(|held| &held.view);
+        let view = inventory.as_ref().map(|inventory| &inventory.view);
         let containers = view.map(|view| entrances(kernel, config, &host, view));
         let daemon = instance::holder(kernel)?;
-        let unattended = match &held {
-            Some(held) if daemon.is_none() => Some(Unattended::take(kernel, config, held)?),
+        let unattended = match &inventory {
+            Some(inventory) if daemon.is_none() => {
+                Some(Unattended::take(kernel, config, inventory)?)
+            }
             _ => None,
         };
         let (mut routing, mut hindrances) = (Vec::new(), Vec::new());
@@ -337,7 +339,7 @@ impl Status {
         for family in Family::BOTH {
             let have = kernel.routing(family)?;
             let on = family == Family::V4 || kernel::routing::ipv6_is_on();
-            let view = held.as_ref().map(|held| &held.view).filter(|_| on);
+            let view = inventory.as_ref().map(|inventory| &inventory.view).filter(|_| on);
             let priority = first_priority(config, view, &have);
             let needs = view.map(|view| {
                 let mut needs = needs(config, view, &have, priority);
@@ -356,7 +358,9 @@ impl Status {
         if entered || targets.iter().any(|target| target.mark.is_some()) {
             let enter = containers.iter().flatten();
             let enter = enter.flat_map(|e| [Some(&e.veth), e.bridge.as_ref()]).flatten().cloned();
-            let ours = held.as_ref().map(|held| Ours::of_view(&held.view).entered_by(enter));
+            let ours = inventory
+                .as_ref()
+                .map(|inventory| Ours::of_view(&inventory.view).entered_by(enter));
             hindrances.extend(kernel.others(&ours.unwrap_or_default())?);
         }
         Ok(Status {
@@ -364,7 +368,7 @@ impl Status {
             unattended,
             rootless: mount::find(config.cgroup_root.as_deref()).err().map(|e| e.to_string()),
             containers: containers.unwrap_or_default(),
-            held,
+            inventory,
             listens,
             ways,
             routing,
@@ -376,31 +380,31 @@ impl Status {
 
     /// What changes from one moment to the next.
     pub(super) fn glance(kernel: &mut Kernel) -> Result<Status> {
-        let (daemon, held) = (instance::holder(kernel)?, kernel.held()?);
-        Ok(Status { daemon, held, ..Status::default() })
+        let (daemon, inventory) = (instance::holder(kernel)?, kernel.inventory()?);
+        Ok(Status { daemon, inventory, ..Status::default() })
     }
 
     fn in_force(&self) -> bool {
-        self.held.as_ref().is_some_and(|held| idle(held).is_none())
+        self.inventory.as_ref().is_some_and(|inventory| idle(inventory).is_none())
     }
 
     pub(super) fn targets(&self) -> &[TargetView] {
-        self.held.as_ref().map_or(&[], |held| &held.view.targets)
+        self.inventory.as_ref().map_or(&[], |inventory| &inventory.view.targets)
     }
 
     pub(super) fn gateways(&self) -> &[GatewayView] {
-        self.held.as_ref().map_or(&[], |held| &held.view.gateways)
+        self.inventory.as_ref().map_or(&[], |inventory| &inventory.view.gateways)
     }
 
     /// What `hold` has dropped.
     fn unknown(&self) -> Option<Counter> {
-        self.held.as_ref().and_then(|held| held.view.unknown)
+        self.inventory.as_ref().and_then(|inventory| inventory.view.unknown)
     }
 
     /// Repairs of the table and of the routing, then reloads that were taken and refused.
     fn deeds(&self) -> [Option<u64>; 4] {
-        let held = self.held.as_ref().and_then(|held| held.deeds);
-        held.map_or([None; 4], |deeds| deeds.map(Some))
+        let deeds = self.inventory.as_ref().and_then(|inventory| inventory.deeds);
+        deeds.map_or([None; 4], |deeds| deeds.map(Some))
     }
 
     /// Where a target's packets go.
@@ -425,16 +429,16 @@ impl Status {
     }
 
     pub(super) fn cgroups(&self, target: &str) -> u64 {
-        self.held.as_ref().map_or(0, |held| held.of_target(target).count() as u64)
+        self.inventory.as_ref().map_or(0, |inventory| inventory.of_target(target).count() as u64)
     }
 
     /// One line on the whole.
     pub(super) fn headline(&self) -> String {
-        let table = match self.held.as_ref().map(|held| (held, idle(held))) {
+        let table = match self.inventory.as_ref().map(|inventory| (inventory, idle(inventory))) {
             None => format!("table inet {TABLE}: not there, nothing is classified"),
             Some((_, Some(why))) => format!("table inet {TABLE}: {why}, not in force"),
-            Some((held, None)) => {
-                format!("table inet {TABLE}: in force, default {}", held.view.default)
+            Some((inventory, None)) => {
+                format!("table inet {TABLE}: in force, default {}", inventory.view.default)
             }
         };
         match self.daemon {
@@ -508,7 +512,7 @@ impl Status {
             let repairs = format!("{table} of the table, {routing} of ip rules and routes");
             let _ = writeln!(out, "repairs: {repairs}; reloads: {taken}, refused: {refused}");
         }
-        if self.held.is_some() {
+        if self.inventory.is_some() {
             out.push('\n');
             self.target_table().print(&mut out, style);
         }
@@ -640,7 +644,7 @@ impl Status {
             });
             Json::List(json.collect())
         };
-        let default = self.held.as_ref().map(|held| &held.view.default);
+        let default = self.inventory.as_ref().map(|inventory| &inventory.view.default);
         let unattended = self.unattended.as_ref();
         let [table, routed, taken, refused] = self.deeds().map(Json::or_null);
         Json::Object(vec![

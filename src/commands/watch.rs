@@ -91,8 +91,9 @@ impl Totals {
         let mut totals = Totals::default();
         let counts = conntrack_counts();
         for target in status.targets() {
-            let held = status.held.as_ref();
-            let elements = held.into_iter().flat_map(|held| held.of_target(&target.name));
+            let inventory = status.inventory.as_ref();
+            let elements =
+                inventory.into_iter().flat_map(|inventory| inventory.of_target(&target.name));
             let mut own = None;
             for element in elements {
                 if let Some(counter) = element.counter {
@@ -175,7 +176,7 @@ fn frame(
     style: Style,
 ) {
     let _ = writeln!(out, "{}", status.headline());
-    if status.held.is_none() {
+    if status.inventory.is_none() {
         return;
     }
     let packets = |rate: Option<&Counter>| Value::number(rate.map(|rate| rate.packets));
@@ -217,7 +218,8 @@ fn frame(
         Rows { columns: &GATEWAYS, rows }.print(out, style);
     }
     out.push('\n');
-    let elements = status.held.iter().flat_map(|held| held.cgroups.values().flatten());
+    let elements =
+        status.inventory.iter().flat_map(|inventory| inventory.cgroups.values().flatten());
     let mut elements = elements.peekable();
     if elements.peek().is_some() && elements.all(|element| element.counter.is_none()) {
         let _ = writeln!(out, "for each cgroup: set counters = cgroup in [global]");

@@ -89,7 +89,7 @@ impl Doubts {
     }
 
     /// Lists sockets, judges them and ends the stale ones until `until`; true when that is done.
-    pub fn settle(&mut self, kernel: &mut Kernel, until: Instant) -> bool {
+    pub fn go_on(&mut self, kernel: &mut Kernel, until: Instant) -> bool {
         while !matches!(self.stage, Stage::Done) {
             self.take(kernel);
             if Instant::now() >= until {

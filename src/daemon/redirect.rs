@@ -19,7 +19,7 @@ use crate::kernel::Kernel;
 use crate::log;
 use crate::net::Mark;
 use crate::netlink::conntrack::Tracked;
-use crate::netlink::diag::{SeenSocket, UDP_STATES};
+use crate::netlink::diag::{SeenSocket, FEW_CGROUPS, UDP_STATES};
 use crate::netlink::fib::Course;
 use crate::netlink::uapi::*;
 use crate::stale::flows::{late, Cure, Flows, Owners};
@@ -32,10 +32,6 @@ const LONGEST: Duration = Duration::from_secs(1);
 
 /// Before a pass for cgroups that were found late, this many times what the last pass has cost.
 const REST: u32 = 8;
-
-/// As many cgroups as the kernel is asked for the sockets of: beyond, it takes longer to compare than
-/// we do to look.
-const FEW: usize = 200;
 
 #[derive(Default)]
 pub struct Redirects {
@@ -111,7 +107,7 @@ impl Daemon<'_> {
         let Some(pass) = redirects.pass.as_mut() else {
             return;
         };
-        if pass.settle(&mut self.kernel, Instant::now() + SLICE) {
+        if pass.go_on(&mut self.kernel, Instant::now() + SLICE) {
             if pass.moved > 0 {
                 let moved = pass.moved;
                 log!(Notice, "{moved} UDP flows that began another way go as they should");
@@ -151,7 +147,7 @@ impl Pass {
     fn begin(kernel: &mut Kernel, flows: Flows) -> Pass {
         // where those of some cgroups are in question, that is all who share a port with these
         let cgroups = flows.cgroups();
-        let few = cgroups.as_ref().filter(|cgroups| cgroups.len() <= FEW);
+        let few = cgroups.as_ref().filter(|cgroups| cgroups.len() <= FEW_CGROUPS);
         let ids = few.map_or(&[][..], |cgroups| cgroups);
         let stage = match cgroups {
             _ if !flows.ask_for_owners() => Stage::Flows,
@@ -175,7 +171,7 @@ impl Pass {
     }
 
     /// Has conntrack know flows as they should be known by now, until `until`; true when that is done.
-    fn settle(&mut self, kernel: &mut Kernel, until: Instant) -> bool {
+    fn go_on(&mut self, kernel: &mut Kernel, until: Instant) -> bool {
         let began = Instant::now();
         let mut more = true;
         while more {

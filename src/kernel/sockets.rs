@@ -60,7 +60,7 @@ impl Kernel {
     }
 
     /// The cgroups of all TCP and UDP sockets; `None` where the kernel does not tell of all.
-    pub fn held_cgroups(&mut self) -> Option<BTreeSet<u64>> {
+    pub fn cgroups_of_sockets(&mut self) -> Option<BTreeSet<u64>> {
         let mut all = BTreeSet::new();
         for (protocol, family) in diag::KINDS {
             let request = |batch: &mut Batch| diag::get(batch, family, protocol, u32::MAX, &[]);

@@ -80,6 +80,10 @@ pub const TCP_STATES: u32 = 1 << TCP_ESTABLISHED
 /// The same of UDP.
 pub const UDP_STATES: u32 = 1 << TCP_ESTABLISHED | 1 << TCP_CLOSE;
 
+/// As many cgroups as the kernel is asked for the sockets of: beyond, it takes longer to compare than
+/// we do to look.
+pub const FEW_CGROUPS: usize = 200;
+
 /// Length of `struct inet_diag_msg`, and where its `id`, its `idiag_uid` and its `idiag_inode` are.
 const MSG_LEN: usize = 72;
 const ID_AT: usize = 4;

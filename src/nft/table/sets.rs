@@ -36,7 +36,8 @@ pub fn set_name(config: &Config, outcome: Outcome) -> String {
     named("cg", config, outcome)
 }
 
-/// The names of the sets that hold the gates of a stage, by their ids and by their hashes.
+/// The names of the sets that hold the gates of a stage, by their ids and by their hashes: of each of
+/// [`DEPTHS`].
 pub fn gate_names(stage: Stage) -> [&'static str; 2] {
     const NAMES: [[&str; 2]; DEPTHS.len()] = [
         ["gate_1", "gone_1"],
@@ -124,4 +125,16 @@ pub fn bypass4(config: &Config) -> Vec<Range<Ipv4Addr>> {
 pub fn bypass6(config: &Config) -> Vec<Range<Ipv6Addr>> {
     let always = ALWAYS6.into_iter().map(|(ip, length)| Range::prefix(ip, length));
     Range::merge(always.chain(config.bypass.v6.iter().copied()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gates_are_named_by_their_depths() {
+        for (stage, depth) in DEPTHS.iter().enumerate() {
+            assert_eq!(gate_names(stage), [format!("gate_{depth}"), format!("gone_{depth}")]);
+        }
+    }
 }
