@@ -265,106 +265,29 @@ impl Suspects {
     }
 }
 
-/// What a target does with a socket's packets.
+/// What becomes of a socket's packets: they are left alone, go the target's way, or nowhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Fate {
     Free,
-    Proxied,
+    Taken,
     Cut,
 }
 
-/// How many sockets are at a local port that are not connected.
-pub type Ports = BTreeMap<u16, usize>;
-
-/// Judges sockets by a configuration.
-pub struct Judge {
+/// What a configuration does with the packets of sockets.
+struct Fates {
     config: Rc<Config>,
-    suspects: Suspects,
     bypass4: Vec<Range<Ipv4Addr>>,
     bypass6: Vec<Range<Ipv6Addr>>,
-    /// The ports that the kernel gives to sockets that ask for none.
-    chosen: RangeInclusive<u16>,
-    /// Datagrams can be sent by a route whatever their flow began by ([`flows`]).
-    moves: bool,
 }
 
-impl Judge {
-    pub fn new(
-        config: Rc<Config>,
-        suspects: Suspects,
-        chosen: RangeInclusive<u16>,
-        moves: bool,
-    ) -> Judge {
+impl Fates {
+    fn under(config: Rc<Config>) -> Fates {
         let (bypass4, bypass6) = (table::bypass4(&config), table::bypass6(&config));
-        Judge { config, suspects, bypass4, bypass6, chosen, moves }
+        Fates { config, bypass4, bypass6 }
     }
 
-    pub fn suspects(&self) -> &Suspects {
-        &self.suspects
-    }
-
-    /// Whether the socket is to be asked about at all, by what it says itself.
-    pub fn doubts(&self, socket: &SeenSocket) -> bool {
-        let Some(suspect) = self.suspects.suspect(&self.config, socket) else {
-            return false;
-        };
-        let way = self.way(socket, suspect.now);
-        let is_udp = socket.protocol == IPPROTO_UDP;
-        let moved = self.moves && is_udp && matches!(suspect.now, Target::Route(_));
-        let began = match suspect.was {
-            Was::Direct => !moved || way == Fate::Cut,
-            // its packets are sent the new way, its proxied TCP flows stay where they are
-            Was::Taken => !is_udp || way == Fate::Cut,
-        };
-        let states = if is_udp { UDP_STATES } else { TCP_STATES };
-        began
-            && way != Fate::Free
-            && states & 1u32.checked_shl(socket.state.into()).unwrap_or(0) != 0
-            && !self.is_bypassed(socket)
-            && (socket.is_connected() || (is_udp && self.is_casual(socket)))
-    }
-
-    /// Whether nobody seems to have chosen how an unconnected socket is bound. Ending one takes its
-    /// interface away and leaves it usable: what a VPN alone was to carry would later leave by the
-    /// default route (`__udp_disconnect`, net/ipv4/udp.c).
-    fn is_casual(&self, socket: &SeenSocket) -> bool {
-        socket.device == 0 && self.chosen.contains(&socket.local.port())
-    }
-
-    /// Whether a socket that is in doubt is to be ended. `ports` are those of its protocol.
-    pub fn ends(&self, socket: &SeenSocket, ports: &Ports, witness: Witness) -> bool {
-        let Some(suspect) = self.suspects.suspect(&self.config, socket) else {
-            return false;
-        };
-        let way = self.way(socket, suspect.now);
-        let there = ports.get(&socket.local.port()).copied().unwrap_or(0);
-        if !socket.is_connected() {
-            // the kernel chooses no port that is in use: one that two sockets share, say WireGuard's
-            // of either family, was chosen by their owner
-            return way != Fate::Free && there < 2;
-        }
-        let inbound = match witness.flow {
-            Some(flow) if socket.protocol == IPPROTO_TCP && !flow.midstream => !flow.outbound,
-            // who spoke first after conntrack began says nothing
-            _ => there > 0,
-        };
-        if witness.local || inbound {
-            return false;
-        }
-        match way {
-            Fate::Free => false,
-            Fate::Cut => true,
-            Fate::Proxied => !(witness.proxied || witness.flow.is_some_and(|f| self.is_marked(f))),
-        }
-    }
-
-    /// Whether a tproxy has the flow.
-    fn is_marked(&self, flow: Flow) -> bool {
-        let mark = flow.mark & self.config.mask;
-        self.config.outlets().any(|outlet| outlet.mark == mark)
-    }
-
-    fn way(&self, socket: &SeenSocket, target: Target) -> Fate {
+    /// What is bypassed and spared left aside.
+    fn of(&self, socket: &SeenSocket, target: Target) -> Fate {
         let outlet = match (target, self.config.outlet(target)) {
             (Target::Drop, _) => return Fate::Cut,
             (_, None) => return Fate::Free,
@@ -375,7 +298,7 @@ impl Judge {
         let way = |family| match outlet.take(l4, family, to) {
             Take::Drop | Take::Reject => Fate::Cut,
             Take::No => Fate::Free,
-            Take::Yes => Fate::Proxied,
+            Take::Yes => Fate::Taken,
         };
         let v4 = socket.speaks_ipv4().then_some(Family::V4);
         let v6 = socket.local.is_ipv6().then_some(Family::V6);
@@ -396,6 +319,96 @@ impl Judge {
             IpAddr::V4(ip) => holds(&self.bypass4, ip),
             IpAddr::V6(ip) => holds(&self.bypass6, ip),
         }
+    }
+}
+
+/// How many sockets are at a local port that are not connected.
+pub type Ports = BTreeMap<u16, usize>;
+
+/// Judges sockets by a configuration.
+pub struct Judge {
+    fates: Fates,
+    suspects: Suspects,
+    /// The ports that the kernel gives to sockets that ask for none.
+    chosen: RangeInclusive<u16>,
+    /// Datagrams can be sent by a route whatever their flow began by ([`flows`]).
+    moves: bool,
+}
+
+impl Judge {
+    pub fn new(
+        config: Rc<Config>,
+        suspects: Suspects,
+        chosen: RangeInclusive<u16>,
+        moves: bool,
+    ) -> Judge {
+        Judge { fates: Fates::under(config), suspects, chosen, moves }
+    }
+
+    pub fn suspects(&self) -> &Suspects {
+        &self.suspects
+    }
+
+    /// Whether the socket is to be asked about at all, by what it says itself.
+    pub fn doubts(&self, socket: &SeenSocket) -> bool {
+        let Some(suspect) = self.suspects.suspect(&self.fates.config, socket) else {
+            return false;
+        };
+        let way = self.fates.of(socket, suspect.now);
+        let is_udp = socket.protocol == IPPROTO_UDP;
+        let moved = self.moves && is_udp && matches!(suspect.now, Target::Route(_));
+        let began = match suspect.was {
+            Was::Direct => !moved || way == Fate::Cut,
+            // its packets are sent the new way, its proxied TCP flows stay where they are
+            Was::Taken => !is_udp || way == Fate::Cut,
+        };
+        let states = if is_udp { UDP_STATES } else { TCP_STATES };
+        began
+            && way != Fate::Free
+            && states & 1u32.checked_shl(socket.state.into()).unwrap_or(0) != 0
+            && !self.fates.is_bypassed(socket)
+            && (socket.is_connected() || (is_udp && self.is_casual(socket)))
+    }
+
+    /// Whether nobody seems to have chosen how an unconnected socket is bound. Ending one takes its
+    /// interface away and leaves it usable: what a VPN alone was to carry would later leave by the
+    /// default route (`__udp_disconnect`, net/ipv4/udp.c).
+    fn is_casual(&self, socket: &SeenSocket) -> bool {
+        socket.device == 0 && self.chosen.contains(&socket.local.port())
+    }
+
+    /// Whether a socket that is in doubt is to be ended. `ports` are those of its protocol.
+    pub fn ends(&self, socket: &SeenSocket, ports: &Ports, witness: Witness) -> bool {
+        let Some(suspect) = self.suspects.suspect(&self.fates.config, socket) else {
+            return false;
+        };
+        let way = self.fates.of(socket, suspect.now);
+        let there = ports.get(&socket.local.port()).copied().unwrap_or(0);
+        if !socket.is_connected() {
+            // the kernel chooses no port that is in use: one that two sockets share, say WireGuard's
+            // of either family, was chosen by their owner
+            return way != Fate::Free && there < 2;
+        }
+        let inbound = match witness.flow {
+            Some(flow) if socket.protocol == IPPROTO_TCP && !flow.midstream => !flow.outbound,
+            // who spoke first after conntrack began says nothing
+            _ => there > 0,
+        };
+        if witness.local || inbound {
+            return false;
+        }
+        match way {
+            Fate::Free => false,
+            Fate::Cut => true,
+            Fate::Taken => !(witness.proxied || witness.flow.is_some_and(|f| self.is_marked(f))),
+        }
+    }
+
+    /// Whether a target has the flow.
+    fn is_marked(&self, flow: Flow) -> bool {
+        let config = &self.fates.config;
+        let mark = flow.mark & config.mask;
+        config.outlets().any(|outlet| outlet.mark == mark)
     }
 }
 

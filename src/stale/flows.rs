@@ -6,7 +6,7 @@
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
-use super::{Fate, Judge, Suspects};
+use super::{Fate, Fates};
 use crate::cgroup::core::Core;
 use crate::config::{Config, Gateway, Outcome, Route, Take, Target};
 use crate::net::{Family, Mark, L4};
@@ -30,7 +30,7 @@ pub enum Cure {
 
 /// The policy, as flows are held against it.
 pub struct Flows {
-    judge: Judge,
+    fates: Fates,
     outcomes: HashMap<u64, Outcome>,
     /// That of all other cgroups; `None` where the flows of those above are in question alone.
     others: Option<Outcome>,
@@ -48,15 +48,15 @@ impl Flows {
         }
         let all = core.tree().iter();
         let outcomes = all.map(|(_, node)| (node.id, policy::outcome(config, node.rank))).collect();
-        let judge = Judge::new(config.clone(), Suspects::default(), 0..=0, true);
+        let fates = Fates::under(config.clone());
         let others = Some(config.default_outcome());
-        Some(Flows { judge, outcomes, others, gone: gone.clone() })
+        Some(Flows { fates, outcomes, others, gone: gone.clone() })
     }
 
     /// Of these cgroups alone.
     pub fn of_some(core: &Core, outcomes: HashMap<u64, Outcome>) -> Flows {
-        let judge = Judge::new(core.config().clone(), Suspects::default(), 0..=0, true);
-        Flows { judge, outcomes, others: None, gone: BTreeSet::new() }
+        let fates = Fates::under(core.config().clone());
+        Flows { fates, outcomes, others: None, gone: BTreeSet::new() }
     }
 
     /// Whether a cgroup's flows are in question.
@@ -70,7 +70,7 @@ impl Flows {
     }
 
     fn config(&self) -> &Config {
-        &self.judge.config
+        &self.fates.config
     }
 
     /// Whether flows are held against who began them, and not their marks alone.
@@ -117,7 +117,7 @@ impl Flows {
         let mut socket = socket.clone();
         (socket.local, socket.remote) = (entry.from, entry.to);
         let taken =
-            !self.judge.is_bypassed(&socket) && self.judge.way(&socket, target) == Fate::Proxied;
+            !self.fates.is_bypassed(&socket) && self.fates.of(&socket, target) == Fate::Taken;
         self.cure(entry, Some(target).filter(|_| taken), |route| route.outlet.mark)
     }
 
@@ -130,7 +130,7 @@ impl Flows {
             // what is a container's is known by the interface that it comes in by first
             return None;
         }
-        let spared = self.judge.spares(entry.to);
+        let spared = self.fates.spares(entry.to);
         let target = section.map_or(Target::Direct, |section| section.target);
         let take =
             |route: &Route| route.outlet.take(L4::Udp, Family::of(&entry.to.ip()), Some(entry.to));
@@ -266,9 +266,9 @@ mod tests {
 
     fn flows(config: &'static str) -> Flows {
         let config = std::rc::Rc::new(testing::config(config));
-        let judge = Judge::new(config, Suspects::default(), 0..=0, true);
-        let others = Some(judge.config.default_outcome());
-        Flows { judge, outcomes: HashMap::new(), others, gone: BTreeSet::new() }
+        let others = Some(config.default_outcome());
+        let fates = Fates::under(config);
+        Flows { fates, outcomes: HashMap::new(), others, gone: BTreeSet::new() }
     }
 
     /// A flow as conntrack has it, with our bits of its mark, and whether its source is translated.
@@ -338,9 +338,8 @@ mod tests {
         socket.uid = 1;
         let of_some = |cgroup| {
             let outcomes = [(cgroup, flows.config().default_outcome())].into();
-            let config = flows.judge.config.clone();
-            let judge = Judge::new(config, Suspects::default(), 0..=0, true);
-            let some = Flows { judge, outcomes, others: None, gone: BTreeSet::new() };
+            let fates = Fates::under(flows.fates.config.clone());
+            let some = Flows { fates, outcomes, others: None, gone: BTreeSet::new() };
             assert!(some.asks_of(cgroup) && !some.asks_of(cgroup + 1) && !some.forwards());
             some.own(&entry(here, there, 0, false), &socket)
         };
