@@ -10,12 +10,16 @@ use super::model::{Config, HoldLine, Outlet, OwnerRule, PatternRule, Place, Prob
 use super::pattern::{compile_within, MAX_COMPILED};
 use super::suggest::did_you_mean;
 use super::value::Result;
+use crate::net::Mark;
 
 /// Before the rule for the main table.
 const MOST_PRIORITY: u32 = 32765;
 
 /// Each has a chain with all lines for owners before it.
 const MOST_CLASSES: u16 = 64;
+
+/// Takes what is wrong, and where.
+type Report<'a> = dyn FnMut(&Place, String) + 'a;
 
 /// Resolves what could refer to a later line, and adds what is wrong with it to the problems.
 pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
@@ -25,8 +29,6 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     config.gateways.iter_mut().for_each(|gateway| gateway.sources.merge());
     config.bypass_marks = bypass_marks.iter().map(|(mark, _)| *mark).collect();
     let mut problem = |place: &Place, message: String| problems.push(Problem::at(place, &message));
-
-    let of = |kind| sections.iter().filter(move |section| section.kind == kind);
     // in file order, as marks are numbered
     let (mut tproxies, mut routes) = (0.., 0..);
     let targets: Vec<(&Section, Target)> = (sections.iter())
@@ -36,7 +38,33 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             _ => None,
         })
         .collect();
-    for section in &sections {
+    find_missing(&config, &sections, &targets, &mut problem);
+    name_targets(&mut config, &sections, &mut problem);
+    check_routes(&config, &sections, &mut problem);
+    check_priority(&config, &sections, &mut problem);
+    if config.mask != 0 {
+        assign_marks(&mut config, &targets, &mut problem);
+        check_bypass_marks(&config, &targets, &bypass_marks, &mut problem);
+    }
+    let mut room = MAX_COMPILED;
+    for (pattern, place) in holds {
+        match compile_within(&pattern, &mut room) {
+            Ok(regex) => config.holds.push(HoldLine { pattern, regex, place }),
+            Err(why) => problem(&place, why),
+        }
+    }
+    add_rules(&mut config, rules, &mut room, &mut problem);
+    config
+}
+
+/// Keys that a section needs, or another key of it does.
+fn find_missing(
+    config: &Config,
+    sections: &[Section],
+    targets: &[(&Section, Target)],
+    problem: &mut Report,
+) {
+    for section in sections {
         let (kind, name) = (section.kind.name(), &section.name);
         for key in section.kind.keys().filter(|key| !section.said.contains_key(key.name)) {
             if let Unset::Needs(what) = key.unset {
@@ -44,7 +72,7 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             }
         }
     }
-    for (section, target) in &targets {
+    for (section, target) in targets {
         let Some(outlet) = config.outlet(*target) else { continue };
         let keys = [("dns-hijack-tcp", outlet.dns_tcp), ("dns-hijack-local", outlet.dns_local)];
         for (key, _) in keys.iter().filter(|(_, on)| *on) {
@@ -55,24 +83,29 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             }
         }
     }
+}
 
-    for section in of(Kind::Global) {
-        if let Some((name, place)) = section.said.get("default") {
-            match target(&config, name) {
-                Ok(target) => config.default = target,
-                Err(why) => problem(place, why),
-            }
+/// The targets of the default and of gateway sections.
+fn name_targets(config: &mut Config, sections: &[Section], problem: &mut Report) {
+    let mut gateways = 0..;
+    for section in sections {
+        let (key, gateway) = match section.kind {
+            Kind::Global => ("default", None),
+            Kind::Gateway => ("target", gateways.next()),
+            _ => continue,
+        };
+        let Some((name, place)) = section.said.get(key) else { continue };
+        match (target(config, name), gateway) {
+            (Ok(target), None) => config.default = target,
+            (Ok(target), Some(index)) => config.gateways[index].target = target,
+            (Err(why), _) => problem(place, why),
         }
     }
-    for (index, section) in of(Kind::Gateway).enumerate() {
-        if let Some((name, place)) = section.said.get("target") {
-            match target(&config, name) {
-                Ok(target) => config.gateways[index].target = target,
-                Err(why) => problem(place, why),
-            }
-        }
-    }
-    for (index, section) in of(Kind::Route).enumerate() {
+}
+
+fn check_routes(config: &Config, sections: &[Section], problem: &mut Report) {
+    let sections = sections.iter().filter(|section| section.kind == Kind::Route);
+    for (index, section) in sections.enumerate() {
         let (route, name, place) = (&config.routes[index], &section.name, &section.place);
         let said = |key| section.said.get(key).map(|(_, place)| place);
         match (said("interface"), said("table")) {
@@ -108,9 +141,13 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             problem(place, message);
         }
     }
-    // these take several ip rules in a row (route.rs)
+}
+
+/// What takes several ip rules in a row (route.rs) leaves fewer priorities to begin at.
+fn check_priority(config: &Config, sections: &[Section], problem: &mut Report) {
     let wildcard = config.gateways.iter().find(|g| g.interfaces.iter().any(|i| i.prefix));
-    let second = of(Kind::Route).find(|section| section.said.contains_key("table"));
+    let second = (sections.iter())
+        .find(|section| section.kind == Kind::Route && section.said.contains_key("table"));
     let most = MOST_PRIORITY
         - if wildcard.is_some() { 2 } else { 0 }
         - if second.is_some() { 1 } else { 0 };
@@ -127,35 +164,37 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             (None, None) => {}
         }
     }
+}
 
-    if config.mask != 0 {
-        assign_marks(&mut config, &targets, &mut problem);
-        // our ip rules would send a packet with such a mark to the proxy all the same
-        let mask = config.mask;
-        for (bypass, place) in &bypass_marks {
-            let whole = bypass.mask & mask == mask;
-            let same = config.outlets().find(|o| whole && bypass.value & mask == o.mark);
-            if let Some(outlet) = same {
-                let (value, name) = (bypass.value, &outlet.name);
-                let kind = targets.iter().find(|(section, _)| section.name == *name);
-                let kind = kind.map_or("", |(section, _)| section.kind.name());
-                problem(
-                    place,
-                    format!("\"bypass-mark\" {value:#x} is the mark of [{kind} {name}]"),
-                );
-            }
+/// Our ip rules would send a packet with the mark of a target to that all the same.
+fn check_bypass_marks(
+    config: &Config,
+    targets: &[(&Section, Target)],
+    bypass_marks: &[(Mark, Place)],
+    problem: &mut Report,
+) {
+    let mask = config.mask;
+    for (bypass, place) in bypass_marks {
+        let whole = bypass.mask & mask == mask;
+        let same = config.outlets().find(|o| whole && bypass.value & mask == o.mark);
+        if let Some(outlet) = same {
+            let (value, name) = (bypass.value, &outlet.name);
+            let kind = targets.iter().find(|(section, _)| section.name == *name);
+            let kind = kind.map_or("", |(section, _)| section.kind.name());
+            problem(place, format!("\"bypass-mark\" {value:#x} is the mark of [{kind} {name}]"));
         }
     }
+}
 
-    let mut room = MAX_COMPILED;
-    for (pattern, place) in holds {
-        match compile_within(&pattern, &mut room) {
-            Ok(regex) => config.holds.push(HoldLine { pattern, regex, place }),
-            Err(why) => problem(&place, why),
-        }
-    }
+/// The lines of [rules], up to the first that is one too many.
+fn add_rules(
+    config: &mut Config,
+    rules: Vec<(String, String, Match, Place)>,
+    room: &mut usize,
+    problem: &mut Report,
+) {
     for (name, text, what, place) in rules {
-        let target = target(&config, &name).map_err(|why| problem(&place, why)).ok();
+        let target = target(config, &name).map_err(|why| problem(&place, why)).ok();
         let text: Rc<str> = text.into();
         let patterns = match (what, target) {
             (Match::Patterns(patterns), _) => patterns,
@@ -171,7 +210,7 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
                          \"{text}\""
                     );
                     problem(&place, message);
-                    return config;
+                    return;
                 }
                 config.owner_rules.push(OwnerRule { target, text, owners, place, after, class });
                 continue;
@@ -179,10 +218,10 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             (Match::Owners(_), None) => continue,
         };
         for pattern in patterns {
-            let regex = compile_within(&pattern, &mut room).map_err(|why| problem(&place, why));
-            if regex.is_err() && room == 0 {
+            let regex = compile_within(&pattern, room).map_err(|why| problem(&place, why));
+            if regex.is_err() && *room == 0 {
                 // said once is enough
-                return config;
+                return;
             }
             if let (Some(target), Ok(regex)) = (target, regex) {
                 let (text, place) = (text.clone(), place.clone());
@@ -190,7 +229,6 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
             }
         }
     }
-    config
 }
 
 fn target(config: &Config, name: &str) -> Result<Target> {
@@ -203,11 +241,7 @@ fn target(config: &Config, name: &str) -> Result<Target> {
 
 /// The target at position i gets mark i, shifted into the mask, or the next one that is free. What is
 /// routed for others has another mark with each route.
-fn assign_marks(
-    config: &mut Config,
-    targets: &[(&Section, Target)],
-    problem: &mut impl FnMut(&Place, String),
-) {
+fn assign_marks(config: &mut Config, targets: &[(&Section, Target)], problem: &mut Report) {
     let (mask, spoofed) = (config.mask, config.spoofed_mark());
     let direct = config.marks_direct();
     let reserved = |mark: u32| mark == spoofed || direct && mark == mask;
