@@ -5,8 +5,9 @@
 mod containers;
 mod doubts;
 mod redirect;
+mod ways;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -27,7 +28,6 @@ use crate::error::{Error, Result};
 use crate::faults;
 use crate::host;
 use crate::instance;
-use crate::kernel::routing::Routing;
 use crate::kernel::sockets;
 use crate::kernel::{Damage, Inventory, Kernel};
 use crate::log;
@@ -39,13 +39,12 @@ use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
 use crate::nft::message::Transaction;
 use crate::nft::stmt::cgroup_hash;
-use crate::nft::table::{Deed, Deeds, Devices, Entrances};
+use crate::nft::table::{Deed, Deeds, Entrances};
 use crate::nft::view;
 use crate::notify::Notify;
 use crate::options::Options;
 use crate::pidfile::Pidfile;
 use crate::plan;
-use crate::route::Entry;
 use crate::signals::{End, Signals};
 use crate::stale::{self, Before, Judge, Suspects};
 use crate::sys;
@@ -54,15 +53,10 @@ use crate::tunnels;
 use containers::Search;
 use doubts::Doubts;
 use redirect::Redirects;
+use ways::Ways;
 
 /// Events that a full inotify queue holds, and some that come meanwhile.
 const FULL_QUEUE: usize = 20_000;
-
-/// When another program that has begun to change the ways of packets has ended that.
-const SETTLED: Duration = Duration::from_secs(1);
-
-/// Different things about the ways of others that are told.
-const MOST_TOLD: usize = 64;
 
 /// How long sockets are judged and ended before anything else has its turn.
 const SLICE: Duration = Duration::from_millis(5);
@@ -131,14 +125,7 @@ struct Daemon<'a> {
     deeds: Deeds,
     /// Replacing the table, where it is not what it should be.
     table: Backoff,
-    /// Adding what is missing of the ip rules and routes.
-    routing: Backoff,
-    /// What should be there of ip rules and routes, and what others have put in their way.
-    routes: Routing,
-    /// The interfaces that tables of others lead out by.
-    devices: Devices,
-    /// How it stands with each route that has an interface.
-    ways: BTreeMap<String, &'static str>,
+    ways: Ways,
     /// What has been told of the ways of others.
     told: BTreeSet<String>,
     /// When to look for chains of others that break ours.
@@ -152,8 +139,6 @@ struct Daemon<'a> {
     late: Backoff,
     /// The table was in others' hands: packets may have gone as if there was none.
     exposed: bool,
-    /// A way out has opened or closed: flows may have to be sent another way.
-    ways_changed: bool,
     redirects: Redirects,
     /// The table reckons with br_netfilter.
     again: bool,
@@ -257,10 +242,7 @@ fn begin<'a>(
         cgroups,
         deeds: Deeds::default(),
         table: Backoff::default(),
-        routing: Backoff::default(),
-        routes: Routing::default(),
-        devices: Devices::default(),
-        ways: BTreeMap::new(),
+        ways: Ways::default(),
         told: BTreeSet::new(),
         look_at_others: None,
         loops: Looks::default(),
@@ -268,7 +250,6 @@ fn begin<'a>(
         doubts: None,
         late: Backoff::default(),
         exposed: false,
-        ways_changed: false,
         redirects: Redirects::default(),
         again: false,
         refused: false,
@@ -467,63 +448,6 @@ impl Daemon<'_> {
         }
     }
 
-    /// Adds what is missing of the ip rules and routes, and tells what others have to do with it.
-    fn add_routing(&mut self, config: &Config) -> Result<()> {
-        let (routing, result) = self.kernel.add_routing(plan::needs(config));
-        let before = std::mem::replace(&mut self.routes, routing);
-        if let Some(devices) = self.routes.tables.take() {
-            self.devices = devices;
-        }
-        self.ways_changed |= !self.routes.gone.is_empty();
-        self.redirects.gone.append(&mut self.routes.gone);
-        let after = &self.routes;
-        let mut ways = BTreeMap::new();
-        for way in plan::needs(config).ways {
-            let (name, state) = (way.name, way.state(self.kernel.links()));
-            let Some(interface) = way.interface() else { continue };
-            if self.ways.get(name) != Some(&state) {
-                let text = match state {
-                    "open" => format!("[route {name}]: {interface} is there, packets pass"),
-                    "IPv4 only" | "IPv6 only" => {
-                        format!("[route {name}]: {interface} is there, {state}: it has no other address")
-                    }
-                    why => format!("[route {name}]: {interface} is {why}: its traffic is refused"),
-                };
-                log!(limited::Notice, "{text}");
-                // what began meanwhile may have had no way
-                self.ways_changed = true;
-            }
-            ways.insert(name.to_string(), state);
-        }
-        self.ways = ways;
-        for line in after.hindrances.iter().filter(|line| !before.hindrances.contains(line)) {
-            log!(limited::Warning, "{line}");
-        }
-        let mut notes = after.notes.clone();
-        if result.is_ok() && notes.is_empty() && !before.notes.is_empty() {
-            notes.push("nothing of others is in the way of ip rules and routes any more".into());
-        }
-        if self.routes.notes != before.notes {
-            // what brings rules brings chains, a little later
-            self.look_at_others = Some(Instant::now() + SETTLED);
-        }
-        // once: it comes and goes with a tunnel
-        for line in notes {
-            let first = self.told.len() < MOST_TOLD && self.told.insert(line.clone());
-            let level = if first { Level::Notice } else { Level::Debug };
-            log::write_limited(level, format_args!("{line}"));
-        }
-        result
-    }
-
-    /// Takes back what was added for a table that was refused, where another is there.
-    fn undo_routing(&mut self) {
-        // rules before the routes that they lead to
-        for entry in self.routes.added.iter().rev() {
-            let _ = self.kernel.delete_routing(entry);
-        }
-    }
-
     /// Says which chains of other programs break what goes to a tproxy, or what is new of that.
     fn warn_of_others(&mut self, all: bool) {
         self.look_at_others = None;
@@ -615,7 +539,7 @@ impl Daemon<'_> {
             }
             self.heal(ready.kernel);
             self.settle();
-            if self.ways_changed {
+            if self.ways.changed {
                 self.redirect_flows();
             }
             self.attend_to_containers(ready.kernel, ready.vacant);
@@ -625,7 +549,7 @@ impl Daemon<'_> {
             if self.signals.status() {
                 log!(Notice, "status: {}", self.summary());
                 self.warn();
-                self.routes.hindrances.iter().for_each(|line| log!(Warning, "{line}"));
+                self.ways.routing.hindrances.iter().for_each(|line| log!(Warning, "{line}"));
             }
             match self.cgroups.core.drafted() {
                 // one after the other, so that each is in force some time
@@ -697,7 +621,7 @@ impl Daemon<'_> {
             self.containers.due(),
             self.look_at_others,
             self.table.due(),
-            self.routing.due(),
+            self.ways.repair.due(),
             self.loops.due(),
             redirects,
             late,
@@ -742,12 +666,12 @@ impl Daemon<'_> {
             self.precede();
         }
         if damage.routing || damage.revived {
-            self.routing.want(now);
+            self.ways.repair.want(now);
         }
         if damage.revived {
-            self.routing.hasten(now);
+            self.ways.repair.hasten(now);
         }
-        if self.routing.due().is_some_and(|at| at <= now) {
+        if self.ways.repair.due().is_some_and(|at| at <= now) {
             self.repair_routing();
         }
         if self.table.due().is_some_and(|at| at <= now) {
@@ -865,62 +789,6 @@ impl Daemon<'_> {
         }
     }
 
-    /// What was forwarded without the table may be in a flowtable by now.
-    fn forget_routes(&mut self) {
-        let config = self.cgroups.core.config().clone();
-        if !config.gateways.is_empty() {
-            self.kernel.forget_routes(config.rule_priority);
-        }
-    }
-
-    fn repair_routing(&mut self) {
-        let began = Instant::now();
-        let config = self.cgroups.core.config().clone();
-        let before = self.devices.clone();
-        let added = self.add_routing(&config);
-        if self.ways_changed {
-            self.loops.want(began);
-        }
-        let follow = plan::follow(&config, &before, &self.devices, self.kernel.batch());
-        if let Some(follow) = follow.filter(|_| !self.table_is_out()) {
-            self.commit_or_repair(follow);
-        }
-        // stale entries too: of another place, or which a start or a reload was not able to delete
-        match added.and_then(|()| self.kernel.trim_routing(&self.routes.wanted)) {
-            Ok(stale) => {
-                self.routing.done(began, Instant::now());
-                self.open_to_loopback();
-                // those that come and go with an interface are told of by that
-                let leads_out = |e: &&Entry| matches!(e, Entry::Route(r) if r.leads_out());
-                let added = self.routes.added.iter().filter(|e| !leads_out(e)).count();
-                if added > 0 && stale.is_empty() {
-                    let text = "ip rules and routes are in force again";
-                    log!(limited::Notice, "{text}, {added} were missing");
-                    self.count(Deed::RoutingRepair);
-                }
-            }
-            Err(error) => {
-                let pause = self.routing.failed(began, Instant::now()).as_secs();
-                log!(Error, "{error}; trying again in {pause} s");
-            }
-        }
-    }
-
-    /// Deletes what is left over of another policy: it does no harm, so where that fails, the next
-    /// repair does it. Returns how many entries are gone.
-    fn trim_routing(&mut self) -> usize {
-        match self.kernel.trim_routing(&self.routes.wanted) {
-            Ok(removed) => removed.len(),
-            Err(error) => {
-                let now = Instant::now();
-                self.routing.want(now);
-                let pause = self.routing.failed(now, now).as_secs();
-                log!(Warning, "{error}; trying again in {pause} s");
-                0
-            }
-        }
-    }
-
     /// Counts a deed in the transaction that is it.
     fn replace_for(&mut self, deed: Deed) -> Result<()> {
         let before = self.deeds;
@@ -954,7 +822,8 @@ impl Daemon<'_> {
         let config = self.cgroups.core.config();
         self.again = host::filters_bridges();
         let (deeds, again) = (self.deeds, self.again);
-        let contents = plan::contents(config, snapshot, entrances, &self.devices, deeds, again);
+        let contents =
+            plan::contents(config, snapshot, entrances, &self.ways.devices, deeds, again);
         self.kernel.replace(&contents)
     }
 
@@ -984,13 +853,6 @@ impl Daemon<'_> {
             self.open_to_loopback();
         }
         done
-    }
-
-    /// Has the interfaces of routes whose DNS may come from a loopback address take the answers.
-    fn open_to_loopback(&mut self) {
-        let config = self.cgroups.core.config().clone();
-        let open = config.routes.iter().filter(|route| route.sends_from_loopback());
-        self.kernel.set_localnet(open.map(|route| &*route.interface), true);
     }
 
     /// Leaves out what lies deeper than the kernel can match: one such cgroup must not cost all

@@ -318,7 +318,7 @@ impl Daemon<'_> {
                 }
                 Err(error) => {
                     log!(Warning, "{error}; replacing the table");
-                    self.routing.want(Instant::now());
+                    self.ways.repair.want(Instant::now());
                     self.repair_table();
                 }
             }

@@ -64,7 +64,7 @@ impl Daemon<'_> {
     /// one that is not. Once the table and the ways out are in force. Cgroups that come meanwhile are
     /// taken in; what takes longer than is waited for here is done later.
     pub(super) fn redirect_flows(&mut self) {
-        self.ways_changed = false;
+        self.ways.changed = false;
         let began = Instant::now();
         let flows = Flows::of(&self.cgroups.core, &self.redirects.gone)
             .filter(|_| self.kernel.tells_flows());
