@@ -9,9 +9,10 @@ use nix::errno::Errno;
 use super::blind::Blind;
 use super::dying::{self, Dying};
 use super::event::{Action, Event, Found, List, Note, Scan};
-use super::gates::{self, Gate, Gates};
+use super::gates::{self, Above, Gate, Gates};
 use super::holds::{self, HoldElement, Holds};
 use super::ranking::Ranking;
+use super::tally::Changes;
 use super::tree::{self, Hold, Index, Node, Path, Tree};
 use crate::config::{Config, Outcome, Target};
 use crate::nft::table::{Pair, Shape, Stage, DEPTHS};
@@ -69,9 +70,6 @@ pub struct Snapshot {
     pub shape: Shape,
 }
 
-/// How many changes memory is kept for.
-const USUAL: usize = 256;
-
 /// The tree and what follows from it.
 pub struct Core {
     config: Rc<Config>,
@@ -94,9 +92,10 @@ pub struct Core {
     late_roots: BTreeSet<u64>,
     /// What the kernel has rules for.
     committed: Shape,
-    /// By cgroup id: the target in the kernel's sets, and the one that should be there.
-    /// Its memory stays: to allocate and free it for each transaction costs musl a mmap(2).
-    pending: HashMap<u64, (Option<Outcome>, Option<Outcome>)>,
+    /// The pairs may be others.
+    pairs_changed: bool,
+    /// Elements of the sets of targets.
+    pending: Changes<(Outcome, u64)>,
     /// Removed cgroups that sockets may hold, and what is matched as they are; `None` where the
     /// kernel cannot match them.
     dying: Option<dying::List>,
@@ -130,7 +129,8 @@ impl Core {
             names_root: base_level == 0 || root.starts_with(b"/sys/fs/cgroup/"),
             late_roots: BTreeSet::new(),
             committed: Shape::default(),
-            pending: HashMap::new(),
+            pairs_changed: false,
+            pending: Changes::default(),
             dying: None,
             blind: Blind::default(),
             memo: policy::Memo::default(),
@@ -283,6 +283,7 @@ impl Core {
             }
             Event::Tidy => {
                 self.idle.retain(|_, before| !std::mem::replace(before, true));
+                self.pairs_changed = true;
                 self.holds.tidy();
             }
             Event::Retry => {
@@ -366,7 +367,7 @@ impl Core {
                     dying.outcome = outcome;
                     self.put(dying);
                 }
-                None => self.gates.release(&dying.gates),
+                None => self.release_gates(&dying.gates),
             }
         }
         old
@@ -392,6 +393,7 @@ impl Core {
             }
         }
         self.idle.clear();
+        self.pairs_changed = true;
         self.holds = Holds::default();
         all.iter().for_each(|at| self.count_held(*at, true));
     }
@@ -399,21 +401,12 @@ impl Core {
     /// The net difference since the last commit. The caller commits it, or replaces the table.
     pub fn take_delta(&mut self) -> Delta {
         let mut delta = Delta::default();
-        for (id, (before, after)) in self.pending.drain() {
-            if before == after {
-                continue;
-            }
-            delta.delete.extend(before.map(|outcome| (outcome, id)));
-            delta.add.extend(after.map(|outcome| (outcome, id)));
-        }
-        delta.delete.sort_unstable();
-        delta.add.sort_unstable();
+        (delta.delete, delta.add) = self.pending.take();
         if let Some(dying) = &mut self.dying {
             (delta.delete_dying, delta.add_dying) = dying.take_changes();
         }
         (delta.delete_gates, delta.add_gates) = self.gates.take_changes();
         (delta.delete_held, delta.add_held) = self.holds.take_changes();
-        self.pending.shrink_to(USUAL);
         if !self.is_in_shape() {
             let shape = self.shape();
             let before = std::mem::replace(&mut self.committed, shape.clone());
@@ -435,14 +428,17 @@ impl Core {
 
     /// Everything, for a replacement of the table; what was pending is in it.
     pub fn snapshot(&mut self) -> Snapshot {
-        self.pending = HashMap::new();
+        self.pending.clear();
         self.committed = self.shape();
+        self.pairs_changed = false;
         let mut elements: BTreeMap<Outcome, Vec<u64>> = BTreeMap::new();
         for (_, outcome, id) in self.elements() {
             elements.entry(outcome).or_default().push(id);
         }
         let dying = self.dying.as_mut().map(dying::List::snapshot).unwrap_or_default();
-        let (gates, held) = (self.gates.snapshot(), self.holds.snapshot());
+        let (mut gates, held) = (self.gates.snapshot(), self.holds.snapshot());
+        gates.extend(self.gate_nodes().map(|(stage, _, node)| Gate::new(stage, node.id, false)));
+        gates.sort_unstable();
         Snapshot { elements, dying, gates, held, shape: self.committed.clone() }
     }
 
@@ -458,11 +454,15 @@ impl Core {
     }
 
     /// Whether that is what there are rules for: asked at each commit, and mostly so.
-    fn is_in_shape(&self) -> bool {
+    fn is_in_shape(&mut self) -> bool {
         let Shape { base, pairs, hashed, holding } = &self.committed;
-        *base == self.base_level
-            && self.all_pairs().count() == pairs.len()
-            && self.all_pairs().all(|pair| pairs.contains(pair))
+        let same = || {
+            self.all_pairs().count() == pairs.len()
+                && self.all_pairs().all(|pair| pairs.contains(pair))
+        };
+        let same = !self.pairs_changed || same();
+        self.pairs_changed = false;
+        same && *base == self.base_level
             && (0..DEPTHS.len()).all(|at| self.gates.has_hashed(at) == hashed.contains(&at))
             && *holding == self.holds.shape(self.deepest)
     }
@@ -474,13 +474,13 @@ impl Core {
 
     /// The living cgroups that are gates of a stage, by their paths.
     pub fn gates(&self, stage: Stage) -> BTreeSet<&[u8]> {
-        let elements = self
-            .tree
-            .indices()
-            .filter(|at| self.tree.node(*at).is_some_and(|node| node.element.is_some()));
-        let all = elements.flat_map(|at| self.tree.up(at));
-        let own = all.filter(|(_, node)| gates::stage_at(node.depth) == Some(stage));
-        own.filter(|(_, node)| !self.is_hashed(node)).map(|(path, _)| &**path).collect()
+        self.gate_nodes().filter(|(at, ..)| *at == stage).map(|(_, path, _)| &**path).collect()
+    }
+
+    /// The living cgroups that are gates by their ids.
+    fn gate_nodes(&self) -> impl Iterator<Item = (Stage, &Path, &Node)> {
+        let all = self.tree.iter().filter(|(_, node)| node.elements > 0 && !self.is_hashed(node));
+        all.filter_map(|(path, node)| Some((gates::stage_at(node.depth)?, path, node)))
     }
 
     /// The living cgroups that the kernel has to know of, since they are held or below one.
@@ -622,10 +622,11 @@ impl Core {
                 self.keep(at, &path, &node, outcome);
                 actions.push(Action::Tell(Note::Classified { path: path.clone(), outcome: None }));
             }
-            self.tree.remove(at);
-            if let Some(stage) = gates::stage_at(node.depth) {
-                self.gates.went(stage, node.id);
+            let hashed = self.is_hashed(&node);
+            if let Some((stage, node)) = gates::stage_at(node.depth).zip(self.tree.node(at)) {
+                self.gates.went(stage, node, hashed);
             }
+            self.tree.remove(at);
             if let Some(draft) = &mut self.draft {
                 draft.went(&path, &node);
             }
@@ -692,10 +693,33 @@ impl Core {
         let Some((outcome, node)) = element.zip(self.tree.node(at)) else { return };
         let (level, hashed) = (self.level(node), self.is_hashed(node));
         self.count_pair(Pair { level, outcome, hashed, loose: false }, up);
-        let by_hash = self.dying.is_some();
-        for (stage, node) in gates_above(&self.tree, at) {
-            let hashed = by_hash && !(self.listable && node.listable);
-            self.gates.count(Gate::new(stage, node.id, hashed), up);
+        self.count_gates(at, up);
+    }
+
+    /// One more element, or one less, is at or below the gates that a cgroup is at or below.
+    fn count_gates(&mut self, at: Index, up: bool) {
+        let mut next = Some(at);
+        while let Some(at) = next {
+            self.count_gate(at, up);
+            next = self.tree.parent(at);
+        }
+    }
+
+    fn count_gate(&mut self, at: Index, up: bool) {
+        let hashed = self.tree.node(at).is_some_and(|node| self.is_hashed(node));
+        let Some(node) = self.tree.node_mut(at) else { return };
+        if let Some(stage) = gates::stage_at(node.depth) {
+            self.gates.count(stage, node, hashed, up);
+        }
+    }
+
+    /// One element less is below these, of which some may have been removed since it was counted.
+    fn release_gates(&mut self, gates: &[Above]) {
+        for (stage, at, id) in gates {
+            match self.tree.node(*at).is_some_and(|node| node.id == *id) {
+                true => self.count_gate(*at, false),
+                false => self.gates.release(*stage, *id),
+            }
         }
     }
 
@@ -706,11 +730,13 @@ impl Core {
 
     fn count_pair(&mut self, pair: Pair, up: bool) {
         let count = self.pairs.entry(pair).or_insert(0);
+        self.pairs_changed |= *count == 0;
         match up {
             true => *count += 1,
             false => *count -= 1,
         }
         if *count == 0 {
+            self.pairs_changed = true;
             self.pairs.remove(&pair);
             // what is removed does not come again
             if !pair.hashed {
@@ -726,13 +752,12 @@ impl Core {
         if self.dying.is_none() {
             return;
         }
-        let mut gates = Vec::new();
-        for (stage, above) in gates_above(&self.tree, at) {
-            // those above it live still
-            let hashed = above.id == node.id || !(self.listable && above.listable);
-            self.gates.count(Gate::new(stage, above.id, hashed), true);
-            gates.push((stage, above.id));
-        }
+        self.count_gates(at, true);
+        let gate = |at| {
+            let node = self.tree.node(at)?;
+            Some((gates::stage_at(node.depth)?, at, node.id))
+        };
+        let gates: Vec<Above> = self.tree.lineage(at).filter_map(gate).collect();
         self.put(Dying::new(node.id, self.level(node), outcome, path.clone(), gates));
     }
 
@@ -752,7 +777,7 @@ impl Core {
 
     fn forget(&mut self, dying: &Dying) {
         self.count_pair(dying.pair(), false);
-        self.gates.release(&dying.gates);
+        self.release_gates(&dying.gates);
     }
 
     /// Whether a living cgroup is matched by its hash.
@@ -780,19 +805,13 @@ impl Core {
 
     /// Notes what the set should hold for a cgroup id, against what it holds now.
     fn want(&mut self, id: u64, now: Option<Outcome>, wanted: Option<Outcome>) {
-        let entry = self.pending.entry(id).or_insert((now, now));
-        entry.1 = wanted;
-        if entry.0 == entry.1 {
-            self.pending.remove(&id);
+        if now != wanted {
+            now.into_iter().for_each(|outcome| self.pending.note((outcome, id), false));
+            wanted.into_iter().for_each(|outcome| self.pending.note((outcome, id), true));
         }
     }
 }
 
 fn scan(path: Path, deep: bool) -> Action {
     Action::Scan(Scan { path, deep })
-}
-
-/// The gates that a cgroup is at or below.
-fn gates_above(tree: &Tree, at: Index) -> impl Iterator<Item = (Stage, &Node)> {
-    tree.up(at).filter_map(|(_, node)| Some((gates::stage_at(node.depth)?, node)))
 }

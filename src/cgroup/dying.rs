@@ -152,7 +152,7 @@ impl List {
 
     /// The kernel's elements that are to go, and to come.
     pub fn take_changes(&mut self) -> (Vec<Hashed>, Vec<Hashed>) {
-        self.elements.take_changes()
+        self.elements.changes.take()
     }
 
     /// All elements; the kernel has them from now on.

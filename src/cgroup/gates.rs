@@ -5,6 +5,7 @@
 //! A gate that is removed, or that nft cannot show, is known by its hash; see [`super::dying`].
 
 use super::tally::Tally;
+use super::tree::{Index, Node};
 use crate::nft::stmt::cgroup_hash;
 use crate::nft::table::{Stage, DEPTHS};
 
@@ -28,44 +29,50 @@ impl Gate {
     }
 }
 
-/// The gate of a stage that something removed was below: its cgroup id, whatever became of it.
-pub type Above = (Stage, u64);
+/// The gate of a stage that something removed was below: what stood for it, and its cgroup id,
+/// whatever became of it.
+pub type Above = (Stage, Index, u64);
 
-/// All gates, counted by elements.
+/// All gates: how many elements each has stands in the tree, as long as it lives.
 #[derive(Debug, Default)]
 pub struct Gates {
+    /// Those that are known by their hashes, counted, and what has come or gone of all.
     tally: Tally<Gate>,
     /// How many there are by their hashes, by stage.
     hashed: [usize; DEPTHS.len()],
 }
 
 impl Gates {
-    /// One more element, or one less, is at or below a gate.
-    pub fn count(&mut self, gate: Gate, up: bool) {
-        if self.tally.count(gate, up) && matches!(gate.by, KnownBy::Hash(_)) {
-            match up {
-                true => self.hashed[gate.stage] += 1,
-                false => self.hashed[gate.stage] -= 1,
-            }
+    /// One more element, or one less, is at or below a living cgroup at the depth of a stage.
+    pub fn count(&mut self, stage: Stage, node: &mut Node, hashed: bool, up: bool) {
+        let before = node.elements;
+        node.elements = if up { before + 1 } else { before.saturating_sub(1) };
+        if (before > 0) != (node.elements > 0) {
+            self.turn(Gate::new(stage, node.id, hashed), up);
         }
     }
 
-    /// One element less is below these, of which some may have been removed since it was counted.
-    pub fn release(&mut self, above: &[Above]) {
-        for (stage, id) in above {
-            let known = Gate::new(*stage, *id, false);
-            let gone = Gate::new(*stage, *id, true);
-            let gate = if self.tally.contains(&known) { known } else { gone };
-            self.count(gate, false);
-        }
+    /// One element less is below a gate that has been removed since it was counted.
+    pub fn release(&mut self, stage: Stage, id: u64) {
+        self.turn(Gate::new(stage, id, true), false);
     }
 
     /// A cgroup at the depth of a stage has been removed: what it is a gate for may live on.
-    pub fn went(&mut self, stage: Stage, id: u64) {
-        let (known, gone) = (Gate::new(stage, id, false), Gate::new(stage, id, true));
-        for _ in 0..self.tally.of(&known) {
-            self.count(known, false);
-            self.count(gone, true);
+    pub fn went(&mut self, stage: Stage, node: &Node, hashed: bool) {
+        for _ in 0..node.elements {
+            self.turn(Gate::new(stage, node.id, true), true);
+        }
+        if node.elements > 0 {
+            self.turn(Gate::new(stage, node.id, hashed), false);
+        }
+    }
+
+    fn turn(&mut self, gate: Gate, up: bool) {
+        match gate.by {
+            KnownBy::Id(_) => self.tally.changes.note(gate, up),
+            KnownBy::Hash(_) if !self.tally.count(gate, up) => {}
+            KnownBy::Hash(_) if up => self.hashed[gate.stage] += 1,
+            KnownBy::Hash(_) => self.hashed[gate.stage] -= 1,
         }
     }
 
@@ -74,12 +81,12 @@ impl Gates {
         self.hashed[stage] > 0
     }
 
-    /// See [`Tally::take_changes`].
+    /// See [`Changes::take`](super::tally::Changes::take).
     pub fn take_changes(&mut self) -> (Vec<Gate>, Vec<Gate>) {
-        self.tally.take_changes()
+        self.tally.changes.take()
     }
 
-    /// All of them; the kernel has them from now on.
+    /// Those that are known by their hashes; the kernel has all from now on.
     pub fn snapshot(&mut self) -> Vec<Gate> {
         self.tally.snapshot().copied().collect()
     }
@@ -98,15 +105,16 @@ mod tests {
     fn a_gate_that_is_removed() {
         let mut gates = Gates::default();
         let (known, gone) = (Gate::new(1, 7, false), Gate::new(1, 7, true));
-        gates.count(known, true);
-        gates.count(known, true);
+        let mut node = Node { id: 7, ..Node::default() };
+        gates.count(1, &mut node, false, true);
+        gates.count(1, &mut node, false, true);
         assert_eq!(gates.take_changes(), (vec![], vec![known]));
-        gates.went(1, 7);
+        gates.went(1, &node, false);
         assert!(gates.has_hashed(1));
         assert_eq!(gates.take_changes(), (vec![known], vec![gone]));
-        gates.release(&[(1, 7)]);
+        gates.release(1, 7);
         assert_eq!(gates.take_changes(), (vec![], vec![]));
-        gates.release(&[(1, 7)]);
+        gates.release(1, 7);
         assert_eq!(gates.take_changes(), (vec![gone], vec![]));
         assert!(!gates.has_hashed(1));
     }

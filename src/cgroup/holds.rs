@@ -101,9 +101,9 @@ impl Holds {
         Some(Holding { all: self.all, roots, last, deepest: deepest as u8 })
     }
 
-    /// See [`Tally::take_changes`].
+    /// See [`Changes::take`](super::tally::Changes::take).
     pub fn take_changes(&mut self) -> (Vec<HoldElement>, Vec<HoldElement>) {
-        self.elements.take_changes()
+        self.elements.changes.take()
     }
 
     /// All of them; the kernel has them from now on.

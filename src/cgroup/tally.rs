@@ -3,16 +3,65 @@
 
 use std::collections::BTreeMap;
 
+/// How many changes memory is kept for.
+const USUAL: usize = 256;
+
+/// Keys that have come or gone since the kernel was told.
+#[derive(Debug, Clone)]
+pub struct Changes<K>(Vec<(K, bool)>);
+
+impl<K> Default for Changes<K> {
+    fn default() -> Changes<K> {
+        Changes(Vec::new())
+    }
+}
+
+impl<K: Ord + Copy> Changes<K> {
+    /// A key has come, or is gone: each does so by turns.
+    pub fn note(&mut self, key: K, come: bool) {
+        if self.0.len() == self.0.capacity() {
+            // where the kernel cannot be told, much comes and goes again
+            self.0 = self.net().collect();
+            self.0.reserve(self.0.len().max(8));
+        }
+        self.0.push((key, come));
+    }
+
+    /// What does not cancel out, in the order of the keys.
+    fn net(&mut self) -> impl Iterator<Item = (K, bool)> + '_ {
+        self.0.sort_unstable();
+        self.0.chunk_by(|a, b| a.0 == b.0).filter_map(|same| {
+            let came = same.iter().filter(|(_, come)| *come).count();
+            (2 * came != same.len()).then_some((same[0].0, 2 * came > same.len()))
+        })
+    }
+
+    /// The keys that are to go from the kernel, and to come; it has been told from now on.
+    pub fn take(&mut self) -> (Vec<K>, Vec<K>) {
+        let (mut delete, mut add) = (Vec::new(), Vec::new());
+        for (key, come) in self.net() {
+            if come { &mut add } else { &mut delete }.push(key);
+        }
+        self.clear();
+        (delete, add)
+    }
+
+    /// The kernel knows.
+    pub fn clear(&mut self) {
+        self.0.clear();
+        self.0.shrink_to(USUAL);
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct Tally<K> {
     counts: BTreeMap<K, usize>,
-    /// Keys that have come or gone: whether the kernel has them, and is to have them.
-    changed: BTreeMap<K, (bool, bool)>,
+    pub changes: Changes<K>,
 }
 
 impl<K> Default for Tally<K> {
     fn default() -> Tally<K> {
-        Tally { counts: BTreeMap::new(), changed: BTreeMap::new() }
+        Tally { counts: BTreeMap::new(), changes: Changes::default() }
     }
 }
 
@@ -27,7 +76,7 @@ impl<K: Ord + Copy> Tally<K> {
             self.counts.remove(&key);
         }
         if was != is {
-            self.changed.entry(key).or_insert((was, is)).1 = is;
+            self.changes.note(key, is);
         }
         was != is
     }
@@ -35,35 +84,37 @@ impl<K: Ord + Copy> Tally<K> {
     /// Counts nothing any more.
     pub fn clear(&mut self) {
         for key in std::mem::take(&mut self.counts).into_keys() {
-            self.changed.entry(key).or_insert((true, false)).1 = false;
+            self.changes.note(key, false);
         }
-    }
-
-    pub fn contains(&self, key: &K) -> bool {
-        self.counts.contains_key(key)
-    }
-
-    /// How often a key is counted.
-    pub fn of(&self, key: &K) -> usize {
-        self.counts.get(key).copied().unwrap_or(0)
-    }
-
-    /// The keys that are to go from the kernel, and to come; it has them from now on.
-    pub fn take_changes(&mut self) -> (Vec<K>, Vec<K>) {
-        let (mut delete, mut add) = (Vec::new(), Vec::new());
-        for (key, turn) in std::mem::take(&mut self.changed) {
-            match turn {
-                (true, false) => delete.push(key),
-                (false, true) => add.push(key),
-                _ => {}
-            }
-        }
-        (delete, add)
     }
 
     /// All keys; the kernel has them from now on.
     pub fn snapshot(&mut self) -> impl Iterator<Item = &K> {
-        self.changed.clear();
+        self.changes.clear();
         self.counts.keys()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_and_goes_is_not_told() {
+        let mut changes = Changes::default();
+        changes.note(3, false);
+        changes.note(1, true);
+        changes.note(2, true);
+        changes.note(2, false);
+        changes.note(3, true);
+        changes.note(3, false);
+        assert_eq!(changes.take(), (vec![3], vec![1]));
+        // nor does it fill the memory
+        for key in 0..10_000 {
+            changes.note(key, true);
+            changes.note(key, false);
+        }
+        assert!(changes.0.capacity() < 100);
+        assert_eq!(changes.take(), (vec![], vec![]));
     }
 }

@@ -44,6 +44,8 @@ pub struct Node {
     /// Who answers for what happens in it: the owner of the outermost directory on the way there
     /// that is not root's. 0 for root's, and until it has been listed.
     pub account: u32,
+    /// How many elements are at or below it, of living and removed ones, where it may be a gate.
+    pub elements: u32,
     /// How many levels below the cgroup root it is.
     pub depth: u16,
     /// Has a name that gives it a target, and was made by somebody who may not choose one.
@@ -265,8 +267,13 @@ impl Tree {
 
     /// A node, its parent and so on, up to the root.
     pub fn up(&self, at: Index) -> impl Iterator<Item = (&Path, &Node)> {
-        let up = std::iter::successors(Some(at), |at| self.parent(*at));
-        up.filter_map(|at| self.slot(at)).map(|slot| (&slot.path, &slot.node))
+        let slots = self.lineage(at).filter_map(|at| self.slot(at));
+        slots.map(|slot| (&slot.path, &slot.node))
+    }
+
+    /// The indices of these.
+    pub fn lineage(&self, at: Index) -> impl Iterator<Item = Index> + '_ {
+        std::iter::successors(Some(at), |at| self.parent(*at))
     }
 
     /// The index of a node's parent; the root has none.
