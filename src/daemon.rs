@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::backoff::{Backoff, Looks, Reminder};
-use crate::cgroup::core::Core;
+use crate::cgroup::core::{Core, Delta};
 use crate::cgroup::dying::Dying;
 use crate::cgroup::event::Event;
 use crate::cgroup::follow::{Cgroups, Levels, TURN_TIME};
@@ -724,8 +724,8 @@ impl Daemon<'_> {
     /// Commits what is known, then watches what is new, and so on where that finds children; not
     /// for ever, where a user makes them as fast as they are found.
     fn settle(&mut self) {
-        let start = Instant::now();
         self.commit();
+        let start = Instant::now();
         while self.cgroups.work() > 0 {
             self.commit();
             if start.elapsed() >= TURN_TIME {
@@ -748,13 +748,19 @@ impl Daemon<'_> {
         }
         let mut delta = self.cgroups.core.take_delta();
         let last = delta.take_last();
-        let config = self.cgroups.core.config().clone();
-        for delta in [delta, last].iter().filter(|delta| !delta.is_empty()) {
-            let change = plan::change(&config, delta, self.kernel.batch());
-            if !self.commit_or_repair(change) {
-                return;
-            }
+        let done = self.change(&delta);
+        if let Some(last) = last.filter(|_| done) {
+            self.change(&last);
         }
+    }
+
+    /// See [`Daemon::commit_or_repair`].
+    fn change(&mut self, delta: &Delta) -> bool {
+        if delta.is_empty() {
+            return true;
+        }
+        let change = plan::change(self.cgroups.core.config(), delta, self.kernel.batch());
+        self.commit_or_repair(change)
     }
 
     /// For a table that is not known to be out, which is replaced at once where that proves wrong.

@@ -216,14 +216,14 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
         transaction.add_cgroups(ids, gate_ids(same));
         transaction.add_hashes(hashes, gate_hashes(same));
     }
-    for set in [HELD, KNOWN] {
+    for set in [HELD, KNOWN].iter().filter(|_| !delta.delete_held.is_empty()) {
         transaction.delete_cgroups(set, held_ids(&delta.delete_held, set));
     }
     // A packet takes the rules as they are when it comes, and looks into sets as they are by then. It
     // must not find a cgroup that has been looked at in those of before, which may not know where that
     // is to go: so they have sets of their own, which stay what they were.
     let mut old = match &delta.shape {
-        Some([before, _]) => classifying(config, before),
+        Some(shapes) => classifying(config, &shapes[0]),
         None => Vec::new(),
     };
     if delta.all_held.is_some() {
@@ -236,12 +236,12 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
             transaction.set(&set);
         }
     }
-    for set in [HELD, KNOWN] {
-        let held = delta.all_held.as_ref().unwrap_or(&delta.add_held);
+    let held = delta.all_held.as_ref().unwrap_or(&delta.add_held);
+    for set in [HELD, KNOWN].iter().filter(|_| !held.is_empty()) {
         transaction.add_cgroups(set, held_ids(held, set));
     }
-    if let Some([_, after]) = &delta.shape {
-        for (chain, rules) in classifying(config, after) {
+    if let Some(shapes) = &delta.shape {
+        for (chain, rules) in classifying(config, &shapes[1]) {
             match old.iter().find(|(name, _)| *name == chain) {
                 Some((_, same)) if *same == rules => {}
                 Some(_) => transaction.replace_rules(&chain, &rules),

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::fcntl::{open, AtFlags, OFlag};
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::{fstatat, Mode};
+use nix::NixPath;
 
 use crate::bpf;
 
@@ -26,12 +27,12 @@ pub fn open_path(path: &CStr) -> Result<OwnedFd, Errno> {
 ///
 /// Errors: ENOENT where the cgroup is gone; EOPNOTSUPP (also for a handle of another type) where
 /// `path` is not on cgroup2.
-pub fn cgroup_id(base: BorrowedFd, path: &CStr) -> Result<u64, Errno> {
+pub fn cgroup_id(base: BorrowedFd, path: &[u8]) -> Result<u64, Errno> {
     cgroup_handle(base, path).map(|(id, _)| id)
 }
 
 /// The same, with the id of the mount that `path` is in, as mountinfo has it.
-pub fn cgroup_handle(base: BorrowedFd, path: &CStr) -> Result<(u64, i32), Errno> {
+pub fn cgroup_handle(base: BorrowedFd, path: &[u8]) -> Result<(u64, i32), Errno> {
     const FILEID_KERNFS: libc::c_int = 0xfe;
     #[repr(C)]
     struct Handle {
@@ -43,7 +44,7 @@ pub fn cgroup_handle(base: BorrowedFd, path: &CStr) -> Result<(u64, i32), Errno>
     let mut mount: libc::c_int = 0;
     // SAFETY: path is NUL-terminated; handle is a struct file_handle with room for `bytes` bytes,
     // and the kernel writes no more than that.
-    let rc = unsafe {
+    let rc = path.with_nix_path(|path| unsafe {
         libc::syscall(
             libc::SYS_name_to_handle_at,
             base.as_raw_fd(),
@@ -52,7 +53,7 @@ pub fn cgroup_handle(base: BorrowedFd, path: &CStr) -> Result<(u64, i32), Errno>
             &mut mount as *mut libc::c_int,
             0,
         )
-    };
+    })?;
     match Errno::result(rc) {
         Ok(_) if handle.kind == FILEID_KERNFS && handle.bytes == 8 => {
             Ok((u64::from_ne_bytes(handle.id), mount))
@@ -76,7 +77,7 @@ pub struct Directory {
 }
 
 /// Looks at a directory from `base`, without following a symlink at its end (fstatat(2)).
-pub fn directory(base: BorrowedFd, path: &CStr) -> Result<Directory, Errno> {
+pub fn directory(base: BorrowedFd, path: &[u8]) -> Result<Directory, Errno> {
     let st = fstatat(base, path, AtFlags::AT_SYMLINK_NOFOLLOW)?;
     #[allow(clippy::unnecessary_cast)] // both types differ by architecture
     Ok(Directory {

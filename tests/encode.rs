@@ -584,11 +584,11 @@ fn changes() {
             delete_held: held.clone(),
             add_held: held,
             all_held: None,
-            shape: Some([Shape::default(), shape.clone()]),
+            shape: Some(Box::new([Shape::default(), shape.clone()])),
         };
         let held = (!config.holds.is_empty()).then(|| delta.add_held.clone());
         let renewed = Delta { all_held: held, shape: delta.shape.clone(), ..Delta::default() };
-        let none = Some([shape, Shape::default()]);
+        let none = Some(Box::new([shape, Shape::default()]));
         for delta in [delta, renewed, Delta { shape: none, ..Delta::default() }] {
             let ours = plan::change(&config, &delta, Batch::new(SEQ));
             same_batch("change", ours, |theirs| {
@@ -626,7 +626,7 @@ fn changes() {
                 let held =
                     || held_sets().into_iter().filter(|_| renewed || !delta.add_held.is_empty());
                 held().for_each(|(set, ids)| theirs.add_cgroups(set, &ids));
-                let [before, after] = delta.shape.as_ref().unwrap();
+                let [before, after] = &**delta.shape.as_ref().unwrap();
                 let before = classifying(&config, before);
                 for (chain, rules) in classifying(&config, after) {
                     // what stays the same is left alone

@@ -342,7 +342,7 @@ impl Kernel {
         if let Some(all) = delta.all_held {
             self.held = all.into_iter().collect();
         }
-        if let Some([before, after]) = delta.shape {
+        if let Some([before, after]) = delta.shape.map(|shapes| *shapes) {
             assert_eq!(self.shape, before);
             self.shape = after;
         }
@@ -820,7 +820,7 @@ fn rules_stay_for_a_service_that_starts_again() {
     assert!(first.is_some() && !idle);
     // what is removed is matched in another way
     let (dying, idle) = step(gone(b"/a"));
-    assert!(dying.is_some_and(|[_, after]| after.pairs.len() == 2) && idle);
+    assert!(dying.is_some_and(|shapes| shapes[1].pairs.len() == 2) && idle);
     assert_eq!(step(found(b"/a", 3)), (None, false));
     step(gone(b"/a"));
     step(Event::Dying { path: (*b"").into(), count: Some(0) });
@@ -830,7 +830,7 @@ fn rules_stay_for_a_service_that_starts_again() {
     step(Event::Dying { path: (*b"").into(), count: Some(0) });
     assert_eq!(step(Event::Tidy), (None, true));
     let (last, idle) = step(Event::Tidy);
-    assert!(last.is_some_and(|[_, after]| after.pairs.is_empty()) && !idle);
+    assert!(last.is_some_and(|shapes| shapes[1].pairs.is_empty()) && !idle);
 }
 
 /// Whoever may make cgroups can have thousands, with as many sockets that it is asked about: the time

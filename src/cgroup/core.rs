@@ -34,7 +34,7 @@ pub struct Delta {
     /// In the place of these two: all there are, for sets of their own.
     pub all_held: Option<Vec<HoldElement>>,
     /// What the rules were made for, and what they are needed for now, where that is not the same.
-    pub shape: Option<[Shape; 2]>,
+    pub shape: Option<Box<[Shape; 2]>>,
 }
 
 impl Delta {
@@ -50,13 +50,13 @@ impl Delta {
 impl Delta {
     /// Takes out what is to go only once the rest is in force. Rules that come with something are not
     /// those of a packet that is on its way already: it finds it where it was.
-    pub fn take_last(&mut self) -> Delta {
-        let mut last = Delta::default();
-        if self.shape.as_ref().is_some_and(|[before, after]| after.leads_further(before)) {
-            last.delete = std::mem::take(&mut self.delete);
-            last.delete_gates = std::mem::take(&mut self.delete_gates);
-        }
-        last
+    pub fn take_last(&mut self) -> Option<Delta> {
+        let [before, after] = &**self.shape.as_ref()?;
+        after.leads_further(before).then(|| Delta {
+            delete: std::mem::take(&mut self.delete),
+            delete_gates: std::mem::take(&mut self.delete_gates),
+            ..Delta::default()
+        })
     }
 }
 
@@ -415,7 +415,7 @@ impl Core {
                 (delta.delete_held, delta.add_held) = Default::default();
                 delta.all_held = Some(self.holds.snapshot());
             }
-            delta.shape = Some([before, shape]);
+            delta.shape = Some(Box::new([before, shape]));
         }
         delta
     }

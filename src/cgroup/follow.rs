@@ -215,6 +215,10 @@ impl Cgroups {
             };
             let event = event(&mut self.watcher, work);
             self.step(event);
+            if backlog(self).is_empty() {
+                // nobody has anything to pay for
+                return done + 1;
+            }
             let end = Instant::now();
             backlog(self).charge(account, (end - start).as_nanos() as u64);
             start = end;
@@ -250,10 +254,13 @@ impl Cgroups {
     /// Does what the core asks until it asks for nothing more, but for what can wait until the
     /// elements are in force: watching what was found.
     fn act(&mut self, actions: &mut Vec<Action>) {
+        let mut more = false;
         while let Some(action) = actions.pop() {
             match action {
                 // a long list of children
-                Action::Scan(scan) if Instant::now() >= self.until => {
+                Action::Scan(scan)
+                    if std::mem::replace(&mut more, true) && Instant::now() >= self.until =>
+                {
                     // what was found first is looked at first
                     self.put_found_off();
                     self.put_off(&scan.path.clone(), Work::Scan(scan))

@@ -2,7 +2,7 @@
 //! the functions that begin with [`find`].
 //! Source: proc_pid_mountinfo(5), cgroups(7), cgroup_namespaces(7).
 
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -169,8 +169,7 @@ pub fn find(wanted: Option<&Path>) -> Result<Root> {
 
 /// The ids of a directory's cgroup and of the mount that it is in.
 pub fn find_identity(dir: &Path) -> std::result::Result<(u64, i32), Errno> {
-    let name = CString::new(dir.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL)?;
-    sys::cgroup_handle(AT_FDCWD, &name)
+    sys::cgroup_handle(AT_FDCWD, dir.as_os_str().as_bytes())
 }
 
 /// Whether we are in the first cgroup namespace, from whose root every kernel counts levels.

@@ -316,7 +316,12 @@ pub fn parent(path: &[u8]) -> Option<&[u8]> {
 
 /// The path of a child.
 pub fn child(path: &[u8], name: &[u8]) -> Path {
-    [path, b"/", name].concat().into()
+    let mut child: Path = std::iter::repeat_n(b'/', path.len() + 1 + name.len()).collect();
+    if let Some(bytes) = Rc::get_mut(&mut child) {
+        bytes[..path.len()].copy_from_slice(path);
+        bytes[path.len() + 1..].copy_from_slice(name);
+    }
+    child
 }
 
 #[cfg(test)]

@@ -156,10 +156,10 @@ impl Watcher {
                 Err(errno) => return failed(path, errno),
             };
         }
-        let (Some(base), Some(below)) = (&self.base, below(&path)) else {
+        let Some(base) = &self.base else {
             return Event::Gone { path };
         };
-        let (base, below) = (base.as_fd(), &*below);
+        let (base, below) = (base.as_fd(), below(&path));
         match sys::cgroup_id(base, below) {
             Ok(id) => {
                 let foreign =
@@ -180,11 +180,10 @@ impl Watcher {
     /// made in between is in the list or in the queue, or in both.
     pub fn watch(&self, found: &Found) -> Event {
         let Found { path, id, foreign, at, .. } = found.clone();
-        let known = (&self.base, self.name(&path), below(&path));
-        let (Some(base), Some(name), Some(below)) = known else {
+        let (Some(base), Some(name)) = (&self.base, self.name(&path)) else {
             return Event::Gone { path };
         };
-        let (base, below) = (base.as_fd(), &*below);
+        let (base, below) = (base.as_fd(), below(&path));
         let mut refused = None;
         let wd = match &self.inotify {
             None => None,
@@ -288,19 +287,19 @@ impl Watcher {
 fn add_watch(
     inotify: &Inotify,
     base: BorrowedFd,
-    below: &CStr,
+    below: &[u8],
     name: &CStr,
 ) -> std::result::Result<i32, Errno> {
     let path = match nix::unistd::fchdir(base) {
         Ok(()) => below,
-        Err(_) => name,
+        Err(_) => name.to_bytes(),
     };
     inotify.add_watch(path, MASK).map(|wd| wd.as_raw())
 }
 
 /// Whether a directory is another's than root's and the daemon's. Who only looks at what a daemon
 /// sees may be somebody who could not be one.
-fn is_foreign(base: BorrowedFd, path: &CStr, only_looks: bool) -> bool {
+fn is_foreign(base: BorrowedFd, path: &[u8], only_looks: bool) -> bool {
     let owner = sys::directory(base, path).map(|seen| seen.owner);
     let own = |owner| owner == geteuid().as_raw() && (!only_looks || sys::has_net_admin());
     owner.is_ok_and(|owner| owner != 0 && !own(owner))
@@ -311,8 +310,7 @@ fn is_foreign(base: BorrowedFd, path: &CStr, only_looks: bool) -> bool {
 pub fn foreign_exec<'a>(root: &FilePath, path: &'a [u8]) -> Option<&'a [u8]> {
     let of_exec = policy::of_exec(path)?;
     let root = sys::open_path(&CString::new(root.as_os_str().as_bytes()).ok()?).ok()?;
-    let below = CString::new(&of_exec[1..]).ok()?;
-    is_foreign(root.as_fd(), &below, true).then_some(of_exec)
+    is_foreign(root.as_fd(), below(of_exec), true).then_some(of_exec)
 }
 
 /// Why nothing was found where a cgroup root should be.
@@ -335,11 +333,11 @@ fn failed(path: Path, errno: Errno) -> Event {
     }
 }
 
-/// The way to a cgroup from the root; `None` where it cannot be one.
-fn below(path: &[u8]) -> Option<CString> {
+/// The way to a cgroup from the root.
+fn below(path: &[u8]) -> &[u8] {
     match path {
-        [] => Some(c".".into()),
-        [_, below @ ..] => CString::new(below).ok(),
+        [] => b".",
+        [_, below @ ..] => below,
     }
 }
 

@@ -342,7 +342,7 @@ impl<'a> Wanted<'a> {
             let level = (root.level + depth + 1) as u32;
             let own = policy::outcome(config, rank);
             // without the slash in front, for it is looked up from the root
-            let id = sys::cgroup_id(dir.as_fd(), &name(&path[1..end])?).map_err(refused)?;
+            let id = sys::cgroup_id(dir.as_fd(), &path[1..end]).map_err(refused)?;
             wanted.ids.insert(level, id);
             if own != parent {
                 let path = String::from_utf8_lossy(&path[..end]).into_owned();

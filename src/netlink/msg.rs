@@ -51,20 +51,33 @@ impl Batch {
 
     /// Begins a message of `kind` with `flags`; the header's port id is left 0 for the kernel.
     pub fn begin(&mut self, kind: u16, flags: u16) -> Open {
-        self.seq = self.seq.wrapping_add(1);
         let at = self.buf.len();
-        let ([a, b], [c, d]) = (kind.to_ne_bytes(), flags.to_ne_bytes());
-        let [e, f, g, h] = self.seq.to_ne_bytes();
-        self.buf.extend_from_slice(&[0, 0, 0, 0, a, b, c, d, e, f, g, h, 0, 0, 0, 0]);
+        let head = self.head(kind, flags);
+        self.buf.extend_from_slice(&head);
         Open(at)
     }
 
     /// Begins a message to a subsystem of nfnetlink, with its `struct nfgenmsg`
     /// (include/uapi/linux/netfilter/nfnetlink.h); version and resource are 0.
     pub fn begin_nfnl(&mut self, subsystem: u16, kind: u16, flags: u16, family: u8) -> Open {
-        let open = self.begin(subsystem << 8 | kind, flags);
-        self.header(&[family, 0, 0, 0]);
-        open
+        self.begin_with(subsystem << 8 | kind, flags, [family, 0, 0, 0])
+    }
+
+    /// The same, with any such header.
+    pub fn begin_with(&mut self, kind: u16, flags: u16, nfgenmsg: [u8; 4]) -> Open {
+        let at = self.buf.len();
+        let mut head = [0; 20];
+        head[..16].copy_from_slice(&self.head(kind, flags));
+        head[16..].copy_from_slice(&nfgenmsg);
+        self.buf.extend_from_slice(&head);
+        Open(at)
+    }
+
+    fn head(&mut self, kind: u16, flags: u16) -> [u8; 16] {
+        self.seq = self.seq.wrapping_add(1);
+        let ([a, b], [c, d]) = (kind.to_ne_bytes(), flags.to_ne_bytes());
+        let [e, f, g, h] = self.seq.to_ne_bytes();
+        [0, 0, 0, 0, a, b, c, d, e, f, g, h, 0, 0, 0, 0]
     }
 
     pub fn end(&mut self, open: Open) {
@@ -86,6 +99,19 @@ impl Batch {
     /// An attribute with the bytes as they are (register data, host-order cgroup ids).
     pub fn raw(&mut self, attr: u16, data: &[u8]) {
         self.attribute((NLA_HDRLEN + data.len()) as u16, attr);
+        self.buf.extend_from_slice(data);
+        self.pad();
+    }
+
+    /// A nest with one such attribute.
+    pub fn raw_in(&mut self, nest: u16, attr: u16, data: &[u8]) {
+        let length = NLA_HDRLEN + data.len();
+        let ([a, b], [c, d]) = (
+            ((NLA_HDRLEN + length.next_multiple_of(4)) as u16).to_ne_bytes(),
+            (nest | NLA_F_NESTED).to_ne_bytes(),
+        );
+        let ([e, f], [g, h]) = ((length as u16).to_ne_bytes(), attr.to_ne_bytes());
+        self.buf.extend_from_slice(&[a, b, c, d, e, f, g, h]);
         self.buf.extend_from_slice(data);
         self.pad();
     }
@@ -130,9 +156,8 @@ impl Batch {
         let at = self.buf.len();
         self.attribute((NLA_HDRLEN + value.len() + 1) as u16, attr);
         self.buf.extend_from_slice(value.as_bytes());
-        self.buf.push(0);
+        self.buf.resize((self.buf.len() + 1).next_multiple_of(4), 0);
         debug_assert!(self.buf.len() - at <= u16::MAX as usize);
-        self.pad();
     }
 
     /// Begins a nested attribute (with `NLA_F_NESTED`, as libmnl writes it).

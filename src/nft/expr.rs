@@ -299,9 +299,7 @@ fn nested<'a>(data: &Attrs<'a>, attr: u16, within: u16) -> Option<&'a [u8]> {
 
 /// Register data, or the key of an element.
 pub fn value(batch: &mut Batch, attr: u16, data: &[u8]) {
-    let nest = batch.nest(attr);
-    batch.raw(NFTA_DATA_VALUE, data);
-    batch.end_nest(nest);
+    batch.raw_in(attr, NFTA_DATA_VALUE, data);
 }
 
 impl Anonymous {

@@ -353,10 +353,10 @@ impl Transaction {
     }
 
     fn bound(&mut self, kind: u16) {
-        let open = self.batch.begin(kind, NLM_F_REQUEST);
-        // struct nfgenmsg; the resource, in network order, is the subsystem
+        // the resource, in network order, is the subsystem
         let [high, low] = NFNL_SUBSYS_NFTABLES.to_be_bytes();
-        self.batch.header(&[NFPROTO_UNSPEC, 0, high, low]);
+        let nfgenmsg = [NFPROTO_UNSPEC, 0, high, low];
+        let open = self.batch.begin_with(kind, NLM_F_REQUEST, nfgenmsg);
         self.batch.end(open);
     }
 

@@ -5,7 +5,6 @@
 
 use std::arch::asm;
 use std::collections::BTreeSet;
-use std::ffi::CString;
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -256,10 +255,9 @@ pub fn floor(dir: &str) {
     loop {
         for event in inotify.read_events().expect("read events") {
             let name = event.name.expect("the name of a cgroup");
-            let name = CString::new(name.as_bytes()).expect("no NUL");
             let mut transaction = Transaction::new(kernel.batch());
             if event.mask.contains(AddWatchFlags::IN_CREATE) {
-                id = sys::cgroup_id(dir.as_fd(), &name).expect("the cgroup id");
+                id = sys::cgroup_id(dir.as_fd(), name.as_bytes()).expect("the cgroup id");
                 transaction.add_cgroups(SEEN, std::iter::once(id));
             } else {
                 transaction.delete_cgroups(SEEN, std::iter::once(id));

@@ -167,7 +167,7 @@ fn lifecycle(ground: &Ground) -> String {
     let dir = at("/proxied/child");
     let inode = fs::metadata(&dir).expect("stat a cgroup").ino();
     let root = File::open(CGROUPS).expect("open the cgroup root");
-    let id = cgtproxy::sys::cgroup_id(root.as_fd(), c"proxied/child");
+    let id = cgtproxy::sys::cgroup_id(root.as_fd(), b"proxied/child");
     format!(
         "linux {}, {} bit {} endian, cgroup id {:#x} (inode {inode:#x}), resident {rss} KiB, \
          {healed}",
