@@ -13,6 +13,7 @@ use std::ops::RangeInclusive;
 use crate::net::L4;
 use crate::netlink::diag::{SeenSocket, TCP_STATES, UDP_STATES};
 use crate::netlink::uapi::*;
+use crate::small::SmallSet;
 
 /// Whose the sockets are.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -35,7 +36,7 @@ pub struct Talker {
     /// What it waits at.
     pub listens: BTreeSet<(L4, u16)>,
     /// Of its flows.
-    pub protocols: BTreeSet<L4>,
+    pub protocols: SmallSet<L4>,
     /// The remote ends of its flows, and how many go there.
     remotes: HashMap<SocketAddr, usize>,
 }

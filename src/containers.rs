@@ -14,6 +14,7 @@ use crate::config::Target;
 use crate::netlink::link::Link;
 use crate::netlink::netns::Change;
 use crate::nft::table::Entrances;
+use crate::small::SmallMap;
 
 /// Where there are any and rules cannot have them ([`crate::config::Config::with_containers`]).
 pub const UNCOVERED: &str = "rules do not cover containers: set a smaller rule-priority, or a \
@@ -52,12 +53,12 @@ pub type Ruled = (u32, Target);
 
 #[derive(Debug, Default)]
 pub struct Containers {
-    links: BTreeMap<u32, Link>,
+    links: SmallMap<u32, Link>,
     /// By id of a namespace: the cgroups with processes there, by path and id.
-    owners: BTreeMap<u32, BTreeMap<Path, u64>>,
+    owners: SmallMap<u32, BTreeMap<Path, u64>>,
     /// Cgroups that have come, and namespaces that nobody is known to live in.
     fresh: BTreeMap<Path, Vain>,
-    strange: BTreeMap<u32, Vain>,
+    strange: SmallMap<u32, Vain>,
     /// Cgroups that held no process when they were looked at, by depth, path and id.
     vacant: BTreeSet<(usize, Path, u64)>,
     /// What comes in by a veth, as of last time.
@@ -198,7 +199,7 @@ impl Containers {
     pub fn seen(&mut self, path: &Path, id: u64, nets: &BTreeSet<u32>) -> bool {
         for net in nets {
             if self.links.values().any(|link| link.is_pair && link.peer == Some(*net)) {
-                self.owners.entry(*net).or_default().insert(path.clone(), id);
+                self.owners.or_default(*net).insert(path.clone(), id);
                 self.strange.remove(net);
                 self.fresh.remove(path);
             }

@@ -46,6 +46,7 @@ use crate::options::Options;
 use crate::pidfile::Pidfile;
 use crate::plan;
 use crate::signals::{End, Signals};
+use crate::small::SmallSet;
 use crate::stale::{self, Before, Judge, Suspects};
 use crate::sys;
 use crate::tunnels;
@@ -127,7 +128,7 @@ struct Daemon<'a> {
     table: Backoff,
     ways: Ways,
     /// What has been told of the ways of others.
-    told: BTreeSet<String>,
+    told: SmallSet<String>,
     /// When to look for chains of others that break ours.
     look_at_others: Option<Instant>,
     /// When to look for loops, and which have been told.
@@ -243,7 +244,7 @@ fn begin<'a>(
         deeds: Deeds::default(),
         table: Backoff::default(),
         ways: Ways::default(),
-        told: BTreeSet::new(),
+        told: SmallSet::default(),
         look_at_others: None,
         loops: Looks::default(),
         notify,
@@ -1059,7 +1060,7 @@ impl Daemon<'_> {
 /// The table first: without it no packet is marked, so none misses the rules.
 fn remove(kernel: &mut Kernel) -> Result<()> {
     kernel.remove_table()?;
-    kernel.trim_routing(&BTreeSet::new()).map(drop)
+    kernel.trim_routing(&SmallSet::default()).map(drop)
 }
 
 /// The cgroups that the sets of a table hold and that do not live, for a new table to keep. Those that were

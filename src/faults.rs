@@ -1,7 +1,7 @@
 //! What a good configuration needs of this host and does not find: a listener, a resolver, an
 //! interface; and sockets that go past it. Pure; [`Host`] has looked.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
 use crate::cgroup::core::Core;
@@ -12,6 +12,7 @@ use crate::net::{Family, Ranges, L4};
 use crate::netlink::diag;
 use crate::netlink::link::Link;
 use crate::policy;
+use crate::small::SmallSet;
 
 /// What was looked for: `Ok` where it is as it should be, and what is wrong, with the remedy.
 pub type Answer = Result<String, String>;
@@ -244,7 +245,7 @@ const MOST: usize = 10;
 /// or not at all, so they never come to the proxy; the table drops what they send.
 pub fn bound(config: &Config, host: &Host, core: &Core) -> Vec<String> {
     let home = core.homes(host.bound.iter().filter_map(|socket| socket.cgroup));
-    let mut found: BTreeMap<(String, u16), BTreeSet<String>> = BTreeMap::new();
+    let mut found: BTreeMap<(String, u16), SmallSet<String>> = BTreeMap::new();
     for socket in &host.bound {
         // 1 is lo
         let away = socket.device > 1 && !config.bypass_users.contains(&socket.uid);

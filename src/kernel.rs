@@ -2,7 +2,7 @@
 //! other programs' sockets in `sockets`. It carries plans out and reports; what should be there is
 //! decided elsewhere.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -28,6 +28,7 @@ use crate::nft::stmt::cgroup_hash;
 use crate::nft::table::{class_name, Deeds, DEEDS, HOLD, OUTPUT, TABLE};
 use crate::nft::view;
 use crate::route::{self, Needs};
+use crate::small::{SmallMap, SmallSet};
 use crate::sys;
 
 mod flows;
@@ -62,7 +63,7 @@ pub struct Kernel {
     peer_events: Option<Socket>,
     follows_peers: bool,
     /// The interfaces that are open to loopback addresses, and whether they were closed before.
-    opened: BTreeMap<String, bool>,
+    opened: SmallMap<String, bool>,
     /// For questions about other programs' sockets; not every kernel answers them.
     diag: Option<Socket>,
     /// False once the kernel has refused to end a socket.
@@ -105,7 +106,7 @@ impl Kernel {
             follows_peers: false,
             watched: None,
             links: Vec::new(),
-            opened: BTreeMap::new(),
+            opened: SmallMap::default(),
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
             ends_sockets: true,
             tells_flows: true,
@@ -447,9 +448,9 @@ pub struct Inventory {
     pub flags: u32,
     pub view: view::View,
     /// By target and class; without the sets that are not there.
-    pub cgroups: BTreeMap<view::SetKey, Vec<view::ElementView>>,
+    pub cgroups: SmallMap<view::SetKey, Vec<view::ElementView>>,
     /// The same of those that are matched by their hashes.
-    pub hashed: BTreeMap<view::SetKey, Vec<u32>>,
+    pub hashed: SmallMap<view::SetKey, Vec<u32>>,
     /// What the daemon has done; `None` where the table has no counter for it.
     pub deeds: Option<Deeds>,
 }
@@ -492,15 +493,15 @@ impl Kernel {
             return Ok(None);
         };
         let view = view::View::of(&self.rules()?);
-        let mut cgroups = BTreeMap::new();
+        let mut cgroups = SmallMap::default();
         let plain = view.targets.iter().map(|target| (target.name.clone(), 0));
-        let plain: BTreeSet<view::SetKey> = plain.collect();
+        let plain: SmallSet<view::SetKey> = plain.collect();
         let used = view.steps.iter().filter(|step| !step.hashed).map(view::Step::key);
         for key in plain.into_iter().chain(used) {
             let elements = self.elements(&class_name("cg", &key.0, key.1))?;
             cgroups.insert(key, elements);
         }
-        let mut hashed = BTreeMap::new();
+        let mut hashed = SmallMap::default();
         for step in view.steps.iter().filter(|step| step.hashed) {
             let set = class_name("dying", &step.set, step.class);
             let request = |batch: &mut Batch| view::get_elements(batch, &set);

@@ -50,6 +50,7 @@ pub mod plan;
 pub mod policy;
 pub mod route;
 pub mod signals;
+pub mod small;
 pub mod stale;
 pub mod strays;
 #[allow(unsafe_code)]

@@ -1,6 +1,5 @@
 //! Everything that the kernel should hold, from a configuration and the cgroups there are. Pure.
 
-use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::ffi::OsStrExt;
@@ -21,6 +20,7 @@ use crate::nft::table::{
     DEPTHS, HELD, KNOWN, TABLE,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
+use crate::small::SmallSet;
 
 /// What the ip rules and routes have to bring about.
 pub fn needs(config: &Config) -> Needs<'_> {
@@ -62,7 +62,7 @@ fn way<'a>(config: &Config, index: usize, route: &'a Route) -> WayOut<'a> {
 }
 
 /// The ip rules and routes, where no rule of others stands before ours and every interface is there.
-pub fn routing(config: &Config) -> BTreeSet<Entry> {
+pub fn routing(config: &Config) -> SmallSet<Entry> {
     let mut needs = needs(config);
     let link = |(index, way): (usize, &WayOut)| {
         let (index, name) = (index as u32 + 2, way.interface()?.to_string());
@@ -119,7 +119,7 @@ fn veth(config: &Config, entrances: &Entrances, index: u32) -> Option<Veth> {
 /// One transaction that makes of one state of the veths' chains another.
 pub fn enter(config: &Config, before: &Entrances, after: &Entrances, batch: Batch) -> Transaction {
     let mut transaction = Transaction::new(batch);
-    let all: BTreeSet<u32> = before.veths.keys().chain(after.veths.keys()).copied().collect();
+    let all: SmallSet<u32> = before.veths.keys().chain(after.veths.keys()).copied().collect();
     for index in all {
         let (old, new) = (veth(config, before, index), veth(config, after, index));
         if old == new {

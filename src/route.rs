@@ -3,7 +3,6 @@
 //! rules and routes mean to it. Everything of ours carries the routing protocol number 99.
 
 use std::cmp::Ordering;
-use std::collections::BTreeSet;
 use std::fmt;
 use std::mem::discriminant;
 use std::net::IpAddr;
@@ -15,6 +14,7 @@ use crate::netlink::link::{self, Link, LinkAddress};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::uapi::*;
+use crate::small::SmallSet;
 
 /// IPv6 does not have two routes with one destination and metric in a table, and takes the smallest
 /// metric first. (IPv4 does, and takes the one that was put before the others.) So ours holds
@@ -162,7 +162,7 @@ impl Needs<'_> {
     }
 
     /// The tables of others that ways out lead to. By the main table everything may leave.
-    pub fn tables_of_others(&self) -> BTreeSet<u32> {
+    pub fn tables_of_others(&self) -> SmallSet<u32> {
         let of = |way: &WayOut| match way.leads {
             Leads::Table(table) => Some(table).filter(|table| !(253..=255).contains(table)),
             Leads::Interface { .. } => None,
@@ -176,8 +176,8 @@ impl Needs<'_> {
     }
 
     /// What the kernel should hold of one family: rules from the priority `first` on, and routes.
-    pub fn entries(&self, family: Family, first: u32) -> BTreeSet<Entry> {
-        let mut wanted = BTreeSet::new();
+    pub fn entries(&self, family: Family, first: u32) -> SmallSet<Entry> {
+        let mut wanted = SmallSet::default();
         if self.is_empty() {
             return wanted;
         }
@@ -259,7 +259,7 @@ impl Entry {
     }
 
     /// Whether this is there, or a route that does the same with another metric.
-    pub fn is_among(&self, have: &BTreeSet<Entry>) -> bool {
+    pub fn is_among(&self, have: &SmallSet<Entry>) -> bool {
         have.iter().any(|entry| match (entry, self) {
             (Entry::Route(one), Entry::Route(other)) => {
                 (one.family, one.table, &one.way) == (other.family, other.table, &other.way)
@@ -402,7 +402,7 @@ pub struct Seen {
 
 impl Seen {
     /// What of that is ours.
-    pub fn ours(&self) -> BTreeSet<Entry> {
+    pub fn ours(&self) -> SmallSet<Entry> {
         let rules = self.rules.iter().filter(|seen| seen.is_ours());
         let routes = self.routes.iter().filter(|seen| seen.is_ours());
         let rules = rules.map(|seen| Entry::Rule(seen.rule.clone()));
@@ -444,7 +444,7 @@ impl Seen {
     /// What of ours is missing; for whichever place of the rules most is there.
     pub fn missing(&self, needs: &Needs, family: Family) -> Vec<Entry> {
         let ours = self.ours();
-        let mut places: BTreeSet<u32> = [needs.priority].into();
+        let mut places: SmallSet<u32> = [needs.priority].into();
         let ours_there = self.rules.iter().filter(|seen| seen.is_ours());
         places.extend(ours_there.flat_map(|seen| seen.rule.first_priorities()));
         let missing = |first| {
@@ -594,7 +594,7 @@ mod tests {
             for byte in bytes[16..].iter_mut().filter(|byte| **byte == RTPROT_CGTPROXY) {
                 *byte = 3;
             }
-            assert_eq!(seen(&bytes).ours(), BTreeSet::new());
+            assert_eq!(seen(&bytes).ours(), SmallSet::default());
         }
     }
 

@@ -564,12 +564,12 @@ fn counts() {
 fn changes() {
     for config in configs() {
         let Snapshot { elements, dying, gates, held, shape } = snapshot(&config);
-        let hashes = |(outcome, hashes): (&Outcome, &Vec<u32>)| {
+        let hashes = |(outcome, hashes): &(Outcome, Vec<u32>)| {
             let outcome = *outcome;
             hashes.clone().into_iter().map(move |hash| (outcome, hash))
         };
         let hashes: Vec<(Outcome, u32)> = dying.iter().flat_map(hashes).collect();
-        let each = |(outcome, ids): (&Outcome, &Vec<u64>)| {
+        let each = |(outcome, ids): &(Outcome, Vec<u64>)| {
             let outcome = *outcome;
             ids.clone().into_iter().map(move |id| (outcome, id))
         };

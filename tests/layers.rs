@@ -10,7 +10,7 @@ const LAYERS: &[&[&str]] = &[
     &["netlink::uapi", "bpf"],
     &["netlink::msg", "netlink::parse"],
     &["netlink::diag", "netlink::conntrack"],
-    &["error", "sys", "memory", "json"],
+    &["error", "sys", "memory", "json", "small"],
     &["log", "netlink::socket", "backoff"],
     // pure from here ...
     &["net"],
@@ -60,6 +60,7 @@ const LAYERS: &[&[&str]] = &[
 
 /// Modules that must not touch the system: no files, processes, sockets or clocks.
 const PURE: &[&str] = &[
+    "small",
     "net",
     "bpf",
     "json",

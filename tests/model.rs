@@ -23,6 +23,7 @@ use cgtproxy::config::{self, Config, Outcome, RuleLine, Source, Target};
 use cgtproxy::nft::expr::Verdict;
 use cgtproxy::nft::stmt::{cgroup_hash, Stmt};
 use cgtproxy::nft::table::{self, classifying, Pair, Shape, Table, DEPTHS, OUTPUT};
+use cgtproxy::small::SmallSet;
 use nix::errno::Errno;
 use nix::time::{clock_gettime, ClockId};
 
@@ -443,8 +444,8 @@ impl Kernel {
         let mut listed: BTreeSet<_> = core.dying().map(|d| (d.outcome, d.hash)).collect();
         listed.extend(&wanted.dying);
         assert_eq!(self.dying, listed);
-        let mut pairs: BTreeSet<Pair> = core.dying().map(|d| d.pair()).collect();
-        pairs.extend(&wanted.shape.pairs);
+        let mut pairs: SmallSet<Pair> = core.dying().map(|d| d.pair()).collect();
+        pairs.extend(wanted.shape.pairs.iter().copied());
         // and some that nothing needs any more; not those of removed ones
         let idle: Vec<_> = self.shape.pairs.difference(&pairs).collect();
         assert!(idle.iter().all(|pair| !pair.hashed && core.has_idle()), "{idle:?}");

@@ -3,13 +3,15 @@
 //! are), and the turns of one account between its directories. What waits only says where to look,
 //! so the order does not matter. Pure: times are arguments, in nanoseconds.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
+
+use crate::small::SmallMap;
 
 /// Work by account and directory, and whose turn it is.
 #[derive(Debug)]
 pub struct Backlog<T> {
     /// None without work.
-    accounts: BTreeMap<u32, Account<T>>,
+    accounts: SmallMap<u32, Account<T>>,
     /// By account and directory, the one that there mostly is: not among those.
     only: Option<(u32, i32, T)>,
     len: usize,
@@ -32,7 +34,7 @@ impl<T> Default for Account<T> {
 
 impl<T> Default for Backlog<T> {
     fn default() -> Backlog<T> {
-        Backlog { accounts: BTreeMap::new(), only: None, len: 0 }
+        Backlog { accounts: SmallMap::default(), only: None, len: 0 }
     }
 }
 
@@ -55,7 +57,7 @@ impl<T> Backlog<T> {
         for (account, dir, work) in before.into_iter().chain([(account, dir, work)]) {
             // it has as much to get as who got least
             let used = self.accounts.values().map(|account| account.used).min();
-            let account = self.accounts.entry(account).or_insert_with(|| Account {
+            let account = self.accounts.or_insert_with(account, || Account {
                 used: used.unwrap_or_default(),
                 ..Account::default()
             });
@@ -99,6 +101,7 @@ impl<T> Backlog<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeMap;
 
     #[test]
     fn every_directory_has_its_turn() {

@@ -1,7 +1,7 @@
 //! The state machine: what happened goes in as an [`Event`], what is to be done comes out as
 //! [`Action`]s, and what the kernel's sets should then hold as a [`Delta`]. Pure: no I/O, no clock.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
 
 use nix::errno::Errno;
@@ -17,6 +17,7 @@ use super::tree::{self, Hold, Index, Node, Path, Tree};
 use crate::config::{Config, Outcome, Target};
 use crate::nft::table::{Pair, Shape, Stage, DEPTHS};
 use crate::policy::{self, Decision};
+use crate::small::SmallMap;
 
 /// The difference between what the kernel's sets hold and what they should hold.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -63,8 +64,8 @@ impl Delta {
 /// Everything that the kernel's sets should hold.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
-    pub elements: BTreeMap<Outcome, Vec<u64>>,
-    pub dying: BTreeMap<Outcome, Vec<u32>>,
+    pub elements: SmallMap<Outcome, Vec<u64>>,
+    pub dying: SmallMap<Outcome, Vec<u32>>,
     pub gates: Vec<Gate>,
     pub held: Vec<HoldElement>,
     pub shape: Shape,
@@ -79,10 +80,10 @@ pub struct Core {
     listable: bool,
     tree: Tree,
     /// Elements in use, counted by pair.
-    pairs: BTreeMap<Pair, usize>,
+    pairs: SmallMap<Pair, usize>,
     /// Pairs whose last element is gone, and whether that was so at the last [`Event::Tidy`]. Their
     /// rules stay for a while: most often a service starts again.
-    idle: BTreeMap<Pair, bool>,
+    idle: SmallMap<Pair, bool>,
     /// What elements are below.
     gates: Gates,
     holds: Holds,
@@ -122,8 +123,8 @@ impl Core {
             base_level,
             listable: dying::is_listable(root),
             tree: Tree::default(),
-            pairs: BTreeMap::new(),
-            idle: BTreeMap::new(),
+            pairs: SmallMap::default(),
+            idle: SmallMap::default(),
             gates: Gates::default(),
             holds: Holds::default(),
             names_root: base_level == 0 || root.starts_with(b"/sys/fs/cgroup/"),
@@ -431,9 +432,9 @@ impl Core {
         self.pending.clear();
         self.committed = self.shape();
         self.pairs_changed = false;
-        let mut elements: BTreeMap<Outcome, Vec<u64>> = BTreeMap::new();
+        let mut elements: SmallMap<Outcome, Vec<u64>> = SmallMap::default();
         for (_, outcome, id) in self.elements() {
-            elements.entry(outcome).or_default().push(id);
+            elements.or_default(outcome).push(id);
         }
         let dying = self.dying.as_mut().map(dying::List::snapshot).unwrap_or_default();
         let (mut gates, held) = (self.gates.snapshot(), self.holds.snapshot());
@@ -729,7 +730,7 @@ impl Core {
     }
 
     fn count_pair(&mut self, pair: Pair, up: bool) {
-        let count = self.pairs.entry(pair).or_insert(0);
+        let count = self.pairs.or_default(pair);
         self.pairs_changed |= *count == 0;
         match up {
             true => *count += 1,

@@ -7,7 +7,7 @@
 //! makes it. Living cgroups are matched that way too where nft cannot show their path: it puts it
 //! into double quotes as it is.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 
 use super::gates::Above;
 use super::tally::Tally;
@@ -15,6 +15,7 @@ use super::tree::{self, Path, Tree};
 use crate::config::Outcome;
 use crate::nft::stmt::cgroup_hash;
 use crate::nft::table::Pair;
+use crate::small::SmallMap;
 
 /// A removed cgroup that had an element of its own. Those below without one go with it, for a
 /// packet is matched by every ancestor of its cgroup, dead or not.
@@ -156,10 +157,10 @@ impl List {
     }
 
     /// All elements; the kernel has them from now on.
-    pub fn snapshot(&mut self) -> BTreeMap<Outcome, Vec<u32>> {
-        let mut elements: BTreeMap<Outcome, Vec<u32>> = BTreeMap::new();
+    pub fn snapshot(&mut self) -> SmallMap<Outcome, Vec<u32>> {
+        let mut elements: SmallMap<Outcome, Vec<u32>> = SmallMap::default();
         for (outcome, hash) in self.elements.snapshot() {
-            elements.entry(*outcome).or_default().push(*hash);
+            elements.or_default(*outcome).push(*hash);
         }
         elements
     }

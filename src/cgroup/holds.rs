@@ -4,14 +4,13 @@
 //! All of this fails closed: a cgroup that is removed is known no more, and one whose path nft
 //! cannot show never is.
 
-use std::collections::BTreeMap;
-
 use super::dying;
 use super::tally::Tally;
 use super::tree::Hold;
 use crate::config::Config;
 use crate::nft::table::Holding;
 use crate::policy::Memo;
+use crate::small::SmallMap;
 
 /// What `hold` is to a cgroup, by what it is to its parent; only the cgroup root has none.
 /// `names_root`: whether rules can match that.
@@ -45,8 +44,8 @@ pub struct Holds {
     elements: Tally<HoldElement>,
     /// The cgroup root is held, and the root of all.
     all: bool,
-    roots: BTreeMap<u8, usize>,
-    known: BTreeMap<u8, usize>,
+    roots: SmallMap<u8, usize>,
+    known: SmallMap<u8, usize>,
 }
 
 impl Holds {
@@ -57,9 +56,9 @@ impl Holds {
 
     /// A cgroup has come, or is gone.
     pub fn count(&mut self, id: u64, level: u8, hold: Hold, up: bool) {
-        let mut count = |levels: &mut BTreeMap<u8, usize>, element| {
+        let mut count = |levels: &mut SmallMap<u8, usize>, element| {
             self.elements.count(element, up);
-            let count = levels.entry(level).or_default();
+            let count = levels.or_default(level);
             *count = if up { *count + 1 } else { count.saturating_sub(1) };
         };
         if hold == Hold::Root {

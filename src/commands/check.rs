@@ -1,7 +1,6 @@
 //! `check`: findings about the configuration and then about this host, one a line, with the remedy.
 //! It changes nothing. What it asks of nf_tables is a transaction that is made to fail.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -39,6 +38,7 @@ use crate::options::{Options, DEFAULT_CONFIG};
 use crate::plan;
 use crate::policy;
 use crate::route::{Needs, Seen, WayOut};
+use crate::small::SmallSet;
 use crate::strays;
 use crate::sys;
 
@@ -632,7 +632,7 @@ fn shared_ports(config: &Config, findings: &mut Findings) {
     };
     for tproxy in &config.tproxies {
         let sockets = kernel.listeners(tproxy.port);
-        let uids: BTreeSet<String> = sockets.iter().map(|s| s.uid.to_string()).collect();
+        let uids: SmallSet<String> = sockets.iter().map(|s| s.uid.to_string()).collect();
         if uids.len() > 1 {
             let (name, port) = (&tproxy.outlet.name, tproxy.port);
             let uids = Vec::from_iter(uids).join(", ");
@@ -651,8 +651,8 @@ fn routing(config: &Config, findings: &mut Findings) {
     if needs.is_empty() {
         return;
     }
-    let (mut hindrances, mut evaded) = (BTreeSet::new(), BTreeSet::new());
-    let mut conflicting = BTreeSet::new();
+    let (mut hindrances, mut evaded) = (SmallSet::default(), SmallSet::default());
+    let mut conflicting = SmallSet::default();
     let found = Kernel::open().and_then(|mut kernel| {
         needs.links = kernel.links_of(&needs);
         findings.about("route");

@@ -4,7 +4,6 @@
 //! It becomes the command only once the kernel is seen to hold all that the target needs. What it
 //! waits for, the daemon's classification, is announced by nf_tables.
 
-use std::collections::BTreeMap;
 use std::ffi::{CString, OsString};
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
@@ -33,6 +32,7 @@ use crate::nft::view::Step;
 use crate::options::Options;
 use crate::plan;
 use crate::route::Entry;
+use crate::small::SmallMap;
 use crate::{instance, log, policy, sys};
 
 /// How long the daemon may take to classify a new cgroup.
@@ -310,10 +310,10 @@ struct Wanted<'a> {
     config: &'a Config,
     target: Target,
     /// The id of the cgroup and of its ancestors below the cgroup root, by level.
-    ids: BTreeMap<u32, u64>,
-    /// Those of them that the policy gives an element of their own, outermost first: level, path,
+    ids: SmallMap<u32, u64>,
+    /// Those of them that the policy gives an element of their own, outermost first: level, id, path,
     /// target.
-    elements: Vec<(u32, String, Outcome)>,
+    elements: Vec<(u32, u64, String, Outcome)>,
     /// Below a held cgroup: it has to be looked at as well.
     held: bool,
 }
@@ -322,7 +322,7 @@ impl<'a> Wanted<'a> {
     fn new(config: &'a Config, target: Target, root: &Root, path: &[u8]) -> Result<Wanted<'a>> {
         let held = policy::held_by(config, path).is_some();
         let mut wanted =
-            Wanted { config, target, ids: BTreeMap::new(), elements: Vec::new(), held };
+            Wanted { config, target, ids: SmallMap::default(), elements: Vec::new(), held };
         let mut parent = config.default_outcome();
         let refused = |errno| {
             let path = String::from_utf8_lossy(path);
@@ -346,7 +346,7 @@ impl<'a> Wanted<'a> {
             wanted.ids.insert(level, id);
             if own != parent {
                 let path = String::from_utf8_lossy(&path[..end]).into_owned();
-                wanted.elements.push((level, path, own));
+                wanted.elements.push((level, id, path, own));
             }
             parent = own;
         }
@@ -391,15 +391,14 @@ impl<'a> Wanted<'a> {
             }
         }
         let known = inventory.outcomes();
-        for (level, path, own) in &self.elements {
+        for (level, id, path, own) in &self.elements {
             let (class, own) = (own.class, self.config.target_name(own.target));
-            let id = self.ids[level];
             let of = |step: &&Step| {
                 let same = step.set == own && step.target == own && step.class == class;
                 same && step.level == *level
             };
-            if !inventory.view.steps.iter().filter(of).any(|step| inventory.holds(step, id)) {
-                let what = match known(id) == Some((own, class)) {
+            if !inventory.view.steps.iter().filter(of).any(|step| inventory.holds(step, *id)) {
+                let what = match known(*id) == Some((own, class)) {
                     true => format!("chain output has no rule for set cg_{own} at level {level}"),
                     false => format!("cgroup {path} is not in set cg_{own}"),
                 };

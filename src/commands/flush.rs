@@ -1,6 +1,5 @@
 //! `flush`: removes everything of ours from the kernel and says what it removed.
 
-use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use crate::cgroup::mount;
@@ -9,6 +8,7 @@ use crate::instance;
 use crate::kernel::Kernel;
 use crate::nft::table::TABLE;
 use crate::policy;
+use crate::small::SmallSet;
 
 pub fn flush() -> Result<ExitCode> {
     super::require_net_admin("flush")?;
@@ -29,7 +29,7 @@ pub fn flush() -> Result<ExitCode> {
     if kernel.remove_table()? {
         text.push_str(&format!("removed table inet {TABLE}\n"));
     }
-    for entry in kernel.trim_routing(&BTreeSet::new())? {
+    for entry in kernel.trim_routing(&SmallSet::default())? {
         text.push_str(&format!("did {}\n", entry.command("del")));
     }
     // of the usual cgroup root: no configuration is read here

@@ -1,7 +1,6 @@
 //! `status`: what the kernel holds now, asked of the kernel alone. The configuration only helps to
 //! say what a missing ip rule would look like.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -28,6 +27,7 @@ use crate::nft::table::TABLE;
 use crate::nft::view::{Counter, GatewayView, TargetView, View};
 use crate::options::Options;
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
+use crate::small::{SmallMap, SmallSet};
 
 use super::metrics::{Metrics, Sample, Type};
 use super::table::{Column, Rows, Style, Value};
@@ -105,9 +105,9 @@ pub(super) struct Status {
     /// What containers send, by where it comes in.
     containers: Vec<Entrance>,
     /// By name of the tproxy.
-    listens: BTreeMap<String, Listens>,
+    listens: SmallMap<String, Listens>,
     /// By name of the route.
-    ways: BTreeMap<String, WayState>,
+    ways: SmallMap<String, WayState>,
     /// Rules and routes that are there or should be, and whether they are.
     routing: Vec<(Entry, bool)>,
     /// A line for each thing of others that takes what the rules and routes should.
@@ -153,7 +153,7 @@ struct Entrance {
 /// What the table has, and what a look finds beside that.
 fn entrances(kernel: &mut Kernel, config: &Config, host: &Host, view: &View) -> Vec<Entrance> {
     let found = containers::find(kernel, config).into_iter();
-    let mut found: BTreeMap<u32, Container> =
+    let mut found: SmallMap<u32, Container> =
         found.map(|container| (container.index, container)).collect();
     let mut all: Vec<Entrance> = (view.veths.iter())
         .map(|(index, target)| {
@@ -335,7 +335,7 @@ impl Status {
             _ => None,
         };
         let (mut routing, mut hindrances) = (Vec::new(), Vec::new());
-        let mut ways = BTreeMap::new();
+        let mut ways = SmallMap::default();
         for family in Family::BOTH {
             let have = kernel.routing(family)?;
             let on = family == Family::V4 || kernel::routing::ipv6_is_on();
@@ -671,7 +671,7 @@ impl Status {
     }
 }
 
-fn rules(entries: &BTreeSet<Entry>) -> impl Iterator<Item = &IpRule> + Clone {
+fn rules(entries: &SmallSet<Entry>) -> impl Iterator<Item = &IpRule> + Clone {
     entries.iter().filter_map(|entry| match entry {
         Entry::Rule(rule) => Some(rule),
         Entry::Route(_) => None,
@@ -679,14 +679,14 @@ fn rules(entries: &BTreeSet<Entry>) -> impl Iterator<Item = &IpRule> + Clone {
 }
 
 /// The rules' first priority, by the rules that are there, or else by the configuration.
-fn first_priority(config: &Config, view: Option<&View>, have: &BTreeSet<Entry>) -> u32 {
+fn first_priority(config: &Config, view: Option<&View>, have: &SmallSet<Entry>) -> u32 {
     let Some(first) = rules(have).map(|rule| rule.priority).min() else {
         return config.rule_priority;
     };
     // where one place has all of them, it is that
     let fits = |first: &u32| {
         let needs = view.map(|view| needs(config, view, have, *first));
-        let wanted = needs.map_or(BTreeSet::new(), |needs| needs.entries(Family::V4, *first));
+        let wanted = needs.map_or(SmallSet::default(), |needs| needs.entries(Family::V4, *first));
         let is =
             |rule: &IpRule| rules(&wanted).any(|w| w.is_like(rule) && w.priority == rule.priority);
         rules(have).all(is)
@@ -699,10 +699,10 @@ fn first_priority(config: &Config, view: Option<&View>, have: &BTreeSet<Entry>) 
 fn compare(
     family: Family,
     needs: Option<&Needs>,
-    have: BTreeSet<Entry>,
+    have: SmallSet<Entry>,
     priority: u32,
 ) -> Vec<(Entry, bool)> {
-    let wanted = needs.map_or(BTreeSet::new(), |needs| needs.entries(family, priority));
+    let wanted = needs.map_or(SmallSet::default(), |needs| needs.entries(family, priority));
     let there = |entry: &Entry| match entry {
         Entry::Rule(wanted) => rules(&have).any(|rule| {
             // of two with one mark, the table tells which it is
@@ -722,7 +722,7 @@ fn compare(
 
 /// What the table needs of rules and routes, with the numbers that those have which are there, or
 /// else the configuration.
-fn needs<'a>(config: &Config, view: &'a View, have: &BTreeSet<Entry>, priority: u32) -> Needs<'a> {
+fn needs<'a>(config: &Config, view: &'a View, have: &SmallSet<Entry>, priority: u32) -> Needs<'a> {
     let tables = |mark: Mark| {
         let mut found: Vec<(u32, u32)> = rules(have)
             .filter(|rule| rule.mark == mark && rule.iif == "lo")
@@ -815,13 +815,13 @@ mod tests {
             default: "direct".into(),
             gateways: Vec::new(),
             interfaces,
-            veths: BTreeMap::new(),
+            veths: SmallMap::default(),
             entered: Vec::new(),
             routed: Some(mark(0xff)),
         };
         let config = Config::default();
         let find = |view: &View, have: &[Entry]| {
-            let have: BTreeSet<Entry> = have.iter().cloned().collect();
+            let have: SmallSet<Entry> = have.iter().cloned().collect();
             let priority = first_priority(&config, Some(view), &have);
             let needs = needs(&config, view, &have, priority);
             compare(Family::V4, Some(&needs), have, priority)
@@ -831,7 +831,7 @@ mod tests {
         let both = [(rule(1, 500), true), (rule(2, 500), false)];
         assert_eq!(found[..2], both);
         assert_eq!(found[2..], [(route.clone(), false)]);
-        let none = compare(Family::V4, None, BTreeSet::new(), 100);
+        let none = compare(Family::V4, None, SmallSet::default(), 100);
         assert_eq!(none, []);
         // those of a gateway, and with the number that the first would have
         let text = |found: Vec<(Entry, bool)>| -> Vec<String> {

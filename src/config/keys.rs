@@ -4,14 +4,13 @@
 //! effect of each key against them. A new key is a row, its field in the model and its meaning.
 //! Pure.
 
-use std::collections::BTreeMap;
-
 use super::matches::Match;
 use super::model::{Config, Gateway, OnExit, Outlet, Place, Problem, Route, Tproxy};
 pub use super::value::Takes;
 use super::value::*;
 use crate::log::Level;
 use crate::net::{Family, Mark, Ranges};
+use crate::small::SmallMap;
 use Takes::{Number, Text, Words};
 use Unset::{Is, Needs, Nothing};
 
@@ -254,7 +253,7 @@ pub(super) struct Section {
     pub name: String,
     pub place: Place,
     /// The first value of each key, good or bad, and where it stands.
-    pub said: BTreeMap<&'static str, (String, Place)>,
+    pub said: SmallMap<&'static str, (String, Place)>,
 }
 
 impl Draft {
@@ -270,7 +269,7 @@ impl Draft {
     pub fn open(&mut self, kind: Kind, name: &str, place: &Place) {
         let (name, place) = (name.to_string(), place.clone());
         let section =
-            Section { kind, name: name.clone(), place: place.clone(), said: BTreeMap::new() };
+            Section { kind, name: name.clone(), place: place.clone(), said: SmallMap::default() };
         self.sections.push(section);
         match kind {
             Kind::Global | Kind::Rules => {}

@@ -9,6 +9,7 @@ use std::rc::Rc;
 use super::pattern::Pattern;
 use crate::log::Level;
 use crate::net::{holds, Family, Interface, Mac, Mark, Owner, Range, Ranges, L4};
+use crate::small::SmallSet;
 
 /// Longest message, in characters.
 const MAX_MESSAGE: usize = 1000;
@@ -638,7 +639,7 @@ impl Config {
     /// the patterns come to behind lines for owners.
     pub fn outcomes(&self) -> impl Iterator<Item = Outcome> {
         let behind = (0..self.rules.len()).map(|at| self.outcome(at));
-        let behind: BTreeSet<Outcome> = behind.filter(|outcome| outcome.class > 0).collect();
+        let behind: SmallSet<Outcome> = behind.filter(|outcome| outcome.class > 0).collect();
         self.targets().map(Outcome::from).chain(behind)
     }
 

@@ -1,7 +1,7 @@
 //! A draft to a configuration: what refers to lines that may stand below, targets and marks, and
 //! what is missing. Pure.
 
-use std::collections::BTreeMap;
+use crate::small::SmallMap;
 use std::rc::Rc;
 
 use super::keys::{Draft, Kind, Section, Unset};
@@ -245,7 +245,7 @@ fn assign_marks(config: &mut Config, targets: &[(&Section, Target)], problem: &m
     let (mask, spoofed) = (config.mask, config.spoofed_mark());
     let direct = config.marks_direct();
     let reserved = |mark: u32| mark == spoofed || direct && mark == mask;
-    let mut taken: BTreeMap<u32, &Section> = BTreeMap::new();
+    let mut taken: SmallMap<u32, &Section> = SmallMap::default();
     if let (0, Some((first, _))) = (spoofed, targets.first()) {
         let kind = first.kind.name();
         let message = format!("a {kind} needs a fwmark-mask of two bits or more, not {mask:#x}");
@@ -280,7 +280,7 @@ fn assign_marks(config: &mut Config, targets: &[(&Section, Target)], problem: &m
         }
     }
     let most = u32::MAX >> mask.count_zeros();
-    let free = |index: u32, taken: &BTreeMap<u32, &Section>| {
+    let free = |index: u32, taken: &SmallMap<u32, &Section>| {
         let all = (index..=most).chain(1..=most.min(index - 1)).map(|n| spread(n, mask));
         { all }.find(|mark| !taken.contains_key(mark) && !reserved(*mark))
     };
@@ -299,7 +299,7 @@ fn assign_marks(config: &mut Config, targets: &[(&Section, Target)], problem: &m
             }
             _ => {}
         }
-        taken.entry(outlet.mark).or_insert(section);
+        taken.or_insert_with(outlet.mark, || section);
         if let (Target::Route(at), false) = (target, config.gateways.is_empty()) {
             forwarded.push((usize::from(*at), section, none()));
         }

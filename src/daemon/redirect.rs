@@ -22,6 +22,7 @@ use crate::netlink::conntrack::Tracked;
 use crate::netlink::diag::{SeenSocket, FEW_CGROUPS, UDP_STATES};
 use crate::netlink::fib::Course;
 use crate::netlink::uapi::*;
+use crate::small::SmallSet;
 use crate::stale::flows::{late, Cure, Flows, Owners};
 
 /// How long flows are held against the policy before cgroups that come have their turn.
@@ -42,7 +43,7 @@ pub struct Redirects {
     /// Their pass does not begin before that.
     rest: Option<Instant>,
     /// Addresses of before, which no interface of a way out has any more.
-    pub(super) gone: BTreeSet<IpAddr>,
+    pub(super) gone: SmallSet<IpAddr>,
 }
 
 impl Redirects {

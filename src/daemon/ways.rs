@@ -1,7 +1,6 @@
 //! The ways of what is marked: keeps ip rules and routes as they should be, and tells what others have
 //! to do with that and how it stands with each way out. What is wanted is decided in [`crate::route`].
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::Daemon;
@@ -14,6 +13,7 @@ use crate::log::Level;
 use crate::nft::table::{Deed, Devices};
 use crate::plan;
 use crate::route::Entry;
+use crate::small::SmallMap;
 
 /// When another program that has begun to change the ways of packets has ended that.
 const SETTLED: Duration = Duration::from_secs(1);
@@ -30,7 +30,7 @@ pub struct Ways {
     /// The interfaces that tables of others lead out by.
     pub devices: Devices,
     /// How it stands with each route that has an interface.
-    states: BTreeMap<String, &'static str>,
+    states: SmallMap<String, &'static str>,
     /// A way out has opened or closed: flows may have to be sent another way.
     pub changed: bool,
 }
@@ -44,9 +44,9 @@ impl Daemon<'_> {
             self.ways.devices = devices;
         }
         self.ways.changed |= !self.ways.routing.gone.is_empty();
-        self.redirects.gone.append(&mut self.ways.routing.gone);
+        self.redirects.gone.extend(std::mem::take(&mut self.ways.routing.gone));
         let after = &self.ways.routing;
-        let mut ways = BTreeMap::new();
+        let mut ways = SmallMap::default();
         for way in plan::needs(config).ways {
             let (name, state) = (way.name, way.state(self.kernel.links()));
             let Some(interface) = way.interface() else { continue };

@@ -1,7 +1,6 @@
 //! Ip rules and routes: puts there what is missing, takes away what is not wanted, and lists them.
 //! Where ours belong among those of others is decided in [`crate::route`].
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use nix::errno::Errno;
@@ -19,12 +18,13 @@ use crate::netlink::socket::Failure;
 use crate::nft::table::Devices;
 use crate::nft::view;
 use crate::route::{self, Entry, Needs, Seen};
+use crate::small::SmallSet;
 
 /// What has become of ip rules and routes.
 #[derive(Debug, Default)]
 pub struct Routing {
     /// What should be there, and is unless something was refused.
-    pub wanted: BTreeSet<Entry>,
+    pub wanted: SmallSet<Entry>,
     /// What was missing of that and is there now.
     pub added: Vec<Entry>,
     /// A line for each family whose rules had to go before those of others, and for each thing of
@@ -35,7 +35,7 @@ pub struct Routing {
     /// The interfaces that tables of others lead out by; `None` where the kernel did not tell.
     pub tables: Option<Devices>,
     /// Addresses of before, which no interface of a way out has any more.
-    pub gone: BTreeSet<IpAddr>,
+    pub gone: SmallSet<IpAddr>,
 }
 
 impl Kernel {
@@ -139,7 +139,7 @@ impl Kernel {
     }
 
     /// Deletes rules and routes of ours that are not wanted, and returns them.
-    pub fn trim_routing(&mut self, wanted: &BTreeSet<Entry>) -> Result<Vec<Entry>> {
+    pub fn trim_routing(&mut self, wanted: &SmallSet<Entry>) -> Result<Vec<Entry>> {
         let mut deleted = Vec::new();
         for family in Family::BOTH {
             // rules before the routes that they lead to
@@ -180,7 +180,7 @@ impl Kernel {
 
     /// The rules and routes of one family that carry our protocol number; none for a family that
     /// the kernel does not have.
-    pub fn routing(&mut self, family: Family) -> Result<BTreeSet<Entry>> {
+    pub fn routing(&mut self, family: Family) -> Result<SmallSet<Entry>> {
         let rules = self.list(&|batch| fib::get_rules(batch, family), SeenRule::read)?;
         let routes = self.list(&|batch| fib::get_routes(batch, family), SeenRoute::read)?;
         let mut ours = Seen { rules, routes }.ours();
@@ -207,7 +207,7 @@ impl Kernel {
 
     /// The interfaces that ways out lead to, as far as they are there.
     pub fn links_of(&mut self, needs: &Needs) -> Vec<Link> {
-        let names: BTreeSet<&str> = needs.ways.iter().filter_map(|way| way.interface()).collect();
+        let names: SmallSet<&str> = needs.ways.iter().filter_map(|way| way.interface()).collect();
         let mut links = Vec::new();
         for name in names {
             let asked = self.rt.ask(&|batch| link::get(batch, name), link::parse);
@@ -227,12 +227,12 @@ impl Kernel {
     pub fn devices_of(&mut self, needs: &Needs) -> Option<Devices> {
         let tables = needs.tables_of_others();
         if tables.is_empty() {
-            return Some(Devices::new());
+            return Some(Devices::default());
         }
         let names = self.interface_names()?;
-        let mut devices = Devices::new();
+        let mut devices = Devices::default();
         for table in tables {
-            let found: &mut BTreeSet<String> = devices.entry(table).or_default();
+            let found: &mut SmallSet<String> = devices.or_default(table);
             for family in Family::BOTH {
                 let ask = |batch: &mut Batch| fib::get_table(batch, family, table);
                 let all = self.list(&ask, |message| Some(fib::devices(message, table)));
@@ -257,7 +257,7 @@ impl Kernel {
     pub fn set_localnet<'a>(&mut self, names: impl Iterator<Item = &'a str>, on: bool) {
         for name in names {
             let by_us = match on {
-                true => *self.opened.entry(name.into()).or_insert_with(|| !is_open(name)),
+                true => *self.opened.or_insert_with(name.into(), || !is_open(name)),
                 false => self.opened.remove(name).unwrap_or(true),
             };
             if !by_us {

@@ -14,17 +14,18 @@ use crate::config::Config;
 use crate::net::{Interface, Mark};
 use crate::netlink::parse;
 use crate::netlink::uapi::*;
+use crate::small::{SmallMap, SmallSet};
 
 /// What of our table matters here.
 #[derive(Debug, Default)]
 pub struct Ours {
     mask: u32,
     /// Of the tproxies.
-    marks: BTreeSet<u32>,
+    marks: SmallSet<u32>,
     /// Of gateways, where one may have a tproxy.
     interfaces: Vec<Interface>,
     /// Of containers: what they send bears these from where it comes in to where `gateways` reads it.
-    entered: BTreeSet<u32>,
+    entered: SmallSet<u32>,
     /// By which interfaces that is.
     enter: Vec<Interface>,
 }
@@ -37,7 +38,7 @@ impl Ours {
             interfaces: config.gateway_interfaces().into_iter().cloned().collect(),
             entered: match config.has_containers() {
                 true => config.targets().filter_map(|t| config.container_mark(t)).collect(),
-                false => BTreeSet::new(),
+                false => SmallSet::default(),
             },
             enter: Vec::new(),
         }
@@ -284,7 +285,7 @@ struct Walk<'a> {
     /// Chains that were gone through, and whether evaluation ends in them.
     seen: BTreeMap<&'a str, bool>,
     /// The chains where the packet is broken.
-    found: BTreeSet<&'a str>,
+    found: SmallSet<&'a str>,
 }
 
 impl<'a> Walk<'a> {
@@ -308,7 +309,7 @@ impl<'a> Walk<'a> {
     }
 
     fn rule(&mut self, place: &'a str, rule: &'a ForeignRule) -> Next {
-        let mut registers: BTreeMap<u32, Register> = BTreeMap::new();
+        let mut registers: SmallMap<u32, Register> = SmallMap::default();
         let mut matches = Truth::Yes;
         for expr in &rule.exprs {
             let bits = |reg: &u32| match registers.get(reg) {
@@ -424,10 +425,10 @@ pub fn hindrances(bases: &[ForeignBase], rules: &[ForeignRule], ours: &Ours) -> 
     for rule in rules {
         by_place.entry(&rule.place).or_default().push(rule);
     }
-    let mut found = BTreeMap::new();
+    let mut found = SmallMap::default();
     for base in bases.iter().filter(|base| is_set_behind(&base.place, &by_place)) {
         for packet in packets(base, ours) {
-            let (seen, found_here) = (BTreeMap::new(), BTreeSet::new());
+            let (seen, found_here) = (BTreeMap::new(), SmallSet::default());
             let mut walk = Walk { ours, base, rules: &by_place, packet, seen, found: found_here };
             walk.chain(&base.place);
             found.extend(walk.found.into_iter().map(|place| ((packet.breaks, place), base)));

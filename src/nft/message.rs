@@ -2,7 +2,6 @@
 //! so that tests can hold each message against that library's.
 //! Source: include/uapi/linux/netfilter/nf_tables.h, libnftnl, nfnetlink's batches.
 
-use std::collections::BTreeSet;
 use std::fmt;
 
 use super::expr::{value, Anonymous, Expr, SetRef, Verdict};
@@ -15,6 +14,7 @@ use crate::net::{Address, Range};
 use crate::netlink::msg::{Batch, Open};
 use crate::netlink::parse::{self, Attrs, Messages};
 use crate::netlink::uapi::*;
+use crate::small::SmallSet;
 
 /// An element list is split when its message grows past this; attribute lengths are 16 bits wide.
 const SPLIT: usize = 32 * 1024;
@@ -27,7 +27,7 @@ pub struct Contents {
     /// Removed cgroups, by their hashes.
     pub dying: Vec<(String, Vec<u32>)>,
     pub veths: Vec<Veth>,
-    pub bridges: BTreeSet<String>,
+    pub bridges: SmallSet<String>,
     /// Chains that depend on tables of others, with their rules.
     pub ways: Vec<(String, Vec<Rule>)>,
     pub deeds: Deeds,

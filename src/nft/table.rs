@@ -22,7 +22,6 @@ mod spared;
 mod target;
 mod words;
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -30,6 +29,7 @@ use crate::config::{Config, Outlet, Target};
 use crate::net::Range;
 use crate::netlink::uapi::*;
 use crate::nft::stmt::Stmt;
+use crate::small::SmallSet;
 use dns::{dns_chain, forwarded_dns_chain};
 use gateway::{
     forward_chains, forward_way_chain, gateway_chain, gateways_chain, input_chain, routed_chain,
@@ -153,7 +153,7 @@ impl Table {
         let many = |class: &u16| owner_rules(config, *class).len() > FEW;
         let classes = behind().map(|outcome| outcome.class).filter(many);
         let default = Some(config.default_outcome().class).filter(|class| *class > 0);
-        let classes: BTreeSet<u16> = classes.chain(default).collect();
+        let classes: SmallSet<u16> = classes.chain(default).collect();
         let owners = |class| chain(owners_name(class), owner_rules(config, class));
         chains.extend(classes.into_iter().map(owners));
         chains.extend(behind().map(|outcome| behind_owners_chain(config, outcome)));

@@ -3,7 +3,6 @@
 //! does not know it skips, so that a table of another version can still be looked at.
 //! Source: include/uapi/linux/netfilter/nf_tables.h.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::expr::{counted, Expr, SetRef::Named, Verdict};
@@ -14,6 +13,7 @@ use crate::net::{Interface, Mark, Owner};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
 use crate::netlink::uapi::*;
+use crate::small::SmallMap;
 
 /// Packets and bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -227,7 +227,7 @@ pub struct View {
     /// What routed packets are marked with for a tproxy.
     pub routed: Option<Mark>,
     /// Where what containers send comes in, by index of the veth: the name of the target.
-    pub veths: BTreeMap<u32, String>,
+    pub veths: SmallMap<u32, String>,
     /// What it is marked with from there on.
     pub entered: Vec<Mark>,
     /// Packets of cgroups that had not been looked at; `None` where nothing is held.
@@ -283,7 +283,7 @@ impl View {
             default_class: 0,
             gateways: Vec::new(),
             interfaces: Vec::new(),
-            veths: BTreeMap::new(),
+            veths: SmallMap::default(),
             entered: Vec::new(),
             routed: (rules.iter())
                 .filter(|rule| {
@@ -296,7 +296,7 @@ impl View {
             classifies: rules.iter().any(|rule| rule.chain == OUTPUT),
             foreign: !rules.is_empty() && !names.contains(&"drop"),
         };
-        let mut containers = BTreeMap::new();
+        let mut containers = SmallMap::default();
         for rule in of("gateways".into()) {
             let Some(name) = goes_to(rule, "gw_") else {
                 continue;
@@ -378,7 +378,7 @@ impl View {
     /// does with its packets. `holds` tells whether the set that a step looks into holds an id.
     pub fn verdict(
         &self,
-        ids: &BTreeMap<u32, u64>,
+        ids: &SmallMap<u32, u64>,
         holds: impl Fn(&Step, u64) -> bool,
     ) -> (&str, u16) {
         let taken = |step: &&Step| ids.get(&step.level).is_some_and(|id| holds(step, *id));
@@ -408,7 +408,7 @@ fn classed<'a>(name: &'a str, kind: &str) -> Option<(u16, &'a str)> {
 
 /// The lines for owners. The chain of each class has those of the ones before it too.
 fn owners(rules: &[RuleView]) -> Vec<OwnerStep> {
-    let mut chains: BTreeMap<u16, (&str, Vec<OwnerStep>)> = BTreeMap::new();
+    let mut chains: SmallMap<u16, (&str, Vec<OwnerStep>)> = SmallMap::default();
     for rule in rules {
         let class = rule.chain.strip_prefix("user").and_then(|class| class.parse().ok());
         // where they are few, in the chains that begin with them
@@ -416,7 +416,7 @@ fn owners(rules: &[RuleView]) -> Vec<OwnerStep> {
         let (Some(class), Some(owner)) = (class, owner(&rule.exprs)) else {
             continue;
         };
-        let (chain, steps) = chains.entry(class).or_insert((&rule.chain, Vec::new()));
+        let (chain, steps) = chains.or_insert_with(class, || (&rule.chain, Vec::new()));
         if let Some(target) = goes_to(rule, "to_").filter(|_| *chain == rule.chain) {
             steps.push(OwnerStep { class, owner, target: target.to_string() });
         }
@@ -554,7 +554,7 @@ mod tests {
     use crate::netlink::parse::Messages;
     use crate::nft::message::Transaction;
     use crate::nft::table::{classifying, Pair, Shape, Table};
-    use std::collections::BTreeSet;
+    use crate::small::SmallSet;
 
     fn config(default: Target) -> Config {
         let tproxy = |name: &str, mark, port, address: Option<&str>| Tproxy {
@@ -704,8 +704,8 @@ mod tests {
         let sections = [("one", "direct"), ("two", "alpha"), ("three", "drop")];
         let sections = sections.map(|(name, target)| section(name, target));
         assert_eq!(view.gateways, sections);
-        let interfaces: BTreeSet<_> = view.interfaces.iter().collect();
-        let wants: BTreeSet<_> = config.gateway_interfaces().into_iter().collect();
+        let interfaces: SmallSet<_> = view.interfaces.iter().collect();
+        let wants: SmallSet<_> = config.gateway_interfaces().into_iter().collect();
         assert_eq!((interfaces.len(), interfaces), (3, wants));
     }
 

@@ -3,7 +3,7 @@
 //! with an address that answers come back to, and one of a route goes on by that. By what is in
 //! force alone, whatever was before. Pure.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
 use super::{Fate, Fates};
@@ -14,6 +14,7 @@ use crate::netlink::conntrack::Tracked;
 use crate::netlink::diag::SeenSocket;
 use crate::netlink::uapi::IPPROTO_UDP;
 use crate::policy;
+use crate::small::SmallSet;
 
 /// What is to be done about a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,12 +36,12 @@ pub struct Flows {
     /// That of all other cgroups; `None` where the flows of those above are in question alone.
     others: Option<Outcome>,
     /// Addresses of before.
-    gone: BTreeSet<IpAddr>,
+    gone: SmallSet<IpAddr>,
 }
 
 impl Flows {
     /// `None` where no flow can be in question; these addresses no interface has any more.
-    pub fn of(core: &Core, gone: &BTreeSet<IpAddr>) -> Option<Flows> {
+    pub fn of(core: &Core, gone: &SmallSet<IpAddr>) -> Option<Flows> {
         let config = core.config();
         let lists_ports = config.tproxies.iter().any(|t| !t.outlet.udp_ports.is_empty());
         if config.routes.is_empty() && !lists_ports && gone.is_empty() {
@@ -56,7 +57,7 @@ impl Flows {
     /// Of these cgroups alone.
     pub fn of_some(core: &Core, outcomes: HashMap<u64, Outcome>) -> Flows {
         let fates = Fates::under(core.config().clone());
-        Flows { fates, outcomes, others: None, gone: BTreeSet::new() }
+        Flows { fates, outcomes, others: None, gone: SmallSet::default() }
     }
 
     /// Whether a cgroup's flows are in question.
@@ -268,7 +269,7 @@ mod tests {
         let config = std::rc::Rc::new(testing::config(config));
         let others = Some(config.default_outcome());
         let fates = Fates::under(config);
-        Flows { fates, outcomes: HashMap::new(), others, gone: BTreeSet::new() }
+        Flows { fates, outcomes: HashMap::new(), others, gone: SmallSet::default() }
     }
 
     /// A flow as conntrack has it, with our bits of its mark, and whether its source is translated.
@@ -339,7 +340,7 @@ mod tests {
         let of_some = |cgroup| {
             let outcomes = [(cgroup, flows.config().default_outcome())].into();
             let fates = Fates::under(flows.fates.config.clone());
-            let some = Flows { fates, outcomes, others: None, gone: BTreeSet::new() };
+            let some = Flows { fates, outcomes, others: None, gone: SmallSet::default() };
             assert!(some.asks_of(cgroup) && !some.asks_of(cgroup + 1) && !some.forwards());
             some.own(&entry(here, there, 0, false), &socket)
         };

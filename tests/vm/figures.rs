@@ -4,7 +4,6 @@
 //! beside the same without the program.
 
 use std::arch::asm;
-use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -115,7 +114,7 @@ fn packets(ground: &Ground) {
     bare(&mut kernel);
     kernel.add_routing(plan::needs(&config)).1.expect("add the routing");
     say("packet, all to the proxy and none classified", flood(&cgroups[2]));
-    kernel.trim_routing(&BTreeSet::new()).expect("remove the routing");
+    kernel.trim_routing(&Default::default()).expect("remove the routing");
     kernel.remove_table().expect("remove the table");
     drop(kernel);
     let daemon = Daemon::start();

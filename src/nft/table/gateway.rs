@@ -1,8 +1,6 @@
 //! What is routed for others: by section in hook prerouting ([`gateways_chain`]), what their targets do
 //! with it (`forward_NAME`), what arrives at this host ([`input_chain`]), and containers' entrances.
 
-use std::collections::BTreeSet;
-
 use super::dns::{dns_first, dns_rules, rules_to_dns};
 use super::sets::{range_name, SOURCE};
 use super::spared::spared_rules;
@@ -13,6 +11,7 @@ use crate::config::{Config, Gateway, Outlet, Route, Target, Tproxy};
 use crate::net::{Family, Interface, L4};
 use crate::netlink::uapi::*;
 use crate::nft::stmt::Stmt;
+use crate::small::SmallSet;
 
 /// What is routed for others, by section. Before addresses are translated. A mark that says which
 /// container's a packet is has to be read before others restore that of its flow.
@@ -222,7 +221,7 @@ pub const BRIDGED: &str = "bridged";
 
 /// What a container sends to others on its bridge. Without br_netfilter it is not seen, and with it
 /// it has to be left alone as well.
-pub fn bridged_rules(bridges: &BTreeSet<String>) -> Vec<Rule> {
+pub fn bridged_rules(bridges: &SmallSet<String>) -> Vec<Rule> {
     let rule = |name: &String| {
         let iif = Stmt::Iifname(Interface { name: name.clone(), prefix: false });
         vec![iif, Stmt::LeadsTo(name.clone()), Stmt::accept()]

@@ -1,9 +1,8 @@
 //! What the rules depend on beside the configuration: which cgroups are known, and at what depth;
 //! where containers' packets come in; where others' route tables lead.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use crate::config::{Outcome, Target};
+use crate::small::{SmallMap, SmallSet};
 
 /// A cgroup's place in the kernel's sets: what it comes to, matched at which level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,9 +31,9 @@ pub(super) fn depths(stage: Stage) -> std::ops::Range<usize> {
 pub struct Shape {
     /// Level of the cgroup root.
     pub base: usize,
-    pub pairs: BTreeSet<Pair>,
+    pub pairs: SmallSet<Pair>,
     /// The stages that have gates by their hashes.
-    pub hashed: BTreeSet<Stage>,
+    pub hashed: SmallSet<Stage>,
     /// What is held, where anything is.
     pub holding: Option<Holding>,
 }
@@ -51,7 +50,7 @@ impl Shape {
 pub struct Holding {
     /// Every cgroup but the root of all is below a held one.
     pub all: bool,
-    pub roots: BTreeSet<u8>,
+    pub roots: SmallSet<u8>,
     /// The deepest one that is known.
     pub last: u8,
     /// The deepest one that the kernel takes.
@@ -62,10 +61,10 @@ pub struct Holding {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Entrances {
     /// The host's ends of their veths, by index: name, and the target of what comes in there.
-    pub veths: BTreeMap<u32, (String, Target)>,
+    pub veths: SmallMap<u32, (String, Target)>,
     /// The bridges that these are ports of.
-    pub bridges: BTreeSet<String>,
+    pub bridges: SmallSet<String>,
 }
 
 /// The interfaces that route tables of others lead out by, by table.
-pub type Devices = BTreeMap<u32, BTreeSet<String>>;
+pub type Devices = SmallMap<u32, SmallSet<String>>;
