@@ -30,26 +30,6 @@ use crate::net::Range;
 use crate::netlink::uapi::*;
 use crate::nft::stmt::Stmt;
 use crate::small::SmallSet;
-use dns::{dns_chain, forwarded_dns_chain};
-use gateway::{
-    forward_chains, forward_way_chain, gateway_chain, gateways_chain, input_chain, routed_chain,
-};
-use hold::unknown_chain;
-use nat::{nat_chain, routed_answer_chain, source_chain};
-use output::{
-    behind_owners_chain, below_name, lo_chain, output_rules, owner_rules, ownerless_chain,
-    owners_name, spoofed_chain, sticky_chain, unmark_chain, FEW, MARKED,
-};
-use postrouting::{
-    astray_chain, guard_chain, here_chain, home_chain, off_course_chains, sourceless_chain,
-    strayed_chain,
-};
-use prerouting::{
-    closed_chain, martians_chain, prerouting_chain, receive_chain, regain_chain, remark_chain,
-};
-use sets::all_sets;
-use spared::{bypass_chain, exempt_rules, leave_chain, neighbours_chain, EXEMPT};
-use target::{direct_chain, drop_chain, refuse_chain, to_chains, way_chains};
 use words::*;
 
 pub use gateway::{
@@ -128,80 +108,88 @@ pub struct Base {
 impl Table {
     /// The table for a configuration, with an empty `output` chain where the pairs belong.
     pub fn new(config: &Config) -> Table {
-        let sets = all_sets(config);
+        let sets = sets::all_sets(config);
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
         let mut chains = Vec::new();
         let (proxies, takes) = (!config.tproxies.is_empty(), has_outlets(config));
-        chains.extend(proxies.then(|| lo_chain(config)));
-        chains.extend(config.marks_direct().then(|| leave_chain(config)));
-        chains.extend(hijacks_local(config).then(|| chain(EXEMPT, exempt_rules(config))));
-        chains.extend([bypass_chain(config), neighbours_chain(), drop_chain(config)]);
-        chains.extend(config.outlets().any(Outlet::rejects).then(refuse_chain));
+        chains.extend(proxies.then(|| output::lo_chain(config)));
+        chains.extend(config.marks_direct().then(|| spared::leave_chain(config)));
+        chains.extend(
+            hijacks_local(config).then(|| chain(spared::EXEMPT, spared::exempt_rules(config))),
+        );
+        chains.extend([
+            spared::bypass_chain(config),
+            spared::neighbours_chain(),
+            target::drop_chain(config),
+        ]);
+        chains.extend(config.outlets().any(Outlet::rejects).then(target::refuse_chain));
         for outlet in config.outlets() {
-            chains.extend(outlet.hijacks_dns().then(|| dns_chain(config, outlet)));
+            chains.extend(outlet.hijacks_dns().then(|| dns::dns_chain(config, outlet)));
             match route_of(config, outlet) {
-                None => chains.extend(to_chains(config, outlet)),
-                Some(route) => chains.extend(way_chains(config, route)),
+                None => chains.extend(target::to_chains(config, outlet)),
+                Some(route) => chains.extend(target::way_chains(config, route)),
             }
         }
-        chains.extend(proxies.then(|| spoofed_chain(config)));
+        chains.extend(proxies.then(|| output::spoofed_chain(config)));
         let is_direct = config.default == Target::Direct;
-        chains.extend((takes && is_direct).then(ownerless_chain));
-        chains.extend(config.marks_flows().then(|| sticky_chain(config)));
-        chains.push(direct_chain(config));
+        chains.extend((takes && is_direct).then(output::ownerless_chain));
+        chains.extend(config.marks_flows().then(|| output::sticky_chain(config)));
+        chains.push(target::direct_chain(config));
         let behind = || config.outcomes().filter(|outcome| outcome.class > 0);
-        let many = |class: &u16| owner_rules(config, *class).len() > FEW;
+        let many = |class: &u16| output::owner_rules(config, *class).len() > output::FEW;
         let classes = behind().map(|outcome| outcome.class).filter(many);
         let default = Some(config.default_outcome().class).filter(|class| *class > 0);
         let classes: SmallSet<u16> = classes.chain(default).collect();
-        let owners = |class| chain(owners_name(class), owner_rules(config, class));
+        let owners = |class| chain(output::owners_name(class), output::owner_rules(config, class));
         chains.extend(classes.into_iter().map(owners));
-        chains.extend(behind().map(|outcome| behind_owners_chain(config, outcome)));
-        chains.extend((!config.holds.is_empty()).then(|| unknown_chain(config)));
+        chains.extend(behind().map(|outcome| output::behind_owners_chain(config, outcome)));
+        chains.extend((!config.holds.is_empty()).then(|| hold::unknown_chain(config)));
         let hold = hold_rules(config, None).into_iter().map(|(name, _)| name);
-        let deepest_first = (0..DEPTHS.len()).rev().map(below_name);
-        let marked = config.marks_flows().then(|| MARKED.to_string());
+        let deepest_first = (0..DEPTHS.len()).rev().map(output::below_name);
+        let marked = config.marks_flows().then(|| output::MARKED.to_string());
         let empty = hold.chain(deepest_first).chain(marked);
         chains.extend(empty.map(|name| chain(name, Vec::new())));
         // the type that routes again when a chain changes the mark
-        let output = chain(OUTPUT, output_rules(config, &Shape::default()));
+        let output = chain(OUTPUT, output::output_rules(config, &Shape::default()));
         chains.push(output.hooked("route", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE));
         if config.outlets().any(Outlet::hijacks_dns) {
-            chains.push(nat_chain(config, "nat_output", NF_INET_LOCAL_OUT));
-            let routed = || nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING);
+            chains.push(nat::nat_chain(config, "nat_output", NF_INET_LOCAL_OUT));
+            let routed = || nat::nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING);
             chains.extend(hands_over(config).then(routed));
-            chains.extend(routed_answer_chain(config));
+            chains.extend(nat::routed_answer_chain(config));
         }
-        chains.extend(source_chain(config));
-        chains.extend(sourceless_chain(config));
-        chains.extend(proxies.then(|| strayed_chain(config)));
-        chains.extend(config.tproxies.iter().map(|t| astray_chain(&t.outlet)));
-        chains.extend(config.routes.iter().flat_map(off_course_chains));
-        chains.extend(config.routes.iter().map(|route| here_chain(&route.outlet)));
-        chains.extend((!config.routes.is_empty()).then(|| home_chain(config)));
-        chains.extend(takes.then(|| guard_chain(config)));
-        chains.extend(config.tproxies.iter().map(|t| receive_chain(config, t)));
-        chains.extend(config.routes.iter().map(|route| closed_chain(&route.outlet)));
+        chains.extend(nat::source_chain(config));
+        chains.extend(postrouting::sourceless_chain(config));
+        chains.extend(proxies.then(|| postrouting::strayed_chain(config)));
+        chains.extend(config.tproxies.iter().map(|t| postrouting::astray_chain(&t.outlet)));
+        chains.extend(config.routes.iter().flat_map(postrouting::off_course_chains));
+        chains.extend(config.routes.iter().map(|route| postrouting::here_chain(&route.outlet)));
+        chains.extend((!config.routes.is_empty()).then(|| postrouting::home_chain(config)));
+        chains.extend(takes.then(|| postrouting::guard_chain(config)));
+        chains.extend(config.tproxies.iter().map(|t| prerouting::receive_chain(config, t)));
+        chains.extend(config.routes.iter().map(|route| prerouting::closed_chain(&route.outlet)));
         if config.routes_to_tproxy() {
-            chains.push(unmark_chain(config));
+            chains.push(output::unmark_chain(config));
             let tproxies = config.tproxies.iter();
-            chains.extend(tproxies.flat_map(|t| forward_chains(config, &t.outlet)));
+            chains.extend(tproxies.flat_map(|t| gateway::forward_chains(config, &t.outlet)));
         }
         if config.forwards() {
             let dns = config.routes.iter().filter(|route| route.outlet.hijacks_dns());
-            chains.extend(dns.map(|route| forwarded_dns_chain(config, route)));
-            chains.extend(config.routes.iter().map(|route| forward_way_chain(config, route)));
+            chains.extend(dns.map(|route| dns::forwarded_dns_chain(config, route)));
+            chains.extend(
+                config.routes.iter().map(|route| gateway::forward_way_chain(config, route)),
+            );
         }
         if hands_over(config) {
-            chains.extend([routed_chain(config), input_chain(config)]);
+            chains.extend([gateway::routed_chain(config), gateway::input_chain(config)]);
         }
         chains.extend(config.has_containers().then(|| chain(BRIDGED, Vec::new())));
-        chains.extend(config.gateways.iter().map(|g| gateway_chain(config, g)));
-        chains.extend((!config.gateways.is_empty()).then(|| gateways_chain(config)));
-        chains.extend(proxies.then(|| regain_chain(config)));
-        chains.extend(config.routes_to_tproxy().then(|| remark_chain(config)));
-        chains.extend(takes.then(|| prerouting_chain(config)));
-        chains.extend(martians_chain(config));
+        chains.extend(config.gateways.iter().map(|g| gateway::gateway_chain(config, g)));
+        chains.extend((!config.gateways.is_empty()).then(|| gateway::gateways_chain(config)));
+        chains.extend(proxies.then(|| prerouting::regain_chain(config)));
+        chains.extend(config.routes_to_tproxy().then(|| prerouting::remark_chain(config)));
+        chains.extend(takes.then(|| prerouting::prerouting_chain(config)));
+        chains.extend(prerouting::martians_chain(config));
         Table { sets, chains }
     }
 }
