@@ -14,10 +14,11 @@ use crate::net::{Family, Mark};
 use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
 use crate::nft::message::{Contents, Transaction, Veth};
+use crate::nft::stmt::Stmt;
 use crate::nft::table::{
     again_chain, bridged_rules, classifying, dying_name, gate_names, hold_rules, hold_sets,
-    set_name, veth_rule, ways, Content, Deeds, Devices, Entrances, Shape, Table, BRIDGED, DEEDS,
-    DEPTHS, HELD, KNOWN, TABLE,
+    set_name, veth_rule, ways, Content, Deeds, Devices, Entrances, Rule, Shape, Table, BRIDGED,
+    DEEDS, DEPTHS, HELD, KNOWN, TABLE,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 use crate::small::SmallSet;
@@ -244,12 +245,32 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
         for (chain, rules) in classifying(config, &shapes[1]) {
             match old.iter().find(|(name, _)| *name == chain) {
                 Some((_, same)) if *same == rules => {}
-                Some(_) => transaction.replace_rules(&chain, &rules),
+                Some((_, old)) => match ahead(old, &rules) {
+                    Some(more) => more.for_each(|rule| transaction.rule_ahead(&chain, rule)),
+                    None => transaction.replace_rules(&chain, &rules),
+                },
                 None => rules.iter().for_each(|rule| transaction.rule(&chain, rule)),
             }
         }
     }
     transaction
+}
+
+/// The rules that make of one state of a chain another when they are put before those that it has, one
+/// after the other; `None` where that is not the way. The first cgroup of a pair waits for each rule that
+/// is made. In which order those of a level stand decides nothing.
+pub fn ahead<'a>(old: &'a [Rule], new: &'a [Rule]) -> Option<impl Iterator<Item = &'a Rule>> {
+    let level = |rule: &Rule| match rule.first() {
+        Some(Stmt::Cgroup { level, .. } | Stmt::CgroupHash { level, .. }) => Some(*level),
+        _ => None,
+    };
+    let is_new = |rule: &&Rule| !old.contains(rule);
+    let last = new.iter().rposition(|rule| is_new(&rule))?;
+    let count = new.iter().filter(is_new).count();
+    let deepest = level(&new[0]);
+    let of_level = new[..=last].iter().all(|rule| level(rule) == deepest);
+    let fits = deepest.is_some() && of_level && old.len() + count == new.len();
+    fits.then(|| new.iter().rev().filter(move |rule| !old.contains(rule)))
 }
 
 fn table(config: &Config, shape: &Shape, again: bool) -> Table {

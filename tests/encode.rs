@@ -631,11 +631,18 @@ fn changes() {
                 for (chain, rules) in classifying(&config, after) {
                     // what stays the same is left alone
                     let empty = renewed && chain.starts_with(HOLD);
-                    if empty || !before.contains(&(chain.clone(), rules.clone())) {
-                        if !empty {
-                            theirs.flush(&chain);
+                    let old = before.iter().find(|(name, _)| *name == chain).unwrap();
+                    match plan::ahead(&old.1, &rules) {
+                        _ if !empty && old.1 == rules => {}
+                        Some(more) if !empty => {
+                            more.for_each(|rule| theirs.rule_ahead(&chain, rule))
                         }
-                        rules.iter().for_each(|rule| theirs.rule(&chain, rule));
+                        _ => {
+                            if !empty {
+                                theirs.flush(&chain);
+                            }
+                            rules.iter().for_each(|rule| theirs.rule(&chain, rule));
+                        }
                     }
                 }
             });

@@ -139,7 +139,7 @@ impl Transaction {
         const PROBE: &str = "cgtproxy-probe";
         self.table_of(PROBE, NFT_MSG_NEWTABLE, NLM_F_CREATE, None, None);
         self.chain_of(PROBE, OUTPUT, None);
-        self.rule_of(PROBE, OUTPUT, exprs);
+        self.rule_of(PROBE, NLM_F_APPEND, OUTPUT, exprs);
         self.table_of(PROBE, NFT_MSG_DELTABLE, 0, None, None);
     }
 
@@ -323,7 +323,17 @@ impl Transaction {
         self.batch.end(open);
     }
 
+    /// Adds a rule behind those that its chain has.
     pub fn rule(&mut self, chain: &str, rule: &Rule) {
+        self.rule_at(NLM_F_APPEND, chain, rule);
+    }
+
+    /// And one before these.
+    pub fn rule_ahead(&mut self, chain: &str, rule: &Rule) {
+        self.rule_at(0, chain, rule);
+    }
+
+    fn rule_at(&mut self, place: u16, chain: &str, rule: &Rule) {
         let mut exprs = Vec::new();
         rule.iter().for_each(|stmt| stmt.lower(&mut exprs));
         // the set of a look-up must come before the rule that binds it
@@ -334,12 +344,12 @@ impl Transaction {
                 }
             }
         }
-        self.rule_of(TABLE, chain, &exprs);
+        self.rule_of(TABLE, place, chain, &exprs);
     }
 
     /// The rule alone, without the sets that it may need.
-    fn rule_of(&mut self, table: &str, chain: &str, exprs: &[Expr]) {
-        let open = self.begin(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND);
+    fn rule_of(&mut self, table: &str, place: u16, chain: &str, exprs: &[Expr]) {
+        let open = self.begin(NFT_MSG_NEWRULE, NLM_F_CREATE | place);
         self.batch.str_z(NFTA_RULE_TABLE, table);
         self.batch.str_z(NFTA_RULE_CHAIN, chain);
         let list = self.batch.nest(NFTA_RULE_EXPRESSIONS);
@@ -604,7 +614,7 @@ pub fn probe(probes: &[Probe], batch: Batch) -> (Batch, Vec<u32>, u32) {
             Probe::Chain(base) => t.chain_of(SCRATCH, &chain, Some(*base)),
             Probe::Rule(exprs) => {
                 t.chain_of(SCRATCH, &chain, None);
-                t.rule_of(SCRATCH, &chain, exprs);
+                t.rule_of(SCRATCH, NLM_F_APPEND, &chain, exprs);
             }
         }
         places.push(t.batch.last_seq());
@@ -636,7 +646,7 @@ pub fn ask_levels(port: u16, levels: std::ops::Range<u32>, batch: Batch) -> Tran
         [field(2), neq(&port.to_be_bytes())],
     ];
     for [load, compare] in others {
-        t.rule_of(ASKING, OUTPUT, &[load, compare, Expr::Verdict(Verdict::Accept)]);
+        t.rule_of(ASKING, NLM_F_APPEND, OUTPUT, &[load, compare, Expr::Verdict(Verdict::Accept)]);
     }
     for level in levels {
         // with the header
@@ -644,7 +654,7 @@ pub fn ask_levels(port: u16, levels: std::ops::Range<u32>, batch: Batch) -> Tran
         let cgroup = Expr::SocketCgroup { level, dreg: NFT_REG_1 };
         let length = eq(&length.to_be_bytes());
         let drop = Expr::Verdict(Verdict::Drop);
-        t.rule_of(ASKING, OUTPUT, &[field(4), length, cgroup, drop]);
+        t.rule_of(ASKING, NLM_F_APPEND, OUTPUT, &[field(4), length, cgroup, drop]);
     }
     t
 }

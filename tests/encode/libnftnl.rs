@@ -257,6 +257,14 @@ impl Reference {
     }
 
     pub fn rule(&mut self, chain: &str, rule: &Rule) {
+        self.rule_at(libc::NLM_F_APPEND, chain, rule);
+    }
+
+    pub fn rule_ahead(&mut self, chain: &str, rule: &Rule) {
+        self.rule_at(0, chain, rule);
+    }
+
+    fn rule_at(&mut self, place: i32, chain: &str, rule: &Rule) {
         let mut exprs = Vec::new();
         rule.iter().for_each(|stmt: &Stmt| stmt.lower(&mut exprs));
         let object = NRule::new().str(NFTNL_RULE_TABLE, "cgtproxy").str(NFTNL_RULE_CHAIN, chain);
@@ -265,8 +273,7 @@ impl Reference {
             // SAFETY: both pointers are valid; the rule owns the expression from now on
             unsafe { nftnl_rule_add_expr(object.0, expr.0) };
         }
-        let flags = libc::NLM_F_CREATE | libc::NLM_F_APPEND;
-        self.message(libc::NFT_MSG_NEWRULE, flags, |nlh| {
+        self.message(libc::NFT_MSG_NEWRULE, libc::NLM_F_CREATE | place, |nlh| {
             // SAFETY: both pointers are valid
             unsafe { nftnl_rule_nlmsg_build_payload(nlh, object.0) }
         });

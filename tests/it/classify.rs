@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::client::{Client, Outcome, SILENCE};
+use crate::client::{expect, under, Client, Outcome, SILENCE};
 use crate::daemon::Daemon;
 use crate::ground::{addr, moment, Ground, REMOTE4};
 use crate::kernel::{await_exactly, await_member, cgroup_id, set_ids, SETTLE};
@@ -77,6 +77,31 @@ fn nested_back_to_back() {
         let paths: Vec<_> = (0..300).map(|i| ground.at(&format!("/n{i}{below}"))).collect();
         await_exactly(set, &ids(&paths), SETTLE);
     }
+}
+
+/// The first cgroups of targets at their levels come in any order: the nearest one decides, of flows
+/// that go on as well.
+#[test]
+fn the_first_of_each_kind() {
+    let (ground, _world, _proxy) = scene!("kinds", proxy);
+    let rules = "drop = /n/.+/.+/d\nmihomo = /n/.+/.+/m\ndrop = /n/.+/d\ndirect = /n/.+/o\n\
+        mihomo = /n/.+/m\ndrop = /n/d\nmihomo = /n/m\n";
+    ground.cgroup("/n");
+    let daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
+    let mut all = Vec::new();
+    for path in ["/n/m", "/n/m/d", "/n/m/o", "/n/d", "/n/d/o", "/n/d/m", "/n/m/o/m", "/n/m/o/d"] {
+        let cgroup = ground.cgroup(path);
+        let (target, way) = match &path[path.len() - 1..] {
+            "m" => ("mihomo", "proxy mihomo"),
+            "d" => ("drop", "drop"),
+            _ => ("direct", "direct"),
+        };
+        await_member(&cgroup, target);
+        all.push((cgroup, way));
+        let ways: Vec<_> = all.iter().map(|(path, way)| (&**path, under(way))).collect();
+        expect(&ways);
+    }
+    daemon.stop_clean();
 }
 
 #[test]
