@@ -112,7 +112,7 @@ impl Table {
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
         let mut chains = Vec::new();
         let (proxies, takes) = (!config.tproxies.is_empty(), has_outlets(config));
-        chains.extend(proxies.then(|| output::lo_chain(config)));
+        chains.extend(knows_spoofed(config).then(|| output::lo_chain(config)));
         chains.extend(config.marks_direct().then(|| spared::leave_chain(config)));
         chains.extend(
             hijacks_local(config).then(|| chain(spared::EXEMPT, spared::exempt_rules(config))),

@@ -8,10 +8,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+
 use crate::client::{again, expect, socket_of, under, Client, Outcome, Proto, PATIENCE};
 use crate::daemon::{run_with, Daemon, POLICY};
 use crate::gateway::{ip, Lan};
-use crate::ground::{addr, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::ground::{addr, remove_tree, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{forget_flows, load, nft};
 use crate::stale::tcp_in;
 use crate::wait_until;
@@ -375,6 +377,47 @@ fn a_foreign_source_is_no_way_out() {
         }
     }
     drop(lan);
+}
+
+/// Nor can it speak first in the name of who it wants to speak to, so that what it sends then would be
+/// answers: there is a proxy or not.
+#[test]
+fn nobody_answers_himself() {
+    let (ground, mut world) = scene!("answers-himself");
+    const IPV6_FREEBIND: libc::c_int = 78;
+    ground.cgroup("/held");
+    for (policy, path) in [
+        ("[rules]\ndrop = /x\n", "/x"),
+        ("[rules]\ndrop = user:0\n", "/x"),
+        ("[global]\ndefault = drop\n", "/x"),
+        ("[route vpn]\ninterface = vpn0\n[rules]\nvpn = /x\n", "/x"),
+        ("[route vpn]\ninterface = vpn0\nmasquerade = no\n[rules]\nvpn = /x\n", "/x"),
+        ("[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /x\n", "/x"),
+        ("[global]\nhold = /held\n", "/held/new"),
+    ] {
+        ground.cgroup("/x");
+        forget_flows();
+        let daemon = Daemon::start(&ground, policy, &[]);
+        daemon.signal(Signal::SIGSTOP);
+        let cgroup = ground.cgroup(path);
+        for port in [5001, 5002] {
+            let speaker = socket_of(&cgroup, libc::AF_INET6, libc::SOCK_DGRAM);
+            set(&speaker, libc::SOL_IPV6, IPV6_FREEBIND, 1);
+            bind_at(&speaker, addr(REMOTE6, PORT));
+            let own = UdpSocket::from(socket_of(&cgroup, libc::AF_INET6, libc::SOCK_DGRAM));
+            bind_at(&own, addr(HOST6, port));
+            let own = patient(own);
+            let spoken = UdpSocket::from(speaker).send_to(b"first", addr(HOST6, port));
+            assert!(spoken.is_ok() && own.recv_from(&mut [0; 9]).is_ok());
+            for _ in 0..3 {
+                let _ = own.send_to(b"then", addr(REMOTE6, PORT));
+            }
+            assert_eq!(world.wire.to_remote(), [], "{policy}");
+        }
+        daemon.signal(Signal::SIGCONT);
+        daemon.stop_clean();
+        remove_tree(&ground.at("/held/new"));
+    }
 }
 
 /// The same port to the same host, by a process of another cgroup: its cgroup decides.

@@ -36,12 +36,11 @@ pub fn classifying(config: &Config, shape: &Shape) -> Vec<(String, Vec<Rule>)> {
 pub fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     let mut rules = Vec::new();
     // cheapest test first; covers every local address, for those leave by lo
-    match (config.tproxies.is_empty(), hijacks_local(config)) {
-        (true, false) => rules.push(leaves_by_lo()),
-        (true, true) => rules.push(vec![Stmt::OifLo, Stmt::NotDport(53), Stmt::accept()]),
-        (false, false) => rules.push(vec![Stmt::OifLo, Stmt::goto("lo")]),
+    match (knows_spoofed(config), hijacks_local(config)) {
+        (false, _) => rules.push(leaves_by_lo()),
+        (true, false) => rules.push(vec![Stmt::OifLo, Stmt::goto("lo")]),
         // the targets' chains let the rest of lo pass
-        (false, true) => rules.push(vec![Stmt::OifLo, Stmt::jump("lo")]),
+        (true, true) => rules.push(vec![Stmt::OifLo, Stmt::jump("lo")]),
     }
     if !config.holds.is_empty() {
         // a SYN begins a flow; a datagram from a port that somebody else's has come from goes on with
@@ -239,7 +238,8 @@ pub(super) fn ownerless_chain() -> Chain {
 /// What this host sends from a foreign address begins a flow: a proxy speaks for a remote host, and
 /// to conntrack it spoke first, since the application's flow has been forgotten. What the
 /// application sends are replies then, which are no less its own. The packet itself goes its way,
-/// which is its cgroup's: an unprivileged process can send from foreign addresses too (IPV6_FREEBIND).
+/// which is its cgroup's: an unprivileged process can send from foreign addresses too (IPV6_FREEBIND),
+/// and would have what it sends next pass for answers, with a proxy or without.
 fn spoofed_rule(config: &Config) -> Rule {
     vec![
         Stmt::New,

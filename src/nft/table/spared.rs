@@ -95,7 +95,7 @@ pub(super) fn local_rules(config: &Config) -> Vec<Rule> {
 pub(super) fn leave_chain(config: &Config) -> Chain {
     let direct = mark(config, config.direct_mark());
     let mut set = vec![Stmt::SetCtMark(direct)];
-    if !config.tproxies.is_empty() {
+    if knows_spoofed(config) {
         set.insert(0, Stmt::NotCtMark(spoofed(config)));
     }
     chain("leave", vec![set, vec![Stmt::accept()]])

@@ -85,6 +85,12 @@ pub(super) fn hijacks_local(config: &Config) -> bool {
     config.outlets().any(|outlet| outlet.dns_local)
 }
 
+/// Whether flows that this host begins from foreign addresses are known as such: where anything is
+/// taken of what processes send, answers are spared, and nobody may make his own packets look like some.
+pub(super) fn knows_spoofed(config: &Config) -> bool {
+    has_outlets(config) || config.decides(Target::Drop) || !config.holds.is_empty()
+}
+
 /// The ct mark of flows that a proxy began (`spoofed_rule`).
 pub(super) fn spoofed(config: &Config) -> Mark {
     mark(config, config.spoofed_mark())
@@ -93,7 +99,7 @@ pub(super) fn spoofed(config: &Config) -> Mark {
 /// A packet that answers whoever spoke first, if that was not a proxy for somebody else.
 pub(super) fn answers(config: &Config) -> Vec<Stmt> {
     let mut test = vec![Stmt::Reply];
-    if !config.tproxies.is_empty() {
+    if knows_spoofed(config) {
         test.push(Stmt::NotCtMark(spoofed(config)));
     }
     test
