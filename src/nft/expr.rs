@@ -191,6 +191,11 @@ expressions! {
         NFTA_FIB_FLAGS: U32 = of, NFTA_FIB_RESULT: U32 = NFT_FIB_RESULT_OIFNAME,
         NFTA_FIB_DREG: U32 = dreg
     }
+    /// The number of that interface; 0 where there is none.
+    FibOif { of: u32, dreg: u32 } = "fib" {
+        NFTA_FIB_FLAGS: U32 = of, NFTA_FIB_RESULT: U32 = NFT_FIB_RESULT_OIF,
+        NFTA_FIB_DREG: U32 = dreg
+    }
     /// The type of the source or the destination address, by `NFTA_FIB_F_*`.
     FibAddrtype { of: u32, dreg: u32 } = "fib" {
         NFTA_FIB_FLAGS: U32 = of, NFTA_FIB_RESULT: U32 = NFT_FIB_RESULT_ADDRTYPE,

@@ -157,10 +157,8 @@ statements! {
     ComesFromElsewhere(name: String) = "fib saddr oifname != \"{name}\""
         => [Expr::FibOifname { of: NFTA_FIB_F_SADDR, dreg: NFT_REG_1 }, neq(&padded(name))];
     /// The way to the destination is by the interface that it came in by.
-    LeadsBack = "fib daddr . iif oifname != \"\"" => [
-        Expr::FibOifname { of: NFTA_FIB_F_DADDR | NFTA_FIB_F_IIF, dreg: NFT_REG_1 },
-        neq(&padded("")),
-    ];
+    LeadsBack = "fib daddr . iif oif != 0"
+        => [Expr::FibOif { of: NFTA_FIB_F_DADDR | NFTA_FIB_F_IIF, dreg: NFT_REG_1 }, is_not(0)];
     /// The broadcast addresses of this host's networks too.
     Broadcast = "fib daddr type broadcast" => [fib(NFTA_FIB_F_DADDR), is(RTN_BROADCAST)];
     /// To a unicast address, too: link-scope traffic whatever the address.

@@ -397,6 +397,10 @@ impl Reference {
                 .u32(NFTNL_EXPR_FIB_FLAGS, *of)
                 .u32(NFTNL_EXPR_FIB_RESULT, FIB_RESULT_OIFNAME)
                 .u32(NFTNL_EXPR_FIB_DREG, *dreg),
+            Expr::FibOif { of, dreg } => NExpr::new(c"fib")
+                .u32(NFTNL_EXPR_FIB_FLAGS, *of)
+                .u32(NFTNL_EXPR_FIB_RESULT, FIB_RESULT_OIF)
+                .u32(NFTNL_EXPR_FIB_DREG, *dreg),
             Expr::FibAddrtype { of, dreg } => NExpr::new(c"fib")
                 .u32(NFTNL_EXPR_FIB_FLAGS, *of)
                 .u32(NFTNL_EXPR_FIB_RESULT, FIB_RESULT_ADDRTYPE)
@@ -584,6 +588,7 @@ const SOCKET_TRANSPARENT: u32 = 0;
 const HASH_JENKINS: u32 = 0;
 /// `expr_types` of nft's include/expression.h
 const NUMGEN: u32 = 23;
+const FIB_RESULT_OIF: u32 = 1;
 const FIB_RESULT_OIFNAME: u32 = 2;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
 const NAT_MAP_IPS: u32 = 1 << 0;
