@@ -157,14 +157,16 @@ impl Containers {
     pub fn check(&mut self, id: impl Fn(&Path) -> Option<u64>, now: u64) -> bool {
         self.fresh.retain(|path, _| id(path).is_some());
         self.vacant.retain(|(_, path, known)| id(path) == Some(*known));
-        let mut left = Vec::new();
+        let (mut left, mut changed) = (Vec::new(), false);
         self.owners.retain(|net, owners| {
+            let before = owners.len();
             owners.retain(|path, known| id(path) == Some(*known));
+            changed |= owners.len() < before;
             left.extend(owners.is_empty().then_some(*net));
             !owners.is_empty()
         });
         left.iter().for_each(|net| self.meet(*net, now));
-        !left.is_empty()
+        changed
     }
 
     /// Another policy: others may own what nobody did.
@@ -346,6 +348,9 @@ mod tests {
         // a second veth of the same is known at once
         c.change(link(8, "v8", 0, Some(5)), 2);
         assert_eq!(veths(&mut c), [(7, 1), (8, 1)]);
+        // of two that live there the first one goes
+        assert!(c.check(|path| all[1..].contains(path).then_some(11), 2));
+        assert_eq!(veths(&mut c), [(7, 2), (8, 2)]);
         // another one: nobody's, and given up
         c.change(link(9, "v9", 0, Some(6)), 2);
         c.looked(2, 2 + PATIENCE - 1);
