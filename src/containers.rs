@@ -3,7 +3,9 @@
 //! asks for, by the cgroups to be looked at, and time is a number of milliseconds.
 //!
 //! Nothing tells when a process enters a namespace. So a new cgroup, and a namespace that nobody is
-//! known to live in, are looked at again until [`PATIENCE`] is over, more and more seldom. Afterwards a cgroup that held no
+//! known to live in, are looked at again until [`PATIENCE`] is over, more and more seldom; a new cgroup
+//! also where it was found, since what starts a container within a container begins in the outer one's
+//! namespace. Afterwards a cgroup that held no
 //! process can still be heard of, when one joins it: some of these are kept in mind, the ones nearest
 //! to the root, where users who may make cgroups of their own have none.
 
@@ -59,6 +61,8 @@ pub struct Containers {
     /// Cgroups that have come, and namespaces that nobody is known to live in.
     fresh: BTreeMap<Path, Vain>,
     strange: SmallMap<u32, Vain>,
+    /// Cgroups that have come and were found, which may move on yet.
+    young: BTreeMap<Path, Vain>,
     /// Cgroups that held no process when they were looked at, by depth, path and id.
     vacant: BTreeSet<(usize, Path, u64)>,
     /// What comes in by a veth, as of last time.
@@ -156,6 +160,7 @@ impl Containers {
     /// was that matters.
     pub fn check(&mut self, id: impl Fn(&Path) -> Option<u64>, now: u64) -> bool {
         self.fresh.retain(|path, _| id(path).is_some());
+        self.young.retain(|path, _| id(path).is_some());
         self.vacant.retain(|(_, path, known)| id(path) == Some(*known));
         let (mut left, mut changed) = (Vec::new(), false);
         self.owners.retain(|net, owners| {
@@ -186,14 +191,44 @@ impl Containers {
         if !self.leads_anywhere() {
             return Vec::new();
         }
+        let due = |(path, vain): (&Path, &Vain)| (vain.next <= now).then(|| path.clone());
+        let young = self.young.iter().filter_map(due);
         if self.strange.values().all(|vain| vain.next > now) {
-            let due = self.fresh.iter().filter(|(_, vain)| vain.next <= now);
-            return due.map(|(path, _)| path.clone()).collect();
+            return self.fresh.iter().filter_map(due).chain(young).collect();
         }
         let known: BTreeSet<&Path> = self.owners.values().flat_map(BTreeMap::keys).collect();
         let (fresh, others): (Vec<_>, Vec<_>) = (all().filter(|path| !known.contains(path)))
             .partition(|path| self.fresh.contains_key(*path));
-        fresh.into_iter().chain(others).cloned().collect()
+        fresh.into_iter().chain(others).cloned().chain(young).collect()
+    }
+
+    /// Whether a cgroup that was found is looked at again.
+    pub fn is_young(&self, path: &Path) -> bool {
+        self.young.contains_key(path)
+    }
+
+    /// Whether a look that showed `nets` contradicts an earlier one.
+    pub fn has_moved(&self, path: &Path, nets: &BTreeSet<u32>) -> bool {
+        let mut others = self.owners.iter().filter(|(net, _)| !nets.contains(net));
+        self.is_young(path) && others.any(|(_, owners)| owners.contains_key(path))
+    }
+
+    /// All the processes of a cgroup live in `nets` now.
+    pub fn moved(&mut self, path: &Path, nets: &BTreeSet<u32>, now: u64) {
+        let mut left = Vec::new();
+        self.owners.retain(|net, owners| {
+            let alone = !nets.contains(net) && owners.remove(path).is_some() && owners.is_empty();
+            left.extend(alone.then_some(*net));
+            !alone
+        });
+        for net in left {
+            // never the way of who does live there
+            let links = &self.links;
+            self.entrances
+                .veths
+                .retain(|index, _| links.get(index).and_then(|l| l.peer) != Some(net));
+            self.meet(net, now);
+        }
     }
 
     /// What a look at a cgroup has shown: the namespaces of its processes, none of which is this one.
@@ -203,7 +238,7 @@ impl Containers {
             if self.links.values().any(|link| link.is_pair && link.peer == Some(*net)) {
                 self.owners.or_default(*net).insert(path.clone(), id);
                 self.strange.remove(net);
-                self.fresh.remove(path);
+                self.young.extend(self.fresh.remove_entry(path));
             }
         }
         self.is_asking()
@@ -237,13 +272,16 @@ impl Containers {
     pub fn looked(&mut self, began: u64, now: u64) {
         self.fresh.retain(|_, vain| vain.until > now);
         self.strange.retain(|_, vain| vain.until > now);
-        let all = self.fresh.values_mut().chain(self.strange.values_mut());
+        self.young.retain(|_, vain| vain.until > now);
+        let all =
+            self.fresh.values_mut().chain(self.strange.values_mut()).chain(self.young.values_mut());
         all.filter(|vain| vain.next <= began).for_each(|vain| vain.put_off(now));
     }
 
     /// When to look again, if anything is in question.
     pub fn next_look(&self) -> Option<u64> {
-        let all = self.fresh.values().chain(self.strange.values()).map(|vain| vain.next);
+        let all = self.fresh.values().chain(self.strange.values()).chain(self.young.values());
+        let all = all.map(|vain| vain.next);
         all.min().filter(|_| self.leads_anywhere())
     }
 
@@ -358,6 +396,36 @@ mod tests {
         c.looked(2, 2 + PATIENCE);
         assert_eq!(c.next_look(), None);
         assert_eq!(asked(&c, 2 + PATIENCE, &all), []);
+    }
+
+    #[test]
+    fn a_container_within_a_container_begins_in_the_outer_one() {
+        let mut c = Containers::default();
+        let (inner, outer) = (path("/1/inner"), path("/2/outer"));
+        let stays = nets(&[5]);
+        for ruled in [true, false] {
+            c = Containers::default();
+            c.change(link(7, "v7", 0, Some(5)), 0);
+            if ruled {
+                c.seen(&outer, 10, &stays);
+            }
+            assert!(c.appeared(inner.clone(), 0));
+            c.seen(&inner, 11, &stays);
+            c.looked(0, 0);
+            assert_eq!(veths(&mut c), [(7, 1)]);
+            // where it stays, it is asked for a while
+            assert_eq!(asked(&c, 1, &[]), std::slice::from_ref(&inner));
+            assert!(!c.has_moved(&inner, &stays));
+            // where nobody knows, it is not here any more
+            assert!(c.has_moved(&inner, &nets(&[])));
+            c.moved(&inner, &nets(&[]), 1);
+            let left: &[(u32, u16)] = if ruled { &[(7, 2)] } else { &[] };
+            assert_eq!(veths(&mut c), left);
+        }
+        // who else does may have been passed over
+        assert_eq!(asked(&c, 1, &[outer.clone(), inner.clone()]), [outer, inner.clone(), inner]);
+        c.looked(1, 1 + PATIENCE);
+        assert_eq!(c.next_look(), None);
     }
 
     #[test]

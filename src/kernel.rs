@@ -239,25 +239,27 @@ impl Kernel {
     }
 
     /// Our ids of the network namespaces that these processes are in; none where one is in this one:
-    /// who visits others lives here.
-    pub fn namespaces_of(&mut self, pids: &[u32]) -> BTreeSet<u32> {
-        match pids.iter().any(|pid| host::is_at_home(&pid.to_string())) {
-            true => BTreeSet::new(),
-            false => pids.iter().filter_map(|pid| self.namespace_of(*pid)).collect(),
+    /// who visits others lives here. And whether that is all: one that ends is in none.
+    pub fn namespaces_of(&mut self, pids: &[u32]) -> (BTreeSet<u32>, bool) {
+        if pids.iter().any(|pid| host::is_at_home(&pid.to_string())) {
+            return (BTreeSet::new(), true);
         }
+        let told: Vec<_> = pids.iter().filter_map(|pid| self.ask_namespace(*pid)).collect();
+        (told.iter().flatten().copied().collect(), told.len() == pids.len())
     }
 
     /// The interfaces that lead to the network namespace of a process.
     pub fn veths_of(&mut self, pid: u32) -> Vec<Link> {
-        let net = self.namespace_of(pid);
+        let net = self.ask_namespace(pid).flatten();
         let leads = |link: &Link| link.is_pair && link.peer.is_some() && link.peer == net;
         self.interfaces().into_iter().flatten().filter(leads).collect()
     }
 
-    /// Our id of the network namespace that a process is in; `None` where that has none.
-    pub fn namespace_of(&mut self, pid: u32) -> Option<u32> {
+    /// Our id of the network namespace that a process is in, which may have none; `None` where nobody
+    /// can tell.
+    fn ask_namespace(&mut self, pid: u32) -> Option<Option<u32>> {
         let ask = |batch: &mut Batch| netns::get_namespace(batch, pid);
-        self.rt.ask(&ask, netns::parse_namespace).ok()?.ok()?
+        self.rt.ask(&ask, netns::parse_namespace).ok()?.ok()
     }
 
     /// Whether this kernel can match cgroups. A table without classified cgroups would load on one

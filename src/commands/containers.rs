@@ -52,7 +52,7 @@ fn find_of(
     let all = || core.tree().iter().filter(|(_, node)| wanted(node));
     for path in found.in_question(0, || all().map(|(path, _)| path)) {
         let id = core.tree().get(&path).map_or(0, |node| node.id);
-        let nets = kernel.namespaces_of(&cgroups.watcher.processes(&path));
+        let (nets, _) = kernel.namespaces_of(&cgroups.watcher.processes(&path));
         found.seen(&path, id, &nets);
     }
     let decides = |path: &Path| {

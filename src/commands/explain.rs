@@ -70,7 +70,8 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
 
 /// What that rule is worth to a process in a network namespace of its own.
 const ELSEWHERE: &str = "    network another namespace: its traffic does not meet this host's output, \
-     so this rule does not decide for it; what this host forwards for it, a [gateway] section may\n";
+     so this rule does not decide for it; what this host forwards for it, the rule of an outer container \
+     or a [gateway] section may\n";
 
 /// Where a process of another network namespace comes in, and what its rule is worth there.
 fn network(pid: &str, covers: bool) -> String {

@@ -237,24 +237,29 @@ impl Daemon<'_> {
             search.asked.reverse();
             search.added = 0;
         }
-        let mut asking = true;
-        while let (true, Some(path)) = (asking, search.asked.pop()) {
+        while let Some(path) = search.asked.pop() {
             // gone, or of another policy by now
             let Some(node) = core.tree().get(&path).filter(|node| core.is_ruled(node)) else {
                 continue;
             };
             let processes = self.cgroups.watcher.processes(&path);
             search.containers.lived_in(&path, node.id, !processes.is_empty());
-            let nets = self.kernel.namespaces_of(&processes);
-            asking = search.containers.seen(&path, node.id, &nets);
+            let (nets, all) = self.kernel.namespaces_of(&processes);
+            // who has ended has not moved on
+            if all && !processes.is_empty() && search.containers.has_moved(&path, &nets) {
+                search.containers.moved(&path, &nets, search.clock());
+            }
+            if !search.containers.seen(&path, node.id, &nets) {
+                search.asked.retain(|path| search.containers.is_young(path));
+            }
             if began.elapsed() >= slice {
                 break;
             }
         }
         search.spent += used().saturating_sub(before);
-        match asking && !search.asked.is_empty() {
-            true => search.due = Some(Instant::now()),
-            false => search.done(),
+        match search.asked.is_empty() {
+            false => search.due = Some(Instant::now()),
+            true => search.done(),
         }
     }
 

@@ -2,7 +2,7 @@
 //! by a veth, on a bridge or not.
 
 use std::collections::{HashMap, VecDeque};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -315,6 +315,39 @@ fn whoever_comes_first() {
         entrances() != ["ve-moved 0xfd000000", "ve-two 0x01000000"]
     }));
     drop(visitor);
+    daemon.stop_clean();
+}
+
+/// What starts a container within a container begins in the outer one's namespace: the inner one's rule
+/// decides for the outer one for no longer than that.
+#[test]
+fn one_within_another() {
+    let (ground, mut world, _proxy) = scene!("boxinbox", proxy);
+    let lan = Lan::new(&ground);
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let _outer = live(lan.client(0), &ground.cgroup("/boxes/box1"));
+    await_entrances(&daemon, &["lan0 0x01000000"]);
+    for (i, cgroup, meanwhile) in [
+        (0, "/boxes/drop1", &["lan0 0xfd000000"][..]),
+        // the outer one has no rule
+        (1, "/boxes/drop2", &["lan0 0x01000000", "lan1 0xfd000000"]),
+    ] {
+        let script = "echo $$ >\"$0\"; read -r _; exec unshare -n cat";
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).arg(ground.cgroup(cgroup).join("cgroup.procs"));
+        command.stdin(Stdio::piped());
+        let mut inner = lan.client(i).run(|| command.spawn().expect("start a shell"));
+        await_entrances(&daemon, meanwhile);
+        let stdin = inner.stdin.as_mut().expect("its input");
+        stdin.write_all(b"\n").expect("let it move on");
+        await_entrances(&daemon, &["lan0 0x01000000"]);
+        world.wire.packets();
+        lan.proxied(0);
+        assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+        lan.direct(1);
+        drop(inner.stdin.take());
+        inner.wait().expect("wait for it");
+    }
     daemon.stop_clean();
 }
 

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::neighbour::{busybox, docker, own_etc, run, sh, CONFIG, LIMITS};
+use super::neighbour::{busybox, docker, own_etc, run, sh, wait_for, CONFIG, LIMITS};
 use super::{report, which, Process, Verdict};
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{ip_batch, sysctl, Ground};
@@ -16,12 +16,13 @@ struct Engine {
     cases: fn(&mut Yard) -> Verdict,
 }
 
-const ENGINES: [Engine; 5] = [
+const ENGINES: [Engine; 6] = [
     Engine { name: "docker", needs: &["dockerd", "docker"], cases: with_docker },
     Engine { name: "podman", needs: &["podman"], cases: with_podman },
     Engine { name: "rootless", needs: &["setpriv", "newuidmap"], cases: with_rootless },
     Engine { name: "lxc", needs: &["lxc-start"], cases: with_lxc },
     Engine { name: "nspawn", needs: &["systemd-nspawn"], cases: with_nspawn },
+    Engine { name: "nested", needs: &["dockerd", "docker"], cases: with_nested },
 ];
 
 /// What a container asks the remote host.
@@ -343,6 +344,67 @@ fn with_nspawn(yard: &mut Yard) -> Verdict {
             y.nothing_left()
         });
     }
+    Ok(())
+}
+
+/// docker in docker: what an inner container sends comes in by the outer one's veth, so the outer one's
+/// rule decides, whatever names the inner one.
+fn with_nested(yard: &mut Yard) -> Verdict {
+    let processes = docker(yard.ground)?;
+    yard.daemon.reconfigure(&CONFIG.replace("[rules]\n", "[rules]\ndrop = /.*/inner\n"));
+    let start = yard.ground.dir.join("start.sh");
+    let text = "umount /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && mount -o remount,rw /proc/sys\n\
+                mkdir /sys/fs/cgroup/init && echo 0 >/sys/fs/cgroup/init/cgroup.procs\n\
+                exec dockerd --data-root /inner --exec-root /run/docker -p /run/docker.pid -s vfs \
+                -H unix:///run/docker.sock\n";
+    std::fs::write(&start, text).map_err(|e| e.to_string())?;
+    let outer = "docker -H unix:///run/docker.sock";
+    let inner = format!("{outer} exec outer {outer}");
+    let host =
+        ["bin", "sbin", "lib", "lib64", "usr", "etc"].map(|dir| format!("-v /{dir}:/{dir}:ro"));
+    let open =
+        ["seccomp", "apparmor", "systempaths"].map(|of| format!("--security-opt {of}=unconfined"));
+    let boot = |dir: &std::path::Path, image: &str, parent: &str| {
+        sh(&format!(
+            "{outer} run -d --rm --name outer --cap-add NET_ADMIN --cap-add SYS_ADMIN {} {} -v {image}:/image:ro \
+             -v {}:/start.sh:ro --tmpfs /inner:exec --cgroup-parent /{parent}/box box /bin/sh /start.sh",
+            open.join(" "),
+            host.join(" "),
+            dir.display()
+        ))?;
+        wait_for(&format!("{inner} info"))?;
+        sh(&format!("{outer} exec outer sh -c 'tar -C /image -c . | {outer} import - box'"))
+    };
+    let free = yard.proxied.replace("/proxied", "/free");
+    for (parent, who) in
+        [(yard.proxied.clone(), PROXY), (yard.dropped.clone(), "nobody"), (free.clone(), "remote")]
+    {
+        yard.case(&format!("docker in docker, {who}"), |y| {
+            boot(&start, &y.image, &parent)?;
+            for within in ["inner", "other"] {
+                let line = format!(
+                    "{inner} run --rm --cgroup-parent /{within} box /bin/sh -c '{ASK}; true'"
+                );
+                y.asks(&line, who).map_err(|why| format!("{within}: {why}"))?;
+            }
+            Ok(())
+        });
+        yard.case(&format!("docker in docker, {who}: explain"), |y| {
+            sh(&format!("{inner} run -d --cgroup-parent /inner box /bin/busybox sleep 60"))?;
+            let pid = out(&format!("cat /sys/fs/cgroup/{parent}/box/*/inner/*/cgroup.procs"))?;
+            let said = run_with(y.ground, CONFIG, &["explain", "--pid", pid.trim()]).stdout;
+            let said = String::from_utf8_lossy(&said);
+            match said.contains("the rule of an outer container") {
+                true => Ok(()),
+                false => Err(said.into_owned()),
+            }
+        });
+        yard.case(&format!("docker in docker, {who}: gone"), |y| {
+            sh(&format!("{outer} rm -f outer"))?;
+            y.nothing_left()
+        });
+    }
+    processes.into_iter().for_each(Process::end);
     Ok(())
 }
 
