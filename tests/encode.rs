@@ -268,6 +268,7 @@ samples! {
     Stmt::ForeignSource => Stmt::ForeignSource;
     Stmt::LeadsTo(_) => Stmt::LeadsTo("docker0".into());
     Stmt::LeadsBack => Stmt::LeadsBack;
+    Stmt::ComesAstray => Stmt::ComesAstray;
     Stmt::SourceOfOther => Stmt::SourceOfOther;
     Stmt::ComesFromElsewhere(_) => Stmt::ComesFromElsewhere("wg0".into());
     Stmt::Broadcast => Stmt::Broadcast;

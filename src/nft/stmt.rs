@@ -159,6 +159,9 @@ statements! {
     /// The way to the destination is by the interface that it came in by.
     LeadsBack = "fib daddr . iif oif != 0"
         => [Expr::FibOif { of: NFTA_FIB_F_DADDR | NFTA_FIB_F_IIF, dreg: NFT_REG_1 }, is_not(0)];
+    /// No way to where it comes from is by the interface that it came in by.
+    ComesAstray = "fib saddr . iif oif 0"
+        => [Expr::FibOif { of: NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF, dreg: NFT_REG_1 }, is(0)];
     /// The broadcast addresses of this host's networks too.
     Broadcast = "fib daddr type broadcast" => [fib(NFTA_FIB_F_DADDR), is(RTN_BROADCAST)];
     /// To a unicast address, too: link-scope traffic whatever the address.

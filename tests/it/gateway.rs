@@ -21,7 +21,7 @@ use crate::daemon::Daemon;
 use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{ip_rules, nft};
 use crate::wait_until;
-use crate::world::{Packet, Server, World, PROXY, STREAM_PORT};
+use crate::world::{bind, Packet, Server, World, PROXY, STREAM_PORT};
 
 /// This host's addresses in the LAN.
 pub const LAN4: &str = "198.51.100.1";
@@ -357,6 +357,46 @@ fn neighbour_discovery_is_no_way_out() {
     }
     daemon.signal(Signal::SIGCONT);
     daemon.stop_clean();
+}
+
+/// Where the LAN is bypassed, a client can send to itself or to another one by this host in the name of
+/// who it wants to speak to. What it sends there then is no answer.
+#[test]
+fn no_client_answers_itself() {
+    let (ground, mut world) = scene!("gwanswers");
+    let lan = Lan::new(&ground);
+    for at in ["all", "br-lan"] {
+        sysctl(&format!("net/ipv4/conf/{at}/rp_filter"), "0");
+    }
+    let clients = [ip("198.51.100.11"), ip("2001:db8:3::11")];
+    let by_us = format!(
+        "route add {}/32 via {LAN4}\nroute add {}/128 via {LAN6} dev eth0\n",
+        clients[0], clients[1]
+    );
+    lan.client(0).run(|| ip_batch(&[], &by_us));
+    let spared = "[global]\nbypass = 198.51.100.0/24\nbypass = 2001:db8:3::/64\n";
+    for (name, outlet) in [
+        ("drop", ""),
+        ("mihomo", "[tproxy mihomo]\nport = 7893\n"),
+        ("vpn", "[route vpn]\ninterface = none\n"),
+    ] {
+        let section = format!("[gateway lan]\ninterface = br-lan\ntarget = {name}\n");
+        crate::kernel::forget_flows();
+        let daemon = Daemon::start(&ground, &format!("{spared}{outlet}{section}"), &[]);
+        for (client, remote) in clients.iter().zip([REMOTE4, REMOTE6]) {
+            let at = addr(*client, 5000);
+            let own = lan.client(1).run(|| UdpSocket::bind(at)).expect("bind");
+            own.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+            let speaker = lan.client(0).run(|| bind(addr(remote, 80), libc::SOCK_DGRAM));
+            UdpSocket::from(speaker).send_to(b"first", at).expect("speak");
+            own.recv_from(&mut [0; 9]).expect("it comes by us");
+            for _ in 0..3 {
+                own.send_to(b"then", addr(remote, 80)).expect("send");
+            }
+            assert_eq!(world.wire.to_remote(), [], "{name}");
+        }
+        daemon.stop_clean();
+    }
 }
 
 /// A client that has closed its socket when the answer comes: its host says "port unreachable", and

@@ -81,6 +81,10 @@ pub(super) fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
         );
         rules.extend(first);
     }
+    if gateway.target != Target::Direct && knows_spoofed(config) {
+        // a client that speaks to itself by us, in the name of who it wants to speak to
+        rules.push(begins_spoofed(config, Stmt::ComesAstray));
+    }
     // as in `drop_chain`
     rules.extend(spared_rules(config));
     rules.push(vec![Stmt::Local, Stmt::accept()]);

@@ -241,12 +241,7 @@ pub(super) fn ownerless_chain() -> Chain {
 /// which is its cgroup's: an unprivileged process can send from foreign addresses too (IPV6_FREEBIND),
 /// and would have what it sends next pass for answers, with a proxy or without.
 fn spoofed_rule(config: &Config) -> Rule {
-    vec![
-        Stmt::New,
-        Stmt::CtMark(mark(config, 0)),
-        Stmt::ForeignSource,
-        Stmt::SetCtMark(spoofed(config)),
-    ]
+    begins_spoofed(config, Stmt::ForeignSource)
 }
 
 /// What leaves by lo.

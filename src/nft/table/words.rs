@@ -85,15 +85,22 @@ pub(super) fn hijacks_local(config: &Config) -> bool {
     config.outlets().any(|outlet| outlet.dns_local)
 }
 
-/// Whether flows that this host begins from foreign addresses are known as such: where anything is
-/// taken of what processes send, answers are spared, and nobody may make his own packets look like some.
+/// Whether flows that begin from foreign addresses are known as such: where anything is taken of what
+/// processes or clients send, answers are spared, and nobody may make his own packets look like some.
 pub(super) fn knows_spoofed(config: &Config) -> bool {
-    has_outlets(config) || config.decides(Target::Drop) || !config.holds.is_empty()
+    let held = !config.holds.is_empty() || !config.gateways.is_empty();
+    has_outlets(config) || config.decides(Target::Drop) || held
 }
 
 /// The ct mark of flows that a proxy began (`spoofed_rule`).
 pub(super) fn spoofed(config: &Config) -> Mark {
     mark(config, config.spoofed_mark())
+}
+
+/// The rule that makes them known.
+pub(super) fn begins_spoofed(config: &Config, from: Stmt) -> Rule {
+    let unknown = Stmt::CtMark(mark(config, 0));
+    vec![Stmt::New, unknown, from, Stmt::SetCtMark(spoofed(config))]
 }
 
 /// A packet that answers whoever spoke first, if that was not a proxy for somebody else.
