@@ -1,7 +1,8 @@
 //! Following the cgroup tree: what the watcher sees goes to the core as events, and what the core asks
 //! is done, by turns and piece by piece. So it goes to and fro between watcher and core until a cgroup
-//! is decided; from there on there is one way, down to the kernel. For the daemon, which goes on with it, and for commands, which
-//! look once. It sends nothing to the kernel: what the sets should hold is the core's to say.
+//! is decided; from there on there is one way, down to the kernel. For the daemon, which
+//! goes on with it, and for commands, which look once. It sends nothing to the kernel: what the sets
+//! should hold is the core's to say.
 
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;

@@ -409,7 +409,8 @@ fn hash() -> Expr {
     Expr::Jhash { sreg: NFT_REG_2, dreg: NFT_REG_1, len: 8, modulus: u32::MAX, seed: 1 }
 }
 
-/// What the kernel makes of a cgroup id by that. Source: include/linux/jhash.h, net/netfilter/nft_hash.c, `reciprocal_scale()`.
+/// What the kernel makes of a cgroup id by that. Source: include/linux/jhash.h,
+/// net/netfilter/nft_hash.c, `reciprocal_scale()`.
 pub fn cgroup_hash(id: u64) -> u32 {
     const SEED: u32 = 1;
     const JHASH_INITVAL: u32 = 0xdead_beef;
