@@ -47,12 +47,16 @@ impl Random {
         Random(seed)
     }
 
-    /// A duration below `max`.
-    fn below(&mut self, max: Duration) -> Duration {
+    fn next(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
-        Duration::from_micros(self.0 % max.as_micros() as u64)
+        self.0
+    }
+
+    /// A duration below `max`.
+    fn below(&mut self, max: Duration) -> Duration {
+        Duration::from_micros(self.next() % max.as_micros() as u64)
     }
 }
 
@@ -1044,6 +1048,57 @@ fn the_table_loads_again() {
             load("delete table inet cgtproxy\n");
         });
         drop(daemon);
+    }
+}
+
+/// Of each key of a target some value or none, in many combinations.
+#[test]
+fn the_table_of_any_target_loads_again() {
+    const SWITCH: &[&str] = &["yes", "no", "drop", "reject"];
+    const PORTS: &[&str] = &["53", "80 443", "1-52"];
+    const RANGES: &[&str] = &["private", "203.0.113.0/24", "2001:db8::/32"];
+    const KEYS: [(&str, &[&str]); 13] = [
+        ("tcp", SWITCH),
+        ("udp", SWITCH),
+        ("ipv4", SWITCH),
+        ("ipv6", SWITCH),
+        ("quic", SWITCH),
+        ("tcp-ports", PORTS),
+        ("udp-ports", PORTS),
+        ("bypass", RANGES),
+        ("only", RANGES),
+        ("dns-hijack", &["127.0.0.1", "10.8.0.1:1053"]),
+        ("dns-hijack", &["[::1]:1053", "2001:db8::5"]),
+        ("dns-hijack-tcp", &["yes"]),
+        ("dns-hijack-local", &["yes"]),
+    ];
+    let ground = ground!("anytarget");
+    let mut random = Random(11);
+    for _ in 0..60 {
+        let mut lines = String::new();
+        for (key, values) in KEYS {
+            let wanted = !key.starts_with("dns-hijack-") || lines.contains("dns-hijack = ");
+            if let (true, Some(value)) =
+                (wanted, values.get(random.next() as usize % (2 * values.len())))
+            {
+                lines += &format!("{key} = {value}\n");
+            }
+        }
+        let config = format!(
+            "[tproxy a]\nport = 1\n{lines}[route b]\ninterface = wg0\n{lines}\
+             [gateway c]\ninterface = eth1\ntarget = a\n\
+             [gateway d]\ninterface = eth2\ntarget = b\n[rules]\na = user:7\nb = /b\n"
+        );
+        let out = run_with(&ground, &config, &["show"]);
+        assert!(out.status.success(), "{config}{}", String::from_utf8_lossy(&out.stderr));
+        let script = String::from_utf8_lossy(&out.stdout).into_owned();
+        ground.outside(|| {
+            let loaded = nft(&["-f", "-"], &script);
+            assert!(loaded.status.success(), "{config}{}", String::from_utf8_lossy(&loaded.stderr));
+            let again = format!("delete table inet cgtproxy\n{}", table());
+            let loaded = nft(&["-f", "-"], &again);
+            assert!(loaded.status.success(), "{config}{}", String::from_utf8_lossy(&loaded.stderr));
+        });
     }
 }
 

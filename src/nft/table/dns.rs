@@ -4,7 +4,7 @@ use super::spared::EXEMPT;
 use super::words::*;
 use super::{Chain, Rule};
 use crate::config::{Config, Outlet, Route, Take};
-use crate::net::{Family, Mark};
+use crate::net::{Family, Mark, L4};
 use crate::nft::stmt::Stmt;
 
 /// DNS of a target that hijacks it: the ct mark alone selects it for `nat_output`. With the packet
@@ -56,21 +56,17 @@ pub(super) fn rules_to_dns(outlet: &Outlet, chain: &str) -> Vec<Rule> {
     outlet.dns_protocols().map(rule).collect()
 }
 
-/// DNS that `dns_chain` could not take, where the target leaves other traffic alone: it must not get
-/// to the resolver that was asked.
-pub(super) fn query_rules(outlet: &Outlet) -> Vec<Rule> {
-    let mut rules = Vec::new();
-    for l4 in outlet.dns_protocols() {
-        let (take, ports) = outlet.protocol(l4);
-        let others = ports.iter().any(|ports| (ports.first..=ports.last).contains(&53));
-        let spares = take == Take::No || !(ports.is_empty() || others) || outlet.only.is_some();
-        for family in outlet.dns().map(|to| Family::of(&to.ip())) {
-            if spares || outlet.family(family) == Take::No {
-                rules.push(vec![Stmt::Nfproto(family), Stmt::Dport(l4, 53), Stmt::drop()]);
-            }
-        }
-    }
-    rules
+/// DNS of a protocol that `dns_chain` could not take, where the target leaves other traffic alone: it
+/// must not get to the resolver that was asked.
+pub(super) fn query_rules(outlet: &Outlet, l4: L4) -> Vec<Rule> {
+    let (take, ports) = outlet.protocol(l4);
+    let others = ports.iter().any(|ports| (ports.first..=ports.last).contains(&53));
+    let spares = take == Take::No || !(ports.is_empty() || others) || outlet.only.is_some();
+    let hijacks = outlet.dns_protocols().any(|hijacked| hijacked == l4);
+    let families = outlet.dns().map(|to| Family::of(&to.ip()));
+    let families = families.filter(|family| spares || outlet.family(*family) == Take::No);
+    let rule = |family| vec![Stmt::Nfproto(family), Stmt::Dport(l4, 53), Stmt::drop()];
+    families.filter(|_| hijacks).map(rule).collect()
 }
 
 /// DNS that is hijacked whatever its address, ahead of everything; or else where it has its turn.

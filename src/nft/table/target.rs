@@ -208,9 +208,9 @@ pub(super) fn keep_chain(outlet: &Outlet, name: String, take: Rule, leave: &Stmt
         rules.extend(switches(outlet, verdict, leave));
     }
     if outlet.picks() {
-        let udp = query_rules(outlet).into_iter().chain(switches(outlet, Take::No, leave));
+        rules.extend(query_rules(outlet, L4::Udp));
         let of_udp = |rule: Rule| [vec![Stmt::L4proto(L4::Udp)], rule].concat();
-        rules.extend(udp.map(of_udp));
+        rules.extend(switches(outlet, Take::No, leave).into_iter().map(of_udp));
         rules.extend(port_rules(outlet, L4::Udp, leave));
     }
     rules.push(take);
@@ -220,8 +220,8 @@ pub(super) fn keep_chain(outlet: &Outlet, name: String, take: Rule, leave: &Stmt
 /// What becomes of packets of an outlet by their protocol, port and destination: hijacked (by `dns`),
 /// left alone or refused.
 pub(super) fn sorting_rules(outlet: &Outlet, dns: Vec<Rule>, leave: &Stmt) -> Vec<Rule> {
-    let (only, switches) = (only_rules(outlet, leave), switch_rules(outlet, leave));
-    [dns, query_rules(outlet), only, switches].concat()
+    let queries = [L4::Udp, L4::Tcp].map(|l4| query_rules(outlet, l4)).concat();
+    [dns, queries, only_rules(outlet, leave), switch_rules(outlet, leave)].concat()
 }
 
 /// What an outlet does with protocols and families. `leave` is the verdict for what it leaves alone.
