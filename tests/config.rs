@@ -718,6 +718,15 @@ fn bad_routes() {
              route-table 252): set another route-table",
         ),
         (
+            "[global]\nroute-table = 0xffffffff\n[route a]\ninterface = w\n",
+            "c:3: [route a] would have table 4294967296 for its own (the routes have those behind \
+             route-table 4294967295): set another route-table",
+        ),
+        (
+            "[tproxy a]\nport = 1\ntcp-ports = ,\n",
+            "c:3: \"tcp-ports\" expects ports and ranges of them, like 80 443 8000-8999, not \",\"",
+        ),
+        (
             "[global]\nrule-priority = 32765\n[route a]\ntable = 9\n",
             "c:3: a route with a table needs a rule-priority up to 32764",
         ),

@@ -123,9 +123,9 @@ fn check_routes(config: &Config, sections: &[Section], problem: &mut Report) {
             }
             _ => {}
         }
-        let (first, own) = (config.route_table, config.table_of(index));
+        let (first, own) = (config.route_table, u64::from(config.route_table) + 1 + index as u64);
         let last = config.table_of(config.routes.len().saturating_sub(1));
-        if (253..=255).contains(&own) || own < first {
+        if (253..=255).contains(&own) || own > u32::MAX.into() {
             let message = format!(
                 "[route {name}] would have table {own} for its own (the routes have those behind \
                  route-table {first}): set another route-table"

@@ -122,7 +122,10 @@ pub fn ports(e: &Setting, list: &mut Vec<Range<u16>>) -> Result<()> {
         _ => Err(e.wrong()),
     };
     let parts = e.value.split(|c: char| c == ',' || c.is_whitespace());
-    for part in parts.filter(|part| !part.is_empty()) {
+    let mut parts = parts.filter(|part| !part.is_empty()).peekable();
+    // none stands for all
+    parts.peek().ok_or_else(|| e.wrong())?;
+    for part in parts {
         let (first, last) = part.split_once('-').unwrap_or((part, part));
         let (first, last) = (port(first)?, port(last)?);
         if first > last {
