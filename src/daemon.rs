@@ -547,7 +547,8 @@ impl Daemon<'_> {
             self.go_on_redirecting();
             self.end_stale(SLICE);
             if self.signals.status() {
-                log!(Notice, "status: {}", self.summary());
+                // somebody asks, so whatever the level is
+                log::write(Level::Notice, format_args!("status: {}", self.summary()));
                 self.warn();
                 self.ways.routing.hindrances.iter().for_each(|line| log!(Warning, "{line}"));
             }

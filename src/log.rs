@@ -130,6 +130,7 @@ pub fn enabled(level: Level) -> bool {
     LOG.with_borrow(|log| level <= log.level)
 }
 
+/// Writes a line whatever the level that is set.
 pub fn write(level: Level, text: fmt::Arguments) {
     LOG.with_borrow_mut(|log| log.write(level, text));
 }
@@ -159,9 +160,6 @@ macro_rules! log {
 
 impl Log {
     fn write(&mut self, level: Level, text: fmt::Arguments) {
-        if level > self.level {
-            return;
-        }
         if self.lost > 0 {
             let lost = self.lost;
             let text =

@@ -861,10 +861,12 @@ fn an_abstract_notify_socket() {
 #[test]
 fn sigusr1_tells_the_status() {
     let ground = ground!("sigusr1");
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
-    daemon.signal(Signal::SIGUSR1);
-    assert!(daemon.wait_log("status", PATIENCE), "{}", daemon.logs());
-    assert!(daemon.stop().success());
+    for config in [CONFIG, &format!("[global]\nlog-level = error\n{CONFIG}")] {
+        let daemon = Daemon::start(&ground, config, &[]);
+        daemon.signal(Signal::SIGUSR1);
+        assert!(daemon.wait_log("status", PATIENCE), "{}", daemon.logs());
+        assert!(daemon.stop().success());
+    }
 }
 
 #[test]
