@@ -77,6 +77,8 @@ fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mu
     let mut families = Vec::from(Family::BOTH);
     families.retain(|family| tproxy.outlet.family(*family) == Take::Yes);
     families.retain(|family| *family == Family::V4 || host.speaks_ipv6());
+    // one of which no destination is named is left alone
+    families.retain(|family| tproxy.outlet.only.as_ref().is_none_or(|only| only.has(*family)));
     for (l4, take) in [(L4::Tcp, tproxy.outlet.tcp), (L4::Udp, tproxy.outlet.udp)] {
         if take != Take::Yes || families.is_empty() {
             continue;

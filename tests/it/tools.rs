@@ -1597,6 +1597,10 @@ fn check_tells_who_listens() {
         }
         let without = CONFIG.replace("port = 7893", &format!("port = 7893\n{key} = no"));
         check(&ground, &without, CLEAN).finds_no("warning");
+        // a family of which no destination is named is left alone
+        let only = if key == "ipv6" { "198.18.0.0/15" } else { "2001:db8::/32" };
+        let only = CONFIG.replace("port = 7893", &format!("port = 7893\nonly = {only}"));
+        check(&ground, &only, CLEAN).finds_no("warning");
         let (cell, each) = listens();
         let want = if v4 == "proxy" { ("tcp4 udp4", "111010") } else { ("tcp6 udp6", "110101") };
         assert_eq!((&*cell, &*each), want);
