@@ -1,5 +1,5 @@
-//! Watching the cgroup tree: one inotify watch a directory, which tells of an [`Event`], and looking
-//! at a directory. It decides nothing: what it has [`Seen`] goes to the core.
+//! Watching the cgroup tree: one inotify watch a directory, and looking at a directory when the
+//! core asks. It decides nothing: what it saw goes to the core as an [`Event`].
 //!
 //! Every look may find the directory gone, or another one under its name: that is normal, and the
 //! events that say so are in the queue, because the parent was watched before.
@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::unistd::geteuid;
 
-use super::event::{Event, Found, List, Look, Scan, Seen};
+use super::event::{Event, Found, List, Scan};
 use super::tree::Path;
 use crate::error::{errno, Error, Result};
 use crate::policy;
@@ -143,20 +143,13 @@ impl Watcher {
         &self.above
     }
 
-    pub fn look(&mut self, look: &Look) -> Seen {
-        match look {
-            Look::Scan(scan) => self.scan(scan),
-            Look::Watch(found) => self.watch(found),
-        }
-    }
-
     /// Looks which cgroup there is under a path.
-    fn scan(&mut self, scan: &Scan) -> Seen {
+    pub fn scan(&mut self, scan: &Scan) -> Event {
         let path = scan.path.clone();
         if path.is_empty() {
             // it may be another one by now
             let Some(name) = self.name(&path) else {
-                return Seen::Gone { path };
+                return Event::Gone { path };
             };
             self.base = match sys::open_path(&name) {
                 Ok(base) => Some(base),
@@ -164,14 +157,14 @@ impl Watcher {
             };
         }
         let Some(base) = &self.base else {
-            return Seen::Gone { path };
+            return Event::Gone { path };
         };
         let (base, below) = (base.as_fd(), below(&path));
         match sys::cgroup_id(base, below) {
             Ok(id) => {
                 let foreign =
                     policy::is_of_exec(&path) && is_foreign(base, below, self.inotify.is_none());
-                Seen::Found(Found { path, id, deep: scan.deep, foreign, at: self.now() })
+                Event::Found(Found { path, id, deep: scan.deep, foreign, at: self.now() })
             }
             Err(errno) => failed(path, errno),
         }
@@ -185,10 +178,10 @@ impl Watcher {
 
     /// Watches and lists a cgroup that was found. The watch comes before the list, so that a child
     /// made in between is in the list or in the queue, or in both.
-    fn watch(&self, found: &Found) -> Seen {
+    pub fn watch(&self, found: &Found) -> Event {
         let Found { path, id, foreign, at, .. } = found.clone();
         let (Some(base), Some(name)) = (&self.base, self.name(&path)) else {
-            return Seen::Gone { path };
+            return Event::Gone { path };
         };
         let (base, below) = (base.as_fd(), below(&path));
         let mut refused = None;
@@ -212,22 +205,22 @@ impl Watcher {
         match listed {
             // what was watched and listed is another one by now
             Ok((seen, _)) if seen.inode as u32 != id as u32 => {
-                let seen = match sys::cgroup_id(base, below) {
-                    Ok(id) => Seen::Found(Found { path, id, deep: true, foreign, at: self.now() }),
+                let event = match sys::cgroup_id(base, below) {
+                    Ok(id) => Event::Found(Found { path, id, deep: true, foreign, at: self.now() }),
                     Err(errno) => failed(path, errno),
                 };
-                self.undo(wd, seen)
+                self.undo(wd, event)
             }
             Ok((seen, children)) => {
                 // events were lost, or we were stopped or busy
                 let late = at.is_some_and(|at| at > (seen.changed + LATE).as_nanos() as u64);
                 let list = Some(List { owner: seen.owner, late, children });
-                Seen::Listed { path, id, wd, refused, list }
+                Event::Listed { path, id, wd, refused, list }
             }
             Err(errno) => match failed(path, errno) {
-                Seen::Failed { path, errno } => {
+                Event::Failed { path, errno } => {
                     let refused = refused.or(Some(errno));
-                    Seen::Listed { path, id, wd, refused, list: None }
+                    Event::Listed { path, id, wd, refused, list: None }
                 }
                 gone => self.undo(wd, gone),
             },
@@ -248,10 +241,15 @@ impl Watcher {
         pids.take(PROCESSES).collect()
     }
 
-    /// How many cgroups are dying below one; `None` where the kernel does not tell.
-    pub fn count_dying(&self, path: &[u8]) -> Option<u64> {
-        let text = std::fs::read_to_string(self.file(path, b"/cgroup.stat")?).ok()?;
-        text.lines().find_map(|line| line.strip_prefix("nr_dying_descendants "))?.parse().ok()
+    /// Counts what is dying below a cgroup.
+    pub fn count_dying(&self, path: Path) -> Event {
+        let file = self.file(&path, b"/cgroup.stat");
+        let text = file.and_then(|file| std::fs::read_to_string(file).ok());
+        let count = text.and_then(|text| {
+            let mut lines = text.lines();
+            lines.find_map(|line| line.strip_prefix("nr_dying_descendants "))?.parse().ok()
+        });
+        Event::Dying { path, count }
     }
 
     /// A file of a cgroup, from the root of the file system; `None` where its path is too long for one.
@@ -269,9 +267,9 @@ impl Watcher {
     }
 
     /// A watch on a directory that turned out to be gone would never be named again.
-    fn undo(&self, wd: Option<i32>, seen: Seen) -> Seen {
+    fn undo(&self, wd: Option<i32>, event: Event) -> Event {
         wd.into_iter().for_each(|wd| self.unwatch(wd));
-        seen
+        event
     }
 
     /// Ends a watch. After rmdir the kernel keeps it, and the inode with it, until this call.
@@ -326,12 +324,12 @@ pub fn unreadable(root: &FilePath) -> Error {
 }
 
 /// What a look means that failed.
-fn failed(path: Path, errno: Errno) -> Seen {
+fn failed(path: Path, errno: Errno) -> Event {
     match errno {
         // too deep to be named by a path: it inherits, as the kernel has it
-        Errno::ENAMETOOLONG => Seen::Gone { path },
-        Errno::ENOENT | Errno::ENOTDIR | Errno::ENODEV => Seen::Gone { path },
-        errno => Seen::Failed { path, errno },
+        Errno::ENAMETOOLONG => Event::Gone { path },
+        Errno::ENOENT | Errno::ENOTDIR | Errno::ENODEV => Event::Gone { path },
+        errno => Event::Failed { path, errno },
     }
 }
 

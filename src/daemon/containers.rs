@@ -148,12 +148,8 @@ impl Daemon<'_> {
         let incomplete = self.containers.containers.is_incomplete();
         let mut news = (notified || incomplete) && self.hear_of_links();
         let clock = self.containers.clock();
-        let removed = self.cgroups.removed;
-        if std::mem::take(&mut self.cgroups.removed) {
-            let tree = self.cgroups.core.tree();
-            let id = |path: &Path| tree.get(path).map(|node| node.id);
-            news |= self.containers.containers.check(id, clock);
-        }
+        news |= self.miss_removed();
+        let removed = std::mem::take(&mut self.cgroups.removed);
         if joined {
             let changed = self.containers.vacant.changed();
             self.cgroups.ruled.extend(changed.into_iter().map(|(path, _)| path));
@@ -182,6 +178,19 @@ impl Daemon<'_> {
         if (news || removed) && self.containers.due.is_none() {
             self.watch_vacant();
         }
+    }
+
+    /// Whoever has lost his cgroup is looked for, and keeps his way meanwhile. To be known before that way
+    /// is asked for. Whether there is anybody.
+    fn miss_removed(&mut self) -> bool {
+        let tree = self.cgroups.core.tree();
+        let id = |path: &Path| tree.get(path).map(|node| node.id);
+        let search = &mut self.containers;
+        let missed = self.cgroups.removed && search.containers.check(id, search.clock());
+        if missed {
+            search.want();
+        }
+        missed
     }
 
     /// Nothing is looked for any more: has the kernel tell if a process joins a cgroup that holds none.
@@ -268,6 +277,7 @@ impl Daemon<'_> {
         if self.containers.impossible {
             return Entrances::default();
         }
+        self.miss_removed();
         let core = &self.cgroups.core;
         self.containers.containers.entrances(|path| core.ruled(path), Some).clone()
     }
@@ -298,6 +308,7 @@ impl Daemon<'_> {
 
     /// Targets have other numbers now.
     pub(super) fn rename_entrances(&mut self, old: &Config) {
+        self.miss_removed();
         let core = &self.cgroups.core;
         let same = |target| core.config().named(old.target_name(target));
         self.containers.containers.entrances(|path| core.ruled(path), same);
