@@ -153,8 +153,10 @@ fn burst() {
         await_exactly("cg_mihomo", &ids(&some), SETTLE);
         await_exactly("cg_drop", &ids(&most), SETTLE);
         let classified = start.elapsed();
-        let (watches, memory) = daemon.footprint();
-        assert_eq!(watches, at_rest.0 + count);
+        // classified first, watched then
+        let watches = || daemon.footprint().0 - at_rest.0;
+        assert!(wait_until(SETTLE, || watches() == count), "{} of {count} watched", watches());
+        let memory = daemon.footprint().1;
         println!("{count} cgroups made in {made:?}, classified in {classified:?}: {memory} KiB");
         for path in paths {
             rmdir(path);

@@ -86,7 +86,7 @@ fn reaches(
         return "nobody".into();
     }
     let got = |s: &&UdpSocket| recv_datagram(s).is_some();
-    match wait_until(Duration::from_millis(300), || proxies.iter().any(got)) {
+    match wait_until(PATIENCE, || proxies.iter().any(got)) {
         true => "proxy".into(),
         false => "nobody".into(),
     }
