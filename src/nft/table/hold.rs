@@ -11,8 +11,8 @@ use crate::nft::stmt::Stmt;
 /// The chain that asks whether a packet is of a cgroup below a held one.
 pub const HOLD: &str = "hold";
 
-/// Down to this level each has a chain of its own that asks for the next one, so that a packet pays
-/// for the levels of its own cgroup and not for those of others.
+/// Above this level each has a chain of its own that asks for deeper ones, so that a packet pays for
+/// the levels of its own cgroup and not for those of others.
 const SHALLOW: u8 = 8;
 
 /// How many levels below the deepest one that is known are asked for beneath these. One would do,
@@ -22,7 +22,7 @@ const AHEAD: u8 = 2;
 /// The chain that asks whether what is below that level has been looked at.
 fn hold_name(level: u8) -> String {
     match level {
-        0..=SHALLOW => format!("{HOLD}_{level}"),
+        0..SHALLOW => format!("{HOLD}_{level}"),
         _ => format!("{HOLD}_deep"),
     }
 }
@@ -42,12 +42,17 @@ pub fn hold_rules(config: &Config, holding: Option<&Holding>) -> Vec<(String, Ve
             levels.map(|level| vec![held(*level), Stmt::goto(hold_name(*level))]).collect()
         }
     };
-    let shallow = |level: u8| {
-        let next = level + 1;
-        vec![vec![known(next), Stmt::goto(hold_name(next))], unknown(next)]
+    // Whether one has been looked at is said at its own level, which is the deepest one that it has
+    // an ancestor at: below what is not known nothing is. That level is found without look-ups in what
+    // is large, and most of all by one that the packet has no cgroup at, which costs half of one.
+    let shallow = |level: u8, holding: &Holding| {
+        // no held one is below another: this is whether there is any
+        let deeper = Stmt::OtherCgroup { level: level + 2, set: HELD.into() };
+        let deeper = vec![deeper, Stmt::goto(hold_name(level + 1))];
+        let deeper = Some(deeper).filter(|_| level + 2 <= holding.deepest);
+        let own = Some(unknown(level + 1)).filter(|_| level < holding.deepest);
+        deeper.into_iter().chain(own).collect()
     };
-    // whether one has been looked at is said at its own level, which is the deepest one that it has
-    // an ancestor at: below what is not known nothing is
     let deep = |holding: &Holding| {
         let last = holding.last.max(SHALLOW + 1);
         let levels = (SHALLOW + 1..=last.saturating_add(AHEAD).min(holding.deepest)).rev();
@@ -58,14 +63,9 @@ pub fn hold_rules(config: &Config, holding: Option<&Holding>) -> Vec<(String, Ve
         levels.flat_map(one).collect()
     };
     let of = |rules: &dyn Fn(&Holding) -> Vec<Rule>| holding.map(rules).unwrap_or_default();
-    let levels = (0..=SHALLOW).rev().map(|level| {
-        let rules = of(&|holding| match level < holding.deepest {
-            true => shallow(level),
-            false => Vec::new(),
-        });
-        (hold_name(level), rules)
-    });
-    let deepest = (hold_name(SHALLOW + 1), of(&deep));
+    let levels = (0..SHALLOW).rev();
+    let levels = levels.map(|level| (hold_name(level), of(&|holding| shallow(level, holding))));
+    let deepest = (hold_name(SHALLOW), of(&deep));
     [deepest].into_iter().chain(levels).chain([(HOLD.to_string(), of(&hold))]).collect()
 }
 
