@@ -25,7 +25,7 @@ use crate::nft::marks::{self, Ours};
 use crate::nft::message::{self, Contents, Object, Transaction};
 use crate::nft::others;
 use crate::nft::stmt::cgroup_hash;
-use crate::nft::table::{class_name, Deeds, DEEDS, HOLD, OUTPUT, TABLE};
+use crate::nft::table::{class_name, Deeds, DEEDS, FRESH, HOLD, OUTPUT, TABLE};
 use crate::nft::view;
 use crate::route::{self, Needs};
 use crate::small::{SmallMap, SmallSet};
@@ -585,7 +585,9 @@ fn remedy(object: &Object, errno: Errno) -> Option<String> {
         None if *object == Object::Table && errno == Errno::EPERM => Some(format!(
             "table inet {TABLE} is owned by another process, or CAP_NET_ADMIN is missing"
         )),
-        Some(chain) if is_absent && (chain == OUTPUT || chain.starts_with(HOLD)) => {
+        Some(chain)
+            if is_absent && ([OUTPUT, FRESH].contains(&chain) || chain.starts_with(HOLD)) =>
+        {
             needs("nft_socket with cgroupv2 (Linux 5.13)", "kmod-nft-socket")
         }
         Some(chain) if is_absent && chain.starts_with("tproxy_") => {

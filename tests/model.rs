@@ -7,6 +7,7 @@
 //! there, and every watch must be on a live
 //! directory.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path as FilePath;
 use std::rc::Rc;
@@ -496,6 +497,10 @@ fn target_of(
             chain.rules.clone().into_iter()
         }
     };
+    // what may begin a flow goes the same way, once it has not been held
+    if let Some((_, fresh)) = own.iter().find(|(name, _)| name == table::FRESH) {
+        assert!(rules(OUTPUT).as_slice().ends_with(&fresh[1..]));
+    }
     let mut stack = vec![rules(OUTPUT)];
     while let Some(rest) = stack.last_mut() {
         let Some(rule) = rest.next() else {
@@ -533,9 +538,15 @@ fn is_held(chains: &HoldChains, kernel: &Kernel, ids: &[u64]) -> bool {
         0 => Some(ROOT),
         below => ids.get(below - 1).copied(),
     };
+    let looked = Cell::new(0);
     let holds = |set: &str, id: u64| match set {
         table::HELD => kernel.held.contains(&HoldElement::Root(id)),
-        table::KNOWN => kernel.held.contains(&HoldElement::Known(id)),
+        table::KNOWN => {
+            // at its own level alone, whether it is there and whether it is not
+            looked.set(looked.get() + 1);
+            assert!(looked.get() <= 2, "{ids:?}");
+            kernel.held.contains(&HoldElement::Known(id))
+        }
         other => panic!("{other}"),
     };
     let Some(mut rules) = chains.get(table::HOLD).map(|rules| rules.iter()) else {

@@ -550,8 +550,7 @@ pub fn route(report: &mut Report) {
 }
 
 /// What a packet of a TCP flow that is known passes where anything is held, of a datagram.
-const KNOWN_TCP: &str =
-    "meta l4proto != udp drop\nmeta l4proto udp ct state invalid,untracked drop\n";
+const KNOWN_TCP: &str = "meta l4proto != udp drop\nct state invalid,untracked drop\n";
 
 /// What `hold` costs packets: of TCP flows that are known, and all others below the held cgroup, some
 /// levels deeper, and elsewhere.
