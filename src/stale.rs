@@ -310,6 +310,8 @@ impl Fates {
         config.bypass_users.contains(&socket.uid)
             || config.bypass_dscps.contains(&socket.dscp)
             || config.bypass_marks.iter().any(|m| socket.mark & m.mask == m.value)
+            // WireGuard marks its packets, and its socket tells nothing of that
+            || (socket.unlimited && !config.bypass_marks.is_empty())
             || (socket.is_connected() && self.spares(socket.remote))
     }
 

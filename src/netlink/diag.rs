@@ -35,7 +35,7 @@ pub struct SeenSocket {
     /// What its packets bear; where [`get`] has asked.
     pub dscp: u8,
     /// Its send buffer has no limit, which no program can ask for and WireGuard's sockets have
-    /// (drivers/net/wireguard/socket.c); false where [`get_all`] has not asked.
+    /// (drivers/net/wireguard/socket.c); where [`get`] or [`get_all`] has asked.
     pub unlimited: bool,
     /// `struct inet_diag_sockid` as it came, cookie included.
     id: [u8; ID_LEN],
@@ -106,7 +106,7 @@ pub fn get(batch: &mut Batch, family: u8, protocol: u8, states: u32, ids: &[u64]
     let open = batch.begin(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP);
     let mut request = request(family, protocol, states, &[0; ID_LEN]);
     // idiag_ext: a bit for each attribute, from the first on
-    request[2] = 1 << (INET_DIAG_TOS - 1) | 1 << (INET_DIAG_TCLASS - 1);
+    request[2] = 1 << (INET_DIAG_TOS - 1) | 1 << (INET_DIAG_TCLASS - 1) | memory(protocol);
     batch.header(&request);
     if !ids.is_empty() {
         batch.raw(INET_DIAG_REQ_BYTECODE, &filter(ids));
@@ -118,10 +118,14 @@ pub fn get(batch: &mut Batch, family: u8, protocol: u8, states: u32, ids: &[u64]
 pub fn get_all(batch: &mut Batch, family: u8, protocol: u8, states: u32) {
     let open = batch.begin(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP);
     let mut request = request(family, protocol, states, &[0; ID_LEN]);
-    // idiag_ext: a bit for each attribute, from the first on
-    request[2] = u8::from(protocol == IPPROTO_UDP) << (INET_DIAG_SKMEMINFO - 1);
+    request[2] = memory(protocol);
     batch.header(&request);
     batch.end(open);
+}
+
+/// The bit of idiag_ext that asks for the memory of UDP sockets.
+fn memory(protocol: u8) -> u8 {
+    u8::from(protocol == IPPROTO_UDP) << (INET_DIAG_SKMEMINFO - 1)
 }
 
 /// Asks for the TCP listeners or the unconnected UDP sockets of a family on `port`.

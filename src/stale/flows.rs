@@ -334,9 +334,16 @@ mod tests {
         let mut unknown = example(17, 7, "0.0.0.0:4000", "");
         unknown.cgroup = None;
         assert_eq!(flows.own(&entry(here, there, 0, false), &unknown), None);
-        // of some cgroups alone
+        // WireGuard's packets may bear a mark that is bypassed
         let mut socket = example(17, 7, "0.0.0.0:4000", "");
-        socket.uid = 1;
+        (socket.uid, socket.unlimited) = (1, true);
+        assert_eq!(flows.own(&entry(here, there, 0, false), &socket), vpn);
+        let marked = CONFIG.replace("[tproxy p]", "bypass-mark = 7\n[tproxy p]").leak();
+        let marked = self::flows(marked);
+        assert_eq!(marked.own(&entry(here, there, 0, false), &socket), None);
+        assert_eq!(marked.own(&entry(here, there, 2, true), &socket), Some(Cure::Forget));
+        // of some cgroups alone
+        socket.unlimited = false;
         let of_some = |cgroup| {
             let outcomes = [(cgroup, flows.config().default_outcome())].into();
             let fates = Fates::under(flows.fates.config.clone());
