@@ -81,6 +81,47 @@ const CGROUPS_RELOADED: [(&str, &str); 5] = [
     ("/services/app/1", "direct"),
 ];
 
+/// A section of each kind, and each kind of key.
+const ALL_KINDS: &str = "
+[global]
+bypass      = 198.18.0.0/15
+bypass-mark = 0xff
+bypass-dscp = 4
+hold        = /held
+[tproxy mihomo]
+port             = 7893
+dns-hijack       = 127.0.0.1:1053
+dns-hijack-tcp   = yes
+dns-hijack-local = yes
+[route vpn]
+interface  = wg0
+quic       = reject
+dns-hijack = 10.8.0.1
+[route other]
+table     = 1000
+udp-ports = 443
+[rules]
+drop   = user:4321
+drop   = /drop
+mihomo = /proxied
+vpn    = /vpn
+other  = /other
+[gateway lan]
+interface  = br-*
+source     = 192.168.1.0/24
+source-mac = 02:00:00:00:00:01
+target     = mihomo
+[gateway dmz]
+interface = dmz0
+target    = drop
+[gateway guests]
+interface = guests0
+target    = vpn
+[gateway free]
+interface = free0
+target    = direct
+";
+
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
     if let [_, what, dir] = &arguments[..] {
@@ -108,6 +149,7 @@ fn main() {
         _ => {
             let ground = Ground::new();
             let figures = lifecycle(&ground);
+            all_kinds(&ground);
             let offload = offload::test(&ground);
             println!("\nVM PASS {figures}, {offload}, {}", bridged::test(&ground));
         }
@@ -215,6 +257,22 @@ fn heal(world: &mut World) -> String {
             took.last().map_or(0.0, |most| most.as_secs_f64() * 1e3)
         ),
     }
+}
+
+/// The whole table, as far as a configuration can make it: loaded, taken over, and gone.
+fn all_kinds(ground: &Ground) {
+    let mut world = World::new(ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroups = [("/drop", "drop"), ("/proxied", PROXY), ("/free", "direct")];
+    cgroups.iter().for_each(|(path, _)| make(path));
+    fs::write(CONFIG, ALL_KINDS).expect("write the configuration");
+    let daemon = Daemon::start();
+    expect(&mut world, &cgroups);
+    daemon.kill();
+    let daemon = Daemon::start();
+    expect(&mut world, &cgroups);
+    daemon.stop();
+    assert_eq!(netlink::residue(), BTreeSet::new(), "left in the kernel");
 }
 
 /// A kernel without what the table needs: `run` and `check` say so, and leave nothing behind.

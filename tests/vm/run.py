@@ -37,7 +37,7 @@ TRIPLES = {'armv7': 'armv7-unknown-linux-musleabihf', 'riscv64': 'riscv64gc-unkn
 REFUSED = {'amd64-5.10'}
 # crc32c_generic first: nf_conntrack's dependencies name it softly
 MODULES = '''crc32c_generic nf_tables nft_socket nft_tproxy nft_ct nft_fib_ipv4 nft_fib_ipv6 nft_fib_inet
-    nft_chain_nat nft_nat nft_redir nft_reject_inet nft_limit nft_log nft_counter nf_conntrack
+    nft_chain_nat nft_nat nft_masq nft_redir nft_reject_inet nft_limit nft_log nft_counter nft_hash nf_conntrack
     nft_flow_offload nf_flow_table_inet af_packet veth bridge'''.split()
 LATE = 'br_netfilter'  # loaded by the test itself
 LIMIT = 600  # seconds for a guest: some twenty where nobody else uses the processors
