@@ -16,17 +16,19 @@ struct Engine {
     cases: fn(&mut Yard) -> Verdict,
 }
 
-const ENGINES: [Engine; 6] = [
+const ENGINES: [Engine; 7] = [
     Engine { name: "docker", needs: &["dockerd", "docker"], cases: with_docker },
     Engine { name: "podman", needs: &["podman"], cases: with_podman },
     Engine { name: "rootless", needs: &["setpriv", "newuidmap"], cases: with_rootless },
     Engine { name: "lxc", needs: &["lxc-start"], cases: with_lxc },
     Engine { name: "nspawn", needs: &["systemd-nspawn"], cases: with_nspawn },
     Engine { name: "nested", needs: &["dockerd", "docker"], cases: with_nested },
+    Engine { name: "podman-in-lxc", needs: &["lxc-start", "podman"], cases: with_podman_in_lxc },
 ];
 
 /// What a container asks the remote host.
 const ASK: &str = "/bin/busybox timeout 5 /bin/busybox nc 203.0.113.7 80 </dev/null";
+const ASK6: &str = "/bin/busybox timeout 5 /bin/busybox nc 2001:db8:2::7 80 </dev/null";
 
 struct Yard<'a> {
     ground: &'a Ground,
@@ -366,7 +368,7 @@ fn with_nested(yard: &mut Yard) -> Verdict {
         ["seccomp", "apparmor", "systempaths"].map(|of| format!("--security-opt {of}=unconfined"));
     let boot = |dir: &std::path::Path, image: &str, parent: &str| {
         sh(&format!(
-            "{outer} run -d --rm --name outer --cap-add NET_ADMIN --cap-add SYS_ADMIN {} {} -v {image}:/image:ro \
+            "{outer} run -d --rm --name outer --network six --ip6 fd00:c::9 --cap-add NET_ADMIN --cap-add SYS_ADMIN {} {} -v {image}:/image:ro \
              -v {}:/start.sh:ro --tmpfs /inner:exec --cgroup-parent /{parent}/box box /bin/sh /start.sh",
             open.join(" "),
             host.join(" "),
@@ -376,6 +378,13 @@ fn with_nested(yard: &mut Yard) -> Verdict {
         sh(&format!("{outer} exec outer sh -c 'tar -C /image -c . | {outer} import - box'"))
     };
     let free = yard.proxied.replace("/proxied", "/free");
+    let six = |subnet: &str| format!("network create --ipv6 --subnet {subnet}::/64 six");
+    sh(&format!("{outer} {}", six("fd00:c")))?;
+    sysctl("net/ipv6/conf/all/forwarding", "1");
+    for subnet in ["fd00:c", "fd00:d"] {
+        let line = format!("route add {subnet}::/64 via 2001:db8:1::1\n");
+        yard.ground.outside(|| ip_batch(&[], &line));
+    }
     for (parent, who) in
         [(yard.proxied.clone(), PROXY), (yard.dropped.clone(), "nobody"), (free.clone(), "remote")]
     {
@@ -384,6 +393,17 @@ fn with_nested(yard: &mut Yard) -> Verdict {
             for within in ["inner", "other"] {
                 let line = format!(
                     "{inner} run --rm --cgroup-parent /{within} box /bin/sh -c '{ASK}; true'"
+                );
+                y.asks(&line, who).map_err(|why| format!("{within}: {why}"))?;
+            }
+            Ok(())
+        });
+        yard.case(&format!("docker in docker, {who}, IPv6"), |y| {
+            sh(&format!("{inner} {}", six("fd00:d")))?;
+            sh("ip -6 route replace fd00:d::/64 via fd00:c::9")?;
+            for within in ["inner", "other"] {
+                let line = format!(
+                    "{inner} run --rm --network six --cgroup-parent /{within} box /bin/sh -c '{ASK6}; true'"
                 );
                 y.asks(&line, who).map_err(|why| format!("{within}: {why}"))?;
             }
@@ -405,6 +425,65 @@ fn with_nested(yard: &mut Yard) -> Verdict {
         });
     }
     processes.into_iter().for_each(Process::end);
+    Ok(())
+}
+
+/// podman in LXC: as docker in docker.
+fn with_podman_in_lxc(yard: &mut Yard) -> Verdict {
+    yard.bridge();
+    let dir = yard.ground.dir.display().to_string();
+    yard.daemon.reconfigure(&CONFIG.replace("[rules]\n", "[rules]\ndrop = /.*/inner\n"));
+    sh(&format!("cp -a {} {dir}/inner", yard.image))?;
+    let free = yard.proxied.replace("/proxied", "/free");
+    let host = ["usr", "etc"]
+        .map(|at| format!("lxc.mount.entry = /{at} {at} none bind,ro,create=dir 0 0\n"));
+    let own =
+        ["var", "run"].map(|at| format!("lxc.mount.entry = none {at} tmpfs create=dir 0 0\n"));
+    sh(&format!(
+        "cd {0} && rm -rf bin && for d in bin sbin lib lib64; do ln -s usr/$d $d; done; \
+         mkdir -p image",
+        yard.image
+    ))?;
+    let sysfs = format!("{dir}/sysfs.sh");
+    let text = "mount -t sysfs none /sys && mount -t cgroup2 none /sys/fs/cgroup && exec \"$@\"\n";
+    std::fs::write(&sysfs, text).map_err(|e| e.to_string())?;
+    for (name, parent, who) in [
+        ("proxied", yard.proxied.clone(), PROXY),
+        ("mute", yard.dropped.clone(), "nobody"),
+        ("free", free, "remote"),
+    ] {
+        let conf = format!("{dir}/{name}.conf");
+        let text = format!(
+            "lxc.uts.name = {name}\nlxc.rootfs.path = dir:{}\nlxc.net.0.type = veth\n\
+             lxc.net.0.link = br-box\nlxc.net.0.flags = up\nlxc.net.0.ipv4.address = \
+             198.51.100.10/24\nlxc.net.0.ipv4.gateway = 198.51.100.1\nlxc.cgroup.dir = {parent}/lxc\n\
+             lxc.mount.auto = proc:rw sys:rw\nlxc.pty.max = 0\nlxc.tty.max = 0\nlxc.cap.drop =\n\
+             lxc.mount.entry = {dir}/inner image none bind,create=dir 0 0\n{}{}",
+            yard.image,
+            host.concat(),
+            own.concat()
+        );
+        std::fs::write(&conf, text).map_err(|e| e.to_string())?;
+        let lxc = |command: &str| format!("unshare -m sh {sysfs} lxc-{command} -P {dir} -n {name}");
+        yard.case(&format!("podman in LXC, {who}"), |y| {
+            let running = run(&format!("{} -F -f {conf} -- /usr/bin/sleep 600", lxc("start")))?;
+            sh(&format!("{} -s RUNNING -t 20", lxc("wait")))?;
+            let mut said = Ok(());
+            for within in ["inner", "other"] {
+                let inside = format!(
+                    "mount -t cgroup2 none /sys/fs/cgroup; mkdir -p /dev/shm; mount -t tmpfs none /dev/shm; \
+                     podman --runtime runc --root /var/podman --runroot /run/podman \
+                     --network-config-dir /var/networks --cgroup-manager cgroupfs run --rm {LIMITS} \
+                     --cgroup-parent /{within} --rootfs /image /bin/sh -c \"{ASK}; true\""
+                );
+                let line = format!("{} --clear-env -v PATH=/usr/sbin:/usr/bin -- /bin/sh -c '{inside}'", lxc("attach"));
+                said = said.and_then(|()| y.asks(&line, who).map_err(|why| format!("{within}: {why}")));
+            }
+            sh(&format!("{} -k", lxc("stop")))?;
+            running.end();
+            said.and_then(|()| y.nothing_left())
+        });
+    }
     Ok(())
 }
 
