@@ -585,6 +585,10 @@ fn remedy(object: &Object, errno: Errno) -> Option<String> {
         None if *object == Object::Table && errno == Errno::EPERM => Some(format!(
             "table inet {TABLE} is owned by another process, or CAP_NET_ADMIN is missing"
         )),
+        // its flags: of an owner, as the lock has one
+        None if *object == Object::Table && errno == Errno::EINVAL => {
+            Some("the kernel knows no owners of tables: it has to be Linux 5.13 or later".into())
+        }
         Some(chain)
             if is_absent && ([OUTPUT, FRESH].contains(&chain) || chain.starts_with(HOLD)) =>
         {
@@ -612,6 +616,7 @@ mod tests {
         };
         let absent = Errno::ENOENT;
         assert!(has(Object::Table, Errno::EPERM, "owned by another process"));
+        assert!(has(Object::Table, Errno::EINVAL, "Linux 5.13"));
         assert!(has(Object::RuleOf("output".into()), absent, "kmod-nft-socket"));
         assert!(has(chain("output"), Errno::EOPNOTSUPP, "kmod-nft-socket"));
         assert!(has(Object::RuleOf("tproxy_x".into()), absent, "kmod-nft-tproxy"));
