@@ -161,6 +161,32 @@ pub struct TargetView {
     pub refused: Option<Counter>,
 }
 
+impl TargetView {
+    /// By the rules of its chains.
+    fn of(rules: &[RuleView], name: &str) -> TargetView {
+        let [to, forward, receive, closed, here, astray] =
+            ["to_", "forward_", "tproxy_", "closed_", "here_", "astray_"]
+                .map(|kind| of(rules, kind, name));
+        let is_route = !closed.is_empty();
+        TargetView {
+            name: name.to_string(),
+            mark: to.iter().find_map(|rule| mark(rule)),
+            forwarded: forward.iter().find_map(|rule| mark(rule)).filter(|_| is_route),
+            is_route,
+            interface: astray.iter().find_map(|rule| way_out(rule)),
+            port: receive.iter().find_map(|rule| port(rule)),
+            addresses: receive.iter().filter_map(|rule| address(rule)).collect(),
+            taken: total(&to),
+            refused: total(&[receive, closed, here, astray].concat()),
+        }
+    }
+}
+
+/// The rules of one chain.
+fn of<'a>(rules: &'a [RuleView], kind: &str, name: &str) -> Vec<&'a RuleView> {
+    rules.iter().filter(|rule| rule.chain.strip_prefix(kind) == Some(name)).collect()
+}
+
 /// A rule of `output`: a packet of a cgroup whose ancestor at `level` is in the set of target `set`
 /// goes to `target`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -252,31 +278,13 @@ impl View {
             "drop" => 1,
             _ => 2,
         });
-        let of = |chain: String| {
-            let found: Vec<&RuleView> = rules.iter().filter(|rule| rule.chain == chain).collect();
-            found
+        let is_routed = |rule: &&RuleView| {
+            let target = rule.chain.strip_prefix("forward_");
+            target.is_some_and(|name| !of(rules, "tproxy_", name).is_empty())
         };
-        let targets = names.iter().map(|name| {
-            let receive = of(format!("tproxy_{name}"));
-            let closed = of(format!("closed_{name}"));
-            let here = of(format!("here_{name}"));
-            TargetView {
-                name: name.to_string(),
-                mark: of(format!("to_{name}")).iter().find_map(|rule| mark(rule)),
-                forwarded: of(format!("forward_{name}"))
-                    .iter()
-                    .find_map(|rule| mark(rule))
-                    .filter(|_| !closed.is_empty()),
-                is_route: !closed.is_empty(),
-                interface: of(format!("astray_{name}")).iter().find_map(|rule| way_out(rule)),
-                port: receive.iter().find_map(|rule| port(rule)),
-                addresses: receive.iter().filter_map(|rule| address(rule)).collect(),
-                taken: total(&of(format!("to_{name}"))),
-                refused: total(&[receive, closed, here, of(format!("astray_{name}"))].concat()),
-            }
-        });
+        let output = of(rules, OUTPUT, "");
         let mut view = View {
-            targets: targets.collect(),
+            targets: names.iter().map(|name| TargetView::of(rules, name)).collect(),
             steps: Vec::new(),
             owners: owners(rules),
             default: "direct".into(),
@@ -285,33 +293,34 @@ impl View {
             interfaces: Vec::new(),
             veths: SmallMap::default(),
             entered: Vec::new(),
-            routed: (rules.iter())
-                .filter(|rule| {
-                    let name = rule.chain.strip_prefix("forward_");
-                    let is = |name: &&str| !of(format!("tproxy_{name}")).is_empty();
-                    name.filter(is).is_some()
-                })
-                .find_map(mark),
-            unknown: total(&of(UNKNOWN.into())),
-            classifies: rules.iter().any(|rule| rule.chain == OUTPUT),
+            routed: rules.iter().filter(is_routed).find_map(mark),
+            unknown: total(&of(rules, UNKNOWN, "")),
+            classifies: !output.is_empty(),
             foreign: !rules.is_empty() && !names.contains(&"drop"),
         };
+        view.take_gateways(rules);
+        view.take_steps(output, rules, &mut Vec::new());
+        view
+    }
+
+    /// Takes the gateway sections, those for containers with the veths that lead to them.
+    fn take_gateways(&mut self, rules: &[RuleView]) {
         let mut containers = SmallMap::default();
-        for rule in of("gateways".into()) {
+        for rule in of(rules, "gateways", "") {
             let Some(name) = goes_to(rule, "gw_") else {
                 continue;
             };
-            view.interfaces.extend(interface(rule));
+            self.interfaces.extend(interface(rule));
             if let Some(target) = name.strip_prefix(CONTAINERS) {
                 // wherever they come in
-                view.interfaces.push(Interface { name: String::new(), prefix: true });
-                view.entered.extend(compared(rule));
+                self.interfaces.push(Interface { name: String::new(), prefix: true });
+                self.entered.extend(compared(rule));
                 containers.extend(compared(rule).map(|mark| (mark.value, target.to_string())));
             }
             // a section has a rule for each interface and family
-            if view.gateways.iter().all(|gateway| gateway.name != name) {
-                let own = of(format!("gw_{name}"));
-                view.gateways.push(GatewayView {
+            if self.gateways.iter().all(|gateway| gateway.name != name) {
+                let own = of(rules, "gw_", name);
+                self.gateways.push(GatewayView {
                     name: name.into(),
                     target: gateway_target(&own).into(),
                     taken: total(&own),
@@ -325,20 +334,23 @@ impl View {
                 Some(mark) => containers.get(&mark.value).cloned(),
                 None => drops.then(|| "drop".into()),
             };
-            view.veths.extend(index.zip(target));
+            self.veths.extend(index.zip(target));
         }
-        view.take_steps(OUTPUT, rules, &mut Vec::new());
-        view
     }
 
     /// Takes the steps of a chain, those of the chains that gates lead to in their places.
-    fn take_steps<'a>(&mut self, within: &str, rules: &'a [RuleView], seen: &mut Vec<&'a str>) {
-        for rule in rules.iter().filter(|rule| rule.chain == within) {
+    fn take_steps<'a>(
+        &mut self,
+        chain: Vec<&'a RuleView>,
+        rules: &'a [RuleView],
+        seen: &mut Vec<&'a str>,
+    ) {
+        for rule in chain {
             if let Some(below) = below(rule) {
                 // by its id and by its hash a gate leads to the same chain
                 if !seen.contains(&below) && seen.len() < MOST_NESTED {
                     seen.push(below);
-                    self.take_steps(below, rules, seen);
+                    self.take_steps(of(rules, below, ""), rules, seen);
                 }
                 continue;
             }
@@ -353,17 +365,16 @@ impl View {
             let Some((class, target)) = plain().or_else(behind) else {
                 continue;
             };
-            let step = |level, set: &str, kind, target| {
-                let hashed = kind == "dying";
-                let set = classed(set, kind).map_or(set, |(_, set)| set).to_string();
-                Step { level, set, target, class, hashed }
-            };
-            match rule.exprs[..] {
-                [Expr::SocketCgroup { level, .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
-                    self.steps.push(step(level, set, "cg", target))
-                }
-                [Expr::SocketCgroup { level, .. }, Expr::Jhash { .. }, Expr::Lookup { set: Named(ref set), .. }, ..] => {
-                    self.steps.push(step(level, set, "dying", target))
+            let hashed = rule.exprs.iter().any(|expr| matches!(expr, Expr::Jhash { .. }));
+            let set = rule.exprs.iter().find_map(|expr| match expr {
+                Expr::Lookup { set: Named(set), .. } => Some(set),
+                _ => None,
+            });
+            match (rule.exprs.first(), set) {
+                (Some(Expr::SocketCgroup { level, .. }), Some(set)) => {
+                    let named = classed(set, if hashed { "dying" } else { "cg" });
+                    let set = named.map_or(&**set, |(_, set)| set).to_string();
+                    self.steps.push(Step { level: *level, set, target, class, hashed })
                 }
                 _ => self.default = target,
             }
@@ -489,8 +500,9 @@ fn way_out(rule: &RuleView) -> Option<String> {
 
 /// The mark that a rule asks the packet for.
 fn compared(rule: &RuleView) -> Option<Mark> {
+    use Expr::{Bitwise, Cmp, MetaLoad};
     match rule.exprs.get(..3)? {
-        [Expr::MetaLoad { key: NFT_META_MARK, .. }, Expr::Bitwise { mask, .. }, Expr::Cmp { data, .. }] => {
+        [MetaLoad { key: NFT_META_MARK, .. }, Bitwise { mask, .. }, Cmp { data, .. }] => {
             Some(Mark { value: parse::u32_ne(data)?, mask: *mask })
         }
         _ => None,
