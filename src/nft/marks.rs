@@ -309,93 +309,109 @@ impl<'a> Walk<'a> {
     }
 
     fn rule(&mut self, place: &'a str, rule: &'a ForeignRule) -> Next {
-        let mut registers: SmallMap<u32, Register> = SmallMap::default();
+        let mut registers = SmallMap::default();
         let mut matches = Truth::Yes;
         for expr in &rule.exprs {
-            let bits = |reg: &u32| match registers.get(reg) {
-                Some(Register::Bits(bits)) => *bits,
-                _ => Bits::NONE,
-            };
-            let (mark, ct) = (self.packet.mark, self.packet.ct);
-            match expr {
-                Nft(Expr::MetaLoad { key: NFT_META_IIF | NFT_META_IIFNAME, dreg }) => {
-                    registers.insert(*dreg, Register::Iif);
-                }
-                Nft(Expr::MetaLoad { key: NFT_META_OIF | NFT_META_OIFNAME, dreg }) => {
-                    registers.insert(*dreg, Register::Oif);
-                }
-                Nft(Expr::MetaLoad { key: NFT_META_MARK, dreg }) => {
-                    registers.insert(*dreg, Register::Bits(mark));
-                }
-                Nft(Expr::CtLoad { key: NFT_CT_MARK, dreg }) => {
-                    registers.insert(*dreg, Register::Bits(ct));
-                }
-                Nft(Expr::Immediate { dreg, data }) => {
-                    let value = parse::u32_ne(data).map_or(Bits::NONE, Bits::all);
-                    registers.insert(*dreg, Register::Bits(value));
-                }
-                Nft(Expr::Bitwise { sreg, dreg, mask, xor }) => {
-                    let done = bits(sreg).masked(*mask, *xor);
-                    registers.insert(*dreg, Register::Bits(done));
-                }
-                Nft(Expr::Cmp { op: op @ (NFT_CMP_EQ | NFT_CMP_NEQ), sreg, data }) => {
-                    let is = match (registers.get(sreg), parse::u32_ne(data)) {
-                        (Some(Register::Iif), _) => self.packet.iif.is(data),
-                        (Some(Register::Oif), _) => self.packet.oif.is(data),
-                        (Some(Register::Bits(bits)), Some(value)) => bits.is(value, u32::MAX),
-                        _ => Truth::Maybe,
-                    };
-                    matches = matches.min(is.is(*op == NFT_CMP_EQ));
-                }
-                Nft(Expr::MetaSet { key: NFT_META_MARK, sreg }) => {
-                    let new = bits(sreg);
-                    self.set(false, place, new, matches);
-                }
-                Nft(Expr::CtSet { key: NFT_CT_MARK, sreg }) => {
-                    let new = bits(sreg);
-                    self.set(true, place, new, matches);
-                }
-                Nft(Expr::Verdict(verdict)) => match (verdict, matches) {
-                    (Verdict::Jump(to) | Verdict::Goto(to), _) => {
-                        let back = matches!(verdict, Verdict::Jump(_));
-                        match (matches, self.chain(to), back) {
-                            (Truth::Yes, true, _) => return Next::Done,
-                            (Truth::Yes, false, false) => return Next::Back,
-                            _ => {}
-                        }
-                    }
-                    (Verdict::Return, Truth::Yes) => return Next::Back,
-                    (_, Truth::Yes) => return Next::Done,
-                    _ => {}
+            let still = match expr {
+                Nft(Expr::Verdict(verdict)) => match self.verdict(verdict, matches) {
+                    Next::On => Truth::Yes,
+                    next => return next,
                 },
-                Xt(XtMark::Is { ct: of_ct, value, mask, equal }) => {
-                    let bits = if *of_ct { ct } else { mark };
-                    matches = matches.min(bits.is(*value, *mask).is(*equal));
-                }
-                Xt(XtMark::Set { ct: of_ct, value, mask: bits }) => {
-                    let old = if *of_ct { ct } else { mark };
-                    self.set(*of_ct, place, old.masked(!bits, *value), matches);
-                }
-                Xt(XtMark::Copy { to_ct, ct: ct_bits, packet, shifted }) => {
-                    let (old, own, from, bits) = match to_ct {
-                        true => (ct, ct_bits, mark, packet),
-                        false => (mark, packet, ct, ct_bits),
-                    };
-                    let from = if *shifted { Bits::NONE } else { from };
-                    let new = old.masked(!own, 0).xor(from.masked(*bits, 0));
-                    self.set(*to_ct, place, new, matches);
-                }
-                Nft(Expr::Counter) | ForeignExpr::Notrack => {}
-                _ => {
+                Nft(expr) => self.expr(place, expr, &mut registers, matches),
+                Xt(xt) => self.xt(place, xt, matches),
+                ForeignExpr::Notrack => Truth::Yes,
+                ForeignExpr::ForeignSource | ForeignExpr::Other => {
                     registers.clear();
-                    matches = matches.min(Truth::Maybe);
+                    Truth::Maybe
                 }
-            }
+            };
+            matches = matches.min(still);
             if matches == Truth::No {
                 break;
             }
         }
         Next::On
+    }
+
+    /// How it goes on behind a verdict of a rule that `matches` until there.
+    fn verdict(&mut self, verdict: &'a Verdict, matches: Truth) -> Next {
+        let next = match verdict {
+            Verdict::Jump(to) | Verdict::Goto(to) => {
+                match (self.chain(to), matches!(verdict, Verdict::Jump(_))) {
+                    (true, _) => Next::Done,
+                    (false, true) => Next::On,
+                    (false, false) => Next::Back,
+                }
+            }
+            Verdict::Return => Next::Back,
+            _ => Next::Done,
+        };
+        match matches {
+            Truth::Yes => next,
+            _ => Next::On,
+        }
+    }
+
+    /// Whether a rule that `matches` until there does so behind that expression.
+    fn expr(
+        &mut self,
+        place: &'a str,
+        expr: &Expr,
+        registers: &mut SmallMap<u32, Register>,
+        matches: Truth,
+    ) -> Truth {
+        let bits = |reg: &u32| match registers.get(reg) {
+            Some(Register::Bits(bits)) => *bits,
+            _ => Bits::NONE,
+        };
+        let (dreg, loaded) = match expr {
+            Expr::MetaLoad { key: NFT_META_IIF | NFT_META_IIFNAME, dreg } => (dreg, Register::Iif),
+            Expr::MetaLoad { key: NFT_META_OIF | NFT_META_OIFNAME, dreg } => (dreg, Register::Oif),
+            Expr::MetaLoad { key: NFT_META_MARK, dreg } => (dreg, Register::Bits(self.packet.mark)),
+            Expr::CtLoad { key: NFT_CT_MARK, dreg } => (dreg, Register::Bits(self.packet.ct)),
+            Expr::Immediate { dreg, data } => {
+                (dreg, Register::Bits(parse::u32_ne(data).map_or(Bits::NONE, Bits::all)))
+            }
+            Expr::Bitwise { sreg, dreg, mask, xor } => {
+                (dreg, Register::Bits(bits(sreg).masked(*mask, *xor)))
+            }
+            Expr::Cmp { op: op @ (NFT_CMP_EQ | NFT_CMP_NEQ), sreg, data } => {
+                let is = match (registers.get(sreg), parse::u32_ne(data)) {
+                    (Some(Register::Iif), _) => self.packet.iif.is(data),
+                    (Some(Register::Oif), _) => self.packet.oif.is(data),
+                    (Some(Register::Bits(bits)), Some(value)) => bits.is(value, u32::MAX),
+                    _ => Truth::Maybe,
+                };
+                return is.is(*op == NFT_CMP_EQ);
+            }
+            Expr::MetaSet { key: NFT_META_MARK, sreg } | Expr::CtSet { key: NFT_CT_MARK, sreg } => {
+                self.set(matches!(expr, Expr::CtSet { .. }), place, bits(sreg), matches);
+                return Truth::Yes;
+            }
+            Expr::Counter => return Truth::Yes,
+            _ => {
+                registers.clear();
+                return Truth::Maybe;
+            }
+        };
+        registers.insert(*dreg, loaded);
+        Truth::Yes
+    }
+
+    /// The same of one of xtables.
+    fn xt(&mut self, place: &'a str, xt: &XtMark, matches: Truth) -> Truth {
+        let of = |ct: bool| if ct { self.packet.ct } else { self.packet.mark };
+        let (ct, new) = match xt {
+            XtMark::Is { ct, value, mask, equal } => return of(*ct).is(*value, *mask).is(*equal),
+            XtMark::Set { ct, value, mask } => (*ct, of(*ct).masked(!mask, *value)),
+            XtMark::Copy { to_ct, ct, packet, shifted } => {
+                let (own, bits) = if *to_ct { (ct, packet) } else { (packet, ct) };
+                let from = if *shifted { Bits::NONE } else { of(!to_ct) };
+                (*to_ct, of(*to_ct).masked(!own, 0).xor(from.masked(*bits, 0)))
+            }
+        };
+        self.set(ct, place, new, matches);
+        Truth::Yes
     }
 
     /// The mark of the packet, or of its flow, is set.
