@@ -98,7 +98,7 @@ fn level(path: &Path) -> isize {
 }
 
 /// What a look at a directory tells: its cgroup's id and that of the mount that it is in.
-pub type Look<'a> = &'a dyn Fn(&Path) -> std::result::Result<(u64, i32), Errno>;
+pub type Look<'a> = &'a dyn Fn(&Path) -> nix::Result<(u64, i32)>;
 
 /// The root that `wanted` (or auto) means, given the mounts. Which of them a directory is in, it
 /// says itself: one may hide another.
@@ -168,7 +168,7 @@ pub fn find(wanted: Option<&Path>) -> Result<Root> {
 }
 
 /// The ids of a directory's cgroup and of the mount that it is in.
-pub fn find_identity(dir: &Path) -> std::result::Result<(u64, i32), Errno> {
+pub fn find_identity(dir: &Path) -> nix::Result<(u64, i32)> {
     sys::cgroup_handle(AT_FDCWD, dir.as_os_str().as_bytes())
 }
 

@@ -43,7 +43,7 @@ const MASK: AddWatchFlags = AddWatchFlags::from_bits_retain(
 
 /// A new inotify instance. Errors: EMFILE at the limit of instances (the sysctl
 /// `fs.inotify.max_user_instances`) or of descriptors.
-pub fn inotify() -> std::result::Result<Inotify, Errno> {
+pub fn inotify() -> nix::Result<Inotify> {
     Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
 }
 
@@ -284,12 +284,7 @@ impl Watcher {
 /// Watches the directory `below` of `base`, which is `name` from the root of the file system. The
 /// call takes no directory to start from, and the way from there costs as much as the watch: so
 /// `base` is made the working directory, which nothing else in the daemon goes by.
-fn add_watch(
-    inotify: &Inotify,
-    base: BorrowedFd,
-    below: &[u8],
-    name: &CStr,
-) -> std::result::Result<i32, Errno> {
+fn add_watch(inotify: &Inotify, base: BorrowedFd, below: &[u8], name: &CStr) -> nix::Result<i32> {
     let path = match nix::unistd::fchdir(base) {
         Ok(()) => below,
         Err(_) => name.to_bytes(),
@@ -342,7 +337,7 @@ fn below(path: &[u8]) -> &[u8] {
 }
 
 /// The names of a directory's subdirectories.
-fn subdirectories(path: &CString) -> std::result::Result<Vec<Box<[u8]>>, Errno> {
+fn subdirectories(path: &CString) -> nix::Result<Vec<Box<[u8]>>> {
     let list = || -> std::io::Result<_> {
         let mut found = Vec::new();
         for entry in std::fs::read_dir(OsStr::from_bytes(path.as_bytes()))? {

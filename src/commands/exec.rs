@@ -192,7 +192,7 @@ impl OwnCgroup {
     }
 
     /// Moves this process, and no other.
-    fn enter(&self) -> std::result::Result<(), Errno> {
+    fn enter(&self) -> nix::Result<()> {
         (&self.procs).write_all(b"0").map_err(|e| errno(&e))
     }
 }

@@ -53,22 +53,17 @@ impl Kernel {
     }
 
     /// Errors: ENOENT where it has ended by itself.
-    pub fn forget_entry(&mut self, entry: &Tracked) -> std::result::Result<(), Errno> {
+    pub fn forget_entry(&mut self, entry: &Tracked) -> nix::Result<()> {
         self.nft.tell(&|batch| conntrack::delete(batch, entry))
     }
 
     /// Has a flow known with a mark of ours. Errors: as of [`Kernel::forget_entry`].
-    pub fn mark_entry(&mut self, entry: &Tracked, own: Mark) -> std::result::Result<(), Errno> {
+    pub fn mark_entry(&mut self, entry: &Tracked, own: Mark) -> nix::Result<()> {
         self.nft.tell(&|batch| conntrack::mark(batch, entry, own.value, own.mask))
     }
 
     /// Has a flow go on with a mark of ours and another source address.
-    pub fn move_entry(
-        &mut self,
-        entry: &Tracked,
-        own: Mark,
-        source: IpAddr,
-    ) -> std::result::Result<(), Errno> {
+    pub fn move_entry(&mut self, entry: &Tracked, own: Mark, source: IpAddr) -> nix::Result<()> {
         let mark = entry.mark & !own.mask | own.value;
         let both = |batch: &mut Batch| {
             conntrack::delete(batch, entry);

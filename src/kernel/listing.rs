@@ -1,7 +1,6 @@
 //! What takes long to list is listed by and by: the kernel makes each datagram of a dump when it is
 //! read. Over a socket of its own, since a dump that goes on takes part in whatever else is read there.
 
-use nix::errno::Errno;
 use nix::sys::socket::SockProtocol;
 
 use crate::error::{Error, Result};
@@ -37,7 +36,7 @@ impl<A> Listing<A> {
         &mut self,
         request: fn(&mut Batch, &A),
         each: &mut dyn FnMut(&A, &Message),
-    ) -> Result<std::result::Result<bool, Errno>> {
+    ) -> Result<nix::Result<bool>> {
         if self.reads.is_none() {
             let Some(ask) = self.asks.pop() else {
                 return Ok(Ok(false));

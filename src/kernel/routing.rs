@@ -14,7 +14,6 @@ use crate::netlink::fib::{self, SeenRoute, SeenRule};
 use crate::netlink::link::{self, Link};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
-use crate::netlink::socket::Failure;
 use crate::nft::table::Devices;
 use crate::nft::view;
 use crate::route::{self, Entry, Needs, Seen};
@@ -293,19 +292,9 @@ impl Kernel {
         }
     }
 
-    fn route_request(&mut self, entry: &Entry, add: bool) -> std::result::Result<(), Errno> {
-        let mut batch = self.rt.batch();
-        entry.encode(&mut batch, add);
-        let last = batch.last_seq();
-        match self.rt.transact(&batch, last) {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(Failure::Refused { errno, text, .. })) => {
-                log!(Debug, "{}: {}", entry.command("…"), text.unwrap_or_else(|| reason(errno)));
-                Err(errno)
-            }
-            Ok(Err(Failure::Unknown)) => Err(Errno::ENOBUFS),
-            Err(error) => Err(error.errno().unwrap_or(Errno::EIO)),
-        }
+    fn route_request(&mut self, entry: &Entry, add: bool) -> nix::Result<()> {
+        let told = self.rt.tell(&|batch| entry.encode(batch, add));
+        told.inspect_err(|errno| log!(Debug, "{}: {}", entry.command("…"), reason(*errno)))
     }
 }
 

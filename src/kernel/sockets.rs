@@ -41,7 +41,7 @@ impl Kernel {
     }
 
     /// Ends a socket. Errors: ENOENT where it has ended by itself; else the kernel cannot.
-    pub fn end_socket(&mut self, socket: &SeenSocket) -> std::result::Result<(), Errno> {
+    pub fn end_socket(&mut self, socket: &SeenSocket) -> nix::Result<()> {
         let ended = self.destroy(socket);
         self.ends_sockets &= matches!(ended, Ok(()) | Err(Errno::ENOENT));
         ended
@@ -206,7 +206,7 @@ impl Kernel {
         self.nft.dump(&request, conntrack::parse_traffic).ok()?.ok()
     }
 
-    fn destroy(&mut self, socket: &SeenSocket) -> std::result::Result<(), Errno> {
+    fn destroy(&mut self, socket: &SeenSocket) -> nix::Result<()> {
         match self.diag.as_mut().filter(|_| can_destroy()) {
             Some(asked) => asked.tell(&|batch| diag::destroy(batch, socket)),
             None => Err(Errno::EOPNOTSUPP),
@@ -214,7 +214,7 @@ impl Kernel {
     }
 }
 
-fn answer<T>(asked: Result<std::result::Result<Option<T>, Errno>>) -> Option<T> {
+fn answer<T>(asked: Result<nix::Result<Option<T>>>) -> Option<T> {
     asked.ok()?.ok()?
 }
 

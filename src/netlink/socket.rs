@@ -13,6 +13,7 @@ use super::msg::Batch;
 use super::parse::{self, Messages, Reply};
 use super::uapi::*;
 use crate::error::{Error, Result};
+use crate::log;
 use crate::sys;
 
 /// Room for the largest datagram that the kernel builds for a dump (`NLMSG_GOODSIZE`, 32 KiB), and
@@ -134,11 +135,7 @@ impl Socket {
 
     /// Hands the refusals among the answers that are there to `refused`, up to the answer of message
     /// `last`; whether that is there.
-    fn answers(
-        &mut self,
-        last: u32,
-        refused: &mut dyn FnMut(Reply),
-    ) -> std::result::Result<bool, Errno> {
+    fn answers(&mut self, last: u32, refused: &mut dyn FnMut(Reply)) -> nix::Result<bool> {
         loop {
             let length = match self.receive() {
                 Ok(length) => length,
@@ -164,7 +161,7 @@ impl Socket {
         &mut self,
         request: &dyn Fn(&mut Batch),
         read: impl Fn(&parse::Message) -> Option<T>,
-    ) -> Result<std::result::Result<Option<T>, Errno>> {
+    ) -> Result<nix::Result<Option<T>>> {
         let mut batch = self.batch();
         request(&mut batch);
         self.send(&batch)?;
@@ -190,13 +187,16 @@ impl Socket {
     /// Has the kernel do what these requests say, of which the last must carry `NLM_F_ACK`.
     ///
     /// Errors: its refusal, or the socket's; ENOBUFS where the answer was lost.
-    pub fn tell(&mut self, requests: &dyn Fn(&mut Batch)) -> std::result::Result<(), Errno> {
+    pub fn tell(&mut self, requests: &dyn Fn(&mut Batch)) -> nix::Result<()> {
         let mut batch = self.batch();
         requests(&mut batch);
         let last = batch.last_seq();
         match self.transact(&batch, last) {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(Failure::Refused { errno, .. })) => Err(errno),
+            Ok(Err(Failure::Refused { errno, text, .. })) => {
+                text.iter().for_each(|text| log!(Debug, "the kernel says: {text}"));
+                Err(errno)
+            }
             Ok(Err(Failure::Unknown)) => Err(Errno::ENOBUFS),
             Err(error) => Err(error.errno().unwrap_or(Errno::EIO)),
         }
@@ -210,7 +210,7 @@ impl Socket {
         &mut self,
         request: &dyn Fn(&mut Batch),
         each: impl Fn(&parse::Message) -> Option<T>,
-    ) -> Result<std::result::Result<Vec<T>, Errno>> {
+    ) -> Result<nix::Result<Vec<T>>> {
         let mut tries = 8;
         loop {
             tries -= 1;
@@ -229,7 +229,7 @@ impl Socket {
         request: &dyn Fn(&mut Batch),
         each: &mut dyn FnMut(&parse::Message),
         last: bool,
-    ) -> Result<Option<std::result::Result<(), Errno>>> {
+    ) -> Result<Option<nix::Result<()>>> {
         self.begin_dump(request)?;
         loop {
             match self.part(each) {
@@ -255,7 +255,7 @@ impl Socket {
     pub fn part(
         &mut self,
         each: &mut dyn FnMut(&parse::Message),
-    ) -> std::result::Result<Option<std::result::Result<(), Errno>>, Errno> {
+    ) -> nix::Result<Option<nix::Result<()>>> {
         let length = self.receive()?;
         for message in Messages::new(&self.buf[..length]) {
             if message.seq != self.seq {
@@ -283,7 +283,7 @@ impl Socket {
     /// Reads one datagram of notifications; `Ok(None)` when there is none.
     ///
     /// Errors: ENOBUFS where notifications were lost.
-    pub fn notification(&mut self) -> std::result::Result<Option<&[u8]>, Errno> {
+    pub fn notification(&mut self) -> nix::Result<Option<&[u8]>> {
         match self.receive() {
             Ok(length) => Ok(Some(&self.buf[..length])),
             Err(Errno::EAGAIN) => Ok(None),
@@ -311,7 +311,7 @@ impl Socket {
     ///
     /// Errors: ENOBUFS where datagrams were lost, which one is that has no room in `buf`: the next
     /// of its size will have.
-    fn receive(&mut self) -> std::result::Result<usize, Errno> {
+    fn receive(&mut self) -> nix::Result<usize> {
         loop {
             match sys::receive_netlink(self.fd.as_fd(), &mut self.buf) {
                 Ok((_, sender)) if sender != 0 => continue,
