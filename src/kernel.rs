@@ -267,9 +267,7 @@ impl Kernel {
     ///
     /// Errors: what the kernel lacks, with the remedy.
     pub fn probe_cgroups(&mut self) -> Result<()> {
-        let mut transaction = Transaction::new(self.nft.batch());
-        transaction.probe_cgroups();
-        self.commit(transaction)
+        self.change(Transaction::probe_cgroups)
     }
 
     /// The level of our own cgroup as `socket cgroupv2 level` counts it: which datagrams of ours,
@@ -295,9 +293,7 @@ impl Kernel {
             sent.is_err_and(|e| e.raw_os_error() == Some(libc::EPERM))
         };
         let found = lengths.take_while(dropped).last();
-        let mut transaction = Transaction::new(self.nft.batch());
-        transaction.remove_table_of(message::ASKING);
-        self.commit(transaction)?;
+        self.change(|transaction| transaction.remove_table_of(message::ASKING))?;
         control.map_err(refused)?;
         Ok(found.map(|length| length as u32 - 1))
     }
@@ -311,9 +307,7 @@ impl Kernel {
 
     /// Whether it can match removed cgroups too. Said where it cannot.
     pub fn can_keep_dying(&mut self) -> bool {
-        let mut transaction = Transaction::new(self.nft.batch());
-        transaction.probe_hashes();
-        let answer = self.commit(transaction);
+        let answer = self.change(Transaction::probe_hashes);
         if let Err(error) = &answer {
             log!(
                 Notice,
@@ -351,9 +345,7 @@ impl Kernel {
         // before the rules go that keep others out
         let open = self.rules().map(|rules| view::open_to_loopback(&rules)).unwrap_or_default();
         self.set_localnet(open.iter().map(String::as_str), false);
-        let mut transaction = Transaction::new(self.nft.batch());
-        transaction.remove_table();
-        self.commit(transaction).map(|()| true)
+        self.change(Transaction::remove_table).map(|()| true)
     }
 
     /// What the lock says; `None` where there is none.
@@ -365,9 +357,7 @@ impl Kernel {
     ///
     /// Errors: EPERM where another process holds it.
     pub fn set_lock(&mut self, lock: Lock) -> Result<()> {
-        let mut transaction = Transaction::new(self.nft.batch());
-        lock::set(&mut transaction, lock);
-        self.commit(transaction)
+        self.change(|transaction| lock::set(transaction, lock))
     }
 
     /// Whether the table is there, and the port id that owns it, if any does.
@@ -384,6 +374,13 @@ impl Kernel {
     /// What a transaction for [`Kernel::commit`] is to be built in.
     pub fn batch(&mut self) -> Batch {
         self.nft.batch()
+    }
+
+    /// Commits a transaction of that.
+    fn change(&mut self, put: impl FnOnce(&mut Transaction)) -> Result<()> {
+        let mut transaction = Transaction::new(self.batch());
+        put(&mut transaction);
+        self.commit(transaction)
     }
 
     /// Has a transaction take effect, as a whole or not at all.

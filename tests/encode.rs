@@ -85,7 +85,7 @@ fn tables() {
         let (kind, create) = (libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE);
         same(
             "new table",
-            |ours| ours.table(kind as u16, create as u16, flags),
+            |ours| ours.table_of("cgtproxy", kind as u16, create as u16, flags, None),
             |theirs| theirs.table(kind, create, flags),
         );
     }

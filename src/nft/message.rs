@@ -96,7 +96,7 @@ impl Transaction {
     /// Replaces the whole table, whether it is there or not. `flags` go to the new one.
     pub fn replace(&mut self, table: &Table, flags: Option<u32>) {
         self.remove_table();
-        self.table(NFT_MSG_NEWTABLE, NLM_F_CREATE, flags);
+        self.table_of(TABLE, NFT_MSG_NEWTABLE, NLM_F_CREATE, flags, None);
         for chain in &table.chains {
             self.chain(chain);
         }
@@ -184,34 +184,33 @@ impl Transaction {
     }
 
     /// Adds cgroup ids to a set.
-    pub fn add_cgroups(&mut self, set: &str, mut ids: impl Iterator<Item = u64>) {
-        self.cgroups(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, &mut ids);
+    pub fn add_cgroups(&mut self, set: &str, ids: impl Iterator<Item = u64>) {
+        self.keys(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, &mut ids.map(u64::to_ne_bytes));
     }
 
     /// Deletes cgroup ids from a set; one that is not there fails the transaction.
-    pub fn delete_cgroups(&mut self, set: &str, mut ids: impl Iterator<Item = u64>) {
-        self.cgroups(NFT_MSG_DELSETELEM, 0, set, &mut ids);
+    pub fn delete_cgroups(&mut self, set: &str, ids: impl Iterator<Item = u64>) {
+        self.keys(NFT_MSG_DELSETELEM, 0, set, &mut ids.map(u64::to_ne_bytes));
     }
 
     /// Adds hashes of cgroup ids to a set.
-    pub fn add_hashes(&mut self, set: &str, mut hashes: impl Iterator<Item = u32>) {
-        self.hashes(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, &mut hashes);
+    pub fn add_hashes(&mut self, set: &str, hashes: impl Iterator<Item = u32>) {
+        self.keys(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, &mut hashes.map(u32::to_ne_bytes));
     }
 
-    pub fn delete_hashes(&mut self, set: &str, mut hashes: impl Iterator<Item = u32>) {
-        self.hashes(NFT_MSG_DELSETELEM, 0, set, &mut hashes);
+    pub fn delete_hashes(&mut self, set: &str, hashes: impl Iterator<Item = u32>) {
+        self.keys(NFT_MSG_DELSETELEM, 0, set, &mut hashes.map(u32::to_ne_bytes));
     }
 
-    fn cgroups(&mut self, kind: u16, flags: u16, set: &str, ids: &mut dyn Iterator<Item = u64>) {
-        self.elements(kind, flags, set, None, ids, |batch, id| {
-            value(batch, NFTA_SET_ELEM_KEY, &id.to_ne_bytes())
-        });
-    }
-
-    fn hashes(&mut self, kind: u16, flags: u16, set: &str, all: &mut dyn Iterator<Item = u32>) {
-        self.elements(kind, flags, set, None, all, |batch, hash| {
-            value(batch, NFTA_SET_ELEM_KEY, &hash.to_ne_bytes())
-        });
+    fn keys<const BYTES: usize>(
+        &mut self,
+        kind: u16,
+        flags: u16,
+        set: &str,
+        keys: &mut dyn Iterator<Item = [u8; BYTES]>,
+    ) {
+        let write = |batch: &mut Batch, key: [u8; BYTES]| value(batch, NFTA_SET_ELEM_KEY, &key);
+        self.elements(kind, flags, set, None, keys, write);
     }
 
     /// Adds a named counter that has counted so many packets.
@@ -239,11 +238,7 @@ impl Transaction {
         open
     }
 
-    /// `flags`: what the table is created with, or none at all (kernels without table flags).
-    pub fn table(&mut self, kind: u16, flags: u16, table_flags: Option<u32>) {
-        self.table_of(TABLE, kind, flags, table_flags, None);
-    }
-
+    /// `table_flags`: what the table is created with, or none at all (kernels without table flags).
     pub fn table_of(
         &mut self,
         name: &str,
@@ -628,8 +623,8 @@ pub fn probe(probes: &[Probe], batch: Batch) -> (Batch, Vec<u32>, u32) {
 pub const ASKING: &str = "cgtproxy-asking";
 
 /// Lays out the question how deep our own cgroup is: of the datagrams over `lo` from and to UDP port
-/// `port`, that with `1 + level` bytes is dropped if the sender's cgroup has an ancestor of that level, or is one.
-/// Others' packets pass. The table goes with the socket that made it.
+/// `port`, that with `1 + level` bytes is dropped if the sender's cgroup has an ancestor of that
+/// level, or is one. Others' packets pass. The table goes with the socket that made it.
 pub fn ask_levels(port: u16, levels: std::ops::Range<u32>, batch: Batch) -> Transaction {
     let mut t = Transaction::new(batch);
     let owned = Some(NFT_TABLE_F_OWNER);
