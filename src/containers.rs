@@ -11,7 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::cgroup::tree::Path;
+use crate::cgroup::tree::{Node, Path};
 use crate::config::Target;
 use crate::netlink::link::Link;
 use crate::netlink::netns::Change;
@@ -64,7 +64,7 @@ pub struct Containers {
     /// Cgroups that have come and were found, which may move on yet.
     young: BTreeMap<Path, Vain>,
     /// Cgroups that held no process when they were looked at, by depth, path and id.
-    vacant: BTreeSet<(usize, Path, u64)>,
+    vacant: BTreeSet<(u16, Path, u64)>,
     /// What comes in by a veth, as of last time.
     entrances: Entrances,
     /// Some interface is not known: a bridge that a veth is on, or whatever there is.
@@ -245,9 +245,8 @@ impl Containers {
     }
 
     /// The same look has shown whether any process is there.
-    pub fn lived_in(&mut self, path: &Path, id: u64, is: bool) {
-        let depth = path.iter().filter(|byte| **byte == b'/').count();
-        let cgroup = (depth, path.clone(), id);
+    pub fn lived_in(&mut self, path: &Path, node: &Node, is: bool) {
+        let cgroup = (node.depth, path.clone(), node.id);
         match is {
             true => drop(self.vacant.remove(&cgroup)),
             false => drop(self.vacant.insert(cgroup)),
@@ -477,16 +476,17 @@ mod tests {
     fn those_without_a_process_are_kept_in_mind() {
         let mut c = Containers::default();
         let deep = |i: usize| path(&format!("/1/a/{i}"));
-        (0..MOST_VACANT).for_each(|i| c.lived_in(&deep(i), 7, false));
+        let node = |id, depth| Node { id, depth, ..Node::default() };
+        (0..MOST_VACANT).for_each(|i| c.lived_in(&deep(i), &node(7, 3), false));
         let first = path("/2");
-        c.lived_in(&first, 8, false);
+        c.lived_in(&first, &node(8, 1), false);
         // nobody could be anywhere
         assert_eq!(c.vacant(), BTreeSet::new());
         c.change(link(7, "v7", 0, Some(5)), 0);
         let vacant = c.vacant();
         assert_eq!(vacant.len(), MOST_VACANT);
         assert!(vacant.contains(&(first.clone(), 8)));
-        c.lived_in(&first, 8, true);
+        c.lived_in(&first, &node(8, 1), true);
         // another one by now
         c.check(|path| Some(if *path == deep(1) { 9 } else { 7 }), 0);
         assert!(!c.vacant().contains(&(deep(1), 7)) && !c.vacant().contains(&(first, 8)));

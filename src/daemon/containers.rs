@@ -252,7 +252,7 @@ impl Daemon<'_> {
                 continue;
             };
             let processes = self.cgroups.watcher.processes(&path);
-            search.containers.lived_in(&path, node.id, !processes.is_empty());
+            search.containers.lived_in(&path, node, !processes.is_empty());
             let (nets, all) = self.kernel.namespaces_of(&processes);
             // who has ended has not moved on
             if all && !processes.is_empty() && search.containers.has_moved(&path, &nets) {
