@@ -367,8 +367,7 @@ impl Daemon<'_> {
         self.settle();
         self.redirect_flows();
         // a table of before was in force all the time, so that nothing changed for the same target
-        let suspects = Suspects::find(&self.cgroups.core, before, |_| true);
-        self.look_for_stale(suspects, FIRST_SLICE);
+        self.suspect_all(before, FIRST_SLICE);
         // they were among these
         self.cgroups.core.take_late();
         self.pidfile.as_ref().map_or(Ok(()), Pidfile::write)?;
@@ -404,6 +403,12 @@ impl Daemon<'_> {
         let mask = self.cgroups.core.config().mask;
         let marks = inventory.view.targets.iter().filter_map(|target| target.mark);
         Some((before, proxied_marks(marks.filter(|mark| mark.mask != mask))))
+    }
+
+    /// Looks for stale sockets in all cgroups, whose targets take what they took before.
+    fn suspect_all(&mut self, before: Option<Before>, slice: Duration) {
+        let suspects = Suspects::find(&self.cgroups.core, before, |_| true);
+        self.look_for_stale(suspects, slice);
     }
 
     /// Ends sockets of these cgroups that go another way than they should by now, so that their
@@ -708,8 +713,7 @@ impl Daemon<'_> {
                 // until now they went by the default
                 let before = Before::of_default(self.cgroups.core.config());
                 let before = Some(before).filter(|_| self.doubts.is_none());
-                let suspects = Suspects::find(&self.cgroups.core, before, |_| true);
-                self.look_for_stale(suspects, SLICE);
+                self.suspect_all(before, SLICE);
             }
             Ok(None) => {}
             Err(error) => {
@@ -786,8 +790,7 @@ impl Daemon<'_> {
                 log!(limited::Notice, "the table is in force again");
                 if std::mem::take(&mut self.exposed) {
                     self.redirect_flows();
-                    let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
-                    self.look_for_stale(suspects, SLICE);
+                    self.suspect_all(None, SLICE);
                 }
             }
             Err(error) => {
@@ -1064,8 +1067,8 @@ fn remove(kernel: &mut Kernel) -> Result<()> {
     kernel.trim_routing(&SmallSet::default()).map(drop)
 }
 
-/// The cgroups that the sets of a table hold and that do not live, for a new table to keep. Those that were
-/// removed while no daemon ran are known by their id, at every level that it is looked for at.
+/// The cgroups that the sets of a table hold and that do not live, for a new table to keep. Those that
+/// were removed while no daemon ran are known by their id, at every level that it is looked for at.
 fn removed(inventory: &Inventory, core: &Core) -> Vec<Dying> {
     let living = core.tree().iter().map(|(_, node)| cgroup_hash(node.id));
     let living: BTreeSet<u32> = living.collect();

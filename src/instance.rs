@@ -24,8 +24,8 @@ const PAUSE: u8 = 5; // milliseconds
 /// Takes the lock for as long as `kernel` lives, and sees to it that nobody owns the table. Waits
 /// shortly for another instance to end.
 ///
-/// Returns what the lock said before; `None` where the end is wanted first. Errors: another instance runs; its pid is said. Somebody else
-/// owns a table of our name.
+/// Returns what the lock said before; `None` where the end is wanted first. Errors: another instance
+/// runs; its pid is said. Somebody else owns a table of our name.
 pub fn claim(kernel: &mut Kernel, signals: &mut Signals) -> Result<Option<Option<Lock>>> {
     let start = Instant::now();
     let mut before = kernel.lock()?;

@@ -96,8 +96,8 @@ pub fn finds(
     found.max().unwrap_or(Finds::Nothing)
 }
 
-/// All listeners that there are now, by a socket of sock_diag(7). What cannot be asked (a kernel without IPv6, or without
-/// CONFIG_INET_DIAG and /proc) holds none.
+/// All listeners that there are now, by a socket of sock_diag(7). What cannot be asked (a kernel
+/// without IPv6, or without CONFIG_INET_DIAG and /proc) holds none.
 pub fn listeners(mut socket: Option<&mut Socket>) -> Vec<SeenSocket> {
     let mut all = Vec::new();
     for kind @ (protocol, family) in diag::KINDS {

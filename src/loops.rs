@@ -9,7 +9,8 @@ use crate::policy;
 pub type Home = (String, Target);
 
 /// A line for each tproxy whose traffic goes in circles. `listeners` are those of each tproxy's
-/// port, in the order of the configuration; `home` knows every cgroup below the cgroup root, by id, and uid.
+/// port, in the order of the configuration; `home` knows every cgroup below the cgroup root, by id,
+/// and uid.
 ///
 /// It cannot be told from here whether a proxy's packets bear a bypass-mark, or whether it became
 /// another user once it was listening.
@@ -131,7 +132,10 @@ mod tests {
             let home = move |_, _| Some((path.to_string(), Target::Tproxy(0)));
             find(&config, &own, home).remove(0)
         };
-        assert!(said("/x").ends_with("is in cgroup /x; begin [rules] with a direct rule for that, or name its user as bypass-user"));
+        assert!(said("/x").ends_with(
+            "is in cgroup /x; begin [rules] with a direct rule for that, or name its user as \
+             bypass-user"
+        ));
         assert!(said("/").contains("is in cgroup /, which no rule covers: give it a cgroup"));
         assert!(find(&config, &outside, home)[0].contains("is outside the cgroup root, which no"));
     }

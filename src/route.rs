@@ -1,6 +1,7 @@
 //! Policy routing: the ip rules that send marked packets to our route tables, and the routes there
-//! that deliver them locally, or lead out by the interface of a route section. Pure: what is wanted, what is there, the difference, and what others'
-//! rules and routes mean to it. Everything of ours carries the routing protocol number 99.
+//! that deliver them locally, or lead out by the interface of a route section. Pure: what is wanted,
+//! what is there, the difference, and what others' rules and routes mean to it. Everything of ours
+//! carries the routing protocol number 99.
 
 use std::cmp::Ordering;
 use std::fmt;

@@ -3,7 +3,8 @@
 //!
 //! A socket's owner may decide before its cgroup does: inet_diag tells the uid, not the group.
 //! Never stale: listening sockets and what others connected to, UDP sockets of a port or an interface
-//! that somebody chose, and what a target leaves alone. In doubt a flow that nobody listens for is outbound.
+//! that somebody chose, and what a target leaves alone. In doubt a flow that nobody listens for is
+//! outbound.
 
 pub mod flows;
 

@@ -111,8 +111,9 @@ pub(super) fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
 
 /// Most packets of a target: those of a flow that was found to be its own. Nothing that may have
 /// changed since is left out but ports (`other_udp_ports`): what the target does not take, where TCP
-/// does not stay with it, DNS that is translated, and marks and users that are left alone. What the bypass of all targets has
-/// got since then holds for new flows, and so do the destinations of a target for UDP (`known_rules`).
+/// does not stay with it, DNS that is translated, and marks and users that are left alone. What the
+/// bypass of all targets has got since then holds for new flows, and so do the destinations of a
+/// target for UDP (`known_rules`).
 fn short_cuts(config: &Config, outlet: &Outlet) -> Vec<Rule> {
     let family = match (outlet.ipv4 == Take::Yes, outlet.ipv6 == Take::Yes) {
         (true, true) => None,
