@@ -12,9 +12,12 @@ use super::uapi::*;
 /// reports for a sequence number names one message.
 #[derive(Debug, Default, Clone)]
 pub struct Batch {
-    buf: Vec<u8>,
+    /// By words, which all of netlink is aligned to: one is put in sooner than some bytes are.
+    buf: Vec<Word>,
     seq: u32,
 }
+
+pub type Word = [u8; NLA_ALIGNTO];
 
 /// A message that has been begun; give it back to [`Batch::end`].
 #[must_use]
@@ -31,17 +34,17 @@ impl Batch {
     }
 
     /// The same, in memory that is there already.
-    pub fn within(mut buf: Vec<u8>, seq0: u32) -> Batch {
+    pub fn within(mut buf: Vec<Word>, seq0: u32) -> Batch {
         buf.clear();
         Batch { buf, seq: seq0 }
     }
 
-    pub fn into_memory(self) -> Vec<u8> {
+    pub fn into_memory(self) -> Vec<Word> {
         self.buf
     }
 
     pub fn bytes(&self) -> &[u8] {
-        &self.buf
+        self.buf.as_flattened()
     }
 
     /// The sequence number of the message begun last.
@@ -52,7 +55,8 @@ impl Batch {
     /// Begins a message of `kind` with `flags`; the header's port id is left 0 for the kernel.
     pub fn begin(&mut self, kind: u16, flags: u16) -> Open {
         let at = self.buf.len();
-        let head = self.head(kind, flags);
+        self.seq = self.seq.wrapping_add(1);
+        let head = [[0; 4], halves(kind, flags), self.seq.to_ne_bytes(), [0; 4]];
         self.buf.extend_from_slice(&head);
         Open(at)
     }
@@ -65,66 +69,57 @@ impl Batch {
 
     /// The same, with any such header.
     pub fn begin_with(&mut self, kind: u16, flags: u16, nfgenmsg: [u8; 4]) -> Open {
-        let at = self.buf.len();
-        let mut head = [0; 20];
-        head[..16].copy_from_slice(&self.head(kind, flags));
-        head[16..].copy_from_slice(&nfgenmsg);
-        self.buf.extend_from_slice(&head);
-        Open(at)
-    }
-
-    fn head(&mut self, kind: u16, flags: u16) -> [u8; 16] {
-        self.seq = self.seq.wrapping_add(1);
-        let ([a, b], [c, d]) = (kind.to_ne_bytes(), flags.to_ne_bytes());
-        let [e, f, g, h] = self.seq.to_ne_bytes();
-        [0, 0, 0, 0, a, b, c, d, e, f, g, h, 0, 0, 0, 0]
+        let open = self.begin(kind, flags);
+        self.buf.push(nfgenmsg);
+        open
     }
 
     pub fn end(&mut self, open: Open) {
-        let len = (self.buf.len() - open.0) as u32;
-        self.buf[open.0..open.0 + 4].copy_from_slice(&len.to_ne_bytes());
+        let len = self.len_since(&open) as u32;
+        self.buf[open.0] = len.to_ne_bytes();
     }
 
     /// Bytes of the message that `open` began, header included.
     pub fn len_since(&self, open: &Open) -> usize {
-        self.buf.len() - open.0
+        size_of_val(&self.buf[open.0..])
     }
 
     /// Raw bytes of a fixed header (`struct nfgenmsg`, `rtmsg`, `fib_rule_hdr`), padded to 4.
     pub fn header(&mut self, bytes: &[u8]) {
-        self.buf.extend_from_slice(bytes);
-        self.pad();
+        let mut rest = bytes;
+        while let Some((word, more)) = rest.split_first_chunk() {
+            self.buf.push(*word);
+            rest = more;
+        }
+        if !rest.is_empty() {
+            let mut word = [0; 4];
+            word.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+            self.buf.push(word);
+        }
     }
 
     /// An attribute with the bytes as they are (register data, host-order cgroup ids).
     pub fn raw(&mut self, attr: u16, data: &[u8]) {
         self.attribute((NLA_HDRLEN + data.len()) as u16, attr);
-        self.buf.extend_from_slice(data);
-        self.pad();
+        self.header(data);
     }
 
     /// A nest with one such attribute.
     pub fn raw_in(&mut self, nest: u16, attr: u16, data: &[u8]) {
         let length = NLA_HDRLEN + data.len();
-        let ([a, b], [c, d]) = (
-            ((NLA_HDRLEN + length.next_multiple_of(4)) as u16).to_ne_bytes(),
-            (nest | NLA_F_NESTED).to_ne_bytes(),
-        );
-        let ([e, f], [g, h]) = ((length as u16).to_ne_bytes(), attr.to_ne_bytes());
-        self.buf.extend_from_slice(&[a, b, c, d, e, f, g, h]);
-        self.buf.extend_from_slice(data);
-        self.pad();
+        let whole = NLA_HDRLEN + length.next_multiple_of(NLA_ALIGNTO);
+        self.attribute(whole as u16, nest | NLA_F_NESTED);
+        self.raw(attr, data);
     }
 
     /// Attributes that are whole already.
-    pub fn attributes(&mut self, bytes: &[u8]) {
-        self.buf.extend_from_slice(bytes);
+    pub fn attributes(&mut self, words: &[Word]) {
+        self.buf.extend_from_slice(words);
     }
 
     /// The head of one, of that length with it.
     fn attribute(&mut self, length: u16, attr: u16) {
-        let ([a, b], [c, d]) = (length.to_ne_bytes(), attr.to_ne_bytes());
-        self.buf.extend_from_slice(&[a, b, c, d]);
+        self.buf.push(halves(length, attr));
     }
 
     pub fn u8(&mut self, attr: u16, value: u8) {
@@ -153,11 +148,13 @@ impl Batch {
 
     /// A string with its terminating NUL.
     pub fn str_z(&mut self, attr: u16, value: &str) {
-        let at = self.buf.len();
-        self.attribute((NLA_HDRLEN + value.len() + 1) as u16, attr);
-        self.buf.extend_from_slice(value.as_bytes());
-        self.buf.resize((self.buf.len() + 1).next_multiple_of(4), 0);
-        debug_assert!(self.buf.len() - at <= u16::MAX as usize);
+        let length = NLA_HDRLEN + value.len() + 1;
+        debug_assert!(length <= u16::MAX as usize);
+        self.attribute(length as u16, attr);
+        self.header(value.as_bytes());
+        if value.len() % NLA_ALIGNTO == 0 {
+            self.buf.push([0; 4]);
+        }
     }
 
     /// Begins a nested attribute (with `NLA_F_NESTED`, as libmnl writes it).
@@ -168,22 +165,23 @@ impl Batch {
     }
 
     pub fn end_nest(&mut self, nest: Nest) {
-        let len = self.buf.len() - nest.0;
+        let len = size_of_val(&self.buf[nest.0..]);
         let len = u16::try_from(len).expect("lists are split before a nest outgrows 64 KiB");
-        self.buf[nest.0..nest.0 + 2].copy_from_slice(&len.to_ne_bytes());
+        let [.., c, d] = self.buf[nest.0];
+        self.buf[nest.0] = halves(len, u16::from_ne_bytes([c, d]));
     }
 
     /// Sets `NLM_F_ACK` on the message that begins at byte `at`.
     pub fn want_ack(&mut self, at: usize) {
-        let flags = u16::from_ne_bytes([self.buf[at + 6], self.buf[at + 7]]) | NLM_F_ACK;
-        self.buf[at + 6..at + 8].copy_from_slice(&flags.to_ne_bytes());
+        let [a, b, c, d] = self.buf[at / NLA_ALIGNTO + 1];
+        let flags = u16::from_ne_bytes([c, d]) | NLM_F_ACK;
+        self.buf[at / NLA_ALIGNTO + 1] = halves(u16::from_ne_bytes([a, b]), flags);
     }
+}
 
-    fn pad(&mut self) {
-        while self.buf.len() % 4 != 0 {
-            self.buf.push(0);
-        }
-    }
+fn halves(first: u16, second: u16) -> Word {
+    let ([a, b], [c, d]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    [a, b, c, d]
 }
 
 #[cfg(test)]

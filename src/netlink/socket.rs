@@ -9,7 +9,7 @@ use nix::sys::socket::{
     SockFlag, SockProtocol, SockType,
 };
 
-use super::msg::Batch;
+use super::msg::{Batch, Word};
 use super::parse::{self, Messages, Reply};
 use super::uapi::*;
 use crate::error::{Error, Result};
@@ -24,8 +24,8 @@ const LARGEST: usize = 16 << 20;
 /// A send buffer that holds all but the largest of batches; larger ones raise it (see `reserve`).
 const SEND_BUFFER: usize = 256 * 1024;
 
-/// Memory that is kept for the next batch: a transaction of some elements fits.
-const USUAL: usize = 2048;
+/// Words that memory is kept for until the next batch: a transaction of some elements fits.
+const USUAL: usize = 2048 / NLA_ALIGNTO;
 
 /// A netlink socket with its receive buffer and its running sequence number.
 pub struct Socket {
@@ -39,7 +39,7 @@ pub struct Socket {
     interrupted: bool,
     buf: Vec<u8>,
     /// Memory for the next batch: to map and unmap it costs more than to fill it.
-    spare: Vec<u8>,
+    spare: Vec<Word>,
 }
 
 /// Why a batch is not in force.

@@ -448,8 +448,9 @@ impl Transaction {
         });
         self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, Some(id), ends, |b, (end, flags)| {
             let element = if flags == 0 { &mut first } else { &mut last };
-            let key = element.len() - A::BYTES;
-            element[key..].copy_from_slice(&end.to_bits().to_be_bytes()[16 - A::BYTES..]);
+            let bytes = element.as_flattened_mut();
+            let key = bytes.len() - A::BYTES;
+            bytes[key..].copy_from_slice(&end.to_bits().to_be_bytes()[16 - A::BYTES..]);
             b.attributes(element);
         });
     }
