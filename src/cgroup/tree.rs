@@ -3,6 +3,7 @@
 //!
 //! A path is looked up once, name by name, for the index of its cgroup; all else goes by that.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, RandomState};
 use std::rc::Rc;
@@ -75,6 +76,8 @@ pub struct Tree {
     /// Hashes differ from run to run, so that nobody can choose names that have the same one.
     keys: RandomState,
     watches: BTreeMap<i32, Index>,
+    /// The parent that was asked for last: most often the next one has the same.
+    last_parent: Cell<Index>,
 }
 
 #[derive(Debug)]
@@ -130,8 +133,13 @@ impl Tree {
 
     /// That of its parent; the root has none.
     pub fn above(&self, path: &[u8]) -> Option<Index> {
+        let parent = parent(path)?;
+        if self.path(self.last_parent.get()).is_some_and(|last| **last == *parent) {
+            return Some(self.last_parent.get());
+        }
         let at = self.nearest(path)?;
-        (parent(path)?.len() == self.path(at)?.len()).then_some(at)
+        self.last_parent.set(at);
+        (parent.len() == self.path(at)?.len()).then_some(at)
     }
 
     /// That of the nearest one above it that is known; the root has none.
