@@ -338,6 +338,23 @@ pub const CASES: [(Proto, IpAddr); 6] = [
     (Proto::Icmp, REMOTE6),
 ];
 
+/// Those of TCP and UDP.
+pub const FLOWS: [(Proto, SocketAddr); 4] = [
+    (Proto::Tcp, SocketAddr::new(REMOTE4, 80)),
+    (Proto::Tcp, SocketAddr::new(REMOTE6, 80)),
+    (Proto::Udp, SocketAddr::new(REMOTE4, 80)),
+    (Proto::Udp, SocketAddr::new(REMOTE6, 80)),
+];
+
+/// Asserts that nobody answers the [`FLOWS`] of a cgroup.
+#[track_caller]
+pub fn unanswered(cgroup: &Path) {
+    for (proto, to) in FLOWS {
+        let who = Client::new(cgroup, proto, to).timeout(SILENCE).run().who();
+        assert_eq!(who, "nobody", "{proto:?} {to}");
+    }
+}
+
 /// Asserts who answers new processes of a cgroup, for each cgroup that is given.
 #[track_caller]
 pub fn expect(cgroups: &[(&Path, Answers)]) {

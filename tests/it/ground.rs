@@ -211,6 +211,16 @@ pub fn ip_batch(flags: &[&str], lines: &str) {
     assert!(out.status.success(), "ip -batch: {}", String::from_utf8_lossy(&out.stderr));
 }
 
+/// The same for IPv4 and then for IPv6: GATE is the gateway of the family, NET the prefix of the LAN
+/// (see `gateway`).
+pub fn ip_both(lines: &str) {
+    for (family, gate, net) in
+        [("-4", "192.0.2.2", "198.51.100.0/24"), ("-6", "2001:db8:1::2", "2001:db8:3::/64")]
+    {
+        ip_batch(&[family], &lines.replace("GATE", gate).replace("NET", net));
+    }
+}
+
 /// Kills whatever lives in the cgroup sub-tree, then removes it, deepest first.
 pub fn remove_tree(root: &Path) {
     let _ = fs::write(root.join("cgroup.kill"), "1");

@@ -16,7 +16,7 @@ use crate::wait_until;
 pub const SETTLE: Duration = Duration::from_secs(30);
 
 /// What a command printed on standard output; empty where it failed.
-fn output(command: &str, args: &[&str]) -> String {
+pub fn output(command: &str, args: &[&str]) -> String {
     let out = Command::new(command).args(args).stderr(Stdio::null()).output();
     let out = out.unwrap_or_else(|e| panic!("unable to start {command}: {e}"));
     if !out.status.success() {

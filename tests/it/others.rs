@@ -9,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::client::{expect, expect_as, under, Client, Proto, PATIENCE, SILENCE};
+use crate::client::{
+    expect, expect_as, unanswered, under, Client, Proto, FLOWS, PATIENCE, SILENCE,
+};
 use crate::containers::live;
 use crate::daemon::{run, Daemon};
 use crate::gateway::{ip, Lan};
-use crate::ground::{addr, here, ip_batch, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
-use crate::kernel::{ip_rules, load, nft, residue};
+use crate::ground::{addr, here, ip_batch, ip_both, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
+use crate::kernel::{ip_rules, load, nft, output, residue};
 use crate::wait_until;
 use crate::world::{Server, World, PROXY, STREAM_PORT};
 
@@ -256,8 +258,7 @@ fn firewalls_before_and_after_us() {
             }
             all_well(&ground, &mut world, &lan);
             assert_eq!(told(&daemon), ["", ""]);
-            let list = |args: &[&str]| String::from_utf8_lossy(&nft(args, "").stdout).into_owned();
-            let before = list(&["-s", "list", "ruleset"]);
+            let before = output("nft", &["-s", "list", "ruleset"]);
             assert!(daemon.stop().success());
             // Theirs is as it was.
             let theirs = |text: &str| {
@@ -265,7 +266,7 @@ fn firewalls_before_and_after_us() {
                 let tables = tables.filter(|t| !t.starts_with("inet cgtproxy"));
                 tables.map(|t| t.trim().to_owned()).collect::<Vec<_>>()
             };
-            let after = list(&["-s", "list", "ruleset"]);
+            let after = output("nft", &["-s", "list", "ruleset"]);
             assert_eq!(theirs(&before), theirs(&after));
             unload(name);
         }
@@ -311,8 +312,7 @@ fn marks_of_others_are_kept_bit_for_bit() {
         ));
         let daemon = Daemon::start(&ground, CONFIG, &[]);
         all_well(&ground, &mut world, &lan);
-        let list = nft(&["list", "chain", "inet", "who", "after"], "").stdout;
-        let list = String::from_utf8_lossy(&list).into_owned();
+        let list = output("nft", &["list", "chain", "inet", "who", "after"]);
         for line in list.lines().filter(|line| line.contains("counter")) {
             let none = line.contains("packets 0 ");
             assert_eq!(none, line.contains("lost"), "{who}: {list}");
@@ -385,9 +385,7 @@ rule add table main suppress_prefixlength 0
 ";
 
 fn wireguard(verb: &str) {
-    for family in ["-4", "-6"] {
-        ip_batch(&[family], &of_family(WIREGUARD, family).replace(" add ", &format!(" {verb} ")));
-    }
+    ip_both(&WIREGUARD.replace(" add ", &format!(" {verb} ")));
 }
 
 /// Rules that come after ours and go before them: ours go before them again, as often as it takes,
@@ -417,12 +415,10 @@ fn overtaken_by_a_tunnel() {
             let there = || ["-4", "-6"].iter().all(|family| places(family).last() < Some(&98));
             assert!(wait_until(PATIENCE, there), "{}", daemon.logs());
             all_well(&ground, &mut world, &lan);
-            let status = run(&["-c", daemon.config.to_str().expect("UTF-8"), "status"]);
-            let status = String::from_utf8_lossy(&status.stdout).into_owned();
+            let status = daemon.ask(&["status"]).out;
             assert!(!status.contains("missing") && !status.contains("dropped"), "{status}");
-            let exec = ["exec", "mihomo", "--", "true"];
-            let exec = run(&[&["-c", daemon.config.to_str().expect("UTF-8")], &exec[..]].concat());
-            assert!(exec.status.success(), "{}", String::from_utf8_lossy(&exec.stderr));
+            let exec = daemon.ask(&["exec", "mihomo", "--", "true"]);
+            assert_eq!(exec.code, Some(0), "{}", exec.err);
             wireguard("del");
             await_places(&daemon, &home);
         }
@@ -433,17 +429,12 @@ fn overtaken_by_a_tunnel() {
         assert!(daemon.logs().contains("not fwmark 0xca6c lookup 51820"), "{}", daemon.logs());
         // Before the start and at a reload too.
         assert!(daemon.stop().success());
-        for family in ["-4", "-6"] {
-            let lines = of_family(WIREGUARD, family).replace("rule add", "rule add pref 98");
-            ip_batch(&[family], &of_family("route add NET dev br-lan table 51820\n", family));
-            ip_batch(&[family], &lines);
-        }
+        ip_both("route add NET dev br-lan table 51820\n");
+        ip_both(&WIREGUARD.replace("rule add", "rule add pref 98"));
         let daemon = Daemon::start(&ground, &config, &[]);
         await_places(&daemon, before);
         all_well(&ground, &mut world, &lan);
-        for family in ["-4", "-6"] {
-            ip_batch(&[family], "rule add pref 48 uidrange 0-4294967294 lookup 51820\n");
-        }
+        ip_both("rule add pref 48 uidrange 0-4294967294 lookup 51820\n");
         await_places(&daemon, other);
         daemon.reconfigure(&format!("[global]\nrule-priority = 80\n{config}"));
         await_places(&daemon, other);
@@ -455,15 +446,10 @@ fn overtaken_by_a_tunnel() {
         daemon.reconfigure(&config);
         await_places(&daemon, other);
         daemon.kill9();
-        let flushed = run(&["flush"]);
-        let text = String::from_utf8_lossy(&flushed.stdout).into_owned();
+        let text = String::from_utf8_lossy(&run(&["flush"]).stdout).into_owned();
         assert!(text.contains(&format!("did ip rule del pref {}", other[0])), "{text}");
         assert_eq!(residue(), "");
-        for family in ["-4", "-6"] {
-            let lines = "rule del pref 98\nrule del pref 98\nrule del pref 48\n\
-                         route flush table 51820\n";
-            ip_batch(&[family], lines);
-        }
+        ip_both("rule del pref 98\nrule del pref 98\nrule del pref 48\nroute flush table 51820\n");
     }
 }
 
@@ -477,35 +463,24 @@ fn a_rule_that_nothing_goes_before() {
     let cgroup = ground.cgroup("/proxied");
     crate::kernel::await_member(&cgroup, "mihomo");
     all_well(&ground, &mut world, &lan);
-    for family in ["-4", "-6"] {
-        let lines =
-            "route add default via GATE table 51820\nroute add NET dev br-lan table 51820\n";
-        ip_batch(&[family], &of_family(lines, family));
-        ip_batch(&[family], "rule add pref 0 not fwmark 51820 table 51820\n");
-    }
+    ip_both(
+        "route add default via GATE table 51820\nroute add NET dev br-lan table 51820\n\
+         rule add pref 0 not fwmark 51820 table 51820\n",
+    );
     await_places(&daemon, &[0]);
     let said = "rule pref 0 not fwmark 0xca6c lookup 51820 takes it before ours of priority 0";
     for ip in ["ip", "ip -6"] {
         let said = format!("another program's {ip} {said}");
         assert!(daemon.wait_log(&said, PATIENCE), "{}", daemon.logs());
         for command in ["check", "status"] {
-            let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
-            let text = String::from_utf8_lossy(&out.stdout).into_owned();
-            assert!(text.contains(&said), "{command}: {text}");
+            let text = daemon.ask(&[command]).out;
             assert_eq!(text.matches(&said).count(), 1, "{command}: {text}");
         }
     }
     world.wire.packets();
-    for proto in [Proto::Tcp, Proto::Udp] {
-        for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
-            let client = Client::new(&cgroup, proto, to).timeout(SILENCE);
-            assert_eq!(client.run().who(), "nobody");
-            // (of the cgroup it would be a container)
-            let client = Client::new(&ground.root, proto, to).timeout(SILENCE);
-            let who = lan.client(0).run(|| client.run()).who();
-            assert_eq!(who, "nobody");
-        }
-    }
+    unanswered(&cgroup);
+    // (of the cgroup it would be a container)
+    lan.client(0).run(|| unanswered(&ground.root));
     assert_eq!(world.wire.to_remote(), []);
     // Said again where somebody asks, and at a reload; and once otherwise.
     let told = |text: &str| text.matches("before ours of priority 0").count();
@@ -513,41 +488,24 @@ fn a_rule_that_nothing_goes_before() {
     daemon.signal(Signal::SIGUSR1);
     let asked = || told(&daemon.logs()) == 4;
     assert!(wait_until(PATIENCE, asked), "{}", daemon.logs());
-    for family in ["-4", "-6"] {
-        ip_batch(&[family], "rule del pref 0 not fwmark 51820 table 51820\n");
-    }
+    ip_both("rule del pref 0 not fwmark 51820 table 51820\n");
     await_places(&daemon, &[100]);
     all_well(&ground, &mut world, &lan);
     // A rule of ours behind one of the same priority, and before it.
     for first in [true, false] {
-        let same = "rule add pref 100 not fwmark 51820 table 51820\n";
-        let add = || ["-4", "-6"].iter().for_each(|family| ip_batch(&[family], same));
+        let same = "pref 100 not fwmark 51820 table 51820\n";
         if first {
-            for family in ["-4", "-6"] {
-                ip_batch(&[family], "rule add pref 99 not fwmark 51820 table 51820\n");
-            }
+            ip_both("rule add pref 99 not fwmark 51820 table 51820\n");
             await_places(&daemon, &[98]);
-            add();
-            for family in ["-4", "-6"] {
-                ip_batch(&[family], "rule del pref 99\n");
-            }
-            await_places(&daemon, &[99]);
-        } else {
-            add();
-            await_places(&daemon, &[100]);
         }
+        ip_both(&format!("rule add {same}"));
+        if first {
+            ip_both("rule del pref 99\n");
+        }
+        await_places(&daemon, &[if first { 99 } else { 100 }]);
         all_well(&ground, &mut world, &lan);
-        for family in ["-4", "-6"] {
-            ip_batch(&[family], "rule del pref 100 not fwmark 51820 table 51820\n");
-        }
+        ip_both(&format!("rule del {same}"));
         await_places(&daemon, &[100]);
-    }
-}
-
-/// Does these lines of iproute2 for each family.
-fn both(lines: &str) {
-    for family in ["-4", "-6"] {
-        ip_batch(&[family], &of_family(lines, family));
     }
 }
 
@@ -573,7 +531,7 @@ fn routes_of_others_with_the_destination_of_ours() {
         "unreachable default table 300 metric 7 proto boot",
     ] {
         println!("{line}");
-        both(&format!("route add {line}\n"));
+        ip_both(&format!("route add {line}\n"));
         let daemon = Daemon::start(&ground, CONFIG, &[]);
         let mut works = || {
             await_routes(&daemon);
@@ -581,19 +539,19 @@ fn routes_of_others_with_the_destination_of_ours() {
         };
         works();
         assert!(!daemon.logs().contains("warning"), "{}", daemon.logs());
-        both(&format!("route del {line}\n"));
+        ip_both(&format!("route del {line}\n"));
         works();
         // and while it runs, in the place of ours where that can be had
-        both(&format!("route replace {line}\n"));
+        ip_both(&format!("route replace {line}\n"));
         works();
-        both(&format!("route del {line}\n"));
+        ip_both(&format!("route del {line}\n"));
         works();
-        both(&format!("route replace {line}\n"));
+        ip_both(&format!("route replace {line}\n"));
         await_routes(&daemon);
         assert!(daemon.stop().success());
         let left = ["-4", "-6"].map(|family| crate::kernel::ip_routes(family, "300"));
         assert!(left.iter().all(|left| left.lines().count() == 1), "{left:?}");
-        both(&format!("route del {line}\n"));
+        ip_both(&format!("route del {line}\n"));
     }
 }
 
@@ -629,16 +587,10 @@ fn longer_prefixes_of_others_are_told_of() {
         }
         crate::kernel::await_member(&cgroup, "mihomo");
         world.wire.packets();
-        for proto in [Proto::Tcp, Proto::Udp] {
-            for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
-                let client = Client::new(&cgroup, proto, to).timeout(SILENCE);
-                assert_eq!(client.run().who(), "nobody");
-            }
-        }
+        unanswered(&cgroup);
         assert_eq!(world.wire.to_remote(), []);
         for command in ["check", "status"] {
-            let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
-            let text = String::from_utf8_lossy(&out.stdout).into_owned();
+            let text = daemon.ask(&[command]).out;
             for family in ["ip", "ip -6"] {
                 let said = format!("another program's {family} route of protocol 3");
                 assert_eq!(text.matches(&said).count(), 1, "{command}: {text}");
@@ -673,20 +625,20 @@ fn a_rule_of_others_with_the_key_of_ours() {
     let rule = "pref 100 iif lo fwmark 0x1000000/0xff000000 lookup 300 protocol boot\n";
     for before_start in [false, true] {
         if before_start {
-            both(&format!("rule add {rule}"));
+            ip_both(&format!("rule add {rule}"));
         }
         let daemon = Daemon::start(&ground, CONFIG, &[]);
         if !before_start {
-            both(&format!("rule add {rule}"));
+            ip_both(&format!("rule add {rule}"));
         }
         all_well(&ground, &mut world, &lan);
-        both(&format!("rule del {rule}"));
+        ip_both(&format!("rule del {rule}"));
         await_places(&daemon, &[100]);
         all_well(&ground, &mut world, &lan);
         // and where it stands at our end
-        both(&format!("rule add {rule}"));
+        ip_both(&format!("rule add {rule}"));
         assert!(daemon.stop().success());
-        both(&format!("rule del {rule}"));
+        ip_both(&format!("rule del {rule}"));
     }
 }
 
@@ -708,15 +660,6 @@ fn a_program_that_wants_to_be_first_meets_pauses() {
     await_places(&daemon, &[100]);
     let lines = daemon.logs().lines().count();
     assert!(lines < 10, "{lines} lines: {}", daemon.logs());
-}
-
-/// The lines with the world's gateway and the LAN's net of a family.
-fn of_family(lines: &str, family: &str) -> String {
-    let (gate, net) = match family {
-        "-4" => ("192.0.2.2", "198.51.100.0/24"),
-        _ => ("2001:db8:1::2", "2001:db8:3::/64"),
-    };
-    lines.replace("GATE", gate).replace("NET", net)
 }
 
 /// wg-quick with a default route (its interface stands for the tunnel), mwan3, Tailscale: their ip
@@ -754,19 +697,14 @@ rule add pref 102 fwmark 0x4/0xff lookup 77
         for first in [true, false] {
             for interface in ["br-lan", "br-*"] {
                 println!("{who}, first: {first}, interface {interface}");
-                let add = || {
-                    ip_batch(&["-4"], &of_family(lines, "-4"));
-                    ip_batch(&["-6"], &of_family(lines, "-6"));
-                };
                 let config = CONFIG.replace("br-lan", interface);
-                let mut before = ["-4", "-6"].map(ip_rules);
                 if first {
-                    add();
-                    before = ["-4", "-6"].map(ip_rules);
+                    ip_both(lines);
                 }
+                let before = ["-4", "-6"].map(ip_rules);
                 let daemon = Daemon::start(&ground, &config, &[]);
                 if !first {
-                    add();
+                    ip_both(lines);
                 }
                 if who == "tailscale" {
                     sysctl("net/ipv4/conf/all/src_valid_mark", "1");
@@ -778,10 +716,7 @@ rule add pref 102 fwmark 0x4/0xff lookup 77
                 if first {
                     assert_eq!(before, after, "{who}'s rules are as they were");
                 }
-                for family in ["-4", "-6"] {
-                    let lines = of_family(lines, family).replace(" add ", " del ");
-                    ip_batch(&[family], &lines);
-                }
+                ip_both(&lines.replace(" add ", " del "));
             }
         }
     }
@@ -801,17 +736,8 @@ fn hosts_of_one_family_forward_too() {
             // No address but on lo.
             _ => ip_batch(&["-4"], "addr flush dev in0\naddr flush dev br-lan\n"),
         }
-        let config = "
-            [tproxy mihomo]
-            port = 7893
-            [rules]
-            mihomo = /proxied
-            [gateway lan]
-            interface = br-lan
-            target = mihomo
-        ";
         let cgroup = ground.cgroup("/proxied");
-        let daemon = Daemon::start(&ground, config, &[]);
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
         let remote = if off == "-4" { REMOTE6 } else { REMOTE4 };
         for proto in [Proto::Tcp, Proto::Udp] {
             let to = addr(remote, 80);
@@ -867,13 +793,10 @@ fn containers() {
     // Rootful: what its processes send comes by the bridge, and their cgroup (which they see as /)
     // says nothing about it, since their sockets are not of this network namespace.
     world.wire.packets();
-    for proto in [Proto::Tcp, Proto::Udp] {
-        for remote in [REMOTE4, REMOTE6] {
-            let to = addr(remote, 80);
-            let client = Client::new(&container, proto, to);
-            let who = lan.client(0).run(|| client.run()).who();
-            assert_eq!(who, format!("{PROXY} {to}"));
-        }
+    for (proto, to) in FLOWS {
+        let client = Client::new(&container, proto, to);
+        let who = lan.client(0).run(|| client.run()).who();
+        assert_eq!(who, format!("{PROXY} {to}"));
     }
     assert_eq!(world.wire.to_remote(), []);
     // Rootless: slirp4netns or pasta is a process of the host, in the container's cgroup.
@@ -1031,12 +954,10 @@ fn wg_quick_up() {
     let lines = "link add wg0 type veth peer name wg1\naddr add 10.8.0.2/24 dev wg0\n\
                  addr add 2001:db8:8::2/64 dev wg0 nodad\nlink set wg1 up\nlink set wg0 up\n";
     ip_batch(&[], lines);
-    for family in ["-4", "-6"] {
-        let lines = "rule add not fwmark 51820 table 51820\n\
-                     rule add table main suppress_prefixlength 0\n\
-                     route add default dev wg0 table 51820\n";
-        ip_batch(&[family], lines);
-    }
+    ip_both(
+        "rule add not fwmark 51820 table 51820\nrule add table main suppress_prefixlength 0\n\
+         route add default dev wg0 table 51820\n",
+    );
     load(&wireguard_chains("ip", "10.8.0.2"));
     load(&wireguard_chains("ip6", "2001:db8:8::2"));
     sysctl("net/ipv4/conf/all/src_valid_mark", "1");
@@ -1058,16 +979,13 @@ fn the_chains_of_wg_quick(ground: &Ground, first: fn(), later: fn()) {
     let (mut world, lan, _servers) = neighbourhood(ground);
     let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
     let clients = |want: &dyn Fn(&str) -> String| {
-        for proto in [Proto::Tcp, Proto::Udp] {
-            for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
-                let want = want(&to.to_string());
-                let patience = if want == "nobody" { 2 * SILENCE } else { PATIENCE };
-                let client = Client::new(&proxied, proto, to).timeout(patience);
-                assert_eq!(client.run().who(), want, "{proto:?} {to}");
-                let client = Client::new(&dropped, proto, to).timeout(SILENCE);
-                assert_eq!(client.run().who(), "nobody", "{proto:?} {to}");
-            }
+        for (proto, to) in FLOWS {
+            let want = want(&to.to_string());
+            let patience = if want == "nobody" { 2 * SILENCE } else { PATIENCE };
+            let client = Client::new(&proxied, proto, to).timeout(patience);
+            assert_eq!(client.run().who(), want, "{proto:?} {to}");
         }
+        unanswered(&dropped);
     };
     first();
     let daemon = Daemon::start(ground, CONFIG, &[]);
@@ -1083,10 +1001,7 @@ fn the_chains_of_wg_quick(ground: &Ground, first: fn(), later: fn()) {
     };
     let told = || named(&daemon.logs());
     assert!(wait_until(PATIENCE, told), "{}", daemon.logs());
-    let ask = |command| {
-        let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
-        String::from_utf8_lossy(&out.stdout).into_owned()
-    };
+    let ask = |command| daemon.ask(&[command]).out;
     assert!(named(&ask("check")), "{}", ask("check"));
     assert!(named(&ask("status")), "{}", ask("status"));
     world.wire.packets();
@@ -1095,10 +1010,8 @@ fn the_chains_of_wg_quick(ground: &Ground, first: fn(), later: fn()) {
         load(&format!("insert rule {family} wg-quick-wg0 preraw iif lo accept\n"));
     }
     clients(&|to| format!("{PROXY} {to}"));
-    for proto in [Proto::Tcp, Proto::Udp] {
-        for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
-            assert_eq!(lan.ask(0, proto, to), format!("{PROXY} {to}"));
-        }
+    for (proto, to) in FLOWS {
+        assert_eq!(lan.ask(0, proto, to), format!("{PROXY} {to}"));
     }
     assert!(!ask("check").contains("wg-quick-wg0"), "{}", ask("check"));
     assert!(!ask("status").contains("wg-quick-wg0"), "{}", ask("status"));
@@ -1112,12 +1025,8 @@ fn the_chains_of_wg_quick(ground: &Ground, first: fn(), later: fn()) {
 #[track_caller]
 fn told(daemon: &Daemon) -> [String; 2] {
     ["check", "status"].map(|command| {
-        let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
-        let text = String::from_utf8_lossy(&out.stdout).into_owned();
-        text.lines()
-            .filter(|line| line.contains("of another program"))
-            .map(str::to_string)
-            .collect()
+        let text = daemon.ask(&[command]).out;
+        text.lines().filter(|line| line.contains("of another program")).collect()
     })
 }
 
@@ -1439,10 +1348,7 @@ fn notrack_of_others_breaks_what_is_told() {
 fn notrack_of_others_is_told_of() {
     let ground = ground!("notrack");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
-    let ask = |command| {
-        let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), command]);
-        String::from_utf8_lossy(&out.stdout).into_owned()
-    };
+    let ask = |command| daemon.ask(&[command]).out;
     load(
         "table inet other {
           chain out { type filter hook output priority raw; udp dport 9 notrack; }
