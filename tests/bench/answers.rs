@@ -224,11 +224,15 @@ pub fn stalled(report: &mut Report) {
         let own = connect(&cgroup, to);
         // made by the same process of the cgroup as the first, and as soon as that is ended
         let next = socket_of(&cgroup, libc::AF_INET, libc::SOCK_STREAM);
+        own.set_read_timeout(Some(Duration::from_secs(20))).expect("set a timeout");
         daemon.configure(CONFIG);
+        let reloads = || daemon.logs().matches("reloaded").count();
+        let before = reloads();
         let mut listener = Listener::new();
         let start = Instant::now();
         let waiting = thread::spawn(move || {
-            let ended = std::io::Read::read(&mut &own, &mut [0; 8]).is_err();
+            let end = std::io::Read::read(&mut &own, &mut [0; 8]);
+            let ended = end.is_err_and(|e| e.kind() != std::io::ErrorKind::WouldBlock);
             let (raw, length) = raw_addr(to);
             // SAFETY: a sockaddr of the length that goes with it.
             let rc = unsafe { libc::connect(next.as_raw_fd(), (&raw const raw).cast(), length) };
@@ -242,9 +246,9 @@ pub fn stalled(report: &mut Report) {
         ours.push(took);
         proxy.accept().expect("it connects by the proxy");
         drop(next);
-        let ready = || daemon.reload().contains("reloaded");
-        daemon.configure(direct);
-        assert!(wait_until(Duration::from_secs(10), ready), "{}", daemon.logs());
+        // its line comes last, and would be taken for that of the next
+        let done = wait_until(Duration::from_secs(10), || reloads() > before);
+        assert!(done && daemon.reconfigure(direct).contains("reloaded"), "{}", daemon.logs());
     }
     let figure = "SIGHUP to the new connection of a stalled application";
     let reference = ("to the new table", &reload);
