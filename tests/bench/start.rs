@@ -32,8 +32,17 @@ pub fn binary(report: &mut Report) {
         .expect("start gzip");
     assert!(gzip.status.success());
     let kib = |bytes: usize| bytes as f64 / 1024.0;
-    report.alone("binary", kib(size as usize), "KiB", Target::AtMost(800.0));
-    report.alone("binary, gzip -9", kib(gzip.stdout.len()), "KiB", Target::AtMost(380.0));
+    report.alone("binary", kib(size as usize), "KiB", aimed_at(800.0));
+    report.alone("binary, gzip -9", kib(gzip.stdout.len()), "KiB", aimed_at(380.0));
+}
+
+/// A size that is aimed at on x86_64 with pages of 4 KiB: elsewhere code and pages are of other sizes.
+fn aimed_at(most: f64) -> Target {
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+    match cfg!(target_arch = "x86_64") && page == Ok(Some(4096)) {
+        true => Target::AtMost(most),
+        false => Target::None,
+    }
 }
 
 pub fn start(report: &mut Report) {
@@ -78,7 +87,7 @@ pub fn start(report: &mut Report) {
         report.alone(figure, &cpu, "ms", Target::None);
         for (name, samples) in ["RSS", "RssAnon", "VmHWM"].iter().zip(&memory) {
             let target = match *name {
-                "RSS" => Target::AtMost(mebibytes),
+                "RSS" => aimed_at(mebibytes),
                 _ => Target::None,
             };
             report.alone(format!("{name}, {cgroups} cgroups"), samples, "MiB", target);
@@ -158,10 +167,9 @@ pub fn lists(report: &mut Report) {
     let ground = Ground::new("lists").expect("root");
     ground.cgroup("/apps/1");
     let plain = CONFIG.to_string();
-    for (count, milliseconds, mebibytes) in [
-        (10_000, Target::RatioAtMost(1.0), Target::AtMost(3.0)),
-        (100_000, Target::None, Target::None),
-    ] {
+    for (count, milliseconds, mebibytes) in
+        [(10_000, Target::RatioAtMost(1.0), aimed_at(3.0)), (100_000, Target::None, Target::None)]
+    {
         let file = ground.dir.join(format!("{count}.txt"));
         write_private(&file, &prefixes(count));
         let line = format!("port = 7893\nbypass-file = {}", file.display());
