@@ -90,12 +90,6 @@ fn seen(ground: &Ground) -> Seen {
     let mut names = BTreeMap::new();
     walk(&ground.root, &ground.root, &mut names);
     let (text, sets) = state();
-    // in which order a cgroup's level is asked for its targets is the order in which these came up
-    let level = |line: &str| Some(line.split_once(" @cg_")?.0.to_owned());
-    let mut lines: Vec<&str> = text.lines().collect();
-    let same_level = |a: &&str, b: &&str| level(a).is_some_and(|a| Some(a) == level(b));
-    lines.chunk_by_mut(same_level).for_each(<[_]>::sort);
-    let text = lines.join("\n");
     let name = |id: u64| names.get(&id).cloned().unwrap_or(format!("stale {id}"));
     let sets = sets.into_iter();
     let sets = sets.map(|(set, ids)| (set, ids.into_iter().map(name).collect()));

@@ -89,7 +89,12 @@ pub fn residue() -> String {
 pub fn state() -> (String, BTreeMap<String, BTreeSet<u64>>) {
     // Terse: for each element of a cgroup set, nft walks the whole cgroup tree to find its path.
     let mut text = table_plain(&["-t"]);
-    text = text.lines().filter(|l| !l.contains("jhash")).map(|l| format!("{l}\n")).collect();
+    let mut lines: Vec<&str> = text.lines().filter(|l| !l.contains("jhash")).collect();
+    // in which order a cgroup's level is asked for its targets is the order in which these came up
+    let level = |line: &str| Some(line.split_once(" @cg_")?.0.to_owned());
+    let same_level = |a: &&str, b: &&str| level(a).is_some_and(|a| Some(a) == level(b));
+    lines.chunk_by_mut(same_level).for_each(<[_]>::sort);
+    text = lines.into_iter().map(|l| format!("{l}\n")).collect();
     let names = text.lines().filter_map(|l| l.trim().strip_prefix("set ")?.strip_suffix(" {"));
     let names = names.filter(|name| name.starts_with("cg_"));
     let sets = names.map(|name| (name.to_owned(), set_ids(name).expect("a set that is listed")));
