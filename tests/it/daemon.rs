@@ -219,7 +219,9 @@ impl Daemon {
     pub fn reload(&self) -> String {
         let before = self.logs().len();
         self.signal(Signal::SIGHUP);
-        let said = |d: &Daemon| d.logs()[before..].contains("reload");
+        // what a path may hold is no such line
+        let ends = ["reloaded ", "reload failed"];
+        let said = |d: &Daemon| ends.iter().any(|end| d.logs()[before..].contains(end));
         let done = wait_until(READY, || said(self));
         assert!(done, "no line about the reload:\n{}", self.logs());
         self.logs()[before..].to_owned()

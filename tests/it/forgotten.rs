@@ -86,10 +86,15 @@ fn reaches(
         return "nobody".into();
     }
     let got = |s: &&UdpSocket| recv_datagram(s).is_some();
-    match wait_until(PATIENCE, || proxies.iter().any(got)) {
-        true => "proxy".into(),
-        false => "nobody".into(),
-    }
+    // in moments that this thread has lived through, however busy the machine is
+    let comes = (0..30).any(|_| {
+        let is = proxies.iter().any(got);
+        if !is {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        is
+    });
+    if comes { "proxy" } else { "nobody" }.into()
 }
 
 /// What there is to make conntrack forget.

@@ -619,7 +619,7 @@ fn a_proxied_flow_stays() {
     // to drop, it is cut
     daemon.configure(&CONFIG.replace("mihomo = /proxied", "drop = /proxied"));
     daemon.reload();
-    assert!(daemon.wait_log("ended 2 sockets", Duration::from_secs(5)), "{}", daemon.logs());
+    assert!(daemon.wait_log("ended 2 sockets", PATIENCE), "{}", daemon.logs());
     assert!(flows[0].write(b"?").is_err());
 }
 
