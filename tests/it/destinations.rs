@@ -324,6 +324,10 @@ fn bypassed_destinations() {
     behind(&ground, &lan, &cases);
     daemon.reconfigure(&policy("default = drop\n", lines));
     here(&app, &cases);
+    // the same where flows that go directly have a mark for another reason: a line for users
+    let owned = policy("", lines).replace("[rules]\n", "[rules]\ndirect = user:4000\n");
+    daemon.reconfigure(&owned);
+    here(&app, &cases);
     // of all targets
     daemon.reconfigure(&policy(&format!("default = drop\n{lines}"), ""));
     here(&app, &cases);

@@ -7,7 +7,7 @@ use super::sets::{range_name, BYPASS, ONLY};
 use super::spared::{jump_bypass, local_rules, neighbour_discovery, spared_by_others, spared_of};
 use super::words::*;
 use super::{Chain, Rule};
-use crate::config::{Config, Outlet, Route, Take, Target, QUIC_PORTS};
+use crate::config::{Config, Outlet, Route, Take, QUIC_PORTS};
 use crate::net::{Family, Range, Ranges, L4};
 use crate::nft::stmt::Stmt;
 
@@ -189,7 +189,7 @@ fn spares_tcp(outlet: &Outlet) -> bool {
 /// list, to look that up for each packet would cost more than all else.
 pub(super) fn known_rules(config: &Config, outlet: &Outlet, keep: &str) -> Vec<Rule> {
     let mut tcp = vec![Stmt::L4proto(L4::Tcp), Stmt::CtMarked(config.mask)];
-    if config.default != Target::Direct {
+    if config.marks_direct() {
         tcp.push(Stmt::NotCtMark(mark(config, config.direct_mark())));
     }
     let udp = vec![Stmt::L4proto(L4::Udp), Stmt::CtMark(mark(config, outlet.mark))];
