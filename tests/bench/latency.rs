@@ -368,13 +368,15 @@ pub fn churn(report: &mut Report) {
     // code that was not called before, and pages that the allocator keeps for the next time
     let reference = ("before", rss as f64);
     report.beside("churn, RSS after", rss_after as f64, "KiB", reference, Target::None);
-    // some at a time: how many wait, and need memory, depends on who else is busy
-    let later = [(); 2].map(|()| {
+    // some at a time: how many wait, and need memory, depends on who else is busy, and a few pages
+    // more or less one time says nothing: what leaks adds up
+    let later = [(); 5].map(|()| {
         churn(200);
         daemon.footprint().1 as f64
     });
-    let reference = ("after one", later[0]);
+    let reference = ("after two", later[0].max(later[1]));
     let target = Target::RatioAtMost(1.02);
-    report.beside("churn, RSS after another", later[1], "KiB", reference, target);
+    let after = later[3..].iter().copied().fold(f64::MAX, f64::min);
+    report.beside("churn, RSS after five", after, "KiB", reference, target);
     assert!(daemon.stop().success());
 }
