@@ -382,18 +382,40 @@ fn no_client_answers_itself() {
     ] {
         let section = format!("[gateway lan]\ninterface = br-lan\ntarget = {name}\n");
         crate::kernel::forget_flows();
-        let daemon = Daemon::start(&ground, &format!("{spared}{outlet}{section}"), &[]);
-        for (client, remote) in clients.iter().zip([REMOTE4, REMOTE6]) {
-            let at = addr(*client, 5000);
-            let own = lan.client(1).run(|| UdpSocket::bind(at)).expect("bind");
-            own.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-            let speaker = lan.client(0).run(|| bind(addr(remote, 80), libc::SOCK_DGRAM));
-            UdpSocket::from(speaker).send_to(b"first", at).expect("speak");
-            own.recv_from(&mut [0; 9]).expect("it comes by us");
-            for _ in 0..3 {
-                own.send_to(b"then", addr(remote, 80)).expect("send");
+        let config = format!("{spared}{outlet}{section}");
+        let mut daemon = Daemon::start(&ground, &config, &[]);
+        let pairs = clients.iter().zip([REMOTE4, REMOTE6]);
+        let own: Vec<UdpSocket> = pairs
+            .map(|(client, remote)| {
+                let at = addr(*client, 5000);
+                let own = lan.client(1).run(|| UdpSocket::bind(at)).expect("bind");
+                own.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+                let speaker = lan.client(0).run(|| bind(addr(remote, 80), libc::SOCK_DGRAM));
+                UdpSocket::from(speaker).send_to(b"first", at).expect("speak");
+                own.recv_from(&mut [0; 9]).expect("it comes by us");
+                own.connect(addr(remote, 80)).expect("connect");
+                own
+            })
+            .collect();
+        let mut say_more = |when: &str| {
+            for own in own.iter().cycle().take(6) {
+                // what is known of the one before may come first
+                let _ = own.send(b"then");
             }
-            assert_eq!(world.wire.to_remote(), [], "{name}");
+            assert_eq!(world.wire.to_remote(), [], "{name}, {when}");
+        };
+        say_more("begun");
+        daemon.reconfigure(&config);
+        say_more("after a reload");
+        let other =
+            "[tproxy other]\nport = 7894\n[gateway other]\ninterface = none\ntarget = other\n";
+        daemon.reconfigure(&format!("{config}{other}"));
+        say_more("after a reload with another proxy");
+        for leave in [Daemon::kill9 as fn(Daemon), Daemon::leave] {
+            leave(daemon);
+            say_more("between two daemons");
+            daemon = Daemon::start(&ground, &config, &[]);
+            say_more("after a restart");
         }
         daemon.stop_clean();
     }
