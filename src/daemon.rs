@@ -19,7 +19,6 @@ use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use crate::backoff::{Backoff, Looks, Reminder};
 use crate::cgroup::core::{Core, Delta};
 use crate::cgroup::dying::Dying;
-use crate::cgroup::event::Event;
 use crate::cgroup::follow::{Cgroups, Levels, TURN_TIME};
 use crate::cgroup::mount;
 use crate::config::{proxied_marks, Config, OnExit, Route, Target};
@@ -647,10 +646,11 @@ impl Daemon<'_> {
     /// it is due.
     fn heal(&mut self, notified: bool) {
         let now = Instant::now();
-        if !self.cgroups.lost {
-            self.cgroups.look_again(now);
-        } else if self.cgroups.is_look_due(now) {
-            self.look_at_root();
+        if self.cgroups.is_look_due(now) {
+            match self.cgroups.lost {
+                false => self.cgroups.core.retry(),
+                true => self.look_at_root(),
+            }
         }
         if self.look_at_others.is_some_and(|at| at <= now) {
             self.warn_of_others(false);
@@ -717,11 +717,8 @@ impl Daemon<'_> {
             }
             Ok(None) => {}
             Err(error) => {
-                let root = self.cgroups.root.clone();
-                self.cgroups.watcher.guard(&root.mount, true);
-                if !std::mem::replace(&mut self.cgroups.lost, true) {
+                if self.cgroups.lose() {
                     log!(Error, "{error}; nothing is classified until it is there again");
-                    self.cgroups.step(Event::Gone { path: (*b"").into() });
                 }
             }
         }

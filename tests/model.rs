@@ -16,10 +16,10 @@ use std::time::Duration;
 use cgtproxy::cgroup::backlog::Backlog;
 use cgtproxy::cgroup::core::{Core, Delta};
 use cgtproxy::cgroup::dying;
-use cgtproxy::cgroup::event::{Action, Event, Found, List, Scan};
+use cgtproxy::cgroup::event::{Action, Event, Found, List, Look, Scan, Seen};
 use cgtproxy::cgroup::gates::{self, Gate};
 use cgtproxy::cgroup::holds::HoldElement;
-use cgtproxy::cgroup::tree::{child, parent, Path};
+use cgtproxy::cgroup::tree::{child, parent};
 use cgtproxy::config::{self, Config, Outcome, RuleLine, Source, Target};
 use cgtproxy::nft::expr::Verdict;
 use cgtproxy::nft::stmt::{cgroup_hash, Stmt};
@@ -72,11 +72,7 @@ struct Host {
     /// The ancestors of all that there has been, itself included: by id, their ids from the
     /// outermost on.
     lineages: BTreeMap<u64, Vec<u64>>,
-    /// What the core wants watched.
-    found: Vec<Found>,
-    /// What it wants to look at, and can wait.
-    later: Vec<Scan>,
-    /// It wants to look again after some time.
+    /// The core wants to look again after some time.
     look_again: bool,
     /// Nothing changes by itself, and nothing fails.
     calm: bool,
@@ -162,12 +158,10 @@ impl Host {
         }
     }
 
-    fn count_dying(&self, path: Path) -> Event {
-        let below =
-            |held: &&Vec<u8>| held.strip_prefix(&path[..]).is_some_and(|r| r.starts_with(b"/"));
-        let count =
-            self.dirs.contains_key(&path[..]).then(|| self.held.values().filter(below).count());
-        Event::Dying { path, count: count.map(|count| count as u64) }
+    fn none_dying(&self, path: &[u8]) -> bool {
+        let is_below =
+            |held: &Vec<u8>| held.strip_prefix(path).is_some_and(|r| r.starts_with(b"/"));
+        self.dirs.contains_key(path) && !self.held.values().any(is_below)
     }
 
     /// The gates that a cgroup with this id is, or was, at or below.
@@ -182,25 +176,32 @@ impl Host {
         DEPTHS.iter().enumerate().filter_map(at).collect()
     }
 
-    /// What a look finds.
-    fn scan(&mut self, scan: &Scan, random: &mut Random) -> Event {
+    fn look(&mut self, look: &Look, random: &mut Random) -> Seen {
+        match look {
+            Look::Scan(scan) => self.scan(scan, random),
+            Look::Watch(found) => self.watch(found, random),
+        }
+    }
+
+    /// What a scan finds.
+    fn scan(&mut self, scan: &Scan, random: &mut Random) -> Seen {
         let path = scan.path.clone();
         self.race(random);
         let Some(&id) = self.dirs.get(&path[..]) else {
-            return Event::Gone { path };
+            return Seen::Gone { path };
         };
         if !self.calm && random.one_in(200) {
-            return Event::Failed { path, errno: Errno::ENOMEM };
+            return Seen::Failed { path, errno: Errno::ENOMEM };
         }
-        Event::Found(Found { path, id, deep: scan.deep, foreign: false, at: NOW })
+        Seen::Found(Found { path, id, deep: scan.deep, foreign: false, at: NOW })
     }
 
     /// What watching and listing finds, with changes in between.
-    fn watch(&mut self, found: &Found, random: &mut Random) -> Event {
+    fn watch(&mut self, found: &Found, random: &mut Random) -> Seen {
         let Found { path, id, .. } = found.clone();
         self.race(random);
         let Some(&watched) = self.dirs.get(&path[..]) else {
-            return Event::Gone { path };
+            return Seen::Gone { path };
         };
         let known = self.watches.iter().find(|(_, w)| **w == watched);
         let (wd, refused) = match known {
@@ -226,8 +227,8 @@ impl Host {
                 self.watches.remove(&wd);
             }
             return match now {
-                Some(id) => Event::Found(Found { path, id, deep: true, foreign: false, at: NOW }),
-                None => Event::Gone { path },
+                Some(id) => Seen::Found(Found { path, id, deep: true, foreign: false, at: NOW }),
+                None => Seen::Gone { path },
             };
         }
         self.race(random);
@@ -237,7 +238,7 @@ impl Host {
             true => (refused.or(Some(Errno::EMFILE)), None),
             false => (refused, Some(list)),
         };
-        Event::Listed { path, id, wd, refused, list }
+        Seen::Listed { path, id, wd, refused, list }
     }
 }
 
@@ -579,25 +580,16 @@ fn covered(config: &Config, path: &[u8], uid: u32, gid: u32) -> Target {
     covering.next().map_or(target, |rule| rule.target)
 }
 
-/// Carries the actions out; every look and every end of a watch is a step. Watching waits for the
-/// end, or for a commit; what happens meanwhile is in the queue.
-fn act(core: &mut Core, host: &mut Host, mut actions: Vec<Action>, random: &mut Random) -> u64 {
-    let mut steps = 0;
-    while let Some(action) = actions.pop() {
-        steps += 1;
+/// Looks, and carries the actions out; every one of them is a step.
+fn look(core: &mut Core, host: &mut Host, look: &Look, random: &mut Random) -> u64 {
+    let seen = host.look(look, random);
+    let mut actions = Vec::new();
+    core.step(seen, &mut actions);
+    let steps = actions.len() as u64 + 1;
+    for action in actions {
         match action {
-            Action::Scan(scan) if random.one_in(4) => host.later.push(scan),
-            Action::Scan(scan) => {
-                let event = host.scan(&scan, random);
-                core.step(event, &mut actions);
-            }
-            Action::Watch(found) => host.found.push(found),
             Action::Unwatch(wd) => {
                 host.watches.remove(&wd);
-            }
-            Action::CountDying(path) => {
-                let event = host.count_dying(path);
-                core.step(event, &mut actions);
             }
             Action::LookAgain(pause) => host.look_again = pause.is_some(),
             Action::Tell(_) => {}
@@ -606,23 +598,21 @@ fn act(core: &mut Core, host: &mut Host, mut actions: Vec<Action>, random: &mut 
     steps
 }
 
-/// Watches what was found; false when there was nothing.
-fn watch(core: &mut Core, host: &mut Host, random: &mut Random) -> bool {
-    let found = std::mem::take(&mut host.found);
-    let later = std::mem::take(&mut host.later);
-    for scan in &later {
-        let event = host.scan(scan, random);
-        let mut actions = Vec::new();
-        core.step(event, &mut actions);
-        act(core, host, actions, random);
+/// Takes an event; what is to be looked at next waits for the end, or for a commit, and what happens
+/// meanwhile is in the queue.
+fn take(core: &mut Core, host: &mut Host, event: Event, random: &mut Random) -> u64 {
+    core.locate(event).map_or(0, |there| look(core, host, &there, random))
+}
+
+/// Looks at what is to be looked at, in some order.
+fn work(core: &mut Core, host: &mut Host, random: &mut Random) -> u64 {
+    let mut looks = core.take_looks();
+    let mut steps = 0;
+    while !looks.is_empty() {
+        let next = looks.swap_remove(random.below(looks.len()));
+        steps += look(core, host, &next, random);
     }
-    for found in &found {
-        let event = host.watch(found, random);
-        let mut actions = Vec::new();
-        core.step(event, &mut actions);
-        act(core, host, actions, random);
-    }
-    !(found.is_empty() && later.is_empty())
+    steps
 }
 
 fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
@@ -634,15 +624,12 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
     let mut core = Core::new(policies[random.below(policies.len())].clone(), DIR, BASE);
     let mut kernel = Kernel::default();
     core.keep_dying([]);
-    let start = core.start();
-    let mut done = act(&mut core, &mut host, vec![start], &mut random);
-    while watch(&mut core, &mut host, &mut random) {}
+    while work(&mut core, &mut host, &mut random) > 0 {}
     kernel.replace(&mut core);
-    let (mut quiet, mut owned) = (0, 0);
+    let (mut done, mut quiet, mut owned) = (0, 0, 0);
     while done < steps {
         done += 1;
         follow(&mut core, &mut kernel, &mut random);
-        let mut actions = Vec::new();
         match random.below(100) {
             0..50 => host.change(&mut random),
             50..85 => {
@@ -650,10 +637,7 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
                 let mut backlog = Backlog::default();
                 for _ in 0..random.below(8) {
                     for event in host.queue.drain(..) {
-                        let dir = match event {
-                            Event::Changed { wd, .. } | Event::Unwatched { wd } => wd,
-                            _ => -1,
-                        };
+                        let dir = event.wd();
                         if event == Event::Overflow {
                             backlog = Backlog::default();
                         }
@@ -662,15 +646,15 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
                     let Some((account, event)) = backlog.pop() else {
                         break;
                     };
-                    core.step(event, &mut actions);
-                    done += act(&mut core, &mut host, std::mem::take(&mut actions), &mut random);
+                    done += take(&mut core, &mut host, event, &mut random);
                     backlog.charge(account, random.below(1000) as u64);
                 }
                 while let Some((_, event)) = backlog.pop() {
                     host.queue.push_front(event);
                 }
                 kernel.commit(&mut core, &host, random.one_in(20));
-                while watch(&mut core, &mut host, &mut random) {
+                while core.has_looks() {
+                    done += work(&mut core, &mut host, &mut random);
                     kernel.commit(&mut core, &host, random.one_in(20));
                 }
             }
@@ -697,11 +681,12 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
             92..94 => {
                 host.max_watches = if random.one_in(2) { random.below(12) } else { usize::MAX }
             }
-            94..95 => core.step(Event::Tidy, &mut actions),
+            94..95 => core.tidy(),
             95..97 => {
-                core.step(Event::Retry, &mut actions);
-                done += act(&mut core, &mut host, actions, &mut random);
-                while watch(&mut core, &mut host, &mut random) {}
+                core.retry();
+                while core.has_looks() {
+                    done += work(&mut core, &mut host, &mut random);
+                }
             }
             _ => {
                 settle(&mut core, &mut host, &mut kernel, &mut random);
@@ -733,8 +718,11 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
                 // some of what is held is let go
                 let all = random.one_in(4);
                 host.held.retain(|_, _| !all && random.one_in(2));
-                core.step(Event::LookAtDying, &mut actions);
-                done += act(&mut core, &mut host, std::mem::take(&mut actions), &mut random);
+                for path in core.above_dying() {
+                    if host.none_dying(&path) {
+                        core.none_dying(&path);
+                    }
+                }
                 kernel.commit(&mut core, &host, random.one_in(20));
                 kernel.check_dying(&core, &host, &wanted);
                 assert!(
@@ -776,17 +764,14 @@ fn follow(core: &mut Core, kernel: &mut Kernel, random: &mut Random) {
 fn settle(core: &mut Core, host: &mut Host, kernel: &mut Kernel, random: &mut Random) {
     host.calm = true;
     for _ in 0..64 {
-        let mut actions = Vec::new();
         while let Some(event) = host.queue.pop_front() {
-            core.step(event, &mut actions);
-            act(core, host, std::mem::take(&mut actions), random);
+            take(core, host, event, random);
         }
-        while watch(core, host, random) {}
+        while work(core, host, random) > 0 {}
         kernel.commit(core, host, false);
         if host.look_again {
-            core.step(Event::Retry, &mut actions);
-            act(core, host, actions, random);
-            while watch(core, host, random) {}
+            core.retry();
+            while work(core, host, random) > 0 {}
         }
         if host.queue.is_empty() && (!host.look_again || host.max_watches != usize::MAX) {
             break;
@@ -818,30 +803,32 @@ fn rules_stay_for_a_service_that_starts_again() {
     let policies = policies();
     let mut core = Core::new(policies[0].clone(), b"", 0);
     core.keep_dying([]);
-    let mut step = |event| {
-        let mut actions = Vec::new();
-        core.step(event, &mut actions);
-        (core.take_delta().shape, core.has_idle())
+    let after = |core: &mut Core| (core.take_delta().shape, core.has_idle());
+    let step = |core: &mut Core, seen| {
+        core.step(seen, &mut Vec::new());
+        after(core)
     };
     let found = |path: &[u8], id| {
-        Event::Found(Found { path: path.into(), id, deep: true, foreign: false, at: NOW })
+        Seen::Found(Found { path: path.into(), id, deep: true, foreign: false, at: NOW })
     };
-    let gone = |path: &[u8]| Event::Gone { path: path.into() };
-    step(found(b"", 1));
-    let (first, idle) = step(found(b"/a", 2));
+    let gone = |path: &[u8]| Seen::Gone { path: path.into() };
+    let core = &mut core;
+    step(core, found(b"", 1));
+    let (first, idle) = step(core, found(b"/a", 2));
     assert!(first.is_some() && !idle);
     // what is removed is matched in another way
-    let (dying, idle) = step(gone(b"/a"));
+    let (dying, idle) = step(core, gone(b"/a"));
     assert!(dying.is_some_and(|shapes| shapes[1].pairs.len() == 2) && idle);
-    assert_eq!(step(found(b"/a", 3)), (None, false));
-    step(gone(b"/a"));
-    step(Event::Dying { path: (*b"").into(), count: Some(0) });
-    assert_eq!(step(Event::Tidy), (None, true));
-    assert_eq!(step(found(b"/a", 4)), (None, false));
-    step(gone(b"/a"));
-    step(Event::Dying { path: (*b"").into(), count: Some(0) });
-    assert_eq!(step(Event::Tidy), (None, true));
-    let (last, idle) = step(Event::Tidy);
+    for id in 3..5 {
+        assert_eq!(step(core, found(b"/a", id)), (None, false));
+        step(core, gone(b"/a"));
+        core.none_dying(b"");
+        assert!(after(core).0.is_some_and(|shapes| shapes[1].pairs.len() == 1));
+        core.tidy();
+        assert_eq!(after(core), (None, true));
+    }
+    core.tidy();
+    let (last, idle) = after(core);
     assert!(last.is_some_and(|shapes| shapes[1].pairs.is_empty()) && !idle);
 }
 
@@ -860,7 +847,7 @@ fn homes_of(many: u64) -> Duration {
         let path = if id == 1 { String::new() } else { format!("/c{id}") };
         let path = path.into_bytes().into();
         let found = Found { path, id, deep: true, foreign: false, at: NOW };
-        core.step(Event::Found(found), &mut Vec::new());
+        core.step(Seen::Found(found), &mut Vec::new());
     }
     let used = || clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).expect("a clock of the thread");
     let before = used();
@@ -884,7 +871,7 @@ fn whatever_is_deep_is_held() {
     let mut actions = Vec::new();
     let mut found = |core: &mut Core, path: &[u8], id| {
         let found = Found { path: path.into(), id, deep: true, foreign: false, at: NOW };
-        core.step(Event::Found(found), &mut actions);
+        core.step(Seen::Found(found), &mut actions);
     };
     found(&mut core, b"", 0);
     let (mut path, mut ids) = (Vec::new(), Vec::new());

@@ -17,8 +17,8 @@ pub struct Blind {
     paths: BTreeSet<Path>,
     /// The last of them that was looked at again.
     retried: Option<Path>,
-    /// How many there were before that.
-    before: usize,
+    /// One of them is watched now.
+    helped: bool,
     /// That there are some has been told.
     told: bool,
     /// A look has been asked for.
@@ -41,13 +41,18 @@ impl Blind {
         }
     }
 
+    /// It is gone.
     pub fn remove(&mut self, path: &Path) {
         self.paths.remove(path);
     }
 
+    /// It is watched.
+    pub fn sighted(&mut self, path: &Path) {
+        self.helped |= self.paths.remove(path);
+    }
+
     /// The cgroups whose turn it is.
     pub fn turn(&mut self) -> Vec<Path> {
-        (self.before, self.awaited) = (self.paths.len(), false);
         let after = self.retried.take();
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
         let turn = self.paths.range((from, Bound::Unbounded));
@@ -57,18 +62,15 @@ impl Blind {
         turn
     }
 
-    /// They have been looked at: the others soon, if that helped.
-    pub fn after_turn(&self, actions: &mut Vec<Action>) {
-        if !self.paths.is_empty() && self.paths.len() < self.before {
-            actions.push(Action::LookAgain(Some(Pause::Short)));
-        }
-    }
-
-    /// After any step: asks for a look where one is needed, and for none any more where not.
+    /// After any step: asks for a look where one is needed, soon where the last one helps, and for
+    /// none any more where not.
     pub fn mind(&mut self, actions: &mut Vec<Action>) {
         let needed = !self.paths.is_empty();
+        let helped = std::mem::take(&mut self.helped);
         if std::mem::replace(&mut self.awaited, needed) != needed {
             actions.push(Action::LookAgain(needed.then_some(Pause::Usual)));
+        } else if helped {
+            actions.push(Action::LookAgain(Some(Pause::Short)));
         }
         if !needed && std::mem::take(&mut self.told) {
             actions.push(Action::Tell(Note::Sighted));

@@ -1,5 +1,6 @@
-//! The state machine: what happened goes in as an [`Event`], what is to be done comes out as
-//! [`Action`]s, and what the kernel's sets should then hold as a [`Delta`]. Pure: no I/O, no clock.
+//! The state machine: what was [`Seen`] goes in, what is to be done comes out as [`Action`]s, what is
+//! to be looked at next as [`Look`]s, and what the kernel's sets should then hold as a [`Delta`]. Pure:
+//! no I/O, no clock.
 
 use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
@@ -8,7 +9,7 @@ use nix::errno::Errno;
 
 use super::blind::Blind;
 use super::dying::{self, Dying};
-use super::event::{Action, Event, Found, List, Note, Scan};
+use super::event::{Action, Event, Found, List, Look, Note, Scan, Seen};
 use super::gates::{self, Above, Gate, Gates};
 use super::holds::{self, HoldElement, Holds};
 use super::ranking::Ranking;
@@ -81,7 +82,7 @@ pub struct Core {
     tree: Tree,
     /// Elements in use, counted by pair.
     pairs: SmallMap<Pair, usize>,
-    /// Pairs whose last element is gone, and whether that was so at the last [`Event::Tidy`]. Their
+    /// Pairs whose last element is gone, and whether that was so at the last [`Core::tidy`]. Their
     /// rules stay for a while: most often a service starts again.
     idle: SmallMap<Pair, bool>,
     /// What elements are below.
@@ -100,6 +101,8 @@ pub struct Core {
     /// Removed cgroups that sockets may hold, and what is matched as they are; `None` where the
     /// kernel cannot match them.
     dying: Option<dying::List>,
+    /// What is to be looked at, in any order, once what follows from the last looks is in force.
+    looks: Vec<Look>,
     /// Directories without a watch, or that could not be scanned.
     blind: Blind,
     memo: policy::Memo,
@@ -115,8 +118,7 @@ pub struct Core {
 const MAX_LEVEL: usize = 255;
 
 impl Core {
-    /// An empty tree, of a cgroup root with that directory and level; [`Core::start`] gives the first
-    /// action.
+    /// An empty tree, of a cgroup root with that directory and level, which is to be looked at.
     pub fn new(config: Rc<Config>, root: &[u8], base_level: usize) -> Core {
         Core {
             config,
@@ -133,6 +135,7 @@ impl Core {
             pairs_changed: false,
             pending: Changes::default(),
             dying: None,
+            looks: vec![scan(Path::default(), true)],
             blind: Blind::default(),
             memo: policy::Memo::default(),
             draft: None,
@@ -242,58 +245,73 @@ impl Core {
         self.names_root
     }
 
-    /// The look at everything.
-    pub fn start(&self) -> Action {
-        scan(Rc::from(&b""[..]), true)
-    }
-
-    /// Takes one event; what is to be done is pushed onto `actions`.
-    pub fn step(&mut self, event: Event, actions: &mut Vec<Action>) {
+    /// Where an event tells to look; `None` where that is below a directory that is gone: its
+    /// parent's event has been, or will be, seen.
+    pub fn locate(&mut self, event: Event) -> Option<Look> {
         match event {
             Event::Changed { wd, name } => {
-                // of a directory that is gone: its parent's event has been, or will be, seen
-                if let Some(parent) = self.tree.watched(wd).and_then(|at| self.tree.path(at)) {
-                    actions.push(scan(tree::child(parent, &name), false));
-                }
+                let parent = self.tree.path(self.tree.watched(wd)?)?;
+                Some(scan(tree::child(parent, &name), false))
             }
             Event::Unwatched { wd } => {
-                let path = self.tree.unwatch(wd).and_then(|at| self.tree.path(at));
-                actions.extend(path.map(|path| scan(path.clone(), true)));
+                let at = self.tree.unwatch(wd)?;
+                Some(scan(self.tree.path(at)?.clone(), true))
             }
-            Event::Overflow => actions.push(self.start()),
-            Event::Found(found) => self.found(found, actions),
-            Event::Listed { path, id, wd, refused, list } => {
+            Event::Overflow => Some(scan(Path::default(), true)),
+        }
+    }
+
+    /// Takes what a look saw; what is to be done is pushed onto `actions`.
+    pub fn step(&mut self, seen: Seen, actions: &mut Vec<Action>) {
+        match seen {
+            Seen::Found(found) => self.found(found, actions),
+            Seen::Listed { path, id, wd, refused, list } => {
                 self.listed(path, id, wd, refused, list, actions)
             }
-            Event::Gone { path } => self.gone(&path, actions),
-            Event::Failed { path, errno } => self.failed(path, errno, actions),
-            Event::LookAtDying => {
-                let above = self.dying.iter().flat_map(|list| list.above(&self.tree));
-                actions.extend(above.map(Action::CountDying));
-            }
-            Event::Dying { path, count } => {
-                if count == Some(0) {
-                    self.let_go(|list| list.released(&path));
-                }
-            }
-            Event::Kept { mut ids } => {
-                self.tree.iter().for_each(|(_, node)| {
-                    ids.remove(&node.id);
-                });
-                self.let_go(|list| list.seen(&ids));
-            }
-            Event::Tidy => {
-                self.idle.retain(|_, before| !std::mem::replace(before, true));
-                self.pairs_changed = true;
-                self.holds.tidy();
-            }
-            Event::Retry => {
-                let turn = self.blind.turn();
-                actions.extend(turn.into_iter().map(|path| scan(path, true)));
-            }
-            Event::Retried => self.blind.after_turn(actions),
+            Seen::Gone { path } => self.gone(&path, actions),
+            Seen::Failed { path, errno } => self.failed(path, errno, actions),
         }
         self.blind.mind(actions);
+    }
+
+    /// Whether something is to be looked at.
+    pub fn has_looks(&self) -> bool {
+        !self.looks.is_empty()
+    }
+
+    /// What is to be looked at; once.
+    pub fn take_looks(&mut self) -> Vec<Look> {
+        std::mem::take(&mut self.looks)
+    }
+
+    /// What could not be watched or scanned, or some of it, is to be looked at again.
+    pub fn retry(&mut self) {
+        self.looks.extend(self.blind.turn().into_iter().map(|path| scan(path, true)));
+    }
+
+    /// Lets go of rules that nothing has needed since the last call.
+    pub fn tidy(&mut self) {
+        self.idle.retain(|_, before| !std::mem::replace(before, true));
+        self.pairs_changed = true;
+        self.holds.tidy();
+    }
+
+    /// The living cgroups that are next above removed ones.
+    pub fn above_dying(&self) -> BTreeSet<Path> {
+        self.dying.iter().flat_map(|list| list.above(&self.tree)).collect()
+    }
+
+    /// Nothing below that one is dying any more.
+    pub fn none_dying(&mut self, above: &[u8]) {
+        self.let_go(|list| list.released(above));
+    }
+
+    /// A look at all sockets: these cgroups are held by some.
+    pub fn kept(&mut self, mut ids: BTreeSet<u64>) {
+        self.tree.iter().for_each(|(_, node)| {
+            ids.remove(&node.id);
+        });
+        self.let_go(|list| list.seen(&ids));
     }
 
     /// Takes it that the kernel matches no level deeper than that: what lies there inherits. As
@@ -507,7 +525,7 @@ impl Core {
                 // without a watch, or where listing failed, nothing else will tell of its children
                 if deep || node.wd.is_none() || self.blind.contains(&path) {
                     found.at = None;
-                    actions.push(Action::Watch(found));
+                    self.looks.push(Look::Watch(found));
                 }
                 return;
             }
@@ -539,7 +557,7 @@ impl Core {
         if node.element.is_some() {
             actions.push(Action::Tell(Note::Classified { path, outcome: node.element }));
         }
-        actions.push(Action::Watch(found));
+        self.looks.push(Look::Watch(found));
     }
 
     fn listed(
@@ -559,7 +577,7 @@ impl Core {
         };
         let before = self.tree.watch(at, wd);
         match refused {
-            None => self.blind.remove(&path),
+            None => self.blind.sighted(&path),
             Some(errno) => self.blind.refused(&path, errno, actions),
         }
         if before != wd {
@@ -578,7 +596,7 @@ impl Core {
             children = names.iter().map(|name| tree::child(&path, name)).collect();
         }
         // what lies below a known one is in doubt too: so was this one
-        actions.extend(children.into_iter().map(|child| scan(child, true)));
+        self.looks.extend(children.into_iter().map(|child| scan(child, true)));
     }
 
     /// Whose work it is what happens in a directory with this owner.
@@ -813,6 +831,6 @@ impl Core {
     }
 }
 
-fn scan(path: Path, deep: bool) -> Action {
-    Action::Scan(Scan { path, deep })
+fn scan(path: Path, deep: bool) -> Look {
+    Look::Scan(Scan { path, deep })
 }

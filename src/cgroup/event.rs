@@ -1,17 +1,15 @@
 //! What goes into the core and what comes out of it.
 //!
-//! An event never says what is there, only where to look: a name in IN_CREATE may be gone again or
-//! stand for another cgroup by now. So lost, doubled and reordered events do no harm; the look
-//! ([`Scan`]) decides.
-
-use std::collections::BTreeSet;
+//! An [`Event`] never says what is there, only where to look: a name in IN_CREATE may be gone again or
+//! stand for another cgroup by now. So lost, doubled and reordered events do no harm: what is [`Seen`]
+//! decides.
 
 use nix::errno::Errno;
 
 use super::tree::Path;
 use crate::config::Outcome;
 
-/// Something that happened.
+/// What inotify tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// A directory of this name was made or removed below a watched one.
@@ -20,41 +18,57 @@ pub enum Event {
     Unwatched { wd: i32 },
     /// Events were lost.
     Overflow,
-    /// A scan found a cgroup.
-    Found(Found),
-    /// A cgroup that was found has been watched, or why not, and listed; without a list those of its
-    /// children that are known stay.
-    Listed { path: Path, id: u64, wd: Option<i32>, refused: Option<Errno>, list: Option<List> },
-    /// A scan found nothing under that path.
-    Gone { path: Path },
-    /// A scan could not be done.
-    Failed { path: Path, errno: Errno },
-    /// Time to look again at what could not be watched or scanned, or at some of it.
-    Retry,
-    /// That has been done.
-    Retried,
-    /// Time to look whether what is dying is dead.
-    LookAtDying,
-    /// How many cgroups are dying below a living one; `None` where the kernel does not tell.
-    Dying { path: Path, count: Option<u64> },
-    /// All cgroups that sockets hold.
-    Kept { ids: BTreeSet<u64> },
-    /// Time to let go of rules that nothing has needed for a while.
-    Tidy,
 }
 
-/// Something to do.
+impl Event {
+    /// The watch that tells it; -1 where none does.
+    pub fn wd(&self) -> i32 {
+        match self {
+            Event::Changed { wd, .. } | Event::Unwatched { wd } => *wd,
+            Event::Overflow => -1,
+        }
+    }
+}
+
+/// A look at a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
+pub enum Look {
     Scan(Scan),
     /// Watch and list a cgroup that was found. Its element need not wait for that.
     Watch(Found),
+}
+
+/// What a look saw.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Seen {
+    Found(Found),
+    /// A cgroup that was found has been watched, or why not, and listed; without a list those of its
+    /// children that are known stay.
+    Listed {
+        path: Path,
+        id: u64,
+        wd: Option<i32>,
+        refused: Option<Errno>,
+        list: Option<List>,
+    },
+    /// There is nothing under that path.
+    Gone {
+        path: Path,
+    },
+    /// It could not be done.
+    Failed {
+        path: Path,
+        errno: Errno,
+    },
+}
+
+/// Something to do at once, of which nothing comes back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
     /// End a watch.
     Unwatch(i32),
-    /// Count what is dying below a cgroup.
-    CountDying(Path),
-    /// Look again after that time at what could not be watched or scanned, with [`Event::Retry`];
-    /// `None` where nothing is left to look at.
+    /// Look again after that time at what could not be watched or scanned; `None` where nothing is
+    /// left to look at.
     LookAgain(Option<Pause>),
     /// Worth a line.
     Tell(Note),
@@ -82,7 +96,7 @@ pub enum Note {
     Sighted,
 }
 
-/// A directory to look at.
+/// The look which cgroup there is under a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scan {
     pub path: Path,

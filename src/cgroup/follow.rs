@@ -1,8 +1,14 @@
-//! Following the cgroup tree: what the watcher sees goes to the core as events, and what the core asks
-//! is done, by turns and piece by piece. So it goes to and fro between watcher and core until a cgroup
-//! is decided; from there on there is one way, down to the kernel. For the daemon, which
-//! goes on with it, and for commands, which look once. It sends nothing to the kernel: what the sets
-//! should hold is the core's to say.
+//! Following the cgroup tree, by turns and piece by piece. For the daemon, which goes on with it, and
+//! for commands, which look once. A new cgroup goes one way:
+//!
+//! 1. [`Cgroups::drain`] reads an event. It waits for its turn, which its owner pays for.
+//! 2. The core says where that is, and the watcher looks there.
+//! 3. The core takes what was seen, and decides: an element changes, and more is to be looked at.
+//! 4. The daemon commits what has changed: down to the kernel.
+//! 5. [`Cgroups::work`] looks at the rest, with turns of its own, from 2 on: it watches what was found,
+//!    so that its children are known, and so on.
+//!
+//! It sends nothing to the kernel: what the sets should hold is the core's to say.
 
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
@@ -14,7 +20,7 @@ use nix::errno::Errno;
 use super::backlog::Backlog;
 use super::core::Core;
 use super::dying::Dying;
-use super::event::{Action, Event, Found, Note, Pause, Scan};
+use super::event::{Action, Event, Look, Note, Pause, Seen};
 use super::mount::{self, Root};
 use super::tree::{self, Path};
 use super::watch::{self, Watcher};
@@ -52,12 +58,8 @@ pub struct Cgroups {
     /// Read, and not handled yet.
     events: Backlog<Event>,
     pub core: Core,
-    /// Found since the last work, so that their elements come first.
-    found: Vec<Found>,
-    /// Found, and neither watched nor listed yet; or listed, and not looked at yet.
-    work: Backlog<Work>,
-    /// Until when is to be done at once what may as well wait.
-    until: Instant,
+    /// What the core wants to have looked at.
+    looks: Backlog<Look>,
     /// When to look at what cannot be watched.
     look_again: Option<Instant>,
     /// The root may be gone, or another one.
@@ -93,12 +95,6 @@ pub struct Levels {
     pub deepest: Option<usize>,
 }
 
-/// A look at a cgroup that can wait until the elements of those before it are in force.
-enum Work {
-    Watch(Found),
-    Scan(Scan),
-}
-
 impl Cgroups {
     /// Looks at everything and follows it from then on, work by work: [`Cgroups::begin`] is due once none
     /// is left.
@@ -126,31 +122,25 @@ impl Cgroups {
         if let Some(level) = levels.deepest {
             core.set_deepest(level);
         }
-        let now = Instant::now();
-        let start = core.start();
-        let mut cgroups = Cgroups {
+        Cgroups {
             root,
             watcher,
             events: Backlog::default(),
             core,
-            found: Vec::new(),
-            work: Backlog::default(),
-            until: now,
+            looks: Backlog::default(),
             look_again: None,
             in_doubt: false,
             lost: false,
             dying: None,
             dying_pause: DYING.0,
-            sockets_seen: now,
+            sockets_seen: Instant::now(),
             crowded: false,
             tidy: None,
             actions: Vec::new(),
             proxied: false,
             ruled: Vec::new(),
             removed: false,
-        };
-        cgroups.act(&mut vec![start]);
-        cgroups
+        }
     }
 
     /// Everything has been looked at. Errors: there was nothing.
@@ -167,17 +157,6 @@ impl Cgroups {
         [self.look_again, self.dying, self.tidy].into_iter().flatten().min()
     }
 
-    /// Hands an event to the core, and does what it asks.
-    pub fn step(&mut self, event: Event) {
-        // mapped and unmapped each time otherwise
-        let mut actions = std::mem::take(&mut self.actions);
-        self.core.step(event, &mut actions);
-        self.act(&mut actions);
-        if actions.capacity() <= AT_ONCE {
-            self.actions = actions;
-        }
-    }
-
     /// Whether events wait that have been read.
     pub fn has_events(&self) -> bool {
         !self.events.is_empty()
@@ -185,17 +164,13 @@ impl Cgroups {
 
     /// Whether any work waits.
     pub fn is_busy(&self) -> bool {
-        !(self.events.is_empty() && self.found.is_empty() && self.work.is_empty())
+        !self.events.is_empty() || self.core.has_looks() || !self.looks.is_empty()
     }
 
     /// Does some of the work that waits, which may make more of it; returns how much.
     pub fn work(&mut self) -> usize {
-        self.put_found_off();
-        let look = |watcher: &mut Watcher, work| match work {
-            Work::Watch(found) => watcher.watch(&found),
-            Work::Scan(scan) => watcher.scan(&scan),
-        };
-        self.take_turns(AT_ONCE, |cgroups| &mut cgroups.work, look)
+        self.queue_looks();
+        self.take_turns(AT_ONCE, |cgroups| &mut cgroups.looks, |_, look| Some(look))
     }
 
     /// Takes so much of a backlog at the most, for as long as a turn lasts; returns how much.
@@ -203,19 +178,21 @@ impl Cgroups {
         &mut self,
         most: usize,
         backlog: fn(&mut Cgroups) -> &mut Backlog<T>,
-        event: fn(&mut Watcher, T) -> Event,
+        locate: fn(&mut Core, T) -> Option<Look>,
     ) -> usize {
         let mut start = Instant::now();
-        self.until = start + TURN_TIME;
+        let until = start + TURN_TIME;
         for done in 0..most {
-            if start >= self.until {
+            if start >= until {
                 return done;
             }
             let Some((account, work)) = backlog(self).pop() else {
                 return done;
             };
-            let event = event(&mut self.watcher, work);
-            self.step(event);
+            if let Some(look) = locate(&mut self.core, work) {
+                let seen = self.watcher.look(&look);
+                self.step(seen);
+            }
             if backlog(self).is_empty() {
                 // nobody has anything to pay for
                 return done + 1;
@@ -227,11 +204,20 @@ impl Cgroups {
         most
     }
 
-    /// Puts off the looks at what has been found.
-    fn put_found_off(&mut self) {
-        for found in std::mem::take(&mut self.found) {
-            self.note(&found.path);
-            self.put_off(&found.path.clone(), Work::Watch(found));
+    /// Gives what the core wants to have looked at its place among the turns.
+    fn queue_looks(&mut self) {
+        for look in self.core.take_looks() {
+            let path = match &look {
+                Look::Scan(scan) => &scan.path,
+                Look::Watch(found) => {
+                    self.note(&found.path);
+                    &found.path
+                }
+            };
+            let tree = self.core.tree();
+            let dir = tree.above(path).and_then(|at| tree.node(at));
+            let (account, wd) = dir.map_or((0, None), |dir| (dir.account, dir.wd));
+            self.looks.push(account, wd.unwrap_or(-1), look);
         }
     }
 
@@ -244,40 +230,16 @@ impl Cgroups {
         self.proxied |= matches!(target, Some(Target::Tproxy(_)));
     }
 
-    /// Puts off a look at a cgroup.
-    fn put_off(&mut self, path: &Path, work: Work) {
-        let tree = self.core.tree();
-        let dir = tree.above(path).and_then(|at| tree.node(at));
-        let (account, wd) = dir.map_or((0, None), |dir| (dir.account, dir.wd));
-        self.work.push(account, wd.unwrap_or(-1), work);
-    }
-
-    /// Does what the core asks until it asks for nothing more, but for what can wait until the
-    /// elements are in force: watching what was found.
-    fn act(&mut self, actions: &mut Vec<Action>) {
-        let mut more = false;
-        while let Some(action) = actions.pop() {
+    /// Hands what was seen to the core, and does what follows from it at once.
+    fn step(&mut self, seen: Seen) {
+        // mapped and unmapped each time otherwise
+        let mut actions = std::mem::take(&mut self.actions);
+        self.core.step(seen, &mut actions);
+        for action in actions.drain(..) {
             match action {
-                // a long list of children
-                Action::Scan(scan)
-                    if std::mem::replace(&mut more, true) && Instant::now() >= self.until =>
-                {
-                    // what was found first is looked at first
-                    self.put_found_off();
-                    self.put_off(&scan.path.clone(), Work::Scan(scan))
-                }
-                Action::Scan(scan) => {
-                    let event = self.watcher.scan(&scan);
-                    self.core.step(event, actions);
-                }
-                Action::Watch(found) => self.found.push(found),
                 Action::Unwatch(wd) => {
                     self.removed = true;
                     self.watcher.unwatch(wd)
-                }
-                Action::CountDying(path) => {
-                    let event = self.watcher.count_dying(path);
-                    self.core.step(event, actions);
                 }
                 Action::LookAgain(pause) => {
                     self.look_again = pause.map(|pause| Instant::now() + span(pause))
@@ -286,6 +248,9 @@ impl Cgroups {
                 Action::Tell(note) if self.watcher.is_following() => self.tell(note),
                 Action::Tell(_) => {}
             }
+        }
+        if actions.capacity() <= AT_ONCE {
+            self.actions = actions;
         }
         if self.tidy.is_none() && self.core.has_idle() {
             self.tidy = Some(Instant::now() + TIDY);
@@ -327,29 +292,30 @@ impl Cgroups {
         }
     }
 
-    /// Looks again, where that is due, at some of what could not be watched.
-    pub fn look_again(&mut self, now: Instant) {
-        if self.look_again.take_if(|at| *at <= now).is_some() {
-            self.until = Instant::now() + TURN_TIME;
-            self.step(Event::Retry);
-            self.work();
-            self.step(Event::Retried);
-        }
-    }
-
-    /// Whether that is due; it is put off.
+    /// Whether to look again at what could not be watched is due; the next time is set.
     pub fn is_look_due(&mut self, now: Instant) -> bool {
-        let due = self.look_again.take_if(|at| *at <= now).is_some();
+        let due = self.look_again.is_some_and(|at| at <= now);
         if due {
             self.look_again = Some(now + span(Pause::Usual));
         }
         due
     }
 
+    /// The root is gone, and all below it. False where that was known.
+    pub fn lose(&mut self) -> bool {
+        self.watcher.guard(&self.root.mount, true);
+        let news = !std::mem::replace(&mut self.lost, true);
+        if news {
+            self.step(Seen::Gone { path: Path::default() });
+        }
+        news
+    }
+
     /// Lets go of rules that nothing needs any more, where that is due.
     pub fn tidy(&mut self, now: Instant) {
         if self.tidy.take_if(|at| *at <= now).is_some() {
-            self.step(Event::Tidy);
+            self.core.tidy();
+            self.tidy = self.core.has_idle().then(|| now + TIDY);
         }
     }
 
@@ -359,12 +325,16 @@ impl Cgroups {
         if self.dying.is_none_or(|at| at > now) {
             return;
         }
-        self.step(Event::LookAtDying);
+        for path in self.core.above_dying() {
+            if self.watcher.count_dying(&path) == Some(0) {
+                self.core.none_dying(&path);
+            }
+        }
         let some = |cgroups: &Cgroups| cgroups.core.dying().next().is_some();
         if some(self) && now.saturating_duration_since(self.sockets_seen) >= DYING.1 {
             self.sockets_seen = now;
             if let Some(ids) = kept() {
-                self.step(Event::Kept { ids });
+                self.core.kept(ids);
             }
         }
         let pause = self.dying_pause;
@@ -410,10 +380,7 @@ impl Cgroups {
             }
             let more = self.watcher.read()?;
             for event in self.watcher.events().filter_map(watch::event) {
-                let dir = match event {
-                    Event::Changed { wd, .. } | Event::Unwatched { wd } => wd,
-                    _ => -1,
-                };
+                let dir = event.wd();
                 if event == Event::Overflow {
                     log!(Notice, "cgroup events were lost, looking at everything");
                     // and with it at what waits
@@ -428,7 +395,7 @@ impl Cgroups {
                 break;
             }
         }
-        Ok(self.take_turns(TURN, |cgroups| &mut cgroups.events, |_, event| event))
+        Ok(self.take_turns(TURN, |cgroups| &mut cgroups.events, Core::locate))
     }
 }
 

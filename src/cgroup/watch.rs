@@ -1,5 +1,5 @@
-//! Watching the cgroup tree: one inotify watch a directory, and looking at a directory when the
-//! core asks. It decides nothing: what it saw goes to the core as an [`Event`].
+//! Watching the cgroup tree: one inotify watch a directory, which tells of an [`Event`], and looking
+//! at a directory. It decides nothing: what it has [`Seen`] goes to the core.
 //!
 //! Every look may find the directory gone, or another one under its name: that is normal, and the
 //! events that say so are in the queue, because the parent was watched before.
@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::unistd::geteuid;
 
-use super::event::{Event, Found, List, Scan};
+use super::event::{Event, Found, List, Look, Scan, Seen};
 use super::tree::Path;
 use crate::error::{errno, Error, Result};
 use crate::policy;
@@ -143,13 +143,20 @@ impl Watcher {
         &self.above
     }
 
+    pub fn look(&mut self, look: &Look) -> Seen {
+        match look {
+            Look::Scan(scan) => self.scan(scan),
+            Look::Watch(found) => self.watch(found),
+        }
+    }
+
     /// Looks which cgroup there is under a path.
-    pub fn scan(&mut self, scan: &Scan) -> Event {
+    fn scan(&mut self, scan: &Scan) -> Seen {
         let path = scan.path.clone();
         if path.is_empty() {
             // it may be another one by now
             let Some(name) = self.name(&path) else {
-                return Event::Gone { path };
+                return Seen::Gone { path };
             };
             self.base = match sys::open_path(&name) {
                 Ok(base) => Some(base),
@@ -157,14 +164,14 @@ impl Watcher {
             };
         }
         let Some(base) = &self.base else {
-            return Event::Gone { path };
+            return Seen::Gone { path };
         };
         let (base, below) = (base.as_fd(), below(&path));
         match sys::cgroup_id(base, below) {
             Ok(id) => {
                 let foreign =
                     policy::is_of_exec(&path) && is_foreign(base, below, self.inotify.is_none());
-                Event::Found(Found { path, id, deep: scan.deep, foreign, at: self.now() })
+                Seen::Found(Found { path, id, deep: scan.deep, foreign, at: self.now() })
             }
             Err(errno) => failed(path, errno),
         }
@@ -178,10 +185,10 @@ impl Watcher {
 
     /// Watches and lists a cgroup that was found. The watch comes before the list, so that a child
     /// made in between is in the list or in the queue, or in both.
-    pub fn watch(&self, found: &Found) -> Event {
+    fn watch(&self, found: &Found) -> Seen {
         let Found { path, id, foreign, at, .. } = found.clone();
         let (Some(base), Some(name)) = (&self.base, self.name(&path)) else {
-            return Event::Gone { path };
+            return Seen::Gone { path };
         };
         let (base, below) = (base.as_fd(), below(&path));
         let mut refused = None;
@@ -205,22 +212,22 @@ impl Watcher {
         match listed {
             // what was watched and listed is another one by now
             Ok((seen, _)) if seen.inode as u32 != id as u32 => {
-                let event = match sys::cgroup_id(base, below) {
-                    Ok(id) => Event::Found(Found { path, id, deep: true, foreign, at: self.now() }),
+                let seen = match sys::cgroup_id(base, below) {
+                    Ok(id) => Seen::Found(Found { path, id, deep: true, foreign, at: self.now() }),
                     Err(errno) => failed(path, errno),
                 };
-                self.undo(wd, event)
+                self.undo(wd, seen)
             }
             Ok((seen, children)) => {
                 // events were lost, or we were stopped or busy
                 let late = at.is_some_and(|at| at > (seen.changed + LATE).as_nanos() as u64);
                 let list = Some(List { owner: seen.owner, late, children });
-                Event::Listed { path, id, wd, refused, list }
+                Seen::Listed { path, id, wd, refused, list }
             }
             Err(errno) => match failed(path, errno) {
-                Event::Failed { path, errno } => {
+                Seen::Failed { path, errno } => {
                     let refused = refused.or(Some(errno));
-                    Event::Listed { path, id, wd, refused, list: None }
+                    Seen::Listed { path, id, wd, refused, list: None }
                 }
                 gone => self.undo(wd, gone),
             },
@@ -241,15 +248,10 @@ impl Watcher {
         pids.take(PROCESSES).collect()
     }
 
-    /// Counts what is dying below a cgroup.
-    pub fn count_dying(&self, path: Path) -> Event {
-        let file = self.file(&path, b"/cgroup.stat");
-        let text = file.and_then(|file| std::fs::read_to_string(file).ok());
-        let count = text.and_then(|text| {
-            let mut lines = text.lines();
-            lines.find_map(|line| line.strip_prefix("nr_dying_descendants "))?.parse().ok()
-        });
-        Event::Dying { path, count }
+    /// How many cgroups are dying below one; `None` where the kernel does not tell.
+    pub fn count_dying(&self, path: &[u8]) -> Option<u64> {
+        let text = std::fs::read_to_string(self.file(path, b"/cgroup.stat")?).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("nr_dying_descendants "))?.parse().ok()
     }
 
     /// A file of a cgroup, from the root of the file system; `None` where its path is too long for one.
@@ -267,9 +269,9 @@ impl Watcher {
     }
 
     /// A watch on a directory that turned out to be gone would never be named again.
-    fn undo(&self, wd: Option<i32>, event: Event) -> Event {
+    fn undo(&self, wd: Option<i32>, seen: Seen) -> Seen {
         wd.into_iter().for_each(|wd| self.unwatch(wd));
-        event
+        seen
     }
 
     /// Ends a watch. After rmdir the kernel keeps it, and the inode with it, until this call.
@@ -319,12 +321,12 @@ pub fn unreadable(root: &FilePath) -> Error {
 }
 
 /// What a look means that failed.
-fn failed(path: Path, errno: Errno) -> Event {
+fn failed(path: Path, errno: Errno) -> Seen {
     match errno {
         // too deep to be named by a path: it inherits, as the kernel has it
-        Errno::ENAMETOOLONG => Event::Gone { path },
-        Errno::ENOENT | Errno::ENOTDIR | Errno::ENODEV => Event::Gone { path },
-        errno => Event::Failed { path, errno },
+        Errno::ENAMETOOLONG => Seen::Gone { path },
+        Errno::ENOENT | Errno::ENOTDIR | Errno::ENODEV => Seen::Gone { path },
+        errno => Seen::Failed { path, errno },
     }
 }
 
