@@ -116,6 +116,8 @@ enum Decides {
     Owner(OwnerRule),
     /// `/cgtproxy/TARGET` goes to TARGET.
     BuiltIn,
+    /// Nobody: what the user sends is left alone.
+    BypassUser,
     Default,
     /// What decided before the cgroup was removed.
     Before,
@@ -201,6 +203,11 @@ impl<'a> Apps<'a> {
                 }
                 Holder::Unknown => (None, Whereabouts::Unknown, None, Decides::Default),
             };
+            let sends = matches!(home, Whereabouts::Cgroup(_) | Whereabouts::Removed);
+            let (target, decides) = match sends && config.bypass_users.contains(&uid) {
+                true => (Some(config.target_name(Target::Direct).to_string()), Decides::BypassUser),
+                false => (target, decides),
+            };
             let owner = Some((uid, user));
             all.push(App { home, id, owner, veth: None, talker, target, decides, line: None });
         }
@@ -229,8 +236,8 @@ impl<'a> Apps<'a> {
 
     /// What becomes of removed cgroups, the table alone knows. Without CAP_NET_ADMIN nobody does.
     fn ask_kernel(&mut self) {
-        let mut unknown =
-            self.all.iter_mut().filter(|app| app.home == Whereabouts::Removed).peekable();
+        let unknown = |app: &&mut App| matches!(app.decides, Decides::Before);
+        let mut unknown = self.all.iter_mut().filter(unknown).peekable();
         if unknown.peek().is_none() || !sys::has_net_admin() {
             return;
         }
@@ -419,6 +426,7 @@ impl App {
             Decides::Pattern(of) => rule(&of.place, &of.text),
             Decides::Owner(of) => rule(&of.place, &of.text),
             Decides::BuiltIn => ("built-in", Value::new("built in", Json::Null)),
+            Decides::BypassUser => ("bypass-user", Value::new("bypass-user", Json::Null)),
             Decides::Default => ("default", Value::new("default", Json::Null)),
             Decides::Before => ("before", Value::new("as before", Json::Null)),
         }

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 use nix::sys::socket::SockProtocol;
-use nix::unistd::{initgroups, setgid, setgroups, setuid, Gid, Uid, User};
+use nix::unistd::{geteuid, initgroups, setgid, setgroups, setuid, Gid, Uid, User};
 
 use crate::cgroup::mount::{self, Root};
 use crate::cgroup::watch;
@@ -58,6 +58,13 @@ pub fn exec(
             Error::Usage(vec![format!("undefined target \"{target}\" (there are {names})")])
         })?;
     let user = user.map(find_user).transpose()?;
+    let uid = user.as_ref().map_or(geteuid(), |user| user.uid);
+    if target != Target::Direct && config.bypass_users.contains(&uid.as_raw()) {
+        let name = config.target_name(target);
+        return Err(Error::State(format!(
+            "unable to exec: target {name} is not in force for uid {uid}: it is a bypass-user"
+        )));
+    }
     let root = mount::find(config.cgroup_root.as_deref())?;
     remove_leftovers(&root.dir);
     let mut tries = 8;

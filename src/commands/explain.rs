@@ -213,6 +213,15 @@ fn describe(
     let before = config.owner_rules_before(outcome.class);
     let _ = writeln!(text, "{pid}{name}");
     if let Some((uid, gid)) = owner {
+        if config.bypass_users.contains(&uid) {
+            let target = config.target_name(Target::Direct);
+            let _ = writeln!(
+                text,
+                "    target  {target}\n    rule    bypass-user, whatever the target\n    \
+                 owner   uid {uid}, gid {gid}"
+            );
+            return false;
+        }
         if let Ok(Some(rule)) = policy::owner_rule(before, uid, Some(gid)) {
             let target = config.target_name(rule.target);
             let _ = writeln!(text, "    target  {target}");

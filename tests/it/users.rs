@@ -16,6 +16,7 @@ use crate::client::{expect, expect_as, fork_into, under, Client, Outcome, PATIEN
 use crate::daemon::{run_with, Daemon, UNOWNED};
 use crate::ground::{addr, pipe, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{load, SETTLE};
+use crate::tools::query;
 use crate::wait_until;
 use crate::world::{bind, raw_addr, set, Packet, Server, World, PROXY, STREAM_PORT};
 
@@ -408,6 +409,42 @@ fn explain_and_check_name_owners() {
     assert_eq!(out.status.code(), Some(2));
     let said = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(said.contains("no such user: \"nobody-of-that-name\""), "{said}");
+}
+
+/// What a bypass-user sends is left alone whatever the target: who is asked says so, and `exec` does
+/// not promise another way.
+#[test]
+fn a_bypass_user_has_no_target() {
+    let (ground, _world, _proxy) = scene!("bypassuser", proxy);
+    let config = "[global]\nbypass-user = 2001\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n\
+                  [rules]\nmihomo = user:2001\nmihomo = /app\n";
+    let daemon = Daemon::start(&ground, config, &[]);
+    let said = |args: &[&str]| {
+        let out = run_with(&ground, config, args);
+        let text = [out.stdout, out.stderr].concat();
+        (out.status.code(), String::from_utf8_lossy(&text).into_owned())
+    };
+    let cgroups = ["/app", "/other"].map(|path| ground.cgroup(path));
+    for cgroup in &cgroups {
+        expect_as(|client| client.uid(2001), &[(cgroup, under("direct"))]);
+        expect_as(|client| client.uid(2002), &[(cgroup, under(PROXY))]);
+        let port = SocketAddr::from(([127, 0, 0, 1], 7100));
+        let _process = Client::udp(cgroup, port).uid(2001).serve();
+        let pid = fs::read_to_string(cgroup.join("cgroup.procs")).expect("its pid");
+        let (_, explained) = said(&["explain", "--pid", pid.trim()]);
+        assert!(explained.contains("    target  direct\n    rule    bypass-user"), "{explained}");
+        let (_, apps) = said(&["apps", "--json"]);
+        let of = "[(a['target'], a['decides'], a['line']) for a in d['apps'] if a['uid'] == 2001]";
+        assert_eq!(query(&apps, of), "[('direct', 'bypass-user', None)]", "{apps}");
+    }
+    for (user, target, status) in
+        [("2001", "mihomo", 1), ("2001", "drop", 1), ("2001", "direct", 0), ("2002", "mihomo", 0)]
+    {
+        let (code, text) = said(&["exec", "-u", user, target, "--", "true"]);
+        assert_eq!(code, Some(status), "{user} {target}: {text}");
+        assert_eq!(text.contains("bypass-user"), status == 1, "{text}");
+    }
+    assert!(daemon.stop().success());
 }
 
 /// `exec` comes before all lines.

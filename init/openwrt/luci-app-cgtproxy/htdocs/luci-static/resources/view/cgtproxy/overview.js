@@ -144,6 +144,7 @@ function decided(app) {
 	switch (app.decides) {
 	case 'default': return E('em', {}, [ _('default') ]);
 	case 'built-in': return E('em', {}, [ _('built in') ]);
+	case 'bypass-user': return E('em', {}, [ 'bypass-user' ]);
 	case 'before': return E('em', {}, [ _('as before') ]);
 	default: return app.rule && app.rule.match;
 	}
