@@ -21,6 +21,7 @@ use crate::daemon;
 use crate::error::{reason, Error, Result};
 use crate::faults;
 use crate::host::{sysctl, Host};
+use crate::instance;
 use crate::json::Json;
 use crate::kernel::{self, Kernel};
 use crate::log;
@@ -762,9 +763,19 @@ fn others(config: &Config, boxes: Vec<Container>, findings: &mut Findings) {
     if !sys::has_net_admin() {
         return;
     }
+    findings.about("foreign-table");
+    let owner = Kernel::open().and_then(|mut kernel| match instance::holder(&mut kernel)? {
+        None => Ok(kernel.table_owner()?.flatten()),
+        Some(_) => Ok(None),
+    });
     let rules = Kernel::open().and_then(|mut kernel| kernel.rules());
-    if rules.is_ok_and(|rules| view::View::of(&rules).foreign) {
-        findings.about("foreign-table").warning(format!("{}: run replaces it", view::FOREIGN));
+    if let Ok(Some(owner)) = owner {
+        findings.error(format!(
+            "table inet {TABLE} is owned by another process (netlink port {owner}), so run does \
+             not start: end that process"
+        ));
+    } else if rules.is_ok_and(|rules| view::View::of(&rules).foreign) {
+        findings.warning(format!("{}: run replaces it", view::FOREIGN));
     }
     if config.tproxies.is_empty() && !config.has_containers() {
         return;

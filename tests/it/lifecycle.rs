@@ -425,7 +425,12 @@ fn a_start_that_fails() {
     std::io::Write::write_all(nft.stdin.as_mut().expect("piped"), table).expect("feed nft");
     assert!(wait_until(PATIENCE, || residue().contains("cgtproxy")));
     let said = fails(CONFIG, &[]);
-    assert!(said.contains("table inet cgtproxy is owned by another process"), "{said}");
+    let owned = "table inet cgtproxy is owned by another process";
+    assert!(said.contains(owned), "{said}");
+    let check = run_with(&ground, CONFIG, &["check"]);
+    let text = String::from_utf8_lossy(&check.stdout);
+    assert!(text.contains(&format!("error: {owned}")), "{text}");
+    assert_eq!(check.status.code(), Some(1), "run fails");
     assert_eq!(residue(), "table inet cgtproxy\n");
     drop(nft.stdin.take());
     nft.wait().expect("wait for nft");
