@@ -67,10 +67,11 @@ fn watches_run_out() {
     let drops = drops.map(|path| cgroup_id(path).expect("an id")).collect();
     // what is below a watched directory is classified at once, watched or not
     ground.within(&net, || await_exactly("cg_drop", &drops, Duration::from_secs(3)));
+    // and watched afterwards, until there are no more
+    assert!(daemon.wait_log("fs.inotify.max_user_watches", PATIENCE), "{}", daemon.logs());
     assert_eq!(daemon.footprint().0, 10);
     let log = daemon.logs();
     assert_eq!(log.matches("unable to watch").count(), 1, "{log}");
-    assert!(log.contains("fs.inotify.max_user_watches"), "{log}");
     // what is below an unwatched one, a few seconds later
     let below = ground.cgroup("/apps/a29/x");
     ground.within(&net, || {
