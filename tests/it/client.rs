@@ -376,7 +376,10 @@ pub fn expect_as(change: impl Fn(Client) -> Client, cgroups: &[(&Path, Answers)]
     let mut wrong = Vec::new();
     for (cgroup, want, proto, ip, running) in asked {
         let who = running.wait().0.who();
-        if who != *want {
+        // nobody has answered one either whose socket is ended while it waits, by a daemon that looks
+        // at what began before
+        let is_ended = want == "nobody" && who == "Failed(ECONNABORTED)";
+        if who != *want && !is_ended {
             wrong.push(format!("{proto:?} to {ip} in {}: {who}, not {want}", cgroup.display()));
         }
     }

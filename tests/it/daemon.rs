@@ -182,7 +182,7 @@ impl Daemon {
     pub fn ready(&mut self) -> bool {
         let ready = self.ready.take().expect("readiness is waited for once");
         let mut fds = [PollFd::new(ready.as_fd(), PollFlags::POLLIN)];
-        let spoke = poll(&mut fds, READY.as_millis() as u16).expect("poll the ready fd") == 1;
+        let spoke = wait_until(READY, || poll(&mut fds, 20u8).expect("poll the ready fd") == 1);
         let mut said = [0; 1];
         spoke && File::from(ready).read(&mut said).is_ok_and(|n| n == 1) && said == *b"\n"
     }

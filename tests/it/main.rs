@@ -86,18 +86,23 @@ mod watch;
 
 use std::time::{Duration, Instant};
 
-/// Polls `cond` until it holds. For conditions that nothing announces.
+/// Polls `cond` until it holds. For conditions that nothing announces. The time is counted in moments
+/// that this process has lived through, so that one in which the whole machine stands still, or in
+/// which others keep it from its processors, is no more than a moment.
 fn wait_until(timeout: Duration, mut cond: impl FnMut() -> bool) -> bool {
-    let deadline = Instant::now() + timeout;
+    const MOMENT: Duration = Duration::from_millis(250);
+    let mut left = timeout;
     let mut pause = Duration::from_micros(200);
-    while !cond() {
-        if Instant::now() > deadline {
-            return false;
+    while !left.is_zero() {
+        let start = Instant::now();
+        if cond() {
+            return true;
         }
         std::thread::sleep(pause);
         pause = (pause * 2).min(Duration::from_millis(20));
+        left = left.saturating_sub(start.elapsed().min(MOMENT));
     }
-    true
+    cond()
 }
 
 /// `full` where `CGTPROXY_LONG=1`, else `quick`.
