@@ -25,7 +25,7 @@ use crate::nft::marks::{self, Ours};
 use crate::nft::message::{self, Contents, Object, Transaction};
 use crate::nft::others;
 use crate::nft::stmt::cgroup_hash;
-use crate::nft::table::{class_name, Deeds, DEEDS, FRESH, HOLD, OUTPUT, TABLE};
+use crate::nft::table::{class_name, Deeds, DEEDS, HOLD, OUTPUT, TABLE};
 use crate::nft::view;
 use crate::route::{self, Needs};
 use crate::small::{SmallMap, SmallSet};
@@ -586,9 +586,7 @@ fn remedy(object: &Object, errno: Errno) -> Option<String> {
         None if *object == Object::Table && errno == Errno::EINVAL => {
             Some("the kernel knows no owners of tables: it has to be Linux 5.13 or later".into())
         }
-        Some(chain)
-            if is_absent && ([OUTPUT, FRESH].contains(&chain) || chain.starts_with(HOLD)) =>
-        {
+        Some(chain) if is_absent && (chain == OUTPUT || chain.starts_with(HOLD)) => {
             needs("nft_socket with cgroupv2 (Linux 5.13)", "kmod-nft-socket")
         }
         Some(chain) if is_absent && chain.starts_with("tproxy_") => {

@@ -13,6 +13,7 @@ use crate::config::{Config, Outcome, Route};
 use crate::net::{Family, Mark};
 use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
+use crate::nft::expr::Verdict;
 use crate::nft::message::{Contents, Transaction, Veth};
 use crate::nft::stmt::Stmt;
 use crate::nft::table::{
@@ -260,8 +261,11 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
 /// after the other; `None` where that is not the way. The first cgroup of a pair waits for each rule that
 /// is made. In which order those of a level stand decides nothing.
 pub fn ahead<'a>(old: &'a [Rule], new: &'a [Rule]) -> Option<impl Iterator<Item = &'a Rule>> {
-    let level = |rule: &Rule| match rule.first() {
-        Some(Stmt::Cgroup { level, .. } | Stmt::CgroupHash { level, .. }) => Some(*level),
+    // what comes back, from what is held and from gates, has its place
+    let level = |rule: &Rule| match &rule[..] {
+        [Stmt::Cgroup { level, .. } | Stmt::CgroupHash { level, .. }, Stmt::Verdict(Verdict::Goto(_))] => {
+            Some(*level)
+        }
         _ => None,
     };
     let is_new = |rule: &&Rule| !old.contains(rule);

@@ -499,8 +499,9 @@ fn target_of(
         }
     };
     // what may begin a flow goes the same way, once it has not been held
-    if let Some((_, fresh)) = own.iter().find(|(name, _)| name == table::FRESH) {
-        assert!(rules(OUTPUT).as_slice().ends_with(&fresh[1..]));
+    if let Some((_, hold)) = own.iter().find(|(name, _)| name == table::HOLD) {
+        let asked = hold_chains(config, &kernel.shape)[table::HOLD].len();
+        assert!(rules(OUTPUT).as_slice().ends_with(&hold[asked..]));
     }
     let mut stack = vec![rules(OUTPUT)];
     while let Some(rest) = stack.last_mut() {
@@ -563,7 +564,10 @@ fn is_held(chains: &HoldChains, kernel: &Kernel, ids: &[u64]) -> bool {
         match last {
             _ if !tests.iter().all(test) => {}
             Stmt::Verdict(Verdict::Goto(chain)) if chain == table::UNKNOWN => return true,
-            Stmt::Verdict(Verdict::Goto(chain)) => rules = chains[&chain[..]].iter(),
+            // no cgroup is below two held ones
+            Stmt::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) => {
+                rules = chains[&chain[..]].iter()
+            }
             Stmt::Verdict(Verdict::Return) => return false,
             other => panic!("{other}"),
         }

@@ -36,7 +36,7 @@ pub use gateway::{
     again_chain, bridged_rules, priority_of_gateways, veth_name, veth_rule, BRIDGED,
 };
 pub use hold::{hold_rules, HOLD, UNKNOWN};
-pub use output::{classifying, FRESH, OUTPUT};
+pub use output::{classifying, OUTPUT};
 pub use postrouting::ways;
 pub use prerouting::MARTIANS;
 pub use sets::{
@@ -147,8 +147,7 @@ impl Table {
         let hold = hold_rules(config, None).into_iter().map(|(name, _)| name);
         let deepest_first = (0..DEPTHS.len()).rev().map(output::below_name);
         let marked = config.marks_flows().then(|| output::MARKED.to_string());
-        let fresh = (!config.holds.is_empty()).then(|| output::FRESH.to_string());
-        let empty = hold.chain(deepest_first).chain(marked).chain(fresh);
+        let empty = deepest_first.chain(marked).chain(hold);
         chains.extend(empty.map(|name| chain(name, Vec::new())));
         // the type that routes again when a chain changes the mark
         let output = chain(OUTPUT, output::output_rules(config, &Shape::default()));

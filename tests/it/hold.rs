@@ -809,3 +809,42 @@ fn the_first_of_its_kind() {
     assert_eq!(leaked, [], "{} of {}", leaked.len(), floods.len());
     daemon.stop_clean();
 }
+
+/// Where only `drop` is configured, nothing stands between the rules for what is held and the others:
+/// a gate that comes at a held one's level, from elsewhere, is not asked before.
+#[test]
+fn a_gate_at_the_held_level() {
+    let ground = ground!("hold-gate");
+    let mut world = World::new(&ground);
+    ground.cgroup("/up/held");
+    let config = "[global]\nhold = /up/held\n\
+        [rules]\ndrop = .*/d[0-9]+\ndirect = .*/x/y\ndrop = .*/x\n";
+    let daemon = Daemon::start(&ground, config, &[]);
+    // the shapes are all there before anything is below the held one
+    await_member(&ground.cgroup("/other/a/x"), "drop");
+    await_member(&ground.cgroup("/other/a/x/y"), "direct");
+    let parent = ground.cgroup("/up/held/x/y");
+    await_member_of_known(&parent);
+    assert!(leaves(&parent));
+    let mut born = 0;
+    let mut some = || {
+        for (proto, ip) in [
+            (Proto::Tcp, REMOTE4),
+            (Proto::Tcp, REMOTE6),
+            (Proto::Udp, REMOTE4),
+            (Proto::Udp, REMOTE6),
+        ] {
+            born += 1;
+            be_born(&ground.cgroup(&format!("/up/held/x/y/d{born}")), proto, addr(ip, DROPPED));
+        }
+    };
+    some();
+    daemon.signal(Signal::SIGSTOP);
+    some();
+    daemon.signal(Signal::SIGCONT);
+    some();
+    let mut packets = world.wire.to_remote();
+    packets.retain(|packet| packet.dst.port() == DROPPED);
+    assert_eq!(packets, []);
+    daemon.stop_clean();
+}

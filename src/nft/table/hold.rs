@@ -8,7 +8,8 @@ use super::{Chain, Rule};
 use crate::config::Config;
 use crate::nft::stmt::Stmt;
 
-/// The chain that asks whether a packet is of a cgroup below a held one.
+/// The chain that asks whether a packet is of a cgroup below a held one, and that has the rest of
+/// `output` once more for what is not held. The last one of [`hold_rules`].
 pub const HOLD: &str = "hold";
 
 /// Above this level each has a chain of its own that asks for deeper ones, so that a packet pays for
@@ -35,11 +36,11 @@ pub fn hold_rules(config: &Config, holding: Option<&Holding>) -> Vec<(String, Ve
     let known = |level| Stmt::Cgroup { level, set: KNOWN.into() };
     let unknown = |level| vec![Stmt::OtherCgroup { level, set: KNOWN.into() }, Stmt::goto(UNKNOWN)];
     let hold = |holding: &Holding| match holding.all {
-        true => vec![vec![Stmt::goto(hold_name(0))]],
+        true => vec![vec![Stmt::jump(hold_name(0))]],
         false => {
             let held = |level| Stmt::Cgroup { level, set: HELD.into() };
             let levels = holding.roots.iter();
-            levels.map(|level| vec![held(*level), Stmt::goto(hold_name(*level))]).collect()
+            levels.map(|level| vec![held(*level), Stmt::jump(hold_name(*level))]).collect()
         }
     };
     // Whether one has been looked at is said at its own level, which is the deepest one that it has

@@ -26,11 +26,12 @@ pub(super) const MARKED: &str = "marked";
 pub fn classifying(config: &Config, shape: &Shape) -> Vec<(String, Vec<Rule>)> {
     let stages = 0..DEPTHS.len();
     let below = stages.map(|stage| (below_name(stage), below_rules(config, shape, stage)));
-    let hold = hold_rules(config, shape.holding.as_ref());
+    let mut hold = hold_rules(config, shape.holding.as_ref());
+    // what is not held goes on as in `output`, so that no packet is asked twice
+    hold.last_mut().into_iter().for_each(|(_, rules)| rules.extend(deciding_rules(config, shape)));
     let marked = config.marks_flows().then(|| (MARKED.into(), marked_rules(config, shape)));
-    let fresh = (!config.holds.is_empty()).then(|| (FRESH.into(), fresh_rules(config, shape)));
     let output = (OUTPUT.into(), output_rules(config, shape));
-    below.chain(hold).chain(marked).chain(fresh).chain([output]).collect()
+    below.chain(marked).chain(hold).chain([output]).collect()
 }
 
 /// Rules of `output`. A packet that no target takes passes no address look-up here.
@@ -46,20 +47,12 @@ pub fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     if !config.holds.is_empty() {
         // a SYN begins a flow; a datagram from a port that somebody else's has come from goes on with
         // that one, as far as conntrack knows
-        let fresh = Stmt::goto(FRESH);
-        rules.push(vec![Stmt::NotL4proto(L4::Tcp), fresh.clone()]);
-        rules.push(vec![Stmt::Fresh, fresh]);
+        let hold = Stmt::goto(HOLD);
+        rules.push(vec![Stmt::NotL4proto(L4::Tcp), hold.clone()]);
+        rules.push(vec![Stmt::Fresh, hold]);
     }
     rules.extend(deciding_rules(config, shape));
     rules
-}
-
-/// What may begin a flow, where anything is held; the rest of `output` stands there once more, so that
-/// no packet is asked twice.
-pub const FRESH: &str = "fresh";
-
-fn fresh_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
-    [vec![jump(HOLD)], deciding_rules(config, shape)].concat()
 }
 
 /// Rules of `output` for what leaves by another interface than lo and is not held.
