@@ -2,7 +2,7 @@
 //! interface that comes back, to an application that waits, and to anybody while it reloads for long.
 
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::client::{socket_of, Client};
+use crate::client::{connect, socket_in, tcp_in, Client};
 use crate::daemon::{run_with, Daemon, UNOWNED};
 use crate::floor::{delete_table, Listener, NFT_MSG_NEWTABLE};
 use crate::ground::{addr, ip_batch, Ground, REMOTE4};
@@ -21,7 +21,7 @@ use crate::senders::SOURCE_PORT;
 use crate::sockets::{hold, ALL};
 use crate::start::load_table;
 use crate::ways::{by_a_route_of_hand, Table, CONFIG, DECIDED, PROXY_PORT, TABLE_BY_HAND};
-use crate::world::{bind, raw_addr};
+use crate::world::bind;
 use crate::{go_on, sized, wait_until};
 
 fn milliseconds(since: Instant) -> f64 {
@@ -33,10 +33,8 @@ fn milliseconds(since: Instant) -> f64 {
 pub fn heal(report: &mut Report) {
     let ground = Ground::new("heal").expect("root");
     DECIDED.iter().for_each(|path| drop(ground.cgroup(path)));
-    let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[UNOWNED]);
-    assert!(daemon.ready(), "{}", daemon.logs());
-    let shown = run_with(&ground, CONFIG, &["show"]);
-    let table = String::from_utf8(shown.stdout).expect("UTF-8");
+    let daemon = Daemon::start_in(&ground, CONFIG, &[], &[UNOWNED]);
+    let table = run_with(&ground, CONFIG, &["show"]).fine();
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for _ in 0..sized(9, 25) {
         go_on();
@@ -193,15 +191,6 @@ pub fn back(report: &mut Report) {
     report.beside(figure, &ours, "ms", reference, Target::AtMost(50.0));
 }
 
-fn connect(cgroup: &Path, to: SocketAddr) -> TcpStream {
-    let socket = socket_of(cgroup, libc::AF_INET, libc::SOCK_STREAM);
-    let (raw, length) = raw_addr(to);
-    // SAFETY: a sockaddr of the length that goes with it.
-    let rc = unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), length) };
-    assert_eq!(rc, 0, "connect: {}", std::io::Error::last_os_error());
-    TcpStream::from(socket)
-}
-
 /// An application waits on a connection that is to go another way from now on.
 pub fn stalled(report: &mut Report) {
     let ground = Ground::new("stalled").expect("root");
@@ -221,10 +210,9 @@ pub fn stalled(report: &mut Report) {
     let (mut ours, mut reload) = (Vec::new(), Vec::new());
     for _ in 0..sized(9, 25) {
         go_on();
-        let own = connect(&cgroup, to);
+        let own = tcp_in(&cgroup, to);
         // made by the same process of the cgroup as the first, and as soon as that is ended
-        let next = socket_of(&cgroup, libc::AF_INET, libc::SOCK_STREAM);
-        own.set_read_timeout(Some(Duration::from_secs(20))).expect("set a timeout");
+        let next = socket_in(&cgroup, libc::SOCK_STREAM, to.ip());
         daemon.configure(CONFIG);
         let reloads = || daemon.logs().matches("reloaded").count();
         let before = reloads();
@@ -233,10 +221,8 @@ pub fn stalled(report: &mut Report) {
         let waiting = thread::spawn(move || {
             let end = std::io::Read::read(&mut &own, &mut [0; 8]);
             let ended = end.is_err_and(|e| e.kind() != std::io::ErrorKind::WouldBlock);
-            let (raw, length) = raw_addr(to);
-            // SAFETY: a sockaddr of the length that goes with it.
-            let rc = unsafe { libc::connect(next.as_raw_fd(), (&raw const raw).cast(), length) };
-            (milliseconds(start), ended && rc == 0, next)
+            let again = connect(&next, to).is_ok();
+            (milliseconds(start), ended && again, next)
         });
         daemon.signal(Signal::SIGHUP);
         listener.await_kind(NFT_MSG_NEWTABLE);

@@ -110,15 +110,14 @@ pub fn apps(report: &mut Report) {
     let holders = hold(&ground, [libc::SOCK_STREAM, libc::SOCK_DGRAM]);
     let config = "[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /services/name.*0\n";
     let whole = || {
-        let said = run_with(&ground, config, &["apps", "--json"]);
-        let text = String::from_utf8(said.stdout).expect("UTF-8");
+        let text = run_with(&ground, config, &["apps", "--json"]).out;
         text.matches(&format!("\"flows\":{}", EACH * 4)).count() == CGROUPS
     };
     assert!(wait_until(std::time::Duration::from_secs(10), whole), "not all sockets are told of");
     let mut took = [const { Vec::new() }; 4];
     for _ in 0..sized(7, 25) {
         go_on();
-        let [clock, cpu] = time(|| assert!(run_with(&ground, config, &["apps"]).status.success()));
+        let [clock, cpu] = time(|| drop(run_with(&ground, config, &["apps"]).fine()));
         let [clocks, cpus] = time(|| {
             let mut ss = Command::new("ss");
             assert!(ss.args(["-tuna", "--cgroup"]).stdout(Stdio::null()).status().is_ok());

@@ -54,9 +54,7 @@ pub fn start(report: &mut Report) {
             ground.cgroup(&format!("/apps/{i}"));
         }
         there = cgroups;
-        let shown = run_with(&ground, CONFIG, &["show"]);
-        assert!(shown.status.success());
-        let table = String::from_utf8(shown.stdout).expect("UTF-8");
+        let table = run_with(&ground, CONFIG, &["show"]).fine();
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         let mut cpu = Vec::new();
         let mut memory = [const { Vec::new() }; 3];
@@ -130,8 +128,7 @@ pub fn reload(report: &mut Report) {
         format!("[tproxy mihomo]\nport = {port}\n[rules]\n{rules}mihomo = /apps/.+\n")
     };
     let daemon = Daemon::start(&ground, &text(7893), &[]);
-    let shown = run_with(&ground, &text(7893), &["show"]);
-    let table = String::from_utf8(shown.stdout).expect("UTF-8");
+    let table = run_with(&ground, &text(7893), &["show"]).fine();
     let mut listener = Listener::new();
     let (mut ours, mut theirs, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
     for round in 0..sized(7, 25) {
@@ -174,10 +171,7 @@ pub fn lists(report: &mut Report) {
         write_private(&file, &prefixes(count));
         let line = format!("port = 7893\nbypass-file = {}", file.display());
         let listed = CONFIG.replace("port = 7893", &line);
-        let tables = [&plain, &listed].map(|text| {
-            let shown = run_with(&ground, text, &["show"]);
-            String::from_utf8(shown.stdout).expect("UTF-8")
-        });
+        let tables = [&plain, &listed].map(|text| run_with(&ground, text, &["show"]).fine());
         // how much longer nft takes for the same
         let mut theirs = Vec::new();
         // without the list and with it

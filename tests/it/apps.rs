@@ -2,19 +2,19 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use nix::unistd::{geteuid, Uid, User};
 
-use crate::client::{socket_of, PATIENCE};
-use crate::daemon::{run_with, write_private, Daemon};
+use crate::client::{connect, socket_in, udp_in, PATIENCE};
+use crate::daemon::{run_with, write_private, Daemon, Said};
 use crate::ground::{addr, ip_batch, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::json::is_documented;
 use crate::kernel::{await_member, cgroup_id};
-use crate::tools::{as_nobody, nobodys_binary, query, Said};
+use crate::tools::{as_nobody, nobodys_binary, query};
 use crate::wait_until;
 use crate::world::{bind, raw_addr, Server, World};
 
@@ -28,18 +28,14 @@ mihomo = service:aria2
 
 /// A connected socket of a cgroup.
 fn flow(cgroup: &Path, kind: i32, to: SocketAddr) -> OwnedFd {
-    let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let socket = socket_of(cgroup, family, kind);
-    let (raw, len) = raw_addr(to);
-    // SAFETY: a sockaddr of the length that goes with it.
-    let rc = unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), len) };
-    assert_eq!(rc, 0, "connect {to}: {}", std::io::Error::last_os_error());
+    let socket = socket_in(cgroup, kind, to.ip());
+    connect(&socket, to).unwrap_or_else(|e| panic!("connect to {to}: {e}"));
     socket
 }
 
 /// A socket of a cgroup that listens at every address.
 fn listener(cgroup: &Path, port: u16) -> OwnedFd {
-    let socket = socket_of(cgroup, libc::AF_INET, libc::SOCK_STREAM);
+    let socket = socket_in(cgroup, libc::SOCK_STREAM, REMOTE4);
     let any = SocketAddr::from(([0, 0, 0, 0], port));
     let (raw, len) = raw_addr(any);
     // SAFETY: a sockaddr of the length that goes with it, and integers.
@@ -52,7 +48,7 @@ fn listener(cgroup: &Path, port: u16) -> OwnedFd {
 }
 
 fn apps(ground: &Ground, config: &str, form: &[&str]) -> Said {
-    let said: Said = run_with(ground, config, &[&["apps"], form].concat()).into();
+    let said = run_with(ground, config, &[&["apps"], form].concat());
     assert_eq!((said.code, &*said.err), (Some(0), ""), "{}", said.out);
     said
 }
@@ -312,7 +308,7 @@ fn a_proxy_and_its_clients() {
 fn unconnected_datagram_sockets() {
     let (ground, _world) = scene!("apps-udp");
     let sync = ground.cgroup("/services/sync");
-    let socket = UdpSocket::from(socket_of(&sync, libc::AF_INET, libc::SOCK_DGRAM));
+    let socket = udp_in(&sync, REMOTE4);
     socket.send_to(b"who?", addr(REMOTE4, 80)).expect("send");
     let json = apps(&ground, CONFIG, &["--json"]).out;
     let said = of(&json, "/services/sync", "a['flows'], a['remotes'], a['line']");

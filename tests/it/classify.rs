@@ -5,14 +5,13 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
 use crate::client::{expect, under, Client, Outcome, SILENCE};
 use crate::daemon::Daemon;
-use crate::ground::{addr, moment, Ground, REMOTE4};
+use crate::ground::{addr, moment, sh, Ground, REMOTE4};
 use crate::kernel::{await_exactly, await_member, cgroup_id, set_ids, SETTLE};
 use crate::world::World;
 use crate::{sized, wait_until};
@@ -25,11 +24,6 @@ fn id(path: &Path) -> u64 {
 
 fn ids(paths: &[PathBuf]) -> BTreeSet<u64> {
     paths.iter().map(|path| id(path)).collect()
-}
-
-fn sh(script: &str) {
-    let status = Command::new("sh").args(["-c", script]).status().expect("start sh");
-    assert!(status.success(), "{script}");
 }
 
 fn rmdir(path: &Path) {

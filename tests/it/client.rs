@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::mem::{size_of, zeroed};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -216,13 +216,47 @@ pub unsafe fn fork_into(cgroup: &File, child: impl FnOnce() -> i32) -> io::Resul
     }
 }
 
-/// A socket that a process of `cgroup` has made: to the kernel it is that cgroup's, though the test
-/// holds it.
-pub fn socket_of(cgroup: &Path, family: c_int, kind: c_int) -> OwnedFd {
-    socket_for(cgroup, family, kind, 0)
+/// A socket that a process of `cgroup` has made, of the family of `ip`: to the kernel it is that
+/// cgroup's, though the test holds it.
+pub fn socket_in(cgroup: &Path, kind: c_int, ip: IpAddr) -> OwnedFd {
+    socket_for(cgroup, family_of(ip), kind, 0)
 }
 
-/// The same, of a protocol that is not the usual one.
+/// Connects a socket.
+pub fn connect(fd: &OwnedFd, to: SocketAddr) -> std::io::Result<()> {
+    let (raw, len) = raw_addr(to);
+    // SAFETY: a sockaddr of the length that goes with it.
+    match unsafe { libc::connect(fd.as_raw_fd(), (&raw const raw).cast(), len) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// A TCP connection of a cgroup.
+pub fn tcp_in(cgroup: &Path, to: SocketAddr) -> TcpStream {
+    let fd = socket_in(cgroup, libc::SOCK_STREAM, to.ip());
+    connect(&fd, to).unwrap_or_else(|e| panic!("connect to {to}: {e}"));
+    let stream = TcpStream::from(fd);
+    stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    stream
+}
+
+/// A datagram socket of a cgroup.
+pub fn udp_in(cgroup: &Path, ip: IpAddr) -> UdpSocket {
+    let socket = UdpSocket::from(socket_in(cgroup, libc::SOCK_DGRAM, ip));
+    socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    socket
+}
+
+/// AF_INET or AF_INET6.
+pub fn family_of(ip: IpAddr) -> c_int {
+    match ip {
+        IpAddr::V4(_) => libc::AF_INET,
+        IpAddr::V6(_) => libc::AF_INET6,
+    }
+}
+
+/// The same of a family, and of a protocol that is not the usual one.
 pub fn socket_for(cgroup: &Path, family: c_int, kind: c_int, protocol: c_int) -> OwnedFd {
     let (read, write) = pipe();
     let cgroup = File::open(cgroup).expect("open the cgroup");
@@ -346,6 +380,11 @@ pub const FLOWS: [(Proto, SocketAddr); 4] = [
     (Proto::Udp, SocketAddr::new(REMOTE6, 80)),
 ];
 
+/// Processes of a cgroup that send the [`FLOWS`] without pause.
+pub fn floods(cgroup: &Path) -> [Running; 4] {
+    FLOWS.map(|(proto, to)| Client::new(cgroup, proto, to).flood().spawn())
+}
+
 /// Asserts that nobody answers the [`FLOWS`] of a cgroup.
 #[track_caller]
 pub fn unanswered(cgroup: &Path) {
@@ -387,10 +426,10 @@ pub fn expect_as(change: impl Fn(Client) -> Client, cgroups: &[(&Path, Answers)]
 }
 
 /// The answers where TCP, UDP and ping, each over IPv4 and IPv6, end up as `who` says: `remote`,
-/// `nobody`, or the name of a proxy.
+/// `nobody`, `refused`, or the name of a proxy.
 pub fn answers(who: [&str; 6]) -> Answers {
     std::array::from_fn(|i| match (who[i], CASES[i]) {
-        ("nobody", _) => "nobody".to_owned(),
+        ("nobody" | "refused", _) => who[i].to_owned(),
         ("remote", (Proto::Icmp, ip)) => format!("echo {ip}"),
         (name, (_, ip)) => format!("{name} {}", SocketAddr::new(ip, 80)),
     })

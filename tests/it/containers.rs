@@ -13,11 +13,11 @@ use nix::sys::signal::Signal;
 
 use crate::client::{Client, Proto, Running, PATIENCE, SILENCE};
 use crate::daemon::Daemon;
-use crate::gateway::{self, ip, Lan, Netns, LAN4, LAN6};
-use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::gateway::{self, Lan, Netns, LAN4, LAN6};
+use crate::ground::{addr, ip, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::table;
 use crate::wait_until;
-use crate::world::{Packet, Server, World, PROXY};
+use crate::world::{but_pings, Server, World, PROXY};
 
 const CONFIG: &str = "
 [global]
@@ -63,11 +63,6 @@ fn entrances() -> Vec<String> {
 fn await_entrances(daemon: &Daemon, want: &[&str]) {
     let found = wait_until(PATIENCE, || entrances() == want);
     assert!(found, "{:?}, not {want:?}\n{}\n{}", entrances(), table(), daemon.logs());
-}
-
-fn but_pings(mut packets: Vec<Packet>) -> Vec<Packet> {
-    packets.retain(|p| p.proto != Proto::Icmp);
-    packets
 }
 
 #[test]
@@ -964,10 +959,10 @@ fn apps_shows_containers() {
     let want = "[('/boxes/box1', 'lan0', 'mihomo', 'rule', None, None), \
                 ('/docker/0f3a/inner', 'lan1', 'direct', 'default', \
                 'mihomo = /docker/0f3a/inner', None)]";
-    let said = || crate::tools::said(&ground, CONFIG, &["apps", "--json"]);
+    let said = || crate::daemon::run_with(&ground, CONFIG, &["apps", "--json"]);
     let shown = || crate::tools::query(&said().out, find);
     assert!(wait_until(PATIENCE, || shown() == want), "{}", shown());
-    let text = crate::tools::said(&ground, CONFIG, &["apps"]).out;
+    let text = crate::daemon::run_with(&ground, CONFIG, &["apps"]).out;
     assert!(text.contains("  behind lan1\n"), "{text}");
 }
 
@@ -986,7 +981,7 @@ fn it_is_told_what_is_a_container() {
     let find = "[(c['veth'], c['target'], c['in_force'], c['container'], c['cgroup']) \
                 for c in d['containers']]";
     let want = format!("[('lan0', 'mihomo', True, 'docker 0123456789ab', '{path}')]");
-    assert_eq!(crate::tools::query(&daemon.ask(&["status", "--json"]).out, find), want);
+    assert_eq!(daemon.json(find), want);
     let text = daemon.ask(&["status"]).out;
     assert!(text.contains("lan0  mihomo  docker 0123456789ab  /boxes/box/docker-"), "{text}");
     daemon.stop_clean();

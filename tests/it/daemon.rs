@@ -75,16 +75,58 @@ fn changed(path: &Path) -> Option<SystemTime> {
     entries.filter_map(|entry| changed(&entry.path())).max()
 }
 
-/// `cgtproxy ARGS` in this ground, to its end.
-pub fn run(args: &[&str]) -> Output {
-    Command::new(binary()).args(args).stdin(Stdio::null()).output().expect("start cgtproxy")
+/// What a run said, as text.
+#[derive(Debug)]
+pub struct Said {
+    pub code: Option<i32>,
+    pub out: String,
+    pub err: String,
 }
 
-/// `cgtproxy -c FILE ARGS`, with FILE holding `config`.
-pub fn run_with(ground: &Ground, config: &str, args: &[&str]) -> Output {
-    let file = config_file(ground, config);
-    let file = file.to_str().expect("a UTF-8 path");
-    run(&[&["-c", file], args].concat())
+impl From<Output> for Said {
+    fn from(output: Output) -> Said {
+        Said {
+            code: output.status.code(),
+            out: String::from_utf8_lossy(&output.stdout).into_owned(),
+            err: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+impl Said {
+    /// What it printed, where all went well.
+    #[track_caller]
+    pub fn fine(self) -> String {
+        assert_eq!((self.code, &*self.err), (Some(0), ""), "{}", self.out);
+        self.out
+    }
+
+    /// What it printed and what it complained of.
+    pub fn all(&self) -> String {
+        format!("{}{}", self.out, self.err)
+    }
+}
+
+/// `cgtproxy ARGS` in this ground, to its end.
+pub fn run(args: &[&str]) -> Said {
+    let mut command = Command::new(binary());
+    command.args(args).stdin(Stdio::null()).output().expect("start cgtproxy").into()
+}
+
+/// `cgtproxy -c FILE ARGS`, to its end.
+pub fn run_at(file: &Path, args: &[&str]) -> Said {
+    command(file, args).output().expect("start cgtproxy").into()
+}
+
+/// The same, with FILE holding `config`.
+pub fn run_with(ground: &Ground, config: &str, args: &[&str]) -> Said {
+    run_at(&config_file(ground, config), args)
+}
+
+fn command(file: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(binary());
+    command.arg("-c").arg(file).args(args).stdin(Stdio::null());
+    command
 }
 
 /// A fresh file with [`complete`] text.
@@ -127,9 +169,24 @@ pub struct Daemon {
 impl Daemon {
     /// Starts the program and returns once it is ready. `config` need not name a cgroup root.
     pub fn start(ground: &Ground, config: &str, args: &[&str]) -> Daemon {
-        let mut daemon = Daemon::spawn(ground, config, args, &[]);
+        Daemon::start_in(ground, config, args, &[])
+    }
+
+    /// The same, with `env` added to its environment.
+    pub fn start_in(ground: &Ground, config: &str, args: &[&str], env: &[(&str, &str)]) -> Daemon {
+        let mut daemon = Daemon::spawn(ground, config, args, env);
         assert!(daemon.ready(), "cgtproxy did not become ready:\n{}", daemon.logs());
         daemon
+    }
+
+    /// A command with this daemon's configuration.
+    pub fn command(&self, args: &[&str]) -> Command {
+        command(&self.config, args)
+    }
+
+    /// What that command says.
+    pub fn ask(&self, args: &[&str]) -> Said {
+        run_at(&self.config, args)
     }
 
     /// Starts the program, with `env` added to its environment, and waits for nothing.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::client::{Client, Outcome, Proto};
 use crate::daemon::Daemon;
-use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
+use crate::ground::{addr, ip, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, table};
 use crate::world::{Server, World};
 
@@ -65,7 +65,7 @@ fn tell(proto: Proto, what: &str, cgroup: &Path, to: std::net::SocketAddr) -> St
 #[ignore = "make demo runs it"]
 fn demo() {
     let (ground, mut world, proxy) = scene!("demo", proxy);
-    let _dns = Server::at("dns", &[addr("127.0.0.1".parse().unwrap(), 1053)]);
+    let _dns = Server::at("dns", &[addr(ip("127.0.0.1"), 1053)]);
     for (path, _) in APPLICATIONS.iter().filter(|a| a.1) {
         ground.cgroup(path);
     }

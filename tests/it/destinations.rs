@@ -6,11 +6,10 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::client::{again, Client, Outcome, Proto, AT_ONCE, PATIENCE};
-use crate::daemon::{write_private, Daemon, UNOWNED};
+use crate::client::{again, connect, socket_in, Client, Outcome, Proto, AT_ONCE, PATIENCE};
+use crate::daemon::{run_with, write_private, Daemon, UNOWNED};
 use crate::gateway::{Lan, Netns};
-use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
-use crate::stale::{connect, socket_in};
+use crate::ground::{addr, any_of, Ground, REMOTE4, REMOTE6};
 use crate::world::{Server, World, PROXY, STREAM_PORT};
 
 use Proto::{Tcp, Udp};
@@ -228,8 +227,7 @@ fn datagrams_follow_the_ports_over_a_reload() {
     let sockets = [REMOTE4, REMOTE6].map(|ip| {
         let fd = socket_in(&app, libc::SOCK_DGRAM, ip);
         // of a chosen port, so that it is not ended where what it sends is dropped
-        let any = if ip.is_ipv4() { "0.0.0.0:6881" } else { "[::]:6881" };
-        crate::world::bind_fd(&fd, any.parse().expect("an address"));
+        crate::world::bind_fd(&fd, addr(any_of(ip), 6881));
         let socket = UdpSocket::from(fd);
         socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
         (socket, addr(ip, 80))
@@ -288,7 +286,7 @@ fn write_list(ground: &Ground, name: &str, text: &str) {
 }
 
 fn to(ip: &str, port: u16) -> SocketAddr {
-    addr(ip.parse().expect("an address"), port)
+    addr(crate::ground::ip(ip), port)
 }
 
 /// TCP and UDP to the same places.
@@ -487,13 +485,11 @@ fn ports_and_refusals_over_a_kill_and_a_repair() {
         let left = world.wire.to_remote();
         assert!(left.iter().all(|packet| packet.dst.port() == 53), "{when}: {left:?}");
     };
-    let mut daemon = Daemon::spawn(&ground, &config, &[], &[UNOWNED]);
-    assert!(daemon.ready(), "{}", daemon.logs());
+    let daemon = Daemon::start_in(&ground, &config, &[], &[UNOWNED]);
     all("at first");
     daemon.kill9();
     all("without a daemon");
-    let mut daemon = Daemon::spawn(&ground, &config, &[], &[UNOWNED]);
-    assert!(daemon.ready(), "{}", daemon.logs());
+    let daemon = Daemon::start_in(&ground, &config, &[], &[UNOWNED]);
     all("after kill -9");
     crate::kernel::load("delete table inet cgtproxy");
     assert!(daemon.wait_log("in force again", PATIENCE), "{}", daemon.logs());
@@ -557,9 +553,7 @@ fn tables_load_again() {
     let daemon = Daemon::start(&ground, &config, &[]);
     let listed = crate::kernel::table_plain(&[]);
     assert!(listed.contains("11.0.0.16/29") && listed.contains("2001:db8:9c:1e::/64"));
-    let shown = crate::daemon::run_with(&ground, &config, &["show"]);
-    assert!(shown.status.success(), "{shown:?}");
-    let shown = String::from_utf8(shown.stdout).expect("UTF-8");
+    let shown = run_with(&ground, &config, &["show"]).fine();
     for script in [listed, shown] {
         Netns::new().run(|| crate::kernel::load(&script));
     }
@@ -613,10 +607,7 @@ fn check_and_explain() {
     write_list(&ground, "cn.txt", LIST);
     write_list(&ground, "none.txt", "# later\n");
     let lines = "udp = drop\nquic = reject\ntcp-ports = 443 80\nbypass-file = lists/cn.txt\n";
-    let said = |lines: &str, args: &[&str]| {
-        let out = crate::daemon::run_with(&ground, &policy("", lines), args);
-        String::from_utf8_lossy(&out.stdout).into_owned()
-    };
+    let said = |lines: &str, args: &[&str]| run_with(&ground, &policy("", lines), args).out;
     let limits = "udp = drop, quic = reject, tcp-ports = 80 443, bypass 3 ranges";
     let text = said(lines, &["explain", "/app"]);
     assert!(text.contains(&format!("    limits  {limits}\n")), "{text}");

@@ -8,12 +8,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::client::{again, Proto, PATIENCE};
+use crate::client::{again, connect, socket_in, Proto, PATIENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::hold::Flood;
 use crate::kernel::{cgroup_id, nft, set_ids, SETTLE};
-use crate::stale::{connect, socket_in};
 use crate::world::{Server, World};
 use crate::{sized, wait_until};
 
@@ -166,10 +165,7 @@ fn removed_without_sockets() {
 /// does not take back. The next start puts that right, and what sockets send goes its way.
 #[test]
 fn removed_while_there_is_no_daemon() {
-    let Some(ground) = Ground::new("dying-alone") else {
-        return;
-    };
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("dying-alone");
     let _proxy = Server::start("proxy", &[7893]);
     let mut daemon = Daemon::start(&ground, CONFIG, &[]);
     let proxied = [REMOTE4, REMOTE6].map(|ip| format!("proxy {}", addr(ip, 80)));
@@ -248,10 +244,7 @@ fn expect_decided(ground: &Ground, names: &[Vec<u8>], parents: [(&str, &str); 3]
 
 #[test]
 fn strange_names_decide() {
-    let Some(ground) = Ground::new("strange") else {
-        return;
-    };
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("strange");
     let _proxy = Server::start("proxy", &[7893]);
     let parents = [("/dropped", "nobody"), ("/proxied", "proxy"), ("/outer", "remote")];
     let names = strange_names();
@@ -274,8 +267,7 @@ fn strange_names_decide() {
     expect_decided(&ground, &names, parents, "made");
     expect_loads(&ground);
     // what is to be loaded, too
-    let shown = run_with(&ground, STRANGE, &["show"]);
-    let shown = String::from_utf8(shown.stdout).expect("UTF-8");
+    let shown = run_with(&ground, STRANGE, &["show"]).fine();
     ground.outside(|| {
         let out = nft(&["-f", "-"], &shown);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
@@ -290,8 +282,7 @@ fn strange_names_decide() {
     let kept = UdpSocket::from(socket_in(&quoted, libc::SOCK_DGRAM, REMOTE4));
     kept.connect(addr(REMOTE4, 80)).expect("connect");
     daemon.kill9();
-    let status = run_with(&ground, STRANGE, &["status"]);
-    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    let status = run_with(&ground, STRANGE, &["status"]).out;
     assert!(status.contains("does not know: 0"), "{status}");
     let daemon = Daemon::start(&ground, STRANGE, &[]);
     expect_decided(&ground, &names, parents, "after kill -9");
@@ -317,8 +308,7 @@ fn strange_names_decide() {
 /// met those of before finds it where it was. Targets in vain make packets slow, so that many meet both.
 #[test]
 fn the_first_of_its_kind() {
-    let ground = ground!("dying-first");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("dying-first");
     let (mut config, mut rules) = (String::new(), String::new());
     for n in 0..25 {
         config += &format!("[tproxy t{n}]\nport = {}\n", 9000 + n);

@@ -7,8 +7,8 @@ use nix::sys::signal::Signal;
 
 use crate::client::{answers, expect, expect_as, under, Client, Outcome, Proto, PATIENCE, SILENCE};
 use crate::daemon::{run_with, Daemon};
-use crate::gateway::{ip, Lan, LAN4};
-use crate::ground::{addr, remove_tree, Ground, REMOTE4, REMOTE6};
+use crate::gateway::{Lan, LAN4};
+use crate::ground::{addr, ip, remove_tree, Ground, REMOTE4, REMOTE6};
 use crate::world::{Packet, Server, World};
 
 fn dir() -> PathBuf {
@@ -59,10 +59,8 @@ fn every_example_passes_check() {
     assert!(names.len() > 5, "{names:?}");
     for name in names {
         let text = fs::read_to_string(&name).expect("read the example");
-        let out = run_with(&ground, &text, &["check"]);
-        let said = String::from_utf8_lossy(&out.stdout).into_owned();
-        assert!(out.status.success(), "{name:?}: {said}");
-        assert!(!said.contains("error:"), "{name:?}: {said}");
+        let said = run_with(&ground, &text, &["check"]);
+        assert!(said.code == Some(0) && !said.out.contains("error:"), "{name:?}: {}", said.out);
         // What is commented out is meant to be taken as well, by users who remove the mark.
         let all: String = text
             .lines()
@@ -74,9 +72,8 @@ fn every_example_passes_check() {
             })
             .map(|line| format!("{line}\n"))
             .collect();
-        let out = run_with(&ground, &all, &["check"]);
-        let said = String::from_utf8_lossy(&out.stdout).into_owned();
-        assert!(out.status.success(), "{name:?} in full: {said}");
+        let said = run_with(&ground, &all, &["check"]);
+        assert_eq!(said.code, Some(0), "{name:?} in full: {}", said.out);
     }
 }
 
@@ -91,8 +88,7 @@ fn proxies_of_openwrt() {
         [(shipped, &[nikki, sing_box, xray][..]), (text("router-mihomo"), &[nikki])]
     {
         for path in paths {
-            let out = run_with(&ground, &text, &["explain", path]);
-            let said = String::from_utf8_lossy(&out.stdout).into_owned();
+            let said = run_with(&ground, &text, &["explain", path]).out;
             assert!(said.contains("target  direct\n    rule    /"), "{said}");
         }
     }

@@ -10,12 +10,13 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::client::{again, expect, socket_of, under, Client, Outcome, Proto, PATIENCE};
+use crate::client::{again, expect, socket_in, tcp_in, under, Client, Outcome, Proto, PATIENCE};
 use crate::daemon::{run_with, Daemon, POLICY};
-use crate::gateway::{ip, Lan};
-use crate::ground::{addr, remove_tree, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
-use crate::kernel::{forget_flows, load, nft};
-use crate::stale::tcp_in;
+use crate::gateway::Lan;
+use crate::ground::{
+    addr, any_of, ip, remove_tree, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6,
+};
+use crate::kernel::{counters, forget_flows, load};
 use crate::wait_until;
 use crate::world::{
     bind_at, bind_fd, recv_datagram, set, Packet, Server, World, PROXY, STREAM_PORT,
@@ -31,17 +32,9 @@ fn places() -> [(SocketAddr, SocketAddr, IpAddr); 2] {
     ]
 }
 
-fn family(at: SocketAddr) -> libc::c_int {
-    if at.is_ipv4() {
-        libc::AF_INET
-    } else {
-        libc::AF_INET6
-    }
-}
-
 /// A UDP socket of a cgroup, bound to `at`.
 fn udp_of(cgroup: &Path, at: SocketAddr) -> UdpSocket {
-    let fd = socket_of(cgroup, family(at), libc::SOCK_DGRAM);
+    let fd = socket_in(cgroup, libc::SOCK_DGRAM, at.ip());
     set(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
     bind_at(&fd, at);
     patient(UdpSocket::from(fd))
@@ -54,7 +47,7 @@ fn patient(socket: UdpSocket) -> UdpSocket {
 
 /// A proxy's socket that sends as, and takes packets for, `at`.
 fn spoof(cgroup: &Path, at: SocketAddr) -> UdpSocket {
-    let fd: OwnedFd = socket_of(cgroup, family(at), libc::SOCK_DGRAM);
+    let fd = socket_in(cgroup, libc::SOCK_DGRAM, at.ip());
     bind_fd(&fd, at);
     patient(UdpSocket::from(fd))
 }
@@ -237,8 +230,7 @@ fn flows_of_clients_are_forgotten() {
         let daemon = Daemon::start(&ground, &config, &[]);
         let hosts = [ip("198.51.100.10"), ip("2001:db8:3::10")];
         for ((remote, neighbour, host), client) in places().into_iter().zip(hosts) {
-            let any = if host.is_ipv4() { "0.0.0.0" } else { "::" };
-            let proxy = spoof(&direct, addr(ip(any), 7893));
+            let proxy = spoof(&direct, addr(any_of(host), 7893));
             for loss in [Loss::Flushed, Loss::Expired, Loss::Never] {
                 let app = || UdpSocket::bind(addr(client, 0)).expect("bind");
                 let app = patient(lan.client(0).run(app));
@@ -332,8 +324,7 @@ fn marks_of_forgotten_flows_are_restored_by_others() {
             ));
             for (remote, _, host) in places() {
                 let what = format!("{hook} {kind} {priority}, {remote}, {proxies}");
-                let any = if host.is_ipv4() { "0.0.0.0" } else { "::" };
-                let proxy = spoof(&direct, addr(ip(any), 7893));
+                let proxy = spoof(&direct, addr(any_of(host), 7893));
                 let speaker = spoof(&direct, remote);
                 let client = if host.is_ipv4() { "198.51.100.10" } else { "2001:db8:3::10" };
                 let client = || UdpSocket::bind(addr(ip(client), 0)).expect("bind");
@@ -371,7 +362,7 @@ fn a_foreign_source_is_no_way_out() {
     let gateway = "[gateway lan]\ninterface = br-lan\ntarget = mihomo\n";
     let _daemon = Daemon::start(&ground, &format!("{POLICY}{gateway}"), &[]);
     for path in ["/drop", "/proxied"] {
-        let fd = socket_of(&ground.cgroup(path), libc::AF_INET6, libc::SOCK_DGRAM);
+        let fd = socket_in(&ground.cgroup(path), libc::SOCK_DGRAM, REMOTE6);
         crate::kernel::await_member(&ground.at(path), &path[1..].replace("proxied", "mihomo"));
         set(&fd, libc::SOL_IPV6, IPV6_FREEBIND, 1);
         bind_at(&fd, addr(ip("2001:db8:3::77"), 0));
@@ -406,10 +397,10 @@ fn nobody_answers_himself() {
         daemon.signal(Signal::SIGSTOP);
         let cgroup = ground.cgroup(path);
         for port in [5001, 5002] {
-            let speaker = socket_of(&cgroup, libc::AF_INET6, libc::SOCK_DGRAM);
+            let speaker = socket_in(&cgroup, libc::SOCK_DGRAM, REMOTE6);
             set(&speaker, libc::SOL_IPV6, IPV6_FREEBIND, 1);
             bind_at(&speaker, addr(REMOTE6, PORT));
-            let own = UdpSocket::from(socket_of(&cgroup, libc::AF_INET6, libc::SOCK_DGRAM));
+            let own = UdpSocket::from(socket_in(&cgroup, libc::SOCK_DGRAM, REMOTE6));
             bind_at(&own, addr(HOST6, port));
             let own = patient(own);
             let spoken = UdpSocket::from(speaker).send_to(b"first", addr(HOST6, port));
@@ -474,8 +465,7 @@ fn a_query_from_a_port_that_is_used_again() {
         let daemon = Daemon::start(&ground, &POLICY.replace("[rules]", &rules), &[]);
         // nobody is there
         for (to, host) in [("198.18.0.1", HOST4), ("2001:db8:ffff::1", HOST6)] {
-            let any = if host.is_ipv4() { "0.0.0.0" } else { "::" };
-            let proxy = spoof(&direct, addr(ip(any), 7893));
+            let proxy = spoof(&direct, addr(any_of(host), 7893));
             let to = addr(ip(to), 53);
             let mut at = addr(host, 0);
             for (cgroup, want) in [(&direct, "remote"), (&proxied, of_proxied)] {
@@ -526,14 +516,11 @@ fn another_mask_by_a_reload() {
 /// what only the kernel sends for a socket that is gone is the proxy's, by a reload too.
 #[test]
 fn another_mask_by_a_restart() {
-    let Some(ground) = Ground::new("remask-restart") else {
-        return;
-    };
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("remask-restart");
     let [proxied, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
     let proxies = [("0.0.0.0", 7893), ("::", 7893)];
     let listeners = proxies.map(|(any, port)| {
-        let fd = socket_of(&direct, family(addr(ip(any), port)), libc::SOCK_STREAM);
+        let fd = socket_in(&direct, libc::SOCK_STREAM, ip(any));
         bind_fd(&fd, addr(ip(any), port));
         // SAFETY: an open socket.
         assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
@@ -694,7 +681,7 @@ fn queries_are_translated_again_and_again() {
     let cgroup = ground.cgroup("/proxied");
     let resolvers = [(REMOTE4, "203.0.113.53"), (REMOTE6, "2001:db8:2::53")];
     let rules =
-        resolvers.map(|(_, ip)| format!("dns-hijack = {}\n", addr(crate::gateway::ip(ip), 80)));
+        resolvers.map(|(_, ip)| format!("dns-hijack = {}\n", addr(crate::ground::ip(ip), 80)));
     let config = POLICY.replace("[rules]", &format!("{}[rules]", rules.concat()));
     let _daemon = Daemon::start(&ground, &config, &[]);
     for (remote, resolver) in resolvers {
@@ -715,10 +702,7 @@ fn queries_are_translated_again_and_again() {
 /// settled how its addresses are translated. Whatever bits the marks have before and after.
 #[test]
 fn datagrams_of_clients_over_a_reload() {
-    let Some(ground) = Ground::new("udpgw") else {
-        return;
-    };
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("udpgw");
     let lan = Lan::new(&ground);
     let direct = ground.cgroup("/direct");
     let proxies = [("0.0.0.0", 7893), ("::", 7893)];
@@ -769,10 +753,7 @@ fn datagrams_of_clients_over_a_reload() {
 /// A client's connection that a proxy has goes on with it when a reload gives the marks other bits.
 #[test]
 fn connections_of_clients_over_another_mask() {
-    let Some(ground) = Ground::new("tcpgw") else {
-        return;
-    };
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("tcpgw");
     let lan = Lan::new(&ground);
     let policy = |mask: &str| {
         format!(
@@ -814,7 +795,7 @@ fn sockets_of_a_device_are_refused() {
     let config = "[tproxy other]\nport = 7894\n".to_owned() + POLICY;
     let daemon = Daemon::start(&ground, &config, &[]);
     for (remote, _, _) in places() {
-        let fd = socket_of(&cgroup, family(remote), libc::SOCK_DGRAM);
+        let fd = socket_in(&cgroup, libc::SOCK_DGRAM, remote.ip());
         let name = b"in0\0";
         // SAFETY: reads `name`.
         let rc = unsafe {
@@ -827,11 +808,9 @@ fn sockets_of_a_device_are_refused() {
             assert_eq!(reaches(&socket, remote, &[], &mut world), "nobody");
         }
     }
-    let list = nft(&["list", "chain", "inet", "cgtproxy", "astray_mihomo"], "").stdout;
-    let list = String::from_utf8_lossy(&list).into_owned();
-    assert!(list.contains("counter packets 10 "), "{list}");
-    let status = run_with(&ground, &config, &["status"]).stdout;
-    let status = String::from_utf8_lossy(&status).into_owned();
+    let counted = counters("astray_mihomo");
+    assert!(counted.iter().any(|(packets, _)| *packets == 10), "{counted:?}");
+    let status = run_with(&ground, &config, &["status"]).out;
     let refused = |name: &str| {
         let line = status.lines().find(|line| line.split_whitespace().next() == Some(name));
         line.and_then(|line| line.split_whitespace().last().map(str::to_owned))
@@ -845,10 +824,7 @@ fn sockets_of_a_device_are_refused() {
 /// cgroup's: the manual page says so.
 #[test]
 fn a_service_that_speaks_too_late() {
-    let Some(ground) = Ground::new("late") else {
-        return;
-    };
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("late");
     let direct = ground.cgroup("/direct");
     let proxies = [("0.0.0.0", 7893), ("::", 7893)];
     let proxies = proxies.map(|(any, port)| spoof(&direct, addr(ip(any), port)));

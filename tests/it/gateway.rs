@@ -7,7 +7,7 @@
 //! ```
 
 use std::fs::File;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
@@ -16,20 +16,18 @@ use std::time::Duration;
 use nix::sched::{setns, unshare, CloneFlags};
 use nix::sys::signal::Signal;
 
-use crate::client::{socket_for, Client, Outcome, Proto, Running, AT_ONCE, PATIENCE, SILENCE};
+use crate::client::{
+    answers, expect, socket_for, under, Client, Outcome, Proto, Running, AT_ONCE, PATIENCE, SILENCE,
+};
 use crate::daemon::Daemon;
-use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
-use crate::kernel::{ip_rules, nft};
+use crate::ground::{addr, ip, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::kernel::{counters, ip_rules};
 use crate::wait_until;
-use crate::world::{bind, Packet, Server, World, PROXY, STREAM_PORT};
+use crate::world::{bind, but_pings, Server, World, PROXY, STREAM_PORT};
 
 /// This host's addresses in the LAN.
 pub const LAN4: &str = "198.51.100.1";
 pub const LAN6: &str = "2001:db8:3::1";
-
-pub fn ip(text: &str) -> IpAddr {
-    text.parse().expect("an address")
-}
 
 /// A network namespace that the test's thread can go to.
 pub struct Netns(File);
@@ -148,26 +146,7 @@ impl Lan<'_> {
     /// IPv4 and IPv6; `remote`, `nobody`, `refused` or the name of a proxy.
     #[track_caller]
     pub fn expect(&self, i: usize, want: [&str; 6]) {
-        let mut wrong = Vec::new();
-        let cases = [Proto::Tcp, Proto::Udp, Proto::Icmp];
-        let cases = cases.iter().flat_map(|p| [REMOTE4, REMOTE6].map(|ip| (*p, ip)));
-        for ((proto, ip), want) in cases.zip(want) {
-            let to = addr(ip, 80);
-            let want = match (want, proto) {
-                ("nobody" | "refused", _) => want.to_owned(),
-                ("remote", Proto::Icmp) => format!("echo {ip}"),
-                (name, _) => format!("{name} {to}"),
-            };
-            let patience = match want.as_str() {
-                "nobody" => SILENCE,
-                _ => PATIENCE,
-            };
-            let who = self.ask_within(i, proto, to, patience);
-            if who != want {
-                wrong.push(format!("{proto:?} to {ip} of client {i}: {who}, not {want}"));
-            }
-        }
-        assert!(wrong.is_empty(), "answered by\n{}", wrong.join("\n"));
+        self.clients[i].run(|| expect(&[(&self.ground.root, answers(want))]));
     }
 
     pub fn proxied(&self, i: usize) {
@@ -193,19 +172,9 @@ pub fn bridge_netfilter(on: bool) {
     }
 }
 
-/// Packets other than ICMP.
-fn but_pings(mut packets: Vec<Packet>) -> Vec<Packet> {
-    packets.retain(|p| p.proto != Proto::Icmp);
-    packets
-}
-
 /// Packets that the section's counters have seen.
 fn counted(section: &str) -> u64 {
-    let list = nft(&["list", "chain", "inet", "cgtproxy", section], "").stdout;
-    let list = String::from_utf8_lossy(&list).into_owned();
-    let counts = list.split("counter packets ").skip(1);
-    let counts = counts.filter_map(|rest| rest.split(' ').next()?.parse::<u64>().ok());
-    counts.sum()
+    counters(section).iter().map(|(packets, _)| packets).sum()
 }
 
 const BASIC: &str = "
@@ -814,12 +783,9 @@ fn one_armed_router() {
                      route add default via 2001:db8:1::1 dev eth0\n";
         ip_batch(&[], lines);
     });
-    let ask = |proto, ip, time| {
-        let ask = Client::new(&ground.root, proto, addr(ip, 80)).timeout(time);
-        client.run(|| ask.run()).who()
-    };
     for ip in [REMOTE4, REMOTE6] {
-        let passes = || ask(Proto::Icmp, ip, SILENCE) == format!("echo {ip}");
+        let ping = Client::ping(&ground.root, ip).timeout(SILENCE);
+        let passes = || client.run(|| ping.run()).who() == format!("echo {ip}");
         assert!(wait_until(PATIENCE, passes), "{ip}");
     }
     let _proxy = Server::start(PROXY, &[7893]);
@@ -829,13 +795,7 @@ fn one_armed_router() {
         sysctl("net/ipv4/conf/all/rp_filter", rp_filter);
         sysctl("net/ipv4/conf/all/src_valid_mark", src_valid_mark);
         world.wire.packets();
-        for ip in [REMOTE4, REMOTE6] {
-            for proto in [Proto::Tcp, Proto::Udp] {
-                let want = format!("{PROXY} {}", addr(ip, 80));
-                assert_eq!(ask(proto, ip, PATIENCE), want);
-            }
-            assert_eq!(ask(Proto::Icmp, ip, PATIENCE), format!("echo {ip}"));
-        }
+        client.run(|| expect(&[(&ground.root, under(PROXY))]));
         assert_eq!(but_pings(world.wire.to_remote()), []);
     }
 }
@@ -844,10 +804,7 @@ fn one_armed_router() {
 /// one that leads to it, whichever it was asked by.
 #[test]
 fn dns_of_clients_in_several_subnets() {
-    let Some(ground) = Ground::new("gwsubnets") else {
-        return;
-    };
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("gwsubnets");
     let lan = Lan::new(&ground);
     let lines = "addr add 198.51.101.1/24 dev br-lan\n\
                  addr add 2001:db8:4::1/64 dev br-lan nodad\n\

@@ -42,6 +42,10 @@ pub const GATE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 1, 0, 0, 0, 0,
 pub const REMOTE4: IpAddr = IpAddr::V4(Ipv4Addr::new(203, 0, 113, 7));
 pub const REMOTE6: IpAddr = IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 7));
 
+/// One of each family.
+pub const HOSTS: [IpAddr; 2] = [HOST4, HOST6];
+pub const REMOTES: [IpAddr; 2] = [REMOTE4, REMOTE6];
+
 /// Neighbours are fixed: a first solicitation sent too early is repeated after a whole second.
 const INSIDE: &str = "\
 link set lo up
@@ -185,9 +189,22 @@ impl Drop for Ground {
     }
 }
 
-/// An IPv4 or IPv6 literal, with a port.
+/// An IPv4 or IPv6 literal.
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().expect("an address")
+}
+
+/// An address with a port.
 pub fn addr(ip: IpAddr, port: u16) -> SocketAddr {
     SocketAddr::new(ip, port)
+}
+
+/// Every address of this host, of the family of `ip`.
+pub fn any_of(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    }
 }
 
 /// Sets a sysctl of the calling thread's network namespace (`net/…`).
@@ -219,6 +236,13 @@ pub fn ip_both(lines: &str) {
     {
         ip_batch(&[family], &lines.replace("GATE", gate).replace("NET", net));
     }
+}
+
+/// Runs a line of shell in the calling thread's namespaces; panics where it fails.
+#[track_caller]
+pub fn sh(line: &str) {
+    let out = Command::new("sh").args(["-c", line]).output().expect("start sh");
+    assert!(out.status.success(), "{line}: {out:?}");
 }
 
 /// Kills whatever lives in the cgroup sub-tree, then removes it, deepest first.

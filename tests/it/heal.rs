@@ -11,7 +11,7 @@ use crate::client::{expect, under, Client, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, POLICY, UNOWNED};
 use crate::gateway::Lan;
 use crate::ground::{addr, here, ip_batch, Ground, REMOTE4, REMOTE6};
-use crate::kernel::{await_member, nft, residue, state};
+use crate::kernel::{await_member, nft, residue, state, table};
 use crate::routes::tunnel_up;
 use crate::wait_until;
 use crate::world::{World, PROXY};
@@ -188,11 +188,7 @@ fn an_owned_table_cannot_be_touched() {
 fn a_table_that_others_change_is_repaired() {
     let (ground, mut world, _proxy) = scene!("unowned", proxy);
     let (dropped, proxied) = (ground.cgroup("/drop"), ground.cgroup("/proxied"));
-    let start = || {
-        let mut daemon = Daemon::spawn(&ground, POLICY, &[], &[UNOWNED]);
-        assert!(daemon.ready(), "{}", daemon.logs());
-        daemon
-    };
+    let start = || Daemon::start_in(&ground, POLICY, &[], &[UNOWNED]);
     let id = ground.at("/drop");
     let id = id.strip_prefix("/sys/fs/cgroup").expect("below the mount");
     let monitor = Monitor::start("nft");
@@ -286,8 +282,7 @@ fn a_program_that_keeps_deleting() {
         ("ip -6 route del local default dev lo table 300", "2 default dev lo", &[]),
         ("nft flush ruleset", "table inet cgtproxy", &[UNOWNED]),
     ] {
-        let mut daemon = Daemon::spawn(&ground, POLICY, &[], env);
-        assert!(daemon.ready(), "{}", daemon.logs());
+        let daemon = Daemon::start_in(&ground, POLICY, &[], env);
         await_member(&proxied, "mihomo");
         let (before, busy) = (residue().matches(whole).count(), daemon.busy());
         let flood = Client::udp(&proxied, addr(REMOTE4, 7)).flood().spawn();
@@ -325,8 +320,7 @@ fn the_routing_is_repaired_while_the_table_is_out() {
     ground.cgroup("/drop");
     let config = "[route vpn]\ntable = 1000\n[rules]\nvpn = /vpn\ndrop = /drop\n";
     tunnel_up(&ground);
-    let mut daemon = Daemon::spawn(&ground, config, &[], &[UNOWNED]);
-    assert!(daemon.ready(), "{}", daemon.logs());
+    let daemon = Daemon::start_in(&ground, config, &[], &[UNOWNED]);
     // others delete the table, and have one of that name which nobody may change
     let mut command = Command::new("nft");
     command.arg("-i").stdin(Stdio::piped()).stdout(Stdio::null());
@@ -348,10 +342,6 @@ fn the_routing_is_repaired_while_the_table_is_out() {
     assert!(!log.contains("replacing the table"), "{log}");
     drop(words);
     other.wait().expect("wait for nft");
-    let table = || {
-        let out = nft(&["list", "table", "inet", "cgtproxy"], "");
-        String::from_utf8_lossy(&out.stdout).into_owned()
-    };
     let led = || table().contains("\"vpn0\"") && !table().contains("\"in0\"");
     assert!(wait_until(PATIENCE, led), "{}\n{}", table(), daemon.logs());
     daemon.stop_clean();

@@ -16,13 +16,13 @@ use nix::sys::wait::{waitpid, WaitStatus};
 use nix::unistd::Pid;
 
 use crate::client::{
-    again, expect, fork_into, under, Client, Outcome, Proto, Running, PATIENCE, SILENCE,
+    again, expect, fork_into, tcp_in, udp_in, under, Client, Outcome, Proto, Running, PATIENCE,
+    SILENCE,
 };
-use crate::daemon::{Daemon, UNOWNED};
+use crate::daemon::{run_at, run_with, Daemon, UNOWNED};
 use crate::ground::{addr, pipe, remove_tree, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, cgroup_id, load, nft, set_ids, table, SETTLE};
-use crate::stale::{bind_to, tcp_in, udp_in};
-use crate::tools::query;
+use crate::stale::bind_to;
 use crate::world::{raw_addr, Packet, Server, World, STREAM_PORT};
 use crate::{sized, wait_until};
 
@@ -445,11 +445,7 @@ fn it_goes_on_holding() {
     let (ground, _world, _proxy) = scene!("hold-on", proxy);
     ground.cgroup("/held/o1");
     for env in [&[][..], &[UNOWNED]] {
-        let start = || {
-            let mut daemon = Daemon::spawn(&ground, &held(), &[], env);
-            assert!(daemon.ready(), "{}", daemon.logs());
-            daemon
-        };
+        let start = || Daemon::start_in(&ground, &held(), &[], env);
         for end in 0..2 {
             let daemon = start();
             if end == 0 {
@@ -624,12 +620,12 @@ fn listings_and_names() {
     assert!(!leaves(&ground.cgroup("/held/new")), "{text}");
     assert!(leaves(&plain), "{text}");
     load("delete table inet cgtproxy");
-    let shown = crate::tools::said(&ground, &held(), &["show"]).out;
+    let shown = run_with(&ground, &held(), &["show"]).out;
     let loaded = nft(&["-f", "-"], &shown);
     assert!(loaded.status.success(), "{}\n{shown}", String::from_utf8_lossy(&loaded.stderr));
     assert!(!leaves(&ground.cgroup("/held/new2")) && leaves(&plain));
     load("delete table inet cgtproxy");
-    let said = crate::tools::said(&ground, &held(), &["explain", "/held/a\"b", "/held/x", "/held"]);
+    let said = run_with(&ground, &held(), &["explain", "/held/a\"b", "/held/x", "/held"]);
     let text = said.out;
     assert!(text.contains("for the quote in the path"), "{text}");
     assert_eq!(text.matches("hold = /held\n    below   /held: ").count(), 2, "{text}");
@@ -647,13 +643,11 @@ fn exec_waits_to_be_looked_at() {
         let said = daemon.ask(&["exec", "direct", "--", "bash", "-c", script]);
         assert!(said.out.starts_with("remote 203.0.113.7:80"), "{} {}", said.out, said.err);
     }
-    let args = ["-c", daemon.config.to_str().expect("UTF-8"), "exec", "direct", "--", "true"];
-    let args = args.map(String::from);
+    let file = daemon.config.clone();
     daemon.kill9();
-    let out = crate::daemon::run(&args.iter().map(String::as_str).collect::<Vec<_>>());
-    let err = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert!(err.contains("the cgroup has not been looked at, and no cgtproxy is running"), "{err}");
-    assert_eq!(out.status.code(), Some(1));
+    let said = run_at(&file, &["exec", "direct", "--", "true"]);
+    let why = "the cgroup has not been looked at, and no cgtproxy is running";
+    assert!(said.code == Some(1) && said.err.contains(why), "{said:?}");
     Daemon::start(&ground, &config, &[]).stop_clean();
 }
 
@@ -664,7 +658,7 @@ fn what_is_said_of_it() {
     ground.cgroup("/held/o1");
     ground.cgroup("/leaf");
     let config = format!("{HOLD}hold = /leaf\nhold = /none\nhold = none\nhold = /\n{POLICY}");
-    let said = crate::tools::said(&ground, &config, &["check"]).out;
+    let said = run_with(&ground, &config, &["check"]).out;
     for (line, text) in [
         ("hold = /held: ", "holds what is born below 1 cgroups"),
         ("hold = /leaf: ", "nothing is below what it matches"),
@@ -679,14 +673,13 @@ fn what_is_said_of_it() {
     daemon.signal(Signal::SIGSTOP);
     let new = ground.cgroup("/held/o2");
     assert_eq!(be_born(&new, Proto::Udp, addr(REMOTE4, DIRECT)), libc::EPERM);
-    assert_eq!(query(&daemon.ask(&["status", "--json"]).out, "d['held']"), "1");
+    assert_eq!(daemon.json("d['held']"), "1");
     let metrics = daemon.ask(&["status", "--prometheus"]).out;
     assert!(metrics.contains("\ncgtproxy_held_packets_total 1\n"), "{metrics}");
     daemon.signal(Signal::SIGCONT);
     let (config, start) = (daemon.config.clone(), Instant::now());
     daemon.kill9();
-    let args = ["-c", config.to_str().expect("UTF-8"), "status"];
-    let text = String::from_utf8_lossy(&crate::daemon::run(&args).stdout).into_owned();
+    let text = run_at(&config, &["status"]).out;
     assert!(text.contains("what is new below held ones has no way out"), "{text}");
     Daemon::start(&ground, &held(), &[]).stop_clean();
     println!("{:?}", start.elapsed());
@@ -759,8 +752,7 @@ fn flood(
 /// slow, so that many meet both. By the cgroup's birth alone, with a reload, and with a repair.
 #[test]
 fn the_first_of_its_kind() {
-    let ground = ground!("hold-first");
-    let (mut world, _proxy) = World::with_proxy(&ground);
+    let (ground, mut world, _proxy) = scene!("hold-first", proxy);
     let mut above = String::new();
     for _ in 0..60 {
         ground.cgroup(&format!("{above}/held"));
@@ -784,8 +776,7 @@ fn the_first_of_its_kind() {
             floods.push((format!("{parent}/{kind}{depth}"), proto, addr(to, DROPPED), depth % 3));
         }
     }
-    let mut daemon = Daemon::spawn(&ground, &policy("198.18.0.1"), &[], &[UNOWNED]);
-    assert!(daemon.ready(), "{}", daemon.logs());
+    let daemon = Daemon::start_in(&ground, &policy("198.18.0.1"), &[], &[UNOWNED]);
     world.wire.packets();
     let mut leaked = Vec::new();
     for (n, (path, proto, to, by)) in floods.iter().enumerate() {

@@ -18,11 +18,11 @@ use nix::sys::socket::{
     UnixAddr,
 };
 
-use crate::client::{socket_of, Client, PATIENCE, SILENCE};
-use crate::daemon::{run_with, write_private, Daemon};
+use crate::client::{udp_in, Client, PATIENCE, SILENCE};
+use crate::daemon::{run_at, run_with, write_private, Daemon};
 use crate::gateway::Netns;
 use crate::ground::{addr, chmod, here, ip_batch, Ground, REMOTE4};
-use crate::kernel::{await_exactly, cgroup_id, load, nft, set_ids, SETTLE};
+use crate::kernel::{await_exactly, cgroup_id, load, output, set_ids, SETTLE};
 use crate::world::{raw_addr, Server, World};
 use crate::{sized, wait_until};
 
@@ -69,10 +69,10 @@ fn hostile_names() {
     assert_eq!(world.wire.to_remote(), []);
 
     let show = run_with(&ground, config, &["show"]);
-    assert!(show.status.success());
+    assert_eq!(show.code, Some(0));
     let log = daemon.logs();
     assert_eq!(log.matches(": drop\n").count(), NAMES.len(), "{log}");
-    for text in [&log, &String::from_utf8_lossy(&show.stdout).into_owned()] {
+    for text in [&log, &show.out] {
         let odd = text.chars().find(|c| !matches!(c, ' '..='~' | '\n'));
         assert_eq!(odd, None, "{text}");
     }
@@ -80,7 +80,7 @@ fn hostile_names() {
 
     // What `show` prints loads, does nothing else, and holds every name that nft can be told.
     load("table inet bystander { }");
-    load(&String::from_utf8(show.stdout).expect("ASCII, as seen above"));
+    load(&show.out);
     let shown = set_ids("cg_drop").expect("the set");
     println!("{} of {} names can be shown to nft", shown.len(), ids.len());
     assert!(shown.is_subset(&ids) && !shown.is_empty());
@@ -103,7 +103,7 @@ fn nested_cgroups_tax_nobody_else() {
     let cgroups = paths.map(|path| ground.cgroup(path));
     let daemon = Daemon::start(&ground, config, &[]);
     let sockets = cgroups.map(|cgroup| {
-        let socket = UdpSocket::from(socket_of(&cgroup, libc::AF_INET, libc::SOCK_DGRAM));
+        let socket = udp_in(&cgroup, REMOTE4);
         socket.connect(addr(REMOTE4, 9)).expect("connect");
         socket
     });
@@ -408,11 +408,7 @@ fn a_cgroup_of_exec_by_another() {
     denied(&before);
     assert_eq!(world.wire.to_remote(), []);
     // and that is what is said of it, by path and by process
-    let file = daemon.config.to_str().expect("UTF-8");
-    let said = |args: &[&str]| {
-        let out = crate::daemon::run(&[&["-c", file], args].concat());
-        String::from_utf8_lossy(&out.stdout).into_owned()
-    };
+    let said = |args: &[&str]| daemon.ask(args).out;
     let mut child = std::process::Command::new("sleep").arg("60").spawn().expect("sleep");
     let pid = child.id().to_string();
     std::fs::write(before.join("1/cgroup.procs"), &pid).expect("move it");
@@ -428,10 +424,9 @@ fn a_cgroup_of_exec_by_another() {
     // this directory, /cgtproxy and its two
     assert!(said(&["check"]).contains("drop = /.*: decides for 3 cgroups"), "{}", said(&["check"]));
     assert!(!said(&["show"]).contains("cgtproxy/direct\""), "{}", said(&["show"]));
-    let exec = crate::daemon::run(&["-c", file, "exec", "direct", "true"]);
-    let why = String::from_utf8_lossy(&exec.stderr);
-    assert_eq!(exec.status.code(), Some(1), "{why}");
-    assert!(why.contains("cgroup /cgtproxy/direct was made by another user than root"), "{why}");
+    let exec = daemon.ask(&["exec", "direct", "true"]);
+    let why = "cgroup /cgtproxy/direct was made by another user than root";
+    assert!(exec.code == Some(1) && exec.err.contains(why), "{exec:?}");
     // made by root, it is what it was
     crate::ground::remove_tree(&before);
     let own = ground.cgroup("/cgtproxy/direct");
@@ -494,10 +489,9 @@ fn hostile_configurations_are_refused() {
     ] {
         let start = Instant::now();
         let file = at(name);
-        let out = crate::daemon::run(&["-c", file.to_str().expect("UTF-8"), "run"]);
-        let said = String::from_utf8_lossy(&out.stderr).to_lowercase();
-        assert_eq!(out.status.code(), Some(2), "{name}: {said}");
-        assert!(said.contains(reason), "{name}: {said}");
+        let said = run_at(&file, &["run"]);
+        assert_eq!(said.code, Some(2), "{name}: {said:?}");
+        assert!(said.err.to_lowercase().contains(reason), "{name}: {said:?}");
         assert!(start.elapsed() < PATIENCE, "{name}");
     }
     assert_eq!(crate::kernel::residue(), "");
@@ -555,9 +549,9 @@ fn nobody_else_has_the_lock() {
     let config = "[rules]\ndrop = /x\n";
     let said = |args: &[&str]| {
         let start = Instant::now();
-        let out = run_with(&ground, config, args);
+        let said = run_with(&ground, config, args).all();
         assert!(start.elapsed() < PATIENCE, "{args:?} took {:?}", start.elapsed());
-        String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned()
+        said
     };
     for listens in [false, true] {
         let squatter = Squatter::start("cgtproxy", listens);
@@ -592,8 +586,7 @@ fn nobody_else_has_the_lock() {
     load("flush ruleset");
     let status = said(&["status"]);
     assert!(status.contains(&format!("pid {}", daemon.pid())), "{status}");
-    let list = nft(&["list", "table", "inet", "cgtproxy-lock"], "");
-    let list = String::from_utf8_lossy(&list.stdout).into_owned();
+    let list = output("nft", &["list", "table", "inet", "cgtproxy-lock"]);
     assert!(list.contains(&format!("comment \"held by pid {}\"", daemon.pid())), "{list}");
     daemon.kill9();
     assert!(said(&["status"]).contains("no cgtproxy is running"));
@@ -687,10 +680,7 @@ fn a_socket_beside_the_proxy() {
     let daemon = Daemon::start(&ground, config, &[]);
     let to = addr(REMOTE4, 80);
     let ask = || Client::udp(&cgroup, to).run().who();
-    let check = |config: &str| {
-        let out = run_with(&ground, config, &["check"]);
-        String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned()
-    };
+    let check = |config: &str| run_with(&ground, config, &["check"]).all();
     let several = "[tproxy mihomo]: port 7893 has sockets of several users (uids 0, 65534)";
     assert_eq!(ask(), format!("proxy mihomo {to}"));
     assert!(!check(config).contains("several users"), "{}", check(config));

@@ -47,6 +47,17 @@ pub fn table() -> String {
     output("nft", &["list", "table", "inet", "cgtproxy"])
 }
 
+/// (packets, bytes) of each counter in a chain of the table.
+pub fn counters(chain: &str) -> Vec<(u64, u64)> {
+    let text = output("nft", &["list", "chain", "inet", "cgtproxy", chain]);
+    let numbers = |rest: &str| {
+        let mut words = rest.split_whitespace();
+        let mut number = |nth| words.nth(nth).and_then(|w| w.parse().ok()).expect("a number");
+        (number(0), number(1))
+    };
+    text.split("counter packets ").skip(1).map(numbers).collect()
+}
+
 /// The table without counter values, and without its flags: nft cannot set them all, and the
 /// owner's goes with the owner. `args` are further options of nft.
 pub fn table_plain(args: &[&str]) -> String {

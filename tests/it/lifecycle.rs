@@ -19,8 +19,8 @@ use crate::client::{again, expect, under, Client, PATIENCE};
 use crate::daemon::{binary, run, run_with, write_private, Daemon, UNOWNED};
 use crate::ground::{addr, chmod, ip_batch, remove_tree, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::kernel::{
-    await_member, ip_routes, ip_rules, load, nft, residue, set_ids, state, table, table_plain,
-    SETTLE,
+    await_member, ip_routes, ip_rules, load, nft, output, residue, set_ids, state, table,
+    table_plain, SETTLE,
 };
 use crate::world::{Server, World, PROXY, STREAM_PORT};
 use crate::{sized, wait_until};
@@ -267,13 +267,9 @@ fn the_cgroup_root_comes_back() {
         if number < 3 {
             let told = || daemon.logs().matches("nothing is classified").count() > number;
             assert!(wait_until(SETTLE, told), "{}", daemon.logs());
-            let config = daemon.config.to_str().expect("UTF-8");
-            let status = run(&["-c", config, "status"]);
-            let said = String::from_utf8_lossy(&status.stdout);
+            let said = daemon.ask(&["status"]).out;
             assert!(said.contains("nothing is classified"), "{said}");
-            let json = run(&["-c", config, "status", "--json"]);
-            let json = String::from_utf8_lossy(&json.stdout).replace(' ', "");
-            assert!(json.contains("\"rootless\":\"unableto"), "{json}");
+            assert!(daemon.json("d['rootless']").starts_with("unable to"));
         }
         if number == 2 {
             assert!(daemon.reload().contains("reloaded"));
@@ -284,9 +280,7 @@ fn the_cgroup_root_comes_back() {
         expect(&[(&apps, under("drop"))]);
         let back = || daemon.logs().matches("is there anew").count() > number;
         assert!(wait_until(SETTLE, back), "{}", daemon.logs());
-        let out = run(&["-c", daemon.config.to_str().expect("UTF-8"), "status", "--json"]);
-        let json = String::from_utf8_lossy(&out.stdout).replace(' ', "");
-        assert!(json.contains("\"rootless\":null"), "{json}");
+        assert_eq!(daemon.json("d['rootless']"), "None");
     }
     daemon.stop_clean();
 }
@@ -333,10 +327,9 @@ fn a_flood_of_reloads() {
 fn a_pidfile_that_cannot_be_written() {
     let ground = ground!("nopid");
     ground.cgroup("/drop");
-    let out = run_with(&ground, CONFIG, &["-p", "/nowhere/pid", "run"]);
-    assert_eq!(out.status.code(), Some(1));
-    let said = String::from_utf8_lossy(&out.stderr);
-    assert!(said.contains("unable to write pidfile /nowhere/pid"), "{said}");
+    let said = run_with(&ground, CONFIG, &["-p", "/nowhere/pid", "run"]);
+    let why = "unable to write pidfile /nowhere/pid";
+    assert!(said.code == Some(1) && said.err.contains(why), "{said:?}");
     assert_eq!(residue(), "");
 }
 
@@ -360,12 +353,10 @@ fn a_pidfile_that_is_no_file_or_does_not_fit() {
         let file = dir.join(name);
         let start = Instant::now();
         let args = ["-p", file.to_str().expect("UTF-8"), "run"];
-        let out = run_with(&ground, CONFIG, &args);
-        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        let said = run_with(&ground, CONFIG, &args);
         assert!(start.elapsed() < PATIENCE, "{name}");
-        assert_eq!(out.status.code(), Some(1), "{name}: {said}");
         let pidfile = format!("unable to write pidfile {}: {why}", file.display());
-        assert!(said.contains(&pidfile), "{said}");
+        assert!(said.code == Some(1) && said.err.contains(&pidfile), "{name}: {said:?}");
         assert_eq!(residue(), "", "{name}");
     };
     for name in ["fifo", "dir", "link"] {
@@ -400,9 +391,9 @@ fn a_start_that_fails() {
     ground.cgroup("/drop");
     let other = "[global]\nrule-priority = 90\n[tproxy new]\nport = 1\n[rules]\nnew = /drop\n";
     let fails = |config: &str, args: &[&str]| {
-        let out = run_with(&ground, config, &[args, &["run"]].concat());
-        assert_eq!(out.status.code(), Some(1));
-        String::from_utf8_lossy(&out.stderr).into_owned()
+        let said = run_with(&ground, config, &[args, &["run"]].concat());
+        assert_eq!(said.code, Some(1));
+        said.err
     };
     fails(CONFIG, &["-p", "/nowhere/pid"]);
     assert_eq!(residue(), "");
@@ -413,10 +404,9 @@ fn a_start_that_fails() {
     assert_eq!(state(), before);
     fails(CONFIG, &["-p", "/nowhere/pid"]);
     assert_eq!(state(), before, "taken over, and left again");
-    let status = run_with(&ground, CONFIG, &["status"]);
-    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    let status = run_with(&ground, CONFIG, &["status"]).out;
     assert!(status.contains("nothing new is classified since the last one left"), "{status}");
-    assert!(run(&["flush"]).status.success());
+    assert_eq!(run(&["flush"]).code, Some(0));
     assert_eq!(residue(), "");
     // another program's table of our name
     let mut nft = Command::new("nft");
@@ -428,9 +418,8 @@ fn a_start_that_fails() {
     let owned = "table inet cgtproxy is owned by another process";
     assert!(said.contains(owned), "{said}");
     let check = run_with(&ground, CONFIG, &["check"]);
-    let text = String::from_utf8_lossy(&check.stdout);
-    assert!(text.contains(&format!("error: {owned}")), "{text}");
-    assert_eq!(check.status.code(), Some(1), "run fails");
+    assert!(check.out.contains(&format!("error: {owned}")), "{}", check.out);
+    assert_eq!(check.code, Some(1), "run fails");
     assert_eq!(residue(), "table inet cgtproxy\n");
     drop(nft.stdin.take());
     nft.wait().expect("wait for nft");
@@ -682,12 +671,11 @@ fn kept_on_exit() {
 #[test]
 fn flush_removes_everything() {
     let ground = ground!("flush");
-    let said = |args: &[&str]| {
-        let out = run(args);
-        let text = [out.stdout, out.stderr].concat();
-        (out.status.code(), String::from_utf8_lossy(&text).into_owned())
+    let flush = || {
+        let said = run(&["flush"]);
+        (said.code, said.all())
     };
-    let (code, _) = said(&["flush"]);
+    let (code, _) = flush();
     assert_eq!(code, Some(0), "with nothing to remove");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let before = state();
@@ -697,21 +685,20 @@ fn flush_removes_everything() {
         "rule add fwmark 0x1 lookup 300 pref 99\nroute add 198.51.100.0/24 dev in0 table 300\n",
     );
     load("table inet other {}\n");
-    let (code, text) = said(&["flush"]);
+    let (code, text) = flush();
     assert_eq!(code, Some(1), "while it runs: {text}");
     assert!(text.contains(&format!("running with pid {}: stop it first", daemon.pid())), "{text}");
     assert_eq!(state().1, before.1);
     daemon.kill9();
     // one that does not own its table would put it back
-    let mut unowned = Daemon::spawn(&ground, CONFIG, &[], &[UNOWNED]);
-    assert!(unowned.ready());
-    let (code, text) = said(&["flush"]);
+    let unowned = Daemon::start_in(&ground, CONFIG, &[], &[UNOWNED]);
+    let (code, text) = flush();
     assert_eq!(code, Some(1), "while it runs: {text}");
     assert!(text.contains(&format!("pid {}: stop it first", unowned.pid())), "{text}");
     assert_eq!(state().1, before.1);
     unowned.kill9();
     assert!(!table().is_empty(), "it has died without a chance to clean up");
-    let (code, text) = said(&["flush"]);
+    let (code, text) = flush();
     assert_eq!(code, Some(0), "{text}");
     for what in ["table", "rule", "route"] {
         assert!(text.contains(what), "{what} is not among what was removed: {text}");
@@ -720,8 +707,7 @@ fn flush_removes_everything() {
     assert!(!left.contains("cgtproxy") && !left.contains("proto 99"), "{left}");
     let rules = ip_rules("-4");
     assert!(rules.contains("99:\tfrom all fwmark 0x1 lookup 300"), "{rules}");
-    let tables = String::from_utf8_lossy(&nft(&["list", "tables"], "").stdout).into_owned();
-    assert!(tables.contains("inet other"), "{tables}");
+    assert!(output("nft", &["list", "tables"]).contains("inet other"));
     let routes = ip_routes("-4", "300");
     assert!(routes.contains("198.51.100.0/24") && !routes.contains("local"), "{routes}");
 }
@@ -777,8 +763,7 @@ fn supervisors_are_told() {
 fn a_notify_socket_that_is_not_there() {
     let ground = ground!("no-notify");
     for name in ["/nowhere/notify", "@cgtproxy-nobody", "nonsense"] {
-        let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[("NOTIFY_SOCKET", name)]);
-        assert!(daemon.ready(), "{}", daemon.logs());
+        let mut daemon = Daemon::start_in(&ground, CONFIG, &[], &[("NOTIFY_SOCKET", name)]);
         assert!(daemon.reload().contains("reloaded"));
         daemon.signal(Signal::SIGTERM);
         assert_eq!(daemon.wait().code(), Some(0));
@@ -818,10 +803,7 @@ fn a_table_of_our_name() {
     let ground = ground!("our-name");
     let cgroup = ground.cgroup("/drop");
     const TOLD: &str = "warning: table inet cgtproxy is there, and not of cgtproxy's making";
-    let ask = |command| {
-        let out = run_with(&ground, CONFIG, &[command]);
-        String::from_utf8_lossy(&out.stdout).into_owned()
-    };
+    let ask = |command| run_with(&ground, CONFIG, &[command]).out;
     crate::kernel::load(
         "table inet cgtproxy {
            chain output { type filter hook output priority 0; tcp dport 9 drop; }
@@ -872,8 +854,6 @@ fn sigusr1_tells_the_status() {
 #[test]
 fn command_line() {
     let ground = ground!("cli");
-    let code = |out: &std::process::Output| out.status.code();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     for (args, want, said) in [
         (&["--help"][..], 0, "flush"),
         (&["-V"], 0, "cgtproxy"),
@@ -882,16 +862,14 @@ fn command_line() {
         (&["-c", "/nowhere", "check"], 2, "/nowhere"),
         (&["-c", "/nowhere", "show"], 2, "/nowhere"),
     ] {
-        let out = run(args);
-        let all = text(&out.stdout) + &text(&out.stderr);
-        assert_eq!(code(&out), Some(want), "{args:?}: {all}");
-        assert!(all.contains(said), "{args:?}: {all}");
+        let found = run(args);
+        assert!(found.code == Some(want) && found.all().contains(said), "{args:?}: {found:?}");
     }
     let good = run_with(&ground, CONFIG, &["check"]);
-    assert_eq!(code(&good), Some(0), "{}", text(&good.stdout) + &text(&good.stderr));
+    assert_eq!(good.code, Some(0), "{good:?}");
     let bad = run_with(&ground, "[global]\nbypas = private\nport = 1\n", &["check"]);
-    let all = text(&bad.stdout) + &text(&bad.stderr);
-    assert_eq!(code(&bad), Some(2), "{all}");
+    let all = bad.all();
+    assert_eq!(bad.code, Some(2), "{all}");
     assert!(all.contains(":3:") && all.contains(":4:") && all.contains("bypass"), "{all}");
     assert_eq!(residue(), "");
 }
@@ -1096,9 +1074,9 @@ fn the_table_of_any_target_loads_again() {
              [gateway c]\ninterface = eth1\ntarget = a\n\
              [gateway d]\ninterface = eth2\ntarget = b\n[rules]\na = user:7\nb = /b\n"
         );
-        let out = run_with(&ground, &config, &["show"]);
-        assert!(out.status.success(), "{config}{}", String::from_utf8_lossy(&out.stderr));
-        let script = String::from_utf8_lossy(&out.stdout).into_owned();
+        let shown = run_with(&ground, &config, &["show"]);
+        assert_eq!(shown.code, Some(0), "{config}{}", shown.err);
+        let script = shown.out;
         ground.outside(|| {
             let loaded = nft(&["-f", "-"], &script);
             assert!(loaded.status.success(), "{config}{}", String::from_utf8_lossy(&loaded.stderr));
@@ -1117,9 +1095,7 @@ fn show_prints_what_run_loads() {
     }
     for config in &configs() {
         assert_eq!(residue(), "");
-        let out = run_with(&ground, config, &["show"]);
-        let script = String::from_utf8_lossy(&out.stdout).into_owned();
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        let script = run_with(&ground, config, &["show"]).fine();
         assert_eq!(residue(), "", "show changes nothing");
         let checked = nft(&["-c", "-f", "-"], &script);
         assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));

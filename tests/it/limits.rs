@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 
 use crate::client::{expect, under, PATIENCE};
 use crate::daemon::{binary, write_private, Daemon, UNOWNED};
-use crate::ground::{here, ip_batch, Ground};
+use crate::ground::{here, ip_batch, sh, Ground};
 use crate::kernel::{await_exactly, await_member, cgroup_id, nft, residue, set_ids, state, SETTLE};
 use crate::world::World;
 use crate::{sized, wait_until};
@@ -29,12 +29,6 @@ drop   = /drop
 
 /// Longer than the daemon's pause between two looks, which is 5 s.
 const LOOKED_AGAIN: Duration = Duration::from_secs(45);
-
-fn sh(script: &str) {
-    let out = Command::new("sh").args(["-c", script]).output();
-    let out = out.expect("start sh");
-    assert!(out.status.success(), "{script}: {out:?}");
-}
 
 /// A daemon in a user namespace of its own, which has its own limits (namespaces(7)), and hence in
 /// a network namespace of its own. `limits` are files of /proc/sys/user.
@@ -408,8 +402,7 @@ fn a_loss_ends_the_pause() {
 fn notifications_are_lost() {
     let ground = ground!("enobufs");
     ground.cgroup("/drop");
-    let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[UNOWNED]);
-    assert!(daemon.ready(), "{}", daemon.logs());
+    let daemon = Daemon::start_in(&ground, CONFIG, &[], &[UNOWNED]);
     let whole = state();
     // (what is done meanwhile, what loses notifications)
     let foreign_tables = |n: usize| -> String {

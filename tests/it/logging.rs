@@ -9,17 +9,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::daemon::{run_with, Daemon};
-use crate::ground::{moment, Ground};
+use crate::ground::{moment, sh, Ground};
 use crate::kernel::{await_member, cgroup_id, set_ids, SETTLE};
 use crate::wait_until;
 
 const CONFIG: &str = "[rules]\ndrop = /.*\n";
 const COUNT: usize = 60;
-
-fn sh(script: &str) {
-    let status = Command::new("sh").args(["-c", script]).status();
-    assert!(status.expect("start sh").success(), "{script}");
-}
 
 /// Makes cgroups one by one; the median time from mkdir to the set.
 fn latency(ground: &Ground, name: &str) -> Duration {
@@ -219,8 +214,7 @@ fn nothing_is_told_twice() {
     assert!(said.len() == 1 && said[0].contains("undefined target \"drp\""), "{said:?}");
     assert_eq!(daemon.logs(), "");
     // check prints what is wrong for whoever starts the service, and has it logged
-    let out = run_with(&ground, wrong, &["-s", "check"]);
-    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let text = run_with(&ground, wrong, &["-s", "check"]).out;
     assert!(text.contains("error: ") && !text.contains("ok: "), "{text}");
     let said = received(&socket);
     assert!(said[0].contains("undefined target \"drp\""), "{said:?}");

@@ -5,7 +5,7 @@ use nix::sys::signal::Signal;
 
 use crate::client::{Client, Running, PATIENCE, SILENCE};
 use crate::daemon::{run_with, Daemon};
-use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
+use crate::ground::{addr, ip, Ground, REMOTE4, REMOTE6};
 use crate::world::World;
 use crate::{sized, wait_until};
 
@@ -13,7 +13,7 @@ const USER: u32 = 4711;
 
 /// A real proxy in the cgroup `/proxy`, for both families, as `change` makes it.
 fn proxy(ground: &Ground, change: impl Fn(Client) -> Client) -> Running {
-    let any = addr("::".parse().expect("an address"), 7893);
+    let any = addr(ip("::"), 7893);
     change(Client::tcp(&ground.cgroup("/proxy"), any)).relay()
 }
 
@@ -71,7 +71,7 @@ fn a_loop_that_begins_later_is_told_once() {
     // what is told at the start has been
     assert!(daemon.wait_log("started:", PATIENCE), "{}", daemon.logs());
     assert!(!daemon.logs().contains("loop:"), "{}", daemon.logs());
-    let any = addr("::".parse().expect("an address"), 7893);
+    let any = addr(ip("::"), 7893);
     let proxy = Client::tcp(&ground.cgroup("/own/proxy"), any);
     let _proxy = proxy.timeout(4 * PATIENCE).relay();
     let said = "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is \
@@ -93,9 +93,7 @@ fn a_loop_in_a_cgroup_that_was_there_is_told() {
     if sized(0, 1) == 0 {
         return;
     }
-    let Some(ground) = Ground::new("older") else {
-        return;
-    };
+    let ground = ground!("older");
     let root = ground.at("/own");
     let [own, _] = ["/own/proxy", "/own/other"].map(|path| ground.cgroup(path));
     let config = format!(
@@ -105,7 +103,7 @@ fn a_loop_in_a_cgroup_that_was_there_is_told() {
     );
     let daemon = Daemon::start(&ground, &config, &[]);
     assert!(daemon.wait_log("started:", PATIENCE), "{}", daemon.logs());
-    let any = addr("::".parse().expect("an address"), 7893);
+    let any = addr(ip("::"), 7893);
     let _proxy = Client::tcp(&own, any).timeout(4 * PATIENCE).relay();
     // what goes directly, as its parent does
     ground.cgroup("/own/other/new");
@@ -133,11 +131,9 @@ fn a_loop_is_told() {
         assert!(told, "{}", daemon.logs());
     }
     // Without the daemon's help, too.
-    let out = run_with(&ground, config, &["status"]);
-    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let text = run_with(&ground, config, &["status"]).out;
     assert!(text.contains(said), "{text}");
-    let out = run_with(&ground, config, &["status", "--json"]);
-    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let text = run_with(&ground, config, &["status", "--json"]).out;
     assert!(text.contains("\"loops\":[\"loop: what"), "{text}");
     // And it is true.
     world.wire.packets();
@@ -147,7 +143,7 @@ fn a_loop_is_told() {
     assert_eq!(world.wire.to_remote(), []);
     // Two proxies, each of which sends its traffic to the other.
     let other = ground.cgroup("/other");
-    let any = addr("0.0.0.0".parse().expect("an address"), 7894);
+    let any = addr(ip("0.0.0.0"), 7894);
     let _other = Client::tcp(&other, any).relay();
     daemon.configure(
         "[tproxy mihomo]\nport = 7893\n[tproxy other]\nport = 7894\n[rules]\n\

@@ -14,8 +14,8 @@ use crate::client::{
 };
 use crate::containers::live;
 use crate::daemon::{run, Daemon};
-use crate::gateway::{ip, Lan};
-use crate::ground::{addr, here, ip_batch, ip_both, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
+use crate::gateway::Lan;
+use crate::ground::{addr, here, ip, ip_batch, ip_both, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::kernel::{ip_rules, load, nft, output, residue};
 use crate::wait_until;
 use crate::world::{Server, World, PROXY, STREAM_PORT};
@@ -418,7 +418,7 @@ fn overtaken_by_a_tunnel() {
             let status = daemon.ask(&["status"]).out;
             assert!(!status.contains("missing") && !status.contains("dropped"), "{status}");
             let exec = daemon.ask(&["exec", "mihomo", "--", "true"]);
-            assert_eq!(exec.code, Some(0), "{}", exec.err);
+            assert_eq!(exec.code, Some(0), "{exec:?}");
             wireguard("del");
             await_places(&daemon, &home);
         }
@@ -446,7 +446,7 @@ fn overtaken_by_a_tunnel() {
         daemon.reconfigure(&config);
         await_places(&daemon, other);
         daemon.kill9();
-        let text = String::from_utf8_lossy(&run(&["flush"]).stdout).into_owned();
+        let text = run(&["flush"]).out;
         assert!(text.contains(&format!("did ip rule del pref {}", other[0])), "{text}");
         assert_eq!(residue(), "");
         ip_both("rule del pref 98\nrule del pref 98\nrule del pref 48\nroute flush table 51820\n");

@@ -13,17 +13,16 @@ use nix::sys::signal::{kill, Signal};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use crate::client::{again, fork_into, socket_for, socket_of, PATIENCE, SILENCE};
+use crate::client::{again, fork_into, socket_for, socket_in, udp_in, PATIENCE, SILENCE};
 use crate::daemon::Daemon;
 use crate::gateway::Lan;
-use crate::ground::{addr, ip_batch, moment, pipe, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::ground::{
+    addr, any_of, ip_batch, moment, pipe, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES,
+};
 use crate::kernel::{await_member, load};
 use crate::routes::{set, tunnel_up, until_passes, until_refused, GATEWAYS, TUNNEL};
 use crate::world::{bind_fd, raw_addr, Server, World, PROXY, STREAM_PORT};
 use crate::{sized, wait_until};
-
-const REMOTES: [IpAddr; 2] = [REMOTE4, REMOTE6];
-const HOSTS: [IpAddr; 2] = [HOST4, HOST6];
 
 /// A cgroup with a target, among others of each kind.
 fn policy(target: &str) -> String {
@@ -54,16 +53,11 @@ fn ask(socket: &UdpSocket, to: SocketAddr) -> Option<(String, IpAddr)> {
 fn sockets(cgroup: &std::path::Path) -> Vec<(&'static str, UdpSocket, SocketAddr)> {
     let mut all = Vec::new();
     for remote in REMOTES {
-        let (family, any) = match remote {
-            IpAddr::V4(_) => (libc::AF_INET, "0.0.0.0:0"),
-            IpAddr::V6(_) => (libc::AF_INET6, "[::]:0"),
-        };
         for (at, kind) in
             ["any port", "its own port", "connected", "its address"].iter().enumerate()
         {
-            let socket = socket_of(cgroup, family, libc::SOCK_DGRAM);
-            let mut own: SocketAddr = any.parse().expect("an address");
-            own.set_port(6881 + at as u16);
+            let socket = socket_in(cgroup, libc::SOCK_DGRAM, remote);
+            let mut own = addr(any_of(remote), 6881 + at as u16);
             if *kind == "its address" {
                 own.set_ip(HOSTS[usize::from(remote.is_ipv6())]);
             }
@@ -96,12 +90,7 @@ fn datagrams_of_a_socket_go_the_new_way() {
             let v6 = usize::from(to.is_ipv6());
             // ended by what took it out of the hands of nobody
             if target == "mihomo" && socket.take_error().is_ok_and(|error| error.is_some()) {
-                *socket = UdpSocket::from(socket_of(
-                    &cgroup,
-                    if v6 == 1 { libc::AF_INET6 } else { libc::AF_INET },
-                    libc::SOCK_DGRAM,
-                ));
-                socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+                *socket = udp_in(&cgroup, to.ip());
             }
             let want = match target {
                 "mihomo" => PROXY,
@@ -165,23 +154,11 @@ fn a_remote_host_that_speaks_all_the_time() {
     tunnel_up(&ground);
     let daemon = Daemon::start(&ground, &policy("direct"), &[]);
     for (remote, host) in REMOTES.into_iter().zip(HOSTS) {
-        let own = socket_of(
-            &cgroup,
-            if remote.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 },
-            libc::SOCK_DGRAM,
-        );
-        bind_fd(
-            &own,
-            addr(
-                if remote.is_ipv4() { "0.0.0.0".parse() } else { "::".parse() }
-                    .expect("an address"),
-                7000,
-            ),
-        );
+        let own = socket_in(&cgroup, libc::SOCK_DGRAM, remote);
+        bind_fd(&own, addr(any_of(remote), 7000));
         let own = UdpSocket::from(own);
         let other = ground.outside(|| {
-            let any = if remote.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-            let socket = UdpSocket::bind(any).expect("bind");
+            let socket = UdpSocket::bind(addr(any_of(remote), 0)).expect("bind");
             let at = addr(remote, 0);
             drop(socket);
             UdpSocket::bind(at)
@@ -359,7 +336,7 @@ fn flows_without_number_keep_nobody_waiting() {
     );
     let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
     let daemon = Daemon::start(&ground, &config, &[]);
-    let many = UdpSocket::from(socket_of(&user, libc::AF_INET, libc::SOCK_DGRAM));
+    let many = udp_in(&user, REMOTE4);
     for port in 0..FLOWS {
         many.send_to(b"?", addr(REMOTE4, 1025 + port)).expect("send");
     }
@@ -368,7 +345,7 @@ fn flows_without_number_keep_nobody_waiting() {
         let path = apps.join(name);
         let made = Instant::now();
         std::fs::create_dir(&path).expect("mkdir");
-        let socket = UdpSocket::from(socket_of(&path, libc::AF_INET, libc::SOCK_DGRAM));
+        let socket = udp_in(&path, REMOTE4);
         let refused = || socket.send_to(b"?", addr(REMOTE4, 65_000)).is_err();
         assert!(wait_until(PATIENCE, refused), "{path:?}");
         made.elapsed()
@@ -378,7 +355,7 @@ fn flows_without_number_keep_nobody_waiting() {
     for round in 0..5 {
         daemon.signal(Signal::SIGSTOP);
         let cgroup = ground.cgroup(&format!("/user/{round}"));
-        let socket = socket_of(&cgroup, libc::AF_INET, libc::SOCK_DGRAM);
+        let socket = socket_in(&cgroup, libc::SOCK_DGRAM, REMOTE4);
         bind_fd(&socket, addr(HOST4, 7000 + round));
         let socket = UdpSocket::from(socket);
         let to = addr(REMOTE4, 80);
@@ -480,8 +457,7 @@ impl Drop for Hoard {
 /// that, cgroups that come have their turn.
 #[test]
 fn sockets_without_number_keep_nobody_waiting() {
-    let ground = ground!("socketful");
-    let _world = World::new(&ground);
+    let (ground, _world) = scene!("socketful");
     tunnel_up(&ground);
     sysctl("net/ipv4/ip_local_port_range", "1024 65535");
     let config = |user: &str| {

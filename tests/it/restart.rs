@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::client::{Client, Running, PATIENCE};
-use crate::daemon::{run, Daemon, POLICY, UNOWNED};
+use crate::daemon::{run_at, Daemon, POLICY, UNOWNED};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, ip_rules, residue, state};
 use crate::world::{Server, World};
@@ -83,11 +83,7 @@ impl Drop for Monitor {
 fn hand_overs(ground: &Ground, env: &[(&str, &str)]) {
     let mut world = World::new(ground);
     let _proxy = Server::start("proxy mihomo", &[7893]);
-    let start = |config: &str| {
-        let mut daemon = Daemon::spawn(ground, config, &[], env);
-        assert!(daemon.ready(), "{}", daemon.logs());
-        daemon
-    };
+    let start = |config: &str| Daemon::start_in(ground, config, &[], env);
     let keep = format!("[global]\non-exit = keep\n{POLICY}");
     let mut daemon = start(POLICY);
     let floods = floods(ground);
@@ -190,11 +186,7 @@ fn status_without_a_daemon() {
     let ground = ground!("alone");
     let daemon = Daemon::start(&ground, POLICY, &[]);
     let config = daemon.config.clone();
-    let status = |args: &[&str]| {
-        let config = config.to_str().expect("UTF-8");
-        let out = run(&[&["-c", config, "status"], args].concat());
-        String::from_utf8_lossy(&out.stdout).into_owned()
-    };
+    let status = |args: &[&str]| run_at(&config, &[&["status"], args].concat()).out;
     let headline = |text: &str| text.lines().take(2).collect::<Vec<_>>().join("\n");
     let text = status(&[]);
     assert!(headline(&text).contains(&format!("runs with pid {}", daemon.pid())), "{text}");

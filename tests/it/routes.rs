@@ -7,21 +7,27 @@
 //! The remote hosts are behind both interfaces; who asked tells the server by which.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{ErrorKind, Read};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::client::{again, socket_of, Client, Outcome, Proto, AT_ONCE, CASES, PATIENCE, SILENCE};
+use crate::client::{
+    again, connect, floods, socket_in, udp_in, Client, Outcome, Proto, AT_ONCE, CASES, PATIENCE,
+    SILENCE,
+};
 use crate::containers::live;
 use crate::daemon::{run_with, Daemon};
 use crate::gateway::Lan;
-use crate::ground::{addr, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::ground::{
+    addr, ip, ip_batch, sysctl, Ground, HOST4, HOST6, HOSTS, REMOTE4, REMOTE6, REMOTES,
+};
 use crate::kernel::await_member;
+use crate::tunnels::bulk;
 use crate::wait_until;
-use crate::world::{bind_fd, raw_addr, Server, World, STREAM_PORT};
+use crate::world::{bind_fd, Server, World, STREAM_PORT};
 
 pub const GATEWAYS: &str = "gateway = 10.8.0.2\ngateway = fd00:8::2\n";
 
@@ -172,10 +178,7 @@ fn by_its_interface_and_by_nothing_else() {
     let _daemon = Daemon::start(&ground, &policy(), &[]);
     await_member(&cgroup, "vpn");
     // what goes on and on must not leave by the other way at any moment
-    let floods: Vec<_> = CASES[..4]
-        .iter()
-        .map(|(proto, to)| Client::new(&cgroup, *proto, addr(*to, 80)).flood().spawn())
-        .collect();
+    let floods = floods(&cgroup);
     refused(&mut world, &cgroup);
     tunnel_up(&ground);
     for to in [REMOTE4, REMOTE6] {
@@ -227,19 +230,12 @@ fn by_no_other_way_whatever_is_deleted() {
     let ground = ground!("deleted");
     let (mut world, cgroup, daemon) = tunneled(&ground);
     passes(&mut world, &cgroup);
-    for v6 in [false, true] {
-        let (family, remote) = match v6 {
-            false => (libc::AF_INET, REMOTE4),
-            true => (libc::AF_INET6, REMOTE6),
-        };
+    for (remote, host) in REMOTES.into_iter().zip(HOSTS) {
         for bound in [true, false] {
-            let socket = UdpSocket::from(socket_of(&cgroup, family, libc::SOCK_DGRAM));
+            let socket = udp_in(&cgroup, remote);
             match bound {
                 true => bind_to_device(&socket, "in0"),
-                false => bind_fd(
-                    &OwnedFd::from(socket.try_clone().expect("a copy")),
-                    addr(if v6 { HOST6 } else { HOST4 }, 0),
-                ),
+                false => bind_fd(&socket.try_clone().expect("a copy").into(), addr(host, 0)),
             }
             let _ = socket.send_to(b"who?", addr(remote, 80));
             let patience = if bound { SILENCE } else { PATIENCE };
@@ -251,17 +247,14 @@ fn by_no_other_way_whatever_is_deleted() {
     }
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
     // the kernel's own errors go back by the tunnel too
-    let closed = UdpSocket::from(socket_of(&cgroup, libc::AF_INET, libc::SOCK_DGRAM));
+    let closed = udp_in(&cgroup, REMOTE4);
     closed.send_to(b"who?", addr(REMOTE4, 80)).expect("send");
     drop(closed);
     // answers to what nobody waits for
     Client::udp(&cgroup, addr(REMOTE4, 80)).send_and_close().run();
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
 
-    let floods: Vec<_> = CASES[..4]
-        .iter()
-        .map(|(proto, to)| Client::new(&cgroup, *proto, addr(*to, 80)).flood().spawn())
-        .collect();
+    let floods = floods(&cgroup);
     for family in ["-4", "-6"] {
         for _ in 0..5 {
             ip_batch(&[family], "route flush table 301\n");
@@ -306,8 +299,8 @@ fn bind_to_device(socket: &UdpSocket, name: &str) {
 fn what_was_refused_flows_once_it_is_back() {
     let ground = ground!("back");
     let (mut world, cgroup, _daemon) = tunneled(&ground);
-    for (family, remote) in [(libc::AF_INET, REMOTE4), (libc::AF_INET6, REMOTE6)] {
-        let socket = UdpSocket::from(socket_of(&cgroup, family, libc::SOCK_DGRAM));
+    for remote in [REMOTE4, REMOTE6] {
+        let socket = udp_in(&cgroup, remote);
         socket.set_read_timeout(Some(Duration::from_millis(50))).expect("a timeout");
         let heard = || {
             let _ = socket.send_to(b"who?", addr(remote, 80));
@@ -355,9 +348,8 @@ fn it_is_back_before_the_kernel_says_that_it_runs() {
     ip_batch(&[], &format!("link add beside0 index 77 type veth {peer}\n"));
     ground.outside(|| ip_batch(&[], "link set beside1 up\n"));
     let address = "addr replace fd00:8::1/64 dev vpn0 nodad\n";
-    for (family, remote, more) in [(libc::AF_INET, REMOTE4, ""), (libc::AF_INET6, REMOTE6, address)]
-    {
-        let socket = UdpSocket::from(socket_of(&cgroup, family, libc::SOCK_DGRAM));
+    for (remote, more) in [(REMOTE4, ""), (REMOTE6, address)] {
+        let socket = udp_in(&cgroup, remote);
         socket.set_read_timeout(Some(Duration::from_millis(10))).expect("a timeout");
         let heard = || {
             let _ = socket.send_to(b"who?", addr(remote, 80));
@@ -411,18 +403,11 @@ fn a_refused_port_connects_once_it_is_back() {
     let ground = ground!("again");
     let (mut world, cgroup, _daemon) = tunneled(&ground);
     let connect = |from: SocketAddr, to: IpAddr| {
-        let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-        let socket = socket_of(&cgroup, family, libc::SOCK_STREAM);
+        let socket = socket_in(&cgroup, libc::SOCK_STREAM, to);
         bind_fd(&socket, from);
         // gives up after two more SYNs: 7 s
         crate::world::set(&socket, libc::IPPROTO_TCP, libc::TCP_SYNCNT, 2);
-        let (raw, len) = raw_addr(addr(to, 80));
-        // SAFETY: a sockaddr of the length that goes with it.
-        let rc = unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), len) };
-        match rc {
-            0 => Ok(TcpStream::from(socket)),
-            _ => Err(std::io::Error::last_os_error().kind()),
-        }
+        connect(&socket, addr(to, 80)).map(|()| TcpStream::from(socket)).map_err(|e| e.kind())
     };
     let cases = [("0.0.0.0:40001", REMOTE4), ("[::]:40001", REMOTE6)]
         .map(|(any, to)| (any.parse::<SocketAddr>().expect("an address"), to));
@@ -482,10 +467,7 @@ fn answers_pass_rp_filter() {
     sysctl("net/ipv4/conf/all/rp_filter", "0");
     let _daemon = Daemon::start(&ground, &policy(), &[]);
     await_member(&cgroup, "vpn");
-    let says = |what: &str| {
-        let out = run_with(&ground, &policy(), &["check"]);
-        String::from_utf8_lossy(&out.stdout).contains(what)
-    };
+    let says = |what: &str| run_with(&ground, &policy(), &["check"]).out.contains(what);
     for (filter, valid_mark, passes_it) in
         [("0", "0", true), ("2", "0", true), ("1", "1", true), ("1", "0", false)]
     {
@@ -510,7 +492,7 @@ fn services_answer_by_where_they_were_asked() {
     let (mut world, cgroup, _daemon) = tunneled(&ground);
     // by the main table the answers would leave by the other interface
     ground.outside(|| ip_batch(&[], "addr add 203.0.113.7/32 dev lo\n"));
-    let _service = Client::tcp(&cgroup, "0.0.0.0:4000".parse().expect("an address")).serve();
+    let _service = Client::tcp(&cgroup, addr(ip("0.0.0.0"), 4000)).serve();
     let root = ground.root.clone();
     let dial = |host: &str| {
         let to = SocketAddr::new(host.parse().expect("an address"), 4000);
@@ -572,7 +554,7 @@ fn dns_goes_into_the_tunnel() {
     ground.outside(|| {
         ip_batch(&[], "route add 127.0.0.9/32 via 10.8.0.1 dev vout0 table 99\nrule add to 127.0.0.9 lookup 99 pref 0\n");
         sysctl("net/ipv4/conf/vout0/route_localnet", "1");
-        let to = "127.0.0.9:53".parse().expect("an address");
+        let to = addr(ip("127.0.0.9"), 53);
         let _ = Client::udp(&root, to).timeout(SILENCE).run();
     });
     let dropped = crate::kernel::table();
@@ -697,8 +679,7 @@ fn rules_of_others_would_take_it() {
     let said = "ip rules of others would take traffic of a route (ip rule pref 98 ";
     assert!(daemon.wait_log(said, PATIENCE), "{}", daemon.logs());
     passes(&mut world, &cgroup);
-    let out = run_with(&ground, &policy(), &["check"]);
-    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let text = run_with(&ground, &policy(), &["check"]).out;
     assert!(text.contains(" would take traffic of a route: run has its own rules"), "{text}");
     ip_batch(&["-4"], "rule del pref 98\nroute flush table 51820\n");
     daemon.stop_clean();
@@ -721,13 +702,10 @@ fn by_a_table_of_others() {
     );
     passes(&mut world, &cgroup);
     // no other way, whatever is deleted or bound to: the interfaces are those that it names
-    let floods: Vec<_> = CASES[..4]
-        .iter()
-        .map(|(proto, to)| Client::new(&cgroup, *proto, addr(*to, 80)).flood().spawn())
-        .collect();
-    let floods_of_bound: Vec<_> = [(libc::AF_INET, REMOTE4), (libc::AF_INET6, REMOTE6)]
-        .map(|(family, remote)| {
-            let socket = UdpSocket::from(socket_of(&cgroup, family, libc::SOCK_DGRAM));
+    let floods = floods(&cgroup);
+    let floods_of_bound: Vec<_> = [REMOTE4, REMOTE6]
+        .map(|remote| {
+            let socket = udp_in(&cgroup, remote);
             bind_to_device(&socket, "in0");
             let _ = socket.send_to(b"who?", addr(remote, 80));
             socket
@@ -777,8 +755,7 @@ fn by_a_table_of_others() {
     );
     world.wire.packets();
     passes(&mut world, &cgroup);
-    let shown = run_with(&ground, config, &["show"]);
-    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    let shown = run_with(&ground, config, &["show"]).out;
     assert!(shown.contains("oifname \"vpn0\" accept"), "{shown}");
     ip_batch(&["-4"], "route flush table 1000\n");
     ip_batch(&["-6"], "route flush table 1000\n");
@@ -835,43 +812,9 @@ fn bulk_passes_a_small_mtu() {
     set("up");
     let _daemon = Daemon::start(&ground, &policy(), &[]);
     await_member(&cgroup, "vpn");
-    const SIZE: usize = 10 << 20;
-    for remote in [REMOTE4, REMOTE6] {
-        let listener = ground.outside(|| TcpListener::bind(addr(remote, 0))).or_else(|_| {
-            let any: SocketAddr =
-                if remote.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }.parse().expect("an address");
-            ground.outside(|| TcpListener::bind(any))
-        });
-        let listener = listener.expect("listen outside");
-        let port = listener.local_addr().expect("its address").port();
-        let server = std::thread::spawn(move || {
-            let (mut stream, from) = listener.accept().expect("a client");
-            let mut got = 0;
-            let mut buffer = vec![0; 1 << 16];
-            while got < SIZE {
-                got += stream.read(&mut buffer).expect("read");
-            }
-            stream.write_all(&vec![b'x'; SIZE]).expect("send back");
-            from.ip()
-        });
-        let family = if remote.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-        let socket = socket_of(&cgroup, family, libc::SOCK_STREAM);
-        let (raw, len) = raw_addr(addr(remote, port));
-        // SAFETY: a sockaddr of the length that goes with it.
-        let rc = unsafe { libc::connect(socket.as_raw_fd(), (&raw const raw).cast(), len) };
-        assert_eq!(rc, 0, "connect: {}", std::io::Error::last_os_error());
-        let mut stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        let start = Instant::now();
-        stream.write_all(&vec![b'y'; SIZE]).expect("send");
-        let mut got = 0;
-        let mut buffer = vec![0; 1 << 16];
-        while got < SIZE {
-            got += again(|| stream.read(&mut buffer)).expect("no stall");
-        }
-        println!("{remote}: {SIZE} bytes each way in {:?}", start.elapsed());
-        let from = server.join().expect("the server").to_string();
-        assert_eq!(from, TUNNEL[usize::from(remote.is_ipv6())]);
+    for remote in REMOTES {
+        let took = bulk(&ground, &cgroup, remote);
+        println!("{remote}: 10 MiB each way in {took:?}");
     }
 }
 
@@ -885,11 +828,7 @@ fn no_datagram_leaves_with_the_address_of_before() {
     let spares = "bypass = 203.0.113.0/24\nbypass = 2001:db8:2::/64\n[rules]";
     let daemon = Daemon::start(&ground, &policy().replace("[rules]", spares), &[]);
     await_member(&cgroup, "vpn");
-    let flows = [REMOTE4, REMOTE6].map(|to| {
-        let family = if to.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-        let socket = UdpSocket::from(socket_of(&cgroup, family, libc::SOCK_DGRAM));
-        (socket, to)
-    });
+    let flows = [REMOTE4, REMOTE6].map(|to| (udp_in(&cgroup, to), to));
     let answered = |(socket, to): &(UdpSocket, IpAddr), own: &str| {
         socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
         socket.send_to(b"?", addr(*to, 80)).unwrap_or_else(|e| panic!("send to {to}: {e}"));

@@ -4,23 +4,21 @@
 //! A new network namespace has no conntrack before there is our table, so for conntrack a flow that
 //! began before that begins with whatever comes next: here the remote host speaks first.
 
-use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{kill, Signal};
-use nix::sys::wait::waitpid;
+use nix::sys::signal::Signal;
 
-use crate::client::{again, fork_into, Proto, PATIENCE, SILENCE};
+use crate::client::{again, socket_in, tcp_in, udp_in, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
-use crate::ground::{addr, pipe, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::ground::{addr, any_of, ip, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTES};
 use crate::kernel::load;
 use crate::wait_until;
 pub use crate::world::bind_at as bind_to;
-use crate::world::{bind, raw_addr, Packet, Wire};
+use crate::world::{bind, Packet, Wire};
 
 const PORT: u16 = 8080;
 const PROXY_PORT: u16 = 7893;
@@ -49,46 +47,6 @@ port = 7894
 drop = /elsewhere
 ";
 
-/// A socket that was made in a cgroup.
-pub fn socket_in(cgroup: &Path, kind: i32, ip: IpAddr) -> OwnedFd {
-    let family = if ip.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let (read, write) = pipe();
-    let cgroup = File::open(cgroup).expect("open the cgroup");
-    // SAFETY: system calls on integers and one live integer.
-    let pid = unsafe {
-        fork_into(&cgroup, || {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            let fd = libc::socket(family, kind, 0);
-            libc::write(write.as_raw_fd(), (&raw const fd).cast(), 4);
-            libc::pause()
-        })
-    };
-    let pid = pid.expect("fork into the cgroup");
-    drop(write);
-    let mut number = [0; 4];
-    File::from(read).read_exact(&mut number).expect("the child died");
-    // SAFETY: integers only; the descriptor is new, hence ours.
-    let fd = unsafe {
-        let process = libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0);
-        let fd = libc::syscall(libc::SYS_pidfd_getfd, process, i32::from_ne_bytes(number), 0);
-        libc::close(process as i32);
-        assert!(fd >= 0, "pidfd_getfd: {}", std::io::Error::last_os_error());
-        OwnedFd::from_raw_fd(fd as i32)
-    };
-    kill(pid, Signal::SIGKILL).expect("kill the child");
-    waitpid(pid, None).expect("reap the child");
-    fd
-}
-
-pub fn connect(fd: &OwnedFd, to: SocketAddr) -> std::io::Result<()> {
-    let (raw, len) = raw_addr(to);
-    // SAFETY: a sockaddr of the length that goes with it.
-    match unsafe { libc::connect(fd.as_raw_fd(), (&raw const raw).cast(), len) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
-}
-
 fn listen(fd: OwnedFd) -> TcpListener {
     // SAFETY: an open socket.
     assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
@@ -100,20 +58,6 @@ fn listener_in(cgroup: &Path, at: SocketAddr) -> TcpListener {
     let fd = socket_in(cgroup, libc::SOCK_STREAM, at.ip());
     bind_to(&fd, at);
     listen(fd)
-}
-
-pub fn tcp_in(cgroup: &Path, to: SocketAddr) -> TcpStream {
-    let fd = socket_in(cgroup, libc::SOCK_STREAM, to.ip());
-    connect(&fd, to).unwrap_or_else(|e| panic!("connect to {to}: {e}"));
-    let stream = TcpStream::from(fd);
-    stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
-    stream
-}
-
-pub fn udp_in(cgroup: &Path, ip: IpAddr) -> UdpSocket {
-    let socket = UdpSocket::from(socket_in(cgroup, libc::SOCK_DGRAM, ip));
-    socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
-    socket
 }
 
 /// An application's end of a flow and the remote one.
@@ -137,8 +81,6 @@ struct Remote {
     tcp: Vec<TcpListener>,
     udp: Vec<UdpSocket>,
 }
-
-const REMOTES: [IpAddr; 2] = [REMOTE4, REMOTE6];
 
 impl Remote {
     fn new(ground: &Ground) -> Remote {
@@ -358,8 +300,7 @@ fn flows_that_began_while_the_table_was_away() {
     let mut wire = Wire::open(&ground);
     let remote = Remote::new(&ground);
     let cgroups = cgroups(&ground);
-    let mut daemon = Daemon::spawn(&ground, CONFIG, &[], &[UNOWNED]);
-    assert!(daemon.ready(), "{}", daemon.logs());
+    let daemon = Daemon::start_in(&ground, CONFIG, &[], &[UNOWNED]);
     daemon.signal(Signal::SIGSTOP);
     load("delete table inet cgtproxy");
     let mut old: Vec<Flow> = cgroups.iter().flat_map(|cgroup| remote.flows(cgroup)).collect();
@@ -371,9 +312,7 @@ fn flows_that_began_while_the_table_was_away() {
 /// The daemon is stopped when cgroups are made, and may lose the events about them.
 #[test]
 fn flows_of_cgroups_that_were_found_late() {
-    let Some(ground) = Ground::new("stale-late") else {
-        return;
-    };
+    let ground = ground!("stale-late");
     let mut wire = Wire::open(&ground);
     let remote = Remote::new(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
@@ -419,9 +358,7 @@ fn flows_of_cgroups_that_were_found_late() {
 /// The same for all cgroups below a root that is made again.
 #[test]
 fn flows_below_a_root_that_is_made_again() {
-    let Some(ground) = Ground::new("stale-root") else {
-        return;
-    };
+    let ground = ground!("stale-root");
     let mut wire = Wire::open(&ground);
     let remote = Remote::new(&ground);
     let own = ground.cgroup("/own");
@@ -455,9 +392,7 @@ fn what_is_never_ended() {
             let (mut conn, _) = listener.accept().expect("accept");
             let udp = udp_in(cgroup, ip);
             bind_to(&udp, addr(ip, 20000 + at as u16));
-            let peer = ground.outside(|| {
-                UdpSocket::bind(if ip.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" }).expect("bind")
-            });
+            let peer = ground.outside(|| UdpSocket::bind(addr(any_of(ip), 0)).expect("bind"));
             talk(&mut client, &mut conn);
             inbound.push((client, conn));
             services.push((listener, udp, peer));
@@ -473,7 +408,7 @@ fn what_is_never_ended() {
             })
         })
         .collect();
-    let spared = "203.0.113.201".parse().expect("an address");
+    let spared = ip("203.0.113.201");
     let outside = ground.outside(|| listen(bind(addr(spared, PORT), libc::SOCK_STREAM)));
     for cgroup in &cgroups {
         let own = tcp_in(cgroup, addr(spared, PORT));
@@ -585,10 +520,7 @@ fn a_proxied_flow_stays() {
     let ground = ground!("stale-proxied");
     let mut wire = Wire::open(&ground);
     let proxied = &cgroups(&ground)[1];
-    let any = |ip: IpAddr| -> IpAddr {
-        if ip.is_ipv4() { "0.0.0.0".parse() } else { "::".parse() }.expect("an address")
-    };
-    let proxies = REMOTES.map(|ip| listen(bind(addr(any(ip), PROXY_PORT), libc::SOCK_STREAM)));
+    let proxies = REMOTES.map(|ip| listen(bind(addr(any_of(ip), PROXY_PORT), libc::SOCK_STREAM)));
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let mut flows = REMOTES.map(|ip| tcp_in(proxied, addr(ip, PORT)));
     let mut ends = proxies.each_ref().map(|proxy| proxy.accept().expect("accept").0);
@@ -630,8 +562,7 @@ fn a_stalled_application_learns_at_once() {
     let remote = Remote::new(&ground);
     let cgroups = cgroups(&ground);
     for env in [&[UNOWNED][..], &[UNOWNED, ("CGTPROXY_NO_DESTROY", "1")]] {
-        let mut daemon = Daemon::spawn(&ground, BEFORE, &[], env);
-        assert!(daemon.ready(), "{}", daemon.logs());
+        let daemon = Daemon::start_in(&ground, BEFORE, &[], env);
         for (at, cgroup) in cgroups.iter().enumerate() {
             let mut own = tcp_in(cgroup, addr(REMOTE4, PORT));
             let _end = remote.tcp[0].accept().expect("accept");

@@ -3,11 +3,11 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::poll::{poll, PollFd, PollFlags};
@@ -15,10 +15,10 @@ use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
 use crate::client::{Client, Proto, PATIENCE, SILENCE};
-use crate::daemon::{binary, run, run_with, write_private, Daemon};
+use crate::daemon::{binary, run, run_at, run_with, write_private, Daemon, Said};
 use crate::gateway::Lan;
-use crate::ground::{addr, ip_batch, sysctl, Ground, CGROUPS, REMOTE4, REMOTE6};
-use crate::kernel::{await_member, cgroup_id, load, nft, residue, set_ids, SETTLE};
+use crate::ground::{addr, ip, ip_batch, sysctl, Ground, CGROUPS, HOST4, REMOTE4, REMOTE6};
+use crate::kernel::{await_member, cgroup_id, counters, load, residue, set_ids, SETTLE};
 use crate::world::{Server, World, PROXY};
 use crate::{sized, wait_until};
 
@@ -31,44 +31,15 @@ drop   = /services/telemetry
 mihomo = /services/(transmission|aria2)
 ";
 
-/// What a run said, as text.
-pub struct Said {
-    pub code: Option<i32>,
-    pub out: String,
-    pub err: String,
-}
-
-impl From<Output> for Said {
-    fn from(output: Output) -> Said {
-        Said {
-            code: output.status.code(),
-            out: String::from_utf8_lossy(&output.stdout).into_owned(),
-            err: String::from_utf8_lossy(&output.stderr).into_owned(),
-        }
-    }
-}
-
-pub fn said(ground: &Ground, config: &str, args: &[&str]) -> Said {
-    run_with(ground, config, args).into()
-}
-
 impl Daemon {
-    /// A command with this daemon's configuration.
-    pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(binary());
-        command.arg("-c").arg(&self.config).args(args);
-        command.stdin(Stdio::null());
-        command
-    }
-
-    pub fn ask(&self, args: &[&str]) -> Said {
-        self.command(args).output().expect("start cgtproxy").into()
-    }
-
     pub fn shown(&self) -> String {
-        let said = self.ask(&["status"]);
-        assert_eq!((said.code, &*said.err), (Some(0), ""));
-        said.out
+        self.ask(&["status"]).fine()
+    }
+
+    /// A Python expression over what `status --json` prints, `d`.
+    #[track_caller]
+    pub fn json(&self, expression: &str) -> String {
+        query(&self.ask(&["status", "--json"]).out, expression)
     }
 
     /// The columns of one target's line.
@@ -90,7 +61,7 @@ fn explain_names_the_rule_and_the_ancestor() {
     let inside = ground.cgroup("/services/aria2/a/b");
     let whole = inside.to_str().expect("a UTF-8 path");
     let paths = ["/services/mihomo/x", "/services/x", whole, "/cgtproxy/drop/1", "/"];
-    let Said { code, out, err } = said(&ground, CONFIG, &[&["explain"], &paths[..]].concat());
+    let Said { code, out, err } = run_with(&ground, CONFIG, &[&["explain"], &paths[..]].concat());
     assert_eq!((code, &*err), (Some(0), ""));
     let blocks: Vec<&str> = out.split_inclusive('\n').collect();
     let text = blocks.concat();
@@ -112,7 +83,7 @@ fn explain_names_the_rule_and_the_ancestor() {
 #[test]
 fn explain_answers_each_argument() {
     let ground = ground!("explain-each");
-    let explain = |args: &[&str]| said(&ground, CONFIG, &[&["explain"], args].concat());
+    let explain = |args: &[&str]| run_with(&ground, CONFIG, &[&["explain"], args].concat());
     let whole = ground.at("/./services//aria2/.");
     let whole = format!("/{}", whole.to_str().expect("a UTF-8 path"));
     let same = explain(&["//services/./aria2/", &whole]);
@@ -153,16 +124,16 @@ fn explain_finds_processes() {
         let text = fs::read_to_string(cgroup.join("cgroup.procs")).expect("list processes");
         text.lines().next().expect("a process").to_owned()
     };
-    let Said { code, out, .. } = said(&ground, CONFIG, &["explain", "--pid", &pid_in(&inside)]);
+    let Said { code, out, .. } = run_with(&ground, CONFIG, &["explain", "--pid", &pid_in(&inside)]);
     assert_eq!(code, Some(0));
     assert!(out.contains(": /services/telemetry/x\n    target  drop\n"), "{out}");
-    let init = said(&ground, CONFIG, &["explain", "--pid", "1"]);
+    let init = run_with(&ground, CONFIG, &["explain", "--pid", "1"]);
     assert!(
         init.out.contains("pid 1: outside the cgroup root\n    target  direct"),
         "{}",
         init.out
     );
-    let gone = said(&ground, CONFIG, &["explain", "--pid", "4194304"]);
+    let gone = run_with(&ground, CONFIG, &["explain", "--pid", "4194304"]);
     assert_eq!(gone.code, Some(1));
     assert!(
         gone.err.contains("unable to find the cgroup of pid 4194304: no such process"),
@@ -198,7 +169,7 @@ fn explain_tells_of_another_network_namespace() {
 }
 
 fn said_of(ground: &Ground, pid: &str) -> String {
-    let Said { code, out, err } = said(ground, CONFIG, &["explain", "--pid", pid]);
+    let Said { code, out, err } = run_with(ground, CONFIG, &["explain", "--pid", pid]);
     assert_eq!((code, &*err), (Some(0), ""));
     out
 }
@@ -241,11 +212,11 @@ fn explain_agrees_with_the_daemon() {
 #[test]
 fn status_of_a_kernel_without_us() {
     let ground = ground!("status-none");
-    let Said { code, out, err } = said(&ground, CONFIG, &["status"]);
+    let Said { code, out, err } = run_with(&ground, CONFIG, &["status"]);
     assert_eq!((code, &*err), (Some(0), ""));
     let want = "table inet cgtproxy: not there, nothing is classified; no cgtproxy is running\n";
     assert_eq!(out, want);
-    let json = said(&ground, CONFIG, &["status", "--json"]).out;
+    let json = run_with(&ground, CONFIG, &["status", "--json"]).out;
     assert_eq!(query(&json, "[d['in_force'], d['targets'], d['daemon']]"), "[False, [], None]");
 }
 
@@ -270,14 +241,7 @@ fn status_counts_what_nft_counts() {
     assert_eq!(Client::udp(&dropped, to).timeout(quick).run().who(), "nobody");
     // counters as nft lists them
     let listed = |chain: &str| {
-        let out = nft(&["list", "chain", "inet", "cgtproxy", chain], "");
-        let text = String::from_utf8_lossy(&out.stdout).into_owned();
-        let counters = text.split("counter packets ").skip(1).map(|counter| {
-            let mut words = counter.split_whitespace();
-            let mut next = |n| words.nth(n).and_then(|n| n.parse::<u64>().ok()).expect("a number");
-            (next(0), next(1))
-        });
-        let (packets, bytes): (Vec<u64>, Vec<u64>) = counters.unzip();
+        let (packets, bytes): (Vec<u64>, Vec<u64>) = counters(chain).into_iter().unzip();
         (packets.iter().sum::<u64>().to_string(), bytes.iter().sum::<u64>())
     };
     let row = daemon.target("mihomo");
@@ -297,9 +261,7 @@ fn status_counts_what_nft_counts() {
 fn rules_read_back_as_they_were_sent() {
     use cgtproxy::nft::expr::{Expr, SetRef};
     use cgtproxy::nft::table::{again_chain, classifying, Shape, Table};
-    let Some(ground) = Ground::new("read-back") else {
-        return;
-    };
+    let ground = ground!("read-back");
     let text = "
 [global]
 default = drop
@@ -394,9 +356,8 @@ fn status_tells_missing_rules_and_routes() {
         assert!(done.success(), "{command}");
     }
     assert_eq!(daemon.shown().matches("present").count(), 4);
-    let json = daemon.ask(&["status", "--json"]).out;
     let all = "[r['present'] for r in d['rules'] + d['routes']]";
-    assert_eq!(query(&json, all), "[True, True, True, True]");
+    assert_eq!(daemon.json(all), "[True, True, True, True]");
 }
 
 /// The ip rules of gateways: by what the table routes, whatever the configuration has become.
@@ -450,11 +411,10 @@ fn status_tells_missing_rules_of_gateways() {
                 let status = daemon.shown();
                 assert!(status.contains(&line), "no {line} in {status}");
                 assert_eq!(status.matches("missing").count(), 1, "{status}");
-                let json = daemon.ask(&["status", "--json"]).out;
                 let missing = "[(r['family'], r['text']) for r in d['rules'] if not r['present']]";
                 let version = family.replace('-', "ipv");
                 let found = format!("[('{version}', '{want} protocol 99')]");
-                assert_eq!(query(&json, missing), found);
+                assert_eq!(daemon.json(missing), found);
                 // what it prints is what mends it
                 ip_batch(&[family], &format!("rule add {want} protocol 99\n"));
                 assert!(!daemon.shown().contains("missing"));
@@ -478,7 +438,7 @@ fn status_counts_by_gateway_section() {
     let to = addr(REMOTE4, 80);
     assert_eq!(lan.ask(1, Proto::Udp, to), format!("{PROXY} {to}"));
     assert_eq!(lan.ask_within(0, Proto::Udp, to, SILENCE), "nobody");
-    let counts = ["zoo", "one", "all"].map(|name| section_counter(&format!("gw_{name}")));
+    let counts = ["zoo", "one", "all"].map(|name| counters(&format!("gw_{name}"))[0]);
     assert_eq!(counts[0].0, 0);
     assert!(counts[1].0 > 0 && counts[2].0 > 0, "{counts:?}");
     let status = daemon.shown();
@@ -494,25 +454,14 @@ fn status_counts_by_gateway_section() {
         let (packets, bytes) = (packets.to_string(), format!("{bytes} B"));
         assert_eq!(row[..], [*name, *target, &*packets, &*bytes], "{status}");
     }
-    let json = daemon.ask(&["status", "--json"]).out;
     let [zoo, one, all] = counts;
     let want = format!(
         "[('zoo', 'direct', {}, {}), ('one', 'drop', {}, {}), ('all', 'mihomo', {}, {})]",
         zoo.0, zoo.1, one.0, one.1, all.0, all.1
     );
-    assert_eq!(query(&json, "[tuple(g.values()) for g in d['gateways']]"), want);
+    assert_eq!(daemon.json("[tuple(g.values()) for g in d['gateways']]"), want);
     daemon.reconfigure("[tproxy mihomo]\nport = 7893\n");
     assert!(!daemon.shown().contains("GATEWAY"));
-}
-
-/// Packets and bytes of a chain's counter as nft lists it.
-fn section_counter(chain: &str) -> (u64, u64) {
-    let out = nft(&["list", "chain", "inet", "cgtproxy", chain], "").stdout;
-    let text = String::from_utf8_lossy(&out).into_owned();
-    let counter = text.split("counter packets ").nth(1).expect("a counter");
-    let mut words = counter.split_whitespace();
-    let mut number = |nth| words.nth(nth).and_then(|w| w.parse().ok()).expect("a number");
-    (number(0), number(1))
 }
 
 #[test]
@@ -1039,7 +988,7 @@ fn expect_refused(ground: &Ground, ask: impl Fn(&[&str]) -> Said, why: &str) {
 #[test]
 fn exec_refuses_where_there_is_no_table() {
     let ground = ground!("exec-none");
-    let ask = |args: &[&str]| said(&ground, CONFIG, args);
+    let ask = |args: &[&str]| run_with(&ground, CONFIG, args);
     expect_refused(&ground, ask, "there is no table inet cgtproxy, and no cgtproxy is running");
     // everything is direct then, for everybody
     assert_eq!(ask(&["exec", "direct", "true"]).code, Some(0));
@@ -1087,8 +1036,8 @@ fn exec_refuses_without_its_rules_and_routes() {
 fn exec_asks_the_kernel_and_not_the_daemon() {
     let (ground, mut world, _proxy) = scene!("exec-kernel", proxy);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
-    let file = daemon.config.to_str().expect("a UTF-8 path").to_owned();
-    let ask = |args: &[&str]| Said::from(run(&[&["-c", &file], args].concat()));
+    let file = daemon.config.clone();
+    let ask = |args: &[&str]| run_at(&file, args);
     daemon.kill9();
     let why = "cgroup /cgtproxy/mihomo is not in set cg_mihomo, and no cgtproxy is running";
     expect_refused(&ground, ask, why);
@@ -1108,8 +1057,8 @@ fn exec_asks_the_kernel_and_not_the_daemon() {
 fn a_table_that_does_nothing_is_not_in_force() {
     let ground = ground!("exec-idle");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
-    let file = daemon.config.to_str().expect("a UTF-8 path").to_owned();
-    let ask = |args: &[&str]| Said::from(run(&[&["-c", &file], args].concat()));
+    let file = daemon.config.clone();
+    let ask = |args: &[&str]| run_at(&file, args);
     let headline = || ask(&["status"]).out.lines().next().map(str::to_string);
     daemon.kill9();
     let in_force = "table inet cgtproxy: in force, default direct; no cgtproxy is running";
@@ -1276,7 +1225,7 @@ fn check_in_json() {
     let ground = ground!("check-json");
     for (config, want) in [(CONFIG, Some(0)), ("[rules]\nmihomo = /a\n", Some(2))] {
         let [text, json] =
-            [&["check"][..], &["check", "--json"]].map(|args| said(&ground, config, args));
+            [&["check"][..], &["check", "--json"]].map(|args| run_with(&ground, config, args));
         assert_eq!((text.code, json.code), (want, want), "{}", text.out);
         crate::json::is_documented("check", &json.out);
         let lines = query(
@@ -1371,8 +1320,7 @@ fn check_of_a_file_in_another_language() {
     for (text, want) in [(yaml, ":1: this is YAML, "), (json, ":1: this is JSON, ")] {
         let file = ground.dir.join("other.conf");
         write_private(&file, text);
-        let file = file.to_str().expect("a UTF-8 path");
-        let said = Said::from(run(&["-c", file, "check"]));
+        let said = run_at(&file, &["check"]);
         assert_eq!(said.code, Some(2), "{}", said.out);
         let errors: Vec<&str> = said.out.lines().filter(|l| l.starts_with("error: ")).collect();
         assert!(errors.len() == 1 && errors[0].contains(want), "{}", said.out);
@@ -1544,8 +1492,7 @@ fn both_find(ground: &Ground, config: &str, text: &str) {
     let daemon = Daemon::start(ground, config, &[]);
     let status = daemon.shown();
     assert!(status.lines().any(|line| line.contains(text)), "no {text:?} in {status}");
-    let json = daemon.ask(&["status", "--json"]).out;
-    let found = query(&json, "d['loops'] + d['warnings']");
+    let found = daemon.json("d['loops'] + d['warnings']");
     assert!(found.contains(text), "no {text:?} in {found}");
 }
 
@@ -1560,9 +1507,8 @@ fn check_tells_who_listens() {
     };
     let listens = || {
         let daemon = Daemon::start(&ground, CONFIG, &[]);
-        let json = daemon.ask(&["status", "--json"]).out;
         let each = "''.join(str(int(v)) for v in d['targets'][2]['listens'].values())";
-        (daemon.target("mihomo")[3].clone(), query(&json, each))
+        (daemon.target("mihomo")[3].clone(), daemon.json(each))
     };
     for protocol in ["TCP", "UDP"] {
         let text = format!("[tproxy mihomo]: nothing listens on {protocol} port 7893");
@@ -1571,7 +1517,7 @@ fn check_tells_who_listens() {
     assert_eq!(listens(), ("no".into(), "000000".into()));
     // who is there without IP_TRANSPARENT is not found by TPROXY
     {
-        let port: SocketAddr = "0.0.0.0:7893".parse().expect("an address");
+        let port = addr(ip("0.0.0.0"), 7893);
         let _tcp = std::net::TcpListener::bind(port).expect("listen");
         let _udp = std::net::UdpSocket::bind(port).expect("bind");
         for protocol in ["TCP", "UDP"] {
@@ -1608,14 +1554,14 @@ fn check_tells_who_listens() {
         assert!(ask(Proto::Tcp, REMOTE6).starts_with(v6), "{at}");
     }
     // elsewhere is not where TPROXY looks
-    let lo = ["127.0.0.1:7893", "[::1]:7893"].map(|at| at.parse().expect("an address"));
+    let lo = ["127.0.0.1", "::1"].map(|at| addr(ip(at), 7893));
     {
         let _lo = Server::at("proxy", &lo);
         check(&ground, CONFIG, CLEAN).finds_no("warning");
         let apart = CONFIG.replace("port = 7893", "port = 7893\nipv6 = no\naddress = 192.0.2.1");
         both_find(&ground, &apart, "nothing listens on TCP port 7893");
     }
-    let _in0 = Server::at("proxy", &["192.0.2.1:7893".parse().expect("an address")]);
+    let _in0 = Server::at("proxy", &[addr(HOST4, 7893)]);
     let only4 = CONFIG.replace("port = 7893", "port = 7893\nipv6 = no");
     both_find(&ground, &only4, "but not where TPROXY looks for what this host sends");
     assert_eq!(ask(Proto::Tcp, REMOTE4), "refused");
@@ -1627,7 +1573,7 @@ fn check_tells_who_listens() {
 fn check_tells_who_listens_for_gateways() {
     let (ground, _world) = scene!("check-gateway");
     let lan = Lan::new(&ground);
-    let lo = ["127.0.0.1:7893", "[::1]:7893"].map(|at| at.parse().expect("an address"));
+    let lo = ["127.0.0.1", "::1"].map(|at| addr(ip(at), 7893));
     let _lo = Server::at(PROXY, &lo);
     let config = "[tproxy mihomo]\nport = 7893\n[gateway lan]\ninterface = br-lan\n\
                   target = mihomo\n";
@@ -1680,7 +1626,7 @@ fn check_tells_whether_dns_is_answered() {
     let lan = Lan::new(&ground);
     let config = "[tproxy mihomo]\nport = 7893\ndns-hijack = 127.0.0.1:1053\n\
                   [gateway lan]\ninterface = br-lan\ntarget = mihomo\n";
-    let lo = Server::at("resolver", &["127.0.0.1:1053".parse().expect("an address")]);
+    let lo = Server::at("resolver", &[addr(ip("127.0.0.1"), 1053)]);
     both_find(&ground, config, "what listens at 127.0.0.1:1053 (UDP) is not there for gateways");
     let ask = || {
         let _daemon = Daemon::start(&ground, config, &[]);
@@ -1708,7 +1654,7 @@ fn check_tells_whether_dns_is_answered() {
 fn check_tells_of_loops() {
     let ground = ground!("check-loop");
     let config = "[global]\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n";
-    let any = addr("::".parse().expect("an address"), 7893);
+    let any = addr(ip("::"), 7893);
     let global = format!("cgroup-root = {}\n", ground.root.display());
     let config = config.replace("[global]\n", &format!("[global]\n{global}"));
     for (cgroup, remedy) in [
@@ -1756,8 +1702,7 @@ try: s.sendto(b'who', ('203.0.113.7', 80))\nexcept OSError: pass\n\
     assert_eq!(log.matches("are bound to").count(), 1, "{log}");
     check(&ground, CONFIG, CLEAN).finds("warning", text);
     assert!(daemon.shown().contains(text), "{}", daemon.shown());
-    let json = daemon.ask(&["status", "--json"]).out;
-    assert!(query(&json, "d['warnings']").contains(text), "{json}");
+    assert!(daemon.json("d['warnings']").contains(text));
     let end = |child: &mut Child| {
         let _ = child.kill();
         let _ = child.wait();
@@ -1930,7 +1875,7 @@ fn wrong_arguments_get_one_line_and_a_hint() {
         "exec --json drop true",
     ] {
         let args: Vec<&str> = args.split(' ').collect();
-        let said = Said::from(run(&args));
+        let said = run(&args);
         assert_eq!((said.code, &*said.out), (Some(2), ""), "{args:?}");
         assert_eq!(said.err.lines().count(), 1, "{args:?}: {}", said.err);
         let hint =
@@ -1943,12 +1888,11 @@ fn wrong_arguments_get_one_line_and_a_hint() {
         let want = format!(
             "error: unknown command \"{word}\", did you mean \"{meant}\"? (try cgtproxy --help)\n"
         );
-        assert_eq!(Said::from(run(&[word])).err, want);
+        assert_eq!(run(&[word]).err, want);
     }
-    let help = Said::from(run(&["status", "--help"]));
-    assert_eq!((help.code, &*help.err), (Some(0), ""));
+    let help = run(&["status", "--help"]).fine();
     for name in ["run", "check", "explain", "show", "status", "apps", "flush", "exec"] {
-        assert!(help.out.contains(&format!("\n    {name} ")), "{}", help.out);
+        assert!(help.contains(&format!("\n    {name} ")), "{help}");
     }
 }
 
@@ -2022,7 +1966,7 @@ fn a_closed_or_full_output() {
 #[test]
 fn the_manual_page_names_every_option() {
     let main = fs::read_to_string("conf/man/cgtproxy.8").expect("read");
-    let help = Said::from(run(&["--help"])).out;
+    let help = run(&["--help"]).out;
     let words = help.split_whitespace();
     let options: Vec<&str> = words.filter_map(|w| w.strip_prefix("--")).collect();
     assert!(options.len() >= 8);

@@ -10,8 +10,7 @@ use crate::client::{
     answers, expect, expect_as, under, Client, Outcome, Proto, AT_ONCE, PATIENCE, SILENCE,
 };
 use crate::daemon::{Daemon, POLICY};
-use crate::gateway::ip;
-use crate::ground::{addr, ip_batch, Ground, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::ground::{addr, ip, ip_batch, Ground, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, ip_rules, load, nft};
 use crate::wait_until;
 use crate::world::{interface_index, Packet, Server, World, PROXY, STREAM_PORT};

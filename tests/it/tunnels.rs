@@ -10,7 +10,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -19,11 +19,14 @@ use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
 use crate::client::{
-    again, fork_into, socket_of, Client, Outcome, Proto, AT_ONCE, CASES, PATIENCE, SILENCE,
+    again, connect, floods, fork_into, socket_in, Client, Outcome, Proto, AT_ONCE, PATIENCE,
+    SILENCE,
 };
 use crate::daemon::{run_with, Daemon, UNOWNED};
 use crate::gateway::Lan;
-use crate::ground::{addr, ip_batch, pipe, Ground, GATE4, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::ground::{
+    addr, any_of, ip, ip_batch, pipe, Ground, GATE4, GATE6, HOST4, HOST6, REMOTE4, REMOTE6,
+};
 use crate::kernel::{await_member, load, table};
 use crate::routes::{passes, refused, until_passes, until_refused, TUNNEL};
 use crate::wait_until;
@@ -125,7 +128,7 @@ pub fn up(mtu: u32) {
 /// The peer outside, and the program here in its cgroup.
 fn tunnel(ground: &Ground, mtu: u32) -> (End, End) {
     let peer = ground.outside(|| {
-        let any = "0.0.0.0".parse().expect("an address");
+        let any = ip("0.0.0.0");
         let end = End::start(&ground.cgroup("/peer"), "vout0", addr(any, PORT), addr(HOST4, PORT));
         ip_batch(
             &[],
@@ -179,10 +182,7 @@ fn a_program_holds_the_interface() {
     let any = ground.cgroup("/any");
     passes(&mut world, &any);
     daemon.reconfigure(&by_cgroup(""));
-    let floods: Vec<_> = CASES[..4]
-        .iter()
-        .map(|(proto, to)| Client::new(&cgroup, *proto, addr(*to, 80)).flood().spawn())
-        .collect();
+    let floods = floods(&cgroup);
     // the program ends, and its interface with it
     drop(own);
     refused(&mut world, &cgroup);
@@ -266,7 +266,7 @@ fn bulk_passes_a_small_mtu() {
 /// 10 MiB each way without a stall, seen by the remote host as from the tunnel.
 pub fn bulk(ground: &Ground, cgroup: &Path, remote: IpAddr) -> Duration {
     const SIZE: usize = 10 << 20;
-    let any = if remote.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let any = addr(any_of(remote), 0);
     let listener = ground.outside(|| TcpListener::bind(any)).expect("listen outside");
     let port = listener.local_addr().expect("its address").port();
     let server = std::thread::spawn(move || {
@@ -278,9 +278,8 @@ pub fn bulk(ground: &Ground, cgroup: &Path, remote: IpAddr) -> Duration {
         stream.write_all(&vec![b'x'; SIZE]).expect("send back");
         from.ip()
     });
-    let family = if remote.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let socket: OwnedFd = socket_of(cgroup, family, libc::SOCK_STREAM);
-    crate::stale::connect(&socket, addr(remote, port)).expect("connect");
+    let socket = socket_in(cgroup, libc::SOCK_STREAM, remote);
+    connect(&socket, addr(remote, port)).expect("connect");
     let mut stream = TcpStream::from(socket);
     for set in [TcpStream::set_read_timeout, TcpStream::set_write_timeout] {
         set(&stream, Some(PATIENCE)).expect("a timeout");
@@ -361,8 +360,7 @@ fn a_tunnel_that_carries_itself_is_seen() {
     let (ground, _world) = scene!("tunloop");
     let (_peer, _own) = tunnel(&ground, 1500);
     let said = |config: &str| {
-        let out = run_with(&ground, config, &["check"]);
-        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        let text = run_with(&ground, config, &["check"]).out;
         let lines = text.lines().filter(|line| line.contains("loop: ")).map(str::to_owned);
         lines.collect::<Vec<_>>()
     };
@@ -465,11 +463,7 @@ fn a_tunnel_of_the_kernel() {
              drop = user:12345\nmihomo = user:12346\nvpn = user:12347\n"
         )
     };
-    let start = |more: &str| {
-        let mut daemon = Daemon::spawn(&ground, &policy(more), &[], &[UNOWNED]);
-        assert!(daemon.ready(), "{}", daemon.logs());
-        daemon
-    };
+    let start = |more: &str| Daemon::start_in(&ground, &policy(more), &[], &[UNOWNED]);
     let passes = |passes: bool, when: &str| {
         for to in inner {
             let free = Client::udp(&cgroups[0], to).run().who();

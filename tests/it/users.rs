@@ -57,16 +57,14 @@ fn services_and_applications_by_name() {
     let daemon = Daemon::start(&ground, rules, &[]);
     cgroups.extend::<Vec<_>>(made(after));
     for (path, target) in &governed {
-        let said = run_with(&ground, rules, &["explain", path]);
-        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        let said = run_with(&ground, rules, &["explain", path]).out;
         assert!(said.contains(&format!("    target  {target}\n")), "{path}: {said}");
     }
     let name = |target| if target == "mihomo" { PROXY } else { target };
     let wants = cgroups.iter().zip(governed).map(|(at, (_, target))| (&**at, under(name(target))));
     expect(&wants.collect::<Vec<_>>());
 
-    let said = run_with(&ground, rules, &["explain", "/openrc.aria2"]);
-    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    let said = run_with(&ground, rules, &["explain", "/openrc.aria2"]).out;
     let means = [
         ": mihomo = service:aria2, wg-quick@wg0\n",
         "    means   /(?:services/|openrc\\.)?aria2\n",
@@ -76,8 +74,7 @@ fn services_and_applications_by_name() {
     for line in means {
         assert!(said.contains(line), "no {line:?} in\n{said}");
     }
-    let said = run_with(&ground, rules, &["check"]);
-    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    let said = run_with(&ground, rules, &["check"]).out;
     assert!(
         said.contains(": mihomo = service:aria2, wg-quick@wg0: decides for 8 cgroups"),
         "{said}"
@@ -170,8 +167,7 @@ fn the_first_line_that_covers_a_socket_decides() {
     each(OWNERS, "started again");
     daemon.leave();
     each(OWNERS, "left");
-    let mut daemon = Daemon::spawn(&ground, OWNERS, &[], &[UNOWNED]);
-    assert!(daemon.ready(), "{}", daemon.logs());
+    let daemon = Daemon::start_in(&ground, OWNERS, &[], &[UNOWNED]);
     load("delete table inet cgtproxy\n");
     assert!(daemon.wait_log("in force again", SETTLE), "{}", daemon.logs());
     each(OWNERS, "healed");
@@ -350,10 +346,7 @@ fn what_is_left_of_a_closed_socket_goes_its_way() {
 #[test]
 fn explain_and_check_name_owners() {
     let ground = ground!("ownersaid");
-    let said = |args: &[&str]| {
-        let out = run_with(&ground, OWNERS, args);
-        String::from_utf8_lossy(&out.stdout).into_owned()
-    };
+    let said = |args: &[&str]| run_with(&ground, OWNERS, args).out;
     let app = said(&["explain", "/services/app/x", "/services/first", "/cgtproxy/drop"]);
     let lines: Vec<&str> =
         app.lines().map(|line| line.rsplit(".conf:").next().unwrap_or(line)).collect();
@@ -405,10 +398,9 @@ fn explain_and_check_name_owners() {
         assert!(check.contains(&line), "no {line:?} in\n{check}");
     }
     let unknown = "[rules]\ndrop = user:nobody-of-that-name\n";
-    let out = run_with(&ground, unknown, &["check"]);
-    assert_eq!(out.status.code(), Some(2));
-    let said = String::from_utf8_lossy(&out.stdout).into_owned();
-    assert!(said.contains("no such user: \"nobody-of-that-name\""), "{said}");
+    let said = run_with(&ground, unknown, &["check"]);
+    let why = "no such user: \"nobody-of-that-name\"";
+    assert!(said.code == Some(2) && said.out.contains(why), "{said:?}");
 }
 
 /// What a bypass-user sends is left alone whatever the target: who is asked says so, and `exec` does
@@ -420,9 +412,8 @@ fn a_bypass_user_has_no_target() {
                   [rules]\nmihomo = user:2001\nmihomo = /app\n";
     let daemon = Daemon::start(&ground, config, &[]);
     let said = |args: &[&str]| {
-        let out = run_with(&ground, config, args);
-        let text = [out.stdout, out.stderr].concat();
-        (out.status.code(), String::from_utf8_lossy(&text).into_owned())
+        let said = run_with(&ground, config, args);
+        (said.code, said.all())
     };
     let cgroups = ["/app", "/other"].map(|path| ground.cgroup(path));
     for cgroup in &cgroups {
@@ -459,7 +450,7 @@ fn exec_comes_before_owners() {
         (&ground.at("/cgtproxy/mihomo"), under(PROXY)),
         (&ground.cgroup("/x"), under("drop")),
     ]);
-    let out = run_with(&ground, rules, &["exec", "-u", "nobody", "direct", "--", "true"]);
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let said = run_with(&ground, rules, &["exec", "-u", "nobody", "direct", "--", "true"]);
+    assert_eq!(said.code, Some(0), "{said:?}");
     assert!(daemon.stop().success());
 }

@@ -16,11 +16,11 @@ use nix::sys::termios::{tcgetattr, LocalFlags};
 use nix::unistd::Pid;
 
 use crate::client::{Client, PATIENCE};
-use crate::daemon::{binary, run, Daemon, UNOWNED};
+use crate::daemon::{binary, run_at, run_with, Daemon, UNOWNED};
 use crate::gateway::Lan;
 use crate::ground::{addr, ip_batch, sysctl, Ground, REMOTE4};
 use crate::kernel::{await_member, load, nft, table_plain};
-use crate::tools::{query, said, Terminal};
+use crate::tools::{query, Terminal};
 use crate::wait_until;
 use crate::world::World;
 
@@ -271,7 +271,7 @@ fn metrics_in_the_text_format() {
     assert_eq!(named, found.keys().map(String::as_str).collect(), "the page (left)");
     daemon.stop_clean();
     // nothing there: still metrics
-    let text = said(&ground, CONFIG, &["status", "--prometheus"]).out;
+    let text = run_with(&ground, CONFIG, &["status", "--prometheus"]).out;
     assert_eq!(parse(&text).expect("metrics")["cgtproxy_in_force"].1[&BTreeMap::new()], 0.0);
 }
 
@@ -304,11 +304,7 @@ fn repairs_and_reloads_are_counted() {
     for env in [&[][..], &[UNOWNED]] {
         let ground = ground!("deeds");
         let busy = ground.cgroup("/busy");
-        let start = || {
-            let mut daemon = Daemon::spawn(&ground, CONFIG, &[], env);
-            assert!(daemon.ready(), "{}", daemon.logs());
-            daemon
-        };
+        let start = || Daemon::start_in(&ground, CONFIG, &[], env);
         let daemon = start();
         assert_eq!(deeds(&daemon), Some([0.0; 4]));
         assert!(!daemon.shown().contains("repairs"), "nothing to tell: {}", daemon.shown());
@@ -358,15 +354,13 @@ fn repairs_and_reloads_are_counted() {
         }
         // who has done it is killed, and the next one goes on
         for kill in [true, false] {
-            let args = ["-c", daemon.config.to_str().expect("UTF-8"), "status", "--json"];
-            let args = args.map(String::from);
+            let file = daemon.config.clone();
             if kill {
                 daemon.kill9()
             } else {
                 daemon.leave()
             };
-            let out = run(&args.iter().map(String::as_str).collect::<Vec<_>>());
-            let json = String::from_utf8_lossy(&out.stdout).into_owned();
+            let json = run_at(&file, &["status", "--json"]).out;
             let told = "[*d['repairs'].values(), *d['reloads'].values()]";
             assert_eq!(query(&json, told), format!("{:?}", want.map(|count| count as u64)));
             daemon = start();
@@ -387,7 +381,7 @@ fn repairs_and_reloads_are_counted() {
 fn a_table_that_counts_nothing_of_that() {
     let ground = ground!("nodeeds");
     ground.cgroup("/busy");
-    let shown = said(&ground, CONFIG, &["show"]).out;
+    let shown = run_with(&ground, CONFIG, &["show"]).out;
     let mut lines = shown.lines();
     let mut text = String::new();
     while let Some(line) = lines.next() {
@@ -398,12 +392,12 @@ fn a_table_that_counts_nothing_of_that() {
     }
     assert!(text.len() < shown.len());
     load(&text);
-    let status = said(&ground, CONFIG, &["status", "--json"]);
+    let status = run_with(&ground, CONFIG, &["status", "--json"]);
     let told = query(&status.out, "d['in_force'], d['repairs'], d['reloads']['taken']");
     assert_eq!(told, "(True, {'table': None, 'routing': None}, None)", "{}", status.err);
-    let metrics = said(&ground, CONFIG, &["status", "--prometheus"]).out;
+    let metrics = run_with(&ground, CONFIG, &["status", "--prometheus"]).out;
     assert!(!metrics.contains("repairs") && metrics.contains("cgtproxy_in_force 1"), "{metrics}");
-    let text = said(&ground, CONFIG, &["status"]).out;
+    let text = run_with(&ground, CONFIG, &["status"]).out;
     assert!(text.contains("in force") && !text.contains("repairs"), "{text}");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     assert_eq!(deeds(&daemon), Some([0.0; 4]));

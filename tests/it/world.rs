@@ -350,6 +350,12 @@ impl fmt::Debug for Packet {
     }
 }
 
+/// Packets other than ICMP.
+pub fn but_pings(mut packets: Vec<Packet>) -> Vec<Packet> {
+    packets.retain(|p| p.proto != Proto::Icmp);
+    packets
+}
+
 /// EtherType "local experimental": what the end marker of [`Wire::packets`] travels as.
 const MARKER: u16 = 0x88b5;
 

@@ -166,8 +166,7 @@ impl<'a> Yard<'a> {
             (&["apps"], vec!["behind veth", id]),
             (&["apps", "--json"], vec!["\"veth", id]),
         ] {
-            let said = run_with(self.ground, CONFIG, words).stdout;
-            let said = String::from_utf8_lossy(&said).into_owned();
+            let said = run_with(self.ground, CONFIG, words).out;
             if let Some(missing) = want.iter().find(|text| !said.contains(**text)) {
                 return Err(format!("{words:?}: no {missing:?} in\n{said}"));
             }
@@ -412,11 +411,10 @@ fn with_nested(yard: &mut Yard) -> Verdict {
         yard.case(&format!("docker in docker, {who}: explain"), |y| {
             sh(&format!("{inner} run -d --cgroup-parent /inner box /bin/busybox sleep 60"))?;
             let pid = out(&format!("cat /sys/fs/cgroup/{parent}/box/*/inner/*/cgroup.procs"))?;
-            let said = run_with(y.ground, CONFIG, &["explain", "--pid", pid.trim()]).stdout;
-            let said = String::from_utf8_lossy(&said);
+            let said = run_with(y.ground, CONFIG, &["explain", "--pid", pid.trim()]).out;
             match said.contains("the rule of an outer container") {
                 true => Ok(()),
-                false => Err(said.into_owned()),
+                false => Err(said),
             }
         });
         yard.case(&format!("docker in docker, {who}: gone"), |y| {

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use super::{application, report, which, Process, Verdict};
 use crate::daemon::Daemon;
-use crate::gateway::{ip, Lan, LAN4, LAN6};
-use crate::ground::{ip_batch, Ground, REMOTE4, REMOTE6};
+use crate::gateway::{Lan, LAN4, LAN6};
+use crate::ground::{ip, ip_batch, Ground, REMOTE4, REMOTE6};
 use crate::kernel::await_member;
 use crate::wait_until;
 use crate::world::World;

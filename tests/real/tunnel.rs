@@ -251,8 +251,7 @@ fn tunnel(program: &Program) -> bool {
     let ways = [own_cgroup, own_mark].into_iter().skip(usize::from(!program.has_cgroup));
     for (what, config) in ways {
         well &= case(program, what, || {
-            let said = crate::daemon::run_with(&ground, config, &["check"]).stdout;
-            let said = String::from_utf8_lossy(&said);
+            let said = crate::daemon::run_with(&ground, config, &["check"]).out;
             assert!(!said.contains("loop: "), "{said}");
             // its own flow was begun from here, when the policy comes and when the next daemon does
             daemon.reconfigure(&before);
