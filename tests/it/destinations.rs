@@ -500,6 +500,34 @@ fn ports_and_refusals_over_a_kill_and_a_repair() {
     daemon.stop_clean();
 }
 
+/// TCP that began directly stays so where its target leaves it alone by now, also where the policy
+/// that it began under marked what goes directly and this one does not.
+#[test]
+fn direct_tcp_stays_over_a_reload() {
+    let (ground, _world, _proxy) = scene!("dest-direct", proxy);
+    let app = ground.cgroup("/app");
+    let marking =
+        "[global]\ndefault = drop\n[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /app\n";
+    for lines in RELOADS {
+        let daemon = Daemon::start(&ground, marking, &[]);
+        let flows = [REMOTE4, REMOTE6].map(|ip| {
+            let fd = socket_in(&app, libc::SOCK_STREAM, ip);
+            connect(&fd, addr(ip, STREAM_PORT)).expect("connect");
+            TcpStream::from(fd)
+        });
+        daemon.reconfigure(&policy("", lines));
+        for mut stream in flows {
+            stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+            let mut data = vec![0; 1 << 16];
+            // beyond what may be queued of an ended one
+            let mut read = || again(|| stream.read(&mut data));
+            let ended = (0..300).map(|_| read()).find(|read| !matches!(read, Ok(1..)));
+            assert!(ended.is_none(), "{lines}to {:?}: {ended:?}", stream.peer_addr());
+        }
+        daemon.stop_clean();
+    }
+}
+
 /// A flow that a target left alone, and that it takes by now, is ended.
 #[test]
 fn direct_tcp_is_ended_where_it_is_taken_now() {

@@ -189,7 +189,8 @@ fn spares_tcp(outlet: &Outlet) -> bool {
 /// list, to look that up for each packet would cost more than all else.
 pub(super) fn known_rules(config: &Config, outlet: &Outlet, keep: &str) -> Vec<Rule> {
     let mut tcp = vec![Stmt::L4proto(L4::Tcp), Stmt::CtMarked(config.mask)];
-    if config.marks_direct() {
+    // one that began directly under a policy before may bear its mark, whether or not this one marks any
+    if config.outlets().all(|outlet| outlet.mark != config.direct_mark()) {
         tcp.push(Stmt::NotCtMark(mark(config, config.direct_mark())));
     }
     let udp = vec![Stmt::L4proto(L4::Udp), Stmt::CtMark(mark(config, outlet.mark))];
