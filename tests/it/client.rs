@@ -53,7 +53,7 @@ impl Outcome {
     }
 }
 
-#[derive(Clone, Copy)]
+#[derive(Debug, Clone, Copy)]
 enum Act {
     /// One request and its answer.
     Ask,
@@ -76,7 +76,7 @@ enum Act {
 }
 
 /// What a client is to do. `Client::tcp(&cgroup, to).uid(65534).run()`
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Client {
     cgroup: PathBuf,
     proto: Proto,
