@@ -272,22 +272,39 @@ impl Daemon {
         write_private(&self.config, &complete(&self.root, text));
     }
 
-    /// SIGHUP; returns what the program logs up to the line that says how the reload went.
-    pub fn reload(&self) -> String {
+    /// SIGHUP; what the program logs up to the line that says whether the configuration was taken.
+    pub fn hup(&self) -> Result<String, String> {
         let before = self.logs().len();
         self.signal(Signal::SIGHUP);
         // what a path may hold is no such line
-        let ends = ["reloaded ", "reload failed"];
-        let said = |d: &Daemon| ends.iter().any(|end| d.logs()[before..].contains(end));
-        let done = wait_until(READY, || said(self));
+        let said = |end: &str| self.logs()[before..].contains(end);
+        let done = wait_until(READY, || said("reloaded ") || said("reload failed"));
         assert!(done, "no line about the reload:\n{}", self.logs());
-        self.logs()[before..].to_owned()
+        let log = self.logs()[before..].to_owned();
+        if log.contains("reload failed") {
+            Err(log)
+        } else {
+            Ok(log)
+        }
     }
 
-    /// A reload with another configuration; what the program logs of it.
+    /// A reload, by which the configuration is taken; what the program logs of it.
+    #[track_caller]
+    pub fn reload(&self) -> String {
+        self.hup().unwrap_or_else(|log| panic!("the configuration was refused:\n{log}"))
+    }
+
+    /// The same with another configuration.
+    #[track_caller]
     pub fn reconfigure(&self, text: &str) -> String {
         self.configure(text);
         self.reload()
+    }
+
+    /// A reload by which the old configuration stays, and why.
+    #[track_caller]
+    pub fn refuse(&self) -> String {
+        self.hup().expect_err("the configuration was taken")
     }
 
     /// SIGTERM, after which nothing of it is in the kernel.

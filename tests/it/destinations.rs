@@ -340,7 +340,7 @@ fn bypassed_destinations() {
     behind(&ground, &lan, &cases);
     // and all of what it changes is refused where a line is wrong
     write_list(&ground, "cn.txt", "203.0.113.64/26\n10.0.0/8\n203.0.113/33\n");
-    let said = daemon.reload();
+    let said = daemon.refuse();
     let line = "lists/cn.txt:2: expected an address or a CIDR, not \"10.0.0/8\", did you mean \
                 \"10.0.0.0/8\"?";
     assert!(said.contains(line) && said.contains("lists/cn.txt:3: "), "{said}");
@@ -598,7 +598,8 @@ fn lists_that_are_refused() {
     let dir = ground.dir.join("lists");
     std::fs::create_dir(&dir).expect("make a directory");
     let refused = |name: &str, why: &str| {
-        let said = daemon.reconfigure(&policy("", &format!("bypass-file = lists/{name}\n")));
+        daemon.configure(&policy("", &format!("bypass-file = lists/{name}\n")));
+        let said = daemon.refuse();
         assert!(said.contains(why) && said.contains(".conf:"), "{name}: {said}");
     };
     let path = |name: &str| dir.join(name);
@@ -625,7 +626,8 @@ fn lists_that_are_refused() {
     // said once, whoever names it
     write_private(&path("wrong"), "10.0.0/8\n");
     let twice = "bypass-file = lists/wrong\nonly-file = lists/wrong\n";
-    let said = daemon.reconfigure(&policy("bypass-file = lists/wrong\n", twice));
+    daemon.configure(&policy("bypass-file = lists/wrong\n", twice));
+    let said = daemon.refuse();
     assert_eq!(said.matches("lists/wrong:1: ").count(), 1, "{said}");
     daemon.stop_clean();
 }

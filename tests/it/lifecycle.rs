@@ -272,7 +272,7 @@ fn the_cgroup_root_comes_back() {
             assert!(daemon.json("d['rootless']").starts_with("unable to"));
         }
         if number == 2 {
-            assert!(daemon.reload().contains("reloaded"));
+            daemon.reload();
         }
         let apps = ground.cgroup("/above/root/apps");
         await_member(&apps, "drop");
@@ -435,14 +435,14 @@ fn a_file_that_is_being_written() {
     let before = state();
     for text in ["", "\n", "# what this file is about\n"] {
         write_private(&daemon.config, text);
-        let log = daemon.reload();
+        let log = daemon.refuse();
         assert!(log.contains("rename it into place"), "{text:?}: {log}");
         assert_eq!(state(), before, "{text:?}");
     }
     expect(&[(&dropped, under("drop"))]);
     // whoever means it says so
     daemon.configure("[rules]\n");
-    assert!(daemon.reload().contains("reloaded"));
+    daemon.reload();
     // and where nothing is to be lost, nothing is refused
     write_private(&daemon.config, "");
     let log = daemon.reload();
@@ -602,7 +602,7 @@ fn a_broken_file_changes_nothing() {
     for (what, make, said) in BROKEN {
         remove(&daemon.config);
         make(&daemon.config);
-        let log = daemon.reload();
+        let log = daemon.refuse();
         if !said.iter().all(|text| log.contains(text)) {
             wrong.push(format!("{what}: {log}"));
         }
@@ -611,7 +611,7 @@ fn a_broken_file_changes_nothing() {
     remove(&daemon.config);
     daemon.configure(CONFIG);
     chmod(&daemon.config, 0o666);
-    let log = daemon.reload();
+    let log = daemon.refuse();
     if !log.contains("writable") {
         wrong.push(format!("writable by others: {log}"));
     }
@@ -764,7 +764,7 @@ fn a_notify_socket_that_is_not_there() {
     let ground = ground!("no-notify");
     for name in ["/nowhere/notify", "@cgtproxy-nobody", "nonsense"] {
         let mut daemon = Daemon::start_in(&ground, CONFIG, &[], &[("NOTIFY_SOCKET", name)]);
-        assert!(daemon.reload().contains("reloaded"));
+        daemon.reload();
         daemon.signal(Signal::SIGTERM);
         assert_eq!(daemon.wait().code(), Some(0));
         let told = format!("warning: unable to tell NOTIFY_SOCKET {name} of anything: ");

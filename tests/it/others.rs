@@ -1257,7 +1257,7 @@ fn marks_that_iptables_overwrites() {
                 let proxied = || Client::tcp(&proxied, to).timeout(SILENCE).run().who();
                 if what == "packet mark" {
                     // what is loaded last comes first, of chains of one priority
-                    assert!(daemon.reload().contains("reloaded"));
+                    daemon.reload();
                     assert!(!proxied().starts_with(PROXY), "{rule}: {}", proxied());
                 }
                 told_and_remedied(&daemon, &place, &format!("overwrites the {what}"));

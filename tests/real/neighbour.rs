@@ -270,14 +270,7 @@ impl Place<'_> {
             Err(why) => return report(who, "start", Err(why)),
         };
         say("started after us", self.all_well());
-        let log = daemon.reload();
-        say(
-            "and a reload",
-            match log.contains("reloaded") {
-                true => self.all_well(),
-                false => Err(log),
-            },
-        );
+        say("and a reload", daemon.hup().and_then(|_| self.all_well()));
         say("stopped", {
             started.drain(..).for_each(Process::end);
             (neighbour.stop)(self.ground).and_then(|()| self.all_well())
