@@ -37,6 +37,11 @@ drop   = /drop
 mihomo = /proxied
 ";
 
+/// The same with another default target.
+pub fn by_default(target: &str) -> String {
+    format!("[global]\ndefault = {target}\n{POLICY}")
+}
+
 /// The program under test: what CGTPROXY_BIN names; else the static binary of `make`, unless a source
 /// is newer; else what cargo has built for this test, which is never old.
 pub fn binary() -> PathBuf {

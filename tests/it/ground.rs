@@ -117,10 +117,10 @@ impl Ground {
         // Ping without CAP_NET_RAW, for clients of any user.
         sysctl("net/ipv4/ping_group_range", "0 2147483647");
         let outside_path = format!("/proc/{pid}/fd/{}", ground.outside.as_raw_fd());
-        ip_batch(&[], &INSIDE.replace("OUTSIDE", &outside_path));
+        ip_lines(&INSIDE.replace("OUTSIDE", &outside_path));
         ground.outside(|| {
             sysctl("net/ipv4/ping_group_range", "0 2147483647");
-            ip_batch(&[], OUTSIDE);
+            ip_lines(OUTSIDE);
         });
         ground.await_link();
         Some(ground)
@@ -150,6 +150,11 @@ impl Ground {
         let dir = self.at(path);
         fs::create_dir_all(&dir).unwrap_or_else(|e| panic!("unable to make {dir:?}: {e}"));
         dir
+    }
+
+    /// The same for several.
+    pub fn cgroups<const N: usize>(&self, paths: [&str; N]) -> [PathBuf; N] {
+        paths.map(|path| self.cgroup(path))
     }
 
     /// Where the cgroup `path` is, whether it exists or not.
@@ -215,6 +220,7 @@ pub fn sysctl(name: &str, value: &str) {
 
 /// Runs lines of iproute2 commands in the calling thread's network namespace; panics on failure.
 /// Commands without an address need their family in `flags` (`-4`, `-6`).
+#[track_caller]
 pub fn ip_batch(flags: &[&str], lines: &str) {
     let mut child = Command::new("ip")
         .args(flags)
@@ -226,6 +232,12 @@ pub fn ip_batch(flags: &[&str], lines: &str) {
     child.stdin.take().expect("stdin is piped").write_all(lines.as_bytes()).expect("feed ip");
     let out = child.wait_with_output().expect("wait for ip");
     assert!(out.status.success(), "ip -batch: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// The same for commands that name their family by an address, or have none.
+#[track_caller]
+pub fn ip_lines(lines: &str) {
+    ip_batch(&[], lines);
 }
 
 /// The same for IPv4 and then for IPv6: GATE is the gateway of the family, NET the prefix of the LAN

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -138,6 +139,14 @@ pub fn cgroup_id(path: &Path) -> io::Result<u64> {
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+/// Waits until a TCP connection to or from `end` is established in the calling thread's network namespace.
+#[track_caller]
+pub fn await_connection(end: SocketAddr) {
+    let list = || output("ss", &["-Htn", "state", "established"]);
+    let there = wait_until(SETTLE, || list().contains(&end.to_string()));
+    assert!(there, "no connection with {end}");
 }
 
 /// Waits until the cgroup `path` is in the set of `target`.

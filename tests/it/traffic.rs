@@ -2,18 +2,17 @@
 
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, SocketAddrV6};
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::client::{
-    answers, expect, expect_as, under, Client, Outcome, Proto, AT_ONCE, PATIENCE, SILENCE,
+    answers, expect, expect_as, under, Client, Outcome, Proto, AT_ONCE, CASES, PATIENCE, SILENCE,
 };
-use crate::daemon::{Daemon, POLICY};
-use crate::ground::{addr, ip, ip_batch, Ground, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
-use crate::kernel::{await_member, ip_rules, load, nft};
+use crate::daemon::{by_default, Daemon, POLICY};
+use crate::ground::{addr, ip, ip_lines, Ground, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::kernel::{await_connection, await_member, ip_rules, load, output};
 use crate::wait_until;
-use crate::world::{interface_index, Packet, Server, World, PROXY, STREAM_PORT};
+use crate::world::{interface_index, Packet, Server, World, PROXY, RST, STREAM_PORT, SYN};
 
 /// Asserts who answers a request from `cgroup`.
 #[track_caller]
@@ -78,23 +77,25 @@ fn check_matrix(ground: &Ground, world: &mut World) {
     }
 }
 
+/// A cgroup that is older than the daemon goes the way of the first rule that covers it.
 #[test]
 fn matrix_of_cgroups_that_exist() {
     let (ground, mut world, _proxy) = scene!("matrix", proxy);
-    for (path, _) in MATRIX_CGROUPS {
-        ground.cgroup(path);
-    }
+    ground.cgroups(MATRIX_CGROUPS.map(|(path, _)| path));
+
     let _daemon = Daemon::start(&ground, MATRIX, &[]);
+
     check_matrix(&ground, &mut world);
 }
 
+/// So does one that is made while the daemon runs.
 #[test]
 fn matrix_of_cgroups_made_later() {
     let (ground, mut world, _proxy) = scene!("later", proxy);
     let _daemon = Daemon::start(&ground, MATRIX, &[]);
-    for (path, _) in MATRIX_CGROUPS {
-        ground.cgroup(path);
-    }
+
+    ground.cgroups(MATRIX_CGROUPS.map(|(path, _)| path));
+
     // Those whose target differs from the parent's; every other cgroup inherits.
     for (path, target) in [
         ("/direct/child/dropped", "drop"),
@@ -111,10 +112,26 @@ fn matrix_of_cgroups_made_later() {
     check_matrix(&ground, &mut world);
 }
 
+/// A tproxy `tN` on port 7000 + N with each of these keys, for the cgroup `/tN`: the configuration,
+/// the cgroups, and the proxy that listens on all these ports.
+fn tproxies<const N: usize>(ground: &Ground, keys: [&str; N]) -> (String, [PathBuf; N], Server) {
+    let ports: Vec<u16> = (7000..).take(N).collect();
+    let mut targets = String::new();
+    let mut rules = "[rules]\n".to_owned();
+    for (i, keys) in keys.iter().enumerate() {
+        targets += &format!("[tproxy t{i}]\nport = {}\n{keys}\n", ports[i]);
+        rules += &format!("t{i} = /t{i}\n");
+    }
+    let cgroups = std::array::from_fn(|i| ground.cgroup(&format!("/t{i}")));
+    (targets + &rules, cgroups, Server::start(PROXY, &ports))
+}
+
+/// What a tproxy leaves alone leaves this host as it is, and what it drops does not leave; ping is left
+/// alone whatever the setting.
 #[test]
 fn parts_that_a_tproxy_leaves_alone_or_drops() {
     let (ground, mut world) = scene!("parts");
-    // TCP over IPv4 and IPv6, UDP over both. Ping is left alone whatever the setting.
+    // TCP over IPv4 and IPv6, UDP over both
     let (p, r, n) = (PROXY, "remote", "nobody");
     let parts = [
         ("tcp = no", [r, r, p, p]),
@@ -132,42 +149,30 @@ fn parts_that_a_tproxy_leaves_alone_or_drops() {
         ("ipv4 = no\nudp = drop", [r, p, n, n]),
         ("tcp = yes", [p, p, p, p]),
     ];
-    let mut config = String::new();
-    let mut rules = "[rules]\n".to_owned();
-    let mut cgroups = Vec::new();
-    for (i, (keys, who)) in parts.iter().enumerate() {
-        config += &format!("[tproxy t{i}]\nport = {}\n{keys}\n", 7000 + i);
-        rules += &format!("t{i} = /t{i}\n");
-        let [a, b, c, d] = *who;
-        cgroups.push((ground.cgroup(&format!("/t{i}")), answers([a, b, c, d, r, r])));
-    }
-    let ports: Vec<u16> = (0..parts.len()).map(|i| 7000 + i as u16).collect();
-    let _proxy = Server::start(PROXY, &ports);
-    let _daemon = Daemon::start(&ground, &(config + &rules), &[]);
-    for ((keys, _), (cgroup, want)) in parts.iter().zip(&cgroups) {
+    let (config, cgroups, _proxies) = tproxies(&ground, parts.map(|(keys, _)| keys));
+    let _daemon = Daemon::start(&ground, &config, &[]);
+
+    for ((keys, who), cgroup) in parts.into_iter().zip(&cgroups) {
         println!("{keys:?}");
-        expect(&[(cgroup, want.clone())]);
-        // What the remote does not answer has not been sent to it either.
+        let [a, b, c, d] = who;
+        expect(&[(cgroup, answers([a, b, c, d, r, r]))]);
+        // what the remote does not answer has not been sent to it either
         let left = world.wire.to_remote();
-        for (i, proto, ip) in [
-            (0, Proto::Tcp, REMOTE4),
-            (1, Proto::Tcp, REMOTE6),
-            (2, Proto::Udp, REMOTE4),
-            (3, Proto::Udp, REMOTE6),
-        ] {
+        for (who, (proto, ip)) in who.into_iter().zip(CASES) {
             let any = left.iter().any(|p| p.proto == proto && p.dst.ip() == ip);
-            assert_eq!(any, want[i].starts_with("remote"), "{keys}: {proto:?} {ip} {left:?}");
+            assert_eq!(any, who == r, "{keys}: {proto:?} {ip} {left:?}");
         }
     }
 }
 
+/// What goes to a bypassed destination is left alone, also in a cgroup that is dropped.
 #[test]
 fn bypass_destinations() {
     let (ground, _world, _proxy) = scene!("bypass", proxy);
     // More of the world answers.
     ground.outside(|| {
         let extra = ["10.9.9.9", "172.16.9.9", "192.168.9.9", "100.64.9.9", "fd00:9::9"];
-        ip_batch(&[], &extra.map(|a| format!("route add local {a} dev lo\n")).concat());
+        ip_lines(&extra.map(|a| format!("route add local {a} dev lo\n")).concat());
     });
     let config = format!(
         "[global]
@@ -178,8 +183,9 @@ fn bypass_destinations() {
          bypass = private
          {POLICY}"
     );
-    let cgroups = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let [proxied, dropped] = ground.cgroups(["/proxied", "/drop"]);
     let _daemon = Daemon::start(&ground, &config, &[]);
+
     for (to, bypassed) in [
         ("203.0.113.95", false),
         ("203.0.113.96", true),
@@ -197,12 +203,14 @@ fn bypass_destinations() {
         ("fd00:9::9", true),
     ] {
         let to = addr(ip(to), 80);
-        let [by_proxy, by_remote] = [PROXY, "remote"].map(|name| format!("{name} {to}"));
-        let (proxied, dropped) =
-            if bypassed { (by_remote.clone(), by_remote) } else { (by_proxy, "nobody".to_owned()) };
-        check(Proto::Udp, &cgroups[0], to, &proxied);
-        check(Proto::Udp, &cgroups[1], to, &dropped);
-        check(Proto::Tcp, &cgroups[0], to, &proxied);
+        let by = |name| format!("{name} {to}");
+        let [of_proxied, of_dropped] = match bypassed {
+            true => [by("remote"), by("remote")],
+            false => [by(PROXY), "nobody".to_owned()],
+        };
+        check(Proto::Udp, &proxied, to, &of_proxied);
+        check(Proto::Udp, &dropped, to, &of_dropped);
+        check(Proto::Tcp, &proxied, to, &of_proxied);
     }
 }
 
@@ -213,12 +221,14 @@ fn reaches_wire(world: &mut World, cgroup: &Path, to: SocketAddr) -> bool {
     world.wire.packets().iter().any(|p| (p.dst.ip(), p.dst.port()) == (to.ip(), to.port()))
 }
 
+/// What is meant for the link or for many is nobody's to take, also in a cgroup that is dropped.
 #[test]
 fn multicast_broadcast_and_link_local_are_left_alone() {
     let (ground, mut world, _proxy) = scene!("multicast", proxy);
-    let cgroups = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
-    ip_batch(&[], "neigh add fe80::9 lladdr 02:00:00:00:00:02 dev in0\n");
+    let cgroups = ground.cgroups(["/proxied", "/drop"]);
+    ip_lines("neigh add fe80::9 lladdr 02:00:00:00:00:02 dev in0\n");
     let _daemon = Daemon::start(&ground, POLICY, &[]);
+
     for cgroup in &cgroups {
         assert!(!reaches_wire(&mut world, cgroup, addr(REMOTE4, 5353)));
         for to in ["224.0.0.251", "239.1.2.3", "255.255.255.255", "192.0.2.255", "169.254.9.9"] {
@@ -233,31 +243,36 @@ fn multicast_broadcast_and_link_local_are_left_alone() {
     }
 }
 
+/// What carries a bypass mark is left alone, also in a cgroup that is dropped: the whole value, or the
+/// bits of its mask.
 #[test]
 fn bypass_marks() {
     let (ground, _world, _proxy) = scene!("bymark", proxy);
     let config = format!("[global]\nbypass-mark = 0xff\nbypass-mark = 0x100/0x100\n{POLICY}");
-    let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let [proxied, dropped] = ground.cgroups(["/proxied", "/drop"]);
     let _daemon = Daemon::start(&ground, &config, &[]);
+
     for (mark, left_alone) in [(0, false), (0xfe, false), (0xff, true), (0x1fe, true)] {
         println!("mark {mark:#x}");
-        let want = if left_alone { ["direct"; 2] } else { [PROXY, "drop"] };
-        let cases = [(proxied.as_path(), under(want[0])), (&dropped, under(want[1]))];
+        let [a, b] = if left_alone { ["direct"; 2] } else { [PROXY, "drop"] };
+        let cases = [(proxied.as_path(), under(a)), (&dropped, under(b))];
         expect_as(|client| client.mark(mark), &cases);
     }
 }
 
+/// What a bypass user sends is left alone, whichever way the user is named.
 #[test]
 fn bypass_users() {
     let (ground, _world, _proxy) = scene!("byuser", proxy);
     // By name (uid 1 wherever there is a passwd file) and by number.
     let config = format!("[global]\nbypass-user = daemon\nbypass-user = 4711\n{POLICY}");
-    let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let [proxied, dropped] = ground.cgroups(["/proxied", "/drop"]);
     let _daemon = Daemon::start(&ground, &config, &[]);
+
     for (uid, left_alone) in [(0, false), (1, true), (4710, false), (4711, true), (4712, false)] {
         println!("uid {uid}");
-        let want = if left_alone { ["direct"; 2] } else { [PROXY, "drop"] };
-        let cases = [(proxied.as_path(), under(want[0])), (&dropped, under(want[1]))];
+        let [a, b] = if left_alone { ["direct"; 2] } else { [PROXY, "drop"] };
+        let cases = [(proxied.as_path(), under(a)), (&dropped, under(b))];
         expect_as(|client| client.uid(uid), &cases);
     }
 }
@@ -277,68 +292,50 @@ fn ask_service(ground: &Ground, cgroup: &Path) -> Vec<String> {
     who
 }
 
+/// A service answers whoever asks it, whatever its cgroup and the default; it cannot begin a
+/// conversation for all that.
 #[test]
 fn services_stay_reachable() {
     let (ground, mut world, _proxy) = scene!("services", proxy);
-    let cgroups = ["/drop", "/proxied", "/direct"].map(|path| ground.cgroup(path));
-    let mut daemon = Daemon::start(&ground, POLICY, &[]);
+    let cgroups = ground.cgroups(["/drop", "/proxied", "/direct"]);
     for default in ["direct", "drop", "mihomo"] {
+        let _daemon = Daemon::start(&ground, &by_default(default), &[]);
+
         for cgroup in &cgroups {
             assert_eq!(ask_service(&ground, cgroup), ["service"; 4], "default = {default}");
         }
-        // Among processes of this host, whatever the address.
+        // among processes of this host, whatever the address
         let _local = Server::start("local", &[8081]);
         for host in [HOST4, HOST6, ip("127.0.0.1"), ip("::1")] {
             let to = addr(host, 8081);
             check(Proto::Tcp, &cgroups[0], to, &format!("local {to}"));
             check(Proto::Udp, &cgroups[0], to, &format!("local {to}"));
         }
-        // The same cgroup cannot begin a conversation.
         world.wire.packets();
         expect(&[(&cgroups[0], under("drop"))]);
         assert_eq!(world.wire.to_remote(), []);
-        drop(daemon);
-        let next = if default == "direct" { "drop" } else { "mihomo" };
-        let config = format!("[global]\ndefault = {next}\n{POLICY}");
-        daemon = Daemon::start(&ground, &config, &[]);
     }
 }
 
+/// DNS goes to the resolver of its target, for the families and the protocols that this names, also
+/// where the target takes nothing else; all else goes the target's way.
 #[test]
 fn dns_hijack() {
     let (ground, _world) = scene!("hijack");
-    let _proxy = Server::start(PROXY, &[7001, 7002, 7003, 7004]);
     let _dns = Server::start("dns local", &[1053]);
     let _far = ground.outside(|| Server::start("dns far", &[5353]));
-    let config = "
-        [tproxy both]
-        port = 7001
-        dns-hijack = 127.0.0.1:1053
-        dns-hijack = [::1]:1053
-        dns-hijack-tcp = yes
-        [tproxy one]
-        port = 7002
-        dns-hijack = 127.0.0.1:1053
-        [tproxy only]
-        port = 7003
-        udp = no
-        tcp = no
-        dns-hijack = 127.0.0.1:1053
-        dns-hijack = [::1]:1053
-        dns-hijack-tcp = yes
-        [tproxy far]
-        port = 7004
-        dns-hijack = 203.0.113.53:5353
-        dns-hijack = [2001:db8:2::53]:5353
-        [rules]
-        both = /both
-        one  = /one
-        only = /only
-        far  = /far
-    ";
-    let cgroups = ["/both", "/one", "/only", "/far", "/other"].map(|path| ground.cgroup(path));
-    let _daemon = Daemon::start(&ground, config, &[]);
-    let to = [
+    let both = "dns-hijack = 127.0.0.1:1053\ndns-hijack = [::1]:1053\ndns-hijack-tcp = yes\n";
+    let keys = [
+        both,
+        "dns-hijack = 127.0.0.1:1053",
+        &format!("{both}udp = no\ntcp = no"),
+        "dns-hijack = 203.0.113.53:5353\ndns-hijack = [2001:db8:2::53]:5353",
+    ];
+    let (config, targets, _proxies) = tproxies(&ground, keys);
+    let other = ground.cgroup("/other");
+    let _daemon = Daemon::start(&ground, &config, &[]);
+
+    let asked = [
         (Proto::Udp, addr(REMOTE4, 53)),
         (Proto::Udp, addr(REMOTE6, 53)),
         (Proto::Tcp, addr(REMOTE4, 53)),
@@ -349,27 +346,21 @@ fn dns_hijack() {
     let (dns4, dns6) = ("dns local 127.0.0.1:1053", "dns local [::1]:1053");
     let (far4, far6) = ("dns far 203.0.113.53:5353", "dns far [2001:db8:2::53]:5353");
     let (p, r) = (PROXY, "remote");
-    let want = [
+    let answered = [
         [dns4, dns6, dns4, dns6, p, p],
         [dns4, p, p, p, p, p],
         [dns4, dns6, dns4, dns6, r, r],
         [far4, far6, p, p, p, p],
-        [r, r, r, r, r, r],
+        [r; 6],
     ];
-    let mut wrong = Vec::new();
-    for (cgroup, want) in cgroups.iter().zip(want) {
-        for ((proto, to), want) in to.into_iter().zip(want) {
-            let who = Client::new(cgroup, proto, to).run().who();
-            let want = match want {
-                "remote" | PROXY => format!("{want} {to}"),
-                _ => want.to_owned(),
-            };
-            if who != want {
-                wrong.push(format!("{proto:?} {to} in {cgroup:?}: {who}, not {want}"));
+    for (cgroup, answered) in targets.iter().chain([&other]).zip(answered) {
+        for ((proto, to), want) in asked.into_iter().zip(answered) {
+            match want {
+                "remote" | PROXY => check(proto, cgroup, to, &format!("{want} {to}")),
+                _ => check(proto, cgroup, to, want),
             }
         }
     }
-    assert!(wrong.is_empty(), "answered by\n{}", wrong.join("\n"));
 }
 
 /// A resolver that does not care by which of this host's addresses it was asked (no IP_PKTINFO), and
@@ -396,6 +387,7 @@ fn dns_hijack_to_a_simple_resolver() {
                 here.concat()
             );
             let daemon = Daemon::start(&ground, &config, &[]);
+
             let remote = [REMOTE4, REMOTE6];
             let own = [HOST4, ip("127.0.0.1"), ip("127.0.0.53"), HOST6, ip("::1")];
             let asked = remote.iter().chain(own.iter().filter(|_| !local.is_empty()));
@@ -411,6 +403,7 @@ fn dns_hijack_to_a_simple_resolver() {
     }
 }
 
+/// Without dns-hijack-local, a resolver of this host or behind a bypassed address is asked as ever.
 #[test]
 fn dns_of_this_host_and_of_bypassed_addresses_is_left_alone() {
     let (ground, _world) = scene!("nohijack");
@@ -428,6 +421,7 @@ fn dns_of_this_host_and_of_bypassed_addresses_is_left_alone() {
     ";
     let cgroup = ground.cgroup("/proxied");
     let _daemon = Daemon::start(&ground, config, &[]);
+
     check(Proto::Udp, &cgroup, addr(REMOTE4, 53), "dns local 127.0.0.1:1053");
     for (to, who) in [
         ("203.0.113.65", "remote 203.0.113.65:53"),
@@ -439,10 +433,11 @@ fn dns_of_this_host_and_of_bypassed_addresses_is_left_alone() {
     }
 }
 
+/// While the proxy is not there its traffic goes nowhere, and TCP is told so at once: neither out, nor to
+/// this host's own listeners on the very ports that the clients dial.
 #[test]
 fn proxy_down() {
     let (ground, mut world) = scene!("down");
-    // Wildcard listeners on the very ports that the clients dial.
     let _local = Server::start("local", &[80, 443]);
     let config = "
         [tproxy any]
@@ -455,8 +450,9 @@ fn proxy_down() {
         any   = /any
         named = /named
     ";
-    let cgroups = ["/any", "/named"].map(|path| ground.cgroup(path));
+    let cgroups = ground.cgroups(["/any", "/named"]);
     let _daemon = Daemon::start(&ground, config, &[]);
+
     for round in ["before it starts", "after it stops"] {
         for (cgroup, port) in cgroups.iter().zip([7001, 7002]) {
             for to in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
@@ -475,8 +471,6 @@ fn proxy_down() {
 
 /// The TCP connections in `packets` that got as far as the wire: (opened, ended by a reset).
 fn connections(packets: &[Packet]) -> (usize, usize) {
-    const SYN: u8 = 0x02;
-    const RST: u8 = 0x04;
     let with = |flag| {
         let these = packets.iter().filter(move |p| p.flags & flag != 0);
         these.map(|p| p.src).collect::<BTreeSet<_>>()
@@ -494,31 +488,35 @@ fn close_early(cgroup: &Path, times: u32) {
     std::thread::sleep(Duration::from_millis(100));
 }
 
+/// What the kernel says for a socket that is gone goes to the proxy, not to the true destination, by
+/// whichever way the flow became the proxy's.
 #[test]
 fn early_closes_send_nothing_to_the_true_destination() {
     let (ground, mut world) = scene!("early");
     let _proxy = Server::stream(PROXY, &[7893]);
     let cgroup = ground.cgroup("/proxied");
-    let daemon = Daemon::start(&ground, POLICY, &[]);
-    close_early(&cgroup, 100);
-    assert_eq!(world.wire.to_remote(), []);
-    daemon.stop();
+    for (default, of_default) in [("direct", 0), ("mihomo", 20)] {
+        let daemon = Daemon::start(&ground, &by_default(default), &[]);
 
-    let _daemon = Daemon::start(&ground, &format!("[global]\ndefault = mihomo\n{POLICY}"), &[]);
-    close_early(&cgroup, 100);
-    close_early(&ground.root, 20);
-    assert_eq!(world.wire.to_remote(), [], "with default = mihomo");
+        close_early(&cgroup, 100);
+        close_early(&ground.root, of_default);
+
+        assert_eq!(world.wire.to_remote(), [], "default = {default}");
+        assert!(daemon.stop().success());
+    }
 }
 
+/// That of a direct flow reaches the peer, which would go on sending otherwise.
 #[test]
 fn early_closes_of_direct_flows_reach_their_peer() {
     let (ground, mut world) = scene!("reset");
     let _proxy = Server::stream(PROXY, &[7893]);
     let cgroup = ground.cgroup("/direct");
     for default in ["direct", "mihomo", "drop"] {
-        let config = format!("[global]\ndefault = {default}\n{POLICY}");
-        let daemon = Daemon::start(&ground, &config, &[]);
+        let daemon = Daemon::start(&ground, &by_default(default), &[]);
+
         close_early(&cgroup, 20);
+
         let mut packets = Vec::new();
         wait_until(PATIENCE, || {
             packets.extend(world.wire.to_remote());
@@ -530,24 +528,25 @@ fn early_closes_of_direct_flows_reach_their_peer() {
     }
 }
 
+/// What no rule covers goes where the default says, the cgroup root and what is outside of it included;
+/// what a rule covers goes its way.
 #[test]
 fn everything_by_default() {
     let (ground, mut world, _proxy) = scene!("default", proxy);
-    let cgroups = ["/direct/child", "/drop", "/proxied"].map(|path| ground.cgroup(path));
-    // The test's own process: no cgroup below the root that is watched.
+    let [direct, drop, proxied] = ground.cgroups(["/direct/child", "/drop", "/proxied"]);
+    let [other, root] = ground.cgroups(["/other/child", "/"]);
+    // of the test's own process
     let elsewhere = Path::new(crate::ground::CGROUPS);
-    let other = ground.cgroup("/other/child");
     for (default, want) in [("drop", "drop"), ("mihomo", PROXY), ("direct", "direct")] {
         println!("default = {default}");
-        let config = format!("[global]\ndefault = {default}\n{POLICY}");
-        let daemon = Daemon::start(&ground, &config, &[]);
+        let daemon = Daemon::start(&ground, &by_default(default), &[]);
+
         world.wire.packets();
-        expect(&[(&other, under(want)), (&ground.root, under(want)), (elsewhere, under(want))]);
+        expect(&[(&other, under(want)), (&root, under(want)), (elsewhere, under(want))]);
         if want == "drop" {
             assert_eq!(world.wire.to_remote(), []);
         }
-        let [direct, drop, proxied] = cgroups.each_ref().map(|path| path.as_path());
-        expect(&[(direct, under("direct")), (drop, under("drop")), (proxied, under(PROXY))]);
+        expect(&[(&direct, under("direct")), (&drop, under("drop")), (&proxied, under(PROXY))]);
         assert!(daemon.stop().success());
     }
 }
@@ -557,20 +556,20 @@ fn everything_by_default() {
 #[test]
 fn default_drop_keeps_the_host_on_its_link() {
     let (ground, _world) = scene!("ndp");
-    let _daemon = Daemon::start(&ground, &format!("[global]\ndefault = drop\n{POLICY}"), &[]);
     let cgroup = ground.cgroup("/direct");
+    let _daemon = Daemon::start(&ground, &by_default("drop"), &[]);
+
     ground.outside(|| {
-        ip_batch(&[], "neigh del 2001:db8:1::1 dev out0\nneigh del 192.0.2.1 dev out0\n");
+        ip_lines("neigh del 2001:db8:1::1 dev out0\nneigh del 192.0.2.1 dev out0\n");
         for host in [HOST4, HOST6] {
             let who = Client::ping(&ground.root, host).run().who();
             assert_eq!(who, format!("echo {host}"));
         }
     });
-    await_member(&cgroup, "direct");
-    let who = Client::ping(&cgroup, GATE6).run().who();
-    assert_eq!(who, format!("echo {GATE6}"));
+    assert_eq!(Client::ping(&cgroup, GATE6).run().who(), format!("echo {GATE6}"));
 }
 
+/// Each target has its own proxy, by its port or by its address, whatever its name and mark.
 #[test]
 fn several_proxies() {
     let (ground, _world) = scene!("several");
@@ -602,8 +601,9 @@ fn several_proxies() {
         own    = /own
         lo     = /lo
     ";
-    let cgroups = ["/a/b/c", "/a", "/own", "/lo"].map(|path| ground.cgroup(path));
+    let cgroups = ground.cgroups(["/a/b/c", "/a", "/own", "/lo"]);
     let _daemon = Daemon::start(&ground, config, &[]);
+
     for (cgroup, who) in cgroups.iter().zip(["proxy b", "proxy a", "proxy own", "proxy lo"]) {
         expect(&[(cgroup, under(who))]);
     }
@@ -626,15 +626,17 @@ table inet watch {
 }
 ";
 
+/// The bits outside fwmark-mask stay as others have set them, in the packet's mark and in the flow's.
 #[test]
 fn foreign_mark_bits_stay() {
     let (ground, _world, _proxy) = scene!("bits", proxy);
     let cgroup = ground.cgroup("/proxied");
     load(WATCH);
     let _daemon = Daemon::start(&ground, POLICY, &[]);
+
     expect_as(|client| client.mark(0x123456), &[(&cgroup, under(PROXY))]);
-    let list = nft(&["list", "chain", "inet", "watch", "see"], "").stdout;
-    let list = String::from_utf8_lossy(&list).into_owned();
+
+    let list = output("nft", &["list", "chain", "inet", "watch", "see"]);
     for line in list.lines().filter(|line| line.contains("counter")) {
         let none = line.contains("packets 0 ");
         assert_eq!(none, line.contains("lost"), "{list}");
@@ -642,6 +644,7 @@ fn foreign_mark_bits_stay() {
     assert_eq!(list.matches("counter").count(), 4, "{list}");
 }
 
+/// Traffic is proxied by whichever mask, route table and priority are configured.
 #[test]
 fn another_mask_and_table() {
     let (ground, _world, _proxy) = scene!("mask", proxy);
@@ -650,6 +653,7 @@ fn another_mask_and_table() {
         "[global]\nfwmark-mask = 0x0000ff00\nroute-table = 4711\nrule-priority = 77\n{POLICY}"
     );
     let _daemon = Daemon::start(&ground, &config, &[]);
+
     expect_as(|client| client.mark(0xab0000cd), &[(&cgroup, under(PROXY))]);
     for family in ["-4", "-6"] {
         let rules = ip_rules(family);
@@ -674,20 +678,17 @@ fn flow_over_reload(old: &str, new: &str, patience: Duration) -> Option<String> 
     let daemon = Daemon::start(&ground, &config(old), &[]);
     let to = addr(REMOTE4, 9001);
     let flow = Client::tcp(&cgroup, to).timeout(patience).follow().spawn();
-    let established = wait_until(PATIENCE, || {
-        let list = Command::new("ss").args(["-Htn", "state", "established"]).output();
-        let list = list.expect("run ss").stdout;
-        String::from_utf8_lossy(&list).contains(&to.to_string())
-    });
-    assert!(established, "{}", daemon.logs());
+    await_connection(to);
+
     let log = daemon.reconfigure(&config(new));
     assert!(!log.contains("error"), "{log}");
+
     world.wire.packets();
     // silence is what is looked for, which nothing announces: 60 of the server's intervals
     std::thread::sleep(Duration::from_millis(300));
     let mut sent = world.wire.to_remote();
     // the kernel's own, as for any port that nobody has: a socket that was ended is gone
-    sent.retain(|p| p.flags & 0x04 == 0);
+    sent.retain(|p| p.flags & RST == 0);
     // A flow that is cut falls silent or is reset by now; then the others end.
     std::thread::sleep(Duration::from_millis(400));
     drop((far, proxy));
@@ -698,6 +699,8 @@ fn flow_over_reload(old: &str, new: &str, patience: Duration) -> Option<String> 
     served
 }
 
+/// A reload cuts a direct flow whose cgroup is now proxied or dropped, and a proxied one whose cgroup is
+/// dropped; every other flow goes on to its end.
 #[test]
 fn a_policy_change_cuts_what_was_direct_and_spares_what_was_proxied() {
     let _ground = ground!("changes");

@@ -350,6 +350,11 @@ impl fmt::Debug for Packet {
     }
 }
 
+/// TCP flags.
+pub const SYN: u8 = 0x02;
+pub const RST: u8 = 0x04;
+pub const ACK: u8 = 0x10;
+
 /// Packets other than ICMP.
 pub fn but_pings(mut packets: Vec<Packet>) -> Vec<Packet> {
     packets.retain(|p| p.proto != Proto::Icmp);
@@ -415,6 +420,12 @@ impl Wire {
         let mut packets = self.packets();
         packets.retain(|p| [REMOTE4, REMOTE6].contains(&p.dst.ip()));
         packets
+    }
+
+    /// Asserts that nothing but pings has left for the remote hosts since the last call of these.
+    #[track_caller]
+    pub fn assert_only_pings(&mut self) {
+        assert_eq!(but_pings(self.to_remote()), [], "left for the world");
     }
 
     fn recv(&self, frame: &mut [u8]) -> usize {
