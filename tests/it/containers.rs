@@ -12,12 +12,12 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::client::{Client, Proto, Running, PATIENCE, SILENCE};
-use crate::daemon::Daemon;
+use crate::daemon::{run_with, write_private, Daemon};
 use crate::gateway::{self, Lan, Netns, LAN4, LAN6};
-use crate::ground::{addr, ip, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
-use crate::kernel::table;
-use crate::wait_until;
-use crate::world::{but_pings, Server, World, PROXY};
+use crate::ground::{addr, ip, ip_lines, sysctl, Ground, HOSTS, REMOTE4, REMOTE6, REMOTES};
+use crate::kernel::{load, table};
+use crate::world::{interface_index, Server, World, PROXY};
+use crate::{sized, wait_until};
 
 const CONFIG: &str = "
 [global]
@@ -65,89 +65,117 @@ fn await_entrances(daemon: &Daemon, want: &[&str]) {
     assert!(found, "{:?}, not {want:?}\n{}\n{}", entrances(), table(), daemon.logs());
 }
 
+/// The LAN with its clients as containers, the first one of which is proxied and the second one dropped,
+/// and the daemon that has found them.
+fn boxes(ground: &Ground) -> (Lan<'_>, [Running; 2], Daemon) {
+    let lan = Lan::new(ground);
+    let boxes = [(0, "/boxes/box1"), (1, "/boxes/drop1")];
+    let processes = boxes.map(|(i, path)| live(lan.client(i), &ground.cgroup(path)));
+    let daemon = Daemon::start(ground, CONFIG, &[]);
+    assert_eq!(entrances(), BOXES);
+    (lan, processes, daemon)
+}
+
+const BOXES: [&str; 2] = ["lan0 0x01000000", "lan1 0xfd000000"];
+
+/// A rule covers what comes in by the veth of its cgroup's namespace on its way to the world: neither this
+/// host, nor a neighbour, nor a service of theirs is out of reach.
 #[test]
 fn a_rule_covers_a_container_on_a_bridge() {
     let (ground, mut world, _proxy) = scene!("boxes", proxy);
-    let _other = Server::start("proxy other", &[7894]);
     let lan = Lan::new(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     assert_eq!(entrances(), [""; 0]);
     lan.direct(0);
+
     // cgroup, then process
-    let cgroup = ground.cgroup("/boxes/box1");
-    let process = live(lan.client(0), &cgroup);
-    await_entrances(&daemon, &["lan0 0x01000000"]);
+    let _process = live(lan.client(0), &ground.cgroup("/boxes/box1"));
+    await_entrances(&daemon, &BOXES[..1]);
     world.wire.packets();
     lan.proxied(0);
-    assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    world.wire.assert_only_pings();
     lan.direct(1);
-    let drop1 = live(lan.client(1), &ground.cgroup("/boxes/drop1"));
-    await_entrances(&daemon, &["lan0 0x01000000", "lan1 0xfd000000"]);
+
+    let _dropped = live(lan.client(1), &ground.cgroup("/boxes/drop1"));
+    await_entrances(&daemon, &BOXES);
     world.wire.packets();
     lan.dropped(1);
     assert_eq!(world.wire.to_remote(), []);
     lan.proxied(0);
-    // this host, and each other
-    for i in [0, 1] {
-        for own in [LAN4, LAN6] {
-            let who = lan.ask(i, Proto::Icmp, addr(ip(own), 0));
-            assert_eq!(who, format!("echo {}", ip(own)));
-        }
+
+    let others = ["198.51.100.11", "2001:db8:3::11"];
+    for (i, to) in [(0, LAN4), (0, LAN6), (1, LAN4), (1, LAN6), (0, others[0]), (0, others[1])] {
+        assert_eq!(lan.ask(i, Proto::Icmp, addr(ip(to), 0)), format!("echo {to}"));
     }
-    for other in ["198.51.100.11", "2001:db8:3::11"] {
-        let who = lan.ask(0, Proto::Icmp, addr(ip(other), 0));
-        assert_eq!(who, format!("echo {}", ip(other)));
-    }
-    // a service of theirs stays reachable, also where it is dropped
     for service in ["198.51.100.10", "198.51.100.11", "2001:db8:3::10", "2001:db8:3::11"] {
         let client = Client::udp(&ground.root, addr(ip(service), 7));
         assert_eq!(client.run().who(), "service", "{service}");
     }
-    // the daemon goes and comes back: what was in force stays so
-    let mut daemon = daemon;
-    for gracefully in [true, false] {
-        match gracefully {
-            true => daemon.leave(),
-            false => daemon.kill9(),
-        }
-        world.wire.packets();
+    daemon.stop_clean();
+}
+
+/// The daemon goes and comes back: what was in force stays so, and the next one's first table has it.
+#[test]
+fn what_is_in_force_outlives_the_daemon() {
+    let (ground, mut world, _proxy) = scene!("boxes-on", proxy);
+    let (lan, _processes, mut daemon) = boxes(&ground);
+    world.wire.packets();
+    for end in [Daemon::leave, Daemon::kill9] {
+        end(daemon);
         lan.proxied(0);
         lan.dropped(1);
+
         daemon = Daemon::start(&ground, CONFIG, &[]);
-        // with the first table already
-        assert_eq!(entrances(), ["lan0 0x01000000", "lan1 0xfd000000"]);
+        assert_eq!(entrances(), BOXES);
         lan.proxied(0);
         lan.dropped(1);
-        assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+        world.wire.assert_only_pings();
     }
-    // another policy: other numbers, another target, no rule, none of this
-    let third = CONFIG.replace("[tproxy mihomo]", "[tproxy first]\nport = 7895\n[tproxy mihomo]");
-    daemon.reconfigure(&third);
-    assert_eq!(entrances(), ["lan0 0x02000000", "lan1 0xfd000000"]);
-    lan.proxied(0);
-    daemon.reconfigure(&CONFIG.replace("mihomo = /boxes/box", "other = /boxes/box"));
-    assert_eq!(entrances(), ["lan0 0x02000000", "lan1 0xfd000000"]);
-    let o = "proxy other";
-    lan.expect(0, [o, o, o, o, "remote", "remote"]);
-    daemon.reconfigure(&CONFIG.replace("drop = /boxes/drop", "drop = /boxes/none"));
-    assert_eq!(entrances(), ["lan0 0x01000000"]);
-    lan.direct(1);
-    daemon.reconfigure(&CONFIG.replace("[global]", "[global]\ncontainers = no"));
-    assert_eq!(entrances(), [""; 0]);
-    lan.direct(0);
-    daemon.reconfigure(CONFIG);
-    assert_eq!(entrances(), ["lan0 0x01000000", "lan1 0xfd000000"]);
-    lan.proxied(0);
-    // its cgroup goes, its namespace stays: after a while it is nobody's
-    drop(drop1);
+    daemon.stop_clean();
+}
+
+/// Each new policy is the containers' too: other numbers, another target, no rule, none of this.
+#[test]
+fn another_policy() {
+    let (ground, _world, _proxy) = scene!("boxes-policy", proxy);
+    let _other = Server::start("proxy other", &[7894]);
+    let (lan, _processes, daemon) = boxes(&ground);
+    let with = |from: &str, to: &str| CONFIG.replace(from, to);
+    let (d, n) = (["remote"; 6], ["nobody"; 6]);
+    let [p, o] = [PROXY, "proxy other"].map(|who| [who, who, who, who, "remote", "remote"]);
+    for (config, found, asked) in [
+        (
+            with("[tproxy mihomo]", "[tproxy first]\nport = 7895\n[tproxy mihomo]"),
+            &["lan0 0x02000000", BOXES[1]][..],
+            [p, n],
+        ),
+        (with("mihomo = /boxes/box", "other = /boxes/box"), &["lan0 0x02000000", BOXES[1]], [o, n]),
+        (with("drop = /boxes/drop", "drop = /boxes/none"), &BOXES[..1], [p, d]),
+        (with("[global]", "[global]\ncontainers = no"), &[], [d, d]),
+        (CONFIG.to_owned(), &BOXES, [p, n]),
+    ] {
+        daemon.reconfigure(&config);
+
+        assert_eq!(entrances(), found, "{config}");
+        asked.into_iter().enumerate().for_each(|(i, want)| lan.expect(i, want));
+    }
+    daemon.stop_clean();
+}
+
+/// A namespace whose cgroup is gone is nobody's after a while, and a veth that is gone leaves nothing.
+#[test]
+fn what_is_gone() {
+    let (ground, _world, _proxy) = scene!("boxes-gone", proxy);
+    let (lan, [_process, dropped], daemon) = boxes(&ground);
+
+    drop(dropped);
     std::fs::remove_dir(ground.at("/boxes/drop1")).expect("remove the cgroup");
     lan.dropped(1);
-    await_entrances(&daemon, &["lan0 0x01000000"]);
+    await_entrances(&daemon, &BOXES[..1]);
     lan.direct(1);
-    // the veth goes
-    ip_batch(&[], "link del lan0\n");
+
+    ip_lines("link del lan0\n");
     await_entrances(&daemon, &[]);
-    drop(process);
     daemon.stop_clean();
 }
 
@@ -161,7 +189,7 @@ fn routed(ground: &Ground, veth: &str, number: u8) -> Netns {
     ground.outside(|| {
         let lines = "route replace 198.51.100.0/24 via 192.0.2.1\n\
                      route replace 2001:db8:3::/48 via 2001:db8:1::1\n";
-        ip_batch(&[], lines);
+        ip_lines(lines);
     });
     netns
 }
@@ -174,7 +202,7 @@ fn leave_by(netns: &Netns, number: u8) {
              route add default via 2001:db8:3:{number}::1 dev eth0\n",
             number * 4 + 1
         );
-        ip_batch(&[], &gates);
+        ip_lines(&gates);
         sysctl("net/ipv4/ping_group_range", "0 2147483647");
     });
 }
@@ -183,28 +211,22 @@ fn leave_by(netns: &Netns, number: u8) {
 fn attach(netns: &Netns, veth: &str, inside: &str, number: u8) {
     let (gate, own) = (number * 4 + 1, number * 4 + 2);
     let mac = format!("02:00:00:00:02:{number:02x}");
-    ip_batch(
-        &[],
-        &format!(
-            "link add {veth} address {mac} type veth peer name {inside} netns {}\n\
-             addr add 198.51.100.{gate}/30 dev {veth}\n\
-             addr add 2001:db8:3:{number}::1/64 dev {veth} nodad\n\
-             link set {veth} up\n",
-            netns.path()
-        ),
-    );
+    ip_lines(&format!(
+        "link add {veth} address {mac} type veth peer name {inside} netns {}\n\
+         addr add 198.51.100.{gate}/30 dev {veth}\n\
+         addr add 2001:db8:3:{number}::1/64 dev {veth} nodad\n\
+         link set {veth} up\n",
+        netns.path()
+    ));
     netns.run(|| {
-        ip_batch(
-            &[],
-            &format!(
-                "link set lo up\n\
-                 addr add 198.51.100.{own}/30 dev {inside}\n\
-                 addr add 2001:db8:3:{number}::2/64 dev {inside} nodad\n\
-                 link set {inside} up\n\
-                 neigh replace 198.51.100.{gate} lladdr {mac} dev {inside}\n\
-                 neigh replace 2001:db8:3:{number}::1 lladdr {mac} dev {inside}\n"
-            ),
-        );
+        ip_lines(&format!(
+            "link set lo up\n\
+             addr add 198.51.100.{own}/30 dev {inside}\n\
+             addr add 2001:db8:3:{number}::2/64 dev {inside} nodad\n\
+             link set {inside} up\n\
+             neigh replace 198.51.100.{gate} lladdr {mac} dev {inside}\n\
+             neigh replace 2001:db8:3:{number}::1 lladdr {mac} dev {inside}\n"
+        ));
     });
 }
 
@@ -212,7 +234,7 @@ fn attach(netns: &Netns, veth: &str, inside: &str, number: u8) {
 #[track_caller]
 fn answered(ground: &Ground, netns: &Netns, want: [&str; 3]) {
     for (proto, want) in [Proto::Tcp, Proto::Udp, Proto::Icmp].into_iter().zip(want) {
-        for remote in [REMOTE4, REMOTE6] {
+        for remote in REMOTES {
             let to = addr(remote, 80);
             let patience = if want == "nobody" { SILENCE } else { PATIENCE };
             let client = Client::new(&ground.root, proto, to).timeout(patience);
@@ -227,6 +249,8 @@ fn answered(ground: &Ground, netns: &Netns, want: [&str; 3]) {
     }
 }
 
+/// A container behind a veth without a bridge goes its rule's way, whatever the sysctls that drop packets
+/// with strange addresses.
 #[test]
 fn a_routed_veth_whatever_the_sysctls() {
     let (ground, mut world, _proxy) = scene!("boxrouted", proxy);
@@ -242,8 +266,9 @@ fn a_routed_veth_whatever_the_sysctls() {
             sysctl(&at("src_valid_mark"), &src_valid_mark.to_string());
         }
         world.wire.packets();
+
         answered(&ground, &box1, [PROXY, PROXY, "echo"]);
-        assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+        world.wire.assert_only_pings();
     }
     daemon.stop_clean();
     answered(&ground, &box1, ["remote", "remote", "echo"]);
@@ -259,24 +284,25 @@ fn a_container_comes_before_a_gateway_section() {
     let config = format!("{CONFIG}[gateway lan]\ninterface = br-lan\ntarget = other\n");
     let daemon = Daemon::start(&ground, &config, &[]);
     let o = "proxy other";
-    let of_section = [o, o, o, o, "remote", "remote"];
-    lan.expect(0, of_section);
+    lan.expect(0, [o, o, o, o, "remote", "remote"]);
+
     let direct = live(lan.client(0), &ground.cgroup("/boxes/direct"));
     let boxed = live(lan.client(1), &ground.cgroup("/boxes/box"));
     await_entrances(&daemon, &["lan0 0xfc000000", "lan1 0x01000000"]);
     lan.direct(0);
     lan.proxied(1);
+
     for priority in [-190, -150, -140, 0] {
         let restore = format!(
             "table inet who {{ chain c {{ type filter hook prerouting priority {priority}; \
              meta mark set ct mark; }}\n}}\n"
         );
-        crate::kernel::load(&restore);
+        load(&restore);
         daemon.reload();
         world.wire.packets();
         lan.proxied(1);
-        assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
-        crate::kernel::load("delete table inet who\n");
+        world.wire.assert_only_pings();
+        load("delete table inet who\n");
     }
     drop((direct, boxed));
     daemon.stop_clean();
@@ -291,32 +317,34 @@ fn whoever_comes_first() {
     let _process = live(&late, &ground.cgroup("/boxes/box1"));
     attach(&late, "ve-late", "eth0", 1);
     await_entrances(&daemon, &["ve-late 0x01000000"]);
+
     // a second network, as in `docker network connect`
     attach(&late, "ve-two", "eth1", 2);
     await_entrances(&daemon, &["ve-late 0x01000000", "ve-two 0x01000000"]);
-    ip_batch(&[], "link del ve-late\n");
+    ip_lines("link del ve-late\n");
     await_entrances(&daemon, &["ve-two 0x01000000"]);
+
     // made here, and moved
     let moved = Netns::new();
     let _moved = live(&moved, &ground.cgroup("/boxes/drop1"));
-    ip_batch(&[], "link add ve-moved type veth peer name ve-peer\nlink set ve-moved up\n");
-    ip_batch(&[], &format!("link set ve-peer netns {}\n", moved.path()));
-    await_entrances(&daemon, &["ve-moved 0xfd000000", "ve-two 0x01000000"]);
+    ip_lines("link add ve-moved type veth peer name ve-peer\nlink set ve-moved up\n");
+    ip_lines(&format!("link set ve-peer netns {}\n", moved.path()));
+    let both = ["ve-moved 0xfd000000", "ve-two 0x01000000"];
+    await_entrances(&daemon, &both);
+
     // one network for two: `docker run --network container:X`; the first rule decides
-    let _joined = live(&late, &ground.cgroup("/boxes/drop2"));
+    let joined = live(&late, &ground.cgroup("/boxes/drop2"));
     await_entrances(&daemon, &["ve-moved 0xfd000000", "ve-two 0xfd000000"]);
-    drop(_joined);
+    drop(joined);
     std::fs::remove_dir(ground.at("/boxes/drop2")).expect("remove the cgroup");
-    await_entrances(&daemon, &["ve-moved 0xfd000000", "ve-two 0x01000000"]);
+    await_entrances(&daemon, &both);
+
     // an administrator of this host, in a session that a rule covers, looks around there
     let cgroup = ground.cgroup("/boxes/drop-session");
     let _shell = Client::new(&cgroup, Proto::Udp, addr(ip("127.0.0.1"), 7)).serve();
-    let visitor = live(&late, &cgroup);
-    ip_batch(&[], "link set ve-two down\nlink set ve-two up\n");
-    assert!(!wait_until(Duration::from_secs(2), || {
-        entrances() != ["ve-moved 0xfd000000", "ve-two 0x01000000"]
-    }));
-    drop(visitor);
+    let _visitor = live(&late, &cgroup);
+    ip_lines("link set ve-two down\nlink set ve-two up\n");
+    assert!(!wait_until(Duration::from_secs(2), || entrances() != both), "{:?}", entrances());
     daemon.stop_clean();
 }
 
@@ -328,12 +356,12 @@ fn one_within_another() {
     let lan = Lan::new(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let _outer = live(lan.client(0), &ground.cgroup("/boxes/box1"));
-    let outer = ["lan0 0x01000000"];
-    await_entrances(&daemon, &outer);
+    let outer = &BOXES[..1];
+    await_entrances(&daemon, outer);
     for (i, path, meanwhile) in [
         (0, "/boxes/drop1", &["lan0 0xfd000000"][..]),
         // the outer one has no rule
-        (1, "/boxes/drop2", &["lan0 0x01000000", "lan1 0xfd000000"]),
+        (1, "/boxes/drop2", &BOXES),
     ] {
         let mut followed = || {
             let since = Instant::now();
@@ -351,16 +379,16 @@ fn one_within_another() {
             assert!(wait_until(PATIENCE, || netns() != before), "it does not move on");
             let seen = since.elapsed() < LOOKED_FOR - LOOKED_AGAIN;
             if seen {
-                await_entrances(&daemon, &outer);
+                await_entrances(&daemon, outer);
                 world.wire.packets();
                 lan.proxied(0);
-                assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+                world.wire.assert_only_pings();
                 lan.direct(1);
             }
             drop(inner.stdin.take());
             inner.wait().expect("wait for it");
             std::fs::remove_dir(cgroup).expect("remove the cgroup");
-            await_entrances(&daemon, &outer);
+            await_entrances(&daemon, outer);
             seen
         };
         // once more where others have kept the machine for all of that time
@@ -369,29 +397,30 @@ fn one_within_another() {
     daemon.stop_clean();
 }
 
-/// Paused, published, on another bridge, behind a veth of another name, started anew, and with another
-/// one within.
+/// What is paused (`docker pause`) keeps its rule.
 #[test]
-fn whatever_befalls_it() {
-    let (ground, mut world, _proxy) = scene!("boxfate", proxy);
-    let lan = Lan::new(&ground);
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
-    let cgroup = ground.cgroup("/boxes/box1");
-    let process = live(lan.client(0), &cgroup);
-    let drop1 = ground.cgroup("/boxes/drop1");
-    let _dropped = live(lan.client(1), &drop1);
-    await_entrances(&daemon, &["lan0 0x01000000", "lan1 0xfd000000"]);
-    // `docker pause`
+fn one_that_is_paused() {
+    let (ground, _world, _proxy) = scene!("boxpause", proxy);
+    let (lan, _processes, _daemon) = boxes(&ground);
     for (state, reached) in [("1", false), ("0", true)] {
-        std::fs::write(cgroup.join("cgroup.freeze"), state).expect("freeze");
+        std::fs::write(ground.at("/boxes/box1/cgroup.freeze"), state).expect("freeze");
+
         lan.proxied(0);
         let patience = if reached { PATIENCE } else { SILENCE };
         let client = Client::udp(&ground.root, addr(ip("198.51.100.10"), 7)).timeout(patience);
         assert_eq!(client.run().who() == "service", reached, "frozen: {state}");
     }
-    // `docker run -p`
-    let any = |proto| Client::new(&cgroup, proto, addr(ip("::"), 7)).timeout(LONG).serve();
-    let _services = [0, 1].map(|i| lan.client(i).run(|| any(Proto::Tcp)));
+}
+
+/// What is published (`docker run -p`) is reached from the world, also where its container is dropped.
+#[test]
+fn published_ports() {
+    let (ground, _world, _proxy) = scene!("boxpublish", proxy);
+    let (lan, _processes, _daemon) = boxes(&ground);
+    let _services = [(0, "/boxes/box1"), (1, "/boxes/drop1")].map(|(i, path)| {
+        let tcp = Client::tcp(&ground.at(path), addr(ip("::"), 7)).timeout(LONG);
+        lan.client(i).run(|| tcp.serve())
+    });
     for (family, to) in [
         ("ip", ["198.51.100.10", "198.51.100.11"]),
         ("ip6", ["[2001:db8:3::10]", "[2001:db8:3::11]"]),
@@ -402,22 +431,30 @@ fn whatever_befalls_it() {
                 rules += &format!("iifname \"in0\" {l4} dport 800{i} dnat to {to}:7; ");
             }
         }
-        crate::kernel::load(&format!(
+        load(&format!(
             "table {family} published {{ chain c {{ type nat hook prerouting priority dstnat; \
              {rules} }}\n}}\n"
         ));
     }
-    world.wire.packets();
-    for (port, host) in [8000, 8001].into_iter().flat_map(|p| [HOST4, HOST6].map(|h| (p, h))) {
+
+    for (port, host) in [8000, 8001].into_iter().flat_map(|p| HOSTS.map(|h| (p, h))) {
         for proto in [Proto::Tcp, Proto::Udp] {
             let ask = Client::new(&ground.root, proto, addr(host, port));
             let who = ground.outside(|| ask.run()).who();
             assert_eq!(who, "service", "{proto:?} port {port} of {host}");
         }
     }
-    // `docker network connect` and `disconnect`
-    ip_batch(
-        &[],
+}
+
+/// Its rule follows a container to another bridge (`docker network connect` and `disconnect`), to a veth of
+/// another name and to a new process (`docker restart`).
+#[test]
+fn whatever_befalls_it() {
+    let (ground, mut world, _proxy) = scene!("boxfate", proxy);
+    let (lan, [process, _dropped], daemon) = boxes(&ground);
+    world.wire.packets();
+
+    ip_lines(
         "link add br-two address 02:00:00:00:01:00 type bridge forward_delay 0\n\
          addr add 198.51.100.1/32 dev br-two\naddr add 2001:db8:3::1/128 dev br-two nodad\n\
          link set br-two up\nlink set lan0 master br-two\n\
@@ -425,38 +462,45 @@ fn whatever_befalls_it() {
     );
     lan.proxied(0);
     lan.dropped(1);
-    ip_batch(&[], "link set lan0 down\nlink set lan0 name other0\nlink set other0 up\n");
+
+    ip_lines("link set lan0 down\nlink set lan0 name other0\nlink set other0 up\n");
     await_entrances(&daemon, &["lan1 0xfd000000", "other0 0x01000000"]);
-    lan.proxied(0);
-    // `docker restart`, with the network of before and with a new one
-    drop(process);
-    drop(_services);
-    std::fs::remove_dir(&cgroup).expect("remove the cgroup");
     world.wire.packets();
     lan.proxied(0);
-    let process = live(lan.client(0), &ground.cgroup("/boxes/box1"));
+
+    drop(process);
+    std::fs::remove_dir(ground.at("/boxes/box1")).expect("remove the cgroup");
     lan.proxied(0);
-    assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
-    // one within
+    let _process = live(lan.client(0), &ground.cgroup("/boxes/box1"));
+    lan.proxied(0);
+    world.wire.assert_only_pings();
+    daemon.stop_clean();
+}
+
+/// What a container runs within goes by the rule of the outer one.
+#[test]
+fn one_within_that_sends_by_the_outer_one() {
+    let (ground, mut world, _proxy) = scene!("boxwithin", proxy);
+    let (lan, _processes, daemon) = boxes(&ground);
     let inner = Netns::new();
     lan.client(0).run(|| {
         sysctl("net/ipv4/ip_forward", "1");
         sysctl("net/ipv6/conf/all/forwarding", "1");
         attach(&inner, "ve-inner", "eth0", 9);
         for family in ["ip", "ip6"] {
-            crate::kernel::load(&format!(
+            load(&format!(
                 "table {family} nat {{ chain c {{ type nat hook postrouting priority srcnat; \
                  oifname \"eth0\" masquerade; }}\n}}\n"
             ));
         }
     });
     leave_by(&inner, 9);
+
     let _inner = live(&inner, &ground.cgroup("/boxes/box1/docker/inner"));
+
     world.wire.packets();
     answered(&ground, &inner, [PROXY, PROXY, "echo"]);
-    assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
-    drop(process);
-    crate::kernel::load("delete table ip published\ndelete table ip6 published\n");
+    world.wire.assert_only_pings();
     daemon.stop_clean();
 }
 
@@ -473,22 +517,25 @@ fn what_its_target_takes() {
     let config = config.replace("[global]", "[global]\nbypass = 203.0.113.9");
     let _process = live(lan.client(0), &ground.cgroup("/boxes/box1"));
     let daemon = Daemon::start(&ground, &config, &[]);
+
     world.wire.packets();
-    for remote in [REMOTE4, REMOTE6] {
+    for remote in REMOTES {
         assert!(lan.ask(0, Proto::Udp, addr(remote, 53)).starts_with("resolver "));
         let to = addr(remote, 80);
         assert_eq!(lan.ask(0, Proto::Tcp, to), format!("{PROXY} {to}"));
     }
-    assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    world.wire.assert_only_pings();
     let to = addr(REMOTE4, 80);
     assert_eq!(lan.ask(0, Proto::Udp, to), format!("remote {to}"));
     let to = addr(ip("203.0.113.9"), 80);
     assert_eq!(lan.ask(0, Proto::Tcp, to), format!("remote {to}"));
+
     let list = ground.dir.join("list");
-    crate::daemon::write_private(&list, "203.0.113.8\n");
+    write_private(&list, "203.0.113.8\n");
     let takes =
         format!("port = 7893\ntcp-ports = 443\nquic = reject\nbypass-file = {}", list.display());
     daemon.reconfigure(&CONFIG.replace("port = 7893", &takes));
+
     let [seven, eight] = [REMOTE4, ip("203.0.113.8")];
     for (proto, to, port, who) in [
         (Proto::Tcp, seven, 443, PROXY),
@@ -517,23 +564,21 @@ fn bridge_netfilter() {
         return;
     }
     let (mut world, _proxy) = World::with_proxy(&ground);
-    let lan = Lan::new(&ground);
-    let _box = live(lan.client(0), &ground.cgroup("/boxes/box1"));
-    let _drop = live(lan.client(1), &ground.cgroup("/boxes/drop1"));
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let (lan, _processes, daemon) = boxes(&ground);
+
     gateway::bridge_netfilter(true);
     world.wire.packets();
     lan.proxied(0);
     lan.dropped(1);
-    assert_eq!(but_pings(world.wire.to_remote()), [], "left for the world");
+    world.wire.assert_only_pings();
     for port in [8000, 8001] {
         let family = ["ip", "ip6"][port - 8000];
         let to = ["198.51.100.10", "[2001:db8:3::10]"][port - 8000];
-        crate::kernel::load(&format!(
+        load(&format!(
             "table {family} published {{ chain c {{ type nat hook prerouting priority dstnat; \
              iifname \"in0\" udp dport {port} dnat to {to}:7; }}\n}}\n"
         ));
-        let ask = Client::udp(&ground.root, addr([HOST4, HOST6][port - 8000], port as u16));
+        let ask = Client::udp(&ground.root, addr(HOSTS[port - 8000], port as u16));
         assert_eq!(ground.outside(|| ask.run()).who(), "service", "{to}");
     }
     for (from, to) in [(0, "198.51.100.11"), (0, "2001:db8:3::11"), (1, "198.51.100.10")] {
@@ -543,9 +588,10 @@ fn bridge_netfilter() {
         let ask = Client::udp(cgroup, addr(to, 7));
         assert_eq!(lan.client(from).run(|| ask.run()).who(), "service");
     }
-    crate::kernel::load("delete table ip published\ndelete table ip6 published\n");
+    load("delete table ip published\ndelete table ip6 published\n");
+
     // another network, whose bridge is new, and whose container is
-    ip_batch(&[], "link add br-two type bridge\nlink set lan1 master br-two up\n");
+    ip_lines("link add br-two type bridge\nlink set lan1 master br-two up\n");
     lan.proxied(0);
     daemon.reload();
     lan.proxied(0);
@@ -565,29 +611,23 @@ fn the_window_is_short() {
     for number in 1..=10 {
         let veth = format!("ve-{number}");
         let early = number % 2 == 0;
-        let path = format!("/boxes/box{number}");
         let netns = Netns::new();
-        let _process;
-        let began;
-        if early {
-            attach(&netns, &veth, "eth0", number);
-            began = Instant::now();
-            _process = live(&netns, &ground.cgroup(&path));
-        } else {
-            _process = live(&netns, &ground.cgroup(&path));
-            attach(&netns, &veth, "eth0", number);
+        let attach = || attach(&netns, &veth, "eth0", number);
+        early.then(attach);
+        let mut began = Instant::now();
+        let _process = live(&netns, &ground.cgroup(&format!("/boxes/box{number}")));
+        if !early {
+            attach();
             began = Instant::now();
         }
         netns.run(|| {
-            ip_batch(
-                &[],
-                &format!("route add default via 198.51.100.{} dev eth0\n", number * 4 + 1),
-            )
+            ip_lines(&format!("route add default via 198.51.100.{} dev eth0\n", number * 4 + 1))
         });
         if number == 1 {
             sysctl("net/ipv4/ip_forward", "1");
-            ground.outside(|| ip_batch(&[], "route add 198.51.100.0/24 via 192.0.2.1\n"));
+            ground.outside(|| ip_lines("route add 198.51.100.0/24 via 192.0.2.1\n"));
         }
+
         let mut last = Duration::ZERO;
         let done = wait_until(PATIENCE, || {
             let client = Client::udp(&ground.root, to).timeout(SILENCE);
@@ -610,23 +650,29 @@ fn the_window_is_short() {
 /// A namespace on the LAN's bridge, by that veth.
 fn bridged(netns: &Netns, veth: &str, number: usize) {
     let path = netns.path();
-    ip_batch(
-        &[],
-        &format!(
-            "link add {veth} type veth peer name eth0 netns {path}\n\
-             link set {veth} master br-lan up\n"
-        ),
-    );
+    ip_lines(&format!(
+        "link add {veth} type veth peer name eth0 netns {path}\n\
+         link set {veth} master br-lan up\n"
+    ));
     netns.run(|| {
-        ip_batch(
-            &[],
-            &format!(
-                "link set lo up\naddr add 198.51.100.{number}/24 dev eth0\nlink set eth0 up\n\
-                 neigh replace {LAN4} lladdr 02:00:00:00:01:00 dev eth0\n\
-                 route add default via {LAN4}\n"
-            ),
-        );
+        ip_lines(&format!(
+            "link set lo up\naddr add 198.51.100.{number}/24 dev eth0\nlink set eth0 up\n\
+             neigh replace {LAN4} lladdr 02:00:00:00:01:00 dev eth0\n\
+             route add default via {LAN4}\n"
+        ));
     });
+}
+
+/// A container of a new cgroup that floods from its first moment on; its network is ready before, as with
+/// podman, or comes last, as with docker.
+fn flood(ground: &Ground, number: usize, early: bool) -> (Netns, Running) {
+    let (netns, veth) = (Netns::new(), format!("ve{number}"));
+    let attach = || bridged(&netns, &veth, number);
+    let cgroup = ground.cgroup(&format!("/boxes/box{number}"));
+    early.then(attach);
+    let flood = netns.run(|| Client::udp(&cgroup, addr(REMOTE4, 80)).flood().spawn());
+    (!early).then(attach);
+    (netns, flood)
 }
 
 /// What a container sends that floods from its first moment on, before its rule is in force: that is
@@ -638,63 +684,55 @@ fn packets_before_the_rule() {
     let _lan = Lan::new(&ground);
     let gateway = "[gateway unknown]\ninterface = br-lan\ntarget = drop\n";
     let to = addr(REMOTE4, 80);
-    let mut number = 20;
-    for closed in [false, true] {
+    for (closed, numbers) in [(false, 21..31), (true, 31..41)] {
         let config = format!("{CONFIG}{}", if closed { gateway } else { "" });
         let mut running = Some(Daemon::start(&ground, &config, &[]));
         let mut left = Vec::new();
-        for round in 0..10 {
-            number += 1;
-            let (netns, veth) = (Netns::new(), format!("ve{number}"));
-            let cgroup = ground.at(&format!("/boxes/box{number}"));
-            // the network is ready before, as with podman, or comes last, as with docker
-            let early = round % 2 == 0;
-            let dead = closed && round > 7;
+        for number in numbers {
+            let early = number % 2 == 0;
+            let dead = closed && number > 38;
             if dead {
                 running.take().into_iter().for_each(Daemon::kill9);
             }
-            if early {
-                bridged(&netns, &veth, number);
-            }
             world.wire.packets();
-            std::fs::create_dir_all(&cgroup).expect("make a cgroup");
-            let flood = netns.run(|| Client::udp(&cgroup, to).flood().spawn());
-            if !early {
-                bridged(&netns, &veth, number);
-            }
+
+            let (netns, flood) = flood(&ground, number, early);
             if dead {
                 // some thousand packets, that nobody hears of
                 std::thread::sleep(SILENCE);
                 assert_eq!(world.wire.to_remote(), [], "left without a daemon");
             }
             let daemon = running.get_or_insert_with(|| Daemon::start(&ground, &config, &[]));
-            let want = format!("{veth} 0x01000000");
-            let there = wait_until(PATIENCE, || entrances().contains(&want));
-            assert!(there, "{want}: {}", daemon.logs());
+            await_entrances(daemon, &[&format!("ve{number} 0x01000000")]);
             drop(flood);
-            left.push((
-                if early { "network first" } else { "process first" },
-                world.wire.to_remote().len(),
-            ));
+
+            let first = if early { "network first" } else { "process first" };
+            left.push((first, world.wire.to_remote().len()));
             let who = netns.run(|| Client::udp(&ground.root, to).run()).who();
             assert_eq!(who, format!("{PROXY} {to}"));
-            ip_batch(&[], &format!("link del {veth}\n"));
+            ip_lines(&format!("link del ve{number}\n"));
+            await_entrances(daemon, &[]);
         }
         println!("closed: {closed}: {left:?}");
-        let daemon = running.expect("it was started again");
-        if closed {
-            assert!(left.iter().all(|(_, count)| *count == 0), "{left:?}");
-            // one that has no target, and whose rule says so
-            number += 1;
-            let netns = Netns::new();
-            bridged(&netns, "ve-direct", number);
-            let _process = live(&netns, &ground.cgroup("/boxes/direct"));
-            await_entrances(&daemon, &["ve-direct 0xfc000000"]);
-            let who = netns.run(|| Client::udp(&ground.root, to).run()).who();
-            assert_eq!(who, format!("remote {to}"));
-        }
-        daemon.stop_clean();
+        assert!(!closed || left.iter().all(|(_, count)| *count == 0), "{left:?}");
+        running.expect("it was started again").stop_clean();
     }
+}
+
+/// There, a container whose rule says `direct` goes directly.
+#[test]
+fn direct_before_a_section_that_drops() {
+    let (ground, _world, _proxy) = scene!("boxdirect", proxy);
+    let lan = Lan::new(&ground);
+    let config = format!("{CONFIG}[gateway unknown]\ninterface = br-lan\ntarget = drop\n");
+    let daemon = Daemon::start(&ground, &config, &[]);
+    lan.dropped(0);
+
+    let _process = live(lan.client(0), &ground.cgroup("/boxes/direct"));
+
+    await_entrances(&daemon, &["lan0 0xfc000000"]);
+    lan.direct(0);
+    daemon.stop_clean();
 }
 
 /// One of those that come and go.
@@ -724,7 +762,7 @@ impl Brief {
              neigh replace {net}.2 lladdr 02:00:00:00:03:02 dev {veth}\n",
             netns.path()
         );
-        ip_batch(&[], &line);
+        ip_lines(&line);
         let mut made = Instant::now();
         netns.run(|| {
             let line = format!(
@@ -732,7 +770,7 @@ impl Brief {
                  neigh replace {net}.1 lladdr 02:00:00:00:03:01 dev eth0\n\
                  route add default via {net}.1\n"
             );
-            ip_batch(&[], &line);
+            ip_lines(&line);
         });
         let process = early.unwrap_or_else(|| {
             made = Instant::now();
@@ -755,7 +793,7 @@ impl Brief {
     fn end(self, ground: &Ground, with_namespace: bool) {
         drop(self.process);
         if !with_namespace {
-            ip_batch(&[], &format!("link del {}\n", self.veth));
+            ip_lines(&format!("link del {}\n", self.veth));
         }
         drop(self.netns);
         std::fs::remove_dir(ground.at(&self.path)).expect("remove a cgroup");
@@ -782,12 +820,26 @@ fn watch_rules() -> (Child, Arc<Mutex<HashMap<u32, Instant>>>) {
         }
     });
     let there = wait_until(PATIENCE, || {
-        crate::kernel::load("table inet seen {\nchain c {\ncounter\n}\n}\n");
-        crate::kernel::load("delete table inet seen\n");
+        load("table inet seen {\nchain c {\ncounter\n}\n}\n");
+        load("delete table inet seen\n");
         listens.load(Ordering::Relaxed)
     });
     assert!(there, "nft monitor tells nothing");
     (monitor, seen)
+}
+
+/// When that veth's rule came.
+#[track_caller]
+fn await_rule(rules: &Mutex<HashMap<u32, Instant>>, index: u32) -> Instant {
+    let came = || rules.lock().expect("no panic").get(&index).copied();
+    assert!(wait_until(PATIENCE, || came().is_some()), "no rule for veth {index}");
+    came().expect("it came")
+}
+
+/// The median, 90 % and the longest.
+fn quantiles(mut times: Vec<Duration>) -> [Duration; 3] {
+    times.sort();
+    [50, 90, 100].map(|share| times[(times.len() - 1) * share / 100])
 }
 
 /// Containers that come and go, in the long form twenty a second for 25 seconds: each goes its way, and
@@ -797,10 +849,8 @@ fn many_come_and_go() {
     let (ground, _world, _proxy) = scene!("boxmany", proxy);
     let _other = Server::start("proxy other", &[7894]);
     sysctl("net/ipv4/ip_forward", "1");
-    let (all, at_once, pace) = match std::env::var_os("CGTPROXY_LONG") {
-        Some(_) => (500, 100, Duration::from_millis(50)),
-        None => (40, 12, Duration::ZERO),
-    };
+    let (all, at_once) = (sized(40, 500), sized(12, 100));
+    let pace = Duration::from_millis(sized(0, 50) as u64);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     // from the first one on the table is ready for them
     let first = Brief::new(&ground, 240);
@@ -810,12 +860,14 @@ fn many_come_and_go() {
     let (busy, began) = (daemon.busy(), Instant::now());
     let (mut living, mut asked) = (VecDeque::new(), VecDeque::new());
     let (mut windows, mut wrong, mut most) = (Vec::new(), Vec::new(), 0);
+
     for number in 0..all + at_once + ASKED {
         if number < all {
             std::thread::sleep((pace * number as u32).saturating_sub(began.elapsed()));
             let new = Brief::new(&ground, if number < 240 { number } else { number + 1 });
-            living.push_back((crate::world::interface_index(&new.veth), new));
+            living.push_back((interface_index(&new.veth), new));
         }
+        most = most.max(if number % 16 == 0 { daemon.footprint().1 } else { 0 });
         if number >= at_once {
             asked.extend(living.pop_front().map(|(index, old)| (index, old.ask(&ground), old)));
         }
@@ -828,31 +880,24 @@ fn many_come_and_go() {
             if who != old.want {
                 wrong.push(format!("{} behind {}: {who}", old.path, old.veth));
             }
-            let came = || rules.lock().expect("no panic").get(&index).copied();
-            assert!(wait_until(PATIENCE, || came().is_some()), "{}", old.veth);
-            windows.extend(came().map(|came| came.saturating_duration_since(old.made)));
+            windows.push(await_rule(&rules, index).saturating_duration_since(old.made));
             old.end(&ground, number % 2 == 0);
         }
     }
     let (took, used) = (began.elapsed(), daemon.busy() - busy);
-    assert_eq!(wrong, [""; 0], "{}", daemon.logs());
-    windows.sort();
-    let at = |share: usize| windows[(windows.len() - 1) * share / 100];
-    println!(
-        "{all} in {took:?}: rule after {:?} (median), {:?} (90 %), {:?} (longest); processor \
-         {used:?}; memory {memory} KiB, {most} at most",
-        at(50),
-        at(90),
-        at(100)
-    );
     let _ = monitor.kill().and_then(|()| monitor.wait());
-    let gone = wait_until(PATIENCE, || entrances() == ["ve240 0x01000000"]);
-    assert!(gone, "{:?}", entrances());
+
+    assert_eq!(wrong, [""; 0], "{}", daemon.logs());
+    let at = quantiles(windows);
+    println!(
+        "{all} in {took:?}: rule after {at:?} (median, 90 %, longest); processor {used:?}; memory \
+         {memory} KiB, {most} at most"
+    );
+    await_entrances(&daemon, &["ve240 0x01000000"]);
     first.end(&ground, true);
-    let gone = wait_until(PATIENCE, || !table().contains("veth_"));
-    assert!(gone, "{}", table());
-    let left = wait_until(PATIENCE, || daemon.footprint().1 <= memory + 1024);
-    assert!(left, "memory: {memory} KiB before, {} KiB after", daemon.footprint().1);
+    assert!(wait_until(PATIENCE, || !table().contains("veth_")), "{}", table());
+    let back = || daemon.footprint().1 <= memory + 1024;
+    assert!(wait_until(PATIENCE, back), "{memory} KiB, then {:?}", daemon.footprint());
     daemon.stop_clean();
 }
 
@@ -959,10 +1004,10 @@ fn apps_shows_containers() {
     let want = "[('/boxes/box1', 'lan0', 'mihomo', 'rule', None, None), \
                 ('/docker/0f3a/inner', 'lan1', 'direct', 'default', \
                 'mihomo = /docker/0f3a/inner', None)]";
-    let said = || crate::daemon::run_with(&ground, CONFIG, &["apps", "--json"]);
+    let said = || run_with(&ground, CONFIG, &["apps", "--json"]);
     let shown = || crate::tools::query(&said().out, find);
     assert!(wait_until(PATIENCE, || shown() == want), "{}", shown());
-    let text = crate::daemon::run_with(&ground, CONFIG, &["apps"]).out;
+    let text = run_with(&ground, CONFIG, &["apps"]).out;
     assert!(text.contains("  behind lan1\n"), "{text}");
 }
 
@@ -974,6 +1019,7 @@ fn it_is_told_what_is_a_container() {
     let path = format!("/boxes/box/docker-{}.scope", "0123456789abcdef".repeat(4));
     let process = live(lan.client(0), &ground.cgroup(&path));
     let daemon = Daemon::start(&ground, CONFIG, &[]);
+
     let said = daemon.ask(&["explain", "--pid", &process.pid().to_string()]).out;
     for text in ["behind lan0: the rule covers", "container docker 0123456789ab\n"] {
         assert!(said.contains(text), "{said}");
