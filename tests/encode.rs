@@ -266,7 +266,8 @@ samples! {
     Stmt::NotDport(_) => Stmt::NotDport(53);
     Stmt::Local => Stmt::Local;
     Stmt::ForeignSource => Stmt::ForeignSource;
-    Stmt::LeadsTo(_) => Stmt::LeadsTo("docker0".into());
+    Stmt::LeadsTo(_) => Stmt::LeadsTo(Interface { name: "docker0".into(), prefix: false }),
+        Stmt::LeadsTo(Interface { name: "br-".into(), prefix: true });
     Stmt::LeadsBack => Stmt::LeadsBack;
     Stmt::ComesAstray => Stmt::ComesAstray;
     Stmt::SourceOfOther => Stmt::SourceOfOther;

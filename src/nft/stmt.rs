@@ -148,8 +148,8 @@ statements! {
     /// Sent from an address that is not this host's.
     ForeignSource = "fib saddr type != local" => [fib(NFTA_FIB_F_SADDR), is_not(RTN_LOCAL.into())];
     /// The way to the destination is by that interface.
-    LeadsTo(name: String) = "fib daddr oifname \"{name}\""
-        => [Expr::FibOifname { of: NFTA_FIB_F_DADDR, dreg: NFT_REG_1 }, eq(&padded(name))];
+    LeadsTo(interface: Interface) = "fib daddr oifname \"{interface}\""
+        => [Expr::FibOifname { of: NFTA_FIB_F_DADDR, dreg: NFT_REG_1 }, eq(&compared(interface))];
     /// From an address that the interface does not have.
     SourceOfOther = "fib saddr . oif type != local"
         => [fib(NFTA_FIB_F_SADDR | NFTA_FIB_F_OIF), is_not(RTN_LOCAL.into())];

@@ -185,7 +185,9 @@ impl Table {
         }
         chains.extend(config.has_containers().then(|| chain(BRIDGED, Vec::new())));
         chains.extend(config.gateways.iter().map(|g| gateway::gateway_chain(config, g)));
-        chains.extend((!config.gateways.is_empty()).then(|| gateway::gateways_chain(config)));
+        if !config.gateways.is_empty() {
+            chains.extend([gateway::astray_clients_chain(config), gateway::gateways_chain(config)]);
+        }
         chains.extend(proxies.then(|| prerouting::regain_chain(config)));
         chains.extend(config.routes_to_tproxy().then(|| prerouting::remark_chain(config)));
         chains.extend(takes.then(|| prerouting::prerouting_chain(config)));

@@ -7,23 +7,25 @@
 //! ```
 
 use std::fs::File;
-use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use libc::c_int;
 use nix::sched::{setns, unshare, CloneFlags};
 use nix::sys::signal::Signal;
 
 use crate::client::{
-    answers, expect, socket_for, under, Client, Outcome, Proto, Running, AT_ONCE, PATIENCE, SILENCE,
+    again, answers, expect, socket_for, under, Client, Outcome, Proto, Running, AT_ONCE, PATIENCE,
+    SILENCE,
 };
 use crate::daemon::Daemon;
 use crate::ground::{addr, ip, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{counters, ip_rules};
 use crate::wait_until;
-use crate::world::{bind, but_pings, Server, World, PROXY, STREAM_PORT};
+use crate::world::{bind, bind_at, but_pings, set, Packet, Server, World, PROXY, STREAM_PORT};
 
 /// This host's addresses in the LAN.
 pub const LAN4: &str = "198.51.100.1";
@@ -875,4 +877,249 @@ fn dns_of_clients_in_several_subnets() {
 
 fn interface_index_of(net: &Netns, name: &str) -> u32 {
     net.run(|| crate::world::interface_index(name))
+}
+
+/// What a client can send of a protocol: a packet that begins a flow, and one that answers it.
+const KINDS: [c_int; 3] = [libc::IPPROTO_TCP, libc::IPPROTO_UDP, libc::IPPROTO_ICMP];
+
+/// A raw socket of such a protocol, in the family of `at`, that sends from there, whoever's that is.
+fn raw_at(at: IpAddr, protocol: c_int) -> UdpSocket {
+    let (family, protocol) = match (at, protocol) {
+        (IpAddr::V4(_), protocol) => (libc::AF_INET, protocol),
+        (IpAddr::V6(_), libc::IPPROTO_ICMP) => (libc::AF_INET6, libc::IPPROTO_ICMPV6),
+        (IpAddr::V6(_), protocol) => (libc::AF_INET6, protocol),
+    };
+    // SAFETY: integers only; the descriptor is new, hence ours.
+    let fd = unsafe {
+        let fd = libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol);
+        assert!(fd >= 0, "a raw socket: {}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd)
+    };
+    match at {
+        IpAddr::V4(_) => set(&fd, libc::SOL_IP, libc::IP_TRANSPARENT, 1),
+        IpAddr::V6(_) => set(&fd, libc::SOL_IPV6, libc::IPV6_TRANSPARENT, 1),
+    }
+    bind_at(&fd, addr(at, 0));
+    let socket = UdpSocket::from(fd);
+    socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+    socket
+}
+
+/// What is sent there: from port 80 to 5000 and back, or a ping and its answer. Nobody asks for the
+/// checksums (`nf_conntrack_checksum`).
+fn raw_packet(ip: IpAddr, protocol: c_int, answer: bool) -> Vec<u8> {
+    let (from, to) = if answer { (5000u16, 80u16) } else { (80, 5000) };
+    let ports = [from.to_be_bytes(), to.to_be_bytes()].concat();
+    let rest: &[u8] = match (protocol, answer) {
+        // an acknowledgement: of a connection that conntrack has not seen begin
+        (libc::IPPROTO_TCP, _) => &[0, 0, 0, 9, 0, 0, 0, 9, 0x50, 0x10, 16, 0, 0, 0, 0, 0],
+        (libc::IPPROTO_UDP, _) => &[0, 8, 0, 0],
+        _ => {
+            let kind = match (ip, answer) {
+                (IpAddr::V4(_), false) => 8,
+                (IpAddr::V4(_), true) => 0,
+                (IpAddr::V6(_), false) => 128,
+                (IpAddr::V6(_), true) => 129,
+            };
+            // of IPv6 the kernel makes the checksum
+            let sum = if kind == 8 { [0xf7, 0xf5] } else { [0xff, 0xf5] };
+            return [&[kind, 0][..], &sum, &[0, 9, 0, 1]].concat();
+        }
+    };
+    [&ports[..], rest].concat()
+}
+
+/// A client that has one packet sent to it, by this host and by whoever is in its LAN, in the name of
+/// who it wants to speak to, may do so while its target is `direct`, or while no section is for the one
+/// who sends it. What it says afterwards is no answer.
+#[test]
+fn no_answer_is_prepared() {
+    let (ground, mut world) = scene!("gwprepared");
+    let lan = Lan::new(&ground);
+    let lines = format!(
+        "link add side type veth peer name eth1 netns {}\nlink set side up\n\
+         addr add 198.51.103.1/24 dev side\naddr add 2001:db8:7::1/64 dev side nodad\n",
+        lan.client(0).path()
+    );
+    ip_batch(&[], &lines);
+    for at in ["all", "br-lan", "side"] {
+        sysctl(&format!("net/ipv4/conf/{at}/rp_filter"), "0");
+    }
+    sysctl("net/netfilter/nf_conntrack_checksum", "0");
+    lan.client(0).run(|| {
+        let lines = "link set eth1 up\naddr add 198.51.103.10/24 dev eth1\n\
+                     addr add 2001:db8:7::10/64 dev eth1 nodad\n";
+        ip_batch(&[], lines);
+    });
+    let clients = [ip("198.51.100.11"), ip("2001:db8:3::11")];
+    let speak_by = |interface: &str, gates: [&str; 2]| {
+        let route = |i: usize| {
+            let (to, gate) = (clients[i], gates[i]);
+            format!("route replace {to} via {gate} dev {interface}\n")
+        };
+        lan.client(0).run(|| ip_batch(&[], &(route(0) + &route(1))));
+    };
+    let pairs = || clients.into_iter().zip([REMOTE4, REMOTE6]);
+    let both = || KINDS.into_iter().flat_map(|kind| pairs().map(move |pair| (kind, pair)));
+    let own: Vec<_> = lan.client(1).run(|| {
+        both().map(|(kind, (client, remote))| (kind, remote, raw_at(client, kind))).collect()
+    });
+    let prepare = || {
+        for ((kind, (client, remote)), (_, _, own)) in both().zip(&own) {
+            let speaker = lan.client(0).run(|| raw_at(remote, kind));
+            let packet = raw_packet(remote, kind, false);
+            speaker.send_to(&packet, addr(client, 0)).expect("speak");
+            let mut heard = [0; 64];
+            while again(|| own.recv_from(&mut heard)).expect("it comes by us").1.ip() != remote {}
+        }
+    };
+    let say = || {
+        for (kind, remote, own) in own.iter().cycle().take(3 * own.len()) {
+            // what is known of the one before may come first
+            let _ = own.send_to(&raw_packet(*remote, *kind, true), addr(*remote, 0));
+        }
+    };
+    let section = |sources: &str, target: &str| {
+        format!("[gateway lan]\ninterface = br-lan\ninterface = side\n{sources}target = {target}\n")
+    };
+    let sourced = "source = 198.51.100.0/24\nsource = 2001:db8:3::/64\n";
+    let mut wrong = Vec::new();
+    for (name, outlet) in [
+        ("drop", ""),
+        ("mihomo", "[tproxy mihomo]\nport = 7893\n"),
+        ("vpn", "[route vpn]\ninterface = none\n"),
+        ("plain", "[route plain]\ntable = 1000\n"),
+    ] {
+        for (i, (sources, before)) in
+            [("", "direct"), (sourced, "direct"), (sourced, name), ("", "direct")]
+                .into_iter()
+                .enumerate()
+        {
+            match i {
+                0 => speak_by("eth0", [LAN4, LAN6]),
+                3 => speak_by("eth1", ["198.51.103.1", "2001:db8:7::1"]),
+                _ => {}
+            }
+            let config = |target: &str| format!("{outlet}{}", section(sources, target));
+            crate::kernel::forget_flows();
+            let mut daemon = Daemon::start(&ground, &config(before), &[]);
+            prepare();
+            world.wire.packets();
+            if before == "direct" {
+                say();
+                let said = world.wire.to_remote();
+                for proto in [Proto::Tcp, Proto::Udp, Proto::Icmp] {
+                    for remote in [REMOTE4, REMOTE6] {
+                        let is = |p: &Packet| p.proto == proto && p.dst.ip() == remote;
+                        assert!(said.iter().any(is), "{proto:?} {remote} goes directly: {said:?}");
+                    }
+                }
+                daemon.reconfigure(&config(name));
+            }
+            let mut say_more = |when: &str| {
+                world.wire.packets();
+                say();
+                let mut said = world.wire.to_remote();
+                if name == "mihomo" {
+                    said = but_pings(said);
+                }
+                if let Some(said) = said.first() {
+                    wrong.push(format!("{before} to {name}, {sources:?}, {when}: {said:?}"));
+                }
+            };
+            say_more("begun");
+            for leave in [Daemon::kill9 as fn(Daemon), Daemon::leave] {
+                leave(daemon);
+                say_more("between two daemons");
+                daemon = Daemon::start(&ground, &config(name), &[]);
+                say_more("after a restart");
+            }
+            daemon.stop_clean();
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// A client that answers reach by another way than it sends by: what it sends goes where its section
+/// says, and it reaches what serves it, here and in its LAN.
+#[test]
+fn clients_whose_answers_go_another_way() {
+    let (ground, _world, _proxy) = scene!("gwasym", proxy);
+    let lan = Lan::new(&ground);
+    let lines = format!(
+        "link add back type veth peer name eth1 netns {}\nlink set back up\n\
+         addr add 198.51.102.1/24 dev back\naddr add 2001:db8:6::1/64 dev back nodad\n",
+        lan.client(0).path()
+    );
+    ip_batch(&[], &lines);
+    for at in ["all", "br-lan"] {
+        sysctl(&format!("net/ipv4/conf/{at}/rp_filter"), "0");
+    }
+    let own = [ip("198.51.102.10"), ip("2001:db8:6::10")];
+    lan.client(0).run(|| {
+        for at in ["all", "eth1"] {
+            sysctl(&format!("net/ipv4/conf/{at}/rp_filter"), "0");
+        }
+        let lines = format!(
+            "addr add {}/32 dev eth1\naddr add {}/128 dev eth1 nodad\nlink set eth1 up\n\
+             route add 198.51.102.1 dev eth1\nroute add 2001:db8:6::1 dev eth1\n\
+             route replace default via {LAN4} src {}\n\
+             route replace default via {LAN6} dev eth0 src {}\n\
+             route replace 198.51.100.11 via {LAN4} src {}\n\
+             route replace 2001:db8:3::11 via {LAN6} dev eth0 src {}\n",
+            own[0], own[1], own[0], own[1], own[0], own[1]
+        );
+        ip_batch(&[], &lines);
+    });
+    ground.outside(|| {
+        let lines = "route add 198.51.102.0/24 via 192.0.2.1\n\
+                     route add 2001:db8:6::/64 via 2001:db8:1::1\n";
+        ip_batch(&[], lines);
+    });
+    let _own = Server::start("own", &[8080]);
+    let client1 = [ip("198.51.100.11"), ip("2001:db8:3::11")];
+    let _served = lan.client(1).run(|| Server::start("other", &[8080]));
+    let spared = "[global]\nbypass = 198.51.100.0/22\nbypass = 2001:db8:3::/64\n\
+                  bypass = 2001:db8:6::/64\n";
+    let mut daemon: Option<Daemon> = None;
+    let mut wrong = Vec::new();
+    for (spared, target) in
+        [("", "direct"), ("", "direct"), (spared, "mihomo"), (spared, "drop"), ("", "direct")]
+    {
+        let config = format!(
+            "{spared}[tproxy mihomo]\nport = 7893\n[gateway lan]\ninterface = br-lan\n\
+             target = {target}\n[gateway guests]\ninterface = guests\ntarget = drop\n"
+        );
+        match &daemon {
+            None => daemon = Some(Daemon::start(&ground, &config, &[])),
+            Some(daemon) => drop(daemon.reconfigure(&config)),
+        }
+        let mut expect = |proto, to: SocketAddr, want: String| {
+            let time = if want == "nobody" { SILENCE } else { PATIENCE };
+            let who = lan.ask_within(0, proto, to, time);
+            if who != want {
+                wrong.push(format!("{target}: {proto:?} {to}: {who}, not {want}"));
+            }
+        };
+        for proto in [Proto::Tcp, Proto::Udp] {
+            for remote in [REMOTE4, REMOTE6].map(|ip| addr(ip, 80)) {
+                expect(
+                    proto,
+                    remote,
+                    match target {
+                        "direct" => format!("remote {remote}"),
+                        "mihomo" => format!("{PROXY} {remote}"),
+                        _ => "nobody".to_owned(),
+                    },
+                );
+            }
+            for here in [ip(LAN4), ip(LAN6), HOST4, HOST6].map(|ip| addr(ip, 8080)) {
+                expect(proto, here, format!("own {here}"));
+            }
+            for other in client1.map(|ip| addr(ip, 8080)) {
+                expect(proto, other, format!("other {other}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }

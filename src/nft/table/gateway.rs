@@ -17,11 +17,35 @@ use crate::small::SmallSet;
 /// container's a packet is has to be read before others restore that of its flow.
 pub(super) fn gateways_chain(config: &Config) -> Chain {
     let mut rules = vec![vec![Stmt::IifLo, Stmt::accept()]];
+    let none = mark(config, 0);
+    let by = interfaces(config).map(Stmt::Iifname);
+    let of_containers = config.has_containers().then(|| Stmt::NotPacketMark(none));
+    rules.extend(by.chain(of_containers).map(|client| {
+        vec![client, Stmt::New, Stmt::CtMark(none), Stmt::ComesAstray, Stmt::jump(ASTRAY)]
+    }));
     rules.extend(config.gateways.iter().flat_map(|g| gateway_rules(config, g)));
     if hands_over(config) {
         rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("routed")]);
     }
     prerouting("gateways", priority_of_gateways(config.has_containers()), rules)
+}
+
+/// Who speaks in another's name, to himself or another client by us: whom that is sent to would seem to
+/// answer, whatever his target is by then. To elsewhere it may be a client whose answers come by another
+/// way, and is left as it is.
+pub(super) fn astray_clients_chain(config: &Config) -> Chain {
+    let back = std::iter::once(Stmt::LeadsBack);
+    let to = back.chain(interfaces(config).map(Stmt::LeadsTo));
+    chain(ASTRAY, to.map(|to| vec![to, Stmt::SetCtMark(spoofed(config))]).collect())
+}
+
+const ASTRAY: &str = "astray";
+
+/// All interfaces that clients come in by.
+fn interfaces(config: &Config) -> impl Iterator<Item = Interface> {
+    let own = config.gateways.iter().filter(|gateway| !gateway.containers);
+    let all: SmallSet<Interface> = own.flat_map(|own| own.interfaces.iter().cloned()).collect();
+    all.into_iter()
 }
 
 /// Where that chain stands.
@@ -82,8 +106,10 @@ pub(super) fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
         rules.extend(first);
     }
     if gateway.target != Target::Direct && knows_spoofed(config) {
-        // a client that speaks to itself by us, in the name of who it wants to speak to
-        rules.push(begins_spoofed(config, Stmt::ComesAstray));
+        // to a process of this host, in the name of who that wants to speak to. TCP is more than one
+        // packet, and its services answer whoever asks
+        let other = vec![Stmt::NotL4proto(L4::Tcp)];
+        rules.push([other, begins_spoofed(config, Stmt::ComesAstray)].concat());
     }
     // as in `drop_chain`
     rules.extend(spared_rules(config));
@@ -227,8 +253,8 @@ pub const BRIDGED: &str = "bridged";
 /// it has to be left alone as well.
 pub fn bridged_rules(bridges: &SmallSet<String>) -> Vec<Rule> {
     let rule = |name: &String| {
-        let iif = Stmt::Iifname(Interface { name: name.clone(), prefix: false });
-        vec![iif, Stmt::LeadsTo(name.clone()), Stmt::accept()]
+        let bridge = Interface { name: name.clone(), prefix: false };
+        vec![Stmt::Iifname(bridge.clone()), Stmt::LeadsTo(bridge), Stmt::accept()]
     };
     bridges.iter().map(rule).collect()
 }
