@@ -59,10 +59,13 @@ impl Daemon {
         let status = self.shown();
         let line = status.lines().find(|l| l.split_whitespace().next() == Some(name));
         let line = line.unwrap_or_else(|| panic!("no {name} in\n{status}"));
-        // two blanks or more stand between columns, "tcp udp" and "1.0 KiB" have one inside
-        let columns = line.split("  ").map(str::trim).filter(|c| !c.is_empty());
-        columns.map(str::to_owned).collect()
+        columns(line).into_iter().map(str::to_owned).collect()
     }
+}
+
+/// The columns of a line: two blanks or more stand between them, "tcp udp" and "1.0 KiB" have one inside.
+pub fn columns(line: &str) -> Vec<&str> {
+    line.split("  ").map(str::trim).filter(|column| !column.is_empty()).collect()
 }
 
 /// Evaluates a Python expression over the JSON text `d`: a parser that is none of ours.
@@ -170,19 +173,16 @@ fn check(ground: &Ground, config: &str, setup: &str) -> Said {
 }
 
 impl Said {
-    /// Asserts that some line begins so and goes on with that, that the worst is last, with a
-    /// count behind it, and that the exit status is that of a configuration that is fine.
+    /// What `check` has found: a line each, the worst last, with a count behind them, and the exit status
+    /// of a configuration that is fine.
     #[track_caller]
-    fn finds(&self, kind: &str, text: &str) {
-        let found = |l: &&str| l.starts_with(&format!("{kind}: ")) && l.contains(text);
-        let any = self.out.lines().any(|l| found(&l));
-        assert!(any, "no {kind} with {text:?} in\n{}{}", self.out, self.err);
+    fn findings(&self) -> Vec<&str> {
         let kinds = ["ok: ", "warning: ", "error: "];
         let mut lines: Vec<&str> = self.out.lines().collect();
-        let closing = lines.pop().expect("a last line");
+        let closing = lines.pop().unwrap_or_else(|| panic!("nothing is said: {self:?}"));
         let kind = |line: &&str| kinds.iter().position(|kind| line.starts_with(kind));
         let found: Vec<Option<usize>> = lines.iter().map(kind).collect();
-        assert!(!found.contains(&None) && found.is_sorted(), "{}", self.out);
+        assert!(!found.contains(&None) && found.is_sorted(), "{}", self.all());
         let [ok, warnings, errors] =
             [0, 1, 2].map(|kind| found.iter().filter(|found| **found == Some(kind)).count());
         let s = |n| if n == 1 { "" } else { "s" };
@@ -191,12 +191,21 @@ impl Said {
         assert_eq!(closing, want, "{}", self.out);
         let code = i32::from(errors > 0);
         assert_eq!((self.code, &*self.err), (Some(code), ""), "{}", self.out);
+        lines
     }
 
+    /// Asserts that something of this kind is found, with that in its text.
     #[track_caller]
-    fn finds_no(&self, kind: &str) {
-        let kind = format!("{kind}: ");
-        let found = self.out.lines().find(|l| l.starts_with(&kind));
+    fn finds(&self, kind: &str, text: &str) {
+        let found = |line: &&str| line.starts_with(&format!("{kind}: ")) && line.contains(text);
+        let any = self.findings().iter().any(found);
+        assert!(any, "no {kind} with {text:?} in\n{}", self.out);
+    }
+
+    /// Asserts that `check` has looked, and has found nothing with that in its line (`warning: `).
+    #[track_caller]
+    fn lacks(&self, text: &str) {
+        let found = self.findings().into_iter().find(|line| line.contains(text));
         assert_eq!(found, None, "{}", self.out);
     }
 }
