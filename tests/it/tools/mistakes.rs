@@ -7,6 +7,7 @@ use super::{as_nobody, CONFIG};
 use crate::daemon::{run, Daemon, Said};
 use crate::ground::Ground;
 
+/// Wrong words get one line on standard error, with a hint where to look, and status 2.
 #[test]
 fn wrong_arguments_get_one_line_and_a_hint() {
     let _ground = ground!("usage");
@@ -40,13 +41,21 @@ fn wrong_arguments_get_one_line_and_a_hint() {
         "exec --json drop true",
     ] {
         let args: Vec<&str> = args.split(' ').collect();
+
         let said = run(&args);
+
         assert_eq!((said.code, &*said.out), (Some(2), ""), "{args:?}");
         assert_eq!(said.err.lines().count(), 1, "{args:?}: {}", said.err);
         let hint =
             said.err.starts_with("error: ") && said.err.ends_with(" (try cgtproxy --help)\n");
         assert!(hint, "{args:?}: {}", said.err);
     }
+}
+
+/// A command that is nearly one of ours is guessed, and the help names them all.
+#[test]
+fn a_misspelt_command_is_guessed() {
+    let _ground = ground!("misspelt");
     for (word, meant) in
         [("staus", "status"), ("aps", "apps"), ("Check", "check"), ("exce", "exec")]
     {
@@ -55,12 +64,14 @@ fn wrong_arguments_get_one_line_and_a_hint() {
         );
         assert_eq!(run(&[word]).err, want);
     }
+
     let help = run(&["status", "--help"]).fine();
     for name in ["run", "check", "explain", "show", "status", "apps", "flush", "exec"] {
         assert!(help.contains(&format!("\n    {name} ")), "{help}");
     }
 }
 
+/// Who lacks the capability is told which, by what needs it; what needs none works.
 #[test]
 fn without_root_the_missing_capability_is_named() {
     let _ground = ground!("not-root");
@@ -72,6 +83,7 @@ fn without_root_the_missing_capability_is_named() {
         (&["exec", "direct", "true"], "exec"),
     ] {
         let said = as_nobody(args);
+
         let want = format!(
             "error: unable to {what} without CAP_NET_ADMIN: run as root or grant that capability\n"
         );
@@ -82,6 +94,7 @@ fn without_root_the_missing_capability_is_named() {
     }
 }
 
+/// A reader that has gone is no error, a full disk is.
 #[test]
 fn a_closed_or_full_output() {
     let ground = ground!("output");
@@ -104,6 +117,7 @@ fn a_closed_or_full_output() {
         let closed = command.stdout(write).stderr(Stdio::piped()).output();
         let closed = Said::from(closed.expect("start cgtproxy"));
         assert_eq!((closed.code, &*closed.err), (Some(0), ""), "{args:?}");
+
         let full = File::options().write(true).open("/dev/full").expect("open /dev/full");
         let full = Said::from(daemon.command(args).stdout(full).output().expect("start cgtproxy"));
         let want = "error: unable to write to standard output: no space left on device\n";

@@ -43,6 +43,8 @@ fn complete(ground: &Ground, words: &[&str]) -> Vec<String> {
     offers
 }
 
+/// Completion offers commands, each one's options, files, targets of the configuration, users,
+/// processes, and behind exec what the command itself would be offered.
 #[test]
 fn completion_for_bash() {
     let ground = ground!("completion");
@@ -71,6 +73,7 @@ fn completion_for_bash() {
     ] {
         assert_eq!(complete(&ground, words), want, "{words:?}");
     }
+
     let pids = complete(&ground, &["cgtproxy", "explain", "--pid", "1"]);
     assert!(pids.contains(&"1".to_owned()), "{pids:?}");
 }
