@@ -3,13 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use nix::sys::signal::Signal;
-
 use crate::client::{answers, expect, expect_as, under, Client, Outcome, Proto, PATIENCE, SILENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::gateway::{Lan, LAN4};
 use crate::ground::{addr, ip, remove_tree, Ground, REMOTE4, REMOTE6};
-use crate::world::{Packet, Server, World};
+use crate::routes::tunnel_to;
+use crate::world::{but_pings, Packet, Server, World};
 
 fn dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("conf/examples")
@@ -22,14 +21,16 @@ fn text(name: &str) -> String {
 
 /// What left for the remote hosts, but pings.
 fn left(world: &mut World) -> Vec<Packet> {
-    let mut packets = world.wire.to_remote();
-    packets.retain(|p| p.proto != Proto::Icmp);
-    packets
+    but_pings(world.wire.to_remote())
 }
 
 /// What an example promises, by itself: while the daemon runs, after it has stopped, after it was
 /// killed, and after each next start.
 fn through_life(ground: &Ground, example: &str, mut holds: impl FnMut(bool, &str)) {
+    let mut holds = |governed: bool, when: &str| {
+        println!("{when}");
+        holds(governed, when);
+    };
     let daemon = Daemon::start(ground, &text(example), &[]);
     holds(true, "running");
     assert!(daemon.stop().success());
@@ -39,15 +40,15 @@ fn through_life(ground: &Ground, example: &str, mut holds: impl FnMut(bool, &str
     daemon.kill9();
     // nothing is taken back where nobody could
     holds(true, "killed");
-    let mut daemon = Daemon::start(ground, &text(example), &[]);
+    let daemon = Daemon::start(ground, &text(example), &[]);
     holds(true, "started after a kill");
-    daemon.signal(Signal::SIGUSR2);
-    assert!(daemon.wait().success());
+    daemon.leave();
     holds(true, "in a restart");
     let _daemon = Daemon::start(ground, &text(example), &[]);
     holds(true, "restarted");
 }
 
+/// Each file is taken as it is, and with what is commented out in it.
 #[test]
 fn every_example_passes_check() {
     let ground = ground!("excheck");
@@ -59,19 +60,16 @@ fn every_example_passes_check() {
     assert!(names.len() > 5, "{names:?}");
     for name in names {
         let text = fs::read_to_string(&name).expect("read the example");
+        // what may not be there
+        let missing = |line: &str| ["user", "include", "-file"].iter().any(|w| line.contains(w));
+        let in_full = |line: &str| match line.strip_prefix(';') {
+            Some(line) if missing(line) => "#\n".to_owned(),
+            meant => format!("{}\n", meant.unwrap_or(line)),
+        };
+        let all: String = text.lines().map(in_full).collect();
+
         let said = run_with(&ground, &text, &["check"]);
         assert!(said.code == Some(0) && !said.out.contains("error:"), "{name:?}: {}", said.out);
-        // What is commented out is meant to be taken as well, by users who remove the mark.
-        let all: String = text
-            .lines()
-            .map(|line| match line.strip_prefix(';') {
-                // what may not be there
-                Some(line) if ["user", "include", "-file"].iter().any(|w| line.contains(w)) => "#",
-                Some(line) => line,
-                _ => line,
-            })
-            .map(|line| format!("{line}\n"))
-            .collect();
         let said = run_with(&ground, &all, &["check"]);
         assert_eq!(said.code, Some(0), "{name:?} in full: {}", said.out);
     }
@@ -94,6 +92,7 @@ fn proxies_of_openwrt() {
     }
 }
 
+/// The LAN goes to mihomo with its DNS, the camera nowhere, and the router itself and mihomo directly.
 #[test]
 fn router_mihomo() {
     let (ground, mut world) = scene!("exrouter");
@@ -102,16 +101,14 @@ fn router_mihomo() {
     let _dns = Server::start("dns", &[1053]);
     let _dnsmasq = Server::start("dnsmasq", &[53]);
     let p = "mihomo";
-    through_life(&ground, "router-mihomo", |governed, when| {
-        println!("{when}");
-        match governed {
-            true => {
-                lan.expect(0, [p, p, p, p, "remote", "remote"]);
-                lan.dropped(1);
-            }
-            false => [0, 1].into_iter().for_each(|i| lan.direct(i)),
+    through_life(&ground, "router-mihomo", |governed, _| match governed {
+        true => {
+            lan.expect(0, [p, p, p, p, "remote", "remote"]);
+            lan.dropped(1);
         }
+        false => [0, 1].into_iter().for_each(|i| lan.direct(i)),
     });
+
     let _daemon = Daemon::start(&ground, &text("router-mihomo"), &[]);
     world.wire.packets();
     lan.expect(0, [p, p, p, p, "remote", "remote"]);
@@ -124,15 +121,18 @@ fn router_mihomo() {
     let fake = addr(ip("198.18.3.4"), 443);
     assert_eq!(lan.ask(0, Proto::Tcp, fake), format!("mihomo {fake}"));
     assert_eq!(left(&mut world), []);
+
     // The camera has the address that the file names.
     lan.dropped(1);
     assert_eq!(world.wire.to_remote(), []);
+
     // The router itself, mihomo by its mark.
     expect(&[(&ground.cgroup("/services/mihomo"), under("direct"))]);
     let marked = Client::tcp(&ground.root, addr(REMOTE4, 80)).mark(0xff);
     assert_eq!(marked.run().who(), format!("remote {}", addr(REMOTE4, 80)));
 }
 
+/// One browser and one slice go to the proxy, one application nowhere, the rest and the proxy directly.
 #[test]
 fn laptop_per_app() {
     let (ground, mut world) = scene!("exlaptop");
@@ -147,7 +147,6 @@ fn laptop_per_app() {
     ]
     .map(|path| ground.cgroup(path));
     through_life(&ground, "laptop-per-app", |governed, when| {
-        println!("{when}");
         let of = |target| under(if governed { target } else { "direct" });
         expect(&[
             (&firefox, of("sing-box")),
@@ -163,6 +162,7 @@ fn laptop_per_app() {
             remove_tree(&new);
         }
     });
+
     let _daemon = Daemon::start(&ground, &text("laptop-per-app"), &[]);
     world.wire.packets();
     expect(&[(&firefox, under("sing-box")), (&scope, under("sing-box")), (&zoom, under("drop"))]);
@@ -170,6 +170,7 @@ fn laptop_per_app() {
     expect(&[(&shell, under("direct")), (&proxy, under("direct"))]);
 }
 
+/// All goes to the proxy but for the proxy itself, by its cgroup or its mark, and the clock.
 #[test]
 fn everything_but() {
     let (ground, mut world) = scene!("exeverything");
@@ -177,8 +178,7 @@ fn everything_but() {
         .map(|path| ground.cgroup(path));
     {
         let _proxy = Server::start("xray", &[12345]);
-        through_life(&ground, "everything-but", |governed, when| {
-            println!("{when}");
+        through_life(&ground, "everything-but", |governed, _| {
             let of = |target| under(if governed { target } else { "direct" });
             // a cgroup that nobody has classified is not named here either
             let new = ground.cgroup("/new");
@@ -193,6 +193,7 @@ fn everything_but() {
             expect_as(|client| client.mark(0xff), &[(&app, under("direct"))]);
         });
     }
+
     // A real proxy: what goes by it reaches the world once.
     let any = addr(ip("::"), 12345);
     let _proxy = Client::tcp(&own, any).relay();
@@ -213,6 +214,7 @@ fn everything_but() {
     }
 }
 
+/// One user has Tor and its resolver and nothing else, in whatever cgroup; others know nothing of it.
 #[test]
 fn tor_user() {
     let (ground, mut world) = scene!("extor");
@@ -225,8 +227,7 @@ fn tor_user() {
     let his = |client: Client| client.uid(1001);
     let others = |client: Client| client.uid(1000);
     let tor = answers(["tor", "tor", "nobody", "nobody", "remote", "remote"]);
-    through_life(&ground, "tor-user", |_, when| {
-        println!("{when}");
+    through_life(&ground, "tor-user", |_, _| {
         world.wire.packets();
         // a new one each time, which nobody has classified
         let job = ground.cgroup("/system.slice/job.service");
@@ -237,6 +238,7 @@ fn tor_user() {
         expect_as(others, &[(&other, under("direct")), (&job, under("direct"))]);
         remove_tree(&job);
     });
+
     let _daemon = Daemon::start(&ground, &text("tor-user"), &[]);
     world.wire.packets();
     for remote in [REMOTE4, REMOTE6] {
@@ -254,6 +256,7 @@ fn tor_user() {
     expect_as(others, &[(&other, under("direct"))]);
 }
 
+/// A service has the tunnel or nothing: whoever runs or not, also in a new cgroup of the old name.
 #[test]
 fn kill_switch() {
     let (ground, mut world) = scene!("exkill");
@@ -261,7 +264,7 @@ fn kill_switch() {
     let service = ground.cgroup("/tunnel.slice/transmission-daemon.service");
     let other = ground.cgroup("/system.slice/other.service");
     // also once the service was restarted: in a new cgroup of the old name
-    let closed = |world: &mut World, when: &str| {
+    let mut closed = |when: &str| {
         world.wire.packets();
         for round in ["", ", the service restarted"] {
             for remote in [REMOTE4, REMOTE6] {
@@ -273,39 +276,23 @@ fn kill_switch() {
             remove_tree(&service);
             fs::create_dir(&service).expect("make the cgroup again");
         }
-        assert_eq!(left(world), [], "{when}");
+        assert_eq!(left(&mut world), [], "{when}");
     };
-    let daemon = Daemon::start(&ground, &text("kill-switch"), &[]);
-    closed(&mut world, "before the proxy is there");
+    through_life(&ground, "kill-switch", |_, when| closed(when));
+
+    let _daemon = Daemon::start(&ground, &text("kill-switch"), &[]);
     {
         let _proxy = Server::start("tunnel", &[7896]);
-        expect(&[(&service, under("tunnel"))]);
+        expect(&[(&service, under("tunnel")), (&other, under("direct"))]);
         let dns = Client::udp(&service, addr(ip("127.0.0.53"), 53)).run();
         assert_eq!(dns.who(), "dns 127.0.0.1:5300");
     }
-    closed(&mut world, "when it has gone");
-    assert!(daemon.stop().success());
-    closed(&mut world, "when cgtproxy has stopped");
-    let daemon = Daemon::start(&ground, &text("kill-switch"), &[]);
-    daemon.kill9();
-    closed(&mut world, "when cgtproxy was killed");
-    let mut daemon = Daemon::start(&ground, &text("kill-switch"), &[]);
-    closed(&mut world, "when cgtproxy was started again");
-    daemon.signal(Signal::SIGUSR2);
-    assert!(daemon.wait().success());
-    closed(&mut world, "in a restart of cgtproxy");
-    let _daemon = Daemon::start(&ground, &text("kill-switch"), &[]);
-    // a new cgroup of the policy and a new one of none
+    closed("when the proxy has gone");
     let _proxy = Server::start("tunnel", &[7896]);
     expect(&[(&service, under("tunnel"))]);
-    expect(&[(&other, under("direct"))]);
 }
 
-/// The tunnel of the examples, as wg-quick would have it.
-fn tunnel(ground: &Ground) {
-    crate::routes::tunnel_to(ground, "wg0");
-}
-
+/// Two applications have the tunnel and its resolver, and are refused where it is not there.
 #[test]
 fn vpn_per_app() {
     let (ground, mut world) = scene!("exvpn");
@@ -327,9 +314,11 @@ fn vpn_per_app() {
         }
         assert_eq!(world.wire.to_remote(), [], "{when}");
     };
+
     let daemon = Daemon::start(&ground, &text("vpn-per-app"), &[]);
     refused(&mut world, "before the tunnel is there");
-    tunnel(&ground);
+
+    tunnel_to(&ground, "wg0");
     let up = || Client::tcp(&app, addr(REMOTE4, 80)).run() != Outcome::Refused;
     assert!(crate::wait_until(PATIENCE, up));
     through_tunnel(&mut world, &[&app, &service], "running");
@@ -339,6 +328,7 @@ fn vpn_per_app() {
     }
     assert_eq!(world.wire.to_remote(), []);
     expect(&[(&other, under("direct"))]);
+
     world.wire.packets();
     assert!(daemon.stop().success());
     through_tunnel(&mut world, &[&app, &service], "stopped");
@@ -358,10 +348,11 @@ fn through_tunnel(world: &mut World, cgroups: &[&PathBuf], when: &str) {
     assert_eq!(world.wire.to_remote(), [], "{when}");
 }
 
+/// The browser goes by Tor, downloads by the tunnel, each with its resolver, from the first packet on.
 #[test]
 fn tor_and_vpn() {
     let (ground, mut world) = scene!("extorvpn");
-    tunnel(&ground);
+    tunnel_to(&ground, "wg0");
     let here = ["127.0.0.1", "::1"].map(|host| addr(ip(host), 9040));
     let _tor = Server::at("tor", &here);
     let _dns = Server::at("tor dns", &[addr(ip("127.0.0.1"), 9053)]);
@@ -378,7 +369,7 @@ fn tor_and_vpn() {
         let to = addr(remote, 80);
         assert_eq!(Client::tcp(&browser, to).run().who(), format!("tor {to}"));
         let udp = Client::udp(&browser, addr(remote, 443)).timeout(SILENCE).run();
-        assert!(!udp.who().starts_with("remote"), "{udp:?}");
+        assert_eq!(udp.who(), "nobody");
     }
     for (cgroup, at, resolver) in [
         (&browser, REMOTE4, "tor dns 127.0.0.1:9053"),
@@ -390,6 +381,7 @@ fn tor_and_vpn() {
     }
     assert_eq!(left(&mut world), []);
     expect(&[(&own, under("direct"))]);
+
     // from the first packet on, also while nobody is there who could look
     daemon.kill9();
     world.wire.packets();
