@@ -30,33 +30,38 @@ fn rmdir(path: &Path) {
     fs::remove_dir(path).unwrap_or_else(|e| panic!("unable to remove {path:?}: {e}"));
 }
 
+/// A cgroup gets an element only where its target is not its parent's, whether it was there before the
+/// daemon or came later.
 #[test]
 fn only_cgroups_whose_target_differs_from_the_parents() {
     let ground = ground!("differs");
-    let rules = "drop = /a/b\ndirect = /a/b/c\nmihomo = /a\ndirect = /d\ndrop = /d/.*/f";
-    let old = ["/a/x", "/a/b/c/d", "/d/e/f"];
-    let new = ["/a/y", "/a/b/z", "/d/g", "/d/h/i"];
-    for path in old {
+    // the second comes after the first, which covers it; the default is direct already
+    let rules =
+        "drop = /a/b\ndirect = /a/b/c\nmihomo = /a\ndirect = /d\ndrop = /d/.*/f\ndrop = /end";
+    for path in ["/a/x", "/a/b/c/d", "/d/e/f"] {
         ground.cgroup(path);
     }
+    let [mihomo, drop] = ["/a", "/a/b"].map(|path| id(&ground.at(path)));
     let _daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
-    // `direct = /a/b/c` comes after `drop = /a/b`, which covers it; the default is direct already.
-    let mihomo = [id(&ground.at("/a"))].into();
-    let drop = [id(&ground.at("/a/b"))].into();
-    let check = || {
-        // Readiness means that what existed is classified, so no waiting here.
-        assert_eq!(set_ids("cg_mihomo").as_ref(), Some(&mihomo));
-        assert_eq!(set_ids("cg_drop").as_ref(), Some(&drop));
+    let held = |drops: BTreeSet<u64>| {
+        assert_eq!(set_ids("cg_drop"), Some(drops));
+        assert_eq!(set_ids("cg_mihomo"), Some([mihomo].into()));
         assert_eq!(set_ids("cg_direct").unwrap_or_default(), BTreeSet::new());
     };
-    check();
-    for path in new {
+    // who is ready has classified what existed
+    held([drop].into());
+
+    for path in ["/a/y", "/a/b/z", "/d/g", "/d/h/i"] {
         ground.cgroup(path);
     }
-    std::thread::sleep(Duration::from_millis(100));
-    check();
+    let end = ground.cgroup("/end");
+    // what came before it has been handled
+    await_member(&end, "drop");
+
+    held([drop, id(&end)].into());
 }
 
+/// Levels that are made before the daemon can look are all classified.
 #[test]
 fn nested_back_to_back() {
     let ground = ground!("nested");
@@ -98,6 +103,7 @@ fn the_first_of_each_kind() {
     daemon.stop_clean();
 }
 
+/// A cgroup of an old name is a new one, whatever came and went in between.
 #[test]
 fn one_path_removed_and_made_again() {
     let ground = ground!("again");
@@ -114,7 +120,8 @@ fn one_path_removed_and_made_again() {
             await_exactly("cg_drop", &[live].into(), SETTLE);
         }
     }
-    // With the parent in between.
+
+    // with the parent in between
     for _ in 0..300 {
         rmdir(&path);
         rmdir(&ground.at("/p"));
@@ -125,6 +132,7 @@ fn one_path_removed_and_made_again() {
     await_exactly("cg_drop", &BTreeSet::new(), SETTLE);
 }
 
+/// Thousands of cgroups at once are classified and watched, and cost no memory once they are gone.
 #[test]
 fn burst() {
     // a leak of one small allocation a cgroup is seen in either form
@@ -171,6 +179,7 @@ fn burst() {
     await_member(&ground.cgroup("/apps/a5"), "mihomo");
 }
 
+/// Where the queue of events has run over, all is as if none had been lost.
 #[test]
 fn overflow() {
     const COUNT: usize = 20_000;
@@ -184,6 +193,7 @@ fn overflow() {
     // Each cgroup makes two events, or the queue would not overflow.
     let queue = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").expect("read");
     assert!(queue.trim().parse::<usize>().expect("a number") < COUNT);
+
     daemon.signal(Signal::SIGSTOP);
     let apps = ground.at("/apps");
     let mut live = vec![kept[0].clone()];
@@ -203,6 +213,7 @@ fn overflow() {
     live.push(ground.cgroup("/apps/late/later"));
     live.push(ground.cgroup("/apps/late"));
     daemon.signal(Signal::SIGCONT);
+
     live.retain(|path| !path.ends_with("later"));
     await_exactly("cg_drop", &ids(&live), SETTLE);
     let watches = before - 1 + live.len();
@@ -220,6 +231,7 @@ fn overflow() {
     await_exactly("cg_drop", &ids(&live), SETTLE);
 }
 
+/// A name may hold any bytes: rules match it, and the log has it escaped.
 #[test]
 fn names_of_any_bytes() {
     let ground = ground!("names");
@@ -232,7 +244,8 @@ fn names_of_any_bytes() {
     }
     await_exactly("cg_drop", &[id(&paths[0])].into(), SETTLE);
     await_exactly("cg_mihomo", &[id(&paths[1])].into(), SETTLE);
-    assert!(!daemon.logs().contains('\x1b'), "an escape sequence in the log");
+    let log = daemon.logs();
+    assert!(log.contains("/\\x1b[31mred: mihomo\n") && !log.contains('\x1b'), "{log}");
     for path in &paths {
         rmdir(path);
     }
@@ -240,19 +253,22 @@ fn names_of_any_bytes() {
     await_exactly("cg_mihomo", &BTreeSet::new(), SETTLE);
 }
 
+/// Any level will do; nothing is known of levels in advance.
 #[test]
 fn a_deep_tree() {
     let ground = ground!("deep");
-    // One level apart for each target; nothing is known of levels in advance.
     let path = (1..=40).map(|i| format!("/d{i}")).collect::<String>();
     let (half, _) = path.split_at(path.find("/d20").expect("there"));
     let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = {path}\nmihomo = {half}"), &[]);
+
     ground.cgroup(&path);
+
     // `mihomo` comes second, but no rule before it takes what lies above {path}.
     await_member(&ground.at(half), "mihomo");
     await_member(&ground.at(&path), "drop");
 }
 
+/// cgroup-root = auto finds cgroup2 on its own, and below v1 on a hybrid host.
 #[test]
 fn the_root_is_found() {
     let ground = ground!("auto");
@@ -263,7 +279,7 @@ fn the_root_is_found() {
     await_member(&ground.at("/x"), "drop");
     drop(daemon);
 
-    // A hybrid host: v1 in the usual place, cgroup2 below it.
+    // a hybrid host: v1 in the usual place, cgroup2 below it.
     sh("umount -l /sys/fs/cgroup && mount -t tmpfs none /sys/fs/cgroup && \
         mkdir /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified");
     let daemon = Daemon::start(&ground, &config, &[]);
@@ -277,6 +293,7 @@ fn the_root_is_found() {
     assert!(found, "{later}");
 }
 
+/// A child goes the way of its parent from its first packet on.
 #[test]
 fn born_under_a_parent_with_the_same_target() {
     let (ground, mut world, _proxy) = scene!("born", proxy);
@@ -302,6 +319,7 @@ fn born_under_a_parent_with_the_same_target() {
     assert_eq!(world.wire.to_remote(), [], "a packet has leaked");
 }
 
+/// Where child and parent differ, the daemon is woken: the parent's way ends within moments.
 #[test]
 fn window_under_a_parent_with_another_target() {
     let (ground, mut world) = scene!("window");
@@ -339,11 +357,14 @@ fn window_under_a_parent_with_another_target() {
 #[test]
 fn a_flow_of_the_window_is_cut() {
     let (ground, mut world) = scene!("cut");
-    let _daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /w"), &[]);
+    let daemon = Daemon::start(&ground, &format!("{TPROXY}drop = /w"), &[]);
     let cgroup = ground.cgroup("/w");
     let _flood = Client::udp(&cgroup, addr(REMOTE4, 9)).flood().spawn();
     await_member(&cgroup, "drop");
     world.wire.packets();
     std::thread::sleep(Duration::from_millis(50));
     assert_eq!(world.wire.to_remote(), []);
+    // it has sent on all the time
+    daemon.stop_clean();
+    assert!(wait_until(SETTLE, || !world.wire.to_remote().is_empty()));
 }
