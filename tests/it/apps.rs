@@ -2,19 +2,20 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::process::Command;
 
 use nix::unistd::{geteuid, Uid, User};
 
 use crate::client::{connect, socket_in, udp_in, PATIENCE};
-use crate::daemon::{run_with, write_private, Daemon, Said};
+use crate::daemon::{binary, run_with, write_private, Daemon, Said};
 use crate::ground::{addr, ip_batch, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::json::is_documented;
 use crate::kernel::{await_member, cgroup_id};
-use crate::tools::{as_nobody, nobodys_binary, query};
+use crate::tools::{as_nobody, columns, nobodys_binary, query};
 use crate::wait_until;
 use crate::world::{bind, raw_addr, Server, World};
 
@@ -64,16 +65,14 @@ fn me() -> String {
     User::from_uid(geteuid()).expect("users").expect("a user").name
 }
 
-#[test]
-fn who_talks_and_what_decides() {
-    let (ground, _world) = scene!("apps");
-    let _local = Server::at("local", &[addr(HOST4, 8080)]);
-    let aria2 = ground.cgroup("/services/aria2/instance1");
-    let sync = ground.cgroup("/services/sync/instance1");
-    let web = ground.cgroup("/services/web/instance1");
-    let proxy = ground.cgroup("/services/box/instance1");
+/// A client of the proxy, one of nobody, a service and a proxy, each with its sockets; they talk as
+/// long as these are kept.
+fn talkers(ground: &Ground) -> (Server, Vec<OwnedFd>) {
+    let local = Server::at("local", &[addr(HOST4, 8080)]);
+    let [aria2, sync, web, proxy] = ["aria2", "sync", "web", "box"]
+        .map(|name| ground.cgroup(&format!("/services/{name}/main")));
     let (tcp, udp) = (libc::SOCK_STREAM, libc::SOCK_DGRAM);
-    let _flows = [
+    let mut sockets = vec![
         flow(&aria2, tcp, addr(REMOTE4, 80)),
         flow(&aria2, tcp, addr(REMOTE6, 80)),
         flow(&aria2, udp, addr(REMOTE6, 80)),
@@ -85,133 +84,152 @@ fn who_talks_and_what_decides() {
         flow(&proxy, tcp, addr(REMOTE4, 443)),
     ];
     // others ask for the service
-    let _listener = listener(&web, 81);
-    let asks = || std::net::TcpStream::connect(addr(HOST4, 81)).expect("connect from outside");
-    let _asks = ground.outside(asks);
-    let accepted = TcpListener::from(_listener.try_clone().expect("clone"));
-    let _accepted = accepted.accept().expect("accept");
+    let service = TcpListener::from(listener(&web, 81));
+    let asks = || TcpStream::connect(addr(HOST4, 81)).expect("connect from outside");
+    sockets.push(ground.outside(asks).into());
+    sockets.push(service.accept().expect("accept").0.into());
+    sockets.push(service.into());
+    (local, sockets)
+}
+
+/// Each cgroup that has sockets is told with its flows, what decides, and a line where only the default
+/// does.
+#[test]
+fn who_talks_and_what_decides() {
+    let (ground, _world) = scene!("apps");
+    let _talkers = talkers(&ground);
 
     let json = apps(&ground, CONFIG, &["--json"]).out;
+
     is_documented("apps", &json);
     let row = "a['flows'], a['inbound'], a['local'], a['protocols'], a['target'], a['decides']";
-    let said = of(&json, "/services/aria2/instance1", row);
-    assert_eq!(said, "[(4, 0, 0, ['tcp', 'udp'], 'mihomo', 'rule')]");
-    let remotes = of(&json, "/services/aria2/instance1", "a['remotes']");
-    assert_eq!(remotes, "[['[2001:db8:2::7]:80', '203.0.113.7:80']]");
-    let rule = of(&json, "/services/aria2/instance1", "(a['rule']['line'], a['rule']['match'])");
-    assert!(rule.ends_with(", 'service:aria2')]"), "{rule}");
-    let said = of(&json, "/services/sync/instance1", row);
-    assert_eq!(said, "[(1, 0, 1, ['udp'], 'direct', 'default')]");
-    let line = |path| of(&json, path, "a['line']");
-    assert_eq!(line("/services/sync/instance1"), "['mihomo = service:sync']");
-    assert_eq!(line("/services/aria2/instance1"), "[None]");
-    // a line must not send a proxy to itself
-    assert_eq!(line("/services/box/instance1"), "['direct = service:box']");
-    let said = of(&json, "/services/web/instance1", "a['flows'], a['listens'], a['line']");
-    assert_eq!(said, "[(0, [{'protocol': 'tcp', 'port': 81}], None)]");
-    let user = of(&json, "/services/web/instance1", "(a['user'], a['uid'])");
-    assert_eq!(user, format!("[('{}', {})]", me(), geteuid()));
-    // what is accepted is the listener's cgroup's, whoever accepts it
-    assert_eq!(of(&json, "/services/web/instance1", "a['inbound']"), "[1]");
+    let me = format!("('{}', {})", me(), geteuid());
+    for (name, expression, want) in [
+        ("aria2", row, "(4, 0, 0, ['tcp', 'udp'], 'mihomo', 'rule')"),
+        ("aria2", "a['remotes']", "['[2001:db8:2::7]:80', '203.0.113.7:80']"),
+        ("aria2", "a['rule']['match']", "'service:aria2'"),
+        ("aria2", "a['rule']['line']", "7"),
+        ("aria2", "a['line']", "None"),
+        ("sync", row, "(1, 0, 1, ['udp'], 'direct', 'default')"),
+        ("sync", "a['line']", "'mihomo = service:sync'"),
+        // a line must not send a proxy to itself
+        ("box", "a['line']", "'direct = service:box'"),
+        (
+            "web",
+            "a['flows'], a['listens'], a['line']",
+            "(0, [{'protocol': 'tcp', 'port': 81}], None)",
+        ),
+        ("web", "a['user'], a['uid']", &me),
+        // what is accepted is the listener's cgroup's, whoever accepts it
+        ("web", "a['inbound']", "1"),
+    ] {
+        let said = of(&json, &format!("/services/{name}/main"), expression);
+        assert_eq!(said, format!("[{want}]"), "{name}");
+    }
+}
+
+/// The same for people: a row each, and then the lines, which `--suggest` gives alone.
+#[test]
+fn who_talks_in_a_table() {
+    let (ground, _world) = scene!("apps-table");
+    let _talkers = talkers(&ground);
 
     let text = apps(&ground, CONFIG, &[]).out;
-    let columns = |name: &str| -> Vec<String> {
-        let line = text.lines().find(|line| line.starts_with(name));
-        let line = line.unwrap_or_else(|| panic!("no {name} in\n{text}"));
-        let columns = line.split("  ").map(str::trim).filter(|column| !column.is_empty());
-        columns.map(String::from).collect()
-    };
-    assert_eq!(columns("/services/aria2/")[2..5], ["4", "tcp udp", "mihomo"]);
-    assert!(columns("/services/aria2/")[5].ends_with(".conf:7"), "{text}");
-    assert_eq!(
-        columns("/services/sync/")[2..],
-        ["1", "udp", "direct", "default", "203.0.113.7:53"]
-    );
-    assert_eq!(columns("/services/web/")[2..], ["tcp:81", "1", "0"]);
-    let lines = "\n    mihomo = service:sync\n";
-    assert!(text.contains(lines), "{text}");
     let suggested = apps(&ground, CONFIG, &["--suggest"]).out;
+
+    let row = |name: &str| {
+        let line = text.lines().find(|line| line.starts_with(name));
+        columns(line.unwrap_or_else(|| panic!("no {name} in\n{text}")))
+    };
+    assert_eq!(row("/services/aria2/")[2..5], ["4", "tcp udp", "mihomo"]);
+    assert!(row("/services/aria2/")[5].ends_with(".conf:7"), "{text}");
+    let default = ["1", "udp", "direct", "default", "203.0.113.7:53"];
+    assert_eq!(row("/services/sync/")[2..], default);
+    assert_eq!(row("/services/web/")[2..], ["tcp:81", "1", "0"]);
+    assert!(text.contains("\n    mihomo = service:sync\n"), "{text}");
     assert_eq!(suggested.lines().count(), 2, "{suggested}");
     assert!(suggested.contains("direct = service:box\n"), "{suggested}");
 }
 
-/// Cgroups with the names that init systems, desktops and containers give, and some that nobody
-/// would: what is suggested for each decides for it, and for nothing beside it.
+/// Cgroups with the names that init systems, desktops and containers give, and some that nobody would.
+/// `~` stands for the cgroup of a user's service manager.
+const NAMES: [&[u8]; 28] = [
+    b"/services/sync/instance1",
+    b"/services/sing-box",
+    b"/openrc.transmission-daemon",
+    b"/transmission",
+    b"/system.slice/nginx.service",
+    br"/system.slice/system-wg\x2dquick.slice/wg-quick@wg0.service",
+    b"/system.slice/_cpu.service",
+    b"/system.slice/docker-0f3a9c.scope",
+    b"/docker/0f3a9c",
+    b"/machine.slice/libpod-0f3a9c.scope/container",
+    b"/system.slice/snap.lxd.daemon.service",
+    b"/lxc.payload.web",
+    b"/user.slice/user-1000.slice/session-3.scope",
+    b"~/app.slice/app-flatpak-org.mozilla.firefox-4711.scope",
+    br"~/app.slice/app-gnome-jetbrains\x2dtoolbox-42.scope",
+    b"~/app.slice/snap.firefox.firefox-3dcfaa86-bf58-4d3e.scope",
+    b"~/app.slice/dbus-:1.2-org.gnome.Nautilus@0.service",
+    b"~/session.slice/pipewire.service",
+    b"/a b ",
+    b"/ leading",
+    b"/#;=\"'",
+    b"/(a|b)*[c]{2}?+^$.\\",
+    b"/\x1b[31m\t\r",
+    "/gr\u{fc}n/\u{202e}x".as_bytes(),
+    // the same names twice, so that none is the only one
+    b"/services/twice",
+    b"/system.slice/twice.service",
+    b"/\xff\xfe",
+    b"/x\xc3",
+];
+
+/// The target of a path under these lines of `[rules]`.
+#[track_caller]
+fn decided(ground: &Ground, lines: &str, path: &[u8]) -> String {
+    let file = ground.dir.join("suggested.conf");
+    write_private(&file, &format!("[tproxy mihomo]\nport = 7893\n[rules]\n{lines}\n"));
+    let mut command = Command::new(binary());
+    command.arg("-c").arg(&file).arg("explain").arg(OsStr::from_bytes(path));
+    let out = Said::from(command.output().expect("start cgtproxy")).fine();
+    let target = out.lines().find_map(|line| line.trim().strip_prefix("target"));
+    target.expect("a target").trim().to_owned()
+}
+
+/// What is suggested for a cgroup decides for it, and for none beside it; and all lines together are a
+/// file that is right.
 #[test]
 fn what_is_suggested_decides() {
     let ground = ground!("apps-suggest");
-    let user = "/user.slice/user-1000.slice/user@1000.service";
-    let names: Vec<Vec<u8>> = [
-        "/services/sync/instance1",
-        "/services/sing-box",
-        "/openrc.transmission-daemon",
-        "/transmission",
-        "/system.slice/nginx.service",
-        r"/system.slice/system-wg\x2dquick.slice/wg-quick@wg0.service",
-        "/system.slice/_cpu.service",
-        "/system.slice/docker-0f3a9c.scope",
-        "/docker/0f3a9c",
-        "/machine.slice/libpod-0f3a9c.scope/container",
-        "/system.slice/snap.lxd.daemon.service",
-        "/lxc.payload.web",
-        "/user.slice/user-1000.slice/session-3.scope",
-        &format!("{user}/app.slice/app-flatpak-org.mozilla.firefox-4711.scope"),
-        &format!(r"{user}/app.slice/app-gnome-jetbrains\x2dtoolbox-42.scope"),
-        &format!("{user}/app.slice/snap.firefox.firefox-3dcfaa86-bf58-4d3e.scope"),
-        &format!("{user}/app.slice/dbus-:1.2-org.gnome.Nautilus@0.service"),
-        &format!("{user}/session.slice/pipewire.service"),
-        "/a b ",
-        "/ leading",
-        "/#;=\"'",
-        "/(a|b)*[c]{2}?+^$.\\",
-        "/\u{1b}[31m\t\r",
-        "/grün/\u{202e}x",
-        // the same names twice, so that none is the only one
-        "/services/twice",
-        "/system.slice/twice.service",
-    ]
-    .iter()
-    .map(|name| name.as_bytes().to_vec())
-    .chain([b"/\xff\xfe".to_vec(), b"/x\xc3".to_vec()])
-    .collect();
-    let flows: Vec<_> = names
-        .iter()
-        .map(|name| {
-            let dir = ground.root.join(OsStr::from_bytes(&name[1..]));
-            fs::create_dir_all(&dir).expect("make a cgroup");
-            flow(&dir, libc::SOCK_DGRAM, addr(REMOTE4, 53))
-        })
-        .collect();
-    let lines = apps(&ground, CONFIG, &["--suggest"]).out;
-    let lines: Vec<&str> = lines.lines().collect();
-    assert_eq!(lines.len(), names.len(), "{lines:#?}");
+    let manager = b"/user.slice/user-1000.slice/user@1000.service";
+    let names = NAMES.map(|name| match name.strip_prefix(b"~") {
+        Some(rest) => [&manager[..], rest].concat(),
+        None => name.to_vec(),
+    });
+    let flows = names.each_ref().map(|name| {
+        let dir = ground.root.join(OsStr::from_bytes(&name[1..]));
+        fs::create_dir_all(&dir).expect("make a cgroup");
+        flow(&dir, libc::SOCK_DGRAM, addr(REMOTE4, 53))
+    });
+
+    let all = apps(&ground, CONFIG, &["--suggest"]).out;
+
     drop(flows);
-    // behind the lines that are there, as they would be pasted
-    let explained = |line: &str, path: &[u8]| -> String {
-        let file = ground.dir.join("suggested.conf");
-        write_private(&file, &format!("[tproxy mihomo]\nport = 7893\n[rules]\n{line}\n"));
-        let mut command = std::process::Command::new(crate::daemon::binary());
-        command.arg("-c").arg(&file).arg("explain").arg(OsStr::from_bytes(path));
-        let said: Said = command.output().expect("start cgtproxy").into();
-        assert_eq!((said.code, &*said.err), (Some(0), ""), "{line}");
-        let target = said.out.lines().find_map(|line| line.trim().strip_prefix("target"));
-        target.unwrap_or_default().trim().to_owned()
-    };
+    let lines: Vec<&str> = all.lines().collect();
+    assert_eq!(lines.len(), names.len(), "{lines:#?}");
     for name in &names {
-        let deciding =
-            lines.iter().filter(|line| explained(line, name) == "mihomo").collect::<Vec<_>>();
+        let decides = |line: &&&str| decided(&ground, line, name) == "mihomo";
+        let deciding: Vec<_> = lines.iter().filter(decides).collect();
         assert_eq!(deciding.len(), 1, "{}: {deciding:?}", name.escape_ascii());
+        assert_eq!(decided(&ground, &all, name), "mihomo", "{}", name.escape_ascii());
     }
-    // and all of them together, in a file that is right
-    let all = lines.join("\n");
-    for name in &names {
-        assert_eq!(explained(&all, name), "mihomo", "{}", name.escape_ascii());
+    for short in ["app:org.mozilla.firefox", "service:nginx", "/services/twice"] {
+        assert!(lines.contains(&&*format!("mihomo = {short}")), "{lines:#?}");
     }
-    assert!(lines.contains(&"mihomo = app:org.mozilla.firefox"), "{lines:#?}");
-    assert!(lines.contains(&"mihomo = service:nginx"), "{lines:#?}");
-    assert!(lines.contains(&"mihomo = /services/twice"), "{lines:#?}");
 }
 
+/// Sockets of a cgroup that is gone are told with what decides for them, and the kernel's own tunnels.
 #[test]
 fn removed_cgroups_and_tunnels() {
     let ground = ground!("apps-removed");
@@ -225,6 +243,7 @@ fn removed_cgroups_and_tunnels() {
     let id = cgroup_id(&telemetry).expect("an id");
     fs::remove_dir(&telemetry).expect("remove the cgroup");
     ip_batch(&[], "link add vx0 type vxlan id 5 dstport 4790 dev in0\nlink set vx0 up\n");
+
     let json = || apps(&ground, &config, &["--json"]).out;
     let find = |json: &str| {
         let removed = "a['state'], a['cgroup'], a['target'], a['decides'], a['flows'], a['line']";
@@ -240,6 +259,7 @@ fn removed_cgroups_and_tunnels() {
     assert!(text.contains(&format!("removed cgroup (id {id})  ")), "{text}");
     assert!(text.contains("vxlan of the kernel, no cgroup  "), "{text}");
     daemon.stop_clean();
+
     // below a root that is not all of the tree, nobody can know
     let json = apps(&ground, "", &["--json"]).out;
     let state = query(&json, &format!("[a['state'] for a in d['apps'] if a['id'] == {id}]"));
@@ -256,8 +276,10 @@ fn without_root() {
     fs::write(&file, format!("[global]\ncgroup-root = {}\n{CONFIG}", ground.root.display()))
         .expect("write");
     let file = file.to_str().expect("UTF-8");
+
     let said = as_nobody(&["-c", file, "apps", "--suggest"]);
     assert_eq!((said.code, &*said.out), (Some(0), "mihomo = service:sync\n"), "{}", said.err);
+
     // a directory that only its owner may read hides what is below
     let secret = ground.cgroup("/services/secret/instance1");
     let _other = flow(&secret, libc::SOCK_DGRAM, addr(REMOTE4, 53));
