@@ -8,23 +8,23 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::daemon::{run_with, Daemon};
+use crate::daemon::{binary, run_with, write_private, Daemon, Said};
 use crate::ground::{moment, sh, Ground};
-use crate::kernel::{await_member, cgroup_id, set_ids, SETTLE};
+use crate::kernel::{await_member, residue, SETTLE};
 use crate::wait_until;
 
 const CONFIG: &str = "[rules]\ndrop = /.*\n";
 const COUNT: usize = 60;
 
-/// Makes cgroups one by one; the median time from mkdir to the set.
-fn latency(ground: &Ground, name: &str) -> Duration {
+/// Makes cgroups one by one, with something after each; the median time from mkdir to the set.
+fn latency(ground: &Ground, name: &str, between: impl Fn()) -> Duration {
     let mut took: Vec<Duration> = (0..COUNT)
         .map(|i| {
             let start = Instant::now();
-            let id = cgroup_id(&ground.cgroup(&format!("/{name}{i}"))).expect("an id");
-            let there = || set_ids("cg_drop").is_some_and(|ids| ids.contains(&id));
-            assert!(wait_until(SETTLE, there), "{name}{i} is not classified");
-            start.elapsed()
+            await_member(&ground.cgroup(&format!("/{name}{i}")), "drop");
+            let took = start.elapsed();
+            between();
+            took
         })
         .collect();
     took.sort();
@@ -39,11 +39,13 @@ fn compare(fast: Duration, slow: Duration) {
     assert!(slow < fast * 2 + noise, "{fast:?} with a reader, {slow:?} without");
 }
 
+/// A reader that sleeps keeps nothing waiting; what he has missed is counted, and once he reads he has
+/// the rest.
 #[test]
 fn a_pipe_that_nobody_reads() {
     let ground = ground!("pipe");
     let daemon = Daemon::start(&ground, CONFIG, &["-v"]);
-    let fast = latency(&ground, "fast");
+    let fast = latency(&ground, "fast", || ());
     assert!(daemon.logs().contains("fast0: drop"));
     assert!(daemon.stop().success());
 
@@ -58,7 +60,8 @@ fn a_pipe_that_nobody_reads() {
     let by = ["sh", "-c", &script];
     let mut daemon = Daemon::spawn_by(&ground, CONFIG, &by, &["-v"], &[]);
     assert!(daemon.ready());
-    compare(fast, latency(&ground, "slow"));
+    compare(fast, latency(&ground, "slow", || ()));
+
     // now somebody reads
     let mut drain = || {
         let mut text = Vec::new();
@@ -72,10 +75,11 @@ fn a_pipe_that_nobody_reads() {
     for name in ["first", "second"] {
         await_member(&ground.cgroup(&format!("/{name}")), "drop");
         let line = format!("{name}: drop\n");
-        wait_until(SETTLE, || {
+        let told = wait_until(SETTLE, || {
             said += &drain();
             said.contains(&line)
         });
+        assert!(told, "{said}");
     }
     // the line that says it has started, one for each cgroup that it found and that it was given
     let lost = 1 + 2 * COUNT;
@@ -120,25 +124,17 @@ fn syslogd() -> UnixDatagram {
     socket
 }
 
+/// A syslogd that sleeps loses lines and a count tells how many; one that is restarted is found again.
 #[test]
 fn a_syslogd_that_sleeps_and_goes_and_comes() {
     let ground = ground!("syslog");
     own_dev(&ground);
     let socket = syslogd();
     let daemon = Daemon::start(&ground, CONFIG, &["-v", "-s"]);
-    let fast = {
-        // a reader that keeps up, in between
-        let mut took = Vec::new();
-        for i in 0..COUNT {
-            let start = Instant::now();
-            await_member(&ground.cgroup(&format!("/fast{i}")), "drop");
-            took.push(start.elapsed());
-            received(&socket);
-        }
-        took.sort();
-        took[COUNT / 2]
-    };
-    compare(fast, latency(&ground, "slow"));
+
+    // a reader that keeps up, in between, and one that sleeps
+    let fast = latency(&ground, "fast", || drop(received(&socket)));
+    compare(fast, latency(&ground, "slow", || ()));
     let queued = received(&socket);
     println!("{} lines were queued", queued.len());
     assert!(queued.len() < COUNT);
@@ -146,10 +142,11 @@ fn a_syslogd_that_sleeps_and_goes_and_comes() {
         await_member(&ground.cgroup(&format!("/{name}")), "drop");
         let mut said = Vec::new();
         let line = format!("/{name}: drop");
-        wait_until(SETTLE, || {
+        let told = wait_until(SETTLE, || {
             said.extend(received(socket));
             said.contains(&line)
         });
+        assert!(told, "{said:?}");
         said
     };
     let lost = |n: usize| format!("{n} log lines lost: the reader did not keep up");
@@ -189,11 +186,13 @@ fn the_journal_gets_priorities() {
     await_member(&ground.cgroup("/one"), "drop");
     assert!(daemon.wait_log("<6>info: /one: drop\n", SETTLE), "{}", daemon.logs());
     assert!(daemon.logs().contains("<5>notice: started: "), "{}", daemon.logs());
+
     // a command's last words, too
     let mut refused = start(script, "[rules]\ndrp = /a\n");
     assert_eq!(refused.wait().code(), Some(2));
     assert!(refused.logs().starts_with("<3>error: "), "{}", refused.logs());
     assert!(daemon.stop().success());
+
     // not where somebody else reads standard error
     let mut daemon = start("JOURNAL_STREAM=1:1 exec \"$0\" \"$@\"", CONFIG);
     assert!(daemon.ready());
@@ -213,12 +212,14 @@ fn nothing_is_told_twice() {
     let said = received(&socket);
     assert!(said.len() == 1 && said[0].contains("undefined target \"drp\""), "{said:?}");
     assert_eq!(daemon.logs(), "");
+
     // check prints what is wrong for whoever starts the service, and has it logged
     let text = run_with(&ground, wrong, &["-s", "check"]).out;
     assert!(text.contains("error: ") && !text.contains("ok: "), "{text}");
     let said = received(&socket);
     assert!(said[0].contains("undefined target \"drp\""), "{said:?}");
     assert!(said.last().is_some_and(|line| line.starts_with("check: 1 error")), "{said:?}");
+
     // without a syslogd, nothing is lost
     drop(socket);
     let mut daemon = Daemon::spawn(&ground, wrong, &["-s"], &[]);
@@ -245,22 +246,26 @@ fn a_log_that_may_not_grow() {
     ground.cgroup("/more");
     assert!(daemon.wait_log(" log lines lost", SETTLE), "{}", daemon.logs());
     assert!(daemon.wait_log("/more: drop", SETTLE), "{}", daemon.logs());
-    let config = daemon.config.display().to_string();
     assert!(daemon.stop().success());
-    // nor does it cost half of a pidfile
+}
+
+/// Nor does it cost half of a pidfile: the start fails, and leaves nothing.
+#[test]
+fn a_pidfile_that_may_not_grow() {
+    let ground = ground!("fsize-pid");
     let pidfile = ground.dir.join("pid");
-    let script = format!(
-        "ulimit -f 0; exec {} -s -p {} -c {} run",
-        crate::daemon::binary().display(),
-        pidfile.display(),
-        config
-    );
-    let out = Command::new("sh").args(["-c", &script]).output().expect("start sh");
-    let said = String::from_utf8_lossy(&out.stderr).into_owned();
-    assert_eq!(out.status.code(), Some(1), "{said}");
-    assert!(said.contains("unable to write pidfile") && said.contains("file too large"), "{said}");
+    let config = ground.dir.join("conf");
+    write_private(&config, &format!("[global]\ncgroup-root = {}\n{CONFIG}", ground.root.display()));
+    let [program, pid, conf] =
+        [&binary(), &pidfile, &config].map(|path| path.display().to_string());
+    let script = format!("ulimit -f 0; exec {program} -s -p {pid} -c {conf} run");
+
+    let said = Said::from(Command::new("sh").args(["-c", &script]).output().expect("start sh"));
+
+    let why = ["unable to write pidfile", "file too large"];
+    assert!(said.code == Some(1) && why.iter().all(|why| said.err.contains(why)), "{said:?}");
     assert!(!pidfile.exists());
-    assert_eq!(crate::kernel::residue(), "");
+    assert_eq!(residue(), "");
 }
 
 /// OpenWrt's logd takes what follows the priority for a timestamp where its 16th character is a
