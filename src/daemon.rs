@@ -211,13 +211,14 @@ fn begin<'a>(
     signals: &'a mut Signals,
     notify: &'a mut Notify,
 ) -> Result<Option<Daemon<'a>>> {
-    let config = options.load_or_default(true)?;
+    let mut config = options.load_or_default(true)?;
     log::configure(config.log_level.louder(options.verbose), options.syslog);
     let pidfile = options.pidfile.clone().map(Pidfile::new).transpose()?;
     let mut kernel = Kernel::open_watching(&plan::needs(&config))?;
     let Some(before) = instance::claim(&mut kernel, signals)? else {
         return Ok(None);
     };
+    config.keep_marks(kernel.marked());
     let on_exit = config.on_exit;
     let mounts = File::open("/proc/self/mountinfo").ok();
     let scanned = ask_levels(&mut kernel).and_then(|levels| {
@@ -931,7 +932,7 @@ impl Daemon<'_> {
 
     /// Reads the configuration that is to follow.
     fn load(&self) -> Result<Rc<Config>> {
-        let new = Rc::new(self.options.load_or_default(true)?);
+        let mut new = self.options.load_or_default(true)?;
         let old = self.cgroups.core.config();
         let policy =
             old.rule_lines().count() + old.gateways.len() > 0 || old.default != Target::Direct;
@@ -942,7 +943,8 @@ impl Daemon<'_> {
                  file and rename it into place; an empty [rules] sends everything direct)"
             )]));
         }
-        Ok(new)
+        new.keep_marks(old.marked());
+        Ok(Rc::new(new))
     }
 
     /// Takes a configuration: the one that has been worked out, or one of another cgroup root.

@@ -104,6 +104,23 @@ pub struct Mark {
     pub mask: u32,
 }
 
+/// A mark that flows bear, and whose: a section's by its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Marked {
+    pub of: Bearer,
+    pub name: String,
+    pub mark: Mark,
+}
+
+/// What of a section bears a mark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bearer {
+    Tproxy,
+    Route,
+    /// What is routed for others by a route.
+    Forwarded,
+}
+
 /// An interface by its name, or all whose names begin so.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Interface {

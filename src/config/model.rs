@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use super::pattern::Pattern;
 use crate::log::Level;
-use crate::net::{holds, Family, Interface, Mac, Mark, Owner, Range, Ranges, L4};
+use crate::net::{holds, Family, Interface, Mac, Mark, Marked, Owner, Range, Ranges, L4};
 use crate::small::SmallSet;
 
 /// Longest message, in characters.
@@ -418,6 +418,10 @@ pub struct Config {
     pub files: Vec<PathBuf>,
     /// Some file has a section. One that is empty may be about to be written.
     pub has_sections: bool,
+    /// The marks that the file says.
+    pub said_marks: SmallSet<u32>,
+    /// Those of sections that are no more: flows may live that bear them.
+    pub retired: Vec<Marked>,
 }
 
 impl Default for Config {
@@ -445,6 +449,8 @@ impl Default for Config {
             gateways: Vec::new(),
             files: Vec::new(),
             has_sections: false,
+            said_marks: SmallSet::default(),
+            retired: Vec::new(),
         }
     }
 }

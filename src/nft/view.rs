@@ -9,7 +9,7 @@ use super::expr::{counted, Expr, SetRef::Named, Verdict};
 use super::message::dump;
 use super::table::{MARTIANS, OUTPUT, TABLE, UNKNOWN};
 use crate::config::CONTAINERS;
-use crate::net::{Interface, Mark, Owner};
+use crate::net::{Bearer, Interface, Mark, Marked, Owner};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
 use crate::netlink::uapi::*;
@@ -379,6 +379,18 @@ impl View {
                 _ => self.default = target,
             }
         }
+    }
+
+    /// The marks that flows bear.
+    pub fn marked(&self) -> Vec<Marked> {
+        let mut all = Vec::new();
+        for target in &self.targets {
+            let own = if target.is_route { Bearer::Route } else { Bearer::Tproxy };
+            for (of, mark) in [(own, target.mark), (Bearer::Forwarded, target.forwarded)] {
+                all.extend(mark.map(|mark| Marked { of, name: target.name.clone(), mark }));
+            }
+        }
+        all
     }
 
     pub fn target(&self, name: &str) -> Option<&TargetView> {

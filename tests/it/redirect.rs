@@ -2,8 +2,8 @@
 //! that, answered, whatever conntrack has of them.
 
 use std::fs::File;
-use std::io::Read;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use crate::client::{again, fork_into, socket_for, socket_in, udp_in, PATIENCE, SILENCE};
+use crate::client::{again, fork_into, socket_for, socket_in, tcp_in, udp_in, PATIENCE, SILENCE};
 use crate::daemon::Daemon;
 use crate::gateway::Lan;
 use crate::ground::{
@@ -21,7 +21,7 @@ use crate::ground::{
 };
 use crate::kernel::{await_member, load};
 use crate::routes::{set, tunnel_up, until_passes, until_refused, GATEWAYS, TUNNEL};
-use crate::world::{bind_fd, raw_addr, Server, World, PROXY, STREAM_PORT};
+use crate::world::{bind, bind_fd, raw_addr, Server, World, PROXY, STREAM_PORT};
 use crate::{sized, wait_until};
 
 /// A cgroup with a target, among others of each kind.
@@ -309,7 +309,6 @@ fn clients_of_a_router_go_the_new_way() {
     daemon.reconfigure(&policy("vpn"));
     world.wire.packets();
     for stream in &mut streams {
-        use std::io::Write;
         let refused = wait_until(PATIENCE, || stream.write_all(b"?").is_err());
         assert!(refused, "{:?} goes on", stream.peer_addr());
     }
@@ -494,4 +493,99 @@ fn sockets_without_number_keep_nobody_waiting() {
     println!("{longest} of {all}");
     // a list is of some 200; once all of it came at once, twice for each reload
     assert!(all > 500 && longest < 120, "{longest} of {all}");
+}
+
+/// Both ends of a TCP flow.
+struct Stream {
+    what: String,
+    own: TcpStream,
+    other: TcpStream,
+}
+
+impl Stream {
+    fn open(what: String, connect: impl FnOnce() -> TcpStream, at: &TcpListener) -> Stream {
+        let own = connect();
+        let (other, _) = again(|| at.accept()).expect("accept");
+        for end in [&own, &other] {
+            end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        }
+        Stream { what, own, other }
+    }
+
+    /// Something there and back.
+    fn talk(&mut self) -> std::io::Result<()> {
+        for (from, to) in [(&self.own, &self.other), (&self.other, &self.own)] {
+            let (mut from, mut to) = (from, to);
+            from.write_all(b"?")?;
+            again(|| to.read_exact(&mut [0]))?;
+        }
+        Ok(())
+    }
+}
+
+fn listener(at: SocketAddr) -> TcpListener {
+    let fd = bind(at, libc::SOCK_STREAM);
+    // SAFETY: an open socket.
+    assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
+    TcpListener::from(fd)
+}
+
+/// The sections around theirs come, go and move, and no rule decides for them any more: each TCP flow
+/// goes on with the target that it began by.
+#[test]
+fn streams_stay_while_sections_move() {
+    let (ground, mut world) = scene!("sections");
+    tunnel_up(&ground);
+    let lan = Lan::new(&ground);
+    let (app, vpn) = (ground.cgroup("/app"), ground.cgroup("/vpn"));
+    let proxied = "[tproxy mihomo]\nport = 7893\n";
+    let other = "[tproxy other]\nport = 7894\n";
+    let routed = format!("[route vpn]\ninterface = vpn0\n{GATEWAYS}");
+    let closed = "[route closed]\ninterface = nowhere\n";
+    let clients = "[gateway zero]\ninterface = br-lan\nsource = 198.51.100.10\n\
+                   source = 2001:db8:3::10\ntarget = mihomo\n\
+                   [gateway one]\ninterface = br-lan\ntarget = vpn\n";
+    let rules = "[rules]\nmihomo = /app\nvpn = /vpn\n";
+    let daemon = Daemon::start(&ground, &format!("{proxied}{routed}{clients}{rules}"), &[]);
+    await_member(&app, "mihomo");
+    await_member(&vpn, "vpn");
+    let none = "[gateway lan]\ninterface = br-lan\ntarget = direct\n[rules]\ndrop = /elsewhere\n";
+    let mut streams = Vec::new();
+    for remote in REMOTES {
+        let to = addr(remote, 8080);
+        let proxy = listener(addr(any_of(remote), 7893));
+        let host = ground.outside(|| listener(to));
+        let of = |i: usize| lan.client(i).run(|| TcpStream::connect(to).expect("connect"));
+        let mut open = |what: &str, connect: &dyn Fn() -> TcpStream, at| {
+            streams.push(Stream::open(format!("{what} to {to}"), connect, at));
+        };
+        open("proxied", &|| tcp_in(&app, to), &proxy);
+        open("by the route", &|| tcp_in(&vpn, to), &host);
+        open("a client's, proxied", &|| of(0), &proxy);
+        open("a client's, by the route", &|| of(1), &host);
+    }
+    let mut check = |when: &str| {
+        for stream in &mut streams {
+            stream.talk().unwrap_or_else(|error| panic!("{when}: {}: {error}", stream.what));
+        }
+        assert_eq!(world.wire.to_remote(), [], "{when}: left directly");
+    };
+    check("at first");
+    daemon.reconfigure(&format!("{closed}{other}{routed}{proxied}{none}"));
+    check("after a reload");
+    // those who read the file know of that
+    daemon.ask(&["exec", "mihomo", "true"]).fine();
+    let shown = daemon.ask(&["show"]).fine();
+    assert!(shown.contains("0x01000000 : goto tproxy_mihomo"), "{shown}");
+    // what a section had that is no more is no other's
+    daemon.reconfigure(&format!("{proxied}{routed}{none}"));
+    daemon.reconfigure(&format!("[tproxy third]\nport = 7895\n{closed}{proxied}{routed}{none}"));
+    check("after two more");
+    daemon.kill9();
+    let daemon = Daemon::start(&ground, &format!("{closed}{routed}{proxied}{none}"), &[]);
+    check("after kill -9");
+    daemon.leave();
+    let daemon = Daemon::start(&ground, &format!("{other}{proxied}{closed}{routed}{none}"), &[]);
+    check("after a restart");
+    daemon.stop_clean();
 }
