@@ -262,6 +262,14 @@ impl Daemon {
         kill(self.pid(), signal).expect("signal cgtproxy");
     }
 
+    /// Runs `f` while the program stands still.
+    pub fn while_stopped<T>(&self, f: impl FnOnce() -> T) -> T {
+        self.signal(Signal::SIGSTOP);
+        let result = f();
+        self.signal(Signal::SIGCONT);
+        result
+    }
+
     /// What it has written to standard error.
     pub fn logs(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).expect("read the log")).into_owned()

@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,14 +16,14 @@ use nix::sys::wait::{waitpid, WaitStatus};
 use nix::unistd::Pid;
 
 use crate::client::{
-    again, expect, fork_into, tcp_in, udp_in, under, Client, Outcome, Proto, Running, PATIENCE,
-    SILENCE,
+    again, expect, fork_into, tcp_in, udp_in, under, Client, Outcome, Proto, Running, FLOWS,
+    PATIENCE, SILENCE,
 };
 use crate::daemon::{run_at, run_with, Daemon, UNOWNED};
-use crate::ground::{addr, pipe, remove_tree, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
-use crate::kernel::{await_member, cgroup_id, load, nft, set_ids, table, SETTLE};
+use crate::ground::{addr, pipe, remove_tree, Ground, HOST4, HOST6, REMOTE4, REMOTE6, REMOTES};
+use crate::kernel::{await_connection, await_member, cgroup_id, load, set_ids, table, SETTLE};
 use crate::stale::bind_to;
-use crate::world::{raw_addr, Packet, Server, World, STREAM_PORT};
+use crate::world::{raw_addr, Packet, Server, World, STREAM_PORT, SYN};
 use crate::{sized, wait_until};
 
 /// What is born below /held goes directly but for what a rule names.
@@ -96,7 +96,7 @@ impl<'a> Births<'a> {
 
     fn look(&mut self, fared: &mut Fared) {
         for packet in self.world.wire.to_remote() {
-            let first = packet.proto == Proto::Udp || packet.flags == 0x02;
+            let first = packet.proto == Proto::Udp || packet.flags == SYN;
             match packet.dst.port() {
                 DIRECT => fared.at_once += usize::from(first),
                 // the kernel answers what comes for a process that is gone
@@ -159,23 +159,16 @@ fn births(ground: &Ground, config: &str, times: usize) -> Vec<(&'static str, Far
     let mut daemon = Daemon::start(ground, config, &[]);
     all.push(("idle", births.some(times)));
     all.push(("busy", while_busy(ground, || births.some(times))));
-    daemon.signal(Signal::SIGSTOP);
-    all.push(("stopped", births.some(times)));
-    daemon.signal(Signal::SIGCONT);
+    all.push(("stopped", daemon.while_stopped(|| births.some(times))));
     daemon.kill9();
     all.push(("dead", births.some(times)));
     daemon = Daemon::start(ground, config, &[]);
     // what is born while the next one starts, and while one hands over to it
     let mut starting = Fared::default();
+    let mut ends = [Daemon::kill9 as fn(Daemon), Daemon::leave].into_iter().cycle();
     births.world.wire.packets();
-    let mut end = 0;
     while starting.born < times {
-        if end % 2 == 0 {
-            daemon.kill9()
-        } else {
-            daemon.leave()
-        }
-        end += 1;
+        ends.next().expect("no end")(daemon);
         daemon = Daemon::spawn(ground, config, &[], &[]);
         let ready = AtomicBool::new(false);
         thread::scope(|scope| {
@@ -200,14 +193,15 @@ fn births(ground: &Ground, config: &str, times: usize) -> Vec<(&'static str, Far
     all
 }
 
+/// Nothing that the policy drops or proxies leaves at a cgroup's birth, whatever the daemon does meanwhile;
+/// while it does nothing, nothing leaves at all.
 #[test]
 fn nothing_leaves_at_birth() {
     let ground = ground!("births");
     for (when, fared) in births(&ground, &held(), sized(300, 10_000)) {
         assert_eq!(fared.leaked, [], "{when}: {fared:?}");
-        match when {
-            "stopped" | "dead" => assert_eq!(fared.at_once, 0, "{when}: {fared:?}"),
-            _ => {}
+        if ["stopped", "dead"].contains(&when) {
+            assert_eq!(fared.at_once, 0, "{when}: {fared:?}");
         }
     }
 }
@@ -269,8 +263,8 @@ fn what_is_allowed_connects_by_itself() {
     ground.cgroup("/held");
     let daemon = Daemon::start(&ground, &held(), &[]);
     let births = sized(60, 300);
-    let mut took = Vec::new();
-    let mut held = 0;
+    let (mut took, mut held) = (Vec::new(), 0);
+
     for i in 0..births {
         let (name, who) = if i % 2 == 0 { ("o", "remote") } else { ("p", "proxy mihomo") };
         let cgroup = ground.cgroup(&format!("/held/{name}{i}"));
@@ -285,16 +279,19 @@ fn what_is_allowed_connects_by_itself() {
     took.sort();
     let (median, worst) = (took[births / 2], took[births - 1]);
     println!("{births} births, daemon idle: {held} held, median {median:?}, worst {worst:?}");
+
     // held for sure
     let to = addr(REMOTE4, DIRECT);
     for (path, who) in [("/held/o-stopped", "remote"), ("/held/p99999", "proxy mihomo")] {
-        daemon.signal(Signal::SIGSTOP);
-        let cgroup = ground.cgroup(path);
-        let connecting = Connecting::begin(&cgroup, to);
-        assert_eq!(Client::udp(&cgroup, to).run(), Outcome::Failed(Errno::EPERM));
-        // longer than what is found late may be late
-        thread::sleep(Duration::from_millis(300));
-        daemon.signal(Signal::SIGCONT);
+        let cgroup = ground.at(path);
+        let connecting = daemon.while_stopped(|| {
+            ground.cgroup(path);
+            let connecting = Connecting::begin(&cgroup, to);
+            assert_eq!(Client::udp(&cgroup, to).run(), Outcome::Failed(Errno::EPERM));
+            // longer than what is found late may be late
+            thread::sleep(Duration::from_millis(300));
+            connecting
+        });
         await_member_of_known(&cgroup);
         let (answer, times, time) = connecting.end();
         assert_eq!(answer, format!("{who} {to}"), "{}", daemon.logs());
@@ -311,9 +308,9 @@ fn leaves(cgroup: &Path) -> bool {
         Client::new(cgroup, proto, addr(ip, DIRECT)).timeout(patience).run().who()
     };
     // who sends a datagram is told at once
-    let mut asked = [REMOTE4, REMOTE6].map(|ip| ask(Proto::Udp, ip, PATIENCE)).to_vec();
+    let mut asked = REMOTES.map(|ip| ask(Proto::Udp, ip, PATIENCE)).to_vec();
     let patience = if asked[0] == "nobody" { SILENCE } else { PATIENCE };
-    asked.extend([REMOTE4, REMOTE6].map(|ip| ask(Proto::Tcp, ip, patience)));
+    asked.extend(REMOTES.map(|ip| ask(Proto::Tcp, ip, patience)));
     let held = asked.iter().filter(|who| *who == "nobody").count();
     assert!([0, asked.len()].contains(&held), "{cgroup:?}: {asked:?}");
     held == 0
@@ -321,16 +318,10 @@ fn leaves(cgroup: &Path) -> bool {
 
 /// A process right after the birth of its cgroup, which is one of these, and whether it is held.
 fn held_at_birth(ground: &Ground, paths: &[(&str, bool)]) {
-    let found: Vec<_> = (paths.iter())
-        .map(|(path, _)| {
-            let cgroup = ground.cgroup(path);
-            (*path, !leaves(&cgroup))
-        })
-        .collect();
+    let held = |path: &str| !leaves(&ground.cgroup(path));
+    let found: Vec<_> = paths.iter().map(|(path, _)| (*path, held(path))).collect();
     assert_eq!(found, paths);
-    paths.iter().for_each(|(path, _)| {
-        let _ = fs::remove_dir(ground.at(path));
-    });
+    paths.iter().for_each(|(path, _)| drop(fs::remove_dir(ground.at(path))));
 }
 
 /// The held cgroup itself, what is above and beside it, and what is known pass; what is new below
@@ -348,6 +339,7 @@ fn what_is_held_and_what_is_not() {
     let daemon = Daemon::start(&ground, &config, &[]);
     await_member_of_known(&ground.at(&deep));
     daemon.kill9();
+
     for path in ["", "/held", "/held/a", "/held/a/b", "/x", "/x/held", "/beside", "/held/t", &deep]
     {
         assert!(leaves(&ground.at(path)), "{path}");
@@ -368,9 +360,11 @@ fn what_is_held_and_what_is_not() {
             ("/heldnot/new", false),
         ],
     );
+
     // another one of the same name
     fs::remove_dir(ground.at("/x/y/held/c")).expect("remove it");
     held_at_birth(&ground, &[("/x/y/held/c", true)]);
+
     let daemon = Daemon::start(&ground, &config, &[]);
     let new = ground.cgroup("/held/new/below");
     await_member_of_known(&new);
@@ -397,6 +391,7 @@ fn the_root_is_held() {
         let daemon = Daemon::start(&ground, config, &[]);
         await_member_of_known(&known);
         daemon.kill9();
+
         assert!(leaves(&known) && leaves(&ground.root), "{config}");
         held_at_birth(&ground, &[("/new", true), ("/known/new", true)]);
         let beside = ground.root.with_extension("beside");
@@ -412,30 +407,31 @@ fn the_root_is_held() {
 #[test]
 fn a_reload_that_holds() {
     let (ground, mut world, _proxy) = scene!("hold-reload", proxy);
-    let cgroups: Vec<PathBuf> =
-        ["/held/o1", "/held/p1", "/held/a/o2"].map(|path| ground.cgroup(path)).into();
+    let held = held();
+    let cgroups = ground.cgroups(["/held/o1", "/held/p1", "/held/a/o2"]);
     let daemon = Daemon::start(&ground, POLICY, &[]);
     await_member(&cgroups[1], "mihomo");
-    let floods: Vec<_> =
-        cgroups.iter().map(|cgroup| Client::udp(cgroup, addr(REMOTE4, 7)).until_denied()).collect();
-    let floods: Vec<_> =
-        floods.into_iter().map(|c| c.timeout(Duration::from_secs(2)).spawn()).collect();
+    let floods = cgroups.each_ref().map(|cgroup| {
+        let flood = Client::udp(cgroup, addr(REMOTE4, 7)).until_denied();
+        flood.timeout(Duration::from_secs(2)).spawn()
+    });
+
     for i in 0..20 {
-        daemon.reconfigure(if i % 2 == 0 { &*Box::leak(held().into_boxed_str()) } else { POLICY });
+        daemon.reconfigure(if i % 2 == 0 { &held } else { POLICY });
     }
     for flood in floods {
         assert_eq!(flood.wait().0, Outcome::Timeout, "nothing is denied to what was there");
     }
-    daemon.reconfigure(&held());
-    daemon.signal(Signal::SIGSTOP);
+
+    daemon.reconfigure(&held);
     world.wire.packets();
-    held_at_birth(&ground, &[("/held/d7", true), ("/held/a/o7", true)]);
-    daemon.signal(Signal::SIGCONT);
+    let born = [("/held/d7", true), ("/held/a/o7", true)];
+    daemon.while_stopped(|| held_at_birth(&ground, &born));
+    assert_eq!(world.wire.to_remote(), []);
+
     daemon.reconfigure(POLICY);
     assert!(!table().contains("known"), "{}", table());
-    daemon.signal(Signal::SIGSTOP);
-    held_at_birth(&ground, &[("/held/o8", false)]);
-    daemon.signal(Signal::SIGCONT);
+    daemon.while_stopped(|| held_at_birth(&ground, &[("/held/o8", false)]));
     daemon.stop_clean();
 }
 
@@ -446,24 +442,19 @@ fn it_goes_on_holding() {
     ground.cgroup("/held/o1");
     for env in [&[][..], &[UNOWNED]] {
         let start = || Daemon::start_in(&ground, &held(), &[], env);
-        for end in 0..2 {
-            let daemon = start();
-            if end == 0 {
-                daemon.kill9()
-            } else {
-                daemon.leave()
-            }
+        for end in [Daemon::kill9, Daemon::leave] {
+            end(start());
             held_at_birth(&ground, &[("/held/o2", true)]);
+
             let old = ground.cgroup("/held/o3");
             let daemon = start();
             // what the dead one has not seen is known to the next one from its first moment on
             assert!(leaves(&old) && leaves(&ground.at("/held/o1")));
             remove_tree(&old);
-            daemon.signal(Signal::SIGSTOP);
-            held_at_birth(&ground, &[("/held/o4", true)]);
-            daemon.signal(Signal::SIGCONT);
+            daemon.while_stopped(|| held_at_birth(&ground, &[("/held/o4", true)]));
             daemon.leave();
         }
+
         let daemon = start();
         if !env.is_empty() {
             load("flush table inet cgtproxy");
@@ -471,9 +462,7 @@ fn it_goes_on_holding() {
             assert!(wait_until(PATIENCE, back), "{}", daemon.logs());
             await_member_of_known(&ground.at("/held/o1"));
         }
-        daemon.signal(Signal::SIGSTOP);
-        held_at_birth(&ground, &[("/held/o5", true)]);
-        daemon.signal(Signal::SIGCONT);
+        daemon.while_stopped(|| held_at_birth(&ground, &[("/held/o5", true)]));
         daemon.stop_clean();
     }
 }
@@ -482,7 +471,7 @@ fn it_goes_on_holding() {
 /// whatever the target. DNS that is to be hijacked wherever it goes is.
 #[test]
 fn what_is_left_alone_is_not_held() {
-    let (ground, world, _proxy) = scene!("hold-spares", proxy);
+    let (ground, _world, _proxy) = scene!("hold-spares", proxy);
     let _resolver = Server::start("resolver", &[53]);
     ground.cgroup("/held");
     let spares = format!("bypass = {REMOTE6}\nbypass-mark = 0x7\n");
@@ -492,6 +481,7 @@ fn what_is_left_alone_is_not_held() {
         let daemon = Daemon::start(&ground, &format!("{HOLD}{spares}{policy}"), &[]);
         daemon.kill9();
         let new = ground.cgroup("/held/new");
+
         let who = |client: Client| client.timeout(SILENCE).run().who();
         for ip in [IpAddr::from([127, 0, 0, 1]), HOST4] {
             assert_eq!(who(Client::udp(&new, addr(ip, 7893))), format!("proxy mihomo {ip}:7893"));
@@ -519,7 +509,6 @@ fn what_is_left_alone_is_not_held() {
         remove_tree(&new);
         Daemon::start(&ground, POLICY, &[]).stop_clean();
     }
-    drop(world);
 }
 
 /// A datagram from the port that another's came from is of that flow, to conntrack, and to the policy
@@ -536,18 +525,18 @@ fn the_port_of_another_flow() {
         let socket = udp_in(cgroup, ip);
         bind_to(&socket, addr(if ip.is_ipv4() { HOST4 } else { HOST6 }, 5353));
         socket.connect(addr(ip, DIRECT)).expect("connect");
-        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         let sent = socket.send(b"?");
         sent.and_then(|_| again(|| socket.recv(&mut [0; 64]))).map_err(|e| e.raw_os_error())
     };
+
     // a query, and then a stream of more than two seconds
     for pause in [0, 2200] {
         thread::sleep(Duration::from_millis(pause));
-        for ip in [REMOTE4, REMOTE6] {
+        for ip in REMOTES {
             assert!(ask(&known, ip).is_ok());
         }
         world.wire.packets();
-        for ip in [REMOTE4, REMOTE6] {
+        for ip in REMOTES {
             assert_eq!(ask(&new, ip), Err(Some(libc::EPERM)));
         }
         assert_eq!(world.wire.to_remote(), []);
@@ -568,11 +557,12 @@ fn sockets_of_removed_cgroups() {
     let udp = udp_in(&known, REMOTE4);
     udp.connect(addr(REMOTE4, DIRECT)).expect("connect");
     udp.send(b"?").expect("known");
+
     fs::remove_dir(&known).expect("remove it");
     let gone = || set_ids("known").is_some_and(|ids| !ids.contains(&id));
     assert!(wait_until(PATIENCE, gone));
+
     assert_eq!(udp.send(b"?").map_err(|e| e.raw_os_error()), Err(Some(libc::EPERM)));
-    tcp.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     // more than any buffer had when it was removed
     let mut read = 0;
     while read < 3 << 20 {
@@ -584,21 +574,23 @@ fn sockets_of_removed_cgroups() {
 /// What is known pays nothing for hold being dropped in between, and long flows live through all.
 #[test]
 fn flows_that_go_on_are_not_held() {
-    let (ground, _world, _proxy) = scene!("hold-flows", proxy);
+    let (ground, world, _proxy) = scene!("hold-flows", proxy);
     let known = ground.cgroup("/held/o1");
     let daemon = Daemon::start(&ground, &held(), &[]);
     await_member_of_known(&known);
     let stream = addr(REMOTE4, STREAM_PORT);
     let follow = Client::tcp(&known, stream).follow().spawn();
-    thread::sleep(Duration::from_millis(100));
-    daemon.kill9();
+    await_connection(stream);
+
     // new flows of what is known too
+    daemon.kill9();
     assert!(leaves(&known));
     let daemon = Daemon::start(&ground, &held(), &[]);
     assert!(leaves(&known));
     daemon.leave();
     assert!(leaves(&known));
-    drop(_world);
+
+    drop(world);
     assert!(matches!(follow.wait().0, Outcome::Answer(_)));
     Daemon::start(&ground, &held(), &[]).stop_clean();
 }
@@ -612,21 +604,19 @@ fn listings_and_names() {
     let daemon = Daemon::start(&ground, &held(), &[]);
     await_member_of_known(&plain);
     assert!(leaves(&plain) && !leaves(&quoted) && !leaves(&below));
+
     // which it would take away with it
-    let text = table().replace("flags owner", "");
+    let listed = table().replace("flags owner", "");
     daemon.stop_clean();
-    let loaded = nft(&["-f", "-"], &text);
-    assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
-    assert!(!leaves(&ground.cgroup("/held/new")), "{text}");
-    assert!(leaves(&plain), "{text}");
-    load("delete table inet cgtproxy");
-    let shown = run_with(&ground, &held(), &["show"]).out;
-    let loaded = nft(&["-f", "-"], &shown);
-    assert!(loaded.status.success(), "{}\n{shown}", String::from_utf8_lossy(&loaded.stderr));
-    assert!(!leaves(&ground.cgroup("/held/new2")) && leaves(&plain));
-    load("delete table inet cgtproxy");
-    let said = run_with(&ground, &held(), &["explain", "/held/a\"b", "/held/x", "/held"]);
-    let text = said.out;
+    let shown = run_with(&ground, &held(), &["show"]).fine();
+    for (path, text) in [("/held/new", listed), ("/held/new2", shown)] {
+        load(&text);
+        assert!(!leaves(&ground.cgroup(path)) && leaves(&plain), "{text}");
+        load("delete table inet cgtproxy");
+    }
+
+    let args = ["explain", "/held/a\"b", "/held/x", "/held"];
+    let text = run_with(&ground, &held(), &args).out;
     assert!(text.contains("for the quote in the path"), "{text}");
     assert_eq!(text.matches("hold = /held\n    below   /held: ").count(), 2, "{text}");
 }
@@ -638,11 +628,13 @@ fn exec_waits_to_be_looked_at() {
     let config = format!("[global]\nhold = /cgtproxy\n{POLICY}");
     ground.cgroup("/cgtproxy/direct");
     let daemon = Daemon::start(&ground, &config, &[]);
+
     let script = "exec 3<>/dev/udp/203.0.113.7/80 && echo >&3 && timeout 30 head -n1 <&3";
     for _ in 0..sized(5, 50) {
         let said = daemon.ask(&["exec", "direct", "--", "bash", "-c", script]);
         assert!(said.out.starts_with("remote 203.0.113.7:80"), "{} {}", said.out, said.err);
     }
+
     let file = daemon.config.clone();
     daemon.kill9();
     let said = run_at(&file, &["exec", "direct", "--", "true"]);
@@ -651,14 +643,15 @@ fn exec_waits_to_be_looked_at() {
     Daemon::start(&ground, &config, &[]).stop_clean();
 }
 
-/// What `status` and `check` say.
+/// `check` tells what each hold line holds, and why one holds nothing.
 #[test]
-fn what_is_said_of_it() {
-    let (ground, _world, _proxy) = scene!("hold-said", proxy);
-    ground.cgroup("/held/o1");
-    ground.cgroup("/leaf");
+fn check_tells_what_is_held() {
+    let ground = ground!("hold-check");
+    ground.cgroups(["/held/o1", "/leaf"]);
     let config = format!("{HOLD}hold = /leaf\nhold = /none\nhold = none\nhold = /\n{POLICY}");
+
     let said = run_with(&ground, &config, &["check"]).out;
+
     for (line, text) in [
         ("hold = /held: ", "holds what is born below 1 cgroups"),
         ("hold = /leaf: ", "nothing is below what it matches"),
@@ -668,21 +661,30 @@ fn what_is_said_of_it() {
     ] {
         assert!(said.lines().any(|l| l.contains(line) && l.contains(text)), "{line}: {said}");
     }
+}
+
+/// `status` counts what was held, and tells where nobody is there to let it out.
+#[test]
+fn status_tells_what_was_held() {
+    let (ground, _world, _proxy) = scene!("hold-said", proxy);
+    ground.cgroup("/held/o1");
     let daemon = Daemon::start(&ground, &held(), &[]);
     assert!(daemon.ask(&["status"]).out.contains("held: 0 packets of cgroups"));
-    daemon.signal(Signal::SIGSTOP);
-    let new = ground.cgroup("/held/o2");
-    assert_eq!(be_born(&new, Proto::Udp, addr(REMOTE4, DIRECT)), libc::EPERM);
-    assert_eq!(daemon.json("d['held']"), "1");
-    let metrics = daemon.ask(&["status", "--prometheus"]).out;
-    assert!(metrics.contains("\ncgtproxy_held_packets_total 1\n"), "{metrics}");
-    daemon.signal(Signal::SIGCONT);
-    let (config, start) = (daemon.config.clone(), Instant::now());
+
+    let new = ground.at("/held/o2");
+    daemon.while_stopped(|| {
+        ground.cgroup("/held/o2");
+        assert_eq!(be_born(&new, Proto::Udp, addr(REMOTE4, DIRECT)), libc::EPERM);
+        assert_eq!(daemon.json("d['held']"), "1");
+        let metrics = daemon.ask(&["status", "--prometheus"]).out;
+        assert!(metrics.contains("\ncgtproxy_held_packets_total 1\n"), "{metrics}");
+    });
+
+    let config = daemon.config.clone();
     daemon.kill9();
     let text = run_at(&config, &["status"]).out;
     assert!(text.contains("what is new below held ones has no way out"), "{text}");
     Daemon::start(&ground, &held(), &[]).stop_clean();
-    println!("{:?}", start.elapsed());
     expect(&[(&new, under("direct"))]);
 }
 
@@ -778,21 +780,23 @@ fn the_first_of_its_kind() {
     }
     let daemon = Daemon::start_in(&ground, &policy("198.18.0.1"), &[], &[UNOWNED]);
     world.wire.packets();
+
     let mut leaked = Vec::new();
     for (n, (path, proto, to, by)) in floods.iter().enumerate() {
         let path = ground.at(path);
-        daemon.signal(Signal::SIGSTOP);
-        fs::create_dir(&path).expect("make a cgroup");
-        let flood = Flood::start(&path, *proto, None, *to);
-        match by {
-            0 => {}
-            1 => {
-                daemon.configure(&policy(&format!("198.18.1.{n}")));
-                daemon.signal(Signal::SIGHUP);
+        let flood = daemon.while_stopped(|| {
+            fs::create_dir(&path).expect("make a cgroup");
+            let flood = Flood::start(&path, *proto, None, *to);
+            match by {
+                0 => {}
+                1 => {
+                    daemon.configure(&policy(&format!("198.18.1.{n}")));
+                    daemon.signal(Signal::SIGHUP);
+                }
+                _ => load("add rule inet cgtproxy output counter"),
             }
-            _ => load("add rule inet cgtproxy output counter"),
-        }
-        daemon.signal(Signal::SIGCONT);
+            flood
+        });
         await_member_of_known(&path);
         drop(flood);
         leaked.extend(world.wire.to_remote().into_iter().filter(|packet| packet.dst.port() != 0));
@@ -805,8 +809,7 @@ fn the_first_of_its_kind() {
 /// a gate that comes at a held one's level, from elsewhere, is not asked before.
 #[test]
 fn a_gate_at_the_held_level() {
-    let ground = ground!("hold-gate");
-    let mut world = World::new(&ground);
+    let (ground, mut world) = scene!("hold-gate");
     ground.cgroup("/up/held");
     let config = "[global]\nhold = /up/held\n\
         [rules]\ndrop = .*/d[0-9]+\ndirect = .*/x/y\ndrop = .*/x\n";
@@ -817,23 +820,19 @@ fn a_gate_at_the_held_level() {
     let parent = ground.cgroup("/up/held/x/y");
     await_member_of_known(&parent);
     assert!(leaves(&parent));
+
     let mut born = 0;
     let mut some = || {
-        for (proto, ip) in [
-            (Proto::Tcp, REMOTE4),
-            (Proto::Tcp, REMOTE6),
-            (Proto::Udp, REMOTE4),
-            (Proto::Udp, REMOTE6),
-        ] {
+        for (proto, to) in FLOWS {
             born += 1;
-            be_born(&ground.cgroup(&format!("/up/held/x/y/d{born}")), proto, addr(ip, DROPPED));
+            let to = addr(to.ip(), DROPPED);
+            be_born(&ground.cgroup(&format!("/up/held/x/y/d{born}")), proto, to);
         }
     };
     some();
-    daemon.signal(Signal::SIGSTOP);
+    daemon.while_stopped(&mut some);
     some();
-    daemon.signal(Signal::SIGCONT);
-    some();
+
     let mut packets = world.wire.to_remote();
     packets.retain(|packet| packet.dst.port() == DROPPED);
     assert_eq!(packets, []);
