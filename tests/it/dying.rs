@@ -3,16 +3,17 @@
 
 use std::ffi::OsStr;
 use std::fs;
-use std::net::{IpAddr, UdpSocket};
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use crate::client::{again, connect, socket_in, Proto, PATIENCE};
+use crate::client::{again, connect, socket_in, udp_in, Proto, PATIENCE};
 use crate::daemon::{run_with, Daemon};
-use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
+use crate::ground::{addr, Ground, REMOTE4, REMOTE6, REMOTES};
 use crate::hold::Flood;
-use crate::kernel::{cgroup_id, nft, set_ids, SETTLE};
+use crate::kernel::{cgroup_id, load, nft, output, set_ids, SETTLE};
 use crate::world::{Server, World};
 use crate::{sized, wait_until};
 
@@ -29,8 +30,9 @@ drop   = /churn/.*
 /// The table's listing, without what says whose it is: another owner's would go with him. A
 /// character a byte.
 fn table() -> String {
-    let listed = nft(&["list", "table", "inet", "cgtproxy"], "").stdout;
-    let text: String = listed.into_iter().map(char::from).collect();
+    let listed = nft(&["list", "table", "inet", "cgtproxy"], "");
+    assert!(listed.status.success(), "{listed:?}");
+    let text: String = listed.stdout.into_iter().map(char::from).collect();
     text.replace(" # progname cgtproxy", "").replace("\tflags owner\n\n", "")
 }
 
@@ -54,30 +56,35 @@ fn expect_loads(ground: &Ground) {
     });
 }
 
-/// Sockets that nobody sees before they are used: TCP and UDP, of both families.
-fn sockets(cgroup: &Path) -> Vec<(OwnedFd, OwnedFd, IpAddr)> {
-    let of = |ip| {
+/// Sockets of a cgroup that nobody sees before they are used: TCP and UDP, of both families.
+type Sockets = [(OwnedFd, UdpSocket, IpAddr); 2];
+
+fn sockets(cgroup: &Path) -> Sockets {
+    REMOTES.map(|ip| {
         let tcp = socket_in(cgroup, libc::SOCK_STREAM | libc::SOCK_NONBLOCK, ip);
-        (tcp, socket_in(cgroup, libc::SOCK_DGRAM, ip), ip)
-    };
-    [REMOTE4, REMOTE6].map(of).into()
+        (tcp, udp_in(cgroup, ip), ip)
+    })
 }
 
 /// Sends by each of the sockets; what answers the datagrams.
-fn send(sockets: &[(OwnedFd, OwnedFd, IpAddr)]) -> Vec<String> {
-    let mut answers = Vec::new();
-    for (tcp, udp, ip) in sockets {
+fn send(sockets: &Sockets) -> [String; 2] {
+    sockets.each_ref().map(|(tcp, udp, ip)| {
         let _ = connect(tcp, addr(*ip, 80));
-        let udp = UdpSocket::from(udp.try_clone().expect("clone"));
-        let mut data = [0; 200];
-        let sent = udp.send_to(b"who?", addr(*ip, 80));
-        udp.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
-        answers.push(match sent.and_then(|_| again(|| udp.recv(&mut data))) {
-            Ok(n) => String::from_utf8_lossy(&data[..n]).split(" from").next().unwrap().to_owned(),
-            Err(_) => "nobody".to_owned(),
-        });
+        who(udp, addr(*ip, 80))
+    })
+}
+
+/// Who answers a datagram; `nobody` where it is denied.
+fn who(socket: &UdpSocket, to: SocketAddr) -> String {
+    let mut data = [0; 200];
+    match socket.send_to(b"who?", to).and_then(|_| again(|| socket.recv(&mut data))) {
+        Ok(n) => {
+            let said = String::from_utf8_lossy(&data[..n]);
+            said.split(" from").next().unwrap_or_default().to_owned()
+        }
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => "nobody".to_owned(),
+        Err(error) => error.to_string(),
     }
-    answers
 }
 
 fn local_port(socket: &OwnedFd) -> Option<u16> {
@@ -90,39 +97,37 @@ fn remove(cgroup: &Path) {
     assert!(removed, "{}", cgroup.display());
 }
 
+/// What a removed cgroup's sockets send goes its way: once it is removed, after a kill and a reload.
 #[test]
 fn sockets_outlive_their_cgroup() {
     let (ground, mut world) = scene!("dying");
     let _proxy = Server::start("proxy", &[7893]);
-    let paths = ["/drop", "/drop/free", "/drop/below", "/proxied"];
-    let cgroups = paths.map(|path| ground.cgroup(path));
+    let cgroups = ground.cgroups(["/drop", "/drop/free", "/drop/below", "/proxied"]);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     assert!(!matches_dying());
-    let held = cgroups.each_ref().map(|cgroup| (sockets(cgroup), sockets(cgroup), sockets(cgroup)));
+    // for each of the looks
+    let held = cgroups.each_ref().map(|cgroup| [0; 3].map(|_| sockets(cgroup)));
+
     // the innermost first
     [1, 2, 0, 3].into_iter().for_each(|at| remove(&cgroups[at]));
+
     let kept = || ["direct", "drop", "mihomo"].map(|t| table().contains(&format!("@dying_{t} ")));
     assert!(wait_until(PATIENCE, || kept() == [true; 3]), "{}", table());
     expect_loads(&ground);
-    let proxied = [REMOTE4, REMOTE6].map(|ip| format!("proxy {}", addr(ip, 80)));
-    let remote = [REMOTE4, REMOTE6].map(|ip| format!("remote {}", addr(ip, 80)));
-    let mut free = Vec::new();
-    let mut check = |which: usize, when: &str| {
-        let of = |at: usize| match which {
-            0 => &held[at].0,
-            1 => &held[at].1,
-            _ => &held[at].2,
-        };
+    let by = |name: &str| REMOTES.map(|ip| format!("{name} {}", addr(ip, 80)));
+    let mut seen = Vec::new();
+    let mut check = |look: usize, when: &str| {
+        let [dropped, free, below, proxied] = held.each_ref().map(|of| &of[look]);
         world.wire.packets();
-        assert_eq!(send(of(0)), ["nobody"; 2], "{when}: dropped");
-        assert_eq!(send(of(2)), ["nobody"; 2], "{when}: below a dropped one");
-        assert_eq!(send(of(3)), proxied, "{when}: proxied");
+        assert_eq!(send(dropped), ["nobody"; 2], "{when}: dropped");
+        assert_eq!(send(below), ["nobody"; 2], "{when}: below a dropped one");
+        assert_eq!(send(proxied), by("proxy"), "{when}: proxied");
         let mut left = world.wire.to_remote();
         // acknowledgements of the round before
-        left.retain(|p| !free.contains(&p.src.port()));
+        left.retain(|p| !seen.contains(&p.src.port()));
         assert_eq!(left, [], "{when}");
-        assert_eq!(send(of(1)), remote, "{when}: free");
-        free.extend(of(1).iter().filter_map(|(tcp, ..)| local_port(tcp)));
+        assert_eq!(send(free), by("remote"), "{when}: free");
+        seen.extend(free.iter().filter_map(|(tcp, ..)| local_port(tcp)));
     };
     check(0, "removed");
     daemon.kill9();
@@ -130,12 +135,13 @@ fn sockets_outlive_their_cgroup() {
     check(1, "after kill -9");
     daemon.reconfigure(&CONFIG.replace("port = 7893", "port = 7893\n[tproxy other]\nport = 7894"));
     check(2, "after a reload");
+
     drop(held);
     assert!(wait_until(PATIENCE, || !matches_dying()), "{}", table());
     expect_loads(&ground);
-    drop(daemon);
 }
 
+/// Of cgroups that come and go no more are kept than a set has room for, and none for long.
 #[test]
 fn removed_without_sockets() {
     let ground = ground!("dying-churn");
@@ -144,16 +150,17 @@ fn removed_without_sockets() {
     let times = sized(2000, 10_000);
     let busy = daemon.busy();
     let mut most = 0;
+
     for i in 0..times {
         let dir = churn.join(format!("c{i}"));
         fs::create_dir(&dir).expect("mkdir");
         fs::remove_dir(&dir).expect("rmdir");
         if i % 500 == 499 {
-            let set = nft(&["list", "set", "inet", "cgtproxy", "dying_drop"], "");
-            let set = String::from_utf8(set.stdout).expect("UTF-8");
+            let set = output("nft", &["list", "set", "inet", "cgtproxy", "dying_drop"]);
             most = most.max(set.matches(',').count());
         }
     }
+
     let busy = daemon.busy() - busy;
     assert!(wait_until(PATIENCE, || !matches_dying()), "{}", table());
     println!("{times} cgroups made and removed: at most {most} kept, {busy:?} of processor time");
@@ -168,27 +175,31 @@ fn removed_while_there_is_no_daemon() {
     let (ground, mut world) = scene!("dying-alone");
     let _proxy = Server::start("proxy", &[7893]);
     let mut daemon = Daemon::start(&ground, CONFIG, &[]);
-    let proxied = [REMOTE4, REMOTE6].map(|ip| format!("proxy {}", addr(ip, 80)));
+    let proxied = REMOTES.map(|ip| format!("proxy {}", addr(ip, 80)));
     let leaves = [("kill -9", Daemon::kill9 as fn(Daemon)), ("left", Daemon::leave)];
     for (how, leave) in leaves {
-        let cgroups = ["/drop", "/proxied"].map(|path| ground.cgroup(path));
+        let cgroups = ground.cgroups(["/drop", "/proxied"]);
         let listed = |path: &str| table().contains(&format!("{path}\""));
         let known = || listed("/drop") && listed("/proxied");
         assert!(wait_until(PATIENCE, known), "{how}: {}", table());
-        let held = cgroups.each_ref().map(|cgroup| (sockets(cgroup), sockets(cgroup)));
+        let held = cgroups.each_ref().map(|cgroup| [0; 2].map(|_| sockets(cgroup)));
+        world.wire.packets();
+
         leave(daemon);
         cgroups.iter().for_each(|cgroup| remove(cgroup));
-        world.wire.packets();
-        assert_eq!(send(&held[0].0), ["nobody"; 2], "{how}: dropped");
-        assert_eq!(send(&held[1].0), proxied, "{how}: proxied");
+
+        assert_eq!(send(&held[0][0]), ["nobody"; 2], "{how}: dropped");
+        assert_eq!(send(&held[1][0]), proxied, "{how}: proxied");
         let text = table();
         let loads = ground.outside(|| nft(&["-f", "-"], &text).status.success());
         assert!(!loads, "{how}: nft has learnt to show the removed: tell the manual\n{text}");
+
         daemon = Daemon::start(&ground, CONFIG, &[]);
         expect_loads(&ground);
-        assert_eq!(send(&held[0].1), ["nobody"; 2], "{how}: dropped, started again");
-        assert_eq!(send(&held[1].1), proxied, "{how}: proxied, started again");
+        assert_eq!(send(&held[0][1]), ["nobody"; 2], "{how}: dropped, started again");
+        assert_eq!(send(&held[1][1]), proxied, "{how}: proxied, started again");
         assert_eq!(world.wire.to_remote(), [], "{how}");
+
         drop(held);
         assert!(wait_until(PATIENCE, || !matches_dying()), "{how}: {}", table());
     }
@@ -220,15 +231,9 @@ fn strange_names() -> Vec<Vec<u8>> {
 /// Each of these cgroups has an element of its own, which decides for what it sends.
 fn decided(ground: &Ground, parent: &str, name: &[u8]) -> [String; 2] {
     let cgroup = ground.at(parent).join(OsStr::from_bytes(name));
-    [REMOTE4, REMOTE6].map(|ip| {
-        let socket = UdpSocket::from(socket_in(&cgroup, libc::SOCK_DGRAM, ip));
-        socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
-        let mut data = [0; 200];
-        let sent = socket.send_to(b"who?", addr(ip, 80));
-        let answer = sent.and_then(|_| again(|| socket.recv(&mut data)));
-        let answer = answer.map(|n| String::from_utf8_lossy(&data[..n]).into_owned());
-        let answer = answer.unwrap_or_else(|_| "nobody".into());
-        answer.split(' ').next().unwrap_or_default().to_owned()
+    REMOTES.map(|ip| {
+        let who = who(&udp_in(&cgroup, ip), addr(ip, 80));
+        who.split(' ').next().unwrap_or_default().to_owned()
     })
 }
 
@@ -242,6 +247,21 @@ fn expect_decided(ground: &Ground, names: &[Vec<u8>], parents: [(&str, &str); 3]
     }
 }
 
+/// What `show` prints loads elsewhere, with as many rules for names that nft cannot show as the table has.
+#[track_caller]
+fn expect_shown_loads(ground: &Ground, config: &str) {
+    let shown = run_with(ground, config, &["show"]).fine();
+    let hashes = || table().lines().filter(|l| l.contains("jhash")).count();
+    let loaded = ground.outside(|| {
+        load(&shown);
+        let loaded = hashes();
+        load("delete table inet cgtproxy");
+        loaded
+    });
+    assert_eq!(loaded, hashes());
+}
+
+/// A cgroup goes its way whatever its name: made before and after the start, over a kill and a reload.
 #[test]
 fn strange_names_decide() {
     let (ground, _world) = scene!("strange");
@@ -258,6 +278,7 @@ fn strange_names_decide() {
     before.iter().for_each(make);
     let daemon = Daemon::start(&ground, STRANGE, &[]);
     later.iter().for_each(make);
+
     // in no order
     for name in later {
         for (parent, who) in parents {
@@ -266,20 +287,10 @@ fn strange_names_decide() {
     }
     expect_decided(&ground, &names, parents, "made");
     expect_loads(&ground);
-    // what is to be loaded, too
-    let shown = run_with(&ground, STRANGE, &["show"]).fine();
-    ground.outside(|| {
-        let out = nft(&["-f", "-"], &shown);
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        let loaded = nft(&["list", "table", "inet", "cgtproxy"], "").stdout;
-        let hashes = |text: &str| text.lines().filter(|l| l.contains("jhash")).count();
-        assert_eq!(hashes(&String::from_utf8_lossy(&loaded)), hashes(&table()));
-        assert!(nft(&["delete", "table", "inet", "cgtproxy"], "").status.success());
-    });
+    expect_shown_loads(&ground, STRANGE);
+
     // taken over, nothing has changed for anybody
-    let name = b"n\"m";
-    let quoted = ground.at("/proxied").join(OsStr::from_bytes(name));
-    let kept = UdpSocket::from(socket_in(&quoted, libc::SOCK_DGRAM, REMOTE4));
+    let kept = udp_in(&ground.at("/proxied/n\"m"), REMOTE4);
     kept.connect(addr(REMOTE4, 80)).expect("connect");
     daemon.kill9();
     let status = run_with(&ground, STRANGE, &["status"]).out;
@@ -289,13 +300,13 @@ fn strange_names_decide() {
     expect_loads(&ground);
     kept.send(b"who?").expect("the socket was ended");
     assert!(!daemon.logs().contains("ended"), "{}", daemon.logs());
-    // another policy
+
     let other = STRANGE.replace("/proxied", "/x").replace("/dropped", "/proxied");
-    daemon.configure(&other.replace("/x", "/dropped"));
-    daemon.reload();
+    daemon.reconfigure(&other.replace("/x", "/dropped"));
     let swapped = [("/dropped", "proxy"), ("/proxied", "nobody"), ("/outer", "remote")];
     expect_decided(&ground, &names, swapped, "after a reload");
     expect_loads(&ground);
+
     drop(kept);
     for name in &names {
         parents.iter().for_each(|(at, _)| remove(&ground.at(at).join(OsStr::from_bytes(name))));
@@ -332,6 +343,7 @@ fn the_first_of_its_kind() {
         .collect();
     let daemon = Daemon::start(&ground, &config, &[]);
     world.wire.packets();
+
     let mut leaked = Vec::new();
     for (socket, victim, proto, to) in &victims {
         let id = cgroup_id(victim).expect("a cgroup");
@@ -342,6 +354,7 @@ fn the_first_of_its_kind() {
         drop(flood);
         leaked.extend(world.wire.to_remote());
     }
+
     assert_eq!(leaked, [], "{} of {levels}", leaked.len());
     daemon.stop_clean();
 }
