@@ -2,13 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader};
-use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::sys::signal::{kill, Signal};
@@ -19,10 +16,10 @@ use crate::client::{Client, PATIENCE};
 use crate::daemon::{binary, run_at, run_with, Daemon, UNOWNED};
 use crate::gateway::Lan;
 use crate::ground::{addr, ip_batch, sysctl, Ground, REMOTE4};
-use crate::kernel::{await_member, load, nft, table_plain};
+use crate::kernel::{await_member, forget_flows, load, table_plain};
 use crate::tools::{query, Terminal};
 use crate::wait_until;
-use crate::world::World;
+use crate::world::{World, PROXY};
 
 const CONFIG: &str = "[tproxy mihomo]\nport = 7893\n[tproxy idle]\nport = 7894\n\
                       [rules]\nidle = /idle\nmihomo = /busy\ndirect = /busy/free\n";
@@ -53,34 +50,12 @@ fn rows<'a>(frame: &'a [String], title: &str) -> Vec<Vec<&'a str>> {
     lines.map(|line| line.split("  ").map(str::trim).filter(|c| !c.is_empty()).collect()).collect()
 }
 
-/// A thread that sends some datagrams a second until it is dropped.
-struct Sender(Arc<AtomicBool>, Option<JoinHandle<()>>);
-
-impl Sender {
-    fn start(socket: UdpSocket, to: SocketAddr) -> Sender {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
-        let work = move || {
-            while !stopped.load(Ordering::Relaxed) {
-                let _ = socket.send_to(b"who?", to);
-                std::thread::sleep(Duration::from_millis(20));
-            }
-        };
-        Sender(stop, Some(std::thread::spawn(work)))
-    }
-}
-
-impl Drop for Sender {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-        let _ = self.1.take().map(JoinHandle::join);
-    }
-}
-
+/// Each picture shows what went since the last one, of targets and gateways the busiest first; what came
+/// back only where the kernel counts it.
 #[test]
 fn both_directions_and_the_busiest_first() {
     let (ground, _world, _proxy) = scene!("watch-both", proxy);
-    let [busy, free] = ["/busy", "/busy/free"].map(|path| ground.cgroup(path));
+    let [busy, free] = ground.cgroups(["/busy", "/busy/free"]);
     let lan = Lan::new(&ground);
     let config = format!(
         "[global]\ncounters = cgroup\n{CONFIG}\
@@ -89,14 +64,15 @@ fn both_directions_and_the_busiest_first() {
     );
     let daemon = Daemon::start(&ground, &config, &[]);
     // whoever gets more of the processors
-    let _floods =
-        [&busy, &busy, &busy, &free].map(|at| Client::udp(at, addr(REMOTE4, 80)).flood().spawn());
-    let socket = lan.client(1).run(|| UdpSocket::bind(("0.0.0.0", 0)).expect("bind"));
-    let _client = Sender::start(socket, addr(REMOTE4, 80));
+    let flood = |cgroup: &PathBuf| Client::udp(cgroup, addr(REMOTE4, 80)).flood().spawn();
+    let _floods = [&busy, &busy, &busy, &free].map(flood);
+    let _client = lan.client(1).run(|| flood(&ground.root));
     for counts in [false, true] {
         sysctl("net/netfilter/nf_conntrack_acct", if counts { "1" } else { "0" });
-        crate::kernel::forget_flows();
+        forget_flows();
+
         let shown = frames(&daemon, 3);
+
         let targets = rows(&shown[2], "TARGET");
         let names: Vec<&str> = targets.iter().map(|row| row[0]).collect();
         assert_eq!(names[..2], ["mihomo", "direct"], "{:#?}", shown[2]);
@@ -127,6 +103,7 @@ fn echoes(terminal: &Terminal) -> bool {
     flags.contains(LocalFlags::ECHO | LocalFlags::ICANON)
 }
 
+/// Keys and the terminal's size are met at once, and the terminal is left as it was, however it ends.
 #[test]
 fn a_terminal_is_left_as_it_was() {
     let ground = ground!("watch-terminal");
@@ -139,6 +116,7 @@ fn a_terminal_is_left_as_it_was() {
     resize(&terminal, 24, 80);
     terminal.expect("TARGET");
     assert!(!echoes(&terminal), "keys come one by one");
+
     // another size is met at once, not with the next picture, and lines are cut
     let redrawn = (0..10).any(|_| {
         terminal.expect("\x1b[H\x1b[J");
@@ -152,6 +130,7 @@ fn a_terminal_is_left_as_it_was() {
         took < Duration::from_millis(500)
     });
     assert!(redrawn, "it is not drawn anew at once");
+
     terminal.say("xyz");
     terminal.expect("TARGET");
     terminal.say("q");
@@ -225,6 +204,8 @@ fn parse(text: &str) -> Result<BTreeMap<String, Family>, String> {
     Ok(all)
 }
 
+/// `status --prometheus` has every family that the manual page names, well formed, whether anything is in
+/// force or not.
 #[test]
 fn metrics_in_the_text_format() {
     let (ground, _world, _proxy) = scene!("metrics", proxy);
@@ -235,45 +216,46 @@ fn metrics_in_the_text_format() {
     );
     let daemon = Daemon::start(&ground, &config, &[]);
     await_member(&busy, "mihomo");
-    let _ = Client::udp(&busy, addr(REMOTE4, 80)).run();
+    let to = addr(REMOTE4, 80);
+    assert_eq!(Client::udp(&busy, to).run().who(), format!("{PROXY} {to}"));
+
     let text = daemon.ask(&["status", "--prometheus"]).out;
+
     let found = parse(&text).unwrap_or_else(|why| panic!("{why}\n{text}"));
-    let value = |family: &str, labels: &[(&str, &str)]| {
-        let labels = labels.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
-        found.get(family).and_then(|(_, samples)| samples.get(&labels)).copied()
-    };
-    assert_eq!(value("cgtproxy_in_force", &[]), Some(1.0), "{text}");
-    assert_eq!(value("cgtproxy_daemon_up", &[]), Some(1.0));
-    let mihomo = [("target", "mihomo")];
-    assert_eq!(value("cgtproxy_target_packets_total", &mihomo), Some(1.0), "{text}");
-    assert_eq!(value("cgtproxy_target_cgroups", &mihomo), Some(1.0));
-    assert_eq!(value("cgtproxy_target_refused_packets_total", &mihomo), Some(0.0));
-    assert_eq!(value("cgtproxy_target_packets_total", &[("target", "direct")]), None);
-    let listener = |target, protocol, family| {
-        let labels = [("target", target), ("protocol", protocol), ("family", family)];
-        value("cgtproxy_target_listener_up", &labels)
-    };
-    assert_eq!(listener("mihomo", "tcp", "ipv4"), Some(1.0));
-    assert_eq!(listener("idle", "udp", "ipv6"), Some(0.0));
-    let way = |target| value("cgtproxy_target_route_up", &[("target", target), ("family", "ipv4")]);
-    assert_eq!([way("out"), way("vpn")], [Some(1.0), Some(0.0)], "{text}");
-    assert_eq!(value("cgtproxy_held_packets_total", &[]), Some(0.0));
-    assert_eq!(value("cgtproxy_repairs_total", &[("of", "table")]), Some(0.0), "{text}");
-    assert_eq!(value("cgtproxy_reloads_total", &[("result", "refused")]), Some(0.0));
-    let lan = [("gateway", "lan"), ("target", "mihomo")];
-    assert_eq!(value("cgtproxy_gateway_bytes_total", &lan), Some(0.0));
-    // every family is in the manual page, and none other
+    let target = |name| ("target", name);
+    let (tcp4, udp6) = ([("protocol", "tcp"), IPV4], [("protocol", "udp"), ("family", "ipv6")]);
+    for (family, labels, want) in [
+        ("in_force", &[][..], Some(1.0)),
+        ("daemon_up", &[], Some(1.0)),
+        ("target_packets_total", &[target("mihomo")], Some(1.0)),
+        ("target_cgroups", &[target("mihomo")], Some(1.0)),
+        ("target_refused_packets_total", &[target("mihomo")], Some(0.0)),
+        ("target_packets_total", &[target("direct")], None),
+        ("target_listener_up", &[target("mihomo"), tcp4[0], tcp4[1]], Some(1.0)),
+        ("target_listener_up", &[target("idle"), udp6[0], udp6[1]], Some(0.0)),
+        ("target_route_up", &[target("out"), IPV4], Some(1.0)),
+        ("target_route_up", &[target("vpn"), IPV4], Some(0.0)),
+        ("held_packets_total", &[], Some(0.0)),
+        ("repairs_total", &[("of", "table")], Some(0.0)),
+        ("reloads_total", &[("result", "refused")], Some(0.0)),
+        ("gateway_bytes_total", &[("gateway", "lan"), target("mihomo")], Some(0.0)),
+    ] {
+        let by = labels.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
+        let samples = found.get(&format!("cgtproxy_{family}")).map(|(_, samples)| samples);
+        let value = samples.and_then(|samples| samples.get(&by)).copied();
+        assert_eq!(value, want, "{family} {labels:?}\n{text}");
+    }
     let page = std::fs::read_to_string("conf/man/cgtproxy.8").expect("read the manual page");
-    let named: BTreeSet<&str> = page
-        .split(|c: char| !(c.is_ascii_lowercase() || c == '_'))
-        .filter(|word| word.starts_with("cgtproxy_"))
-        .collect();
+    let words = page.split(|c: char| !(c.is_ascii_lowercase() || c == '_'));
+    let named: BTreeSet<&str> = words.filter(|word| word.starts_with("cgtproxy_")).collect();
     assert_eq!(named, found.keys().map(String::as_str).collect(), "the page (left)");
+
     daemon.stop_clean();
-    // nothing there: still metrics
     let text = run_with(&ground, CONFIG, &["status", "--prometheus"]).out;
     assert_eq!(parse(&text).expect("metrics")["cgtproxy_in_force"].1[&BTreeMap::new()], 0.0);
 }
+
+const IPV4: (&str, &str) = ("family", "ipv4");
 
 /// Repairs of the table and of the routing, reloads that were taken and refused, as the kernel tells
 /// them; `None` where it does not.
@@ -297,17 +279,20 @@ fn await_deeds(daemon: &Daemon, want: [f64; 4]) {
     assert!(there, "{:?}, not {want:?}\n{}", deeds(daemon), daemon.logs());
 }
 
-/// How often something was repaired or reloaded is with the kernel: it outlives repairs, reloads,
-/// who has done it, and a restart, and goes with the table.
+/// Where the daemon owns its table, so that nobody else can take it away, and where it does not.
+const OWNERS: [&[(&str, &str)]; 2] = [&[], &[UNOWNED]];
+
+/// How often something was repaired or reloaded is counted with the kernel, each deed by itself, and told
+/// where there is something to tell.
 #[test]
 fn repairs_and_reloads_are_counted() {
-    for env in [&[][..], &[UNOWNED]] {
+    for env in OWNERS {
         let ground = ground!("deeds");
-        let busy = ground.cgroup("/busy");
-        let start = || Daemon::start_in(&ground, CONFIG, &[], env);
-        let daemon = start();
+        ground.cgroup("/busy");
+        let daemon = Daemon::start_in(&ground, CONFIG, &[], env);
         assert_eq!(deeds(&daemon), Some([0.0; 4]));
         assert!(!daemon.shown().contains("repairs"), "nothing to tell: {}", daemon.shown());
+
         daemon.reload();
         await_deeds(&daemon, [0.0, 0.0, 1.0, 0.0]);
         // a refused one changes nothing else
@@ -321,49 +306,66 @@ fn repairs_and_reloads_are_counted() {
         await_deeds(&daemon, [0.0, 1.0, 1.0, 1.0]);
         ip_batch(&["-6"], "route del local default dev lo table 300\n");
         await_deeds(&daemon, [0.0, 2.0, 1.0, 1.0]);
+
         let line = "\nrepairs: 0 of the table, 2 of ip rules and routes; reloads: 1, refused: 1\n";
         assert!(daemon.shown().contains(line), "{}", daemon.shown());
-        let json = daemon.ask(&["status", "--json"]).out;
-        assert_eq!(
-            query(&json, "d['repairs'], d['reloads']"),
-            "({'table': 0, 'routing': 2}, {'taken': 1, 'refused': 1})"
-        );
-        let mut want = [0.0, 2.0, 1.0, 1.0];
-        let mut daemon = daemon;
-        if !env.is_empty() {
-            // one after the other, and then as fast as nft goes
-            for _ in 0..3 {
-                load("delete table inet cgtproxy");
-                want[0] += 1.0;
-                await_deeds(&daemon, want);
-            }
-            for _ in 0..50 {
-                let _ = nft(&["flush", "ruleset"], "");
-                let now = deeds(&daemon).unwrap_or(want);
-                assert!(now[0] >= want[0] && now[1..] == want[1..], "{now:?} after {want:?}");
-                want = now;
-            }
-            await_member(&busy, "mihomo");
-            // a reload while the table is away
-            let _ = nft(&["flush", "ruleset"], "");
-            daemon.reload();
-            want[2] += 1.0;
-            assert!(wait_until(PATIENCE, || deeds(&daemon).is_some()));
-            want[0] = deeds(&daemon).expect("a table")[0];
-            await_deeds(&daemon, want);
-            await_member(&busy, "mihomo");
-        }
-        // who has done it is killed, and the next one goes on
-        for kill in [true, false] {
+        let told = "({'table': 0, 'routing': 2}, {'taken': 1, 'refused': 1})";
+        assert_eq!(daemon.json("d['repairs'], d['reloads']"), told);
+        daemon.stop_clean();
+    }
+}
+
+/// The counts outlive the table: others take it away one time after the other, as fast as nft goes, and
+/// just before a reload.
+#[test]
+fn counts_outlive_the_table() {
+    let ground = ground!("deeds-table");
+    let busy = ground.cgroup("/busy");
+    let daemon = Daemon::start_in(&ground, CONFIG, &[], &[UNOWNED]);
+    ip_batch(&["-6"], "route del local default dev lo table 300\n");
+    let mut want = [0.0, 1.0, 0.0, 0.0];
+    await_deeds(&daemon, want);
+
+    for _ in 0..3 {
+        load("delete table inet cgtproxy");
+        want[0] += 1.0;
+        await_deeds(&daemon, want);
+    }
+    for _ in 0..50 {
+        load("flush ruleset");
+        let now = deeds(&daemon).unwrap_or(want);
+        assert!(now[0] >= want[0] && now[1..] == want[1..], "{now:?} after {want:?}");
+        want = now;
+    }
+    await_member(&busy, "mihomo");
+
+    load("flush ruleset");
+    daemon.reload();
+    want[2] += 1.0;
+    assert!(wait_until(PATIENCE, || deeds(&daemon).is_some()));
+    want[0] = deeds(&daemon).expect("a table")[0];
+    await_deeds(&daemon, want);
+    await_member(&busy, "mihomo");
+    daemon.stop_clean();
+}
+
+/// They outlive who has done it, as long as the table stays.
+#[test]
+fn counts_outlive_the_daemon() {
+    for env in OWNERS {
+        let ground = ground!("deeds-daemon");
+        let start = || Daemon::start_in(&ground, CONFIG, &[], env);
+        let mut daemon = start();
+        ip_batch(&["-6"], "route del local default dev lo table 300\n");
+        let mut want = [0.0, 1.0, 0.0, 0.0];
+        await_deeds(&daemon, want);
+        for end in [Daemon::kill9, Daemon::leave] {
             let file = daemon.config.clone();
-            if kill {
-                daemon.kill9()
-            } else {
-                daemon.leave()
-            };
+            end(daemon);
             let json = run_at(&file, &["status", "--json"]).out;
-            let told = "[*d['repairs'].values(), *d['reloads'].values()]";
-            assert_eq!(query(&json, told), format!("{:?}", want.map(|count| count as u64)));
+            let told = query(&json, "[*d['repairs'].values(), *d['reloads'].values()]");
+            assert_eq!(told, format!("{:?}", want.map(|count| count as u64)));
+
             daemon = start();
             assert_eq!(deeds(&daemon), Some(want));
             daemon.reload();
@@ -371,6 +373,7 @@ fn repairs_and_reloads_are_counted() {
             await_deeds(&daemon, want);
         }
         daemon.stop_clean();
+
         let daemon = start();
         assert_eq!(deeds(&daemon), Some([0.0; 4]), "with another table");
         daemon.stop_clean();
@@ -393,6 +396,7 @@ fn a_table_that_counts_nothing_of_that() {
     }
     assert!(text.len() < shown.len());
     load(&text);
+
     let status = run_with(&ground, CONFIG, &["status", "--json"]);
     let told = query(&status.out, "d['in_force'], d['repairs'], d['reloads']['taken']");
     assert_eq!(told, "(True, {'table': None, 'routing': None}, None)", "{}", status.err);
@@ -400,11 +404,13 @@ fn a_table_that_counts_nothing_of_that() {
     assert!(!metrics.contains("repairs") && metrics.contains("cgtproxy_in_force 1"), "{metrics}");
     let text = run_with(&ground, CONFIG, &["status"]).out;
     assert!(text.contains("in force") && !text.contains("repairs"), "{text}");
+
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     assert_eq!(deeds(&daemon), Some([0.0; 4]));
     daemon.stop_clean();
 }
 
+/// So that the tests above can fail.
 #[test]
 fn the_parser_is_strict() {
     let good = "# HELP a A.\n# TYPE a gauge\na{b=\"c\"} 1\na 2\n";
