@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use crate::client::{Client, Running, PATIENCE, SILENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, ip, Ground, REMOTE4, REMOTE6};
-use crate::world::World;
+use crate::world::{World, SYN};
 use crate::{sized, wait_until};
 
 const USER: u32 = 4711;
@@ -26,6 +26,19 @@ fn ask(ground: &Ground) -> [String; 2] {
     })
 }
 
+/// What is said of the proxy in `/proxy` that gets what it sends.
+const SAID: &str =
+    "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is in \
+                    cgroup /proxy;";
+
+#[track_caller]
+fn await_start(daemon: &Daemon) {
+    assert!(daemon.wait_log("started:", PATIENCE), "{}", daemon.logs());
+    assert!(!daemon.logs().contains("loop:"), "{}", daemon.logs());
+}
+
+/// By its cgroup, its mark or its user a proxy's own traffic is left alone, whichever alone is configured;
+/// of the last two nothing tells whether they are the proxy's.
 #[test]
 fn each_guard_alone_is_enough() {
     let (ground, mut world) = scene!("guards");
@@ -42,11 +55,11 @@ fn each_guard_alone_is_enough() {
         let _proxy = proxy(&ground, change);
         let daemon = Daemon::start(&ground, &config, &[]);
         world.wire.packets();
+
         let want = [REMOTE4, REMOTE6].map(|ip| format!("remote {}", addr(ip, 80)));
         assert_eq!(ask(&ground), want, "guarded by {guard} alone");
-        // By the proxy: each connection opened once on the wire.
-        let opened = world.wire.to_remote();
-        let opened = opened.iter().filter(|p| p.flags & 0x02 != 0).count();
+        // by the proxy: each connection opened once on the wire
+        let opened = world.wire.to_remote().iter().filter(|p| p.flags & SYN != 0).count();
         assert_eq!(opened, 2, "guarded by {guard} alone");
         let log = daemon.reload();
         let doubt = guard != "cgroup";
@@ -56,33 +69,34 @@ fn each_guard_alone_is_enough() {
     }
 }
 
-/// Nobody asks, and nothing is reloaded.
+/// A policy for a cgroup root of its own, for what the other tests do beside it is told as well.
+fn apart(ground: &Ground, policy: &str) -> String {
+    let root = ground.cgroup("/own");
+    format!("[global]\ncgroup-root = {}\n{policy}", root.display())
+}
+
+fn proxy_apart(ground: &Ground) -> Running {
+    let proxy = Client::tcp(&ground.cgroup("/own/proxy"), addr(ip("::"), 7893));
+    proxy.timeout(4 * PATIENCE).relay()
+}
+
+/// A loop that begins later is told of, though nobody asks and nothing is reloaded: once, and again to
+/// whoever asks.
 #[test]
 fn a_loop_that_begins_later_is_told_once() {
     let ground = ground!("later");
-    // what the other tests do beside the cgroup root is told as well
-    let root = ground.at("/own");
-    ground.cgroup("/own");
-    let config = format!(
-        "[global]\ndefault = mihomo\ncgroup-root = {}\n[tproxy mihomo]\nport = 7893\n",
-        root.display()
-    );
+    let config = apart(&ground, "default = mihomo\n[tproxy mihomo]\nport = 7893\n");
     let daemon = Daemon::start(&ground, &config, &[]);
-    // what is told at the start has been
-    assert!(daemon.wait_log("started:", PATIENCE), "{}", daemon.logs());
-    assert!(!daemon.logs().contains("loop:"), "{}", daemon.logs());
-    let any = addr(ip("::"), 7893);
-    let proxy = Client::tcp(&ground.cgroup("/own/proxy"), any);
-    let _proxy = proxy.timeout(4 * PATIENCE).relay();
-    let said = "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is \
-                in cgroup /proxy;";
-    assert!(daemon.wait_log(said, PATIENCE), "{}", daemon.logs());
-    // asked for it is told again
+    await_start(&daemon);
+
+    let _proxy = proxy_apart(&ground);
+
+    assert!(daemon.wait_log(SAID, PATIENCE), "{}", daemon.logs());
     let before = daemon.logs().len();
     daemon.signal(Signal::SIGUSR1);
-    let again = || daemon.logs()[before..].contains(said);
+    let again = || daemon.logs()[before..].contains(SAID);
     assert!(wait_until(PATIENCE, again), "{}", daemon.logs());
-    assert_eq!(daemon.logs().matches(said).count(), 2);
+    assert_eq!(daemon.logs().matches(SAID).count(), 2);
     assert!(daemon.stop().success());
 }
 
@@ -94,72 +108,70 @@ fn a_loop_in_a_cgroup_that_was_there_is_told() {
         return;
     }
     let ground = ground!("older");
-    let root = ground.at("/own");
-    let [own, _] = ["/own/proxy", "/own/other"].map(|path| ground.cgroup(path));
-    let config = format!(
-        "[global]\ndefault = direct\ncgroup-root = {}\n[tproxy mihomo]\nport = 7893\n[rules]\n\
-         mihomo = /proxy\n",
-        root.display()
-    );
+    let policy = "default = direct\n[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /proxy\n";
+    let config = apart(&ground, policy);
+    ground.cgroups(["/own/proxy", "/own/other"]);
     let daemon = Daemon::start(&ground, &config, &[]);
-    assert!(daemon.wait_log("started:", PATIENCE), "{}", daemon.logs());
-    let any = addr(ip("::"), 7893);
-    let _proxy = Client::tcp(&own, any).timeout(4 * PATIENCE).relay();
+    await_start(&daemon);
+
+    let _proxy = proxy_apart(&ground);
     // what goes directly, as its parent does
     ground.cgroup("/own/other/new");
-    let said = "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is \
-                in cgroup /proxy;";
-    assert!(daemon.wait_log(said, 3 * PATIENCE), "{}", daemon.logs());
-    assert_eq!(daemon.logs().matches(said).count(), 1);
+
+    assert!(daemon.wait_log(SAID, 3 * PATIENCE), "{}", daemon.logs());
+    assert_eq!(daemon.logs().matches(SAID).count(), 1);
     assert!(daemon.stop().success());
 }
 
+/// A loop is told by the daemon to whoever asks, and by `status` without it; and it is true.
 #[test]
 fn a_loop_is_told() {
     let (ground, mut world) = scene!("loop");
     let config = "[global]\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n";
-    let said = "loop: what [tproxy mihomo] sends comes back to it: its listener on port 7893 is \
-                in cgroup /proxy;";
-    // Before the proxy is there, nothing is known.
     let daemon = Daemon::start(&ground, config, &[]);
-    assert!(!daemon.logs().contains("loop:"), "{}", daemon.logs());
+    await_start(&daemon);
+    world.wire.packets();
+
     let _proxy = proxy(&ground, |c| c);
+
     for _ in 0..2 {
-        let before = daemon.logs().matches(said).count();
+        let before = daemon.logs().matches(SAID).count();
         daemon.signal(Signal::SIGUSR1);
-        let told = wait_until(PATIENCE, || daemon.logs().matches(said).count() > before);
+        let told = wait_until(PATIENCE, || daemon.logs().matches(SAID).count() > before);
         assert!(told, "{}", daemon.logs());
     }
-    // Without the daemon's help, too.
-    let text = run_with(&ground, config, &["status"]).out;
-    assert!(text.contains(said), "{text}");
-    let text = run_with(&ground, config, &["status", "--json"]).out;
-    assert!(text.contains("\"loops\":[\"loop: what"), "{text}");
-    // And it is true.
-    world.wire.packets();
+    for (args, said) in
+        [(&["status"][..], SAID), (&["status", "--json"], "\"loops\":[\"loop: what")]
+    {
+        let text = run_with(&ground, config, args).out;
+        assert!(text.contains(said), "{text}");
+    }
     for who in ask(&ground) {
         assert!(!who.starts_with("remote"), "{who}");
     }
     assert_eq!(world.wire.to_remote(), []);
-    // Two proxies, each of which sends its traffic to the other.
-    let other = ground.cgroup("/other");
-    let any = addr(ip("0.0.0.0"), 7894);
-    let _other = Client::tcp(&other, any).relay();
-    daemon.configure(
-        "[tproxy mihomo]\nport = 7893\n[tproxy other]\nport = 7894\n[rules]\n\
-         other = /proxy\nmihomo = /other\n",
-    );
-    let mut log = daemon.reload();
-    assert!(wait_until(PATIENCE, || {
-        log = daemon.logs();
-        log.contains("[tproxy other] sends")
-    }));
+}
+
+/// Two proxies each of which sends its traffic to the other are a loop; one that sends it to the other is
+/// none.
+#[test]
+fn proxies_in_a_row() {
+    let ground = ground!("loop-two");
+    let _proxy = proxy(&ground, |c| c);
+    let _other = Client::tcp(&ground.cgroup("/other"), addr(ip("0.0.0.0"), 7894)).relay();
+    let chain =
+        "[tproxy mihomo]\nport = 7893\n[tproxy other]\nport = 7894\n[rules]\nother = /proxy\n";
+    let daemon = Daemon::start(&ground, chain, &[]);
+    await_start(&daemon);
+
+    daemon.reconfigure(&format!("{chain}mihomo = /other\n"));
+    assert!(daemon.wait_log("[tproxy other] sends", PATIENCE), "{}", daemon.logs());
+    let log = daemon.logs();
     assert!(log.contains("its listener on port 7894 is in cgroup /other;"), "{log}");
-    // One is a chain of the other: fine.
+
     let before = daemon.logs().len();
-    daemon.reconfigure(
-        "[tproxy mihomo]\nport = 7893\n[tproxy other]\nport = 7894\n[rules]\nother = /proxy\n",
-    );
+    daemon.reconfigure(chain);
+
     daemon.signal(Signal::SIGUSR1);
     let status = || daemon.logs()[before..].contains("status:");
     assert!(wait_until(PATIENCE, status));

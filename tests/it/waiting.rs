@@ -12,6 +12,8 @@ use crate::world::{Server, World};
 const CONFIG: &str = "[rules]\ndrop = /drop\n";
 const WRONG: &str = "[rules]\ndrp = /drop\n";
 
+/// A start that fails is tried again at each SIGHUP, told of where it fails in another way, and taken once
+/// it can be; what was in force before stays so meanwhile.
 #[test]
 fn a_start_that_fails_is_tried_again() {
     let (ground, _world) = scene!("wait");
@@ -29,10 +31,12 @@ fn a_start_that_fails_is_tried_again() {
         daemon.signal(Signal::SIGHUP);
     }
     assert!(daemon.ended().is_none());
+
     daemon.configure("[rules]\ndirct = /drop\n");
     daemon.signal(Signal::SIGHUP);
     assert!(daemon.wait_log("\"dirct\"", SETTLE), "{}", daemon.logs());
     assert_eq!(told(&daemon), 2, "{}", daemon.logs());
+
     daemon.configure("[rules]\ndirect = /drop\n");
     daemon.signal(Signal::SIGHUP);
     assert!(daemon.ready(), "{}", daemon.logs());
@@ -40,16 +44,18 @@ fn a_start_that_fails_is_tried_again() {
     assert!(daemon.stop().success());
 }
 
+/// A signal ends it while it waits; without the option it does not wait at all.
 #[test]
 fn it_ends_while_it_waits() {
     let ground = ground!("waitend");
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGUSR2] {
         let mut daemon = Daemon::spawn(&ground, WRONG, &["-w"], &[]);
         assert!(daemon.wait_log("unable to start yet", SETTLE), "{}", daemon.logs());
+
         daemon.signal(signal);
+
         assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.logs());
     }
-    // without the option it exits
     let mut daemon = Daemon::spawn(&ground, WRONG, &[], &[]);
     assert_eq!(daemon.wait().code(), Some(2));
 }
