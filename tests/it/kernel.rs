@@ -95,10 +95,13 @@ pub fn residue() -> String {
     left
 }
 
+/// As [`state`] gives it.
+pub type State = (String, BTreeMap<String, BTreeSet<u64>>);
+
 /// All that `run` programs, in a form that two runs over the same cgroups have in common: the
 /// table, rules and routes as text, and the cgroup sets as ids. Without the rules for cgroups that
 /// are removed: they stay for as long as the kernel is not done with those.
-pub fn state() -> (String, BTreeMap<String, BTreeSet<u64>>) {
+pub fn state() -> State {
     // Terse: for each element of a cgroup set, nft walks the whole cgroup tree to find its path.
     let mut text = table_plain(&["-t"]);
     let mut lines: Vec<&str> = text.lines().filter(|l| !l.contains("jhash")).collect();
