@@ -484,16 +484,10 @@ impl Daemon<'_> {
         for line in found.into_iter().chain(faults::idle(&config)) {
             log!(Warning, "{line}");
         }
-        if config.tproxies.is_empty() {
-            return;
-        }
-        for line in faults::bound(&config, &self.kernel.glance(), &self.cgroups.core) {
-            log!(limited::Warning, "{line}");
-        }
     }
 
-    /// Of tunnels, those of the kernel: who holds an interface is not for a daemon that has given up
-    /// its rights to see.
+    /// Loops, and sockets that go past where they are to go. Of tunnels, those of the kernel: who holds
+    /// an interface is not for a daemon that has given up its rights to see.
     fn find_loops(&mut self) -> Vec<String> {
         let config = self.cgroups.core.config().clone();
         let ports = config.tproxies.iter().map(|tproxy| tproxy.port);
@@ -501,18 +495,21 @@ impl Daemon<'_> {
         let ids = listeners.iter().flatten().map(|listener| listener.cgroup);
         let mut lines = loops::find(&config, &listeners, self.cgroups.core.homes(ids));
         lines.extend(tunnels::of_the_kernel(&config, self.kernel.links()));
+        if config.outlets().next().is_some() {
+            lines.extend(faults::bound(&config, &self.kernel.glance(), &self.cgroups.core));
+        }
         lines
     }
 
-    /// Tells of loops that have begun, a little after a cgroup has come in which that may be: its
-    /// processes listen later. No event tells of those that begin in one that was there: what else
-    /// wakes us does.
+    /// Tells of loops that have begun, and the like, a little after a cgroup has come in which that may
+    /// be: its processes listen later. No event tells of those that begin in one that was there: what
+    /// else wakes us does.
     fn look_for_loops(&mut self, woken: bool) {
         let now = Instant::now();
         if std::mem::take(&mut self.cgroups.proxied) {
             self.loops.want(now);
         }
-        if woken && !self.cgroups.core.config().tproxies.is_empty() {
+        if woken && self.cgroups.core.config().outlets().next().is_some() {
             self.loops.wake(now);
         }
         if self.loops.due().is_some_and(|at| at <= now) {

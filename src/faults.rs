@@ -243,11 +243,12 @@ fn absent<'a>(config: &'a Config, host: &'a Host) -> impl Iterator<Item = String
 /// Most cgroups that are told of by themselves.
 const MOST: usize = 10;
 
-/// A line for each cgroup of a tproxy with sockets that are bound to an interface. These leave by it
-/// or not at all, so they never come to the proxy; the table drops what they send.
+/// A line for each cgroup of a tproxy or a route with sockets that are bound to another interface. These
+/// leave by it or not at all, so they never come to what they are to go to; the table drops what they
+/// send.
 pub fn bound(config: &Config, host: &Host, core: &Core) -> Vec<String> {
     let home = core.homes(host.bound.iter().filter_map(|socket| socket.cgroup));
-    let mut found: BTreeMap<(String, u16), SmallSet<String>> = BTreeMap::new();
+    let mut found: BTreeMap<(String, Target), SmallSet<String>> = BTreeMap::new();
     for socket in &host.bound {
         // 1 is lo
         let away = socket.device > 1 && !config.bypass_users.contains(&socket.uid);
@@ -257,19 +258,30 @@ pub fn bound(config: &Config, host: &Host, core: &Core) -> Vec<String> {
         };
         let default = || policy::likely_target(config, config.default_outcome(), socket.uid);
         let outside = || ("outside the cgroup root".to_string(), default());
-        if let (path, Target::Tproxy(index)) = home(cgroup, socket.uid).unwrap_or_else(outside) {
-            let device = host.interface_name(socket.device);
-            let device = device.unwrap_or_else(|| socket.device.to_string());
-            found.entry((path, index)).or_default().insert(device);
+        let (path, target) = home(cgroup, socket.uid).unwrap_or_else(outside);
+        let device = host.interface_name(socket.device);
+        let device = device.unwrap_or_else(|| socket.device.to_string());
+        let past = match target {
+            Target::Direct | Target::Drop => false,
+            Target::Tproxy(_) => true,
+            Target::Route(index) => {
+                // by which a table of others leads is not for us to know
+                let own = &config.routes[usize::from(index)].interface;
+                !own.is_empty() && *own != device
+            }
+        };
+        if past {
+            found.entry((path, target)).or_default().insert(device);
         }
     }
     let more = found.len().saturating_sub(MOST);
     let mut lines: Vec<String> = (found.iter().take(MOST))
-        .map(|((path, index), devices)| {
-            let tproxy = config.target_name(Target::Tproxy(*index));
+        .map(|((path, target), devices)| {
+            let kind = if let Target::Route(_) = target { "route" } else { "tproxy" };
+            let name = config.target_name(*target);
             let devices: Vec<&str> = devices.iter().map(String::as_str).collect();
             format!(
-                "sockets of cgroup {path} are bound to {}, past [tproxy {tproxy}]: what they send \
+                "sockets of cgroup {path} are bound to {}, past [{kind} {name}]: what they send \
                  is dropped; bind the application to no interface, or give it a direct rule",
                 devices.join(" and ")
             )

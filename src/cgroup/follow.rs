@@ -78,7 +78,7 @@ pub struct Cgroups {
     tidy: Option<Instant>,
     /// Memory for what the core asks.
     actions: Vec<Action>,
-    /// A cgroup has come that a tproxy has.
+    /// A cgroup has come that a tproxy or a route has.
     pub proxied: bool,
     /// Cgroups that have come and that a rule decides for, and whether some are gone: for whoever
     /// looks for containers.
@@ -227,7 +227,7 @@ impl Cgroups {
             self.ruled.push(path.clone());
         }
         let target = self.core.outcome(path).map(|outcome| outcome.target);
-        self.proxied |= matches!(target, Some(Target::Tproxy(_)));
+        self.proxied |= matches!(target, Some(Target::Tproxy(_) | Target::Route(_)));
     }
 
     /// Hands what was seen to the core, and does what follows from it at once.

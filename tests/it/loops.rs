@@ -3,9 +3,10 @@
 
 use nix::sys::signal::Signal;
 
-use crate::client::{Client, Running, PATIENCE, SILENCE};
+use crate::client::{udp_in, Client, Running, PATIENCE, SILENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, ip, Ground, REMOTE4, REMOTE6};
+use crate::routes::bind_to_device;
 use crate::world::{World, SYN};
 use crate::{sized, wait_until};
 
@@ -176,4 +177,29 @@ fn proxies_in_a_row() {
     let status = || daemon.logs()[before..].contains("status:");
     assert!(wait_until(PATIENCE, status));
     assert!(!daemon.logs()[before..].contains("loop:"), "{}", daemon.logs());
+}
+
+/// A cgroup with a socket that is bound to an interface, past where it is to go, so that what it sends
+/// is dropped: told of in the same way.
+#[test]
+fn a_socket_that_goes_past_its_target_is_told_once() {
+    let ground = ground!("past");
+    let policy = "[tproxy mihomo]\nport = 7893\n[route vpn]\ninterface = vpn0\n\
+                  [rules]\nmihomo = /proxied\nvpn = /vpn\n";
+    let daemon = Daemon::start(&ground, &apart(&ground, policy), &[]);
+    await_start(&daemon);
+
+    let _bound = ["/own/proxied", "/own/vpn"].map(|path| {
+        let socket = udp_in(&ground.cgroup(path), REMOTE4);
+        bind_to_device(&socket, "in0");
+        socket.connect(addr(REMOTE4, 80)).expect("connect");
+        socket
+    });
+
+    for (cgroup, target) in [("/proxied", "tproxy mihomo"), ("/vpn", "route vpn")] {
+        let said = format!("sockets of cgroup {cgroup} are bound to in0, past [{target}]: what");
+        assert!(daemon.wait_log(&said, PATIENCE), "{}", daemon.logs());
+        assert_eq!(daemon.logs().matches(&said).count(), 1, "{}", daemon.logs());
+    }
+    assert!(daemon.stop().success());
 }

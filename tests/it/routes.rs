@@ -282,7 +282,7 @@ fn by_no_other_way_whatever_is_deleted() {
     daemon.stop_clean();
 }
 
-fn bind_to_device(socket: &UdpSocket, name: &str) {
+pub fn bind_to_device(socket: &UdpSocket, name: &str) {
     let name = std::ffi::CString::new(name).expect("no NUL");
     // SAFETY: reads the name, within its length.
     let rc = unsafe {
