@@ -10,6 +10,7 @@ mod ways;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -931,13 +932,10 @@ impl Daemon<'_> {
     fn load(&self) -> Result<Rc<Config>> {
         let mut new = self.options.load_or_default(true)?;
         let old = self.cgroups.core.config();
-        let policy =
-            old.rule_lines().count() + old.gateways.len() > 0 || old.default != Target::Direct;
-        if policy && !new.has_sections {
-            let file = self.options.config_file().display();
+        if let Some(what) = emptied(old, &new, self.options.config_file()) {
             return Err(Error::Usage(vec![format!(
-                "{file}: is absent or has no section: it may be about to be written (write a new \
-                 file and rename it into place; an empty [rules] sends everything direct)"
+                "{what}: it may be about to be written (write a new file and rename it into place; \
+                 an empty [rules] is none)"
             )]));
         }
         new.keep_marks(old.marked());
@@ -1055,6 +1053,26 @@ impl Daemon<'_> {
             self.cgroups.root.dir.display()
         )
     }
+}
+
+/// A file that has nothing to say by now, where it said something of the policy in force: an editor that
+/// writes in place makes it empty first.
+fn emptied(old: &Config, new: &Config, main: &Path) -> Option<String> {
+    let gateways = old.gateways.iter().map(|gateway| &gateway.place);
+    let mut places = old.rule_lines().map(|line| line.place()).chain(gateways);
+    let file = match new.hollow.len() == new.files.len() {
+        true => (old.default != Target::Direct || places.next().is_some()).then_some(main),
+        false => {
+            let hollow = places.find(|place| new.hollow.contains(&place.file));
+            hollow.map(|place| place.file.as_path())
+        }
+    };
+    if let Some(file) = file {
+        return Some(format!("{}: is absent or has no section", file.display()));
+    }
+    let named = |name: &str| old.outlets().any(|was| was.name == name && !was.takes_nothing());
+    let idle = new.outlets().find(|outlet| outlet.takes_nothing() && named(&outlet.name))?;
+    Some(format!("only-file of {}: names no address", idle.name))
 }
 
 /// The table first: without it no packet is marked, so none misses the rules.

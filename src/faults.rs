@@ -8,7 +8,7 @@ use crate::cgroup::core::Core;
 use crate::config::{Config, Outlet, Take, Target, Tproxy};
 use crate::host::Host;
 use crate::listen::{finds, Finds, Origin};
-use crate::net::{Family, Ranges, L4};
+use crate::net::{Family, L4};
 use crate::netlink::diag;
 use crate::netlink::link::Link;
 use crate::policy;
@@ -144,7 +144,7 @@ pub fn idle(config: &Config) -> Vec<String> {
 
 fn takes_nothing(kind: &str, outlet: &Outlet) -> Option<String> {
     let name = &outlet.name;
-    outlet.only.as_ref().is_some_and(Ranges::is_empty).then(|| {
+    outlet.takes_nothing().then(|| {
         format!(
             "[{kind} {name}]: only-file names no address, so that everything is left alone: put \
              addresses into the file, or leave out the key"

@@ -576,8 +576,9 @@ fn default_marks() {
 fn an_empty_file_is_the_default() {
     for text in ["", "\n\n", "# only this\n", "\u{feff}", "[global]\n[rules]\n[global]\n"] {
         let config = good(text);
-        let has_sections = text.contains('[');
-        let built_in = Config { files: vec!["c".into()], has_sections, ..Config::default() };
+        let files = vec!["c".into()];
+        let hollow = if text.contains('[') { Vec::new() } else { files.clone() };
+        let built_in = Config { files, hollow, ..Config::default() };
         assert_eq!(format!("{config:?}"), format!("{built_in:?}"), "{text:?}");
     }
 }

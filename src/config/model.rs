@@ -90,6 +90,11 @@ pub struct Outlet {
 pub const QUIC_PORTS: [u16; 2] = [80, 443];
 
 impl Outlet {
+    /// Its lists name no address, so that what was to be its own is left alone.
+    pub fn takes_nothing(&self) -> bool {
+        self.only.as_ref().is_some_and(Ranges::is_empty)
+    }
+
     /// What it does with a protocol, and the ports that it does so with; none are all.
     pub fn protocol(&self, l4: L4) -> (Take, &[Range<u16>]) {
         match l4 {
@@ -416,8 +421,8 @@ pub struct Config {
     pub gateways: Vec<Gateway>,
     /// Every file that was read, the first one first.
     pub files: Vec<PathBuf>,
-    /// Some file has a section. One that is empty may be about to be written.
-    pub has_sections: bool,
+    /// Those of them without any section, which may be about to be written.
+    pub hollow: Vec<PathBuf>,
     /// The marks that the file says.
     pub said_marks: SmallSet<u32>,
     /// Those of sections that are no more: flows may live that bear them.
@@ -448,7 +453,7 @@ impl Default for Config {
             owner_rules: Vec::new(),
             gateways: Vec::new(),
             files: Vec::new(),
-            has_sections: false,
+            hollow: Vec::new(),
             said_marks: SmallSet::default(),
             retired: Vec::new(),
         }

@@ -76,11 +76,13 @@ impl Reader<'_> {
         }
         self.stack.push(path.to_path_buf());
         let mut below = Below::Nothing;
+        let mut hollow = true;
         for (line, item) in ini::lines(&text) {
             let place = Place { file: file.clone(), line };
             let result = match item {
                 Err(why) => Err(why),
                 Ok(Line::Header { kind, name }) => {
+                    hollow = false;
                     let section = self.header(&place, kind, name);
                     below = section.as_ref().map_or(Below::Unknown, |at| Below::Section(*at));
                     section.map(|_| ())
@@ -98,6 +100,7 @@ impl Reader<'_> {
             }
         }
         self.stack.pop();
+        self.draft.config.hollow.extend(hollow.then(|| path.to_path_buf()));
     }
 
     fn may_include(&self, path: &Path) -> Result<()> {
@@ -117,7 +120,6 @@ impl Reader<'_> {
 
     /// The section that a header begins, or goes on with.
     fn header(&mut self, place: &Place, word: &str, name: Option<&str>) -> Result<usize> {
-        self.draft.config.has_sections = true;
         let Some(kind) = Kind::ALL.into_iter().find(|kind| kind.name() == word) else {
             let hint = did_you_mean(word, Kind::ALL.map(Kind::name), |s| format!("[{s}]"));
             return Err(format!("unknown section [{word}]{hint}"));

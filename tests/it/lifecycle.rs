@@ -450,6 +450,32 @@ fn a_file_that_is_being_written() {
     assert!(daemon.stop().success());
 }
 
+/// The same of what the file names: one that it includes, and a list.
+#[test]
+fn a_named_file_that_is_being_written() {
+    let (ground, _world, _proxy) = scene!("inplace-named", proxy);
+    let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let [rules, list] = ["rules.conf", "via.txt"].map(|name| ground.dir.join(name));
+    write_private(&rules, "[rules]\nmihomo = /proxied\ndrop = /drop\n");
+    write_private(&list, "203.0.113.0/24\n2001:db8::/32\n");
+    let config = "[global]\ninclude = rules.conf\n[tproxy mihomo]\nport = 7893\n\
+                  only-file = via.txt\n";
+    let daemon = Daemon::start(&ground, config, &[]);
+    let before = state();
+    for (file, text) in [(&rules, ""), (&rules, "# rules\n"), (&list, ""), (&list, "# none\n")] {
+        let whole = fs::read_to_string(file).expect("read");
+        write_private(file, text);
+        let log = daemon.refuse();
+        assert!(log.contains("rename it into place"), "{file:?} {text:?}: {log}");
+        assert_eq!(state(), before, "{file:?} {text:?}");
+        write_private(file, &whole);
+    }
+    expect(&[(&proxied, under(PROXY)), (&dropped, under("drop"))]);
+    write_private(&rules, "[rules]\n");
+    daemon.reload();
+    expect(&[(&proxied, under("direct")), (&dropped, under("direct"))]);
+}
+
 /// The daemon changes its working directory; what was named from the first one stays right.
 #[test]
 fn relative_paths() {
