@@ -124,6 +124,7 @@ impl Table {
         ]);
         chains.extend(config.outlets().any(Outlet::rejects).then(target::refuse_chain));
         for outlet in config.outlets() {
+            chains.extend(target::cut_chain(outlet));
             chains.extend(outlet.hijacks_dns().then(|| dns::dns_chain(config, outlet)));
             match route_of(config, outlet) {
                 None => chains.extend(target::to_chains(config, outlet)),

@@ -594,3 +594,59 @@ fn a_stalled_application_learns_at_once() {
         assert!(daemon.stop().success());
     }
 }
+
+/// Where sockets cannot be ended, packets decide: what a process sends in a proxied flow is dropped once
+/// its target does that, as a whole or to this protocol or family, be it by the default; else, also where
+/// the target leaves the destination alone, the flow stays.
+#[test]
+fn what_is_dropped_by_now_is_cut_by_packets_too() {
+    let ground = ground!("stale-default-cuts");
+    let mut wire = Wire::open(&ground);
+    let proxied = &cgroups(&ground)[1];
+    let proxies = REMOTES.map(|ip| listen(bind(addr(any_of(ip), PROXY_PORT), libc::SOCK_STREAM)));
+    let env = [("CGTPROXY_NO_DESTROY", "1")];
+    let daemon = Daemon::start_in(&ground, CONFIG, &[], &env);
+    let [none, both] = [[false; 2], [true; 2]];
+    let mut wrong = Vec::new();
+    let cases = [
+        ("drop", "", both),
+        ("other", "", none),
+        ("other", "tcp = drop\n", both),
+        ("other", "tcp = reject\n", both),
+        ("other", "ipv4 = drop\n", [true, false]),
+        ("other", "ipv6 = reject\n", [false, true]),
+        ("other", "udp = drop\nquic = reject\n", none),
+        ("other", "tcp = drop\nbypass = 203.0.113.0/24\n", [false, true]),
+        ("other", "tcp = drop\nonly = 203.0.113.0/24\n", [true, false]),
+        ("vpn", "", none),
+        ("vpn", "tcp = drop\n", both),
+    ];
+    // by a rule, a route ends what has begun by a proxy
+    let by_rule = cases.into_iter().filter(|case| case.0 != "vpn").map(|case| (true, case));
+    for (rules, (default, switch, cuts)) in
+        cases.map(|case| (false, case)).into_iter().chain(by_rule)
+    {
+        let config = |default: &str, rule: &str| {
+            format!(
+                "[global]\ndefault = {default}\n[tproxy mihomo]\nport = 7893\n[tproxy other]\n\
+                 port = 7894\n{switch}[route vpn]\ninterface = none\n{switch}[rules]\n{rule}\n"
+            )
+        };
+        daemon.reconfigure(&config("direct", "mihomo = /proxied"));
+        let flows = REMOTES.map(|ip| tcp_in(proxied, addr(ip, PORT)));
+        let ends = proxies.each_ref().map(|proxy| proxy.accept().expect("accept").0);
+        match rules {
+            false => daemon.reconfigure(&config(default, "drop = /elsewhere")),
+            true => daemon.reconfigure(&config("direct", &format!("{default} = /proxied"))),
+        };
+        for ((mut own, mut end), cut) in flows.into_iter().zip(ends).zip(cuts) {
+            end.set_read_timeout(Some(if cut { SILENCE } else { PATIENCE })).expect("a timeout");
+            let _ = own.write(b"more");
+            if again(|| end.read(&mut [0; 8])).is_ok() == cut {
+                wrong.push(format!("{default}, {switch:?}, by a rule: {rules}: {own:?}"));
+            }
+        }
+        assert_eq!(said(&mut wire), [], "{default}, {switch:?}, by a rule: {rules}");
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

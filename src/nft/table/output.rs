@@ -8,6 +8,7 @@ use super::hold::{hold_rules, HOLD};
 use super::sets::{dying_name, gate_names, named, set_name};
 use super::shape::{depths, Pair, Shape, Stage, DEPTHS};
 use super::spared::leaves_by_lo;
+use super::target::cut_rules;
 use super::words::*;
 use super::{Chain, Rule};
 use crate::config::{Config, Outcome, Target};
@@ -101,6 +102,14 @@ fn marked_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
         rules.extend(gate_rules(shape, 0));
     }
     rules.extend(default_owner_rule(config));
+    // what a process sends goes nowhere where its target by now, the default, has it so
+    let cuts = match (config.default, config.outlet(config.default)) {
+        (Target::Drop, _) => vec![vec![enter(config, Target::Drop)]],
+        (_, outlet) => outlet.map_or(Vec::new(), cut_rules),
+    };
+    for own in [Stmt::Original, Stmt::CtMark(spoofed(config))] {
+        rules.extend(cuts.iter().map(|cut| [&[own.clone(), Stmt::HasOwner], &cut[..]].concat()));
+    }
     // a packet without a socket (RST or ACK after the application closed), or of a flow that began
     // under a target that its cgroup no longer has
     rules.push(jump("sticky"));

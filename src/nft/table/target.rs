@@ -78,8 +78,7 @@ pub(super) fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
     let out = vec![Stmt::SetPacketMark(own), Stmt::accept()];
     let known = [Stmt::CtMark(own), Stmt::Counter];
     let (mut rules, mut chains) = (Vec::new(), Vec::new());
-    let cuts = [Take::Drop, Take::Reject].map(|take| switches(outlet, take, &Stmt::accept()));
-    match cuts.concat() {
+    match cut_rules(outlet) {
         cuts if cuts.is_empty() => rules.push([&known, &out[..]].concat()),
         cuts => {
             // what is dropped and rejected is so in what began before too
@@ -206,9 +205,7 @@ pub(super) fn keep_chain(outlet: &Outlet, name: String, take: Rule, leave: &Stmt
     if outlet.hijacks_dns() {
         rules.push(vec![Stmt::Dnatted, Stmt::accept()]);
     }
-    for verdict in [Take::Drop, Take::Reject] {
-        rules.extend(switches(outlet, verdict, leave));
-    }
+    rules.extend(cut_rules(outlet));
     if outlet.picks() {
         rules.extend(query_rules(outlet, L4::Udp));
         let of_udp = |rule: Rule| [vec![Stmt::L4proto(L4::Udp)], rule].concat();
@@ -242,6 +239,29 @@ fn switch_rules(outlet: &Outlet, leave: &Stmt) -> Vec<Rule> {
 fn port_rules(outlet: &Outlet, l4: L4, leave: &Stmt) -> Option<Rule> {
     let (_, ports) = outlet.protocol(l4);
     (!ports.is_empty()).then(|| vec![Stmt::OtherDports(l4, ports.to_vec()), leave.clone()])
+}
+
+/// What an outlet drops or rejects, by its switches, of what began before. Of TCP that is not what it
+/// leaves alone by now for its destination; of UDP that is not looked up ([`known_rules`]).
+pub(super) fn cut_rules(outlet: &Outlet) -> Vec<Rule> {
+    let mut cuts = all_cuts(outlet);
+    if !cuts.is_empty() && outlet.picks() {
+        cuts.iter_mut().for_each(|rule| rule.insert(0, Stmt::NotL4proto(L4::Tcp)));
+        cuts.push(vec![Stmt::L4proto(L4::Tcp), Stmt::jump(own_chain("cut", outlet))]);
+    }
+    cuts
+}
+
+/// The chain that these rules jump to.
+pub(super) fn cut_chain(outlet: &Outlet) -> Option<Chain> {
+    let cuts = all_cuts(outlet);
+    let spared = [bypass_rules(outlet, &Stmt::back()), only_rules(outlet, &Stmt::back())].concat();
+    let is_used = !cuts.is_empty() && outlet.picks();
+    is_used.then(|| chain(own_chain("cut", outlet), [spared, cuts].concat()))
+}
+
+fn all_cuts(outlet: &Outlet) -> Vec<Rule> {
+    [Take::Drop, Take::Reject].map(|take| switches(outlet, take, &Stmt::accept())).concat()
 }
 
 /// The switches that are set to `take`.
