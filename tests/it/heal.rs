@@ -1,7 +1,7 @@
 //! What other programs do to our state, and how soon the policy is in force again.
 
 use std::cell::Cell;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{channel, Receiver};
 use std::thread;
@@ -11,7 +11,7 @@ use crate::client::{expect, under, Client, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, POLICY, UNOWNED};
 use crate::gateway::Lan;
 use crate::ground::{addr, here, ip_batch, Ground, REMOTE4, REMOTE6};
-use crate::kernel::{await_member, nft, residue, state, table};
+use crate::kernel::{await_member, nft, residue, state, table, Owner};
 use crate::routes::tunnel_up;
 use crate::wait_until;
 use crate::world::{World, PROXY};
@@ -153,6 +153,7 @@ fn assert_soon(took: &[Repair], daemon: &Daemon) {
     assert!(repair < 10 * harm, "{took:?}\n{}", daemon.logs());
 }
 
+/// Where the kernel lets us own our table, nobody else changes it, and not a packet leaks.
 #[test]
 fn an_owned_table_cannot_be_touched() {
     let (ground, mut world, _proxy) = scene!("owned", proxy);
@@ -231,6 +232,8 @@ fn a_table_that_others_change_is_repaired() {
     daemon.stop_clean();
 }
 
+/// Whoever deletes our rules and routes, or all rules, or takes lo down: all is mended soon, and nothing
+/// leaks meanwhile.
 #[test]
 fn rules_and_routes_that_others_delete_are_repaired() {
     let (ground, mut world, _proxy) = scene!("rules", proxy);
@@ -251,6 +254,7 @@ fn rules_and_routes_that_others_delete_are_repaired() {
         took.extend(repairs(&daemon, &monitor, 10, harm));
     }
     assert_soon(&took, &daemon);
+
     // netifd's first load; the main rules have to come back for anything to be routed at all
     for family in ["-4", "-6"] {
         assert!(shell(&format!("ip {family} rule flush")));
@@ -321,13 +325,7 @@ fn the_routing_is_repaired_while_the_table_is_out() {
     let config = "[route vpn]\ntable = 1000\n[rules]\nvpn = /vpn\ndrop = /drop\n";
     tunnel_up(&ground);
     let daemon = Daemon::start_in(&ground, config, &[], &[UNOWNED]);
-    // others delete the table, and have one of that name which nobody may change
-    let mut command = Command::new("nft");
-    command.arg("-i").stdin(Stdio::piped()).stdout(Stdio::null());
-    let mut other = command.spawn().expect("start nft");
-    let mut words = other.stdin.take().expect("stdin is piped");
-    let lines = "delete table inet cgtproxy; add table inet cgtproxy { flags owner; }\n";
-    words.write_all(lines.as_bytes()).expect("feed nft");
+    let owner = Owner::take();
     assert!(daemon.wait_log("trying again in 2 s", PATIENCE), "{}", daemon.logs());
     let rules = || residue().matches("lookup 1000").count();
     let whole = rules();
@@ -340,8 +338,8 @@ fn the_routing_is_repaired_while_the_table_is_out() {
     }
     let log = daemon.logs();
     assert!(!log.contains("replacing the table"), "{log}");
-    drop(words);
-    other.wait().expect("wait for nft");
+
+    drop(owner);
     let led = || table().contains("\"vpn0\"") && !table().contains("\"in0\"");
     assert!(wait_until(PATIENCE, led), "{}\n{}", table(), daemon.logs());
     daemon.stop_clean();
@@ -372,6 +370,7 @@ fn lo_may_be_down_at_the_start() {
         }
     }
     assert_eq!(world.wire.to_remote(), []);
+
     // said once, also where something else is repaired meanwhile
     for family in ["-4", "-6"] {
         assert!(shell(&format!("ip {family} rule del pref 100 iif lo")));
@@ -388,6 +387,7 @@ fn lo_may_be_down_at_the_start() {
     println!("routes {:?} after lo was up", up.elapsed());
     expect(&[(&dropped, under("drop")), (&proxied, under(PROXY))]);
     lan.proxied(0);
+
     // and at run time
     ip_batch(&[], "link set lo down\nlink set lo up\n");
     assert!(wait_until(PATIENCE, routes), "{}\n{}", residue(), daemon.logs());
@@ -400,13 +400,7 @@ fn a_table_that_another_owns() {
     let ground = ground!("another");
     // without one in a set, the start would fail before it adds any rule
     ground.cgroup("/proxied");
-    let mut command = Command::new("nft");
-    command.arg("-i").stdin(Stdio::piped()).stdout(Stdio::null());
-    let mut other = command.spawn().expect("start nft");
-    let mut words = other.stdin.take().expect("stdin is piped");
-    words.write_all(b"add table inet cgtproxy { flags owner; }\n").expect("feed nft");
-    let there = || residue().contains("table inet cgtproxy");
-    assert!(wait_until(PATIENCE, there));
+    let owner = Owner::take();
     let before = residue();
     let start = || {
         let mut daemon = Daemon::spawn(&ground, POLICY, &[], &[]);
@@ -417,14 +411,15 @@ fn a_table_that_another_owns() {
     };
     start();
     assert_eq!(residue(), before);
+
     // What an older one left belongs to the table that is there, as far as anybody can tell.
     let rule = "pref 100 iif lo fwmark 0x1000000/0xff000000 lookup 300 protocol 99";
     ip_batch(&["-4"], &format!("rule add {rule}\n"));
     let before = residue();
     start();
     assert_eq!(residue(), before);
-    drop(words);
-    other.wait().expect("wait for nft");
+
+    drop(owner);
     assert!(Daemon::start(&ground, POLICY, &[]).stop().success());
     assert_eq!(residue(), "");
 }

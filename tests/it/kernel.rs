@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 use crate::wait_until;
@@ -41,6 +41,32 @@ pub fn load(script: &str) {
     let out = nft(&["-f", "-"], script);
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.success() && said.is_empty(), "{said}in\n{script}");
+}
+
+/// Another process, which owns a table of our name for as long as this lives.
+pub struct Owner(Child);
+
+impl Owner {
+    /// Takes the table, in place of ours where that is there.
+    pub fn take() -> Owner {
+        let mut command = Command::new("nft");
+        command.arg("-i").stdin(Stdio::piped()).stdout(Stdio::null());
+        let mut owner = Owner(command.spawn().expect("start nft"));
+        let ours = if table().is_empty() { "" } else { "delete table inet cgtproxy; " };
+        let words = format!("{ours}add table inet cgtproxy {{ flags owner; }}\n");
+        let nft = owner.0.stdin.as_mut().expect("stdin is piped");
+        nft.write_all(words.as_bytes()).expect("feed nft");
+        assert!(wait_until(SETTLE, || table().contains("flags owner")), "{}", table());
+        owner
+    }
+}
+
+impl Drop for Owner {
+    /// Its table goes with it.
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
 }
 
 /// The table as nft lists it; empty where there is none.
