@@ -17,10 +17,12 @@ use nix::unistd::Pid;
 
 use crate::client::{again, expect, under, Client, PATIENCE};
 use crate::daemon::{binary, run, run_with, write_private, Daemon, UNOWNED};
-use crate::ground::{addr, chmod, ip_batch, remove_tree, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
+use crate::ground::{
+    addr, chmod, ip_batch, remove_tree, sh, sysctl, Ground, HOST4, REMOTE4, REMOTE6,
+};
 use crate::kernel::{
     await_member, ip_routes, ip_rules, load, nft, output, residue, set_ids, state, table,
-    table_plain, SETTLE,
+    table_plain, Owner, SETTLE,
 };
 use crate::world::{Server, World, PROXY, STREAM_PORT};
 use crate::{sized, wait_until};
@@ -106,6 +108,7 @@ impl Drop for Churn {
     }
 }
 
+/// Over whatever a killed one has left, the next one holds what one on a clean kernel holds.
 #[test]
 fn killed_at_any_moment() {
     let ground = ground!("kill9");
@@ -118,6 +121,7 @@ fn killed_at_any_moment() {
             thread::sleep(random.below(Duration::from_millis(80)));
             daemon.kill9();
         }
+
         let daemon = Daemon::start(&ground, CONFIG, &[]);
         assert!(churn.made.load(Ordering::Relaxed) > 0);
         drop(churn);
@@ -182,6 +186,7 @@ fn the_configuration_alone_decides_what_is_in_the_kernel() {
     }
 }
 
+/// A stop leaves nothing, however busy it was.
 #[test]
 fn stopped_at_any_moment() {
     let ground = ground!("sigterm");
@@ -232,6 +237,7 @@ fn starts_and_stops_in_endless_churn() {
     assert_eq!(residue(), "");
 }
 
+/// Nor does one that comes while it starts.
 #[test]
 fn stopped_while_it_starts() {
     let ground = ground!("early-term");
@@ -323,6 +329,7 @@ fn a_flood_of_reloads() {
     assert_eq!(residue(), "");
 }
 
+/// A start that cannot write its pidfile fails, and leaves nothing.
 #[test]
 fn a_pidfile_that_cannot_be_written() {
     let ground = ground!("nopid");
@@ -341,14 +348,10 @@ fn a_pidfile_that_is_no_file_or_does_not_fit() {
     ground.cgroup("/drop");
     let dir = ground.dir.join("small");
     fs::create_dir(&dir).expect("mkdir");
-    let sh = |line: &str| {
-        let status = Command::new("sh").args(["-c", line]).current_dir(&dir).status();
-        assert!(status.expect("start sh").success(), "{line}");
-    };
-    sh("mount -t tmpfs -o size=4k none .");
+    let there = |line: &str| sh(&format!("cd {} && {line}", dir.display()));
+    there("mount -t tmpfs -o size=4k none .");
     let _unmount = Unmount(&dir);
-    let dir_text = dir.to_str().expect("UTF-8");
-    sh(&format!("cd {dir_text}; mkfifo fifo; mkdir dir; ln -s dir/x link"));
+    there("mkfifo fifo; mkdir dir; ln -s dir/x link");
     let refused = |name: &str, why: &str| {
         let file = dir.join(name);
         let start = Instant::now();
@@ -362,13 +365,14 @@ fn a_pidfile_that_is_no_file_or_does_not_fit() {
     for name in ["fifo", "dir", "link"] {
         refused(name, "not a regular file");
     }
-    sh(&format!("cd {dir_text}; cat /dev/zero > full 2>/dev/null || true"));
+    there("cat /dev/zero > full 2>/dev/null || true");
     refused("pid", "no space left on device");
     assert!(!dir.join("pid").exists(), "a part of it stays");
-    sh(&format!("rm {dir_text}/full"));
+    there("rm full");
+
     let file = dir.join("pid");
     let mut daemon = Daemon::start(&ground, CONFIG, &["-p", file.to_str().expect("UTF-8")]);
-    sh(&format!("mount -o remount,ro {dir_text}"));
+    there("mount -o remount,ro .");
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait().code(), Some(0));
     let said = format!("unable to remove pidfile {}: read-only file system", file.display());
@@ -397,6 +401,7 @@ fn a_start_that_fails() {
     };
     fails(CONFIG, &["-p", "/nowhere/pid"]);
     assert_eq!(residue(), "");
+
     // after a daemon that has left its rules: there are rules, and `status` knows since when
     Daemon::start(&ground, CONFIG, &[]).leave();
     let before = state();
@@ -408,21 +413,23 @@ fn a_start_that_fails() {
     assert!(status.contains("nothing new is classified since the last one left"), "{status}");
     assert_eq!(run(&["flush"]).code, Some(0));
     assert_eq!(residue(), "");
-    // another program's table of our name
-    let mut nft = Command::new("nft");
-    let mut nft = nft.arg("-i").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("nft");
-    let table = b"add table inet cgtproxy { flags owner; }\n";
-    std::io::Write::write_all(nft.stdin.as_mut().expect("piped"), table).expect("feed nft");
-    assert!(wait_until(PATIENCE, || residue().contains("cgtproxy")));
-    let said = fails(CONFIG, &[]);
+}
+
+/// Another program's table of our name, which it owns: a start fails and says why, `check` knows before.
+#[test]
+fn a_start_beside_a_table_that_another_owns() {
+    let ground = ground!("ownedstart");
+    let owner = Owner::take();
     let owned = "table inet cgtproxy is owned by another process";
-    assert!(said.contains(owned), "{said}");
+
+    let run = run_with(&ground, CONFIG, &["run"]);
     let check = run_with(&ground, CONFIG, &["check"]);
+
+    assert_eq!((run.code, check.code), (Some(1), Some(1)), "run fails");
+    assert!(run.err.contains(owned), "{}", run.err);
     assert!(check.out.contains(&format!("error: {owned}")), "{}", check.out);
-    assert_eq!(check.code, Some(1), "run fails");
     assert_eq!(residue(), "table inet cgtproxy\n");
-    drop(nft.stdin.take());
-    nft.wait().expect("wait for nft");
+    drop(owner);
     assert_eq!(residue(), "");
 }
 
@@ -440,6 +447,7 @@ fn a_file_that_is_being_written() {
         assert_eq!(state(), before, "{text:?}");
     }
     expect(&[(&dropped, under("drop"))]);
+
     // whoever means it says so
     daemon.configure("[rules]\n");
     daemon.reload();
@@ -493,16 +501,18 @@ fn relative_paths() {
         .expect("start cgtproxy");
     let said = || fs::read_to_string(dir.join("said")).expect("read");
     let pid = Pid::from_raw(child.id() as i32);
-    let up = wait_until(PATIENCE, || dir.join("pid").exists());
-    let _ = wait_until(PATIENCE, || said().contains("started"));
+    let tells = |word: &str| wait_until(PATIENCE, || said().contains(word));
+    let up = tells("started") && dir.join("pid").exists();
     kill(pid, Signal::SIGHUP).expect("reload");
-    let again = wait_until(PATIENCE, || said().contains("reloaded"));
+    let again = tells("reloaded");
     kill(pid, Signal::SIGTERM).expect("stop");
-    child.wait().expect("wait");
-    assert!(up && again, "{}", said());
+    let status = child.wait().expect("wait");
+
+    assert!(up && again && status.success(), "{status} {}", said());
     assert!(!dir.join("pid").exists(), "the pidfile stays");
 }
 
+/// Ctrl-C ends it as SIGTERM does.
 #[test]
 fn sigint_cleans_up_too() {
     let ground = ground!("sigint");
@@ -513,6 +523,8 @@ fn sigint_cleans_up_too() {
     assert_eq!(residue(), "");
 }
 
+/// However often the policy changes, flows whose target stays go on, and nothing of a dropped cgroup gets
+/// out.
 #[test]
 fn reload_under_traffic() {
     const FLOWS: usize = 50;
@@ -614,6 +626,7 @@ const BROKEN: [Broken; 24] = [
     ("absent", |_| (), &["o such file"]),
 ];
 
+/// A configuration with a mistake, or one that root alone does not control, is told and not taken.
 #[test]
 fn a_broken_file_changes_nothing() {
     let (ground, _world, _proxy) = scene!("broken", proxy);
@@ -651,6 +664,7 @@ fn a_broken_file_changes_nothing() {
     assert!(wrong.is_empty(), "not said, of what is wrong with\n{}", wrong.join("\n"));
 }
 
+/// At a start it is told as well, and nothing is done.
 #[test]
 fn a_broken_file_at_start() {
     let ground = ground!("nostart");
@@ -661,6 +675,7 @@ fn a_broken_file_at_start() {
     assert_eq!(residue(), "");
 }
 
+/// A second one is refused by the pid of the first, which is not disturbed.
 #[test]
 fn a_second_instance_is_refused() {
     let ground = ground!("second");
@@ -679,6 +694,7 @@ fn a_second_instance_is_refused() {
     assert!(Daemon::start(&ground, CONFIG, &[]).stop().success());
 }
 
+/// With on-exit = keep all stays in force, and the next one takes it over.
 #[test]
 fn kept_on_exit() {
     let (ground, _world, _proxy) = scene!("keep", proxy);
@@ -694,40 +710,42 @@ fn kept_on_exit() {
     daemon.stop_clean();
 }
 
+/// `flush` is refused while one runs, be it one that could put its table back.
+#[test]
+fn flush_waits_for_the_end() {
+    let ground = ground!("flushlive");
+    for env in [&[][..], &[UNOWNED]] {
+        let daemon = Daemon::start_in(&ground, CONFIG, &[], env);
+        let before = state();
+
+        let said = run(&["flush"]);
+
+        assert_eq!(said.code, Some(1), "{said:?}");
+        let why = format!("running with pid {}: stop it first", daemon.pid());
+        assert!(said.all().contains(&why), "{said:?}");
+        assert_eq!(state().1, before.1);
+        daemon.stop_clean();
+    }
+}
+
+/// `flush` removes all that one who was killed has left, says so, and touches nothing of others.
 #[test]
 fn flush_removes_everything() {
     let ground = ground!("flush");
-    let flush = || {
-        let said = run(&["flush"]);
-        (said.code, said.all())
-    };
-    let (code, _) = flush();
-    assert_eq!(code, Some(0), "with nothing to remove");
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
-    let before = state();
-    // Another program's things, which are not ours to remove.
+    assert_eq!(run(&["flush"]).code, Some(0), "with nothing to remove");
     ip_batch(
         &[],
         "rule add fwmark 0x1 lookup 300 pref 99\nroute add 198.51.100.0/24 dev in0 table 300\n",
     );
     load("table inet other {}\n");
-    let (code, text) = flush();
-    assert_eq!(code, Some(1), "while it runs: {text}");
-    assert!(text.contains(&format!("running with pid {}: stop it first", daemon.pid())), "{text}");
-    assert_eq!(state().1, before.1);
-    daemon.kill9();
-    // one that does not own its table would put it back
-    let unowned = Daemon::start_in(&ground, CONFIG, &[], &[UNOWNED]);
-    let (code, text) = flush();
-    assert_eq!(code, Some(1), "while it runs: {text}");
-    assert!(text.contains(&format!("pid {}: stop it first", unowned.pid())), "{text}");
-    assert_eq!(state().1, before.1);
-    unowned.kill9();
+    Daemon::start_in(&ground, CONFIG, &[], &[UNOWNED]).kill9();
     assert!(!table().is_empty(), "it has died without a chance to clean up");
-    let (code, text) = flush();
-    assert_eq!(code, Some(0), "{text}");
+
+    let said = run(&["flush"]);
+
+    assert_eq!(said.code, Some(0), "{said:?}");
     for what in ["table", "rule", "route"] {
-        assert!(text.contains(what), "{what} is not among what was removed: {text}");
+        assert!(said.all().contains(what), "{what} is not among what was removed: {said:?}");
     }
     let left = residue();
     assert!(!left.contains("cgtproxy") && !left.contains("proto 99"), "{left}");
@@ -745,6 +763,7 @@ fn notified(socket: &UnixDatagram) -> String {
     String::from_utf8_lossy(&buffer[..n]).into_owned()
 }
 
+/// READY=1 means that all is in force; a reload and the end are told as well.
 #[test]
 fn supervisors_are_told() {
     let ground = ground!("notify");
@@ -755,6 +774,7 @@ fn supervisors_are_told() {
     let pidfile_text = pidfile.to_str().expect("UTF-8");
     let cgroup = ground.cgroup("/drop");
     let env = [("NOTIFY_SOCKET", path.to_str().expect("UTF-8"))];
+
     let mut daemon = Daemon::spawn(&ground, CONFIG, &["-p", pidfile_text], &env);
     assert!(notified(&socket).contains("READY=1"));
     // Ready means: all in force, the pidfile included.
@@ -772,7 +792,8 @@ fn supervisors_are_told() {
     assert!(reloading.contains("MONOTONIC_USEC="), "what Type=notify-reload asks for: {reloading}");
     assert!(notified(&socket).contains("READY=1"));
     assert!(set_ids("cg_drop").is_none_or(|ids| ids.is_empty()), "{}", table());
-    // A reload that fails ends as well.
+
+    // a reload that fails ends as well
     daemon.configure("[global]\nnonsense\n");
     daemon.signal(Signal::SIGHUP);
     assert!(notified(&socket).contains("RELOADING=1"));
@@ -843,6 +864,7 @@ fn a_table_of_our_name() {
     assert_eq!(daemon.logs().matches(TOLD).count(), 1, "{}", daemon.logs());
     expect(&[(&cgroup, under("drop"))]);
     assert!(!ask("check").contains(TOLD) && ask("status").contains("in force, default"));
+
     // what another of ours has left is ours
     daemon.leave();
     assert!(!ask("check").contains(TOLD));
@@ -852,6 +874,7 @@ fn a_table_of_our_name() {
     assert_eq!(residue(), "");
 }
 
+/// A supervisor may name a socket that is no file.
 #[test]
 fn an_abstract_notify_socket() {
     use std::os::linux::net::SocketAddrExt;
@@ -866,17 +889,20 @@ fn an_abstract_notify_socket() {
     assert!(daemon.ready());
 }
 
+/// SIGUSR1 tells how things are, whatever the log level.
 #[test]
 fn sigusr1_tells_the_status() {
     let ground = ground!("sigusr1");
     for config in [CONFIG, &format!("[global]\nlog-level = error\n{CONFIG}")] {
         let daemon = Daemon::start(&ground, config, &[]);
+        assert!(!daemon.logs().contains("status: "), "{}", daemon.logs());
         daemon.signal(Signal::SIGUSR1);
-        assert!(daemon.wait_log("status", PATIENCE), "{}", daemon.logs());
+        assert!(daemon.wait_log("status: ", PATIENCE), "{}", daemon.logs());
         assert!(daemon.stop().success());
     }
 }
 
+/// What is asked for is on standard output with status 0, what is wrong with 2.
 #[test]
 fn command_line() {
     let ground = ground!("cli");
@@ -900,40 +926,36 @@ fn command_line() {
     assert_eq!(residue(), "");
 }
 
+/// The system calls of the daemon while something is done, which is told what there is of them.
+fn traced(ground: &Ground, daemon: &Daemon, act: impl FnOnce(&dyn Fn() -> String)) -> String {
+    let file = ground.dir.join("strace");
+    let _ = fs::remove_file(&file);
+    let mut command = Command::new("strace");
+    command.args(["-f", "-p", &daemon.pid().to_string(), "-o"]).arg(&file).stderr(Stdio::null());
+    let mut strace = command.spawn().expect("start strace");
+    let read = || fs::read_to_string(&file).unwrap_or_default();
+    // attached once it has written what the program is waiting in
+    assert!(wait_until(PATIENCE, || !read().is_empty()), "strace does not attach");
+    act(&read);
+    kill(Pid::from_raw(strace.id() as i32), Signal::SIGINT).expect("stop strace");
+    strace.wait().expect("wait for strace");
+    read()
+}
+
+/// Nothing wakes it that is not its own: no time that passes, no routes and interfaces of others.
 #[test]
 fn idle_without_a_system_call() {
     let ground = ground!("idle");
     for i in 0..100 {
         ground.cgroup(&format!("/own/churn/{i}"));
     }
-    // what the other tests do beside the cgroup root is told as well
+    // what the other tests do beside the cgroup root is told as well, and whose interfaces go is looked
+    // at where there may be containers
     let root = ground.at("/own");
-    // whose interfaces go is looked at (tests/it/containers.rs)
     let root = format!("[global]\ncontainers = no\ncgroup-root = {}\n", root.display());
     let daemon = Daemon::start(&ground, &(root + CONFIG), &[]);
     await_member(&ground.cgroup("/own/drop"), "drop");
     daemon.await_rest(Duration::from_secs(1));
-    let trace = |act: &dyn Fn(&dyn Fn() -> String)| {
-        let file = ground.dir.join("strace");
-        let _ = fs::remove_file(&file);
-        let mut strace = Command::new("strace")
-            .args(["-f", "-p", &daemon.pid().to_string(), "-o"])
-            .arg(&file)
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("start strace");
-        let read = || fs::read_to_string(&file).unwrap_or_default();
-        // Attached once it has written what the program is waiting in.
-        assert!(wait_until(PATIENCE, || !read().is_empty()), "strace does not attach");
-        act(&read);
-        kill(Pid::from_raw(strace.id() as i32), Signal::SIGINT).expect("stop strace");
-        strace.wait().expect("wait for strace");
-        read()
-    };
-    // The wait that strace interrupts and resumes is the only line.
-    let idle = trace(&|_| thread::sleep(Duration::from_secs(6)));
-    assert!(idle.lines().count() == 1 && idle.contains("detached"), "{idle}");
-    // Nor do routes of others wake it, but for those in its table.
     let routes = |table: &str| {
         for (family, net) in [("-4", "198.51.100.0/24"), ("-6", "2001:db8:9::/64")] {
             let lines =
@@ -941,18 +963,22 @@ fn idle_without_a_system_call() {
             ip_batch(&[family], &lines);
         }
     };
-    let idle = trace(&|_| {
+
+    let idle = traced(&ground, &daemon, |_| thread::sleep(Duration::from_secs(6)));
+    let beside = traced(&ground, &daemon, |_| {
         ["main", "1", "255", "301", "4294967294"].iter().for_each(|table| routes(table));
-        ip_batch(
-            &[],
-            "link add veth0 type veth peer name veth1\nlink set veth0 up\nlink del veth0\n",
-        );
+        let veth = "link add veth0 type veth peer name veth1\nlink set veth0 up\nlink del veth0\n";
+        ip_batch(&[], veth);
         thread::sleep(Duration::from_millis(500));
     });
-    assert!(idle.lines().count() == 1 && idle.contains("detached"), "{idle}");
-    // Were there something to see, it would be seen.
+
+    for calls in [idle, beside] {
+        // the wait that strace interrupts and resumes
+        assert!(calls.lines().count() == 1 && calls.contains("detached"), "{calls}");
+    }
+    // were there something to see, it would be seen
     let seen = |act: &dyn Fn(), what: &str| {
-        let all = trace(&|read| {
+        let all = traced(&ground, &daemon, |read| {
             act();
             wait_until(PATIENCE, || read().contains(what));
         });
@@ -1038,6 +1064,7 @@ fn configs() -> [String; 6] {
     ]
 }
 
+/// What nft lists of our table loads again elsewhere, and is the same there.
 #[test]
 fn the_table_loads_again() {
     let ground = ground!("again");
@@ -1113,6 +1140,7 @@ fn the_table_of_any_target_loads_again() {
     }
 }
 
+/// `show` prints what nft takes, over a table that is there as well, and what `run` then has.
 #[test]
 fn show_prints_what_run_loads() {
     let ground = ground!("show");
@@ -1146,6 +1174,7 @@ fn show_prints_what_run_loads() {
     }
 }
 
+/// Without IPv6 the other family works, and that is said once.
 #[test]
 fn a_host_without_ipv6() {
     let (ground, _world) = scene!("noipv6");
@@ -1166,6 +1195,7 @@ fn a_host_without_ipv6() {
     daemon.stop_clean();
 }
 
+/// A flow through the proxy goes on whoever kills the daemon, and however often.
 #[test]
 fn a_proxied_flow_outlives_the_daemon() {
     let (ground, mut world) = scene!("restart");
