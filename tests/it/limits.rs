@@ -49,6 +49,8 @@ fn network(daemon: &Daemon) -> File {
     File::open(format!("/proc/{}/ns/net", daemon.pid())).expect("open the network namespace")
 }
 
+/// Without watches, what is below a watched cgroup is classified at once and the rest soon; with more of
+/// them, all is watched again.
 #[test]
 fn watches_run_out() {
     let ground = ground!("watches");
@@ -56,6 +58,7 @@ fn watches_run_out() {
     let mut daemon = in_a_user_namespace(&ground, &[("max_inotify_watches", 10)]);
     assert!(daemon.ready(), "{}", daemon.logs());
     let net = network(&daemon);
+
     let apps: Vec<_> = (0..30).map(|i| ground.cgroup(&format!("/apps/a{i}"))).collect();
     let drops = apps.iter().chain([&dropped]);
     let drops = drops.map(|path| cgroup_id(path).expect("an id")).collect();
@@ -69,8 +72,9 @@ fn watches_run_out() {
     // what is below an unwatched one, a few seconds later
     let below = ground.cgroup("/apps/a29/x");
     ground.within(&net, || {
-        assert!(wait_until(LOOKED_AGAIN, || set_ids("cg_mihomo")
-            .is_some_and(|ids| ids.contains(&cgroup_id(&below).expect("an id")))));
+        let id = cgroup_id(&below).expect("an id");
+        let there = || set_ids("cg_mihomo").is_some_and(|ids| ids.contains(&id));
+        assert!(wait_until(LOOKED_AGAIN, there));
     });
 
     set_limit(&daemon, "max_inotify_watches", 1000);
@@ -136,6 +140,7 @@ fn many_unwatched_cgroups() {
     assert!(daemon.stop().success());
 }
 
+/// Without an inotify instance a start fails; without a second one, a reload that needs it.
 #[test]
 fn instances_run_out() {
     let ground = ground!("instances");
@@ -170,6 +175,8 @@ fn instances_run_out() {
     assert!(daemon.stop().success());
 }
 
+/// Without descriptors, what it is told of is classified and what it cannot do is said once; with them,
+/// all is whole again.
 #[test]
 fn descriptors_run_out() {
     let (ground, _world) = scene!("nofile");
@@ -191,6 +198,7 @@ fn descriptors_run_out() {
     thread::sleep(Duration::from_secs(1));
     let spent = daemon.busy() - before;
     assert!(spent < here(Duration::from_millis(200)), "{spent:?} in a second");
+
     limit(1024);
     await_member(&deep, "mihomo");
     daemon.reload();
@@ -226,6 +234,7 @@ fn memory_runs_out() {
     let spent = daemon.busy() - before;
     assert!(spent < here(Duration::from_millis(200)), "{spent:?} in a second");
     expect(&[(&dropped, under("drop")), (&apps.join("a0"), under("drop"))]);
+
     limit("unlimited");
     await_member(&apps.join(format!("a{}", made - 1)), "drop");
     assert!(daemon.wait_log("memory had run out", SETTLE));
@@ -403,19 +412,19 @@ fn notifications_are_lost() {
     ground.cgroup("/drop");
     let daemon = Daemon::start_in(&ground, CONFIG, &[], &[UNOWNED]);
     let whole = state();
-    // (what is done meanwhile, what loses notifications)
     let foreign_tables = |n: usize| -> String {
         let one = "add table ip other\nadd chain ip other c\nadd rule ip other c counter\n\
                    delete table ip other\n";
         one.repeat(n)
     };
     for round in 0..sized(1, 5) {
+        let before = dropped();
         daemon.signal(Signal::SIGSTOP);
         ip_batch(&["-4"], &foreign_rules(4000));
         let out = nft(&["-f", "-"], &foreign_tables(2000));
         assert!(out.status.success(), "{out:?}");
         let lost = dropped();
-        assert!(lost > 0, "nothing was lost");
+        assert!(lost > before, "nothing was lost");
         // what follows is not in the queues any more
         sh("ip rule del pref 100; ip -6 rule del pref 100; ip route flush table 300; \
             ip -6 route flush table 300; nft delete table inet cgtproxy");

@@ -46,6 +46,7 @@ fn assert_confined(daemon: &Daemon, capabilities: &str, seccomp: &str) {
     assert_eq!(core.skip(4).take(2).collect::<Vec<_>>(), ["0", "0"]);
 }
 
+/// Of all that root may do, it keeps what it needs, and works with that, with and without the filter.
 #[test]
 fn root_keeps_net_admin_alone() {
     let ground = ground!("root");
@@ -97,6 +98,8 @@ fn as_nobody(ground: &Ground, capabilities: &str) -> Daemon {
     Daemon::spawn_by(ground, CONFIG, &["sh", "-c", &script, "sh"], &[], &[])
 }
 
+/// CAP_NET_ADMIN alone will do for any user; without it nothing does, and with one more all cgroups are
+/// seen.
 #[test]
 fn another_user_with_net_admin() {
     let (ground, _world, _proxy) = scene!("nobody", proxy);

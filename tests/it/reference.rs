@@ -88,6 +88,7 @@ pub fn load(ground: &Ground, without: Option<&str>) {
     ip_batch(&["-6"], ROUTING);
 }
 
+/// Without a table everybody reaches the remote host, and the wire tells each packet once.
 #[test]
 fn bare_ground() {
     let (ground, mut world) = scene!("bare");
@@ -103,6 +104,7 @@ fn bare_ground() {
     assert_eq!(world.wire.packets(), [], "the wire is read once");
 }
 
+/// The wire has what was sent before it is read, no less and no more.
 #[test]
 fn wire_is_exact() {
     let (_ground, mut world) = scene!("exact");
@@ -116,6 +118,7 @@ fn wire_is_exact() {
     }
 }
 
+/// The hand-written table drops, proxies and leaves alone as the program's does.
 #[test]
 fn targets() {
     let (ground, mut world, _proxy) = scene!("targets", proxy);
@@ -130,6 +133,7 @@ fn targets() {
     assert!(!world.wire.to_remote().is_empty());
 }
 
+/// A set that is there is read as cgroup ids, and one that is not is told apart from an empty one.
 #[test]
 fn sets_are_read_as_ids() {
     let ground = ground!("ids");
@@ -141,6 +145,7 @@ fn sets_are_read_as_ids() {
     assert!(cgroup_id(&ground.at("/none")).is_err());
 }
 
+/// It is the mark by which a packet comes to the proxy.
 #[test]
 fn without_the_mark_nothing_is_proxied() {
     let (ground, _world, _proxy) = scene!("nomark", proxy);
@@ -148,6 +153,7 @@ fn without_the_mark_nothing_is_proxied() {
     expect(&[(&ground.cgroup("/mihomo"), under("direct"))]);
 }
 
+/// It is the DNAT that leads to the hijacker, and its test that keeps the proxy from that.
 #[test]
 fn dns_goes_to_the_hijacker() {
     for (rule, want) in [(None, "dns local"), (Some("ct status dnat"), "proxy mihomo")] {
@@ -162,9 +168,10 @@ fn dns_goes_to_the_hijacker() {
     }
 }
 
+/// Without a proxy, it is the rules behind tproxy that refuse and drop.
 #[test]
 fn proxy_down() {
-    // With and without the rules behind `tproxy`: the second time local listeners are reached.
+    // without them local listeners are reached
     for rule in [None, Some("counter reject"), Some("counter drop")] {
         let (ground, mut world) = scene!("down");
         let _local = Server::start("local", &[80]);
@@ -188,6 +195,7 @@ fn proxy_down() {
     }
 }
 
+/// It is the ct mark by which packets without a socket go the way of their flow.
 #[test]
 fn packets_without_a_socket_stay_proxied() {
     for (rule, quiet) in [(None, true), (Some("goto sticky"), false)] {

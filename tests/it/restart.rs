@@ -116,18 +116,16 @@ fn hand_overs(ground: &Ground, env: &[(&str, &str)]) {
     daemon.stop_clean();
 }
 
+/// However one ends and the next one begins, nothing leaks, and nothing is taken away in between.
 #[test]
 fn a_restart_leaves_no_moment_without_rules() {
-    if let Some(ground) = Ground::new("restart") {
-        hand_overs(&ground, &[]);
-    }
+    hand_overs(&ground!("restart"), &[]);
 }
 
+/// The same on kernels before 6.9.
 #[test]
 fn nor_where_the_table_cannot_be_owned() {
-    if let Some(ground) = Ground::new("restart-old") {
-        hand_overs(&ground, &[UNOWNED]);
-    }
+    hand_overs(&ground!("restart-old"), &[UNOWNED]);
 }
 
 /// The next one may start while the last one still runs: it waits for its end.
@@ -151,6 +149,7 @@ fn the_next_one_waits_for_the_last() {
     }
     assert_eq!(world.wire.to_remote(), []);
     drop(floods);
+
     // not for ever
     let start = Instant::now();
     let mut second = Daemon::spawn(&ground, POLICY, &[], &[]);
@@ -192,6 +191,7 @@ fn status_without_a_daemon() {
     assert!(headline(&text).contains(&format!("runs with pid {}", daemon.pid())), "{text}");
     assert!(!text.contains("nothing new"), "{text}");
     assert!(status(&["--json"]).contains("\"left\":null"), "{}", status(&["--json"]));
+
     daemon.leave();
     for path in ["/drop", "/proxied", "/proxied/x", "/none"] {
         ground.cgroup(path);
@@ -205,11 +205,13 @@ fn status_without_a_daemon() {
     let left = json.split("\"left\":").nth(1).and_then(|rest| rest.split(',').next());
     assert!(left.is_some_and(|n| n.parse::<u64>().is_ok_and(|n| n < 60)), "{json}");
     assert!(json.contains("\"unknown\":2") && json.contains("\"daemon\":null"), "{json}");
+
     // one that is killed has no chance to say when
     Daemon::start(&ground, POLICY, &[]).kill9();
     let text = status(&[]);
     let said = "nothing new is classified; cgroups that the table does not know: 0\n";
     assert!(text.contains(said), "{text}");
+
     // without a table there is nothing to know
     assert!(Daemon::start(&ground, POLICY, &[]).stop().success());
     let text = status(&[]);
