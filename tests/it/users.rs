@@ -1,9 +1,9 @@
 //! Matches that are not a regex: services and applications by their names, and the owners of sockets.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::Read;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::sync::mpsc;
@@ -12,27 +12,26 @@ use std::thread::{self, JoinHandle};
 use nix::errno::Errno;
 use nix::sys::wait::waitpid;
 
-use crate::client::{expect, expect_as, fork_into, under, Client, Outcome, PATIENCE};
+use crate::client::{expect, expect_as, fork_into, under, Client, Outcome, Running, PATIENCE};
 use crate::daemon::{run_with, Daemon, UNOWNED};
 use crate::ground::{addr, pipe, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{load, SETTLE};
 use crate::tools::query;
 use crate::wait_until;
-use crate::world::{bind, raw_addr, set, Packet, Server, World, PROXY, STREAM_PORT};
+use crate::world::{bind, raw_addr, set, Server, World, PROXY, STREAM_PORT};
 
 const USER: &str = "/user.slice/user-1000.slice/user@1000.service/app.slice";
 
-/// The names that init systems and desktops give a service or an application, made and removed under
-/// a running daemon, in order with regexes.
-#[test]
-fn services_and_applications_by_name() {
-    let (ground, _world, _proxy) = scene!("byname", proxy);
-    let rules = "[tproxy mihomo]\nport = 7893\n[rules]\n\
-                 direct = /services/aria2/free\n\
-                 mihomo = service:aria2, wg-quick@wg0\n\
-                 drop = app:com.a-b.C,firefox\n\
-                 mihomo = /user\\.slice/.*/app-firefox-2\\.scope\n";
-    let governed = [
+const NAMED: &str = "[tproxy mihomo]\nport = 7893\n[rules]\n\
+                     direct = /services/aria2/free\n\
+                     mihomo = service:aria2, wg-quick@wg0\n\
+                     drop = app:com.a-b.C,firefox\n\
+                     mihomo = /user\\.slice/.*/app-firefox-2\\.scope\n";
+
+/// Cgroups as init systems and desktops name them, `~` being the slice of a user's applications, and
+/// their targets under [`NAMED`].
+fn named() -> [(String, &'static str); 16] {
+    [
         ("/services/aria2/instance1", "mihomo"),
         ("/services/aria2/free", "direct"),
         ("/openrc.aria2", "mihomo"),
@@ -43,44 +42,62 @@ fn services_and_applications_by_name() {
         ("/system.slice/wg-quick@wg1.service", "direct"),
         ("/system.slice/aria2-helper.service", "direct"),
         ("/x/services/aria2", "direct"),
-        (&format!("{USER}/app-gnome-firefox-1.scope"), "drop"),
-        (&format!("{USER}/app-firefox-2.scope"), "drop"),
-        (&format!("{USER}/snap.firefox.firefox-1.scope"), "drop"),
-        (&format!(r"{USER}/app-flatpak-com.a\x2db.C-4711.scope"), "drop"),
-        (&format!("{USER}/app-firefox2-1.scope"), "direct"),
+        ("~/app-gnome-firefox-1.scope", "drop"),
+        ("~/app-firefox-2.scope", "drop"),
+        ("~/snap.firefox.firefox-1.scope", "drop"),
+        (r"~/app-flatpak-com.a\x2db.C-4711.scope", "drop"),
+        ("~/app-firefox2-1.scope", "direct"),
         ("/system.slice/app-firefox-1.scope", "direct"),
-    ];
-    // half of them before the daemon, half after
-    let (before, after) = governed.split_at(governed.len() / 2);
-    let made = |part: &[(&str, &str)]| part.iter().map(|(path, _)| ground.cgroup(path)).collect();
-    let mut cgroups: Vec<_> = made(before);
-    let daemon = Daemon::start(&ground, rules, &[]);
-    cgroups.extend::<Vec<_>>(made(after));
-    for (path, target) in &governed {
-        let said = run_with(&ground, rules, &["explain", path]).out;
+    ]
+    .map(|(path, target)| (path.replace('~', USER), target))
+}
+
+/// Services and applications go the way of their names, in order with regexes, whether they were there
+/// before the daemon or came later; and `explain` says so.
+#[test]
+fn services_and_applications_by_name() {
+    let (ground, _world, _proxy) = scene!("byname", proxy);
+    let named = named();
+    let (before, after) = named.split_at(named.len() / 2);
+    let make = |part: &[(String, &str)]| part.iter().for_each(|at| drop(ground.cgroup(&at.0)));
+    make(before);
+    let daemon = Daemon::start(&ground, NAMED, &[]);
+    make(after);
+
+    for (path, target) in &named {
+        let said = daemon.ask(&["explain", path]).fine();
         assert!(said.contains(&format!("    target  {target}\n")), "{path}: {said}");
     }
-    let name = |target| if target == "mihomo" { PROXY } else { target };
-    let wants = cgroups.iter().zip(governed).map(|(at, (_, target))| (&**at, under(name(target))));
-    expect(&wants.collect::<Vec<_>>());
 
-    let said = run_with(&ground, rules, &["explain", "/openrc.aria2"]).out;
-    let means = [
+    let wants = named.map(|(path, target)| {
+        (ground.at(&path), under(if target == "mihomo" { PROXY } else { target }))
+    });
+    expect(&wants.each_ref().map(|(at, answers)| (&**at, answers.clone())));
+    daemon.stop_clean();
+}
+
+/// `explain` tells what a name became, `check` how many cgroups it covers.
+#[test]
+fn what_a_name_became_is_told() {
+    let ground = ground!("bynamesaid");
+    named().iter().for_each(|(path, _)| drop(ground.cgroup(path)));
+
+    let explain = run_with(&ground, NAMED, &["explain", "/openrc.aria2"]).fine();
+    let check = run_with(&ground, NAMED, &["check"]).out;
+
+    for line in [
         ": mihomo = service:aria2, wg-quick@wg0\n",
         "    means   /(?:services/|openrc\\.)?aria2\n",
         "    means   /system\\.slice/(?:[^/]+/)*wg-quick@wg0\\.service\n",
         "    matches /openrc.aria2\n",
-    ];
-    for line in means {
-        assert!(said.contains(line), "no {line:?} in\n{said}");
+    ] {
+        assert!(explain.contains(line), "no {line:?} in\n{explain}");
     }
-    let said = run_with(&ground, rules, &["check"]).out;
-    assert!(
-        said.contains(": mihomo = service:aria2, wg-quick@wg0: decides for 8 cgroups"),
-        "{said}"
-    );
-    assert!(said.contains("tproxies: 1, rules: 4"), "{said}");
-    assert!(daemon.stop().success());
+    for line in
+        [": mihomo = service:aria2, wg-quick@wg0: decides for 8 cgroups", "tproxies: 1, rules: 4"]
+    {
+        assert!(check.contains(line), "no {line:?} in\n{check}");
+    }
 }
 
 /// Lines for users and groups in front of, between and behind those for cgroups.
@@ -148,6 +165,8 @@ fn each_goes_its_way(ground: &Ground, config: &str, when: &str) {
     }
 }
 
+/// Whatever became of the daemon, each user in each cgroup goes the way of the first line that covers
+/// him.
 #[test]
 fn the_first_line_that_covers_a_socket_decides() {
     let (ground, _world, _proxy) = scene!("owners", proxy);
@@ -174,17 +193,37 @@ fn the_first_line_that_covers_a_socket_decides() {
     assert!(daemon.stop().success());
 }
 
+/// Where [`older_flows_of_an_owner`] begin.
+const BEFORE: &str =
+    "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = user:1\nmihomo = /elsewhere\n";
+
+/// A stream from a remote host to a user of a cgroup.
+fn follow(cgroup: &Path, ip: IpAddr, uid: u32) -> Running {
+    Client::tcp(cgroup, addr(ip, STREAM_PORT)).uid(uid).follow().spawn()
+}
+
+/// Waits until so many streams have been acknowledged from now on.
+#[track_caller]
+fn streams_go_on(world: &mut World, number: usize) {
+    world.wire.packets();
+    let mut seen = BTreeSet::new();
+    let go_on = || {
+        let packets = world.wire.packets().into_iter();
+        seen.extend(
+            packets.filter(|p| p.dst.port() == STREAM_PORT && p.flags == 0x10).map(|p| p.src),
+        );
+        seen.len() >= number
+    };
+    assert!(wait_until(SETTLE, go_on));
+}
+
 /// A flow that is older than the line for its owner is ended at once; that of another owner in the
-/// same cgroup goes on. Nobody tells the group of a socket, so what a group's line cuts falls silent.
+/// same cgroup goes on.
 #[test]
 fn older_flows_of_an_owner() {
     let (ground, mut world) = scene!("ownerstale");
     let _proxy = Server::start(PROXY, &[7893]);
     let app = ground.cgroup("/app");
-    let before = "[tproxy mihomo]\nport = 7893\n[rules]\ndirect = user:1\nmihomo = /elsewhere\n";
-    let follow = |cgroup: &Path, ip, uid| {
-        Client::tcp(cgroup, addr(ip, STREAM_PORT)).uid(uid).follow().spawn()
-    };
     let rules = "[tproxy mihomo]\nport = 7893\n[rules]\n";
     for after in [
         format!("{rules}drop = user:2001\n"),
@@ -193,46 +232,42 @@ fn older_flows_of_an_owner() {
         format!("[global]\ndefault = drop\n{rules}direct = user:2002,0\n"),
     ] {
         println!("{after}");
-        let daemon = Daemon::start(&ground, before, &[]);
+        let daemon = Daemon::start(&ground, BEFORE, &[]);
         let stale = [REMOTE4, REMOTE6].map(|ip| follow(&app, ip, 2001));
         let fine = [REMOTE4, REMOTE6].map(|ip| follow(&app, ip, 2002));
-        let established = |packets: &[Packet]| {
-            let flows = packets.iter().filter(|p| p.dst.port() == STREAM_PORT && p.flags == 0x10);
-            flows.map(|p| p.src).collect::<BTreeSet<_>>().len()
-        };
-        let mut seen = Vec::new();
-        assert!(wait_until(SETTLE, || {
-            seen.extend(world.wire.packets());
-            established(&seen) >= 4
-        }));
+        streams_go_on(&mut world, 4);
+
         daemon.reconfigure(&after);
+
         for running in stale {
             // by us, or by the reset that its next packet met
             let ended = [Errno::ECONNABORTED, Errno::ECONNRESET].map(Outcome::Failed);
             let outcome = running.wait().0;
             assert!(ended.contains(&outcome), "{outcome:?}");
         }
-        // the others' packets go on
-        world.wire.packets();
-        let mut seen = Vec::new();
-        assert!(wait_until(SETTLE, || {
-            seen.extend(world.wire.packets());
-            established(&seen) >= 2
-        }));
+        streams_go_on(&mut world, 2);
         drop(fine);
         assert!(daemon.stop().success());
     }
-    let daemon = Daemon::start(&ground, before, &[]);
+}
+
+/// Nobody tells the group of a socket, so what a group's line cuts falls silent.
+#[test]
+fn older_flows_of_a_group() {
+    let (ground, mut world) = scene!("groupstale");
+    let app = ground.cgroup("/app");
+    let daemon = Daemon::start(&ground, BEFORE, &[]);
     let _silent = follow(&app, REMOTE4, 2001);
-    // the reset that ends it may come after the word of the reload
-    let of_stream = |packets: Vec<Packet>| -> Vec<Packet> {
-        packets.into_iter().filter(|p| p.dst.port() == STREAM_PORT && p.flags & 4 == 0).collect()
-    };
-    assert!(wait_until(SETTLE, || !of_stream(world.wire.packets()).is_empty()));
-    daemon.reconfigure(&format!("{rules}drop = group:2001\n"));
+    streams_go_on(&mut world, 1);
+
+    daemon.reconfigure("[tproxy mihomo]\nport = 7893\n[rules]\ndrop = group:2001\n");
     world.wire.packets();
     expect_as(|client| client.uid(2001), &[(&app, under("drop"))]);
-    assert_eq!(of_stream(world.wire.packets()), []);
+
+    // the reset that ends it may come after the word of the reload
+    let mut left = world.wire.packets();
+    left.retain(|p| p.dst.port() == STREAM_PORT && p.flags & 4 == 0);
+    assert_eq!(left, []);
 }
 
 /// Takes one connection and reads nothing of it until it is told to; then gives the number of bytes
@@ -343,6 +378,8 @@ fn what_is_left_of_a_closed_socket_goes_its_way() {
     assert!(daemon.stop().success());
 }
 
+/// `explain` of a path names the lines for owners that would come first; of a process it decides with
+/// the process's own.
 #[test]
 fn explain_and_check_name_owners() {
     let ground = ground!("ownersaid");
@@ -369,6 +406,7 @@ fn explain_and_check_name_owners() {
     ];
     assert_eq!(lines, want);
     assert_eq!(app.matches("    unless  /").count(), 3, "{app}");
+
     for (uid, path, target, line, by_owner) in [
         (2001, "/services/app", "drop", "drop = user:2001", true),
         (2001, "/services/first", "direct", "direct = /services/first", false),
@@ -379,15 +417,22 @@ fn explain_and_check_name_owners() {
     ] {
         let cgroup = ground.cgroup(path);
         let port = SocketAddr::from(([127, 0, 0, 1], 7100));
-        let _process = Client::udp(&cgroup, port).uid(uid).serve();
-        let pid = fs::read_to_string(cgroup.join("cgroup.procs")).expect("its pid");
-        let said = said(&["explain", "--pid", pid.trim()]);
+        let process = Client::udp(&cgroup, port).uid(uid).serve();
+        let said = said(&["explain", "--pid", &process.pid().to_string()]);
         assert!(said.contains(&format!("    target  {target}\n")), "{uid} {path}: {said}");
         assert!(said.contains(line) && !said.contains("unless"), "{uid} {path}: {said}");
         let owner = format!("    owner   uid {uid}, gid {uid}\n");
         assert_eq!(said.contains(&owner), by_owner, "{uid} {path}: {said}");
     }
-    let check = said(&["check"]);
+}
+
+/// `check` names the owners that a line decides for, and one who does not exist.
+#[test]
+fn check_names_owners() {
+    let ground = ground!("ownerscheck");
+
+    let check = run_with(&ground, OWNERS, &["check"]).out;
+
     for line in [
         ": drop   = user:2001: decides for sockets of uid 2001\n",
         ": direct = group:2004: decides for sockets of gid 2004\n",
@@ -397,6 +442,7 @@ fn explain_and_check_name_owners() {
         let line = line.replace("drop   =", "drop =");
         assert!(check.contains(&line), "no {line:?} in\n{check}");
     }
+
     let unknown = "[rules]\ndrop = user:nobody-of-that-name\n";
     let said = run_with(&ground, unknown, &["check"]);
     let why = "no such user: \"nobody-of-that-name\"";
@@ -420,9 +466,8 @@ fn a_bypass_user_has_no_target() {
         expect_as(|client| client.uid(2001), &[(cgroup, under("direct"))]);
         expect_as(|client| client.uid(2002), &[(cgroup, under(PROXY))]);
         let port = SocketAddr::from(([127, 0, 0, 1], 7100));
-        let _process = Client::udp(cgroup, port).uid(2001).serve();
-        let pid = fs::read_to_string(cgroup.join("cgroup.procs")).expect("its pid");
-        let (_, explained) = said(&["explain", "--pid", pid.trim()]);
+        let process = Client::udp(cgroup, port).uid(2001).serve();
+        let (_, explained) = said(&["explain", "--pid", &process.pid().to_string()]);
         assert!(explained.contains("    target  direct\n    rule    bypass-user"), "{explained}");
         let (_, apps) = said(&["apps", "--json"]);
         let of = "[(a['target'], a['decides'], a['line']) for a in d['apps'] if a['uid'] == 2001]";
