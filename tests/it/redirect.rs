@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -49,8 +50,11 @@ fn ask(socket: &UdpSocket, to: SocketAddr) -> Option<(String, IpAddr)> {
     Some((who.to_owned(), client.ip()))
 }
 
+/// Each with the kind that it is of, and its remote end.
+type Sockets = Vec<(&'static str, UdpSocket, SocketAddr)>;
+
 /// Sockets of a cgroup with a remote end each, as programs have them.
-fn sockets(cgroup: &std::path::Path) -> Vec<(&'static str, UdpSocket, SocketAddr)> {
+fn sockets(cgroup: &Path) -> Sockets {
     let mut all = Vec::new();
     for remote in REMOTES {
         for (at, kind) in
@@ -75,6 +79,28 @@ fn sockets(cgroup: &std::path::Path) -> Vec<(&'static str, UdpSocket, SocketAddr
     all
 }
 
+/// Asserts that each socket is answered by whom its target says, at the address that is its own there.
+#[track_caller]
+fn go_by(target: &str, cgroup: &Path, sockets: &mut Sockets, world: &mut World, when: &str) {
+    world.wire.packets();
+    for (kind, socket, to) in sockets {
+        // ended by what took it out of the hands of nobody
+        if target == "mihomo" && socket.take_error().is_ok_and(|error| error.is_some()) {
+            *socket = udp_in(cgroup, to.ip());
+        }
+        let answer = ask(socket, *to);
+        let (who, from) =
+            answer.unwrap_or_else(|| panic!("{when}: {kind} to {to} under {target}: no answer"));
+        let want = if target == "mihomo" { PROXY } else { "remote" };
+        assert_eq!(who, format!("{want} {to}"), "{when}: {kind} under {target}");
+        let v6 = usize::from(to.is_ipv6());
+        let own = if target == "vpn" { TUNNEL[v6].into() } else { HOSTS[v6].to_string() };
+        assert_eq!(from.to_string(), own, "{when}: {kind} to {to} under {target}");
+    }
+    let left = world.wire.to_remote();
+    assert_eq!(left.is_empty(), target != "direct", "{when}, under {target}: {left:?}");
+}
+
 /// Through every target and back, in one life of the sockets.
 #[test]
 fn datagrams_of_a_socket_go_the_new_way() {
@@ -84,42 +110,30 @@ fn datagrams_of_a_socket_go_the_new_way() {
     tunnel_up(&ground);
     let mut daemon = Daemon::start(&ground, &policy("direct"), &[]);
     let mut sockets = sockets(&cgroup);
-    let mut check = |world: &mut World, target: &str, when: &str| {
-        world.wire.packets();
-        for (kind, socket, to) in &mut sockets {
-            let v6 = usize::from(to.is_ipv6());
-            // ended by what took it out of the hands of nobody
-            if target == "mihomo" && socket.take_error().is_ok_and(|error| error.is_some()) {
-                *socket = udp_in(&cgroup, to.ip());
-            }
-            let want = match target {
-                "mihomo" => PROXY,
-                _ => "remote",
-            };
-            let answer = ask(socket, *to);
-            let Some((who, from)) = answer else {
-                panic!("{when}: {kind} to {to} under {target}: no answer");
-            };
-            assert_eq!(who, format!("{want} {to}"), "{when}: {kind} under {target}");
-            match target {
-                "vpn" => assert_eq!(from.to_string(), TUNNEL[v6], "{when}: {kind} to {to}"),
-                _ => assert_eq!(from, HOSTS[v6], "{when}: {kind} to {to} under {target}"),
-            }
-        }
-        let left = world.wire.to_remote();
-        assert_eq!(left.is_empty(), target != "direct", "{when}, under {target}: {left:?}");
-    };
-    check(&mut world, "direct", "at first");
+    go_by("direct", &cgroup, &mut sockets, &mut world, "at first");
     for target in ["vpn", "direct", "vpn", "mihomo", "vpn", "mihomo", "direct"] {
         daemon.reconfigure(&policy(target));
-        check(&mut world, target, "after a reload");
+        go_by(target, &cgroup, &mut sockets, &mut world, "after a reload");
     }
     for target in ["vpn", "direct", "vpn"] {
         daemon.kill9();
         daemon = Daemon::start(&ground, &policy(target), &[]);
-        check(&mut world, target, "after kill -9");
+        go_by(target, &cgroup, &mut sockets, &mut world, "after kill -9");
     }
-    // the address of the interface changes
+}
+
+/// The interface has another address: what is sent from then on has that.
+#[test]
+fn datagrams_of_a_socket_take_the_new_address() {
+    let (ground, mut world) = scene!("readdress");
+    let cgroup = ground.cgroup("/app");
+    tunnel_up(&ground);
+    let daemon = Daemon::start(&ground, &policy("direct"), &[]);
+    let mut sockets = sockets(&cgroup);
+    go_by("direct", &cgroup, &mut sockets, &mut world, "at first");
+    daemon.reconfigure(&policy("vpn"));
+    go_by("vpn", &cgroup, &mut sockets, &mut world, "after a reload");
+
     ground.outside(|| {
         ip_batch(
             &[],
@@ -132,13 +146,14 @@ fn datagrams_of_a_socket_go_the_new_way() {
         "addr del 10.8.0.1/24 dev vpn0\naddr add 10.8.0.9/24 dev vpn0\n\
          addr add fd00:8::9/64 dev vpn0 nodad\naddr del fd00:8::1/64 dev vpn0\n",
     );
-    let new = |v6: bool| if v6 { "fd00:8::9" } else { "10.8.0.9" };
+
     for (kind, socket, to) in &sockets {
         socket.set_read_timeout(Some(SILENCE)).expect("a timeout");
+        let new = if to.is_ipv6() { "fd00:8::9" } else { "10.8.0.9" };
         let mut from = None;
         let moved = || {
             from = ask(socket, *to).map(|answer| answer.1.to_string());
-            from.as_deref() == Some(new(to.is_ipv6()))
+            from.as_deref() == Some(new)
         };
         assert!(wait_until(PATIENCE, moved), "{kind} to {to}: {from:?}");
     }
@@ -157,18 +172,9 @@ fn a_remote_host_that_speaks_all_the_time() {
         let own = socket_in(&cgroup, libc::SOCK_DGRAM, remote);
         bind_fd(&own, addr(any_of(remote), 7000));
         let own = UdpSocket::from(own);
-        let other = ground.outside(|| {
-            let socket = UdpSocket::bind(addr(any_of(remote), 0)).expect("bind");
-            let at = addr(remote, 0);
-            drop(socket);
-            UdpSocket::bind(at)
-                .or_else(|_| {
-                    // an address of this host's alone by its route
-                    let socket = crate::world::bind(at, libc::SOCK_DGRAM);
-                    Ok::<_, std::io::Error>(UdpSocket::from(socket))
-                })
-                .expect("bind")
-        });
+        // an address of his host's alone by its route
+        let at = addr(remote, 0);
+        let other = ground.outside(|| UdpSocket::from(bind(at, libc::SOCK_DGRAM)));
         let to = other.local_addr().expect("its address");
         for round in 0..5 {
             own.send_to(b"hello", to).expect("send");
@@ -210,6 +216,7 @@ fn a_way_that_opens_later() {
     for (kind, socket, to) in &sockets {
         assert!(ask(socket, *to).is_some(), "{kind} to {to}");
     }
+
     set("down");
     daemon.reconfigure(&policy("vpn"));
     until_refused(&other, REMOTE4);
@@ -218,6 +225,7 @@ fn a_way_that_opens_later() {
         socket.set_read_timeout(Some(Duration::from_millis(20))).expect("a timeout");
         assert_eq!(ask(socket, *to), None, "{kind} to {to}");
     }
+
     set("up");
     REMOTES.iter().for_each(|to| {
         until_passes(&other, *to);
@@ -299,6 +307,7 @@ fn clients_of_a_router_go_the_new_way() {
         let left = world.wire.to_remote();
         assert_eq!(left.is_empty(), target != "direct", "under {target}: {left:?}");
     }
+
     let mut streams = REMOTES.map(|remote| {
         let stream = lan
             .client(0)
@@ -316,43 +325,85 @@ fn clients_of_a_router_go_the_new_way() {
     assert!(left.iter().all(|packet| packet.flags & 4 != 0), "{left:?}");
 }
 
-/// Somebody has flows without number, and makes cgroups that are found late: his flows go by the
-/// route all the same, and another's new cgroup need not wait for that. Nor for those of an address
-/// that the interface has no more.
-#[test]
-fn flows_without_number_keep_nobody_waiting() {
-    const FLOWS: u16 = 60_000;
-    let (ground, mut world) = scene!("numberless");
-    tunnel_up(&ground);
-    // what is sent to nobody ends at the door
-    let sink = "table netdev sink { chain in {
-        type filter hook ingress device out0 priority 0; policy accept;
-        udp dport > 1024 drop;
-    }\n}";
-    ground.outside(|| load(sink));
-    let config = format!(
-        "[route vpn]\ninterface = vpn0\n{GATEWAYS}[rules]\nvpn = /user/.*\ndrop = /apps/.*\n"
-    );
-    let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
-    let daemon = Daemon::start(&ground, &config, &[]);
-    let many = udp_in(&user, REMOTE4);
-    for port in 0..FLOWS {
-        many.send_to(b"?", addr(REMOTE4, 1025 + port)).expect("send");
+/// Somebody's flows without number, which go by a route, and cgroups of another.
+struct Numberless {
+    daemon: Daemon,
+    apps: PathBuf,
+    /// How long such a cgroup takes to be in force where nothing is asked of the flows.
+    alone: Vec<Duration>,
+    _many: UdpSocket,
+}
+
+impl Numberless {
+    fn new(ground: &Ground) -> Numberless {
+        const FLOWS: u16 = 60_000;
+        tunnel_up(ground);
+        // what is sent to nobody ends at the door
+        let sink = "table netdev sink { chain in {
+            type filter hook ingress device out0 priority 0; policy accept;
+            udp dport > 1024 drop;
+        }\n}";
+        ground.outside(|| load(sink));
+        let config = format!(
+            "[route vpn]\ninterface = vpn0\n{GATEWAYS}[rules]\nvpn = /user/.*\ndrop = /apps/.*\n"
+        );
+        let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
+        let daemon = Daemon::start(ground, &config, &[]);
+        let many = udp_in(&user, REMOTE4);
+        for port in 0..FLOWS {
+            many.send_to(b"?", addr(REMOTE4, 1025 + port)).expect("send");
+        }
+        let mut all = Numberless { daemon, apps, alone: Vec::new(), _many: many };
+        all.alone = (0..20).map(|i| all.latency(&format!("alone{i}"))).collect();
+        all
     }
-    // refused, or ended where it was found late itself
-    let latency = |name: String| {
-        let path = apps.join(name);
+
+    /// Until a new cgroup is refused, or ended where it was found late itself.
+    fn latency(&self, name: &str) -> Duration {
+        let path = self.apps.join(name);
         let made = Instant::now();
         std::fs::create_dir(&path).expect("mkdir");
         let socket = udp_in(&path, REMOTE4);
         let refused = || socket.send_to(b"?", addr(REMOTE4, 65_000)).is_err();
         assert!(wait_until(PATIENCE, refused), "{path:?}");
         made.elapsed()
-    };
-    let mut alone: Vec<Duration> = (0..20).map(|i| latency(format!("alone{i}"))).collect();
-    let (mut took, mut late, mut number) = (Vec::new(), Vec::new(), 0..);
+    }
+
+    /// The longest of the next moments, in which the flows may be passed through a little later, and the
+    /// median of what a moment is in them.
+    fn longest(&self, name: &str) -> (Duration, Duration) {
+        let begun = Instant::now();
+        let (mut longest, mut moments) = (Duration::ZERO, Vec::new());
+        while begun.elapsed() < Duration::from_millis(700) {
+            longest = longest.max(self.latency(&format!("{name}.{}", moments.len())));
+            moments.push(moment());
+        }
+        moments.sort();
+        (longest, moments[moments.len() / 2])
+    }
+
+    /// Once it was as long as a pass through all flows, half a second or more, in each round; beside other
+    /// tests, the processor is not ours.
+    fn assert_as_usual(&self, mut took: Vec<(Duration, Duration)>) {
+        took.sort();
+        println!("alone {:?}\nthe longest of each round {took:?}", self.alone);
+        let usual = *self.alone.iter().max().expect("some");
+        let as_usual = took.iter().any(|(longest, moment)| *longest < usual.max(100 * *moment));
+        assert!(as_usual, "{took:?} beside {:?}", self.alone);
+        let longest = took[took.len() - 1].0;
+        assert!(sized(0, 1) == 0 || longest < Duration::from_millis(50), "{took:?}");
+    }
+}
+
+/// Who has flows without number makes cgroups that are found late: his flows go by the route all the
+/// same, and another's new cgroup need not wait for that.
+#[test]
+fn flows_without_number_keep_nobody_waiting() {
+    let (ground, _world) = scene!("numberless");
+    let all = Numberless::new(&ground);
+    let (mut took, mut late) = (Vec::new(), Vec::new());
     for round in 0..5 {
-        daemon.signal(Signal::SIGSTOP);
+        all.daemon.signal(Signal::SIGSTOP);
         let cgroup = ground.cgroup(&format!("/user/{round}"));
         let socket = socket_in(&cgroup, libc::SOCK_DGRAM, REMOTE4);
         bind_fd(&socket, addr(HOST4, 7000 + round));
@@ -364,58 +415,38 @@ fn flows_without_number_keep_nobody_waiting() {
         // what is found within some 50 ms is not late
         let made = Instant::now();
         wait_until(Duration::from_secs(1), || made.elapsed() > Duration::from_millis(100));
-        daemon.signal(Signal::SIGCONT);
-        // that pass may come a little later
-        let begun = Instant::now();
-        let (mut longest, mut moments) = (Duration::ZERO, Vec::new());
-        while begun.elapsed() < Duration::from_millis(700) {
-            longest = longest.max(latency(format!("during{}", number.next().expect("no end"))));
-            moments.push(moment());
-        }
+        all.daemon.signal(Signal::SIGCONT);
+        took.push(all.longest(&format!("during{round}")));
         await_member(&cgroup, "vpn");
-        moments.sort();
-        took.push((longest, moments[moments.len() / 2]));
         late.push((socket, to));
     }
-    // once it was as long as a dump of them
-    let mut beside_address = Vec::new();
-    for round in 0..5 {
-        ip_batch(&[], "addr add 10.8.0.99/24 dev vpn0\n");
-        // it knows of that then
-        daemon.reload();
-        ip_batch(&[], "addr del 10.8.0.99/24 dev vpn0\n");
-        let begun = Instant::now();
-        let (mut longest, mut moments) = (Duration::ZERO, Vec::new());
-        while begun.elapsed() < Duration::from_millis(700) {
-            longest = longest.max(latency(format!("gone{round}.{}", moments.len())));
-            moments.push(moment());
-        }
-        moments.sort();
-        beside_address.push((longest, moments[moments.len() / 2]));
-    }
-    alone.sort();
-    println!("alone {alone:?}\nthe longest of each round beside {FLOWS} flows");
-    // once it was as long as such a pass, half a second or more, in each round; beside other tests, the
-    // processor is not ours
-    let usual = alone[alone.len() - 1];
-    for mut took in [took, beside_address] {
-        took.sort();
-        println!("{took:?}");
-        let as_usual = took.iter().any(|(longest, moment)| *longest < usual.max(100 * *moment));
-        assert!(as_usual, "{took:?} beside {alone:?}");
-        let longest = took[took.len() - 1].0;
-        assert!(sized(0, 1) == 0 || longest < Duration::from_millis(50), "{took:?}");
-    }
+    all.assert_as_usual(took);
     for (socket, to) in &late {
         let moved = || ask(socket, *to).is_some_and(|(_, from)| from.to_string() == TUNNEL[0]);
         assert!(wait_until(PATIENCE, moved), "{:?}", socket.local_addr());
     }
-    world.wire.packets();
-    assert!(daemon.stop().success());
+    assert!(all.daemon.stop().success());
+}
+
+/// Nor need it wait for those of an address that the interface has no more.
+#[test]
+fn flows_of_an_address_that_has_gone_keep_nobody_waiting() {
+    let (ground, _world) = scene!("numbergone");
+    let all = Numberless::new(&ground);
+    let mut took = Vec::new();
+    for round in 0..5 {
+        ip_batch(&[], "addr add 10.8.0.99/24 dev vpn0\n");
+        // it knows of that then
+        all.daemon.reload();
+        ip_batch(&[], "addr del 10.8.0.99/24 dev vpn0\n");
+        took.push(all.longest(&format!("gone{round}")));
+    }
+    all.assert_as_usual(took);
+    assert!(all.daemon.stop().success());
 }
 
 /// A process of a cgroup with so many UDP sockets, each connected; returns when it has them.
-fn hoard(cgroup: &std::path::Path, number: u32, to: SocketAddr) -> Hoard {
+fn hoard(cgroup: &Path, number: u32, to: SocketAddr) -> Hoard {
     let (read, write) = pipe();
     let (raw, len) = raw_addr(to);
     let child = || {
