@@ -7,8 +7,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
 use std::time::Instant;
 
 use nix::sys::signal::Signal;
@@ -53,6 +53,8 @@ const CALLS: &[(&str, &[&str])] = &[
     ("inotify_add_watch", &["ENOSPC", "ENOMEM", "EACCES"]),
     ("inotify_rm_watch", &["EINVAL"]),
     ("name_to_handle_at", &["EIO", "ENOMEM", "EACCES"]),
+    ("newfstatat", &["EIO", "ENOMEM"]),
+    ("fchdir", &["EACCES", "EIO"]),
     ("lstat", &["EIO", "ENOMEM"]),
     ("getdents64", &["EIO", "ENOMEM"]),
     ("open", &["EMFILE", "EACCES", "ENOMEM", "EINTR"]),
@@ -67,7 +69,7 @@ const CALLS: &[(&str, &[&str])] = &[
     ("signalfd4", &["EMFILE"]),
     ("fstat", &["EIO"]),
     ("write", &["EAGAIN", "EINTR", "EPIPE", "EIO"]),
-    ("writev", &["EAGAIN", "EIO"]),
+    ("ftruncate", &["EIO", "ENOSPC"]),
     ("unlink", &["EACCES"]),
     ("prctl", &["EINVAL"]),
     ("capset", &["EPERM"]),
@@ -149,24 +151,71 @@ fn finish(ground: &Ground) {
     let _ = fs::remove_dir(ground.at("/drop/x"));
 }
 
-/// The script under one fault. Returns the injected call, or None where there was none to inject
-/// into; an error says what went wrong.
+/// A daemon that meets a fault, `CALL:error=ERRNO:when=PLACE`.
+struct Faulty {
+    daemon: Daemon,
+    ready: bool,
+    call: String,
+    trace: PathBuf,
+    pidfile: PathBuf,
+}
+
+impl Faulty {
+    fn start(ground: &Ground, fault: &str) -> Faulty {
+        let [trace, pidfile] = ["trace", "pid"].map(|name| ground.dir.join(name));
+        let _ = fs::remove_file(&pidfile);
+        let call = fault.split(':').next().expect("a call").to_owned();
+        let (only, inject) = (format!("trace={call}"), format!("inject={fault}"));
+        let trace_name = trace.to_str().expect("UTF-8");
+        let by = ["strace", "-D", "-f", "-qq", "-o", trace_name, "-e", &only, "-e", &inject];
+        let args = ["--no-seccomp", "-p", pidfile.to_str().expect("UTF-8")];
+        let mut daemon = Daemon::spawn_by(ground, CONFIG, &by, &args, &[]);
+        // the fault may have hit the very word that it is ready
+        let ready = daemon.ready() || daemon.ended().is_none() && daemon.logs().contains("started");
+        Faulty { daemon, ready, call, trace, pidfile }
+    }
+
+    /// How it went: an outcome with the call that was injected, None where there was none to inject into,
+    /// or what is wrong.
+    fn verdict(&self, outcome: &str, wrong: Vec<String>) -> Result<Option<String>, String> {
+        let trace = fs::read_to_string(&self.trace).unwrap_or_default();
+        let hit = trace.lines().find(|line| line.contains("(INJECTED)"));
+        match wrong.is_empty() {
+            true => Ok(hit.map(|line| format!("{outcome}: {line}"))),
+            false => Err(format!("{hit:?}\n{}\n{}", wrong.join("\n"), self.daemon.logs())),
+        }
+    }
+}
+
+/// What is wrong with an end, at which `left` was left: `early` where nobody had asked for it.
+fn wrong_end(ready: bool, early: bool, end: ExitStatus, log: &str, left: &str) -> Option<String> {
+    match end.code() {
+        Some(0) if early => Some("it ended by itself".into()),
+        Some(0) if !left.is_empty() => Some(format!("it left behind\n{left}")),
+        Some(0) => None,
+        Some(1) if !log.contains("unable to ") && !log.contains("already running") => {
+            Some("no reason is given".into())
+        }
+        Some(1) if ready && early && !left.contains("table inet cgtproxy") => {
+            Some(format!("the rules are not in force any more:\n{left}"))
+        }
+        Some(1) if !ready && !left.is_empty() => {
+            Some(format!("a start that failed left behind\n{left}"))
+        }
+        Some(1) => None,
+        // the configuration could not be read
+        Some(2) if !ready && log.contains("error: ") && left.is_empty() => None,
+        _ => Some(format!("{end}")),
+    }
+}
+
+/// The script under one fault; see [`Faulty::verdict`].
 fn with_fault(ground: &Ground, fault: &str, clean: &Seen) -> Result<Option<String>, String> {
     set_up(ground);
-    let trace = ground.dir.join("trace");
-    let pidfile = ground.dir.join("pid");
-    let _ = fs::remove_file(&pidfile);
-    let call = fault.split(':').next().expect("a call");
-    let (only, inject) = (format!("trace={call}"), format!("inject={fault}"));
-    let trace_name = trace.to_str().expect("UTF-8");
-    let by = ["strace", "-D", "-f", "-qq", "-o", trace_name, "-e", &only, "-e", &inject];
-    let pidfile = pidfile.to_str().expect("UTF-8");
-    let args = ["--no-seccomp", "-p", pidfile];
-    let mut daemon = Daemon::spawn_by(ground, CONFIG, &by, &args, &[]);
-    // the fault may have hit the very word that it is ready
-    let ready = daemon.ready() || daemon.ended().is_none() && daemon.logs().contains("started");
+    let mut it = Faulty::start(ground, fault);
+    let (ready, daemon) = (it.ready, &mut it.daemon);
     if ready {
-        script(ground, &mut daemon);
+        script(ground, daemon);
     }
     finish(ground);
     let mut last = None;
@@ -175,44 +224,21 @@ fn with_fault(ground: &Ground, fault: &str, clean: &Seen) -> Result<Option<Strin
             last = Some(seen(ground));
             last.as_ref() == Some(clean) || daemon.ended().is_some()
         });
-    // the end
-    let early = daemon.ended();
-    let ended = match early {
-        Some(status) => status,
-        None if ready => {
-            daemon.signal(Signal::SIGTERM);
-            daemon.wait()
-        }
-        None => daemon.wait(),
-    };
-    let log = daemon.logs();
-    let left = residue();
-    let mut wrong = Vec::new();
+    let early = daemon.ended().is_some();
+    if !early && ready {
+        daemon.signal(Signal::SIGTERM);
+    }
+    let end = daemon.wait();
+    let (log, left) = (daemon.logs(), residue());
+
+    let mut wrong = Vec::from_iter(wrong_end(ready, early, end, &log, &left));
     if log.contains("panicked") {
         wrong.push("it panicked".into());
     }
-    if ready && early.is_none() && !converged {
+    if ready && !early && !converged {
         wrong.push(format!("it did not converge: {last:#?}\nnot {clean:#?}"));
     }
-    match ended.code() {
-        Some(0) if early.is_some() => wrong.push("it ended by itself".into()),
-        Some(0) if !left.is_empty() => wrong.push(format!("it left behind\n{left}")),
-        Some(0) => {}
-        Some(1) if !log.contains("unable to ") && !log.contains("already running") => {
-            wrong.push("no reason is given".into())
-        }
-        Some(1) if ready && early.is_some() && !left.contains("table inet cgtproxy") => {
-            wrong.push(format!("the rules are not in force any more:\n{left}"));
-        }
-        Some(1) if !ready && !left.is_empty() => {
-            wrong.push(format!("a start that failed left behind\n{left}"));
-        }
-        Some(1) => {}
-        // the configuration could not be read
-        Some(2) if !ready && log.contains("error: ") && left.is_empty() => {}
-        _ => wrong.push(format!("{ended}")),
-    }
-    if ended.code() == Some(1) {
+    if end.code() == Some(1) {
         // whatever it left, the next one takes over and leaves nothing
         let next = Daemon::start(ground, OTHER, &[]);
         if seen(ground) != *clean {
@@ -224,40 +250,27 @@ fn with_fault(ground: &Ground, fault: &str, clean: &Seen) -> Result<Option<Strin
     } else if !left.is_empty() {
         run(&["flush"]);
     }
-    let trace = fs::read_to_string(&trace).unwrap_or_default();
-    let hit = trace.lines().find(|line| line.contains("(INJECTED)"));
-    match wrong.is_empty() {
-        true => Ok(hit.map(|line| {
-            let how = match (ready, ended.code()) {
-                (false, _) => "refused to start",
-                (true, Some(0)) => "converged",
-                _ => "ended",
-            };
-            format!("{how}: {line}")
-        })),
-        false => Err(format!("{hit:?}\n{}\n{log}", wrong.join("\n"))),
-    }
+    let outcome = match (ready, end.code()) {
+        (false, _) => "refused to start",
+        (true, Some(0)) => "converged",
+        _ => "ended",
+    };
+    it.verdict(outcome, wrong)
 }
 
 /// A daemon takes over what another has left, and leaves it in turn, with one fault on the way. What
 /// is in force stays in force all the same. As [`with_fault`].
 fn hand_over(ground: &Ground, fault: &str, before: &Seen) -> Result<Option<String>, String> {
-    let trace = ground.dir.join("trace");
-    let call = fault.split(':').next().expect("a call");
-    let (only, inject) = (format!("trace={call}"), format!("inject={fault}"));
-    let trace_name = trace.to_str().expect("UTF-8");
-    let by = ["strace", "-D", "-f", "-qq", "-o", trace_name, "-e", &only, "-e", &inject];
-    let pidfile = ground.dir.join("pid");
-    let args = ["--no-seccomp", "-p", pidfile.to_str().expect("UTF-8")];
-    let mut daemon = Daemon::spawn_by(ground, CONFIG, &by, &args, &[]);
-    let ready = daemon.ready() || daemon.ended().is_none() && daemon.logs().contains("started");
-    let mut wrong = Vec::new();
+    let mut it = Faulty::start(ground, fault);
+    let ready = it.ready;
     if ready {
         wait_until(PATIENCE, || seen(ground) == *before);
-        daemon.signal(Signal::SIGUSR2);
+        it.daemon.signal(Signal::SIGUSR2);
     }
-    let code = daemon.wait().code();
-    let log = daemon.logs();
+    let code = it.daemon.wait().code();
+
+    let log = it.daemon.logs();
+    let mut wrong = Vec::new();
     match code {
         Some(0) if ready => {}
         Some(1) if log.contains("unable to ") => {}
@@ -268,86 +281,46 @@ fn hand_over(ground: &Ground, fault: &str, before: &Seen) -> Result<Option<Strin
     if after != *before {
         wrong.push(format!("{after:#?} is in force, not {before:#?}"));
     }
-    if call != "unlink" && pidfile.exists() {
+    if it.call != "unlink" && it.pidfile.exists() {
         wrong.push("its pidfile stays".into());
     }
-    let _ = fs::remove_file(&pidfile);
-    let trace = fs::read_to_string(&trace).unwrap_or_default();
-    let hit = trace.lines().find(|line| line.contains("(INJECTED)"));
-    match wrong.is_empty() {
-        true => Ok(hit.map(str::to_owned)),
-        false => Err(format!("{hit:?}\n{}\n{log}", wrong.join("\n"))),
-    }
+    it.verdict("handed over", wrong)
 }
 
-#[test]
-fn a_hand_over_with_one_fault() {
-    let ground = ground!("handover");
-    set_up(&ground);
-    Daemon::start(&ground, CONFIG, &["--no-seccomp"]).leave();
-    let before = seen(&ground);
-    let (mut runs, mut wrong) = (0, Vec::new());
-    for (i, (call, errnos)) in CALLS.iter().enumerate() {
-        let mut when = 1 + i % 3;
-        loop {
-            let fault = format!("{call}:error={}:when={when}", errnos[0]);
-            match hand_over(&ground, &fault, &before) {
-                Ok(Some(_)) => runs += 1,
-                Ok(None) => break,
-                Err(why) => {
-                    wrong.push(format!("{fault}: {why}"));
-                    run(&["flush"]);
-                    Daemon::start(&ground, CONFIG, &["--no-seccomp"]).leave();
-                }
-            }
-            when += if sized(0, 1) == 1 { 1 } else { 3 + 4 * when };
-        }
-    }
-    println!("{runs} faults in hand-overs");
-    assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
-    assert!(runs > 0);
-    assert!(Daemon::start(&ground, CONFIG, &[]).stop().success());
-    assert_eq!(residue(), "");
-}
-
-#[test]
-fn each_system_call_fails_once() {
-    let ground = ground!("faults");
-    set_up(&ground);
-    let mut daemon = Daemon::start(&ground, CONFIG, &["--no-seccomp"]);
-    script(&ground, &mut daemon);
-    let mut clean = seen(&ground);
-    wait_until(PATIENCE, || {
-        let now = seen(&ground);
-        let set = |name: &str| now.1.get(name).map_or(0, BTreeSet::len);
-        clean = now.clone();
-        set("cg_drop") == 4 && set("cg_mihomo") == 2
-    });
-    assert_eq!(clean.1["cg_drop"].len(), 4, "{clean:#?}");
-    assert!(daemon.stop().success());
-
+/// Runs something under each fault: each call with its first errno, or with all of them where `all`, at
+/// one of its first places and at more that lie further and further apart by `next`, or at all in the
+/// long form. Gives the calls that were never made.
+fn each_fault(
+    all: bool,
+    next: impl Fn(usize) -> usize,
+    mut run: impl FnMut(&str) -> Result<Option<String>, String>,
+) -> Vec<&'static str> {
     // CGTPROXY_FAULTS=open,read: these calls alone
     let only = std::env::var("CGTPROXY_FAULTS").unwrap_or_default();
-    let start = Instant::now();
-    let long = sized(0, 1) == 1;
-    let (mut runs, mut wrong) = (0, Vec::new());
+    let (start, long) = (Instant::now(), sized(0, 1) == 1);
+    let (mut wrong, mut never) = (Vec::new(), Vec::new());
     let mut outcomes: BTreeMap<String, usize> = BTreeMap::new();
     for (i, (call, errnos)) in CALLS.iter().enumerate() {
         if !only.is_empty() && !only.split(',').any(|name| name == *call) {
             continue;
         }
-        // the short form: one errno a call, at places that lie further and further apart
-        for errno in errnos.iter().take(if long { usize::MAX } else { 1 }) {
+        let mut hits = 0;
+        for errno in errnos.iter().take(if all { usize::MAX } else { 1 }) {
             let mut when = if long { 1 } else { 1 + i % 3 };
             loop {
                 let fault = format!("{call}:error={errno}:when={when}");
                 let told = Instant::now();
-                match with_fault(&ground, &fault, &clean) {
+                match run(&fault) {
                     Ok(Some(how)) => {
-                        runs += 1;
+                        hits += 1;
                         println!("{fault}: {how} ({:?})", told.elapsed());
                         let how = how.split(':').next().unwrap_or_default();
                         *outcomes.entry(how.to_owned()).or_default() += 1;
+                    }
+                    // it is made less often than that
+                    Ok(None) if hits == 0 && when > 1 => {
+                        when = 1;
+                        continue;
                     }
                     Ok(None) => break,
                     Err(why) => {
@@ -355,13 +328,65 @@ fn each_system_call_fails_once() {
                         wrong.push(format!("{fault}: {why}"));
                     }
                 }
-                when += if long { 1 } else { 2 + 3 * when };
+                when += if long { 1 } else { next(when) };
             }
         }
+        never.extend((hits == 0).then_some(*call));
     }
-    println!("{runs} faults in {:?}: {outcomes:?}", start.elapsed());
+    println!("faults in {:?}: {outcomes:?}, none in {never:?}", start.elapsed());
     assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
-    assert!(runs > 0);
+    never
+}
+
+/// What is in force stays so over a hand-over, whichever call of the next one fails.
+#[test]
+fn a_hand_over_with_one_fault() {
+    let ground = ground!("handover");
+    set_up(&ground);
+    let leave = || Daemon::start(&ground, CONFIG, &["--no-seccomp"]).leave();
+    leave();
+    let before = seen(&ground);
+
+    let never = each_fault(
+        false,
+        |when| 3 + 4 * when,
+        |fault| {
+            let done = hand_over(&ground, fault, &before);
+            if done.is_err() {
+                run(&["flush"]);
+                leave();
+            }
+            done
+        },
+    );
+
+    // no cgroup goes
+    assert!(never.iter().all(|call| *call == "inotify_rm_watch"), "{never:?}");
+    assert!(Daemon::start(&ground, CONFIG, &[]).stop().success());
+    assert_eq!(residue(), "");
+}
+
+/// Whichever call fails, in the end the kernel holds what it is to hold, or there is a reason, and whole
+/// rules.
+#[test]
+fn each_system_call_fails_once() {
+    let ground = ground!("faults");
+    set_up(&ground);
+    let mut daemon = Daemon::start(&ground, CONFIG, &["--no-seccomp"]);
+    script(&ground, &mut daemon);
+    let mut clean = seen(&ground);
+    let settled = wait_until(PATIENCE, || {
+        clean = seen(&ground);
+        let size = |name: &str| clean.1.get(name).map_or(0, BTreeSet::len);
+        size("cg_drop") == 4 && size("cg_mihomo") == 2
+    });
+    assert!(settled, "{clean:#?}");
+    assert!(daemon.stop().success());
+
+    let all = sized(0, 1) == 1;
+    let never = each_fault(all, |when| 2 + 3 * when, |fault| with_fault(&ground, fault, &clean));
+
+    assert_eq!(never, [""; 0], "calls that the script does not make");
 }
 
 /// `exec` waits for the daemon, not for a kernel that has stopped answering.
