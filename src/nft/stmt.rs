@@ -127,6 +127,14 @@ statements! {
         meta(NFT_META_L4PROTO),
         lookup(any_of(TYPE_INET_PROTOCOL, &[[IPPROTO_TCP], [IPPROTO_UDP]])),
     ];
+    /// TCP, but what begins a connection.
+    GoesOn = "tcp flags and syn == 0" => [
+        meta(NFT_META_L4PROTO),
+        eq(&[IPPROTO_TCP]),
+        payload(NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1),
+        and_field(vec![TCPHDR_SYN]),
+        eq(&[0]),
+    ];
     /// Two comparisons cost a quarter of a set.
     NotTcpOrUdp = "meta l4proto != tcp meta l4proto != udp" => [
         meta(NFT_META_L4PROTO),
@@ -234,6 +242,9 @@ statements! {
 
 /// `(uid_t)-1`, which is no user's.
 const NO_UID: u32 = u32::MAX;
+
+/// Of include/net/tcp.h.
+const TCPHDR_SYN: u8 = 0x02;
 
 impl Stmt {
     pub fn accept() -> Stmt {

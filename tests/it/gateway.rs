@@ -7,7 +7,8 @@
 //! ```
 
 use std::fs::File;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::Command;
@@ -24,8 +25,9 @@ use crate::client::{
 use crate::daemon::Daemon;
 use crate::ground::{addr, ip, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{counters, ip_rules};
+use crate::routes::tunnel_up;
 use crate::wait_until;
-use crate::world::{bind, bind_at, but_pings, set, Packet, Server, World, PROXY, STREAM_PORT};
+use crate::world::{bind, bind_at, but_pings, set, Packet, Server, World, PROXY, RST, STREAM_PORT};
 
 /// This host's addresses in the LAN.
 pub const LAN4: &str = "198.51.100.1";
@@ -1122,4 +1124,41 @@ fn clients_whose_answers_go_another_way() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// On a host where conntrack begins with the table, the first packet that it sees of an older connection
+/// may be the remote host's: the client's are no answers for that.
+#[test]
+fn connections_older_than_the_daemon_are_cut() {
+    for target in ["drop", "mihomo", "vpn"] {
+        let (ground, mut world, _proxy) = scene!("gwolder", proxy);
+        let lan = Lan::new(&ground);
+        tunnel_up(&ground);
+        let mut flows = [REMOTE4, REMOTE6].map(|ip| {
+            let at = addr(ip, 8080);
+            let far = ground.outside(|| TcpListener::from(bind(at, libc::SOCK_STREAM)));
+            // SAFETY: an open socket.
+            assert_eq!(unsafe { libc::listen(far.as_raw_fd(), 8) }, 0);
+            let own = lan.client(0).run(|| TcpStream::connect(at).expect("connect"));
+            (own, far.accept().expect("accept").0)
+        });
+        let config = format!(
+            "[tproxy mihomo]\nport = 7893\n[route vpn]\ninterface = vpn0\n\
+             [gateway lan]\ninterface = br-lan\ntarget = {target}\n"
+        );
+        let daemon = Daemon::start(&ground, &config, &[]);
+        world.wire.packets();
+
+        for (own, remote) in &mut flows {
+            remote.write_all(b"from remote").expect("write");
+            own.set_read_timeout(Some(SILENCE)).expect("set a timeout");
+            let _ = own.read(&mut [0; 16]);
+            (0..3).for_each(|_| drop(own.write(b"to remote")));
+        }
+
+        let mut left = world.wire.to_remote();
+        left.retain(|packet| packet.proto == Proto::Tcp && packet.flags & RST == 0);
+        assert_eq!(left, [], "{target}");
+        assert!(daemon.stop().success());
+    }
 }

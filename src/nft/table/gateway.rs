@@ -24,15 +24,21 @@ pub(super) fn gateways_chain(config: &Config) -> Chain {
         vec![client, Stmt::New, Stmt::CtMark(none), Stmt::ComesAstray, Stmt::jump(ASTRAY)]
     }));
     rules.extend(config.gateways.iter().flat_map(|g| gateway_rules(config, g)));
+    let takes = config.gateways.iter().any(|gateway| gateway.target != Target::Direct);
+    if takes && interfaces(config).next().is_some() {
+        // who goes on with a connection of which conntrack knows nothing did not begin it
+        let unknown = vec![Stmt::New, Stmt::CtMark(none), Stmt::GoesOn];
+        rules.push([unknown, jump(ASTRAY)].concat());
+    }
     if hands_over(config) {
         rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("routed")]);
     }
     prerouting("gateways", priority_of_gateways(config.has_containers()), rules)
 }
 
-/// Who speaks in another's name, to himself or another client by us: whom that is sent to would seem to
-/// answer, whatever his target is by then. To elsewhere it may be a client whose answers come by another
-/// way, and is left as it is.
+/// Who speaks in another's name, to himself or another client by us, or goes on with a connection that
+/// is older than the table: whom that is sent to would seem to answer, whatever his target is by then. To
+/// elsewhere it may be a client whose answers come by another way, and is left as it is.
 pub(super) fn astray_clients_chain(config: &Config) -> Chain {
     let back = std::iter::once(Stmt::LeadsBack);
     let to = back.chain(interfaces(config).map(Stmt::LeadsTo));
