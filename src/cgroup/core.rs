@@ -510,14 +510,14 @@ impl Core {
 
     fn found(&mut self, mut found: Found, actions: &mut Vec<Action>) {
         let Found { path, id, deep, foreign, .. } = found.clone();
-        let above = self.tree.above(&path);
-        let parent = above.and_then(|above| self.tree.node(above)).copied();
+        let key = self.tree.key(&path);
+        let parent = key.and_then(|(above, _)| self.tree.node(above)).copied();
         if parent.is_none() && !path.is_empty() {
             // the parent went while its child was being looked at
             return;
         }
-        let known = match above {
-            Some(above) => self.tree.child(above, &path),
+        let known = match key {
+            Some(key) => self.tree.named(key, &path),
             None => self.tree.find(&path),
         };
         match known.and_then(|at| self.tree.node(at)) {
@@ -548,7 +548,7 @@ impl Core {
         }
         let held = parent.map(|parent| parent.hold);
         node.hold = holds::of(&mut self.memo, &self.config, held, &path, self.names_root);
-        let at = self.tree.insert(path.clone(), above, node);
+        let at = self.tree.insert(path.clone(), key, node);
         self.count_held(at, true);
         if let Some(draft) = &mut self.draft {
             draft.came(&self.tree, at);

@@ -221,7 +221,7 @@ mod tests {
         let mut tree = Tree::default();
         for path in ["", "/a"] {
             let path: Path = path.as_bytes().into();
-            tree.insert(path.clone(), tree.above(&path), Node::default());
+            tree.insert(path.clone(), tree.key(&path), Node::default());
         }
         let mut list = List::default();
         list.push(dying(1, "/a/b"));

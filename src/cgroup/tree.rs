@@ -62,6 +62,9 @@ pub type Index = u32;
 /// The index of the root.
 pub const ROOT: Index = 0;
 
+/// Where a cgroup stands that is known or may be: its parent, and the hash of its name.
+pub type Key = (Index, u32);
+
 /// How many memory is kept for.
 const USUAL: usize = 256;
 
@@ -72,7 +75,7 @@ pub struct Tree {
     slots: Vec<Option<Slot>>,
     free: BTreeSet<Index>,
     /// By parent and hash of the name: one of those, which leads to the others.
-    names: BTreeMap<(Index, u32), Index>,
+    names: BTreeMap<Key, Index>,
     /// Hashes differ from run to run, so that nobody can choose names that have the same one.
     keys: RandomState,
     watches: BTreeMap<i32, Index>,
@@ -127,8 +130,13 @@ impl Tree {
     pub fn find(&self, path: &[u8]) -> Option<Index> {
         match path.is_empty() {
             true => self.slot(ROOT).map(|_| ROOT),
-            false => self.child(self.above(path)?, path),
+            false => self.named(self.key(path)?, path),
         }
+    }
+
+    /// Where the cgroup with this path stands; `None` for the root, and where its parent is not known.
+    pub fn key(&self, path: &[u8]) -> Option<Key> {
+        Some(self.hashed(self.above(path)?, name(path)?))
     }
 
     /// That of its parent; the root has none.
@@ -155,10 +163,14 @@ impl Tree {
         Some(at)
     }
 
-    /// That of a child, by its name or its path.
-    pub fn child(&self, parent: Index, path: &[u8]) -> Option<Index> {
-        let name = name(path)?;
-        let first = self.names.get(&self.key(parent, name))?;
+    /// That of a child.
+    fn child(&self, parent: Index, name: &[u8]) -> Option<Index> {
+        self.named(self.hashed(parent, name), name)
+    }
+
+    /// The index of the one with that name, or path, among those that stand there.
+    pub fn named(&self, key: Key, path: &[u8]) -> Option<Index> {
+        let (first, name) = (self.names.get(&key)?, name(path)?);
         self.alike(*first).find(|at| self.path(*at).is_some_and(|path| is_named(path, name)))
     }
 
@@ -168,7 +180,7 @@ impl Tree {
         std::iter::successors(Some(first), next)
     }
 
-    fn key(&self, parent: Index, name: &[u8]) -> (Index, u32) {
+    fn hashed(&self, parent: Index, name: &[u8]) -> Key {
         (parent, self.keys.hash_one(name) as u32)
     }
 
@@ -177,13 +189,13 @@ impl Tree {
         self.watches.get(&wd).copied()
     }
 
-    /// Takes in what is not known, below its parent; only the root has none.
-    pub fn insert(&mut self, path: Path, parent: Option<Index>, node: Node) -> Index {
-        let (mut at, mut same) = (ROOT, ROOT);
-        if let Some((parent, name)) = parent.zip(name(&path)) {
+    /// Takes in what is not known, with its key; only the root has none.
+    pub fn insert(&mut self, path: Path, key: Option<Key>, node: Node) -> Index {
+        let (mut at, mut parent, mut same) = (ROOT, ROOT, ROOT);
+        if let Some(key) = key {
             at = self.free.pop_first().unwrap_or(self.slots.len() as Index);
-            let before = self.names.insert(self.key(parent, name), at);
-            same = before.unwrap_or(ROOT);
+            parent = key.0;
+            same = self.names.insert(key, at).unwrap_or(ROOT);
         }
         if let Some(wd) = node.wd {
             self.watches.insert(wd, at);
@@ -191,7 +203,6 @@ impl Tree {
         if at as usize >= self.slots.len() {
             self.slots.resize_with(at as usize + 1, || None);
         }
-        let parent = parent.unwrap_or(ROOT);
         self.slots[at as usize] = Some(Slot { path, parent, same, node });
         at
     }
@@ -221,7 +232,7 @@ impl Tree {
             return;
         };
         if let Some(name) = name(&slot.path) {
-            let key = self.key(slot.parent, name);
+            let key = self.hashed(slot.parent, name);
             match self.names.get(&key) {
                 Some(first) if *first == at && slot.same == ROOT => drop(self.names.remove(&key)),
                 Some(first) if *first == at => drop(self.names.insert(key, slot.same)),
@@ -344,7 +355,7 @@ mod tests {
         for (i, path) in paths.iter().enumerate() {
             let path: Path = path.as_bytes().into();
             let node = Node { id: i as u64, wd: Some(i as i32), ..Node::default() };
-            tree.insert(path.clone(), tree.above(&path), node);
+            tree.insert(path.clone(), tree.key(&path), node);
         }
         let text = |at| String::from_utf8_lossy(tree.path(at).expect("there")).into_owned();
         let find = |path: &str| tree.find(path.as_bytes());
@@ -374,7 +385,7 @@ mod tests {
         assert_eq!((tree.watched(6), tree.find(b"/a/b/c"), tree.len()), (None, None, 7));
         // the index is another's now
         let path: Path = (*b"/b/x").into();
-        let at = tree.insert(path.clone(), tree.above(&path), Node::default());
+        let at = tree.insert(path.clone(), tree.key(&path), Node::default());
         assert_eq!((at, tree.find(&path), tree.len()), (deep, Some(deep), 8));
         for at in tree.subtree(ROOT).into_iter().rev() {
             tree.remove(at);
@@ -390,7 +401,7 @@ mod tests {
             let mut tree = Tree::default();
             tree.insert((*b"").into(), None, Node::default());
             for path in [b"/BBoA3", b"/uq4u6"] {
-                tree.insert((*path).into(), Some(ROOT), Node::default());
+                tree.insert((*path).into(), tree.key(path), Node::default());
             }
             tree.names.len() == 1
         };
@@ -406,7 +417,7 @@ mod tests {
         let names: Vec<Path> = (0..40).map(|i| format!("/{i}").into_bytes().into()).collect();
         let all: Vec<Index> = names
             .iter()
-            .map(|path| tree.insert(path.clone(), Some(ROOT), Node::default()))
+            .map(|path| tree.insert(path.clone(), tree.key(path), Node::default()))
             .collect();
         // all of them behind one
         tree.names = [((ROOT, 0), all[39])].into();
@@ -416,7 +427,7 @@ mod tests {
         let mut left: Vec<usize> = (0..40).collect();
         while !left.is_empty() {
             let gone = left.swap_remove(random.below(left.len()));
-            let key = tree.key(ROOT, &names[gone][1..]);
+            let key = tree.key(&names[gone]).expect("its parent is known");
             let first = tree.names.remove(&(ROOT, 0)).expect("some are left");
             tree.names.insert(key, first);
             assert_eq!(tree.find(&names[gone]), Some(all[gone]));
