@@ -54,11 +54,14 @@ impl Batch {
 
     /// Begins a message of `kind` with `flags`; the header's port id is left 0 for the kernel.
     pub fn begin(&mut self, kind: u16, flags: u16) -> Open {
-        let at = self.buf.len();
-        self.seq = self.seq.wrapping_add(1);
-        let head = [[0; 4], halves(kind, flags), self.seq.to_ne_bytes(), [0; 4]];
+        let (at, head) = (self.buf.len(), self.head(kind, flags));
         self.buf.extend_from_slice(&head);
         Open(at)
+    }
+
+    fn head(&mut self, kind: u16, flags: u16) -> [Word; 4] {
+        self.seq = self.seq.wrapping_add(1);
+        [[0; 4], halves(kind, flags), self.seq.to_ne_bytes(), [0; 4]]
     }
 
     /// Begins a message to a subsystem of nfnetlink, with its `struct nfgenmsg`
@@ -69,9 +72,9 @@ impl Batch {
 
     /// The same, with any such header.
     pub fn begin_with(&mut self, kind: u16, flags: u16, nfgenmsg: [u8; 4]) -> Open {
-        let open = self.begin(kind, flags);
-        self.buf.push(nfgenmsg);
-        open
+        let (at, [length, kind, seq, port]) = (self.buf.len(), self.head(kind, flags));
+        self.buf.extend_from_slice(&[length, kind, seq, port, nfgenmsg]);
+        Open(at)
     }
 
     pub fn end(&mut self, open: Open) {
