@@ -16,7 +16,7 @@ use super::ranking::Ranking;
 use super::tally::Changes;
 use super::tree::{self, Hold, Index, Node, Path, Tree};
 use crate::config::{Config, Outcome, Target};
-use crate::nft::table::{Pair, Shape, Stage, DEPTHS};
+use crate::nft::table::{Pair, Shape, Stage};
 use crate::policy::{self, Decision};
 use crate::small::SmallMap;
 
@@ -463,11 +463,10 @@ impl Core {
 
     /// What rules are needed for.
     fn shape(&self) -> Shape {
-        let stages = 0..DEPTHS.len();
         Shape {
             base: self.base_level,
             pairs: self.all_pairs().copied().collect(),
-            hashed: stages.filter(|stage| self.gates.has_hashed(*stage)).collect(),
+            hashed: self.gates.hashed().collect(),
             holding: self.holds.shape(self.deepest),
         }
     }
@@ -482,7 +481,7 @@ impl Core {
         let same = !self.pairs_changed || same();
         self.pairs_changed = false;
         same && *base == self.base_level
-            && (0..DEPTHS.len()).all(|at| self.gates.has_hashed(at) == hashed.contains(&at))
+            && self.gates.hashed().eq(hashed.iter().copied())
             && *holding == self.holds.shape(self.deepest)
     }
 

@@ -76,9 +76,9 @@ impl Gates {
         }
     }
 
-    /// Whether there are gates of a stage by their hashes.
-    pub fn has_hashed(&self, stage: Stage) -> bool {
-        self.hashed[stage] > 0
+    /// The stages that have gates by their hashes.
+    pub fn hashed(&self) -> impl Iterator<Item = Stage> + '_ {
+        (0..DEPTHS.len()).filter(|stage| self.hashed[*stage] > 0)
     }
 
     /// See [`Changes::take`](super::tally::Changes::take).
@@ -110,12 +110,12 @@ mod tests {
         gates.count(1, &mut node, false, true);
         assert_eq!(gates.take_changes(), (vec![], vec![known]));
         gates.went(1, &node, false);
-        assert!(gates.has_hashed(1));
+        assert!(gates.hashed().eq([1]));
         assert_eq!(gates.take_changes(), (vec![known], vec![gone]));
         gates.release(1, 7);
         assert_eq!(gates.take_changes(), (vec![], vec![]));
         gates.release(1, 7);
         assert_eq!(gates.take_changes(), (vec![gone], vec![]));
-        assert!(!gates.has_hashed(1));
+        assert!(gates.hashed().eq([]));
     }
 }
