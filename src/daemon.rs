@@ -754,6 +754,7 @@ impl Daemon<'_> {
         if let Some(last) = last.filter(|_| done) {
             self.change(&last);
         }
+        self.cgroups.core.reuse(delta);
     }
 
     /// See [`Daemon::commit_or_repair`].

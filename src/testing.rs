@@ -19,6 +19,13 @@ pub fn config(text: &'static str) -> Config {
     load(&Text(text), Path::new("c")).expect("a good configuration")
 }
 
+/// What something puts into two lists.
+pub fn taken<K>(take: impl FnOnce(&mut Vec<K>, &mut Vec<K>)) -> (Vec<K>, Vec<K>) {
+    let (mut first, mut second) = (Vec::new(), Vec::new());
+    take(&mut first, &mut second);
+    (first, second)
+}
+
 /// xorshift64*, good enough to pick test inputs.
 pub struct Random(u64);
 

@@ -306,8 +306,9 @@ impl Kernel {
         let before = self.sets.clone();
         match fail {
             true => self.replace(core),
-            false => self.change(delta),
+            false => self.change(&delta),
         }
+        core.reuse(delta);
         // which takes longer than all else
         if host.next_id % 8 == 0 {
             self.check_unknown(core, host);
@@ -316,38 +317,38 @@ impl Kernel {
         self.owed.extend(gone.filter(|id| host.held.contains_key(id)));
     }
 
-    fn change(&mut self, delta: Delta) {
-        for (target, id) in delta.delete {
+    fn change(&mut self, delta: &Delta) {
+        for &(target, id) in &delta.delete {
             let held = self.sets.remove(&id);
             assert_eq!(held, Some(target), "deletes what is not there");
         }
-        for (target, id) in delta.add {
+        for &(target, id) in &delta.add {
             assert_eq!(self.sets.insert(id, target), None, "adds what is there");
         }
-        for element in delta.delete_dying {
-            assert!(self.dying.remove(&element), "deletes what is not there");
+        for element in &delta.delete_dying {
+            assert!(self.dying.remove(element), "deletes what is not there");
         }
-        for element in delta.add_dying {
-            assert!(self.dying.insert(element), "adds what is there");
+        for element in &delta.add_dying {
+            assert!(self.dying.insert(*element), "adds what is there");
         }
-        for gate in delta.delete_gates {
-            assert!(self.gates.remove(&gate), "deletes what is not there");
+        for gate in &delta.delete_gates {
+            assert!(self.gates.remove(gate), "deletes what is not there");
         }
-        for gate in delta.add_gates {
-            assert!(self.gates.insert(gate), "adds what is there");
+        for gate in &delta.add_gates {
+            assert!(self.gates.insert(*gate), "adds what is there");
         }
-        for held in delta.delete_held {
-            assert!(self.held.remove(&held), "deletes what is not there");
+        for held in &delta.delete_held {
+            assert!(self.held.remove(held), "deletes what is not there");
         }
-        for held in delta.add_held {
-            assert!(self.held.insert(held), "adds what is there");
+        for held in &delta.add_held {
+            assert!(self.held.insert(*held), "adds what is there");
         }
-        if let Some(all) = delta.all_held {
-            self.held = all.into_iter().collect();
+        if let Some(all) = &delta.all_held {
+            self.held = all.iter().copied().collect();
         }
-        if let Some([before, after]) = delta.shape.map(|shapes| *shapes) {
-            assert_eq!(self.shape, before);
-            self.shape = after;
+        if let Some([before, after]) = delta.shape.as_deref() {
+            assert_eq!(&self.shape, before);
+            self.shape = after.clone();
         }
     }
 
@@ -610,7 +611,7 @@ fn take(core: &mut Core, host: &mut Host, event: Event, random: &mut Random) -> 
 
 /// Looks at what is to be looked at, in some order.
 fn work(core: &mut Core, host: &mut Host, random: &mut Random) -> u64 {
-    let mut looks = core.take_looks();
+    let mut looks: Vec<Look> = std::iter::from_fn(|| core.take_look()).collect();
     let mut steps = 0;
     while !looks.is_empty() {
         let next = looks.swap_remove(random.below(looks.len()));
@@ -889,7 +890,7 @@ fn whatever_is_deep_is_held() {
         assert_eq!(is_held(&chains, &kernel, &ids), held, "{level} is new");
         let beyond = [&ids[..], &[u64::MAX, u64::MAX]].concat();
         found(&mut core, &path, id);
-        kernel.change(core.take_delta());
+        kernel.change(&core.take_delta());
         let chains = hold_chains(core.config(), &kernel.shape);
         assert!(!is_held(&chains, &kernel, &ids), "{level} is known");
         assert_eq!(is_held(&chains, &kernel, &beyond), level < 255, "below {level}");

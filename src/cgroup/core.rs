@@ -60,7 +60,26 @@ impl Delta {
             ..Delta::default()
         })
     }
+
+    /// Empties it, and keeps the memory of what most of them have, unless that was much.
+    fn clear(&mut self) {
+        fn emptied<T>(list: &mut Vec<T>) -> Vec<T> {
+            list.clear();
+            list.shrink_to(USUAL);
+            std::mem::take(list)
+        }
+        *self = Delta {
+            delete: emptied(&mut self.delete),
+            add: emptied(&mut self.add),
+            delete_gates: emptied(&mut self.delete_gates),
+            add_gates: emptied(&mut self.add_gates),
+            ..Delta::default()
+        };
+    }
 }
+
+/// How many changes and looks memory is kept for.
+const USUAL: usize = 64;
 
 /// Everything that the kernel's sets should hold.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -98,6 +117,8 @@ pub struct Core {
     pairs_changed: bool,
     /// Elements of the sets of targets.
     pending: Changes<(Outcome, u64)>,
+    /// Memory for the next difference.
+    spare: Option<Box<Delta>>,
     /// Removed cgroups that sockets may hold, and what is matched as they are; `None` where the
     /// kernel cannot match them.
     dying: Option<dying::List>,
@@ -134,6 +155,7 @@ impl Core {
             committed: Shape::default(),
             pairs_changed: false,
             pending: Changes::default(),
+            spare: None,
             dying: None,
             looks: vec![scan(Path::default(), true)],
             blind: Blind::default(),
@@ -279,9 +301,13 @@ impl Core {
         !self.looks.is_empty()
     }
 
-    /// What is to be looked at; once.
-    pub fn take_looks(&mut self) -> Vec<Look> {
-        std::mem::take(&mut self.looks)
+    /// One thing that is to be looked at; once.
+    pub fn take_look(&mut self) -> Option<Look> {
+        let look = self.looks.pop();
+        if look.is_none() {
+            self.looks.shrink_to(USUAL);
+        }
+        look
     }
 
     /// What could not be watched or scanned, or some of it, is to be looked at again.
@@ -418,14 +444,14 @@ impl Core {
     }
 
     /// The net difference since the last commit. The caller commits it, or replaces the table.
-    pub fn take_delta(&mut self) -> Delta {
-        let mut delta = Delta::default();
-        (delta.delete, delta.add) = self.pending.take();
+    pub fn take_delta(&mut self) -> Box<Delta> {
+        let mut delta = self.spare.take().unwrap_or_default();
+        self.pending.take(&mut delta.delete, &mut delta.add);
         if let Some(dying) = &mut self.dying {
-            (delta.delete_dying, delta.add_dying) = dying.take_changes();
+            dying.take_changes(&mut delta.delete_dying, &mut delta.add_dying);
         }
-        (delta.delete_gates, delta.add_gates) = self.gates.take_changes();
-        (delta.delete_held, delta.add_held) = self.holds.take_changes();
+        self.gates.take_changes(&mut delta.delete_gates, &mut delta.add_gates);
+        self.holds.take_changes(&mut delta.delete_held, &mut delta.add_held);
         if !self.is_in_shape() {
             let shape = self.shape();
             let before = std::mem::replace(&mut self.committed, shape.clone());
@@ -437,6 +463,12 @@ impl Core {
             delta.shape = Some(Box::new([before, shape]));
         }
         delta
+    }
+
+    /// Takes back the memory of a difference that is done with.
+    pub fn reuse(&mut self, mut delta: Box<Delta>) {
+        delta.clear();
+        self.spare = Some(delta);
     }
 
     /// The living cgroups that are matched by their ids: path, target, id.

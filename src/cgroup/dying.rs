@@ -151,9 +151,9 @@ impl List {
         })
     }
 
-    /// The kernel's elements that are to go, and to come.
-    pub fn take_changes(&mut self) -> (Vec<Hashed>, Vec<Hashed>) {
-        self.elements.changes.take()
+    /// See [`Changes::take`](super::tally::Changes::take).
+    pub fn take_changes(&mut self, delete: &mut Vec<Hashed>, add: &mut Vec<Hashed>) {
+        self.elements.changes.take(delete, add)
     }
 
     /// All elements; the kernel has them from now on.
@@ -185,6 +185,7 @@ mod tests {
     use crate::cgroup::tree::Node;
     use crate::config::Target;
     use crate::nft::stmt::cgroup_hash as hash;
+    use crate::testing::taken;
 
     const DROP: Outcome = Outcome { target: Target::Drop, class: 0 };
 
@@ -201,15 +202,21 @@ mod tests {
         let mut list = List::default();
         list.push(dying(1, "/a"));
         list.push(Dying::known_by(hash(1), 4, DROP));
-        assert_eq!(list.take_changes(), (vec![], vec![(DROP, hash(1))]));
+        assert_eq!(
+            taken(|delete, add| list.take_changes(delete, add)),
+            (vec![], vec![(DROP, hash(1))])
+        );
         // the other one needs it still
         assert_eq!(list.retain(|d| d.path.is_none()).len(), 1);
-        assert_eq!(list.take_changes(), (vec![], vec![]));
+        assert_eq!(taken(|delete, add| list.take_changes(delete, add)), (vec![], vec![]));
         list.retain(|_| false);
         list.push(dying(1, "/a"));
-        assert_eq!(list.take_changes(), (vec![], vec![]));
+        assert_eq!(taken(|delete, add| list.take_changes(delete, add)), (vec![], vec![]));
         list.retain(|_| false);
-        assert_eq!(list.take_changes(), (vec![(DROP, hash(1))], vec![]));
+        assert_eq!(
+            taken(|delete, add| list.take_changes(delete, add)),
+            (vec![(DROP, hash(1))], vec![])
+        );
         for id in 0..=MOST as u64 {
             assert_eq!(list.push(dying(id, "/a")).is_some(), id == MOST as u64);
         }

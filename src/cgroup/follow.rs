@@ -206,7 +206,7 @@ impl Cgroups {
 
     /// Gives what the core wants to have looked at its place among the turns.
     fn queue_looks(&mut self) {
-        for look in self.core.take_looks() {
+        while let Some(look) = self.core.take_look() {
             let path = match &look {
                 Look::Scan(scan) => &scan.path,
                 Look::Watch(found) => {

@@ -82,8 +82,8 @@ impl Gates {
     }
 
     /// See [`Changes::take`](super::tally::Changes::take).
-    pub fn take_changes(&mut self) -> (Vec<Gate>, Vec<Gate>) {
-        self.tally.changes.take()
+    pub fn take_changes(&mut self, delete: &mut Vec<Gate>, add: &mut Vec<Gate>) {
+        self.tally.changes.take(delete, add)
     }
 
     /// Those that are known by their hashes; the kernel has all from now on.
@@ -100,6 +100,7 @@ pub fn stage_at(depth: u16) -> Option<Stage> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::taken;
 
     #[test]
     fn a_gate_that_is_removed() {
@@ -108,14 +109,14 @@ mod tests {
         let mut node = Node { id: 7, ..Node::default() };
         gates.count(1, &mut node, false, true);
         gates.count(1, &mut node, false, true);
-        assert_eq!(gates.take_changes(), (vec![], vec![known]));
+        assert_eq!(taken(|delete, add| gates.take_changes(delete, add)), (vec![], vec![known]));
         gates.went(1, &node, false);
         assert!(gates.hashed().eq([1]));
-        assert_eq!(gates.take_changes(), (vec![known], vec![gone]));
+        assert_eq!(taken(|delete, add| gates.take_changes(delete, add)), (vec![known], vec![gone]));
         gates.release(1, 7);
-        assert_eq!(gates.take_changes(), (vec![], vec![]));
+        assert_eq!(taken(|delete, add| gates.take_changes(delete, add)), (vec![], vec![]));
         gates.release(1, 7);
-        assert_eq!(gates.take_changes(), (vec![gone], vec![]));
+        assert_eq!(taken(|delete, add| gates.take_changes(delete, add)), (vec![gone], vec![]));
         assert!(gates.hashed().eq([]));
     }
 }

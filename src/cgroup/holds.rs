@@ -101,8 +101,8 @@ impl Holds {
     }
 
     /// See [`Changes::take`](super::tally::Changes::take).
-    pub fn take_changes(&mut self) -> (Vec<HoldElement>, Vec<HoldElement>) {
-        self.elements.changes.take()
+    pub fn take_changes(&mut self, delete: &mut Vec<HoldElement>, add: &mut Vec<HoldElement>) {
+        self.elements.changes.take(delete, add)
     }
 
     /// All of them; the kernel has them from now on.
@@ -114,6 +114,7 @@ impl Holds {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::taken;
 
     #[test]
     fn what_the_rules_are_for() {
@@ -125,17 +126,20 @@ mod tests {
         let held = |last| Some(Holding { all: false, roots: [3].into(), last, deepest: 255 });
         assert_eq!(holds.shape(255), held(4));
         let (root, known) = (HoldElement::Root(7), [HoldElement::Known(7), HoldElement::Known(8)]);
-        assert_eq!(holds.take_changes(), (vec![], vec![root, known[0], known[1]]));
+        assert_eq!(
+            taken(|delete, add| holds.take_changes(delete, add)),
+            (vec![], vec![root, known[0], known[1]])
+        );
         // its level's rules stay for a while
         holds.count(8, 4, Hold::Below, false);
-        assert_eq!(holds.take_changes(), (vec![known[1]], vec![]));
+        assert_eq!(taken(|delete, add| holds.take_changes(delete, add)), (vec![known[1]], vec![]));
         assert_eq!((holds.shape(255), holds.has_idle()), (held(4), true));
         holds.tidy();
         assert_eq!((holds.shape(255), holds.has_idle()), (held(3), false));
         // what comes again at once is not told
         holds.clear();
         holds.count(7, 3, Hold::Root, true);
-        assert_eq!(holds.take_changes(), (vec![], vec![]));
+        assert_eq!(taken(|delete, add| holds.take_changes(delete, add)), (vec![], vec![]));
         holds.clear();
         holds.tidy();
         assert_eq!((holds.shape(255), holds.snapshot()), (None, vec![]));
