@@ -131,6 +131,7 @@ pub fn latency(report: &mut Report) {
     let (samples, block) = (sized(150, 500), 25);
     let mut there = 0;
     for cgroups in [50, 2_000, 10_000] {
+        let mut grown = ground.outside(Listener::new);
         for i in there..cgroups {
             fill(&ground, i..i + 1);
             fs::create_dir(floor.dir.join(i.to_string())).expect("mkdir");
@@ -139,8 +140,11 @@ pub fn latency(report: &mut Report) {
                 await_member(&ground.at(&format!("/ours/apps/{i}")), "mihomo");
             }
         }
-        there = cgroups;
         settle(&daemon);
+        // The program goes first on their one processor, so that the floor may have thousands left by
+        // then: their elements would be taken for those of samples, which would be gone when it looks.
+        assert_eq!(grown.count_new(cgroups - there), cgroups - there, "the floor lags behind");
+        there = cgroups;
         floor.fill(cgroups as u64);
         verdicts.fill(cgroups as u64);
         let (mut ours_us, mut least_us) = (Vec::new(), Vec::new());
