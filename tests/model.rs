@@ -158,6 +158,22 @@ impl Host {
         }
     }
 
+    /// The kernel ends a watch by itself.
+    fn end_watch(&mut self) {
+        if let Some(wd) = self.watches.keys().next().copied() {
+            self.watches.remove(&wd);
+            self.queue(Event::Unwatched { wd });
+        }
+    }
+
+    /// Every live directory has one watch, and nothing else has any.
+    fn check_watches(&self, when: &str) {
+        let live: BTreeSet<u64> = self.dirs.values().copied().collect();
+        let watched: BTreeSet<u64> = self.watches.values().copied().collect();
+        assert_eq!(watched, live, "{when}: watches");
+        assert_eq!(watched.len(), self.watches.len(), "{when}: doubled watches");
+    }
+
     fn none_dying(&self, path: &[u8]) -> bool {
         let is_below =
             |held: &Vec<u8>| held.strip_prefix(path).is_some_and(|r| r.starts_with(b"/"));
@@ -457,6 +473,24 @@ impl Kernel {
     }
 }
 
+/// Which of the sets of the table hold a cgroup.
+impl Kernel {
+    fn holds(&self, config: &Config, set: &str, id: u64) -> bool {
+        let own = |gate: &&Gate| gate.by == gates::KnownBy::Id(id);
+        let mut gates = self.gates.iter().filter(own);
+        self.sets.get(&id).is_some_and(|outcome| table::set_name(config, *outcome) == set)
+            || gates.any(|gate| table::gate_names(gate.stage)[0] == set)
+    }
+
+    fn holds_hash(&self, config: &Config, set: &str, id: u64) -> bool {
+        let mut own = self.dying.iter().filter(|(_, hash)| *hash == cgroup_hash(id));
+        let gone = |gate: &&Gate| gate.by == gates::KnownBy::Hash(cgroup_hash(id));
+        let mut gates = self.gates.iter().filter(gone);
+        own.any(|(outcome, _)| table::dying_name(config, *outcome) == set)
+            || gates.any(|gate| table::gate_names(gate.stage)[1] == set)
+    }
+}
+
 /// Where a packet of a socket ends up: the rules of the table, run as the kernel does, of a cgroup
 /// whose ancestors have these ids, outermost first.
 fn target_of(
@@ -467,23 +501,12 @@ fn target_of(
     (uid, gid): (u32, u32),
     marked: bool,
 ) -> Target {
-    let holds = |set: &str, id: u64| {
-        let own = |gate: &&Gate| gate.by == gates::KnownBy::Id(id);
-        let mut gates = kernel.gates.iter().filter(own);
-        kernel.sets.get(&id).is_some_and(|outcome| table::set_name(config, *outcome) == set)
-            || gates.any(|gate| table::gate_names(gate.stage)[0] == set)
-    };
-    let holds_hash = |set: &str, id: u64| {
-        let mut own = kernel.dying.iter().filter(|(_, hash)| *hash == cgroup_hash(id));
-        let gone = |gate: &&Gate| gate.by == gates::KnownBy::Hash(cgroup_hash(id));
-        let mut gates = kernel.gates.iter().filter(gone);
-        own.any(|(outcome, _)| table::dying_name(config, *outcome) == set)
-            || gates.any(|gate| table::gate_names(gate.stage)[1] == set)
-    };
     let id = |level: &u8| ids.get(usize::from(*level).checked_sub(BASE + 1)?).copied();
     let test = |stmt: &Stmt| match stmt {
-        Stmt::Cgroup { level, set } => id(level).is_some_and(|id| holds(set, id)),
-        Stmt::CgroupHash { level, set } => id(level).is_some_and(|id| holds_hash(set, id)),
+        Stmt::Cgroup { level, set } => id(level).is_some_and(|id| kernel.holds(config, set, id)),
+        Stmt::CgroupHash { level, set } => {
+            id(level).is_some_and(|id| kernel.holds_hash(config, set, id))
+        }
         Stmt::Owner(owner) => owner.has(uid, Some(gid)) == Some(true),
         Stmt::HasOwner => true,
         // by nothing that there is a target for
@@ -620,6 +643,93 @@ fn work(core: &mut Core, host: &mut Host, random: &mut Random) -> u64 {
     steps
 }
 
+/// One wake-up: some of what is queued, then one commit, and one after each look that is left.
+fn wake_up(core: &mut Core, host: &mut Host, kernel: &mut Kernel, random: &mut Random) -> u64 {
+    let mut steps = 0;
+    let mut backlog = Backlog::default();
+    for _ in 0..random.below(8) {
+        for event in host.queue.drain(..) {
+            let dir = event.wd();
+            if event == Event::Overflow {
+                backlog = Backlog::default();
+            }
+            backlog.push(dir as u32 % 3, dir, event);
+        }
+        let Some((account, event)) = backlog.pop() else {
+            break;
+        };
+        steps += take(core, host, event, random);
+        backlog.charge(account, random.below(1000) as u64);
+    }
+    while let Some((_, event)) = backlog.pop() {
+        host.queue.push_front(event);
+    }
+    kernel.commit(core, host, random.one_in(20));
+    while core.has_looks() {
+        steps += work(core, host, random);
+        kernel.commit(core, host, random.one_in(20));
+    }
+    steps
+}
+
+/// Each cgroup's sockets, of owners at random, go where the manual's definition sends them. How many of
+/// them went another way than a socket with no line for its owner.
+fn check_sockets(config: &Config, host: &Host, kernel: &Kernel, random: &mut Random) -> usize {
+    let table = Table::new(config);
+    let mut owned = 0;
+    for path in host.dirs.keys() {
+        let ends = (1..=path.len()).filter(|at| path.get(*at).is_none_or(|b| *b == b'/'));
+        let ids = ends.filter_map(|end| host.dirs.get(&path[..end])).copied();
+        let ids: Vec<u64> = ids.collect();
+        let (uid, gid) = (random.below(10) as u32, random.below(10) as u32);
+        let want = covered(config, path, uid, gid);
+        for marked in [false, true] {
+            let found = target_of(config, &table, kernel, &ids, (uid, gid), marked);
+            assert_eq!(found, want, "uid {uid} gid {gid} in {:?}", path.escape_ascii());
+        }
+        owned += usize::from(want != verdict(config, path).target);
+    }
+    owned
+}
+
+/// A quiet moment, at which the kernel must hold exactly what it is to hold; see [`check_sockets`].
+fn check_quiet(
+    core: &mut Core,
+    host: &mut Host,
+    kernel: &mut Kernel,
+    random: &mut Random,
+    when: &str,
+) -> usize {
+    settle(core, host, kernel, random);
+    let config = core.config().clone();
+    for (id, was) in core.take_late() {
+        let mut all = core.tree().iter();
+        let (path, _) = all.find(|(_, node)| node.id == id).expect("late and there");
+        assert_ne!(core.outcome(path), Some(was));
+        assert_eq!(host.dirs.get(&path[..]), Some(&id));
+    }
+    let wanted = Kernel::wanted(&config, host, BASE);
+    kernel.check_dying(core, host, &wanted);
+    assert_eq!(kernel.sets, wanted.sets, "{when}");
+    kernel.check_held(&config, host);
+    let owned = check_sockets(&config, host, kernel, random);
+
+    // some of what is held is let go
+    let all = random.one_in(4);
+    host.held.retain(|_, _| !all && random.one_in(2));
+    for path in core.above_dying() {
+        if host.none_dying(&path) {
+            core.none_dying(&path);
+        }
+    }
+    kernel.commit(core, host, random.one_in(20));
+    kernel.check_dying(core, host, &wanted);
+    assert!(!all || core.dying().next().is_none(), "{when}: kept for ever");
+    owned
+}
+
+/// So many steps from a seed; how many they were, the moments at which all was exact, watches included,
+/// and the sockets that a line for their owner sent their way.
 fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
     let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let mut host = Host::new();
@@ -637,50 +747,15 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
         follow(&mut core, &mut kernel, &mut random);
         match random.below(100) {
             0..50 => host.change(&mut random),
-            50..85 => {
-                // one wake-up: some of what is queued, then one commit
-                let mut backlog = Backlog::default();
-                for _ in 0..random.below(8) {
-                    for event in host.queue.drain(..) {
-                        let dir = event.wd();
-                        if event == Event::Overflow {
-                            backlog = Backlog::default();
-                        }
-                        backlog.push(dir as u32 % 3, dir, event);
-                    }
-                    let Some((account, event)) = backlog.pop() else {
-                        break;
-                    };
-                    done += take(&mut core, &mut host, event, &mut random);
-                    backlog.charge(account, random.below(1000) as u64);
-                }
-                while let Some((_, event)) = backlog.pop() {
-                    host.queue.push_front(event);
-                }
-                kernel.commit(&mut core, &host, random.one_in(20));
-                while core.has_looks() {
-                    done += work(&mut core, &mut host, &mut random);
-                    kernel.commit(&mut core, &host, random.one_in(20));
-                }
-            }
+            50..85 => done += wake_up(&mut core, &mut host, &mut kernel, &mut random),
             85..88 => host.queue(Event::Overflow),
-            88..90 => {
-                // the kernel ends a watch by itself
-                if let Some(wd) = host.watches.keys().next().copied() {
-                    host.watches.remove(&wd);
-                    host.queue(Event::Unwatched { wd });
-                }
-            }
+            88..90 => host.end_watch(),
             90..92 => {
-                let policy = policies[random.below(policies.len())].clone();
-                match random.one_in(3) {
-                    true => {
-                        core.draft(policy);
-                        core.adopt();
-                        kernel.replace(&mut core);
-                    }
-                    // by and by, or another one instead
-                    false => core.draft(policy),
+                core.draft(policies[random.below(policies.len())].clone());
+                // or by and by, or another one instead
+                if random.one_in(3) {
+                    core.adopt();
+                    kernel.replace(&mut core);
                 }
             }
             92..94 => {
@@ -694,52 +769,10 @@ fn run(seed: u64, steps: u64, policies: &[Rc<Config>]) -> (u64, usize, usize) {
                 }
             }
             _ => {
-                settle(&mut core, &mut host, &mut kernel, &mut random);
-                let config = core.config().clone();
-                for (id, was) in core.take_late() {
-                    let mut all = core.tree().iter();
-                    let (path, _) = all.find(|(_, node)| node.id == id).expect("late and there");
-                    assert_ne!(core.outcome(path), Some(was));
-                    assert_eq!(host.dirs.get(&path[..]), Some(&id));
-                }
-                let wanted = Kernel::wanted(&config, &host, BASE);
-                kernel.check_dying(&core, &host, &wanted);
-                assert_eq!(kernel.sets, wanted.sets, "seed {seed} at {done}");
-                kernel.check_held(&config, &host);
-                let table = Table::new(&config);
-                for path in host.dirs.keys() {
-                    let ends =
-                        (1..=path.len()).filter(|at| path.get(*at).is_none_or(|b| *b == b'/'));
-                    let ids = ends.filter_map(|end| host.dirs.get(&path[..end])).copied();
-                    let ids: Vec<u64> = ids.collect();
-                    let (uid, gid) = (random.below(10) as u32, random.below(10) as u32);
-                    let want = covered(&config, path, uid, gid);
-                    for marked in [false, true] {
-                        let found = target_of(&config, &table, &kernel, &ids, (uid, gid), marked);
-                        assert_eq!(found, want, "uid {uid} gid {gid} in {:?}", path.escape_ascii());
-                    }
-                    owned += usize::from(want != verdict(&config, path).target);
-                }
-                // some of what is held is let go
-                let all = random.one_in(4);
-                host.held.retain(|_, _| !all && random.one_in(2));
-                for path in core.above_dying() {
-                    if host.none_dying(&path) {
-                        core.none_dying(&path);
-                    }
-                }
-                kernel.commit(&mut core, &host, random.one_in(20));
-                kernel.check_dying(&core, &host, &wanted);
-                assert!(
-                    !all || core.dying().next().is_none(),
-                    "seed {seed} at {done}: kept for ever"
-                );
+                let when = format!("seed {seed} at {done}");
+                owned += check_quiet(&mut core, &mut host, &mut kernel, &mut random, &when);
                 if !host.look_again {
-                    let live: BTreeSet<u64> = host.dirs.values().copied().collect();
-                    let watched: Vec<u64> = host.watches.values().copied().collect();
-                    let set: BTreeSet<u64> = watched.iter().copied().collect();
-                    assert_eq!(set, live, "seed {seed} at {done}: watches");
-                    assert_eq!(set.len(), watched.len(), "seed {seed} at {done}: doubled watches");
+                    host.check_watches(&when);
                     quiet += 1;
                 }
             }
@@ -786,6 +819,7 @@ fn settle(core: &mut Core, host: &mut Host, kernel: &mut Kernel, random: &mut Ra
     host.calm = false;
 }
 
+/// Whatever happens in whatever order, each quiet moment finds all as it is to be.
 #[test]
 fn a_million_steps() {
     let policies = policies();
