@@ -78,6 +78,7 @@ fn same_batch(what: &str, ours: Transaction, theirs: impl FnOnce(&mut Reference)
     assert_eq!(ours.len(), reference.len(), "{what}: messages");
 }
 
+/// A table comes with its flags, and goes.
 #[test]
 fn tables() {
     // owner, and owner with persist
@@ -92,6 +93,7 @@ fn tables() {
     same("no table", Transaction::remove_table, Reference::remove_table);
 }
 
+/// Chains of all kinds, hooks and priorities, with names of all lengths.
 #[test]
 fn chains() {
     let mut bases = vec![None];
@@ -109,6 +111,7 @@ fn chains() {
     }
 }
 
+/// Sets of all kinds, with ranges that begin and end where a family does.
 #[test]
 fn sets() {
     let v4 = |address: [u8; 4], length| Range::prefix(Ipv4Addr::from(address), length);
@@ -140,6 +143,7 @@ fn sets() {
     );
 }
 
+/// Elements come and go, however many.
 #[test]
 fn cgroups() {
     for count in [1, 2, 1000, 10_000] {
@@ -314,6 +318,7 @@ samples! {
     Stmt::Verdict(_) => Stmt::accept(), Stmt::drop(), Stmt::back(), Stmt::Verdict(jump()), Stmt::Verdict(goto());
 }
 
+/// Each statement by itself, and all of them in one rule.
 #[test]
 fn statements() {
     for stmt in samples() {
@@ -347,6 +352,7 @@ fn instructions_read_back() {
     }
 }
 
+/// The request for our table.
 #[test]
 fn dump_request() {
     let mut batch = Batch::new(SEQ - 1);
@@ -370,6 +376,84 @@ fn load(text: &str) -> Config {
     config::load(&Text(text.into()), Path::new("test.conf")).unwrap_or_else(problems)
 }
 
+const CONFIGS: [&str; 8] = [
+    "",
+    "[tproxy a]\nport = 1",
+    "[global]\ndefault = drop",
+    "[global]\ndefault = drop\n[tproxy a]\nport = 1\ntcp = drop\nudp = no\nipv6 = no",
+    "[global]
+     default = mihomo
+     counters = cgroup
+     bypass = private
+     bypass = 2001:db8::/32
+     bypass-mark = 0xff
+     bypass-mark = 0x10/0xf0
+     bypass-user = 65534
+     [tproxy mihomo]
+     port = 7893
+     address = 127.0.0.1
+     dns-hijack = 127.0.0.1:1053
+     dns-hijack = [::1]:1053
+     dns-hijack-tcp = yes
+     [tproxy b-2]
+     port = 7894
+     address = ::1
+     ipv4 = drop
+     dns-hijack = 203.0.113.53
+     [tproxy c_3]
+     port = 7895
+     address = 127.0.0.3
+     address = ::1
+     dns-hijack = 2001:db8::53",
+    "[tproxy a]
+     port = 1
+     dns-hijack = 127.0.0.1:1053
+     dns-hijack = [::1]:1053
+     dns-hijack-local = yes
+     [tproxy b]
+     port = 2
+     udp = no
+     dns-hijack = 203.0.113.53
+     [gateway lan]
+     interface = br-lan
+     interface = wg*
+     source = 198.51.100.0/24
+     source = 2001:db8::/32
+     source-mac = 02:00:00:00:00:01
+     source-mac = 02:00:00:00:00:02
+     target = a
+     [gateway b]
+     interface = eth1
+     target = b
+     [gateway drop]
+     interface = eth2
+     target = drop
+     [gateway direct]
+     interface = eth3
+     target = direct",
+    "[tproxy a]
+     port = 1
+     dns-hijack = 127.0.0.1:1053
+     [rules]
+     drop = /first
+     direct = user:1000-1999,7
+     a = /x
+     a = group:5-9
+     drop = user:8
+     direct = /y
+     drop = group:10
+     [gateway lan]
+     interface = br-lan
+     target = a",
+    "[global]
+     hold = /x
+     hold = /y/.*
+     [tproxy a]
+     port = 1
+     dns-hijack = 127.0.0.1:1053
+     dns-hijack-local = yes",
+];
+
 fn configs() -> Vec<Config> {
     let many = |n: usize| -> String {
         (0..n).map(|n| format!("[tproxy t{n}]\nport = {}\n", 1000 + n)).collect()
@@ -377,89 +461,12 @@ fn configs() -> Vec<Config> {
     let bypass: String = (0..3000)
         .map(|n| format!("bypass = 198.{}.{}.{}\n", n / 200, n % 200, n % 3 * 100))
         .collect();
-    [
-        "",
-        "[tproxy a]\nport = 1",
-        "[global]\ndefault = drop",
-        "[global]\ndefault = drop\n[tproxy a]\nport = 1\ntcp = drop\nudp = no\nipv6 = no",
-        "[global]
-         default = mihomo
-         counters = cgroup
-         bypass = private
-         bypass = 2001:db8::/32
-         bypass-mark = 0xff
-         bypass-mark = 0x10/0xf0
-         bypass-user = 65534
-         [tproxy mihomo]
-         port = 7893
-         address = 127.0.0.1
-         dns-hijack = 127.0.0.1:1053
-         dns-hijack = [::1]:1053
-         dns-hijack-tcp = yes
-         [tproxy b-2]
-         port = 7894
-         address = ::1
-         ipv4 = drop
-         dns-hijack = 203.0.113.53
-         [tproxy c_3]
-         port = 7895
-         address = 127.0.0.3
-         address = ::1
-         dns-hijack = 2001:db8::53",
-        "[tproxy a]
-         port = 1
-         dns-hijack = 127.0.0.1:1053
-         dns-hijack = [::1]:1053
-         dns-hijack-local = yes
-         [tproxy b]
-         port = 2
-         udp = no
-         dns-hijack = 203.0.113.53
-         [gateway lan]
-         interface = br-lan
-         interface = wg*
-         source = 198.51.100.0/24
-         source = 2001:db8::/32
-         source-mac = 02:00:00:00:00:01
-         source-mac = 02:00:00:00:00:02
-         target = a
-         [gateway b]
-         interface = eth1
-         target = b
-         [gateway drop]
-         interface = eth2
-         target = drop
-         [gateway direct]
-         interface = eth3
-         target = direct",
-        "[tproxy a]
-         port = 1
-         dns-hijack = 127.0.0.1:1053
-         [rules]
-         drop = /first
-         direct = user:1000-1999,7
-         a = /x
-         a = group:5-9
-         drop = user:8
-         direct = /y
-         drop = group:10
-         [gateway lan]
-         interface = br-lan
-         target = a",
-        "[global]
-         hold = /x
-         hold = /y/.*
-         [tproxy a]
-         port = 1
-         dns-hijack = 127.0.0.1:1053
-         dns-hijack-local = yes",
-        // verdict maps and intervals of more than one message
-        &format!("[global]\nfwmark-mask = 0x000fff00\n{}", many(700)),
-        &format!("[global]\n{bypass}"),
-    ]
-    .iter()
-    .map(|text| load(text))
-    .collect()
+    // verdict maps and intervals of more than one message
+    let long = [
+        format!("[global]\nfwmark-mask = 0x000fff00\n{}", many(700)),
+        format!("[global]\n{bypass}"),
+    ];
+    CONFIGS.into_iter().chain(long.iter().map(|text| &**text)).map(load).collect()
 }
 
 /// Some cgroups for every outcome.
@@ -505,6 +512,7 @@ fn gate_sets() -> ([u64; 899], Vec<u32>) {
     (std::array::from_fn(|i| i as u64 + 1), (1..9).map(cgroup_hash).collect())
 }
 
+/// All of each configuration, with cgroups and without.
 #[test]
 fn replacements() {
     for config in configs() {
@@ -552,6 +560,7 @@ fn replacements() {
 
 const DEEDS_DONE: [u64; 4] = [0, 7, u32::MAX as u64 + 1, u64::MAX];
 
+/// What has been done is counted anew.
 #[test]
 fn counts() {
     let ours = plan::count(&DEEDS_DONE, Batch::new(SEQ));
@@ -563,92 +572,96 @@ fn counts() {
     });
 }
 
+/// A change of all that a snapshot has, as libnftnl sends it.
+fn change_by(theirs: &mut Reference, config: &Config, all: &Snapshot, delta: &Delta) {
+    let elements = || all.elements.iter().filter(|_| !delta.add.is_empty());
+    for (outcome, ids) in elements() {
+        theirs.delete_cgroups(&set_name(config, *outcome), ids);
+    }
+    for (outcome, ids) in elements() {
+        theirs.add_cgroups(&set_name(config, *outcome), ids);
+    }
+    let dying = || all.dying.iter().filter(|d| !delta.add.is_empty() && !d.1.is_empty());
+    for (outcome, hashes) in dying() {
+        theirs.delete_hashes(&dying_name(config, *outcome), hashes);
+    }
+    for (outcome, hashes) in dying() {
+        theirs.add_hashes(&dying_name(config, *outcome), hashes);
+    }
+    if !delta.add_gates.is_empty() {
+        let (ids, hashes) = gate_sets();
+        theirs.delete_cgroups("gate_1", &ids);
+        theirs.delete_hashes("gone_2", &hashes);
+        theirs.add_cgroups("gate_1", &ids);
+        theirs.add_hashes("gone_2", &hashes);
+    }
+    let held = || held_sets().into_iter().filter(|_| !delta.add_held.is_empty());
+    held().for_each(|(set, ids)| theirs.delete_cgroups(set, &ids));
+    let renewed = delta.all_held.is_some();
+    if renewed {
+        hold_rules(config, None).iter().for_each(|(chain, _)| theirs.flush(chain));
+        for set in hold_sets(config) {
+            theirs.delete_set(&set.name);
+            theirs.set(&set);
+        }
+    }
+    let held = || held_sets().into_iter().filter(|_| renewed || !delta.add_held.is_empty());
+    held().for_each(|(set, ids)| theirs.add_cgroups(set, &ids));
+    change_chains_by(theirs, config, delta);
+}
+
+/// The rules that a change brings, as libnftnl sends them: what stays the same is left alone.
+fn change_chains_by(theirs: &mut Reference, config: &Config, delta: &Delta) {
+    let renewed = delta.all_held.is_some();
+    let [before, after] = &**delta.shape.as_ref().unwrap();
+    let before = classifying(config, before);
+    for (chain, rules) in classifying(config, after) {
+        let empty = renewed && chain.starts_with(HOLD);
+        let old = before.iter().find(|(name, _)| *name == chain).unwrap();
+        match plan::ahead(&old.1, &rules) {
+            _ if !empty && old.1 == rules => {}
+            Some(more) if !empty => more.for_each(|rule| theirs.rule_ahead(&chain, rule)),
+            _ => {
+                if !empty {
+                    theirs.flush(&chain);
+                }
+                rules.iter().for_each(|rule| theirs.rule(&chain, rule));
+            }
+        }
+    }
+}
+
+/// All kinds of changes under each configuration.
 #[test]
 fn changes() {
     for config in configs() {
-        let Snapshot { elements, dying, gates, held, shape } = snapshot(&config);
-        let hashes = |(outcome, hashes): &(Outcome, Vec<u32>)| {
-            let outcome = *outcome;
-            hashes.clone().into_iter().map(move |hash| (outcome, hash))
-        };
-        let hashes: Vec<(Outcome, u32)> = dying.iter().flat_map(hashes).collect();
-        let each = |(outcome, ids): &(Outcome, Vec<u64>)| {
-            let outcome = *outcome;
-            ids.clone().into_iter().map(move |id| (outcome, id))
-        };
-        let flat: Vec<(Outcome, u64)> = elements.iter().flat_map(each).collect();
+        let all = snapshot(&config);
+        let hashes = all
+            .dying
+            .iter()
+            .flat_map(|(outcome, hashes)| hashes.iter().map(|hash| (*outcome, *hash)));
+        let hashes: Vec<(Outcome, u32)> = hashes.collect();
+        let flat =
+            all.elements.iter().flat_map(|(outcome, ids)| ids.iter().map(|id| (*outcome, *id)));
+        let flat: Vec<(Outcome, u64)> = flat.collect();
         let delta = Delta {
             delete: flat.clone(),
             add: flat,
             delete_dying: hashes.clone(),
             add_dying: hashes,
-            delete_gates: gates.clone(),
-            add_gates: gates,
-            delete_held: held.clone(),
-            add_held: held,
+            delete_gates: all.gates.clone(),
+            add_gates: all.gates.clone(),
+            delete_held: all.held.clone(),
+            add_held: all.held.clone(),
             all_held: None,
-            shape: Some(Box::new([Shape::default(), shape.clone()])),
+            shape: Some(Box::new([Shape::default(), all.shape.clone()])),
         };
         let held = (!config.holds.is_empty()).then(|| delta.add_held.clone());
         let renewed = Delta { all_held: held, shape: delta.shape.clone(), ..Delta::default() };
-        let none = Some(Box::new([shape, Shape::default()]));
+        let none = Some(Box::new([all.shape.clone(), Shape::default()]));
         for delta in [delta, renewed, Delta { shape: none, ..Delta::default() }] {
             let ours = plan::change(&config, &delta, Batch::new(SEQ));
-            same_batch("change", ours, |theirs| {
-                let elements = || elements.iter().filter(|_| !delta.add.is_empty());
-                for (outcome, ids) in elements() {
-                    theirs.delete_cgroups(&set_name(&config, *outcome), ids);
-                }
-                for (outcome, ids) in elements() {
-                    theirs.add_cgroups(&set_name(&config, *outcome), ids);
-                }
-                let dying = || dying.iter().filter(|d| !delta.add.is_empty() && !d.1.is_empty());
-                for (outcome, hashes) in dying() {
-                    theirs.delete_hashes(&dying_name(&config, *outcome), hashes);
-                }
-                for (outcome, hashes) in dying() {
-                    theirs.add_hashes(&dying_name(&config, *outcome), hashes);
-                }
-                if !delta.add_gates.is_empty() {
-                    let (ids, hashes) = gate_sets();
-                    theirs.delete_cgroups("gate_1", &ids);
-                    theirs.delete_hashes("gone_2", &hashes);
-                    theirs.add_cgroups("gate_1", &ids);
-                    theirs.add_hashes("gone_2", &hashes);
-                }
-                let held = || held_sets().into_iter().filter(|_| !delta.add_held.is_empty());
-                held().for_each(|(set, ids)| theirs.delete_cgroups(set, &ids));
-                let renewed = delta.all_held.is_some();
-                if renewed {
-                    hold_rules(&config, None).iter().for_each(|(chain, _)| theirs.flush(chain));
-                    for set in hold_sets(&config) {
-                        theirs.delete_set(&set.name);
-                        theirs.set(&set);
-                    }
-                }
-                let held =
-                    || held_sets().into_iter().filter(|_| renewed || !delta.add_held.is_empty());
-                held().for_each(|(set, ids)| theirs.add_cgroups(set, &ids));
-                let [before, after] = &**delta.shape.as_ref().unwrap();
-                let before = classifying(&config, before);
-                for (chain, rules) in classifying(&config, after) {
-                    // what stays the same is left alone
-                    let empty = renewed && chain.starts_with(HOLD);
-                    let old = before.iter().find(|(name, _)| *name == chain).unwrap();
-                    match plan::ahead(&old.1, &rules) {
-                        _ if !empty && old.1 == rules => {}
-                        Some(more) if !empty => {
-                            more.for_each(|rule| theirs.rule_ahead(&chain, rule))
-                        }
-                        _ => {
-                            if !empty {
-                                theirs.flush(&chain);
-                            }
-                            rules.iter().for_each(|rule| theirs.rule(&chain, rule));
-                        }
-                    }
-                }
-            });
+            same_batch("change", ours, |theirs| change_by(theirs, &config, &all, &delta));
         }
     }
 }
