@@ -231,6 +231,8 @@ dns-hijack = 255.255.255.255:53
     "dns-hijack" expects ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT, not "255.255.255.255:53"
 dns-hijack = [127.0.0.1]:53
     "dns-hijack" expects ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT, not "[127.0.0.1]:53"
+dns-hijack = ::1:53
+    "dns-hijack" expects ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT, not "::1:53"
 dns-hijack-tcp = drop
     "dns-hijack-tcp" expects yes or no, not "drop"
 dns-hijack-tcp = yes

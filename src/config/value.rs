@@ -372,8 +372,8 @@ fn one_host(ip: &IpAddr) -> bool {
         && match ip {
             // 0.0.0.0/8, and what is reserved
             IpAddr::V4(ip) => (1..240).contains(&ip.octets()[0]),
-            // an IPv4 address in other words
-            IpAddr::V6(ip) => ip.to_ipv4_mapped().is_none(),
+            // an IPv4 address in other words, or one and a port (::1:53)
+            IpAddr::V6(ip) => ip.to_ipv4().is_none(),
         }
 }
 
