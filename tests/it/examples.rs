@@ -396,3 +396,13 @@ fn tor_and_vpn() {
     }
     assert_eq!(left(&mut world), []);
 }
+
+/// Guests of that router go directly.
+#[test]
+fn router_mihomo_guests() {
+    let (ground, _world) = scene!("exguest");
+    let lan = Lan::on(&ground, "br-guest");
+    let _proxy = Server::start("mihomo", &[7893]);
+    let _daemon = Daemon::start(&ground, &text("router-mihomo"), &[]);
+    (0..2).for_each(|client| lan.direct(client));
+}
