@@ -75,7 +75,8 @@ pub fn filters_bridges() -> bool {
 }
 
 /// The sockets that are bound to an interface: of TCP those that are connected, of UDP all but those
-/// of DHCP clients, which are bound to what has no address yet.
+/// of DHCP clients, which are bound to what has no address yet, and of what serves the link behind it
+/// with names and addresses, as dnsmasq does: they answer.
 fn bound(socket: Option<&mut Socket>) -> Vec<diag::SeenSocket> {
     let Some(socket) = socket else {
         return Vec::new();
@@ -86,8 +87,8 @@ fn bound(socket: Option<&mut Socket>) -> Vec<diag::SeenSocket> {
         let found = socket.dump(&request, |message| diag::parse(message, protocol));
         all.extend(found.into_iter().flatten().flatten());
     }
-    let dhcp = |socket: &diag::SeenSocket| [68, 546].contains(&socket.local.port());
-    all.retain(|socket| socket.device != 0 && !(socket.protocol == IPPROTO_UDP && dhcp(socket)));
+    let link = |socket: &diag::SeenSocket| [53, 67, 68, 546, 547].contains(&socket.local.port());
+    all.retain(|socket| socket.device != 0 && !(socket.protocol == IPPROTO_UDP && link(socket)));
     all
 }
 

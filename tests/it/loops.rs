@@ -5,9 +5,9 @@ use nix::sys::signal::Signal;
 
 use crate::client::{udp_in, Client, Running, PATIENCE, SILENCE};
 use crate::daemon::{run_with, Daemon};
-use crate::ground::{addr, ip, Ground, REMOTE4, REMOTE6};
+use crate::ground::{addr, ip, Ground, HOST4, REMOTE4, REMOTE6};
 use crate::routes::bind_to_device;
-use crate::world::{World, SYN};
+use crate::world::{bind_at, World, SYN};
 use crate::{sized, wait_until};
 
 const USER: u32 = 4711;
@@ -189,17 +189,22 @@ fn a_socket_that_goes_past_its_target_is_told_once() {
     let daemon = Daemon::start(&ground, &apart(&ground, policy), &[]);
     await_start(&daemon);
 
-    let _bound = ["/own/proxied", "/own/vpn"].map(|path| {
+    let bound = |path| {
         let socket = udp_in(&ground.cgroup(path), REMOTE4);
         bind_to_device(&socket, "in0");
-        socket.connect(addr(REMOTE4, 80)).expect("connect");
         socket
-    });
+    };
+    let past = ["/own/proxied", "/own/vpn"].map(bound);
+    past.iter().for_each(|socket| socket.connect(addr(REMOTE4, 80)).expect("connect"));
+    // what answers on a link
+    let resolver = bound("/own/proxied/dnsmasq");
+    bind_at(&resolver, addr(HOST4, 53));
 
     for (cgroup, target) in [("/proxied", "tproxy mihomo"), ("/vpn", "route vpn")] {
         let said = format!("sockets of cgroup {cgroup} are bound to in0, past [{target}]: what");
         assert!(daemon.wait_log(&said, PATIENCE), "{}", daemon.logs());
         assert_eq!(daemon.logs().matches(&said).count(), 1, "{}", daemon.logs());
     }
+    assert!(!daemon.logs().contains("dnsmasq"), "{}", daemon.logs());
     assert!(daemon.stop().success());
 }
