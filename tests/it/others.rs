@@ -951,17 +951,15 @@ add rule {family} wg-quick-wg0 premangle meta l4proto udp meta mark set ct mark
     )
 }
 
-/// What `wg-quick up` does for a default route.
-fn wg_quick_up() {
-    let lines = "link add wg0 type veth peer name wg1\naddr add 10.8.0.2/24 dev wg0\n\
-                 addr add 2001:db8:8::2/64 dev wg0 nodad\nlink set wg1 up\nlink set wg0 up\n";
-    ip_batch(&[], lines);
+/// What `wg-quick up` does for a default route. The remote hosts answer what comes by it.
+fn wg_quick_up(ground: &Ground) {
+    crate::routes::tunnel_to(ground, "wg0");
     ip_both(
         "rule add not fwmark 51820 table 51820\nrule add table main suppress_prefixlength 0\n\
          route add default dev wg0 table 51820\n",
     );
     load(&wireguard_chains("ip", "10.8.0.2"));
-    load(&wireguard_chains("ip6", "2001:db8:8::2"));
+    load(&wireguard_chains("ip6", "fd00:8::2"));
     sysctl("net/ipv4/conf/all/src_valid_mark", "1");
 }
 
@@ -969,17 +967,18 @@ fn wg_quick_up() {
 /// sockets that have the tunnel's address. Everybody says so, and the remedy that they name works.
 #[test]
 fn the_chains_of_wg_quick_are_there_first() {
-    the_chains_of_wg_quick(&ground!("wgquick-first"), wg_quick_up, || {});
+    the_chains_of_wg_quick(&ground!("wgquick-first"), wg_quick_up, |_| {});
 }
 
 #[test]
 fn the_chains_of_wg_quick_come_later() {
-    the_chains_of_wg_quick(&ground!("wgquick-later"), || {}, wg_quick_up);
+    the_chains_of_wg_quick(&ground!("wgquick-later"), |_| {}, wg_quick_up);
 }
 
-fn the_chains_of_wg_quick(ground: &Ground, first: fn(), later: fn()) {
+fn the_chains_of_wg_quick(ground: &Ground, first: fn(&Ground), later: fn(&Ground)) {
     let (mut world, lan, _servers) = neighbourhood(ground);
-    let [proxied, dropped] = ["/proxied", "/drop"].map(|path| ground.cgroup(path));
+    let [proxied, dropped, direct] =
+        ["/proxied", "/drop", "/direct"].map(|path| ground.cgroup(path));
     let clients = |want: &dyn Fn(&str) -> String| {
         for (proto, to) in FLOWS {
             let want = want(&to.to_string());
@@ -987,13 +986,15 @@ fn the_chains_of_wg_quick(ground: &Ground, first: fn(), later: fn()) {
             let client = Client::new(&proxied, proto, to).timeout(patience);
             assert_eq!(client.run().who(), want, "{proto:?} {to}");
         }
+        // nor by the tunnel, which answers
         unanswered(&dropped);
+        expect(&[(&direct, under("direct"))]);
     };
-    first();
+    first(ground);
     let daemon = Daemon::start(ground, CONFIG, &[]);
     crate::kernel::await_member(&proxied, "mihomo");
     crate::kernel::await_member(&dropped, "drop");
-    later();
+    later(ground);
     let named = |text: &str| {
         ["ip", "ip6"].iter().all(|family| {
             let place = format!("chain {family} wg-quick-wg0 preraw of another program drops");
