@@ -7,16 +7,16 @@
 //! The remote hosts are behind both interfaces; who asked tells the server by which.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read};
-use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::client::{
-    again, connect, floods, socket_in, udp_in, Client, Outcome, Proto, AT_ONCE, CASES, PATIENCE,
-    SILENCE,
+    again, connect, floods, socket_in, tcp_in, udp_in, Client, Outcome, Proto, AT_ONCE, CASES,
+    PATIENCE, SILENCE,
 };
 use crate::containers::live;
 use crate::daemon::{run_with, Daemon};
@@ -24,10 +24,10 @@ use crate::gateway::Lan;
 use crate::ground::{
     addr, ip, ip_batch, sysctl, Ground, HOST4, HOST6, HOSTS, REMOTE4, REMOTE6, REMOTES,
 };
-use crate::kernel::await_member;
+use crate::kernel::{await_member, forget_flows};
 use crate::tunnels::bulk;
 use crate::wait_until;
-use crate::world::{bind_fd, Server, World, STREAM_PORT};
+use crate::world::{bind, bind_fd, Server, World, STREAM_PORT};
 
 pub const GATEWAYS: &str = "gateway = 10.8.0.2\ngateway = fd00:8::2\n";
 
@@ -850,4 +850,50 @@ fn no_datagram_leaves_with_the_address_of_before() {
         answered(flow, own);
     }
     passes(&mut world, &cgroup);
+}
+
+/// Conntrack has forgotten a flow whose source address was translated, and the remote host speaks: to
+/// the tunnel's address, where nobody is. What this host says to that goes back by the tunnel.
+#[test]
+fn what_is_said_to_forgotten_flows() {
+    let (ground, mut world) = scene!("routeforgot");
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    ip_batch(
+        &[],
+        "route add default via 10.8.0.2 table 1000\n\
+         route add default via fd00:8::2 dev vpn0 table 1000\n",
+    );
+    let tcp = ground.outside(|| TcpListener::bind(addr(ip("::"), 8080)).expect("listen"));
+    for way in [format!("interface = vpn0\n{GATEWAYS}"), "table = 1000\nmasquerade = yes\n".into()]
+    {
+        let config = format!("[route vpn]\n{way}[rules]\nvpn = /vpn\n");
+        let daemon = Daemon::start(&ground, &config, &[]);
+        await_member(&cgroup, "vpn");
+        for remote in REMOTES {
+            let udp = ground.outside(|| bind(addr(remote, 8080), libc::SOCK_DGRAM));
+            let udp = UdpSocket::from(udp);
+            let _own = tcp_in(&cgroup, addr(remote, 8080));
+            let (mut end, client) = tcp.accept().expect("accept");
+            let own = udp_in(&cgroup, remote);
+            own.connect(addr(remote, 8080)).expect("connect");
+            own.send(b"hello").expect("send");
+            udp.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+            let (_, asker) = udp.recv_from(&mut [0; 9]).expect("it comes by the tunnel");
+            let by = TUNNEL[usize::from(remote.is_ipv6())];
+            let all = [client, asker].map(|client| client.ip().to_canonical());
+            assert_eq!(all, [ip(by); 2]);
+            forget_flows();
+            end.write_all(b"more").expect("write");
+            end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+            let told = again(|| end.read(&mut [0; 9]));
+            assert!(told.is_err(), "{told:?}");
+            udp.connect(asker).expect("connect");
+            udp.send(b"more").expect("send");
+            let told = again(|| udp.recv(&mut [0; 9])).expect_err("nobody is there");
+            assert_eq!(told.kind(), ErrorKind::ConnectionRefused);
+        }
+        assert_eq!(world.wire.to_remote(), [], "{way}");
+        daemon.stop_clean();
+    }
 }

@@ -1,5 +1,6 @@
 //! Hook postrouting: nothing that is marked leaves by another interface than its own ([`guard_chain`]).
 
+use super::prerouting::{back_name, begun_rule};
 use super::shape::Devices;
 use super::words::*;
 use super::{Chain, Rule};
@@ -52,15 +53,11 @@ pub(super) fn off_course_chains(route: &Route) -> Vec<Chain> {
         (false, _) => Vec::new(),
         (true, "") => vec![
             chain(ways_name(route), Vec::new()),
+            chain(back_name(route), Vec::new()),
             chain(name, vec![jump(&ways_name(route)), rest]),
         ],
         (true, own) => vec![chain(name, [course_rules([own].into_iter()), vec![rest]].concat())],
     }
-}
-
-/// Whether it is known by which interfaces a route leaves. By the main table that may be any.
-fn keeps_course(route: &Route) -> bool {
-    !(253..=255).contains(&route.table)
 }
 
 /// The rules that let packets leave by these interfaces.
@@ -77,11 +74,12 @@ fn ways_name(route: &Route) -> String {
 /// The chains whose rules depend on what tables of others hold, with these.
 pub fn ways(config: &Config, devices: &Devices) -> Vec<(String, Vec<Rule>)> {
     let learned = config.routes.iter().filter(|route| route.table != 0 && keeps_course(route));
-    let chain = |route: &Route| {
+    let chains = |route: &Route| {
         let names = devices.get(&route.table).into_iter().flatten().map(String::as_str);
-        (ways_name(route), course_rules(names))
+        let back = names.clone().map(|name| begun_rule(config, route, name)).collect();
+        [(ways_name(route), course_rules(names)), (back_name(route), back)]
     };
-    learned.map(chain).collect()
+    learned.flat_map(chains).collect()
 }
 
 /// What is marked and on its way to this host.

@@ -78,23 +78,37 @@ pub(super) fn closed_chain(outlet: &Outlet) -> Chain {
 }
 
 /// What comes in by a route: a look-up of the way back (rp_filter with src_valid_mark = 1) has to find
-/// its interface, and what others begin by it is answered by it, where the main table would lead
-/// elsewhere.
+/// its interface, and what others begin by it is answered by it.
 fn return_rules(config: &Config, route: &Route) -> Vec<Rule> {
     let own = mark(config, route.outlet.mark);
-    let mut rules = Vec::new();
-    let first = match &*route.interface {
-        "" => Stmt::Reply,
-        name => {
-            let begins = [iifname(name), Stmt::New, Stmt::CtMark(mark(config, 0)), Stmt::Local];
-            let elsewhere = Stmt::ComesFromElsewhere(name.to_string());
-            rules.push([&begins[..], &[elsewhere, Stmt::SetCtMark(own)]].concat());
-            iifname(name)
-        }
+    let (begun, first) = match &*route.interface {
+        "" => (
+            keeps_course(route).then(|| vec![Stmt::New, Stmt::jump(back_name(route))]),
+            Stmt::Reply,
+        ),
+        name => (Some(begun_rule(config, route, name)), iifname(name)),
     };
     let known = ct_marks(config, route);
-    rules.extend(known.map(|ct| vec![first.clone(), Stmt::CtMark(ct), Stmt::SetPacketMark(own)]));
-    rules
+    let known = known.map(|ct| vec![first.clone(), Stmt::CtMark(ct), Stmt::SetPacketMark(own)]);
+    begun.into_iter().chain(known).collect()
+}
+
+/// The chain for what comes in by the interfaces that a table of others leads out by.
+pub(super) fn back_name(route: &Route) -> String {
+    own_chain("back", &route.outlet)
+}
+
+/// What others begin by an interface of a route, or go on with when conntrack has forgotten it, where
+/// the main table would lead elsewhere.
+pub(super) fn begun_rule(config: &Config, route: &Route, name: &str) -> Rule {
+    vec![
+        iifname(name),
+        Stmt::New,
+        Stmt::CtMark(mark(config, 0)),
+        Stmt::Local,
+        Stmt::ComesFromElsewhere(name.into()),
+        Stmt::SetCtMark(mark(config, route.outlet.mark)),
+    ]
 }
 
 /// The mark of an application's packet was overwritten with that of a flow that a proxy began: by

@@ -122,6 +122,11 @@ pub(super) fn set_ct_mark(own: Mark) -> Rule {
     vec![Stmt::Original, Stmt::SetCtMark(own)]
 }
 
+/// Whether it is known by which interfaces a route leaves. By the main table that may be any.
+pub(super) fn keeps_course(route: &Route) -> bool {
+    !(253..=255).contains(&route.table)
+}
+
 /// The ct marks of a route's flows: this host's, and routed ones.
 pub(super) fn ct_marks(config: &Config, route: &Route) -> impl Iterator<Item = Mark> {
     let own = mark(config, route.outlet.mark);
