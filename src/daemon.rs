@@ -389,6 +389,7 @@ impl Daemon<'_> {
         };
         if inventory.view.foreign {
             log!(Warning, "{}: it is replaced", view::FOREIGN);
+            self.kernel.foreign = true;
             return None;
         }
         let kept = removed(&inventory, &self.cgroups.core);

@@ -23,7 +23,7 @@ use crate::netlink::uapi::*;
 use crate::nft::event::Follower;
 use crate::nft::lock::{self, Lock};
 use crate::nft::marks::{self, Ours};
-use crate::nft::message::{self, Contents, Object, Transaction};
+use crate::nft::message::{self, Contents, Names, Object, Present, Transaction};
 use crate::nft::others;
 use crate::nft::stmt::cgroup_hash;
 use crate::nft::table::{class_name, Deeds, DEEDS, HOLD, OUTPUT, TABLE};
@@ -67,6 +67,8 @@ pub struct Kernel {
     opened: SmallMap<String, bool>,
     /// For questions about other programs' sockets; not every kernel answers them.
     diag: Option<Socket>,
+    /// The table is not of our making, and to be replaced as a whole.
+    pub foreign: bool,
     /// False once the kernel has refused to end a socket.
     ends_sockets: bool,
     /// False once conntrack has not told of its flows.
@@ -109,6 +111,7 @@ impl Kernel {
             links: Vec::new(),
             opened: SmallMap::default(),
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
+            foreign: false,
             ends_sockets: true,
             tells_flows: true,
             flows: None,
@@ -319,8 +322,60 @@ impl Kernel {
         answer.is_ok()
     }
 
-    /// Replaces the table by this, in one transaction.
+    /// Replaces what the table holds by this, so that each packet meets what was or what is to be. Where
+    /// the kernel, or what others have made of the table, does not allow that, the table as a whole.
     pub fn replace(&mut self, contents: &Contents) -> Result<()> {
+        let mut left = Names::default();
+        match self.exchange(contents, &mut left) {
+            Ok(true) => return Ok(()),
+            Ok(false) => {}
+            Err(error) => log!(Debug, "{error}; replacing the table as a whole"),
+        }
+        self.replace_whole(contents).inspect_err(|_| {
+            let undo = |transaction: &mut Transaction| {
+                left.values().for_each(|name| transaction.delete_set(name));
+            };
+            if !left.is_empty() {
+                // the next replacement takes them away where this cannot
+                let _ = self.change(undo);
+            }
+        })
+    }
+
+    /// See [`Contents::ahead`] and [`Contents::exchange`]; false where that is not the way. `left` is what
+    /// an error leaves behind.
+    fn exchange(&mut self, contents: &Contents, left: &mut Names) -> Result<bool> {
+        let there = self.table_flags()?;
+        let ours = there.is_none_or(|there| there == self.flags.unwrap_or(0));
+        let present = match there {
+            Some(_) => self.present()?,
+            None => Present::default(),
+        };
+        let (names, flags) = (contents.names(&present), self.flags);
+        if std::mem::take(&mut self.foreign) || !ours || there.is_none() && names.is_empty() {
+            return Ok(false);
+        }
+        if !names.is_empty() {
+            let batch = self.batch();
+            self.commit(contents.ahead(&names, flags, batch))?;
+            left.clone_from(&names);
+        }
+        let batch = self.batch();
+        self.commit(contents.exchange(&present, &names, flags, batch))?;
+        Ok(true)
+    }
+
+    /// What stands in our table.
+    fn present(&mut self) -> Result<Present> {
+        let chains = self.nft.dump(&view::get_chains, view::parse_chain)?.map_err(nft_refused)?;
+        let sets = self.nft.dump(&view::get_sets, view::parse_set)?.map_err(nft_refused)?;
+        let counters = self.nft.dump(&view::get_counters, view::parse_counter)?;
+        let counters = counters.map_err(nft_refused)?.into_iter().map(|(name, _)| name);
+        Ok(Present { chains, sets: sets.into_iter().collect(), counters: counters.collect() })
+    }
+
+    /// In one transaction.
+    fn replace_whole(&mut self, contents: &Contents) -> Result<()> {
         let flags = self.flags;
         let batch = self.batch();
         match self.commit(contents.replacement(flags, batch)) {

@@ -326,6 +326,10 @@ pub fn script(core: &mut Core, root: &Root, devices: &Devices, again: bool) -> S
                     "type ipv6_addr\n    flags interval",
                     ranges.iter().map(|r| r.to_string()).collect(),
                 ),
+                Content::Ports(ranges) => (
+                    "type inet_service\n    flags interval",
+                    ranges.iter().map(|r| r.to_string()).collect(),
+                ),
                 Content::Hashes => {
                     let of = |outcome: &Outcome| dying_name(&config, *outcome) == set.name;
                     let found = snapshot.dying.iter().filter(|(outcome, _)| of(outcome));

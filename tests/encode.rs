@@ -17,7 +17,7 @@ use cgtproxy::config::{self, Config, Outcome, Source};
 use cgtproxy::net::{Family, Interface, Mac, Mark, Owner, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
 use cgtproxy::nft::expr::{Expr, SetRef, Verdict};
-use cgtproxy::nft::message::{self, Transaction};
+use cgtproxy::nft::message::{self, Present, Transaction};
 use cgtproxy::nft::stmt::{cgroup_hash, Stmt};
 use cgtproxy::nft::table::{
     classifying, dying_name, hold_rules, hold_sets, set_name, Base, Chain, Content, Holding, Pair,
@@ -129,6 +129,8 @@ fn sets() {
         Content::Cgroups { counters: false },
         Content::Cgroups { counters: true },
         Content::Hashes,
+        Content::Ports(ports(&[(22, 22), (8000, 8999), (65535, 65535)])),
+        Content::Ports(ports(&[(1, 1023), (8000, 65535)])),
     ];
     for content in contents {
         let set = Set { name: "a_set".into(), content };
@@ -264,10 +266,9 @@ samples! {
     Stmt::TcpOrUdp => Stmt::TcpOrUdp;
     Stmt::NotTcpOrUdp => Stmt::NotTcpOrUdp;
     Stmt::Dport(..) => Stmt::Dport(L4::Tcp, 53), Stmt::Dport(L4::Udp, 53);
-    Stmt::OtherDports(..) => Stmt::OtherDports(L4::Udp, ports(&[(443, 443)])),
-        Stmt::OtherDports(L4::Udp, ports(&[(80, 80), (443, 443)])),
-        Stmt::OtherDports(L4::Tcp, ports(&[(22, 22), (8000, 8999), (65535, 65535)])),
-        Stmt::OtherDports(L4::Tcp, ports(&[(1, 1023), (8000, 65535)]));
+    Stmt::OtherDports(..) => Stmt::OtherDports(L4::Udp, vec![443]),
+        Stmt::OtherDports(L4::Tcp, vec![80, 443]);
+    Stmt::OutOfPorts { .. } => Stmt::OutOfPorts { l4: L4::Tcp, set: "tcp_a".into() };
     Stmt::NotDport(_) => Stmt::NotDport(53);
     Stmt::Local => Stmt::Local;
     Stmt::ForeignSource => Stmt::ForeignSource;
@@ -329,7 +330,7 @@ fn statements() {
     // all of them at once: several anonymous sets in one rule
     let rule = samples();
     same("all", |ours| ours.rule("output", &rule), |theirs| theirs.rule("output", &rule));
-    same("no rules", |ours| ours.replace_rules(OUTPUT, &[]), |theirs| theirs.flush(OUTPUT));
+    same("no rules", |ours| ours.replace_rules(OUTPUT, &[]), |theirs| theirs.flush(Some(OUTPUT)));
 }
 
 /// The reader knows what the writer writes.
@@ -558,6 +559,59 @@ fn replacements() {
     }
 }
 
+/// What a table holds replaced in two transactions: what is there under the same names, taken ones.
+#[test]
+fn exchanges() {
+    let taken = |name: &str| format!("{name}.2");
+    let looks_up = |stmt: &mut Stmt| match stmt {
+        Stmt::Destination { set, .. }
+        | Stmt::OtherDestination { set, .. }
+        | Stmt::Source { set, .. }
+        | Stmt::OutOfPorts { set, .. } => *set = taken(set),
+        _ => {}
+    };
+    for config in configs() {
+        let snapshot = Snapshot::default();
+        let (all, deeds) = (Default::default(), DEEDS_DONE);
+        let ours = plan::contents(&config, snapshot, &all, &Default::default(), deeds, false);
+        let mut table = Table::new(&config);
+        for (name, rules) in classifying(&config, &Shape::default()) {
+            table.chains.iter_mut().find(|chain| chain.name == name).unwrap().rules = rules;
+        }
+        let hook = |base: Base| (base.hook, base.priority);
+        let present = Present {
+            chains: table.chains.iter().map(|c| (c.name.clone(), c.base.map(hook))).collect(),
+            sets: table.sets.iter().map(|set| set.name.clone()).collect(),
+            counters: DEEDS.iter().map(|name| name.to_string()).collect(),
+        };
+        let names = ours.names(&present);
+        let (ranges, others) = table.sets.iter().cloned().partition(|set| set.content.is_ranges());
+        let (ranges, others): (Vec<Set>, Vec<Set>) = (ranges, others);
+        let (kind, create) = (libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE);
+        same_batch("ahead", ours.ahead(&names, Some(0x6), Batch::new(SEQ)), |theirs| {
+            theirs.table(kind, create, Some(0x6));
+            for Set { name, content } in ranges {
+                theirs.set(&Set { name: taken(&name), content });
+            }
+        });
+        let ours = ours.exchange(&present, &names, Some(0x6), Batch::new(SEQ));
+        same_batch("exchange", ours, |theirs| {
+            theirs.table(kind, create, Some(0x6));
+            theirs.flush(None);
+            present.sets.iter().for_each(|set| theirs.delete_set(set));
+            table.sets = others;
+            for rule in table.chains.iter_mut().flat_map(|chain| &mut chain.rules) {
+                rule.iter_mut().for_each(looks_up);
+            }
+            theirs.put(&table);
+            for (name, count) in DEEDS.iter().zip(DEEDS_DONE) {
+                theirs.delete_counter(name);
+                theirs.add_counter(name, count);
+            }
+        });
+    }
+}
+
 const DEEDS_DONE: [u64; 4] = [0, 7, u32::MAX as u64 + 1, u64::MAX];
 
 /// What has been done is counted anew.
@@ -599,7 +653,7 @@ fn change_by(theirs: &mut Reference, config: &Config, all: &Snapshot, delta: &De
     held().for_each(|(set, ids)| theirs.delete_cgroups(set, &ids));
     let renewed = delta.all_held.is_some();
     if renewed {
-        hold_rules(config, None).iter().for_each(|(chain, _)| theirs.flush(chain));
+        hold_rules(config, None).iter().for_each(|(chain, _)| theirs.flush(Some(chain)));
         for set in hold_sets(config) {
             theirs.delete_set(&set.name);
             theirs.set(&set);
@@ -623,7 +677,7 @@ fn change_chains_by(theirs: &mut Reference, config: &Config, delta: &Delta) {
             Some(more) if !empty => more.for_each(|rule| theirs.rule_ahead(&chain, rule)),
             _ => {
                 if !empty {
-                    theirs.flush(&chain);
+                    theirs.flush(Some(&chain));
                 }
                 rules.iter().for_each(|rule| theirs.rule(&chain, rule));
             }

@@ -34,8 +34,6 @@ pub struct Anonymous {
     pub key_type: u32,
     pub key_len: u32,
     pub elements: Vec<(Vec<u8>, Option<Verdict>)>,
-    /// The elements are intervals: by turns the first key of one, and the one behind its last.
-    pub intervals: bool,
     /// Its id within the transaction, once it has been sent ahead of its rule.
     pub id: Option<u32>,
 }

@@ -14,7 +14,7 @@ use crate::net::{Address, Range};
 use crate::netlink::msg::{Batch, Open};
 use crate::netlink::parse::{self, Attrs, Messages};
 use crate::netlink::uapi::*;
-use crate::small::SmallSet;
+use crate::small::{SmallMap, SmallSet};
 
 /// An element list is split when its message grows past this; attribute lengths are 16 bits wide.
 const SPLIT: usize = 32 * 1024;
@@ -41,11 +41,90 @@ pub struct Veth {
     pub rule: Rule,
 }
 
+/// What stands in a table: the names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Present {
+    pub chains: Vec<(String, Option<Hook>)>,
+    pub sets: SmallSet<String>,
+    pub counters: SmallSet<String>,
+}
+
+/// Where a base chain stands: the hook, and the priority.
+pub type Hook = (u32, i32);
+
+/// What sets are called in the kernel whose names in a [`Table`] are taken there.
+pub type Names = SmallMap<String, String>;
+
 impl Contents {
     /// One transaction that replaces the table. `flags`: see [`Transaction::replace`].
     pub fn replacement(&self, flags: Option<u32>, batch: Batch) -> Transaction {
         let mut transaction = Transaction::new(batch);
         transaction.replace(&self.table, flags);
+        self.fill(&mut transaction);
+        DEEDS.iter().zip(self.deeds).for_each(|(name, count)| transaction.add_counter(name, count));
+        transaction
+    }
+
+    /// Names that are free for the sets that have to be there before a rule looks into them.
+    ///
+    /// The kernel shows the rules of a transaction first, and what its interval sets hold only when it is
+    /// done with all the rest of it (the array of nft_set_rbtree since Linux 7.0 and 6.18.y, the clone of
+    /// nft_set_pipapo). To a packet in between such a set is empty, which would have it proxied, or left
+    /// alone, whatever the policies of before and after say.
+    pub fn names(&self, present: &Present) -> Names {
+        let free = |name: &str| {
+            let more = (2..).map(|number| format!("{name}.{number}"));
+            let mut all = std::iter::once(name.to_string()).chain(more);
+            all.find(|name| !present.sets.contains(name)).unwrap_or_default()
+        };
+        let sets = self.table.sets.iter().filter(|set| set.content.is_ranges());
+        sets.map(|set| (set.name.clone(), free(&set.name))).collect()
+    }
+
+    /// The first of two transactions that replace what a table holds: the sets that have to be there
+    /// before a rule looks into them. The table is made where there is none.
+    pub fn ahead(&self, names: &Names, flags: Option<u32>, batch: Batch) -> Transaction {
+        let mut transaction = Transaction { names: names.clone(), ..Transaction::new(batch) };
+        transaction.table_of(TABLE, NFT_MSG_NEWTABLE, NLM_F_CREATE, flags, None);
+        let sets = self.table.sets.iter().filter(|set| set.content.is_ranges());
+        sets.for_each(|set| transaction.set(set));
+        transaction
+    }
+
+    /// The second one, by which they are looked into. Base chains stay hooked in: to a packet on its way
+    /// the rules of one are those of before or those of after, where of two chains the new one might have
+    /// been empty yet, and the old one empty by then.
+    pub fn exchange(
+        &self,
+        present: &Present,
+        names: &Names,
+        flags: Option<u32>,
+        batch: Batch,
+    ) -> Transaction {
+        let mut transaction = Transaction { names: names.clone(), ..Transaction::new(batch) };
+        transaction.table_of(TABLE, NFT_MSG_NEWTABLE, NLM_F_CREATE, flags, None);
+        transaction.delete_rules(None);
+        let stays = |name: &str, hook| {
+            let hook_of = |base: Base| (base.hook, base.priority);
+            let mut new = self.table.chains.iter();
+            new.any(|chain| chain.name == name && chain.base.map(hook_of) == hook)
+        };
+        let gone = present.chains.iter().filter(|(name, hook)| !stays(name, *hook));
+        gone.for_each(|(name, _)| transaction.delete_chain(name));
+        present.sets.iter().for_each(|set| transaction.delete_set(set));
+        transaction.put(&self.table);
+        self.fill(&mut transaction);
+        for (name, count) in DEEDS.iter().zip(self.deeds) {
+            match present.counters.contains(*name) {
+                true => transaction.replace_counter(name, count),
+                false => transaction.add_counter(name, count),
+            }
+        }
+        transaction
+    }
+
+    /// What the sets of cgroups hold, and the chains that depend on more than the configuration.
+    fn fill(&self, transaction: &mut Transaction) {
         for (set, ids) in &self.cgroups {
             transaction.add_cgroups(set, ids.iter().copied());
         }
@@ -59,8 +138,6 @@ impl Contents {
         for (chain, rules) in &self.ways {
             rules.iter().for_each(|rule| transaction.rule(chain, rule));
         }
-        DEEDS.iter().zip(self.deeds).for_each(|(name, count)| transaction.add_counter(name, count));
-        transaction
     }
 }
 
@@ -70,11 +147,12 @@ pub struct Transaction {
     /// Where the last message begins: the one that asks for an acknowledgement.
     last: usize,
     next_set_id: u32,
+    names: Names,
 }
 
 impl Transaction {
     pub fn new(batch: Batch) -> Transaction {
-        let mut t = Transaction { batch, last: 0, next_set_id: 0 };
+        let mut t = Transaction { batch, last: 0, next_set_id: 0, names: Names::default() };
         t.bound(NFNL_MSG_BATCH_BEGIN);
         t
     }
@@ -97,11 +175,18 @@ impl Transaction {
     pub fn replace(&mut self, table: &Table, flags: Option<u32>) {
         self.remove_table();
         self.table_of(TABLE, NFT_MSG_NEWTABLE, NLM_F_CREATE, flags, None);
+        self.put(table);
+    }
+
+    /// All that a table has, but for sets that are there under other names.
+    fn put(&mut self, table: &Table) {
         for chain in &table.chains {
             self.chain(chain);
         }
         for set in &table.sets {
-            self.set(set);
+            if !self.names.contains_key(&set.name) {
+                self.set(set);
+            }
         }
         for chain in &table.chains {
             for rule in &chain.rules {
@@ -145,13 +230,20 @@ impl Transaction {
 
     /// Replaces the rules of a chain.
     pub fn replace_rules(&mut self, chain: &str, rules: &[Rule]) {
-        let open = self.begin(NFT_MSG_DELRULE, 0);
-        self.batch.str_z(NFTA_RULE_TABLE, TABLE);
-        self.batch.str_z(NFTA_RULE_CHAIN, chain);
-        self.batch.end(open);
+        self.delete_rules(Some(chain));
         for rule in rules {
             self.rule(chain, rule);
         }
+    }
+
+    /// Those of a chain, or of all chains.
+    fn delete_rules(&mut self, chain: Option<&str>) {
+        let open = self.begin(NFT_MSG_DELRULE, 0);
+        self.batch.str_z(NFTA_RULE_TABLE, TABLE);
+        if let Some(chain) = chain {
+            self.batch.str_z(NFTA_RULE_CHAIN, chain);
+        }
+        self.batch.end(open);
     }
 
     /// Hooks a chain in where a veth's packets come in.
@@ -291,12 +383,14 @@ impl Transaction {
         let (key_type, key_len, flags) = match set.content {
             Content::V4(_) => (TYPE_IPADDR, 4, NFT_SET_INTERVAL),
             Content::V6(_) => (TYPE_IP6ADDR, 16, NFT_SET_INTERVAL),
+            Content::Ports(_) => (TYPE_INET_SERVICE, 2, NFT_SET_INTERVAL),
             Content::Cgroups { .. } => (TYPE_CGROUPV2, 8, 0),
             Content::Hashes => (TYPE_INTEGER, 4, 0),
         };
         let id = self.set_id();
+        let name = &self.names.get(&set.name).unwrap_or(&set.name).clone();
         let open = self.begin(NFT_MSG_NEWSET, NLM_F_CREATE);
-        self.set_head(&set.name, flags, (key_type, key_len), None, id);
+        self.set_head(name, flags, (key_type, key_len), None, id);
         if let Content::Cgroups { counters: true } = set.content {
             let nest = self.batch.nest(NFTA_SET_EXPR);
             Expr::Counter.write(&mut self.batch);
@@ -304,8 +398,9 @@ impl Transaction {
         }
         self.batch.end(open);
         match &set.content {
-            Content::V4(ranges) => self.intervals(&set.name, id, ranges),
-            Content::V6(ranges) => self.intervals(&set.name, id, ranges),
+            Content::V4(ranges) => self.intervals(name, id, ranges),
+            Content::V6(ranges) => self.intervals(name, id, ranges),
+            Content::Ports(ranges) => self.intervals(name, id, ranges),
             Content::Cgroups { .. } | Content::Hashes => {}
         }
     }
@@ -334,8 +429,9 @@ impl Transaction {
         // the set of a look-up must come before the rule that binds it
         for expr in &mut exprs {
             if let Expr::Lookup { set, .. } | Expr::LookupVerdict { set, .. } = expr {
-                if let SetRef::Anonymous(set) = set {
-                    set.id = Some(self.anonymous(set));
+                match set {
+                    SetRef::Anonymous(set) => set.id = Some(self.anonymous(set)),
+                    SetRef::Named(set) => *set = self.names.get(set).unwrap_or(set).clone(),
                 }
             }
         }
@@ -412,17 +508,12 @@ impl Transaction {
             true => (NFT_SET_MAP, Some(NFT_DATA_VERDICT)),
             false => (0, None),
         };
-        let intervals = if set.intervals { NFT_SET_INTERVAL } else { 0 };
-        let flags = NFT_SET_ANONYMOUS | NFT_SET_CONSTANT | map | intervals;
+        let flags = NFT_SET_ANONYMOUS | NFT_SET_CONSTANT | map;
         let open = self.begin(NFT_MSG_NEWSET, NLM_F_CREATE);
         self.set_head(name, flags, (set.key_type, set.key_len), data, id);
         self.batch.end(open);
-        let elements = set.elements.iter().zip([false, true].into_iter().cycle());
-        let message = NFT_MSG_NEWSETELEM;
-        self.elements(message, NLM_F_CREATE, name, Some(id), elements, |b, (element, second)| {
-            if set.intervals && second {
-                b.u32_be(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END);
-            }
+        let (message, elements) = (NFT_MSG_NEWSETELEM, set.elements.iter());
+        self.elements(message, NLM_F_CREATE, name, Some(id), elements, |b, element| {
             value(b, NFTA_SET_ELEM_KEY, &element.0);
             if let Some(verdict) = &element.1 {
                 verdict.write(b, NFTA_SET_ELEM_DATA);
@@ -449,8 +540,10 @@ impl Transaction {
         self.elements(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, Some(id), ends, |b, (end, flags)| {
             let element = if flags == 0 { &mut first } else { &mut last };
             let bytes = element.as_flattened_mut();
-            let key = bytes.len() - A::BYTES;
-            bytes[key..].copy_from_slice(&end.to_bits().to_be_bytes()[16 - A::BYTES..]);
+            // what is shorter has been filled up
+            let key = bytes.len() - A::BYTES.next_multiple_of(4);
+            bytes[key..key + A::BYTES]
+                .copy_from_slice(&end.to_bits().to_be_bytes()[16 - A::BYTES..]);
             b.attributes(element);
         });
     }

@@ -8,7 +8,7 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use super::expr::{Anonymous, Expr, SetRef, Verdict};
-use crate::net::{Family, Interface, Mac, Mark, Owner, Range, L4};
+use crate::net::{Family, Interface, Mac, Mark, Owner, L4};
 use crate::netlink::uapi::*;
 
 /// A row is a statement: its variant, how nft writes it, and its instructions. What is said above a
@@ -145,9 +145,12 @@ statements! {
     Dport(l4: L4, port: u16) = "{} dport {port}", l4.nft()
         => port_is(*l4, eq(&port.to_be_bytes()));
     /// Of that protocol, the other ports. Sorted and apart.
-    OtherDports(l4: L4, ports: Vec<Range<u16>>)
+    OtherDports(l4: L4, ports: Vec<u16>)
         = "{} dport != {}", l4.nft(), Braces(ports, fmt::Display::fmt)
         => port_is(*l4, lookup_not(any_port(ports)));
+    /// The same, by ranges.
+    OutOfPorts { l4: L4, set: String } = "{} dport != @{set}", l4.nft()
+        => port_is(*l4, lookup_not(named(set)));
     /// Whatever the protocol; what has no ports has other things there.
     NotDport(port: u16) = "th dport != {port}"
         => [payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2), neq(&port.to_be_bytes())];
@@ -471,25 +474,12 @@ fn named(set: &str) -> SetRef {
 
 fn any_of<const N: usize>(key_type: u32, keys: &[[u8; N]]) -> SetRef {
     let elements = keys.iter().map(|key| (key.to_vec(), None)).collect();
-    SetRef::Anonymous(Anonymous {
-        key_type,
-        key_len: N as u32,
-        elements,
-        intervals: false,
-        id: None,
-    })
+    SetRef::Anonymous(Anonymous { key_type, key_len: N as u32, elements, id: None })
 }
 
-/// A set of intervals where one of them is more than a port.
-fn any_port(ports: &[Range<u16>]) -> SetRef {
-    let intervals = ports.iter().any(|range| range.first != range.last);
-    let keys = ports.iter().flat_map(|range| {
-        let end = range.end().filter(|_| intervals);
-        [Some(range.first), end].into_iter().flatten()
-    });
-    let elements = keys.map(|port| (port.to_be_bytes().to_vec(), None)).collect();
-    let (key_type, key_len) = (TYPE_INET_SERVICE, 2);
-    SetRef::Anonymous(Anonymous { key_type, key_len, elements, intervals, id: None })
+fn any_port(ports: &[u16]) -> SetRef {
+    let all: Vec<_> = ports.iter().map(|port| port.to_be_bytes()).collect();
+    any_of(TYPE_INET_SERVICE, &all)
 }
 
 /// Loads the destination port of a packet of this protocol and judges it.
@@ -567,7 +557,7 @@ fn verdict_by_mark(map: &[(u32, Verdict)]) -> Expr {
     let element =
         |(value, verdict): &(u32, Verdict)| (value.to_ne_bytes().to_vec(), Some(verdict.clone()));
     let elements = map.iter().map(element).collect();
-    let set = Anonymous { key_type: TYPE_MARK, key_len: 4, elements, intervals: false, id: None };
+    let set = Anonymous { key_type: TYPE_MARK, key_len: 4, elements, id: None };
     Expr::LookupVerdict { set: SetRef::Anonymous(set), sreg: NFT_REG_1 }
 }
 

@@ -81,11 +81,19 @@ pub struct Set {
 pub enum Content {
     V4(Vec<Range<Ipv4Addr>>),
     V6(Vec<Range<Ipv6Addr>>),
+    Ports(Vec<Range<u16>>),
     Cgroups {
         counters: bool,
     },
     /// Cgroup ids as [`Stmt::CgroupHash`] makes them; the core's business too.
     Hashes,
+}
+
+impl Content {
+    /// Whether the kernel keeps it as intervals.
+    pub fn is_ranges(&self) -> bool {
+        matches!(self, Content::V4(_) | Content::V6(_) | Content::Ports(_))
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

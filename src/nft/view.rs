@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 
 use super::expr::{counted, Expr, SetRef::Named, Verdict};
-use super::message::dump;
+use super::message::{dump, Hook};
 use super::table::{MARTIANS, OUTPUT, TABLE, UNKNOWN};
 use crate::config::CONTAINERS;
 use crate::net::{Bearer, Interface, Mark, Marked, Owner};
@@ -55,6 +55,42 @@ pub fn parse_table_flags(message: &Message) -> Option<u32> {
     let attrs = super::message::table_named(TABLE, message)?;
     let flags = attrs.get(NFTA_TABLE_FLAGS).and_then(parse::u32_be);
     Some(flags.unwrap_or(0))
+}
+
+/// Asks for all chains of our table.
+pub fn get_chains(batch: &mut Batch) {
+    let open = dump(batch, NFT_MSG_GETCHAIN, NFPROTO_INET);
+    batch.str_z(NFTA_CHAIN_TABLE, TABLE);
+    batch.end(open);
+}
+
+/// Reads an answer to [`get_chains`]: the name, and where a base chain stands. Older kernels tell of all
+/// tables.
+pub fn parse_chain(message: &Message) -> Option<(String, Option<Hook>)> {
+    let attrs = Attrs::after(message.body, 4);
+    let text = |attr| attrs.clone().get(attr).map(parse::str_z);
+    let hook = attrs.clone().get(NFTA_CHAIN_HOOK).map(Attrs::new);
+    let hook = hook.and_then(|hook| {
+        let number = |attr| hook.clone().get(attr).and_then(parse::u32_be);
+        Some((number(NFTA_HOOK_HOOKNUM)?, number(NFTA_HOOK_PRIORITY)? as i32))
+    });
+    let name = text(NFTA_CHAIN_NAME)?.into_owned();
+    (text(NFTA_CHAIN_TABLE)? == TABLE).then_some((name, hook))
+}
+
+/// Asks for all sets of our table.
+pub fn get_sets(batch: &mut Batch) {
+    let open = dump(batch, NFT_MSG_GETSET, NFPROTO_INET);
+    batch.str_z(NFTA_SET_TABLE, TABLE);
+    batch.end(open);
+}
+
+/// Reads an answer to [`get_sets`]: the name, but for those that live and die with a rule.
+pub fn parse_set(message: &Message) -> Option<String> {
+    let attrs = Attrs::after(message.body, 4);
+    let flags = attrs.clone().get(NFTA_SET_FLAGS).and_then(parse::u32_be).unwrap_or(0);
+    let name = parse::str_z(attrs.get(NFTA_SET_NAME)?).into_owned();
+    (flags & NFT_SET_ANONYMOUS == 0).then_some(name)
 }
 
 /// Asks for all rules of our table.

@@ -130,6 +130,10 @@ impl Reference {
     pub fn replace(&mut self, table: &Table, flags: Option<u32>) {
         self.remove_table();
         self.table(libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE, flags);
+        self.put(table);
+    }
+
+    pub fn put(&mut self, table: &Table) {
         for chain in &table.chains {
             self.chain(chain);
         }
@@ -177,6 +181,7 @@ impl Reference {
         let (kind, length, flags) = match set.content {
             Content::V4(_) => (IPADDR, 4, libc::NFT_SET_INTERVAL),
             Content::V6(_) => (IP6ADDR, 16, libc::NFT_SET_INTERVAL),
+            Content::Ports(_) => (INET_SERVICE, 2, libc::NFT_SET_INTERVAL),
             Content::Cgroups { .. } => (CGROUPV2, 8, 0),
             Content::Hashes => (INTEGER, 4, 0),
         };
@@ -189,6 +194,7 @@ impl Reference {
         match &set.content {
             Content::V4(ranges) => self.intervals(&set.name, ranges),
             Content::V6(ranges) => self.intervals(&set.name, ranges),
+            Content::Ports(ranges) => self.intervals(&set.name, ranges),
             Content::Cgroups { .. } | Content::Hashes => {}
         }
     }
@@ -248,8 +254,12 @@ impl Reference {
         });
     }
 
-    pub fn flush(&mut self, chain: &str) {
-        let rule = NRule::new().str(NFTNL_RULE_TABLE, "cgtproxy").str(NFTNL_RULE_CHAIN, chain);
+    /// Of one chain, or of all.
+    pub fn flush(&mut self, chain: Option<&str>) {
+        let mut rule = NRule::new().str(NFTNL_RULE_TABLE, "cgtproxy");
+        if let Some(chain) = chain {
+            rule = rule.str(NFTNL_RULE_CHAIN, chain);
+        }
         // SAFETY: both pointers are valid
         self.message(libc::NFT_MSG_DELRULE, 0, |nlh| unsafe {
             nftnl_rule_nlmsg_build_payload(nlh, rule.0)
@@ -421,10 +431,7 @@ impl Reference {
     }
 
     fn anonymous(&mut self, set: &Anonymous) -> &'static str {
-        let mut flags = libc::NFT_SET_ANONYMOUS | libc::NFT_SET_CONSTANT;
-        if set.intervals {
-            flags |= libc::NFT_SET_INTERVAL;
-        }
+        let flags = libc::NFT_SET_ANONYMOUS | libc::NFT_SET_CONSTANT;
         let is_map = set.elements[0].1.is_some();
         let name = if is_map { "__map%d" } else { "__set%d" };
         let object = match is_map {
@@ -435,12 +442,8 @@ impl Reference {
                 .u32(NFTNL_SET_DATA_LEN, 0),
         };
         self.send_set(&object);
-        let elements = set.elements.iter().enumerate().map(|(at, (key, verdict))| {
-            let mut elem = NElem::key(key);
-            if set.intervals && at % 2 == 1 {
-                let flags = libc::NFT_SET_ELEM_INTERVAL_END as u32;
-                elem = elem.u32(NFTNL_SET_ELEM_FLAGS, flags);
-            }
+        let elements = set.elements.iter().map(|(key, verdict)| {
+            let elem = NElem::key(key);
             match verdict.as_ref().map(code) {
                 None => elem,
                 Some((code, None)) => elem.u32(NFTNL_SET_ELEM_VERDICT, code),

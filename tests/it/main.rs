@@ -57,6 +57,7 @@ mod destinations;
 mod dying;
 mod examples;
 mod faults;
+mod flight;
 mod forgotten;
 mod gateway;
 mod heal;

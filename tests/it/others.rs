@@ -1217,7 +1217,7 @@ fn marks_that_iptables_overwrites() {
     }
     let (ground, _world) = scene!("ipt-marks");
     let _servers = servers();
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
     let proxied = ground.cgroup("/proxied");
     crate::kernel::await_member(&proxied, "mihomo");
     let iptables = |rule: &str| {
@@ -1258,7 +1258,8 @@ fn marks_that_iptables_overwrites() {
                 let proxied = || Client::tcp(&proxied, to).timeout(SILENCE).run().who();
                 if what == "packet mark" {
                     // what is loaded last comes first, of chains of one priority
-                    daemon.reload();
+                    assert!(daemon.stop().success());
+                    daemon = Daemon::start(&ground, CONFIG, &[]);
                     assert!(!proxied().starts_with(PROXY), "{rule}: {}", proxied());
                 }
                 told_and_remedied(&daemon, &place, &format!("overwrites the {what}"));

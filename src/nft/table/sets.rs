@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use super::shape::{Stage, DEPTHS};
 use super::{Content, Set};
 use crate::config::{Config, Outcome, Outlet};
-use crate::net::{Family, Range, Ranges};
+use crate::net::{Family, Range, Ranges, L4};
 
 /// All sets of a configuration.
 pub(super) fn all_sets(config: &Config) -> Vec<Set> {
@@ -96,10 +96,26 @@ pub(super) fn range_name(kind: &str, family: Family, name: &str) -> String {
     format!("{kind}{}_{name}", ["4", "6"][family as usize])
 }
 
-/// The sets of the destinations that decide for a target.
+/// The sets of the destinations, and of the ports, that decide for a target.
 pub(super) fn destination_sets(outlet: &Outlet) -> Vec<Set> {
     let only = outlet.only.iter().flat_map(|only| range_sets(ONLY, &outlet.name, only));
-    range_sets(BYPASS, &outlet.name, &outlet.bypass).into_iter().chain(only).collect()
+    let ports = [L4::Tcp, L4::Udp].into_iter().filter_map(|l4| {
+        let (_, ports) = outlet.protocol(l4);
+        has_ranges(ports)
+            .then(|| Set { name: ports_name(l4, outlet), content: Content::Ports(ports.to_vec()) })
+    });
+    let bypass = range_sets(BYPASS, &outlet.name, &outlet.bypass);
+    bypass.into_iter().chain(only).chain(ports).collect()
+}
+
+/// Whether one of them is more than a port.
+pub(super) fn has_ranges(ports: &[Range<u16>]) -> bool {
+    ports.iter().any(|range| range.first != range.last)
+}
+
+/// The name of the set of the ports that a target takes, where some are ranges.
+pub(super) fn ports_name(l4: L4, outlet: &Outlet) -> String {
+    format!("{}_{}", l4.nft(), outlet.name)
 }
 
 pub(super) const BYPASS: &str = "bypass";

@@ -3,12 +3,12 @@
 //! is routed for others: switches, ports, destinations.
 
 use super::dns::{dns_first, dns_rules, query_rules};
-use super::sets::{range_name, BYPASS, ONLY};
+use super::sets::{has_ranges, ports_name, range_name, BYPASS, ONLY};
 use super::spared::{jump_bypass, local_rules, neighbour_discovery, spared_by_others, spared_of};
 use super::words::*;
 use super::{Chain, Rule};
 use crate::config::{Config, Outlet, Route, Take, QUIC_PORTS};
-use crate::net::{Family, Range, Ranges, L4};
+use crate::net::{Family, Ranges, L4};
 use crate::nft::stmt::Stmt;
 
 pub(super) fn drop_chain(config: &Config) -> Chain {
@@ -162,7 +162,7 @@ fn short_cuts(config: &Config, outlet: &Outlet) -> Vec<Rule> {
 /// those with a switch of their own, and queries that are older than the hijacking. Whether a port is
 /// listed is asked when a flow begins, and a reload has conntrack know those that are not any more as
 /// nobody's (`stale::flows`).
-fn other_udp_ports(outlet: &Outlet) -> Vec<Range<u16>> {
+fn other_udp_ports(outlet: &Outlet) -> Vec<u16> {
     let mut others = Vec::new();
     if outlet.quic != Take::Yes {
         others.extend(QUIC_PORTS);
@@ -172,7 +172,7 @@ fn other_udp_ports(outlet: &Outlet) -> Vec<Range<u16>> {
         others.push(53);
     }
     others.sort_unstable();
-    others.into_iter().map(|port| Range { first: port, last: port }).collect()
+    others
 }
 
 /// Whether what a TCP flow is to do may change by a reload while its target stays.
@@ -238,7 +238,11 @@ fn switch_rules(outlet: &Outlet, leave: &Stmt) -> Vec<Rule> {
 /// The ports that are left alone, where some are taken alone.
 fn port_rules(outlet: &Outlet, l4: L4, leave: &Stmt) -> Option<Rule> {
     let (_, ports) = outlet.protocol(l4);
-    (!ports.is_empty()).then(|| vec![Stmt::OtherDports(l4, ports.to_vec()), leave.clone()])
+    let others = match has_ranges(ports) {
+        true => Stmt::OutOfPorts { l4, set: ports_name(l4, outlet) },
+        false => Stmt::OtherDports(l4, ports.iter().map(|range| range.first).collect()),
+    };
+    (!ports.is_empty()).then(|| vec![others, leave.clone()])
 }
 
 /// What an outlet drops or rejects, by its switches, of what began before. Of TCP that is not what it
@@ -331,8 +335,8 @@ mod tests {
         let others = |lines: &str| {
             let text = format!("[tproxy p]\nport = 1\n{lines}");
             let config = testing::config(text.leak());
-            let ranges = other_udp_ports(&config.tproxies[0].outlet);
-            ranges.iter().map(Range::to_string).collect::<Vec<_>>().join(" ")
+            let ports = other_udp_ports(&config.tproxies[0].outlet);
+            ports.iter().map(u16::to_string).collect::<Vec<_>>().join(" ")
         };
         for (lines, want) in [
             ("", ""),
