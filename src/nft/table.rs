@@ -195,7 +195,8 @@ impl Table {
         chains.extend(config.has_containers().then(|| chain(BRIDGED, Vec::new())));
         chains.extend(config.gateways.iter().map(|g| gateway::gateway_chain(config, g)));
         if !config.gateways.is_empty() {
-            chains.extend([gateway::astray_clients_chain(config), gateway::gateways_chain(config)]);
+            chains.extend([gateway::astray_clients_chain(config), gateway::older_chain(config)]);
+            chains.push(gateway::gateways_chain(config));
         }
         chains.extend(proxies.then(|| prerouting::regain_chain(config)));
         chains.extend(config.routes_to_tproxy().then(|| prerouting::remark_chain(config)));

@@ -22,6 +22,7 @@ use crate::client::{
     again, answers, expect, socket_for, under, Client, Outcome, Proto, Running, AT_ONCE, PATIENCE,
     SILENCE,
 };
+use crate::containers::live;
 use crate::daemon::Daemon;
 use crate::ground::{addr, ip, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{counters, ip_rules};
@@ -1127,13 +1128,16 @@ fn clients_whose_answers_go_another_way() {
 }
 
 /// On a host where conntrack begins with the table, the first packet that it sees of an older connection
-/// may be the remote host's: the client's are no answers for that.
+/// may be the remote host's: a client's are no answers for that, nor a container's.
 #[test]
 fn connections_older_than_the_daemon_are_cut() {
-    for target in ["drop", "mihomo", "vpn"] {
+    let targets = ["drop", "mihomo", "vpn"];
+    for (target, boxed) in targets.iter().flat_map(|target| [(target, false), (target, true)]) {
         let (ground, mut world, _proxy) = scene!("gwolder", proxy);
         let lan = Lan::new(&ground);
         tunnel_up(&ground);
+        let cgroup = ground.cgroup("/box");
+        let _boxed = boxed.then(|| live(lan.client(0), &cgroup));
         let mut flows = [REMOTE4, REMOTE6].map(|ip| {
             let at = addr(ip, 8080);
             let far = ground.outside(|| TcpListener::from(bind(at, libc::SOCK_STREAM)));
@@ -1142,11 +1146,12 @@ fn connections_older_than_the_daemon_are_cut() {
             let own = lan.client(0).run(|| TcpStream::connect(at).expect("connect"));
             (own, far.accept().expect("accept").0)
         });
-        let config = format!(
-            "[tproxy mihomo]\nport = 7893\n[route vpn]\ninterface = vpn0\n\
-             [gateway lan]\ninterface = br-lan\ntarget = {target}\n"
-        );
-        let daemon = Daemon::start(&ground, &config, &[]);
+        let decides = match boxed {
+            true => format!("[rules]\n{target} = /box\n"),
+            false => format!("[gateway lan]\ninterface = br-lan\ntarget = {target}\n"),
+        };
+        let policy = "[tproxy mihomo]\nport = 7893\n[route vpn]\ninterface = vpn0\n";
+        let daemon = Daemon::start(&ground, &format!("{policy}{decides}"), &[]);
         world.wire.packets();
 
         for (own, remote) in &mut flows {
@@ -1158,7 +1163,7 @@ fn connections_older_than_the_daemon_are_cut() {
 
         let mut left = world.wire.to_remote();
         left.retain(|packet| packet.proto == Proto::Tcp && packet.flags & RST == 0);
-        assert_eq!(left, [], "{target}");
+        assert_eq!(left, [], "{target}, a container: {boxed}");
         assert!(daemon.stop().success());
     }
 }

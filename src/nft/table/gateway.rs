@@ -25,10 +25,9 @@ pub(super) fn gateways_chain(config: &Config) -> Chain {
     }));
     rules.extend(config.gateways.iter().flat_map(|g| gateway_rules(config, g)));
     let takes = config.gateways.iter().any(|gateway| gateway.target != Target::Direct);
-    if takes && interfaces(config).next().is_some() {
-        // who goes on with a connection of which conntrack knows nothing did not begin it
+    if takes {
         let unknown = vec![Stmt::New, Stmt::CtMark(none), Stmt::GoesOn];
-        rules.push([unknown, jump(ASTRAY)].concat());
+        rules.push([unknown, jump(OLDER)].concat());
     }
     if hands_over(config) {
         rules.push(vec![Stmt::CtMarked(config.mask), Stmt::goto("routed")]);
@@ -36,9 +35,9 @@ pub(super) fn gateways_chain(config: &Config) -> Chain {
     prerouting("gateways", priority_of_gateways(config.has_containers()), rules)
 }
 
-/// Who speaks in another's name, to himself or another client by us, or goes on with a connection that
-/// is older than the table: whom that is sent to would seem to answer, whatever his target is by then. To
-/// elsewhere it may be a client whose answers come by another way, and is left as it is.
+/// Who speaks in another's name, to himself or another client by us: whom that is sent to would seem to
+/// answer, whatever his target is by then. To elsewhere it may be a client whose answers come by another
+/// way, and is left as it is.
 pub(super) fn astray_clients_chain(config: &Config) -> Chain {
     let back = std::iter::once(Stmt::LeadsBack);
     let to = back.chain(interfaces(config).map(Stmt::LeadsTo));
@@ -46,6 +45,15 @@ pub(super) fn astray_clients_chain(config: &Config) -> Chain {
 }
 
 const ASTRAY: &str = "astray";
+
+/// Who goes on with a routed connection of which conntrack knows nothing (it is older than the table) did
+/// not begin it: the client's packets are no answers.
+pub(super) fn older_chain(config: &Config) -> Chain {
+    let set = vec![Stmt::SetCtMark(spoofed(config))];
+    chain(OLDER, vec![vec![Stmt::Local, Stmt::back()], set])
+}
+
+const OLDER: &str = "older";
 
 /// All interfaces that clients come in by.
 fn interfaces(config: &Config) -> impl Iterator<Item = Interface> {
