@@ -366,8 +366,11 @@ impl Judge {
             Was::Taken => !is_udp || way == Fate::Cut,
         };
         let states = if is_udp { UDP_STATES } else { TCP_STATES };
+        // begun in this moment: its first packet goes as it should
+        let begins = socket.state == TCP_SYN_SENT && !socket.waits;
         began
             && way != Fate::Free
+            && !(begins && way == Fate::Taken)
             && states & 1u32.checked_shl(socket.state.into()).unwrap_or(0) != 0
             && !self.fates.is_bypassed(socket)
             && (socket.is_connected() || (is_udp && self.is_casual(socket)))
@@ -466,9 +469,13 @@ mod tests {
         let with = |flow| Witness { flow: Some(flow), ..NONE };
         for now in [Target::Drop, P] {
             let judge = judge(now, Was::Direct);
-            for state in [TCP_ESTABLISHED, TCP_SYN_SENT, TCP_FIN_WAIT1, TCP_CLOSE_WAIT] {
+            for state in [TCP_ESTABLISHED, TCP_FIN_WAIT1, TCP_CLOSE_WAIT] {
                 assert!(ends(&judge, &tcp(state), &[], NONE), "{state}");
             }
+            // one that has sent nothing yet begins as it should
+            let begins = tcp(TCP_SYN_SENT);
+            assert_eq!(ends(&judge, &begins, &[], NONE), now == Target::Drop);
+            assert!(ends(&judge, &but(&begins, |s| s.waits = true), &[], NONE));
             for state in [TCP_LISTEN, TCP_TIME_WAIT, TCP_SYN_RECV, TCP_CLOSE, 12, 200] {
                 assert!(!ends(&judge, &tcp(state), &[], NONE), "{state}");
             }

@@ -16,6 +16,8 @@ pub struct SeenSocket {
     pub protocol: u8,
     /// `TCP_ESTABLISHED` … of UDP too: connected, or else `TCP_CLOSE`.
     pub state: u8,
+    /// A timer runs, mostly until it sends again what has not been acknowledged.
+    pub waits: bool,
     pub local: SocketAddr,
     /// Unspecified and port 0 where it is not connected.
     pub remote: SocketAddr,
@@ -236,6 +238,7 @@ pub fn parse(message: &Message, protocol: u8) -> Option<SeenSocket> {
         family,
         protocol,
         state: *body.get(1)?,
+        waits: *body.get(2)? != 0,
         local: end(4, 0)?,
         remote,
         device: parse::u32_ne(&id[36..])?,
@@ -275,6 +278,7 @@ impl SeenSocket {
             family,
             protocol,
             state,
+            waits: false,
             local,
             remote: SocketAddr::from(([0; 4], 0)),
             device: 0,

@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use crate::client::{again, socket_in, tcp_in, udp_in, Proto, PATIENCE, SILENCE};
+use crate::client::{again, connect, socket_in, tcp_in, udp_in, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
 use crate::ground::{addr, any_of, ip, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTES};
 use crate::kernel::load;
 use crate::wait_until;
 pub use crate::world::bind_at as bind_to;
-use crate::world::{bind, Packet, Wire};
+use crate::world::{bind, set, Packet, Wire};
 
 const PORT: u16 = 8080;
 const PROXY_PORT: u16 = 7893;
@@ -649,4 +649,49 @@ fn what_is_dropped_by_now_is_cut_by_packets_too() {
         assert_eq!(said(&mut wire), [], "{default}, {switch:?}, by a rule: {rules}");
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// A connection that begins while sockets are looked at goes the right way: it is not ended.
+#[test]
+fn a_connection_that_begins_is_not_ended() {
+    for at_start in [true, false] {
+        let ground = ground!("stale-begins");
+        let (remote, mut wire) = (Remote::new(&ground), Wire::open(&ground));
+        let proxied = &cgroups(&ground)[1];
+        let _proxies =
+            REMOTES.map(|ip| listen(bind(addr(any_of(ip), PROXY_PORT), libc::SOCK_STREAM)));
+        let before = (!at_start).then(|| Daemon::start(&ground, BEFORE, &[]));
+        // connecting, to the kernel, until the first byte is written: TFO_CLIENT_NO_COOKIE
+        sysctl("net/ipv4/tcp_fastopen", "5");
+        let begun = REMOTES.map(|ip| {
+            let fd = socket_in(proxied, libc::SOCK_STREAM, ip);
+            set(&fd, libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, 1);
+            connect(&fd, addr(ip, 8081)).expect("connect");
+            TcpStream::from(fd)
+        });
+        let stale = REMOTES.map(|ip| tcp_in(proxied, addr(ip, PORT)));
+        let daemon = match before {
+            None => Daemon::start(&ground, CONFIG, &[]),
+            Some(daemon) => {
+                daemon.reconfigure(CONFIG);
+                daemon
+            }
+        };
+        assert!(daemon.wait_log("ended ", PATIENCE), "{}", daemon.logs());
+        assert!(daemon.logs().contains("ended 2 sockets"), "{}", daemon.logs());
+        for mut stream in begun {
+            stream.write_all(b"hello").expect("write");
+            let connected = wait_until(PATIENCE, || {
+                let error = stream.take_error().expect("ask for an error");
+                assert!(error.is_none(), "{error:?}");
+                stream.peer_addr().is_ok()
+            });
+            assert!(connected, "{stream:?}");
+        }
+        let mut left = wire.packets();
+        left.retain(|packet| packet.dst.port() == 8081);
+        assert_eq!(left, []);
+        drop((stale, remote));
+        daemon.stop_clean();
+    }
 }
