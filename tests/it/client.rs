@@ -21,6 +21,7 @@ use nix::unistd::Pid;
 use crate::ground::{pipe, REMOTE4, REMOTE6};
 use crate::world::raw_addr;
 
+/// What a client speaks; ICMP is a ping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Proto {
     Tcp,
@@ -89,6 +90,7 @@ pub struct Client {
 }
 
 impl Client {
+    /// One request of root to `to`, which waits for its answer.
     pub fn new(cgroup: &Path, proto: Proto, to: SocketAddr) -> Client {
         Client {
             cgroup: cgroup.to_owned(),
@@ -114,6 +116,7 @@ impl Client {
         Client::new(cgroup, Proto::Icmp, SocketAddr::new(to, 0))
     }
 
+    /// As that user, without any of root's capabilities.
     pub fn uid(self, uid: u32) -> Client {
         Client { uid, ..self }
     }
@@ -128,48 +131,57 @@ impl Client {
         Client { cgroup_namespace: true, ..self }
     }
 
+    /// How long it waits for what is to come.
     pub fn timeout(self, timeout: Duration) -> Client {
         Client { timeout, ..self }
     }
 
+    /// See [`Act::Follow`].
     pub fn follow(self) -> Client {
         Client { act: Act::Follow, ..self }
     }
 
+    /// See [`Act::CloseEarly`].
     pub fn close_early(self, times: u32) -> Client {
         Client { act: Act::CloseEarly(times), ..self }
     }
 
+    /// See [`Act::Flood`].
     pub fn flood(self) -> Client {
         Client { act: Act::Flood, ..self }
     }
 
+    /// See [`Act::SendAndClose`].
     pub fn send_and_close(self) -> Client {
         Client { act: Act::SendAndClose, ..self }
     }
 
+    /// See [`Act::UntilDenied`].
     pub fn until_denied(self) -> Client {
         Client { act: Act::UntilDenied, ..self }
     }
 
     /// A server of one protocol at the client's address, listening already.
+    #[track_caller]
     pub fn serve(self) -> Running {
-        let act = Act::Serve;
-        let mut running = Client { act, ..self }.spawn();
-        let report = running.report();
-        assert_eq!(report.errno, 0, "a service at {}", running.to);
-        running
+        Client { act: Act::Serve, ..self }.listening()
     }
 
     /// A TPROXY server at the client's address, listening already.
+    #[track_caller]
     pub fn relay(self) -> Running {
-        let act = Act::Relay;
-        let mut running = Client { act, ..self }.spawn();
+        Client { act: Act::Relay, ..self }.listening()
+    }
+
+    #[track_caller]
+    fn listening(self) -> Running {
+        let mut running = self.spawn();
         let report = running.report();
-        assert_eq!(report.errno, 0, "a proxy at {}", running.to);
+        assert_eq!(report.errno, 0, "unable to listen at {}", running.to);
         running
     }
 
+    /// How it fares, to its end.
     pub fn run(&self) -> Outcome {
         self.spawn().wait().0
     }
@@ -299,6 +311,7 @@ pub struct Running {
 }
 
 impl Running {
+    /// Its process.
     pub fn pid(&self) -> Pid {
         self.pid
     }

@@ -13,8 +13,8 @@ use nix::sys::signal::Signal;
 
 use crate::client::{Client, Proto, Running, PATIENCE, SILENCE};
 use crate::daemon::{run_with, write_private, Daemon};
-use crate::gateway::{self, Lan, Netns, LAN4, LAN6};
-use crate::ground::{addr, ip, ip_lines, sysctl, Ground, HOSTS, REMOTE4, REMOTE6, REMOTES};
+use crate::gateway::{self, Lan, LAN4, LAN6};
+use crate::ground::{addr, ip, ip_lines, sysctl, Ground, Netns, HOSTS, REMOTE4, REMOTE6, REMOTES};
 use crate::kernel::{load, table};
 use crate::world::{interface_index, Server, World, PROXY};
 use crate::{sized, wait_until};

@@ -254,10 +254,12 @@ impl Daemon {
         self.child.try_wait().expect("look at cgtproxy")
     }
 
+    /// Its process, which is never another's while this lives.
     pub fn pid(&self) -> Pid {
         Pid::from_raw(self.child.id() as i32)
     }
 
+    /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill(self.pid(), signal).expect("signal cgtproxy");
     }
@@ -361,7 +363,7 @@ impl Daemon {
         let status = status.expect("read the status");
         let mut lines = status.lines().filter_map(|line| line.split_once(':'));
         let found = lines.find(|line| line.0 == key);
-        found.map_or(String::new(), |line| line.1.trim().to_owned())
+        found.unwrap_or_else(|| panic!("no line of {key}")).1.trim().to_owned()
     }
 
     /// How many descriptors it has open, but for an inotify instance of cgroups without a process: it
@@ -384,7 +386,7 @@ impl Daemon {
 
     /// Whether it takes this signal when it comes to it, and not as a blow.
     pub fn blocks(&self, signal: Signal) -> bool {
-        let set = u64::from_str_radix(&self.process("SigBlk"), 16).unwrap_or(0);
+        let set = u64::from_str_radix(&self.process("SigBlk"), 16).expect("a set of signals");
         set & 1 << (signal as i32 - 1) != 0
     }
 
@@ -405,9 +407,9 @@ impl Daemon {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
         let stat = stat.expect("read the times");
         // fields 14 and 15 of proc_pid_stat(5), in ticks of 10 ms; the name is in parentheses
-        let after = stat.rsplit(')').next().unwrap_or_default();
+        let after = stat.rsplit(')').next().expect("what follows the name");
         let ticks = after.split_whitespace().skip(11).take(2);
-        let ticks: u64 = ticks.map(|n| n.parse().unwrap_or(0)).sum();
+        let ticks: u64 = ticks.map(|n| n.parse::<u64>().expect("a number of ticks")).sum();
         Duration::from_millis(ticks * 10)
     }
 

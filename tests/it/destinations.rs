@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use crate::client::{again, connect, socket_in, Client, Outcome, Proto, AT_ONCE, PATIENCE};
 use crate::daemon::{run_with, write_private, Daemon, UNOWNED};
-use crate::gateway::{Lan, Netns};
-use crate::ground::{addr, any_of, Ground, REMOTE4, REMOTE6};
+use crate::gateway::Lan;
+use crate::ground::{addr, any_of, Ground, Netns, REMOTE4, REMOTE6};
 use crate::world::{Server, World, PROXY, STREAM_PORT};
 
 use Proto::{Tcp, Udp};

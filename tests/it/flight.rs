@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use crate::client::{udp_in, Proto};
 use crate::daemon::Daemon;
-use crate::gateway::{Lan, Netns};
-use crate::ground::{addr, any_of, ip, Ground};
+use crate::gateway::Lan;
+use crate::ground::{addr, any_of, ip, Ground, Netns};
 use crate::world::Wire;
 
 /// Datagrams as fast as can be, each of a flow of its own.

@@ -6,7 +6,6 @@
 //!   client 1  198.51.100.11  2001:db8:3::11 ==+
 //! ```
 
-use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -15,7 +14,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use libc::c_int;
-use nix::sched::{setns, unshare, CloneFlags};
 use nix::sys::signal::Signal;
 
 use crate::client::{
@@ -24,7 +22,7 @@ use crate::client::{
 };
 use crate::containers::live;
 use crate::daemon::Daemon;
-use crate::ground::{addr, ip, ip_batch, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::ground::{addr, ip, ip_batch, sysctl, Ground, Netns, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{counters, ip_rules};
 use crate::routes::tunnel_up;
 use crate::wait_until;
@@ -33,41 +31,6 @@ use crate::world::{bind, bind_at, but_pings, set, Packet, Server, World, PROXY, 
 /// This host's addresses in the LAN.
 pub const LAN4: &str = "198.51.100.1";
 pub const LAN6: &str = "2001:db8:3::1";
-
-/// A network namespace that the test's thread can go to.
-pub struct Netns(File);
-
-impl Netns {
-    fn here() -> File {
-        File::open("/proc/thread-self/ns/net").expect("open the namespace")
-    }
-
-    pub fn new() -> Netns {
-        let home = Netns::here();
-        unshare(CloneFlags::CLONE_NEWNET).expect("unshare the network");
-        let new = Netns::here();
-        setns(&home, CloneFlags::CLONE_NEWNET).expect("return");
-        Netns(new)
-    }
-
-    /// How iproute2 names it.
-    pub fn path(&self) -> String {
-        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
-    }
-
-    pub fn run<T>(&self, f: impl FnOnce() -> T) -> T {
-        /// Comes back even when `f` panics.
-        struct Back(File);
-        impl Drop for Back {
-            fn drop(&mut self) {
-                setns(&self.0, CloneFlags::CLONE_NEWNET).expect("return");
-            }
-        }
-        let _back = Back(Netns::here());
-        setns(&self.0, CloneFlags::CLONE_NEWNET).expect("enter the namespace");
-        f()
-    }
-}
 
 /// The LAN: two clients on a bridge of this host.
 pub struct Lan<'a> {

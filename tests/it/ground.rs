@@ -72,12 +72,12 @@ route add local 203.0.113.0/24 dev lo
 route add local 2001:db8:2::/64 dev lo
 ";
 
+/// Namespaces, a world outside and a cgroup sub-tree; all end with it.
 pub struct Ground {
     /// The cgroup sub-tree of this test; what a configuration names as `cgroup-root`.
     pub root: PathBuf,
     /// A private directory (mode 0700) for files of this test.
     pub dir: PathBuf,
-    inside: File,
     outside: File,
     /// Namespaces that the thread came from: libtest may run several tests on one thread.
     home: [File; 2],
@@ -101,7 +101,6 @@ impl Ground {
         unshare(CloneFlags::CLONE_NEWNET).expect("unshare the outside network");
         let outside = namespace("net");
         unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).expect("unshare");
-        let inside = namespace("net");
         mount_all();
         SWEEP.call_once(sweep);
 
@@ -112,12 +111,11 @@ impl Ground {
         let dir = std::env::temp_dir().join(&unique);
         fs::DirBuilder::new().mode(0o700).create(&dir).expect("make the private directory");
         // From here on Drop cleans up, whatever fails below.
-        let ground = Ground { root, dir, inside, outside, home, _thread: PhantomData };
+        let ground = Ground { root, dir, outside, home, _thread: PhantomData };
 
         // Ping without CAP_NET_RAW, for clients of any user.
         sysctl("net/ipv4/ping_group_range", "0 2147483647");
-        let outside_path = format!("/proc/{pid}/fd/{}", ground.outside.as_raw_fd());
-        ip_lines(&INSIDE.replace("OUTSIDE", &outside_path));
+        ip_lines(&INSIDE.replace("OUTSIDE", &ground.outside_path()));
         ground.outside(|| {
             sysctl("net/ipv4/ping_group_range", "0 2147483647");
             ip_lines(OUTSIDE);
@@ -131,18 +129,14 @@ impl Ground {
         self.within(&self.outside, f)
     }
 
+    /// How iproute2 names the outside network namespace.
+    pub fn outside_path(&self) -> String {
+        net_path(&self.outside)
+    }
+
     /// Runs `f` in any network namespace.
     pub fn within<T>(&self, net: &File, f: impl FnOnce() -> T) -> T {
-        /// Comes back even when `f` panics.
-        struct Back<'a>(&'a File);
-        impl Drop for Back<'_> {
-            fn drop(&mut self) {
-                setns(self.0, CloneFlags::CLONE_NEWNET).expect("return from a namespace");
-            }
-        }
-        let _back = Back(&self.inside);
-        setns(net, CloneFlags::CLONE_NEWNET).expect("enter a namespace");
-        f()
+        within(net, f)
     }
 
     /// Makes the cgroup `path` (`/a/b`, from the sub-tree) and its parents.
@@ -191,6 +185,48 @@ impl Drop for Ground {
                 eprintln!("unable to return to the namespaces of before: {e}");
             }
         }
+    }
+}
+
+/// Runs `f` in that network namespace, and comes back even when `f` panics.
+fn within<T>(net: &File, f: impl FnOnce() -> T) -> T {
+    struct Back(File);
+    impl Drop for Back {
+        fn drop(&mut self) {
+            setns(&self.0, CloneFlags::CLONE_NEWNET).expect("return from a namespace");
+        }
+    }
+    let _back = Back(namespace("net"));
+    setns(net, CloneFlags::CLONE_NEWNET).expect("enter a namespace");
+    f()
+}
+
+/// How iproute2 names that network namespace.
+fn net_path(net: &File) -> String {
+    format!("/proc/{}/fd/{}", std::process::id(), net.as_raw_fd())
+}
+
+/// One more network namespace, of a client or a container.
+pub struct Netns(File);
+
+impl Netns {
+    /// An empty one.
+    pub fn new() -> Netns {
+        let home = namespace("net");
+        unshare(CloneFlags::CLONE_NEWNET).expect("unshare the network");
+        let new = namespace("net");
+        setns(&home, CloneFlags::CLONE_NEWNET).expect("return from a namespace");
+        Netns(new)
+    }
+
+    /// How iproute2 names it.
+    pub fn path(&self) -> String {
+        net_path(&self.0)
+    }
+
+    /// Runs `f` there. Threads and sockets that it makes stay there.
+    pub fn run<T>(&self, f: impl FnOnce() -> T) -> T {
+        within(&self.0, f)
     }
 }
 

@@ -20,8 +20,7 @@ use nix::sys::socket::{
 
 use crate::client::{udp_in, Client, PATIENCE, SILENCE};
 use crate::daemon::{run_at, run_with, write_private, Daemon};
-use crate::gateway::Netns;
-use crate::ground::{addr, chmod, here, ip_batch, Ground, REMOTE4};
+use crate::ground::{addr, chmod, here, ip_batch, Ground, Netns, REMOTE4};
 use crate::kernel::{await_exactly, cgroup_id, load, output, residue, set_ids, SETTLE};
 use crate::world::{raw_addr, Server, World};
 use crate::{sized, wait_until};

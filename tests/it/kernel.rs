@@ -11,19 +11,28 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
+use crate::client::PATIENCE;
 use crate::wait_until;
 
 /// How long a cgroup may take to be classified before a test gives up.
-pub const SETTLE: Duration = Duration::from_secs(30);
+pub const SETTLE: Duration = PATIENCE;
 
-/// What a command printed on standard output; empty where it failed.
-pub fn output(command: &str, args: &[&str]) -> String {
+/// What a command printed on standard output, where it has succeeded.
+fn ask(command: &str, args: &[&str]) -> Option<String> {
     let out = Command::new(command).args(args).stderr(Stdio::null()).output();
     let out = out.unwrap_or_else(|e| panic!("unable to start {command}: {e}"));
-    if !out.status.success() {
-        return String::new();
-    }
-    String::from_utf8_lossy(&out.stdout).into_owned()
+    out.status.success().then(|| String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+/// What a command printed on standard output; panics where it fails.
+#[track_caller]
+pub fn output(command: &str, args: &[&str]) -> String {
+    ask(command, args).unwrap_or_else(|| panic!("{command} {args:?} has failed"))
+}
+
+/// The same; empty where it fails, as `nft list` and `ip route list` do where there is no such table.
+pub fn output_if_any(command: &str, args: &[&str]) -> String {
+    ask(command, args).unwrap_or_default()
 }
 
 /// `nft ARGS`, with `script` on standard input.
@@ -71,7 +80,7 @@ impl Drop for Owner {
 
 /// The table as nft lists it; empty where there is none.
 pub fn table() -> String {
-    output("nft", &["list", "table", "inet", "cgtproxy"])
+    output_if_any("nft", &["list", "table", "inet", "cgtproxy"])
 }
 
 /// (packets, bytes) of each counter in a chain of the table.
@@ -90,7 +99,7 @@ pub fn counters(chain: &str) -> Vec<(u64, u64)> {
 /// kernel lists them in is the one in which they came, and sets that are there by turns under two names
 /// have the same one. `args` are further options of nft.
 pub fn table_plain(args: &[&str]) -> String {
-    let text = output("nft", &[args, &["-s", "list", "table", "inet", "cgtproxy"]].concat());
+    let text = output_if_any("nft", &[args, &["-s", "list", "table", "inet", "cgtproxy"]].concat());
     let flags = |line: &str| line.starts_with("\tflags");
     let lines = text.lines().filter(|line| !flags(line) && !line.is_empty());
     let lines = lines.map(|line| line.split(" # progname").next().unwrap_or(line).trim_end());
@@ -120,7 +129,7 @@ pub fn ip_rules(family: &str) -> String {
 
 /// Lines of a route table for one family.
 pub fn ip_routes(family: &str, table: &str) -> String {
-    output("ip", &["-N", family, "route", "list", "table", table])
+    output_if_any("ip", &["-N", family, "route", "list", "table", table])
 }
 
 /// Everything that carries our name or number: the table, ip rules and routes of protocol 99, and
@@ -350,6 +359,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
+/// A socket to nf_tables and conntrack.
 pub fn netlink() -> OwnedFd {
     // SAFETY: integers only; the descriptor is new, hence ours.
     unsafe {

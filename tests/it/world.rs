@@ -218,6 +218,7 @@ pub fn bind_at(fd: &impl AsRawFd, at: SocketAddr) {
     bound.unwrap_or_else(|error| panic!("unable to bind {at}: {error}"));
 }
 
+/// Sets a socket option that is an integer.
 pub fn set(fd: &OwnedFd, level: c_int, option: c_int, value: c_int) {
     let size = size_of::<c_int>() as libc::socklen_t;
     // SAFETY: reads one live c_int.
@@ -319,6 +320,7 @@ pub struct World {
 }
 
 impl World {
+    /// The world of a ground, which listens when this returns.
     pub fn new(ground: &Ground) -> World {
         let wire = Wire::open(ground);
         ground.outside(|| World {
@@ -372,6 +374,7 @@ pub struct Wire {
 }
 
 impl Wire {
+    /// Sees what the host sends from now on.
     pub fn open(ground: &Ground) -> Wire {
         let outside = ground.outside(|| packet_socket("out0", libc::ETH_P_ALL as u16));
         // Enough for some 50,000 packets between two calls of `packets`.
@@ -452,6 +455,7 @@ impl Wire {
     }
 }
 
+/// The number of an interface of the calling thread's network namespace; 0 where there is none.
 pub fn interface_index(name: &str) -> u32 {
     let name = CString::new(name).expect("no NUL");
     // SAFETY: a NUL-terminated name.
