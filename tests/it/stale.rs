@@ -7,18 +7,18 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
 use crate::client::{again, connect, socket_in, tcp_in, udp_in, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
-use crate::ground::{addr, any_of, ip, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTES};
+use crate::ground::{addr, any_of, ip, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES};
 use crate::kernel::load;
 use crate::wait_until;
 pub use crate::world::bind_at as bind_to;
-use crate::world::{bind, set, Packet, Wire};
+use crate::world::{bind, set, Packet, Wire, RST};
 
 const PORT: u16 = 8080;
 const PROXY_PORT: u16 = 7893;
@@ -91,6 +91,11 @@ impl Remote {
         })
     }
 
+    /// The flows of several cgroups.
+    fn all_flows(&self, cgroups: &[PathBuf]) -> Vec<Flow> {
+        cgroups.iter().flat_map(|cgroup| self.flows(cgroup)).collect()
+    }
+
     /// One TCP flow, one connected UDP socket and one that is not, of each family; each has been
     /// used in both directions.
     fn flows(&self, cgroup: &Path) -> Vec<Flow> {
@@ -161,7 +166,6 @@ impl Flow {
 /// Packets to the remote host; without the kernel's answers (resets, port unreachable) to what it
 /// sends to a socket that has been ended. They are nobody's, and what any closed port gives.
 fn said(wire: &mut Wire) -> Vec<Packet> {
-    const RST: u8 = 4;
     let mut packets = wire.to_remote();
     packets.retain(|p| match p.proto {
         Proto::Tcp => p.flags & RST == 0,
@@ -215,96 +219,110 @@ fn expect_ended(daemon: &Daemon, flows: &mut [Flow]) {
     }
 }
 
-fn cgroups(ground: &Ground) -> [std::path::PathBuf; 2] {
-    ["/drop", "/proxied"].map(|path| ground.cgroup(path))
+/// That flows which are not the policy's go on.
+#[track_caller]
+fn expect_spared(flows: &mut [Flow]) {
+    for flow in flows {
+        assert!(flow.talk(), "{} was ended", flow.from());
+    }
 }
 
+fn cgroups(ground: &Ground) -> [PathBuf; 2] {
+    ground.cgroups(["/drop", "/proxied"])
+}
+
+/// Those, and one below each.
+fn cgroups_and_below(ground: &Ground) -> [PathBuf; 4] {
+    ground.cgroups(["/drop", "/proxied", "/drop/below", "/proxied/below"])
+}
+
+fn wire_and_remote(ground: &Ground) -> (Wire, Remote) {
+    (Wire::open(ground), Remote::new(ground))
+}
+
+/// A start ends what began before it, unless that began under a daemon of the same policy.
 #[test]
 fn flows_older_than_the_daemon() {
     let ground = ground!("stale");
-    let mut wire = Wire::open(&ground);
-    let remote = Remote::new(&ground);
-    let cgroups = cgroups(&ground);
-    let below = cgroups.each_ref().map(|c| {
-        let below = c.join("below");
-        std::fs::create_dir(&below).expect("make a cgroup");
-        below
-    });
-    let flows = || {
-        let all = cgroups.iter().chain(&below);
-        all.flat_map(|cgroup| remote.flows(cgroup)).collect::<Vec<Flow>>()
-    };
-    let mut old = flows();
+    let (mut wire, remote) = wire_and_remote(&ground);
+    let cgroups = cgroups_and_below(&ground);
+    for when in ["after a start", "after a restart"] {
+        let mut old = remote.all_flows(&cgroups);
+
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+
+        expect_ended(&daemon, &mut old);
+        expect_silence(&mut wire, &mut old, when);
+        // on-exit = remove is the default
+        assert!(daemon.stop().success());
+    }
+    let mut old = remote.all_flows(&cgroups);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     expect_ended(&daemon, &mut old);
-    expect_silence(&mut wire, &mut old, "after start");
-    // on-exit = remove is the default
-    assert!(daemon.stop().success());
-    drop(old);
-    let mut old = flows();
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
-    expect_ended(&daemon, &mut old);
-    expect_silence(&mut wire, &mut old, "after a restart");
+
     // takes over what is in force: nothing to end
     daemon.kill9();
     let daemon = Daemon::start(&ground, CONFIG, &[]);
-    assert!(!daemon.logs().contains("ended"), "{}", daemon.logs());
+
     expect_silence(&mut wire, &mut old, "after kill -9");
+    assert!(!daemon.logs().contains("ended"), "{}", daemon.logs());
 }
 
+/// A new rule ends what its cgroups began before it, by a reload and by a start that takes over.
 #[test]
 fn flows_older_than_the_rule() {
     let ground = ground!("stale-rule");
-    let mut wire = Wire::open(&ground);
-    let remote = Remote::new(&ground);
+    let (mut wire, remote) = wire_and_remote(&ground);
     let cgroups = cgroups(&ground);
-    let mut old: Vec<Flow> = cgroups.iter().flat_map(|cgroup| remote.flows(cgroup)).collect();
+    let mut old = remote.all_flows(&cgroups);
     let mut others = remote.flows(&ground.cgroup("/other"));
     let daemon = Daemon::start(&ground, BEFORE, &[]);
+
     daemon.reconfigure(CONFIG);
+
     expect_ended(&daemon, &mut old);
     expect_silence(&mut wire, &mut old, "after a reload");
-    for flow in &mut others {
-        assert!(flow.talk(), "{} is of another cgroup", flow.from());
-    }
-    // the same in a restart that takes over another policy
+    expect_spared(&mut others);
+
     daemon.reconfigure(BEFORE);
     drop(old);
-    let mut old: Vec<Flow> = cgroups.iter().flat_map(|cgroup| remote.flows(cgroup)).collect();
+    let mut old = remote.all_flows(&cgroups);
     daemon.kill9();
     let daemon = Daemon::start(&ground, CONFIG, &[]);
+
     expect_ended(&daemon, &mut old);
     expect_silence(&mut wire, &mut old, "after kill -9 and another policy");
 }
 
+/// The default ends what no rule covers.
 #[test]
 fn flows_of_the_default() {
     let ground = ground!("stale-default");
-    let mut wire = Wire::open(&ground);
-    let remote = Remote::new(&ground);
+    let (mut wire, remote) = wire_and_remote(&ground);
     let mut old = remote.flows(&ground.cgroup("/any"));
     let mut free = remote.flows(&ground.cgroup("/free"));
+
     let config = "[global]\ndefault = drop\n[rules]\ndirect = /free";
     let daemon = Daemon::start(&ground, config, &[]);
+
     expect_ended(&daemon, &mut old);
     expect_silence(&mut wire, &mut old, "by default");
-    for flow in &mut free {
-        assert!(flow.talk(), "{} is free", flow.from());
-    }
-    drop(daemon);
+    expect_spared(&mut free);
 }
 
+/// A repair ends what began while there was no table.
 #[test]
 fn flows_that_began_while_the_table_was_away() {
     let ground = ground!("stale-heal");
-    let mut wire = Wire::open(&ground);
-    let remote = Remote::new(&ground);
+    let (mut wire, remote) = wire_and_remote(&ground);
     let cgroups = cgroups(&ground);
     let daemon = Daemon::start_in(&ground, CONFIG, &[], &[UNOWNED]);
-    daemon.signal(Signal::SIGSTOP);
-    load("delete table inet cgtproxy");
-    let mut old: Vec<Flow> = cgroups.iter().flat_map(|cgroup| remote.flows(cgroup)).collect();
-    daemon.signal(Signal::SIGCONT);
+
+    let mut old = daemon.while_stopped(|| {
+        load("delete table inet cgtproxy");
+        remote.all_flows(&cgroups)
+    });
+
     expect_ended(&daemon, &mut old);
     expect_silence(&mut wire, &mut old, "after the repair");
 }
@@ -313,30 +331,24 @@ fn flows_that_began_while_the_table_was_away() {
 #[test]
 fn flows_of_cgroups_that_were_found_late() {
     let ground = ground!("stale-late");
-    let mut wire = Wire::open(&ground);
-    let remote = Remote::new(&ground);
+    let (mut wire, remote) = wire_and_remote(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let many = ground.cgroup("/many");
     // the last round overflows the queue of events
-    for lost in [false, true] {
-        daemon.signal(Signal::SIGSTOP);
-        for i in 0..if lost { 17_000 } else { 0 } {
-            std::fs::create_dir(many.join(i.to_string())).expect("make a cgroup");
-        }
-        let cgroups = cgroups(&ground);
-        let below = cgroups.each_ref().map(|cgroup| {
-            let below = cgroup.join("below");
-            std::fs::create_dir(&below).expect("make a cgroup");
-            below
-        });
-        let all = || cgroups.iter().chain(&below);
-        let mut old: Vec<Flow> = all().flat_map(|cgroup| remote.flows(cgroup)).collect();
-        let mut others = remote.flows(&ground.cgroup("/other"));
+    for (lost, made) in [(false, 0), (true, 17_000)] {
         let before = daemon.logs().matches("ended").count();
-        // what is found within some 50 ms is not late
-        let made = Instant::now();
-        wait_until(Duration::from_secs(1), || made.elapsed() > Duration::from_millis(100));
-        daemon.signal(Signal::SIGCONT);
+        let (cgroups, mut old, mut others) = daemon.while_stopped(|| {
+            for i in 0..made {
+                std::fs::create_dir(many.join(i.to_string())).expect("make a cgroup");
+            }
+            let cgroups = cgroups_and_below(&ground);
+            let (old, others) =
+                (remote.all_flows(&cgroups), remote.flows(&ground.cgroup("/other")));
+            // what is found within some 50 ms is not late
+            std::thread::sleep(Duration::from_millis(100));
+            (cgroups, old, others)
+        });
+
         let told = || daemon.logs().matches("ended").count() > before;
         assert!(wait_until(PATIENCE, told), "{}", daemon.logs());
         // which is told behind the events that were kept
@@ -344,11 +356,10 @@ fn flows_of_cgroups_that_were_found_late() {
         assert!(!lost || wait_until(PATIENCE, overflow), "{}", daemon.logs());
         expect_ended(&daemon, &mut old);
         expect_silence(&mut wire, &mut old, "found late");
-        for flow in &mut others {
-            assert!(flow.talk(), "{} is of another cgroup", flow.from());
-        }
+        expect_spared(&mut others);
+
         drop(old);
-        for cgroup in below.iter().chain(&cgroups) {
+        for cgroup in cgroups.iter().rev() {
             std::fs::remove_dir(cgroup).expect("remove a cgroup");
         }
     }
@@ -359,105 +370,111 @@ fn flows_of_cgroups_that_were_found_late() {
 #[test]
 fn flows_below_a_root_that_is_made_again() {
     let ground = ground!("stale-root");
-    let mut wire = Wire::open(&ground);
-    let remote = Remote::new(&ground);
+    let (mut wire, remote) = wire_and_remote(&ground);
     let own = ground.cgroup("/own");
     let config = CONFIG.replace("[global]", &format!("[global]\ncgroup-root = {}", own.display()));
     let daemon = Daemon::start(&ground, &config, &[]);
-    daemon.signal(Signal::SIGSTOP);
-    std::fs::remove_dir(&own).expect("remove the root");
-    let cgroups = ["/own/drop", "/own/proxied"].map(|path| ground.cgroup(path));
-    let mut old: Vec<Flow> = cgroups.iter().flat_map(|cgroup| remote.flows(cgroup)).collect();
-    daemon.signal(Signal::SIGCONT);
+
+    let mut old = daemon.while_stopped(|| {
+        std::fs::remove_dir(&own).expect("remove the root");
+        remote.all_flows(&ground.cgroups(["/own/drop", "/own/proxied"]))
+    });
+
     expect_ended(&daemon, &mut old);
     expect_silence(&mut wire, &mut old, "in another root");
     assert!(daemon.stop().success());
 }
 
-/// Services, and what others connected to; local flows; destinations that are left alone.
+/// What is to hold at the start of a policy, when it goes and when it comes by a reload; the log.
+fn over_reloads(ground: &Ground, mut holds: impl FnMut(&str)) -> String {
+    let daemon = Daemon::start(ground, CONFIG, &[]);
+    holds("start");
+    daemon.reconfigure(BEFORE);
+    holds("direct");
+    daemon.reconfigure(CONFIG);
+    holds("reload");
+    daemon.logs()
+}
+
+/// Services, and what others connected to, are never ended.
 #[test]
-fn what_is_never_ended() {
-    let ground = ground!("stale-never");
-    let _remote = Remote::new(&ground);
-    let cgroups = cgroups(&ground);
-    let hosts = [HOST4, HOST6];
-    // services of both protocols and families in both cgroups, with a client each
+fn services_are_never_ended() {
+    let ground = ground!("stale-services");
     let mut inbound = Vec::new();
     let mut services = Vec::new();
-    for (at, cgroup) in cgroups.iter().enumerate() {
-        for ip in hosts {
-            let port = 41000 + at as u16;
-            let listener = listener_in(cgroup, addr(ip, port));
-            let mut client = ground.outside(|| TcpStream::connect(addr(ip, port)).expect("dial"));
-            let (mut conn, _) = listener.accept().expect("accept");
+    for (at, cgroup) in (0..).zip(&cgroups(&ground)) {
+        for ip in HOSTS {
+            let to = addr(ip, 41000 + at);
+            let listener = listener_in(cgroup, to);
+            let client = ground.outside(|| TcpStream::connect(to).expect("dial"));
+            inbound.push((client, listener.accept().expect("accept").0));
             let udp = udp_in(cgroup, ip);
-            bind_to(&udp, addr(ip, 20000 + at as u16));
+            bind_to(&udp, addr(ip, 20000 + at));
             let peer = ground.outside(|| UdpSocket::bind(addr(any_of(ip), 0)).expect("bind"));
-            talk(&mut client, &mut conn);
-            inbound.push((client, conn));
+            peer.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
             services.push((listener, udp, peer));
         }
     }
-    // flows to this host itself, and to what is left alone
-    let here = hosts.map(|ip| TcpListener::bind(addr(ip, 42000)).expect("listen"));
-    let mut local: Vec<_> = (here.iter().zip(hosts))
-        .flat_map(|(listener, ip)| {
-            cgroups.iter().map(move |cgroup| {
-                let own = tcp_in(cgroup, addr(ip, 42000));
-                (own, listener.accept().expect("accept").0)
-            })
-        })
-        .collect();
-    let spared = ip("203.0.113.201");
-    let outside = ground.outside(|| listen(bind(addr(spared, PORT), libc::SOCK_STREAM)));
-    for cgroup in &cgroups {
-        let own = tcp_in(cgroup, addr(spared, PORT));
-        local.push((own, outside.accept().expect("accept").0));
-    }
-    let mut check = |when: &str| {
+    inbound.iter_mut().for_each(|(client, service)| talk(client, service));
+
+    let log = over_reloads(&ground, |when| {
         // whoever speaks first
         for (client, service) in &mut inbound {
             talk(service, client);
-        }
-        for (a, b) in inbound.iter_mut().chain(&mut local) {
-            talk(a, b);
+            talk(client, service);
         }
         for (listener, udp, peer) in &services {
             let at = listener.local_addr().expect("still listening");
-            ground
-                .outside(|| TcpStream::connect(at).unwrap_or_else(|e| panic!("{when}: {at} {e}")));
+            let dialled = ground.outside(|| TcpStream::connect(at));
+            dialled.unwrap_or_else(|e| panic!("{when}: {at} {e}"));
             let at = udp.local_addr().expect("still bound");
-            peer.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
             peer.send_to(b"?", at).expect("send");
-            let (_, from) =
-                again(|| udp.recv_from(&mut [0; 8])).unwrap_or_else(|e| panic!("{when}: {at} {e}"));
+            let asked = again(|| udp.recv_from(&mut [0; 8]));
+            let (_, from) = asked.unwrap_or_else(|e| panic!("{when}: {at} {e}"));
             udp.send_to(b"!", from).expect("answer");
-            again(|| peer.recv(&mut [0; 8]))
-                .unwrap_or_else(|e| panic!("{when}: answer of {at} {e}"));
+            let answered = again(|| peer.recv(&mut [0; 8]));
+            answered.unwrap_or_else(|e| panic!("{when}: answer of {at} {e}"));
         }
+    });
+
+    assert!(!log.contains("ended"), "{log}");
+}
+
+/// Nor are flows to this host itself, and to what is left alone.
+#[test]
+fn what_is_left_alone_is_never_ended() {
+    let ground = ground!("stale-never");
+    let spared = addr(ip("203.0.113.201"), PORT);
+    let outside = ground.outside(|| listen(bind(spared, libc::SOCK_STREAM)));
+    let here = HOSTS.map(|ip| TcpListener::bind(addr(ip, 42000)).expect("listen"));
+    let cgroups = cgroups(&ground);
+    let flow = |cgroup: &PathBuf, to: &TcpListener| {
+        let own = tcp_in(cgroup, to.local_addr().expect("an address"));
+        (own, to.accept().expect("accept").0)
     };
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
-    check("start");
-    daemon.reconfigure(BEFORE);
-    check("direct");
-    daemon.reconfigure(CONFIG);
-    check("reload");
-    assert!(!daemon.logs().contains("ended"), "{}", daemon.logs());
+    let listeners = [&here[0], &here[1], &outside];
+    let flows = cgroups.iter().flat_map(|cgroup| listeners.map(|to| flow(cgroup, to)));
+    let mut flows: Vec<_> = flows.collect();
+
+    let log = over_reloads(&ground, |_| flows.iter_mut().for_each(|(a, b)| talk(a, b)));
+
+    assert!(!log.contains("ended"), "{log}");
 }
 
 /// Without its listener, conntrack knows who came.
 #[test]
 fn who_came_to_a_listener_that_is_gone() {
     let ground = ground!("stale-came");
-    let _remote = Remote::new(&ground);
-    let cgroups = cgroups(&ground);
+    let [cgroup, _] = cgroups(&ground);
     let daemon = Daemon::start(&ground, BEFORE, &[]);
-    let (ip, port) = (HOST4, 41009);
-    let listener = listener_in(&cgroups[0], addr(ip, port));
-    let mut client = ground.outside(|| TcpStream::connect(addr(ip, port)).expect("dial"));
+    let at = addr(HOST4, 41009);
+    let listener = listener_in(&cgroup, at);
+    let mut client = ground.outside(|| TcpStream::connect(at).expect("dial"));
     let (mut conn, _) = listener.accept().expect("accept");
     drop(listener);
+
     daemon.reconfigure(CONFIG);
+
     talk(&mut client, &mut conn);
 }
 
@@ -482,7 +499,8 @@ fn an_interface_is_never_lost() {
             socket
         })
         .collect();
-    let check = |when: &str| {
+
+    over_reloads(&ground, |when| {
         for socket in &sockets {
             let (mut name, mut len) = ([0u8; libc::IFNAMSIZ], libc::IFNAMSIZ as u32);
             // SAFETY: writes at most `len` bytes of the name.
@@ -493,13 +511,7 @@ fn an_interface_is_never_lost() {
             };
             assert_eq!((rc, &name[..4]), (0, &b"in0\0"[..]), "{when}: {socket:?}");
         }
-    };
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
-    check("start");
-    for config in [BEFORE, CONFIG] {
-        daemon.reconfigure(config);
-        check("reload");
-    }
+    });
 }
 
 /// Both ends of a connection hear each other.
@@ -515,6 +527,7 @@ fn talk(a: &mut TcpStream, b: &mut TcpStream) {
     a.read_exact(&mut data).expect("hear the pong");
 }
 
+/// A flow that a proxy has stays with it whatever the policy makes of its cgroup, but for `drop`.
 #[test]
 fn a_proxied_flow_stays() {
     let ground = ground!("stale-proxied");
@@ -531,6 +544,7 @@ fn a_proxied_flow_stays() {
         assert!(!daemon.logs().contains("ended"), "{}", daemon.logs());
     };
     check(&daemon);
+
     for text in [
         // rules of others
         CONFIG.replace("/drop", "/dropped"),
@@ -548,9 +562,8 @@ fn a_proxied_flow_stays() {
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     check(&daemon);
     assert_eq!(said(&mut wire), []);
-    // to drop, it is cut
-    daemon.configure(&CONFIG.replace("mihomo = /proxied", "drop = /proxied"));
-    daemon.reload();
+
+    daemon.reconfigure(&CONFIG.replace("mihomo = /proxied", "drop = /proxied"));
     assert!(daemon.wait_log("ended 2 sockets", PATIENCE), "{}", daemon.logs());
     assert!(flows[0].write(b"?").is_err());
 }
@@ -571,6 +584,7 @@ fn a_stalled_application_learns_at_once() {
             let ends = env.len() == 1;
             let patience = if ends { PATIENCE } else { 8 * SILENCE };
             own.set_read_timeout(Some(patience)).expect("set a timeout");
+
             daemon.configure(CONFIG);
             let before = daemon.logs().len();
             let start = Instant::now();
