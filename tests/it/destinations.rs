@@ -3,14 +3,17 @@
 
 use std::io::Read;
 use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::client::{again, connect, socket_in, Client, Outcome, Proto, AT_ONCE, PATIENCE};
 use crate::daemon::{run_with, write_private, Daemon, UNOWNED};
 use crate::gateway::Lan;
-use crate::ground::{addr, any_of, Ground, Netns, REMOTE4, REMOTE6};
-use crate::world::{Server, World, PROXY, STREAM_PORT};
+use crate::ground::{addr, any_of, chmod, ip, Ground, Netns, REMOTE4, REMOTE6, REMOTES};
+use crate::kernel::{await_connection, load, table_plain};
+use crate::wait_until;
+use crate::world::{bind_fd, set, Server, World, PROXY, STREAM_PORT};
 
 use Proto::{Tcp, Udp};
 
@@ -64,11 +67,18 @@ fn behind(ground: &Ground, lan: &Lan, cases: &[Case]) {
     expect("a client", cases, run, &ground.root);
 }
 
+/// Of both.
+#[track_caller]
+fn everywhere(ground: &Ground, lan: &Lan, app: &Path, cases: &[Case]) {
+    here(app, cases);
+    behind(ground, lan, cases);
+}
+
 /// The cases for both families.
 fn both(cases: &[(Proto, u16, &'static str)]) -> Vec<Case<'static>> {
-    let all = cases.iter().flat_map(|(proto, port, want)| {
-        [REMOTE4, REMOTE6].map(|ip| (*proto, addr(ip, *port), *want))
-    });
+    let all = cases
+        .iter()
+        .flat_map(|(proto, port, want)| REMOTES.map(|ip| (*proto, addr(ip, *port), *want)));
     all.collect()
 }
 
@@ -84,9 +94,8 @@ fn policy(global: &str, lines: &str) -> String {
 /// Ports that a target takes, and none of the others.
 #[test]
 fn ports() {
-    let ground = ground!("dest-ports");
+    let (ground, _world, _proxy) = scene!("dest-ports", proxy);
     let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
-    let (_world, _proxy) = World::with_proxy(&ground);
     let lines = "tcp-ports = 443 8000-8999\ntcp-ports = 1-79\nudp-ports = 80\n";
     let daemon = Daemon::start(&ground, &policy("", lines), &[]);
     let cases = both(&[
@@ -97,36 +106,34 @@ fn ports() {
         (Udp, 80, PROXY),
         (Udp, 443, "remote"),
     ]);
-    here(&app, &cases);
-    behind(&ground, &lan, &cases);
+
+    everywhere(&ground, &lan, &app, &cases);
+
     // where the default is not direct, the kernel's packets for what is left alone go direct too
     daemon.reconfigure(&policy("default = drop\n", lines));
-    here(&app, &cases);
-    behind(&ground, &lan, &cases);
+    everywhere(&ground, &lan, &app, &cases);
     daemon.stop_clean();
 }
 
 /// HTTP/3 by its ports; other UDP is not concerned.
 #[test]
 fn quic() {
-    let ground = ground!("dest-quic");
+    let (ground, _world, _proxy) = scene!("dest-quic", proxy);
     let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
-    let (_world, _proxy) = World::with_proxy(&ground);
-    let daemon = Daemon::start(&ground, &policy("", "quic = no\n"), &[]);
-    let all =
-        |quic| both(&[(Tcp, 443, PROXY), (Udp, 53, PROXY), (Udp, 80, quic), (Udp, 443, quic)]);
-    here(&app, &all("remote"));
-    behind(&ground, &lan, &all("remote"));
-    daemon.reconfigure(&policy("", "quic = drop\n"));
-    here(&app, &all("denied"));
-    behind(&ground, &lan, &all("nobody"));
-    daemon.reconfigure(&policy("", "quic = reject\n"));
-    here(&app, &all("denied"));
-    behind(&ground, &lan, &all("refused"));
-    daemon.reconfigure(&policy("", "quic = yes\nudp = no\n"));
-    let direct = both(&[(Tcp, 443, PROXY), (Udp, 53, "remote"), (Udp, 443, "remote")]);
-    here(&app, &direct);
-    behind(&ground, &lan, &direct);
+    let daemon = Daemon::start(&ground, &policy("", ""), &[]);
+    for (lines, udp, of_app, of_client) in [
+        ("quic = no\n", PROXY, "remote", "remote"),
+        ("quic = drop\n", PROXY, "denied", "nobody"),
+        ("quic = reject\n", PROXY, "denied", "refused"),
+        ("quic = yes\nudp = no\n", "remote", "remote", "remote"),
+    ] {
+        daemon.reconfigure(&policy("", lines));
+
+        let of =
+            |quic| both(&[(Tcp, 443, PROXY), (Udp, 53, udp), (Udp, 80, quic), (Udp, 443, quic)]);
+        here(&app, &of(of_app));
+        behind(&ground, &lan, &of(of_client));
+    }
     daemon.stop_clean();
 }
 
@@ -134,9 +141,8 @@ fn quic() {
 /// dropped only shows to those who send datagrams here.
 #[test]
 fn rejected_at_once() {
-    let ground = ground!("dest-reject");
+    let (ground, mut world, _proxy) = scene!("dest-reject", proxy);
     let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
-    let (mut world, _proxy) = World::with_proxy(&ground);
     let daemon = Daemon::start(&ground, &policy("", "tcp = drop\nudp = drop\n"), &[]);
     here(&app, &both(&[(Tcp, 80, "nobody"), (Udp, 53, "denied")]));
     behind(&ground, &lan, &both(&[(Tcp, 80, "nobody"), (Udp, 53, "nobody")]));
@@ -145,6 +151,7 @@ fn rejected_at_once() {
         here(&app, &both(&[(Tcp, 80, "refused"), (Udp, 53, "denied")]));
         behind(&ground, &lan, &both(&[(Tcp, 80, "refused"), (Udp, 53, "refused")]));
     }
+
     // one family alone; and drop comes first
     daemon.reconfigure(&policy("", "ipv6 = reject\nudp = drop\n"));
     let cases = [
@@ -160,16 +167,17 @@ fn rejected_at_once() {
 /// How long each waits: printed for the manual, and held far below the kernel's own patience.
 #[test]
 fn how_long_a_refusal_takes() {
-    let ground = ground!("dest-time");
+    let (ground, _world, _proxy) = scene!("dest-time", proxy);
     let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
-    let (_world, _proxy) = World::with_proxy(&ground);
     let daemon = Daemon::start(&ground, &policy("", "tcp = reject\nudp = reject\n"), &[]);
     for (proto, name) in [(Tcp, "TCP"), (Udp, "UDP")] {
-        for ip in [REMOTE4, REMOTE6] {
+        for ip in REMOTES {
             let ask = |from: &Path| Client::new(from, proto, addr(ip, 443)).timeout(PATIENCE);
             let (own, took) = ask(&app).spawn().wait();
             let (its, waited) = lan.client(0).run(|| ask(&ground.root).spawn().wait());
             println!("{name} to {ip}: here {own:?} in {took:?}, a client {its:?} in {waited:?}");
+            assert_eq!(own.who(), if proto == Tcp { "refused" } else { "nobody" });
+            assert_eq!(its, Outcome::Refused);
             assert!(took.max(waited) < AT_ONCE, "{took:?} {waited:?}");
         }
     }
@@ -179,34 +187,32 @@ fn how_long_a_refusal_takes() {
 /// TCP that began proxied stays with its proxy, whatever the target leaves alone by now.
 #[test]
 fn proxied_tcp_stays_over_a_reload() {
-    let ground = ground!("dest-stay");
+    let (ground, mut world) = scene!("dest-stay");
     let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
-    let mut world = World::new(&ground);
     let proxy = Server::stream(PROXY, &[7893]);
     let daemon = Daemon::start(&ground, &policy("", ""), &[]);
-    let follow = |from: &Path, ip| Client::tcp(from, addr(ip, 80)).follow().spawn();
-    let mut flows = Vec::new();
-    for ip in [REMOTE4, REMOTE6] {
-        flows.push(follow(&app, ip));
-        flows.push(lan.client(0).run(|| follow(&ground.root, ip)));
-    }
-    let begun = Instant::now();
+    let follow = |from: &Path, ip| {
+        let flow = Client::tcp(from, addr(ip, 80)).follow().spawn();
+        await_connection(addr(ip, 80));
+        flow
+    };
+    let here = REMOTES.map(|ip| follow(&app, ip));
+    let behind = lan.client(0).run(|| REMOTES.map(|ip| follow(&ground.root, ip)));
     world.wire.packets();
+
     for lines in RELOADS {
         daemon.reconfigure(&policy("", lines));
-        let cases = both(&[(Tcp, 80, "remote")]);
-        here(&app, &cases);
-        behind(&ground, &lan, &cases);
+        everywhere(&ground, &lan, &app, &both(&[(Tcp, 80, "remote")]));
     }
-    // new ones and their ends alone were seen outside
-    assert!(begun.elapsed() > Duration::from_millis(1), "the streams went on meanwhile");
+
     drop(proxy);
-    for flow in flows {
+    let left = world.wire.to_remote();
+    for flow in here.into_iter().chain(behind) {
         let outcome = flow.wait().0;
-        assert!(
-            matches!(&outcome, Outcome::Answer(text) if text.starts_with(PROXY)),
-            "{outcome:?}"
-        );
+        let Outcome::Answer(text) = &outcome else { panic!("{outcome:?}") };
+        let (who, own) = text.split_once(" from ").expect(text);
+        assert!(who.starts_with(PROXY), "{text}");
+        assert!(left.iter().all(|packet| packet.src.to_string() != own), "{text}: {left:?}");
     }
     daemon.stop_clean();
 }
@@ -224,10 +230,10 @@ fn datagrams_follow_the_ports_over_a_reload() {
     let (ground, _world, _proxy) = scene!("dest-again", proxy);
     let app = ground.cgroup("/app");
     let mut daemon = Daemon::start(&ground, &policy("", ""), &[]);
-    let sockets = [REMOTE4, REMOTE6].map(|ip| {
+    let sockets = REMOTES.map(|ip| {
         let fd = socket_in(&app, libc::SOCK_DGRAM, ip);
         // of a chosen port, so that it is not ended where what it sends is dropped
-        crate::world::bind_fd(&fd, addr(any_of(ip), 6881));
+        bind_fd(&fd, addr(any_of(ip), 6881));
         let socket = UdpSocket::from(fd);
         socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
         (socket, addr(ip, 80))
@@ -281,12 +287,12 @@ const LIST: &str = "# a list\r\n203.0.113.64/26\r\n\r\n203.0.113.96/27 # within\
 fn write_list(ground: &Ground, name: &str, text: &str) {
     let dir = ground.dir.join("lists");
     let _ = std::fs::create_dir(&dir);
-    crate::ground::chmod(&dir, 0o755);
+    chmod(&dir, 0o755);
     write_private(&dir.join(name), text);
 }
 
-fn to(ip: &str, port: u16) -> SocketAddr {
-    addr(crate::ground::ip(ip), port)
+fn to(text: &str, port: u16) -> SocketAddr {
+    addr(ip(text), port)
 }
 
 /// TCP and UDP to the same places.
@@ -299,9 +305,8 @@ fn alike(places: &[(&str, &'static str)]) -> Vec<Case<'static>> {
 /// Destinations that a target leaves alone, by themselves and by a file.
 #[test]
 fn bypassed_destinations() {
-    let ground = ground!("dest-bypass");
+    let (ground, _world, _proxy) = scene!("dest-bypass", proxy);
     let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
-    let (_world, _proxy) = World::with_proxy(&ground);
     write_list(&ground, "cn.txt", LIST);
     let lines = "bypass = 203.0.113.32\nbypass-file = lists/cn.txt\n";
     let cases = alike(&[
@@ -318,26 +323,26 @@ fn bypassed_destinations() {
         ("2001:db8:2::5:0", PROXY),
     ]);
     let daemon = Daemon::start(&ground, &policy("", lines), &[]);
-    here(&app, &cases);
-    behind(&ground, &lan, &cases);
+
+    everywhere(&ground, &lan, &app, &cases);
     daemon.reconfigure(&policy("default = drop\n", lines));
     here(&app, &cases);
     // the same where flows that go directly have a mark for another reason: a line for users
     let owned = policy("", lines).replace("[rules]\n", "[rules]\ndirect = user:4000\n");
     daemon.reconfigure(&owned);
     here(&app, &cases);
+
     // of all targets
     daemon.reconfigure(&policy(&format!("default = drop\n{lines}"), ""));
-    here(&app, &cases);
-    behind(&ground, &lan, &cases);
+    everywhere(&ground, &lan, &app, &cases);
     here(&ground.cgroup("/other"), &[(Udp, to("203.0.113.100", 80), "remote")]);
     here(&ground.cgroup("/other"), &[(Udp, to("203.0.113.7", 80), "denied")]);
+
     // a reload reads the file anew
     write_list(&ground, "cn.txt", "203.0.113.7\n");
     daemon.reload();
     let cases = alike(&[("203.0.113.7", "remote"), ("203.0.113.64", PROXY)]);
-    here(&app, &cases);
-    behind(&ground, &lan, &cases);
+    everywhere(&ground, &lan, &app, &cases);
     // and all of what it changes is refused where a line is wrong
     write_list(&ground, "cn.txt", "203.0.113.64/26\n10.0.0/8\n203.0.113/33\n");
     let said = daemon.refuse();
@@ -351,9 +356,8 @@ fn bypassed_destinations() {
 /// Destinations that alone are taken; DNS is hijacked whatever its destination.
 #[test]
 fn only_destinations() {
-    let ground = ground!("dest-only");
+    let (ground, _world, _proxy) = scene!("dest-only", proxy);
     let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
-    let (_world, _proxy) = World::with_proxy(&ground);
     let _dns = Server::start("dns", &[1053]);
     write_list(&ground, "via.txt", LIST);
     let lines = "only = 203.0.113.7\nonly-file = lists/via.txt\nbypass = 203.0.113.100\n\
@@ -369,8 +373,7 @@ fn only_destinations() {
         (Tcp, to("2001:db8:2::7", 443), "remote"),
         (Udp, to("2001:db8:2::7", 443), "remote"),
     ];
-    here(&app, &cases);
-    behind(&ground, &lan, &cases);
+    everywhere(&ground, &lan, &app, &cases);
     let dns = |client: Client| client.run().who();
     for ip in ["203.0.113.7", "203.0.113.8"] {
         let ask = |from: &Path| Client::udp(from, to(ip, 53));
@@ -378,41 +381,63 @@ fn only_destinations() {
         let its = lan.client(0).run(|| dns(ask(&ground.root)));
         assert!(its.starts_with("dns "), "{ip}: {its}");
     }
+
     // bypassed: not without dns-hijack-local
     let ask = |from: &Path| dns(Client::udp(from, to("203.0.113.100", 53)));
     assert_eq!(ask(&app), "remote 203.0.113.100:53");
     daemon.reconfigure(&policy("", &format!("{lines}dns-hijack-local = yes\n")));
     assert!(ask(&app).starts_with("dns "));
     here(&app, &cases);
+
     // a family of which nothing is taken is left alone, or dropped as its switch says
     let four = "only = 203.0.113.7\n";
     daemon.reconfigure(&policy("", four));
     let six = |want| [(Tcp, to("203.0.113.7", 80), PROXY), (Tcp, addr(REMOTE6, 80), want)];
-    here(&app, &six("remote"));
-    behind(&ground, &lan, &six("remote"));
+    everywhere(&ground, &lan, &app, &six("remote"));
     daemon.reconfigure(&policy("", &format!("{four}ipv6 = reject\n")));
-    here(&app, &six("refused"));
-    behind(&ground, &lan, &six("refused"));
-    // nothing at all
-    write_list(&ground, "via.txt", "# nothing\n");
-    let said = daemon.reconfigure(&policy("", "only-file = lists/via.txt\n"));
-    assert!(said.contains("only-file names no address"), "{said}");
-    let none = alike(&[("203.0.113.7", "remote"), ("2001:db8:2::7", "remote")]);
-    here(&app, &none);
-    behind(&ground, &lan, &none);
+    everywhere(&ground, &lan, &app, &six("refused"));
     daemon.stop_clean();
 }
 
-/// What answers at port 80 a socket that marks its packets with a DSCP.
-fn with_dscp(cgroup: &Path, to: SocketAddr, dscp: i32) -> String {
-    let fd = socket_in(cgroup, libc::SOCK_STREAM, to.ip());
+/// A target that is to take the destinations of an empty list takes none; a reload does not make it so, for
+/// the list may be about to be written.
+#[test]
+fn a_list_of_nothing() {
+    let (ground, _world, _proxy) = scene!("dest-nothing", proxy);
+    let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
+    let daemon = Daemon::start(&ground, &policy("", "only = 203.0.113.7\n"), &[]);
+    write_list(&ground, "via.txt", "# nothing\n");
+    let nothing = policy("", "only-file = lists/via.txt\n");
+
+    daemon.configure(&nothing);
+    let said = daemon.refuse();
+    assert!(said.contains("only-file of mihomo: names no address"), "{said}");
+    everywhere(&ground, &lan, &app, &alike(&[("203.0.113.7", PROXY)]));
+
+    daemon.stop_clean();
+    let daemon = Daemon::start(&ground, &nothing, &[]);
+    assert!(daemon.wait_log("only-file names no address", PATIENCE), "{}", daemon.logs());
+    let none = alike(&[("203.0.113.7", "remote"), ("2001:db8:2::7", "remote")]);
+    everywhere(&ground, &lan, &app, &none);
+    daemon.stop_clean();
+}
+
+/// A socket of a cgroup that marks its packets with a DSCP, connected.
+fn marked(cgroup: &Path, kind: i32, to: SocketAddr, dscp: i32) -> OwnedFd {
+    let fd = socket_in(cgroup, kind, to.ip());
     let (level, option) = match to {
         SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
         SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
     };
     // with a bit of ECN, which is no part of it
-    crate::world::set(&fd, level, option, dscp << 2 | 2);
+    set(&fd, level, option, dscp << 2 | 2);
     connect(&fd, to).expect("connect");
+    fd
+}
+
+/// What answers it at port 80.
+fn with_dscp(cgroup: &Path, to: SocketAddr, dscp: i32) -> String {
+    let fd = marked(cgroup, libc::SOCK_STREAM, to, dscp);
     let mut text = String::new();
     TcpStream::from(fd).read_to_string(&mut text).expect("an answer");
     text.split(' ').next().unwrap_or_default().to_owned()
@@ -420,14 +445,7 @@ fn with_dscp(cgroup: &Path, to: SocketAddr, dscp: i32) -> String {
 
 /// The same by a datagram.
 fn udp_with_dscp(cgroup: &Path, to: SocketAddr, dscp: i32) -> String {
-    let fd = socket_in(cgroup, libc::SOCK_DGRAM, to.ip());
-    let (level, option) = match to {
-        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
-        SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
-    };
-    crate::world::set(&fd, level, option, dscp << 2 | 2);
-    connect(&fd, to).expect("connect");
-    let socket = UdpSocket::from(fd);
+    let socket = UdpSocket::from(marked(cgroup, libc::SOCK_DGRAM, to, dscp));
     socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
     socket.send(b"?").expect("send");
     let mut text = [0; 256];
@@ -436,14 +454,14 @@ fn udp_with_dscp(cgroup: &Path, to: SocketAddr, dscp: i32) -> String {
     text.split(' ').next().unwrap_or_default().to_owned()
 }
 
+/// Packets with one of these DSCPs are left alone, of both protocols, here and of a client.
 #[test]
 fn packets_with_a_dscp() {
-    let ground = ground!("dest-dscp");
+    let (ground, _world, _proxy) = scene!("dest-dscp", proxy);
     let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
-    let (_world, _proxy) = World::with_proxy(&ground);
     let global = "bypass-dscp = 4\nbypass-dscp = 0x2e\n";
     let daemon = Daemon::start(&ground, &policy(global, ""), &[]);
-    for ip in [REMOTE4, REMOTE6] {
+    for ip in REMOTES {
         for (dscp, want) in
             [(0, "proxy"), (4, "remote"), (5, "proxy"), (46, "remote"), (62, "proxy")]
         {
@@ -463,9 +481,8 @@ fn packets_with_a_dscp() {
 /// takes over from it, and after another program has deleted all there was.
 #[test]
 fn ports_and_refusals_over_a_kill_and_a_repair() {
-    let ground = ground!("dest-heal");
+    let (ground, mut world, _proxy) = scene!("dest-heal", proxy);
     let (lan, app) = (Lan::new(&ground), ground.cgroup("/app"));
-    let (mut world, _proxy) = World::with_proxy(&ground);
     let lines = "tcp-ports = 443 80\nudp-ports = 80 443\nquic = reject\nipv6 = reject\n";
     let config = policy("", lines);
     let cases = |udp: &'static str| {
@@ -485,13 +502,14 @@ fn ports_and_refusals_over_a_kill_and_a_repair() {
         let left = world.wire.to_remote();
         assert!(left.iter().all(|packet| packet.dst.port() == 53), "{when}: {left:?}");
     };
+
     let daemon = Daemon::start_in(&ground, &config, &[], &[UNOWNED]);
     all("at first");
     daemon.kill9();
     all("without a daemon");
     let daemon = Daemon::start_in(&ground, &config, &[], &[UNOWNED]);
     all("after kill -9");
-    crate::kernel::load("delete table inet cgtproxy");
+    load("delete table inet cgtproxy");
     assert!(daemon.wait_log("in force again", PATIENCE), "{}", daemon.logs());
     all("after a repair");
     daemon.leave();
@@ -510,12 +528,14 @@ fn direct_tcp_stays_over_a_reload() {
         "[global]\ndefault = drop\n[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /app\n";
     for lines in RELOADS {
         let daemon = Daemon::start(&ground, marking, &[]);
-        let flows = [REMOTE4, REMOTE6].map(|ip| {
+        let flows = REMOTES.map(|ip| {
             let fd = socket_in(&app, libc::SOCK_STREAM, ip);
             connect(&fd, addr(ip, STREAM_PORT)).expect("connect");
             TcpStream::from(fd)
         });
+
         daemon.reconfigure(&policy("", lines));
+
         for mut stream in flows {
             stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
             let mut data = vec![0; 1 << 16];
@@ -537,15 +557,17 @@ fn direct_tcp_is_ended_where_it_is_taken_now() {
     for lines in [all, "only = 198.18.0.0/15\n", "tcp-ports = 1\n"] {
         let daemon = Daemon::start(&ground, &policy("", lines), &[]);
         let follow = |ip| Client::tcp(&app, addr(ip, STREAM_PORT)).follow().spawn();
-        let flows = [REMOTE4, REMOTE6].map(follow);
+        let flows = REMOTES.map(follow);
         let mut seen = Vec::new();
-        let streams = crate::wait_until(PATIENCE, || {
+        let streams = wait_until(PATIENCE, || {
             seen.extend(world.wire.to_remote());
             let of = |ip| seen.iter().filter(|packet| packet.dst.ip() == ip).count();
             of(REMOTE4).min(of(REMOTE6)) > 9
         });
         assert!(streams, "{lines}");
+
         daemon.reconfigure(&policy("", ""));
+
         // by the daemon, or by the proxy's reset where its own packet came first
         for flow in flows {
             let outcome = flow.wait().0;
@@ -579,11 +601,12 @@ fn tables_load_again() {
     );
     let config = config.replace("target = mihomo", "target = socket");
     let daemon = Daemon::start(&ground, &config, &[]);
-    let listed = crate::kernel::table_plain(&[]);
+
+    let listed = table_plain(&[]);
     assert!(listed.contains("11.0.0.16/29") && listed.contains("2001:db8:9c:1e::/64"));
     let shown = run_with(&ground, &config, &["show"]).fine();
     for script in [listed, shown] {
-        Netns::new().run(|| crate::kernel::load(&script));
+        Netns::new().run(|| load(&script));
     }
     daemon.stop_clean();
 }
@@ -604,15 +627,16 @@ fn lists_that_are_refused() {
     nix::unistd::mkfifo(&path("fifo"), nix::sys::stat::Mode::S_IRWXU).expect("make a FIFO");
     std::fs::create_dir(path("dir")).expect("make a directory");
     write_private(&path("writable"), "10.0.0.0/8\n");
-    crate::ground::chmod(&path("writable"), 0o666);
+    chmod(&path("writable"), 0o666);
     write_private(&path("large"), &"# remark\n".repeat(1 << 20));
     let many: String = (0..=100_000u32)
         .map(|i| format!("10.{}.{}.{}\n", i >> 16, i >> 8 & 255, i & 255))
         .collect();
     write_private(&path("many"), &many);
     std::fs::write(path("latin"), b"10.0.0.0/8\n# caf\xe9\n").expect("write");
-    crate::ground::chmod(&path("latin"), 0o600);
+    chmod(&path("latin"), 0o600);
     write_private(&path("noise"), &"nonsense\n".repeat(1000));
+
     refused("absent", "no such file");
     refused("fifo", "is not a regular file");
     refused("dir", "is a directory");
@@ -621,6 +645,7 @@ fn lists_that_are_refused() {
     refused("many", "over 100000 addresses");
     refused("latin", "is not UTF-8 (line 2)");
     refused("noise", "990 more lines are no addresses");
+
     // said once, whoever names it
     write_private(&path("wrong"), "10.0.0/8\n");
     let twice = "bypass-file = lists/wrong\nonly-file = lists/wrong\n";
@@ -658,19 +683,15 @@ fn flows_with_a_dscp_are_spared() {
     let before = policy(global, "").replace("mihomo = /app", "direct = /app");
     let daemon = Daemon::start(&ground, &before, &[]);
     let mut flows = Vec::new();
-    for ip in [REMOTE4, REMOTE6] {
+    for ip in REMOTES {
         for dscp in [4, 5] {
-            let fd = socket_in(&app, libc::SOCK_STREAM, ip);
-            let (level, option) = match ip {
-                std::net::IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
-                std::net::IpAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
-            };
-            crate::world::set(&fd, level, option, dscp << 2);
-            connect(&fd, addr(ip, STREAM_PORT)).expect("connect");
+            let fd = marked(&app, libc::SOCK_STREAM, addr(ip, STREAM_PORT), dscp);
             flows.push((dscp, TcpStream::from(fd)));
         }
     }
+
     daemon.reconfigure(&policy(global, ""));
+
     for (dscp, mut stream) in flows {
         stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
         let mut data = vec![0; 1 << 16];
