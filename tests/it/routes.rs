@@ -6,12 +6,10 @@
 //!
 //! The remote hosts are behind both interfaces; who asked tells the server by which.
 
-use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::client::{
@@ -20,14 +18,14 @@ use crate::client::{
 };
 use crate::containers::live;
 use crate::daemon::{run_with, Daemon};
-use crate::gateway::Lan;
+use crate::gateway::{bridge_netfilter, Lan};
 use crate::ground::{
-    addr, ip, ip_batch, sysctl, Ground, HOST4, HOST6, HOSTS, REMOTE4, REMOTE6, REMOTES,
+    addr, ip, ip_batch, ip_lines, sysctl, Ground, HOST4, HOST6, HOSTS, REMOTE4, REMOTE6, REMOTES,
 };
-use crate::kernel::{await_member, forget_flows};
+use crate::kernel::{await_member, forget_flows, ip_routes, output};
 use crate::tunnels::bulk;
 use crate::wait_until;
-use crate::world::{bind, bind_fd, Server, World, STREAM_PORT};
+use crate::world::{bind, bind_at, bind_fd, set as set_option, Server, World, STREAM_PORT};
 
 pub const GATEWAYS: &str = "gateway = 10.8.0.2\ngateway = fd00:8::2\n";
 
@@ -41,20 +39,15 @@ pub const TUNNEL: [&str; 2] = ["10.8.0.1", "fd00:8::1"];
 
 /// Makes the interface, with its addresses, and waits until packets pass.
 pub fn tunnel_up(ground: &Ground) {
-    let outside = ground.outside(|| File::open("/proc/thread-self/ns/net").expect("a namespace"));
-    let path = format!("/proc/{}/fd/{}", std::process::id(), outside.as_raw_fd());
-    ip_batch(
-        &[],
-        &format!(
-            "link add vpn0 address 02:00:00:00:08:01 type veth peer name vout0 address \
-             02:00:00:00:08:02 netns {path}\n\
-             addr add 10.8.0.1/24 dev vpn0\n\
-             addr add fd00:8::1/64 dev vpn0 nodad\n"
-        ),
-    );
+    let path = ground.outside_path();
+    ip_lines(&format!(
+        "link add vpn0 address 02:00:00:00:08:01 type veth peer name vout0 address \
+         02:00:00:00:08:02 netns {path}\n\
+         addr add 10.8.0.1/24 dev vpn0\n\
+         addr add fd00:8::1/64 dev vpn0 nodad\n"
+    ));
     ground.outside(|| {
-        ip_batch(
-            &[],
+        ip_lines(
             "addr add 10.8.0.2/24 dev vout0\n\
              addr add fd00:8::2/64 dev vout0 nodad\n\
              neigh add 10.8.0.1 lladdr 02:00:00:00:08:01 dev vout0\n\
@@ -68,22 +61,18 @@ pub fn tunnel_up(ground: &Ground) {
 /// A point-to-point interface of that name, as a tunnel's is: 10.8.0.2 and fd00:8::2 here, and .1
 /// outside.
 pub fn tunnel_to(ground: &Ground, name: &str) {
-    let outside = ground.outside(|| File::open("/proc/thread-self/ns/net").expect("a namespace"));
-    let path = format!("/proc/{}/fd/{}", std::process::id(), outside.as_raw_fd());
+    let path = ground.outside_path();
     // without ARP each end sends to its own address, which is the other's as well
     let address = "address 02:00:00:00:08:01";
-    ip_batch(
-        &[],
-        &format!(
-            "link add {name} {address} arp off type veth peer name peer0 {address} netns {path}\n\
-             addr add 10.8.0.2/24 dev {name}\naddr add fd00:8::2/64 dev {name} nodad\n\
-             link set {name} up\n"
-        ),
-    );
+    ip_lines(&format!(
+        "link add {name} {address} arp off type veth peer name peer0 {address} netns {path}\n\
+         addr add 10.8.0.2/24 dev {name}\naddr add fd00:8::2/64 dev {name} nodad\n\
+         link set {name} up\n"
+    ));
     ground.outside(|| {
         let lines = "link set peer0 arp off up\naddr add 10.8.0.1/24 dev peer0\n\
                      addr add fd00:8::1/64 dev peer0 nodad\n";
-        ip_batch(&[], lines);
+        ip_lines(lines);
     });
 }
 
@@ -97,7 +86,7 @@ pub fn set(state: &str) {
         _ => String::new(),
     };
     // in one, so that both families have their way at once
-    ip_batch(&[], &format!("link set vpn0 {state}\n{more}"));
+    ip_lines(&format!("link set vpn0 {state}\n{more}"));
 }
 
 /// The world with a tunnel, and a cgroup whose way that is.
@@ -171,6 +160,20 @@ pub fn until_refused(cgroup: &Path, to: IpAddr) {
     assert!(refused, "TCP to {to} is not refused");
 }
 
+/// Waits until TCP of both families is refused.
+pub fn until_closed(cgroup: &Path) {
+    REMOTES.iter().for_each(|to| until_refused(cgroup, *to));
+}
+
+/// Waits until both are answered.
+pub fn until_open(cgroup: &Path) {
+    for to in REMOTES {
+        until_passes(cgroup, to);
+    }
+}
+
+/// What a route takes leaves by its interface and by nothing else at any moment, whatever becomes of the
+/// interface; it leaves again once that is a way.
 #[test]
 fn by_its_interface_and_by_nothing_else() {
     let (ground, mut world) = scene!("route");
@@ -181,71 +184,69 @@ fn by_its_interface_and_by_nothing_else() {
     let floods = floods(&cgroup);
     refused(&mut world, &cgroup);
     tunnel_up(&ground);
-    for to in [REMOTE4, REMOTE6] {
+    for to in REMOTES {
         println!("{to}: {:?} after it came", until_passes(&cgroup, to));
     }
     passes(&mut world, &cgroup);
-    let all = |world: &mut World, change: &dyn Fn(), back: &dyn Fn(), what: &str| {
+
+    let mut over = |what: &str, change: &dyn Fn(), back: &dyn Fn()| {
         change();
-        for to in [REMOTE4, REMOTE6] {
-            until_refused(&cgroup, to);
-        }
-        refused(world, &cgroup);
+        until_closed(&cgroup);
+        refused(&mut world, &cgroup);
         back();
-        for to in [REMOTE4, REMOTE6] {
+        for to in REMOTES {
             println!("{to}: {:?} after {what}", until_passes(&cgroup, to));
         }
-        passes(world, &cgroup);
+        passes(&mut world, &cgroup);
     };
-    all(&mut world, &|| set("down"), &|| set("up"), "down and up");
-    let peer = |state: &str| {
-        ground.outside(|| ip_batch(&[], &format!("link set vout0 {state}\n")));
-    };
+    over("down and up", &|| set("down"), &|| set("up"));
+    let peer = |lines: &str| ground.outside(|| ip_lines(lines));
     let peer_up = || {
-        peer("up");
-        ground.outside(|| {
-            let lines = "addr replace fd00:8::2/64 dev vout0 nodad\n\
-                         neigh replace 10.8.0.1 lladdr 02:00:00:00:08:01 dev vout0\n\
-                         neigh replace fd00:8::1 lladdr 02:00:00:00:08:01 dev vout0\n";
-            ip_batch(&[], lines);
-        });
+        peer(
+            "link set vout0 up\n\
+             addr replace fd00:8::2/64 dev vout0 nodad\n\
+             neigh replace 10.8.0.1 lladdr 02:00:00:00:08:01 dev vout0\n\
+             neigh replace fd00:8::1 lladdr 02:00:00:00:08:01 dev vout0\n",
+        );
         set("up");
     };
-    all(&mut world, &|| peer("down"), &peer_up, "its carrier was lost");
-    let bare = || ip_batch(&[], "addr flush dev vpn0\n");
+    over("its carrier was lost", &|| peer("link set vout0 down\n"), &peer_up);
     let addressed = || {
-        ip_batch(&[], "addr add 10.8.0.1/24 dev vpn0\naddr add fd00:8::1/64 dev vpn0 nodad\n");
+        ip_lines("addr add 10.8.0.1/24 dev vpn0\naddr add fd00:8::1/64 dev vpn0 nodad\n");
         set("up");
     };
-    all(&mut world, &bare, &addressed, "it had no address");
-    all(&mut world, &|| ip_batch(&[], "link del vpn0\n"), &|| tunnel_up(&ground), "it was away");
+    over("it had no address", &|| ip_lines("addr flush dev vpn0\n"), &addressed);
+    over("it was away", &|| ip_lines("link del vpn0\n"), &|| tunnel_up(&ground));
+
     drop(floods);
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
 }
 
-/// By a socket that is bound to the other interface or to the address of that, with the rules or the
-/// table gone, with no daemon: by the interface or not at all.
+/// By a socket that is bound to the other interface or to the address of that: by the route or not at all.
 #[test]
-fn by_no_other_way_whatever_is_deleted() {
-    let ground = ground!("deleted");
+fn by_no_other_way_whatever_it_is_bound_to() {
+    let ground = ground!("bound");
     let (mut world, cgroup, daemon) = tunneled(&ground);
     passes(&mut world, &cgroup);
     for (remote, host) in REMOTES.into_iter().zip(HOSTS) {
-        for bound in [true, false] {
+        for to_device in [true, false] {
             let socket = udp_in(&cgroup, remote);
-            match bound {
+            match to_device {
                 true => bind_to_device(&socket, "in0"),
-                false => bind_fd(&socket.try_clone().expect("a copy").into(), addr(host, 0)),
+                false => bind_at(&socket, addr(host, 0)),
             }
+
             let _ = socket.send_to(b"who?", addr(remote, 80));
-            let patience = if bound { SILENCE } else { PATIENCE };
+
+            let patience = if to_device { SILENCE } else { PATIENCE };
             socket.set_read_timeout(Some(patience)).expect("a timeout");
             let answered = again(|| socket.recv(&mut [0; 64])).is_ok();
             // one that is bound to an address has the tunnel's on its way
-            assert_eq!(answered, !bound, "{remote} bound to a device: {bound}");
+            assert_eq!(answered, !to_device, "{remote} bound to a device: {to_device}");
         }
     }
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
+
     // the kernel's own errors go back by the tunnel too
     let closed = udp_in(&cgroup, REMOTE4);
     closed.send_to(b"who?", addr(REMOTE4, 80)).expect("send");
@@ -253,18 +254,26 @@ fn by_no_other_way_whatever_is_deleted() {
     // answers to what nobody waits for
     Client::udp(&cgroup, addr(REMOTE4, 80)).send_and_close().run();
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
+    daemon.stop_clean();
+}
 
+/// With the rules or the table gone, after a reload, with no daemon and with the next one: by the interface
+/// or not at all.
+#[test]
+fn by_no_other_way_whatever_is_deleted() {
+    let ground = ground!("deleted");
+    let (mut world, cgroup, daemon) = tunneled(&ground);
     let floods = floods(&cgroup);
-    for family in ["-4", "-6"] {
+    for (family, remote) in [("-4", REMOTE4), ("-6", REMOTE6)] {
         for _ in 0..5 {
             ip_batch(&[family], "route flush table 301\n");
-            until_passes(&cgroup, if family == "-4" { REMOTE4 } else { REMOTE6 });
+            until_passes(&cgroup, remote);
             ip_batch(&[family], "rule flush\nrule add pref 32766 lookup main\n");
-            until_passes(&cgroup, if family == "-4" { REMOTE4 } else { REMOTE6 });
+            until_passes(&cgroup, remote);
         }
     }
     passes(&mut world, &cgroup);
-    // a reload under it, and another daemon
+
     daemon.reload();
     daemon.kill9();
     passes(&mut world, &cgroup);
@@ -277,6 +286,7 @@ fn by_no_other_way_whatever_is_deleted() {
     passes(&mut world, &cgroup);
     let daemon = Daemon::start(&ground, &policy(), &[]);
     passes(&mut world, &cgroup);
+
     drop(floods);
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
     daemon.stop_clean();
@@ -299,7 +309,7 @@ pub fn bind_to_device(socket: &UdpSocket, name: &str) {
 fn what_was_refused_flows_once_it_is_back() {
     let ground = ground!("back");
     let (mut world, cgroup, _daemon) = tunneled(&ground);
-    for remote in [REMOTE4, REMOTE6] {
+    for remote in REMOTES {
         let socket = udp_in(&cgroup, remote);
         socket.set_read_timeout(Some(Duration::from_millis(50))).expect("a timeout");
         let heard = || {
@@ -307,6 +317,7 @@ fn what_was_refused_flows_once_it_is_back() {
             again(|| socket.recv(&mut [0; 64])).is_ok()
         };
         assert!(wait_until(PATIENCE, heard), "{remote} before");
+
         set("down");
         for _ in 0..5 {
             assert!(!heard(), "{remote} while it is down");
@@ -342,11 +353,10 @@ fn it_is_back_before_the_kernel_says_that_it_runs() {
     let ground = ground!("early");
     let (mut world, cgroup, _daemon) = tunneled(&ground);
     // of one number in both namespaces, as the tunnel: of others the kernel tells at once
-    let outside = ground.outside(|| File::open("/proc/thread-self/ns/net").expect("a namespace"));
-    let path = format!("/proc/{}/fd/{}", std::process::id(), outside.as_raw_fd());
+    let path = ground.outside_path();
     let peer = format!("peer name beside1 index 77 netns {path}");
-    ip_batch(&[], &format!("link add beside0 index 77 type veth {peer}\n"));
-    ground.outside(|| ip_batch(&[], "link set beside1 up\n"));
+    ip_lines(&format!("link add beside0 index 77 type veth {peer}\n"));
+    ground.outside(|| ip_lines("link set beside1 up\n"));
     let address = "addr replace fd00:8::1/64 dev vpn0 nodad\n";
     for (remote, more) in [(REMOTE4, ""), (REMOTE6, address)] {
         let socket = udp_in(&cgroup, remote);
@@ -357,9 +367,9 @@ fn it_is_back_before_the_kernel_says_that_it_runs() {
         };
         // at any moment of that second
         let early = (0..20).any(|_| {
-            ip_batch(&[], "link set vpn0 down\nlink set beside0 down\n");
+            ip_lines("link set vpn0 down\nlink set beside0 down\n");
             let up = "link set beside0 up\nlink set vpn0 up\n";
-            ip_batch(&[], &format!("{up}{more}{NEIGHBOURS}"));
+            ip_lines(&format!("{up}{more}{NEIGHBOURS}"));
             assert!(wait_until(PATIENCE, heard), "{remote} is not heard again");
             !runs("beside0")
         });
@@ -373,26 +383,18 @@ fn it_is_back_before_the_kernel_says_that_it_runs() {
 fn a_dormant_one_is_no_way_out() {
     let ground = ground!("dormant");
     let (mut world, cgroup, _daemon) = tunneled(&ground);
-    ip_batch(&[], "link set vpn0 mode dormant\n");
+    ip_lines("link set vpn0 mode dormant\n");
     set("down");
     set("up");
-    for to in [REMOTE4, REMOTE6] {
-        until_refused(&cgroup, to);
-    }
-    let says = |state: &str| {
-        let link = Command::new("ip").args(["link", "show", "vpn0"]).output().expect("run ip");
-        String::from_utf8_lossy(&link.stdout).contains(state)
-    };
+    until_closed(&cgroup);
+    let says = |state: &str| output("ip", &["link", "show", "vpn0"]).contains(state);
     assert!(wait_until(PATIENCE, || says(" state DORMANT ")), "it is not dormant");
-    for to in [REMOTE4, REMOTE6] {
-        until_refused(&cgroup, to);
-    }
+    until_closed(&cgroup);
     refused(&mut world, &cgroup);
-    ip_batch(&[], "link set vpn0 mode default\nlink set vpn0 state up\n");
+
+    ip_lines("link set vpn0 mode default\nlink set vpn0 state up\n");
     assert!(wait_until(PATIENCE, || says(" state UP ")), "it is not up");
-    for to in [REMOTE4, REMOTE6] {
-        until_passes(&cgroup, to);
-    }
+    until_open(&cgroup);
     passes(&mut world, &cgroup);
 }
 
@@ -406,7 +408,7 @@ fn a_refused_port_connects_once_it_is_back() {
         let socket = socket_in(&cgroup, libc::SOCK_STREAM, to);
         bind_fd(&socket, from);
         // gives up after two more SYNs: 7 s
-        crate::world::set(&socket, libc::IPPROTO_TCP, libc::TCP_SYNCNT, 2);
+        set_option(&socket, libc::IPPROTO_TCP, libc::TCP_SYNCNT, 2);
         connect(&socket, addr(to, 80)).map(|()| TcpStream::from(socket)).map_err(|e| e.kind())
     };
     let cases = [("0.0.0.0:40001", REMOTE4), ("[::]:40001", REMOTE6)]
@@ -442,14 +444,11 @@ fn nothing_leaves_with_another_interfaces_address() {
     let (mut world, cgroup, daemon) = tunneled(&ground);
     passes(&mut world, &cgroup);
     daemon.kill9();
-    ip_batch(&[], "addr flush dev vpn0\n");
-    let gone = || {
-        let text = crate::kernel::ip_routes("-6", "301");
-        text.contains("dev vpn0")
-    };
-    assert!(gone(), "the way by the interface is still there");
+    ip_lines("addr flush dev vpn0\n");
+    assert!(ip_routes("-6", "301").contains("dev vpn0"), "no way by the interface is there");
     // the neighbours are known without an address
-    ip_batch(&[], NEIGHBOURS);
+    ip_lines(NEIGHBOURS);
+
     for (proto, to) in CASES {
         let (outcome, _) = ask(&cgroup, proto, to, SILENCE);
         assert!(!matches!(outcome, Outcome::Answer(_)), "{proto:?} to {to}: {outcome:?}");
@@ -491,7 +490,7 @@ fn services_answer_by_where_they_were_asked() {
     let ground = ground!("inbound");
     let (mut world, cgroup, _daemon) = tunneled(&ground);
     // by the main table the answers would leave by the other interface
-    ground.outside(|| ip_batch(&[], "addr add 203.0.113.7/32 dev lo\n"));
+    ground.outside(|| ip_lines("addr add 203.0.113.7/32 dev lo\n"));
     let _service = Client::tcp(&cgroup, addr(ip("0.0.0.0"), 4000)).serve();
     let root = ground.root.clone();
     let dial = |host: &str| {
@@ -500,7 +499,7 @@ fn services_answer_by_where_they_were_asked() {
             let route =
                 format!("route replace {host}/32 via {host} dev DEV onlink src 203.0.113.7\n");
             let device = if host.starts_with("10.") { "vout0" } else { "out0" };
-            ip_batch(&[], &route.replace("DEV", device));
+            ip_lines(&route.replace("DEV", device));
             Client::tcp(&root, to).run().who()
         })
     };
@@ -510,88 +509,104 @@ fn services_answer_by_where_they_were_asked() {
     assert_ne!(world.wire.to_remote(), [], "answered by where it was not asked");
 }
 
-/// DNS goes to a resolver in the tunnel, also what is addressed to a resolver on this host.
+/// DNS of the route goes to a resolver in the tunnel, also what is addressed to one on this host.
+fn dns_policy(local: bool) -> String {
+    let local = if local { "dns-hijack-local = yes\n" } else { "" };
+    let dns = "dns-hijack = 10.8.0.2\ndns-hijack = fd00:8::2\ndns-hijack-tcp = yes\n";
+    policy().replace("[rules]", &format!("{dns}{local}[rules]"))
+}
+
+/// Which resolver is asked, which one answers, and as whom the tunnel asks it.
+const DNS: [(&str, &str, &str); 4] = [
+    ("203.0.113.7", "10.8.0.2:53", "10.8.0.1"),
+    ("127.0.0.53", "10.8.0.2:53", "10.8.0.1"),
+    ("192.0.2.1", "10.8.0.2:53", "10.8.0.1"),
+    ("2001:db8:2::7", "[fd00:8::2]:53", "fd00:8::1"),
+];
+
+#[track_caller]
+fn resolves(world: &mut World, cgroup: &Path) {
+    for (asked, resolver, own) in DNS {
+        for proto in [Proto::Udp, Proto::Tcp] {
+            let outcome = Client::new(cgroup, proto, addr(ip(asked), 53)).run();
+            let Outcome::Answer(text) = &outcome else { panic!("{proto:?} {asked}: {outcome:?}") };
+            assert_eq!(outcome.who(), format!("remote {resolver}"), "{proto:?} {asked}");
+            let by = [format!(" from {own}"), format!("[{own}]")];
+            assert!(by.iter().any(|by| text.contains(by)), "{text}");
+        }
+    }
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+}
+
+/// DNS goes into the tunnel, and while there is no way nobody here answers instead.
 #[test]
 fn dns_goes_into_the_tunnel() {
     let (ground, mut world) = scene!("routedns");
     let cgroup = ground.cgroup("/vpn");
     tunnel_up(&ground);
-    let local = Server::start("local", &[53]);
-    let dns = "dns-hijack = 10.8.0.2\ndns-hijack = fd00:8::2\ndns-hijack-tcp = yes\n";
-    let config =
-        |more: &str| policy().replace("[rules]", &format!("{dns}{more}[rules]\nvpn = /late"));
-    let daemon = Daemon::start(&ground, &config("dns-hijack-local = yes\n"), &[]);
-    await_member(&cgroup, "vpn");
-    let query = |proto, to: &str| {
-        let to = SocketAddr::new(to.parse().expect("an address"), 53);
-        Client::new(&cgroup, proto, to).run()
-    };
-    let cases = [
-        ("203.0.113.7", "10.8.0.2:53", "10.8.0.1"),
-        ("127.0.0.53", "10.8.0.2:53", "10.8.0.1"),
-        ("192.0.2.1", "10.8.0.2:53", "10.8.0.1"),
-        ("2001:db8:2::7", "[fd00:8::2]:53", "fd00:8::1"),
-    ];
-    let all = |world: &mut World| {
-        for proto in [Proto::Udp, Proto::Tcp] {
-            for (asked, resolver, own) in cases {
-                let outcome = query(proto, asked);
-                let Outcome::Answer(text) = &outcome else {
-                    panic!("{proto:?} {asked}: {outcome:?}")
-                };
-                assert_eq!(outcome.who(), format!("remote {resolver}"), "{proto:?} {asked}");
-                assert!(
-                    text.contains(&format!(" from {own}")) || text.contains(&format!("[{own}]")),
-                    "{text}"
-                );
-            }
-        }
-        assert_eq!(world.wire.to_remote(), [], "left by another interface");
-    };
-    all(&mut world);
-    // others there cannot reach what listens on a loopback address
-    let root = ground.root.clone();
-    ground.outside(|| {
-        ip_batch(&[], "route add 127.0.0.9/32 via 10.8.0.1 dev vout0 table 99\nrule add to 127.0.0.9 lookup 99 pref 0\n");
-        sysctl("net/ipv4/conf/vout0/route_localnet", "1");
-        let to = addr(ip("127.0.0.9"), 53);
-        let _ = Client::udp(&root, to).timeout(SILENCE).run();
-    });
-    let dropped = crate::kernel::table();
-    assert!(dropped.contains("ip daddr 127.0.0.0/8 drop"), "{dropped}");
-    let localnet = || std::fs::read_to_string("/proc/sys/net/ipv4/conf/vpn0/route_localnet");
-    assert_eq!(localnet().expect("a sysctl").trim(), "1");
-    // while there is no way, nobody here may answer instead
+    let _local = Server::start("local", &[53]);
+    let _daemon = Daemon::start(&ground, &dns_policy(true), &[]);
+    resolves(&mut world, &cgroup);
+
     set("down");
     until_refused(&cgroup, REMOTE4);
-    for (asked, ..) in cases {
-        assert_eq!(query(Proto::Tcp, asked), Outcome::Refused, "{asked}");
-        let udp = Client::udp(&cgroup, SocketAddr::new(asked.parse().expect("an address"), 53));
-        assert_ne!(udp.timeout(SILENCE).run().who(), "local", "{asked}");
+    for (asked, ..) in DNS {
+        let to = addr(ip(asked), 53);
+        assert_eq!(Client::tcp(&cgroup, to).run(), Outcome::Refused, "{asked}");
+        let udp = Client::udp(&cgroup, to).timeout(SILENCE).run();
+        assert!(!matches!(udp, Outcome::Answer(_)), "{asked}: {udp:?}");
     }
     assert_eq!(world.wire.to_remote(), [], "left by another interface");
+
     set("up");
-    until_passes(&cgroup, REMOTE4);
-    until_passes(&cgroup, REMOTE6);
-    all(&mut world);
-    // one that takes over knows that it was opened by us
-    daemon.kill9();
-    let daemon = Daemon::start(&ground, &config("dns-hijack-local = yes\n"), &[]);
-    all(&mut world);
-    daemon.kill9();
-    let daemon = Daemon::start(&ground, &config(""), &[]);
-    assert_eq!(localnet().expect("a sysctl").trim(), "0");
-    daemon.reconfigure(&config("dns-hijack-local = yes\n"));
-    daemon.stop_clean();
-    assert_eq!(localnet().expect("a sysctl").trim(), "0");
-    // and leaves one open that was so before
+    until_open(&cgroup);
+    resolves(&mut world, &cgroup);
+}
+
+/// For that the tunnel's interface is opened to loopback addresses, which nobody in the tunnel can reach for
+/// all that; whoever takes over knows that it was opened by us, and puts it back; one that was open before
+/// stays so.
+#[test]
+fn the_interface_is_opened_to_loopback_addresses() {
+    let (ground, mut world) = scene!("routelocal");
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(&ground);
+    let _local = Server::start("local", &[53]);
+    let localnet = || {
+        let text = std::fs::read_to_string("/proc/sys/net/ipv4/conf/vpn0/route_localnet");
+        text.expect("a sysctl").trim() == "1"
+    };
+    ground.outside(|| {
+        let by_us = "route add 127.0.0.9 via 10.8.0.1 dev vout0\n";
+        ip_lines(&format!("route del local 127.0.0.0/8 dev lo table local\n{by_us}"));
+        sysctl("net/ipv4/conf/vout0/route_localnet", "1");
+    });
+    let ask = || Client::udp(&ground.root, addr(ip("127.0.0.9"), 53)).timeout(SILENCE).run().who();
+    // with nobody to prevent it
     sysctl("net/ipv4/conf/vpn0/route_localnet", "1");
-    let daemon = Daemon::start(&ground, &config("dns-hijack-local = yes\n"), &[]);
-    daemon.reconfigure(&config(""));
-    daemon.reconfigure(&config("dns-hijack-local = yes\n"));
+    assert_eq!(ground.outside(ask), "local 127.0.0.9:53");
+    sysctl("net/ipv4/conf/vpn0/route_localnet", "0");
+
+    let daemon = Daemon::start(&ground, &dns_policy(true), &[]);
+    assert!(localnet());
+    assert_eq!(ground.outside(ask), "nobody");
+
+    daemon.kill9();
+    let daemon = Daemon::start(&ground, &dns_policy(true), &[]);
+    resolves(&mut world, &cgroup);
+    daemon.kill9();
+    let daemon = Daemon::start(&ground, &dns_policy(false), &[]);
+    assert!(!localnet());
+    daemon.reconfigure(&dns_policy(true));
     daemon.stop_clean();
-    assert_eq!(localnet().expect("a sysctl").trim(), "1");
-    drop(local);
+    assert!(!localnet());
+
+    sysctl("net/ipv4/conf/vpn0/route_localnet", "1");
+    let daemon = Daemon::start(&ground, &dns_policy(true), &[]);
+    daemon.reconfigure(&dns_policy(false));
+    daemon.reconfigure(&dns_policy(true));
+    daemon.stop_clean();
+    assert!(localnet());
 }
 
 /// Clients of a router leave by the route too, and are refused while it is closed.
@@ -611,6 +626,7 @@ fn clients_of_a_router_leave_by_it() {
         assert_eq!(world.wire.to_remote(), [], "left by another interface");
         lan.expect(1, ["remote"; 6]);
         assert_ne!(world.wire.to_remote(), [], "no rule covers this client");
+
         set("down");
         let to = addr(REMOTE4, 80);
         let refused = wait_until(PATIENCE, || lan.ask(0, Proto::Tcp, to) == "refused");
@@ -633,12 +649,12 @@ fn a_container_leaves_by_it() {
     for (valid_mark, bridged) in [("0", false), ("1", false), ("0", true)] {
         sysctl("net/ipv4/conf/all/src_valid_mark", valid_mark);
         // it needs no socket
-        crate::gateway::bridge_netfilter(bridged);
+        bridge_netfilter(bridged);
         let mut daemon = Daemon::start(&ground, &policy(), &[]);
         let mut left =
             |what: &str| assert_eq!(world.wire.to_remote(), [], "{what}: by another way");
         left("before");
-        for gracefully in [true, false] {
+        for end in [Daemon::leave, Daemon::kill9] {
             lan.expect(0, ["remote"; 6]);
             left("up");
             set("down");
@@ -649,14 +665,11 @@ fn a_container_leaves_by_it() {
             left("down");
             set("up");
             let passes = || {
-                let all = [REMOTE4, REMOTE6].map(|to| lan.ask(0, Proto::Tcp, addr(to, 80)));
+                let all = REMOTES.map(|to| lan.ask(0, Proto::Tcp, addr(to, 80)));
                 all.iter().all(|who| who.starts_with("remote"))
             };
             assert!(wait_until(PATIENCE, passes), "a container is not let out again");
-            match gracefully {
-                true => daemon.leave(),
-                false => daemon.kill9(),
-            }
+            end(daemon);
             lan.expect(0, ["remote"; 6]);
             left("without the daemon");
             daemon = Daemon::start(&ground, &policy(), &[]);
@@ -675,7 +688,9 @@ fn rules_of_others_would_take_it() {
     let (mut world, cgroup, daemon) = tunneled(&ground);
     let lines = "route add 203.0.113.0/24 via 192.0.2.2 dev in0 table 51820\n\
                  rule add pref 98 lookup 51820\n";
+
     ip_batch(&["-4"], lines);
+
     let said = "ip rules of others would take traffic of a route (ip rule pref 98 ";
     assert!(daemon.wait_log(said, PATIENCE), "{}", daemon.logs());
     passes(&mut world, &cgroup);
@@ -685,57 +700,38 @@ fn rules_of_others_would_take_it() {
     daemon.stop_clean();
 }
 
-/// A table that somebody else keeps: where it has no route, traffic is refused.
+/// A way by a table that somebody else keeps.
+const BY_TABLE: &str = "[route vpn]\ntable = 1000\nmasquerade = yes\n[rules]\nvpn = /vpn\n";
+
+/// Where that table leads.
+fn lead(four: &str, six: &str) {
+    let way = |by: &str| format!("route replace default table 1000 {by}\n");
+    ip_lines(&(way(four) + &way(six)));
+}
+
+fn lead_into_the_tunnel() {
+    lead("via 10.8.0.2", "via fd00:8::2 dev vpn0");
+}
+
+/// [`tunneled`] by such a table, which has no route yet.
+fn tunneled_by_table(ground: &Ground) -> (World, PathBuf, Daemon) {
+    let (world, cgroup) = (World::new(ground), ground.cgroup("/vpn"));
+    tunnel_up(ground);
+    let daemon = Daemon::start(ground, BY_TABLE, &[]);
+    await_member(&cgroup, "vpn");
+    (world, cgroup, daemon)
+}
+
+/// Where the table has a route, traffic leaves by that, wherever it leads; where it has none, it is refused.
 #[test]
 fn by_a_table_of_others() {
-    let (ground, mut world) = scene!("routetable");
-    let cgroup = ground.cgroup("/vpn");
-    tunnel_up(&ground);
-    let config = "[route vpn]\ntable = 1000\nmasquerade = yes\n[rules]\nvpn = /vpn\n";
-    let daemon = Daemon::start(&ground, config, &[]);
-    await_member(&cgroup, "vpn");
+    let ground = ground!("routetable");
+    let (mut world, cgroup, daemon) = tunneled_by_table(&ground);
     refused(&mut world, &cgroup);
-    ip_batch(
-        &[],
-        "route add default via 10.8.0.2 table 1000\n\
-         route add default via fd00:8::2 dev vpn0 table 1000\n",
-    );
+    lead_into_the_tunnel();
     passes(&mut world, &cgroup);
-    // no other way, whatever is deleted or bound to: the interfaces are those that it names
-    let floods = floods(&cgroup);
-    let floods_of_bound: Vec<_> = [REMOTE4, REMOTE6]
-        .map(|remote| {
-            let socket = udp_in(&cgroup, remote);
-            bind_to_device(&socket, "in0");
-            let _ = socket.send_to(b"who?", addr(remote, 80));
-            socket
-        })
-        .into();
-    for family in ["-4", "-6"] {
-        ip_batch(&[family], "rule flush\nrule add pref 32766 lookup main\n");
-        until_passes(&cgroup, if family == "-4" { REMOTE4 } else { REMOTE6 });
-    }
-    passes(&mut world, &cgroup);
-    daemon.kill9();
-    for family in ["-4", "-6"] {
-        ip_batch(&[family], "rule flush\nrule add pref 32766 lookup main\n");
-    }
-    for (proto, to) in CASES {
-        let (outcome, _) = ask(&cgroup, proto, to, SILENCE);
-        assert!(!matches!(outcome, Outcome::Answer(_)), "{proto:?} to {to}: {outcome:?}");
-    }
-    assert_eq!(world.wire.to_remote(), [], "left by another interface");
-    let daemon = Daemon::start(&ground, config, &[]);
-    passes(&mut world, &cgroup);
-    drop((floods, floods_of_bound));
-    // it leads elsewhere, and back
-    let lead = |four: &str, six: &str| {
-        let lines = format!(
-            "route replace default table 1000 {four}\nroute replace default table 1000 {six}\n"
-        );
-        ip_batch(&[], &lines);
-    };
-    lead("via 192.0.2.2", "via 2001:db8:1::2 dev in0");
+
+    // elsewhere, and back
     let by = |address: &str| {
         let to = if address.contains(':') { REMOTE6 } else { REMOTE4 };
         let answer = || ask(&cgroup, Proto::Udp, to, Duration::from_millis(200)).0;
@@ -744,22 +740,62 @@ fn by_a_table_of_others() {
         assert!(wait_until(PATIENCE, there), "not by {address}");
         println!("by {address} after {:?}", start.elapsed());
     };
-    [HOST4, HOST6].iter().for_each(|host| by(&host.to_string()));
-    lead("via 10.8.0.2", "via fd00:8::2 dev vpn0");
+    lead("via 192.0.2.2", "via 2001:db8:1::2 dev in0");
+    HOSTS.iter().for_each(|host| by(&host.to_string()));
+    lead_into_the_tunnel();
     TUNNEL.iter().for_each(|own| by(own));
+
     // two at once are both right
-    ip_batch(&[], "neigh replace fd00:8::3 lladdr 02:00:00:00:08:02 dev vpn0\n");
+    ip_lines("neigh replace fd00:8::3 lladdr 02:00:00:00:08:02 dev vpn0\n");
     lead(
         "nexthop via 10.8.0.2 nexthop via 10.8.0.2",
         "nexthop via fd00:8::2 dev vpn0 nexthop via fd00:8::3 dev vpn0",
     );
     world.wire.packets();
     passes(&mut world, &cgroup);
-    let shown = run_with(&ground, config, &["show"]).out;
+    let shown = run_with(&ground, BY_TABLE, &["show"]).out;
     assert!(shown.contains("oifname \"vpn0\" accept"), "{shown}");
+
     ip_batch(&["-4"], "route flush table 1000\n");
     ip_batch(&["-6"], "route flush table 1000\n");
     refused(&mut world, &cgroup);
+    daemon.stop_clean();
+}
+
+/// No other way, whatever is deleted or bound to, and with no daemon: the interfaces are those that the
+/// table names.
+#[test]
+fn by_no_way_that_the_table_does_not_name() {
+    let ground = ground!("routetable-only");
+    let (mut world, cgroup, daemon) = tunneled_by_table(&ground);
+    lead_into_the_tunnel();
+    passes(&mut world, &cgroup);
+
+    let floods = floods(&cgroup);
+    let _bound = REMOTES.map(|remote| {
+        let socket = udp_in(&cgroup, remote);
+        bind_to_device(&socket, "in0");
+        let _ = socket.send_to(b"who?", addr(remote, 80));
+        socket
+    });
+    let flush = |family| ip_batch(&[family], "rule flush\nrule add pref 32766 lookup main\n");
+    for (family, remote) in [("-4", REMOTE4), ("-6", REMOTE6)] {
+        flush(family);
+        until_passes(&cgroup, remote);
+    }
+    passes(&mut world, &cgroup);
+
+    daemon.kill9();
+    ["-4", "-6"].into_iter().for_each(flush);
+    for (proto, to) in CASES {
+        let (outcome, _) = ask(&cgroup, proto, to, SILENCE);
+        assert!(!matches!(outcome, Outcome::Answer(_)), "{proto:?} to {to}: {outcome:?}");
+    }
+    assert_eq!(world.wire.to_remote(), [], "left by another interface");
+
+    let daemon = Daemon::start(&ground, BY_TABLE, &[]);
+    passes(&mut world, &cgroup);
+    drop(floods);
     daemon.stop_clean();
 }
 
@@ -773,26 +809,28 @@ fn a_reload_moves_what_began_by_it() {
     let following = || Client::tcp(&cgroup, addr(REMOTE4, STREAM_PORT)).follow().spawn();
     let direct = following();
     assert!(wait_until(PATIENCE, || !world.wire.to_remote().is_empty()));
+
     daemon.reconfigure(&policy());
     // cut at once
     let (outcome, _) = direct.wait();
     assert!(matches!(outcome, Outcome::Failed(_) | Outcome::Refused), "{outcome:?}");
     // what is left of a flow that began directly ends directly, as long as the remote host sends
     let flows = || {
-        let mut list = Command::new("ss");
-        list.args(["-Htan", "sport", &format!(":{STREAM_PORT}")]);
-        let list = ground.outside(|| list.output()).expect("run ss").stdout;
-        String::from_utf8_lossy(&list).lines().filter(|line| !line.starts_with("LISTEN")).count()
+        let port = format!(":{STREAM_PORT}");
+        let list = ground.outside(|| output("ss", &["-Htan", "sport", &port]));
+        list.lines().filter(|line| !line.starts_with("LISTEN")).count()
     };
     assert!(wait_until(PATIENCE, || flows() == 0), "the remote host sends on");
     world.wire.packets();
     passes(&mut world, &cgroup);
+
     let routed = following();
     daemon.reconfigure(&policy().replace("vpn = /vpn", "drop = /vpn"));
     let (outcome, _) = routed.wait();
     assert!(!matches!(outcome, Outcome::Answer(_)), "{outcome:?}");
     daemon.reconfigure(&policy());
     passes(&mut world, &cgroup);
+
     daemon.reconfigure("[rules]\ndirect = /vpn\n");
     for (proto, to) in CASES {
         let (outcome, _) = ask(&cgroup, proto, to, PATIENCE);
@@ -807,8 +845,8 @@ fn bulk_passes_a_small_mtu() {
     let (ground, _world) = scene!("mtu");
     let cgroup = ground.cgroup("/vpn");
     tunnel_up(&ground);
-    ip_batch(&[], "link set vpn0 mtu 1280\n");
-    ground.outside(|| ip_batch(&[], "link set vout0 mtu 1280\n"));
+    ip_lines("link set vpn0 mtu 1280\n");
+    ground.outside(|| ip_lines("link set vout0 mtu 1280\n"));
     set("up");
     let _daemon = Daemon::start(&ground, &policy(), &[]);
     await_member(&cgroup, "vpn");
@@ -828,7 +866,7 @@ fn no_datagram_leaves_with_the_address_of_before() {
     let spares = "bypass = 203.0.113.0/24\nbypass = 2001:db8:2::/64\n[rules]";
     let daemon = Daemon::start(&ground, &policy().replace("[rules]", spares), &[]);
     await_member(&cgroup, "vpn");
-    let flows = [REMOTE4, REMOTE6].map(|to| (udp_in(&cgroup, to), to));
+    let flows = REMOTES.map(|to| (udp_in(&cgroup, to), to));
     let answered = |(socket, to): &(UdpSocket, IpAddr), own: &str| {
         socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
         socket.send_to(b"?", addr(*to, 80)).unwrap_or_else(|e| panic!("send to {to}: {e}"));
@@ -845,7 +883,9 @@ fn no_datagram_leaves_with_the_address_of_before() {
         answered(flow, &own.to_string());
     }
     assert_ne!(world.wire.to_remote(), []);
+
     daemon.reconfigure(&policy());
+
     for (flow, own) in flows.iter().zip(TUNNEL) {
         answered(flow, own);
     }

@@ -28,7 +28,9 @@ use crate::ground::{
     addr, any_of, ip, ip_lines, pipe, Ground, GATE4, GATE6, HOST4, HOST6, REMOTE4, REMOTES,
 };
 use crate::kernel::{await_member, load, table};
-use crate::routes::{passes, refused, until_passes, until_refused, TUNNEL};
+use crate::routes::{
+    passes, refused, until_closed, until_open, until_passes, until_refused, TUNNEL,
+};
 use crate::wait_until;
 use crate::world::{raw_addr, Server, World};
 
@@ -180,7 +182,7 @@ fn a_program_holds_the_interface() {
 
     let floods = floods(&cgroup);
     let none_passes = |world: &mut World| {
-        REMOTES.iter().for_each(|to| until_refused(&cgroup, *to));
+        until_closed(&cgroup);
         refused(world, &cgroup);
     };
     // the program ends, and its interface with it
@@ -202,9 +204,7 @@ fn a_program_holds_the_interface() {
         ip_lines(end);
         none_passes(&mut world);
         up(1500);
-        for to in REMOTES {
-            until_passes(&cgroup, to);
-        }
+        until_open(&cgroup);
         passes(&mut world, &cgroup);
     }
 
