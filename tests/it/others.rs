@@ -15,8 +15,11 @@ use crate::client::{
 use crate::containers::live;
 use crate::daemon::{run, Daemon};
 use crate::gateway::Lan;
-use crate::ground::{addr, here, ip, ip_batch, ip_both, sysctl, Ground, HOST4, REMOTE4, REMOTE6};
-use crate::kernel::{ip_rules, load, nft, output, residue};
+use crate::ground::{
+    addr, here, ip, ip_batch, ip_both, ip_lines, sysctl, Ground, HOST4, REMOTE4, REMOTE6, REMOTES,
+};
+use crate::kernel::{await_member, ip_routes, ip_rules, load, nft, output, residue};
+use crate::routes::tunnel_to;
 use crate::wait_until;
 use crate::world::{Server, World, PROXY, STREAM_PORT};
 
@@ -42,10 +45,9 @@ fn neighbourhood(ground: &Ground) -> (World, Lan<'_>, [Server; 2]) {
 /// The whole of it works: local cgroups, the LAN, and DNS of both.
 #[track_caller]
 fn all_well(ground: &Ground, world: &mut World, lan: &Lan) {
-    let [proxied, dropped, direct] =
-        ["/proxied", "/drop", "/direct"].map(|path| ground.cgroup(path));
-    crate::kernel::await_member(&proxied, "mihomo");
-    crate::kernel::await_member(&dropped, "drop");
+    let [proxied, dropped, direct] = ground.cgroups(["/proxied", "/drop", "/direct"]);
+    await_member(&proxied, "mihomo");
+    await_member(&dropped, "drop");
     let before = world.wire.packets();
     expect(&[(&proxied, under(PROXY)), (&dropped, under("drop"))]);
     lan.proxied(0);
@@ -63,6 +65,20 @@ fn all_well(ground: &Ground, world: &mut World, lan: &Lan) {
         assert_eq!(Client::udp(&proxied, to).run().who(), local);
         assert_eq!(lan.ask(0, Proto::Udp, to), routed);
     }
+}
+
+/// The policy without the LAN.
+fn without_lan() -> &'static str {
+    CONFIG.split("[gateway").next().expect("some")
+}
+
+/// Runs `f` while that table of another program is there.
+fn while_there<T>(table: &str, f: impl FnOnce() -> T) -> T {
+    load(table);
+    let result = f();
+    let name = table.split(" {").next().expect("a table");
+    load(&format!("delete {name}\n"));
+    result
 }
 
 fn servers() -> [Server; 2] {
@@ -229,6 +245,8 @@ fn unload(name: &str) {
     }
 }
 
+/// With the tables of a firewall that is there before the start or comes later all is well, nothing is told,
+/// and theirs is as it was when we end.
 #[test]
 fn firewalls_before_and_after_us() {
     let ground = ground!("firewalls");
@@ -258,16 +276,16 @@ fn firewalls_before_and_after_us() {
             }
             all_well(&ground, &mut world, &lan);
             assert_eq!(told(&daemon), ["", ""]);
-            let before = output("nft", &["-s", "list", "ruleset"]);
-            assert!(daemon.stop().success());
-            // Theirs is as it was.
-            let theirs = |text: &str| {
+            let theirs = || {
+                let text = output("nft", &["-s", "list", "ruleset"]);
                 let tables = text.split("\ntable ").map(|t| t.trim_start_matches("table "));
                 let tables = tables.filter(|t| !t.starts_with("inet cgtproxy"));
                 tables.map(|t| t.trim().to_owned()).collect::<Vec<_>>()
             };
-            let after = output("nft", &["-s", "list", "ruleset"]);
-            assert_eq!(theirs(&before), theirs(&after));
+            let before = theirs();
+            assert!(!before.is_empty());
+            assert!(daemon.stop().success());
+            assert_eq!(before, theirs());
             unload(name);
         }
     }
@@ -388,20 +406,21 @@ fn wireguard(verb: &str) {
     ip_both(&WIREGUARD.replace(" add ", &format!(" {verb} ")));
 }
 
+/// A gateway's interface with the priorities of our rules before those of 98, and before those of 48.
+const PLACES: [(&str, &[u32], &[u32]); 2] =
+    [("br-lan", &[97], &[47]), ("br-*", &[95, 96, 97], &[45, 46, 47])];
+
 /// Rules that come after ours and go before them: ours go before them again, as often as it takes,
 /// and come back.
 #[test]
 fn overtaken_by_a_tunnel() {
     let ground = ground!("overtaken");
     let (mut world, lan, _servers) = neighbourhood(&ground);
-    for (interface, before, other) in
-        [("br-lan", &[97][..], &[47][..]), ("br-*", &[95, 96, 97], &[45, 46, 47])]
-    {
-        let config = CONFIG.replace("br-lan", interface);
-        let daemon = Daemon::start(&ground, &config, &[]);
-        let home: Vec<u32> = (100..).take(before.len()).collect();
+    for (interface, places_before, _) in PLACES {
+        let daemon = Daemon::start(&ground, &CONFIG.replace("br-lan", interface), &[]);
+        let home: Vec<u32> = (100..).take(places_before.len()).collect();
         all_well(&ground, &mut world, &lan);
-        // What cannot match our packets is nobody's business.
+        // what cannot match our packets is nobody's business
         let harmless = "rule add pref 50 fwmark 0x1/0xff000001 lookup main\n\
                         rule add pref 51 oif in0 lookup main\n\
                         rule add pref 52 iif in0 lookup main\n\
@@ -419,21 +438,31 @@ fn overtaken_by_a_tunnel() {
             assert!(!status.contains("missing") && !status.contains("dropped"), "{status}");
             let exec = daemon.ask(&["exec", "mihomo", "--", "true"]);
             assert_eq!(exec.code, Some(0), "{exec:?}");
+
             wireguard("del");
             await_places(&daemon, &home);
         }
-        assert!(!daemon.logs().contains("of priority 5"), "{}", daemon.logs());
-        assert!(!daemon.logs().contains("trying again"), "{}", daemon.logs());
+        let log = daemon.logs();
+        assert!(!log.contains("of priority 5") && !log.contains("trying again"), "{log}");
         let said = "ip rules of others would take proxied traffic (ip rule pref ";
-        assert!(daemon.logs().contains(said), "{}", daemon.logs());
-        assert!(daemon.logs().contains("not fwmark 0xca6c lookup 51820"), "{}", daemon.logs());
-        // Before the start and at a reload too.
+        assert!(log.contains(said) && log.contains("not fwmark 0xca6c lookup 51820"), "{log}");
         assert!(daemon.stop().success());
+    }
+}
+
+/// The same before the start and at a reload. Whatever the place, all of it is found.
+#[test]
+fn overtaken_before_the_start() {
+    let ground = ground!("overtaken-first");
+    let (mut world, lan, _servers) = neighbourhood(&ground);
+    for (interface, before, other) in PLACES {
+        let config = CONFIG.replace("br-lan", interface);
         ip_both("route add NET dev br-lan table 51820\n");
         ip_both(&WIREGUARD.replace("rule add", "rule add pref 98"));
         let daemon = Daemon::start(&ground, &config, &[]);
         await_places(&daemon, before);
         all_well(&ground, &mut world, &lan);
+
         ip_both("rule add pref 48 uidrange 0-4294967294 lookup 51820\n");
         await_places(&daemon, other);
         daemon.reconfigure(&format!("[global]\nrule-priority = 80\n{config}"));
@@ -442,7 +471,7 @@ fn overtaken_by_a_tunnel() {
         daemon.reconfigure(&format!("[global]\nrule-priority = 30\n{config}"));
         await_places(&daemon, &(30..).take(before.len()).collect::<Vec<_>>());
         all_well(&ground, &mut world, &lan);
-        // Whatever the place, all of it is found.
+
         daemon.reconfigure(&config);
         await_places(&daemon, other);
         daemon.kill9();
@@ -461,7 +490,7 @@ fn a_rule_that_nothing_goes_before() {
     let (mut world, lan, _servers) = neighbourhood(&ground);
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let cgroup = ground.cgroup("/proxied");
-    crate::kernel::await_member(&cgroup, "mihomo");
+    await_member(&cgroup, "mihomo");
     all_well(&ground, &mut world, &lan);
     ip_both(
         "route add default via GATE table 51820\nroute add NET dev br-lan table 51820\n\
@@ -482,16 +511,19 @@ fn a_rule_that_nothing_goes_before() {
     // (of the cgroup it would be a container)
     lan.client(0).run(|| unanswered(&ground.root));
     assert_eq!(world.wire.to_remote(), []);
-    // Said again where somebody asks, and at a reload; and once otherwise.
+
+    // said again where somebody asks, and at a reload; and once otherwise
     let told = |text: &str| text.matches("before ours of priority 0").count();
     assert_eq!(told(&daemon.logs()), 2, "{}", daemon.logs());
     daemon.signal(Signal::SIGUSR1);
     let asked = || told(&daemon.logs()) == 4;
     assert!(wait_until(PATIENCE, asked), "{}", daemon.logs());
+
     ip_both("rule del pref 0 not fwmark 51820 table 51820\n");
     await_places(&daemon, &[100]);
     all_well(&ground, &mut world, &lan);
-    // A rule of ours behind one of the same priority, and before it.
+
+    // a rule of ours behind one of the same priority, and before it.
     for first in [true, false] {
         let same = "pref 100 not fwmark 51820 table 51820\n";
         if first {
@@ -512,7 +544,7 @@ fn a_rule_that_nothing_goes_before() {
 /// Waits until our routes are in our table, whatever else is there.
 #[track_caller]
 fn await_routes(daemon: &Daemon) {
-    let route = |family| crate::kernel::ip_routes(family, "300");
+    let route = |family| ip_routes(family, "300");
     let ours = || ["-4", "-6"].iter().all(|f| route(f).contains("2 default dev lo proto 99"));
     assert!(wait_until(PATIENCE, ours), "{}\n{}", residue(), daemon.logs());
 }
@@ -549,7 +581,7 @@ fn routes_of_others_with_the_destination_of_ours() {
         ip_both(&format!("route replace {line}\n"));
         await_routes(&daemon);
         assert!(daemon.stop().success());
-        let left = ["-4", "-6"].map(|family| crate::kernel::ip_routes(family, "300"));
+        let left = ["-4", "-6"].map(|family| ip_routes(family, "300"));
         assert!(left.iter().all(|left| left.lines().count() == 1), "{left:?}");
         ip_both(&format!("route del {line}\n"));
     }
@@ -585,7 +617,7 @@ fn longer_prefixes_of_others_are_told_of() {
             let told = wait_until(PATIENCE, || told(&daemon));
             assert!(told, "{}", daemon.logs());
         }
-        crate::kernel::await_member(&cgroup, "mihomo");
+        await_member(&cgroup, "mihomo");
         world.wire.packets();
         unanswered(&cgroup);
         assert_eq!(world.wire.to_remote(), []);
@@ -662,37 +694,40 @@ fn a_program_that_wants_to_be_first_meets_pauses() {
     assert!(lines < 10, "{lines} lines: {}", daemon.logs());
 }
 
-/// wg-quick with a default route (its interface stands for the tunnel), mwan3, Tailscale: their ip
-/// rules at their priorities, around ours.
-#[test]
-fn rules_of_others() {
-    let ground = ground!("otherrules");
-    let (mut world, lan, _servers) = neighbourhood(&ground);
-    // mwan3: by mark, first the interface's rule, then the policy's, then unreachable.
-    let mwan3 = "route add default via GATE table 1
+/// By mark, first the interface's rule, then the policy's, then unreachable.
+const MWAN3: &str = "route add default via GATE table 1
 route add NET dev br-lan table 1
 rule add pref 1001 iif in0 lookup 1
 rule add pref 2001 fwmark 0x100/0x3f00 lookup 1
 rule add pref 2061 fwmark 0x3d00/0x3f00 blackhole
 rule add pref 2062 fwmark 0x3e00/0x3f00 unreachable
 ";
-    let tailscale = "rule add pref 5210 fwmark 0x80000/0xff0000 lookup main
+
+const TAILSCALE: &str = "rule add pref 5210 fwmark 0x80000/0xff0000 lookup main
 rule add pref 5230 fwmark 0x80000/0xff0000 lookup default
 rule add pref 5250 fwmark 0x80000/0xff0000 unreachable
 rule add pref 5270 lookup 52
 ";
-    // Right before and right after ours.
-    let neighbours = "route add default via GATE table 77
+
+/// Right before and right after ours.
+const NEIGHBOURS: &str = "route add default via GATE table 77
 rule add pref 99 fwmark 0x1/0xff lookup 77
 rule add pref 100 fwmark 0x2/0xff lookup 77
 rule add pref 101 fwmark 0x3/0xff lookup 77
 rule add pref 102 fwmark 0x4/0xff lookup 77
 ";
+
+/// wg-quick with a default route (its interface stands for the tunnel), mwan3, Tailscale: their ip
+/// rules at their priorities, around ours.
+#[test]
+fn rules_of_others() {
+    let ground = ground!("otherrules");
+    let (mut world, lan, _servers) = neighbourhood(&ground);
     for (who, lines) in [
         ("wg-quick", WIREGUARD),
-        ("mwan3", mwan3),
-        ("tailscale", tailscale),
-        ("neighbours", neighbours),
+        ("mwan3", MWAN3),
+        ("tailscale", TAILSCALE),
+        ("neighbours", NEIGHBOURS),
     ] {
         for first in [true, false] {
             for interface in ["br-lan", "br-*"] {
@@ -722,6 +757,8 @@ rule add pref 102 fwmark 0x4/0xff lookup 77
     }
 }
 
+/// A host without IPv6, or without an IPv4 address but on lo, has its other family proxied, for its clients
+/// too.
 #[test]
 fn hosts_of_one_family_forward_too() {
     for off in ["-4", "-6"] {
@@ -733,7 +770,6 @@ fn hosts_of_one_family_forward_too() {
                     sysctl(&format!("net/ipv6/conf/{interface}/disable_ipv6"), "1");
                 }
             }
-            // No address but on lo.
             _ => ip_batch(&["-4"], "addr flush dev in0\naddr flush dev br-lan\n"),
         }
         let cgroup = ground.cgroup("/proxied");
@@ -763,7 +799,7 @@ fn a_vrf_is_present() {
         println!("SKIP: no VRF in this kernel");
         return;
     }
-    ip_batch(&[], vrf);
+    ip_lines(vrf);
     let _daemon = Daemon::start(&ground, CONFIG, &[]);
     all_well(&ground, &mut world, &lan);
 }
@@ -775,7 +811,7 @@ fn containers() {
     let lan = Lan::on(&ground, "docker0");
     let _servers = servers();
     let [container, slirp] =
-        ["/docker/0123456789ab", "/user.slice/libpod-1.scope/container"].map(|p| ground.cgroup(p));
+        ground.cgroups(["/docker/0123456789ab", "/user.slice/libpod-1.scope/container"]);
     let config = "
         [global]
         containers = no
@@ -852,11 +888,13 @@ fn dns_of_this_host_by_default_direct() {
     dns_of_this_host(&ground!("dnslocal-direct"), "direct");
 }
 
+/// The same.
 #[test]
 fn dns_of_this_host_by_default_proxied() {
     dns_of_this_host(&ground!("dnslocal-all"), "all");
 }
 
+/// The same.
 #[test]
 fn dns_of_this_host_by_default_dropped() {
     dns_of_this_host(&ground!("dnslocal-drop"), "drop");
@@ -887,12 +925,8 @@ fn dns_of_this_host(ground: &Ground, default: &str) {
                 guarded_dns_comes_to(cgroup, proto, to, &own);
             }
             let remote = format!("remote {bypassed}:53");
-            dns_comes_to(
-                cgroup,
-                proto,
-                bypassed,
-                taker(target, proto, bypassed).unwrap_or(&remote),
-            );
+            let want = taker(target, proto, bypassed).unwrap_or(&remote);
+            dns_comes_to(cgroup, proto, bypassed, want);
             guarded_dns_comes_to(cgroup, proto, bypassed, &remote);
         }
         // other ports of this host are nobody's business
@@ -953,7 +987,7 @@ add rule {family} wg-quick-wg0 premangle meta l4proto udp meta mark set ct mark
 
 /// What `wg-quick up` does for a default route. The remote hosts answer what comes by it.
 fn wg_quick_up(ground: &Ground) {
-    crate::routes::tunnel_to(ground, "wg0");
+    tunnel_to(ground, "wg0");
     ip_both(
         "rule add not fwmark 51820 table 51820\nrule add table main suppress_prefixlength 0\n\
          route add default dev wg0 table 51820\n",
@@ -970,6 +1004,7 @@ fn the_chains_of_wg_quick_are_there_first() {
     the_chains_of_wg_quick(&ground!("wgquick-first"), wg_quick_up, |_| {});
 }
 
+/// The same where it comes after us.
 #[test]
 fn the_chains_of_wg_quick_come_later() {
     the_chains_of_wg_quick(&ground!("wgquick-later"), |_| {}, wg_quick_up);
@@ -977,8 +1012,7 @@ fn the_chains_of_wg_quick_come_later() {
 
 fn the_chains_of_wg_quick(ground: &Ground, first: fn(&Ground), later: fn(&Ground)) {
     let (mut world, lan, _servers) = neighbourhood(ground);
-    let [proxied, dropped, direct] =
-        ["/proxied", "/drop", "/direct"].map(|path| ground.cgroup(path));
+    let [proxied, dropped, direct] = ground.cgroups(["/proxied", "/drop", "/direct"]);
     let clients = |want: &dyn Fn(&str) -> String| {
         for (proto, to) in FLOWS {
             let want = want(&to.to_string());
@@ -992,9 +1026,8 @@ fn the_chains_of_wg_quick(ground: &Ground, first: fn(&Ground), later: fn(&Ground
     };
     first(ground);
     let daemon = Daemon::start(ground, CONFIG, &[]);
-    crate::kernel::await_member(&proxied, "mihomo");
-    crate::kernel::await_member(&dropped, "drop");
     later(ground);
+
     let named = |text: &str| {
         ["ip", "ip6"].iter().all(|family| {
             let place = format!("chain {family} wg-quick-wg0 preraw of another program drops");
@@ -1009,6 +1042,7 @@ fn the_chains_of_wg_quick(ground: &Ground, first: fn(&Ground), later: fn(&Ground
     assert!(named(&ask("status")), "{}", ask("status"));
     world.wire.packets();
     clients(&|_| "nobody".into());
+
     for family in ["ip", "ip6"] {
         load(&format!("insert rule {family} wg-quick-wg0 preraw iif lo accept\n"));
     }
@@ -1018,9 +1052,7 @@ fn the_chains_of_wg_quick(ground: &Ground, first: fn(&Ground), later: fn(&Ground
     }
     assert!(!ask("check").contains("wg-quick-wg0"), "{}", ask("check"));
     assert!(!ask("status").contains("wg-quick-wg0"), "{}", ask("status"));
-    let mut left = world.wire.to_remote();
-    left.retain(|packet| packet.proto != Proto::Icmp);
-    assert_eq!(left, []);
+    world.wire.assert_only_pings();
     assert!(daemon.stop().success());
 }
 
@@ -1065,69 +1097,75 @@ fn packet_marks_that_others_overwrite() {
     assert_eq!(told(&daemon), ["", ""]);
     let proxied = ground.cgroup("/proxied");
     const PACKET: &str = "overwrites the packet mark without sparing the bits 0xff000000";
-    let targets = [REMOTE4, REMOTE6].map(|ip| addr(ip, 80));
+    const XOR: &str =
+        "meta mark 0x01000000 oifname != \"lo\" meta mark set 0x01020304 xor 0x2000000";
     for (hook, priority, rule) in [
         ("output", -149, "meta mark set 0"),
         ("output", 0, "meta mark set 0x5"),
         ("output", 300, "meta mark set meta mark & 0x00ffffff"),
         ("output", -140, "meta mark set ct mark & 0xffff"),
-        (
-            "output",
-            -140,
-            "meta mark 0x01000000 oifname != \"lo\" meta mark set 0x01020304 xor 0x2000000",
-        ),
+        ("output", -140, XOR),
         ("prerouting", -300, "iif lo meta mark set 0x1"),
         ("prerouting", 0, "meta l4proto tcp meta mark set ct mark map { 0x01000000 : 0x5 }"),
         ("postrouting", 0, "oifname { lo, eth0 } meta mark set 0x1"),
     ] {
         println!("{hook} {priority} {rule}");
-        load(&who(hook, priority, rule));
-        for to in targets {
-            let client = Client::tcp(&proxied, to);
-            match hook {
-                // by the way of the new mark
-                "output" => assert_eq!(client.run().who(), format!("remote {to}")),
-                _ => {
-                    let who = client.timeout(SILENCE).run().who();
-                    assert!(!who.starts_with(PROXY), "{who}");
+        while_there(&who(hook, priority, rule), || {
+            for to in REMOTES.map(|ip| addr(ip, 80)) {
+                let client = Client::tcp(&proxied, to);
+                match hook {
+                    // by the way of the new mark
+                    "output" => assert_eq!(client.run().who(), format!("remote {to}")),
+                    _ => {
+                        let who = client.timeout(SILENCE).run().who();
+                        assert!(!who.starts_with(PROXY), "{who}");
+                    }
                 }
             }
-        }
-        told_and_remedied(&daemon, "inet who c", PACKET);
-        all_well(&ground, &mut world, &lan);
-        load("delete table inet who\n");
-    }
-    // restored behind what makes up for it: the LAN's flows
-    for (hook, priority) in [("output", 60), ("prerouting", 60), ("postrouting", -160)] {
-        println!("{hook} {priority}");
-        load(&who(hook, priority, "meta mark set ct mark"));
-        assert_eq!(lan.ask_within(0, Proto::Udp, targets[0], SILENCE), "nobody");
-        told_and_remedied(&daemon, "inet who c", "what is routed to a tproxy, or its answers");
-        all_well(&ground, &mut world, &lan);
-        load("delete table inet who\n");
+            told_and_remedied(&daemon, "inet who c", PACKET);
+            all_well(&ground, &mut world, &lan);
+        });
     }
     assert!(daemon.stop().success());
-    // and without a LAN, they break nothing
-    let config = CONFIG.split("[gateway").next().expect("some");
-    let daemon = Daemon::start(&ground, config, &[]);
-    crate::kernel::await_member(&proxied, "mihomo");
-    for (hook, priority) in [("output", 60), ("prerouting", 60), ("postrouting", -160)] {
-        load(&who(hook, priority, "meta mark set ct mark"));
-        assert_eq!(told(&daemon), ["", ""]);
-        expect(&[(&proxied, under(PROXY))]);
-        load("delete table inet who\n");
+}
+
+/// Flow marks that others restore behind what makes up for it break what is routed, and are told of where
+/// something is.
+#[test]
+fn flow_marks_that_are_restored_behind_us() {
+    const PLACES: [(&str, i32); 3] = [("output", 60), ("prerouting", 60), ("postrouting", -160)];
+    let restored = PLACES.map(|(hook, priority)| who(hook, priority, "meta mark set ct mark"));
+    let ground = ground!("restored");
+    let (mut world, lan, _servers) = neighbourhood(&ground);
+    let proxied = ground.cgroup("/proxied");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    for table in &restored {
+        while_there(table, || {
+            assert_eq!(lan.ask_within(0, Proto::Udp, addr(REMOTE4, 80), SILENCE), "nobody");
+            told_and_remedied(&daemon, "inet who c", "what is routed to a tproxy, or its answers");
+            all_well(&ground, &mut world, &lan);
+        });
+    }
+    assert!(daemon.stop().success());
+
+    let daemon = Daemon::start(&ground, without_lan(), &[]);
+    for table in &restored {
+        while_there(table, || {
+            assert_eq!(told(&daemon), ["", ""]);
+            expect(&[(&proxied, under(PROXY))]);
+        });
     }
 }
 
 /// The same for the mark by which a container's packets are known from where they come in.
 #[test]
 fn container_marks_that_others_overwrite() {
-    let (ground, mut world) = scene!("boxmarks");
+    let (ground, _world) = scene!("boxmarks");
     let lan = Lan::new(&ground);
     let _servers = servers();
     let _boxed = live(lan.client(1), &ground.cgroup("/drop/box"));
     // a policy without any tproxy too
-    for config in [CONFIG.split("[gateway").next().expect("some"), "[rules]\ndrop = /drop\n"] {
+    for config in [without_lan(), "[rules]\ndrop = /drop\n"] {
         let daemon = Daemon::start(&ground, config, &[]);
         lan.dropped(1);
         lan.direct(0);
@@ -1136,25 +1174,24 @@ fn container_marks_that_others_overwrite() {
             (-300, "iifname \"br-lan\" meta mark set 0"),
             (-199, "meta mark set meta mark | 0xff000000"),
         ] {
-            load(&who("prerouting", priority, rule));
-            let known = priority == -199;
-            // loaded last it is first of equals
-            lan.direct(1);
-            let what = if known { "packet mark" } else { "goes as if no rule covered it" };
-            told_and_remedied(&daemon, "inet who c", what);
-            lan.dropped(1);
-            load("delete table inet who\n");
+            while_there(&who("prerouting", priority, rule), || {
+                let known = priority == -199;
+                // loaded last it is first of equals
+                lan.direct(1);
+                let what = if known { "packet mark" } else { "goes as if no rule covered it" };
+                told_and_remedied(&daemon, "inet who c", what);
+                lan.dropped(1);
+            });
         }
         // in other bits, or elsewhere
         for (priority, rule) in
             [(-300, "meta mark set meta mark | 0x1"), (-300, "iifname \"in0\" meta mark set 0")]
         {
-            load(&who("prerouting", priority, rule));
-            assert_eq!(told(&daemon), ["", ""]);
-            lan.dropped(1);
-            load("delete table inet who\n");
+            while_there(&who("prerouting", priority, rule), || {
+                assert_eq!(told(&daemon), ["", ""]);
+                lan.dropped(1);
+            });
         }
-        world.wire.packets();
         daemon.stop_clean();
     }
 }
@@ -1181,21 +1218,20 @@ fn flow_marks_that_others_overwrite() {
             let (ground, mut world) = scene!("flow-marks");
             let _proxy = Server::stream(PROXY, &[7893]);
             let _dns = Server::start("dns", &[1053]);
-            let config = CONFIG.split("[gateway").next().expect("some");
-            let daemon = Daemon::start(&ground, config, &[]);
             let proxied = ground.cgroup("/proxied");
-            crate::kernel::await_member(&proxied, "mihomo");
+            let daemon = Daemon::start(&ground, without_lan(), &[]);
             load(&who(hook, priority, rule));
             if remedied {
                 told_and_remedied(&daemon, "inet who c", FLOW);
             }
+
             let lost = loses_dns && !remedied;
             let patience = if lost { SILENCE } else { PATIENCE };
             let ask = |ip| Client::udp(&proxied, addr(ip, 53)).timeout(patience).run().who();
-            let dns = [REMOTE4, REMOTE6].map(ask);
+            let dns = REMOTES.map(ask);
             assert_eq!(dns != WELL, lost, "{dns:?}");
             world.wire.packets();
-            for ip in [REMOTE4, REMOTE6] {
+            for ip in REMOTES {
                 let to = addr(ip, STREAM_PORT);
                 assert_eq!(Client::tcp(&proxied, to).close_early(50).run().who(), "");
             }
@@ -1208,6 +1244,27 @@ fn flow_marks_that_others_overwrite() {
     }
 }
 
+/// Rules of iptables' mangle table, and which of our marks they overwrite.
+const IPTABLES: [(&str, Option<&str>); 17] = [
+    ("OUTPUT -j MARK --set-mark 1", Some("packet mark")),
+    ("OUTPUT -j MARK --set-xmark 0x0/0xff00ff00", Some("packet mark")),
+    ("PREROUTING -i lo -m connmark ! --mark 0 -j MARK --set-mark 1", Some("packet mark")),
+    ("OUTPUT -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffff", Some("packet mark")),
+    ("OUTPUT -j CONNMARK --set-mark 7", Some("ct mark")),
+    ("POSTROUTING -j CONNMARK --save-mark", Some("ct mark")),
+    ("OUTPUT -j CONNMARK --restore-mark", None),
+    ("PREROUTING -j CONNMARK --restore-mark", None),
+    ("PREROUTING -i in0 -m mark --mark 0 -j MARK --set-mark 1", None),
+    ("PREROUTING -i in+ -j CONNMARK --set-mark 1", None),
+    ("OUTPUT -m mark --mark 0 -j MARK --set-mark 1", None),
+    ("OUTPUT -m connmark --mark 5 -j CONNMARK --set-mark 6", None),
+    ("OUTPUT -j MARK --set-xmark 0x40000/0xff0000", None),
+    ("OUTPUT -j MARK --or-mark 0x4000", None),
+    ("OUTPUT -j MARK --and-mark 0xff00ffff", None),
+    ("POSTROUTING -j CONNMARK --save-mark --nfmask 0x3f00 --ctmask 0x3f00", None),
+    ("OUTPUT -j CONNMARK --restore-mark --nfmask 0x3f00 --ctmask 0x3f00", None),
+];
+
 /// iptables has structs of its own in place of nft's expressions.
 #[test]
 fn marks_that_iptables_overwrites() {
@@ -1217,9 +1274,8 @@ fn marks_that_iptables_overwrites() {
     }
     let (ground, _world) = scene!("ipt-marks");
     let _servers = servers();
-    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
     let proxied = ground.cgroup("/proxied");
-    crate::kernel::await_member(&proxied, "mihomo");
+    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
     let iptables = |rule: &str| {
         let mut words = vec!["-t", "mangle"];
         words.extend(rule.split(' '));
@@ -1228,28 +1284,7 @@ fn marks_that_iptables_overwrites() {
         assert!(out.status.success(), "{rule}: {}", String::from_utf8_lossy(&out.stderr));
     };
     let to = addr(REMOTE4, 80);
-    for (rule, what) in [
-        ("OUTPUT -j MARK --set-mark 1", Some("packet mark")),
-        ("OUTPUT -j MARK --set-xmark 0x0/0xff00ff00", Some("packet mark")),
-        ("PREROUTING -i lo -m connmark ! --mark 0 -j MARK --set-mark 1", Some("packet mark")),
-        (
-            "OUTPUT -j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffff",
-            Some("packet mark"),
-        ),
-        ("OUTPUT -j CONNMARK --set-mark 7", Some("ct mark")),
-        ("POSTROUTING -j CONNMARK --save-mark", Some("ct mark")),
-        ("OUTPUT -j CONNMARK --restore-mark", None),
-        ("PREROUTING -j CONNMARK --restore-mark", None),
-        ("PREROUTING -i in0 -m mark --mark 0 -j MARK --set-mark 1", None),
-        ("PREROUTING -i in+ -j CONNMARK --set-mark 1", None),
-        ("OUTPUT -m mark --mark 0 -j MARK --set-mark 1", None),
-        ("OUTPUT -m connmark --mark 5 -j CONNMARK --set-mark 6", None),
-        ("OUTPUT -j MARK --set-xmark 0x40000/0xff0000", None),
-        ("OUTPUT -j MARK --or-mark 0x4000", None),
-        ("OUTPUT -j MARK --and-mark 0xff00ffff", None),
-        ("POSTROUTING -j CONNMARK --save-mark --nfmask 0x3f00 --ctmask 0x3f00", None),
-        ("OUTPUT -j CONNMARK --restore-mark --nfmask 0x3f00 --ctmask 0x3f00", None),
-    ] {
+    for (rule, what) in IPTABLES {
         println!("{rule}");
         iptables(&format!("-A {rule}"));
         let place = format!("ip mangle {}", rule.split(' ').next().expect("a chain"));
@@ -1307,11 +1342,10 @@ meta l4proto udp meta mark set ct mark\n}\n}\n".into()),
         ("bridge", "table bridge b {\nchain c {\ntype filter hook output priority 0;\nmeta mark set 0x1\n}\n}\n".into()),
     ] {
         println!("{name}");
-        load(&script);
-        assert_eq!(told(&daemon), ["", ""], "{script}");
-        all_well(&ground, &mut world, &lan);
-        let table = script.split(" {").next().expect("a table");
-        load(&format!("delete {table}\n"));
+        while_there(&script, || {
+            assert_eq!(told(&daemon), ["", ""], "{script}");
+            all_well(&ground, &mut world, &lan);
+        });
     }
 }
 
@@ -1321,25 +1355,24 @@ fn notrack_of_others_breaks_what_is_told() {
     let (ground, mut world) = scene!("notrack-dns");
     let _proxy = Server::stream(PROXY, &[7893]);
     let _dns = Server::start("dns", &[1053]);
-    let config = CONFIG.split("[gateway").next().expect("some");
-    let daemon = Daemon::start(&ground, config, &[]);
     let proxied = ground.cgroup("/proxied");
-    crate::kernel::await_member(&proxied, "mihomo");
+    let daemon = Daemon::start(&ground, without_lan(), &[]);
     for rule in ["udp dport 53 notrack", "udp sport 1053 notrack"] {
-        load(&who("output", -300, rule));
-        for text in told(&daemon) {
-            assert!(text.contains("hijacked DNS does not get to its resolver"), "{text}");
-        }
-        for ip in [REMOTE4, REMOTE6] {
-            let who = Client::udp(&proxied, addr(ip, 53)).timeout(SILENCE).run().who();
-            assert!(!who.starts_with("dns "), "{rule}: {who}");
-        }
-        load("delete table inet who\n");
+        while_there(&who("output", -300, rule), || {
+            for text in told(&daemon) {
+                assert!(text.contains("hijacked DNS does not get to its resolver"), "{text}");
+            }
+            for ip in REMOTES {
+                let who = Client::udp(&proxied, addr(ip, 53)).timeout(SILENCE).run().who();
+                assert!(!who.starts_with("dns "), "{rule}: {who}");
+            }
+        });
     }
+
     load(&who("output", -300, "meta l4proto tcp notrack"));
     assert!(told(&daemon)[0].contains("closed sockets (acknowledgements, resets) goes to the true"));
     world.wire.packets();
-    for ip in [REMOTE4, REMOTE6] {
+    for ip in REMOTES {
         let to = addr(ip, STREAM_PORT);
         assert_eq!(Client::tcp(&proxied, to).close_early(50).run().who(), "");
     }
