@@ -1,39 +1,48 @@
 //! Sections keep their marks while others come, go and move: flows are known by these, also where no
 //! rule decides for them any more. Pure.
 
-use super::model::{Config, Outlet};
-use crate::net::{Bearer, Mark, Marked};
+use super::model::{Config, Route};
+use crate::net::{way_name, Bearer, Mark, Marked};
 use crate::small::SmallSet;
 
 /// So many marks of sections that are no more are remembered.
 const MOST_RETIRED: usize = 256;
 
+fn way(route: &Route) -> String {
+    way_name(&route.outlet.name, &route.interface, route.masquerades())
+}
+
 impl Config {
     /// The marks that flows bear, those of sections that are no more behind them.
     pub fn marked(&self) -> Vec<Marked> {
-        let marked = |of, outlet: &Outlet, value| {
+        let marked = |(of, name, value)| {
             let mark = Mark { value, mask: self.mask };
-            Marked { of, name: outlet.name.clone(), mark }
+            Marked { of, name, mark }
         };
-        let tproxies = self.tproxies.iter().map(|t| &t.outlet);
-        let tproxies = tproxies.map(|outlet| marked(Bearer::Tproxy, outlet, outlet.mark));
+        let tproxies =
+            self.tproxies.iter().map(|t| (Bearer::Tproxy, t.outlet.name.clone(), t.outlet.mark));
         let routes = self.routes.iter().flat_map(|route| {
-            let own = marked(Bearer::Route, &route.outlet, route.outlet.mark);
-            [own, marked(Bearer::Forwarded, &route.outlet, route.forward_mark)]
+            let own = (Bearer::Route, way(route), route.outlet.mark);
+            [own, (Bearer::Forwarded, way(route), route.forward_mark)]
         });
-        tproxies.chain(routes).chain(self.retired.iter().cloned()).collect()
+        tproxies.chain(routes).map(marked).chain(self.retired.iter().cloned()).collect()
     }
 
     /// What has no mark has 0.
-    fn marks_mut(&mut self) -> impl Iterator<Item = (Bearer, &str, &mut u32)> {
+    fn marks_mut(&mut self) -> impl Iterator<Item = (Bearer, String, &mut u32)> {
         let tproxies = self.tproxies.iter_mut().map(|tproxy| &mut tproxy.outlet);
-        let tproxies = tproxies.map(|outlet| (Bearer::Tproxy, &*outlet.name, &mut outlet.mark));
+        let tproxies = tproxies.map(|o| (Bearer::Tproxy, o.name.clone(), &mut o.mark));
         let routes = self.routes.iter_mut().flat_map(|route| {
-            let (outlet, forwarded) = (&mut route.outlet, &mut route.forward_mark);
-            let name = &*outlet.name;
-            [(Bearer::Route, name, &mut outlet.mark), (Bearer::Forwarded, name, forwarded)]
+            let (own, forwarded) = (way(route), way(route));
+            let Route { outlet, forward_mark, .. } = route;
+            [(Bearer::Route, own, &mut outlet.mark), (Bearer::Forwarded, forwarded, forward_mark)]
         });
         tproxies.chain(routes)
+    }
+
+    /// Whether a flow's mark is that of a section that is no more.
+    pub fn is_retired(&self, ct_mark: u32) -> bool {
+        self.retired.iter().any(|had| had.mark.value == ct_mark & self.mask)
     }
 
     /// Has sections keep the marks that they had before, and new ones have such as nobody had, as long
@@ -67,7 +76,7 @@ impl Config {
             taken.insert(*mark);
         }
         self.said_marks = said;
-        before.retain(|had| !taken.contains(&had.mark.value));
+        before.retain(|had| taken.insert(had.mark.value));
         before.truncate(MOST_RETIRED);
         self.retired = before;
     }

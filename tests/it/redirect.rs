@@ -561,62 +561,152 @@ fn listener(at: SocketAddr) -> TcpListener {
     TcpListener::from(fd)
 }
 
+/// This host's flows and a client's, by a proxy and by a route.
+struct Streams<'a> {
+    lan: Lan<'a>,
+    cgroups: [PathBuf; 2],
+    /// Those of the proxy and of the remote host, by family.
+    ends: [[TcpListener; 2]; 2],
+}
+
+const PROXIED: &str = "[tproxy mihomo]\nport = 7893\n";
+const OTHER: &str = "[tproxy other]\nport = 7894\n";
+const CLOSED: &str = "[route closed]\ninterface = nowhere\n";
+/// Who decides for them.
+const RULES: &str = "[gateway zero]\ninterface = br-lan\nsource = 198.51.100.10\n\
+                     source = 2001:db8:3::10\ntarget = mihomo\n\
+                     [gateway one]\ninterface = br-lan\ntarget = vpn\n\
+                     [rules]\nmihomo = /app\nvpn = /vpn\n";
+const NO_RULES: &str =
+    "[gateway lan]\ninterface = br-lan\ntarget = direct\n[rules]\ndrop = /elsewhere\n";
+
+fn routed() -> String {
+    format!("[route vpn]\ninterface = vpn0\n{GATEWAYS}")
+}
+
+impl Streams<'_> {
+    fn new(ground: &Ground) -> Streams<'_> {
+        tunnel_up(ground);
+        let cgroups = ["/app", "/vpn"].map(|path| ground.cgroup(path));
+        let to = |port| move |remote| listener(addr(remote, port));
+        let proxy = REMOTES.map(|remote| listener(addr(any_of(remote), 7893)));
+        let ends = [proxy, ground.outside(|| REMOTES.map(to(8080)))];
+        Streams { lan: Lan::new(ground), cgroups, ends }
+    }
+
+    /// With a daemon that has them decided for; those of the proxy first.
+    fn open(&self, ground: &Ground) -> (Daemon, [Vec<Stream>; 2]) {
+        let daemon = Daemon::start(ground, &[PROXIED, &routed(), RULES].concat(), &[]);
+        let of = |i: usize| {
+            let name = ["mihomo", "vpn"][i];
+            await_member(&self.cgroups[i], name);
+            let mut streams = Vec::new();
+            for (remote, at) in REMOTES.into_iter().zip(&self.ends[i]) {
+                let to = addr(remote, 8080);
+                let client = || TcpStream::connect(to).expect("connect");
+                let what = format!("to {to} by {name}");
+                streams.push(Stream::open(what.clone(), || tcp_in(&self.cgroups[i], to), at));
+                let client = || self.lan.client(i).run(client);
+                streams.push(Stream::open(what + ", a client's", client, at));
+            }
+            streams
+        };
+        (daemon, [of(0), of(1)])
+    }
+}
+
 /// The sections around theirs come, go and move, and no rule decides for them any more: each TCP flow
 /// goes on with the target that it began by.
 #[test]
 fn streams_stay_while_sections_move() {
     let (ground, mut world) = scene!("sections");
-    tunnel_up(&ground);
-    let lan = Lan::new(&ground);
-    let (app, vpn) = (ground.cgroup("/app"), ground.cgroup("/vpn"));
-    let proxied = "[tproxy mihomo]\nport = 7893\n";
-    let other = "[tproxy other]\nport = 7894\n";
-    let routed = format!("[route vpn]\ninterface = vpn0\n{GATEWAYS}");
-    let closed = "[route closed]\ninterface = nowhere\n";
-    let clients = "[gateway zero]\ninterface = br-lan\nsource = 198.51.100.10\n\
-                   source = 2001:db8:3::10\ntarget = mihomo\n\
-                   [gateway one]\ninterface = br-lan\ntarget = vpn\n";
-    let rules = "[rules]\nmihomo = /app\nvpn = /vpn\n";
-    let daemon = Daemon::start(&ground, &format!("{proxied}{routed}{clients}{rules}"), &[]);
-    await_member(&app, "mihomo");
-    await_member(&vpn, "vpn");
-    let none = "[gateway lan]\ninterface = br-lan\ntarget = direct\n[rules]\ndrop = /elsewhere\n";
-    let mut streams = Vec::new();
-    for remote in REMOTES {
-        let to = addr(remote, 8080);
-        let proxy = listener(addr(any_of(remote), 7893));
-        let host = ground.outside(|| listener(to));
-        let of = |i: usize| lan.client(i).run(|| TcpStream::connect(to).expect("connect"));
-        let mut open = |what: &str, connect: &dyn Fn() -> TcpStream, at| {
-            streams.push(Stream::open(format!("{what} to {to}"), connect, at));
-        };
-        open("proxied", &|| tcp_in(&app, to), &proxy);
-        open("by the route", &|| tcp_in(&vpn, to), &host);
-        open("a client's, proxied", &|| of(0), &proxy);
-        open("a client's, by the route", &|| of(1), &host);
-    }
+    let streams = Streams::new(&ground);
+    let (daemon, open) = streams.open(&ground);
+    let mut open: Vec<Stream> = open.into_iter().flatten().collect();
+    let routed = &*routed();
+    let start =
+        |sections: &[&str]| Daemon::start(&ground, &[&sections.concat(), NO_RULES].concat(), &[]);
+    let reload = |daemon: &Daemon, sections: &[&str]| {
+        daemon.reconfigure(&[&sections.concat(), NO_RULES].concat());
+    };
     let mut check = |when: &str| {
-        for stream in &mut streams {
+        for stream in &mut open {
             stream.talk().unwrap_or_else(|error| panic!("{when}: {}: {error}", stream.what));
         }
         assert_eq!(world.wire.to_remote(), [], "{when}: left directly");
     };
     check("at first");
-    daemon.reconfigure(&format!("{closed}{other}{routed}{proxied}{none}"));
+    reload(&daemon, &[CLOSED, OTHER, routed, PROXIED]);
     check("after a reload");
     // those who read the file know of that
     daemon.ask(&["exec", "mihomo", "true"]).fine();
     let shown = daemon.ask(&["show"]).fine();
     assert!(shown.contains("0x01000000 : goto tproxy_mihomo"), "{shown}");
     // what a section had that is no more is no other's
-    daemon.reconfigure(&format!("{proxied}{routed}{none}"));
-    daemon.reconfigure(&format!("[tproxy third]\nport = 7895\n{closed}{proxied}{routed}{none}"));
+    reload(&daemon, &[PROXIED, routed]);
+    reload(&daemon, &["[tproxy third]\nport = 7895\n", CLOSED, PROXIED, routed]);
     check("after two more");
     daemon.kill9();
-    let daemon = Daemon::start(&ground, &format!("{closed}{routed}{proxied}{none}"), &[]);
+    let daemon = start(&[CLOSED, routed, PROXIED]);
     check("after kill -9");
     daemon.leave();
-    let daemon = Daemon::start(&ground, &format!("{other}{proxied}{closed}{routed}{none}"), &[]);
+    let daemon = start(&[OTHER, PROXIED, CLOSED, routed]);
     check("after a restart");
     daemon.stop_clean();
+}
+
+/// Where their own sections go, lead elsewhere or leave them alone: a flow that a proxy has stays with
+/// that, one of a route that is there still with the route, and others are refused at once. Nothing
+/// leaves by another way, whether it is a reload, a restart or kill -9.
+#[test]
+fn what_sections_leave_behind() {
+    let (ground, mut world) = scene!("leftovers");
+    let streams = Streams::new(&ground);
+    let routed = &*routed();
+    for (case, sections, rules, goes_on) in [
+        ("gone", vec![OTHER], NO_RULES, false),
+        ("gone but for a route", vec![OTHER, "[route next]\ninterface = vpn0\n"], NO_RULES, false),
+        ("elsewhere", vec![PROXIED, "[route vpn]\ninterface = nowhere\n"], NO_RULES, false),
+        (
+            "elsewhere, with rules",
+            vec![PROXIED, "[route vpn]\ninterface = nowhere\n"],
+            RULES,
+            false,
+        ),
+        ("as it is", vec![PROXIED, routed, "masquerade = no\n"], NO_RULES, false),
+        ("left alone", vec![PROXIED, "tcp = no\n", routed, "tcp = no\n"], RULES, true),
+    ] {
+        for how in ["reload", "restart", "kill -9"] {
+            let (daemon, [proxied, by_route]) = streams.open(&ground);
+            let config = [&sections.concat(), rules].concat();
+            world.wire.packets();
+            let daemon = match how {
+                "reload" => {
+                    daemon.reconfigure(&config);
+                    daemon
+                }
+                _ => {
+                    let end = if how == "restart" { Daemon::leave } else { Daemon::kill9 };
+                    end(daemon);
+                    Daemon::start(&ground, &config, &[])
+                }
+            };
+            let (stay, end) = match goes_on {
+                true => (proxied.into_iter().chain(by_route).collect(), Vec::new()),
+                false => (proxied, by_route),
+            };
+            for mut stream in stay {
+                let done = stream.talk();
+                done.unwrap_or_else(|error| panic!("{case}, {how}: {}: {error}", stream.what));
+            }
+            for mut stream in end {
+                let refused = wait_until(PATIENCE, || stream.own.write_all(b"?").is_err());
+                assert!(refused, "{case}, {how}: {} goes on", stream.what);
+            }
+            let mut left = world.wire.to_remote();
+            left.retain(|packet| packet.flags & 4 == 0);
+            assert_eq!(left, [], "{case}, {how}: left directly");
+            daemon.stop_clean();
+        }
+    }
 }
