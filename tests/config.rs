@@ -1376,6 +1376,12 @@ fn patterns_that_take_too_much_memory() {
     // (in a debug build)
     assert!(start.elapsed() < std::time::Duration::from_secs(5), "{:?}", start.elapsed());
     good(&format!("[rules]\n{}", "drop = /a(b{50}){50}\n".repeat(10)));
+    // those of many names too
+    let names: Vec<String> = (0..4000).map(|n| format!("a{n}")).collect();
+    let text = format!("[rules]\ndrop = app:{}\n", names.join(","));
+    let problems = read(&[("c", &text)]).err().unwrap_or_default();
+    let said = problems.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert!(said.len() == 1 && said[0].contains("more than 16 MiB"), "{said:?}");
     // thousands of ordinary ones are no matter
     good(&format!("[rules]\n{}", "drop = (?i)/user\\.slice/.*/app-[a-z]+\\.scope\n".repeat(500)));
 }

@@ -60,6 +60,12 @@ impl Automaton {
         })
     }
 
+    /// How many bytes it takes, about.
+    pub fn size(&self) -> usize {
+        let states = self.masks.len() + self.follow.len();
+        size_of::<Automaton>() + 128 + 4 * self.bounds.len() + size_of::<State>() * states
+    }
+
     /// The state after a text; 0 where no longer one matches. `None` where the text ends within the
     /// pattern's literal beginning.
     pub fn read(&self, text: &str) -> Option<State> {

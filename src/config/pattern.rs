@@ -90,25 +90,25 @@ pub fn compile(pattern: &str) -> Result<Pattern, String> {
     compile_within(pattern, &mut { usize::MAX })
 }
 
-/// The same, where all patterns together may take so many more bytes. What an automaton takes is
-/// bounded by the length of the file; a regex of counted repeats is not.
+/// The same, where all patterns together may take so many more bytes: counted repeats take many, and
+/// so do the patterns of many names.
 pub(super) fn compile_within(pattern: &str, room: &mut usize) -> Result<Pattern, String> {
     // alone first: `a)|(b` must not become legal by the group around it
     if let Err(error) = parse_only(pattern) {
         let at = error_position(pattern, &error);
         return Err(format!("bad pattern at character {at}: {error}: \"{pattern}\""));
     }
-    Pattern::new(pattern, || {
+    let full = || {
+        let most = MAX_COMPILED >> 20;
+        format!("the patterns up to here take more than {most} MiB: \"{pattern}\"")
+    };
+    let compiled = Pattern::new(pattern, || {
         // regex-lite does not tell what it took: the smallest of some limits that is enough
         let mut limit = 16 * 1024;
         loop {
             if limit > *room {
                 *room = 0;
-                return Err(format!(
-                    "the patterns up to here take more than {} MiB, most of it by counted repeats: \
-                     \"{pattern}\"",
-                    MAX_COMPILED >> 20
-                ));
+                return Err(full());
             }
             match anchored(pattern, limit) {
                 Ok(regex) => {
@@ -121,7 +121,14 @@ pub(super) fn compile_within(pattern: &str, room: &mut usize) -> Result<Pattern,
                 Err(_) => limit *= 4,
             }
         }
-    })
+    })?;
+    if let Matcher::Automaton(automaton) = &compiled.matcher {
+        *room = room.saturating_sub(automaton.size());
+        if *room == 0 {
+            return Err(full());
+        }
+    }
+    Ok(compiled)
 }
 
 /// The regex that matches a pattern against a whole text, if that takes no more than so many bytes.
