@@ -195,6 +195,7 @@ fn bytes(batch: &Batch) -> String {
     hex(&bytes)
 }
 
+/// Our ip rules and routes, as iproute2 sends them.
 #[test]
 fn rules_and_routes_are_what_iproute2_sends() {
     let mark = Mark { value: 0x0100_0000, mask: 0xff00_0000 };
@@ -232,6 +233,7 @@ fn rules_and_routes_are_what_iproute2_sends() {
     assert_eq!(sent.len(), REQUESTS.len());
 }
 
+/// The requests for what there is, as iproute2 sends them.
 #[test]
 fn dump_requests_are_what_iproute2_sends() {
     for (command, dump, family, golden) in DUMPS {
