@@ -219,6 +219,13 @@ fn latency(apps: &Path, name: &str) -> Duration {
     Client::udp(&path, addr(REMOTE4, 9)).until_denied().spawn().wait().1
 }
 
+/// The same, and some time until the next one.
+fn spaced_latency(apps: &Path, name: &str) -> Duration {
+    let time = latency(apps, name);
+    thread::sleep(Duration::from_millis(20));
+    time
+}
+
 /// Sorts and tells latencies; the median, the ninth tenth and the longest.
 fn told(what: &str, took: &mut [Duration]) -> [Duration; 3] {
     took.sort();
@@ -253,12 +260,8 @@ fn a_hundred_thousand_cgroups() {
     let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
     let daemon = Daemon::start(&ground, config, &["-v"]);
     let at_rest = daemon.footprint().1;
-    let latency = |name: String| {
-        let time = latency(&apps, &name);
-        thread::sleep(Duration::from_millis(20));
-        time
-    };
-    let mut alone: Vec<Duration> = (0..50).map(|i| latency(format!("before{i}"))).collect();
+    let mut alone: Vec<Duration> =
+        (0..50).map(|i| spaced_latency(&apps, &format!("before{i}"))).collect();
     let mut least = Least::start(ground.cgroup("/least"));
     let (mut took, mut control) = (Vec::new(), Vec::new());
     let names: Vec<PathBuf> = (0..count).map(|i| user.join(format!("u{i}"))).collect();
@@ -266,23 +269,19 @@ fn a_hundred_thousand_cgroups() {
     let start = Instant::now();
     let make = || names.iter().for_each(|path| fs::create_dir(path).expect("mkdir"));
     while_it_works(make, 1, |i| {
-        took.push(latency(format!("during{i}")));
+        took.push(spaced_latency(&apps, &format!("during{i}")));
         control.push(least.sample());
     });
-    let time_to_make = start.elapsed();
+    println!("{count} cgroups made in {:?}", start.elapsed());
     drop(least);
     let others = alone.len() + took.len();
     let all = || set_ids("cg_drop").map_or(0, |ids| ids.len()) == count + others;
     assert!(wait_until(Duration::from_secs(120), all));
     let time_to_classify = start.elapsed();
 
-    let memory = daemon.footprint().1;
     let lines = daemon.logs().lines().count();
-    let each = (memory - at_rest) * 1024 / count;
-    println!(
-        "{count} cgroups made in {time_to_make:?}, classified in {time_to_classify:?}: \
-         {at_rest} KiB, then {memory} KiB ({each} bytes each), {lines} lines of log",
-    );
+    let each = (daemon.footprint().1 - at_rest) * 1024 / count;
+    println!("classified in {time_to_classify:?}: {each} bytes each, {lines} lines of log");
     assert!(each < 512, "bytes a cgroup");
     // a burst of 200, then 20 a second, and what is said of the start
     let most = 250 + 20 * time_to_classify.as_secs() as usize;
