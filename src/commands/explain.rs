@@ -1,7 +1,7 @@
 //! `explain`: which rule decides for a cgroup, and through which ancestor. It reads files only and
 //! asks the kernel nothing.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path};
@@ -167,9 +167,16 @@ fn of_process(arg: &OsString, root: &Result<Root>) -> Result<Option<Vec<u8>>> {
     let line = line.ok_or_else(|| {
         Error::State(format!("unable to find the cgroup of pid {pid}: not in cgroup v2"))
     })?;
-    // rmdir while a process is still in it: the kernel says so behind the name
-    let line = line.strip_suffix(b" (deleted)").unwrap_or(line);
-    Ok(from_root(line, root, &mount::mounts(&mountinfo)))
+    let mounts = mount::mounts(&mountinfo);
+    let found = |line: &[u8]| from_root(line, root, &mounts);
+    let is_there = |path: &Vec<u8>| {
+        let below = OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(path));
+        root.dir.join(below).is_dir()
+    };
+    // rmdir while a process is still in it: the kernel says so behind the name, which may end so itself
+    let removed =
+        line.strip_suffix(b" (deleted)").filter(|_| !found(line).is_some_and(|p| is_there(&p)));
+    Ok(found(removed.unwrap_or(line)))
 }
 
 /// A path of /proc/PID/cgroup as one from the cgroup root: both it and the roots of mounts count

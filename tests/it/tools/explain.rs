@@ -3,13 +3,15 @@
 use std::fs;
 use std::os::unix::fs::chown;
 
+use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
 use super::{as_nobody, nobodys_binary, CONFIG};
-use crate::client::{Client, Running};
+use crate::client::{Client, Running, PATIENCE};
 use crate::daemon::{run_with, Daemon, Said};
 use crate::ground::{addr, ip, Ground};
 use crate::kernel::{cgroup_id, residue, set_ids};
+use crate::wait_until;
 
 fn explain(ground: &Ground, args: &[&str]) -> Said {
     run_with(ground, CONFIG, &[&["explain"], args].concat())
@@ -183,4 +185,26 @@ fn explain_to_the_owner_of_a_cgroup_of_exec() {
     let said = as_nobody(&["-c", file.to_str().expect("UTF-8"), "explain", "/cgtproxy/direct"]);
 
     assert!(said.out.contains("    target  drop\n"), "{} {}", said.out, said.err);
+}
+
+/// Behind the name of a cgroup that is removed the kernel says " (deleted)", and one may be named so.
+#[test]
+fn explain_tells_names_from_what_is_removed() {
+    let ground = ground!("explain-removed");
+    for (path, target) in [
+        ("/services/telemetry", "drop"),
+        ("/services/telemetry (deleted)", "direct"),
+        ("/services/telemetry (deleted) (deleted)", "direct"),
+    ] {
+        let inside = process(&ground, path);
+        let said = || explained(&ground, inside.pid());
+        let want = format!(": {path}\n    target  {target}\n");
+        assert!(said().contains(&want), "{}", said());
+
+        // nobody waits for it yet
+        kill(inside.pid(), Signal::SIGKILL).expect("kill");
+        assert!(wait_until(PATIENCE, || fs::remove_dir(ground.at(path)).is_ok()), "{path}");
+
+        assert!(said().contains(&want), "removed: {}", said());
+    }
 }
