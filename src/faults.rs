@@ -8,7 +8,7 @@ use crate::cgroup::core::Core;
 use crate::config::{Config, Outlet, Take, Target, Tproxy};
 use crate::host::Host;
 use crate::listen::{finds, Finds, Origin};
-use crate::net::{Family, L4};
+use crate::net::{Family, Ranges, L4};
 use crate::netlink::diag;
 use crate::netlink::link::Link;
 use crate::policy;
@@ -34,7 +34,7 @@ pub fn of_host(config: &Config, host: &Host) -> Vec<(&'static str, Answer)> {
         let [own, routed] = uses(config, index);
         if own || routed {
             let (mut listener, mut resolver) = (Vec::new(), Vec::new());
-            listens(tproxy, [own, routed], host, &mut listener);
+            listens(tproxy, &config.bypass, [own, routed], host, &mut listener);
             resolves(tproxy, routed, host, &mut resolver);
             add("listener", listener);
             add("resolver", resolver);
@@ -72,13 +72,22 @@ fn names(families: impl IntoIterator<Item = Family>) -> String {
 }
 
 /// Whether anybody takes what a tproxy is handed.
-fn listens(tproxy: &Tproxy, [own, routed]: [bool; 2], host: &Host, findings: &mut Vec<Answer>) {
+fn listens(
+    tproxy: &Tproxy,
+    bypass: &Ranges,
+    [own, routed]: [bool; 2],
+    host: &Host,
+    findings: &mut Vec<Answer>,
+) {
     let (name, port) = (&tproxy.outlet.name, tproxy.port);
     let mut families = Vec::from(Family::BOTH);
     families.retain(|family| tproxy.outlet.family(*family) == Take::Yes);
     families.retain(|family| *family == Family::V4 || host.speaks_ipv6());
     // one of which no destination is named is left alone
     families.retain(|family| tproxy.outlet.only.as_ref().is_none_or(|only| only.has(*family)));
+    // and so is one that is bypassed as a whole
+    families
+        .retain(|family| ![bypass, &tproxy.outlet.bypass].iter().any(|all| all.has_all(*family)));
     for (l4, take) in [(L4::Tcp, tproxy.outlet.tcp), (L4::Udp, tproxy.outlet.udp)] {
         if take != Take::Yes || families.is_empty() {
             continue;

@@ -293,6 +293,17 @@ impl Ranges {
         }
     }
 
+    /// Of merged ones, whether each address of this family is among them.
+    pub fn has_all(&self, family: Family) -> bool {
+        fn is_all<A: Address>(ranges: &[Range<A>]) -> bool {
+            ranges.first().is_some_and(|range| range.first.to_bits() == 0 && range.end().is_none())
+        }
+        match family {
+            Family::V4 => is_all(&self.v4),
+            Family::V6 => is_all(&self.v6),
+        }
+    }
+
     pub fn extend(&mut self, more: Ranges) {
         self.v4.extend(more.v4);
         self.v6.extend(more.v6);

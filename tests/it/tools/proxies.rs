@@ -99,9 +99,12 @@ fn check_tells_who_listens_for_one_family() {
             let text = format!("{protocol} port 7893 is not listened on for {other}");
             both_find(&ground, CONFIG, &text);
         }
-        for lines in [format!("{key} = no"), format!("only = {only}")] {
+        let all = if other == "IPv6" { "::/1\nbypass = 8000::/1" } else { "0.0.0.0/0" };
+        let bypass = format!("bypass = {all}\n");
+        for lines in [format!("{key} = no"), format!("only = {only}"), bypass.clone()] {
             check(&ground, &with(&lines), CLEAN).lacks("warning: ");
         }
+        check(&ground, &format!("[global]\n{bypass}{CONFIG}"), CLEAN).lacks("warning: ");
         assert_eq!(listens(&ground), (cell.into(), each.into()));
         assert!(answered(&ground, Proto::Tcp, REMOTE4).starts_with(v4), "{at}");
         assert!(answered(&ground, Proto::Tcp, REMOTE6).starts_with(v6), "{at}");
