@@ -671,9 +671,9 @@ impl Config {
         all.collect()
     }
 
-    /// Whether any flow gets a ct mark, or may have one of before.
+    /// Whether any flow gets a ct mark.
     pub fn marks_flows(&self) -> bool {
-        self.outlets().next().is_some() || self.marks_direct() || !self.retired.is_empty()
+        self.outlets().next().is_some() || self.marks_direct()
     }
 
     /// Whether flows that go direct get one: where the kernel's own packets for them, which have no

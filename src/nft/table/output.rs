@@ -317,7 +317,8 @@ pub(super) fn gone_chain(config: &Config) -> Chain {
     let own = |any: &Tproxy| Stmt::SetPacketMark(mark(config, any.outlet.mark));
     let own = config.tproxies.first().map(own);
     let stays = own.map(|own| vec![Stmt::NotSnatted, own, Stmt::accept()]);
-    chain(GONE, stays.into_iter().chain([vec![Stmt::Reset]]).collect())
+    let refused = vec![Stmt::L4proto(L4::Tcp), Stmt::Reset];
+    chain(GONE, stays.into_iter().chain([refused]).collect())
 }
 
 /// What is left of a flow that a proxy began. The kernel's own packets for an application's TCP
