@@ -346,7 +346,9 @@ impl Kernel {
     /// an error leaves behind.
     fn exchange(&mut self, contents: &Contents, left: &mut Names) -> Result<bool> {
         let there = self.table_flags()?;
-        let ours = there.is_none_or(|there| there == self.flags.unwrap_or(0));
+        let own = self.flags.unwrap_or(0);
+        // one that a killed daemon has left behind has no owner
+        let ours = there.is_none_or(|there| [there, there | NFT_TABLE_F_OWNER].contains(&own));
         let present = match there {
             Some(_) => self.present()?,
             None => Present::default(),
