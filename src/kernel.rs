@@ -325,26 +325,25 @@ impl Kernel {
     /// Replaces what the table holds by this, so that each packet meets what was or what is to be. Where
     /// the kernel, or what others have made of the table, does not allow that, the table as a whole.
     pub fn replace(&mut self, contents: &Contents) -> Result<()> {
-        let mut left = Names::default();
-        match self.exchange(contents, &mut left) {
-            Ok(true) => return Ok(()),
-            Ok(false) => {}
-            Err(error) => log!(Debug, "{error}; replacing the table as a whole"),
-        }
-        self.replace_whole(contents).inspect_err(|_| {
-            let undo = |transaction: &mut Transaction| {
-                left.values().for_each(|name| transaction.delete_set(name));
-            };
-            if !left.is_empty() {
-                // the next replacement takes them away where this cannot
-                let _ = self.change(undo);
+        let exchanged = self.exchange(contents).unwrap_or_else(|error| {
+            log!(Debug, "{error}; replacing the table as a whole");
+            None
+        });
+        let Some(names) = exchanged else {
+            return self.replace_whole(contents);
+        };
+        if names.iter().any(|(own, name)| own != name) {
+            // their own names are free now; what is in force does not depend on them
+            if let Err(error) = self.exchange(contents) {
+                log!(Debug, "{error}; sets keep other names for now");
             }
-        })
+        }
+        Ok(())
     }
 
-    /// See [`Contents::ahead`] and [`Contents::exchange`]; false where that is not the way. `left` is what
-    /// an error leaves behind.
-    fn exchange(&mut self, contents: &Contents, left: &mut Names) -> Result<bool> {
+    /// See [`Contents::ahead`] and [`Contents::exchange`]. What sets are called now; `None` where that is
+    /// not the way.
+    fn exchange(&mut self, contents: &Contents) -> Result<Option<Names>> {
         let there = self.table_flags()?;
         let own = self.flags.unwrap_or(0);
         // one that a killed daemon has left behind has no owner
@@ -355,16 +354,23 @@ impl Kernel {
         };
         let (names, flags) = (contents.names(&present), self.flags);
         if std::mem::take(&mut self.foreign) || !ours || there.is_none() && names.is_empty() {
-            return Ok(false);
+            return Ok(None);
         }
         if !names.is_empty() {
             let batch = self.batch();
             self.commit(contents.ahead(&names, flags, batch))?;
-            left.clone_from(&names);
         }
         let batch = self.batch();
-        self.commit(contents.exchange(&present, &names, flags, batch))?;
-        Ok(true)
+        self.commit(contents.exchange(&present, &names, flags, batch)).inspect_err(|_| {
+            let undo = |transaction: &mut Transaction| {
+                names.values().for_each(|name| transaction.delete_set(name));
+            };
+            if !names.is_empty() {
+                // the next replacement takes them away where this cannot
+                let _ = self.change(undo);
+            }
+        })?;
+        Ok(Some(names))
     }
 
     /// What stands in our table.

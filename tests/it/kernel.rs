@@ -96,19 +96,13 @@ pub fn counters(chain: &str) -> Vec<(u64, u64)> {
 
 /// The table without counter values, and without its flags: nft cannot set them all, and the
 /// owner's goes with the owner. Sets and chains are in the order of their names, since the one that the
-/// kernel lists them in is the one in which they came, and sets that are there by turns under two names
-/// have the same one. `args` are further options of nft.
+/// kernel lists them in is the one in which they came. `args` are further options of nft.
 pub fn table_plain(args: &[&str]) -> String {
     let text = output_if_any("nft", &[args, &["-s", "list", "table", "inet", "cgtproxy"]].concat());
     let flags = |line: &str| line.starts_with("\tflags");
     let lines = text.lines().filter(|line| !flags(line) && !line.is_empty());
     let lines = lines.map(|line| line.split(" # progname").next().unwrap_or(line).trim_end());
-    let mut text: String = lines.map(|line| format!("{line}\n")).collect();
-    let name = |line: &str| Some(line.strip_prefix("\tset ")?.strip_suffix(".2 {")?.to_owned());
-    for name in text.lines().filter_map(name).collect::<Vec<_>>() {
-        text = text.replace(&format!("set {name}.2 {{"), &format!("set {name} {{"));
-        text = text.replace(&format!("@{name}.2 "), &format!("@{name} "));
-    }
+    let text: String = lines.map(|line| format!("{line}\n")).collect();
     let Some((head, rest)) = text.split_once('\n') else {
         return text;
     };

@@ -7,7 +7,7 @@ use super::{Content, Set};
 use crate::config::{Config, Outcome, Outlet};
 use crate::net::{Family, Range, Ranges, L4};
 
-/// All sets of a configuration.
+/// All sets of a configuration; those that are there ahead of the others come first.
 pub(super) fn all_sets(config: &Config) -> Vec<Set> {
     let set = |name, content| Set { name, content };
     let plain = || Content::Cgroups { counters: false };
@@ -19,6 +19,8 @@ pub(super) fn all_sets(config: &Config) -> Vec<Set> {
     if config.bypass.has(Family::V6) {
         sets.push(set("bypass6".into(), Content::V6(bypass6(config))));
     }
+    sets.extend(config.gateways.iter().flat_map(|g| range_sets(SOURCE, &g.name, &g.sources)));
+    sets.extend(config.outlets().flat_map(destination_sets));
     sets.extend(config.outcomes().map(|of| set(set_name(config, of), counted())));
     sets.extend(config.outcomes().map(|of| set(dying_name(config, of), Content::Hashes)));
     sets.extend((0..DEPTHS.len()).flat_map(|stage| {
@@ -26,8 +28,6 @@ pub(super) fn all_sets(config: &Config) -> Vec<Set> {
         [set(ids.into(), plain()), set(hashes.into(), Content::Hashes)]
     }));
     sets.extend(hold_sets(config));
-    sets.extend(config.gateways.iter().flat_map(|g| range_sets(SOURCE, &g.name, &g.sources)));
-    sets.extend(config.outlets().flat_map(destination_sets));
     sets
 }
 
