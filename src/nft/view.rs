@@ -209,7 +209,7 @@ impl TargetView {
         let mark_of = to.iter().find_map(|rule| mark(rule));
         let own = mark_of.map(|mark| mark.value.to_ne_bytes());
         let masquerades = |rule: &RuleView| match (rule.exprs.get(2), rule.exprs.last()) {
-            (Some(Expr::Cmp { data, .. }), Some(Expr::Masquerade {})) => {
+            (Some(Expr::Cmp { data, .. }), Some(Expr::Masquerade)) => {
                 own.is_some_and(|own| data[..] == own)
             }
             _ => false,

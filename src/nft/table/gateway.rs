@@ -21,7 +21,7 @@ pub(super) fn gateways_chain(config: &Config) -> Chain {
     let mut rules = vec![vec![Stmt::IifLo, Stmt::accept()]];
     let none = mark(config, 0);
     let by = interfaces(config).map(Stmt::Iifname);
-    let of_containers = config.has_containers().then(|| Stmt::NotPacketMark(none));
+    let of_containers = config.has_containers().then_some(Stmt::NotPacketMark(none));
     rules.extend(by.chain(of_containers).map(|client| {
         vec![client, Stmt::New, Stmt::CtMark(none), Stmt::ComesAstray, Stmt::jump(ASTRAY)]
     }));
