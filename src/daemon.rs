@@ -212,14 +212,13 @@ fn begin<'a>(
     signals: &'a mut Signals,
     notify: &'a mut Notify,
 ) -> Result<Option<Daemon<'a>>> {
-    let mut config = options.load_or_default(true)?;
+    let config = options.load_or_default(true)?;
     log::configure(config.log_level.louder(options.verbose), options.syslog);
     let pidfile = options.pidfile.clone().map(Pidfile::new).transpose()?;
     let mut kernel = Kernel::open_watching(&plan::needs(&config))?;
     let Some(before) = instance::claim(&mut kernel, signals)? else {
         return Ok(None);
     };
-    config.keep_marks(kernel.marked());
     let on_exit = config.on_exit;
     let mounts = File::open("/proc/self/mountinfo").ok();
     let scanned = ask_levels(&mut kernel).and_then(|levels| {
@@ -329,10 +328,7 @@ impl Daemon<'_> {
             // nothing in the table would show it yet
             self.kernel.probe_cgroups()?;
         }
-        let (before, strange, changed) = match self.before() {
-            Some((before, strange, changed)) => (Some(before), strange, changed),
-            None => Default::default(),
-        };
+        let (before, strange) = self.before().unzip();
         if before.is_none() {
             let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
             doubts::tell_inbound(&mut self.kernel, &suspects);
@@ -354,7 +350,7 @@ impl Daemon<'_> {
             !config.routes.iter().any(of)
         });
         self.kernel.set_localnet(open.iter().map(String::as_str), false);
-        self.kernel.forget_flows(&strange);
+        self.kernel.forget_flows(&strange.unwrap_or_default());
         let removed = self.trim_routing();
         if removed > 0 {
             log!(Notice, "removed {removed} stale ip rules and routes");
@@ -371,8 +367,7 @@ impl Daemon<'_> {
         self.settle();
         self.redirect_flows();
         // a table of before was in force all the time, so that nothing changed for the same target
-        let same = |target| !changed.contains(&target);
-        self.look_for_stale(Suspects::find(&self.cgroups.core, before, same), FIRST_SLICE);
+        self.suspect_all(before, FIRST_SLICE);
         // they were among these
         self.cgroups.core.take_late();
         self.pidfile.as_ref().map_or(Ok(()), Pidfile::write)?;
@@ -381,10 +376,9 @@ impl Daemon<'_> {
         Ok(())
     }
 
-    /// What the table of before does with each cgroup, the marks of its flows that are of another mask,
-    /// and the targets that are not what they were; `None` where there is no table. What it has of
-    /// removed ones goes on, and what it counts.
-    fn before(&mut self) -> Option<(Before, Vec<Mark>, Vec<Target>)> {
+    /// What the table of before does with each cgroup, and the marks of its flows that are of another
+    /// mask; `None` where there is no table. What it has of removed ones goes on, and what it counts.
+    fn before(&mut self) -> Option<(Before, Vec<Mark>)> {
         let inventory = match self.kernel.inventory() {
             Ok(inventory) => inventory?,
             Err(error) => {
@@ -407,16 +401,9 @@ impl Daemon<'_> {
         let default = (&*view.default, view.default_class);
         let owners = view.owners.iter().map(|o| (o.class, o.owner, &*o.target));
         let before = Before::of_table(&self.cgroups.core, default, owners, inventory.outcomes());
-        let config = self.cgroups.core.config();
-        let marks = view.targets.iter().filter_map(|target| target.mark);
-        // a section that is what it was has the mark that it had
-        let changed = |target: &Target| {
-            let had = view.target(config.target_name(*target)).and_then(|had| had.mark);
-            let has = config.outlet(*target).map(|outlet| outlet.mark);
-            had.is_some_and(|had| had.mask == config.mask && Some(had.value) != has)
-        };
-        let changed = config.targets().filter(changed).collect();
-        Some((before, proxied_marks(marks.filter(|mark| mark.mask != config.mask)), changed))
+        let mask = self.cgroups.core.config().mask;
+        let marks = inventory.view.targets.iter().filter_map(|target| target.mark);
+        Some((before, proxied_marks(marks.filter(|mark| mark.mask != mask))))
     }
 
     /// Looks for stale sockets in all cgroups, whose targets take what they took before.
@@ -944,7 +931,7 @@ impl Daemon<'_> {
 
     /// Reads the configuration that is to follow.
     fn load(&self) -> Result<Rc<Config>> {
-        let mut new = self.options.load_or_default(true)?;
+        let new = Rc::new(self.options.load_or_default(true)?);
         let old = self.cgroups.core.config();
         if let Some(what) = emptied(old, &new, self.options.config_file()) {
             return Err(Error::Usage(vec![format!(
@@ -952,8 +939,7 @@ impl Daemon<'_> {
                  an empty [rules] is none)"
             )]));
         }
-        new.keep_marks(old.marked());
-        Ok(Rc::new(new))
+        Ok(new)
     }
 
     /// Takes a configuration: the one that has been worked out, or one of another cgroup root.
@@ -995,12 +981,14 @@ impl Daemon<'_> {
             // without a mark that is known, what applications send by the flows that a proxy began
             // would be taken for answers, and what the kernel sends for proxied sockets that are
             // gone would go directly
-            let marks = old.outlets().map(|o| Mark { value: o.mark, mask: old.mask });
-            self.kernel.forget_flows(&proxied_marks(marks));
+            self.kernel.forget_flows(&old.proxied_marks());
         }
-        for gone in old.routes.iter().filter(|route| route.sends_from_loopback()) {
-            let still = |r: &Route| r.interface == gone.interface && r.sends_from_loopback();
-            if !new.routes.iter().any(still) {
+        // what conntrack has of the flows of a route that is no more what it was leads by that
+        for gone in old.routes.iter().filter(|route| !new.routes.contains(route)) {
+            self.kernel.forget_flows(&[Mark { value: gone.outlet.mark, mask: old.mask }]);
+            let still =
+                |route: &&Route| route.interface == gone.interface && route.sends_from_loopback();
+            if gone.sends_from_loopback() && !new.routes.iter().any(|route| still(&route)) {
                 self.kernel.set_localnet(std::iter::once(&*gone.interface), false);
             }
         }

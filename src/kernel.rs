@@ -12,7 +12,6 @@ use nix::sys::socket::SockProtocol;
 use crate::error::{errno, reason, Error, Result};
 use crate::host::{self, Host};
 use crate::log;
-use crate::net::Marked;
 use crate::netlink::fib;
 use crate::netlink::link::{self, Link};
 use crate::netlink::msg::Batch;
@@ -590,11 +589,6 @@ impl Kernel {
             Err(Errno::ENOENT) => Ok(Vec::new()),
             found => found.map_err(nft_refused),
         }
-    }
-
-    /// The marks that flows bear by our table; none where there is none, or it cannot be read.
-    pub fn marked(&mut self) -> Vec<Marked> {
-        self.rules().map(|rules| view::View::of(&rules).marked()).unwrap_or_default()
     }
 
     /// A line for each chain of other programs that breaks what goes to a tproxy.

@@ -104,29 +104,6 @@ pub struct Mark {
     pub mask: u32,
 }
 
-/// A mark that flows bear, and whose: a section's by its name, and a route's by [`way_name`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Marked {
-    pub of: Bearer,
-    pub name: String,
-    pub mark: Mark,
-}
-
-/// A route by its name and what the flows that it has depend on: one that leads elsewhere by now is
-/// another, since they could not go on by that.
-pub fn way_name(name: &str, interface: &str, masquerades: bool) -> String {
-    format!("{name} {interface} {masquerades}")
-}
-
-/// What of a section bears a mark.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bearer {
-    Tproxy,
-    Route,
-    /// What is routed for others by a route.
-    Forwarded,
-}
-
 /// An interface by its name, or all whose names begin so.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Interface {

@@ -249,7 +249,6 @@ samples! {
     Stmt::Fresh => Stmt::Fresh;
     Stmt::Dnatted => Stmt::Dnatted;
     Stmt::NotDnatted => Stmt::NotDnatted;
-    Stmt::NotSnatted => Stmt::NotSnatted;
     Stmt::Destination { .. } => Stmt::Destination { family: Family::V4, set: "bypass4".into() },
         Stmt::Destination { family: Family::V6, set: "bypass6".into() };
     Stmt::OtherDestination { .. } =>

@@ -50,8 +50,7 @@ pub fn exec(
     command: &[OsString],
 ) -> Result<ExitCode> {
     super::require_net_admin("exec")?;
-    let mut config = options.load_or_default(false)?;
-    config.keep_marks(Kernel::open()?.marked());
+    let config = options.load_or_default(false)?;
     let target =
         (config.targets().find(|t| config.target_name(*t) == target)).ok_or_else(|| {
             let names: Vec<&str> = config.targets().map(|t| config.target_name(t)).collect();

@@ -11,9 +11,7 @@ use crate::options::Options;
 use crate::plan;
 
 pub fn show(options: &Options) -> Result<ExitCode> {
-    let mut config = options.load_or_default(false)?;
-    // as `run` would; where the table cannot be read, as if there was none
-    config.keep_marks(Kernel::open().map(|mut kernel| kernel.marked()).unwrap_or_default());
+    let config = options.load_or_default(false)?;
     let mut cgroups = Cgroups::look(Rc::new(config))?;
     let needs = plan::needs(cgroups.core.config());
     let devices = match needs.tables_of_others().is_empty() {

@@ -798,7 +798,6 @@ mod tests {
             forwarded: None,
             is_route: false,
             interface: None,
-            masquerades: false,
             port: None,
             addresses: Vec::new(),
             taken: None,

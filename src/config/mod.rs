@@ -6,7 +6,6 @@ pub mod file;
 pub mod ini;
 pub mod keys;
 pub mod lint;
-mod marks;
 mod matches;
 mod model;
 pub mod pattern;

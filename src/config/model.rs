@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use super::pattern::Pattern;
 use crate::log::Level;
-use crate::net::{holds, Family, Interface, Mac, Mark, Marked, Owner, Range, Ranges, L4};
+use crate::net::{holds, Family, Interface, Mac, Mark, Owner, Range, Ranges, L4};
 use crate::small::SmallSet;
 
 /// Longest message, in characters.
@@ -423,10 +423,6 @@ pub struct Config {
     pub files: Vec<PathBuf>,
     /// Those of them without any section, which may be about to be written.
     pub hollow: Vec<PathBuf>,
-    /// The marks that the file says.
-    pub said_marks: SmallSet<u32>,
-    /// Those of sections that are no more: flows may live that bear them.
-    pub retired: Vec<Marked>,
 }
 
 impl Default for Config {
@@ -454,8 +450,6 @@ impl Default for Config {
             gateways: Vec::new(),
             files: Vec::new(),
             hollow: Vec::new(),
-            said_marks: SmallSet::default(),
-            retired: Vec::new(),
         }
     }
 }

@@ -279,7 +279,6 @@ fn assign_marks(config: &mut Config, targets: &[(&Section, Target)], problem: &m
             taken.insert(mark, section);
         }
     }
-    config.said_marks = taken.keys().copied().collect();
     let most = u32::MAX >> mask.count_zeros();
     let free = |index: u32, taken: &SmallMap<u32, &Section>| {
         let all = (index..=most).chain(1..=most.min(index - 1)).map(|n| spread(n, mask));

@@ -152,8 +152,7 @@ constants! {
     u8: IP_CT_DIR_ORIGINAL = 0, IP_CT_DIR_REPLY = 1;
     // include/uapi/linux/netfilter/nf_conntrack_common.h: NF_CT_STATE_BIT(IP_CT_NEW), IPS_DST_NAT
     u32: NF_CT_STATE_NEW_BIT = 1 << 3, NF_CT_STATE_INVALID_BIT = 1,
-        NF_CT_STATE_UNTRACKED_BIT = 1 << 6, IPS_SRC_NAT = 1 << 4, IPS_DST_NAT = 1 << 5,
-        IPS_SEEN_REPLY = 1 << 1,
+        NF_CT_STATE_UNTRACKED_BIT = 1 << 6, IPS_DST_NAT = 1 << 5, IPS_SEEN_REPLY = 1 << 1,
         IPS_ASSURED = 1 << 2, IPS_CONFIRMED = 1 << 3;
 
     // include/uapi/linux/sock_diag.h, include/uapi/linux/inet_diag.h, include/net/tcp_states.h

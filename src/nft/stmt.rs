@@ -101,7 +101,6 @@ statements! {
     Unconfirmed = "ct status and confirmed == 0" => has_none(NFT_CT_STATUS, IPS_CONFIRMED);
     /// Of a flow that has begun before.
     Confirmed = "ct status confirmed" => has(NFT_CT_STATUS, IPS_CONFIRMED);
-    NotSnatted = "ct status and snat == 0" => has_none(NFT_CT_STATUS, IPS_SRC_NAT);
     Dnatted = "ct status dnat" => has(NFT_CT_STATUS, IPS_DST_NAT);
     NotDnatted = "ct status and dnat == 0" => has_none(NFT_CT_STATUS, IPS_DST_NAT);
     Destination { family: Family, set: String } = "{} daddr @{set}", family.nft()

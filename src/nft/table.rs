@@ -142,8 +142,6 @@ impl Table {
         chains.extend(proxies.then(|| output::spoofed_chain(config)));
         let is_direct = config.default == Target::Direct;
         chains.extend((takes && is_direct).then(output::ownerless_chain));
-        let gone = config.marks_flows() && !config.retired.is_empty();
-        chains.extend(gone.then(|| output::gone_chain(config)));
         chains.extend(config.marks_flows().then(|| output::sticky_chain(config)));
         chains.push(target::direct_chain(config));
         let behind = || config.outcomes().filter(|outcome| outcome.class > 0);

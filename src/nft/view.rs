@@ -9,7 +9,7 @@ use super::expr::{counted, Expr, SetRef::Named, Verdict};
 use super::message::{dump, Hook};
 use super::table::{MARTIANS, OUTPUT, TABLE, UNKNOWN};
 use crate::config::CONTAINERS;
-use crate::net::{way_name, Bearer, Interface, Mark, Marked, Owner};
+use crate::net::{Interface, Mark, Owner};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
 use crate::netlink::uapi::*;
@@ -188,8 +188,6 @@ pub struct TargetView {
     pub is_route: bool,
     /// That a route leads to, where it names one.
     pub interface: Option<String>,
-    /// What leaves by it gets another source address.
-    pub masquerades: bool,
     pub port: Option<u16>,
     /// Where TPROXY looks for a listener, if not everywhere.
     pub addresses: Vec<IpAddr>,
@@ -206,18 +204,9 @@ impl TargetView {
             ["to_", "forward_", "tproxy_", "closed_", "here_", "astray_"]
                 .map(|kind| of(rules, kind, name));
         let is_route = !closed.is_empty();
-        let mark_of = to.iter().find_map(|rule| mark(rule));
-        let own = mark_of.map(|mark| mark.value.to_ne_bytes());
-        let masquerades = |rule: &RuleView| match (rule.exprs.get(2), rule.exprs.last()) {
-            (Some(Expr::Cmp { data, .. }), Some(Expr::Masquerade)) => {
-                own.is_some_and(|own| data[..] == own)
-            }
-            _ => false,
-        };
         TargetView {
             name: name.to_string(),
-            mark: mark_of,
-            masquerades: is_route && rules.iter().any(masquerades),
+            mark: to.iter().find_map(|rule| mark(rule)),
             forwarded: forward.iter().find_map(|rule| mark(rule)).filter(|_| is_route),
             is_route,
             interface: astray.iter().find_map(|rule| way_out(rule)),
@@ -426,22 +415,6 @@ impl View {
                 _ => self.default = target,
             }
         }
-    }
-
-    /// The marks that flows bear.
-    pub fn marked(&self) -> Vec<Marked> {
-        let mut all = Vec::new();
-        for target in &self.targets {
-            let interface = target.interface.as_deref().unwrap_or_default();
-            let (own, name) = match target.is_route {
-                false => (Bearer::Tproxy, target.name.clone()),
-                true => (Bearer::Route, way_name(&target.name, interface, target.masquerades)),
-            };
-            for (of, mark) in [(own, target.mark), (Bearer::Forwarded, target.forwarded)] {
-                all.extend(mark.map(|mark| Marked { of, name: name.clone(), mark }));
-            }
-        }
-        all
     }
 
     pub fn target(&self, name: &str) -> Option<&TargetView> {

@@ -44,8 +44,7 @@ impl Flows {
     pub fn of(core: &Core, gone: &SmallSet<IpAddr>) -> Option<Flows> {
         let config = core.config();
         let lists_ports = config.tproxies.iter().any(|t| !t.outlet.udp_ports.is_empty());
-        let none = config.routes.is_empty() && config.retired.is_empty();
-        if none && !lists_ports && gone.is_empty() {
+        if config.routes.is_empty() && !lists_ports && gone.is_empty() {
             return None;
         }
         let all = core.tree().iter();
@@ -92,11 +91,10 @@ impl Flows {
         (route.outlet.mark, &route.interface)
     }
 
-    /// Whether one is translated to an address of before, or for a route that is no more: of those that
-    /// were moved the kernel does not see that by itself.
+    /// Whether one is translated to an address of before: of those that were moved the kernel does not
+    /// see that by itself.
     pub fn is_lost(&self, entry: &Tracked) -> bool {
-        let retired = self.config().is_retired(entry.mark);
-        entry.is_translated() && (retired || self.gone.contains(&entry.answers.1.ip()))
+        entry.is_translated() && self.gone.contains(&entry.answers.1.ip())
     }
 
     /// What is to be done about one that is known as a tproxy's which does not take its port any more:

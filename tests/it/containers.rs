@@ -145,18 +145,14 @@ fn another_policy() {
     let [p, o] = [PROXY, "proxy other"].map(|who| [who, who, who, who, "remote", "remote"]);
     for (config, found, asked) in [
         (
-            with("mihomo = /boxes/box", "other = /boxes/box"),
+            with("[tproxy mihomo]", "[tproxy first]\nport = 7895\n[tproxy mihomo]"),
             &["lan0 0x02000000", BOXES[1]][..],
-            [o, n],
+            [p, n],
         ),
+        (with("mihomo = /boxes/box", "other = /boxes/box"), &["lan0 0x02000000", BOXES[1]], [o, n]),
         (with("drop = /boxes/drop", "drop = /boxes/none"), &BOXES[..1], [p, d]),
         (with("[global]", "[global]\ncontainers = no"), &[], [d, d]),
         (CONFIG.to_owned(), &BOXES, [p, n]),
-        (
-            with("[tproxy mihomo]", "[tproxy mihomo]\nmark = 0x05000000"),
-            &["lan0 0x05000000", BOXES[1]],
-            [p, n],
-        ),
     ] {
         daemon.reconfigure(&config);
 

@@ -157,8 +157,7 @@ direct = /proxied
 ];
 
 /// Whatever came before, by a dead instance or by a reload, the kernel holds what a clean start
-/// with the same configuration gives; but for the marks of sections, which flows bear, and which none of
-/// these policies shares.
+/// with the same configuration gives.
 #[test]
 fn the_configuration_alone_decides_what_is_in_the_kernel() {
     let ground = ground!("decides");

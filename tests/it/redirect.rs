@@ -2,8 +2,8 @@
 //! that, answered, whatever conntrack has of them.
 
 use std::fs::File;
-use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::io::Read;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,7 +14,7 @@ use nix::sys::signal::{kill, Signal};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use crate::client::{again, fork_into, socket_for, socket_in, tcp_in, udp_in, PATIENCE, SILENCE};
+use crate::client::{again, fork_into, socket_for, socket_in, udp_in, PATIENCE, SILENCE};
 use crate::daemon::Daemon;
 use crate::gateway::Lan;
 use crate::ground::{
@@ -22,7 +22,7 @@ use crate::ground::{
 };
 use crate::kernel::{await_member, load};
 use crate::routes::{set, tunnel_up, until_passes, until_refused, GATEWAYS, TUNNEL};
-use crate::world::{bind, bind_fd, raw_addr, Server, World, PROXY, STREAM_PORT};
+use crate::world::{bind_fd, raw_addr, Server, World, PROXY, STREAM_PORT};
 use crate::{sized, wait_until};
 
 /// A cgroup with a target, among others of each kind.
@@ -318,6 +318,7 @@ fn clients_of_a_router_go_the_new_way() {
     daemon.reconfigure(&policy("vpn"));
     world.wire.packets();
     for stream in &mut streams {
+        use std::io::Write;
         let refused = wait_until(PATIENCE, || stream.write_all(b"?").is_err());
         assert!(refused, "{:?} goes on", stream.peer_addr());
     }
@@ -524,189 +525,4 @@ fn sockets_without_number_keep_nobody_waiting() {
     println!("{longest} of {all}");
     // a list is of some 200; once all of it came at once, twice for each reload
     assert!(all > 500 && longest < 120, "{longest} of {all}");
-}
-
-/// Both ends of a TCP flow.
-struct Stream {
-    what: String,
-    own: TcpStream,
-    other: TcpStream,
-}
-
-impl Stream {
-    fn open(what: String, connect: impl FnOnce() -> TcpStream, at: &TcpListener) -> Stream {
-        let own = connect();
-        let (other, _) = again(|| at.accept()).expect("accept");
-        for end in [&own, &other] {
-            end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        }
-        Stream { what, own, other }
-    }
-
-    /// Something there and back.
-    fn talk(&mut self) -> std::io::Result<()> {
-        for (from, to) in [(&self.own, &self.other), (&self.other, &self.own)] {
-            let (mut from, mut to) = (from, to);
-            from.write_all(b"?")?;
-            again(|| to.read_exact(&mut [0]))?;
-        }
-        Ok(())
-    }
-}
-
-fn listener(at: SocketAddr) -> TcpListener {
-    let fd = bind(at, libc::SOCK_STREAM);
-    // SAFETY: an open socket.
-    assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
-    TcpListener::from(fd)
-}
-
-/// This host's flows and a client's, by a proxy and by a route.
-struct Streams<'a> {
-    lan: Lan<'a>,
-    cgroups: [PathBuf; 2],
-    /// Those of the proxy and of the remote host, by family.
-    ends: [[TcpListener; 2]; 2],
-}
-
-const PROXIED: &str = "[tproxy mihomo]\nport = 7893\n";
-const OTHER: &str = "[tproxy other]\nport = 7894\n";
-const CLOSED: &str = "[route closed]\ninterface = nowhere\n";
-/// Who decides for them.
-const RULES: &str = "[gateway zero]\ninterface = br-lan\nsource = 198.51.100.10\n\
-                     source = 2001:db8:3::10\ntarget = mihomo\n\
-                     [gateway one]\ninterface = br-lan\ntarget = vpn\n\
-                     [rules]\nmihomo = /app\nvpn = /vpn\n";
-const NO_RULES: &str =
-    "[gateway lan]\ninterface = br-lan\ntarget = direct\n[rules]\ndrop = /elsewhere\n";
-
-fn routed() -> String {
-    format!("[route vpn]\ninterface = vpn0\n{GATEWAYS}")
-}
-
-impl Streams<'_> {
-    fn new(ground: &Ground) -> Streams<'_> {
-        tunnel_up(ground);
-        let cgroups = ["/app", "/vpn"].map(|path| ground.cgroup(path));
-        let to = |port| move |remote| listener(addr(remote, port));
-        let proxy = REMOTES.map(|remote| listener(addr(any_of(remote), 7893)));
-        let ends = [proxy, ground.outside(|| REMOTES.map(to(8080)))];
-        Streams { lan: Lan::new(ground), cgroups, ends }
-    }
-
-    /// With a daemon that has them decided for; those of the proxy first.
-    fn open(&self, ground: &Ground) -> (Daemon, [Vec<Stream>; 2]) {
-        let daemon = Daemon::start(ground, &[PROXIED, &routed(), RULES].concat(), &[]);
-        let of = |i: usize| {
-            let name = ["mihomo", "vpn"][i];
-            await_member(&self.cgroups[i], name);
-            let mut streams = Vec::new();
-            for (remote, at) in REMOTES.into_iter().zip(&self.ends[i]) {
-                let to = addr(remote, 8080);
-                let client = || TcpStream::connect(to).expect("connect");
-                let what = format!("to {to} by {name}");
-                streams.push(Stream::open(what.clone(), || tcp_in(&self.cgroups[i], to), at));
-                let client = || self.lan.client(i).run(client);
-                streams.push(Stream::open(what + ", a client's", client, at));
-            }
-            streams
-        };
-        (daemon, [of(0), of(1)])
-    }
-}
-
-/// The sections around theirs come, go and move, and no rule decides for them any more: each TCP flow
-/// goes on with the target that it began by.
-#[test]
-fn streams_stay_while_sections_move() {
-    let (ground, mut world) = scene!("sections");
-    let streams = Streams::new(&ground);
-    let (daemon, open) = streams.open(&ground);
-    let mut open: Vec<Stream> = open.into_iter().flatten().collect();
-    let routed = &*routed();
-    let start =
-        |sections: &[&str]| Daemon::start(&ground, &[&sections.concat(), NO_RULES].concat(), &[]);
-    let reload = |daemon: &Daemon, sections: &[&str]| {
-        daemon.reconfigure(&[&sections.concat(), NO_RULES].concat());
-    };
-    let mut check = |when: &str| {
-        for stream in &mut open {
-            stream.talk().unwrap_or_else(|error| panic!("{when}: {}: {error}", stream.what));
-        }
-        assert_eq!(world.wire.to_remote(), [], "{when}: left directly");
-    };
-    check("at first");
-    reload(&daemon, &[CLOSED, OTHER, routed, PROXIED]);
-    check("after a reload");
-    // those who read the file know of that
-    daemon.ask(&["exec", "mihomo", "true"]).fine();
-    let shown = daemon.ask(&["show"]).fine();
-    assert!(shown.contains("0x01000000 : goto tproxy_mihomo"), "{shown}");
-    // what a section had that is no more is no other's
-    reload(&daemon, &[PROXIED, routed]);
-    reload(&daemon, &["[tproxy third]\nport = 7895\n", CLOSED, PROXIED, routed]);
-    check("after two more");
-    daemon.kill9();
-    let daemon = start(&[CLOSED, routed, PROXIED]);
-    check("after kill -9");
-    daemon.leave();
-    let daemon = start(&[OTHER, PROXIED, CLOSED, routed]);
-    check("after a restart");
-    daemon.stop_clean();
-}
-
-/// Where their own sections go, lead elsewhere or leave them alone: a flow that a proxy has stays with
-/// that, one of a route that is there still with the route, and others are refused at once. Nothing
-/// leaves by another way, whether it is a reload, a restart or kill -9.
-#[test]
-fn what_sections_leave_behind() {
-    let (ground, mut world) = scene!("leftovers");
-    let streams = Streams::new(&ground);
-    let routed = &*routed();
-    for (case, sections, rules, goes_on) in [
-        ("gone", vec![OTHER], NO_RULES, false),
-        ("gone but for a route", vec![OTHER, "[route next]\ninterface = vpn0\n"], NO_RULES, false),
-        ("elsewhere", vec![PROXIED, "[route vpn]\ninterface = nowhere\n"], NO_RULES, false),
-        (
-            "elsewhere, with rules",
-            vec![PROXIED, "[route vpn]\ninterface = nowhere\n"],
-            RULES,
-            false,
-        ),
-        ("as it is", vec![PROXIED, routed, "masquerade = no\n"], NO_RULES, false),
-        ("left alone", vec![PROXIED, "tcp = no\n", routed, "tcp = no\n"], RULES, true),
-    ] {
-        for how in ["reload", "restart", "kill -9"] {
-            let (daemon, [proxied, by_route]) = streams.open(&ground);
-            let config = [&sections.concat(), rules].concat();
-            world.wire.packets();
-            let daemon = match how {
-                "reload" => {
-                    daemon.reconfigure(&config);
-                    daemon
-                }
-                _ => {
-                    let end = if how == "restart" { Daemon::leave } else { Daemon::kill9 };
-                    end(daemon);
-                    Daemon::start(&ground, &config, &[])
-                }
-            };
-            let (stay, end) = match goes_on {
-                true => (proxied.into_iter().chain(by_route).collect(), Vec::new()),
-                false => (proxied, by_route),
-            };
-            for mut stream in stay {
-                let done = stream.talk();
-                done.unwrap_or_else(|error| panic!("{case}, {how}: {}: {error}", stream.what));
-            }
-            for mut stream in end {
-                let refused = wait_until(PATIENCE, || stream.own.write_all(b"?").is_err());
-                assert!(refused, "{case}, {how}: {} goes on", stream.what);
-            }
-            let mut left = world.wire.to_remote();
-            left.retain(|packet| packet.flags & 4 == 0);
-            assert_eq!(left, [], "{case}, {how}: left directly");
-            daemon.stop_clean();
-        }
-    }
 }

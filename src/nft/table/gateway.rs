@@ -2,16 +2,14 @@
 //! with it (`forward_NAME`), what arrives at this host ([`input_chain`]), and containers' entrances.
 
 use super::dns::{dns_first, dns_rules, rules_to_dns};
-use super::output::GONE;
 use super::sets::{range_name, SOURCE};
 use super::spared::spared_rules;
 use super::target::{bypass_rules, keep_chain, known_rules, sorting_rules};
 use super::words::*;
 use super::{Chain, Rule};
-use crate::config::{Config, Gateway, Outlet, Route, Take, Target, Tproxy};
+use crate::config::{Config, Gateway, Outlet, Route, Target, Tproxy};
 use crate::net::{Family, Interface, L4};
 use crate::netlink::uapi::*;
-use crate::nft::expr::Verdict;
 use crate::nft::stmt::Stmt;
 use crate::small::SmallSet;
 
@@ -159,23 +157,10 @@ fn gateway_name(gateway: &Gateway) -> String {
 /// What a route takes of what is routed for others.
 pub(super) fn forward_way_chain(config: &Config, route: &Route) -> Chain {
     let outlet = &route.outlet;
-    let own = mark(config, route.forward_mark);
-    let mut rules = Vec::new();
-    if ![outlet.tcp, outlet.ipv4, outlet.ipv6]
-        .iter()
-        .any(|take| [Take::Drop, Take::Reject].contains(take))
-    {
-        // as in `way_chains`: what began by this goes on by it
-        rules.push(vec![
-            Stmt::L4proto(L4::Tcp),
-            Stmt::CtMark(own),
-            Stmt::SetPacketMark(own),
-            Stmt::accept(),
-        ]);
-    }
-    rules.extend(bypass_rules(outlet, &Stmt::accept()));
+    let mut rules = bypass_rules(outlet, &Stmt::accept());
     let dns = rules_to_dns(outlet, &own_chain("dnsf", outlet));
     rules.extend(sorting_rules(outlet, dns, &Stmt::accept()));
+    let own = mark(config, route.forward_mark);
     // as in `way_chains`: what began otherwise cannot go on by this
     let other = [Stmt::NotCtMark(own), Stmt::Confirmed];
     rules.push([&[Stmt::L4proto(L4::Tcp)], &other[..], &[Stmt::Reset]].concat());
@@ -215,10 +200,7 @@ pub(super) fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
 pub(super) fn routed_chain(config: &Config) -> Chain {
     let stay = |outlet| (routed_ct_mark(config, outlet).value, on_to("forward", outlet));
     let known = Stmt::CtMarkMap { mask: config.mask, map: config.outlets().map(stay).collect() };
-    let mut rules = vec![vec![Stmt::Reply, Stmt::accept()], vec![known]];
-    let any = config.tproxies.first().map(|any| on_to("forward", &any.outlet));
-    rules.extend(retired(config, &any.unwrap_or(Verdict::Goto(GONE.into()))));
-    chain("routed", rules)
+    chain("routed", vec![vec![Stmt::Reply, Stmt::accept()], vec![known]])
 }
 
 /// Routed packets that were handed to a proxy and have lost its socket since, as bridged ones do

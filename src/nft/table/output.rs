@@ -11,7 +11,7 @@ use super::spared::leaves_by_lo;
 use super::target::cut_rules;
 use super::words::*;
 use super::{Chain, Rule};
-use crate::config::{Config, Outcome, Target, Tproxy};
+use crate::config::{Config, Outcome, Target};
 use crate::net::{Owner, L4};
 use crate::netlink::uapi::*;
 use crate::nft::expr::Verdict;
@@ -271,8 +271,8 @@ pub(super) fn lo_chain(config: &Config) -> Chain {
     chain("lo", vec![spoofed_rule(config), last])
 }
 
-/// Flows that are known by their ct mark. Marks that we do not know fall through to the end of
-/// `output`: they go where what is not known goes. UDP is not
+/// Flows that are known by their ct mark. Marks that we do not know (of a tproxy that a reload took
+/// away) fall through to the end of `output`: they go where what is not known goes. UDP is not
 /// known by its flow: another may have used the port before, and what has no owner is a tunnel's of the
 /// kernel, one flow of which carries what all kinds of processes and a router's clients send.
 pub(super) fn sticky_chain(config: &Config) -> Chain {
@@ -305,20 +305,7 @@ pub(super) fn sticky_chain(config: &Config) -> Chain {
     if !map.is_empty() {
         rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
     }
-    rules.extend(retired(config, &Verdict::Goto(GONE.into())));
     chain("sticky", rules)
-}
-
-pub(super) const GONE: &str = "gone";
-
-/// TCP of a section that is no more has its proxy as long as that lives, as in [`spoofed_chain`], or is
-/// refused. One of a route, which no proxy has, would lose its mark on its way to lo.
-pub(super) fn gone_chain(config: &Config) -> Chain {
-    let own = |any: &Tproxy| Stmt::SetPacketMark(mark(config, any.outlet.mark));
-    let own = config.tproxies.first().map(own);
-    let stays = own.map(|own| vec![Stmt::NotSnatted, own, Stmt::accept()]);
-    let refused = vec![Stmt::L4proto(L4::Tcp), Stmt::Reset];
-    chain(GONE, stays.into_iter().chain([refused]).collect())
 }
 
 /// What is left of a flow that a proxy began. The kernel's own packets for an application's TCP

@@ -3,7 +3,7 @@
 
 use super::{Base, Chain, Rule};
 use crate::config::{Config, Outlet, Route, Target};
-use crate::net::{Interface, Mark, L4};
+use crate::net::{Interface, Mark};
 use crate::netlink::uapi::*;
 use crate::nft::expr::Verdict;
 use crate::nft::stmt::Stmt;
@@ -125,13 +125,6 @@ pub(super) fn set_ct_mark(own: Mark) -> Rule {
 /// Whether it is known by which interfaces a route leaves. By the main table that may be any.
 pub(super) fn keeps_course(route: &Route) -> bool {
     !(253..=255).contains(&route.table)
-}
-
-/// TCP of sections that are no more, and where that goes.
-pub(super) fn retired(config: &Config, to: &Verdict) -> Option<Rule> {
-    let map = config.retired.iter().map(|had| (had.mark.value, to.clone())).collect();
-    let known = Stmt::CtMarkMap { mask: config.mask, map };
-    (!config.retired.is_empty()).then(|| vec![Stmt::L4proto(L4::Tcp), Stmt::Original, known])
 }
 
 /// The ct marks of a route's flows: this host's, and routed ones.
