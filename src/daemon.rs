@@ -933,10 +933,11 @@ impl Daemon<'_> {
     fn load(&self) -> Result<Rc<Config>> {
         let new = Rc::new(self.options.load_or_default(true)?);
         let old = self.cgroups.core.config();
-        if let Some(what) = emptied(old, &new, self.options.config_file()) {
+        if let Some(file) = emptied(old, &new, self.options.config_file()) {
+            let file = file.display();
             return Err(Error::Usage(vec![format!(
-                "{what}: it may be about to be written (write a new file and rename it into place; \
-                 an empty [rules] is none)"
+                "{file}: is absent or has no section: it may be about to be written (write a new \
+                 file and rename it into place; an empty [rules] sends everything direct)"
             )]));
         }
         Ok(new)
@@ -1057,22 +1058,14 @@ impl Daemon<'_> {
 
 /// A file that has nothing to say by now, where it said something of the policy in force: an editor that
 /// writes in place makes it empty first.
-fn emptied(old: &Config, new: &Config, main: &Path) -> Option<String> {
+fn emptied<'a>(old: &'a Config, new: &Config, main: &'a Path) -> Option<&'a Path> {
     let gateways = old.gateways.iter().map(|gateway| &gateway.place);
     let mut places = old.rule_lines().map(|line| line.place()).chain(gateways);
-    let file = match new.hollow.len() == new.files.len() {
-        true => (old.default != Target::Direct || places.next().is_some()).then_some(main),
-        false => {
-            let hollow = places.find(|place| new.hollow.contains(&place.file));
-            hollow.map(|place| place.file.as_path())
-        }
-    };
-    if let Some(file) = file {
-        return Some(format!("{}: is absent or has no section", file.display()));
+    if new.hollow.len() == new.files.len() {
+        return (old.default != Target::Direct || places.next().is_some()).then_some(main);
     }
-    let named = |name: &str| old.outlets().any(|was| was.name == name && !was.takes_nothing());
-    let idle = new.outlets().find(|outlet| outlet.takes_nothing() && named(&outlet.name))?;
-    Some(format!("only-file of {}: names no address", idle.name))
+    let hollow = places.find(|place| new.hollow.contains(&place.file));
+    hollow.map(|place| place.file.as_path())
 }
 
 /// The table first: without it no packet is marked, so none misses the rules.

@@ -153,7 +153,7 @@ pub fn idle(config: &Config) -> Vec<String> {
 
 fn takes_nothing(kind: &str, outlet: &Outlet) -> Option<String> {
     let name = &outlet.name;
-    outlet.takes_nothing().then(|| {
+    outlet.only.as_ref().is_some_and(Ranges::is_empty).then(|| {
         format!(
             "[{kind} {name}]: only-file names no address, so that everything is left alone: put \
              addresses into the file, or leave out the key"

@@ -90,11 +90,6 @@ pub struct Outlet {
 pub const QUIC_PORTS: [u16; 2] = [80, 443];
 
 impl Outlet {
-    /// Its lists name no address, so that what was to be its own is left alone.
-    pub fn takes_nothing(&self) -> bool {
-        self.only.as_ref().is_some_and(Ranges::is_empty)
-    }
-
     /// What it does with a protocol, and the ports that it does so with; none are all.
     pub fn protocol(&self, l4: L4) -> (Take, &[Range<u16>]) {
         match l4 {

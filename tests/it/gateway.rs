@@ -298,7 +298,7 @@ fn neighbour_discovery_is_no_way_out() {
 /// A socket of the second client, to which the first one has spoken in the name of `remote`, and which is
 /// connected with that.
 fn spoken_to(lan: &Lan, at: SocketAddr, remote: SocketAddr) -> UdpSocket {
-    let own = lan.client(1).run(|| UdpSocket::bind(at)).expect("bind");
+    let own = UdpSocket::from(lan.client(1).run(|| bind(at, libc::SOCK_DGRAM)));
     own.set_read_timeout(Some(PATIENCE)).expect("a timeout");
     let speaker = lan.client(0).run(|| bind(remote, libc::SOCK_DGRAM));
     UdpSocket::from(speaker).send_to(b"first", at).expect("speak");

@@ -22,7 +22,7 @@ use crate::ground::{
 };
 use crate::kernel::{await_member, load};
 use crate::routes::{set, tunnel_up, until_passes, until_refused, GATEWAYS, TUNNEL};
-use crate::world::{bind_fd, raw_addr, Server, World, PROXY, STREAM_PORT};
+use crate::world::{bind, bind_fd, raw_addr, Server, World, PROXY, STREAM_PORT};
 use crate::{sized, wait_until};
 
 /// A cgroup with a target, among others of each kind.
