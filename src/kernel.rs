@@ -324,7 +324,7 @@ impl Kernel {
     /// Replaces what the table holds by this, so that each packet meets what was or what is to be. Where
     /// the kernel, or what others have made of the table, does not allow that, the table as a whole.
     pub fn replace(&mut self, contents: &Contents) -> Result<()> {
-        let exchanged = self.exchange(contents).unwrap_or_else(|error| {
+        let exchanged = self.exchange(contents, false).unwrap_or_else(|error| {
             log!(Debug, "{error}; replacing the table as a whole");
             None
         });
@@ -333,7 +333,7 @@ impl Kernel {
         };
         if names.iter().any(|(own, name)| own != name) {
             // their own names are free now; what is in force does not depend on them
-            if let Err(error) = self.exchange(contents) {
+            if let Err(error) = self.exchange(contents, true) {
                 log!(Debug, "{error}; sets keep other names for now");
             }
         }
@@ -342,7 +342,7 @@ impl Kernel {
 
     /// See [`Contents::ahead`] and [`Contents::exchange`]. What sets are called now; `None` where that is
     /// not the way.
-    fn exchange(&mut self, contents: &Contents) -> Result<Option<Names>> {
+    fn exchange(&mut self, contents: &Contents, keep: bool) -> Result<Option<Names>> {
         let there = self.table_flags()?;
         let own = self.flags.unwrap_or(0);
         // one that a killed daemon has left behind has no owner
@@ -360,7 +360,7 @@ impl Kernel {
             self.commit(contents.ahead(&names, flags, batch))?;
         }
         let batch = self.batch();
-        self.commit(contents.exchange(&present, &names, flags, batch)).inspect_err(|_| {
+        self.commit(contents.exchange(&present, &names, keep, flags, batch)).inspect_err(|_| {
             let undo = |transaction: &mut Transaction| {
                 names.values().for_each(|name| transaction.delete_set(name));
             };

@@ -594,7 +594,7 @@ fn exchanges() {
                 theirs.set(&Set { name: taken(&name), content });
             }
         });
-        let ours = ours.exchange(&present, &names, Some(0x6), Batch::new(SEQ));
+        let ours = ours.exchange(&present, &names, true, Some(0x6), Batch::new(SEQ));
         same_batch("exchange", ours, |theirs| {
             theirs.table(kind, create, Some(0x6));
             theirs.flush(None);

@@ -91,13 +91,14 @@ impl Contents {
         transaction
     }
 
-    /// The second one, by which they are looked into. Base chains stay hooked in: to a packet on its way
-    /// the rules of one are those of before or those of after, where of two chains the new one might have
-    /// been empty yet, and the old one empty by then.
+    /// The second one, by which they are looked into. All chains are new, and stand among others of their
+    /// priority as those of a table that is loaded now; or, to `keep` those that are wanted, they are
+    /// left where they are, with other rules.
     pub fn exchange(
         &self,
         present: &Present,
         names: &Names,
+        keep: bool,
         flags: Option<u32>,
         batch: Batch,
     ) -> Transaction {
@@ -107,7 +108,7 @@ impl Contents {
         let stays = |name: &str, hook| {
             let hook_of = |base: Base| (base.hook, base.priority);
             let mut new = self.table.chains.iter();
-            new.any(|chain| chain.name == name && chain.base.map(hook_of) == hook)
+            keep && new.any(|chain| chain.name == name && chain.base.map(hook_of) == hook)
         };
         let gone = present.chains.iter().filter(|(name, hook)| !stays(name, *hook));
         gone.for_each(|(name, _)| transaction.delete_chain(name));

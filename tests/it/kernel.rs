@@ -95,25 +95,13 @@ pub fn counters(chain: &str) -> Vec<(u64, u64)> {
 }
 
 /// The table without counter values, and without its flags: nft cannot set them all, and the
-/// owner's goes with the owner. Sets and chains are in the order of their names, since the one that the
-/// kernel lists them in is the one in which they came. `args` are further options of nft.
+/// owner's goes with the owner. `args` are further options of nft.
 pub fn table_plain(args: &[&str]) -> String {
     let text = output_if_any("nft", &[args, &["-s", "list", "table", "inet", "cgtproxy"]].concat());
     let flags = |line: &str| line.starts_with("\tflags");
     let lines = text.lines().filter(|line| !flags(line) && !line.is_empty());
     let lines = lines.map(|line| line.split(" # progname").next().unwrap_or(line).trim_end());
-    let text: String = lines.map(|line| format!("{line}\n")).collect();
-    let Some((head, rest)) = text.split_once('\n') else {
-        return text;
-    };
-    let mut blocks: Vec<&str> = rest.split_inclusive("\n\t}\n").collect();
-    let end = blocks.pop().unwrap_or_default();
-    // counters, sets, chains
-    let place = |block: &&str| {
-        (!block.starts_with("\tcounter "), !block.starts_with("\tset "), block.to_string())
-    };
-    blocks.sort_by_key(place);
-    format!("{head}\n{}{end}", blocks.concat())
+    lines.map(|line| format!("{line}\n")).collect()
 }
 
 /// Lines of `ip rule` for one family, with numbers for names.

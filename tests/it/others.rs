@@ -1275,7 +1275,7 @@ fn marks_that_iptables_overwrites() {
     let (ground, _world) = scene!("ipt-marks");
     let _servers = servers();
     let proxied = ground.cgroup("/proxied");
-    let mut daemon = Daemon::start(&ground, CONFIG, &[]);
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
     let iptables = |rule: &str| {
         let mut words = vec!["-t", "mangle"];
         words.extend(rule.split(' '));
@@ -1293,8 +1293,7 @@ fn marks_that_iptables_overwrites() {
                 let proxied = || Client::tcp(&proxied, to).timeout(SILENCE).run().who();
                 if what == "packet mark" {
                     // what is loaded last comes first, of chains of one priority
-                    assert!(daemon.stop().success());
-                    daemon = Daemon::start(&ground, CONFIG, &[]);
+                    daemon.reload();
                     assert!(!proxied().starts_with(PROXY), "{rule}: {}", proxied());
                 }
                 told_and_remedied(&daemon, &place, &format!("overwrites the {what}"));
