@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 
 use crate::client::{connect, socket_in, tcp_in, Client};
 use crate::daemon::{run_with, Daemon, UNOWNED};
-use crate::floor::{delete_table, Listener, NFT_MSG_NEWTABLE};
+use crate::floor::{delete_table, Listener, NFT_MSG_NEWRULE};
 use crate::ground::{addr, ip_batch, Ground, REMOTE4};
 use crate::kernel::load;
 use crate::report::{quantile, Report, Target};
@@ -41,7 +41,7 @@ pub fn heal(report: &mut Report) {
         let mut listener = Listener::new();
         let start = Instant::now();
         delete_table("cgtproxy");
-        listener.await_kind(NFT_MSG_NEWTABLE);
+        listener.await_kind(NFT_MSG_NEWRULE);
         ours.push(milliseconds(start));
         theirs.push(ground.outside(|| load_table(&table)));
         // so that it is put back at once, as it is where nobody fights for it
@@ -225,7 +225,7 @@ pub fn stalled(report: &mut Report) {
             (milliseconds(start), ended && again, next)
         });
         daemon.signal(Signal::SIGHUP);
-        listener.await_kind(NFT_MSG_NEWTABLE);
+        listener.await_kind(NFT_MSG_NEWRULE);
         reload.push(milliseconds(start));
         let (took, ended, next) = waiting.join().expect("the application does not panic");
         assert!(ended, "the application was not told");

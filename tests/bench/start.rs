@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use regex_lite::Regex;
 
 use crate::daemon::{binary as program, run_with, write_private, Daemon};
-use crate::floor::{schedstat, Listener, NFT_MSG_NEWTABLE};
+use crate::floor::{schedstat, Listener, NFT_MSG_NEWRULE};
 use crate::ground::Ground;
 use crate::kernel::{cgroup_id, nft};
 use crate::report::{Report, Target};
@@ -137,7 +137,7 @@ pub fn reload(report: &mut Report) {
         let used = || schedstat(&format!("/proc/{}/schedstat", daemon.pid()));
         let (before, start) = (used(), Instant::now());
         daemon.signal(Signal::SIGHUP);
-        listener.await_kind(NFT_MSG_NEWTABLE);
+        listener.await_kind(NFT_MSG_NEWRULE);
         ours.push(start.elapsed().as_secs_f64() * 1e3);
         let line = format!("reloaded {}", daemon.config.display());
         assert!(daemon.wait_log(&line, Duration::from_secs(10)), "{}", daemon.logs());
