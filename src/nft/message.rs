@@ -67,10 +67,10 @@ impl Contents {
 
     /// Names that are free for the sets that have to be there before a rule looks into them.
     ///
-    /// The kernel shows the rules of a transaction first, and what its interval sets hold only when it is
-    /// done with all the rest of it (the array of nft_set_rbtree since Linux 7.0 and 6.18.y, the clone of
-    /// nft_set_pipapo). To a packet in between such a set is empty, which would have it proxied, or left
-    /// alone, whatever the policies of before and after say.
+    /// The kernel shows the rules of a transaction first, and what its new interval sets hold only when it
+    /// is done with all the rest of it (measured on Linux 6.18.44; older ones were not tried). To a packet
+    /// in between such a set is empty, which would have it proxied, or left alone, whatever the policies of
+    /// before and after say.
     pub fn names(&self, present: &Present) -> Names {
         let free = |name: &str| {
             let more = (2..).map(|number| format!("{name}.{number}"));
