@@ -384,10 +384,12 @@ impl Daemon {
         dir.map(|entry| fs::read_link(entry.path()).unwrap_or_default()).collect()
     }
 
-    /// Whether it takes this signal when it comes to it, and not as a blow.
+    /// Whether it takes this signal when it comes to it, and not as a blow. For a moment of its start
+    /// the C library blocks every signal, and lets them in again.
     pub fn blocks(&self, signal: Signal) -> bool {
         let set = u64::from_str_radix(&self.process("SigBlk"), 16).expect("a set of signals");
-        set & 1 << (signal as i32 - 1) != 0
+        let has = |signal: Signal| set & 1 << (signal as i32 - 1) != 0;
+        has(signal) && !has(Signal::SIGCHLD)
     }
 
     /// Waits until nothing has woken it for that time.
