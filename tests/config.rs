@@ -144,6 +144,10 @@ bypass = 10.0.0.0/8, 10.1.0.0/16
     "bypass" expects an address, a CIDR or "private", not "10.0.0.0/8, 10.1.0.0/16"
 bypass = 10.0.0.0/255.0.0.0
     "bypass" expects an address, a CIDR or "private", not "10.0.0.0/255.0.0.0"
+bypass = ::ffff:192.0.2.1
+    "bypass" expects an address, a CIDR or "private", not "::ffff:192.0.2.1", did you mean "192.0.2.1"?
+bypass = ::ffff:192.0.2.1/120
+    "bypass" expects an address, a CIDR or "private", not "::ffff:192.0.2.1/120", did you mean "192.0.2.0/24"?
 bypass = 10.0.0.0/33
     "bypass": prefix length 33 is not from 0 to 32: "10.0.0.0/33"
 bypass = fc00::/129
@@ -201,6 +205,8 @@ address = localhost
     "address" expects an IPv4 or IPv6 address, not "localhost"
 address = ::1/128
     "address" expects an IPv4 or IPv6 address, not "::1/128"
+address = ::ffff:127.0.0.1
+    "address" expects an IPv4 or IPv6 address, not "::ffff:127.0.0.1", did you mean "127.0.0.1"?
 mark = 0
     "mark" expects a number from 1 to 0xffffffff, not "0"
 mark = 0x8000001
@@ -329,6 +335,8 @@ interface = eth0
     "interface" names "eth0" twice
 source = private
     "source" expects an address or a CIDR, not "private"
+source = ::ffff:192.0.2.1
+    "source" expects an address or a CIDR, not "::ffff:192.0.2.1", did you mean "192.0.2.1"?
 source = 10.0.0.0/33
     "source": prefix length 33 is not from 0 to 32: "10.0.0.0/33"
 source-mac = 02:00:00:00:00
@@ -1704,6 +1712,11 @@ fn lists_of_addresses() {
         ("10.0.0.0/", "10.0.0.0"),
         ("10", ""),
         ("192.168.0.0/255.0.255.0", ""),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("::FFFF:c000:201/128", "192.0.2.1"),
+        ("::ffff:192.0.2.1/120", "192.0.2.0/24"),
+        ("'::ffff:192.0.2.1/97'", "128.0.0.0/1"),
+        ("::ffff:192.0.2.1/129", ""),
     ] {
         let problems = lines(all(&format!("# one\n{line}\n")));
         let hint = match hint {
@@ -1714,6 +1727,8 @@ fn lists_of_addresses() {
         let want = format!("d/../cn.txt:2: expected an address or a CIDR, not \"{line}\"{hint}");
         assert_eq!(problems, [want]);
     }
+    // all of them, as lists of reserved addresses have them
+    assert!(all("::ffff:0:0/96\n::/8\n").is_ok());
     let want = "c:3: unable to read none: no such file or directory";
     bad(&[("c", "[tproxy a]\nport = 1\nonly-file = none\n")], &[want]);
 }

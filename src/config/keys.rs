@@ -155,6 +155,8 @@ pub static KEYS: &[Key] = &[
     }),
     any(TPROXY, "address", Text("an IPv4 or IPv6 address"), Nothing, |d, e| {
         let address = parsed(e)?;
+        // which tells of one that is no packet's
+        range(e, e.value)?;
         once(e, &mut d.tproxy().addresses, Family::of(&address), address)
     }),
     one(ROUTE, "interface", INTERFACE, Nothing, |d, e| put(&mut d.route().interface, way_out(e))),

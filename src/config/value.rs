@@ -183,10 +183,21 @@ pub fn range(e: &Setting, value: &str) -> Result<Ranges> {
             Ok(Ranges { v4: vec![Range::prefix(a, prefix(32)?)], ..Ranges::default() })
         }
         Ok(IpAddr::V6(a)) => {
-            Ok(Ranges { v6: vec![Range::prefix(a, prefix(128)?)], ..Ranges::default() })
+            let length = prefix(128)?;
+            match mapped(a, length) {
+                Some(v4) => Err(format!("{}, did you mean \"{v4}\"?", e.wrong())),
+                None => Ok(Ranges { v6: vec![Range::prefix(a, length)], ..Ranges::default() }),
+            }
         }
         Err(_) => Err(e.wrong()),
     }
+}
+
+/// IPv4 addresses in IPv6's words (`::ffff:192.0.2.1`), which no packet bears. All of them, ::ffff:0:0/96,
+/// are a line of lists of reserved addresses.
+fn mapped(address: Ipv6Addr, length: u32) -> Option<Range<Ipv4Addr>> {
+    let length = length.checked_sub(96).filter(|length| (1..=32).contains(length))?;
+    address.to_ipv4_mapped().map(|address| Range::prefix(address, length))
 }
 
 /// The same, or the word `private`.
@@ -263,7 +274,10 @@ fn listed(value: &str) -> Option<Listed> {
     let prefix = |bits| Some(length.unwrap_or(bits)).filter(|length| *length <= bits);
     Some(match address.parse().ok()? {
         IpAddr::V4(a) => Listed::V4(Range::prefix(a, prefix(32)?)),
-        IpAddr::V6(a) => Listed::V6(Range::prefix(a, prefix(128)?)),
+        IpAddr::V6(a) => {
+            let length = prefix(128)?;
+            mapped(a, length).is_none().then(|| Listed::V6(Range::prefix(a, length)))?
+        }
     })
 }
 
@@ -291,10 +305,15 @@ fn hint(value: &str) -> String {
         let text = (first <= last).then(|| range.to_string())?;
         text.contains('/').then_some(text)
     };
-    match (listed(&meant), plain.split_once('-').and_then(ends)) {
-        (Some(_), _) if meant != value => format!(", did you mean \"{meant}\"?"),
-        (_, Some(range)) => format!(", did you mean \"{range}\"?"),
-        _ => String::new(),
+    let length = if length.is_empty() { "128" } else { &length };
+    let v4 = || mapped(address.parse().ok()?, length.parse().ok()?);
+    let range = || plain.split_once('-').and_then(ends);
+    match listed(&meant) {
+        Some(_) if meant != value => format!(", did you mean \"{meant}\"?"),
+        _ => match v4().map(|range| range.to_string()).or_else(range) {
+            Some(range) => format!(", did you mean \"{range}\"?"),
+            None => String::new(),
+        },
     }
 }
 
