@@ -22,7 +22,7 @@ use crate::cgroup::core::{Core, Delta};
 use crate::cgroup::dying::Dying;
 use crate::cgroup::follow::{Cgroups, Levels, TURN_TIME};
 use crate::cgroup::mount;
-use crate::config::{proxied_marks, Config, OnExit, Route, Target};
+use crate::config::{proxied_marks, Config, OnExit, Place, Route, Target};
 use crate::confine::confine;
 use crate::error::{Error, Result};
 use crate::faults;
@@ -1002,6 +1002,10 @@ impl Daemon<'_> {
         let was = was.filter(|_| !std::mem::take(&mut self.exposed));
         self.look_for_stale(Suspects::find(&self.cgroups.core, was, same), SLICE);
         log::configure(new.log_level.louder(self.options.verbose), self.options.syslog);
+        if lost_all(&old, &new) {
+            let default = new.target_name(new.default);
+            log!(Warning, "no rule and no gateway is left: everything goes by default = {default}");
+        }
         Ok(())
     }
 
@@ -1059,13 +1063,25 @@ impl Daemon<'_> {
 /// A file that has nothing to say by now, where it said something of the policy in force: an editor that
 /// writes in place makes it empty first.
 fn emptied<'a>(old: &'a Config, new: &Config, main: &'a Path) -> Option<&'a Path> {
-    let gateways = old.gateways.iter().map(|gateway| &gateway.place);
-    let mut places = old.rule_lines().map(|line| line.place()).chain(gateways);
+    let mut places = places(old);
     if new.hollow.len() == new.files.len() {
         return (old.default != Target::Direct || places.next().is_some()).then_some(main);
     }
     let hollow = places.find(|place| new.hollow.contains(&place.file));
     hollow.map(|place| place.file.as_path())
+}
+
+/// Whether a policy went, and nothing but a default came: which may be meant, or a file that was cut
+/// behind a header.
+fn lost_all(old: &Config, new: &Config) -> bool {
+    let opened = old.default != Target::Direct && new.default == Target::Direct;
+    places(new).next().is_none() && (opened || places(old).next().is_some())
+}
+
+/// Where rules and gateways stand.
+fn places(config: &Config) -> impl Iterator<Item = &Place> {
+    let gateways = config.gateways.iter().map(|gateway| &gateway.place);
+    config.rule_lines().map(|line| line.place()).chain(gateways)
 }
 
 /// The table first: without it no packet is marked, so none misses the rules.

@@ -449,13 +449,42 @@ fn a_file_that_is_being_written() {
     expect(&[(&dropped, under("drop"))]);
 
     // whoever means it says so
-    daemon.configure("[rules]\n");
-    daemon.reload();
+    daemon.reconfigure("[rules]\n");
     // and where nothing is to be lost, nothing is refused
     write_private(&daemon.config, "");
     let log = daemon.reload();
     assert!(!log.contains("rename"), "{log}");
     assert!(daemon.stop().success());
+}
+
+/// A file that was cut behind a header, or whose last rule is meant to go: either is taken, and told
+/// with what is in force now. Once: what has nothing has nothing to lose.
+#[test]
+fn the_last_rule_goes() {
+    let ground = ground!("lastrule");
+    let gateway = "[gateway lan]\ninterface = br-lan\ntarget = drop\n";
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    for (before, after, default) in [
+        (CONFIG, "[global]\n", "direct"),
+        (CONFIG, "[tproxy mihomo]\nport = 7893\n[rules]\n", "direct"),
+        (CONFIG, "[global]\ndefault = drop\n", "drop"),
+        ("[rules]\ndrop = user:12345\n", "[rules]\n", "direct"),
+        (gateway, "[global]\n", "direct"),
+        ("[global]\ndefault = drop\n", "[global]\n", "direct"),
+    ] {
+        daemon.reconfigure(before);
+        let text =
+            format!("no rule and no gateway is left: everything goes by default = {default}");
+        let log = daemon.reconfigure(after);
+        let line = log.lines().find(|line| line.contains(&text));
+        assert!(line.is_some_and(|line| line.starts_with("warning: ")), "{after:?}: {log}");
+        assert!(!daemon.reload().contains("is left"), "{after:?}, once more");
+    }
+    for more in [gateway, "[rules]\ndrop = /drop\n"] {
+        daemon.reconfigure(CONFIG);
+        assert!(!daemon.reconfigure(more).contains("is left"), "{more}");
+    }
+    daemon.stop_clean();
 }
 
 /// The same of one that the file includes.
