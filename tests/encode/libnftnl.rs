@@ -313,20 +313,12 @@ impl Reference {
                 .u32(NFTNL_EXPR_BYTEORDER_OP, BYTEORDER_HTON)
                 .u32(NFTNL_EXPR_BYTEORDER_LEN, 4)
                 .u32(NFTNL_EXPR_BYTEORDER_SIZE, 4),
-            Expr::Bitwise { sreg, dreg, mask, xor } => NExpr::new(c"bitwise")
-                .u32(NFTNL_EXPR_BITWISE_SREG, *sreg)
-                .u32(NFTNL_EXPR_BITWISE_DREG, *dreg)
-                .u32(NFTNL_EXPR_BITWISE_OP, BITWISE_BOOL)
-                .u32(NFTNL_EXPR_BITWISE_LEN, 4)
-                .data(NFTNL_EXPR_BITWISE_MASK, &mask.to_ne_bytes())
-                .data(NFTNL_EXPR_BITWISE_XOR, &xor.to_ne_bytes()),
-            Expr::BitwiseField { sreg, dreg, len, mask, xor } => NExpr::new(c"bitwise")
-                .u32(NFTNL_EXPR_BITWISE_SREG, *sreg)
-                .u32(NFTNL_EXPR_BITWISE_DREG, *dreg)
-                .u32(NFTNL_EXPR_BITWISE_OP, BITWISE_BOOL)
-                .u32(NFTNL_EXPR_BITWISE_LEN, *len)
-                .data(NFTNL_EXPR_BITWISE_MASK, mask)
-                .data(NFTNL_EXPR_BITWISE_XOR, xor),
+            Expr::Bitwise { sreg, dreg, mask, xor } => {
+                bitwise(*sreg, *dreg, 4, &mask.to_ne_bytes(), &xor.to_ne_bytes())
+            }
+            Expr::BitwiseField { sreg, dreg, len, mask, xor } => {
+                bitwise(*sreg, *dreg, *len, mask, xor)
+            }
             Expr::Payload { dreg, base, offset, len } => NExpr::new(c"payload")
                 .u32(NFTNL_EXPR_PAYLOAD_DREG, *dreg)
                 .u32(NFTNL_EXPR_PAYLOAD_BASE, *base)
@@ -356,10 +348,10 @@ impl Reference {
                 }
             }
             Expr::Counter => counter(),
-            Expr::SocketCgroup { level, dreg } => NExpr::new(c"socket")
-                .u32(NFTNL_EXPR_SOCKET_KEY, SOCKET_CGROUPV2)
-                .u32(NFTNL_EXPR_SOCKET_LEVEL, *level)
-                .u32(NFTNL_EXPR_SOCKET_DREG, *dreg),
+            Expr::SocketCgroup { level, dreg } => {
+                socket(SOCKET_CGROUPV2, *dreg).u32(NFTNL_EXPR_SOCKET_LEVEL, *level)
+            }
+            Expr::SocketTransparent { dreg } => socket(SOCKET_TRANSPARENT, *dreg),
             Expr::Jhash { sreg, dreg, len, modulus, seed } => NExpr::new(c"hash")
                 .u32(NFTNL_EXPR_HASH_SREG, *sreg)
                 .u32(NFTNL_EXPR_HASH_DREG, *dreg)
@@ -367,9 +359,6 @@ impl Reference {
                 .u32(NFTNL_EXPR_HASH_MODULUS, *modulus)
                 .u32(NFTNL_EXPR_HASH_SEED, *seed)
                 .u32(NFTNL_EXPR_HASH_TYPE, HASH_JENKINS),
-            Expr::SocketTransparent { dreg } => NExpr::new(c"socket")
-                .u32(NFTNL_EXPR_SOCKET_KEY, SOCKET_TRANSPARENT)
-                .u32(NFTNL_EXPR_SOCKET_DREG, *dreg),
             Expr::Redirect { port } => NExpr::new(c"redir")
                 .u32(NFTNL_EXPR_REDIR_REG_PROTO_MIN, *port)
                 .u32(NFTNL_EXPR_REDIR_FLAGS, NAT_PROTO_SPECIFIED),
@@ -382,39 +371,19 @@ impl Reference {
                     None => expr,
                 }
             }
-            Expr::Dnat { family, address, port } => NExpr::new(c"nat")
-                .u32(NFTNL_EXPR_NAT_TYPE, libc::NFT_NAT_DNAT as u32)
-                .u32(NFTNL_EXPR_NAT_FAMILY, u32::from(*family))
-                .u32(NFTNL_EXPR_NAT_REG_ADDR_MIN, *address)
-                .u32(NFTNL_EXPR_NAT_REG_ADDR_MAX, *address)
+            Expr::Dnat { family, address, port } => nat(libc::NFT_NAT_DNAT, *family, *address)
                 .u32(NFTNL_EXPR_NAT_REG_PROTO_MIN, *port)
                 .u32(NFTNL_EXPR_NAT_REG_PROTO_MAX, *port)
                 .u32(NFTNL_EXPR_NAT_FLAGS, NAT_MAP_IPS | NAT_PROTO_SPECIFIED),
-            Expr::Snat { family, address } => NExpr::new(c"nat")
-                .u32(NFTNL_EXPR_NAT_TYPE, libc::NFT_NAT_SNAT as u32)
-                .u32(NFTNL_EXPR_NAT_FAMILY, u32::from(*family))
-                .u32(NFTNL_EXPR_NAT_REG_ADDR_MIN, *address)
-                .u32(NFTNL_EXPR_NAT_REG_ADDR_MAX, *address)
-                .u32(NFTNL_EXPR_NAT_FLAGS, NAT_MAP_IPS),
+            Expr::Snat { family, address } => {
+                nat(libc::NFT_NAT_SNAT, *family, *address).u32(NFTNL_EXPR_NAT_FLAGS, NAT_MAP_IPS)
+            }
             Expr::Masquerade => NExpr::new(c"masq"),
-            Expr::RejectTcpReset => NExpr::new(c"reject")
-                .u32(NFTNL_EXPR_REJECT_TYPE, libc::NFT_REJECT_TCP_RST as u32)
-                .u8(NFTNL_EXPR_REJECT_CODE, 0),
-            Expr::RejectIcmpx { code } => NExpr::new(c"reject")
-                .u32(NFTNL_EXPR_REJECT_TYPE, libc::NFT_REJECT_ICMPX_UNREACH as u32)
-                .u8(NFTNL_EXPR_REJECT_CODE, *code),
-            Expr::FibOifname { of, dreg } => NExpr::new(c"fib")
-                .u32(NFTNL_EXPR_FIB_FLAGS, *of)
-                .u32(NFTNL_EXPR_FIB_RESULT, FIB_RESULT_OIFNAME)
-                .u32(NFTNL_EXPR_FIB_DREG, *dreg),
-            Expr::FibOif { of, dreg } => NExpr::new(c"fib")
-                .u32(NFTNL_EXPR_FIB_FLAGS, *of)
-                .u32(NFTNL_EXPR_FIB_RESULT, FIB_RESULT_OIF)
-                .u32(NFTNL_EXPR_FIB_DREG, *dreg),
-            Expr::FibAddrtype { of, dreg } => NExpr::new(c"fib")
-                .u32(NFTNL_EXPR_FIB_FLAGS, *of)
-                .u32(NFTNL_EXPR_FIB_RESULT, FIB_RESULT_ADDRTYPE)
-                .u32(NFTNL_EXPR_FIB_DREG, *dreg),
+            Expr::RejectTcpReset => reject(libc::NFT_REJECT_TCP_RST, 0),
+            Expr::RejectIcmpx { code } => reject(libc::NFT_REJECT_ICMPX_UNREACH, *code),
+            Expr::FibOifname { of, dreg } => fib(*of, FIB_RESULT_OIFNAME, *dreg),
+            Expr::FibOif { of, dreg } => fib(*of, FIB_RESULT_OIF, *dreg),
+            Expr::FibAddrtype { of, dreg } => fib(*of, FIB_RESULT_ADDRTYPE, *dreg),
         }
     }
 
@@ -596,6 +565,39 @@ const FIB_RESULT_OIFNAME: u32 = 2;
 const FIB_RESULT_ADDRTYPE: u32 = 3;
 const NAT_MAP_IPS: u32 = 1 << 0;
 const NAT_PROTO_SPECIFIED: u32 = 1 << 1;
+
+fn bitwise(sreg: u32, dreg: u32, len: u32, mask: &[u8], xor: &[u8]) -> NExpr {
+    NExpr::new(c"bitwise")
+        .u32(NFTNL_EXPR_BITWISE_SREG, sreg)
+        .u32(NFTNL_EXPR_BITWISE_DREG, dreg)
+        .u32(NFTNL_EXPR_BITWISE_OP, BITWISE_BOOL)
+        .u32(NFTNL_EXPR_BITWISE_LEN, len)
+        .data(NFTNL_EXPR_BITWISE_MASK, mask)
+        .data(NFTNL_EXPR_BITWISE_XOR, xor)
+}
+
+fn socket(key: u32, dreg: u32) -> NExpr {
+    NExpr::new(c"socket").u32(NFTNL_EXPR_SOCKET_KEY, key).u32(NFTNL_EXPR_SOCKET_DREG, dreg)
+}
+
+fn nat(kind: c_int, family: u8, address: u32) -> NExpr {
+    NExpr::new(c"nat")
+        .u32(NFTNL_EXPR_NAT_TYPE, kind as u32)
+        .u32(NFTNL_EXPR_NAT_FAMILY, u32::from(family))
+        .u32(NFTNL_EXPR_NAT_REG_ADDR_MIN, address)
+        .u32(NFTNL_EXPR_NAT_REG_ADDR_MAX, address)
+}
+
+fn reject(kind: c_int, code: u8) -> NExpr {
+    NExpr::new(c"reject").u32(NFTNL_EXPR_REJECT_TYPE, kind as u32).u8(NFTNL_EXPR_REJECT_CODE, code)
+}
+
+fn fib(of: u32, result: u32, dreg: u32) -> NExpr {
+    NExpr::new(c"fib")
+        .u32(NFTNL_EXPR_FIB_FLAGS, of)
+        .u32(NFTNL_EXPR_FIB_RESULT, result)
+        .u32(NFTNL_EXPR_FIB_DREG, dreg)
+}
 
 fn counter() -> NExpr {
     NExpr::new(c"counter").u64(NFTNL_EXPR_CTR_BYTES, 0).u64(NFTNL_EXPR_CTR_PACKETS, 0)
