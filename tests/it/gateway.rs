@@ -32,6 +32,9 @@ use crate::world::{bind, bind_at, but_pings, set, Packet, Server, World, PROXY, 
 /// This host's addresses in the LAN.
 pub const LAN4: &str = "198.51.100.1";
 pub const LAN6: &str = "2001:db8:3::1";
+/// The same in the LAN's second subnet, see [`second_subnet`].
+pub const FURTHER4: &str = "198.51.101.1";
+pub const FURTHER6: &str = "2001:db8:5::1";
 
 /// The LAN: two clients on a bridge of this host.
 pub struct Lan<'a> {
@@ -295,6 +298,13 @@ fn neighbour_discovery_is_no_way_out() {
     daemon.stop_clean();
 }
 
+/// Packets may come from any address by these interfaces.
+fn whatever_the_source(interfaces: &[&str]) {
+    for at in interfaces {
+        sysctl(&format!("net/ipv4/conf/{at}/rp_filter"), "0");
+    }
+}
+
 /// A socket of the second client, to which the first one has spoken in the name of `remote`, and which is
 /// connected with that.
 fn spoken_to(lan: &Lan, at: SocketAddr, remote: SocketAddr) -> UdpSocket {
@@ -313,9 +323,7 @@ fn spoken_to(lan: &Lan, at: SocketAddr, remote: SocketAddr) -> UdpSocket {
 fn no_client_answers_itself() {
     let (ground, mut world) = scene!("gwanswers");
     let lan = Lan::new(&ground);
-    for at in ["all", "br-lan"] {
-        sysctl(&format!("net/ipv4/conf/{at}/rp_filter"), "0");
-    }
+    whatever_the_source(&["all", "br-lan"]);
     let clients = [ip("198.51.100.11"), ip("2001:db8:3::11")];
     let by_us = format!(
         "route add {}/32 via {LAN4}\nroute add {}/128 via {LAN6} dev eth0\n",
@@ -740,20 +748,20 @@ fn one_armed_router() {
 }
 
 /// A subnet of its own for the second client; by which link-local address, and port 53, it knows this host.
-fn second_subnet(lan: &Lan) -> SocketAddr {
-    ip_lines(
-        "addr add 198.51.101.1/24 dev br-lan\n\
+pub fn second_subnet(lan: &Lan) -> SocketAddr {
+    ip_lines(&format!(
+        "addr add {FURTHER4}/24 dev br-lan\n\
          addr add 2001:db8:4::1/64 dev br-lan nodad\n\
-         addr add 2001:db8:5::1/64 dev br-lan nodad\n",
-    );
+         addr add {FURTHER6}/64 dev br-lan nodad\n",
+    ));
     lan.client(1).run(|| {
-        ip_lines(
+        ip_lines(&format!(
             "addr flush dev eth0 scope global\n\
              addr add 198.51.101.11/24 dev eth0\n\
              addr add 2001:db8:5::11/64 dev eth0 nodad\n\
-             route add default via 198.51.101.1\n\
-             route replace default via 2001:db8:5::1 dev eth0\n",
-        );
+             route add default via {FURTHER4}\n\
+             route replace default via {FURTHER6} dev eth0\n",
+        ));
     });
     let text = output("ip", &["-6", "-o", "addr", "show", "br-lan"]);
     let local = text.split([' ', '/']).find(|word| word.starts_with("fe80:"));
@@ -775,7 +783,7 @@ fn dns_of_clients_in_several_subnets() {
     let resolvers: [(&str, &[&str]); 3] = [
         ("on ::", &["::"]),
         ("on 0.0.0.0", &["0.0.0.0"]),
-        ("on each address", &[LAN4, LAN6, "198.51.101.1", "2001:db8:4::1", "2001:db8:5::1"]),
+        ("on each address", &[LAN4, LAN6, FURTHER4, "2001:db8:4::1", FURTHER6]),
     ];
     for (which, at) in resolvers {
         let both = at.iter().flat_map(|at| BOTH.map(|proto| (*at, proto)));
@@ -790,7 +798,7 @@ fn dns_of_clients_in_several_subnets() {
             let daemon = Daemon::start(&ground, &config, &[]);
             world.wire.packets();
 
-            let own = ["198.51.101.1", "2001:db8:5::1", LAN4, LAN6].map(ip);
+            let own = [FURTHER4, FURTHER6, LAN4, LAN6].map(ip);
             let own = own.into_iter().filter(|_| !hijack_local.is_empty());
             let mut asked: Vec<_> = REMOTES.into_iter().chain(own).map(|ip| addr(ip, 53)).collect();
             asked.extend(Some(link_local).filter(|_| !hijack_local.is_empty() && which == "on ::"));
@@ -863,6 +871,65 @@ fn raw_packet(ip: IpAddr, protocol: c_int, answer: bool) -> Vec<u8> {
     [&ports[..], rest].concat()
 }
 
+/// What the second client sends as an answer to a packet that it had sent to itself, of one protocol
+/// and in the name of one remote host.
+struct Prepared {
+    protocol: c_int,
+    client: IpAddr,
+    remote: IpAddr,
+    own: UdpSocket,
+}
+
+impl Prepared {
+    /// One for each protocol and family.
+    fn all(lan: &Lan) -> Vec<Prepared> {
+        let clients = [ip("198.51.100.11"), ip("2001:db8:3::11")];
+        let pairs = || clients.into_iter().zip(REMOTES);
+        let kinds = KINDS.into_iter().flat_map(|kind| pairs().map(move |pair| (kind, pair)));
+        let of = |(protocol, (client, remote))| {
+            let own = lan.client(1).run(|| raw_at(client, protocol));
+            Prepared { protocol, client, remote, own }
+        };
+        kinds.map(of).collect()
+    }
+
+    /// The first client speaks in the remote host's name, by this host.
+    fn prepare(&self, lan: &Lan) {
+        let speaker = lan.client(0).run(|| raw_at(self.remote, self.protocol));
+        let packet = raw_packet(self.remote, self.protocol, false);
+        speaker.send_to(&packet, addr(self.client, 0)).expect("speak");
+        let heard = || again(|| self.own.recv_from(&mut [0; 64])).expect("it comes by us").1.ip();
+        while heard() != self.remote {}
+    }
+
+    fn answer(&self) {
+        let packet = raw_packet(self.remote, self.protocol, true);
+        let _ = self.own.send_to(&packet, addr(self.remote, 0));
+    }
+
+    /// Asserts that each has been seen outside.
+    #[track_caller]
+    fn assert_said(said: &[Packet]) {
+        for proto in [Proto::Tcp, Proto::Udp, Proto::Icmp] {
+            for remote in REMOTES {
+                let is = |p: &Packet| p.proto == proto && p.dst.ip() == remote;
+                assert!(said.iter().any(is), "{proto:?} {remote} goes directly: {said:?}");
+            }
+        }
+    }
+}
+
+/// A second link of the first client, `eth1` there, with these addresses of this host.
+fn second_link(lan: &Lan, name: &str, own: [&str; 2]) {
+    ip_lines(&format!(
+        "link add {name} type veth peer name eth1 netns {}\nlink set {name} up\n\
+         addr add {}/24 dev {name}\naddr add {}/64 dev {name} nodad\n",
+        lan.client(0).path(),
+        own[0],
+        own[1]
+    ));
+}
+
 /// A client that has one packet sent to it, by this host and by whoever is in its LAN, in the name of
 /// who it wants to speak to, may do so while its target is `direct`, or while no section is for the one
 /// who sends it. What it says afterwards is no answer.
@@ -870,52 +937,26 @@ fn raw_packet(ip: IpAddr, protocol: c_int, answer: bool) -> Vec<u8> {
 fn no_answer_is_prepared() {
     let (ground, mut world) = scene!("gwprepared");
     let lan = Lan::new(&ground);
-    let lines = format!(
-        "link add side type veth peer name eth1 netns {}\nlink set side up\n\
-         addr add 198.51.103.1/24 dev side\naddr add 2001:db8:7::1/64 dev side nodad\n",
-        lan.client(0).path()
-    );
-    ip_lines(&lines);
-    for at in ["all", "br-lan", "side"] {
-        sysctl(&format!("net/ipv4/conf/{at}/rp_filter"), "0");
-    }
+    let side = ["198.51.103.1", "2001:db8:7::1"];
+    second_link(&lan, "side", side);
+    whatever_the_source(&["all", "br-lan", "side"]);
     sysctl("net/netfilter/nf_conntrack_checksum", "0");
     lan.client(0).run(|| {
         let lines = "link set eth1 up\naddr add 198.51.103.10/24 dev eth1\n\
                      addr add 2001:db8:7::10/64 dev eth1 nodad\n";
         ip_lines(lines);
     });
-    let clients = [ip("198.51.100.11"), ip("2001:db8:3::11")];
     let speak_by = |interface: &str, gates: [&str; 2]| {
-        let route = |i: usize| {
-            let (to, gate) = (clients[i], gates[i]);
-            format!("route replace {to} via {gate} dev {interface}\n")
-        };
-        lan.client(0).run(|| ip_lines(&(route(0) + &route(1))));
+        let lines = format!(
+            "route replace 198.51.100.11 via {} dev {interface}\n\
+             route replace 2001:db8:3::11 via {} dev {interface}\n",
+            gates[0], gates[1]
+        );
+        lan.client(0).run(|| ip_lines(&lines));
     };
-    let pairs = || clients.into_iter().zip([REMOTE4, REMOTE6]);
-    let both = || KINDS.into_iter().flat_map(|kind| pairs().map(move |pair| (kind, pair)));
-    let own: Vec<_> = lan.client(1).run(|| {
-        both().map(|(kind, (client, remote))| (kind, remote, raw_at(client, kind))).collect()
-    });
-    let prepare = || {
-        for ((kind, (client, remote)), (_, _, own)) in both().zip(&own) {
-            let speaker = lan.client(0).run(|| raw_at(remote, kind));
-            let packet = raw_packet(remote, kind, false);
-            speaker.send_to(&packet, addr(client, 0)).expect("speak");
-            let mut heard = [0; 64];
-            while again(|| own.recv_from(&mut heard)).expect("it comes by us").1.ip() != remote {}
-        }
-    };
-    let say = || {
-        for (kind, remote, own) in own.iter().cycle().take(3 * own.len()) {
-            // what is known of the one before may come first
-            let _ = own.send_to(&raw_packet(*remote, *kind, true), addr(*remote, 0));
-        }
-    };
-    let section = |sources: &str, target: &str| {
-        format!("[gateway lan]\ninterface = br-lan\ninterface = side\n{sources}target = {target}\n")
-    };
+    let prepared = Prepared::all(&lan);
+    // what is known of the one before may come first
+    let say = || (0..3).for_each(|_| prepared.iter().for_each(Prepared::answer));
     let sourced = "source = 198.51.100.0/24\nsource = 2001:db8:3::/64\n";
     let mut wrong = Vec::new();
     for (name, outlet) in [
@@ -924,39 +965,34 @@ fn no_answer_is_prepared() {
         ("vpn", "[route vpn]\ninterface = none\n"),
         ("plain", "[route plain]\ntable = 1000\n"),
     ] {
-        for (i, (sources, before)) in
-            [("", "direct"), (sourced, "direct"), (sourced, name), ("", "direct")]
-                .into_iter()
-                .enumerate()
-        {
-            match i {
-                0 => speak_by("eth0", [LAN4, LAN6]),
-                3 => speak_by("eth1", ["198.51.103.1", "2001:db8:7::1"]),
-                _ => {}
-            }
-            let config = |target: &str| format!("{outlet}{}", section(sources, target));
+        for (interface, gates, sources, before) in [
+            ("eth0", [LAN4, LAN6], "", "direct"),
+            ("eth0", [LAN4, LAN6], sourced, "direct"),
+            ("eth0", [LAN4, LAN6], sourced, name),
+            ("eth1", side, "", "direct"),
+        ] {
+            let config = |target: &str| {
+                format!(
+                    "{outlet}[gateway lan]\ninterface = br-lan\ninterface = side\n\
+                     {sources}target = {target}\n"
+                )
+            };
+            speak_by(interface, gates);
             forget_flows();
             let mut daemon = Daemon::start(&ground, &config(before), &[]);
-            prepare();
+            prepared.iter().for_each(|one| one.prepare(&lan));
             world.wire.packets();
             if before == "direct" {
                 say();
-                let said = world.wire.to_remote();
-                for proto in [Proto::Tcp, Proto::Udp, Proto::Icmp] {
-                    for remote in [REMOTE4, REMOTE6] {
-                        let is = |p: &Packet| p.proto == proto && p.dst.ip() == remote;
-                        assert!(said.iter().any(is), "{proto:?} {remote} goes directly: {said:?}");
-                    }
-                }
+                Prepared::assert_said(&world.wire.to_remote());
                 daemon.reconfigure(&config(name));
             }
+
             let mut say_more = |when: &str| {
                 world.wire.packets();
                 say();
-                let mut said = world.wire.to_remote();
-                if name == "mihomo" {
-                    said = but_pings(said);
-                }
+                let said = world.wire.to_remote();
+                let said = if name == "mihomo" { but_pings(said) } else { said };
                 if let Some(said) = said.first() {
                     wrong.push(format!("{before} to {name}, {sources:?}, {when}: {said:?}"));
                 }
@@ -974,86 +1010,77 @@ fn no_answer_is_prepared() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// A client that answers reach by another way than it sends by: what it sends goes where its section
-/// says, and it reaches what serves it, here and in its LAN.
-#[test]
-fn clients_whose_answers_go_another_way() {
-    let (ground, _world, _proxy) = scene!("gwasym", proxy);
-    let lan = Lan::new(&ground);
-    let lines = format!(
-        "link add back type veth peer name eth1 netns {}\nlink set back up\n\
-         addr add 198.51.102.1/24 dev back\naddr add 2001:db8:6::1/64 dev back nodad\n",
-        lan.client(0).path()
-    );
-    ip_lines(&lines);
-    for at in ["all", "br-lan"] {
-        sysctl(&format!("net/ipv4/conf/{at}/rp_filter"), "0");
-    }
-    let own = [ip("198.51.102.10"), ip("2001:db8:6::10")];
+/// The first client gets addresses to which answers go by a link of their own, and sends by the LAN as
+/// ever.
+fn answers_go_another_way(lan: &Lan, ground: &Ground) {
+    second_link(lan, "back", ["198.51.102.1", "2001:db8:6::1"]);
+    whatever_the_source(&["all", "br-lan"]);
     lan.client(0).run(|| {
-        for at in ["all", "eth1"] {
-            sysctl(&format!("net/ipv4/conf/{at}/rp_filter"), "0");
-        }
-        let lines = format!(
-            "addr add {}/32 dev eth1\naddr add {}/128 dev eth1 nodad\nlink set eth1 up\n\
+        whatever_the_source(&["all", "eth1"]);
+        let (own4, own6) = ("198.51.102.10", "2001:db8:6::10");
+        ip_lines(&format!(
+            "addr add {own4}/32 dev eth1\naddr add {own6}/128 dev eth1 nodad\nlink set eth1 up\n\
              route add 198.51.102.1 dev eth1\nroute add 2001:db8:6::1 dev eth1\n\
-             route replace default via {LAN4} src {}\n\
-             route replace default via {LAN6} dev eth0 src {}\n\
-             route replace 198.51.100.11 via {LAN4} src {}\n\
-             route replace 2001:db8:3::11 via {LAN6} dev eth0 src {}\n",
-            own[0], own[1], own[0], own[1], own[0], own[1]
-        );
-        ip_lines(&lines);
+             route replace default via {LAN4} src {own4}\n\
+             route replace default via {LAN6} dev eth0 src {own6}\n\
+             route replace 198.51.100.11 via {LAN4} src {own4}\n\
+             route replace 2001:db8:3::11 via {LAN6} dev eth0 src {own6}\n"
+        ));
     });
     ground.outside(|| {
         let lines = "route add 198.51.102.0/24 via 192.0.2.1\n\
                      route add 2001:db8:6::/64 via 2001:db8:1::1\n";
         ip_lines(lines);
     });
+}
+
+/// A client that answers reach by another way than it sends by: what it sends goes where its section
+/// says, and it reaches what serves it, here and in its LAN.
+#[test]
+fn clients_whose_answers_go_another_way() {
+    let (ground, _world, _proxy) = scene!("gwasym", proxy);
+    let lan = Lan::new(&ground);
+    answers_go_another_way(&lan, &ground);
     let _own = Server::start("own", &[8080]);
-    let client1 = [ip("198.51.100.11"), ip("2001:db8:3::11")];
-    let _served = lan.client(1).run(|| Server::start("other", &[8080]));
-    let spared = "[global]\nbypass = 198.51.100.0/22\nbypass = 2001:db8:3::/64\n\
-                  bypass = 2001:db8:6::/64\n";
-    let mut daemon: Option<Daemon> = None;
-    let mut wrong = Vec::new();
-    for (spared, target) in
-        [("", "direct"), ("", "direct"), (spared, "mihomo"), (spared, "drop"), ("", "direct")]
-    {
-        let config = format!(
+    let _other = lan.client(1).run(|| Server::start("other", &[8080]));
+    let own = [ip(LAN4), ip(LAN6), HOST4, HOST6].map(|ip| addr(ip, 8080));
+    let other = ["198.51.100.11", "2001:db8:3::11"].map(|of| addr(ip(of), 8080));
+    let remote = REMOTES.map(|ip| addr(ip, 80));
+    let config = |spared: &str, target: &str| {
+        format!(
             "{spared}[tproxy mihomo]\nport = 7893\n[gateway lan]\ninterface = br-lan\n\
              target = {target}\n[gateway guests]\ninterface = guests\ntarget = drop\n"
-        );
-        match &daemon {
-            None => daemon = Some(Daemon::start(&ground, &config, &[])),
-            Some(daemon) => drop(daemon.reconfigure(&config)),
-        }
-        let mut expect = |proto, to: SocketAddr, want: String| {
-            let time = if want == "nobody" { SILENCE } else { PATIENCE };
+        )
+    };
+    let daemon = Daemon::start(&ground, &config("", "direct"), &[]);
+    let spared = "[global]\nbypass = 198.51.100.0/22\nbypass = 2001:db8:3::/64\n\
+                  bypass = 2001:db8:6::/64\n";
+    let mut wrong = Vec::new();
+    let mut expect = |target: &str, to: &[SocketAddr], who: &str| {
+        let time = if who == "nobody" { SILENCE } else { PATIENCE };
+        for (proto, to) in BOTH.into_iter().flat_map(|proto| to.iter().map(move |to| (proto, *to)))
+        {
+            let want = if who == "nobody" { who.to_owned() } else { format!("{who} {to}") };
             let who = lan.ask_within(0, proto, to, time);
             if who != want {
                 wrong.push(format!("{target}: {proto:?} {to}: {who}, not {want}"));
             }
-        };
-        for proto in BOTH {
-            for remote in REMOTES.map(|ip| addr(ip, 80)) {
-                expect(
-                    proto,
-                    remote,
-                    match target {
-                        "direct" => format!("remote {remote}"),
-                        "mihomo" => format!("{PROXY} {remote}"),
-                        _ => "nobody".to_owned(),
-                    },
-                );
-            }
-            for here in [ip(LAN4), ip(LAN6), HOST4, HOST6].map(|ip| addr(ip, 8080)) {
-                expect(proto, here, format!("own {here}"));
-            }
-            for other in client1.map(|ip| addr(ip, 8080)) {
-                expect(proto, other, format!("other {other}"));
-            }
         }
+    };
+    let mut all_expected = |target: &str, who: &str| {
+        expect(target, &remote, who);
+        expect(target, &own, "own");
+        expect(target, &other, "other");
+    };
+    all_expected("direct", "remote");
+    for (spared, target, who) in [
+        ("", "direct", "remote"),
+        (spared, "mihomo", PROXY),
+        (spared, "drop", "nobody"),
+        ("", "direct", "remote"),
+    ] {
+        daemon.reconfigure(&config(spared, target));
+        all_expected(target, who);
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
