@@ -1,10 +1,9 @@
 //! What `status --prometheus` prints, as the reader of Prometheus' own Python client takes it.
 
 use std::io::Write;
-use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::{report, Verdict};
+use super::{fetched, report, try_all, Verdict};
 use crate::daemon::Daemon;
 use crate::ground::Ground;
 
@@ -20,7 +19,7 @@ for family in read(sys.stdin.read()):
 ";
 
 fn read(text: &str) -> Verdict {
-    let packages = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/real");
+    let packages = fetched();
     if !packages.join("prometheus_client").exists() {
         return Err("SKIP: no prometheus_client of Python".into());
     }
@@ -51,16 +50,16 @@ fn read(text: &str) -> Verdict {
     Ok(())
 }
 
+fn reads(who: &'static &'static str, ground: &Ground) -> Result<bool, String> {
+    let daemon = Daemon::start(ground, CONFIG, &[]);
+    let said = daemon.ask(&["status", "--prometheus"]);
+    let well = report(who, "reads the metrics", read(&said.out));
+    daemon.stop_clean();
+    Ok(well)
+}
+
 #[test]
 #[ignore = "make real-test runs it"]
 fn metrics() {
-    let only = std::env::var("ONLY").unwrap_or_default();
-    if !only.is_empty() && !only.split(' ').any(|name| name == "prometheus") {
-        return;
-    }
-    let ground = ground!("real-metrics");
-    let daemon = Daemon::start(&ground, CONFIG, &[]);
-    let said = daemon.ask(&["status", "--prometheus"]);
-    assert!(report("prometheus", "reads the metrics", read(&said.out)));
-    daemon.stop_clean();
+    try_all(&["prometheus"], |who| who, reads);
 }

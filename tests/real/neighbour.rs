@@ -2,19 +2,17 @@
 //! daemon, and beside a daemon that starts after it, and what is proxied or dropped stays so.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::{report, which, Process, Verdict};
+use super::{needs, report, run, sh, try_all, which, Process, Verdict};
 use crate::client::{Client, Proto, SILENCE};
 use crate::daemon::Daemon;
 use crate::gateway::Lan;
-use crate::ground::{addr, Ground, REMOTE4, REMOTE6};
+use crate::ground::{addr, Ground, REMOTES};
 use crate::kernel::await_member;
-use crate::wait_until;
 use crate::world::{Server, World, PROXY};
 
-pub struct Neighbour {
+struct Neighbour {
     name: &'static str,
     needs: &'static [&'static str],
     /// Starts it, and returns once its work in the kernel is done. Its processes end with the list.
@@ -23,7 +21,7 @@ pub struct Neighbour {
     stop: fn(&Ground) -> Verdict,
 }
 
-pub const NEIGHBOURS: [Neighbour; 7] = [
+const NEIGHBOURS: [Neighbour; 7] = [
     Neighbour { name: "wg-quick", needs: &["wg-quick", "wireguard-go"], start: wg, stop: wg_down },
     Neighbour { name: "ufw", needs: &["ufw"], start: ufw, stop: |_| sh("ufw --force disable") },
     Neighbour {
@@ -54,34 +52,6 @@ interface = br-lan
 target = mihomo
 ";
 
-/// A shell command that has to succeed.
-pub fn sh(line: &str) -> Verdict {
-    let mut command = Command::new("sh");
-    command.args(["-c", line]).env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").stdin(Stdio::null());
-    let out = command.output().map_err(|e| format!("unable to start sh: {e}"))?;
-    match out.status.success() {
-        true => Ok(()),
-        false => Err(format!("{line}: {}", String::from_utf8_lossy(&out.stderr).trim())),
-    }
-}
-
-/// A command that runs until the test ends it.
-pub fn run(line: &str) -> Result<Process, String> {
-    let mut command = Command::new("sh");
-    command.args(["-c", &format!("exec {line} 2>&1")]);
-    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-    Process::start(&mut command, None)
-}
-
-pub fn wait_for(line: &str) -> Verdict {
-    let mut last = Ok(());
-    wait_until(Duration::from_secs(30), || {
-        last = sh(line);
-        last.is_ok()
-    });
-    last
-}
-
 /// A /etc that this test may write to.
 pub fn own_etc(ground: &Ground) -> Verdict {
     let dir = ground.dir.display();
@@ -94,9 +64,8 @@ pub fn own_etc(ground: &Ground) -> Verdict {
 fn dbus(ground: &Ground) -> Result<Process, String> {
     own_etc(ground)?;
     sh("mkdir -p /run/dbus && rm -f /run/dbus/system_bus_socket")?;
-    let bus = run("dbus-daemon --system --nofork --nopidfile --nosyslog")?;
-    wait_for("test -S /run/dbus/system_bus_socket")?;
-    Ok(bus)
+    run("dbus-daemon --system --nofork --nopidfile --nosyslog")?
+        .up_by("test -S /run/dbus/system_bus_socket")
 }
 
 /// A tunnel that takes all of this host's traffic, to a peer outside. Its chains drop what a tproxy
@@ -135,15 +104,14 @@ fn ufw(ground: &Ground) -> Result<Vec<Process>, String> {
 fn firewalld(ground: &Ground) -> Result<Vec<Process>, String> {
     let bus = dbus(ground)?;
     sh("firewall-offline-cmd --zone=trusted --add-interface=br-lan || true")?;
-    let firewall = run("firewalld --nofork --nopid")?;
-    wait_for("firewall-cmd --state")?;
+    let firewall = run("firewalld --nofork --nopid")?.up_by("firewall-cmd --state")?;
     Ok(vec![firewall, bus])
 }
 
 fn network_manager(ground: &Ground) -> Result<Vec<Process>, String> {
     let bus = dbus(ground)?;
-    let manager = run("NetworkManager -n")?;
-    wait_for("nm-online -s -q -t 1 || nmcli -t general status")?;
+    let online = "nm-online -s -q -t 1 || nmcli -t general status";
+    let manager = run("NetworkManager -n")?.up_by(online)?;
     Ok(vec![manager, bus])
 }
 
@@ -153,10 +121,8 @@ fn keepalived(ground: &Ground) -> Result<Vec<Process>, String> {
                 advert_int 1\n virtual_ipaddress {\n 192.0.2.77/24\n }\n}\n";
     std::fs::write(&conf, text).map_err(|e| e.to_string())?;
     sh(&format!("chmod 600 {}", conf.display()))?;
-    let daemon =
-        run(&format!("keepalived -n -l -f {} -p /run/k.pid -r /run/v.pid", conf.display()))?;
-    wait_for("ip -4 addr show dev in0 | grep -q 192.0.2.77")?;
-    Ok(vec![daemon])
+    let line = format!("keepalived -n -l -f {} -p /run/k.pid -r /run/v.pid", conf.display());
+    Ok(vec![run(&line)?.up_by("ip -4 addr show dev in0 | grep -q 192.0.2.77")?])
 }
 
 /// A root file system with busybox alone.
@@ -170,6 +136,10 @@ pub fn busybox(dir: &Path) -> Verdict {
     ))
 }
 
+/// Commands to the daemon that [`docker`] starts.
+pub const DOCKER: &str = "docker -H unix:///run/docker.sock";
+
+/// Its daemon, with the image `box`.
 pub fn docker(ground: &Ground) -> Result<Vec<Process>, String> {
     let (root, image) = (ground.dir.join("docker"), ground.dir.join("image"));
     let daemon = run(&format!(
@@ -177,14 +147,11 @@ pub fn docker(ground: &Ground) -> Result<Vec<Process>, String> {
          -H unix:///run/docker.sock",
         root.display()
     ))?;
-    wait_for("docker -H unix:///run/docker.sock info")?;
+    let daemon = daemon.up_by(&format!("{DOCKER} info"))?;
     busybox(&image)?;
-    sh(&format!(
-        "tar -C {} -c . | docker -H unix:///run/docker.sock import - box",
-        image.display()
-    ))?;
+    sh(&format!("tar -C {} -c . | {DOCKER} import - box", image.display()))?;
     // one container on its bridge
-    sh("docker -H unix:///run/docker.sock run --rm box /bin/busybox true")?;
+    sh(&format!("{DOCKER} run --rm box /bin/busybox true"))?;
     Ok(vec![daemon])
 }
 
@@ -218,32 +185,44 @@ fn podman(ground: &Ground) -> Result<Vec<Process>, String> {
     ran.map(|()| Vec::new())
 }
 
+/// What the neighbour must not disturb: a proxied and a dropped cgroup of this host, and a LAN behind it.
 struct Place<'a> {
     ground: &'a Ground,
     world: World,
     lan: Lan<'a>,
+    _proxy: Server,
 }
 
-impl Place<'_> {
+impl<'a> Place<'a> {
+    fn new(ground: &'a Ground) -> Place<'a> {
+        let (world, proxy) = World::with_proxy(ground);
+        ground.cgroups(["/proxied", "/drop"]);
+        Place { ground, world, lan: Lan::new(ground), _proxy: proxy }
+    }
+
+    fn daemon(&self) -> Daemon {
+        let daemon = Daemon::start(self.ground, CONFIG, &[]);
+        await_member(&self.ground.at("/proxied"), "mihomo");
+        await_member(&self.ground.at("/drop"), "drop");
+        daemon
+    }
+
     /// What is proxied or dropped is, here and for the LAN, and nothing of it is on the wire.
     fn all_well(&mut self) -> Verdict {
         let (proxied, dropped) = (self.ground.at("/proxied"), self.ground.at("/drop"));
         let mut wrong = Vec::new();
         self.world.wire.packets();
-        for ip in [REMOTE4, REMOTE6] {
-            for proto in [Proto::Tcp, Proto::Udp] {
-                let to = addr(ip, 80);
-                let want = format!("{PROXY} {to}");
-                let patience = Duration::from_secs(3);
-                let who = Client::new(&proxied, proto, to).timeout(patience).run().who();
-                let nobody = Client::new(&dropped, proto, to).timeout(SILENCE).run().who();
-                let routed = self.lan.ask(0, proto, to);
-                for (what, said, want) in
-                    [("here", who, &*want), ("dropped", nobody, "nobody"), ("LAN", routed, &want)]
-                {
-                    if said != want {
-                        wrong.push(format!("{proto:?} {ip} {what}: {said}"));
-                    }
+        for (ip, proto) in REMOTES.into_iter().flat_map(|ip| [(ip, Proto::Tcp), (ip, Proto::Udp)]) {
+            let to = addr(ip, 80);
+            let want = format!("{PROXY} {to}");
+            let ask = |cgroup, patience| Client::new(cgroup, proto, to).timeout(patience).run();
+            for (what, said, want) in [
+                ("here", ask(&proxied, Duration::from_secs(3)).who(), &*want),
+                ("dropped", ask(&dropped, SILENCE).who(), "nobody"),
+                ("LAN", self.lan.ask(0, proto, to), &want),
+            ] {
+                if said != want {
+                    wrong.push(format!("{proto:?} {ip} {what}: {said}"));
                 }
             }
         }
@@ -256,75 +235,45 @@ impl Place<'_> {
             false => Err(wrong.join("; ")),
         }
     }
+}
 
-    fn with(&mut self, neighbour: &Neighbour) -> bool {
-        let who = neighbour.name;
-        let mut well = true;
-        let mut say = |what: &str, verdict: Verdict| well &= report(who, what, verdict);
-        let daemon = Daemon::start(self.ground, CONFIG, &[]);
-        await_member(&self.ground.at("/proxied"), "mihomo");
-        await_member(&self.ground.at("/drop"), "drop");
-        say("without it", self.all_well());
-        let mut started = match (neighbour.start)(self.ground) {
-            Ok(processes) => processes,
-            Err(why) => return report(who, "start", Err(why)),
-        };
-        say("started after us", self.all_well());
-        say("and a reload", daemon.hup().and_then(|_| self.all_well()));
-        say("stopped", {
-            started.drain(..).for_each(Process::end);
-            (neighbour.stop)(self.ground).and_then(|()| self.all_well())
-        });
-        say(
-            "started once more",
-            match (neighbour.start)(self.ground) {
-                Ok(processes) => {
-                    started = processes;
-                    self.all_well()
-                }
-                Err(why) => Err(why),
-            },
-        );
-        let status = daemon.stop();
-        let daemon = Daemon::start(self.ground, CONFIG, &[]);
-        await_member(&self.ground.at("/proxied"), "mihomo");
-        await_member(&self.ground.at("/drop"), "drop");
-        say(
-            "there before us",
-            match status.success() {
-                true => self.all_well(),
-                false => Err("our daemon did not stop well".into()),
-            },
-        );
-        started.drain(..).for_each(Process::end);
-        let _ = (neighbour.stop)(self.ground);
-        drop(daemon);
-        well
-    }
+/// Whether all is well whenever the neighbour starts, stops and starts again, and when the daemon does.
+fn beside(neighbour: &'static Neighbour, ground: &Ground) -> Result<bool, String> {
+    needs(neighbour.needs)?;
+    let Neighbour { name, start, stop, .. } = neighbour;
+    let mut place = Place::new(ground);
+    let mut well = true;
+    let mut say = |what: &str, verdict: Verdict| well &= report(name, what, verdict);
+    let daemon = place.daemon();
+
+    say("without it", place.all_well());
+    let started = start(ground)?;
+    say("started after us", place.all_well());
+    say("and a reload", daemon.hup().and_then(|_| place.all_well()));
+    started.into_iter().for_each(Process::end);
+    say("stopped", stop(ground).and_then(|()| place.all_well()));
+    let (again, verdict) = match start(ground) {
+        Ok(processes) => (processes, place.all_well()),
+        Err(why) => (Vec::new(), Err(why)),
+    };
+    say("started once more", verdict);
+
+    let stopped = daemon.stop().success();
+    let _daemon = place.daemon();
+    say(
+        "there before us",
+        match stopped {
+            true => place.all_well(),
+            false => Err("our daemon did not stop well".into()),
+        },
+    );
+    again.into_iter().for_each(Process::end);
+    let _ = stop(ground);
+    Ok(well)
 }
 
 #[test]
 #[ignore = "make real-test runs it"]
 fn neighbours() {
-    let only = std::env::var("ONLY").unwrap_or_default();
-    let mut failed = Vec::new();
-    for neighbour in &NEIGHBOURS {
-        let name = neighbour.name;
-        if !only.is_empty() && !only.split(' ').any(|o| o == name) {
-            continue;
-        }
-        if let Some(missing) = neighbour.needs.iter().find(|command| which(command).is_none()) {
-            report(name, "start", Err(format!("SKIP: no {missing}")));
-            continue;
-        }
-        let (ground, world) = scene!("neighbour");
-        let lan = Lan::new(&ground);
-        let _proxy = Server::start(PROXY, &[7893]);
-        ground.cgroup("/proxied");
-        ground.cgroup("/drop");
-        if !(Place { ground: &ground, world, lan }).with(neighbour) {
-            failed.push(name);
-        }
-    }
-    assert!(failed.is_empty(), "failed beside {failed:?}");
+    try_all(&NEIGHBOURS, |neighbour| neighbour.name, beside);
 }

@@ -6,26 +6,28 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use super::{application, report, which, Process, Verdict};
+use super::{application, report, try_all, which, Process, Verdict};
 use crate::daemon::Daemon;
-use crate::gateway::{Lan, LAN4, LAN6};
-use crate::ground::{ip, ip_batch, Ground, REMOTE4, REMOTE6};
+use crate::gateway::{second_subnet, Lan, FURTHER4, FURTHER6, LAN4, LAN6};
+use crate::ground::{ip, Ground, REMOTE4, REMOTE6};
 use crate::kernel::await_member;
 use crate::wait_until;
 use crate::world::World;
 
 struct Resolver {
     name: &'static str,
-    /// The command, for a private directory and whether it listens on each address by itself.
+    /// Whether it listens on each address by itself.
+    each: bool,
+    /// The command, for a private directory and that.
     launch: fn(&Path, &Path, bool) -> Command,
 }
 
-const RESOLVERS: [Resolver; 2] =
-    [Resolver { name: "dnsmasq", launch: dnsmasq }, Resolver { name: "unbound", launch: unbound }];
-
-/// This host's addresses in the second subnet of the LAN.
-const FURTHER4: &str = "198.51.101.1";
-const FURTHER6: &str = "2001:db8:5::1";
+const RESOLVERS: [Resolver; 4] = [
+    Resolver { name: "dnsmasq", each: false, launch: dnsmasq },
+    Resolver { name: "dnsmasq", each: true, launch: dnsmasq },
+    Resolver { name: "unbound", each: false, launch: unbound },
+    Resolver { name: "unbound", each: true, launch: unbound },
+];
 
 const CONFIG: &str = "
 [tproxy mihomo]
@@ -85,85 +87,68 @@ fn dig(cgroup: &Path, port: u16, tcp: bool, resolver: IpAddr) -> Verdict {
     }
 }
 
-fn try_resolver(resolver: &Resolver, each: bool) -> bool {
-    let Some(ground) = Ground::new("resolver") else {
-        return true;
-    };
-    let how = if each { "on each address" } else { "on the wildcard addresses" };
-    let who = format!("{} {how}", resolver.name);
-    let Some(program) = which(resolver.name) else {
-        return report(&who, "start", Err(format!("SKIP: no {}", resolver.name)));
-    };
-    let mut world = World::new(&ground);
-    let lan = Lan::new(&ground);
-    let lines =
-        format!("addr add {FURTHER4}/24 dev br-lan\naddr add {FURTHER6}/64 dev br-lan nodad\n");
-    ip_batch(&[], &lines);
-    lan.client(1).run(|| {
-        let lines = format!(
-            "addr flush dev eth0 scope global\n\
-             addr add 198.51.101.11/24 dev eth0\n\
-             addr add 2001:db8:5::11/64 dev eth0 nodad\n\
-             route add default via {FURTHER4}\n\
-             route replace default via {FURTHER6} dev eth0\n"
-        );
-        ip_batch(&[], &lines);
-    });
-    let proxied = ground.cgroup("/proxied");
-    let server = ground.cgroup("/server");
-    let mut command = (resolver.launch)(&program, &ground.dir, each);
-    let _process = match Process::start(&mut command, Some(&server)) {
-        Ok(process) => process,
-        Err(why) => return report(&who, "start", Err(why)),
-    };
+/// The resolver at port 1053, once it answers.
+fn serve(resolver: &Resolver, ground: &Ground) -> Result<Process, String> {
+    let program = which(resolver.name).ok_or(format!("SKIP: no {}", resolver.name))?;
+    let mut command = (resolver.launch)(&program, &ground.dir, resolver.each);
+    let process = Process::start(&mut command, Some(&ground.cgroup("/server")))?;
     let mut up = Ok(());
     wait_until(Duration::from_secs(20), || {
         up = dig(&ground.root, 1053, false, ip("127.0.0.1"));
         up.is_ok()
     });
-    if up.is_err() {
-        return report(&who, "start", up);
-    }
-    let _daemon = Daemon::start(&ground, CONFIG, &[]);
+    up.map(|()| process)
+}
+
+/// What is asked, and by whom.
+type Case<'a> = (&'a str, &'a dyn Fn() -> Verdict);
+
+fn answers(resolver: &Resolver, ground: &Ground) -> Result<bool, String> {
+    let mut world = World::new(ground);
+    let lan = Lan::new(ground);
+    second_subnet(&lan);
+    let proxied = ground.cgroup("/proxied");
+    let _process = serve(resolver, ground)?;
+    let _daemon = Daemon::start(ground, CONFIG, &[]);
     await_member(&proxied, "mihomo");
+    let how = if resolver.each { "on each address" } else { "on the wildcard addresses" };
     let mut well = true;
-    for (v, remote, near, far) in
-        [("IPv4", REMOTE4, LAN4, FURTHER4), ("IPv6", REMOTE6, LAN6, FURTHER6)]
+    let mut try_each = |cases: &[Case], over: &str| {
+        for (what, case) in cases {
+            world.wire.packets();
+            let verdict = case().and_then(|()| match world.wire.to_remote()[..] {
+                [] => Ok(()),
+                ref left => Err(format!("{} packets on the wire", left.len())),
+            });
+            well &=
+                report(&format!("{} {how}", resolver.name), &format!("{what}, {over}"), verdict);
+        }
+    };
+    for (v, remote, loopback, near, far) in
+        [("IPv4", REMOTE4, "127.0.0.53", LAN4, FURTHER4), ("IPv6", REMOTE6, "::1", LAN6, FURTHER6)]
     {
+        let [loopback, near, far] = [loopback, near, far].map(ip);
         for (protocol, tcp) in [("UDP", false), ("TCP", true)] {
-            let loopback = ip(if v == "IPv4" { "127.0.0.53" } else { "::1" });
+            let own = |to| dig(&proxied, 53, tcp, to);
             let client = |i: usize, to| lan.client(i).run(|| dig(&ground.root, 53, tcp, to));
-            let cases: [(&str, &dyn Fn() -> Verdict); 8] = [
-                ("an application", &|| dig(&proxied, 53, tcp, remote)),
-                ("an application asks loopback", &|| dig(&proxied, 53, tcp, loopback)),
-                ("an application asks the LAN address", &|| dig(&proxied, 53, tcp, ip(far))),
+            let cases: [Case; 8] = [
+                ("an application", &|| own(remote)),
+                ("an application asks loopback", &|| own(loopback)),
+                ("an application asks the LAN address", &|| own(far)),
                 ("a LAN client", &|| client(0, remote)),
-                ("a LAN client asks this host", &|| client(0, ip(near))),
+                ("a LAN client asks this host", &|| client(0, near)),
                 ("a LAN client of the second subnet", &|| client(1, remote)),
-                ("a LAN client of the second subnet asks this host", &|| client(1, ip(far))),
-                ("a LAN client of the second subnet asks the first", &|| client(1, ip(near))),
+                ("a LAN client of the second subnet asks this host", &|| client(1, far)),
+                ("a LAN client of the second subnet asks the first", &|| client(1, near)),
             ];
-            for (what, case) in cases {
-                world.wire.packets();
-                let verdict = case().and_then(|()| match world.wire.to_remote()[..] {
-                    [] => Ok(()),
-                    ref left => Err(format!("{} packets on the wire", left.len())),
-                });
-                well &= report(&who, &format!("{what}, {protocol}, {v}"), verdict);
-            }
+            try_each(&cases, &format!("{protocol}, {v}"));
         }
     }
-    well
+    Ok(well)
 }
 
 #[test]
 #[ignore = "make real-test runs it"]
 fn resolvers() {
-    let only = std::env::var("ONLY").unwrap_or_default();
-    let wanted =
-        RESOLVERS.iter().filter(|r| only.is_empty() || only.split(' ').any(|o| o == r.name));
-    let tried = wanted.flat_map(|r| [(r, false), (r, true)]);
-    let failed: Vec<_> =
-        tried.filter(|(r, each)| !try_resolver(r, *each)).map(|(r, _)| r.name).collect();
-    assert!(failed.is_empty(), "failed with {failed:?}");
+    try_all(&RESOLVERS, |resolver| resolver.name, answers);
 }

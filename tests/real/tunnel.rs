@@ -4,17 +4,17 @@
 
 use std::any::Any;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
-use super::{report, which, Process, Verdict};
-use crate::daemon::Daemon;
-use crate::ground::{ip_batch, Ground, REMOTE4, REMOTE6};
+use super::{needs, report, sh, try_all, Process, Verdict};
+use crate::daemon::{run_with, Daemon};
+use crate::ground::{ip_lines, Ground, REMOTE4, REMOTES};
 use crate::kernel::{await_member, forget_flows};
-use crate::routes::{passes, refused, until_passes, until_refused};
+use crate::routes::{passes, refused, until_closed, until_open, until_passes};
 use crate::tunnels::{
     bulk, by_cgroup, only_its_own, resolves, resolves_nothing, up, ALL, DNS, PORT,
 };
@@ -23,14 +23,6 @@ use crate::world::World;
 
 /// The mark of its socket, as wg-quick sets it. OpenVPN reads `0x` as 0.
 const MARK: u32 = 51820;
-
-fn sh(line: &str) -> Result<String, String> {
-    let out = Command::new("sh").args(["-c", line]).output().map_err(|e| e.to_string())?;
-    match out.status.success() {
-        true => Ok(String::from_utf8_lossy(&out.stdout).trim().to_owned()),
-        false => Err(format!("{line}: {}", String::from_utf8_lossy(&out.stderr).trim())),
-    }
-}
 
 /// What makes a tunnel of two ends, `vpn0` here and `vout0` outside.
 struct Program {
@@ -72,7 +64,7 @@ const PROGRAMS: [Program; 3] = [
 
 const WG_KEYS: &str = "wg genkey > vpn0; wg genkey > vout0";
 
-fn there(process: Process, name: &str) -> Result<Process, String> {
+fn with_interface(process: Process, name: &str) -> Result<Process, String> {
     match wait_until(Duration::from_secs(10), || sh(&format!("ip link show {name}")).is_ok()) {
         true => Ok(process),
         false => Err(format!("{name} does not come")),
@@ -82,7 +74,7 @@ fn there(process: Process, name: &str) -> Result<Process, String> {
 fn wireguard(dir: &str, cgroup: &Path, name: &str) -> Result<End, String> {
     let mut command = Command::new("wireguard-go");
     command.args(["-f", name]).env("WG_I_PREFER_BUGGY_USERSPACE_TO_POLISHED_KMOD", "1");
-    let process = there(Process::start(&mut command, Some(cgroup))?, name)?;
+    let process = with_interface(Process::start(&mut command, Some(cgroup))?, name)?;
     wire(dir, name)?;
     Ok(Box::new(process))
 }
@@ -131,146 +123,164 @@ fn openvpn(dir: &str, cgroup: &Path, name: &str) -> Result<End, String> {
     if name == "vpn0" {
         command.args(["--remote", "192.0.2.2", &PORT.to_string(), "--mark", &MARK.to_string()]);
     }
-    Ok(Box::new(there(Process::start(&mut command, Some(cgroup))?, name)?))
+    Ok(Box::new(with_interface(Process::start(&mut command, Some(cgroup))?, name)?))
 }
 
 fn here(ground: &Ground, program: &Program) -> Result<End, String> {
     (program.end)(&ground.dir.display().to_string(), &ground.cgroup("/tunnel"), "vpn0")
 }
 
-fn scene(ground: &Ground, program: &Program) -> Result<(End, End), String> {
-    let dir = ground.dir.display().to_string();
-    sh(&format!("umask 77; cd {dir}; {}", program.keys))?;
-    let peer = ground.outside(|| {
-        let peer = (program.end)(&dir, &ground.cgroup("/peer"), "vout0")?;
-        ip_batch(
-            &[],
+/// The end outside.
+fn there(ground: &Ground, program: &Program) -> Result<End, String> {
+    ground.outside(|| {
+        let dir = ground.dir.display().to_string();
+        let end = (program.end)(&dir, &ground.cgroup("/peer"), "vout0")?;
+        ip_lines(
             "link set vout0 mtu 1280 up\naddr add 10.8.0.2/24 dev vout0\n\
              addr add fd00:8::2/64 dev vout0 nodad\n",
         );
-        Ok::<_, String>(peer)
-    })?;
-    let own = here(ground, program)?;
-    up(1280);
-    Ok((peer, own))
+        Ok(end)
+    })
 }
 
-/// What a case that panics says stands above its line.
-fn case(program: &Program, what: &str, work: impl FnOnce()) -> bool {
-    let done: Verdict =
-        catch_unwind(AssertUnwindSafe(work)).map_err(|_| "see the panic above".into());
-    report(program.name, what, done)
+/// A tunnel in use, by a cgroup whose way it is.
+struct Tunnel<'a> {
+    ground: &'a Ground,
+    program: &'static Program,
+    world: World,
+    cgroup: PathBuf,
+    /// This host's end, but for when it is away.
+    own: Option<End>,
+    daemon: Daemon,
+    _peer: End,
 }
 
-fn both(cgroup: &Path, until: impl Fn(&Path, std::net::IpAddr)) {
-    [REMOTE4, REMOTE6].into_iter().for_each(|remote| until(cgroup, remote));
+/// What is tried, and how.
+type Case = (&'static str, fn(&mut Tunnel));
+
+/// What it has to do, whatever the program, one after the other.
+const CASES: [Case; 6] = [
+    ("TCP, UDP and ping, both families, by it alone", |t| t.carries()),
+    ("DNS goes into it, 127.0.0.53 too", |t| resolves(&mut t.world, &t.cgroup)),
+    ("10 MiB each way at MTU 1280", |t| t.carries_much()),
+    ("down and up", |t| t.cannot_be_used(|| ip_lines("link set vpn0 down\n"))),
+    ("without an address", |t| t.cannot_be_used(|| ip_lines("addr flush dev vpn0\n"))),
+    ("the program ends and comes back", |t| t.ends_and_comes_back()),
+];
+
+impl<'a> Tunnel<'a> {
+    fn new(ground: &'a Ground, program: &'static Program) -> Result<Tunnel<'a>, String> {
+        let (world, cgroup) = (World::new(ground), ground.cgroup("/vpn"));
+        sh(&format!("umask 77; cd {}; {}", ground.dir.display(), program.keys))?;
+        let peer = there(ground, program)?;
+        let own = here(ground, program)?;
+        up(1280);
+        let daemon = Daemon::start(ground, &policy(program), &[]);
+        await_member(&cgroup, "vpn");
+        Ok(Tunnel { ground, program, world, cgroup, own: Some(own), daemon, _peer: peer })
+    }
+
+    /// What a case that panics says stands above its line.
+    fn case(&mut self, what: &str, work: fn(&mut Tunnel<'a>)) -> bool {
+        let done: Verdict =
+            catch_unwind(AssertUnwindSafe(|| work(self))).map_err(|_| "see the panic above".into());
+        report(self.program.name, what, done)
+    }
+
+    fn carries(&mut self) {
+        until_open(&self.cgroup);
+        passes(&mut self.world, &self.cgroup);
+        self.world.wire.packets();
+
+        until_passes(&self.cgroup, REMOTE4);
+
+        only_its_own(&mut self.world);
+    }
+
+    fn carries_much(&mut self) {
+        for remote in REMOTES {
+            println!("    {remote}: {:?}", bulk(self.ground, &self.cgroup, remote));
+        }
+    }
+
+    /// Nothing passes while it cannot be used, and all does afterwards.
+    fn cannot_be_used(&mut self, end: fn()) {
+        end();
+        until_closed(&self.cgroup);
+        refused(&mut self.world, &self.cgroup);
+
+        up(1280);
+        for to in REMOTES {
+            println!("    {to}: back after {:?}", until_passes(&self.cgroup, to));
+        }
+        passes(&mut self.world, &self.cgroup);
+    }
+
+    fn ends_and_comes_back(&mut self) {
+        self.own = None;
+        until_closed(&self.cgroup);
+        refused(&mut self.world, &self.cgroup);
+        resolves_nothing(&mut self.world, &self.cgroup);
+
+        self.own = Some(here(self.ground, self.program).expect("the program"));
+        let start = Instant::now();
+        up(1280);
+        until_open(&self.cgroup);
+        println!("    back after {:?}, handshake included", start.elapsed());
+        passes(&mut self.world, &self.cgroup);
+    }
+
+    /// All goes by it but its own packets: its own flow was begun from here, when the policy comes and
+    /// when the next daemon does.
+    fn carries_all(&mut self, config: &str) {
+        let any = self.ground.cgroup("/any");
+        let said = run_with(self.ground, config, &["check"]).out;
+        assert!(!said.contains("loop: "), "{said}");
+        self.daemon.reconfigure(&policy(self.program));
+        forget_flows();
+        until_open(&self.cgroup);
+
+        self.daemon.reconfigure(config);
+
+        for _ in 0..2 {
+            until_open(&any);
+            self.world.wire.packets();
+            passes(&mut self.world, &any);
+            self.daemon.signal(Signal::SIGKILL);
+            self.daemon = Daemon::start(self.ground, config, &[]);
+        }
+    }
+}
+
+/// One cgroup goes by the tunnel.
+fn policy(program: &Program) -> String {
+    // what the kernel's own sends has the cgroup of what it carries
+    let spared = if program.has_cgroup { String::new() } else { format!("bypass-mark = {MARK}\n") };
+    format!("[global]\n{spared}{}", by_cgroup(DNS))
+}
+
+/// All goes by the tunnel but what bears its mark.
+fn all_but_its_mark() -> String {
+    ALL.replace("[global]\n", &format!("[global]\nbypass-mark = {MARK}\n"))
+        .replace("direct = /tunnel", "direct = /other")
+}
+
+fn is_a_way_out(program: &'static Program, ground: &Ground) -> Result<bool, String> {
+    needs(program.needs)?;
+    let mut tunnel = Tunnel::new(ground, program)?;
+    let mut well = true;
+    for (what, work) in CASES {
+        well &= tunnel.case(what, work);
+    }
+    if program.has_cgroup {
+        well &= tunnel.case("all but its program's cgroup", |t| t.carries_all(ALL));
+    }
+    well &= tunnel.case("all but what bears its mark", |t| t.carries_all(&all_but_its_mark()));
+    Ok(well)
 }
 
 #[test]
 #[ignore = "make real-test runs it"]
 fn tunnels() {
-    let only = std::env::var("ONLY").unwrap_or_default();
-    let wanted =
-        |program: &&Program| only.is_empty() || only.split(' ').any(|name| name == program.name);
-    let well: Vec<bool> = PROGRAMS.iter().filter(wanted).map(tunnel).collect();
-    assert!(!well.contains(&false));
-}
-
-fn tunnel(program: &Program) -> bool {
-    if let Some(missing) = program.needs.iter().find(|name| which(name).is_none()) {
-        return report(program.name, "start", Err(format!("SKIP: no {missing}")));
-    }
-    let Some(ground) = Ground::new(program.name) else {
-        return false;
-    };
-    let mut world = World::new(&ground);
-    let cgroup = ground.cgroup("/vpn");
-    let (_peer, own) = match scene(&ground, program) {
-        Ok(ends) => ends,
-        Err(why) => return report(program.name, "start", Err(why)),
-    };
-    // what the kernel's own sends has the cgroup of what it carries
-    let spared = if program.has_cgroup { String::new() } else { format!("bypass-mark = {MARK}\n") };
-    let before = format!("[global]\n{spared}{}", by_cgroup(DNS));
-    let mut daemon = Daemon::start(&ground, &before, &[]);
-    await_member(&cgroup, "vpn");
-    let mut well = true;
-    well &= case(program, "TCP, UDP and ping, both families, by it alone", || {
-        both(&cgroup, |cgroup, to| {
-            until_passes(cgroup, to);
-        });
-        passes(&mut world, &cgroup);
-        world.wire.packets();
-        until_passes(&cgroup, REMOTE4);
-        only_its_own(&mut world);
-    });
-    well &= case(program, "DNS goes into it, 127.0.0.53 too", || resolves(&mut world, &cgroup));
-    well &= case(program, "10 MiB each way at MTU 1280", || {
-        for remote in [REMOTE4, REMOTE6] {
-            println!("    {remote}: {:?}", bulk(&ground, &cgroup, remote));
-        }
-    });
-    well &= case(program, "down and up", || {
-        ip_batch(&[], "link set vpn0 down\n");
-        both(&cgroup, until_refused);
-        refused(&mut world, &cgroup);
-        up(1280);
-        both(&cgroup, |cgroup, to| println!("    {to}: back after {:?}", until_passes(cgroup, to)));
-        passes(&mut world, &cgroup);
-    });
-    well &= case(program, "without an address", || {
-        ip_batch(&[], "addr flush dev vpn0\n");
-        both(&cgroup, until_refused);
-        refused(&mut world, &cgroup);
-        up(1280);
-        both(&cgroup, |cgroup, to| {
-            until_passes(cgroup, to);
-        });
-        passes(&mut world, &cgroup);
-    });
-    let mut own = Some(own);
-    well &= case(program, "the program ends and comes back", || {
-        own.take();
-        both(&cgroup, until_refused);
-        refused(&mut world, &cgroup);
-        resolves_nothing(&mut world, &cgroup);
-        own = Some(here(&ground, program).expect("the program"));
-        let start = Instant::now();
-        up(1280);
-        both(&cgroup, |cgroup, to| {
-            until_passes(cgroup, to);
-        });
-        println!("    back after {:?}, handshake included", start.elapsed());
-        passes(&mut world, &cgroup);
-    });
-    let any = ground.cgroup("/any");
-    let by_mark = ALL.replace("[global]\n", &format!("[global]\nbypass-mark = {MARK}\n"));
-    let by_mark = by_mark.replace("direct = /tunnel", "direct = /other");
-    let own_cgroup = ("all but its program's cgroup", ALL);
-    let own_mark = ("all but what bears its mark", &*by_mark);
-    let ways = [own_cgroup, own_mark].into_iter().skip(usize::from(!program.has_cgroup));
-    for (what, config) in ways {
-        well &= case(program, what, || {
-            let said = crate::daemon::run_with(&ground, config, &["check"]).out;
-            assert!(!said.contains("loop: "), "{said}");
-            // its own flow was begun from here, when the policy comes and when the next daemon does
-            daemon.reconfigure(&before);
-            forget_flows();
-            both(&cgroup, |cgroup, to| {
-                until_passes(cgroup, to);
-            });
-            daemon.reconfigure(config);
-            for _ in 0..2 {
-                both(&any, |cgroup, to| {
-                    until_passes(cgroup, to);
-                });
-                world.wire.packets();
-                passes(&mut world, &any);
-                daemon.signal(Signal::SIGKILL);
-                daemon = Daemon::start(&ground, config, &[]);
-            }
-        });
-    }
-    drop(own);
-    well
+    try_all(&PROGRAMS, |program| program.name, is_a_way_out);
 }
