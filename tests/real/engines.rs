@@ -39,6 +39,8 @@ fn shell(ask: &str) -> String {
 
 /// A web server in a container, see [`Yard::serves`].
 const WEB: &str = "/bin/busybox httpd -f -p 80 -h /etc";
+/// A command of that container: whether it listens yet.
+const LISTENS: &str = "/bin/busybox wget -q -O /dev/null http://127.0.0.1/who";
 
 struct Yard<'a> {
     ground: &'a Ground,
@@ -242,6 +244,12 @@ impl Commands<'_> {
         format!("{} exec {name} {}", self.program, shell(ASK))
     }
 
+    /// Whether its web server can be asked by a port of this host, once it listens.
+    fn serves(&self, y: &Yard, name: &str, port: u16) -> Verdict {
+        await_success(&format!("{} exec {name} {LISTENS}", self.program))?;
+        y.serves(&format!("http://192.0.2.1:{port}/who"))
+    }
+
     /// Leaves one behind, `one`.
     fn start(&self, yard: &mut Yard) {
         let Commands { program, flags, image } = self;
@@ -255,10 +263,10 @@ impl Commands<'_> {
         }
         yard.case("a published port", |y| {
             sh(&self.run("-d --name one -p 8080:80", &y.proxied, WEB))?;
-            y.serves("http://192.0.2.1:8080/who")?;
+            self.serves(y, "one", 8080)?;
             y.asks(&self.within("one"), PROXY)?;
             sh(&self.run("-d --name other -p 8081:80", &y.dropped, WEB))?;
-            y.serves("http://192.0.2.1:8081/who")?;
+            self.serves(y, "other", 8081)?;
             sh(&format!("{program} rm -f other"))
         });
     }
@@ -278,7 +286,7 @@ impl Commands<'_> {
         yard.case("started anew", |y| {
             sh(&format!("{program} restart -t 1 two"))?;
             y.asks(&self.within("two"), PROXY)?;
-            y.serves("http://192.0.2.1:8080/who")
+            self.serves(y, "two", 8080)
         });
     }
 
@@ -319,6 +327,7 @@ fn with_docker(yard: &mut Yard) -> Verdict {
         let line =
             format!("docker-compose -H unix:///run/docker.sock -p boxes -f {}", file.display());
         sh(&format!("{line} up -d"))?;
+        await_success(&format!("{line} exec -T web {LISTENS}"))?;
         y.serves("http://192.0.2.1:8080/who")?;
         y.asks(&format!("{line} exec -T web {}", shell(ASK)), PROXY)?;
         sh(&format!("{line} down"))?;
