@@ -108,6 +108,12 @@ default = Drop
     undefined target "Drop", did you mean "drop"?
 default = proxy
     undefined target "proxy"
+default = drop # all
+    undefined target "drop # all"; a comment needs a line of its own
+include = conf.d/*   # and that of *
+    unable to include "conf.d/*   # and that of *": no such file; a comment needs a line of its own
+include = none ; yet
+    unable to include none ; yet: no such file or directory; a comment needs a line of its own
 cgroup-root = sys/fs
     "cgroup-root" expects auto or an absolute path, not "sys/fs"
 cgroup-root = Auto
@@ -1215,6 +1221,7 @@ fn includes_on_disk() {
         ("*/x.conf", "only the last part may have \"*\" or \"?\""),
         ("c/*.conf", "not a directory"),
         ("..", "no file name"),
+        ("d/*.conf # all", "no such file; a comment needs a line of its own"),
     ] {
         dir.file("bad", format!("[global]\ninclude = {value}\n"), 0o600);
         let want = format!("DIR/bad:2: unable to include \"{value}\": {why}");

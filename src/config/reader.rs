@@ -8,7 +8,7 @@ use super::ini::{self, Line};
 use super::keys::{Draft, Key, Kind};
 use super::matches::{self, Match};
 use super::model::{Place, Problem, Source};
-use super::suggest::did_you_mean;
+use super::suggest::{did_you_mean, remark};
 use super::value::{Result, Setting};
 
 /// Includes may nest this deep.
@@ -60,7 +60,9 @@ impl Reader<'_> {
             Err(why) => {
                 return match from {
                     Some(place) => {
-                        self.problem(place, format!("unable to include {}: {why}", path.display()))
+                        let path = path.display().to_string();
+                        let hint = remark(&path);
+                        self.problem(place, format!("unable to include {path}: {why}{hint}"))
                     }
                     None => self.problem(&Place { file, line: 0 }, why),
                 }
@@ -88,11 +90,7 @@ impl Reader<'_> {
                     section.map(|_| ())
                 }
                 Ok(Line::Entry { key, value }) => {
-                    self.entry(&place, below, key, value).map_err(|why| {
-                        // the likeliest reason for a bad value that holds one
-                        let remark = [" #", " ;"].iter().any(|c| value.contains(c));
-                        why + if remark { "; a comment needs a line of its own" } else { "" }
-                    })
+                    self.entry(&place, below, key, value).map_err(|why| why + remark(value))
                 }
             };
             if let Err(why) = result {
@@ -198,10 +196,16 @@ impl Reader<'_> {
     }
 
     fn include(&mut self, place: &Place, value: &str) {
-        match self.source.glob(&place.beside(value)) {
-            Err(why) => self.problem(place, format!("unable to include \"{value}\": {why}")),
-            Ok(files) => files.iter().for_each(|file| self.file(file, Some(place))),
-        }
+        let found = self.source.glob(&place.beside(value));
+        let why = match found {
+            // which would be missing in silence
+            Ok(files) if files.is_empty() && !remark(value).is_empty() => {
+                "no such file".to_string()
+            }
+            Ok(files) => return files.iter().for_each(|file| self.file(file, Some(place))),
+            Err(why) => why,
+        };
+        self.problem(place, format!("unable to include \"{value}\": {why}{}", remark(value)));
     }
 }
 

@@ -8,7 +8,7 @@ use super::keys::{Draft, Kind, Section, Unset};
 use super::matches::Match;
 use super::model::{Config, HoldLine, Outlet, OwnerRule, PatternRule, Place, Problem, Target};
 use super::pattern::{compile_within, MAX_COMPILED};
-use super::suggest::did_you_mean;
+use super::suggest::{did_you_mean, remark};
 use super::value::Result;
 use crate::net::Mark;
 
@@ -235,7 +235,7 @@ fn target(config: &Config, name: &str) -> Result<Target> {
     config.named(name).ok_or_else(|| {
         let names = config.targets().map(|target| config.target_name(target));
         let hint = did_you_mean(name, names, |n| format!("\"{n}\""));
-        format!("undefined target \"{name}\"{hint}")
+        format!("undefined target \"{name}\"{hint}{}", remark(name))
     })
 }
 

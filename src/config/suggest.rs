@@ -16,6 +16,14 @@ pub fn did_you_mean<'a>(
         .map_or(String::new(), |(_, word)| format!(", did you mean {}?", show(word)))
 }
 
+/// The likeliest reason for a bad value that holds a remark.
+pub fn remark(value: &str) -> &'static str {
+    match [" #", " ;", "\t#", "\t;"].iter().any(|mark| value.contains(mark)) {
+        true => "; a comment needs a line of its own",
+        false => "",
+    }
+}
+
 /// Optimal string alignment distance: insertions, deletions, substitutions, swaps of neighbours.
 fn distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().take(64).collect(), b.chars().collect());
