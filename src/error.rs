@@ -59,7 +59,12 @@ impl fmt::Display for Error {
                 }
             }
             Error::State(text) => f.write_str(text),
-            Error::Usage(lines) => f.write_str(&lines.join("\n")),
+            Error::Usage(lines) => {
+                // each is one line, whatever was named
+                f.write_str(
+                    &lines.iter().map(|line| printable(line)).collect::<Vec<_>>().join("\n"),
+                )
+            }
         }
     }
 }
@@ -82,4 +87,16 @@ pub fn reason(errno: Errno) -> String {
         }
         _ => text.to_string(),
     }
+}
+
+/// A text as it may stand in a line: what a terminal would act on is escaped.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_control() {
+            true => out.extend(c.escape_default()),
+            false => out.push(c),
+        }
+    }
+    out
 }

@@ -13,6 +13,7 @@ use nix::sys::socket::{send, MsgFlags};
 use nix::sys::stat::fstat;
 use syslog::{Facility, LogFormat, Severity};
 
+use crate::error::printable;
 use crate::sys;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -117,10 +118,11 @@ pub fn line(journal: bool, level: Level, text: &str) -> String {
 /// terminal. So a supervisor that logs standard error does not log it twice.
 pub fn last_words(text: &str) {
     LOG.with_borrow_mut(|log| {
-        let told = log.syslog && log.emit(Level::Error, text);
+        let text = printable(text);
+        let told = log.syslog && log.emit(Level::Error, &text);
         let stderr = io::stderr();
         if !told || stderr.is_terminal() {
-            let _ = stderr.lock().write_all(line(log.journal, Level::Error, text).as_bytes());
+            let _ = stderr.lock().write_all(line(log.journal, Level::Error, &text).as_bytes());
         }
     });
 }
@@ -168,7 +170,7 @@ impl Log {
                 self.lost = 0;
             }
         }
-        let mut text = text.to_string();
+        let mut text = printable(&text.to_string());
         truncate(&mut text, MAX_LINE - 64);
         if !self.emit(level, &text) {
             self.lost += 1;

@@ -14,7 +14,7 @@ use crate::apps::{self, Holder, Scene, Talker};
 use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount::{self, Root};
-use crate::cgroup::tree::{self, Node, Path};
+use crate::cgroup::tree::{Node, Path};
 use crate::config::{propose, Config, OwnerRule, PatternRule, Place, Target};
 use crate::error::Result;
 use crate::host;
@@ -399,10 +399,7 @@ impl App {
         let id = self.id.map_or(String::new(), |id| format!(" (id {id})"));
         let instead = |text: String| Value::new(text, Json::Null);
         match &self.home {
-            Whereabouts::Cgroup(path) if path.is_empty() => Value::text("/"),
-            Whereabouts::Cgroup(path) => {
-                Value::new(tree::display(path), Json::text(String::from_utf8_lossy(path)))
-            }
+            Whereabouts::Cgroup(path) => Value::path(path),
             Whereabouts::Removed => instead(format!("removed cgroup{id}")),
             Whereabouts::Elsewhere => instead(format!("cgroup not below the root, or hidden{id}")),
             Whereabouts::Tunnel(kind) => instead(format!("{kind} of the kernel, no cgroup")),

@@ -18,7 +18,7 @@ use crate::cgroup::{mount, watch};
 use crate::config::{lint, Config, Outlet, Route, RuleLine};
 use crate::confine;
 use crate::daemon;
-use crate::error::{reason, Error, Result};
+use crate::error::{printable, reason, Error, Result};
 use crate::faults;
 use crate::host::{sysctl, Host};
 use crate::instance;
@@ -147,7 +147,7 @@ impl Findings {
 
     fn add(&mut self, kind: Severity, text: &str) {
         // a file name may hold a newline: one finding is one line
-        let text = text.replace('\n', " ");
+        let text = printable(text);
         self.all.push(Finding { severity: kind, about: self.about, text });
     }
 

@@ -14,7 +14,7 @@ use crate::cgroup::dying;
 use crate::cgroup::mount::{self, Mount, Root};
 use crate::cgroup::watch;
 use crate::config::{Config, Outlet, PatternRule, RuleLine, Target};
-use crate::error::{errno, Error, Result};
+use crate::error::{errno, printable, Error, Result};
 use crate::kernel::Kernel;
 use crate::log::Escaped;
 use crate::options::{wrong, Options};
@@ -28,7 +28,7 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
     args.retain(|arg| {
         let checked = match by_pid {
             true => check_pid(arg),
-            false => of_path(arg, None).map(drop),
+            false => of_path(arg, &[]).map(drop),
         };
         checked.map_err(|error| failed.push(error)).is_ok()
     });
@@ -37,11 +37,14 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
     }
     let config = options.load_or_default(false)?;
     let root = mount::find(config.cgroup_root.as_deref());
+    // as it is called, and as it is
+    let roots = [config.cgroup_root.as_deref(), root.as_ref().ok().map(|root| &*root.dir)];
+    let roots: Vec<&Path> = roots.into_iter().flatten().collect();
     let mut text = String::new();
     for arg in &args {
         let found = match by_pid {
             true => of_process(arg, &root),
-            false => of_path(arg, root.as_ref().ok()).map(Some),
+            false => of_path(arg, &roots).map(Some),
         };
         match found {
             Ok(path) => {
@@ -54,7 +57,7 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
                     let covers = ruled && config.containers;
                     text.push_str(&network(&pid, covers));
                     if let Some(name) = containers::name(path.unwrap_or_default()) {
-                        text.push_str(&format!("    container {name}\n"));
+                        text.push_str(&format!("    container {}\n", printable(&name)));
                     }
                 }
             }
@@ -129,7 +132,7 @@ fn check_pid(pid: &OsString) -> Result<()> {
 
 /// The path from the cgroup root, as given or as the directory of the cgroup. Repeated slashes and
 /// `.` do not count; what `..` is meant to leave, the cgroup root or the mount, cannot be told.
-fn of_path(arg: &OsString, root: Option<&Root>) -> Result<Vec<u8>> {
+fn of_path(arg: &OsString, roots: &[&Path]) -> Result<Vec<u8>> {
     let given = Path::new(arg);
     let wrong = |why| {
         let arg = Escaped(arg.as_bytes());
@@ -138,7 +141,7 @@ fn of_path(arg: &OsString, root: Option<&Root>) -> Result<Vec<u8>> {
     if !given.is_absolute() {
         return wrong("they begin with \"/\"");
     }
-    let below = root.and_then(|root| given.strip_prefix(&root.dir).ok());
+    let below = roots.iter().find_map(|root| given.strip_prefix(root).ok());
     let mut path = Vec::new();
     for part in below.unwrap_or(given).components() {
         match part {
@@ -322,7 +325,7 @@ mod tests {
         assert_eq!(from("/box/sub").as_deref(), Some(&b""[..]));
         assert_eq!(from("/box/subway/a"), None);
         assert_eq!(from("/"), None);
-        let given = |arg: &str| of_path(&arg.into(), Some(&root)).ok();
+        let given = |arg: &str| of_path(&arg.into(), &[&root.dir]).ok();
         assert_eq!(given("/sys/fs/cgroup/sub/a"), Some(b"/a".to_vec()));
         assert_eq!(given("/sys/fs/cgroup/subway"), Some(b"/sys/fs/cgroup/subway".to_vec()));
         assert_eq!(given("//a/b/"), Some(b"/a/b".to_vec()));

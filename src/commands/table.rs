@@ -2,6 +2,7 @@
 
 use std::io::IsTerminal;
 
+use crate::error::printable;
 use crate::json::Json;
 use crate::log::Escaped;
 
@@ -48,15 +49,21 @@ impl Value {
     }
 
     pub fn text(text: &str) -> Value {
-        Value::new(text, Json::text(text))
+        Value::new(printable(text), Json::text(text))
     }
 
     pub fn maybe(text: Option<impl AsRef<str>>) -> Value {
         text.map_or(Value::none(), |text| Value::text(text.as_ref()))
     }
 
+    /// The path of a cgroup; in JSON as it is, where it is UTF-8.
     pub fn path(path: &[u8]) -> Value {
-        Value::text(&Escaped(path).to_string())
+        match path {
+            [] => Value::text("/"),
+            path => {
+                Value::new(Escaped(path).to_string(), Json::text(String::from_utf8_lossy(path)))
+            }
+        }
     }
 
     pub fn number(number: Option<impl Into<u64>>) -> Value {

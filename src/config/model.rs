@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use super::pattern::Pattern;
+use crate::error::printable;
 use crate::log::Level;
 use crate::net::{holds, Family, Interface, Mac, Mark, Owner, Range, Ranges, L4};
 use crate::small::SmallSet;
@@ -692,7 +693,11 @@ pub struct Problem {
 
 impl Problem {
     pub(super) fn at(place: &Place, message: &str) -> Problem {
-        Problem { file: place.file.to_path_buf(), line: place.line, message: printable(message) }
+        let message = match message.char_indices().nth(MAX_MESSAGE) {
+            Some((end, _)) => printable(&message[..end]) + "...",
+            None => printable(message),
+        };
+        Problem { file: place.file.to_path_buf(), line: place.line, message }
     }
 }
 
@@ -703,19 +708,4 @@ impl fmt::Display for Problem {
             line => write!(f, "{}:{line}: {}", self.file.display(), self.message),
         }
     }
-}
-
-/// A message as it may stand in a log or a terminal: no control characters, not endless.
-fn printable(message: &str) -> String {
-    let mut text = String::new();
-    for c in message.chars().take(MAX_MESSAGE) {
-        match c.is_control() {
-            true => text.extend(c.escape_default()),
-            false => text.push(c),
-        }
-    }
-    if message.chars().nth(MAX_MESSAGE).is_some() {
-        text.push_str("...");
-    }
-    text
 }

@@ -1032,3 +1032,25 @@ fn it_is_told_what_is_a_container() {
     assert!(text.contains("lan0  mihomo  docker 0123456789ab  /boxes/box/docker-"), "{text}");
     daemon.stop_clean();
 }
+
+/// Whoever names a cgroup so that a terminal would do something has it do nothing; for programs the name is
+/// what it is.
+#[test]
+fn a_container_of_a_hostile_name() {
+    let ground = ground!("boxes-hostile");
+    let lan = Lan::new(&ground);
+    let path = "/boxes/box\\x2d/machine-e\x1b[2J\tvil\"s.scope";
+    let process = live(lan.client(0), &ground.cgroup(path));
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+
+    let pid = process.pid().to_string();
+    for args in [&["explain", "--pid", &pid][..], &["status"]] {
+        let said = daemon.ask(args).out;
+        assert!(said.contains("e\\u{1b}[2J\\tvil\"s"), "{said}");
+        assert!(said.lines().all(|line| !line.contains(char::is_control)), "{said:?}");
+    }
+    let find = "[(c['container'], c['cgroup']) for c in d['containers']]";
+    let want = r#"[('e\x1b[2J\tvil"s', '/boxes/box\\x2d/machine-e\x1b[2J\tvil"s.scope')]"#;
+    assert_eq!(daemon.json(find), want);
+    daemon.stop_clean();
+}
