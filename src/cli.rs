@@ -1,6 +1,7 @@
 //! The command line: options to a command, its errors to messages and the exit status.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -94,18 +95,42 @@ fn parse(
         true => getopts::ParsingStyle::FloatingFrees,
         false => getopts::ParsingStyle::StopAtFirstFree,
     });
-    // getopts takes UTF-8 only, a command's arguments may be any bytes: what it leaves is the tail
-    let text: Vec<_> = args.iter().map(|arg| arg.to_string_lossy()).collect();
-    let matches = options.parse(text.iter().map(|arg| &**arg)).map_err(|fail| {
-        let text = fail.to_string();
+    let matches = options.parse(args.iter().map(|arg| to_text(arg))).map_err(|fail| {
+        let text = of_text(&fail.to_string()).to_string_lossy().into_owned();
         let (first, rest) = text.split_at(1);
         wrong(format!("{}{rest}", first.to_lowercase()))
     })?;
     let free = match floating {
-        true => matches.free.iter().map(OsString::from).collect(),
+        true => matches.free.iter().map(|text| of_text(text)).collect(),
+        // those of CMD as they are
         false => args[args.len() - matches.free.len()..].to_vec(),
     };
     Ok((matches, free))
+}
+
+/// In what getopts reads, which is UTF-8 only, the characters from here on stand for bytes of names that
+/// are not. They are the last ones of the last private plane.
+const BYTES: u32 = 0x10_ff00;
+
+fn to_text(arg: &OsStr) -> String {
+    let mut text = String::new();
+    for chunk in arg.as_bytes().utf8_chunks() {
+        text += chunk.valid();
+        text.extend(chunk.invalid().iter().filter_map(|b| char::from_u32(BYTES + u32::from(*b))));
+    }
+    text
+}
+
+/// What was an argument before [`to_text`].
+fn of_text(text: &str) -> OsString {
+    let mut bytes = Vec::new();
+    for c in text.chars() {
+        match u32::from(c).checked_sub(BYTES) {
+            Some(byte @ 0x80..=0xff) => bytes.push(byte as u8),
+            _ => bytes.extend(c.encode_utf8(&mut [0; 4]).bytes()),
+        }
+    }
+    OsString::from_vec(bytes)
 }
 
 /// Takes the options of every command; those that were taken before stay unless named again.
@@ -116,7 +141,7 @@ fn take(given: &mut Options, matches: &getopts::Matches) -> Result<()> {
         let why = || wrong(format!("--ready-fd expects a number from 3 on, not \"{text}\""));
         given.ready_fd = Some(number.ok_or_else(why)?);
     }
-    let file = |name| matches.opt_str(name).map(PathBuf::from);
+    let file = |name| matches.opt_str(name).map(|text| PathBuf::from(of_text(&text)));
     given.config = file("config").or(given.config.take());
     given.pidfile = file("pidfile").or(given.pidfile.take());
     given.syslog |= matches.opt_present("syslog");
@@ -142,14 +167,16 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     };
     let mut user = None;
     let mut target = None;
+    let mut asked = vec![before];
     if command == "exec" && !rest.is_empty() {
         take(&mut given, &matches)?;
         user = matches.opt_str("user");
         target = Some(rest.remove(0).to_string_lossy().into_owned());
+        asked.push(matches);
         (matches, rest) = parse(&mut options(&command), &rest, false)?;
         user = matches.opt_str("user").or(user);
     }
-    for matches in [&before, &matches] {
+    for matches in asked.iter().chain([&matches]) {
         if matches.opt_present("help") {
             return commands::print(&usage());
         }

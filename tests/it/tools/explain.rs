@@ -1,7 +1,7 @@
 //! `explain`: which rule decides, and for whom.
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{chown, symlink};
 
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
@@ -77,6 +77,24 @@ fn explain_takes_a_path_as_it_is_written() {
     let out = explain(&ground, &["//services/./aria2/", &whole]).fine();
 
     let block = "/services/aria2\n    target  mihomo\n";
+    assert_eq!(out.matches(block).count(), 2, "{out}");
+}
+
+/// The cgroup root may be called by a symlink, and a path below it too.
+#[test]
+fn explain_takes_the_root_by_its_name() {
+    let ground = ground!("explain-root");
+    let link = ground.dir.join("link");
+    symlink(&ground.root, &link).expect("make a symlink");
+    let link = link.to_str().expect("UTF-8");
+    let config = format!("[global]\ncgroup-root = {link}\n{CONFIG}");
+
+    let paths =
+        [&format!("{link}/services/aria2"), &format!("{}/services/aria2", ground.root.display())];
+    let out = run_with(&ground, &config, &["explain", paths[0], paths[1]]).fine();
+
+    let block = "/services/aria2\n    target  mihomo\n";
+    assert_eq!(out.split_inclusive("matches /services/aria2\n").count(), 2, "{out}");
     assert_eq!(out.matches(block).count(), 2, "{out}");
 }
 

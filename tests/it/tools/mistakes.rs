@@ -1,10 +1,12 @@
 //! How the program answers to mistakes: wrong words, no capability, an output that takes nothing.
 
-use std::fs::File;
-use std::process::Stdio;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
+use std::process::{Command, Stdio};
 
 use super::{as_nobody, CONFIG};
-use crate::daemon::{run, Daemon, Said};
+use crate::daemon::{binary, run, run_with, write_private, Daemon, Said};
 use crate::ground::Ground;
 
 /// Wrong words get one line on standard error, with a hint where to look, and status 2.
@@ -65,9 +67,68 @@ fn a_misspelt_command_is_guessed() {
         assert_eq!(run(&[word]).err, want);
     }
 
+    // wherever it stands before the words of CMD
+    for args in [&["exec", "--help", "direct", "true"], &["exec", "direct", "--help", "true"]] {
+        assert!(run(args).fine().starts_with("Usage: "), "{args:?}");
+    }
     let help = run(&["status", "--help"]).fine();
     for name in ["run", "check", "explain", "show", "status", "apps", "flush", "exec"] {
         assert!(help.contains(&format!("\n    {name} ")), "{help}");
+    }
+}
+
+/// What an error names stands in its one line, and no terminal acts on it.
+#[test]
+fn errors_are_lines_that_can_be_printed() {
+    let ground = ground!("printable");
+    let odd = "/a\x1b[2J\nb";
+    for (args, code) in [
+        (&[odd][..], 2),
+        (&["run", odd], 2),
+        (&["show", "--x\x1b[2J\nb"], 2),
+        (&["--ready-fd", odd, "run"], 2),
+        (&["-c", odd, "show"], 2),
+        (&["exec", odd, "true"], 2),
+        (&["exec", "-u", odd, "direct", "true"], 2),
+        (&["exec", "direct", odd], 127),
+        (&["-p", "/", "run"], 1),
+    ] {
+        let args: Vec<&str> = [args].concat();
+
+        let said = run_with(&ground, "", &args);
+
+        assert_eq!((said.code, said.err.lines().count()), (Some(code), 1), "{args:?} {said:?}");
+        assert!(!said.err.trim_end().contains(char::is_control), "{:?}", said.err);
+    }
+    let file = ground.dir.join("odd\x1b[2J\n.conf");
+    fs::write(&file, "x\n").expect("write a file");
+    let said = run(&["-c", file.to_str().expect("UTF-8"), "check"]);
+    assert_eq!(said.code, Some(2), "{said:?}");
+    assert!(said.out.contains("odd\\u{1b}[2J\\n.conf:1: expected"), "{}", said.out);
+}
+
+/// Names of files and cgroups are bytes.
+#[test]
+fn names_that_are_not_utf8() {
+    let ground = ground!("bytes");
+    let file = ground.dir.join(OsStr::from_bytes(b"caf\xe9.conf"));
+    write_private(&file, CONFIG);
+    let told = |args: &[&[u8]]| {
+        let mut command = Command::new(binary());
+        let command = command.args(args.iter().map(|arg| OsStr::from_bytes(arg)));
+        Said::from(command.stdin(Stdio::null()).output().expect("start cgtproxy")).fine()
+    };
+    let name = file.as_os_str().as_bytes();
+    let path = b"/services/aria2/\xff\xc3\xa9";
+
+    for args in [
+        &[b"-c", name, b"explain", path][..],
+        &[b"explain", path, &[b"--config=", name].concat()],
+        &[&[b"-c", name].concat(), b"explain", b"--", path],
+    ] {
+        let said = told(args);
+        let want = "/services/aria2/\\xff\\xc3\\xa9\n    target  mihomo\n";
+        assert!(said.starts_with(want), "{said}");
     }
 }
 
