@@ -3,15 +3,18 @@
 
 use std::ffi::OsStr;
 use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
+use nix::errno::Errno;
 use nix::time::{clock_gettime, ClockId};
 
+use crate::error::{errno, reason};
 use crate::log;
 use crate::log::Escaped;
+use crate::sys;
 
 pub struct Notify {
     socket: Option<UnixDatagram>,
@@ -36,7 +39,14 @@ impl Notify {
     pub fn ready(&mut self) {
         self.send("READY=1");
         if let Some(fd) = self.ready_fd.take() {
-            let _ = std::fs::File::from(fd).write_all(b"\n");
+            let written = match sys::writable_now(fd.as_fd()) {
+                true => std::fs::File::from(fd).write_all(b"\n"),
+                // a pipe that is full would have us wait
+                false => Err(Errno::EAGAIN.into()),
+            };
+            if let Err(error) = written {
+                log!(Warning, "unable to write to --ready-fd: {}", reason(errno(&error)));
+            }
         }
     }
 

@@ -1,8 +1,10 @@
 //! Start, reload, stop and sudden death, and what is left in the kernel by then.
 
 use std::ffi::CString;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
@@ -782,6 +784,35 @@ fn flush_removes_everything() {
     assert!(output("nft", &["list", "tables"]).contains("inet other"));
     let routes = ip_routes("-4", "300");
     assert!(routes.contains("198.51.100.0/24") && !routes.contains("local"), "{routes}");
+}
+
+/// A descriptor that takes nothing is told of and keeps nobody waiting: a pipe that is full, one that
+/// nobody reads, and one to read from.
+#[test]
+fn a_ready_descriptor_that_takes_nothing() {
+    let ground = ground!("ready-fd");
+    let fifo = ground.dir.join("fifo");
+    let path = fifo.to_str().expect("UTF-8");
+    sh(&format!("mkfifo {path}"));
+    let mut options = File::options();
+    let options = options.read(true).write(true).custom_flags(libc::O_NONBLOCK);
+    let mut full = options.open(&fifo).expect("open the pipe");
+    while full.write(b"xxxxxxxx").is_ok() {}
+    while full.write(b"x").is_ok() {}
+    for (redirected, why) in [
+        (format!("3> {path}"), "try again"),
+        (format!("3< {path}"), "try again"),
+        ("3< /dev/null".into(), "bad file number"),
+        ("3> /dev/full".into(), "no space left on device"),
+    ] {
+        let script = format!("exec \"$0\" \"$@\" {redirected}");
+        let daemon = Daemon::spawn_by(&ground, CONFIG, &["sh", "-c", &script], &[], &[]);
+
+        assert!(daemon.wait_log("started: ", PATIENCE), "{redirected}: {}", daemon.logs());
+        let want = format!("warning: unable to write to --ready-fd: {why}\n");
+        assert!(daemon.logs().contains(&want), "{redirected}: {}", daemon.logs());
+        daemon.stop_clean();
+    }
 }
 
 /// The next message that arrives at a NOTIFY_SOCKET.
