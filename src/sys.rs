@@ -4,6 +4,9 @@
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -252,6 +255,38 @@ pub fn seccomp_allow(arch: u32, allowed: &[libc::c_long]) -> Result<(), Errno> {
         libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const fprog)
     };
     Errno::result(rc).map(drop)
+}
+
+/// Whether SIGPIPE was ignored when the program began, as systemd has it: Rust's runtime ignores it
+/// before main, whatever it was.
+static PIPE_IGNORED: AtomicBool = AtomicBool::new(false);
+
+#[used]
+#[link_section = ".init_array"]
+static BEFORE_MAIN: extern "C" fn() = {
+    extern "C" fn look() {
+        // SAFETY: all zeros is a struct sigaction, and the call writes no more than one.
+        let now = unsafe {
+            let mut now: libc::sigaction = std::mem::zeroed();
+            libc::sigaction(libc::SIGPIPE, std::ptr::null(), &mut now);
+            now.sa_sigaction
+        };
+        PIPE_IGNORED.store(now == libc::SIG_IGN, Ordering::Relaxed);
+    }
+    look
+};
+
+/// Has a command begin with SIGPIPE as this program did.
+pub fn pass_sigpipe_on(command: &mut Command) {
+    if PIPE_IGNORED.load(Ordering::Relaxed) {
+        let ignore = || {
+            // SAFETY: no handler is installed, so nothing runs.
+            unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+            Ok(())
+        };
+        // SAFETY: the hook makes one system call.
+        unsafe { command.pre_exec(ignore) };
+    }
 }
 
 /// Whether CAP_NET_ADMIN is in effect; true too where that cannot be told.

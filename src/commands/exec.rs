@@ -90,7 +90,10 @@ pub fn exec(
     if let Some(user) = user {
         become_user(&user)?;
     }
-    let error = Command::new(&command[0]).args(&command[1..]).exec();
+    let mut becomes = Command::new(&command[0]);
+    becomes.args(&command[1..]);
+    sys::pass_sigpipe_on(&mut becomes);
+    let error = becomes.exec();
     let why = match error.raw_os_error() {
         Some(errno) => reason(Errno::from_raw(errno)),
         None => error.to_string(),
@@ -113,7 +116,8 @@ struct Identity {
 /// A user by name or uid. A uid that no user has gets the gid of the same number and no other
 /// groups: anything but those of root.
 fn find_user(given: &str) -> Result<Identity> {
-    let uid = given.parse().ok();
+    // parse() would take a sign
+    let uid = given.parse().ok().filter(|_| given.bytes().all(|b| b.is_ascii_digit()));
     let found = match uid {
         Some(uid) => User::from_uid(Uid::from_raw(uid)),
         None => User::from_name(given),

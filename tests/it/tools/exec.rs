@@ -139,13 +139,20 @@ fn exec_adds_nothing() {
     let ground = ground!("exec-adds");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     let words = "ls /proc/self/fd; grep -E 'Sig[PBIC]|Shd' /proc/self/status; env; ulimit -a";
-    let mut without = Command::new("sh");
-    without.args(["-c", words]).stdin(Stdio::null());
+    // as a shell has it, and as systemd has it for its services
+    for before in ["", "trap '' PIPE; "] {
+        let said = |command: &Command| {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", &format!("{before}exec \"$0\" \"$@\"")]).stdin(Stdio::null());
+            shell.arg(command.get_program()).args(command.get_args());
+            Said::from(shell.output().expect("start sh")).fine()
+        };
 
-    let without = Said::from(without.output().expect("start sh")).fine();
-    let with = daemon.ask(&["exec", "drop", "sh", "-c", words]).fine();
+        let without = said(Command::new("sh").args(["-c", words]));
+        let with = said(&daemon.command(&["exec", "drop", "sh", "-c", words]));
 
-    assert_eq!(with, without);
+        assert_eq!(with, without);
+    }
 }
 
 /// With `-u`, CMD is that user with his groups and without any capability, who can do nothing to the
@@ -180,7 +187,7 @@ fn exec_as_no_user() {
     let ground = ground!("exec-nobody");
     let daemon = Daemon::start(&ground, CONFIG, &[]);
     // -1 means "leave it" to setuid(2)
-    for odd in ["4294967295", "4294967296", "-1", ""] {
+    for odd in ["4294967295", "4294967296", "-1", "+1", ""] {
         let said = daemon.ask(&["exec", "--user", odd, "drop", "id", "-u"]);
         assert_ne!(said.code, Some(0), "{odd:?}");
         assert_eq!((&*said.out, said.err.lines().count()), ("", 1), "{odd:?}");
