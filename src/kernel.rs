@@ -374,11 +374,12 @@ impl Kernel {
 
     /// What stands in our table.
     fn present(&mut self) -> Result<Present> {
-        let chains = self.nft.dump(&view::get_chains, view::parse_chain)?.map_err(nft_refused)?;
-        let sets = self.nft.dump(&view::get_sets, view::parse_set)?.map_err(nft_refused)?;
-        let counters = self.nft.dump(&view::get_counters, view::parse_counter)?;
-        let counters = counters.map_err(nft_refused)?.into_iter().map(|(name, _)| name);
-        Ok(Present { chains, sets: sets.into_iter().collect(), counters: counters.collect() })
+        let counters = self.all(NFT_MSG_GETOBJ, view::parse_counter)?;
+        Ok(Present {
+            chains: self.all(NFT_MSG_GETCHAIN, view::parse_chain)?,
+            sets: self.all(NFT_MSG_GETSET, view::parse_set)?.into_iter().collect(),
+            counters: counters.into_iter().map(|(name, _)| name).collect(),
+        })
     }
 
     /// In one transaction.
@@ -570,8 +571,8 @@ impl Kernel {
             let found = self.nft.dump(&request, view::parse_hashes)?.map_err(nft_refused)?;
             hashed.insert(step.key(), found.into_iter().flatten().collect());
         }
-        let found = self.nft.dump(&view::get_counters, view::parse_counter)?;
-        let counters: HashMap<_, _> = found.map_err(nft_refused)?.into_iter().collect();
+        let counters = self.all(NFT_MSG_GETOBJ, view::parse_counter)?;
+        let counters: HashMap<_, _> = counters.into_iter().collect();
         let known = DEEDS.iter().all(|name| counters.contains_key(*name));
         let deeds = known.then(|| DEEDS.map(|name| counters[name]));
         Ok(Some(Inventory { flags, view, cgroups, hashed, deeds }))
@@ -585,7 +586,12 @@ impl Kernel {
 
     /// The rules of our table; none where there is no table.
     pub fn rules(&mut self) -> Result<Vec<view::RuleView>> {
-        match self.nft.dump(&view::get_rules, view::parse_rule)? {
+        self.all(NFT_MSG_GETRULE, view::parse_rule)
+    }
+
+    /// See [`view::get_all`]; none where there is no table.
+    fn all<T>(&mut self, kind: u16, read: impl Fn(&Message) -> Option<T>) -> Result<Vec<T>> {
+        match self.nft.dump(&|batch| view::get_all(batch, kind), read)? {
             Err(Errno::ENOENT) => Ok(Vec::new()),
             found => found.map_err(nft_refused),
         }

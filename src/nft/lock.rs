@@ -47,7 +47,7 @@ pub fn set(transaction: &mut Transaction, lock: Lock) {
 /// Reads an answer to [`message::get_table`]: `None` for other tables, and where the lock says
 /// nothing. Whoever owns it without saying who it is has pid 0.
 pub fn parse(message: &Message) -> Option<Lock> {
-    let attrs = message::table_named(TABLE, message)?;
+    let attrs = message::of_table(TABLE, message)?;
     let comment = attrs.clone().get(NFTA_TABLE_USERDATA).and_then(comment);
     let lock = comment.and_then(|text| Lock::parse(&text));
     let owned = attrs.clone().get(NFTA_TABLE_OWNER).is_some();

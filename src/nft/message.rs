@@ -757,14 +757,14 @@ pub fn get_table(batch: &mut Batch) {
 
 /// Reads an answer to [`get_table`]: `None` for other tables, else the owner's port id, if any.
 pub fn parse_table(message: &parse::Message) -> Option<Option<u32>> {
-    let attrs = table_named(TABLE, message)?;
+    let attrs = of_table(TABLE, message)?;
     Some(attrs.get(NFTA_TABLE_OWNER).and_then(parse::u32_be))
 }
 
-/// The attributes of a table in an answer to [`get_table`]; `None` for tables of other names.
-pub fn table_named<'a>(name: &str, message: &parse::Message<'a>) -> Option<Attrs<'a>> {
+/// The attributes of a table, or of what is in it; `None` for tables of other names.
+pub fn of_table<'a>(name: &str, message: &parse::Message<'a>) -> Option<Attrs<'a>> {
     let attrs = Attrs::after(message.body, 4);
     let same = message.body.first() == Some(&NFPROTO_INET)
-        && parse::str_z(attrs.clone().get(NFTA_TABLE_NAME)?) == name;
+        && parse::str_z(attrs.clone().get(NFTA_ANY_TABLE)?) == name;
     same.then_some(attrs)
 }

@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 
 use super::expr::{counted, Expr, SetRef::Named, Verdict};
-use super::message::{dump, Hook};
+use super::message::{dump, of_table, Hook};
 use super::table::{MARTIANS, OUTPUT, TABLE, UNKNOWN};
 use crate::config::CONTAINERS;
 use crate::net::{Interface, Mark, Owner};
@@ -52,68 +52,58 @@ pub struct ElementView {
 
 /// Reads an answer to [`super::message::get_table`]: the flags of our table, `None` for others.
 pub fn parse_table_flags(message: &Message) -> Option<u32> {
-    let attrs = super::message::table_named(TABLE, message)?;
+    let attrs = of_table(TABLE, message)?;
     let flags = attrs.get(NFTA_TABLE_FLAGS).and_then(parse::u32_be);
     Some(flags.unwrap_or(0))
 }
 
-/// Asks for all chains of our table.
-pub fn get_chains(batch: &mut Batch) {
-    let open = dump(batch, NFT_MSG_GETCHAIN, NFPROTO_INET);
-    batch.str_z(NFTA_CHAIN_TABLE, TABLE);
+/// Asks for all that our table has of a kind: `NFT_MSG_GETCHAIN` and its like.
+pub fn get_all(batch: &mut Batch, kind: u16) {
+    let open = dump(batch, kind, NFPROTO_INET);
+    batch.str_z(NFTA_ANY_TABLE, TABLE);
     batch.end(open);
 }
 
-/// Reads an answer to [`get_chains`]: the name, and where a base chain stands. Older kernels tell of all
-/// tables.
+/// Reads a chain: the name, and where a base chain stands. Older kernels tell of all tables.
 pub fn parse_chain(message: &Message) -> Option<(String, Option<Hook>)> {
-    let attrs = Attrs::after(message.body, 4);
-    let text = |attr| attrs.clone().get(attr).map(parse::str_z);
+    let attrs = of_table(TABLE, message)?;
     let hook = attrs.clone().get(NFTA_CHAIN_HOOK).map(Attrs::new);
     let hook = hook.and_then(|hook| {
         let number = |attr| hook.clone().get(attr).and_then(parse::u32_be);
         Some((number(NFTA_HOOK_HOOKNUM)?, number(NFTA_HOOK_PRIORITY)? as i32))
     });
-    let name = text(NFTA_CHAIN_NAME)?.into_owned();
-    (text(NFTA_CHAIN_TABLE)? == TABLE).then_some((name, hook))
+    Some((parse::str_z(attrs.get(NFTA_CHAIN_NAME)?).into_owned(), hook))
 }
 
-/// Asks for all sets of our table.
-pub fn get_sets(batch: &mut Batch) {
-    let open = dump(batch, NFT_MSG_GETSET, NFPROTO_INET);
-    batch.str_z(NFTA_SET_TABLE, TABLE);
-    batch.end(open);
-}
-
-/// Reads an answer to [`get_sets`]: the name, but for those that live and die with a rule.
+/// Reads a set: the name, but for those that live and die with a rule.
 pub fn parse_set(message: &Message) -> Option<String> {
-    let attrs = Attrs::after(message.body, 4);
+    let attrs = of_table(TABLE, message)?;
     let flags = attrs.clone().get(NFTA_SET_FLAGS).and_then(parse::u32_be).unwrap_or(0);
     let name = parse::str_z(attrs.get(NFTA_SET_NAME)?).into_owned();
     (flags & NFT_SET_ANONYMOUS == 0).then_some(name)
 }
 
-/// Asks for all rules of our table.
-pub fn get_rules(batch: &mut Batch) {
-    let open = dump(batch, NFT_MSG_GETRULE, NFPROTO_INET);
-    batch.str_z(NFTA_RULE_TABLE, TABLE);
-    batch.end(open);
+/// Reads a rule.
+pub fn parse_rule(message: &Message) -> Option<RuleView> {
+    if !message.is_nfnl(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWRULE) {
+        return None;
+    }
+    let attrs = of_table(TABLE, message)?;
+    let list = attrs.clone().get(NFTA_RULE_EXPRESSIONS).unwrap_or(&[]);
+    Some(RuleView {
+        chain: parse::str_z(attrs.get(NFTA_RULE_CHAIN)?).into_owned(),
+        exprs: listed(list).filter_map(Expr::read).collect(),
+        counter: listed(list).filter_map(counter).reduce(|a, b| a + b),
+    })
 }
 
-/// Reads an answer to [`get_rules`].
-pub fn parse_rule(message: &Message) -> Option<RuleView> {
-    let attrs = Attrs::after(message.body, 4);
-    let text = |attr| attrs.clone().get(attr).map(parse::str_z);
-    let ours = message.is_nfnl(NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWRULE)
-        && message.body.first() == Some(&NFPROTO_INET)
-        && text(NFTA_RULE_TABLE)? == TABLE;
-    let list = attrs.clone().get(NFTA_RULE_EXPRESSIONS).unwrap_or(&[]);
-    let exprs = || listed(list);
-    ours.then_some(RuleView {
-        chain: text(NFTA_RULE_CHAIN)?.into_owned(),
-        exprs: exprs().filter_map(Expr::read).collect(),
-        counter: exprs().filter_map(counter).reduce(|a, b| a + b),
-    })
+/// Reads a named counter: the name, and the packets.
+pub fn parse_counter(message: &Message) -> Option<(String, u64)> {
+    let attrs = of_table(TABLE, message)?;
+    let name = parse::str_z(attrs.clone().get(NFTA_OBJ_NAME)?).into_owned();
+    let kind = attrs.clone().get(NFTA_OBJ_TYPE).and_then(parse::u32_be)?;
+    let packets = Attrs::new(attrs.get(NFTA_OBJ_DATA)?).get(NFTA_COUNTER_PACKETS)?;
+    Some((name, parse::u64_be(packets)?)).filter(|_| kind == NFT_OBJECT_COUNTER)
 }
 
 /// The elements of a list.
@@ -143,22 +133,6 @@ pub fn parse_elements(message: &Message) -> Option<Vec<ElementView>> {
 pub fn parse_hashes(message: &Message) -> Option<Vec<u32>> {
     let list = Attrs::after(message.body, 4).get(NFTA_SET_ELEM_LIST_ELEMENTS)?;
     Some(listed(list).filter_map(|bytes| parse::u32_ne(key(&Attrs::new(bytes))?)).collect())
-}
-
-/// Asks for all named counters of our table.
-pub fn get_counters(batch: &mut Batch) {
-    let open = dump(batch, NFT_MSG_GETOBJ, NFPROTO_INET);
-    batch.str_z(NFTA_OBJ_TABLE, TABLE);
-    batch.u32_be(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER);
-    batch.end(open);
-}
-
-/// Reads an answer to [`get_counters`]: the name, and the packets.
-pub fn parse_counter(message: &Message) -> Option<(String, u64)> {
-    let attrs = Attrs::after(message.body, 4);
-    let name = parse::str_z(attrs.clone().get(NFTA_OBJ_NAME)?).into_owned();
-    let packets = Attrs::new(attrs.get(NFTA_OBJ_DATA)?).get(NFTA_COUNTER_PACKETS)?;
-    Some((name, parse::u64_be(packets)?))
 }
 
 fn key<'a>(element: &Attrs<'a>) -> Option<&'a [u8]> {
