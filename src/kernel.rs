@@ -22,7 +22,7 @@ use crate::netlink::uapi::*;
 use crate::nft::event::Follower;
 use crate::nft::lock::{self, Lock};
 use crate::nft::marks::{self, Ours};
-use crate::nft::message::{self, Contents, Names, Object, Present, Transaction};
+use crate::nft::message::{self, Contents, Object, Present, Transaction};
 use crate::nft::others;
 use crate::nft::stmt::cgroup_hash;
 use crate::nft::table::{class_name, Deeds, DEEDS, HOLD, OUTPUT, TABLE};
@@ -40,6 +40,10 @@ use listing::Listing;
 
 /// `NETLINK_GET_STRICT_CHK` of include/uapi/linux/netlink.h: dumps honour the request's filter.
 const NETLINK_GET_STRICT_CHK: i32 = 12;
+
+/// How often a replacement is tried by which packets meet all sets: twice, for their names, and twice more
+/// where an answer is lost.
+const TRIES: usize = 4;
 
 /// Our sockets to the kernel. The nftables one owns the table, so it lives as long as the daemon.
 pub struct Kernel {
@@ -68,6 +72,9 @@ pub struct Kernel {
     diag: Option<Socket>,
     /// The table is not of our making, and to be replaced as a whole.
     pub foreign: bool,
+    /// Of the sets that stay over a replacement where they are what is wanted (see
+    /// [`Contents::digests`]); none where others may have changed them.
+    digests: Vec<u64>,
     /// False once the kernel has refused to end a socket.
     ends_sockets: bool,
     /// False once conntrack has not told of its flows.
@@ -111,6 +118,7 @@ impl Kernel {
             opened: SmallMap::default(),
             diag: Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok(),
             foreign: false,
+            digests: Vec::new(),
             ends_sockets: true,
             tells_flows: true,
             flows: None,
@@ -167,6 +175,7 @@ impl Kernel {
         }
         let socket = Socket::open(SockProtocol::NetlinkNetFilter, &[NFNLGRP_NFTABLES])?;
         self.nft_events = Some((socket, Follower::default()));
+        self.digests.clear();
         Ok(true)
     }
 
@@ -190,6 +199,9 @@ impl Kernel {
             });
             if lost {
                 damage.table = Some("somebody (notifications were lost)".into());
+            }
+            if damage.table.is_some() {
+                self.digests.clear();
             }
         }
         let own = self.rt.port();
@@ -324,25 +336,37 @@ impl Kernel {
     /// Replaces what the table holds by this, so that each packet meets what was or what is to be. Where
     /// the kernel, or what others have made of the table, does not allow that, the table as a whole.
     pub fn replace(&mut self, contents: &Contents) -> Result<()> {
-        let exchanged = self.exchange(contents, false).unwrap_or_else(|error| {
-            log!(Debug, "{error}; replacing the table as a whole");
-            None
-        });
-        let Some(names) = exchanged else {
-            return self.replace_whole(contents);
-        };
-        if names.iter().any(|(own, name)| own != name) {
-            // their own names are free now; what is in force does not depend on them
-            if let Err(error) = self.exchange(contents, true) {
-                log!(Debug, "{error}; sets keep other names for now");
+        let digests = contents.digests();
+        let before = std::mem::take(&mut self.digests);
+        let same = before.iter().zip(&digests).take_while(|(old, new)| old == new).count();
+        // once it is in force, some sets may still have to be given their own names
+        let mut in_force = false;
+        for _ in 0..TRIES {
+            match self.exchange(contents, same, in_force) {
+                Ok(Some(true)) => {
+                    self.digests = digests;
+                    return Ok(());
+                }
+                Ok(Some(false)) => in_force = true,
+                Ok(None) => break,
+                Err(error) => {
+                    log!(Debug, "{error}; replacing the table otherwise");
+                    if !in_force && !error.errno().is_some_and(passes) {
+                        break;
+                    }
+                }
             }
+        }
+        if !in_force {
+            self.replace_whole(contents)?;
+            self.digests = digests;
         }
         Ok(())
     }
 
-    /// See [`Contents::ahead`] and [`Contents::exchange`]. What sets are called now; `None` where that is
-    /// not the way.
-    fn exchange(&mut self, contents: &Contents, keep: bool) -> Result<Option<Names>> {
+    /// See [`Contents::ahead`] and [`Contents::exchange`]. Whether sets have their own names now, of which
+    /// some may have been taken; `None` where that is not the way.
+    fn exchange(&mut self, contents: &Contents, same: usize, keep: bool) -> Result<Option<bool>> {
         let there = self.table_flags()?;
         let own = self.flags.unwrap_or(0);
         // one that a killed daemon has left behind has no owner
@@ -351,25 +375,25 @@ impl Kernel {
             Some(_) => self.present()?,
             None => Present::default(),
         };
-        let (names, flags) = (contents.names(&present), self.flags);
+        let (names, flags) = (contents.names(&present, same), self.flags);
         if std::mem::take(&mut self.foreign) || !ours || there.is_none() && names.is_empty() {
             return Ok(None);
         }
-        if !names.is_empty() {
+        let is_new = |name: &&String| !present.sets.contains(*name);
+        let new: Vec<&String> = names.values().filter(is_new).collect();
+        if !new.is_empty() {
             let batch = self.batch();
-            self.commit(contents.ahead(&names, flags, batch))?;
+            self.commit(contents.ahead(&present, &names, flags, batch))?;
         }
         let batch = self.batch();
         self.commit(contents.exchange(&present, &names, keep, flags, batch)).inspect_err(|_| {
-            let undo = |transaction: &mut Transaction| {
-                names.values().for_each(|name| transaction.delete_set(name));
-            };
-            if !names.is_empty() {
-                // the next replacement takes them away where this cannot
-                let _ = self.change(undo);
-            }
+            // the next replacement takes them away where this cannot
+            let _ = self.change(|undo| match there {
+                None => undo.remove_table(),
+                Some(_) => new.iter().for_each(|name| undo.delete_set(name)),
+            });
         })?;
-        Ok(Some(names))
+        Ok(Some(names.iter().all(|(own, name)| own == name)))
     }
 
     /// What stands in our table.
@@ -480,6 +504,11 @@ impl Kernel {
     pub fn glance(&mut self) -> Host {
         Host::glance(Some(&mut self.rt), self.diag.as_mut())
     }
+}
+
+/// Whether what failed by that may be done the next moment.
+fn passes(errno: Errno) -> bool {
+    matches!(errno, Errno::ENOBUFS | Errno::ENOMEM | Errno::EAGAIN)
 }
 
 /// What to create the table with. Debug builds can be told to leave it unowned, so that tests can

@@ -160,7 +160,7 @@ impl fmt::Display for Mac {
 }
 
 /// An inclusive range of addresses of one family, or of ports.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Range<A> {
     pub first: A,
     pub last: A,

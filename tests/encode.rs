@@ -559,18 +559,11 @@ fn replacements() {
     }
 }
 
-/// What a table holds replaced in two transactions: what is there under the same names, taken ones.
+/// What a table holds replaced in two transactions: what is there under the same names, taken ones, but
+/// for the first sets, which stay.
 #[test]
 fn exchanges() {
-    let taken = |name: &str| format!("{name}.2");
-    let looks_up = |stmt: &mut Stmt| match stmt {
-        Stmt::Destination { set, .. }
-        | Stmt::OtherDestination { set, .. }
-        | Stmt::Source { set, .. }
-        | Stmt::OutOfPorts { set, .. } => *set = taken(set),
-        _ => {}
-    };
-    for config in configs() {
+    for (config, same) in configs().into_iter().flat_map(|c| [0, 1, 99].map(|n| (c.clone(), n))) {
         let snapshot = Snapshot::default();
         let (all, deeds) = (Default::default(), DEEDS_DONE);
         let ours = plan::contents(&config, snapshot, &all, &Default::default(), deeds, false);
@@ -584,21 +577,35 @@ fn exchanges() {
             sets: table.sets.iter().map(|set| set.name.clone()).collect(),
             counters: DEEDS.iter().map(|name| name.to_string()).collect(),
         };
-        let names = ours.names(&present);
+        let names = ours.names(&present, same);
         let (ranges, others) = table.sets.iter().cloned().partition(|set| set.content.is_ranges());
         let (ranges, others): (Vec<Set>, Vec<Set>) = (ranges, others);
+        let stays = |name: &str| ranges.iter().take(same).any(|set| set.name == name);
+        let taken = |name: &str| match stays(name) {
+            true => name.to_string(),
+            false => format!("{name}.2"),
+        };
+        let looks_up = |stmt: &mut Stmt| match stmt {
+            Stmt::Destination { set, .. }
+            | Stmt::OtherDestination { set, .. }
+            | Stmt::Source { set, .. }
+            | Stmt::OutOfPorts { set, .. } => *set = taken(set),
+            _ => {}
+        };
         let (kind, create) = (libc::NFT_MSG_NEWTABLE, libc::NLM_F_CREATE);
-        same_batch("ahead", ours.ahead(&names, Some(0x6), Batch::new(SEQ)), |theirs| {
+        let ahead = ours.ahead(&present, &names, Some(0x6), Batch::new(SEQ));
+        same_batch("ahead", ahead, |theirs| {
             theirs.table(kind, create, Some(0x6));
-            for Set { name, content } in ranges {
-                theirs.set(&Set { name: taken(&name), content });
+            for Set { name, content } in ranges.iter().filter(|set| !stays(&set.name)) {
+                theirs.set(&Set { name: taken(name), content: content.clone() });
             }
         });
         let ours = ours.exchange(&present, &names, true, Some(0x6), Batch::new(SEQ));
         same_batch("exchange", ours, |theirs| {
             theirs.table(kind, create, Some(0x6));
             theirs.flush(None);
-            present.sets.iter().for_each(|set| theirs.delete_set(set));
+            let gone = present.sets.iter().filter(|set| !stays(set));
+            gone.for_each(|set| theirs.delete_set(set));
             table.sets = others;
             for rule in table.chains.iter_mut().flat_map(|chain| &mut chain.rules) {
                 rule.iter_mut().for_each(looks_up);

@@ -3,6 +3,7 @@
 //! Source: include/uapi/linux/netfilter/nf_tables.h, libnftnl, nfnetlink's batches.
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use super::expr::{value, Anonymous, Expr, SetRef, Verdict};
 use super::stmt::{eq, meta, neq, payload, Stmt};
@@ -65,29 +66,57 @@ impl Contents {
         transaction
     }
 
-    /// Names that are free for the sets that have to be there before a rule looks into them.
+    /// The sets that have to be there before a rule looks into them.
     ///
     /// The kernel shows the rules of a transaction first, and what its new interval sets hold only when it
     /// is done with all the rest of it (measured on Linux 6.18.44; older ones were not tried). To a packet
     /// in between such a set is empty, which would have it proxied, or left alone, whatever the policies of
     /// before and after say.
-    pub fn names(&self, present: &Present) -> Names {
-        let free = |name: &str| {
-            let more = (2..).map(|number| format!("{name}.{number}"));
-            let mut all = std::iter::once(name.to_string()).chain(more);
-            all.find(|name| !present.sets.contains(name)).unwrap_or_default()
-        };
-        let sets = self.table.sets.iter().filter(|set| set.content.is_ranges());
-        sets.map(|set| (set.name.clone(), free(&set.name))).collect()
+    fn ranges(&self) -> impl Iterator<Item = &Set> {
+        self.table.sets.iter().filter(|set| set.content.is_ranges())
     }
 
-    /// The first of two transactions that replace what a table holds: the sets that have to be there
-    /// before a rule looks into them. The table is made where there is none.
-    pub fn ahead(&self, names: &Names, flags: Option<u32>, batch: Batch) -> Transaction {
+    /// Their names and what they hold, a hash each.
+    pub fn digests(&self) -> Vec<u64> {
+        let digest = |set| {
+            let mut hasher = DefaultHasher::new();
+            Set::hash(set, &mut hasher);
+            hasher.finish()
+        };
+        self.ranges().map(digest).collect()
+    }
+
+    /// What they are to be called: the first `same` of them, which are there and stay, by their own names,
+    /// and the others by their own ones too, unless some of these are taken. A listing has sets in the order
+    /// in which they came, so none that came later may stay.
+    pub fn names(&self, present: &Present, same: usize) -> Names {
+        let is_free = |suffix: &String| {
+            let mut names = self.ranges().skip(same).map(|set| format!("{}{suffix}", set.name));
+            !names.any(|name| present.sets.contains(&name))
+        };
+        let more = (2..).map(|number| format!(".{number}"));
+        // one for all, so that all own names are free next time
+        let free = std::iter::once(String::new()).chain(more).find(is_free).unwrap_or_default();
+        let name = |(place, set): (usize, &Set)| {
+            let suffix = if place < same { "" } else { &free };
+            (set.name.clone(), format!("{}{suffix}", set.name))
+        };
+        self.ranges().enumerate().map(name).collect()
+    }
+
+    /// The first of two transactions that replace what a table holds: those of these sets that are not
+    /// present. The table is made where there is none.
+    pub fn ahead(
+        &self,
+        present: &Present,
+        names: &Names,
+        flags: Option<u32>,
+        batch: Batch,
+    ) -> Transaction {
         let mut transaction = Transaction { names: names.clone(), ..Transaction::new(batch) };
         transaction.table_of(TABLE, NFT_MSG_NEWTABLE, NLM_F_CREATE, flags, None);
-        let sets = self.table.sets.iter().filter(|set| set.content.is_ranges());
-        sets.for_each(|set| transaction.set(set));
+        let stays = |set: &Set| names.get(&set.name).is_some_and(|own| present.sets.contains(own));
+        self.ranges().filter(|set| !stays(set)).for_each(|set| transaction.set(set));
         transaction
     }
 
@@ -112,7 +141,8 @@ impl Contents {
         };
         let gone = present.chains.iter().filter(|(name, hook)| !stays(name, *hook));
         gone.for_each(|(name, _)| transaction.delete_chain(name));
-        present.sets.iter().for_each(|set| transaction.delete_set(set));
+        let unused = present.sets.iter().filter(|set| names.values().all(|name| name != *set));
+        unused.for_each(|set| transaction.delete_set(set));
         transaction.put(&self.table);
         self.fill(&mut transaction);
         for (name, count) in DEEDS.iter().zip(self.deeds) {

@@ -70,14 +70,14 @@ pub struct Table {
     pub chains: Vec<Chain>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Set {
     pub name: String,
     pub content: Content,
 }
 
 /// What a set holds. Elements of `Cgroups` are the core's business and kept elsewhere.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Content {
     V4(Vec<Range<Ipv4Addr>>),
     V6(Vec<Range<Ipv6Addr>>),

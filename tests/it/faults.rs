@@ -20,8 +20,11 @@ use crate::kernel::{cgroup_id, residue, state};
 use crate::{sized, wait_until};
 
 const CONFIG: &str = "
+[global]
+bypass = 192.0.2.0/24
 [tproxy mihomo]
 port = 7893
+tcp-ports = 80 1000-2000
 [rules]
 drop   = /n/.*/deep
 drop   = /drop
@@ -30,12 +33,14 @@ mihomo = /n/[ac]
 mihomo = /proxied
 ";
 
-/// What a reload brings: another set, another mark, another priority of the rules.
+/// What a reload brings: another set, another mark, another priority of the rules, other ports.
 const OTHER: &str = "
 [global]
 rule-priority = 90
+bypass = 192.0.2.0/24
 [tproxy mihomo]
 port = 7893
+tcp-ports = 80 1000-3000
 [tproxy other]
 port = 7894
 [rules]
@@ -387,6 +392,39 @@ fn each_system_call_fails_once() {
     let never = each_fault(all, |when| 2 + 3 * when, |fault| with_fault(&ground, fault, &clean));
 
     assert_eq!(never, [""; 0], "calls that the script does not make");
+}
+
+/// Whichever message a daemon is killed at, over its start and a reload, the next one leaves nothing of it.
+#[test]
+fn killed_at_any_message() {
+    let ground = ground!("killed");
+    set_up(&ground);
+    let take_over = || {
+        let next = Daemon::start(&ground, OTHER, &[]);
+        let there = seen(&ground);
+        next.stop_clean();
+        there
+    };
+    let clean = take_over();
+    let mut when = 1;
+    loop {
+        let mut it = Faulty::start(&ground, &format!("sendto:signal=KILL:when={when}"));
+        let (ready, daemon) = (it.ready, &mut it.daemon);
+        if ready {
+            daemon.configure(OTHER);
+            daemon.signal(Signal::SIGHUP);
+            let done = |daemon: &mut Daemon| daemon.logs().contains("reloaded");
+            wait_until(PATIENCE, || daemon.ended().is_some() || done(daemon));
+        }
+        let survived = daemon.ended().is_none();
+        println!("{when}: {}", if ready { "over the reload" } else { "over the start" });
+        drop(it);
+        assert_eq!(take_over(), clean, "killed at {when}");
+        if survived {
+            break;
+        }
+        when += sized(7, 1);
+    }
 }
 
 /// `exec` waits for the daemon, not for a kernel that has stopped answering.

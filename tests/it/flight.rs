@@ -9,10 +9,14 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::client::{udp_in, Proto};
-use crate::daemon::Daemon;
+use nix::sys::signal::Signal;
+
+use crate::client::{udp_in, Proto, PATIENCE};
+use crate::daemon::{Daemon, UNOWNED};
 use crate::gateway::Lan;
 use crate::ground::{addr, any_of, ip, Ground, Netns};
+use crate::kernel::{load, residue, table_plain};
+use crate::wait_until;
 use crate::world::Wire;
 
 /// Datagrams as fast as can be, each of a flow of its own.
@@ -82,28 +86,42 @@ source = 2001:db8:3::/64
 target = drop
 ";
 
+/// The same, but for what none of these packets meets: the first set of addresses, and the last one.
+fn other(first: bool, last: bool) -> String {
+    let mut policy = POLICY.to_owned();
+    if first {
+        policy = policy.replacen("[global]\n", "[global]\nbypass = 192.0.2.0/24\n", 1);
+    }
+    if last {
+        policy = policy.replace("5002-20000", "5002-20000 30000-30001");
+    }
+    policy
+}
+
 /// Reloads for that long, with and without a change, and lets another daemon take over now and then.
 fn reload(ground: &Ground, mut daemon: Daemon, time: Duration) -> Daemon {
     let until = Instant::now() + time;
-    for turn in (0..5).cycle().take_while(|_| Instant::now() < until) {
-        match turn {
-            4 => {
+    for turn in (0..7).cycle().take_while(|_| Instant::now() < until) {
+        let policy = match turn {
+            6 => {
                 daemon.kill9();
                 daemon = Daemon::start(ground, POLICY, &[]);
+                continue;
             }
-            3 => drop(daemon.reconfigure(&format!("{POLICY}[tproxy more]\nport = 7895\n"))),
-            _ => drop(daemon.reconfigure(POLICY)),
-        }
+            5 => format!("{POLICY}[tproxy more]\nport = 7895\n"),
+            _ => other(turn & 1 == 1, turn & 2 == 2),
+        };
+        daemon.reconfigure(&policy);
     }
     daemon
 }
 
 /// Each set is there once, by its own name, and the table loads again.
 fn is_tidy() {
-    let listed = crate::kernel::table_plain(&[]);
+    let listed = table_plain(&[]);
     let sets = listed.lines().filter_map(|line| line.trim().strip_prefix("set bypass"));
     assert_eq!(sets.collect::<Vec<_>>(), ["4 {", "6 {"], "{listed}");
-    Netns::new().run(|| crate::kernel::load(&listed));
+    Netns::new().run(|| load(&listed));
 }
 
 /// What is left alone is so without a gap.
@@ -152,18 +170,131 @@ fn taken_packets_over_reloads() {
     daemon.stop_clean();
 }
 
+/// The sets of intervals, in the order of the listing, each with its handle.
+fn handles() -> Vec<String> {
+    let listed = table_plain(&["-a"]);
+    let blocks = listed.split("\tset ").skip(1);
+    let intervals = blocks.filter(|block| block.contains("flags interval"));
+    intervals.filter_map(|block| Some(block.split_once('\n')?.0.to_owned())).collect()
+}
+
+/// What a reload finds as it is to be is neither sent nor gone for a moment, as far as the order of the
+/// listing allows that, which is that of a start.
+#[test]
+fn sets_that_are_wanted_stay() {
+    let ground = ground!("flight-stay");
+    let without = POLICY.replace("bypass = 203.0.113.128/25\n", "");
+    let swapped = POLICY.replace("1000-5000", "2000-5000").replace("198.51.100.0", "198.51.101.0");
+    for (before, after, stay) in [
+        (POLICY.to_owned(), POLICY.to_owned(), 7),
+        (POLICY.to_owned(), other(false, true), 6),
+        (POLICY.to_owned(), other(true, false), 0),
+        (POLICY.to_owned(), other(true, true), 0),
+        (POLICY.to_owned(), swapped, 2),
+        (POLICY.to_owned(), format!("{POLICY}[tproxy more]\nport = 1\nonly = 192.0.2.1\n"), 7),
+        (format!("{POLICY}[tproxy more]\nport = 1\nonly = 192.0.2.1\n"), POLICY.to_owned(), 7),
+        (POLICY.to_owned(), without.clone(), 0),
+        (without, POLICY.to_owned(), 0),
+    ] {
+        let daemon = Daemon::start(&ground, &before, &[]);
+        let old = handles();
+        assert!(old.len() >= 6, "{old:?}");
+        for policy in [&after, &before, &after] {
+            daemon.reconfigure(policy);
+        }
+        let (there, listed) = (handles(), table_plain(&[]));
+        let same = old.iter().zip(&there).take_while(|(old, new)| old == new).count();
+        assert_eq!(same, stay, "{old:?}\n{there:?}\n{after}");
+        daemon.stop_clean();
+        let daemon = Daemon::start(&ground, &after, &[]);
+        assert_eq!(listed, table_plain(&[]), "{after}");
+        daemon.stop_clean();
+    }
+}
+
+/// What others have done to a set just before a reload that leaves it where it is does not stay.
+#[test]
+fn a_set_that_others_change_comes_back() {
+    let ground = ground!("flight-others");
+    let daemon = Daemon::start_in(&ground, POLICY, &[], &[UNOWNED]);
+    daemon.reload();
+    let whole = table_plain(&[]);
+    for harm in [
+        "flush set inet cgtproxy bypass4",
+        "add element inet cgtproxy only4_only { 192.0.2.1 }",
+        "delete element inet cgtproxy udp_ports { 1000-5000 }",
+    ] {
+        daemon.while_stopped(|| {
+            load(harm);
+            daemon.signal(Signal::SIGHUP);
+        });
+        let back = wait_until(PATIENCE, || table_plain(&[]) == whole);
+        assert!(back, "{harm}: {}\n{}", table_plain(&[]), daemon.logs());
+    }
+    daemon.stop_clean();
+}
+
+/// As [`bypassed_packets_over_reloads`], where the kernel has no memory now and then, or its answer is lost.
+#[test]
+fn bypassed_packets_over_faults() {
+    let ground = ground!("flight-faults");
+    let dropped = ground.cgroup("/drop");
+    for fault in ["sendto:error=ENOMEM:when=60+23", "recvfrom:error=ENOBUFS:when=90+37"] {
+        let (call, inject) = (fault.split(':').next().expect("a call"), format!("inject={fault}"));
+        let trace = format!("trace={call}");
+        let by = ["strace", "-D", "-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject];
+        let mut daemon = Daemon::spawn_by(&ground, POLICY, &by, &["--no-seccomp"], &[]);
+        assert!(daemon.ready(), "{}", daemon.logs());
+        let floods = ["203.0.113.200", "2001:db8:2::80:1"].map(|to| Flood::of(&dropped, ip(to)));
+        let taken = (0..12).filter(|turn| {
+            daemon.configure(&other(turn & 1 == 1, turn & 2 == 2));
+            daemon.hup().is_ok()
+        });
+        let taken = taken.count();
+        for flood in floods {
+            let [sent, denied] = flood.end();
+            println!("{fault}: {taken} reloads, {sent} sent, {denied} denied");
+            assert!(sent > 1000 && taken > 5 && denied == 0, "{denied} of {sent}");
+        }
+        daemon.kill9();
+    }
+    Daemon::start(&ground, POLICY, &[]).stop_clean();
+}
+
+/// More than a rule may have.
+fn refused() -> String {
+    let users: String = (1..200).map(|uid| format!("bypass-user = {uid}\n")).collect();
+    POLICY.replace("[global]\n", &format!("[global]\n{users}"))
+}
+
 /// What the kernel refuses leaves nothing behind, and the next reload is none the worse for it.
 #[test]
 fn nothing_is_left_of_a_refused_reload() {
     let ground = ground!("flight-refused");
     let daemon = Daemon::start(&ground, POLICY, &[]);
-    // more than a rule may have
-    let users: String = (1..200).map(|uid| format!("bypass-user = {uid}\n")).collect();
-    daemon.configure(&POLICY.replace("[global]\n", &format!("[global]\n{users}")));
+    daemon.configure(&refused());
     let said = daemon.refuse();
     assert!(said.contains("unable to change "), "{said}");
     is_tidy();
     daemon.reconfigure(POLICY);
     is_tidy();
     daemon.stop_clean();
+}
+
+/// Nor does a start: what was in force stays as it was.
+#[test]
+fn nothing_is_left_of_a_refused_start() {
+    let ground = ground!("flight-refused-start");
+    let refuse = || {
+        let mut daemon = Daemon::spawn(&ground, &refused(), &[], &[]);
+        assert!(!daemon.ready());
+        assert_eq!(daemon.wait().code(), Some(1), "{}", daemon.logs());
+    };
+    refuse();
+    assert_eq!(residue(), "");
+    Daemon::start(&ground, POLICY, &[]).kill9();
+    let (listed, left) = (table_plain(&[]), residue());
+    refuse();
+    assert_eq!((table_plain(&[]), residue()), (listed, left));
+    Daemon::start(&ground, POLICY, &[]).stop_clean();
 }
