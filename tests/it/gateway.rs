@@ -370,10 +370,18 @@ fn no_client_answers_itself() {
 /// says it to the remote host, which must not hear of it.
 #[test]
 fn icmp_errors_about_proxied_flows_stay() {
-    let (ground, mut world, _proxy) = scene!("gwicmp", proxy);
+    // where flows that go direct are known as such, what the proxy answers is not taken for one
+    let direct = "direct = user:0\nmihomo = /elsewhere\n";
+    for (name, rules) in [("gwicmp", ""), ("gwicmpuser", direct)] {
+        icmp_errors_stay(name, rules);
+    }
+}
+
+fn icmp_errors_stay(name: &str, rules: &str) {
+    let (ground, mut world, _proxy) = scene!(name, proxy);
     let lan = Lan::new(&ground);
     let cgroup = ground.cgroup("/proxied");
-    let config = format!("{BASIC}[rules]\nmihomo = /proxied\n");
+    let config = format!("{BASIC}[rules]\nmihomo = /proxied\n{rules}");
     let _daemon = Daemon::start(&ground, &config, &[]);
     world.wire.packets();
     for ip in REMOTES {

@@ -90,13 +90,14 @@ pub(super) fn local_rules(config: &Config) -> Vec<Rule> {
 
 /// Flows that go direct say so in their ct mark where the default is not direct, or lines for owners
 /// come first: the kernel's own packets for them have no socket, or no owner, and would go another
-/// way. Two rules, since a packet without
-/// conntrack ends the first one early. A proxy's flow stays known as such.
+/// way. Two rules, since a packet without conntrack ends the first one early. A proxy's flow stays
+/// known as such: one that it began, and one whose answers it sends, which others began.
 pub(super) fn leave_chain(config: &Config) -> Chain {
     let direct = mark(config, config.direct_mark());
-    let mut set = vec![Stmt::SetCtMark(direct)];
+    let mut set = vec![Stmt::Original];
     if knows_spoofed(config) {
-        set.insert(0, Stmt::NotCtMark(spoofed(config)));
+        set.push(Stmt::NotCtMark(spoofed(config)));
     }
+    set.push(Stmt::SetCtMark(direct));
     chain("leave", vec![set, vec![Stmt::accept()]])
 }
