@@ -288,19 +288,24 @@ pub fn socket_for(cgroup: &Path, family: c_int, kind: c_int, protocol: c_int) ->
     drop(write);
     let mut bytes = [0; size_of::<c_int>()];
     File::from(read).read_exact(&mut bytes).expect("the child reports");
-    // SAFETY: integers only; the new descriptors are ours.
-    let socket = unsafe {
-        let process = libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) as c_int;
-        assert!(process >= 0, "pidfd_open: {}", io::Error::last_os_error());
-        let process = OwnedFd::from_raw_fd(process);
-        let theirs = c_int::from_ne_bytes(bytes);
-        let ours = libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), theirs, 0) as c_int;
-        assert!(ours >= 0, "pidfd_getfd: {}", io::Error::last_os_error());
-        OwnedFd::from_raw_fd(ours)
-    };
+    let socket = descriptor_of(pid, c_int::from_ne_bytes(bytes));
     let _ = kill(pid, Signal::SIGKILL);
     let _ = waitpid(pid, None);
     socket
+}
+
+/// A copy of a descriptor of another process.
+#[track_caller]
+pub fn descriptor_of(pid: Pid, theirs: c_int) -> OwnedFd {
+    // SAFETY: integers only; the new descriptors are ours.
+    unsafe {
+        let process = libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) as c_int;
+        assert!(process >= 0, "pidfd_open: {}", io::Error::last_os_error());
+        let process = OwnedFd::from_raw_fd(process);
+        let ours = libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), theirs, 0) as c_int;
+        assert!(ours >= 0, "pidfd_getfd: {}", io::Error::last_os_error());
+        OwnedFd::from_raw_fd(ours)
+    }
 }
 
 /// A client at work. Killed and reaped on drop.

@@ -60,14 +60,14 @@ fn entrances() -> Vec<String> {
 }
 
 #[track_caller]
-fn await_entrances(daemon: &Daemon, want: &[&str]) {
+pub fn await_entrances(daemon: &Daemon, want: &[&str]) {
     let found = wait_until(PATIENCE, || entrances() == want);
     assert!(found, "{:?}, not {want:?}\n{}\n{}", entrances(), table(), daemon.logs());
 }
 
 /// The LAN with its clients as containers, the first one of which is proxied and the second one dropped,
 /// and the daemon that has found them.
-fn boxes(ground: &Ground) -> (Lan<'_>, [Running; 2], Daemon) {
+pub fn boxes(ground: &Ground) -> (Lan<'_>, [Running; 2], Daemon) {
     let lan = Lan::new(ground);
     let boxes = [(0, "/boxes/box1"), (1, "/boxes/drop1")];
     let processes = boxes.map(|(i, path)| live(lan.client(i), &ground.cgroup(path)));
@@ -76,7 +76,7 @@ fn boxes(ground: &Ground) -> (Lan<'_>, [Running; 2], Daemon) {
     (lan, processes, daemon)
 }
 
-const BOXES: [&str; 2] = ["lan0 0x01000000", "lan1 0xfd000000"];
+pub const BOXES: [&str; 2] = ["lan0 0x01000000", "lan1 0xfd000000"];
 
 /// A rule covers what comes in by the veth of its cgroup's namespace on its way to the world: neither this
 /// host, nor a neighbour, nor a service of theirs is out of reach.

@@ -7,16 +7,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::mem::size_of;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::Instant;
 
+use libc::c_int;
 use nix::sys::signal::Signal;
 
-use crate::client::PATIENCE;
+use crate::client::{descriptor_of, expect, under, Client, PATIENCE};
+use crate::containers::{await_entrances, boxes, BOXES};
 use crate::daemon::{binary, run, Daemon};
-use crate::ground::{remove_tree, Ground};
-use crate::kernel::{cgroup_id, residue, state};
+use crate::ground::{addr, remove_tree, Ground, REMOTE4};
+use crate::kernel::{await_member, cgroup_id, residue, state, table};
+use crate::world::{set, World};
 use crate::{sized, wait_until};
 
 const CONFIG: &str = "
@@ -450,4 +455,98 @@ fn exec_ends_where_the_kernel_answers_no_more() {
     }
     assert!(refused > 5, "{refused}");
     daemon.stop_clean();
+}
+
+/// The daemon's sockets to nf_tables, which refuse what is longer than they are let until this is
+/// dropped. Nothing tells the daemon of either.
+struct Choked(Vec<OwnedFd>);
+
+impl Choked {
+    fn at(daemon: &Daemon, most: usize) -> Choked {
+        let fds = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("list the descriptors");
+        let fds = fds.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let all = fds.map(|fd| descriptor_of(daemon.pid(), fd));
+        let choked = Choked(all.filter(is_to_netfilter).collect());
+        assert!(!choked.0.is_empty());
+        choked.set(most);
+        choked
+    }
+
+    fn set(&self, most: usize) {
+        for fd in &self.0 {
+            // the kernel doubles it, for what it needs itself, and has a least
+            set(fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, most as i32 / 2);
+        }
+    }
+}
+
+impl Drop for Choked {
+    fn drop(&mut self) {
+        self.set(1 << 20);
+    }
+}
+
+fn is_to_netfilter(fd: &OwnedFd) -> bool {
+    let get = |option| {
+        let (mut value, mut size) = (0, size_of::<c_int>() as libc::socklen_t);
+        let out: *mut c_int = &mut value;
+        // SAFETY: writes one c_int, and its size.
+        let rc = unsafe {
+            libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, out.cast(), &mut size)
+        };
+        (rc == 0).then_some(value)
+    };
+    get(libc::SO_DOMAIN) == Some(libc::AF_NETLINK)
+        && get(libc::SO_PROTOCOL) == Some(libc::NETLINK_NETFILTER)
+}
+
+/// What is refused is tried again until it is taken, by itself: the table, with what came meanwhile.
+#[test]
+fn a_table_that_is_refused_for_some_time() {
+    let (ground, mut world) = scene!("refused");
+    let daemon = Daemon::start(&ground, CONFIG, &[]);
+    let choked = Choked::at(&daemon, 0);
+    daemon.configure(OTHER);
+    let log = daemon.refuse();
+    assert!(log.contains("trying again in 1 s"), "{log}");
+    let dropped = ground.cgroup("/drop");
+    assert!(daemon.wait_log("trying again in 2 s", PATIENCE), "{}", daemon.logs());
+    assert_eq!(Client::udp(&dropped, addr(REMOTE4, 80)).run().who(), "remote 203.0.113.7:80");
+
+    drop(choked);
+    await_member(&dropped, "drop");
+    world.wire.packets();
+    expect(&[(&dropped, under("drop"))]);
+    assert_eq!(world.wire.to_remote(), []);
+    // and what was refused is taken when it is asked for again
+    daemon.reload();
+    assert!(table().contains("cg_other"), "{}", table());
+    daemon.stop_clean();
+}
+
+/// The same of where containers come in: all else is in force meanwhile, and they are soon.
+#[test]
+fn containers_that_are_refused_for_some_time() {
+    let (ground, mut world, _proxy) = scene!("refusedboxes", proxy);
+    let (lan, _boxes, daemon) = boxes(&ground);
+    let choked = Choked::at(&daemon, 1 << 20);
+    // somewhere between are a few hundred bytes with which the table is taken, but not with them
+    let (mut refused, mut taken) = (0, 1 << 18);
+    loop {
+        assert!(taken - refused > 64, "{}", daemon.logs());
+        let most = (refused + taken) / 2;
+        choked.set(most);
+        match daemon.hup() {
+            Ok(log) if log.contains("; trying again\n") => break,
+            Ok(_) => taken = most,
+            Err(_) => refused = most,
+        }
+    }
+    drop(choked);
+
+    await_entrances(&daemon, &BOXES);
+    world.wire.packets();
+    lan.proxied(0);
+    lan.dropped(1);
+    world.wire.assert_only_pings();
 }
