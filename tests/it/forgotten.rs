@@ -16,7 +16,8 @@ use crate::gateway::{bridge_netfilter, Lan};
 use crate::ground::{
     addr, any_of, ip, remove_tree, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6, REMOTES,
 };
-use crate::kernel::{await_connection, counters, forget_flows, load};
+use crate::kernel::{await_connection, counters, fill_flows, forget_flows, load};
+use crate::routes::{passes, tunnel_up, GATEWAYS};
 use crate::wait_until;
 use crate::world::{
     bind, bind_at, bind_fd, recv_datagram, set, Packet, Server, World, ACK, PROXY, RST, STREAM_PORT,
@@ -536,6 +537,17 @@ fn another_mask_by_a_reload() {
     }
 }
 
+/// A proxy's listeners of both families.
+fn listeners(cgroup: &Path) -> [TcpListener; 2] {
+    [HOST4, HOST6].map(|host| {
+        let fd = socket_in(cgroup, libc::SOCK_STREAM, host);
+        bind_fd(&fd, addr(any_of(host), 7893));
+        // SAFETY: an open socket.
+        assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
+        TcpListener::from(fd)
+    })
+}
+
 /// The proxy's end of a connection whose application is gone, but for what the kernel says for it.
 fn orphan(cgroup: &Path, to: SocketAddr, proxy: &TcpListener) -> TcpStream {
     let app = tcp_in(cgroup, to);
@@ -551,13 +563,7 @@ fn orphan(cgroup: &Path, to: SocketAddr, proxy: &TcpListener) -> TcpStream {
 fn another_mask_by_a_restart() {
     let (ground, mut world) = scene!("remask-restart");
     let [proxied, direct] = ground.cgroups(["/proxied", "/direct"]);
-    let listeners = [HOST4, HOST6].map(|host| {
-        let fd = socket_in(&direct, libc::SOCK_STREAM, host);
-        bind_fd(&fd, addr(any_of(host), 7893));
-        // SAFETY: an open socket.
-        assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
-        TcpListener::from(fd)
-    });
+    let listeners = listeners(&direct);
     let proxies = proxies(&direct, 7893);
     let ways = ["kill", "keep", "remove", "reload"];
     let ways = DEFAULTS.iter().flat_map(|(default, _)| ways.map(|end| (default, end)));
@@ -844,4 +850,115 @@ fn a_service_that_speaks_too_late() {
             ask("the client speaks after a silence", "remote");
         }
     }
+}
+
+/// A policy with a target of each kind, for this host and for its clients.
+fn of_all_kinds(default: &str) -> String {
+    format!(
+        "[global]\ndefault = {default}\n[tproxy mihomo]\nport = 7893\n\
+         [route vpn]\ninterface = vpn0\n{GATEWAYS}[rules]\ndirect = /direct\ndrop = /drop\n\
+         mihomo = /proxied\nvpn = /vpn\n{GATEWAY}"
+    )
+}
+
+/// Conntrack has no room for one more flow: what would begin one goes nowhere, whoever sends it, and so
+/// does what goes on where conntrack has forgotten that it began.
+#[test]
+fn the_table_is_full() {
+    let (ground, mut world) = scene!("fulltable");
+    let lan = Lan::new(&ground);
+    tunnel_up(&ground);
+    let cgroups = ground.cgroups(["/proxied", "/drop", "/vpn", "/other", "/direct"]);
+    let [proxied, .., direct] = &cgroups;
+    let _proxies = proxies(direct, 7893);
+    let nothing_begins = || {
+        let all = cgroups.each_ref().map(|cgroup| (&**cgroup, under("drop")));
+        expect(&all);
+        lan.dropped(0);
+        for Place { remote, neighbour, host, client } in places() {
+            for app in [udp_of(proxied, addr(host, 0)), udp_of_client(&lan, client)] {
+                for to in [remote, neighbour] {
+                    // the proxy speaks first
+                    let own = app.local_addr().expect("an address");
+                    assert!(spoof(direct, to).send_to(b"y", own).is_err());
+                    let _ = app.send_to(b"x", to);
+                }
+            }
+        }
+    };
+    if !fill_flows(false) {
+        return;
+    }
+    for default in ["mihomo", "drop"] {
+        let daemon = Daemon::start(&ground, &of_all_kinds(default), &[]);
+        world.wire.packets();
+        nothing_begins();
+        assert_eq!(world.wire.to_remote(), [], "default {default}");
+        assert!(daemon.stop().success());
+    }
+
+    forget_flows();
+    let _daemon = Daemon::start(&ground, &of_all_kinds("direct"), &[]);
+    let listeners = listeners(direct);
+    let connect = |i: usize| {
+        let (remote, listener) = (places()[i % 2].remote, &listeners[i % 2]);
+        let app = match i < 4 {
+            true => tcp_in(proxied, remote),
+            false => lan.client(0).run(|| TcpStream::connect(remote).expect("connect")),
+        };
+        let end = listener.accept().expect("accept").0;
+        [app, end].map(|socket| {
+            socket.set_nonblocking(true).expect("set O_NONBLOCK");
+            socket
+        })
+    };
+    let connections: Vec<_> = (0..8).map(connect).collect();
+    assert!(fill_flows(false));
+    world.wire.packets();
+    nothing_begins();
+    for sockets in &connections {
+        for (mut from, mut to) in [(&sockets[0], &sockets[1]), (&sockets[1], &sockets[0])] {
+            from.write_all(b"x").expect("send by a flow that is known");
+            let come = wait_until(PATIENCE, || to.read(&mut [0; 1]).is_ok_and(|n| n == 1));
+            assert!(come, "{from:?} to {to:?}");
+        }
+    }
+    // by turns they end here, and where nothing is known of them
+    let (here, there): (Vec<_>, Vec<_>) =
+        connections.into_iter().enumerate().partition(|(i, _)| i / 2 % 2 == 0);
+    let end = |connections: Vec<(usize, [TcpStream; 2])>| {
+        for (_, [mut app, mut end]) in connections {
+            let _ = (app.write(b"x"), end.write(b"y"));
+            drop(app);
+            let _ = end.write(b"too late");
+        }
+    };
+    end(here);
+    assert_eq!(world.wire.to_remote(), []);
+
+    forget_flows();
+    assert!(fill_flows(false));
+    world.wire.packets();
+    end(there);
+    nothing_begins();
+    assert_eq!(world.wire.to_remote(), [], "forgotten");
+}
+
+/// It is full of what makes room for others: all go their ways.
+#[test]
+fn room_is_made_in_the_table() {
+    let (ground, mut world, _proxy) = scene!("roomtable", proxy);
+    let lan = Lan::new(&ground);
+    tunnel_up(&ground);
+    let [proxied, dropped, vpn] = ground.cgroups(["/proxied", "/drop", "/vpn"]);
+    let _daemon = Daemon::start(&ground, &of_all_kinds("direct"), &[]);
+    if !fill_flows(true) {
+        return;
+    }
+    world.wire.packets();
+
+    expect(&[(&proxied, under(PROXY)), (&dropped, under("drop"))]);
+    lan.proxied(0);
+    world.wire.assert_only_pings();
+    passes(&mut world, &vpn);
 }

@@ -3,12 +3,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
+use std::fs;
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use crate::client::PATIENCE;
@@ -307,6 +309,99 @@ pub fn forget_flows() {
     assert!(n >= 20, "recv: {}", io::Error::last_os_error());
     let errno = -(u32_at(&answer, 16) as i32);
     assert_eq!(errno, 0, "forget flows: {}", io::Error::from_raw_os_error(errno));
+}
+
+/// Fills the table of conntrack, as far as a network namespace may, with flows of nobody: such as stay
+/// until all are forgotten or, where they are `fleeting`, such as make room for others. False, with the
+/// reason printed, where that would take too much of the kernel's memory, 0.3 KiB for each.
+#[must_use]
+pub fn fill_flows(fleeting: bool) -> bool {
+    let number = |name: &str| -> usize {
+        let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
+        let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+        text.trim().parse().expect("a number")
+    };
+    let (socket, most) = (netlink(), number("max"));
+    if most > 1 << 20 {
+        println!("SKIP: nf_conntrack_max is {most}");
+        return false;
+    }
+    let one = flow_of_nobody(fleeting);
+    let mut flows = one.repeat(400);
+    // another one each time
+    static LAST: AtomicU32 = AtomicU32::new(10 << 24);
+    while number("count") < most {
+        for flow in flows.chunks_mut(one.len()) {
+            let from = LAST.fetch_add(1, Ordering::Relaxed);
+            for at in OF_NOBODY {
+                flow[at..at + 4].copy_from_slice(&from.to_be_bytes());
+            }
+        }
+        let mut answer = [0u8; 256];
+        // SAFETY: reads `flows`, writes within `answer`.
+        let n = unsafe {
+            let fd = socket.as_raw_fd();
+            let sent = libc::send(fd, flows.as_ptr().cast(), flows.len(), 0);
+            assert_eq!(sent, flows.len() as isize, "send: {}", io::Error::last_os_error());
+            libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), libc::MSG_DONTWAIT)
+        };
+        // only what is refused is answered
+        if n >= 20 {
+            let errno = -(u32_at(&answer, 16) as i32);
+            assert_eq!(errno, libc::ENOMEM, "{}", io::Error::from_raw_os_error(errno));
+            break;
+        }
+    }
+    true
+}
+
+/// Where a flow of nobody says who began it.
+const OF_NOBODY: [usize; 2] = [32, 92];
+
+/// A message that adds one, of UDP.
+fn flow_of_nobody(fleeting: bool) -> Vec<u8> {
+    // linux/netfilter/nfnetlink_conntrack.h and nf_conntrack_common.h
+    const NFNL_SUBSYS_CTNETLINK: u16 = 1;
+    const IPCTNL_MSG_CT_NEW: u16 = 0;
+    const CTA_TUPLE_ORIG: u16 = 1;
+    const CTA_TUPLE_REPLY: u16 = 2;
+    const CTA_STATUS: u16 = 3;
+    const CTA_TIMEOUT: u16 = 7;
+    const IPS_SEEN_REPLY: u32 = 1 << 1;
+    const IPS_ASSURED: u32 = 1 << 2;
+    const IPS_CONFIRMED: u32 = 1 << 3;
+    const NESTED: u16 = 1 << 15;
+    let attribute = |kind: u16, payload: &[u8]| {
+        let mut bytes = (4 + payload.len() as u16).to_ne_bytes().to_vec();
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(payload);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    };
+    let tuple = |kind: u16, from: [u8; 4], to: [u8; 4]| {
+        // CTA_TUPLE_IP: CTA_IP_V4_SRC and _DST; CTA_TUPLE_PROTO: CTA_PROTO_NUM and the ports
+        let ip = [attribute(1, &from), attribute(2, &to)].concat();
+        let udp = [attribute(1, &[17]), attribute(2, &[0, 9]), attribute(3, &[0, 9])].concat();
+        let both = [attribute(NESTED | 1, &ip), attribute(NESTED | 2, &udp)].concat();
+        attribute(NESTED | kind, &both)
+    };
+    let (from, to) = ([0; 4], [198, 18, 0, 1]);
+    let status = IPS_CONFIRMED | if fleeting { 0 } else { IPS_SEEN_REPLY | IPS_ASSURED };
+    let body = [
+        tuple(CTA_TUPLE_ORIG, from, to),
+        tuple(CTA_TUPLE_REPLY, to, from),
+        attribute(CTA_STATUS, &status.to_be_bytes()),
+        attribute(CTA_TIMEOUT, &3600u32.to_be_bytes()),
+    ]
+    .concat();
+    let mut message = (20 + body.len() as u32).to_ne_bytes().to_vec();
+    message.extend((NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW).to_ne_bytes());
+    let flags = libc::NLM_F_REQUEST | libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+    message.extend((flags as u16).to_ne_bytes());
+    message.resize(16, 0);
+    message.extend([libc::AF_INET as u8, 0, 0, 0]);
+    message.extend(body);
+    message
 }
 
 /// The keys in the attributes of a NFT_MSG_NEWSETELEM message.
