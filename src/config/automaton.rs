@@ -1,8 +1,10 @@
 //! A pattern as the positions of its characters (Glushkov's construction): which of them may have
 //! been the last one read is one word of bits. A text costs some nanoseconds a character, whatever
 //! the pattern, where regex-lite takes a hundred; and what was learnt of a path serves all below it.
-//! Patterns with flags, assertions or more than [`POSITIONS`] positions are left to regex-lite.
-//! Pure. Source: V. M. Glushkov, The abstract theory of automata (1961); regex-lite's syntax.
+//! Patterns that are no [`Syntax`], or have more than [`POSITIONS`] positions, are left to regex-lite.
+//! Pure. Source: V. M. Glushkov, The abstract theory of automata (1961).
+
+use super::syntax::{Letters, Syntax};
 
 /// Positions in use after some text; the first bit stands for the beginning.
 pub type State = u128;
@@ -32,16 +34,11 @@ pub struct Automaton {
 }
 
 impl Automaton {
-    /// For a pattern that is known to compile; `None` where regex-lite has to do it.
-    pub fn new(pattern: &str) -> Option<Automaton> {
-        let mut parser = Parser { chars: pattern.chars().peekable(), depth: 0 };
-        let tree = parser.alternatives()?;
-        if parser.chars.next().is_some() {
-            return None;
-        }
-        let (prefix, tree) = split(tree);
+    /// `None` where regex-lite has to do it.
+    pub fn new(pattern: &Syntax) -> Option<Automaton> {
+        let (prefix, rest) = pattern.split();
         let mut positions = Positions { sets: vec![Letters::new()], follow: vec![0], steps: 0 };
-        let whole = positions.build(&tree)?;
+        let whole = positions.sequence(rest)?;
         positions.follow[0] = whole.first;
         let accepting = whole.last | if whole.nullable { BEGIN } else { 0 };
         let (bounds, masks) = classes(&positions.sets);
@@ -105,33 +102,6 @@ impl Automaton {
     }
 }
 
-/// Ranges of characters, both ends included.
-type Letters = Vec<(char, char)>;
-
-enum Syntax {
-    One(Letters),
-    All(Vec<Syntax>),
-    Any(Vec<Syntax>),
-    Repeat(Box<Syntax>, usize, Option<usize>),
-}
-
-/// The single characters that a pattern begins with, and the rest.
-fn split(tree: Syntax) -> (String, Syntax) {
-    let Syntax::All(mut parts) = tree else {
-        return (String::new(), tree);
-    };
-    let single = |part: &Syntax| match part {
-        Syntax::One(set) => match set[..] {
-            [(first, last)] if first == last => Some(first),
-            _ => None,
-        },
-        _ => None,
-    };
-    let prefix: String = parts.iter().map_while(single).collect();
-    parts.drain(..prefix.chars().count());
-    (prefix, Syntax::All(parts))
-}
-
 /// The classes that the sets tell apart: where each begins, and the positions that take it.
 fn classes(sets: &[Letters]) -> (Vec<u32>, Vec<State>) {
     let ranges = || sets.iter().flatten().map(|(first, last)| (*first as u32, *last as u32));
@@ -183,10 +153,7 @@ impl Positions {
                 let bit = 1 << position;
                 Some(Part { nullable: false, first: bit, last: bit })
             }
-            Syntax::All(parts) => parts.iter().try_fold(NOTHING, |before, part| {
-                let part = self.build(part)?;
-                Some(self.join(before, part))
-            }),
+            Syntax::All(parts) => self.sequence(parts),
             Syntax::Any(parts) => {
                 let mut whole = Part { nullable: false, ..NOTHING };
                 for part in parts {
@@ -212,6 +179,13 @@ impl Positions {
         }
     }
 
+    fn sequence(&mut self, parts: &[Syntax]) -> Option<Part> {
+        parts.iter().try_fold(NOTHING, |before, part| {
+            let part = self.build(part)?;
+            Some(self.join(before, part))
+        })
+    }
+
     fn join(&mut self, a: Part, b: Part) -> Part {
         self.lead(a.last, b.first);
         Part {
@@ -228,175 +202,4 @@ impl Positions {
             from &= from - 1;
         }
     }
-}
-
-/// Reads what of regex-lite's syntax is the same in every mode.
-struct Parser<'a> {
-    chars: std::iter::Peekable<std::str::Chars<'a>>,
-    depth: usize,
-}
-
-impl Parser<'_> {
-    fn alternatives(&mut self) -> Option<Syntax> {
-        let mut all = vec![self.sequence()?];
-        while self.chars.next_if_eq(&'|').is_some() {
-            all.push(self.sequence()?);
-        }
-        match all.len() {
-            1 => all.pop(),
-            _ => Some(Syntax::Any(all)),
-        }
-    }
-
-    fn sequence(&mut self) -> Option<Syntax> {
-        let mut parts = Vec::new();
-        while let Some(c) = self.chars.next_if(|c| !matches!(c, '|' | ')')) {
-            let part = match c {
-                '(' => self.group()?,
-                '[' => Syntax::One(self.class()?),
-                '.' => Syntax::One(negated(vec![('\n', '\n')])),
-                '\\' => Syntax::One(self.escape()?),
-                '^' | '$' => return None,
-                '*' => repeat(parts.pop()?, 0, None),
-                '+' => repeat(parts.pop()?, 1, None),
-                '?' => repeat(parts.pop()?, 0, Some(1)),
-                '{' => {
-                    let (least, most) = self.counts()?;
-                    repeat(parts.pop()?, least, most)
-                }
-                c => Syntax::One(vec![(c, c)]),
-            };
-            parts.push(part);
-            if matches!(c, '*' | '+' | '?' | '{') {
-                // how much is taken first makes no difference for a whole text
-                self.chars.next_if_eq(&'?');
-            }
-        }
-        Some(Syntax::All(parts))
-    }
-
-    fn group(&mut self) -> Option<Syntax> {
-        self.depth += 1;
-        // named ones and flags are rare; so deep a nesting is refused anyway
-        if self.depth > 100 || self.chars.next_if_eq(&'?').is_some() && self.chars.next()? != ':' {
-            return None;
-        }
-        let inner = self.alternatives()?;
-        self.depth -= 1;
-        self.chars.next_if_eq(&')').map(|_| inner)
-    }
-
-    /// What stands between braces.
-    fn counts(&mut self) -> Option<(usize, Option<usize>)> {
-        let least = self.number()?;
-        let most = match self.chars.next()? {
-            '}' => return Some((least, Some(least))),
-            ',' if self.chars.next_if_eq(&'}').is_some() => return Some((least, None)),
-            ',' => self.number()?,
-            _ => return None,
-        };
-        self.chars.next_if_eq(&'}').map(|_| (least, Some(most)))
-    }
-
-    /// A repeat of more than there may be positions is not for us.
-    fn number(&mut self) -> Option<usize> {
-        let mut number = None;
-        while let Some(digit) = self.chars.peek().and_then(|c| c.to_digit(10)) {
-            self.chars.next();
-            let so_far = number.unwrap_or(0) * 10 + digit as usize;
-            number = Some(so_far).filter(|n| *n <= POSITIONS);
-            number?;
-        }
-        number
-    }
-
-    /// What a backslash makes of the next character.
-    fn escape(&mut self) -> Option<Letters> {
-        match self.chars.next()? {
-            '<' | '>' => None,
-            c if c.is_ascii_punctuation() => Some(vec![(c, c)]),
-            'd' => Some(digits()),
-            'D' => Some(negated(digits())),
-            's' => Some(blanks()),
-            'S' => Some(negated(blanks())),
-            'w' => Some(word()),
-            'W' => Some(negated(word())),
-            _ => None,
-        }
-    }
-
-    /// A class whose bracket has been taken.
-    fn class(&mut self) -> Option<Letters> {
-        let inverted = self.chars.next_if_eq(&'^').is_some();
-        let mut set = Letters::new();
-        while self.chars.next_if_eq(&'-').is_some() {
-            set.push(('-', '-'));
-        }
-        if set.is_empty() && self.chars.next_if_eq(&']').is_some() {
-            set.push((']', ']'));
-        }
-        loop {
-            let items = match self.chars.next()? {
-                '[' => return None,
-                ']' if inverted => return Some(negated(set)),
-                ']' => return Some(set),
-                '\\' => self.escape()?,
-                c => vec![(c, c)],
-            };
-            let mut ahead = self.chars.clone();
-            let is_range = ahead.next() == Some('-') && !matches!(ahead.next(), Some(']' | '-'));
-            match (is_range, &items[..]) {
-                (false, _) => set.extend(items),
-                (true, [(first, only)]) if first == only => {
-                    self.chars.next();
-                    let last = match self.chars.next()? {
-                        '\\' => match self.escape()?[..] {
-                            [(a, b)] if a == b => a,
-                            _ => return None,
-                        },
-                        c => c,
-                    };
-                    set.push((*first, last));
-                }
-                (true, _) => return None,
-            }
-        }
-    }
-}
-
-fn repeat(part: Syntax, least: usize, most: Option<usize>) -> Syntax {
-    Syntax::Repeat(Box::new(part), least, most)
-}
-
-fn digits() -> Letters {
-    vec![('0', '9')]
-}
-
-fn blanks() -> Letters {
-    vec![('\t', '\r'), (' ', ' ')]
-}
-
-fn word() -> Letters {
-    vec![('0', '9'), ('A', 'Z'), ('_', '_'), ('a', 'z')]
-}
-
-fn negated(mut set: Letters) -> Letters {
-    set.sort_unstable();
-    let mut left = Letters::new();
-    let mut from = 0;
-    for (first, last) in set.iter().map(|(a, b)| (*a as u32, *b as u32)) {
-        if first > from {
-            left.extend(between(from, first - 1));
-        }
-        from = from.max(last + 1);
-    }
-    left.extend(between(from, char::MAX as u32));
-    left
-}
-
-/// From one code point to another; the surrogates among them are no characters.
-fn between(first: u32, last: u32) -> Option<(char, char)> {
-    let first = (first..=last).find_map(char::from_u32)?;
-    let last = (first as u32..=last).rev().find_map(char::from_u32)?;
-    Some((first, last))
 }

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::pattern::Literals;
+use super::syntax::Syntax;
 use super::{Config, HoldLine, OwnerRule, PatternRule};
 use crate::net::Owner;
 
@@ -84,27 +85,18 @@ fn matches_nothing(pattern: &str, root: Option<&Path>) -> Option<String> {
         }
     }
     // one that may match is enough
-    let mut reasons = branches(pattern).into_iter().map(misfit);
+    let syntax = Syntax::of(pattern)?;
+    let mut reasons = syntax.branches().iter().map(|branch| misfit(&Literals::of(branch)));
     let first = reasons.next()?;
     reasons.all(|reason| reason.is_some()).then_some(first)?
 }
 
 /// Why one alternative of a pattern matches no path.
-fn misfit(branch: &str) -> Option<String> {
-    let branch = match branch.strip_prefix('^') {
-        Some(rest) if !rest.starts_with(['*', '+', '?', '{']) => rest,
-        _ => branch,
-    };
-    let branch = match branch.strip_suffix('$') {
-        Some(rest) if !rest.ends_with('\\') => rest,
-        _ => branch,
-    };
-    if branch == "/" {
-        return Some("no rule covers the root cgroup: what is in it goes to the default".into());
-    }
-    let literals = Literals::of(branch)?;
+fn misfit(literals: &Literals) -> Option<String> {
     let (first, last) = (literals.runs.first()?, literals.runs.last()?);
-    if literals.at_start && !first.starts_with('/') {
+    if literals.whole() == Some("/") {
+        Some("no rule covers the root cgroup: what is in it goes to the default".into())
+    } else if literals.at_start && !first.starts_with('/') {
         Some("every path begins with \"/\"".into())
     } else if literals.at_end && last.ends_with('/') {
         Some("no path ends with \"/\": leave it out, what is below is covered".into())
@@ -124,9 +116,13 @@ fn hidden_by<'a>(
     if has_flags(&rule.pattern) {
         return None;
     }
+    let syntax = Syntax::of(&rule.pattern);
+    let branches = match &syntax {
+        Some(syntax) => syntax.branches().iter().map(Literals::of).collect(),
+        None => vec![Literals::default()],
+    };
     let mut by = None;
-    for branch in branches(&rule.pattern) {
-        let literals = Literals::of(branch).unwrap_or_default();
+    for literals in branches {
         let covering = earlier.iter().find(|earlier| {
             *tries = tries.saturating_sub(1);
             *tries > 0 && covers(earlier, &literals)
@@ -138,29 +134,19 @@ fn hidden_by<'a>(
 
 /// Whether a rule covers every path that holds these literals.
 fn covers(rule: &PatternRule, literals: &Literals) -> bool {
-    if matches!(&*rule.pattern, ".*" | ".+" | "/.*" | "/.+") {
+    // as every path does
+    let start = literals.runs.first().filter(|run| literals.at_start && run.starts_with('/'));
+    let start = start.map_or("/", String::as_str);
+    // and goes on
+    let behind = usize::from(start == "/");
+    if rule.regex.matches_behind(start).is_some_and(|least| least <= behind) {
         return true;
     }
-    let ([start, ..], true) = (&literals.runs[..], literals.at_start) else {
-        return false;
-    };
-    let whole = literals.whole().map_or(0, str::len);
-    let ends = start.match_indices('/').map(|(at, _)| at).chain([whole]);
+    let whole = literals.whole().map(|_| start.len());
+    let ends = start.match_indices('/').map(|(at, _)| at).chain(whole);
     // an ancestor of all of them
     let mut ancestors = ends.filter(|end| *end > 0).map(|end| &start[..end]);
-    ancestors.any(|path| rule.regex.is_match(path)) || begins_any(&rule.pattern, start)
-}
-
-/// Whether a pattern is a literal and `.*`, or `.+`, and matches all that begins with `start`.
-fn begins_any(pattern: &str, start: &str) -> bool {
-    let (head, least) = match (pattern.strip_suffix(".*"), pattern.strip_suffix(".+")) {
-        (Some(head), _) => (head, 0),
-        (_, Some(head)) => (head, 1),
-        _ => return false,
-    };
-    let literals = Literals::of(head);
-    let head = literals.as_ref().and_then(Literals::whole);
-    head.and_then(|head| start.strip_prefix(head)).is_some_and(|rest| rest.len() >= least)
+    ancestors.any(|path| rule.regex.is_match(path))
 }
 
 /// Whether flags such as `(?i)` or `(?x)` may change what characters mean.
@@ -184,33 +170,6 @@ fn hex_escape(pattern: &str) -> Option<&str> {
         }
     }
     None
-}
-
-/// The alternatives of a pattern, split at each `|` outside of groups and classes.
-fn branches(pattern: &str) -> Vec<&str> {
-    let (mut found, mut from, mut depth) = (Vec::new(), 0, 0);
-    let (mut escaped, mut class) = (false, None);
-    for (at, c) in pattern.char_indices() {
-        if std::mem::take(&mut escaped) {
-            continue;
-        }
-        match (c, class) {
-            ('\\', _) => escaped = true,
-            // where it comes first, it is one of the class
-            (']', Some(open)) if at > open && !pattern[open..at].ends_with("[^") => class = None,
-            (_, Some(_)) => {}
-            ('[', None) => class = Some(at + 1),
-            ('(', None) => depth += 1,
-            (')', None) => depth -= 1,
-            ('|', None) if depth == 0 => {
-                found.push(&pattern[from..at]);
-                from = at + 1;
-            }
-            _ => {}
-        }
-    }
-    found.push(&pattern[from..]);
-    found
 }
 
 #[cfg(test)]

@@ -431,7 +431,8 @@ mod tests {
             "service:a-rather-long-name.of-a-service",
         ] {
             for pattern in patterns(value).expect(value) {
-                assert!(super::super::automaton::Automaton::new(&pattern).is_some(), "{pattern}");
+                let syntax = super::super::syntax::Syntax::of(&pattern).expect(&pattern);
+                assert!(super::super::automaton::Automaton::new(&syntax).is_some(), "{pattern}");
             }
         }
     }

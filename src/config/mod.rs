@@ -13,6 +13,7 @@ pub mod propose;
 mod reader;
 mod resolve;
 pub mod suggest;
+mod syntax;
 mod value;
 
 use std::collections::BTreeMap;

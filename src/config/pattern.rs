@@ -9,6 +9,7 @@
 use regex_lite::{Regex, RegexBuilder};
 
 use super::automaton::{Automaton, State};
+use super::syntax::Syntax;
 
 /// Bytes of one compiled regex, and of all together.
 const MAX_REGEX: usize = 1 << 20;
@@ -35,11 +36,22 @@ pub struct Standing(Option<State>);
 impl Pattern {
     /// `regex` makes the anchored form of `pattern`, which is known to be well-formed.
     fn new<E>(pattern: &str, regex: impl FnOnce() -> Result<Regex, E>) -> Result<Pattern, E> {
-        let matcher = match Automaton::new(pattern) {
+        let syntax = Syntax::of(pattern);
+        let matcher = match syntax.as_ref().and_then(Automaton::new) {
             Some(automaton) => Matcher::Automaton(automaton),
             None => Matcher::Regex(regex()?),
         };
-        Ok(Pattern { literals: Literals::of(pattern).unwrap_or_default(), matcher })
+        Ok(Pattern { literals: syntax.as_ref().map(Literals::of).unwrap_or_default(), matcher })
+    }
+
+    /// How many more characters a text that begins so has to have for the pattern to match it,
+    /// whichever they are; `None` where that depends on them.
+    pub(super) fn matches_behind(&self, start: &str) -> Option<usize> {
+        let Literals { runs, tail: Some(Tail::Any(least)), .. } = &self.literals else {
+            return None;
+        };
+        let rest = start.strip_prefix(runs.first().map_or("", String::as_str))?;
+        Some(least.saturating_sub(rest.chars().count()))
     }
 
     /// Whether the pattern matches all of `text`.
@@ -172,7 +184,7 @@ pub(super) struct Literals {
     pub(super) at_start: bool,
     /// A match ends with the last run.
     pub(super) at_end: bool,
-    /// What a match holds behind the first run, where that is all there is to the pattern.
+    /// What a match holds behind the one run or none, where that is all there is to the pattern.
     tail: Option<Tail>,
 }
 
@@ -180,83 +192,44 @@ pub(super) struct Literals {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Tail {
     Nothing,
-    /// `.*`
-    Any,
-    /// `.+`
-    Some,
+    /// So many characters or more: `.*`, `.+`.
+    Any(usize),
 }
 
 impl Literals {
-    /// Reads a pattern that is known to compile. `None` where a match need not hold any text, or
-    /// where that takes more than a look at the characters to say.
-    pub(super) fn of(pattern: &str) -> Option<Literals> {
+    pub(super) fn of(pattern: &Syntax) -> Literals {
         let mut literals = Literals { at_start: true, ..Literals::default() };
         let mut run = String::new();
-        let mut chars = pattern.chars().peekable();
-        while let Some(c) = chars.next() {
-            let literal = match c {
-                '|' => return None,
-                '.' | '^' | '$' => None,
-                '(' => {
-                    skip_group(&mut chars)?;
-                    None
-                }
-                '[' => {
-                    skip_class(&mut chars)?;
-                    None
-                }
-                '\\' => match chars.next()? {
-                    '<' | '>' => return None,
-                    c if c.is_ascii_punctuation() => Some(c),
-                    'd' | 'D' | 's' | 'S' | 'w' | 'W' => None,
-                    _ => return None,
-                },
-                c => Some(c),
-            };
-            // a quantifier may make what it follows absent; and another one may follow it
-            let mut quantified = false;
-            while let Some('*' | '+' | '?' | '{') = chars.peek() {
-                quantified = true;
-                if chars.next() == Some('{') {
-                    chars.by_ref().find(|c| *c == '}')?;
-                }
-            }
-            match literal {
-                Some(c) if !quantified => run.push(c),
-                _ => literals.end(&mut run),
+        for part in pattern.parts() {
+            match part.single() {
+                Some(c) => run.push(c),
+                None => literals.end(&mut run),
             }
         }
         literals.at_end = !run.is_empty();
         literals.end(&mut run);
-        if let ([first], true) = (&literals.runs[..], literals.at_start) {
-            // behind as many bytes as the run has, unless some of them were escapes
-            literals.tail = match pattern.strip_prefix(&**first) {
-                Some("") => Some(Tail::Nothing),
-                Some(".*") => Some(Tail::Any),
-                Some(".+") => Some(Tail::Some),
-                _ => None,
-            };
-        }
-        (!literals.runs.is_empty()).then_some(literals)
+        literals.tail = match pattern.split().1 {
+            [] => Some(Tail::Nothing),
+            [last] => last.wildcard().map(Tail::Any),
+            _ => None,
+        };
+        literals
     }
 
     /// The one text that matches, where the pattern is no more than that.
     pub(super) fn whole(&self) -> Option<&str> {
-        match &self.runs[..] {
-            [one] if self.at_start && self.at_end => Some(one),
-            _ => None,
-        }
+        let is_all = self.tail == Some(Tail::Nothing);
+        self.runs.first().filter(|_| is_all).map(String::as_str)
     }
 
     /// Whether the pattern matches, where that can be said without the regex.
     fn decide(&self, text: &str) -> Option<bool> {
         let tail = self.tail?;
-        let rest = text.strip_prefix(&**self.runs.first()?);
-        // a dot is anything but a line feed
+        let rest = text.strip_prefix(self.runs.first().map_or("", String::as_str));
         Some(rest.is_some_and(|rest| match tail {
             Tail::Nothing => rest.is_empty(),
-            Tail::Any => !rest.contains('\n'),
-            Tail::Some => !rest.is_empty() && !rest.contains('\n'),
+            // a dot is anything but a line feed
+            Tail::Any(least) => !rest.contains('\n') && rest.chars().take(least).count() == least,
         }))
     }
 
@@ -296,47 +269,18 @@ impl Literals {
     }
 }
 
-type Chars<'a> = std::iter::Peekable<std::str::Chars<'a>>;
-
-/// Skips to the end of a group whose bracket has been taken. `None` for one with flags: they may
-/// change what the characters behind it mean.
-fn skip_group(chars: &mut Chars) -> Option<()> {
-    if chars.next_if_eq(&'?').is_some() {
-        chars.next_if(|c| matches!(c, ':' | 'P' | '<'))?;
-    }
-    loop {
-        match chars.next()? {
-            '\\' => drop(chars.next()?),
-            '(' => skip_group(chars)?,
-            '[' => skip_class(chars)?,
-            ')' => return Some(()),
-            _ => {}
-        }
-    }
-}
-
-/// Skips to the end of a class whose bracket has been taken. A bracket is literal where it comes
-/// first; `None` for one within, as in `[[:alpha:]]`.
-fn skip_class(chars: &mut Chars) -> Option<()> {
-    chars.next_if_eq(&'^');
-    chars.next_if_eq(&']');
-    loop {
-        match chars.next()? {
-            '\\' => drop(chars.next()?),
-            '[' => return None,
-            ']' => return Some(()),
-            _ => {}
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::Random;
 
+    fn literals(pattern: &str) -> Option<Literals> {
+        Syntax::of(pattern).as_ref().map(Literals::of)
+    }
+
     fn of(pattern: &str) -> Option<(Vec<String>, bool, bool)> {
-        Literals::of(pattern).map(|l| (l.runs, l.at_start, l.at_end))
+        let held = literals(pattern).filter(|l| !l.runs.is_empty());
+        held.map(|l| (l.runs, l.at_start, l.at_end))
     }
 
     #[test]
@@ -365,11 +309,15 @@ mod tests {
 
     #[test]
     fn plain_patterns_need_no_regex() {
-        let tail = |pattern| Literals::of(pattern).and_then(|l| l.tail);
-        assert_eq!(tail("/services/mihomo"), Some(Tail::Nothing));
-        assert_eq!(tail("/apps/.+"), Some(Tail::Some));
-        assert_eq!(tail("/apps/ü.*"), Some(Tail::Any));
-        for pattern in ["/a.", "/a.*?", "/a.*b", "/ab*", r"/a\.b", "a?/b", "/a(b)", "/a$"] {
+        let tail = |pattern| literals(pattern).and_then(|l| l.tail);
+        for pattern in ["/services/mihomo", r"/a\.b", "^/a$", ""] {
+            assert_eq!(tail(pattern), Some(Tail::Nothing), "{pattern}");
+        }
+        assert_eq!(tail("/apps/.+"), Some(Tail::Any(1)));
+        for pattern in ["/apps/ü.*", "/a.*?", ".*"] {
+            assert_eq!(tail(pattern), Some(Tail::Any(0)), "{pattern}");
+        }
+        for pattern in ["/a.", "/a.*b", "/ab*", "a?/b", "/a(b)", "/a$b", "/a|/b"] {
             assert_eq!(tail(pattern), None, "{pattern}");
         }
     }
