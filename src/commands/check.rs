@@ -1,6 +1,7 @@
 //! `check`: findings about the configuration and then about this host, one a line, with the remedy.
 //! It changes nothing. What it asks of nf_tables is a transaction that is made to fail.
 
+use std::cmp::Reverse;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -43,33 +44,6 @@ use crate::small::SmallSet;
 use crate::strays;
 use crate::sys;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Severity {
-    Ok,
-    /// Degraded, or a risk.
-    Warning,
-    /// `run` fails, or the policy is void.
-    Error,
-}
-
-impl Severity {
-    fn name(self) -> &'static str {
-        match self {
-            Severity::Ok => "ok",
-            Severity::Warning => Level::Warning.name(),
-            Severity::Error => Level::Error.name(),
-        }
-    }
-
-    fn level(self) -> Level {
-        match self {
-            Severity::Ok => Level::Info,
-            Severity::Warning => Level::Warning,
-            Severity::Error => Level::Error,
-        }
-    }
-}
-
 /// What findings may be about: told in JSON, where programs know a finding by it whatever its words.
 /// cgtproxy(8) has all of them.
 pub const ABOUT: [&str; 29] = [
@@ -108,10 +82,26 @@ pub const ABOUT: [&str; 29] = [
 const JSON_VERSION: u64 = 1;
 
 struct Finding {
-    severity: Severity,
+    /// Error where `run` fails, or the policy is void; warning for what is degraded, or a risk; and
+    /// info for what is as it should be.
+    level: Level,
     /// One of [`ABOUT`].
     about: &'static str,
     text: String,
+}
+
+impl Finding {
+    fn is_wrong(&self) -> bool {
+        self.level <= Level::Warning
+    }
+
+    fn severity(&self) -> &'static str {
+        if self.is_wrong() {
+            self.level.name()
+        } else {
+            "ok"
+        }
+    }
 }
 
 /// What was found, in the order in which it was looked for.
@@ -130,11 +120,11 @@ impl Findings {
     }
 
     fn ok(&mut self, text: impl AsRef<str>) {
-        self.add(Severity::Ok, text.as_ref());
+        self.add(Level::Info, text.as_ref());
     }
 
     fn warning(&mut self, text: impl AsRef<str>) {
-        self.add(Severity::Warning, text.as_ref());
+        self.add(Level::Warning, text.as_ref());
     }
 
     fn warnings(&mut self, texts: impl IntoIterator<Item = impl AsRef<str>>) {
@@ -142,36 +132,38 @@ impl Findings {
     }
 
     fn error(&mut self, text: impl AsRef<str>) {
-        self.add(Severity::Error, text.as_ref());
+        self.add(Level::Error, text.as_ref());
     }
 
-    fn add(&mut self, kind: Severity, text: &str) {
+    fn add(&mut self, level: Level, text: &str) {
         // a file name may hold a newline: one finding is one line
         let text = printable(text);
-        self.all.push(Finding { severity: kind, about: self.about, text });
+        self.all.push(Finding { level, about: self.about, text });
     }
 
-    fn count(&self, kind: Severity) -> usize {
-        self.all.iter().filter(|found| found.severity == kind).count()
+    fn count(&self, level: Level) -> usize {
+        self.all.iter().filter(|found| found.level == level).count()
     }
 
     fn summary(&self) -> String {
         let many = |n, what| format!("{n} {what}{}", if n == 1 { "" } else { "s" });
-        let (errors, warnings) = (self.count(Severity::Error), self.count(Severity::Warning));
-        let ok = self.count(Severity::Ok);
+        let [errors, warnings, ok] =
+            [Level::Error, Level::Warning, Level::Info].map(|level| self.count(level));
         format!("{}, {}, {ok} ok", many(errors, "error"), many(warnings, "warning"))
     }
 
     /// The worst last, where a terminal shows it, and then how many.
     fn text(&self, reader: Audience) -> String {
         let mut found: Vec<&Finding> = self.all.iter().collect();
-        found.sort_by_key(|found| found.severity);
-        found.retain(|found| reader == Audience::Person || found.severity > Severity::Ok);
+        found.sort_by_key(|found| Reverse(found.level));
+        found.retain(|found| reader == Audience::Person || found.is_wrong());
         let mut text = String::new();
-        for Finding { severity, text: finding, .. } in found {
+        for found in found {
             text += &match reader {
-                Audience::Journal => log::line(true, severity.level(), finding),
-                Audience::Person | Audience::Log => format!("{}: {finding}\n", severity.name()),
+                Audience::Journal => log::line(true, found.level, &found.text),
+                Audience::Person | Audience::Log => {
+                    format!("{}: {}\n", found.severity(), found.text)
+                }
             };
         }
         text + &self.summary() + "\n"
@@ -181,25 +173,24 @@ impl Findings {
         let finding = |found: &Finding| {
             Json::Object(vec![
                 ("id", Json::text(found.about)),
-                ("severity", Json::text(found.severity.name())),
+                ("severity", Json::text(found.severity())),
                 ("text", Json::text(&found.text)),
             ])
         };
-        let count = |severity| Json::Number(self.count(severity) as u64);
+        let count = |level| Json::Number(self.count(level) as u64);
         Json::Object(vec![
             ("version", Json::Number(JSON_VERSION)),
-            ("errors", count(Severity::Error)),
-            ("warnings", count(Severity::Warning)),
-            ("ok", count(Severity::Ok)),
+            ("errors", count(Level::Error)),
+            ("warnings", count(Level::Warning)),
+            ("ok", count(Level::Info)),
             ("findings", Json::List(self.all.iter().map(finding).collect())),
         ])
     }
 
     /// Sends what is wrong to syslog, where it is asked for.
     fn log(&self) {
-        let wrong = || self.all.iter().filter(|found| found.severity > Severity::Ok);
-        wrong()
-            .for_each(|found| log::write(found.severity.level(), format_args!("{}", found.text)));
+        let wrong = || self.all.iter().filter(|found| found.is_wrong());
+        wrong().for_each(|found| log::write(found.level, format_args!("{}", found.text)));
         if wrong().next().is_some() {
             log!(Notice, "check: {}", self.summary());
         }
@@ -234,7 +225,7 @@ pub fn check(options: &Options, json: bool) -> Result<ExitCode> {
         true => format!("{}\n", findings.json()),
         false => findings.text(reader),
     })?;
-    Ok(ExitCode::from(match (wrong, findings.count(Severity::Error)) {
+    Ok(ExitCode::from(match (wrong, findings.count(Level::Error)) {
         (true, _) => 2,
         (false, 0) => 0,
         (false, _) => 1,
