@@ -13,7 +13,7 @@ use super::containers;
 use crate::cgroup::dying;
 use crate::cgroup::mount::{self, Mount, Root};
 use crate::cgroup::watch;
-use crate::config::{Config, Outlet, PatternRule, RuleLine, Target};
+use crate::config::{Config, Outlet, PatternRule, Place, RuleLine, Target};
 use crate::error::{errno, printable, Error, Result};
 use crate::kernel::Kernel;
 use crate::log::Escaped;
@@ -82,19 +82,15 @@ fn network(pid: &str, covers: bool) -> String {
         (Ok(mut kernel), Ok(pid)) => kernel.veths_of(pid),
         _ => Vec::new(),
     };
-    let names: Vec<&str> = veths.iter().map(|link| &*link.name).collect();
-    match (names.is_empty(), covers) {
-        (true, _) => ELSEWHERE.into(),
-        (false, true) => format!(
-            "    network another namespace, behind {}: the rule covers what comes in there\n",
-            names.join(" and ")
-        ),
-        (false, false) => format!(
-            "    network another namespace, behind {}: {}\n",
-            names.join(" and "),
-            "no rule covers what comes in there, a [gateway] section may"
-        ),
+    if veths.is_empty() {
+        return ELSEWHERE.into();
     }
+    let names: Vec<&str> = veths.iter().map(|link| &*link.name).collect();
+    let what = match covers {
+        true => "the rule covers what comes in there",
+        false => "no rule covers what comes in there, a [gateway] section may",
+    };
+    format!("    network another namespace, behind {}: {what}\n", names.join(" and "))
 }
 
 /// Whether a process is known to be in another network namespace than this one.
@@ -195,8 +191,7 @@ fn from_root(path: &[u8], root: &Root, mounts: &[Mount]) -> Option<Vec<u8>> {
 }
 
 /// A few lines about one cgroup; `path` is `None` outside of the cgroup root. `owner` is that of a
-/// process's sockets, uid and gid. Whether a rule decides for
-/// the cgroup.
+/// process's sockets, uid and gid. Whether a rule decides for the cgroup.
 fn describe(
     config: &Config,
     pid: Option<&str>,
@@ -221,48 +216,45 @@ fn describe(
     }
     let outcome = policy::outcome(config, rank);
     let before = config.owner_rules_before(outcome.class);
-    let _ = writeln!(text, "{pid}{name}");
-    if let Some((uid, gid)) = owner {
-        if config.bypass_users.contains(&uid) {
-            let target = config.target_name(Target::Direct);
-            let _ = writeln!(
-                text,
-                "    target  {target}\n    rule    bypass-user, whatever the target\n    \
-                 owner   uid {uid}, gid {gid}"
-            );
-            return false;
-        }
-        if let Ok(Some(rule)) = policy::owner_rule(before, uid, Some(gid)) {
-            let target = config.target_name(rule.target);
-            let _ = writeln!(text, "    target  {target}");
-            text.push_str(&limits(config, rule.target));
-            let _ = writeln!(text, "    rule    {}: {target} = {}", rule.place, rule.text);
-            let _ = writeln!(text, "    owner   uid {uid}, gid {gid}");
-            return false;
-        }
-    }
-    let target = config.target_name(outcome.target);
-    let rule = match policy::decision(config, rank) {
-        Decision::Default => "no rule matches, so the default decides".to_string(),
-        Decision::BuiltIn => format!("built in: {target} = {}/{target}", policy::EXEC),
-        Decision::Pattern(rule) => format!("{}: {target} = {}", rule.place, rule.text),
+    let line = |place: &Place, target: Target, text: &str| {
+        format!("{place}: {} = {text}", config.target_name(target))
     };
-    let _ = writeln!(text, "    target  {target}");
-    text.push_str(&limits(config, outcome.target));
+    let by_owner = owner.and_then(|(uid, gid)| {
+        if config.bypass_users.contains(&uid) {
+            return Some((Target::Direct, "bypass-user, whatever the target".to_string()));
+        }
+        let rule = policy::owner_rule(before, uid, Some(gid)).ok()??;
+        Some((rule.target, line(&rule.place, rule.target, &rule.text)))
+    });
+    let is_by_owner = by_owner.is_some();
+    let (target, rule) = by_owner.unwrap_or_else(|| {
+        let name = config.target_name(outcome.target);
+        let rule = match policy::decision(config, rank) {
+            Decision::Default => "no rule matches, so the default decides".to_string(),
+            Decision::BuiltIn => format!("built in: {name} = {}/{name}", policy::EXEC),
+            Decision::Pattern(rule) => line(&rule.place, rule.target, &rule.text),
+        };
+        (outcome.target, rule)
+    });
+    let _ = writeln!(text, "{pid}{name}\n    target  {}", config.target_name(target));
+    let limits = config.outlet(target).map(Outlet::limits).unwrap_or_default();
+    if !limits.is_empty() {
+        let _ = writeln!(text, "    limits  {}", limits.join(", "));
+    }
     let _ = writeln!(text, "    rule    {rule}");
+    if let Some((uid, gid)) = owner.filter(|_| is_by_owner) {
+        let _ = writeln!(text, "    owner   uid {uid}, gid {gid}");
+        return false;
+    }
     for pattern in policy::number(config, rank).map_or(&[][..], |at| means(config, at)) {
         let _ = writeln!(text, "    means   {}", pattern.pattern);
     }
     // a process's own ids are known
     for rule in before.iter().filter(|_| owner.is_none()) {
-        let target = config.target_name(rule.target);
-        let _ = writeln!(text, "    unless  {}: {target} = {}", rule.place, rule.text);
+        let _ = writeln!(text, "    unless  {}", line(&rule.place, rule.target, &rule.text));
     }
     if through > 0 {
-        let ancestor = match through == path.len() {
-            true => String::new(),
-            false => ", an ancestor".to_string(),
-        };
+        let ancestor = if through == path.len() { "" } else { ", an ancestor" };
         let matched = Escaped(&path[..through]);
         let _ = writeln!(text, "    matches {matched}{ancestor}");
     }
@@ -283,15 +275,6 @@ fn describe(
         );
     }
     !matches!(policy::decision(config, rank), Decision::Default)
-}
-
-/// A line on what a target does not take, where there is anything.
-fn limits(config: &Config, target: Target) -> String {
-    let limits = config.outlet(target).map(Outlet::limits).unwrap_or_default();
-    match limits.is_empty() {
-        true => String::new(),
-        false => format!("    limits  {}\n", limits.join(", ")),
-    }
 }
 
 /// What the line with that rule became, where it is not a regex itself.
