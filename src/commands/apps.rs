@@ -15,7 +15,7 @@ use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount::{self, Root};
 use crate::cgroup::tree::{Node, Path};
-use crate::config::{propose, Config, OwnerRule, PatternRule, Place, Target};
+use crate::config::{propose, Config, Place, Target};
 use crate::error::Result;
 use crate::host;
 use crate::json::Json;
@@ -111,9 +111,9 @@ enum Whereabouts {
 
 /// Who decides where the flows go.
 #[derive(Debug)]
-enum Decides {
-    Pattern(PatternRule),
-    Owner(OwnerRule),
+enum Decides<'a> {
+    /// A line of `[rules]`, and its text.
+    Rule(&'a Place, &'a str),
     /// `/cgtproxy/TARGET` goes to TARGET.
     BuiltIn,
     /// Nobody: what the user sends is left alone.
@@ -125,24 +125,20 @@ enum Decides {
 
 /// What decides for a user's sockets in a cgroup of that rank. The group of a socket is not told:
 /// the target is `None` where it depends on that.
-fn decision(config: &Config, rank: policy::Rank, uid: u32) -> (Option<Target>, Decides) {
+fn decision(config: &Config, rank: policy::Rank, uid: u32) -> (Option<Target>, Decides<'_>) {
     let outcome = policy::outcome(config, rank);
-    let owner = policy::owner_rule(config.owner_rules_before(outcome.class), uid, None);
-    if let Ok(Some(rule)) = owner {
-        return (Some(rule.target), Decides::Owner(rule.clone()));
-    }
-    let decides = Decides::of(config, rank);
-    match owner {
-        Ok(_) => (Some(outcome.target), decides),
-        Err(policy::GroupUnknown) => (None, decides),
+    match policy::owner_rule(config.owner_rules_before(outcome.class), uid, None) {
+        Ok(Some(rule)) => (Some(rule.target), Decides::Rule(&rule.place, &rule.text)),
+        Ok(None) => (Some(outcome.target), Decides::of(config, rank)),
+        Err(policy::GroupUnknown) => (None, Decides::of(config, rank)),
     }
 }
 
-impl Decides {
+impl Decides<'_> {
     /// Of the pattern that a cgroup of that rank has.
-    fn of(config: &Config, rank: policy::Rank) -> Decides {
+    fn of(config: &Config, rank: policy::Rank) -> Decides<'_> {
         match policy::decision(config, rank) {
-            Decision::Pattern(rule) => Decides::Pattern(rule.clone()),
+            Decision::Pattern(rule) => Decides::Rule(&rule.place, &rule.text),
             Decision::BuiltIn => Decides::BuiltIn,
             Decision::Default => Decides::Default,
         }
@@ -150,7 +146,7 @@ impl Decides {
 }
 
 /// One cgroup and user, or container.
-struct App {
+struct App<'a> {
     home: Whereabouts,
     id: Option<u64>,
     /// Of its sockets; a container's are not known.
@@ -160,7 +156,7 @@ struct App {
     talker: Talker,
     /// The name of the target; `None` where that cannot be told.
     target: Option<String>,
-    decides: Decides,
+    decides: Decides<'a>,
     /// A line for `[rules]`.
     line: Option<String>,
 }
@@ -168,7 +164,7 @@ struct App {
 struct Apps<'a> {
     config: &'a Config,
     /// The applications with most flows first.
-    all: Vec<App>,
+    all: Vec<App<'a>>,
 }
 
 impl<'a> Apps<'a> {
@@ -341,7 +337,7 @@ impl<'a> Apps<'a> {
     }
 }
 
-impl App {
+impl App<'_> {
     /// The path of its cgroup, where that is there.
     fn path(&self) -> Option<&Path> {
         match &self.home {
@@ -358,12 +354,12 @@ impl App {
     fn row(&self) -> [Value; 17] {
         let number = |n: usize| Value::number(Some(n as u64));
         let (state, tunnel) = match &self.home {
-            Whereabouts::Cgroup(_) if self.veth.is_some() => ("container", Value::none()),
-            Whereabouts::Cgroup(_) => ("present", Value::none()),
-            Whereabouts::Removed => ("removed", Value::none()),
-            Whereabouts::Elsewhere => ("elsewhere", Value::none()),
-            Whereabouts::Tunnel(kind) => ("tunnel", Value::text(kind)),
-            Whereabouts::Unknown => ("unknown", Value::none()),
+            Whereabouts::Cgroup(_) if self.veth.is_some() => ("container", None),
+            Whereabouts::Cgroup(_) => ("present", None),
+            Whereabouts::Removed => ("removed", None),
+            Whereabouts::Elsewhere => ("elsewhere", None),
+            Whereabouts::Tunnel(kind) => ("tunnel", Some(kind)),
+            Whereabouts::Unknown => ("unknown", None),
         };
         let protocols = self.talker.protocols.iter().map(|l4| l4.nft().to_string());
         let remotes = self.talker.remotes(REMOTES).into_iter().map(|remote| remote.to_string());
@@ -372,7 +368,7 @@ impl App {
             self.cgroup(),
             Value::number(self.id),
             Value::text(state),
-            tunnel,
+            Value::maybe(tunnel),
             Value::maybe(self.owner.as_ref().map(|(_, user)| user)),
             Value::number(self.owner.as_ref().map(|(uid, _)| *uid)),
             match self.owner {
@@ -409,24 +405,22 @@ impl App {
 
     /// What decides, and by which rule.
     fn decides(&self) -> (&'static str, Value) {
-        let rule = |place: &Place, text: &str| {
-            let (file, line) = (&place.file, place.line);
-            let name = file.file_name().unwrap_or_default().to_string_lossy();
-            let json = Json::Object(vec![
-                ("file", Json::text(file.to_string_lossy())),
-                ("line", Json::or_null(Some(line))),
-                ("match", Json::text(text)),
-            ]);
-            ("rule", Value::new(format!("{name}:{line}"), json))
+        let (decides, text) = match self.decides {
+            Decides::Rule(Place { file, line }, text) => {
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                let json = Json::Object(vec![
+                    ("file", Json::text(file.to_string_lossy())),
+                    ("line", Json::or_null(Some(*line))),
+                    ("match", Json::text(text)),
+                ]);
+                return ("rule", Value::new(format!("{name}:{line}"), json));
+            }
+            Decides::BuiltIn => ("built-in", "built in"),
+            Decides::BypassUser => ("bypass-user", "bypass-user"),
+            Decides::Default => ("default", "default"),
+            Decides::Before => ("before", "as before"),
         };
-        match &self.decides {
-            Decides::Pattern(of) => rule(&of.place, &of.text),
-            Decides::Owner(of) => rule(&of.place, &of.text),
-            Decides::BuiltIn => ("built-in", Value::new("built in", Json::Null)),
-            Decides::BypassUser => ("bypass-user", Value::new("bypass-user", Json::Null)),
-            Decides::Default => ("default", Value::new("default", Json::Null)),
-            Decides::Before => ("before", Value::new("as before", Json::Null)),
-        }
+        (decides, Value::new(text, Json::Null))
     }
 
     fn listens(&self) -> Value {
