@@ -57,8 +57,7 @@ pub fn watch(options: &Options) -> Result<ExitCode> {
         let totals = Totals::of(&status, &mut kernel);
         let rates = before.map(|(then, old)| totals.since(&old, now - then));
         if let Some(rates) = &rates {
-            let unknown = |id: &&u64| !paths.contains_key(*id);
-            if rates.busiest().iter().any(|(id, _)| unknown(&id)) {
+            if rates.busiest().iter().any(|(id, ..)| !paths.contains_key(id)) {
                 paths = cgroup_paths(&config);
             }
         }
@@ -72,16 +71,22 @@ pub fn watch(options: &Options) -> Result<ExitCode> {
     }
 }
 
+/// What counts.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Of {
+    Target(String),
+    /// By its place among those that are tried.
+    Gateway(usize, String),
+    /// By id; the target as well. None where the sets have no counters.
+    Cgroup(u64, String),
+}
+
 /// The counters of one moment, or their growth a second.
 #[derive(Default)]
 struct Totals {
-    targets: BTreeMap<String, Counter>,
-    /// In the order in which they are tried.
-    gateways: Vec<(String, Counter)>,
-    /// By cgroup id; the target as well. Empty where the sets have no counters.
-    cgroups: BTreeMap<u64, (String, Counter)>,
-    /// Bytes that came back, by flow; the target as well.
-    flows: HashMap<u32, (String, u64)>,
+    counters: BTreeMap<Of, Counter>,
+    /// Bytes that came back, by flow and target.
+    flows: HashMap<(u32, String), u64>,
     /// What came back a second.
     back: BTreeMap<String, u64>,
 }
@@ -91,6 +96,7 @@ impl Totals {
         let mut totals = Totals::default();
         let counts = conntrack_counts();
         for target in status.targets() {
+            let name = || target.name.clone();
             let inventory = status.inventory.as_ref();
             let elements =
                 inventory.into_iter().flat_map(|inventory| inventory.of_target(&target.name));
@@ -98,21 +104,21 @@ impl Totals {
             for element in elements {
                 if let Some(counter) = element.counter {
                     own = Some(own.unwrap_or_default() + counter);
-                    totals.cgroups.insert(element.id, (target.name.clone(), counter));
+                    totals.counters.insert(Of::Cgroup(element.id, name()), counter);
                 }
             }
             // what goes direct passes no counter but those of its cgroups
-            if let Some(counter) = target.taken.or(own) {
-                totals.targets.insert(target.name.clone(), counter);
-            }
+            let counter = target.taken.or(own);
+            totals.counters.extend(counter.map(|counter| (Of::Target(name()), counter)));
             let flows = target.mark.filter(|_| counts).and_then(|mark| kernel.traffic(mark));
-            totals.back.extend(flows.iter().map(|_| (target.name.clone(), 0)));
+            totals.back.extend(flows.iter().map(|_| (name(), 0)));
             let flows = flows.into_iter().flatten();
-            totals.flows.extend(flows.map(|flow| (flow.id, (target.name.clone(), flow.bytes[1]))));
+            totals.flows.extend(flows.map(|flow| ((flow.id, name()), flow.bytes[1])));
         }
-        let gateways = status.gateways().iter();
-        let gateways = gateways.map(|g| (g.name.clone(), g.taken.unwrap_or_default()));
-        totals.gateways.extend(gateways);
+        let gateways = status.gateways().iter().enumerate();
+        totals.counters.extend(gateways.map(|(at, gateway)| {
+            (Of::Gateway(at, gateway.name.clone()), gateway.taken.unwrap_or_default())
+        }));
         totals
     }
 
@@ -120,48 +126,32 @@ impl Totals {
     fn since(&self, old: &Totals, time: Duration) -> Totals {
         let seconds = time.as_secs_f64().max(0.001);
         let a_second = |count: u64| (count as f64 / seconds).round() as u64;
-        let rate = |new: Counter, old: Option<Counter>| {
+        let rate = |(of, new): (&Of, &Counter)| {
+            let old = old.counters.get(of).copied();
             let old = old.filter(|old| old.packets <= new.packets && old.bytes <= new.bytes);
             let old = old.unwrap_or_default();
-            Counter {
-                packets: a_second(new.packets - old.packets),
-                bytes: a_second(new.bytes - old.bytes),
-            }
+            let packets = a_second(new.packets - old.packets);
+            (of.clone(), Counter { packets, bytes: a_second(new.bytes - old.bytes) })
         };
-        let targets = self
-            .targets
-            .iter()
-            .map(|(name, counter)| (name.clone(), rate(*counter, old.targets.get(name).copied())));
-        let gateways = self.gateways.iter().enumerate().map(|(at, (name, counter))| {
-            let old = old.gateways.get(at).filter(|(old, _)| old == name).map(|(_, c)| *c);
-            (name.clone(), rate(*counter, old))
-        });
-        let cgroups = self.cgroups.iter().map(|(id, (target, counter))| {
-            let old = old.cgroups.get(id).filter(|(of, _)| of == target).map(|(_, c)| *c);
-            (*id, (target.clone(), rate(*counter, old)))
-        });
         let mut back = self.back.clone();
-        for (id, (target, bytes)) in &self.flows {
-            let old = old.flows.get(id).filter(|(of, old)| of == target && old <= bytes);
-            *back.entry(target.clone()).or_default() += bytes - old.map_or(0, |(_, old)| *old);
+        for (flow, bytes) in &self.flows {
+            let old = old.flows.get(flow).filter(|old| *old <= bytes);
+            *back.entry(flow.1.clone()).or_default() += bytes - old.unwrap_or(&0);
         }
         back.values_mut().for_each(|bytes| *bytes = a_second(*bytes));
-        Totals {
-            targets: targets.collect(),
-            gateways: gateways.collect(),
-            cgroups: cgroups.collect(),
-            flows: HashMap::new(),
-            back,
-        }
+        Totals { counters: self.counters.iter().map(rate).collect(), flows: HashMap::new(), back }
     }
 
-    /// The cgroups with most bytes, without those that have no packets.
-    fn busiest(&self) -> Vec<(u64, &(String, Counter))> {
-        let mut all: Vec<_> = (self.cgroups.iter())
-            .filter(|(_, (_, counter))| counter.packets > 0)
-            .map(|(id, own)| (*id, own))
+    /// The cgroups with most bytes, without those that have no packets: id, target and counter.
+    fn busiest(&self) -> Vec<(u64, &str, Counter)> {
+        let mut all: Vec<_> = (self.counters.iter())
+            .filter(|(_, counter)| counter.packets > 0)
+            .filter_map(|(of, counter)| match of {
+                Of::Cgroup(id, target) => Some((*id, &**target, *counter)),
+                _ => None,
+            })
             .collect();
-        all.sort_unstable_by_key(|(id, (_, c))| (Reverse((c.bytes, c.packets)), *id));
+        all.sort_unstable_by_key(|(id, _, c)| (Reverse((c.bytes, c.packets)), *id));
         all.truncate(TOP);
         all
     }
@@ -179,44 +169,33 @@ fn frame(
     if status.inventory.is_none() {
         return;
     }
-    let packets = |rate: Option<&Counter>| Value::number(rate.map(|rate| rate.packets));
-    let bytes = |rate: Option<&Counter>| Value::bytes(rate.map(|rate| rate.bytes));
+    let packets = |rate: Option<Counter>| Value::number(rate.map(|rate| rate.packets));
+    let bytes = |rate: Option<Counter>| Value::bytes(rate.map(|rate| rate.bytes));
+    let rate = |of: Of| rates.and_then(|rates| rates.counters.get(&of)).copied();
     // those with no rate keep their order
-    let busy = |rate: Option<&Counter>, back: u64| {
+    let busy = |rate: Option<Counter>, back: u64| {
         Reverse(rate.map_or(0, |rate| rate.bytes.saturating_add(back)))
     };
-    let mut rows: Vec<_> = (status.targets().iter())
-        .map(|target| {
-            let rate = rates.and_then(|rates| rates.targets.get(&target.name));
-            let back = rates.and_then(|rates| rates.back.get(&target.name)).copied();
-            let row = [
-                Value::text(&target.name),
-                Value::number(Some(status.cgroups(&target.name))),
-                packets(rate),
-                bytes(rate),
-                Value::bytes(back),
-            ];
-            (busy(rate, back.unwrap_or(0)), row)
-        })
-        .collect();
-    rows.sort_by_key(|(busy, _)| *busy);
-    let rows = rows.into_iter().map(|(_, row)| row).collect();
+    let targets = status.targets().iter().map(|target| {
+        let rate = rate(Of::Target(target.name.clone()));
+        let back = rates.and_then(|rates| rates.back.get(&target.name)).copied();
+        let row = [
+            Value::text(&target.name),
+            Value::number(Some(status.cgroups(&target.name))),
+            packets(rate),
+            bytes(rate),
+            Value::bytes(back),
+        ];
+        (busy(rate, back.unwrap_or(0)), row)
+    });
     out.push('\n');
-    Rows { columns: &TARGETS, rows }.print(out, style);
-    if !status.gateways().is_empty() {
-        let mut rows: Vec<_> = (status.gateways().iter().enumerate())
-            .map(|(at, gateway)| {
-                let rate = rates.and_then(|rates| rates.gateways.get(at)).map(|(_, rate)| rate);
-                let names = [&gateway.name, &gateway.target].map(|name| Value::text(name));
-                let [name, target] = names;
-                (busy(rate, 0), [name, target, packets(rate), bytes(rate)])
-            })
-            .collect();
-        rows.sort_by_key(|(busy, _)| *busy);
-        let rows = rows.into_iter().map(|(_, row)| row).collect();
-        out.push('\n');
-        Rows { columns: &GATEWAYS, rows }.print(out, style);
-    }
+    Rows { columns: &TARGETS, rows: busiest_first(targets) }.print(out, style);
+    let gateways = status.gateways().iter().enumerate().map(|(at, gateway)| {
+        let rate = rate(Of::Gateway(at, gateway.name.clone()));
+        let [name, target] = [&gateway.name, &gateway.target].map(|name| Value::text(name));
+        (busy(rate, 0), [name, target, packets(rate), bytes(rate)])
+    });
+    Rows { columns: &GATEWAYS, rows: busiest_first(gateways) }.print_if_any(out, style);
     out.push('\n');
     let elements =
         status.inventory.iter().flat_map(|inventory| inventory.cgroups.values().flatten());
@@ -226,7 +205,7 @@ fn frame(
         return;
     }
     let busiest = rates.map(Totals::busiest).unwrap_or_default();
-    let rows = busiest.into_iter().map(|(id, (target, rate))| {
+    let rows = busiest.into_iter().map(|(id, target, rate)| {
         let path = match paths.get(&id) {
             Some(path) => Value::path(path),
             None => Value::text(&format!("cgroup id {id}")),
@@ -234,6 +213,12 @@ fn frame(
         [path, Value::text(target), packets(Some(rate)), bytes(Some(rate))]
     });
     Rows { columns: &CGROUPS, rows: rows.collect() }.print(out, style);
+}
+
+fn busiest_first<K: Ord, R>(rows: impl Iterator<Item = (K, R)>) -> Vec<R> {
+    let mut rows: Vec<(K, R)> = rows.collect();
+    rows.sort_by(|(a, _), (b, _)| a.cmp(b));
+    rows.into_iter().map(|(_, row)| row).collect()
 }
 
 /// The path of each cgroup by its id; empty where they cannot be found.
@@ -252,20 +237,22 @@ mod tests {
     #[test]
     fn rates_survive_a_replaced_table() {
         let counter = |packets, bytes| Counter { packets, bytes };
+        let [target, gateway, cgroup] =
+            [Of::Target("a".into()), Of::Gateway(0, "lan".into()), Of::Cgroup(7, "a".into())];
+        let all = [&target, &gateway, &cgroup];
         let totals = |packets, bytes| Totals {
-            targets: [("a".to_string(), counter(packets, bytes))].into(),
-            gateways: vec![("lan".to_string(), counter(packets, bytes))],
-            cgroups: [(7, ("a".to_string(), counter(packets, bytes)))].into(),
-            flows: [(1, ("a".to_string(), bytes)), (2, ("a".to_string(), bytes))].into(),
+            counters: all.map(|of| (of.clone(), counter(packets, bytes))).into(),
+            flows: [((1, "a".to_string()), bytes), ((2, "a".to_string()), bytes)].into(),
             back: [("a".to_string(), 0)].into(),
         };
         let rates = totals(30, 3000).since(&totals(10, 1000), Duration::from_secs(2));
-        assert_eq!(rates.targets["a"], counter(10, 1000));
-        assert_eq!(rates.gateways, [("lan".to_string(), counter(10, 1000))]);
-        assert_eq!(rates.busiest(), [(7, &("a".to_string(), counter(10, 1000)))]);
+        for of in all {
+            assert_eq!(rates.counters[of], counter(10, 1000));
+        }
+        assert_eq!(rates.busiest(), [(7, "a", counter(10, 1000))]);
         assert_eq!(rates.back["a"], 2000);
         let rates = totals(4, 400).since(&totals(10, 1000), Duration::from_secs(2));
-        assert_eq!(rates.targets["a"], counter(2, 200));
+        assert_eq!(rates.counters[&target], counter(2, 200));
         // flows that are new, or whose number is
         assert_eq!(rates.back["a"], 400);
         let rates = totals(4, 400).since(&Totals::default(), Duration::from_secs(1));
