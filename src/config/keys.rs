@@ -4,8 +4,10 @@
 //! effect of each key against them. A new key is a row, its field in the model and its meaning.
 //! Pure.
 
+use std::fmt;
+
 use super::matches::Match;
-use super::model::{Config, Gateway, OnExit, Outlet, Place, Problem, Route, Tproxy};
+use super::model::{Config, Gateway, OnExit, Outlet, Place, Problem, Route, Target, Tproxy};
 pub use super::value::Takes;
 use super::value::*;
 use crate::log::Level;
@@ -252,10 +254,30 @@ pub(super) struct Draft {
 /// A section, or all sections of a kind without names.
 pub(super) struct Section {
     pub kind: Kind,
+    /// Its place among those of its kind.
+    pub at: usize,
     pub name: String,
     pub place: Place,
     /// The first value of each key, good or bad, and where it stands.
     pub said: SmallMap<&'static str, (String, Place)>,
+}
+
+impl Section {
+    /// The target that it is.
+    pub fn target(&self) -> Option<Target> {
+        match self.kind {
+            Kind::Tproxy => Some(Target::Tproxy(self.at as u16)),
+            Kind::Route => Some(Target::Route(self.at as u8)),
+            Kind::Global | Kind::Rules | Kind::Gateway => None,
+        }
+    }
+}
+
+/// Its header.
+impl fmt::Display for Section {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "[{} {}]", self.kind.name(), self.name)
+    }
 }
 
 impl Draft {
@@ -269,24 +291,25 @@ impl Draft {
 
     /// Begins a section. Its values go where the setters of its kind look for them.
     pub fn open(&mut self, kind: Kind, name: &str, place: &Place) {
-        let (name, place) = (name.to_string(), place.clone());
-        let section =
-            Section { kind, name: name.clone(), place: place.clone(), said: SmallMap::default() };
-        self.sections.push(section);
-        match kind {
-            Kind::Global | Kind::Rules => {}
+        let (name, place, config) = (name.to_string(), place.clone(), &mut self.config);
+        let outlet = || Outlet { name: name.clone(), ..Outlet::default() };
+        let at = match kind {
+            Kind::Global | Kind::Rules => 0,
             Kind::Tproxy => {
-                let outlet = Outlet { name, ..Outlet::default() };
-                self.config.tproxies.push(Tproxy { outlet, ..Tproxy::default() });
+                config.tproxies.push(Tproxy { outlet: outlet(), ..Tproxy::default() });
+                config.tproxies.len() - 1
             }
             Kind::Route => {
-                let outlet = Outlet { name, ..Outlet::default() };
-                self.config.routes.push(Route { outlet, ..Route::default() });
+                config.routes.push(Route { outlet: outlet(), ..Route::default() });
+                config.routes.len() - 1
             }
             Kind::Gateway => {
-                self.config.gateways.push(Gateway { name, place, ..Gateway::default() })
+                let (name, place) = (name.clone(), place.clone());
+                config.gateways.push(Gateway { name, place, ..Gateway::default() });
+                config.gateways.len() - 1
             }
-        }
+        };
+        self.sections.push(Section { kind, at, name, place, said: SmallMap::default() });
     }
 
     /// Of the target that was opened last.

@@ -30,14 +30,8 @@ pub(super) fn resolve(draft: Draft, problems: &mut Vec<Problem>) -> Config {
     config.bypass_marks = bypass_marks.iter().map(|(mark, _)| *mark).collect();
     let mut problem = |place: &Place, message: String| problems.push(Problem::at(place, &message));
     // in file order, as marks are numbered
-    let (mut tproxies, mut routes) = (0.., 0..);
-    let targets: Vec<(&Section, Target)> = (sections.iter())
-        .filter_map(|section| match section.kind {
-            Kind::Tproxy => tproxies.next().map(|index| (section, Target::Tproxy(index))),
-            Kind::Route => routes.next().map(|index| (section, Target::Route(index))),
-            _ => None,
-        })
-        .collect();
+    let targets = sections.iter().filter_map(|section| Some((section, section.target()?)));
+    let targets: Vec<(&Section, Target)> = targets.collect();
     find_missing(&config, &sections, &targets, &mut problem);
     name_targets(&mut config, &sections, &mut problem);
     check_routes(&config, &sections, &mut problem);
@@ -65,10 +59,9 @@ fn find_missing(
     problem: &mut Report,
 ) {
     for section in sections {
-        let (kind, name) = (section.kind.name(), &section.name);
         for key in section.kind.keys().filter(|key| !section.said.contains_key(key.name)) {
             if let Unset::Needs(what) = key.unset {
-                problem(&section.place, format!("[{kind} {name}] needs {what}"));
+                problem(&section.place, format!("{section} needs {what}"));
             }
         }
     }
@@ -87,47 +80,42 @@ fn find_missing(
 
 /// The targets of the default and of gateway sections.
 fn name_targets(config: &mut Config, sections: &[Section], problem: &mut Report) {
-    let mut gateways = 0..;
     for section in sections {
-        let (key, gateway) = match section.kind {
-            Kind::Global => ("default", None),
-            Kind::Gateway => ("target", gateways.next()),
-            _ => continue,
-        };
+        let key = if section.kind == Kind::Gateway { "target" } else { "default" };
         let Some((name, place)) = section.said.get(key) else { continue };
-        match (target(config, name), gateway) {
-            (Ok(target), None) => config.default = target,
-            (Ok(target), Some(index)) => config.gateways[index].target = target,
+        match (target(config, name), section.kind) {
+            (Ok(target), Kind::Gateway) => config.gateways[section.at].target = target,
+            (Ok(target), _) => config.default = target,
             (Err(why), _) => problem(place, why),
         }
     }
 }
 
 fn check_routes(config: &Config, sections: &[Section], problem: &mut Report) {
-    let sections = sections.iter().filter(|section| section.kind == Kind::Route);
-    for (index, section) in sections.enumerate() {
-        let (route, name, place) = (&config.routes[index], &section.name, &section.place);
+    for section in sections.iter().filter(|section| section.kind == Kind::Route) {
+        let (route, place) = (&config.routes[section.at], &section.place);
         let said = |key| section.said.get(key).map(|(_, place)| place);
         match (said("interface"), said("table")) {
             (None, None) => problem(
                 place,
-                format!("[route {name}] needs an interface, or a table that somebody else keeps"),
+                format!("{section} needs an interface, or a table that somebody else keeps"),
             ),
             (Some(_), Some(place)) => {
-                problem(place, format!("[route {name}] has an interface: \"table\" stands instead"))
+                problem(place, format!("{section} has an interface: \"table\" stands instead"))
             }
             (None, Some(_)) => {
                 if let Some(place) = said("gateway") {
-                    problem(place, format!("[route {name}]: \"gateway\" needs \"interface\""));
+                    problem(place, format!("{section}: \"gateway\" needs \"interface\""));
                 }
             }
             _ => {}
         }
-        let (first, own) = (config.route_table, u64::from(config.route_table) + 1 + index as u64);
+        let first = config.route_table;
+        let own = u64::from(first) + 1 + section.at as u64;
         let last = config.table_of(config.routes.len().saturating_sub(1));
         if (253..=255).contains(&own) || own > u32::MAX.into() {
             let message = format!(
-                "[route {name}] would have table {own} for its own (the routes have those behind \
+                "{section} would have table {own} for its own (the routes have those behind \
                  route-table {first}): set another route-table"
             );
             problem(place, message);
@@ -176,12 +164,12 @@ fn check_bypass_marks(
     let mask = config.mask;
     for (bypass, place) in bypass_marks {
         let whole = bypass.mask & mask == mask;
-        let same = config.outlets().find(|o| whole && bypass.value & mask == o.mark);
-        if let Some(outlet) = same {
-            let (value, name) = (bypass.value, &outlet.name);
-            let kind = targets.iter().find(|(section, _)| section.name == *name);
-            let kind = kind.map_or("", |(section, _)| section.kind.name());
-            problem(place, format!("\"bypass-mark\" {value:#x} is the mark of [{kind} {name}]"));
+        let same = targets.iter().find(|(_, target)| {
+            let outlet = config.outlet(*target).filter(|_| whole);
+            outlet.is_some_and(|outlet| bypass.value & mask == outlet.mark)
+        });
+        if let Some((section, _)) = same {
+            problem(place, format!("\"bypass-mark\" {:#x} is the mark of {section}", bypass.value));
         }
     }
 }
@@ -273,8 +261,7 @@ fn assign_marks(config: &mut Config, targets: &[(&Section, Target)], problem: &m
             );
             problem(place, message);
         } else if let Some(other) = taken.get(&mark) {
-            let (kind, other) = (other.kind.name(), &other.name);
-            problem(place, format!("mark {mark:#x} is that of [{kind} {other}] already"));
+            problem(place, format!("mark {mark:#x} is that of {other} already"));
         } else {
             taken.insert(mark, section);
         }
@@ -284,33 +271,31 @@ fn assign_marks(config: &mut Config, targets: &[(&Section, Target)], problem: &m
         let all = (index..=most).chain(1..=most.min(index - 1)).map(|n| spread(n, mask));
         { all }.find(|mark| !taken.contains_key(mark) && !reserved(*mark))
     };
-    let mut forwarded = Vec::new();
+    let none = |section: &Section| format!("no mark left in fwmark-mask {mask:#x} for {section}");
     for (index, (section, target)) in (1..).zip(targets) {
-        let none = || {
-            let (kind, name) = (section.kind.name(), &section.name);
-            format!("no mark left in fwmark-mask {mask:#x} for [{kind} {name}]")
-        };
         let Some(outlet) = config.outlet_mut(*target) else { continue };
         match (outlet.mark, free(index, &taken)) {
             (0, Some(mark)) => outlet.mark = mark,
             (0, None) => {
-                problem(&section.place, none());
+                problem(&section.place, none(section));
                 continue;
             }
             _ => {}
         }
         taken.or_insert_with(outlet.mark, || section);
-        if let (Target::Route(at), false) = (target, config.gateways.is_empty()) {
-            forwarded.push((usize::from(*at), section, none()));
-        }
     }
-    for (index, (at, section, none)) in (targets.len() as u32 + 1..).zip(forwarded) {
+    let forwards = config.forwards();
+    let forwarded = targets.iter().filter(|(section, _)| forwards && section.kind == Kind::Route);
+    for (index, (section, _)) in (targets.len() as u32 + 1..).zip(forwarded) {
+        let route = &mut config.routes[section.at];
         match free(index.min(most), &taken) {
             Some(mark) => {
-                config.routes[at].forward_mark = mark;
+                route.forward_mark = mark;
                 taken.insert(mark, section);
             }
-            None => problem(&section.place, none),
+            // that there is none for itself has been said
+            None if route.outlet.mark == 0 => {}
+            None => problem(&section.place, none(section)),
         }
     }
 }
