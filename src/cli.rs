@@ -204,20 +204,14 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         },
         "show" => commands::show::show(&given),
         "status" => {
-            let forms = [
-                ("json", Some(status::Form::Json)),
-                ("prometheus", Some(status::Form::Prometheus)),
-                ("watch", None),
-            ];
-            match one_of(&matches, "status", forms)? {
-                Some(None) => commands::watch::watch(&given),
-                form => status::status(&given, form.flatten().unwrap_or(status::Form::Text)),
-            }
+            use status::Form;
+            let forms =
+                [("json", Form::Json), ("prometheus", Form::Prometheus), ("watch", Form::Watch)];
+            status::status(&given, one_of(&matches, "status", forms)?)
         }
         "apps" => {
             let forms = [("json", apps::Output::Json), ("suggest", apps::Output::Lines)];
-            let form = one_of(&matches, "apps", forms)?;
-            apps::apps(&given, form.unwrap_or(apps::Output::Text))
+            apps::apps(&given, one_of(&matches, "apps", forms)?)
         }
         "flush" => commands::flush::flush(),
         "exec" => match (target, rest.is_empty()) {
@@ -229,21 +223,21 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     }
 }
 
-/// What the one of these options that was given stands for.
+/// What the one of these options that was given stands for, or the default.
 ///
 /// Errors: there is more than one.
-fn one_of<T, const N: usize>(
+fn one_of<T: Default, const N: usize>(
     matches: &getopts::Matches,
     command: &str,
     forms: [(&str, T); N],
-) -> Result<Option<T>> {
+) -> Result<T> {
     let given = |(name, form)| matches.opt_present(name).then_some((name, form));
     let mut given = forms.into_iter().filter_map(given);
     match (given.next(), given.next()) {
         (Some((one, _)), Some((other, _))) => {
             Err(wrong(format!("{command} takes --{one} or --{other}, not both")))
         }
-        (form, _) => Ok(form.map(|(_, form)| form)),
+        (form, _) => Ok(form.map(|(_, form)| form).unwrap_or_default()),
     }
 }
 

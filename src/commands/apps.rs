@@ -64,8 +64,9 @@ const QUIET: [Column; 17] = {
 };
 
 /// What is printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Output {
+    #[default]
     Text,
     Json,
     /// The lines for `[rules]` alone.

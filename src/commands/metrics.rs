@@ -3,14 +3,6 @@
 
 use std::fmt::Write;
 
-/// What a family of samples is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Type {
-    /// It grows, and begins at zero again now and then.
-    Counter,
-    Gauge,
-}
-
 /// The value of a sample, and the labels that tell it from others of its family.
 pub type Sample<'a> = (Vec<(&'static str, &'a str)>, u64);
 
@@ -20,11 +12,11 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Adds a family; without samples it is left out. Each name is given once.
+    /// Adds a family; without samples it is left out. Each name is given once, and that of a counter,
+    /// which grows and begins at zero again now and then, ends in `_total`.
     pub fn family<'a>(
         &mut self,
         name: &str,
-        kind: Type,
         help: &str,
         samples: impl IntoIterator<Item = Sample<'a>>,
     ) {
@@ -32,10 +24,7 @@ impl Metrics {
         if samples.peek().is_none() {
             return;
         }
-        let kind = match kind {
-            Type::Counter => "counter",
-            Type::Gauge => "gauge",
-        };
+        let kind = if name.ends_with("_total") { "counter" } else { "gauge" };
         let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
         for (labels, value) in samples {
             self.text += name;
@@ -64,15 +53,10 @@ mod tests {
     #[test]
     fn families_and_labels() {
         let mut metrics = Metrics::default();
-        metrics.family("a_up", Type::Gauge, "Whether it is.", [(vec![], 1)]);
-        metrics.family("none", Type::Gauge, "Never.", []);
+        metrics.family("a_up", "Whether it is.", [(vec![], 1)]);
+        metrics.family("none", "Never.", []);
         let labels = vec![("x", "a\"b\\c\nd"), ("y", "é")];
-        metrics.family(
-            "b_total",
-            Type::Counter,
-            "All.",
-            [(labels, u64::MAX), (vec![("x", "")], 0)],
-        );
+        metrics.family("b_total", "All.", [(labels, u64::MAX), (vec![("x", "")], 0)]);
         let want = "# HELP a_up Whether it is.\n# TYPE a_up gauge\na_up 1\n\
                     # HELP b_total All.\n# TYPE b_total counter\n\
                     b_total{x=\"a\\\"b\\\\c\\nd\",y=\"é\"} 18446744073709551615\nb_total{x=\"\"} 0\n";

@@ -12,7 +12,7 @@ mod screen;
 pub mod show;
 pub mod status;
 mod table;
-pub mod watch;
+mod watch;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -29,8 +29,9 @@ use crate::options::Options;
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 use crate::small::{SmallMap, SmallSet};
 
-use super::metrics::{Metrics, Sample, Type};
+use super::metrics::{Metrics, Sample};
 use super::table::{Column, Rows, Style, Value};
+use super::watch;
 
 /// Of the shape that `--json` prints; documented in cgtproxy(8).
 const JSON_VERSION: u64 = 1;
@@ -64,20 +65,26 @@ const CONTAINERS: [Column; 5] = [
 const ROUTING: [Column; 2] = [Column::left(""), Column::left("")];
 
 /// What is printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Form {
+    #[default]
     Text,
     Json,
     Prometheus,
+    /// The text again and again, with rates.
+    Watch,
 }
 
 pub fn status(options: &Options, form: Form) -> Result<ExitCode> {
+    if form == Form::Watch {
+        return watch::watch(options);
+    }
     let (mut kernel, config) = open(options)?;
     let status = Status::take(&mut kernel, &config)?;
     super::print(&match form {
         Form::Json => format!("{}\n", status.json()),
         Form::Prometheus => status.metrics(),
-        Form::Text => status.text(Style::of_stdout()),
+        Form::Text | Form::Watch => status.text(Style::of_stdout()),
     })
 }
 
@@ -310,23 +317,21 @@ fn idle(inventory: &Inventory) -> Option<&'static str> {
 impl Status {
     fn take(kernel: &mut Kernel, config: &Config) -> Result<Status> {
         let inventory = kernel.inventory()?;
-        let targets = inventory.as_ref().map_or(&[][..], |inventory| &inventory.view.targets);
+        let view = inventory.as_ref().map(|inventory| &inventory.view);
         let host = Host::look();
-        let listens = targets.iter().filter_map(|target| {
-            Listens::of(target, &host).map(|listens| (target.name.clone(), listens))
-        });
+        let targets = view.map_or(&[][..], |view| &view.targets).iter();
+        let listens = targets.filter_map(|t| Some((t.name.clone(), Listens::of(t, &host)?)));
         let listens = listens.collect();
         // of a table that is there, or nothing is in vain
         let (mut warnings, mut loops) = (Vec::new(), Vec::new());
-        if inventory.is_some() {
+        if view.is_some() {
             let [circles, bound] = in_vain(config, &host);
             let found = faults::of_host(config, &host).into_iter();
             warnings.extend(found.filter_map(|(_, finding)| finding.err()));
             warnings.extend(bound);
             loops = circles;
         }
-        let view = inventory.as_ref().map(|inventory| &inventory.view);
-        let containers = view.map(|view| entrances(kernel, config, &host, view));
+        let containers = view.map_or(Vec::new(), |view| entrances(kernel, config, &host, view));
         let daemon = instance::holder(kernel)?;
         let unattended = match &inventory {
             Some(inventory) if daemon.is_none() => {
@@ -339,7 +344,7 @@ impl Status {
         for family in Family::BOTH {
             let have = kernel.routing(family)?;
             let on = family == Family::V4 || kernel::routing::ipv6_is_on();
-            let view = inventory.as_ref().map(|inventory| &inventory.view).filter(|_| on);
+            let view = view.filter(|_| on);
             let priority = first_priority(config, view, &have);
             let needs = view.map(|view| {
                 let mut needs = needs(config, view, &have, priority);
@@ -354,20 +359,17 @@ impl Status {
             }
             routing.extend(compare(family, needs.as_ref(), have, priority));
         }
-        let entered = view.is_some_and(|view| !view.entered.is_empty());
-        if entered || targets.iter().any(|target| target.mark.is_some()) {
-            let enter = containers.iter().flatten();
-            let enter = enter.flat_map(|e| [Some(&e.veth), e.bridge.as_ref()]).flatten().cloned();
-            let ours = inventory
-                .as_ref()
-                .map(|inventory| Ours::of_view(&inventory.view).entered_by(enter));
-            hindrances.extend(kernel.others(&ours.unwrap_or_default())?);
+        let takes = |view: &View| view.targets.iter().any(|target| target.mark.is_some());
+        if let Some(view) = view.filter(|view| !view.entered.is_empty() || takes(view)) {
+            let enter = containers.iter().flat_map(|e| [Some(&e.veth), e.bridge.as_ref()]);
+            let ours = Ours::of_view(view).entered_by(enter.flatten().cloned());
+            hindrances.extend(kernel.others(&ours)?);
         }
         Ok(Status {
             daemon,
             unattended,
             rootless: mount::find(config.cgroup_root.as_deref()).err().map(|e| e.to_string()),
-            containers: containers.unwrap_or_default(),
+            containers,
             inventory,
             listens,
             ways,
@@ -388,17 +390,21 @@ impl Status {
         self.inventory.as_ref().is_some_and(|inventory| idle(inventory).is_none())
     }
 
+    fn view(&self) -> Option<&View> {
+        self.inventory.as_ref().map(|inventory| &inventory.view)
+    }
+
     pub(super) fn targets(&self) -> &[TargetView] {
-        self.inventory.as_ref().map_or(&[], |inventory| &inventory.view.targets)
+        self.view().map_or(&[], |view| &view.targets)
     }
 
     pub(super) fn gateways(&self) -> &[GatewayView] {
-        self.inventory.as_ref().map_or(&[], |inventory| &inventory.view.gateways)
+        self.view().map_or(&[], |view| &view.gateways)
     }
 
     /// What `hold` has dropped.
     fn unknown(&self) -> Option<Counter> {
-        self.inventory.as_ref().and_then(|inventory| inventory.view.unknown)
+        self.view().and_then(|view| view.unknown)
     }
 
     /// Repairs of the table and of the routing, then reloads that were taken and refused.
@@ -542,9 +548,8 @@ impl Status {
 
     fn metrics(&self) -> String {
         let mut metrics = Metrics::default();
-        let mut one = |name: &str, help: &str, is: u64| {
-            metrics.family(name, Type::Gauge, help, [(Vec::new(), is)]);
-        };
+        let mut one =
+            |name: &str, help: &str, is: u64| metrics.family(name, help, [(Vec::new(), is)]);
         let number = |n: usize| n as u64;
         one("cgtproxy_in_force", "Whether the table is in force.", self.in_force().into());
         one("cgtproxy_daemon_up", "Whether a daemon runs.", self.daemon.is_some().into());
@@ -552,68 +557,60 @@ impl Status {
         one("cgtproxy_routing_missing", "Ip rules and routes that are missing.", number(missing));
         let help = "Rules, routes and chains of others that are in the way.";
         one("cgtproxy_hindrances", help, number(self.hindrances.len()));
-        one(
-            "cgtproxy_loops",
-            "Proxies whose traffic comes back to them.",
-            number(self.loops.len()),
-        );
+        let help = "Proxies whose traffic comes back to them.";
+        one("cgtproxy_loops", help, number(self.loops.len()));
         let help = "What else is in force and cannot work.";
         one("cgtproxy_warnings", help, number(self.warnings.len()));
         let [table, routing, taken, refused] = self.deeds();
         let mut deeds = |name: &str, help: &str, label, values: [(&'static str, _); 2]| {
             let sample = |(is, value): (_, Option<u64>)| Some((vec![(label, is)], value?));
-            metrics.family(name, Type::Counter, help, values.into_iter().filter_map(sample));
+            metrics.family(name, help, values.into_iter().filter_map(sample));
         };
         let help = "Repairs of what others destroyed.";
         deeds("cgtproxy_repairs_total", help, "of", [("table", table), ("routing", routing)]);
         let results = [("taken", taken), ("refused", refused)];
         deeds("cgtproxy_reloads_total", "Reloads.", "result", results);
-        let mut targets =
-            |name: &str, kind, help: &str, value: &dyn Fn(&TargetView) -> Option<u64>| {
-                let sample = |target| -> Option<Sample> {
-                    let target: &TargetView = target;
-                    Some((vec![("target", &target.name)], value(target)?))
-                };
-                metrics.family(name, kind, help, self.targets().iter().filter_map(sample));
+        let mut targets = |name: &str, help: &str, value: &dyn Fn(&TargetView) -> Option<u64>| {
+            let sample = |target| -> Option<Sample> {
+                let target: &TargetView = target;
+                Some((vec![("target", &target.name)], value(target)?))
             };
+            metrics.family(name, help, self.targets().iter().filter_map(sample));
+        };
         let name = "cgtproxy_target_cgroups";
         let help = "Cgroups that have this target while their parent does not.";
-        targets(name, Type::Gauge, help, &|target| Some(self.cgroups(&target.name)));
+        targets(name, help, &|target| Some(self.cgroups(&target.name)));
         let name = "cgtproxy_target_packets_total";
         let help = "Packets that came to this target and were not left alone.";
-        targets(name, Type::Counter, help, &|target| target.taken.map(|taken| taken.packets));
+        targets(name, help, &|target| target.taken.map(|taken| taken.packets));
         let name = "cgtproxy_target_bytes_total";
-        targets(name, Type::Counter, "Bytes of these.", &|t| t.taken.map(|taken| taken.bytes));
+        targets(name, "Bytes of these.", &|target| target.taken.map(|taken| taken.bytes));
         let name = "cgtproxy_target_refused_packets_total";
         let help = "Packets that no listener took, or that were about to leave another way.";
-        targets(name, Type::Counter, help, &|target| target.refused.map(|r| r.packets));
+        targets(name, help, &|target| target.refused.map(|refused| refused.packets));
         let listens = self.listens.iter().flat_map(|(name, listens)| {
             listens.each().map(|(l4, family, is)| -> Sample {
                 let (protocol, family) = (l4.nft(), family.word());
                 (vec![("target", name), ("protocol", protocol), ("family", family)], is.into())
             })
         });
-        let name = "cgtproxy_target_listener_up";
-        metrics.family(name, Type::Gauge, "Whether TPROXY finds a listener.", listens);
+        metrics.family("cgtproxy_target_listener_up", "Whether TPROXY finds a listener.", listens);
         let ways = self.ways.iter().flat_map(|(name, way)| {
             Family::BOTH.into_iter().zip(way.closed).map(|(family, closed)| -> Sample {
                 (vec![("target", name), ("family", family.word())], closed.is_none().into())
             })
         });
-        let name = "cgtproxy_target_route_up";
-        metrics.family(name, Type::Gauge, "Whether a route leads out.", ways);
+        metrics.family("cgtproxy_target_route_up", "Whether a route leads out.", ways);
         let held = self.unknown().map(|Counter { packets, .. }| (Vec::new(), packets));
-        let name = "cgtproxy_held_packets_total";
         let help = "Packets of cgroups that had not been looked at.";
-        metrics.family(name, Type::Counter, help, held);
+        metrics.family("cgtproxy_held_packets_total", help, held);
         let mut gateways = |name: &str, help: &str, value: fn(Counter) -> u64| {
             let sample = |gateway| -> Option<Sample> {
                 let gateway: &GatewayView = gateway;
                 let labels = vec![("gateway", &*gateway.name), ("target", &*gateway.target)];
                 Some((labels, value(gateway.taken?)))
             };
-            let samples = self.gateways().iter().filter_map(sample);
-            metrics.family(name, Type::Counter, help, samples);
+            metrics.family(name, help, self.gateways().iter().filter_map(sample));
         };
         let help = "Packets that a gateway section took.";
         gateways("cgtproxy_gateway_packets_total", help, |taken| taken.packets);
@@ -644,7 +641,7 @@ impl Status {
             });
             Json::List(json.collect())
         };
-        let default = self.inventory.as_ref().map(|inventory| &inventory.view.default);
+        let default = self.view().map(|view| &view.default);
         let unattended = self.unattended.as_ref();
         let [table, routed, taken, refused] = self.deeds().map(Json::or_null);
         Json::Object(vec![
