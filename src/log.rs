@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{send, MsgFlags};
 use nix::sys::stat::fstat;
-use syslog::{Facility, LogFormat, Severity};
+use syslog::{Facility, Severity};
 
 use crate::error::printable;
 use crate::sys;
@@ -164,8 +164,7 @@ impl Log {
     fn write(&mut self, level: Level, text: fmt::Arguments) {
         if self.lost > 0 {
             let lost = self.lost;
-            let text =
-                format_args!("{lost} log lines lost: the reader did not keep up").to_string();
+            let text = format!("{lost} log lines lost: the reader did not keep up");
             if self.emit(Level::Warning, &text) {
                 self.lost = 0;
             }
@@ -191,10 +190,7 @@ impl Log {
 
     /// A socket whose reader has gone (syslogd was restarted) is opened anew, once a line.
     fn send_to_syslog(&mut self, level: Level, text: &str) -> bool {
-        let mut datagram = Vec::with_capacity(text.len() + 32);
-        if LineFormat.format(&mut datagram, level.severity(), text).is_err() {
-            return false;
-        }
+        let datagram = datagram(level, text);
         for _ in 0..2 {
             if self.socket.is_none() {
                 self.socket = UnixDatagram::unbound()
@@ -206,7 +202,7 @@ impl Log {
             };
             use std::os::fd::AsRawFd;
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            match send(socket.as_raw_fd(), &datagram, flags) {
+            match send(socket.as_raw_fd(), datagram.as_bytes(), flags) {
                 Ok(_) => return true,
                 Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::ENOBUFS) => return false,
                 Err(_) => self.socket = None,
@@ -242,14 +238,10 @@ impl Log {
 /// logd takes a text whose 16th character is a blank for one with a timestamp, and cuts that: without
 /// one it cuts the tag of every process with a pid of four digits. The syslog crate's own formatter
 /// reads /proc for each line, and panics where it cannot.
-struct LineFormat;
-
-impl LogFormat<&str> for LineFormat {
-    fn format<W: Write>(&self, w: &mut W, severity: Severity, text: &str) -> syslog::Result<()> {
-        let priority = Facility::LOG_DAEMON as u8 | severity as u8;
-        let (stamp, pid) = (timestamp(&sys::local_time()), std::process::id());
-        write!(w, "<{priority}>{stamp} cgtproxy[{pid}]: {text}").map_err(syslog::Error::Write)
-    }
+fn datagram(level: Level, text: &str) -> String {
+    let priority = Facility::LOG_DAEMON as u8 | level.severity() as u8;
+    let (stamp, pid) = (timestamp(&sys::local_time()), std::process::id());
+    format!("<{priority}>{stamp} cgtproxy[{pid}]: {text}")
 }
 
 /// 15 characters: the day is padded with a blank.
