@@ -10,7 +10,7 @@ use crate::cgroup::holds::HoldElement;
 use crate::cgroup::mount::Root;
 use crate::cgroup::tree::Hold;
 use crate::config::{Config, Outcome, Route};
-use crate::net::{Family, Mark};
+use crate::net::{Address, Family, Mark, Range};
 use crate::netlink::link::Link;
 use crate::netlink::msg::Batch;
 use crate::nft::expr::Verdict;
@@ -318,18 +318,9 @@ pub fn script(core: &mut Core, root: &Root, devices: &Devices, again: bool) -> S
         for set in &table.sets {
             writeln!(text, "  set {} {{", set.name)?;
             let (kind, elements) = match &set.content {
-                Content::V4(ranges) => (
-                    "type ipv4_addr\n    flags interval",
-                    ranges.iter().map(|r| r.to_string()).collect(),
-                ),
-                Content::V6(ranges) => (
-                    "type ipv6_addr\n    flags interval",
-                    ranges.iter().map(|r| r.to_string()).collect(),
-                ),
-                Content::Ports(ranges) => (
-                    "type inet_service\n    flags interval",
-                    ranges.iter().map(|r| r.to_string()).collect(),
-                ),
+                Content::V4(ranges) => intervals("ipv4_addr", ranges),
+                Content::V6(ranges) => intervals("ipv6_addr", ranges),
+                Content::Ports(ranges) => intervals("inet_service", ranges),
                 Content::Hashes => {
                     let of = |outcome: &Outcome| dying_name(&config, *outcome) == set.name;
                     let found = snapshot.dying.iter().filter(|(outcome, _)| of(outcome));
@@ -338,12 +329,12 @@ pub fn script(core: &mut Core, root: &Root, devices: &Devices, again: bool) -> S
                         gate_sets(&snapshot.gates).filter(|([_, gone], _)| *gone == set.name);
                     let gone = gates.flat_map(|(_, gates)| gate_hashes(gates));
                     let hashes = hashes.copied().chain(gone).map(|hash| hash.to_string());
-                    ("typeof numgen inc mod 2", hashes.collect())
+                    ("typeof numgen inc mod 2".into(), hashes.collect())
                 }
                 Content::Cgroups { counters } => {
-                    let kind =
-                        if *counters { "type cgroupsv2\n    counter" } else { "type cgroupsv2" };
-                    (kind, cgroups(core, &config, &set.name, mount, text)?)
+                    let counter = if *counters { "\n    counter" } else { "" };
+                    let elements = cgroups(core, &config, &set.name, mount, text)?;
+                    (format!("type cgroupsv2{counter}"), elements)
                 }
             };
             writeln!(text, "    {kind}")?;
@@ -358,6 +349,11 @@ pub fn script(core: &mut Core, root: &Root, devices: &Devices, again: bool) -> S
         writeln!(text, "}}")
     })();
     result.map(|()| out).unwrap_or_default()
+}
+
+/// What nft says of a set of ranges, and its elements.
+fn intervals<A: Address>(of: &str, ranges: &[Range<A>]) -> (String, Vec<String>) {
+    (format!("type {of}\n    flags interval"), ranges.iter().map(Range::to_string).collect())
 }
 
 /// The elements of one cgroup set as nft writes them. A name that is not fit to print (not UTF-8, or
