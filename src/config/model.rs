@@ -144,6 +144,17 @@ impl Outlet {
         order.into_iter().find(of).unwrap_or(Take::Yes)
     }
 
+    /// What it does with protocols and families, by key.
+    fn switches(&self) -> [(&'static str, Take); 5] {
+        [
+            ("tcp", self.tcp),
+            ("udp", self.udp),
+            ("ipv4", self.ipv4),
+            ("ipv6", self.ipv6),
+            ("quic", self.quic),
+        ]
+    }
+
     /// What it does not take of TCP and UDP, in the words of its keys.
     pub fn limits(&self) -> Vec<String> {
         let words = |take| match take {
@@ -152,14 +163,7 @@ impl Outlet {
             Take::Drop => Some("drop"),
             Take::Reject => Some("reject"),
         };
-        let switches = [
-            ("tcp", self.tcp),
-            ("udp", self.udp),
-            ("ipv4", self.ipv4),
-            ("ipv6", self.ipv6),
-            ("quic", self.quic),
-        ];
-        let switches = switches.into_iter();
+        let switches = self.switches().into_iter();
         let mut limits: Vec<String> =
             switches.filter_map(|(key, take)| Some(format!("{key} = {}", words(take)?))).collect();
         for (key, ports) in [("tcp-ports", &self.tcp_ports), ("udp-ports", &self.udp_ports)] {
@@ -194,8 +198,7 @@ impl Outlet {
 
     /// Whether it rejects anything.
     pub fn rejects(&self) -> bool {
-        let takes = [self.tcp, self.udp, self.ipv4, self.ipv6, self.quic];
-        takes.contains(&Take::Reject)
+        self.switches().iter().any(|(_, take)| *take == Take::Reject)
     }
 
     /// Where DNS goes.
