@@ -13,7 +13,7 @@ pub fn propose<'a>(paths: &[&[u8]], all: impl Iterator<Item = &'a [u8]>) -> Vec<
     let mut named: Vec<Option<Named>> = paths.iter().map(|path| Named::of(path)).collect();
     let mut others: HashMap<String, Vec<usize>> = HashMap::new();
     for (at, service) in named.iter().enumerate() {
-        let service = service.as_ref().filter(|named| named.word == Word::Service);
+        let service = service.as_ref().filter(|named| named.word == "service");
         let keys = service.map(|named| [named.name.clone(), matches::unit(&named.name)]);
         for key in keys.into_iter().flatten() {
             others.entry(key).or_default().push(at);
@@ -38,15 +38,10 @@ pub fn propose<'a>(paths: &[&[u8]], all: impl Iterator<Item = &'a [u8]>) -> Vec<
     paths.iter().zip(named).map(value).collect()
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Word {
-    Service,
-    App,
-}
-
 /// A service or application, as the path of a cgroup tells it.
 struct Named {
-    word: Word,
+    /// What stands before the colon.
+    word: &'static str,
     name: String,
     /// The path of the outermost cgroup that is all its own.
     unit: String,
@@ -59,9 +54,9 @@ impl Named {
         let services = service(path).into_iter().flat_map(|(name, end)| {
             // systemd puts an underscore before names that could be the kernel's
             let plain = name.strip_prefix('_').map(String::from);
-            plain.into_iter().chain([name]).map(move |name| (Word::Service, name, end))
+            plain.into_iter().chain([name]).map(move |name| ("service", name, end))
         });
-        let apps = apps(path).map(|(name, end)| (Word::App, name, end));
+        let apps = apps(path).map(|(name, end)| ("app", name, end));
         services.chain(apps).find_map(|(word, name, end)| {
             let mut named = Named { word, name, unit: path[..end].into(), patterns: Vec::new() };
             let patterns = matches::patterns(&named.value()).ok()?;
@@ -71,10 +66,7 @@ impl Named {
     }
 
     fn value(&self) -> String {
-        match self.word {
-            Word::Service => format!("service:{}", self.name),
-            Word::App => format!("app:{}", self.name),
-        }
+        format!("{}:{}", self.word, self.name)
     }
 
     fn matches(&self, path: &str) -> bool {
