@@ -158,6 +158,17 @@ macro_rules! like_a_vector {
             }
         }
 
+        impl<$($of),+> FromIterator<$item> for $type<$($of),+>
+        where
+            Self: Extend<$item>,
+        {
+            fn from_iter<I: IntoIterator<Item = $item>>(items: I) -> Self {
+                let mut all = Self::default();
+                all.extend(items);
+                all
+            }
+        }
+
         impl<'a, $($of),+> IntoIterator for &'a $type<$($of),+> {
             type Item = &'a $item;
             type IntoIter = std::slice::Iter<'a, $item>;
@@ -185,22 +196,6 @@ impl<K: Ord, V> Extend<(K, V)> for SmallMap<K, V> {
         for (key, value) in items {
             self.insert(key, value);
         }
-    }
-}
-
-impl<T: Ord> FromIterator<T> for SmallSet<T> {
-    fn from_iter<I: IntoIterator<Item = T>>(items: I) -> SmallSet<T> {
-        let mut set = SmallSet::default();
-        set.extend(items);
-        set
-    }
-}
-
-impl<K: Ord, V> FromIterator<(K, V)> for SmallMap<K, V> {
-    fn from_iter<I: IntoIterator<Item = (K, V)>>(items: I) -> SmallMap<K, V> {
-        let mut map = SmallMap::default();
-        map.extend(items);
-        map
     }
 }
 
