@@ -1,7 +1,6 @@
 //! What this host is, as rtnetlink(7) and sock_diag(7) tell: interfaces, addresses, who listens, and
 //! whose sockets are bound to an interface. It looks, and judges nothing.
 
-use std::fs::Metadata;
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -136,12 +135,12 @@ pub fn tunnels() -> Vec<(u16, String)> {
     dump(route.as_mut(), &link::get_all, link::parse_tunnel).unwrap_or_default()
 }
 
-/// Whether a process is known to be in this network namespace. Which one it is in, other users may not
-/// read (/proc/PID/ns); what each namespace has of its own, everybody may.
-pub fn is_at_home(pid: &str) -> bool {
+/// Whether a process is in this network namespace, where that can be seen. Which one it is in, other
+/// users may not read (/proc/PID/ns); what each namespace has of its own, everybody may.
+pub fn shares_network(pid: &str) -> Option<bool> {
     let of = |pid: &str| std::fs::metadata(format!("/proc/{pid}/net/dev")).ok();
-    let same = |a: Metadata, b: Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
-    of(pid).zip(of("self")).is_some_and(|(its, ours)| same(its, ours))
+    let (its, ours) = (of(pid)?, of("self")?);
+    Some((its.dev(), its.ino()) == (ours.dev(), ours.ino()))
 }
 
 /// A number of /proc/sys, by its path there; `None` where there is none.

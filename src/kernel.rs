@@ -256,7 +256,7 @@ impl Kernel {
     /// Our ids of the network namespaces that these processes are in; none where one is in this one:
     /// who visits others lives here. And whether that is all: one that ends is in none.
     pub fn namespaces_of(&mut self, pids: &[u32]) -> (BTreeSet<u32>, bool) {
-        if pids.iter().any(|pid| host::is_at_home(&pid.to_string())) {
+        if pids.iter().any(|pid| host::shares_network(&pid.to_string()) == Some(true)) {
             return (BTreeSet::new(), true);
         }
         let told: Vec<_> = pids.iter().filter_map(|pid| self.ask_namespace(*pid)).collect();

@@ -5,6 +5,7 @@
 use std::fs;
 use std::process::{Command, Stdio};
 
+use crate::cgroup::mount;
 use crate::log::Escaped;
 
 /// A line that names each service of procd that is in the root cgroup; `None` where all is well,
@@ -66,8 +67,7 @@ fn running(json: &[u8]) -> Vec<(Vec<u8>, u32)> {
 }
 
 fn in_root(pid: u32) -> bool {
-    let cgroups = fs::read(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-    cgroups.split(|b| *b == b'\n').any(|line| line == b"0::/")
+    matches!(mount::find_cgroup(&pid.to_string()), Ok(Some(path)) if path == b"/")
 }
 
 fn line<'a>(strays: impl Iterator<Item = &'a (Vec<u8>, u32)>) -> Option<String> {

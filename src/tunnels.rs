@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -87,7 +86,7 @@ fn holders() -> Vec<(String, u32)> {
         let mut home = None;
         for fd in fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten() {
             let is_tun = fs::read_link(fd.path()).is_ok_and(|to| to == Path::new("/dev/net/tun"));
-            let is_at_home = || host::is_at_home(&format!("{pid}"));
+            let is_at_home = || host::shares_network(&format!("{pid}")) == Some(true);
             if !is_tun || !*home.get_or_insert_with(is_at_home) {
                 continue;
             }
@@ -118,16 +117,10 @@ fn target(config: &Config, core: &Core, pid: u32) -> Option<(String, Target)> {
     if config.bypass_users.contains(&uid) {
         return None;
     }
-    let text = fs::read(format!("/proc/{pid}/cgroup")).ok()?;
-    let own = text.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"0::"))?;
+    let own = mount::find_cgroup(&pid.to_string()).ok()??;
     let root = mount::find(config.cgroup_root.as_deref()).ok()?;
-    let full = [root.mount.as_os_str().as_bytes(), own].concat();
-    let below = full.strip_prefix(root.dir.as_os_str().as_bytes());
-    let mut path = below.filter(|path| path.is_empty() || path.starts_with(b"/"));
-    if path == Some(b"/") {
-        path = Some(b"");
-    }
-    let known = path.and_then(|path| core.outcome(path));
+    let mounts = mount::mounts(&fs::read("/proc/self/mountinfo").ok()?);
+    let known = mount::from_root(&own, &root, &mounts).and_then(|path| core.outcome(&path));
     let target = known.map(|outcome| policy::likely_target(core.config(), outcome, uid));
-    Some((Escaped(own).to_string(), target.unwrap_or(config.default)))
+    Some((Escaped(&own).to_string(), target.unwrap_or(config.default)))
 }

@@ -180,11 +180,28 @@ pub fn find_first_namespace() -> bool {
     link.map_or(true, |link| link == Path::new("cgroup:[4026531835]"))
 }
 
+/// The cgroup of a process, `self` for our own, as a path from the root of our cgroup namespace;
+/// `None` where it is in none of cgroup v2.
+pub fn find_cgroup(pid: &str) -> std::io::Result<Option<Vec<u8>>> {
+    let text = std::fs::read(format!("/proc/{pid}/cgroup"))?;
+    let line = text.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"0::"));
+    Ok(line.map(<[u8]>::to_vec))
+}
+
+/// The same path as one from a cgroup root, `None` outside of it: the roots of mounts count from the
+/// root of our cgroup namespace as well.
+pub fn from_root(path: &[u8], root: &Root, mounts: &[Mount]) -> Option<Vec<u8>> {
+    let mount = mounts.iter().rev().find(|mount| mount.point == root.mount)?;
+    let below = root.dir.strip_prefix(&root.mount).ok()?;
+    let rest = Path::new(OsStr::from_bytes(path)).strip_prefix(mount.root.join(below)).ok()?;
+    let rest = rest.as_os_str().as_bytes();
+    Some(if rest.is_empty() { Vec::new() } else { [b"/", rest].concat() })
+}
+
 /// How many levels below the root of our cgroup namespace we are ourselves.
 pub fn find_own_level() -> Option<usize> {
-    let text = std::fs::read("/proc/self/cgroup").ok()?;
-    let line = text.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"0::"))?;
-    level(Path::new(OsStr::from_bytes(line))).try_into().ok()
+    let own = find_cgroup("self").ok()??;
+    level(Path::new(OsStr::from_bytes(&own))).try_into().ok()
 }
 
 #[cfg(test)]
@@ -195,6 +212,22 @@ mod tests {
 35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
 41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:4 - cgroup2 cgroup2 rw
 ";
+
+    #[test]
+    fn paths_of_processes_from_the_root() {
+        let mounts = [Mount { id: 1, point: "/sys/fs/cgroup".into(), root: "/box".into() }];
+        let root = Root {
+            dir: "/sys/fs/cgroup/sub".into(),
+            mount: "/sys/fs/cgroup".into(),
+            level: 2,
+            identity: (1, 1),
+        };
+        let from = |path: &str| from_root(path.as_bytes(), &root, &mounts);
+        assert_eq!(from("/box/sub/a/b").as_deref(), Some(&b"/a/b"[..]));
+        assert_eq!(from("/box/sub").as_deref(), Some(&b""[..]));
+        assert_eq!(from("/box/subway/a"), None);
+        assert_eq!(from("/"), None);
+    }
 
     #[test]
     fn hybrid_unified_and_odd_mounts() {

@@ -3,7 +3,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 use std::process::ExitCode;
 
@@ -11,10 +11,11 @@ use nix::errno::Errno;
 
 use super::containers;
 use crate::cgroup::dying;
-use crate::cgroup::mount::{self, Mount, Root};
+use crate::cgroup::mount::{self, Root};
 use crate::cgroup::watch;
 use crate::config::{Config, Outlet, PatternRule, Place, RuleLine, Target};
 use crate::error::{errno, printable, Error, Result};
+use crate::host;
 use crate::kernel::Kernel;
 use crate::log::Escaped;
 use crate::options::{wrong, Options};
@@ -49,13 +50,15 @@ pub fn explain(options: &Options, by_pid: bool, args: &[OsString]) -> Result<Exi
         match found {
             Ok(path) => {
                 let pid = by_pid.then(|| arg.to_string_lossy());
+                let is_away = |pid: &&str| host::shares_network(pid) == Some(false);
+                let away = pid.as_deref().filter(is_away);
                 // a veth does not tell whose a packet is
-                let owner = pid.as_deref().filter(|pid| !elsewhere(pid)).and_then(owner);
+                let owner = pid.as_deref().filter(|_| away.is_none()).and_then(owner);
                 let (path, root) = (path.as_deref(), root.as_ref().ok());
                 let ruled = describe(&config, pid.as_deref(), owner, path, root, &mut text);
-                if let Some(pid) = pid.filter(|pid| elsewhere(pid)) {
+                if let Some(pid) = away {
                     let covers = ruled && config.containers;
-                    text.push_str(&network(&pid, covers));
+                    text.push_str(&network(pid, covers));
                     if let Some(name) = containers::name(path.unwrap_or_default()) {
                         text.push_str(&format!("    container {}\n", printable(&name)));
                     }
@@ -91,12 +94,6 @@ fn network(pid: &str, covers: bool) -> String {
         false => "no rule covers what comes in there, a [gateway] section may",
     };
     format!("    network another namespace, behind {}: {what}\n", names.join(" and "))
-}
-
-/// Whether a process is known to be in another network namespace than this one.
-fn elsewhere(pid: &str) -> bool {
-    let of = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
-    of(pid).zip(of("self")).is_some_and(|(its, ours)| its != ours)
 }
 
 /// Who owns the sockets that a process makes: uid and gid by proc_pid_status(5), those for files.
@@ -160,14 +157,12 @@ fn of_process(arg: &OsString, root: &Result<Root>) -> Result<Option<Vec<u8>>> {
         };
         Error::system(format!("unable to find the cgroup of pid {pid}"), errno)
     };
-    let text = std::fs::read(format!("/proc/{pid}/cgroup")).map_err(refused)?;
-    let mountinfo = std::fs::read("/proc/self/mountinfo").map_err(refused)?;
-    let line = text.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"0::"));
-    let line = line.ok_or_else(|| {
+    let line = mount::find_cgroup(&pid).map_err(refused)?.ok_or_else(|| {
         Error::State(format!("unable to find the cgroup of pid {pid}: not in cgroup v2"))
     })?;
-    let mounts = mount::mounts(&mountinfo);
-    let found = |line: &[u8]| from_root(line, root, &mounts);
+    let line = &line[..];
+    let mounts = mount::mounts(&std::fs::read("/proc/self/mountinfo").map_err(refused)?);
+    let found = |line: &[u8]| mount::from_root(line, root, &mounts);
     let is_there = |path: &Vec<u8>| {
         let below = OsStr::from_bytes(path.strip_prefix(b"/").unwrap_or(path));
         root.dir.join(below).is_dir()
@@ -176,18 +171,6 @@ fn of_process(arg: &OsString, root: &Result<Root>) -> Result<Option<Vec<u8>>> {
     let removed =
         line.strip_suffix(b" (deleted)").filter(|_| !found(line).is_some_and(|p| is_there(&p)));
     Ok(found(removed.unwrap_or(line)))
-}
-
-/// A path of /proc/PID/cgroup as one from the cgroup root: both it and the roots of mounts count
-/// from the root of our cgroup namespace.
-fn from_root(path: &[u8], root: &Root, mounts: &[Mount]) -> Option<Vec<u8>> {
-    let mount = mounts.iter().rev().find(|mount| mount.point == root.mount)?;
-    let below = root.dir.strip_prefix(&root.mount).ok()?;
-    let base = mount.root.join(below);
-    let path = OsString::from_vec(path.to_vec());
-    let rest = Path::new(&path).strip_prefix(&base).ok()?;
-    let rest = rest.as_os_str().as_bytes();
-    Some(if rest.is_empty() { Vec::new() } else { [b"/", rest].concat() })
 }
 
 /// A few lines about one cgroup; `path` is `None` outside of the cgroup root. `owner` is that of a
@@ -295,19 +278,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_of_processes_from_the_root() {
-        let mounts = [Mount { id: 1, point: "/sys/fs/cgroup".into(), root: "/box".into() }];
+    fn paths_as_they_are_given() {
         let root = Root {
             dir: "/sys/fs/cgroup/sub".into(),
             mount: "/sys/fs/cgroup".into(),
             level: 2,
             identity: (1, 1),
         };
-        let from = |path: &str| from_root(path.as_bytes(), &root, &mounts);
-        assert_eq!(from("/box/sub/a/b").as_deref(), Some(&b"/a/b"[..]));
-        assert_eq!(from("/box/sub").as_deref(), Some(&b""[..]));
-        assert_eq!(from("/box/subway/a"), None);
-        assert_eq!(from("/"), None);
         let given = |arg: &str| of_path(&arg.into(), &[&root.dir]).ok();
         assert_eq!(given("/sys/fs/cgroup/sub/a"), Some(b"/a".to_vec()));
         assert_eq!(given("/sys/fs/cgroup/subway"), Some(b"/sys/fs/cgroup/subway".to_vec()));
