@@ -76,6 +76,14 @@ pub fn errno(error: &io::Error) -> Errno {
     error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
+/// Why an error of the standard library came about.
+pub fn io_reason(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(errno) => reason(Errno::from_raw(errno)),
+        None => error.to_string(),
+    }
+}
+
 /// The errno's text, as strerror(3) has it but lower case, so that it can stand after a colon.
 pub fn reason(errno: Errno) -> String {
     let text = errno.desc();

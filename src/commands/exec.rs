@@ -22,7 +22,7 @@ use nix::unistd::{geteuid, initgroups, setgid, setgroups, setuid, Gid, Uid, User
 use crate::cgroup::mount::{self, Root};
 use crate::cgroup::watch;
 use crate::config::{Config, Outcome, Take, Target};
-use crate::error::{errno, reason, Error, Result};
+use crate::error::{errno, io_reason, Error, Result};
 use crate::kernel::{self, Inventory, Kernel};
 use crate::net::{Family, Mark};
 use crate::netlink::socket::Socket;
@@ -94,10 +94,7 @@ pub fn exec(
     becomes.args(&command[1..]);
     sys::pass_sigpipe_on(&mut becomes);
     let error = becomes.exec();
-    let why = match error.raw_os_error() {
-        Some(errno) => reason(Errno::from_raw(errno)),
-        None => error.to_string(),
-    };
+    let why = io_reason(&error);
     log!(Error, "unable to run {}: {why}", command[0].to_string_lossy());
     Ok(ExitCode::from(match error.kind() {
         ErrorKind::NotFound => NOT_FOUND,
@@ -431,12 +428,13 @@ impl<'a> Wanted<'a> {
             Target::Route(index) => self.config.table_of(usize::from(index)),
             _ => self.config.route_table,
         };
-        for (family, take) in [(Family::V4, outlet.ipv4), (Family::V6, outlet.ipv6)] {
-            if take != Take::Yes || (family == Family::V6 && !kernel::routing::ipv6_is_on()) {
+        let mut needs = plan::needs(self.config);
+        needs.links = kernel.links_of(&needs);
+        for family in Family::BOTH {
+            let is_on = family == Family::V4 || kernel::routing::ipv6_is_on();
+            if outlet.family(family) != Take::Yes || !is_on {
                 continue;
             }
-            let mut needs = plan::needs(self.config);
-            needs.links = kernel.links_of(&needs);
             let seen = kernel.seen(family, &needs.tables())?;
             let missing = seen.missing(&needs, family);
             let needed = missing.iter().find(|entry| match entry {

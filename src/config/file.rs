@@ -14,7 +14,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{geteuid, Group, User};
 
 use super::Source;
-use crate::error::reason;
+use crate::error::io_reason;
 
 /// Largest configuration file, and largest list of addresses, in MiB.
 const MAX_SIZE: u64 = 1;
@@ -217,13 +217,6 @@ impl Trust {
                 meta.uid()
             ));
         }
-    }
-}
-
-fn io_reason(error: &std::io::Error) -> String {
-    match error.raw_os_error() {
-        Some(errno) => reason(Errno::from_raw(errno)),
-        None => error.to_string(),
     }
 }
 
