@@ -166,11 +166,6 @@ struct Ready {
 pub fn run(mut options: Options, ready_fd: Option<OwnedFd>) -> Result<()> {
     // before anything is set up, so that none kills us half-way
     let mut signals = Signals::block()?;
-    log::configure(Level::Notice.louder(options.verbose), options.syslog);
-    if sys::effective_capabilities().is_ok_and(|set| set & sys::CAP_NET_ADMIN == 0) {
-        let why = "unable to run without CAP_NET_ADMIN: run as root or grant that capability";
-        return Err(Error::State(why.into()));
-    }
     // the watcher changes the working directory
     options.absolute();
     sys::ignore_file_size_signal();
