@@ -112,7 +112,7 @@ pub static KEYS: &[Key] = &[
     }),
     one(GLOBAL, "default", Text("a target"), Is("direct"), later),
     one(GLOBAL, "route-table", Number(1, MOST), Is("300"), |d, e| {
-        put(&mut d.config.route_table, route_table(e))
+        put(&mut d.config.route_table, table(e, 253..=255, "default, main or local"))
     }),
     one(GLOBAL, "rule-priority", Number(1, 32765), Is("100"), |d, e| {
         put(&mut d.config.rule_priority, number(e))
@@ -167,7 +167,7 @@ pub static KEYS: &[Key] = &[
         once(e, &mut d.route().gateways, Family::of(&hop), hop)
     }),
     one(ROUTE, "table", Number(1, MOST), Nothing, |d, e| {
-        put(&mut d.route().table, table_of_others(e))
+        put(&mut d.route().table, table(e, 255..=255, "local"))
     }),
     one(ROUTE, "masquerade", BOOLEAN, Nothing, |d, e| {
         put(&mut d.route().masquerade, boolean(e).map(Some))

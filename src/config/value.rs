@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::str::FromStr;
@@ -145,12 +146,12 @@ pub fn cgroup_root(e: &Setting) -> Result<Option<PathBuf>> {
     }
 }
 
-pub fn route_table(e: &Setting) -> Result<u32> {
-    match number(e)? {
-        table @ 253..=255 => {
-            Err(format!("\"{}\" cannot be {table}: it is the default, main or local one", e.key))
-        }
-        table => Ok(table),
+/// The number of a route table, but for some, which are said to be something else.
+pub fn table(e: &Setting, taken: RangeInclusive<u32>, what: &str) -> Result<u32> {
+    let table = number(e)?;
+    match taken.contains(&table) {
+        true => Err(format!("\"{}\" cannot be {table}: it is the {what} one", e.key)),
+        false => Ok(table),
     }
 }
 
@@ -394,14 +395,6 @@ fn one_host(ip: &IpAddr) -> bool {
             // an IPv4 address in other words, or one and a port (::1:53)
             IpAddr::V6(ip) => ip.to_ipv4().is_none(),
         }
-}
-
-/// A routing table that somebody else keeps.
-pub fn table_of_others(e: &Setting) -> Result<u32> {
-    match number(e)? {
-        255 => Err(format!("\"{}\" cannot be 255: it is the local one", e.key)),
-        table => Ok(table),
-    }
 }
 
 /// What its standard library reads from text.
