@@ -52,10 +52,10 @@ impl Talker {
 
 /// The states of sockets to look at, by protocol: those that packets can still leave by, and
 /// listeners.
-pub fn states(l4: L4) -> u32 {
-    match l4 {
-        L4::Tcp => TCP_STATES | 1 << TCP_LISTEN,
-        L4::Udp => UDP_STATES,
+pub fn states(protocol: u8) -> u32 {
+    match protocol {
+        IPPROTO_TCP => TCP_STATES | 1 << TCP_LISTEN,
+        _ => UDP_STATES,
     }
 }
 

@@ -9,7 +9,7 @@ use nix::sys::socket::SockProtocol;
 
 use crate::error::{Error, Result};
 use crate::listen;
-use crate::net::{self, L4};
+use crate::net;
 use crate::netlink::diag;
 use crate::netlink::link::{self, Link};
 use crate::netlink::msg::Batch;
@@ -95,24 +95,21 @@ fn bound(socket: Option<&mut Socket>) -> Vec<diag::SeenSocket> {
 /// capability.
 ///
 /// Errors: the kernel cannot tell of IPv4's.
-pub fn sockets(states: impl Fn(L4) -> u32) -> Result<Vec<diag::SeenSocket>> {
+pub fn sockets(states: impl Fn(u8) -> u32) -> Result<Vec<diag::SeenSocket>> {
     let mut socket = Socket::open(SockProtocol::NetlinkSockDiag, &[])?;
     let mut all = Vec::new();
-    for l4 in [L4::Tcp, L4::Udp] {
-        for family in [AF_INET, AF_INET6] {
-            let protocol = l4.number();
-            let ask = |batch: &mut Batch| diag::get_all(batch, family, protocol, states(l4));
-            match socket.dump(&ask, |message| diag::parse(message, protocol))? {
-                Ok(found) => all.extend(found),
-                // a kernel without IPv6
-                Err(_) if family == AF_INET6 => {}
-                Err(errno) => {
-                    let error = Error::system("unable to list sockets", errno);
-                    return Err(error.hint(
-                        "the kernel needs CONFIG_INET_DIAG and CONFIG_INET_UDP_DIAG (on OpenWrt: \
-                         kmod-inet-diag)",
-                    ));
-                }
+    for (protocol, family) in diag::KINDS {
+        let ask = |batch: &mut Batch| diag::get_all(batch, family, protocol, states(protocol));
+        match socket.dump(&ask, |message| diag::parse(message, protocol))? {
+            Ok(found) => all.extend(found),
+            // a kernel without IPv6
+            Err(_) if family == AF_INET6 => {}
+            Err(errno) => {
+                let error = Error::system("unable to list sockets", errno);
+                return Err(error.hint(
+                    "the kernel needs CONFIG_INET_DIAG and CONFIG_INET_UDP_DIAG (on OpenWrt: \
+                     kmod-inet-diag)",
+                ));
             }
         }
     }
