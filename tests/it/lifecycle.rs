@@ -382,7 +382,8 @@ fn a_pidfile_that_is_no_file_or_does_not_fit() {
     assert_eq!(residue(), "");
 }
 
-struct Unmount<'a>(&'a Path);
+/// Takes away what a test has mounted there.
+pub struct Unmount<'a>(pub &'a Path);
 
 impl Drop for Unmount<'_> {
     fn drop(&mut self) {

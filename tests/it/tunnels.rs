@@ -7,7 +7,7 @@
 //! ```
 
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
@@ -25,9 +25,10 @@ use crate::client::{
 use crate::daemon::{run_with, Daemon, UNOWNED};
 use crate::gateway::Lan;
 use crate::ground::{
-    addr, any_of, ip, ip_lines, pipe, Ground, GATE4, GATE6, HOST4, HOST6, REMOTE4, REMOTES,
+    addr, any_of, ip, ip_lines, pipe, sh, Ground, GATE4, GATE6, HOST4, HOST6, REMOTE4, REMOTES,
 };
 use crate::kernel::{await_member, load, table};
+use crate::lifecycle::Unmount;
 use crate::routes::{
     passes, refused, until_closed, until_open, until_passes, until_refused, TUNNEL,
 };
@@ -388,6 +389,23 @@ fn a_tunnel_that_carries_itself_is_seen() {
             assert!(line.contains(tunnel) && line.contains(cgroup), "{line}");
         }
     }
+}
+
+/// The same where a part of the tree is mounted, whose root is not that of the namespace.
+#[test]
+fn a_tunnel_below_a_mounted_part_is_seen() {
+    let (ground, _world) = scene!("tunpart");
+    let (_peer, _own) = tunnel(&ground, 1500);
+    let part = ground.dir.join("part");
+    fs::create_dir(&part).expect("mkdir");
+    sh(&format!("mount --bind {} {}", ground.root.display(), part.display()));
+    let _unmount = Unmount(&part);
+    let config = by_cgroup("").replace("vpn = /vpn", "vpn = /tunnel");
+
+    let config = format!("[global]\ncgroup-root = {}\n{config}", part.display());
+    let lines = loops(&ground, &config);
+
+    assert!(lines.len() == 1 && lines[0].contains("vpn0 of [route vpn]"), "{lines:?}");
 }
 
 /// A tunnel of the kernel has no process: `check` sees it by the default, or by a rule.
