@@ -16,6 +16,7 @@ use crate::daemon::{run_with, write_private, Daemon};
 use crate::gateway::{self, Lan, LAN4, LAN6};
 use crate::ground::{addr, ip, ip_lines, sysctl, Ground, Netns, HOSTS, REMOTE4, REMOTE6, REMOTES};
 use crate::kernel::{load, table};
+use crate::tools::as_nobody;
 use crate::world::{interface_index, Server, World, PROXY};
 use crate::{sized, wait_until};
 
@@ -1024,6 +1025,9 @@ fn it_is_told_what_is_a_container() {
     for text in ["behind lan0: the rule covers", "container docker 0123456789ab\n"] {
         assert!(said.contains(text), "{said}");
     }
+    // which namespace that of others' processes is, not everybody may read
+    let said = as_nobody(&["explain", "--pid", &process.pid().to_string()]).out;
+    assert!(said.contains("    network another namespace"), "{said}");
     let find = "[(c['veth'], c['target'], c['in_force'], c['container'], c['cgroup']) \
                 for c in d['containers']]";
     let want = format!("[('lan0', 'mihomo', True, 'docker 0123456789ab', '{path}')]");
