@@ -115,42 +115,32 @@ pub fn get_all(batch: &mut Batch, family: u8) {
 
 /// Reads an answer to [`get_all`]; `None` where it is another protocol's, or in a zone of its own.
 pub fn parse_entry(message: &Message) -> Option<Tracked> {
-    if message.kind != NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_NEW {
-        return None;
-    }
-    let attrs = Attrs::after(message.body, 4);
-    let attr = |kind| attrs.clone().get(kind);
-    let original = attr(CTA_TUPLE_ORIG)?;
+    let attrs = told(message)?;
+    let original = attrs.get(CTA_TUPLE_ORIG)?;
     let (protocol, from, to) = ends(original)?;
-    let (_, answer_from, answer_to) = ends(attr(CTA_TUPLE_REPLY)?)?;
-    if ![IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6].contains(&protocol) || attr(CTA_ZONE).is_some()
-    {
-        return None;
-    }
-    Some(Tracked {
+    let (_, answer_from, answer_to) = ends(attrs.get(CTA_TUPLE_REPLY)?)?;
+    let is_wanted = [IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6].contains(&protocol);
+    (is_wanted && attrs.get(CTA_ZONE).is_none()).then(|| Tracked {
         protocol,
         from,
         to,
         answers: (answer_from, answer_to),
-        mark: attr(CTA_MARK).and_then(parse::u32_be).unwrap_or(0),
-        timeout: attr(CTA_TIMEOUT).and_then(parse::u32_be).unwrap_or(0),
+        mark: attrs.u32_be(CTA_MARK).unwrap_or(0),
+        timeout: attrs.u32_be(CTA_TIMEOUT).unwrap_or(0),
         original: original.to_vec(),
     })
 }
 
 /// The protocol and the two ends of a tuple; ports are 0 where it has none.
 fn ends(tuple: &[u8]) -> Option<(u8, SocketAddr, SocketAddr)> {
-    let addresses = Attrs::new(Attrs::new(tuple).get(CTA_TUPLE_IP)?);
-    let ports = Attrs::new(Attrs::new(tuple).get(CTA_TUPLE_PROTO)?);
-    let address = |v4, v6| {
-        let address = addresses.clone().get(v4).or_else(|| addresses.clone().get(v6));
-        address.and_then(parse::ip)
-    };
+    let addresses = Attrs::new(tuple).nest(CTA_TUPLE_IP);
+    let ports = Attrs::new(tuple).nest(CTA_TUPLE_PROTO);
+    let address = |v4, v6| addresses.get(v4).or_else(|| addresses.get(v6)).and_then(parse::ip);
     let port = |which| {
-        let port = ports.clone().get(which).and_then(|port| port.try_into().ok());
+        let port = ports.get(which).and_then(|port| port.try_into().ok());
         port.map_or(0, u16::from_be_bytes)
     };
-    let protocol = *ports.clone().get(CTA_PROTO_NUM)?.first()?;
+    let protocol = ports.byte(CTA_PROTO_NUM)?;
     let from = SocketAddr::new(address(CTA_IP_V4_SRC, CTA_IP_V6_SRC)?, port(CTA_PROTO_SRC_PORT));
     let to = SocketAddr::new(address(CTA_IP_V4_DST, CTA_IP_V6_DST)?, port(CTA_PROTO_DST_PORT));
     Some((protocol, from, to))
@@ -209,34 +199,31 @@ pub fn get_marked(batch: &mut Batch, value: u32, mask: u32) {
 
 /// Reads an answer to [`get_marked`]; `None` where it has no counters.
 pub fn parse_traffic(message: &Message) -> Option<Traffic> {
-    let attrs = answered(message)?;
-    let bytes =
-        |which| parse::u64_be(Attrs::new(attrs.clone().get(which)?).get(CTA_COUNTERS_BYTES)?);
+    let attrs = told(message)?;
+    let bytes = |which| attrs.nest(which).u64_be(CTA_COUNTERS_BYTES);
     Some(Traffic {
-        id: parse::u32_be(attrs.clone().get(CTA_ID)?)?,
+        id: attrs.u32_be(CTA_ID)?,
         bytes: [bytes(CTA_COUNTERS_ORIG)?, bytes(CTA_COUNTERS_REPLY)?],
     })
 }
 
 /// The attributes of a flow that is told of.
-fn answered<'a>(message: &Message<'a>) -> Option<Attrs<'a>> {
+fn told<'a>(message: &Message<'a>) -> Option<Attrs<'a>> {
     let told = message.is_nfnl(NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_NEW);
     told.then(|| Attrs::after(message.body, 4))
 }
 
 /// Reads the answer for a socket at `local`.
 pub fn parse(message: &Message, local: SocketAddr) -> Option<Flow> {
-    let attrs = answered(message)?;
-    let (_, from, _) = ends(attrs.clone().get(CTA_TUPLE_ORIG)?)?;
+    let attrs = told(message)?;
+    let (_, from, _) = ends(attrs.get(CTA_TUPLE_ORIG)?)?;
     // of a flow that conntrack takes up on its way it checks no window
-    let flags = || {
-        let info = Attrs::new(attrs.clone().get(CTA_PROTOINFO)?).get(CTA_PROTOINFO_TCP)?;
-        Attrs::new(info).get(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL)?.first().copied()
-    };
+    let tcp = attrs.nest(CTA_PROTOINFO).nest(CTA_PROTOINFO_TCP);
+    let flags = tcp.byte(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL).unwrap_or(0);
     Some(Flow {
         outbound: from == local,
-        midstream: flags().is_some_and(|flags| flags & IP_CT_TCP_FLAG_BE_LIBERAL != 0),
-        mark: attrs.clone().get(CTA_MARK).and_then(parse::u32_be).unwrap_or(0),
+        midstream: flags & IP_CT_TCP_FLAG_BE_LIBERAL != 0,
+        mark: attrs.u32_be(CTA_MARK).unwrap_or(0),
     })
 }
 

@@ -230,10 +230,12 @@ pub fn parse(message: &Message, protocol: u8) -> Option<SeenSocket> {
         let port = u16::from_be_bytes([id[port], id[port + 1]]);
         Some(SocketAddr::new(parse::ip(&id[address..][..length])?.to_canonical(), port))
     };
-    let attrs = Attrs::after(body, MSG_LEN);
-    let attr = |kind| attrs.clone().get(kind);
-    let cgroup = attr(INET_DIAG_CGROUP_ID).and_then(|id| id.get(..8)?.try_into().ok());
     let remote = end(20, 2)?;
+    let attrs = Attrs::after(body, MSG_LEN);
+    let cgroup = attrs.get(INET_DIAG_CGROUP_ID).and_then(|id| id.get(..8)?.try_into().ok());
+    // of a dual-stack socket's IPv4 packets too, the first counts
+    let dscp = if remote.is_ipv4() { INET_DIAG_TOS } else { INET_DIAG_TCLASS };
+    let limit = || parse::u32_ne(attrs.get(INET_DIAG_SKMEMINFO)?.get(SNDBUF_AT..)?);
     Some(SeenSocket {
         family,
         protocol,
@@ -245,17 +247,11 @@ pub fn parse(message: &Message, protocol: u8) -> Option<SeenSocket> {
         uid: parse::u32_ne(body.get(UID_AT..)?)?,
         inode: parse::u32_ne(body.get(INODE_AT..)?)?,
         cgroup: cgroup.map(u64::from_ne_bytes),
-        mark: attr(INET_DIAG_MARK).and_then(parse::u32_ne).unwrap_or(0),
-        transparent: attr(INET_DIAG_SOCKOPT)
-            .and_then(|flags| flags.first().map(|flags| flags & INET_DIAG_TRANSPARENT != 0)),
-        v6only: attr(INET_DIAG_SKV6ONLY).is_some_and(|only| only.first() == Some(&1)),
-        // of a dual-stack socket's IPv4 packets too, the first counts
-        dscp: attr(if remote.is_ipv4() { INET_DIAG_TOS } else { INET_DIAG_TCLASS })
-            .and_then(|octet| octet.first())
-            .map_or(0, |octet| octet >> 2),
-        unlimited: attr(INET_DIAG_SKMEMINFO)
-            .and_then(|memory| parse::u32_ne(memory.get(SNDBUF_AT..)?))
-            .is_some_and(|limit| limit == i32::MAX as u32),
+        mark: attrs.u32_ne(INET_DIAG_MARK).unwrap_or(0),
+        transparent: attrs.byte(INET_DIAG_SOCKOPT).map(|flags| flags & INET_DIAG_TRANSPARENT != 0),
+        v6only: attrs.byte(INET_DIAG_SKV6ONLY) == Some(1),
+        dscp: attrs.byte(dscp).map_or(0, |octet| octet >> 2),
+        unlimited: limit() == Some(i32::MAX as u32),
         id,
     })
 }

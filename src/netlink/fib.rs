@@ -307,7 +307,7 @@ pub fn parse_way(message: &Message) -> Option<Course> {
     let (header, attrs) = Header::read(message, &[RTM_NEWROUTE])?;
     Some(Course {
         here: [u32::from(RTN_LOCAL), RTN_BROADCAST].contains(&header.kind.into()),
-        device: attrs.clone().get(RTA_OIF).and_then(parse::u32_ne).unwrap_or(0),
+        device: attrs.u32_ne(RTA_OIF).unwrap_or(0),
         source: attrs.get(RTA_PREFSRC).and_then(parse::ip),
     })
 }
@@ -316,8 +316,7 @@ impl SeenRule {
     /// Reads one rule that was dumped or notified of, deleted ones too.
     pub fn read(message: &Message) -> Option<SeenRule> {
         let (header, attrs) = Header::read(message, &[RTM_NEWRULE, RTM_DELRULE])?;
-        let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
-        let iif = attrs.clone().get(FRA_IIFNAME).map(parse::str_z).unwrap_or_default();
+        let number = |attr| attrs.u32_ne(attr);
         let value = number(FRA_FWMARK).unwrap_or(0);
         // a mark without a mask is compared whole
         let whole = if value == 0 { 0 } else { u32::MAX };
@@ -325,7 +324,7 @@ impl SeenRule {
             family: header.family()?,
             // the rule for the local table has none
             priority: number(FRA_PRIORITY).unwrap_or(0),
-            iif: iif.into_owned(),
+            iif: attrs.text(FRA_IIFNAME).unwrap_or_default().into_owned(),
             mark: Mark { value, mask: number(FRA_FWMASK).unwrap_or(whole) },
             action: match header.kind {
                 FR_ACT_TO_TBL => {
@@ -362,7 +361,7 @@ impl SeenRule {
         }
         Some(SeenRule {
             rule,
-            protocol: attrs.clone().get(FRA_PROTOCOL).and_then(<[u8]>::first).copied().unwrap_or(0),
+            protocol: attrs.byte(FRA_PROTOCOL).unwrap_or(0),
             inverted: header.flags & FIB_RULE_INVERT != 0,
             elsewhere,
             more,
@@ -389,13 +388,12 @@ impl SeenRoute {
     /// Reads one route that was dumped or notified of, deleted ones too.
     pub fn read(message: &Message) -> Option<SeenRoute> {
         let (header, attrs) = Header::read(message, &[RTM_NEWROUTE, RTM_DELROUTE])?;
-        let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
-        let gateway = attrs.clone().get(RTA_GATEWAY).and_then(parse::ip);
-        let device = Device { index: number(RTA_OIF).unwrap_or(0), name: String::new() };
+        let gateway = attrs.get(RTA_GATEWAY).and_then(parse::ip);
+        let device = Device { index: attrs.u32_ne(RTA_OIF).unwrap_or(0), name: String::new() };
         let route = IpRoute {
             family: header.family()?,
-            table: number(RTA_TABLE).unwrap_or(header.table.into()),
-            metric: number(RTA_PRIORITY).unwrap_or(0),
+            table: attrs.u32_ne(RTA_TABLE).unwrap_or(header.table.into()),
+            metric: attrs.u32_ne(RTA_PRIORITY).unwrap_or(0),
             way: match header.kind {
                 RTN_LOCAL => Way::Here,
                 _ => Way::Out { device, gateway },
@@ -411,13 +409,13 @@ pub fn devices(message: &Message, table: u32) -> Vec<u32> {
     let Some((header, attrs)) = Header::read(message, &[RTM_NEWROUTE]) else {
         return Vec::new();
     };
-    let number = |attr| attrs.clone().get(attr).and_then(parse::u32_ne);
-    if header.kind != RTN_UNICAST || number(RTA_TABLE).unwrap_or(header.table.into()) != table {
+    let own = attrs.u32_ne(RTA_TABLE).unwrap_or(header.table.into());
+    if header.kind != RTN_UNICAST || own != table {
         return Vec::new();
     }
-    let mut found = Vec::from_iter(number(RTA_OIF));
+    let mut found = Vec::from_iter(attrs.u32_ne(RTA_OIF));
     // struct rtnexthop: length, flags, weight, interface; attributes
-    let mut rest = attrs.clone().get(RTA_MULTIPATH).unwrap_or(&[]);
+    let mut rest = attrs.get(RTA_MULTIPATH).unwrap_or(&[]);
     while let Some(&[a, b, ..]) = rest.get(..8) {
         found.extend(parse::u32_ne(&rest[4..]));
         let length = usize::from(u16::from_ne_bytes([a, b])).max(8);

@@ -90,10 +90,10 @@ pub fn is_new_bridge(message: &Message) -> bool {
 }
 
 /// Kind, and what else a virtual interface tells of itself.
-fn info(attrs: Attrs) -> (String, Attrs) {
-    let info = Attrs::new(attrs.get(IFLA_LINKINFO).unwrap_or(&[]));
-    let kind = info.clone().get(IFLA_INFO_KIND).map(parse::str_z).unwrap_or_default();
-    (kind.into_owned(), Attrs::new(info.get(IFLA_INFO_DATA).unwrap_or(&[])))
+fn info<'a>(attrs: &Attrs<'a>) -> (String, Attrs<'a>) {
+    let info = attrs.nest(IFLA_LINKINFO);
+    let kind = info.text(IFLA_INFO_KIND).unwrap_or_default();
+    (kind.into_owned(), info.nest(IFLA_INFO_DATA))
 }
 
 /// Reads one interface that was asked for or notified of, one that goes too; its addresses are not
@@ -103,33 +103,32 @@ pub fn parse(message: &Message) -> Option<Link> {
     // struct ifinfomsg: flags at 8
     let flags = parse::u32_ne(message.body.get(8..)?)?;
     let has = |wanted| message.kind == RTM_NEWLINK && flags & wanted == wanted;
-    let state = attrs.clone().get(IFLA_OPERSTATE).and_then(|state| state.first().copied());
     // 802.1X, say
-    let waits = matches!(state, Some(IF_OPER_TESTING | IF_OPER_DORMANT));
-    let (kind, _) = info(attrs.clone());
+    let waits = matches!(attrs.byte(IFLA_OPERSTATE), Some(IF_OPER_TESTING | IF_OPER_DORMANT));
+    let (kind, _) = info(&attrs);
     Some(Link {
         index,
-        name: parse::str_z(attrs.clone().get(IFLA_IFNAME)?).into_owned(),
+        name: attrs.text(IFLA_IFNAME)?.into_owned(),
         up: has(IFF_UP),
         // of IFF_RUNNING, and of the other states, the kernel tells up to a second later (linkwatch)
         running: has(IFF_UP | IFF_LOWER_UP) && !waits,
         addresses: Vec::new(),
         is_pair: ["veth", "netkit"].contains(&&*kind),
         kind,
-        master: attrs.clone().get(IFLA_MASTER).and_then(parse::u32_ne).unwrap_or(0),
-        peer: attrs.get(IFLA_LINK_NETNSID).and_then(namespace_id),
+        master: attrs.u32_ne(IFLA_MASTER).unwrap_or(0),
+        peer: namespace_id(&attrs, IFLA_LINK_NETNSID),
     })
 }
 
 /// The id of a network namespace; -1 stands for none.
-pub(super) fn namespace_id(bytes: &[u8]) -> Option<u32> {
-    parse::i32_ne(bytes).and_then(|id| u32::try_from(id).ok())
+pub(super) fn namespace_id(attrs: &Attrs, kind: u16) -> Option<u32> {
+    attrs.u32_ne(kind).filter(|id| *id <= i32::MAX as u32)
 }
 
 /// Reads the UDP port of a tunnel of the kernel, and the kind, where an interface is one that tells of
 /// its port.
 pub fn parse_tunnel(message: &Message) -> Option<(u16, String)> {
-    let (kind, data) = info(told(message)?.1);
+    let (kind, data) = info(&told(message)?.1);
     let attr = match &*kind {
         "vxlan" => IFLA_VXLAN_PORT,
         "geneve" => IFLA_GENEVE_PORT,
@@ -176,10 +175,9 @@ pub fn parse_address(message: &Message) -> Option<LinkAddress> {
     };
     let index = message.body.get(4..).and_then(parse::u32_ne)?;
     let attrs = Attrs::after(message.body, IFADDRMSG);
-    let attr = |kind| attrs.clone().get(kind);
-    let flags = attr(IFA_FLAGS).and_then(parse::u32_ne).unwrap_or(flags.into());
+    let flags = attrs.u32_ne(IFA_FLAGS).unwrap_or(flags.into());
     // of a point-to-point link, IFA_ADDRESS is the other end's
-    let ip = attr(IFA_LOCAL).or_else(|| attr(IFA_ADDRESS)).and_then(parse::ip)?;
+    let ip = attrs.get(IFA_LOCAL).or_else(|| attrs.get(IFA_ADDRESS)).and_then(parse::ip)?;
     let tentative =
         flags & (IFA_F_TENTATIVE | IFA_F_DADFAILED) != 0 && flags & IFA_F_OPTIMISTIC == 0;
     Some(LinkAddress { index, ip, wide: scope < RT_SCOPE_LINK && !tentative })

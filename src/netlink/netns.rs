@@ -5,7 +5,7 @@
 
 use super::link::{self, namespace_id, Link, IFINFOMSG};
 use super::msg::Batch;
-use super::parse::{self, Attrs, Message};
+use super::parse::{Attrs, Message};
 use super::uapi::*;
 use crate::bpf;
 
@@ -36,8 +36,11 @@ pub fn get_namespace(batch: &mut Batch, pid: u32) {
 
 /// Reads an answer to [`get_namespace`]; `None` for one without an id.
 pub fn parse_namespace(message: &Message) -> Option<u32> {
-    let attrs = Attrs::after(message.body, RTGENMSG);
-    (message.kind == RTM_NEWNSID).then(|| attrs.get(NETNSA_NSID).and_then(namespace_id))?
+    (message.kind == RTM_NEWNSID).then(|| namespace_told(message))?
+}
+
+fn namespace_told(message: &Message) -> Option<u32> {
+    namespace_id(&Attrs::after(message.body, RTGENMSG), NETNSA_NSID)
 }
 
 /// Reads a notification.
@@ -45,10 +48,7 @@ pub fn read(message: &Message) -> impl Iterator<Item = Change> {
     let (first, second) = match message.kind {
         RTM_NEWLINK => (link::parse(message).map(Change::Is), None),
         RTM_DELLINK => gone(message),
-        RTM_DELNSID => {
-            let attrs = Attrs::after(message.body, RTGENMSG);
-            (attrs.get(NETNSA_NSID).and_then(namespace_id).map(Change::Ended), None)
-        }
+        RTM_DELNSID => (namespace_told(message).map(Change::Ended), None),
         _ => (None, None),
     };
     first.into_iter().chain(second)
@@ -58,9 +58,8 @@ fn gone(message: &Message) -> (Option<Change>, Option<Change>) {
     let Some((index, attrs)) = link::told(message) else {
         return (None, None);
     };
-    let link = attrs.clone().get(IFLA_LINK).and_then(parse::u32_ne);
-    let to = attrs.get(IFLA_NEW_NETNSID).and_then(namespace_id);
-    (Some(Change::Gone(index)), link.zip(to).map(|(link, to)| Change::Moved { link, to }))
+    let ends = attrs.u32_ne(IFLA_LINK).zip(namespace_id(&attrs, IFLA_NEW_NETNSID));
+    (Some(Change::Gone(index)), ends.map(|(link, to)| Change::Moved { link, to }))
 }
 
 /// A socket filter that passes what tells of other namespaces, and of interfaces that go: what

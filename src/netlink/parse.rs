@@ -2,6 +2,7 @@
 //! Nothing here trusts a length; a malformed tail ends the iteration.
 //! Source: netlink(7), include/uapi/linux/netlink.h.
 
+use std::borrow::Cow;
 use std::net::IpAddr;
 
 use super::uapi::*;
@@ -74,8 +75,33 @@ impl<'a> Attrs<'a> {
     }
 
     /// The payload of the first attribute of type `kind`.
-    pub fn get(mut self, kind: u16) -> Option<&'a [u8]> {
-        self.find(|(k, _)| *k == kind).map(|(_, data)| data)
+    pub fn get(&self, kind: u16) -> Option<&'a [u8]> {
+        self.clone().find(|(k, _)| *k == kind).map(|(_, data)| data)
+    }
+
+    /// The attributes in that one; none where it is not there.
+    pub fn nest(&self, kind: u16) -> Attrs<'a> {
+        Attrs(self.get(kind).unwrap_or(&[]))
+    }
+
+    pub fn text(&self, kind: u16) -> Option<Cow<'a, str>> {
+        self.get(kind).map(str_z)
+    }
+
+    pub fn byte(&self, kind: u16) -> Option<u8> {
+        self.get(kind)?.first().copied()
+    }
+
+    pub fn u32_ne(&self, kind: u16) -> Option<u32> {
+        u32_ne(self.get(kind)?)
+    }
+
+    pub fn u32_be(&self, kind: u16) -> Option<u32> {
+        u32_be(self.get(kind)?)
+    }
+
+    pub fn u64_be(&self, kind: u16) -> Option<u64> {
+        u64_be(self.get(kind)?)
     }
 }
 
@@ -115,13 +141,13 @@ pub fn reply(message: &Message) -> Option<Reply> {
             _ => NLMSG_HDRLEN,
         };
         let attrs = Attrs::new(request.get(align4(echoed)..).unwrap_or(&[]));
-        text = attrs.get(NLMSGERR_ATTR_MSG).map(|t| str_z(t).into_owned());
+        text = attrs.text(NLMSGERR_ATTR_MSG).map(Cow::into_owned);
     }
     Some(Reply { seq: message.seq, errno, text })
 }
 
 /// A NUL-terminated (or bare) string; invalid UTF-8 becomes U+FFFD.
-pub fn str_z(bytes: &[u8]) -> std::borrow::Cow<'_, str> {
+pub fn str_z(bytes: &[u8]) -> Cow<'_, str> {
     let end = bytes.iter().position(|b| *b == 0).unwrap_or(bytes.len());
     String::from_utf8_lossy(&bytes[..end])
 }
@@ -179,8 +205,8 @@ mod tests {
             [(20, 1), (21, 2), (22, 3)]
         );
         for m in &all {
-            assert_eq!(str_z(Attrs::after(m.body, 4).get(1).unwrap()), "name");
-            assert_eq!(u32_be(Attrs::after(m.body, 4).get(2).unwrap()), Some(7));
+            let attrs = Attrs::after(m.body, 4);
+            assert_eq!((attrs.text(1).as_deref(), attrs.u32_be(2)), (Some("name"), Some(7)));
         }
     }
 

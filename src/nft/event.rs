@@ -2,7 +2,7 @@
 //! Pure. Source: net/netfilter/nf_tables_api.c: a transaction's changes are told one by one, then
 //! one NEWGEN names the process.
 
-use crate::netlink::parse::{self, Attrs, Messages};
+use crate::netlink::parse::{Attrs, Messages};
 use crate::netlink::uapi::*;
 use crate::nft::table::TABLE;
 
@@ -26,16 +26,14 @@ impl Follower {
             let attrs = Attrs::after(message.body, 4);
             if message.kind & 0xff == NFT_MSG_NEWGEN {
                 if std::mem::take(&mut self.hit) {
-                    let name = attrs.clone().get(NFTA_GEN_PROC_NAME).map(printable);
-                    let pid = attrs.get(NFTA_GEN_PROC_PID).and_then(parse::u32_be);
-                    culprit = Some(match (name, pid) {
+                    let name = attrs.get(NFTA_GEN_PROC_NAME).map(printable);
+                    culprit = Some(match (name, attrs.u32_be(NFTA_GEN_PROC_PID)) {
                         (Some(name), Some(pid)) => format!("{name} (pid {pid})"),
                         _ => "another program".into(),
                     });
                 }
             } else if message.body.first() == Some(&NFPROTO_INET) {
-                let table = attrs.get(NFTA_ANY_TABLE);
-                self.hit |= table.is_some_and(|name| parse::str_z(name) == TABLE);
+                self.hit |= attrs.text(NFTA_ANY_TABLE).is_some_and(|name| name == TABLE);
             }
         }
         culprit

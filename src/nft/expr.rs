@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::fmt;
 
 use crate::netlink::msg::Batch;
-use crate::netlink::parse::{self, Attrs};
+use crate::netlink::parse::Attrs;
 use crate::netlink::uapi::*;
 
 /// What is done with a packet.
@@ -206,15 +206,14 @@ const ADDRESS_AND_PORT: u32 = NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIE
 /// The kernel's name of an expression, and its attributes.
 pub(super) fn parts(bytes: &[u8]) -> (Cow<'_, str>, Attrs<'_>) {
     let attrs = Attrs::new(bytes);
-    let name = attrs.clone().get(NFTA_EXPR_NAME).unwrap_or(&[]);
-    (parse::str_z(name), Attrs::new(attrs.get(NFTA_EXPR_DATA).unwrap_or(&[])))
+    (attrs.text(NFTA_EXPR_NAME).unwrap_or_default(), attrs.nest(NFTA_EXPR_DATA))
 }
 
 /// Packets and bytes of an expression that is a counter.
 pub fn counted(bytes: &[u8]) -> Option<(u64, u64)> {
     let (name, data) = parts(bytes);
-    let number = |attr| data.clone().get(attr).and_then(parse::u64_be);
-    (name == "counter").then(|| number(NFTA_COUNTER_PACKETS).zip(number(NFTA_COUNTER_BYTES)))?
+    let counted = || data.u64_be(NFTA_COUNTER_PACKETS).zip(data.u64_be(NFTA_COUNTER_BYTES));
+    (name == "counter").then(counted)?
 }
 
 /// How a value stands in an attribute, and is read from there; `None` where it is not.
@@ -223,12 +222,14 @@ struct Encoding<T> {
     read: fn(&Attrs, u16) -> Option<T>,
 }
 
-const U32: Encoding<u32> =
-    Encoding { write: |batch, attr, number| batch.u32_be(attr, *number), read: number };
+const U32: Encoding<u32> = Encoding {
+    write: |batch, attr, number| batch.u32_be(attr, *number),
+    read: |data, attr| data.u32_be(attr),
+};
 
 const U8: Encoding<u8> = Encoding {
     write: |batch, attr, number| batch.u8(attr, *number),
-    read: |data, attr| data.clone().get(attr)?.first().copied(),
+    read: |data, attr| data.byte(attr),
 };
 
 /// A number that may be left out.
@@ -238,13 +239,13 @@ const MAYBE: Encoding<Option<u32>> = Encoding {
             batch.u32_be(attr, *number);
         }
     },
-    read: |data, attr| Some(number(data, attr)),
+    read: |data, attr| Some(data.u32_be(attr)),
 };
 
 /// A family, in 32 bits.
 const FAMILY: Encoding<u8> = Encoding {
     write: |batch, attr, family| batch.u32_be(attr, u32::from(*family)),
-    read: |data, attr| u8::try_from(number(data, attr)?).ok(),
+    read: |data, attr| u8::try_from(data.u32_be(attr)?).ok(),
 };
 
 /// The flag of a look-up that matches what is not in the set.
@@ -254,24 +255,24 @@ const INVERT: Encoding<bool> = Encoding {
             batch.u32_be(attr, NFT_LOOKUP_F_INV);
         }
     },
-    read: |data, attr| Some(number(data, attr).unwrap_or(0) & NFT_LOOKUP_F_INV != 0),
+    read: |data, attr| Some(data.u32_be(attr).unwrap_or(0) & NFT_LOOKUP_F_INV != 0),
 };
 
 /// Register data.
 const DATA: Encoding<Vec<u8>> = Encoding {
     write: |batch, attr, data| value(batch, attr, data),
-    read: |data, attr| Some(nested(data, attr, NFTA_DATA_VALUE)?.to_vec()),
+    read: |data, attr| Some(data.nest(attr).get(NFTA_DATA_VALUE)?.to_vec()),
 };
 
 /// Register data that is a number in host order.
 const WORD: Encoding<u32> = Encoding {
     write: |batch, attr, number| value(batch, attr, &number.to_ne_bytes()),
-    read: |data, attr| parse::u32_ne(nested(data, attr, NFTA_DATA_VALUE)?),
+    read: |data, attr| data.nest(attr).u32_ne(NFTA_DATA_VALUE),
 };
 
 const VERDICT: Encoding<Verdict> = Encoding {
     write: |batch, attr, verdict| verdict.write(batch, attr),
-    read: |data, attr| Verdict::read(nested(data, attr, NFTA_DATA_VERDICT)?),
+    read: |data, attr| Verdict::read(&data.nest(attr).nest(NFTA_DATA_VERDICT)),
 };
 
 /// The name of a set; with its id where the kernel has yet to complete the name.
@@ -283,7 +284,7 @@ const SET: Encoding<SetRef> = Encoding {
             (MAYBE.write)(batch, NFTA_LOOKUP_SET_ID, &set.id);
         }
     },
-    read: |data, attr| Some(SetRef::Named(parse::str_z(data.clone().get(attr)?).into_owned())),
+    read: |data, attr| Some(SetRef::Named(data.text(attr)?.into_owned())),
 };
 
 /// Numbers that the kernel changes or leaves out: not looked at.
@@ -291,14 +292,6 @@ const ZERO_U8: Encoding<()> =
     Encoding { write: |batch, attr, ()| batch.u8(attr, 0), read: |_, _| Some(()) };
 const ZERO_U64: Encoding<()> =
     Encoding { write: |batch, attr, ()| batch.u64_be(attr, 0), read: |_, _| Some(()) };
-
-fn number(data: &Attrs, attr: u16) -> Option<u32> {
-    parse::u32_be(data.clone().get(attr)?)
-}
-
-fn nested<'a>(data: &Attrs<'a>, attr: u16, within: u16) -> Option<&'a [u8]> {
-    Attrs::new(data.clone().get(attr)?).get(within)
-}
 
 /// Register data, or the key of an element.
 pub fn value(batch: &mut Batch, attr: u16, data: &[u8]) {
@@ -339,11 +332,9 @@ impl Verdict {
         batch.end_nest(data);
     }
 
-    fn read(data: &[u8]) -> Option<Verdict> {
-        let attrs = Attrs::new(data);
-        let code = number(&attrs, NFTA_VERDICT_CODE)?;
-        let chain = || Some(parse::str_z(attrs.get(NFTA_VERDICT_CHAIN)?).into_owned());
-        Some(match code as i32 {
+    fn read(attrs: &Attrs) -> Option<Verdict> {
+        let chain = || Some(attrs.text(NFTA_VERDICT_CHAIN)?.into_owned());
+        Some(match attrs.u32_be(NFTA_VERDICT_CODE)? as i32 {
             NF_ACCEPT => Verdict::Accept,
             NF_DROP => Verdict::Drop,
             NFT_RETURN => Verdict::Return,

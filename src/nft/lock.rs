@@ -48,9 +48,9 @@ pub fn set(transaction: &mut Transaction, lock: Lock) {
 /// nothing. Whoever owns it without saying who it is has pid 0.
 pub fn parse(message: &Message) -> Option<Lock> {
     let attrs = message::of_table(TABLE, message)?;
-    let comment = attrs.clone().get(NFTA_TABLE_USERDATA).and_then(comment);
+    let comment = attrs.get(NFTA_TABLE_USERDATA).and_then(comment);
     let lock = comment.and_then(|text| Lock::parse(&text));
-    let owned = attrs.clone().get(NFTA_TABLE_OWNER).is_some();
+    let owned = attrs.get(NFTA_TABLE_OWNER).is_some();
     match lock {
         Some(Lock::Held(pid)) if owned => Some(Lock::Held(pid)),
         Some(Lock::Left(at)) if !owned => Some(Lock::Left(at)),

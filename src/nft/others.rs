@@ -73,13 +73,11 @@ pub fn parse_base(message: &Message) -> Option<ForeignBase> {
     }
     let home = home(message, NFTA_CHAIN_TABLE)?;
     let attrs = Attrs::after(message.body, 4);
-    let name = parse::str_z(attrs.clone().get(NFTA_CHAIN_NAME)?);
-    let hook = Attrs::new(attrs.get(NFTA_CHAIN_HOOK)?);
-    let number = |attr| hook.clone().get(attr).and_then(parse::u32_be);
+    let hook = attrs.nest(NFTA_CHAIN_HOOK);
     Some(ForeignBase {
-        place: format!("{home} {name}"),
-        hook: number(NFTA_HOOK_HOOKNUM)?,
-        priority: number(NFTA_HOOK_PRIORITY)? as i32,
+        place: format!("{home} {}", attrs.text(NFTA_CHAIN_NAME)?),
+        hook: hook.u32_be(NFTA_HOOK_HOOKNUM)?,
+        priority: hook.u32_be(NFTA_HOOK_PRIORITY)? as i32,
     })
 }
 
@@ -92,7 +90,7 @@ fn home(message: &Message, table: u16) -> Option<String> {
         NFPROTO_IPV6 => "ip6",
         _ => return None,
     };
-    let table = parse::str_z(Attrs::after(message.body, 4).get(table)?);
+    let table = Attrs::after(message.body, 4).text(table)?;
     (family != "inet" || table != TABLE).then(|| format!("{family} {table}"))
 }
 
@@ -110,27 +108,22 @@ pub fn parse(message: &Message) -> Option<ForeignRule> {
     }
     let home = home(message, NFTA_RULE_TABLE)?;
     let attrs = Attrs::after(message.body, 4);
-    let chain = attrs.clone().get(NFTA_RULE_CHAIN).map(parse::str_z)?;
-    let list = attrs.clone().get(NFTA_RULE_EXPRESSIONS).unwrap_or(&[]);
-    let exprs = Attrs::new(list).filter(|(kind, _)| *kind == NFTA_LIST_ELEM);
+    let exprs = attrs.nest(NFTA_RULE_EXPRESSIONS).filter(|(kind, _)| *kind == NFTA_LIST_ELEM);
+    let understood = |bytes| expr(&home, bytes).unwrap_or(ForeignExpr::Other);
     Some(ForeignRule {
-        place: format!("{home} {chain}"),
-        exprs: exprs.map(|(_, bytes)| expr(&home, bytes)).collect(),
+        place: format!("{home} {}", attrs.text(NFTA_RULE_CHAIN)?),
+        exprs: exprs.map(|(_, bytes)| understood(bytes)).collect(),
     })
 }
 
 /// `home` is the table of the rule.
-fn expr(home: &str, bytes: &[u8]) -> ForeignExpr {
-    understood(home, bytes).unwrap_or(ForeignExpr::Other)
-}
-
-fn understood(home: &str, bytes: &[u8]) -> Option<ForeignExpr> {
+fn expr(home: &str, bytes: &[u8]) -> Option<ForeignExpr> {
     let (name, data) = parts(bytes);
-    let bytes_of = |attr| data.clone().get(attr).unwrap_or(&[]);
     match &*name {
         "match" | "target" => {
-            let revision = data.clone().get(NFTA_XT_REV).and_then(parse::u32_be).unwrap_or(0);
-            return xt(&parse::str_z(bytes_of(NFTA_XT_NAME)), revision, bytes_of(NFTA_XT_INFO));
+            let revision = data.u32_be(NFTA_XT_REV).unwrap_or(0);
+            let info = data.get(NFTA_XT_INFO).unwrap_or(&[]);
+            return xt(&data.text(NFTA_XT_NAME).unwrap_or_default(), revision, info);
         }
         "notrack" => return Some(ForeignExpr::Notrack),
         _ => {}
