@@ -197,29 +197,29 @@ fn held_ids<'a>(held: &'a [HoldElement], set: &'a str) -> impl Iterator<Item = u
 /// One transaction that holds a difference.
 pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     let mut transaction = Transaction::new(batch);
-    for same in delta.delete.chunk_by(|a, b| a.0 == b.0) {
+    for same in delta.cgroups.delete.chunk_by(|a, b| a.0 == b.0) {
         transaction.delete_cgroups(&set_name(config, same[0].0), same.iter().map(|(_, id)| *id));
     }
-    for same in delta.add.chunk_by(|a, b| a.0 == b.0) {
+    for same in delta.cgroups.add.chunk_by(|a, b| a.0 == b.0) {
         transaction.add_cgroups(&set_name(config, same[0].0), same.iter().map(|(_, id)| *id));
     }
-    for same in delta.delete_dying.chunk_by(|a, b| a.0 == b.0) {
+    for same in delta.dying.delete.chunk_by(|a, b| a.0 == b.0) {
         let hashes = same.iter().map(|(_, hash)| *hash);
         transaction.delete_hashes(&dying_name(config, same[0].0), hashes);
     }
-    for same in delta.add_dying.chunk_by(|a, b| a.0 == b.0) {
+    for same in delta.dying.add.chunk_by(|a, b| a.0 == b.0) {
         transaction.add_hashes(&dying_name(config, same[0].0), same.iter().map(|(_, hash)| *hash));
     }
-    for ([ids, hashes], same) in gate_sets(&delta.delete_gates) {
+    for ([ids, hashes], same) in gate_sets(&delta.gates.delete) {
         transaction.delete_cgroups(ids, gate_ids(same));
         transaction.delete_hashes(hashes, gate_hashes(same));
     }
-    for ([ids, hashes], same) in gate_sets(&delta.add_gates) {
+    for ([ids, hashes], same) in gate_sets(&delta.gates.add) {
         transaction.add_cgroups(ids, gate_ids(same));
         transaction.add_hashes(hashes, gate_hashes(same));
     }
-    for set in [HELD, KNOWN].iter().filter(|_| !delta.delete_held.is_empty()) {
-        transaction.delete_cgroups(set, held_ids(&delta.delete_held, set));
+    for set in [HELD, KNOWN].iter().filter(|_| !delta.held.delete.is_empty()) {
+        transaction.delete_cgroups(set, held_ids(&delta.held.delete, set));
     }
     // A packet takes the rules as they are when it comes, and looks into sets as they are by then. It
     // must not find a cgroup that has been looked at in those of before, which may not know where that
@@ -238,7 +238,7 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
             transaction.set(&set);
         }
     }
-    let held = delta.all_held.as_ref().unwrap_or(&delta.add_held);
+    let held = delta.all_held.as_ref().unwrap_or(&delta.held.add);
     for set in [HELD, KNOWN].iter().filter(|_| !held.is_empty()) {
         transaction.add_cgroups(set, held_ids(held, set));
     }

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use crate::cgroup::tally::{Change, Changes};
 use crate::config::{load, Config, Source};
 
 /// The one file that there is.
@@ -19,11 +20,11 @@ pub fn config(text: &'static str) -> Config {
     load(&Text(text), Path::new("c")).expect("a good configuration")
 }
 
-/// What something puts into two lists.
-pub fn taken<K>(take: impl FnOnce(&mut Vec<K>, &mut Vec<K>)) -> (Vec<K>, Vec<K>) {
-    let (mut first, mut second) = (Vec::new(), Vec::new());
-    take(&mut first, &mut second);
-    (first, second)
+/// What is to go of some changes, and to come.
+pub fn taken<K: Ord + Copy>(changes: &mut Changes<K>) -> (Vec<K>, Vec<K>) {
+    let mut change = Change::default();
+    changes.take(&mut change);
+    (change.delete, change.add)
 }
 
 /// xorshift64*, good enough to pick test inputs.

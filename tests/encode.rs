@@ -13,6 +13,7 @@ use std::path::Path;
 use cgtproxy::cgroup::core::{Delta, Snapshot};
 use cgtproxy::cgroup::gates::Gate;
 use cgtproxy::cgroup::holds::HoldElement;
+use cgtproxy::cgroup::tally::Change;
 use cgtproxy::config::{self, Config, Outcome, Source};
 use cgtproxy::net::{Family, Interface, Mac, Mark, Owner, Range, L4};
 use cgtproxy::netlink::{msg::Batch, uapi};
@@ -635,28 +636,28 @@ fn counts() {
 
 /// A change of all that a snapshot has, as libnftnl sends it.
 fn change_by(theirs: &mut Reference, config: &Config, all: &Snapshot, delta: &Delta) {
-    let elements = || all.elements.iter().filter(|_| !delta.add.is_empty());
+    let elements = || all.elements.iter().filter(|_| !delta.cgroups.is_empty());
     for (outcome, ids) in elements() {
         theirs.delete_cgroups(&set_name(config, *outcome), ids);
     }
     for (outcome, ids) in elements() {
         theirs.add_cgroups(&set_name(config, *outcome), ids);
     }
-    let dying = || all.dying.iter().filter(|d| !delta.add.is_empty() && !d.1.is_empty());
+    let dying = || all.dying.iter().filter(|d| !delta.cgroups.is_empty() && !d.1.is_empty());
     for (outcome, hashes) in dying() {
         theirs.delete_hashes(&dying_name(config, *outcome), hashes);
     }
     for (outcome, hashes) in dying() {
         theirs.add_hashes(&dying_name(config, *outcome), hashes);
     }
-    if !delta.add_gates.is_empty() {
+    if !delta.gates.is_empty() {
         let (ids, hashes) = gate_sets();
         theirs.delete_cgroups("gate_1", &ids);
         theirs.delete_hashes("gone_2", &hashes);
         theirs.add_cgroups("gate_1", &ids);
         theirs.add_hashes("gone_2", &hashes);
     }
-    let held = || held_sets().into_iter().filter(|_| !delta.add_held.is_empty());
+    let held = || held_sets().into_iter().filter(|_| !delta.held.is_empty());
     held().for_each(|(set, ids)| theirs.delete_cgroups(set, &ids));
     let renewed = delta.all_held.is_some();
     if renewed {
@@ -666,7 +667,7 @@ fn change_by(theirs: &mut Reference, config: &Config, all: &Snapshot, delta: &De
             theirs.set(&set);
         }
     }
-    let held = || held_sets().into_iter().filter(|_| renewed || !delta.add_held.is_empty());
+    let held = || held_sets().into_iter().filter(|_| renewed || !delta.held.is_empty());
     held().for_each(|(set, ids)| theirs.add_cgroups(set, &ids));
     change_chains_by(theirs, config, delta);
 }
@@ -706,18 +707,14 @@ fn changes() {
             all.elements.iter().flat_map(|(outcome, ids)| ids.iter().map(|id| (*outcome, *id)));
         let flat: Vec<(Outcome, u64)> = flat.collect();
         let delta = Delta {
-            delete: flat.clone(),
-            add: flat,
-            delete_dying: hashes.clone(),
-            add_dying: hashes,
-            delete_gates: all.gates.clone(),
-            add_gates: all.gates.clone(),
-            delete_held: all.held.clone(),
-            add_held: all.held.clone(),
+            cgroups: Change { delete: flat.clone(), add: flat },
+            dying: Change { delete: hashes.clone(), add: hashes },
+            gates: Change { delete: all.gates.clone(), add: all.gates.clone() },
+            held: Change { delete: all.held.clone(), add: all.held.clone() },
             all_held: None,
             shape: Some(Box::new([Shape::default(), all.shape.clone()])),
         };
-        let held = (!config.holds.is_empty()).then(|| delta.add_held.clone());
+        let held = (!config.holds.is_empty()).then(|| delta.held.add.clone());
         let renewed = Delta { all_held: held, shape: delta.shape.clone(), ..Delta::default() };
         let none = Some(Box::new([all.shape.clone(), Shape::default()]));
         for delta in [delta, renewed, Delta { shape: none, ..Delta::default() }] {

@@ -19,6 +19,7 @@ use cgtproxy::cgroup::dying;
 use cgtproxy::cgroup::event::{Action, Event, Found, List, Look, Scan, Seen};
 use cgtproxy::cgroup::gates::{self, Gate};
 use cgtproxy::cgroup::holds::HoldElement;
+use cgtproxy::cgroup::tally::Change;
 use cgtproxy::cgroup::tree::{child, parent};
 use cgtproxy::config::{self, Config, Outcome, RuleLine, Source, Target};
 use cgtproxy::nft::expr::Verdict;
@@ -315,6 +316,16 @@ struct Kernel {
     owed: BTreeSet<u64>,
 }
 
+/// A kernel refuses to delete what is not there, and to add what is.
+fn change_set<K: Ord + Copy>(set: &mut BTreeSet<K>, change: &Change<K>) {
+    for element in &change.delete {
+        assert!(set.remove(element), "deletes what is not there");
+    }
+    for element in &change.add {
+        assert!(set.insert(*element), "adds what is there");
+    }
+}
+
 impl Kernel {
     /// One transaction; a kernel refuses to delete what is not there, and to add what is.
     fn commit(&mut self, core: &mut Core, host: &Host, fail: bool) {
@@ -334,31 +345,16 @@ impl Kernel {
     }
 
     fn change(&mut self, delta: &Delta) {
-        for &(target, id) in &delta.delete {
+        for &(target, id) in &delta.cgroups.delete {
             let held = self.sets.remove(&id);
             assert_eq!(held, Some(target), "deletes what is not there");
         }
-        for &(target, id) in &delta.add {
+        for &(target, id) in &delta.cgroups.add {
             assert_eq!(self.sets.insert(id, target), None, "adds what is there");
         }
-        for element in &delta.delete_dying {
-            assert!(self.dying.remove(element), "deletes what is not there");
-        }
-        for element in &delta.add_dying {
-            assert!(self.dying.insert(*element), "adds what is there");
-        }
-        for gate in &delta.delete_gates {
-            assert!(self.gates.remove(gate), "deletes what is not there");
-        }
-        for gate in &delta.add_gates {
-            assert!(self.gates.insert(*gate), "adds what is there");
-        }
-        for held in &delta.delete_held {
-            assert!(self.held.remove(held), "deletes what is not there");
-        }
-        for held in &delta.add_held {
-            assert!(self.held.insert(*held), "adds what is there");
-        }
+        change_set(&mut self.dying, &delta.dying);
+        change_set(&mut self.gates, &delta.gates);
+        change_set(&mut self.held, &delta.held);
         if let Some(all) = &delta.all_held {
             self.held = all.iter().copied().collect();
         }

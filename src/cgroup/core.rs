@@ -13,7 +13,7 @@ use super::event::{Action, Event, Found, List, Look, Note, Scan, Seen};
 use super::gates::{self, Above, Gate, Gates};
 use super::holds::{self, HoldElement, Holds};
 use super::ranking::Ranking;
-use super::tally::Changes;
+use super::tally::{Change, Changes};
 use super::tree::{self, Hold, Index, Node, Path, Tree};
 use crate::config::{Config, Outcome, Target};
 use crate::nft::table::{Pair, Shape, Stage};
@@ -23,17 +23,13 @@ use crate::small::SmallMap;
 /// The difference between what the kernel's sets hold and what they should hold.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Delta {
-    /// Cgroup ids to delete from the sets of targets, in the order of these.
-    pub delete: Vec<(Outcome, u64)>,
-    pub add: Vec<(Outcome, u64)>,
+    /// Cgroup ids in the sets of targets, in the order of these.
+    pub cgroups: Change<(Outcome, u64)>,
     /// The same for cgroups that are matched by their hashes.
-    pub delete_dying: Vec<dying::Hashed>,
-    pub add_dying: Vec<dying::Hashed>,
-    pub delete_gates: Vec<Gate>,
-    pub add_gates: Vec<Gate>,
-    pub delete_held: Vec<HoldElement>,
-    pub add_held: Vec<HoldElement>,
-    /// In the place of these two: all there are, for sets of their own.
+    pub dying: Change<dying::Hashed>,
+    pub gates: Change<Gate>,
+    pub held: Change<HoldElement>,
+    /// In the place of that: all there are, for sets of their own.
     pub all_held: Option<Vec<HoldElement>>,
     /// What the rules were made for, and what they are needed for now, where that is not the same.
     pub shape: Option<Box<[Shape; 2]>>,
@@ -41,44 +37,30 @@ pub struct Delta {
 
 impl Delta {
     pub fn is_empty(&self) -> bool {
-        let no_cgroups = self.delete.is_empty() && self.add.is_empty();
-        let no_hashes = self.delete_dying.is_empty() && self.add_dying.is_empty();
-        let no_gates = self.delete_gates.is_empty() && self.add_gates.is_empty();
-        let no_held = self.delete_held.is_empty() && self.add_held.is_empty();
-        no_cgroups && no_hashes && no_gates && no_held && self.shape.is_none()
+        let no_cgroups = self.cgroups.is_empty() && self.dying.is_empty();
+        no_cgroups && self.gates.is_empty() && self.held.is_empty() && self.shape.is_none()
     }
-}
 
-impl Delta {
     /// Takes out what is to go only once the rest is in force. Rules that come with something are not
     /// those of a packet that is on its way already: it finds it where it was.
     pub fn take_last(&mut self) -> Option<Delta> {
         let [before, after] = &**self.shape.as_ref()?;
         after.leads_further(before).then(|| Delta {
-            delete: std::mem::take(&mut self.delete),
-            delete_gates: std::mem::take(&mut self.delete_gates),
+            cgroups: self.cgroups.take_deletions(),
+            gates: self.gates.take_deletions(),
             ..Delta::default()
         })
     }
 
-    /// Empties it, and keeps the memory of what most of them have, unless that was much.
+    /// Empties it, and keeps the memory of what most of them have.
     fn clear(&mut self) {
-        fn emptied<T>(list: &mut Vec<T>) -> Vec<T> {
-            list.clear();
-            list.shrink_to(USUAL);
-            std::mem::take(list)
-        }
-        *self = Delta {
-            delete: emptied(&mut self.delete),
-            add: emptied(&mut self.add),
-            delete_gates: emptied(&mut self.delete_gates),
-            add_gates: emptied(&mut self.add_gates),
-            ..Delta::default()
-        };
+        self.cgroups.clear();
+        self.gates.clear();
+        (self.dying, self.held, self.all_held, self.shape) = Default::default();
     }
 }
 
-/// How many changes and looks memory is kept for.
+/// How many looks memory is kept for.
 const USUAL: usize = 64;
 
 /// Everything that the kernel's sets should hold.
@@ -446,19 +428,19 @@ impl Core {
     /// The net difference since the last commit. The caller commits it, or replaces the table.
     pub fn take_delta(&mut self) -> Box<Delta> {
         let mut delta = self.spare.take().unwrap_or_default();
-        self.pending.take(&mut delta.delete, &mut delta.add);
+        self.pending.take(&mut delta.cgroups);
         if let Some(dying) = &mut self.dying {
-            dying.take_changes(&mut delta.delete_dying, &mut delta.add_dying);
+            dying.elements.changes.take(&mut delta.dying);
         }
-        self.gates.take_changes(&mut delta.delete_gates, &mut delta.add_gates);
-        self.holds.take_changes(&mut delta.delete_held, &mut delta.add_held);
+        self.gates.elements.changes.take(&mut delta.gates);
+        self.holds.elements.changes.take(&mut delta.held);
         if !self.is_in_shape() {
             let shape = self.shape();
             let before = std::mem::replace(&mut self.committed, shape.clone());
-            if shape.leads_further(&before) && !delta.add_held.is_empty() {
+            if shape.leads_further(&before) && !delta.held.add.is_empty() {
                 // a packet that has met the rules of before knows nothing of these
-                (delta.delete_held, delta.add_held) = Default::default();
-                delta.all_held = Some(self.holds.snapshot());
+                delta.held = Change::default();
+                delta.all_held = Some(self.holds.elements.snapshot());
             }
             delta.shape = Some(Box::new([before, shape]));
         }
@@ -487,7 +469,7 @@ impl Core {
             elements.or_default(outcome).push(id);
         }
         let dying = self.dying.as_mut().map(dying::List::snapshot).unwrap_or_default();
-        let (mut gates, held) = (self.gates.snapshot(), self.holds.snapshot());
+        let (mut gates, held) = (self.gates.elements.snapshot(), self.holds.elements.snapshot());
         gates.extend(self.gate_nodes().map(|(stage, _, node)| Gate::new(stage, node.id, false)));
         gates.sort_unstable();
         Snapshot { elements, dying, gates, held, shape: self.committed.clone() }

@@ -43,6 +43,7 @@ impl Dying {
         Dying { hash, level, outcome, path: None, gates: Vec::new(), quiet: 0 }
     }
 
+    /// Its element.
     fn key(&self) -> Hashed {
         (self.outcome, self.hash)
     }
@@ -62,7 +63,7 @@ pub type Hashed = (Outcome, u32);
 pub struct List {
     all: VecDeque<Dying>,
     /// How many cgroups make one element of a set: these, and living ones.
-    elements: Tally<Hashed>,
+    pub elements: Tally<Hashed>,
 }
 
 /// Most that are kept: nobody can make the kernel's sets grow without end.
@@ -88,17 +89,15 @@ impl List {
 
     /// Takes one in. The oldest goes where there are too many: it is returned.
     pub fn push(&mut self, dying: Dying) -> Option<Dying> {
-        self.count(dying.key(), true);
+        self.elements.count(dying.key(), true);
         self.all.push_back(dying);
-        match self.all.len() > MOST {
-            false => None,
-            true => self.all.pop_front().inspect(|oldest| self.forget(oldest)),
-        }
+        let oldest = if self.all.len() > MOST { self.all.pop_front() } else { None };
+        oldest.inspect(|oldest| self.forget(oldest))
     }
 
     /// A living cgroup is matched by its hash from now on, or no more.
     pub fn match_living(&mut self, id: u64, outcome: Outcome, so: bool) {
-        self.count((outcome, cgroup_hash(id)), so);
+        self.elements.count((outcome, cgroup_hash(id)), so);
     }
 
     /// Lets those go that do not match, and gives them.
@@ -151,26 +150,17 @@ impl List {
         })
     }
 
-    /// See [`Changes::take`](super::tally::Changes::take).
-    pub fn take_changes(&mut self, delete: &mut Vec<Hashed>, add: &mut Vec<Hashed>) {
-        self.elements.changes.take(delete, add)
-    }
-
     /// All elements; the kernel has them from now on.
     pub fn snapshot(&mut self) -> SmallMap<Outcome, Vec<u32>> {
         let mut elements: SmallMap<Outcome, Vec<u32>> = SmallMap::default();
         for (outcome, hash) in self.elements.snapshot() {
-            elements.or_default(*outcome).push(*hash);
+            elements.or_default(outcome).push(hash);
         }
         elements
     }
 
     fn forget(&mut self, dying: &Dying) {
-        self.count(dying.key(), false);
-    }
-
-    fn count(&mut self, element: Hashed, up: bool) {
-        self.elements.count(element, up);
+        self.elements.count(dying.key(), false);
     }
 }
 
@@ -202,21 +192,15 @@ mod tests {
         let mut list = List::default();
         list.push(dying(1, "/a"));
         list.push(Dying::known_by(hash(1), 4, DROP));
-        assert_eq!(
-            taken(|delete, add| list.take_changes(delete, add)),
-            (vec![], vec![(DROP, hash(1))])
-        );
+        assert_eq!(taken(&mut list.elements.changes), (vec![], vec![(DROP, hash(1))]));
         // the other one needs it still
         assert_eq!(list.retain(|d| d.path.is_none()).len(), 1);
-        assert_eq!(taken(|delete, add| list.take_changes(delete, add)), (vec![], vec![]));
+        assert_eq!(taken(&mut list.elements.changes), (vec![], vec![]));
         list.retain(|_| false);
         list.push(dying(1, "/a"));
-        assert_eq!(taken(|delete, add| list.take_changes(delete, add)), (vec![], vec![]));
+        assert_eq!(taken(&mut list.elements.changes), (vec![], vec![]));
         list.retain(|_| false);
-        assert_eq!(
-            taken(|delete, add| list.take_changes(delete, add)),
-            (vec![(DROP, hash(1))], vec![])
-        );
+        assert_eq!(taken(&mut list.elements.changes), (vec![(DROP, hash(1))], vec![]));
         for id in 0..=MOST as u64 {
             assert_eq!(list.push(dying(id, "/a")).is_some(), id == MOST as u64);
         }

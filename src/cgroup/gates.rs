@@ -37,7 +37,7 @@ pub type Above = (Stage, Index, u64);
 #[derive(Debug, Default)]
 pub struct Gates {
     /// Those that are known by their hashes, counted, and what has come or gone of all.
-    tally: Tally<Gate>,
+    pub elements: Tally<Gate>,
     /// How many there are by their hashes, by stage.
     hashed: [usize; DEPTHS.len()],
 }
@@ -69,8 +69,8 @@ impl Gates {
 
     fn turn(&mut self, gate: Gate, up: bool) {
         match gate.by {
-            KnownBy::Id(_) => self.tally.changes.note(gate, up),
-            KnownBy::Hash(_) if !self.tally.count(gate, up) => {}
+            KnownBy::Id(_) => self.elements.changes.note(gate, up),
+            KnownBy::Hash(_) if !self.elements.count(gate, up) => {}
             KnownBy::Hash(_) if up => self.hashed[gate.stage] += 1,
             KnownBy::Hash(_) => self.hashed[gate.stage] -= 1,
         }
@@ -79,16 +79,6 @@ impl Gates {
     /// The stages that have gates by their hashes.
     pub fn hashed(&self) -> impl Iterator<Item = Stage> + '_ {
         (0..DEPTHS.len()).filter(|stage| self.hashed[*stage] > 0)
-    }
-
-    /// See [`Changes::take`](super::tally::Changes::take).
-    pub fn take_changes(&mut self, delete: &mut Vec<Gate>, add: &mut Vec<Gate>) {
-        self.tally.changes.take(delete, add)
-    }
-
-    /// Those that are known by their hashes; the kernel has all from now on.
-    pub fn snapshot(&mut self) -> Vec<Gate> {
-        self.tally.snapshot().copied().collect()
     }
 }
 
@@ -109,14 +99,14 @@ mod tests {
         let mut node = Node { id: 7, ..Node::default() };
         gates.count(1, &mut node, false, true);
         gates.count(1, &mut node, false, true);
-        assert_eq!(taken(|delete, add| gates.take_changes(delete, add)), (vec![], vec![known]));
+        assert_eq!(taken(&mut gates.elements.changes), (vec![], vec![known]));
         gates.went(1, &node, false);
         assert!(gates.hashed().eq([1]));
-        assert_eq!(taken(|delete, add| gates.take_changes(delete, add)), (vec![known], vec![gone]));
+        assert_eq!(taken(&mut gates.elements.changes), (vec![known], vec![gone]));
         gates.release(1, 7);
-        assert_eq!(taken(|delete, add| gates.take_changes(delete, add)), (vec![], vec![]));
+        assert_eq!(taken(&mut gates.elements.changes), (vec![], vec![]));
         gates.release(1, 7);
-        assert_eq!(taken(|delete, add| gates.take_changes(delete, add)), (vec![gone], vec![]));
+        assert_eq!(taken(&mut gates.elements.changes), (vec![gone], vec![]));
         assert!(gates.hashed().eq([]));
     }
 }

@@ -41,7 +41,7 @@ pub enum HoldElement {
 /// All of them, and the levels that they are at.
 #[derive(Debug, Default)]
 pub struct Holds {
-    elements: Tally<HoldElement>,
+    pub elements: Tally<HoldElement>,
     /// The cgroup root is held, and the root of all.
     all: bool,
     roots: SmallMap<u8, usize>,
@@ -99,16 +99,6 @@ impl Holds {
         let last = self.known.keys().next_back().copied().unwrap_or(0);
         Some(Holding { all: self.all, roots, last, deepest: deepest as u8 })
     }
-
-    /// See [`Changes::take`](super::tally::Changes::take).
-    pub fn take_changes(&mut self, delete: &mut Vec<HoldElement>, add: &mut Vec<HoldElement>) {
-        self.elements.changes.take(delete, add)
-    }
-
-    /// All of them; the kernel has them from now on.
-    pub fn snapshot(&mut self) -> Vec<HoldElement> {
-        self.elements.snapshot().copied().collect()
-    }
 }
 
 #[cfg(test)]
@@ -126,23 +116,20 @@ mod tests {
         let held = |last| Some(Holding { all: false, roots: [3].into(), last, deepest: 255 });
         assert_eq!(holds.shape(255), held(4));
         let (root, known) = (HoldElement::Root(7), [HoldElement::Known(7), HoldElement::Known(8)]);
-        assert_eq!(
-            taken(|delete, add| holds.take_changes(delete, add)),
-            (vec![], vec![root, known[0], known[1]])
-        );
+        assert_eq!(taken(&mut holds.elements.changes), (vec![], vec![root, known[0], known[1]]));
         // its level's rules stay for a while
         holds.count(8, 4, Hold::Below, false);
-        assert_eq!(taken(|delete, add| holds.take_changes(delete, add)), (vec![known[1]], vec![]));
+        assert_eq!(taken(&mut holds.elements.changes), (vec![known[1]], vec![]));
         assert_eq!((holds.shape(255), holds.has_idle()), (held(4), true));
         holds.tidy();
         assert_eq!((holds.shape(255), holds.has_idle()), (held(3), false));
         // what comes again at once is not told
         holds.clear();
         holds.count(7, 3, Hold::Root, true);
-        assert_eq!(taken(|delete, add| holds.take_changes(delete, add)), (vec![], vec![]));
+        assert_eq!(taken(&mut holds.elements.changes), (vec![], vec![]));
         holds.clear();
         holds.tidy();
-        assert_eq!((holds.shape(255), holds.snapshot()), (None, vec![]));
+        assert_eq!((holds.shape(255), holds.elements.snapshot()), (None, vec![]));
         // the root of all has no element
         holds.hold_all();
         let all = Holding { all: true, roots: [].into(), last: 0, deepest: 255 };

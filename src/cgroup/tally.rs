@@ -3,8 +3,41 @@
 
 use std::collections::BTreeMap;
 
-/// How many changes memory is kept for.
+/// How many changes memory is kept for, and how many that the kernel is told at a time.
 const USUAL: usize = 256;
+const AT_A_TIME: usize = 64;
+
+/// What is to go from one of the kernel's sets, or some, and to come.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Change<K> {
+    pub delete: Vec<K>,
+    pub add: Vec<K>,
+}
+
+impl<K> Default for Change<K> {
+    fn default() -> Change<K> {
+        Change { delete: Vec::new(), add: Vec::new() }
+    }
+}
+
+impl<K> Change<K> {
+    pub fn is_empty(&self) -> bool {
+        self.delete.is_empty() && self.add.is_empty()
+    }
+
+    /// Takes out what is to go.
+    pub fn take_deletions(&mut self) -> Change<K> {
+        Change { delete: std::mem::take(&mut self.delete), add: Vec::new() }
+    }
+
+    /// Empties it, and keeps the memory, unless that was much.
+    pub fn clear(&mut self) {
+        for list in [&mut self.delete, &mut self.add] {
+            list.clear();
+            list.shrink_to(AT_A_TIME);
+        }
+    }
+}
 
 /// Keys that have come or gone since the kernel was told.
 #[derive(Debug, Clone)]
@@ -36,14 +69,14 @@ impl<K: Ord + Copy> Changes<K> {
         })
     }
 
-    /// Puts the keys that are to go from the kernel, and to come, into these lists; it has been told
-    /// from now on.
-    pub fn take(&mut self, delete: &mut Vec<K>, add: &mut Vec<K>) {
+    /// Puts the keys that are to go from the kernel, and to come, into that; it has been told from now
+    /// on.
+    pub fn take(&mut self, change: &mut Change<K>) {
         if self.0.is_empty() {
             return;
         }
         for (key, come) in self.net() {
-            if come { &mut *add } else { &mut *delete }.push(key);
+            if come { &mut change.add } else { &mut change.delete }.push(key);
         }
         self.clear();
     }
@@ -91,9 +124,9 @@ impl<K: Ord + Copy> Tally<K> {
     }
 
     /// All keys; the kernel has them from now on.
-    pub fn snapshot(&mut self) -> impl Iterator<Item = &K> {
+    pub fn snapshot(&mut self) -> Vec<K> {
         self.changes.clear();
-        self.counts.keys()
+        self.counts.keys().copied().collect()
     }
 }
 
@@ -111,13 +144,13 @@ mod tests {
         changes.note(2, false);
         changes.note(3, true);
         changes.note(3, false);
-        assert_eq!(taken(|delete, add| changes.take(delete, add)), (vec![3], vec![1]));
+        assert_eq!(taken(&mut changes), (vec![3], vec![1]));
         // nor does it fill the memory
         for key in 0..10_000 {
             changes.note(key, true);
             changes.note(key, false);
         }
         assert!(changes.0.capacity() < 100);
-        assert_eq!(taken(|delete, add| changes.take(delete, add)), (vec![], vec![]));
+        assert_eq!(taken(&mut changes), (vec![], vec![]));
     }
 }
