@@ -721,13 +721,6 @@ impl Core {
         }
     }
 
-    fn count(&mut self, at: Index, element: Option<Outcome>, up: bool) {
-        let Some((outcome, node)) = element.zip(self.tree.node(at)) else { return };
-        let (level, hashed) = (self.level(node), self.is_hashed(node));
-        self.count_pair(Pair { level, outcome, hashed, loose: false }, up);
-        self.count_gates(at, up);
-    }
-
     /// One more element, or one less, is at or below the gates that a cgroup is at or below.
     fn count_gates(&mut self, at: Index, up: bool) {
         let mut next = Some(at);
@@ -817,29 +810,21 @@ impl Core {
         self.dying.is_some() && !(self.listable && node.listable)
     }
 
-    /// Notes which element a living cgroup should have, against the one it has now.
+    /// Notes which element a living cgroup should have, in place of the one it has now.
     fn place(&mut self, at: Index, now: Option<Outcome>, wanted: Option<Outcome>) {
-        self.count(at, now, false);
-        self.count(at, wanted, true);
+        now.into_iter().for_each(|outcome| self.place_one(at, outcome, false));
+        wanted.into_iter().for_each(|outcome| self.place_one(at, outcome, true));
+    }
+
+    /// Its element comes, or goes.
+    fn place_one(&mut self, at: Index, outcome: Outcome, come: bool) {
         let Some(node) = self.tree.node(at) else { return };
-        match (node.id, self.is_hashed(node)) {
-            (id, true) => self.match_living(id, now, wanted),
-            (id, false) => self.want(id, now, wanted),
-        }
-    }
-
-    /// The same, of one that is matched by its hash.
-    fn match_living(&mut self, id: u64, now: Option<Outcome>, wanted: Option<Outcome>) {
-        let Some(list) = &mut self.dying else { return };
-        now.into_iter().for_each(|outcome| list.match_living(id, outcome, false));
-        wanted.into_iter().for_each(|outcome| list.match_living(id, outcome, true));
-    }
-
-    /// Notes what the set should hold for a cgroup id, against what it holds now.
-    fn want(&mut self, id: u64, now: Option<Outcome>, wanted: Option<Outcome>) {
-        if now != wanted {
-            now.into_iter().for_each(|outcome| self.pending.note((outcome, id), false));
-            wanted.into_iter().for_each(|outcome| self.pending.note((outcome, id), true));
+        let (id, level, hashed) = (node.id, self.level(node), self.is_hashed(node));
+        self.count_pair(Pair { level, outcome, hashed, loose: false }, come);
+        self.count_gates(at, come);
+        match &mut self.dying {
+            Some(list) if hashed => list.match_living(id, outcome, come),
+            _ => self.pending.note((outcome, id), come),
         }
     }
 }
