@@ -11,8 +11,8 @@ use super::blind::Blind;
 use super::dying::{self, Dying};
 use super::event::{Action, Event, Found, List, Look, Note, Scan, Seen};
 use super::gates::{self, Above, Gate, Gates};
-use super::holds::{self, HoldElement, Holds};
-use super::ranking::Ranking;
+use super::holds::{HoldElement, Holds};
+use super::ranking::{self, Ranking};
 use super::tally::{Change, Changes};
 use super::tree::{self, Hold, Index, Node, Path, Tree};
 use crate::config::{Config, Outcome, Target};
@@ -74,6 +74,7 @@ pub struct Snapshot {
 }
 
 /// The tree and what follows from it.
+#[derive(Default)]
 pub struct Core {
     config: Rc<Config>,
     /// Level of the cgroup root itself.
@@ -127,24 +128,10 @@ impl Core {
             config,
             base_level,
             listable: dying::is_listable(root),
-            tree: Tree::default(),
-            pairs: SmallMap::default(),
-            idle: SmallMap::default(),
-            gates: Gates::default(),
-            holds: Holds::default(),
             names_root: base_level == 0 || root.starts_with(b"/sys/fs/cgroup/"),
-            late_roots: BTreeSet::new(),
-            committed: Shape::default(),
-            pairs_changed: false,
-            pending: Changes::default(),
-            spare: None,
-            dying: None,
             looks: vec![scan(Path::default(), true)],
-            blind: Blind::default(),
-            memo: policy::Memo::default(),
-            draft: None,
-            late: HashMap::new(),
             deepest: MAX_LEVEL,
+            ..Core::default()
         }
     }
 
@@ -547,20 +534,17 @@ impl Core {
             None => {}
         }
         let mut node = Node { id, foreign, listable: dying::is_listable(&path), ..Node::default() };
+        let above = parent.map(|parent| (parent.rank, parent.hold));
+        (node.rank, node.hold) =
+            ranking::of(&mut self.memo, &self.config, above, &path, foreign, self.names_root);
         match parent {
-            None => {
-                node.rank = policy::root_rank(&self.config);
-                // of a root that was there before
-                self.holds.clear();
-            }
+            // of a root that was there before
+            None => self.holds.clear(),
             Some(parent) => {
                 node.depth = parent.depth.saturating_add(1);
-                node.rank = self.memo.rank(&self.config, parent.rank, &path, foreign);
                 node.element = self.element(parent.rank, &node);
             }
         }
-        let held = parent.map(|parent| parent.hold);
-        node.hold = holds::of(&mut self.memo, &self.config, held, &path, self.names_root);
         let at = self.tree.insert(path.clone(), key, node);
         self.count_held(at, true);
         if let Some(draft) = &mut self.draft {

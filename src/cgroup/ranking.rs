@@ -9,9 +9,27 @@ use super::tree::{self, Hold, Index, Node, Path, Tree};
 use crate::config::{Config, Outcome};
 use crate::policy;
 
+/// What a policy makes of a cgroup, by what it makes of its parent; only the cgroup root has none. For
+/// `names_root` see [`holds::of`].
+pub fn of(
+    memo: &mut policy::Memo,
+    config: &Config,
+    above: Option<(policy::Rank, Hold)>,
+    path: &[u8],
+    foreign: bool,
+    names_root: bool,
+) -> (policy::Rank, Hold) {
+    let (parent, held) = above.unzip();
+    let rank = match parent {
+        Some(parent) => memo.rank(config, parent, path, foreign),
+        None => policy::root_rank(config),
+    };
+    (rank, holds::of(memo, config, held, path, names_root))
+}
+
 /// A policy, and what it makes of the cgroups: of one that is to follow, piece by piece, so that
 /// new cgroups are classified meanwhile; of one that was in force, to be put back.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Ranking {
     pub config: Rc<Config>,
     pub memo: policy::Memo,
@@ -28,15 +46,7 @@ pub struct Ranking {
 
 impl Ranking {
     pub fn new(config: Rc<Config>, names_root: bool) -> Ranking {
-        Ranking {
-            config,
-            names_root,
-            memo: policy::Memo::default(),
-            ranks: HashMap::new(),
-            next: 0,
-            removed: HashMap::new(),
-            left: None,
-        }
+        Ranking { config, names_root, ..Ranking::default() }
     }
 
     /// Ranks a cgroup, after those above it.
@@ -46,14 +56,10 @@ impl Ranking {
             return Some(*known);
         }
         let above = tree.parent(at).and_then(|parent| self.rank(tree, parent));
-        let (parent, held) = above.unzip();
-        let rank = match parent {
-            Some(parent) => self.memo.rank(&self.config, parent, path, node.foreign),
-            None => policy::root_rank(&self.config),
-        };
-        let hold = holds::of(&mut self.memo, &self.config, held, path, self.names_root);
-        self.ranks.insert(node.id, (rank, hold));
-        Some((rank, hold))
+        let names_root = self.names_root;
+        let found = of(&mut self.memo, &self.config, above, path, node.foreign, names_root);
+        self.ranks.insert(node.id, found);
+        Some(found)
     }
 
     /// A cgroup has come, maybe with an index that has had its turn.

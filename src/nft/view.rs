@@ -244,7 +244,7 @@ pub const FOREIGN: &str =
      name)";
 
 /// What the rules of our table amount to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct View {
     /// direct, drop, then the tproxies and the routes, each in file order.
     pub targets: Vec<TargetView>,
@@ -295,18 +295,13 @@ impl View {
         let output = of(rules, OUTPUT, "");
         let mut view = View {
             targets: names.iter().map(|name| TargetView::of(rules, name)).collect(),
-            steps: Vec::new(),
             owners: owners(rules),
             default: "direct".into(),
-            default_class: 0,
-            gateways: Vec::new(),
-            interfaces: Vec::new(),
-            veths: SmallMap::default(),
-            entered: Vec::new(),
             routed: rules.iter().filter(is_routed).find_map(mark),
             unknown: total(&of(rules, UNKNOWN, "")),
             classifies: !output.is_empty(),
             foreign: !rules.is_empty() && !names.contains(&"drop"),
+            ..View::default()
         };
         view.take_gateways(rules);
         view.take_steps(output, rules, &mut Vec::new());
@@ -356,17 +351,17 @@ impl View {
         seen: &mut Vec<&'a str>,
     ) {
         for rule in chain {
-            if let Some(below) = below(rule) {
-                // by its id and by its hash a gate leads to the same chain
-                if !seen.contains(&below) && seen.len() < MOST_NESTED {
-                    seen.push(below);
-                    self.take_steps(of(rules, below, ""), rules, seen);
-                }
-                continue;
-            }
             let Some(chain) = leads_to(rule) else {
                 continue;
             };
+            if chain.starts_with("below_") {
+                // by its id and by its hash a gate leads to the same chain
+                if !seen.contains(&chain) && seen.len() < MOST_NESTED {
+                    seen.push(chain);
+                    self.take_steps(of(rules, chain, ""), rules, seen);
+                }
+                continue;
+            }
             if let Some(class) = chain.strip_prefix("user").and_then(|class| class.parse().ok()) {
                 self.default_class = class;
             }
@@ -470,14 +465,6 @@ fn owner(exprs: &[Expr]) -> Option<Owner> {
         NFT_META_SKGID => Some(Owner::Groups(first, last)),
         _ => None,
     }
-}
-
-/// The chain that a gate leads to.
-fn below(rule: &RuleView) -> Option<&str> {
-    rule.exprs.iter().find_map(|expr| match expr {
-        Expr::Verdict(Verdict::Jump(chain)) => Some(&chain[..]).filter(|c| c.starts_with("below_")),
-        _ => None,
-    })
 }
 
 /// More chains than gates lead to.
