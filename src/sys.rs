@@ -100,37 +100,26 @@ pub fn inotify_rm_watch(inotify: BorrowedFd, wd: i32) -> Result<(), Errno> {
 
 /// Sets an integer socket option that nix has no name for (setsockopt(2)).
 pub fn set_option(fd: BorrowedFd, level: i32, name: i32, value: i32) -> Result<(), Errno> {
-    // SAFETY: the option value is a valid c_int and its size is given.
-    let rc = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            level,
-            name,
-            (&value as *const i32).cast(),
-            size_of::<i32>() as libc::socklen_t,
-        )
-    };
-    Errno::result(rc).map(drop)
+    set(fd, level, name, &value)
+}
+
+fn set<T>(fd: BorrowedFd, level: i32, name: i32, value: &T) -> Result<(), Errno> {
+    let size = size_of::<T>() as libc::socklen_t;
+    let value = std::ptr::from_ref(value).cast();
+    // SAFETY: the kernel reads one value of that size; what a filter's points to outlives the call.
+    Errno::result(unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value, size) }).map(drop)
 }
 
 /// Attaches a classic BPF program that sees each packet before it is queued (SO_ATTACH_FILTER of
 /// socket(7), include/uapi/linux/filter.h).
 pub fn attach_filter(fd: BorrowedFd, program: &[libc::sock_filter]) -> Result<(), Errno> {
-    let fprog = libc::sock_fprog {
-        len: program.len() as libc::c_ushort,
-        filter: program.as_ptr().cast_mut(),
-    };
-    // SAFETY: the kernel copies `len` instructions and keeps no pointer.
-    let rc = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_FILTER,
-            (&raw const fprog).cast(),
-            size_of::<libc::sock_fprog>() as libc::socklen_t,
-        )
-    };
-    Errno::result(rc).map(drop)
+    set(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &fprog(program))
+}
+
+/// A program as the kernel takes it, which copies its instructions.
+fn fprog(program: &[libc::sock_filter]) -> libc::sock_fprog {
+    let len = program.len() as libc::c_ushort;
+    libc::sock_fprog { len, filter: program.as_ptr().cast_mut() }
 }
 
 /// Receives one netlink datagram into `buf`: its whole length, more than `buf` has where it was cut,
@@ -168,14 +157,14 @@ pub fn adopt_fd(fd: RawFd) -> Result<OwnedFd, Errno> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `_LINUX_CAPABILITY_VERSION_3` of include/uapi/linux/capability.h: two words a set.
-const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
-
 #[repr(C)]
 struct CapHeader {
     version: u32,
     pid: libc::c_int,
 }
+
+/// Of this process; `_LINUX_CAPABILITY_VERSION_3` of include/uapi/linux/capability.h: two words a set.
+const CAP_HEADER: CapHeader = CapHeader { version: 0x2008_0522, pid: 0 };
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -191,7 +180,7 @@ pub const CAP_NET_ADMIN: u64 = 1 << 12;
 
 /// Bits of the effective capability set (capget(2)).
 pub fn effective_capabilities() -> Result<u64, Errno> {
-    let mut header = CapHeader { version: CAPABILITY_VERSION_3, pid: 0 };
+    let mut header = CAP_HEADER;
     let mut data = [CapData::default(); 2];
     // SAFETY: version 3 makes the kernel write exactly two elements of data.
     let rc = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) };
@@ -220,9 +209,9 @@ pub fn limit_capabilities(keep: u64) -> Result<(), Errno> {
         CapData { effective: bits, permitted: bits, inheritable: 0 }
     };
     let data = [half(0), half(32)];
-    let header = CapHeader { version: CAPABILITY_VERSION_3, pid: 0 };
+    let mut header = CAP_HEADER;
     // SAFETY: version 3 makes the kernel read exactly two elements of data.
-    let rc = unsafe { libc::syscall(libc::SYS_capset, &raw const header, data.as_ptr()) };
+    let rc = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, data.as_ptr()) };
     Errno::result(rc).map(drop)
 }
 
@@ -248,8 +237,7 @@ pub fn seccomp_allow(arch: u32, allowed: &[libc::c_long]) -> Result<(), Errno> {
         program.push(bpf::answer(libc::SECCOMP_RET_ALLOW));
     }
     program.push(kill);
-    let fprog =
-        libc::sock_fprog { len: program.len() as libc::c_ushort, filter: program.as_mut_ptr() };
+    let fprog = fprog(&program);
     // SAFETY: the kernel copies `len` instructions and keeps no pointer.
     let rc = unsafe {
         libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const fprog)

@@ -105,24 +105,17 @@ pub const MOST_IDS: usize = 4095;
 /// Asks for the sockets of a family and protocol in any of `states` (a mask of `1 << TCP_…`); with
 /// `ids`, of which there may be [`MOST_IDS`], for those of these cgroups alone.
 pub fn get(batch: &mut Batch, family: u8, protocol: u8, states: u32, ids: &[u64]) {
-    let open = batch.begin(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP);
     let mut request = request(family, protocol, states, &[0; ID_LEN]);
     // idiag_ext: a bit for each attribute, from the first on
     request[2] = 1 << (INET_DIAG_TOS - 1) | 1 << (INET_DIAG_TCLASS - 1) | memory(protocol);
-    batch.header(&request);
-    if !ids.is_empty() {
-        batch.raw(INET_DIAG_REQ_BYTECODE, &filter(ids));
-    }
-    batch.end(open);
+    dump(batch, &request, &filter(ids));
 }
 
 /// Asks for all sockets of a family and protocol in any of `states`, of UDP with their memory.
 pub fn get_all(batch: &mut Batch, family: u8, protocol: u8, states: u32) {
-    let open = batch.begin(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP);
     let mut request = request(family, protocol, states, &[0; ID_LEN]);
     request[2] = memory(protocol);
-    batch.header(&request);
-    batch.end(open);
+    dump(batch, &request, &[]);
 }
 
 /// The bit of idiag_ext that asks for the memory of UDP sockets.
@@ -132,32 +125,26 @@ fn memory(protocol: u8) -> u8 {
 
 /// Asks for the TCP listeners or the unconnected UDP sockets of a family on `port`.
 pub fn get_listeners(batch: &mut Batch, family: u8, protocol: u8, port: u16) {
-    let open = batch.begin(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP);
     let mut id = [0; ID_LEN];
     id[..2].copy_from_slice(&port.to_be_bytes());
-    batch.header(&request(family, protocol, 1 << TCP_LISTEN | 1 << TCP_CLOSE, &id));
-    batch.end(open);
+    dump(batch, &request(family, protocol, 1 << TCP_LISTEN | 1 << TCP_CLOSE, &id), &[]);
 }
 
 /// Asks for the sockets of a family and protocol that are bound to an interface and do not listen.
 pub fn get_bound(batch: &mut Batch, family: u8, protocol: u8) {
-    let open = batch.begin(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_DUMP);
     let states = !(1 << TCP_LISTEN | 1 << TCP_TIME_WAIT);
-    batch.header(&request(family, protocol, states, &[0; ID_LEN]));
     // interface 0: to the jump behind, which leaves with "rejected"; else to the end, "accepted"
     let mut program = vec![INET_DIAG_BC_DEV_COND, 8];
     program.extend(12u16.to_ne_bytes());
     program.extend(0u32.to_ne_bytes());
     program.extend([INET_DIAG_BC_JMP, 4]);
     program.extend(8u16.to_ne_bytes());
-    batch.raw(INET_DIAG_REQ_BYTECODE, &program);
-    batch.end(open);
+    dump(batch, &request(family, protocol, states, &[0; ID_LEN]), &program);
 }
 
 /// Asks for the socket of this host, if there is one, that is the other end of a connected socket
 /// of this host. The answer may also be a listener that would take such a connection.
 pub fn get_peer(batch: &mut Batch, socket: &SeenSocket) {
-    let open = batch.begin(SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST | NLM_F_ACK);
     // of the addresses' own family: the peer of a dual-stack socket is an IPv4 one
     let family = if socket.local.is_ipv4() { AF_INET } else { AF_INET6 };
     let mut id = [0; ID_LEN];
@@ -169,16 +156,28 @@ pub fn get_peer(batch: &mut Batch, socket: &SeenSocket) {
         }
     }
     id[40..].copy_from_slice(&NO_COOKIE);
-    batch.header(&request(family, socket.protocol, u32::MAX, &id));
-    batch.end(open);
+    let request = request(family, socket.protocol, u32::MAX, &id);
+    ask(batch, SOCK_DIAG_BY_FAMILY, NLM_F_ACK, &request, &[]);
 }
 
 /// Ends a socket: its process gets ECONNABORTED, a TCP peer a reset. A port that the kernel chose
 /// for a UDP socket is given up. By the cookie, so that it is that socket or none.
 pub fn destroy(batch: &mut Batch, socket: &SeenSocket) {
-    let open = batch.begin(SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK);
-    let states = 1 << socket.state;
-    batch.header(&request(socket.family, socket.protocol, states, &socket.id));
+    let request = request(socket.family, socket.protocol, 1 << socket.state, &socket.id);
+    ask(batch, SOCK_DESTROY, NLM_F_ACK, &request, &[]);
+}
+
+/// Asks for all sockets that a program accepts; an empty one does all.
+fn dump(batch: &mut Batch, request: &[u8], program: &[u8]) {
+    ask(batch, SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, request, program);
+}
+
+fn ask(batch: &mut Batch, kind: u16, flags: u16, request: &[u8], program: &[u8]) {
+    let open = batch.begin(kind, NLM_F_REQUEST | flags);
+    batch.header(request);
+    if !program.is_empty() {
+        batch.raw(INET_DIAG_REQ_BYTECODE, program);
+    }
     batch.end(open);
 }
 
@@ -190,14 +189,14 @@ fn request(family: u8, protocol: u8, states: u32, id: &[u8; ID_LEN]) -> Vec<u8> 
     bytes
 }
 
-/// A program of `struct inet_diag_bc_op` that accepts the sockets of these cgroups. An operation's
-/// `yes` and `no` are how far to jump; behind the end of the program is "accepted", 4 behind that
-/// "rejected".
+/// A program of `struct inet_diag_bc_op` that accepts the sockets of these cgroups; an empty one for
+/// none. An operation's `yes` and `no` are how far to jump; behind the end of the program is "accepted",
+/// 4 behind that "rejected".
 fn filter(ids: &[u64]) -> Vec<u8> {
     const CONDITION: usize = 12;
     const STEP: usize = CONDITION + 4;
     let ids = &ids[..ids.len().min(MOST_IDS)];
-    let len = ids.len() * STEP - 4;
+    let len = (ids.len() * STEP).saturating_sub(4);
     let mut program = Vec::with_capacity(len);
     for (at, id) in ids.iter().enumerate() {
         program.extend([INET_DIAG_BC_CGROUP_COND, CONDITION as u8]);
