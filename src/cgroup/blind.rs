@@ -1,16 +1,21 @@
 //! Directories that cannot be watched or scanned: no event tells of what happens below them, so
-//! they are looked at again and again. Pure: a [`Pause`] says when, the clock is the follower's.
+//! they are looked at again and again. Pure: it says how soon, the clock is the follower's.
 
 use std::collections::BTreeSet;
 use std::ops::Bound;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::event::{Action, Note, Pause};
+use super::event::{Action, Note};
 use super::tree::Path;
 
 /// How many are looked at again at a time: one user's must not keep us from others'.
 const AT_ONCE: usize = 500;
+
+/// How soon they are looked at again, and how soon where the last look helped and others remain.
+pub const USUAL: Duration = Duration::from_secs(5);
+const SHORT: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Default)]
 pub struct Blind {
@@ -68,9 +73,9 @@ impl Blind {
         let needed = !self.paths.is_empty();
         let helped = std::mem::take(&mut self.helped);
         if std::mem::replace(&mut self.awaited, needed) != needed {
-            actions.push(Action::LookAgain(needed.then_some(Pause::Usual)));
+            actions.push(Action::LookAgain(needed.then_some(USUAL)));
         } else if helped {
-            actions.push(Action::LookAgain(Some(Pause::Short)));
+            actions.push(Action::LookAgain(Some(SHORT)));
         }
         if !needed && std::mem::take(&mut self.told) {
             actions.push(Action::Tell(Note::Sighted));

@@ -4,6 +4,8 @@
 //! stand for another cgroup by now. So lost, doubled and reordered events do no harm: what is [`Seen`]
 //! decides.
 
+use std::time::Duration;
+
 use nix::errno::Errno;
 
 use super::tree::Path;
@@ -69,18 +71,9 @@ pub enum Action {
     Unwatch(i32),
     /// Look again after that time at what could not be watched or scanned; `None` where nothing is
     /// left to look at.
-    LookAgain(Option<Pause>),
+    LookAgain(Option<Duration>),
     /// Worth a line.
     Tell(Note),
-}
-
-/// How soon to look again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Pause {
-    /// Every few seconds.
-    Usual,
-    /// The last look helped, and others remain.
-    Short,
 }
 
 /// What an administrator may want to know.

@@ -18,9 +18,10 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::backlog::Backlog;
+use super::blind;
 use super::core::Core;
 use super::dying::Dying;
-use super::event::{Action, Event, Look, Note, Pause, Seen};
+use super::event::{Action, Event, Look, Note, Seen};
 use super::mount::{self, Root};
 use super::tree::{self, Path};
 use super::watch::{self, Watcher};
@@ -242,7 +243,7 @@ impl Cgroups {
                     self.watcher.unwatch(wd)
                 }
                 Action::LookAgain(pause) => {
-                    self.look_again = pause.map(|pause| Instant::now() + span(pause))
+                    self.look_again = pause.map(|pause| Instant::now() + pause)
                 }
                 // who only looks has another question
                 Action::Tell(note) if self.watcher.is_following() => self.tell(note),
@@ -281,7 +282,7 @@ impl Cgroups {
                     _ => "",
                 };
                 let (path, why) = (tree::display(&path), reason(errno));
-                let every = span(Pause::Usual).as_secs();
+                let every = blind::USUAL.as_secs();
                 log!(
                     limited::Warning,
                     "unable to watch cgroup {path} (there may be more): {why}, looking every \
@@ -296,7 +297,7 @@ impl Cgroups {
     pub fn is_look_due(&mut self, now: Instant) -> bool {
         let due = self.look_again.is_some_and(|at| at <= now);
         if due {
-            self.look_again = Some(now + span(Pause::Usual));
+            self.look_again = Some(now + blind::USUAL);
         }
         due
     }
@@ -396,12 +397,5 @@ impl Cgroups {
             }
         }
         Ok(self.take_turns(TURN, |cgroups| &mut cgroups.events, Core::locate))
-    }
-}
-
-fn span(pause: Pause) -> Duration {
-    match pause {
-        Pause::Usual => Duration::from_secs(5),
-        Pause::Short => Duration::from_millis(50),
     }
 }
