@@ -126,7 +126,7 @@ impl Table {
             hijacks_local(config).then(|| chain(spared::EXEMPT, spared::exempt_rules(config))),
         );
         chains.extend([
-            spared::bypass_chain(config),
+            chain("bypass", spared::spared_rules(config)),
             spared::neighbours_chain(),
             target::drop_chain(config),
         ]);

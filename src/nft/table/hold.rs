@@ -2,7 +2,7 @@
 
 use super::sets::{HELD, KNOWN};
 use super::shape::Holding;
-use super::spared::{jump_bypass, neighbour_discovery, EXEMPT};
+use super::spared::{neighbour_discovery, EXEMPT};
 use super::words::*;
 use super::{Chain, Rule};
 use crate::config::Config;
@@ -78,7 +78,7 @@ pub(super) fn unknown_chain(config: &Config) -> Chain {
     let mut rules = match hijacks_local(config) {
         // a target may hijack DNS whatever its address
         true => vec![jump(EXEMPT), vec![Stmt::NotDport(53), Stmt::jump("bypass")]],
-        false => vec![jump_bypass()],
+        false => vec![jump("bypass")],
     };
     // in a network namespace that such a cgroup has made
     rules.push(neighbour_discovery());

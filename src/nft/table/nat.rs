@@ -1,6 +1,6 @@
 //! Addresses that are translated: of hijacked DNS, to the resolver and back; of a route, what it sends.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use super::words::*;
 use super::{Chain, Rule};
@@ -12,27 +12,37 @@ use crate::nft::stmt::Stmt;
 /// The hijacking itself, of flows that `dns_chain` has chosen. A router's clients cannot be sent to
 /// a loopback address: for them it stands for this host's address on their interface.
 pub(super) fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
-    let mut rules = Vec::new();
-    for outlet in config.outlets() {
-        for l4 in outlet.dns_protocols() {
-            rules.extend(outlet.dns().map(|to| {
-                let own = Stmt::CtMark(match hook {
-                    NF_INET_PRE_ROUTING => routed_ct_mark(config, outlet),
-                    _ => mark(config, outlet.mark),
-                });
-                let dport = Stmt::Dport(l4, 53);
-                match to.ip().is_loopback() && hook == NF_INET_PRE_ROUTING {
-                    false => vec![own, dport, Stmt::Dnat(to)],
-                    true => {
-                        let family = Stmt::Nfproto(Family::of(&to.ip()));
-                        vec![own, family, dport, Stmt::Redirect(to.port())]
-                    }
-                }
-            }));
+    let routed = hook == NF_INET_PRE_ROUTING;
+    let rule = |(outlet, l4, to): (&Outlet, L4, SocketAddr)| {
+        let own = Stmt::CtMark(match routed {
+            true => routed_ct_mark(config, outlet),
+            false => mark(config, outlet.mark),
+        });
+        let dport = Stmt::Dport(l4, 53);
+        match routed && to.ip().is_loopback() {
+            false => vec![own, dport, Stmt::Dnat(to)],
+            true => {
+                let family = Stmt::Nfproto(Family::of(&to.ip()));
+                vec![own, family, dport, Stmt::Redirect(to.port())]
+            }
         }
-    }
+    };
+    let rules = hijacked(config).map(rule).collect();
     // the first chain that translates a flow decides: before others, whoever came first
     chain(name, rules).hooked("nat", hook, NF_IP_PRI_NAT_DST - 1)
+}
+
+/// DNS that is hijacked: whose, of which protocol, and where it goes.
+fn hijacked(config: &Config) -> impl Iterator<Item = (&Outlet, L4, SocketAddr)> {
+    config.outlets().flat_map(|outlet| {
+        let to = move |l4| outlet.dns().map(move |to| (outlet, l4, to));
+        outlet.dns_protocols().flat_map(to)
+    })
+}
+
+/// That which goes to a resolver here.
+fn hijacked_here(config: &Config) -> impl Iterator<Item = (&Outlet, L4, SocketAddr)> {
+    hijacked(config).filter(|(_, _, to)| to.ip().is_loopback())
 }
 
 /// The same for a router's clients: what comes in by another interface cannot come from a loopback
@@ -40,22 +50,15 @@ pub(super) fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
 /// the first, which need not be the one that leads to the client. TCP knows by which it was asked.
 /// To a link-local address there is a way back by its interface alone.
 pub(super) fn routed_answer_chain(config: &Config) -> Option<Chain> {
-    let mut rules = Vec::new();
-    let udp = |outlet: &&Outlet| outlet.dns_protocols().any(|l4| l4 == L4::Udp);
-    for outlet in config.outlets().filter(udp).filter(|_| hands_over(config)) {
-        let here = outlet.dns().filter(|to| to.ip().is_loopback());
-        rules.extend(here.map(|to| {
-            let own = Stmt::CtMark(routed_ct_mark(config, outlet));
-            let port = Stmt::Dport(L4::Udp, to.port());
-            let family = Family::of(&to.ip());
-            let mut rule = vec![own, Stmt::Dnatted];
-            if family == Family::V6 {
-                rule.push(Stmt::NotLinkLocal);
-            }
-            rule.extend([port, Stmt::SnatToDestination(family)]);
-            rule
-        }));
-    }
+    let udp = |(_, l4, _): &(&Outlet, L4, SocketAddr)| *l4 == L4::Udp && hands_over(config);
+    let rule = |(outlet, l4, to): (&Outlet, L4, SocketAddr)| {
+        let family = Family::of(&to.ip());
+        let mut rule = vec![Stmt::CtMark(routed_ct_mark(config, outlet)), Stmt::Dnatted];
+        rule.extend((family == Family::V6).then_some(Stmt::NotLinkLocal));
+        rule.extend([Stmt::Dport(l4, to.port()), Stmt::SnatToDestination(family)]);
+        rule
+    };
+    let rules = hijacked_here(config).filter(udp).map(rule).collect();
     // before others, as in `nat_chain`
     chain("nat_input", rules).hooked("nat", NF_INET_LOCAL_IN, NF_IP_PRI_NAT_SRC - 1).unless_empty()
 }
@@ -72,27 +75,21 @@ pub(super) fn source_chain(config: &Config) -> Option<Chain> {
 /// A resolver on a wildcard address answers from the address that leads to whoever asked, unless it
 /// goes to some lengths (IP_PKTINFO). Asked from a loopback address, it answers from that.
 fn answer_rules(config: &Config) -> Vec<Rule> {
-    let mut rules = Vec::new();
-    for outlet in config.outlets() {
-        for l4 in outlet.dns_protocols() {
-            let here = outlet.dns().filter(|to| to.ip().is_loopback());
-            rules.extend(here.map(|to| {
-                let from = match to.ip() {
-                    IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
-                    IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
-                };
-                vec![
-                    Stmt::OifLo,
-                    Stmt::CtMark(mark(config, outlet.mark)),
-                    Stmt::Dnatted,
-                    Stmt::Nfproto(Family::of(&from)),
-                    Stmt::Dport(l4, to.port()),
-                    Stmt::Snat(from),
-                ]
-            }));
-        }
-    }
-    rules
+    let rule = |(outlet, l4, to): (&Outlet, L4, SocketAddr)| {
+        let from = match to.ip() {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        };
+        vec![
+            Stmt::OifLo,
+            Stmt::CtMark(mark(config, outlet.mark)),
+            Stmt::Dnatted,
+            Stmt::Nfproto(Family::of(&from)),
+            Stmt::Dport(l4, to.port()),
+            Stmt::Snat(from),
+        ]
+    };
+    hijacked_here(config).map(rule).collect()
 }
 
 /// What leaves by a route has the source address that the application's own way would have given it.

@@ -26,11 +26,7 @@ pub(super) fn exempt_rules(config: &Config) -> Vec<Rule> {
     rules
 }
 
-/// What is left alone whatever the target.
-pub(super) fn bypass_chain(config: &Config) -> Chain {
-    chain("bypass", spared_rules(config))
-}
-
+/// What is left alone whatever the target: `bypass`.
 pub(super) fn spared_rules(config: &Config) -> Vec<Rule> {
     let of = |family| spared_of(config, family);
     [spared_by_others(config), of(Family::V4), of(Family::V6)].concat()
@@ -58,10 +54,6 @@ pub(super) fn spared_of(config: &Config, family: Family) -> Vec<Rule> {
     }
     all.iter_mut().for_each(|rule| rule.push(Stmt::accept()));
     all
-}
-
-pub(super) fn jump_bypass() -> Rule {
-    jump("bypass")
 }
 
 /// What the kernel itself sends to find and tell IPv6 neighbours, to unicast addresses too. A process

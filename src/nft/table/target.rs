@@ -4,7 +4,7 @@
 
 use super::dns::{dns_first, dns_rules, query_rules};
 use super::sets::{has_ranges, ports_name, range_name, BYPASS, ONLY};
-use super::spared::{jump_bypass, local_rules, neighbour_discovery, spared_by_others, spared_of};
+use super::spared::{local_rules, neighbour_discovery, spared_by_others, spared_of};
 use super::words::*;
 use super::{Chain, Rule};
 use crate::config::{Config, Outlet, Route, Take, QUIC_PORTS};
@@ -47,7 +47,7 @@ pub(super) fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     let [mut rules, dns] = dns_first(outlet, dns_rules(outlet));
     rules.extend(local_rules(config));
     rules.extend(short_cuts(config, outlet));
-    rules.push(jump_bypass());
+    rules.push(jump("bypass"));
     let own = mark(config, outlet.mark);
     let take = vec![Stmt::SetPacketMark(own), Stmt::accept()];
     let mut chains = Vec::new();
@@ -92,7 +92,7 @@ pub(super) fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
     let [first, dns] = dns_first(outlet, dns_rules(outlet));
     rules.extend(first);
     rules.extend(local_rules(config));
-    rules.push(jump_bypass());
+    rules.push(jump("bypass"));
     // where this is the default
     rules.push(neighbour_discovery());
     rules.extend(bypass_rules(outlet, &leave(config)));
