@@ -226,11 +226,9 @@ impl Kernel {
     pub fn follow_peers(&mut self, on: bool) -> bool {
         let begins = on && !self.follows_peers;
         if let Some(peers) = self.peer_events.as_ref().filter(|_| on != self.follows_peers) {
+            let filter = if on { &netns::event_filter()[..] } else { &netns::no_event() };
             // without it there are more wake-ups, that is all
-            let _ = match on {
-                true => sys::attach_filter(peers.as_fd(), &netns::event_filter()),
-                false => sys::attach_filter(peers.as_fd(), &netns::no_event()),
-            };
+            let _ = sys::attach_filter(peers.as_fd(), filter);
         }
         self.follows_peers = on;
         begins

@@ -44,22 +44,21 @@ fn namespace_told(message: &Message) -> Option<u32> {
 }
 
 /// Reads a notification.
-pub fn read(message: &Message) -> impl Iterator<Item = Change> {
-    let (first, second) = match message.kind {
-        RTM_NEWLINK => (link::parse(message).map(Change::Is), None),
-        RTM_DELLINK => gone(message),
-        RTM_DELNSID => (namespace_told(message).map(Change::Ended), None),
-        _ => (None, None),
-    };
-    first.into_iter().chain(second)
-}
-
-fn gone(message: &Message) -> (Option<Change>, Option<Change>) {
-    let Some((index, attrs)) = link::told(message) else {
-        return (None, None);
-    };
-    let ends = attrs.u32_ne(IFLA_LINK).zip(namespace_id(&attrs, IFLA_NEW_NETNSID));
-    (Some(Change::Gone(index)), ends.map(|(link, to)| Change::Moved { link, to }))
+pub fn read(message: &Message) -> Vec<Change> {
+    let mut changes = Vec::new();
+    match message.kind {
+        RTM_NEWLINK => changes.extend(link::parse(message).map(Change::Is)),
+        RTM_DELLINK => {
+            if let Some((index, attrs)) = link::told(message) {
+                let ends = attrs.u32_ne(IFLA_LINK).zip(namespace_id(&attrs, IFLA_NEW_NETNSID));
+                changes.push(Change::Gone(index));
+                changes.extend(ends.map(|(link, to)| Change::Moved { link, to }));
+            }
+        }
+        RTM_DELNSID => changes.extend(namespace_told(message).map(Change::Ended)),
+        _ => {}
+    }
+    changes
 }
 
 /// A socket filter that passes what tells of other namespaces, and of interfaces that go: what
@@ -106,9 +105,9 @@ mod tests {
         batch.end(open);
         let message = Messages::new(batch.bytes()).next().unwrap();
         for cut in 0..message.body.len() {
-            read(&Message { body: &message.body[..cut], ..message }).for_each(drop);
+            read(&Message { body: &message.body[..cut], ..message });
         }
-        read(&message).collect()
+        read(&message)
     }
 
     #[test]
