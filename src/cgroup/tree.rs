@@ -189,16 +189,13 @@ impl Tree {
         self.watches.get(&wd).copied()
     }
 
-    /// Takes in what is not known, with its key; only the root has none.
+    /// Takes in what is neither known nor watched, with its key; only the root has none.
     pub fn insert(&mut self, path: Path, key: Option<Key>, node: Node) -> Index {
         let (mut at, mut parent, mut same) = (ROOT, ROOT, ROOT);
         if let Some(key) = key {
             at = self.free.pop_first().unwrap_or(self.slots.len() as Index);
             parent = key.0;
             same = self.names.insert(key, at).unwrap_or(ROOT);
-        }
-        if let Some(wd) = node.wd {
-            self.watches.insert(wd, at);
         }
         if at as usize >= self.slots.len() {
             self.slots.resize_with(at as usize + 1, || None);
@@ -354,8 +351,9 @@ mod tests {
         let paths = ["", "/b", "/a", "/a-b", "/a-b/c", "/a/b", "/a/b/c", "/a0"];
         for (i, path) in paths.iter().enumerate() {
             let path: Path = path.as_bytes().into();
-            let node = Node { id: i as u64, wd: Some(i as i32), ..Node::default() };
-            tree.insert(path.clone(), tree.key(&path), node);
+            let node = Node { id: i as u64, ..Node::default() };
+            let at = tree.insert(path.clone(), tree.key(&path), node);
+            tree.watch(at, Some(i as i32));
         }
         let text = |at| String::from_utf8_lossy(tree.path(at).expect("there")).into_owned();
         let find = |path: &str| tree.find(path.as_bytes());
