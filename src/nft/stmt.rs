@@ -566,11 +566,8 @@ const SADDR: [(u32, u32); 2] = [(12, 4), (8, 16)];
 const DADDR: [(u32, u32); 2] = [(16, 4), (24, 16)];
 
 /// Loads an address of a packet of this family for what is to be done with it.
-fn address_then(family: Family, [v4, v6]: [(u32, u32); 2], then: Expr) -> [Expr; 4] {
-    let (offset, len) = match family {
-        Family::V4 => v4,
-        Family::V6 => v6,
-    };
+fn address_then(family: Family, addresses: [(u32, u32); 2], then: Expr) -> [Expr; 4] {
+    let (offset, len) = addresses[family as usize];
     [
         meta(NFT_META_NFPROTO),
         eq(&[family.number()]),

@@ -10,7 +10,6 @@ use crate::net::{Family, Range, Ranges, L4};
 /// All sets of a configuration; those that are there ahead of the others come first.
 pub(super) fn all_sets(config: &Config) -> Vec<Set> {
     let set = |name, content| Set { name, content };
-    let plain = || Content::Cgroups { counters: false };
     let counted = || Content::Cgroups { counters: config.counters_per_cgroup };
     let mut sets = Vec::new();
     if config.bypass.has(Family::V4) {
@@ -25,7 +24,7 @@ pub(super) fn all_sets(config: &Config) -> Vec<Set> {
     sets.extend(config.outcomes().map(|of| set(dying_name(config, of), Content::Hashes)));
     sets.extend((0..DEPTHS.len()).flat_map(|stage| {
         let [ids, hashes] = gate_names(stage);
-        [set(ids.into(), plain()), set(hashes.into(), Content::Hashes)]
+        [plain_set(ids), set(hashes.into(), Content::Hashes)]
     }));
     sets.extend(hold_sets(config));
     sets
@@ -75,12 +74,12 @@ pub fn class_name(kind: &str, target: &str, class: u16) -> String {
 
 /// The sets that the chains of `hold` look into; none where nothing is configured to be held.
 pub fn hold_sets(config: &Config) -> Vec<Set> {
-    let set = |name: &str| {
-        let content = Content::Cgroups { counters: false };
-        Set { name: name.into(), content }
-    };
     let names = [HELD, KNOWN].iter().filter(|_| !config.holds.is_empty());
-    names.map(|name| set(name)).collect()
+    names.map(|name| plain_set(name)).collect()
+}
+
+fn plain_set(name: &str) -> Set {
+    Set { name: name.into(), content: Content::Cgroups { counters: false } }
 }
 
 /// The sets of some addresses, by family.
@@ -99,11 +98,9 @@ pub(super) fn range_name(kind: &str, family: Family, name: &str) -> String {
 /// The sets of the destinations, and of the ports, that decide for a target.
 pub(super) fn destination_sets(outlet: &Outlet) -> Vec<Set> {
     let only = outlet.only.iter().flat_map(|only| range_sets(ONLY, &outlet.name, only));
-    let ports = [L4::Tcp, L4::Udp].into_iter().filter_map(|l4| {
-        let (_, ports) = outlet.protocol(l4);
-        has_ranges(ports)
-            .then(|| Set { name: ports_name(l4, outlet), content: Content::Ports(ports.to_vec()) })
-    });
+    let ports = [L4::Tcp, L4::Udp].map(|l4| (ports_name(l4, outlet), outlet.protocol(l4).1));
+    let ports = ports.into_iter().filter(|(_, ports)| has_ranges(ports));
+    let ports = ports.map(|(name, ports)| Set { name, content: Content::Ports(ports.to_vec()) });
     let bypass = range_sets(BYPASS, &outlet.name, &outlet.bypass);
     bypass.into_iter().chain(only).chain(ports).collect()
 }

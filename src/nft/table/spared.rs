@@ -17,12 +17,8 @@ pub(super) fn exempt_rules(config: &Config) -> Vec<Rule> {
     rules.extend(config.bypass_dscps.iter().flat_map(|dscp| {
         Family::BOTH.map(|family| vec![Stmt::Dscp(family, *dscp), leave(config)])
     }));
-    rules.extend(
-        config
-            .bypass_users
-            .iter()
-            .map(|uid| vec![Stmt::Owner(Owner::Users(*uid, *uid)), leave(config)]),
-    );
+    let users = config.bypass_users.iter().map(|uid| Stmt::Owner(Owner::Users(*uid, *uid)));
+    rules.extend(users.map(|users| vec![users, leave(config)]));
     rules
 }
 
