@@ -209,6 +209,11 @@ pub(super) fn parts(bytes: &[u8]) -> (Cow<'_, str>, Attrs<'_>) {
     (attrs.text(NFTA_EXPR_NAME).unwrap_or_default(), attrs.nest(NFTA_EXPR_DATA))
 }
 
+/// The elements of a list, of expressions say.
+pub(super) fn listed<'a>(list: &Attrs<'a>) -> impl Iterator<Item = &'a [u8]> {
+    list.clone().filter(|(kind, _)| *kind == NFTA_LIST_ELEM).map(|(_, bytes)| bytes)
+}
+
 /// Packets and bytes of an expression that is a counter.
 pub fn counted(bytes: &[u8]) -> Option<(u64, u64)> {
     let (name, data) = parts(bytes);

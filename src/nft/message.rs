@@ -655,10 +655,7 @@ impl Object {
         let Some(message) = Messages::new(batch.bytes()).find(|m| m.seq == seq) else {
             return Object::All;
         };
-        let name = |attr| {
-            let name = Attrs::after(message.body, 4).get(attr).map(parse::str_z);
-            name.unwrap_or_default().into_owned()
-        };
+        let name = |attr| Attrs::after(message.body, 4).text(attr).unwrap_or_default().into_owned();
         match message.kind & 0xff {
             NFT_MSG_NEWTABLE | NFT_MSG_DELTABLE => Object::Table,
             NFT_MSG_NEWCHAIN | NFT_MSG_DELCHAIN => Object::Chain(name(NFTA_CHAIN_NAME)),
@@ -788,13 +785,12 @@ pub fn get_table(batch: &mut Batch) {
 /// Reads an answer to [`get_table`]: `None` for other tables, else the owner's port id, if any.
 pub fn parse_table(message: &parse::Message) -> Option<Option<u32>> {
     let attrs = of_table(TABLE, message)?;
-    Some(attrs.get(NFTA_TABLE_OWNER).and_then(parse::u32_be))
+    Some(attrs.u32_be(NFTA_TABLE_OWNER))
 }
 
 /// The attributes of a table, or of what is in it; `None` for tables of other names.
 pub fn of_table<'a>(name: &str, message: &parse::Message<'a>) -> Option<Attrs<'a>> {
     let attrs = Attrs::after(message.body, 4);
-    let same = message.body.first() == Some(&NFPROTO_INET)
-        && parse::str_z(attrs.clone().get(NFTA_ANY_TABLE)?) == name;
+    let same = message.body.first() == Some(&NFPROTO_INET) && attrs.text(NFTA_ANY_TABLE)? == name;
     same.then_some(attrs)
 }

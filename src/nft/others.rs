@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use super::expr::{parts, Expr, Verdict};
+use super::expr::{listed, parts, Expr, Verdict};
 use super::message::dump;
 use super::table::TABLE;
 use crate::netlink::msg::Batch;
@@ -108,11 +108,10 @@ pub fn parse(message: &Message) -> Option<ForeignRule> {
     }
     let home = home(message, NFTA_RULE_TABLE)?;
     let attrs = Attrs::after(message.body, 4);
-    let exprs = attrs.nest(NFTA_RULE_EXPRESSIONS).filter(|(kind, _)| *kind == NFTA_LIST_ELEM);
     let understood = |bytes| expr(&home, bytes).unwrap_or(ForeignExpr::Other);
     Some(ForeignRule {
         place: format!("{home} {}", attrs.text(NFTA_RULE_CHAIN)?),
-        exprs: exprs.map(|(_, bytes)| understood(bytes)).collect(),
+        exprs: listed(&attrs.nest(NFTA_RULE_EXPRESSIONS)).map(understood).collect(),
     })
 }
 

@@ -5,7 +5,7 @@
 
 use std::net::IpAddr;
 
-use super::expr::{counted, Expr, SetRef::Named, Verdict};
+use super::expr::{counted, listed, Expr, SetRef::Named, Verdict};
 use super::message::{dump, of_table, Hook};
 use super::table::{MARTIANS, OUTPUT, TABLE, UNKNOWN};
 use crate::config::CONTAINERS;
@@ -53,8 +53,7 @@ pub struct ElementView {
 /// Reads an answer to [`super::message::get_table`]: the flags of our table, `None` for others.
 pub fn parse_table_flags(message: &Message) -> Option<u32> {
     let attrs = of_table(TABLE, message)?;
-    let flags = attrs.get(NFTA_TABLE_FLAGS).and_then(parse::u32_be);
-    Some(flags.unwrap_or(0))
+    Some(attrs.u32_be(NFTA_TABLE_FLAGS).unwrap_or(0))
 }
 
 /// Asks for all that our table has of a kind: `NFT_MSG_GETCHAIN` and its like.
@@ -67,19 +66,17 @@ pub fn get_all(batch: &mut Batch, kind: u16) {
 /// Reads a chain: the name, and where a base chain stands. Older kernels tell of all tables.
 pub fn parse_chain(message: &Message) -> Option<(String, Option<Hook>)> {
     let attrs = of_table(TABLE, message)?;
-    let hook = attrs.clone().get(NFTA_CHAIN_HOOK).map(Attrs::new);
-    let hook = hook.and_then(|hook| {
-        let number = |attr| hook.clone().get(attr).and_then(parse::u32_be);
-        Some((number(NFTA_HOOK_HOOKNUM)?, number(NFTA_HOOK_PRIORITY)? as i32))
-    });
-    Some((parse::str_z(attrs.get(NFTA_CHAIN_NAME)?).into_owned(), hook))
+    let hook = attrs.nest(NFTA_CHAIN_HOOK);
+    let priority = hook.u32_be(NFTA_HOOK_PRIORITY).map(|priority| priority as i32);
+    let hook = hook.u32_be(NFTA_HOOK_HOOKNUM).zip(priority);
+    Some((attrs.text(NFTA_CHAIN_NAME)?.into_owned(), hook))
 }
 
 /// Reads a set: the name, but for those that live and die with a rule.
 pub fn parse_set(message: &Message) -> Option<String> {
     let attrs = of_table(TABLE, message)?;
-    let flags = attrs.clone().get(NFTA_SET_FLAGS).and_then(parse::u32_be).unwrap_or(0);
-    let name = parse::str_z(attrs.get(NFTA_SET_NAME)?).into_owned();
+    let flags = attrs.u32_be(NFTA_SET_FLAGS).unwrap_or(0);
+    let name = attrs.text(NFTA_SET_NAME)?.into_owned();
     (flags & NFT_SET_ANONYMOUS == 0).then_some(name)
 }
 
@@ -89,26 +86,20 @@ pub fn parse_rule(message: &Message) -> Option<RuleView> {
         return None;
     }
     let attrs = of_table(TABLE, message)?;
-    let list = attrs.clone().get(NFTA_RULE_EXPRESSIONS).unwrap_or(&[]);
+    let list = attrs.nest(NFTA_RULE_EXPRESSIONS);
     Some(RuleView {
-        chain: parse::str_z(attrs.get(NFTA_RULE_CHAIN)?).into_owned(),
-        exprs: listed(list).filter_map(Expr::read).collect(),
-        counter: listed(list).filter_map(counter).reduce(|a, b| a + b),
+        chain: attrs.text(NFTA_RULE_CHAIN)?.into_owned(),
+        exprs: listed(&list).filter_map(Expr::read).collect(),
+        counter: listed(&list).filter_map(counter).reduce(|a, b| a + b),
     })
 }
 
 /// Reads a named counter: the name, and the packets.
 pub fn parse_counter(message: &Message) -> Option<(String, u64)> {
     let attrs = of_table(TABLE, message)?;
-    let name = parse::str_z(attrs.clone().get(NFTA_OBJ_NAME)?).into_owned();
-    let kind = attrs.clone().get(NFTA_OBJ_TYPE).and_then(parse::u32_be)?;
-    let packets = Attrs::new(attrs.get(NFTA_OBJ_DATA)?).get(NFTA_COUNTER_PACKETS)?;
-    Some((name, parse::u64_be(packets)?)).filter(|_| kind == NFT_OBJECT_COUNTER)
-}
-
-/// The elements of a list.
-fn listed(list: &[u8]) -> impl Iterator<Item = &[u8]> {
-    Attrs::new(list).filter(|(kind, _)| *kind == NFTA_LIST_ELEM).map(|(_, bytes)| bytes)
+    let name = attrs.text(NFTA_OBJ_NAME)?.into_owned();
+    let packets = attrs.nest(NFTA_OBJ_DATA).u64_be(NFTA_COUNTER_PACKETS)?;
+    (attrs.u32_be(NFTA_OBJ_TYPE)? == NFT_OBJECT_COUNTER).then_some((name, packets))
 }
 
 fn counter(expr: &[u8]) -> Option<Counter> {
@@ -125,28 +116,25 @@ pub fn get_elements(batch: &mut Batch, set: &str) {
 
 /// Reads an answer to [`get_elements`] for a cgroup set. One message holds many elements.
 pub fn parse_elements(message: &Message) -> Option<Vec<ElementView>> {
-    let list = Attrs::after(message.body, 4).get(NFTA_SET_ELEM_LIST_ELEMENTS)?;
-    Some(listed(list).filter_map(element).collect())
+    let list = Attrs::after(message.body, 4).nest(NFTA_SET_ELEM_LIST_ELEMENTS);
+    Some(listed(&list).filter_map(element).collect())
 }
 
 /// The same for a set of hashes.
 pub fn parse_hashes(message: &Message) -> Option<Vec<u32>> {
-    let list = Attrs::after(message.body, 4).get(NFTA_SET_ELEM_LIST_ELEMENTS)?;
-    Some(listed(list).filter_map(|bytes| parse::u32_ne(key(&Attrs::new(bytes))?)).collect())
-}
-
-fn key<'a>(element: &Attrs<'a>) -> Option<&'a [u8]> {
-    Attrs::new(element.clone().get(NFTA_SET_ELEM_KEY)?).get(NFTA_DATA_VALUE)
+    let list = Attrs::after(message.body, 4).nest(NFTA_SET_ELEM_LIST_ELEMENTS);
+    let hash = |bytes| Attrs::new(bytes).nest(NFTA_SET_ELEM_KEY).u32_ne(NFTA_DATA_VALUE);
+    Some(listed(&list).filter_map(hash).collect())
 }
 
 fn element(bytes: &[u8]) -> Option<ElementView> {
     let attrs = Attrs::new(bytes);
-    let key = key(&attrs)?;
+    let id = attrs.nest(NFTA_SET_ELEM_KEY).get(NFTA_DATA_VALUE)?;
     // one expression stands alone, and since Linux 5.13 several stand in a list
-    let list = Attrs::new(attrs.clone().get(NFTA_SET_ELEM_EXPRESSIONS).unwrap_or(&[]));
+    let list = attrs.nest(NFTA_SET_ELEM_EXPRESSIONS);
     let mut exprs = list.map(|(_, bytes)| bytes).chain(attrs.get(NFTA_SET_ELEM_EXPR));
     Some(ElementView {
-        id: u64::from_ne_bytes(key.try_into().ok()?),
+        id: u64::from_ne_bytes(id.try_into().ok()?),
         counter: exprs.find_map(counter),
     })
 }
