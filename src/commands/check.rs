@@ -2,6 +2,7 @@
 //! It changes nothing. What it asks of nf_tables is a transaction that is made to fail.
 
 use std::cmp::Reverse;
+use std::collections::HashSet;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -303,6 +304,8 @@ fn refused(options: &Options, told: &[String], findings: &mut Findings) -> bool 
     let Err(Error::Usage(problems)) = options.load(true) else {
         return false;
     };
+    // a list of addresses that was taken for a configuration has very many
+    let told: HashSet<&String> = told.iter().collect();
     let new = problems.iter().filter(|problem| !told.contains(problem));
     new.map(|problem| findings.error(format!("{problem}; run refuses it"))).count() > 0
 }

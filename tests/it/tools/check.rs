@@ -175,6 +175,18 @@ fn check_of_a_wrong_configuration() {
     assert!(wrong.out.contains("ok: the kernel has nft socket cgroupv2"), "{}", wrong.out);
 }
 
+/// Very many mistakes are told as well, each once: a list of addresses that was taken for a configuration.
+#[test]
+fn check_of_very_many_mistakes() {
+    let ground = ground!("check-many");
+
+    // to hold each against all others would take minutes
+    let said = check(&ground, &"10.0.0.1\n".repeat(100_000), &format!("{CLEAN}; ulimit -t 30"));
+
+    assert_eq!(said.code, Some(2), "{}", said.err);
+    assert_eq!(said.out.matches("error: ").count(), 100_000);
+}
+
 /// A file that others may write is as wrong as one with a mistake in it.
 #[test]
 fn check_of_a_configuration_that_others_may_write() {
