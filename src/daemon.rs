@@ -386,6 +386,10 @@ impl Daemon<'_> {
             self.kernel.foreign = true;
             return None;
         }
+        if !inventory.view.classifies {
+            // a daemon was killed before it had put in any rule
+            return None;
+        }
         let kept = removed(&inventory, &self.cgroups.core);
         if !kept.is_empty() {
             self.cgroups.core.keep_dying(kept);

@@ -400,9 +400,21 @@ fn over_reloads(ground: &Ground, mut holds: impl FnMut(&str)) -> String {
 #[test]
 fn services_are_never_ended() {
     let ground = ground!("stale-services");
+    outlive(&ground);
+}
+
+/// Nor where a daemon was killed before it had put in any rule.
+#[test]
+fn services_are_never_ended_over_an_empty_table() {
+    let ground = ground!("stale-empty");
+    load("add table inet cgtproxy");
+    outlive(&ground);
+}
+
+fn outlive(ground: &Ground) {
     let mut inbound = Vec::new();
     let mut services = Vec::new();
-    for (at, cgroup) in (0..).zip(&cgroups(&ground)) {
+    for (at, cgroup) in (0..).zip(&cgroups(ground)) {
         for ip in HOSTS {
             let to = addr(ip, 41000 + at);
             let listener = listener_in(cgroup, to);
@@ -417,7 +429,7 @@ fn services_are_never_ended() {
     }
     inbound.iter_mut().for_each(|(client, service)| talk(client, service));
 
-    let log = over_reloads(&ground, |when| {
+    let log = over_reloads(ground, |when| {
         // whoever speaks first
         for (client, service) in &mut inbound {
             talk(service, client);
