@@ -69,9 +69,8 @@ impl Contents {
     /// The sets that have to be there before a rule looks into them.
     ///
     /// The kernel shows the rules of a transaction first, and what its new interval sets hold only when it
-    /// is done with all the rest of it (measured on Linux 6.18.44; older ones were not tried). To a packet
-    /// in between such a set is empty, which would have it proxied, or left alone, whatever the policies of
-    /// before and after say.
+    /// is done with all the rest of it (measured on Linux 6.18.44). To a packet in between such a set is
+    /// empty, which would have it proxied, or left alone, whatever the policies of before and after say.
     fn ranges(&self) -> impl Iterator<Item = &Set> {
         self.table.sets.iter().filter(|set| set.content.is_ranges())
     }
@@ -123,6 +122,9 @@ impl Contents {
     /// The second one, by which they are looked into. All chains are new, and stand among others of their
     /// priority as those of a table that is loaded now; or, to `keep` those that are wanted, they are
     /// left where they are, with other rules.
+    ///
+    /// Linux 6.1.0-50 of Debian 12 takes it. Kernels of before June 2023 count until the end of it what
+    /// the verdict maps of deleted rules lead to, and refuse to delete those chains (not tried).
     pub fn exchange(
         &self,
         present: &Present,
