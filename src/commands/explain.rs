@@ -13,7 +13,7 @@ use super::containers;
 use crate::cgroup::dying;
 use crate::cgroup::mount::{self, Root};
 use crate::cgroup::watch;
-use crate::config::{Config, Outlet, PatternRule, Place, RuleLine, Target};
+use crate::config::{Config, Outlet, PatternRule, Place, Target};
 use crate::error::{errno, printable, Error, Result};
 use crate::host;
 use crate::kernel::Kernel;
@@ -197,7 +197,7 @@ fn describe(
             (rank, through) = (next, end);
         }
     }
-    let outcome = policy::outcome(config, rank);
+    let (outcome, decision) = (policy::outcome(config, rank), policy::decision(config, rank));
     let before = config.owner_rules_before(outcome.class);
     let line = |place: &Place, target: Target, text: &str| {
         format!("{place}: {} = {text}", config.target_name(target))
@@ -212,7 +212,7 @@ fn describe(
     let is_by_owner = by_owner.is_some();
     let (target, rule) = by_owner.unwrap_or_else(|| {
         let name = config.target_name(outcome.target);
-        let rule = match policy::decision(config, rank) {
+        let rule = match decision {
             Decision::Default => "no rule matches, so the default decides".to_string(),
             Decision::BuiltIn => format!("built in: {name} = {}/{name}", policy::EXEC),
             Decision::Pattern(rule) => line(&rule.place, rule.target, &rule.text),
@@ -229,8 +229,12 @@ fn describe(
         let _ = writeln!(text, "    owner   uid {uid}, gid {gid}");
         return false;
     }
-    for pattern in policy::number(config, rank).map_or(&[][..], |at| means(config, at)) {
-        let _ = writeln!(text, "    means   {}", pattern.pattern);
+    if let Decision::Pattern(rule) = decision {
+        // what its line became, where that is not a regex itself
+        let same = |other: &&PatternRule| *rule.text != *rule.pattern && other.place == rule.place;
+        for PatternRule { pattern, .. } in config.rules.iter().filter(same) {
+            let _ = writeln!(text, "    means   {pattern}");
+        }
     }
     // a process's own ids are known
     for rule in before.iter().filter(|_| owner.is_none()) {
@@ -257,20 +261,7 @@ fn describe(
             "    owner   {dir} was made by another user than root, and has no target by its name"
         );
     }
-    !matches!(policy::decision(config, rank), Decision::Default)
-}
-
-/// What the line with that rule became, where it is not a regex itself.
-fn means(config: &Config, at: usize) -> &[PatternRule] {
-    let rule = &config.rules[at];
-    let mut lines = config.rule_lines().filter_map(|line| match line {
-        RuleLine::Patterns(rules) => Some(rules),
-        RuleLine::Owners(_) => None,
-    });
-    match *rule.text != *rule.pattern {
-        true => lines.find(|rules| rules[0].place == rule.place).unwrap_or_default(),
-        false => &[],
-    }
+    !matches!(decision, Decision::Default)
 }
 
 #[cfg(test)]
