@@ -34,16 +34,6 @@ enum Matcher {
 pub struct Standing(Option<State>);
 
 impl Pattern {
-    /// `regex` makes the anchored form of `pattern`, which is known to be well-formed.
-    fn new<E>(pattern: &str, regex: impl FnOnce() -> Result<Regex, E>) -> Result<Pattern, E> {
-        let syntax = Syntax::of(pattern);
-        let matcher = match syntax.as_ref().and_then(Automaton::new) {
-            Some(automaton) => Matcher::Automaton(automaton),
-            None => Matcher::Regex(regex()?),
-        };
-        Ok(Pattern { literals: syntax.as_ref().map(Literals::of).unwrap_or_default(), matcher })
-    }
-
     /// How many more characters a text that begins so has to have for the pattern to match it,
     /// whichever they are; `None` where that depends on them.
     pub(super) fn matches_behind(&self, start: &str) -> Option<usize> {
@@ -110,37 +100,45 @@ pub(super) fn compile_within(pattern: &str, room: &mut usize) -> Result<Pattern,
         let at = error_position(pattern, &error);
         return Err(format!("bad pattern at character {at}: {error}: \"{pattern}\""));
     }
-    let full = || {
-        let most = MAX_COMPILED >> 20;
-        format!("the patterns up to here take more than {most} MiB: \"{pattern}\"")
-    };
-    let compiled = Pattern::new(pattern, || {
-        // regex-lite does not tell what it took: the smallest of some limits that is enough
-        let mut limit = 16 * 1024;
-        loop {
-            if limit > *room {
-                *room = 0;
-                return Err(full());
+    let syntax = Syntax::of(pattern);
+    let literals = syntax.as_ref().map(Literals::of).unwrap_or_default();
+    let matcher = match syntax.as_ref().and_then(Automaton::new) {
+        Some(automaton) => {
+            *room = room.saturating_sub(automaton.size());
+            if *room == 0 {
+                return Err(too_many(pattern));
             }
-            match anchored(pattern, limit) {
-                Ok(regex) => {
-                    *room -= limit;
-                    return Ok(regex);
-                }
-                Err(error) if limit >= MAX_REGEX => {
-                    return Err(format!("bad pattern: {error}: \"{pattern}\""))
-                }
-                Err(_) => limit *= 4,
-            }
+            Matcher::Automaton(automaton)
         }
-    })?;
-    if let Matcher::Automaton(automaton) = &compiled.matcher {
-        *room = room.saturating_sub(automaton.size());
-        if *room == 0 {
-            return Err(full());
+        None => Matcher::Regex(regex_within(pattern, room)?),
+    };
+    Ok(Pattern { literals, matcher })
+}
+
+fn too_many(pattern: &str) -> String {
+    let most = MAX_COMPILED >> 20;
+    format!("the patterns up to here take more than {most} MiB: \"{pattern}\"")
+}
+
+/// regex-lite does not tell what it took: the smallest of some limits that is enough.
+fn regex_within(pattern: &str, room: &mut usize) -> Result<Regex, String> {
+    let mut limit = 16 * 1024;
+    loop {
+        if limit > *room {
+            *room = 0;
+            return Err(too_many(pattern));
+        }
+        match anchored(pattern, limit) {
+            Ok(regex) => {
+                *room -= limit;
+                return Ok(regex);
+            }
+            Err(error) if limit >= MAX_REGEX => {
+                return Err(format!("bad pattern: {error}: \"{pattern}\""))
+            }
+            Err(_) => limit *= 4,
         }
     }
-    Ok(compiled)
 }
 
 /// The regex that matches a pattern against a whole text, if that takes no more than so many bytes.
