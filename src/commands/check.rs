@@ -234,11 +234,12 @@ pub fn check(options: &Options, json: bool) -> Result<ExitCode> {
 }
 
 fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
-    let core = cgroups(config, findings.about("cgroup-root"));
-    rules(config, core.as_ref(), findings.about("rule"));
-    holds(config, core.as_ref(), findings.about("hold"));
+    let cgroups = cgroups(config, findings.about("cgroup-root"));
+    let core = cgroups.as_ref().map(|cgroups| &cgroups.core);
+    rules(config, core, findings.about("rule"));
+    holds(config, core, findings.about("hold"));
     // without cgroups all are there, which is said
-    findings.about("stray-service").warnings(core.as_ref().and_then(|_| strays::find()));
+    findings.about("stray-service").warnings(core.and_then(|_| strays::find()));
     old_controllers(findings.about("cgroup-v1-controller"));
     findings.about("capability");
     match sys::has_net_admin() {
@@ -254,8 +255,8 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
             levels(findings.about("cgroup-level"));
         }
     }
-    let boxes = boxes(config, findings.about("containers"));
-    host(config, core.as_ref(), findings);
+    let boxes = boxes(cgroups.as_ref(), findings.about("containers"));
+    host(config, core, findings);
     shared_ports(config, findings.about("shared-port"));
     routing(config, findings);
     // with the first container the policy has sections for them
@@ -327,7 +328,7 @@ fn levels(findings: &mut Findings) {
 }
 
 /// Where cgroup v2 is, and whether all of it can be watched. What is there now is returned.
-fn cgroups(config: &Rc<Config>, findings: &mut Findings) -> Option<Core> {
+fn cgroups(config: &Rc<Config>, findings: &mut Findings) -> Option<Cgroups> {
     let mountinfo = fs::read("/proc/self/mountinfo").unwrap_or_default();
     let has_v1 = mount::has_v1(&mountinfo);
     const UNIFIED: &str = "boot with cgroup v2 alone: systemd.unified_cgroup_hierarchy=1 on the \
@@ -359,10 +360,10 @@ fn cgroups(config: &Rc<Config>, findings: &mut Findings) -> Option<Core> {
              has a cgroup of its own in v2; {UNIFIED}"
         )),
     }
-    match Cgroups::look(config.clone()).map(|cgroups| cgroups.core) {
-        Ok(core) if !core.tree().is_empty() => {
-            watches(core.tree().len(), findings.about("inotify"));
-            return Some(core);
+    match Cgroups::look(config.clone()) {
+        Ok(cgroups) if !cgroups.core.tree().is_empty() => {
+            watches(cgroups.core.tree().len(), findings.about("inotify"));
+            return Some(cgroups);
         }
         Ok(_) => findings.error(watch::unreadable(&root.dir).to_string()),
         Err(error) => findings.error(error.to_string()),
@@ -600,11 +601,13 @@ fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
 }
 
 /// Containers that rules cover.
-fn boxes(config: &Config, findings: &mut Findings) -> Vec<Container> {
-    let all = Kernel::open().map(|mut kernel| containers::find(&mut kernel, config));
-    let all = all.unwrap_or_default();
+fn boxes(cgroups: Option<&Cgroups>, findings: &mut Findings) -> Vec<Container> {
+    let (Some(cgroups), Ok(mut kernel)) = (cgroups, Kernel::open()) else {
+        return Vec::new();
+    };
+    let all = containers::find(&mut kernel, cgroups);
     if !all.is_empty() {
-        if config.with_containers().is_none() {
+        if cgroups.core.config().with_containers().is_none() {
             findings.warning(crate::containers::UNCOVERED);
         }
         findings.ok(format!("veths of containers that rules cover: {}", all.len()));

@@ -1,10 +1,8 @@
 //! Containers as the commands find them: by one look, as the daemon does by following.
 
-use std::rc::Rc;
-
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::tree::{Node, Path};
-use crate::config::{Config, Target};
+use crate::config::Target;
 use crate::containers::Containers;
 use crate::kernel::Kernel;
 use crate::policy;
@@ -27,11 +25,12 @@ impl Container {
 }
 
 /// The containers that rules cover now.
-pub fn find(kernel: &mut Kernel, config: &Config) -> Vec<Container> {
-    let looks = config.containers && !config.rules.is_empty();
-    let cgroups = looks.then(|| Cgroups::look(Rc::new(config.clone())).ok()).flatten();
-    cgroups
-        .map_or(Vec::new(), |cgroups| find_of(kernel, &cgroups, |node| cgroups.core.is_ruled(node)))
+pub fn find(kernel: &mut Kernel, cgroups: &Cgroups) -> Vec<Container> {
+    let config = cgroups.core.config();
+    match config.containers && !config.rules.is_empty() {
+        true => find_of(kernel, cgroups, |node| cgroups.core.is_ruled(node)),
+        false => Vec::new(),
+    }
 }
 
 /// The same of all cgroups but the root, whatever decides for them: every process is looked at

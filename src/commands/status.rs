@@ -158,10 +158,14 @@ struct Entrance {
 }
 
 /// What the table has, and what a look finds beside that.
-fn entrances(kernel: &mut Kernel, config: &Config, host: &Host, view: &View) -> Vec<Entrance> {
-    let found = containers::find(kernel, config).into_iter();
-    let mut found: SmallMap<u32, Container> =
-        found.map(|container| (container.index, container)).collect();
+fn entrances(
+    config: &Config,
+    host: &Host,
+    view: &View,
+    found: impl IntoIterator<Item = Container>,
+) -> Vec<Entrance> {
+    let found = found.into_iter().map(|container| (container.index, container));
+    let mut found: SmallMap<u32, Container> = found.collect();
     let mut all: Vec<Entrance> = (view.veths.iter())
         .map(|(index, target)| {
             let found = found.remove(index).map(|found| (found.cgroup, found.bridge));
@@ -195,14 +199,17 @@ struct Unattended {
 }
 
 impl Unattended {
-    fn take(kernel: &mut Kernel, config: &Config, inventory: &Inventory) -> Result<Unattended> {
+    fn take(
+        kernel: &mut Kernel,
+        cgroups: Option<&mut Cgroups>,
+        inventory: &Inventory,
+    ) -> Result<Unattended> {
         let left = match kernel.lock()? {
             Some(Lock::Left(at)) => Some(instance::since_boot().saturating_sub(at)),
             _ => None,
         };
-        let looked = Cgroups::look(Rc::new(config.clone())).ok();
-        let unknown = looked.map(|Cgroups { mut core, .. }| {
-            let known = inventory.outcomes();
+        let unknown = cgroups.map(|Cgroups { core, .. }| {
+            let (config, known) = (core.config().clone(), inventory.outcomes());
             let wanted = core.snapshot().elements.into_iter();
             let wanted = wanted.flat_map(|(outcome, ids)| {
                 let of = (config.target_name(outcome.target), outcome.class);
@@ -237,19 +244,6 @@ fn span(seconds: u64) -> String {
         60..3600 => format!("{} min {} s", seconds / 60, seconds % 60),
         3600..86400 => format!("{} h {} min", seconds / 3600, seconds / 60 % 60),
         _ => format!("{} d {} h", seconds / 86400, seconds / 3600 % 24),
-    }
-}
-
-/// What can be said only with all cgroups at hand, which are looked at where there is a reason to.
-fn in_vain(config: &Config, host: &Host) -> [Vec<String>; 2] {
-    let is_proxy = |port| config.tproxies.iter().any(|tproxy| tproxy.port == port);
-    let listens = host.listeners.iter().any(|l| is_proxy(l.local.port()));
-    let reason = !host.bound.is_empty() || listens || !config.routes.is_empty();
-    match reason.then(|| Cgroups::look(Rc::new(config.clone()))) {
-        Some(Ok(Cgroups { core, .. })) => {
-            [super::loops(config, host, &core), faults::bound(config, host, &core)]
-        }
-        _ => Default::default(),
     }
 }
 
@@ -324,18 +318,23 @@ impl Status {
         let listens = listens.collect();
         // of a table that is there, or nothing is in vain
         let (mut warnings, mut loops) = (Vec::new(), Vec::new());
-        if view.is_some() {
-            let [circles, bound] = in_vain(config, &host);
+        let mut containers = Vec::new();
+        let mut cgroups = None;
+        if let Some(view) = view {
             let found = faults::of_host(config, &host).into_iter();
             warnings.extend(found.filter_map(|(_, finding)| finding.err()));
-            warnings.extend(bound);
-            loops = circles;
+            cgroups = Cgroups::look(Rc::new(config.clone())).ok();
+            if let Some(Cgroups { core, .. }) = &cgroups {
+                warnings.extend(faults::bound(config, &host, core));
+                loops = super::loops(config, &host, core);
+            }
+            let found = cgroups.iter().flat_map(|cgroups| containers::find(kernel, cgroups));
+            containers = entrances(config, &host, view, found);
         }
-        let containers = view.map_or(Vec::new(), |view| entrances(kernel, config, &host, view));
         let daemon = instance::holder(kernel)?;
         let unattended = match &inventory {
             Some(inventory) if daemon.is_none() => {
-                Some(Unattended::take(kernel, config, inventory)?)
+                Some(Unattended::take(kernel, cgroups.as_mut(), inventory)?)
             }
             _ => None,
         };
