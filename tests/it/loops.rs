@@ -6,6 +6,7 @@ use nix::sys::signal::Signal;
 use crate::client::{udp_in, Client, Running, PATIENCE, SILENCE};
 use crate::daemon::{run_with, Daemon};
 use crate::ground::{addr, ip, Ground, HOST4, REMOTE4, REMOTE6};
+use crate::kernel::await_member;
 use crate::routes::bind_to_device;
 use crate::world::{bind_at, World, SYN};
 use crate::{sized, wait_until};
@@ -194,7 +195,12 @@ fn a_socket_that_goes_past_its_target_is_told_once() {
         bind_to_device(&socket, "in0");
         socket
     };
-    let past = ["/own/proxied", "/own/vpn"].map(bound);
+    // what begins before its cgroup is known is ended
+    let past = [("/own/proxied", "mihomo"), ("/own/vpn", "vpn")].map(|(path, target)| {
+        let socket = bound(path);
+        await_member(&ground.cgroup(path), target);
+        socket
+    });
     past.iter().for_each(|socket| socket.connect(addr(REMOTE4, 80)).expect("connect"));
     // what answers on a link
     let resolver = bound("/own/proxied/dnsmasq");
