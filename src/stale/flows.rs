@@ -173,6 +173,10 @@ impl Flows {
                 Some(if forget { Cure::Forget } else { Cure::Move { mark, route: at } })
             }
             Some(_) => entry.is_translated().then_some(Cure::Forget),
+            // the remote host may speak first: whoever he speaks to would seem to answer
+            None if !entry.is_translated() => {
+                of_route.then_some(Cure::Mark(Mark { value: 0, mask: config.mask }))
+            }
             None => of_route.then_some(Cure::Forget),
         }
     }
