@@ -22,7 +22,7 @@ use crate::cgroup::core::{Core, Delta};
 use crate::cgroup::dying::Dying;
 use crate::cgroup::follow::{Cgroups, Levels, TURN_TIME};
 use crate::cgroup::mount;
-use crate::config::{proxied_marks, Config, OnExit, Place, Route, Target};
+use crate::config::{taken_marks, Config, OnExit, Place, Route, Target};
 use crate::confine::confine;
 use crate::error::{Error, Result};
 use crate::faults;
@@ -47,13 +47,14 @@ use crate::pidfile::Pidfile;
 use crate::plan;
 use crate::signals::{End, Signals};
 use crate::small::SmallSet;
+use crate::stale::flows::Known;
 use crate::stale::{self, Before, Judge, Suspects};
 use crate::sys;
 use crate::tunnels;
 
 use containers::Search;
 use doubts::Doubts;
-use redirect::Redirects;
+use redirect::{Moving, Redirects};
 use ways::Ways;
 
 /// Events that a full inotify queue holds, and some that come meanwhile.
@@ -323,7 +324,8 @@ impl Daemon<'_> {
             // nothing in the table would show it yet
             self.kernel.probe_cgroups()?;
         }
-        let (before, strange) = self.before().unzip();
+        let (before, strange, moving) =
+            self.before().map_or_else(Default::default, |(a, b, c)| (Some(a), b, c));
         if before.is_none() {
             let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
             doubts::tell_inbound(&mut self.kernel, &suspects);
@@ -345,7 +347,8 @@ impl Daemon<'_> {
             !config.routes.iter().any(of)
         });
         self.kernel.set_localnet(open.iter().map(String::as_str), false);
-        self.kernel.forget_flows(&strange.unwrap_or_default());
+        self.kernel.forget_flows(&strange);
+        self.redirects.moving = moving;
         let removed = self.trim_routing();
         if removed > 0 {
             log!(Notice, "removed {removed} stale ip rules and routes");
@@ -371,9 +374,10 @@ impl Daemon<'_> {
         Ok(())
     }
 
-    /// What the table of before does with each cgroup, and the marks of its flows that are of another
-    /// mask; `None` where there is no table. What it has of removed ones goes on, and what it counts.
-    fn before(&mut self) -> Option<(Before, Vec<Mark>)> {
+    /// What the table of before does with each cgroup, the marks of its flows that are of another mask,
+    /// and the flows that are to be known otherwise; `None` where there is no table. What it has of
+    /// removed ones goes on, and what it counts.
+    fn before(&mut self) -> Option<(Before, Vec<Mark>, Moving)> {
         let inventory = match self.kernel.inventory() {
             Ok(inventory) => inventory?,
             Err(error) => {
@@ -402,7 +406,12 @@ impl Daemon<'_> {
         let before = Before::of_table(&self.cgroups.core, default, owners, inventory.outcomes());
         let mask = self.cgroups.core.config().mask;
         let marks = inventory.view.targets.iter().filter_map(|target| target.mark);
-        Some((before, proxied_marks(marks.filter(|mark| mark.mask != mask))))
+        let strange = taken_marks(marks.filter(|mark| mark.mask != mask));
+        let moving = match strange.is_empty() {
+            true => self.flows_to_move(&Known::of_view(&inventory.view)),
+            false => Moving::new(),
+        };
+        Some((before, strange, moving))
     }
 
     /// Looks for stale sockets in all cgroups, whose targets take what they took before.
@@ -961,6 +970,10 @@ impl Daemon<'_> {
         let ranking = self.cgroups.core.adopt();
         self.rename_entrances(&old);
         let new = self.admit();
+        let moving = match new.mask == old.mask {
+            true => self.flows_to_move(&Known::of(&old)),
+            false => Moving::new(),
+        };
         let put = self.add_routing(&new).and_then(|()| self.replace_for(Deed::Reload));
         if let Err(error) = put {
             match (before, ranking) {
@@ -981,11 +994,10 @@ impl Daemon<'_> {
             // without a mark that is known, what applications send by the flows that a proxy began
             // would be taken for answers, and what the kernel sends for proxied sockets that are
             // gone would go directly
-            self.kernel.forget_flows(&old.proxied_marks());
+            self.kernel.forget_flows(&old.taken_marks());
         }
-        // what conntrack has of the flows of a route that is no more what it was leads by that
+        self.redirects.moving = moving;
         for gone in old.routes.iter().filter(|route| !new.routes.contains(route)) {
-            self.kernel.forget_flows(&[Mark { value: gone.outlet.mark, mask: old.mask }]);
             let still =
                 |route: &&Route| route.interface == gone.interface && route.sends_from_loopback();
             if gone.sends_from_loopback() && !new.routes.iter().any(|route| still(&route)) {
@@ -1017,7 +1029,7 @@ impl Daemon<'_> {
         // once more, since the reason may have been a lack of memory that is over
         let result = remove(&mut self.kernel).or_else(|_| remove(&mut self.kernel));
         // the next one may have another mask, and nothing tells it of ours
-        let marks = self.cgroups.core.config().proxied_marks();
+        let marks = self.cgroups.core.config().taken_marks();
         self.kernel.forget_flows(&marks);
         self.remove_pidfile();
         if result.is_ok() {

@@ -16,7 +16,6 @@ use std::rc::Rc;
 use crate::cgroup::core::Core;
 use crate::config::{Config, Outcome, Take, Target};
 use crate::net::{holds, Family, Owner, Range, L4};
-use crate::netlink::conntrack::Flow;
 use crate::netlink::diag::{SeenSocket, Witness, FEW_CGROUPS, TCP_STATES, UDP_STATES};
 use crate::netlink::uapi::*;
 use crate::nft::table;
@@ -406,21 +405,29 @@ impl Judge {
         match way {
             Fate::Free => false,
             Fate::Cut => true,
-            Fate::Taken => !(witness.proxied || witness.flow.is_some_and(|f| self.is_marked(f))),
+            Fate::Taken => !self.is_on(suspect.now, witness),
         }
     }
 
-    /// Whether a target has the flow.
-    fn is_marked(&self, flow: Flow) -> bool {
+    /// Whether the flow goes a way that it can stay on: with its proxy, whichever the target is, or by
+    /// the very route; by any where no rule decides.
+    fn is_on(&self, target: Target, witness: Witness) -> bool {
         let config = &self.fates.config;
-        let mark = flow.mark & config.mask;
-        config.outlets().any(|outlet| outlet.mark == mark)
+        let is = |mark| witness.flow.is_some_and(|flow| flow.mark & config.mask == mark);
+        match target {
+            _ if target == config.default => {
+                witness.proxied || config.outlets().any(|own| is(own.mark))
+            }
+            Target::Route(_) => config.outlet(target).is_some_and(|own| is(own.mark)),
+            _ => witness.proxied || config.tproxies.iter().any(|own| is(own.outlet.mark)),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::netlink::conntrack::Flow;
     use crate::netlink::diag::example;
     use crate::testing;
 

@@ -458,9 +458,9 @@ fn spoofed_mark(mask: u32) -> u32 {
     mask & mask.wrapping_sub(1)
 }
 
-/// The marks of flows that are a proxy's, by those of the tproxies.
-pub fn proxied_marks(tproxies: impl IntoIterator<Item = Mark>) -> Vec<Mark> {
-    let mut marks: Vec<Mark> = tproxies.into_iter().collect();
+/// The marks of flows that are a target's, by those of the outlets.
+pub fn taken_marks(outlets: impl IntoIterator<Item = Mark>) -> Vec<Mark> {
+    let mut marks: Vec<Mark> = outlets.into_iter().collect();
     let masks: BTreeSet<u32> = marks.iter().map(|mark| mark.mask).collect();
     marks.extend(masks.into_iter().map(|mask| Mark { value: spoofed_mark(mask), mask }));
     marks
@@ -529,10 +529,11 @@ impl Config {
         spoofed_mark(self.mask)
     }
 
-    /// The marks of flows that are a proxy's.
-    pub fn proxied_marks(&self) -> Vec<Mark> {
-        let mark = |tproxy: &Tproxy| Mark { value: tproxy.outlet.mark, mask: self.mask };
-        proxied_marks(self.tproxies.iter().map(mark))
+    /// The marks of flows that are a proxy's or a route's.
+    pub fn taken_marks(&self) -> Vec<Mark> {
+        let routed = self.routes.iter().map(|route| route.forward_mark).filter(|mark| *mark != 0);
+        let marks = self.outlets().map(|outlet| outlet.mark).chain(routed);
+        taken_marks(marks.map(|value| Mark { value, mask: self.mask }))
     }
 
     /// The mark of routed packets that go to a tproxy. Not the tproxy's own: with src_valid_mark=1

@@ -23,7 +23,7 @@ use crate::netlink::diag::{SeenSocket, FEW_CGROUPS, UDP_STATES};
 use crate::netlink::fib::Course;
 use crate::netlink::uapi::*;
 use crate::small::SmallSet;
-use crate::stale::flows::{late, Cure, Flows, Owners};
+use crate::stale::flows::{late, moved, Cure, Flows, Known, Owners};
 
 /// How long flows are held against the policy before cgroups that come have their turn.
 const SLICE: Duration = Duration::from_millis(1);
@@ -36,6 +36,8 @@ const REST: u32 = 8;
 
 #[derive(Default)]
 pub struct Redirects {
+    /// Before all others.
+    pub(super) moving: Moving,
     /// The pass that goes on.
     pass: Option<Pass>,
     /// Cgroups that were found late, and what they come to.
@@ -52,15 +54,50 @@ impl Redirects {
         self.late.extend(late(core, ways));
     }
 
+    fn is_busy(&self) -> bool {
+        self.pass.is_some() || !self.moving.is_empty()
+    }
+
     pub fn due(&self) -> Option<Instant> {
-        match self.pass.is_some() {
+        match self.is_busy() {
             true => Some(Instant::now()),
             false => (!self.late.is_empty()).then(|| self.rest.unwrap_or_else(Instant::now)),
         }
     }
 }
 
+/// Flows whose mark means something else under the policy that comes, each with its new one ([`moved`]).
+pub(super) type Moving = Vec<(Tracked, u32)>;
+
+/// Has one known by the mark that its way has now, or by none where that is no more: so did what goes
+/// directly begin. TCP cannot go on by another, and its sockets here are ended.
+fn move_known(kernel: &mut Kernel, flow: &Tracked, own: Mark) {
+    let is_tcp = flow.protocol == IPPROTO_TCP;
+    let done = match own.value == 0 && !is_tcp && flow.is_translated() {
+        true => kernel.forget_entry(flow),
+        false => kernel.mark_entry(flow, own),
+    };
+    if own.value == 0 && is_tcp {
+        kernel.end_connection(flow.from, flow.to);
+    }
+    if let Err(errno) = done {
+        log!(Debug, "unable to mark the flow to {}: {}", flow.to, reason(errno));
+    }
+}
+
 impl Daemon<'_> {
+    /// Those that are there, to be asked for while the marks still mean what they did: later, new flows
+    /// may have the same.
+    pub(super) fn flows_to_move(&mut self, was: &[Known]) -> Moving {
+        let config = self.cgroups.core.config();
+        let (moved, mask) = (moved(was, config), config.mask);
+        let of = |(value, now)| {
+            let flows = self.kernel.flows_with(Mark { value, mask });
+            flows.into_iter().map(move |flow| (flow, now))
+        };
+        moved.into_iter().flat_map(of).collect()
+    }
+
     /// Has flows that began otherwise go by the routes that are theirs, and those of a route no more by
     /// one that is not. Once the table and the ways out are in force. Cgroups that come meanwhile are
     /// taken in; what takes longer than is waited for here is done later.
@@ -76,7 +113,7 @@ impl Daemon<'_> {
         }
         self.redirects.pass = flows.map(|flows| Pass::begin(&mut self.kernel, flows));
         self.hold_flows();
-        while self.redirects.pass.is_some() && began.elapsed() < LONGEST {
+        while self.redirects.is_busy() && began.elapsed() < LONGEST {
             if !matches!(self.signals.end(), Ok(None)) || self.cgroups.drain().is_err() {
                 return;
             }
@@ -92,7 +129,7 @@ impl Daemon<'_> {
         if self.table_is_out() || due.is_none_or(|at| at > now) {
             return;
         }
-        if self.redirects.pass.is_none() {
+        if !self.redirects.is_busy() {
             let outcomes = std::mem::take(&mut self.redirects.late);
             if !self.kernel.tells_flows() {
                 return;
@@ -105,10 +142,17 @@ impl Daemon<'_> {
 
     fn hold_flows(&mut self) {
         let redirects = &mut self.redirects;
+        let (mask, until) = (self.cgroups.core.config().mask, Instant::now() + SLICE);
+        while let Some((flow, value)) = redirects.moving.pop() {
+            move_known(&mut self.kernel, &flow, Mark { value, mask });
+            if Instant::now() >= until {
+                return;
+            }
+        }
         let Some(pass) = redirects.pass.as_mut() else {
             return;
         };
-        if pass.go_on(&mut self.kernel, Instant::now() + SLICE) {
+        if pass.go_on(&mut self.kernel, until) {
             if pass.moved > 0 {
                 let moved = pass.moved;
                 log!(Notice, "{moved} UDP flows that began another way go as they should");

@@ -177,12 +177,24 @@ impl Kernel {
     /// Whether the other end of the connection is a socket of this host, though its address need not
     /// be: that of a TPROXY server.
     fn has_peer(&mut self, socket: &SeenSocket) -> bool {
-        let Some(diag) = &mut self.diag else {
-            return false;
-        };
-        let request = |batch: &mut Batch| diag::get_peer(batch, socket);
-        let peer = answer(diag.ask(&request, |message| diag::parse(message, socket.protocol)));
-        peer.is_some_and(|peer| peer.state != TCP_LISTEN)
+        self.connected(socket.remote, socket.local).is_some()
+    }
+
+    /// The TCP socket of this host that is connected so.
+    fn connected(&mut self, local: SocketAddr, remote: SocketAddr) -> Option<SeenSocket> {
+        let request = |batch: &mut Batch| diag::get_connected(batch, IPPROTO_TCP, local, remote);
+        let read = |message: &Message| diag::parse(message, IPPROTO_TCP);
+        let found = answer(self.diag.as_mut()?.ask(&request, read));
+        found.filter(|socket| socket.state != TCP_LISTEN)
+    }
+
+    /// Ends the sockets of this host that a TCP connection has which `from` has made: who has made it,
+    /// and a proxy's that speaks for `to`. A service's own is never ended.
+    pub fn end_connection(&mut self, from: SocketAddr, to: SocketAddr) {
+        let proxys = self.connected(to, from).filter(|socket| socket.transparent == Some(true));
+        for socket in proxys.into_iter().chain(self.connected(from, to)) {
+            let _ = self.end_socket(&socket);
+        }
     }
 
     fn flow(&mut self, socket: &SeenSocket) -> Option<Flow> {

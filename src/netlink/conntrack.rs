@@ -84,11 +84,11 @@ fn of_marked(batch: &mut Batch, kind: u16, flags: u16, value: u32, mask: u32) {
     batch.end(open);
 }
 
-/// A flow of UDP, or of pings, as it was dumped.
+/// A flow as it was dumped.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tracked {
     pub protocol: u8,
-    /// Who spoke first, and to whom. The ports of a ping are 0.
+    /// Who spoke first, and to whom; ports are 0 where there are none, as with a ping.
     pub from: SocketAddr,
     pub to: SocketAddr,
     /// Whom answers come from, and where they go to.
@@ -113,14 +113,13 @@ pub fn get_all(batch: &mut Batch, family: u8) {
     batch.end(open);
 }
 
-/// Reads an answer to [`get_all`]; `None` where it is another protocol's, or in a zone of its own.
+/// Reads an answer to [`get_all`] or [`get_marked`]; `None` where it is in a zone of its own.
 pub fn parse_entry(message: &Message) -> Option<Tracked> {
     let attrs = told(message)?;
     let original = attrs.get(CTA_TUPLE_ORIG)?;
     let (protocol, from, to) = ends(original)?;
     let (_, answer_from, answer_to) = ends(attrs.get(CTA_TUPLE_REPLY)?)?;
-    let is_wanted = [IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6].contains(&protocol);
-    (is_wanted && attrs.get(CTA_ZONE).is_none()).then(|| Tracked {
+    attrs.get(CTA_ZONE).is_none().then(|| Tracked {
         protocol,
         from,
         to,
@@ -283,15 +282,6 @@ mod tests {
             for cut in 0..message.body.len() {
                 let _ = parse_entry(&Message { body: &message.body[..cut], ..message });
             }
-            // of TCP, and in a zone
-            let mut batch = Batch::new(0);
-            create(
-                &mut batch,
-                &Tracked { protocol: IPPROTO_TCP, ..entry },
-                7,
-                source.parse().unwrap(),
-            );
-            assert_eq!(parse_entry(&Messages::new(batch.bytes()).next().unwrap()), None);
         }
     }
 

@@ -142,13 +142,13 @@ pub fn get_bound(batch: &mut Batch, family: u8, protocol: u8) {
     dump(batch, &request(family, protocol, states, &[0; ID_LEN]), &program);
 }
 
-/// Asks for the socket of this host, if there is one, that is the other end of a connected socket
-/// of this host. The answer may also be a listener that would take such a connection.
-pub fn get_peer(batch: &mut Batch, socket: &SeenSocket) {
+/// Asks for the socket of this host, if there is one, that is connected so. The answer may also be a
+/// listener that would take such a connection.
+pub fn get_connected(batch: &mut Batch, protocol: u8, local: SocketAddr, remote: SocketAddr) {
     // of the addresses' own family: the peer of a dual-stack socket is an IPv4 one
-    let family = if socket.local.is_ipv4() { AF_INET } else { AF_INET6 };
+    let family = if local.is_ipv4() { AF_INET } else { AF_INET6 };
     let mut id = [0; ID_LEN];
-    for (at, end) in [(0, socket.remote), (1, socket.local)] {
+    for (at, end) in [(0, local), (1, remote)] {
         id[2 * at..][..2].copy_from_slice(&end.port().to_be_bytes());
         match end.ip() {
             IpAddr::V4(ip) => id[4 + 16 * at..][..4].copy_from_slice(&ip.octets()),
@@ -156,7 +156,7 @@ pub fn get_peer(batch: &mut Batch, socket: &SeenSocket) {
         }
     }
     id[40..].copy_from_slice(&NO_COOKIE);
-    let request = request(family, socket.protocol, u32::MAX, &id);
+    let request = request(family, protocol, u32::MAX, &id);
     ask(batch, SOCK_DIAG_BY_FAMILY, NLM_F_ACK, &request, &[]);
 }
 
@@ -403,7 +403,7 @@ mod tests {
             assert_eq!((message.kind, message.body[..2].to_vec()), (21, vec![family, 6]));
             assert_eq!(message.body[8..56], batch.bytes()[16 + ID_AT..][..ID_LEN]);
             let mut peer = Batch::new(0);
-            get_peer(&mut peer, &socket);
+            get_connected(&mut peer, IPPROTO_TCP, socket.remote, socket.local);
             let message = Messages::new(peer.bytes()).next().unwrap();
             assert_eq!(message.body[0], AF_INET);
             assert_eq!(message.body[8..16], [0, 80, 0x1e, 0xd5, 203, 0, 113, 7]);

@@ -13,6 +13,7 @@ use crate::net::{Family, Mark, L4};
 use crate::netlink::conntrack::Tracked;
 use crate::netlink::diag::SeenSocket;
 use crate::netlink::uapi::IPPROTO_UDP;
+use crate::nft::view::View;
 use crate::policy;
 use crate::small::SmallSet;
 
@@ -27,6 +28,72 @@ pub enum Cure {
     Move { mark: Mark, route: usize },
     /// It is to be known with this mark, and goes on as it is: the table decides about its next packet.
     Mark(Mark),
+}
+
+/// Which flows are known by a mark: of this host or routed ones, of a tproxy or of a route.
+pub struct Known<'a> {
+    name: &'a str,
+    /// That a route leads to, by name; empty where it names a table.
+    interface: Option<&'a str>,
+    /// `None` where that is not known.
+    masquerades: Option<bool>,
+    routed: bool,
+    mark: u32,
+}
+
+impl Known<'_> {
+    pub fn of(config: &Config) -> Vec<Known<'_>> {
+        let tproxies = config.tproxies.iter().map(|tproxy| (&tproxy.outlet, None));
+        let routes = config.routes.iter().map(|route| (&route.outlet, Some(route)));
+        let all = tproxies.chain(routes).flat_map(|(outlet, route)| {
+            let known = |mark, routed| Known {
+                name: &outlet.name,
+                interface: route.map(|route| &*route.interface),
+                masquerades: route.map(Route::masquerades),
+                routed,
+                mark,
+            };
+            let routed = route.map(|route| known(route.forward_mark, true));
+            [Some(known(outlet.mark, false)), routed]
+        });
+        all.flatten().collect()
+    }
+
+    /// Of a table that is there.
+    pub fn of_view(view: &View) -> Vec<Known<'_>> {
+        let all = view.targets.iter().flat_map(|target| {
+            [(target.mark, false), (target.forwarded, true)].map(|(mark, routed)| {
+                Some(Known {
+                    name: &target.name,
+                    interface: target.is_route.then(|| target.interface.as_deref().unwrap_or("")),
+                    masquerades: None,
+                    routed,
+                    mark: mark?.value,
+                })
+            })
+        });
+        all.flatten().collect()
+    }
+
+    /// Whether flows of another way are on this one: a route of the same interface, or any tproxy,
+    /// since each finds the socket of the one that has the flow.
+    fn carries(&self, was: &Known) -> bool {
+        let named = self.name == was.name || self.interface != Some("");
+        let same = (self.interface, self.routed) == (was.interface, was.routed);
+        named && same && was.masquerades.is_none_or(|was| Some(was) == self.masquerades)
+    }
+}
+
+/// The marks of before that mean something else by now, each with the one that its flows are to be
+/// known by from now on; 0 where their way is no more.
+pub fn moved(was: &[Known], config: &Config) -> Vec<(u32, u32)> {
+    let now = Known::of(config);
+    let moved = was.iter().map(|was| {
+        let like = || now.iter().filter(|now| now.carries(was));
+        let same = like().find(|now| now.name == was.name).or(like().next());
+        (was.mark, same.map_or(0, |now| now.mark))
+    });
+    moved.filter(|(was, now)| was != now && *was != 0).collect()
 }
 
 /// The policy, as flows are held against it.
@@ -388,6 +455,35 @@ mod tests {
         ] {
             let found = flows.released(&entry("192.0.2.1:4000", to, mark, translated));
             assert_eq!(found, want, "{to}, mark {mark}, translated {translated}");
+        }
+    }
+
+    #[test]
+    fn marks_that_mean_something_else() {
+        let p = "[tproxy p]\nport = 1\n";
+        let q = "[tproxy q]\nport = 1\n";
+        let a = "[route a]\ninterface = wg0\n";
+        let b = "[route b]\ninterface = wg0\n";
+        let c = "[route a]\ninterface = wg1\n";
+        let t = "[route t]\ntable = 1000\n";
+        for (old, new, want) in [
+            (vec![p, a], vec![p, a], vec![]),
+            (vec![p, a], vec![p, a, t], vec![]),
+            (vec![p, a], vec![q, p, a], vec![(1, 2), (2, 3)]),
+            (vec![p, a], vec![a, p], vec![(1, 2), (2, 1)]),
+            // any proxy carries another's flows, and a route those of its interface
+            (vec![p, a], vec![b, q], vec![(1, 2), (2, 1)]),
+            (vec![a], vec![c], vec![(1, 0)]),
+            (vec![p], vec![a], vec![(1, 0)]),
+            (vec![a, t], vec![t], vec![(1, 0), (2, 1)]),
+            (vec![a, t], vec![], vec![(1, 0), (2, 0)]),
+        ] {
+            let [old, new] = [old, new].map(|texts| testing::config(texts.concat().leak()));
+            let known = Known::of(&old);
+            let mut found = moved(&known, &new);
+            found.iter_mut().for_each(|(was, now)| (*was, *now) = (*was >> 24, *now >> 24));
+            found.sort();
+            assert_eq!(found, want);
         }
     }
 

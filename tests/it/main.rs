@@ -84,6 +84,7 @@ mod tunnels;
 mod users;
 mod waiting;
 mod watch;
+mod ways;
 
 use std::time::{Duration, Instant};
 

@@ -376,11 +376,16 @@ pub struct Wire {
 impl Wire {
     /// Sees what the host sends from now on.
     pub fn open(ground: &Ground) -> Wire {
-        let outside = ground.outside(|| packet_socket("out0", libc::ETH_P_ALL as u16));
+        Wire::between(ground, "in0", "out0")
+    }
+
+    /// The same of another pair of interfaces.
+    pub fn between(ground: &Ground, inside: &str, outside: &str) -> Wire {
+        let outside = ground.outside(|| packet_socket(outside, libc::ETH_P_ALL as u16));
         // Enough for some 50,000 packets between two calls of `packets`.
         set(&outside, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 64 << 20);
         set(&outside, libc::SOL_PACKET, libc::PACKET_IGNORE_OUTGOING, 1);
-        Wire { outside, inside: packet_socket("in0", 0), seen: VecDeque::new() }
+        Wire { outside, inside: packet_socket(inside, 0), seen: VecDeque::new() }
     }
 
     /// What the host sent since the last call. Exact: a packet that the host sent before this call

@@ -1,0 +1,291 @@
+//! Flows that are older than a policy in which the marks that they are known by mean something else: a
+//! section has gone, or one has come before others. They go on by their own way or not at all.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+
+use crate::client::{again, tcp_in, udp_in, Proto, PATIENCE, SILENCE};
+use crate::daemon::Daemon;
+use crate::gateway::Lan;
+use crate::ground::{addr, any_of, ip_lines, Ground, REMOTES};
+use crate::kernel::await_member;
+use crate::routes::{tunnel_up, GATEWAYS};
+use crate::wait_until;
+use crate::world::{bind, bind_at, Packet, Wire, RST};
+
+const PORT: u16 = 8080;
+
+/// Ways from one policy to the next.
+const RELOAD: &str = "reload";
+const CHANGES: [&str; 4] = [RELOAD, "restart", "kill -9", "stop"];
+
+fn change(ground: &Ground, daemon: Daemon, how: &str, config: &str) -> Daemon {
+    match how {
+        RELOAD => {
+            daemon.reconfigure(config);
+            return daemon;
+        }
+        "restart" => daemon.leave(),
+        "stop" => assert!(daemon.stop().success()),
+        _ => daemon.kill9(),
+    }
+    Daemon::start(ground, config, &[])
+}
+
+/// A second tunnel, beside that of `routes`.
+fn second_tunnel(ground: &Ground) {
+    ip_lines(&format!(
+        "link add vpn1 address 02:00:00:00:09:01 type veth peer name vout1 address \
+         02:00:00:00:09:02 netns {}\n\
+         addr add 10.9.0.1/24 dev vpn1\naddr add fd00:9::1/64 dev vpn1 nodad\n\
+         neigh add 10.9.0.2 lladdr 02:00:00:00:09:02 dev vpn1\n\
+         neigh add fd00:9::2 lladdr 02:00:00:00:09:02 dev vpn1\nlink set vpn1 up\n",
+        ground.outside_path()
+    ));
+    ground.outside(|| {
+        ip_lines(
+            "addr add 10.9.0.2/24 dev vout1\naddr add fd00:9::2/64 dev vout1 nodad\n\
+             neigh add 10.9.0.1 lladdr 02:00:00:00:09:01 dev vout1\n\
+             neigh add fd00:9::1 lladdr 02:00:00:00:09:01 dev vout1\nlink set vout1 up\n",
+        );
+    });
+}
+
+fn sections(names: &str) -> String {
+    let section = |name: &str| match name {
+        "vpn" => format!("[route vpn]\ninterface = vpn0\n{GATEWAYS}"),
+        // answers come in by the other interface
+        "plain" => format!("[route plain]\ninterface = vpn0\n{GATEWAYS}masquerade = no\n"),
+        "two" => "[route two]\ninterface = vpn1\ngateway = 10.9.0.2\ngateway = fd00:9::2\n".into(),
+        "mihomo" => "[tproxy mihomo]\nport = 7893\n".into(),
+        "drop" => String::new(),
+        _ => format!("[tproxy {name}]\nport = 7999\n"),
+    };
+    names.split_whitespace().map(section).collect()
+}
+
+/// These sections, and a target for a cgroup and the LAN.
+fn policy(names: &str, target: &str) -> String {
+    format!(
+        "{}[rules]\n{target} = /app\ndrop = /drop\n[gateway lan]\ninterface = br-lan\n\
+         target = {target}\n",
+        sections(names)
+    )
+}
+
+/// The remote hosts, a proxy, and what leaves for the world and by the second tunnel.
+struct Scene<'a> {
+    ground: &'a Ground,
+    lan: Lan<'a>,
+    wires: [Wire; 2],
+    listeners: Vec<TcpListener>,
+}
+
+/// A connection of the cgroup or of a client, and its other end.
+#[derive(Debug)]
+struct Connection {
+    is_local: bool,
+    own: TcpStream,
+    end: TcpStream,
+}
+
+fn listen(at: SocketAddr) -> TcpListener {
+    let fd = bind(at, libc::SOCK_STREAM);
+    // SAFETY: an open socket.
+    assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
+    TcpListener::from(fd)
+}
+
+impl Scene<'_> {
+    fn new(ground: &Ground) -> Scene<'_> {
+        tunnel_up(ground);
+        second_tunnel(ground);
+        let wires = [Wire::open(ground), Wire::between(ground, "vpn1", "vout1")];
+        let mut listeners = ground
+            .outside(|| REMOTES.map(|ip| listen(addr(ip, PORT))))
+            .into_iter()
+            .collect::<Vec<_>>();
+        listeners.extend(REMOTES.map(|ip| listen(addr(any_of(ip), 7893))));
+        Scene { ground, lan: Lan::new(ground), wires, listeners }
+    }
+
+    fn start(&self, config: &str) -> Daemon {
+        let daemon = Daemon::start(self.ground, config, &[]);
+        await_member(&self.ground.cgroup("/drop"), "drop");
+        daemon
+    }
+
+    /// One of each family, of the cgroup and of a client, whose other end is at a proxy or not.
+    fn connections(&self, cgroup: &Path, proxied: bool) -> Vec<Connection> {
+        let (remote, proxy) = self.listeners.split_at(2);
+        let listeners = if proxied { proxy } else { remote };
+        let all = REMOTES.into_iter().zip(listeners).flat_map(|(ip, listener)| {
+            [true, false].map(|is_local| {
+                let to = addr(ip, PORT);
+                let own = match is_local {
+                    true => tcp_in(cgroup, to),
+                    false => self.lan.client(0).run(|| TcpStream::connect(to).expect("connect")),
+                };
+                let (end, _) = listener.accept().expect("accept");
+                Connection { is_local, own, end }
+            })
+        });
+        let mut all: Vec<Connection> = all.collect();
+        all.iter_mut().for_each(|each| assert!(each.talks(), "{each:?} at first"));
+        all
+    }
+
+    /// What has left for the remote hosts by a wire that is not theirs; without resets.
+    fn left(&mut self) -> Vec<Packet> {
+        let mut left: Vec<Packet> = self.wires.iter_mut().flat_map(Wire::to_remote).collect();
+        left.retain(|packet| packet.flags & RST == 0 && packet.proto != Proto::Icmp);
+        left
+    }
+}
+
+impl Connection {
+    /// Whether each end hears the other, the remote one first.
+    fn talks(&mut self) -> bool {
+        let mut data = [0; 16];
+        for end in [&self.own, &self.end] {
+            end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        }
+        let _ = self.end.write(b"from remote");
+        let heard = again(|| self.own.read(&mut data)).is_ok_and(|n| n > 0);
+        let _ = self.own.write(b"to remote");
+        heard && again(|| self.end.read(&mut data)).is_ok_and(|n| n > 0)
+    }
+
+    /// Whether the application is told that it has ended, by and by or when it sends.
+    fn is_cut(&mut self, sends: bool) -> bool {
+        self.own.set_nonblocking(true).expect("set O_NONBLOCK");
+        let mut data = [0; 16];
+        wait_until(PATIENCE, || {
+            let sent = !sends || self.own.write(b"to remote").is_ok();
+            let read = self.own.read(&mut data);
+            let waits = read.as_ref().is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock);
+            !(sent && (waits || read.is_ok_and(|n| n > 0)))
+        })
+    }
+}
+
+/// What cannot go on is cut, this host's at once, and nothing that is sent in it leaves by another way:
+/// the section that it was a flow of is no more, and another target has its mark.
+#[test]
+fn a_connection_whose_section_is_no_more() {
+    let ground = ground!("ways");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    for how in CHANGES {
+        for (old, new) in [
+            ("vpn", "two"),
+            ("vpn", "mihomo"),
+            ("plain", "two"),
+            ("plain", "mihomo"),
+            ("mihomo", "two"),
+            ("vpn", "drop"),
+        ] {
+            let daemon = scene.start(&policy(old, old));
+            let mut all = scene.connections(&cgroup, old == "mihomo");
+            // after a stop nothing is known of a client's
+            all.retain(|each| each.is_local || how != "stop");
+            scene.left();
+
+            let daemon = change(&ground, daemon, how, &policy(new, new));
+
+            for each in &mut all {
+                let when = format!("{how}, {old} to {new}: {each:?}");
+                if each.is_local {
+                    assert!(each.is_cut(false), "{when}: not cut\n{}", daemon.logs());
+                }
+                let _ = each.end.write(b"from remote");
+                let _ = each.own.write(b"to remote");
+                assert!(each.is_local || new == "drop" || each.is_cut(true), "{when}: goes on");
+                assert_eq!(scene.left(), [], "{when}");
+            }
+            daemon.stop_clean();
+        }
+    }
+}
+
+/// What has its way still goes on, whatever mark that has by now, where its target stays and where no
+/// rule decides for it any more.
+#[test]
+fn a_connection_whose_section_has_moved() {
+    let ground = ground!("ways-moved");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    for how in &CHANGES[..3] {
+        for (old, was, new, is) in [
+            ("vpn", "vpn", "first vpn", "vpn"),
+            ("vpn", "vpn", "first two vpn", "direct"),
+            ("vpn two", "vpn", "two vpn", "vpn"),
+            ("mihomo", "mihomo", "two mihomo", "mihomo"),
+            ("mihomo", "mihomo", "two mihomo", "direct"),
+            ("mihomo two", "mihomo", "two mihomo", "direct"),
+        ] {
+            let daemon = scene.start(&policy(old, was));
+            let mut all = scene.connections(&cgroup, was == "mihomo");
+            scene.left();
+
+            let daemon = change(&ground, daemon, how, &policy(new, is));
+
+            for each in &mut all {
+                let talks = each.talks();
+                let log = daemon.logs();
+                assert!(talks, "{how}, {old} to {new}, {is}: {each:?} was cut\n{log}");
+            }
+            assert_eq!(scene.left(), [], "{how}, {old} to {new}, {is}");
+            daemon.stop_clean();
+        }
+    }
+}
+
+/// What a socket sends whose route did not masquerade, after the remote host has spoken: it is no
+/// answer to that.
+#[test]
+fn datagrams_of_a_route_without_masquerading() {
+    let ground = ground!("ways-plain");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let _proxies = REMOTES.map(|ip| bind(addr(any_of(ip), 7893), libc::SOCK_DGRAM));
+    let remotes = ground
+        .outside(|| REMOTES.map(|ip| UdpSocket::from(bind(addr(ip, PORT), libc::SOCK_DGRAM))));
+    for how in &CHANGES[..3] {
+        for (new, is) in
+            [("plain", "drop"), ("", "drop"), ("plain mihomo", "mihomo"), ("mihomo", "mihomo")]
+        {
+            let daemon = scene.start(&policy("plain", "plain"));
+            let mut all = Vec::new();
+            for remote in &remotes {
+                let to = remote.local_addr().expect("its address");
+                let own = udp_in(&cgroup, to.ip());
+                bind_at(&own, addr(any_of(to.ip()), 6881 + u16::from(to.is_ipv6())));
+                let any = addr(any_of(to.ip()), 0);
+                let client = scene.lan.client(0).run(|| UdpSocket::bind(any).expect("bind"));
+                for own in [own, client] {
+                    remote.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+                    own.send_to(b"hello", to).expect("send");
+                    let (_, from) = again(|| remote.recv_from(&mut [0; 16])).expect("receive");
+                    all.push((own, remote, from, to));
+                }
+            }
+
+            let daemon = change(&ground, daemon, how, &policy(new, is));
+
+            scene.left();
+            for _ in 0..3 {
+                for (own, remote, from, to) in &all {
+                    remote.send_to(b"from remote", *from).expect("send");
+                    own.set_read_timeout(Some(SILENCE / 8)).expect("a timeout");
+                    let _ = again(|| own.recv(&mut [0; 16]));
+                    let _ = own.send_to(b"to remote", *to);
+                }
+            }
+            assert_eq!(scene.left(), [], "{how}, {new:?}, {is}");
+            daemon.stop_clean();
+        }
+    }
+}
