@@ -10,7 +10,7 @@ use nix::time::ClockId;
 use super::Daemon;
 use crate::cgroup::tree::Path;
 use crate::cgroup::vacant::Vacant;
-use crate::config::Config;
+use crate::config::{Config, Target};
 use crate::containers::{Containers, UNCOVERED};
 use crate::error::Error;
 use crate::log;
@@ -330,6 +330,7 @@ impl Daemon<'_> {
             match self.add_routing(&config).and_then(|()| self.replace()) {
                 Ok(()) => {
                     self.forget_routes();
+                    self.begin_redirecting();
                     log!(Notice, "there are containers that rules cover");
                 }
                 Err(error) => {
@@ -356,7 +357,18 @@ impl Daemon<'_> {
             false => self.kernel.commit(change),
         };
         match done {
-            Ok(()) => self.containers.entered = wanted,
+            Ok(()) => {
+                // what they sent until now went another way
+                let by_route = wanted.veths.iter().any(|(index, veth)| {
+                    let ways = [Some(veth), entered.veths.get(index)].into_iter().flatten();
+                    let mut routes = ways.filter(|(_, to)| matches!(to, Target::Route(_)));
+                    entered.veths.get(index) != Some(veth) && routes.next().is_some()
+                });
+                self.containers.entered = wanted;
+                if by_route {
+                    self.begin_redirecting();
+                }
+            }
             Err(error) => {
                 log!(Debug, "{error}; replacing the table");
                 self.list_entrances();

@@ -22,6 +22,7 @@ use crate::netlink::conntrack::Tracked;
 use crate::netlink::diag::{SeenSocket, FEW_CGROUPS, UDP_STATES};
 use crate::netlink::fib::Course;
 use crate::netlink::uapi::*;
+use crate::nft::table::Entrances;
 use crate::small::SmallSet;
 use crate::stale::flows::{late, moved, Cure, Flows, Known, Owners};
 
@@ -102,17 +103,8 @@ impl Daemon<'_> {
     /// one that is not. Once the table and the ways out are in force. Cgroups that come meanwhile are
     /// taken in; what takes longer than is waited for here is done later.
     pub(super) fn redirect_flows(&mut self) {
-        self.ways.changed = false;
         let began = Instant::now();
-        let flows = Flows::of(&self.cgroups.core, &self.redirects.gone)
-            .filter(|_| self.kernel.tells_flows());
-        // those of late cgroups are among them
-        self.redirects.late.clear();
-        if flows.is_none() {
-            self.redirects.gone.clear();
-        }
-        self.redirects.pass = flows.map(|flows| Pass::begin(&mut self.kernel, flows));
-        self.hold_flows();
+        self.begin_redirecting();
         while self.redirects.is_busy() && began.elapsed() < LONGEST {
             if !matches!(self.signals.end(), Ok(None)) || self.cgroups.drain().is_err() {
                 return;
@@ -120,6 +112,22 @@ impl Daemon<'_> {
             self.settle();
             self.hold_flows();
         }
+    }
+
+    /// The same without waiting.
+    pub(super) fn begin_redirecting(&mut self) {
+        self.ways.changed = false;
+        let flows = Flows::of(&self.cgroups.core, &self.redirects.gone)
+            .filter(|_| self.kernel.tells_flows());
+        // those of late cgroups are among them
+        self.redirects.late.clear();
+        if flows.is_none() {
+            self.redirects.gone.clear();
+        }
+        let entrances = &self.containers.entered;
+        self.redirects.pass =
+            flows.map(|flows| Pass::begin(&mut self.kernel, flows, entrances.clone()));
+        self.hold_flows();
     }
 
     /// The same for cgroups that were found late, and what is left to do.
@@ -135,7 +143,8 @@ impl Daemon<'_> {
                 return;
             }
             let flows = Flows::of_some(&self.cgroups.core, outcomes);
-            self.redirects.pass = Some(Pass::begin(&mut self.kernel, flows));
+            let entrances = self.containers.entered.clone();
+            self.redirects.pass = Some(Pass::begin(&mut self.kernel, flows, entrances));
         }
         self.hold_flows();
     }
@@ -182,14 +191,17 @@ struct Pass {
     entries: Vec<Tracked>,
     /// Where packets to each source would go.
     ways: BTreeMap<IpAddr, Course>,
+    /// By which port of a bridge.
+    ports: BTreeMap<IpAddr, Option<u32>>,
     names: Option<HashMap<u32, String>>,
+    entrances: Entrances,
     /// How many UDP flows were not known as they should be.
     moved: usize,
     spent: Duration,
 }
 
 impl Pass {
-    fn begin(kernel: &mut Kernel, flows: Flows) -> Pass {
+    fn begin(kernel: &mut Kernel, flows: Flows, entrances: Entrances) -> Pass {
         // where those of some cgroups are in question, that is all who share a port with these
         let cgroups = flows.cgroups();
         let few = cgroups.as_ref().filter(|cgroups| cgroups.len() <= FEW_CGROUPS);
@@ -209,7 +221,9 @@ impl Pass {
             owners: Owners::default(),
             entries: Vec::new(),
             ways: BTreeMap::new(),
+            ports: BTreeMap::new(),
             names: None,
+            entrances,
             moved: 0,
             spent: Duration::ZERO,
         }
@@ -299,7 +313,7 @@ impl Pass {
             let _ = kernel.forget_entry(entry);
             return;
         }
-        let Pass { flows, owners, ways, names, .. } = self;
+        let Pass { flows, owners, ways, ports, names, entrances, .. } = self;
         let from = entry.from.ip();
         let way = *ways.entry(from).or_insert_with(|| kernel.way(from, 0));
         let cure = match way.here {
@@ -311,7 +325,16 @@ impl Pass {
             false if flows.forwards() => {
                 let names =
                     names.get_or_insert_with(|| kernel.interface_names().unwrap_or_default());
-                names.get(&way.device).and_then(|name| flows.routed(entry, name))
+                names.get(&way.device).and_then(|name| {
+                    let port = match entrances.bridges.contains(name) {
+                        // nobody tells any more whose it was, or it stays on the bridge
+                        true if kernel.way(entry.to.ip(), 0).device == way.device => None,
+                        true => *ports.entry(from).or_insert_with(|| kernel.port(way.device, from)),
+                        false => Some(way.device),
+                    };
+                    let container = entrances.veths.get(&port?).map(|(_, target)| *target);
+                    flows.routed(entry, name, container)
+                })
             }
             false => None,
         };

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::net::Mark;
 use crate::netlink::conntrack::{self, Tracked};
 use crate::netlink::fib::{self, Course};
+use crate::netlink::link;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::uapi::*;
@@ -97,6 +98,15 @@ impl Kernel {
         let request = |batch: &mut Batch| fib::get_way(batch, to, mark);
         let answer = self.rt.ask(&request, fib::parse_way);
         answer.ok().and_then(|found| found.ok().flatten()).unwrap_or_default()
+    }
+
+    /// By which port of a bridge an address is reached.
+    pub fn port(&mut self, bridge: u32, to: IpAddr) -> Option<u32> {
+        let mut ask = |request: &dyn Fn(&mut Batch)| {
+            self.rt.ask(request, link::parse_neighbour).ok()?.ok()?
+        };
+        let (_, mac) = ask(&|batch| link::get_neighbour(batch, bridge, to))?;
+        ask(&|batch| link::get_port(batch, bridge, &mac)).map(|(port, _)| port)
     }
 
     /// The names of all interfaces, by index; `None` where the kernel does not tell.

@@ -4,7 +4,7 @@
 
 use std::net::IpAddr;
 
-use super::msg::Batch;
+use super::msg::{Batch, Open};
 use super::parse::{self, Attrs, Message};
 use super::uapi::*;
 use crate::net::Family;
@@ -53,6 +53,8 @@ pub struct LinkAddress {
 /// Lengths of `struct ifinfomsg` and `struct ifaddrmsg`.
 pub(super) const IFINFOMSG: usize = 16;
 const IFADDRMSG: usize = 8;
+/// struct ndmsg: family at 0, interface index at 4.
+const NDMSG: usize = 12;
 
 /// Asks for one interface.
 pub fn get(batch: &mut Batch, name: &str) {
@@ -152,6 +154,37 @@ pub fn set_localnet(batch: &mut Batch, name: &str, on: bool) {
     batch.end_nest(inet);
     batch.end_nest(families);
     batch.end(open);
+}
+
+/// Asks for the Ethernet address of a neighbour at an interface.
+pub fn get_neighbour(batch: &mut Batch, device: u32, address: IpAddr) {
+    let open = begin_neighbour(batch, Family::of(&address).number(), device);
+    batch.ip(NDA_DST, address);
+    batch.end(open);
+}
+
+/// Asks by which port a bridge reaches an Ethernet address.
+pub fn get_port(batch: &mut Batch, bridge: u32, mac: &[u8]) {
+    let open = begin_neighbour(batch, AF_BRIDGE, 0);
+    batch.raw(NDA_LLADDR, mac);
+    batch.u32_ne(NDA_MASTER, bridge);
+    batch.end(open);
+}
+
+fn begin_neighbour(batch: &mut Batch, family: u8, device: u32) -> Open {
+    let open = batch.begin(RTM_GETNEIGH, NLM_F_REQUEST | NLM_F_ACK);
+    let mut header = [0; NDMSG];
+    header[0] = family;
+    header[4..8].copy_from_slice(&device.to_ne_bytes());
+    batch.header(&header);
+    open
+}
+
+/// Reads an answer to one of these: the interface, and the Ethernet address.
+pub fn parse_neighbour(message: &Message) -> Option<(u32, Vec<u8>)> {
+    let index = parse::u32_ne(message.body.get(4..)?)?;
+    let mac = Attrs::after(message.body, NDMSG).get(NDA_LLADDR)?;
+    (message.kind == RTM_NEWNEIGH).then(|| (index, mac.to_vec()))
 }
 
 /// Asks for the addresses of an interface, or of all by the index 0. Kernels before 4.20 send those of

@@ -189,17 +189,21 @@ impl Flows {
         self.cure(entry, Some(target).filter(|_| taken), |route| route.outlet.mark)
     }
 
-    /// The same for one that is routed for others and comes in by an interface.
-    pub fn routed(&self, entry: &Tracked, interface: &str) -> Option<Cure> {
+    /// The same for one that is routed for others and comes in by an interface, from a container with
+    /// a target or from somebody else.
+    pub fn routed(
+        &self,
+        entry: &Tracked,
+        interface: &str,
+        container: Option<Target>,
+    ) -> Option<Cure> {
         let config = self.config();
         let covers = |gateway: &&Gateway| covers(gateway, interface, entry.from);
-        let section = config.gateways.iter().filter(|section| !section.containers).find(covers);
-        if section.is_none() && config.has_containers() {
-            // what is a container's is known by the interface that it comes in by first
-            return None;
-        }
+        let sections = config.gateways.iter().filter(|_| container.is_none());
+        let section = sections.filter(|section| !section.containers).find(covers);
         let spared = self.fates.spares(entry.to);
-        let target = section.map_or(Target::Direct, |section| section.target);
+        let target = container.or(section.map(|section| section.target));
+        let target = target.unwrap_or(Target::Direct);
         let take =
             |route: &Route| route.outlet.take(L4::Udp, Family::of(&entry.to.ip()), Some(entry.to));
         let takes = self.route(target).is_some_and(|(_, route)| take(route) == Take::Yes);
@@ -506,8 +510,18 @@ mod tests {
             // whether it is the client of that address, nobody tells
             ("eth1", client, 0, false, Some(Cure::Forget)),
         ] {
-            let found = flows.routed(&entry(from, there, mark, translated), interface);
+            let found = flows.routed(&entry(from, there, mark, translated), interface, None);
             assert_eq!(found, want, "{interface} {from} {mark} {translated}");
+        }
+        // a container's target comes before sections
+        for (target, mark, translated, want) in [
+            (Target::Route(0), 0, false, vpn),
+            (Target::Route(0), mark, true, None),
+            (Target::Direct, mark, true, Some(Cure::Forget)),
+            (Target::Direct, 0, false, None),
+        ] {
+            let entry = entry(client, there, mark, translated);
+            assert_eq!(flows.routed(&entry, "br-lan", Some(target)), want, "{target:?} {mark}");
         }
     }
 

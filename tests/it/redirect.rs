@@ -15,6 +15,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
 use crate::client::{again, fork_into, socket_for, socket_in, udp_in, PATIENCE, SILENCE};
+use crate::containers::live;
 use crate::daemon::Daemon;
 use crate::gateway::Lan;
 use crate::ground::{
@@ -272,15 +273,63 @@ fn pings_go_the_new_way() {
 /// Of a router's clients too; what they began by TCP is refused, since it cannot go on.
 #[test]
 fn clients_of_a_router_go_the_new_way() {
-    let (ground, mut world) = scene!("redirectlan");
-    let _proxy = Server::start(PROXY, &[7893]);
-    let cgroup = ground.cgroup("/vpn");
+    let ground = ground!("redirectlan");
+    others_go_the_new_way(&ground, |target| {
+        format!("{}[gateway lan]\ninterface = br-lan\ntarget = {target}\n", policy("direct"))
+    });
+}
+
+/// And of containers: by which veth of the bridge it comes in is what counts, not what others there do.
+#[test]
+fn containers_go_the_new_way() {
+    let ground = ground!("redirectbox");
+    ground.cgroups(["/box", "/beside"]);
+    others_go_the_new_way(&ground, |target| {
+        format!("{}{target} = /box\ndirect = /beside\n{UNKNOWN}", policy("direct"))
+    });
+}
+
+/// What comes in of no container that is known.
+const UNKNOWN: &str = "[gateway unknown]\ninterface = br-lan\ntarget = drop\n";
+
+/// What a container has sent before the daemon found it goes on by the way that is its own.
+#[test]
+fn a_container_that_is_found_late_goes_its_way() {
+    let (ground, _world) = scene!("redirectlate");
+    let cgroup = ground.cgroup("/box");
     tunnel_up(&ground);
     let lan = Lan::new(&ground);
-    let policy = |target: &str| {
-        format!("{}[gateway lan]\ninterface = br-lan\ntarget = {target}\n", policy("direct"))
-    };
-    let daemon = Daemon::start(&ground, &policy("direct"), &[]);
+    let daemon = Daemon::start(&ground, &format!("{}vpn = /box\n", policy("direct")), &[]);
+    let way = |(socket, to): &(UdpSocket, SocketAddr)| ask(socket, *to).map(|(_, from)| from);
+    let (_process, sockets) = daemon.while_stopped(|| {
+        let process = live(lan.client(0), &cgroup);
+        let sockets = REMOTES.map(|remote| {
+            let bound = lan.client(0).run(|| UdpSocket::bind((any_of(remote), 0)));
+            let socket = bound.expect("bind");
+            socket.set_read_timeout(Some(SILENCE)).expect("a timeout");
+            (socket, addr(remote, 80))
+        });
+        for socket in &sockets {
+            assert!(way(socket).is_some_and(|from| !TUNNEL.contains(&&*from.to_string())));
+        }
+        (process, sockets)
+    });
+    for socket in &sockets {
+        let tunneled = || way(socket).is_some_and(|from| TUNNEL.contains(&&*from.to_string()));
+        assert!(wait_until(PATIENCE, tunneled), "{}", daemon.logs());
+    }
+}
+
+fn others_go_the_new_way(ground: &Ground, policy: impl Fn(&str) -> String) {
+    let mut world = World::new(ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    let cgroup = ground.cgroup("/vpn");
+    tunnel_up(ground);
+    let lan = Lan::new(ground);
+    let boxes = [(0, "/box"), (1, "/beside")].map(|(i, path)| (lan.client(i), ground.at(path)));
+    let boxes = boxes.into_iter().filter(|(_, cgroup)| cgroup.exists());
+    let _processes: Vec<_> = boxes.map(|(client, cgroup)| live(client, &cgroup)).collect();
+    let daemon = Daemon::start(ground, &policy("direct"), &[]);
     await_member(&cgroup, "vpn");
     let clients: [IpAddr; 2] =
         ["198.51.100.10", "2001:db8:3::10"].map(|ip| ip.parse().expect("an address"));
