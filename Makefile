@@ -80,6 +80,7 @@ lint: toolchain
 # All tests; needs root, and says SKIP for what cannot be had without.
 test: lint build deps
 	cargo test --locked
+	cargo test --locked --quiet --test it forgotten:: -- --ignored
 	+@$(MAKE) --no-print-directory vm-quick
 
 # Everything at once for MINUTES: at the end nothing may be left over, and no packet leaked.
