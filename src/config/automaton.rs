@@ -176,6 +176,7 @@ impl Positions {
                 }
                 Some(whole)
             }
+            Syntax::Edge(_) => None,
         }
     }
 

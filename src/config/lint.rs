@@ -86,13 +86,14 @@ fn matches_nothing(pattern: &str, root: Option<&Path>) -> Option<String> {
     }
     // one that may match is enough
     let syntax = Syntax::of(pattern)?;
-    let mut reasons = syntax.branches().iter().map(|branch| misfit(&Literals::of(branch)));
+    let mut reasons = syntax.branches().iter().map(misfit);
     let first = reasons.next()?;
     reasons.all(|reason| reason.is_some()).then_some(first)?
 }
 
 /// Why one alternative of a pattern matches no path.
-fn misfit(literals: &Literals) -> Option<String> {
+fn misfit(branch: &Syntax) -> Option<String> {
+    let literals = Literals::of(branch);
     let (first, last) = (literals.runs.first()?, literals.runs.last()?);
     if literals.whole() == Some("/") {
         Some("no rule covers the root cgroup: what is in it goes to the default".into())
@@ -103,7 +104,8 @@ fn misfit(literals: &Literals) -> Option<String> {
     } else if literals.runs.iter().any(|run| run.contains("//")) {
         Some("no path has \"//\" in it".into())
     } else {
-        None
+        let edge = branch.misplaced_edge()?;
+        Some(format!("no path has \"{edge}\" within: the character itself is \\{edge}"))
     }
 }
 
@@ -204,6 +206,12 @@ mod tests {
             ("/services/", "no path ends with \"/\""),
             ("/services/(a|b)/$", "no path ends with \"/\""),
             ("/services//x.*", "no path has \"//\""),
+            ("foo$bar", "every path begins with \"/\""),
+            ("a^|b$c/d", "every path begins with \"/\""),
+            ("/a(b|$)c/", "no path ends with \"/\""),
+            ("/a$//b", "no path has \"//\""),
+            ("/a/session$1", "no path has \"$\" within: the character itself is \\$"),
+            ("/a.*^b?", "no path has \"^\" within"),
             ("/", "no rule covers the root cgroup"),
             ("/sys/fs/cgroup/services/x", "leave out \"/sys/fs/cgroup\""),
             ("0::/services/x", "leave out the \"0::\""),
@@ -227,6 +235,13 @@ mod tests {
             "(?i)/a/",
             "^/a$",
             r"/a\$",
+            "/a($)b?",
+            "/a$b?",
+            "b?^/a",
+            "/a(b|$)(c|)",
+            "(^|/x)/a",
+            "/a$|/b",
+            "(?m)/a$b",
             "[]|]",
             "[^]|a/]x",
         ] {
@@ -271,7 +286,7 @@ mod tests {
     fn what_is_said_is_true() {
         let atoms = [
             "/", "/a", "/b", "a", ".", ".*", ".+", "(a|/b)", "(", ")", "|", "?", "*", "[/a]",
-            "[]|a]", r"\.", r"\x61", "^", "$", "(?i)", "b", "//",
+            "[]|a]", r"\.", r"\x61", "^", "$", "$", "(?i)", "b", "b?", "//",
         ];
         let names = ["a", "b", "ab", "a.b", "ba", "x"];
         let mut random = Random::new(5);

@@ -10,14 +10,16 @@ pub(super) enum Syntax {
     All(Vec<Syntax>),
     Any(Vec<Syntax>),
     Repeat(Box<Syntax>, usize, Option<usize>),
+    /// `^` or `$` where a whole text need not begin or end.
+    Edge(char),
 }
 
 /// Larger numbers in a repeat come to the same: no automaton has so many positions.
 const MOST: usize = 1000;
 
 impl Syntax {
-    /// Of a pattern that is known to compile. `None` for one with flags or other assertions than at
-    /// its ends, and for what is rare.
+    /// Of a pattern that is known to compile. `None` for one with flags or other assertions than `^`
+    /// and `$`, and for what is rare.
     pub fn of(pattern: &str) -> Option<Syntax> {
         let mut parser = Parser { chars: pattern.chars().peekable(), depth: 0 };
         let tree = parser.alternatives()?;
@@ -57,6 +59,19 @@ impl Syntax {
             },
             _ => None,
         }
+    }
+
+    /// A `^` behind a character, or a `$` before one: no text has that.
+    pub fn misplaced_edge(&self) -> Option<char> {
+        let parts = self.parts();
+        parts.iter().enumerate().find_map(|(at, part)| {
+            let (edge, beyond) = match part {
+                Syntax::Edge('^') => ('^', &parts[..at]),
+                Syntax::Edge(edge) => (*edge, &parts[at..]),
+                _ => return None,
+            };
+            beyond.iter().any(|part| part.single().is_some()).then_some(edge)
+        })
     }
 
     /// Of `.*` and the like, how many characters it matches at least.
@@ -99,7 +114,7 @@ impl Parser<'_> {
                 // a whole text begins and ends there anyway
                 '^' if self.depth == 0 && parts.is_empty() => continue,
                 '$' if self.depth == 0 && matches!(self.chars.peek(), None | Some('|')) => continue,
-                '^' | '$' => return None,
+                '^' | '$' => Syntax::Edge(c),
                 '*' => repeat(parts.pop()?, 0, None),
                 '+' => repeat(parts.pop()?, 1, None),
                 '?' => repeat(parts.pop()?, 0, Some(1)),
