@@ -121,7 +121,7 @@ impl Table {
         let mut chains = Vec::new();
         let (proxies, takes) = (!config.tproxies.is_empty(), has_outlets(config));
         chains.extend(knows_spoofed(config).then(|| output::lo_chain(config)));
-        chains.extend(config.marks_direct().then(|| spared::leave_chain(config)));
+        chains.extend(leaves_marks(config).then(|| spared::leave_chain(config)));
         chains.extend(
             hijacks_local(config).then(|| chain(spared::EXEMPT, spared::exempt_rules(config))),
         );

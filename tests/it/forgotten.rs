@@ -440,32 +440,51 @@ fn nobody_answers_himself() {
     }
 }
 
-/// The same port to the same host, by a process of another cgroup: its cgroup decides.
+/// The same port to the same host, by a process of another cgroup: its cgroup decides, whether or not
+/// others restore the flow's mark into its packets, before us or behind us.
 #[test]
 fn a_port_that_is_used_again() {
     let (ground, mut world) = scene!("reuse");
-    let cgroups = ground.cgroups(["/proxied", "/drop", "/direct", "/other"]);
+    let cgroups = ground.cgroups(["/proxied", "/drop", "/direct", "/other", "/spared"]);
     let proxies = proxies(&cgroups[2], 7893);
-    for (default, of_default) in DEFAULTS {
-        let daemon = Daemon::start(&ground, &by_default(default), &[]);
+    let restores = |priority| {
+        format!(
+            "table inet who {{\nchain c {{\ntype route hook output priority {priority};\n\
+             meta mark set ct mark\n}}\n}}\n"
+        )
+    };
+    let theirs = [String::new(), restores(-160), restores(0)];
+    for ((default, of_default), theirs) in
+        DEFAULTS.iter().flat_map(|d| theirs.iter().map(move |t| (d, t)))
+    {
+        load(theirs);
+        let config = format!("{}{OTHER}udp = no\n[rules]\nother = /spared\n", by_default(default));
+        let daemon = Daemon::start(&ground, &config, &[]);
         for (Place { remote, host, .. }, proxy) in places().into_iter().zip(&proxies) {
             forget_flows();
             let mut at = addr(host, 0);
-            let each = ["proxy", "nobody", "remote", of_default];
+            let each = ["proxy", "nobody", "remote", of_default, "remote"];
             let each: Vec<_> = cgroups.iter().zip(each).collect();
             // every one behind every other
-            for (first, second) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))) {
+            let pairs = (0..each.len()).flat_map(|a| (0..each.len()).map(move |b| (a, b)));
+            for (first, second) in pairs {
                 for (cgroup, want) in [each[first], each[second]] {
                     let app = udp_of(cgroup, at);
                     at = app.local_addr().expect("an address");
                     for _ in 0..2 {
                         let who = reaches(&app, remote, &[proxy], &mut world);
-                        assert_eq!(who, want, "default {default} {remote} from {cgroup:?}");
+                        assert_eq!(
+                            who, want,
+                            "default {default} {remote} from {cgroup:?}\n{theirs}"
+                        );
                     }
                 }
             }
         }
         assert!(daemon.stop().success());
+        if !theirs.is_empty() {
+            load("delete table inet who\n");
+        }
     }
 }
 

@@ -286,7 +286,7 @@ pub(super) fn sticky_chain(config: &Config) -> Chain {
     }
     if !config.tproxies.is_empty() {
         rules.push(vec![Stmt::CtMark(spoofed(config)), Stmt::goto("spoofed")]);
-        rules.push(vec![udp.clone(), Stmt::Original, Stmt::SetCtMark(mark(config, 0))]);
+        rules.push([vec![udp.clone(), Stmt::Original], make_unknown(config)].concat());
     }
     rules.push(vec![udp, Stmt::back()]);
     let mut map: Vec<_> = config.tproxies.iter().map(|t| by_mark("to", &t.outlet)).collect();

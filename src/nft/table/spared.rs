@@ -4,7 +4,7 @@ use super::sets::{ALWAYS4, ALWAYS6};
 use super::words::*;
 use super::{Chain, Rule};
 use crate::config::Config;
-use crate::net::{Family, Owner};
+use crate::net::{Family, Owner, L4};
 use crate::nft::stmt::Stmt;
 
 /// What `bypass` is made of where DNS is hijacked whatever its address.
@@ -76,16 +76,36 @@ pub(super) fn local_rules(config: &Config) -> Vec<Rule> {
     }
 }
 
+/// What goes as if we were not there. Where somebody else's UDP has come from the port before, to
+/// the same host, the flow is not known by that proxy any more.
+///
 /// Flows that go direct say so in their ct mark where the default is not direct, or lines for owners
 /// come first: the kernel's own packets for them have no socket, or no owner, and would go another
-/// way. Two rules, since a packet without conntrack ends the first one early. A proxy's flow stays
-/// known as such: one that it began, and one whose answers it sends, which others began.
+/// way. A proxy's flow stays known as such: one that it began, and one whose answers it sends, which
+/// others began.
+///
+/// More rules than one, since a packet without conntrack ends each early.
 pub(super) fn leave_chain(config: &Config) -> Chain {
     let direct = mark(config, config.direct_mark());
-    let mut set = vec![Stmt::Original];
+    let mut own = vec![Stmt::Original];
     if knows_spoofed(config) {
-        set.push(Stmt::NotCtMark(spoofed(config)));
+        own.push(Stmt::NotCtMark(spoofed(config)));
     }
-    set.push(Stmt::SetCtMark(direct));
-    chain("leave", vec![set, vec![Stmt::accept()]])
+    let mut rules = Vec::new();
+    if !config.tproxies.is_empty() {
+        // what most have is asked first
+        let mut other = vec![Stmt::CtMarked(config.mask), Stmt::L4proto(L4::Udp)];
+        if config.marks_direct() {
+            other.insert(0, Stmt::NotCtMark(direct));
+        }
+        // a route's is bound to the address that it left with
+        let routes = config.routes.iter().flat_map(|route| ct_marks(config, route));
+        other.extend(routes.map(Stmt::NotCtMark));
+        rules.push([other, own.clone(), make_unknown(config)].concat());
+    }
+    if config.marks_direct() {
+        rules.push([own, vec![Stmt::SetCtMark(direct)]].concat());
+    }
+    rules.push(vec![Stmt::accept()]);
+    chain("leave", rules)
 }

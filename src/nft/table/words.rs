@@ -60,10 +60,15 @@ pub(super) fn enter(config: &Config, target: Target) -> Stmt {
 
 /// The verdict for traffic that is to go as if we were not there.
 pub(super) fn leave(config: &Config) -> Stmt {
-    match config.marks_direct() {
+    match leaves_marks(config) {
         false => Stmt::accept(),
         true => Stmt::goto("leave"),
     }
+}
+
+/// Whether there is more to that than to accept it.
+pub(super) fn leaves_marks(config: &Config) -> bool {
+    config.marks_direct() || !config.tproxies.is_empty()
 }
 
 pub(super) fn has_outlets(config: &Config) -> bool {
@@ -120,6 +125,13 @@ pub(super) fn accept_answers(config: &Config) -> Rule {
 /// began is known by that.
 pub(super) fn set_ct_mark(own: Mark) -> Rule {
     vec![Stmt::Original, Stmt::SetCtMark(own)]
+}
+
+/// What makes a flow one that nobody knows. Others restore the ct mark into packets (CONNMARK
+/// --restore-mark), before us or behind us: this one has none, and none will be restored.
+pub(super) fn make_unknown(config: &Config) -> Vec<Stmt> {
+    let none = mark(config, 0);
+    vec![Stmt::SetCtMark(none), Stmt::SetPacketMark(none)]
 }
 
 /// Whether it is known by which interfaces a route leaves. By the main table that may be any.
