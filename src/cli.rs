@@ -5,7 +5,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::commands::{self, apps, status};
+use crate::commands::{self, apps, status, watch};
 use crate::config::suggest::did_you_mean;
 use crate::error::Result;
 use crate::log;
@@ -204,14 +204,13 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
         },
         "show" => commands::show::show(&given),
         "status" => {
-            use status::Form;
-            let forms =
-                [("json", Form::Json), ("prometheus", Form::Prometheus), ("watch", Form::Watch)];
-            status::status(&given, one_of(&matches, "status", forms)?)
+            let forms: Forms<3> =
+                [("json", status::json), ("prometheus", status::metrics), ("watch", watch::watch)];
+            one_of(&matches, "status", forms, status::text)?(&given)
         }
         "apps" => {
-            let forms = [("json", apps::Output::Json), ("suggest", apps::Output::Lines)];
-            apps::apps(&given, one_of(&matches, "apps", forms)?)
+            let forms: Forms<2> = [("json", apps::json), ("suggest", apps::lines)];
+            one_of(&matches, "apps", forms, apps::text)?(&given)
         }
         "flush" => commands::flush::flush(),
         "exec" => match (target, rest.is_empty()) {
@@ -223,21 +222,25 @@ fn dispatch(args: Vec<OsString>) -> Result<ExitCode> {
     }
 }
 
-/// What the one of these options that was given stands for, or the default.
+/// How a command prints what it has found.
+type Form = fn(&Options) -> Result<ExitCode>;
+type Forms<const N: usize> = [(&'static str, Form); N];
+
+/// The form that one of these options asks for, or the `usual` one.
 ///
 /// Errors: there is more than one.
-fn one_of<T: Default, const N: usize>(
+fn one_of<const N: usize>(
     matches: &getopts::Matches,
     command: &str,
-    forms: [(&str, T); N],
-) -> Result<T> {
-    let given = |(name, form)| matches.opt_present(name).then_some((name, form));
-    let mut given = forms.into_iter().filter_map(given);
+    forms: Forms<N>,
+    usual: Form,
+) -> Result<Form> {
+    let mut given = forms.into_iter().filter(|(name, _)| matches.opt_present(name));
     match (given.next(), given.next()) {
         (Some((one, _)), Some((other, _))) => {
             Err(wrong(format!("{command} takes --{one} or --{other}, not both")))
         }
-        (form, _) => Ok(form.map(|(_, form)| form).unwrap_or_default()),
+        (form, _) => Ok(form.map_or(usual, |(_, form)| form)),
     }
 }
 

@@ -63,17 +63,20 @@ const QUIET: [Column; 17] = {
     columns
 };
 
-/// What is printed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Output {
-    #[default]
-    Text,
-    Json,
-    /// The lines for `[rules]` alone.
-    Lines,
+pub fn text(options: &Options) -> Result<ExitCode> {
+    print(options, |apps| apps.text(Style::of_stdout()))
 }
 
-pub fn apps(options: &Options, form: Output) -> Result<ExitCode> {
+pub fn json(options: &Options) -> Result<ExitCode> {
+    print(options, |apps| format!("{}\n", apps.json()))
+}
+
+/// The lines for `[rules]` alone.
+pub fn lines(options: &Options) -> Result<ExitCode> {
+    print(options, |apps| apps.lines().map(|line| line + "\n").collect())
+}
+
+fn print(options: &Options, form: fn(&Apps) -> String) -> Result<ExitCode> {
     let config = Rc::new(options.load_or_default(false)?);
     // the sockets first: of a cgroup that goes meanwhile they would know better than the tree
     let sockets = host::sockets(apps::states)?;
@@ -90,11 +93,7 @@ pub fn apps(options: &Options, form: Output) -> Result<ExitCode> {
     let Cgroups { core, root, .. } = cgroups;
     let talkers = apps::talkers(&sockets, &scene);
     let apps = Apps::of(&config, &core, &root, talkers, containers.unwrap_or_default());
-    match form {
-        Output::Text => super::print(&apps.text(Style::of_stdout())),
-        Output::Json => super::print(&format!("{}\n", apps.json())),
-        Output::Lines => super::print(&apps.lines().map(|line| line + "\n").collect::<String>()),
-    }
+    super::print(&form(&apps))
 }
 
 /// Where the sockets of a holder are.

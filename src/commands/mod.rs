@@ -12,7 +12,7 @@ mod screen;
 pub mod show;
 pub mod status;
 mod table;
-mod watch;
+pub mod watch;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -31,7 +31,6 @@ use crate::small::{SmallMap, SmallSet};
 
 use super::metrics::{Metrics, Sample};
 use super::table::{Column, Rows, Style, Value};
-use super::watch;
 
 /// Of the shape that `--json` prints; documented in cgtproxy(8).
 const JSON_VERSION: u64 = 1;
@@ -64,28 +63,23 @@ const CONTAINERS: [Column; 5] = [
 /// Whether it is there, and the command that makes it.
 const ROUTING: [Column; 2] = [Column::left(""), Column::left("")];
 
-/// What is printed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Form {
-    #[default]
-    Text,
-    Json,
-    Prometheus,
-    /// The text again and again, with rates.
-    Watch,
+pub fn text(options: &Options) -> Result<ExitCode> {
+    print(options, |status| status.text(Style::of_stdout()))
 }
 
-pub fn status(options: &Options, form: Form) -> Result<ExitCode> {
-    if form == Form::Watch {
-        return watch::watch(options);
-    }
+pub fn json(options: &Options) -> Result<ExitCode> {
+    print(options, |status| format!("{}\n", status.json()))
+}
+
+/// For Prometheus.
+pub fn metrics(options: &Options) -> Result<ExitCode> {
+    print(options, Status::metrics)
+}
+
+fn print(options: &Options, form: fn(&Status) -> String) -> Result<ExitCode> {
     let (mut kernel, config) = open(options)?;
     let status = Status::take(&mut kernel, &config)?;
-    super::print(&match form {
-        Form::Json => format!("{}\n", status.json()),
-        Form::Prometheus => status.metrics(),
-        Form::Text | Form::Watch => status.text(Style::of_stdout()),
-    })
+    super::print(&form(&status))
 }
 
 /// What is needed to look.
