@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::cgroup::tree::{Node, Path};
 use crate::config::Target;
 use crate::netlink::link::Link;
-use crate::netlink::netns::Change;
+use crate::netlink::netns::PeerChange;
 use crate::nft::table::Entrances;
 use crate::small::SmallMap;
 
@@ -83,7 +83,7 @@ impl Containers {
 
     /// Takes all interfaces that there are, those that are known too.
     pub fn complete(&mut self, links: Vec<Link>, now: u64) {
-        links.into_iter().for_each(|link| self.change(Change::Is(link), now));
+        links.into_iter().for_each(|link| self.change(PeerChange::Is(link), now));
         // a bridge may stand behind its ports
         self.incomplete = false;
     }
@@ -93,9 +93,9 @@ impl Containers {
         self.incomplete = true;
     }
 
-    pub fn change(&mut self, change: Change, now: u64) {
+    pub fn change(&mut self, change: PeerChange, now: u64) {
         match change {
-            Change::Is(link) => {
+            PeerChange::Is(link) => {
                 self.incomplete |= link.peer.is_some()
                     && link.master != 0
                     && !self.links.contains_key(&link.master);
@@ -103,7 +103,7 @@ impl Containers {
                 self.links.insert(link.index, link);
                 peer.into_iter().for_each(|peer| self.meet(peer, now));
             }
-            Change::Gone(index) => {
+            PeerChange::Gone(index) => {
                 let peer = self.links.remove(&index).and_then(|link| link.peer);
                 let is_left = |peer: &u32| self.links.values().all(|l| l.peer != Some(*peer));
                 if let Some(peer) = peer.filter(is_left) {
@@ -111,7 +111,7 @@ impl Containers {
                     self.strange.remove(&peer);
                 }
             }
-            Change::Moved { link, to } => {
+            PeerChange::Moved { link, to } => {
                 let known = self.links.get_mut(&link);
                 // one without another namespace has not been told of
                 self.incomplete |= known.is_none();
@@ -120,7 +120,7 @@ impl Containers {
                     self.meet(to, now);
                 }
             }
-            Change::Ended(id) => {
+            PeerChange::Ended(id) => {
                 // what still comes from there keeps its way until the veth is gone
                 self.owners.remove(&id);
                 self.strange.remove(&id);
@@ -337,8 +337,8 @@ mod tests {
         Link { index, name: name.into(), is_pair: true, master, peer, ..Link::default() }
     }
 
-    fn link(index: u32, name: &str, master: u32, peer: Option<u32>) -> Change {
-        Change::Is(veth(index, name, master, peer))
+    fn link(index: u32, name: &str, master: u32, peer: Option<u32>) -> PeerChange {
+        PeerChange::Is(veth(index, name, master, peer))
     }
 
     fn nets(all: &[u32]) -> BTreeSet<u32> {
@@ -465,10 +465,10 @@ mod tests {
         c.look_again(2);
         c.seen(&one, 11, &nets(&[5]));
         assert_eq!(veths(&mut c), [(7, 1)]);
-        c.change(Change::Ended(5), 3);
+        c.change(PeerChange::Ended(5), 3);
         c.change(link(8, "v8", 0, Some(5)), 3);
         assert_eq!(veths(&mut c), [(7, 1)]);
-        c.change(Change::Gone(7), 4);
+        c.change(PeerChange::Gone(7), 4);
         assert_eq!(veths(&mut c), []);
     }
 
@@ -506,13 +506,13 @@ mod tests {
         let bridges = c.entrances(ruled, Some).bridges.clone();
         assert_eq!(bridges, ["br".to_string()].into());
         // the other end of one that nothing was told of
-        c.change(Change::Moved { link: 9, to: 5 }, 0);
+        c.change(PeerChange::Moved { link: 9, to: 5 }, 0);
         assert!(c.is_incomplete());
         c.complete(vec![veth(9, "v9", 0, Some(5))], 0);
         assert_eq!(veths(&mut c), [(7, 1), (9, 1)]);
         // what leads elsewhere and is no pair
         let other = Link { index: 6, name: "vlan".into(), peer: Some(5), ..Link::default() };
-        c.change(Change::Is(other), 0);
+        c.change(PeerChange::Is(other), 0);
         assert_eq!(veths(&mut c), [(7, 1), (9, 1)]);
         // lost notifications: known ways stay until it is known again who lives there
         c.replace(vec![veth(7, "v7", 3, Some(4))], 9);

@@ -235,7 +235,7 @@ impl Kernel {
     }
 
     /// What has become of interfaces since the last call; `None` where some of that was lost.
-    pub fn peer_changes(&mut self) -> Option<Vec<netns::Change>> {
+    pub fn peer_changes(&mut self) -> Option<Vec<netns::PeerChange>> {
         let mut changes = Vec::new();
         let Some(socket) = &mut self.peer_events else {
             return Some(changes);

@@ -396,12 +396,12 @@ impl SeenRoute {
 
 /// The rules of one family in the kernel's order, and its routes that could matter.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Seen {
+pub struct SeenRouting {
     pub rules: Vec<SeenRule>,
     pub routes: Vec<SeenRoute>,
 }
 
-impl Seen {
+impl SeenRouting {
     /// What of that is ours.
     pub fn ours(&self) -> SmallSet<Entry> {
         let rules = self.rules.iter().filter(|seen| seen.is_ours());
@@ -570,10 +570,10 @@ mod tests {
         all
     }
 
-    fn seen(bytes: &[u8]) -> Seen {
+    fn seen(bytes: &[u8]) -> SeenRouting {
         let rules = Messages::new(bytes).filter_map(|m| SeenRule::read(&m)).collect();
         let routes = Messages::new(bytes).filter_map(|m| SeenRoute::read(&m)).collect();
-        Seen { rules, routes }
+        SeenRouting { rules, routes }
     }
 
     #[test]
@@ -672,7 +672,7 @@ mod tests {
 
     /// Moves our rules to where they have to be; where that is.
     fn place(list: &mut Vec<SeenRule>, needs: &Needs) -> u32 {
-        let seen = Seen { rules: list.clone(), routes: Vec::new() };
+        let seen = SeenRouting { rules: list.clone(), routes: Vec::new() };
         let place = seen.place(needs, Family::V4);
         let (ours, wanted) = (seen.ours(), needs.entries(Family::V4, place));
         for entry in wanted.difference(&ours) {
@@ -697,7 +697,7 @@ mod tests {
             for _ in 0..200 {
                 assert_eq!([add_first(&mut list), add_first(&mut list)], [99, 98]);
                 assert_eq!(place(&mut list, &needs), 98 - width);
-                let seen = Seen { rules: list.clone(), routes: Vec::new() };
+                let seen = SeenRouting { rules: list.clone(), routes: Vec::new() };
                 assert_eq!(seen.place(&needs, Family::V4), 98 - width, "and there they stay");
                 assert!(seen.before(&needs, Family::V4, 98 - width).is_empty());
                 list.retain(|seen| seen.rule.action != FibAction::Lookup(51820));
@@ -722,7 +722,7 @@ mod tests {
         let same = || other(ip_rule(Family::V4, 100, "", NONE, FibAction::Lookup(77)));
         let ours = ip_rule(Family::V4, 100, "lo", MARK, FibAction::Lookup(300));
         let ours = || own(ours.clone());
-        let place = |rules| Seen { rules, routes: Vec::new() }.place(&needs, Family::V4);
+        let place = |rules| SeenRouting { rules, routes: Vec::new() }.place(&needs, Family::V4);
         assert_eq!(place(vec![same()]), 99);
         assert_eq!(place(vec![same(), ours()]), 99);
         assert_eq!(place(vec![ours(), same()]), 100);
@@ -738,11 +738,11 @@ mod tests {
             let (protocol, kind) = (RTPROT_CGTPROXY, RTN_LOCAL);
             let own = SeenRoute { route: own, protocol, kind, length: 0, from: 0, tos: 0 };
             let routes = route.then_some(own).into_iter().collect();
-            Seen { rules, routes }.missing(&needs, Family::V6)
+            SeenRouting { rules, routes }.missing(&needs, Family::V6)
         };
         assert_eq!(at(97, true), []);
         assert_eq!(at(97, false), [Entry::Route(IpRoute::new(Family::V6, 300))]);
-        assert_eq!(Seen::default().missing(&needs, Family::V6).len(), 2);
+        assert_eq!(SeenRouting::default().missing(&needs, Family::V6).len(), 2);
     }
 
     #[test]
@@ -762,7 +762,7 @@ mod tests {
             ..ours(family)
         };
         let count = |routes: &[SeenRoute]| {
-            let seen = Seen { rules: Vec::new(), routes: routes.to_vec() };
+            let seen = SeenRouting { rules: Vec::new(), routes: routes.to_vec() };
             seen.in_the_way(300).count()
         };
         let (v4, v6) = (Family::V4, Family::V6);

@@ -104,7 +104,7 @@ pub struct Core {
     spare: Option<Box<Delta>>,
     /// Removed cgroups that sockets may hold, and what is matched as they are; `None` where the
     /// kernel cannot match them.
-    dying: Option<dying::List>,
+    dying: Option<dying::Removed>,
     /// What is to be looked at, in any order, once what follows from the last looks is in force.
     looks: Vec<Look>,
     /// Directories without a watch, or that could not be scanned.
@@ -215,7 +215,7 @@ impl Core {
             });
             let elements: Vec<(Index, Option<Outcome>)> = elements.collect();
             elements.iter().for_each(|(at, element)| self.place(*at, *element, None));
-            self.dying = Some(dying::List::default());
+            self.dying = Some(dying::Removed::default());
             elements.iter().for_each(|(at, element)| self.place(*at, None, *element));
         }
         kept.into_iter().for_each(|dying| self.put(dying));
@@ -228,7 +228,7 @@ impl Core {
 
     /// What is removed and may be held.
     pub fn dying(&self) -> impl Iterator<Item = &Dying> {
-        self.dying.iter().flat_map(dying::List::iter)
+        self.dying.iter().flat_map(dying::Removed::iter)
     }
 
     /// Whether the cgroup root can be held.
@@ -363,7 +363,7 @@ impl Core {
         self.late = HashMap::new();
         self.set_elements();
         // removed ones have the target of their path too
-        let dying = self.dying.as_mut().map(dying::List::take).unwrap_or_default();
+        let dying = self.dying.as_mut().map(dying::Removed::take).unwrap_or_default();
         for mut dying in dying {
             let outcome = match &dying.path {
                 Some(path) => {
@@ -455,7 +455,7 @@ impl Core {
         for (_, outcome, id) in self.elements() {
             elements.or_default(outcome).push(id);
         }
-        let dying = self.dying.as_mut().map(dying::List::snapshot).unwrap_or_default();
+        let dying = self.dying.as_mut().map(dying::Removed::snapshot).unwrap_or_default();
         let (mut gates, held) = (self.gates.elements.snapshot(), self.holds.elements.snapshot());
         gates.extend(self.gate_nodes().map(|(stage, _, node)| Gate::new(stage, node.id, false)));
         gates.sort_unstable();
@@ -632,7 +632,7 @@ impl Core {
                 self.count_held(at, false);
             }
             if let Some(outcome) = node.element {
-                if self.dying.as_ref().is_some_and(dying::List::is_full) {
+                if self.dying.as_ref().is_some_and(dying::Removed::is_full) {
                     actions.push(Action::Tell(Note::Crowded));
                 }
                 self.keep(at, &path, &node, outcome);
@@ -779,7 +779,7 @@ impl Core {
         oldest.into_iter().for_each(|oldest| self.forget(&oldest));
     }
 
-    fn let_go(&mut self, release: impl FnOnce(&mut dying::List) -> Vec<Dying>) {
+    fn let_go(&mut self, release: impl FnOnce(&mut dying::Removed) -> Vec<Dying>) {
         let released = self.dying.as_mut().map(release).unwrap_or_default();
         released.iter().for_each(|dying| self.forget(dying));
     }

@@ -60,7 +60,7 @@ pub type Hashed = (Outcome, u32);
 
 /// All of them, the oldest first.
 #[derive(Debug, Default)]
-pub struct List {
+pub struct Removed {
     all: VecDeque<Dying>,
     /// How many cgroups make one element of a set: these, and living ones.
     pub elements: Tally<Hashed>,
@@ -77,7 +77,7 @@ const USUAL: usize = 256;
 /// connected, UDP sockets that were never bound, and raw ones.
 const QUIET: u8 = 2;
 
-impl List {
+impl Removed {
     /// Whether the oldest goes with the next one that comes.
     pub fn is_full(&self) -> bool {
         self.all.len() >= MOST
@@ -183,13 +183,13 @@ mod tests {
         Dying::new(id, 3, DROP, path.as_bytes().into(), Vec::new())
     }
 
-    fn hashes(list: &List) -> Vec<u32> {
+    fn hashes(list: &Removed) -> Vec<u32> {
         list.iter().map(|dying| dying.hash).collect()
     }
 
     #[test]
     fn what_the_kernel_must_hold() {
-        let mut list = List::default();
+        let mut list = Removed::default();
         list.push(dying(1, "/a"));
         list.push(Dying::known_by(hash(1), 4, DROP));
         assert_eq!(taken(&mut list.elements.changes), (vec![], vec![(DROP, hash(1))]));
@@ -214,7 +214,7 @@ mod tests {
             let path: Path = path.as_bytes().into();
             tree.insert(path.clone(), tree.key(&path), Node::default());
         }
-        let mut list = List::default();
+        let mut list = Removed::default();
         list.push(dying(1, "/a/b"));
         list.push(dying(2, "/a/b/c"));
         list.push(dying(3, "/a-b"));

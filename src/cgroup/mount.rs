@@ -98,7 +98,7 @@ fn level(path: &Path) -> isize {
 }
 
 /// What a look at a directory tells: its cgroup's id and that of the mount that it is in.
-pub type Look<'a> = &'a dyn Fn(&Path) -> nix::Result<(u64, i32)>;
+pub type Identify<'a> = &'a dyn Fn(&Path) -> nix::Result<(u64, i32)>;
 
 /// The root that `wanted` (or auto) means, given the mounts. Which of them a directory is in, it
 /// says itself: one may hide another.
@@ -107,7 +107,7 @@ pub type Look<'a> = &'a dyn Fn(&Path) -> nix::Result<(u64, i32)>;
 pub fn choose(
     mounts: &[Mount],
     wanted: Option<&Path>,
-    look: Look,
+    look: Identify,
 ) -> std::result::Result<Root, String> {
     let outside = |dir: &Path| format!("{} is not on a cgroup2 file system", dir.display());
     let root = |dir: &Path| -> std::result::Result<(isize, Root), String> {

@@ -75,14 +75,14 @@ impl Ranking {
     }
 
     /// Works out one piece; false where all is known.
-    pub fn go_on(&mut self, tree: &Tree, dying: &Option<dying::List>) -> bool {
+    pub fn go_on(&mut self, tree: &Tree, dying: &Option<dying::Removed>) -> bool {
         if let Some(at) = tree.next(self.next) {
             self.rank(tree, at);
             self.next = at + 1;
             return true;
         }
         let left = self.left.get_or_insert_with(|| {
-            let paths = dying.iter().flat_map(dying::List::iter).filter_map(|d| d.path.clone());
+            let paths = dying.iter().flat_map(dying::Removed::iter).filter_map(|d| d.path.clone());
             paths.filter(|path| !self.removed.contains_key(path)).collect()
         });
         match left.pop() {

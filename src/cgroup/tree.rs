@@ -63,7 +63,7 @@ pub type Index = u32;
 pub const ROOT: Index = 0;
 
 /// Where a cgroup stands that is known or may be: its parent, and the hash of its name.
-pub type Key = (Index, u32);
+pub type NameKey = (Index, u32);
 
 /// How many memory is kept for.
 const USUAL: usize = 256;
@@ -75,7 +75,7 @@ pub struct Tree {
     slots: Vec<Option<Slot>>,
     free: BTreeSet<Index>,
     /// By parent and hash of the name: one of those, which leads to the others.
-    names: BTreeMap<Key, Index>,
+    names: BTreeMap<NameKey, Index>,
     /// Hashes differ from run to run, so that nobody can choose names that have the same one.
     keys: RandomState,
     watches: BTreeMap<i32, Index>,
@@ -135,7 +135,7 @@ impl Tree {
     }
 
     /// Where the cgroup with this path stands; `None` for the root, and where its parent is not known.
-    pub fn key(&self, path: &[u8]) -> Option<Key> {
+    pub fn key(&self, path: &[u8]) -> Option<NameKey> {
         Some(self.hashed(self.above(path)?, name(path)?))
     }
 
@@ -169,7 +169,7 @@ impl Tree {
     }
 
     /// The index of the one with that name, or path, among those that stand there.
-    pub fn named(&self, key: Key, path: &[u8]) -> Option<Index> {
+    pub fn named(&self, key: NameKey, path: &[u8]) -> Option<Index> {
         let (first, name) = (self.names.get(&key)?, name(path)?);
         self.alike(*first).find(|at| self.path(*at).is_some_and(|path| is_named(path, name)))
     }
@@ -180,7 +180,7 @@ impl Tree {
         std::iter::successors(Some(first), next)
     }
 
-    fn hashed(&self, parent: Index, name: &[u8]) -> Key {
+    fn hashed(&self, parent: Index, name: &[u8]) -> NameKey {
         (parent, self.keys.hash_one(name) as u32)
     }
 
@@ -190,7 +190,7 @@ impl Tree {
     }
 
     /// Takes in what is neither known nor watched, with its key; only the root has none.
-    pub fn insert(&mut self, path: Path, key: Option<Key>, node: Node) -> Index {
+    pub fn insert(&mut self, path: Path, key: Option<NameKey>, node: Node) -> Index {
         let (mut at, mut parent, mut same) = (ROOT, ROOT, ROOT);
         if let Some(key) = key {
             at = self.free.pop_first().unwrap_or(self.slots.len() as Index);

@@ -40,7 +40,7 @@ use crate::nft::view;
 use crate::options::{Options, DEFAULT_CONFIG};
 use crate::plan;
 use crate::policy;
-use crate::route::{Needs, Seen, WayOut};
+use crate::route::{Needs, SeenRouting, WayOut};
 use crate::small::SmallSet;
 use crate::strays;
 use crate::sys;
@@ -725,7 +725,7 @@ fn list(priorities: std::ops::Range<u32>) -> String {
 }
 
 /// What others use of the numbers that the configuration names.
-fn conflicts(config: &Config, needs: &Needs, seen: &Seen) -> Vec<String> {
+fn conflicts(config: &Config, needs: &Needs, seen: &SeenRouting) -> Vec<String> {
     let mut found = Vec::new();
     let (mask, table) = (config.mask, config.route_table);
     let uses_table = |other: &dyn std::fmt::Display| {
@@ -910,7 +910,7 @@ mod tests {
             let at = bytes.len() - 4;
             bytes[at] = 3;
             let rules = Messages::new(&bytes).filter_map(|m| SeenRule::read(&m)).collect();
-            conflicts(&config, &needs, &Seen { rules, routes: Vec::new() }).len()
+            conflicts(&config, &needs, &SeenRouting { rules, routes: Vec::new() }).len()
         };
         assert_eq!(count(32766, 0, 0, 254), 0);
         assert_eq!(count(5210, 0x8_0000, 0xff_0000, 52), 0);

@@ -73,7 +73,7 @@ pub fn watch(options: &Options) -> Result<ExitCode> {
 
 /// What counts.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
-enum Of {
+enum Counted {
     Target(String),
     /// By its place among those that are tried.
     Gateway(usize, String),
@@ -84,7 +84,7 @@ enum Of {
 /// The counters of one moment, or their growth a second.
 #[derive(Default)]
 struct Totals {
-    counters: BTreeMap<Of, Counter>,
+    counters: BTreeMap<Counted, Counter>,
     /// Bytes that came back, by flow and target.
     flows: HashMap<(u32, String), u64>,
     /// What came back a second.
@@ -104,12 +104,12 @@ impl Totals {
             for element in elements {
                 if let Some(counter) = element.counter {
                     own = Some(own.unwrap_or_default() + counter);
-                    totals.counters.insert(Of::Cgroup(element.id, name()), counter);
+                    totals.counters.insert(Counted::Cgroup(element.id, name()), counter);
                 }
             }
             // what goes direct passes no counter but those of its cgroups
             let counter = target.taken.or(own);
-            totals.counters.extend(counter.map(|counter| (Of::Target(name()), counter)));
+            totals.counters.extend(counter.map(|counter| (Counted::Target(name()), counter)));
             let flows = target.mark.filter(|_| counts).and_then(|mark| kernel.traffic(mark));
             totals.back.extend(flows.iter().map(|_| (name(), 0)));
             let flows = flows.into_iter().flatten();
@@ -117,7 +117,7 @@ impl Totals {
         }
         let gateways = status.gateways().iter().enumerate();
         totals.counters.extend(gateways.map(|(at, gateway)| {
-            (Of::Gateway(at, gateway.name.clone()), gateway.taken.unwrap_or_default())
+            (Counted::Gateway(at, gateway.name.clone()), gateway.taken.unwrap_or_default())
         }));
         totals
     }
@@ -126,7 +126,7 @@ impl Totals {
     fn since(&self, old: &Totals, time: Duration) -> Totals {
         let seconds = time.as_secs_f64().max(0.001);
         let a_second = |count: u64| (count as f64 / seconds).round() as u64;
-        let rate = |(of, new): (&Of, &Counter)| {
+        let rate = |(of, new): (&Counted, &Counter)| {
             let old = old.counters.get(of).copied();
             let old = old.filter(|old| old.packets <= new.packets && old.bytes <= new.bytes);
             let old = old.unwrap_or_default();
@@ -147,7 +147,7 @@ impl Totals {
         let mut all: Vec<_> = (self.counters.iter())
             .filter(|(_, counter)| counter.packets > 0)
             .filter_map(|(of, counter)| match of {
-                Of::Cgroup(id, target) => Some((*id, &**target, *counter)),
+                Counted::Cgroup(id, target) => Some((*id, &**target, *counter)),
                 _ => None,
             })
             .collect();
@@ -171,13 +171,13 @@ fn frame(
     }
     let packets = |rate: Option<Counter>| Value::number(rate.map(|rate| rate.packets));
     let bytes = |rate: Option<Counter>| Value::bytes(rate.map(|rate| rate.bytes));
-    let rate = |of: Of| rates.and_then(|rates| rates.counters.get(&of)).copied();
+    let rate = |of: Counted| rates.and_then(|rates| rates.counters.get(&of)).copied();
     // those with no rate keep their order
     let busy = |rate: Option<Counter>, back: u64| {
         Reverse(rate.map_or(0, |rate| rate.bytes.saturating_add(back)))
     };
     let targets = status.targets().iter().map(|target| {
-        let rate = rate(Of::Target(target.name.clone()));
+        let rate = rate(Counted::Target(target.name.clone()));
         let back = rates.and_then(|rates| rates.back.get(&target.name)).copied();
         let row = [
             Value::text(&target.name),
@@ -191,7 +191,7 @@ fn frame(
     out.push('\n');
     Rows { columns: &TARGETS, rows: busiest_first(targets) }.print(out, style);
     let gateways = status.gateways().iter().enumerate().map(|(at, gateway)| {
-        let rate = rate(Of::Gateway(at, gateway.name.clone()));
+        let rate = rate(Counted::Gateway(at, gateway.name.clone()));
         let [name, target] = [&gateway.name, &gateway.target].map(|name| Value::text(name));
         (busy(rate, 0), [name, target, packets(rate), bytes(rate)])
     });
@@ -237,8 +237,11 @@ mod tests {
     #[test]
     fn rates_survive_a_replaced_table() {
         let counter = |packets, bytes| Counter { packets, bytes };
-        let [target, gateway, cgroup] =
-            [Of::Target("a".into()), Of::Gateway(0, "lan".into()), Of::Cgroup(7, "a".into())];
+        let [target, gateway, cgroup] = [
+            Counted::Target("a".into()),
+            Counted::Gateway(0, "lan".into()),
+            Counted::Cgroup(7, "a".into()),
+        ];
         let all = [&target, &gateway, &cgroup];
         let totals = |packets, bytes| Totals {
             counters: all.map(|of| (of.clone(), counter(packets, bytes))).into(),

@@ -17,7 +17,7 @@ use crate::stale::{Judge, Ports, Suspects};
 /// What is listed: of each protocol the sockets that may be stale, and then, where there are any, the
 /// ports of those in a state that is a witness. By and by: anybody may have 10,000s of them.
 #[derive(Clone, Copy)]
-enum Stage {
+enum Phase {
     Sockets(u8),
     Ports(u8),
     Done,
@@ -26,7 +26,7 @@ enum Stage {
 /// Sockets that may be stale, and what it takes to judge them.
 pub struct Doubts {
     judge: Judge,
-    stage: Stage,
+    phase: Phase,
     sockets: Vec<SeenSocket>,
     /// What listens.
     tcp: Ports,
@@ -42,8 +42,8 @@ impl Doubts {
             return None;
         }
         let (tcp, udp) = (Ports::new(), Ports::new());
-        let stage = Stage::Sockets(IPPROTO_TCP);
-        let doubts = Doubts { judge, stage, sockets: Vec::new(), tcp, udp, ended: 0 };
+        let phase = Phase::Sockets(IPPROTO_TCP);
+        let doubts = Doubts { judge, phase, sockets: Vec::new(), tcp, udp, ended: 0 };
         doubts.list(kernel);
         Some(doubts)
     }
@@ -51,12 +51,12 @@ impl Doubts {
     /// Begins what is to be listed by now.
     fn list(&self, kernel: &mut Kernel) {
         let ids = || self.judge.suspects().ids().unwrap_or_default();
-        let (protocol, states, ids) = match self.stage {
-            Stage::Sockets(IPPROTO_TCP) => (IPPROTO_TCP, TCP_STATES, ids()),
-            Stage::Sockets(protocol) => (protocol, UDP_STATES, ids()),
-            Stage::Ports(IPPROTO_TCP) => (IPPROTO_TCP, 1 << TCP_LISTEN, Vec::new()),
-            Stage::Ports(protocol) => (protocol, 1 << TCP_CLOSE, Vec::new()),
-            Stage::Done => return,
+        let (protocol, states, ids) = match self.phase {
+            Phase::Sockets(IPPROTO_TCP) => (IPPROTO_TCP, TCP_STATES, ids()),
+            Phase::Sockets(protocol) => (protocol, UDP_STATES, ids()),
+            Phase::Ports(IPPROTO_TCP) => (IPPROTO_TCP, 1 << TCP_LISTEN, Vec::new()),
+            Phase::Ports(protocol) => (protocol, 1 << TCP_CLOSE, Vec::new()),
+            Phase::Done => return,
         };
         kernel.list_sockets(Asker::Doubts, protocol, states, &ids);
     }
@@ -64,33 +64,33 @@ impl Doubts {
     /// Takes some more of what is listed.
     fn take(&mut self, kernel: &mut Kernel) {
         let Doubts { judge, sockets, tcp, udp, .. } = self;
-        let more = match self.stage {
-            Stage::Sockets(_) => kernel.more_sockets(Asker::Doubts, &mut |socket| {
+        let more = match self.phase {
+            Phase::Sockets(_) => kernel.more_sockets(Asker::Doubts, &mut |socket| {
                 sockets.extend(judge.doubts(&socket).then_some(socket));
             }),
-            Stage::Ports(protocol) => {
+            Phase::Ports(protocol) => {
                 let ports = if protocol == IPPROTO_TCP { tcp } else { udp };
                 kernel.more_sockets(Asker::Doubts, &mut |socket| {
                     *ports.entry(socket.local.port()).or_default() += 1;
                 })
             }
-            Stage::Done => return,
+            Phase::Done => return,
         };
         if more {
             return;
         }
         let any = |protocol| self.sockets.iter().any(|socket| socket.protocol == protocol);
-        self.stage = match self.stage {
-            Stage::Sockets(protocol) if any(protocol) => Stage::Ports(protocol),
-            Stage::Sockets(IPPROTO_TCP) | Stage::Ports(IPPROTO_TCP) => Stage::Sockets(IPPROTO_UDP),
-            _ => Stage::Done,
+        self.phase = match self.phase {
+            Phase::Sockets(protocol) if any(protocol) => Phase::Ports(protocol),
+            Phase::Sockets(IPPROTO_TCP) | Phase::Ports(IPPROTO_TCP) => Phase::Sockets(IPPROTO_UDP),
+            _ => Phase::Done,
         };
         self.list(kernel);
     }
 
     /// Lists sockets, judges them and ends the stale ones until `until`; true when that is done.
     pub fn go_on(&mut self, kernel: &mut Kernel, until: Instant) -> bool {
-        while !matches!(self.stage, Stage::Done) {
+        while !matches!(self.phase, Phase::Done) {
             self.take(kernel);
             if Instant::now() >= until {
                 return false;

@@ -174,7 +174,7 @@ impl Daemon<'_> {
 }
 
 /// What is listed: first whose the flows may be, as anybody may have 10,000s of sockets too.
-enum Stage {
+enum Phase {
     /// The ports of the sockets of the cgroups in question.
     Ports(BTreeSet<u16>),
     /// Who has these ports; or all sockets.
@@ -185,7 +185,7 @@ enum Stage {
 /// Conntrack's flows, on their way past the policy.
 struct Pass {
     flows: Flows,
-    stage: Stage,
+    phase: Phase,
     owners: Owners,
     /// The flows that were told of and have not had their turn.
     entries: Vec<Tracked>,
@@ -206,18 +206,18 @@ impl Pass {
         let cgroups = flows.cgroups();
         let few = cgroups.as_ref().filter(|cgroups| cgroups.len() <= FEW_CGROUPS);
         let ids = few.map_or(&[][..], |cgroups| cgroups);
-        let stage = match cgroups {
-            _ if !flows.ask_for_owners() => Stage::Flows,
-            None => Stage::Owners(None, Vec::new()),
-            Some(_) => Stage::Ports(BTreeSet::new()),
+        let phase = match cgroups {
+            _ if !flows.ask_for_owners() => Phase::Flows,
+            None => Phase::Owners(None, Vec::new()),
+            Some(_) => Phase::Ports(BTreeSet::new()),
         };
-        match stage {
-            Stage::Flows => kernel.list_entries(),
+        match phase {
+            Phase::Flows => kernel.list_entries(),
             _ => kernel.list_sockets(Asker::Flows, IPPROTO_UDP, UDP_STATES, ids),
         }
         Pass {
             flows,
-            stage,
+            phase,
             owners: Owners::default(),
             entries: Vec::new(),
             ways: BTreeMap::new(),
@@ -249,31 +249,31 @@ impl Pass {
     /// Lists some more; false where there are no more.
     fn list(&mut self, kernel: &mut Kernel) -> bool {
         let flows = &self.flows;
-        let more = match &mut self.stage {
-            Stage::Ports(ports) => kernel.more_sockets(Asker::Flows, &mut |socket| {
+        let more = match &mut self.phase {
+            Phase::Ports(ports) => kernel.more_sockets(Asker::Flows, &mut |socket| {
                 if socket.cgroup.is_some_and(|cgroup| flows.asks_of(cgroup)) {
                     ports.insert(socket.local.port());
                 }
             }),
-            Stage::Owners(ports, sockets) => kernel.more_sockets(Asker::Flows, &mut |socket| {
+            Phase::Owners(ports, sockets) => kernel.more_sockets(Asker::Flows, &mut |socket| {
                 if ports.as_ref().is_none_or(|ports| ports.contains(&socket.local.port())) {
                     sockets.push(socket);
                 }
             }),
-            Stage::Flows => return self.list_flows(kernel),
+            Phase::Flows => return self.list_flows(kernel),
         };
         if !more {
-            self.stage = match std::mem::replace(&mut self.stage, Stage::Flows) {
-                Stage::Ports(ports) if !ports.is_empty() => {
+            self.phase = match std::mem::replace(&mut self.phase, Phase::Flows) {
+                Phase::Ports(ports) if !ports.is_empty() => {
                     kernel.list_sockets(Asker::Flows, IPPROTO_UDP, UDP_STATES, &[]);
-                    Stage::Owners(Some(ports), Vec::new())
+                    Phase::Owners(Some(ports), Vec::new())
                 }
                 last => {
-                    if let Stage::Owners(_, sockets) = last {
+                    if let Phase::Owners(_, sockets) = last {
                         self.owners = Owners::new(sockets);
                     }
                     kernel.list_entries();
-                    Stage::Flows
+                    Phase::Flows
                 }
             };
         }

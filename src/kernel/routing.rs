@@ -16,7 +16,7 @@ use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::nft::table::Devices;
 use crate::nft::view;
-use crate::route::{self, Entry, Needs, Seen};
+use crate::route::{self, Entry, Needs, SeenRouting};
 use crate::small::SmallSet;
 
 /// What has become of ip rules and routes.
@@ -182,7 +182,7 @@ impl Kernel {
     pub fn routing(&mut self, family: Family) -> Result<SmallSet<Entry>> {
         let rules = self.list(&|batch| fib::get_rules(batch, family), SeenRule::read)?;
         let routes = self.list(&|batch| fib::get_routes(batch, family), SeenRoute::read)?;
-        let mut ours = Seen { rules, routes }.ours();
+        let mut ours = SeenRouting { rules, routes }.ours();
         // a family that is not there answers for others
         ours.retain(|entry| entry.family() == family);
         Ok(ours)
@@ -190,7 +190,7 @@ impl Kernel {
 
     /// All rules of one family, and all routes of these tables; none for a family that the kernel
     /// does not have.
-    pub fn seen(&mut self, family: Family, tables: &[u32]) -> Result<Seen> {
+    pub fn seen(&mut self, family: Family, tables: &[u32]) -> Result<SeenRouting> {
         let mut rules = self.list(&|batch| fib::get_rules(batch, family), SeenRule::read)?;
         rules.retain(|seen| seen.rule.family == family);
         let mut routes = Vec::new();
@@ -201,7 +201,7 @@ impl Kernel {
                 found.filter(|seen| (seen.route.family, seen.route.table) == (family, *table)),
             );
         }
-        Ok(Seen { rules, routes })
+        Ok(SeenRouting { rules, routes })
     }
 
     /// The interfaces that ways out lead to, as far as they are there.

@@ -14,7 +14,7 @@ const RTGENMSG: usize = 4;
 
 /// What a notification tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+pub enum PeerChange {
     Is(Link),
     Gone(u32),
     /// The other end of `link` went into that namespace. Of `link` itself that is told later.
@@ -44,18 +44,18 @@ fn namespace_told(message: &Message) -> Option<u32> {
 }
 
 /// Reads a notification.
-pub fn read(message: &Message) -> Vec<Change> {
+pub fn read(message: &Message) -> Vec<PeerChange> {
     let mut changes = Vec::new();
     match message.kind {
-        RTM_NEWLINK => changes.extend(link::parse(message).map(Change::Is)),
+        RTM_NEWLINK => changes.extend(link::parse(message).map(PeerChange::Is)),
         RTM_DELLINK => {
             if let Some((index, attrs)) = link::told(message) {
                 let ends = attrs.u32_ne(IFLA_LINK).zip(namespace_id(&attrs, IFLA_NEW_NETNSID));
-                changes.push(Change::Gone(index));
-                changes.extend(ends.map(|(link, to)| Change::Moved { link, to }));
+                changes.push(PeerChange::Gone(index));
+                changes.extend(ends.map(|(link, to)| PeerChange::Moved { link, to }));
             }
         }
-        RTM_DELNSID => changes.extend(namespace_told(message).map(Change::Ended)),
+        RTM_DELNSID => changes.extend(namespace_told(message).map(PeerChange::Ended)),
         _ => {}
     }
     changes
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
     use crate::netlink::parse::Messages;
 
-    fn told(kind: u16, index: u32, attrs: &[(u16, u32)]) -> Vec<Change> {
+    fn told(kind: u16, index: u32, attrs: &[(u16, u32)]) -> Vec<PeerChange> {
         let mut batch = Batch::new(0);
         let open = batch.begin(kind, 0);
         match kind {
@@ -115,7 +115,7 @@ mod tests {
         let link = |master, peer| {
             let name = "veth0".into();
             let kind = "veth".into();
-            Change::Is(Link {
+            PeerChange::Is(Link {
                 index: 7,
                 name,
                 kind,
@@ -130,9 +130,9 @@ mod tests {
         let all = [(IFLA_MASTER, 3), (IFLA_LINK_NETNSID, 0)];
         assert_eq!(told(RTM_NEWLINK, 7, &all), [link(3, Some(0))]);
         assert_eq!(told(RTM_NEWLINK, 7, &[(IFLA_LINK_NETNSID, none)]), [link(0, None)]);
-        assert_eq!(told(RTM_DELLINK, 7, &[]), [Change::Gone(7)]);
+        assert_eq!(told(RTM_DELLINK, 7, &[]), [PeerChange::Gone(7)]);
         let moved = [(IFLA_LINK, 6), (IFLA_NEW_NETNSID, 2)];
-        let both = [Change::Gone(7), Change::Moved { link: 6, to: 2 }];
+        let both = [PeerChange::Gone(7), PeerChange::Moved { link: 6, to: 2 }];
         assert_eq!(told(RTM_DELLINK, 7, &moved), both);
         assert_eq!(told(RTM_NEWADDR, 7, &[]), []);
     }

@@ -9,14 +9,14 @@ use cgtproxy::netlink::parse::{self, Attrs, Messages};
 use cgtproxy::netlink::{conntrack, diag, fib};
 use cgtproxy::nft::{event::Follower, marks, message, others, view};
 use cgtproxy::plan;
-use cgtproxy::route::{self, Seen};
+use cgtproxy::route::{self, SeenRouting};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|datagram: &[u8]| {
     let (mut count, mut rules) = (0, Vec::new());
     let (mut bases, mut others_rules) = (Vec::new(), Vec::new());
     let config = Config::default();
-    let (needs, mut seen) = (plan::needs(&config), Seen::default());
+    let (needs, mut seen) = (plan::needs(&config), SeenRouting::default());
     for message in Messages::new(datagram) {
         count += 1;
         let _ = (parse::reply(&message), diag::parse(&message, 6));
