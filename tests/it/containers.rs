@@ -461,11 +461,13 @@ fn whatever_befalls_it() {
          link set br-two up\nlink set lan0 master br-two\n\
          route add 198.51.100.10/32 dev br-two\nroute add 2001:db8:3::10/128 dev br-two\n",
     );
+    lan.await_link(0);
     lan.proxied(0);
     lan.dropped(1);
 
     ip_lines("link set lan0 down\nlink set lan0 name other0\nlink set other0 up\n");
     await_entrances(&daemon, &["lan1 0xfd000000", "other0 0x01000000"]);
+    lan.await_link(0);
     world.wire.packets();
     lan.proxied(0);
 

@@ -86,15 +86,20 @@ impl Lan<'_> {
             ip_lines(lines);
         });
         let lan = Lan { ground, clients };
-        for i in 0..2 {
-            for gate in [LAN4, LAN6] {
-                let passed = wait_until(PATIENCE, || {
-                    lan.ask_within(i, Proto::Icmp, addr(ip(gate), 0), SILENCE) != "nobody"
-                });
-                assert!(passed, "client {i} does not reach {gate}");
-            }
-        }
+        (0..2).for_each(|i| lan.await_link(i));
         lan
+    }
+
+    /// Returns once packets of client `i` pass, after its link or the bridge has come up: that moves in a
+    /// kernel worker, and what is sent before is lost.
+    #[track_caller]
+    pub fn await_link(&self, i: usize) {
+        for gate in [LAN4, LAN6] {
+            let passed = wait_until(PATIENCE, || {
+                self.ask_within(i, Proto::Icmp, addr(ip(gate), 0), SILENCE) != "nobody"
+            });
+            assert!(passed, "client {i} does not reach {gate}");
+        }
     }
 
     pub fn client(&self, i: usize) -> &Netns {
@@ -118,14 +123,17 @@ impl Lan<'_> {
         self.clients[i].run(|| expect(&[(&self.ground.root, answers(want))]));
     }
 
+    #[track_caller]
     pub fn proxied(&self, i: usize) {
         self.expect(i, [PROXY, PROXY, PROXY, PROXY, "remote", "remote"]);
     }
 
+    #[track_caller]
     pub fn direct(&self, i: usize) {
         self.expect(i, ["remote"; 6]);
     }
 
+    #[track_caller]
     pub fn dropped(&self, i: usize) {
         self.expect(i, ["nobody"; 6]);
     }

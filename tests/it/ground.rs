@@ -120,7 +120,7 @@ impl Ground {
             sysctl("net/ipv4/ping_group_range", "0 2147483647");
             ip_lines(OUTSIDE);
         });
-        ground.await_link();
+        await_link([("192.0.2.1", "192.0.2.2"), ("2001:db8:1::1", "2001:db8:1::2")]);
         Some(ground)
     }
 
@@ -155,23 +155,6 @@ impl Ground {
     pub fn at(&self, path: &str) -> PathBuf {
         self.root.join(path.trim_start_matches('/'))
     }
-
-    /// Returns once packets pass in both families: link state moves in a kernel worker.
-    fn await_link(&self) {
-        for (host, gate) in [(HOST4, GATE4), (HOST6, GATE6)] {
-            let passed = wait_until(PATIENCE, || {
-                let Ok(probe) = UdpSocket::bind((host, 0)) else {
-                    return false;
-                };
-                probe.set_read_timeout(Some(Duration::from_millis(10))).expect("set a timeout");
-                // Nobody listens on the discard port: the answer is an ICMP error.
-                let sent = probe.connect((gate, 9)).and_then(|()| probe.send(b"?"));
-                sent.is_ok()
-                    && probe.recv(&mut [0]).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
-            });
-            assert!(passed, "the veth pair does not pass {host}");
-        }
-    }
 }
 
 impl Drop for Ground {
@@ -185,6 +168,24 @@ impl Drop for Ground {
                 eprintln!("unable to return to the namespaces of before: {e}");
             }
         }
+    }
+}
+
+/// Returns once packets pass by a link, from each of these addresses to its neighbour: link state moves
+/// in a kernel worker, and what is sent before that is lost.
+pub fn await_link(ends: [(&str, &str); 2]) {
+    for (host, gate) in ends.map(|(host, gate)| (ip(host), ip(gate))) {
+        let passed = wait_until(PATIENCE, || {
+            let Ok(probe) = UdpSocket::bind((host, 0)) else {
+                return false;
+            };
+            probe.set_read_timeout(Some(Duration::from_millis(10))).expect("set a timeout");
+            // Nobody listens on the discard port: the answer is an ICMP error.
+            let sent = probe.connect((gate, 9)).and_then(|()| probe.send(b"?"));
+            sent.is_ok()
+                && probe.recv(&mut [0]).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
+        });
+        assert!(passed, "the veth pair does not pass {host}");
     }
 }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 use crate::client::{again, tcp_in, udp_in, Proto, PATIENCE, SILENCE};
 use crate::daemon::Daemon;
 use crate::gateway::Lan;
-use crate::ground::{addr, any_of, ip_lines, Ground, REMOTES};
+use crate::ground::{addr, any_of, await_link, ip_lines, Ground, REMOTES};
 use crate::kernel::await_member;
 use crate::routes::{tunnel_up, GATEWAYS};
 use crate::wait_until;
@@ -51,6 +51,7 @@ fn second_tunnel(ground: &Ground) {
              neigh add fd00:9::1 lladdr 02:00:00:00:09:01 dev vout1\nlink set vout1 up\n",
         );
     });
+    await_link([("10.9.0.1", "10.9.0.2"), ("fd00:9::1", "fd00:9::2")]);
 }
 
 fn sections(names: &str) -> String {
