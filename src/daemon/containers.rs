@@ -28,8 +28,8 @@ const MOST_ADDED: usize = 64;
 const REST: u32 = 8;
 
 /// Processor time that this thread has used. To wait for it costs nobody else, and must not keep
-/// a container waiting where the processor is wanted by many.
-fn used() -> Duration {
+/// a container, or a flow, waiting where the processor is wanted by many.
+pub(super) fn used() -> Duration {
     ClockId::CLOCK_THREAD_CPUTIME_ID.now().map_or(Duration::ZERO, Duration::from)
 }
 

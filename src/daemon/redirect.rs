@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+use super::containers::used;
 use super::Daemon;
 use crate::cgroup::core::Core;
 use crate::config::Outcome;
@@ -29,10 +30,12 @@ use crate::stale::flows::{late, moved, Cure, Flows, Known, Owners};
 /// How long flows are held against the policy before cgroups that come have their turn.
 const SLICE: Duration = Duration::from_millis(1);
 
-/// How long a start, a reload or a repair waits until that is done for all flows.
+/// A start, a reload or a repair waits until that is done for all flows, or has cost so much of the
+/// processor: many others may want that too, and what is not done yet is dropped.
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// Before a pass for cgroups that were found late, this many times what the last pass has cost.
+/// Before a pass for cgroups that were found late, this many times what the last pass has cost of the
+/// processor.
 const REST: u32 = 8;
 
 #[derive(Default)]
@@ -103,9 +106,9 @@ impl Daemon<'_> {
     /// one that is not. Once the table and the ways out are in force. Cgroups that come meanwhile are
     /// taken in; what takes longer than is waited for here is done later.
     pub(super) fn redirect_flows(&mut self) {
-        let began = Instant::now();
+        let before = used();
         self.begin_redirecting();
-        while self.redirects.is_busy() && began.elapsed() < LONGEST {
+        while self.redirects.is_busy() && used().saturating_sub(before) < LONGEST {
             if !matches!(self.signals.end(), Ok(None)) || self.cgroups.drain().is_err() {
                 return;
             }
@@ -231,7 +234,7 @@ impl Pass {
 
     /// Has conntrack know flows as they should be known by now, until `until`; true when that is done.
     fn go_on(&mut self, kernel: &mut Kernel, until: Instant) -> bool {
-        let began = Instant::now();
+        let before = used();
         let mut more = true;
         while more {
             match self.entries.pop() {
@@ -242,7 +245,7 @@ impl Pass {
                 break;
             }
         }
-        self.spent += began.elapsed();
+        self.spent += used().saturating_sub(before);
         !more
     }
 

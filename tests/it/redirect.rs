@@ -375,6 +375,9 @@ fn others_go_the_new_way(ground: &Ground, policy: impl Fn(&str) -> String) {
     assert!(left.iter().all(|packet| packet.flags & 4 != 0), "{left:?}");
 }
 
+const NUMBERLESS: &str = "[route vpn]\ninterface = vpn0\ngateway = 10.8.0.2\ngateway = fd00:8::2\n\
+                          [rules]\nvpn = /user/.*\ndrop = /apps/.*\n";
+
 /// Somebody's flows without number, which go by a route, and cgroups of another.
 struct Numberless {
     daemon: Daemon,
@@ -385,8 +388,7 @@ struct Numberless {
 }
 
 impl Numberless {
-    fn new(ground: &Ground) -> Numberless {
-        const FLOWS: u16 = 60_000;
+    fn new(ground: &Ground, flows: u16) -> Numberless {
         tunnel_up(ground);
         // what is sent to nobody ends at the door
         let sink = "table netdev sink { chain in {
@@ -394,13 +396,10 @@ impl Numberless {
             udp dport > 1024 drop;
         }\n}";
         ground.outside(|| load(sink));
-        let config = format!(
-            "[route vpn]\ninterface = vpn0\n{GATEWAYS}[rules]\nvpn = /user/.*\ndrop = /apps/.*\n"
-        );
         let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
-        let daemon = Daemon::start(ground, &config, &[]);
+        let daemon = Daemon::start(ground, NUMBERLESS, &[]);
         let many = udp_in(&user, REMOTE4);
-        for port in 0..FLOWS {
+        for port in 0..flows {
             many.send_to(b"?", addr(REMOTE4, 1025 + port)).expect("send");
         }
         let mut all = Numberless { daemon, apps, alone: Vec::new(), _many: many };
@@ -450,7 +449,7 @@ impl Numberless {
 #[test]
 fn flows_without_number_keep_nobody_waiting() {
     let (ground, _world) = scene!("numberless");
-    let all = Numberless::new(&ground);
+    let all = Numberless::new(&ground, 60_000);
     let (mut took, mut late) = (Vec::new(), Vec::new());
     for round in 0..5 {
         all.daemon.signal(Signal::SIGSTOP);
@@ -478,11 +477,33 @@ fn flows_without_number_keep_nobody_waiting() {
     assert!(all.daemon.stop().success());
 }
 
+/// A reload is done once the flows have moved, also where the machine stands still meanwhile, or others
+/// want its processors: that costs no time of the daemon.
+#[test]
+fn a_reload_waits_for_flows_in_its_own_time() {
+    let (ground, _world) = scene!("standstill");
+    let all = Numberless::new(&ground, 10_000);
+    let other = ground.cgroup("/other");
+    all.daemon.configure(&format!("{NUMBERLESS}drop = /other\nvpn = /user\n"));
+    all.daemon.signal(Signal::SIGHUP);
+    // the table is in force, and the flows have their turn
+    await_member(&other, "drop");
+    all.daemon.while_stopped(|| {
+        let begun = Instant::now();
+        wait_until(PATIENCE, || begun.elapsed() > Duration::from_millis(1200));
+    });
+    assert!(all.daemon.wait_log("reloaded ", PATIENCE), "{}", all.daemon.logs());
+    let log = all.daemon.logs();
+    let before = log.split("reloaded ").next().expect("some");
+    assert!(before.contains("UDP flows that began another way"), "{log}");
+    assert!(all.daemon.stop().success());
+}
+
 /// Nor need it wait for those of an address that the interface has no more.
 #[test]
 fn flows_of_an_address_that_has_gone_keep_nobody_waiting() {
     let (ground, _world) = scene!("numbergone");
-    let all = Numberless::new(&ground);
+    let all = Numberless::new(&ground, 60_000);
     let mut took = Vec::new();
     for round in 0..5 {
         ip_batch(&[], "addr add 10.8.0.99/24 dev vpn0\n");
