@@ -249,7 +249,8 @@ fn built_in(config: &Config, path: &[u8]) -> Option<Rank> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{compile, PatternRule, Place};
+    use crate::config::pattern::compile;
+    use crate::config::{PatternRule, Place};
     use crate::testing::Random;
     use std::rc::Rc;
 

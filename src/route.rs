@@ -289,7 +289,7 @@ impl Entry {
 
 impl IpRule {
     /// The priorities that the rules may start at, of which this is one.
-    pub fn first_priorities(&self) -> impl Iterator<Item = u32> {
+    fn first_priorities(&self) -> impl Iterator<Item = u32> {
         let priority = self.priority;
         (0..4).map(move |offset| priority.saturating_sub(offset))
     }
@@ -456,7 +456,7 @@ impl SeenRouting {
     }
 
     /// Routes of others in our table that take what ours should deliver.
-    pub fn in_the_way(&self, table: u32) -> impl Iterator<Item = &SeenRoute> {
+    fn in_the_way(&self, table: u32) -> impl Iterator<Item = &SeenRoute> {
         let own = self.routes.iter().position(|seen| seen.is_ours() && seen.route.table == table);
         let all = self.routes.iter().enumerate();
         let all = all.filter(move |(at, seen)| {

@@ -98,13 +98,13 @@ fn level(path: &Path) -> isize {
 }
 
 /// What a look at a directory tells: its cgroup's id and that of the mount that it is in.
-pub type Identify<'a> = &'a dyn Fn(&Path) -> nix::Result<(u64, i32)>;
+type Identify<'a> = &'a dyn Fn(&Path) -> nix::Result<(u64, i32)>;
 
 /// The root that `wanted` (or auto) means, given the mounts. Which of them a directory is in, it
 /// says itself: one may hide another.
 ///
 /// Errors: what to do about a host without cgroup v2, or a path outside of it.
-pub fn choose(
+fn choose(
     mounts: &[Mount],
     wanted: Option<&Path>,
     look: Identify,

@@ -106,7 +106,7 @@ const HOP: Takes = Text("the IPv4 or IPv6 address of another host");
 const MAC: Takes = Text("six pairs of hexadecimal digits with colons");
 
 /// In the order of the manual.
-pub static KEYS: &[Key] = &[
+static KEYS: &[Key] = &[
     one(GLOBAL, "cgroup-root", Text("auto or an absolute path"), Is("auto"), |d, e| {
         put(&mut d.config.cgroup_root, cgroup_root(e))
     }),

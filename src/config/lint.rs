@@ -177,7 +177,8 @@ fn hex_escape(pattern: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{compile, Place, Target};
+    use crate::config::pattern::compile;
+    use crate::config::{Place, Target};
     use crate::testing::Random;
     use std::rc::Rc;
 

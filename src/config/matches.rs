@@ -201,7 +201,7 @@ pub(super) fn quote(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::compile;
+    use crate::config::pattern::compile;
 
     /// Whether a path or an ancestor of it matches.
     fn covers(value: &str, path: &str) -> bool {

@@ -20,7 +20,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 pub use model::*;
-pub use pattern::compile;
 
 /// Reads `path` and what it includes.
 ///

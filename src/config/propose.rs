@@ -188,7 +188,7 @@ fn literal(path: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::compile;
+    use crate::config::pattern::compile;
     use crate::testing::Random;
 
     /// Whether a pattern matches a path, as a rule would.

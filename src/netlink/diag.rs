@@ -100,7 +100,7 @@ const ID_LEN: usize = 48;
 const NO_COOKIE: [u8; 8] = [0xff; 8];
 
 /// Most cgroup ids that one request may ask for: the kernel's programs end at 64 KiB.
-pub const MOST_IDS: usize = 4095;
+const MOST_IDS: usize = 4095;
 
 /// Asks for the sockets of a family and protocol in any of `states` (a mask of `1 << TCP_…`); with
 /// `ids`, of which there may be [`MOST_IDS`], for those of these cgroups alone.

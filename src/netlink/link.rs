@@ -34,7 +34,7 @@ impl Link {
         self.addresses.iter().any(|ip| Family::of(ip) == family)
     }
 
-    pub fn is_bridge(&self) -> bool {
+    fn is_bridge(&self) -> bool {
         self.kind == "bridge"
     }
 }

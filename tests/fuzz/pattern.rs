@@ -12,7 +12,7 @@ use regex_lite::RegexBuilder;
 fuzz_target!(|input: &str| -> Corpus {
     let mut lines = input.lines();
     let pattern = lines.next().unwrap_or_default();
-    let Ok(compiled) = config::compile(pattern) else {
+    let Ok(compiled) = config::pattern::compile(pattern) else {
         return Corpus::Keep;
     };
     let build = |text: &str| RegexBuilder::new(text).nest_limit(100).build();
