@@ -16,7 +16,7 @@ use std::time::Duration;
 use cgtproxy::cgroup::backlog::Backlog;
 use cgtproxy::cgroup::core::{Core, Delta};
 use cgtproxy::cgroup::dying;
-use cgtproxy::cgroup::event::{Action, Event, Found, List, Look, Scan, Seen};
+use cgtproxy::cgroup::event::{Action, Event, Found, List, Listed, Look, Scan, Seen};
 use cgtproxy::cgroup::gates::{self, Gate};
 use cgtproxy::cgroup::holds::HoldElement;
 use cgtproxy::cgroup::tally::Change;
@@ -255,7 +255,7 @@ impl Host {
             true => (refused.or(Some(Errno::EMFILE)), None),
             false => (refused, Some(list)),
         };
-        Seen::Listed { path, id, wd, refused, list }
+        Seen::Listed(Listed { path, id, wd, refused, list })
     }
 }
 

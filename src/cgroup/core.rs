@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use super::blind::Blind;
 use super::dying::{self, Dying};
-use super::event::{Action, Event, Found, List, Look, Note, Scan, Seen};
+use super::event::{Action, Event, Found, List, Listed, Look, Note, Scan, Seen};
 use super::gates::{self, Above, Gate, Gates};
 use super::holds::{HoldElement, Holds};
 use super::ranking::{self, Ranking};
@@ -256,9 +256,7 @@ impl Core {
     pub fn step(&mut self, seen: Seen, actions: &mut Vec<Action>) {
         match seen {
             Seen::Found(found) => self.found(found, actions),
-            Seen::Listed { path, id, wd, refused, list } => {
-                self.listed(path, id, wd, refused, list, actions)
-            }
+            Seen::Listed(listed) => self.listed(listed, actions),
             Seen::Gone { path } => self.gone(&path, actions),
             Seen::Failed { path, errno } => self.failed(path, errno, actions),
         }
@@ -557,15 +555,8 @@ impl Core {
         self.looks.push(Look::Watch(found));
     }
 
-    fn listed(
-        &mut self,
-        path: Path,
-        id: u64,
-        wd: Option<i32>,
-        refused: Option<Errno>,
-        list: Option<List>,
-        actions: &mut Vec<Action>,
-    ) {
+    fn listed(&mut self, listed: Listed, actions: &mut Vec<Action>) {
+        let Listed { path, id, wd, refused, list } = listed;
         let same = |at: &Index| self.tree.node(*at).is_some_and(|node| node.id == id);
         let Some(at) = self.tree.find(&path).filter(same) else {
             // it went while it was being listed

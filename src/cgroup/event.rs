@@ -44,15 +44,7 @@ pub enum Look {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Seen {
     Found(Found),
-    /// A cgroup that was found has been watched, or why not, and listed; without a list those of its
-    /// children that are known stay.
-    Listed {
-        path: Path,
-        id: u64,
-        wd: Option<i32>,
-        refused: Option<Errno>,
-        list: Option<List>,
-    },
+    Listed(Listed),
     /// There is nothing under that path.
     Gone {
         path: Path,
@@ -108,6 +100,17 @@ pub struct Found {
     pub foreign: bool,
     /// When that was, in nanoseconds since the epoch, where its list is to tell whether it was late.
     pub at: Option<u64>,
+}
+
+/// A cgroup that was found has been watched, or why not, and listed; without a list those of its
+/// children that are known stay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    pub path: Path,
+    pub id: u64,
+    pub wd: Option<i32>,
+    pub refused: Option<Errno>,
+    pub list: Option<List>,
 }
 
 /// What listing a cgroup found.

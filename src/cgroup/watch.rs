@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::unistd::geteuid;
 
-use super::event::{Event, Found, List, Look, Scan, Seen};
+use super::event::{Event, Found, List, Listed, Look, Scan, Seen};
 use super::tree::Path;
 use crate::error::{errno, Error, Result};
 use crate::policy;
@@ -222,12 +222,12 @@ impl Watcher {
                 // events were lost, or we were stopped or busy
                 let late = at.is_some_and(|at| at > (seen.changed + LATE).as_nanos() as u64);
                 let list = Some(List { owner: seen.owner, late, children });
-                Seen::Listed { path, id, wd, refused, list }
+                Seen::Listed(Listed { path, id, wd, refused, list })
             }
             Err(errno) => match failed(path, errno) {
                 Seen::Failed { path, errno } => {
                     let refused = refused.or(Some(errno));
-                    Seen::Listed { path, id, wd, refused, list: None }
+                    Seen::Listed(Listed { path, id, wd, refused, list: None })
                 }
                 gone => self.undo(wd, gone),
             },

@@ -235,8 +235,8 @@ pub fn list(e: &Setting, problems: &mut Vec<Problem>) -> Result<Ranges> {
             continue;
         }
         match listed(value) {
-            Some(Listed::V4(range)) => ranges.v4.push(range),
-            Some(Listed::V6(range)) => ranges.v6.push(range),
+            Some(AnyRange::V4(range)) => ranges.v4.push(range),
+            Some(AnyRange::V6(range)) => ranges.v6.push(range),
             None => {
                 wrong += 1;
                 if wrong <= MOST_WRONG {
@@ -258,12 +258,12 @@ pub fn list(e: &Setting, problems: &mut Vec<Problem>) -> Result<Ranges> {
 }
 
 /// A line of a list: of 100,000 none should cost more than it must.
-enum Listed {
+enum AnyRange {
     V4(Range<Ipv4Addr>),
     V6(Range<Ipv6Addr>),
 }
 
-fn listed(value: &str) -> Option<Listed> {
+fn listed(value: &str) -> Option<AnyRange> {
     let (address, length) = match value.bytes().position(|byte| byte == b'/') {
         None => (value, None),
         Some(at) => {
@@ -274,10 +274,10 @@ fn listed(value: &str) -> Option<Listed> {
     };
     let prefix = |bits| Some(length.unwrap_or(bits)).filter(|length| *length <= bits);
     Some(match address.parse().ok()? {
-        IpAddr::V4(a) => Listed::V4(Range::prefix(a, prefix(32)?)),
+        IpAddr::V4(a) => AnyRange::V4(Range::prefix(a, prefix(32)?)),
         IpAddr::V6(a) => {
             let length = prefix(128)?;
-            mapped(a, length).is_none().then(|| Listed::V6(Range::prefix(a, length)))?
+            mapped(a, length).is_none().then(|| AnyRange::V6(Range::prefix(a, length)))?
         }
     })
 }
