@@ -217,6 +217,35 @@ fn arrows_point_one_way() {
     assert!(seen > 60, "only {seen} uses were found: does this test still read them?");
 }
 
+/// No room uses one that uses it, by whatever way, whether or not both stand in one layer. A folder's
+/// head and its rooms have a house of their own.
+#[test]
+fn no_circles() {
+    let sources = sources();
+    let holds = |room: &str, path: &str| path == room || path.starts_with(&format!("{room}::"));
+    let room = |path: &str| sources.keys().filter(|room| holds(room, path)).max_by_key(|r| r.len());
+    let mut left: BTreeMap<&String, BTreeSet<&String>> = BTreeMap::new();
+    for (own, text) in &sources {
+        let used = uses(own, text);
+        let rooms = used.iter().filter_map(|path| room(path));
+        let others = rooms.filter(|other| !holds(own, other) && !holds(other, own));
+        left.insert(own, others.collect());
+    }
+    let arrows: usize = left.values().map(BTreeSet::len).sum();
+    assert!(arrows > 300, "only {arrows} arrows were found: does this test still read them?");
+    // what uses nothing that is left, or is used by nothing, is in no circle
+    loop {
+        let rooms: BTreeSet<&String> = left.keys().copied().collect();
+        let used: BTreeSet<&String> = left.values().flatten().copied().collect();
+        left.retain(|room, uses| used.contains(room) && !uses.is_disjoint(&rooms));
+        if left.len() == rooms.len() {
+            break;
+        }
+    }
+    let rooms: Vec<&&String> = left.keys().collect();
+    assert!(rooms.is_empty(), "these use each other: {rooms:?}");
+}
+
 /// What sends to the kernel is told what to send, and does not ask the policy for it.
 #[test]
 fn the_kernel_knows_no_configuration() {
