@@ -790,6 +790,12 @@ pub fn parse_table(message: &parse::Message) -> Option<Option<u32>> {
     Some(attrs.u32_be(NFTA_TABLE_OWNER))
 }
 
+/// Where a chain with these attributes stands, if it is a base chain.
+pub fn hook(chain: &Attrs) -> Option<Hook> {
+    let hook = chain.nest(NFTA_CHAIN_HOOK);
+    Some((hook.u32_be(NFTA_HOOK_HOOKNUM)?, hook.u32_be(NFTA_HOOK_PRIORITY)? as i32))
+}
+
 /// The attributes of a table, or of what is in it; `None` for tables of other names.
 pub fn of_table<'a>(name: &str, message: &parse::Message<'a>) -> Option<Attrs<'a>> {
     let attrs = Attrs::after(message.body, 4);

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use super::expr::{listed, parts, Expr, Verdict};
-use super::message::dump;
+use super::message::{dump, hook};
 use super::table::TABLE;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
@@ -73,12 +73,8 @@ pub fn parse_base(message: &Message) -> Option<ForeignBase> {
     }
     let home = home(message, NFTA_CHAIN_TABLE)?;
     let attrs = Attrs::after(message.body, 4);
-    let hook = attrs.nest(NFTA_CHAIN_HOOK);
-    Some(ForeignBase {
-        place: format!("{home} {}", attrs.text(NFTA_CHAIN_NAME)?),
-        hook: hook.u32_be(NFTA_HOOK_HOOKNUM)?,
-        priority: hook.u32_be(NFTA_HOOK_PRIORITY)? as i32,
-    })
+    let (hook, priority) = hook(&attrs)?;
+    Some(ForeignBase { place: format!("{home} {}", attrs.text(NFTA_CHAIN_NAME)?), hook, priority })
 }
 
 /// Family and table, as nft writes them; `None` for our own table, and for families that have no

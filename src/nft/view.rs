@@ -6,7 +6,7 @@
 use std::net::IpAddr;
 
 use super::expr::{counted, listed, Expr, SetRef::Named, Verdict};
-use super::message::{dump, of_table, Hook};
+use super::message::{dump, hook, of_table, Hook};
 use super::table::{MARTIANS, OUTPUT, TABLE, UNKNOWN};
 use crate::config::CONTAINERS;
 use crate::net::{Interface, Mark, Owner};
@@ -66,10 +66,7 @@ pub fn get_all(batch: &mut Batch, kind: u16) {
 /// Reads a chain: the name, and where a base chain stands. Older kernels tell of all tables.
 pub fn parse_chain(message: &Message) -> Option<(String, Option<Hook>)> {
     let attrs = of_table(TABLE, message)?;
-    let hook = attrs.nest(NFTA_CHAIN_HOOK);
-    let priority = hook.u32_be(NFTA_HOOK_PRIORITY).map(|priority| priority as i32);
-    let hook = hook.u32_be(NFTA_HOOK_HOOKNUM).zip(priority);
-    Some((attrs.text(NFTA_CHAIN_NAME)?.into_owned(), hook))
+    Some((attrs.text(NFTA_CHAIN_NAME)?.into_owned(), hook(&attrs)))
 }
 
 /// Reads a set: the name, but for those that live and die with a rule.
