@@ -1,7 +1,8 @@
 //! cgtproxy: a per-application transparent proxy manager for Linux. The library exists so that
 //! tests and fuzz targets can link the parts; the program is `main.rs`.
 //!
-//! Data flows one way, from the file to the kernel, and nothing asks back (tests/layers.rs):
+//! Data flows one way, from the file to the kernel, and no part uses one behind it
+//! (tests/layers.rs):
 //!
 //! 1. [`config`] makes a [`config::Config`] of the file (a key is a row of `config/keys.rs`), and
 //!    [`policy`] says which of its rules decides for a cgroup.

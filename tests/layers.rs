@@ -12,7 +12,6 @@ const LAYERS: &[&[&str]] = &[
     &["netlink::diag", "netlink::conntrack"],
     &["error", "sys", "memory", "json", "small"],
     &["log", "netlink::socket", "backoff"],
-    // pure from here ...
     &["net"],
     &["netlink::fib", "netlink::link"],
     &["netlink::netns"],
@@ -45,7 +44,6 @@ const LAYERS: &[&[&str]] = &[
     &["cgroup::watch", "cgroup::ranking", "cgroup::blind"],
     &["cgroup::core", "cgroup::vacant"],
     &["cgroup::follow", "plan", "containers", "apps"],
-    // ... to here, but for the files below
     &[
         "kernel", "notify", "pidfile", "confine", "listen", "host", "faults", "signals", "strays",
         "tunnels",
@@ -59,7 +57,7 @@ const LAYERS: &[&[&str]] = &[
     &["cli"],
 ];
 
-/// Modules that must not touch the system: no files, processes, sockets or clocks.
+/// Modules of whatever layer that must not touch the system: no files, processes, sockets or clocks.
 const PURE: &[&str] = &[
     "small",
     "net",

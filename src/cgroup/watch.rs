@@ -1,5 +1,6 @@
 //! Watching the cgroup tree: one inotify watch a directory, which tells of an [`Event`], and looking
-//! at a directory. It decides nothing: what it has [`Seen`] goes to the core.
+//! at a directory. What it has [`Seen`] goes to the core, with what can only be told here and now: whether
+//! a cgroup was found late, and whether one that has its target by its name is not root's.
 //!
 //! Every look may find the directory gone, or another one under its name: that is normal, and the
 //! events that say so are in the queue, because the parent was watched before.

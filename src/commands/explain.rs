@@ -1,5 +1,5 @@
-//! `explain`: which rule decides for a cgroup, and through which ancestor. It reads files only and
-//! asks the kernel nothing.
+//! `explain`: which rule decides for a cgroup, and through which ancestor. The table is not looked at, so
+//! it tells of the configuration, whether or not that is in force.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write;

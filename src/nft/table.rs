@@ -1,6 +1,7 @@
 //! The table `inet cgtproxy` as data: its sets, chains and rules for a configuration. Pure. Which
-//! chains there are, and in what order, says [`Table::new`]; why the rules of each stand in their order
-//! is told where it is built. The shape was verified with traffic (tests/it/reference.rs).
+//! chains there are, and in what order, says [`Table::new`], but for what only some hosts need, which is
+//! added to it: [`again_chain`], and a chain for each veth ([`veth_rule`]). Why the rules of each stand in
+//! their order is told where it is built. The shape was verified with traffic (tests/it/reference.rs).
 //!
 //! Its rooms, in a packet's order: `gateway` has what is routed for others, `output` what this host's
 //! processes send (the order of the rules that classify), with `hold` and `spared` for what is cut and
@@ -114,7 +115,8 @@ pub struct Base {
 }
 
 impl Table {
-    /// The table for a configuration, with an empty `output` chain where the pairs belong.
+    /// The table for a configuration: `output` as it is without cgroups, and the other chains whose rules
+    /// depend on what there is, on cgroups ([`classifying`]), bridges or tables of others, empty.
     pub fn new(config: &Config) -> Table {
         let sets = sets::all_sets(config);
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do

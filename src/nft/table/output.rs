@@ -1,6 +1,6 @@
-//! Hook output: what this host's processes send. The order of the rules is that of [`output_rules`], and
-//! for flows that are known by their ct mark that of [`marked_rules`]; the other chains stand below them
-//! in the order in which they are gone to.
+//! Hook output: what this host's processes send. The order of the rules is that of [`output_rules`] and
+//! [`deciding_rules`], and for flows that are known by their ct mark that of [`marked_rules`]; the other
+//! chains stand below them in the order in which they are gone to.
 
 use std::cmp::Reverse;
 
@@ -36,7 +36,7 @@ pub fn classifying(config: &Config, shape: &Shape) -> Vec<(String, Vec<Rule>)> {
 }
 
 /// Rules of `output`. A packet that no target takes passes no address look-up here.
-pub fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
+pub(super) fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     let mut rules = Vec::new();
     // cheapest test first; covers every local address, for those leave by lo
     match (knows_spoofed(config), hijacks_local(config)) {
