@@ -2,7 +2,7 @@
 //! interface; and sockets that go past it. Pure; [`Host`] has looked.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use crate::cgroup::core::Core;
 use crate::config::{Config, Outlet, Take, Target, Tproxy};
@@ -17,9 +17,9 @@ use crate::small::SmallSet;
 /// What was looked for: `Ok` where it is as it should be, and what is wrong, with the remedy.
 pub type Answer = Result<String, String>;
 
-/// Whether this host's own traffic and whether that of gateways may come to a tproxy.
-fn uses(config: &Config, index: usize) -> [bool; 2] {
-    let is = |target: Target| target == Target::Tproxy(index as u16);
+/// Whether this host's own traffic and whether that of gateways may come to a target.
+fn uses(config: &Config, target: Target) -> [bool; 2] {
+    let is = |other: Target| other == target;
     let own = is(config.default) || config.rule_lines().any(|line| is(line.target()));
     [own, config.gateways.iter().any(|gateway| is(gateway.target))]
 }
@@ -31,22 +31,34 @@ pub fn of_host(config: &Config, host: &Host) -> Vec<(&'static str, Answer)> {
         all.extend(findings.into_iter().map(|finding| (about, finding)));
     };
     for (index, tproxy) in config.tproxies.iter().enumerate() {
-        let [own, routed] = uses(config, index);
+        let (name, port) = (&tproxy.outlet.name, tproxy.port);
+        let place = format!("[tproxy {name}]");
+        let [own, routed] = uses(config, Target::Tproxy(index as u16));
         if own || routed {
             let (mut listener, mut resolver) = (Vec::new(), Vec::new());
             listens(tproxy, &config.bypass, [own, routed], host, &mut listener);
-            resolves(tproxy, routed, host, &mut resolver);
+            resolves(&place, &tproxy.outlet, routed, host, &mut resolver);
             add("listener", listener);
             add("resolver", resolver);
-            add("limits", limits("tproxy", &tproxy.outlet));
+            let sharing = host.listeners.iter().filter(|l| l.local.port() == port);
+            let what = format!("{place}: port {port}");
+            add("shared-port", shared(&what, "TPROXY may find the wrong one", "proxy", sharing));
+            add("shared-port", shared_resolvers(&place, &tproxy.outlet, routed, host));
+            add("limits", limits(&place, &tproxy.outlet));
         } else {
-            let name = &tproxy.outlet.name;
-            let text = format!("[tproxy {name}]: no rule and no gateway names it");
-            add("tproxy-unused", vec![Ok(text)]);
+            add("tproxy-unused", vec![Ok(format!("{place}: no rule and no gateway names it"))]);
         }
     }
-    for route in &config.routes {
-        add("limits", limits("route", &route.outlet));
+    for (index, route) in config.routes.iter().enumerate() {
+        let place = format!("[route {}]", route.outlet.name);
+        let [own, routed] = uses(config, Target::Route(index as u8));
+        if own || routed {
+            let mut resolver = Vec::new();
+            resolves(&place, &route.outlet, routed, host, &mut resolver);
+            add("resolver", resolver);
+            add("shared-port", shared_resolvers(&place, &route.outlet, routed, host));
+        }
+        add("limits", limits(&place, &route.outlet));
     }
     add("gateway-interface", absent(config, host).map(Err).collect());
     if !config.tproxies.is_empty() && host.interfaces.iter().flatten().any(is_lo_down) {
@@ -148,33 +160,33 @@ fn listens(
 pub fn idle(config: &Config) -> Vec<String> {
     let tproxies = config.tproxies.iter().map(|tproxy| ("tproxy", &tproxy.outlet));
     let routes = config.routes.iter().map(|route| ("route", &route.outlet));
-    tproxies.chain(routes).filter_map(|(kind, outlet)| takes_nothing(kind, outlet)).collect()
+    let all = tproxies.chain(routes);
+    all.filter_map(|(kind, outlet)| takes_nothing(&format!("[{kind} {}]", outlet.name), outlet))
+        .collect()
 }
 
-fn takes_nothing(kind: &str, outlet: &Outlet) -> Option<String> {
-    let name = &outlet.name;
+fn takes_nothing(place: &str, outlet: &Outlet) -> Option<String> {
     outlet.only.as_ref().is_some_and(Ranges::is_empty).then(|| {
         format!(
-            "[{kind} {name}]: only-file names no address, so that everything is left alone: put \
+            "{place}: only-file names no address, so that everything is left alone: put \
              addresses into the file, or leave out the key"
         )
     })
 }
 
 /// What a target does not take, and what is likely not what was meant.
-fn limits(kind: &str, outlet: &Outlet) -> Vec<Answer> {
-    let name = &outlet.name;
+fn limits(place: &str, outlet: &Outlet) -> Vec<Answer> {
     let mut findings = Vec::new();
     let limits = outlet.limits();
     if !limits.is_empty() {
-        findings.push(Ok(format!("[{kind} {name}]: {}", limits.join(", "))));
+        findings.push(Ok(format!("{place}: {}", limits.join(", "))));
     }
-    findings.extend(takes_nothing(kind, outlet).map(Err));
+    findings.extend(takes_nothing(place, outlet).map(Err));
     for l4 in [L4::Tcp, L4::Udp] {
         let ((take, ports), key) = (outlet.protocol(l4), l4.nft());
         if take != Take::Yes && !ports.is_empty() {
             findings.push(Err(format!(
-                "[{kind} {name}]: {key}-ports says nothing, since {key} is not yes: leave out one \
+                "{place}: {key}-ports says nothing, since {key} is not yes: leave out one \
                  of them"
             )));
         }
@@ -182,14 +194,50 @@ fn limits(kind: &str, outlet: &Outlet) -> Vec<Answer> {
     findings
 }
 
-/// Whether anybody answers where a tproxy's DNS goes, if that is on this host.
-fn resolves(tproxy: &Tproxy, routed: bool, host: &Host, findings: &mut Vec<Answer>) {
-    let name = &tproxy.outlet.name;
-    let takes = |end: &SocketAddr| tproxy.outlet.family(Family::of(&end.ip())) == Take::Yes;
-    let ends = tproxy.outlet.dns().filter(takes);
+/// Whether there are sockets of several users where datagrams are handed over: beside one with
+/// SO_REUSEADDR anybody may bind another. Of TCP the kernel has no such thing.
+fn shared<'a>(
+    what: &str,
+    why: &str,
+    who: &str,
+    sockets: impl Iterator<Item = &'a diag::SeenSocket>,
+) -> Vec<Answer> {
+    let udp = sockets.filter(|socket| socket.protocol == L4::Udp.number());
+    let uids: SmallSet<String> = udp.map(|socket| socket.uid.to_string()).collect();
+    let several = uids.len() > 1;
+    let uids = Vec::from_iter(uids).join(", ");
+    let text = || {
+        format!(
+            "{what} has sockets of several users (uids {uids}), and {why}: end the others, and \
+             let the {who} listen on a port that users cannot bind, below the sysctl \
+             net.ipv4.ip_unprivileged_port_start"
+        )
+    };
+    Vec::from_iter(several.then(|| Err(text())))
+}
+
+/// The same where DNS goes, if that is on this host and users can bind the port.
+fn shared_resolvers(place: &str, outlet: &Outlet, routed: bool, host: &Host) -> Vec<Answer> {
+    let ends = outlet.dns().filter(|end| host.has(end.ip()) && end.port() >= host.users_from);
+    let all = ends.flat_map(|end| {
+        let is_at = |l: &diag::SeenSocket, ip| l.is_at(L4::Udp, ip, end.port());
+        let of_routed = |l: &diag::SeenSocket| {
+            routed && end.ip().is_loopback() && own_wide(host, end).any(|ip| is_at(l, ip))
+        };
+        let sharing = host.listeners.iter().filter(|l| is_at(l, end.ip()) || of_routed(l));
+        let what = format!("{place}: {end}, where its DNS goes,");
+        shared(&what, "the wrong one may be asked", "resolver", sharing)
+    });
+    all.collect()
+}
+
+/// Whether anybody answers where a target's DNS goes, if that is on this host.
+fn resolves(place: &str, outlet: &Outlet, routed: bool, host: &Host, findings: &mut Vec<Answer>) {
+    let takes = |end: &SocketAddr| outlet.family(Family::of(&end.ip())) == Take::Yes;
+    let ends = outlet.dns().filter(takes);
     for end in ends.filter(|end| host.has(end.ip())) {
         let (mut silent, mut unreachable) = (Vec::new(), Vec::new());
-        for l4 in tproxy.outlet.dns_protocols() {
+        for l4 in outlet.dns_protocols() {
             let there = |ip| move |l: &&diag::SeenSocket| l.is_at(l4, ip, end.port());
             let mut listeners = host.listeners.iter().filter(there(end.ip())).peekable();
             if listeners.peek().is_none() {
@@ -204,30 +252,33 @@ fn resolves(tproxy: &Tproxy, routed: bool, host: &Host, findings: &mut Vec<Answe
         }
         if !silent.is_empty() {
             findings.push(Err(format!(
-                "[tproxy {name}]: nothing listens at {end} ({}), where its DNS goes, so it gets no \
+                "{place}: nothing listens at {end} ({}), where its DNS goes, so it gets no \
                  answer: start the resolver there, or set another dns-hijack",
                 silent.join(" and ")
             )));
         }
         if !unreachable.is_empty() {
             findings.push(Err(format!(
-                "[tproxy {name}]: what listens at {end} ({}) is not there for gateways, whose DNS \
+                "{place}: what listens at {end} ({}) is not there for gateways, whose DNS \
                  goes to this host's address on their interface: let the resolver listen there too",
                 unreachable.join(" and ")
             )));
         }
         if silent.is_empty() && unreachable.is_empty() {
-            findings.push(Ok(format!("[tproxy {name}]: {end} is listened on, for its DNS")));
+            findings.push(Ok(format!("{place}: {end} is listened on, for its DNS")));
         }
     }
 }
 
 /// Whether some address of this host that is no loopback one is listened on at that port.
 fn elsewhere(host: &Host, l4: L4, end: SocketAddr) -> bool {
-    let mut wide = host.addresses.iter().filter(|ip| !ip.is_loopback());
-    wide.any(|ip| {
-        ip.is_ipv4() == end.is_ipv4() && host.listeners.iter().any(|l| l.is_at(l4, *ip, end.port()))
-    })
+    own_wide(host, end).any(|ip| host.listeners.iter().any(|l| l.is_at(l4, ip, end.port())))
+}
+
+/// The addresses of this host that are no loopback ones, of the family of `end`.
+fn own_wide(host: &Host, end: SocketAddr) -> impl Iterator<Item = IpAddr> + '_ {
+    let all = host.addresses.iter().copied();
+    all.filter(move |ip| !ip.is_loopback() && ip.is_ipv4() == end.is_ipv4())
 }
 
 /// Interfaces of gateway sections that are not there.

@@ -26,6 +26,8 @@ pub struct Host {
     pub addresses: Vec<IpAddr>,
     /// Sockets that are bound to an interface.
     pub bound: Vec<diag::SeenSocket>,
+    /// The first port that users may bind.
+    pub users_from: u16,
 }
 
 impl Host {
@@ -34,7 +36,10 @@ impl Host {
         let mut diag = Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok();
         let addresses = addresses_by(route.as_mut());
         let listeners = listen::listeners(diag.as_mut());
-        Host { listeners, addresses, ..Host::glance(route.as_mut(), diag.as_mut()) }
+        let first = sysctl("net/ipv4/ip_unprivileged_port_start");
+        let users_from = first.and_then(|port| port.try_into().ok()).unwrap_or(1024);
+        let glance = Host::glance(route.as_mut(), diag.as_mut());
+        Host { listeners, addresses, users_from, ..glance }
     }
 
     /// The interfaces alone, and what is bound to them, by sockets that are open already.

@@ -257,7 +257,6 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
     }
     let boxes = boxes(cgroups.as_ref(), findings.about("containers"));
     host(config, core, findings);
-    shared_ports(config, findings.about("shared-port"));
     routing(config, findings);
     // with the first container the policy has sections for them
     let with_boxes = config.with_containers().filter(|_| !boxes.is_empty());
@@ -620,27 +619,6 @@ fn asks_resolved(nsswitch: &str) -> bool {
     let lines = nsswitch.lines().map(|line| line.split('#').next().unwrap_or(line).trim());
     let mut hosts = lines.filter_map(|line| line.strip_prefix("hosts:"));
     hosts.any(|line| line.split_ascii_whitespace().any(|word| word == "resolve"))
-}
-
-/// Whether a tproxy's port has sockets of several users: beside a UDP socket with SO_REUSEADDR anybody
-/// may bind another, and TPROXY, which finds that one, hands over nothing.
-fn shared_ports(config: &Config, findings: &mut Findings) {
-    let Ok(mut kernel) = Kernel::open() else {
-        return;
-    };
-    for tproxy in &config.tproxies {
-        let sockets = kernel.listeners(tproxy.port);
-        let uids: SmallSet<String> = sockets.iter().map(|s| s.uid.to_string()).collect();
-        if uids.len() > 1 {
-            let (name, port) = (&tproxy.outlet.name, tproxy.port);
-            let uids = Vec::from_iter(uids).join(", ");
-            findings.warning(format!(
-                "[tproxy {name}]: port {port} has sockets of several users (uids {uids}), and TPROXY \
-                 may find the wrong one: end the others, and let the proxy listen on a port that \
-                 users cannot bind, below the sysctl net.ipv4.ip_unprivileged_port_start"
-            ));
-        }
-    }
 }
 
 /// Ip rules and routes of others that are in the way of ours.

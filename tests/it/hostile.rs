@@ -3,7 +3,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::fs;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -13,16 +13,18 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::socket::{
-    bind, connect, listen, setsockopt, socket, sockopt, AddressFamily, Backlog, SockFlag, SockType,
-    UnixAddr,
+    bind, connect, listen, socket, AddressFamily, Backlog, SockFlag, SockType, UnixAddr,
 };
 
-use crate::client::{udp_in, Client, PATIENCE, SILENCE};
+use crate::client::{socket_in, udp_in, Client, Proto, PATIENCE, SILENCE};
 use crate::daemon::{run_at, run_with, write_private, Daemon};
-use crate::ground::{addr, chmod, here, ip_batch, Ground, Netns, REMOTE4};
+use crate::gateway::{Lan, LAN4, LAN6};
+use crate::ground::{addr, chmod, here, ip, ip_batch, Ground, Netns, REMOTE4, REMOTES};
 use crate::kernel::{await_exactly, cgroup_id, load, output, residue, set_ids, SETTLE};
-use crate::world::{raw_addr, Server, World};
+use crate::routes::tunnel_up;
+use crate::world::{bind_at, raw_addr, set, Server, World, PROXY};
 use crate::{sized, wait_until};
 
 /// What a terminal, nft, printf, a shell or a careless reader of lines would choke on.
@@ -653,49 +655,163 @@ fn the_configuration_is_swapped_while_it_is_read() {
     assert!(daemon.stop().success());
 }
 
-/// A user's socket beside the proxy's on a UDP port: the proxy is silenced, nothing goes out, `check`
-/// says so; and there are ports where no user can do it.
+/// A socket of an ordinary user that is bound to a port, in the network namespace of this thread.
+fn user_socket(at: SocketAddr, kind: SockType, options: &[libc::c_int]) -> nix::Result<UdpSocket> {
+    let options = options.to_vec();
+    let bound = thread::spawn(move || {
+        // SAFETY: integers only; the raw call concerns this thread alone.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }, 0);
+        let family = if at.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(family, kind, flags, None).expect("a socket");
+        for option in options {
+            match option {
+                libc::IPV6_V6ONLY => set(&fd, libc::SOL_IPV6, option, 1),
+                _ => set(&fd, libc::SOL_SOCKET, option, 1),
+            }
+        }
+        let (raw, len) = raw_addr(at);
+        // SAFETY: a sockaddr of the length that goes with it.
+        let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), len) };
+        Errno::result(rc).map(|_| UdpSocket::from(fd))
+    });
+    bound.join().expect("no panic")
+}
+
+/// Addresses that a user may bind beside a socket for all of them, with the options that it takes, and
+/// which families are his then.
+const BESIDE: [(&str, &[libc::c_int], [bool; 2]); 8] = [
+    ("127.0.0.1", &[libc::SO_REUSEADDR], [true, false]),
+    ("127.0.0.1", &[libc::SO_REUSEADDR, libc::SO_REUSEPORT], [true, false]),
+    ("0.0.0.0", &[libc::SO_REUSEADDR], [true, false]),
+    ("0.0.0.0", &[libc::SO_REUSEADDR, libc::SO_REUSEPORT], [true, false]),
+    ("::1", &[libc::SO_REUSEADDR], [false, true]),
+    ("::", &[libc::SO_REUSEADDR, libc::IPV6_V6ONLY], [false, true]),
+    ("::", &[libc::SO_REUSEADDR], [false, true]),
+    ("::ffff:127.0.0.1", &[libc::SO_REUSEADDR], [true, false]),
+];
+
+/// A user's socket beside the proxy's on a UDP port: the proxy is silenced in that family, nothing goes
+/// out, `check` and `status` say so. Of TCP there is none beside it, nor on ports where no user can bind
+/// one, nor beside a UDP socket that does not let others.
 #[test]
 fn a_socket_beside_the_proxy() {
     let (ground, mut world) = scene!("beside");
-    let _proxy = Server::start("proxy mihomo", &[7893, 893]);
+    let proxy = Server::start(PROXY, &[7893, 893]);
     let config = "[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /x\n";
     let cgroup = ground.cgroup("/x");
     let daemon = Daemon::start(&ground, config, &[]);
-    let to = addr(REMOTE4, 80);
-    let ask = || Client::udp(&cgroup, to).run().who();
-    let check = |config: &str| run_with(&ground, config, &["check"]).all();
-    let several = "[tproxy mihomo]: port 7893 has sockets of several users (uids 0, 65534)";
-    assert_eq!(ask(), format!("proxy mihomo {to}"));
-    assert!(!check(config).contains("several users"), "{}", check(config));
-    // binds as the user, in the network namespace of this thread
-    let beside = |port: u16| {
-        let bound = thread::spawn(move || {
-            // SAFETY: integers only; the raw call concerns this thread alone.
-            assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }, 0);
-            let flags = SockFlag::SOCK_CLOEXEC;
-            let fd = socket(AddressFamily::Inet, SockType::Datagram, flags, None);
-            let fd = fd.expect("a socket");
-            setsockopt(&fd, sockopt::ReuseAddr, &true).expect("set SO_REUSEADDR");
-            let (at, len) = raw_addr(addr(Ipv4Addr::LOCALHOST.into(), port));
-            // SAFETY: a sockaddr of the length that goes with it.
-            let rc = unsafe { libc::bind(fd.as_raw_fd(), (&raw const at).cast(), len) };
-            nix::errno::Errno::result(rc).map(|_| fd)
-        });
-        bound.join().expect("no panic")
+    let asked = REMOTES.map(|remote| addr(remote, 80));
+    let mut reach = |silent: [bool; 2], when: &str| {
+        for (to, silent) in asked.into_iter().zip(silent) {
+            let want = if silent { "nobody".into() } else { format!("{PROXY} {to}") };
+            let client = Client::udp(&cgroup, to);
+            let client = if silent { client.timeout(SILENCE) } else { client };
+            // a process that another test has forked may hold a copy of what was closed, for an instant
+            let mut who = String::new();
+            let is = wait_until(PATIENCE, || {
+                who = client.run().who();
+                who == want || silent
+            });
+            assert!(is && who == want, "{when}: {to}: {who}");
+            let tcp = Client::tcp(&cgroup, to).run().who();
+            assert_eq!(tcp, format!("{PROXY} {to}"), "{when}");
+        }
+        assert_eq!(world.wire.to_remote(), [], "{when}");
     };
+    let several = "[tproxy mihomo]: port 7893 has sockets of several users (uids 0, 65534)";
+    let said = || ["check", "status"].map(|command| daemon.ask(&[command]).all());
+    assert!(!said().concat().contains("several users"), "{:?}", said());
 
-    let other = beside(7893).expect("bind beside the proxy");
-    assert_eq!(Client::udp(&cgroup, to).timeout(SILENCE).run().who(), "nobody");
-    assert_eq!(world.wire.to_remote(), []);
-    assert!(check(config).contains(several), "{}", check(config));
-    drop(other);
-    // a process that another test has forked may hold a copy of it for an instant
-    let answered = || ask() == format!("proxy mihomo {to}");
-    assert!(wait_until(PATIENCE, answered), "{}", ask());
+    for (at, options, silent) in BESIDE {
+        let at = addr(ip(at), 7893);
+        let other = user_socket(at, SockType::Datagram, options).expect("bind beside the proxy");
+        reach(silent, &format!("{at} {options:?}"));
+        assert!(said().iter().all(|said| said.contains(several)), "{at}: {:?}", said());
+        drop(other);
+        reach([false; 2], &format!("without {at}"));
 
-    assert_eq!(beside(893).err(), Some(nix::errno::Errno::EACCES));
+        let stream = user_socket(at, SockType::Stream, options).err();
+        assert_eq!(stream, Some(Errno::EADDRINUSE), "{at} {options:?}");
+        let low = user_socket(addr(at.ip(), 893), SockType::Datagram, options).err();
+        assert_eq!(low, Some(Errno::EACCES), "{at} {options:?}");
+    }
     daemon.reconfigure(&config.replace("7893", "893"));
-    assert_eq!(ask(), format!("proxy mihomo {to}"));
+    reach([false; 2], "below 1024");
+    drop(proxy);
+
+    for options in [&[][..], &[libc::SO_REUSEPORT]] {
+        let alone = |host| {
+            let fd = socket_in(&ground.root, libc::SOCK_DGRAM, ip(host));
+            options.iter().for_each(|option| set(&fd, libc::SOL_SOCKET, *option, 1));
+            bind_at(&fd, addr(ip(host), 7893));
+            fd
+        };
+        let _proxy = alone("::");
+        for (at, of_user, _) in BESIDE {
+            let refused = user_socket(addr(ip(at), 7893), SockType::Datagram, of_user).err();
+            assert_eq!(refused, Some(Errno::EADDRINUSE), "{at} {of_user:?} beside {options:?}");
+        }
+    }
     assert!(daemon.stop().success());
+}
+
+/// A user's socket beside the resolver's has the queries: of a tproxy and of a route, and of a gateway's
+/// clients at this host's address there. `check` and `status` say so, not of sockets that get none.
+#[test]
+fn a_socket_beside_the_resolver() {
+    let (ground, _world) = scene!("besidedns");
+    let lan = Lan::new(&ground);
+    tunnel_up(&ground);
+    let cgroup = ground.cgroup("/x");
+    let here = ["127.0.0.1", "::1"].map(|host| addr(ip(host), 1053));
+    let _resolver =
+        Server::at("dns", &[here[0], here[1], addr(ip(LAN4), 1053), addr(ip(LAN6), 1053)]);
+    for (head, kind) in
+        [("[tproxy x]\nport = 7893", "tproxy"), ("[route x]\ninterface = vpn0", "route")]
+    {
+        let config = format!(
+            "{head}\ndns-hijack = {}\ndns-hijack = {}\ndns-hijack-tcp = yes\n[rules]\nx = /x\n",
+            here[0], here[1]
+        );
+        let gateway = format!("{config}[gateway lan]\ninterface = br-lan\ntarget = x\n");
+        let daemon = Daemon::start(&ground, &config, &[]);
+        let said = || ["check", "status"].map(|command| daemon.ask(&[command]).all());
+        let ask = |routed: bool, to: SocketAddr, patience| match routed {
+            true => lan.ask_within(0, Proto::Udp, to, patience),
+            false => Client::udp(&cgroup, to).timeout(patience).run().who(),
+        };
+        for (routed, at) in [
+            (false, "127.0.0.1"),
+            (false, "::1"),
+            (true, LAN4),
+            (true, LAN6),
+            (false, "192.0.2.1"),
+            (false, "2001:db8:1::1"),
+        ] {
+            daemon.reconfigure(if routed { &gateway } else { &config });
+            let at = addr(ip(at), 1053);
+            let is_his = routed || at.ip().is_loopback();
+            let to = addr(REMOTES[usize::from(at.is_ipv6())], 53);
+            let other = user_socket(at, SockType::Datagram, &[libc::SO_REUSEADDR]).expect("bind");
+            let who = ask(routed, to, if is_his { SILENCE } else { PATIENCE });
+            let has = other.recv(&mut [0; 64]).is_ok();
+            assert_eq!((has, who == "nobody"), (is_his, is_his), "{kind} {at}: {who}");
+            let end = here[usize::from(at.is_ipv6())];
+            let several = format!(
+                "[{kind} x]: {end}, where its DNS goes, has sockets of several users (uids 0, 65534)"
+            );
+            for said in said() {
+                assert_eq!(said.contains(&several), is_his, "{at}: {said}");
+                assert_eq!(said.contains("several users"), is_his, "{at}: {said}");
+            }
+            drop(other);
+            assert!(wait_until(PATIENCE, || ask(routed, to, SILENCE).starts_with("dns")));
+            if is_his {
+                let stream = user_socket(at, SockType::Stream, &[libc::SO_REUSEADDR]).err();
+                assert_eq!(stream, Some(Errno::EADDRINUSE), "{at}");
+            }
+        }
+        assert!(daemon.stop().success());
+    }
 }
