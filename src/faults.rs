@@ -38,6 +38,7 @@ pub fn of_host(config: &Config, host: &Host) -> Vec<(&'static str, Answer)> {
             let (mut listener, mut resolver) = (Vec::new(), Vec::new());
             listens(tproxy, &config.bypass, [own, routed], host, &mut listener);
             resolves(&place, &tproxy.outlet, routed, host, &mut resolver);
+            resolver.extend(unanswered(&place, &tproxy.outlet, false, host));
             add("listener", listener);
             add("resolver", resolver);
             let sharing = host.listeners.iter().filter(|l| l.local.port() == port);
@@ -55,6 +56,8 @@ pub fn of_host(config: &Config, host: &Host) -> Vec<(&'static str, Answer)> {
         if own || routed {
             let mut resolver = Vec::new();
             resolves(&place, &route.outlet, routed, host, &mut resolver);
+            let answered = route.sends_from_loopback() && route.masquerades();
+            resolver.extend(unanswered(&place, &route.outlet, answered, host));
             add("resolver", resolver);
             add("shared-port", shared_resolvers(&place, &route.outlet, routed, host));
         }
@@ -268,6 +271,26 @@ fn resolves(place: &str, outlet: &Outlet, routed: bool, host: &Host, findings: &
             findings.push(Ok(format!("{place}: {end} is listened on, for its DNS")));
         }
     }
+}
+
+/// Whether names are asked of a loopback address, and so from one, while a resolver on another host has
+/// these queries: the kernel lets them not out, or no answer in. `answered` is whether IPv4 has its way.
+fn unanswered<'a>(
+    place: &'a str,
+    outlet: &'a Outlet,
+    answered: bool,
+    host: &'a Host,
+) -> impl Iterator<Item = Answer> + 'a {
+    let ends = outlet.dns().filter(|end| outlet.dns_local && !host.has(end.ip()));
+    ends.filter(move |end| !(answered && end.is_ipv4())).filter_map(move |end| {
+        let mut asked = host.nameservers.iter();
+        let asked = asked.find(|ip| ip.is_loopback() && ip.is_ipv4() == end.is_ipv4())?;
+        Some(Err(format!(
+            "{place}: /etc/resolv.conf names {asked}, and what is sent there gets no answer from \
+             {end}, since it comes from a loopback address: let dns-hijack name a resolver on this \
+             host, or /etc/resolv.conf one elsewhere"
+        )))
+    })
 }
 
 /// Whether some address of this host that is no loopback one is listened on at that port.

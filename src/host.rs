@@ -28,6 +28,8 @@ pub struct Host {
     pub bound: Vec<diag::SeenSocket>,
     /// The first port that users may bind.
     pub users_from: u16,
+    /// Whom the resolver library asks, by resolv.conf(5).
+    pub nameservers: Vec<IpAddr>,
 }
 
 impl Host {
@@ -39,7 +41,8 @@ impl Host {
         let first = sysctl("net/ipv4/ip_unprivileged_port_start");
         let users_from = first.and_then(|port| port.try_into().ok()).unwrap_or(1024);
         let glance = Host::glance(route.as_mut(), diag.as_mut());
-        Host { listeners, addresses, users_from, ..glance }
+        let nameservers = nameservers();
+        Host { listeners, addresses, users_from, nameservers, ..glance }
     }
 
     /// The interfaces alone, and what is bound to them, by sockets that are open already.
@@ -71,6 +74,12 @@ impl Host {
     ) -> impl Iterator<Item = &'a Link> {
         self.interfaces.iter().flatten().filter(|found| wanted.covers(&found.name))
     }
+}
+
+fn nameservers() -> Vec<IpAddr> {
+    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let lines = text.lines().filter_map(|line| line.trim_start().strip_prefix("nameserver"));
+    lines.filter_map(|rest| rest.split_ascii_whitespace().next()?.parse().ok()).collect()
 }
 
 /// Whether bridged packets pass the IP hooks here, or would by a sysctl (br_netfilter is loaded).

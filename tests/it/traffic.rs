@@ -9,8 +9,9 @@ use crate::client::{
     answers, expect, expect_as, under, Client, Outcome, Proto, AT_ONCE, CASES, PATIENCE, SILENCE,
 };
 use crate::daemon::{by_default, Daemon, POLICY};
-use crate::ground::{addr, ip, ip_lines, Ground, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
+use crate::ground::{addr, ip, ip_lines, sh, Ground, GATE6, HOST4, HOST6, REMOTE4, REMOTE6};
 use crate::kernel::{await_connection, await_member, ip_rules, load, output};
+use crate::routes::{tunnel_up, GATEWAYS};
 use crate::wait_until;
 use crate::world::{interface_index, Packet, Server, World, PROXY, RST, STREAM_PORT, SYN};
 
@@ -360,6 +361,62 @@ fn dns_hijack() {
                 _ => check(proto, cgroup, to, want),
             }
         }
+    }
+}
+
+/// What is asked of a loopback address comes from one, which a resolver on another host does not answer, but
+/// by a route over IPv4; `check` and `status` say so where that is whom this host asks.
+#[test]
+fn dns_hijack_to_another_host_of_what_is_asked_here() {
+    let (ground, _world) = scene!("loopdns");
+    tunnel_up(&ground);
+    ip_lines(
+        "route add default via 192.0.2.2 table 1000\n\
+         route add default via 2001:db8:1::2 dev in0 table 1000\n",
+    );
+    let etc = ground.dir.join("etc");
+    std::fs::create_dir(&etc).expect("make a directory");
+    sh(&format!("mount --bind {} /etc", etc.display()));
+    let _local = Server::start("local", &[53, 1053]);
+    let cgroup = ground.cgroup("/x");
+    let far = ["203.0.113.53", "[2001:db8:2::53]"];
+    let tunnel = format!("[route x]\ninterface = vpn0\n{GATEWAYS}");
+    for (head, to, answered) in [
+        ("[tproxy x]\nport = 7893\n", far, [false, false]),
+        (&tunnel, far, [true, false]),
+        (&format!("{tunnel}masquerade = no\n"), far, [false, false]),
+        ("[route x]\ntable = 1000\n", far, [false, false]),
+        ("[route x]\ntable = 1000\nmasquerade = yes\n", far, [false, false]),
+        ("[tproxy x]\nport = 7893\n", ["127.0.0.1:1053", "[::1]:1053"], [true, true]),
+        ("[tproxy x]\nport = 7893\n", ["192.0.2.1:1053", "[2001:db8:1::1]:1053"], [true, true]),
+    ] {
+        let config = format!(
+            "{head}dns-hijack = {}\ndns-hijack = {}\ndns-hijack-tcp = yes\n\
+             dns-hijack-local = yes\n[rules]\nx = /x\n",
+            to[0], to[1]
+        );
+        let daemon = Daemon::start(&ground, &config, &[]);
+        let cases = [("127.0.0.53", answered[0]), ("::1", answered[1])];
+        // from no loopback address
+        let own = [("192.0.2.1", true), ("2001:db8:1::1", true)];
+        let own = own.into_iter().filter(|_| !head.contains("masquerade = no"));
+        for (asked, answered) in cases.into_iter().chain(own) {
+            for proto in [Proto::Udp, Proto::Tcp] {
+                let client = Client::new(&cgroup, proto, addr(ip(asked), 53));
+                let client = if answered { client } else { client.timeout(SILENCE) };
+                let outcome = client.run();
+                let is = matches!(outcome, Outcome::Answer(_));
+                assert_eq!(is, answered, "{config}{proto:?} {asked}: {outcome:?}");
+            }
+            let lines = format!("search lan\nnameserver {asked}\n");
+            std::fs::write(etc.join("resolv.conf"), lines).expect("write it");
+            for command in ["check", "status"] {
+                let said = daemon.ask(&[command]).all();
+                let tells = said.contains(&format!("/etc/resolv.conf names {asked}, and"));
+                assert_eq!(tells, !answered, "{config}{asked}: {said}");
+            }
+        }
+        assert!(daemon.stop().success());
     }
 }
 
