@@ -270,11 +270,18 @@ pub fn family_of(ip: IpAddr) -> c_int {
 
 /// The same of a family, and of a protocol that is not the usual one.
 pub fn socket_for(cgroup: &Path, family: c_int, kind: c_int, protocol: c_int) -> OwnedFd {
+    socket_of(0, cgroup, family, kind, protocol)
+}
+
+/// The same of a user, whose group has his number.
+pub fn socket_of(uid: u32, cgroup: &Path, family: c_int, kind: c_int, protocol: c_int) -> OwnedFd {
     let (read, write) = pipe();
     let cgroup = File::open(cgroup).expect("open the cgroup");
     let child = || {
         // SAFETY: system calls on integers, and a live c_int is read.
         unsafe {
+            libc::syscall(libc::SYS_setresgid, uid, uid, uid);
+            libc::syscall(libc::SYS_setresuid, uid, uid, uid);
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
             let fd = libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol);
             libc::write(write.as_raw_fd(), (&raw const fd).cast(), size_of::<c_int>());

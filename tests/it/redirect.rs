@@ -3,18 +3,23 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{kill, Signal};
+use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::time::TimeValLike;
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use crate::client::{again, fork_into, socket_for, socket_in, udp_in, PATIENCE, SILENCE};
+use crate::client::{
+    again, connect, family_of, fork_into, socket_for, socket_in, socket_of, udp_in, PATIENCE,
+    SILENCE,
+};
 use crate::containers::live;
 use crate::daemon::Daemon;
 use crate::gateway::Lan;
@@ -23,7 +28,9 @@ use crate::ground::{
 };
 use crate::kernel::{await_member, load};
 use crate::routes::{set, tunnel_up, until_passes, until_refused, GATEWAYS, TUNNEL};
-use crate::world::{bind, bind_fd, raw_addr, Server, World, PROXY, STREAM_PORT};
+use crate::world::{
+    bind, bind_at, bind_fd, raw_addr, set as set_option, Server, World, PROXY, STREAM_PORT,
+};
 use crate::{sized, wait_until};
 
 /// A cgroup with a target, among others of each kind.
@@ -595,4 +602,169 @@ fn sockets_without_number_keep_nobody_waiting() {
     println!("{longest} of {all}");
     // a list is of some 200; once all of it came at once, twice for each reload
     assert!(all > 500 && longest < 120, "{longest} of {all}");
+}
+
+/// The targets of [`by_owners`], in order.
+const TARGETS: [&str; 4] = ["direct", "mihomo", "vpn", "drop"];
+
+/// A line for a user of each target in front of those for cgroups, and one for a group behind; those for
+/// owners so many further on in [`TARGETS`].
+fn by_owners(on: usize) -> String {
+    let line = |at: usize, what: &str| format!("{} = {what}\n", TARGETS[(at + on) % 4]);
+    let users: String = (0..4).map(|at| line(at, &format!("user:{}", 2001 + at))).collect();
+    let groups: String = (0..4).map(|at| line(at, &format!("group:{}", 2011 + at))).collect();
+    let cgroups = TARGETS.map(|target| format!("{target} = /{target}\n")).concat();
+    format!(
+        "[tproxy mihomo]\nport = 7893\n[route vpn]\ninterface = vpn0\n{GATEWAYS}[rules]\n\
+         {users}{cgroups}{groups}"
+    )
+}
+
+/// An application that has the target of that number by a line of that kind: its cgroup and its user.
+fn owned(ground: &Ground, kind: &str, at: usize) -> (PathBuf, u32) {
+    match kind {
+        "cgroup" => (ground.at(TARGETS[at]), 0),
+        // in front of its cgroup's line
+        "user" => (ground.at(TARGETS[(at + 1) % 4]), 2001 + at as u32),
+        _ => (ground.at("other"), 2011 + at as u32),
+    }
+}
+
+/// A socket of that owner from `at`, of which nothing stays once it is closed.
+fn bound_for((cgroup, uid): &(PathBuf, u32), kind: i32, at: SocketAddr) -> OwnedFd {
+    let fd = socket_of(*uid, cgroup, family_of(at.ip()), kind, 0);
+    set_option(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
+    if kind == libc::SOCK_STREAM {
+        let reset = libc::linger { l_onoff: 1, l_linger: 0 };
+        setsockopt(&fd, sockopt::Linger, &reset).expect("set SO_LINGER");
+    }
+    bind_at(&fd, at);
+    fd
+}
+
+/// Who answers that owner, as one of [`TARGETS`], from `at`, and the port that it had.
+fn goes_by(
+    owner: &(PathBuf, u32),
+    kind: i32,
+    (at, to): (SocketAddr, SocketAddr),
+    patience: Duration,
+    world: &mut World,
+) -> (String, SocketAddr) {
+    let fd = bound_for(owner, kind, at);
+    world.wire.packets();
+    let (answer, own) = if kind == libc::SOCK_DGRAM {
+        let socket = UdpSocket::from(fd);
+        socket.set_read_timeout(Some(patience)).expect("a timeout");
+        let own = socket.local_addr().expect("an address");
+        // what began by a route is given up with the first datagram that is to go to a proxy
+        let answers = [0, 1].map(|_| ask(&socket, to));
+        assert!(answers[0].is_none() || answers[0] == answers[1], "{own} to {to}: {answers:?}");
+        let [_, answer] = answers;
+        (answer, own)
+    } else {
+        let wait = nix::sys::time::TimeVal::milliseconds(patience.as_millis() as i64);
+        setsockopt(&fd, sockopt::SendTimeout, &wait).expect("a timeout");
+        let connected = connect(&fd, to);
+        let mut stream = TcpStream::from(fd);
+        stream.set_read_timeout(Some(patience)).expect("a timeout");
+        let own = stream.local_addr().expect("an address");
+        let mut text = String::new();
+        let read = connected.and_then(|()| again(|| stream.read_to_string(&mut text)));
+        let said = read.ok().and_then(|_| text.trim_end().split_once(" from "));
+        let client = |text: &str| text.parse::<SocketAddr>().expect("an address").ip();
+        (said.map(|(who, from)| (who.to_owned(), client(from))), own)
+    };
+    let left = !world.wire.to_remote().is_empty();
+    let v6 = usize::from(to.is_ipv6());
+    let who = match answer {
+        None => "drop".to_owned(),
+        Some((who, _)) if who == format!("{PROXY} {to}") => "mihomo".into(),
+        Some((_, from)) if from.to_string() == TUNNEL[v6] => "vpn".into(),
+        Some((_, from)) if from == HOSTS[v6] => "direct".into(),
+        other => format!("{other:?}"),
+    };
+    assert!(!left || who == "direct", "{who}, and yet it left for {to}");
+    (who, own)
+}
+
+/// By what a UDP flow goes whose port another one has just had, to the same host. What a route has
+/// masqueraded, or not, stays so until conntrack forgets it.
+fn behind(had: &str, target: &'static str) -> &'static str {
+    match (had, target) {
+        ("vpn", "direct") => "vpn",
+        ("direct" | "mihomo", "vpn") => "drop",
+        _ => target,
+    }
+}
+
+/// Two applications one after the other, from the same port to the same host, of which a line for users or
+/// groups decides for one or both: each goes by its own target, as where their cgroups decide.
+fn a_port_of_two_owners(kind: i32) {
+    let (ground, mut world) = scene!("twoowners");
+    let _proxy = Server::start(PROXY, &[7893]);
+    ground.cgroups(["/direct", "/mihomo", "/vpn", "/drop", "/other"]);
+    tunnel_up(&ground);
+    let daemon = Daemon::start(&ground, &by_owners(0), &[]);
+    let mut wrong = Vec::new();
+    let mut asked = 0;
+    let cases = [
+        ("", "cgroup", "cgroup"),
+        ("", "cgroup", "user"),
+        ("", "user", "cgroup"),
+        ("", "user", "group"),
+        ("", "group", "cgroup"),
+        ("the same", "cgroup", "user"),
+        ("the same", "group", "user"),
+        ("another", "user", "user"),
+        ("another", "group", "cgroup"),
+    ];
+    for (round, (before, first, second)) in cases.into_iter().enumerate() {
+        let pairs = (0..4).flat_map(|a| (0..4).map(move |b| (a, b)));
+        // each pair with either family by turns, or with both
+        let both =
+            pairs.flat_map(|(a, b)| [(a, b, (a + b + round) % 2), (a, b, (a + b + round + 1) % 2)]);
+        for (a, b, v6) in both.step_by(sized(2, 1)) {
+            let to = addr(REMOTES[v6], 80);
+            let moved = usize::from(before == "another");
+            if moved == 1 {
+                daemon.reconfigure(&by_owners(1));
+            }
+            let patience = |target: usize| if target == 3 { SILENCE } else { PATIENCE };
+            let (had, had_by) = (owned(&ground, first, a), (a + moved) % 4);
+            let at = addr(HOSTS[v6], 0);
+            let (who, at) = goes_by(&had, kind, (at, to), patience(had_by), &mut world);
+            assert_eq!(who, TARGETS[had_by], "{to}, {first}, at first");
+            match before {
+                "" => {}
+                "the same" => drop(daemon.reload()),
+                _ => drop(daemon.reconfigure(&by_owners(0))),
+            }
+            let has = owned(&ground, second, b);
+            let (who, _) =
+                goes_by(&has, kind, (at, to), Duration::from_secs(5).min(patience(b)), &mut world);
+            asked += 1;
+            let want = match kind {
+                libc::SOCK_DGRAM => behind(TARGETS[had_by], TARGETS[b]),
+                _ => TARGETS[b],
+            };
+            if who != want {
+                wrong.push(format!(
+                    "{to}, {before:?} policy: {second} to {}, behind {first} to {}: by {who}",
+                    TARGETS[b], TARGETS[had_by]
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {asked}:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(daemon.stop().success());
+}
+
+#[test]
+fn a_udp_port_of_two_owners() {
+    a_port_of_two_owners(libc::SOCK_DGRAM);
+}
+
+#[test]
+fn a_tcp_port_of_two_owners() {
+    a_port_of_two_owners(libc::SOCK_STREAM);
 }
