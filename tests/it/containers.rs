@@ -14,7 +14,9 @@ use nix::sys::signal::Signal;
 use crate::client::{Client, Proto, Running, PATIENCE, SILENCE};
 use crate::daemon::{run_with, write_private, Daemon};
 use crate::gateway::{self, Lan, LAN4, LAN6};
-use crate::ground::{addr, ip, ip_lines, sysctl, Ground, Netns, HOSTS, REMOTE4, REMOTE6, REMOTES};
+use crate::ground::{
+    addr, await_link, ip, ip_lines, sysctl, Ground, Netns, HOSTS, REMOTE4, REMOTE6, REMOTES,
+};
 use crate::kernel::{load, table};
 use crate::tools::as_nobody;
 use crate::world::{interface_index, Server, World, PROXY};
@@ -198,12 +200,12 @@ fn routed(ground: &Ground, veth: &str, number: u8) -> Netns {
 /// Routes by [`attach`]'s veth.
 fn leave_by(netns: &Netns, number: u8) {
     netns.run(|| {
-        let gates = format!(
-            "route add default via 198.51.100.{} dev eth0\n\
-             route add default via 2001:db8:3:{number}::1 dev eth0\n",
-            number * 4 + 1
-        );
-        ip_lines(&gates);
+        let [gate4, own4] = [1, 2].map(|end| format!("198.51.100.{}", number * 4 + end));
+        let [gate6, own6] = [1, 2].map(|end| format!("2001:db8:3:{number}::{end}"));
+        ip_lines(&format!(
+            "route add default via {gate4} dev eth0\nroute add default via {gate6} dev eth0\n"
+        ));
+        await_link(&[(&own4, &gate4), (&own6, &gate6)]);
         sysctl("net/ipv4/ping_group_range", "0 2147483647");
     });
 }
@@ -708,6 +710,7 @@ fn packets_before_the_rule() {
             let daemon = running.get_or_insert_with(|| Daemon::start(&ground, &config, &[]));
             await_entrances(daemon, &[&format!("ve{number} 0x01000000")]);
             drop(flood);
+            netns.run(|| await_link(&[(&format!("198.51.100.{number}"), LAN4)]));
 
             let first = if early { "network first" } else { "process first" };
             left.push((first, world.wire.to_remote().len()));

@@ -120,7 +120,7 @@ impl Ground {
             sysctl("net/ipv4/ping_group_range", "0 2147483647");
             ip_lines(OUTSIDE);
         });
-        await_link([("192.0.2.1", "192.0.2.2"), ("2001:db8:1::1", "2001:db8:1::2")]);
+        await_link(&[("192.0.2.1", "192.0.2.2"), ("2001:db8:1::1", "2001:db8:1::2")]);
         Some(ground)
     }
 
@@ -173,8 +173,8 @@ impl Drop for Ground {
 
 /// Returns once packets pass by a link, from each of these addresses to its neighbour: link state moves
 /// in a kernel worker, and what is sent before that is lost.
-pub fn await_link(ends: [(&str, &str); 2]) {
-    for (host, gate) in ends.map(|(host, gate)| (ip(host), ip(gate))) {
+pub fn await_link(ends: &[(&str, &str)]) {
+    for (host, gate) in ends.iter().map(|(host, gate)| (ip(host), ip(gate))) {
         let passed = wait_until(PATIENCE, || {
             let Ok(probe) = UdpSocket::bind((host, 0)) else {
                 return false;

@@ -57,7 +57,7 @@ pub fn tunnel_up(ground: &Ground) {
         );
     });
     set("up");
-    await_link([("10.8.0.1", "10.8.0.2"), ("fd00:8::1", "fd00:8::2")]);
+    await_link(&[("10.8.0.1", "10.8.0.2"), ("fd00:8::1", "fd00:8::2")]);
 }
 
 /// A point-to-point interface of that name, as a tunnel's is: 10.8.0.2 and fd00:8::2 here, and .1
@@ -76,7 +76,7 @@ pub fn tunnel_to(ground: &Ground, name: &str) {
                      addr add fd00:8::1/64 dev peer0 nodad\n";
         ip_lines(lines);
     });
-    await_link([("10.8.0.2", "10.8.0.1"), ("fd00:8::2", "fd00:8::1")]);
+    await_link(&[("10.8.0.2", "10.8.0.1"), ("fd00:8::2", "fd00:8::1")]);
 }
 
 const NEIGHBOURS: &str = "neigh replace 10.8.0.2 lladdr 02:00:00:00:08:02 dev vpn0\n\

@@ -51,7 +51,7 @@ fn second_tunnel(ground: &Ground) {
              neigh add fd00:9::1 lladdr 02:00:00:00:09:01 dev vout1\nlink set vout1 up\n",
         );
     });
-    await_link([("10.9.0.1", "10.9.0.2"), ("fd00:9::1", "fd00:9::2")]);
+    await_link(&[("10.9.0.1", "10.9.0.2"), ("fd00:9::1", "fd00:9::2")]);
 }
 
 fn sections(names: &str) -> String {
