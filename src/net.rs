@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use crate::netlink::uapi::{IPPROTO_TCP, IPPROTO_UDP, NFPROTO_IPV4, NFPROTO_IPV6};
@@ -66,6 +67,22 @@ impl L4 {
         ["TCP", "UDP"][self as usize]
     }
 }
+
+/// The kernel's own route tables: default, main and local.
+pub const KERNEL_TABLES: RangeInclusive<u32> = 253..=255;
+
+/// The last priority that an ip rule may have to stand before that for the main table.
+pub const LAST_PRIORITY: u32 = 32765;
+
+/// How many priorities in a row our ip rules take (route.rs): a mark may lead to a table of others and
+/// then to ours, and where it asks for all interfaces of a prefix there is one to go over, and one to
+/// go on at.
+pub const fn priorities(has_tables: bool, has_prefixes: bool) -> u32 {
+    1 + has_tables as u32 + 2 * has_prefixes as u32
+}
+
+/// The same at most.
+pub const MOST_PRIORITIES: u32 = priorities(true, true);
 
 /// Whose sockets: users or groups, from one number to another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

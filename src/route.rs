@@ -8,7 +8,7 @@ use std::fmt;
 use std::mem::discriminant;
 use std::net::IpAddr;
 
-use crate::net::{Family, Interface, Mark};
+use crate::net::{self, Family, Interface, Mark, KERNEL_TABLES, MOST_PRIORITIES};
 use crate::netlink::fib;
 use crate::netlink::fib::{Device, FibAction, IpRoute, IpRule, SeenRoute, SeenRule, Way};
 use crate::netlink::link::{self, Link, LinkAddress};
@@ -140,21 +140,14 @@ impl Needs<'_> {
         }
     }
 
-    /// How many rules one mark may have, one behind the other.
-    fn steps(&self) -> u32 {
-        match self.ways.iter().any(|way| matches!(way.leads, Leads::Table(_))) {
-            true => 2,
-            false => 1,
-        }
-    }
-
     fn has_prefixes(&self) -> bool {
         self.forwarded.interfaces.iter().any(|interface| interface.prefix)
     }
 
     /// How many priorities the rules take.
     fn width(&self) -> u32 {
-        self.steps() + if self.has_prefixes() { 2 } else { 0 }
+        let has_tables = self.ways.iter().any(|way| matches!(way.leads, Leads::Table(_)));
+        net::priorities(has_tables, self.has_prefixes())
     }
 
     /// The route tables of ours.
@@ -165,7 +158,7 @@ impl Needs<'_> {
     /// The tables of others that ways out lead to. By the main table everything may leave.
     pub fn tables_of_others(&self) -> SmallSet<u32> {
         let of = |way: &WayOut| match way.leads {
-            Leads::Table(table) => Some(table).filter(|table| !(253..=255).contains(table)),
+            Leads::Table(table) => Some(table).filter(|table| !KERNEL_TABLES.contains(table)),
             Leads::Interface { .. } => None,
         };
         self.ways.iter().filter_map(of).collect()
@@ -200,7 +193,8 @@ impl Needs<'_> {
             };
             (way.mark, way.forwarded, tables)
         }));
-        let end = 1 + self.steps();
+        // where what is routed goes on
+        let end = self.width() - 1;
         for (mark, forwarded, tables) in &marked {
             for (step, table) in (0..).zip(tables) {
                 let lookup = FibAction::Lookup(*table);
@@ -289,9 +283,9 @@ impl Entry {
 
 impl IpRule {
     /// The priorities that the rules may start at, of which this is one.
-    fn first_priorities(&self) -> impl Iterator<Item = u32> {
+    pub fn first_priorities(&self) -> impl Iterator<Item = u32> {
         let priority = self.priority;
-        (0..4).map(move |offset| priority.saturating_sub(offset))
+        (0..MOST_PRIORITIES).map(move |offset| priority.saturating_sub(offset))
     }
 
     /// Whether both do the same, whatever their priority and table.
@@ -380,7 +374,7 @@ impl SeenRoute {
             RTN_LOCAL => true,
             // others that use the number have them elsewhere
             RTN_UNICAST => {
-                self.route.metric == METRIC_OUT && !(253..=255).contains(&self.route.table)
+                self.route.metric == METRIC_OUT && !KERNEL_TABLES.contains(&self.route.table)
             }
             _ => false,
         };

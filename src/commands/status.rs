@@ -338,19 +338,18 @@ impl Status {
             let have = kernel.routing(family)?;
             let on = family == Family::V4 || kernel::routing::ipv6_is_on();
             let view = view.filter(|_| on);
-            let priority = first_priority(config, view, &have);
             let needs = view.map(|view| {
-                let mut needs = needs(config, view, &have, priority);
+                let mut needs = needs(config, view, &have);
                 needs.links = kernel.links_of(&needs);
                 needs
             });
             if let Some(needs) = &needs {
                 let seen = kernel.seen(family, &needs.tables())?;
-                hindrances.extend(seen.hindrances(needs, family, priority));
+                hindrances.extend(seen.hindrances(needs, family, needs.priority));
                 let all = needs.ways.iter();
                 ways.extend(all.map(|w| (w.name.to_string(), WayState::of(w, &needs.links))));
             }
-            routing.extend(compare(family, needs.as_ref(), have, priority));
+            routing.extend(compare(family, needs.as_ref(), have));
         }
         let takes = |view: &View| view.targets.iter().any(|target| target.mark.is_some());
         if let Some(view) = view.filter(|view| !view.entered.is_empty() || takes(view)) {
@@ -668,31 +667,23 @@ fn rules(entries: &SmallSet<Entry>) -> impl Iterator<Item = &IpRule> + Clone {
     })
 }
 
-/// The rules' first priority, by the rules that are there, or else by the configuration.
-fn first_priority(config: &Config, view: Option<&View>, have: &SmallSet<Entry>) -> u32 {
-    let Some(first) = rules(have).map(|rule| rule.priority).min() else {
-        return config.rule_priority;
-    };
+/// The rules' first priority, by the rules that are there.
+fn first_priority(needs: &Needs, have: &SmallSet<Entry>) -> Option<u32> {
+    let first = rules(have).min_by_key(|rule| rule.priority)?;
     // where one place has all of them, it is that
     let fits = |first: &u32| {
-        let needs = view.map(|view| needs(config, view, have, *first));
-        let wanted = needs.map_or(SmallSet::default(), |needs| needs.entries(Family::V4, *first));
+        let wanted = needs.entries(Family::V4, *first);
         let is =
             |rule: &IpRule| rules(&wanted).any(|w| w.is_like(rule) && w.priority == rule.priority);
         rules(have).all(is)
     };
-    (0..4).map(|offset| first.saturating_sub(offset)).find(fits).unwrap_or(first)
+    Some(first.first_priorities().find(fits).unwrap_or(first.priority))
 }
 
 /// The rules and routes of one family: those that are there, and those that the table needs and
 /// that are not.
-fn compare(
-    family: Family,
-    needs: Option<&Needs>,
-    have: SmallSet<Entry>,
-    priority: u32,
-) -> Vec<(Entry, bool)> {
-    let wanted = needs.map_or(SmallSet::default(), |needs| needs.entries(family, priority));
+fn compare(family: Family, needs: Option<&Needs>, have: SmallSet<Entry>) -> Vec<(Entry, bool)> {
+    let wanted = needs.map_or(SmallSet::default(), |needs| needs.entries(family, needs.priority));
     let there = |entry: &Entry| match entry {
         Entry::Rule(wanted) => rules(&have).any(|rule| {
             // of two with one mark, the table tells which it is
@@ -712,7 +703,7 @@ fn compare(
 
 /// What the table needs of rules and routes, with the numbers that those have which are there, or
 /// else the configuration.
-fn needs<'a>(config: &Config, view: &'a View, have: &SmallSet<Entry>, priority: u32) -> Needs<'a> {
+fn needs<'a>(config: &Config, view: &'a View, have: &SmallSet<Entry>) -> Needs<'a> {
     let tables = |mark: Mark| {
         let mut found: Vec<(u32, u32)> = rules(have)
             .filter(|rule| rule.mark == mark && rule.iif == "lo")
@@ -745,8 +736,8 @@ fn needs<'a>(config: &Config, view: &'a View, have: &SmallSet<Entry>, priority: 
         };
         Some(WayOut { name: &target.name, mark, forwarded: target.forwarded, table: own, leads })
     };
-    Needs {
-        priority,
+    let mut needs = Needs {
+        priority: config.rule_priority,
         table: table.unwrap_or(config.route_table),
         marks,
         forwarded: Forwarded {
@@ -762,7 +753,9 @@ fn needs<'a>(config: &Config, view: &'a View, have: &SmallSet<Entry>, priority: 
         },
         ways: routes.iter().enumerate().filter_map(way).collect(),
         links: Vec::new(),
-    }
+    };
+    needs.priority = first_priority(&needs, have).unwrap_or(needs.priority);
+    needs
 }
 
 #[cfg(test)]
@@ -812,16 +805,15 @@ mod tests {
         let config = Config::default();
         let find = |view: &View, have: &[Entry]| {
             let have: SmallSet<Entry> = have.iter().cloned().collect();
-            let priority = first_priority(&config, Some(view), &have);
-            let needs = needs(&config, view, &have, priority);
-            compare(Family::V4, Some(&needs), have, priority)
+            let needs = needs(&config, view, &have);
+            compare(Family::V4, Some(&needs), have)
         };
         let route = Entry::Route(crate::netlink::fib::IpRoute::new(Family::V4, 500));
         let found = find(&view(Vec::new()), &[rule(1, 500)]);
         let both = [(rule(1, 500), true), (rule(2, 500), false)];
         assert_eq!(found[..2], both);
         assert_eq!(found[2..], [(route.clone(), false)]);
-        let none = compare(Family::V4, None, SmallSet::default(), 100);
+        let none = compare(Family::V4, None, SmallSet::default());
         assert_eq!(none, []);
         // those of a gateway, and with the number that the first would have
         let text = |found: Vec<(Entry, bool)>| -> Vec<String> {

@@ -11,7 +11,7 @@ use super::model::{Config, Gateway, OnExit, Outlet, Place, Problem, Route, Targe
 pub use super::value::Takes;
 use super::value::*;
 use crate::log::Level;
-use crate::net::{Family, Mark, Ranges};
+use crate::net::{Family, Mark, Ranges, KERNEL_TABLES, LAST_PRIORITY};
 use crate::small::SmallMap;
 use Takes::{Number, Text, Words};
 use Unset::{Is, Needs, Nothing};
@@ -112,9 +112,9 @@ static KEYS: &[Key] = &[
     }),
     one(GLOBAL, "default", Text("a target"), Is("direct"), later),
     one(GLOBAL, "route-table", Number(1, MOST), Is("300"), |d, e| {
-        put(&mut d.config.route_table, table(e, 253..=255, "default, main or local"))
+        put(&mut d.config.route_table, table(e, KERNEL_TABLES, "default, main or local"))
     }),
-    one(GLOBAL, "rule-priority", Number(1, 32765), Is("100"), |d, e| {
+    one(GLOBAL, "rule-priority", Number(1, LAST_PRIORITY), Is("100"), |d, e| {
         put(&mut d.config.rule_priority, number(e))
     }),
     one(GLOBAL, "fwmark-mask", Number(1, MOST), Is("0xff000000"), |d, e| {

@@ -9,7 +9,9 @@ use std::rc::Rc;
 use super::pattern::Pattern;
 use crate::error::printable;
 use crate::log::Level;
-use crate::net::{holds, Family, Interface, Mac, Mark, Owner, Range, Ranges, L4};
+use crate::net::{
+    holds, Family, Interface, Mac, Mark, Owner, Range, Ranges, L4, LAST_PRIORITY, MOST_PRIORITIES,
+};
 use crate::small::SmallSet;
 
 /// Longest message, in characters.
@@ -362,10 +364,6 @@ pub struct Gateway {
 /// What the names of the sections for containers begin with, which no name of a file does.
 pub const CONTAINERS: &str = "containers.";
 
-/// All of the ip rules have to come before that for the main table, and any interface takes several
-/// (route.rs).
-const MOST_WITH_CONTAINERS: u32 = 32765 - 3;
-
 /// File and line of a setting.
 #[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
@@ -454,7 +452,7 @@ impl Default for Config {
 }
 
 /// See [`Config::spoofed_mark`].
-fn spoofed_mark(mask: u32) -> u32 {
+pub fn spoofed_mark(mask: u32) -> u32 {
     mask & mask.wrapping_sub(1)
 }
 
@@ -586,7 +584,7 @@ impl Config {
         });
         let sections: Vec<Gateway> = sections.collect();
         config.gateways.splice(0..0, sections);
-        (self.rule_priority <= MOST_WITH_CONTAINERS).then_some(config)
+        (self.rule_priority + MOST_PRIORITIES <= LAST_PRIORITY + 1).then_some(config)
     }
 
     /// Whether it has these sections.

@@ -10,10 +10,7 @@ use super::model::{Config, HoldLine, Outlet, OwnerRule, PatternRule, Place, Prob
 use super::pattern::{compile_within, MAX_COMPILED};
 use super::suggest::{did_you_mean, remark};
 use super::value::Result;
-use crate::net::Mark;
-
-/// Before the rule for the main table.
-const MOST_PRIORITY: u32 = 32765;
+use crate::net::{self, Mark, KERNEL_TABLES, LAST_PRIORITY};
 
 /// Each has a chain with all lines for owners before it.
 const MOST_CLASSES: u16 = 64;
@@ -113,7 +110,7 @@ fn check_routes(config: &Config, sections: &[Section], problem: &mut Report) {
         let first = config.route_table;
         let own = u64::from(first) + 1 + section.at as u64;
         let last = config.table_of(config.routes.len().saturating_sub(1));
-        if (253..=255).contains(&own) || own > u32::MAX.into() {
+        if u32::try_from(own).ok().is_none_or(|own| KERNEL_TABLES.contains(&own)) {
             let message = format!(
                 "{section} would have table {own} for its own (the routes have those behind \
                  route-table {first}): set another route-table"
@@ -136,9 +133,7 @@ fn check_priority(config: &Config, sections: &[Section], problem: &mut Report) {
     let wildcard = config.gateways.iter().find(|g| g.interfaces.iter().any(|i| i.prefix));
     let second = (sections.iter())
         .find(|section| section.kind == Kind::Route && section.said.contains_key("table"));
-    let most = MOST_PRIORITY
-        - if wildcard.is_some() { 2 } else { 0 }
-        - if second.is_some() { 1 } else { 0 };
+    let most = LAST_PRIORITY + 1 - net::priorities(second.is_some(), wildcard.is_some());
     if config.rule_priority > most {
         match (wildcard, second) {
             (Some(gateway), _) => problem(

@@ -10,7 +10,7 @@ use super::others::ForeignExpr::{self, Nft, Xt};
 use super::others::{ForeignBase, ForeignRule, XtMark};
 use super::table::priority_of_gateways;
 use super::view::View;
-use crate::config::Config;
+use crate::config::{spoofed_mark, Config};
 use crate::net::{Interface, Mark};
 use crate::netlink::parse;
 use crate::netlink::uapi::*;
@@ -75,7 +75,7 @@ impl Ours {
 
     /// What routed packets bear that go to a tproxy.
     fn routed(&self) -> u32 {
-        self.mask & self.mask.wrapping_sub(1)
+        spoofed_mark(self.mask)
     }
 }
 

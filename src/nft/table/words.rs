@@ -3,7 +3,7 @@
 
 use super::{Base, Chain, Rule};
 use crate::config::{Config, Outlet, Route, Target};
-use crate::net::{Interface, Mark};
+use crate::net::{Interface, Mark, KERNEL_TABLES};
 use crate::netlink::uapi::*;
 use crate::nft::expr::Verdict;
 use crate::nft::stmt::Stmt;
@@ -136,7 +136,7 @@ pub(super) fn make_unknown(config: &Config) -> Vec<Stmt> {
 
 /// Whether it is known by which interfaces a route leaves. By the main table that may be any.
 pub(super) fn keeps_course(route: &Route) -> bool {
-    !(253..=255).contains(&route.table)
+    !KERNEL_TABLES.contains(&route.table)
 }
 
 /// The ct marks of a route's flows: this host's, and routed ones.
