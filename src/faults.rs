@@ -334,7 +334,7 @@ pub fn bound(config: &Config, host: &Host, core: &Core) -> Vec<String> {
     let mut found: BTreeMap<(String, Target), SmallSet<String>> = BTreeMap::new();
     for socket in &host.bound {
         // 1 is lo
-        let away = socket.device > 1 && !config.bypass_users.contains(&socket.uid);
+        let away = socket.device > 1;
         let marked = config.bypass_marks.iter().any(|b| socket.mark & b.mask == b.value);
         let Some(cgroup) = socket.cgroup.filter(|_| away && !marked) else {
             continue;

@@ -12,6 +12,7 @@ use std::collections::HashMap;
 
 use crate::config::pattern::{Pattern, Standing};
 use crate::config::{Config, HoldLine, Outcome, OwnerRule, PatternRule, Target};
+use crate::net::Owner;
 
 /// Number of the deciding rule.
 pub type Rank = u32;
@@ -168,15 +169,17 @@ pub fn target(config: &Config, rank: Rank) -> Target {
 pub struct GroupUnknown;
 
 /// The first of these lines that covers sockets of that owner, as far as is known of him.
-pub fn owner_rule(
-    rules: &[OwnerRule],
+pub fn covering<'a, L>(
+    lines: impl IntoIterator<Item = &'a L>,
+    owners: impl Fn(&'a L) -> &'a [Owner],
     uid: u32,
     gid: Option<u32>,
-) -> Result<Option<&OwnerRule>, GroupUnknown> {
-    for rule in rules {
-        let said: Vec<Option<bool>> = rule.owners.iter().map(|owner| owner.has(uid, gid)).collect();
+) -> Result<Option<&'a L>, GroupUnknown> {
+    for line in lines {
+        let said: Vec<Option<bool>> =
+            owners(line).iter().map(|owner| owner.has(uid, gid)).collect();
         if said.contains(&Some(true)) {
-            return Ok(Some(rule));
+            return Ok(Some(line));
         }
         if said.contains(&None) {
             return Err(GroupUnknown);
@@ -185,16 +188,29 @@ pub fn owner_rule(
     Ok(None)
 }
 
+/// The same of the lines that come before what is of that class.
+pub fn owner_rule(
+    config: &Config,
+    class: u16,
+    uid: u32,
+    gid: Option<u32>,
+) -> Result<Option<&OwnerRule>, GroupUnknown> {
+    covering(config.owner_rules_before(class), |rule| &rule.owners, uid, gid)
+}
+
 /// The target of a socket of that owner in a cgroup of that outcome; `None` where it depends on his
 /// group, which is not known.
 pub fn target_of(config: &Config, outcome: Outcome, uid: u32, gid: Option<u32>) -> Option<Target> {
-    let rule = owner_rule(config.owner_rules_before(outcome.class), uid, gid).ok()?;
+    let rule = owner_rule(config, outcome.class, uid, gid).ok()?;
     Some(rule.map_or(outcome.target, |rule| rule.target))
 }
 
-/// The same, as if he was in no group that decides.
+/// Where it goes, as if he was in no group that decides: what a bypass-user sends, directly.
 pub fn likely_target(config: &Config, outcome: Outcome, uid: u32) -> Target {
-    target_of(config, outcome, uid, None).unwrap_or(outcome.target)
+    match config.bypass_users.contains(&uid) {
+        true => Target::Direct,
+        false => target_of(config, outcome, uid, None).unwrap_or(outcome.target),
+    }
 }
 
 /// The rule that a rank stands for.
@@ -348,6 +364,23 @@ mod tests {
             }
         }
         assert!(ranks.values().all(|n| *n > 1000), "{ranks:?}");
+    }
+
+    #[test]
+    fn what_a_bypass_user_sends_goes_directly() {
+        let mut config = config(&[], Target::Drop);
+        config.bypass_users.push(7);
+        let target = |uid| likely_target(&config, config.default_outcome(), uid);
+        assert_eq!([target(6), target(7)], [Target::Drop, Target::Direct]);
+    }
+
+    #[test]
+    fn a_line_that_covers_a_user_does_so_whatever_his_group() {
+        let lines = [[Owner::Groups(8, 8), Owner::Users(7, 7)]];
+        let found =
+            |uid, gid| covering(&lines, |owners| owners, uid, gid).map(|l| l.is_some()).ok();
+        assert_eq!([found(7, None), found(6, None)], [Some(true), None]);
+        assert_eq!([found(6, Some(8)), found(6, Some(9))], [Some(true), Some(false)]);
     }
 
     #[test]

@@ -231,21 +231,9 @@ impl Suspects {
         if by_owner && socket.inode == 0 {
             return None;
         }
-        let is = |owner: &Owner| owner.has(socket.uid, None);
-        let was = match was {
-            None => None,
-            Some(was) => {
-                let mut target = was.target;
-                for line in self.before(was.class) {
-                    let said: Option<Vec<bool>> = line.owners.iter().map(is).collect();
-                    if said?.contains(&true) {
-                        target = line.target;
-                        break;
-                    }
-                }
-                Some(target)
-            }
-        };
+        let lines = was.map_or(&[][..], |was| self.before(was.class));
+        let line = policy::covering(lines, |line| &line.owners, socket.uid, None).ok()?;
+        let was = was.map(|was| line.map_or(was.target, |line| line.target));
         let now = policy::target_of(config, now, socket.uid, None)?;
         suspect(now, was, &self.changed)
     }

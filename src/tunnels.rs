@@ -111,16 +111,13 @@ fn has_one_of(pid: u32, sockets: &BTreeSet<u32>) -> bool {
         })
 }
 
-/// The cgroup of a process, fit to print, and what decides for it; `None` for a bypass-user.
+/// The cgroup of a process, fit to print, and the target of its sockets.
 fn target(config: &Config, core: &Core, pid: u32) -> Option<(String, Target)> {
     let uid = fs::metadata(format!("/proc/{pid}")).ok()?.uid();
-    if config.bypass_users.contains(&uid) {
-        return None;
-    }
     let own = mount::find_cgroup(&pid.to_string()).ok()??;
     let root = mount::find(config.cgroup_root.as_deref()).ok()?;
     let mounts = mount::mounts(&fs::read("/proc/self/mountinfo").ok()?);
     let known = mount::from_root(&own, &root, &mounts).and_then(|path| core.outcome(&path));
-    let target = known.map(|outcome| policy::likely_target(core.config(), outcome, uid));
-    Some((Escaped(&own).to_string(), target.unwrap_or(config.default)))
+    let outcome = known.unwrap_or_else(|| config.default_outcome());
+    Some((Escaped(&own).to_string(), policy::likely_target(config, outcome, uid)))
 }

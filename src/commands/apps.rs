@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 use std::process::ExitCode;
 use std::rc::Rc;
+use std::slice::from_ref;
 
 use nix::unistd::{geteuid, Uid, User};
 
@@ -127,7 +128,7 @@ enum Decides<'a> {
 /// the target is `None` where it depends on that.
 fn decision(config: &Config, rank: policy::Rank, uid: u32) -> (Option<Target>, Decides<'_>) {
     let outcome = policy::outcome(config, rank);
-    match policy::owner_rule(config.owner_rules_before(outcome.class), uid, None) {
+    match policy::owner_rule(config, outcome.class, uid, None) {
         Ok(Some(rule)) => (Some(rule.target), Decides::Rule(&rule.place, &rule.text)),
         Ok(None) => (Some(outcome.target), Decides::of(config, rank)),
         Err(policy::GroupUnknown) => (None, Decides::of(config, rank)),
@@ -248,12 +249,9 @@ impl<'a> Apps<'a> {
                 app.target = app.id.zip(uid).and_then(|(id, uid)| {
                     let (target, class) = outcome(id).unwrap_or(default);
                     // the group of a socket is not told
-                    let mut said = owners(class).map(|step| (step.owner.has(uid, None), step));
-                    match said.find(|(has, _)| *has != Some(false)) {
-                        Some((None, _)) => None,
-                        Some((_, step)) => Some(step.target.clone()),
-                        None => Some(target.to_string()),
-                    }
+                    let steps = owners(class);
+                    let step = policy::covering(steps, |s| from_ref(&s.owner), uid, None).ok()?;
+                    Some(step.map_or(target, |step| &step.target).to_string())
                 });
             });
         }

@@ -206,7 +206,7 @@ fn describe(
         if config.bypass_users.contains(&uid) {
             return Some((Target::Direct, "bypass-user, whatever the target".to_string()));
         }
-        let rule = policy::owner_rule(before, uid, Some(gid)).ok()??;
+        let rule = policy::owner_rule(config, outcome.class, uid, Some(gid)).ok()??;
         Some((rule.target, line(&rule.place, rule.target, &rule.text)))
     });
     let is_by_owner = by_owner.is_some();
