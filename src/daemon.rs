@@ -77,7 +77,7 @@ const LOOK_BLINDLY: Duration = Duration::from_millis(50);
 /// Errors: nothing would match.
 fn ask_levels(kernel: &mut Kernel) -> Result<Levels> {
     match levels(kernel)? {
-        Ok(base) => Ok(Levels { base, deepest: None }),
+        Ok(namespace) => Ok(Levels { namespace, deepest: None }),
         Err(why) => {
             log!(
                 Warning,

@@ -112,14 +112,14 @@ fn listens(
         for family in &families {
             let address = tproxy.addresses[*family as usize];
             let look = |from| finds(&host.listeners, (l4, *family), port, address, from);
-            let (host, gateway) = (look(Origin::Host), look(Origin::Gateway));
-            let best = host.max(gateway);
+            let (local, gateway) = (look(Origin::Host), look(Origin::Gateway));
+            let best = local.max(gateway);
             match best {
                 Finds::Nothing => nothing.push(*family),
                 Finds::Opaque => opaque.push(*family),
                 Finds::One => {}
             }
-            let uses = [(own, host, "this host sends"), (routed, gateway, "gateways hand to it")];
+            let uses = [(own, local, "this host sends"), (routed, gateway, "gateways hand to it")];
             let missed = uses.iter().filter(|(used, finds, _)| *used && *finds < best);
             wrong.extend(missed.map(|(_, _, whose)| {
                 let [family, any, _] = words(*family);

@@ -43,12 +43,12 @@ pub fn of_exec(path: &[u8]) -> Option<&[u8]> {
 
 /// The rank of the root cgroup.
 pub fn root_rank(config: &Config) -> Rank {
-    built_in_rules(config) + config.rules.len() as Rank
+    first_configured(config) + config.rules.len() as Rank
 }
 
 /// The configured rules that could still win under a parent of that rank.
 fn before(config: &Config, parent: Rank) -> &[PatternRule] {
-    let configured = parent.saturating_sub(built_in_rules(config)) as usize;
+    let configured = parent.saturating_sub(first_configured(config)) as usize;
     &config.rules[..configured.min(config.rules.len())]
 }
 
@@ -74,7 +74,7 @@ impl Memo {
             return rank;
         }
         let won = self.rules.first(before(config, parent), path);
-        won.map_or(parent, |i| built_in_rules(config) + i as Rank)
+        won.map_or(parent, |i| first_configured(config) + i as Rank)
     }
 
     /// The `hold` line that matches a path, by its place among all. The cgroup root's is `/` here.
@@ -153,7 +153,7 @@ impl Standings {
 
 /// What a rank comes to.
 pub fn outcome(config: &Config, rank: Rank) -> Outcome {
-    match rank.checked_sub(built_in_rules(config)) {
+    match rank.checked_sub(first_configured(config)) {
         None => config.targets().nth(rank as usize).unwrap_or(config.default).into(),
         Some(i) => config.outcome(i as usize),
     }
@@ -215,7 +215,7 @@ pub fn likely_target(config: &Config, outcome: Outcome, uid: u32) -> Target {
 
 /// The rule that a rank stands for.
 pub fn decision(config: &Config, rank: Rank) -> Decision<'_> {
-    match rank.checked_sub(built_in_rules(config)) {
+    match rank.checked_sub(first_configured(config)) {
         None => Decision::BuiltIn,
         Some(i) => (config.rules.get(i as usize)).map_or(Decision::Default, Decision::Pattern),
     }
@@ -223,7 +223,7 @@ pub fn decision(config: &Config, rank: Rank) -> Decision<'_> {
 
 /// The place of that rule among the configured ones.
 pub fn number(config: &Config, rank: Rank) -> Option<usize> {
-    let index = rank.checked_sub(built_in_rules(config))? as usize;
+    let index = rank.checked_sub(first_configured(config))? as usize;
     (index < config.rules.len()).then_some(index)
 }
 
@@ -250,8 +250,8 @@ pub fn held_by<'a, 'b>(config: &'a Config, path: &'b [u8]) -> Option<(&'b [u8], 
     above.find_map(|above| Some((above, &config.holds[Memo::default().hold(config, above)?])))
 }
 
-/// One for each target.
-fn built_in_rules(config: &Config) -> Rank {
+/// The rank of the first configured rule: there is a built-in one for each target.
+fn first_configured(config: &Config) -> Rank {
     config.targets().count() as Rank
 }
 
@@ -358,7 +358,7 @@ mod tests {
                 let parent = root_rank(&config) - parent;
                 let text = String::from_utf8_lossy(&bytes);
                 let first = before(&config, parent).iter().position(|r| r.regex.is_match(&text));
-                let want = first.map_or(parent, |i| built_in_rules(&config) + i as Rank);
+                let want = first.map_or(parent, |i| first_configured(&config) + i as Rank);
                 assert_eq!(memo.rank(&config, parent, &bytes, false), want);
                 *ranks.entry(want != parent).or_insert(0) += 1;
             }

@@ -232,7 +232,7 @@ impl Core {
     }
 
     /// Whether the cgroup root can be held.
-    pub fn holds_root(&self) -> bool {
+    pub fn names_root(&self) -> bool {
         self.names_root
     }
 

@@ -91,7 +91,7 @@ pub struct Cgroups {
 #[derive(Default)]
 pub struct Levels {
     /// Level of the root of our cgroup namespace.
-    pub base: usize,
+    pub namespace: usize,
     /// The deepest one that it takes, where some were refused.
     pub deepest: Option<usize>,
 }
@@ -118,7 +118,7 @@ impl Cgroups {
     }
 
     fn new(config: Rc<Config>, root: Root, watcher: Watcher, levels: &Levels) -> Cgroups {
-        let level = root.level + levels.base;
+        let level = root.level + levels.namespace;
         let mut core = Core::new(config, root.dir.as_os_str().as_bytes(), level);
         if let Some(level) = levels.deepest {
             core.set_deepest(level);

@@ -431,7 +431,7 @@ fn holds(config: &Config, core: Option<&Core>, findings: &mut Findings) {
                 "{text}: nothing is below what it matches: it holds what is born there later, not \
                  the cgroup itself, for which one above it is to be held"
             )),
-            (all, _) if held[0] == tree::ROOT && !core.holds_root() => findings.warning(format!(
+            (all, _) if held[0] == tree::ROOT && !core.names_root() => findings.warning(format!(
                 "{text}: the root of a cgroup namespace cannot be held, so what is born right below \
                  it is not; {} others are", all - 1
             )),

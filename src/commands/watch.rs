@@ -38,7 +38,7 @@ const GATEWAYS: [Column; 4] = [
 ];
 const CGROUPS: [Column; 4] = [
     Column::left("CGROUP"),
-    Column::right("TARGET"),
+    Column::left("TARGET"),
     Column::right("PACKETS/S"),
     Column::right("BYTES/S"),
 ];

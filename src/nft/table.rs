@@ -26,7 +26,7 @@ mod words;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use crate::config::{Config, Outlet, Target};
+use crate::config::{Config, Outlet};
 use crate::net::Range;
 use crate::netlink::uapi::*;
 use crate::nft::stmt::Stmt;
@@ -142,8 +142,7 @@ impl Table {
             }
         }
         chains.extend(proxies.then(|| output::spoofed_chain(config)));
-        let is_direct = config.default == Target::Direct;
-        chains.extend((takes && is_direct).then(output::ownerless_chain));
+        chains.extend(drops_ownerless(config).then(output::ownerless_chain));
         chains.extend(config.marks_flows().then(|| output::sticky_chain(config)));
         chains.push(target::direct_chain(config));
         let behind = || config.outcomes().filter(|outcome| outcome.class > 0);

@@ -134,10 +134,8 @@ fn default_owner_rule(config: &Config) -> Option<Rule> {
 fn default_rule(config: &Config) -> Option<Rule> {
     match config.default {
         // such a packet of a flow that conntrack has forgotten
-        Target::Direct if has_outlets(config) => {
-            Some(vec![Stmt::L4proto(L4::Tcp), Stmt::Invalid, Stmt::goto("ownerless")])
-        }
-        Target::Direct => None,
+        Target::Direct => drops_ownerless(config)
+            .then(|| vec![Stmt::L4proto(L4::Tcp), Stmt::Invalid, Stmt::goto("ownerless")]),
         default => Some(vec![enter(config, default)]),
     }
 }

@@ -75,6 +75,11 @@ pub(super) fn has_outlets(config: &Config) -> bool {
     config.outlets().next().is_some()
 }
 
+/// Whether what the default sends directly may be what is left of a flow of some outlet.
+pub(super) fn drops_ownerless(config: &Config) -> bool {
+    config.default == Target::Direct && has_outlets(config)
+}
+
 /// The route that an outlet is of, if it is one's.
 pub(super) fn route_of<'a>(config: &'a Config, outlet: &Outlet) -> Option<&'a Route> {
     config.routes.iter().find(|route| route.outlet == *outlet)
