@@ -9,14 +9,14 @@
 //! process can still be heard of, when one joins it: some of these are kept in mind, the ones nearest
 //! to the root, where users who may make cgroups of their own have none.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::cgroup::tree::{Node, Path};
 use crate::config::Target;
 use crate::netlink::link::Link;
 use crate::netlink::netns::PeerChange;
 use crate::nft::table::Entrances;
-use crate::small::SmallMap;
+use crate::small::{SmallMap, SmallSet};
 
 /// Where there are any and rules cannot have them ([`crate::config::Config::with_containers`]).
 pub const UNCOVERED: &str = "rules do not cover containers: set a smaller rule-priority, or a \
@@ -56,15 +56,16 @@ pub type Ruled = (u32, Target);
 #[derive(Debug, Default)]
 pub struct Containers {
     links: SmallMap<u32, Link>,
-    /// By id of a namespace: the cgroups with processes there, by path and id.
-    owners: SmallMap<u32, BTreeMap<Path, u64>>,
+    /// By id of a namespace: the cgroups with processes there, by path and id. To find any of these
+    /// takes far longer than to put it in.
+    owners: SmallMap<u32, SmallMap<Path, u64>>,
     /// Cgroups that have come, and namespaces that nobody is known to live in.
     fresh: BTreeMap<Path, Vain>,
     strange: SmallMap<u32, Vain>,
     /// Cgroups that have come and were found, which may move on yet.
     young: BTreeMap<Path, Vain>,
     /// Cgroups that held no process when they were looked at, by depth, path and id.
-    vacant: BTreeSet<(u16, Path, u64)>,
+    vacant: SmallSet<(u16, Path, u64)>,
     /// What comes in by a veth, as of last time.
     entrances: Entrances,
     /// Some interface is not known: a bridge that a veth is on, or whatever there is.
@@ -178,7 +179,7 @@ impl Containers {
     pub fn look_again(&mut self, now: u64) {
         self.vacant.clear();
         let pairs = self.links.values().filter(|link| link.is_pair);
-        let all: BTreeSet<u32> = pairs.filter_map(|link| link.peer).collect();
+        let all: SmallSet<u32> = pairs.filter_map(|link| link.peer).collect();
         all.into_iter().for_each(|net| self.meet(net, now));
     }
 
@@ -196,7 +197,7 @@ impl Containers {
         if self.strange.values().all(|vain| vain.next > now) {
             return self.fresh.iter().filter_map(due).chain(young).collect();
         }
-        let known: BTreeSet<&Path> = self.owners.values().flat_map(BTreeMap::keys).collect();
+        let known: SmallSet<&Path> = self.owners.values().flat_map(SmallMap::keys).collect();
         let (fresh, others): (Vec<_>, Vec<_>) = (all().filter(|path| !known.contains(path)))
             .partition(|path| self.fresh.contains_key(*path));
         fresh.into_iter().chain(others).cloned().chain(young).collect()
@@ -208,13 +209,13 @@ impl Containers {
     }
 
     /// Whether a look that showed `nets` contradicts an earlier one.
-    pub fn has_moved(&self, path: &Path, nets: &BTreeSet<u32>) -> bool {
+    pub fn has_moved(&self, path: &Path, nets: &SmallSet<u32>) -> bool {
         let mut others = self.owners.iter().filter(|(net, _)| !nets.contains(net));
         self.is_young(path) && others.any(|(_, owners)| owners.contains_key(path))
     }
 
     /// All the processes of a cgroup live in `nets` now.
-    pub fn moved(&mut self, path: &Path, nets: &BTreeSet<u32>, now: u64) {
+    pub fn moved(&mut self, path: &Path, nets: &SmallSet<u32>, now: u64) {
         let mut left = Vec::new();
         self.owners.retain(|net, owners| {
             let alone = !nets.contains(net) && owners.remove(path).is_some() && owners.is_empty();
@@ -233,7 +234,7 @@ impl Containers {
 
     /// What a look at a cgroup has shown: the namespaces of its processes, none of which is this one.
     /// False where nothing is in question any more.
-    pub fn seen(&mut self, path: &Path, id: u64, nets: &BTreeSet<u32>) -> bool {
+    pub fn seen(&mut self, path: &Path, id: u64, nets: &SmallSet<u32>) -> bool {
         for net in nets {
             if self.links.values().any(|link| link.is_pair && link.peer == Some(*net)) {
                 self.owners.or_default(*net).insert(path.clone(), id);
@@ -251,13 +252,11 @@ impl Containers {
             true => drop(self.vacant.remove(&cgroup)),
             false => drop(self.vacant.insert(cgroup)),
         }
-        if self.vacant.len() > MOST_VACANT {
-            self.vacant.pop_last();
-        }
+        self.vacant.truncate(MOST_VACANT);
     }
 
     /// The cgroups of which it matters if a process joins them.
-    pub fn vacant(&self) -> BTreeSet<(Path, u64)> {
+    pub fn vacant(&self) -> SmallSet<(Path, u64)> {
         let all = self.vacant.iter().filter(|_| self.leads_anywhere());
         all.map(|(_, path, id)| (path.clone(), *id)).collect()
     }
@@ -295,7 +294,7 @@ impl Containers {
         let mut now = Entrances::default();
         for (index, link) in self.links.iter().filter(|(_, link)| link.is_pair) {
             let owners = link.peer.and_then(|net| self.owners.get(&net));
-            let first = owners.into_iter().flat_map(BTreeMap::keys).filter_map(&ruled).min();
+            let first = owners.into_iter().flat_map(SmallMap::keys).filter_map(&ruled).min();
             // nobody lives there as far as is known, or any more
             let leaving = link.peer.is_none_or(|net| self.strange.contains_key(&net));
             let before = self.entrances.veths.get(index).filter(|_| leaving);
@@ -341,7 +340,7 @@ mod tests {
         PeerChange::Is(veth(index, name, master, peer))
     }
 
-    fn nets(all: &[u32]) -> BTreeSet<u32> {
+    fn nets(all: &[u32]) -> SmallSet<u32> {
         all.iter().copied().collect()
     }
 
@@ -481,7 +480,7 @@ mod tests {
         let first = path("/2");
         c.lived_in(&first, &node(8, 1), false);
         // nobody could be anywhere
-        assert_eq!(c.vacant(), BTreeSet::new());
+        assert_eq!(c.vacant(), SmallSet::default());
         c.change(link(7, "v7", 0, Some(5)), 0);
         let vacant = c.vacant();
         assert_eq!(vacant.len(), MOST_VACANT);

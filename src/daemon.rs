@@ -7,7 +7,6 @@ mod doubts;
 mod redirect;
 mod ways;
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -1105,7 +1104,7 @@ fn remove(kernel: &mut Kernel) -> Result<()> {
 /// were removed while no daemon ran are known by their id, at every level that it is looked for at.
 fn removed(inventory: &Inventory, core: &Core) -> Vec<Dying> {
     let living = core.tree().iter().map(|(_, node)| cgroup_hash(node.id));
-    let living: BTreeSet<u32> = living.collect();
+    let living: SmallSet<u32> = living.collect();
     let config = core.config();
     let steps = inventory.view.steps.iter().flat_map(|step| {
         let hashes: Vec<u32> = match step.hashed {

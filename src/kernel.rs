@@ -2,7 +2,7 @@
 //! other programs' sockets in `sockets`. It carries plans out and reports; what should be there is
 //! decided elsewhere.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -253,9 +253,9 @@ impl Kernel {
 
     /// Our ids of the network namespaces that these processes are in; none where one is in this one:
     /// who visits others lives here. And whether that is all: one that ends is in none.
-    pub fn namespaces_of(&mut self, pids: &[u32]) -> (BTreeSet<u32>, bool) {
+    pub fn namespaces_of(&mut self, pids: &[u32]) -> (SmallSet<u32>, bool) {
         if pids.iter().any(|pid| host::shares_network(&pid.to_string()) == Some(true)) {
-            return (BTreeSet::new(), true);
+            return (SmallSet::default(), true);
         }
         let told: Vec<_> = pids.iter().filter_map(|pid| self.ask_namespace(*pid)).collect();
         (told.iter().flatten().copied().collect(), told.len() == pids.len())

@@ -1,6 +1,6 @@
 //! Sets and maps of few things, as sorted vectors: a B-tree takes ten times the code, for each type
-//! anew, and a router has little room for that. Not for what others can make many of (cgroups, sockets,
-//! flows), since what comes in between moves all that is behind it.
+//! anew, and a router has little room for that. What others can make many of (cgroups, sockets, flows)
+//! is to come all at once, since what comes in between moves all that is behind it.
 
 use std::borrow::Borrow;
 use std::ops::Deref;
@@ -19,6 +19,12 @@ impl<T: Ord> SmallSet<T> {
             self.0.insert(at, item);
         }
         place.is_err()
+    }
+
+    /// True where it was among them.
+    pub fn remove(&mut self, item: &T) -> bool {
+        let place = self.0.binary_search(item);
+        place.map(|at| self.0.remove(at)).is_ok()
     }
 
     pub fn contains<Q: Ord + ?Sized>(&self, item: &Q) -> bool
@@ -133,6 +139,11 @@ macro_rules! like_a_vector {
             pub fn clear(&mut self) {
                 self.0.clear();
             }
+
+            /// Lets go of the last ones.
+            pub fn truncate(&mut self, len: usize) {
+                self.0.truncate(len);
+            }
         }
 
         impl<$($of),+> Default for $type<$($of),+> {
@@ -185,9 +196,9 @@ like_a_vector!(SmallMap<K, V>: (K, V));
 
 impl<T: Ord> Extend<T> for SmallSet<T> {
     fn extend<I: IntoIterator<Item = T>>(&mut self, items: I) {
-        for item in items {
-            self.insert(item);
-        }
+        self.0.extend(items);
+        self.0.sort_unstable();
+        self.0.dedup();
     }
 }
 
@@ -225,6 +236,7 @@ mod tests {
                     *map.or_default(key) += step;
                     *large.entry(key).or_default() += step;
                 }
+                3 if step % 2 == 0 => assert_eq!(set.remove(&key), large_set.remove(&key)),
                 3 => assert_eq!(set.insert(key), large_set.insert(key)),
                 _ if step % 50 == 0 => {
                     map.retain(|key, _| key % 3 > 0);

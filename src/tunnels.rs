@@ -1,7 +1,6 @@
 //! Whose program stands behind a tun or tap interface: a tunnel of user space must not send its own
 //! packets by the route that leads into it. It reads /proc, and decides nothing about packets.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -13,11 +12,12 @@ use crate::host;
 use crate::log::Escaped;
 use crate::netlink::link::Link;
 use crate::policy;
+use crate::small::SmallSet;
 
 /// A line for each route whose tunnel's own packets come back to it: the program that holds the
 /// interface, as far as can be seen. `spared` are the inodes of sockets whose mark has them left
 /// alone.
-pub fn of_programs(config: &Config, core: &Core, spared: &BTreeSet<u32>) -> Vec<String> {
+pub fn of_programs(config: &Config, core: &Core, spared: &SmallSet<u32>) -> Vec<String> {
     let mut lines = Vec::new();
     for (name, pid) in &holders() {
         let Some((index, route)) = by(config, name) else { continue };
@@ -101,7 +101,7 @@ fn holders() -> Vec<(String, u32)> {
 }
 
 /// Whether a process holds one of these sockets.
-fn has_one_of(pid: u32, sockets: &BTreeSet<u32>) -> bool {
+fn has_one_of(pid: u32, sockets: &SmallSet<u32>) -> bool {
     let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     !sockets.is_empty()
         && fds.filter_map(|fd| fs::read_link(fd.path()).ok()).any(|to| {

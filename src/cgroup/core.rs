@@ -2,7 +2,7 @@
 //! to be looked at next as [`Look`]s, and what the kernel's sets should then hold as a [`Delta`]. Pure:
 //! no I/O, no clock.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::rc::Rc;
 
 use nix::errno::Errno;
@@ -18,7 +18,7 @@ use super::tree::{self, Hold, Index, Node, Path, Tree};
 use crate::config::{Config, Outcome, Target};
 use crate::nft::table::{Pair, Shape, Stage};
 use crate::policy::{self, Decision};
-use crate::small::SmallMap;
+use crate::small::{SmallMap, SmallSet};
 
 /// The difference between what the kernel's sets hold and what they should hold.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -92,8 +92,6 @@ pub struct Core {
     holds: Holds,
     /// Whether the cgroup root can be held: it is the root of all, or nft can name it.
     names_root: bool,
-    /// Held ones that were found late: what was below these by then may have gone its parent's way.
-    late_roots: BTreeSet<u64>,
     /// What the kernel has rules for.
     committed: Shape,
     /// The pairs may be others.
@@ -149,7 +147,7 @@ impl Core {
         &self,
         ids: impl IntoIterator<Item = u64>,
     ) -> impl Fn(u64, u32) -> Option<(String, Target)> + '_ {
-        let wanted: BTreeSet<u64> = ids.into_iter().collect();
+        let wanted: SmallSet<u64> = ids.into_iter().collect();
         let nodes = self.tree.iter().filter(|(_, node)| wanted.contains(&node.id));
         let nodes: HashMap<u64, (&Path, &Node)> =
             nodes.map(|(path, node)| (node.id, (path, node))).collect();
@@ -290,8 +288,8 @@ impl Core {
     }
 
     /// The living cgroups that are next above removed ones.
-    pub fn above_dying(&self) -> BTreeSet<Path> {
-        self.dying.iter().flat_map(|list| list.above(&self.tree)).collect()
+    pub fn above_dying(&self) -> SmallSet<Path> {
+        self.dying.as_ref().map(|list| list.above(&self.tree)).unwrap_or_default()
     }
 
     /// Nothing below that one is dying any more.
@@ -300,10 +298,9 @@ impl Core {
     }
 
     /// A look at all sockets: these cgroups are held by some.
-    pub fn kept(&mut self, mut ids: BTreeSet<u64>) {
-        self.tree.iter().for_each(|(_, node)| {
-            ids.remove(&node.id);
-        });
+    pub fn kept(&mut self, mut ids: SmallSet<u64>) {
+        let living: SmallSet<u64> = self.tree.iter().map(|(_, node)| node.id).collect();
+        ids.retain(|id| !living.contains(id));
         self.let_go(|list| list.seen(&ids));
     }
 
@@ -490,7 +487,7 @@ impl Core {
     }
 
     /// The living cgroups that are gates of a stage, by their paths.
-    pub fn gates(&self, stage: Stage) -> BTreeSet<&[u8]> {
+    pub fn gates(&self, stage: Stage) -> SmallSet<&[u8]> {
         self.gate_nodes().filter(|(at, ..)| *at == stage).map(|(_, path, _)| &**path).collect()
     }
 
@@ -578,7 +575,7 @@ impl Core {
             if late {
                 self.came_late(at);
             }
-            let there: BTreeSet<&[u8]> = names.iter().map(|name| &**name).collect();
+            let there: SmallSet<&[u8]> = names.iter().map(|name| &**name).collect();
             children.retain(|child| !there.contains(&child[path.len() + 1..]));
             children.iter().for_each(|child| self.gone(child, actions));
             children = names.iter().map(|name| tree::child(&path, name)).collect();
@@ -617,7 +614,6 @@ impl Core {
             self.blind.remove(&path);
             actions.extend(node.wd.map(Action::Unwatch));
             self.late.remove(&node.id);
-            self.late_roots.remove(&node.id);
             self.place(at, node.element, None);
             if !lost {
                 self.count_held(at, false);
@@ -653,15 +649,14 @@ impl Core {
     /// Notes by which way a new cgroup went until now, where that is not its own: its parent's, or
     /// that one's before.
     fn came_late(&mut self, at: Index) {
-        let Some((_, node)) = self.tree.up(at).next() else { return };
-        if node.hold == Hold::Root {
-            self.late_roots.insert(node.id);
-        }
+        let Some(node) = self.tree.node_mut(at) else { return };
+        node.late_root |= node.hold == Hold::Root;
+        let node = *node;
         let Some((_, parent)) = self.tree.up(at).nth(1) else { return };
         // what is below a held one has sent nothing until now: its connections need not be ended,
         // they go on by themselves
         let root = self.tree.up(at).skip(1).find(|(_, node)| node.hold == Hold::Root);
-        let was_held = root.is_some_and(|(_, root)| !self.late_roots.contains(&root.id));
+        let was_held = root.is_some_and(|(_, root)| !root.late_root);
         let way = || policy::outcome(&self.config, parent.rank);
         let was = self.late.get(&parent.id).copied().unwrap_or_else(way);
         let is_held = node.hold == Hold::Below && was_held;

@@ -7,7 +7,7 @@
 //! makes it. Living cgroups are matched that way too where nft cannot show their path: it puts it
 //! into double quotes as it is.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 
 use super::gates::Above;
 use super::tally::Tally;
@@ -15,7 +15,7 @@ use super::tree::{self, Path, Tree};
 use crate::config::Outcome;
 use crate::nft::stmt::cgroup_hash;
 use crate::nft::table::Pair;
-use crate::small::SmallMap;
+use crate::small::{SmallMap, SmallSet};
 
 /// A removed cgroup that had an element of its own. Those below without one go with it, for a
 /// packet is matched by every ancestor of its cgroup, dead or not.
@@ -119,9 +119,9 @@ impl Removed {
     /// A look at the sockets: `kept` are the cgroups that they hold, but for those that live.
     /// Removed cgroups that no socket has kept for some looks go. Where a socket keeps one that is
     /// not known at all, which may be below any of these, they stay.
-    pub fn seen(&mut self, kept: &BTreeSet<u64>) -> Vec<Dying> {
-        let kept: BTreeSet<u32> = kept.iter().map(|id| cgroup_hash(*id)).collect();
-        let own: BTreeSet<u32> = self.all.iter().map(|dying| dying.hash).collect();
+    pub fn seen(&mut self, kept: &SmallSet<u64>) -> Vec<Dying> {
+        let kept: SmallSet<u32> = kept.iter().map(|id| cgroup_hash(*id)).collect();
+        let own: SmallSet<u32> = self.all.iter().map(|dying| dying.hash).collect();
         let all_known = kept.is_subset(&own);
         for dying in &mut self.all {
             dying.quiet = match all_known && !kept.contains(&dying.hash) {
@@ -133,7 +133,7 @@ impl Removed {
     }
 
     /// The living cgroups that are next above them: the kernel knows of each how many below it die.
-    pub fn above(&self, living: &Tree) -> BTreeSet<Path> {
+    pub fn above(&self, living: &Tree) -> SmallSet<Path> {
         let root = living.path(tree::ROOT);
         let next = |dying: &Dying| match &dying.path {
             Some(path) => living.path(living.nearest(path)?),

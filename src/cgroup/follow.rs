@@ -10,7 +10,6 @@
 //!
 //! It sends nothing to the kernel: what the sets should hold is the core's to say.
 
-use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -29,6 +28,7 @@ use crate::config::{Config, Outcome, Target};
 use crate::error::{reason, Result};
 use crate::log;
 use crate::log::Escaped;
+use crate::small::SmallSet;
 
 /// Events that are handled before what they mean is committed, and cgroups that are watched and
 /// listed before that.
@@ -322,7 +322,7 @@ impl Cgroups {
 
     /// Looks which of the removed cgroups are dead, where that is due; `kept` asks for all cgroups that
     /// sockets hold.
-    pub fn look_at_dying(&mut self, now: Instant, kept: impl FnOnce() -> Option<BTreeSet<u64>>) {
+    pub fn look_at_dying(&mut self, now: Instant, kept: impl FnOnce() -> Option<SmallSet<u64>>) {
         if self.dying.is_none_or(|at| at > now) {
             return;
         }

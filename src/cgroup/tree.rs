@@ -54,6 +54,8 @@ pub struct Node {
     /// Nft can show the path from the cgroup root.
     pub listable: bool,
     pub hold: Hold,
+    /// It was held when it was found late: what was below it by then may have gone its parent's way.
+    pub late_root: bool,
 }
 
 /// What stands for a cgroup that is known, for as long as it is: for another one afterwards.

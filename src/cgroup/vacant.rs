@@ -3,13 +3,13 @@
 //! what is watched here is a file, and losing an event does no more than to have it looked at.
 //! Source: cgroup-v2.rst (`cgroup.events`, which tells of changes by IN_MODIFY), inotify(7).
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::sys::inotify::{AddWatchFlags, Inotify, WatchDescriptor};
 
 use super::tree::Path;
 use super::watch::{self, Watcher};
+use crate::small::{SmallMap, SmallSet};
 
 /// A cgroup by path and id: another one may have the path by now.
 pub type Cgroup = (Path, u64);
@@ -17,7 +17,7 @@ pub type Cgroup = (Path, u64);
 #[derive(Default)]
 pub struct Vacant {
     inotify: Option<Inotify>,
-    watched: BTreeMap<Cgroup, WatchDescriptor>,
+    watched: SmallMap<Cgroup, WatchDescriptor>,
 }
 
 impl Vacant {
@@ -28,7 +28,7 @@ impl Vacant {
 
     /// Watches these and no others, as far as the kernel lets us. Returns those of which nothing is
     /// told that has happened until now.
-    pub fn watch(&mut self, wanted: BTreeSet<Cgroup>, watcher: &Watcher) -> Vec<Cgroup> {
+    pub fn watch(&mut self, wanted: SmallSet<Cgroup>, watcher: &Watcher) -> Vec<Cgroup> {
         if wanted.is_empty() {
             *self = Vacant::default();
         } else if self.inotify.is_none() {

@@ -1,7 +1,7 @@
 //! `apps`: who talks now, what decides about it, and a line for `[rules]` where nothing but the
 //! default does. It asks the kernel for its sockets, which anybody may, and reads files.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::fmt::Write;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -24,6 +24,7 @@ use crate::kernel::sockets::chosen_ports;
 use crate::kernel::Kernel;
 use crate::options::Options;
 use crate::policy::{self, Decision};
+use crate::small::SmallSet;
 use crate::sys;
 
 /// Of the shape that `--json` prints; documented in cgtproxy(8).
@@ -289,7 +290,7 @@ impl<'a> Apps<'a> {
 
     /// The lines, each once.
     fn lines(&self) -> impl Iterator<Item = String> + '_ {
-        let mut told = BTreeSet::new();
+        let mut told = SmallSet::default();
         let lines = self.all.iter().filter_map(|app| app.line.clone());
         lines.filter(move |line| told.insert(line.clone()))
     }

@@ -1,6 +1,5 @@
 //! A validated configuration, what can be wrong with one, and where its text comes from. Pure.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -459,7 +458,7 @@ pub fn spoofed_mark(mask: u32) -> u32 {
 /// The marks of flows that are a target's, by those of the outlets.
 pub fn taken_marks(outlets: impl IntoIterator<Item = Mark>) -> Vec<Mark> {
     let mut marks: Vec<Mark> = outlets.into_iter().collect();
-    let masks: BTreeSet<u32> = marks.iter().map(|mark| mark.mask).collect();
+    let masks: SmallSet<u32> = marks.iter().map(|mark| mark.mask).collect();
     marks.extend(masks.into_iter().map(|mask| Mark { value: spoofed_mark(mask), mask }));
     marks
 }

@@ -1,7 +1,6 @@
 //! The search for stale sockets: those that may be stale are asked of the kernel, judged by what it
 //! tells of them, and ended, by and by. What is stale is decided in [`crate::stale`].
 
-use std::collections::BTreeSet;
 use std::time::Instant;
 
 use nix::errno::Errno;
@@ -12,6 +11,7 @@ use crate::kernel::Kernel;
 use crate::log;
 use crate::netlink::diag::{SeenSocket, TCP_STATES, UDP_STATES};
 use crate::netlink::uapi::*;
+use crate::small::SmallSet;
 use crate::stale::{Judge, Ports, Suspects};
 
 /// What is listed: of each protocol the sockets that may be stale, and then, where there are any, the
@@ -133,7 +133,7 @@ pub fn tell_inbound(kernel: &mut Kernel, suspects: &Suspects) {
         return;
     }
     let listening = |socket: SeenSocket| Some(socket.local.port());
-    let ports: BTreeSet<u16> =
+    let ports: SmallSet<u16> =
         kernel.sockets(IPPROTO_TCP, 1 << TCP_LISTEN, &[], listening).into_iter().collect();
     let inbound = |socket: SeenSocket| {
         let ours = socket.cgroup.is_some_and(|cgroup| suspects.of(cgroup).is_some());

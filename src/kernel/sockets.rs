@@ -1,7 +1,6 @@
 //! Other programs' sockets: lists them, tells what is known of their flows, and ends them. Which of
 //! them are stale is decided in [`crate::stale`].
 
-use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 
@@ -17,6 +16,7 @@ use crate::netlink::diag::{self, PortOwner, SeenSocket, Witness};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
 use crate::netlink::uapi::*;
+use crate::small::SmallSet;
 
 /// Who has sockets listed by and by: each has a list of his own.
 #[derive(Debug, Clone, Copy)]
@@ -60,8 +60,8 @@ impl Kernel {
     }
 
     /// The cgroups of all TCP and UDP sockets; `None` where the kernel does not tell of all.
-    pub fn cgroups_of_sockets(&mut self) -> Option<BTreeSet<u64>> {
-        let mut all = BTreeSet::new();
+    pub fn cgroups_of_sockets(&mut self) -> Option<SmallSet<u64>> {
+        let mut all = SmallSet::default();
         for (protocol, family) in diag::KINDS {
             let request = |batch: &mut Batch| diag::get(batch, family, protocol, u32::MAX, &[]);
             let read = |message: &Message| diag::parse(message, protocol)?.cgroup;
@@ -72,12 +72,12 @@ impl Kernel {
     }
 
     /// The inodes of the sockets that send with one of these marks.
-    pub fn marked_sockets(&mut self, marks: &[Mark]) -> BTreeSet<u32> {
+    pub fn marked_sockets(&mut self, marks: &[Mark]) -> SmallSet<u32> {
         let own = |socket: SeenSocket| {
             let bears = marks.iter().any(|own| socket.mark & own.mask == own.value);
             bears.then_some(socket.inode)
         };
-        let mut all = BTreeSet::new();
+        let mut all = SmallSet::default();
         if !marks.is_empty() {
             for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
                 all.extend(self.sockets(protocol, u32::MAX, &[], own));
@@ -139,7 +139,7 @@ impl Kernel {
     /// The sockets that listen on a port; none where the kernel does not tell of them and of their
     /// cgroups.
     pub fn listeners(&mut self, port: u16) -> Vec<PortOwner> {
-        let mut found = BTreeSet::new();
+        let mut found = SmallSet::default();
         for (protocol, family) in diag::KINDS {
             let request = |batch: &mut Batch| diag::get_listeners(batch, family, protocol, port);
             found.extend(self.dump_sockets(&request, diag::parse_listener));

@@ -3,7 +3,7 @@
 //! may hold. Pure. Source: what each hook and priority comes before and behind is told in
 //! [`super::table`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use super::expr::{Expr, Verdict};
 use super::others::ForeignExpr::{self, Nft, Xt};
@@ -459,7 +459,7 @@ pub fn hindrances(bases: &[ForeignBase], rules: &[ForeignRule], ours: &Ours) -> 
 
 /// Whether any mark is set in that chain or in one that it leads to: mostly there is none.
 fn is_set_behind(place: &str, rules: &BTreeMap<&str, Vec<&ForeignRule>>) -> bool {
-    let (mut seen, mut todo) = (BTreeSet::from([place]), vec![place]);
+    let (mut seen, mut todo) = (BTreeMap::from([(place, true)]), vec![place]);
     while let Some(place) = todo.pop() {
         let rules = rules.get(place).into_iter().flatten();
         for expr in rules.flat_map(|rule| &rule.exprs) {
@@ -467,7 +467,9 @@ fn is_set_behind(place: &str, rules: &BTreeMap<&str, Vec<&ForeignRule>>) -> bool
                 Nft(Expr::MetaSet { key: NFT_META_MARK, .. })
                 | Nft(Expr::CtSet { key: NFT_CT_MARK, .. }) => return true,
                 Xt(xt) if !matches!(xt, XtMark::Is { .. }) => return true,
-                Nft(Expr::Verdict(Verdict::Jump(to) | Verdict::Goto(to))) if seen.insert(to) => {
+                Nft(Expr::Verdict(Verdict::Jump(to) | Verdict::Goto(to)))
+                    if seen.insert(to, true).is_none() =>
+                {
                     todo.push(to)
                 }
                 _ => {}

@@ -3,14 +3,13 @@
 //! their place; the rest they take for a condition that may hold.
 //! Source: include/uapi/linux/netfilter/nf_tables.h, xt_addrtype.h, xt_CT.h, xt_mark.h, xt_connmark.h.
 
-use std::collections::BTreeSet;
-
 use super::expr::{listed, parts, Expr, Verdict};
 use super::message::{dump, hook};
 use super::table::TABLE;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
 use crate::netlink::uapi::*;
+use crate::small::SmallSet;
 
 /// A rule of others, and where it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -231,7 +230,7 @@ impl ForeignRule {
 /// A line for each chain of others that breaks what goes to a tproxy, with the remedy, but for what
 /// they do to marks. `rules` are in the order of the dump, which is that of each chain.
 pub fn hindrances(rules: &[ForeignRule]) -> Vec<String> {
-    let mut spared = BTreeSet::new();
+    let mut spared = SmallSet::default();
     let mut found = Vec::new();
     for rule in rules {
         let place = &*rule.place;
