@@ -53,7 +53,7 @@ use crate::tunnels;
 
 use containers::Search;
 use doubts::Doubts;
-use redirect::{Moving, Redirects};
+use redirect::Redirects;
 use ways::Ways;
 
 /// Events that a full inotify queue holds, and some that come meanwhile.
@@ -323,8 +323,10 @@ impl Daemon<'_> {
             // nothing in the table would show it yet
             self.kernel.probe_cgroups()?;
         }
-        let (before, strange, moving) =
-            self.before().map_or_else(Default::default, |(a, b, c)| (Some(a), b, c));
+        let (before, strange) = self
+            .before()
+            .map_or_else(Default::default, |(before, strange)| (Some(before), strange));
+        let (policy, config) = (config, self.cgroups.core.config().clone());
         if before.is_none() {
             let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
             doubts::tell_inbound(&mut self.kernel, &suspects);
@@ -347,7 +349,7 @@ impl Daemon<'_> {
         });
         self.kernel.set_localnet(open.iter().map(String::as_str), false);
         self.kernel.forget_flows(&strange);
-        self.redirects.moving = moving;
+        self.begin_moving(policy);
         let removed = self.trim_routing();
         if removed > 0 {
             log!(Notice, "removed {removed} stale ip rules and routes");
@@ -373,10 +375,10 @@ impl Daemon<'_> {
         Ok(())
     }
 
-    /// What the table of before does with each cgroup, the marks of its flows that are of another mask,
-    /// and the flows that are to be known otherwise; `None` where there is no table. What it has of
-    /// removed ones goes on, and what it counts.
-    fn before(&mut self) -> Option<(Before, Vec<Mark>, Moving)> {
+    /// What the table of before does with each cgroup, and the marks of its flows that are to be forgotten:
+    /// they are of another mask. `None` where there is no table. What it has of removed ones goes on, what
+    /// it counts, and what it knows flows by.
+    fn before(&mut self) -> Option<(Before, Vec<Mark>)> {
         let inventory = match self.kernel.inventory() {
             Ok(inventory) => inventory?,
             Err(error) => {
@@ -404,13 +406,13 @@ impl Daemon<'_> {
         let owners = view.owners.iter().map(|o| (o.class, o.owner, &*o.target));
         let before = Before::of_table(&self.cgroups.core, default, owners, inventory.outcomes());
         let mask = self.cgroups.core.config().mask;
-        let marks = inventory.view.targets.iter().filter_map(|target| target.mark);
+        let own = view.targets.iter().flat_map(|target| [target.mark, target.forwarded]).flatten();
+        let marks = own.chain(view.moving.iter().map(|(was, _)| *was));
         let strange = taken_marks(marks.filter(|mark| mark.mask != mask));
-        let moving = match strange.is_empty() {
-            true => self.flows_to_move(&Known::of_view(&inventory.view)),
-            false => Moving::new(),
-        };
-        Some((before, strange, moving))
+        Some((
+            before,
+            if strange.is_empty() { self.make_way(&Known::of_view(view)) } else { strange },
+        ))
     }
 
     /// Looks for stale sockets in all cgroups, whose targets take what they took before.
@@ -566,6 +568,7 @@ impl Daemon<'_> {
             match self.cgroups.core.drafted() {
                 // one after the other, so that each is in force some time
                 Some(_) => self.go_on_reloading(),
+                None if self.redirects.is_moving() && !self.table_is_out() => {}
                 None if self.signals.reload() => self.reload(),
                 None => {}
             }
@@ -969,11 +972,15 @@ impl Daemon<'_> {
         let ranking = self.cgroups.core.adopt();
         self.rename_entrances(&old);
         let new = self.admit();
-        let moving = match new.mask == old.mask {
-            true => self.flows_to_move(&Known::of(&old)),
-            false => Moving::new(),
+        let strange = match new.mask == old.mask {
+            true => self.make_way(&Known::of(&old)),
+            // without a mark that is known, what applications send by the flows that a proxy began
+            // would be taken for answers, and what the kernel sends for proxied sockets that are
+            // gone would go directly
+            false => old.taken_marks(),
         };
-        let put = self.add_routing(&new).and_then(|()| self.replace_for(Deed::Reload));
+        let config = self.cgroups.core.config().clone();
+        let put = self.add_routing(&config).and_then(|()| self.replace_for(Deed::Reload));
         if let Err(error) = put {
             match (before, ranking) {
                 (Some(cgroups), _) => self.cgroups = cgroups,
@@ -989,13 +996,10 @@ impl Daemon<'_> {
         }
         let now = Instant::now();
         self.table.done(now, now);
-        if new.mask != old.mask {
-            // without a mark that is known, what applications send by the flows that a proxy began
-            // would be taken for answers, and what the kernel sends for proxied sockets that are
-            // gone would go directly
-            self.kernel.forget_flows(&old.taken_marks());
-        }
-        self.redirects.moving = moving;
+        self.kernel.forget_flows(&strange);
+        // they are of the policy before
+        self.doubts = None;
+        self.begin_moving(new.clone());
         for gone in old.routes.iter().filter(|route| !new.routes.contains(route)) {
             let still =
                 |route: &&Route| route.interface == gone.interface && route.sends_from_loopback();

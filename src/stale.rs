@@ -401,7 +401,8 @@ impl Judge {
     /// the very route; by any where no rule decides.
     fn is_on(&self, target: Target, witness: Witness) -> bool {
         let config = &self.fates.config;
-        let is = |mark| witness.flow.is_some_and(|flow| flow.mark & config.mask == mark);
+        let known = witness.flow.map(|flow| config.moves(flow.mark).unwrap_or(flow.mark));
+        let is = |mark| known.is_some_and(|known| known & config.mask == mark);
         match target {
             _ if target == config.default => {
                 witness.proxied || config.outlets().any(|own| is(own.mark))

@@ -382,8 +382,8 @@ impl Core {
         old
     }
 
-    /// Takes other sections of the same policy: cgroups go the same ways.
-    pub fn set_sections(&mut self, config: Rc<Config>) {
+    /// Takes other sections or marks of the same policy: cgroups go the same ways.
+    pub fn revise(&mut self, config: Rc<Config>) {
         self.config = config;
     }
 

@@ -790,6 +790,7 @@ mod tests {
         let view = |interfaces: Vec<Interface>| View {
             owners: Vec::new(),
             default_class: 0,
+            moving: Vec::new(),
             unknown: None,
             classifies: true,
             foreign: false,

@@ -415,6 +415,9 @@ pub struct Config {
     /// In file order.
     pub owner_rules: Vec<OwnerRule>,
     pub gateways: Vec<Gateway>,
+    /// Not of the file: by which mark flows are to be known from now on that are known by another of
+    /// before, which stands for nothing else; 0 where their way is no more.
+    pub moving: Vec<(u32, u32)>,
     /// Every file that was read, the first one first.
     pub files: Vec<PathBuf>,
     /// Those of them without any section, which may be about to be written.
@@ -444,6 +447,7 @@ impl Default for Config {
             rules: Vec::new(),
             owner_rules: Vec::new(),
             gateways: Vec::new(),
+            moving: Vec::new(),
             files: Vec::new(),
             hollow: Vec::new(),
         }
@@ -529,8 +533,29 @@ impl Config {
     /// The marks of flows that are a proxy's or a route's.
     pub fn taken_marks(&self) -> Vec<Mark> {
         let routed = self.routes.iter().map(|route| route.forward_mark).filter(|mark| *mark != 0);
-        let marks = self.outlets().map(|outlet| outlet.mark).chain(routed);
+        let moving = self.moving.iter().map(|(was, _)| *was);
+        let marks = self.outlets().map(|outlet| outlet.mark).chain(routed).chain(moving);
         taken_marks(marks.map(|value| Mark { value, mask: self.mask }))
+    }
+
+    /// The mark that a flow is to be known by which is known by this one, if that is another.
+    pub fn moves(&self, mark: u32) -> Option<u32> {
+        self.moving.iter().find(|(was, _)| *was == mark & self.mask).map(|(_, now)| *now)
+    }
+
+    /// Gives the sections that have the mark of flows that move another one, as far as there are any.
+    pub fn give_way(&mut self) {
+        let free: Vec<u32> = self.free_marks().collect();
+        let mut free = free.into_iter();
+        let moving = std::mem::take(&mut self.moving);
+        let mut give_way = |mark: &mut u32| {
+            if moving.iter().any(|(was, _)| was == mark) {
+                *mark = free.next().unwrap_or(*mark);
+            }
+        };
+        self.outlets_mut().for_each(|outlet| give_way(&mut outlet.mark));
+        self.routes.iter_mut().for_each(|route| give_way(&mut route.forward_mark));
+        self.moving = moving;
     }
 
     /// The mark of routed packets that go to a tproxy. Not the tproxy's own: with src_valid_mark=1
@@ -551,13 +576,22 @@ impl Config {
         }
     }
 
+    /// Whether a section is known by that mark.
+    pub fn uses(&self, mark: u32) -> bool {
+        self.outlets().any(|outlet| outlet.mark == mark)
+            || self.routes.iter().any(|route| route.forward_mark == mark)
+    }
+
     /// The values of the mask that stand for nothing, the largest first.
     fn free_marks(&self) -> impl Iterator<Item = u32> + '_ {
         let below = |mark: &u32| Some((mark - 1) & self.mask).filter(|mark| *mark != 0);
         let taken = |mark: &u32| {
             [self.spoofed_mark(), self.direct_mark()].contains(mark)
-                || self.outlets().any(|outlet| outlet.mark == *mark)
-                || self.routes.iter().any(|route| route.forward_mark == *mark)
+                || self.uses(*mark)
+                || self.moves(*mark).is_some()
+                || self.bypass_marks.iter().any(|bypass| {
+                    bypass.mask & self.mask != 0 && mark & bypass.mask == bypass.value & self.mask
+                })
         };
         std::iter::successors(below(&self.mask), below).filter(move |mark| !taken(mark))
     }

@@ -131,7 +131,7 @@ impl Daemon<'_> {
         }
         match config.with_containers() {
             Some(config) => {
-                self.cgroups.core.set_sections(Rc::new(config));
+                self.cgroups.core.revise(Rc::new(config));
                 true
             }
             None => {

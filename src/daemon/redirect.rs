@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -13,7 +14,7 @@ use nix::errno::Errno;
 use super::containers::used;
 use super::Daemon;
 use crate::cgroup::core::Core;
-use crate::config::Outcome;
+use crate::config::{Config, Outcome};
 use crate::error::reason;
 use crate::kernel::sockets::Asker;
 use crate::kernel::Kernel;
@@ -25,7 +26,7 @@ use crate::netlink::fib::Course;
 use crate::netlink::uapi::*;
 use crate::nft::table::Entrances;
 use crate::small::SmallSet;
-use crate::stale::flows::{late, moved, Cure, Flows, Known, Owners};
+use crate::stale::flows::{late, renumbered, Cure, Flows, Known, Owners};
 
 /// How long flows are held against the policy before cgroups that come have their turn.
 const SLICE: Duration = Duration::from_millis(1);
@@ -40,8 +41,10 @@ const REST: u32 = 8;
 
 #[derive(Default)]
 pub struct Redirects {
-    /// Before all others.
-    pub(super) moving: Moving,
+    /// The policy with the marks that it says, while flows move to these: before all others.
+    policy: Option<Rc<Config>>,
+    /// A pass for all flows is to follow.
+    all: bool,
     /// The pass that goes on.
     pass: Option<Pass>,
     /// Cgroups that were found late, and what they come to.
@@ -59,7 +62,11 @@ impl Redirects {
     }
 
     fn is_busy(&self) -> bool {
-        self.pass.is_some() || !self.moving.is_empty()
+        self.pass.is_some() || self.all || self.is_moving()
+    }
+
+    pub fn is_moving(&self) -> bool {
+        self.policy.is_some()
     }
 
     pub fn due(&self) -> Option<Instant> {
@@ -69,9 +76,6 @@ impl Redirects {
         }
     }
 }
-
-/// Flows whose mark means something else under the policy that comes, each with its new one ([`moved`]).
-pub(super) type Moving = Vec<(Tracked, u32)>;
 
 /// Has one known by the mark that its way has now, or by none where that is no more: so did what goes
 /// directly begin. TCP cannot go on by another, and its sockets here are ended.
@@ -90,16 +94,71 @@ fn move_known(kernel: &mut Kernel, flow: &Tracked, own: Mark) {
 }
 
 impl Daemon<'_> {
-    /// Those that are there, to be asked for while the marks still mean what they did: later, new flows
-    /// may have the same.
-    pub(super) fn flows_to_move(&mut self, was: &[Known]) -> Moving {
-        let config = self.cgroups.core.config();
-        let (moved, mask) = (moved(was, config), config.mask);
-        let of = |(value, now)| {
-            let flows = self.kernel.flows_with(Mark { value, mask });
-            flows.into_iter().map(move |flow| (flow, now))
-        };
-        moved.into_iter().flat_map(of).collect()
+    /// Has the policy that comes leave the marks alone that flows are known by from before, and gives those
+    /// of which it cannot.
+    pub(super) fn make_way(&mut self, was: &[Known]) -> Vec<Mark> {
+        let (config, unclear) = renumbered(was, self.cgroups.core.config());
+        let mask = config.mask;
+        self.cgroups.core.revise(Rc::new(config));
+        unclear.into_iter().map(|value| Mark { value, mask }).collect()
+    }
+
+    /// Flows begin to move, once the table is in force: to the marks that it has by now, and then to those
+    /// that the policy says.
+    pub(super) fn begin_moving(&mut self, policy: Rc<Config>) {
+        let moves = !self.cgroups.core.config().moving.is_empty();
+        self.redirects.policy = Some(policy).filter(|_| moves);
+        self.redirects.pass = None;
+        self.kernel.list_entries();
+    }
+
+    /// Moves some more flows, until `until`; true when that is done.
+    fn go_on_moving(&mut self, until: Instant) -> bool {
+        while let Some(policy) = self.redirects.policy.clone() {
+            if self.table_is_out() || Instant::now() >= until {
+                return false;
+            }
+            let config = self.cgroups.core.config().clone();
+            match self.kernel.more_entries(|entry| config.moves(entry.mark).is_some()) {
+                Ok(Some(entries)) => entries.iter().for_each(|entry| {
+                    let value = config.moves(entry.mark).unwrap_or(0);
+                    move_known(&mut self.kernel, entry, Mark { value, mask: config.mask });
+                }),
+                // by their marks of now
+                _ if self.doubts.is_some() => {
+                    self.end_stale(SLICE);
+                    return false;
+                }
+                Ok(None) => self.take_marks(policy),
+                Err(error) => {
+                    log!(Debug, "{error}");
+                    self.take_marks(policy);
+                }
+            }
+        }
+        true
+    }
+
+    /// All flows have moved to the marks that there are: takes those that the policy says.
+    fn take_marks(&mut self, policy: Rc<Config>) {
+        let mut now = (**self.cgroups.core.config()).clone();
+        now.moving.clear();
+        // a container may have come meanwhile
+        let opened = now.has_containers() && !policy.has_containers();
+        let policy = policy.with_containers().filter(|_| opened).map_or(policy, Rc::new);
+        self.cgroups.core.revise(policy.clone());
+        self.make_way(&Known::of(&now));
+        let config = self.cgroups.core.config().clone();
+        self.begin_moving(policy);
+        match self.add_routing(&config).and_then(|()| self.replace()) {
+            Ok(()) => drop(self.trim_routing()),
+            Err(error) => {
+                log!(Warning, "{error}; replacing the table");
+                let now = Instant::now();
+                self.table.want(now);
+                self.ways.repair.want(now);
+            }
+        }
     }
 
     /// Has flows that began otherwise go by the routes that are theirs, and those of a route no more by
@@ -108,7 +167,8 @@ impl Daemon<'_> {
     pub(super) fn redirect_flows(&mut self) {
         let before = used();
         self.begin_redirecting();
-        while self.redirects.is_busy() && used().saturating_sub(before) < LONGEST {
+        let busy = |daemon: &Self| daemon.redirects.is_busy() && !daemon.table_is_out();
+        while busy(self) && used().saturating_sub(before) < LONGEST {
             if !matches!(self.signals.end(), Ok(None)) || self.cgroups.drain().is_err() {
                 return;
             }
@@ -120,6 +180,13 @@ impl Daemon<'_> {
     /// The same without waiting.
     pub(super) fn begin_redirecting(&mut self) {
         self.ways.changed = false;
+        self.redirects.all = true;
+        self.redirects.pass = None;
+        self.hold_flows();
+    }
+
+    fn begin_pass(&mut self) {
+        self.redirects.all = false;
         let flows = Flows::of(&self.cgroups.core, &self.redirects.gone)
             .filter(|_| self.kernel.tells_flows());
         // those of late cgroups are among them
@@ -130,7 +197,6 @@ impl Daemon<'_> {
         let entrances = &self.containers.entered;
         self.redirects.pass =
             flows.map(|flows| Pass::begin(&mut self.kernel, flows, entrances.clone()));
-        self.hold_flows();
     }
 
     /// The same for cgroups that were found late, and what is left to do.
@@ -153,14 +219,14 @@ impl Daemon<'_> {
     }
 
     fn hold_flows(&mut self) {
-        let redirects = &mut self.redirects;
-        let (mask, until) = (self.cgroups.core.config().mask, Instant::now() + SLICE);
-        while let Some((flow, value)) = redirects.moving.pop() {
-            move_known(&mut self.kernel, &flow, Mark { value, mask });
-            if Instant::now() >= until {
-                return;
-            }
+        let until = Instant::now() + SLICE;
+        if !self.go_on_moving(until) {
+            return;
         }
+        if self.redirects.all {
+            self.begin_pass();
+        }
+        let redirects = &mut self.redirects;
         let Some(pass) = redirects.pass.as_mut() else {
             return;
         };
@@ -286,6 +352,9 @@ impl Pass {
     fn list_flows(&mut self, kernel: &mut Kernel) -> bool {
         let (flows, owners) = (&self.flows, &self.owners);
         let concerns = |entry: &Tracked| {
+            if ![IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6].contains(&entry.protocol) {
+                return false;
+            }
             let owned = entry.protocol != IPPROTO_UDP || owners.has(entry.from.port());
             let known = flows.forwards() || flows.ask_for_owners() && owned;
             known || flows.is_lost(entry) || flows.released(entry).is_some()

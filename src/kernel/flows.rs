@@ -34,8 +34,8 @@ impl Kernel {
         }
     }
 
-    /// Some more of the flows of UDP and pings, as far as `keep` keeps them: as many as the kernel
-    /// tells of at once, some hundred. `None` where there are no more.
+    /// Some more of the flows, as far as `keep` keeps them: as many as the kernel tells of at once, some
+    /// hundred. `None` where there are no more.
     pub fn more_entries(
         &mut self,
         keep: impl Fn(&Tracked) -> bool,
@@ -45,23 +45,12 @@ impl Kernel {
         };
         let mut found = Vec::new();
         let mut take = |_: &u8, message: &Message| {
-            let kind = |entry: &Tracked| {
-                [IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6].contains(&entry.protocol)
-            };
-            let entry = conntrack::parse_entry(message).filter(kind);
-            found.extend(entry.filter(|entry| keep(entry)));
+            found.extend(conntrack::parse_entry(message).filter(|entry| keep(entry)));
         };
         let more = flows.read(|batch, family| conntrack::get_all(batch, *family), &mut take);
         self.tells_flows &= !matches!(more, Ok(Err(_)));
         let more = more?.map_err(|errno| Error::system(REFUSED, errno))?;
         Ok(more.then_some(found))
-    }
-
-    /// The flows that are known with a mark; none where conntrack does not tell.
-    pub fn flows_with(&mut self, mark: Mark) -> Vec<Tracked> {
-        let request = |batch: &mut Batch| conntrack::get_marked(batch, mark.value, mark.mask);
-        let found = self.nft.dump(&request, conntrack::parse_entry);
-        found.ok().and_then(std::result::Result::ok).unwrap_or_default()
     }
 
     /// Errors: ENOENT where it has ended by itself.

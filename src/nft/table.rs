@@ -7,12 +7,13 @@
 //! processes send (the order of the rules that classify), with `hold` and `spared` for what is cut and
 //! left alone ahead of a target; `target` what a target then does (`to_NAME`), `dns` its hijacking;
 //! `postrouting` the last look at what leaves, `prerouting` what comes back in by lo, `nat` all that is
-//! translated. Below them: `sets` (names and addresses), `shape` (what the rules depend on beside the
+//! translated; `moved` what flows of before are known by. Below them: `sets` (names and addresses), `shape` (what the rules depend on beside the
 //! configuration), and `words`, which all others say.
 
 mod dns;
 mod gateway;
 mod hold;
+mod moved;
 mod nat;
 mod output;
 mod postrouting;
@@ -37,6 +38,7 @@ pub use gateway::{
     again_chain, bridged_rules, priority_of_gateways, veth_name, veth_rule, BRIDGED,
 };
 pub use hold::{hold_rules, HOLD, UNKNOWN};
+pub use moved::MOVED;
 pub use output::{classifying, OUTPUT};
 pub use postrouting::ways;
 pub use prerouting::MARTIANS;
@@ -203,6 +205,14 @@ impl Table {
         chains.extend(config.routes_to_tproxy().then(|| prerouting::remark_chain(config)));
         chains.extend(takes.then(|| prerouting::prerouting_chain(config)));
         chains.extend(prerouting::martians_chain(config));
+        if let Some(first) = moved::moving_first(config) {
+            // `output` begins so whenever its rules are made
+            let own = |chain: &&mut Chain| chain.name != OUTPUT;
+            let begins = |base: Base| base.kind != "nat";
+            let base = chains.iter_mut().filter(own).filter(|c| c.base.is_some_and(begins));
+            base.for_each(|chain| chain.rules.insert(0, first.clone()));
+            chains.insert(0, chain(MOVED, moved::moved_rules(config)));
+        }
         Table { sets, chains }
     }
 }

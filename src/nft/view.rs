@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use super::expr::{counted, listed, Expr, SetRef::Named, Verdict};
 use super::message::{dump, hook, of_table, Hook};
-use super::table::{MARTIANS, OUTPUT, TABLE, UNKNOWN};
+use super::table::{MARTIANS, MOVED, OUTPUT, TABLE, UNKNOWN};
 use crate::config::CONTAINERS;
 use crate::net::{Interface, Mark, Owner};
 use crate::netlink::msg::Batch;
@@ -251,6 +251,8 @@ pub struct View {
     pub veths: SmallMap<u32, String>,
     /// What it is marked with from there on.
     pub entered: Vec<Mark>,
+    /// By which mark flows of another are to be known from now on; 0 where they have no way any more.
+    pub moving: Vec<(Mark, u32)>,
     /// Packets of cgroups that had not been looked at; `None` where nothing is held.
     pub unknown: Option<Counter>,
     /// Whether there is any rule that meets this host's packets: ours has one whatever the policy.
@@ -283,6 +285,7 @@ impl View {
             owners: owners(rules),
             default: "direct".into(),
             routed: rules.iter().filter(is_routed).find_map(mark),
+            moving: of(rules, MOVED, "").into_iter().filter_map(moving).collect(),
             unknown: total(&of(rules, UNKNOWN, "")),
             classifies: !output.is_empty(),
             foreign: !rules.is_empty() && !names.contains(&"drop"),
@@ -489,6 +492,20 @@ fn compared(rule: &RuleView) -> Option<Mark> {
         }
         _ => None,
     }
+}
+
+/// The mark that a rule moves flows of, and what to.
+fn moving(rule: &RuleView) -> Option<(Mark, u32)> {
+    use Expr::{Bitwise, Cmp, CtLoad};
+    let (mask, data) = match rule.exprs.get(..3)? {
+        [CtLoad { .. }, Bitwise { mask, .. }, Cmp { data, .. }] => (*mask, data),
+        _ => return None,
+    };
+    let now = rule.exprs.windows(2).find_map(|pair| match pair {
+        [Bitwise { xor, .. }, Expr::CtSet { .. }] => Some(*xor),
+        _ => None,
+    });
+    Some((Mark { value: parse::u32_ne(data)?, mask }, now.unwrap_or(0)))
 }
 
 /// The target of a gateway section, by the rules of its chain.
@@ -701,6 +718,17 @@ mod tests {
         let interfaces: SmallSet<_> = view.interfaces.iter().collect();
         let wants: SmallSet<_> = config.gateway_interfaces().into_iter().collect();
         assert_eq!((interfaces.len(), interfaces), (3, wants));
+    }
+
+    #[test]
+    fn flows_that_move_change_nothing_else() {
+        let mut config = with_gateways();
+        let plain = View::of(&rules(&config, &[]));
+        config.moving = vec![(0x0500_0000, 0x0100_0000), (0x0600_0000, 0)];
+        let moving =
+            config.moving.iter().map(|(was, now)| (Mark { value: *was, mask: config.mask }, *now));
+        let moving = moving.collect();
+        assert_eq!(View::of(&rules(&config, &[])), View { moving, ..plain });
     }
 
     #[test]

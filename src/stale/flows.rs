@@ -30,7 +30,26 @@ pub enum Cure {
     Mark(Mark),
 }
 
+/// Of no way.
+const NOBODY: Known =
+    Known { name: "", interface: Some(""), masquerades: None, routed: false, mark: 0 };
+
+/// These, and flows of theirs that are known by another mark still.
+fn with_moving<'a>(
+    mut all: Vec<Known<'a>>,
+    moving: impl Iterator<Item = (u32, u32)>,
+) -> Vec<Known<'a>> {
+    let still = moving.map(|(mark, now)| {
+        let as_of = all.iter().find(|known| known.mark == now).unwrap_or(&NOBODY);
+        Known { mark, ..*as_of }
+    });
+    let still: Vec<_> = still.collect();
+    all.extend(still);
+    all
+}
+
 /// Which flows are known by a mark: of this host or routed ones, of a tproxy or of a route.
+#[derive(Clone, Copy)]
 pub struct Known<'a> {
     name: &'a str,
     /// That a route leads to, by name; empty where it names a table.
@@ -56,7 +75,8 @@ impl Known<'_> {
             let routed = route.map(|route| known(route.forward_mark, true));
             [Some(known(outlet.mark, false)), routed]
         });
-        all.flatten().collect()
+        let moving = config.moving.iter().copied();
+        with_moving(all.flatten().collect(), moving)
     }
 
     /// Of a table that is there.
@@ -72,7 +92,7 @@ impl Known<'_> {
                 })
             })
         });
-        all.flatten().collect()
+        with_moving(all.flatten().collect(), view.moving.iter().map(|(was, now)| (was.value, *now)))
     }
 
     /// Whether flows of another way are on this one: a route of the same interface, or any tproxy,
@@ -86,7 +106,7 @@ impl Known<'_> {
 
 /// The marks of before that mean something else by now, each with the one that its flows are to be
 /// known by from now on; 0 where their way is no more.
-pub fn moved(was: &[Known], config: &Config) -> Vec<(u32, u32)> {
+fn moved(was: &[Known], config: &Config) -> Vec<(u32, u32)> {
     let now = Known::of(config);
     let moved = was.iter().map(|was| {
         let like = || now.iter().filter(|now| now.carries(was));
@@ -94,6 +114,18 @@ pub fn moved(was: &[Known], config: &Config) -> Vec<(u32, u32)> {
         (was.mark, same.map_or(0, |now| now.mark))
     });
     moved.filter(|(was, now)| was != now && *was != 0).collect()
+}
+
+/// The policy with marks that mean nothing else by which flows are known from before: they move to
+/// these, and then to its own, so that at no time a mark means two things. Those of before for which
+/// there is no other, too.
+pub fn renumbered(was: &[Known], config: &Config) -> (Config, Vec<u32>) {
+    let mut now = Config { moving: moved(was, config), ..config.clone() };
+    now.give_way();
+    now.moving.clear();
+    let (unclear, moving) = moved(was, &now).into_iter().partition(|(was, _)| now.uses(*was));
+    now.moving = moving;
+    (now, { unclear }.into_iter().map(|(was, _): (u32, u32)| was).collect())
 }
 
 /// The policy, as flows are held against it.
@@ -547,5 +579,67 @@ mod tests {
             Owners::new(vec![wildcard.clone(), other]).of(here, there).is_some()
         };
         assert!(shared(0) && !shared(1));
+    }
+
+    /// At no time does a mark mean two things, whatever of before has not moved yet, and in the end each
+    /// section has its own.
+    #[test]
+    fn marks_mean_one_thing_at_a_time() {
+        let text = |names: &&[&str]| {
+            let section = |name: &&str| format!("[route {name}]\ninterface = {name}\n");
+            let all: String = names.iter().map(section).collect();
+            testing::config(
+                format!("{all}[gateway lan]\ninterface = br-lan\ntarget = direct\n").leak(),
+            )
+        };
+        let key = |known: &Known| (known.name.to_string(), known.routed);
+        let lists: [&[&str]; 7] = [
+            &["a"],
+            &["b", "a"],
+            &["a", "b"],
+            &["c"],
+            &["b", "c", "a"],
+            &["a"],
+            &["d", "c", "b", "a"],
+        ];
+        let mut random = testing::Random::new(3);
+        for _ in 0..200 {
+            let mut was = text(random.pick(&lists));
+            for _ in 0..random.below(3) {
+                was = renumbered(&Known::of(&was), &text(random.pick(&lists))).0;
+            }
+            let last = text(random.pick(&lists));
+            let mut steps = 0;
+            loop {
+                let (now, unclear) = renumbered(&Known::of(&was), &last);
+                assert_eq!(unclear, [], "{:?}", now.moving);
+                for known in Known::of(&was).iter().filter(|known| known.mark != 0) {
+                    let is = now.moves(known.mark);
+                    assert!(is.is_none() || !now.uses(known.mark), "two meanings");
+                    let mark = is.unwrap_or(known.mark);
+                    let alone = Config { moving: Vec::new(), ..now.clone() };
+                    let same =
+                        Known::of(&alone).iter().find(|new| key(new) == key(known)).map(|k| k.mark);
+                    assert_eq!(mark, same.unwrap_or(0), "{:?}", key(known));
+                }
+                if now.moving.is_empty() {
+                    assert_eq!(now.taken_marks(), last.taken_marks());
+                    break;
+                }
+                // all have moved
+                was = Config { moving: Vec::new(), ..now };
+                steps += 1;
+                assert!(steps <= 2);
+            }
+        }
+        // nothing is free: flows are forgotten
+        let narrow = |names: &str| {
+            let section = |name: &str| format!("[tproxy {name}]\nport = 1\n");
+            let all: String = names.split(' ').map(section).collect();
+            testing::config(format!("[global]\nfwmark-mask = 0x3\n{all}").leak())
+        };
+        let tunnel = testing::config("[global]\nfwmark-mask = 0x3\n[route r]\ninterface = r\n");
+        let (now, unclear) = renumbered(&Known::of(&tunnel), &narrow("p"));
+        assert_eq!((unclear, now.moving), (vec![1], vec![]));
     }
 }

@@ -316,21 +316,29 @@ pub fn forget_flows() {
 /// reason printed, where that would take too much of the kernel's memory, 0.3 KiB for each.
 #[must_use]
 pub fn fill_flows(fleeting: bool) -> bool {
-    let number = |name: &str| -> usize {
-        let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
-        let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
-        text.trim().parse().expect("a number")
-    };
-    let (socket, most) = (netlink(), number("max"));
+    let most = conntrack_number("max");
     if most > 1 << 20 {
         println!("SKIP: nf_conntrack_max is {most}");
         return false;
     }
-    let one = flow_of_nobody(fleeting);
+    add_flows(fleeting, 0, most);
+    true
+}
+
+fn conntrack_number(name: &str) -> usize {
+    let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
+    let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+    text.trim().parse().expect("a number")
+}
+
+/// Adds such flows, known by a mark, until there are `most`, or no more fit.
+pub fn add_flows(fleeting: bool, mark: u32, most: usize) {
+    let socket = netlink();
+    let one = flow_of_nobody(fleeting, mark);
     let mut flows = one.repeat(400);
     // another one each time
     static LAST: AtomicU32 = AtomicU32::new(10 << 24);
-    while number("count") < most {
+    while conntrack_number("count") < most {
         for flow in flows.chunks_mut(one.len()) {
             let from = LAST.fetch_add(1, Ordering::Relaxed);
             for at in OF_NOBODY {
@@ -352,14 +360,13 @@ pub fn fill_flows(fleeting: bool) -> bool {
             break;
         }
     }
-    true
 }
 
 /// Where a flow of nobody says who began it.
 const OF_NOBODY: [usize; 2] = [32, 92];
 
 /// A message that adds one, of UDP.
-fn flow_of_nobody(fleeting: bool) -> Vec<u8> {
+fn flow_of_nobody(fleeting: bool, mark: u32) -> Vec<u8> {
     // linux/netfilter/nfnetlink_conntrack.h and nf_conntrack_common.h
     const NFNL_SUBSYS_CTNETLINK: u16 = 1;
     const IPCTNL_MSG_CT_NEW: u16 = 0;
@@ -367,6 +374,7 @@ fn flow_of_nobody(fleeting: bool) -> Vec<u8> {
     const CTA_TUPLE_REPLY: u16 = 2;
     const CTA_STATUS: u16 = 3;
     const CTA_TIMEOUT: u16 = 7;
+    const CTA_MARK: u16 = 8;
     const IPS_SEEN_REPLY: u32 = 1 << 1;
     const IPS_ASSURED: u32 = 1 << 2;
     const IPS_CONFIRMED: u32 = 1 << 3;
@@ -392,6 +400,7 @@ fn flow_of_nobody(fleeting: bool) -> Vec<u8> {
         tuple(CTA_TUPLE_REPLY, to, from),
         attribute(CTA_STATUS, &status.to_be_bytes()),
         attribute(CTA_TIMEOUT, &3600u32.to_be_bytes()),
+        attribute(CTA_MARK, &mark.to_be_bytes()),
     ]
     .concat();
     let mut message = (20 + body.len() as u32).to_ne_bytes().to_vec();

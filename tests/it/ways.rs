@@ -4,13 +4,18 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
 
 use crate::client::{again, tcp_in, udp_in, Proto, PATIENCE, SILENCE};
-use crate::daemon::Daemon;
+use crate::daemon::{Daemon, UNOWNED};
 use crate::gateway::Lan;
-use crate::ground::{addr, any_of, await_link, ip_lines, Ground, REMOTES};
-use crate::kernel::await_member;
+use crate::ground::{addr, any_of, await_link, ip_lines, sh, Ground, REMOTES};
+use crate::kernel::{add_flows, await_member, forget_flows, table};
 use crate::routes::{tunnel_up, GATEWAYS};
 use crate::wait_until;
 use crate::world::{bind, bind_at, Packet, Wire, RST};
@@ -159,6 +164,14 @@ impl Connection {
         heard && again(|| self.end.read(&mut data)).is_ok_and(|n| n > 0)
     }
 
+    /// The same, whatever has been sent before.
+    fn goes_on(&mut self) -> bool {
+        self.end.set_nonblocking(true).expect("set O_NONBLOCK");
+        while self.end.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {}
+        self.end.set_nonblocking(false).expect("clear O_NONBLOCK");
+        self.talks()
+    }
+
     /// Whether the application is told that it has ended, by and by or when it sends.
     fn is_cut(&mut self, sends: bool) -> bool {
         self.own.set_nonblocking(true).expect("set O_NONBLOCK");
@@ -288,5 +301,135 @@ fn datagrams_of_a_route_without_masquerading() {
             assert_eq!(scene.left(), [], "{how}, {new:?}, {is}");
             daemon.stop_clean();
         }
+    }
+}
+
+/// How long a sender pauses.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// What a cgroup and a client have with the remote hosts: TCP, UDP of both families, and who is at the
+/// other end of the UDP of each.
+struct Talk {
+    tcp: Vec<Connection>,
+    udp: Vec<(UdpSocket, UdpSocket)>,
+}
+
+impl Talk {
+    fn new(scene: &mut Scene, cgroup: &Path, remotes: &[UdpSocket]) -> Talk {
+        let datagrams = |remote: &UdpSocket| {
+            let to = remote.local_addr().expect("its address");
+            let client = scene.lan.client(0);
+            let any = addr(any_of(to.ip()), 0);
+            let client = client.run(|| UdpSocket::bind(any).expect("bind"));
+            [udp_in(cgroup, to.ip()), client].map(|own| {
+                own.connect(to).expect("connect");
+                (own, remote.try_clone().expect("clone"))
+            })
+        };
+        let udp = remotes.iter().flat_map(datagrams).collect();
+        let talk = Talk { tcp: scene.connections(cgroup, false), udp };
+        assert!(talk.udp.iter().all(Talk::is_answered), "at first");
+        talk
+    }
+
+    /// Whether the remote host hears of one from now on, and is heard.
+    fn is_answered((own, remote): &(UdpSocket, UdpSocket)) -> bool {
+        let mut data = [0; 16];
+        remote.set_nonblocking(true).expect("set O_NONBLOCK");
+        while remote.recv(&mut data).is_ok() {}
+        remote.set_nonblocking(false).expect("clear O_NONBLOCK");
+        for end in [own, remote] {
+            end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        }
+        let _ = own.send(b"to remote");
+        let heard = again(|| remote.recv_from(&mut data));
+        heard.is_ok_and(|(_, from)| {
+            remote.send_to(b"from remote", from).expect("send");
+            again(|| own.recv(&mut data)).is_ok()
+        })
+    }
+
+    /// Sends by all of them, again and again, while `f` runs.
+    fn during<T>(&self, f: impl FnOnce() -> T) -> T {
+        let done = AtomicBool::new(false);
+        let wait = |on: bool| {
+            for end in self.tcp.iter().flat_map(|each| [&each.own, &each.end]) {
+                end.set_nonblocking(!on).expect("set O_NONBLOCK");
+            }
+        };
+        wait(false);
+        std::thread::scope(|scope| {
+            let sender = scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    for (own, _) in &self.udp {
+                        let _ = own.send(b"meanwhile");
+                    }
+                    for each in &self.tcp {
+                        let _ = (&each.own).write(b"meanwhile");
+                        let _ = (&each.end).read(&mut [0; 4096]);
+                    }
+                    std::thread::sleep(PAUSE);
+                }
+            });
+            let result = std::panic::catch_unwind(AssertUnwindSafe(f));
+            done.store(true, Ordering::Relaxed);
+            sender.join().expect("a sender");
+            wait(true);
+            result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+/// However many flows there are that move too, and one change after the other: what is sent meanwhile
+/// leaves by no other way, and goes on in the end. (Not what was sent without a table, which cuts flows.)
+#[test]
+fn flows_that_move_among_many() {
+    let ground = ground!("ways-many");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let remotes = ground
+        .outside(|| REMOTES.map(|ip| UdpSocket::from(bind(addr(ip, PORT), libc::SOCK_DGRAM))));
+    let moves = || table().contains("chain moved ");
+    for how in [RELOAD, "kill -9", "killed amid", "healed amid"] {
+        let env = if how == "healed amid" { &[UNOWNED][..] } else { &[] };
+        let mut daemon = Daemon::start_in(&ground, &policy("vpn", "vpn"), &[], env);
+        let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
+        add_flows(false, 0x0100_0000, 20_000);
+        scene.left();
+
+        daemon = talk.during(|| {
+            for sections in ["two vpn", "vpn two", "mihomo two vpn", "two mihomo vpn", "vpn"] {
+                let config = policy(sections, "vpn");
+                if !how.ends_with("amid") {
+                    daemon = change(&ground, daemon, how, &config);
+                    continue;
+                }
+                daemon.configure(&config);
+                daemon.signal(Signal::SIGHUP);
+                assert!(wait_until(PATIENCE, moves), "{sections}\n{}", daemon.logs());
+                match env {
+                    [] => daemon = change(&ground, daemon, "kill -9", &config),
+                    _ => sh("nft delete table inet cgtproxy"),
+                }
+            }
+            daemon
+        });
+
+        let when = format!("{how}\n{}", daemon.logs());
+        let left = scene.left();
+        // without a table nothing is kept from leaving
+        assert!(left.is_empty() || !env.is_empty(), "{left:?}, {when}");
+        let done = || table().contains("chain output ") && !moves();
+        assert!(wait_until(PATIENCE, done), "{when}\n{}", table());
+        scene.left();
+        for pair in &talk.udp {
+            assert!(Talk::is_answered(pair) || !env.is_empty(), "{pair:?}, {when}");
+        }
+        for each in &mut talk.tcp {
+            assert!(each.goes_on() || !env.is_empty(), "{each:?}, {when}");
+        }
+        assert_eq!(scene.left(), [], "{when}");
+        daemon.stop_clean();
+        forget_flows();
     }
 }

@@ -5,6 +5,7 @@
 use std::cmp::Reverse;
 
 use super::hold::{hold_rules, HOLD};
+use super::moved::moving_first;
 use super::sets::{dying_name, gate_names, named, set_name};
 use super::shape::{depths, Pair, Shape, Stage, DEPTHS};
 use super::spared::leaves_by_lo;
@@ -37,7 +38,7 @@ pub fn classifying(config: &Config, shape: &Shape) -> Vec<(String, Vec<Rule>)> {
 
 /// Rules of `output`. A packet that no target takes passes no address look-up here.
 pub(super) fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
-    let mut rules = Vec::new();
+    let mut rules = Vec::from_iter(moving_first(config));
     // cheapest test first; covers every local address, for those leave by lo
     match (knows_spoofed(config), hijacks_local(config)) {
         (false, _) => rules.push(leaves_by_lo()),
