@@ -391,7 +391,8 @@ def login(user):
 
 
 os.makedirs(DIR, exist_ok=True)
-with tempfile.TemporaryDirectory() as home:
+# Chromium's helpers outlive it by a moment, and may still write; /tmp ends with the container.
+with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
     browser = Browser(home, urllib.parse.urlsplit(URL).hostname, 1000, 760)
     try:
         assert login("root")
