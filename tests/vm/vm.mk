@@ -32,7 +32,7 @@ GUEST = amd64-6.12
 vm-it: build deps
 	$(call have,depmod qemu-system-x86_64) && test -x /bin/busybox || { apt-get update -qq && \
 	  apt-get install -y -qq --no-install-recommends kmod busybox-static qemu-system-x86; }
-	it=$$(cargo test --locked --test it --no-run 2>&1 | sed -n 's/.*(\(.*\))$$/\1/p') && \
+	it=$$(cargo test --locked --test it --no-run 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$$/\1/p') && \
 	  python3 tests/vm/run.py --host $(GUEST) "CGTPROXY_BIN=$(abspath $(BIN)) ONLY='$(ONLY)' \
 	    PATH=/usr/sbin:/usr/bin:/sbin:/bin $(abspath .)/$$it --nocapture $(TESTS)"
 
