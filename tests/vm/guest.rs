@@ -310,6 +310,7 @@ fn configure(rules: &str) {
 #[track_caller]
 fn expect(world: &mut World, cgroups: &[(&str, &str)]) {
     world.wire.packets();
+    let mut direct = Vec::new();
     for target in ["direct", "drop", PROXY] {
         let these = cgroups.iter().filter(|c| c.1 == target);
         let these: Vec<_> = these.map(|c| (at(c.0), under(c.1))).collect();
@@ -317,11 +318,16 @@ fn expect(world: &mut World, cgroups: &[(&str, &str)]) {
         client::expect(&these);
         let mut left = world.wire.to_remote();
         match target {
-            "direct" => continue,
+            "direct" => {
+                direct = left;
+                continue;
+            }
             "drop" => {}
             // a proxy takes TCP and UDP, pings go out
             _ => left.retain(|p| p.proto != Proto::Icmp),
         }
+        // the last that is said in a connection comes late where the processor is slow
+        left.retain(|p| p.proto != Proto::Tcp || direct.iter().all(|d| d.src != p.src));
         assert_eq!(left, [], "left a cgroup of {target}");
     }
 }
