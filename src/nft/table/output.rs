@@ -247,9 +247,11 @@ pub(super) fn behind_owners_chain(config: &Config, outcome: Outcome) -> Chain {
 }
 
 /// Of packets that conntrack can make nothing of, those that no process sends: nothing tells any
-/// more that their flow was not a proxy's.
+/// more that their flow was not a proxy's. For a remote host it is a proxy's socket that speaks, to a
+/// client whose flow is over; Linux 6.12 knows no owner of that.
 pub(super) fn ownerless_chain() -> Chain {
-    chain("ownerless", vec![vec![Stmt::HasOwner, Stmt::accept()], vec![Stmt::drop()]])
+    let accepted = [Stmt::HasOwner, Stmt::ForeignSource].map(|which| vec![which, Stmt::accept()]);
+    chain("ownerless", [&accepted[..], &[vec![Stmt::drop()]]].concat())
 }
 
 /// What this host sends from a foreign address begins a flow: a proxy speaks for a remote host, and
