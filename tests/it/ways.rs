@@ -426,7 +426,8 @@ fn flows_that_move_among_many() {
             assert!(Talk::is_answered(pair) || !env.is_empty(), "{pair:?}, {when}");
         }
         for each in &mut talk.tcp {
-            assert!(each.goes_on() || !env.is_empty(), "{each:?}, {when}");
+            // a packet that meets both policies may cut it
+            assert!(each.goes_on() || each.is_cut(true), "{each:?}, {when}");
         }
         assert_eq!(scene.left(), [], "{when}");
         daemon.stop_clean();
