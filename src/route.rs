@@ -10,7 +10,7 @@ use std::net::IpAddr;
 
 use crate::net::{self, Family, Interface, Mark, KERNEL_TABLES, MOST_PRIORITIES};
 use crate::netlink::fib;
-use crate::netlink::fib::{Device, FibAction, IpRoute, IpRule, SeenRoute, SeenRule, Way};
+use crate::netlink::fib::{Device, FibAction, IpRoute, IpRule, SeenRoute, SeenRule, Verb, Way};
 use crate::netlink::link::{self, Link, LinkAddress};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
@@ -263,11 +263,11 @@ impl Entry {
         })
     }
 
-    /// The message that adds this entry, or the one that deletes it.
-    pub fn encode(&self, batch: &mut Batch, add: bool) {
+    /// The message that does that with this entry.
+    pub fn encode(&self, batch: &mut Batch, verb: Verb) {
         match self {
-            Entry::Rule(rule) => rule.encode(batch, add),
-            Entry::Route(route) => route.encode(batch, add),
+            Entry::Rule(rule) => rule.encode(batch, verb),
+            Entry::Route(route) => route.encode(batch, verb),
         }
     }
 
@@ -574,7 +574,7 @@ mod tests {
     fn a_dumped_entry_is_the_one_that_was_added() {
         for entry in entries() {
             let mut batch = Batch::new(0);
-            entry.encode(&mut batch, true);
+            entry.encode(&mut batch, Verb::Add);
             let ours = seen(batch.bytes()).ours();
             assert_eq!(ours, [entry.clone()].into(), "{}", entry.command("add"));
         }
@@ -584,7 +584,7 @@ mod tests {
     fn foreign_entries_are_not_ours() {
         for entry in entries() {
             let mut batch = Batch::new(0);
-            entry.encode(&mut batch, true);
+            entry.encode(&mut batch, Verb::Add);
             let mut bytes = batch.bytes().to_vec();
             for byte in bytes[16..].iter_mut().filter(|byte| **byte == RTPROT_CGTPROXY) {
                 *byte = 3;

@@ -840,7 +840,7 @@ fn holds_table(script: &str) -> bool {
 mod tests {
     use super::*;
     use crate::net::{Interface, Mark};
-    use crate::netlink::fib::{IpRule, SeenRule};
+    use crate::netlink::fib::{IpRule, SeenRule, Verb};
     use crate::netlink::msg::Batch;
     use crate::netlink::parse::Messages;
     use crate::route::Entry;
@@ -882,7 +882,7 @@ mod tests {
             let mark = Mark { value, mask };
             let (family, iif) = (Family::V4, String::new());
             let rule = IpRule { family, priority, iif, mark, action: FibAction::Lookup(table) };
-            Entry::Rule(rule).encode(&mut batch, true);
+            Entry::Rule(rule).encode(&mut batch, Verb::Add);
             // of another protocol
             let mut bytes = batch.bytes().to_vec();
             let at = bytes.len() - 4;

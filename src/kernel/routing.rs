@@ -10,7 +10,7 @@ use crate::error::{reason, Error, Result};
 use crate::host::sysctl;
 use crate::log;
 use crate::net::Family;
-use crate::netlink::fib::{self, SeenRoute, SeenRule};
+use crate::netlink::fib::{self, SeenRoute, SeenRule, Verb};
 use crate::netlink::link::{self, Link};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
@@ -92,13 +92,21 @@ impl Kernel {
         let mut seen = seen?;
         let mut lo_is_down = false;
         let ours = seen.ours();
-        // the one of before would stand beside a new one, or before it
-        let leads_out = |entry: &&Entry| matches!(entry, Entry::Route(route) if route.leads_out());
-        for stale in ours.difference(&wanted).filter(leads_out) {
-            self.delete_routing(stale)?;
-        }
+        let way_out = |entry: &Entry| match entry {
+            Entry::Route(route) if route.leads_out() => Some(route.table),
+            _ => None,
+        };
+        let leads_out = |entry: &&Entry| way_out(entry).is_some();
+        // The table that is in force may still send packets there: what leads out by another interface
+        // meets its guard, while without any way out what is sent in a connection would be answered by
+        // a reset. So those of before go with [`Kernel::trim_routing`].
+        let leading: SmallSet<u32> = ours.iter().filter_map(way_out).collect();
         for entry in wanted.difference(&ours) {
-            match self.route_request(entry, true) {
+            let verb = match way_out(entry) {
+                Some(table) if leading.contains(&table) => Verb::Supersede,
+                _ => Verb::Add,
+            };
+            match self.route_request(entry, verb) {
                 Ok(()) => routing.added.push(entry.clone()),
                 // the interface has gone or changed since it was looked at, which a notification
                 // tells, or the next hop is none: refused by the route behind it
@@ -153,7 +161,7 @@ impl Kernel {
 
     /// Deletes one rule or route; false where it is gone already.
     pub fn delete_routing(&mut self, entry: &Entry) -> Result<bool> {
-        match self.route_request(entry, false) {
+        match self.route_request(entry, Verb::Delete) {
             Ok(()) => Ok(true),
             Err(Errno::ENOENT | Errno::ESRCH) => Ok(false),
             Err(errno) => {
@@ -168,9 +176,9 @@ impl Kernel {
     pub fn forget_routes(&mut self, priority: u32) {
         for family in Family::BOTH {
             let rule = route::passing(family, priority);
-            let added = self.route_request(&rule, true);
+            let added = self.route_request(&rule, Verb::Add);
             // whatever became of the first, so that it never stays
-            let deleted = self.route_request(&rule, false);
+            let deleted = self.route_request(&rule, Verb::Delete);
             if let Err(errno) = added.and(deleted) {
                 log!(Debug, "unable to renew routes: {}", reason(errno));
             }
@@ -292,8 +300,8 @@ impl Kernel {
         }
     }
 
-    fn route_request(&mut self, entry: &Entry, add: bool) -> nix::Result<()> {
-        let told = self.rt.tell(&|batch| entry.encode(batch, add));
+    fn route_request(&mut self, entry: &Entry, verb: Verb) -> nix::Result<()> {
+        let told = self.rt.tell(&|batch| entry.encode(batch, verb));
         told.inspect_err(|errno| log!(Debug, "{}: {}", entry.command("…"), reason(*errno)))
     }
 }

@@ -167,9 +167,18 @@ fn small_table(table: u32) -> u8 {
 
 const ADD: u16 = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
 
+/// What a message does with a rule or a route.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    Add,
+    /// Adds a route of a table that has another of ours, which no packet meets from then on.
+    Supersede,
+    Delete,
+}
+
 impl IpRule {
-    /// The message that adds this, or the one that deletes it.
-    pub fn encode(&self, batch: &mut Batch, add: bool) {
+    pub fn encode(&self, batch: &mut Batch, verb: Verb) {
+        let add = verb != Verb::Delete;
         let (table, action) = match self.action {
             FibAction::Lookup(table) => (small_table(table), if add { FR_ACT_TO_TBL } else { 0 }),
             FibAction::Goto(_) => (RT_TABLE_UNSPEC, FR_ACT_GOTO),
@@ -216,8 +225,7 @@ impl IpRule {
 }
 
 impl IpRoute {
-    /// The message that adds this, or the one that deletes it.
-    pub fn encode(&self, batch: &mut Batch, add: bool) {
+    pub fn encode(&self, batch: &mut Batch, verb: Verb) {
         let is_v4 = self.family == Family::V4;
         let (kind, scope, oif, gateway) = match &self.way {
             Way::Here => (RTN_LOCAL, RT_SCOPE_HOST, LO, None),
@@ -236,12 +244,14 @@ impl IpRoute {
             flags: if gateway.is_some() { RTNH_F_ONLINK } else { 0 },
             ..Header::of(self.family)
         };
-        let open = match add {
-            // before those of others with the same key, as `ip route prepend`
-            true if is_v4 => header.begin(batch, RTM_NEWROUTE, ADD & !NLM_F_EXCL),
-            true => header.begin(batch, RTM_NEWROUTE, ADD),
-            false => header.begin(batch, RTM_DELROUTE, NLM_F_ACK),
+        let (kind, flags) = match verb {
+            Verb::Delete => (RTM_DELROUTE, NLM_F_ACK),
+            // before those with the same key, as `ip route prepend`
+            _ if is_v4 => (RTM_NEWROUTE, ADD & !NLM_F_EXCL),
+            Verb::Supersede => (RTM_NEWROUTE, ADD & !NLM_F_EXCL | NLM_F_REPLACE),
+            Verb::Add => (RTM_NEWROUTE, ADD),
         };
+        let open = header.begin(batch, kind, flags);
         if !is_v4 {
             // `default` is no destination to IPv4 and :: to IPv6
             batch.raw(RTA_DST, &[0; 16]);

@@ -11,8 +11,8 @@ macro_rules! constants {
 constants! {
     // include/uapi/linux/netlink.h
     u16: NLM_F_REQUEST = 0x01, NLM_F_ACK = 0x04, NLM_F_DUMP_INTR = 0x10, NLM_F_DUMP = 0x300,
-        NLM_F_EXCL = 0x200, NLM_F_CREATE = 0x400, NLM_F_APPEND = 0x800, NLM_F_CAPPED = 0x100,
-        NLM_F_ACK_TLVS = 0x200, NLMSG_ERROR = 2, NLMSG_DONE = 3, NLMSGERR_ATTR_MSG = 1;
+        NLM_F_REPLACE = 0x100, NLM_F_EXCL = 0x200, NLM_F_CREATE = 0x400, NLM_F_APPEND = 0x800,
+        NLM_F_CAPPED = 0x100, NLM_F_ACK_TLVS = 0x200, NLMSG_ERROR = 2, NLMSG_DONE = 3, NLMSGERR_ATTR_MSG = 1;
     usize: NLMSG_HDRLEN = 16, NLA_HDRLEN = 4, NLA_ALIGNTO = 4;
     u16: NLA_F_NESTED = 0x8000, NLA_TYPE_MASK = 0x3fff;
 

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use cgtproxy::net::{Family, Mark};
-use cgtproxy::netlink::fib::{self, FibAction, IpRoute, IpRule};
+use cgtproxy::netlink::fib::{self, FibAction, IpRoute, IpRule, Verb};
 use cgtproxy::netlink::msg::Batch;
 use cgtproxy::route::Entry;
 
@@ -217,14 +217,14 @@ fn rules_and_routes_are_what_iproute2_sends() {
             entries.push(Entry::Route(IpRoute::new(family, table)));
         }
         for entry in entries {
-            for (verb, add) in [("add", true), ("del", false)] {
+            for (word, verb) in [("add", Verb::Add), ("del", Verb::Delete)] {
                 // the command that we print is the one whose bytes we send, but that a route of
                 // IPv4 is put before those of others
-                let command = entry.command(verb).replace("ip route add", "ip route prepend");
+                let command = entry.command(word).replace("ip route add", "ip route prepend");
                 let golden = REQUESTS.iter().find(|(golden, _)| *golden == command);
                 let (_, golden) = golden.expect(&command);
                 let mut batch = Batch::new(0);
-                entry.encode(&mut batch, add);
+                entry.encode(&mut batch, verb);
                 assert_eq!(bytes(&batch), golden.replace(' ', ""), "{command}");
                 sent.insert(command);
             }

@@ -66,6 +66,8 @@ fn sections(names: &str) -> String {
         "plain" => format!("[route plain]\ninterface = vpn0\n{GATEWAYS}masquerade = no\n"),
         "two" => "[route two]\ninterface = vpn1\ngateway = 10.9.0.2\ngateway = fd00:9::2\n".into(),
         "mihomo" => "[tproxy mihomo]\nport = 7893\n".into(),
+        // its interface is not there
+        "none" => "[route none]\ninterface = vpn2\n".into(),
         "drop" => String::new(),
         _ => format!("[tproxy {name}]\nport = 7999\n"),
     };
@@ -398,7 +400,7 @@ fn flows_that_move_among_many() {
         scene.left();
 
         daemon = talk.during(|| {
-            for sections in ["two vpn", "vpn two", "mihomo two vpn", "two mihomo vpn", "vpn"] {
+            for sections in ["two vpn", "vpn two", "mihomo none vpn", "two mihomo vpn", "vpn"] {
                 let config = policy(sections, "vpn");
                 if !how.ends_with("amid") {
                     daemon = change(&ground, daemon, how, &config);
@@ -426,7 +428,7 @@ fn flows_that_move_among_many() {
             assert!(Talk::is_answered(pair) || !env.is_empty(), "{pair:?}, {when}");
         }
         for each in &mut talk.tcp {
-            // a packet that meets both policies may cut it
+            // on a busy machine some still are, why is not known
             assert!(each.goes_on() || each.is_cut(true), "{each:?}, {when}");
         }
         assert_eq!(scene.left(), [], "{when}");
