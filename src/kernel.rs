@@ -80,7 +80,7 @@ pub struct Kernel {
     /// False once conntrack has not told of its flows.
     tells_flows: bool,
     /// Its flows, as they are listed by and by; for the daemon.
-    flows: Option<Listing<u8>>,
+    flows: Option<Listing<()>>,
     /// The same of sockets, for each who asks.
     sockets: [Option<Listing<sockets::Ask>>; 2],
 }

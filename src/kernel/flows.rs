@@ -14,7 +14,6 @@ use crate::netlink::fib::{self, Course};
 use crate::netlink::link;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
-use crate::netlink::uapi::*;
 
 /// How often a flow is moved that its remote host begins again at the same moment.
 const TRIES: usize = 8;
@@ -30,7 +29,7 @@ impl Kernel {
     /// Has [`Kernel::more_entries`] list them from the beginning.
     pub fn list_entries(&mut self) {
         if let Some(flows) = &mut self.flows {
-            flows.begin(vec![NFPROTO_IPV6, NFPROTO_IPV4]);
+            flows.begin(vec![()]);
         }
     }
 
@@ -44,10 +43,10 @@ impl Kernel {
             return Ok(None);
         };
         let mut found = Vec::new();
-        let mut take = |_: &u8, message: &Message| {
+        let mut take = |_: &(), message: &Message| {
             found.extend(conntrack::parse_entry(message).filter(|entry| keep(entry)));
         };
-        let more = flows.read(|batch, family| conntrack::get_all(batch, *family), &mut take);
+        let more = flows.read(|batch, ()| conntrack::get_all(batch), &mut take);
         self.tells_flows &= !matches!(more, Ok(Err(_)));
         let more = more?.map_err(|errno| Error::system(REFUSED, errno))?;
         Ok(more.then_some(found))

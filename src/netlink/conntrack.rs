@@ -107,9 +107,10 @@ impl Tracked {
     }
 }
 
-/// Asks for all flows of a family.
-pub fn get_all(batch: &mut Batch, family: u8) {
-    let open = begin(batch, IPCTNL_MSG_CT_GET, NLM_F_DUMP, family);
+/// Asks for all flows of either family: of one, the kernel would pass over all that are the other's
+/// before it answers.
+pub fn get_all(batch: &mut Batch) {
+    let open = begin(batch, IPCTNL_MSG_CT_GET, NLM_F_DUMP, NFPROTO_UNSPEC);
     batch.end(open);
 }
 
