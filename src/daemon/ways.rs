@@ -105,6 +105,7 @@ impl Daemon<'_> {
         let began = Instant::now();
         let config = self.cgroups.core.config().clone();
         let before = self.ways.devices.clone();
+        self.kernel.await_changes();
         let added = self.add_routing(&config);
         if self.ways.changed {
             self.loops.want(began);

@@ -82,6 +82,14 @@ impl Kernel {
         (routing, result)
     }
 
+    /// Waits until whoever changes routes just now is done. The kernel tells of an IPv4 route that is
+    /// deleted before it takes it away (`fib_table_delete`), and lists it meanwhile: since Linux 6.10
+    /// without the lock that is held for both. What is asked here takes that lock; the answer does not
+    /// matter.
+    pub fn await_changes(&mut self) {
+        let _ = self.rt.ask(&|batch| link::get(batch, "lo"), link::parse);
+    }
+
     /// Whether some routes were not added because lo is down.
     fn add_family(&mut self, needs: &Needs, family: Family, routing: &mut Routing) -> Result<bool> {
         let seen = self.seen(family, &needs.tables());

@@ -2,10 +2,15 @@
 
 use std::cell::Cell;
 use std::io::{BufRead, BufReader};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{channel, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::sys::socket::{
+    recv, send, socket, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType,
+};
 
 use crate::client::{expect, under, Client, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, POLICY, UNOWNED};
@@ -422,4 +427,47 @@ fn a_table_that_another_owns() {
     drop(owner);
     assert!(Daemon::start(&ground, POLICY, &[]).stop().success());
     assert_eq!(residue(), "");
+}
+
+/// Deletes `local default dev lo table 300` of IPv4; false where it is not there. Without another process:
+/// most of that time nothing would be deleted.
+fn delete_route(socket: &OwnedFd) -> bool {
+    const RTM_DELROUTE: u8 = 25;
+    let mut request = vec![0u8; 44];
+    request[0] = 44;
+    request[4] = RTM_DELROUTE;
+    // NLM_F_REQUEST | NLM_F_ACK
+    request[6] = 5;
+    // struct rtmsg: AF_INET, its scope RT_SCOPE_HOST, its type RTN_LOCAL
+    (request[16], request[22], request[23]) = (2, 254, 2);
+    // RTA_TABLE, RTA_OIF
+    request[28..36].copy_from_slice(&[8, 0, 15, 0, 44, 1, 0, 0]);
+    request[36..44].copy_from_slice(&[8, 0, 4, 0, 1, 0, 0, 0]);
+    let mut answer = [0u8; 4096];
+    send(socket.as_raw_fd(), &request, MsgFlags::empty()).expect("send");
+    recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty()).expect("an answer");
+    answer[16..20] == [0; 4]
+}
+
+/// The kernel tells of an IPv4 route before it is gone: whoever lists it at once may see it still.
+#[test]
+fn a_route_that_is_about_to_go_is_repaired() {
+    let (ground, _world, _proxy) = scene!("going", proxy);
+    let daemon = Daemon::start(&ground, POLICY, &[]);
+    let socket = socket(
+        AddressFamily::Netlink,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        SockProtocol::NetlinkRoute,
+    );
+    let socket = socket.expect("a socket");
+    let began = Instant::now();
+    let mut times = 0;
+    while began.elapsed() < Duration::from_secs(5) {
+        let there = wait_until(PATIENCE, || delete_route(&socket));
+        assert!(there, "not repaired after {times} times\n{}", daemon.logs());
+        times += 1;
+    }
+    println!("deleted {times} times");
+    assert!(daemon.stop().success());
 }
