@@ -239,7 +239,7 @@ fn a_set_that_others_change_comes_back() {
 fn bypassed_packets_over_faults() {
     let ground = ground!("flight-faults");
     let dropped = ground.cgroup("/drop");
-    for fault in ["sendto:error=ENOMEM:when=60+23", "recvfrom:error=ENOBUFS:when=90+37"] {
+    for fault in ["sendto:error=ENOMEM:when=60+41", "recvfrom:error=ENOBUFS:when=90+37"] {
         let (call, inject) = (fault.split(':').next().expect("a call"), format!("inject={fault}"));
         let trace = format!("trace={call}");
         let by = ["strace", "-D", "-qq", "-o", "/dev/null", "-e", &trace, "-e", &inject];
