@@ -7,8 +7,8 @@
 //! processes send (the order of the rules that classify), with `hold` and `spared` for what is cut and
 //! left alone ahead of a target; `target` what a target then does (`to_NAME`), `dns` its hijacking;
 //! `postrouting` the last look at what leaves, `prerouting` what comes back in by lo, `nat` all that is
-//! translated; `moved` what flows of before are known by. Below them: `sets` (names and addresses), `shape` (what the rules depend on beside the
-//! configuration), and `words`, which all others say.
+//! translated; `moved` what flows of before are known by. Below them: `sets` (names and addresses),
+//! `shape` (what the rules depend on beside the configuration), and `words`, which all others say.
 
 mod dns;
 mod gateway;
