@@ -211,7 +211,7 @@ fn begin<'a>(
     log::configure(config.log_level.louder(options.verbose), options.syslog);
     let pidfile = options.pidfile.clone().map(Pidfile::new).transpose()?;
     let mut kernel = Kernel::open_watching(&plan::needs(&config))?;
-    let Some(before) = instance::claim(&mut kernel, signals)? else {
+    let Some(old_lock) = instance::claim(&mut kernel, signals)? else {
         return Ok(None);
     };
     let on_exit = config.on_exit;
@@ -219,12 +219,12 @@ fn begin<'a>(
     let scanned = ask_levels(&mut kernel).and_then(|levels| {
         Ok(follow(Rc::new(config), &levels, signals)?.map(|cgroups| (levels, cgroups)))
     });
-    let scanned = scanned.inspect_err(|_| instance::give_back(&mut kernel, before))?;
+    let scanned = scanned.inspect_err(|_| instance::give_back(&mut kernel, old_lock))?;
     let Some((levels, cgroups)) = scanned else {
         // what another instance has left in force is ours to remove as well, or to leave
         match signals.end()? {
             Some(End::Stop) if on_exit == OnExit::Remove => remove(&mut kernel)?,
-            _ => instance::give_back(&mut kernel, before),
+            _ => instance::give_back(&mut kernel, old_lock),
         }
         return Ok(None);
     };
@@ -251,7 +251,7 @@ fn begin<'a>(
         refused: false,
         containers: Search::default(),
     };
-    daemon.start(before)?;
+    daemon.start(old_lock)?;
     Ok(Some(daemon))
 }
 
@@ -291,14 +291,14 @@ impl Daemon<'_> {
     /// Programs the kernel and says that it is ready.
     ///
     /// Errors: why not. Nothing is left behind, but for what was in force before: where there was a
-    /// table, one is in force still, and the lock says again what it said `before`.
-    fn start(&mut self, before: Option<Lock>) -> Result<()> {
+    /// table, one is in force still, and the lock says again what it said.
+    fn start(&mut self, old_lock: Option<Lock>) -> Result<()> {
         let found = self.kernel.table_owner()?.is_some();
         let started = self.program();
         if started.is_err() {
             self.remove_pidfile();
             match found {
-                true => instance::give_back(&mut self.kernel, before),
+                true => instance::give_back(&mut self.kernel, old_lock),
                 false => drop(remove(&mut self.kernel)),
             }
             return started;
@@ -323,9 +323,7 @@ impl Daemon<'_> {
             // nothing in the table would show it yet
             self.kernel.probe_cgroups()?;
         }
-        let (before, strange) = self
-            .before()
-            .map_or_else(Default::default, |(before, strange)| (Some(before), strange));
+        let (before, strange) = self.take_over().unzip();
         let (policy, config) = (config, self.cgroups.core.config().clone());
         if before.is_none() {
             let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
@@ -348,7 +346,7 @@ impl Daemon<'_> {
             !config.routes.iter().any(of)
         });
         self.kernel.set_localnet(open.iter().map(String::as_str), false);
-        self.kernel.forget_flows(&strange);
+        self.kernel.forget_flows(&strange.unwrap_or_default());
         self.begin_moving(policy);
         let removed = self.trim_routing();
         if removed > 0 {
@@ -375,10 +373,10 @@ impl Daemon<'_> {
         Ok(())
     }
 
-    /// What the table of before does with each cgroup, and the marks of its flows that are to be forgotten:
-    /// they are of another mask. `None` where there is no table. What it has of removed ones goes on, what
-    /// it counts, and what it knows flows by.
-    fn before(&mut self) -> Option<(Before, Vec<Mark>)> {
+    /// Goes on with what a table of before has of removed cgroups, what it counts, and what it knows flows
+    /// by. Returns what it does with each cgroup, and the marks of its flows that are to be forgotten: they
+    /// are of another mask. `None` where there is no table.
+    fn take_over(&mut self) -> Option<(Before, Vec<Mark>)> {
         let inventory = match self.kernel.inventory() {
             Ok(inventory) => inventory?,
             Err(error) => {
@@ -550,7 +548,9 @@ impl Daemon<'_> {
             if ready.mounts || std::mem::take(&mut self.cgroups.in_doubt) {
                 self.look_at_root();
             }
-            self.heal(ready.kernel);
+            let now = Instant::now();
+            self.look_again(now);
+            self.repair(now, ready.kernel);
             self.settle();
             if self.ways.changed {
                 self.redirect_flows();
@@ -651,10 +651,9 @@ impl Daemon<'_> {
         }
     }
 
-    /// Looks again where watching was not possible, and repairs what others destroyed, as soon as
-    /// it is due.
-    fn heal(&mut self, notified: bool) {
-        let now = Instant::now();
+    /// Takes the looks that are due: where watching was not possible, at the chains of others, at what
+    /// removed cgroups have left.
+    fn look_again(&mut self, now: Instant) {
         if self.cgroups.is_look_due(now) {
             match self.cgroups.lost {
                 false => self.cgroups.core.retry(),
@@ -667,6 +666,10 @@ impl Daemon<'_> {
         let Daemon { cgroups, kernel, .. } = self;
         cgroups.tidy(now);
         cgroups.look_at_dying(now, || kernel.cgroups_of_sockets());
+    }
+
+    /// Takes in what the kernel has told of others, and repairs what they destroyed, as soon as it is due.
+    fn repair(&mut self, now: Instant, notified: bool) {
         let damage = match notified {
             true => self.kernel.damage(&plan::needs(self.cgroups.core.config())),
             false => Damage::default(),
@@ -809,9 +812,9 @@ impl Daemon<'_> {
 
     /// Counts a deed in the transaction that is it.
     fn replace_for(&mut self, deed: Deed) -> Result<()> {
-        let before = self.deeds;
-        self.deeds[deed as usize] = before[deed as usize].saturating_add(1);
-        self.replace().inspect_err(|_| self.deeds = before)
+        let counted = self.deeds;
+        self.deeds[deed as usize] = counted[deed as usize].saturating_add(1);
+        self.replace().inspect_err(|_| self.deeds = counted)
     }
 
     /// The same for one that needs no transaction.
@@ -959,7 +962,7 @@ impl Daemon<'_> {
         // what has not been judged yet may be of the policy before
         let judged = self.doubts.is_none() && !self.cgroups.core.has_late();
         let was = judged.then(|| Before::of_policy(&self.cgroups.core, &new));
-        let before = match new.cgroup_root == old.cgroup_root {
+        let replaced = match new.cgroup_root == old.cgroup_root {
             true => None,
             false => {
                 let fresh = follow(new.clone(), &self.levels, self.signals)?;
@@ -982,7 +985,7 @@ impl Daemon<'_> {
         let config = self.cgroups.core.config().clone();
         let put = self.add_routing(&config).and_then(|()| self.replace_for(Deed::Reload));
         if let Err(error) = put {
-            match (before, ranking) {
+            match (replaced, ranking) {
                 (Some(cgroups), _) => self.cgroups = cgroups,
                 (None, Some(ranking)) => drop(self.cgroups.core.put_back(ranking)),
                 (None, None) => {}
