@@ -1,7 +1,7 @@
 //! The table `inet cgtproxy` as data: its sets, chains and rules for a configuration. Pure. Which
 //! chains there are, and in what order, says [`Table::new`], but for what only some hosts need, which is
-//! added to it: [`again_chain`], and a chain for each veth ([`veth_rule`]). Why the rules of each stand in
-//! their order is told where it is built. The shape was verified with traffic (tests/it/reference.rs).
+//! added to it: [`again_chain`], and a chain for each veth ([`veth_rule`]). When a chain is there, and why
+//! its rules stand in their order, is told where it is built. The shape was verified with traffic (tests/it/reference.rs).
 //!
 //! Its rooms, in a packet's order: `gateway` has what is routed for others, `output` what this host's
 //! processes send (the order of the rules that classify), with `hold` and `spared` for what is cut and
@@ -27,11 +27,10 @@ mod words;
 use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use crate::config::{Config, Outlet};
+use crate::config::Config;
 use crate::net::Range;
 use crate::netlink::uapi::*;
 use crate::nft::stmt::Stmt;
-use crate::small::SmallSet;
 use words::*;
 
 pub use gateway::{
@@ -122,89 +121,20 @@ impl Table {
     pub fn new(config: &Config) -> Table {
         let sets = sets::all_sets(config);
         // chains stand before those that go to them, which `nft -f` does not ask for but readers do
-        let mut chains = Vec::new();
-        let (proxies, takes) = (!config.tproxies.is_empty(), has_outlets(config));
-        chains.extend(knows_spoofed(config).then(|| output::lo_chain(config)));
-        chains.extend(leaves_marks(config).then(|| spared::leave_chain(config)));
-        chains.extend(
-            hijacks_local(config).then(|| chain(spared::EXEMPT, spared::exempt_rules(config))),
-        );
-        chains.extend([
-            chain("bypass", spared::spared_rules(config)),
-            spared::neighbours_chain(),
-            target::drop_chain(config),
-        ]);
-        chains.extend(config.outlets().any(Outlet::rejects).then(target::refuse_chain));
-        for outlet in config.outlets() {
-            chains.extend(target::cut_chain(outlet));
-            chains.extend(outlet.hijacks_dns().then(|| dns::dns_chain(config, outlet)));
-            match route_of(config, outlet) {
-                None => chains.extend(target::to_chains(config, outlet)),
-                Some(route) => chains.extend(target::way_chains(config, route)),
-            }
-        }
-        chains.extend(proxies.then(|| output::spoofed_chain(config)));
-        chains.extend(drops_ownerless(config).then(output::ownerless_chain));
-        chains.extend(config.marks_flows().then(|| output::sticky_chain(config)));
+        let mut chains = Vec::from_iter(output::lo_chain(config));
+        chains.extend(spared::chains(config));
+        chains.extend(target::chains(config));
+        chains.extend(output::flow_chains(config));
         chains.push(target::direct_chain(config));
-        let behind = || config.outcomes().filter(|outcome| outcome.class > 0);
-        let many = |class: &u16| output::owner_rules(config, *class).len() > output::FEW;
-        let classes = behind().map(|outcome| outcome.class).filter(many);
-        let default = Some(config.default_outcome().class).filter(|class| *class > 0);
-        let classes: SmallSet<u16> = classes.chain(default).collect();
-        let owners = |class| chain(output::owners_name(class), output::owner_rules(config, class));
-        chains.extend(classes.into_iter().map(owners));
-        chains.extend(behind().map(|outcome| output::behind_owners_chain(config, outcome)));
-        chains.extend((!config.holds.is_empty()).then(|| hold::unknown_chain(config)));
-        let hold = hold_rules(config, None).into_iter().map(|(name, _)| name);
-        let deepest_first = (0..DEPTHS.len()).rev().map(output::below_name);
-        let marked = config.marks_flows().then(|| output::MARKED.to_string());
-        let empty = deepest_first.chain(marked).chain(hold);
-        chains.extend(empty.map(|name| chain(name, Vec::new())));
-        // the type that routes again when a chain changes the mark
-        let output = chain(OUTPUT, output::output_rules(config, &Shape::default()));
-        chains.push(output.hooked("route", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE));
-        if config.outlets().any(Outlet::hijacks_dns) {
-            chains.push(nat::nat_chain(config, "nat_output", NF_INET_LOCAL_OUT));
-            let routed = || nat::nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING);
-            chains.extend(hands_over(config).then(routed));
-            chains.extend(nat::routed_answer_chain(config));
-        }
-        chains.extend(nat::source_chain(config));
-        chains.extend(postrouting::sourceless_chain(config));
-        chains.extend(proxies.then(|| postrouting::strayed_chain(config)));
-        chains.extend(config.tproxies.iter().map(|t| postrouting::astray_chain(&t.outlet)));
-        chains.extend(config.routes.iter().flat_map(postrouting::off_course_chains));
-        chains.extend(config.routes.iter().map(|route| postrouting::here_chain(&route.outlet)));
-        chains.extend((!config.routes.is_empty()).then(|| postrouting::home_chain(config)));
-        chains.extend(takes.then(|| postrouting::guard_chain(config)));
-        chains.extend(config.tproxies.iter().map(|t| prerouting::receive_chain(config, t)));
-        chains.extend(config.routes.iter().map(|route| prerouting::closed_chain(&route.outlet)));
-        if config.routes_to_tproxy() {
-            chains.push(output::unmark_chain(config));
-            let tproxies = config.tproxies.iter();
-            chains.extend(tproxies.flat_map(|t| gateway::forward_chains(config, &t.outlet)));
-        }
-        if config.forwards() {
-            let dns = config.routes.iter().filter(|route| route.outlet.hijacks_dns());
-            chains.extend(dns.map(|route| dns::forwarded_dns_chain(config, route)));
-            chains.extend(
-                config.routes.iter().map(|route| gateway::forward_way_chain(config, route)),
-            );
-        }
-        if hands_over(config) {
-            chains.extend([gateway::routed_chain(config), gateway::input_chain(config)]);
-        }
-        chains.extend(config.has_containers().then(|| chain(BRIDGED, Vec::new())));
-        chains.extend(config.gateways.iter().map(|g| gateway::gateway_chain(config, g)));
-        if !config.gateways.is_empty() {
-            chains.extend([gateway::astray_clients_chain(config), gateway::older_chain(config)]);
-            chains.push(gateway::gateways_chain(config));
-        }
-        chains.extend(proxies.then(|| prerouting::regain_chain(config)));
-        chains.extend(config.routes_to_tproxy().then(|| prerouting::remark_chain(config)));
-        chains.extend(takes.then(|| prerouting::prerouting_chain(config)));
-        chains.extend(prerouting::martians_chain(config));
+        chains.extend(output::owner_chains(config));
+        chains.extend(hold::unknown_chain(config));
+        chains.extend(output::classifying_chains(config));
+        chains.extend(nat::chains(config));
+        chains.extend(postrouting::chains(config));
+        chains.extend(prerouting::target_chains(config));
+        chains.extend(output::unmark_chain(config));
+        chains.extend(gateway::chains(config));
+        chains.extend(prerouting::chains(config));
         if let Some(first) = moved::moving_first(config) {
             // `output` begins so whenever its rules are made
             let own = |chain: &&mut Chain| chain.name != OUTPUT;

@@ -13,18 +13,18 @@ use crate::nft::stmt::Stmt;
 /// nowhere (`query_rules`).
 ///
 /// By a route the resolver is reached as everything is: the packet has its mark.
-pub(super) fn dns_chain(config: &Config, outlet: &Outlet) -> Chain {
+pub(super) fn dns_chain(config: &Config, outlet: &Outlet) -> Option<Chain> {
     let packet = route_of(config, outlet).map(|_| mark(config, outlet.mark));
-    marked_dns_chain(mark(config, outlet.mark), own_chain("dns", outlet), packet)
+    marked_dns_chain(outlet, mark(config, outlet.mark), "dns", packet)
 }
 
 /// The same for what is routed for others.
-pub(super) fn forwarded_dns_chain(config: &Config, route: &Route) -> Chain {
+pub(super) fn forwarded_dns_chain(config: &Config, route: &Route) -> Option<Chain> {
     let own = mark(config, route.forward_mark);
-    marked_dns_chain(own, own_chain("dnsf", &route.outlet), Some(own))
+    marked_dns_chain(&route.outlet, own, "dnsf", Some(own))
 }
 
-fn marked_dns_chain(own: Mark, name: String, packet: Option<Mark>) -> Chain {
+fn marked_dns_chain(outlet: &Outlet, own: Mark, kind: &str, packet: Option<Mark>) -> Option<Chain> {
     let accept = || {
         let set = packet.map(Stmt::SetPacketMark);
         set.into_iter().chain([Stmt::accept()])
@@ -32,7 +32,7 @@ fn marked_dns_chain(own: Mark, name: String, packet: Option<Mark>) -> Chain {
     let mut rules = vec![set_ct_mark(own)];
     rules.push([Stmt::Unconfirmed, Stmt::CtMark(own)].into_iter().chain(accept()).collect());
     rules.push([Stmt::Dnatted].into_iter().chain(accept()).collect());
-    chain(name, rules)
+    chain(own_chain(kind, outlet), rules).when(outlet.hijacks_dns())
 }
 
 /// The rules that send DNS of a target to `dns_chain`.

@@ -1,7 +1,7 @@
 //! What is routed for others: by section in hook prerouting ([`gateways_chain`]), what their targets do
 //! with it (`forward_NAME`), what arrives at this host ([`input_chain`]), and containers' entrances.
 
-use super::dns::{dns_first, dns_rules, rules_to_dns};
+use super::dns::{dns_first, dns_rules, forwarded_dns_chain, rules_to_dns};
 use super::sets::{range_name, SOURCE};
 use super::spared::spared_rules;
 use super::target::{bypass_rules, keep_chain, known_rules, sorting_rules};
@@ -13,9 +13,32 @@ use crate::netlink::uapi::*;
 use crate::nft::stmt::Stmt;
 use crate::small::SmallSet;
 
+/// The hooks of what is routed for others, and what they go to.
+pub(super) fn chains(config: &Config) -> Vec<Chain> {
+    let mut chains = Vec::new();
+    if config.routes_to_tproxy() {
+        chains.extend(config.tproxies.iter().flat_map(|t| forward_chains(config, &t.outlet)));
+    }
+    if config.forwards() {
+        let routes = || config.routes.iter();
+        chains.extend(routes().filter_map(|route| forwarded_dns_chain(config, route)));
+        chains.extend(routes().map(|route| forward_way_chain(config, route)));
+    }
+    if hands_over(config) {
+        chains.extend([routed_chain(config), input_chain(config)]);
+    }
+    chains.extend(chain(BRIDGED, Vec::new()).when(config.has_containers()));
+    chains.extend(config.gateways.iter().map(|gateway| gateway_chain(config, gateway)));
+    if !config.gateways.is_empty() {
+        let last = [astray_clients_chain(config), older_chain(config), gateways_chain(config)];
+        chains.extend(last);
+    }
+    chains
+}
+
 /// What is routed for others, by section. Before addresses are translated. A mark that says which
 /// container's a packet is has to be read before others restore that of its flow.
-pub(super) fn gateways_chain(config: &Config) -> Chain {
+fn gateways_chain(config: &Config) -> Chain {
     let mut rules = vec![vec![Stmt::IifLo, Stmt::accept()]];
     let none = mark(config, 0);
     let by = interfaces(config).map(Stmt::Iifname);
@@ -38,7 +61,7 @@ pub(super) fn gateways_chain(config: &Config) -> Chain {
 /// Who speaks in another's name, to himself or another client by us: whom that is sent to would seem to
 /// answer, whatever his target is by then. To elsewhere it may be a client whose answers come by another
 /// way, and is left as it is.
-pub(super) fn astray_clients_chain(config: &Config) -> Chain {
+fn astray_clients_chain(config: &Config) -> Chain {
     let back = std::iter::once(Stmt::LeadsBack);
     let to = back.chain(interfaces(config).map(Stmt::LeadsTo));
     chain(ASTRAY, to.map(|to| vec![to, Stmt::SetCtMark(spoofed(config))]).collect())
@@ -48,7 +71,7 @@ const ASTRAY: &str = "astray";
 
 /// Who goes on with a routed connection of which conntrack knows nothing (it is older than the table) did
 /// not begin it: the client's packets are no answers.
-pub(super) fn older_chain(config: &Config) -> Chain {
+fn older_chain(config: &Config) -> Chain {
     let set = vec![Stmt::SetCtMark(spoofed(config))];
     chain(OLDER, vec![vec![Stmt::Local, Stmt::back()], set])
 }
@@ -102,7 +125,7 @@ fn gateway_rules(config: &Config, gateway: &Gateway) -> Vec<Rule> {
 }
 
 /// What a gateway section does with the packets that it matches.
-pub(super) fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
+fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
     let mut rules = Vec::new();
     if gateway.containers {
         // with it the kernel would look for the way back among what this host sends
@@ -125,7 +148,7 @@ pub(super) fn gateway_chain(config: &Config, gateway: &Gateway) -> Chain {
         let other = vec![Stmt::NotL4proto(L4::Tcp)];
         rules.push([other, begins_spoofed(config, Stmt::ComesAstray)].concat());
     }
-    // as in `drop_chain`
+    // as in `drop_rules`
     rules.extend(spared_rules(config));
     rules.push(vec![Stmt::Local, Stmt::accept()]);
     match gateway.target {
@@ -155,7 +178,7 @@ fn gateway_name(gateway: &Gateway) -> String {
 }
 
 /// What a route takes of what is routed for others.
-pub(super) fn forward_way_chain(config: &Config, route: &Route) -> Chain {
+fn forward_way_chain(config: &Config, route: &Route) -> Chain {
     let outlet = &route.outlet;
     let mut rules = bypass_rules(outlet, &Stmt::accept());
     let dns = rules_to_dns(outlet, &own_chain("dnsf", outlet));
@@ -173,7 +196,7 @@ pub(super) fn forward_way_chain(config: &Config, route: &Route) -> Chain {
 }
 
 /// Routed packets of a target. The mark makes the route look-up deliver them here.
-pub(super) fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
+fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     let own = mark(config, outlet.mark);
     let here = Stmt::SetPacketMark(mark(config, config.gateway_mark()));
     let take = vec![here.clone(), Stmt::goto(own_chain("tproxy", outlet))];
@@ -197,7 +220,7 @@ pub(super) fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
 }
 
 /// Routed flows that are known by their ct mark: they stay with their proxy until they end.
-pub(super) fn routed_chain(config: &Config) -> Chain {
+fn routed_chain(config: &Config) -> Chain {
     let stay = |outlet| (routed_ct_mark(config, outlet).value, on_to("forward", outlet));
     let known = Stmt::CtMarkMap { mask: config.mask, map: config.outlets().map(stay).collect() };
     chain("routed", vec![vec![Stmt::Reply, Stmt::accept()], vec![known]])
@@ -206,7 +229,7 @@ pub(super) fn routed_chain(config: &Config) -> Chain {
 /// Routed packets that were handed to a proxy and have lost its socket since, as bridged ones do
 /// ([`again_chain`]). They must not reach this host's own wildcard sockets. And those of a route that
 /// leads nowhere.
-pub(super) fn input_chain(config: &Config) -> Chain {
+fn input_chain(config: &Config) -> Chain {
     let routed = Stmt::PacketMark(mark(config, config.gateway_mark()));
     let rule = |last: &[Stmt]| [std::slice::from_ref(&routed), last].concat();
     let mut rules = Vec::new();

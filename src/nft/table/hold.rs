@@ -74,7 +74,7 @@ pub fn hold_rules(config: &Config, holding: Option<&Holding>) -> Vec<(String, Ve
 pub const UNKNOWN: &str = "unknown";
 
 /// What is left alone whatever the target goes no wrong way.
-pub(super) fn unknown_chain(config: &Config) -> Chain {
+pub(super) fn unknown_chain(config: &Config) -> Option<Chain> {
     let mut rules = match hijacks_local(config) {
         // a target may hijack DNS whatever its address
         true => vec![jump(EXEMPT), vec![Stmt::NotDport(53), Stmt::jump("bypass")]],
@@ -83,5 +83,5 @@ pub(super) fn unknown_chain(config: &Config) -> Chain {
     // in a network namespace that such a cgroup has made
     rules.push(neighbour_discovery());
     rules.push(vec![Stmt::Counter, Stmt::drop()]);
-    chain(UNKNOWN, rules)
+    chain(UNKNOWN, rules).when(!config.holds.is_empty())
 }

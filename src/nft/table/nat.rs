@@ -9,9 +9,17 @@ use crate::net::{Family, L4};
 use crate::netlink::uapi::*;
 use crate::nft::stmt::Stmt;
 
+pub(super) fn chains(config: &Config) -> Vec<Chain> {
+    let own = nat_chain(config, "nat_output", NF_INET_LOCAL_OUT);
+    let routed = nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING);
+    let routed = routed.and_then(|routed| routed.when(hands_over(config)));
+    let all = [own, routed, routed_answer_chain(config), source_chain(config)];
+    all.into_iter().flatten().collect()
+}
+
 /// The hijacking itself, of flows that `dns_chain` has chosen. A router's clients cannot be sent to
 /// a loopback address: for them it stands for this host's address on their interface.
-pub(super) fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
+fn nat_chain(config: &Config, name: &str, hook: u32) -> Option<Chain> {
     let routed = hook == NF_INET_PRE_ROUTING;
     let rule = |(outlet, l4, to): (&Outlet, L4, SocketAddr)| {
         let own = Stmt::CtMark(match routed {
@@ -29,7 +37,7 @@ pub(super) fn nat_chain(config: &Config, name: &str, hook: u32) -> Chain {
     };
     let rules = hijacked(config).map(rule).collect();
     // the first chain that translates a flow decides: before others, whoever came first
-    chain(name, rules).hooked("nat", hook, NF_IP_PRI_NAT_DST - 1)
+    chain(name, rules).hooked("nat", hook, NF_IP_PRI_NAT_DST - 1).unless_empty()
 }
 
 /// DNS that is hijacked: whose, of which protocol, and where it goes.
@@ -49,7 +57,7 @@ fn hijacked_here(config: &Config) -> impl Iterator<Item = (&Outlet, L4, SocketAd
 /// address, but from the very address that was asked. Of several that their interface has, that is
 /// the first, which need not be the one that leads to the client. TCP knows by which it was asked.
 /// To a link-local address there is a way back by its interface alone.
-pub(super) fn routed_answer_chain(config: &Config) -> Option<Chain> {
+fn routed_answer_chain(config: &Config) -> Option<Chain> {
     let udp = |(_, l4, _): &(&Outlet, L4, SocketAddr)| *l4 == L4::Udp && hands_over(config);
     let rule = |(outlet, l4, to): (&Outlet, L4, SocketAddr)| {
         let family = Family::of(&to.ip());
@@ -64,7 +72,7 @@ pub(super) fn routed_answer_chain(config: &Config) -> Option<Chain> {
 }
 
 /// Where source addresses are translated.
-pub(super) fn source_chain(config: &Config) -> Option<Chain> {
+fn source_chain(config: &Config) -> Option<Chain> {
     let rules = [answer_rules(config), masquerade_rules(config)].concat();
     // before others, as in `nat_chain`
     chain("nat_postrouting", rules)

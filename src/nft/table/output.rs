@@ -17,12 +17,13 @@ use crate::net::{Owner, L4};
 use crate::netlink::uapi::*;
 use crate::nft::expr::Verdict;
 use crate::nft::stmt::Stmt;
+use crate::small::SmallSet;
 
 /// The chain whose rules depend on the cgroups that exist.
 pub const OUTPUT: &str = "output";
 
 /// The chain for packets of flows that are marked.
-pub(super) const MARKED: &str = "marked";
+const MARKED: &str = "marked";
 
 /// The chains whose rules depend on the cgroups that exist, with their rules.
 pub fn classifying(config: &Config, shape: &Shape) -> Vec<(String, Vec<Rule>)> {
@@ -36,8 +37,19 @@ pub fn classifying(config: &Config, shape: &Shape) -> Vec<(String, Vec<Rule>)> {
     below.chain(marked).chain(hold).chain([output]).collect()
 }
 
+/// These chains as they are without cgroups: `output` alone has rules.
+pub(super) fn classifying_chains(config: &Config) -> Vec<Chain> {
+    let deepest_first = (0..DEPTHS.len()).rev().map(below_name);
+    let marked = config.marks_flows().then(|| MARKED.to_string());
+    let hold = hold_rules(config, None).into_iter().map(|(name, _)| name);
+    let empty = deepest_first.chain(marked).chain(hold).map(|name| chain(name, Vec::new()));
+    // the type that routes again when a chain changes the mark
+    let output = chain(OUTPUT, output_rules(config, &Shape::default()));
+    empty.chain([output.hooked("route", NF_INET_LOCAL_OUT, NF_IP_PRI_MANGLE)]).collect()
+}
+
 /// Rules of `output`. A packet that no target takes passes no address look-up here.
-pub(super) fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
+fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     let mut rules = Vec::from_iter(moving_first(config));
     // cheapest test first; covers every local address, for those leave by lo
     match (knows_spoofed(config), hijacks_local(config)) {
@@ -190,7 +202,7 @@ fn gate_rules(shape: &Shape, from: Stage) -> Vec<Rule> {
 }
 
 /// The chain that a stage's gates lead to.
-pub(super) fn below_name(stage: Stage) -> String {
+fn below_name(stage: Stage) -> String {
     format!("below_{}", DEPTHS[stage])
 }
 
@@ -205,13 +217,24 @@ fn below_rules(config: &Config, shape: &Shape, stage: Stage) -> Vec<Rule> {
     rules
 }
 
-pub(super) fn owners_name(class: u16) -> String {
+fn owners_name(class: u16) -> String {
     format!("user{class}")
+}
+
+/// The chains of lines for owners, and of what comes behind such lines.
+pub(super) fn owner_chains(config: &Config) -> Vec<Chain> {
+    let behind = || config.outcomes().filter(|outcome| outcome.class > 0);
+    let many = |class: &u16| owner_rules(config, *class).len() > FEW;
+    let default = Some(config.default_outcome().class).filter(|class| *class > 0);
+    let classes = behind().map(|outcome| outcome.class).filter(many).chain(default);
+    let owners = |class| chain(owners_name(class), owner_rules(config, class));
+    let owners = SmallSet::from_iter(classes).into_iter().map(owners);
+    owners.chain(behind().map(|outcome| behind_owners_chain(config, outcome))).collect()
 }
 
 /// The lines for owners that come before what is of that class. What a target's chain is given does
 /// not come back from there.
-pub(super) fn owner_rules(config: &Config, class: u16) -> Vec<Rule> {
+fn owner_rules(config: &Config, class: u16) -> Vec<Rule> {
     let lines = config.owner_rules_before(class).iter();
     let rules = lines.flat_map(|line| {
         let rule = |owner: &Owner| vec![Stmt::Owner(*owner), enter(config, line.target)];
@@ -221,11 +244,11 @@ pub(super) fn owner_rules(config: &Config, class: u16) -> Vec<Rule> {
 }
 
 /// So many are said in each chain that begins with them: a jump costs a packet some nanoseconds.
-pub(super) const FEW: usize = 4;
+const FEW: usize = 4;
 
 /// Sockets of cgroups that come behind lines for owners. What the kernel sends for a socket that no
 /// process has any more has no owner, and goes where its flow went.
-pub(super) fn behind_owners_chain(config: &Config, outcome: Outcome) -> Chain {
+fn behind_owners_chain(config: &Config, outcome: Outcome) -> Chain {
     let to = enter(config, outcome.target);
     let mut rules = owner_rules(config, outcome.class);
     if rules.len() > FEW {
@@ -246,10 +269,16 @@ pub(super) fn behind_owners_chain(config: &Config, outcome: Outcome) -> Chain {
     chain(named("in", config, outcome), rules)
 }
 
+/// What the flow of a packet decides, where its cgroup does not.
+pub(super) fn flow_chains(config: &Config) -> Vec<Chain> {
+    let ownerless = ownerless_chain().when(drops_ownerless(config));
+    [spoofed_chain(config), ownerless, sticky_chain(config)].into_iter().flatten().collect()
+}
+
 /// Of packets that conntrack can make nothing of, those that no process sends: nothing tells any
 /// more that their flow was not a proxy's. For a remote host it is a proxy's socket that speaks, to a
 /// client whose flow is over; Linux 6.12 knows no owner of that.
-pub(super) fn ownerless_chain() -> Chain {
+fn ownerless_chain() -> Chain {
     let accepted = [Stmt::HasOwner, Stmt::ForeignSource].map(|which| vec![which, Stmt::accept()]);
     chain("ownerless", [&accepted[..], &[vec![Stmt::drop()]]].concat())
 }
@@ -264,19 +293,19 @@ fn spoofed_rule(config: &Config) -> Rule {
 }
 
 /// What leaves by lo.
-pub(super) fn lo_chain(config: &Config) -> Chain {
+pub(super) fn lo_chain(config: &Config) -> Option<Chain> {
     let mut last = vec![Stmt::accept()];
     if hijacks_local(config) {
         last.insert(0, Stmt::NotDport(53));
     }
-    chain("lo", vec![spoofed_rule(config), last])
+    chain("lo", vec![spoofed_rule(config), last]).when(knows_spoofed(config))
 }
 
 /// Flows that are known by their ct mark. Marks that we do not know (of a tproxy that a reload took
 /// away) fall through to the end of `output`: they go where what is not known goes. UDP is not
 /// known by its flow: another may have used the port before, and what has no owner is a tunnel's of the
 /// kernel, one flow of which carries what all kinds of processes and a router's clients send.
-pub(super) fn sticky_chain(config: &Config) -> Chain {
+fn sticky_chain(config: &Config) -> Option<Chain> {
     let direct = config.direct_mark();
     let udp = Stmt::L4proto(L4::Udp);
     let mut rules = Vec::new();
@@ -306,7 +335,7 @@ pub(super) fn sticky_chain(config: &Config) -> Chain {
     if !map.is_empty() {
         rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
     }
-    chain("sticky", rules)
+    chain("sticky", rules).when(config.marks_flows())
 }
 
 /// What is left of a flow that a proxy began. The kernel's own packets for an application's TCP
@@ -314,7 +343,7 @@ pub(super) fn sticky_chain(config: &Config) -> Chain {
 /// `tproxy` of any target finds the very socket that they are for. Port unreachable and the like
 /// would tell the true destination. What the proxy itself sends, and what a process sends by UDP,
 /// goes where its cgroup is to go.
-pub(super) fn spoofed_chain(config: &Config) -> Chain {
+fn spoofed_chain(config: &Config) -> Option<Chain> {
     let any = config.tproxies.first().map_or(0, |tproxy| tproxy.outlet.mark);
     let own = Stmt::SetPacketMark(mark(config, any));
     let rules = vec![
@@ -323,13 +352,13 @@ pub(super) fn spoofed_chain(config: &Config) -> Chain {
         vec![Stmt::HasOwner, Stmt::back()],
         vec![Stmt::drop()],
     ];
-    chain("spoofed", rules)
+    chain("spoofed", rules).when(!config.tproxies.is_empty())
 }
 
 /// Others restore the ct mark into packets (CONNMARK --restore-mark): a proxy's answers to a
 /// router's clients, and DNS on its way to a resolver elsewhere, must not be routed to lo by that.
 /// Behind theirs; a change makes the kernel route anew.
-pub(super) fn unmark_chain(config: &Config) -> Chain {
+pub(super) fn unmark_chain(config: &Config) -> Option<Chain> {
     let none = Stmt::SetPacketMark(mark(config, 0));
     let mut rules = vec![vec![Stmt::PacketMark(mark(config, 0)), Stmt::accept()]];
     if !config.routes.is_empty() {
@@ -339,5 +368,6 @@ pub(super) fn unmark_chain(config: &Config) -> Chain {
     }
     rules.push([answers(config), vec![none.clone(), Stmt::accept()]].concat());
     rules.push(vec![Stmt::Dnatted, none, Stmt::accept()]);
-    chain("unmark", rules).hooked("route", NF_INET_LOCAL_OUT, NF_IP_PRI_SECURITY)
+    let unmark = chain("unmark", rules).hooked("route", NF_INET_LOCAL_OUT, NF_IP_PRI_SECURITY);
+    unmark.when(config.routes_to_tproxy())
 }

@@ -10,10 +10,22 @@ use crate::netlink::uapi::*;
 use crate::nft::expr::Verdict;
 use crate::nft::stmt::Stmt;
 
+/// The guard, and what it goes to.
+pub(super) fn chains(config: &Config) -> Vec<Chain> {
+    let mut chains = Vec::from_iter(sourceless_chain(config));
+    chains.extend(strayed_chain(config));
+    chains.extend(config.tproxies.iter().map(|tproxy| astray_chain(&tproxy.outlet)));
+    chains.extend(config.routes.iter().flat_map(off_course_chains));
+    chains.extend(config.routes.iter().map(|route| here_chain(&route.outlet)));
+    chains.extend(home_chain(config));
+    chains.extend(guard_chain(config));
+    chains
+}
+
 /// A marked packet that is not on its way to lo: the ip rules or the route are missing. It must not
 /// leave by another interface. In postrouting, since `oif` of the output hook stays what it was
 /// before the mark.
-pub(super) fn guard_chain(config: &Config) -> Chain {
+fn guard_chain(config: &Config) -> Option<Chain> {
     let mut map: Vec<_> = config.tproxies.iter().map(|t| by_mark("astray", &t.outlet)).collect();
     if !map.is_empty() {
         // others restore the mark of a flow that a proxy began into packets of it
@@ -40,13 +52,14 @@ pub(super) fn guard_chain(config: &Config) -> Chain {
     if !map.is_empty() {
         rules.push(vec![Stmt::PacketMarkMap { mask: config.mask, map }]);
     }
-    chain("guard", rules).hooked("filter", NF_INET_POST_ROUTING, NF_IP_PRI_MANGLE)
+    let guard = chain("guard", rules).hooked("filter", NF_INET_POST_ROUTING, NF_IP_PRI_MANGLE);
+    guard.when(has_outlets(config))
 }
 
 /// Packets of a route that are about to leave by another interface than its own: bound to a device,
 /// or the ip rules or the table are not what they should be. What came in by its interface, for a
 /// router's client, has the mark for the look-up of the way back alone.
-pub(super) fn off_course_chains(route: &Route) -> Vec<Chain> {
+fn off_course_chains(route: &Route) -> Vec<Chain> {
     let name = own_chain("astray", &route.outlet);
     let rest = vec![Stmt::Counter, Stmt::drop()];
     match (keeps_course(route), &*route.interface) {
@@ -83,15 +96,16 @@ pub fn ways(config: &Config, devices: &Devices) -> Vec<(String, Vec<Rule>)> {
 }
 
 /// What is marked and on its way to this host.
-pub(super) fn home_chain(config: &Config) -> Chain {
+fn home_chain(config: &Config) -> Option<Chain> {
     let map = config.routes.iter().map(|route| by_mark("here", &route.outlet)).collect();
-    chain("home", vec![vec![Stmt::PacketMarkMap { mask: config.mask, map }]])
+    let home = chain("home", vec![vec![Stmt::PacketMarkMap { mask: config.mask, map }]]);
+    home.when(!config.routes.is_empty())
 }
 
 /// What a route has no way for. TCP is told so where it comes back in; what else goes on to be sent
 /// must not become known to conntrack, which would keep it from getting the right source address once
 /// there is a way.
-pub(super) fn here_chain(outlet: &Outlet) -> Chain {
+fn here_chain(outlet: &Outlet) -> Chain {
     let rules = vec![
         vec![Stmt::L4proto(L4::Tcp), Stmt::accept()],
         vec![Stmt::Dnatted, Stmt::Local, Stmt::accept()],
@@ -102,24 +116,24 @@ pub(super) fn here_chain(outlet: &Outlet) -> Chain {
 }
 
 /// Such packets of a target: most often of a socket that is bound to another device.
-pub(super) fn astray_chain(outlet: &Outlet) -> Chain {
+fn astray_chain(outlet: &Outlet) -> Chain {
     chain(own_chain("astray", outlet), vec![vec![Stmt::Counter, Stmt::drop()]])
 }
 
 /// The same for routed packets. Answers to them may bear their mark (the sysctls fwmark_reflect and
 /// tcp_fwmark_accept) and go their way.
-pub(super) fn strayed_chain(config: &Config) -> Chain {
+fn strayed_chain(config: &Config) -> Option<Chain> {
     let rules = vec![
         accept_answers(config),
         vec![Stmt::Original, Stmt::CtMark(spoofed(config)), Stmt::accept()],
         vec![Stmt::Counter, Stmt::drop()],
     ];
-    chain("strayed", rules)
+    chain("strayed", rules).when(!config.tproxies.is_empty())
 }
 
 /// An interface that has just lost its address: masquerading would have taken that of another, and
 /// the answers would come in by that. Behind it, and before conntrack knows the flow.
-pub(super) fn sourceless_chain(config: &Config) -> Option<Chain> {
+fn sourceless_chain(config: &Config) -> Option<Chain> {
     let masqueraded = config.routes.iter().filter(|route| route.masquerades());
     let mut rules: Vec<Rule> = masqueraded
         .filter(|route| !route.interface.is_empty())

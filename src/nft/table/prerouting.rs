@@ -11,10 +11,23 @@ use crate::netlink::uapi::*;
 use crate::nft::expr::Verdict;
 use crate::nft::stmt::Stmt;
 
+/// What each target of its own goes on to: those of `gateway` do so, too.
+pub(super) fn target_chains(config: &Config) -> Vec<Chain> {
+    let receive = config.tproxies.iter().map(|tproxy| receive_chain(config, tproxy));
+    receive.chain(config.routes.iter().map(|route| closed_chain(&route.outlet))).collect()
+}
+
+/// The hook, and what it alone goes to.
+pub(super) fn chains(config: &Config) -> Vec<Chain> {
+    let [regain, remark] = [regain_chain(config), remark_chain(config)];
+    let all = [regain, remark, prerouting_chain(config), martians_chain(config)];
+    all.into_iter().flatten().collect()
+}
+
 /// Where the packets of local processes come back in. Late, since Linux takes no packet that has
 /// its socket for a loopback one any more: firewalld's look-up of the way back, in a chain of
 /// priority 10, would drop it.
-pub(super) fn prerouting_chain(config: &Config) -> Chain {
+fn prerouting_chain(config: &Config) -> Option<Chain> {
     let mask = config.mask;
     let mut local: Vec<_> = config.tproxies.iter().map(|t| by_mark("tproxy", &t.outlet)).collect();
     if !local.is_empty() {
@@ -40,12 +53,12 @@ pub(super) fn prerouting_chain(config: &Config) -> Chain {
     }
     push(vec![Stmt::PacketMarkMap { mask, map: local }]);
     rules.extend(others);
-    prerouting("prerouting", NF_IP_PRI_SECURITY, rules)
+    prerouting("prerouting", NF_IP_PRI_SECURITY, rules).when(has_outlets(config))
 }
 
 /// Where the packets come back in by lo. With no listener evaluation goes on behind `tproxy`, and
 /// the packet would reach this host's own wildcard sockets: so refuse it.
-pub(super) fn receive_chain(config: &Config, tproxy: &Tproxy) -> Chain {
+fn receive_chain(config: &Config, tproxy: &Tproxy) -> Chain {
     let port = tproxy.port;
     let to = |family, address: Option<IpAddr>| {
         let tproxy = Stmt::Tproxy { family, address, port };
@@ -67,7 +80,7 @@ pub(super) fn receive_chain(config: &Config, tproxy: &Tproxy) -> Chain {
 
 /// Where it comes back in, by lo, or as a packet for this host. It must not reach this host's own
 /// wildcard sockets. Hijacked DNS may go to a resolver here.
-pub(super) fn closed_chain(outlet: &Outlet) -> Chain {
+fn closed_chain(outlet: &Outlet) -> Chain {
     let rules = vec![
         vec![Stmt::Dnatted, Stmt::Local, Stmt::accept()],
         vec![Stmt::Reply, Stmt::Local, Stmt::accept()],
@@ -115,7 +128,7 @@ pub(super) fn begun_rule(config: &Config, route: &Route, name: &str) -> Rule {
 /// another program that restores ct marks. Where there is one proxy, it is known which. Else the
 /// packet finds the proxy by the socket that is for its address alone, or is no more: it must not
 /// reach this host's own wildcard sockets.
-pub(super) fn regain_chain(config: &Config) -> Chain {
+fn regain_chain(config: &Config) -> Option<Chain> {
     let rules = match &config.tproxies[..] {
         [tproxy] => {
             let own = Stmt::SetPacketMark(mark(config, tproxy.outlet.mark));
@@ -126,19 +139,19 @@ pub(super) fn regain_chain(config: &Config) -> Chain {
             vec![Stmt::Reply, Stmt::drop()],
         ],
     };
-    chain("regain", rules)
+    chain("regain", rules).when(!config.tproxies.is_empty())
 }
 
 /// A routed packet that has its socket already gets the mark by which it is routed to that. Hijacked
 /// DNS goes where it was translated to.
-pub(super) fn remark_chain(config: &Config) -> Chain {
+fn remark_chain(config: &Config) -> Option<Chain> {
     let set = |value| Stmt::SetPacketMark(mark(config, value));
     let rules = vec![
         accept_answers(config),
         vec![Stmt::Dnatted, set(0), Stmt::accept()],
         vec![set(config.gateway_mark()), Stmt::accept()],
     ];
-    chain("remark", rules)
+    chain("remark", rules).when(config.routes_to_tproxy())
 }
 
 /// The name of the chain that keeps others from this host's loopback addresses.
@@ -146,7 +159,7 @@ pub const MARTIANS: &str = "martians";
 
 /// Where answers to a process that has asked from a loopback address may come in by an interface
 /// (route_localnet), nothing else may. Before addresses are translated.
-pub(super) fn martians_chain(config: &Config) -> Option<Chain> {
+fn martians_chain(config: &Config) -> Option<Chain> {
     let open = config.routes.iter().filter(|route| route.sends_from_loopback());
     let rule = |route: &Route| {
         vec![

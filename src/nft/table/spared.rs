@@ -7,11 +7,18 @@ use crate::config::Config;
 use crate::net::{Family, Owner, L4};
 use crate::nft::stmt::Stmt;
 
+/// `bypass`, and what is gone to from many chains.
+pub(super) fn chains(config: &Config) -> Vec<Chain> {
+    let exempt = chain(EXEMPT, exempt_rules(config)).when(hijacks_local(config));
+    let bypass = chain("bypass", spared_rules(config));
+    leave_chain(config).into_iter().chain(exempt).chain([bypass, neighbours_chain()]).collect()
+}
+
 /// What `bypass` is made of where DNS is hijacked whatever its address.
 pub(super) const EXEMPT: &str = "exempt";
 
 /// What is left alone whatever the target and the address.
-pub(super) fn exempt_rules(config: &Config) -> Vec<Rule> {
+fn exempt_rules(config: &Config) -> Vec<Rule> {
     let mut rules = vec![accept_answers(config)];
     rules.extend(config.bypass_marks.iter().map(|m| vec![Stmt::PacketMark(*m), leave(config)]));
     rules.extend(config.bypass_dscps.iter().flat_map(|dscp| {
@@ -60,7 +67,7 @@ pub(super) fn neighbour_discovery() -> Rule {
 
 const NEIGHBOURS: &str = "neighbours";
 
-pub(super) fn neighbours_chain() -> Chain {
+fn neighbours_chain() -> Chain {
     chain(NEIGHBOURS, vec![vec![Stmt::HasOwner, Stmt::back()], vec![Stmt::accept()]])
 }
 
@@ -85,7 +92,7 @@ pub(super) fn local_rules(config: &Config) -> Vec<Rule> {
 /// others began.
 ///
 /// More rules than one, since a packet without conntrack ends each early.
-pub(super) fn leave_chain(config: &Config) -> Chain {
+fn leave_chain(config: &Config) -> Option<Chain> {
     let direct = mark(config, config.direct_mark());
     let mut own = vec![Stmt::Original];
     if knows_spoofed(config) {
@@ -107,5 +114,5 @@ pub(super) fn leave_chain(config: &Config) -> Chain {
         rules.push([own, vec![Stmt::SetCtMark(direct)]].concat());
     }
     rules.push(vec![Stmt::accept()]);
-    chain("leave", rules)
+    chain("leave", rules).when(leaves_marks(config))
 }

@@ -2,7 +2,7 @@
 //! tproxy ([`to_chains`]) or a route ([`way_chains`]). Below these, what both have in common with what
 //! is routed for others: switches, ports, destinations.
 
-use super::dns::{dns_first, dns_rules, query_rules};
+use super::dns::{dns_chain, dns_first, dns_rules, query_rules};
 use super::sets::{has_ranges, ports_name, range_name, BYPASS, ONLY};
 use super::spared::{local_rules, neighbour_discovery, spared_by_others, spared_of};
 use super::words::*;
@@ -11,8 +11,19 @@ use crate::config::{Config, Outlet, Route, Take, QUIC_PORTS};
 use crate::net::{Family, Ranges, L4};
 use crate::nft::stmt::Stmt;
 
-pub(super) fn drop_chain(config: &Config) -> Chain {
-    chain("to_drop", [local_rules(config), drop_rules(config)].concat())
+/// The chains of all targets but direct, whose chain leads back to these by the marks of flows.
+pub(super) fn chains(config: &Config) -> Vec<Chain> {
+    let mut chains = vec![chain("to_drop", [local_rules(config), drop_rules(config)].concat())];
+    chains.extend(refuse_chain().when(config.outlets().any(Outlet::rejects)));
+    for outlet in config.outlets() {
+        chains.extend(cut_chain(outlet));
+        chains.extend(dns_chain(config, outlet));
+        chains.extend(match route_of(config, outlet) {
+            None => to_chains(config, outlet),
+            Some(route) => way_chains(config, route),
+        });
+    }
+    chains
 }
 
 /// Each packet comes by here: a jump would cost it as much as two of these rules, and what is another
@@ -43,7 +54,7 @@ pub(super) fn direct_chain(config: &Config) -> Chain {
 }
 
 /// The chains by which a target takes packets of this host's processes.
-pub(super) fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
+fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     let [mut rules, dns] = dns_first(outlet, dns_rules(outlet));
     rules.extend(local_rules(config));
     rules.extend(short_cuts(config, outlet));
@@ -73,7 +84,7 @@ pub(super) fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
 /// What conntrack has of a flow is bound to the source address that it left with, so it goes on by
 /// the way that it began by, the kernel's own errors and what answers others by the same interface
 /// too; and what began by another cannot go on by this: TCP is told so.
-pub(super) fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
+fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
     let (outlet, own) = (&route.outlet, mark(config, route.outlet.mark));
     let out = vec![Stmt::SetPacketMark(own), Stmt::accept()];
     let known = [Stmt::CtMark(own), Stmt::Counter];
@@ -257,7 +268,7 @@ pub(super) fn cut_rules(outlet: &Outlet) -> Vec<Rule> {
 }
 
 /// The chain that these rules jump to.
-pub(super) fn cut_chain(outlet: &Outlet) -> Option<Chain> {
+fn cut_chain(outlet: &Outlet) -> Option<Chain> {
     let cuts = all_cuts(outlet);
     let spared = [bypass_rules(outlet, &Stmt::back()), only_rules(outlet, &Stmt::back())].concat();
     let is_used = !cuts.is_empty() && outlet.picks();
@@ -293,7 +304,7 @@ fn switches(outlet: &Outlet, take: Take, leave: &Stmt) -> Vec<Rule> {
 /// is refused go on by TCP. An unreachable port is what they take for an answer in both families.
 const REFUSE: &str = "refuse";
 
-pub(super) fn refuse_chain() -> Chain {
+fn refuse_chain() -> Chain {
     chain(REFUSE, vec![vec![Stmt::L4proto(L4::Tcp), Stmt::Reset], vec![Stmt::Unreachable]])
 }
 

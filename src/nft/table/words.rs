@@ -21,6 +21,10 @@ impl Chain {
         Chain { base: Some(Base { kind, hook, priority }), ..self }
     }
 
+    pub(super) fn when(self, needed: bool) -> Option<Chain> {
+        Some(self).filter(|_| needed)
+    }
+
     pub(super) fn unless_empty(self) -> Option<Chain> {
         Some(self).filter(|chain| !chain.rules.is_empty())
     }
