@@ -20,9 +20,12 @@ pub type Rank = u32;
 /// The cgroup, from the cgroup root, below which `exec` makes its own: `/cgtproxy/TARGET/PID`.
 pub const EXEC: &str = "/cgtproxy";
 
-/// What a rank stands for.
+/// What decides where sockets' flows go.
 #[derive(Debug, Clone, Copy)]
 pub enum Decision<'a> {
+    /// What such a user sends is left alone.
+    BypassUser,
+    Owner(&'a OwnerRule),
     /// `/cgtproxy/TARGET` goes to TARGET.
     BuiltIn,
     Pattern(&'a PatternRule),
@@ -189,7 +192,7 @@ pub fn covering<'a, L>(
 }
 
 /// The same of the lines that come before what is of that class.
-pub fn owner_rule(
+fn owner_rule(
     config: &Config,
     class: u16,
     uid: u32,
@@ -213,7 +216,26 @@ pub fn likely_target(config: &Config, outcome: Outcome, uid: u32) -> Target {
     }
 }
 
-/// The rule that a rank stands for.
+/// What decides for sockets of that owner in a cgroup of that rank, and their target: `None` where that
+/// depends on his group, which is not known.
+pub fn decision_for(
+    config: &Config,
+    rank: Rank,
+    uid: u32,
+    gid: Option<u32>,
+) -> (Option<Target>, Decision<'_>) {
+    if config.bypass_users.contains(&uid) {
+        return (Some(Target::Direct), Decision::BypassUser);
+    }
+    let outcome = outcome(config, rank);
+    match owner_rule(config, outcome.class, uid, gid) {
+        Ok(Some(rule)) => (Some(rule.target), Decision::Owner(rule)),
+        Ok(None) => (Some(outcome.target), decision(config, rank)),
+        Err(GroupUnknown) => (None, decision(config, rank)),
+    }
+}
+
+/// The rule that a rank stands for, whoever the owner is.
 pub fn decision(config: &Config, rank: Rank) -> Decision<'_> {
     match rank.checked_sub(first_configured(config)) {
         None => Decision::BuiltIn,

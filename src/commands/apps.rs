@@ -16,7 +16,7 @@ use crate::cgroup::core::Core;
 use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount::{self, Root};
 use crate::cgroup::tree::{Node, Path};
-use crate::config::{propose, Config, Place, Target};
+use crate::config::{propose, Config, OwnerRule, PatternRule, Place, Target};
 use crate::error::Result;
 use crate::host;
 use crate::json::Json;
@@ -111,42 +111,6 @@ enum Whereabouts {
     Unknown,
 }
 
-/// Who decides where the flows go.
-#[derive(Debug)]
-enum Decides<'a> {
-    /// A line of `[rules]`, and its text.
-    Rule(&'a Place, &'a str),
-    /// `/cgtproxy/TARGET` goes to TARGET.
-    BuiltIn,
-    /// Nobody: what the user sends is left alone.
-    BypassUser,
-    Default,
-    /// What decided before the cgroup was removed.
-    Before,
-}
-
-/// What decides for a user's sockets in a cgroup of that rank. The group of a socket is not told:
-/// the target is `None` where it depends on that.
-fn decision(config: &Config, rank: policy::Rank, uid: u32) -> (Option<Target>, Decides<'_>) {
-    let outcome = policy::outcome(config, rank);
-    match policy::owner_rule(config, outcome.class, uid, None) {
-        Ok(Some(rule)) => (Some(rule.target), Decides::Rule(&rule.place, &rule.text)),
-        Ok(None) => (Some(outcome.target), Decides::of(config, rank)),
-        Err(policy::GroupUnknown) => (None, Decides::of(config, rank)),
-    }
-}
-
-impl Decides<'_> {
-    /// Of the pattern that a cgroup of that rank has.
-    fn of(config: &Config, rank: policy::Rank) -> Decides<'_> {
-        match policy::decision(config, rank) {
-            Decision::Pattern(rule) => Decides::Rule(&rule.place, &rule.text),
-            Decision::BuiltIn => Decides::BuiltIn,
-            Decision::Default => Decides::Default,
-        }
-    }
-}
-
 /// One cgroup and user, or container.
 struct App<'a> {
     home: Whereabouts,
@@ -158,7 +122,8 @@ struct App<'a> {
     talker: Talker,
     /// The name of the target; `None` where that cannot be told.
     target: Option<String>,
-    decides: Decides<'a>,
+    /// `None` of a removed cgroup: what did so before.
+    decides: Option<Decision<'a>>,
     /// A line for `[rules]`.
     line: Option<String>,
 }
@@ -181,7 +146,8 @@ impl<'a> Apps<'a> {
             core.tree().iter().map(|(path, node)| (node.id, (path, node))).collect();
         // who sees all cgroups knows that what is not there is gone
         let is_whole = root.level == 0 && geteuid().is_root() && mount::find_first_namespace();
-        let default = || Some(config.target_name(config.default).to_string());
+        let named = |target: Option<Target>| Some(config.target_name(target?).to_string());
+        let default = Some(Decision::Default);
         let mut users = HashMap::new();
         let mut all = Vec::new();
         for ((holder, uid), talker) in talkers {
@@ -189,24 +155,23 @@ impl<'a> Apps<'a> {
             let (id, home, target, decides) = match holder {
                 Holder::Cgroup(id) => match nodes.get(&id) {
                     Some((path, node)) => {
-                        let (target, decides) = decision(config, node.rank, uid);
-                        let target = target.map(|target| config.target_name(target).to_string());
-                        (Some(id), Whereabouts::Cgroup(Path::clone(path)), target, decides)
+                        // the group of a socket is not told
+                        let (target, by) = policy::decision_for(config, node.rank, uid, None);
+                        (Some(id), Whereabouts::Cgroup(Path::clone(path)), target, Some(by))
                     }
-                    None if is_whole => (Some(id), Whereabouts::Removed, None, Decides::Before),
-                    None => (Some(id), Whereabouts::Elsewhere, None, Decides::Default),
+                    None if is_whole && config.bypass_users.contains(&uid) => {
+                        let (direct, by) = (Some(Target::Direct), Some(Decision::BypassUser));
+                        (Some(id), Whereabouts::Removed, direct, by)
+                    }
+                    None if is_whole => (Some(id), Whereabouts::Removed, None, None),
+                    None => (Some(id), Whereabouts::Elsewhere, None, default),
                 },
                 Holder::Tunnel(kind) => {
-                    (None, Whereabouts::Tunnel(kind), default(), Decides::Default)
+                    (None, Whereabouts::Tunnel(kind), Some(config.default), default)
                 }
-                Holder::Unknown => (None, Whereabouts::Unknown, None, Decides::Default),
+                Holder::Unknown => (None, Whereabouts::Unknown, None, default),
             };
-            let sends = matches!(home, Whereabouts::Cgroup(_) | Whereabouts::Removed);
-            let (target, decides) = match sends && config.bypass_users.contains(&uid) {
-                true => (Some(config.target_name(Target::Direct).to_string()), Decides::BypassUser),
-                false => (target, decides),
-            };
-            let owner = Some((uid, user));
+            let (target, owner) = (named(target), Some((uid, user)));
             all.push(App { home, id, owner, veth: None, talker, target, decides, line: None });
         }
         all.sort_by(|a, b| {
@@ -221,8 +186,8 @@ impl<'a> Apps<'a> {
                 owner: None,
                 veth: Some(container.veth),
                 talker: Talker::default(),
-                target: Some(config.target_name(container.target).to_string()),
-                decides: Decides::of(config, node.rank),
+                target: named(Some(container.target)),
+                decides: Some(policy::decision(config, node.rank)),
                 line: None,
             })
         }));
@@ -234,7 +199,7 @@ impl<'a> Apps<'a> {
 
     /// What becomes of removed cgroups, the table alone knows. Without CAP_NET_ADMIN nobody does.
     fn ask_kernel(&mut self) {
-        let unknown = |app: &&mut App| matches!(app.decides, Decides::Before);
+        let unknown = |app: &&mut App| app.decides.is_none();
         let mut unknown = self.all.iter_mut().filter(unknown).peekable();
         if unknown.peek().is_none() || !sys::has_net_admin() {
             return;
@@ -263,7 +228,7 @@ impl<'a> Apps<'a> {
         let wanted: Vec<usize> = (0..self.all.len())
             .filter(|at| {
                 let app = &self.all[*at];
-                let decides = matches!(app.decides, Decides::Default);
+                let decides = matches!(app.decides, Some(Decision::Default));
                 decides && app.talks() && app.path().is_some()
             })
             .collect();
@@ -405,19 +370,22 @@ impl App<'_> {
     /// What decides, and by which rule.
     fn decides(&self) -> (&'static str, Value) {
         let (decides, text) = match self.decides {
-            Decides::Rule(Place { file, line }, text) => {
+            Some(
+                Decision::Owner(OwnerRule { place: Place { file, line }, text, .. })
+                | Decision::Pattern(PatternRule { place: Place { file, line }, text, .. }),
+            ) => {
                 let name = file.file_name().unwrap_or_default().to_string_lossy();
                 let json = Json::Object(vec![
                     ("file", Json::text(file.to_string_lossy())),
                     ("line", Json::or_null(Some(*line))),
-                    ("match", Json::text(text)),
+                    ("match", Json::text(&**text)),
                 ]);
                 return ("rule", Value::new(format!("{name}:{line}"), json));
             }
-            Decides::BuiltIn => ("built-in", "built in"),
-            Decides::BypassUser => ("bypass-user", "bypass-user"),
-            Decides::Default => ("default", "default"),
-            Decides::Before => ("before", "as before"),
+            Some(Decision::BuiltIn) => ("built-in", "built in"),
+            Some(Decision::BypassUser) => ("bypass-user", "bypass-user"),
+            Some(Decision::Default) => ("default", "default"),
+            None => ("before", "as before"),
         };
         (decides, Value::new(text, Json::Null))
     }

@@ -197,35 +197,30 @@ fn describe(
             (rank, through) = (next, end);
         }
     }
-    let (outcome, decision) = (policy::outcome(config, rank), policy::decision(config, rank));
-    let before = config.owner_rules_before(outcome.class);
+    let outcome = policy::outcome(config, rank);
+    let (target, decision) = match owner {
+        Some((uid, gid)) => policy::decision_for(config, rank, uid, Some(gid)),
+        None => (None, policy::decision(config, rank)),
+    };
+    let target = target.unwrap_or(outcome.target);
     let line = |place: &Place, target: Target, text: &str| {
         format!("{place}: {} = {text}", config.target_name(target))
     };
-    let by_owner = owner.and_then(|(uid, gid)| {
-        if config.bypass_users.contains(&uid) {
-            return Some((Target::Direct, "bypass-user, whatever the target".to_string()));
-        }
-        let rule = policy::owner_rule(config, outcome.class, uid, Some(gid)).ok()??;
-        Some((rule.target, line(&rule.place, rule.target, &rule.text)))
-    });
-    let is_by_owner = by_owner.is_some();
-    let (target, rule) = by_owner.unwrap_or_else(|| {
-        let name = config.target_name(outcome.target);
-        let rule = match decision {
-            Decision::Default => "no rule matches, so the default decides".to_string(),
-            Decision::BuiltIn => format!("built in: {name} = {}/{name}", policy::EXEC),
-            Decision::Pattern(rule) => line(&rule.place, rule.target, &rule.text),
-        };
-        (outcome.target, rule)
-    });
-    let _ = writeln!(text, "{pid}{name}\n    target  {}", config.target_name(target));
+    let to = config.target_name(target);
+    let rule = match decision {
+        Decision::BypassUser => "bypass-user, whatever the target".to_string(),
+        Decision::Owner(rule) => line(&rule.place, rule.target, &rule.text),
+        Decision::BuiltIn => format!("built in: {to} = {}/{to}", policy::EXEC),
+        Decision::Pattern(rule) => line(&rule.place, rule.target, &rule.text),
+        Decision::Default => "no rule matches, so the default decides".to_string(),
+    };
+    let _ = writeln!(text, "{pid}{name}\n    target  {to}");
     let limits = config.outlet(target).map(Outlet::limits).unwrap_or_default();
     if !limits.is_empty() {
         let _ = writeln!(text, "    limits  {}", limits.join(", "));
     }
     let _ = writeln!(text, "    rule    {rule}");
-    if let Some((uid, gid)) = owner.filter(|_| is_by_owner) {
+    if let (Some((uid, gid)), Decision::BypassUser | Decision::Owner(_)) = (owner, decision) {
         let _ = writeln!(text, "    owner   uid {uid}, gid {gid}");
         return false;
     }
@@ -237,7 +232,7 @@ fn describe(
         }
     }
     // a process's own ids are known
-    for rule in before.iter().filter(|_| owner.is_none()) {
+    for rule in config.owner_rules_before(outcome.class).iter().filter(|_| owner.is_none()) {
         let _ = writeln!(text, "    unless  {}", line(&rule.place, rule.target, &rule.text));
     }
     if through > 0 {
