@@ -233,7 +233,17 @@ pub fn check(options: &Options, json: bool) -> Result<ExitCode> {
     }))
 }
 
+/// The kernel, opened once for all that is asked of it; or why it cannot be.
+struct Asked(Result<Kernel>);
+
+impl Asked {
+    fn kernel(&mut self) -> Result<&mut Kernel> {
+        self.0.as_mut().map_err(|error| error.clone())
+    }
+}
+
 fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
+    let asked = &mut Asked(Kernel::open());
     let cgroups = cgroups(config, findings.about("cgroup-root"));
     let core = cgroups.as_ref().map(|cgroups| &cgroups.core);
     rules(config, core, findings.about("rule"));
@@ -251,16 +261,16 @@ fn look_at_host(config: &Rc<Config>, findings: &mut Findings) -> Result<()> {
                 0 => "CAP_NET_ADMIN is in effect, and the one capability that run keeps",
                 _ => "CAP_NET_ADMIN is in effect; run keeps that and CAP_DAC_READ_SEARCH",
             });
-            features(config, findings.about("kernel-feature"));
-            levels(findings.about("cgroup-level"));
+            features(config, asked, findings.about("kernel-feature"));
+            levels(asked, findings.about("cgroup-level"));
         }
     }
-    let boxes = boxes(cgroups.as_ref(), findings.about("containers"));
-    host(config, core, findings);
-    routing(config, findings);
+    let boxes = boxes(cgroups.as_ref(), asked, findings.about("containers"));
+    host(config, core, asked, findings);
+    routing(config, asked, findings);
     // with the first container the policy has sections for them
     let with_boxes = config.with_containers().filter(|_| !boxes.is_empty());
-    others(with_boxes.as_ref().unwrap_or(config), boxes, findings);
+    others(with_boxes.as_ref().unwrap_or(config), boxes, asked, findings);
     sysctls(findings.about("sysctl"));
     accounting(config, findings.about("conntrack-accounting"));
     saved_rulesets(findings.about("saved-ruleset"));
@@ -311,11 +321,11 @@ fn refused(options: &Options, told: &[String], findings: &mut Findings) -> bool 
 }
 
 /// Whether the kernel counts levels as `run` does, where that has to be asked for.
-fn levels(findings: &mut Findings) {
+fn levels(asked: &mut Asked, findings: &mut Findings) {
     if mount::find_first_namespace() {
         return;
     }
-    match Kernel::open().and_then(|mut kernel| daemon::levels(&mut kernel)) {
+    match asked.kernel().and_then(daemon::levels) {
         Ok(Ok(base)) => {
             findings.ok(format!("the root of our cgroup namespace is level {base} to the kernel"))
         }
@@ -542,10 +552,10 @@ fn wanted_features(config: &Config) -> Vec<Feature> {
 }
 
 /// What this kernel's nf_tables can do of what we need.
-fn features(config: &Config, findings: &mut Findings) {
+fn features(config: &Config, asked: &mut Asked, findings: &mut Findings) {
     let features = wanted_features(config);
     let probes: Vec<Probe> = features.iter().map(|f| f.probe.clone()).collect();
-    match Kernel::open().and_then(|mut kernel| kernel.probe(&probes)) {
+    match asked.kernel().and_then(|kernel| kernel.probe(&probes)) {
         Err(error) => findings
             .error(format!("{error}; the kernel needs nf_tables (on OpenWrt: kmod-nft-core)")),
         Ok(said) => judge_features(&features, &said, findings),
@@ -575,7 +585,7 @@ fn judge_features(features: &[Feature], said: &[Option<Errno>], findings: &mut F
 }
 
 /// What the configuration needs of this host: listeners, resolvers, interfaces.
-fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
+fn host(config: &Config, core: Option<&Core>, asked: &mut Asked, findings: &mut Findings) {
     let host = Host::look();
     for (about, finding) in faults::of_host(config, &host) {
         findings.about(about);
@@ -585,7 +595,8 @@ fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
         }
     }
     if let Some(core) = core {
-        findings.about("loop").warnings(super::loops(config, &host, core));
+        let loops = super::loops(config, &host, core, asked.kernel().ok());
+        findings.about("loop").warnings(loops);
         findings.about("bound-socket").warnings(faults::bound(config, &host, core));
     }
     let hijacks = config.outlets().any(Outlet::hijacks_dns);
@@ -600,11 +611,11 @@ fn host(config: &Config, core: Option<&Core>, findings: &mut Findings) {
 }
 
 /// Containers that rules cover.
-fn boxes(cgroups: Option<&Cgroups>, findings: &mut Findings) -> Vec<Container> {
-    let (Some(cgroups), Ok(mut kernel)) = (cgroups, Kernel::open()) else {
+fn boxes(cgroups: Option<&Cgroups>, asked: &mut Asked, findings: &mut Findings) -> Vec<Container> {
+    let (Some(cgroups), Ok(kernel)) = (cgroups, asked.kernel()) else {
         return Vec::new();
     };
-    let all = containers::find(&mut kernel, cgroups);
+    let all = containers::find(kernel, cgroups);
     if !all.is_empty() {
         if cgroups.core.config().with_containers().is_none() {
             findings.warning(crate::containers::UNCOVERED);
@@ -622,14 +633,14 @@ fn asks_resolved(nsswitch: &str) -> bool {
 }
 
 /// Ip rules and routes of others that are in the way of ours.
-fn routing(config: &Config, findings: &mut Findings) {
+fn routing(config: &Config, asked: &mut Asked, findings: &mut Findings) {
     let mut needs = plan::needs(config);
     if needs.is_empty() {
         return;
     }
     let (mut hindrances, mut evaded) = (SmallSet::default(), SmallSet::default());
     let mut conflicting = SmallSet::default();
-    let found = Kernel::open().and_then(|mut kernel| {
+    let found = asked.kernel().and_then(|kernel| {
         needs.links = kernel.links_of(&needs);
         findings.about("route");
         needs.ways.iter().for_each(|way| way_out(way, &needs.links, findings));
@@ -734,16 +745,16 @@ fn conflicts(config: &Config, needs: &Needs, seen: &SeenRouting) -> Vec<String> 
 }
 
 /// A table of others with the name of ours, and chains that break what goes to a tproxy.
-fn others(config: &Config, boxes: Vec<Container>, findings: &mut Findings) {
+fn others(config: &Config, boxes: Vec<Container>, asked: &mut Asked, findings: &mut Findings) {
     if !sys::has_net_admin() {
         return;
     }
     findings.about("foreign-table");
-    let owner = Kernel::open().and_then(|mut kernel| match instance::holder(&mut kernel)? {
+    let owner = asked.kernel().and_then(|kernel| match instance::holder(kernel)? {
         None => Ok(kernel.table_owner()?.flatten()),
         Some(_) => Ok(None),
     });
-    let rules = Kernel::open().and_then(|mut kernel| kernel.rules());
+    let rules = asked.kernel().and_then(Kernel::rules);
     if let Ok(Some(owner)) = owner {
         findings.error(format!(
             "table inet {TABLE} is owned by another process (netlink port {owner}), so run does \
@@ -757,7 +768,7 @@ fn others(config: &Config, boxes: Vec<Container>, findings: &mut Findings) {
     }
     findings.about("foreign-chain");
     let ours = Ours::of(config).entered_by(boxes.into_iter().flat_map(Container::interfaces));
-    match Kernel::open().and_then(|mut kernel| kernel.others(&ours)) {
+    match asked.kernel().and_then(|kernel| kernel.others(&ours)) {
         Ok(found) => findings.warnings(found),
         Err(error) => findings.warning(error.to_string()),
     }

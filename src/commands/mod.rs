@@ -44,7 +44,12 @@ pub fn write(text: &str) -> Result<bool> {
 }
 
 /// A line for each proxy and each tunnel whose own traffic comes back to it.
-pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
+pub fn loops(
+    config: &Config,
+    host: &Host,
+    core: &Core,
+    kernel: Option<&mut Kernel>,
+) -> Vec<String> {
     let listeners = |port| {
         let all = host.listeners.iter().filter(move |listener| listener.local.port() == port);
         all.filter_map(|l| Some(diag::PortOwner { uid: l.uid, cgroup: l.cgroup? })).collect()
@@ -53,7 +58,7 @@ pub fn loops(config: &Config, host: &Host, core: &Core) -> Vec<String> {
     let ids = listeners.iter().flatten().map(|listener| listener.cgroup);
     let mut lines = loops::find(config, &listeners, core.homes(ids));
     if !config.routes.is_empty() {
-        let asked = Kernel::open().map(|mut kernel| {
+        let asked = kernel.map(|kernel| {
             let links = kernel.links_of(&plan::needs(config));
             (links, kernel.marked_sockets(&config.bypass_marks))
         });

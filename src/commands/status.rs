@@ -320,7 +320,7 @@ impl Status {
             cgroups = Cgroups::look(Rc::new(config.clone())).ok();
             if let Some(Cgroups { core, .. }) = &cgroups {
                 warnings.extend(faults::bound(config, &host, core));
-                loops = super::loops(config, &host, core);
+                loops = super::loops(config, &host, core, Some(kernel));
             }
             let found = cgroups.iter().flat_map(|cgroups| containers::find(kernel, cgroups));
             containers = entrances(config, &host, view, found);
