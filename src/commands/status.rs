@@ -339,7 +339,7 @@ impl Status {
             let on = family == Family::V4 || kernel::routing::ipv6_is_on();
             let view = view.filter(|_| on);
             let needs = view.map(|view| {
-                let mut needs = needs(config, view, &have);
+                let mut needs = needs_in_force(config, view, &have);
                 needs.links = kernel.links_of(&needs);
                 needs
             });
@@ -701,9 +701,9 @@ fn compare(family: Family, needs: Option<&Needs>, have: SmallSet<Entry>) -> Vec<
     all
 }
 
-/// What the table needs of rules and routes, with the numbers that those have which are there, or
-/// else the configuration.
-fn needs<'a>(config: &Config, view: &'a View, have: &SmallSet<Entry>) -> Needs<'a> {
+/// What the table in force needs of rules and routes, whatever the configuration says by now (that is
+/// `plan::needs`), with the numbers that those have which are there, or else the configuration.
+fn needs_in_force<'a>(config: &Config, view: &'a View, have: &SmallSet<Entry>) -> Needs<'a> {
     let tables = |mark: Mark| {
         let mut found: Vec<(u32, u32)> = rules(have)
             .filter(|rule| rule.mark == mark && rule.iif == "lo")
@@ -806,7 +806,7 @@ mod tests {
         let config = Config::default();
         let find = |view: &View, have: &[Entry]| {
             let have: SmallSet<Entry> = have.iter().cloned().collect();
-            let needs = needs(&config, view, &have);
+            let needs = needs_in_force(&config, view, &have);
             compare(Family::V4, Some(&needs), have)
         };
         let route = Entry::Route(crate::netlink::fib::IpRoute::new(Family::V4, 500));
