@@ -23,9 +23,7 @@ use crate::client::{
 use crate::containers::live;
 use crate::daemon::Daemon;
 use crate::gateway::Lan;
-use crate::ground::{
-    addr, any_of, ip_batch, moment, pipe, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES,
-};
+use crate::ground::{addr, any_of, ip_batch, pipe, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES};
 use crate::kernel::{await_member, load};
 use crate::routes::{set, tunnel_up, until_passes, until_refused, GATEWAYS, TUNNEL};
 use crate::world::{
@@ -383,83 +381,36 @@ fn others_go_the_new_way(ground: &Ground, policy: impl Fn(&str) -> String) {
 }
 
 const NUMBERLESS: &str = "[route vpn]\ninterface = vpn0\ngateway = 10.8.0.2\ngateway = fd00:8::2\n\
-                          [rules]\nvpn = /user/.*\ndrop = /apps/.*\n";
+                          [rules]\nvpn = /user/.*\n";
 
-/// Somebody's flows without number, which go by a route, and cgroups of another.
-struct Numberless {
-    daemon: Daemon,
-    apps: PathBuf,
-    /// How long such a cgroup takes to be in force where nothing is asked of the flows.
-    alone: Vec<Duration>,
-    _many: UdpSocket,
-}
-
-impl Numberless {
-    fn new(ground: &Ground, flows: u16) -> Numberless {
-        tunnel_up(ground);
-        // what is sent to nobody ends at the door
-        let sink = "table netdev sink { chain in {
-            type filter hook ingress device out0 priority 0; policy accept;
-            udp dport > 1024 drop;
-        }\n}";
-        ground.outside(|| load(sink));
-        let (user, apps) = (ground.cgroup("/user"), ground.cgroup("/apps"));
-        let daemon = Daemon::start(ground, NUMBERLESS, &[]);
-        let many = udp_in(&user, REMOTE4);
-        for port in 0..flows {
-            many.send_to(b"?", addr(REMOTE4, 1025 + port)).expect("send");
-        }
-        let mut all = Numberless { daemon, apps, alone: Vec::new(), _many: many };
-        all.alone = (0..20).map(|i| all.latency(&format!("alone{i}"))).collect();
-        all
+/// Somebody has so many flows that go directly; it lasts as long as the socket.
+fn numberless(ground: &Ground, flows: u16) -> UdpSocket {
+    // what is sent to nobody ends at the door
+    let sink = "table netdev sink { chain in {
+        type filter hook ingress device out0 priority 0; policy accept;
+        udp dport > 1024 drop;
+    }\n}";
+    ground.outside(|| load(sink));
+    // none ends while a slow machine is at it
+    sysctl("net/netfilter/nf_conntrack_udp_timeout", "600");
+    let many = udp_in(&ground.cgroup("/user"), REMOTE4);
+    for port in 0..flows {
+        many.send_to(b"?", addr(REMOTE4, 1025 + port)).expect("send");
     }
-
-    /// Until a new cgroup is refused, or ended where it was found late itself.
-    fn latency(&self, name: &str) -> Duration {
-        let path = self.apps.join(name);
-        let made = Instant::now();
-        std::fs::create_dir(&path).expect("mkdir");
-        let socket = udp_in(&path, REMOTE4);
-        let refused = || socket.send_to(b"?", addr(REMOTE4, 65_000)).is_err();
-        assert!(wait_until(PATIENCE, refused), "{path:?}");
-        made.elapsed()
-    }
-
-    /// The longest of the next moments, in which the flows may be passed through a little later, and the
-    /// median of what a moment is in them.
-    fn longest(&self, name: &str) -> (Duration, Duration) {
-        let begun = Instant::now();
-        let (mut longest, mut moments) = (Duration::ZERO, Vec::new());
-        while begun.elapsed() < Duration::from_millis(700) {
-            longest = longest.max(self.latency(&format!("{name}.{}", moments.len())));
-            moments.push(moment());
-        }
-        moments.sort();
-        (longest, moments[moments.len() / 2])
-    }
-
-    /// Once it was as long as a pass through all flows, half a second or more, in each round; beside other
-    /// tests, the processor is not ours.
-    fn assert_as_usual(&self, mut took: Vec<(Duration, Duration)>) {
-        took.sort();
-        println!("alone {:?}\nthe longest of each round {took:?}", self.alone);
-        let usual = *self.alone.iter().max().expect("some");
-        let as_usual = took.iter().any(|(longest, moment)| *longest < usual.max(100 * *moment));
-        assert!(as_usual, "{took:?} beside {:?}", self.alone);
-        let longest = took[took.len() - 1].0;
-        assert!(sized(0, 1) == 0 || longest < Duration::from_millis(50), "{took:?}");
-    }
+    many
 }
 
 /// Who has flows without number makes cgroups that are found late: his flows go by the route all the
-/// same, and another's new cgroup need not wait for that.
+/// same, and between two datagrams of a list of all, cgroups that come have their turn.
 #[test]
 fn flows_without_number_keep_nobody_waiting() {
     let (ground, _world) = scene!("numberless");
-    let all = Numberless::new(&ground, 60_000);
-    let (mut took, mut late) = (Vec::new(), Vec::new());
+    tunnel_up(&ground);
+    let (daemon, trace) = traced(&ground, NUMBERLESS);
+    let _many = numberless(&ground, 60_000);
+    let mut late = Vec::new();
     for round in 0..5 {
-        all.daemon.signal(Signal::SIGSTOP);
+        daemon.signal(Signal::SIGSTOP);
         let cgroup = ground.cgroup(&format!("/user/{round}"));
         let socket = socket_in(&cgroup, libc::SOCK_DGRAM, REMOTE4);
         bind_fd(&socket, addr(HOST4, 7000 + round));
@@ -471,56 +422,71 @@ fn flows_without_number_keep_nobody_waiting() {
         // what is found within some 50 ms is not late
         let made = Instant::now();
         wait_until(Duration::from_secs(1), || made.elapsed() > Duration::from_millis(100));
-        all.daemon.signal(Signal::SIGCONT);
-        took.push(all.longest(&format!("during{round}")));
+        daemon.signal(Signal::SIGCONT);
         await_member(&cgroup, "vpn");
         late.push((socket, to));
     }
-    all.assert_as_usual(took);
     for (socket, to) in &late {
         let moved = || ask(socket, *to).is_some_and(|(_, from)| from.to_string() == TUNNEL[0]);
-        assert!(wait_until(PATIENCE, moved), "{:?}", socket.local_addr());
+        // between two passes it rests some times what the last one has cost
+        let patience = PATIENCE + 10 * daemon.busy();
+        assert!(wait_until(patience, moved), "{:?}: {patience:?}", socket.local_addr());
     }
-    assert!(all.daemon.stop().success());
+    assert!(daemon.stop().success());
+    let (longest, all) = trace.answers();
+    println!("{longest} of {all}");
+    // a list is of some 400
+    assert!(all > 300 && longest < 120, "{longest} of {all}");
 }
 
-/// A reload is done once the flows have moved, also where the machine stands still meanwhile, or others
-/// want its processors: that costs no time of the daemon.
+/// A reload is done once the flows have moved, or have cost a second, also where the machine stands still
+/// meanwhile, or others want its processors: that costs no time of the daemon.
 #[test]
 fn a_reload_waits_for_flows_in_its_own_time() {
     let (ground, _world) = scene!("standstill");
-    let all = Numberless::new(&ground, 10_000);
+    tunnel_up(&ground);
+    let daemon = Daemon::start(&ground, NUMBERLESS, &[]);
+    let _many = numberless(&ground, 10_000);
     let other = ground.cgroup("/other");
-    all.daemon.configure(&format!("{NUMBERLESS}drop = /other\nvpn = /user\n"));
-    all.daemon.signal(Signal::SIGHUP);
+    daemon.configure(&format!("{NUMBERLESS}drop = /other\nvpn = /user\n"));
+    let busy = daemon.busy();
+    daemon.signal(Signal::SIGHUP);
     // the table is in force, and the flows have their turn
     await_member(&other, "drop");
-    all.daemon.while_stopped(|| {
+    daemon.while_stopped(|| {
         let begun = Instant::now();
         wait_until(PATIENCE, || begun.elapsed() > Duration::from_millis(1200));
     });
-    assert!(all.daemon.wait_log("reloaded ", PATIENCE), "{}", all.daemon.logs());
-    let log = all.daemon.logs();
+    assert!(daemon.wait_log("reloaded ", PATIENCE), "{}", daemon.logs());
+    let busy = daemon.busy() - busy;
+    let log = daemon.logs();
     let before = log.split("reloaded ").next().expect("some");
-    assert!(before.contains("UDP flows that began another way"), "{log}");
-    assert!(all.daemon.stop().success());
+    let moved = before.contains("UDP flows that began another way");
+    println!("moved: {moved}, busy for {busy:?}");
+    assert!(moved || busy > Duration::from_millis(950), "{busy:?}: {log}");
+    assert!(daemon.stop().success());
 }
 
-/// Nor need it wait for those of an address that the interface has no more.
+/// Nor need they wait for those of an address that the interface has no more.
 #[test]
 fn flows_of_an_address_that_has_gone_keep_nobody_waiting() {
     let (ground, _world) = scene!("numbergone");
-    let all = Numberless::new(&ground, 60_000);
-    let mut took = Vec::new();
-    for round in 0..5 {
+    tunnel_up(&ground);
+    let (daemon, trace) = traced(&ground, NUMBERLESS);
+    let _many = numberless(&ground, 60_000);
+    for _ in 0..5 {
         ip_batch(&[], "addr add 10.8.0.99/24 dev vpn0\n");
         // it knows of that then
-        all.daemon.reload();
+        daemon.reload();
+        let (_, before) = trace.answers();
         ip_batch(&[], "addr del 10.8.0.99/24 dev vpn0\n");
-        took.push(all.longest(&format!("gone{round}")));
+        // a list is of some 400
+        assert!(wait_until(PATIENCE, || trace.answers().1 > before + 300));
     }
-    all.assert_as_usual(took);
-    assert!(all.daemon.stop().success());
+    assert!(daemon.stop().success());
+    let (longest, all) = trace.answers();
+    println!("{longest} of {all}");
+    assert!(longest < 120, "{longest} of {all}");
 }
 
 /// A process of a cgroup with so many UDP sockets, each connected; returns when it has them.
@@ -575,14 +541,8 @@ fn sockets_without_number_keep_nobody_waiting() {
         )
     };
     let user = ground.cgroup("/user/x");
-    let trace = ground.dir.join("strace");
-    let to = trace.to_str().expect("UTF-8");
-    let calls = "trace=/^p?poll$,read,/^recv";
-    let by = ["strace", "-D", "-f", "-qq", "-o", to, "-e", calls];
-    let mut daemon = Daemon::spawn_by(&ground, &config("direct"), &by, &[], &[]);
-    assert!(daemon.ready(), "{}", daemon.logs());
-    // of several processes: not every machine lets one have so many
-    let _hoards = [15_000; 3].map(|number| hoard(&user, number, addr(REMOTE4, 80)));
+    let (daemon, trace) = traced(&ground, &config("direct"));
+    let _hoards = hoards(&user);
     for target in ["vpn", "direct", "vpn"] {
         daemon.reconfigure(&config(target));
         let new = ground.cgroup(&format!("/apps/{target}"));
@@ -590,18 +550,46 @@ fn sockets_without_number_keep_nobody_waiting() {
         std::fs::remove_dir(&new).expect("rmdir");
     }
     assert!(daemon.stop().success());
-    let text = std::fs::read_to_string(&trace).expect("read the trace");
-    // how many datagrams of the kernel between two looks for cgroups
-    let looks = text.split_inclusive('\n').map(|line| line.contains(" recv"));
-    let (mut longest, mut now, mut all) = (0, 0, 0);
-    for answer in looks {
-        now = if answer { now + 1 } else { 0 };
-        longest = longest.max(now);
-        all += usize::from(answer);
-    }
+    let (longest, all) = trace.answers();
     println!("{longest} of {all}");
     // a list is of some 200; once all of it came at once, twice for each reload
     assert!(all > 500 && longest < 120, "{longest} of {all}");
+}
+
+/// So many that a list of them is some 200 datagrams of the kernel; of several processes, for not every
+/// machine lets one have so many.
+fn hoards(cgroup: &Path) -> [Hoard; 3] {
+    [15_000; 3].map(|number| hoard(cgroup, number, addr(REMOTE4, 80)))
+}
+
+/// What the daemon does from when it is ready: where that is written, and how long it was before.
+struct Trace(PathBuf, u64);
+
+fn traced(ground: &Ground, config: &str) -> (Daemon, Trace) {
+    let trace = ground.dir.join("strace");
+    let to = trace.to_str().expect("UTF-8");
+    let calls = "trace=/^p?poll$,read,/^recv";
+    let by = ["strace", "-D", "-f", "-qq", "-o", to, "-e", calls];
+    let mut daemon = Daemon::spawn_by(ground, config, &by, &[], &[]);
+    assert!(daemon.ready(), "{}", daemon.logs());
+    // before 6.9 an answer to each message of the first transaction, which is refused
+    let begun = trace.metadata().expect("stat the trace").len();
+    (daemon, Trace(trace, begun))
+}
+
+impl Trace {
+    /// How many datagrams of the kernel were read between two looks for what has happened, and in all.
+    fn answers(&self) -> (usize, usize) {
+        let text = std::fs::read_to_string(&self.0).expect("read the trace");
+        let text = &text[self.1 as usize..];
+        let (mut longest, mut now, mut all) = (0, 0, 0);
+        for answer in text.split_inclusive('\n').map(|line| line.contains(" recv")) {
+            now = if answer { now + 1 } else { 0 };
+            longest = longest.max(now);
+            all += usize::from(answer);
+        }
+        (longest, all)
+    }
 }
 
 /// The targets of [`by_owners`], in order.
