@@ -406,6 +406,13 @@ fn wireguard(verb: &str) {
     ip_both(&WIREGUARD.replace(" add ", &format!(" {verb} ")));
 }
 
+/// Waits until all of ours are before wg-quick's, one of which may be seen before the other is there.
+#[track_caller]
+fn await_overtaking(daemon: &Daemon) {
+    let there = || ["-4", "-6"].iter().all(|family| places(family).last() < Some(&98));
+    assert!(wait_until(PATIENCE, there), "{}", daemon.logs());
+}
+
 /// A gateway's interface with the priorities of our rules before those of 98, and before those of 48.
 const PLACES: [(&str, &[u32], &[u32]); 2] =
     [("br-lan", &[97], &[47]), ("br-*", &[95, 96, 97], &[45, 46, 47])];
@@ -429,10 +436,8 @@ fn overtaken_by_a_tunnel() {
         ip_batch(&["-4"], &harmless.replace(" add ", " del "));
         for time in 0..3 {
             println!("{interface}, time {time}");
-            // one of two rules may be seen before the other is there
             wireguard("add");
-            let there = || ["-4", "-6"].iter().all(|family| places(family).last() < Some(&98));
-            assert!(wait_until(PATIENCE, there), "{}", daemon.logs());
+            await_overtaking(&daemon);
             all_well(&ground, &mut world, &lan);
             let status = daemon.ask(&["status"]).out;
             assert!(!status.contains("missing") && !status.contains("dropped"), "{status}");
@@ -740,6 +745,9 @@ fn rules_of_others() {
                 let daemon = Daemon::start(&ground, &config, &[]);
                 if !first {
                     ip_both(lines);
+                }
+                if who == "wg-quick" && !first {
+                    await_overtaking(&daemon);
                 }
                 if who == "tailscale" {
                     sysctl("net/ipv4/conf/all/src_valid_mark", "1");
