@@ -82,7 +82,7 @@ impl Redirects {
 fn move_known(kernel: &mut Kernel, flow: &Tracked, own: Mark) {
     let is_tcp = flow.protocol == IPPROTO_TCP;
     let done = match own.value == 0 && !is_tcp && flow.is_translated() {
-        true => kernel.forget_entry(flow),
+        true => kernel.release_entry(flow, own),
         false => kernel.mark_entry(flow, own),
     };
     if own.value == 0 && is_tcp {
@@ -413,6 +413,7 @@ impl Pass {
         let done = match cure {
             None => return,
             Some(Cure::Forget) => kernel.forget_entry(entry),
+            Some(Cure::Release(mark)) => kernel.release_entry(entry, mark),
             Some(Cure::Mark(mark)) => kernel.mark_entry(entry, mark),
             Some(Cure::Move { mark, route }) => relocate(kernel, entry, mark, flows.way(route)),
         };

@@ -57,6 +57,23 @@ impl Kernel {
         self.nft.tell(&|batch| conntrack::delete(batch, entry))
     }
 
+    /// Has a translated flow begin anew that is to be translated no more. Where its remote host has begun
+    /// one of the same addresses meanwhile, it could not have its own port any more: then it is made again,
+    /// with a mark of ours, and the other one goes. Errors: as of [`Kernel::forget_entry`].
+    pub fn release_entry(&mut self, entry: &Tracked, own: Mark) -> nix::Result<()> {
+        let (from, to) = (entry.from, entry.to);
+        let request = |batch: &mut Batch| conntrack::get(batch, entry.protocol, to, from);
+        let other = self.nft.ask(&request, conntrack::parse_entry);
+        let other = other.ok().and_then(|found| found.ok().flatten());
+        match other.filter(|other| (other.from, other.to) == (to, from)) {
+            None => self.forget_entry(entry),
+            Some(other) => {
+                let _ = self.forget_entry(&other);
+                self.move_entry(entry, own, from.ip())
+            }
+        }
+    }
+
     /// Has a flow known with a mark of ours. Errors: as of [`Kernel::forget_entry`].
     pub fn mark_entry(&mut self, entry: &Tracked, own: Mark) -> nix::Result<()> {
         self.nft.tell(&|batch| conntrack::mark(batch, entry, own.value, own.mask))

@@ -22,6 +22,8 @@ use crate::small::SmallSet;
 pub enum Cure {
     /// It begins anew with its next packet.
     Forget,
+    /// The same, by the address and the port that are its own; with this mark where it cannot begin.
+    Release(Mark),
     /// It is to be known with this mark, and the address that packets of the route leave with. If it
     /// were forgotten and the remote host spoke first, whoever began it would seem to answer that, and
     /// answers are left alone.
@@ -276,11 +278,14 @@ impl Flows {
                 Some(if forget { Cure::Forget } else { Cure::Move { mark, route: at } })
             }
             Some(_) => entry.is_translated().then_some(Cure::Forget),
-            // the remote host may speak first: whoever he speaks to would seem to answer
-            None if !entry.is_translated() => {
-                of_route.then_some(Cure::Mark(Mark { value: 0, mask: config.mask }))
-            }
-            None => of_route.then_some(Cure::Forget),
+            None => of_route.then(|| {
+                let none = Mark { value: 0, mask: config.mask };
+                match entry.is_translated() {
+                    true => Cure::Release(none),
+                    // the remote host may speak first: whoever he speaks to would seem to answer
+                    false => Cure::Mark(none),
+                }
+            }),
         }
     }
 }
@@ -406,6 +411,7 @@ mod tests {
         let flows = flows(CONFIG);
         let mark = Mark { value: 2 << 24, mask: 0xff00_0000 };
         let vpn = Some(Cure::Move { mark, route: 0 });
+        let none = Some(Cure::Release(Mark { value: 0, ..mark }));
         let here = "192.0.2.1:4000";
         let of = |uid: u32, to: &str, mark, translated| {
             let mut socket = example(17, 7, "0.0.0.0:4000", "");
@@ -423,7 +429,7 @@ mod tests {
             (2, 0, false, None),
             (2, 2, true, Some(Cure::Forget)),
             (3, 1, false, None),
-            (3, 2, true, Some(Cure::Forget)),
+            (3, 2, true, none),
             (4, 0, false, None),
             (4, 2, true, Some(Cure::Forget)),
             (4, 3, false, Some(Cure::Forget)),
@@ -436,7 +442,7 @@ mod tests {
         // not taken: bypassed, or another port; queries have to be translated
         assert_eq!(of(1, "198.51.100.1:80", 0, false), None);
         assert_eq!(of(1, "203.0.113.7:8000", 0, false), None);
-        assert_eq!(of(1, "203.0.113.7:8000", 2, true), Some(Cure::Forget));
+        assert_eq!(of(1, "203.0.113.7:8000", 2, true), none);
         assert_eq!(of(1, "203.0.113.7:53", 0, false), Some(Cure::Forget));
         let mut unknown = example(17, 7, "0.0.0.0:4000", "");
         unknown.cgroup = None;
@@ -448,7 +454,7 @@ mod tests {
         let marked = CONFIG.replace("[tproxy p]", "bypass-mark = 7\n[tproxy p]").leak();
         let marked = self::flows(marked);
         assert_eq!(marked.own(&entry(here, there, 0, false), &socket), None);
-        assert_eq!(marked.own(&entry(here, there, 2, true), &socket), Some(Cure::Forget));
+        assert_eq!(marked.own(&entry(here, there, 2, true), &socket), none);
         // of some cgroups alone
         socket.unlimited = false;
         let of_some = |cgroup| {
@@ -530,6 +536,7 @@ mod tests {
         let routed = config.routes[0].forward_mark;
         let own = Mark { value: routed, mask: 0xff00_0000 };
         let vpn = Some(Cure::Move { mark: own, route: 0 });
+        let none = Some(Cure::Release(Mark { value: 0, ..own }));
         let (client, there) = ("192.168.1.9:4000", "203.0.113.7:80");
         let mark = routed >> 24;
         for (interface, from, mark, translated, want) in [
@@ -537,7 +544,7 @@ mod tests {
             ("br-lan", client, 0, true, Some(Cure::Forget)),
             ("br-lan", client, mark, true, None),
             ("br-lan", "192.168.2.9:4000", 0, false, None),
-            ("br-lan", "192.168.2.9:4000", mark, true, Some(Cure::Forget)),
+            ("br-lan", "192.168.2.9:4000", mark, true, none),
             ("eth0", client, 0, false, None),
             // whether it is the client of that address, nobody tells
             ("eth1", client, 0, false, Some(Cure::Forget)),
@@ -549,7 +556,7 @@ mod tests {
         for (target, mark, translated, want) in [
             (Target::Route(0), 0, false, vpn),
             (Target::Route(0), mark, true, None),
-            (Target::Direct, mark, true, Some(Cure::Forget)),
+            (Target::Direct, mark, true, none),
             (Target::Direct, 0, false, None),
         ] {
             let entry = entry(client, there, mark, translated);

@@ -23,7 +23,9 @@ use crate::client::{
 use crate::containers::live;
 use crate::daemon::Daemon;
 use crate::gateway::Lan;
-use crate::ground::{addr, any_of, ip_batch, pipe, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES};
+use crate::ground::{
+    addr, any_of, ip, ip_batch, pipe, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES,
+};
 use crate::kernel::{await_member, load};
 use crate::routes::{set, tunnel_up, until_passes, until_refused, GATEWAYS, TUNNEL};
 use crate::world::{
@@ -39,8 +41,14 @@ fn policy(target: &str) -> String {
     )
 }
 
+/// The same where nothing goes by a route, of which the policy has none.
+fn without_route() -> String {
+    let policy = policy("direct").replace("vpn = /vpn\n", "");
+    policy.replace(&format!("[route vpn]\ninterface = vpn0\n{GATEWAYS}"), "")
+}
+
 /// Who answers a datagram, and the address that he was asked from.
-fn ask(socket: &UdpSocket, to: SocketAddr) -> Option<(String, IpAddr)> {
+fn ask(socket: &UdpSocket, to: SocketAddr) -> Option<(String, SocketAddr)> {
     let mut text = [0; 256];
     // an error that is left of what was sent before
     let _ = socket.take_error();
@@ -53,7 +61,18 @@ fn ask(socket: &UdpSocket, to: SocketAddr) -> Option<(String, IpAddr)> {
     let text = String::from_utf8_lossy(&text[..len]);
     let (who, client) = text.trim_end().split_once(" from ")?;
     let client: SocketAddr = client.parse().ok()?;
-    Some((who.to_owned(), client.ip()))
+    Some((who.to_owned(), client))
+}
+
+/// The remote end of a socket speaks to it directly, whatever way its own datagrams go.
+fn speak(ground: &Ground, socket: &UdpSocket, at: IpAddr, remote: SocketAddr) {
+    let own = addr(at, socket.local_addr().expect("its address").port());
+    let other = ground.outside(|| UdpSocket::from(bind(remote, libc::SOCK_DGRAM)));
+    other.send_to(b"!", own).expect("speak");
+    // one that is connected does not know him by the port that he has then
+    if socket.peer_addr().is_err() {
+        again(|| socket.recv(&mut [0; 9])).expect("it comes directly");
+    }
 }
 
 /// Each with the kind that it is of, and its remote end.
@@ -100,8 +119,10 @@ fn go_by(target: &str, cgroup: &Path, sockets: &mut Sockets, world: &mut World, 
         let want = if target == "mihomo" { PROXY } else { "remote" };
         assert_eq!(who, format!("{want} {to}"), "{when}: {kind} under {target}");
         let v6 = usize::from(to.is_ipv6());
-        let own = if target == "vpn" { TUNNEL[v6].into() } else { HOSTS[v6].to_string() };
-        assert_eq!(from.to_string(), own, "{when}: {kind} to {to} under {target}");
+        let own = socket.local_addr().expect("its address").port();
+        let own = addr(HOSTS[v6], own);
+        let own = if target == "vpn" { addr(ip(TUNNEL[v6]), from.port()) } else { own };
+        assert_eq!(from, own, "{when}: {kind} to {to} under {target}");
     }
     let left = world.wire.to_remote();
     assert_eq!(left.is_empty(), target != "direct", "{when}, under {target}: {left:?}");
@@ -117,10 +138,18 @@ fn datagrams_of_a_socket_go_the_new_way() {
     let mut daemon = Daemon::start(&ground, &policy("direct"), &[]);
     let mut sockets = sockets(&cgroup);
     go_by("direct", &cgroup, &mut sockets, &mut world, "at first");
-    for target in ["vpn", "direct", "vpn", "mihomo", "vpn", "mihomo", "direct"] {
+    for target in ["vpn", "direct", "vpn", "mihomo", "vpn", "mihomo", "direct", "vpn"] {
         daemon.reconfigure(&policy(target));
         go_by(target, &cgroup, &mut sockets, &mut world, "after a reload");
+        if target == "vpn" {
+            // to conntrack this is another flow, of the addresses that ours has when it comes back
+            for (_, socket, to) in &sockets {
+                speak(&ground, socket, HOSTS[usize::from(to.is_ipv6())], *to);
+            }
+        }
     }
+    daemon.reconfigure(&without_route());
+    go_by("direct", &cgroup, &mut sockets, &mut world, "without a route");
     for target in ["vpn", "direct", "vpn"] {
         daemon.kill9();
         daemon = Daemon::start(&ground, &policy(target), &[]);
@@ -205,7 +234,9 @@ fn a_remote_host_that_speaks_all_the_time() {
             assert_eq!(left, [], "round {round}: left by another interface");
             daemon.reconfigure(&policy("direct"));
             own.send_to(b"hello", to).expect("send");
-            assert_ne!(world.wire.to_remote(), [], "round {round}: not directly");
+            let left = world.wire.to_remote();
+            let sources: Vec<_> = left.iter().map(|packet| packet.src).collect();
+            assert_eq!(sources, [addr(host, 7000)], "round {round}: not directly");
         }
     }
 }
@@ -305,7 +336,7 @@ fn a_container_that_is_found_late_goes_its_way() {
     tunnel_up(&ground);
     let lan = Lan::new(&ground);
     let daemon = Daemon::start(&ground, &format!("{}vpn = /box\n", policy("direct")), &[]);
-    let way = |(socket, to): &(UdpSocket, SocketAddr)| ask(socket, *to).map(|(_, from)| from);
+    let way = |(socket, to): &(UdpSocket, SocketAddr)| ask(socket, *to).map(|(_, from)| from.ip());
     let (_process, sockets) = daemon.while_stopped(|| {
         let process = live(lan.client(0), &cgroup);
         let sockets = REMOTES.map(|remote| {
@@ -354,12 +385,18 @@ fn others_go_the_new_way(ground: &Ground, policy: impl Fn(&str) -> String) {
             let Some((who, from)) = answer else { panic!("{to} under {target}: no answer") };
             let want = if target == "mihomo" { PROXY } else { "remote" };
             assert_eq!(who, format!("{want} {to}"), "under {target}");
-            let want =
-                if target == "vpn" { TUNNEL[v6].to_owned() } else { clients[v6].to_string() };
-            assert_eq!(from.to_string(), want, "{to} under {target}");
+            let port = socket.local_addr().expect("its address").port();
+            let own = addr(clients[v6], port);
+            let own = if target == "vpn" { addr(ip(TUNNEL[v6]), from.port()) } else { own };
+            assert_eq!(from, own, "{to} under {target}");
         }
         let left = world.wire.to_remote();
         assert_eq!(left.is_empty(), target != "direct", "under {target}: {left:?}");
+        if target == "vpn" {
+            for ((socket, to), own) in sockets.iter().zip(clients) {
+                speak(ground, socket, own, *to);
+            }
+        }
     }
 
     let mut streams = REMOTES.map(|remote| {
@@ -417,7 +454,7 @@ fn flows_without_number_keep_nobody_waiting() {
         let socket = UdpSocket::from(socket);
         let to = addr(REMOTE4, 80);
         socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
-        assert_eq!(ask(&socket, to).map(|answer| answer.1), Some(HOST4));
+        assert_eq!(ask(&socket, to).map(|answer| answer.1.ip()), Some(HOST4));
         socket.set_read_timeout(Some(SILENCE)).expect("a timeout");
         // what is found within some 50 ms is not late
         let made = Instant::now();
@@ -645,7 +682,8 @@ fn goes_by(
         socket.set_read_timeout(Some(patience)).expect("a timeout");
         let own = socket.local_addr().expect("an address");
         // what began by a route is given up with the first datagram that is to go to a proxy
-        let answers = [0, 1].map(|_| ask(&socket, to));
+        let who = |(who, from): (String, SocketAddr)| (who, from.ip());
+        let answers = [0, 1].map(|_| ask(&socket, to).map(who));
         assert!(answers[0].is_none() || answers[0] == answers[1], "{own} to {to}: {answers:?}");
         let [_, answer] = answers;
         (answer, own)
