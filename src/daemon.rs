@@ -27,13 +27,15 @@ use crate::error::{Error, Result};
 use crate::faults;
 use crate::host;
 use crate::instance;
-use crate::kernel::sockets;
+use crate::kernel::sockets::{self, Asker};
 use crate::kernel::{Damage, Inventory, Kernel};
 use crate::log;
 use crate::log::Level;
 use crate::loops;
 use crate::memory;
 use crate::net::Mark;
+use crate::netlink::diag::SeenSocket;
+use crate::netlink::uapi::{IPPROTO_TCP, IPPROTO_UDP};
 use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
 use crate::nft::message::Transaction;
@@ -141,6 +143,8 @@ struct Daemon<'a> {
     /// The table was in others' hands: packets may have gone as if there was none.
     exposed: bool,
     redirects: Redirects,
+    /// The cgroups that sockets hold, as far as those have been listed by now.
+    kept: Option<SmallSet<u64>>,
     /// The table reckons with br_netfilter.
     again: bool,
     /// poll(2) was refused the last time.
@@ -247,6 +251,7 @@ fn begin<'a>(
         late: Backoff::default(),
         exposed: false,
         redirects: Redirects::default(),
+        kept: None,
         again: false,
         refused: false,
         containers: Search::default(),
@@ -462,6 +467,24 @@ impl Daemon<'_> {
         }
     }
 
+    /// Asks some more sockets which cgroups they hold, where removed ones are in question: a datagram of
+    /// the kernel at a time, as anybody may have 10,000s of them and there is no hurry.
+    fn list_kept(&mut self) {
+        let Some(kept) = &mut self.kept else {
+            return;
+        };
+        let mut take = |socket: SeenSocket| {
+            socket.cgroup.map(|id| kept.insert(id));
+        };
+        if self.kernel.more_sockets(Asker::Dying, &mut take) {
+            return;
+        }
+        let kept = self.kept.take().filter(|_| self.kernel.told_all_sockets(Asker::Dying));
+        if let Some(kept) = kept {
+            self.cgroups.core.kept(kept);
+        }
+    }
+
     /// Says which chains of other programs break what goes to a tproxy, or what is new of that.
     fn warn_of_others(&mut self, all: bool) {
         self.look_at_others = None;
@@ -624,7 +647,8 @@ impl Daemon<'_> {
     fn timeout(&self) -> PollTimeout {
         let waiting = self.cgroups.is_busy();
         let drafted = self.cgroups.core.drafted().is_some();
-        if waiting || drafted || self.doubts.is_some() || self.signals.pending() {
+        let lists = self.doubts.is_some() || self.kept.is_some();
+        if waiting || drafted || lists || self.signals.pending() {
             return PollTimeout::ZERO;
         }
         // which wait for the table
@@ -663,9 +687,12 @@ impl Daemon<'_> {
         if self.look_at_others.is_some_and(|at| at <= now) {
             self.warn_of_others(false);
         }
-        let Daemon { cgroups, kernel, .. } = self;
-        cgroups.tidy(now);
-        cgroups.look_at_dying(now, || kernel.cgroups_of_sockets());
+        self.cgroups.tidy(now);
+        if self.cgroups.look_at_dying(now) {
+            self.kept = Some(SmallSet::default());
+            self.kernel.list_sockets(Asker::Dying, &[IPPROTO_TCP, IPPROTO_UDP], u32::MAX, &[]);
+        }
+        self.list_kept();
     }
 
     /// Takes in what the kernel has told of others, and repairs what they destroyed, as soon as it is due.

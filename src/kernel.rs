@@ -82,7 +82,7 @@ pub struct Kernel {
     /// Its flows, as they are listed by and by; for the daemon.
     flows: Option<Listing<()>>,
     /// The same of sockets, for each who asks.
-    sockets: [Option<Listing<sockets::Ask>>; 2],
+    sockets: [Option<Listing<sockets::Ask>>; 3],
 }
 
 /// What others did to our state since the last look.
@@ -122,7 +122,7 @@ impl Kernel {
             ends_sockets: true,
             tells_flows: true,
             flows: None,
-            sockets: [None, None],
+            sockets: [None, None, None],
         })
     }
 

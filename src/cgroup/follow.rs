@@ -28,7 +28,6 @@ use crate::config::{Config, Outcome, Target};
 use crate::error::{reason, Result};
 use crate::log;
 use crate::log::Escaped;
-use crate::small::SmallSet;
 
 /// Events that are handled before what they mean is committed, and cgroups that are watched and
 /// listed before that.
@@ -320,27 +319,26 @@ impl Cgroups {
         }
     }
 
-    /// Looks which of the removed cgroups are dead, where that is due; `kept` asks for all cgroups that
-    /// sockets hold.
-    pub fn look_at_dying(&mut self, now: Instant, kept: impl FnOnce() -> Option<SmallSet<u64>>) {
+    /// Looks which of the removed cgroups are dead, where that is due; true where [`Core::kept`] wants to
+    /// know of all cgroups that sockets hold.
+    pub fn look_at_dying(&mut self, now: Instant) -> bool {
         if self.dying.is_none_or(|at| at > now) {
-            return;
+            return false;
         }
         for path in self.core.above_dying() {
             if self.watcher.count_dying(&path) == Some(0) {
                 self.core.none_dying(&path);
             }
         }
-        let some = |cgroups: &Cgroups| cgroups.core.dying().next().is_some();
-        if some(self) && now.saturating_duration_since(self.sockets_seen) >= DYING.1 {
+        let some = self.core.dying().next().is_some();
+        let asks = some && now.saturating_duration_since(self.sockets_seen) >= DYING.1;
+        if asks {
             self.sockets_seen = now;
-            if let Some(ids) = kept() {
-                self.core.kept(ids);
-            }
         }
         let pause = self.dying_pause;
         self.dying_pause = (pause * 2).min(DYING.1);
-        self.dying = some(self).then(|| now + pause);
+        self.dying = some.then(|| now + pause);
+        asks
     }
 
     /// Keeps what another root's cgroups have left: removed ones are known by their level, whatever

@@ -58,7 +58,7 @@ impl Doubts {
             Phase::Ports(protocol) => (protocol, 1 << TCP_CLOSE, Vec::new()),
             Phase::Done => return,
         };
-        kernel.list_sockets(Asker::Doubts, protocol, states, &ids);
+        kernel.list_sockets(Asker::Doubts, &[protocol], states, &ids);
     }
 
     /// Takes some more of what is listed.

@@ -282,7 +282,7 @@ impl Pass {
         };
         match phase {
             Phase::Flows => kernel.list_entries(),
-            _ => kernel.list_sockets(Asker::Flows, IPPROTO_UDP, UDP_STATES, ids),
+            _ => kernel.list_sockets(Asker::Flows, &[IPPROTO_UDP], UDP_STATES, ids),
         }
         Pass {
             flows,
@@ -334,7 +334,7 @@ impl Pass {
         if !more {
             self.phase = match std::mem::replace(&mut self.phase, Phase::Flows) {
                 Phase::Ports(ports) if !ports.is_empty() => {
-                    kernel.list_sockets(Asker::Flows, IPPROTO_UDP, UDP_STATES, &[]);
+                    kernel.list_sockets(Asker::Flows, &[IPPROTO_UDP], UDP_STATES, &[]);
                     Phase::Owners(Some(ports), Vec::new())
                 }
                 last => {

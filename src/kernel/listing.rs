@@ -17,22 +17,35 @@ pub struct Listing<A> {
     reads: Option<A>,
     /// Nobody wants it any more; the kernel begins no other before its end.
     outdated: bool,
+    /// Nothing was refused of what was asked for last.
+    pub whole: bool,
 }
 
 impl<A> Listing<A> {
     pub fn open(protocol: SockProtocol) -> Result<Listing<A>> {
         let socket = Socket::open(protocol, &[])?;
-        Ok(Listing { socket, asks: Vec::new(), reads: None, outdated: false })
+        Ok(Listing { socket, asks: Vec::new(), reads: None, outdated: false, whole: true })
     }
 
     /// Has [`Listing::read`] begin with these, the last one first, whatever it was about to read.
     pub fn begin(&mut self, asks: Vec<A>) {
         self.outdated = self.reads.is_some();
+        self.whole = true;
         self.asks = asks;
     }
 
     /// Reads some more, as much as the kernel tells of at once; false where there is no more.
     pub fn read(
+        &mut self,
+        request: fn(&mut Batch, &A),
+        each: &mut dyn FnMut(&A, &Message),
+    ) -> Result<nix::Result<bool>> {
+        let more = self.read_on(request, each);
+        self.whole &= matches!(more, Ok(Ok(_)));
+        more
+    }
+
+    fn read_on(
         &mut self,
         request: fn(&mut Batch, &A),
         each: &mut dyn FnMut(&A, &Message),

@@ -23,6 +23,7 @@ use crate::small::SmallSet;
 pub enum Asker {
     Flows,
     Doubts,
+    Dying,
 }
 
 /// Which sockets to list: of a family and a protocol in these states; of these cgroups, if of any.
@@ -59,18 +60,6 @@ impl Kernel {
         }
     }
 
-    /// The cgroups of all TCP and UDP sockets; `None` where the kernel does not tell of all.
-    pub fn cgroups_of_sockets(&mut self) -> Option<SmallSet<u64>> {
-        let mut all = SmallSet::default();
-        for (protocol, family) in diag::KINDS {
-            let request = |batch: &mut Batch| diag::get(batch, family, protocol, u32::MAX, &[]);
-            let read = |message: &Message| diag::parse(message, protocol)?.cgroup;
-            let found = self.diag.as_mut()?.dump(&request, read).ok()?;
-            all.extend(found.ok()?);
-        }
-        Some(all)
-    }
-
     /// The inodes of the sockets that send with one of these marks.
     pub fn marked_sockets(&mut self, marks: &[Mark]) -> SmallSet<u32> {
         let own = |socket: SeenSocket| {
@@ -104,12 +93,18 @@ impl Kernel {
         all
     }
 
-    /// Has [`Kernel::more_sockets`] list those of a protocol in these states, of both families.
-    pub fn list_sockets(&mut self, asker: Asker, protocol: u8, states: u32, ids: &[u64]) {
+    /// Has [`Kernel::more_sockets`] list those of these protocols in these states, of both families.
+    pub fn list_sockets(&mut self, asker: Asker, protocols: &[u8], states: u32, ids: &[u64]) {
         if let Some(listing) = &mut self.sockets[asker as usize] {
-            let ask = |family| Ask { family, protocol, states, ids: ids.to_vec() };
-            listing.begin([AF_INET6, AF_INET].map(ask).into());
+            let kinds = protocols.iter().flat_map(|of| [(*of, AF_INET6), (*of, AF_INET)]);
+            let ask = |(protocol, family)| Ask { family, protocol, states, ids: ids.to_vec() };
+            listing.begin(kinds.map(ask).collect());
         }
+    }
+
+    /// Whether all was told of that was asked for last.
+    pub fn told_all_sockets(&self, asker: Asker) -> bool {
+        self.sockets[asker as usize].as_ref().is_some_and(|listing| listing.whole)
     }
 
     /// Some more of them, as many as the kernel tells of at once, some hundred; false where there are

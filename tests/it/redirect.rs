@@ -593,6 +593,34 @@ fn sockets_without_number_keep_nobody_waiting() {
     assert!(all > 500 && longest < 120, "{longest} of {all}");
 }
 
+/// Nor where it is asked which removed cgroups they hold, some minutes after the last one that may be held.
+#[test]
+fn sockets_of_removed_cgroups_keep_nobody_waiting() {
+    if sized(0, 1) == 0 {
+        return;
+    }
+    let (ground, _world) = scene!("socketgone");
+    sysctl("net/ipv4/ip_local_port_range", "1024 65535");
+    let user = ground.cgroup("/user/x");
+    let (daemon, trace) = traced(&ground, "[rules]\ndrop = /apps/.*\n");
+    let _hoards = hoards(&user);
+    let gone = ground.cgroup("/apps/gone");
+    await_member(&gone, "drop");
+    let socket = socket_in(&gone, libc::SOCK_DGRAM, REMOTE4);
+    bind_fd(&socket, addr(HOST4, 0));
+
+    std::fs::remove_dir(&gone).expect("rmdir");
+
+    let asked = || trace.answers().1 > 150;
+    assert!(wait_until(Duration::from_secs(400), asked), "{:?}", trace.answers());
+    let new = ground.cgroup("/apps/new");
+    await_member(&new, "drop");
+    assert!(daemon.stop().success());
+    let (longest, all) = trace.answers();
+    println!("{longest} of {all}");
+    assert!(longest < 120, "{longest} of {all}");
+}
+
 /// So many that a list of them is some 200 datagrams of the kernel; of several processes, for not every
 /// machine lets one have so many.
 fn hoards(cgroup: &Path) -> [Hoard; 3] {
