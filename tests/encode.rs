@@ -231,6 +231,8 @@ samples! {
         Stmt::Iifname(Interface { name: "fifteen-letters".into(), prefix: false });
     Stmt::Oifname(_) => Stmt::Oifname("wg0".into()), Stmt::Oifname("fifteen-letters".into());
     Stmt::Transparent => Stmt::Transparent;
+    Stmt::NotTransparent => Stmt::NotTransparent;
+    Stmt::Bound => Stmt::Bound;
     Stmt::HasOwner => Stmt::HasOwner;
     Stmt::Owner(_) => Stmt::Owner(Owner::Users(0, 0)), Stmt::Owner(Owner::Users(65534, 65534)),
         Stmt::Owner(Owner::Users(1000, 1999)), Stmt::Owner(Owner::Groups(5, 5)),
@@ -245,6 +247,7 @@ samples! {
     Stmt::Reply => Stmt::Reply;
     Stmt::New => Stmt::New;
     Stmt::Invalid => Stmt::Invalid;
+    Stmt::Unheard => Stmt::Unheard;
     Stmt::Unconfirmed => Stmt::Unconfirmed;
     Stmt::Confirmed => Stmt::Confirmed;
     Stmt::Fresh => Stmt::Fresh;

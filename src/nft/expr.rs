@@ -151,6 +151,9 @@ expressions! {
     SocketTransparent { dreg: u32 } = "socket" {
         NFTA_SOCKET_KEY: U32 = NFT_SOCKET_TRANSPARENT, NFTA_SOCKET_DREG: U32 = dreg
     }
+    SocketWildcard { dreg: u32 } = "socket" {
+        NFTA_SOCKET_KEY: U32 = NFT_SOCKET_WILDCARD, NFTA_SOCKET_DREG: U32 = dreg
+    }
     /// Jenkins' hash of a register, scaled to `0..modulus`.
     Jhash { sreg: u32, dreg: u32, len: u32, modulus: u32, seed: u32 } = "hash" {
         NFTA_HASH_SREG: U32 = sreg, NFTA_HASH_DREG: U32 = dreg, NFTA_HASH_LEN: U32 = len,

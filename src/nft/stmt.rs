@@ -69,6 +69,10 @@ statements! {
     /// Of a socket that takes packets for foreign addresses.
     Transparent = "socket transparent 1"
         => [Expr::SocketTransparent { dreg: NFT_REG_1 }, eq(&[1])];
+    NotTransparent = "socket transparent 0"
+        => [Expr::SocketTransparent { dreg: NFT_REG_1 }, eq(&[0])];
+    /// Of a socket that has an address, and is more than what is left of one (TIME_WAIT).
+    Bound = "socket wildcard 0" => [Expr::SocketWildcard { dreg: NFT_REG_1 }, eq(&[0])];
     /// A packet that a process sends, not the kernel for a socket that is gone.
     HasOwner = "meta skuid != {NO_UID}" => [meta(NFT_META_SKUID), is_not(NO_UID)];
     /// Who opened the socket. What the kernel sends for one that no process has any more does not
@@ -92,6 +96,9 @@ statements! {
     New = "ct state new" => has(NFT_CT_STATE, NF_CT_STATE_NEW_BIT);
     /// Conntrack can make nothing of it.
     Invalid = "ct state invalid" => has(NFT_CT_STATE, NF_CT_STATE_INVALID_BIT);
+    /// It knows of no flow that this goes on with.
+    Unheard = "ct state invalid,new"
+        => has(NFT_CT_STATE, NF_CT_STATE_INVALID_BIT | NF_CT_STATE_NEW_BIT);
     /// Nothing says that it goes on with a flow.
     Fresh = "ct state invalid,new,untracked" => has(
         NFT_CT_STATE,
@@ -156,8 +163,13 @@ statements! {
         => [payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2), neq(&port.to_be_bytes())];
     /// This host's own addresses.
     Local = "fib daddr type local" => [fib(NFTA_FIB_F_DADDR), is(RTN_LOCAL.into())];
-    /// Sent from an address that is not this host's.
-    ForeignSource = "fib saddr type != local" => [fib(NFTA_FIB_F_SADDR), is_not(RTN_LOCAL.into())];
+    /// Sent from an address that is not this host's. What it shares with others (anycast) is its own.
+    ForeignSource = "fib saddr type != local fib saddr type != anycast" => [
+        fib(NFTA_FIB_F_SADDR),
+        is_not(RTN_LOCAL.into()),
+        fib(NFTA_FIB_F_SADDR),
+        is_not(RTN_ANYCAST),
+    ];
     /// The way to the destination is by that interface.
     LeadsTo(interface: Interface) = "fib daddr oifname \"{interface}\""
         => [Expr::FibOifname { of: NFTA_FIB_F_DADDR, dreg: NFT_REG_1 }, eq(&compared(interface))];

@@ -352,6 +352,7 @@ impl Reference {
                 socket(SOCKET_CGROUPV2, *dreg).u32(NFTNL_EXPR_SOCKET_LEVEL, *level)
             }
             Expr::SocketTransparent { dreg } => socket(SOCKET_TRANSPARENT, *dreg),
+            Expr::SocketWildcard { dreg } => socket(SOCKET_WILDCARD, *dreg),
             Expr::Jhash { sreg, dreg, len, modulus, seed } => NExpr::new(c"hash")
                 .u32(NFTNL_EXPR_HASH_SREG, *sreg)
                 .u32(NFTNL_EXPR_HASH_DREG, *dreg)
@@ -557,6 +558,7 @@ const OBJECT_COUNTER: u32 = 1;
 const BITWISE_BOOL: u32 = 0;
 const SOCKET_CGROUPV2: u32 = 3;
 const SOCKET_TRANSPARENT: u32 = 0;
+const SOCKET_WILDCARD: u32 = 2;
 const HASH_JENKINS: u32 = 0;
 /// `expr_types` of nft's include/expression.h
 const NUMGEN: u32 = 23;

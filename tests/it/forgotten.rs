@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
-use crate::client::{again, expect, socket_in, tcp_in, under, Client, Outcome, Proto, PATIENCE};
+use crate::client::{
+    again, connect, expect, socket_in, tcp_in, under, Client, Outcome, Proto, PATIENCE,
+};
 use crate::daemon::{by_default, Daemon, POLICY};
 use crate::gateway::{bridge_netfilter, Lan};
 use crate::ground::{
@@ -614,6 +616,53 @@ fn another_mask_by_a_restart() {
             assert!(wait_until(PATIENCE, refused), "no reset came to the proxy");
         }
         assert_eq!(world.wire.to_remote(), [], "default {default}, {mask}, {end}");
+        assert!(daemon.stop().success());
+    }
+}
+
+/// What the kernel says for a socket that has ended (TIME_WAIT), of which it knows no cgroup, once
+/// conntrack has forgotten the connection: by an address that others have too.
+#[test]
+fn the_last_word_of_a_forgotten_connection() {
+    let (ground, mut world) = scene!("lastword");
+    let _lan = Lan::new(&ground);
+    let [proxied, direct] = ground.cgroups(["/proxied", "/direct"]);
+    let listeners = listeners(&direct);
+    for (default, _) in DEFAULTS {
+        let daemon = Daemon::start(&ground, &by_default(default), &[]);
+        let anycast = ip("2001:db8:1::");
+        for (remote, listener, from) in [
+            (REMOTE4, &listeners[0], HOST4),
+            (REMOTE6, &listeners[1], HOST6),
+            (REMOTE6, &listeners[1], anycast),
+        ] {
+            // the remote host has no more to say, or has
+            for last in [&b""[..], b"too late"] {
+                let to = addr(remote, PORT);
+                let app = socket_in(&proxied, libc::SOCK_STREAM, remote);
+                if from == anycast {
+                    set(&app, libc::SOL_IPV6, IPV6_FREEBIND, 1);
+                }
+                bind_at(&app, addr(from, 0));
+                connect(&app, to).expect("connect");
+                let (mut end, _) = listener.accept().expect("accept");
+                drop(app);
+                assert_eq!(again(|| end.read(&mut [0; 8])).expect("hear the end"), 0);
+                world.wire.packets();
+
+                forget_flows();
+                // in one packet with the end
+                // SAFETY: reads `last`.
+                unsafe {
+                    let (data, len) = (last.as_ptr().cast(), last.len());
+                    libc::send(end.as_raw_fd(), data, len, libc::MSG_MORE | libc::MSG_NOSIGNAL);
+                }
+                drop(end);
+
+                let left = world.wire.to_remote();
+                assert_eq!(left, [], "default {default}, from {from}, {last:?}");
+            }
+        }
         assert!(daemon.stop().success());
     }
 }

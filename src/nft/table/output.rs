@@ -148,7 +148,7 @@ fn default_rule(config: &Config) -> Option<Rule> {
     match config.default {
         // such a packet of a flow that conntrack has forgotten
         Target::Direct => drops_ownerless(config)
-            .then(|| vec![Stmt::L4proto(L4::Tcp), Stmt::Invalid, Stmt::goto("ownerless")]),
+            .then(|| vec![Stmt::L4proto(L4::Tcp), Stmt::Unheard, Stmt::goto("ownerless")]),
         default => Some(vec![enter(config, default)]),
     }
 }
@@ -275,12 +275,19 @@ pub(super) fn flow_chains(config: &Config) -> Vec<Chain> {
     [spoofed_chain(config), ownerless, sticky_chain(config)].into_iter().flatten().collect()
 }
 
-/// Of packets that conntrack can make nothing of, those that no process sends: nothing tells any
-/// more that their flow was not a proxy's. For a remote host it is a proxy's socket that speaks, to a
-/// client whose flow is over; Linux 6.12 knows no owner of that.
+/// Of packets that go on with a connection of which conntrack knows nothing, those that no process
+/// sends: nothing tells any more that it was not a proxy's. For a remote host it is a proxy's socket
+/// that speaks, to a client whose flow is over; Linux 6.12 knows no owner of that. Sockets that no
+/// process has any more, and those of the kernel, have their cgroup; what is left of one (TIME_WAIT) has
+/// none.
 fn ownerless_chain() -> Chain {
     let accepted = [Stmt::HasOwner, Stmt::ForeignSource].map(|which| vec![which, Stmt::accept()]);
-    chain("ownerless", [&accepted[..], &[vec![Stmt::drop()]]].concat())
+    let rest = [
+        vec![Stmt::Invalid, Stmt::drop()],
+        vec![Stmt::Bound, Stmt::accept()],
+        vec![Stmt::GoesOn, Stmt::drop()],
+    ];
+    chain("ownerless", [&accepted[..], &rest].concat())
 }
 
 /// What this host sends from a foreign address begins a flow: a proxy speaks for a remote host, and
