@@ -372,23 +372,120 @@ fn marks_of_forgotten_flows_are_restored_by_others() {
 const IPV6_FREEBIND: libc::c_int = 78;
 
 /// A process that may not do more than others cannot pass for a proxy: IPv6 lets everybody send
-/// from a foreign address.
+/// from a foreign address. Nor does a proxy, or a resolver, answer to that address.
 #[test]
 fn a_foreign_source_is_no_way_out() {
     let (ground, mut world) = scene!("freebind");
     let _lan = Lan::new(&ground);
-    let cgroups = ground.cgroups(["/drop", "/proxied"]);
-    let _daemon = Daemon::start(&ground, &format!("{POLICY}{GATEWAY}"), &[]);
-    for cgroup in cgroups {
-        let fd = socket_in(&cgroup, libc::SOCK_DGRAM, REMOTE6);
-        set(&fd, libc::SOL_IPV6, IPV6_FREEBIND, 1);
-        bind_at(&fd, addr(ip("2001:db8:3::77"), 0));
-        let socket = UdpSocket::from(fd);
-        for _ in 0..3 {
-            let who = reaches(&socket, addr(REMOTE6, PORT), &[], &mut world);
-            assert_eq!(who, "nobody", "{cgroup:?}");
+    let [dropped, proxied, direct] = ground.cgroups(["/drop", "/proxied", "/direct"]);
+    let resolver = addr(ip("::1"), 1053);
+    let config = POLICY.replace("7893\n", &format!("7893\ndns-hijack = {resolver}\n"));
+    let _daemon = Daemon::start(&ground, &format!("{config}{GATEWAY}"), &[]);
+    let _listeners = listeners(&direct);
+    let [_, proxy] = proxies(&direct, 7893);
+    let resolver = spoof(&direct, resolver);
+    for (cgroup, from) in [&dropped, &proxied]
+        .into_iter()
+        .flat_map(|cgroup| ["2001:db8:3::77", "2001:db8:2::8"].map(|from| (cgroup, ip(from))))
+    {
+        let foreign = |kind| {
+            let fd = socket_in(cgroup, kind | libc::SOCK_NONBLOCK, REMOTE6);
+            set(&fd, libc::SOL_IPV6, IPV6_FREEBIND, 1);
+            bind_at(&fd, addr(from, 0));
+            fd
+        };
+        for port in [PORT, PORT, 53, 53] {
+            let socket = UdpSocket::from(foreign(libc::SOCK_DGRAM));
+            let who = reaches(&socket, addr(REMOTE6, port), &[&proxy, &resolver], &mut world);
+            assert_eq!(who, "nobody", "{cgroup:?}, from {from} to {port}");
         }
+        let _ = connect(&foreign(libc::SOCK_STREAM), addr(REMOTE6, PORT));
+        let left = world.wire.packets();
+        assert!(!left.iter().any(|p| p.proto == Proto::Tcp), "{cgroup:?}, from {from}: {left:?}");
     }
+}
+
+/// What such a process sends and a target refuses, it refuses without a word: that would be for another.
+#[test]
+fn a_foreign_source_is_not_told() {
+    let (ground, mut world) = scene!("foreign-told");
+    sysctl("net/ipv6/icmp/ratelimit", "0");
+    let cgroup = ground.cgroup("/x");
+    let from = ip("2001:db8:2::8");
+    for target in [
+        // there is no proxy, no such interface, and nothing in the table
+        "tproxy x]\nport = 7893\n",
+        "tproxy x]\nport = 7893\ntcp = reject\nudp = reject\n",
+        "tproxy x]\nport = 7893\nipv6 = reject\n",
+        "tproxy x]\nport = 7893\nquic = reject\n",
+        "route x]\ninterface = vpn0\n",
+        "route x]\ninterface = vpn0\nmasquerade = no\n",
+        "route x]\ntable = 1000\n",
+        "route x]\ninterface = vpn0\ntcp = reject\nudp = reject\n",
+    ] {
+        let daemon = Daemon::start(&ground, &format!("[{target}[rules]\nx = /x\n"), &[]);
+        for (kind, port) in
+            [(libc::SOCK_STREAM, PORT), (libc::SOCK_DGRAM, PORT), (libc::SOCK_DGRAM, 443)]
+        {
+            let fd = socket_in(&cgroup, kind | libc::SOCK_NONBLOCK, REMOTE6);
+            set(&fd, libc::SOL_IPV6, IPV6_FREEBIND, 1);
+            bind_at(&fd, addr(from, 0));
+            world.wire.packets();
+
+            let _ = connect(&fd, addr(REMOTE6, port));
+            let _ = nix::unistd::write(&fd, b"what it wants to tell");
+
+            let mut left = world.wire.packets();
+            left.retain(|p| [from, REMOTE6].contains(&p.dst.ip()));
+            assert_eq!(left, [], "{target:?} {kind} to {port}");
+        }
+        assert!(daemon.stop().success());
+    }
+}
+
+/// Policies, and the cgroup of a process that is to reach the remote hosts by the first of them alone.
+const CONFINED: [(&str, &str); 11] = [
+    ("[rules]\ndirect = /x\n", "/x"),
+    ("[rules]\ndrop = /x\n", "/x"),
+    ("[rules]\ndrop = user:0\n", "/x"),
+    ("[global]\ndefault = drop\n", "/x"),
+    ("[route vpn]\ninterface = vpn0\n[rules]\nvpn = /x\n", "/x"),
+    ("[route vpn]\ninterface = vpn0\nmasquerade = no\n[rules]\nvpn = /x\n", "/x"),
+    ("[global]\ndefault = vpn\n[route vpn]\ninterface = vpn0\n", "/x"),
+    ("[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /x\n", "/x"),
+    ("[global]\ndefault = mihomo\n[tproxy mihomo]\nport = 7893\n", "/x"),
+    (
+        "[route vpn]\ninterface = vpn0\ndns-hijack = 192.0.2.2\ndns-hijack-local = yes\n\
+         [rules]\ndrop = /x\n",
+        "/x",
+    ),
+    ("[global]\nhold = /held\n", "/held/new"),
+];
+
+/// Under each of them, with a daemon that stands still, and that cgroup.
+fn confined(ground: &Ground, mut run: impl FnMut(&str, &Path)) {
+    ground.cgroup("/held");
+    for (policy, path) in CONFINED {
+        ground.cgroup("/x");
+        forget_flows();
+        let daemon = Daemon::start(ground, policy, &[]);
+        daemon.signal(Signal::SIGSTOP);
+        let cgroup = ground.cgroup(path);
+
+        run(policy, &cgroup);
+
+        daemon.signal(Signal::SIGCONT);
+        daemon.stop_clean();
+        remove_tree(&ground.at("/held/new"));
+    }
+}
+
+/// A socket of that cgroup which may do what everybody may, at a port of the remote host.
+fn in_the_name_of_remote(cgroup: &Path, kind: i32, port: u16) -> OwnedFd {
+    let fd = socket_in(cgroup, kind | libc::SOCK_NONBLOCK, REMOTE6);
+    set(&fd, libc::SOL_IPV6, IPV6_FREEBIND, 1);
+    bind_at(&fd, addr(REMOTE6, port));
+    fd
 }
 
 /// Nor can it speak first in the name of who it wants to speak to, so that what it sends then would be
@@ -396,32 +493,16 @@ fn a_foreign_source_is_no_way_out() {
 #[test]
 fn nobody_answers_himself() {
     let (ground, mut world) = scene!("answers-himself");
-    ground.cgroup("/held");
-    for (policy, path) in [
-        ("[rules]\ndirect = /x\n", "/x"),
-        ("[rules]\ndrop = /x\n", "/x"),
-        ("[rules]\ndrop = user:0\n", "/x"),
-        ("[global]\ndefault = drop\n", "/x"),
-        ("[route vpn]\ninterface = vpn0\n[rules]\nvpn = /x\n", "/x"),
-        ("[route vpn]\ninterface = vpn0\nmasquerade = no\n[rules]\nvpn = /x\n", "/x"),
-        ("[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = /x\n", "/x"),
-        ("[global]\nhold = /held\n", "/held/new"),
-    ] {
-        ground.cgroup("/x");
-        forget_flows();
-        let daemon = Daemon::start(&ground, policy, &[]);
-        daemon.signal(Signal::SIGSTOP);
-        let cgroup = ground.cgroup(path);
-
-        for port in [5001, 5002] {
-            let speaker = socket_in(&cgroup, libc::SOCK_DGRAM, REMOTE6);
-            set(&speaker, libc::SOL_IPV6, IPV6_FREEBIND, 1);
-            bind_at(&speaker, addr(REMOTE6, PORT));
-            let own = UdpSocket::from(socket_in(&cgroup, libc::SOCK_DGRAM, REMOTE6));
+    confined(&ground, |policy, cgroup| {
+        // or somebody does for it who may
+        for (port, may) in [(5001, false), (5002, true)] {
+            let own = UdpSocket::from(socket_in(cgroup, libc::SOCK_DGRAM, REMOTE6));
             bind_at(&own, addr(HOST6, port));
-            let own = patient(own);
-            let spoken = UdpSocket::from(speaker).send_to(b"first", addr(HOST6, port));
-            assert!(spoken.is_ok() && own.recv_from(&mut [0; 9]).is_ok());
+            let speaker = match may {
+                true => spoof(&ground.root, addr(REMOTE6, PORT)),
+                false => in_the_name_of_remote(cgroup, libc::SOCK_DGRAM, PORT).into(),
+            };
+            let _ = speaker.send_to(b"first", addr(HOST6, port));
             for _ in 0..3 {
                 let _ = own.send_to(b"then", addr(REMOTE6, PORT));
             }
@@ -430,16 +511,40 @@ fn nobody_answers_himself() {
                 // the answers have come: to a port that is closed they would be refused, later
                 true => {
                     assert!(left.len() >= 3, "{left:?}");
-                    (0..3).for_each(|_| assert!(own.recv_from(&mut [0; 9]).is_ok(), "{policy}"));
+                    let own = patient(own);
+                    (0..4).for_each(|_| assert!(own.recv_from(&mut [0; 9]).is_ok(), "{policy}"));
                 }
                 false => assert_eq!(left, [], "{policy}"),
             }
         }
+    });
+}
 
-        daemon.signal(Signal::SIGCONT);
-        daemon.stop_clean();
-        remove_tree(&ground.at("/held/new"));
-    }
+/// Nor has it the kernel answer whom it wants to speak to: by a listener of its own, or where nobody
+/// listens, which tells the remote host what was sent.
+#[test]
+fn nobody_has_the_kernel_answer() {
+    let (ground, mut world) = scene!("has-answered");
+    sysctl("net/ipv6/icmp/ratelimit", "0");
+    confined(&ground, |policy, cgroup| {
+        let listener = socket_in(cgroup, libc::SOCK_STREAM, REMOTE6);
+        bind_at(&listener, addr(HOST6, 5001));
+        // SAFETY: an open socket.
+        assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 8) }, 0);
+        for (kind, to) in
+            [(libc::SOCK_STREAM, 5001), (libc::SOCK_STREAM, 5003), (libc::SOCK_DGRAM, 5003)]
+        {
+            let speaker = in_the_name_of_remote(cgroup, kind, PORT + to);
+            let _ = connect(&speaker, addr(HOST6, to));
+            let _ = nix::unistd::write(&speaker, b"what it wants to tell");
+            drop(speaker);
+            let left = world.wire.to_remote();
+            match policy.contains("direct") {
+                true => assert_eq!(left.len(), 1, "{kind} to {to}"),
+                false => assert_eq!(left, [], "{policy}: {kind} to {to}"),
+            }
+        }
+    });
 }
 
 /// The same port to the same host, by a process of another cgroup: its cgroup decides, whether or not

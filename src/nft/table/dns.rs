@@ -29,7 +29,7 @@ fn marked_dns_chain(outlet: &Outlet, own: Mark, kind: &str, packet: Option<Mark>
         let set = packet.map(Stmt::SetPacketMark);
         set.into_iter().chain([Stmt::accept()])
     };
-    let mut rules = vec![set_ct_mark(own)];
+    let mut rules = vec![drop_for_others(), set_ct_mark(own)];
     rules.push([Stmt::Unconfirmed, Stmt::CtMark(own)].into_iter().chain(accept()).collect());
     rules.push([Stmt::Dnatted].into_iter().chain(accept()).collect());
     chain(own_chain(kind, outlet), rules).when(outlet.hijacks_dns())

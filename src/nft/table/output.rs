@@ -52,11 +52,9 @@ pub(super) fn classifying_chains(config: &Config) -> Vec<Chain> {
 fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     let mut rules = Vec::from_iter(moving_first(config));
     // cheapest test first; covers every local address, for those leave by lo
-    match (knows_spoofed(config), hijacks_local(config)) {
-        (false, _) => rules.push(leaves_by_lo()),
-        (true, false) => rules.push(vec![Stmt::OifLo, Stmt::goto("lo")]),
-        // the targets' chains let the rest of lo pass
-        (true, true) => rules.push(vec![Stmt::OifLo, Stmt::jump("lo")]),
+    match knows_spoofed(config) {
+        false => rules.push(leaves_by_lo()),
+        true => rules.push(vec![Stmt::OifLo, Stmt::jump("lo")]),
     }
     if !config.holds.is_empty() {
         // a SYN begins a flow; a datagram from a port that somebody else's has come from goes on with
@@ -299,13 +297,16 @@ fn spoofed_rule(config: &Config) -> Rule {
     begins_spoofed(config, Stmt::ForeignSource)
 }
 
-/// What leaves by lo.
+/// What leaves by lo. A process that may not speak for others and does goes where its cgroup is to go:
+/// its own listener, or the kernel, would answer whom it wants to speak to.
 pub(super) fn lo_chain(config: &Config) -> Option<Chain> {
+    let spoofed = [spoofed_rule(config), vec![Stmt::HasOwner, Stmt::NotTransparent, Stmt::back()]];
     let mut last = vec![Stmt::accept()];
     if hijacks_local(config) {
+        // the targets' chains let the rest pass
         last.insert(0, Stmt::NotDport(53));
     }
-    chain("lo", vec![spoofed_rule(config), last]).when(knows_spoofed(config))
+    chain("lo", vec![spoofed.concat(), last]).when(knows_spoofed(config))
 }
 
 /// Flows that are known by their ct mark. Marks that we do not know (of a tproxy that a reload took

@@ -10,8 +10,10 @@ use crate::nft::stmt::Stmt;
 /// `bypass`, and what is gone to from many chains.
 pub(super) fn chains(config: &Config) -> Vec<Chain> {
     let exempt = chain(EXEMPT, exempt_rules(config)).when(hijacks_local(config));
+    let local = local_chain(config).when(hijacks_local(config));
     let bypass = chain("bypass", spared_rules(config));
-    leave_chain(config).into_iter().chain(exempt).chain([bypass, neighbours_chain()]).collect()
+    let first = leave_chain(config).into_iter().chain(exempt).chain(local);
+    first.chain([bypass, neighbours_chain()]).collect()
 }
 
 /// What `bypass` is made of where DNS is hijacked whatever its address.
@@ -75,12 +77,20 @@ pub(super) fn leaves_by_lo() -> Rule {
     vec![Stmt::OifLo, Stmt::accept()]
 }
 
-/// The first rules of the targets' chains: what `output` has not let pass itself.
+/// The first rules of the targets' chains: what `output` has not let pass itself, but for who speaks in
+/// the name of others.
 pub(super) fn local_rules(config: &Config) -> Vec<Rule> {
     match hijacks_local(config) {
-        true => vec![leaves_by_lo()],
+        true => vec![vec![Stmt::OifLo, Stmt::jump(LOCAL)]],
         false => Vec::new(),
     }
+}
+
+const LOCAL: &str = "within";
+
+fn local_chain(config: &Config) -> Chain {
+    let own = [Stmt::New, Stmt::CtMark(spoofed(config)), Stmt::HasOwner, Stmt::NotTransparent];
+    chain(LOCAL, vec![[&own[..], &[Stmt::back()]].concat(), vec![Stmt::accept()]])
 }
 
 /// What goes as if we were not there. Where somebody else's UDP has come from the port before, to

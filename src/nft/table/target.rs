@@ -74,7 +74,7 @@ fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     rules.extend(bypass_rules(outlet, &leave(config)));
     rules.push(vec![Stmt::Counter]);
     rules.extend(sorting_rules(outlet, dns, &leave(config)));
-    rules.extend([set_ct_mark(own), take]);
+    rules.extend([drop_for_others(), set_ct_mark(own), take]);
     chains.push(chain(own_chain("to", outlet), rules));
     chains
 }
@@ -109,6 +109,7 @@ fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
     rules.extend(bypass_rules(outlet, &leave(config)));
     rules.push(vec![Stmt::Counter]);
     rules.extend(sorting_rules(outlet, dns, &leave(config)));
+    rules.push(drop_for_others());
     rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Confirmed, Stmt::Reset]);
     // what began with another address goes on with it, and would tell whoever is behind the route
     if route.masquerades() {
@@ -305,7 +306,8 @@ fn switches(outlet: &Outlet, take: Take, leave: &Stmt) -> Vec<Rule> {
 const REFUSE: &str = "refuse";
 
 fn refuse_chain() -> Chain {
-    chain(REFUSE, vec![vec![Stmt::L4proto(L4::Tcp), Stmt::Reset], vec![Stmt::Unreachable]])
+    let told = [vec![Stmt::L4proto(L4::Tcp), Stmt::Reset], vec![Stmt::Unreachable]];
+    chain(REFUSE, [&[drop_for_others()], &told[..]].concat())
 }
 
 /// Destinations that a target leaves alone.

@@ -117,6 +117,17 @@ pub(super) fn begins_spoofed(config: &Config, from: Stmt) -> Rule {
     vec![Stmt::New, unknown, from, Stmt::SetCtMark(spoofed(config))]
 }
 
+/// What a process that may not speak for others sends in another's name, which IPv6 lets everybody do
+/// (IPV6_FREEBIND).
+pub(super) fn for_others() -> Vec<Stmt> {
+    vec![Stmt::HasOwner, Stmt::NotTransparent, Stmt::ForeignSource]
+}
+
+/// It would be answered by the proxy or the resolver, or refused, to who did not send it.
+pub(super) fn drop_for_others() -> Rule {
+    [vec![Stmt::Fresh], for_others(), vec![Stmt::drop()]].concat()
+}
+
 /// A packet that answers whoever spoke first, if that was not a proxy for somebody else.
 pub(super) fn answers(config: &Config) -> Vec<Stmt> {
     let mut test = vec![Stmt::Reply];
