@@ -41,7 +41,7 @@ pub fn of_host(config: &Config, host: &Host) -> Vec<(&'static str, Answer)> {
             resolver.extend(unanswered(&place, &tproxy.outlet, false, host));
             add("listener", listener);
             add("resolver", resolver);
-            let sharing = host.listeners.iter().filter(|l| l.local.port() == port);
+            let sharing = host.sharing().filter(|l| l.local.port() == port);
             let what = format!("{place}: port {port}");
             add("shared-port", shared(&what, "TPROXY may find the wrong one", "proxy", sharing));
             add("shared-port", shared_resolvers(&place, &tproxy.outlet, routed, host));
@@ -198,7 +198,8 @@ fn limits(place: &str, outlet: &Outlet) -> Vec<Answer> {
 }
 
 /// Whether there are sockets of several users where datagrams are handed over: beside one with
-/// SO_REUSEADDR anybody may bind another. Of TCP the kernel has no such thing.
+/// SO_REUSEADDR anybody may bind another, which takes all of them, or those of a peer that it is
+/// connected with. Of TCP the kernel has no such thing.
 fn shared<'a>(
     what: &str,
     why: &str,
@@ -227,7 +228,7 @@ fn shared_resolvers(place: &str, outlet: &Outlet, routed: bool, host: &Host) -> 
         let of_routed = |l: &diag::SeenSocket| {
             routed && end.ip().is_loopback() && own_wide(host, end).any(|ip| is_at(l, ip))
         };
-        let sharing = host.listeners.iter().filter(|l| is_at(l, end.ip()) || of_routed(l));
+        let sharing = host.sharing().filter(|l| is_at(l, end.ip()) || of_routed(l));
         let what = format!("{place}: {end}, where its DNS goes,");
         shared(&what, "the wrong one may be asked", "resolver", sharing)
     });

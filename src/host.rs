@@ -21,6 +21,8 @@ use crate::netlink::uapi::*;
 #[derive(Debug, Default)]
 pub struct Host {
     pub listeners: Vec<diag::SeenSocket>,
+    /// Connected UDP sockets at the ports of these.
+    pub beside: Vec<diag::SeenSocket>,
     /// `None` where the kernel does not tell.
     pub interfaces: Option<Vec<Link>>,
     pub addresses: Vec<IpAddr>,
@@ -38,17 +40,24 @@ impl Host {
         let mut diag = Socket::open(SockProtocol::NetlinkSockDiag, &[]).ok();
         let addresses = addresses_by(route.as_mut());
         let listeners = listen::listeners(diag.as_mut());
+        let beside = listen::beside(diag.as_mut(), &listeners);
         let first = sysctl("net/ipv4/ip_unprivileged_port_start");
         let users_from = first.and_then(|port| port.try_into().ok()).unwrap_or(1024);
         let glance = Host::glance(route.as_mut(), diag.as_mut());
         let nameservers = nameservers();
-        Host { listeners, addresses, users_from, nameservers, ..glance }
+        Host { listeners, beside, addresses, users_from, nameservers, ..glance }
     }
 
     /// The interfaces alone, and what is bound to them, by sockets that are open already.
     pub fn glance(route: Option<&mut Socket>, diag: Option<&mut Socket>) -> Host {
         let interfaces = dump(route, &link::get_all, link::parse);
         Host { interfaces, bound: bound(diag), ..Host::default() }
+    }
+
+    /// The sockets that have what arrives here at a port, of anybody or of one peer.
+    pub fn sharing(&self) -> impl Iterator<Item = &diag::SeenSocket> {
+        let own = |socket: &&diag::SeenSocket| self.has(socket.local.ip());
+        self.listeners.iter().chain(self.beside.iter().filter(own))
     }
 
     /// Whether an address is this host's own.

@@ -10,6 +10,7 @@ use crate::netlink::msg::Batch;
 use crate::netlink::parse::ip;
 use crate::netlink::socket::Socket;
 use crate::netlink::uapi::*;
+use crate::small::SmallSet;
 
 /// Where packets come from that TPROXY looks for a socket for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +108,23 @@ pub fn listeners(mut socket: Option<&mut Socket>) -> Vec<SeenSocket> {
             .as_mut()
             .and_then(|socket| socket.dump(&request, |m| diag::parse(m, protocol)).ok()?.ok());
         all.extend(answer.unwrap_or_else(|| from_proc(kind)));
+    }
+    all
+}
+
+/// UDP sockets that are connected, at the ports of these: each has what its peer sends there.
+pub fn beside(mut socket: Option<&mut Socket>, listeners: &[SeenSocket]) -> Vec<SeenSocket> {
+    let udp = listeners.iter().filter(|own| own.protocol == IPPROTO_UDP);
+    let ports: SmallSet<u16> = udp.map(|own| own.local.port()).collect();
+    let mut all = Vec::new();
+    for (protocol, family) in diag::KINDS.into_iter().filter(|kind| kind.0 == IPPROTO_UDP) {
+        let states = 1 << TCP_ESTABLISHED;
+        let request = |batch: &mut Batch| diag::get(batch, family, protocol, states, &[]);
+        let answer = socket
+            .as_mut()
+            .and_then(|socket| socket.dump(&request, |m| diag::parse(m, protocol)).ok()?.ok());
+        let found = answer.into_iter().flatten();
+        all.extend(found.filter(|socket| ports.contains(&socket.local.port())));
     }
     all
 }

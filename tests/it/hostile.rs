@@ -18,10 +18,10 @@ use nix::sys::socket::{
     bind, connect, listen, socket, AddressFamily, Backlog, SockFlag, SockType, UnixAddr,
 };
 
-use crate::client::{socket_in, udp_in, Client, Proto, PATIENCE, SILENCE};
+use crate::client::{again, socket_in, udp_in, Client, Proto, PATIENCE, SILENCE};
 use crate::daemon::{run_at, run_with, write_private, Daemon};
 use crate::gateway::{Lan, LAN4, LAN6};
-use crate::ground::{addr, chmod, here, ip, ip_batch, Ground, Netns, REMOTE4, REMOTES};
+use crate::ground::{addr, chmod, here, ip, ip_batch, Ground, Netns, HOSTS, REMOTE4, REMOTES};
 use crate::kernel::{await_exactly, cgroup_id, load, output, residue, set_ids, SETTLE};
 use crate::routes::tunnel_up;
 use crate::world::{bind_at, raw_addr, set, Server, World, PROXY};
@@ -735,6 +735,24 @@ fn a_socket_beside_the_proxy() {
         assert_eq!(stream, Some(Errno::EADDRINUSE), "{at} {options:?}");
         let low = user_socket(addr(at.ip(), 893), SockType::Datagram, options).err();
         assert_eq!(low, Some(Errno::EACCES), "{at} {options:?}");
+    }
+    // connected with one application, it is that one's alone
+    for (to, (own, lo)) in asked.into_iter().zip(HOSTS.into_iter().zip(["127.0.0.1", "::1"])) {
+        let app = UdpSocket::from(socket_in(&cgroup, libc::SOCK_DGRAM, own));
+        bind_at(&app, addr(own, 0));
+        let answered = |patience| {
+            app.set_read_timeout(Some(patience)).expect("a timeout");
+            app.send_to(b"who?", to).expect("send");
+            again(|| app.recv(&mut [0; 64])).is_ok()
+        };
+        assert!(answered(PATIENCE), "{to}");
+        let at = addr(ip(lo), 7893);
+        let other = user_socket(at, SockType::Datagram, &[libc::SO_REUSEADDR]).expect("bind");
+        other.connect(app.local_addr().expect("its address")).expect("connect");
+        assert!(!answered(SILENCE), "{to}");
+        assert!(said().iter().all(|said| said.contains(several)), "{at}: {:?}", said());
+        drop(other);
+        assert!(wait_until(PATIENCE, || answered(SILENCE)), "{to}");
     }
     daemon.reconfigure(&config.replace("7893", "893"));
     reach([false; 2], "below 1024");
