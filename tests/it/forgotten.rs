@@ -4,7 +4,7 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -13,12 +13,12 @@ use nix::sys::signal::Signal;
 use crate::client::{
     again, connect, expect, socket_in, tcp_in, under, Client, Outcome, Proto, PATIENCE,
 };
-use crate::daemon::{by_default, Daemon, POLICY};
+use crate::daemon::{by_default, Daemon, POLICY, UNOWNED};
 use crate::gateway::{bridge_netfilter, Lan};
 use crate::ground::{
     addr, any_of, ip, remove_tree, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6, REMOTES,
 };
-use crate::kernel::{await_connection, counters, fill_flows, forget_flows, load};
+use crate::kernel::{await_connection, counters, fill_flows, forget_flows, load, table};
 use crate::routes::{passes, tunnel_up, GATEWAYS};
 use crate::wait_until;
 use crate::world::{
@@ -547,52 +547,109 @@ fn nobody_has_the_kernel_answer() {
     });
 }
 
+/// Cgroups whose processes have the same port one after the other, every one behind every other.
+struct Heirs<'a> {
+    cgroups: &'a [PathBuf; 5],
+    proxies: [UdpSocket; 2],
+}
+
+impl Heirs<'_> {
+    const PATHS: [&'static str; 5] = ["/proxied", "/drop", "/direct", "/other", "/spared"];
+
+    fn of(cgroups: &[PathBuf; 5]) -> Heirs<'_> {
+        Heirs { cgroups, proxies: proxies(&cgroups[2], 7893) }
+    }
+
+    /// With a target that leaves their UDP alone.
+    fn policy(default: &str) -> String {
+        format!("{}{OTHER}udp = no\n[rules]\nother = /spared\n", by_default(default))
+    }
+
+    /// Asserts that each reaches whom it is to reach, over either family, whatever is done in `between`.
+    fn go_their_ways(
+        &self,
+        of_default: &str,
+        when: &str,
+        world: &mut World,
+        mut between: impl FnMut(),
+    ) {
+        let each = ["proxy", "nobody", "remote", of_default, "remote"];
+        for (Place { remote, host, .. }, proxy) in places().into_iter().zip(&self.proxies) {
+            forget_flows();
+            let mut at = addr(host, 0);
+            for (first, second) in (0..25).map(|pair| (pair / 5, pair % 5)) {
+                for (turn, who) in [first, second].into_iter().enumerate() {
+                    if turn == 1 {
+                        between();
+                    }
+                    let (cgroup, want) = (&self.cgroups[who], each[who]);
+                    let app = udp_of(cgroup, at);
+                    at = app.local_addr().expect("an address");
+                    for _ in 0..2 {
+                        let who = reaches(&app, remote, &[proxy], world);
+                        assert_eq!(who, want, "{when} {remote} from {cgroup:?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Another program that restores the ct mark into what this host sends.
+fn restores_marks(priority: i32) -> String {
+    format!(
+        "table inet who {{\nchain c {{\ntype route hook output priority {priority};\n\
+         meta mark set ct mark\n}}\n}}\n"
+    )
+}
+
 /// The same port to the same host, by a process of another cgroup: its cgroup decides, whether or not
 /// others restore the flow's mark into its packets, before us or behind us.
 #[test]
 fn a_port_that_is_used_again() {
     let (ground, mut world) = scene!("reuse");
-    let cgroups = ground.cgroups(["/proxied", "/drop", "/direct", "/other", "/spared"]);
-    let proxies = proxies(&cgroups[2], 7893);
-    let restores = |priority| {
-        format!(
-            "table inet who {{\nchain c {{\ntype route hook output priority {priority};\n\
-             meta mark set ct mark\n}}\n}}\n"
-        )
-    };
-    let theirs = [String::new(), restores(-160), restores(0)];
-    for ((default, of_default), theirs) in
-        DEFAULTS.iter().flat_map(|d| theirs.iter().map(move |t| (d, t)))
-    {
-        load(theirs);
-        let config = format!("{}{OTHER}udp = no\n[rules]\nother = /spared\n", by_default(default));
-        let daemon = Daemon::start(&ground, &config, &[]);
-        for (Place { remote, host, .. }, proxy) in places().into_iter().zip(&proxies) {
-            forget_flows();
-            let mut at = addr(host, 0);
-            let each = ["proxy", "nobody", "remote", of_default, "remote"];
-            let each: Vec<_> = cgroups.iter().zip(each).collect();
-            // every one behind every other
-            let pairs = (0..each.len()).flat_map(|a| (0..each.len()).map(move |b| (a, b)));
-            for (first, second) in pairs {
-                for (cgroup, want) in [each[first], each[second]] {
-                    let app = udp_of(cgroup, at);
-                    at = app.local_addr().expect("an address");
-                    for _ in 0..2 {
-                        let who = reaches(&app, remote, &[proxy], &mut world);
-                        assert_eq!(
-                            who, want,
-                            "default {default} {remote} from {cgroup:?}\n{theirs}"
-                        );
-                    }
-                }
-            }
+    let cgroups = ground.cgroups(Heirs::PATHS);
+    let heirs = Heirs::of(&cgroups);
+    for theirs in [String::new(), restores_marks(-160), restores_marks(0)] {
+        load(&theirs);
+        for (default, of_default) in DEFAULTS {
+            let daemon = Daemon::start(&ground, &Heirs::policy(default), &[]);
+            let when = format!("default {default} {theirs}");
+            heirs.go_their_ways(of_default, &when, &mut world, || {});
+            assert!(daemon.stop().success());
         }
-        assert!(daemon.stop().success());
         if !theirs.is_empty() {
             load("delete table inet who\n");
         }
     }
+}
+
+/// The same whatever becomes of the daemon and its table before that.
+#[test]
+fn a_port_that_is_used_again_later() {
+    let (ground, mut world) = scene!("reuse-later");
+    let cgroups = ground.cgroups(Heirs::PATHS);
+    let heirs = Heirs::of(&cgroups);
+    load(&restores_marks(-160));
+    let policy = Heirs::policy("direct");
+
+    let daemon = Daemon::start_in(&ground, &policy, &[], &[UNOWNED]);
+    heirs.go_their_ways("remote", "reloaded", &mut world, || drop(daemon.reload()));
+    heirs.go_their_ways("remote", "repaired", &mut world, || {
+        load("delete table inet cgtproxy\n");
+        let back = || table().contains("socket cgroupv2");
+        assert!(wait_until(PATIENCE, back), "{}", daemon.logs());
+    });
+    daemon.leave();
+    heirs.go_their_ways("remote", "left", &mut world, || {});
+
+    let mut daemon = Some(Daemon::start(&ground, &policy, &[]));
+    heirs.go_their_ways("remote", "killed", &mut world, || {
+        daemon.take().into_iter().for_each(Daemon::kill9);
+        daemon = Some(Daemon::start(&ground, &policy, &[]));
+    });
+    load("delete table inet who\n");
+    daemon.into_iter().for_each(Daemon::stop_clean);
 }
 
 /// A query by a port from which somebody else asked before, and got no answer: that flow cannot be
