@@ -27,7 +27,7 @@ use crate::gateway::Lan;
 use crate::ground::{
     addr, any_of, ip, ip_lines, pipe, sh, Ground, GATE4, GATE6, HOST4, HOST6, REMOTE4, REMOTES,
 };
-use crate::kernel::{await_member, load, table};
+use crate::kernel::{await_member, forget_flows, load, table};
 use crate::lifecycle::Unmount;
 use crate::routes::{
     passes, refused, until_closed, until_open, until_passes, until_refused, TUNNEL,
@@ -406,6 +406,40 @@ fn a_tunnel_below_a_mounted_part_is_seen() {
     let lines = loops(&ground, &config);
 
     assert!(lines.len() == 1 && lines[0].contains("vpn0 of [route vpn]"), "{lines:?}");
+}
+
+/// The same of a program outside of the cgroup root, which has no path there: a line for its owner comes
+/// before the default, for what it sends and for what is said of it.
+#[test]
+fn a_tunnel_outside_the_cgroup_root_is_seen() {
+    let (ground, _world) = scene!("tunoutside");
+    let (_peer, _own) = tunnel(&ground, 1500);
+    let root = ground.cgroup("/root");
+    let apps = ground.cgroup("/root/apps");
+    let config = |more: &str| {
+        format!("[global]\ncgroup-root = {}\n{}{more}", root.display(), by_cgroup(""))
+            .replace("vpn = /vpn\n", "")
+    };
+    for (more, default, carries) in [
+        ("direct = user:root\n", "vpn", true),
+        ("direct = user:1\n", "vpn", false),
+        ("vpn = /apps\nvpn = user:root\n", "direct", false),
+        ("vpn = /apps\nvpn = user:1\n", "direct", true),
+    ] {
+        let config =
+            config(more).replace("[global]\n", &format!("[global]\ndefault = {default}\n"));
+        let daemon = Daemon::start(&ground, &config, &[]);
+        let client = Client::tcp(&apps, addr(REMOTE4, 80)).uid(1000).timeout(4 * SILENCE);
+        let goes = wait_until(PATIENCE, || {
+            // the peer may have spoken first, and what answers it is left alone
+            forget_flows();
+            matches!(client.run(), Outcome::Answer(_)) == carries
+        });
+        assert!(goes, "{more}");
+        let lines = loops(&ground, &config);
+        assert_eq!(lines.len(), usize::from(!carries), "{more}{lines:?}");
+        daemon.stop_clean();
+    }
 }
 
 /// A tunnel of the kernel has no process: `check` sees it by the default, or by a rule.
