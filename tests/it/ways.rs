@@ -1,12 +1,13 @@
 //! Flows that are older than a policy in which the marks that they are known by mean something else: a
 //! section has gone, or one has come before others. They go on by their own way or not at all.
 
+use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -17,8 +18,8 @@ use crate::gateway::Lan;
 use crate::ground::{addr, any_of, await_link, ip_lines, sh, Ground, REMOTES};
 use crate::kernel::{add_flows, await_member, forget_flows, table};
 use crate::routes::{tunnel_up, GATEWAYS};
-use crate::wait_until;
 use crate::world::{bind, bind_at, Packet, Wire, RST};
+use crate::{sized, wait_until};
 
 const PORT: u16 = 8080;
 
@@ -314,6 +315,8 @@ const PAUSE: Duration = Duration::from_millis(1);
 struct Talk {
     tcp: Vec<Connection>,
     udp: Vec<(UdpSocket, UdpSocket)>,
+    /// Datagrams that have no way, as their sender is told.
+    refused: AtomicUsize,
 }
 
 impl Talk {
@@ -329,7 +332,8 @@ impl Talk {
             })
         };
         let udp = remotes.iter().flat_map(datagrams).collect();
-        let talk = Talk { tcp: scene.connections(cgroup, false), udp };
+        let tcp = scene.connections(cgroup, false);
+        let talk = Talk { tcp, udp, refused: AtomicUsize::new(0) };
         assert!(talk.udp.iter().all(Talk::is_answered), "at first");
         talk
     }
@@ -364,7 +368,13 @@ impl Talk {
             let sender = scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
                     for (own, _) in &self.udp {
-                        let _ = own.send(b"meanwhile");
+                        let kind = own.send(b"meanwhile").map_err(|error| error.kind()).err();
+                        if [ConnectionRefused, HostUnreachable, NetworkUnreachable]
+                            .iter()
+                            .any(|refused| kind == Some(*refused))
+                        {
+                            self.refused.fetch_add(1, Ordering::Relaxed);
+                        }
                     }
                     for each in &self.tcp {
                         let _ = (&each.own).write(b"meanwhile");
@@ -435,4 +445,49 @@ fn flows_that_move_among_many() {
         daemon.stop_clean();
         forget_flows();
     }
+}
+
+/// Sections that say their marks keep them when they change places, and their routes go to other tables:
+/// what a cgroup sends is never without a route, which would refuse it.
+#[test]
+fn routes_that_change_tables() {
+    let ground = ground!("ways-tables");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let remotes = ground
+        .outside(|| REMOTES.map(|ip| UdpSocket::from(bind(addr(ip, PORT), libc::SOCK_DGRAM))));
+    // no gateway: the marks of what is routed go by the order
+    let policy = |names: &str| {
+        let section = |name: &str| {
+            let mark = ["vpn", "two", "none"].iter().position(|own| *own == name);
+            let mark = mark.expect("a route") + 1;
+            sections(name).replacen('\n', &format!("\nmark = {mark:#x}000000\n"), 1)
+        };
+        let sections: String = names.split(' ').map(section).collect();
+        format!("{sections}[rules]\nvpn = /app\n")
+    };
+    let daemon = Daemon::start(&ground, &policy("vpn two"), &[]);
+    await_member(&cgroup, "vpn");
+    let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
+    // what clients send has no section
+    talk.tcp.retain(|each| each.is_local);
+    talk.udp = talk.udp.into_iter().step_by(2).collect();
+    scene.left();
+
+    talk.during(|| {
+        for _ in 0..sized(10, 50) {
+            for names in ["two vpn", "none two vpn", "vpn none two", "none vpn", "vpn two"] {
+                daemon.reconfigure(&policy(names));
+            }
+        }
+    });
+
+    let log = daemon.logs();
+    for each in &mut talk.tcp {
+        assert!(each.goes_on(), "{each:?} was cut\n{log}");
+    }
+    assert!(talk.udp.iter().all(Talk::is_answered), "{log}");
+    assert_eq!(talk.refused.into_inner(), 0, "datagrams refused\n{log}");
+    assert_eq!(scene.left(), [], "{log}");
+    daemon.stop_clean();
 }
