@@ -12,10 +12,12 @@ use std::thread::{self, JoinHandle};
 use nix::errno::Errno;
 use nix::sys::wait::waitpid;
 
-use crate::client::{expect, expect_as, fork_into, under, Client, Outcome, Running, PATIENCE};
+use crate::client::{
+    expect, expect_as, fork_into, under, Client, Outcome, Running, PATIENCE, SILENCE,
+};
 use crate::daemon::{run_with, Daemon, UNOWNED};
 use crate::ground::{addr, pipe, Ground, REMOTE4, REMOTE6};
-use crate::kernel::{load, SETTLE};
+use crate::kernel::{forget_flows, load, SETTLE};
 use crate::tools::query;
 use crate::wait_until;
 use crate::world::{bind, raw_addr, set, Server, World, PROXY, STREAM_PORT};
@@ -369,6 +371,13 @@ fn what_is_left_of_a_closed_socket_goes_its_way() {
             let sent = fill_and_close(&cgroup, 2002, addr(ip, 7001));
             assert!(sent > 50_000, "{sent}");
             assert_eq!(proxied.end().expect("to its end"), sent);
+            // nor does it leave once conntrack has forgotten it: the kernel asks for room in some
+            // 0.2 s, and goes on when the proxy has spoken
+            let forgotten = Sink::start(any(7893));
+            let sent = fill_and_close(&cgroup, 2002, addr(ip, 7001));
+            forget_flows();
+            thread::sleep(2 * SILENCE);
+            assert_eq!(forgotten.end().expect("to its end"), sent);
             // the other flow may still say goodbye
             let mut left = world.wire.to_remote();
             left.retain(|p| p.dst.port() == 7001);

@@ -262,30 +262,44 @@ fn behind_owners_chain(config: &Config, outcome: Outcome) -> Chain {
         rules.push(vec![Stmt::CtMark(mark(config, own)), to.clone()]);
         rules.push(vec![Stmt::HasOwner, to.clone()]);
         rules.push(vec![Stmt::CtMarked(config.mask), Stmt::jump("sticky")]);
+        // nothing tells any more that it was not another target's
+        if parts_owners(config, outcome) {
+            rules.push(vec![Stmt::Unheard, Stmt::GoesOn, Stmt::drop()]);
+        }
     }
     rules.push(vec![to]);
     chain(named("in", config, outcome), rules)
 }
 
+/// Whether lines for owners send elsewhere what some sockets of these cgroups send.
+fn parts_owners(config: &Config, outcome: Outcome) -> bool {
+    let lines = config.owner_rules_before(outcome.class);
+    lines.iter().any(|line| line.target != outcome.target)
+}
+
 /// What the flow of a packet decides, where its cgroup does not.
 pub(super) fn flow_chains(config: &Config) -> Vec<Chain> {
-    let ownerless = ownerless_chain().when(drops_ownerless(config));
+    let ownerless = ownerless_chain(config).when(drops_ownerless(config));
     [spoofed_chain(config), ownerless, sticky_chain(config)].into_iter().flatten().collect()
 }
 
 /// Of packets that go on with a connection of which conntrack knows nothing, those that no process
 /// sends: nothing tells any more that it was not a proxy's. For a remote host it is a proxy's socket
 /// that speaks, to a client whose flow is over; Linux 6.12 knows no owner of that. Sockets that no
-/// process has any more, and those of the kernel, have their cgroup; what is left of one (TIME_WAIT) has
-/// none.
-fn ownerless_chain() -> Chain {
+/// process has any more have their cgroup, but not the owner by whom a line may have decided; those of
+/// the kernel are in none below the root; and what is left of one (TIME_WAIT) has neither.
+fn ownerless_chain(config: &Config) -> Chain {
     let accepted = [Stmt::HasOwner, Stmt::ForeignSource].map(|which| vec![which, Stmt::accept()]);
-    let rest = [
-        vec![Stmt::Invalid, Stmt::drop()],
-        vec![Stmt::Bound, Stmt::accept()],
-        vec![Stmt::GoesOn, Stmt::drop()],
-    ];
-    chain("ownerless", [&accepted[..], &rest].concat())
+    let mut rules = accepted.to_vec();
+    rules.push(vec![Stmt::Invalid, Stmt::drop()]);
+    if parts_owners(config, config.default_outcome()) {
+        // no cgroup that is here is in that set
+        let below_root = Stmt::OtherCgroup { level: 1, set: set_name(config, Target::Drop.into()) };
+        rules.push(vec![below_root, Stmt::GoesOn, Stmt::drop()]);
+    }
+    rules.push(vec![Stmt::Bound, Stmt::accept()]);
+    rules.push(vec![Stmt::GoesOn, Stmt::drop()]);
+    chain("ownerless", rules)
 }
 
 /// What this host sends from a foreign address begins a flow: a proxy speaks for a remote host, and
