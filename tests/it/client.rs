@@ -19,6 +19,7 @@ use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
 use crate::ground::{pipe, REMOTE4, REMOTE6};
+use crate::wait_until;
 use crate::world::raw_addr;
 
 /// What a client speaks; ICMP is a ping.
@@ -234,14 +235,18 @@ pub fn socket_in(cgroup: &Path, kind: c_int, ip: IpAddr) -> OwnedFd {
     socket_for(cgroup, family_of(ip), kind, 0)
 }
 
-/// Connects a socket.
+/// Connects a socket. A process that another test has forked may hold a copy of one that was closed here,
+/// between the same two ends, for an instant.
 pub fn connect(fd: &OwnedFd, to: SocketAddr) -> std::io::Result<()> {
     let (raw, len) = raw_addr(to);
-    // SAFETY: a sockaddr of the length that goes with it.
-    match unsafe { libc::connect(fd.as_raw_fd(), (&raw const raw).cast(), len) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
+    let mut done = Ok(());
+    wait_until(PATIENCE, || {
+        // SAFETY: a sockaddr of the length that goes with it.
+        let rc = unsafe { libc::connect(fd.as_raw_fd(), (&raw const raw).cast(), len) };
+        done = Errno::result(rc).map(drop);
+        done != Err(Errno::EADDRNOTAVAIL)
+    });
+    Ok(done?)
 }
 
 /// A TCP connection of a cgroup.

@@ -494,7 +494,11 @@ fn a_reload_waits_for_flows_in_its_own_time() {
         let begun = Instant::now();
         wait_until(PATIENCE, || begun.elapsed() > Duration::from_millis(1200));
     });
-    assert!(daemon.wait_log("reloaded ", PATIENCE), "{}", daemon.logs());
+    // by the clock that may be any time, where others want the processors
+    let reloaded = || daemon.logs().contains("reloaded ");
+    let spent = || daemon.busy() - busy > Duration::from_secs(3);
+    wait_until(10 * PATIENCE, || reloaded() || spent());
+    assert!(reloaded(), "{}", daemon.logs());
     let busy = daemon.busy() - busy;
     let log = daemon.logs();
     let before = log.split("reloaded ").next().expect("some");
