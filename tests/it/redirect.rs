@@ -585,16 +585,19 @@ fn sockets_without_number_keep_nobody_waiting() {
     let (daemon, trace) = traced(&ground, &config("direct"));
     let _hoards = hoards(&user);
     for target in ["vpn", "direct", "vpn"] {
+        let (_, before) = trace.answers();
         daemon.reconfigure(&config(target));
         let new = ground.cgroup(&format!("/apps/{target}"));
         await_member(&new, "drop");
         std::fs::remove_dir(&new).expect("rmdir");
+        // a list is of some 200, and may go on behind the reload
+        assert!(wait_until(PATIENCE, || trace.answers().1 > before + 150));
     }
     assert!(daemon.stop().success());
     let (longest, all) = trace.answers();
     println!("{longest} of {all}");
-    // a list is of some 200; once all of it came at once, twice for each reload
-    assert!(all > 500 && longest < 120, "{longest} of {all}");
+    // once all of it came at once, twice for each reload
+    assert!(longest < 120, "{longest} of {all}");
 }
 
 /// Nor where it is asked which removed cgroups they hold, some minutes after the last one that may be held.
