@@ -340,7 +340,7 @@ impl Kernel {
         // once it is in force, some sets may still have to be given their own names
         let mut in_force = false;
         for _ in 0..TRIES {
-            match self.exchange(contents, same, in_force) {
+            match self.exchange(contents, same, in_force || contents.moves()) {
                 Ok(Some(true)) => {
                     self.digests = digests;
                     return Ok(());

@@ -8,7 +8,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use super::expr::{value, Anonymous, Expr, SetRef, Verdict};
 use super::stmt::{eq, meta, neq, payload, Stmt};
 use super::table::{
-    bridged_rules, veth_name, Base, Chain, Content, Deeds, Rule, Set, Table, BRIDGED, DEEDS,
+    bridged_rules, veth_name, Base, Chain, Content, Deeds, Rule, Set, Table, BRIDGED, DEEDS, MOVED,
     OUTPUT, TABLE,
 };
 use crate::net::{Address, Range};
@@ -120,8 +120,11 @@ impl Contents {
     }
 
     /// The second one, by which they are looked into. All chains are new, and stand among others of their
-    /// priority as those of a table that is loaded now; or, to `keep` those that are wanted, they are
-    /// left where they are, with other rules.
+    /// priority as those of a table that is loaded now; or, to `keep` those that are hooked in, they are
+    /// left where they are, with other rules or none.
+    ///
+    /// For a moment packets meet new chains and then those that are deleted, with the rules of these: the
+    /// kernel shows the former at once, and unhooks the latter one by one (seen on Linux 6.18.44).
     ///
     /// Linux 6.1.0-50 of Debian 12 takes it. Kernels of before June 2023 count until the end of it what
     /// the verdict maps of deleted rules lead to, and refuse to delete those chains (not tried).
@@ -136,10 +139,12 @@ impl Contents {
         let mut transaction = Transaction { names: names.clone(), ..Transaction::new(batch) };
         transaction.table_of(TABLE, NFT_MSG_NEWTABLE, NLM_F_CREATE, flags, None);
         transaction.delete_rules(None);
-        let stays = |name: &str, hook| {
+        let stays = |name: &str, hook: Option<Hook>| {
             let hook_of = |base: Base| (base.hook, base.priority);
-            let mut new = self.table.chains.iter();
-            keep && new.any(|chain| chain.name == name && chain.base.map(hook_of) == hook)
+            let new = self.table.chains.iter().find(|chain| chain.name == name);
+            let is_veth = |(hook, _): Hook| hook == NF_INET_INGRESS;
+            let empty = hook.is_some_and(|hook| !is_veth(hook));
+            keep && new.map_or(empty, |chain| chain.base.map(hook_of) == hook)
         };
         let gone = present.chains.iter().filter(|(name, hook)| !stays(name, *hook));
         gone.for_each(|(name, _)| transaction.delete_chain(name));
@@ -154,6 +159,11 @@ impl Contents {
             }
         }
         transaction
+    }
+
+    /// Whether marks mean something else in it than in the one of before.
+    pub fn moves(&self) -> bool {
+        self.table.chains.iter().any(|chain| chain.name == MOVED)
     }
 
     /// What the sets of cgroups hold, and the chains that depend on more than the configuration.
