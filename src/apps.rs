@@ -6,7 +6,7 @@
 //! apart.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 
@@ -87,7 +87,7 @@ impl Scene {
 }
 
 /// Everybody who has sockets, by holder and uid.
-pub fn talkers(sockets: &[SeenSocket], scene: &Scene) -> BTreeMap<(Holder, u32), Talker> {
+pub fn talkers(sockets: &[SeenSocket], scene: &Scene) -> Vec<((Holder, u32), Talker)> {
     let waits = |socket: &SeenSocket| match socket.protocol {
         IPPROTO_TCP => socket.state == TCP_LISTEN,
         _ => !socket.is_connected(),
@@ -131,7 +131,9 @@ pub fn talkers(sockets: &[SeenSocket], scene: &Scene) -> BTreeMap<(Holder, u32),
             *talker.remotes.entry(remote).or_default() += 1;
         }
     }
-    all.into_iter().collect()
+    let mut all: Vec<_> = all.into_iter().collect();
+    all.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+    all
 }
 
 #[cfg(test)]
@@ -159,7 +161,7 @@ mod tests {
     fn one(sockets: &[SeenSocket]) -> Talker {
         let found = talkers(sockets, &scene());
         assert_eq!(found.len(), 1);
-        found.into_values().next().unwrap()
+        found.into_iter().next().unwrap().1
     }
 
     #[test]
@@ -229,6 +231,6 @@ mod tests {
             (tunnel("wireguard"), 0),
             (Holder::Unknown, 1000),
         ];
-        assert_eq!(found.into_keys().collect::<Vec<_>>(), want);
+        assert_eq!(found.into_iter().map(|(who, _)| who).collect::<Vec<_>>(), want);
     }
 }

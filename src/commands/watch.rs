@@ -2,7 +2,7 @@
 //! what comes back, conntrack tells where it counts.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt::Write;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -18,6 +18,7 @@ use crate::kernel::sockets::conntrack_counts;
 use crate::kernel::Kernel;
 use crate::nft::view::Counter;
 use crate::options::Options;
+use crate::small::SmallMap;
 
 /// How many cgroups are shown.
 const TOP: usize = 20;
@@ -49,7 +50,7 @@ pub fn watch(options: &Options) -> Result<ExitCode> {
     let config = Rc::new(config);
     let style = Style::of_stdout();
     let mut screen = Screen::open(style)?;
-    let mut paths = BTreeMap::new();
+    let mut paths = HashMap::new();
     let mut before: Option<(Instant, Totals)> = None;
     loop {
         let now = Instant::now();
@@ -72,7 +73,7 @@ pub fn watch(options: &Options) -> Result<ExitCode> {
 }
 
 /// What counts.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, PartialEq, Eq, Hash)]
 enum Counted {
     Target(String),
     /// By its place among those that are tried.
@@ -84,11 +85,11 @@ enum Counted {
 /// The counters of one moment, or their growth a second.
 #[derive(Default)]
 struct Totals {
-    counters: BTreeMap<Counted, Counter>,
+    counters: HashMap<Counted, Counter>,
     /// Bytes that came back, by flow and target.
     flows: HashMap<(u32, String), u64>,
     /// What came back a second.
-    back: BTreeMap<String, u64>,
+    back: SmallMap<String, u64>,
 }
 
 impl Totals {
@@ -136,7 +137,7 @@ impl Totals {
         let mut back = self.back.clone();
         for (flow, bytes) in &self.flows {
             let old = old.flows.get(flow).filter(|old| *old <= bytes);
-            *back.entry(flow.1.clone()).or_default() += bytes - old.unwrap_or(&0);
+            *back.or_default(flow.1.clone()) += bytes - old.unwrap_or(&0);
         }
         back.values_mut().for_each(|bytes| *bytes = a_second(*bytes));
         Totals { counters: self.counters.iter().map(rate).collect(), flows: HashMap::new(), back }
@@ -162,7 +163,7 @@ fn frame(
     out: &mut String,
     status: &Status,
     rates: Option<&Totals>,
-    paths: &BTreeMap<u64, Vec<u8>>,
+    paths: &HashMap<u64, Vec<u8>>,
     style: Style,
 ) {
     let _ = writeln!(out, "{}", status.headline());
@@ -222,9 +223,9 @@ fn busiest_first<K: Ord, R>(rows: impl Iterator<Item = (K, R)>) -> Vec<R> {
 }
 
 /// The path of each cgroup by its id; empty where they cannot be found.
-fn cgroup_paths(config: &Rc<Config>) -> BTreeMap<u64, Vec<u8>> {
+fn cgroup_paths(config: &Rc<Config>) -> HashMap<u64, Vec<u8>> {
     let Ok(Cgroups { core, .. }) = Cgroups::look(config.clone()) else {
-        return BTreeMap::new();
+        return HashMap::new();
     };
     let all = core.tree().iter();
     all.map(|(path, node)| (node.id, path.to_vec())).collect()
@@ -246,19 +247,19 @@ mod tests {
         let totals = |packets, bytes| Totals {
             counters: all.map(|of| (of.clone(), counter(packets, bytes))).into(),
             flows: [((1, "a".to_string()), bytes), ((2, "a".to_string()), bytes)].into(),
-            back: [("a".to_string(), 0)].into(),
+            back: [("a".to_string(), 0)].into_iter().collect(),
         };
         let rates = totals(30, 3000).since(&totals(10, 1000), Duration::from_secs(2));
         for of in all {
             assert_eq!(rates.counters[of], counter(10, 1000));
         }
         assert_eq!(rates.busiest(), [(7, "a", counter(10, 1000))]);
-        assert_eq!(rates.back["a"], 2000);
+        assert_eq!(*rates.back.get("a").unwrap(), 2000);
         let rates = totals(4, 400).since(&totals(10, 1000), Duration::from_secs(2));
         assert_eq!(rates.counters[&target], counter(2, 200));
         // flows that are new, or whose number is
-        assert_eq!(rates.back["a"], 400);
+        assert_eq!(*rates.back.get("a").unwrap(), 400);
         let rates = totals(4, 400).since(&Totals::default(), Duration::from_secs(1));
-        assert_eq!(rates.back["a"], 800);
+        assert_eq!(*rates.back.get("a").unwrap(), 800);
     }
 }

@@ -16,7 +16,6 @@ pub mod suggest;
 mod syntax;
 mod value;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 pub use model::*;
@@ -31,9 +30,9 @@ pub fn load(source: &dyn Source, path: &Path) -> Result<Config, Vec<Problem>> {
         return Ok(config);
     }
     // what the end of the files showed belongs to its line all the same
-    let files: BTreeMap<_, _> = config.files.iter().zip(0..).collect();
-    let order = |p: &Problem| files.get(&p.file).copied().unwrap_or(files.len());
+    let files = &config.files;
     // lists stand behind the files that name them
+    let order = |p: &Problem| files.iter().position(|file| *file == p.file).unwrap_or(files.len());
     problems.sort_by(|a, b| (order(a), &a.file, a.line).cmp(&(order(b), &b.file, b.line)));
     // a list that two keys name is read for each
     problems.dedup();

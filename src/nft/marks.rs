@@ -3,7 +3,7 @@
 //! may hold. Pure. Source: what each hook and priority comes before and behind is told in
 //! [`super::table`].
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 
 use super::expr::{Expr, Verdict};
 use super::others::ForeignExpr::{self, Nft, Xt};
@@ -280,10 +280,10 @@ enum Register {
 struct Walk<'a> {
     ours: &'a Ours,
     base: &'a ForeignBase,
-    rules: &'a BTreeMap<&'a str, Vec<&'a ForeignRule>>,
+    rules: &'a HashMap<&'a str, Vec<&'a ForeignRule>>,
     packet: Packet<'a>,
     /// Chains that were gone through, and whether evaluation ends in them.
-    seen: BTreeMap<&'a str, bool>,
+    seen: HashMap<&'a str, bool>,
     /// The chains where the packet is broken.
     found: SmallSet<&'a str>,
 }
@@ -437,14 +437,14 @@ impl<'a> Walk<'a> {
 
 /// A line for each chain that overwrites marks of ours, with the remedy.
 pub fn hindrances(bases: &[ForeignBase], rules: &[ForeignRule], ours: &Ours) -> Vec<String> {
-    let mut by_place: BTreeMap<&str, Vec<&ForeignRule>> = BTreeMap::new();
+    let mut by_place: HashMap<&str, Vec<&ForeignRule>> = HashMap::new();
     for rule in rules {
         by_place.entry(&rule.place).or_default().push(rule);
     }
     let mut found = SmallMap::default();
     for base in bases.iter().filter(|base| is_set_behind(&base.place, &by_place)) {
         for packet in packets(base, ours) {
-            let (seen, found_here) = (BTreeMap::new(), SmallSet::default());
+            let (seen, found_here) = (HashMap::new(), SmallSet::default());
             let mut walk = Walk { ours, base, rules: &by_place, packet, seen, found: found_here };
             walk.chain(&base.place);
             found.extend(walk.found.into_iter().map(|place| ((packet.breaks, place), base)));
@@ -458,8 +458,8 @@ pub fn hindrances(bases: &[ForeignBase], rules: &[ForeignRule], ours: &Ours) -> 
 }
 
 /// Whether any mark is set in that chain or in one that it leads to: mostly there is none.
-fn is_set_behind(place: &str, rules: &BTreeMap<&str, Vec<&ForeignRule>>) -> bool {
-    let (mut seen, mut todo) = (BTreeMap::from([(place, true)]), vec![place]);
+fn is_set_behind(place: &str, rules: &HashMap<&str, Vec<&ForeignRule>>) -> bool {
+    let (mut seen, mut todo) = (HashMap::from([(place, true)]), vec![place]);
     while let Some(place) = todo.pop() {
         let rules = rules.get(place).into_iter().flatten();
         for expr in rules.flat_map(|rule| &rule.exprs) {
