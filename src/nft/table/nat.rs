@@ -10,11 +10,13 @@ use crate::netlink::uapi::*;
 use crate::nft::stmt::Stmt;
 
 pub(super) fn chains(config: &Config) -> Vec<Chain> {
-    let own = nat_chain(config, "nat_output", NF_INET_LOCAL_OUT);
-    let routed = nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING);
-    let routed = routed.and_then(|routed| routed.when(hands_over(config)));
-    let all = [own, routed, routed_answer_chain(config), source_chain(config)];
-    all.into_iter().flatten().collect()
+    let mut chains = Vec::from_iter(nat_chain(config, "nat_output", NF_INET_LOCAL_OUT));
+    if hands_over(config) {
+        chains.extend(nat_chain(config, "nat_prerouting", NF_INET_PRE_ROUTING));
+    }
+    chains.extend(routed_answer_chain(config));
+    chains.extend(source_chain(config));
+    chains
 }
 
 /// The hijacking itself, of flows that `dns_chain` has chosen. A router's clients cannot be sent to

@@ -279,8 +279,10 @@ fn parts_owners(config: &Config, outcome: Outcome) -> bool {
 
 /// What the flow of a packet decides, where its cgroup does not.
 pub(super) fn flow_chains(config: &Config) -> Vec<Chain> {
-    let ownerless = ownerless_chain(config).when(drops_ownerless(config));
-    [spoofed_chain(config), ownerless, sticky_chain(config)].into_iter().flatten().collect()
+    let mut chains = Vec::from_iter(spoofed_chain(config));
+    chains.extend(ownerless_chain(config).when(drops_ownerless(config)));
+    chains.extend(sticky_chain(config));
+    chains
 }
 
 /// Of packets that go on with a connection of which conntrack knows nothing, those that no process

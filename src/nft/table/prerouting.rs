@@ -13,15 +13,19 @@ use crate::nft::stmt::Stmt;
 
 /// What each target of its own goes on to: those of `gateway` do so, too.
 pub(super) fn target_chains(config: &Config) -> Vec<Chain> {
-    let receive = config.tproxies.iter().map(|tproxy| receive_chain(config, tproxy));
-    receive.chain(config.routes.iter().map(|route| closed_chain(&route.outlet))).collect()
+    let mut chains = Vec::new();
+    chains.extend(config.tproxies.iter().map(|tproxy| receive_chain(config, tproxy)));
+    chains.extend(config.routes.iter().map(|route| closed_chain(&route.outlet)));
+    chains
 }
 
 /// The hook, and what it alone goes to.
 pub(super) fn chains(config: &Config) -> Vec<Chain> {
-    let [regain, remark] = [regain_chain(config), remark_chain(config)];
-    let all = [regain, remark, prerouting_chain(config), martians_chain(config)];
-    all.into_iter().flatten().collect()
+    let mut chains = Vec::from_iter(regain_chain(config));
+    chains.extend(remark_chain(config));
+    chains.extend(prerouting_chain(config));
+    chains.extend(martians_chain(config));
+    chains
 }
 
 /// Where the packets of local processes come back in. Late, since Linux takes no packet that has

@@ -9,11 +9,11 @@ use crate::nft::stmt::Stmt;
 
 /// `bypass`, and what is gone to from many chains.
 pub(super) fn chains(config: &Config) -> Vec<Chain> {
-    let exempt = chain(EXEMPT, exempt_rules(config)).when(hijacks_local(config));
-    let local = local_chain(config).when(hijacks_local(config));
-    let bypass = chain("bypass", spared_rules(config));
-    let first = leave_chain(config).into_iter().chain(exempt).chain(local);
-    first.chain([bypass, neighbours_chain()]).collect()
+    let mut chains = Vec::from_iter(leave_chain(config));
+    chains.extend(chain(EXEMPT, exempt_rules(config)).when(hijacks_local(config)));
+    chains.extend(local_chain(config).when(hijacks_local(config)));
+    chains.extend([chain("bypass", spared_rules(config)), neighbours_chain()]);
+    chains
 }
 
 /// What `bypass` is made of where DNS is hijacked whatever its address.
