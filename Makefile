@@ -20,8 +20,9 @@ BIN     := $(BUILT)/$(TARGET)/release/cgtproxy
 # had: that nearly halves the binary. No PIE: a static one relocates itself at start, which makes
 # memory dirty that could stay shared.
 # A panic ends the program, so that nothing is ever unwound: no tables for that.
+# What only commands run stands apart, and so out of a daemon's memory.
 # The same bytes whoever builds, and wherever: no path of this machine.
-RELEASE_FLAGS = $(if $(filter %-gnu,$(TARGET)),-C target-feature=+crt-static) -C relocation-model=static -C force-unwind-tables=no $(RELATIVE:%=--remap-path-prefix=%)
+RELEASE_FLAGS = $(if $(filter %-gnu,$(TARGET)),-C target-feature=+crt-static) -C relocation-model=static -C force-unwind-tables=no -C link-arg=-Tinit/apart.ld $(RELATIVE:%=--remap-path-prefix=%)
 RELATIVE      = $(CURDIR)=cgtproxy $(SYSROOT)=rust $(or $(CARGO_HOME),$(HOME)/.cargo)=cargo
 FOR_SIZE      = -Z build-std=std,panic_abort -Z build-std-features=optimize_for_size
 BUILD_STD     = $(if $(filter %-gnu,$(TARGET)),,$(if $(wildcard $(SYSROOT)/lib/rustlib/src/rust/library/std),$(FOR_SIZE)))

@@ -12,6 +12,16 @@ use crate::error::{Error, Result};
 use crate::log;
 use crate::sys;
 
+/// Errors: one line that says which capability is missing, where it is.
+pub fn require_net_admin(command: &str) -> Result<()> {
+    match sys::has_net_admin() {
+        true => Ok(()),
+        false => Err(Error::State(format!(
+            "unable to {command} without CAP_NET_ADMIN: run as root or grant that capability"
+        ))),
+    }
+}
+
 /// The capabilities that the daemon keeps out of those that it has: CAP_NET_ADMIN, and for another
 /// user than root CAP_DAC_READ_SEARCH, to which cgroup directories of mode 0700 are closed
 /// otherwise (root owns those of procd).

@@ -33,7 +33,7 @@ use crate::options::Options;
 use crate::plan;
 use crate::route::Entry;
 use crate::small::SmallMap;
-use crate::{instance, log, policy, sys};
+use crate::{confine, instance, log, policy, sys};
 
 /// How long the daemon may take to classify a new cgroup.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -49,7 +49,7 @@ pub fn exec(
     user: Option<&str>,
     command: &[OsString],
 ) -> Result<ExitCode> {
-    super::require_net_admin("exec")?;
+    confine::require_net_admin("exec")?;
     let config = options.load_or_default(false)?;
     let target =
         (config.targets().find(|t| config.target_name(*t) == target)).ok_or_else(|| {

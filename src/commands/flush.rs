@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use crate::cgroup::mount;
+use crate::confine;
 use crate::error::{Error, Result};
 use crate::instance;
 use crate::kernel::Kernel;
@@ -11,7 +12,7 @@ use crate::policy;
 use crate::small::SmallSet;
 
 pub fn flush() -> Result<ExitCode> {
-    super::require_net_admin("flush")?;
+    confine::require_net_admin("flush")?;
     let mut kernel = Kernel::open()?;
     let mut text = String::new();
     // it would put everything back; and none starts meanwhile

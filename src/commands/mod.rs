@@ -25,7 +25,6 @@ use crate::kernel::Kernel;
 use crate::loops;
 use crate::netlink::diag;
 use crate::plan;
-use crate::sys;
 use crate::tunnels;
 
 /// Prints to standard output. A reader that has gone (`cgtproxy show | head`) is no error.
@@ -67,14 +66,4 @@ pub fn loops(
         lines.extend(tunnels::of_the_kernel(config, &links));
     }
     lines
-}
-
-/// Errors: one line that says which capability is missing, where it is.
-pub fn require_net_admin(command: &str) -> Result<()> {
-    match sys::has_net_admin() {
-        true => Ok(()),
-        false => Err(Error::State(format!(
-            "unable to {command} without CAP_NET_ADMIN: run as root or grant that capability"
-        ))),
-    }
 }

@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use crate::confine;
 use crate::daemon;
 use crate::error::{Error, Result};
 use crate::options::Options;
@@ -9,7 +10,7 @@ use crate::{log, sys};
 
 pub fn run(options: Options) -> Result<ExitCode> {
     // first of all: who lacks it may be unable to read the configuration too
-    super::require_net_admin("run")?;
+    confine::require_net_admin("run")?;
     let ready_fd = match options.ready_fd {
         None => None,
         Some(fd) => Some(sys::adopt_fd(fd).map_err(|errno| {

@@ -10,6 +10,7 @@ use crate::cgroup::follow::Cgroups;
 use crate::cgroup::mount;
 use crate::cgroup::tree;
 use crate::config::{Config, Route};
+use crate::confine;
 use crate::error::Result;
 use crate::faults;
 use crate::host::Host;
@@ -84,7 +85,7 @@ fn print(options: &Options, form: fn(&Status) -> String) -> Result<ExitCode> {
 
 /// What is needed to look.
 pub(super) fn open(options: &Options) -> Result<(Kernel, Config)> {
-    super::require_net_admin("look into the kernel")?;
+    confine::require_net_admin("look into the kernel")?;
     // a wrong file is no reason not to look, unless it was named
     let config = match options.load(false) {
         Err(error) if options.config.is_some() => return Err(error),
