@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use crate::client::{
-    again, connect, expect, socket_in, tcp_in, under, Client, Outcome, Proto, PATIENCE,
+    again, connect, expect, socket_for, socket_in, tcp_in, under, Client, Outcome, Proto, PATIENCE,
 };
 use crate::daemon::{by_default, Daemon, POLICY, UNOWNED};
 use crate::gateway::{bridge_netfilter, Lan};
@@ -480,9 +480,11 @@ fn confined(ground: &Ground, mut run: impl FnMut(&str, &Path)) {
     }
 }
 
-/// A socket of that cgroup which may do what everybody may, at a port of the remote host.
-fn in_the_name_of_remote(cgroup: &Path, kind: i32, port: u16) -> OwnedFd {
-    let fd = socket_in(cgroup, kind | libc::SOCK_NONBLOCK, REMOTE6);
+/// A socket of that cgroup which may do what everybody may, at a port of the remote host; for pings with
+/// that protocol.
+fn in_the_name_of_remote(cgroup: &Path, kind: i32, protocol: i32, port: u16) -> OwnedFd {
+    let kind = kind | libc::SOCK_NONBLOCK;
+    let fd = socket_for(cgroup, libc::AF_INET6, kind, protocol);
     set(&fd, libc::SOL_IPV6, IPV6_FREEBIND, 1);
     bind_at(&fd, addr(REMOTE6, port));
     fd
@@ -500,7 +502,7 @@ fn nobody_answers_himself() {
             bind_at(&own, addr(HOST6, port));
             let speaker = match may {
                 true => spoof(&ground.root, addr(REMOTE6, PORT)),
-                false => in_the_name_of_remote(cgroup, libc::SOCK_DGRAM, PORT).into(),
+                false => in_the_name_of_remote(cgroup, libc::SOCK_DGRAM, 0, PORT).into(),
             };
             let _ = speaker.send_to(b"first", addr(HOST6, port));
             for _ in 0..3 {
@@ -521,7 +523,7 @@ fn nobody_answers_himself() {
 }
 
 /// Nor has it the kernel answer whom it wants to speak to: by a listener of its own, or where nobody
-/// listens, which tells the remote host what was sent.
+/// listens, and to a ping, which tells the remote host what was sent.
 #[test]
 fn nobody_has_the_kernel_answer() {
     let (ground, mut world) = scene!("has-answered");
@@ -531,17 +533,21 @@ fn nobody_has_the_kernel_answer() {
         bind_at(&listener, addr(HOST6, 5001));
         // SAFETY: an open socket.
         assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 8) }, 0);
-        for (kind, to) in
-            [(libc::SOCK_STREAM, 5001), (libc::SOCK_STREAM, 5003), (libc::SOCK_DGRAM, 5003)]
-        {
-            let speaker = in_the_name_of_remote(cgroup, kind, PORT + to);
+        for (kind, protocol, to) in [
+            (libc::SOCK_STREAM, 0, 5001),
+            (libc::SOCK_STREAM, 0, 5003),
+            (libc::SOCK_DGRAM, 0, 5003),
+            (libc::SOCK_DGRAM, libc::IPPROTO_ICMPV6, 5004),
+        ] {
+            let speaker = in_the_name_of_remote(cgroup, kind, protocol, PORT + to);
             let _ = connect(&speaker, addr(HOST6, to));
-            let _ = nix::unistd::write(&speaker, b"what it wants to tell");
+            // of a ping, a request
+            let _ = nix::unistd::write(&speaker, b"\x80\0\0\0\0\0\0\0what it wants to tell");
             drop(speaker);
             let left = world.wire.to_remote();
             match policy.contains("direct") {
-                true => assert_eq!(left.len(), 1, "{kind} to {to}"),
-                false => assert_eq!(left, [], "{policy}: {kind} to {to}"),
+                true => assert_eq!(left.len(), 1, "{kind} {protocol} to {to}"),
+                false => assert_eq!(left, [], "{policy}: {kind} {protocol} to {to}"),
             }
         }
     });
