@@ -325,6 +325,38 @@ fn spoken_to(lan: &Lan, at: SocketAddr, remote: SocketAddr) -> UdpSocket {
     own
 }
 
+/// Nor has it this host answer whom it wants to speak to, which tells that one what was sent: where nobody
+/// listens. (One that goes directly may.)
+#[test]
+fn no_client_has_this_host_answer() {
+    let (ground, mut world) = scene!("gwanswered");
+    let lan = Lan::new(&ground);
+    whatever_the_source(&["all", "br-lan"]);
+    sysctl("net/ipv4/icmp_ratelimit", "0");
+    sysctl("net/ipv6/icmp/ratelimit", "0");
+    for target in ["direct", "drop", "vpn", "mihomo"] {
+        let section = match target {
+            "vpn" => "[route vpn]\ninterface = vpn0\n",
+            "mihomo" => "[tproxy mihomo]\nport = 7893\n",
+            _ => "",
+        };
+        let config = format!("{section}[gateway lan]\ninterface = br-lan\ntarget = {target}\n");
+        let daemon = Daemon::start(&ground, &config, &[]);
+        for (remote, own) in REMOTES.into_iter().zip([LAN4, LAN6]) {
+            let speaker = lan.client(0).run(|| bind(addr(remote, 5000), libc::SOCK_DGRAM));
+            world.wire.packets();
+            let sent =
+                UdpSocket::from(speaker).send_to(b"what it wants to tell", addr(ip(own), 5003));
+            assert!(sent.is_ok(), "{target} {own}");
+            // it has come through once this has
+            lan.ask(0, Proto::Icmp, addr(ip(own), 0));
+            let left = world.wire.to_remote();
+            assert_eq!(left.len(), usize::from(target == "direct"), "{target}: {left:?}");
+        }
+        daemon.stop_clean();
+    }
+}
+
 /// Where the LAN is bypassed, a client can send to itself or to another one by this host in the name of
 /// who it wants to speak to. What it sends there then is no answer.
 #[test]

@@ -77,6 +77,12 @@ fn deciding_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
         rule.insert(1, Stmt::Transparent);
         rules.push(rule);
     }
+    if config.tproxies.is_empty() && config.gateways.iter().any(|g| g.target != Target::Direct) {
+        // a client spoke in the name of who it wants to speak to, whom the kernel would answer; where
+        // there is a tproxy, `spoofed_chain` does that
+        let answer = [Stmt::NotTcpOrUdp, Stmt::Reply, Stmt::CtMark(spoofed(config))];
+        rules.push([&answer[..], &[Stmt::drop()]].concat());
+    }
     if config.marks_flows() {
         let mut marked = vec![Stmt::CtMarked(config.mask)];
         if config.default == Target::Direct && config.marks_direct() {
