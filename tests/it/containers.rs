@@ -17,7 +17,7 @@ use crate::gateway::{self, Lan, LAN4, LAN6};
 use crate::ground::{
     addr, await_link, ip, ip_lines, sysctl, Ground, Netns, HOSTS, REMOTE4, REMOTE6, REMOTES,
 };
-use crate::kernel::{load, table};
+use crate::kernel::{load, table, table_plain};
 use crate::tools::as_nobody;
 use crate::world::{interface_index, Server, World, PROXY};
 use crate::{sized, wait_until};
@@ -49,7 +49,8 @@ const LOOKED_AGAIN: Duration = Duration::from_secs(1);
 
 /// The chains of veths, by what their rules set.
 fn entrances() -> Vec<String> {
-    let table = table();
+    // for each cgroup in a set, nft would walk the whole tree, which may be that of many tests
+    let table = table_plain(&["-t"]);
     let chains = table.split("chain ").filter(|chain| chain.starts_with("veth_"));
     let mut found: Vec<String> = chains
         .filter_map(|chain| {
