@@ -265,12 +265,13 @@ impl Containers {
         !self.fresh.is_empty() || !self.strange.is_empty()
     }
 
-    /// What was in question at `began` has been looked at: gives up what has been looked for for too
-    /// long, and puts off the rest.
+    /// What was in question at `began` has been looked at: gives up what had been looked for for long
+    /// enough then, and puts off the rest. (A look may take long, and what moves on amid it has been
+    /// looked at before.)
     pub fn looked(&mut self, began: u64, now: u64) {
-        self.fresh.retain(|_, vain| vain.until > now);
-        self.strange.retain(|_, vain| vain.until > now);
-        self.young.retain(|_, vain| vain.until > now);
+        self.fresh.retain(|_, vain| vain.until > began);
+        self.strange.retain(|_, vain| vain.until > began);
+        self.young.retain(|_, vain| vain.until > began);
         let all =
             self.fresh.values_mut().chain(self.strange.values_mut()).chain(self.young.values_mut());
         all.filter(|vain| vain.next <= began).for_each(|vain| vain.put_off(now));
@@ -389,9 +390,11 @@ mod tests {
         assert_eq!(veths(&mut c), [(7, 2), (8, 2)]);
         // another one: nobody's, and given up
         c.change(link(9, "v9", 0, Some(6)), 2);
-        c.looked(2, 2 + PATIENCE - 1);
-        assert!(c.next_look().is_some());
-        c.looked(2, 2 + PATIENCE);
+        for began in [2, 2 + PATIENCE - 1] {
+            c.looked(began, 2 + PATIENCE);
+            assert!(c.next_look().is_some());
+        }
+        c.looked(2 + PATIENCE, 2 + PATIENCE);
         assert_eq!(c.next_look(), None);
         assert_eq!(asked(&c, 2 + PATIENCE, &all), []);
     }
@@ -422,7 +425,7 @@ mod tests {
         }
         // who else does may have been passed over
         assert_eq!(asked(&c, 1, &[outer.clone(), inner.clone()]), [outer, inner.clone(), inner]);
-        c.looked(1, 1 + PATIENCE);
+        c.looked(1 + PATIENCE, 1 + PATIENCE);
         assert_eq!(c.next_look(), None);
     }
 
@@ -458,7 +461,7 @@ mod tests {
         // another cgroup of the same name
         assert!(c.check(|_| Some(11), 1));
         assert_eq!(veths(&mut c), [(7, 1)]);
-        c.looked(1, 1 + PATIENCE);
+        c.looked(1 + PATIENCE, 1 + PATIENCE);
         assert_eq!(veths(&mut c), []);
         // a namespace that ends keeps its way until the veth goes; its id may be another one's
         c.look_again(2);
