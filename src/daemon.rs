@@ -53,7 +53,7 @@ use crate::stale::{self, Before, Judge, Suspects};
 use crate::sys;
 use crate::tunnels;
 
-use containers::Search;
+use containers::{used, Search};
 use doubts::Doubts;
 use redirect::Redirects;
 use ways::Ways;
@@ -145,6 +145,8 @@ struct Daemon<'a> {
     redirects: Redirects,
     /// The cgroups that sockets hold, as far as those have been listed by now.
     kept: Option<SmallSet<u64>>,
+    /// A policy was taken at that time of the processor's, and waits for its flows.
+    taken: Option<Duration>,
     /// The table reckons with br_netfilter.
     again: bool,
     /// poll(2) was refused the last time.
@@ -252,6 +254,7 @@ fn begin<'a>(
         exposed: false,
         redirects: Redirects::default(),
         kept: None,
+        taken: None,
         again: false,
         refused: false,
         containers: Search::default(),
@@ -367,11 +370,11 @@ impl Daemon<'_> {
             }
         }
         self.settle();
-        self.redirect_flows();
         // a table of before was in force all the time, so that nothing changed for the same target
         self.suspect_all(before, FIRST_SLICE);
         // they were among these
         self.cgroups.core.take_late();
+        self.await_flows();
         self.pidfile.as_ref().map_or(Ok(()), Pidfile::write)?;
         confine(!self.options.no_seccomp)?;
         memory::wait();
@@ -576,7 +579,7 @@ impl Daemon<'_> {
             self.repair(now, ready.kernel);
             self.settle();
             if self.ways.changed {
-                self.redirect_flows();
+                self.begin_redirecting();
             }
             self.attend_to_containers(ready.kernel, ready.vacant);
             self.look_at_late();
@@ -590,6 +593,7 @@ impl Daemon<'_> {
             }
             match self.cgroups.core.drafted() {
                 // one after the other, so that each is in force some time
+                _ if self.taken.is_some() => self.end_reload(),
                 Some(_) => self.go_on_reloading(),
                 None if self.redirects.is_moving() && !self.table_is_out() => {}
                 None if self.signals.reload() => self.reload(),
@@ -647,12 +651,14 @@ impl Daemon<'_> {
     fn timeout(&self) -> PollTimeout {
         let waiting = self.cgroups.is_busy();
         let drafted = self.cgroups.core.drafted().is_some();
-        let lists = self.doubts.is_some() || self.kept.is_some();
+        // which wait for the table
+        let there = !self.table_is_out();
+        // the shortest pause is a long one where the processor is another's
+        let flows = there && self.redirects.is_busy();
+        let lists = self.doubts.is_some() || self.kept.is_some() || flows;
         if waiting || drafted || lists || self.signals.pending() {
             return PollTimeout::ZERO;
         }
-        // which wait for the table
-        let there = !self.table_is_out();
         let late = self.late.due().filter(|_| there);
         let redirects = self.redirects.due().filter(|_| there);
         let due = [
@@ -748,7 +754,7 @@ impl Daemon<'_> {
                 );
                 self.cgroups = fresh;
                 self.repair_table();
-                self.redirect_flows();
+                self.begin_redirecting();
                 // until now they went by the default
                 let before = Before::of_default(self.cgroups.core.config());
                 let before = Some(before).filter(|_| self.doubts.is_none());
@@ -826,7 +832,7 @@ impl Daemon<'_> {
                 self.loops.want(Instant::now());
                 log!(limited::Notice, "the table is in force again");
                 if std::mem::take(&mut self.exposed) {
-                    self.redirect_flows();
+                    self.begin_redirecting();
                     self.suspect_all(None, SLICE);
                 }
             }
@@ -952,20 +958,27 @@ impl Daemon<'_> {
         }
     }
 
-    /// Says how a reload ended.
+    /// Says how a reload ended; one that is done, once its flows are where they should be.
     fn reloaded(&mut self, done: Result<()>) {
         match done {
-            Ok(()) => {
-                self.warn();
-                let file = self.options.config_file().display();
-                log!(Notice, "reloaded {file}: {}", self.summary());
-            }
+            Ok(()) => self.end_reload(),
             Err(error) => {
                 error.to_string().lines().for_each(|line| log!(Error, "{line}"));
                 log!(Error, "reload failed, the old configuration stays in force");
                 self.count(Deed::RefusedReload);
+                self.notify.ready();
             }
         }
+    }
+
+    fn end_reload(&mut self) {
+        if self.taken.is_some_and(|since| self.awaits_flows(since)) {
+            return;
+        }
+        self.taken = None;
+        self.warn();
+        let file = self.options.config_file().display();
+        log!(Notice, "reloaded {file}: {}", self.summary());
         self.notify.ready();
     }
 
@@ -1041,10 +1054,12 @@ impl Daemon<'_> {
         if !(old.gateways.is_empty() && new.gateways.is_empty()) {
             self.kernel.forget_routes(new.rule_priority);
         }
-        self.redirect_flows();
         let same = |target| stale::takes_the_same(&old, &new, target);
         let was = was.filter(|_| !std::mem::take(&mut self.exposed));
+        // ahead of the flows, of which there may be many: somebody waits for these
         self.look_for_stale(Suspects::find(&self.cgroups.core, was, same), SLICE);
+        self.taken = Some(used());
+        self.begin_redirecting();
         log::configure(new.log_level.louder(self.options.verbose), self.options.syslog);
         if lost_all(&old, &new) {
             let default = new.target_name(new.default);

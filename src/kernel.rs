@@ -77,8 +77,8 @@ pub struct Kernel {
     digests: Vec<u64>,
     /// False once the kernel has refused to end a socket.
     ends_sockets: bool,
-    /// False once conntrack has not told of its flows.
-    tells_flows: bool,
+    /// Whether conntrack tells of its flows, once that is known.
+    tells_flows: Option<bool>,
     /// Its flows, as they are listed by and by; for the daemon.
     flows: Option<Listing<()>>,
     /// The same of sockets, for each who asks.
@@ -120,7 +120,7 @@ impl Kernel {
             foreign: false,
             digests: Vec::new(),
             ends_sockets: true,
-            tells_flows: true,
+            tells_flows: None,
             flows: None,
             sockets: [None, None, None],
         })

@@ -31,8 +31,8 @@ use crate::stale::flows::{late, renumbered, Cure, Flows, Known, Owners};
 /// How long flows are held against the policy before cgroups that come have their turn.
 const SLICE: Duration = Duration::from_millis(1);
 
-/// A start, a reload or a repair waits until that is done for all flows, or has cost so much of the
-/// processor: many others may want that too, and what is not done yet is dropped.
+/// A start or a reload is done once that is for all flows, or has cost so much of the processor: many
+/// others may want that too, and what is not done yet is dropped.
 const LONGEST: Duration = Duration::from_secs(1);
 
 /// Before a pass for cgroups that were found late, this many times what the last pass has cost of the
@@ -61,7 +61,7 @@ impl Redirects {
         self.late.extend(late(core, ways));
     }
 
-    fn is_busy(&self) -> bool {
+    pub fn is_busy(&self) -> bool {
         self.pass.is_some() || self.all || self.is_moving()
     }
 
@@ -161,28 +161,34 @@ impl Daemon<'_> {
         }
     }
 
-    /// Has flows that began otherwise go by the routes that are theirs, and those of a route no more by
-    /// one that is not. Once the table and the ways out are in force. Cgroups that come meanwhile are
-    /// taken in; what takes longer than is waited for here is done later.
-    pub(super) fn redirect_flows(&mut self) {
-        let before = used();
-        self.begin_redirecting();
-        let busy = |daemon: &Self| daemon.redirects.is_busy() && !daemon.table_is_out();
-        while busy(self) && used().saturating_sub(before) < LONGEST {
-            if !matches!(self.signals.end(), Ok(None)) || self.cgroups.drain().is_err() {
-                return;
-            }
-            self.settle();
-            self.hold_flows();
-        }
-    }
-
-    /// The same without waiting.
+    /// Begins to have flows that began otherwise go by the routes that are theirs, and those of a route no
+    /// more by one that is not. Once the table and the ways out are in force.
     pub(super) fn begin_redirecting(&mut self) {
         self.ways.changed = false;
         self.redirects.all = true;
         self.redirects.pass = None;
         self.hold_flows();
+    }
+
+    /// Whether that is to be waited for, which began at that time of the processor's; what takes longer is
+    /// done later.
+    pub(super) fn awaits_flows(&self, since: Duration) -> bool {
+        let busy = self.redirects.is_busy() && !self.table_is_out();
+        busy && used().saturating_sub(since) < LONGEST
+    }
+
+    /// Waits for it before we are ready. Cgroups that come meanwhile are taken in.
+    pub(super) fn await_flows(&mut self) {
+        let since = used();
+        self.begin_redirecting();
+        while self.awaits_flows(since) {
+            if !matches!(self.signals.end(), Ok(None)) || self.cgroups.drain().is_err() {
+                return;
+            }
+            self.settle();
+            self.hold_flows();
+            self.end_stale(super::SLICE);
+        }
     }
 
     fn begin_pass(&mut self) {

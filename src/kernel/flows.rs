@@ -2,7 +2,7 @@
 //! Which of them cannot go the way that is theirs by now is decided in [`crate::stale::flows`].
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use nix::errno::Errno;
 
@@ -14,6 +14,7 @@ use crate::netlink::fib::{self, Course};
 use crate::netlink::link;
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::Message;
+use crate::netlink::uapi::IPPROTO_UDP;
 
 /// How often a flow is moved that its remote host begins again at the same moment.
 const TRIES: usize = 8;
@@ -21,9 +22,15 @@ const TRIES: usize = 8;
 const REFUSED: &str = "unable to list conntrack's flows";
 
 impl Kernel {
-    /// Whether conntrack tells of its flows, as far as is known.
-    pub fn tells_flows(&self) -> bool {
-        self.tells_flows
+    /// Whether conntrack tells of its flows.
+    pub fn tells_flows(&mut self) -> bool {
+        let Kernel { nft, tells_flows, .. } = self;
+        *tells_flows.get_or_insert_with(|| {
+            let nobody = SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0);
+            let request = |batch: &mut Batch| conntrack::get(batch, IPPROTO_UDP, nobody, nobody);
+            let answer = nft.ask(&request, |_| Some(()));
+            matches!(answer, Ok(Ok(_) | Err(Errno::ENOENT)))
+        })
     }
 
     /// Has [`Kernel::more_entries`] list them from the beginning.
@@ -47,7 +54,9 @@ impl Kernel {
             found.extend(conntrack::parse_entry(message).filter(|entry| keep(entry)));
         };
         let more = flows.read(|batch, ()| conntrack::get_all(batch), &mut take);
-        self.tells_flows &= !matches!(more, Ok(Err(_)));
+        if let Ok(Err(_)) = more {
+            self.tells_flows = Some(false);
+        }
         let more = more?.map_err(|errno| Error::system(REFUSED, errno))?;
         Ok(more.then_some(found))
     }

@@ -490,3 +490,64 @@ fn routes_that_change_tables() {
     assert_eq!(scene.left(), [], "{log}");
     daemon.stop_clean();
 }
+
+/// A reload waits for flows without number, and who asks meanwhile is answered at once.
+#[test]
+fn a_reload_that_moves_many_flows_answers_meanwhile() {
+    let ground = ground!("ways-asked");
+    let scene = Scene::new(&ground);
+    let daemon = scene.start(&policy("vpn two", "vpn"));
+    add_flows(false, 0x0100_0000, 10_000);
+    let answered = ["two vpn", "vpn two"].into_iter().cycle().take(10).any(|sections| {
+        let before = daemon.logs().len();
+        daemon.configure(&policy(sections, "vpn"));
+        daemon.signal(Signal::SIGHUP);
+        let done = || daemon.logs()[before..].contains("reloaded ");
+        let moves = || done() || table().contains("chain moved ");
+        assert!(wait_until(PATIENCE, moves), "{}", daemon.logs());
+        let in_time = daemon.while_stopped(|| {
+            daemon.signal(Signal::SIGUSR1);
+            !done()
+        });
+        let said = || ["status: ", "reloaded "].map(|what| daemon.logs()[before..].find(what));
+        assert!(
+            wait_until(2 * PATIENCE, || said().iter().all(Option::is_some)),
+            "{}",
+            daemon.logs()
+        );
+        let [status, reloaded] = said();
+        // where the processor is another's, all may have been done before it was asked
+        assert!(!in_time || status < reloaded, "{}", daemon.logs());
+        in_time
+    });
+    assert!(answered, "{}", daemon.logs());
+    daemon.stop_clean();
+    forget_flows();
+}
+
+/// Nor does an application that has to connect again: it is told ahead of them.
+#[test]
+fn who_is_to_connect_again_does_not_wait_for_many_flows() {
+    let ground = ground!("ways-told");
+    let scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let daemon = scene.start(&policy("vpn two", "direct"));
+    add_flows(false, 0x0100_0000, 10_000);
+    let ahead = ["two vpn", "vpn two"].into_iter().cycle().take(10).any(|sections| {
+        let mut all = scene.connections(&cgroup, false);
+        all.retain(|each| each.is_local);
+        let before = daemon.logs().len();
+        daemon.configure(&policy(sections, "drop"));
+        daemon.signal(Signal::SIGHUP);
+        assert!(all.iter_mut().all(|each| each.is_cut(false)), "{}", daemon.logs());
+        // where the processor is another's, all may have moved before that is seen
+        let ahead = daemon.while_stopped(|| table().contains("chain moved "));
+        let done = || daemon.logs()[before..].contains("reloaded ");
+        assert!(wait_until(2 * PATIENCE, done), "{}", daemon.logs());
+        daemon.reconfigure(&policy(sections, "direct"));
+        ahead
+    });
+    assert!(ahead, "{}", daemon.logs());
+    daemon.stop_clean();
+    forget_flows();
+}
