@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use crate::client::{connect, socket_in, tcp_in, Client};
 use crate::daemon::{run_with, Daemon, UNOWNED};
 use crate::floor::{delete_table, Listener, NFT_MSG_NEWRULE};
 use crate::ground::{addr, ip_batch, Ground, REMOTE4};
-use crate::kernel::load;
+use crate::kernel::{add_flows, forget_flows, load};
 use crate::report::{quantile, Report, Target};
 use crate::senders::SOURCE_PORT;
 use crate::sockets::{hold, ALL};
@@ -88,6 +89,46 @@ pub fn swept(report: &mut Report) {
         thread::sleep(Duration::from_millis(50));
     });
     drop(holders);
+    assert!(daemon.stop().success());
+}
+
+/// Others have many flows that a reload has known by other marks: what a new cgroup waits for, and who asks.
+pub fn moved(report: &mut Report) {
+    const FLOWS: usize = 200_000;
+    let ground = Ground::new("moved").expect("root");
+    let config = |names: [&str; 2]| {
+        let routes = names.map(|name| format!("[route {name}]\ninterface = {name}\n")).concat();
+        format!("{routes}[rules]\ndrop = /apps/.*\n")
+    };
+    ground.cgroup("/apps");
+    let daemon = Daemon::start(&ground, &config(["vpn0", "vpn1"]), &[]);
+    add_flows(false, 0x0100_0000, FLOWS);
+    let said = |what: &str| daemon.logs().matches(what).count();
+    let ask = || {
+        let (before, start) = (said("status: "), Instant::now());
+        daemon.signal(Signal::SIGUSR1);
+        assert!(wait_until(Duration::from_secs(10), || said("status: ") > before));
+        let took = milliseconds(start);
+        thread::sleep(Duration::from_millis(20));
+        took
+    };
+    let alone: Vec<f64> = (0..sized(5, 15)).map(|_| ask()).collect();
+    let longest = Mutex::new(Vec::new());
+    let figure = format!("a new cgroup, beside a reload that moves {FLOWS} flows");
+    births(report, &figure, &ground.at("/apps"), &|round| {
+        let before = said("reloaded ");
+        daemon.configure(&config([["vpn1", "vpn0"], ["vpn0", "vpn1"]][round % 2]));
+        daemon.signal(Signal::SIGHUP);
+        let mut some = Vec::new();
+        while said("reloaded ") == before {
+            some.push(ask());
+        }
+        longest.lock().expect("no panic").push(quantile(&some, 1.0));
+    });
+    let figure = format!("SIGUSR1 beside a reload that moves {FLOWS} flows, longest of a round");
+    let longest = longest.into_inner().expect("no panic");
+    report.beside(&figure, &longest, "ms", ("alone", &alone), Target::AtMost(50.0));
+    forget_flows();
     assert!(daemon.stop().success());
 }
 

@@ -115,6 +115,7 @@ fn main() {
         ("heal", answers::heal),
         ("dear", answers::dear),
         ("swept", answers::swept),
+        ("moved", answers::moved),
         ("back", answers::back),
         ("stalled", answers::stalled),
         ("packet", traffic::packet_cost),
