@@ -8,6 +8,7 @@ use std::sync::mpsc::{channel, Receiver};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use libc::c_int;
 use nix::sys::socket::{
     recv, send, socket, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType,
 };
@@ -17,9 +18,9 @@ use crate::daemon::{Daemon, POLICY, UNOWNED};
 use crate::gateway::Lan;
 use crate::ground::{addr, here, ip_batch, Ground, REMOTE4, REMOTE6};
 use crate::kernel::{await_member, nft, residue, state, table, Owner};
-use crate::routes::tunnel_up;
-use crate::wait_until;
-use crate::world::{World, PROXY};
+use crate::routes::{tunnel_up, GATEWAYS};
+use crate::world::{interface_index, World, PROXY};
+use crate::{sized, wait_until};
 
 /// Runs a command line of ip or nft; whether it succeeded. (nft is refused where somebody else's
 /// transaction, such as a repair, comes between its look and its own.)
@@ -429,31 +430,49 @@ fn a_table_that_another_owns() {
     assert_eq!(residue(), "");
 }
 
-/// Deletes `local default dev lo table 300` of IPv4; false where it is not there. Without another process:
-/// most of that time nothing would be deleted.
-fn delete_route(socket: &OwnedFd) -> bool {
+/// A default route of ours: its family, table, interface and metric, if that matters.
+type OfOurs = (c_int, u32, &'static str, u32);
+
+/// Deletes one; false where it is not there. Without another process: most of that time nothing would be
+/// deleted.
+fn delete_route(socket: &OwnedFd, route: &OfOurs) -> bool {
     const RTM_DELROUTE: u8 = 25;
-    let mut request = vec![0u8; 44];
-    request[0] = 44;
+    const RT_SCOPE_HOST: u8 = 254;
+    const RT_SCOPE_NOWHERE: u8 = 255;
+    const RTN_UNICAST: u8 = 1;
+    const RTN_LOCAL: u8 = 2;
+    let (family, table, interface, metric) = *route;
+    let mut request = vec![0u8; 28];
     request[4] = RTM_DELROUTE;
     // NLM_F_REQUEST | NLM_F_ACK
     request[6] = 5;
-    // struct rtmsg: AF_INET, its scope RT_SCOPE_HOST, its type RTN_LOCAL
-    (request[16], request[22], request[23]) = (2, 254, 2);
-    // RTA_TABLE, RTA_OIF
-    request[28..36].copy_from_slice(&[8, 0, 15, 0, 44, 1, 0, 0]);
-    request[36..44].copy_from_slice(&[8, 0, 4, 0, 1, 0, 0, 0]);
+    // struct rtmsg
+    request[16] = family as u8;
+    (request[22], request[23]) = match interface {
+        "lo" => (RT_SCOPE_HOST, RTN_LOCAL),
+        _ => (RT_SCOPE_NOWHERE, RTN_UNICAST),
+    };
+    // RTA_TABLE, RTA_OIF, RTA_PRIORITY: 0 is any
+    for (attribute, value) in [(15u16, table), (4, interface_index(interface)), (6, metric)] {
+        request.extend([8u16, attribute].map(u16::to_ne_bytes).concat());
+        request.extend(value.to_ne_bytes());
+    }
+    request[0] = request.len() as u8;
     let mut answer = [0u8; 4096];
     send(socket.as_raw_fd(), &request, MsgFlags::empty()).expect("send");
     recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty()).expect("an answer");
     answer[16..20] == [0; 4]
 }
 
-/// The kernel tells of an IPv4 route before it is gone: whoever lists it at once may see it still.
+/// The kernel tells of an IPv4 route before it is gone: whoever lists it at once may see it still. Those
+/// that lead to the proxies, out by an interface, and nowhere where that is not there.
 #[test]
 fn a_route_that_is_about_to_go_is_repaired() {
     let (ground, _world, _proxy) = scene!("going", proxy);
-    let daemon = Daemon::start(&ground, POLICY, &[]);
+    tunnel_up(&ground);
+    let lan = "[gateway lan]\ninterface = br-lan\ntarget = vpn\n";
+    let way = format!("[route vpn]\ninterface = vpn0\n{GATEWAYS}");
+    let daemon = Daemon::start(&ground, &format!("{way}{POLICY}{lan}"), &[]);
     let socket = socket(
         AddressFamily::Netlink,
         SockType::Raw,
@@ -461,13 +480,19 @@ fn a_route_that_is_about_to_go_is_repaired() {
         SockProtocol::NetlinkRoute,
     );
     let socket = socket.expect("a socket");
-    let began = Instant::now();
-    let mut times = 0;
-    while began.elapsed() < Duration::from_secs(5) {
-        let there = wait_until(PATIENCE, || delete_route(&socket));
-        assert!(there, "not repaired after {times} times\n{}", daemon.logs());
-        times += 1;
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        for route in
+            [(family, 300, "lo", 0), (family, 301, "vpn0", 0), (family, 301, "lo", u32::MAX)]
+        {
+            let began = Instant::now();
+            let mut times = 0;
+            while began.elapsed() < Duration::from_secs(sized(2, 5) as u64) {
+                let there = wait_until(PATIENCE, || delete_route(&socket, &route));
+                assert!(there, "{route:?}: not repaired after {times} times\n{}", daemon.logs());
+                times += 1;
+            }
+            println!("deleted {route:?} {times} times");
+        }
     }
-    println!("deleted {times} times");
     assert!(daemon.stop().success());
 }
