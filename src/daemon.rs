@@ -21,7 +21,7 @@ use crate::cgroup::core::{Core, Delta};
 use crate::cgroup::dying::Dying;
 use crate::cgroup::follow::{Cgroups, Levels, TURN_TIME};
 use crate::cgroup::mount;
-use crate::config::{taken_marks, Config, OnExit, Place, Route, Target};
+use crate::config::{Config, OnExit, Place, Route, Target};
 use crate::confine::confine;
 use crate::error::{Error, Result};
 use crate::faults;
@@ -33,7 +33,6 @@ use crate::log;
 use crate::log::Level;
 use crate::loops;
 use crate::memory;
-use crate::net::Mark;
 use crate::netlink::diag::SeenSocket;
 use crate::netlink::uapi::{IPPROTO_TCP, IPPROTO_UDP};
 use crate::nft::lock::Lock;
@@ -331,7 +330,7 @@ impl Daemon<'_> {
             // nothing in the table would show it yet
             self.kernel.probe_cgroups()?;
         }
-        let (before, strange) = self.take_over().unzip();
+        let before = self.take_over();
         let (policy, config) = (config, self.cgroups.core.config().clone());
         if before.is_none() {
             let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
@@ -354,7 +353,6 @@ impl Daemon<'_> {
             !config.routes.iter().any(of)
         });
         self.kernel.set_localnet(open.iter().map(String::as_str), false);
-        self.kernel.forget_flows(&strange.unwrap_or_default());
         self.begin_moving(policy);
         let removed = self.trim_routing();
         if removed > 0 {
@@ -382,9 +380,8 @@ impl Daemon<'_> {
     }
 
     /// Goes on with what a table of before has of removed cgroups, what it counts, and what it knows flows
-    /// by. Returns what it does with each cgroup, and the marks of its flows that are to be forgotten: they
-    /// are of another mask. `None` where there is no table.
-    fn take_over(&mut self) -> Option<(Before, Vec<Mark>)> {
+    /// by. Returns what it does with each cgroup; `None` where there is no table.
+    fn take_over(&mut self) -> Option<Before> {
         let inventory = match self.kernel.inventory() {
             Ok(inventory) => inventory?,
             Err(error) => {
@@ -412,13 +409,9 @@ impl Daemon<'_> {
         let owners = view.owners.iter().map(|o| (o.class, o.owner, &*o.target));
         let before = Before::of_table(&self.cgroups.core, default, owners, inventory.outcomes());
         let mask = self.cgroups.core.config().mask;
-        let own = view.targets.iter().flat_map(|target| [target.mark, target.forwarded]).flatten();
-        let marks = own.chain(view.moving.iter().map(|(was, _)| *was));
-        let strange = taken_marks(marks.filter(|mark| mark.mask != mask));
-        Some((
-            before,
-            if strange.is_empty() { self.make_way(&Known::of_view(view)) } else { strange },
-        ))
+        let strange = view.taken_marks().into_iter().filter(|mark| mark.mask != mask);
+        self.make_way(&Known::of_view(view, mask), strange.collect());
+        Some(before)
     }
 
     /// Looks for stale sockets in all cgroups, whose targets take what they took before.
@@ -1015,13 +1008,13 @@ impl Daemon<'_> {
         let ranking = self.cgroups.core.adopt();
         self.rename_entrances(&old);
         let new = self.admit();
-        let strange = match new.mask == old.mask {
-            true => self.make_way(&Known::of(&old)),
-            // without a mark that is known, what applications send by the flows that a proxy began
-            // would be taken for answers, and what the kernel sends for proxied sockets that are
-            // gone would go directly
-            false => old.taken_marks(),
-        };
+        // without a mark that is known, what applications send by the flows that a proxy began would
+        // be taken for answers, and what the kernel sends for proxied sockets that are gone would go
+        // directly
+        match new.mask == old.mask {
+            true => self.make_way(&Known::of(&old), Vec::new()),
+            false => self.make_way(&[], old.taken_marks()),
+        }
         let config = self.cgroups.core.config().clone();
         let put = self.add_routing(&config).and_then(|()| self.replace_for(Deed::Reload));
         if let Err(error) = put {
@@ -1039,7 +1032,6 @@ impl Daemon<'_> {
         }
         let now = Instant::now();
         self.table.done(now, now);
-        self.kernel.forget_flows(&strange);
         // they are of the policy before
         self.doubts = None;
         self.begin_moving(new.clone());

@@ -401,7 +401,8 @@ impl Judge {
     /// the very route; by any where no rule decides.
     fn is_on(&self, target: Target, witness: Witness) -> bool {
         let config = &self.fates.config;
-        let known = witness.flow.map(|flow| config.moves(flow.mark).unwrap_or(flow.mark));
+        let moved = |mark| config.moves(mark).map_or(mark, Option::unwrap_or_default);
+        let known = witness.flow.map(|flow| moved(flow.mark));
         let is = |mark| known.is_some_and(|known| known & config.mask == mark);
         match target {
             _ if target == config.default => {

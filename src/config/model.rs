@@ -416,8 +416,10 @@ pub struct Config {
     pub owner_rules: Vec<OwnerRule>,
     pub gateways: Vec<Gateway>,
     /// Not of the file: by which mark flows are to be known from now on that are known by another of
-    /// before, which stands for nothing else; 0 where their way is no more.
-    pub moving: Vec<(u32, u32)>,
+    /// before, which stands for nothing else; `None` where their way is no more.
+    pub moving: Vec<(u32, Option<u32>)>,
+    /// Not of the file: flows with these marks of before are cut until conntrack has forgotten them.
+    pub unclear: Vec<Mark>,
     /// Every file that was read, the first one first.
     pub files: Vec<PathBuf>,
     /// Those of them without any section, which may be about to be written.
@@ -448,6 +450,7 @@ impl Default for Config {
             owner_rules: Vec::new(),
             gateways: Vec::new(),
             moving: Vec::new(),
+            unclear: Vec::new(),
             files: Vec::new(),
             hollow: Vec::new(),
         }
@@ -539,7 +542,7 @@ impl Config {
     }
 
     /// The mark that a flow is to be known by which is known by this one, if that is another.
-    pub fn moves(&self, mark: u32) -> Option<u32> {
+    pub fn moves(&self, mark: u32) -> Option<Option<u32>> {
         self.moving.iter().find(|(was, _)| *was == mark & self.mask).map(|(_, now)| *now)
     }
 
@@ -576,10 +579,11 @@ impl Config {
         }
     }
 
-    /// Whether a section is known by that mark.
+    /// Whether flows of a section are known by that mark, or such as go directly.
     pub fn uses(&self, mark: u32) -> bool {
         self.outlets().any(|outlet| outlet.mark == mark)
             || self.routes.iter().any(|route| route.forward_mark == mark)
+            || mark == self.direct_mark() && self.marks_direct()
     }
 
     /// The values of the mask that stand for nothing, the largest first.

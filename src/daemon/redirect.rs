@@ -79,13 +79,14 @@ impl Redirects {
 
 /// Has one known by the mark that its way has now, or by none where that is no more: so did what goes
 /// directly begin. TCP cannot go on by another, and its sockets here are ended.
-fn move_known(kernel: &mut Kernel, flow: &Tracked, own: Mark) {
+fn move_known(kernel: &mut Kernel, flow: &Tracked, now: Option<u32>, mask: u32) {
     let is_tcp = flow.protocol == IPPROTO_TCP;
-    let done = match own.value == 0 && !is_tcp && flow.is_translated() {
+    let own = Mark { value: now.unwrap_or(0), mask };
+    let done = match now.is_none() && !is_tcp && flow.is_translated() {
         true => kernel.release_entry(flow, own),
         false => kernel.mark_entry(flow, own),
     };
-    if own.value == 0 && is_tcp {
+    if now.is_none() && is_tcp {
         kernel.end_connection(flow.from, flow.to);
     }
     if let Err(errno) = done {
@@ -94,22 +95,39 @@ fn move_known(kernel: &mut Kernel, flow: &Tracked, own: Mark) {
 }
 
 impl Daemon<'_> {
-    /// Has the policy that comes leave the marks alone that flows are known by from before, and gives those
-    /// of which it cannot.
-    pub(super) fn make_way(&mut self, was: &[Known]) -> Vec<Mark> {
-        let (config, unclear) = renumbered(was, self.cgroups.core.config());
-        let mask = config.mask;
+    /// Has the policy that comes leave the marks alone that flows are known by from before; those of
+    /// another mask are `strange`.
+    pub(super) fn make_way(&mut self, was: &[Known], strange: Vec<Mark>) {
+        let mut config = renumbered(was, self.cgroups.core.config());
+        config.unclear.extend(strange);
         self.cgroups.core.revise(Rc::new(config));
-        unclear.into_iter().map(|value| Mark { value, mask }).collect()
     }
 
     /// Flows begin to move, once the table is in force: to the marks that it has by now, and then to those
-    /// that the policy says.
+    /// that the policy says. What is unclear is forgotten.
     pub(super) fn begin_moving(&mut self, policy: Rc<Config>) {
-        let moves = !self.cgroups.core.config().moving.is_empty();
-        self.redirects.policy = Some(policy).filter(|_| moves);
+        let config = self.cgroups.core.config().clone();
+        self.redirects.policy = Some(policy).filter(|_| !config.moving.is_empty());
         self.redirects.pass = None;
         self.kernel.list_entries();
+        if !config.unclear.is_empty() {
+            self.kernel.forget_flows(&config.unclear);
+            let clear = Config { unclear: Vec::new(), ..(*config).clone() };
+            self.cgroups.core.revise(Rc::new(clear));
+            self.replace_or_repair();
+        }
+    }
+
+    fn replace_or_repair(&mut self) -> bool {
+        let config = self.cgroups.core.config().clone();
+        let done = self.add_routing(&config).and_then(|()| self.replace());
+        if let Err(error) = &done {
+            log!(Warning, "{error}; replacing the table");
+            let now = Instant::now();
+            self.table.want(now);
+            self.ways.repair.want(now);
+        }
+        done.is_ok()
     }
 
     /// Moves some more flows, until `until`; true when that is done.
@@ -121,8 +139,8 @@ impl Daemon<'_> {
             let config = self.cgroups.core.config().clone();
             match self.kernel.more_entries(|entry| config.moves(entry.mark).is_some()) {
                 Ok(Some(entries)) => entries.iter().for_each(|entry| {
-                    let value = config.moves(entry.mark).unwrap_or(0);
-                    move_known(&mut self.kernel, entry, Mark { value, mask: config.mask });
+                    let now = config.moves(entry.mark).flatten();
+                    move_known(&mut self.kernel, entry, now, config.mask);
                 }),
                 // by their marks of now
                 _ if self.doubts.is_some() => {
@@ -130,9 +148,10 @@ impl Daemon<'_> {
                     return false;
                 }
                 Ok(None) => self.take_marks(policy),
+                // the table moves what it sees, for as long as it takes
                 Err(error) => {
-                    log!(Debug, "{error}");
-                    self.take_marks(policy);
+                    log!(Notice, "{error}: marks of sections stay other ones than they are to be");
+                    self.redirects.policy = None;
                 }
             }
         }
@@ -141,24 +160,16 @@ impl Daemon<'_> {
 
     /// All flows have moved to the marks that there are: takes those that the policy says.
     fn take_marks(&mut self, policy: Rc<Config>) {
-        let mut now = (**self.cgroups.core.config()).clone();
-        now.moving.clear();
+        let now = self.cgroups.core.config().clone();
         // a container may have come meanwhile
         let opened = now.has_containers() && !policy.has_containers();
         let policy = policy.with_containers().filter(|_| opened).map_or(policy, Rc::new);
         self.cgroups.core.revise(policy.clone());
-        self.make_way(&Known::of(&now));
-        let config = self.cgroups.core.config().clone();
-        self.begin_moving(policy);
-        match self.add_routing(&config).and_then(|()| self.replace()) {
-            Ok(()) => drop(self.trim_routing()),
-            Err(error) => {
-                log!(Warning, "{error}; replacing the table");
-                let now = Instant::now();
-                self.table.want(now);
-                self.ways.repair.want(now);
-            }
+        self.make_way(&Known::settled(&now), Vec::new());
+        if self.replace_or_repair() {
+            self.trim_routing();
         }
+        self.begin_moving(policy);
     }
 
     /// Begins to have flows that began otherwise go by the routes that are theirs, and those of a route no

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 use super::expr::{counted, listed, Expr, SetRef::Named, Verdict};
 use super::message::{dump, hook, of_table, Hook};
 use super::table::{MARTIANS, MOVED, OUTPUT, TABLE, UNKNOWN};
-use crate::config::CONTAINERS;
+use crate::config::{taken_marks, CONTAINERS};
 use crate::net::{Interface, Mark, Owner};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
@@ -251,8 +251,8 @@ pub struct View {
     pub veths: SmallMap<u32, String>,
     /// What it is marked with from there on.
     pub entered: Vec<Mark>,
-    /// By which mark flows of another are to be known from now on; 0 where they have no way any more.
-    pub moving: Vec<(Mark, u32)>,
+    /// By which mark flows of another are to be known from now on; `None` where they have no way any more.
+    pub moving: Vec<(Mark, Option<u32>)>,
     /// Packets of cgroups that had not been looked at; `None` where nothing is held.
     pub unknown: Option<Counter>,
     /// Whether there is any rule that meets this host's packets: ours has one whatever the policy.
@@ -372,6 +372,12 @@ impl View {
                 _ => self.default = target,
             }
         }
+    }
+
+    /// The marks of flows that are a proxy's or a route's, or were.
+    pub fn taken_marks(&self) -> Vec<Mark> {
+        let own = self.targets.iter().flat_map(|target| [target.mark, target.forwarded]).flatten();
+        taken_marks(own.chain(self.moving.iter().map(|(was, _)| *was)))
     }
 
     pub fn target(&self, name: &str) -> Option<&TargetView> {
@@ -495,7 +501,7 @@ fn compared(rule: &RuleView) -> Option<Mark> {
 }
 
 /// The mark that a rule moves flows of, and what to.
-fn moving(rule: &RuleView) -> Option<(Mark, u32)> {
+fn moving(rule: &RuleView) -> Option<(Mark, Option<u32>)> {
     use Expr::{Bitwise, Cmp, CtLoad};
     let (mask, data) = match rule.exprs.get(..3)? {
         [CtLoad { .. }, Bitwise { mask, .. }, Cmp { data, .. }] => (*mask, data),
@@ -505,7 +511,7 @@ fn moving(rule: &RuleView) -> Option<(Mark, u32)> {
         [Bitwise { xor, .. }, Expr::CtSet { .. }] => Some(*xor),
         _ => None,
     });
-    Some((Mark { value: parse::u32_ne(data)?, mask }, now.unwrap_or(0)))
+    Some((Mark { value: parse::u32_ne(data)?, mask }, now))
 }
 
 /// The target of a gateway section, by the rules of its chain.
@@ -724,7 +730,7 @@ mod tests {
     fn flows_that_move_change_nothing_else() {
         let mut config = with_gateways();
         let plain = View::of(&rules(&config, &[]));
-        config.moving = vec![(0x0500_0000, 0x0100_0000), (0x0600_0000, 0)];
+        config.moving = vec![(0x0500_0000, Some(0x0100_0000)), (0x0600_0000, None)];
         let moving =
             config.moving.iter().map(|(was, now)| (Mark { value: *was, mask: config.mask }, *now));
         let moving = moving.collect();

@@ -36,17 +36,24 @@ pub enum Cure {
 const NOBODY: Known =
     Known { name: "", interface: Some(""), masquerades: None, routed: false, mark: 0 };
 
-/// These, and flows of theirs that are known by another mark still.
+/// What goes directly; flows may be known by the mask, unless they are others'.
+const DIRECT: &str = "direct";
+
+/// These, flows of theirs that are known by another mark still, and what goes directly.
 fn with_moving<'a>(
     mut all: Vec<Known<'a>>,
-    moving: impl Iterator<Item = (u32, u32)>,
+    moving: impl Iterator<Item = (u32, Option<u32>)>,
+    mask: u32,
 ) -> Vec<Known<'a>> {
     let still = moving.map(|(mark, now)| {
-        let as_of = all.iter().find(|known| known.mark == now).unwrap_or(&NOBODY);
-        Known { mark, ..*as_of }
+        let as_of = all.iter().find(|known| Some(known.mark) == now && known.mark != 0);
+        let unknown = if now == Some(0) { DIRECT } else { "" };
+        Known { mark, ..*as_of.unwrap_or(&Known { name: unknown, ..NOBODY }) }
     });
     let still: Vec<_> = still.collect();
     all.extend(still);
+    let others = all.iter().any(|known| known.mark == mask);
+    all.push(Known { name: DIRECT, mark: if others { 0 } else { mask }, ..NOBODY });
     all
 }
 
@@ -78,11 +85,18 @@ impl Known<'_> {
             [Some(known(outlet.mark, false)), routed]
         });
         let moving = config.moving.iter().copied();
-        with_moving(all.flatten().collect(), moving)
+        with_moving(all.flatten().collect(), moving, config.direct_mark())
     }
 
-    /// Of a table that is there.
-    pub fn of_view(view: &View) -> Vec<Known<'_>> {
+    /// The same once all flows have moved.
+    pub fn settled(config: &Config) -> Vec<Known<'_>> {
+        let mut all = Known::of(config);
+        all.retain(|known| config.moves(known.mark).is_none());
+        all
+    }
+
+    /// Of a table that is there, as far as it has that mask.
+    pub fn of_view(view: &View, mask: u32) -> Vec<Known<'_>> {
         let all = view.targets.iter().flat_map(|target| {
             [(target.mark, false), (target.forwarded, true)].map(|(mark, routed)| {
                 Some(Known {
@@ -90,11 +104,13 @@ impl Known<'_> {
                     interface: target.is_route.then(|| target.interface.as_deref().unwrap_or("")),
                     masquerades: None,
                     routed,
-                    mark: mark?.value,
+                    mark: mark.filter(|mark| mark.mask == mask)?.value,
                 })
             })
         });
-        with_moving(all.flatten().collect(), view.moving.iter().map(|(was, now)| (was.value, *now)))
+        let moving = view.moving.iter().filter(|(was, _)| was.mask == mask);
+        let moving = moving.map(|(was, now)| (was.value, *now));
+        with_moving(all.flatten().collect(), moving, mask)
     }
 
     /// Whether flows of another way are on this one: a route of the same interface, or any tproxy,
@@ -107,27 +123,34 @@ impl Known<'_> {
 }
 
 /// The marks of before that mean something else by now, each with the one that its flows are to be
-/// known by from now on; 0 where their way is no more.
-fn moved(was: &[Known], config: &Config) -> Vec<(u32, u32)> {
+/// known by from now on; `None` where their way is no more.
+fn moved(was: &[Known], config: &Config) -> Vec<(u32, Option<u32>)> {
     let now = Known::of(config);
     let moved = was.iter().map(|was| {
         let like = || now.iter().filter(|now| now.carries(was));
         let same = like().find(|now| now.name == was.name).or(like().next());
-        (was.mark, same.map_or(0, |now| now.mark))
+        let is = |now: &&Known| now.mark != 0 || now.name == DIRECT;
+        (was.mark, same.filter(is).map(|now| now.mark))
     });
-    moved.filter(|(was, now)| was != now && *was != 0).collect()
+    moved.filter(|(was, now)| Some(*was) != *now && *was != 0).collect()
 }
 
 /// The policy with marks that mean nothing else by which flows are known from before: they move to
-/// these, and then to its own, so that at no time a mark means two things. Those of before for which
-/// there is no other, too.
-pub fn renumbered(was: &[Known], config: &Config) -> (Config, Vec<u32>) {
+/// these, and then to its own, so that at no time a mark means two things. Where there is no other, it
+/// is unclear whose the flows of before are.
+pub fn renumbered(was: &[Known], config: &Config) -> Config {
     let mut now = Config { moving: moved(was, config), ..config.clone() };
     now.give_way();
-    now.moving.clear();
-    let (unclear, moving) = moved(was, &now).into_iter().partition(|(was, _)| now.uses(*was));
-    now.moving = moving;
-    (now, { unclear }.into_iter().map(|(was, _): (u32, u32)| was).collect())
+    let mut all = std::mem::take(&mut now.moving);
+    // what goes directly leaves its mark to the section that gets it later
+    all.retain(|(_, now)| *now == Some(0));
+    let others = moved(was, &now).into_iter();
+    let others = others.filter(|(was, _)| all.iter().all(|(left, _)| left != was));
+    let others: Vec<_> = others.collect();
+    all.extend(others);
+    let (unclear, moving) = all.into_iter().partition(|(was, _)| now.uses(*was));
+    let mark = |(value, _): (u32, _)| Mark { value, mask: config.mask };
+    Config { moving, unclear: Vec::into_iter(unclear).map(mark).collect(), ..now }
 }
 
 /// The policy, as flows are held against it.
@@ -522,10 +545,10 @@ mod tests {
         ] {
             let [old, new] = [old, new].map(|texts| testing::config(texts.concat().leak()));
             let known = Known::of(&old);
-            let mut found = moved(&known, &new);
-            found.iter_mut().for_each(|(was, now)| (*was, *now) = (*was >> 24, *now >> 24));
-            found.sort();
-            assert_eq!(found, want);
+            let found = moved(&known, &new);
+            let found = found.into_iter().map(|(was, now)| (was >> 24, now.unwrap_or(0) >> 24));
+            let found: SmallSet<(u32, u32)> = found.collect();
+            assert_eq!(found, want.into_iter().collect());
         }
     }
 
@@ -592,61 +615,65 @@ mod tests {
     /// section has its own.
     #[test]
     fn marks_mean_one_thing_at_a_time() {
-        let text = |names: &&[&str]| {
-            let section = |name: &&str| format!("[route {name}]\ninterface = {name}\n");
-            let all: String = names.iter().map(section).collect();
-            testing::config(
-                format!("{all}[gateway lan]\ninterface = br-lan\ntarget = direct\n").leak(),
-            )
+        let section = |name: &str| match name {
+            // flows that go directly are marked
+            "drop" => "[global]\ndefault = drop\n".into(),
+            // by the mark of this one
+            "whole" => "[route whole]\ninterface = whole\nmark = 0xff000000\n".into(),
+            _ => format!("[route {name}]\ninterface = {name}\n"),
+        };
+        let text = |names: &&str| {
+            let all: String = names.split(' ').map(section).collect();
+            let lan = "[gateway lan]\ninterface = br-lan\ntarget = direct\n";
+            testing::config(format!("{all}{lan}").leak())
         };
         let key = |known: &Known| (known.name.to_string(), known.routed);
-        let lists: [&[&str]; 7] = [
-            &["a"],
-            &["b", "a"],
-            &["a", "b"],
-            &["c"],
-            &["b", "c", "a"],
-            &["a"],
-            &["d", "c", "b", "a"],
-        ];
+        let lists =
+            ["a", "b a", "a b", "c", "b c a", "d c b a", "a whole", "whole b", "drop b a", "drop"];
         let mut random = testing::Random::new(3);
-        for _ in 0..200 {
+        for _ in 0..400 {
             let mut was = text(random.pick(&lists));
             for _ in 0..random.below(3) {
-                was = renumbered(&Known::of(&was), &text(random.pick(&lists))).0;
+                was = renumbered(&Known::of(&was), &text(random.pick(&lists)));
+                was.unclear.clear();
             }
             let last = text(random.pick(&lists));
             let mut steps = 0;
             loop {
-                let (now, unclear) = renumbered(&Known::of(&was), &last);
-                assert_eq!(unclear, [], "{:?}", now.moving);
-                for known in Known::of(&was).iter().filter(|known| known.mark != 0) {
+                let all = if steps == 0 { Known::of(&was) } else { Known::settled(&was) };
+                let now = renumbered(&all, &last);
+                let unclear = |mark| now.unclear.iter().any(|unclear| unclear.value == mark);
+                for known in all.iter().filter(|known| known.mark != 0) {
+                    if unclear(known.mark) {
+                        assert!(known.mark == now.mask && now.marks_direct());
+                        continue;
+                    }
                     let is = now.moves(known.mark);
                     assert!(is.is_none() || !now.uses(known.mark), "two meanings");
-                    let mark = is.unwrap_or(known.mark);
+                    if known.name == DIRECT {
+                        assert!(is.is_none_or(|is| is == Some(0)), "{is:?}");
+                        continue;
+                    }
                     let alone = Config { moving: Vec::new(), ..now.clone() };
-                    let same =
-                        Known::of(&alone).iter().find(|new| key(new) == key(known)).map(|k| k.mark);
-                    assert_eq!(mark, same.unwrap_or(0), "{:?}", key(known));
+                    let alone = Known::of(&alone);
+                    let same = alone.iter().find(|new| key(new) == key(known)).map(|k| k.mark);
+                    assert_eq!(is.unwrap_or(Some(known.mark)), same, "{:?}", key(known));
                 }
                 if now.moving.is_empty() {
                     assert_eq!(now.taken_marks(), last.taken_marks());
                     break;
                 }
                 // all have moved
-                was = Config { moving: Vec::new(), ..now };
+                was = Config { unclear: Vec::new(), ..now };
                 steps += 1;
                 assert!(steps <= 2);
             }
         }
         // nothing is free: flows are forgotten
-        let narrow = |names: &str| {
-            let section = |name: &str| format!("[tproxy {name}]\nport = 1\n");
-            let all: String = names.split(' ').map(section).collect();
-            testing::config(format!("[global]\nfwmark-mask = 0x3\n{all}").leak())
-        };
-        let tunnel = testing::config("[global]\nfwmark-mask = 0x3\n[route r]\ninterface = r\n");
-        let (now, unclear) = renumbered(&Known::of(&tunnel), &narrow("p"));
-        assert_eq!((unclear, now.moving), (vec![1], vec![]));
+        let narrow =
+            |text: &str| testing::config(format!("[global]\nfwmark-mask = 0x3\n{text}").leak());
+        let tunnel = narrow("[route r]\ninterface = r\n");
+        let now = renumbered(&Known::of(&tunnel), &narrow("[tproxy p]\nport = 1\n"));
+        assert_eq!((now.unclear, now.moving), (vec![Mark { value: 1, mask: 3 }], vec![]));
     }
 }

@@ -486,7 +486,7 @@ impl Drop for Choked {
     }
 }
 
-fn is_to_netfilter(fd: &OwnedFd) -> bool {
+pub fn is_to_netfilter(fd: &OwnedFd) -> bool {
     let get = |option| {
         let (mut value, mut size) = (0, size_of::<c_int>() as libc::socklen_t);
         let out: *mut c_int = &mut value;

@@ -290,6 +290,37 @@ fn dump(set: &str) -> Result<BTreeSet<u64>, i32> {
     }
 }
 
+/// Whether our table has a chain of that name, asked without another process.
+pub fn has_chain(name: &str) -> bool {
+    // linux/netfilter/nf_tables.h: NFT_MSG_GETCHAIN, NFTA_CHAIN_TABLE and NFTA_CHAIN_NAME
+    const NFNL_SUBSYS_NFTABLES: u16 = 10;
+    const NFT_MSG_GETCHAIN: u16 = 4;
+    const NFPROTO_INET: u8 = 1;
+    let socket = netlink();
+    let mut request = vec![0; 4];
+    request.extend((NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETCHAIN).to_ne_bytes());
+    request.extend((libc::NLM_F_REQUEST as u16).to_ne_bytes());
+    request.resize(20, 0);
+    request[16] = NFPROTO_INET;
+    for (kind, text) in [(1u16, "cgtproxy"), (3, name)] {
+        request.extend((5 + text.len() as u16).to_ne_bytes());
+        request.extend(kind.to_ne_bytes());
+        request.extend(text.bytes());
+        request.resize((request.len() + 1).next_multiple_of(4), 0);
+    }
+    let length = request.len() as u32;
+    request[..4].copy_from_slice(&length.to_ne_bytes());
+    let mut answer = [0u8; 1024];
+    // SAFETY: reads `request`, writes within `answer`.
+    let n = unsafe {
+        libc::send(socket.as_raw_fd(), request.as_ptr().cast(), request.len(), 0);
+        libc::recv(socket.as_raw_fd(), answer.as_mut_ptr().cast(), answer.len(), 0)
+    };
+    assert!(n >= 20, "recv: {}", io::Error::last_os_error());
+    let kind = u16::from_ne_bytes([answer[4], answer[5]]);
+    i32::from(kind) != libc::NLMSG_ERROR
+}
+
 /// Makes conntrack forget every flow of the calling thread's network namespace.
 pub fn forget_flows() {
     // linux/netfilter/nfnetlink.h and nfnetlink_conntrack.h

@@ -68,6 +68,7 @@ mod lifecycle;
 mod limits;
 mod logging;
 mod loops;
+mod moving;
 mod others;
 mod privileges;
 #[path = "../real/mod.rs"]

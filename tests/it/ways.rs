@@ -21,13 +21,13 @@ use crate::routes::{tunnel_up, GATEWAYS};
 use crate::world::{bind, bind_at, Packet, Wire, RST};
 use crate::{sized, wait_until};
 
-const PORT: u16 = 8080;
+pub const PORT: u16 = 8080;
 
 /// Ways from one policy to the next.
-const RELOAD: &str = "reload";
+pub const RELOAD: &str = "reload";
 const CHANGES: [&str; 4] = [RELOAD, "restart", "kill -9", "stop"];
 
-fn change(ground: &Ground, daemon: Daemon, how: &str, config: &str) -> Daemon {
+pub fn change(ground: &Ground, daemon: Daemon, how: &str, config: &str) -> Daemon {
     match how {
         RELOAD => {
             daemon.reconfigure(config);
@@ -60,7 +60,7 @@ fn second_tunnel(ground: &Ground) {
     await_link(&[("10.9.0.1", "10.9.0.2"), ("fd00:9::1", "fd00:9::2")]);
 }
 
-fn sections(names: &str) -> String {
+pub fn sections(names: &str) -> String {
     let section = |name: &str| match name {
         "vpn" => format!("[route vpn]\ninterface = vpn0\n{GATEWAYS}"),
         // answers come in by the other interface
@@ -76,7 +76,7 @@ fn sections(names: &str) -> String {
 }
 
 /// These sections, and a target for a cgroup and the LAN.
-fn policy(names: &str, target: &str) -> String {
+pub fn policy(names: &str, target: &str) -> String {
     format!(
         "{}[rules]\n{target} = /app\ndrop = /drop\n[gateway lan]\ninterface = br-lan\n\
          target = {target}\n",
@@ -85,19 +85,19 @@ fn policy(names: &str, target: &str) -> String {
 }
 
 /// The remote hosts, a proxy, and what leaves for the world and by the second tunnel.
-struct Scene<'a> {
+pub struct Scene<'a> {
     ground: &'a Ground,
-    lan: Lan<'a>,
+    pub lan: Lan<'a>,
     wires: [Wire; 2],
     listeners: Vec<TcpListener>,
 }
 
 /// A connection of the cgroup or of a client, and its other end.
 #[derive(Debug)]
-struct Connection {
+pub struct Connection {
     is_local: bool,
-    own: TcpStream,
-    end: TcpStream,
+    pub own: TcpStream,
+    pub end: TcpStream,
 }
 
 fn listen(at: SocketAddr) -> TcpListener {
@@ -108,7 +108,7 @@ fn listen(at: SocketAddr) -> TcpListener {
 }
 
 impl Scene<'_> {
-    fn new(ground: &Ground) -> Scene<'_> {
+    pub fn new(ground: &Ground) -> Scene<'_> {
         tunnel_up(ground);
         second_tunnel(ground);
         let wires = [Wire::open(ground), Wire::between(ground, "vpn1", "vout1")];
@@ -147,7 +147,7 @@ impl Scene<'_> {
     }
 
     /// What has left for the remote hosts by a wire that is not theirs; without resets.
-    fn left(&mut self) -> Vec<Packet> {
+    pub fn left(&mut self) -> Vec<Packet> {
         let mut left: Vec<Packet> = self.wires.iter_mut().flat_map(Wire::to_remote).collect();
         left.retain(|packet| packet.flags & RST == 0 && packet.proto != Proto::Icmp);
         left
@@ -168,7 +168,7 @@ impl Connection {
     }
 
     /// The same, whatever has been sent before.
-    fn goes_on(&mut self) -> bool {
+    pub fn goes_on(&mut self) -> bool {
         self.end.set_nonblocking(true).expect("set O_NONBLOCK");
         while self.end.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {}
         self.end.set_nonblocking(false).expect("clear O_NONBLOCK");
@@ -176,7 +176,7 @@ impl Connection {
     }
 
     /// Whether the application is told that it has ended, by and by or when it sends.
-    fn is_cut(&mut self, sends: bool) -> bool {
+    pub fn is_cut(&mut self, sends: bool) -> bool {
         self.own.set_nonblocking(true).expect("set O_NONBLOCK");
         let mut data = [0; 16];
         wait_until(PATIENCE, || {
@@ -312,15 +312,15 @@ const PAUSE: Duration = Duration::from_millis(1);
 
 /// What a cgroup and a client have with the remote hosts: TCP, UDP of both families, and who is at the
 /// other end of the UDP of each.
-struct Talk {
-    tcp: Vec<Connection>,
-    udp: Vec<(UdpSocket, UdpSocket)>,
+pub struct Talk {
+    pub tcp: Vec<Connection>,
+    pub udp: Vec<(UdpSocket, UdpSocket)>,
     /// Datagrams that have no way, as their sender is told.
     refused: AtomicUsize,
 }
 
 impl Talk {
-    fn new(scene: &mut Scene, cgroup: &Path, remotes: &[UdpSocket]) -> Talk {
+    pub fn new(scene: &mut Scene, cgroup: &Path, remotes: &[UdpSocket]) -> Talk {
         let datagrams = |remote: &UdpSocket| {
             let to = remote.local_addr().expect("its address");
             let client = scene.lan.client(0);
@@ -339,7 +339,7 @@ impl Talk {
     }
 
     /// Whether the remote host hears of one from now on, and is heard.
-    fn is_answered((own, remote): &(UdpSocket, UdpSocket)) -> bool {
+    pub fn is_answered((own, remote): &(UdpSocket, UdpSocket)) -> bool {
         let mut data = [0; 16];
         remote.set_nonblocking(true).expect("set O_NONBLOCK");
         while remote.recv(&mut data).is_ok() {}
@@ -356,7 +356,7 @@ impl Talk {
     }
 
     /// Sends by all of them, again and again, while `f` runs.
-    fn during<T>(&self, f: impl FnOnce() -> T) -> T {
+    pub fn during<T>(&self, f: impl FnOnce() -> T) -> T {
         let done = AtomicBool::new(false);
         let wait = |on: bool| {
             for end in self.tcp.iter().flat_map(|each| [&each.own, &each.end]) {

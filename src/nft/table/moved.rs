@@ -6,25 +6,26 @@ use crate::config::Config;
 use crate::nft::stmt::Stmt;
 
 /// What each hook begins with: a packet that the table of before has marked may meet a later chain of
-/// this one. What has no way any more waits until conntrack is told.
+/// this one. What has no way any more waits until conntrack is told, and what is unclear until it has
+/// been forgotten.
 pub const MOVED: &str = "moved";
 
 /// Empty where nothing moves.
 pub(super) fn moved_rules(config: &Config) -> Vec<Rule> {
-    let rules = |(was, now): &(u32, u32)| {
-        let (was, is) = (mark(config, *was), mark(config, *now));
-        match now {
-            0 => vec![vec![Stmt::CtMark(was), Stmt::drop()]],
-            _ => vec![
-                vec![Stmt::CtMark(was), Stmt::SetCtMark(is)],
-                vec![Stmt::PacketMark(was), Stmt::SetPacketMark(is)],
-            ],
-        }
+    let rules = |(was, now): &(u32, Option<u32>)| {
+        let was = mark(config, *was);
+        let [flow, packet] = match now.map(|now| mark(config, now)) {
+            None => [Stmt::drop(), Stmt::drop()],
+            Some(is) => [Stmt::SetCtMark(is), Stmt::SetPacketMark(is)],
+        };
+        [vec![Stmt::CtMark(was), flow], vec![Stmt::PacketMark(was), packet]]
     };
-    config.moving.iter().flat_map(rules).collect()
+    let unclear = config.unclear.iter().map(|was| vec![Stmt::CtMark(*was), Stmt::drop()]);
+    config.moving.iter().flat_map(rules).chain(unclear).collect()
 }
 
 /// What `output` begins with.
 pub(super) fn moving_first(config: &Config) -> Option<Rule> {
-    (!config.moving.is_empty()).then(|| jump(MOVED))
+    let none = config.moving.is_empty() && config.unclear.is_empty();
+    (!none).then(|| jump(MOVED))
 }

@@ -1,0 +1,398 @@
+//! What happens while flows move to other marks: the flows of containers, what is asked of the program
+//! and its end; and where they cannot move.
+
+use std::mem::size_of_val;
+use std::net::UdpSocket;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Instant;
+
+use nix::sys::signal::Signal;
+
+use crate::client::{descriptor_of, PATIENCE};
+use crate::containers::{await_entrances, live};
+use crate::daemon::Daemon;
+use crate::faults::is_to_netfilter;
+use crate::ground::{addr, any_of, Ground, REMOTES};
+use crate::kernel::{add_flows, forget_flows, has_chain, table};
+use crate::tools::query;
+use crate::wait_until;
+use crate::ways::{change, policy, sections, Scene, Talk, PORT, RELOAD};
+use crate::world::{bind, Packet, Wire};
+
+/// So many flows beside those that are looked at move long enough for something to be done meanwhile.
+const MANY: usize = 4_000;
+
+fn moves() -> bool {
+    has_chain("moved")
+}
+
+/// Takes a configuration `to` follow another, and does something while flows move.
+#[track_caller]
+fn amid<T>(daemon: &Daemon, [from, to]: [&str; 2], act: impl FnOnce() -> T) -> T {
+    for _ in 0..20 {
+        let before = daemon.logs().len();
+        daemon.configure(to);
+        daemon.signal(Signal::SIGHUP);
+        let over = || daemon.logs()[before..].contains("reloaded ");
+        let since = Instant::now();
+        while !moves() && !over() {
+            assert!(since.elapsed() < PATIENCE, "{}", daemon.logs());
+        }
+        daemon.signal(Signal::SIGSTOP);
+        if moves() {
+            let result = act();
+            daemon.signal(Signal::SIGCONT);
+            return result;
+        }
+        // others had the processor meanwhile
+        daemon.signal(Signal::SIGCONT);
+        wait_until(PATIENCE, over);
+        daemon.reconfigure(from);
+        await_end(daemon);
+    }
+    panic!("no flow moves for long enough\n{}", daemon.logs());
+}
+
+#[track_caller]
+fn await_end(daemon: &Daemon) {
+    let done = || has_chain("output") && !moves();
+    assert!(wait_until(PATIENCE, done), "{}\n{}", daemon.logs(), table());
+}
+
+fn remotes(ground: &Ground) -> [UdpSocket; 2] {
+    ground.outside(|| REMOTES.map(|ip| UdpSocket::from(bind(addr(ip, PORT), libc::SOCK_DGRAM))))
+}
+
+/// Each flow goes on, or is told that it does not; UDP goes on.
+#[track_caller]
+fn go_on(talk: &mut Talk, when: &str) {
+    for pair in &talk.udp {
+        assert!(Talk::is_answered(pair), "{pair:?}, {when}");
+    }
+    for each in &mut talk.tcp {
+        assert!(each.goes_on() || each.is_cut(true), "{each:?}, {when}");
+    }
+}
+
+const KILLED: &str = "kill -9";
+
+/// The flows of a container by a route, and those of one that comes meanwhile, go on by that alone.
+#[test]
+fn flows_of_containers() {
+    let ground = ground!("moving-boxes");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let remotes = remotes(&ground);
+    let policy = |names: &str| {
+        format!("{}[rules]\nvpn = /app\nvpn = /boxes/.*\ndrop = /drop\n", sections(names))
+    };
+    let _one = live(scene.lan.client(0), &ground.cgroup("/boxes/one"));
+    for how in [RELOAD, KILLED] {
+        let mut daemon = Daemon::start(&ground, &policy("vpn"), &[]);
+        await_entrances(&daemon, &["lan0 0x01000000"]);
+        let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
+        add_flows(false, 0x0100_0000, MANY);
+        scene.left();
+
+        let mut late = None;
+        daemon = talk.during(|| {
+            let all = ["vpn", "two vpn", "vpn two", "mihomo none vpn", "two mihomo vpn", "vpn"];
+            for names in all.windows(2) {
+                let [from, to] = [names[0], names[1]].map(policy);
+                amid(&daemon, [&from, &to], || {
+                    let new = || live(scene.lan.client(1), &ground.cgroup("/boxes/two"));
+                    late.get_or_insert_with(new);
+                    if how == KILLED {
+                        daemon.signal(Signal::SIGKILL);
+                    }
+                });
+                if how == KILLED {
+                    daemon.wait();
+                    daemon = Daemon::start(&ground, &to, &[]);
+                }
+                await_end(&daemon);
+            }
+            daemon
+        });
+
+        let when = format!("{how}\n{}", daemon.logs());
+        assert_eq!(scene.left(), [], "{when}");
+        await_end(&daemon);
+        await_entrances(&daemon, &["lan0 0x01000000", "lan1 0x01000000"]);
+        go_on(&mut talk, &when);
+        for remote in &remotes {
+            let to = remote.local_addr().expect("its address");
+            let any = addr(any_of(to.ip()), 0);
+            let own = scene.lan.client(1).run(|| UdpSocket::bind(any).expect("bind"));
+            own.connect(to).expect("connect");
+            let pair = (own, remote.try_clone().expect("clone"));
+            assert!(Talk::is_answered(&pair), "{pair:?}, {when}");
+        }
+        assert_eq!(scene.left(), [], "{when}");
+        daemon.stop_clean();
+        drop(late);
+        std::fs::remove_dir(ground.at("/boxes/two")).expect("remove the cgroup");
+        forget_flows();
+    }
+}
+
+/// What commands say meanwhile is true of the kernel, and nothing is amiss; what they say of the
+/// configuration is what they say of it afterwards.
+#[test]
+fn what_is_said_meanwhile() {
+    let ground = ground!("moving-said");
+    let scene = Scene::new(&ground);
+    let app = ground.cgroup("/app");
+    let process = live(scene.lan.client(0), &app);
+    let changes = ["vpn two mihomo", "mihomo two vpn"].map(|names| policy(names, "vpn"));
+    let changes = changes.each_ref().map(String::as_str);
+    let daemon = Daemon::start(&ground, changes[0], &[]);
+    let _talk = Talk::new(&mut { scene }, &app, &remotes(&ground));
+    add_flows(false, 0x0100_0000, MANY);
+    let pid = process.pid().to_string();
+    let of_the_file = || {
+        [&["show"][..], &["explain", "/app"], &["explain", "--pid", &pid]]
+            .map(|args| daemon.ask(args).fine())
+    };
+    let check = || daemon.ask(&["check"]).all();
+    let status = || {
+        let json = daemon.ask(&["status", "--json"]).fine();
+        let of = |expr: &str| query(&json, expr);
+        let marks = of("sorted(t['mark'] for t in d['targets'] if t['mark'] is not None)");
+        let rest = "[d['in_force'], d['hindrances'], d['loops'], d['warnings'], \
+                    [w for w in d['ways']], [r for r in d['rules'] + d['routes'] if not r['present']], \
+                    sorted((t['name'], t['kind'], t['cgroups']) for t in d['targets']), \
+                    [(g['name'], g['target']) for g in d['gateways']], len(d['rules'])]";
+        (marks, of(rest))
+    };
+
+    let (said, checked, (marks, rest)) =
+        amid(&daemon, changes, || (of_the_file(), check(), status()));
+    await_end(&daemon);
+
+    assert_eq!(said, of_the_file());
+    assert_eq!(checked, check());
+    let (after, rest_after) = status();
+    assert_eq!(rest, rest_after);
+    assert_ne!(marks, after);
+    daemon.stop_clean();
+}
+
+/// What has left by the second tunnel without an address of that, or by none.
+fn by_others(left: Vec<Packet>) -> Vec<Packet> {
+    let strange = |packet: &Packet| {
+        let from = packet.src.ip().to_string();
+        !(from == "10.9.0.1" || from == "fd00:9::1")
+    };
+    left.into_iter().filter(strange).collect()
+}
+
+/// However the daemon leaves all in force meanwhile, and whatever follows it: each flow goes on by its way
+/// alone.
+#[test]
+fn ends_meanwhile() {
+    let ground = ground!("moving-ends");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let remotes = remotes(&ground);
+    let keep = |names: &str| format!("[global]\non-exit = keep\n{}", policy(names, "vpn"));
+    for end in ["keep", "leave, again meanwhile"] {
+        let mut daemon = Daemon::start(&ground, &keep("vpn two"), &[]);
+        let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
+        add_flows(false, 0x0100_0000, MANY);
+        scene.left();
+
+        daemon = talk.during(|| {
+            let again = end.ends_with("meanwhile");
+            let mut from = "vpn two";
+            for next in ["two vpn", "mihomo two vpn", "vpn"] {
+                let signal =
+                    if end.starts_with("keep") { Signal::SIGTERM } else { Signal::SIGUSR2 };
+                let changes = [from, "two mihomo vpn"].map(keep);
+                amid(&daemon, changes.each_ref().map(String::as_str), || daemon.signal(signal));
+                assert!(daemon.wait().success(), "{}", daemon.logs());
+                assert!(moves(), "{end}");
+                daemon = Daemon::start(&ground, &keep(next), &[]);
+                from = next;
+                if !again {
+                    await_end(&daemon);
+                }
+            }
+            daemon
+        });
+
+        let when = format!("{end}\n{}", daemon.logs());
+        assert_eq!(scene.left(), [], "{when}");
+        await_end(&daemon);
+        go_on(&mut talk, &when);
+        assert_eq!(scene.left(), [], "{when}");
+        daemon.configure(&policy("vpn", "vpn"));
+        daemon.reload();
+        daemon.stop_clean();
+        forget_flows();
+    }
+}
+
+/// A mask that leaves no other marks, or one: nothing of a flow leaves by a way that is not its own, with
+/// an address of that.
+#[test]
+fn a_mask_that_is_full() {
+    let ground = ground!("moving-full");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let remotes = remotes(&ground);
+    let changes = [
+        // one and the whole mask, for the gateway: nothing is left
+        ("0x03000000", "plain", "plain", "two", "two"),
+        // five, of which four are taken
+        ("0x07000000", "plain two", "plain", "two plain", "two"),
+        ("0x07000000", "plain two", "plain", "two plain", "plain"),
+        // another mask
+        ("0x00ff0000", "plain", "plain", "two", "two"),
+    ];
+    for (mask, old, was, new, is) in changes {
+        for how in [RELOAD, "kill -9"] {
+            let before = if mask == "0x00ff0000" { "0x0ff00000" } else { mask };
+            let with = |mask: &str, names: &str, target: &str| {
+                format!("[global]\nfwmark-mask = {mask}\n{}", policy(names, target))
+            };
+            let daemon = Daemon::start(&ground, &with(before, old, was), &[]);
+            let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
+            scene.left();
+
+            let daemon = talk.during(|| change(&ground, daemon, how, &with(mask, new, is)));
+
+            let when = format!("{mask}, {old} to {new}, {how}\n{}", daemon.logs());
+            let left = by_others(scene.left());
+            assert!(left.is_empty(), "{} of {:?}, {when}", left.len(), left[0]);
+            await_end(&daemon);
+            go_on(&mut talk, &when);
+            assert_eq!(by_others(scene.left()), [], "{when}");
+            daemon.stop_clean();
+            forget_flows();
+        }
+    }
+}
+
+/// The mark of what goes directly is a section's afterwards, or was before: each goes its own way.
+#[test]
+fn the_mark_of_what_goes_directly() {
+    let ground = ground!("moving-direct");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let remotes = remotes(&ground);
+    let mut by_vpn = Wire::between(&ground, "vpn0", "vout0");
+    let mut world = Wire::open(&ground);
+    let marking = |target: &str, mark: &str| {
+        format!(
+            "[global]\ndefault = drop\n{}{mark}[rules]\n{target} = /app\n[gateway lan]\n\
+             interface = br-lan\ntarget = {target}\n",
+            sections("vpn")
+        )
+    };
+    let whole = |target: &str| {
+        format!(
+            "{}mark = 0xff000000\n[rules]\n{target} = /app\n[gateway lan]\ninterface = br-lan\n\
+             target = {target}\n",
+            sections("vpn")
+        )
+    };
+    for how in [RELOAD, "kill -9"] {
+        let daemon = Daemon::start(&ground, &marking("direct", ""), &[]);
+        let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
+        by_vpn.packets();
+        let daemon = talk.during(|| change(&ground, daemon, how, &whole("direct")));
+        let when = format!("{how}\n{}", daemon.logs());
+        let left = by_vpn.to_remote();
+        assert!(left.is_empty(), "{} of {:?}, {when}", left.len(), left[0]);
+        await_end(&daemon);
+        for pair in &talk.udp {
+            assert!(Talk::is_answered(pair), "{pair:?}, {when}");
+        }
+        for each in &mut talk.tcp {
+            assert!(each.goes_on(), "{each:?}, {when}");
+        }
+        assert_eq!(by_vpn.to_remote(), [], "{when}");
+        daemon.stop_clean();
+        forget_flows();
+
+        for is in ["vpn", "direct"] {
+            let daemon = Daemon::start(&ground, &whole("vpn"), &[]);
+            let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
+            world.packets();
+            let daemon = talk.during(|| change(&ground, daemon, how, &marking(is, "")));
+            let when = format!("{how}, {is}\n{}", daemon.logs());
+            await_end(&daemon);
+            for pair in &talk.udp {
+                assert!(Talk::is_answered(pair), "{pair:?}, {when}");
+            }
+            for each in &mut talk.tcp {
+                assert!(each.goes_on() || each.is_cut(true), "{each:?}, {when}");
+            }
+            let mut left = world.to_remote();
+            left.retain(|packet| {
+                is == "vpn" || ["10.8.0.1", "fd00:8::1"].contains(&&*packet.src.ip().to_string())
+            });
+            assert!(left.is_empty(), "{} of {:?}, {when}", left.len(), left[0]);
+            daemon.stop_clean();
+            forget_flows();
+        }
+    }
+}
+
+/// Where conntrack does not list its flows, each moves when it speaks, for as long as it takes.
+#[test]
+fn flows_that_are_not_listed() {
+    let ground = ground!("moving-unlisted");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let remotes = remotes(&ground);
+    for how in ["", "kill -9"] {
+        let mut daemon = Daemon::start(&ground, &policy("vpn", "vpn"), &[]);
+        let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
+        scene.left();
+        let listing = netfilter_sockets(&daemon).pop().expect("a socket for what is listed");
+        hear_nothing(&listing);
+
+        let log = daemon.reconfigure(&policy("two vpn", "vpn"));
+
+        assert!(
+            log.contains("unable to list conntrack's flows") || log.contains("netlink"),
+            "{log}"
+        );
+        assert!(moves(), "{}", table());
+        if how == "kill -9" {
+            daemon = change(&ground, daemon, how, &policy("two vpn", "vpn"));
+            await_end(&daemon);
+        }
+        go_on(&mut talk, &daemon.logs());
+        assert_eq!(scene.left(), [], "{}", daemon.logs());
+        daemon.reconfigure(&policy("two vpn", "vpn"));
+        daemon.stop_clean();
+        forget_flows();
+    }
+}
+
+/// The daemon's sockets to netfilter, in the order in which they were made.
+fn netfilter_sockets(daemon: &Daemon) -> Vec<OwnedFd> {
+    let fds =
+        std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("list the descriptors");
+    let fds = fds.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let mut fds: Vec<i32> = fds.collect();
+    fds.sort_unstable();
+    let all = fds.into_iter().map(|fd| descriptor_of(daemon.pid(), fd));
+    all.filter(is_to_netfilter).collect()
+}
+
+/// Nothing that comes to a socket is delivered any more.
+fn hear_nothing(fd: &OwnedFd) {
+    // BPF_RET | BPF_K: nothing of it is kept
+    let nothing = libc::sock_filter { code: 6, jt: 0, jf: 0, k: 0 };
+    let filter = libc::sock_fprog { len: 1, filter: (&raw const nothing).cast_mut() };
+    let size = size_of_val(&filter) as libc::socklen_t;
+    let (fd, filter) = (fd.as_raw_fd(), (&raw const filter).cast());
+    // SAFETY: reads a filter of one instruction.
+    let rc =
+        unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, filter, size) };
+    assert_eq!(rc, 0, "SO_ATTACH_FILTER");
+}
