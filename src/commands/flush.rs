@@ -27,7 +27,10 @@ pub fn flush() -> Result<ExitCode> {
         );
         return Err(Error::State(why));
     }
+    let inventory = kernel.inventory().ok().flatten();
     if kernel.remove_table()? {
+        // nothing tells the next one of them
+        kernel.forget_flows(&inventory.map_or_else(Vec::new, |i| i.view.taken_marks()));
         text.push_str(&format!("removed table inet {TABLE}\n"));
     }
     for entry in kernel.trim_routing(&SmallSet::default())? {

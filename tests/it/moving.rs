@@ -10,10 +10,10 @@ use nix::sys::signal::Signal;
 
 use crate::client::{descriptor_of, PATIENCE};
 use crate::containers::{await_entrances, live};
-use crate::daemon::Daemon;
+use crate::daemon::{run, Daemon};
 use crate::faults::is_to_netfilter;
 use crate::ground::{addr, any_of, Ground, REMOTES};
-use crate::kernel::{add_flows, forget_flows, has_chain, table};
+use crate::kernel::{add_flows, forget_flows, has_chain, residue, table};
 use crate::tools::query;
 use crate::wait_until;
 use crate::ways::{change, policy, sections, Scene, Talk, PORT, RELOAD};
@@ -228,6 +228,45 @@ fn ends_meanwhile() {
         assert_eq!(scene.left(), [], "{when}");
         daemon.configure(&policy("vpn", "vpn"));
         daemon.reload();
+        daemon.stop_clean();
+        forget_flows();
+    }
+}
+
+/// A flow of a table that was taken away is nobody's to the next one.
+#[test]
+fn nothing_is_known_any_more() {
+    let ground = ground!("moving-forgotten");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let remotes = remotes(&ground);
+    for end in ["remove", "flush", "flush of before"] {
+        let mut daemon = Daemon::start(&ground, &policy("plain", "plain"), &[]);
+        let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
+        add_flows(false, 0x0100_0000, MANY);
+        let signal = if end == "remove" { Signal::SIGTERM } else { Signal::SIGKILL };
+        match end {
+            "flush of before" => daemon.signal(signal),
+            _ => {
+                let changes = ["plain", "mihomo plain"].map(|names| policy(names, "plain"));
+                amid(&daemon, changes.each_ref().map(String::as_str), || daemon.signal(signal));
+            }
+        }
+        daemon.wait();
+        if end != "remove" {
+            run(&["flush"]).fine();
+        }
+        assert_eq!(residue(), "");
+
+        let daemon = Daemon::start(&ground, &policy("two", "two"), &[]);
+        scene.left();
+        for (own, _) in &talk.udp {
+            let _ = own.send(b"to remote");
+        }
+        for each in &mut talk.tcp {
+            each.is_cut(true);
+        }
+        assert_eq!(by_others(scene.left()), [], "{end}\n{}", daemon.logs());
         daemon.stop_clean();
         forget_flows();
     }
