@@ -759,6 +759,9 @@ fn behind(had: &str, target: &'static str) -> &'static str {
     }
 }
 
+/// The first of them.
+const PORTS_OF_OWNERS: u16 = 20_000;
+
 /// Two applications one after the other, from the same port to the same host, of which a line for users or
 /// groups decides for one or both: each goes by its own target, as where their cgroups decide.
 fn a_port_of_two_owners(kind: i32) {
@@ -768,7 +771,7 @@ fn a_port_of_two_owners(kind: i32) {
     tunnel_up(&ground);
     let daemon = Daemon::start(&ground, &by_owners(0), &[]);
     let mut wrong = Vec::new();
-    let mut asked = 0;
+    let mut asked: u16 = 0;
     let cases = [
         ("", "cgroup", "cgroup"),
         ("", "cgroup", "user"),
@@ -793,7 +796,8 @@ fn a_port_of_two_owners(kind: i32) {
             }
             let patience = |target: usize| if target == 3 { SILENCE } else { PATIENCE };
             let (had, had_by) = (owned(&ground, first, a), (a + moved) % 4);
-            let at = addr(HOSTS[v6], 0);
+            // of its own: what an earlier case began from it would be another flow of the port
+            let at = addr(HOSTS[v6], PORTS_OF_OWNERS + asked);
             let (who, at, _) = goes_by(&had, kind, (at, to), patience(had_by), &mut world);
             assert_eq!(who, TARGETS[had_by], "{to}, {first}, at first");
             match before {
