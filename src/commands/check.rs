@@ -1,7 +1,6 @@
 //! `check`: findings about the configuration and then about this host, one a line, with the remedy.
 //! It changes nothing. What it asks of nf_tables is a transaction that is made to fail.
 
-use std::cmp::Reverse;
 use std::collections::HashSet;
 use std::fs;
 use std::net::SocketAddr;
@@ -155,11 +154,10 @@ impl Findings {
 
     /// The worst last, where a terminal shows it, and then how many.
     fn text(&self, reader: Audience) -> String {
-        let mut found: Vec<&Finding> = self.all.iter().collect();
-        found.sort_by_key(|found| Reverse(found.level));
-        found.retain(|found| reader == Audience::Person || found.is_wrong());
+        let of = |level| self.all.iter().filter(move |found| found.level == level);
+        let found = Level::ALL.into_iter().rev().flat_map(of);
         let mut text = String::new();
-        for found in found {
+        for found in found.filter(|found| reader == Audience::Person || found.is_wrong()) {
             text += &match reader {
                 Audience::Journal => log::line(true, found.level, &found.text),
                 Audience::Person | Audience::Log => {

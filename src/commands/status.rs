@@ -695,10 +695,12 @@ fn compare(family: Family, needs: Option<&Needs>, have: SmallSet<Entry>) -> Vec<
         Entry::Route(_) => entry.is_among(&have),
     };
     let missing: Vec<Entry> = wanted.into_iter().filter(|entry| !there(entry)).collect();
-    let mut all: Vec<_> = have.into_iter().map(|entry| (entry, true)).collect();
-    all.extend(missing.into_iter().map(|entry| (entry, false)));
+    let all = have.into_iter().map(|entry| (entry, true));
+    let all = all.chain(missing.into_iter().map(|entry| (entry, false)));
     // rules before the routes that they lead to
-    all.sort_by_key(|(entry, _)| matches!(entry, Entry::Route(_)));
+    let (routes, mut all): (Vec<_>, Vec<_>) =
+        all.partition(|(entry, _)| matches!(entry, Entry::Route(_)));
+    all.extend(routes);
     all
 }
 
