@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use nix::poll::{poll, PollFd, PollFlags};
 use nix::sys::signal::{kill, Signal};
+use nix::sys::wait::{waitid, Id, WaitPidFlag, WaitStatus};
 use nix::unistd::Pid;
 
 use crate::client::PATIENCE;
@@ -252,6 +253,12 @@ impl Daemon {
     /// How it ended, if it has.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().expect("look at cgtproxy")
+    }
+
+    /// Whether it has ended; how is for [`Daemon::wait`] or [`Daemon::ended`] to tell.
+    pub fn is_gone(&self) -> bool {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        waitid(Id::Pid(self.pid()), flags).expect("look at cgtproxy") != WaitStatus::StillAlive
     }
 
     /// Its process, which is never another's while this lives.

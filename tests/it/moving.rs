@@ -26,7 +26,8 @@ fn moves() -> bool {
     has_chain("moved")
 }
 
-/// Takes a configuration `to` follow another, and does something while flows move.
+/// Takes a configuration `to` follow another, and does something while flows move; the reload is over
+/// then, or the daemon.
 #[track_caller]
 fn amid<T>(daemon: &Daemon, [from, to]: [&str; 2], act: impl FnOnce() -> T) -> T {
     for _ in 0..20 {
@@ -42,6 +43,9 @@ fn amid<T>(daemon: &Daemon, [from, to]: [&str; 2], act: impl FnOnce() -> T) -> T
         if moves() {
             let result = act();
             daemon.signal(Signal::SIGCONT);
+            // the line comes after the last flow, and the next reload's must not be taken for it
+            let done = wait_until(PATIENCE, || over() || daemon.is_gone());
+            assert!(done, "{}", daemon.logs());
             return result;
         }
         // others had the processor meanwhile

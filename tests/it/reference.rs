@@ -203,17 +203,23 @@ fn packets_without_a_socket_stay_proxied() {
         let _proxy = Server::stream("proxy mihomo", &[7893]);
         load(&ground, rule);
         let cgroup = ground.at("/mihomo");
-        for ip in [REMOTE4, REMOTE6] {
-            let client = Client::tcp(&cgroup, addr(ip, STREAM_PORT)).close_early(20);
-            assert_eq!(client.run(), Outcome::Answer(String::new()));
-        }
-        // Data that is still on its way meets a closed socket.
         let mut leaked = Vec::new();
-        let patience = if quiet { SILENCE } else { PATIENCE };
-        wait_until(patience, || {
+        // Data that is still on its way meets a closed socket: in one of a hundred closes or more
+        // rarely, by the processors' turns.
+        let mut rounds = 0;
+        wait_until(PATIENCE, || {
+            for ip in [REMOTE4, REMOTE6] {
+                let client = Client::tcp(&cgroup, addr(ip, STREAM_PORT)).close_early(20);
+                assert_eq!(client.run(), Outcome::Answer(String::new()));
+            }
+            rounds += 1;
+            leaked.extend(world.wire.to_remote());
+            !leaked.is_empty() || quiet && rounds == 20
+        });
+        wait_until(SILENCE, || {
             leaked.extend(world.wire.to_remote());
             !leaked.is_empty()
         });
-        assert_eq!(leaked.is_empty(), quiet, "{leaked:?}");
+        assert_eq!(leaked.is_empty(), quiet, "{rounds}: {leaked:?}");
     }
 }

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::client::{again, tcp_in, udp_in, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
@@ -137,6 +138,9 @@ impl Scene<'_> {
                     true => tcp_in(cgroup, to),
                     false => self.lan.client(0).run(|| TcpStream::connect(to).expect("connect")),
                 };
+                // it ends by a reset: a FIN is sent again, and may be by another policy's way
+                let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+                setsockopt(&own, sockopt::Linger, &at_once).expect("set SO_LINGER");
                 let (end, _) = listener.accept().expect("accept");
                 Connection { is_local, own, end }
             })
