@@ -104,7 +104,7 @@ impl Contents {
     }
 
     /// The first of two transactions that replace what a table holds: those of these sets that are not
-    /// present. The table is made where there is none.
+    /// present. The table is made where there is none, or adopted where it has lost its owner.
     pub fn ahead(
         &self,
         present: &Present,

@@ -13,7 +13,7 @@ use crate::containers::{await_entrances, live};
 use crate::daemon::{run, Daemon};
 use crate::faults::is_to_netfilter;
 use crate::ground::{addr, any_of, Ground, REMOTES};
-use crate::kernel::{add_flows, forget_flows, has_chain, residue, table};
+use crate::kernel::{add_flows, forget_flows, has_chain, residue, table, table_plain};
 use crate::tools::query;
 use crate::wait_until;
 use crate::ways::{change, policy, sections, Scene, Talk, PORT, RELOAD};
@@ -137,6 +137,32 @@ fn flows_of_containers() {
         drop(late);
         std::fs::remove_dir(ground.at("/boxes/two")).expect("remove the cgroup");
         forget_flows();
+    }
+}
+
+/// One that follows a daemon which left the table, or was killed, changes the one that it finds: in a new
+/// one packets would meet both for a moment, also where marks move.
+#[test]
+fn a_table_that_was_left_stays() {
+    let ground = ground!("moving-left");
+    let scene = Scene::new(&ground);
+    let _one = live(scene.lan.client(0), &ground.cgroup("/boxes/one"));
+    let policy = |names: &str| format!("{}[rules]\nvpn = /boxes/.*\n", sections(names));
+    let handle = || table_plain(&["-a"]).lines().next().map(str::to_owned);
+    for how in ["restart", "kill -9"] {
+        for (from, to) in
+            [("vpn", "vpn"), ("vpn", "two vpn"), ("mihomo vpn", "vpn"), ("vpn", "mihomo vpn")]
+        {
+            let daemon = Daemon::start(&ground, &policy(from), &[]);
+            let before = handle();
+            assert!(before.as_ref().is_some_and(|line| line.contains("# handle")), "{before:?}");
+
+            let daemon = change(&ground, daemon, how, &policy(to));
+
+            await_end(&daemon);
+            assert_eq!(handle(), before, "{how}, {from} to {to}\n{}", daemon.logs());
+            daemon.stop_clean();
+        }
     }
 }
 
