@@ -267,6 +267,7 @@ samples! {
     Stmt::L4proto(_) => Stmt::L4proto(L4::Tcp), Stmt::L4proto(L4::Udp);
     Stmt::NotL4proto(_) => Stmt::NotL4proto(L4::Tcp), Stmt::NotL4proto(L4::Udp);
     Stmt::GoesOn => Stmt::GoesOn;
+    Stmt::IsReset => Stmt::IsReset;
     Stmt::TcpOrUdp => Stmt::TcpOrUdp;
     Stmt::NotTcpOrUdp => Stmt::NotTcpOrUdp;
     Stmt::Dport(..) => Stmt::Dport(L4::Tcp, 53), Stmt::Dport(L4::Udp, 53);

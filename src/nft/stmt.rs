@@ -142,6 +142,14 @@ statements! {
         and_field(vec![TCPHDR_SYN]),
         eq(&[0]),
     ];
+    /// A reset of TCP.
+    IsReset = "tcp flags rst" => [
+        meta(NFT_META_L4PROTO),
+        eq(&[IPPROTO_TCP]),
+        payload(NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1),
+        and_field(vec![TCPHDR_RST]),
+        neq(&[0]),
+    ];
     /// Two comparisons cost a quarter of a set.
     NotTcpOrUdp = "meta l4proto != tcp meta l4proto != udp" => [
         meta(NFT_META_L4PROTO),
@@ -260,6 +268,7 @@ const NO_UID: u32 = u32::MAX;
 
 /// Of include/net/tcp.h.
 const TCPHDR_SYN: u8 = 0x02;
+const TCPHDR_RST: u8 = 0x04;
 
 impl Stmt {
     pub fn accept() -> Stmt {

@@ -231,6 +231,45 @@ fn a_connection_whose_section_is_no_more() {
     }
 }
 
+/// A client's that is to go on to a proxy is cut as well, whatever the default: that is not the proxy's.
+#[test]
+fn a_connection_of_a_client_whose_section_is_no_more() {
+    let ground = ground!("ways-default");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    for how in &CHANGES[..3] {
+        for (default, old) in [
+            ("drop", "vpn"),
+            ("drop", "plain"),
+            ("mihomo", "vpn"),
+            ("two", "vpn"),
+            ("two", "plain"),
+        ] {
+            let config = |names: &str, target: &str| {
+                let others = if default == "two" { "two" } else { "" };
+                let proxy = if names.contains("mihomo") { "" } else { "mihomo" };
+                let sections = policy(&format!("{names} {proxy} {others}"), target);
+                format!("[global]\ndefault = {default}\nbypass-user = root\n{sections}")
+            };
+            let daemon = Daemon::start(&ground, &config(old, old), &[]);
+            let mut all = scene.connections(&cgroup, false);
+            all.retain(|each| !each.is_local);
+            scene.left();
+
+            let daemon = change(&ground, daemon, how, &config("mihomo", "mihomo"));
+
+            for each in &mut all {
+                let when = format!("default {default}, {how}, {old} to mihomo: {each:?}");
+                let _ = each.end.write(b"from remote");
+                let _ = each.own.write(b"to remote");
+                assert!(each.is_cut(true), "{when}: goes on\n{}", daemon.logs());
+                assert_eq!(scene.left(), [], "{when}");
+            }
+            daemon.stop_clean();
+        }
+    }
+}
+
 /// What has its way still goes on, whatever mark that has by now, where its target stays and where no
 /// rule decides for it any more.
 #[test]

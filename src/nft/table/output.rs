@@ -96,6 +96,9 @@ fn deciding_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     rules.extend(loose_rules(config, shape));
     rules.extend(gate_rules(shape, 0));
     rules.extend(default_owner_rule(config));
+    if tells_clients(config) {
+        rules.push(vec![Stmt::IsReset, Stmt::Invalid, Stmt::jump(TOLD)]);
+    }
     rules.extend(default_rule(config));
     rules
 }
@@ -287,9 +290,24 @@ fn parts_owners(config: &Config, outcome: Outcome) -> bool {
 pub(super) fn flow_chains(config: &Config) -> Vec<Chain> {
     let mut chains = Vec::from_iter(spoofed_chain(config));
     chains.extend(ownerless_chain(config).when(drops_ownerless(config)));
+    chains.extend(told_chain().when(tells_clients(config)));
     chains.extend(sticky_chain(config));
     chains
 }
+
+/// Whether the default would keep from a client that its flow is over: the kernel resets it for a proxy,
+/// and Linux 6.12 knows no owner of that, and no cgroup.
+fn tells_clients(config: &Config) -> bool {
+    config.routes_to_tproxy() && config.default != Target::Direct
+}
+
+/// Resets that no process sends, for a remote host: nobody else sends what has its address.
+fn told_chain() -> Chain {
+    let rules = [vec![Stmt::HasOwner, Stmt::back()], vec![Stmt::ForeignSource, Stmt::accept()]];
+    chain(TOLD, rules.to_vec())
+}
+
+const TOLD: &str = "told";
 
 /// Of packets that go on with a connection of which conntrack knows nothing, those that no process
 /// sends: nothing tells any more that it was not a proxy's. For a remote host it is a proxy's socket
