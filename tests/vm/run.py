@@ -274,7 +274,7 @@ def on_host(guest, command):
             .encode(), 0o755)
     open(f'{CACHE}/host.sh', 'w').write(
         HOST_RUN.replace('@ROOT@', ROOT).replace('@COMMAND@', command))
-    add_modules(fs, tree, [*MODULES, *'virtio_pci 9pnet_virtio 9p overlay'.split()])
+    add_modules(fs, tree, [*MODULES, *'virtio_pci 9pnet_virtio 9p overlay tun'.split()])
     open(f'{CACHE}/host.cpio.gz', 'wb').write(fs.bytes())
     machine, options = GUESTS[guest][4:]
     run_qemu, env = qemu(machine)
