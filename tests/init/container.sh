@@ -16,13 +16,17 @@ if [ -z "$IN_CONTAINER" ]; then
 	fi
 	group=$cgroups/container-$$
 	mkdir "$group"
-	rc=0
+	# shellcheck disable=SC2317,SC2329 # by the trap
+	away() {
+		echo 1 > "$group/cgroup.kill" 2>/dev/null || :
+		until find "$group" -depth -type d -exec rmdir {} + 2>/dev/null; do [ -d "$group" ] || break; done
+		[ -z "$mine" ] || { umount "$mine" && rmdir "$mine"; }
+	}
+	# also where whoever called has waited for too long
+	trap away EXIT
 	( echo $BASHPID > "$group/cgroup.procs"
-	  IN_CONTAINER=1 exec unshare -m -p -n -u -i -C -f --kill-child --propagation private bash "$0" "$@" ) || rc=$?
-	echo 1 > "$group/cgroup.kill" 2>/dev/null || :
-	until find "$group" -depth -type d -exec rmdir {} + 2>/dev/null; do [ -d "$group" ] || break; done
-	[ -z "$mine" ] || { umount "$mine" && rmdir "$mine"; }
-	exit $rc
+	  IN_CONTAINER=1 exec unshare -m -p -n -u -i -C -f --kill-child --propagation private bash "$0" "$@" )
+	exit
 fi
 [ "$root" = / ] || mount --bind "$root" "$root"
 cd "$root"
