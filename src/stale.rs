@@ -384,8 +384,9 @@ impl Judge {
         }
         let inbound = match witness.flow {
             Some(flow) if socket.protocol == IPPROTO_TCP && !flow.midstream => !flow.outbound,
-            // who spoke first after conntrack began says nothing
-            _ => there > 0,
+            // who spoke first after conntrack began says nothing; a proxy has its clients' connections
+            // at the address of the remote host
+            _ => there > 0 || socket.transparent == Some(true),
         };
         if witness.local || inbound {
             return false;

@@ -229,7 +229,10 @@ samples! {
         Stmt::Iifname(Interface { name: "br-lan".into(), prefix: false }),
         Stmt::Iifname(Interface { name: "br-".into(), prefix: true }),
         Stmt::Iifname(Interface { name: "fifteen-letters".into(), prefix: false });
-    Stmt::Oifname(_) => Stmt::Oifname("wg0".into()), Stmt::Oifname("fifteen-letters".into());
+    Stmt::Oifname(_) =>
+        Stmt::Oifname(Interface { name: "wg0".into(), prefix: false }),
+        Stmt::Oifname(Interface { name: "wg".into(), prefix: true }),
+        Stmt::Oifname(Interface { name: "fifteen-letters".into(), prefix: false });
     Stmt::Transparent => Stmt::Transparent;
     Stmt::NotTransparent => Stmt::NotTransparent;
     Stmt::Bound => Stmt::Bound;

@@ -54,7 +54,8 @@ statements! {
     /// By name, so that the interface need not be there.
     Iifname(interface: Interface) = "iifname \"{interface}\""
         => [meta(NFT_META_IIFNAME), eq(&compared(interface))];
-    Oifname(name: String) = "oifname \"{name}\"" => [meta(NFT_META_OIFNAME), eq(&padded(name))];
+    Oifname(interface: Interface) = "oifname \"{interface}\""
+        => [meta(NFT_META_OIFNAME), eq(&compared(interface))];
     /// A packet without a socket does not match.
     Cgroup { level: u8, set: String } = "socket cgroupv2 level {level} @{set}"
         => [cgroup(*level, NFT_REG_1), lookup(named(set))];

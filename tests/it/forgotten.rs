@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::client::{
     again, connect, expect, socket_for, socket_in, tcp_in, under, Client, Outcome, Proto, PATIENCE,
@@ -236,6 +237,64 @@ fn flows_of_clients_are_forgotten() {
         }
         assert!(daemon.stop().success());
     }
+}
+
+/// The same where no rule names the proxy: what it sends of its own accord bears a bypass-mark, what it
+/// answers its clients does not, and the default would take that.
+#[test]
+fn the_proxy_has_no_rule() {
+    let (ground, mut world) = scene!("forgotown");
+    let lan = Lan::new(&ground);
+    tunnel_up(&ground);
+    let other = ground.cgroup("/other");
+    let listeners = listeners(&other);
+    short_lived_flows();
+    for default in ["mihomo", "vpn"] {
+        let policy = of_all_kinds(default);
+        let daemon = Daemon::start(&ground, &policy, &[]);
+        for (place, proxy) in places().iter().zip(&proxies(&other, 7893)) {
+            for loss in LOSSES {
+                println!("default {default}, {loss:?}");
+                let app = udp_of_client(&lan, place.client);
+                lost_and_spoken_to(&app, (*place, loss), (proxy, &other), &mut world, "proxy");
+            }
+        }
+        for (place, listener) in places().iter().zip(&listeners) {
+            for mask in [None, Some("0x00ff0000"), Some(MASK)] {
+                println!("default {default}, mask {mask:?}");
+                let mut app =
+                    lan.client(0).run(|| TcpStream::connect(place.remote)).expect("connect");
+                let (mut end, _) = listener.accept().expect("accept");
+                match mask {
+                    None => forget_flows(),
+                    Some(mask) => {
+                        let mask = format!("[global]\nfwmark-mask = {mask}\n");
+                        daemon.reconfigure(&policy.replacen("[global]\n", &mask, 1));
+                    }
+                }
+                // the proxy first
+                for _ in 0..2 {
+                    says(&mut end, &mut app);
+                    says(&mut app, &mut end);
+                }
+                let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+                setsockopt(&app, sockopt::Linger, &at_once).expect("set SO_LINGER");
+                drop(app);
+                let over = again(|| end.read(&mut [0; 8])).expect_err("the connection is over");
+                assert_eq!(over.kind(), ErrorKind::ConnectionReset);
+                assert_eq!(world.wire.to_remote(), []);
+            }
+        }
+        assert!(daemon.stop().success());
+    }
+}
+
+/// What one end of a connection says comes to the other.
+#[track_caller]
+fn says(own: &mut TcpStream, other: &mut TcpStream) {
+    other.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    own.write_all(b"x").expect("say it");
+    assert_eq!(again(|| other.read(&mut [0; 8])).expect("hear it"), 1);
 }
 
 /// Forgets flows without end while a client of each family, run by `run`, makes connections and closes

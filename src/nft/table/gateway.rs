@@ -78,13 +78,6 @@ fn older_chain(config: &Config) -> Chain {
 
 const OLDER: &str = "older";
 
-/// All interfaces that clients come in by.
-fn interfaces(config: &Config) -> impl Iterator<Item = Interface> {
-    let own = config.gateways.iter().filter(|gateway| !gateway.containers);
-    let all: SmallSet<Interface> = own.flat_map(|own| own.interfaces.iter().cloned()).collect();
-    all.into_iter()
-}
-
 /// Where that chain stands.
 pub fn priority_of_gateways(has_containers: bool) -> i32 {
     match has_containers {

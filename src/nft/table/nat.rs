@@ -114,7 +114,7 @@ fn masquerade_rules<'a>(config: &'a Config) -> Vec<Rule> {
             };
             match &*route.interface {
                 "" => vec![rule(None)],
-                name => vec![rule(Some(Stmt::Oifname(name.into()))), rule(Some(Stmt::OifLo))],
+                name => vec![rule(Some(oifname(name))), rule(Some(Stmt::OifLo))],
             }
         })
     };

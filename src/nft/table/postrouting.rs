@@ -46,7 +46,7 @@ fn guard_chain(config: &Config) -> Option<Chain> {
     if let Some(first) = config.routes.iter().find(|route| !route.interface.is_empty()) {
         // most often the only one: to compare costs less than to look up
         let own = Stmt::PacketMark(mark(config, first.outlet.mark));
-        rules.push(vec![own, Stmt::Oifname(first.interface.clone()), Stmt::accept()]);
+        rules.push(vec![own, oifname(&first.interface), Stmt::accept()]);
     }
     rules.push(vec![Stmt::OifLo, home]);
     if !map.is_empty() {
@@ -75,7 +75,7 @@ fn off_course_chains(route: &Route) -> Vec<Chain> {
 
 /// The rules that let packets leave by these interfaces.
 fn course_rules<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Vec<Rule> {
-    let leave = names.clone().map(|name| vec![Stmt::Oifname(name.into()), Stmt::accept()]);
+    let leave = names.clone().map(|name| vec![oifname(name), Stmt::accept()]);
     leave.chain(names.map(|name| vec![iifname(name), Stmt::Reply, Stmt::accept()])).collect()
 }
 
@@ -139,7 +139,7 @@ fn sourceless_chain(config: &Config) -> Option<Chain> {
         .filter(|route| !route.interface.is_empty())
         .flat_map(|route| {
             ct_marks(config, route).map(|own| {
-                let out = Stmt::Oifname(route.interface.clone());
+                let out = oifname(&route.interface);
                 let other = Stmt::SourceOfOther;
                 vec![Stmt::CtMark(own), out, other, Stmt::drop()]
             })

@@ -12,9 +12,21 @@ pub(super) fn chains(config: &Config) -> Vec<Chain> {
     let mut chains = Vec::from_iter(leave_chain(config));
     chains.extend(chain(EXEMPT, exempt_rules(config)).when(hijacks_local(config)));
     chains.extend(local_chain(config).when(hijacks_local(config)));
-    chains.extend([chain("bypass", spared_rules(config)), neighbours_chain()]);
+    let clients = interfaces(config).map(|by| vec![Stmt::Oifname(by), Stmt::accept()]).collect();
+    chains.extend(chain(CLIENTS, clients).when(config.routes_to_tproxy()));
+    let mut bypass = spared_rules(config);
+    if config.routes_to_tproxy() {
+        // a proxy speaks for a remote host to its client, whose flow conntrack has forgotten: that is an
+        // answer no less, where no rule names the proxy
+        let speaks = [Stmt::CtMark(spoofed(config)), Stmt::Original, Stmt::Transparent];
+        bypass.push([&speaks[..], &[Stmt::jump(CLIENTS)]].concat());
+    }
+    chains.extend([chain("bypass", bypass), neighbours_chain()]);
     chains
 }
+
+/// What leaves towards a router's clients.
+const CLIENTS: &str = "clients";
 
 /// What `bypass` is made of where DNS is hijacked whatever its address.
 pub(super) const EXEMPT: &str = "exempt";

@@ -74,7 +74,7 @@ fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     rules.extend(bypass_rules(outlet, &leave(config)));
     rules.push(vec![Stmt::Counter]);
     rules.extend(sorting_rules(outlet, dns, &leave(config)));
-    rules.extend([drop_for_others(), set_ct_mark(own), take]);
+    rules.extend([drop_for_others(), set_own_ct_mark(config, own), take]);
     chains.push(chain(own_chain("to", outlet), rules));
     chains
 }
@@ -115,7 +115,7 @@ fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
     if route.masquerades() {
         rules.push(vec![Stmt::Confirmed, Stmt::drop()]);
     }
-    rules.extend([set_ct_mark(own), out]);
+    rules.extend([set_own_ct_mark(config, own), out]);
     chains.push(chain(own_chain("to", outlet), rules));
     chains
 }

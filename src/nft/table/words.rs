@@ -7,6 +7,7 @@ use crate::net::{Interface, Mark, KERNEL_TABLES};
 use crate::netlink::uapi::*;
 use crate::nft::expr::Verdict;
 use crate::nft::stmt::Stmt;
+use crate::small::SmallSet;
 
 pub(super) fn mark(config: &Config, value: u32) -> Mark {
     Mark { value, mask: config.mask }
@@ -55,6 +56,17 @@ pub(super) fn on_to(kind: &str, outlet: &Outlet) -> Verdict {
 
 pub(super) fn iifname(name: &str) -> Stmt {
     Stmt::Iifname(Interface { name: name.into(), prefix: false })
+}
+
+pub(super) fn oifname(name: &str) -> Stmt {
+    Stmt::Oifname(Interface { name: name.into(), prefix: false })
+}
+
+/// All interfaces that clients come in by, but for containers'.
+pub(super) fn interfaces(config: &Config) -> impl Iterator<Item = Interface> {
+    let own = config.gateways.iter().filter(|gateway| !gateway.containers);
+    let all: SmallSet<Interface> = own.flat_map(|own| own.interfaces.iter().cloned()).collect();
+    all.into_iter()
 }
 
 /// The statement that hands a packet to a target.
@@ -145,6 +157,16 @@ pub(super) fn accept_answers(config: &Config) -> Rule {
 /// began is known by that.
 pub(super) fn set_ct_mark(own: Mark) -> Rule {
     vec![Stmt::Original, Stmt::SetCtMark(own)]
+}
+
+/// The same for what this host sends. Of what a proxy begins for a remote host the client's packets are
+/// no answers, whoever the flow is given to.
+pub(super) fn set_own_ct_mark(config: &Config, own: Mark) -> Rule {
+    let mut rule = set_ct_mark(own);
+    if config.routes_to_tproxy() {
+        rule.insert(1, Stmt::NotCtMark(spoofed(config)));
+    }
+    rule
 }
 
 /// What makes a flow one that nobody knows. Others restore the ct mark into packets (CONNMARK
