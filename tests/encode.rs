@@ -270,6 +270,7 @@ samples! {
     Stmt::L4proto(_) => Stmt::L4proto(L4::Tcp), Stmt::L4proto(L4::Udp);
     Stmt::NotL4proto(_) => Stmt::NotL4proto(L4::Tcp), Stmt::NotL4proto(L4::Udp);
     Stmt::GoesOn => Stmt::GoesOn;
+    Stmt::Begins => Stmt::Begins;
     Stmt::IsReset => Stmt::IsReset;
     Stmt::TcpOrUdp => Stmt::TcpOrUdp;
     Stmt::NotTcpOrUdp => Stmt::NotTcpOrUdp;

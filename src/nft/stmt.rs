@@ -143,6 +143,14 @@ statements! {
         and_field(vec![TCPHDR_SYN]),
         eq(&[0]),
     ];
+    /// TCP that does.
+    Begins = "tcp flags syn" => [
+        meta(NFT_META_L4PROTO),
+        eq(&[IPPROTO_TCP]),
+        payload(NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1),
+        and_field(vec![TCPHDR_SYN]),
+        neq(&[0]),
+    ];
     /// A reset of TCP.
     IsReset = "tcp flags rst" => [
         meta(NFT_META_L4PROTO),

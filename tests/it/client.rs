@@ -237,7 +237,7 @@ pub fn socket_in(cgroup: &Path, kind: c_int, ip: IpAddr) -> OwnedFd {
 
 /// Connects a socket. A process that another test has forked may hold a copy of one that was closed here,
 /// between the same two ends, for an instant.
-pub fn connect(fd: &OwnedFd, to: SocketAddr) -> std::io::Result<()> {
+pub fn connect(fd: &impl AsRawFd, to: SocketAddr) -> std::io::Result<()> {
     let (raw, len) = raw_addr(to);
     let mut done = Ok(());
     wait_until(PATIENCE, || {

@@ -3,7 +3,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -12,7 +12,8 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::client::{
-    again, connect, expect, socket_for, socket_in, tcp_in, under, Client, Outcome, Proto, PATIENCE,
+    again, connect, expect, family_of, socket_for, socket_in, tcp_in, under, Client, Outcome,
+    Proto, PATIENCE, SILENCE,
 };
 use crate::daemon::{by_default, Daemon, POLICY, UNOWNED};
 use crate::gateway::{bridge_netfilter, Lan};
@@ -20,8 +21,10 @@ use crate::ground::{
     addr, any_of, ip, remove_tree, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6, REMOTES,
 };
 use crate::kernel::{await_connection, counters, fill_flows, forget_flows, load, table};
+use crate::moving::{hear_again, hear_nothing};
 use crate::routes::{passes, tunnel_up, GATEWAYS};
 use crate::wait_until;
+use crate::ways::{change, RELOAD};
 use crate::world::{
     bind, bind_at, bind_fd, recv_datagram, set, Packet, Server, World, ACK, PROXY, RST, STREAM_PORT,
 };
@@ -715,6 +718,185 @@ fn a_port_that_is_used_again_later() {
     });
     load("delete table inet who\n");
     daemon.into_iter().for_each(Daemon::stop_clean);
+}
+
+/// How a connection ends after which another begins by the same port to the same host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// Of either end's own accord.
+    Closed,
+    Reset,
+    /// Nobody has answered, and who asked has given up.
+    Unanswered,
+}
+
+const ENDED: [Ending; 2] = [Ending::Reset, Ending::Unanswered];
+
+/// Who takes connections for the remote hosts of either family: they themselves, and the proxy.
+struct Takers([[(&'static str, TcpListener); 2]; 2]);
+
+impl Takers {
+    fn new(ground: &Ground, direct: &Path) -> Takers {
+        let listen = |at| {
+            let fd = bind(at, libc::SOCK_STREAM | libc::SOCK_NONBLOCK);
+            // SAFETY: an open socket.
+            assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
+            TcpListener::from(fd)
+        };
+        let remotes = ground.outside(|| REMOTES.map(|ip| listen(addr(ip, ASKED))));
+        let proxies = listeners(direct).map(|proxy| {
+            proxy.set_nonblocking(true).expect("set O_NONBLOCK");
+            proxy
+        });
+        let [a, b] = remotes;
+        let [c, d] = proxies;
+        Takers([[("remote", a), ("proxy", c)], [("remote", b), ("proxy", d)]])
+    }
+
+    /// Whom a socket's connection reaches, which ends then.
+    fn reached_by(&self, app: TcpStream, to: SocketAddr, want: &str, ending: Ending) -> String {
+        let own = &self.0[usize::from(to.is_ipv6())];
+        if ending == Ending::Unanswered {
+            own.iter().for_each(|(_, listener)| hear_nothing(listener.as_fd()));
+            let _ = connect(&app, to);
+            own.iter().for_each(|(_, listener)| hear_again(listener.as_fd()));
+            return want.into();
+        }
+        let _ = connect(&app, to);
+        let mut taken = None;
+        // what was not heard is said again a second later
+        wait_until(if want == "nobody" { SILENCE } else { PATIENCE }, || {
+            let mut all = own.iter();
+            taken = all.find_map(|(who, listener)| Some((*who, listener.accept().ok()?.0)));
+            taken.is_some()
+        });
+        let Some((who, end)) = taken else { return "nobody".into() };
+        let (first, second) = if ending == Ending::Closed { (end, app) } else { (app, end) };
+        if ending == Ending::Reset {
+            let at_once = libc::linger { l_onoff: 1, l_linger: 0 };
+            setsockopt(&first, sockopt::Linger, &at_once).expect("set SO_LINGER");
+        }
+        second.set_nonblocking(false).expect("clear O_NONBLOCK");
+        drop(first);
+        let _ = again(|| (&second).read(&mut [0; 8]));
+        who.into()
+    }
+}
+
+/// A port of the remote hosts, where nobody else is asked.
+const ASKED: u16 = 8080;
+
+/// The same for connections, however the one before has ended.
+#[test]
+fn a_port_of_a_connection_that_is_used_again() {
+    let (ground, _world) = scene!("reuse-tcp");
+    let cgroups = ground.cgroups(Heirs::PATHS);
+    let takers = Takers::new(&ground, &cgroups[2]);
+    let go_their_ways = |default, of_default, theirs: &str, endings: &[Ending]| {
+        let config = Heirs::policy(default).replace("udp = no", "tcp = no");
+        let daemon = Daemon::start(&ground, &config, &[]);
+        let each = ["proxy", "nobody", "remote", of_default, "remote"];
+        // what goes nowhere leaves nothing behind
+        let pairs = [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (2, 0), (3, 0), (4, 0)];
+        for Place { remote, host, .. } in places() {
+            let (mut at, to) = (addr(host, 0), addr(remote.ip(), ASKED));
+            for (pair, ending) in pairs.iter().flat_map(|p| endings.iter().map(move |e| (p, *e))) {
+                for (who, own_ending) in [(pair.0, ending), (pair.1, Ending::Closed)] {
+                    let (cgroup, want) = (&cgroups[who], each[who]);
+                    let app = tcp_to_begin(at, |kind| socket_in(cgroup, kind, host));
+                    at = app.local_addr().expect("an address");
+                    let who = takers.reached_by(app, to, want, own_ending);
+                    let behind = format!("{ending:?} of {:?}, {theirs}", cgroups[pair.0]);
+                    assert_eq!(who, want, "{to} from {cgroup:?}, default {default}, {behind}");
+                }
+            }
+        }
+        assert!(daemon.stop().success());
+    };
+    go_their_ways("direct", "remote", "", &[Ending::Closed, Ending::Reset]);
+    for theirs in [String::new(), restores_marks(-160), restores_marks(0)] {
+        load(&theirs);
+        for (default, of_default) in DEFAULTS {
+            go_their_ways(default, of_default, &theirs, &[Ending::Unanswered]);
+        }
+        if !theirs.is_empty() {
+            load("delete table inet who\n");
+        }
+    }
+}
+
+/// A socket that is about to connect, from an address that another has had before.
+fn tcp_to_begin(at: SocketAddr, new: impl FnOnce(i32) -> OwnedFd) -> TcpStream {
+    let fd = new(libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC);
+    set(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
+    bind_at(&fd, at);
+    TcpStream::from(fd)
+}
+
+/// The same of a router's client whose target changes, by whatever way: a connection goes where that is
+/// to go now, and what a socket sends stays with the proxy.
+#[test]
+fn a_port_of_a_client_that_is_used_again() {
+    let (ground, mut world) = scene!("reuse-gw");
+    let lan = Lan::new(&ground);
+    let direct = ground.cgroup("/direct");
+    let proxies = proxies(&direct, 7893);
+    let takers = Takers::new(&ground, &direct);
+    let policy =
+        |target: &str| format!("{POLICY}[gateway lan]\ninterface = br-lan\ntarget = {target}\n");
+    let steps =
+        [("direct", "remote"), ("mihomo", "proxy"), ("direct", "proxy"), ("drop", "nobody")];
+    let both = |priority| {
+        let more = format!(
+            "table inet who {{\nchain d {{\ntype filter hook prerouting priority {priority};\n\
+             meta mark set ct mark\n}}\n}}\n"
+        );
+        restores_marks(priority) + &more
+    };
+    let go_their_ways = |how, theirs: &str, world: &mut World| {
+        forget_flows();
+        let mut daemon = Daemon::start(&ground, &policy("direct"), &[]);
+        let apps = places().map(|place| udp_of_client(&lan, place.client));
+        let mut at = ENDED.map(|_| places().map(|place| addr(place.client, 0)));
+        for (target, of_socket) in steps {
+            daemon = change(&ground, daemon, how, &policy(target));
+            for (n, Place { remote, client, .. }) in places().into_iter().enumerate() {
+                let when = format!("{remote}, {target} by {how}, {theirs}");
+                for _ in 0..2 {
+                    let who = reaches(&apps[n], remote, &[&proxies[n]], world);
+                    assert_eq!(who, of_socket, "{when}");
+                }
+                let to = addr(remote.ip(), ASKED);
+                for (ending, at) in ENDED.into_iter().zip(&mut at) {
+                    for ending in [Ending::Reset, ending] {
+                        let app = tcp_to_begin(at[n], |kind| socket_of_client(&lan, client, kind));
+                        at[n] = app.local_addr().expect("an address");
+                        let want = reached_under(target);
+                        let who = takers.reached_by(app, to, want, ending);
+                        assert_eq!(who, want, "a connection, {when}");
+                    }
+                }
+            }
+        }
+        assert!(daemon.stop().success());
+    };
+    go_their_ways(RELOAD, "", &mut world);
+    for (how, priority) in [(RELOAD, -160), ("restart", -160), ("kill -9", -160), (RELOAD, 0)] {
+        let theirs = both(priority);
+        load(&theirs);
+        go_their_ways(how, &theirs, &mut world);
+        load("delete table inet who\n");
+    }
+}
+
+fn socket_of_client(lan: &Lan, ip: IpAddr, kind: i32) -> OwnedFd {
+    lan.client(0).run(|| {
+        // SAFETY: integers only; the descriptor is new, hence ours.
+        let fd = unsafe { libc::socket(family_of(ip), kind, 0) };
+        assert!(fd >= 0, "socket: {}", std::io::Error::last_os_error());
+        // SAFETY: as said.
+        unsafe { OwnedFd::from_raw_fd(fd) }
+    })
 }
 
 /// A query by a port from which somebody else asked before, and got no answer: that flow cannot be

@@ -3,7 +3,7 @@
 
 use std::mem::size_of_val;
 use std::net::UdpSocket;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
 use nix::sys::signal::Signal;
@@ -424,7 +424,7 @@ fn flows_that_are_not_listed() {
         let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
         scene.left();
         let listing = netfilter_sockets(&daemon).pop().expect("a socket for what is listed");
-        hear_nothing(&listing);
+        hear_nothing(listing.as_fd());
 
         let log = daemon.reconfigure(&policy("two vpn", "vpn"));
 
@@ -457,14 +457,23 @@ fn netfilter_sockets(daemon: &Daemon) -> Vec<OwnedFd> {
 }
 
 /// Nothing that comes to a socket is delivered any more.
-fn hear_nothing(fd: &OwnedFd) {
+pub fn hear_nothing(fd: BorrowedFd) {
     // BPF_RET | BPF_K: nothing of it is kept
     let nothing = libc::sock_filter { code: 6, jt: 0, jf: 0, k: 0 };
     let filter = libc::sock_fprog { len: 1, filter: (&raw const nothing).cast_mut() };
-    let size = size_of_val(&filter) as libc::socklen_t;
-    let (fd, filter) = (fd.as_raw_fd(), (&raw const filter).cast());
-    // SAFETY: reads a filter of one instruction.
-    let rc =
-        unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, filter, size) };
-    assert_eq!(rc, 0, "SO_ATTACH_FILTER");
+    filter_what_comes(fd, libc::SO_ATTACH_FILTER, &filter);
+}
+
+/// It is again.
+pub fn hear_again(fd: BorrowedFd) {
+    let unused = libc::sock_fprog { len: 0, filter: std::ptr::null_mut() };
+    filter_what_comes(fd, libc::SO_DETACH_FILTER, &unused);
+}
+
+fn filter_what_comes(fd: BorrowedFd, option: i32, filter: &libc::sock_fprog) {
+    let size = size_of_val(filter) as libc::socklen_t;
+    let (fd, filter) = (fd.as_raw_fd(), (&raw const *filter).cast());
+    // SAFETY: reads a filter, of one instruction at most.
+    let rc = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, option, filter, size) };
+    assert_eq!(rc, 0, "setsockopt {option}");
 }

@@ -212,11 +212,20 @@ fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     chains
 }
 
-/// Routed flows that are known by their ct mark: they stay with their proxy until they end.
+/// Routed flows that are known by their ct mark: they stay with their proxy until they end. A connection
+/// that nobody has answered has not begun; a route's is bound to the address that it left with.
 fn routed_chain(config: &Config) -> Chain {
+    let mut rules = vec![vec![Stmt::Reply, Stmt::accept()]];
+    if config.routes_to_tproxy() {
+        let routes = config.routes.iter().flat_map(|route| ct_marks(config, route));
+        let others = routes.chain([spoofed(config)]).map(Stmt::NotCtMark);
+        let begins = [Stmt::Begins].into_iter().chain(others).chain(make_unknown(config));
+        rules.push(begins.chain([Stmt::accept()]).collect());
+    }
     let stay = |outlet| (routed_ct_mark(config, outlet).value, on_to("forward", outlet));
-    let known = Stmt::CtMarkMap { mask: config.mask, map: config.outlets().map(stay).collect() };
-    chain("routed", vec![vec![Stmt::Reply, Stmt::accept()], vec![known]])
+    let map = config.outlets().map(stay).collect();
+    rules.push(vec![Stmt::CtMarkMap { mask: config.mask, map }]);
+    chain("routed", rules)
 }
 
 /// Routed packets that were handed to a proxy and have lost its socket since, as bridged ones do

@@ -364,9 +364,12 @@ fn sticky_chain(config: &Config) -> Option<Chain> {
     }
     if !config.tproxies.is_empty() {
         rules.push(vec![Stmt::CtMark(spoofed(config)), Stmt::goto("spoofed")]);
-        rules.push([vec![udp.clone(), Stmt::Original], make_unknown(config)].concat());
+        let first = [udp.clone(), Stmt::Begins];
+        rules.extend(
+            first.map(|first| [vec![first, Stmt::Original], make_unknown(config)].concat()),
+        );
     }
-    rules.push(vec![udp, Stmt::back()]);
+    rules.extend([udp, Stmt::Begins].map(|first| vec![first, Stmt::back()]));
     let mut map: Vec<_> = config.tproxies.iter().map(|t| by_mark("to", &t.outlet)).collect();
     if config.default != Target::Direct {
         // a process's own packets of a flow that began direct: its cgroup has no target any more,

@@ -106,7 +106,8 @@ fn local_chain(config: &Config) -> Chain {
 }
 
 /// What goes as if we were not there. Where somebody else's UDP has come from the port before, to
-/// the same host, the flow is not known by that proxy any more.
+/// the same host, or his connection that nobody has answered, the flow is not known by that proxy any
+/// more.
 ///
 /// Flows that go direct say so in their ct mark where the default is not direct, or lines for owners
 /// come first: the kernel's own packets for them have no socket, or no owner, and would go another
@@ -120,17 +121,19 @@ fn leave_chain(config: &Config) -> Option<Chain> {
     if knows_spoofed(config) {
         own.push(Stmt::NotCtMark(spoofed(config)));
     }
-    let mut rules = Vec::new();
+    // what most have is asked first
+    let known = if config.marks_direct() { direct } else { mark(config, 0) };
+    let mut rules = vec![vec![Stmt::CtMark(known), Stmt::accept()]];
     if !config.tproxies.is_empty() {
-        // what most have is asked first
-        let mut other = vec![Stmt::CtMarked(config.mask), Stmt::L4proto(L4::Udp)];
-        if config.marks_direct() {
-            other.insert(0, Stmt::NotCtMark(direct));
-        }
         // a route's is bound to the address that it left with
         let routes = config.routes.iter().flat_map(|route| ct_marks(config, route));
-        other.extend(routes.map(Stmt::NotCtMark));
-        rules.push([other, own.clone(), make_unknown(config)].concat());
+        let other: Rule = [Stmt::CtMarked(config.mask)]
+            .into_iter()
+            .chain(routes.map(Stmt::NotCtMark))
+            .chain(own.clone())
+            .collect();
+        let rule = |first| [&[first], &other[..], &make_unknown(config)].concat();
+        rules.extend([Stmt::L4proto(L4::Udp), Stmt::Begins].map(rule));
     }
     if config.marks_direct() {
         rules.push([own, vec![Stmt::SetCtMark(direct)]].concat());

@@ -204,6 +204,7 @@ pub(super) fn known_rules(config: &Config, outlet: &Outlet, keep: &str) -> Vec<R
     if config.outlets().all(|outlet| outlet.mark != config.direct_mark()) {
         tcp.push(Stmt::NotCtMark(mark(config, config.direct_mark())));
     }
+    tcp.push(Stmt::GoesOn);
     let udp = vec![Stmt::L4proto(L4::Udp), Stmt::CtMark(mark(config, outlet.mark))];
     let all = [Some(tcp).filter(|_| spares_tcp(outlet)), Some(udp).filter(|_| outlet.picks())];
     let rule = |which: Rule| [which, vec![Stmt::Counter, Stmt::goto(keep)]].concat();
