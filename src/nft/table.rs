@@ -138,8 +138,7 @@ impl Table {
         if let Some(first) = moved::moving_first(config) {
             // `output` begins so whenever its rules are made
             let own = |chain: &&mut Chain| chain.name != OUTPUT;
-            let begins = |base: Base| base.kind != "nat";
-            let base = chains.iter_mut().filter(own).filter(|c| c.base.is_some_and(begins));
+            let base = chains.iter_mut().filter(own).filter(|chain| chain.base.is_some());
             base.for_each(|chain| chain.rules.insert(0, first.clone()));
             chains.insert(0, chain(MOVED, moved::moved_rules(config)));
         }

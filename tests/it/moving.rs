@@ -1,23 +1,29 @@
 //! What happens while flows move to other marks: the flows of containers, what is asked of the program
 //! and its end; and where they cannot move.
 
+use std::fs::File;
 use std::mem::size_of_val;
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::time::Instant;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{kill, Signal};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
 
-use crate::client::{descriptor_of, PATIENCE};
+use crate::client::{descriptor_of, family_of, fork_into, PATIENCE};
 use crate::containers::{await_entrances, live};
 use crate::daemon::{run, Daemon};
 use crate::faults::is_to_netfilter;
-use crate::ground::{addr, any_of, Ground, REMOTES};
-use crate::kernel::{add_flows, forget_flows, has_chain, residue, table, table_plain};
+use crate::ground::{addr, any_of, sysctl, Ground, REMOTES};
+use crate::kernel::{
+    add_flows, forget_flows, has_chain, load, output, residue, table, table_plain,
+};
 use crate::tools::query;
-use crate::wait_until;
 use crate::ways::{change, policy, sections, Scene, Talk, PORT, RELOAD};
-use crate::world::{bind, Packet, Wire};
+use crate::world::{bind, raw_addr, Packet, Wire};
+use crate::{sized, wait_until};
 
 /// So many flows beside those that are looked at move long enough for something to be done meanwhile.
 const MANY: usize = 4_000;
@@ -136,6 +142,88 @@ fn flows_of_containers() {
         daemon.stop_clean();
         drop(late);
         std::fs::remove_dir(ground.at("/boxes/two")).expect("remove the cgroup");
+        forget_flows();
+    }
+}
+
+/// A process that asks for names at the remote hosts, each from a port of its own.
+struct Asker(Pid);
+
+impl Asker {
+    fn start(cgroup: &Path) -> Asker {
+        let cgroup = File::open(cgroup).expect("open the cgroup");
+        let asked = REMOTES.map(|ip| (family_of(ip), raw_addr(addr(ip, 53))));
+        let child = || loop {
+            for (family, (raw, len)) in &asked {
+                // SAFETY: system calls on integers and on what outlives them.
+                unsafe {
+                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    let fd = libc::socket(*family, libc::SOCK_DGRAM, 0);
+                    libc::sendto(fd, c"?".as_ptr().cast(), 1, 0, (&raw const *raw).cast(), *len);
+                    libc::close(fd);
+                    libc::usleep(100);
+                }
+            }
+        };
+        // SAFETY: the child makes system calls only.
+        Asker(unsafe { fork_into(&cgroup, child) }.expect("fork into the cgroup"))
+    }
+}
+
+impl Drop for Asker {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGKILL);
+        let _ = waitpid(self.0, None);
+    }
+}
+
+/// Queries that begin while marks move get to the resolver that the policy says, and nobody else.
+#[test]
+fn queries_that_begin_meanwhile() {
+    let ground = ground!("moving-dns");
+    let scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    sysctl("net/netfilter/nf_conntrack_udp_timeout", "1");
+    // between the hooks of ours that say whose a query is and that translate it
+    let slow = "meta l4proto udp udp sport 0 drop\n".repeat(5_000);
+    load(&format!(
+        "table inet slow {{\nchain o {{\ntype filter hook output priority -120\n{slow}}}\n\
+         chain p {{\ntype filter hook prerouting priority -120\n{slow}}}\n}}\n"
+    ));
+    let counts = "table inet counts {\nchain c {\ntype filter hook prerouting priority -300\n\
+                  udp dport 53 counter drop\nudp dport 5353 counter drop\n}\n}\n";
+    ground.outside(|| load(counts));
+    let come = || -> [u64; 2] {
+        let text = ground.outside(|| output("nft", &["list", "table", "inet", "counts"]));
+        let mut all = text.split("counter packets ").skip(1);
+        [0; 2].map(|_| {
+            let number = all.next().and_then(|rest| rest.split(' ').next());
+            number.and_then(|number| number.parse().ok()).expect("a counter")
+        })
+    };
+    let hijack = "dns-hijack = 203.0.113.53:5353\ndns-hijack = [2001:db8:2::53]:5353\n";
+    for target in ["mihomo", "vpn"] {
+        let policy = |names: &str| {
+            let own = sections(target);
+            policy(names, target).replace(&own, &format!("{own}{hijack}"))
+        };
+        let others =
+            |first: bool| if first { format!("two {target}") } else { format!("{target} two") };
+        let mut daemon = Daemon::start(&ground, &policy(&others(false)), &[]);
+        let before = come();
+        let askers =
+            [Asker::start(&cgroup), scene.lan.client(0).run(|| Asker::start(&ground.root))];
+        for turn in 0..sized(15, 60) {
+            let next = policy(&others(turn % 2 == 0));
+            let how = if turn % 5 == 4 { KILLED } else { RELOAD };
+            daemon = change(&ground, daemon, how, &next);
+            await_end(&daemon);
+        }
+        drop(askers);
+        let after = come();
+        let [left, resolved] = [0, 1].map(|n| after[n] - before[n]);
+        assert!(left == 0 && resolved > 100, "{target}: {left} left, {resolved} resolved");
+        assert!(daemon.stop().success());
         forget_flows();
     }
 }
