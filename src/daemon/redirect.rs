@@ -142,17 +142,17 @@ impl Daemon<'_> {
                     let now = config.moves(entry.mark).flatten();
                     move_known(&mut self.kernel, entry, now, config.mask);
                 }),
-                // by their marks of now
-                _ if self.doubts.is_some() => {
-                    self.end_stale(SLICE);
-                    return false;
-                }
-                Ok(None) => self.take_marks(policy),
                 // the table moves what it sees, for as long as it takes
                 Err(error) => {
                     log!(Notice, "{error}: marks of sections stay other ones than they are to be");
                     self.redirects.policy = None;
                 }
+                // by their marks of now
+                Ok(None) if self.doubts.is_some() => {
+                    self.end_stale(SLICE);
+                    return false;
+                }
+                Ok(None) => self.take_marks(policy),
             }
         }
         true

@@ -20,6 +20,7 @@ use crate::ground::{addr, any_of, sysctl, Ground, REMOTES};
 use crate::kernel::{
     add_flows, forget_flows, has_chain, load, output, residue, table, table_plain,
 };
+use crate::redirect::hoard;
 use crate::tools::query;
 use crate::ways::{change, policy, sections, Scene, Talk, PORT, RELOAD};
 use crate::world::{bind, raw_addr, Packet, Wire};
@@ -500,13 +501,15 @@ fn the_mark_of_what_goes_directly() {
     }
 }
 
-/// Where conntrack does not list its flows, each moves when it speaks, for as long as it takes.
+/// Where conntrack does not list its flows, each moves when it speaks, for as long as it takes; also where
+/// it is still asked which of many sockets are stale.
 #[test]
 fn flows_that_are_not_listed() {
     let ground = ground!("moving-unlisted");
     let mut scene = Scene::new(&ground);
     let cgroup = ground.cgroup("/app");
     let remotes = remotes(&ground);
+    let _sockets = hoard(&cgroup, 15_000, addr(REMOTES[0], 80));
     for how in ["", "kill -9"] {
         let mut daemon = Daemon::start(&ground, &policy("vpn", "vpn"), &[]);
         let mut talk = Talk::new(&mut scene, &cgroup, &remotes);

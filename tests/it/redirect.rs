@@ -531,7 +531,7 @@ fn flows_of_an_address_that_has_gone_keep_nobody_waiting() {
 }
 
 /// A process of a cgroup with so many UDP sockets, each connected; returns when it has them.
-fn hoard(cgroup: &Path, number: u32, to: SocketAddr) -> Hoard {
+pub fn hoard(cgroup: &Path, number: u32, to: SocketAddr) -> Hoard {
     let (read, write) = pipe();
     let (raw, len) = raw_addr(to);
     let child = || {
@@ -559,7 +559,7 @@ fn hoard(cgroup: &Path, number: u32, to: SocketAddr) -> Hoard {
     Hoard(pid)
 }
 
-struct Hoard(Pid);
+pub struct Hoard(Pid);
 
 impl Drop for Hoard {
     fn drop(&mut self) {
