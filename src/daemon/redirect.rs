@@ -111,6 +111,7 @@ impl Daemon<'_> {
         self.redirects.pass = None;
         self.kernel.list_entries();
         if !config.unclear.is_empty() {
+            self.kernel.forget_twins(&config.unclear);
             self.kernel.forget_flows(&config.unclear);
             let clear = Config { unclear: Vec::new(), ..(*config).clone() };
             self.cgroups.core.revise(Rc::new(clear));

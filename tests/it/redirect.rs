@@ -21,13 +21,14 @@ use crate::client::{
     SILENCE,
 };
 use crate::containers::live;
-use crate::daemon::Daemon;
+use crate::daemon::{run, Daemon};
 use crate::gateway::Lan;
 use crate::ground::{
     addr, any_of, ip, ip_batch, pipe, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES,
 };
-use crate::kernel::{await_member, load};
+use crate::kernel::{await_member, forget_flows, load};
 use crate::routes::{set, tunnel_up, until_passes, until_refused, GATEWAYS, TUNNEL};
+use crate::ways::{change, RELOAD};
 use crate::world::{
     bind, bind_at, bind_fd, raw_addr, set as set_option, Server, World, PROXY, STREAM_PORT,
 };
@@ -154,6 +155,42 @@ fn datagrams_of_a_socket_go_the_new_way() {
         daemon.kill9();
         daemon = Daemon::start(&ground, &policy(target), &[]);
         go_by(target, &cgroup, &mut sockets, &mut world, "after kill -9");
+    }
+}
+
+/// The same where nothing is in force any more, or marks have other bits.
+#[test]
+fn datagrams_of_a_socket_once_the_table_is_gone() {
+    let (ground, mut world) = scene!("redirect-end");
+    let cgroup = ground.cgroup("/app");
+    tunnel_up(&ground);
+    // without one of others the kernel translates nothing any more once ours is gone
+    load("table inet who {\nchain c {\ntype nat hook postrouting priority 100\n}\n}\n");
+    for end in ["mask", "mask by a restart", "stop", "flush"] {
+        let mut daemon = Daemon::start(&ground, &policy("vpn"), &[]);
+        let mut sockets = sockets(&cgroup);
+        go_by("vpn", &cgroup, &mut sockets, &mut world, "at first");
+        for (_, socket, to) in &sockets {
+            speak(&ground, socket, HOSTS[usize::from(to.is_ipv6())], *to);
+        }
+        let other = format!("[global]\nfwmark-mask = 0x00ff0000\n{}", policy("direct"));
+        let daemon = match end {
+            "mask" => Some(change(&ground, daemon, RELOAD, &other)),
+            "mask by a restart" => Some(change(&ground, daemon, "restart", &other)),
+            "flush" => {
+                daemon.signal(Signal::SIGKILL);
+                daemon.wait();
+                run(&["flush"]).fine();
+                None
+            }
+            _ => {
+                assert!(daemon.stop().success());
+                None
+            }
+        };
+        go_by("direct", &cgroup, &mut sockets, &mut world, end);
+        daemon.into_iter().for_each(|daemon| assert!(daemon.stop().success()));
+        forget_flows();
     }
 }
 
