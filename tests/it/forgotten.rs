@@ -26,7 +26,8 @@ use crate::routes::{passes, tunnel_up, GATEWAYS};
 use crate::wait_until;
 use crate::ways::{change, RELOAD};
 use crate::world::{
-    bind, bind_at, bind_fd, recv_datagram, set, Packet, Server, World, ACK, PROXY, RST, STREAM_PORT,
+    bind, bind_at, bind_fd, recv_datagram, set, Packet, Server, Wire, World, ACK, PROXY, RST,
+    STREAM_PORT,
 };
 
 const PORT: u16 = 80;
@@ -1035,10 +1036,13 @@ fn another_mask_by_a_restart() {
 fn the_last_word_of_a_forgotten_connection() {
     let (ground, mut world) = scene!("lastword");
     let _lan = Lan::new(&ground);
+    tunnel_up(&ground);
+    let mut tunnel = Wire::between(&ground, "vpn0", "vout0");
     let [proxied, direct] = ground.cgroups(["/proxied", "/direct"]);
     let listeners = listeners(&direct);
-    for (default, _) in DEFAULTS {
-        let daemon = Daemon::start(&ground, &by_default(default), &[]);
+    let route = format!("[route vpn]\ninterface = vpn0\n{GATEWAYS}");
+    for default in ["direct", "mihomo", "drop", "vpn"] {
+        let daemon = Daemon::start(&ground, &(by_default(default) + &route), &[]);
         let anycast = ip("2001:db8:1::");
         for (remote, listener, from) in [
             (REMOTE4, &listeners[0], HOST4),
@@ -1070,6 +1074,8 @@ fn the_last_word_of_a_forgotten_connection() {
 
                 let left = world.wire.to_remote();
                 assert_eq!(left, [], "default {default}, from {from}, {last:?}");
+                let left = tunnel.to_remote();
+                assert_eq!(left, [], "by the route, default {default}, from {from}, {last:?}");
             }
         }
         assert!(daemon.stop().success());

@@ -99,7 +99,7 @@ fn deciding_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     if tells_clients(config) {
         rules.push(vec![Stmt::IsReset, Stmt::Invalid, Stmt::jump(TOLD)]);
     }
-    rules.extend(default_rule(config));
+    rules.extend(default_rules(config));
     rules
 }
 
@@ -133,7 +133,7 @@ fn marked_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     // a packet without a socket (RST or ACK after the application closed), or of a flow that began
     // under a target that its cgroup no longer has
     rules.push(jump("sticky"));
-    rules.extend(default_rule(config));
+    rules.extend(default_rules(config));
     rules
 }
 
@@ -151,13 +151,13 @@ fn default_owner_rule(config: &Config) -> Option<Rule> {
 }
 
 /// What becomes of packets that no rule decides.
-fn default_rule(config: &Config) -> Option<Rule> {
-    match config.default {
-        // such a packet of a flow that conntrack has forgotten
-        Target::Direct => drops_ownerless(config)
-            .then(|| vec![Stmt::L4proto(L4::Tcp), Stmt::Unheard, Stmt::goto("ownerless")]),
-        default => Some(vec![enter(config, default)]),
-    }
+fn default_rules(config: &Config) -> Vec<Rule> {
+    // such a packet of a flow that conntrack has forgotten
+    let ownerless = vec![Stmt::L4proto(L4::Tcp), Stmt::Unheard, Stmt::goto("ownerless")];
+    let first = drops_ownerless(config).then_some(ownerless);
+    let enters = config.default != Target::Direct;
+    let last = enters.then(|| vec![enter(config, config.default)]);
+    first.into_iter().chain(last).collect()
 }
 
 /// The pairs between a stage's gates and the next ones, in the order in which they are tried: the
@@ -315,16 +315,24 @@ const TOLD: &str = "told";
 /// process has any more have their cgroup, but not the owner by whom a line may have decided; those of
 /// the kernel are in none below the root; and what is left of one (TIME_WAIT) has neither.
 fn ownerless_chain(config: &Config) -> Chain {
-    let accepted = [Stmt::HasOwner, Stmt::ForeignSource].map(|which| vec![which, Stmt::accept()]);
-    let mut rules = accepted.to_vec();
+    let go = match config.default {
+        Target::Direct => Stmt::accept(),
+        other => enter(config, other),
+    };
+    let mut rules = vec![vec![Stmt::HasOwner, go.clone()]];
+    if config.routes_to_tproxy() {
+        rules.push(spoofed_rule(config));
+    }
+    rules.push(vec![Stmt::ForeignSource, Stmt::accept()]);
     rules.push(vec![Stmt::Invalid, Stmt::drop()]);
     if parts_owners(config, config.default_outcome()) {
         // no cgroup that is here is in that set
         let below_root = Stmt::OtherCgroup { level: 1, set: set_name(config, Target::Drop.into()) };
         rules.push(vec![below_root, Stmt::GoesOn, Stmt::drop()]);
     }
-    rules.push(vec![Stmt::Bound, Stmt::accept()]);
+    rules.push(vec![Stmt::Bound, go.clone()]);
     rules.push(vec![Stmt::GoesOn, Stmt::drop()]);
+    rules.extend((config.default != Target::Direct).then(|| vec![go]));
     chain("ownerless", rules)
 }
 

@@ -91,9 +91,9 @@ pub(super) fn has_outlets(config: &Config) -> bool {
     config.outlets().next().is_some()
 }
 
-/// Whether what the default sends directly may be what is left of a flow of some outlet.
+/// Whether what the default lets out may be what is left of a flow of some other outlet.
 pub(super) fn drops_ownerless(config: &Config) -> bool {
-    config.default == Target::Direct && has_outlets(config)
+    matches!(config.default, Target::Direct | Target::Route(_)) && has_outlets(config)
 }
 
 /// The route that an outlet is of, if it is one's.
