@@ -366,6 +366,11 @@ impl Kernel {
     /// some may have been taken; `None` where that is not the way.
     fn exchange(&mut self, contents: &Contents, same: usize, keep: bool) -> Result<Option<bool>> {
         let there = self.table_flags()?;
+        if there == Some(0) && self.flags.is_some() {
+            // before Linux 6.9 no table that was left has an owner, nor will one have
+            let refused = self.change(Transaction::probe_owner).err();
+            self.flags = self.flags.filter(|_| !refused.is_some_and(|error| lacks_flags(&error)));
+        }
         let own = self.flags.unwrap_or(0);
         // one that a killed daemon has left behind has no owner
         let ours = there.is_none_or(|there| [there, there | NFT_TABLE_F_OWNER].contains(&own));
@@ -411,11 +416,7 @@ impl Kernel {
         let flags = self.flags;
         let batch = self.batch();
         match self.commit(contents.replacement(flags, batch)) {
-            // a kernel without table flags, or without `persist`
-            Err(error)
-                if flags.is_some()
-                    && matches!(error.errno(), Some(Errno::EOPNOTSUPP | Errno::EINVAL)) =>
-            {
+            Err(error) if flags.is_some() && lacks_flags(&error) => {
                 let batch = self.batch();
                 self.commit(contents.replacement(None, batch))?;
                 self.flags = None;
@@ -516,6 +517,11 @@ fn passes(errno: Errno) -> bool {
 fn table_flags() -> Option<u32> {
     let unowned = cfg!(debug_assertions) && std::env::var_os("CGTPROXY_UNOWNED").is_some();
     (!unowned).then_some(NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST)
+}
+
+/// Of a kernel without table flags, or without `persist`.
+fn lacks_flags(error: &Error) -> bool {
+    matches!(error.errno(), Some(Errno::EOPNOTSUPP | Errno::EINVAL))
 }
 
 /// Hands every queued datagram to `each`. Returns whether some were lost before.

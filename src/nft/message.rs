@@ -20,6 +20,9 @@ use crate::small::{SmallMap, SmallSet};
 /// An element list is split when its message grows past this; attribute lengths are 16 bits wide.
 const SPLIT: usize = 32 * 1024;
 
+/// A table that is never there for others to see.
+const PROBE: &str = "cgtproxy-probe";
+
 /// The table with all that its cgroup sets hold, by name of the set.
 #[derive(Debug)]
 pub struct Contents {
@@ -263,8 +266,14 @@ impl Transaction {
         ]);
     }
 
+    /// The same for a table that stays when its owner goes.
+    pub fn probe_owner(&mut self) {
+        let flags = NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST;
+        self.table_of(PROBE, NFT_MSG_NEWTABLE, NLM_F_CREATE, Some(flags), None);
+        self.table_of(PROBE, NFT_MSG_DELTABLE, 0, None, None);
+    }
+
     fn probe_rule(&mut self, exprs: &[Expr]) {
-        const PROBE: &str = "cgtproxy-probe";
         self.table_of(PROBE, NFT_MSG_NEWTABLE, NLM_F_CREATE, None, None);
         self.chain_of(PROBE, OUTPUT, None);
         self.rule_of(PROBE, NLM_F_APPEND, OUTPUT, exprs);
