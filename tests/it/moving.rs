@@ -529,7 +529,7 @@ fn flows_that_are_not_listed() {
             daemon = change(&ground, daemon, how, &policy("two vpn", "vpn"));
             await_end(&daemon);
         }
-        go_on(&mut talk, true, &daemon.logs());
+        go_on(&mut talk, false, &daemon.logs());
         assert_eq!(scene.left(), [], "{}", daemon.logs());
         daemon.reconfigure(&policy("two vpn", "vpn"));
         daemon.stop_clean();
