@@ -101,7 +101,11 @@ impl Doubts {
                 IPPROTO_TCP => &self.tcp,
                 _ => &self.udp,
             };
-            if self.judge.ends(&socket, ports, kernel.witness(&socket)) {
+            let witness = kernel.witness(&socket);
+            if let Some(own) = self.judge.spoofed(witness) {
+                kernel.tell_spoofed(&socket, own);
+            }
+            if self.judge.ends(&socket, ports, witness) {
                 match kernel.end_socket(&socket) {
                     Ok(()) => self.ended += 1,
                     // it has ended by itself

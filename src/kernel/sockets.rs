@@ -60,6 +60,15 @@ impl Kernel {
         }
     }
 
+    /// Has the TCP flow of a socket known as one that a proxy began.
+    pub fn tell_spoofed(&mut self, socket: &SeenSocket, own: Mark) {
+        let ends = [socket.local, socket.remote];
+        let told = self.nft.tell(&|batch| conntrack::mark_of(batch, ends, own.value, own.mask));
+        if let Err(errno) = told {
+            log!(Debug, "unable to mark the flow to {}: {}", socket.remote, reason(errno));
+        }
+    }
+
     /// The inodes of the sockets that send with one of these marks.
     pub fn marked_sockets(&mut self, marks: &[Mark]) -> SmallSet<u32> {
         let own = |socket: SeenSocket| {

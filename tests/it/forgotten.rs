@@ -293,6 +293,50 @@ fn the_proxy_has_no_rule() {
     }
 }
 
+/// What a proxy says while there is no table, to an application whose flow has been forgotten with that,
+/// makes what this says afterwards no answers: it goes to the proxy, or is told that this is over.
+#[test]
+fn a_proxy_speaks_while_the_table_is_away() {
+    let (ground, mut world) = scene!("forgotaway");
+    let [app, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
+    let listeners = listeners(&direct);
+    // others keep conntrack, and a remote host that knows of no connection need not say so
+    load(
+        "table inet others { chain keep { type filter hook input priority 0; ct state invalid counter; }; }",
+    );
+    ground.outside(|| {
+        load("table inet silent { chain in { type filter hook prerouting priority 0; tcp dport 80 drop; }; }");
+    });
+    let dropping = POLICY.replacen("mihomo = /proxied", "drop = /proxied", 1);
+    assert_ne!(dropping, POLICY);
+    for (policy, goes_on) in [(POLICY, true), (&*dropping, false)] {
+        for (place, listener) in places().iter().zip(&listeners) {
+            println!("{}, goes on: {goes_on}", place.remote);
+            let daemon = Daemon::start(&ground, POLICY, &[]);
+            let mut own = tcp_in(&app, place.remote);
+            let (mut end, _) = listener.accept().expect("accept");
+            says(&mut own, &mut end);
+            assert!(daemon.stop().success());
+            says(&mut end, &mut own);
+
+            let daemon = Daemon::start(&ground, policy, &[]);
+
+            world.wire.packets();
+            if goes_on {
+                says(&mut own, &mut end);
+                says(&mut end, &mut own);
+            } else {
+                let over = again(|| own.read(&mut [0; 8])).expect_err("it is over");
+                assert_eq!(over.kind(), ErrorKind::ConnectionAborted);
+            }
+            assert_eq!(world.wire.to_remote(), [], "{}", daemon.logs());
+            drop((own, end));
+            assert_eq!(world.wire.to_remote(), []);
+            assert!(daemon.stop().success());
+        }
+    }
+}
+
 /// What one end of a connection says comes to the other.
 #[track_caller]
 fn says(own: &mut TcpStream, other: &mut TcpStream) {
