@@ -725,10 +725,13 @@ fn needs_in_force<'a>(config: &Config, view: &'a View, have: &SmallSet<Entry>) -
     let way = |(index, target): (usize, &&'a TargetView)| {
         let mark = target.mark?;
         let found = tables(mark);
-        let own = found.last().copied().unwrap_or_else(|| config.table_of(index));
+        // those of before are there for a moment, too, while others take their place
+        let place = config.routes.iter().position(|route| route.outlet.name == target.name);
+        let own = config.table_of(place.unwrap_or(index));
+        let own = found.last().copied().filter(|_| !found.contains(&own)).unwrap_or(own);
         let leads = match &target.interface {
             Some(name) => {
-                let known = config.routes.iter().find(|route| route.outlet.name == target.name);
+                let known = place.map(|place| &config.routes[place]);
                 Leads::Interface {
                     name,
                     gateways: known.map_or([None; 2], |route| route.gateways),
@@ -835,6 +838,12 @@ mod tests {
             "pref 79 nop protocol 99",
         ];
         assert_eq!(text(find(&prefix, &have)), wants);
+        // one that another has followed, which is to go next
+        let way = TargetView { is_route: true, interface: Some("wg0".into()), ..target(1) };
+        let (own, former) = (config.table_of(0), config.table_of(1));
+        let have = SmallSet::from_iter([rule(1, own), rule(1, former)]);
+        let view = View { targets: vec![way], ..view(Vec::new()) };
+        assert_eq!(needs_in_force(&config, &view, &have).ways[0].table, own);
         let nop = Entry::Rule(IpRule {
             family: Family::V4,
             priority: 79,
