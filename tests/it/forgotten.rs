@@ -250,6 +250,7 @@ fn the_proxy_has_no_rule() {
     let (ground, mut world) = scene!("forgotown");
     let lan = Lan::new(&ground);
     tunnel_up(&ground);
+    let mut by_vpn = Wire::between(&ground, "vpn0", "vout0");
     let other = ground.cgroup("/other");
     let listeners = listeners(&other);
     short_lived_flows();
@@ -287,6 +288,23 @@ fn the_proxy_has_no_rule() {
                 let over = again(|| end.read(&mut [0; 8])).expect_err("the connection is over");
                 assert_eq!(over.kind(), ErrorKind::ConnectionReset);
                 assert_eq!(world.wire.to_remote(), []);
+            }
+            // what ends a connection begins none to conntrack
+            for reset in [true, false] {
+                println!("default {default}, the proxy ends it, reset: {reset}");
+                let mut app =
+                    lan.client(0).run(|| TcpStream::connect(place.remote)).expect("connect");
+                let (end, _) = listener.accept().expect("accept");
+                app.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+                let at_once = libc::linger { l_onoff: reset.into(), l_linger: 0 };
+                setsockopt(&end, sockopt::Linger, &at_once).expect("set SO_LINGER");
+                by_vpn.packets();
+                forget_flows();
+                drop(end);
+                let heard = again(|| app.read(&mut [0; 8]));
+                assert_eq!(heard.is_err_and(|e| e.kind() == ErrorKind::ConnectionReset), reset);
+                assert_eq!(world.wire.to_remote(), []);
+                assert_eq!(by_vpn.packets(), []);
             }
         }
         assert!(daemon.stop().success());

@@ -17,9 +17,10 @@ pub(super) fn chains(config: &Config) -> Vec<Chain> {
     let mut bypass = spared_rules(config);
     if config.routes_to_tproxy() {
         // a proxy speaks for a remote host to its client, whose flow conntrack has forgotten: that is an
-        // answer no less, where no rule names the proxy
+        // answer no less, where no rule names the proxy; so is a FIN or a reset, which begins no flow
         let speaks = [Stmt::CtMark(spoofed(config)), Stmt::Original, Stmt::Transparent];
         bypass.push([&speaks[..], &[Stmt::jump(CLIENTS)]].concat());
+        bypass.push(vec![Stmt::Invalid, Stmt::Transparent, Stmt::jump(CLIENTS)]);
     }
     chains.extend([chain("bypass", bypass), neighbours_chain()]);
     chains
