@@ -179,9 +179,11 @@ impl Kernel {
     }
 
     /// Whether the other end of the connection is a socket of this host, though its address need not
-    /// be: that of a TPROXY server.
+    /// be: that of a TPROXY server. Anybody may have one there that is not transparent (IP_FREEBIND), and
+    /// another's connection is not to end by it; older kernels do not tell.
     fn has_peer(&mut self, socket: &SeenSocket) -> bool {
-        self.connected(socket.remote, socket.local).is_some()
+        let peer = self.connected(socket.remote, socket.local);
+        peer.is_some_and(|peer| peer.transparent != Some(false))
     }
 
     /// The TCP socket of this host that is connected so.

@@ -355,6 +355,42 @@ fn a_proxy_speaks_while_the_table_is_away() {
     }
 }
 
+/// Who has a socket at the address of a remote host, as anybody may (IP_FREEBIND), is no proxy: the
+/// connection that this host has made to a service is not ended for it.
+#[test]
+fn a_stranger_at_the_address_of_a_remote_host() {
+    let (ground, _world) = scene!("forgotfreebind");
+    let service = ground.cgroup("/proxied");
+    let dropping = POLICY.replacen("mihomo = /proxied", "drop = /proxied", 1);
+    let daemon = Daemon::start(&ground, POLICY, &[]);
+    for host in [HOST4, HOST6] {
+        let fd = socket_in(&service, libc::SOCK_STREAM, host);
+        bind_at(&fd, addr(host, 7000));
+        // SAFETY: an open socket.
+        assert_eq!(unsafe { libc::listen(fd.as_raw_fd(), 8) }, 0);
+        let listener = TcpListener::from(fd);
+        let mut end = ground.outside(|| TcpStream::connect(addr(host, 7000)).expect("connect"));
+        let (mut own, from) = listener.accept().expect("accept");
+        let stranger = socket_in(&ground.cgroup("/other"), libc::SOCK_STREAM, host);
+        let (level, free) = match host.is_ipv4() {
+            true => (libc::SOL_IP, libc::IP_FREEBIND),
+            false => (libc::SOL_IPV6, 78), // linux/in6.h: IPV6_FREEBIND
+        };
+        set(&stranger, level, free, 1);
+        bind_at(&stranger, from);
+        let stranger = TcpStream::from(stranger);
+        stranger.set_nonblocking(true).expect("set O_NONBLOCK");
+        let _ = connect(&stranger, addr(host, 7000));
+
+        daemon.reconfigure(&dropping);
+
+        says(&mut end, &mut own);
+        says(&mut own, &mut end);
+        daemon.reconfigure(POLICY);
+    }
+    daemon.stop_clean();
+}
+
 /// What one end of a connection says comes to the other.
 #[track_caller]
 fn says(own: &mut TcpStream, other: &mut TcpStream) {
