@@ -858,6 +858,8 @@ impl Takers {
         if ending == Ending::Unanswered {
             own.iter().for_each(|(_, listener)| hear_nothing(listener.as_fd()));
             let _ = connect(&app, to);
+            // before its SYN goes again, after a second
+            drop(app);
             own.iter().for_each(|(_, listener)| hear_again(listener.as_fd()));
             return want.into();
         }
