@@ -17,9 +17,9 @@ use crate::nft::expr::Verdict;
 use crate::nft::message::{Contents, Transaction, Veth};
 use crate::nft::stmt::Stmt;
 use crate::nft::table::{
-    again_chain, bridged_rules, classifying, dying_name, gate_names, hold_rules, hold_sets,
-    set_name, veth_rule, ways, Content, Deeds, Devices, Entrances, Rule, Shape, Table, BRIDGED,
-    DEEDS, DEPTHS, HELD, KNOWN, TABLE,
+    again_chain, by_entrances, classifying, dying_name, gate_names, hold_rules, hold_sets,
+    set_name, veth_rule, ways, Content, Deeds, Devices, Entrances, Rule, Shape, Table, DEEDS,
+    DEPTHS, HELD, KNOWN, TABLE,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 use crate::small::SmallSet;
@@ -98,8 +98,7 @@ pub fn contents(
         cgroups: cgroups.chain(by_id).chain(held).collect(),
         dying: dying.chain(by_hash).collect(),
         veths: entrances.veths.keys().filter_map(|index| veth(config, entrances, *index)).collect(),
-        bridges: entrances.bridges.clone(),
-        ways: ways(config, devices),
+        chains: [by_entrances(config, entrances), ways(config, devices)].concat(),
         deeds,
     }
 }
@@ -132,9 +131,9 @@ pub fn enter(config: &Config, before: &Entrances, after: &Entrances, batch: Batc
         }
         new.iter().for_each(|veth| transaction.add_veth(veth));
     }
-    if before.bridges != after.bridges {
-        transaction.replace_rules(BRIDGED, &bridged_rules(&after.bridges));
-    }
+    let [old, new] = [before, after].map(|entrances| by_entrances(config, entrances));
+    let changed = new.iter().zip(&old).filter(|(new, old)| new != old);
+    changed.for_each(|((name, rules), _)| transaction.replace_rules(name, rules));
     transaction
 }
 

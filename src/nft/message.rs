@@ -8,8 +8,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use super::expr::{value, Anonymous, Expr, SetRef, Verdict};
 use super::stmt::{eq, meta, neq, payload, Stmt};
 use super::table::{
-    bridged_rules, veth_name, Base, Chain, Content, Deeds, Rule, Set, Table, BRIDGED, DEEDS, MOVED,
-    OUTPUT, TABLE,
+    veth_name, Base, Chain, Content, Deeds, Rule, Set, Table, DEEDS, MOVED, OUTPUT, TABLE,
 };
 use crate::net::{Address, Range};
 use crate::netlink::msg::{Batch, Open};
@@ -31,9 +30,8 @@ pub struct Contents {
     /// Removed cgroups, by their hashes.
     pub dying: Vec<(String, Vec<u32>)>,
     pub veths: Vec<Veth>,
-    pub bridges: SmallSet<String>,
-    /// Chains that depend on tables of others, with their rules.
-    pub ways: Vec<(String, Vec<Rule>)>,
+    /// Chains that depend on where containers come in and on tables of others, with their rules.
+    pub chains: Vec<(String, Vec<Rule>)>,
     pub deeds: Deeds,
 }
 
@@ -178,10 +176,7 @@ impl Contents {
             transaction.add_hashes(set, hashes.iter().copied());
         }
         self.veths.iter().for_each(|veth| transaction.add_veth(veth));
-        if !self.bridges.is_empty() {
-            transaction.replace_rules(BRIDGED, &bridged_rules(&self.bridges));
-        }
-        for (chain, rules) in &self.ways {
+        for (chain, rules) in &self.chains {
             rules.iter().for_each(|rule| transaction.rule(chain, rule));
         }
     }

@@ -33,9 +33,7 @@ use crate::netlink::uapi::*;
 use crate::nft::stmt::Stmt;
 use words::*;
 
-pub use gateway::{
-    again_chain, bridged_rules, priority_of_gateways, veth_name, veth_rule, BRIDGED,
-};
+pub use gateway::{again_chain, by_entrances, priority_of_gateways, veth_name, veth_rule};
 pub use hold::{hold_rules, HOLD, UNKNOWN};
 pub use moved::MOVED;
 pub use output::{classifying, OUTPUT};

@@ -184,7 +184,7 @@ fn what_is_gone() {
 }
 
 /// A namespace behind a veth of its own, as nspawn and routed networks have it.
-fn routed(ground: &Ground, veth: &str, number: u8) -> Netns {
+pub fn routed(ground: &Ground, veth: &str, number: u8) -> Netns {
     let netns = Netns::new();
     sysctl("net/ipv4/ip_forward", "1");
     sysctl("net/ipv6/conf/all/forwarding", "1");

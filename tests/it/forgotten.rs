@@ -15,10 +15,11 @@ use crate::client::{
     again, connect, expect, family_of, socket_for, socket_in, tcp_in, under, Client, Outcome,
     Proto, PATIENCE, SILENCE,
 };
+use crate::containers::{live, routed};
 use crate::daemon::{by_default, Daemon, POLICY, UNOWNED};
 use crate::gateway::{bridge_netfilter, Lan};
 use crate::ground::{
-    addr, any_of, ip, remove_tree, sysctl, Ground, HOST4, HOST6, REMOTE4, REMOTE6, REMOTES,
+    addr, any_of, ip, remove_tree, sysctl, Ground, Netns, HOST4, HOST6, REMOTE4, REMOTE6, REMOTES,
 };
 use crate::kernel::{await_connection, counters, fill_flows, forget_flows, load, table};
 use crate::moving::{hear_again, hear_nothing};
@@ -94,7 +95,11 @@ fn proxies(cgroup: &Path, port: u16) -> [UdpSocket; 2] {
 
 /// A UDP socket of the LAN's first client.
 fn udp_of_client(lan: &Lan, client: IpAddr) -> UdpSocket {
-    patient(lan.client(0).run(|| UdpSocket::bind(addr(client, 0))).expect("bind"))
+    udp_within(lan.client(0), client)
+}
+
+fn udp_within(netns: &Netns, client: IpAddr) -> UdpSocket {
+    patient(netns.run(|| UdpSocket::bind(addr(client, 0))).expect("bind"))
 }
 
 /// A datagram of `speaker`, which speaks for a remote host, comes to the application as that host's.
@@ -250,25 +255,56 @@ fn the_proxy_has_no_rule() {
     let (ground, mut world) = scene!("forgotown");
     let lan = Lan::new(&ground);
     tunnel_up(&ground);
-    let mut by_vpn = Wire::between(&ground, "vpn0", "vout0");
+    let clients = places().map(|place| place.client);
+    no_rule_names_the_proxy(&ground, &mut world, lan.client(0), clients, of_all_kinds);
+}
+
+/// The same for containers, on a bridge and behind a veth of their own.
+#[test]
+fn the_proxy_of_containers_has_no_rule() {
+    let (ground, mut world) = scene!("forgotbox");
+    let cgroup = ground.cgroup("/boxes");
+    let lan = Lan::new(&ground);
+    let alone = routed(&ground, "box0", 20);
+    tunnel_up(&ground);
+    let policy = |default: &str| {
+        let rules = of_all_kinds(default);
+        rules.strip_suffix(GATEWAY).expect("the section").to_owned() + "mihomo = /boxes\n"
+    };
+    let clients = places().map(|place| place.client);
+    let others = ["198.51.100.82", "2001:db8:3:20::2"].map(ip);
+    for (netns, clients) in [(lan.client(0), clients), (&alone, others)] {
+        let _process = live(netns, &cgroup);
+        no_rule_names_the_proxy(&ground, &mut world, netns, clients, policy);
+    }
+}
+
+/// `clients` are the addresses of that namespace; under each default.
+fn no_rule_names_the_proxy(
+    ground: &Ground,
+    world: &mut World,
+    netns: &Netns,
+    clients: [IpAddr; 2],
+    policy: impl Fn(&str) -> String,
+) {
+    let mut by_vpn = Wire::between(ground, "vpn0", "vout0");
     let other = ground.cgroup("/other");
     let listeners = listeners(&other);
     short_lived_flows();
     for default in ["mihomo", "vpn"] {
-        let policy = of_all_kinds(default);
-        let daemon = Daemon::start(&ground, &policy, &[]);
-        for (place, proxy) in places().iter().zip(&proxies(&other, 7893)) {
+        let policy = policy(default);
+        let daemon = Daemon::start(ground, &policy, &[]);
+        for ((place, client), proxy) in places().iter().zip(clients).zip(&proxies(&other, 7893)) {
             for loss in LOSSES {
                 println!("default {default}, {loss:?}");
-                let app = udp_of_client(&lan, place.client);
-                lost_and_spoken_to(&app, (*place, loss), (proxy, &other), &mut world, "proxy");
+                let app = udp_within(netns, client);
+                lost_and_spoken_to(&app, (*place, loss), (proxy, &other), world, "proxy");
             }
         }
         for (place, listener) in places().iter().zip(&listeners) {
             for mask in [None, Some("0x00ff0000"), Some(MASK)] {
                 println!("default {default}, mask {mask:?}");
-                let mut app =
-                    lan.client(0).run(|| TcpStream::connect(place.remote)).expect("connect");
+                let mut app = netns.run(|| TcpStream::connect(place.remote)).expect("connect");
                 let (mut end, _) = listener.accept().expect("accept");
                 match mask {
                     None => forget_flows(),
@@ -292,8 +328,7 @@ fn the_proxy_has_no_rule() {
             // what ends a connection begins none to conntrack
             for reset in [true, false] {
                 println!("default {default}, the proxy ends it, reset: {reset}");
-                let mut app =
-                    lan.client(0).run(|| TcpStream::connect(place.remote)).expect("connect");
+                let mut app = netns.run(|| TcpStream::connect(place.remote)).expect("connect");
                 let (end, _) = listener.accept().expect("accept");
                 app.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
                 let at_once = libc::linger { l_onoff: reset.into(), l_linger: 0 };

@@ -3,6 +3,7 @@
 
 use super::dns::{dns_first, dns_rules, forwarded_dns_chain, rules_to_dns};
 use super::sets::{range_name, SOURCE};
+use super::shape::Entrances;
 use super::spared::spared_rules;
 use super::target::{bypass_rules, keep_chain, known_rules, sorting_rules};
 use super::words::*;
@@ -27,7 +28,8 @@ pub(super) fn chains(config: &Config) -> Vec<Chain> {
     if hands_over(config) {
         chains.extend([routed_chain(config), input_chain(config)]);
     }
-    chains.extend(chain(BRIDGED, Vec::new()).when(config.has_containers()));
+    let empty = by_entrances(config, &Entrances::default()).into_iter();
+    chains.extend(empty.map(|(name, rules)| chain(name, rules)));
     chains.extend(config.gateways.iter().map(|gateway| gateway_chain(config, gateway)));
     if !config.gateways.is_empty() {
         let last = [astray_clients_chain(config), older_chain(config), gateways_chain(config)];
@@ -285,15 +287,34 @@ pub fn veth_rule(config: &Config, target: Target) -> Option<Rule> {
     }
 }
 
-/// The chain whose rules depend on the bridges that containers are on.
-pub const BRIDGED: &str = "bridged";
+/// The chains whose rules depend on where containers come in, with their rules.
+pub fn by_entrances(config: &Config, entrances: &Entrances) -> Vec<(String, Vec<Rule>)> {
+    let mut chains = vec![(BRIDGED.into(), bridged_rules(&entrances.bridges))];
+    if config.routes_to_tproxy() {
+        chains.push((CONTAINED.into(), contained_rules(entrances)));
+    }
+    chains.retain(|_| config.has_containers());
+    chains
+}
+
+/// What containers send to others on the bridge that they are on.
+const BRIDGED: &str = "bridged";
 
 /// What a container sends to others on its bridge. Without br_netfilter it is not seen, and with it
 /// it has to be left alone as well.
-pub fn bridged_rules(bridges: &SmallSet<String>) -> Vec<Rule> {
+fn bridged_rules(bridges: &SmallSet<String>) -> Vec<Rule> {
     let rule = |name: &String| {
         let bridge = Interface { name: name.clone(), prefix: false };
         vec![Stmt::Iifname(bridge.clone()), Stmt::LeadsTo(bridge), Stmt::accept()]
     };
     bridges.iter().map(rule).collect()
+}
+
+/// What leaves towards containers.
+pub(super) const CONTAINED: &str = "contained";
+
+fn contained_rules(entrances: &Entrances) -> Vec<Rule> {
+    let veths = entrances.veths.values().map(|(name, _)| name);
+    let all: SmallSet<&String> = veths.chain(&entrances.bridges).collect();
+    all.into_iter().map(|name| vec![oifname(name), Stmt::accept()]).collect()
 }

@@ -1,5 +1,6 @@
 //! What is left alone whatever the target: `bypass`, and the marks of what goes direct.
 
+use super::gateway::CONTAINED;
 use super::sets::{ALWAYS4, ALWAYS6};
 use super::words::*;
 use super::{Chain, Rule};
@@ -12,7 +13,9 @@ pub(super) fn chains(config: &Config) -> Vec<Chain> {
     let mut chains = Vec::from_iter(leave_chain(config));
     chains.extend(chain(EXEMPT, exempt_rules(config)).when(hijacks_local(config)));
     chains.extend(local_chain(config).when(hijacks_local(config)));
-    let clients = interfaces(config).map(|by| vec![Stmt::Oifname(by), Stmt::accept()]).collect();
+    let clients = interfaces(config).map(|by| vec![Stmt::Oifname(by), Stmt::accept()]);
+    let contained = config.has_containers().then(|| jump(CONTAINED));
+    let clients = clients.chain(contained).collect();
     chains.extend(chain(CLIENTS, clients).when(config.routes_to_tproxy()));
     let mut bypass = spared_rules(config);
     if config.routes_to_tproxy() {
@@ -26,7 +29,7 @@ pub(super) fn chains(config: &Config) -> Vec<Chain> {
     chains
 }
 
-/// What leaves towards a router's clients.
+/// What leaves towards a router's clients, and containers.
 const CLIENTS: &str = "clients";
 
 /// What `bypass` is made of where DNS is hijacked whatever its address.
