@@ -38,10 +38,16 @@ impl Options {
         if self.config.is_none() && absent() {
             return Ok(None);
         }
-        match config::load(&Files { trusted_only }, file) {
-            Ok(config) => Ok(Some(config)),
-            Err(problems) => Err(Error::Usage(problems.iter().map(|p| p.to_string()).collect())),
-        }
+        let files = Files::new(trusted_only);
+        config::load(&files, file).map(Some).map_err(|problems| {
+            let wrong = Error::Usage(problems.iter().map(|p| p.to_string()).collect());
+            // what was not read is not known to be wrong
+            if files.lacks() {
+                Error::State(wrong.to_string())
+            } else {
+                wrong
+            }
+        })
     }
 
     /// The same. The built-in configuration, everything direct, stands in for the default file where

@@ -213,6 +213,12 @@ address = ::1/128
     "address" expects an IPv4 or IPv6 address, not "::1/128"
 address = ::ffff:127.0.0.1
     "address" expects an IPv4 or IPv6 address, not "::ffff:127.0.0.1", did you mean "127.0.0.1"?
+address = 224.0.0.1
+    "address" expects an IPv4 or IPv6 address, not "224.0.0.1"
+address = 255.255.255.255
+    "address" expects an IPv4 or IPv6 address, not "255.255.255.255"
+address = ff02::1
+    "address" expects an IPv4 or IPv6 address, not "ff02::1"
 mark = 0
     "mark" expects a number from 1 to 0xffffffff, not "0"
 mark = 0x8000001
@@ -1145,7 +1151,7 @@ impl Dir {
     }
 
     fn load(&self, name: &str, trusted_only: bool) -> Vec<String> {
-        lines(load(&Files { trusted_only }, &self.path(name)))
+        lines(load(&Files::new(trusted_only), &self.path(name)))
     }
 
     /// Loads `name`; in `want`, `DIR` stands for this directory.
@@ -1193,7 +1199,7 @@ fn what_is_no_configuration_file() {
         }
         dir.expect("full", trusted_only, &[]);
     }
-    let device = load(&Files { trusted_only: false }, Path::new("/dev/zero"));
+    let device = load(&Files::new(false), Path::new("/dev/zero"));
     assert_eq!(lines(device), ["/dev/zero: is not a regular file"]);
 }
 

@@ -441,7 +441,7 @@ impl Status {
             }
         };
         match self.daemon {
-            Some(pid) => format!("{table}; cgtproxy runs with pid {pid}"),
+            Some(pid) => format!("{table}; cgtproxy runs{}", instance::with_pid(pid)),
             None => format!("{table}; no cgtproxy is running"),
         }
     }
@@ -640,7 +640,7 @@ impl Status {
         Json::Object(vec![
             ("version", Json::Number(JSON_VERSION)),
             ("in_force", Json::Bool(self.in_force())),
-            ("daemon", Json::or_null(self.daemon.map(|pid| pid as u32))),
+            ("daemon", Json::or_null(self.daemon.filter(|pid| *pid != 0).map(|pid| pid as u32))),
             ("left", Json::or_null(unattended.and_then(|u| u.left))),
             ("unknown", Json::or_null(unattended.and_then(|u| u.unknown).map(|n| n as u64))),
             ("rootless", Json::text_or_null(self.rootless.as_ref())),

@@ -1,6 +1,7 @@
 //! Reading configuration files from the real file system, with all that can be wrong with a file.
 //! It parses nothing.
 
+use std::cell::Cell;
 use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read};
@@ -14,7 +15,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{geteuid, Group, User};
 
 use super::Source;
-use crate::error::io_reason;
+use crate::error::{errno, io_reason};
 
 /// Largest configuration file, and largest list of addresses, in MiB.
 const MAX_SIZE: u64 = 1;
@@ -23,13 +24,31 @@ const MAX_LIST: u64 = 8;
 /// The file system. With `trusted_only`, a file that others than root and the running user control
 /// is refused.
 pub struct Files {
-    pub trusted_only: bool,
+    trusted_only: bool,
+    lacks: Cell<bool>,
 }
 
 impl Files {
+    pub fn new(trusted_only: bool) -> Files {
+        Files { trusted_only, lacks: Cell::new(false) }
+    }
+
+    /// Whether some file was not read for want of descriptors or memory, whatever it says.
+    pub fn lacks(&self) -> bool {
+        self.lacks.get()
+    }
+
+    /// Why a file is not read.
+    fn why(&self, error: &io::Error) -> String {
+        if [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM].contains(&errno(error)) {
+            self.lacks.set(true);
+        }
+        io_reason(error)
+    }
+
     /// The text of a file of up to `most` MiB.
     fn text(&self, path: &Path, most: u64) -> Result<String, String> {
-        let (file, why) = open(path).map_err(|e| io_reason(&e))?;
+        let (file, why) = open(path).map_err(|e| self.why(&e))?;
         if let (true, Some(why)) = (self.trusted_only, why) {
             return Err(why);
         }
@@ -86,7 +105,7 @@ impl Source for Files {
         let entries = match fs::read_dir(dir) {
             Ok(entries) => entries,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(e) => return Err(io_reason(&e)),
+            Err(e) => return Err(self.why(&e)),
         };
         let mut found = Vec::new();
         for entry in entries {

@@ -156,9 +156,7 @@ static KEYS: &[Key] = &[
         put(&mut d.tproxy().port, number(e).map(|port| port as u16))
     }),
     any(TPROXY, "address", Text("an IPv4 or IPv6 address"), Nothing, |d, e| {
-        let address = parsed(e)?;
-        // which tells of one that is no packet's
-        range(e, e.value)?;
+        let address = own_address(e)?;
         once(e, &mut d.tproxy().addresses, Family::of(&address), address)
     }),
     one(ROUTE, "interface", INTERFACE, Nothing, |d, e| put(&mut d.route().interface, way_out(e))),

@@ -379,6 +379,15 @@ pub fn way_out(e: &Setting) -> Result<String> {
     }
 }
 
+/// What a listener may be bound to.
+pub fn own_address(e: &Setting) -> Result<IpAddr> {
+    let address: IpAddr = parsed(e)?;
+    // which tells of one that is no packet's
+    range(e, e.value)?;
+    let many = address.is_multicast() || address == Ipv4Addr::BROADCAST;
+    (!many).then_some(address).ok_or_else(|| e.wrong())
+}
+
 /// A host that packets are sent on to; the kernel takes no other for a next hop.
 pub fn next_hop(e: &Setting) -> Result<IpAddr> {
     let hop: IpAddr = parsed(e)?;

@@ -3,11 +3,12 @@
 
 use std::ffi::{CString, OsStr};
 use std::fs;
+use std::io::Write;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
@@ -578,6 +579,15 @@ fn nobody_else_has_the_table_that_is_the_lock() {
     assert!(list.contains(&format!("comment \"held by pid {pid}\"")), "{list}");
     daemon.kill9();
     assert!(status().contains("no cgtproxy is running"));
+
+    // who owns it without a word holds it, by no pid that is known
+    let mut nft = Command::new("nft");
+    let mut nft = nft.arg("-i").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("start");
+    let words = b"add table inet cgtproxy-lock { flags owner; }\n";
+    nft.stdin.as_mut().expect("stdin is piped").write_all(words).expect("feed nft");
+    assert!(wait_until(SETTLE, || status().contains("; cgtproxy runs\n")), "{}", status());
+    drop(nft.stdin.take());
+    nft.wait().expect("wait for nft");
 
     // what root makes without owning it is no lock
     load("add table inet cgtproxy-lock { comment \"held by pid 1\"; }");

@@ -121,7 +121,7 @@ fn sent(config: &Config, held: &[RuleView]) -> Vec<(String, Vec<Expr>)> {
 fn rules_read_back_as_they_were_sent() {
     let ground = ground!("read-back");
     let daemon = Daemon::start(&ground, ALL_KINDS, &[]);
-    let config = cgtproxy::config::load(&Files { trusted_only: false }, &daemon.config);
+    let config = cgtproxy::config::load(&Files::new(false), &daemon.config);
     let config = config.expect("a configuration");
 
     let held = Kernel::open().and_then(|mut kernel| kernel.rules());
