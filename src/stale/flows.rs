@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use super::{Fate, Fates};
 use crate::cgroup::core::Core;
-use crate::config::{Config, Gateway, Outcome, Route, Take, Target};
+use crate::config::{spoofed_mark, Config, Gateway, Outcome, Route, Take, Target};
 use crate::net::{Family, Mark, L4};
 use crate::netlink::conntrack::Tracked;
 use crate::netlink::diag::SeenSocket;
@@ -108,7 +108,9 @@ impl Known<'_> {
                 })
             })
         });
-        let moving = view.moving.iter().filter(|(was, _)| was.mask == mask);
+        // one that a proxy began stays so, where what was to be forgotten is of this mask again
+        let moves = |was: &Mark| was.mask == mask && was.value != spoofed_mark(mask);
+        let moving = view.moving.iter().filter(|(was, _)| moves(was));
         let moving = moving.map(|(was, now)| (was.value, *now));
         with_moving(all.flatten().collect(), moving, mask)
     }
@@ -669,6 +671,12 @@ mod tests {
                 assert!(steps <= 2);
             }
         }
+        // a table that was left amid the change from this mask to another one
+        let now = text(&"a");
+        let lost = now.taken_marks().into_iter().map(|was| (was, None)).collect();
+        let view = View { moving: lost, ..View::default() };
+        let back = renumbered(&Known::of_view(&view, now.mask), &now);
+        assert_eq!((back.moves(now.spoofed_mark()), back.unclear), (None, vec![]));
         // nothing is free: flows are forgotten
         let narrow =
             |text: &str| testing::config(format!("[global]\nfwmark-mask = 0x3\n{text}").leak());

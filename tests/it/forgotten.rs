@@ -16,7 +16,7 @@ use crate::client::{
     Proto, PATIENCE, SILENCE,
 };
 use crate::containers::{live, routed};
-use crate::daemon::{by_default, Daemon, POLICY, UNOWNED};
+use crate::daemon::{by_default, run_with, Daemon, POLICY, UNOWNED};
 use crate::gateway::{bridge_netfilter, Lan};
 use crate::ground::{
     addr, any_of, ip, remove_tree, sysctl, Ground, Netns, HOST4, HOST6, REMOTE4, REMOTE6, REMOTES,
@@ -342,6 +342,32 @@ fn no_rule_names_the_proxy(
                 assert_eq!(by_vpn.packets(), []);
             }
         }
+        assert!(daemon.stop().success());
+    }
+}
+
+/// Another mask, whose daemon was killed before conntrack had forgotten the flows of the one before, and
+/// then that one again: a flow that the proxy began is known as such still.
+#[test]
+fn a_mask_that_comes_back() {
+    let (ground, mut world) = scene!("forgotmask");
+    let [app, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
+    let other = format!("[global]\nfwmark-mask = 0x00ff0000\n{POLICY}");
+    for (place, proxy) in places().iter().zip(&proxies(&direct, 7893)) {
+        let daemon = Daemon::start(&ground, POLICY, &[]);
+        let own = udp_of(&app, addr(place.host, 0));
+        let speaker = spoof(&direct, place.remote);
+        speak(&speaker, &own);
+        daemon.kill9();
+        let table = run_with(&ground, &other, &["show"]).out;
+        load(&format!(
+            "delete table inet cgtproxy\n{table}\n\
+             add chain inet cgtproxy moved {{ ct mark & {MASK} == 0xfe000000 drop; }}\n"
+        ));
+
+        let daemon = Daemon::start(&ground, POLICY, &[]);
+
+        assert_eq!(reaches(&own, place.remote, &[proxy, &speaker], &mut world), "proxy");
         assert!(daemon.stop().success());
     }
 }
