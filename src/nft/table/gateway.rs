@@ -4,7 +4,7 @@
 use super::dns::{dns_first, dns_rules, forwarded_dns_chain, rules_to_dns};
 use super::sets::{range_name, SOURCE};
 use super::shape::Entrances;
-use super::spared::spared_rules;
+use super::spared::{contained_rules, spared_rules, CONTAINED};
 use super::target::{bypass_rules, keep_chain, known_rules, sorting_rules};
 use super::words::*;
 use super::{Chain, Rule};
@@ -308,13 +308,4 @@ fn bridged_rules(bridges: &SmallSet<String>) -> Vec<Rule> {
         vec![Stmt::Iifname(bridge.clone()), Stmt::LeadsTo(bridge), Stmt::accept()]
     };
     bridges.iter().map(rule).collect()
-}
-
-/// What leaves towards containers.
-pub(super) const CONTAINED: &str = "contained";
-
-fn contained_rules(entrances: &Entrances) -> Vec<Rule> {
-    let veths = entrances.veths.values().map(|(name, _)| name);
-    let all: SmallSet<&String> = veths.chain(&entrances.bridges).collect();
-    all.into_iter().map(|name| vec![oifname(name), Stmt::accept()]).collect()
 }

@@ -1,12 +1,13 @@
 //! What is left alone whatever the target: `bypass`, and the marks of what goes direct.
 
-use super::gateway::CONTAINED;
 use super::sets::{ALWAYS4, ALWAYS6};
+use super::shape::Entrances;
 use super::words::*;
 use super::{Chain, Rule};
 use crate::config::Config;
 use crate::net::{Family, Owner, L4};
 use crate::nft::stmt::Stmt;
+use crate::small::SmallSet;
 
 /// `bypass`, and what is gone to from many chains.
 pub(super) fn chains(config: &Config) -> Vec<Chain> {
@@ -31,6 +32,15 @@ pub(super) fn chains(config: &Config) -> Vec<Chain> {
 
 /// What leaves towards a router's clients, and containers.
 const CLIENTS: &str = "clients";
+
+/// The part of it that depends on where containers come in.
+pub(super) const CONTAINED: &str = "contained";
+
+pub(super) fn contained_rules(entrances: &Entrances) -> Vec<Rule> {
+    let veths = entrances.veths.values().map(|(name, _)| name);
+    let all: SmallSet<&String> = veths.chain(&entrances.bridges).collect();
+    all.into_iter().map(|name| vec![oifname(name), Stmt::accept()]).collect()
+}
 
 /// What `bypass` is made of where DNS is hijacked whatever its address.
 pub(super) const EXEMPT: &str = "exempt";
