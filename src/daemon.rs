@@ -791,6 +791,7 @@ impl Daemon<'_> {
         let last = delta.take_last();
         let done = self.change(&delta);
         if let Some(last) = last.filter(|_| done) {
+            self.kernel.await_packets();
             self.change(&last);
         }
         self.cgroups.core.reuse(delta);

@@ -472,6 +472,12 @@ impl Kernel {
         self.commit(transaction)
     }
 
+    /// Waits until no packet is on its way any more that has met rules of before, some 10 ms: before it
+    /// frees what a refused transaction had made, the kernel does (synchronize_rcu(), in all versions).
+    pub fn await_packets(&mut self) {
+        let _ = self.change(Transaction::await_packets);
+    }
+
     /// Has a transaction take effect, as a whole or not at all.
     ///
     /// Errors: the object that was refused, with a remedy where one is known.

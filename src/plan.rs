@@ -19,7 +19,7 @@ use crate::nft::stmt::Stmt;
 use crate::nft::table::{
     again_chain, by_entrances, classifying, dying_name, gate_names, hold_rules, hold_sets,
     set_name, veth_rule, ways, Content, Deeds, Devices, Entrances, Rule, Shape, Table, DEEDS,
-    DEPTHS, HELD, KNOWN, TABLE,
+    DEPTHS, HELD, HOLD, KNOWN, TABLE,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 use crate::small::SmallSet;
@@ -220,18 +220,26 @@ pub fn change(config: &Config, delta: &Delta, batch: Batch) -> Transaction {
     for set in [HELD, KNOWN].iter().filter(|_| !delta.held.delete.is_empty()) {
         transaction.delete_cgroups(set, held_ids(&delta.held.delete, set));
     }
-    // A packet takes the rules as they are when it comes, and looks into sets as they are by then. It
-    // must not find a cgroup that has been looked at in those of before, which may not know where that
-    // is to go: so they have sets of their own, which stay what they were.
+    // A packet takes the rules of the chain that it is in as they are when it comes, and looks into sets
+    // as they are by then. It must not find a cgroup that has been looked at in those of before, which
+    // may not know where that is to go: so they have sets of their own, which stay what they were. So
+    // has the packet chains: in one that stays it meets, as soon as there has been another transaction
+    // (of anybody's), rules that are younger than those that led it there (seen on Linux 6.18.44).
     let mut old = match &delta.shape {
         Some(shapes) => classifying(config, &shapes[0]),
         None => Vec::new(),
     };
     if delta.all_held.is_some() {
-        for (chain, _) in hold_rules(config, None) {
-            transaction.replace_rules(&chain, &[]);
-            old.retain(|(name, _)| *name != chain);
+        let chains = Vec::from_iter(hold_rules(config, None).into_iter().map(|(chain, _)| chain));
+        old.retain(|(name, _)| !chains.contains(name));
+        // those that go to others first
+        for chain in chains.iter().rev() {
+            match chain == HOLD {
+                true => transaction.replace_rules(chain, &[]),
+                false => transaction.delete_chain(chain),
+            }
         }
+        chains.iter().filter(|chain| *chain != HOLD).for_each(|own| transaction.plain_chain(own));
         for set in hold_sets(config) {
             transaction.delete_set(&set.name);
             transaction.set(&set);

@@ -669,7 +669,15 @@ fn change_by(theirs: &mut Reference, config: &Config, all: &Snapshot, delta: &De
     held().for_each(|(set, ids)| theirs.delete_cgroups(set, &ids));
     let renewed = delta.all_held.is_some();
     if renewed {
-        hold_rules(config, None).iter().for_each(|(chain, _)| theirs.flush(Some(chain)));
+        let chains = hold_rules(config, None).into_iter();
+        let chains = Vec::from_iter(chains.map(|(name, rules)| Chain { name, base: None, rules }));
+        let (last, others) = chains.split_last().unwrap();
+        theirs.flush(Some(&last.name));
+        for chain in others.iter().rev() {
+            theirs.chain(chain);
+            theirs.delete_chain(&chain.name);
+        }
+        others.iter().for_each(|chain| theirs.chain(chain));
         for set in hold_sets(config) {
             theirs.delete_set(&set.name);
             theirs.set(&set);
@@ -721,6 +729,7 @@ fn changes() {
             held: Change { delete: all.held.clone(), add: all.held.clone() },
             all_held: None,
             shape: Some(Box::new([Shape::default(), all.shape.clone()])),
+            waits: false,
         };
         let held = (!config.holds.is_empty()).then(|| delta.held.add.clone());
         let renewed = Delta { all_held: held, shape: delta.shape.clone(), ..Delta::default() };

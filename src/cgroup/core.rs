@@ -33,6 +33,8 @@ pub struct Delta {
     pub all_held: Option<Vec<HoldElement>>,
     /// What the rules were made for, and what they are needed for now, where that is not the same.
     pub shape: Option<Box<[Shape; 2]>>,
+    /// Something goes, and packets may be on their way that have met rules of before.
+    pub waits: bool,
 }
 
 impl Delta {
@@ -41,11 +43,11 @@ impl Delta {
         no_cgroups && self.gates.is_empty() && self.held.is_empty() && self.shape.is_none()
     }
 
-    /// Takes out what is to go only once the rest is in force. Rules that come with something are not
-    /// those of a packet that is on its way already: it finds it where it was.
+    /// Takes out what is to go only once the rest is in force, and no packet on its way any more that
+    /// came before it was. Rules that come with something are not those of such a packet: it finds it
+    /// where it was.
     pub fn take_last(&mut self) -> Option<Delta> {
-        let [before, after] = &**self.shape.as_ref()?;
-        after.leads_further(before).then(|| Delta {
+        std::mem::take(&mut self.waits).then(|| Delta {
             cgroups: self.cgroups.take_deletions(),
             gates: self.gates.take_deletions(),
             ..Delta::default()
@@ -56,7 +58,7 @@ impl Delta {
     fn clear(&mut self) {
         self.cgroups.clear();
         self.gates.clear();
-        (self.dying, self.held, self.all_held, self.shape) = Default::default();
+        (self.dying, self.held, self.all_held, self.shape, self.waits) = Default::default();
     }
 }
 
@@ -94,6 +96,10 @@ pub struct Core {
     names_root: bool,
     /// What the kernel has rules for.
     committed: Shape,
+    /// Whether rules have come since the sets of what is held were made, and since packets that were
+    /// on their way have last been waited for.
+    rules_since_held: bool,
+    rules_since_wait: bool,
     /// The pairs may be others.
     pairs_changed: bool,
     /// Elements of the sets of targets.
@@ -416,16 +422,23 @@ impl Core {
         }
         self.gates.elements.changes.take(&mut delta.gates);
         self.holds.elements.changes.take(&mut delta.held);
-        if !self.is_in_shape() {
+        let holds = !delta.held.add.is_empty();
+        if !self.is_in_shape() || self.rules_since_held && holds {
             let shape = self.shape();
             let before = std::mem::replace(&mut self.committed, shape.clone());
-            if shape.leads_further(&before) && !delta.held.add.is_empty() {
-                // a packet that has met the rules of before knows nothing of these
+            // a packet that has met the rules of before knows nothing of these
+            let further = shape.leads_further(&before);
+            self.rules_since_held |= further;
+            self.rules_since_wait |= further;
+            if self.rules_since_held && holds {
+                self.rules_since_held = false;
                 delta.held = Change::default();
                 delta.all_held = Some(self.holds.elements.snapshot());
             }
             delta.shape = Some(Box::new([before, shape]));
         }
+        let goes = !delta.cgroups.delete.is_empty() || !delta.gates.delete.is_empty();
+        delta.waits = goes && std::mem::take(&mut self.rules_since_wait);
         delta
     }
 
@@ -445,6 +458,7 @@ impl Core {
     pub fn snapshot(&mut self) -> Snapshot {
         self.pending.clear();
         self.committed = self.shape();
+        (self.rules_since_held, self.rules_since_wait) = (false, false);
         self.pairs_changed = false;
         let mut elements: SmallMap<Outcome, Vec<u64>> = SmallMap::default();
         for (_, outcome, id) in self.elements() {

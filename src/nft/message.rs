@@ -268,6 +268,12 @@ impl Transaction {
         self.table_of(PROBE, NFT_MSG_DELTABLE, 0, None, None);
     }
 
+    /// One that the kernel refuses, and takes back: until then no packet is on its way any more that
+    /// was before.
+    pub fn await_packets(&mut self) {
+        self.table_of(PROBE, NFT_MSG_DELTABLE, 0, None, None);
+    }
+
     fn probe_rule(&mut self, exprs: &[Expr]) {
         self.table_of(PROBE, NFT_MSG_NEWTABLE, NLM_F_CREATE, None, None);
         self.chain_of(PROBE, OUTPUT, None);
@@ -314,8 +320,13 @@ impl Transaction {
         chain.rules.iter().for_each(|rule| self.rule(&chain.name, rule));
     }
 
-    fn delete_chain(&mut self, chain: &str) {
+    /// A chain that no packet comes to by itself.
+    pub fn plain_chain(&mut self, chain: &str) {
         self.chain_of(TABLE, chain, None);
+    }
+
+    pub fn delete_chain(&mut self, chain: &str) {
+        self.plain_chain(chain);
         let open = self.begin(NFT_MSG_DELCHAIN, 0);
         self.batch.str_z(NFTA_CHAIN_TABLE, TABLE);
         self.batch.str_z(NFTA_CHAIN_NAME, chain);

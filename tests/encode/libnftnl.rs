@@ -177,6 +177,14 @@ impl Reference {
         });
     }
 
+    pub fn delete_chain(&mut self, name: &str) {
+        let object = NChain::new().str(NFTNL_CHAIN_TABLE, "cgtproxy").str(NFTNL_CHAIN_NAME, name);
+        self.message(libc::NFT_MSG_DELCHAIN, 0, |nlh| {
+            // SAFETY: both pointers are valid
+            unsafe { nftnl_chain_nlmsg_build_payload(nlh, object.0) }
+        });
+    }
+
     pub fn set(&mut self, set: &Set) {
         let (kind, length, flags) = match set.content {
             Content::V4(_) => (IPADDR, 4, libc::NFT_SET_INTERVAL),

@@ -9,10 +9,12 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use nix::sys::signal::Signal;
+
 use crate::client::{again, connect, socket_in, udp_in, Proto, PATIENCE};
 use crate::daemon::{run_with, Daemon};
+use crate::flood::{Flood, Stall};
 use crate::ground::{addr, Ground, REMOTE4, REMOTE6, REMOTES};
-use crate::hold::Flood;
 use crate::kernel::{cgroup_id, load, nft, output_if_any, set_ids, SETTLE};
 use crate::world::{Server, World};
 use crate::{sized, wait_until};
@@ -357,4 +359,43 @@ fn the_first_of_its_kind() {
 
     assert_eq!(leaked, [], "{} of {levels}", leaked.len());
     daemon.stop_clean();
+}
+
+/// The same for a packet that waits in a chain meanwhile: what it may still look up goes once it is
+/// through.
+#[test]
+fn a_packet_that_waits_in_a_chain() {
+    let (ground, mut world) = scene!("dying-waits");
+    let (mut config, mut rules) = (String::new(), String::new());
+    for n in 0..25 {
+        config += &format!("[tproxy t{n}]\nport = {}\n", 9000 + n);
+        rules += &format!("t{n} = /t{n}\n");
+        ground.cgroup(&format!("/t{n}"));
+    }
+    config += &format!("[rules]\n{rules}direct = user:12345\ndrop = /drop[0-9]+\n");
+
+    let removals = sized(12, 100);
+    let mut leaked = Vec::new();
+    for removal in 0..removals {
+        let Some(mut stall) = Stall::new() else { return };
+        let ip = if removal % 2 == 0 { REMOTE4 } else { REMOTE6 };
+        let (proto, kind) = match removal / 2 % 2 {
+            0 => (Proto::Udp, libc::SOCK_DGRAM),
+            _ => (Proto::Tcp, libc::SOCK_STREAM | libc::SOCK_NONBLOCK),
+        };
+        let victim = ground.cgroup(&format!("/drop{removal}"));
+        let (socket, id) = (socket_in(&victim, kind, ip), cgroup_id(&victim).expect("a cgroup"));
+        let daemon = Daemon::start(&ground, &config, &[]);
+        world.wire.packets();
+        daemon.signal(Signal::SIGSTOP);
+        let to = addr(ip, 80);
+        let flood = Flood::start_with(Some(&mut stall), &ground.root, proto, Some(&socket), to);
+        remove(&victim);
+        let gone = || set_ids("cg1_drop").is_some_and(|ids| !ids.contains(&id));
+        stall.meanwhile(&flood, &daemon, || assert!(wait_until(SETTLE, gone)));
+        drop(flood);
+        leaked.extend(world.wire.to_remote());
+        daemon.stop_clean();
+    }
+    assert_eq!(leaked, [], "{} of {removals}", leaked.len());
 }

@@ -4,23 +4,23 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use cgtproxy::kernel::Kernel;
 use nix::errno::Errno;
-use nix::sys::signal::{kill, Signal};
+use nix::sys::signal::Signal;
 use nix::sys::wait::{waitpid, WaitStatus};
-use nix::unistd::Pid;
 
 use crate::client::{
     again, expect, fork_into, tcp_in, udp_in, under, Client, Outcome, Proto, Running, FLOWS,
     PATIENCE, SILENCE,
 };
 use crate::daemon::{run_at, run_with, Daemon, UNOWNED};
-use crate::ground::{addr, pipe, remove_tree, Ground, HOST4, HOST6, REMOTE4, REMOTE6, REMOTES};
+use crate::flood::{Flood, Stall};
+use crate::ground::{addr, remove_tree, Ground, HOST4, HOST6, REMOTE4, REMOTE6, REMOTES};
 use crate::kernel::{await_connection, await_member, cgroup_id, load, set_ids, table, SETTLE};
 use crate::stale::bind_to;
 use crate::world::{raw_addr, Packet, Server, World, STREAM_PORT, SYN};
@@ -688,67 +688,6 @@ fn status_tells_what_was_held() {
     expect(&[(&new, under("direct"))]);
 }
 
-/// A process of that cgroup that sends datagrams, or SYNs, without pause, by that socket or one of its
-/// own. It has begun.
-pub struct Flood(Pid);
-
-impl Flood {
-    pub fn start(cgroup: &Path, proto: Proto, socket: Option<&OwnedFd>, to: SocketAddr) -> Flood {
-        let (read, write) = pipe();
-        let pid = flood(cgroup, proto, socket.map(AsRawFd::as_raw_fd), to, &write);
-        drop(write);
-        File::from(read).read_exact(&mut [0]).expect("it has begun");
-        Flood(pid)
-    }
-}
-
-impl Drop for Flood {
-    fn drop(&mut self) {
-        let _ = kill(self.0, Signal::SIGKILL);
-        let _ = waitpid(self.0, None);
-    }
-}
-
-fn flood(
-    cgroup: &Path,
-    proto: Proto,
-    socket: Option<RawFd>,
-    to: SocketAddr,
-    begun: &OwnedFd,
-) -> Pid {
-    let cgroup = File::open(cgroup).expect("open the cgroup");
-    let (raw, len) = raw_addr(to);
-    // SAFETY: system calls on integers and live buffers only.
-    let child = || unsafe {
-        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-        let kind = match proto {
-            Proto::Tcp => libc::SOCK_STREAM | libc::SOCK_NONBLOCK,
-            _ => libc::SOCK_DGRAM,
-        };
-        let fd = socket.unwrap_or_else(|| libc::socket(i32::from(raw.ss_family), kind, 0));
-        libc::connect(fd, (&raw const raw).cast(), len);
-        // it has a processor of its own while the daemon is at work, and not for ever where there is
-        // one alone
-        libc::alarm(5);
-        let mut param: libc::sched_param = std::mem::zeroed();
-        param.sched_priority = 1;
-        libc::sched_setscheduler(0, libc::SCHED_FIFO, &param);
-        libc::write(begun.as_raw_fd(), b"!".as_ptr().cast(), 1);
-        let none: libc::sockaddr_storage = std::mem::zeroed();
-        loop {
-            if proto == Proto::Tcp {
-                // AF_UNSPEC takes the connection back
-                libc::connect(fd, (&raw const none).cast(), len);
-                libc::connect(fd, (&raw const raw).cast(), len);
-            } else {
-                libc::send(fd, b"?".as_ptr().cast(), 1, 0);
-            }
-        }
-    };
-    // SAFETY: the child makes system calls only.
-    unsafe { fork_into(&cgroup, child) }.expect("fork into the cgroup")
-}
-
 /// The first cgroup of a target at its level comes with rules of its own: a packet that has met those
 /// of before is not taken for one of a cgroup that has been looked at. Levels in vain make packets
 /// slow, so that many meet both. By the cgroup's birth alone, with a reload, and with a repair.
@@ -803,6 +742,47 @@ fn the_first_of_its_kind() {
     }
     assert_eq!(leaked, [], "{} of {}", leaked.len(), floods.len());
     daemon.stop_clean();
+}
+
+/// The same for a packet that waits in a chain while others are at work: in chains that stay, the kernel
+/// has it go on by the rules of the transaction after next. The rules that it comes back to are those of
+/// before, without the first gate.
+#[test]
+fn a_packet_that_waits_in_a_chain() {
+    let (ground, mut world) = scene!("hold-waits");
+    let mut above = String::new();
+    for _ in 0..60 {
+        above += "/x";
+        ground.cgroup(&format!("{above}/held"));
+    }
+    let config = "[global]\nhold = (/x)*/held\n[rules]\ndrop = .*/held/d[0-9]+\n";
+    let mut others = Kernel::open().expect("open netlink");
+
+    let births = sized(12, 100);
+    let mut leaked = Vec::new();
+    for birth in 0..births {
+        let Some(mut stall) = Stall::new() else { return };
+        let ip = if birth % 2 == 0 { REMOTE4 } else { REMOTE6 };
+        let proto = if birth / 2 % 2 == 0 { Proto::Udp } else { Proto::Tcp };
+        let path = ground.at(&format!("{above}/held/d{birth}"));
+        let daemon = Daemon::start(&ground, config, &[]);
+        world.wire.packets();
+        daemon.signal(Signal::SIGSTOP);
+        fs::create_dir(&path).expect("make a cgroup");
+        let flood = Flood::start_with(Some(&mut stall), &path, proto, None, addr(ip, DROPPED));
+        stall.meanwhile(&flood, &daemon, || {
+            let end = Instant::now() + Duration::from_millis(50);
+            while Instant::now() < end {
+                others.probe_cgroups().expect("a transaction");
+            }
+        });
+        await_member_of_known(&path);
+        drop(flood);
+        leaked.extend(world.wire.to_remote().into_iter().filter(|packet| packet.dst.port() != 0));
+        daemon.stop_clean();
+        remove_tree(&path);
+    }
+    assert_eq!(leaked, [], "{} of {births}", leaked.len());
 }
 
 /// Where only `drop` is configured, nothing stands between the rules for what is held and the others:

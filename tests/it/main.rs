@@ -45,6 +45,7 @@ macro_rules! scene {
 
 mod client;
 mod daemon;
+mod flood;
 mod ground;
 mod kernel;
 mod world;
