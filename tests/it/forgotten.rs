@@ -19,9 +19,10 @@ use crate::containers::{live, routed};
 use crate::daemon::{by_default, run_with, Daemon, POLICY, UNOWNED};
 use crate::gateway::{bridge_netfilter, Lan};
 use crate::ground::{
-    addr, any_of, ip, remove_tree, sysctl, Ground, Netns, HOST4, HOST6, REMOTE4, REMOTE6, REMOTES,
+    addr, any_of, ip, ip_lines, remove_tree, sysctl, Ground, Netns, HOST4, HOST6, REMOTE4, REMOTE6,
+    REMOTES,
 };
-use crate::kernel::{await_connection, counters, fill_flows, forget_flows, load, table};
+use crate::kernel::{await_connection, counters, fill_flows, forget_flows, load, output, table};
 use crate::moving::{hear_again, hear_nothing};
 use crate::routes::{passes, tunnel_up, GATEWAYS};
 use crate::wait_until;
@@ -661,6 +662,50 @@ fn a_foreign_source_is_not_told() {
             left.retain(|p| [from, REMOTE6].contains(&p.dst.ip()));
             assert_eq!(left, [], "{target:?} {kind} to {port}");
         }
+        assert!(daemon.stop().success());
+    }
+}
+
+/// An IPv6 connection whose process has ended, whose address is gone, and which conntrack has forgotten:
+/// what the kernel repeats of it goes nowhere, where a line for its owner had it proxied or left alone.
+#[test]
+fn a_connection_without_process_and_address() {
+    let (ground, mut world) = scene!("forgotaddr");
+    let [direct, other] = ["/direct", "/other"].map(|path| ground.cgroup(path));
+    let _listeners = listeners(&direct);
+    let (from, remote) = (ip("2001:db8:1::99"), addr(REMOTE6, PORT));
+    ground.outside(|| ip_lines("neigh add 2001:db8:1::99 lladdr 02:00:00:00:00:01 dev out0\n"));
+    let silent = "table inet silent { chain in { type filter hook prerouting priority -400; \
+                  tcp dport 80 drop; }; }";
+    let seen = "table inet seen { chain sent { type filter hook output priority -400; \
+                tcp dport 80 counter; }; }";
+    for rules in ["mihomo = user:0\n", "direct = user:0\ndrop = user:1\n"] {
+        println!("{rules}");
+        let config = format!("[tproxy mihomo]\nport = 7893\n[rules]\ndirect = /direct\n{rules}");
+        let daemon = Daemon::start(&ground, &config, &[]);
+        ip_lines("addr add 2001:db8:1::99/64 dev in0 nodad\n");
+        let fd = socket_in(&other, libc::SOCK_STREAM, from);
+        bind_at(&fd, addr(from, 0));
+        connect(&fd, remote).expect("connect");
+        // nothing that it says is heard any more
+        load(silent);
+        ground.outside(|| load(silent));
+        nix::unistd::write(&fd, b"a word").expect("say it");
+        drop(fd);
+
+        ip_lines("addr del 2001:db8:1::99/64 dev in0\n");
+        forget_flows();
+        world.wire.packets();
+        load(seen);
+
+        let repeated = || {
+            let sent = output("nft", &["list", "table", "inet", "seen"]);
+            !["packets 0 ", "packets 1 "].iter().any(|few| sent.contains(few))
+        };
+        assert!(wait_until(PATIENCE, repeated), "it repeats nothing");
+        assert_eq!(world.wire.to_remote(), []);
+        load("delete table inet seen\ndelete table inet silent");
+        ground.outside(|| load("delete table inet silent"));
         assert!(daemon.stop().success());
     }
 }

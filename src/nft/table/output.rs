@@ -323,13 +323,15 @@ fn ownerless_chain(config: &Config) -> Chain {
     if config.routes_to_tproxy() {
         rules.push(spoofed_rule(config));
     }
-    rules.push(vec![Stmt::ForeignSource, Stmt::accept()]);
-    rules.push(vec![Stmt::Invalid, Stmt::drop()]);
     if parts_owners(config, config.default_outcome()) {
-        // no cgroup that is here is in that set
+        // the address of one may be gone as well, which over IPv6 sends on; no cgroup that is here is in
+        // that set
         let below_root = Stmt::OtherCgroup { level: 1, set: set_name(config, Target::Drop.into()) };
+        rules.push(vec![Stmt::ForeignSource, Stmt::Transparent, Stmt::accept()]);
         rules.push(vec![below_root, Stmt::GoesOn, Stmt::drop()]);
     }
+    rules.push(vec![Stmt::ForeignSource, Stmt::accept()]);
+    rules.push(vec![Stmt::Invalid, Stmt::drop()]);
     rules.push(vec![Stmt::Bound, go.clone()]);
     rules.push(vec![Stmt::GoesOn, Stmt::drop()]);
     rules.extend((config.default != Target::Direct).then(|| vec![go]));
