@@ -296,9 +296,9 @@ pub(super) fn flow_chains(config: &Config) -> Vec<Chain> {
 }
 
 /// Whether the default would keep from a client that its flow is over: the kernel resets it for a proxy,
-/// and Linux 6.12 knows no owner of that, and no cgroup.
+/// and Linux 6.12 knows no owner of that, and no cgroup. `ownerless_chain` tells it, too.
 fn tells_clients(config: &Config) -> bool {
-    config.routes_to_tproxy() && config.default != Target::Direct
+    config.routes_to_tproxy() && !drops_ownerless(config)
 }
 
 /// Resets that no process sends, for a remote host: nobody else sends what has its address.
