@@ -16,6 +16,7 @@ use crate::client::{descriptor_of, family_of, fork_into, PATIENCE};
 use crate::containers::{await_entrances, live};
 use crate::daemon::{run, Daemon};
 use crate::faults::is_to_netfilter;
+use crate::gateway::Lan;
 use crate::ground::{addr, any_of, sysctl, Ground, REMOTES};
 use crate::kernel::{
     add_flows, forget_flows, has_chain, load, output, residue, table, table_plain,
@@ -23,7 +24,7 @@ use crate::kernel::{
 use crate::redirect::hoard;
 use crate::tools::query;
 use crate::ways::{change, policy, sections, Scene, Talk, PORT, RELOAD};
-use crate::world::{bind, raw_addr, Packet, Wire};
+use crate::world::{bind, raw_addr, Packet, Wire, World};
 use crate::{sized, wait_until};
 
 /// So many flows beside those that are looked at move long enough for something to be done meanwhile.
@@ -253,6 +254,37 @@ fn a_table_that_was_left_stays() {
             daemon.stop_clean();
         }
     }
+}
+
+/// Where the mask has no value left meanwhile for what some containers send, others are not taken for
+/// these.
+#[test]
+fn clients_beside_containers() {
+    let (ground, mut world) = scene!("moving-narrow");
+    let lan = Lan::new(&ground);
+    let _process = live(lan.client(0), &ground.cgroup("/app"));
+    let policy = |ports: &[u16]| {
+        let section = |port: &u16| format!("[tproxy p{port}]\nport = {port}\n");
+        let all: String = ports.iter().map(section).collect();
+        format!(
+            "[global]\nfwmark-mask = 0x0f000000\n{all}[gateway lan]\ninterface = br-lan\n\
+             source = 198.51.100.11\nsource = 2001:db8:3::11\ntarget = drop\n\
+             [rules]\np7893 = /app\n"
+        )
+    };
+    let changes = [[7893, 7894, 7895, 7896, 7897, 7898], [7898, 7897, 7896, 7895, 7894, 7893]];
+    let changes = changes.each_ref().map(|ports| policy(ports));
+    let daemon = Daemon::start(&ground, &changes[0], &[]);
+    await_entrances(&daemon, &["lan0 0x01000000"]);
+    add_flows(false, 0x0100_0000, MANY);
+    world.wire.packets();
+
+    amid(&daemon, changes.each_ref().map(String::as_str), || lan.dropped(1));
+
+    assert_eq!(world.wire.to_remote(), []);
+    await_end(&daemon);
+    lan.dropped(1);
+    daemon.stop_clean();
 }
 
 /// What commands say meanwhile is true of the kernel, and nothing is amiss; what they say of the

@@ -91,9 +91,11 @@ pub fn priority_of_gateways(has_containers: bool) -> i32 {
 /// One rule for each interface, and for each family where there are sources.
 fn gateway_rules(config: &Config, gateway: &Gateway) -> Vec<Rule> {
     if gateway.containers {
-        let value = config.container_mark(gateway.target).unwrap_or_default();
-        let goto = Stmt::goto(gateway_name(gateway));
-        return vec![vec![Stmt::PacketMark(mark(config, value)), goto]];
+        // while flows move there may be none left, and without a mark is what everybody sends
+        let known = config.container_mark(gateway.target).map(|value| {
+            vec![Stmt::PacketMark(mark(config, value)), Stmt::goto(gateway_name(gateway))]
+        });
+        return known.into_iter().collect();
     }
     let families = Family::BOTH.into_iter().filter(|family| gateway.sources.has(*family));
     let mut families: Vec<Option<Family>> = families.map(Some).collect();
