@@ -3,10 +3,12 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{BufRead, BufReader, Write};
+use std::net::{IpAddr, UdpSocket};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -15,7 +17,7 @@ use crate::client::{Client, Proto, Running, PATIENCE, SILENCE};
 use crate::daemon::{run_with, write_private, Daemon};
 use crate::gateway::{self, Lan, LAN4, LAN6};
 use crate::ground::{
-    addr, await_link, ip, ip_lines, sysctl, Ground, Netns, HOSTS, REMOTE4, REMOTE6, REMOTES,
+    addr, any_of, await_link, ip, ip_lines, sysctl, Ground, Netns, HOSTS, REMOTE4, REMOTE6, REMOTES,
 };
 use crate::kernel::{load, table, table_plain};
 use crate::tools::as_nobody;
@@ -163,6 +165,39 @@ fn another_policy() {
         assert_eq!(entrances(), found, "{config}");
         asked.into_iter().enumerate().for_each(|(i, want)| lan.expect(i, want));
     }
+    daemon.stop_clean();
+}
+
+/// A container that is dropped sends without end while sections change places, and with them the marks
+/// that what it sends has from where it comes in.
+#[test]
+fn marks_that_change() {
+    let (ground, mut world) = scene!("boxes-marks");
+    let lan = Lan::new(&ground);
+    let _process = live(lan.client(0), &ground.cgroup("/boxes/drop1"));
+    let [one, two] = ["[tproxy mihomo]\nport = 7893\n", "[tproxy other]\nport = 7894\n"];
+    let changes = [[one, two], [two, one]];
+    let changes = changes.map(|all| all.concat() + "[rules]\ndrop = /boxes/drop.*\n");
+    let daemon = Daemon::start(&ground, &changes[0], &[]);
+    await_entrances(&daemon, &["lan0 0xfd000000"]);
+    let bind = |to: IpAddr| UdpSocket::bind(addr(any_of(to), 0)).expect("bind");
+    let sockets = lan.client(0).run(|| REMOTES.map(|to| (bind(to), addr(to, 80))));
+    world.wire.packets();
+    let done = AtomicBool::new(false);
+
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                // where it is dropped nobody says so
+                sockets.iter().for_each(|(socket, to)| drop(socket.send_to(b"x", to)));
+            }
+        });
+        let turns = changes.iter().rev().cycle();
+        turns.take(sized(40, 400)).for_each(|change| drop(daemon.reconfigure(change)));
+        done.store(true, Ordering::Relaxed);
+    });
+
+    assert_eq!(world.wire.to_remote(), []);
     daemon.stop_clean();
 }
 

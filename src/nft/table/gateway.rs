@@ -283,7 +283,10 @@ pub fn veth_name(index: u32) -> String {
 /// where that is not needed, or no mark is left to say so.
 pub fn veth_rule(config: &Config, target: Target) -> Option<Rule> {
     match (config.container_mark(target), target) {
-        (Some(value), _) => Some(vec![Stmt::SetPacketMark(mark(config, value))]),
+        // the chain of before stands behind it for a moment more, with another mark
+        (Some(value), _) => {
+            Some(vec![Stmt::PacketMark(mark(config, 0)), Stmt::SetPacketMark(mark(config, value))])
+        }
         (None, Target::Drop) => Some(vec![Stmt::drop()]),
         (None, _) => None,
     }
