@@ -104,6 +104,11 @@ struct Serving {
     stopping: Arc<AtomicBool>,
 }
 
+/// Connections that are taken before datagrams have their turn, whose queue holds fewer than the other:
+/// on a slow machine a flood of either would leave nothing for the other.
+const A_TURN: usize = 16;
+const QUEUED: usize = 256;
+
 impl Serving {
     fn serve(&self, tcp: &[TcpListener], mut udp: Vec<UdpSocket>, quit: &OwnedFd) {
         let mut streams = Vec::new();
@@ -118,14 +123,17 @@ impl Serving {
                 break;
             }
             for (listener, _) in tcp.iter().zip(&ready[1..]).filter(|x| *x.1) {
-                while let Ok((conn, client)) = listener.accept() {
+                for (conn, client) in (0..A_TURN).map_while(|_| listener.accept().ok()) {
                     streams.extend(self.answer_tcp(conn, client));
                 }
             }
-            let readable = udp.iter().zip(&ready[1 + tcp.len()..]).filter(|x| *x.1);
-            let new: Vec<_> =
-                readable.filter_map(|(socket, _)| self.answer_udp(socket, &udp)).collect();
-            udp.extend(new);
+            for (i, _) in ready[1 + tcp.len()..].iter().enumerate().filter(|x| *x.1) {
+                let asked: Vec<_> = (0..QUEUED).map_while(|_| recv_datagram(&udp[i])).collect();
+                for (client, dialled) in asked {
+                    let new = self.answer_udp(client, dialled, &udp);
+                    udp.extend(new);
+                }
+            }
         }
         for listener in tcp {
             // A forked client may still hold a copy of the descriptor for an instant.
@@ -163,8 +171,12 @@ impl Serving {
     /// Answers a datagram from the address that it was sent to, by that one of `sockets` which is
     /// bound to it, or by a new one. A new one is returned, to be kept and served: outside, it gets
     /// the next datagrams to its address.
-    fn answer_udp(&self, socket: &UdpSocket, sockets: &[UdpSocket]) -> Option<UdpSocket> {
-        let (client, dialled) = recv_datagram(socket)?;
+    fn answer_udp(
+        &self,
+        client: SocketAddr,
+        dialled: SocketAddr,
+        sockets: &[UdpSocket],
+    ) -> Option<UdpSocket> {
         let line = self.line(dialled, client);
         let bound = |s: &&UdpSocket| s.local_addr().is_ok_and(|local| local == dialled);
         if let Some(bound) = sockets.iter().find(bound) {
