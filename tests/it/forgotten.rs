@@ -938,10 +938,10 @@ enum Ending {
 const ENDED: [Ending; 2] = [Ending::Reset, Ending::Unanswered];
 
 /// Who takes connections for the remote hosts of either family: they themselves, and the proxy.
-struct Takers([[(&'static str, TcpListener); 2]; 2]);
+pub struct Takers([[(&'static str, TcpListener); 2]; 2]);
 
 impl Takers {
-    fn new(ground: &Ground, direct: &Path) -> Takers {
+    pub fn new(ground: &Ground, direct: &Path) -> Takers {
         let listen = |at| {
             let fd = bind(at, libc::SOCK_STREAM | libc::SOCK_NONBLOCK);
             // SAFETY: an open socket.
@@ -991,7 +991,7 @@ impl Takers {
 }
 
 /// A port of the remote hosts, where nobody else is asked.
-const ASKED: u16 = 8080;
+pub const ASKED: u16 = 8080;
 
 /// The same for connections, however the one before has ended.
 #[test]

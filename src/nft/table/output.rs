@@ -57,11 +57,11 @@ fn output_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
         true => rules.push(vec![Stmt::OifLo, Stmt::jump("lo")]),
     }
     if !config.holds.is_empty() {
-        // a SYN begins a flow; a datagram from a port that somebody else's has come from goes on with
-        // that one, as far as conntrack knows
+        // what comes from a port that was somebody else's goes on with his flow, as far as conntrack
+        // knows: a datagram, and a SYN where nobody was told that his connection is over
         let hold = Stmt::goto(HOLD);
-        rules.push(vec![Stmt::NotL4proto(L4::Tcp), hold.clone()]);
-        rules.push(vec![Stmt::Fresh, hold]);
+        let first = [Stmt::NotL4proto(L4::Tcp), Stmt::Fresh, Stmt::Begins];
+        rules.extend(first.map(|first| vec![first, hold.clone()]));
     }
     rules.extend(deciding_rules(config, shape));
     rules
