@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::poll::{poll, PollFd, PollFlags, PollTimeout};
 
 use crate::backoff::{Backoff, Looks, Reminder};
-use crate::cgroup::core::{Core, Delta};
+use crate::cgroup::core::Core;
 use crate::cgroup::dying::Dying;
 use crate::cgroup::follow::{Cgroups, Levels, TURN_TIME};
 use crate::cgroup::mount;
@@ -316,8 +316,11 @@ impl Daemon<'_> {
         log!(Notice, "started: {}", self.summary());
         if self.kernel.can_keep_dying() {
             self.cgroups.core.keep_dying([]);
-            // some may be matched by their hashes from now on
+            // some may be matched by their hashes from now on: nft cannot show their paths
             self.commit();
+            if self.cgroups.passing.is_some() {
+                self.let_packets_pass();
+            }
         }
         Ok(())
     }
@@ -687,6 +690,9 @@ impl Daemon<'_> {
             self.warn_of_others(false);
         }
         self.cgroups.tidy(now);
+        if self.cgroups.passing.is_some_and(|at| at <= now) {
+            self.let_packets_pass();
+        }
         if self.cgroups.look_at_dying(now) {
             self.kept = Some(SmallSet::default());
             self.kernel.list_sockets(Asker::Dying, &[IPPROTO_TCP, IPPROTO_UDP], u32::MAX, &[]);
@@ -787,23 +793,20 @@ impl Daemon<'_> {
         if self.table_is_out() {
             return;
         }
-        let mut delta = self.cgroups.core.take_delta();
-        let last = delta.take_last();
-        let done = self.change(&delta);
-        if let Some(last) = last.filter(|_| done) {
-            self.kernel.await_packets();
-            self.change(&last);
+        let delta = self.cgroups.take_delta();
+        if !delta.is_empty() {
+            let change = plan::change(self.cgroups.core.config(), &delta, self.kernel.batch());
+            self.commit_or_repair(change);
         }
         self.cgroups.core.reuse(delta);
     }
 
-    /// See [`Daemon::commit_or_repair`].
-    fn change(&mut self, delta: &Delta) -> bool {
-        if delta.is_empty() {
-            return true;
-        }
-        let change = plan::change(self.cgroups.core.config(), delta, self.kernel.batch());
-        self.commit_or_repair(change)
+    /// Deletes what was kept for packets that were on their way.
+    fn let_packets_pass(&mut self) {
+        self.cgroups.passing = None;
+        self.kernel.await_packets();
+        self.cgroups.core.packets_have_passed();
+        self.commit();
     }
 
     /// For a table that is not known to be out, which is replaced at once where that proves wrong.

@@ -729,7 +729,6 @@ fn changes() {
             held: Change { delete: all.held.clone(), add: all.held.clone() },
             all_held: None,
             shape: Some(Box::new([Shape::default(), all.shape.clone()])),
-            waits: false,
         };
         let held = (!config.holds.is_empty()).then(|| delta.held.add.clone());
         let renewed = Delta { all_held: held, shape: delta.shape.clone(), ..Delta::default() };

@@ -33,8 +33,6 @@ pub struct Delta {
     pub all_held: Option<Vec<HoldElement>>,
     /// What the rules were made for, and what they are needed for now, where that is not the same.
     pub shape: Option<Box<[Shape; 2]>>,
-    /// Something goes, and packets may be on their way that have met rules of before.
-    pub waits: bool,
 }
 
 impl Delta {
@@ -43,22 +41,11 @@ impl Delta {
         no_cgroups && self.gates.is_empty() && self.held.is_empty() && self.shape.is_none()
     }
 
-    /// Takes out what is to go only once the rest is in force, and no packet on its way any more that
-    /// came before it was. Rules that come with something are not those of such a packet: it finds it
-    /// where it was.
-    pub fn take_last(&mut self) -> Option<Delta> {
-        std::mem::take(&mut self.waits).then(|| Delta {
-            cgroups: self.cgroups.take_deletions(),
-            gates: self.gates.take_deletions(),
-            ..Delta::default()
-        })
-    }
-
     /// Empties it, and keeps the memory of what most of them have.
     fn clear(&mut self) {
         self.cgroups.clear();
         self.gates.clear();
-        (self.dying, self.held, self.all_held, self.shape, self.waits) = Default::default();
+        (self.dying, self.held, self.all_held, self.shape) = Default::default();
     }
 }
 
@@ -97,7 +84,7 @@ pub struct Core {
     /// What the kernel has rules for.
     committed: Shape,
     /// Whether rules have come since the sets of what is held were made, and since packets that were
-    /// on their way have last been waited for.
+    /// on their way were last waited for.
     rules_since_held: bool,
     rules_since_wait: bool,
     /// The pairs may be others.
@@ -437,9 +424,26 @@ impl Core {
             }
             delta.shape = Some(Box::new([before, shape]));
         }
-        let goes = !delta.cgroups.delete.is_empty() || !delta.gates.delete.is_empty();
-        delta.waits = goes && std::mem::take(&mut self.rules_since_wait);
         delta
+    }
+
+    /// Takes what is to go out of a difference where packets may be on their way that have met rules of
+    /// before: those that have come meanwhile are not such a packet's, so that it is to find everything
+    /// where it was. True where something is kept until [`Core::packets_have_passed`].
+    pub fn keep_deletions(&mut self, delta: &mut Delta) -> bool {
+        if !self.rules_since_wait {
+            return false;
+        }
+        let (cgroups, gates) = (&mut delta.cgroups.delete, &mut delta.gates.delete);
+        let keeps = !cgroups.is_empty() || !gates.is_empty();
+        cgroups.drain(..).for_each(|own| self.pending.note(own, false));
+        gates.drain(..).for_each(|own| self.gates.elements.changes.note(own, false));
+        keeps
+    }
+
+    /// No packet is on its way any more that has met other rules than those of now.
+    pub fn packets_have_passed(&mut self) {
+        self.rules_since_wait = false;
     }
 
     /// Takes back the memory of a difference that is done with.

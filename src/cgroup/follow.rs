@@ -18,7 +18,7 @@ use nix::errno::Errno;
 
 use super::backlog::Backlog;
 use super::blind;
-use super::core::Core;
+use super::core::{Core, Delta};
 use super::dying::Dying;
 use super::event::{Action, Event, Look, Note, Seen};
 use super::mount::{self, Root};
@@ -48,6 +48,10 @@ const MOST: usize = 16_384;
 /// between two; mostly the kernel is done with it within some 20 ms.
 const DYING: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(150));
 
+/// How long what is to go waits for more: the loop stands still for some 10 ms then, while packets
+/// pass, so that nobody may have that done again and again.
+const PASSING: Duration = Duration::from_millis(50);
+
 /// How often rules are let go that nothing needed all that time.
 const TIDY: Duration = Duration::from_secs(60);
 
@@ -76,6 +80,8 @@ pub struct Cgroups {
     crowded: bool,
     /// When to let go of rules that nothing needs any more.
     tidy: Option<Instant>,
+    /// When to wait for packets that are on their way, and to delete what they were to find till then.
+    pub passing: Option<Instant>,
     /// Memory for what the core asks.
     actions: Vec<Action>,
     /// A cgroup has come that a tproxy or a route has.
@@ -136,6 +142,7 @@ impl Cgroups {
             sockets_seen: Instant::now(),
             crowded: false,
             tidy: None,
+            passing: None,
             actions: Vec::new(),
             proxied: false,
             ruled: Vec::new(),
@@ -154,7 +161,7 @@ impl Cgroups {
 
     /// When something is to be done without an event.
     pub fn due(&self) -> Option<Instant> {
-        [self.look_again, self.dying, self.tidy].into_iter().flatten().min()
+        [self.look_again, self.dying, self.tidy, self.passing].into_iter().flatten().min()
     }
 
     /// Whether events wait that have been read.
@@ -309,6 +316,15 @@ impl Cgroups {
             self.step(Seen::Gone { path: Path::default() });
         }
         news
+    }
+
+    /// The net difference since the last commit, but for what is to go later.
+    pub fn take_delta(&mut self) -> Box<Delta> {
+        let mut delta = self.core.take_delta();
+        if self.core.keep_deletions(&mut delta) {
+            self.passing.get_or_insert_with(|| Instant::now() + PASSING);
+        }
+        delta
     }
 
     /// Lets go of rules that nothing needs any more, where that is due.

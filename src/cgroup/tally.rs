@@ -25,11 +25,6 @@ impl<K> Change<K> {
         self.delete.is_empty() && self.add.is_empty()
     }
 
-    /// Takes out what is to go.
-    pub fn take_deletions(&mut self) -> Change<K> {
-        Change { delete: std::mem::take(&mut self.delete), add: Vec::new() }
-    }
-
     /// Empties it, and keeps the memory, unless that was much.
     pub fn clear(&mut self) {
         for list in [&mut self.delete, &mut self.add] {
