@@ -33,6 +33,7 @@ use crate::log;
 use crate::log::Level;
 use crate::loops;
 use crate::memory;
+use crate::net::Mark;
 use crate::netlink::diag::SeenSocket;
 use crate::netlink::uapi::{IPPROTO_TCP, IPPROTO_UDP};
 use crate::nft::lock::Lock;
@@ -338,6 +339,7 @@ impl Daemon<'_> {
         if before.is_none() {
             let suspects = Suspects::find(&self.cgroups.core, None, |_| true);
             doubts::tell_inbound(&mut self.kernel, &suspects);
+            self.tell_spoofed();
         }
         let mut open = match before.is_some() {
             true => self.kernel.recall_localnet(),
@@ -415,6 +417,13 @@ impl Daemon<'_> {
         let strange = view.taken_marks().into_iter().filter(|mark| mark.mask != mask);
         self.make_way(&Known::of_view(view, mask), strange.collect());
         Some(before)
+    }
+
+    /// What proxies have said while there was no table, to applications whose flows conntrack had
+    /// forgotten with that, makes what these say no answers.
+    fn tell_spoofed(&mut self) {
+        let config = self.cgroups.core.config();
+        self.kernel.tell_spoofed(Mark { value: config.spoofed_mark(), mask: config.mask });
     }
 
     /// Looks for stale sockets in all cgroups, whose targets take what they took before.
@@ -829,6 +838,7 @@ impl Daemon<'_> {
                 self.loops.want(Instant::now());
                 log!(limited::Notice, "the table is in force again");
                 if std::mem::take(&mut self.exposed) {
+                    self.tell_spoofed();
                     self.begin_redirecting();
                     self.suspect_all(None, SLICE);
                 }

@@ -15,8 +15,7 @@ use std::rc::Rc;
 
 use crate::cgroup::core::Core;
 use crate::config::{Config, Outcome, Take, Target};
-use crate::net::{holds, Family, Mark, Owner, Range, L4};
-use crate::netlink::conntrack::Flow;
+use crate::net::{holds, Family, Owner, Range, L4};
 use crate::netlink::diag::{SeenSocket, Witness, FEW_CGROUPS, TCP_STATES, UDP_STATES};
 use crate::netlink::uapi::*;
 use crate::nft::table;
@@ -400,15 +399,6 @@ impl Judge {
         }
     }
 
-    /// The mark that the flow is to be known by, where conntrack forgot it while there was no table and the
-    /// proxy spoke first since: what the application sends would pass for answers.
-    pub fn spoofed(&self, witness: Witness) -> Option<Mark> {
-        let config = &self.fates.config;
-        let unknown = |flow: Flow| !flow.outbound && flow.mark & config.mask == 0;
-        let is = witness.proxied && !witness.local && witness.flow.is_some_and(unknown);
-        is.then(|| Mark { value: config.spoofed_mark(), mask: config.mask })
-    }
-
     /// Whether the flow goes a way that it can stay on: with its proxy, whichever the target is, or by
     /// the very route; by any where no rule decides.
     fn is_on(&self, target: Target, witness: Witness) -> bool {
@@ -505,9 +495,6 @@ mod tests {
                 Witness { flow: Some(flow), ..proxied }
             };
             assert_eq!(ends(&judge, &own, &[], spoken(0)), now == Target::Drop);
-            assert_eq!(judge.spoofed(spoken(0)).map(|own| own.value), Some(0xfe00_0000));
-            assert_eq!(judge.spoofed(spoken(0xfe00_0000)), None);
-            assert_eq!(judge.spoofed(proxied), None);
             let marked = with(Flow { mark: 0x0200_0000, ..KNOWN });
             assert_eq!(ends(&judge, &own, &[], marked), now == Target::Drop);
             for spared in ["198.51.100.1:80", "127.0.0.1:80", "224.0.0.1:80", "169.254.1.1:80"] {

@@ -102,9 +102,6 @@ impl Doubts {
                 _ => &self.udp,
             };
             let witness = kernel.witness(&socket);
-            if let Some(own) = self.judge.spoofed(witness) {
-                kernel.tell_spoofed(&socket, own);
-            }
             if self.judge.ends(&socket, ports, witness) {
                 match kernel.end_socket(&socket) {
                     Ok(()) => self.ended += 1,

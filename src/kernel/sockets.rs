@@ -60,12 +60,31 @@ impl Kernel {
         }
     }
 
-    /// Has the TCP flow of a socket known as one that a proxy began.
-    pub fn tell_spoofed(&mut self, socket: &SeenSocket, own: Mark) {
-        let ends = [socket.local, socket.remote];
-        let told = self.nft.tell(&|batch| conntrack::mark_of(batch, ends, own.value, own.mask));
-        if let Err(errno) = told {
-            log!(Debug, "unable to mark the flow to {}: {}", socket.remote, reason(errno));
+    /// Has the flows known by this mark that proxies here began as somebody else, whom they have a socket
+    /// for, and that are not known by any.
+    pub fn tell_spoofed(&mut self, own: Mark) {
+        let speaks = |socket: SeenSocket| {
+            let is = socket.transparent != Some(false) && !socket.local.ip().is_unspecified();
+            is.then_some((socket.protocol, socket.local))
+        };
+        let mut speakers = SmallSet::default();
+        for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
+            speakers.extend(self.sockets(protocol, u32::MAX, &[], speaks));
+        }
+        if speakers.is_empty() {
+            return;
+        }
+        let unmarked = |batch: &mut Batch| conntrack::get_marked(batch, 0, own.mask);
+        let spoken = |entry: &Tracked| {
+            entry.mark & own.mask == 0 && speakers.contains(&(entry.protocol, entry.from))
+        };
+        let all =
+            self.nft.dump(&unmarked, |message| conntrack::parse_entry(message).filter(spoken));
+        for entry in all.ok().and_then(nix::Result::ok).unwrap_or_default() {
+            if !self.way(entry.from.ip(), 0).here {
+                // it may have ended by itself
+                let _ = self.mark_entry(&entry, own);
+            }
         }
     }
 

@@ -161,14 +161,6 @@ pub fn mark(batch: &mut Batch, entry: &Tracked, value: u32, mask: u32) {
     batch.end(open);
 }
 
-/// The same of the TCP flow of a connected socket.
-pub fn mark_of(batch: &mut Batch, [local, remote]: [SocketAddr; 2], value: u32, mask: u32) {
-    let open = begin(batch, IPCTNL_MSG_CT_NEW, NLM_F_ACK, family(local));
-    tuple(batch, CTA_TUPLE_ORIG, IPPROTO_TCP, local, remote);
-    put_mark(batch, value, mask);
-    batch.end(open);
-}
-
 fn put_mark(batch: &mut Batch, value: u32, mask: u32) {
     batch.u32_be(CTA_MARK, value);
     batch.u32_be(CTA_MARK_MASK, mask);

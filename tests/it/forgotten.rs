@@ -417,6 +417,94 @@ fn a_proxy_speaks_while_the_table_is_away() {
     }
 }
 
+/// The same of an application that is gone but for what the kernel says for it: nobody tells whose that
+/// was, where its owner decides, so that it goes where its flow went.
+#[test]
+fn a_proxy_speaks_to_one_that_is_gone() {
+    let (ground, mut world) = scene!("forgotgone");
+    let [app, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
+    let listeners = listeners(&direct);
+    load(
+        "table inet others { chain keep { type filter hook input priority 0; ct state invalid counter; }; }",
+    );
+    ground.outside(|| {
+        load("table inet silent { chain in { type filter hook prerouting priority 0; tcp dport 80 drop; }; }");
+    });
+    let by_owner = POLICY.replacen("[rules]\n", "[rules]\ndrop = user:4000\n", 1);
+    let dropping = by_owner.replacen("mihomo = /proxied", "drop = /proxied", 1);
+    assert!(dropping != by_owner && by_owner != POLICY);
+    for (before, after) in
+        [(POLICY, POLICY), (POLICY, &*by_owner), (&*by_owner, &*by_owner), (POLICY, &*dropping)]
+    {
+        for (place, listener) in places().iter().zip(&listeners) {
+            println!("{}, from {before} to {after}", place.remote);
+            let daemon = Daemon::start(&ground, before, &[]);
+            let mut own = tcp_in(&app, place.remote);
+            let (mut end, _) = listener.accept().expect("accept");
+            says(&mut own, &mut end);
+            assert!(daemon.stop().success());
+            says(&mut end, &mut own);
+            own.write_all(b"a last word").expect("say it");
+            let from = own.local_addr().expect("an address");
+            drop(own);
+
+            let daemon = Daemon::start(&ground, after, &[]);
+
+            world.wire.packets();
+            let mut heard = Vec::new();
+            end.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+            again(|| end.read_to_end(&mut heard)).expect("hear it");
+            assert_eq!(heard, b"a last word");
+            drop(end);
+            let mut left = world.wire.to_remote();
+            left.retain(|packet| packet.src == from);
+            assert_eq!(left, [], "{}", daemon.logs());
+            assert!(daemon.stop().success());
+        }
+    }
+}
+
+/// The same of clients in the LAN, whose flows no socket of theirs tells of.
+#[test]
+fn a_proxy_speaks_to_clients_while_the_table_is_away() {
+    let (ground, mut world) = scene!("forgotlan");
+    let lan = Lan::new(&ground);
+    let direct = ground.cgroup("/direct");
+    let listeners = listeners(&direct);
+    load(
+        "table inet others { chain keep { type filter hook input priority 0; ct state invalid counter; }; }",
+    );
+    let policy = format!("{POLICY}{GATEWAY}");
+    let sockets = listeners.iter().zip(proxies(&direct, 7893));
+    for (place, (listener, proxy)) in places().iter().zip(sockets) {
+        println!("{}", place.remote);
+        let daemon = Daemon::start(&ground, &policy, &[]);
+        let connect = || TcpStream::connect(place.remote).expect("connect");
+        let mut tcp = lan.client(0).run(connect);
+        let (mut end, _) = listener.accept().expect("accept");
+        says(&mut tcp, &mut end);
+        let udp = udp_of_client(&lan, place.client);
+        assert_eq!(reaches(&udp, place.remote, &[&proxy], &mut world), "proxy");
+        let speaker = spoof(&direct, place.remote);
+        assert!(daemon.stop().success());
+        says(&mut end, &mut tcp);
+        speak(&speaker, &udp);
+
+        let daemon = Daemon::start(&ground, &policy, &[]);
+
+        world.wire.packets();
+        for _ in 0..2 {
+            says(&mut tcp, &mut end);
+            says(&mut end, &mut tcp);
+            assert_eq!(reaches(&udp, place.remote, &[&proxy, &speaker], &mut world), "proxy");
+            speak(&speaker, &udp);
+        }
+        drop((tcp, end));
+        assert_eq!(world.wire.to_remote(), [], "{}", daemon.logs());
+        assert!(daemon.stop().success());
+    }
+}
+
 /// Who has a socket at the address of a remote host, as anybody may (IP_FREEBIND), is no proxy: the
 /// connection that this host has made to a service is not ended for it.
 #[test]
