@@ -271,6 +271,7 @@ samples! {
     Stmt::NotL4proto(_) => Stmt::NotL4proto(L4::Tcp), Stmt::NotL4proto(L4::Udp);
     Stmt::GoesOn => Stmt::GoesOn;
     Stmt::Begins => Stmt::Begins;
+    Stmt::Asks => Stmt::Asks;
     Stmt::IsReset => Stmt::IsReset;
     Stmt::TcpOrUdp => Stmt::TcpOrUdp;
     Stmt::NotTcpOrUdp => Stmt::NotTcpOrUdp;

@@ -151,6 +151,14 @@ statements! {
         and_field(vec![TCPHDR_SYN]),
         neq(&[0]),
     ];
+    /// TCP that asks for a connection and does not agree to one.
+    Asks = "tcp flags and (syn | ack) == syn" => [
+        meta(NFT_META_L4PROTO),
+        eq(&[IPPROTO_TCP]),
+        payload(NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1),
+        and_field(vec![TCPHDR_SYN | TCPHDR_ACK]),
+        eq(&[TCPHDR_SYN]),
+    ];
     /// A reset of TCP.
     IsReset = "tcp flags rst" => [
         meta(NFT_META_L4PROTO),
@@ -278,6 +286,7 @@ const NO_UID: u32 = u32::MAX;
 /// Of include/net/tcp.h.
 const TCPHDR_SYN: u8 = 0x02;
 const TCPHDR_RST: u8 = 0x04;
+const TCPHDR_ACK: u8 = 0x10;
 
 impl Stmt {
     pub fn accept() -> Stmt {

@@ -505,6 +505,79 @@ fn a_proxy_speaks_to_clients_while_the_table_is_away() {
     }
 }
 
+/// What begins a connection is no answer, though its remote host has tried to begin one between the
+/// same ports: of this host and of a client.
+#[test]
+fn a_remote_host_that_begins_first() {
+    let (ground, mut world) = scene!("forgotfirst");
+    let lan = Lan::new(&ground);
+    let [proxied, dropped, direct, other] =
+        ["/proxied", "/drop", "/direct", "/other"].map(|path| ground.cgroup(path));
+    let listeners = listeners(&direct);
+    let with_clients = format!("{POLICY}{GATEWAY}");
+    for (first, policy, of_clients) in [(20011, POLICY, "remote"), (20021, &*with_clients, "proxy")]
+    {
+        let daemon = Daemon::start(&ground, policy, &[]);
+        for (place, listener) in places().iter().zip(&listeners) {
+            listener.set_nonblocking(true).expect("set O_NONBLOCK");
+            let cases = [
+                (Some(&proxied), place.host, "proxy"),
+                (Some(&dropped), place.host, "nobody"),
+                (Some(&other), place.host, "remote"),
+                (None, place.client, of_clients),
+            ];
+            for (port, (cgroup, from, want)) in (first..).zip(cases) {
+                println!("{want} of {from}, to {}", place.remote);
+                tries_to_connect(place.remote, addr(from, port));
+                world.wire.packets();
+
+                let begin = |cgroup: &Path| {
+                    let fd = socket_in(cgroup, libc::SOCK_STREAM, from);
+                    bind_at(&fd, addr(from, port));
+                    let stream = TcpStream::from(fd);
+                    stream.set_nonblocking(true).expect("set O_NONBLOCK");
+                    let _ = connect(&stream, place.remote);
+                    stream
+                };
+                let own = match cgroup {
+                    Some(cgroup) => begin(cgroup),
+                    None => lan.client(0).run(|| begin(&ground.root)),
+                };
+
+                let mut accepted = None;
+                let comes = || {
+                    accepted = listener.accept().ok();
+                    accepted.is_some()
+                };
+                let reached = match world.wire.to_remote() {
+                    left if !left.is_empty() => "remote",
+                    _ if want != "nobody" && wait_until(PATIENCE, comes) => "proxy",
+                    _ => "nobody",
+                };
+                assert_eq!(reached, want);
+                if let Some((mut end, _)) = accepted {
+                    end.set_nonblocking(false).expect("clear O_NONBLOCK");
+                    own.set_nonblocking(false).expect("clear O_NONBLOCK");
+                    let mut own = own;
+                    says(&mut own, &mut end);
+                    says(&mut end, &mut own);
+                    assert_eq!(world.wire.to_remote(), []);
+                }
+            }
+        }
+        daemon.stop_clean();
+    }
+}
+
+/// Conntrack has seen a SYN that nobody has answered.
+fn tries_to_connect(from: SocketAddr, to: SocketAddr) {
+    let [src, dst] = [from, to].map(|at| at.ip().to_string());
+    let [sport, dport] = [from, to].map(|at| at.port().to_string());
+    let ends = ["-s", &src, "-d", &dst, "--sport", &sport, "--dport", &dport];
+    let state = ["--state", "SYN_SENT", "-t", "100"];
+    output("conntrack", &[&["-I", "-p", "tcp"], &ends[..], &state].concat());
+}
+
 /// Who has a socket at the address of a remote host, as anybody may (IP_FREEBIND), is no proxy: the
 /// connection that this host has made to a service is not ended for it.
 #[test]

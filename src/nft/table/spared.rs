@@ -47,7 +47,8 @@ pub(super) const EXEMPT: &str = "exempt";
 
 /// What is left alone whatever the target and the address.
 fn exempt_rules(config: &Config) -> Vec<Rule> {
-    let mut rules = vec![accept_answers(config)];
+    let mut rules = Vec::from_iter(refuse_answer(config));
+    rules.push(accept_answers(config));
     rules.extend(config.bypass_marks.iter().map(|m| vec![Stmt::PacketMark(*m), leave(config)]));
     rules.extend(config.bypass_dscps.iter().flat_map(|dscp| {
         Family::BOTH.map(|family| vec![Stmt::Dscp(family, *dscp), leave(config)])
