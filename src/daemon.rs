@@ -353,6 +353,10 @@ impl Daemon<'_> {
         if self.kernel.watch_table()? {
             self.replace()?;
         }
+        if before.is_none() {
+            // and what they said until there was one
+            self.tell_spoofed();
+        }
         open.retain(|name| {
             let of = |route: &Route| route.interface == *name && route.sends_from_loopback();
             !config.routes.iter().any(of)
