@@ -251,6 +251,7 @@ samples! {
     Stmt::New => Stmt::New;
     Stmt::Invalid => Stmt::Invalid;
     Stmt::Unheard => Stmt::Unheard;
+    Stmt::Heard => Stmt::Heard;
     Stmt::Unconfirmed => Stmt::Unconfirmed;
     Stmt::Confirmed => Stmt::Confirmed;
     Stmt::Fresh => Stmt::Fresh;

@@ -100,6 +100,8 @@ statements! {
     /// It knows of no flow that this goes on with.
     Unheard = "ct state invalid,new"
         => has(NFT_CT_STATE, NF_CT_STATE_INVALID_BIT | NF_CT_STATE_NEW_BIT);
+    Heard = "ct state and (invalid | new) == 0"
+        => has_none(NFT_CT_STATE, NF_CT_STATE_INVALID_BIT | NF_CT_STATE_NEW_BIT);
     /// Nothing says that it goes on with a flow.
     Fresh = "ct state invalid,new,untracked" => has(
         NFT_CT_STATE,

@@ -360,20 +360,16 @@ fn what_is_left_of_a_closed_socket_goes_its_way() {
         {
             println!("default {default}, {path}, {ip}");
             let cgroup = ground.cgroup(path);
-            let any = |port| match ip.is_ipv4() {
-                true => SocketAddr::from(([0; 4], port)),
-                false => SocketAddr::from(([0u16; 8], port)),
-            };
-            let direct = ground.outside(|| Sink::start(any(7000)));
+            let direct = ground.outside(|| Sink::start(any(ip, 7000)));
             let sent = fill_and_close(&cgroup, 2001, addr(ip, 7000));
             assert_eq!(direct.end().expect("to its end"), sent);
-            let proxied = Sink::start(any(7893));
+            let proxied = Sink::start(any(ip, 7893));
             let sent = fill_and_close(&cgroup, 2002, addr(ip, 7001));
             assert!(sent > 50_000, "{sent}");
             assert_eq!(proxied.end().expect("to its end"), sent);
             // nor does it leave once conntrack has forgotten it: the kernel asks for room in some
             // 0.2 s, and goes on when the proxy has spoken
-            let forgotten = Sink::start(any(7893));
+            let forgotten = Sink::start(any(ip, 7893));
             let sent = fill_and_close(&cgroup, 2002, addr(ip, 7001));
             forget_flows();
             thread::sleep(2 * SILENCE);
@@ -385,6 +381,41 @@ fn what_is_left_of_a_closed_socket_goes_its_way() {
         }
     }
     assert!(daemon.stop().success());
+}
+
+/// The same where all that comes behind lines for owners goes directly, so that what goes directly is
+/// not known by that.
+#[test]
+fn what_is_left_of_a_closed_socket_among_direct_ones() {
+    let (ground, mut world) = scene!("ownerleft");
+    let rules = "[tproxy mihomo]\nport = 7893\n[rules]\nmihomo = user:2002\n\
+                 direct = /direct\ndrop = user:2003\n";
+    let daemon = Daemon::start(&ground, rules, &[]);
+    for (path, ip) in
+        ["/direct", "/other"].into_iter().flat_map(|path| [REMOTE4, REMOTE6].map(|ip| (path, ip)))
+    {
+        println!("{path}, {ip}");
+        let cgroup = ground.cgroup(path);
+        let forgotten = Sink::start(any(ip, 7893));
+        let sent = fill_and_close(&cgroup, 2002, addr(ip, 7001));
+        forget_flows();
+        thread::sleep(2 * SILENCE);
+        assert_eq!(forgotten.end().expect("to its end"), sent);
+        assert_eq!(world.wire.to_remote(), []);
+        let direct = ground.outside(|| Sink::start(any(ip, 7000)));
+        let sent = fill_and_close(&cgroup, 2001, addr(ip, 7000));
+        assert_eq!(direct.end().expect("to its end"), sent);
+        world.wire.packets();
+    }
+    assert!(daemon.stop().success());
+}
+
+/// Any address of the family of `ip`.
+fn any(ip: IpAddr, port: u16) -> SocketAddr {
+    match ip.is_ipv4() {
+        true => SocketAddr::from(([0; 4], port)),
+        false => SocketAddr::from(([0u16; 8], port)),
+    }
 }
 
 /// `explain` of a path names the lines for owners that would come first; of a process it decides with

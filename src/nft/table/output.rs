@@ -268,7 +268,12 @@ fn behind_owners_chain(config: &Config, outcome: Outcome) -> Chain {
             (None, Target::Direct) if config.marks_direct() => config.direct_mark(),
             _ => 0,
         };
-        rules.push(vec![Stmt::CtMark(mark(config, own)), to.clone()]);
+        let mut known = vec![Stmt::CtMark(mark(config, own)), to.clone()];
+        if own == 0 && outcome.target == Target::Direct {
+            // one that has just begun may be another target's that conntrack has forgotten
+            known.insert(1, Stmt::Heard);
+        }
+        rules.push(known);
         rules.push(vec![Stmt::HasOwner, to.clone()]);
         rules.push(vec![Stmt::CtMarked(config.mask), Stmt::jump("sticky")]);
         // nothing tells any more that it was not another target's
