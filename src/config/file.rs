@@ -52,7 +52,7 @@ impl Files {
         if let (true, Some(why)) = (self.trusted_only, why) {
             return Err(why);
         }
-        let meta = file.metadata().map_err(|e| io_reason(&e))?;
+        let meta = file.metadata().map_err(|e| self.why(&e))?;
         if meta.is_dir() {
             return Err("is a directory".into());
         }
@@ -67,7 +67,7 @@ impl Files {
         fits(meta.len())?;
         let mut bytes = Vec::with_capacity(meta.len() as usize);
         // the file may grow while it is read
-        file.take(bound + 1).read_to_end(&mut bytes).map_err(|e| io_reason(&e))?;
+        file.take(bound + 1).read_to_end(&mut bytes).map_err(|e| self.why(&e))?;
         fits(bytes.len() as u64)?;
         String::from_utf8(bytes).map_err(|e| {
             let line = 1 + e.as_bytes()[..e.utf8_error().valid_up_to()]
@@ -109,7 +109,7 @@ impl Source for Files {
         };
         let mut found = Vec::new();
         for entry in entries {
-            let entry = entry.map_err(|e| io_reason(&e))?;
+            let entry = entry.map_err(|e| self.why(&e))?;
             let file = entry.file_name();
             let matches = file.to_str().is_some_and(|f| {
                 // like the shell: hidden files only where the pattern names the dot
