@@ -118,7 +118,6 @@ impl Socket {
             Ok(true) => Ok(refused.map_or(Ok(()), Err)),
             // every answer there will be is in the queue already: a missing one was lost
             Ok(false) => Ok(Err(refused.unwrap_or(Failure::Unknown))),
-            Err(Errno::ENOBUFS) => Ok(Err(Failure::Unknown)),
             Err(errno) => Err(unreadable(errno)),
         }
     }
@@ -129,17 +128,26 @@ impl Socket {
         self.send(batch)?;
         let mut refused = Vec::new();
         let mut take = |reply: Reply| refused.push((reply.seq, Errno::from_raw(reply.errno)));
-        self.answers(last, &mut take).map_err(unreadable)?;
-        Ok(refused)
+        match self.answers(last, &mut take).map_err(unreadable)? {
+            true => Ok(refused),
+            false => Err(unreadable(Errno::ENOBUFS)),
+        }
     }
 
     /// Hands the refusals among the answers that are there to `refused`, up to the answer of message
-    /// `last`; whether that is there.
+    /// `last`; whether that is there, and none was lost. Of a batch without its beginning the kernel
+    /// refuses each of thousands of messages, for which there may be no room.
     fn answers(&mut self, last: u32, refused: &mut dyn FnMut(Reply)) -> nix::Result<bool> {
+        let mut lost = false;
         loop {
             let length = match self.receive() {
                 Ok(length) => length,
                 Err(Errno::EAGAIN) => return Ok(false),
+                // the kernel tells of that before it gives what is in the queue
+                Err(Errno::ENOBUFS) => {
+                    lost = true;
+                    continue;
+                }
                 Err(errno) => return Err(errno),
             };
             for reply in Messages::new(&self.buf[..length]).filter_map(|m| parse::reply(&m)) {
@@ -149,7 +157,7 @@ impl Socket {
                 }
                 if done {
                     self.stale = false;
-                    return Ok(true);
+                    return Ok(!lost);
                 }
             }
         }
@@ -400,5 +408,23 @@ mod tests {
         socket.buf = vec![0; 20];
         assert_eq!(socket.notification(), Err(Errno::ENOBUFS));
         assert_eq!(socket.notification(), Ok(None));
+    }
+
+    #[test]
+    fn the_first_of_more_refusals_than_there_is_room_for() {
+        const NOTHING: u16 = 2000; // beyond RTM_MAX of linux/rtnetlink.h
+        let mut socket = Socket::open(SockProtocol::NetlinkRoute, &[]).expect("open a socket");
+        setsockopt(&socket.fd, sockopt::RcvBuf, &0).expect("set SO_RCVBUF");
+        let mut batch = socket.batch();
+        for _ in 0..200 {
+            let open = batch.begin(NOTHING, NLM_F_REQUEST | NLM_F_ACK);
+            batch.end(open);
+        }
+        let last = batch.last_seq();
+        let refused = socket.transact(&batch, last).expect("a socket");
+        assert!(
+            matches!(refused, Err(Failure::Refused { seq, .. }) if seq == last - 199),
+            "{refused:?}, of {last}"
+        );
     }
 }
