@@ -104,9 +104,9 @@ struct Serving {
     stopping: Arc<AtomicBool>,
 }
 
-/// Connections that are taken before datagrams have their turn, whose queue holds fewer than the other:
-/// on a slow machine a flood of either would leave nothing for the other.
-const A_TURN: usize = 16;
+/// Connections, and datagrams of a socket, that are taken before the others have their turn: on a slow
+/// machine a flood of either would leave nothing for the other.
+const A_TURN: usize = 128;
 const QUEUED: usize = 256;
 
 impl Serving {
