@@ -249,6 +249,17 @@ pub fn connect(fd: &impl AsRawFd, to: SocketAddr) -> std::io::Result<()> {
     Ok(done?)
 }
 
+/// Ends a connection with a reset, at once: closing it does not while a process that another test has
+/// just forked has a copy.
+pub fn disconnect(fd: &impl AsRawFd) {
+    // SAFETY: all of it may be zero; AF_UNSPEC takes the connection back.
+    let rc = unsafe {
+        let none: libc::sockaddr_storage = std::mem::zeroed();
+        libc::connect(fd.as_raw_fd(), (&raw const none).cast(), 16)
+    };
+    assert_eq!(rc, 0, "disconnect: {}", io::Error::last_os_error());
+}
+
 /// A TCP connection of a cgroup.
 pub fn tcp_in(cgroup: &Path, to: SocketAddr) -> TcpStream {
     let fd = socket_in(cgroup, libc::SOCK_STREAM, to.ip());

@@ -17,8 +17,8 @@ use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
 use crate::client::{
-    again, connect, family_of, fork_into, socket_for, socket_in, socket_of, udp_in, PATIENCE,
-    SILENCE,
+    again, connect, disconnect, family_of, fork_into, socket_for, socket_in, socket_of, udp_in,
+    PATIENCE, SILENCE,
 };
 use crate::containers::live;
 use crate::daemon::{run, Daemon};
@@ -771,6 +771,7 @@ fn goes_by(
         let read = connected.and_then(|()| again(|| stream.read_to_string(&mut text)));
         let said = read.ok().and_then(|_| text.trim_end().split_once(" from "));
         let client = |text: &str| text.parse::<SocketAddr>().expect("an address").ip();
+        disconnect(&stream);
         (said.map(|(who, from)| (who.to_owned(), client(from))), own, false)
     };
     let left = world.wire.to_remote();
