@@ -269,8 +269,10 @@ fn behind_owners_chain(config: &Config, outcome: Outcome) -> Chain {
             _ => 0,
         };
         let mut known = vec![Stmt::CtMark(mark(config, own)), to.clone()];
-        if own == 0 && outcome.target == Target::Direct {
-            // one that has just begun may be another target's that conntrack has forgotten
+        let lines = config.owner_rules_before(outcome.class);
+        let some_taken = lines.iter().any(|line| config.outlet(line.target).is_some());
+        if own == 0 && outcome.target == Target::Direct && some_taken {
+            // one that has just begun may be an owner's that conntrack has forgotten
             known.insert(1, Stmt::Heard);
         }
         rules.push(known);
