@@ -1065,7 +1065,11 @@ impl Daemon<'_> {
             self.kernel.forget_routes(new.rule_priority);
         }
         let same = |target| stale::takes_the_same(&old, &new, target);
-        let was = was.filter(|_| !std::mem::take(&mut self.exposed));
+        let exposed = std::mem::take(&mut self.exposed);
+        if exposed {
+            self.tell_spoofed();
+        }
+        let was = was.filter(|_| !exposed);
         // ahead of the flows, of which there may be many: somebody waits for these
         self.look_for_stale(Suspects::find(&self.cgroups.core, was, same), SLICE);
         self.taken = Some(used());

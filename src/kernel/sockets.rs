@@ -1,7 +1,7 @@
 //! Other programs' sockets: lists them, tells what is known of their flows, and ends them. Which of
 //! them are stale is decided in [`crate::stale`].
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 
 use nix::errno::Errno;
@@ -71,20 +71,23 @@ impl Kernel {
         for protocol in [IPPROTO_TCP, IPPROTO_UDP] {
             speakers.extend(self.sockets(protocol, u32::MAX, &[], speaks));
         }
-        if speakers.is_empty() {
+        // of what is left of a closed one nobody tells whether it was transparent
+        let of: SmallSet<IpAddr> = speakers.iter().map(|(_, local)| local.ip()).collect();
+        let others: SmallSet<IpAddr> =
+            of.into_iter().filter(|address| !self.way(*address, 0).here).collect();
+        if others.is_empty() {
             return;
         }
         let unmarked = |batch: &mut Batch| conntrack::get_marked(batch, 0, own.mask);
         let spoken = |entry: &Tracked| {
-            entry.mark & own.mask == 0 && speakers.contains(&(entry.protocol, entry.from))
+            let from = (entry.protocol, entry.from);
+            entry.mark & own.mask == 0 && others.contains(&from.1.ip()) && speakers.contains(&from)
         };
         let all =
             self.nft.dump(&unmarked, |message| conntrack::parse_entry(message).filter(spoken));
         for entry in all.ok().and_then(nix::Result::ok).unwrap_or_default() {
-            if !self.way(entry.from.ip(), 0).here {
-                // it may have ended by itself
-                let _ = self.mark_entry(&entry, own);
-            }
+            // it may have ended by itself
+            let _ = self.mark_entry(&entry, own);
         }
     }
 

@@ -373,6 +373,17 @@ fn a_mask_that_comes_back() {
     }
 }
 
+/// So that it knows of flows while there is no table. A remote host that knows of no connection need not
+/// say so.
+fn others_keep_conntrack(ground: &Ground) {
+    load(
+        "table inet others { chain keep { type filter hook input priority 0; ct state invalid counter; }; }",
+    );
+    ground.outside(|| {
+        load("table inet silent { chain in { type filter hook prerouting priority 0; tcp dport 80 drop; }; }");
+    });
+}
+
 /// What a proxy says while there is no table, to an application whose flow has been forgotten with that,
 /// makes what this says afterwards no answers: it goes to the proxy, or is told that this is over.
 #[test]
@@ -380,13 +391,7 @@ fn a_proxy_speaks_while_the_table_is_away() {
     let (ground, mut world) = scene!("forgotaway");
     let [app, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
     let listeners = listeners(&direct);
-    // others keep conntrack, and a remote host that knows of no connection need not say so
-    load(
-        "table inet others { chain keep { type filter hook input priority 0; ct state invalid counter; }; }",
-    );
-    ground.outside(|| {
-        load("table inet silent { chain in { type filter hook prerouting priority 0; tcp dport 80 drop; }; }");
-    });
+    others_keep_conntrack(&ground);
     let dropping = POLICY.replacen("mihomo = /proxied", "drop = /proxied", 1);
     assert_ne!(dropping, POLICY);
     for (policy, goes_on) in [(POLICY, true), (&*dropping, false)] {
@@ -424,12 +429,7 @@ fn a_proxy_speaks_to_one_that_is_gone() {
     let (ground, mut world) = scene!("forgotgone");
     let [app, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
     let listeners = listeners(&direct);
-    load(
-        "table inet others { chain keep { type filter hook input priority 0; ct state invalid counter; }; }",
-    );
-    ground.outside(|| {
-        load("table inet silent { chain in { type filter hook prerouting priority 0; tcp dport 80 drop; }; }");
-    });
+    others_keep_conntrack(&ground);
     let by_owner = POLICY.replacen("[rules]\n", "[rules]\ndrop = user:4000\n", 1);
     let dropping = by_owner.replacen("mihomo = /proxied", "drop = /proxied", 1);
     assert!(dropping != by_owner && by_owner != POLICY);
@@ -471,9 +471,7 @@ fn a_proxy_speaks_to_clients_while_the_table_is_away() {
     let lan = Lan::new(&ground);
     let direct = ground.cgroup("/direct");
     let listeners = listeners(&direct);
-    load(
-        "table inet others { chain keep { type filter hook input priority 0; ct state invalid counter; }; }",
-    );
+    others_keep_conntrack(&ground);
     let policy = format!("{POLICY}{GATEWAY}");
     let sockets = listeners.iter().zip(proxies(&direct, 7893));
     for (place, (listener, proxy)) in places().iter().zip(sockets) {
