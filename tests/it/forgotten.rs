@@ -504,7 +504,8 @@ fn a_proxy_speaks_to_clients_while_the_table_is_away() {
 }
 
 /// What begins a connection is no answer, though its remote host has tried to begin one between the
-/// same ports: of this host and of a client.
+/// same ports: of this host and of a client, and by the interface of a route. Nor does that make what is
+/// direct a proxy's, in whoever has the port next.
 #[test]
 fn a_remote_host_that_begins_first() {
     let (ground, mut world) = scene!("forgotfirst");
@@ -512,54 +513,71 @@ fn a_remote_host_that_begins_first() {
     let [proxied, dropped, direct, other] =
         ["/proxied", "/drop", "/direct", "/other"].map(|path| ground.cgroup(path));
     let listeners = listeners(&direct);
+    tunnel_up(&ground);
     let with_clients = format!("{POLICY}{GATEWAY}");
-    for (first, policy, of_clients) in [(20011, POLICY, "remote"), (20021, &*with_clients, "proxy")]
-    {
+    let with_route = format!("{POLICY}[route vpn]\ninterface = vpn0\n");
+    let proxied_by_default = format!("{}[route vpn]\ninterface = vpn0\n", by_default("mihomo"));
+    for (first, policy, of_others, of_clients, by_route) in [
+        (20011, POLICY, "remote", "remote", false),
+        (20021, &*with_clients, "remote", "proxy", false),
+        (20031, &*with_route, "remote", "remote", true),
+        (20041, &*proxied_by_default, "proxy", "remote", true),
+    ] {
         let daemon = Daemon::start(&ground, policy, &[]);
+        let mark = if by_route { ct_mark_of_vpn(&ground, policy) } else { 0 };
         for (place, listener) in places().iter().zip(&listeners) {
             listener.set_nonblocking(true).expect("set O_NONBLOCK");
-            let cases = [
-                (Some(&proxied), place.host, "proxy"),
-                (Some(&dropped), place.host, "nobody"),
-                (Some(&other), place.host, "remote"),
-                (None, place.client, of_clients),
-            ];
-            for (port, (cgroup, from, want)) in (first..).zip(cases) {
-                println!("{want} of {from}, to {}", place.remote);
-                tries_to_connect(place.remote, addr(from, port));
-                world.wire.packets();
-
-                let begin = |cgroup: &Path| {
-                    let fd = socket_in(cgroup, libc::SOCK_STREAM, from);
-                    bind_at(&fd, addr(from, port));
-                    let stream = TcpStream::from(fd);
-                    stream.set_nonblocking(true).expect("set O_NONBLOCK");
-                    let _ = connect(&stream, place.remote);
-                    stream
-                };
-                let own = match cgroup {
-                    Some(cgroup) => begin(cgroup),
-                    None => lan.client(0).run(|| begin(&ground.root)),
-                };
-
+            let begin = |cgroup: &Path, from| {
+                let fd = socket_in(cgroup, libc::SOCK_STREAM, place.remote.ip());
+                set(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
+                bind_at(&fd, from);
+                let stream = TcpStream::from(fd);
+                stream.set_nonblocking(true).expect("set O_NONBLOCK");
+                let _ = connect(&stream, place.remote);
+                stream
+            };
+            let reached = |wire: &mut Wire, want: &str| {
                 let mut accepted = None;
                 let comes = || {
                     accepted = listener.accept().ok();
                     accepted.is_some()
                 };
-                let reached = match world.wire.to_remote() {
+                let who = match wire.to_remote() {
                     left if !left.is_empty() => "remote",
-                    _ if want != "nobody" && wait_until(PATIENCE, comes) => "proxy",
+                    _ if want == "proxy" && wait_until(PATIENCE, comes) => "proxy",
                     _ => "nobody",
                 };
-                assert_eq!(reached, want);
-                if let Some((mut end, _)) = accepted {
+                assert_eq!(who, want);
+                accepted.map(|(end, _)| end)
+            };
+            let cases = [
+                (Some(&proxied), place.host, "proxy"),
+                (Some(&dropped), place.host, "nobody"),
+                (Some(&other), place.host, of_others),
+                (None, place.client, of_clients),
+            ];
+            for (port, (cgroup, from, want)) in (first..).zip(cases) {
+                let from = addr(from, port);
+                println!("{want} of {from}, to {}, mark {mark:#x}", place.remote);
+                tries_to_connect(place.remote, from, mark);
+                world.wire.packets();
+
+                let mut own = match cgroup {
+                    Some(cgroup) => begin(cgroup, from),
+                    None => lan.client(0).run(|| begin(&ground.root, from)),
+                };
+
+                if let Some(mut end) = reached(&mut world.wire, want) {
                     end.set_nonblocking(false).expect("clear O_NONBLOCK");
                     own.set_nonblocking(false).expect("clear O_NONBLOCK");
-                    let mut own = own;
                     says(&mut own, &mut end);
                     says(&mut end, &mut own);
                     assert_eq!(world.wire.to_remote(), []);
+                }
+                if want == "nobody" {
+                    drop(own);
+                    let _own = begin(&direct, from);
+                    reached(&mut world.wire, "remote");
                 }
             }
         }
@@ -567,12 +585,20 @@ fn a_remote_host_that_begins_first() {
     }
 }
 
+/// Of the flows of the route `vpn`.
+fn ct_mark_of_vpn(ground: &Ground, policy: &str) -> u32 {
+    let shown = run_with(ground, policy, &["show"]).fine();
+    let chain = shown.split("chain to_vpn").nth(1).expect("its chain");
+    let mark = chain.split("== 0x").nth(1).and_then(|rest| rest.get(..8)).expect("a mark");
+    u32::from_str_radix(mark, 16).expect("a number")
+}
+
 /// Conntrack has seen a SYN that nobody has answered.
-fn tries_to_connect(from: SocketAddr, to: SocketAddr) {
+fn tries_to_connect(from: SocketAddr, to: SocketAddr, mark: u32) {
     let [src, dst] = [from, to].map(|at| at.ip().to_string());
     let [sport, dport] = [from, to].map(|at| at.port().to_string());
     let ends = ["-s", &src, "-d", &dst, "--sport", &sport, "--dport", &dport];
-    let state = ["--state", "SYN_SENT", "-t", "100"];
+    let state = ["--state", "SYN_SENT", "-t", "100", "--mark", &mark.to_string()];
     output("conntrack", &[&["-I", "-p", "tcp"], &ends[..], &state].concat());
 }
 

@@ -373,7 +373,9 @@ pub(super) fn lo_chain(config: &Config) -> Option<Chain> {
 fn sticky_chain(config: &Config) -> Option<Chain> {
     let direct = config.direct_mark();
     let udp = Stmt::L4proto(L4::Udp);
-    let mut rules = Vec::new();
+    // whatever the flow was that its remote host began (`refuse_answer`): this does not go on with it
+    let asks = vec![Stmt::Reply, Stmt::Asks, Stmt::SetCtMark(mark(config, 0)), Stmt::back()];
+    let mut rules = vec![asks];
     if !config.routes.is_empty() {
         // by the way that it began by, in either direction
         let map = config.routes.iter().map(|route| by_mark("to", &route.outlet)).collect();

@@ -153,11 +153,10 @@ pub(super) fn accept_answers(config: &Config) -> Rule {
     [answers(config), vec![Stmt::accept()]].concat()
 }
 
-/// What begins a connection is no answer, though the remote host has tried to begin one between the
+/// What asks for a connection is no answer, though the remote host has tried to begin one between the
 /// same ports before, as anybody can who knows whom his packets reach.
 pub(super) fn refuse_answer(config: &Config) -> Option<Rule> {
-    let unknown = Stmt::CtMark(mark(config, 0));
-    let refuse = vec![Stmt::Reply, unknown, Stmt::Asks, Stmt::SetCtMark(spoofed(config))];
+    let refuse = vec![Stmt::Reply, Stmt::Asks, Stmt::SetCtMark(spoofed(config))];
     knows_spoofed(config).then_some(refuse)
 }
 
