@@ -506,8 +506,9 @@ fn line(breaks: Breaks, place: &str, base: &ForeignBase, mask: u32) -> String {
         }
         Breaks::Next => (
             "ct",
-            "what the kernel sends for closed sockets goes to the true destination, and hijacked \
-             DNS to the resolver that was asked",
+            "what the kernel sends for closed sockets goes to the true destination, so does what an \
+             application sends where conntrack had forgotten the flow and the proxy spoke first, and \
+             hijacked DNS goes to the resolver that was asked",
             "ct mark",
         ),
     };

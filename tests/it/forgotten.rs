@@ -49,14 +49,14 @@ fn reached_under(target: &str) -> &'static str {
 /// Of a family: the remote host, a neighbour of it that nobody asked, this host, and its client in the
 /// LAN.
 #[derive(Clone, Copy)]
-struct Place {
-    remote: SocketAddr,
+pub struct Place {
+    pub remote: SocketAddr,
     neighbour: SocketAddr,
-    host: IpAddr,
+    pub host: IpAddr,
     client: IpAddr,
 }
 
-fn places() -> [Place; 2] {
+pub fn places() -> [Place; 2] {
     let place = |remote, neighbour, host, client| Place {
         remote: addr(remote, PORT),
         neighbour: addr(ip(neighbour), PORT),
@@ -70,7 +70,7 @@ fn places() -> [Place; 2] {
 }
 
 /// A UDP socket of a cgroup, bound to `at`.
-fn udp_of(cgroup: &Path, at: SocketAddr) -> UdpSocket {
+pub fn udp_of(cgroup: &Path, at: SocketAddr) -> UdpSocket {
     let fd = socket_in(cgroup, libc::SOCK_DGRAM, at.ip());
     set(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
     bind_at(&fd, at);
@@ -83,14 +83,14 @@ fn patient(socket: UdpSocket) -> UdpSocket {
 }
 
 /// A proxy's socket that sends as, and takes packets for, `at`.
-fn spoof(cgroup: &Path, at: SocketAddr) -> UdpSocket {
+pub fn spoof(cgroup: &Path, at: SocketAddr) -> UdpSocket {
     let fd = socket_in(cgroup, libc::SOCK_DGRAM, at.ip());
     bind_fd(&fd, at);
     patient(UdpSocket::from(fd))
 }
 
 /// A proxy's sockets of both families, at every address of this host.
-fn proxies(cgroup: &Path, port: u16) -> [UdpSocket; 2] {
+pub fn proxies(cgroup: &Path, port: u16) -> [UdpSocket; 2] {
     [HOST4, HOST6].map(|host| spoof(cgroup, addr(any_of(host), port)))
 }
 
@@ -105,7 +105,7 @@ fn udp_within(netns: &Netns, client: IpAddr) -> UdpSocket {
 
 /// A datagram of `speaker`, which speaks for a remote host, comes to the application as that host's.
 #[track_caller]
-fn speak(speaker: &UdpSocket, app: &UdpSocket) {
+pub fn speak(speaker: &UdpSocket, app: &UdpSocket) {
     let [own, to] = [speaker, app].map(|socket| socket.local_addr().expect("an address"));
     assert_eq!(speaker.send_to(b"y", to).expect("send"), 1);
     assert_eq!(again(|| app.recv_from(&mut [0; 8])).expect("hear it").1, own);
@@ -113,7 +113,7 @@ fn speak(speaker: &UdpSocket, app: &UdpSocket) {
 
 /// Who a datagram of `socket` to `to` reaches: the proxy's listener or the socket that speaks for
 /// the remote host; `remote` where the wire has it, else `nobody`.
-fn reaches(
+pub fn reaches(
     socket: &UdpSocket,
     to: SocketAddr,
     proxies: &[&UdpSocket],

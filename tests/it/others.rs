@@ -14,6 +14,7 @@ use crate::client::{
 };
 use crate::containers::live;
 use crate::daemon::{run, Daemon};
+use crate::forgotten::{places, proxies, reaches, speak, spoof, udp_of, Place};
 use crate::gateway::Lan;
 use crate::ground::{
     addr, here, ip, ip_batch, ip_both, ip_lines, sysctl, Ground, HOST4, REMOTE4, REMOTE6, REMOTES,
@@ -381,7 +382,7 @@ fn connmarks_are_restored_by_others() {
 }
 
 /// The priorities of our rules in a family.
-fn places(family: &str) -> BTreeSet<u32> {
+fn priorities(family: &str) -> BTreeSet<u32> {
     let rules = ip_rules(family);
     let ours = rules.lines().filter(|line| line.ends_with("proto 99"));
     ours.map(|line| line.split(':').next().unwrap_or("").parse().expect("a priority")).collect()
@@ -390,7 +391,7 @@ fn places(family: &str) -> BTreeSet<u32> {
 #[track_caller]
 fn await_places(daemon: &Daemon, wanted: &[u32]) {
     let wanted: BTreeSet<u32> = wanted.iter().copied().collect();
-    let there = || ["-4", "-6"].iter().all(|family| places(family) == wanted);
+    let there = || ["-4", "-6"].iter().all(|family| priorities(family) == wanted);
     assert!(wait_until(PATIENCE, there), "{}{}{}", ip_rules("-4"), ip_rules("-6"), daemon.logs());
 }
 
@@ -409,7 +410,7 @@ fn wireguard(verb: &str) {
 /// Waits until all of ours are before wg-quick's, one of which may be seen before the other is there.
 #[track_caller]
 fn await_overtaking(daemon: &Daemon) {
-    let there = || ["-4", "-6"].iter().all(|family| places(family).last() < Some(&98));
+    let there = || ["-4", "-6"].iter().all(|family| priorities(family).last() < Some(&98));
     assert!(wait_until(PATIENCE, there), "{}", daemon.logs());
 }
 
@@ -1204,21 +1205,21 @@ fn container_marks_that_others_overwrite() {
     }
 }
 
-/// The same for the ct mark: by it the kernel's own packets for closed sockets are known, and the DNS
-/// that is hijacked.
+/// The same for the ct mark: by it the kernel's own packets for closed sockets are known, the DNS that is
+/// hijacked, and the flow that a proxy goes on with when conntrack has forgotten it.
 #[test]
 fn flow_marks_that_others_overwrite() {
     const WELL: [&str; 2] = ["dns 127.0.0.1:1053", "dns [::1]:1053"];
     const FLOW: &str = "overwrites the ct mark without sparing the bits 0xff000000";
-    for (hook, priority, rule, loses_dns) in [
-        ("output", -160, "ct mark set 0x5", false),
-        ("output", -140, "ct mark set 0x5", true),
-        ("output", 0, "ct mark set ct mark & 0xffff", false),
+    for (hook, priority, rule, loses_dns, loses_forgotten) in [
+        ("output", -160, "ct mark set 0x5", false, true),
+        ("output", -140, "ct mark set 0x5", true, true),
+        ("output", 0, "ct mark set ct mark & 0xffff", false, true),
         // CONNMARK --save-mark
-        ("output", -140, "ct mark set meta mark", true),
-        ("postrouting", 0, "ct mark set 0", false),
-        ("prerouting", 0, "iif lo ct mark set 0", false),
-        ("input", 0, "ct mark set ct mark | 0x2000000", false),
+        ("output", -140, "ct mark set meta mark", true, true),
+        ("postrouting", 0, "ct mark set 0", false, true),
+        ("prerouting", 0, "iif lo ct mark set 0", false, true),
+        ("input", 0, "ct mark set ct mark | 0x2000000", false, false),
     ] {
         println!("{hook} {priority} {rule}");
         // with the remedy first: what has lost its mark sends on
@@ -1226,7 +1227,7 @@ fn flow_marks_that_others_overwrite() {
             let (ground, mut world) = scene!("flow-marks");
             let _proxy = Server::stream(PROXY, &[7893]);
             let _dns = Server::start("dns", &[1053]);
-            let proxied = ground.cgroup("/proxied");
+            let [proxied, direct] = ground.cgroups(["/proxied", "/direct"]);
             let daemon = Daemon::start(&ground, without_lan(), &[]);
             load(&who(hook, priority, rule));
             if remedied {
@@ -1238,6 +1239,14 @@ fn flow_marks_that_others_overwrite() {
             let ask = |ip| Client::udp(&proxied, addr(ip, 53)).timeout(patience).run().who();
             let dns = REMOTES.map(ask);
             assert_eq!(dns != WELL, lost, "{dns:?}");
+            let lost = loses_forgotten && !remedied;
+            for (Place { remote, host, .. }, proxy) in places().iter().zip(&proxies(&direct, 7893))
+            {
+                let (speaker, own) = (spoof(&direct, *remote), udp_of(&proxied, addr(*host, 0)));
+                speak(&speaker, &own);
+                let who = reaches(&own, *remote, &[proxy, &speaker], &mut world);
+                assert_eq!(who, if lost { "remote" } else { "proxy" });
+            }
             world.wire.packets();
             for ip in REMOTES {
                 let to = addr(ip, STREAM_PORT);
