@@ -559,7 +559,8 @@ fn a_remote_host_that_begins_first() {
             for (port, (cgroup, from, want)) in (first..).zip(cases) {
                 let from = addr(from, port);
                 println!("{want} of {from}, to {}, mark {mark:#x}", place.remote);
-                tries_to_connect(place.remote, from, mark);
+                // a SYN that nobody has answered
+                known_as("SYN_SENT", place.remote, from, mark);
                 world.wire.packets();
 
                 let mut own = match cgroup {
@@ -585,6 +586,50 @@ fn a_remote_host_that_begins_first() {
     }
 }
 
+/// A connection that the remote host made, and of which conntrack alone knows, takes in nobody: who
+/// asks for one between the same ports is told at once that it cannot be, and has it from another port.
+/// Conntrack takes what follows such a SYN, to which a proxy agrees, for answers.
+#[test]
+fn a_connection_that_is_alive_for_conntrack_alone() {
+    let (ground, mut world) = scene!("forgotalive");
+    let lan = Lan::new(&ground);
+    let [proxied, direct, vpn] = ["/proxied", "/direct", "/vpn"].map(|path| ground.cgroup(path));
+    let listeners = listeners(&direct);
+    tunnel_up(&ground);
+    let policy = format!("{POLICY}vpn = /vpn\n{GATEWAY}[route vpn]\ninterface = vpn0\n");
+    let _daemon = Daemon::start(&ground, &policy, &[]);
+    for (place, listener) in places().iter().zip(&listeners) {
+        for (state, port) in ["ESTABLISHED", "CLOSE_WAIT", "CLOSE"].into_iter().zip(20051..) {
+            for (cgroup, from) in
+                [(Some(&proxied), place.host), (Some(&vpn), place.host), (None, place.client)]
+            {
+                println!("{state} to {} of {cgroup:?}", place.remote);
+                let from = addr(from, port);
+                known_as(state, place.remote, from, 0);
+                world.wire.packets();
+
+                let begin = |cgroup: &Path| {
+                    let fd = socket_in(cgroup, libc::SOCK_STREAM, from.ip());
+                    set(&fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1);
+                    bind_at(&fd, from);
+                    connect(&TcpStream::from(fd), place.remote)
+                };
+                let told = match cgroup {
+                    Some(cgroup) => begin(cgroup),
+                    None => lan.client(0).run(|| begin(&ground.root)),
+                };
+
+                assert_eq!(world.wire.to_remote(), []);
+                assert_eq!(told.map_err(|e| e.kind()), Err(ErrorKind::ConnectionRefused));
+                forget_flows();
+            }
+        }
+        listener.set_nonblocking(true).expect("set O_NONBLOCK");
+        let nobody = listener.accept().expect_err("nobody asked the proxy");
+        assert_eq!(nobody.kind(), ErrorKind::WouldBlock);
+    }
+}
+
 /// Of the flows of the route `vpn`.
 fn ct_mark_of_vpn(ground: &Ground, policy: &str) -> u32 {
     let shown = run_with(ground, policy, &["show"]).fine();
@@ -593,12 +638,12 @@ fn ct_mark_of_vpn(ground: &Ground, policy: &str) -> u32 {
     u32::from_str_radix(mark, 16).expect("a number")
 }
 
-/// Conntrack has seen a SYN that nobody has answered.
-fn tries_to_connect(from: SocketAddr, to: SocketAddr, mark: u32) {
+/// Conntrack knows of a connection.
+fn known_as(state: &str, from: SocketAddr, to: SocketAddr, mark: u32) {
     let [src, dst] = [from, to].map(|at| at.ip().to_string());
     let [sport, dport] = [from, to].map(|at| at.port().to_string());
     let ends = ["-s", &src, "-d", &dst, "--sport", &sport, "--dport", &dport];
-    let state = ["--state", "SYN_SENT", "-t", "100", "--mark", &mark.to_string()];
+    let state = ["--state", state, "-t", "100", "--mark", &mark.to_string()];
     output("conntrack", &[&["-I", "-p", "tcp"], &ends[..], &state].concat());
 }
 

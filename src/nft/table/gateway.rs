@@ -181,6 +181,7 @@ fn forward_way_chain(config: &Config, route: &Route) -> Chain {
     let dns = rules_to_dns(outlet, &own_chain("dnsf", outlet));
     rules.extend(sorting_rules(outlet, dns, &Stmt::accept()));
     let own = mark(config, route.forward_mark);
+    rules.push(refuse_stale());
     // as in `way_chains`: what began otherwise cannot go on by this
     let other = [Stmt::NotCtMark(own), Stmt::Confirmed];
     rules.push([&[Stmt::L4proto(L4::Tcp)], &other[..], &[Stmt::Reset]].concat());
@@ -211,7 +212,7 @@ fn forward_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     rules.push(vec![Stmt::NotTcpOrUdp, Stmt::accept()]);
     rules.extend(bypass_rules(outlet, &Stmt::accept()));
     rules.extend(sorting_rules(outlet, dns_rules(outlet), &Stmt::accept()));
-    rules.extend([set_ct_mark(own), take]);
+    rules.extend([refuse_stale(), set_ct_mark(own), take]);
     chains.push(chain(own_chain("forward", outlet), rules));
     chains
 }

@@ -74,7 +74,7 @@ fn to_chains(config: &Config, outlet: &Outlet) -> Vec<Chain> {
     rules.extend(bypass_rules(outlet, &leave(config)));
     rules.push(vec![Stmt::Counter]);
     rules.extend(sorting_rules(outlet, dns, &leave(config)));
-    rules.extend([drop_for_others(), set_own_ct_mark(config, own), take]);
+    rules.extend([drop_for_others(), refuse_stale(), set_own_ct_mark(config, own), take]);
     chains.push(chain(own_chain("to", outlet), rules));
     chains
 }
@@ -109,7 +109,7 @@ fn way_chains(config: &Config, route: &Route) -> Vec<Chain> {
     rules.extend(bypass_rules(outlet, &leave(config)));
     rules.push(vec![Stmt::Counter]);
     rules.extend(sorting_rules(outlet, dns, &leave(config)));
-    rules.push(drop_for_others());
+    rules.extend([drop_for_others(), refuse_stale()]);
     rules.push(vec![Stmt::L4proto(L4::Tcp), Stmt::Confirmed, Stmt::Reset]);
     // what began with another address goes on with it, and would tell whoever is behind the route
     if route.masquerades() {

@@ -160,6 +160,12 @@ pub(super) fn refuse_answer(config: &Config) -> Option<Rule> {
     knows_spoofed(config).then_some(refuse)
 }
 
+/// Where its remote host has had a connection between these ports, which conntrack takes for alive, it
+/// can make nothing of the SYN, and takes what follows for answers. Whoever sent it tries another port.
+pub(super) fn refuse_stale() -> Rule {
+    vec![Stmt::Invalid, Stmt::Asks, Stmt::Reset]
+}
+
 /// A rule that makes a flow known: the flow of who spoke first. What is left of a flow that a proxy
 /// began is known by that.
 pub(super) fn set_ct_mark(own: Mark) -> Rule {
