@@ -533,11 +533,14 @@ impl Config {
         spoofed_mark(self.mask)
     }
 
-    /// The marks of flows that are a proxy's or a route's.
+    /// The marks of flows that are a proxy's or a route's, and of packets that are a container's.
     pub fn taken_marks(&self) -> Vec<Mark> {
         let routed = self.routes.iter().map(|route| route.forward_mark).filter(|mark| *mark != 0);
         let moving = self.moving.iter().map(|(was, _)| *was);
+        let entered = self.targets().filter(|_| self.has_containers());
+        let entered = entered.filter_map(|target| self.container_mark(target));
         let marks = self.outlets().map(|outlet| outlet.mark).chain(routed).chain(moving);
+        let marks = SmallSet::from_iter(marks.chain(entered)).into_iter();
         taken_marks(marks.map(|value| Mark { value, mask: self.mask }))
     }
 

@@ -374,10 +374,11 @@ impl View {
         }
     }
 
-    /// The marks of flows that are a proxy's or a route's, or were.
+    /// The marks of flows that are a proxy's or a route's, or were, and of packets that are a container's.
     pub fn taken_marks(&self) -> Vec<Mark> {
         let own = self.targets.iter().flat_map(|target| [target.mark, target.forwarded]).flatten();
-        taken_marks(own.chain(self.moving.iter().map(|(was, _)| *was)))
+        let moving = self.moving.iter().map(|(was, _)| *was);
+        taken_marks(own.chain(moving).chain(self.entered.iter().copied()))
     }
 
     pub fn target(&self, name: &str) -> Option<&TargetView> {

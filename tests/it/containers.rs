@@ -21,6 +21,7 @@ use crate::ground::{
 };
 use crate::kernel::{load, table, table_plain};
 use crate::tools::as_nobody;
+use crate::ways::{change, RELOAD};
 use crate::world::{interface_index, Server, World, PROXY};
 use crate::{sized, wait_until};
 
@@ -168,37 +169,53 @@ fn another_policy() {
     daemon.stop_clean();
 }
 
-/// A container that is dropped sends without end while sections change places, and with them the marks
-/// that what it sends has from where it comes in.
+/// A container that is dropped and one that is proxied send without end while sections change places, or
+/// the bits that are ours, and with these the marks that what they send has from where it comes in.
 #[test]
 fn marks_that_change() {
     let (ground, mut world) = scene!("boxes-marks");
     let lan = Lan::new(&ground);
-    let _process = live(lan.client(0), &ground.cgroup("/boxes/drop1"));
-    let [one, two] = ["[tproxy mihomo]\nport = 7893\n", "[tproxy other]\nport = 7894\n"];
-    let changes = [[one, two], [two, one]];
-    let changes = changes.map(|all| all.concat() + "[rules]\ndrop = /boxes/drop.*\n");
-    let daemon = Daemon::start(&ground, &changes[0], &[]);
-    await_entrances(&daemon, &["lan0 0xfd000000"]);
+    let _processes = ["/boxes/drop1", "/boxes/box1"].map(|path| ground.cgroup(path));
+    let _processes = [0, 1].map(|client| live(lan.client(client), &_processes[client]));
+    let sections = |first, mask| {
+        let mut sections = ["[tproxy mihomo]\nport = 7893\n", "[tproxy other]\nport = 7894\n"];
+        sections.rotate_left(first);
+        let sections = sections.concat();
+        let rules = "drop = /boxes/drop.*\nmihomo = /boxes/box.*\n";
+        format!("[global]\nfwmark-mask = {mask:#x}\n{sections}[rules]\n{rules}")
+    };
+    let in_turn = [0, 1].map(|first| sections(first, 0xff00_0000_u32));
+    let of_masks = [0x0f00_0000, 0xff00_0000, 0x00f0_0000].map(|mask| sections(0, mask));
     let bind = |to: IpAddr| UdpSocket::bind(addr(any_of(to), 0)).expect("bind");
-    let sockets = lan.client(0).run(|| REMOTES.map(|to| (bind(to), addr(to, 80))));
-    world.wire.packets();
-    let done = AtomicBool::new(false);
+    let bind = |client| lan.client(client).run(|| REMOTES.map(|to| (bind(to), addr(to, 80))));
+    let sockets = [0, 1].map(bind);
+    for (changes, how) in [(&in_turn[..], RELOAD), (&of_masks[..], RELOAD), (&of_masks, "kill -9")]
+    {
+        println!("{} policies, {how}", changes.len());
+        let mut daemon = Daemon::start(&ground, &changes[0], &[]);
+        let found = || entrances().len() == 2;
+        assert!(wait_until(PATIENCE, found), "{:?}", entrances());
+        world.wire.packets();
+        let done = AtomicBool::new(false);
 
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
-                // where it is dropped nobody says so
-                sockets.iter().for_each(|(socket, to)| drop(socket.send_to(b"x", to)));
-            }
+        daemon = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    for (socket, to) in sockets.iter().flatten() {
+                        // where it is dropped nobody says so
+                        let _ = socket.send_to(b"x", to);
+                    }
+                }
+            });
+            let turns = changes.iter().cycle().skip(1).take(sized(40, 400));
+            let last = turns.fold(daemon, |daemon, to| change(&ground, daemon, how, to));
+            done.store(true, Ordering::Relaxed);
+            last
         });
-        let turns = changes.iter().rev().cycle();
-        turns.take(sized(40, 400)).for_each(|change| drop(daemon.reconfigure(change)));
-        done.store(true, Ordering::Relaxed);
-    });
 
-    assert_eq!(world.wire.to_remote(), []);
-    daemon.stop_clean();
+        assert_eq!(world.wire.to_remote(), []);
+        daemon.stop_clean();
+    }
 }
 
 /// A namespace whose cgroup is gone is nobody's after a while, and a veth that is gone leaves nothing.

@@ -3,6 +3,7 @@
 use super::words::*;
 use super::Rule;
 use crate::config::Config;
+use crate::net::Mark;
 use crate::nft::stmt::Stmt;
 
 /// What each hook begins with: a packet that the table of before has marked may meet a later chain of
@@ -20,7 +21,9 @@ pub(super) fn moved_rules(config: &Config) -> Vec<Rule> {
         };
         [vec![Stmt::CtMark(was), flow], vec![Stmt::PacketMark(was), packet]]
     };
-    let unclear = config.unclear.iter().map(|was| vec![Stmt::CtMark(*was), Stmt::drop()]);
+    let unclear =
+        |was: &Mark| [Stmt::CtMark(*was), Stmt::PacketMark(*was)].map(|of| vec![of, Stmt::drop()]);
+    let unclear = config.unclear.iter().flat_map(unclear);
     config.moving.iter().flat_map(rules).chain(unclear).collect()
 }
 
