@@ -467,6 +467,65 @@ fn a_mask_that_is_full() {
     }
 }
 
+/// Each message of the program waits so long: what is done between two of them can be met.
+const SLOWLY: [&str; 7] = [
+    "strace",
+    "-D",
+    "-f",
+    "-qq",
+    "-o/dev/null",
+    "-etrace=sendto",
+    "-einject=sendto:delay_enter=10000",
+];
+
+/// A daemon that changes the mask is killed before conntrack has forgotten what is known by the old one, and
+/// what has these numbers in the new one moves with the next start: no flow is taken for one of that.
+#[test]
+fn a_change_of_the_mask_that_is_killed() {
+    let ground = ground!("moving-mask");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let with = |mask: &str, names: &str| {
+        format!("[global]\nfwmark-mask = {mask}\n{}", policy(names, "mihomo"))
+    };
+    let slowly = |config: &str| Daemon::spawn_by(&ground, config, &SLOWLY, &["--no-seccomp"], &[]);
+    for how in [RELOAD, KILLED] {
+        let other = with("0xff000000", "two mihomo");
+        let mut daemon = slowly(&with("0x0f000000", "mihomo two"));
+        assert!(daemon.ready(), "{}", daemon.logs());
+        let mut talk = Talk::proxied(&scene, &cgroup);
+        scene.left();
+        match how {
+            RELOAD => {
+                daemon.configure(&other);
+                daemon.signal(Signal::SIGHUP);
+            }
+            _ => {
+                daemon.kill9();
+                daemon = slowly(&other);
+            }
+        }
+        assert!(wait_until(PATIENCE, moves), "{}", daemon.logs());
+        daemon.kill9();
+        assert!(moves());
+
+        let daemon = talk.during(|| {
+            let mut daemon = slowly(&with("0xff000000", "mihomo two"));
+            assert!(daemon.ready(), "{}", daemon.logs());
+            daemon
+        });
+
+        let when = format!("{how}\n{}", daemon.logs());
+        let left = scene.left();
+        assert!(left.is_empty(), "{} of {:?}, {when}", left.len(), left[0]);
+        await_end(&daemon);
+        go_on(&mut talk, true, &when);
+        assert_eq!(scene.left(), [], "{when}");
+        daemon.stop_clean();
+        forget_flows();
+    }
+}
+
 /// The mark of what goes directly is a section's afterwards, or was before: each goes its own way.
 #[test]
 fn the_mark_of_what_goes_directly() {

@@ -3,7 +3,7 @@
 
 use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable};
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
@@ -150,9 +150,12 @@ impl Scene<'_> {
         all
     }
 
-    /// What has left for the remote hosts by a wire that is not theirs; without resets.
+    /// What has left for the remote hosts, or with their addresses, by a wire that is not theirs; without
+    /// resets.
     pub fn left(&mut self) -> Vec<Packet> {
-        let mut left: Vec<Packet> = self.wires.iter_mut().flat_map(Wire::to_remote).collect();
+        let mut left: Vec<Packet> = self.wires.iter_mut().flat_map(Wire::packets).collect();
+        let remote = |end: SocketAddr| REMOTES.contains(&end.ip());
+        left.retain(|packet| remote(packet.dst) || remote(packet.src));
         left.retain(|packet| packet.flags & RST == 0 && packet.proto != Proto::Icmp);
         left
     }
@@ -173,9 +176,11 @@ impl Connection {
 
     /// The same, whatever has been sent before.
     pub fn goes_on(&mut self) -> bool {
-        self.end.set_nonblocking(true).expect("set O_NONBLOCK");
-        while self.end.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {}
-        self.end.set_nonblocking(false).expect("clear O_NONBLOCK");
+        for end in [&mut self.own, &mut self.end] {
+            end.set_nonblocking(true).expect("set O_NONBLOCK");
+            while end.read(&mut [0; 4096]).is_ok_and(|n| n > 0) {}
+            end.set_nonblocking(false).expect("clear O_NONBLOCK");
+        }
         self.talks()
     }
 
@@ -381,13 +386,34 @@ impl Talk {
         talk
     }
 
+    /// The same with a proxy; UDP of the client alone.
+    pub fn proxied(scene: &Scene, cgroup: &Path) -> Talk {
+        let datagrams = |ip: IpAddr| {
+            let proxy = UdpSocket::from(bind(addr(any_of(ip), 7893), libc::SOCK_DGRAM));
+            proxy.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+            let (client, to) = (scene.lan.client(0), addr(ip, PORT));
+            let own = client.run(|| UdpSocket::bind(addr(any_of(ip), 0)).expect("bind"));
+            own.connect(to).expect("connect");
+            own.send(b"hello").expect("send");
+            let (_, from) = again(|| proxy.recv_from(&mut [0; 16])).expect("the proxy hears it");
+            let end = UdpSocket::from(bind(to, libc::SOCK_DGRAM));
+            end.connect(from).expect("connect");
+            (own, end)
+        };
+        let udp = REMOTES.map(datagrams).into();
+        let tcp = scene.connections(cgroup, true);
+        let talk = Talk { tcp, udp, refused: AtomicUsize::new(0) };
+        assert!(talk.udp.iter().all(Talk::is_answered), "at first");
+        talk
+    }
+
     /// Whether the remote host hears of one from now on, and is heard.
     pub fn is_answered((own, remote): &(UdpSocket, UdpSocket)) -> bool {
         let mut data = [0; 16];
-        remote.set_nonblocking(true).expect("set O_NONBLOCK");
-        while remote.recv(&mut data).is_ok() {}
-        remote.set_nonblocking(false).expect("clear O_NONBLOCK");
         for end in [own, remote] {
+            end.set_nonblocking(true).expect("set O_NONBLOCK");
+            while end.recv(&mut data).is_ok() {}
+            end.set_nonblocking(false).expect("clear O_NONBLOCK");
             end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         }
         let _ = own.send(b"to remote");
@@ -398,7 +424,7 @@ impl Talk {
         })
     }
 
-    /// Sends by all of them, again and again, while `f` runs.
+    /// Sends by all of them, again and again, while `f` runs, and has the other ends send.
     pub fn during<T>(&self, f: impl FnOnce() -> T) -> T {
         let done = AtomicBool::new(false);
         let wait = |on: bool| {
@@ -410,7 +436,9 @@ impl Talk {
         std::thread::scope(|scope| {
             let sender = scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
-                    for (own, _) in &self.udp {
+                    for (own, end) in &self.udp {
+                        // where it is connected
+                        let _ = end.send(b"meanwhile");
                         let kind = own.send(b"meanwhile").map_err(|error| error.kind()).err();
                         if [ConnectionRefused, HostUnreachable, NetworkUnreachable]
                             .iter()
@@ -420,8 +448,10 @@ impl Talk {
                         }
                     }
                     for each in &self.tcp {
-                        let _ = (&each.own).write(b"meanwhile");
-                        let _ = (&each.end).read(&mut [0; 4096]);
+                        for (from, mut to) in [(&each.own, &each.end), (&each.end, &each.own)] {
+                            let _ = { from }.write(b"meanwhile");
+                            let _ = to.read(&mut [0; 4096]);
+                        }
                     }
                     std::thread::sleep(PAUSE);
                 }

@@ -8,7 +8,7 @@ use crate::nft::stmt::Stmt;
 
 /// What each hook begins with: a packet that the table of before has marked may meet a later chain of
 /// this one. What has no way any more waits until conntrack is told, and what is unclear until it has
-/// been forgotten.
+/// been forgotten: before all else, where another mask knew it by numbers that are a section's in this one.
 pub const MOVED: &str = "moved";
 
 /// Empty where nothing moves.
@@ -24,7 +24,7 @@ pub(super) fn moved_rules(config: &Config) -> Vec<Rule> {
     let unclear =
         |was: &Mark| [Stmt::CtMark(*was), Stmt::PacketMark(*was)].map(|of| vec![of, Stmt::drop()]);
     let unclear = config.unclear.iter().flat_map(unclear);
-    config.moving.iter().flat_map(rules).chain(unclear).collect()
+    unclear.chain(config.moving.iter().flat_map(rules)).collect()
 }
 
 /// What `output` begins with.
