@@ -40,7 +40,7 @@ use crate::nft::lock::Lock;
 use crate::nft::marks::Ours;
 use crate::nft::message::Transaction;
 use crate::nft::stmt::cgroup_hash;
-use crate::nft::table::{Deed, Deeds, Entrances};
+use crate::nft::table::{unjudged_chain, Deed, Deeds, Entrances};
 use crate::nft::view;
 use crate::notify::Notify;
 use crate::options::Options;
@@ -138,6 +138,8 @@ struct Daemon<'a> {
     notify: &'a mut Notify,
     /// Sockets that may have to be ended.
     doubts: Option<Doubts>,
+    /// The table tells that not all sockets have been judged by what it has.
+    unjudged: bool,
     /// Looking for those of cgroups that were found late.
     late: Backoff,
     /// The table was in others' hands: packets may have gone as if there was none.
@@ -250,6 +252,7 @@ fn begin<'a>(
         loops: Looks::default(),
         notify,
         doubts: None,
+        unjudged: false,
         late: Backoff::default(),
         exposed: false,
         redirects: Redirects::default(),
@@ -345,6 +348,8 @@ impl Daemon<'_> {
             true => self.kernel.recall_localnet(),
             false => Vec::new(),
         };
+        // whoever left that table may have left the look for stale sockets open too
+        let judged = !std::mem::replace(&mut self.unjudged, true);
         let routed = self.add_routing(&config);
         if let Err(error) = routed.and_then(|()| self.replace()) {
             self.undo_routing();
@@ -378,7 +383,7 @@ impl Daemon<'_> {
         }
         self.settle();
         // a table of before was in force all the time, so that nothing changed for the same target
-        self.suspect_all(before, FIRST_SLICE);
+        self.suspect_all(before.filter(|_| judged), FIRST_SLICE);
         // they were among these
         self.cgroups.core.take_late();
         self.await_flows();
@@ -414,6 +419,7 @@ impl Daemon<'_> {
         }
         self.deeds = inventory.deeds.unwrap_or_default();
         let view = &inventory.view;
+        self.unjudged = view.unjudged;
         let default = (&*view.default, view.default_class);
         let owners = view.owners.iter().map(|o| (o.class, o.owner, &*o.target));
         let before = Before::of_table(&self.cgroups.core, default, owners, inventory.outcomes());
@@ -468,14 +474,19 @@ impl Daemon<'_> {
     }
 
     fn end_stale(&mut self, slice: Duration) {
-        let Some(doubts) = &mut self.doubts else {
-            return;
-        };
-        if doubts.go_on(&mut self.kernel, Instant::now() + slice) {
+        if let Some(doubts) = &mut self.doubts {
+            if !doubts.go_on(&mut self.kernel, Instant::now() + slice) {
+                return;
+            }
             if doubts.ended > 0 {
                 log!(Notice, "ended {} sockets whose way has changed", doubts.ended);
             }
             self.doubts = None;
+        }
+        if self.unjudged && !self.table_is_out() {
+            self.unjudged = false;
+            let judged = plan::judged(self.kernel.batch());
+            self.commit_or_repair(judged);
         }
     }
 
@@ -765,6 +776,7 @@ impl Daemon<'_> {
                     fresh.core.tree().len()
                 );
                 self.cgroups = fresh;
+                self.unjudged = true;
                 self.repair_table();
                 self.begin_redirecting();
                 // until now they went by the default
@@ -835,6 +847,7 @@ impl Daemon<'_> {
 
     fn repair_table(&mut self) {
         let began = Instant::now();
+        self.unjudged |= self.exposed;
         match self.replace_for(Deed::TableRepair) {
             Ok(()) => {
                 self.forget_routes();
@@ -887,8 +900,9 @@ impl Daemon<'_> {
         let config = self.cgroups.core.config();
         self.again = host::filters_bridges();
         let (deeds, again) = (self.deeds, self.again);
-        let contents =
+        let mut contents =
             plan::contents(config, snapshot, entrances, &self.ways.devices, deeds, again);
+        contents.table.chains.extend(self.unjudged.then(unjudged_chain));
         self.kernel.replace(&contents)
     }
 
@@ -1034,6 +1048,10 @@ impl Daemon<'_> {
             false => self.make_way(&[], old.taken_marks()),
         }
         let config = self.cgroups.core.config().clone();
+        let same = |target| stale::takes_the_same(&old, &new, target);
+        let was = was.filter(|_| !self.exposed);
+        let suspects = Suspects::find(&self.cgroups.core, was, same);
+        self.unjudged |= !suspects.is_empty();
         let put = self.add_routing(&config).and_then(|()| self.replace_for(Deed::Reload));
         if let Err(error) = put {
             match (replaced, ranking) {
@@ -1064,14 +1082,11 @@ impl Daemon<'_> {
         if !(old.gateways.is_empty() && new.gateways.is_empty()) {
             self.kernel.forget_routes(new.rule_priority);
         }
-        let same = |target| stale::takes_the_same(&old, &new, target);
-        let exposed = std::mem::take(&mut self.exposed);
-        if exposed {
+        if std::mem::take(&mut self.exposed) {
             self.tell_spoofed();
         }
-        let was = was.filter(|_| !exposed);
         // ahead of the flows, of which there may be many: somebody waits for these
-        self.look_for_stale(Suspects::find(&self.cgroups.core, was, same), SLICE);
+        self.look_for_stale(suspects, SLICE);
         self.taken = Some(used());
         self.begin_redirecting();
         log::configure(new.log_level.louder(self.options.verbose), self.options.syslog);

@@ -19,7 +19,7 @@ use crate::nft::stmt::Stmt;
 use crate::nft::table::{
     again_chain, by_entrances, classifying, dying_name, gate_names, hold_rules, hold_sets,
     set_name, veth_rule, ways, Content, Deeds, Devices, Entrances, Rule, Shape, Table, DEEDS,
-    DEPTHS, HELD, HOLD, KNOWN, TABLE,
+    DEPTHS, HELD, HOLD, KNOWN, TABLE, UNJUDGED,
 };
 use crate::route::{Entry, Forwarded, Leads, Needs, WayOut};
 use crate::small::SmallSet;
@@ -108,6 +108,13 @@ pub fn count(deeds: &Deeds, batch: Batch) -> Transaction {
     let mut transaction = Transaction::new(batch);
     // all of them, so that a listing has them in the order of before
     DEEDS.iter().zip(deeds).for_each(|(name, count)| transaction.replace_counter(name, *count));
+    transaction
+}
+
+/// One transaction that has the table tell that all sockets have been judged by it.
+pub fn judged(batch: Batch) -> Transaction {
+    let mut transaction = Transaction::new(batch);
+    transaction.delete_chain(UNJUDGED);
     transaction
 }
 

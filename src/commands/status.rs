@@ -797,6 +797,7 @@ mod tests {
             owners: Vec::new(),
             default_class: 0,
             moving: Vec::new(),
+            unjudged: false,
             unknown: None,
             classifies: true,
             foreign: false,

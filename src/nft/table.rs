@@ -47,6 +47,14 @@ pub use shape::{Devices, Entrances, Holding, Pair, Shape, Stage, DEPTHS};
 /// Name of our one table, in family inet.
 pub const TABLE: &str = "cgtproxy";
 
+/// A chain that no packet comes to, there from the moment when sockets may be stale by what the table has
+/// until all are judged: a daemon may end before, and the next one finds nothing else that tells.
+pub const UNJUDGED: &str = "unjudged";
+
+pub fn unjudged_chain() -> Chain {
+    chain(UNJUDGED, vec![vec![Stmt::accept()]])
+}
+
 /// What the daemon has done since the table is there: a counter of the table for each, which no
 /// packet meets, so that the kernel holds that too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

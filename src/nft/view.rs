@@ -7,7 +7,7 @@ use std::net::IpAddr;
 
 use super::expr::{counted, listed, Expr, SetRef::Named, Verdict};
 use super::message::{dump, hook, of_table, Hook};
-use super::table::{MARTIANS, MOVED, OUTPUT, TABLE, UNKNOWN};
+use super::table::{MARTIANS, MOVED, OUTPUT, TABLE, UNJUDGED, UNKNOWN};
 use crate::config::{taken_marks, CONTAINERS};
 use crate::net::{Interface, Mark, Owner};
 use crate::netlink::msg::Batch;
@@ -255,6 +255,8 @@ pub struct View {
     pub moving: Vec<(Mark, Option<u32>)>,
     /// Packets of cgroups that had not been looked at; `None` where nothing is held.
     pub unknown: Option<Counter>,
+    /// Sockets may go otherwise than it says: whose look for these it is has not told that it is over.
+    pub unjudged: bool,
     /// Whether there is any rule that meets this host's packets: ours has one whatever the policy.
     pub classifies: bool,
     /// There are rules, and not the chains that ours have whatever the policy.
@@ -287,6 +289,7 @@ impl View {
             routed: rules.iter().filter(is_routed).find_map(mark),
             moving: of(rules, MOVED, "").into_iter().filter_map(moving).collect(),
             unknown: total(&of(rules, UNKNOWN, "")),
+            unjudged: !of(rules, UNJUDGED, "").is_empty(),
             classifies: !output.is_empty(),
             foreign: !rules.is_empty() && !names.contains(&"drop"),
             ..View::default()

@@ -241,6 +241,14 @@ impl Daemon {
         Daemon { child, config, log, root: ground.root.clone(), ready: Some(ready) }
     }
 
+    /// As [`Daemon::spawn`]; before each message that the program sends it waits, so that what is in force
+    /// between two of them can be met.
+    pub fn slow(ground: &Ground, config: &str, env: &[(&str, &str)]) -> Daemon {
+        let delay = "-einject=sendto:delay_enter=10000";
+        let by = ["strace", "-D", "-f", "-qq", "-o/dev/null", "-etrace=sendto", delay];
+        Daemon::spawn_by(ground, config, &by, &["--no-seccomp"], env)
+    }
+
     /// Waits until the program says that it is ready; false where it ends, or takes too long.
     pub fn ready(&mut self) -> bool {
         let ready = self.ready.take().expect("readiness is waited for once");

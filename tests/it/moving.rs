@@ -467,17 +467,6 @@ fn a_mask_that_is_full() {
     }
 }
 
-/// Each message of the program waits so long: what is done between two of them can be met.
-const SLOWLY: [&str; 7] = [
-    "strace",
-    "-D",
-    "-f",
-    "-qq",
-    "-o/dev/null",
-    "-etrace=sendto",
-    "-einject=sendto:delay_enter=10000",
-];
-
 /// A daemon that changes the mask is killed before conntrack has forgotten what is known by the old one, and
 /// what has these numbers in the new one moves with the next start: no flow is taken for one of that.
 #[test]
@@ -488,10 +477,9 @@ fn a_change_of_the_mask_that_is_killed() {
     let with = |mask: &str, names: &str| {
         format!("[global]\nfwmark-mask = {mask}\n{}", policy(names, "mihomo"))
     };
-    let slowly = |config: &str| Daemon::spawn_by(&ground, config, &SLOWLY, &["--no-seccomp"], &[]);
     for how in [RELOAD, KILLED] {
         let other = with("0xff000000", "two mihomo");
-        let mut daemon = slowly(&with("0x0f000000", "mihomo two"));
+        let mut daemon = Daemon::slow(&ground, &with("0x0f000000", "mihomo two"), &[]);
         assert!(daemon.ready(), "{}", daemon.logs());
         let mut talk = Talk::proxied(&scene, &cgroup);
         scene.left();
@@ -502,7 +490,7 @@ fn a_change_of_the_mask_that_is_killed() {
             }
             _ => {
                 daemon.kill9();
-                daemon = slowly(&other);
+                daemon = Daemon::slow(&ground, &other, &[]);
             }
         }
         assert!(wait_until(PATIENCE, moves), "{}", daemon.logs());
@@ -510,7 +498,7 @@ fn a_change_of_the_mask_that_is_killed() {
         assert!(moves());
 
         let daemon = talk.during(|| {
-            let mut daemon = slowly(&with("0xff000000", "mihomo two"));
+            let mut daemon = Daemon::slow(&ground, &with("0xff000000", "mihomo two"), &[]);
             assert!(daemon.ready(), "{}", daemon.logs());
             daemon
         });

@@ -14,8 +14,8 @@ use nix::sys::signal::Signal;
 
 use crate::client::{again, connect, socket_in, tcp_in, udp_in, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
-use crate::ground::{addr, any_of, ip, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES};
-use crate::kernel::load;
+use crate::ground::{addr, any_of, ip, sh, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES};
+use crate::kernel::{cgroup_id, load, set_ids};
 use crate::wait_until;
 pub use crate::world::bind_at as bind_to;
 use crate::world::{bind, set, Packet, Wire, RST};
@@ -132,6 +132,14 @@ impl Flow {
     fn from(&self) -> SocketAddr {
         match self {
             Flow::Tcp { from, .. } | Flow::Udp { from, .. } => *from,
+        }
+    }
+
+    /// Whether the kernel has ended the application's socket.
+    fn is_ended(&self) -> bool {
+        match self {
+            Flow::Tcp { own, .. } => own.peer_addr().is_err(),
+            Flow::Udp { own, .. } => own.local_addr().is_ok_and(|own| own.port() == 0),
         }
     }
 
@@ -298,6 +306,61 @@ fn flows_older_than_the_rule() {
 
     expect_ended(&daemon, &mut old);
     expect_silence(&mut wire, &mut old, "after kill -9 and another policy");
+}
+
+/// Where a daemon does not live to end what its table finds stale, the next one does that.
+#[test]
+fn a_daemon_that_is_killed_before_it_has_looked() {
+    let ground = ground!("stale-killed");
+    let (mut wire, remote) = wire_and_remote(&ground);
+    let cgroups = cgroups(&ground);
+    let dropped = cgroup_id(&cgroups[0]).expect("its id");
+    for how in ["start", "reload", "start that takes over", "repair"] {
+        let env = if how == "repair" { &[UNOWNED][..] } else { &[] };
+        let slow = |config: &str| Daemon::slow(&ground, config, env);
+        let mut old = Vec::new();
+        let mut daemon = match how {
+            "start" => {
+                old = remote.all_flows(&cgroups);
+                slow(CONFIG)
+            }
+            "repair" => slow(CONFIG),
+            _ => slow(BEFORE),
+        };
+        assert!(how == "start" || daemon.ready(), "{}", daemon.logs());
+        match how {
+            "start" => {}
+            "repair" => daemon.while_stopped(|| {
+                sh("nft delete table inet cgtproxy");
+                old = remote.all_flows(&cgroups);
+            }),
+            _ => old = remote.all_flows(&cgroups),
+        }
+        match how {
+            "reload" => {
+                daemon.configure(CONFIG);
+                daemon.signal(Signal::SIGHUP);
+            }
+            "start that takes over" => {
+                daemon.kill9();
+                daemon = slow(CONFIG);
+            }
+            _ => {}
+        }
+        let in_force = || set_ids("cg_drop").is_some_and(|ids| ids.contains(&dropped));
+        assert!(wait_until(PATIENCE, in_force), "{how}\n{}", daemon.logs());
+        daemon.kill9();
+        assert!(!old.iter().any(Flow::is_ended), "{how}: it was too fast");
+
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+
+        expect_ended(&daemon, &mut old);
+        expect_silence(&mut wire, &mut old, how);
+        daemon.kill9();
+        let daemon = Daemon::start(&ground, CONFIG, &[]);
+        assert!(!daemon.logs().contains("ended"), "{how}\n{}", daemon.logs());
+        daemon.stop_clean();
+    }
 }
 
 /// The default ends what no rule covers.
