@@ -551,7 +551,8 @@ impl Config {
 
     /// Gives the sections that have the mark of flows that move another one, as far as there are any.
     pub fn give_way(&mut self) {
-        let free: Vec<u32> = self.free_marks().collect();
+        let most = self.outlets().count() + self.routes.len();
+        let free: Vec<u32> = self.low_free_marks().take(most).collect();
         let mut free = free.into_iter();
         let moving = std::mem::take(&mut self.moving);
         let mut give_way = |mark: &mut u32| {
@@ -589,18 +590,28 @@ impl Config {
             || mark == self.direct_mark() && self.marks_direct()
     }
 
-    /// The values of the mask that stand for nothing, the largest first.
+    /// The values of the mask that stand for nothing, the largest first. Those are for packets that are a
+    /// container's, so that the sections that come and go leave them the same.
     fn free_marks(&self) -> impl Iterator<Item = u32> + '_ {
         let below = |mark: &u32| Some((mark - 1) & self.mask).filter(|mark| *mark != 0);
-        let taken = |mark: &u32| {
-            [self.spoofed_mark(), self.direct_mark()].contains(mark)
-                || self.uses(*mark)
-                || self.moves(*mark).is_some()
-                || self.bypass_marks.iter().any(|bypass| {
-                    bypass.mask & self.mask != 0 && mark & bypass.mask == bypass.value & self.mask
-                })
-        };
-        std::iter::successors(below(&self.mask), below).filter(move |mark| !taken(mark))
+        std::iter::successors(below(&self.mask), below).filter(|mark| self.is_free(*mark))
+    }
+
+    /// The same, the smallest first: for flows.
+    fn low_free_marks(&self) -> impl Iterator<Item = u32> + '_ {
+        let above = |mark: &u32| Some(mark.wrapping_sub(self.mask) & self.mask);
+        let all = std::iter::successors(above(&0), move |mark| above(mark).filter(|n| *n != 0));
+        all.filter(|mark| self.is_free(*mark))
+    }
+
+    fn is_free(&self, mark: u32) -> bool {
+        let taken = [0, self.spoofed_mark(), self.direct_mark()].contains(&mark)
+            || self.uses(mark)
+            || self.moves(mark).is_some()
+            || self.bypass_marks.iter().any(|bypass| {
+                bypass.mask & self.mask != 0 && mark & bypass.mask == bypass.value & self.mask
+            });
+        !taken
     }
 
     /// The same policy with a section for what containers of each target send, ahead of all others;
@@ -609,7 +620,7 @@ impl Config {
         let mut config = self.clone();
         for index in 0..config.routes.len() {
             if config.routes[index].forward_mark == 0 {
-                let free = config.free_marks().next()?;
+                let free = config.low_free_marks().next()?;
                 config.routes[index].forward_mark = free;
             }
         }

@@ -677,6 +677,13 @@ mod tests {
         let view = View { moving: lost, ..View::default() };
         let back = renumbered(&Known::of_view(&view, now.mask), &now);
         assert_eq!((back.moves(now.spoofed_mark()), back.unclear), (None, vec![]));
+        // nobody counts the marks of a wide mask
+        let wide = |text: &str| {
+            testing::config(format!("[global]\nfwmark-mask = 0xffffffff\n{text}").leak())
+        };
+        let [p, q] = ["[tproxy p]\nport = 1\n", "[tproxy q]\nport = 2\n"];
+        let [was, now] = [[p, q].concat(), ["[route r]\ninterface = r\n", p, q].concat()];
+        assert_eq!(renumbered(&Known::of(&wide(&was)), &wide(&now)).unclear, vec![]);
         // nothing is free: flows are forgotten
         let narrow =
             |text: &str| testing::config(format!("[global]\nfwmark-mask = 0x3\n{text}").leak());

@@ -1,7 +1,7 @@
 //! Rules for cgroups whose processes live in network namespaces of their own: what they send comes in
 //! by a veth, on a bridge or not.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::io::{BufRead, BufReader, Write};
 use std::net::{IpAddr, UdpSocket};
 use std::path::Path;
@@ -15,14 +15,16 @@ use nix::sys::signal::Signal;
 
 use crate::client::{Client, Proto, Running, PATIENCE, SILENCE};
 use crate::daemon::{run_with, write_private, Daemon};
+use crate::forgotten::proxies;
 use crate::gateway::{self, Lan, LAN4, LAN6};
 use crate::ground::{
     addr, any_of, await_link, ip, ip_lines, sysctl, Ground, Netns, HOSTS, REMOTE4, REMOTE6, REMOTES,
 };
 use crate::kernel::{load, table, table_plain};
+use crate::soak::Ends;
 use crate::tools::as_nobody;
 use crate::ways::{change, RELOAD};
-use crate::world::{interface_index, Server, World, PROXY};
+use crate::world::{interface_index, recv_datagram, Server, World, PROXY};
 use crate::{sized, wait_until};
 
 const CONFIG: &str = "
@@ -170,13 +172,14 @@ fn another_policy() {
 }
 
 /// A container that is dropped and one that is proxied send without end while sections change places, or
-/// the bits that are ours, and with these the marks that what they send has from where it comes in.
+/// the bits that are ours, and with these the marks that what they send has from where it comes in. Nothing
+/// gets to the remote hosts, and of what is dropped nothing to a proxy.
 #[test]
 fn marks_that_change() {
     let (ground, mut world) = scene!("boxes-marks");
     let lan = Lan::new(&ground);
-    let _processes = ["/boxes/drop1", "/boxes/box1"].map(|path| ground.cgroup(path));
-    let _processes = [0, 1].map(|client| live(lan.client(client), &_processes[client]));
+    let [dropped, proxied] = ["/boxes/drop1", "/boxes/box1"].map(|path| ground.cgroup(path));
+    let _processes = [live(lan.client(0), &dropped), live(lan.client(1), &proxied)];
     let sections = |first, mask| {
         let mut sections = ["[tproxy mihomo]\nport = 7893\n", "[tproxy other]\nport = 7894\n"];
         sections.rotate_left(first);
@@ -187,33 +190,41 @@ fn marks_that_change() {
     let in_turn = [0, 1].map(|first| sections(first, 0xff00_0000_u32));
     let of_masks = [0x0f00_0000, 0xff00_0000, 0x00f0_0000].map(|mask| sections(0, mask));
     let bind = |to: IpAddr| UdpSocket::bind(addr(any_of(to), 0)).expect("bind");
+    let own = ["198.51.100.11", "2001:db8:3::11"].map(ip);
     let bind = |client| lan.client(client).run(|| REMOTES.map(|to| (bind(to), addr(to, 80))));
     let sockets = [0, 1].map(bind);
+    let proxies = [7893, 7894].map(|port| proxies(&ground.root, port));
     for (changes, how) in [(&in_turn[..], RELOAD), (&of_masks[..], RELOAD), (&of_masks, "kill -9")]
     {
         println!("{} policies, {how}", changes.len());
-        let mut daemon = Daemon::start(&ground, &changes[0], &[]);
+        let daemon = Daemon::start(&ground, &changes[0], &[]);
         let found = || entrances().len() == 2;
         assert!(wait_until(PATIENCE, found), "{:?}", entrances());
         world.wire.packets();
         let done = AtomicBool::new(false);
 
-        daemon = thread::scope(|scope| {
-            scope.spawn(|| {
+        let (daemon, heard) = thread::scope(|scope| {
+            let sender = scope.spawn(|| {
+                let mut heard = BTreeSet::new();
                 while !done.load(Ordering::Relaxed) {
                     for (socket, to) in sockets.iter().flatten() {
                         // where it is dropped nobody says so
                         let _ = socket.send_to(b"x", to);
                     }
+                    let all = proxies.iter().flatten().filter_map(recv_datagram);
+                    heard.extend(all.map(|(from, _)| from.ip()));
                 }
+                heard
             });
+            let ends = Ends(&done);
             let turns = changes.iter().cycle().skip(1).take(sized(40, 400));
-            let last = turns.fold(daemon, |daemon, to| change(&ground, daemon, how, to));
-            done.store(true, Ordering::Relaxed);
-            last
+            let daemon = turns.fold(daemon, |daemon, to| change(&ground, daemon, how, to));
+            drop(ends);
+            (daemon, sender.join().expect("it has sent"))
         });
 
         assert_eq!(world.wire.to_remote(), []);
+        assert_eq!(heard, BTreeSet::from(own), "of the proxied one alone");
         daemon.stop_clean();
     }
 }

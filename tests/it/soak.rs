@@ -223,7 +223,7 @@ impl Soak<'_> {
 }
 
 /// Ends what happens, also where this thread panics.
-struct Ends<'a>(&'a AtomicBool);
+pub struct Ends<'a>(pub &'a AtomicBool);
 
 impl Drop for Ends<'_> {
     fn drop(&mut self) {
