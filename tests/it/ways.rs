@@ -365,6 +365,8 @@ pub struct Talk {
     pub udp: Vec<(UdpSocket, UdpSocket)>,
     /// Datagrams that have no way, as their sender is told.
     refused: AtomicUsize,
+    /// Whether the other ends are a proxy's.
+    proxied: bool,
 }
 
 impl Talk {
@@ -381,7 +383,7 @@ impl Talk {
         };
         let udp = remotes.iter().flat_map(datagrams).collect();
         let tcp = scene.connections(cgroup, false);
-        let talk = Talk { tcp, udp, refused: AtomicUsize::new(0) };
+        let talk = Talk { tcp, udp, refused: AtomicUsize::new(0), proxied: false };
         assert!(talk.udp.iter().all(Talk::is_answered), "at first");
         talk
     }
@@ -402,7 +404,7 @@ impl Talk {
         };
         let udp = REMOTES.map(datagrams).into();
         let tcp = scene.connections(cgroup, true);
-        let talk = Talk { tcp, udp, refused: AtomicUsize::new(0) };
+        let talk = Talk { tcp, udp, refused: AtomicUsize::new(0), proxied: true };
         assert!(talk.udp.iter().all(Talk::is_answered), "at first");
         talk
     }
@@ -424,7 +426,8 @@ impl Talk {
         })
     }
 
-    /// Sends by all of them, again and again, while `f` runs, and has the other ends send.
+    /// Sends by all of them, again and again, while `f` runs, and has a proxy's ends send. (A remote
+    /// host that is the first to speak in a flow that has to be forgotten has begun one.)
     pub fn during<T>(&self, f: impl FnOnce() -> T) -> T {
         let done = AtomicBool::new(false);
         let wait = |on: bool| {
@@ -437,8 +440,9 @@ impl Talk {
             let sender = scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
                     for (own, end) in &self.udp {
-                        // where it is connected
-                        let _ = end.send(b"meanwhile");
+                        if self.proxied {
+                            let _ = end.send(b"meanwhile");
+                        }
                         let kind = own.send(b"meanwhile").map_err(|error| error.kind()).err();
                         if [ConnectionRefused, HostUnreachable, NetworkUnreachable]
                             .iter()
@@ -448,8 +452,9 @@ impl Talk {
                         }
                     }
                     for each in &self.tcp {
-                        for (from, mut to) in [(&each.own, &each.end), (&each.end, &each.own)] {
-                            let _ = { from }.write(b"meanwhile");
+                        let ways = [(&each.own, &each.end), (&each.end, &each.own)];
+                        for (mut from, mut to) in ways.into_iter().take(1 + self.proxied as usize) {
+                            let _ = from.write(b"meanwhile");
                             let _ = to.read(&mut [0; 4096]);
                         }
                     }
