@@ -358,7 +358,7 @@ impl Daemon<'_> {
         if self.kernel.watch_table()? {
             self.replace()?;
         }
-        if before.is_none() {
+        if before.is_none() || !judged {
             // and what they said until there was one
             self.tell_spoofed();
         }

@@ -22,7 +22,9 @@ use crate::ground::{
     addr, any_of, ip, ip_lines, remove_tree, sysctl, Ground, Netns, HOST4, HOST6, REMOTE4, REMOTE6,
     REMOTES,
 };
-use crate::kernel::{await_connection, counters, fill_flows, forget_flows, load, output, table};
+use crate::kernel::{
+    await_connection, counters, fill_flows, forget_flows, has_chain, load, output, table,
+};
 use crate::moving::{hear_again, hear_nothing};
 use crate::routes::{passes, tunnel_up, GATEWAYS};
 use crate::wait_until;
@@ -419,6 +421,39 @@ fn a_proxy_speaks_while_the_table_is_away() {
             assert_eq!(world.wire.to_remote(), []);
             assert!(daemon.stop().success());
         }
+    }
+}
+
+/// The same where the daemon that puts the table back is killed before it has told conntrack of that.
+#[test]
+fn a_proxy_speaks_while_the_table_is_away_and_the_daemon_is_killed() {
+    let (ground, mut world) = scene!("forgotkill");
+    let [app, direct] = ["/proxied", "/direct"].map(|path| ground.cgroup(path));
+    let listeners = listeners(&direct);
+    others_keep_conntrack(&ground);
+    for (place, listener) in places().iter().zip(&listeners) {
+        println!("{}", place.remote);
+        let mut daemon = Daemon::slow(&ground, POLICY, &[UNOWNED]);
+        assert!(daemon.ready(), "{}", daemon.logs());
+        let mut own = tcp_in(&app, place.remote);
+        let (mut end, _) = listener.accept().expect("accept");
+        says(&mut own, &mut end);
+        daemon.while_stopped(|| {
+            load("delete table inet cgtproxy");
+            forget_flows();
+            says(&mut end, &mut own);
+        });
+        assert!(wait_until(PATIENCE, || has_chain("output")), "{}", daemon.logs());
+        daemon.kill9();
+
+        let daemon = Daemon::start(&ground, POLICY, &[]);
+
+        world.wire.packets();
+        says(&mut own, &mut end);
+        says(&mut end, &mut own);
+        drop((own, end));
+        assert_eq!(world.wire.to_remote(), [], "{}", daemon.logs());
+        assert!(daemon.stop().success());
     }
 }
 
