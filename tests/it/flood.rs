@@ -68,7 +68,7 @@ impl Stall {
     /// Time to start them all.
     const AHEAD: Duration = Duration::from_millis(80);
 
-    /// `None` where there is one processor alone.
+    /// `None` where there is one processor alone, which is said.
     pub fn new() -> Option<Stall> {
         let mut others = sched_getaffinity(Pid::from_raw(0)).expect("read the affinity");
         let all =
@@ -77,7 +77,11 @@ impl Stall {
         processor.set(all[0]).expect("a processor that exists");
         others.unset(all[0]).expect("a processor that exists");
         let timers = vec![std::ptr::null_mut(); Stall::TIMERS];
-        (all.len() > 1).then_some(Stall { processor, others, timers })
+        if all.len() == 1 {
+            println!("SKIP: there is one processor, and what waits would keep the others waiting");
+            return None;
+        }
+        Some(Stall { processor, others, timers })
     }
 
     /// Has the daemon, which has been stopped, go on as soon as the packets of `flood` wait, and this
