@@ -182,11 +182,12 @@ impl Daemon<'_> {
         self.hold_flows();
     }
 
-    /// Whether that is to be waited for, which began at that time of the processor's; what takes longer is
-    /// done later.
+    /// Whether that is to be waited for, or the look for stale sockets of which the table tells, which began
+    /// at that time of the processor's; what takes longer is done later.
     pub(super) fn awaits_flows(&self, since: Duration) -> bool {
-        let busy = self.redirects.is_busy() && !self.table_is_out();
-        busy && used().saturating_sub(since) < LONGEST
+        let spent = used().saturating_sub(since);
+        let flows = self.redirects.is_busy() && spent < LONGEST;
+        (flows || self.unjudged && spent < super::FIRST_SLICE) && !self.table_is_out()
     }
 
     /// Waits for it before we are ready. Cgroups that come meanwhile are taken in.

@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use crate::client::{again, connect, socket_in, tcp_in, udp_in, Proto, PATIENCE, SILENCE};
 use crate::daemon::{Daemon, UNOWNED};
 use crate::ground::{addr, any_of, ip, sh, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES};
-use crate::kernel::{cgroup_id, load, set_ids};
+use crate::kernel::{cgroup_id, has_chain, load, set_ids};
 use crate::wait_until;
 pub use crate::world::bind_at as bind_to;
 use crate::world::{bind, set, Packet, Wire, RST};
@@ -359,6 +359,27 @@ fn a_daemon_that_is_killed_before_it_has_looked() {
         daemon.kill9();
         let daemon = Daemon::start(&ground, CONFIG, &[]);
         assert!(!daemon.logs().contains("ended"), "{how}\n{}", daemon.logs());
+        daemon.stop_clean();
+    }
+}
+
+/// Who is told that a start or a reload is done finds nothing in the table of a look that goes on, unless
+/// that takes long.
+#[test]
+fn what_is_told_to_be_done_is_done() {
+    let ground = ground!("stale-done");
+    let remote = Remote::new(&ground);
+    let cgroups = cgroups(&ground);
+    for start in [BEFORE, CONFIG] {
+        let _old = remote.all_flows(&cgroups);
+        let mut daemon = Daemon::slow(&ground, start, &[]);
+        assert!(daemon.ready(), "{}", daemon.logs());
+        assert!(has_chain("output") && !has_chain("unjudged"), "start");
+        if start == BEFORE {
+            daemon.reconfigure(CONFIG);
+            assert!(has_chain("output") && !has_chain("unjudged"), "reload");
+        }
+        assert_eq!(ended(&daemon), 12, "{}", daemon.logs());
         daemon.stop_clean();
     }
 }
