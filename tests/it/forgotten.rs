@@ -551,6 +551,12 @@ fn a_remote_host_that_begins_first() {
     tunnel_up(&ground);
     let with_clients = format!("{POLICY}{GATEWAY}");
     let with_route = format!("{POLICY}[route vpn]\ninterface = vpn0\n");
+    // one before may have more to say
+    let left_from = |wire: &mut Wire, port: u16| {
+        let mut left = wire.to_remote();
+        left.retain(|packet| packet.src.port() == port);
+        left
+    };
     let proxied_by_default = format!("{}[route vpn]\ninterface = vpn0\n", by_default("mihomo"));
     for (first, policy, of_others, of_clients, by_route) in [
         (20011, POLICY, "remote", "remote", false),
@@ -571,13 +577,13 @@ fn a_remote_host_that_begins_first() {
                 let _ = connect(&stream, place.remote);
                 stream
             };
-            let reached = |wire: &mut Wire, want: &str| {
+            let reached = |wire: &mut Wire, port, want: &str| {
                 let mut accepted = None;
                 let comes = || {
                     accepted = listener.accept().ok();
                     accepted.is_some()
                 };
-                let who = match wire.to_remote() {
+                let who = match left_from(wire, port) {
                     left if !left.is_empty() => "remote",
                     _ if want == "proxy" && wait_until(PATIENCE, comes) => "proxy",
                     _ => "nobody",
@@ -603,17 +609,17 @@ fn a_remote_host_that_begins_first() {
                     None => lan.client(0).run(|| begin(&ground.root, from)),
                 };
 
-                if let Some(mut end) = reached(&mut world.wire, want) {
+                if let Some(mut end) = reached(&mut world.wire, port, want) {
                     end.set_nonblocking(false).expect("clear O_NONBLOCK");
                     own.set_nonblocking(false).expect("clear O_NONBLOCK");
                     says(&mut own, &mut end);
                     says(&mut end, &mut own);
-                    assert_eq!(world.wire.to_remote(), []);
+                    assert_eq!(left_from(&mut world.wire, port), []);
                 }
                 if want == "nobody" {
                     drop(own);
                     let _own = begin(&direct, from);
-                    reached(&mut world.wire, "remote");
+                    reached(&mut world.wire, port, "remote");
                 }
             }
         }
@@ -631,14 +637,18 @@ fn a_connection_that_is_alive_for_conntrack_alone() {
     let [proxied, direct, vpn] = ["/proxied", "/direct", "/vpn"].map(|path| ground.cgroup(path));
     let listeners = listeners(&direct);
     tunnel_up(&ground);
-    let policy = format!("{POLICY}vpn = /vpn\n{GATEWAY}[route vpn]\ninterface = vpn0\n");
-    let _daemon = Daemon::start(&ground, &policy, &[]);
-    for (place, listener) in places().iter().zip(&listeners) {
+    let sections = format!("vpn = /vpn\n{GATEWAY}[route vpn]\ninterface = vpn0\n");
+    let sides = || places().into_iter().zip(&listeners);
+    let under = |default| sides().map(move |(place, listener)| (default, place, listener));
+    for (default, place, listener) in
+        ["direct", "drop", "mihomo", "vpn"].into_iter().flat_map(under)
+    {
+        let _daemon = Daemon::start(&ground, &(by_default(default) + &sections), &[]);
         for (state, port) in ["ESTABLISHED", "CLOSE_WAIT", "CLOSE"].into_iter().zip(20051..) {
             for (cgroup, from) in
                 [(Some(&proxied), place.host), (Some(&vpn), place.host), (None, place.client)]
             {
-                println!("{state} to {} of {cgroup:?}", place.remote);
+                println!("{default}: {state} to {} of {cgroup:?}", place.remote);
                 let from = addr(from, port);
                 known_as(state, place.remote, from, 0);
                 world.wire.packets();

@@ -8,7 +8,7 @@ use super::hold::{hold_rules, HOLD};
 use super::moved::moving_first;
 use super::sets::{dying_name, gate_names, named, set_name};
 use super::shape::{depths, Pair, Shape, Stage, DEPTHS};
-use super::spared::leaves_by_lo;
+use super::spared::{leaves_by_lo, CLIENTS};
 use super::target::cut_rules;
 use super::words::*;
 use super::{Chain, Rule};
@@ -97,7 +97,7 @@ fn deciding_rules(config: &Config, shape: &Shape) -> Vec<Rule> {
     rules.extend(gate_rules(shape, 0));
     rules.extend(default_owner_rule(config));
     if tells_clients(config) {
-        rules.push(vec![Stmt::IsReset, Stmt::Invalid, Stmt::jump(TOLD)]);
+        rules.push(vec![Stmt::IsReset, Stmt::jump(TOLD)]);
     }
     rules.extend(default_rules(config));
     rules
@@ -303,14 +303,16 @@ pub(super) fn flow_chains(config: &Config) -> Vec<Chain> {
 }
 
 /// Whether the default would keep from a client that its flow is over: the kernel resets it for a proxy,
-/// and Linux 6.12 knows no owner of that, and no cgroup. `ownerless_chain` tells it, too.
+/// or by `refuse_stale`, and Linux 6.12 knows no owner of that, and no cgroup. `ownerless_chain` tells of
+/// flows that are unknown, too.
 fn tells_clients(config: &Config) -> bool {
-    config.routes_to_tproxy() && !drops_ownerless(config)
+    config.routes_to_tproxy() && config.default != Target::Direct
 }
 
-/// Resets that no process sends, for a remote host: nobody else sends what has its address.
+/// Resets that no process sends, for a remote host, to a client: nobody else sends what has its address.
 fn told_chain() -> Chain {
-    let rules = [vec![Stmt::HasOwner, Stmt::back()], vec![Stmt::ForeignSource, Stmt::accept()]];
+    let rules =
+        [vec![Stmt::HasOwner, Stmt::back()], vec![Stmt::ForeignSource, Stmt::jump(CLIENTS)]];
     chain(TOLD, rules.to_vec())
 }
 

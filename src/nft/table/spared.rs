@@ -31,7 +31,7 @@ pub(super) fn chains(config: &Config) -> Vec<Chain> {
 }
 
 /// What leaves towards a router's clients, and containers.
-const CLIENTS: &str = "clients";
+pub(super) const CLIENTS: &str = "clients";
 
 /// The part of it that depends on where containers come in.
 pub(super) const CONTAINED: &str = "contained";
