@@ -551,6 +551,10 @@ impl Config {
 
     /// Gives the sections that have the mark of flows that move another one, as far as there are any.
     pub fn give_way(&mut self) {
+        if self.moving.is_empty() {
+            // where few marks are free, it takes long to find that out
+            return;
+        }
         let most = self.outlets().count() + self.routes.len();
         let free: Vec<u32> = self.low_free_marks().take(most).collect();
         let mut free = free.into_iter();
