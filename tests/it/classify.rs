@@ -143,7 +143,7 @@ fn burst() {
     let daemon = Daemon::start(&ground, &format!("{TPROXY}{rules}"), &[]);
     let paths: Vec<_> = (0..all).map(|i| apps.join(format!("a{i}"))).collect();
     let at_rest = daemon.footprint();
-    let footprints = [all; 4].map(|count| {
+    let footprints = [all; 8].map(|count| {
         let paths = &paths[..count];
         let (mut some, mut most) = (Vec::new(), Vec::new());
         let start = Instant::now();
@@ -171,10 +171,10 @@ fn burst() {
         daemon.footprint().1
     });
     println!("{} KiB at first, {footprints:?} after each burst", at_rest.1);
-    // An allocator keeps some for reuse, for elements, gates and what is dying; a leak grows with
-    // every burst (10 KiB is a byte a cgroup).
-    let [first, second, _, last] = footprints;
-    assert!(first <= at_rest.1 + 3072 && last <= first.max(second) + 256);
+    // An allocator keeps some for reuse, for elements, gates and what is dying, of which there may be
+    // none or a thousand; a leak grows with every burst.
+    let [first, second, .., last] = footprints;
+    assert!(first <= at_rest.1 + 3072 && last <= first.max(second) + 512);
     // And it still works.
     await_member(&ground.cgroup("/apps/a5"), "mihomo");
 }
