@@ -556,7 +556,7 @@ impl Config {
             return;
         }
         let most = self.outlets().count() + self.routes.len();
-        let free: Vec<u32> = self.low_free_marks().take(most).collect();
+        let free: Vec<u32> = self.free_marks().take(most).collect();
         let mut free = free.into_iter();
         let moving = std::mem::take(&mut self.moving);
         let mut give_way = |mark: &mut u32| {
@@ -578,12 +578,16 @@ impl Config {
     }
 
     /// The mark of what a container sends, from where it comes in to the section of its target; `None`
-    /// where the mask has no value left for it. Packets alone bear it, so that it may be another
-    /// one after a reload.
+    /// where the mask has no value left for it. What is to be dropped, and but where an outlet has that
+    /// mark what goes directly, bears the same before and after a reload: the table of before may have
+    /// marked what meets the next one.
     pub fn container_mark(&self, target: Target) -> Option<u32> {
-        match self.outlet(target) {
-            Some(outlet) => Some(outlet.mark),
-            None => self.free_marks().nth(if target == Target::Drop { 0 } else { 1 }),
+        let direct = self.direct_mark();
+        match (target, self.outlet(target)) {
+            (_, Some(outlet)) => Some(outlet.mark),
+            (Target::Drop, _) => Some(self.spoofed_mark()).filter(|mark| *mark != 0),
+            _ if self.outlets().all(|outlet| outlet.mark != direct) => Some(direct),
+            _ => self.free_marks().next(),
         }
     }
 
@@ -594,22 +598,14 @@ impl Config {
             || mark == self.direct_mark() && self.marks_direct()
     }
 
-    /// The values of the mask that stand for nothing, the largest first. Those are for packets that are a
-    /// container's, so that the sections that come and go leave them the same.
+    /// The values of the mask that stand for nothing, the smallest first.
     fn free_marks(&self) -> impl Iterator<Item = u32> + '_ {
-        let below = |mark: &u32| Some((mark - 1) & self.mask).filter(|mark| *mark != 0);
-        std::iter::successors(below(&self.mask), below).filter(|mark| self.is_free(*mark))
-    }
-
-    /// The same, the smallest first: for flows.
-    fn low_free_marks(&self) -> impl Iterator<Item = u32> + '_ {
-        let above = |mark: &u32| Some(mark.wrapping_sub(self.mask) & self.mask);
-        let all = std::iter::successors(above(&0), move |mark| above(mark).filter(|n| *n != 0));
-        all.filter(|mark| self.is_free(*mark))
+        let above = |mark: &u32| Some(mark.wrapping_sub(self.mask) & self.mask).filter(|n| *n != 0);
+        std::iter::successors(above(&0), above).filter(|mark| self.is_free(*mark))
     }
 
     fn is_free(&self, mark: u32) -> bool {
-        let taken = [0, self.spoofed_mark(), self.direct_mark()].contains(&mark)
+        let taken = [self.spoofed_mark(), self.direct_mark()].contains(&mark)
             || self.uses(mark)
             || self.moves(mark).is_some()
             || self.bypass_marks.iter().any(|bypass| {
@@ -624,7 +620,7 @@ impl Config {
         let mut config = self.clone();
         for index in 0..config.routes.len() {
             if config.routes[index].forward_mark == 0 {
-                let free = config.low_free_marks().next()?;
+                let free = config.free_marks().next()?;
                 config.routes[index].forward_mark = free;
             }
         }

@@ -85,7 +85,7 @@ pub fn boxes(ground: &Ground) -> (Lan<'_>, [Running; 2], Daemon) {
     (lan, processes, daemon)
 }
 
-pub const BOXES: [&str; 2] = ["lan0 0x01000000", "lan1 0xfd000000"];
+pub const BOXES: [&str; 2] = ["lan0 0x01000000", "lan1 0xfe000000"];
 
 /// A rule covers what comes in by the veth of its cgroup's namespace on its way to the world: neither this
 /// host, nor a neighbour, nor a service of theirs is out of reach.
@@ -180,22 +180,27 @@ fn marks_that_change() {
     let lan = Lan::new(&ground);
     let [dropped, proxied] = ["/boxes/drop1", "/boxes/box1"].map(|path| ground.cgroup(path));
     let _processes = [live(lan.client(0), &dropped), live(lan.client(1), &proxied)];
-    let sections = |first, mask| {
+    let with = |first, mask, more: &str| {
         let mut sections = ["[tproxy mihomo]\nport = 7893\n", "[tproxy other]\nport = 7894\n"];
         sections.rotate_left(first);
         let sections = sections.concat();
         let rules = "drop = /boxes/drop.*\nmihomo = /boxes/box.*\n";
-        format!("[global]\nfwmark-mask = {mask:#x}\n{sections}[rules]\n{rules}")
+        format!("[global]\nfwmark-mask = {mask:#x}\n{more}{sections}[rules]\n{rules}")
     };
+    let sections = |first, mask| with(first, mask, "");
     let in_turn = [0, 1].map(|first| sections(first, 0xff00_0000_u32));
     let of_masks = [0x0f00_0000, 0xff00_0000, 0x00f0_0000].map(|mask| sections(0, mask));
+    // others' marks within the mask come and go
+    let spare = "bypass-mark = 0xfd000000\nbypass-mark = 0xfc000000\n";
+    let spared = ["", spare, &spare[..25]].map(|spare| with(0, 0xff00_0000, spare));
     let bind = |to: IpAddr| UdpSocket::bind(addr(any_of(to), 0)).expect("bind");
     let own = ["198.51.100.11", "2001:db8:3::11"].map(ip);
     let bind = |client| lan.client(client).run(|| REMOTES.map(|to| (bind(to), addr(to, 80))));
     let sockets = [0, 1].map(bind);
     let proxies = [7893, 7894].map(|port| proxies(&ground.root, port));
-    for (changes, how) in [(&in_turn[..], RELOAD), (&of_masks[..], RELOAD), (&of_masks, "kill -9")]
-    {
+    let all = [&in_turn[..], &of_masks, &spared].map(|changes| (changes, RELOAD));
+    let killed = [&of_masks[..], &spared].map(|changes| (changes, "kill -9"));
+    for (changes, how) in all.into_iter().chain(killed) {
         println!("{} policies, {how}", changes.len());
         let daemon = Daemon::start(&ground, &changes[0], &[]);
         let found = || entrances().len() == 2;
@@ -355,7 +360,7 @@ fn a_container_comes_before_a_gateway_section() {
 
     let direct = live(lan.client(0), &ground.cgroup("/boxes/direct"));
     let boxed = live(lan.client(1), &ground.cgroup("/boxes/box"));
-    await_entrances(&daemon, &["lan0 0xfc000000", "lan1 0x01000000"]);
+    await_entrances(&daemon, &["lan0 0xff000000", "lan1 0x01000000"]);
     lan.direct(0);
     lan.proxied(1);
 
@@ -396,12 +401,12 @@ fn whoever_comes_first() {
     let _moved = live(&moved, &ground.cgroup("/boxes/drop1"));
     ip_lines("link add ve-moved type veth peer name ve-peer\nlink set ve-moved up\n");
     ip_lines(&format!("link set ve-peer netns {}\n", moved.path()));
-    let both = ["ve-moved 0xfd000000", "ve-two 0x01000000"];
+    let both = ["ve-moved 0xfe000000", "ve-two 0x01000000"];
     await_entrances(&daemon, &both);
 
     // one network for two: `docker run --network container:X`; the first rule decides
     let joined = live(&late, &ground.cgroup("/boxes/drop2"));
-    await_entrances(&daemon, &["ve-moved 0xfd000000", "ve-two 0xfd000000"]);
+    await_entrances(&daemon, &["ve-moved 0xfe000000", "ve-two 0xfe000000"]);
     drop(joined);
     std::fs::remove_dir(ground.at("/boxes/drop2")).expect("remove the cgroup");
     await_entrances(&daemon, &both);
@@ -426,7 +431,7 @@ fn one_within_another() {
     let outer = &BOXES[..1];
     await_entrances(&daemon, outer);
     for (i, path, meanwhile) in [
-        (0, "/boxes/drop1", &["lan0 0xfd000000"][..]),
+        (0, "/boxes/drop1", &["lan0 0xfe000000"][..]),
         // the outer one has no rule
         (1, "/boxes/drop2", &BOXES),
     ] {
@@ -532,7 +537,7 @@ fn whatever_befalls_it() {
     lan.dropped(1);
 
     ip_lines("link set lan0 down\nlink set lan0 name other0\nlink set other0 up\n");
-    await_entrances(&daemon, &["lan1 0xfd000000", "other0 0x01000000"]);
+    await_entrances(&daemon, &["lan1 0xfe000000", "other0 0x01000000"]);
     lan.await_link(0);
     world.wire.packets();
     lan.proxied(0);
@@ -800,7 +805,7 @@ fn direct_before_a_section_that_drops() {
 
     let _process = live(lan.client(0), &ground.cgroup("/boxes/direct"));
 
-    await_entrances(&daemon, &["lan0 0xfc000000"]);
+    await_entrances(&daemon, &["lan0 0xff000000"]);
     lan.direct(0);
     daemon.stop_clean();
 }
@@ -1050,7 +1055,7 @@ fn the_search_ends() {
     std::fs::remove_dir(&old).expect("remove the cgroup");
     await_entrances(&daemon, &[]);
     let _process = live(&nobody, &ground.cgroup("/own/boxes/drop2"));
-    await_entrances(&daemon, &["ve-nobody 0xfd000000"]);
+    await_entrances(&daemon, &["ve-nobody 0xfe000000"]);
     // nothing is kept open where there is nothing to be told of
     assert_eq!(daemon.inotifies(), 2);
     for i in 0..300 {
