@@ -404,7 +404,8 @@ impl Judge {
     fn is_on(&self, target: Target, witness: Witness) -> bool {
         let config = &self.fates.config;
         let moved = |mark| config.moves(mark).map_or(mark, Option::unwrap_or_default);
-        let known = witness.flow.map(|flow| moved(flow.mark));
+        let clear = witness.flow.filter(|flow| config.unclear_as(flow.mark).is_none());
+        let known = clear.map(|flow| moved(flow.mark));
         let is = |mark| known.is_some_and(|known| known & config.mask == mark);
         match target {
             _ if target == config.default => {

@@ -418,7 +418,7 @@ pub struct Config {
     /// Not of the file: by which mark flows are to be known from now on that are known by another of
     /// before, which stands for nothing else; `None` where their way is no more.
     pub moving: Vec<(u32, Option<u32>)>,
-    /// Not of the file: flows with these marks of before are cut until conntrack has forgotten them.
+    /// Not of the file: flows with these marks of before are cut until conntrack knows them by none.
     pub unclear: Vec<Mark>,
     /// Every file that was read, the first one first.
     pub files: Vec<PathBuf>,
@@ -547,6 +547,11 @@ impl Config {
     /// The mark that a flow is to be known by which is known by this one, if that is another.
     pub fn moves(&self, mark: u32) -> Option<Option<u32>> {
         self.moving.iter().find(|(was, _)| *was == mark & self.mask).map(|(_, now)| *now)
+    }
+
+    /// The mark of before that a flow with this one is known by, where it is unclear whose it is.
+    pub fn unclear_as(&self, mark: u32) -> Option<Mark> {
+        self.unclear.iter().copied().find(|own| mark & own.mask == own.value)
     }
 
     /// Gives the sections that have the mark of flows that move another one, as far as there are any.

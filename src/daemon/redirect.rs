@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use super::containers::used;
 use super::Daemon;
 use crate::cgroup::core::Core;
-use crate::config::{Config, Outcome};
+use crate::config::{spoofed_mark, Config, Outcome};
 use crate::error::reason;
 use crate::kernel::sockets::Asker;
 use crate::kernel::Kernel;
@@ -94,6 +94,19 @@ fn move_known(kernel: &mut Kernel, flow: &Tracked, now: Option<u32>, mask: u32) 
     }
 }
 
+/// Has one known by no mark, as what goes directly begins, or as one that a proxy began: its remote host
+/// may speak next, and has not begun it. What cannot go on so begins anew.
+fn lose_known(kernel: &mut Kernel, flow: &Tracked, was: Mark, config: &Config) {
+    if flow.protocol != IPPROTO_UDP {
+        // it may have ended by itself
+        let _ = kernel.forget_entry(flow);
+        return;
+    }
+    let spoofed = was.value == spoofed_mark(was.mask);
+    let now = spoofed.then(|| config.spoofed_mark());
+    move_known(kernel, flow, now, was.mask | config.mask);
+}
+
 impl Daemon<'_> {
     /// Has the policy that comes leave the marks alone that flows are known by from before; those of
     /// another mask are `strange`.
@@ -104,19 +117,13 @@ impl Daemon<'_> {
     }
 
     /// Flows begin to move, once the table is in force: to the marks that it has by now, and then to those
-    /// that the policy says. What is unclear is forgotten.
+    /// that the policy says. What is unclear is nobody's from then on.
     pub(super) fn begin_moving(&mut self, policy: Rc<Config>) {
         let config = self.cgroups.core.config().clone();
-        self.redirects.policy = Some(policy).filter(|_| !config.moving.is_empty());
+        let moves = !(config.moving.is_empty() && config.unclear.is_empty());
+        self.redirects.policy = Some(policy).filter(|_| moves);
         self.redirects.pass = None;
         self.kernel.list_entries();
-        if !config.unclear.is_empty() {
-            self.kernel.forget_twins(&config.unclear);
-            self.kernel.forget_flows(&config.unclear);
-            let clear = Config { unclear: Vec::new(), ..(*config).clone() };
-            self.cgroups.core.revise(Rc::new(clear));
-            self.replace_or_repair();
-        }
     }
 
     fn replace_or_repair(&mut self) -> bool {
@@ -138,11 +145,30 @@ impl Daemon<'_> {
                 return false;
             }
             let config = self.cgroups.core.config().clone();
-            match self.kernel.more_entries(|entry| config.moves(entry.mark).is_some()) {
-                Ok(Some(entries)) => entries.iter().for_each(|entry| {
-                    let now = config.moves(entry.mark).flatten();
-                    move_known(&mut self.kernel, entry, now, config.mask);
-                }),
+            // a connection that is forgotten while its socket is there may be one that the remote host begins
+            if self.doubts.is_some() && !config.unclear.is_empty() {
+                self.end_stale(SLICE);
+                return false;
+            }
+            let concerns = |mark| config.unclear_as(mark).is_some() || config.moves(mark).is_some();
+            match self.kernel.more_entries(|entry| concerns(entry.mark)) {
+                Ok(Some(entries)) => {
+                    entries.iter().for_each(|entry| match config.unclear_as(entry.mark) {
+                        Some(was) => lose_known(&mut self.kernel, entry, was, &config),
+                        None => {
+                            let now = config.moves(entry.mark).flatten();
+                            move_known(&mut self.kernel, entry, now, config.mask);
+                        }
+                    })
+                }
+                Err(error) if !config.unclear.is_empty() => {
+                    log!(Debug, "{error}: flows begin anew");
+                    let moving = config.moving.iter();
+                    let moving = moving.map(|(value, _)| Mark { value: *value, mask: config.mask });
+                    let all: Vec<Mark> = config.unclear.iter().copied().chain(moving).collect();
+                    self.kernel.forget_flows(&all);
+                    self.take_marks(policy);
+                }
                 // the table moves what it sees, for as long as it takes
                 Err(error) => {
                     log!(Notice, "{error}: marks of sections stay other ones than they are to be");

@@ -240,36 +240,6 @@ impl Kernel {
         }
     }
 
-    /// The same of UDP that is translated and whose remote host has begun a flow of the same addresses
-    /// meanwhile, and of that one: by what is left of it, either would get another port. It has none of
-    /// these marks: the kernel passes over what has one.
-    pub fn forget_twins(&mut self, marks: &[Mark]) {
-        let masks: SmallSet<u32> = marks.iter().map(|mark| mark.mask).collect();
-        masks.into_iter().for_each(|mask| self.forget_twins_of(marks, mask));
-    }
-
-    fn forget_twins_of(&mut self, marks: &[Mark], mask: u32) {
-        let ours = |entry: &Tracked| marks.iter().any(|own| entry.mark & own.mask == own.value);
-        let may_be = |entry: &Tracked| {
-            let at_its_own = entry.protocol == IPPROTO_UDP && entry.answers.0 == entry.to;
-            at_its_own && entry.is_translated() && !ours(entry)
-        };
-        let unmarked = |batch: &mut Batch| conntrack::get_marked(batch, 0, mask);
-        let all =
-            self.nft.dump(&unmarked, |message| conntrack::parse_entry(message).filter(may_be));
-        for twin in all.ok().and_then(nix::Result::ok).unwrap_or_default() {
-            let request =
-                |batch: &mut Batch| conntrack::get(batch, twin.protocol, twin.to, twin.from);
-            let entry = answer(self.nft.ask(&request, conntrack::parse_entry));
-            if let Some(entry) = entry.filter(ours) {
-                let both = [entry, twin];
-                let _ = self.nft.tell(&|batch| {
-                    both.iter().for_each(|entry| conntrack::delete(batch, entry));
-                });
-            }
-        }
-    }
-
     /// What the flows with this mark have carried; `None` where conntrack does not tell.
     pub fn traffic(&mut self, mark: Mark) -> Option<Vec<conntrack::Traffic>> {
         let request = |batch: &mut Batch| conntrack::get_marked(batch, mark.value, mark.mask);

@@ -1,30 +1,34 @@
 //! What happens while flows move to other marks: the flows of containers, what is asked of the program
 //! and its end; and where they cannot move.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::mem::size_of_val;
-use std::net::UdpSocket;
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use nix::sys::signal::{kill, Signal};
 use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
-use crate::client::{descriptor_of, family_of, fork_into, PATIENCE};
+use crate::client::{again, descriptor_of, family_of, fork_into, udp_in, Proto, PATIENCE};
 use crate::containers::{await_entrances, live};
 use crate::daemon::{run, Daemon};
 use crate::faults::is_to_netfilter;
+use crate::forgotten::proxies;
 use crate::gateway::Lan;
 use crate::ground::{addr, any_of, sysctl, Ground, REMOTES};
 use crate::kernel::{
     add_flows, forget_flows, has_chain, load, output, residue, table, table_plain,
 };
 use crate::redirect::hoard;
+use crate::soak::Ends;
 use crate::tools::query;
 use crate::ways::{change, policy, sections, Scene, Talk, PORT, RELOAD};
-use crate::world::{bind, raw_addr, Packet, Wire, World};
+use crate::world::{bind, bind_at, raw_addr, recv_datagram, Packet, Wire, World};
 use crate::{sized, wait_until};
 
 /// So many flows beside those that are looked at move long enough for something to be done meanwhile.
@@ -467,6 +471,87 @@ fn a_mask_that_is_full() {
     }
 }
 
+/// A remote host goes on speaking to who was heard directly and is proxied from a change on, which changes the
+/// mask too: nobody answers it.
+#[test]
+fn remote_hosts_that_go_on_speaking() {
+    let ground = ground!("moving-speaking");
+    let scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let proxies = proxies(&ground.root, 7893);
+    let mut world = Wire::open(&ground);
+    let with = |mask: &str, target: &str| {
+        format!("[global]\nfwmark-mask = {mask}\n{}", policy("mihomo", target))
+    };
+    let changes = [
+        ("0xff000000", "mihomo"),
+        ("0x0f000000", "direct"),
+        ("0xff000000", "mihomo"),
+        ("0xff000000", "direct"),
+        ("0x00f00000", "mihomo"),
+        ("0x0f000000", "mihomo"),
+    ];
+    for how in [RELOAD, KILLED] {
+        let remotes = remotes(&ground);
+        let mut daemon = Daemon::start(&ground, &with("0x0f000000", "direct"), &[]);
+        let pair = |remote: &UdpSocket, own: UdpSocket| {
+            let to = remote.local_addr().expect("its address");
+            own.send_to(b"hello", to).expect("send");
+            let (_, from) = again(|| remote.recv_from(&mut [0; 16])).expect("it hears");
+            (own, from, remote.try_clone().expect("clone"), to)
+        };
+        let pairs = remotes.iter().flat_map(|remote| {
+            let any = addr(any_of(remote.local_addr().expect("its address").ip()), 0);
+            let own = udp_in(&cgroup, any.ip());
+            // one that somebody chose: its socket is not ended
+            bind_at(&own, addr(any.ip(), if any.is_ipv4() { 3000 } else { 3001 }));
+            let client = scene.lan.client(0).run(|| UdpSocket::bind(any).expect("bind"));
+            [own, client].map(|own| pair(remote, own))
+        });
+        let pairs: Vec<_> = pairs.collect();
+        let all: BTreeSet<SocketAddr> = pairs.iter().map(|(_, from, ..)| *from).collect();
+        let (done, rounds) = (AtomicBool::new(false), AtomicUsize::new(0));
+
+        let daemon = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    for (own, from, remote, to) in &pairs {
+                        let _ = remote.send_to(b"on", from);
+                        let _ = own.send_to(b"so", to);
+                    }
+                    rounds.fetch_add(1, Ordering::Relaxed);
+                    std::thread::yield_now();
+                }
+            });
+            let _ends = Ends(&done);
+            for (mask, target) in changes {
+                daemon = change(&ground, daemon, how, &with(mask, target));
+                let when = format!("{mask}, {target}, {how}\n{}", daemon.logs());
+                world.packets();
+                let heard = || proxies.iter().filter_map(recv_datagram).map(|(from, _)| from);
+                while heard().next().is_some() {}
+                let before = rounds.load(Ordering::Relaxed);
+                let some = || rounds.load(Ordering::Relaxed) > before + 50;
+                assert!(wait_until(PATIENCE, some));
+                if target == "mihomo" {
+                    let left = world.to_remote();
+                    assert!(left.is_empty(), "{} of {:?}, {when}", left.len(), left[0]);
+                    let mut who = BTreeSet::new();
+                    let every = || {
+                        who.extend(heard());
+                        who == all
+                    };
+                    let all_heard = wait_until(PATIENCE, every);
+                    assert!(all_heard, "{who:?} of {all:?}, {when}");
+                }
+            }
+            daemon
+        });
+        daemon.stop_clean();
+        forget_flows();
+    }
+}
+
 /// A daemon that changes the mask is killed before conntrack has forgotten what is known by the old one, and
 /// what has these numbers in the new one moves with the next start: no flow is taken for one of that.
 #[test]
@@ -570,6 +655,8 @@ fn the_mark_of_what_goes_directly() {
                 assert!(each.goes_on() || each.is_cut(true), "{each:?}, {when}");
             }
             let mut left = world.to_remote();
+            // that nobody has the port of a flow by the route goes back as it came
+            left.retain(|packet| packet.proto != Proto::Icmp);
             left.retain(|packet| {
                 is == "vpn" || ["10.8.0.1", "fd00:8::1"].contains(&&*packet.src.ip().to_string())
             });
@@ -589,13 +676,23 @@ fn flows_that_are_not_listed() {
     let cgroup = ground.cgroup("/app");
     let remotes = remotes(&ground);
     let _sockets = hoard(&cgroup, 15_000, addr(REMOTES[0], 80));
-    for how in ["", "kill -9"] {
+    for how in ["", "kill -9", "another mask"] {
         let mut daemon = Daemon::start(&ground, &policy("vpn", "vpn"), &[]);
         let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
         scene.left();
         let listing =
             netfilter_sockets(&daemon).into_iter().nth(1).expect("a socket for what is listed");
         hear_nothing(listing.as_fd());
+        if how == "another mask" {
+            // nothing is known by that: flows begin anew
+            let mask = "[global]\nfwmark-mask = 0x00f00000\n";
+            daemon.reconfigure(&format!("{mask}{}", policy("two vpn", "vpn")));
+            await_end(&daemon);
+            go_on(&mut talk, true, &daemon.logs());
+            assert_eq!(scene.left(), [], "{}", daemon.logs());
+            daemon.stop_clean();
+            break;
+        }
 
         let log = daemon.reconfigure(&policy("two vpn", "vpn"));
 

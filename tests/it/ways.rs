@@ -426,8 +426,7 @@ impl Talk {
         })
     }
 
-    /// Sends by all of them, again and again, while `f` runs, and has a proxy's ends send. (A remote
-    /// host that is the first to speak in a flow that has to be forgotten has begun one.)
+    /// Has all of them and their other ends send, again and again, while `f` runs.
     pub fn during<T>(&self, f: impl FnOnce() -> T) -> T {
         let done = AtomicBool::new(false);
         let wait = |on: bool| {
@@ -440,9 +439,10 @@ impl Talk {
             let sender = scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
                     for (own, end) in &self.udp {
-                        if self.proxied {
-                            let _ = end.send(b"meanwhile");
-                        }
+                        let _ = match self.proxied {
+                            true => end.send(b"meanwhile"),
+                            false => end.send_to(b"meanwhile", own.local_addr().expect("its own")),
+                        };
                         let kind = own.send(b"meanwhile").map_err(|error| error.kind()).err();
                         if [ConnectionRefused, HostUnreachable, NetworkUnreachable]
                             .iter()
@@ -453,7 +453,7 @@ impl Talk {
                     }
                     for each in &self.tcp {
                         let ways = [(&each.own, &each.end), (&each.end, &each.own)];
-                        for (mut from, mut to) in ways.into_iter().take(1 + self.proxied as usize) {
+                        for (mut from, mut to) in ways {
                             let _ = from.write(b"meanwhile");
                             let _ = to.read(&mut [0; 4096]);
                         }

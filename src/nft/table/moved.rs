@@ -7,8 +7,9 @@ use crate::net::Mark;
 use crate::nft::stmt::Stmt;
 
 /// What each hook begins with: a packet that the table of before has marked may meet a later chain of
-/// this one. What has no way any more waits until conntrack is told, and what is unclear until it has
-/// been forgotten: before all else, where another mask knew it by numbers that are a section's in this one.
+/// this one. What has no way any more waits until conntrack is told, and what is unclear until conntrack
+/// knows it by nothing: before all else, where another mask knew it by numbers that are a section's in
+/// this one.
 pub const MOVED: &str = "moved";
 
 /// Empty where nothing moves.
