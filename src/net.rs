@@ -338,6 +338,17 @@ impl<A: Address> fmt::Display for Range<A> {
     }
 }
 
+/// Whether nobody on the internet can speak to that address but by another one.
+pub fn is_private(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(ip) => {
+            let shared = ip.octets()[0] == 100 && ip.octets()[1] & 0xc0 == 64; // RFC 6598
+            ip.is_private() || ip.is_link_local() || shared
+        }
+        IpAddr::V6(ip) => ip.is_unique_local() || ip.is_unicast_link_local(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -366,5 +377,14 @@ mod tests {
         assert_eq!(merged[2].end(), None);
         assert_eq!(Range::prefix(Ipv6Addr::UNSPECIFIED, 0).end(), None);
         assert_eq!(Range::prefix(Ipv6Addr::LOCALHOST, 0).to_string(), "::/0");
+    }
+
+    #[test]
+    fn private_addresses() {
+        let is = |text: &str| is_private(text.parse().unwrap());
+        assert!(
+            ["10.1.2.3", "100.127.0.1", "169.254.1.1", "fd00::1", "fe80::1"].map(is) == [true; 5]
+        );
+        assert!(["100.128.0.1", "100.63.0.1", "198.51.100.1", "2001:db8::1"].map(is) == [false; 4]);
     }
 }

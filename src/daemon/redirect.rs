@@ -97,7 +97,7 @@ fn move_known(kernel: &mut Kernel, flow: &Tracked, now: Option<u32>, mask: u32) 
 /// Has one known by no mark, as what goes directly begins, or as one that a proxy began: its remote host
 /// may speak next, and has not begun it. What cannot go on so begins anew.
 fn lose_known(kernel: &mut Kernel, flow: &Tracked, was: Mark, config: &Config) {
-    if flow.protocol != IPPROTO_UDP {
+    if flow.protocol != IPPROTO_UDP || flow.is_query() {
         // it may have ended by itself
         let _ = kernel.forget_entry(flow);
         return;

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 
 use super::Kernel;
 use crate::error::{Error, Result};
-use crate::net::Mark;
+use crate::net::{is_private, Mark};
 use crate::netlink::conntrack::{self, Tracked};
 use crate::netlink::fib::{self, Course};
 use crate::netlink::link;
@@ -66,21 +66,24 @@ impl Kernel {
         self.nft.tell(&|batch| conntrack::delete(batch, entry))
     }
 
-    /// Has a translated flow begin anew that is to be translated no more. Where its remote host has begun
-    /// one of the same addresses meanwhile, it could not have its own port any more: then it is made again,
-    /// with a mark of ours, and the other one goes. Errors: as of [`Kernel::forget_entry`].
+    /// Has a translated flow go on with its own port and address, and a mark of ours: whatever its remote
+    /// host has begun meanwhile of the same addresses goes. Where others may have to translate it, for who
+    /// cannot be spoken to, or a query, it begins anew if it can. Errors: as of [`Kernel::forget_entry`].
     pub fn release_entry(&mut self, entry: &Tracked, own: Mark) -> nix::Result<()> {
+        let from = entry.from.ip();
+        let others = is_private(from) && !self.way(from, 0).here;
+        match (others || entry.is_query() || entry.is_redirected()) && self.twin(entry).is_none() {
+            true => self.forget_entry(entry),
+            false => self.move_entry(entry, own, from),
+        }
+    }
+
+    /// What the remote host of a flow has begun between the same addresses and ports.
+    fn twin(&mut self, entry: &Tracked) -> Option<Tracked> {
         let (from, to) = (entry.from, entry.to);
         let request = |batch: &mut Batch| conntrack::get(batch, entry.protocol, to, from);
-        let other = self.nft.ask(&request, conntrack::parse_entry);
-        let other = other.ok().and_then(|found| found.ok().flatten());
-        match other.filter(|other| (other.from, other.to) == (to, from)) {
-            None => self.forget_entry(entry),
-            Some(other) => {
-                let _ = self.forget_entry(&other);
-                self.move_entry(entry, own, from.ip())
-            }
-        }
+        let other = self.nft.ask(&request, conntrack::parse_entry).ok()?.ok()??;
+        Some(other).filter(|other| (other.from, other.to) == (to, from))
     }
 
     /// Has a flow known with a mark of ours. Errors: as of [`Kernel::forget_entry`].
@@ -99,8 +102,14 @@ impl Kernel {
         for _ in 0..TRIES {
             done = self.nft.tell(&both);
             match done {
-                // the remote host was faster, or one of the two is there already
-                Err(Errno::EEXIST | Errno::ENOENT) => {}
+                // the remote host was faster
+                Err(Errno::EEXIST) => {
+                    if let Some(other) = self.twin(entry) {
+                        let _ = self.forget_entry(&other);
+                    }
+                }
+                // the one of before has gone with the last try
+                Err(Errno::ENOENT) => {}
                 _ => break,
             }
         }

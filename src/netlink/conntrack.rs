@@ -101,6 +101,16 @@ pub struct Tracked {
 }
 
 impl Tracked {
+    /// Whether it may be for a resolver, which it can be translated to when it begins alone.
+    pub fn is_query(&self) -> bool {
+        self.to.port() == 53
+    }
+
+    /// Whether it goes to somebody else than it was sent to.
+    pub fn is_redirected(&self) -> bool {
+        self.answers.0 != self.to
+    }
+
     /// Whether an address or a port of it is translated.
     pub fn is_translated(&self) -> bool {
         self.answers != (self.to, self.from)
@@ -166,22 +176,25 @@ fn put_mark(batch: &mut Batch, value: u32, mask: u32) {
     batch.u32_be(CTA_MARK_MASK, mask);
 }
 
-/// Has a UDP flow known as one with another mark that leaves with another address, and stays known as
-/// long as the one of before. The kernel finds a port for it.
+/// Has a UDP flow known as one with another mark that leaves with that address, and stays known as long as
+/// the one of before. With another than its own, the kernel finds a port for it.
 pub fn create(batch: &mut Batch, entry: &Tracked, mark: u32, source: IpAddr) {
     const LEAST_SECONDS: u32 = 30; // as the kernel has it for what is not answered yet
     let flags = NLM_F_CREATE | NLM_F_EXCL | NLM_F_ACK;
     let open = begin(batch, IPCTNL_MSG_CT_NEW, flags, family(entry.from));
     tuple(batch, CTA_TUPLE_ORIG, entry.protocol, entry.from, entry.to);
     tuple(batch, CTA_TUPLE_REPLY, entry.protocol, entry.to, entry.from);
-    let nat = batch.nest(CTA_NAT_SRC);
-    let (first, last) = match source {
-        IpAddr::V4(_) => (CTA_NAT_V4_MINIP, CTA_NAT_V4_MAXIP),
-        IpAddr::V6(_) => (CTA_NAT_V6_MINIP, CTA_NAT_V6_MAXIP),
-    };
-    batch.ip(first, source);
-    batch.ip(last, source);
-    batch.end_nest(nat);
+    // its own stays as it is: the kernel would look for another port where it is taken
+    if source != entry.from.ip() {
+        let nat = batch.nest(CTA_NAT_SRC);
+        let (first, last) = match source {
+            IpAddr::V4(_) => (CTA_NAT_V4_MINIP, CTA_NAT_V4_MAXIP),
+            IpAddr::V6(_) => (CTA_NAT_V6_MINIP, CTA_NAT_V6_MAXIP),
+        };
+        batch.ip(first, source);
+        batch.ip(last, source);
+        batch.end_nest(nat);
+    }
     batch.u32_be(CTA_TIMEOUT, entry.timeout.max(LEAST_SECONDS));
     batch.u32_be(CTA_MARK, mark);
     batch.end(open);

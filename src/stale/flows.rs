@@ -22,7 +22,7 @@ use crate::small::SmallSet;
 pub enum Cure {
     /// It begins anew with its next packet.
     Forget,
-    /// The same, by the address and the port that are its own; with this mark where it cannot begin.
+    /// It is to go on by the address and the port that are its own, with this mark.
     Release(Mark),
     /// It is to be known with this mark, and the address that packets of the route leave with. If it
     /// were forgotten and the remote host spoke first, whoever began it would seem to answer that, and
@@ -292,25 +292,32 @@ impl Flows {
     ) -> Option<Cure> {
         let config = self.config();
         let known = entry.mark & config.mask;
-        let of_route = config.routes.iter().any(|route| mark(route) == known);
+        let none = Mark { value: 0, mask: config.mask };
         match target.and_then(|target| self.route(target)) {
             Some((_, route)) if mark(route) == known => None,
             Some((at, route)) if route.masquerades() => {
                 // a query for a resolver elsewhere has to be translated as well
-                let query = route.outlet.hijacks_dns() && entry.to.port() == 53;
-                let forget = entry.is_translated() || query;
+                let query = route.outlet.hijacks_dns() && entry.is_query();
                 let mark = Mark { value: mark(route), mask: config.mask };
-                Some(if forget { Cure::Forget } else { Cure::Move { mark, route: at } })
+                Some(match query || entry.is_redirected() {
+                    true => Cure::Forget,
+                    false => Cure::Move { mark, route: at },
+                })
             }
-            Some(_) => entry.is_translated().then_some(Cure::Forget),
-            None => of_route.then(|| {
-                let none = Mark { value: 0, mask: config.mask };
-                match entry.is_translated() {
+            Some(_) => entry.is_translated().then_some(Cure::Release(none)),
+            None if config.routes.iter().any(|route| mark(route) == known) => {
+                Some(match entry.is_translated() {
                     true => Cure::Release(none),
                     // the remote host may speak first: whoever he speaks to would seem to answer
                     false => Cure::Mark(none),
-                }
-            }),
+                })
+            }
+            None => {
+                // what it sent next has made it the proxy's, which hears it from the route's address
+                let taken = config.tproxies.iter().any(|tproxy| tproxy.outlet.mark == known);
+                let strange = taken && entry.is_translated() && !entry.is_redirected();
+                strange.then_some(Cure::Release(Mark { value: known, ..none }))
+            }
         }
     }
 }
@@ -448,12 +455,14 @@ mod tests {
             (1, 0, false, vpn),
             (1, 1, false, vpn),
             (1, 2, true, None),
-            (1, 3, true, Some(Cure::Forget)),
-            (1, 0, true, Some(Cure::Forget)),
+            (1, 3, true, vpn),
+            (1, 0, true, vpn),
             // not masqueraded: what is not translated can go on
             (2, 0, false, None),
-            (2, 2, true, Some(Cure::Forget)),
+            (2, 2, true, none),
             (3, 1, false, None),
+            // its packets were faster
+            (3, 1, true, Some(Cure::Release(Mark { value: 1 << 24, ..mark }))),
             (3, 2, true, none),
             (4, 0, false, None),
             (4, 2, true, Some(Cure::Forget)),
@@ -566,7 +575,7 @@ mod tests {
         let mark = routed >> 24;
         for (interface, from, mark, translated, want) in [
             ("br-lan", client, 0, false, vpn),
-            ("br-lan", client, 0, true, Some(Cure::Forget)),
+            ("br-lan", client, 0, true, vpn),
             ("br-lan", client, mark, true, None),
             ("br-lan", "192.168.2.9:4000", 0, false, None),
             ("br-lan", "192.168.2.9:4000", mark, true, none),

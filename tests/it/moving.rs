@@ -481,7 +481,7 @@ fn remote_hosts_that_go_on_speaking() {
     let proxies = proxies(&ground.root, 7893);
     let mut world = Wire::open(&ground);
     let with = |mask: &str, target: &str| {
-        format!("[global]\nfwmark-mask = {mask}\n{}", policy("mihomo", target))
+        format!("[global]\nfwmark-mask = {mask}\n{}", policy("mihomo vpn two plain", target))
     };
     let changes = [
         ("0xff000000", "mihomo"),
@@ -489,6 +489,15 @@ fn remote_hosts_that_go_on_speaking() {
         ("0xff000000", "mihomo"),
         ("0xff000000", "direct"),
         ("0x00f00000", "mihomo"),
+        ("0x0f000000", "mihomo"),
+        // a route's addresses are not theirs
+        ("0x0f000000", "vpn"),
+        ("0x0f000000", "mihomo"),
+        ("0x0f000000", "two"),
+        ("0x0f000000", "vpn"),
+        ("0x0f000000", "plain"),
+        ("0xff000000", "two"),
+        ("0x0f000000", "direct"),
         ("0x0f000000", "mihomo"),
     ];
     for how in [RELOAD, KILLED] {
@@ -533,9 +542,11 @@ fn remote_hosts_that_go_on_speaking() {
                 let before = rounds.load(Ordering::Relaxed);
                 let some = || rounds.load(Ordering::Relaxed) > before + 50;
                 assert!(wait_until(PATIENCE, some));
-                if target == "mihomo" {
+                if target != "direct" {
                     let left = world.to_remote();
                     assert!(left.is_empty(), "{} of {:?}, {when}", left.len(), left[0]);
+                }
+                if target == "mihomo" {
                     let mut who = BTreeSet::new();
                     let every = || {
                         who.extend(heard());

@@ -24,7 +24,7 @@ use crate::containers::live;
 use crate::daemon::{run, Daemon};
 use crate::gateway::Lan;
 use crate::ground::{
-    addr, any_of, ip, ip_batch, pipe, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES,
+    addr, any_of, ip, ip_batch, ip_lines, pipe, sysctl, Ground, HOST4, HOSTS, REMOTE4, REMOTES,
 };
 use crate::kernel::{await_member, forget_flows, load};
 use crate::routes::{set, tunnel_up, until_passes, until_refused, GATEWAYS, TUNNEL};
@@ -350,6 +350,51 @@ fn clients_of_a_router_go_the_new_way() {
     others_go_the_new_way(&ground, |target| {
         format!("{}[gateway lan]\ninterface = br-lan\ntarget = {target}\n", policy("direct"))
     });
+}
+
+/// Whose address another program translates is translated again once his flow goes directly.
+#[test]
+fn clients_that_others_translate() {
+    let ground = ground!("redirectnat");
+    let _world = World::new(&ground);
+    let _proxy = Server::start(PROXY, &[7893]);
+    tunnel_up(&ground);
+    let lan = Lan::new(&ground);
+    let private = ["10.77.0.9", "fd77::9"].map(ip);
+    ip_lines("addr add 10.77.0.1/24 dev br-lan\naddr add fd77::1/64 dev br-lan nodad\n");
+    lan.client(0).run(|| {
+        ip_lines(
+            "addr add 10.77.0.9/24 dev eth0\naddr add fd77::9/64 dev eth0 nodad\n\
+             route replace default via 10.77.0.1\nroute replace default via fd77::1 dev eth0\n",
+        );
+    });
+    load(
+        "table inet others {\nchain nat {\ntype nat hook postrouting priority srcnat;\n\
+         oifname in0 masquerade\n}\n}\n",
+    );
+    let policy = |target: &str| {
+        format!("{}[gateway lan]\ninterface = br-lan\ntarget = {target}\n", policy("direct"))
+    };
+    let daemon = Daemon::start(&ground, &policy("direct"), &[]);
+    let sockets = private.map(|own| {
+        let socket = lan.client(0).run(|| UdpSocket::bind(addr(own, 6883)).expect("bind"));
+        socket.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let remote = REMOTES[usize::from(own.is_ipv6())];
+        (socket, own, addr(remote, 80))
+    });
+    for target in ["direct", "vpn", "direct", "mihomo", "vpn", "mihomo", "vpn", "direct"] {
+        daemon.reconfigure(&policy(target));
+        for (socket, own, to) in &sockets {
+            let at = usize::from(to.is_ipv6());
+            let answer = ask(socket, *to);
+            let Some((who, from)) = answer else { panic!("{to} under {target}: no answer") };
+            match target {
+                "direct" => assert_eq!(from.ip(), HOSTS[at], "{to} under {target}"),
+                "vpn" => assert_eq!(from.ip(), ip(TUNNEL[at]), "{to} under {target}"),
+                _ => assert_eq!(who, format!("{PROXY} {to}"), "{own}"),
+            }
+        }
+    }
 }
 
 /// And of containers: by which veth of the bridge it comes in is what counts, not what others there do.
