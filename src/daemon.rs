@@ -778,11 +778,11 @@ impl Daemon<'_> {
                 self.cgroups = fresh;
                 self.unjudged = true;
                 self.repair_table();
-                self.begin_redirecting();
                 // until now they went by the default
                 let before = Before::of_default(self.cgroups.core.config());
                 let before = Some(before).filter(|_| self.doubts.is_none());
                 self.suspect_all(before, SLICE);
+                self.begin_redirecting();
             }
             Ok(None) => {}
             Err(error) => {
@@ -856,8 +856,8 @@ impl Daemon<'_> {
                 log!(limited::Notice, "the table is in force again");
                 if std::mem::take(&mut self.exposed) {
                     self.tell_spoofed();
-                    self.begin_redirecting();
                     self.suspect_all(None, SLICE);
+                    self.begin_redirecting();
                 }
             }
             Err(error) => {

@@ -462,12 +462,9 @@ pub fn spoofed_mark(mask: u32) -> u32 {
     mask & mask.wrapping_sub(1)
 }
 
-/// The marks of flows that are a target's, by those of the outlets.
-pub fn taken_marks(outlets: impl IntoIterator<Item = Mark>) -> Vec<Mark> {
-    let mut marks: Vec<Mark> = outlets.into_iter().collect();
-    let masks: SmallSet<u32> = marks.iter().map(|mark| mark.mask).collect();
-    marks.extend(masks.into_iter().map(|mask| Mark { value: spoofed_mark(mask), mask }));
-    marks
+/// That of flows, where there is any.
+pub fn spoofed_flows(mask: u32) -> Option<Mark> {
+    Some(Mark { value: spoofed_mark(mask), mask }).filter(|own| own.value != 0)
 }
 
 impl Config {
@@ -533,15 +530,14 @@ impl Config {
         spoofed_mark(self.mask)
     }
 
-    /// The marks of flows that are a proxy's or a route's, and of packets that are a container's.
+    /// The marks of flows that are a proxy's or a route's.
     pub fn taken_marks(&self) -> Vec<Mark> {
         let routed = self.routes.iter().map(|route| route.forward_mark).filter(|mark| *mark != 0);
         let moving = self.moving.iter().map(|(was, _)| *was);
-        let entered = self.targets().filter(|_| self.has_containers());
-        let entered = entered.filter_map(|target| self.container_mark(target));
         let marks = self.outlets().map(|outlet| outlet.mark).chain(routed).chain(moving);
-        let marks = SmallSet::from_iter(marks.chain(entered)).into_iter();
-        taken_marks(marks.map(|value| Mark { value, mask: self.mask }))
+        let marks = SmallSet::from_iter(marks).into_iter();
+        let marks = marks.map(|value| Mark { value, mask: self.mask });
+        marks.chain(spoofed_flows(self.mask)).collect()
     }
 
     /// The mark that a flow is to be known by which is known by this one, if that is another.

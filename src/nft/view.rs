@@ -8,12 +8,12 @@ use std::net::IpAddr;
 use super::expr::{counted, listed, Expr, SetRef::Named, Verdict};
 use super::message::{dump, hook, of_table, Hook};
 use super::table::{MARTIANS, MOVED, OUTPUT, TABLE, UNJUDGED, UNKNOWN};
-use crate::config::{taken_marks, CONTAINERS};
+use crate::config::{spoofed_flows, CONTAINERS};
 use crate::net::{Interface, Mark, Owner};
 use crate::netlink::msg::Batch;
 use crate::netlink::parse::{self, Attrs, Message};
 use crate::netlink::uapi::*;
-use crate::small::SmallMap;
+use crate::small::{SmallMap, SmallSet};
 
 /// Packets and bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -377,11 +377,14 @@ impl View {
         }
     }
 
-    /// The marks of flows that are a proxy's or a route's, or were, and of packets that are a container's.
+    /// The marks of flows that are a proxy's or a route's, or were.
     pub fn taken_marks(&self) -> Vec<Mark> {
         let own = self.targets.iter().flat_map(|target| [target.mark, target.forwarded]).flatten();
-        let moving = self.moving.iter().map(|(was, _)| *was);
-        taken_marks(own.chain(moving).chain(self.entered.iter().copied()))
+        let mut marks: Vec<Mark> = own.chain(self.moving.iter().map(|(was, _)| *was)).collect();
+        let masks = marks.iter().chain(&self.entered).map(|mark| mark.mask);
+        let masks = SmallSet::from_iter(masks).into_iter();
+        marks.extend(masks.filter_map(spoofed_flows));
+        marks
     }
 
     pub fn target(&self, name: &str) -> Option<&TargetView> {
@@ -575,7 +578,6 @@ mod tests {
     use crate::netlink::parse::Messages;
     use crate::nft::message::Transaction;
     use crate::nft::table::{classifying, Pair, Shape, Table};
-    use crate::small::SmallSet;
 
     fn config(default: Target) -> Config {
         let tproxy = |name: &str, mark, port, address: Option<&str>| Tproxy {

@@ -20,7 +20,7 @@ use crate::gateway::{self, Lan, LAN4, LAN6};
 use crate::ground::{
     addr, any_of, await_link, ip, ip_lines, sysctl, Ground, Netns, HOSTS, REMOTE4, REMOTE6, REMOTES,
 };
-use crate::kernel::{load, table, table_plain};
+use crate::kernel::{add_flows, conntrack_number, load, table, table_plain};
 use crate::soak::Ends;
 use crate::tools::as_nobody;
 use crate::ways::{change, RELOAD};
@@ -232,6 +232,25 @@ fn marks_that_change() {
         assert_eq!(heard, BTreeSet::from(own), "of the proxied one alone");
         daemon.stop_clean();
     }
+}
+
+/// Its packets come in with the mark that flows which go directly may have: these are not forgotten for that.
+#[test]
+fn what_goes_directly_is_known_on() {
+    let (ground, _world) = scene!("boxknown");
+    let lan = Lan::new(&ground);
+    load(
+        "table inet others {\nchain c {\ntype filter hook input priority 0;\nct state new\n}\n}\n",
+    );
+    let _process = live(lan.client(0), &ground.cgroup("/boxes/direct"));
+    let config = CONFIG.replace("[global]", "[global]\ndefault = drop");
+    let daemon = Daemon::start(&ground, &config, &[]);
+    await_entrances(&daemon, &["lan0 0xff000000"]);
+    add_flows(false, 0xff00_0000, 500);
+
+    assert!(daemon.stop().success());
+
+    assert!(conntrack_number("count") >= 500);
 }
 
 /// A namespace whose cgroup is gone is nobody's after a while, and a veth that is gone leaves nothing.

@@ -356,7 +356,7 @@ pub fn fill_flows(fleeting: bool) -> bool {
     true
 }
 
-fn conntrack_number(name: &str) -> usize {
+pub fn conntrack_number(name: &str) -> usize {
     let path = format!("/proc/sys/net/netfilter/nf_conntrack_{name}");
     let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
     text.trim().parse().expect("a number")
