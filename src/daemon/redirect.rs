@@ -97,12 +97,14 @@ fn move_known(kernel: &mut Kernel, flow: &Tracked, now: Option<u32>, mask: u32) 
 /// Has one known by no mark, as what goes directly begins, or as one that a proxy began: its remote host
 /// may speak next, and has not begun it. What cannot go on so begins anew.
 fn lose_known(kernel: &mut Kernel, flow: &Tracked, was: Mark, config: &Config) {
-    if flow.protocol != IPPROTO_UDP || flow.is_query() {
+    let spoofed = was.value == spoofed_mark(was.mask);
+    // the table knows again what others begin by a route
+    let mut asked = || !spoofed && kernel.way(flow.to.ip(), 0).here;
+    if flow.protocol != IPPROTO_UDP || flow.is_query() || asked() {
         // it may have ended by itself
         let _ = kernel.forget_entry(flow);
         return;
     }
-    let spoofed = was.value == spoofed_mark(was.mask);
     let now = spoofed.then(|| config.spoofed_mark());
     move_known(kernel, flow, now, was.mask | config.mask);
 }

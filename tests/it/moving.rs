@@ -20,11 +20,12 @@ use crate::daemon::{run, Daemon};
 use crate::faults::is_to_netfilter;
 use crate::forgotten::proxies;
 use crate::gateway::Lan;
-use crate::ground::{addr, any_of, sysctl, Ground, REMOTES};
+use crate::ground::{addr, any_of, ip, sysctl, Ground, REMOTES};
 use crate::kernel::{
     add_flows, forget_flows, has_chain, load, output, residue, table, table_plain,
 };
 use crate::redirect::hoard;
+use crate::routes::TUNNEL;
 use crate::soak::Ends;
 use crate::tools::query;
 use crate::ways::{change, policy, sections, Scene, Talk, PORT, RELOAD};
@@ -755,4 +756,44 @@ fn filter_what_comes(fd: BorrowedFd, option: i32, filter: &libc::sock_fprog) {
     // SAFETY: reads a filter, of one instruction at most.
     let rc = unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, option, filter, size) };
     assert_eq!(rc, 0, "setsockopt {option}");
+}
+
+/// A service is asked by the interface of a route, which the main table would not answer by: it answers by
+/// that alone, whatever becomes of the mask meanwhile.
+#[test]
+fn services_that_are_asked_by_a_route() {
+    let ground = ground!("moving-asked");
+    let mut scene = Scene::new(&ground);
+    let remotes = remotes(&ground);
+    let with = |mask: &str| format!("[global]\nfwmark-mask = {mask}\n{}", policy("vpn", "vpn"));
+    let pairs: Vec<_> = TUNNEL
+        .iter()
+        .zip(&remotes)
+        .map(|(own, remote)| {
+            let at = addr(ip(own), 4000);
+            let service = UdpSocket::from(bind(at, libc::SOCK_DGRAM));
+            service.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+            remote.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+            (service, remote, at)
+        })
+        .collect();
+    for how in [RELOAD, KILLED] {
+        let mut daemon = Daemon::start(&ground, &with("0x0f000000"), &[]);
+        for mask in ["0x0f000000", "0xff000000", "0x00f00000"] {
+            daemon = change(&ground, daemon, how, &with(mask));
+            await_end(&daemon);
+            scene.left();
+            for (service, remote, at) in &pairs {
+                let when = format!("{at}, {mask}, {how}\n{}", daemon.logs());
+                remote.send_to(b"?", *at).expect("ask");
+                let (_, from) = again(|| service.recv_from(&mut [0; 16])).expect("it is asked");
+                service.send_to(b"!", from).expect("answer");
+                let answered = again(|| remote.recv_from(&mut [0; 16]));
+                assert_eq!(scene.left(), [], "{when}");
+                assert!(answered.is_ok_and(|(_, from)| from == *at), "{when}");
+            }
+        }
+        daemon.stop_clean();
+        forget_flows();
+    }
 }
