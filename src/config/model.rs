@@ -579,15 +579,19 @@ impl Config {
     }
 
     /// The mark of what a container sends, from where it comes in to the section of its target; `None`
-    /// where the mask has no value left for it. What is to be dropped, and but where an outlet has that
-    /// mark what goes directly, bears the same before and after a reload: the table of before may have
-    /// marked what meets the next one.
+    /// where the mask has no value left for it. What is to be dropped, and but where that mark is an
+    /// outlet's or that of flows that move what goes directly, bears the same before and after a reload:
+    /// the table of before may have marked what meets the next one.
     pub fn container_mark(&self, target: Target) -> Option<u32> {
         let direct = self.direct_mark();
         match (target, self.outlet(target)) {
             (_, Some(outlet)) => Some(outlet.mark),
             (Target::Drop, _) => Some(self.spoofed_mark()).filter(|mark| *mark != 0),
-            _ if self.outlets().all(|outlet| outlet.mark != direct) => Some(direct),
+            _ if self.moves(direct).is_none()
+                && self.outlets().all(|outlet| outlet.mark != direct) =>
+            {
+                Some(direct)
+            }
             _ => self.free_marks().next(),
         }
     }

@@ -25,7 +25,7 @@ use crate::kernel::{
     add_flows, forget_flows, has_chain, load, output, residue, table, table_plain,
 };
 use crate::redirect::hoard;
-use crate::routes::TUNNEL;
+use crate::routes::{tunnel_up, TUNNEL};
 use crate::soak::Ends;
 use crate::tools::query;
 use crate::ways::{change, policy, sections, Scene, Talk, PORT, RELOAD};
@@ -793,6 +793,37 @@ fn services_that_are_asked_by_a_route() {
                 assert!(answered.is_ok_and(|(_, from)| from == *at), "{when}");
             }
         }
+        daemon.stop_clean();
+        forget_flows();
+    }
+}
+
+/// The mark of what a container sends directly is a route's by and by, or was: it goes directly all the
+/// time.
+#[test]
+fn a_container_that_goes_directly() {
+    let (ground, _world) = scene!("moving-box");
+    tunnel_up(&ground);
+    let lan = Lan::new(&ground);
+    let _process = live(lan.client(0), &ground.cgroup("/boxes/one"));
+    let policy = |mark: &str| {
+        format!(
+            "{}{mark}[rules]\ndirect = /boxes/.*\n[gateway lan]\ninterface = br-lan\ntarget = drop\n",
+            sections("vpn")
+        )
+    };
+    let whole = policy("mark = 0xff000000\n");
+    let changes = [policy(""), whole];
+    for (at, to, mark) in [(0, 1, 0x0100_0000), (1, 0, 0xff00_0000)] {
+        let changes = [at, to].map(|n| &*changes[n]);
+        let daemon = Daemon::start(&ground, changes[0], &[]);
+        lan.direct(0);
+        add_flows(false, mark, MANY);
+
+        amid(&daemon, changes, || lan.direct(0));
+
+        await_end(&daemon);
+        lan.direct(0);
         daemon.stop_clean();
         forget_flows();
     }
