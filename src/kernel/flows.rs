@@ -102,14 +102,13 @@ impl Kernel {
         for _ in 0..TRIES {
             done = self.nft.tell(&both);
             match done {
-                // the remote host was faster
-                Err(Errno::EEXIST) => {
+                // the remote host was faster; the first refusal alone is told of, which is that the one of
+                // before has gone with the last try
+                Err(Errno::EEXIST | Errno::ENOENT) => {
                     if let Some(other) = self.twin(entry) {
                         let _ = self.forget_entry(&other);
                     }
                 }
-                // the one of before has gone with the last try
-                Err(Errno::ENOENT) => {}
                 _ => break,
             }
         }
