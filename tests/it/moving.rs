@@ -22,7 +22,7 @@ use crate::forgotten::proxies;
 use crate::gateway::Lan;
 use crate::ground::{addr, any_of, ip, sysctl, Ground, REMOTES};
 use crate::kernel::{
-    add_flows, forget_flows, has_chain, load, output, residue, table, table_plain,
+    add_flows, conntrack_number, forget_flows, has_chain, load, output, residue, table, table_plain,
 };
 use crate::redirect::hoard;
 use crate::routes::{tunnel_up, TUNNEL};
@@ -827,4 +827,27 @@ fn a_container_that_goes_directly() {
         daemon.stop_clean();
         forget_flows();
     }
+}
+
+/// A daemon that ends while the mask changes leaves nothing known by a mark of before: nobody tells the next
+/// one of that.
+#[test]
+fn a_stop_amid_a_change_of_the_mask() {
+    let ground = ground!("moving-stop");
+    let with = |mask: &str| {
+        format!("[global]\nfwmark-mask = {mask}\n{}[rules]\nmihomo = /app\n", sections("mihomo"))
+    };
+    let changes = ["0x0f000000", "0x00f00000"].map(with);
+    // the last flow may have lost its mark before the signal has its turn
+    let amid_it = (0..5).any(|_| {
+        let mut daemon = Daemon::start(&ground, &changes[0], &[]);
+        add_flows(false, 0x0100_0000, MANY);
+        let stop = || daemon.signal(Signal::SIGTERM);
+        amid(&daemon, changes.each_ref().map(String::as_str), stop);
+        assert!(daemon.wait().success(), "{}", daemon.logs());
+        let left = conntrack_number("count");
+        forget_flows();
+        left < MANY / 2
+    });
+    assert!(amid_it);
 }
