@@ -113,7 +113,14 @@ impl Daemon<'_> {
     /// Has the policy that comes leave the marks alone that flows are known by from before; those of
     /// another mask are `strange`.
     pub(super) fn make_way(&mut self, was: &[Known], strange: Vec<Mark>) {
-        let mut config = renumbered(was, self.cgroups.core.config());
+        let policy = self.cgroups.core.config();
+        let mut config = renumbered(was, policy);
+        // what went directly was known by the whole of its mask, which may be a section's number by now
+        let masks: SmallSet<u32> = strange.iter().map(|own| own.mask).collect();
+        let taken = [policy.taken_marks(), config.taken_marks()].concat();
+        let means = |mask: &u32| taken.iter().any(|own| mask & own.mask == own.value);
+        let others = masks.into_iter().filter(|mask| *mask != config.mask && means(mask));
+        config.unclear.extend(others.map(|mask| Mark { value: mask, mask }));
         config.unclear.extend(strange);
         self.cgroups.core.revise(Rc::new(config));
     }

@@ -851,3 +851,38 @@ fn a_stop_amid_a_change_of_the_mask() {
     });
     assert!(amid_it);
 }
+
+/// What goes directly is known by a number that is a section's of the next mask: it goes directly on.
+#[test]
+fn the_mark_of_what_goes_directly_in_another_mask() {
+    let ground = ground!("moving-other");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let remotes = remotes(&ground);
+    let mut by_vpn = Wire::between(&ground, "vpn0", "vout0");
+    let with = |global: &str, mark: &str| {
+        format!(
+            "[global]\n{global}{}{mark}[rules]\ndirect = /app\n\
+                 [gateway lan]\ninterface = br-lan\ntarget = direct\n",
+            sections("vpn")
+        )
+    };
+    let was = with("fwmark-mask = 0x0f000000\ndefault = drop\n", "");
+    let is = with("fwmark-mask = 0xff000000\n", "mark = 0x0f000000\n");
+    for how in [RELOAD, KILLED] {
+        let daemon = Daemon::start(&ground, &was, &[]);
+        let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
+        by_vpn.packets();
+
+        let daemon = change(&ground, daemon, how, &is);
+
+        await_end(&daemon);
+        let when = format!("{how}\n{}", daemon.logs());
+        go_on(&mut talk, false, &when);
+        let mut left = by_vpn.packets();
+        left.retain(|packet| REMOTES.contains(&packet.dst.ip()));
+        assert_eq!(left, [], "{when}");
+        daemon.stop_clean();
+        forget_flows();
+    }
+}
