@@ -1045,7 +1045,7 @@ impl Daemon<'_> {
         // directly
         match new.mask == old.mask {
             true => self.make_way(&Known::of(&old), old.unclear.clone()),
-            false => self.make_way(&[], unsettled(&old)),
+            false => self.make_way(&[], old.taken_marks()),
         }
         let config = self.cgroups.core.config().clone();
         let same = |target| stale::takes_the_same(&old, &new, target);
@@ -1106,7 +1106,7 @@ impl Daemon<'_> {
         // once more, since the reason may have been a lack of memory that is over
         let result = remove(&mut self.kernel).or_else(|_| remove(&mut self.kernel));
         // the next one may have another mask, and nothing tells it of ours
-        let marks = unsettled(self.cgroups.core.config());
+        let marks = self.cgroups.core.config().taken_marks();
         self.kernel.forget_flows(&marks);
         self.remove_pidfile();
         if result.is_ok() {
@@ -1170,11 +1170,6 @@ fn lost_all(old: &Config, new: &Config) -> bool {
 fn places(config: &Config) -> impl Iterator<Item = &Place> {
     let gateways = config.gateways.iter().map(|gateway| &gateway.place);
     config.rule_lines().map(|line| line.place()).chain(gateways)
-}
-
-/// The marks of flows that are a target's, and of those that conntrack is still to know by none.
-fn unsettled(config: &Config) -> Vec<Mark> {
-    config.taken_marks().into_iter().chain(config.unclear.iter().copied()).collect()
 }
 
 /// The table first: without it no packet is marked, so none misses the rules.

@@ -530,14 +530,14 @@ impl Config {
         spoofed_mark(self.mask)
     }
 
-    /// The marks of flows that are a proxy's or a route's.
+    /// The marks of flows that are a proxy's or a route's, or were.
     pub fn taken_marks(&self) -> Vec<Mark> {
         let routed = self.routes.iter().map(|route| route.forward_mark).filter(|mark| *mark != 0);
         let moving = self.moving.iter().map(|(was, _)| *was);
         let marks = self.outlets().map(|outlet| outlet.mark).chain(routed).chain(moving);
         let marks = SmallSet::from_iter(marks).into_iter();
         let marks = marks.map(|value| Mark { value, mask: self.mask });
-        marks.chain(spoofed_flows(self.mask)).collect()
+        marks.chain(spoofed_flows(self.mask)).chain(self.unclear.iter().copied()).collect()
     }
 
     /// The mark that a flow is to be known by which is known by this one, if that is another.
@@ -557,7 +557,7 @@ impl Config {
             return;
         }
         let most = self.outlets().count() + self.routes.len();
-        let free: Vec<u32> = self.free_marks().take(most).collect();
+        let free: Vec<u32> = self.low_free_marks().take(most).collect();
         let mut free = free.into_iter();
         let moving = std::mem::take(&mut self.moving);
         let mut give_way = |mark: &mut u32| {
@@ -579,20 +579,17 @@ impl Config {
     }
 
     /// The mark of what a container sends, from where it comes in to the section of its target; `None`
-    /// where the mask has no value left for it. What is to be dropped, and but where that mark is an
-    /// outlet's or that of flows that move what goes directly, bears the same before and after a reload:
-    /// the table of before may have marked what meets the next one.
+    /// where the mask has no value left for it. What is to be dropped bears the same whatever the policy,
+    /// but where that is an outlet's: the table of before may have marked what meets the next one. (That
+    /// of spoofed flows is a routed packet's on its way to a tproxy.)
     pub fn container_mark(&self, target: Target) -> Option<u32> {
-        let direct = self.direct_mark();
+        let whole = self.mask;
+        let taken = self.moves(whole).is_some() || self.outlets().any(|own| own.mark == whole);
         match (target, self.outlet(target)) {
             (_, Some(outlet)) => Some(outlet.mark),
-            (Target::Drop, _) => Some(self.spoofed_mark()).filter(|mark| *mark != 0),
-            _ if self.moves(direct).is_none()
-                && self.outlets().all(|outlet| outlet.mark != direct) =>
-            {
-                Some(direct)
-            }
-            _ => self.free_marks().next(),
+            (Target::Drop, _) if !taken => Some(whole),
+            (Target::Drop, _) => self.free_marks().next(),
+            _ => self.free_marks().nth(usize::from(taken)),
         }
     }
 
@@ -603,8 +600,15 @@ impl Config {
             || mark == self.direct_mark() && self.marks_direct()
     }
 
-    /// The values of the mask that stand for nothing, the smallest first.
+    /// The values of the mask that stand for nothing, the largest first. Those are for packets that are a
+    /// container's, so that the sections that come and go leave them the same.
     fn free_marks(&self) -> impl Iterator<Item = u32> + '_ {
+        let below = |mark: &u32| Some((mark - 1) & self.mask).filter(|mark| *mark != 0);
+        std::iter::successors(below(&self.mask), below).filter(|mark| self.is_free(*mark))
+    }
+
+    /// The same, the smallest first: for flows.
+    fn low_free_marks(&self) -> impl Iterator<Item = u32> + '_ {
         let above = |mark: &u32| Some(mark.wrapping_sub(self.mask) & self.mask).filter(|n| *n != 0);
         std::iter::successors(above(&0), above).filter(|mark| self.is_free(*mark))
     }
@@ -625,7 +629,7 @@ impl Config {
         let mut config = self.clone();
         for index in 0..config.routes.len() {
             if config.routes[index].forward_mark == 0 {
-                let free = config.free_marks().next()?;
+                let free = config.low_free_marks().next()?;
                 config.routes[index].forward_mark = free;
             }
         }

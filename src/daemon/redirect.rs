@@ -95,18 +95,23 @@ fn move_known(kernel: &mut Kernel, flow: &Tracked, now: Option<u32>, mask: u32) 
 }
 
 /// Has one known by no mark, as what goes directly begins, or as one that a proxy began: its remote host
-/// may speak next, and has not begun it. What cannot go on so begins anew.
+/// may speak next, and has not begun it. What cannot go on so begins anew: what the remote host has begun,
+/// and where others may translate what goes by a route.
 fn lose_known(kernel: &mut Kernel, flow: &Tracked, was: Mark, config: &Config) {
     let spoofed = was.value == spoofed_mark(was.mask);
-    // the table knows again what others begin by a route
-    let mut asked = || !spoofed && kernel.way(flow.to.ip(), 0).here;
-    if flow.protocol != IPPROTO_UDP || flow.is_query() || asked() {
+    let others = config.routes.iter().any(|route| !route.masquerades());
+    let goes_on = flow.protocol == IPPROTO_UDP
+        && !flow.is_query()
+        && !(flow.is_translated() && others)
+        && (spoofed || !kernel.way(flow.to.ip(), 0).here);
+    match goes_on {
+        true => {
+            let now = spoofed.then(|| config.spoofed_mark());
+            move_known(kernel, flow, now, was.mask | config.mask);
+        }
         // it may have ended by itself
-        let _ = kernel.forget_entry(flow);
-        return;
+        false => drop(kernel.forget_entry(flow)),
     }
-    let now = spoofed.then(|| config.spoofed_mark());
-    move_known(kernel, flow, now, was.mask | config.mask);
 }
 
 impl Daemon<'_> {
@@ -406,7 +411,8 @@ impl Pass {
     fn list_flows(&mut self, kernel: &mut Kernel) -> bool {
         let (flows, owners) = (&self.flows, &self.owners);
         let concerns = |entry: &Tracked| {
-            if ![IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6].contains(&entry.protocol) {
+            let datagrams = [IPPROTO_UDP, IPPROTO_ICMP, IPPROTO_ICMPV6];
+            if !datagrams.contains(&entry.protocol) || entry.zone.is_some() {
                 return false;
             }
             let owned = entry.protocol != IPPROTO_UDP || owners.has(entry.from.port());

@@ -68,9 +68,13 @@ impl Kernel {
 
     /// Has a translated flow go on with its own port and address, and a mark of ours: whatever its remote
     /// host has begun meanwhile of the same addresses goes. Where others may have to translate it, for who
-    /// cannot be spoken to, or a query, it begins anew if it can. Errors: as of [`Kernel::forget_entry`].
+    /// cannot be spoken to, a query, and what is not UDP, begins anew if it can. Errors: as of
+    /// [`Kernel::forget_entry`].
     pub fn release_entry(&mut self, entry: &Tracked, own: Mark) -> nix::Result<()> {
         let from = entry.from.ip();
+        if entry.protocol != IPPROTO_UDP || entry.zone.is_some() {
+            return self.forget_entry(entry);
+        }
         let others = is_private(from) && !self.way(from, 0).here;
         match (others || entry.is_query() || entry.is_redirected()) && self.twin(entry).is_none() {
             true => self.forget_entry(entry),

@@ -81,7 +81,8 @@ impl Kernel {
         let unmarked = |batch: &mut Batch| conntrack::get_marked(batch, 0, own.mask);
         let spoken = |entry: &Tracked| {
             let from = (entry.protocol, entry.from);
-            entry.mark & own.mask == 0 && others.contains(&from.1.ip()) && speakers.contains(&from)
+            let known = entry.mark & own.mask != 0 || entry.zone.is_some();
+            !known && others.contains(&from.1.ip()) && speakers.contains(&from)
         };
         let all =
             self.nft.dump(&unmarked, |message| conntrack::parse_entry(message).filter(spoken));

@@ -96,6 +96,8 @@ pub struct Tracked {
     pub mark: u32,
     /// Seconds until it is forgotten.
     pub timeout: u32,
+    /// Of others, where they have put it in one.
+    pub zone: Option<u16>,
     /// Both as the kernel has them, by which it is found again.
     original: Vec<u8>,
 }
@@ -124,19 +126,21 @@ pub fn get_all(batch: &mut Batch) {
     batch.end(open);
 }
 
-/// Reads an answer to [`get_all`] or [`get_marked`]; `None` where it is in a zone of its own.
+/// Reads an answer to [`get_all`] or [`get_marked`].
 pub fn parse_entry(message: &Message) -> Option<Tracked> {
     let attrs = told(message)?;
     let original = attrs.get(CTA_TUPLE_ORIG)?;
     let (protocol, from, to) = ends(original)?;
     let (_, answer_from, answer_to) = ends(attrs.get(CTA_TUPLE_REPLY)?)?;
-    attrs.get(CTA_ZONE).is_none().then(|| Tracked {
+    let zone = attrs.get(CTA_ZONE).and_then(|zone| zone.try_into().ok());
+    Some(Tracked {
         protocol,
         from,
         to,
         answers: (answer_from, answer_to),
         mark: attrs.u32_be(CTA_MARK).unwrap_or(0),
         timeout: attrs.u32_be(CTA_TIMEOUT).unwrap_or(0),
+        zone: zone.map(u16::from_be_bytes),
         original: original.to_vec(),
     })
 }
@@ -159,14 +163,21 @@ fn ends(tuple: &[u8]) -> Option<(u8, SocketAddr, SocketAddr)> {
 /// Has one flow forgotten.
 pub fn delete(batch: &mut Batch, entry: &Tracked) {
     let open = begin(batch, IPCTNL_MSG_CT_DELETE, NLM_F_ACK, family(entry.from));
-    batch.raw(CTA_TUPLE_ORIG | NLA_F_NESTED, &entry.original);
+    put_original(batch, entry);
     batch.end(open);
+}
+
+fn put_original(batch: &mut Batch, entry: &Tracked) {
+    batch.raw(CTA_TUPLE_ORIG | NLA_F_NESTED, &entry.original);
+    if let Some(zone) = entry.zone {
+        batch.raw(CTA_ZONE, &zone.to_be_bytes());
+    }
 }
 
 /// Has one flow known with other bits of its mark.
 pub fn mark(batch: &mut Batch, entry: &Tracked, value: u32, mask: u32) {
     let open = begin(batch, IPCTNL_MSG_CT_NEW, NLM_F_ACK, family(entry.from));
-    batch.raw(CTA_TUPLE_ORIG | NLA_F_NESTED, &entry.original);
+    put_original(batch, entry);
     put_mark(batch, value, mask);
     batch.end(open);
 }
@@ -283,6 +294,7 @@ mod tests {
                 answers: (to, from),
                 mark: 7,
                 timeout: 100,
+                zone: None,
                 original: Vec::new(),
             };
             let mut batch = Batch::new(0);

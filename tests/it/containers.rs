@@ -85,7 +85,7 @@ pub fn boxes(ground: &Ground) -> (Lan<'_>, [Running; 2], Daemon) {
     (lan, processes, daemon)
 }
 
-pub const BOXES: [&str; 2] = ["lan0 0x01000000", "lan1 0xfe000000"];
+pub const BOXES: [&str; 2] = ["lan0 0x01000000", "lan1 0xff000000"];
 
 /// A rule covers what comes in by the veth of its cgroup's namespace on its way to the world: neither this
 /// host, nor a neighbour, nor a service of theirs is out of reach.
@@ -234,7 +234,7 @@ fn marks_that_change() {
     }
 }
 
-/// Its packets come in with the mark that flows which go directly may have: these are not forgotten for that.
+/// What a dropped container sends comes in with the mark that flows which go directly may have: these are not forgotten for that.
 #[test]
 fn what_goes_directly_is_known_on() {
     let (ground, _world) = scene!("boxknown");
@@ -242,7 +242,7 @@ fn what_goes_directly_is_known_on() {
     load(
         "table inet others {\nchain c {\ntype filter hook input priority 0;\nct state new\n}\n}\n",
     );
-    let _process = live(lan.client(0), &ground.cgroup("/boxes/direct"));
+    let _process = live(lan.client(0), &ground.cgroup("/boxes/drop1"));
     let config = CONFIG.replace("[global]", "[global]\ndefault = drop");
     let daemon = Daemon::start(&ground, &config, &[]);
     await_entrances(&daemon, &["lan0 0xff000000"]);
@@ -379,7 +379,7 @@ fn a_container_comes_before_a_gateway_section() {
 
     let direct = live(lan.client(0), &ground.cgroup("/boxes/direct"));
     let boxed = live(lan.client(1), &ground.cgroup("/boxes/box"));
-    await_entrances(&daemon, &["lan0 0xff000000", "lan1 0x01000000"]);
+    await_entrances(&daemon, &["lan0 0xfd000000", "lan1 0x01000000"]);
     lan.direct(0);
     lan.proxied(1);
 
@@ -420,12 +420,12 @@ fn whoever_comes_first() {
     let _moved = live(&moved, &ground.cgroup("/boxes/drop1"));
     ip_lines("link add ve-moved type veth peer name ve-peer\nlink set ve-moved up\n");
     ip_lines(&format!("link set ve-peer netns {}\n", moved.path()));
-    let both = ["ve-moved 0xfe000000", "ve-two 0x01000000"];
+    let both = ["ve-moved 0xff000000", "ve-two 0x01000000"];
     await_entrances(&daemon, &both);
 
     // one network for two: `docker run --network container:X`; the first rule decides
     let joined = live(&late, &ground.cgroup("/boxes/drop2"));
-    await_entrances(&daemon, &["ve-moved 0xfe000000", "ve-two 0xfe000000"]);
+    await_entrances(&daemon, &["ve-moved 0xff000000", "ve-two 0xff000000"]);
     drop(joined);
     std::fs::remove_dir(ground.at("/boxes/drop2")).expect("remove the cgroup");
     await_entrances(&daemon, &both);
@@ -450,7 +450,7 @@ fn one_within_another() {
     let outer = &BOXES[..1];
     await_entrances(&daemon, outer);
     for (i, path, meanwhile) in [
-        (0, "/boxes/drop1", &["lan0 0xfe000000"][..]),
+        (0, "/boxes/drop1", &["lan0 0xff000000"][..]),
         // the outer one has no rule
         (1, "/boxes/drop2", &BOXES),
     ] {
@@ -556,7 +556,7 @@ fn whatever_befalls_it() {
     lan.dropped(1);
 
     ip_lines("link set lan0 down\nlink set lan0 name other0\nlink set other0 up\n");
-    await_entrances(&daemon, &["lan1 0xfe000000", "other0 0x01000000"]);
+    await_entrances(&daemon, &["lan1 0xff000000", "other0 0x01000000"]);
     lan.await_link(0);
     world.wire.packets();
     lan.proxied(0);
@@ -824,7 +824,7 @@ fn direct_before_a_section_that_drops() {
 
     let _process = live(lan.client(0), &ground.cgroup("/boxes/direct"));
 
-    await_entrances(&daemon, &["lan0 0xff000000"]);
+    await_entrances(&daemon, &["lan0 0xfd000000"]);
     lan.direct(0);
     daemon.stop_clean();
 }
@@ -1074,7 +1074,7 @@ fn the_search_ends() {
     std::fs::remove_dir(&old).expect("remove the cgroup");
     await_entrances(&daemon, &[]);
     let _process = live(&nobody, &ground.cgroup("/own/boxes/drop2"));
-    await_entrances(&daemon, &["ve-nobody 0xfe000000"]);
+    await_entrances(&daemon, &["ve-nobody 0xff000000"]);
     // nothing is kept open where there is nothing to be told of
     assert_eq!(daemon.inotifies(), 2);
     for i in 0..300 {

@@ -482,7 +482,7 @@ fn remote_hosts_that_go_on_speaking() {
     let proxies = proxies(&ground.root, 7893);
     let mut world = Wire::open(&ground);
     let with = |mask: &str, target: &str| {
-        format!("[global]\nfwmark-mask = {mask}\n{}", policy("mihomo vpn two plain", target))
+        format!("[global]\nfwmark-mask = {mask}\n{}", policy("mihomo vpn two", target))
     };
     let changes = [
         ("0xff000000", "mihomo"),
@@ -496,7 +496,6 @@ fn remote_hosts_that_go_on_speaking() {
         ("0x0f000000", "mihomo"),
         ("0x0f000000", "two"),
         ("0x0f000000", "vpn"),
-        ("0x0f000000", "plain"),
         ("0xff000000", "two"),
         ("0x0f000000", "direct"),
         ("0x0f000000", "mihomo"),
@@ -604,6 +603,77 @@ fn a_change_of_the_mask_that_is_killed() {
         let left = scene.left();
         assert!(left.is_empty(), "{} of {:?}, {when}", left.len(), left[0]);
         await_end(&daemon);
+        go_on(&mut talk, true, &when);
+        assert_eq!(scene.left(), [], "{when}");
+        daemon.stop_clean();
+        forget_flows();
+    }
+}
+
+/// Nor where another program has put flows in a zone.
+#[test]
+fn a_change_of_the_mask_beside_zones() {
+    let ground = ground!("moving-zones");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let chain = |hook| {
+        format!("chain {hook} {{\ntype filter hook {hook} priority raw;\nct zone set 7\n}}\n")
+    };
+    load(&format!("table inet zones {{\n{}{}}}\n", chain("prerouting"), chain("output")));
+    let with = |mask: &str, names: &str| {
+        format!("[global]\nfwmark-mask = {mask}\n{}", policy(names, "mihomo"))
+    };
+    let daemon = Daemon::start(&ground, &with("0x0f000000", "mihomo two"), &[]);
+    let mut talk = Talk::proxied(&scene, &cgroup);
+    scene.left();
+
+    talk.during(|| daemon.reconfigure(&with("0xff000000", "two mihomo")));
+
+    let when = daemon.logs();
+    let left = scene.left();
+    assert!(left.is_empty(), "{} of {:?}, {when}", left.len(), left[0]);
+    go_on(&mut talk, true, &when);
+    assert_eq!(scene.left(), [], "{when}");
+}
+
+/// Nor where the next change comes before all of them are nobody's.
+#[test]
+fn a_change_of_the_mask_amid_another() {
+    let ground = ground!("moving-masks");
+    let mut scene = Scene::new(&ground);
+    let cgroup = ground.cgroup("/app");
+    let with = |mask: &str, names: &str| {
+        format!("[global]\nfwmark-mask = {mask}\n{}", policy(names, "mihomo"))
+    };
+    let first = with("0x0f000000", "mihomo two");
+    let others = [
+        ("0xff000000", "two mihomo vpn", "chain to_vpn "),
+        ("0x0f000000", "two mihomo", "& 0x0f000000 "),
+        ("0x00f00000", "mihomo", "& 0x00f00000 "),
+    ];
+    for (mask, names, sign) in others {
+        let daemon = Daemon::start(&ground, &first, &[]);
+        let mut talk = Talk::proxied(&scene, &cgroup);
+        let _sockets = hoard(&cgroup, 5_000, addr(REMOTES[0], 80));
+        add_flows(false, 0, MANY);
+        scene.left();
+
+        talk.during(|| {
+            let changes = [first.clone(), with("0xff000000", "two mihomo")];
+            amid(&daemon, changes.each_ref().map(String::as_str), || {
+                daemon.configure(&with(mask, names));
+                daemon.signal(Signal::SIGHUP);
+            });
+            let over = || {
+                let table = table();
+                table.contains(sign) && !table.contains("chain moved ")
+            };
+            assert!(wait_until(PATIENCE, over), "{}\n{}", daemon.logs(), table());
+        });
+
+        let when = format!("{mask}, {names}\n{}", daemon.logs());
+        let left = scene.left();
+        assert!(left.is_empty(), "{} of {:?}, {when}", left.len(), left[0]);
         go_on(&mut talk, true, &when);
         assert_eq!(scene.left(), [], "{when}");
         daemon.stop_clean();

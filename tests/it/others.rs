@@ -1179,10 +1179,9 @@ fn container_marks_that_others_overwrite() {
         lan.dropped(1);
         lan.direct(0);
         assert_eq!(told(&daemon), ["", ""]);
-        for (priority, rule) in [
-            (-300, "iifname \"br-lan\" meta mark set 0"),
-            (-199, "meta mark set meta mark | 0xff000000"),
-        ] {
+        for (priority, rule) in
+            [(-300, "iifname \"br-lan\" meta mark set 0"), (-199, "meta mark set 0x70000000")]
+        {
             while_there(&who("prerouting", priority, rule), || {
                 let known = priority == -199;
                 // loaded last it is first of equals

@@ -931,3 +931,37 @@ fn a_udp_port_of_two_owners() {
 fn a_tcp_port_of_two_owners() {
     a_port_of_two_owners(libc::SOCK_STREAM);
 }
+
+/// What this host sends by a route that translates nothing is translated by another program, and again
+/// whatever it was known by before.
+#[test]
+fn sockets_that_others_translate() {
+    let (ground, _world) = scene!("redirectown");
+    let cgroup = ground.cgroup("/app");
+    tunnel_up(&ground);
+    load(
+        "table inet others {\nchain nat {\ntype nat hook postrouting priority srcnat;\n\
+         oifname vpn0 masquerade\n}\n}\n",
+    );
+    let plain = format!("[route plain]\ninterface = vpn0\n{GATEWAYS}masquerade = no\n");
+    let policy = |mask: &str, target: &str| {
+        format!("[global]\nfwmark-mask = {mask}\n{plain}{}", policy(target))
+    };
+    let daemon = Daemon::start(&ground, &policy("0x0f000000", "plain"), &[]);
+    let mut sockets = sockets(&cgroup);
+    sockets.retain(|(kind, ..)| *kind != "its address");
+    for (mask, target) in [
+        ("0x0f000000", "plain"),
+        ("0xff000000", "plain"),
+        ("0xff000000", "vpn"),
+        ("0xff000000", "plain"),
+    ] {
+        daemon.reconfigure(&policy(mask, target));
+        for (kind, socket, to) in &sockets {
+            let answer = ask(socket, *to);
+            let when = format!("{kind} to {to} by {target}, {mask}\n{}", daemon.logs());
+            let Some((_, from)) = answer else { panic!("no answer: {when}") };
+            assert_eq!(from.ip(), ip(TUNNEL[usize::from(to.is_ipv6())]), "{when}");
+        }
+    }
+}

@@ -1,7 +1,7 @@
 //! Flows that are older than a policy in which the marks that they are known by mean something else: a
 //! section has gone, or one has come before others. They go on by their own way or not at all.
 
-use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable};
+use std::io::ErrorKind::{ConnectionRefused, HostUnreachable, NetworkUnreachable, WouldBlock};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -414,11 +414,15 @@ impl Talk {
         let mut data = [0; 16];
         for end in [own, remote] {
             end.set_nonblocking(true).expect("set O_NONBLOCK");
-            while end.recv(&mut data).is_ok() {}
+            // with the errors that are left of what was refused meanwhile
+            while end.recv(&mut data).err().is_none_or(|error| error.kind() != WouldBlock) {}
             end.set_nonblocking(false).expect("clear O_NONBLOCK");
             end.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         }
-        let _ = own.send(b"to remote");
+        if let Err(error) = own.send(b"to remote") {
+            println!("{error}");
+            return false;
+        }
         let heard = again(|| remote.recv_from(&mut data));
         heard.is_ok_and(|(_, from)| {
             remote.send_to(b"from remote", from).expect("send");

@@ -5,6 +5,7 @@ use super::Rule;
 use crate::config::Config;
 use crate::net::Mark;
 use crate::nft::stmt::Stmt;
+use crate::small::SmallSet;
 
 /// What each hook begins with: a packet that the table of before has marked may meet a later chain of
 /// this one. What has no way any more waits until conntrack is told, and what is unclear until conntrack
@@ -24,7 +25,12 @@ pub(super) fn moved_rules(config: &Config) -> Vec<Rule> {
     };
     let unclear =
         |was: &Mark| [Stmt::CtMark(*was), Stmt::PacketMark(*was)].map(|of| vec![of, Stmt::drop()]);
-    let unclear = config.unclear.iter().flat_map(unclear);
+    // what a container sends that is to be dropped bears the whole of it
+    let masks: SmallSet<u32> = config.unclear.iter().map(|was| was.mask).collect();
+    let masks = masks.into_iter().filter(|mask| *mask != config.mask);
+    let entered =
+        masks.map(|mask| vec![Stmt::PacketMark(Mark { value: mask, mask }), Stmt::drop()]);
+    let unclear = config.unclear.iter().flat_map(unclear).chain(entered);
     unclear.chain(config.moving.iter().flat_map(rules)).collect()
 }
 
