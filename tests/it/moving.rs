@@ -457,6 +457,9 @@ fn a_mask_that_is_full() {
             let daemon = Daemon::start(&ground, &with(before, old, was), &[]);
             let mut talk = Talk::new(&mut scene, &cgroup, &remotes);
             scene.left();
+            // whose target stays has a socket that stays, while conntrack forgets the connection: who
+            // speaks next by the main way, as answers to this route come, has begun it
+            talk.hushed = was == is;
 
             let daemon = talk.during(|| change(&ground, daemon, how, &with(mask, new, is)));
 
